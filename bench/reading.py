@@ -15,7 +15,6 @@ import numpy as np
 from harness import timed
 
 import moetuner as mt
-from moetuner.files import jsonl
 
 TOKENS, LAYERS, TOP_K, EXPERTS = 4096, 24, 8, 64
 
@@ -31,6 +30,17 @@ def megatron(ids):
         about = {"step": 0, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 0}
         about |= {"num_tokens": len(ids), "topk": TOP_K, "top_indices": ids[:, layer].tolist()}
         yield json.dumps(about) + "\n"
+
+
+def json_lines(ids, per):
+    """Lines of moetuner's own, of a token or of 64."""
+    for at, token in enumerate(ids):
+        about = {"sequence": at // 64, "group": "ab"[at // 64 % 2]}
+        if per == "token":
+            yield json.dumps({"experts": token.tolist(), **about}, separators=(",", ":")) + "\n"
+        elif at % 64 == 0:
+            tokens = ids[at : at + 64].tolist()
+            yield json.dumps({"tokens": tokens, **about}, separators=(",", ":")) + "\n"
 
 
 def rows(ids):
@@ -51,19 +61,11 @@ def main():
     size = int(float(sys.argv[1] if len(sys.argv) > 1 else 64) * 1e6)
     scores = np.random.default_rng(0).random((TOKENS, LAYERS, EXPERTS))
     ids = np.argsort(scores, axis=2)[:, :, :TOP_K].astype(np.uint8)
-    trace = mt.RoutingTrace.from_arrays(
-        ids,
-        num_experts=EXPERTS,
-        sequence=np.arange(TOKENS) // 64,
-        group=np.arange(TOKENS) // 64 % 2,
-    )
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for per in ("token", "sequence"):
             path = files[f"JSON lines per {per}"] = Path(folder) / f"{per}.jsonl"
-            jsonl.write(trace.contents, path, per=per)
-            header, *lines = path.read_text().splitlines(keepends=True)
-            repeated(path, lines, size, header)
+            repeated(path, json_lines(ids, per), size, f'{{"num_experts": {EXPERTS}}}\n')
         path = files["router trace"] = Path(folder) / "router_trace_rank0.jsonl"
         repeated(path, megatron(ids), size)
         path = files["CSV"] = Path(folder) / "rows.csv"

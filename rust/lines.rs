@@ -1,21 +1,19 @@
-//! Lines of JSON with arrays of expert ids, read fast where they are plain.
+//! Lines of JSON with arrays of expert ids.
 //!
 //! A trace as text is millions of objects such as `{"experts": [[3, 17], [8, 1]], "sequence": 0}`. [`scan`] reads runs
-//! of them without making a value of anything else, and ends in front of the first line that it does not take: one that
-//! is wrong, or right in a way that few writers use (an escape in a key, a key twice, rows of different lengths, ids
-//! beyond 16 bits, NaN). The caller reads that line with a general parser, which also says what is wrong with it; so
-//! nothing is decided here but what is beyond doubt.
+//! of them into columns, without making a value of anything else, up to the first line that breaks a rule, which it
+//! says. That line may still be right in a way that few writers use (an escape in a key, NaN in what nobody reads): the
+//! caller looks at it with a more general parser.
 
 use std::collections::HashMap;
-use std::io::BufRead;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 /// Stands for an integer that a line does not have.
 pub const NO_INTEGER: i64 = i64::MIN;
-/// Stands for a text that a line does not have.
-pub const NO_TEXT: i64 = -1;
+/// Stands for a text that a line does not have, for an array, and for a size before it is seen.
+pub const NONE: i64 = -1;
 
 /// Columns of [`Scanned::table`] before those of integers and texts: which array, and its sizes, outermost first.
 pub const SIZES: usize = 4;
@@ -32,7 +30,7 @@ pub struct Keys {
 }
 
 /// What a run of lines holds.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Scanned {
     /// First byte after the lines taken.
     pub end: usize,
@@ -44,102 +42,111 @@ pub struct Scanned {
     pub table: Vec<i64>,
     /// Texts that the table numbers.
     pub texts: Vec<String>,
+    /// Which rule the next line breaks.
+    pub refused: Option<String>,
+    numbers: HashMap<String, i64>,
 }
 
-/// Reads lines from byte `start` on, up to the first that is not plain. The last one need not have an end.
+/// Reads lines from byte `start` on, up to the first that breaks a rule. The last one need not have an end.
 #[must_use]
 pub fn scan(text: &[u8], start: usize, keys: &Keys) -> Scanned {
     let mut lines = Scanned { end: start, ..Scanned::default() };
-    let mut numbers = HashMap::new();
-    let mut row = vec![0; SIZES + keys.integers.len() + keys.texts.len()];
-    while lines.end < text.len() {
-        let size = (&text[lines.end..]).skip_until(b'\n').unwrap_or(0);
-        let line = &text[lines.end..lines.end + size];
+    for line in text[start..].split_inclusive(|&byte| byte == b'\n') {
         if !line.trim_ascii().is_empty() {
-            let before = (lines.ids.len(), numbers.len() as i64);
-            let mut cursor = Cursor { line: if std::str::from_utf8(line).is_ok() { line } else { b"" } };
-            if cursor.object(keys, &mut row, &mut lines.ids, &mut numbers).is_none() {
-                lines.ids.truncate(before.0);
-                numbers.retain(|_, number| *number < before.1);
+            let (ids, table) = (lines.ids.len(), lines.table.len());
+            if let Err(rule) = read(line, keys, &mut lines) {
+                lines.ids.truncate(ids);
+                lines.table.truncate(table);
+                lines.refused = Some(rule);
                 break;
             }
-            lines.table.extend_from_slice(&row);
         }
         lines.ends += usize::from(line.ends_with(b"\n"));
-        lines.end += size;
+        lines.end += line.len();
     }
-    let mut names: Vec<_> = numbers.into_iter().collect();
-    names.sort_unstable_by_key(|name| name.1);
-    lines.texts = names.into_iter().map(|name| name.0).collect();
     lines
 }
 
-/// What is left of a line. What it reads is None where the line is not plain.
+/// Reads a line into a row of the table.
+fn read(line: &[u8], keys: &Keys, lines: &mut Scanned) -> Result<(), String> {
+    let Scanned { ids, table, texts, numbers, .. } = lines;
+    let begin = table.len();
+    table.extend([NONE; SIZES]);
+    table.extend(keys.integers.iter().map(|_| NO_INTEGER));
+    table.extend(keys.texts.iter().map(|_| NONE));
+    let (sizes, columns) = table[begin..].split_at_mut(SIZES);
+    let (of_integers, of_texts) = columns.split_at_mut(keys.integers.len());
+    let json = || "must be a JSON object".to_string();
+    std::str::from_utf8(line).map_err(|error| error.to_string())?;
+    let mut left = Cursor { line };
+    left.expect(b'{').ok_or_else(json)?;
+    loop {
+        let key: &str = left.value().ok_or_else(json)?;
+        left.expect(b':').ok_or_else(json)?;
+        let place = |names: &[String]| names.iter().position(|name| name == key);
+        let rule = |rule: &str| format!("{key} must be {rule}");
+        let once = |is_new: bool| only(is_new).ok_or_else(|| rule("there once"));
+        if let Some(which) = keys.arrays.iter().position(|(name, _)| name == key) {
+            once(sizes[0] == NONE)?;
+            let depth = keys.arrays[which].1;
+            sizes[..SIZES - depth].fill(1);
+            sizes[0] = which as i64;
+            let deep = || rule(&format!("integers from 0 to 65535, in lists of one length, {depth} deep"));
+            left.list(&mut sizes[SIZES - depth..], ids).ok_or_else(deep)?;
+        } else if let Some(which) = place(&keys.integers) {
+            once(of_integers[which] == NO_INTEGER)?;
+            of_integers[which] = left.value().ok_or_else(|| rule("an integer of 64 bits"))?;
+        } else if let Some(which) = place(&keys.texts) {
+            once(of_texts[which] == NONE)?;
+            let name: String = left.value().ok_or_else(|| rule("a text"))?;
+            of_texts[which] = *numbers.entry(name).or_insert_with_key(|name| {
+                texts.push(name.clone());
+                texts.len() as i64 - 1
+            });
+        } else {
+            left.value::<IgnoredAny>().ok_or_else(json)?;
+        }
+        match left.mark() {
+            Some(b',') => {}
+            Some(b'}') => break,
+            _ => return Err(json()),
+        }
+    }
+    // An empty list has no lists in it.
+    sizes[1..].iter_mut().for_each(|size| *size = (*size).max(0));
+    only(left.line.trim_ascii().is_empty() && sizes[0] != NONE).ok_or_else(json)
+}
+
+/// What is left of a line. What it reads is None where the line has something else.
 struct Cursor<'a> {
     line: &'a [u8],
 }
 
 impl<'a> Cursor<'a> {
-    /// Reads the whole line into a row of the table.
-    fn object(
-        &mut self,
-        keys: &Keys,
-        row: &mut [i64],
-        ids: &mut Vec<u16>,
-        numbers: &mut HashMap<String, i64>,
-    ) -> Option<()> {
-        let (integers, texts) = (SIZES, SIZES + keys.integers.len());
-        row.fill(NO_TEXT);
-        row[integers..texts].fill(NO_INTEGER);
-        self.expect(b'{')?;
-        loop {
-            let key: &str = self.value()?;
-            self.expect(b':')?;
-            let is_key = |name: &String| name == key;
-            if let Some(which) = keys.arrays.iter().position(|(name, _)| name == key) {
-                only(row[0] == NO_TEXT)?;
-                let depth = keys.arrays[which].1;
-                row[..SIZES].copy_from_slice(&[which as i64, i64::from(depth == 2), 0, 0]);
-                self.list(&mut row[SIZES - depth..SIZES], ids)?;
-            } else if let Some(which) = keys.integers.iter().position(is_key) {
-                only(row[integers + which] == NO_INTEGER)?;
-                row[integers + which] = self.value()?;
-                only(row[integers + which] != NO_INTEGER)?;
-            } else if let Some(which) = keys.texts.iter().position(is_key) {
-                only(row[texts + which] == NO_TEXT)?;
-                let number = numbers.len() as i64;
-                row[texts + which] = *numbers.entry(self.value()?).or_insert(number);
-            } else {
-                self.value::<IgnoredAny>()?;
-            }
-            match self.mark()? {
-                b',' => {}
-                b'}' => break,
-                _ => return None,
-            }
-        }
-        only(row[0] != NO_TEXT && self.line.trim_ascii().is_empty())
-    }
-
-    /// Reads lists in lists; those of a depth have one length, which is 0 in `sizes` until it is seen.
+    /// Reads lists in lists; those of a depth have one length, which is [`NONE`] in `sizes` until it is seen.
     fn list(&mut self, sizes: &mut [i64], ids: &mut Vec<u16>) -> Option<()> {
         let [size, inner @ ..] = sizes else { return None };
         self.expect(b'[')?;
+        self.blanks();
         let mut count = 0;
-        loop {
+        let mut goes_on = self.line.first() != Some(&b']');
+        if !goes_on {
+            self.mark()?;
+        }
+        while goes_on {
             if inner.is_empty() {
                 ids.push(self.id()?);
             } else {
                 self.list(inner, ids)?;
             }
             count += 1;
-            match self.mark()? {
-                b',' => {}
-                b']' => break,
+            goes_on = match self.mark()? {
+                b',' => true,
+                b']' => false,
                 _ => return None,
-            }
+            };
         }
-        only(*size == 0 || *size == count)?;
+        only(*size == NONE || *size == count)?;
         *size = count;
         Some(())
     }
@@ -216,16 +223,18 @@ mod tests {
     #[test]
     fn reads_both_forms_and_skips_other_keys() {
         let text = "{\"experts\":[[1, 2],[30,65535]],\"sequence\":-7,\"group\":\"a\\u00e9\"}\n \r\n\
-                    {\"group\": \"\u{e9}\", \"x\": [1, [{\"a\": [\"]\", -0.5e+3, null]}]], \"tokens\" : [[[0]],[[9]]]}";
+                    {\"group\": \"\u{e9}\", \"x\": [1, [{\"a\": [\"]\", -0.5e+3, null]}]], \"tokens\" : [[[0]],[[9]]]}\n\
+                    {\"tokens\":[]}";
         let lines = scan(text.as_bytes(), 0, &keys());
         assert_eq!(lines.ids, [1, 2, 30, 65535, 0, 9]);
-        assert_eq!(lines.table, [0, 1, 2, 2, -7, 0, 1, 2, 1, 1, NO_INTEGER, 1]);
+        let expected = [0, 1, 2, 2, -7, 0, 1, 2, 1, 1, NO_INTEGER, 1, 1, 0, 0, 0, NO_INTEGER, NONE];
+        assert_eq!(lines.table, expected);
         assert_eq!(lines.texts, ["a\u{e9}", "\u{e9}"]);
-        assert_eq!((lines.end, lines.ends), (text.len(), 2));
+        assert_eq!((lines.end, lines.ends, lines.refused), (text.len(), 3, None));
     }
 
     #[test]
-    fn ends_in_front_of_what_is_not_plain() {
+    fn ends_in_front_of_what_breaks_a_rule() {
         for line in [
             "{\"experts\":[[01]]}",
             "{\"experts\":[[65536]]}",
@@ -236,13 +245,10 @@ mod tests {
             "{\"experts\":[[1],[1,2]]}",
             "{\"experts\":[[1]],\"experts\":[[1]]}",
             "{\"experts\":[[1]],\"tokens\":[[[1]]]}",
-            "{\"experts\":[[]]}",
-            "{\"experts\":[]}",
             "{\"experts\":[[1],]}",
             "{\"experts\":[[1]]} x",
             "{\"experts\":[[1]],\"sequence\":true}",
             "{\"experts\":[[1]],\"sequence\":1.5}",
-            "{\"experts\":[[1]],\"sequence\":-9223372036854775808}",
             "{\"experts\":[[1]],\"sequence\":1,\"sequence\":1}",
             "{\"experts\":[[1]],\"group\":3}",
             "{\"experts\":[[1]],\"x\":NaN}",
@@ -251,10 +257,12 @@ mod tests {
             "{\"sequence\":1}",
             "[1]",
             "{\"experts\":[[1",
+            "{\"experts\":[[1]],\"group\":\"\u{1}\"}",
         ] {
             let text = format!("{{\"experts\":[[7]]}}\n{line}\n");
             let lines = scan(text.as_bytes(), 0, &keys());
-            assert_eq!((lines.end, lines.ends, lines.ids), (18, 1, vec![7]), "{line}");
+            assert_eq!((lines.end, lines.ends, lines.ids, lines.table.len()), (18, 1, vec![7], 6), "{line}");
+            assert!(lines.refused.is_some());
         }
         let latin = b"{\"experts\":[[1]],\"x\":\"\xff\"}\n";
         assert_eq!(scan(latin, 0, &keys()).end, 0);

@@ -18,7 +18,6 @@ import moetuner as mt
 from moetuner import router_groups
 from moetuner._checks import one_of
 from moetuner.evaluation.units import hold_out
-from moetuner.files import jsonl
 from moetuner.formats import eplb
 
 IDS = random_ids(12, 1, 2, 4)
@@ -239,7 +238,6 @@ EXTRA = {
     ),
     "hold_out": lambda traffic=TRACE, share=0.5, seed=0: hold_out(traffic, share, seed=seed),
     "eplb_maps": lambda placement=PLACEMENT: eplb.eplb_maps(placement),
-    "jsonl.write": lambda per="token": jsonl.write(TRACE.contents, "x", per=per),
     "Placement.with_names": lambda model=None, bound=None: PLACEMENT.with_names(
         model=model, bound=bound
     ),

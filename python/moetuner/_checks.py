@@ -11,9 +11,9 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -116,18 +116,10 @@ def path_in(path: object) -> Path:
 
 def listed(name: str, values: object, what: str) -> list[Any]:
     """Return the members of what should be a list."""
-    single = isinstance(values, np.ndarray) and values.ndim == 0
-    if single or isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be a list of {what}, got {shown(values)}")
-    return list(_members(name, values))
-
-
-def _members(name: str, values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the members of an iterable; what it raises itself names it."""
     try:
-        yield from values
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a list, got {shown(values)}: {error}") from None
+        return list(cast(Any, None if isinstance(values, str | bytes) else values))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a list of {what}, got {shown(values)}") from None
 
 
 def callable_or_none(name: str, value: object) -> None:
@@ -150,7 +142,7 @@ def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
     """Return an array of floats, of numbers whatever their type."""
     array = array_in(name, values)
     if array.dtype.kind not in "iuf" and array.size:
-        raise ValueError(f"{name} must be numbers, got {array.dtype} {list(array.shape)}")
+        raise ValueError(f"{name} must be numbers, got {shown(array)}")
     with np.errstate(over="ignore"):
         return array.astype(np.float64, copy=False)
 
@@ -194,15 +186,11 @@ def experts_in(num_experts: object, name: str = "num_experts") -> int:
 
 def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
     """Check an integer from ``lowest`` to ``highest``."""
-    number = None
-    # An array has the method, whatever is in it.
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool | np.ndarray):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-    if number is None:
-        raise ValueError(f"{name} must be an integer, got {shown(value)}")
+    try:
+        # An array has the method, whatever is in it.
+        number = operator.index(cast(Any, None if isinstance(value, bool | np.ndarray) else value))
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {shown(value)}") from None
     if not lowest <= number <= highest:
         raise ValueError(f"{name} must be from {lowest} to {highest}, got {shown(number)}")
     return number
@@ -266,22 +254,17 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
     """Check that there is one number for every device."""
     array = array_in(name, values)
     if array.shape != (devices,) or array.dtype.kind not in "iuf":
-        raise ValueError(
-            f"{name} must be numbers [{devices}], one per device, "
-            f"got {array.dtype} {list(array.shape)}"
-        )
+        raise ValueError(f"{name} must be numbers [{devices}], one per device, got {shown(array)}")
     numbers: list[Any] = array.tolist()
     return numbers
 
 
-def positive(name: str, value: object, what: str) -> float:
+def positive(name: str, value: object, what: str = "number") -> float:
     """Return a number above 0, as Python has it; ``what`` says its unit."""
     if not (is_number(value) and value > 0):
         raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
     if not SMALLEST <= float(value) <= LARGEST:
-        raise ValueError(
-            f"{name} must be a {what} from {SMALLEST:g} to {LARGEST:g}, got {shown(value)}"
-        )
+        raise ValueError(f"{name} must be a {what} from 1e-30 to 1e+30, got {shown(value)}")
     return float(value) if isinstance(value, np.generic) else value
 
 
@@ -330,9 +313,7 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
     """Check one integer label per token or window [length] and hold it as ``dtype``, read-only."""
     array = array_in(name, values)
     if array.shape != (length,) or (array.dtype.kind not in "iu" and length):
-        raise ValueError(
-            f"{name} must be integers [{length}], got {array.dtype} {list(array.shape)}"
-        )
+        raise ValueError(f"{name} must be integers [{length}], got {shown(array)}")
     limits = np.iinfo(dtype)
     if length and not (limits.min <= int(array.min()) and int(array.max()) <= limits.max):
         raise ValueError(
@@ -346,14 +327,14 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
     if values is None:
         return ()
     members = listed("group_names", values, "names")
-    texts = tuple(value.item() if isinstance(value, np.str_) else value for value in members)
-    for name in texts:
+    texts: dict[str, None] = {}
+    for name in members:
         if not isinstance(name, str):
             raise ValueError(f"group_names must be texts, got {shown(name)}")
-    if len(set(texts)) < len(texts):
-        twice = next(name for at, name in enumerate(texts) if name in texts[:at])
-        raise ValueError(f"group_names must differ, got {shown(twice)} twice")
-    return texts
+        if name in texts:
+            raise ValueError(f"group_names must differ, got {shown(name)} twice")
+        texts[str(name)] = None
+    return tuple(texts)
 
 
 def groups(
@@ -390,7 +371,7 @@ def numbered(group: ArrayLike) -> list[str]:
     """Return names for groups that have none: their numbers."""
     array = array_in("group", group)
     if array.dtype.kind not in "iu" and array.size:
-        raise ValueError(f"group must be integers, got {array.dtype} {list(array.shape)}")
+        raise ValueError(f"group must be integers, got {shown(array)}")
     count = max(int(array.max(initial=0)) + 1, 1)
     if count > 1 << 15:
         raise ValueError(f"group must be below {1 << 15}, got {count - 1}")
@@ -398,39 +379,26 @@ def numbered(group: ArrayLike) -> list[str]:
 
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
-    """Join the sequence labels of traces, moved up where they would come back.
-
-    Where moving up leaves 32 bits, all are numbered anew, from 0.
-    """
-    joined: list[NDArray[np.int64]] = []
-    for part in parts:
-        if part is None:
-            return None
-        moved = part.astype(np.int64)
-        if any(np.isin(moved, before).any() for before in joined):
-            highest = max(int(before.max(initial=-1)) for before in joined)
-            moved += highest + 1 - int(moved.min())
-        joined.append(moved)
-    if max((int(wide.max(initial=0)) for wide in joined), default=0) > np.iinfo(np.int32).max:
-        first = 0
-        for at, wide in enumerate(joined):
-            labels = np.unique(wide)
-            joined[at] = np.searchsorted(labels, wide) + first
-            first += len(labels)
-    return np.concatenate(joined)
+    """Join the sequence labels of traces; where one would come back all are numbered anew."""
+    given = [part for part in parts if part is not None]
+    if len(given) < len(parts):
+        return None
+    labels = [distinct(part) for part in given]
+    ends = np.cumsum([len(of) for of in labels])
+    if len(distinct(np.concatenate(labels))) == ends[-1]:
+        return np.concatenate(given).astype(np.int64)
+    rows = zip(given, labels, ends, strict=True)
+    return np.concatenate([np.searchsorted(of, part) + end - len(of) for part, of, end in rows])
 
 
-def joined_groups(
-    parts: list[tuple[NDArray[Any] | None, tuple[str, ...]]], group_names: tuple[str, ...]
-) -> NDArray[np.int64] | None:
-    """Group numbers of traces one after the other, as indices into the joint names."""
-    joined: list[NDArray[np.int64]] = []
-    for part, its_names in parts:
-        if part is None:
-            return None
-        number = np.asarray([group_names.index(name) for name in its_names], dtype=np.int64)
-        joined.append(number[part])
-    return np.concatenate(joined)
+def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Return group numbers of traces or statistics one after the other, and the joint names."""
+    names = tuple(dict.fromkeys(name for part in parts for name in part.group_names))
+    if any(part.group is None for part in parts):
+        return None, names
+    numbers = [np.array([names.index(name) for name in part.group_names], int) for part in parts]
+    groups = [number[part.group] for number, part in zip(numbers, parts, strict=True)]
+    return np.concatenate(groups), names
 
 
 def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:

@@ -6,25 +6,12 @@ import json
 import re
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    SMALLEST,
-    amounts_in,
-    flag,
-    instance,
-    is_number,
-    not_negative,
-    numbers_in,
-    one_of,
-    path_in,
-    positive,
-    shown,
-    text_or_none,
-)
+from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
@@ -112,22 +99,27 @@ class CostModel(Frozen):
     measured: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("base_us", "expert_us", "start_us", "token_us"):
-            value = not_negative(name, getattr(self, name), "number of microseconds")
-            object.__setattr__(self, name, value)
-        for name in ("token_bytes", "combine_bytes"):
+        for name in (
+            "base_us",
+            "expert_us",
+            "start_us",
+            "token_us",
+            "token_bytes",
+            "combine_bytes",
+        ):
             if name != "combine_bytes" or self.combine_bytes is not None:
-                value = not_negative(name, getattr(self, name), "number of bytes")
-                object.__setattr__(self, name, value)
-        if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
-            raise ValueError(f"overlap must be from 0 to 1, got {shown(self.overlap)}")
+                unit = "microseconds" if name.endswith("_us") else "bytes"
+                value = check.not_negative(name, getattr(self, name), f"number of {unit}")
+                vars(self)[name] = value
+        if not (check.is_number(self.overlap) and 0 <= self.overlap <= 1):
+            raise ValueError(f"overlap must be from 0 to 1, got {check.shown(self.overlap)}")
         for name in ("parameter_errors", "measured"):
             if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        one_of("once_per", self.once_per, ("device", "node"))
-        text_or_none("name", self.name)
+                vars(self)[name] = tuple(getattr(self, name))
+        check.one_of("once_per", self.once_per, ("device", "node"))
+        check.text_or_none("name", self.name)
         if self.residual is not None:
-            not_negative("residual", self.residual, "number")
+            check.not_negative("residual", self.residual, "number")
 
     @property
     def bytes_back(self) -> float:
@@ -159,14 +151,18 @@ class CostModel(Frozen):
             and computing (many tokens on few).
         """
         columns = measurements(tokens, experts, microseconds)
-        (a, b, c, d, residual), evidence = identified(*columns)
-        evidence_fields = {
+        lines = _fit(*columns)
+        residual = float(np.sqrt(np.mean(_errors(lines, *columns) ** 2)))
+        _check_both_lines(lines, residual, *columns)
+        prediction_error, spread = _cross_validate(*columns)
+        by_experts, by_tokens = _times(lines, *columns[:2])
+        evidence = {
             "residual": residual,
-            "prediction_error": evidence.prediction,
-            "parameter_errors": evidence.coefficients,
-            "measured": (evidence.by_experts, evidence.by_tokens),
+            "prediction_error": prediction_error,
+            "parameter_errors": tuple(spread.tolist()),
+            "measured": (int((by_tokens < by_experts).sum()), int((by_tokens >= by_experts).sum())),
         }
-        return cls(a, b, c, d, **{**evidence_fields, **others})
+        return cls(*lines.tolist(), **{**evidence, **others})
 
     @classmethod
     def from_hardware(
@@ -199,19 +195,22 @@ class CostModel(Frozen):
         others
             Fields, in place of what follows from these.
         """
-        numbers = {"hidden": hidden, "intermediate": intermediate, "flops": flops}
-        numbers |= {"memory_bandwidth": memory_bandwidth, "dtype_bytes": dtype_bytes}
-        numbers |= {"efficiency": efficiency}
-        checked = {name: positive(name, value, "number") for name, value in numbers.items()}
-        hidden, intermediate, flops, memory_bandwidth, dtype_bytes, efficiency = checked.values()
-        launch_us = not_negative("launch_us", launch_us, "number of microseconds")
+        hidden, intermediate = (
+            check.positive("hidden", hidden),
+            check.positive("intermediate", intermediate),
+        )
+        efficiency = check.positive("efficiency", efficiency)
+        flops = check.positive("flops", flops) * efficiency
+        memory_bandwidth = check.positive("memory_bandwidth", memory_bandwidth) * efficiency
+        dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
+        launch_us = check.not_negative("launch_us", launch_us, "number of microseconds")
         weights = 3 * hidden * intermediate
         return cls(
             **{
                 "base_us": launch_us,
-                "expert_us": 1e6 * weights * dtype_bytes / (memory_bandwidth * efficiency),
+                "expert_us": 1e6 * weights * dtype_bytes / memory_bandwidth,
                 "start_us": launch_us,
-                "token_us": 1e6 * 2 * weights / (flops * efficiency),
+                "token_us": 1e6 * 2 * weights / flops,
                 "token_bytes": hidden * dtype_bytes,
                 "combine_bytes": hidden * 2.0,
                 **others,
@@ -236,8 +235,8 @@ class CostModel(Frozen):
         ValueError
             If the GPU is not known; ``presets.py`` has the list and the sources.
         """
-        one_of("preset", gpu, GPUS)
-        dtype_bytes = positive("dtype_bytes", dtype_bytes, "number")
+        check.one_of("preset", gpu, GPUS)
+        dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
         peak = GPUS[gpu]
         return cls.from_hardware(
             hidden,
@@ -266,14 +265,14 @@ class CostModel(Frozen):
         speed
             Relative speed of every device [D].
         """
-        time = self.start_us + self.token_us * amounts_in("tokens", tokens)
-        experts = np.zeros(()) if active is None else amounts_in("active", active)
+        time = self.start_us + self.token_us * check.amounts_in("tokens", tokens)
+        experts = np.zeros(()) if active is None else check.amounts_in("active", active)
         _check_shapes("active", experts, "tokens", time)
         time = np.maximum(self.base_us + self.expert_us * experts, time)
         if speed is None:
             return time
-        speeds = amounts_in("speed", speed)
-        if not (speeds >= SMALLEST).all():
+        speeds = check.amounts_in("speed", speed)
+        if not (speeds >= check.SMALLEST).all():
             raise ValueError(f"speed must be above 0, got {speeds.min():g}")
         _check_shapes("speed", speeds, "tokens", time)
         return time / speeds
@@ -285,28 +284,27 @@ class CostModel(Frozen):
 
         Tier 1 comes first; a tier that carries nothing takes no time.
         """
-        instance("topology", topology, Topology)
+        check.instance("topology", topology, Topology)
         row_bytes = self.token_bytes
         if bytes_each is not None:
-            row_bytes = not_negative("bytes_each", bytes_each, "number of bytes")
-        rows = amounts_in("ports", ports, 1)
+            row_bytes = check.not_negative("bytes_each", bytes_each, "number of bytes")
+        rows = check.amounts_in("ports", ports, 1)
         if rows.shape[-1] != len(topology.levels):
             raise ValueError(
                 f"ports must be rows [..,{len(topology.levels)}], one for each tier of the "
                 f"topology, got {list(rows.shape)}"
             )
-        bandwidth = np.array([level.bandwidth for level in topology.levels])
-        latency = np.array([level.latency for level in topology.levels])
+        bandwidth, latency = np.array([(of.bandwidth, of.latency) for of in topology.levels]).T
         time: Floats = ((rows > 0) * latency + rows * row_bytes / bandwidth).sum(axis=-1) * 1e6
         return time
 
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
         """Compute microseconds of layers [...] of devices' compute [...,D] and exchange [...]."""
-        devices = amounts_in("compute", compute, 1)
+        devices = check.amounts_in("compute", compute, 1)
         if not devices.shape[-1]:
             raise ValueError(f"compute must be of at least one device, got {list(devices.shape)}")
         slowest = devices.max(axis=-1)
-        other = amounts_in("communication", communication)
+        other = check.amounts_in("communication", communication)
         _check_shapes("communication", other, "compute", slowest)
         time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)
         return time
@@ -317,15 +315,15 @@ class CostModel(Frozen):
         If ports are evenly used, the busiest carries one row in D. ``returns`` is whether tokens
         come back, as in regime dispatch.
         """
-        instance("topology", topology, Topology)
-        flag("returns", returns)
+        check.instance("topology", topology, Topology)
+        check.flag("returns", returns)
         carried = self.token_bytes + (self.bytes_back if returns else 0.0)
         links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
         return (1.0 - self.overlap) * np.array([0.0, *links])
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        with replacing(path_in(path)) as temporary:
+        with replacing(check.path_in(path)) as temporary:
             temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
@@ -339,7 +337,7 @@ class CostModel(Frozen):
         OSError
             If it cannot be read.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         with naming(path):
             try:
                 values = parse_json(read_whole(path))
@@ -371,12 +369,10 @@ def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
     A device's port of a tier carries what it sends to, or receives from, devices of that tier:
     links work in both directions at once, so the larger of the two counts.
     """
-    rows = np.asarray(sent, dtype=np.float64)
-    busiest = []
-    for tier in range(1, len(topology.levels) + 1):
-        mine = rows * (topology.tier == tier)
-        busiest.append(np.maximum(mine.sum(axis=-1), mine.sum(axis=-2)).max(axis=-1))
-    return np.stack(busiest, axis=-1)
+    rows, tiers = np.asarray(sent, dtype=np.float64), range(1, len(topology.levels) + 1)
+    by_tier = [rows * (topology.tier == tier) for tier in tiers]
+    ports = [np.maximum(of.sum(axis=-1), of.sum(axis=-2)).max(axis=-1) for of in by_tier]
+    return np.stack(ports, axis=-1)
 
 
 # Different batches, twice as many as there are coefficients, and those that each line needs: with
@@ -392,24 +388,10 @@ ROUNDS = 50
 OUTLIER = 1.345
 
 
-class TwoPlanes(NamedTuple):
-    """Coefficients of ``max(a + b * experts, c + d * tokens)`` and the relative error."""
-
-    a: float
-    b: float
-    c: float
-    d: float
-    residual: float
-
-    def predict(self, tokens: Floats, experts: Floats) -> Floats:
-        """Compute the time of every measurement [n]."""
-        return np.maximum(self.a + self.b * experts, self.c + self.d * tokens)
-
-
 def measurements(*values: ArrayLike) -> list[Floats]:
     """Check tokens, experts and microseconds, [n] each."""
     names = ("tokens", "experts", "microseconds")
-    columns = [numbers_in(name, column) for name, column in zip(names, values, strict=True)]
+    columns = [check.numbers_in(name, column) for name, column in zip(names, values, strict=True)]
     shapes = [list(column.shape) for column in columns]
     if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
@@ -428,39 +410,73 @@ def measurements(*values: ArrayLike) -> list[Floats]:
     return columns
 
 
-class Evidence(NamedTuple):
-    """What measurements know of the lines that were fitted to them.
+def _times(lines: Floats, tokens: Floats, experts: Floats) -> tuple[Floats, Floats]:
+    """Compute the times [n] that the lines a + b experts and c + d tokens predict."""
+    a, b, c, d = lines
+    return a + b * experts, c + d * tokens
 
-    Parameters
-    ----------
-    by_experts, by_tokens
-        Measurements on each line.
-    coefficients
-        Standard errors of a, b, c and d, by leaving out parts of the measurements.
-    prediction
-        Relative root mean square error on measurements left out.
+
+def _errors(lines: Floats, tokens: Floats, experts: Floats, times: Floats) -> Floats:
+    """Compute relative errors [n] of the larger line: timings scatter by shares."""
+    return np.maximum(*_times(lines, tokens, experts)) / times - 1
+
+
+def _fit(tokens: Floats, experts: Floats, times: Floats) -> Floats:
+    """Fit two lines, a, b, c and d, by deciding which one a measurement is on and fitting anew."""
+    best, least = np.zeros(4), np.inf
+    # Tokens per expert decide which line is above.
+    density = tokens / np.maximum(experts, 1)
+    for cut in np.quantile(density, np.linspace(0, 1, FIRST_GUESSES)):
+        on_tokens, weight = density >= cut, 1 / times
+        for _ in range(ROUNDS):
+            parts = ((experts, ~on_tokens), (tokens, on_tokens))
+            lines = np.concatenate([_line(x[on], times[on], weight[on]) for x, on in parts])
+            error = np.abs(_errors(lines, tokens, experts, times))
+            typical = 1.4826 * float(np.median(error)) + 1e-12
+            softer = np.sqrt(np.minimum(1, OUTLIER * typical / np.maximum(error, 1e-300))) / times
+            by_experts, by_tokens = _times(lines, tokens, experts)
+            same = np.array_equal(by_tokens >= by_experts, on_tokens)
+            if same and np.allclose(softer, weight, rtol=1e-6):
+                break
+            on_tokens, weight = by_tokens >= by_experts, softer
+        loss = _loss(error)
+        if loss < least:
+            best, least = lines, loss
+    return best
+
+
+def _line(x: Floats, y: Floats, weight: Floats) -> Floats:
+    """Compute the weighted least squares of y on 1 and x, neither coefficient negative."""
+    columns, target = np.stack([weight, weight * x], axis=1), weight * y
+    lines = [np.zeros(2)]
+    for used in ([0, 1], [0], [1]):
+        line = np.zeros(2)
+        line[used] = np.linalg.lstsq(columns[:, used], target, rcond=None)[0]
+        if (line >= 0).all():
+            lines.append(line)
+            if len(used) == 2:
+                break  # no other is as near
+    return min(lines, key=lambda line: float(np.sum((columns @ line - target) ** 2)))
+
+
+def _loss(error: Floats) -> float:
+    """Compute Huber's loss at a scale of one part in a hundred: guesses compare on one scale."""
+    size = np.abs(error)
+    return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
+
+
+def _check_both_lines(
+    lines: Floats, residual: float, tokens: Floats, experts: Floats, times: Floats
+) -> None:
+    """Raise where measurements show one line only, or too few batches of one.
+
+    Nothing is known of the other then, and predictions would be wrong wherever that one is above.
     """
-
-    by_experts: int
-    by_tokens: int
-    coefficients: tuple[float, float, float, float]
-    prediction: float
-
-
-def identified(tokens: Floats, experts: Floats, times: Floats) -> tuple[TwoPlanes, Evidence]:
-    """Fit measurements, and say how well they determine each line.
-
-    Raises
-    ------
-    ValueError
-        If they show one line only, or too few batches of one: nothing is known of the other, and
-        predictions would be wrong wherever that one is above.
-    """
-    planes = fit(tokens, experts, times)
-    above = (planes.c + planes.d * tokens - planes.a - planes.b * experts) / times
+    by_experts, by_tokens = _times(lines, tokens, experts)
+    above = (by_tokens - by_experts) / times
     # Where lines meet, a measurement is of both, and tells them apart as little as noise does.
-    clear = max(planes.residual, 1e-6)
-    lines = (
+    clear = max(residual, 1e-6)
+    regimes = (
         ("reading weights", "few tokens on many experts", experts, above < -clear),
         ("computing", "many tokens on few experts", tokens, above > clear),
     )
@@ -468,106 +484,38 @@ def identified(tokens: Floats, experts: Floats, times: Floats) -> tuple[TwoPlane
     for x in (experts, tokens):
         start, slope = _line(x, times, 1 / times)
         single.append(_loss((start + slope * x) / times - 1))
-    both = _loss(planes.predict(tokens, experts) / times - 1)
+    both = _loss(_errors(lines, tokens, experts, times))
     # Two lines have two coefficients more, and must earn them.
     odds = len(times) / 2 * np.log(max(min(single), 1e-12) / max(both, 1e-12))
     one_only = bool(odds - np.log(len(times)) < SURE)
-    for number, (regime, missing, x, mine) in enumerate(lines):
-        other = lines[1 - number][0]
+    for number, (regime, missing, x, on) in enumerate(regimes):
         if one_only and single[number] > single[1 - number]:
             raise ValueError(
-                f"measurements must show both regimes, got {other} only: add {missing}"
+                f"measurements must show both regimes, got {regimes[1 - number][0]} only: "
+                f"add {missing}"
             )
-        if not one_only and (mine.sum() < FEWEST_OF_LINE or len(np.unique(x[mine])) < 2):
+        if not one_only and (on.sum() < FEWEST_OF_LINE or len(np.unique(x[on])) < 2):
             raise ValueError(
                 f"measurements must have at least {FEWEST_OF_LINE} batches of {regime}, of two "
-                f"sizes or more, got {int(mine.sum())}: add {missing}"
+                f"sizes or more, got {int(on.sum())}: add {missing}"
             )
-    return planes, _evidence(tokens, experts, times, above >= 0)
 
 
-def _evidence(
-    tokens: Floats, experts: Floats, times: Floats, on_tokens: NDArray[np.bool_]
-) -> Evidence:
-    """Leave out parts of the measurements, all repeats of a batch at once."""
+def _cross_validate(tokens: Floats, experts: Floats, times: Floats) -> tuple[float, Floats]:
+    """Compute the error on measurements left out, and standard errors of the coefficients [4].
+
+    All repeats of a batch are left out at once.
+    """
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
     # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
-    error, coefficients = np.zeros(len(times)), []
+    error, parts = np.zeros(len(times)), []
     for number in range(FOLDS):
         out = fold == number
-        part = fit(tokens[~out], experts[~out], times[~out])
-        error[out] = part.predict(tokens[out], experts[out]) / times[out] - 1
-        coefficients.append(part[:4])
+        parts.append(_fit(tokens[~out], experts[~out], times[~out]))
+        error[out] = _errors(parts[-1], tokens[out], experts[out], times[out])
     # The jackknife's: parts share most of what they were fitted to.
-    spread = np.sqrt(FOLDS - 1) * np.std(coefficients, axis=0)
-    a, b, c, d = (float(value) for value in spread)
-    root = float(np.sqrt(np.mean(error**2)))
-    return Evidence(int((~on_tokens).sum()), int(on_tokens.sum()), (a, b, c, d), root)
-
-
-def fit(tokens: Floats, experts: Floats, times: Floats) -> TwoPlanes:
-    """Fit measurements [n] of positive times, in relative terms: timings scatter by shares.
-
-    The residual is the root mean square of the relative errors, outliers included.
-    """
-    best, least = None, np.inf
-    # Tokens per expert decide which line is above.
-    density = tokens / np.maximum(experts, 1)
-    for share in np.linspace(0, 1, FIRST_GUESSES):
-        by_tokens = density >= np.quantile(density, share)
-        planes = _alternate(tokens, experts, times, by_tokens)
-        loss = _loss(planes.predict(tokens, experts) / times - 1)
-        if loss < least:
-            best, least = planes, loss
-    assert best is not None
-    error = best.predict(tokens, experts) / times - 1
-    return best._replace(residual=float(np.sqrt(np.mean(error**2))))
-
-
-def _alternate(
-    tokens: Floats, experts: Floats, times: Floats, by_tokens: NDArray[np.bool_]
-) -> TwoPlanes:
-    weight = 1 / times
-    planes = TwoPlanes(0, 0, 0, 0, 0)
-    for _ in range(ROUNDS):
-        a, b = _line(experts[~by_tokens], times[~by_tokens], weight[~by_tokens])
-        c, d = _line(tokens[by_tokens], times[by_tokens], weight[by_tokens])
-        planes = TwoPlanes(a, b, c, d, 0)
-        error = planes.predict(tokens, experts) / times - 1
-        typical = 1.4826 * float(np.median(np.abs(error))) + 1e-12
-        size = np.maximum(np.abs(error), 1e-300)
-        softer = np.sqrt(np.minimum(1, OUTLIER * typical / size)) / times
-        now = c + d * tokens >= a + b * experts
-        if np.array_equal(now, by_tokens) and np.allclose(softer, weight, rtol=1e-6):
-            break
-        by_tokens, weight = now, softer
-    return planes
-
-
-def _line(x: Floats, y: Floats, weight: Floats) -> tuple[float, float]:
-    """Compute the weighted least squares of y on 1 and x, neither coefficient negative."""
-    if not x.size:
-        return 0.0, 0.0
-    columns = np.stack([weight, weight * x], axis=1)
-    target = weight * y
-    both = np.linalg.lstsq(columns, target, rcond=None)[0]
-    if (both >= 0).all():
-        return float(both[0]), float(both[1])
-    # One of them is zero: the better of the two lines.
-    lines = []
-    for column in (0, 1):
-        along = columns[:, column]
-        value = max(float(along @ target) / max(float(along @ along), 1e-300), 0.0)
-        lines.append((float(np.sum((value * along - target) ** 2)), column, value))
-    _, column, value = min(lines)
-    return (value, 0.0) if column == 0 else (0.0, value)
-
-
-def _loss(error: Floats) -> float:
-    """Compute Huber's loss at a scale of one part in a hundred: guesses compare on one scale."""
-    size = np.abs(error)
-    return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
+    return float(np.sqrt(np.mean(error**2))), np.sqrt(FOLDS - 1) * np.std(parts, axis=0)
 
 
 # Times are of this GPU when nobody names one.
@@ -607,20 +555,6 @@ SIZES = {
 }
 
 
-class Named(Protocol):
-    """Traces and statistics: they may know their model, and the sizes of its experts."""
-
-    @property
-    def model(self) -> str | None:
-        """Name of the model."""
-        ...
-
-    @property
-    def expert_size(self) -> tuple[int, int] | None:
-        """Hidden and intermediate size of an expert."""
-        ...
-
-
 def public_name(model: str | None) -> str | None:
     """Return the name under which a model's sizes are known; None if they are not."""
     if model is None:
@@ -631,27 +565,23 @@ def public_name(model: str | None) -> str | None:
     return max(fits, key=len, default=None)
 
 
-def size_of_expert(traffic: Named) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert: as recorded, else of the public model."""
-    public = public_name(traffic.model)
-    if traffic.expert_size is None and public is not None:
-        return SIZES[public]
-    return traffic.expert_size
+def size_of_expert(traffic: Any) -> tuple[int, int] | None:
+    """Return hidden and intermediate size of an expert: as recorded, else of the public model.
 
-
-def cost_model_of(traffic: Named, gpu: str = DEFAULT_GPU) -> CostModel:
-    """Return the roofline of a GPU with the experts of a traffic's model.
-
-    Sizes that were recorded come first, then those of a public model of that name; where neither is
-    known they are DeepSeek-V3's. The name says whose they are.
+    Of a trace or statistics; None where neither is known.
     """
-    public = public_name(traffic.model)
+    recorded: tuple[int, int] | None = traffic.expert_size
+    return recorded or SIZES.get(public_name(traffic.model) or "")
+
+
+def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:
+    """Return the roofline of a GPU with the experts of the model of a trace or statistics.
+
+    Where their size is not known they are DeepSeek-V3's. The name says whose they are.
+    """
+    hidden, intermediate = size_of_expert(traffic) or (HIDDEN, INTERMEDIATE)
+    whose = public_name(traffic.model) or "deepseek-v3, as INPUT's model is not known"
     if traffic.expert_size is not None:
-        (hidden, intermediate), whose = traffic.expert_size, traffic.model or "as recorded"
-    elif public is not None:
-        (hidden, intermediate), whose = SIZES[public], public
-    else:
-        hidden, intermediate = HIDDEN, INTERMEDIATE
-        whose = "deepseek-v3, as INPUT's model is not known"
+        whose = traffic.model or "as recorded"
     name = f"{gpu}:{hidden}x{intermediate} ({whose})"
     return CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, name=name)

@@ -1,10 +1,10 @@
-"""What the package's frozen dataclasses share: equality, hash, and how they show themselves."""
+"""What the package's frozen dataclasses share: equality, hash, text and JSON."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from html import escape
 from typing import Any, ClassVar
 
@@ -67,6 +67,21 @@ def short(value: Any) -> str:
             return f"[{len(value)} entries]"
         return "[" + ", ".join(short(member) for member in value) + "]"
     return repr(value)
+
+
+def as_json(value: Any) -> Any:
+    """Return what JSON takes of a value: fields by their names, arrays and tuples as lists."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: as_json(of) for key, of in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [as_json(of) for of in value] if isinstance(value, (tuple, list)) else value
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

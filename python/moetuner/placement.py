@@ -11,28 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    SLOT_LIMIT,
-    array_in,
-    check_slots,
-    experts_in,
-    instance,
-    not_negative,
-    number_or_none,
-    numbers_in,
-    path_in,
-    shown,
-    text_or_none,
-    whole_number,
-)
+from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, as_json
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
-NAMES = {"model", "topology", "fingerprint", "objective", "bound", "bound_scope"}
+# What is said of a placement beside its slots, in the order of its file.
+TEXTS, FIGURES = ("model", "topology", "fingerprint", "bound_scope"), ("objective", "bound")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,13 +59,8 @@ class PlacementDiff(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
-        return {
-            "experts_moved": self.experts_moved,
-            "experts_moved_per_layer": self.experts_moved_per_layer.tolist(),
-            "bytes_moved": self.bytes_moved,
-            "moves": self.moves.tolist(),
-            "pairs": self.pairs.tolist(),
-        }
+        values: dict[str, Any] = as_json(vars(self))
+        return values
 
 
 def difference(
@@ -251,40 +234,37 @@ class Placement(Frozen):
     bound_scope: str | None = None
 
     def __post_init__(self) -> None:
-        slots = array_in("slots", self.slots)
+        slots = check.array_in("slots", self.slots)
         if slots.ndim != 3 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer):
             raise ValueError(
                 "slots must be integers [layers, devices, slots], none of them zero, "
-                f"got {slots.dtype} {list(slots.shape)}"
+                f"got {check.shown(slots)}"
             )
-        _, devices, per_device = slots.shape
-        check_slots(devices, per_device)
-        given = whole_number("num_experts", self.num_experts, lowest=0)
-        if not given and int(slots.max()) >= devices * per_device:
+        check.check_slots(*slots.shape[1:])
+        given = check.whole_number("num_experts", self.num_experts, lowest=0)
+        most, highest = slots[0].size, int(slots.max())
+        if not given and highest >= most:
             raise ValueError(
-                f"slots must have expert ids below {devices * per_device}, the slots of a layer, "
-                f"got {slots.max()}"
+                f"slots must have expert ids below {most}, the slots of a layer, got {highest}"
             )
-        experts = given or max(int(slots.max()) + 1, 1)
-        if not 1 <= experts <= devices * per_device:
+        experts = given or max(highest + 1, 1)
+        if experts > most:
             raise ValueError(
-                f"num_experts must be from 1 to {devices * per_device}, a slot for each, "
-                f"got {experts}"
+                f"num_experts must be from 1 to {most}, a slot for each, got {experts}"
             )
         _check(slots, experts)
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         if slots is self.slots or slots.base is not None:
             slots = slots.copy()
         slots.flags.writeable = False
-        object.__setattr__(self, "slots", slots)
-        object.__setattr__(self, "num_experts", experts)
+        vars(self).update(slots=slots, num_experts=experts)
         self._check_names()
 
     def _check_names(self) -> None:
-        for name in ("model", "topology", "fingerprint", "bound_scope"):
-            text_or_none(name, getattr(self, name))
-        for name in ("objective", "bound"):
-            number_or_none(name, getattr(self, name))
+        for name in TEXTS:
+            check.text_or_none(name, getattr(self, name))
+        for name in FIGURES:
+            check.number_or_none(name, getattr(self, name))
 
     @classmethod
     def from_assignment(
@@ -300,11 +280,11 @@ class Placement(Frozen):
         Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most
         experts that any device holds in any layer.
         """
-        device_of = array_in("device_of", device_of)
-        whole_number("devices", devices, highest=SLOT_LIMIT)
+        device_of = check.array_in("device_of", device_of)
+        check.whole_number("devices", devices, highest=check.SLOT_LIMIT)
         if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
             raise ValueError(
-                f"device_of must be integers [layers, experts], got {shown(device_of)}"
+                f"device_of must be integers [layers, experts], got {check.shown(device_of)}"
             )
         if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
@@ -312,28 +292,25 @@ class Placement(Frozen):
                 f"got {device_of.min()} to {device_of.max()}"
             )
         layers, experts = device_of.shape
-        check_slots(devices, 1, layers)
+        check.check_slots(devices, 1, layers)
         row = np.arange(layers)[:, None]
         # A cell is a device of a layer.
-        cell = (device_of + row * devices).ravel()
-        counts = np.bincount(cell, minlength=layers * devices)
-        width = int(counts.max(initial=1))
-        if slots_per_device is not None:
-            whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
-            if width > slots_per_device:
+        counts = np.bincount((device_of + row * devices).ravel(), minlength=layers * devices)
+        width, given = int(counts.max(initial=1)), slots_per_device
+        if given is not None:
+            check.whole_number("slots_per_device", given, highest=check.SLOT_LIMIT)
+            if width > given:
                 raise ValueError(
-                    f"slots_per_device must be at least {width}, got {slots_per_device}: "
+                    f"slots_per_device must be at least {width}, got {given}: "
                     "a device holds that many experts in one layer"
                 )
-            width = slots_per_device
-        check_slots(devices, width, layers)
+            width = given
+        check.check_slots(devices, width, layers)
         # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
         small = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(small, axis=1, kind="stable")
-        cell = cell[(order + row * experts).ravel()]
-        slot = np.arange(len(cell)) - (np.cumsum(counts) - counts)[cell]
         slots = np.full((layers, devices, width), EMPTY, dtype=np.int32)
-        slots.reshape(-1)[cell * width + slot] = order.ravel()
+        slots[np.arange(width) < counts.reshape(layers, devices, 1)] = order.ravel()
         return cls(slots, num_experts=experts, **names)
 
     @property
@@ -387,11 +364,10 @@ class Placement(Frozen):
 
     def with_names(self, **names: Any) -> Placement:
         """Return the same slots with other names or figures."""
-        if not names.keys() <= NAMES:
-            raise TypeError(f"names must be of {sorted(NAMES)}, got {sorted(names)}")
+        if not names.keys() <= {*TEXTS, *FIGURES}:
+            raise TypeError(f"names must be of {(*TEXTS, *FIGURES)}, got {sorted(names)}")
         named = copy(self)  # without another check: the slots cannot have changed
-        for name, value in names.items():
-            object.__setattr__(named, name, value)
+        vars(named).update(names)
         named._check_names()
         return named
 
@@ -408,32 +384,21 @@ class Placement(Frozen):
         """
         if (self.slots != EMPTY).all():
             return self
-        tokens = None if load is None else numbers_in("load", load)
+        tokens = None if load is None else check.amounts_in("load", load)
         if tokens is not None and tokens.shape != (self.layers, self.num_experts):
             raise ValueError(
                 f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
             )
-        if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
-            raise ValueError("load must be finite and at least 0")
         slots = fill(self.slots, self.num_experts, load=tokens)
         # A solver's figures were of other copies.
         return replace(self, slots=slots, objective=None, bound=None)
 
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""
-        fields = {
-            "schema": SCHEMA,
-            "model": self.model,
-            "topology": self.topology,
-            "num_experts": self.num_experts,
-            "fingerprint": self.fingerprint,
-            "objective": self.objective,
-            "bound": self.bound,
-            "bound_scope": self.bound_scope,
-            "slots": self.slots.tolist(),
-        }
-        with replacing(path_in(path)) as temporary:
-            temporary.write_text(json.dumps(fields) + "\n")
+        names = {name: getattr(self, name) for name in ("num_experts", *TEXTS, *FIGURES)}
+        values = {"schema": SCHEMA, **names, "slots": self.slots.tolist()}
+        with replacing(check.path_in(path)) as temporary:
+            temporary.write_text(json.dumps(values) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Placement:
@@ -458,30 +423,29 @@ class Placement(Frozen):
         ValueError
             If the file is no placements, or some are of another schema version.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         with naming(path):
             content = read_whole(path)
             placements: list[Placement] = []
             try:
                 text = content.decode().strip()
                 while text or not placements:
-                    fields, end = DECODER.raw_decode(text)
-                    placements.append(cls._of_fields(fields))
+                    values, end = DECODER.raw_decode(text)
+                    placements.append(cls._of_values(values))
                     text = text[end:].lstrip()
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
             return placements
 
     @classmethod
-    def _of_fields(cls, fields: Any) -> Placement:
-        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-            schema = fields.get("schema") if isinstance(fields, dict) else type(fields)
-            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(schema)}")
-        names = ("model", "topology", "fingerprint", "bound_scope", "objective", "bound")
+    def _of_values(cls, values: Any) -> Placement:
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+            schema = values.get("schema") if isinstance(values, dict) else type(values)
+            raise ValueError(f"schema must be {SCHEMA!r}, got {check.shown(schema)}")
         return cls(
-            array_in("slots", fields["slots"]),
-            num_experts=experts_in(fields["num_experts"]),
-            **{name: fields.get(name) for name in names},
+            check.array_in("slots", values["slots"]),
+            num_experts=check.experts_in(values["num_experts"]),
+            **{name: values.get(name) for name in (*TEXTS, *FIGURES)},
         )
 
     def diff(
@@ -498,16 +462,15 @@ class Placement(Frozen):
         ``link_cost``, where that was given) that holds the expert, of equally near
         ones from the one with the lowest number.
         """
-        instance("other", other, Placement)
+        check.instance("other", other, Placement)
         if expert_bytes is not None:
-            not_negative("expert_bytes", expert_bytes, "number of bytes")
+            check.not_negative("expert_bytes", expert_bytes, "number of bytes")
         if topology is not None:
-            instance("topology", topology, Topology)
-        shape, wanted = (self.layers, self.devices, self.num_experts), other
-        if shape != (wanted.layers, wanted.devices, wanted.num_experts):
+            check.instance("topology", topology, Topology)
+        mine, theirs = ((of.layers, of.devices, of.num_experts) for of in (self, other))
+        if mine != theirs:
             raise ValueError(
-                f"other must have the same layers, devices and experts, got {shape} and "
-                f"{(wanted.layers, wanted.devices, wanted.num_experts)}"
+                f"other must have the same layers, devices and experts, got {mine} and {theirs}"
             )
         if topology is not None and topology.devices != self.devices:
             raise ValueError(
@@ -527,33 +490,27 @@ class Placement(Frozen):
 
 def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
     """Count the slots of every expert [L,E]."""
-    layers = len(slots)
     # A column for every expert behind one for empty slots.
-    column = slots.reshape(layers, -1).astype(np.int64) - EMPTY
-    cell = column + np.arange(layers)[:, None] * (experts + 1)
-    counts = np.bincount(cell.ravel(), minlength=layers * (experts + 1))
-    return counts.reshape(layers, -1)[:, 1:]
+    columns = slots.reshape(len(slots), -1).astype(np.int64) - EMPTY
+    return np.stack([np.bincount(row, minlength=experts + 1)[1:] for row in columns])
 
 
 def _check(slots: NDArray[Any], experts: int) -> None:
     """Raise for the first layer that breaks a rule."""
     if slots.min() < EMPTY or slots.max() >= experts:
-        wrong = (slots < EMPTY) | (slots >= experts)
-        layer, device, slot = np.argwhere(wrong)[0]
+        layer, device, slot = np.argwhere((slots < EMPTY) | (slots >= experts))[0]
         raise ValueError(
             f"slots: layer {layer}, device {device}: expert id {slots[layer, device, slot]} "
             f"is not from -1 to {experts - 1}, below num_experts"
         )
     copies = _copies(slots, experts)
-    if not copies.all():
-        layer, expert = np.argwhere(copies == 0)[0]
+    for layer, expert in np.argwhere(copies == 0)[:1]:
         raise ValueError(f"slots: layer {layer}: expert {expert} has no slot")
     if copies.max() == 1:
         return
     ordered = np.sort(slots, axis=2)
-    twice = np.argwhere((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != EMPTY))
-    if twice.size:
-        layer, device, slot = twice[0]
+    twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] != EMPTY)
+    for layer, device, slot in np.argwhere(twice)[:1]:
         raise ValueError(
             f"slots: layer {layer}, device {device}: "
             f"expert {ordered[layer, device, slot]} has two slots"

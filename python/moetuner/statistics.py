@@ -14,20 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _checks, _core
-from moetuner._checks import (
-    array_in,
-    callable_or_none,
-    flag,
-    instance,
-    listed,
-    path_in,
-    shown,
-    text_or_none,
-    threads_in,
-    whole_number,
-    window_in,
-)
+from moetuner import _checks as check
+from moetuner import _core
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.frozen import Frozen
@@ -65,27 +53,25 @@ class ExpertSets(Frozen):
     counts: NDArray[np.uint64]
 
     def __post_init__(self) -> None:
-        ids = array_in("ids of expert sets", self.ids)
-        counts = array_in("counts of expert sets", self.counts)
-        if ids.ndim != 2 or ids.shape[1] == 0 or not _whole(ids, 1 << 16):
+        ids = check.array_in("ids of expert sets", self.ids)
+        fits = ids.ndim == 2 and ids.shape[1] > 0 and ids.dtype.kind in "ui"
+        if not fits or (ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 16):
             raise ValueError(
-                f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {_kind(ids)}"
+                f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {check.shown(ids)}"
             )
-        if counts.shape != ids.shape[:1] or not _whole(counts, 1 << 63):
+        counts = _counts("counts of expert sets", self.counts, "[sets]")
+        if len(counts) != len(ids):
             raise ValueError(
                 f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
-                f"got {_kind(counts)}"
+                f"got {check.shown(counts)}"
             )
-        if not float(counts.sum(dtype=np.float64)) < 2.0**63:
-            raise ValueError("counts of expert sets must add up to less than 2**63")
         ids, counts = _core.merge_sets(
             np.ascontiguousarray(ids, dtype=np.uint16),
             np.ascontiguousarray(counts, dtype=np.uint64),
         )
         if (ids[:, 1:] == ids[:, :-1]).any():
             raise ValueError("ids of an expert set must differ")
-        object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "counts", counts)
+        vars(self).update(ids=ids, counts=counts)
 
     @property
     def top_k(self) -> int:
@@ -111,20 +97,9 @@ class ExpertSets(Frozen):
     def load(self, experts: int) -> NDArray[np.uint64]:
         """Return tokens of every expert [E]."""
         least = int(self.ids.max(initial=0)) + 1
-        load = np.zeros(whole_number("experts", experts, lowest=least), dtype=np.uint64)
+        load = np.zeros(check.whole_number("experts", experts, lowest=least), dtype=np.uint64)
         np.add.at(load, self.ids, self.counts[:, None])
         return load
-
-
-def _whole(array: NDArray[Any], end: int) -> bool:
-    """Whether all are integers from 0 to ``end``, excluded."""
-    if array.dtype.kind not in "ui":
-        return False
-    return not array.size or (int(array.min()) >= 0 and int(array.max()) < end)
-
-
-def _kind(array: NDArray[Any]) -> str:
-    return f"{array.dtype} {list(array.shape)}"
 
 
 def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
@@ -142,10 +117,10 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
     """Return the sets of every layer, None where the tables are missing."""
     missing = [name for name in SET_TABLES if name not in tables]
-    if len(missing) == len(SET_TABLES):
-        return None
-    if missing:
+    if 0 < len(missing) < len(SET_TABLES):
         raise ValueError(f"expert sets must have {', '.join(SET_TABLES)}, got no {missing[0]}")
+    if missing:
+        return None
     ids, counts, sizes = (tables[name] for name in SET_TABLES)
     fits = sizes.ndim == 1 and sizes.dtype.kind in "ui" and len(sizes) > 0
     if not fits or sum(sizes.tolist()) != len(ids) or min(sizes.tolist()) < 0:
@@ -159,6 +134,8 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 
 # Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
 PAIRS = {"transitions": 1, "coactivation": 0}
+# Fields that are no tables.
+ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
@@ -234,7 +211,12 @@ class RoutingStatistics(Frozen):
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
-        object.__setattr__(self, "window_load", _narrowest(load))
+        vars(self).update(
+            window_load=_narrowest(load),
+            window=check.window_in(self.window),
+            group_names=check.names(self.group_names),
+            expert_size=check.expert_size(self.expert_size),
+        )
         _, layers, experts = load.shape
         for name, table in self._pairs.items():
             if table is not None:
@@ -242,23 +224,34 @@ class RoutingStatistics(Frozen):
                 whole = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
                 if whole.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(whole.shape)}")
-                object.__setattr__(self, name, whole)
-        if self.coactivation is not None:
-            _check_coactivation(self.coactivation)
+                vars(self)[name] = whole
+        for layer, counts in enumerate(self.coactivation if self.coactivation is not None else ()):
+            if counts.diagonal().any() or not np.array_equal(counts, counts.T):
+                rule = "symmetric with a zero diagonal"
+                raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
         if self.sets is not None:
-            object.__setattr__(self, "sets", tuple(listed("sets", self.sets, "expert sets")))
-            _check_sets(self.sets, layers, experts)
+            vars(self)["sets"] = tuple(check.listed("sets", self.sets, "expert sets"))
+            self._check_sets(self.sets)
         if self.set_tokens is not None:
             if self.sets is None:
                 raise ValueError("set_tokens must be None without sets")
-            whole_number("set_tokens", self.set_tokens)
-        object.__setattr__(self, "group_names", _checks.names(self.group_names))
-        object.__setattr__(self, "expert_size", _checks.expert_size(self.expert_size))
+            check.whole_number("set_tokens", self.set_tokens)
         if self.group is not None:
-            group = _checks.groups(self.group, load.shape[0], self.group_names, np.int64)
-            object.__setattr__(self, "group", group)
-        object.__setattr__(self, "window", window_in(self.window))
-        text_or_none("model", self.model)
+            group = check.groups(self.group, self.windows, self.group_names, np.int64)
+            vars(self)["group"] = group
+        check.text_or_none("model", self.model)
+
+    def _check_sets(self, sets: tuple[ExpertSets, ...]) -> None:
+        """Check that there are sets of every layer, of experts that there are."""
+        if len(sets) != self.layers:
+            raise ValueError(f"sets must be those of {self.layers} layers, got {len(sets)}")
+        for layer, of in enumerate(sets):
+            check.instance(f"sets of layer {layer}", of, ExpertSets)
+            highest = int(of.ids.max(initial=0))
+            if highest >= self.experts:
+                raise ValueError(
+                    f"sets must have expert ids below {self.experts}, layer {layer} has {highest}"
+                )
 
     @classmethod
     def from_trace(
@@ -301,14 +294,16 @@ class RoutingStatistics(Frozen):
             If an argument is wrong, an id in the trace's file is, or the tables would not fit
             memory.
         """
-        instance("trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes")
-        window, threads = window_in(window), threads_in(threads)
+        check.instance(
+            "trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes"
+        )
+        window, threads = check.window_in(window), check.threads_in(threads)
         tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
         for name, value in {**tables, "by_group": by_group}.items():
-            flag(name, value)
+            check.flag(name, value)
         _check_table_bytes(trace, window, tables)
         every = _sampling(trace) if sets else 1
-        callable_or_none("progress", progress)
+        check.callable_or_none("progress", progress)
         count = partial(cls._counted, window=window, every=every, threads=threads, tables=tables)
         return _by_group(trace, count, progress) if by_group else count(trace, progress=progress)
 
@@ -344,14 +339,13 @@ class RoutingStatistics(Frozen):
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
         # What the core has counted needs no check, which takes as long as writing it.
-        for name, table in zip(PAIRS, pairs, strict=True):
-            object.__setattr__(statistics, name, table)
+        vars(statistics).update(zip(PAIRS, pairs, strict=True))
         return statistics
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
         """Wrap a load table [W,L,E] (or [L,E], one window); no pairs are known."""
-        load = array_in("load", load)
+        load = check.array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
 
     @property
@@ -395,28 +389,25 @@ class RoutingStatistics(Frozen):
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
         """Transitions, or no tables at all where they were not counted."""
-        return self.transitions if self.transitions is not None else self._no_tables
+        return self._or_empty(self.transitions)
 
     @property
     def coactivation_or_empty(self) -> NDArray[np.uint64]:
         """Co-activation, or no tables at all where it was not counted."""
-        return self.coactivation if self.coactivation is not None else self._no_tables
+        return self._or_empty(self.coactivation)
 
-    @property
-    def _no_tables(self) -> NDArray[np.uint64]:
-        return np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+    def _or_empty(self, table: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
+        empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+        return empty if table is None else table
 
     @cached_property
     def fingerprint(self) -> str:
         """Short hash of all counts: two statistics with the same fingerprint are the same."""
         digest = hashlib.sha256()
         for table in (self.window_load, *self._pairs.values()):
-            if table is None:
-                digest.update(b"none")
-            else:
-                digest.update(repr(table.shape).encode())
-                for part in table:  # not all of them twice, or in 64 bits
-                    digest.update(np.ascontiguousarray(part, dtype="<u8").data)
+            digest.update(b"none" if table is None else repr(table.shape).encode())
+            for part in () if table is None else table:  # not all of them twice, or in 64 bits
+                digest.update(np.ascontiguousarray(part, dtype="<u8").data)
         for layer in self.sets or ():
             digest.update(repr(layer.ids.shape).encode())
             digest.update(np.ascontiguousarray(layer.ids, dtype="<u2").data)
@@ -455,53 +446,48 @@ class RoutingStatistics(Frozen):
             # Nothing is known of a model without a name; windows without a length are others.
             if mine != theirs and (name == "window" or None not in (mine, theirs)):
                 raise ValueError(
-                    f"statistics must have the same {name}, got {shown(mine)} and {shown(theirs)}"
+                    f"statistics must have the same {name}, "
+                    f"got {check.shown(mine)} and {check.shown(theirs)}"
                 )
-        names = tuple(dict.fromkeys(self.group_names + other.group_names))
-        group = _checks.joined_groups(
-            [(side.group, side.group_names) for side in (self, other)], names
-        )
+        group, names = check.joined_groups([self, other])
+        same = {of: getattr(self, of) and getattr(other, of) for of in ("model", "expert_size")}
+        both = {name: (table, other._pairs[name]) for name, table in self._pairs.items()}
+        pairs: dict[str, Any] = {
+            name: a + b for name, (a, b) in both.items() if a is not None and b is not None
+        }
+        sets, set_tokens = None, None
+        if self.sets is not None and other.sets is not None:
+            sets = tuple(a + b for a, b in zip(self.sets, other.sets, strict=True))
+            sides = ((self.sets, self.set_tokens), (other.sets, other.set_tokens))
+            if any(sample is not None for _, sample in sides):
+                set_tokens = sum(sample or int(of[0].counts.sum()) for of, sample in sides)
         return RoutingStatistics(
             np.concatenate([self.window_load, other.window_load]),
-            **{name: _sum(table, other._pairs[name]) for name, table in self._pairs.items()},
+            **pairs,
+            **same,
             window=self.window,
             group=group,
             group_names=names if group is not None else (),
-            model=self.model if self.model == other.model else None,
-            sets=None
-            if self.sets is None or other.sets is None
-            else tuple(a + b for a, b in zip(self.sets, other.sets, strict=True)),
-            expert_size=self.expert_size if self.expert_size == other.expert_size else None,
-            set_tokens=_joined_sample(self, other),
+            sets=sets,
+            set_tokens=set_tokens,
         )
 
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
         """Add many: of shards, ranks or days."""
-        members = listed("parts", parts, "statistics")
+        members = check.listed("parts", parts, "statistics")
         if not members:
             raise ValueError("parts to sum must be at least one RoutingStatistics, got none")
         for part in members:
-            instance("each of the parts", part, RoutingStatistics)
+            check.instance("each of the parts", part, RoutingStatistics)
         total: RoutingStatistics = reduce(operator.add, members)
         return total
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        contents.write_statistics(
-            path_in(path),
-            {
-                "load": self.window_load,
-                **self._pairs,
-                "group": self.group,
-                **to_tables(self.sets),
-            },
-            window=self.window,
-            set_tokens=self.set_tokens,
-            group_names=self.group_names,
-            model=self.model,
-            expert_size=self.expert_size,
-        )
+        pairs = {"load": self.window_load, **self._pairs, "group": self.group}
+        about: Any = {name: getattr(self, name) for name in ABOUT}
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), **about)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
@@ -517,20 +503,11 @@ class RoutingStatistics(Frozen):
         OSError
             If it cannot be read.
         """
-        saved = contents.read_statistics(path_in(path))
+        saved = contents.read_statistics(check.path_in(path))
         with naming(path):
-            load = saved.tables["load"]
-            return cls(
-                load[None] if load.ndim == 2 else load,
-                **{name: saved.tables.get(name) for name in PAIRS},
-                window=saved.window,
-                group=saved.tables.get("group"),
-                group_names=_checks.names(saved.group_names),
-                model=saved.model,
-                sets=from_tables(saved.tables),
-                expert_size=saved.expert_size,
-                set_tokens=saved.set_tokens,
-            )
+            about: Any = {name: saved.tables.get(name) for name in (*PAIRS, "group")}
+            about |= {name: getattr(saved, name) for name in ABOUT}
+            return cls.from_load(saved.tables["load"], sets=from_tables(saved.tables), **about)
 
 
 def _by_group(
@@ -557,27 +534,23 @@ def _by_group(
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:
     """Turn a table of counts into unsigned numbers, or say what is wrong with it."""
-    table = array_in(name, table)
-    if table.ndim != 3 or table.dtype.kind not in "uif":
-        raise ValueError(
-            f"{name} must be numbers {dimensions}, got {table.dtype} {list(table.shape)}"
-        )
-    if table.dtype.kind != "f" and _is_beyond(table):
-        raise ValueError(f"{name} must add up to less than 2**63, got a count of {table.max()}")
-    if table.dtype.kind == "u":
-        return np.ascontiguousarray(table, dtype=table.dtype.newbyteorder("="))
-    if table.dtype.itemsize < 8:
+    table = check.array_in(name, table)
+    if table.ndim != dimensions.count(",") + 1 or table.dtype.kind not in "uif":
+        raise ValueError(f"{name} must be numbers {dimensions}, got {check.shown(table)}")
+    if table.dtype.kind == "f" and table.dtype.itemsize < 8:
         table = table.astype(np.float64)  # as 2**63 is too much for half floats
-    wrong = ~((table >= 0) & (table < 2.0**63) & (np.floor(table) == table))
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}"
-        )
-    whole = np.ascontiguousarray(table.astype(np.uint64))
-    if _is_beyond(whole):
-        raise ValueError(f"{name} must add up to less than 2**63, got a count of {whole.max()}")
-    return whole
+    if table.dtype.kind != "u":
+        wrong = ~((table >= 0) & (np.floor(table) == table) & (table < 2.0**64))
+        for at in map(tuple, np.argwhere(wrong)[:1].tolist()):
+            raise ValueError(
+                f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}"
+            )
+    # The largest mostly tells that all add up, and is found faster.
+    highest = int(table.max(initial=0))
+    if highest * table.size >= 2**63 and not float(table.sum(dtype=np.float64)) < 2.0**63:
+        raise ValueError(f"{name} must add up to less than 2**63, got a count of {highest}")
+    unsigned = table.dtype.newbyteorder("=") if table.dtype.kind == "u" else np.dtype(np.uint64)
+    return np.ascontiguousarray(table, dtype=unsigned)
 
 
 def _narrowest(table: Loads) -> Loads:
@@ -585,31 +558,6 @@ def _narrowest(table: Loads) -> Loads:
     is_large = table.size * 8 > NARROW_BYTES
     kind = np.min_scalar_type(int(table.max())) if is_large else np.dtype(np.uint64)
     return table.astype(kind, copy=False)
-
-
-def _is_beyond(table: NDArray[Any]) -> bool:
-    """Whether counts add up to 2**63 or more; the largest mostly tells, and is found faster."""
-    if not table.size or int(table.max()) * table.size < 2**63:
-        return False
-    return not float(table.sum(dtype=np.float64)) < 2.0**63
-
-
-def _check_coactivation(table: NDArray[np.uint64]) -> None:
-    for layer, counts in enumerate(table):
-        if counts.diagonal().any() or not np.array_equal(counts, counts.T):
-            rule = "symmetric with a zero diagonal"
-            raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
-
-
-def _check_sets(sets: tuple[ExpertSets, ...], layers: int, experts: int) -> None:
-    if len(sets) != layers:
-        raise ValueError(f"sets must be those of {layers} layers, got {len(sets)}")
-    for layer, of in enumerate(sets):
-        instance(f"sets of layer {layer}", of, ExpertSets)
-        if len(of) and int(of.ids.max()) >= experts:
-            raise ValueError(
-                f"sets must have expert ids below {experts}, layer {layer} has {of.ids.max()}"
-            )
 
 
 def _shard_bytes(trace: RoutingTrace) -> int:
@@ -637,30 +585,3 @@ def _sampling(trace: RoutingTrace) -> int:
     if distinct * trace.layers <= MOST_SETS:
         return 1
     return -(-trace.tokens * trace.layers // MOST_SETS)
-
-
-def _joined_sample(one: RoutingStatistics, other: RoutingStatistics) -> int | None:
-    """Return the tokens whose sets both together have counted; None where those are all."""
-    if (
-        one.sets is None
-        or other.sets is None
-        or (one.set_tokens is None and other.set_tokens is None)
-    ):
-        return None
-    return sum(
-        int(sets[0].counts.sum()) if tokens is None else tokens
-        for sets, tokens in ((one.sets, one.set_tokens), (other.sets, other.set_tokens))
-    )
-
-
-def _sum(a: NDArray[np.uint64] | None, b: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:
-    return None if a is None or b is None else a + b
-
-
-def some_windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
-    """Return a load table of some windows [W] of one."""
-    return replace(
-        statistics,
-        window_load=statistics.window_load[keep],
-        group=None if statistics.group is None else statistics.group[keep],
-    )

@@ -13,20 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    DEVICE_LIMIT,
-    SLOT_LIMIT,
-    array_in,
-    listed,
-    not_negative,
-    one_of,
-    path_in,
-    per_device,
-    positive,
-    shown,
-    text_or_none,
-    whole_number,
-)
+from moetuner import _checks as check
 from moetuner.files import naming, read_whole
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
@@ -40,8 +27,6 @@ Regime = Literal["follow", "dispatch"]
 # 400 Gbit/s InfiniBand port per GPU between nodes (NVIDIA H100 and ConnectX-7 data sheets).
 INTRA_NODE_BANDWIDTH = 450e9
 INTER_NODE_BANDWIDTH = 50e9
-
-BYTES_PER_SECOND, SECONDS = "number of bytes per second", "number of seconds"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,12 +56,15 @@ class Tier(Frozen):
     latency: float = 0.0
 
     def __post_init__(self) -> None:
-        whole_number("devices", self.devices, highest=DEVICE_LIMIT)
-        for name, check, unit in (
-            ("bandwidth", positive, BYTES_PER_SECOND),
-            ("latency", not_negative, SECONDS),
-        ):
-            object.__setattr__(self, name, check(name, getattr(self, name), unit))
+        check.whole_number("devices", self.devices, highest=check.DEVICE_LIMIT)
+        _set_link(self, "bandwidth", "latency")
+
+
+def _set_link(of: Any, bandwidth: str, latency: str) -> None:
+    """Check the numbers of a link, which are fields of a frozen value, and set them."""
+    rate = check.positive(bandwidth, getattr(of, bandwidth), "number of bytes per second")
+    seconds = check.not_negative(latency, getattr(of, latency), "number of seconds")
+    vars(of).update({bandwidth: rate, latency: seconds})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -134,49 +122,46 @@ class Topology(Frozen):
     slots_per_device: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        whole_number("devices", self.devices, highest=DEVICE_LIMIT)
-        text_or_none("name", self.name)
-        object.__setattr__(self, "tiers", tuple(listed("tiers", self.tiers, "Tier values")))
+        check.whole_number("devices", self.devices, highest=check.DEVICE_LIMIT)
+        check.text_or_none("name", self.name)
+        vars(self)["tiers"] = tuple(check.listed("tiers", self.tiers, "Tier values"))
         if self.tiers:
             self._set_from_tiers()
         if self.devices_per_node is None:
-            object.__setattr__(self, "devices_per_node", self.devices)
-        whole_number("devices_per_node", self.devices_per_node, highest=DEVICE_LIMIT)
+            vars(self)["devices_per_node"] = self.devices
+        check.whole_number("devices_per_node", self.devices_per_node, highest=check.DEVICE_LIMIT)
         if self.devices % self.node_size:
             raise ValueError(
                 f"devices_per_node must divide devices ({self.devices}), "
                 f"got {self.devices_per_node}"
             )
         for end in ("intra_node", "inter_node"):
-            for name, check, unit in (
-                (f"{end}_bandwidth", positive, BYTES_PER_SECOND),
-                (f"{end}_latency", not_negative, SECONDS),
-            ):
-                object.__setattr__(self, name, check(name, getattr(self, name), unit))
+            _set_link(self, f"{end}_bandwidth", f"{end}_latency")
         if self.link_cost is not None:
             # Held as tuples, so that topologies compare, hash and cannot be changed.
             cost = checked(self.link_cost, self.devices)
-            object.__setattr__(self, "link_cost", tuple(map(tuple, cost.tolist())))
+            vars(self)["link_cost"] = tuple(map(tuple, cost.tolist()))
         if self.speed is not None:
-            speed = per_device("speed", self.speed, self.devices)
-            for device, value in enumerate(speed):
-                positive(f"speed of device {device}", value, "number")
-            object.__setattr__(self, "speed", tuple(float(value) for value in speed))
+            speed = check.per_device("speed", self.speed, self.devices)
+            speeds = [
+                float(check.positive(f"speed of device {d}", of)) for d, of in enumerate(speed)
+            ]
+            vars(self)["speed"] = tuple(speeds)
         if self.slots_per_device is not None:
-            slots = per_device("slots_per_device", self.slots_per_device, self.devices)
+            slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
             counts = tuple(
-                whole_number(f"slots_per_device of device {device}", value, highest=SLOT_LIMIT)
+                check.whole_number(
+                    f"slots_per_device of device {device}", value, highest=check.SLOT_LIMIT
+                )
                 for device, value in enumerate(slots)
             )
-            object.__setattr__(self, "slots_per_device", counts)
+            vars(self)["slots_per_device"] = counts
 
     def _set_from_tiers(self) -> None:
         """Check tiers, and let the shorthand say the same as the first two."""
-        sizes = []
         for tier in self.tiers:
-            if not isinstance(tier, Tier):
-                raise ValueError(f"tiers must be Tier values, got {shown(tier)}")
-            sizes.append(tier.devices)
+            check.instance("tiers", tier, Tier)
+        sizes = [tier.devices for tier in self.tiers]
         nested = all(b % a == 0 and b > a for a, b in pairwise(sizes))
         if not nested or sizes[-1] != self.devices:
             raise ValueError(
@@ -197,7 +182,7 @@ class Topology(Frozen):
                 raise ValueError(
                     f"{name} must be left out where tiers are given, got {getattr(self, name)}"
                 )
-            object.__setattr__(self, name, value)
+            vars(self)[name] = value
 
     @property
     def node_size(self) -> int:
@@ -228,22 +213,21 @@ class Topology(Frozen):
     @property
     def tier(self) -> NDArray[np.int64]:
         """Tier of the link from device to device [D,D]: 0 none, 1 in a node, 2 and up beyond."""
-        device = np.arange(self.devices)
-        tier = np.zeros((self.devices, self.devices), dtype=np.int64)
-        for size in [1] + [level.devices for level in self.levels[:-1]]:
-            group = device // size
-            tier += group[:, None] != group[None, :]
+        group = np.arange(self.devices) // np.array(
+            [1, *(level.devices for level in self.levels[:-1])]
+        ).reshape(-1, 1)
+        tier: NDArray[np.int64] = (group[:, :, None] != group[:, None, :]).sum(axis=0)
         return tier
 
     @property
     def bandwidth(self) -> NDArray[np.float64]:
         """Bytes per second from device to device [D,D]; infinite on the diagonal."""
-        return np.array([np.inf] + [level.bandwidth for level in self.levels])[self.tier]
+        return np.array([np.inf, *(level.bandwidth for level in self.levels)])[self.tier]
 
     @property
     def latency(self) -> NDArray[np.float64]:
         """Seconds until the first byte arrives [D,D]; zero on the diagonal."""
-        return np.array([0.0] + [level.latency for level in self.levels])[self.tier]
+        return np.array([0.0, *(level.latency for level in self.levels)])[self.tier]
 
     @property
     def speed_of_device(self) -> NDArray[np.float64]:
@@ -266,30 +250,16 @@ class Topology(Frozen):
         are scaled until the largest is 65535 and rounded, nothing above 0 to 0: every cost is then
         off by at most 1/65535 of the largest.
         """
-        cost = self._cost()
-        cost.flags.writeable = False
-        return cost
-
-    def _cost(self) -> NDArray[np.int64]:
-        if self.devices == 1:
-            return np.zeros((1, 1), dtype=np.int64)
-        if self.link_cost is not None:
-            return in_integers(np.array(self.link_cost, dtype=np.float64))
         fastest = max(level.bandwidth for level in self.levels)
-        return in_integers(np.rint(16 * fastest / self.bandwidth))
+        cost = np.rint(16 * fastest / self.bandwidth)
+        if self.link_cost is not None:
+            cost = np.array(self.link_cost, dtype=np.float64)
+        return check.frozen(in_integers(cost))
 
     @property
     def has_equal_devices(self) -> bool:
         """Whether no device is faster, or has more slots, than another."""
         return len(set(self.speed or ())) <= 1 and len(set(self.slots_per_device or ())) <= 1
-
-    @property
-    def is_two_tier(self) -> bool:
-        """Whether a link costs what its node says: one price inside nodes, one not below beyond."""
-        cost, inside = self.cost, self.node_of_device[:, None] == self.node_of_device[None, :]
-        apart = ~np.eye(self.devices, dtype=bool)
-        near, far = np.unique(cost[inside & apart]), np.unique(cost[~inside])
-        return near.size <= 1 and far.size <= 1 and not (near.size and far.size and near > far)
 
     @classmethod
     def preset(cls, machine: str, /, nodes: int = 1, **others: Any) -> Topology:
@@ -309,9 +279,11 @@ class Topology(Frozen):
         ValueError
             If there is no such machine, or it cannot have that many nodes.
         """
-        one_of("preset", machine, MACHINES)
+        check.one_of("preset", machine, MACHINES)
         numbers = MACHINES[machine]
-        devices = numbers.devices_per_node * whole_number("nodes", nodes, highest=DEVICE_LIMIT)
+        devices = numbers.devices_per_node * check.whole_number(
+            "nodes", nodes, highest=check.DEVICE_LIMIT
+        )
         return cls(
             **{
                 "devices": devices,
@@ -335,7 +307,7 @@ class Topology(Frozen):
         OSError
             If it cannot be read.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         with naming(path):
             values = parse(read_whole(path))
             names = [parameter.name for parameter in fields(cls)]
@@ -364,11 +336,11 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
         If it is not square, finite, non-negative and symmetric with a zero diagonal, naming the
         first pair of devices that breaks a rule.
     """
-    array = array_in("link_cost", values)
+    array = check.array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
         raise ValueError(
             f"link_cost must be numbers [{devices}, {devices}], one per pair of devices, "
-            f"got {array.dtype} {list(array.shape)}"
+            f"got {check.shown(array)}"
         )
     cost: NDArray[np.float64] = array.astype(np.float64)
     for wrong, rule in (
@@ -391,7 +363,7 @@ def in_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
     if (cost == np.floor(cost)).all() and cost.max() < 2.0**53:
         whole = cost.astype(np.int64)
-        whole //= np.gcd.reduce(whole, axis=None)
+        whole //= max(np.gcd.reduce(whole, axis=None), 1)  # one device has no links
         if whole.max() <= HIGHEST_COST:
             return whole
     scaled = np.rint(cost * (HIGHEST_COST / cost.max())).astype(np.int64)

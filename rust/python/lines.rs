@@ -8,8 +8,9 @@ use pyo3::types::PyBytes;
 use super::{alone, array2};
 use crate::lines::{Keys, SIZES, scan};
 
-/// end, line ends, ids, table [lines, columns], texts
-type Lines<'py> = (usize, usize, Bound<'py, PyArray1<u16>>, Bound<'py, PyArray2<i64>>, Vec<String>);
+/// end, line ends, ids, table [lines, columns], texts, the rule that the next line breaks
+type Lines<'py> =
+    (usize, usize, Bound<'py, PyArray1<u16>>, Bound<'py, PyArray2<i64>>, Vec<String>, Option<String>);
 
 #[pyfunction]
 pub(super) fn scan_lines<'py>(
@@ -28,5 +29,5 @@ pub(super) fn scan_lines<'py>(
     let lines = alone(py, || scan(bytes, start, &keys))?;
     let width = SIZES + keys.integers.len() + keys.texts.len();
     let table = array2(py, (lines.table.len() / width, width), lines.table)?;
-    Ok((lines.end, lines.ends, lines.ids.into_pyarray(py), table, lines.texts))
+    Ok((lines.end, lines.ends, lines.ids.into_pyarray(py), table, lines.texts, lines.refused))
 }

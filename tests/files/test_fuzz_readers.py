@@ -11,9 +11,9 @@ from damage import check_reading, survives
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from recorded import write_lines
 
 import moetuner as mt
-from moetuner.files import jsonl
 from moetuner.formats import open_input
 
 # Many more examples than elsewhere: each takes about a millisecond.
@@ -40,7 +40,7 @@ def samples(tmp_path):
     counted.save(path)
     actual["statistics"] = path.read_bytes()
     for per in ("token", "sequence"):
-        jsonl.write(trace.contents, path, per=per)
+        write_lines(trace, path, per)
         actual[f"lines per {per}"] = path.read_bytes()
     for name, save, arrays in (
         ("npz", np.savez, {"expert_ids": ids, "num_experts": 6, "model": "m", **labels}),

@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
         assert actual == placement
         writer = WRITERS[name]
         layout = writer.of.read_map(path, hints)
-        assert faults(layout, writer.rows, writer.engine, hints) == []
+        assert faults(layout, writer.engine, hints) == []
         before = path.rename(folder / f"before{path.suffix}")
 
 
@@ -71,49 +71,48 @@ def of(rows, **fields):
 
 
 GOOD = [[0, 1, 2, 3, 0, 2]] * 4
+HIDDEN = of(GOOD, counts_dense=True)
 
 
 @pytest.mark.parametrize(
-    ("layout", "rows", "engine", "hints", "words"),
+    ("layout", "engine", "hints", "words"),
     [
-        (of(GOOD), "moe", "vllm", {}, None),
-        (of(GOOD), "moe", "vllm", {"devices": 3, "num_experts": 4, "hidden_layers": 4}, None),
+        (of(GOOD), "vllm", {}, None),
+        (of(GOOD), "vllm", {"devices": 3, "num_experts": 4, "hidden_layers": 4}, None),
         # One row too many or too few by the dense layers: the commonest mistake.
         (
             of(GOOD),
-            "moe",
             "vllm",
             {"hidden_layers": 4, "dense_layers": (0,)},
             "must have 3 rows, one for layers with experts only, got 4, one for every hidden layer",
         ),
         (
-            of(GOOD),
-            "hidden",
+            HIDDEN,
             "sglang",
             {"hidden_layers": 6, "dense_layers": (0, 1)},
             "must have 6 rows, one for every hidden layer, dense ones too, got 4",
         ),
-        (of(GOOD), "moe", "vllm", {"hidden_layers": 9}, "got 4: of another model"),
-        (of(GOOD, layers=(1, 2, 3, 4)), "moe", "vllm", {}, "must be numbered from 0 to 3"),
-        (of(GOOD, layers=(0, 2, 3, 4)), "numbered", None, {"dense_layers": (0,)}, "layer 0 has no"),
-        (of(GOOD), "moe", "vllm", {"devices": 4}, "4 or 8 would fit"),
-        (of(GOOD, devices=2), "moe", "vllm", {"devices": 3}, "must be for 3 devices, got 2"),
-        (of(GOOD), "moe", "vllm", {"num_experts": 5}, "row 0: expert 4 has no slot"),
-        (of(GOOD), "moe", "vllm", {"num_experts": 3}, "expert 3 is not below 3"),
-        (of(GOOD, num_experts=4), "moe", "vllm", {"num_experts": 8}, "another model"),
-        (of([[0, 1, 3, 3]]), "moe", "vllm", {}, "row 0: expert 2 has no slot"),
-        (of([[0, 1, -1, 2]]), "moe", "vllm", {}, "row 0: slot 2 is empty"),
-        (of([[0, 1, 1 << 40, 2]]), "moe", "vllm", {}, "is not below 65536"),
-        # Two copies on a device: lawful in vLLM, not in SGLang.
-        (of([[0, 0, 1, 2]]), "moe", "vllm", {"devices": 2}, None),
-        (of([[0, 0, 1, 2]]), "moe", "sglang", {"devices": 2}, "expert 0 is there twice"),
-        (of([[0, 0, 1, 2]]), "moe", "vllm-ascend", {"devices": 2}, "refuses it"),
-        (of([[0, 0, 1, 2]]), "moe", "megatron", {"devices": 2}, "has no copies"),
+        (of(GOOD), "vllm", {"hidden_layers": 9}, "got 4: of another model"),
+        (of(GOOD, layers=(0, 2, 3, 4)), None, {"dense_layers": (0,)}, "layer 0 has no"),
+        (of(GOOD), "vllm", {"devices": 4}, "4 or 8 would fit"),
+        (of(GOOD, devices=2), "vllm", {"devices": 3}, "must be for 3 devices, got 2"),
+        (of(GOOD), "vllm", {"num_experts": 5}, "layer 0: expert 4 has no slot"),
+        (of(GOOD), "vllm", {"num_experts": 3}, "expert 3 is not below 3"),
+        (of(GOOD, num_experts=4), "vllm", {"num_experts": 8}, "another model"),
+        (of([[0, 1, 3, 3]]), "vllm", {}, "layer 0: expert 2 has no slot"),
+        (of([[0, 1, -1, 2]], layers=(7,)), "vllm", {}, "layer 7: slot 2 is empty"),
+        (of([[0, 1, -1, 2]], devices=2), "vllm", {}, "layer 0, device 1: slot 0 is empty"),
+        (of([[0, 1, 1 << 40, 2]]), "vllm", {}, "is not below 65536"),
+        # Two copies on a device: vLLM serves both, SGLang does not.
+        (of([[0, 0, 1, 2]]), "vllm", {"devices": 2}, None),
+        (of([[0, 0, 1, 2]], counts_dense=True), "sglang", {"devices": 2}, "row 0, device 0: exp"),
+        (of([[0, 0, 1, 2]]), "vllm-ascend", {"devices": 2}, "refuses it"),
+        (of([[0, 0, 1, 2]]), "megatron", {"devices": 2}, "has no copies"),
     ],
 )
-def test_faults(layout, rows, engine, hints, words):
+def test_faults(layout, engine, hints, words):
     """What is wrong is said in words that say what would be right."""
-    actual = faults(layout, rows, engine, Hints(**hints))
+    actual = faults(layout, engine, Hints(**hints))
     assert (not actual) if words is None else any(words in fault for fault in actual), actual
 
 

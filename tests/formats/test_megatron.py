@@ -171,7 +171,7 @@ def test_replay(tmp_path, kind):
     assert np.array_equal(mt.open_input(path, num_experts=8).expert_ids, ids)
     if kind == "npz":
         np.savez(path, arrays[0], arrays[1][:-1])
-        with pytest.raises(ValueError, match=r"layer 1 must be \[9, 2\] like layer 0"):
+        with pytest.raises(ValueError, match="layers must have the same tokens"):
             mt.open_input(path, num_experts=8)
 
 

@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 import pytest
+from recorded import write_lines
 
 import moetuner as mt
-from moetuner.files import jsonl
 from moetuner.formats import open_input
 
 
@@ -20,7 +20,7 @@ def test_traces(make_trace, tmp_path, name, renamed):
     elif name.endswith("npz"):
         np.savez(path, expert_ids=trace.expert_ids)
     elif name.endswith("jsonl"):
-        jsonl.write(trace.contents, path)
+        write_lines(trace, path)
     else:
         trace.save(path)
     if renamed:

@@ -84,7 +84,7 @@ def test_slots_are_translated(tmp_path):
     assert trace.expert_ids[:, 0].tolist() == [[0, 2], [0, 1], [1, 2]]
     assert trace.expert_ids[:, 1].tolist() == [[1, 0], [2, 1], [2, 0]]
     wider = np.array([[0, 1, 2, 2, 0, 1]] * 2)
-    with pytest.raises(ValueError, match="counts 4 slots, but the placement that ran has 6"):
+    with pytest.raises(ValueError, match="counts 2x4 layers and slots, but the"):
         read_input([tmp_path], Hints(running=wider))
 
 
@@ -98,9 +98,12 @@ def test_slots_are_translated(tmp_path):
         (lambda f: dump(f, 1, {(0, 3): np.zeros(6, int)}), "must have the iterations and layers"),
         (
             lambda f: dump(f, 0, {(0, 3): np.zeros(6, int), (1, 4): np.zeros(6, int)}),
-            "iteration 0 must have layer 4 like the others",
+            "step 0 must have layer 4 like the others",
         ),
-        (lambda f: dump(f, 0, {(0, 3): -np.ones(6, int)}), "must be counts from 0 to 2**48"),
+        (
+            lambda f: dump(f, 0, {(10 + i, n): -np.ones(6, int) for i in range(3) for n in LAYERS}),
+            "must be counts from 0 to 2**48",
+        ),
         (
             lambda f: (f / "rank0.safetensors").write_bytes(
                 (f / "rank0.safetensors").read_bytes()[:-9]
@@ -179,9 +182,6 @@ def test_layers_must_fit(tmp_path):
         tensorrt_llm.write_map(
             placement, tmp_path / "m.yaml", Hints(hidden_layers=5, dense_layers=(0,))
         )
-    empty = mt.Placement([[[0, 1], [2, -1]]])
-    with pytest.raises(ValueError, match="layer 0, device 1: slot 1 is empty"):
-        tensorrt_llm.write_map(empty, tmp_path / "m.yaml", Hints())
     assert not list(tmp_path.iterdir())
 
 

@@ -4,123 +4,84 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.serving import Serving, serving_options
-from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.options import option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps
-from moetuner.cli.report import origin_of, write_pages
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
+from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, in_bytes, signed, span
 from moetuner.report.page.data import of_advice
 
+BASELINES = ("contiguous", "round_robin")
+RUNNING = options.Text(words=BASELINES, files=True)
+COPIES = options.Text(
+    lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
+    "numbers as in 0,1,2,4",
+)
+DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
 
-def parse_copies(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Split a list of numbers."""
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) <= 5 for part in parts):
-        raise click.BadParameter(f"must be numbers as in 0,1,2,4, got '{value:.60}'")
-    return tuple(map(int, parts))
 
-
-@click.command(
-    "advise", cls=options.Grouped, begin_with="--devices --devices-per-node --for --report"
-)
-@traffic_options
-@machine_options
-@click.option(
-    "--initial",
-    cls=options.Option,
-    group=options.RUNNING,
-    default="contiguous",
-    show_default=True,
-    metavar="PLACEMENT|contiguous|round_robin",
-    shell_complete=options.completing("contiguous", "round_robin", files=True),
-    help="The placement that runs.",
-)
-@click.option(
-    "--copies",
-    cls=options.Option,
-    group=options.RUNNING,
-    default=",".join(map(str, advising.COPIES)),
-    show_default=True,
-    callback=parse_copies,
-    metavar="N,N,...",
-    help="Extra slots per device and layer to try.",
-)
-@click.option(
-    "--expert-bytes",
-    cls=options.Option,
-    group=options.RUNNING,
-    type=options.Number(min=0, min_open=True),
-    metavar="BYTES",
-    help="Bytes of one expert of one layer.  [default: of INPUT's model in 8 bits, if known]",
-)
-@click.option(
-    "--price",
-    cls=options.Option,
-    group=options.JUDGING,
-    type=options.Number(0, 1),
-    default=PRICE,
-    show_default=True,
-    metavar="SHARE",
-    help="Share of the predicted time that a change must save to be worth the trouble.",
-)
-@click.option(
-    "--splits",
-    cls=options.Option,
-    group=options.JUDGING,
-    type=click.IntRange(1, 100),
-    default=advising.SPLITS,
-    show_default=True,
-    metavar="N",
-    help="Ways to choose the half that placements are computed from.",
-)
-@click.option(
-    "--any-order",
-    cls=options.Option,
-    group=options.JUDGING,
-    is_flag=True,
-    help="The order of INPUT is not that of serving: its kinds were recorded one after the other.",
-)
-@serving_options
-@options.seed_option
-@options.report_option
-@options.figures_option
-@options.json_option
+@options.command("advise", begin_with="--devices --devices-per-node --for --report")
 def command(
+    *,
     source: Source,
     machine: Machine,
-    initial: str,
-    copies: tuple[int, ...],
-    expert_bytes: float | None,
-    price: float,
-    splits: int,
-    any_order: bool,
+    initial: Annotated[
+        str, option(RUNNING, "PLACEMENT|contiguous|round_robin", group=options.RUNNING)
+    ] = "contiguous",
+    copies: Annotated[
+        tuple[int, ...],
+        option(COPIES, "N,N,...", group=options.RUNNING, default=DEFAULT_COPIES),
+    ],
+    expert_bytes: options.ExpertBytes = None,
+    price: Annotated[float, option(options.Number(0, 1), "SHARE", group=options.JUDGING)] = PRICE,
+    splits: Annotated[
+        int, option(click.IntRange(1, 100), "N", group=options.JUDGING)
+    ] = advising.SPLITS,
+    any_order: Annotated[bool, option(group=options.JUDGING, is_flag=True)] = False,
     serving: Serving,
-    seed: int,
-    report_file: Path | None,
-    json_file: Path | None,
+    seed: options.Seed = 0,
+    pages: Pages,
+    output: Output,
 ) -> None:
     """Advise whether a better placement is worth a trial.
 
     Placements are computed from half of INPUT and judged on the other, over several splits. The
     answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
     experts would bring, what moving costs, and the commands that come next.
+
+    Parameters
+    ----------
+    initial
+        The placement that runs.
+    copies
+        Extra slots per device and layer to try.
+    expert_bytes
+        Bytes of one expert of one layer. [default: of INPUT's model in 8 bits, if known]
+    price
+        Share of the predicted time that a change must save to be worth the trouble.
+    splits
+        Ways to choose the half that placements are computed from.
+    any_order
+        The order of INPUT is not that of serving: its kinds were recorded one after the other.
     """
     topology = machine.topology()
     running: Any = initial
-    if initial not in ("contiguous", "round_robin"):
+    if initial not in BASELINES:
         if not Path(initial).is_file():
             raise click.BadParameter(
                 f"must be a file, contiguous or round_robin, got '{initial:.60}'",
@@ -128,7 +89,6 @@ def command(
             )
         running = Placement.load(initial)
     traffic = source.traffic
-    output = Output(json_file)
     output.say(source.describe())
     with steps("advising") as report:
         advice = advising.advise(
@@ -149,25 +109,19 @@ def command(
         )
     commands = next_commands(source, machine, advice, initial, serving.engine)
     _show(output, advice)
-    output.say("Next:")
-    for line in commands:
-        output.say(f"  {line}")
+    output.say("Next:", *(f"  {line}" for line in commands))
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
-    write_pages(report_file, lambda: of_advice(advice, origin_of(source), contents), output)
+    pages.write(output, lambda: of_advice(advice, origin_of(source), contents))
     output.finish(contents)
 
 
 def _show(output: Output, advice: Advice) -> None:
     """Print the answer, what it rests on, and what copies and moving cost."""
-    output.say()
-    output.say(advice.sentence)
-    for reason in advice.reasons[1:]:
-        output.say(f"- {reason}")
-    for warning in advice.warnings:
-        output.say(f"! {warning}")
+    output.say("", advice.sentence, *(f"- {reason}" for reason in advice.reasons[1:]))
+    output.say(*(f"! {warning}" for warning in advice.warnings))
     seen = "unseen" if advice.settings["held_out"] else "all"
     for judged in advice.judged:
-        output.say()
+        output.say("")
         where = f"{seen} windows" if judged.window is None else f"windows of {judged.window:,}"
         rows = [
             (
@@ -180,24 +134,23 @@ def _show(output: Output, advice: Advice) -> None:
             for name, gain in judged.gains.items()
         ]
         output.table((where, "running", "proposed", "gain", "splits", "95 %"), rows)
-    output.say()
+    output.say("")
     # Buffers of low-latency kernels grow with the slots.
-    is_limited = all(each.tokens_per_rank is not None for each in advice.copies)
-    windows = [f"windows of {each:,}" if each else "gain" for each in advice.copies[0].gains]
+    is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
+    windows = [f"windows of {of:,}" if of else "gain" for of in advice.copies[0].gains]
     head = ("slots for copies", *windows, "per device", *["DeepEP tokens"] * is_limited, "")
     rows = [
         (
-            each.label,
-            *(signed(each.mean(window)) for window in each.gains),
-            "-" if each.bytes_per_device is None else in_bytes(each.bytes_per_device),
-            *([f"{each.tokens_per_rank:,}"] if is_limited else []),
-            " <- knee" if each.per_device == advice.knee and not each.shared else "",
+            row.label,
+            *(signed(row.mean(window)) for window in row.gains),
+            "-" if row.bytes_per_device is None else in_bytes(row.bytes_per_device),
+            *([f"{row.tokens_per_rank:,}"] if is_limited else []),
+            " <- knee" if row.per_device == advice.knee and not row.shared else "",
         )
-        for each in advice.copies
+        for row in advice.copies
     ]
     output.table(head, rows)
-    output.say()
-    output.say(_moving(advice))
+    output.say("", _moving(advice))
 
 
 def _moving(advice: Advice) -> str:
@@ -231,7 +184,7 @@ def next_commands(
         ]
     if advice.knee:
         where += f" --slots-per-device {advice.problem.slots + advice.knee}"
-    if initial not in ("contiguous", "round_robin"):
+    if initial not in BASELINES:
         where += f" --initial {shlex.quote(initial)}"
     return [
         f"moetuner solve {file} {where} --out placement.json",
@@ -248,14 +201,13 @@ def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
     commands = []
     hidden, dense = source.layer_words()
     layers = {
-        "hidden": f" --hidden-layers {hidden} --dense-layers {dense}",
-        "numbered": f" --dense-layers {dense}",
+        "hidden_layers": f" --hidden-layers {hidden}",
+        "dense_layers": f" --dense-layers {dense}",
     }
     for name, writer in WRITERS.items():
         if writer.engine == engine:
-            commands.append(
-                f"{export} {name}{layers.get(writer.rows, '')} --out experts{writer.suffixes[0]}"
-            )
+            options = "".join(layers[hint] for hint in writer.hints)
+            commands.append(f"{export} {name}{options} --out experts{writer.suffixes[0]}")
     of, problem = ENGINES[engine], advice.problem
     devices = problem.topology.devices
     more = devices * (problem.slots + advice.knee) - problem.experts

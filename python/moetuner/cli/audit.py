@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.serving import Serving, serving_options
-from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.options import option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.auditing import Audit, audit, compared
 from moetuner.evaluation.figures import FIGURES
@@ -28,54 +30,21 @@ NAMED = 8
 MEASURES = [name for name, figure in FIGURES.items() if figure.per is not None]
 
 
-@click.command("audit")
-@click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
-@traffic_options
-@click.option(
-    "--baseline",
-    "baseline_file",
-    type=options.IN_FILE,
-    metavar="FILE",
-    help="Placement to compare with; experts in blocks by default.",
-)
-@machine_options
-@serving_options
-@click.option(
-    "--fail-if-worse",
-    type=options.Number(min=0),
-    metavar="PCT",
-    help=f"Exit with status {WORSE} if a group got worse by more than so many percent, and that "
-    "it got worse is beyond chance.",
-)
-@click.option(
-    "--measure",
-    "measures",
-    type=click.Choice(MEASURES),
-    multiple=True,
-    help="Measures that --fail-if-worse judges, several times for several; the predicted time by "
-    "default if there is one, else all.",
-)
-@click.option(
-    "--resamples",
-    type=click.IntRange(1, 1 << 20),
-    default=RESAMPLES,
-    show_default=True,
-    metavar="N",
-    help="Resamples for the intervals.",
-)
-@options.seed_option
-@options.json_option
+@options.command("audit")
 def command(
-    placement_file: Path,
+    *,
+    placement_file: options.PlacementFile,
     source: Source,
-    baseline_file: Path | None,
+    baseline_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
     machine: Machine,
     serving: Serving,
-    fail_if_worse: float | None,
-    measures: tuple[str, ...],
-    resamples: int,
-    seed: int,
-    json_file: Path | None,
+    fail_if_worse: Annotated[float | None, option(options.Number(min=0), "PCT")] = None,
+    measures: Annotated[
+        tuple[str, ...], option(click.Choice(MEASURES), flag="--measure", multiple=True)
+    ] = (),
+    resamples: Annotated[int, option(click.IntRange(1, 1 << 20), "N")] = RESAMPLES,
+    seed: options.Seed = 0,
+    output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
 
@@ -84,6 +53,19 @@ def command(
     windows that are alike). Beyond chance is what remains of all groups and measures together:
     where nothing is worse or behind, 19 of 20 audits name nobody. Of fewer than five sequences, or
     blocks, nothing is said.
+
+    Parameters
+    ----------
+    baseline_file
+        Placement to compare with; experts in blocks by default.
+    fail_if_worse
+        Exit with status 3 if a group got worse by more than so many percent, and that it got worse
+        is beyond chance.
+    measures
+        Measures that --fail-if-worse judges, several times for several; the predicted time by
+        default if there is one, else all.
+    resamples
+        Resamples for the intervals.
     """
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
@@ -108,10 +90,7 @@ def command(
     failures = []
     if fail_if_worse is not None:
         failures = audited.worse(fail_if_worse / 100, measures=judged)
-    output = Output(json_file)
-    output.say(source.describe())
-    if serving.engine is not None:
-        output.say(serving.explain())
+    output.say(source.describe(), *serving.explain())
     name, against = text.name(placement_file.name), "experts in blocks"
     if baseline_file is not None:
         against = text.name(baseline_file.name)
@@ -169,18 +148,16 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
             f"of {audited.block_length}."
         )
     for measure in audited.whole:
-        output.say()
+        output.say("")
         rows = []
         for group, of in (("all", audited.whole), *audited.groups.items()):
-            values, change = (
-                (of[measure].baseline.value, of[measure].value.value),
-                of[measure].change,
-            )
+            row, change = of[measure], of[measure].change
             ends = ("-", "-") if change is None else (signed(change.value), span(*change[1:]))
-            rows.append((group, *(number(value, 4) for value in values), *ends))
+            values = (number(row.baseline.value, 4), number(row.value.value, 4))
+            rows.append((group, *values, *ends))
         head = (FIGURES[measure].column, "baseline", "placement", "change", "interval")
         output.table(head, rows)
-    output.say()
+    output.say("")
 
 
 def _summary(
@@ -199,9 +176,9 @@ def _summary(
     ):
         for measure in audited.whole:
             groups = [
-                f"{text.name(each.group)} {signed(each.change.value)}"
-                for each in findings
-                if each.measure == measure
+                f"{text.name(of.group)} {signed(of.change.value)}"
+                for of in findings
+                if of.measure == measure
             ]
             if groups:
                 output.say(f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}")

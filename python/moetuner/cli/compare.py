@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import click
 
 from moetuner._checks import nth_seed
 from moetuner.cli import options
-from moetuner.cli.attempt import judge, solve_with
-from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.problem import ProblemOptions, problem_options
-from moetuner.cli.options.traffic import Source, Traffic, traffic_options
+from moetuner.cli.options import option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.serving import ProblemOptions
+from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.cli.report import origin_of, write_pages
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out, units_of
@@ -36,21 +35,6 @@ SPLITS, SECONDS = 5, 60
 PEER = "eplb"
 
 
-def parse_methods(
-    context: click.Context, parameter: click.Parameter, value: str
-) -> tuple[str, ...]:
-    """Split a list of methods; each is tried once."""
-    given = (name.strip() for name in value.split(",") if name.strip())
-    names = tuple(dict.fromkeys(ALIASES.get(name, name) for name in given))
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise click.BadParameter(
-            f"must be some of {','.join(METHODS)}, got {unknown[0] if unknown else value!r}"
-            + (options.suggestion(unknown[0], METHODS) if unknown else "")
-        )
-    return names
-
-
 TEXT = f"""Compare methods on traffic that they have not seen.
 
 {
@@ -66,85 +50,67 @@ the interval of 95 %.
 """
 
 
-@click.command(
+@options.command(
     "compare",
-    cls=options.Grouped,
     help=TEXT,
     begin_with="--devices --devices-per-node --for --methods --report",
 )
-@traffic_options
-@machine_options
-@problem_options
-@click.option(
-    "--holdout",
-    cls=options.Option,
-    group=options.JUDGING,
-    type=options.Number(0, 1, max_open=True),
-    default=0.5,
-    show_default=True,
-    metavar="SHARE",
-    help="Share of the sequences that methods do not see and are judged on (without sequence "
-    "labels: runs of windows); 0 judges on what they saw.",
-)
-@click.option(
-    "--methods",
-    default=DEFAULT_METHODS,
-    show_default=True,
-    callback=parse_methods,
-    metavar="A,B,C",
-    help=f"Out of {', '.join(METHODS)}.",
-)
-@click.option(
-    "--splits",
-    cls=options.Option,
-    group=options.JUDGING,
-    type=click.IntRange(1, 1000),
-    metavar="N",
-    help="Ways to choose what is held out; with several, gains come with their range too.  "
-    f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
-)
-@click.option(
-    "--baseline",
-    cls=options.Option,
-    group=options.JUDGING,
-    metavar="METHOD",
-    help=f"Method to compare against.  [default: {PEER}, else the first]",
-)
-@options.search_options
-@options.report_option
-@options.figures_option
-@options.json_option
 def command(
+    *,
     source: Source,
     machine: Machine,
     wanted: ProblemOptions,
-    holdout: float,
-    methods: tuple[str, ...],
-    splits: int | None,
-    baseline: str | None,
+    holdout: Annotated[
+        float, option(options.Number(0, 1, max_open=True), "SHARE", group=options.JUDGING)
+    ] = 0.5,
+    methods: Annotated[
+        tuple[str, ...],
+        option(
+            options.Text(options.read_methods),
+            "A,B,C",
+            default=DEFAULT_METHODS,
+            help=f"Out of {', '.join(METHODS)}.",
+        ),
+    ],
+    splits: Annotated[
+        int | None,
+        option(
+            click.IntRange(1, 1000),
+            "N",
+            group=options.JUDGING,
+            help="Ways to choose what is held out; with several, gains come with their range too.  "
+            f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
+        ),
+    ] = None,
+    baseline: Annotated[str | None, option(str, "METHOD", group=options.JUDGING)] = None,
     search: options.SearchOptions,
-    report_file: Path | None,
-    json_file: Path | None,
+    pages: Pages,
+    output: Output,
 ) -> None:
-    """Compare methods on traffic that they have not seen."""
+    """Compare methods on traffic that they have not seen.
+
+    Parameters
+    ----------
+    holdout
+        Share of the sequences that methods do not see and are judged on (without sequence labels:
+        runs of windows); 0 judges on what they saw.
+    baseline
+        Method to compare against. [default: eplb, else the first]
+    """
     over = _baseline(baseline, methods)
     if holdout == 0 and splits is not None and splits > 1:
         raise click.BadParameter(
             f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
         )
     trials = _Trials(source, machine.topology(), wanted, methods, holdout, search)
-    problem, output = trials.first_problem, Output(json_file)
-    output.say(source.describe())
-    if wanted.engine is not None:
-        output.say(wanted.explain_problem(problem))
-    output.say(_setting(problem, source.counted, holdout, trials.unseen))
-    output.say()
+    problem, unseen = trials.first
+    output.say(source.describe(), *wanted.explain_problem(problem))
+    output.say(_setting(problem, source.counted, holdout, unseen), "")
     all_splits = trials.run(splits, output)
     outcomes = all_splits[0]
     first = list(outcomes.values())
     output.table(head(problem), [outcome.row() for outcome in first])
-    for line in remarks(first, problem):
-        output.say(line)
+    output.say(*remarks(first, problem))
     best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
@@ -176,12 +142,9 @@ def command(
     traffic = "Unseen traffic of the first split."
     if holdout == 0:
         traffic = "The traffic that the placements were computed from, which flatters them."
-    write_pages(
-        report_file,
-        lambda: of_outcomes(
-            *(outcomes[rival], best, trials.unseen, origin_of(source), contents), traffic=traffic
-        ),
+    pages.write(
         output,
+        lambda: of_outcomes(*(outcomes[rival], best, origin_of(source), contents), traffic=traffic),
     )
     output.finish(contents)
 
@@ -209,25 +172,16 @@ class _Trials:
     holdout: float
     search: options.SearchOptions
 
-    @cached_property
-    def _parts(self) -> tuple[Traffic, Traffic]:
-        return hold_out(self.source.traffic, self.holdout, seed=self.search.seed)
-
-    @property
-    def unseen(self) -> Traffic:
-        """What the first split judges on."""
-        return self._parts[1]
+    def parts(self, number: int) -> tuple[Problem, Traffic]:
+        """Return the problem of what one split shows, and the traffic that it is judged on."""
+        source, seed = self.source, nth_seed(self.search.seed, number)
+        seen, unseen = hold_out(source.traffic, self.holdout, seed=seed)
+        return self.wanted.problem(source, self.topology, seen), unseen
 
     @cached_property
-    def first_problem(self) -> Problem:
-        """The problem of the first split."""
-        return self._problem(self._parts[0])
-
-    def _problem(self, seen: Traffic) -> Problem:
-        source = self.source
-        return self.wanted.problem(
-            seen, self.topology, window=source.counted, threads=source.threads
-        )
+    def first(self) -> tuple[Problem, Traffic]:
+        """The parts of the first split."""
+        return self.parts(0)
 
     def run(self, splits: int | None, output: Output) -> list[dict[str, Outcome]]:
         """Try all methods on splits until there are enough, or somebody interrupts."""
@@ -245,21 +199,16 @@ class _Trials:
 
     def split(self, number: int) -> dict[str, Outcome]:
         """Solve with every method on what one split shows it, and judge on the rest."""
-        source, of = self.source, nth_seed(self.search.seed, number)
-        problem, unseen = self.first_problem, self.unseen
-        if number:
-            seen, unseen = hold_out(source.traffic, self.holdout, seed=of)
-            problem = self._problem(seen)
+        problem, unseen = self.parts(number) if number else self.first
+        how = {**asdict(self.search), "seed": nth_seed(self.search.seed, number)}
         results: list[Result] = []
         for place, method in enumerate(self.methods, 1):
             where = f"{place} of {len(self.methods)}, split {number + 1}"
-            how: dict[str, Any] = {**asdict(self.search), "seed": of, "threads": source.threads}
-            result = solve_with(method, problem, place=where, **how)
+            result = self.source.solve(method, problem, place=where, **how)
             results.append(result.uninterrupted() if number else result)
             if result.status == "interrupted":
                 break
-        judged = judge(results, problem, unseen, window=source.replayed, threads=source.threads)
-        return dict(zip(self.methods, judged, strict=False))
+        return dict(zip(self.methods, self.source.judge(results, problem, unseen), strict=False))
 
 
 def _goes_on(splits: int | None, holdout: float, done: int, took: float) -> bool:
@@ -277,13 +226,12 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     if problem.max_imbalance is not None:
         wanted += f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window} tokens" if window else ""
-    if holdout == 0:
-        judged = "judged on the same traffic"
-    elif isinstance(unseen, RoutingTrace):
-        judged = f"judged on {counted(unseen.tokens, 'unseen token')}"
+    if isinstance(unseen, RoutingTrace):
+        judged = counted(unseen.tokens, "unseen token")
     else:
-        judged = f"judged on {counted(unseen.windows, 'unseen window')}"
-    return f"{machine}, {problem.regime}, {wanted}{windows}, {judged}"
+        judged = counted(unseen.windows, "unseen window")
+    judged = judged if holdout else "the same traffic"
+    return f"{machine}, {problem.regime}, {wanted}{windows}, judged on {judged}"
 
 
 def _show_gains(
@@ -301,7 +249,7 @@ def _show_gains(
     for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
         rows.append((method, *map(signed, (gain.mean, *ends))))
-    output.say()
+    output.say("")
     output.table(head, rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
     if best in comparisons:

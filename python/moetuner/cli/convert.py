@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import click
 
 from moetuner.cli import options
+from moetuner.cli.options import argument, option
 from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
 from moetuner.formats import READERS, read_input, read_map
@@ -18,42 +20,33 @@ AUTO = "auto"
 FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.items())
 
 
-@click.command("convert", epilog=f"Formats of sources:{FORMATS}")
-@click.argument("sources", metavar="SOURCE...", type=options.IN_INPUT, nargs=-1, required=True)
-@options.option(
-    "--from",
-    click.Choice([AUTO, *READERS]),
-    None,
-    "Format of the sources; auto detects it from their content.",
-    name="form",
-    default=AUTO,
-    show_default=True,
-)
-@options.trace_option
-@options.option(
-    "--running",
-    options.IN_FILE,
-    "MAP",
-    "Map of experts that ran, in any format of export, if a source counts slots (TensorRT-LLM's "
-    "and vllm-ascend's balancers).",
-    name="running_file",
-)
-@options.hint_options()
-@options.json_option
+@options.command("convert", epilog=f"Formats of sources:{FORMATS}")
 def command(
-    sources: tuple[Path, ...],
-    form: str,
-    out_file: Path,
-    running_file: Path | None,
-    hints: Hints,
-    json_file: Path | None,
+    *,
+    sources: Annotated[
+        tuple[Path, ...], argument("SOURCE...", options.IN_INPUT, nargs=-1, required=True)
+    ],
+    form: Annotated[str, option(click.Choice([AUTO, *READERS]), flag="--from")] = AUTO,
+    out_file: options.TraceOut,
+    running_file: Annotated[Path | None, option(options.IN_FILE, "MAP")] = None,
+    given: options.FileHints,
+    output: Output,
 ) -> None:
     """Join recordings into one trace.
 
     A source is a file or a folder: moetuner's own, or as an engine recorded it. They are joined one
     after the other. Sequences of different sources stay different; groups of the same name become
     one. If engines recorded counts, the result is counts too.
+
+    Parameters
+    ----------
+    form
+        Format of the sources; auto detects it from their content.
+    running_file
+        Map of experts that ran, in any format of export, if a source counts slots (TensorRT-LLM's
+        and vllm-ascend's balancers).
     """
+    hints = Hints(**given.hints)
     if running_file is not None:
         hints = replace(hints, running=read_map(running_file, hints).experts)
     with working(f"reading {len(sources)} sources"):
@@ -63,7 +56,6 @@ def command(
             traffic.save(out_file, source=", ".join(source.name for source in sources))
         else:
             traffic.save(out_file)
-    output = Output(json_file)
     output.say(f"wrote {describe([out_file], traffic)}")
     kind = "trace" if isinstance(traffic, RoutingTrace) else "statistics"
     output.finish(

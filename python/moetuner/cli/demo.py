@@ -6,12 +6,13 @@ import shutil
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.attempt import judge, solve_with
-from moetuner.cli.options.traffic import WINDOW, count, facts
+from moetuner.cli.options import option
+from moetuner.cli.options.traffic import WINDOW, Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
@@ -30,22 +31,24 @@ WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
 METHODS = ("contiguous", "lpt", "eplb", "paper", "joint")
 
 
-@click.command("demo")
-@options.option(
-    "--out",
-    click.Path(file_okay=False, path_type=Path),
-    "DIR",
-    "Directory to write to; made if it is missing.",
-    name="directory",
-    default="demo-output",
-    show_default=True,
-)
-@options.threads_option
-@options.json_option
-def command(directory: Path, threads: int | None, json_file: Path | None) -> None:
-    """Run the whole flow on the bundled trace."""
+@options.command("demo")
+def command(
+    *,
+    directory: Annotated[
+        Path, option(click.Path(file_okay=False, path_type=Path), "DIR", flag="--out")
+    ] = Path("demo-output"),
+    threads: options.Threads = None,
+    output: Output,
+) -> None:
+    """Run the whole flow on the bundled trace.
+
+    Parameters
+    ----------
+    directory
+        Directory to write to; made if it is missing.
+    """
     for name in WRITTEN:
-        if json_file is not None and same_file(json_file, directory / name):
+        if output.json_file is not None and same_file(output.json_file, directory / name):
             raise click.BadParameter(
                 f"must be another file than the demo's {name}.", param_hint="'--json'"
             )
@@ -53,8 +56,8 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     path = directory / "trace.safetensors"
     with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
         shutil.copyfile(bundled, path)
+    source = Source(input_files=(path,), threads=threads)
     trace = RoutingTrace.load(path)
-    output = Output(json_file)
     with working("looking for structure"):
         measured = structure(trace, DEVICES, max_imbalance=TRAFFIC_CAP, threads=threads)
     _introduce(output, trace, measured)
@@ -62,16 +65,13 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     seen, unseen = hold_out(trace, 0.5)
     # The paper's regime, as its method is among those shown.
     problem = Problem(
-        count(seen, None, threads),
+        source.count(seen),
         Topology(DEVICES),
         regime="follow",
         max_imbalance=TRAFFIC_CAP,
     )
-    results = [
-        solve_with(method, problem, seed=0, threads=threads).uninterrupted() for method in METHODS
-    ]
-    judged = judge(results, problem, unseen, window=WINDOW, threads=threads)
-    outcomes = dict(zip(METHODS, judged, strict=True))
+    results = [source.solve(method, problem, seed=0).uninterrupted() for method in METHODS]
+    outcomes = dict(zip(METHODS, source.judge(results, problem, unseen), strict=True))
     _show(output, problem, outcomes)
 
     best = outcomes["joint"].result.placement
@@ -80,7 +80,7 @@ def command(directory: Path, threads: int | None, json_file: Path | None) -> Non
     _say_next(output, directory)
     output.finish(
         {
-            "input": facts([path], trace),
+            "input": source.facts(),
             "structure": asdict(measured),
             "methods": {method: outcome.to_dict() for method, outcome in outcomes.items()},
         }
@@ -113,8 +113,7 @@ def _show(output: Output, problem: Problem, outcomes: dict[str, Outcome]) -> Non
         "share of steps between devices; fanout: devices that a token visits in a layer.\n"
     )
     output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
-    for line in remarks(list(outcomes.values()), problem):
-        output.say(line)
+    output.say(*remarks(list(outcomes.values()), problem))
     old, new = outcomes["contiguous"].evaluation, outcomes["joint"].evaluation
     assert old.crossing is not None
     assert new.crossing is not None
@@ -133,7 +132,7 @@ def _show(output: Output, problem: Problem, outcomes: dict[str, Outcome]) -> Non
         output.say(
             "      Experts that fire together now share a device: bursts of one kind of text pay."
         )
-    output.say()
+    output.say("")
 
 
 def _say_next(output: Output, directory: Path) -> None:

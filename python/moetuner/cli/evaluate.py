@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Annotated
 
 import click
 
 from moetuner import _checks
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.serving import Serving, serving_options
-from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.options import option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
@@ -30,28 +31,23 @@ HELP = f"""Replay a placement token by token, with its groups.
 """
 
 
-@click.command("evaluate", help=HELP)
-@click.argument("placement_file", metavar="PLACEMENT", type=options.IN_FILE)
-@traffic_options
-@machine_options
-@serving_options
-@click.option(
-    "--mixed-seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Of the order in which sequences, or windows of statistics, are mixed.",
-)
-@options.json_option
+@options.command("evaluate", help=HELP)
 def command(
-    placement_file: Path,
+    *,
+    placement_file: options.PlacementFile,
     source: Source,
     machine: Machine,
     serving: Serving,
-    mixed_seed: int,
-    json_file: Path | None,
+    mixed_seed: Annotated[int, option(click.IntRange(0, 2**63 - 1))] = 0,
+    output: Output,
 ) -> None:
-    """Replay a placement, and print its figures."""
+    """Replay a placement, and print its figures.
+
+    Parameters
+    ----------
+    mixed_seed
+        Of the order in which sequences, or windows of statistics, are mixed.
+    """
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
@@ -66,24 +62,20 @@ def command(
             mixed_seed=mixed_seed,
             threads=source.threads,
         )
-
-    output = Output(json_file)
-    output.say(source.describe())
-    if serving.engine is not None:
-        output.say(serving.explain())
+    output.say(source.describe(), *serving.explain())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}{windows}"
     )
-    output.say()
+    output.say("")
     rows = [("all", evaluation), *evaluation.by_group.items()]
     _table(output, "traffic", rows, OTHERS)
     output.say(_mixed(traffic, mixed_seed))
-    output.say()
+    output.say("")
     _table(output, "layer, us", rows, TIMES, first="mean")
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
-    output.say()
+    output.say("")
     for name, ports in evaluation.busiest_port.items():
         output.say(_ports(name, ports))
     output.finish(

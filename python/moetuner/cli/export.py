@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options.machine import Machine, machine_options
+from moetuner.cli.options import argument, option
+from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.output import Output, working
 from moetuner.files import naming, replacing
@@ -28,55 +28,23 @@ FORMS = "\n\n".join(
 )
 
 
-@click.command("export", epilog=f"Formats:\n\n{FORMS}")
-@click.argument("placement_file", metavar="[PLACEMENT]", type=options.IN_FILE, required=False)
-@options.option(
-    "--to", click.Choice([*WRITERS, MOVES, *RENUMBERING]), None, "Format to write.", name="form"
-)
-@options.option("--out", options.OutFile(), "FILE", "File to write.", name="out_file")
-@options.option(
-    "--check",
-    options.IN_FILE,
-    "FILE",
-    "Check a map that was written elsewhere, instead: say why an engine could not load it.",
-    name="check_file",
-)
-@options.option(
-    "--for",
-    click.Choice(list(ENGINES)),
-    None,
-    "Engine that loads the map to check, if its format is of several engines.",
-    name="engine",
-)
-@options.hint_options("num_experts", "hidden_layers", "dense_layers")
-@options.option(
-    "--checkpoint",
-    options.InFile(folders=True),
-    "FOLDER",
-    "Checkpoint as transformers writes it, for engines that take a placement as one: --out is the "
-    "folder of the renumbered one.",
-    name="checkpoint_folder",
-)
-@options.option(
-    "--initial",
-    options.IN_FILE,
-    "PLACEMENT",
-    "The running placement, for moves.",
-    name="initial_file",
-)
-@machine_options
-@options.json_option
+@options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
-    placement_file: Path | None,
-    form: str | None,
-    out_file: Path | None,
-    check_file: Path | None,
-    engine: str | None,
-    hints: Hints,
-    checkpoint_folder: Path | None,
-    initial_file: Path | None,
+    *,
+    placement_file: Annotated[
+        Path | None, argument("[PLACEMENT]", options.IN_FILE, required=False)
+    ],
+    form: Annotated[
+        str | None, option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to")
+    ] = None,
+    out_file: Annotated[Path | None, option(options.OutFile(), "FILE")] = None,
+    check_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
+    engine: Annotated[str | None, option(click.Choice(list(ENGINES)), flag="--for")] = None,
+    given: options.LayerHints,
+    checkpoint: Annotated[Path | None, option(options.InFile(folders=True), "FOLDER")] = None,
+    initial_file: options.InPath = None,
     machine: Machine,
-    json_file: Path | None,
+    output: Output,
 ) -> None:
     """Write a placement as an engine loads it, or check one.
 
@@ -86,9 +54,24 @@ def command(
     expert, source and target device of every move from --initial, and counts by pair of devices.
     Formats megatron, deepspeed and transformers need torch: they renumber experts and routers of
     --checkpoint, so that engines with contiguous experts run the placement.
+
+    Parameters
+    ----------
+    form
+        Format to write.
+    out_file
+        File to write.
+    check_file
+        Check a map that was written elsewhere, instead: say why an engine could not load it.
+    engine
+        Engine that loads the map to check, if its format is of several engines.
+    checkpoint
+        Checkpoint as transformers writes it, for engines that take a placement as one: --out is the
+        folder of the renumbered one.
+    initial_file
+        The running placement, for moves.
     """
-    hints = replace(hints, devices=machine.devices)
-    output = Output(json_file)
+    hints = Hints(**given.hints, devices=machine.devices)
     if check_file is not None:
         if placement_file is not None or out_file is not None:
             raise click.UsageError("'--check' takes neither PLACEMENT nor '--out'.")
@@ -109,7 +92,7 @@ def command(
     if form == MOVES:
         _moves(placement, initial_file, machine, out_file, output)
     elif form in RENUMBERING:
-        _renumber(placement, form, checkpoint_folder, out_file)
+        _renumber(placement, form, checkpoint, out_file)
     else:
         contents |= _write(placement, form, out_file, hints, output)
     output.say(f"wrote {out_file}")
@@ -132,13 +115,7 @@ def _moves(
 def _write(
     placement: Placement, form: str, path: Path, hints: Hints, output: Output
 ) -> dict[str, Any]:
-    """Write a map of experts, and return what JSON says of it.
-
-    Raises
-    ------
-    click.ClickException
-        If the engine could not load it.
-    """
+    """Write a map of experts, and return what JSON says of it."""
     contents: dict[str, Any] = {}
     empty = int((placement.slots == EMPTY).sum())
     if form == "eplb" and empty:
@@ -159,13 +136,7 @@ def _write(
 
 
 def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path) -> None:
-    """Write a checkpoint with its experts in the order of a placement.
-
-    Raises
-    ------
-    click.ClickException
-        If the engine could not run the placement, or torch is not installed.
-    """
+    """Write a checkpoint with its experts in the order of a placement."""
     title = ENGINES[engine].title
     if checkpoint is None or not checkpoint.is_dir():
         raise click.UsageError(
@@ -185,13 +156,7 @@ def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_fo
 
 
 def _check(path: Path, form: str | None, engine: str | None, hints: Hints, output: Output) -> None:
-    """Print what a map is, and what is wrong with it.
-
-    Raises
-    ------
-    click.ClickException
-        If anything is.
-    """
+    """Print what a map is, and what is wrong with it; fail if anything is."""
     if form is not None and form not in WRITERS:
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
     form = form or form_of(path)
@@ -201,7 +166,7 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
-    wrong = [options.as_options(fault) for fault in faults(layout, writer.rows, engine, hints)]
+    wrong = [options.as_options(fault) for fault in faults(layout, engine, hints)]
     for fault in wrong:
         output.say(f"- {fault}")
     sizes = {

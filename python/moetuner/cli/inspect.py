@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from typing import Annotated
 
-import click
 import numpy as np
 
 from moetuner.cli import options
+from moetuner.cli.options import option
 from moetuner.cli.options.machine import DEVICES
-from moetuner.cli.options.serving import Serving, serving_options
-from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.auditing import blocks
@@ -27,39 +27,29 @@ MOST_GROUPS = 12
 LITTLE = 0.005
 
 
-@click.command("inspect")
-@traffic_options
-@options.option(
-    "--devices",
-    DEVICES,
-    "N",
-    "Devices for which inter-layer structure is measured.",
-    default=4,
-    show_default=True,
-)
-@options.option(
-    "--max-imbalance",
-    options.Number(min=1, infinite=True),
-    "X",
-    "Load cap of the placements that measure it.",
-    default=TRAFFIC_CAP,
-    show_default=True,
-)
-@serving_options
-@options.seed_option
-@options.json_option
+@options.command("inspect")
 def command(
+    *,
     source: Source,
-    devices: int,
-    max_imbalance: float,
+    devices: Annotated[int, option(DEVICES, "N")] = 4,
+    max_imbalance: Annotated[
+        float, option(options.Number(min=1, infinite=True), "X")
+    ] = TRAFFIC_CAP,
     serving: Serving,
-    seed: int,
-    json_file: Path | None,
+    seed: options.Seed = 0,
+    output: Output,
 ) -> None:
     """Show what is in a trace: skew, groups, structure.
 
     With --for, or another option that says how INPUT is served, also the predicted time of experts
     in blocks, as engines load them: what "moetuner solve" names for contiguous.
+
+    Parameters
+    ----------
+    devices
+        Devices for which inter-layer structure is measured.
+    max_imbalance
+        Load cap of the placements that measure it.
     """
     with working("looking for structure") as report:
         measured = structure(
@@ -70,9 +60,7 @@ def command(
             threads=source.threads,
             progress=shares(report, "read"),
         )
-    output = Output(json_file)
-    output.say(source.describe())
-    output.say()
+    output.say(source.describe(), "")
     show_skew(output, measured)
     show_groups(output, measured)
     show_crossings(output, measured)
@@ -90,14 +78,13 @@ def show_served(
     placement = blocks(traffic.layers, traffic.num_experts, devices)
     with working("replaying"):
         of = evaluate(placement, traffic, window=source.replayed, **how, threads=source.threads)
-    output.say()
-    if serving.engine is not None:
-        output.say(serving.explain())
     output.say(
+        "",
+        *serving.explain(),
         f"Experts in blocks: imbalance {number(of.imbalance, 3)}, predicted time "
-        f"{number(of.predicted_layer_us, 1)} us per layer."
+        f"{number(of.predicted_layer_us, 1)} us per layer.",
+        whose_times(how["cost_model"], traffic, how["arrival"]),
     )
-    output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
     return {name: getattr(of, name) for name in names}
 
@@ -112,14 +99,13 @@ def show_skew(output: Output, of: Structure) -> None:
         rows.append(_spread("information on next layer, bits", of.information, 2))
         rows.append(_spread("  in addition, expected by chance", of.information_chance, 2))
     output.table(("per layer", "least", "median", "most", "in layer"), rows)
-    output.say()
+    output.say("")
 
 
 def show_groups(output: Output, of: Structure) -> None:
     """Print how far groups are from the mix."""
     if not of.group_share:
-        output.say("INPUT has no groups to compare.")
-        output.say()
+        output.say("INPUT has no groups to compare.", "")
         return
     # The groups that differ most are shown where there are many.
     names = sorted(of.group_share, key=lambda name: -of.group_distance[name])
@@ -130,8 +116,7 @@ def show_groups(output: Output, of: Structure) -> None:
     output.table(("group", "share", "distance"), rows)
     if len(names) > MOST_GROUPS:
         output.say(f"and {len(names) - MOST_GROUPS} groups nearer to the mix; --json has all")
-    output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)")
-    output.say()
+    output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)", "")
 
 
 def show_crossings(output: Output, of: Structure) -> None:

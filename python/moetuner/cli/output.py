@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 from rich.console import Console
-from rich.progress import Progress as Screen
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from moetuner.cli.options import OutFile, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
 from moetuner.report.cells import finite
@@ -27,16 +27,18 @@ STANDARD_OUTPUT = 1
 
 
 class Output:
-    """Standard output of a subcommand.
+    """Standard output of a subcommand, and the file that ``finish`` writes.
 
     Parameters
     ----------
     json_file
-        Where ``finish`` writes; "-" for standard output, on which nothing else then appears.
+        Write all results as JSON; "-" writes them to standard output, and nothing else.
     """
 
+    json_file: Annotated[Path | None, option(OutFile(standard_output=True), "FILE")]
+
     def __init__(self, json_file: Path | None) -> None:
-        self._json = json_file
+        self.json_file = json_file
         # Other text between the braces would make it no JSON.
         self._quiet = json_file is not None and (
             str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT
@@ -45,11 +47,10 @@ class Output:
         if not self._console.is_terminal:
             self._console.width = UNLIMITED
 
-    def say(self, text: str = "") -> None:
+    def say(self, *texts: str) -> None:
         """Print lines; control characters in them are escaped."""
-        if not self._quiet:
-            for row in text.split("\n"):
-                self._console.print(line(row), soft_wrap=True)
+        for row in "\n".join(texts).split("\n") if texts and not self._quiet else ():
+            self._console.print(line(row), soft_wrap=True)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
@@ -63,20 +64,19 @@ class Output:
 
     def finish(self, contents: dict[str, Any]) -> None:
         """Write the JSON, if it is wanted."""
-        if self._json is None:
+        if self.json_file is None:
             return
         text = json.dumps(finite(contents), indent=2, allow_nan=False)
-        if str(self._json) == "-":
+        if str(self.json_file) == "-":
             click.echo(text)
         else:
-            with replacing(self._json) as temporary:
+            with replacing(self.json_file) as temporary:
                 temporary.write_text(text + "\n")
 
 
-# A log gets the first line after a second, the next ones rarely; a screen is drawn anew so often.
+# A log gets the first line after a second, the next ones rarely.
 FIRST_S = 1.0
 INTERVAL_S = 10.0
-FRAMES_PER_S = 4
 
 
 @contextmanager
@@ -84,21 +84,13 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
     """Show what is being done while it takes long; yield a progress callback for ``solve``."""
     label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
+
+    def text(progress: Progress) -> str:
+        return f"{label}: {progress.seconds:.0f} s, {_line(progress)}"
+
     if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
-        with Screen(
-            *columns,
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            refresh_per_second=FRAMES_PER_S,
-        ) as screen:
-            task = screen.add_task(label)
-
-            def draw(progress: Progress) -> None:
-                screen.update(task, description=f"{label}: {_line(progress)}")
-
-            yield draw
+        with console.status(Text(label)) as status:
+            yield lambda progress: status.update(Text(text(progress)))
         return
 
     def say(text: str) -> None:
@@ -112,7 +104,7 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
         nonlocal last
         if time.monotonic() - last >= INTERVAL_S:
             last = time.monotonic()
-            say(f"{label}: {progress.seconds:.0f} s, {_line(progress)}")
+            say(text(progress))
 
     timer.start()
     try:
@@ -136,11 +128,11 @@ def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], Non
 
 
 def _line(progress: Progress) -> str:
-    parts = [progress.phase]
-    if progress.objective is not None:
-        parts.append(f"best {progress.objective:.6g}")
-    if progress.bound is not None:
-        parts.append(f"bound {progress.bound:.6g}")
-    if progress.gap is not None:
-        parts.append(f"gap {100 * progress.gap:.1f} %")
-    return ", ".join(parts)
+    gap = None if progress.gap is None else 100 * progress.gap
+    values = {
+        "best {:.6g}": progress.objective,
+        "bound {:.6g}": progress.bound,
+        "gap {:.1f} %": gap,
+    }
+    texts = [text.format(value) for text, value in values.items() if value is not None]
+    return ", ".join([progress.phase, *texts])

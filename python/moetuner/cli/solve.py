@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
 
 import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.attempt import judge, solve_with
-from moetuner.cli.options import SearchOptions
-from moetuner.cli.options.machine import Machine, machine_options
-from moetuner.cli.options.moves import Moving, moving_options
-from moetuner.cli.options.problem import ProblemOptions, problem_options
-from moetuner.cli.options.traffic import Source, traffic_options
+from moetuner.cli.options import SearchOptions, option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import Moving
+from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.serving import ProblemOptions
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
-from moetuner.cli.report import origin_of, write_pages
 from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
 from moetuner.report.page.data import of_outcomes
-from moetuner.solver import ALIASES, METHODS, Result
+from moetuner.solver import METHODS, Result
 
 FLATTERED = (
     "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
@@ -31,109 +31,81 @@ FLATTERED = (
 )
 
 
-def parse_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Return the method of a name, or of another name of it."""
-    name = ALIASES.get(value, value)
-    if name not in METHODS:
-        near = options.suggestion(value, METHODS)
-        raise click.BadParameter(f"must be one of {', '.join(METHODS)}, got '{value:.60}'{near}")
-    return name
-
-
-@click.command(
-    "solve",
-    cls=options.Grouped,
-    begin_with="--devices --devices-per-node --for --out --report",
-)
-@traffic_options
-@machine_options
-@problem_options
-@moving_options
-@options.option(
-    "--method",
-    str,
-    "METHOD",
-    f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
-    group=options.SEARCH,
-    default="joint",
-    show_default=True,
-    callback=parse_method,
-    shell_complete=options.completing(*METHODS),
-)
-@options.search_options
-@options.option(
-    "--out",
-    options.OutFile(),
-    "FILE",
-    "Write the placement to this file, as JSON.",
-    name="out_file",
-    default="placement.json",
-    show_default=True,
-)
-@options.option(
-    "--certificate",
-    options.OutFile(),
-    "FILE",
-    'Write the proof of the bound, for "moetuner verify"; the command fails if there is none.',
-    name="certificate_file",
-    group=options.SEARCH,
-)
-@options.report_option
-@options.figures_option
-@options.json_option
+@options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
 def command(
+    *,
     source: Source,
     machine: Machine,
     wanted: ProblemOptions,
     moving: Moving,
-    method: str,
+    method: Annotated[
+        str,
+        option(
+            options.Text(options.read_method, words=METHODS),
+            "METHOD",
+            group=options.SEARCH,
+            help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+        ),
+    ] = "joint",
     search: SearchOptions,
-    out_file: Path,
-    certificate_file: Path | None,
-    report_file: Path | None,
-    json_file: Path | None,
+    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json"),
+    certificate_file: Annotated[
+        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
+    ] = None,
+    pages: Pages,
+    output: Output,
 ) -> None:
     """Compute a placement and write it.
 
     The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
     compare" says what to expect on traffic that the solver has not seen.
+
+    Parameters
+    ----------
+    out_file
+        Write the placement to this file, as JSON.
+    certificate_file
+        Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
-    initial, window, threads = moving.initial(), source.counted, source.threads
-    problem = wanted.problem(source.traffic, machine.topology(), window=window, threads=threads)
+    initial = moving.initial()
+    problem = wanted.problem(source, machine.topology())
     if initial is not None:
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
-    how = {**asdict(search), "threads": threads}
-    output = Output(json_file)
-    output.say(source.describe())
-    if wanted.engine is not None:
-        output.say(wanted.explain_problem(problem))
-    result = solve_with(method, problem, **how, **moving.arguments(initial))
+    how = asdict(search)
+    output.say(source.describe(), *wanted.explain_problem(problem))
+    result = source.solve(method, problem, **how, **moving.arguments(initial))
     # Written before anything is said about it: a closed pipe must not lose the answer.
     result.placement.save(out_file)
-    output.say()
-    page = options.has_page(report_file)
+    output.say("")
     try:
-        before, outcomes = _judge(_running(result, initial, page=page), result, source, problem)
+        before, outcomes = _judge(
+            _running(result, initial, page=pages.wanted), result, source, problem
+        )
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     _show(output, problem, outcomes, before if initial is None else None)
-    moves, trades = moving.show(output, problem, initial, result, **how)
+    moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = _prove(problem, result, certificate_file, output) if certificate_file else None
-    settings = {**wanted.problem_settings(problem), **moving.settings(), "window": window, **how}
+    settings = {
+        **wanted.problem_settings(problem),
+        **moving.settings(),
+        "window": source.counted,
+        "threads": source.threads,
+        **how,
+    }
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
-    write_pages(
-        report_file,
+    pages.write(
+        output,
         lambda: of_outcomes(
-            *(before, outcomes[-1], source.traffic, origin_of(source), contents),
+            *(before, outcomes[-1], origin_of(source), contents),
             traffic=FLATTERED,
             trades=trades,
             expert_bytes=moving.expert_bytes,
         ),
-        output,
     )
     output.finish(contents)
     if failure is not None:
@@ -150,21 +122,13 @@ def _running(result: Result, initial: Placement | None, *, page: bool) -> Result
 def _judge(
     running: Result | None, result: Result, source: Source, problem: Problem
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, method contiguous, and a result.
-
-    Returns
-    -------
-    before, rows
-        What runs, if it is given; the rows of the table, of which the last is the result's.
-    """
-    rows, more, threads = [result], [], source.threads
+    """Replay what runs, method contiguous, and a result: what runs, and the rows of the table."""
+    rows, more = [result], []
     if result.method != "contiguous" and result.status != "interrupted":
-        rows.insert(0, solve_with("contiguous", problem, threads=threads))
+        rows.insert(0, source.solve("contiguous", problem))
     if running is not None and not np.array_equal(rows[0].placement.slots, running.placement.slots):
         more = [running]
-    outcomes = judge(
-        [*more, *rows], problem, source.traffic, window=source.replayed, threads=threads
-    )
+    outcomes = source.judge([*more, *rows], problem, source.traffic)
     return outcomes[0], outcomes[len(more) :]
 
 
@@ -175,11 +139,9 @@ def _show(
     outcome = outcomes[-1]
     output.table(head(problem), [row.row() for row in outcomes])
     broken = [row for row in outcomes[:-1] if row.breaks_rules]
-    for line in (*remarks([*broken, outcome], problem), *sentences(outcome)):
-        output.say(line)
+    output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
     if blocks is not None:
-        for line in slower(outcome, blocks):
-            output.say(line)
+        output.say(*slower(outcome, blocks))
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
-from moetuner.evaluation import arrival as arrival_
-from moetuner.evaluation import copies, replay
-from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.by_unit import of_traffic
+from moetuner.evaluation import replay
+from moetuner.evaluation.arrival import Arrival, in_order, orders
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES, Replay, Weighed, busiest_port
-from moetuner.evaluation.intervals import Sums
-from moetuner.evaluation.replay import Counts, Setting
+from moetuner.evaluation.replay import Setting, Traffic, check_model, topology_of
 from moetuner.evaluation.rows import dispatch_rows, homes_of
-from moetuner.evaluation.units import Units
-from moetuner.frozen import Frozen, html_table
+from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """What was evaluated, for those who ask what other sequences would have brought.
+class Replayed(NamedTuple):
+    """What was evaluated and how, for those who ask what other sequences would have brought.
 
-    Parameters
-    ----------
-    traffic, setting, model, regime
-        What was replayed, and how.
-    group
-        Group of the traffic; None for all.
+    ``group`` is the group of the traffic; None for all.
     """
 
-    traffic: RoutingTrace | RoutingStatistics
+    traffic: Traffic
     setting: Setting
-    model: CostModel | None
-    regime: Regime
     group: str | None = None
-
-    def sums(self, units: Units, *, only_whole: bool = False) -> dict[str | None, dict[str, Sums]]:
-        """Compute what every unit adds to the figures of all traffic (None) and of every group."""
-        setting = replace(self.setting, with_mixed=False)
-        return of_traffic(
-            self.traffic, setting, self.model, self.regime, units, only_whole=only_whole
-        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,20 +125,14 @@ class Evaluation(Frozen):
         names = [name for name in FIGURES if getattr(self, name) is not None]
         rows = [("all", self), *self.by_group.items()]
         return html_table(
-            ("group", *names),
-            [(of, *(getattr(each, name) for name in names)) for of, each in rows],
+            ("group", *names), [(of, *(getattr(each, name) for name in names)) for of, each in rows]
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values; traffic is summed over layers."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        traffic = {name: rows.sum(axis=0) for name, rows in self.traffic.items()}
+        fields: dict[str, Any] = as_json({**self.__dict__, "replayed": None, "traffic": traffic})
         del fields["replayed"]
-        for name in ("imbalance_per_layer", "imbalance_per_window", "predicted_us_per_layer"):
-            fields[name] = None if fields[name] is None else list(fields[name])
-        fields["traffic"] = {
-            regime: table.sum(axis=0).tolist() for regime, table in self.traffic.items()
-        }
-        fields["by_group"] = {name: group.to_dict() for name, group in self.by_group.items()}
         return fields
 
 
@@ -248,19 +222,12 @@ def evaluate(
 
 def evaluate_each(
     placements: Sequence[Placement],
-    traffic: RoutingTrace | RoutingStatistics,
+    traffic: Traffic,
     topology: Topology | None = None,
     *,
-    window: int | None = None,
-    split: Split = "even",
-    cost_model: CostModel | None = None,
-    regime: Regime = "dispatch",
-    arrival: Arrival = "bursts",
     home: ArrayLike | Literal["blocks"] | None = None,
-    mixed: bool = True,
-    mixed_seed: int = 0,
-    threads: int | None = None,
     progress: Callable[[float], None] | None = None,
+    **options: Any,
 ) -> list[Evaluation]:
     """Replay several placements of one model and machine, and read the trace once for all.
 
@@ -272,119 +239,61 @@ def evaluate_each(
     topology = topology_of(placements[0], topology)
     for placement in placements:
         check_model(placement, traffic, topology)
-    copies.check(split)
-    window, threads = window_in(window), threads_in(threads)
-    check_times(cost_model, regime)
-    flag("mixed", mixed)
-    settings = [
-        Setting(
-            placement,
-            topology,
-            window,
-            split,
-            cost_model is not None and cost_model.expert_us > 0,
-            threads,
-            mixed_seed=seed_in(mixed_seed, "mixed_seed"),
-            arrival=arrival,
-        )
-        for placement in placements
-    ]
-    orders = arrival_.orders(traffic, arrival, seed=mixed_seed)
+    settings = [Setting(placement, topology, **options) for placement in placements]
+    common = settings[0]
+    homes = None if home is None else _homes(home, traffic, common)
+    served = orders(traffic, common.arrival, seed=common.mixed_seed)
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more.
-    is_mixed = any(order is not None for _, order in orders)
-    counting = [replace(each, with_mixed=mixed and not is_mixed) for each in settings]
-    if home is not None and isinstance(traffic, RoutingStatistics):
-        raise ValueError("home needs a trace: statistics have no tokens")
-    if home is not None and split != "even":
-        raise ValueError(f"home needs split 'even', got {split!r}: others know homes only spread")
-    runs: list[Iterator[tuple[Counts, dict[str, Counts]]]] = []
-    for number, (_, order) in enumerate(orders):
-        if isinstance(traffic, RoutingStatistics):
-            runs.append(replay.of_statistics(traffic, setting) for setting in counting)
-        else:
-            part = _part_of(progress, number, len(orders))
-            runs.append(replay.of_trace(arrival_.in_order(traffic, order), counting, part))
+    is_mixed = any(order is not None for _, order in served)
+    counting = [replace(each, mixed=common.mixed and not is_mixed) for each in settings]
+
+    def progress_of(number: int) -> Callable[[float], None] | None:
+        return progress and (lambda share: progress((number + share) / len(served)))
+
+    runs = [
+        replay.counts_of(in_order(traffic, order), counting, progress_of(number))
+        for number, (_, order) in enumerate(served)
+    ]
     evaluated = []
-    for setting, *parts in zip(settings, *runs, strict=True):
-        if home is not None and isinstance(traffic, RoutingTrace):
-            parts = [
-                _with_homes(counts, groups, setting.placement, traffic, home)
-                for counts, groups in parts
-            ]
-        named: dict[str | None, list[Counts]] = {None: [counts for counts, _ in parts]}
-        named |= {name: [groups[name] for _, groups in parts] for name in parts[0][1]}
-        evaluations = {}
-        for name, of_orders in named.items():
-            weighed = [(weight, of) for (weight, _), of in zip(orders, of_orders, strict=True)]
-            # Where tokens are replayed in mixed order anyway, that is the last order.
-            in_mixed_order = of_orders[-1].load if mixed and is_mixed else of_orders[0].mixed
-            evaluations[name] = _evaluation(
-                Replay(weighed, in_mixed_order, setting, cost_model, regime), traffic, name
-            )
-        by_group = {name: of for name, of in evaluations.items() if name is not None}
-        evaluated.append(replace(evaluations[None], by_group=by_group))
+    for setting, *counted in zip(settings, *runs, strict=True):
+        by_group = {}
+        for group in counted[0]:
+            parts = [of[group] for of in counted]
+            mixed = parts[-1].load if common.mixed and is_mixed else parts[0].mixed
+            if homes is not None and isinstance(traffic, RoutingTrace):
+                rows = _rows_from(homes, setting.placement, traffic, group)
+                parts = [replace(of, dispatch=rows) for of in parts]
+            weighed = [(weight, of) for (weight, _), of in zip(served, parts, strict=True)]
+            by_group[group] = _evaluation(Replay(weighed, mixed, setting), traffic, group)
+        whole = by_group.pop(None)
+        evaluated.append(replace(whole, by_group=by_group))
     return evaluated
 
 
-def _part_of(
-    progress: Callable[[float], None] | None, number: int, of: int
-) -> Callable[[float], None] | None:
-    """Return what reports the share of one of several runs as that of all."""
-    return None if progress is None else lambda share: progress((number + share) / of)
-
-
-def topology_of(placement: Placement, topology: Topology | None) -> Topology:
-    """Return the topology that was given, or one node of the placement's devices."""
-    instance("placement", placement, Placement)
-    if topology is None:
-        return Topology(placement.devices)
-    instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    return topology
-
-
-def check_times(cost_model: CostModel | None, regime: Regime) -> None:
-    """Raise unless these are a cost model, or none, and a regime."""
-    if cost_model is not None:
-        instance("cost_model", cost_model, CostModel, hint=", such as CostModel.preset('h100')")
-    one_of("regime", regime, get_args(Regime))
-
-
-def check_model(
-    placement: Placement, traffic: RoutingTrace | RoutingStatistics, topology: Topology
-) -> None:
-    """Raise unless placement, traffic and topology are of one model and machine."""
-    instance("placement", placement, Placement)
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
-    shape = (traffic.layers, experts, topology.devices)
-    given = (placement.layers, placement.num_experts, placement.devices)
-    if shape != given:
+def _homes(
+    home: ArrayLike | Literal["blocks"], traffic: Traffic, setting: Setting
+) -> NDArray[np.int64]:
+    """Check given homes of tokens, and return them [T]."""
+    if isinstance(traffic, RoutingStatistics):
+        raise ValueError("home needs a trace: statistics have no tokens")
+    if setting.split != "even":
         raise ValueError(
-            f"placement must have {shape[0]} layers, {shape[1]} experts and {shape[2]} devices "
-            f"like the input and topology, got {given[0]}, {given[1]} and {given[2]}"
+            f"home needs split 'even', got {setting.split!r}: others know homes only spread"
         )
+    return homes_of(home, traffic.tokens, setting.placement.devices)
 
 
-def _with_homes(
-    counts: Counts,
-    by_group: dict[str, Counts],
-    placement: Placement,
-    trace: RoutingTrace,
-    home: ArrayLike | Literal["blocks"],
-) -> tuple[Counts, dict[str, Counts]]:
-    """Replace the dispatch traffic, of all tokens and of every group, by rows from given homes."""
-    homes = homes_of(home, trace.tokens, placement.devices)
-    groups = {}
-    for name, group in by_group.items():
-        mine = homes[trace.group == trace.group_names.index(name)]
-        rows = dispatch_rows(placement, trace.select(groups=name), mine)
-        groups[name] = replace(group, dispatch=rows)
-    return replace(counts, dispatch=dispatch_rows(placement, trace, homes)), groups
+def _rows_from(
+    homes: NDArray[np.int64], placement: Placement, trace: RoutingTrace, group: str | None
+) -> NDArray[np.int64]:
+    """Count the rows of all tokens, or of those of a group, from given homes [L,D,D]."""
+    if group is not None:
+        homes = homes[trace.group == trace.group_names.index(group)]
+        trace = trace.select(groups=group)
+    return dispatch_rows(placement, trace, homes)
 
 
-def _evaluation(
-    of: Replay, traffic: RoutingTrace | RoutingStatistics, group: str | None
-) -> Evaluation:
+def _evaluation(of: Replay, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = of.setting.topology, of.rows()
     values: dict[str, Any] = {name: figure.compute(of) for name, figure in FIGURES.items()}
@@ -395,7 +304,7 @@ def _evaluation(
         predicted_us_per_layer=_per_layer(of.times) if of.times else None,
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
-        replayed=Replayed(traffic, of.setting, of.model, of.regime, group),
+        replayed=Replayed(traffic, of.setting, group),
     )
 
 

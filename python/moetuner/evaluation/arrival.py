@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Arrival = Literal["bursts", "mixed"] | float
+Traffic = TypeVar("Traffic", bound=RoutingTrace | RoutingStatistics)
 
 # Sequences that are served at once: as many as engines take by default, but no more than a quarter
 # of all where there are few, so that the batch stays full until near the end.
@@ -56,9 +57,9 @@ def orders(
     return [mixed] if share == 1 else [(1 - share, None), mixed]
 
 
-def in_order(trace: RoutingTrace, order: Order | None) -> RoutingTrace:
+def in_order(trace: Traffic, order: Order | None) -> Traffic:
     """Return a trace with its tokens, and their labels, in an order [T]."""
-    if order is None:
+    if order is None or isinstance(trace, RoutingStatistics):
         return trace
     return replace(
         trace,

@@ -7,24 +7,16 @@ through optimization: How Facebook's ad delivery can lead to biased outcomes" (C
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetuner._checks import (
-    instance,
-    is_number,
-    listed,
-    one_of,
-    seed_in,
-    shown,
-    threads_in,
-    whole_number,
-)
+from moetuner._checks import instance, is_number, listed, one_of, seed_in, shown, whole_number
 from moetuner.cost import CostModel
-from moetuner.evaluation import Replayed, check_model, check_times, copies, topology_of
-from moetuner.evaluation.arrival import Arrival, share_mixed
+from moetuner.evaluation import Evaluation
+from moetuner.evaluation.arrival import Arrival
+from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.intervals import (
@@ -36,9 +28,9 @@ from moetuner.evaluation.intervals import (
     holm,
     paired,
 )
-from moetuner.evaluation.replay import Setting
+from moetuner.evaluation.replay import Setting, Traffic, check_model, topology_of
 from moetuner.evaluation.units import Units, units_of
-from moetuner.frozen import Frozen, html_table
+from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
@@ -46,12 +38,8 @@ from moetuner.trace import RoutingTrace
 
 WINDOW = 512
 
-# Changes of every group, by measure, as they were resampled.
-Resampled = dict[str, dict[str, Paired]]
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Change(Frozen):
+class Change(NamedTuple):
     """One measure of one group, under a placement and under the baseline.
 
     Parameters
@@ -78,8 +66,7 @@ class Change(Frozen):
     behind_chance: float = 1.0
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Finding(Frozen):
+class Finding(NamedTuple):
     """A group that a placement serves worse in one measure."""
 
     group: str
@@ -149,37 +136,36 @@ class Audit(Frozen):
             for measure in measures or self.whole:
                 change: Interval | None = getattr(changes[measure], which)
                 surely = getattr(changes[measure], chance)
-                if change is not None and change.value > than and _is_beyond_chance(change, surely):
+                if change is None or change.low is None or surely > 1 - CONFIDENCE:
+                    continue
+                if change.low > 0 and change.value > than:
                     findings.append(Finding(group, measure, change, surely))
-        return sorted(findings, key=lambda each: -each.change.value)
+        return sorted(findings, key=lambda finding: -finding.change.value)
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", "baseline", "placement", "change", "from", "to")
+        by_group = {"all": self.whole, **self.groups}
         rows = [
             (measure, group, of.baseline.value, of.value.value, *(of.change or "---"))
             for measure in self.whole
-            for group, of in [
-                ("all", self.whole[measure]),
-                *((group, changes[measure]) for group, changes in self.groups.items()),
-            ]
+            for group, of in ((group, changes[measure]) for group, changes in by_group.items())
         ]
         return html_table(head, rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values; intervals are value, low and high."""
-        fields = asdict(self)
-        return {
-            "all": {name: _plain(change) for name, change in fields["whole"].items()},
-            "by_group": {
-                group: {name: _plain(change) for name, change in changes.items()}
-                for group, changes in fields["groups"].items()
-            },
-            "units": {"kind": self.units[0], "number": self.units[1]},
-            "block_length": self.block_length,
-            "too_few": self.too_few,
-            "worse": [_plain(asdict(each)) for each in self.worse()],
-            "behind": [_plain(asdict(each)) for each in self.behind()],
-        }
+        fields: dict[str, Any] = as_json(
+            {
+                "all": self.whole,
+                "by_group": self.groups,
+                "units": dict(zip(("kind", "number"), self.units, strict=True)),
+                "block_length": self.block_length,
+                "too_few": self.too_few,
+                "worse": self.worse(),
+                "behind": self.behind(),
+            }
+        )
+        return fields
 
 
 def audit(
@@ -249,33 +235,36 @@ def audit(
     -0.167
     """
     topology = topology_of(placement, topology)
-    if baseline is None:
-        baseline = contiguous(placement)
+    baseline = contiguous(placement) if baseline is None else baseline
     instance("baseline", baseline, Placement)
-    for each in (placement, baseline):
-        check_model(each, traffic, topology)
-    check_times(cost_model, regime)
-    copies.check(split)
-    share_mixed(arrival)
-    seed, threads = seed_in(seed), threads_in(threads)
+    whole_number("window", window)
+    how = (window, split, cost_model, regime, arrival, False, 0, threads)
+    settings = [Setting(each, topology, *how) for each in (placement, baseline)]
+    for setting in settings:
+        check_model(setting.placement, traffic, topology)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
-    whole_number("window", window)
     whole_number("resamples", resamples, highest=1 << 20)
     if units is not None:
         instance("units", units, Units)
-    else:
-        units = units_of(traffic, window=window, threads=threads)
-    with_active = cost_model is not None and cost_model.expert_us > 0
-    mine, theirs = (
-        Replayed(
-            traffic,
-            Setting(*(each, topology, window, split, with_active, threads), arrival=arrival),
-            cost_model,
-            regime,
-        ).sums(units)
-        for each in (placement, baseline)
-    )
+    return _audited(traffic, settings, units, resamples, seed_in(seed))
+
+
+def audit_of(before: Evaluation, after: Evaluation, units: Units | None = None) -> Audit:
+    """Compare two evaluations for every group of their traffic, in windows as they have."""
+    first, second = before.replayed, after.replayed
+    assert first is not None
+    assert second is not None
+    return _audited(first.traffic, [second.setting, first.setting], units, RESAMPLES, 0)
+
+
+def _audited(
+    traffic: Traffic, settings: list[Setting], units: Units | None, resamples: int, seed: int
+) -> Audit:
+    """Audit the first of two placements against the second one."""
+    if units is None:
+        units = units_of(traffic, window=settings[0].window, threads=settings[0].threads)
+    mine, theirs = (of_traffic(traffic, setting, units) for setting in settings)
     # Streams of their own, so that groups are resampled independently.
     resampled = {
         name: paired(
@@ -285,18 +274,15 @@ def audit(
         )
         for number, name in enumerate(mine)
     }
-    whole = resampled[None]
+    whole = resampled.pop(None)
     groups = {name: of for name, of in resampled.items() if name is not None}
-    judged = _judged(groups or {"all": whole})
+    named = groups or {"all": whole}
+    judged, numbers = _judged(named), {name: _units(of) for name, of in named.items()}
     return Audit(
-        {name: _shown(each) for name, each in whole.items()} if groups else judged["all"],
+        {name: _change(of) for name, of in whole.items()} if groups else judged["all"],
         judged if groups else {},
         (units.name, _units(whole)),
-        {
-            name: _units(of)
-            for name, of in (groups or {"all": whole}).items()
-            if _units(of) < FEWEST
-        },
+        {name: number for name, number in numbers.items() if number < FEWEST},
         units.blocks.length,
     )
 
@@ -329,19 +315,17 @@ def _units(figures: dict[str, Paired]) -> int:
     return next(iter(figures.values())).value.units
 
 
-def _shown(of: Paired) -> Change:
-    change = None if of.change is None else of.change.interval
-    return Change(of.value.interval, of.baseline.interval, change)
+def _change(of: Paired) -> Change:
+    return Change(
+        of.value.interval, of.baseline.interval, None if of.change is None else of.change.interval
+    )
 
 
-def _is_beyond_chance(change: Interval, chance: float) -> bool:
-    return chance <= 1 - CONFIDENCE and change.low is not None and change.low > 0
-
-
-def _judged(groups: Resampled) -> dict[str, dict[str, Change]]:
+def _judged(groups: dict[str, dict[str, Paired]]) -> dict[str, dict[str, Change]]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
     changes = {
-        group: {name: _shown(each) for name, each in of.items()} for group, of in groups.items()
+        group: {name: _change(of) for name, of in figures.items()}
+        for group, figures in groups.items()
     }
     questions: list[tuple[str, str, str]] = []
     chances: list[float] = []
@@ -358,20 +342,10 @@ def _judged(groups: Resampled) -> dict[str, dict[str, Change]]:
             chances.append(own.chance)
             if group != best:
                 behind = own - enough[best]
-                changes[group][measure] = replace(changes[group][measure], behind=behind.interval)
+                changes[group][measure] = changes[group][measure]._replace(behind=behind.interval)
                 questions.append((group, measure, "behind_chance"))
                 # The best was picked out of all others, for being far from this one.
                 chances.append(min((len(enough) - 1) * behind.chance, 1.0))
     for (group, measure, which), chance in zip(questions, holm(chances), strict=True):
-        changes[group][measure] = replace(changes[group][measure], **{which: chance})  # type: ignore[arg-type]
+        changes[group][measure] = changes[group][measure]._replace(**{which: chance})  # type: ignore[arg-type]
     return changes
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """Write intervals as objects."""
-    return {
-        name: dict(zip(("value", "low", "high"), entry, strict=True))
-        if isinstance(entry, tuple)
-        else entry
-        for name, entry in fields.items()
-    }

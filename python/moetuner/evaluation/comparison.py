@@ -10,11 +10,12 @@ import numpy as np
 
 from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation
+from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, Paired, Spread, mean_interval, paired
 from moetuner.evaluation.units import Units, likeness, units_of
 from moetuner.frozen import Frozen
-from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
 
 # What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
 # the line at about the same place (vLLM on ROCm: 5 %).
@@ -225,19 +226,16 @@ def compare(
     """
     resampled = [_paired(before, after, units, seed) for before, after in splits]
     comparisons = {}
+    alike = 1.0 if units is None else likeness(share, units)
     for measure in measures or resampled[0][0]:
-        pairs = [tuple(getattr(each, measure) for each in pair) for pair in splits]
+        values = [tuple(getattr(each, measure) for each in pair) for pair in splits]
         spreads = []
-        for (before, after), (by_name, number) in zip(pairs, resampled, strict=True):
-            value = 1 - after / before if before else 0.0
-            change = by_name[measure].change if measure in by_name else None
-            if change is None:
-                spreads.append(Spread(value, np.empty(0), 1.0, number))
-            else:
-                spreads.append(replace(-change, value=value))
-        alike = 1.0 if units is None else likeness(share, units)
+        for (before, after), (figures, number) in zip(values, resampled, strict=True):
+            change = figures[measure].change if measure in figures else None
+            spread = -change if change else Spread(0.0, np.empty(0), 1.0, number)
+            spreads.append(replace(spread, value=1 - after / before if before else 0.0))
         gain, low, high = mean_interval([each.interval for each in spreads], alike)
-        before, after = np.mean(pairs, axis=0).tolist()
+        before, after = np.mean(values, axis=0).tolist()
         comparisons[measure] = Comparison(
             *(measure, before, after, gain, low, high),
             units=min(each.units for each in spreads),
@@ -250,25 +248,26 @@ def _paired(
     before: Evaluation, after: Evaluation, units: Units | None, seed: int
 ) -> tuple[dict[str, Paired], int]:
     """Resample two evaluations of the same traffic together; return how many units it has, too."""
-    both = before.replayed, after.replayed
-    if both[0] is None or both[1] is None:
+    both = [each.replayed for each in (before, after) if each.replayed is not None]
+    if len(both) < 2:
         return {}, 0
     if units is None:
-        of = both[1].setting
-        units = units_of(both[1].traffic, window=of.window, threads=of.threads)
+        setting = both[1].setting
+        units = units_of(both[1].traffic, window=setting.window, threads=setting.threads)
     # A group alone would be all of its traffic, but copies look at a token's place in all.
     sums = [
-        each.sums(units, only_whole=each.group is None)[each.group] for each in (both[0], both[1])
+        of_traffic(of.traffic, of.setting, units, only_whole=of.group is None)[of.group]
+        for of in both
     ]
-    counts = [_size(each.traffic) for each in (both[0], both[1])]
-    if counts[0] != counts[1] or len(sums[0]["imbalance"].above) != len(sums[1]["imbalance"].above):
+    sizes = [
+        f"{of.traffic.tokens} tokens"
+        if isinstance(of.traffic, RoutingTrace)
+        else f"{of.traffic.windows} windows"
+        for of in both
+    ]
+    units_of_both = [len(of["imbalance"].by_unit()[0]) for of in sums]
+    if sizes[0] != sizes[1] or units_of_both[0] != units_of_both[1]:
         raise ValueError(
-            f"before and after must be of the same traffic, got {counts[0]} and {counts[1]}"
+            f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )
     return paired(sums[1], sums[0], rng=np.random.default_rng(seed)), units.number
-
-
-def _size(traffic: object) -> str:
-    if isinstance(traffic, RoutingStatistics):
-        return f"{traffic.windows} windows"
-    return f"{getattr(traffic, 'tokens', 0)} tokens"

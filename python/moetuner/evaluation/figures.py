@@ -33,15 +33,13 @@ class Replay:
         in any order.
     mixed
         Loads in windows of mixed arrival [W,L,D]; None if not asked for.
-    setting, model, regime
-        What was replayed, and what predicts its times.
+    setting
+        How it was replayed, and what predicts its times.
     """
 
     parts: list[tuple[float, Counts]]
     mixed: NDArray[Any] | None
     setting: Setting
-    model: CostModel | None
-    regime: Regime
 
     @property
     def counts(self) -> Counts:
@@ -56,12 +54,9 @@ class Replay:
     @cached_property
     def times(self) -> Weighed:
         """Predicted microseconds of every window and layer; none without a cost model."""
-        model, topology = self.model, self.setting.topology
-        if model is None:
+        if self.setting.cost_model is None:
             return []
-        return [
-            (weight, layer_us(each, topology, model, self.regime)) for weight, each in self.parts
-        ]
+        return [(weight, layer_us(each, self.setting)) for weight, each in self.parts]
 
     def imbalance(self, load: NDArray[Any]) -> Floats:
         """Compute the imbalance [...] of device loads [...,D] on this machine."""
@@ -260,25 +255,22 @@ def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float
     return busiest
 
 
-def layer_us(counts: Counts, topology: Topology, model: CostModel, regime: Regime) -> Floats:
+def layer_us(counts: Counts, setting: Setting) -> Floats:
     """Compute the predicted microseconds of every window and layer [W,L]."""
-    runs = list(blocks(len(counts.load), counts.load[0].size))
+    model, topology = setting.cost_model, setting.topology
+    assert model is not None
     # Homes, and what follows, are of all windows together.
-    visits = counts.visits.sum(axis=0) if len(runs) == 1 else _sum(counts.visits, runs)
-    moved = _dispatched if regime == "dispatch" else _followed
-
-    def times(some: Counts) -> Floats:
+    runs = list(blocks(len(counts.load), counts.load[0].size))
+    visits: NDArray[Any] = np.sum([counts.visits[some].sum(axis=0) for some in runs], axis=0)
+    times = []
+    for some in (counts.run(run) for run in runs):
         compute = model.compute_us(some.load, some.active, topology.speed_of_device)
-        return model.layer_us(compute, moved(some, topology, model, visits))
-
-    if len(runs) == 1:
-        return times(counts)
-    return np.concatenate([times(counts.run(some)) for some in runs])
-
-
-def _sum(table: NDArray[Any], runs: list[slice]) -> NDArray[Any]:
-    total: NDArray[Any] = np.sum([table[some].sum(axis=0) for some in runs], axis=0)
-    return total
+        if setting.regime == "dispatch":
+            moved = _dispatched(some, topology, model, visits)
+        else:
+            moved = _followed(some, topology, model)
+        times.append(model.layer_us(compute, moved))
+    return times[0] if len(times) == 1 else np.concatenate(times)
 
 
 def _dispatched(
@@ -322,9 +314,7 @@ def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> F
     return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
 
 
-def _followed(
-    counts: Counts, topology: Topology, model: CostModel, _visits: NDArray[Any]
-) -> Floats:
+def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
     """Compute microseconds of rows that go on to the next layer, in each window as in all.
 
     A token with K experts in both layers makes K * K pairs, and its state goes to K experts.

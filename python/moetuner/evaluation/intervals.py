@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,23 +45,6 @@ class Interval(NamedTuple):
     high: float | None
 
 
-class Cuts(NamedTuple):
-    """What sequences add to a figure in each of their windows.
-
-    Parameters
-    ----------
-    above, below
-        What every cut adds to numerator and denominator [C].
-    unit, window
-        Whose it is, and where [C].
-    """
-
-    above: Floats
-    below: Floats
-    unit: Integers
-    window: Integers
-
-
 class Sums(NamedTuple):
     """A figure that is a quotient of two sums over units.
 
@@ -69,18 +53,34 @@ class Sums(NamedTuple):
     value
         The figure.
     above, below
-        What every unit adds to numerator and denominator [U].
+        What every unit adds to numerator and denominator [U]; or, of units that are sequences, what
+        each adds in one of its windows [C].
     blocks
         How far units are alike, which are windows in their order then.
-    cuts
-        What units that are sequences have in each window.
+    unit, window
+        Whose that is, and where [C]; None where every unit stands by itself.
     """
 
     value: float
     above: Floats
     below: Floats
     blocks: Blocks = INDEPENDENT
-    cuts: Cuts | None = None
+    unit: Integers | None = None
+    window: Integers | None = None
+
+    def by_unit(self) -> tuple[Floats, Floats]:
+        """Return what every unit adds to numerator and denominator [U]."""
+        if self.unit is None:
+            return self.above, self.below
+        above, below = (np.bincount(self.unit, each) for each in (self.above, self.below))
+        return above.astype(np.float64), below.astype(np.float64)
+
+    def influence(self) -> Floats | None:
+        """Compute what is added to the relative deviation of the quotient, by window too [C]."""
+        above, below = float(self.above.sum()), float(self.below.sum())
+        if self.window is None or above <= 0 or below <= 0:
+            return None
+        return self.above / above - self.below / below
 
 
 @dataclass(frozen=True)
@@ -143,25 +143,22 @@ class Spread:
         return Spread(value, self.deviations - other.deviations, freedom, units)
 
 
-def drawn(
-    units: int, resamples: int, rng: np.random.Generator, columns: Floats, length: int = 1
-) -> Floats:
+def drawn(columns: Floats, resamples: int, rng: np.random.Generator, length: int = 1) -> Floats:
     """Sum columns [U,C] over units drawn with replacement [resamples,C]; none come of one unit.
 
     Units are drawn in circular blocks of a length, of which there are as many as make up all units.
     """
+    units = len(columns)
     if units < 2:
         return np.empty((0, columns.shape[1]))
     if length > 1:
         summed = np.cumsum(np.concatenate([np.zeros((1, columns.shape[1])), *2 * [columns]]), 0)
         columns = summed[length : length + units] - summed[:units]
-    blocks = _blocks_drawn(units, length)
-    at_once = max(DRAWN // units, 1)
+    blocks, at_once = _blocks_drawn(units, length), max(DRAWN // units, 1)
     sums = []
     for first in range(0, resamples, at_once):
         size = min(at_once, resamples - first)
-        taken = rng.multinomial(blocks, np.full(units, 1 / units), size=size)
-        sums.append(taken @ columns)
+        sums.append(rng.multinomial(blocks, np.full(units, 1 / units), size=size) @ columns)
     totals: Floats = np.concatenate(sums)
     return totals
 
@@ -194,82 +191,73 @@ def paired(
     rng: np.random.Generator,
 ) -> dict[str, Paired]:
     """Compare every figure of two placements on the same units."""
-    names = [name for name in placement if name in baseline]
-    both = [sums for name in names for sums in (placement[name], baseline[name])]
-    columns = np.stack([column for each in both for column in each[1:3]], axis=1)
-    blocks = both[0].blocks
-    sums = drawn(len(columns), resamples, rng, columns, min(blocks.length, len(columns)))
-    total = columns.sum(axis=0)
+    both = {name: (placement[name], baseline[name]) for name in placement if name in baseline}
+    added = [each for pair in both.values() for of in pair for each in of.by_unit()]
+    columns = np.stack(added, axis=1)
+    blocks = next(iter(both.values()))[0].blocks
+    # The last row is of every unit once.
+    sums = drawn(columns, resamples, rng, min(blocks.length, len(columns)))
+    sums = np.concatenate([sums, columns.sum(axis=0, keepdims=True)])
     pairs = {}
-    for number, name in enumerate(names):
-        mine, theirs = placement[name], baseline[name]
-        part = slice(4 * number, 4 * number + 4)
-        now, before = _quotients(sums[:, part])
-        (at,), (at_before,) = _quotients(total[None, part])
-        of_mine, of_theirs = _influence(mine.cuts), _influence(theirs.cuts)
+    for number, (name, (mine, theirs)) in enumerate(both.items()):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            now, before = (sums[:, at] / sums[:, at + 1] for at in (4 * number, 4 * number + 2))
+            ratio = now / before - 1
+        influences = [of.influence() for of in (mine, theirs)]
         change = None
-        if theirs.value > 0 and at_before > 0:
-            apart = None if of_mine is None or of_theirs is None else of_mine - of_theirs
-            with np.errstate(divide="ignore", invalid="ignore"):
-                value, samples = mine.value / theirs.value - 1, now / before - 1
-            change = _spread(mine, value, samples, at / at_before - 1, apart)
+        if theirs.value > 0 and before[-1] > 0:
+            apart = None
+            if influences[0] is not None and influences[1] is not None:
+                apart = influences[0] - influences[1]
+            change = _spread(mine, mine.value / theirs.value - 1, ratio, apart)
         pairs[name] = Paired(
-            _spread(mine, mine.value, now, at, of_mine),
-            _spread(mine, theirs.value, before, at_before, of_theirs),
+            _spread(mine, mine.value, now, influences[0]),
+            _spread(mine, theirs.value, before, influences[1]),
             change,
         )
     return pairs
 
 
-def _spread(
-    sums: Sums, value: float, samples: Floats, center: float, influence: Floats | None
-) -> Spread:
-    """Return the spread of one figure out of its resamples, as wide as units deviate from truth."""
-    blocks, units = sums.blocks, len(sums.below)
-    wider, freedom = _lost(sums.below)
-    wider *= blocks.inflation
-    number = units
-    if blocks.length > 1:
-        number, worth = blocks.number(units), units / blocks.correlation
-        length = min(blocks.length, units)
-        drawn_too_many = _blocks_drawn(units, length) * length / units
-        lost = worth / (worth - 1) if worth > 1 else 1.0
-        wider = blocks.inflation * math.sqrt(lost * drawn_too_many)
-        freedom = max(worth - 1, 1.0)
+def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None) -> Spread:
+    """Return the spread of a figure out of its resamples, as wide as units deviate from the truth.
+
+    The last of the samples is of every unit once.
+    """
+    blocks, below = sums.blocks, sums.by_unit()[1]
+    units = len(below)
+    number = units if blocks.length == 1 else blocks.number(units)
     if number < 2:
         return Spread(value, np.empty(0), 1.0, number)
-    if influence is not None and sums.cuts is not None:
-        both, fewest = _both_ways(sums.cuts, influence, freedom)
+    if blocks.length == 1:
+        wider, freedom = _lost(below)
+    else:
+        worth, length = units / blocks.correlation, min(blocks.length, units)
+        drawn_too_many = _blocks_drawn(units, length) * length / units
+        wider = math.sqrt((worth / (worth - 1) if worth > 1 else 1.0) * drawn_too_many)
+        freedom = max(worth - 1, 1.0)
+    wider *= blocks.inflation
+    if influence is not None and sums.unit is not None and sums.window is not None:
+        both, fewest = _both_ways(sums.unit, sums.window, influence, freedom)
         outside = (1 - CONFIDENCE) / 2
         if both * quantile(outside, fewest) < quantile(outside, freedom):
             wider, freedom = wider * both, fewest
-    finite = samples[np.isfinite(samples)]
-    return Spread(value, wider * (finite - center), freedom, number)
+    finite = samples[:-1][np.isfinite(samples[:-1])]
+    return Spread(value, wider * (finite - samples[-1]), freedom, number)
 
 
-def _influence(cuts: Cuts | None) -> Floats | None:
-    """Compute what every cut adds to the relative deviation of a quotient [C]."""
-    if cuts is None:
-        return None
-    above, below = float(cuts.above.sum()), float(cuts.below.sum())
-    if above <= 0 or below <= 0:
-        return None
-    added: Floats = cuts.above / above - cuts.below / below
-    return added
-
-
-def _both_ways(cuts: Cuts, influence: Floats, freedom: float) -> tuple[float, float]:
+def _both_ways(
+    unit: Integers, window: Integers, influence: Floats, freedom: float
+) -> tuple[float, float]:
     """Compute by how much deviations of sequences are too large, and the degrees of freedom.
 
-    The variance is that of sequences and that of windows less that of cuts, which both count; it is
+    The variance is that of sequences and that of windows less that of both, which both count; it is
     no less than that of windows, as what a sequence does in two windows goes the same way.
     """
-    by_unit = float((np.bincount(cuts.unit, influence) ** 2).sum())
-    by_window = np.bincount(cuts.window, influence)
-    windows = int((np.bincount(cuts.window) > 0).sum())
+    by_unit = float((np.bincount(unit, influence) ** 2).sum())
+    windows = int((np.bincount(window) > 0).sum())
     if by_unit <= 0 or windows < 2:
         return 1.0, freedom
-    of_windows = float((by_window**2).sum()) * windows / (windows - 1)
+    of_windows = float((np.bincount(window, influence) ** 2).sum()) * windows / (windows - 1)
     both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
     return math.sqrt(both / by_unit), min(freedom, windows - 1.0)
 
@@ -302,11 +290,6 @@ def holm(chances: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _quotients(sums: Floats) -> tuple[Floats, Floats]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
-
-
 def _lost(weights: Floats) -> tuple[float, float]:
     """Compute by how much resamples of weights [U] deviate too little, and degrees of freedom.
 
@@ -324,18 +307,29 @@ def _lost(weights: Floats) -> tuple[float, float]:
     return float(np.sqrt(squares / left)), max(1 / squares - 1, 1.0)
 
 
-# Terms of a continued fraction, and where it stops.
-TERMS, SMALLEST, ENOUGH = 300, 1e-300, 1e-14
-
-
 def tail(t: float, freedom: float) -> float:
-    """Compute the probability that a variate of Student's t of such freedom is above ``t``."""
+    """Compute the probability that a variate of Student's t of such freedom is above ``t``.
+
+    At t = sqrt(freedom) sinh(y) its density is that power of 1 / cosh(y), which is integrated up to
+    where it has fallen by e**40.
+    """
     if math.isnan(t):
         return 1.0
     if math.isinf(t):
         return 0.0 if t > 0 else 1.0
-    half = 0.5 * _beta(freedom / (freedom + t * t), freedom / 2, 0.5)
-    return half if t > 0 else 1 - half
+    begin = math.asinh(abs(t) / math.sqrt(freedom))
+    half = (math.acosh(math.cosh(begin) * math.exp(40 / freedom)) - begin) / 2
+    point, weight = _gauss()
+    area = half * float(weight @ np.cosh(begin + half * (1 + point)) ** -freedom)
+    log_whole = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2) + math.log(math.pi) / 2
+    above = area / math.exp(log_whole)
+    return above if t > 0 else 1 - above
+
+
+@cache
+def _gauss() -> tuple[Floats, Floats]:
+    """Return points and weights of Gauss and Legendre, exact to rounding for these densities."""
+    return np.polynomial.legendre.leggauss(64)
 
 
 def quantile(above: float, freedom: float) -> float:
@@ -343,34 +337,7 @@ def quantile(above: float, freedom: float) -> float:
     low, high = 0.0, 1.0
     while tail(high, freedom) > above:
         high *= 2
-    for _ in range(100):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if tail(middle, freedom) > above else (low, middle)
     return high
-
-
-def _beta(x: float, a: float, b: float) -> float:
-    """Compute the regularised incomplete beta function, by its continued fraction."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _beta(1 - x, b, a)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front += a * math.log(x) + b * math.log1p(-x)
-    # Lentz's way from the front; no denominator may be 0.
-    c, d = 1.0, 1 / _not_zero(1 - (a + b) * x / (a + 1))
-    value = d
-    for m in range(1, TERMS):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1 / _not_zero(1 + term * d)
-            c = _not_zero(1 + term / c)
-            value *= c * d
-        if abs(c * d - 1) < ENOUGH:
-            break
-    return math.exp(front) * value / a
-
-
-def _not_zero(value: float) -> float:
-    return value if abs(value) > SMALLEST else SMALLEST

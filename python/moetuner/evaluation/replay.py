@@ -1,28 +1,27 @@
 """What a placement makes of traffic, in counts per window: replayed from a trace, or expected.
 
-``evaluation`` turns these into figures.
+``figures`` turns these into figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import IdArray
+from moetuner._checks import IdArray, flag, instance, one_of, seed_in, threads_in, window_in
+from moetuner.cost import CostModel
 from moetuner.evaluation import copies
 from moetuner.evaluation import expected as expected_
-from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows
-from moetuner.evaluation.blocks import by_block
+from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
-from moetuner.topology import Topology
+from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 # Bytes of a trace that are replayed at once: under all placements while they are in the cache.
@@ -30,6 +29,7 @@ SHARD_BYTES = 16 << 20
 
 Numbers = NDArray[Any]
 Floats = NDArray[np.float64]
+Traffic = RoutingTrace | RoutingStatistics
 
 
 @dataclass(frozen=True)
@@ -80,30 +80,51 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """What stays the same for all traffic of one evaluation."""
+    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of its range.
+    """
 
     placement: Placement
     topology: Topology
-    window: int | None
-    split: Split
-    with_active: bool
-    threads: int | None
-    with_mixed: bool = True
-    mixed_seed: int = 0
-    # For whoever replays what was replayed once more; what is replayed here is in its order.
+    window: int | None = None
+    split: Split = "even"
+    cost_model: CostModel | None = None
+    regime: Regime = "dispatch"
     arrival: Arrival = "bursts"
+    mixed: bool = True
+    mixed_seed: int = 0
+    threads: int | None = None
 
-    def replay(self, trace: RoutingTrace, *, pairs: bool) -> _core.Replay:
-        """Begin to replay a trace like this one."""
-        return _core.Replay(
-            self.placement.slots,
-            trace.num_experts,
-            trace.top_k,
-            self.topology.node_of_device.tolist(),
-            window=self.window,
-            split=self.split,
-            pairs=pairs,
-        )
+    def __post_init__(self) -> None:
+        copies.check(self.split)
+        object.__setattr__(self, "window", window_in(self.window))
+        object.__setattr__(self, "threads", threads_in(self.threads))
+        if self.cost_model is not None:
+            hint = ", such as CostModel.preset('h100')"
+            instance("cost_model", self.cost_model, CostModel, hint=hint)
+        one_of("regime", self.regime, get_args(Regime))
+        flag("mixed", self.mixed)
+        seed_in(self.mixed_seed, "mixed_seed")
+        share_mixed(self.arrival)
+
+    @property
+    def with_active(self) -> bool:
+        """Whether times depend on how many experts have tokens."""
+        return self.cost_model is not None and self.cost_model.expert_us > 0
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the copy that serves a token depends on the tokens before."""
+        return self.split == "round_robin" and self.placement.has_copies
+
+    @property
+    def slot_shares(self) -> Floats:
+        """The share of its expert's tokens that every slot serves [L,D,S]."""
+        return copies.slot_shares(self.placement, self.topology, self.split)
 
     def labelled(
         self, trace: RoutingTrace, rows: int, most: int, *, visits: bool = True
@@ -120,84 +141,93 @@ class Setting:
             visits=visits,
         )
 
-    @property
-    def needs_experts(self) -> bool:
-        """Whether loads of experts are needed beside those of devices."""
-        return self.with_active or self.split == "nearest"
+
+def topology_of(placement: Placement, topology: Topology | None) -> Topology:
+    """Return the topology that was given, or one node of the placement's devices."""
+    instance("placement", placement, Placement)
+    if topology is None:
+        return Topology(placement.devices)
+    instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
+    return topology
 
 
-def of_trace(
-    trace: RoutingTrace,
-    settings: Sequence[Setting],
-    progress: Callable[[float], None] | None = None,
-) -> Iterator[tuple[Counts, dict[str, Counts]]]:
-    """Replay a trace once for all settings, which differ in their placements alone.
+def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> None:
+    """Raise unless placement, traffic and topology are of one model and machine."""
+    instance("placement", placement, Placement)
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
+    shape = (traffic.layers, experts, topology.devices)
+    given = (placement.layers, placement.num_experts, placement.devices)
+    if shape != given:
+        raise ValueError(
+            f"placement must have {shape[0]} layers, {shape[1]} experts and {shape[2]} devices "
+            f"like the input and topology, got {given[0]}, {given[1]} and {given[2]}"
+        )
 
-    Yields what was counted under each: of all of it, and of every group that has tokens by itself.
-    ``progress`` gets the share of the tokens that were read.
+
+def counts_of(
+    traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
+) -> Iterator[dict[str | None, Counts]]:
+    """Count traffic, once for all settings, which differ in their placements alone.
+
+    Yields what was counted under each: of all of it (None: a group may have any name), and of every
+    group that has tokens or windows by itself. ``progress`` gets the share of a trace's tokens that
+    were read.
     """
+    if isinstance(traffic, RoutingStatistics):
+        yield from (_expected(traffic, setting) for setting in settings)
+    else:
+        yield from _replayed(traffic, settings, progress)
+
+
+def _replayed(
+    trace: RoutingTrace, settings: Sequence[Setting], progress: Callable[[float], None] | None
+) -> Iterator[dict[str | None, Counts]]:
     _check_table_bytes(trace, settings)
-    parts = [_Part(trace, settings, np.arange(trace.tokens))]
-    names: list[str] = []
+    parts: dict[str | None, _Part] = {None: _Part(trace, settings, np.arange(trace.tokens))}
     if trace.group is not None:
         for number, name in enumerate(trace.group_names):
             mine = np.flatnonzero(trace.group == number)
             if mine.size:
-                names.append(name)
-                parts.append(_Part(trace, settings, mine))
+                parts[name] = _Part(trace, settings, mine)
     first = 0
     for shard in trace.shards(SHARD_BYTES, threads=settings[0].threads):
-        for part in parts:
+        for part in parts.values():
             part.push(shard, first)
         first += len(shard)
         if progress is not None:
             progress(first / trace.tokens)
-        del shard  # else the next shard is read while this one is still held
+        del shard  # else the next shard is read while this one is still in memory
     for number in range(len(settings)):
-        whole, *groups = [part.finish(number) for part in parts]
-        yield whole, dict(zip(names, groups, strict=True))
+        yield {name: part.finish(number) for name, part in parts.items()}
 
 
 class _Part:
-    """Some tokens of a trace under replay, for all settings.
-
-    What placements have in common is counted once. Pairs of experts give those of devices where
-    several placements have one copy of each. Loads of experts in windows of mixed arrival give
-    those of devices where experts have one copy, or copies take turns.
-    """
+    """Some tokens of a trace under replay, for all settings."""
 
     def __init__(
         self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
     ) -> None:
         self._trace, self._settings, self._tokens = trace, settings, tokens
-        common = settings[0]
-        single = [not setting.placement.has_copies for setting in settings]
-        self._shares_pairs = sum(single) > 1 and trace.layers > 1
-        self._replays = {
-            number: setting.replay(trace, pairs=not (single[number] and self._shares_pairs))
-            for number, setting in enumerate(settings)
-        }
-        needs_experts = any(setting.needs_experts for setting in settings)
-        self._experts: _core.StatisticsCounter | None = None
-        if needs_experts or self._shares_pairs:
-            self._experts = _core.StatisticsCounter(
-                trace.layers,
-                trace.num_experts,
-                trace.top_k,
-                window=common.window if needs_experts else None,
-                transitions=self._shares_pairs,
-                coactivation=False,
+        sizes, window = (trace.num_experts, trace.top_k), settings[0].window
+        self._replays = [
+            _core.Replay(
+                *(each.placement.slots, *sizes, each.topology.node_of_device.tolist()),
+                window=window,
+                split=each.split,
             )
-        self._window, self._place = common.window or 1, _mixed_places(trace, common, tokens)
-        # Loads of devices in mixed order, by setting; those of experts (-1) serve the others.
-        self._mixed: dict[int, _core.LabelledReplay] = {}
+            for each in settings
+        ]
+        self._experts: _core.StatisticsCounter | None = None
+        self._expert_load: Numbers | None = None
+        if any(each.with_active or each.split == "nearest" for each in settings):
+            self._experts = _core.StatisticsCounter(
+                trace.layers, *sizes, window=window, transitions=False, coactivation=False
+            )
+        self._place = _mixed_places(trace, settings[0], tokens)
+        self._mixed: list[_core.LabelledReplay] = []
         if self._place is not None:
-            rows = -(-len(tokens) // self._window)
-            for number, setting in enumerate(settings):
-                if not single[number] and setting.split != "round_robin":
-                    self._mixed[number] = setting.labelled(trace, rows, self._window, visits=False)
-            if len(self._mixed) < len(settings):
-                self._mixed[-1] = _of_experts(trace, rows, self._window)
+            self._mixed = [_mixed_replay(each, trace, len(tokens)) for each in settings]
 
     def push(self, shard: IdArray, first: int) -> None:
         """Replay those of a shard's tokens that are of this part."""
@@ -206,69 +236,51 @@ class _Part:
             return
         mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
         threads, checked = self._settings[0].threads, self._trace.ids.fresh
-        for replay in self._replays.values():
+        for replay in self._replays:
             replay.push(mine, threads, checked=checked)
             checked = True
         if self._experts is not None:
             self._experts.push(mine, threads, checked=True)
         if self._place is not None:
             place = self._place[begin:end]
-            window = (place // self._window).astype(np.uint32)
-            for mixed in self._mixed.values():
+            window = (place // (self._settings[0].window or 1)).astype(np.uint32)
+            for mixed in self._mixed:
                 mixed.push(mine, window, threads, positions=place, checked=True)
 
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
         setting = self._settings[number]
-        tokens, load, follow, visits, node_visits = self._replays.pop(number).finish()
-        expert_load, transitions = self._counted
-        if self._shares_pairs and not setting.placement.has_copies:
-            assert transitions is not None
-            placement, topology, split = setting.placement, setting.topology, setting.split
-            follow = expected_.followed(placement, topology, split, transitions).astype(np.uint64)
-        mixed = None
-        if setting.with_mixed:  # one window is the same in any order
-            mixed = load if self._place is None else self._mixed_load(number)
+        tokens, load, follow, visits, node_visits = self._replays[number].finish()
+        if self._experts is not None:
+            self._expert_load, self._experts = self._experts.finish(setting.threads)[1], None
+        mixed = load if setting.mixed else None  # one window is the same in any order
+        if self._mixed:
+            mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
+            mixed = _in_turns(setting.placement, mixed) if setting.takes_turns else mixed
         return Counts(
-            tokens=tokens,
-            load=load,
-            mixed=mixed,
-            visits=visits,
-            node_visits=node_visits,
-            follow=follow,
-            dispatch=expected_.dispatched(
-                setting.placement, setting.topology, setting.split, visits.sum(axis=0), expert_load
-            ),
-            active=_active(setting, expert_load),
+            *(tokens, load, mixed, visits, node_visits, follow),
+            *_of_experts(setting, setting.slot_shares, visits, self._expert_load),
         )
 
-    @cached_property
-    def _counted(self) -> tuple[Numbers | None, Numbers | None]:
-        """Loads of experts [W,L,E] and their transitions [L-1,E,E], where they were counted."""
-        if self._experts is None:
-            return None, None
-        _, load, transitions, _, _ = self._experts.finish(self._settings[0].threads)
-        return load, transitions
 
-    @cached_property
-    def _mixed_experts(self) -> Numbers:
-        """Loads of experts in windows of mixed arrival [L,W,E]."""
-        return self._mixed.pop(-1).finish()[0]
+def _of_experts(
+    setting: Setting,
+    share: Floats,
+    visits: Numbers,
+    load: Numbers | None,
+    total: Numbers | None = None,
+) -> tuple[Floats, Numbers | None]:
+    """Return rows from homes [L,D,D] and active experts [W,L,D], which loads of experts decide.
 
-    def _mixed_load(self, number: int) -> Numbers:
-        """Return loads of devices in windows of mixed arrival [W,L,D] under a setting."""
-        if number in self._mixed:
-            return self._mixed.pop(number).finish()[0].transpose(1, 0, 2)
-        setting = self._settings[number]
-        if setting.placement.has_copies:
-            return _in_turns(setting.placement, self._mixed_experts)
-        share = copies.slot_shares(setting.placement, setting.topology, setting.split)
-
-        def served(load: Numbers) -> Numbers:
-            of_devices = copies.served(setting.placement, share, load)
-            return of_devices.astype(np.min_scalar_type(int(of_devices.max(initial=0))))
-
-        return by_block(self._mixed_experts.transpose(1, 0, 2), served)
+    Homes are of all windows together: their load is ``total`` [1,L,E] where ``load`` [W,L,E] is of
+    some of them.
+    """
+    placement, topology, split = setting.placement, setting.topology, setting.split
+    of_all = load if total is None else total
+    rows = expected_.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
+    if not setting.with_active or load is None:
+        return rows, None
+    return rows, expected_.active(placement, share, load)
 
 
 def _mixed_places(
@@ -278,7 +290,7 @@ def _mixed_places(
 
     Nor are they if all tokens share a window.
     """
-    if not setting.with_mixed or setting.window is None or len(tokens) <= setting.window:
+    if not setting.mixed or setting.window is None or len(tokens) <= setting.window:
         return None
     sequence = None if trace.sequence is None else trace.sequence[tokens]
     place = np.empty(len(tokens), dtype=np.uint64)
@@ -287,35 +299,25 @@ def _mixed_places(
     return place
 
 
-def _of_experts(trace: RoutingTrace, rows: int, most: int) -> _core.LabelledReplay:
-    """Begin to count loads of experts by rows: of a placement with a device for each."""
-    experts = np.arange(trace.num_experts, dtype=np.int32)
-    slots = np.tile(experts[None, :, None], (trace.layers, 1, 1))
-    nodes = [0] * trace.num_experts
-    return _core.LabelledReplay(
-        slots, trace.num_experts, trace.top_k, nodes, rows=rows, most=most, visits=False
-    )
-
-
-def _active(setting: Setting, expert_load: Numbers | None) -> Numbers | None:
-    """Count experts with a token [W,L,D] if they are asked for."""
-    if not setting.with_active:
-        return None
-    assert expert_load is not None
-    share = copies.slot_shares(setting.placement, setting.topology, setting.split)
-    return expected_.active(setting.placement, share, expert_load)
+def _mixed_replay(setting: Setting, trace: RoutingTrace, tokens: int) -> _core.LabelledReplay:
+    """Begin to count loads in windows of mixed arrival: of experts where copies take turns."""
+    window, experts = setting.window or 1, trace.num_experts
+    if setting.takes_turns:
+        apart = Placement.from_assignment(np.tile(np.arange(experts), (trace.layers, 1)), experts)
+        setting = replace(setting, placement=apart, topology=Topology(experts))
+    return setting.labelled(trace, -(-tokens // window), window, visits=False)
 
 
 def _in_turns(placement: Placement, load: Numbers) -> Numbers:
-    """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [L,W,E].
+    """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [W,L,E].
 
     Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
     number is j modulo c.
     """
-    served = np.zeros((load.shape[1], placement.layers, placement.devices), dtype=np.int64)
+    served = np.zeros((len(load), placement.layers, placement.devices), dtype=np.int64)
     for layer, slots in enumerate(placement.slots):
-        after = np.cumsum(load[layer], axis=0, dtype=np.int64)
-        before = after - load[layer]
+        after = np.cumsum(load[:, layer], axis=0, dtype=np.int64)
+        before = after - load[:, layer]
         seen = np.zeros(placement.num_experts, dtype=np.int64)
         for device, slot in np.argwhere(slots != EMPTY):
             expert = slots[device, slot]
@@ -326,21 +328,18 @@ def _in_turns(placement: Placement, load: Numbers) -> Numbers:
     return served
 
 
-def of_statistics(
-    statistics: RoutingStatistics, setting: Setting
-) -> tuple[Counts, dict[str, Counts]]:
+def _expected(statistics: RoutingStatistics, setting: Setting) -> dict[str | None, Counts]:
     """Compute what counts lead one to expect, of all windows and of every group that has some."""
     expected = Expected(statistics, setting)
-    whole = expected.counts(statistics.window_load)
-    groups = {}
+    counts: dict[str | None, Counts] = {None: expected.counts(statistics.window_load)}
     if statistics.group is not None:
         for number, name in enumerate(statistics.group_names):
             mine = statistics.group == number
             if mine.any():
                 # Which experts meet, in which layers, is only known of all windows together.
                 part = expected.counts(statistics.window_load[mine])
-                groups[name] = replace(part, tokens=None, follow=None)
-    return whole, groups
+                counts[name] = replace(part, tokens=None, follow=None)
+    return counts
 
 
 class Expected:
@@ -358,20 +357,16 @@ class Expected:
 
         ``visits`` of devices [L,D] and nodes [L,N] are counted unless they are known.
         """
-        self._setting = setting
-        topology = setting.topology
-        self._share = copies.slot_shares(setting.placement, topology, setting.split)
+        self._setting, self._share = setting, setting.slot_shares
+        placement, topology, split = setting.placement, setting.topology, setting.split
         self._follow: Floats | None = None
         if follows and statistics.transitions is not None:
-            self._follow = expected_.followed(
-                setting.placement, topology, setting.split, statistics.transitions
-            )
+            self._follow = expected_.followed(placement, topology, split, statistics.transitions)
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            placement, sets = setting.placement, statistics.sets
             of_devices, of_nodes = visits or expected_.visits(
-                placement, topology, setting.split, sets, setting.threads
+                placement, topology, split, statistics.sets, setting.threads
             )
             load = copies.served(placement, self._share, statistics.set_load[None])[0]
             # Visits for each token of load: in every window as in all.
@@ -386,7 +381,7 @@ class Expected:
         setting, topology = self._setting, self._setting.topology
         load = copies.served(setting.placement, self._share, window_load)
         mixed = None
-        if setting.with_mixed:
+        if setting.mixed:
             mixed = np.empty_like(load)
             for place, windows in mixed_windows(load, seed=setting.mixed_seed):
                 mixed[place] = windows
@@ -394,22 +389,8 @@ class Expected:
         if self._tokens is not None:
             visits, node_visits = load * self._met, _of_nodes(load, topology) * self._met_nodes
         return Counts(
-            tokens=self._tokens,
-            load=load,
-            mixed=mixed,
-            visits=visits,
-            node_visits=node_visits,
-            follow=self._follow,
-            dispatch=expected_.dispatched(
-                setting.placement,
-                topology,
-                setting.split,
-                visits.sum(axis=0),
-                window_load if total is None else total,
-            ),
-            active=None
-            if not setting.with_active
-            else expected_.active(setting.placement, self._share, window_load),
+            *(self._tokens, load, mixed, visits, node_visits, self._follow),
+            *_of_experts(setting, self._share, visits, window_load, total),
         )
 
 

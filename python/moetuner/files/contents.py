@@ -1,4 +1,4 @@
-"""Trace files: what a safetensors, ``.npz`` or ``.npy`` file holds of a trace, and writing one."""
+"""What files hold of traces and statistics, and writing them: safetensors, ``.npz``, ``.npy``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from moetuner._checks import experts_in, shown
 from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
 from moetuner.files.ids import Ids, IdsInFile, IdsInMemory
 
-TRACE_FORMAT = "moetuner.trace"
+TRACE_FORMAT, STATISTICS_FORMAT = "moetuner.trace", "moetuner.statistics"
 VERSION = "1"
-TRACE_ARRAYS = ("expert_ids", "sequence", "group", "group_names", "num_experts", "model", "load")
+# Sets of all layers one after the other: ids [sum N, K], counts [sum N], and how many a layer has
+# [L].
+SET_TABLES = ("set_ids", "set_counts", "sets_per_layer")
+TABLES = ("load", "transitions", "coactivation", "group", *SET_TABLES)
+ARRAYS = ("expert_ids", "load", "sequence", "group")
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,52 @@ class TraceContents:
     expert_size: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class StatisticsContents:
+    """What a file says; nothing of it is checked but that it is there."""
+
+    tables: dict[str, NDArray[Any]]
+    window: int | None
+    group_names: Sequence[str]
+    model: str | None
+    expert_size: tuple[int, int] | None = None
+    set_tokens: int | None = None
+
+
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
     """Read a file of a known kind."""
-    readers = {"safetensors": _trace_in_safetensors, "npz": _trace_in_npz, "npy": _trace_in_npy}
     with naming(path):
-        return readers[kind](path, num_experts)
+        if kind == "npy":
+            with path.open("rb") as file:
+                place, fortran = npz.read_npy_header(file)
+            experts = _experts(num_experts, None)
+            ids: Ids = IdsInFile.of(path, place, experts)
+            # Column-major, a token's ids are spread over the whole file.
+            ids = IdsInMemory.of(npz.read_npy(path), experts) if fortran else ids
+            return TraceContents(ids, experts)
+        if kind == "npz":
+            arrays, group_names, model, in_file = _archive(path, "expert_ids")
+            experts = _experts(num_experts, in_file)
+            ids = IdsInMemory.of(arrays["expert_ids"], experts)
+            labels = arrays.get("sequence"), arrays.get("group")
+            return TraceContents(ids, experts, *labels, group_names, model)
+        header = safetensors.read_header(path)
+        about = {"format": TRACE_FORMAT, "version": VERSION, **header.metadata}
+        _check_format(about, TRACE_FORMAT)
+        experts = _experts(num_experts, about.get("num_experts"))
+        sequence, group = (
+            safetensors.read(path, header.tensor(name)) if name in header else None
+            for name in ("sequence", "group")
+        )
+        return TraceContents(
+            IdsInFile.of(path, header.tensor("expert_ids"), experts),
+            experts,
+            sequence,
+            group,
+            json.loads(about.get("group_names", "null")),
+            about.get("model"),
+            _checks.size_of(about.get("expert_size")),
+        )
 
 
 def write_trace(contents: TraceContents, path: Path, source: str | None, shard_bytes: int) -> None:
@@ -51,67 +96,105 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
         if labels is not None
     }
     tensors["expert_ids"] = (ids.dtype, ids.shape, ids.shards(shard_bytes))
-    metadata = {
-        "format": TRACE_FORMAT,
-        "version": VERSION,
-        "num_experts": str(contents.num_experts),
-        "group_names": json.dumps(contents.group_names),
-        "model": contents.model,
-        "expert_size": _checks.size_text(contents.expert_size),
-        "source": source,
-    }
-    with replacing(path) as temporary:
-        safetensors.write(
-            temporary, tensors, {key: text for key, text in metadata.items() if text is not None}
+    _write(
+        path,
+        tensors,
+        format=TRACE_FORMAT,
+        num_experts=contents.num_experts,
+        group_names=json.dumps(contents.group_names),
+        model=contents.model,
+        expert_size=_checks.size_text(contents.expert_size),
+        source=source,
+    )
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a file says that it holds counts, well or damaged."""
+    kind = kind_of(path)
+    if kind == "safetensors":
+        return safetensors.read_header(path).metadata.get("format") == STATISTICS_FORMAT
+    if kind == "npz":
+        with naming(path):
+            names = npz.names_in_npz(path)
+            return "load" in names and "expert_ids" not in names
+    return False
+
+
+def read_statistics(path: Path) -> StatisticsContents:
+    """Read saved statistics, or a load table."""
+    kind = kind_of(path)
+    with naming(path):
+        if kind == "npz":
+            arrays, group_names, model, _ = _archive(path, "load")
+            if group_names is None:
+                group_names = _checks.numbered(arrays["group"]) if "group" in arrays else []
+            tables = {name: array for name, array in arrays.items() if name in ("load", "group")}
+            return StatisticsContents(tables, None, group_names, model)
+        if kind != "safetensors":
+            raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
+        header = safetensors.read_header(path)
+        about = header.metadata
+        _check_format(about, STATISTICS_FORMAT)
+        header.tensor("load")
+        window, sampled = about.get("window"), about.get("set_tokens")
+        return StatisticsContents(
+            {n: safetensors.read(path, header.tensor(n)) for n in TABLES if n in header},
+            None if window is None else int(window),
+            json.loads(about.get("group_names", "[]")),
+            about.get("model"),
+            _checks.size_of(about.get("expert_size")),
+            None if sampled is None else int(sampled),
         )
 
 
-def _trace_in_safetensors(path: Path, num_experts: int | None) -> TraceContents:
-    header = safetensors.read_header(path)
-    about = header.metadata
-    _check_format({"format": TRACE_FORMAT, "version": VERSION, **about}, TRACE_FORMAT)
-    experts = _experts(num_experts, about.get("num_experts"))
-    sequence, group = (
-        safetensors.read(path, header.tensor(name)) if name in header else None
-        for name in ("sequence", "group")
-    )
-    return TraceContents(
-        IdsInFile.of(path, header.tensor("expert_ids"), experts),
-        experts,
-        sequence,
-        group,
-        json.loads(about.get("group_names", "null")),
-        about.get("model"),
-        _checks.size_of(about.get("expert_size")),
-    )
-
-
-def _trace_in_npz(path: Path, num_experts: int | None) -> TraceContents:
-    arrays = npz.read_npz(path, TRACE_ARRAYS)
-    if "expert_ids" not in arrays:
-        if "load" in arrays:
-            raise ValueError("holds a load table, not a trace; RoutingStatistics.load reads it")
-        raise ValueError("must hold an array 'expert_ids' (or 'load', a load table)")
-    experts = _experts(num_experts, npz.plain(arrays, "num_experts", "iu", 0, "one integer"))
-    return TraceContents(
-        IdsInMemory.of(arrays["expert_ids"], experts),
-        experts,
-        arrays.get("sequence"),
-        arrays.get("group"),
-        npz.plain(arrays, "group_names", "U", 1, "texts [n]"),
-        npz.plain(arrays, "model", "U", 0, "one text"),
+def write_statistics(
+    path: Path,
+    tables: Mapping[str, NDArray[Any] | None],
+    *,
+    window: int | None,
+    group_names: Sequence[str],
+    model: str | None,
+    expert_size: tuple[int, int] | None = None,
+    set_tokens: int | None = None,
+) -> None:
+    """Write as safetensors; the file appears whole or not at all."""
+    _write(
+        path,
+        {name: safetensors.whole(table) for name, table in tables.items() if table is not None},
+        format=STATISTICS_FORMAT,
+        group_names=json.dumps(group_names),
+        window=window,
+        model=model,
+        expert_size=_checks.size_text(expert_size),
+        set_tokens=set_tokens,
     )
 
 
-def _trace_in_npy(path: Path, num_experts: int | None) -> TraceContents:
-    with path.open("rb") as file:
-        place, fortran = npz.read_npy_header(file)
-    experts = _experts(num_experts, None)
-    ids: Ids = IdsInFile.of(path, place, experts)
-    if fortran:
-        # Column-major: a token's ids are spread over the whole file.
-        ids = IdsInMemory.of(npz.read_npy(path), experts)
-    return TraceContents(ids, experts)
+def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], **about: object) -> None:
+    """Write tensors, and as metadata what is not None."""
+    metadata = {key: str(value) for key, value in about.items() if value is not None}
+    with replacing(path) as temporary:
+        safetensors.write(temporary, tensors, {"version": VERSION, **metadata})
+
+
+def _archive(
+    path: Path, wanted: str
+) -> tuple[dict[str, NDArray[Any]], list[str] | None, str | None, int | None]:
+    """Read an archive of a trace or a load table: its arrays, groups, model and experts."""
+    arrays = npz.read_npz(path, (*ARRAYS, "group_names", "num_experts", "model"))
+    if wanted not in arrays:
+        kinds = {
+            "expert_ids": ("a trace", "RoutingTrace.load"),
+            "load": ("a load table", "RoutingStatistics.load"),
+        }
+        other = "load" if wanted == "expert_ids" else "expert_ids"
+        what, loader = kinds[other]
+        if other in arrays:
+            raise ValueError(f"holds {what}, not {kinds[wanted][0]}; {loader} reads it")
+        raise ValueError(f"must hold an array '{wanted}' (or '{other}', {what})")
+    group_names = npz.plain(arrays, "group_names", "U", 1, "texts [n]")
+    model = npz.plain(arrays, "model", "U", 0, "one text")
+    return arrays, group_names, model, npz.plain(arrays, "num_experts", "iu", 0, "one integer")
 
 
 def _experts(given: int | None, in_file: int | str | None) -> int:
@@ -132,105 +215,3 @@ def _check_format(about: dict[str, str], name: str) -> None:
         raise ValueError(
             f"format must be {name} version {VERSION}, got {given[0]} version {given[1]}"
         )
-
-
-STATISTICS_FORMAT = "moetuner.statistics"
-# Sets of all layers one after the other: ids [sum N, K], counts [sum N], and how many a layer has
-# [L].
-SET_TABLES = ("set_ids", "set_counts", "sets_per_layer")
-TABLES = ("load", "transitions", "coactivation", "group", *SET_TABLES)
-LOAD_TABLE_ARRAYS = ("load", "group", "group_names", "model")
-
-
-@dataclass(frozen=True)
-class StatisticsContents:
-    """What a file says; nothing of it is checked but that it is there."""
-
-    tables: dict[str, NDArray[Any]]
-    window: int | None
-    group_names: Sequence[str]
-    model: str | None
-    expert_size: tuple[int, int] | None = None
-    set_tokens: int | None = None
-
-
-def holds_statistics(path: Path) -> bool:
-    """Whether a file says that it holds counts, well or damaged."""
-    kind = kind_of(path)
-    if kind == "safetensors":
-        return safetensors.read_header(path).metadata.get("format") == STATISTICS_FORMAT
-    if kind == "npz":
-        with naming(path):
-            names = npz.names_in_npz(path)
-            return "load" in names and "expert_ids" not in names
-    return False
-
-
-def read_statistics(path: Path) -> StatisticsContents:
-    """Read either format."""
-    kind = kind_of(path)
-    with naming(path):
-        if kind == "safetensors":
-            return _statistics_in_safetensors(path)
-        if kind == "npz":
-            return _load_table(path)
-        raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
-
-
-def write_statistics(
-    path: Path,
-    tables: Mapping[str, NDArray[Any] | None],
-    *,
-    window: int | None,
-    group_names: Sequence[str],
-    model: str | None,
-    expert_size: tuple[int, int] | None = None,
-    set_tokens: int | None = None,
-) -> None:
-    """Write as safetensors; the file appears whole or not at all."""
-    metadata = {
-        "format": STATISTICS_FORMAT,
-        "version": VERSION,
-        "group_names": json.dumps(group_names),
-        "window": None if window is None else str(window),
-        "model": model,
-        "expert_size": _checks.size_text(expert_size),
-        "set_tokens": None if set_tokens is None else str(set_tokens),
-    }
-    with replacing(path) as temporary:
-        safetensors.write(
-            temporary,
-            {name: safetensors.whole(table) for name, table in tables.items() if table is not None},
-            {key: text for key, text in metadata.items() if text is not None},
-        )
-
-
-def _statistics_in_safetensors(path: Path) -> StatisticsContents:
-    header = safetensors.read_header(path)
-    about = header.metadata
-    _check_format(about, STATISTICS_FORMAT)
-    header.tensor("load")
-    window, sampled = about.get("window"), about.get("set_tokens")
-    return StatisticsContents(
-        {name: safetensors.read(path, header.tensor(name)) for name in TABLES if name in header},
-        None if window is None else int(window),
-        json.loads(about.get("group_names", "[]")),
-        about.get("model"),
-        _checks.size_of(about.get("expert_size")),
-        None if sampled is None else int(sampled),
-    )
-
-
-def _load_table(path: Path) -> StatisticsContents:
-    arrays = npz.read_npz(path, LOAD_TABLE_ARRAYS)
-    if "load" not in arrays:
-        if "expert_ids" in npz.names_in_npz(path):
-            raise ValueError("holds a trace, not a load table; RoutingTrace.load reads it")
-        raise ValueError("must hold an array 'load' (or 'expert_ids', a trace)")
-    group_names = npz.plain(arrays, "group_names", "U", 1, "texts [n]")
-    if group_names is None:
-        group_names = _checks.numbered(arrays["group"]) if "group" in arrays else []
-    model = npz.plain(arrays, "model", "U", 0, "one text")
-    return StatisticsContents(
-        {k: arrays[k] for k in ("load", "group") if k in arrays}, None, group_names, model
-    )

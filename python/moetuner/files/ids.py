@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class Ids(ABC):
 
     def select(self, tokens: Mask, layers: Numbers) -> Ids:
         """Select the marked tokens and the numbered layers; None selects all."""
-        return SelectedIds(self, tokens, layers)
+        return SelectedIds((self,), tokens, layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,27 @@ class IdsInMemory(Ids):
 
     def select(self, tokens: Mask, layers: Numbers) -> IdsInMemory:
         return IdsInMemory(_frozen(_select(self.values, tokens, layers)))
+
+
+class IdsInParts:
+    """Ids that come part by part: checked as they come, held in the narrowest type."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.parts: list[IdArray] = []
+        self.tokens = 0
+
+    def add(self, ids: NDArray[np.generic]) -> None:
+        """Take in tokens [t,L,K] of the same sizes as those before."""
+        if not self.parts:
+            check_sizes(ids.shape, ids.dtype, self.num_experts)
+        part: Any = valid(ids, self.num_experts, self.tokens)
+        self.parts.append(part.astype(U8 if self.num_experts <= 256 else U16, copy=False))
+        self.tokens += len(ids)
+
+    def joined(self) -> IdsInMemory:
+        """Return all ids [T,L,K]; there must be a part."""
+        return IdsInMemory(_frozen(cast(IdArray, np.concatenate(self.parts))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,48 +194,21 @@ class IdsInFile(Ids):
 
 @dataclass(frozen=True, eq=False)
 class SelectedIds(Ids):
-    """Some tokens and layers of ids that are not in memory."""
+    """Some tokens and layers of several ids that follow one another, not all of them in memory."""
 
-    base: Ids
-    tokens: Mask
-    layers: Numbers
+    parts: tuple[Ids, ...]
+    tokens: Mask = None
+    layers: Numbers = None
 
     @property
     def shape(self) -> Shape:
-        tokens, layers, top_k = self.base.shape
+        _, layers, top_k = self.parts[0].shape
+        tokens = sum(part.shape[0] for part in self.parts)
         return (
             tokens if self.tokens is None else int(np.count_nonzero(self.tokens)),
             layers if self.layers is None else len(self.layers),
             top_k,
         )
-
-    @property
-    def dtype(self) -> IdType:
-        return self.base.dtype
-
-    @property
-    def fresh(self) -> bool:
-        return self.base.fresh
-
-    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
-        first = 0
-        for shard in self.base.shards(max_bytes, threads):
-            here = None if self.tokens is None else self.tokens[first : first + len(shard)]
-            first += len(shard)
-            if here is None or here.any():
-                yield _select(shard, here, self.layers)
-
-
-@dataclass(frozen=True, eq=False)
-class JoinedIds(Ids):
-    """Several ids, one after the other."""
-
-    parts: tuple[Ids, ...]
-
-    @property
-    def shape(self) -> Shape:
-        _, layers, top_k = self.parts[0].shape
-        return sum(part.shape[0] for part in self.parts), layers, top_k
 
     @property
     def dtype(self) -> IdType:
@@ -224,14 +219,18 @@ class JoinedIds(Ids):
         return all(part.fresh for part in self.parts)
 
     def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
-        for part in self.parts:
-            for shard in part.shards(max_bytes, threads):
-                yield cast(IdArray, shard.astype(self.dtype, copy=False))
+        first = 0
+        for shard in chain.from_iterable(part.shards(max_bytes, threads) for part in self.parts):
+            here = None if self.tokens is None else self.tokens[first : first + len(shard)]
+            first += len(shard)
+            if here is None or here.any():
+                selected = _select(shard, here, self.layers)
+                yield cast(IdArray, selected.astype(self.dtype, copy=False))
 
 
 def joined(parts: tuple[Ids, ...]) -> Ids:
     """Join ids one after the other: an array if all are in memory, else left where they are."""
-    whole = JoinedIds(parts)
+    whole = SelectedIds(parts)
     if all(isinstance(part, IdsInMemory) for part in parts):
         return IdsInMemory(_frozen(whole.array()))
     return whole

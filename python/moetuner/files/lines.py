@@ -1,22 +1,25 @@
-"""JSON lines in batches: plain ones by the core, all others one by one, as Python reads JSON.
+"""JSON lines in batches, read by the core.
 
-The core takes runs of lines that are surely right and gives up in front of any other, so what a
-line means, and what is wrong with it, is said in one place: here. Both give the same columns.
+A line that the core refuses is looked at once more as Python reads JSON: only what is wanted of it
+goes to the core again, so that NaN and escapes elsewhere do not matter.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import shown
+from moetuner.files import naming
 from moetuner.files.text import parse_json
+
+Taken = TypeVar("Taken")
 
 LINE_LIMIT = 1 << 29
 BLOCK = 1 << 22
@@ -31,22 +34,19 @@ class Keys:
     Attributes
     ----------
     arrays
-        Keys of expert ids, with the names of their two or three dimensions; a line has one of them.
+        Keys of expert ids, with the number of their dimensions, 2 or 3; a line has one of them.
     integers
         Keys of integers.
     texts
         Keys of texts.
-    may_be_empty
-        Whether a line may have no ids.
     """
 
-    arrays: Sequence[tuple[str, Sequence[str]]]
-    integers: Sequence[str] = ()
-    texts: Sequence[str] = ()
-    may_be_empty: bool = False
+    arrays: list[tuple[str, int]]
+    integers: list[str]
+    texts: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lines:
     """Lines one after the other.
 
@@ -77,27 +77,19 @@ class Lines:
     def __len__(self) -> int:
         return len(self.array)
 
-    def hand_to(self, take: Callable[[Lines], object]) -> None:
-        """Hand all lines over at once; where that fails, one by one.
-
-        Raises
-        ------
-        ValueError
-            Naming the first line that is refused.
-        """
+    def hand_to(self, take: Callable[[Lines], Taken]) -> list[Taken]:
+        """Hand all lines over at once; where that fails, one by one. Returns what is given back."""
         try:
-            take(self)
+            return [take(self)]
         except ValueError as error:
             if len(self) == 1:
                 raise ValueError(f"line {self.numbers[0]}: {error}") from None
-            for line in self._one_by_one():
-                line.hand_to(take)
+        return [taken for line in self._one_by_one() for taken in line.hand_to(take)]
 
     def _one_by_one(self) -> Iterator[Lines]:
         ends = np.cumsum(self.sizes.prod(axis=1))
-        for at, end in enumerate(ends.tolist()):
+        for at, ids in enumerate(np.split(self.ids, ends[:-1])):
             one = slice(at, at + 1)
-            ids = self.ids[end - int(self.sizes[at].prod()) : end]
             columns = {key: column[one] for key, column in self.columns.items()}
             numbers = self.numbers[one]
             yield Lines(numbers, ids, self.array[one], self.sizes[one], columns, self.names)
@@ -109,93 +101,58 @@ def batches(
     """Read a file; ``is_header`` takes in the first line, if it is no data.
 
     Memory holds a block of the file, or its longest line.
-
-    Raises
-    ------
-    ValueError
-        Naming the line that is too long, not JSON, not an object, or has other values.
     """
-    arrays = [(key, len(dimensions)) for key, dimensions in keys.arrays]
-    integers, texts = list(keys.integers), list(keys.texts)
     number = 1
     for block in _blocks(path):
         at = 0
         while at < len(block):
             if number > 1:
                 begin = at
-                at, ends, ids, table, names = _core.scan_lines(block, at, arrays, integers, texts)
-                if len(table):
-                    columns = dict(zip([*integers, *texts], table.T[4:], strict=True))
-                    numbers: Sequence[int] = range(number, number + len(table))
-                    if ends > len(table):  # some are blank
-                        lines = block[begin:at].split(b"\n")
-                        numbers = [n for n, line in enumerate(lines, number) if line.strip()]
-                    yield Lines(numbers, ids, table[:, 0], table[:, 1:4], columns, names)
+                at, ends, lines, _ = _scan(block, at, keys)
+                if ends > len(lines):  # some are blank
+                    texts = block[begin:at].split(b"\n")
+                    lines.numbers = [n for n, text in enumerate(texts, number) if text.strip()]
+                else:
+                    lines.numbers = range(number, number + len(lines))
                 number += ends
+                if len(lines):
+                    yield lines
                 if at == len(block):
                     break
             end = block.find(b"\n", at) + 1 or len(block)
-            line = block[at:end]
-            if line.strip():
+            if line := block[at:end].strip():
                 fields = fields_of(line, number)
-                try:
+                with naming(f"line {number}"):
                     if number > 1 or not is_header(fields):
-                        yield _line(fields, keys, number)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"line {number}: {error}") from None
+                        yield _single(fields, keys, number)
             at, number = end, number + 1
 
 
-def _line(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
-    """Return what an object says, as columns of one row."""
-    which = [at for at, (key, _) in enumerate(keys.arrays) if key in fields]
-    if len(which) != 1:
-        names = " or ".join(repr(key) for key, _ in keys.arrays)
-        raise ValueError(f"must have {names}, got keys {list(fields)[:8]}")
-    key, dimensions = keys.arrays[which[0]]
-    ids = _ids(fields[key], f"{key} must be integers [{', '.join(dimensions)}]", keys, dimensions)
-    columns: dict[str, int] = {}
-    for name in keys.integers:
-        value = columns[name] = fields.get(name, NO_INTEGER)
-        if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
-            raise ValueError(f"{name} must be an integer of 64 bits, got {shown(value)}")
-    texts: list[str] = []
-    for name in keys.texts:
-        columns[name] = len(texts) if name in fields else NO_TEXT
-        if name in fields:
-            if not isinstance(fields[name], str):
-                raise ValueError(f"{name} must be a text, got {shown(fields[name])}")
-            texts.append(fields[name])
-    return Lines(
-        [number],
-        ids.ravel(),
-        np.array(which),
-        np.array([[1] * (3 - ids.ndim) + list(ids.shape)]),
-        {name: np.array([value]) for name, value in columns.items()},
-        texts,
+def _scan(text: bytes, start: int, keys: Keys) -> tuple[int, int, Lines, str | None]:
+    """Read plain lines: gives their end, their number, what they hold, and what ends them."""
+    at, ends, ids, table, names, refused = _core.scan_lines(
+        text, start, keys.arrays, keys.integers, keys.texts
     )
+    columns = dict(zip([*keys.integers, *keys.texts], table.T[4:], strict=True))
+    return at, ends, Lines([], ids, table[:, 0], table[:, 1:4], columns, names), refused
 
 
-def _ids(values: object, rule: str, keys: Keys, dimensions: Sequence[str]) -> NDArray[Any]:
-    try:
-        ids = np.asarray(values)
-    except ValueError:
-        raise ValueError(f"{rule}, got lists of different lengths or depths") from None
-    if keys.may_be_empty and ids.shape == (0,):
-        return np.zeros([0] * len(dimensions), dtype=np.uint16)
-    if ids.ndim != len(dimensions) or ids.dtype.kind not in "iu" or not ids.size:
-        raise ValueError(f"{rule}, got {ids.dtype} {list(ids.shape)}")
-    return ids
+def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
+    """Return what an object says, as columns of one row."""
+    arrays = [key for key, _ in keys.arrays]
+    if not any(key in fields for key in arrays):
+        raise ValueError(f"must have {' or '.join(map(repr, arrays))}, got keys {list(fields)[:8]}")
+    wanted = {*arrays, *keys.integers, *keys.texts}
+    text = json.dumps({key: value for key, value in fields.items() if key in wanted})
+    _, _, lines, refused = _scan(text.encode(), 0, keys)
+    if refused is not None:
+        raise ValueError(refused)
+    lines.numbers = [number]
+    return lines
 
 
 def fields_of(line: bytes, number: int) -> dict[str, Any]:
-    """Read one line as an object.
-
-    Raises
-    ------
-    ValueError
-        Naming the line, if it is not JSON or not an object.
-    """
+    """Read one line as an object."""
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except ValueError as error:

@@ -6,10 +6,9 @@ Nothing here imports an engine, and no engine's file imports these tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple
 
 from moetuner._checks import instance, listed, one_of, path_in, window_in
 from moetuner.files import is_stream, kind_of, naming, size_of
@@ -28,25 +27,17 @@ from moetuner.formats import (
     vllm_ascend,
 )
 from moetuner.formats.hints import Hints, Traffic
-from moetuner.formats.layout import Layout, Rows, check_placement
+from moetuner.formats.layout import Layout, check_placement
 from moetuner.formats.sources import files_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How recorded routing is read.
+class Reader(NamedTuple):
+    """How recorded routing is read: its title, how it is recognised by content, and what reads it.
 
-    Parameters
-    ----------
-    title
-        What is read, in a few words.
-    recognises
-        Whether a file or a folder holds it, by its content and not by its name. A damaged one may
-        raise ValueError.
-    read
-        Read files or folders of one recording, all together.
+    What is damaged, or does not fit together, raises ValueError with file, place and rule in one
+    line; so may a damaged file that is to be recognised. Files of one recording are read together.
     """
 
     title: str
@@ -54,50 +45,25 @@ class Reader:
     read: Callable[[Sequence[Path], Hints], Traffic]
 
 
-class MapFormat(Protocol):
-    """What a module says of a format of maps."""
-
-    def write_map(self, placement: Placement, path: Path, hints: Hints, /) -> None:
-        """Write a placement, or raise ValueError if the engine could not load it."""
-
-    def recognises_map(self, path: Path, /) -> bool:
-        """Whether a file holds such a map, by its content."""
-
-    def read_map(self, path: Path, hints: Hints, /) -> Layout:
-        """Read a map as it stands, good or bad."""
-
-
-@dataclass(frozen=True)
-class Writer:
+class Writer(NamedTuple):
     """How placements are written, and read again.
 
-    Parameters
-    ----------
-    title
-        What is written, in a few words.
-    suffixes
-        Endings that the name may have; the first one is the usual.
-    of
-        The module that reads and writes it.
-    engine
-        Name in ``ENGINES`` of what loads it; None if it is nobody's.
-    rows
-        What the format's rows are.
+    ``of`` is the module that does it, with ``write_map(placement, path, hints)``,
+    ``recognises_map(path)`` and ``read_map(path, hints)``, which gives a ``Layout``. All raise
+    ValueError as readers do. Names end in one of ``suffixes``; ``engine``, if it is one's, is its
+    name in ``ENGINES``; ``hints`` are those that writing needs.
     """
 
     title: str
     suffixes: tuple[str, ...]
-    of: MapFormat
+    of: Any
     engine: str | None = None
-    rows: Rows = "moe"
+    hints: tuple[str, ...] = ()
 
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
     "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
-    "vllm-loads": Reader(
-        "windows of load of vLLM (pull request 41141)", vllm.recognises_loads, vllm.read_loads
-    ),
     "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
     "sglang-responses": Reader(
         "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses
@@ -127,13 +93,19 @@ READERS: dict[str, Reader] = {
 WRITERS: dict[str, Writer] = {
     "json": Writer("moetuner's own JSON, which its plugins load", (".json",), own),
     "eplb": Writer("the three arrays of DeepSeek's balancer", (".npz",), eplb),
-    "sglang": Writer("SGLang's --init-expert-location", (".json",), sglang, "sglang", "hidden"),
+    "sglang": Writer(
+        "SGLang's --init-expert-location",
+        (".json",),
+        sglang,
+        "sglang",
+        ("hidden_layers", "dense_layers"),
+    ),
     "tensorrt-llm": Writer(
         "the YAML of TensorRT-LLM's load balancer",
         (".yaml", ".yml"),
         tensorrt_llm,
         "tensorrt-llm",
-        "numbered",
+        ("dense_layers",),
     ),
     "vllm-ascend": Writer(
         "the JSON of vllm-ascend's expert_map_path", (".json",), vllm_ascend, "vllm-ascend"
@@ -142,7 +114,6 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-# Of the files of a folder, those that are looked at.
 FIRST = 16
 
 
@@ -164,20 +135,21 @@ def reader_of(path: str | Path) -> str:
         raise ValueError(
             f"{path}: must be recorded routing, got a placement: 0 or 1 [devices, layers, experts]"
         )
-    if path.is_dir():
-        kinds, other = set(), ""
-        for file in files_in([path])[:FIRST]:
-            try:
-                kinds.add(kind_of(file))
-            except ValueError:
-                other = f", and {printable(file.name)} is of none"
-        if len(kinds) == 1 and not other:
-            return kinds.pop()
+    if not path.is_dir():
+        return kind_of(path)
+    # Of a folder, the first files are looked at.
+    kinds: set[str] = set()
+    for file in files_in([path])[:FIRST]:
+        try:
+            kinds.add(kind_of(file))
+        except ValueError:
+            kinds.add(f"{printable(file.name)} of none")
+    if len(kinds) != 1 or not kinds <= {*own.KINDS}:
         raise ValueError(
-            f"{path}: folder holds no recording that moetuner knows; it must hold the files of one "
-            f"and no others{other}"
+            f"{path}: folder must hold the files of one recording and no others, got "
+            f"{', '.join(sorted(kinds)[:3]) or 'none'}"
         )
-    return kind_of(path)
+    return kinds.pop()
 
 
 def open_input(
@@ -238,18 +210,19 @@ def open_input(
     hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers))
     traffic = read_input(paths, hints, reader)
     if isinstance(traffic, RoutingStatistics):
-        _check_counts(", ".join(map(str, paths)), traffic, window, num_experts)
+        with naming(", ".join(map(str, paths))):
+            hints.check_experts(traffic.experts)
+            if window not in (None, traffic.window):
+                given = f"{traffic.window} tokens" if traffic.window else "those of its table"
+                raise ValueError(
+                    "window must be left out: the file holds counts in windows already "
+                    f"({given}), got {window}"
+                )
     return traffic
 
 
 def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
-    """Read files and folders; neighbours of the same reader are one recording.
-
-    Raises
-    ------
-    ValueError
-        If one is damaged or unknown, is not what ``reader`` names, or they do not fit together.
-    """
+    """Read files and folders; neighbours of the same reader are one recording."""
     if reader is not None:
         one_of("reader", reader, READERS)
     names = [reader_of(path) if reader in (None, *own.KINDS) else reader for path in paths]
@@ -285,13 +258,7 @@ def write_placement(placement: Placement, to: str, path: str | Path, hints: Hint
 
 
 def form_of(path: str | Path) -> str:
-    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content.
-
-    Raises
-    ------
-    ValueError
-        If it is none of them.
-    """
+    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content."""
     path = path_in(path)
     size_of(path)
     for name, writer in WRITERS.items():
@@ -301,16 +268,11 @@ def form_of(path: str | Path) -> str:
 
 
 def read_map(path: str | Path, hints: Hints) -> Layout:
-    """Read a map of experts of any format as it stands; its content decides what it is.
-
-    Raises
-    ------
-    ValueError
-        If it is none, or damaged.
-    """
+    """Read a map of experts of any format as it stands; its content decides what it is."""
     path = path_in(path)
     with naming(path):
-        return WRITERS[form_of(path)].of.read_map(path, hints)
+        layout: Layout = WRITERS[form_of(path)].of.read_map(path, hints)
+    return layout
 
 
 def read_placement(
@@ -358,23 +320,9 @@ def read_placement(
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
     with naming(path):
-        return of.read_map(path, hints).placement(hints)
+        layout: Layout = of.read_map(path, hints)
+        return layout.placement(hints)
 
 
 def _numbers(dense_layers: Iterable[int] | None) -> tuple[int, ...] | None:
     return None if dense_layers is None else tuple(listed("dense_layers", dense_layers, "numbers"))
-
-
-def _check_counts(
-    where: str, statistics: RoutingStatistics, window: int | None, num_experts: int | None
-) -> None:
-    if window is not None and window != statistics.window:
-        theirs = (
-            "those of its table" if statistics.window is None else f"{statistics.window} tokens"
-        )
-        raise ValueError(
-            f"{where}: window must be left out: the file holds counts in windows already "
-            f"({theirs}), got {window}"
-        )
-    if num_experts is not None and num_experts != statistics.experts:
-        raise ValueError(f"{where}: num_experts must be {statistics.experts}, got {num_experts}")

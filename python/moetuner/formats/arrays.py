@@ -1,8 +1,10 @@
-"""Named arrays of a file, whatever holds them: ``.npz``, safetensors, or a dict of torch.save."""
+"""Named arrays of a file, whatever holds them: ``.npz``, safetensors, or files of torch.save."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from moetuner.formats.records import head
 
 
 def names_in(path: Path) -> list[str]:
-    """List the names of the arrays of a file; none where it has no names."""
+    """List the names of the arrays of a file; none where it has no names.
+
+    Those of a list of torch.save are ``arr_0`` and so on, as ``numpy.savez`` gives them.
+    """
     if pickled.is_pickled(path):
         content = pickled.peek(path)
-        return [str(name) for name in content] if isinstance(content, dict) else []
+        return [*_named(content)] if isinstance(content, dict | list | tuple) else []
     start = head(path, 9)
     if start.startswith(b"PK"):
         with naming(path):
@@ -29,15 +34,9 @@ def names_in(path: Path) -> list[str]:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read the arrays of these names.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or one is no array.
-    """
+    """Read the arrays of these names."""
     if pickled.is_pickled(path):
-        content = pickled.load(path)
+        content = _named(pickled.load(path))
         for name in names:
             if not isinstance(content[name], pickled.Tensor):
                 raise ValueError(f"{name:.60} must be a tensor, got {shown(content[name])}")
@@ -46,3 +45,41 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         return npz.read_npz(path, tuple(names))
     header = safetensors.read_header(path)
     return {name: safetensors.read(path, header.tensor(name)) for name in names}
+
+
+def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, int], NDArray[Any]]:
+    """Read all arrays of a file by the step and the layer in their names, in rising order.
+
+    Parameters
+    ----------
+    path
+        The file.
+    pattern
+        Whole names, with a group ``layer`` and, unless all are of step 0, a group ``step``.
+    like
+        A name that fits, for messages.
+    """
+    names: dict[tuple[int, int], str] = {}
+    for name in names_in(path):
+        match = pattern.fullmatch(name)
+        if match is None:
+            raise ValueError(f"arrays must be named as {like}, got {name:.60}")
+        key = int(match.groupdict().get("step") or 0), int(match["layer"])
+        if key in names:
+            raise ValueError(f"layer {key[1]} must be there once, got {name:.60} too")
+        names[key] = name
+    if not names:
+        raise ValueError("must hold arrays of at least one layer, got none")
+    steps, layers = ({key[at] for key in names} for at in range(2))
+    for step, layer in product(sorted(steps), sorted(layers)):
+        if (step, layer) not in names:
+            raise ValueError(f"step {step} must have layer {layer} like the others")
+    arrays = read_arrays(path, list(names.values()))
+    return {key: arrays[names[key]] for key in sorted(names)}
+
+
+def _named(content: Any) -> dict[str, Any]:
+    """Return the members of a container by their names."""
+    if isinstance(content, dict):
+        return {str(name): value for name, value in content.items()}
+    return {f"arr_{number}": value for number, value in enumerate(content)}

@@ -8,27 +8,22 @@ row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
 from __future__ import annotations
 
 import errno
-import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import experts_in, id_type, valid
-from moetuner.files import naming, size_of
+from moetuner._checks import experts_in
+from moetuner.files import size_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Labels, Rows
-from moetuner.trace import RoutingTrace
+from moetuner.formats.rows import LABELS, Add, Source, read_tables
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
-LAYER = re.compile(r"(?:layers?|experts?|l)[_.]?(\d{1,5})", re.ASCII | re.IGNORECASE)
 BATCH = 1 << 16
 LONGEST_LABEL = 1 << 12
 # A choice of an expert has a bit or more, and few files are packed better: what has more values
@@ -44,45 +39,12 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read one table, or several of the same columns one after the other.
-
-    Raises
-    ------
-    ValueError
-        If pyarrow is not installed, a file is damaged, or columns are not those of a trace.
-    """
-    table: _Tokens | _Choices | None = None
-    names: list[str] = []
-    for path in paths:
-        with naming(path), _opened(path) as source:
-            if table is None:
-                names = source.names
-                is_choices = {"layer", "expert"} <= set(names)
-                experts = hints.num_experts or source.experts
-                table = _Choices(names) if is_choices else _Tokens(names, experts)
-            if source.names != names:
-                raise ValueError(
-                    f"must have columns {names[:8]} like the others, got {source.names[:8]}"
-                )
-            for batch in source.batches(table.names):
-                table.add_batch(batch)
-    if table is None:
-        raise ValueError("must have a file, got none")
-    with naming(paths[0]):
-        return table.traffic(hints)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A file that is open: its columns, the experts that its metadata name, and its batches."""
-
-    names: list[str]
-    experts: int | None
-    batches: Callable[[list[str]], Iterator[Any]]
+    """Read one table, or several of the same columns one after the other."""
+    return read_tables(paths, hints, _opened)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Source]:
+def _opened(path: Path) -> Iterator[Source]:
     """Open a file."""
     try:
         import pyarrow
@@ -100,19 +62,23 @@ def _opened(path: Path) -> Iterator[_Source]:
                 about = pyarrow.parquet.read_metadata(file)
                 schema = about.schema.to_arrow_schema()
                 texts = [name for name in LABELS if name in schema.names]
-                source = pyarrow.parquet.ParquetFile(file, metadata=about, read_dictionary=texts)
+                reader = pyarrow.parquet.ParquetFile(file, metadata=about, read_dictionary=texts)
             else:
-                source = pyarrow.ipc.open_file(file)
-                schema = source.schema
+                reader = pyarrow.ipc.open_file(file)
+                schema = reader.schema
             if len(set(schema.names)) < len(schema.names):
                 raise ValueError("columns must have different names")
             experts = (schema.metadata or {}).get(b"num_experts")
-            read = _parquet_batches if is_parquet else _arrow_batches
-            yield _Source(
-                list(schema.names),
-                None if experts is None else experts_in(int(experts)),
-                partial(read, source, file, size),
-            )
+            experts = None if experts is None else experts_in(int(experts))
+            batches = _parquet_batches if is_parquet else _arrow_batches
+
+            def add_to(names: Sequence[str], add: Add) -> None:
+                for batch in batches(reader, file, size, list(names)):
+                    # Offsets that point outside would be followed.
+                    batch.validate(full=True)
+                    add({name: _values(name, batch.column(name)) for name in names})
+
+            yield Source(list(schema.names), experts, add_to)
     except pyarrow.ArrowException as error:
         raise ValueError(f"damaged file: {error}") from None
     except OSError as error:
@@ -121,10 +87,9 @@ def _opened(path: Path) -> Iterator[_Source]:
         raise ValueError(f"damaged file: {error}") from None
 
 
-def _parquet_batches(source: Any, file: Any, size: int, names: list[str]) -> Iterator[Any]:
+def _parquet_batches(reader: Any, _: Any, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
-    del file
-    about = source.metadata
+    about = reader.metadata
     values, unpacked = about.num_rows, 0
     for number in range(about.num_row_groups):
         group = about.row_group(number)
@@ -133,19 +98,15 @@ def _parquet_batches(source: Any, file: Any, size: int, names: list[str]) -> Ite
         unpacked += sum(of.total_uncompressed_size for of in mine)
         values = max(values, sum(of.num_values for of in mine))
     _check_size(size, values, unpacked)
-    for batch in source.iter_batches(BATCH, columns=names):
-        batch.validate(full=True)
-        yield batch
+    yield from reader.iter_batches(BATCH, columns=names)
 
 
-def _arrow_batches(source: Any, file: Any, size: int, names: list[str]) -> Iterator[Any]:
+def _arrow_batches(reader: Any, file: Any, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
     rows = 0
     _check_size(size, 0, _unpacked_bytes(file, size))
-    for number in range(source.num_record_batches):
-        batch = source.get_batch(number).select(names)
-        # Offsets that point outside would be followed.
-        batch.validate(full=True)
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number).select(names)
         rows += batch.num_rows
         _check_size(size, rows, 0)
         yield batch
@@ -235,121 +196,10 @@ class _Flat:
         return range(at + 4, min(at + 4 + count * size, len(self.data)), size)
 
 
-class _Choices(Rows):
-    """Rows that are choices of tokens, or counts, as columns of Arrow."""
-
-    def add_batch(self, batch: Any) -> None:
-        """Take in rows."""
-        columns = {}
-        for name in self.names:
-            column = batch.column(name)
-            columns[name] = _labels(column) if name in LABELS else _plain(name, column)
-        self.add(columns)
-
-
-def _labels(column: Any) -> Any:
-    """Texts or integers of a column, each kind once in memory."""
-    import pyarrow
-
-    types = pyarrow.types
-    if column.null_count:
-        raise ValueError("columns must have no empty values")
-    if types.is_dictionary(column.type):
-        _check_labels(column.type.value_type)
-        codes, values = column.indices.to_numpy(zero_copy_only=False), column.dictionary
-        used, place = np.unique(codes, return_inverse=True)
-        texts = np.empty(len(used), dtype=object)
-        texts[:] = [values[int(code)].as_py() for code in used]
-        return texts[place].tolist()
-    _check_labels(column.type)
-    if types.is_integer(column.type):
-        return column.to_numpy(zero_copy_only=False).tolist()
-    if str(column.type) == "string_view":
-        # Many views may be of the same bytes: their lengths, the first of four numbers each.
-        views = np.frombuffer(column.buffers()[1], dtype=np.int32)[::4]
-        if views.max(initial=0) > LONGEST_LABEL:
-            raise ValueError(f"labels must have at most {LONGEST_LABEL} letters")
-    return column.to_pylist()
-
-
-def _check_labels(kind: Any) -> None:
-    if not str(kind).startswith(("int", "uint", "string", "large_string")):
-        raise ValueError(f"sequence and group must be integers or texts, got {kind}")
-
-
-def _plain(name: str, column: Any) -> Any:
-    """Values of a column: an array of integers where it has such, else a list."""
-    if column.null_count:
-        raise ValueError("columns must have no empty values")
-    if str(column.type).startswith(("int", "uint", "float", "double")):
-        return column.to_numpy(zero_copy_only=False)
-    raise ValueError(f"{name} must be integers, got {column.type}")
-
-
-class _Tokens:
-    """Rows that are tokens, validated batch by batch."""
-
-    def __init__(self, names: list[str], experts: int | None) -> None:
-        layers = {int(of[1]): name for name in names if (of := LAYER.fullmatch(name)) is not None}
-        self.columns = [layers[layer] for layer in sorted(layers)]
-        if "experts" in names:
-            self.columns = ["experts"]
-        if not self.columns:
-            raise ValueError(
-                "must have a column 'experts' of ids [layers][top_k], one column of ids for every "
-                f"layer (layer_0, ...), or columns token, layer and expert; got {names[:8]}"
-            )
-        self.experts = Hints(experts).experts_needed()
-        self.labels = {name: Labels() for name in LABELS if name in names}
-        self.names = [*self.columns, *self.labels]
-        self.numbers: dict[str, list[NDArray[np.int32]]] = {name: [] for name in self.labels}
-        self.parts: list[NDArray[Any]] = []
-        self.tokens = 0
-
-    def add_batch(self, batch: Any) -> None:
-        """Take in rows.
-
-        Raises
-        ------
-        ValueError
-            If lists differ in length, or an id is wrong.
-        """
-        if not batch.num_rows:
-            return
-        layers = [_ids(name, batch.column(name)) for name in self.columns]
-        ids = layers[0] if self.columns == ["experts"] else np.stack(layers, axis=1)
-        if ids.ndim != 3:
-            raise ValueError(f"{self.columns[0]} must be ids, got {ids.dtype} {list(ids.shape)}")
-        if self.parts and ids.shape[1:] != self.parts[0].shape[1:]:
-            raise ValueError(
-                f"rows must have {list(self.parts[0].shape[1:])} ids [layers, top_k] like those "
-                f"before, got {list(ids.shape[1:])}"
-            )
-        ids = valid(ids, self.experts, self.tokens)
-        self.parts.append(ids.astype(id_type(np.dtype(np.int64), self.experts), copy=False))
-        self.tokens += len(ids)
-        for name, labels in self.labels.items():
-            self.numbers[name].append(labels.of(_labels(batch.column(name))))
-
-    def traffic(self, _: Hints) -> RoutingTrace:
-        """Return the trace."""
-        if not self.parts:
-            raise ValueError("must have at least one row, got none")
-        labels: dict[str, Any] = {
-            name: np.concatenate(parts) for name, parts in self.numbers.items()
-        }
-        if "sequence" in labels:
-            labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
-        return RoutingTrace.from_arrays(
-            np.concatenate(self.parts),
-            num_experts=self.experts,
-            group_names=[*map(str, self.labels["group"].numbers)] if "group" in labels else None,
-            **labels,
-        )
-
-
-def _ids(name: str, column: Any) -> NDArray[Any]:
-    """Return ids of a column of lists: [T,K], or [T,L,K] where lists hold lists."""
+def _values(name: str, column: Any) -> Any:
+    """Return labels [T], numbers [T], or ids [T,K] or [T,L,K] of lists."""
+    if name in LABELS:
+        return _labels(column)
     sizes = [len(column)]
     while str(column.type).startswith(("list", "large_list", "fixed_size_list")):
         if column.null_count:
@@ -361,7 +211,34 @@ def _ids(name: str, column: Any) -> NDArray[Any]:
             raise ValueError(f"{name} must have lists of one length")
         sizes.append(size)
         column = values
-    if column.null_count or not str(column.type).startswith(("int", "uint")):
-        raise ValueError(f"{name} must be lists of integers, got {column.type}")
-    ids: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(sizes)
-    return ids
+    if column.null_count:
+        raise ValueError(f"{name} must have no empty values")
+    if not str(column.type).startswith(
+        ("int", "uint") if sizes[1:] else ("int", "uint", "float", "double")
+    ):
+        raise ValueError(f"{name} must be integers, got {column.type}")
+    array: NDArray[Any] = column.to_numpy(zero_copy_only=False).reshape(sizes)
+    return array
+
+
+def _labels(column: Any) -> Any:
+    """Return texts or integers of a column, each kind once in memory."""
+    import pyarrow
+
+    if column.null_count:
+        raise ValueError("columns must have no empty values")
+    is_dictionary = pyarrow.types.is_dictionary(column.type)
+    kind = column.type.value_type if is_dictionary else column.type
+    if not str(kind).startswith(("int", "uint", "string", "large_string")):
+        raise ValueError(f"sequence and group must be integers or texts, got {kind}")
+    if is_dictionary:
+        codes, place = np.unique(column.indices.to_numpy(), return_inverse=True)
+        texts = np.empty(len(codes), dtype=object)
+        texts[:] = [column.dictionary[int(code)].as_py() for code in codes]
+        return texts[place].tolist()
+    if str(kind) == "string_view":
+        # Many views may be of the same bytes: their lengths, the first of four numbers each.
+        views = np.frombuffer(column.buffers()[1], dtype=np.int32)[::4]
+        if views.max(initial=0) > LONGEST_LABEL:
+            raise ValueError(f"labels must have at most {LONGEST_LABEL} letters")
+    return column.to_pylist()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moetuner.files import naming
+from moetuner.formats.hints import Hints
 
 # Tokens in one count of a file, excluded. Sums must stay below 2**63, as statistics must.
 COUNT_LIMIT = 1 << 48
@@ -25,13 +30,7 @@ def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Add counts to what was added before, of which there may be nothing yet.
-
-    Raises
-    ------
-    ValueError
-        If a sum does not fit 63 bits.
-    """
+    """Add counts to what was added before, of which there may be nothing yet."""
     if total is None:
         return counts.astype(np.int64)
     if int(total.max(initial=0)) + int(counts.max(initial=0)) >= 1 << 63:
@@ -39,17 +38,30 @@ def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]
     return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
 
 
+def sum_of_ranks(
+    paths: Sequence[Path], hints: Hints, load_of: Callable[[Path], NDArray[Any]]
+) -> NDArray[np.int64]:
+    """Add the counts [W,L,E] of the files of all ranks, as ``load_of`` reads them."""
+    total: NDArray[np.int64] | None = None
+    for path in paths:
+        with naming(path):
+            load = counts_in("counts", load_of(path))
+            hints.check_experts(load.shape[2])
+            if total is not None and total.shape != load.shape:
+                raise ValueError(
+                    f"counts must be {list(total.shape)} [windows, layers, experts] like those "
+                    f"of the ranks before, got {list(load.shape)}"
+                )
+            total = added(total, load)
+    if total is None:
+        raise ValueError("must have a file, got none")
+    return total
+
+
 def by_expert(
     load: NDArray[np.int64], slots: NDArray[np.int64], experts: int | None
 ) -> NDArray[np.int64]:
-    """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E].
-
-    Raises
-    ------
-    ValueError
-        If the tables are of other sizes, a slot holds no expert that there is, or a load is no
-        count.
-    """
+    """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E]."""
     layers, count = slots.shape
     if load.shape[-2:] != slots.shape:
         raise ValueError(

@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import naming
-from moetuner.formats.arrays import names_in, read_arrays
-from moetuner.formats.counts import added
+from moetuner.formats.arrays import by_step, names_in
+from moetuner.formats.counts import sum_of_ranks
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import by_rank
 from moetuner.statistics import RoutingStatistics
 
-NAME = re.compile(r"(?:.*\D)?(\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
+NAME = re.compile(r"(?:.*\D)?(?P<layer>\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
 SUFFIXES = ("tokens_per_expert", "exp_counts")
 PATTERN = "*[0-9].*"
 
@@ -42,49 +41,18 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the counts of all ranks.
-
-    Raises
-    ------
-    ValueError
-        If a rank's file is missing, or files are of other layers or experts.
-    """
-    total: NDArray[np.int64] | None = None
-    for path in by_rank(paths, PATTERN):
-        with naming(path):
-            load = _load(read_arrays(path, names_in(path)))
-            if hints.num_experts not in (None, load.shape[2]):
-                raise ValueError(f"counts must be [{hints.num_experts}], got [{load.shape[2]}]")
-            # Checks that they are whole counts, of a size that can be added.
-            load = RoutingStatistics.from_load(load).window_load
-            if total is not None and total.shape != load.shape:
-                raise ValueError(
-                    f"counts must be {list(total.shape)} [windows, layers, experts] like those "
-                    f"of the ranks before, got {list(load.shape)}"
-                )
-            total = added(total, load)
-    return RoutingStatistics.from_load(np.empty((0, 0, 0)) if total is None else total)
+    """Add the counts of all ranks."""
+    return RoutingStatistics.from_load(sum_of_ranks(by_rank(paths, PATTERN), hints, _load))
 
 
-def _load(arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    """Order counts by the layers in their names, [W,L,E]."""
-    rows: dict[int, NDArray[Any]] = {}
-    for name, array in arrays.items():
-        match = NAME.fullmatch(name)
-        if match is None:
+def _load(path: Path) -> NDArray[Any]:
+    """Read the counts of a file [W,L,E]."""
+    rows = []
+    for (_, layer), counts in by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert").items():
+        rows.append(counts[None] if counts.ndim == 1 else counts)
+        if rows[-1].ndim != 2 or rows[-1].shape != rows[0].shape or not rows[-1].size:
             raise ValueError(
-                f"names must be as model.layers.0.mlp.tokens_per_expert, got {name:.60}"
+                f"layer {layer} must be counts [experts] like the other layers', got "
+                f"{counts.dtype} {list(counts.shape)}"
             )
-        layer = int(match[1])
-        if layer in rows:
-            raise ValueError(f"layer {match[1]} must be there once, got {name:.60} too")
-        rows[layer] = array[None] if array.ndim == 1 else array
-        shape = rows[layer].shape
-        if len(shape) != 2 or shape != next(iter(rows.values())).shape or 0 in shape:
-            raise ValueError(
-                f"{name:.60} must be counts [experts] like the other layers', got "
-                f"{array.dtype} {list(array.shape)}"
-            )
-    if not rows:
-        raise ValueError("must hold counts of at least one layer, got none")
-    return np.stack([rows[layer] for layer in sorted(rows)], axis=1)
+    return np.stack(rows, axis=1)

@@ -6,7 +6,7 @@ Faults are named in words that say what would be right.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,6 @@ from moetuner._checks import EXPERT_LIMIT, shown
 from moetuner.formats.engines import ENGINES, Engine
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
-
-# What a format's rows are: layers with experts, numbered from 0; all hidden layers; or layers with
-# experts, numbered among the hidden ones.
-Rows = Literal["moe", "hidden", "numbered"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +30,7 @@ class Layout:
     num_experts
         Experts per layer, E; None where the file does not say.
     layers
-        Numbers of the rows, as the file has them; None for 0, 1, 2 and so on.
+        Numbers of the rows among all hidden layers, where the format has them.
     counts_dense
         Whether the format has a row for every hidden layer, dense ones too.
     remarks
@@ -50,13 +46,7 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Any, **fields: Any) -> Layout:
-        """Check that rows are integers of one width, and wrap them.
-
-        Raises
-        ------
-        ValueError
-            Naming the first row of another width, or the value that is no expert.
-        """
+        """Check that rows are integers of one width, and wrap them."""
         if not isinstance(rows, list | tuple | np.ndarray) or not len(rows):
             raise ValueError(f"must have at least one row of expert ids, got {shown(rows)}")
         for number, row in enumerate(rows):
@@ -79,14 +69,26 @@ class Layout:
             raise ValueError(f"rows must be integers below 2**63, got {table.max()}")
         return cls(table.astype(np.int64), **fields)
 
-    def placement(self, hints: Hints) -> Placement:
-        """Return the placement of the layers with experts.
+    @classmethod
+    def of_placement(cls, placement: Placement) -> Layout:
+        """Return the map that a placement is."""
+        rows = placement.slots.reshape(placement.layers, -1).astype(np.int64)
+        return cls(rows, placement.devices, placement.num_experts)
 
-        Raises
-        ------
-        ValueError
-            If devices, experts or layers are not known, or the map breaks a rule.
-        """
+    def where(self, row: int, slot: int | None = None) -> str:
+        """Name a row, and a slot in it."""
+        layer = row if self.layers is None else self.layers[row]
+        where = f"row {row}" if self.counts_dense else f"layer {layer}"
+        if slot is None:
+            return where
+        width = self.experts.shape[1]
+        if not self.devices or width % self.devices:
+            return f"{where}: slot {slot}"
+        device, slot = divmod(slot, width // self.devices)
+        return f"{where}, device {device}: slot {slot}"
+
+    def placement(self, hints: Hints) -> Placement:
+        """Return the placement of the layers with experts."""
         rows = self.experts
         moe = hints.moe_layers(len(rows)) if self.counts_dense else None
         rows = rows if moe is None else rows[moe]
@@ -103,53 +105,19 @@ class Layout:
 
 
 def check_placement(placement: Placement, engine: str) -> None:
-    """Check that an engine could load a placement.
-
-    Raises
-    ------
-    ValueError
-        Naming the constraint, where it is broken, and the option of ``solve`` that keeps it.
-    """
-    of = ENGINES[engine]
-    option = f'solve with "--for {engine}"'
-    if not of.may_copy and placement.has_copies:
-        layer, expert = np.argwhere(placement.replicas > 1)[0]
-        raise ValueError(
-            f"layer {layer}: expert {expert} has {placement.replicas[layer, expert]} copies, and "
-            f"{of.title} has none: {option}"
-        )
-    check_full(placement, engine)
+    """Check that an engine could load a placement."""
+    wrong = faults(Layout.of_placement(placement), engine, Hints())
+    if wrong:
+        raise ValueError(f'{wrong[0]}: solve with "--for {engine}"')
 
 
-def check_full(placement: Placement, engine: str) -> None:
-    """Check that no slot is empty.
-
-    Raises
-    ------
-    ValueError
-        Naming the first that is, and the options of ``solve`` that fill it.
-    """
-    empty = np.argwhere(placement.slots == EMPTY)
-    if len(empty):
-        layer, device, slot = empty[0]
-        full = int((placement.slots[layer, device] != EMPTY).sum())
-        raise ValueError(
-            f"layer {layer}, device {device}: slot {slot} is empty ({full} experts in "
-            f"{placement.slots_per_device} slots), and {ENGINES[engine].title} has equal slots on "
-            f'all devices and layers and fills every one: solve with "--for {engine}", or with '
-            "--fill-slots"
-        )
-
-
-def faults(layout: Layout, rows: Rows, engine: str | None, hints: Hints) -> list[str]:
+def faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
     """List what is wrong with a map; empty if an engine could load it as far as is known.
 
     Parameters
     ----------
     layout
         The map as it stands.
-    rows
-        What its rows should be.
     engine
         Name in ``ENGINES``; None for nobody's.
     hints
@@ -158,38 +126,29 @@ def faults(layout: Layout, rows: Rows, engine: str | None, hints: Hints) -> list
     of = None if engine is None else ENGINES[engine]
     return [
         *layout.remarks,
-        *_layer_faults(layout, rows, hints),
+        *_layer_faults(layout, hints),
         *_device_faults(layout, of, hints),
         *_expert_faults(layout, of, hints),
     ]
 
 
-def _layer_faults(layout: Layout, rows: Rows, hints: Hints) -> list[str]:
+def _layer_faults(layout: Layout, hints: Hints) -> list[str]:
     count = len(layout.experts)
     hidden, dense = hints.hidden_layers, hints.dense_layers
-    numbers = list(range(count)) if layout.layers is None else list(layout.layers)
-    if rows == "moe" and numbers != list(range(count)):
-        return [
-            f"layers must be numbered from 0 to {count - 1}, those with experts only, got "
-            f"{numbers[0]} to {numbers[-1]}: dense layers are not counted"
-        ]
-    wrong = set(numbers) & set(dense or ())
-    if rows == "numbered" and wrong:
+    wrong = set(layout.layers or ()) & set(dense or ())
+    if wrong:
         return [f"layer {min(wrong)} has no experts: layers must be numbered with the dense ones"]
     if hidden is None:
         return []
     moe = hidden - len(dense or ())
-    kinds = ["every hidden layer, dense ones too", "layers with experts only"]
-    right, other = hidden, moe
-    if rows != "hidden":
-        right, other = moe, hidden
-        kinds.reverse()
+    kinds = {hidden: "every hidden layer, dense ones too", moe: "layers with experts only"}
+    right, other = (hidden, moe) if layout.counts_dense else (moe, hidden)
     if count == right:
         return []
-    rule = f"must have {right} rows, one for {kinds[0]}, got {count}"
+    rule = f"must have {right} rows, one for {kinds[right]}, got {count}"
     if count == other:
         layers = f"{hidden - moe} dense layer{'s' if hidden - moe > 1 else ''}"
-        return [f"{rule}, one for {kinds[1]}: off by the {layers}"]
+        return [f"{rule}, one for {kinds[other]}: off by the {layers}"]
     unknown = "" if dense is not None else "; which of them are dense is not known (dense_layers)"
     return [f"{rule}: of another model{unknown}"]
 
@@ -215,7 +174,7 @@ def _device_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
         return []
     row, device, slot = twice[0]
     return [
-        f"row {row}, device {device}: expert {experts[row, device, slot]} is there twice"
+        f"{layout.where(row)}, device {device}: expert {experts[row, device, slot]} is there twice"
         f"{_more(len(twice))}: {of.title} {of.repeated}"
     ]
 
@@ -230,21 +189,20 @@ def _expert_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
     if len(wrong):
         row, slot = wrong[0]
         return [
-            f"row {row}, slot {slot}: expert {table[row, slot]} is not below {experts}"
+            f"{layout.where(row, slot)}: expert {table[row, slot]} is not below {experts}"
             f"{_more(len(wrong))}: of another model, or damaged"
         ]
     messages = []
     empty = np.argwhere(table == EMPTY)
     if len(empty):
-        row, slot = empty[0]
-        more = _more(len(empty))
-        messages.append(f"row {row}: slot {slot} is empty{more}: every slot must be full")
+        where, more = layout.where(*empty[0]), _more(len(empty))
+        messages.append(f"{where} is empty{more}: every slot must be full")
     for number, row in enumerate(table):
         missing = np.flatnonzero(np.bincount(row[row >= 0], minlength=experts) == 0)
         if len(missing):
             messages.append(
-                f"row {number}: expert {missing[0]} has no slot{_more(len(missing))}: every expert "
-                "must have at least one"
+                f"{layout.where(number)}: expert {missing[0]} has no slot{_more(len(missing))}: "
+                "every expert must have at least one"
             )
             break
     if of is not None and not of.may_copy and table.shape[1] > experts:

@@ -2,77 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import id_type
 from moetuner.trace import RoutingTrace
 
-# Ids [t,K] by layer of every microbatch: of a step, which of the rank's in that step, and the rank.
-Microbatches = dict[tuple[int, int, int], dict[int, NDArray[Any]]]
+# A step, which of the rank's microbatches in that step, and the rank.
+Key = tuple[int, int, int]
 
 
-def trace_of_microbatches(where: Path, batches: Microbatches, experts: int) -> RoutingTrace:
-    """Join microbatches in the order of time, and of ranks within it.
+class Microbatches:
+    """Ids [t,K] of every microbatch by layer."""
 
-    Parameters
-    ----------
-    where
-        The file or folder, for messages.
-    batches
-        What was recorded, which is taken out of the table as it is joined.
-    experts
-        Experts per layer.
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self.layers: dict[Key, dict[int, NDArray[Any]]] = {}
 
-    Returns
-    -------
-    RoutingTrace
-        Every microbatch a sequence, every rank a group.
+    def add(self, key: Key, layer: int, ids: NDArray[Any]) -> None:
+        """Take in the ids of a layer."""
+        where = f"step {key[0]}, layer {layer}"
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            got = f"{ids.dtype} {list(ids.shape)}"
+            raise ValueError(f"{where} must be ids [tokens, top_k], got {got}")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.experts:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"{where}: expert id {wrong} is not below num_experts {self.experts}")
+        layers = self.layers.setdefault(key, {})
+        if layer in layers:
+            raise ValueError(f"{where}: rank {key[2]} is in another file too")
+        layers[layer] = ids.astype(id_type(np.dtype(np.int64), self.experts))
 
-    Raises
-    ------
-    ValueError
-        If a microbatch lacks a layer, or a rank the last steps.
-    """
-    numbers = sorted(set().union(*batches.values()))
-    keys = sorted(batches)
-    for key in keys:
-        layers = batches[key]
-        here = f"{where}: step {key[0]}, rank {key[2]}"
-        missing = sorted(set(numbers) - layers.keys())
-        if missing:
+    def trace(self, where: Path) -> RoutingTrace:
+        """Join microbatches in the order of time, and of ranks within it.
+
+        Parameters
+        ----------
+        where
+            The file or folder, for messages.
+
+        Returns
+        -------
+        RoutingTrace
+            Every microbatch a sequence, every rank a group.
+        """
+        numbers = sorted(set().union(*self.layers.values()))
+        keys = sorted(self.layers)
+        rows = []
+        for key in keys:
+            layers = self.layers.pop(key)
+            here = f"{where}: step {key[0]}, rank {key[2]}"
+            missing = sorted(set(numbers) - layers.keys())
+            if missing:
+                raise ValueError(
+                    f"{here}: must have ids of each of layers {_few(numbers)}, got none of layer "
+                    f"{missing[0]}: a file is cut off or missing"
+                )
+            sizes = {layers[layer].shape for layer in numbers}
+            if len(sizes) > 1:
+                raise ValueError(f"{here}: layers must have the same tokens, got {sorted(sizes)}")
+            rows.append(np.stack([layers[layer] for layer in numbers], axis=1))
+        last = {rank: step for step, _, rank in keys}
+        short, long = min(last, key=lambda r: (last[r], r)), max(last, key=lambda r: last[r])
+        if last[short] != last[long]:
             raise ValueError(
-                f"{here}: must have ids of each of layers {few(numbers)}, got none of layer "
-                f"{missing[0]}: a file is cut off or missing"
+                f"{where}: rank {short} must have steps to {last[long]} like rank {long}, "
+                f"got {last[short]} as its last: the file is cut off"
             )
-        sizes = {layers[layer].shape for layer in numbers}
-        if len(sizes) > 1:
-            raise ValueError(f"{here}: layers must have the same tokens, got {sorted(sizes)}")
-    last = {rank: step for step, _, rank in keys}
-    short, long = min(last, key=lambda r: (last[r], r)), max(last, key=lambda r: last[r])
-    if last[short] != last[long]:
-        raise ValueError(
-            f"{where}: rank {short} must have steps to {last[long]} like rank {long}, "
-            f"got {last[short]} as its last: the file is cut off"
+        if len({row.shape[1:] for row in rows}) > 1:
+            raise ValueError(f"{where}: all ids must have the same top-k, got several")
+        tokens = [len(row) for row in rows]
+        ranks = sorted(last)
+        group = [ranks.index(rank) for _, _, rank in keys]
+        return RoutingTrace.from_arrays(
+            np.concatenate(rows),
+            num_experts=self.experts,
+            sequence=np.repeat(np.arange(len(keys)), tokens),
+            group=np.repeat(np.asarray(group, dtype=np.int16), tokens),
+            group_names=[f"rank {rank}" for rank in ranks],
         )
-    rows = [np.stack([batches[key].pop(layer) for layer in numbers], axis=1) for key in keys]
-    if len({row.shape[1:] for row in rows}) > 1:
-        raise ValueError(f"{where}: all ids must have the same top-k, got several")
-    tokens = [len(row) for row in rows]
-    ranks = sorted(last)
-    group = [ranks.index(rank) for _, _, rank in keys]
-    return RoutingTrace.from_arrays(
-        np.concatenate(rows),
-        num_experts=experts,
-        sequence=np.repeat(np.arange(len(keys)), tokens),
-        group=np.repeat(np.asarray(group, dtype=np.int16), tokens),
-        group_names=[f"rank {rank}" for rank in ranks],
-    )
+
+    def join_stages(self) -> None:
+        """Join what ranks of several pipeline stages have of a microbatch, under the first one.
+
+        Stages are the outermost of Megatron's groups, so the ranks of a stage stand together, and
+        the first of each have layers of the same tokens. What does not look like stages stays.
+        """
+        layers_of: dict[int, set[int]] = {}
+        for (_, _, rank), layers in self.layers.items():
+            layers_of.setdefault(rank, set()).update(layers)
+        stages: dict[frozenset[int], list[int]] = {}
+        for rank in sorted(layers_of):
+            stages.setdefault(frozenset(layers_of[rank]), []).append(rank)
+        overlap = sum(map(len, stages)) > len(set().union(*stages))
+        if overlap or len({len(ranks) for ranks in stages.values()}) > 1:
+            return
+        first = {rank: peers[0] for peers in zip(*stages.values(), strict=True) for rank in peers}
+        joined: dict[Key, dict[int, NDArray[Any]]] = {}
+        for (step, turn, rank), layers in self.layers.items():
+            joined.setdefault((step, turn, first[rank]), {}).update(layers)
+        self.layers = joined
 
 
-def few(numbers: Sequence[int]) -> str:
+def _few(numbers: Iterable[int]) -> str:
     """Return the first of some numbers as text."""
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    texts = list(map(str, numbers))
+    return ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")

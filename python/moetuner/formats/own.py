@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from moetuner.files import Kind, kind_of
 from moetuner.files.contents import holds_statistics
 from moetuner.formats.hints import Hints, Traffic
@@ -25,13 +23,7 @@ def recogniser(kind: Kind) -> Callable[[Path], bool]:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read files one after the other: traces, or counts.
-
-    Raises
-    ------
-    ValueError
-        If one is damaged, or they do not fit together.
-    """
+    """Read files one after the other: traces, or counts."""
     return join(
         [
             RoutingStatistics.load(path)
@@ -43,13 +35,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
 
 
 def join(parts: Sequence[Traffic]) -> Traffic:
-    """Join traces, one after the other, or add counts.
-
-    Raises
-    ------
-    ValueError
-        If there are both, or they are of other sizes.
-    """
+    """Join traces, one after the other, or add counts."""
     if len(parts) == 1:
         return parts[0]
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
@@ -75,9 +61,4 @@ def recognises_map(path: Path) -> bool:
 
 def read_map(path: Path, _: Hints) -> Layout:
     """Read moetuner's JSON."""
-    placement = Placement.load(path)
-    return Layout(
-        placement.slots.reshape(placement.layers, -1).astype(np.int64),
-        devices=placement.devices,
-        num_experts=placement.num_experts,
-    )
+    return Layout.of_placement(Placement.load(path))

@@ -36,6 +36,7 @@ EXPANSION = 16
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 ZIP = b"PK\x03\x04"
 LOCAL_HEADER = 30
+DESCRIPTION = "data.pkl"
 
 BFLOAT = "bfloat16"
 STORAGES = {
@@ -75,24 +76,14 @@ class Tensor:
     strides: tuple[int, ...]
     start: int
 
-    @property
-    def span(self) -> int:
-        """Elements of the storage from its first to its last."""
-        return _span(self.shape, self.strides)
-
     def array(self) -> NDArray[Any]:
-        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32.
-
-        Raises
-        ------
-        ValueError
-            If the file has shrunk.
-        """
+        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32."""
         stored = np.dtype("uint16" if self.dtype == BFLOAT else self.dtype).newbyteorder("<")
+        size = _span(self.shape, self.strides) * stored.itemsize
         with self.path.open("rb") as file:
             file.seek(self.start)
-            data = file.read(self.span * stored.itemsize)
-        if len(data) < self.span * stored.itemsize:
+            data = file.read(size)
+        if len(data) < size:
             raise ValueError(f"{self.path}: file shrank while it was read")
         flat = np.frombuffer(data, dtype=stored)
         steps = tuple(step * stored.itemsize for step in self.strides)
@@ -109,16 +100,7 @@ def is_pickled(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(512)
-    if start.startswith(LEGACY):
-        return True
-    if not start.startswith(ZIP):
-        return False
-    try:
-        with npz.opened(path) as archive:
-            return any(map(_is_description, archive.namelist()))
-    except (OSError, ValueError):
-        # Cut off: the name of its first entry is still there.
-        return b"/data.pkl" in start
+    return start.startswith(LEGACY) or (start.startswith(ZIP) and DESCRIPTION.encode() in start)
 
 
 def peek(path: Path) -> Any:
@@ -128,15 +110,7 @@ def peek(path: Path) -> Any:
 
 
 def load(path: Path) -> Any:
-    """Read what was saved: dicts, lists, tuples, numbers, texts, and a ``Tensor`` for each tensor.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is damaged or asks for anything that could run code.
-    OSError
-        If it cannot be read.
-    """
+    """Read what was saved: containers, numbers, texts, and a ``Tensor`` for each tensor."""
     content = peek(path)
     _load.cache_clear()  # a description may take much memory
     return content
@@ -159,10 +133,6 @@ def _load(path: Path, *_: int) -> Any:
             return _Archive(path, size, archive).content()
 
 
-def _is_description(name: str) -> bool:
-    return name == "data.pkl" or name.endswith("/data.pkl")
-
-
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Return elements of a storage from a tensor's first to its last."""
     if 0 in shape:
@@ -176,12 +146,12 @@ class _Archive:
     def __init__(self, path: Path, size: int, archive: zipfile.ZipFile) -> None:
         self.path, self.size = path, size
         self.entries = {info.filename: info for info in archive.infolist()}
-        descriptions = [name for name in self.entries if _is_description(name)]
+        descriptions = [n for n in self.entries if n.endswith(DESCRIPTION)]
         if len(descriptions) != 1:
             raise ValueError(
-                f"must have one data.pkl as torch.save writes it, got {len(descriptions)}"
+                f"must have one {DESCRIPTION} as torch.save writes it, got {len(descriptions)}"
             )
-        self.root = descriptions[0].removesuffix("data.pkl")
+        self.root = descriptions[0].removesuffix(DESCRIPTION)
         order = self.root + "byteorder"
         if order in self.entries and self.read("byteorder", 16).strip() != b"little":
             raise ValueError("byteorder must be little: write it anew on such a machine")
@@ -189,7 +159,7 @@ class _Archive:
 
     def content(self) -> Any:
         """Carry out the description."""
-        return _Machine(self.read("data.pkl", LONGEST_PICKLE), self).content()
+        return _Machine(self.read(DESCRIPTION, LONGEST_PICKLE), self).content()
 
     def place(self, name: str) -> tuple[int, int]:
         """Return first byte and number of bytes of an entry."""
@@ -262,13 +232,6 @@ class _Storage:
     dtype: str | None
 
 
-@dataclass(frozen=True)
-class _Name:
-    """Something that a description may name, and which stands for no more than its name."""
-
-    text: str
-
-
 TENSOR_V2, TENSOR_V3 = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 PARAMETER = "torch._utils._rebuild_parameter"
 ORDERED, SIZE = "collections.OrderedDict", "torch.Size"
@@ -283,116 +246,16 @@ COSTS |= dict.fromkeys(map(ord, "(}]tl\x85\x86\x87RQc\x93"), CONTAINER)
 COSTS |= dict.fromkeys(map(ord, "\x80\x95baesu."), 0)
 
 
-class _Machine(pickle._Unpickler):
-    """Pickle's stack machine, as far as plain content needs it."""
+@dataclass(frozen=True)
+class _Name:
+    """What a description may name: it stands for no more than its name, and for what that makes."""
 
-    # Pickle's own: what is above the last mark, and what is below it; how to push and to read.
-    stack: list[Any]
-    metastack: list[list[Any]]
-    append: Callable[[Any], None]
-    read: Callable[[int], bytes]
+    text: str
+    archive: _Archive
 
-    def __init__(self, text: bytes, archive: _Archive) -> None:
-        super().__init__(io.BytesIO(text))
-        self.archive = archive
-        # Picklers number what they name again from 0 on: a list, in which no number is large.
-        self.memo: list[Any] = []
-        # Containers that were named again, which then change no more.
-        self.complete: set[int] = set()
-        self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
-        self.values = max(1 << 16, EXPANSION * len(text))
-
-    def content(self) -> Any:
-        """Carry out instruction after instruction, up to the last."""
-        try:
-            content = self.load()
-        except (IndexError, EOFError, struct.error):
-            raise ValueError("damaged description: it is cut off") from None
-        except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"damaged description: {error}") from None
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"damaged description: {error}") from None
-        if self.stack or self.metastack:
-            raise ValueError("damaged description: it must leave one value")
-        return content
-
-    def spend(self, size: int) -> None:
-        """Count memory of what is made."""
-        self.memory -= size
-        if self.memory < 0:
-            raise ValueError("description makes far more than it has bytes")
-
-    def pop_mark(self) -> list[Any]:
-        """Pop everything down to the last mark, which was a container."""
-        values = self.stack
-        self.spend(POINTER * len(values) - CONTAINER)
-        self.stack = self.metastack.pop()
-        self.append = self.stack.append
-        return values
-
-    def put(self, index: int) -> None:
-        """Give a number to what is on top, by which it is named again."""
-        if index > len(self.memo):
-            raise ValueError(f"must number its parts one after the other, got {index}")
-        self.memo[index : index + 1] = [self.stack[-1]]
-
-    def get(self, index: int) -> None:
-        """Push what was numbered; how much that is with all its parts is bounded."""
-        value = self.memo[index]
-        if isinstance(value, list | dict | tuple):
-            self.complete.add(id(value))
-            self.values -= _unfolded(value, self.values)
-        self.append(value)
-
-    def extend(self, values: list[Any]) -> None:
-        """Append to the list on top."""
-        target = self.stack[-1]
-        if type(target) is not list or id(target) in self.complete:
-            raise TypeError("only lists take members, and a container must not hold itself")
-        target.extend(values)
-
-    def set(self, pairs: list[Any]) -> None:
-        """Set keys of the dict on top."""
-        target = self.stack[-1]
-        if type(target) is not dict or len(pairs) % 2 or id(target) in self.complete:
-            raise TypeError("only dicts take keys, and a container must not hold itself")
-        self.spend(CONTAINER * (len(pairs) // 2))
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # The hash of a tuple of tuples could take for ever.
-            if not all(map(_is_plain, key if isinstance(key, tuple) else [key])):
-                raise TypeError(f"keys must be texts or numbers, got a {type(key).__name__}")
-            target[key] = value
-
-    def find_class(self, module: str, name: str) -> _Name:
-        """Return what stands for a name, if it is harmless."""
-        text = f"{module}.{name}"
-        if text not in NAMES:
-            raise ValueError(
-                f"asks for {text:.80}, which is no plain content: pickles that call code are not "
-                "opened"
-            )
-        return _Name(text)
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        """Return the storage that a persistent id names."""
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise ValueError("persistent ids must be storages")
-        _, kind, key, _, count = pid
-        name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
-        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not _is_size(count):
-            raise ValueError("a storage must have a key and a size")
-        if name not in (*STORAGES, "UntypedStorage"):
-            raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
-        return _Storage(key, STORAGES.get(name))
-
-    def reduce(self) -> None:
+    def __call__(self, *arguments: Any) -> Any:
         """Make the container or tensor that a name and its arguments stand for."""
-        arguments, callee = self.stack.pop(), self.stack.pop()
-        if not isinstance(callee, _Name) or not isinstance(arguments, tuple):
-            raise ValueError("asks for a call of what is no name")
-        self.append(self._made(callee.text, arguments))
-
-    def _made(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        name = self.text
         if name == ORDERED and not arguments:
             return {}
         if name == SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple):
@@ -413,15 +276,96 @@ class _Machine(pickle._Unpickler):
             return self.archive.tensor(storage, str(dtype), offset, shape, strides)
         raise ValueError(f"asks for a call of {name} that torch.save does not write")
 
+
+class _Memo(list[Any]):
+    """Parts by number, as picklers number them: from 0 on, so that no number is large."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if index > len(self):
+            raise ValueError(f"must number its parts one after the other, got {index}")
+        super().__setitem__(slice(index, index + 1), [value])
+
+
+class _Machine(pickle._Unpickler):
+    """Pickle's stack machine, as far as plain content needs it."""
+
+    # Pickle's own: what is above the last mark, and what is below it.
+    stack: list[Any]
+    metastack: list[list[Any]]
+
+    def __init__(self, text: bytes, archive: _Archive) -> None:
+        super().__init__(io.BytesIO(text))
+        self.archive = archive
+        self.memo = _Memo()
+        self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
+        self.most = max(1 << 16, EXPANSION * len(text))
+
+    def content(self) -> Any:
+        """Carry out instruction after instruction, up to the last."""
+        try:
+            content = self.load()
+        except (IndexError, EOFError, struct.error):
+            raise ValueError("damaged description: it is cut off") from None
+        except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"damaged description: {error}") from None
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"damaged description: {error}") from None
+        if self.stack or self.metastack:
+            raise ValueError("damaged description: it must leave one value")
+        _check_unfolded(content, self.most)
+        return content
+
+    def spend(self, size: int) -> None:
+        """Count memory of what is made."""
+        self.memory -= size
+        if self.memory < 0:
+            raise ValueError("description makes far more than it has bytes")
+
+    def pop_mark(self) -> list[Any]:
+        """Pop everything down to the last mark, which was a container."""
+        values: list[Any] = super().pop_mark()  # type: ignore[misc]
+        self.spend(POINTER * len(values) - CONTAINER)
+        return values
+
+    def set(self, pairs: list[Any]) -> None:
+        """Set keys of the dict on top."""
+        target = self.stack[-1]
+        if type(target) is not dict or len(pairs) % 2:
+            raise TypeError("only dicts take keys")
+        self.spend(CONTAINER * (len(pairs) // 2))
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # The hash of a tuple of tuples could take for ever.
+            if not all(map(_is_plain, key if isinstance(key, tuple) else [key])):
+                raise TypeError(f"keys must be texts or numbers, got a {type(key).__name__}")
+            target[key] = value
+
+    def find_class(self, module: str, name: str) -> _Name:
+        """Return what stands for a name, if it is harmless."""
+        text = f"{module}.{name}"
+        if text not in NAMES:
+            raise ValueError(
+                f"asks for {text:.80}, which is no plain content: pickles that call code are not "
+                "opened"
+            )
+        return _Name(text, self.archive)
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return the storage that a persistent id names."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
+            raise ValueError("persistent ids must be storages")
+        _, kind, key, _, count = pid
+        name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
+        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not _is_size(count):
+            raise ValueError("a storage must have a key and a size")
+        if name not in (*STORAGES, "UntypedStorage"):
+            raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
+        return _Storage(key, STORAGES.get(name))
+
     def build(self) -> None:
         """Drop attributes of a dict, such as the versions of a state dict; nothing else has any."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise ValueError("asks to change an object that is no dict")
-
-    def number(self, width: int) -> int:
-        """Read an integer of so many bytes."""
-        return int.from_bytes(self.read(width), "little")
 
 
 def _is_plain(key: object) -> bool:
@@ -431,16 +375,8 @@ def _is_plain(key: object) -> bool:
 Action = Callable[[_Machine], object]
 # Instructions that are carried out otherwise than by pickle.
 OURS: dict[str, Action] = {
-    "q": lambda machine: machine.put(machine.number(1)),
-    "r": lambda machine: machine.put(machine.number(4)),
-    "\x94": lambda machine: machine.put(len(machine.memo)),
-    "h": lambda machine: machine.get(machine.number(1)),
-    "j": lambda machine: machine.get(machine.number(4)),
-    "a": lambda machine: machine.extend([machine.stack.pop()]),
-    "e": lambda machine: machine.extend(machine.pop_mark()),
     "s": lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
     "u": lambda machine: machine.set(machine.pop_mark()),
-    "R": _Machine.reduce,
     "b": _Machine.build,
 }
 
@@ -462,20 +398,21 @@ def _instruction(code: int) -> Action:
 _Machine.dispatch = {code: cast(Any, _instruction(code)) for code in range(256)}
 
 
-def _unfolded(value: Any, most: int) -> int:
-    """Count the values that a container holds, also those that its members hold.
-
-    Raises
-    ------
-    ValueError
-        If they are more than ``most``.
-    """
-    count, stack = 0, [value]
+def _check_unfolded(content: Any, most: int) -> None:
+    """Check how many values there are if each is counted as often as containers hold it."""
+    counts: dict[int, int] = {}  # by identity; 0 until the members are counted
+    stack: list[Any] = [[content]]
     while stack:
-        node = stack.pop()
-        members = node.values() if isinstance(node, dict) else node
-        count += 1 + len(node)
-        if count > most:
+        node = stack[-1]
+        values = node.values() if isinstance(node, dict) else node
+        members = [value for value in values if isinstance(value, list | tuple | dict)]
+        if id(node) not in counts:
+            counts[id(node)] = 0
+            if any(counts.get(id(member)) == 0 for member in members):
+                raise ValueError("damaged description: a container must not hold itself")
+            stack.extend(member for member in members if id(member) not in counts)
+            continue
+        counts[id(node)] = 1 + len(node) + sum(counts[id(member)] for member in members)
+        if counts[id(node)] > most:
             raise ValueError("description names the same parts too often")
-        stack.extend(member for member in members if isinstance(member, dict | list | tuple))
-    return count
+        stack.pop()

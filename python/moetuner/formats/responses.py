@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import check_sizes, frozen, id_type, shown, valid
+from moetuner._checks import shown
 from moetuner.files import naming
-from moetuner.files.ids import IdsInMemory
+from moetuner.files.ids import IdsInParts
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import files_in
 from moetuner.trace import RoutingTrace
 
 
 def decoded(text: object, where: str) -> bytes:
-    """Decode base64.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
-    """
+    """Decode base64."""
     try:
         return base64.b64decode(cast(str, text), validate=True)
     except (ValueError, TypeError):
@@ -36,13 +31,7 @@ def decoded(text: object, where: str) -> bytes:
 def arrays_in(
     paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[NDArray[Any]]], remedy: str
 ) -> Iterator[tuple[Path, NDArray[Any]]]:
-    """Read the arrays of files and folders, each with its file.
-
-    Raises
-    ------
-    ValueError
-        If a file has none, with the remedy.
-    """
+    """Read the arrays of files and folders, each with its file."""
     for path in files_in(paths):
         with naming(path):
             count = 0
@@ -59,7 +48,7 @@ def trace_of(
     hints: Hints,
     *,
     source: str = "responses",
-    sequence: Sequence[int] | None = None,
+    sequence: Sequence[int] | NDArray[Any] | None = None,
 ) -> RoutingTrace:
     """Join ids [t,R,K] to a trace, without the rows of dense layers.
 
@@ -78,41 +67,36 @@ def trace_of(
         What the arrays are, for messages.
     sequence
         Sequence of every token, read after all arrays are; by default an array is a sequence.
-
-    Raises
-    ------
-    ValueError
-        If there are no tokens, arrays differ in size, ids are wrong, or no row has experts.
     """
-    parts: list[NDArray[Any]] = []
-    tokens = 0
+    trace: IdsInParts | None = None
+    runs: list[int] = []
     for path, ids in arrays:
         if not len(ids):
             continue
         with naming(path):
-            experts = hints.experts_needed()
-            if not parts:
-                sizes = ids.shape[1:]
-                rows = _rows(ids, hints, source)
-                check_sizes((len(ids), len(rows), sizes[1]), ids.dtype, experts)
+            if trace is None:
+                trace = IdsInParts(hints.experts_needed())
+                sizes, rows = ids.shape[1:], _rows(ids, hints, source)
             if ids.shape[1:] != sizes:
                 both = f"{list(sizes)} and {list(ids.shape[1:])}"
                 raise ValueError(f"{source} must all have the same layers and top-k, got {both}")
-            part = valid(ids[:, rows], experts, tokens)
-            parts.append(part.astype(id_type(np.dtype(np.int64), experts), copy=False))
-            tokens += len(ids)
+            trace.add(ids[:, rows])
+            runs.append(len(ids))
     with naming(paths[0]):
-        if not parts:
+        if trace is None:
             raise ValueError(f"{source} must have at least one token with routed experts, got none")
-        values = np.concatenate(parts)
+        joined = trace.joined()
         if hints.dense_layers is None and sizes[1] == 1:
-            rows = _with_experts(values, source)
-            values = np.ascontiguousarray(values[:, rows])
+            rows = _with_experts(joined.values, source)
+            joined = joined.select(None, np.asarray(rows))
         dense = tuple(sorted(set(range(sizes[0])) - set(rows)))
-        ids_in_memory = IdsInMemory(frozen(values), (sizes[0], dense) if dense else None)
-        runs = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        labels = np.asarray(runs if sequence is None else sequence, dtype=np.int32)
-        return RoutingTrace(ids_in_memory, experts, sequence=labels)
+        if sequence is None:
+            sequence = np.repeat(np.arange(len(runs)), runs)
+        return RoutingTrace(
+            replace(joined, left_out=(sizes[0], dense) if dense else None),
+            trace.num_experts,
+            sequence=np.asarray(sequence, dtype=np.int32),
+        )
 
 
 def _rows(ids: NDArray[Any], hints: Hints, source: str) -> list[int]:

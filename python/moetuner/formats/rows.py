@@ -1,15 +1,20 @@
-"""Rows of layer and expert, as tables have them, put together to a trace or to counts."""
+"""Tables of tokens or of choices, put together to a trace or to counts, batch by batch."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
+from moetuner.files import naming
+from moetuner.files.ids import IdsInParts
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -17,12 +22,48 @@ from moetuner.trace import RoutingTrace
 COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
 LABELS = ("group", "sequence")
 LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
+LAYER = re.compile(r"(?:layers?|experts?|l)[_.]?(\d{1,5})", re.ASCII | re.IGNORECASE)
 # Cells of a table that may be larger than the rows that fill it, and cells for each row: a token
 # with one of 128 experts leaves as many empty.
 FREE_CELLS, CELLS_PER_ROW = 1 << 22, 128
 # As Python writes it, so that no two texts are one number.
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
-Columns = dict[str, NDArray[Any]]
+# Arrays by column; a list or an array of texts or integers for labels.
+Columns = dict[str, Any]
+Add = Callable[[Columns], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open file: its columns, the experts that it names, and what hands over some columns."""
+
+    names: list[str]
+    experts: int | None
+    add_to: Callable[[Sequence[str], Add], None]
+
+
+def read_tables(
+    paths: Sequence[Path], hints: Hints, opened: Callable[[Path], AbstractContextManager[Source]]
+) -> Traffic:
+    """Read one table, or several of the same columns one after the other."""
+    table: Choices | Tokens | None = None
+    names: list[str] = []
+    for path in paths:
+        with naming(path), opened(path) as source:
+            if table is None:
+                names = source.names
+                hints = replace(hints, num_experts=hints.num_experts or source.experts)
+                kind = Choices if {"layer", "expert"} <= set(names) else Tokens
+                table = kind(names, hints)
+            if source.names != names:
+                raise ValueError(
+                    f"must have columns {names[:8]} like the others, got {source.names[:8]}"
+                )
+            source.add_to(table.names, table.add)
+    if table is None:
+        raise ValueError("must have a file, got none")
+    with naming(paths[0]):
+        return table.traffic()
 
 
 @dataclass
@@ -34,12 +75,6 @@ class Labels:
 
     def of(self, values: Any) -> NDArray[np.int32]:
         """Return the numbers of some of them."""
-        if isinstance(values, np.ndarray):
-            distinct, first, place = np.unique(values, return_index=True, return_inverse=True)
-            order = np.argsort(first)
-            numbers = np.empty(len(distinct), dtype=np.int32)
-            numbers[order] = self.of(distinct[order].tolist())
-            return numbers[place]
         seen = self.seen
         return np.asarray(
             [seen[value] if value in seen else self._new(value) for value in values],
@@ -60,21 +95,88 @@ class Labels:
         return np.asarray(names, dtype=np.int32)[numbers]
 
     def texts(self) -> list[str]:
-        """Return the names as texts.
-
-        Raises
-        ------
-        ValueError
-            If two are the same.
-        """
+        """Return the names as texts."""
         texts = [str(name) for name in self.numbers]
         if len(set(texts)) < len(texts):
             raise ValueError("groups must differ as texts")
         return texts
 
 
-class Rows:
-    """Columns of a table so far, narrow; a row is one choice of a token, or a count.
+class Table:
+    """Rows so far, of those columns among ``names`` that are wanted."""
+
+    def __init__(self, names: list[str], hints: Hints) -> None:
+        self.names, self.hints = names, hints
+        self.parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+        self.labels = {name: Labels() for name in LABELS if name in names}
+        self.count = 0
+
+    def add(self, columns: Columns) -> None:
+        """Take in rows: integers, and any values for sequences and groups."""
+        self.add_ids({name: columns[name] for name in self.names if name not in LABELS})
+        for name, labels in self.labels.items():
+            self.parts[name].append(labels.of(columns[name]))
+        self.count += len(columns[self.names[0]])
+
+    def add_ids(self, columns: Columns) -> None:
+        """Check and take in what is no label."""
+        raise NotImplementedError
+
+    def joined(self) -> dict[str, NDArray[Any]]:
+        """Join the parts of every column, and forget them."""
+        if not self.count:
+            raise ValueError("must have at least one row, got none")
+        columns = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
+        self.parts = {}
+        return columns
+
+    def about(self, labels: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """Return what a trace is told of these labels of its tokens."""
+        about: dict[str, Any] = dict(labels)
+        if "sequence" in labels:
+            about["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
+        if "group" in labels:
+            about["group_names"] = self.labels["group"].texts()
+        return about
+
+
+class Tokens(Table):
+    """A row is a token: a column of ids [L][K], or columns of ids [K] by number of layer."""
+
+    def __init__(self, names: list[str], hints: Hints) -> None:
+        layers = {int(of[1]): name for name in names if (of := LAYER.fullmatch(name)) is not None}
+        columns = [layers[layer] for layer in sorted(layers)]
+        if "experts" in names:
+            columns = ["experts"]
+        if not columns:
+            raise ValueError(
+                "must have a column 'experts' of ids [layers][top_k], one column of ids for every "
+                f"layer (layer_0, ...), or columns token, layer and expert; got {names[:8]}"
+            )
+        self.ids = IdsInParts(hints.experts_needed())
+        super().__init__([*columns, *(name for name in LABELS if name in names)], hints)
+
+    def add_ids(self, columns: Columns) -> None:
+        """Take in ids [T,K] of layers, or [T,L,K] of all."""
+        layers = list(columns.values())
+        ids = layers[0] if "experts" in columns else np.stack(layers, axis=1)
+        if ids.ndim != 3:
+            raise ValueError(f"{self.names[0]} must be ids, got {ids.dtype} {list(ids.shape)}")
+        if self.ids.parts and ids.shape[1:] != (before := self.ids.parts[0].shape)[1:]:
+            raise ValueError(
+                f"rows must have {list(before[1:])} ids [layers, top_k] like those before, "
+                f"got {list(ids.shape[1:])}"
+            )
+        self.ids.add(ids)
+
+    def traffic(self) -> RoutingTrace:
+        """Return the trace."""
+        about = self.about(self.joined())
+        return RoutingTrace(self.ids.joined(), self.ids.num_experts, **about)
+
+
+class Choices(Table):
+    """A row is one choice of a token, or a count.
 
     With a column ``token`` the rows are a trace: those of one token (of one sequence, where there
     is a column ``sequence``) and layer are its experts, and a column ``weight`` is the router's and
@@ -82,55 +184,34 @@ class Rows:
     group. Layers may be numbered in any way that keeps their order.
     """
 
-    def __init__(self, names: list[str]) -> None:
-        self.is_trace = "token" in names
-        self.names = [name for name in COLUMNS if name in names]
-        if not {"layer", "expert"} <= set(names):
-            raise ValueError(
-                f"must have columns 'layer' and 'expert' (and may have 'token', 'sequence', "
-                f"'group', 'weight'), got {names[:8]}"
-            )
-        if self.is_trace and "weight" in self.names:
-            self.names.remove("weight")
-        self.parts: dict[str, list[NDArray[Any]]] = {name: [] for name in self.names}
-        self.labels = {name: Labels() for name in LABELS}
-        self.count = 0
+    def __init__(self, names: list[str], hints: Hints) -> None:
+        left_out = {"weight"} if "token" in names else set()
+        super().__init__([n for n in COLUMNS if n in names and n not in left_out], hints)
 
-    def add(self, columns: dict[str, Any]) -> None:
-        """Take in rows: integers, and any values for sequences and groups.
+    def add_ids(self, columns: Columns) -> None:
+        """Take in whole numbers from 0."""
+        for name, values in columns.items():
+            limit = LIMITS.get(name, 1 << 48)
+            if values.dtype.kind == "f" and np.array_equal(values, np.floor(values)):
+                values = values.astype(np.int64)
+            if values.dtype.kind not in "iu" or values.ndim != 1:
+                raise ValueError(
+                    f"{name} must be integers, got {values.dtype} {list(values.shape)}"
+                )
+            if values.size and (values.min() < 0 or values.max() >= limit):
+                wrong = values.min() if values.min() < 0 else values.max()
+                raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
+            self.parts[name].append(values.astype(np.uint16 if name in LIMITS else np.int64))
 
-        Raises
-        ------
-        ValueError
-            Naming the column that is wrong.
-        """
-        for name in self.names:
-            if name in self.labels:
-                self.parts[name].append(self.labels[name].of(columns[name]))
-                continue
-            values = _integers(name, columns[name], LIMITS.get(name, 1 << 48))
-            self.parts[name].append(values.astype(np.uint16) if name in LIMITS else values)
-        self.count += len(columns["layer"])
+    def traffic(self) -> Traffic:
+        """Return the trace or the counts."""
+        columns = self.joined()
+        layers, columns["layer"] = np.unique(columns["layer"], return_inverse=True)
+        self.hints.check_have_experts(layers.tolist())
+        build = self._trace if "token" in columns else self._counts
+        return build(columns, layers)
 
-    def traffic(self, hints: Hints) -> Traffic:
-        """Return the trace or the counts.
-
-        Raises
-        ------
-        ValueError
-            If a token has not as many experts in one layer as in another, or experts are unknown.
-        """
-        if not self.count:
-            raise ValueError("must have at least one row, got none")
-        columns = {name: np.concatenate(parts) for name, parts in self.parts.items()}
-        self.parts = {}
-        layers, layer = np.unique(columns["layer"], return_inverse=True)
-        hints.check_have_experts(layers.tolist())
-        build = self._trace if self.is_trace else self._counts
-        return build({**columns, "layer": layer}, layers, hints)
-
-    def _trace(self, columns: Columns, layers: NDArray[Any], hints: Hints) -> RoutingTrace:
-        experts = hints.experts_needed()
+    def _trace(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingTrace:
         first, token = _tokens(columns["token"], columns.get("sequence"))
         cells = len(first) * len(layers)
         if cells > max(self.count, FREE_CELLS):
@@ -148,26 +229,21 @@ class Rows:
                 f"{layers[at % len(layers)]} like token {columns['token'][first[0]]} in layer "
                 f"{layers[0]}, got {sizes[at]}"
             )
-        labels: dict[str, Any] = {name: columns[name] for name in LABELS if name in columns}
-        for name, numbers in labels.items():
-            other = numbers != numbers[first][token]
+        for name in self.labels:
+            other = columns[name] != columns[name][first][token]
             if other.any():
                 row = int(np.argmax(other))
                 raise ValueError(f"token {columns['token'][row]} must be of one {name}, not two")
-            labels[name] = numbers[first]
-        if "sequence" in labels:
-            labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
-        order = np.argsort(cell, kind="stable")
+        ids = columns["expert"][np.argsort(cell, kind="stable")]
         return RoutingTrace.from_arrays(
-            columns["expert"][order].reshape(len(first), len(layers), -1),
-            num_experts=experts,
-            group_names=self.labels["group"].texts() if "group" in labels else None,
-            **labels,
+            ids.reshape(len(first), len(layers), -1),
+            num_experts=self.hints.experts_needed(),
+            **self.about({name: columns[name][first] for name in self.labels}),
         )
 
-    def _counts(self, columns: Columns, layers: NDArray[Any], hints: Hints) -> RoutingStatistics:
+    def _counts(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingStatistics:
         expert = columns["expert"].astype(np.int64)
-        experts = int(expert.max()) + 1 if hints.num_experts is None else hints.num_experts
+        experts = self.hints.num_experts or int(expert.max()) + 1
         if expert.max() >= experts:
             raise ValueError(f"expert {expert.max()} must be below num_experts {experts}")
         group = columns.get("group")
@@ -179,18 +255,18 @@ class Rows:
                 f"counts must fill their table, got {self.count} rows for {shape[0]} windows of "
                 f"{shape[1]} layers x {experts} experts"
             )
-        weight = columns.get("weight")
-        if weight is not None and not float(weight.sum(dtype=np.float64)) < 2.0**63:
+        weight = columns.get("weight", np.ones(1, np.int64))
+        if not float(weight.sum(dtype=np.float64)) < 2.0**63:
             raise ValueError("weight must add up to less than 2**63")
         load = np.zeros(shape, dtype=np.int64)
-        np.add.at(load, (window, columns["layer"], expert), 1 if weight is None else weight)
-        of_window = None
-        if group is not None:
-            of_window = np.zeros(shape[0], dtype=np.int64)
-            of_window[window] = group
-            if (of_window[window] != group).any():
-                raise ValueError("each sequence must be of one group, got several")
-        names = () if group is None else tuple(self.labels["group"].texts())
+        np.add.at(load, (window, columns["layer"], expert), weight)
+        if group is None:
+            return RoutingStatistics.from_load(load)
+        of_window = np.zeros(shape[0], dtype=np.int64)
+        of_window[window] = group
+        if (of_window[window] != group).any():
+            raise ValueError("each sequence must be of one group, got several")
+        names = tuple(self.labels["group"].texts())
         return RoutingStatistics.from_load(load, group=of_window, group_names=names)
 
 
@@ -207,35 +283,3 @@ def _tokens(
     number = np.empty(len(order), dtype=np.intp)
     number[order] = np.arange(len(order))
     return first[order], number[token_of]
-
-
-def _integers(name: str, values: Any, limit: int) -> NDArray[np.int64]:
-    """Check whole numbers from 0, or texts of them."""
-    try:
-        if len(values) and isinstance(values[0], str):
-            numbers = np.fromiter(map(int, values), np.int64, len(values))
-        else:
-            numbers = np.asarray(values)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name} must be integers, got {shown(_wrong(values))}") from None
-    if numbers.dtype.kind == "f" and np.array_equal(numbers, np.floor(numbers)):
-        numbers = numbers.astype(np.int64)
-    if numbers.dtype.kind not in "iu" or numbers.ndim != 1:
-        raise ValueError(f"{name} must be integers, got {shown(_wrong(values))}")
-    if numbers.size and (numbers.min() < 0 or numbers.max() >= limit):
-        wrong = numbers.min() if numbers.min() < 0 else numbers.max()
-        raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
-    return numbers.astype(np.int64)
-
-
-def _wrong(values: Any) -> Any:
-    """Return the first value that is no integer."""
-    for value in values:
-        try:
-            if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
-                int(value)
-                continue
-        except ValueError:
-            pass
-        return value
-    return values[0] if len(values) else None

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT
+from moetuner._checks import shown
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
@@ -35,12 +35,11 @@ from moetuner.formats.responses import arrays_in, decoded, trace_of
 from moetuner.formats.sources import files_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 MAP = "physical_to_logical_map"
 LAST_MAP = f"last_{MAP}"
 IDS = "topk_ids_of_layer"
-COUNT = "global_physical_count"
+COUNTS, COUNT = "logical_count", "global_physical_count"
 ON = "start SGLang with --enable-return-routed-experts and ask for return_routed_experts"
 INT32 = np.dtype("<i4")
 
@@ -65,7 +64,7 @@ def recognises_responses(path: Path) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """A forward pass that a rank recorded."""
+    """A forward pass that a rank recorded, with the expert in every slot [hidden,P]."""
 
     path: Path
     number: int
@@ -75,63 +74,54 @@ class _Pass:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if one is damaged, of another mode or of another model.
-    """
+    """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts."""
     counts: list[NDArray[Any]] = []
     passes: list[_Pass] = []
     files = files_in(paths)
     for path in files:
         content = pickled.load(path)
         with naming(path):
-            if isinstance(content, dict) and "logical_count" in content:
-                counts.append(_counts(content["logical_count"]))
-            elif isinstance(content, dict) and "records" in content:
-                passes += _passes(path, content)
+            if not isinstance(content, dict) or not {COUNTS, "records"} & content.keys():
+                raise ValueError(f"must be a dump of SGLang's recorder, with {COUNTS} or records")
+            if COUNTS in content:
+                count = counts_in(COUNTS, _tensor(content, COUNTS, 3).array())
+                # Of the buffer's steps, those that were used.
+                counts.append(count[count.any(axis=(1, 2))])
             else:
-                raise ValueError(
-                    "must be a dump of SGLang's recorder, with logical_count or records"
-                )
+                passes += _passes(path, content)
     with naming((files or paths)[0]):
-        if counts and passes:
-            raise ValueError("dumps must be of one mode, got stat and per_pass or per_token")
+        modes = {"per_token" if IDS in of.fields else "per_pass" for of in passes}
+        modes |= {"stat"} if counts else set()
+        if len(modes) != 1:
+            got = " and ".join(sorted(modes)) or "no pass"
+            raise ValueError(f"dumps must be of one mode, got {got}")
         if counts:
             return _windows(counts, hints)
-        if not passes:
-            raise ValueError("must have at least one pass, got none")
-        with_tokens = [IDS in of.fields for of in passes]
-        if any(with_tokens) and not all(with_tokens):
-            raise ValueError("dumps must be of one mode, got per_pass and per_token")
         passes.sort(key=lambda of: (of.number, of.rank))
-        hints = replace(hints, num_experts=_experts(passes, hints))
-        if all(with_tokens):
-            return _trace(paths, passes, hints)
-        return _windows(_by_pass(passes, hints.experts_needed()), hints)
+        experts = {int(of.slots.max(initial=0)) + 1 for of in passes}
+        if len(experts) > 1:
+            both = f"{min(experts)} and {max(experts)}"
+            raise ValueError(f"dumps must be of one model, got {both} experts")
+        hints.check_experts(*experts)
+        hints = replace(hints, num_experts=experts.pop())
+        if "per_pass" in modes:
+            return _windows(_by_pass(passes, hints.experts_needed()), hints)
+        # The sequence of every token is known when all tokens were read.
+        labels: list[int] = []
+        arrays = _tokens(passes, hints, labels)
+        return trace_of(paths, arrays, hints, source="passes", sequence=labels)
 
 
-def _tensor(value: object, name: str, dimensions: int) -> NDArray[Any]:
-    if not isinstance(value, pickled.Tensor) or len(value.shape) != dimensions:
-        raise ValueError(f"{name} must be a tensor of {dimensions} dimensions, got {_kind(value)}")
-    array = value.array()
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers, got {array.dtype}")
-    return array
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, pickled.Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _counts(value: object) -> NDArray[Any]:
-    count = counts_in("logical_count", _tensor(value, "logical_count", 3))
-    # Of the buffer's steps, those that were used.
-    return np.asarray(count[count.any(axis=(1, 2))])
+def _tensor(fields: dict[str, Any], name: str, dimensions: int) -> pickled.Tensor:
+    """Return a field that must be a tensor of integers."""
+    value = fields.get(name)
+    if not isinstance(value, pickled.Tensor):
+        got = f"a {type(value).__name__}"
+    elif len(value.shape) != dimensions or "int" not in value.dtype:
+        got = f"{value.dtype} {list(value.shape)}"
+    else:
+        return value
+    raise ValueError(f"{name} must be a tensor of integers in {dimensions} dimensions, got {got}")
 
 
 def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
@@ -150,32 +140,20 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
 
 
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:
-    slots = _tensor(content.get(LAST_MAP), LAST_MAP, 2).astype(np.int64)
+    """Read the passes of a dump, less those that were gathered for another purpose."""
+    slots = _tensor(content, LAST_MAP, 2).array().astype(np.int64)
     if slots.min(initial=0) < 0:
         raise ValueError(f"{LAST_MAP} must hold experts from 0, got {slots.min()}")
-    members = content["records"]
-    if not isinstance(members, list):
-        raise ValueError(f"records must be a list, got {_kind(members)}")
-    for number, fields in enumerate(members):
+    if not isinstance(content["records"], list):
+        raise ValueError(f"records must be a list, got {shown(content['records'])}")
+    for number, fields in enumerate(content["records"]):
         if not isinstance(fields, dict):
-            raise ValueError(f"record {number} must be a dict, got {_kind(fields)}")
+            raise ValueError(f"record {number} must be a dict, got {shown(fields)}")
         at, rank = fields.get("forward_pass_id"), fields.get("rank")
         if type(at) is not int or type(rank) is not int:
             raise ValueError(f"record {number} must have a forward_pass_id and a rank")
         if fields.get("gatherer_key", "primary") == "primary":
             yield _Pass(path, at, rank, slots, fields)
-
-
-def _experts(passes: Sequence[_Pass], hints: Hints) -> int:
-    """Count the experts of the map, in which every one has a slot."""
-    counts = {int(of.slots.max(initial=0)) + 1 for of in passes}
-    if len(counts) > 1:
-        raise ValueError(f"dumps must be of one model, got {min(counts)} and {max(counts)} experts")
-    experts = counts.pop()
-    if experts >= EXPERT_LIMIT:
-        raise ValueError(f"{LAST_MAP} must hold experts below {EXPERT_LIMIT}, got {experts - 1}")
-    hints.check_experts(experts)
-    return experts
 
 
 def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
@@ -184,7 +162,7 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
     seen: Counter[tuple[int, int]] = Counter()
     for of in passes:
         with naming(of.path):
-            count = counts_in(COUNT, _tensor(of.fields.get(COUNT), COUNT, 2))
+            count = counts_in(COUNT, _tensor(of.fields, COUNT, 2).array())
             load = by_expert(count, of.slots, experts)
         # A rank has a pass once; again, it is another run of the engine.
         key = (of.number, seen[of.number, of.rank])
@@ -197,13 +175,6 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
     return [load[None] for load in sums.values() if load.any()]
 
 
-def _trace(paths: Sequence[Path], passes: Sequence[_Pass], hints: Hints) -> RoutingTrace:
-    """Make a trace of the tokens of all passes, without those that several ranks have."""
-    labels: list[int] = []
-    arrays = _tokens(passes, hints, labels)
-    return trace_of(paths, arrays, hints, source="passes", sequence=labels)
-
-
 def _tokens(
     passes: Sequence[_Pass], hints: Hints, labels: list[int]
 ) -> Iterator[tuple[Path, NDArray[Any]]]:
@@ -213,8 +184,8 @@ def _tokens(
     top_k = hints.top_k
     for of in passes:
         with naming(of.path):
-            tensor = _ids_of(of)
-            ids, positions, lengths = _tokens_of(of, tensor.shape[1])
+            tensor = _tensor(of.fields, IDS, 3)
+            ids, positions, lengths = _tokens_of(of, tensor.shape)
             # With tensor parallelism as the expert group, all ranks record the same tokens.
             before = [tokens for tokens in before if tokens[0] == of.number]
             if not ids or (of.number, ids, positions) in before:
@@ -250,21 +221,7 @@ def _translated(of: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any
     return experts
 
 
-def _ids_of(of: _Pass) -> pickled.Tensor:
-    """Return the slots of a pass [hidden,tokens,top-k], padded."""
-    tensor = of.fields[IDS]
-    if not isinstance(tensor, pickled.Tensor) or len(tensor.shape) != 3:
-        raise ValueError(f"{IDS} must be a tensor [layers, tokens, top_k], got {_kind(tensor)}")
-    if tensor.dtype not in ("int32", "int64", "int16"):
-        raise ValueError(f"{IDS} must be integers, got {tensor.dtype}")
-    if tensor.shape[0] != len(of.slots):
-        raise ValueError(
-            f"{IDS} must have {len(of.slots)} layers like the map of slots, got {tensor.shape[0]}"
-        )
-    return tensor
-
-
-def _tokens_of(of: _Pass, most: int) -> tuple[list[int], list[int], list[int]]:
+def _tokens_of(of: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
     """Return input ids, positions and the lengths of the prompts of a pass."""
     lists: list[list[int]] = []
     for name in ("input_ids", "positions", "extend_seq_lens"):
@@ -272,13 +229,16 @@ def _tokens_of(of: _Pass, most: int) -> tuple[list[int], list[int], list[int]]:
         if name == "extend_seq_lens" and numbers is None:
             numbers = []
         if not isinstance(numbers, list) or not all(isinstance(value, int) for value in numbers):
-            raise ValueError(f"{name} must be a list of numbers, got {_kind(numbers)}")
+            raise ValueError(f"{name} must be a list of numbers, got {shown(numbers)}")
         lists.append(numbers)
     ids, positions, lengths = lists
-    if len(ids) > most or len(positions) != len(ids):
+    layers, padded, _ = shape
+    if layers != len(of.slots):
+        raise ValueError(f"{IDS} must have {len(of.slots)} layers like the map, got {layers}")
+    if len(ids) > padded or len(positions) != len(ids):
         raise ValueError(
             f"pass {of.number}: must have positions and ids of {len(ids)} tokens, "
-            f"got {len(positions)} and {most}"
+            f"got {len(positions)} and {padded}"
         )
     if lengths and (sum(lengths) != len(ids) or min(lengths) < 0):
         raise ValueError(f"pass {of.number}: extend_seq_lens must add up to {len(ids)} tokens")
@@ -316,20 +276,13 @@ class _Sequences:
 
 
 def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read routed experts of responses: each is a sequence.
-
-    Raises
-    ------
-    ValueError
-        Naming file and response of what is wrong.
-    """
+    """Read routed experts of responses: each is a sequence."""
     return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
 
 
 def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
     """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
-    for record in records(path):
-        fields = record.fields
+    for response, fields in records(path):
         parts = [(fields.get(name), name) for name in ("meta_info", "sglext")]
         choices = fields.get("choices")
         for number, choice in enumerate(choices if isinstance(choices, list) else []):
@@ -338,7 +291,7 @@ def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
         for part, name in parts:
             text = part.get("routed_experts") if isinstance(part, dict) else None
             if text is not None:
-                where = f"{record.where}, {name}"
+                where = f"{response}, {name}"
                 usage = fields.get("usage") if name != "meta_info" else part
                 data = decoded(text, where)
                 shape = _shape(len(data), usage if isinstance(usage, dict) else {}, hints, where)
@@ -372,14 +325,7 @@ def _shape(size: int, usage: dict[str, Any], hints: Hints, where: str) -> tuple[
 
 
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
-    """Write a map for ``--init-expert-location``.
-
-    Raises
-    ------
-    ValueError
-        If it is not known which hidden layers have experts, or they are not as many as the
-        placement has.
-    """
+    """Write a map for ``--init-expert-location``."""
     dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
     if hidden is None and dense is not None:
         hidden = layers + len(dense)
@@ -417,17 +363,11 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read a map: one row for every hidden layer.
-
-    Raises
-    ------
-    ValueError
-        If there is another key: SGLang takes every key for an argument.
-    """
+    """Read a map: one row for every hidden layer."""
     with naming(path):
         content = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
         if not isinstance(content, dict) or set(content) != {MAP}:
-            keys = sorted(map(str, content))[:4] if isinstance(content, dict) else _kind(content)
+            keys = sorted(map(str, content))[:4] if isinstance(content, dict) else shown(content)
             raise ValueError(f"must have the single key {MAP}, got {keys}")
         rows = content[MAP]
         rows = rows.array() if isinstance(rows, pickled.Tensor) else rows

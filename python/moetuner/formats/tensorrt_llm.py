@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count, islice, product
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import LAYER_LIMIT, experts_in, shown
-from moetuner.files import kind_of, naming, read_whole, replacing, safetensors
+from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
-from moetuner.formats.counts import added, by_expert, counts_in
+from moetuner.formats.arrays import by_step, names_in
+from moetuner.formats.counts import by_expert, sum_of_ranks
 from moetuner.formats.hints import Hints, Traffic
-from moetuner.formats.layout import Layout, check_full
-from moetuner.formats.microbatches import Microbatches, trace_of_microbatches
+from moetuner.formats.layout import Layout
+from moetuner.formats.microbatches import Microbatches
 from moetuner.formats.records import head
 from moetuner.formats.sources import by_rank, rank_of
 from moetuner.placement import Placement
@@ -39,41 +39,45 @@ from moetuner.trace import RoutingTrace
 
 META = "meta_info.json"
 COUNTS, RAW = "rank*[0-9].safetensors", "rank*_raw.safetensors"
-ENTRY = re.compile(r"(\d{1,12})_(\d{1,5})", re.ASCII)
+ENTRY = re.compile(r"(?P<step>\d{1,12})_(?P<layer>\d{1,5})", re.ASCII)
 
 
 def recognises(path: Path) -> bool:
     """Whether a folder or file is a dump of expert statistics."""
     if path.is_dir():
         return any(recognises(file) for pattern in (COUNTS, RAW) for file in path.glob(pattern))
-    if head(path, 9)[8:] != b"{" or kind_of(path) != "safetensors":
+    if head(path, 9)[8:] != b"{":
         return False
-    names = safetensors.read_header(path).entries
-    return bool(names) and all(ENTRY.fullmatch(name) for name in names)
+    names = names_in(path)
+    return bool(names) and all(map(ENTRY.fullmatch, names))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read the dumps of all ranks: a trace from raw choices, else counts in windows of iterations.
-
-    Raises
-    ------
-    ValueError
-        If a rank's file is missing or damaged, or they count slots of a placement not known.
-    """
+    """Read the dumps of all ranks: a trace of raw choices, else counts by iteration."""
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
     files = by_rank(paths, RAW if raw else COUNTS)
     if not files:
         raise ValueError("must have a file, got none")
     if any(_is_raw(file) != raw for file in files):
         raise ValueError(f"{files[0].parent}: must be raw dumps or counts, got both")
-    experts, top_k = _about(files)
-    dumps = [_Dump.of(file) for file in files]
-    first = dumps[0]
-    running = _running(first, experts, hints)
+    counted, top_k = _about(files[0])
+    dumps = {file: _dump(file, [top_k] if raw else [counted]) for file in files}
+    keys = dumps[files[0]].keys()
+    for file, dump in dumps.items():
+        if other := keys ^ dump.keys():
+            raise ValueError(
+                f"{file}: must have the iterations and layers of {files[0].name}, differs in "
+                f"iteration {min(other)[0]}, layer {min(other)[1]}"
+            )
+    layers = sorted({layer for _, layer in keys})
+    running = _running(files[0], layers, counted, hints)
     if raw:
-        return _trace(dumps, experts, top_k, running)
-    with naming(first.path):
-        load = _load(dumps, experts)
+        return _trace(dumps, layers, counted, running)
+    shape = (len(keys) // len(layers), len(layers), counted)
+    load = sum_of_ranks(
+        files, Hints(), lambda file: np.stack(list(dumps[file].values())).reshape(shape)
+    )
+    with naming(files[0]):
         if running is not None:
             load = by_expert(load, running, hints.num_experts)
         return RoutingStatistics.from_load(load)
@@ -83,11 +87,11 @@ def _is_raw(path: Path) -> bool:
     return path.name.endswith("_raw.safetensors")
 
 
-def _about(files: Sequence[Path]) -> tuple[int, int]:
-    """Return experts (or slots) and top-k, as ``meta_info.json`` beside the dumps says."""
-    path = files[0].parent / META
+def _about(file: Path) -> tuple[int, int]:
+    """Return experts (or slots) and top-k, as ``meta_info.json`` beside a dump says."""
+    path = file.parent / META
     if not path.exists():
-        raise ValueError(f"{path}: must be beside {files[0].name}: it says how many experts count")
+        raise ValueError(f"{path}: must be beside {file.name}: it says how many experts count")
     with naming(path):
         about = parse_json(read_whole(path, 1 << 16))
         if not isinstance(about, dict):
@@ -98,121 +102,62 @@ def _about(files: Sequence[Path]) -> tuple[int, int]:
         )
 
 
-@dataclass(frozen=True)
-class _Dump:
-    """A file of a rank: its tensors by iteration and layer."""
-
-    path: Path
-    header: safetensors.Header
-    entries: dict[tuple[int, int], str]
-
-    @classmethod
-    def of(cls, path: Path) -> _Dump:
-        header = safetensors.read_header(path)
-        entries = {}
-        for name in header.entries:
-            match = ENTRY.fullmatch(name)
-            if match is None:
+def _dump(path: Path, width: list[int]) -> dict[tuple[int, int], NDArray[Any]]:
+    """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
+    with naming(path):
+        dump = by_step(path, ENTRY, "iteration_layer")
+        for (iteration, layer), array in dump.items():
+            dimensions = 2 if _is_raw(path) else 1
+            is_right = array.ndim == dimensions and array.shape[-1:] == tuple(width)
+            if not is_right or array.dtype.kind not in "iu":
+                what = f"ids [tokens, {width[0]}]" if _is_raw(path) else f"counts {width}"
                 raise ValueError(
-                    f"{path}: tensors must be named iteration_layer, got {shown(name)}"
-                )
-            entries[int(match[1]), int(match[2])] = name
-        if not entries:
-            raise ValueError(f"{path}: must hold counts of at least one iteration, got none")
-        return cls(path, header, entries)
-
-    @property
-    def layers(self) -> list[int]:
-        """Numbers of the layers, in rising order."""
-        return sorted({layer for _, layer in self.entries})
-
-    def check_like(self, first: _Dump) -> None:
-        """Check that it has the iterations and layers of the first rank's."""
-        other = set(self.entries) ^ set(first.entries)
-        if other:
-            iteration, layer = min(other)
-            raise ValueError(
-                f"{self.path}: must have the iterations and layers of {first.path.name}, differs "
-                f"in iteration {iteration}, layer {layer}"
-            )
-
-    def read(self, name: str, of: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
-        """Read integers [shape], where None is any size; ``of`` says of what."""
-        with naming(self.path):
-            array = safetensors.read(self.path, self.header.tensor(name))
-            fits = array.ndim == len(shape) and shape[-1] == array.shape[-1]
-            if not fits or array.dtype.kind not in "iu":
-                rule = ", ".join("tokens" if size is None else str(size) for size in shape)
-                raise ValueError(
-                    f"{name} must be {of} [{rule}] as {META} says, "
+                    f"{iteration}_{layer} must be {what} as {META} says, "
                     f"got {array.dtype} {list(array.shape)}"
                 )
-        return array
+    return dump
 
 
-def _running(dump: _Dump, counted: int, hints: Hints) -> NDArray[np.int64] | None:
+def _running(file: Path, layers: list[int], counted: int, hints: Hints) -> NDArray[np.int64] | None:
     """Return the expert in every slot [L,P] that ran; None where experts were counted."""
-    with naming(dump.path):
-        hints.check_have_experts(dump.layers)
-    meta = dump.path.parent / META
+    with naming(file):
+        hints.check_have_experts(layers)
     if hints.running is None:
         if hints.num_experts not in (None, counted):
             raise ValueError(
-                f"{meta}: num_experts is {counted}, not {hints.num_experts}: the load "
-                "balancer was on, so slots are counted, and the placement that ran is needed"
+                f"{file.parent / META}: num_experts is {counted}, not {hints.num_experts}: the "
+                "load balancer was on, so slots are counted, and the placement that ran is needed"
             )
         return None
-    layers, slots = hints.running.shape
-    if slots != counted:
-        raise ValueError(f"{meta}: counts {counted} slots, but the placement that ran has {slots}")
-    if layers != len(dump.layers):
+    if hints.running.shape != (len(layers), counted):
+        ran = "x".join(map(str, hints.running.shape))
         raise ValueError(
-            f"{dump.path}: has {len(dump.layers)} layers, but the placement that ran has {layers}"
+            f"{file}: counts {len(layers)}x{counted} layers and slots, but the placement that ran "
+            f"has {ran}"
         )
     if (hints.running < 0).any():
         raise ValueError("the placement that ran must have no empty slots")
     return hints.running
 
 
-def _load(dumps: Sequence[_Dump], experts: int) -> NDArray[np.int64]:
-    """Add the counts of all ranks: [iterations, L, E]."""
-    entries, layers = sorted(dumps[0].entries), dumps[0].layers
-    iterations = sorted({iteration for iteration, _ in entries})
-    for key in product(iterations, layers):
-        if key not in dumps[0].entries:
-            raise ValueError(f"iteration {key[0]} must have layer {key[1]} like the others")
-    total = np.zeros((len(entries), experts), dtype=np.int64)
-    for dump in dumps:
-        dump.check_like(dumps[0])
-        for row, key in enumerate(entries):
-            name = dump.entries[key]
-            counts = dump.read(name, "counts", (experts,))
-            with naming(dump.path):
-                total[row] = added(total[row], counts_in(name, counts))
-    return total.reshape(len(iterations), len(layers), experts)
-
-
 def _trace(
-    dumps: Sequence[_Dump], experts: int, top_k: int, running: NDArray[np.int64] | None
+    dumps: dict[Path, dict[tuple[int, int], NDArray[Any]]],
+    layers: list[int],
+    counted: int,
+    running: NDArray[np.int64] | None,
 ) -> RoutingTrace:
     """Join the raw choices of all ranks; an iteration of a rank is a sequence."""
-    batches: Microbatches = {}
-    for number, dump in enumerate(dumps):
-        dump.check_like(dumps[0])
-        rank = rank_of(dump.path)
-        for (iteration, layer), name in dump.entries.items():
-            ids = dump.read(name, "ids", (None, top_k))
-            with naming(dump.path):
-                if ids.size and (ids.min() < 0 or ids.max() >= experts):
-                    raise ValueError(
-                        f"{name} must be ids from 0 to {experts - 1}, "
-                        f"got {ids.min()} to {ids.max()}"
-                    )
-            ids = ids if running is None else running[dump.layers.index(layer)][ids]
-            key = (iteration, 0, number if rank is None else rank)
-            batches.setdefault(key, {})[layer] = ids.astype(np.uint16)
-    experts = experts if running is None else int(running.max()) + 1
-    return trace_of_microbatches(dumps[0].path.parent, batches, experts)
+    batches = Microbatches(counted)
+    for number, (file, dump) in enumerate(dumps.items()):
+        rank = rank_of(file)
+        with naming(file):
+            for (iteration, layer), ids in dump.items():
+                batches.add((iteration, 0, number if rank is None else rank), layer, ids)
+    if running is not None:
+        batches.experts = int(running.max()) + 1
+        for slots in batches.layers.values():
+            slots |= {layer: running[layers.index(layer)][ids] for layer, ids in slots.items()}
+    return batches.trace(next(iter(dumps)).parent)
 
 
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
@@ -220,7 +165,6 @@ KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     """Write the YAML; layers are numbered with the dense ones that ``hints`` names."""
-    check_full(placement, "tensorrt-llm")
     rows = placement.slots.reshape(placement.layers, -1)
     numbers = layer_numbers(placement.layers, hints)
     lines = [f"num_slots: {rows.shape[1]}", "initial_global_assignments:"]
@@ -231,13 +175,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def layer_numbers(layers: int, hints: Hints) -> list[int]:
-    """Return the numbers of MoE layers among all hidden ones.
-
-    Raises
-    ------
-    ValueError
-        If the model has another number of layers with experts.
-    """
+    """Return the numbers of MoE layers among all hidden ones."""
     dense, hidden = hints.dense_layers or (), hints.hidden_layers
     if hidden is None:
         return list(islice((layer for layer in count() if layer not in dense), layers))
@@ -257,13 +195,7 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, hints: Hints) -> Layout:
-    """Read the YAML, as this library or PyYAML writes it, or as JSON.
-
-    Raises
-    ------
-    ValueError
-        If keys are missing or unknown, as the engine refuses them, or a list is no list of experts.
-    """
+    """Read the YAML, as this library or PyYAML writes it, or as JSON."""
     with naming(path):
         text = read_whole(path).decode("utf-8")
         fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
@@ -297,48 +229,38 @@ def _layer(key: object) -> int:
 
 
 # The little YAML of such a file: keys with a number or with layers, which have lists of experts.
-COMMENT, BEGIN = re.compile(r"(^|\s)#.*"), re.compile(r"^---$", re.MULTILINE)
-BLOCK = re.compile(r"(?:\n[ ]*(?:-[ ]+\d{1,6}[ ]*|(?=\n)))+", re.ASCII)
+COMMENT = re.compile(r"(?:^|(?<=\s))#.*|^---$", re.MULTILINE)
 LINE = re.compile(
-    r"""(?P<key>[A-Za-z_]\w*):(?:[ ]*(?P<number>\d{1,6}|\{\}))?[ ]*(?:\n|$)"""
-    r"""|[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*(?P<list>\[[\d,\s]*\])[ ]*(?:\n|$)|\s*(?:\n|$)""",
-    re.ASCII,
+    r"""^(?P<key>[A-Za-z_]\w*):[ ]*(?P<number>\d{1,6}|\{\})?[ ]*$"""
+    r"""|^[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*"""
+    r"""(?P<list>\[\s*(?:\d{1,6}\s*(?:,\s*|(?=\])))*\]|(?:-[ ]+\d{1,6}\s*)+)$""",
+    re.ASCII | re.MULTILINE,
 )
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    """Read numbers, and lists of numbers by number, of keys; lists may be of either style.
-
-    Raises
-    ------
-    ValueError
-        Naming the line that is anything else.
-    """
-    text = BEGIN.sub("", COMMENT.sub("", text.replace("\r\n", "\n")))
-    text = BLOCK.sub(_in_brackets, text)
+    """Read numbers, and lists of numbers by number, of keys; lists may be of either style."""
+    text = "\n".join(map(str.rstrip, COMMENT.sub("", text).split("\n")))
     fields: dict[str, Any] = {}
     rows: dict[int, list[int]] | None = None
-    at = 0
-    while at < len(text):
-        line = LINE.match(text, at)
-        try:
-            if line is None or line["key"] in fields or (line["layer"] and rows is None):
-                raise ValueError(f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts")
-            if line["key"]:
-                rows = {} if line["number"] in (None, "{}") else None
-                fields[line["key"]] = int(line["number"]) if rows is None else rows
-            elif line["layer"] and rows is not None:
-                if int(line["layer"]) in rows:
-                    raise ValueError(f"layer {line['layer']} must be there once")
-                rows[int(line["layer"])] = parse_json(line["list"])
-        except ValueError as error:
-            number, got = text.count("\n", 0, at) + 1, text[at:].partition("\n")[0].strip()
-            raise ValueError(f"line {number}: {error}, got {shown(got)}") from None
-        at = line.end()
+
+    def take(line: re.Match[str]) -> str:
+        nonlocal rows
+        key, layer = line["key"], int(line["layer"] or -1)
+        if key in fields or layer in (rows or {}):
+            raise ValueError(f"{line[0].strip():.40} must be there once")
+        if key:
+            rows = {} if line["number"] in (None, "{}") else None
+            fields[key] = int(line["number"]) if rows is None else rows
+        elif rows is None:
+            return line[0]
+        else:
+            rows[layer] = list(map(int, re.findall(r"\d+", line["list"])))
+        return "\n" * line[0].count("\n")
+
+    left = LINE.sub(take, text)
+    if wrong := re.search(r"\S.*", left):
+        number = left.count("\n", 0, wrong.start()) + 1
+        rule = f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts"
+        raise ValueError(f"line {number}: {rule}, got {shown(wrong[0])}")
     return fields
-
-
-def _in_brackets(lines: re.Match[str]) -> str:
-    """Turn a list of lines into one in brackets, over as many lines."""
-    numbers = lines[0].replace("-", ",").replace(",", "", 1)
-    return f"[{numbers}]" if "-" in lines[0] else lines[0]

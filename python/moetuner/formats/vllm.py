@@ -1,4 +1,4 @@
-"""vLLM: routed experts and windows of load that it records.
+"""vLLM: routed experts that it records.
 
 Routed experts (``--enable-return-routed-experts``) are arrays [tokens, hidden layers, top-k] of
 logical ids, with rows of zeros for layers without experts; the order of a token's experts says
@@ -14,22 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, safetensors
-from moetuner.formats.counts import by_expert, counts_in
 from moetuner.formats.hints import Hints, Traffic
-from moetuner.formats.layout import Layout
 from moetuner.formats.pickled import is_pickled
-from moetuner.formats.records import Record, head, looks_like_json, records
+from moetuner.formats.records import head, looks_like_json, records
 from moetuner.formats.responses import arrays_in, decoded, trace_of
-from moetuner.formats.sources import files_in
-from moetuner.statistics import RoutingStatistics
 
 Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
 
-STATS = "eplb_load_stats"
 ON = "start vLLM with --enable-return-routed-experts"
 # Names of arrays in an archive of sequences: np.savez gives the first ones.
 SEQUENCE = re.compile(r"arr_\d+|\d+|.*routed_experts.*")
@@ -78,13 +72,7 @@ def _are_sequences(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read routed experts: every response or array is a sequence.
-
-    Raises
-    ------
-    ValueError
-        Naming file and response of what is wrong.
-    """
+    """Read routed experts: every response or array is a sequence."""
     return trace_of(paths, arrays_in(paths, _arrays, ON), hints)
 
 
@@ -97,14 +85,14 @@ def _arrays(path: Path) -> Iterator[NDArray[Any]]:
         for name in sorted(arrays, key=lambda name: (len(name), name)):
             yield _check_ids(arrays[name], f"{name} ")
     else:
-        for record in records(path):
-            choices = record.fields.get("choices")
+        for where, fields in records(path):
+            choices = fields.get("choices")
             if not isinstance(choices, list):
-                raise ValueError(f"{record.where}: must be a response with 'choices'")
+                raise ValueError(f"{where}: must be a response with 'choices'")
             for number, choice in enumerate(choices):
                 text = choice.get("routed_experts") if isinstance(choice, dict) else None
                 if text is not None:
-                    yield _of_text(text, f"{record.where}, choice {number}")
+                    yield _of_text(text, f"{where}, choice {number}")
 
 
 def _of_text(text: object, where: str) -> NDArray[Any]:
@@ -122,47 +110,3 @@ def _check_ids(array: Array, name: str = "") -> Array:
             f"{name}must be integers [tokens, layers, top_k], got {array.dtype} {list(array.shape)}"
         )
     return array
-
-
-def recognises_loads(path: Path) -> bool:
-    """Whether a file has the windows of load that pull request 41141 writes."""
-    start = head(path)
-    return looks_like_json(start) and b'"record_type"' in start and STATS.encode() in start
-
-
-def read_loads(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read windows of load by slot, and add up the slots of every expert.
-
-    Raises
-    ------
-    ValueError
-        Naming file and line of what is wrong.
-    """
-    windows: list[NDArray[np.int64]] = []
-    experts = hints.num_experts
-    for path in files_in(paths):
-        with naming(path):
-            for record in records(path):
-                with naming(record.where):
-                    windows.append(_window(record, experts))
-                    experts = windows[0].shape[1]
-                    if windows[-1].shape != windows[0].shape:
-                        raise ValueError(
-                            f"must have {list(windows[0].shape)} layers and experts like the "
-                            f"records before, got {list(windows[-1].shape)}"
-                        )
-    if not windows:
-        raise ValueError(f"{paths[0]}: must have at least one record, got none")
-    return RoutingStatistics.from_load(np.stack(windows))
-
-
-def _window(record: Record, experts: int | None) -> NDArray[np.int64]:
-    if record.fields.get("record_type") != STATS:
-        raise ValueError(f"record_type must be {STATS!r}")
-    load = counts_in("expert_load", Layout.of(record.fields.get("expert_load")).experts)
-    slots = Layout.of(record.fields.get("p2l_map")).experts
-    if load.shape != slots.shape:
-        raise ValueError(
-            f"expert_load must be {list(slots.shape)} like p2l_map, got {list(load.shape)}"
-        )
-    return by_expert(load, slots, experts)

@@ -7,6 +7,7 @@ answer is a function of the arguments alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -198,14 +199,10 @@ class Case:
 
     def balancedness(self, slots: Slots) -> float | None:
         """Return mean over slowest rank of these loads, layers added up; None without any."""
-        load, flat = self.load, slots.reshape(len(slots), -1)
-        full, row = flat != EMPTY, np.arange(len(slots))[:, None] * self.experts
-        copies = np.bincount((row + flat)[full], minlength=load.size).reshape(load.shape)
-        if not load.any() or (copies == 0).any():
+        busiest = slowest(self.load[None], slots).sum()
+        if busiest == 0 or not holders_of(slots, self.experts).any(axis=1).all():
             return None
-        share = np.take_along_axis(load / copies, np.maximum(flat, 0).astype(np.int64), axis=1)
-        slowest = np.where(full, share, 0).reshape(slots.shape).sum(axis=2).max(axis=1).sum()
-        return float(load.sum() / (slots.shape[1] * slowest))
+        return float(self.load.sum() / (slots.shape[1] * busiest))
 
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
@@ -383,6 +380,14 @@ def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     # In floats, which do not wrap; they are exact up to 2**53 tokens.
     joined: NDArray[np.generic] = np.add.reduceat(used, begin, axis=0, dtype=np.float64)
     return joined
+
+
+def slowest(windows: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the tokens of the slowest rank of every layer [L], over windows [W,L,E]."""
+    share = (slots[..., None] == np.arange(windows.shape[2])).sum(axis=2).astype(np.float64)
+    share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
+    tokens: NDArray[np.float64] = (share @ windows.transpose(1, 2, 0)).max(axis=1).sum(axis=1)
+    return tokens
 
 
 def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int) -> Slots:

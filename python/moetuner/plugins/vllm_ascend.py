@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.plugins.balancer import Balancer
+from moetuner.plugins.decision import slowest
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
 
@@ -94,11 +95,3 @@ def loads_of(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray
     window, layer = np.arange(len(windows))[:, None, None], np.arange(layers)[None, :, None]
     np.add.at(load, (window, layer, experts), np.maximum(windows, 0) * (experts >= 0))
     return load
-
-
-def slowest(windows: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the tokens of the slowest rank of every layer [L], over windows [W,L,E]."""
-    share = (slots[..., None] == np.arange(windows.shape[2])).sum(axis=2).astype(np.float64)
-    share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
-    times: NDArray[np.float64] = (share @ windows.transpose(1, 2, 0)).max(axis=1).sum(axis=1)
-    return times

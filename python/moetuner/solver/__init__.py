@@ -60,8 +60,8 @@ def solve(
         What to place.
     method
         ``joint`` (the default), ``paper`` (MoETuner's two stages; ``moetuner`` means it too),
-        ``heuristic`` (no integer programme), ``quick`` (balance of windows within milliseconds, as
-        the plugins decide), or a baseline: ``contiguous``, ``round_robin``,
+        ``heuristic`` (the search of ``joint`` without proofs), ``quick`` (balance of windows within
+        milliseconds, as the plugins decide), or a baseline: ``contiguous``, ``round_robin``,
         ``random``, ``lpt``, ``eplb``, ``exflow``.
     seed
         Random seed.

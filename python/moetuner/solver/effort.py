@@ -7,11 +7,9 @@ does; those of the core's own searches stand in the core.
 
 from __future__ import annotations
 
-# The joint method: shares of a time limit ("The joint method"). The search comes first: everything
-# else can only add to what it finds.
-SEARCH_SHARE, BOUND_SHARE = 0.55, 0.38
-# Seconds below which a programme is not worth building: the bound then takes all that is left.
-PROGRAMME_LEAST = 1.0
+# The joint method: the share of a time limit for the search ("The joint method"). It comes first:
+# everything else can only add to what it finds.
+SEARCH_SHARE = 0.55
 # The search of single copies gets this share where there is room for more copies, and that one for
 # balance, which copies seldom make worse; if a time limit is at least so many times what judging an
 # answer takes (not measured).
@@ -74,10 +72,6 @@ TANGENT_STEPS, TANGENT_TRIALS, TANGENT_STEP, TANGENT_SHARE = 16, 10_000, 0.15, 0
 TANGENT_WORK, TANGENT_ITERATIONS = 1e6, 20
 # Seconds for a pair of experts of a set, to be weighed ("Limits").
 TANGENT_SECONDS = 3e-8
-
-# The co-location programme ("The co-location programme"): rows of triangles beyond which HiGHS
-# does not get through its first node in a minute, and nodes of its search tree.
-MOST_TRIANGLES, PROGRAMME_NODES = 40_000, 1000
 
 # The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
 # no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven

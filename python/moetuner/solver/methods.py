@@ -8,11 +8,11 @@ from moetuner.solver.bounds.visits import VISIT_BOUND
 from moetuner.solver.run import Stage
 from moetuner.solver.stages import PARTITIONS, SEARCH, baselines
 from moetuner.solver.stages.floor import FLOOR, FLOOR_OF_LEVEL, LEVEL
-from moetuner.solver.stages.programmes import PAPER, PROGRAMME
+from moetuner.solver.two_stage import PAPER
 
 METHODS: dict[str, tuple[Stage, ...]] = {
-    # Everything else can only add to what the search finds; HiGHS needs a time limit.
-    "joint": (FLOOR, PARTITIONS, SEARCH, PAIR_BOUND, VISIT_BOUND, LOAD_BOUND, PROGRAMME),
+    # Everything else can only add to what the search finds.
+    "joint": (FLOOR, PARTITIONS, SEARCH, PAIR_BOUND, VISIT_BOUND, LOAD_BOUND),
     "paper": (PAPER,),
     "heuristic": (FLOOR, SEARCH),
     "quick": (LEVEL, FLOOR_OF_LEVEL),

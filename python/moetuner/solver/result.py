@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.solver.bounds.certificate import Certificate
@@ -67,7 +64,7 @@ class PlaceStage(_Part):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchDetails(_Part):
-    """How the placement was found; ``colocation`` counts what HiGHS was handed.
+    """How the placement was found.
 
     Of many windows, ``windows``, a search sees means that stand for them, ``windows_searched``. Of
     many tokens a sample stands for all where expert sets are counted, ``set_tokens``.
@@ -85,7 +82,6 @@ class SearchDetails(_Part):
     windows: int | None = None
     windows_searched: int | None = None
     set_tokens: int | None = None
-    colocation: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -162,31 +158,6 @@ class Details(Frozen):
     def searched(self, **facts: Any) -> Details:
         """Return these details with facts of the search."""
         return replace(self, search=replace(self.search, **facts))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What an integer programme found.
-
-    Parameters
-    ----------
-    slots
-        Expert ids [L,D,S], -1 for an empty slot.
-    status
-        How it ended.
-    bound
-        Proven lower bound of ``Objective.cost``; None without one.
-    bound_source
-        Which bound it is.
-    details
-        How it went.
-    """
-
-    slots: NDArray[np.int32]
-    status: Status = "feasible"
-    bound: float | None = None
-    bound_source: str | None = None
-    details: Details = field(default_factory=Details)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

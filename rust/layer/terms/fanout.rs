@@ -168,9 +168,49 @@ impl Fanout {
         }
         let mut after = slots.clone();
         after.apply(step);
-        let mut fanout = self.clone();
-        fanout.refresh(layer, sets, &after, &touched(slots, step));
-        fanout.cost(sets) - self.cost(sets)
+        let (mut devices, mut nodes) = (0, 0);
+        let touched = touched(slots, step);
+        let rows: Vec<Vec<u64>> = touched.iter().map(|&g| self.row(sets, slots, &after, g, step)).collect();
+        for (row, &device) in rows.iter().zip(&touched) {
+            devices += sets.tokens([row]) - self.visits[usize::from(device)];
+        }
+        for node in self.nodes_of(layer, &touched) {
+            let mut sum = vec![0; self.words];
+            for g in (0..layer.devices()).filter(|&g| layer.site.node[g] == node) {
+                let now = touched.iter().position(|&device| usize::from(device) == g);
+                join(&mut sum, now.map_or(&self.device[g * self.words..][..self.words], |at| &rows[at]));
+            }
+            nodes += sets.tokens([&sum]) - self.node_visits[usize::from(node)];
+        }
+        price(sets, devices, nodes)
+    }
+
+    /// Sets that a device will serve after a step.
+    fn row(&self, sets: &Sets, before: &Slots, after: &Slots, device: u16, step: Move) -> Vec<u64> {
+        let is_changed = |&slot: &usize| {
+            let expert = after.expert_in[slot];
+            expert != before.expert_in[slot] || before.edits(step).any(|edit| edit.expert == expert)
+        };
+        let slots = after.of(usize::from(device));
+        let mut changed = slots.clone().filter(is_changed);
+        let (mut row, first) = (vec![0; self.words], changed.next());
+        if let (Some(slot), None) = (first, changed.next()) {
+            // The others serve what they did.
+            row.copy_from_slice(&self.others[slot * self.words..][..self.words]);
+            sets.serve(&mut row, after, slot);
+        } else {
+            slots.for_each(|slot| sets.serve(&mut row, after, slot));
+        }
+        row
+    }
+
+    /// Nodes of devices, where they cost something.
+    fn nodes_of(&self, layer: &Layer, devices: &[u16]) -> Vec<u16> {
+        let some = if self.beside.is_empty() { &[] } else { devices };
+        let mut nodes: Vec<u16> = some.iter().map(|&device| layer.site.node[usize::from(device)]).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
     }
 
     /// Follows a move; `after` is the placement behind it, `touched` the devices that it may have changed.
@@ -194,15 +234,8 @@ impl Fanout {
             }
             self.visits[g] = sets.tokens([&sum]);
         }
-        if self.beside.is_empty() {
-            return;
-        }
-        let node_of = |device: usize| layer.site.node[device];
-        let mut nodes: Vec<u16> = touched.iter().map(|&device| node_of(usize::from(device))).collect();
-        nodes.sort_unstable();
-        nodes.dedup();
-        for node in nodes {
-            let members: Vec<usize> = (0..layer.devices()).filter(|&g| node_of(g) == node).collect();
+        for node in self.nodes_of(layer, touched) {
+            let members: Vec<usize> = (0..layer.devices()).filter(|&g| layer.site.node[g] == node).collect();
             for &g in &members {
                 let beside = &mut self.beside[g * words..][..words];
                 beside.fill(0);

@@ -1,30 +1,27 @@
-"""Options: how they are declared, grouped in ``--help`` and gathered; those of many commands."""
+"""Options: annotated parameters of a command, or of a group of them that commands share."""
 
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner.cli.options.paths import IN_FILE as IN_FILE
-from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
-from moetuner.cli.options.paths import InFile as InFile
-from moetuner.cli.options.paths import OutFile as OutFile
-from moetuner.formats.hints import Hints
+from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
-from moetuner.report.page import check_libraries
-from moetuner.report.page.figures import check_figures
+from moetuner.solver import ALIASES, METHODS
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+# What makes a parameter of the command line, given its names, default and help.
+Maker = Callable[..., click.Parameter]
 
 # Groups of the help in their order; an option is in one of them, else in the last.
 BEGIN, OTHER = "Begin with", "Other"
@@ -40,26 +37,108 @@ class Option(click.Option):
         self.group = group
 
 
-class Grouped(click.Command):
-    """A command whose help has options in groups.
+def option(kind: Any = None, metavar: str | None = None, **others: Any) -> Maker:
+    """Return the annotation of a parameter that is an option.
 
     Parameters
     ----------
+    kind, metavar
+        Its type, and its value in ``--help``.
+    others
+        ``group`` of the help, ``flag``, by default the parameter's name without "_file", ``help``,
+        in place of which stands what a docstring says of it, and what ``click.Option`` takes.
+    """
+    return partial(Option, type=kind, metavar=metavar, **others)
+
+
+def argument(metavar: str, kind: Any, **others: Any) -> Maker:
+    """Return the annotation of a parameter that is no option; ``others`` as for click's."""
+    return partial(click.Argument, metavar=metavar, type=kind, **others)
+
+
+def options_of(kind: Callable[..., Any]) -> dict[str, click.Parameter]:
+    """Return the options of a function or a class, its own and those of groups, by parameter.
+
+    A class that has ``OPTIONS``, makers by name, has those.
+    """
+    if hasattr(kind, "OPTIONS"):
+        return {name: _made(make, name, None, "") for name, make in kind.OPTIONS.items()}
+    texts: dict[str, str] = {}
+    for of in reversed(getattr(kind, "__mro__", (kind,))):
+        texts |= parameters_of(of)
+    options: dict[str, click.Parameter] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint = _hints(kind)[name]
+        if isinstance(hint, type):
+            options |= options_of(hint)
+        for make in get_args(hint)[1:]:
+            is_empty = parameter.default is parameter.empty
+            default = None if is_empty else parameter.default
+            options[name] = _made(make, name, default, texts.get(name, ""))
+    return options
+
+
+def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of parameters with their annotations."""
+    if inspect.isclass(kind):
+        return get_type_hints(kind, include_extras=True)
+    return inspect.get_annotations(kind, eval_str=True)
+
+
+def _made(make: Any, name: str, default: Any, text: str) -> click.Parameter:
+    """Return an option with what its parameter says of it; an argument has but a name."""
+    if make.func is click.Argument:
+        argument: click.Parameter = make([name])
+        return argument
+    others = dict(make.keywords)
+    flag = others.pop("flag", "--" + name.removesuffix("_file").replace("_", "-"))
+    text = re.sub(r"(?<! ) \[(?=default|required)", "  [", text or others.pop("help", ""))
+    others = {"default": default, **others, "help": text}
+    others["show_default"] = not any(others["default"] is none for none in (None, False, ()))
+    return Option([flag, name], **others)
+
+
+class Command(click.Command):
+    """A function as a command: its annotated parameters are options, classes are groups of them.
+
+    Parameters
+    ----------
+    name
+        Of the command.
+    run
+        What it does; without ``help``, its docstring up to the parameters is the help.
     begin_with
-        Names of options that a newcomer needs, which come first.
+        Options that a newcomer needs, which come first in a help that has them in groups.
+    others
+        As ``click.Command`` takes them.
     """
 
-    def __init__(self, *arguments: Any, begin_with: str, **others: Any) -> None:
-        super().__init__(*arguments, **others)
+    def __init__(
+        self, name: str, run: Callable[..., Any], *, begin_with: str = "", **others: Any
+    ) -> None:
+        kinds = {of: kind for of, kind in _hints(run).items() if isinstance(kind, type)}
+        groups = {of: [*options_of(kind)] for of, kind in kinds.items() if of != "return"}
+
+        def call(**values: Any) -> Any:
+            for of, keys in groups.items():
+                values[of] = kinds[of](**{key: values.pop(key) for key in keys})
+            return run(**values)
+
+        others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
+        params = [*options_of(run).values()]
+        super().__init__(name, callback=call, params=params, **others)
         self.begin_with = begin_with.split()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for every group."""
+        if not self.begin_with:
+            super().format_options(ctx, formatter)
+            return
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                is_first = bool({*parameter.opts} & {*self.begin_with})
+                is_first = not {*self.begin_with}.isdisjoint(parameter.opts)
                 title = BEGIN if is_first else getattr(parameter, "group", OTHER)
                 sections[title].append(record)
         for title, records in sections.items():
@@ -68,81 +147,9 @@ class Grouped(click.Command):
                     formatter.write_dl(records)
 
 
-def option(
-    flag: str, kind: Any, metavar: str | None, text: str, *, name: str | None = None, **others: Any
-) -> Decorator:
-    """Return a decorator that adds an option.
-
-    Parameters
-    ----------
-    flag, kind, metavar, text
-        Its name on the command line, its type, its value in ``--help``, and its help.
-    name
-        Of the argument; by default that of the flag.
-    others
-        ``group`` of the help, and what ``click.option`` takes.
-    """
-    names = (flag,) if name is None else (flag, name)
-    return click.option(*names, type=kind, metavar=metavar, help=text, cls=Option, **others)
-
-
-def declared(kind: Any, metavar: str | None = None, *, default: Any = None, **others: Any) -> Any:
-    """Return a dataclass's field that is an option too; its help is what the docstring says of it.
-
-    Parameters
-    ----------
-    kind, metavar
-        Type, and value in ``--help``; ``kind`` may be an option that other commands have too.
-    default
-        Of field and option.
-    others
-        ``flag``, by default the field's name, and what ``option`` takes.
-    """
-    return field(default=default, metadata={"option": (kind, metavar, others)})
-
-
-def _options_of(kind: Any) -> dict[str, Decorator]:
-    """Return the options that a dataclass declares, by field."""
-    texts, options = parameters_of(kind), {}
-    for of in fields(kind):
-        value, metavar, others = of.metadata["option"]
-        if not inspect.isfunction(value):
-            flag = others.get("flag", "--" + of.name.replace("_", "-"))
-            others = {name: other for name, other in others.items() if name != "flag"}
-            text = re.sub(r" \[(?=default|required)", "  [", texts.get(of.name, ""))
-            others |= {"name": of.name, "default": of.default}
-            value = option(flag, value, metavar, text, **others)
-        options[of.name] = value
-    return options
-
-
-def option_group(
-    name: str, kind: Callable[..., Any], options: Mapping[str, Decorator] | None = None
-) -> Decorator:
-    """Return one decorator of several options whose values arrive as one argument.
-
-    Parameters
-    ----------
-    name
-        Of the argument.
-    kind
-        What makes it of the options' values.
-    options
-        Decorators by parameter, in the order of help; by default those ``declared`` by ``kind``.
-    """
-    of = _options_of(kind) if options is None else options
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(command)
-        def gather(**values: Any) -> Any:
-            return command(**{name: kind(**{key: values.pop(key) for key in of}), **values})
-
-        decorated: Callable[..., Any] = gather
-        for decorator in reversed([*of.values()]):
-            decorated = decorator(decorated)
-        return decorated
-
-    return decorate
+def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]:
+    """Return a decorator that makes a ``Command`` of a function."""
+    return lambda run: Command(name, run, **others)
 
 
 class Number(click.FloatRange):
@@ -168,22 +175,131 @@ class Number(click.FloatRange):
         return number
 
 
-def parsed(parse: Callable[[str], Any], rule: str) -> Callable[..., Any]:
-    """Return a callback that reads a value, or every one of several; an error names the rule."""
+class Text(click.ParamType):  # type: ignore[type-arg]
+    """A text that is read, and what completes it in a shell.
 
-    def callback(
-        context: click.Context, parameter: click.Parameter, value: str | tuple[str, ...] | None
-    ) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, tuple):
-            return tuple(callback(context, parameter, part) for part in value)
+    Parameters
+    ----------
+    read
+        Its value, ValueError if there is none.
+    rule
+        What ``read`` accepts, to follow "must be".
+    words, files
+        Words that complete it, and whether names of files do.
+    """
+
+    name = "text"
+
+    def __init__(
+        self,
+        read: Callable[[str], Any] = str,
+        rule: str = "",
+        *,
+        words: Iterable[str] = (),
+        files: bool = False,
+    ) -> None:
+        self.read, self.rule, self.words, self.files = read, rule, tuple(words), files
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what is read; an error names the rule."""
         try:
-            return parse(value)
+            return self.read(value) if isinstance(value, str) else value
         except ValueError:
-            raise click.BadParameter(f"must be {rule}, got '{value:.60}'") from None
+            self.fail(f"must be {self.rule}, got '{value:.60}'", param, ctx)
 
-    return callback
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the words that begin so, else names of files."""
+        items = [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
+        return items or ([CompletionItem(incomplete, type="file")] if self.files else [])
+
+
+def read_method(text: str, rule: str = f"one of {', '.join(METHODS)}") -> str:
+    """Return the method of a name, or of another name of it; ``rule`` as for ``Text``."""
+    name = ALIASES.get(text, text)
+    if name not in METHODS:
+        near = suggestion(text, METHODS)
+        raise click.BadParameter(f"must be {rule}, got '{text:.60}'{near}")
+    return name
+
+
+def read_methods(text: str) -> tuple[str, ...]:
+    """Read names of methods with commas between them, each once."""
+    names, rule = text.replace(",", " ").split(), f"some of {','.join(METHODS)}"
+    return tuple(dict.fromkeys(read_method(name, rule) for name in names or [""]))
+
+
+def register_path(
+    context: click.Context | None,
+    parameter: click.Parameter | None,
+    path: Path,
+    *,
+    writes: bool = False,
+) -> None:
+    """Register a file of an option; raise if one option writes what another one names."""
+    if context is None or parameter is None:
+        return
+    registered = context.meta.setdefault(__name__, [])
+    hint = parameter.get_error_hint(context)
+    for other_hint, other, written in registered:
+        if other_hint != hint and (writes or written) and same_file(path, other):
+            raise click.BadParameter(
+                f"must be another file than that of {other_hint}, got '{path}'.", context, parameter
+            )
+    registered.append((hint, path, writes))
+
+
+class InFile(click.Path):
+    """A file to read, which no option of the same command may write.
+
+    Parameters
+    ----------
+    folders
+        Whether it may be a folder, too.
+    """
+
+    def __init__(self, *, folders: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=folders, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, registered as read."""
+        path = super().convert(value, param, ctx)
+        register_path(ctx, param, Path(str(path)))
+        return path
+
+
+class OutFile(click.Path):
+    """A file to write, refused before any work is done if it cannot be written.
+
+    Parameters
+    ----------
+    suffix
+        Ending that the name must have.
+    standard_output
+        Whether "-" stands for standard output.
+    """
+
+    def __init__(self, suffix: str = "", *, standard_output: bool = False) -> None:
+        super().__init__(dir_okay=False, allow_dash=standard_output, path_type=Path)
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, registered as written; check its directory too."""
+        path = Path(str(super().convert(value, param, ctx)))
+        if self.allow_dash and str(path) == "-":
+            return path
+        if not path.name.endswith(self.suffix):
+            self.fail(f"must end in {self.suffix}, got '{path.name}'", param, ctx)
+        register_path(ctx, param, path, writes=True)
+        if path.exists() and not path.is_file():
+            return path  # a pipe or a device, which is written to
+        folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
+        if not folder.is_dir():
+            self.fail(f"directory '{folder}' does not exist; make it first", param, ctx)
+        if not os.access(folder, os.W_OK):
+            self.fail(f"directory '{folder}' is not writable", param, ctx)
+        return path
 
 
 def read_layers(text: str) -> tuple[int, ...]:
@@ -212,7 +328,7 @@ def as_options(text: str) -> str:
     return ARGUMENTS.sub(lambda match: "--" + match[0].replace("_", "-"), text)
 
 
-def options_of(command: click.Command, text: str) -> str:
+def with_options(command: click.Command, text: str) -> str:
     """Write the argument that a message begins with, or needs, as the option of a command."""
     names = {
         str(parameter.name): max(parameter.opts, key=len)
@@ -238,136 +354,65 @@ def suggestion(value: str, choices: Iterable[str]) -> str:
     return f". Did you mean {near[0]}?" if near else ""
 
 
-def completing(*words: str, files: bool = False) -> Callable[..., list[CompletionItem]]:
-    """Return what completes an option in a shell: by its words, and by names of files."""
-
-    def complete(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
-        items = [CompletionItem(word) for word in words if word.startswith(begun)]
-        return items or ([CompletionItem(begun, type="file")] if files else [])
-
-    return complete
-
-
-FIGURES = f"{__name__}.figures"
-
-
-def needs_report(
-    context: click.Context, parameter: click.Parameter, value: Path | None
-) -> Path | None:
-    """Refuse a report before any work where its libraries are missing."""
-    if value is not None:
-        try:
-            check_libraries()
-        except ImportError as error:
-            raise click.UsageError(f"{error}.") from None
-    return value
-
-
-def wants_figures(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
-    """Keep where figures go; refuse them before any work where they cannot be drawn."""
-    if needs_report(context, parameter, value) is not None:
-        try:
-            check_figures()
-        except ImportError as error:
-            raise click.UsageError(f"{error}.") from None
-        context.meta[FIGURES] = value
-
-
-def has_page(report_file: Path | None) -> bool:
-    """Whether a page is wanted, or its figures."""
-    return report_file is not None or figures_folder() is not None
-
-
-def figures_folder() -> Path | None:
-    """Return where the running command is to write figures."""
-    folder: Path | None = click.get_current_context().meta.get(FIGURES)
-    return folder
-
-
+IN_FILE, IN_INPUT = InFile(), InFile(folders=True)
 SIZE = click.IntRange(1, 65536)
-expert_bytes_option = option(
-    "--expert-bytes",
-    Number(min=0, min_open=True),
-    "BYTES",
-    "Bytes of one expert of one layer.",
-    group=RUNNING,
-)
-seed_option = option(
-    "--seed",
-    click.IntRange(0, 2**63 - 1),
-    "N",
-    "Random seed.",
-    group=SEARCH,
-    default=0,
-    show_default=True,
-)
-threads_option = option(
-    "--threads",
-    click.IntRange(1, 1024),
-    "N",
-    "Threads; results do not depend on them.  [default: all cores]",
-    group=SEARCH,
-)
-# What files may leave out, as fields of `Hints`.
-HINTS = {
-    "num_experts": option(
-        "--num-experts", SIZE, "E", "Experts per layer, if the input does not say (.npy)."
-    ),
-    "top_k": option(
-        "--top-k",
-        SIZE,
-        "K",
-        "Experts per token and layer, if the input does not say (SGLang's responses).",
-    ),
-    "hidden_layers": option(
-        "--hidden-layers", SIZE, "N", "Layers of the model, dense ones included."
-    ),
-    "dense_layers": option(
-        "--dense-layers",
-        str,
-        "A-B,C,...|none",
-        "Hidden layers without experts, for engines that count them too.",
-        callback=parsed(read_layers, "numbers as in 0-2,5, or none"),
-    ),
-}
+# What files may leave out, and who knows it can say.
+HINTS = ("num_experts", "top_k", "hidden_layers", "dense_layers")
+
+# Options of several commands that belong to no group.
+EXPERT_BYTES_HELP = "Bytes of one expert of one layer."
+BYTES = Number(min=0, min_open=True)
+ExpertBytes = Annotated[float | None, option(BYTES, "BYTES", group=RUNNING, help=EXPERT_BYTES_HELP)]
+InPath = Annotated[Path | None, option(IN_FILE, "PLACEMENT")]
+PlacementFile = Annotated[Path, argument("PLACEMENT", IN_FILE)]
+SEEDS = click.IntRange(0, (1 << 63) - 1)
+Seed = Annotated[int, option(SEEDS, "N", group=SEARCH, help="Random seed.")]
+THREADS_HELP = "Threads; results do not depend on them. [default: all cores]"
+THREADS = option(click.IntRange(1, 1024), "N", group=SEARCH, help=THREADS_HELP)
+Threads = Annotated[int | None, THREADS]
+TRACE_HELP = "Write the trace to this file, ending in .safetensors."
+TRACE = option(OutFile(".safetensors"), "TRACE", required=True, help=TRACE_HELP)
+TraceOut = Annotated[Path, TRACE]
 
 
-def hint_options(*names: str) -> Decorator:
-    """Return a decorator of options for what files leave out, which arrive as ``hints``."""
-    return option_group("hints", Hints, {name: HINTS[name] for name in names or HINTS})
+@dataclass(frozen=True)
+class LayerHints:
+    """What files, and maps of experts, may leave out.
+
+    Parameters
+    ----------
+    num_experts
+        Experts per layer, if the input does not say (.npy).
+    hidden_layers
+        Layers of the model, dense ones included.
+    dense_layers
+        Hidden layers without experts, for engines that count them too.
+    """
+
+    num_experts: Annotated[int | None, option(SIZE, "E")] = None
+    hidden_layers: Annotated[int | None, option(SIZE, "N")] = None
+    dense_layers: Annotated[
+        tuple[int, ...] | None,
+        option(Text(read_layers, "numbers as in 0-2,5, or none"), "A-B,C,...|none"),
+    ] = None
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """What is said of the input, as fields of ``Hints``."""
+        return {name: getattr(self, name) for name in HINTS if hasattr(self, name)}
 
 
-json_option = option(
-    "--json",
-    OutFile(standard_output=True),
-    "FILE",
-    'Write all results as JSON; "-" writes them to standard output, and nothing else.',
-    name="json_file",
-)
-trace_option = option(
-    "--out",
-    OutFile(".safetensors"),
-    "TRACE",
-    "Write the trace to this file, ending in .safetensors.",
-    name="out_file",
-    required=True,
-)
-figures_option = option(
-    "--figures",
-    click.Path(file_okay=False, writable=True, path_type=Path),
-    "DIR",
-    "Write the charts of the page as SVG and PNG; needs Chrome or Chromium.",
-    expose_value=False,
-    callback=wants_figures,
-)
-report_option = option(
-    "--report",
-    OutFile(".html"),
-    "FILE.html",
-    "Write a page of results that opens offline.",
-    name="report_file",
-    callback=needs_report,
-)
+@dataclass(frozen=True)
+class FileHints(LayerHints):
+    """What recordings may leave out.
+
+    Parameters
+    ----------
+    top_k
+        Experts per token and layer, if the input does not say (SGLang's responses).
+    """
+
+    top_k: Annotated[int | None, option(SIZE, "K")] = None
 
 
 @dataclass(frozen=True)
@@ -380,8 +425,7 @@ class SearchOptions:
         Time limit per solve, in seconds. Results then depend on the machine.
     """
 
-    seed: int = declared(seed_option, default=0)
-    time_limit: float | None = declared(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
-
-
-search_options = option_group("search", SearchOptions)
+    seed: Seed = 0
+    time_limit: Annotated[
+        float | None, option(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
+    ] = None

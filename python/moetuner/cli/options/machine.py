@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
 from moetuner._checks import DEVICE_LIMIT
-from moetuner.cli.options import completing, declared, option_group
-from moetuner.cli.options.paths import register_path
+from moetuner.cli.options import Text, option, register_path
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
 from moetuner.presets import GPUS, MACHINES
@@ -21,59 +20,65 @@ from moetuner.problem.settings import MACHINE
 from moetuner.topology import Topology
 
 DEVICES = click.IntRange(1, DEVICE_LIMIT)
-# Where the context has the text of --topology.
-TOPOLOGY = f"{__name__}.topology"
 
 
-def _preset(
-    context: click.Context, parameter: click.Parameter, value: str, names: Mapping[str, Any]
-) -> tuple[str, str] | None:
-    """Return a preset's name and what is behind its colon; None, registered, for a file."""
-    if Path(value).exists():
-        register_path(context, parameter, Path(value))
-        return None
-    name, _, more = value.partition(":")
-    if name not in names:
-        raise click.BadParameter(f"must be a file or one of {', '.join(names)}, got '{value:.60}'")
-    return name, more
+class FileOrPreset(Text):
+    """A file, registered as read, or a preset with something behind a colon.
+
+    Parameters
+    ----------
+    presets
+        Their names.
+    load, preset
+        What reads a file, and what takes a name and what is behind its colon.
+    """
+
+    def __init__(
+        self,
+        presets: Iterable[str],
+        load: Callable[[str], Any],
+        preset: Callable[[str, str], Any],
+    ) -> None:
+        super().__init__(words=presets, files=True)
+        self.load, self.preset = load, preset
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what the text stands for."""
+        if Path(value).exists():
+            register_path(ctx, param, Path(value))
+            return self.load(value)
+        name, _, more = value.partition(":")
+        if name not in self.words:
+            names = ", ".join(self.words)
+            self.fail(f"must be a file or one of {names}, got '{value:.60}'", param, ctx)
+        return self.preset(name, more)
 
 
-def parse_topology(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> Topology | None:
-    """Read a topology from a file, or make a common machine of the nodes behind its name."""
-    if value is None:
-        return None
-    context.meta[TOPOLOGY] = value
-    preset = _preset(context, parameter, value, MACHINES)
-    if preset is None:
-        return Topology.load(value)
-    name, nodes = preset
+def _machine(name: str, nodes: str) -> tuple[str, Topology]:
+    """Return a common machine of so many nodes, and the text that gives it."""
     if nodes and not (nodes.isascii() and nodes.isdigit() and len(nodes) <= 5):
         raise click.BadParameter(f"nodes must be a number, as in {name}:2, got '{nodes:.20}'")
-    return Topology.preset(name, int(nodes or 1))
+    return f"{name}:{nodes}".rstrip(":"), Topology.preset(name, int(nodes or 1))
 
 
-def parse_cost_model(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> CostModel | str | None:
-    """Read a cost model from a file, or make a common GPU's for experts of the size behind it.
-
-    A GPU alone is returned as it is: its experts are those of INPUT's model.
-    """
-    if value is None:
-        return None
-    preset = _preset(context, parameter, value, GPUS)
-    if preset is None:
-        model = CostModel.load(value)
-        return model if model.name else replace(model, name=Path(value).name)
-    gpu, size = preset
+def _gpu(name: str, size: str) -> CostModel | str:
+    """Return a GPU's roofline for experts of a size; without one its name: INPUT's model has it."""
     if not size:
-        return gpu
+        return name
     match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
     if match is None:
-        raise click.BadParameter(f"sizes must be as in {gpu}:4096x1024, got '{size:.20}'")
-    return CostModel.preset(gpu, hidden=int(match[1]), intermediate=int(match[2]))
+        raise click.BadParameter(f"sizes must be as in {name}:4096x1024, got '{size:.20}'")
+    return CostModel.preset(name, hidden=int(match[1]), intermediate=int(match[2]))
+
+
+def _cost_model(path: str) -> CostModel:
+    """Read a cost model; without a name it gets that of the file."""
+    model = CostModel.load(path)
+    return model if model.name else replace(model, name=Path(path).name)
+
+
+TOPOLOGY = FileOrPreset(MACHINES, lambda path: (path, Topology.load(path)), _machine)
+COST_MODEL = FileOrPreset(GPUS, _cost_model, _gpu)
 
 
 def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel:
@@ -98,16 +103,12 @@ class Machine:
         h100-nvl8-ib400:2.
     """
 
-    devices: int | None = declared(DEVICES, "N", group=MACHINE)
-    devices_per_node: int | None = declared(DEVICES, "M", group=MACHINE)
-    machine: Topology | None = declared(
-        str,
-        "FILE|NAME",
-        group=MACHINE,
-        flag="--topology",
-        callback=parse_topology,
-        shell_complete=completing(*MACHINES, files=True),
-    )
+    devices: Annotated[int | None, option(DEVICES, "N", group=MACHINE)] = None
+    devices_per_node: Annotated[int | None, option(DEVICES, "M", group=MACHINE)] = None
+    machine: Annotated[
+        tuple[str, Topology] | None,
+        option(TOPOLOGY, "FILE|NAME", group=MACHINE, flag="--topology"),
+    ] = None
 
     def topology(self, devices: int | None = None) -> Topology:
         """Return the topology; ``devices`` are those of a placement, where there is one."""
@@ -122,20 +123,16 @@ class Machine:
             return Topology(devices, self.devices_per_node)
         if self.devices_per_node is not None:
             raise click.UsageError("Give either '--devices-per-node' or '--topology', not both.")
-        if self.devices not in (None, self.machine.devices):
+        _, topology = self.machine
+        if self.devices not in (None, topology.devices):
             raise click.UsageError(
-                f"'--devices' must be {self.machine.devices} as in '--topology', "
-                f"got {self.devices}."
+                f"'--devices' must be {topology.devices} as in '--topology', got {self.devices}."
             )
-        return self.machine
+        return topology
 
     def words(self) -> str:
         """Write the options again."""
         if self.machine is not None:
-            given = click.get_current_context().meta.get(TOPOLOGY, self.machine.name)
-            return f"--topology {shlex.quote(str(given))}"
+            return f"--topology {shlex.quote(self.machine[0])}"
         node = self.devices_per_node
         return f"--devices {self.devices}" + (f" --devices-per-node {node}" if node else "")
-
-
-machine_options = option_group("machine", Machine)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
-from moetuner.cli.options import (
-    IN_FILE,
-    RUNNING,
-    Number,
-    declared,
-    expert_bytes_option,
-    option_group,
-)
+from moetuner.cli.options import IN_FILE, RUNNING, ExpertBytes, Number, option
 from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
@@ -45,11 +38,13 @@ class Moving:
         Also show what fewer or more moves would gain.
     """
 
-    initial_file: Path | None = declared(IN_FILE, "PLACEMENT", group=RUNNING, flag="--initial")
-    move_budget: float | None = declared(Number(min=0, infinite=True), "BYTES", group=RUNNING)
-    move_cost: float = declared(Number(min=0), "COST", group=RUNNING, default=0.0)
-    expert_bytes: float | None = declared(expert_bytes_option)
-    pareto: bool = declared(None, group=RUNNING, default=False, is_flag=True)
+    initial_file: Annotated[Path | None, option(IN_FILE, "PLACEMENT", group=RUNNING)] = None
+    move_budget: Annotated[
+        float | None, option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
+    ] = None
+    move_cost: Annotated[float, option(Number(min=0), "COST", group=RUNNING)] = 0.0
+    expert_bytes: ExpertBytes = None
+    pareto: Annotated[bool, option(group=RUNNING, is_flag=True)] = False
 
     def __post_init__(self) -> None:
         if self.initial_file is None:
@@ -100,12 +95,11 @@ class Moving:
         """
         if initial is None:
             return {}, ()
-        diff = initial.diff(result.placement, topology=problem.topology)
         size = self.expert_bytes
-        moved = None if size is None else diff.experts_moved * size
-        output.say(_sentence(diff, problem.topology, moved))
+        diff = initial.diff(result.placement, topology=problem.topology, expert_bytes=size)
+        output.say(_sentence(diff, problem.topology))
         show_pairs(output, diff)
-        contents: dict[str, Any] = {"moves": {**diff.to_dict(), "bytes_moved": moved}}
+        contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
             return contents, ()
         with working("weighing moves"):
@@ -129,14 +123,11 @@ class Moving:
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-moving_options = option_group("moving", Moving)
-
-
-def _sentence(diff: PlacementDiff, topology: Topology, moved: float | None) -> str:
+def _sentence(diff: PlacementDiff, topology: Topology) -> str:
     """Write how many experts move, and how far."""
     text = f"Moves {counted(diff.experts_moved, 'expert')}"
-    if moved is not None:
-        text += f", {in_bytes(moved)}"
+    if diff.bytes_moved is not None:
+        text += f", {in_bytes(diff.bytes_moved)}"
     if topology.nodes > 1:
         node = topology.node_of_device
         between = int(diff.pairs[node[:, None] != node[None, :]].sum())

@@ -22,23 +22,22 @@ from moetuner._checks import (
     one_of,
     positive,
     seed_in,
-    threads_in,
     whole_number,
     window_in,
 )
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival, in_order, orders, share_mixed
-from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE, compare
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units, hold_out, units_of, with_runs
-from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
+from moetuner.formats.engines import ENGINES, Engine, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import concluded, knee_of
-from moetuner.report.advice.power_law import exponents
 from moetuner.report.advice.values import PHASES, Advice, Copies, Judged, Moving, Phases
 from moetuner.report.outcome import judge
 from moetuner.solver import solve
@@ -47,7 +46,6 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
-Traffic = RoutingTrace | RoutingStatistics
 Running = Literal["contiguous", "round_robin"]
 
 # Tokens of a window as engines decode, and as they read prompts.
@@ -138,61 +136,51 @@ def advise(
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    if not isinstance(initial, str):
-        instance("initial", initial, Placement)
     flag("in_order", in_order)
     callable_or_none("report", report)
     _check_traffic(traffic)
-    counts = sorted(
-        {
-            whole_number("copies", each, lowest=0)
-            for each in listed("copies", copies, "whole numbers")
-        }
-    )
-    if not counts:
-        raise ValueError("copies must be at least one number of slots, got none")
-    whole_number("splits", splits, highest=100)
     not_negative("price", price, "share")
+    size = size_of_expert(traffic)
     if expert_bytes is not None:
         positive("expert_bytes", expert_bytes, "number of bytes")
-    if isinstance(initial, str):
-        one_of("initial", initial, get_args(Running))
-    if engine is not None:
-        one_of("engine", engine, ENGINES)
-        split = split or ENGINES[engine].split
-        arrival = ENGINES[engine].arrival if arrival is None else arrival
-    arrival = "bursts" if arrival is None else arrival
-    share_mixed(arrival)
-    size = size_of_expert(traffic)
-    if expert_bytes is None and size is not None:
+    elif size is not None:
         # In 8 bits.
         expert_bytes = 3.0 * size[0] * size[1]
-    work = _Work(
-        _splittable(traffic),
+    if isinstance(initial, str):
+        one_of("initial", initial, get_args(Running))
+    else:
+        instance("initial", initial, Placement)
+    if engine is not None:
+        one_of("engine", engine, ENGINES)
+        split = ENGINES[engine].split if split is None else split
+        arrival = ENGINES[engine].arrival if arrival is None else arrival
+    share_mixed("bursts" if arrival is None else arrival)
+    if isinstance(traffic, RoutingStatistics):
+        # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
+        traffic = replace(traffic, transitions=None, coactivation=None, sets=None)
+        arrival = None
+    study = _Study(
+        traffic,
         topology,
-        initial=initial,
-        engine=engine,
-        copies=tuple(counts),
-        windows=_windows_of(traffic, window_in(window)),
-        expert_bytes=expert_bytes,
-        model=cost_model_of(traffic) if cost_model is None else cost_model,
-        regime=regime,
-        split=split or "even",
-        # Statistics come in their windows.
-        arrival=arrival if isinstance(traffic, RoutingTrace) else "bursts",
-        price=price,
-        in_order=in_order,
-        iterations=iterations,
-        seed=seed_in(seed),
-        threads=threads_in(threads),
+        initial,
+        engine,
+        _counts_in(copies),
+        _windows_of(traffic, window_in(window)),
+        {
+            "regime": regime,
+            "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
+            "split": "even" if split is None else split,
+            "arrival": "bursts" if arrival is None else arrival,
+        },
+        *(expert_bytes, price, in_order, iterations, seed_in(seed), threads),
         say=report or (lambda _: None),
     )
-    return work.advice(splits)
+    return study.advice(whole_number("splits", splits, highest=100))
 
 
-# Placements of a split: by slots for copies, and whether they are shared by the layers; None is
-# what runs.
-Key = tuple[int, bool] | None
+# Placements of a split: by slots for copies, and whether they are shared by the layers; or by the
+# phase that they are for. None is what runs.
+Key = tuple[int, bool] | str | None
 
 
 @dataclass(frozen=True)
@@ -200,34 +188,36 @@ class _Trial:
     """Placements that were computed from one part of the traffic, judged on another one."""
 
     problem: Problem
-    unseen: Traffic
     results: dict[Key, Result]
-    placements: dict[Key, Placement]
     # By window.
     evaluations: dict[int | None, dict[Key, Evaluation]]
 
-    def time(self, key: Key, window: int | None) -> float:
-        """Return the predicted time of a layer."""
-        us = self.evaluations[window][key].predicted_layer_us
-        assert us is not None
-        return us
+    def placement(self, key: Key) -> Placement:
+        """Return a placement that was judged."""
+        replayed = next(iter(self.evaluations.values()))[key].replayed
+        assert replayed is not None
+        return replayed.setting.placement
+
+    def gain(self, key: Key, window: int | None) -> float:
+        """Compute the share of the running placement's predicted time that is saved."""
+        after, before = (self.evaluations[window][of].predicted_layer_us for of in (key, None))
+        assert after is not None
+        assert before is not None
+        return 1 - after / before
 
 
 @dataclass
-class _Work:
-    """What stays the same for all splits."""
+class _Study:
+    """What stays the same for all splits; ``how`` has the arguments of ``Problem``."""
 
     traffic: Traffic
     topology: Topology
     initial: Placement | Running
     engine: str | None
-    copies: tuple[int, ...]
+    copies: list[int]
     windows: tuple[int | None, ...]
+    how: dict[str, Any]
     expert_bytes: float | None
-    model: CostModel
-    regime: Regime
-    split: Split
-    arrival: Arrival
     price: float
     in_order: bool
     iterations: int | None
@@ -238,6 +228,11 @@ class _Work:
     # them brings time down further, on what it saw.
     goals: tuple[Literal["balance", "time"], ...] = field(default=("balance", "time"), init=False)
 
+    @property
+    def facts(self) -> Engine | None:
+        """What the engine does."""
+        return None if self.engine is None else ENGINES[self.engine]
+
     @cached_property
     def fewest(self) -> int:
         """Slots of a device that hold each expert once."""
@@ -245,8 +240,8 @@ class _Work:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Slots for copies that are tried: those asked for that the engine and the model allow."""
-        may_copy = self.engine is None or ENGINES[self.engine].may_copy
+        """Slots for copies that are tried: those that the engine and the model allow."""
+        may_copy = self.facts is None or self.facts.may_copy
         most = self.traffic.num_experts - self.fewest if may_copy else 0
         return tuple(each for each in self.copies if each <= most) or (0,)
 
@@ -262,6 +257,12 @@ class _Work:
         """Whether anything can be: one window cannot be halved."""
         return isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
 
+    @property
+    def judged_arrival(self) -> Arrival:
+        """In which order tokens come that are in that of serving already."""
+        arrival: Arrival = self.how["arrival"]
+        return "bursts" if arrival == "mixed" else arrival
+
     def advice(self, splits: int) -> Advice:
         """Try placements on every split, and conclude."""
         # The whole, seen twice, is the same every time.
@@ -273,21 +274,17 @@ class _Work:
         self.say("judging")
         judged = tuple(self._compared(trials, proposed, window) for window in self.windows)
         main = max(judged, key=lambda each: each.gain.mean)
-        window, units = main.window, self.units[main.window]
-        audited = self._audit(first, proposed, window)
+        units, of = self.units[main.window], first.evaluations[main.window]
+        placements = first.placement(None), first.placement(proposed)
         self.say("comparing the halves of the recording")
         difference = drift.drift_of(self.traffic, units, seed=self.seed)
         carried: tuple[float, ...] = ()
         if self.in_order and difference is not None and difference.is_beyond_chance:
-            carried = self._carried(knee, window)
+            carried = self._carried(knee, main.window)
         self.say("weighing what moves, and phases")
         phases = self._phases(first, knee)
-        of = first.evaluations[window]
-        placements = first.placements[None], first.placements[proposed]
         advice = Advice(
-            answer="not enough evidence",
-            reasons=(),
-            warnings=(),
+            *("not enough evidence", (), ()),
             judged=judged,
             copies=swept,
             knee=knee,
@@ -295,39 +292,26 @@ class _Work:
             phases=phases,
             drift=difference,
             carried=carried,
-            exponents={
-                "running": self._exponents(of[None], window),
-                "proposed": self._exponents(of[proposed], window),
-            },
             running=of[None],
             proposed=of[proposed],
             placements=placements,
             result=first.results[proposed],
-            audit=audited,
+            audit=audit_of(of[None], of[proposed], units),
             units=units,
             problem=first.problem,
             settings=self._settings(splits),
         )
-        return concluded(advice, _kinds(self.traffic), self._notes(phases, knee))
-
-    def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
-        """Compare what is proposed with what runs, in windows of a size, over all splits."""
-        evaluations = [each.evaluations[window] for each in trials]
-        figures = compare(
-            [(each[None], each[proposed]) for each in evaluations],
-            units=self.units[window],
-            share=0.5,
-        )
-        names = ("running", "proposed")
-        return Judged(
-            window,
-            {name: replace(of, price=self.price, names=names) for name, of in figures.items()},
-        )
+        kinds = tuple(name for name in _present(self.traffic) if name not in PHASES)
+        return concluded(advice, kinds, self._notes(phases, knee))
 
     def _settings(self, splits: int) -> dict[str, Any]:
-        same = ("engine", "price", "expert_bytes", "regime", "split", "arrival", "in_order", "seed")
         return {
-            **{name: getattr(self, name) for name in same},
+            "engine": self.engine,
+            "price": self.price,
+            "expert_bytes": self.expert_bytes,
+            **{name: self.how[name] for name in ("regime", "split", "arrival")},
+            "in_order": self.in_order,
+            "seed": self.seed,
             "devices": self.topology.devices,
             "devices_per_node": self.topology.devices_per_node,
             "topology": self.topology.name,
@@ -336,31 +320,32 @@ class _Work:
             "windows": list(self.windows),
             "splits": splits,
             "held_out": self.is_held_out,
-            "cost_model": self.model.name,
+            "cost_model": self.how["cost_model"].name,
         }
 
-    def _exponents(self, of: Evaluation, window: int | None) -> tuple[float | None, ...]:
-        return exponents(
-            of.imbalance_per_layer,
-            experts=self.traffic.num_experts,
-            devices=self.topology.devices,
-            tokens=window or WINDOWS[0],
+    def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
+        """Compare what is proposed with what runs, in windows of a size, over all splits."""
+        of_splits = [each.evaluations[window] for each in trials]
+        figures = compare(
+            [(of[None], of[proposed]) for of in of_splits], units=self.units[window], share=0.5
         )
+        for name, of in figures.items():
+            figures[name] = replace(of, price=self.price, names=("running", "proposed"))
+        return Judged(window, figures)
 
     def _notes(self, phases: Phases | None, knee: int) -> tuple[str, ...]:
         """Write what phases cost each other, and what the engine cannot do."""
         notes = [] if phases is None else [phases.sentence(self.price)]
-        traffic = self.traffic
+        traffic, of = self.traffic, self.facts
         short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
         if short and self.windows == WINDOWS[:1]:
             notes.append(
                 f"Windows of {WINDOWS[-1]:,} tokens, as in prefill, were not judged: those need "
                 f"{4 * WINDOWS[-1]:,} tokens"
             )
-        if self.engine is None:
+        if of is None:
             return tuple(notes)
-        of = ENGINES[self.engine]
-        if self.arrival == "mixed":
+        if self.how["arrival"] == "mixed":
             notes.append(
                 f"Windows are of sequences that {of.title} serves together, not of the order of "
                 "the recording"
@@ -370,111 +355,95 @@ class _Work:
                 f"Copies were left out: {of.title} loads a placement as a renumbered checkpoint, "
                 "which has every expert once"
             )
-        most = self._tokens_per_rank(knee)
+        most, fewer = self._tokens_per_rank(knee), self._tokens_per_rank(0)
         if most is not None and most < WINDOWS[-1]:
-            note = (
+            without = f" ({fewer:,} without copies)" if knee else ""
+            notes.append(
                 f"{of.title} with DeepEP's low-latency kernels: a rank may send at most {most:,} "
-                "tokens at once, as their buffer of 32 GiB grows with the slots"
+                f"tokens at once, as their buffer of 32 GiB grows with the slots{without}"
             )
-            fewer = self._tokens_per_rank(0)
-            if knee and fewer is not None:
-                note += f" ({fewer:,} without copies)"
-            notes.append(note)
         return tuple(notes)
 
     def _tokens_per_rank(self, count: int) -> int | None:
         """Compute the limit of low-latency kernels with so many slots for copies, if known."""
         size = size_of_expert(self.traffic)
-        if self.engine is None or not ENGINES[self.engine].has_low_latency or size is None:
+        if self.facts is None or not self.facts.has_low_latency or size is None:
             return None
         return tokens_per_rank(size[0], self.topology.devices * (self.fewest + count))
 
     def trial(self, number: int, splits: int) -> _Trial:
         """Place with every number of copies, and judge on the unseen traffic of a split.
 
-        A budget that layers share is tried in the first split only, which tells enough of it.
+        A budget that layers share is tried in the first split only, which tells enough of it, and
+        not for engines, which have as many slots in every layer.
         """
         seed, name = nth_seed(self.seed, number), f"split {number + 1} of {splits}"
         seen, unseen = hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
         self.say(f"{name}: counting")
         problem = self.problem(seen)
-        running = self._running(problem, seed)
         results: dict[Key, Result] = {}
+        may_share = not number and problem.layers > 1 and self.engine is None
         for count in self.counts:
-            # Engines have as many slots in every layer.
-            may_share = not number and count and problem.layers > 1 and self.engine is None
-            for shared in (False, True) if may_share else (False,):
+            for shared in (False, True) if may_share and count else (False,):
                 what = f"{count} slots for copies" + (" on average" if shared else "")
                 self.say(f"{name}: searching with {what}")
                 results[count, shared] = self._searched(problem, count, seed, shared=shared)
         self.say(f"{name}: predicting")
-        return self._judged(problem, running, results, unseen, *self.windows)
+        return self._judged(problem, results, unseen, self.windows, seed)
 
     def _judged(
         self,
         problem: Problem,
-        running: Placement,
         results: dict[Key, Result],
         unseen: Traffic,
-        *windows: int | None,
+        windows: Sequence[int | None],
+        seed: int,
     ) -> _Trial:
         """Judge what runs, and placements, on traffic that they have not seen."""
-        if self.arrival == "mixed" and isinstance(unseen, RoutingTrace):
+        running = self.initial
+        if isinstance(running, str):
+            result = solve(problem, running, seed=seed, threads=self.threads)
+            running = result.uninterrupted().placement
+        else:
+            slots = max(running.slots_per_device, self.fewest)
+            replace(problem, slots_per_device=slots).check_running(running)
+        if self.how["arrival"] == "mixed" and isinstance(unseen, RoutingTrace):
             # Put once into the one order in which it is served.
-            [(_, order)] = orders(unseen, self.arrival)
+            [(_, order)] = orders(unseen, "mixed")
             unseen = in_order(with_runs(unseen), order)
-        placements = {None: running, **{key: each.placement for key, each in results.items()}}
-        how: dict[str, Any] = {
-            "arrival": self.judged_arrival,
-            "mixed": False,
-            "threads": self.threads,
-        }
+        placements = {None: running, **{key: of.placement for key, of in results.items()}}
         evaluations = {}
         for window in windows:
-            evaluated = judge(list(placements.values()), problem, unseen, window=window, **how)
+            evaluated = judge(
+                list(placements.values()),
+                problem,
+                unseen,
+                window=window,
+                arrival=self.judged_arrival,
+                mixed=False,
+                threads=self.threads,
+            )
             evaluations[window] = dict(zip(placements, evaluated, strict=True))
-        return _Trial(problem, unseen, results, placements, evaluations)
-
-    @property
-    def judged_arrival(self) -> Arrival:
-        """In which order tokens come that are in that of serving already."""
-        return "bursts" if self.arrival == "mixed" else self.arrival
+        return _Trial(problem, results, evaluations)
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
-        statistics = seen
         if isinstance(seen, RoutingTrace):
-            statistics = RoutingStatistics.from_trace(
+            seen = RoutingStatistics.from_trace(
                 seen, window=self.windows[0], sets=True, threads=self.threads
             )
-        assert isinstance(statistics, RoutingStatistics)
-        return Problem(
-            statistics,
-            self.topology,
-            slots_per_device=self.fewest,
-            regime=self.regime,
-            cost_model=self.model,
-            split=self.split,
-            arrival=self.arrival,
-        )
-
-    def _running(self, problem: Problem, seed: int) -> Placement:
-        if isinstance(self.initial, str):
-            result = solve(problem, self.initial, seed=seed, threads=self.threads)
-            return result.uninterrupted().placement
-        slots = max(self.initial.slots_per_device, self.fewest)
-        replace(problem, slots_per_device=slots).check_running(self.initial)
-        return self.initial
+        return Problem(seen, self.topology, slots_per_device=self.fewest, **self.how)
 
     def _searched(self, problem: Problem, count: int, seed: int, *, shared: bool = False) -> Result:
         """Search for balance or, of single copies, for time: what is better for time."""
-        slots: dict[str, Any] = {"slots_per_device": self.fewest + count}
+        width = self.fewest + count
+        slots: dict[str, Any] = {"slots_per_device": width}
         if shared:
-            beyond = self.topology.devices * (self.fewest + count) - problem.experts
+            beyond = self.topology.devices * width - problem.experts
             slots = {"slots_per_device": None, "extra_slots": problem.layers * beyond}
         if self.engine is not None:
             of_engine = engine_settings(
-                self.engine, problem.statistics, self.topology, slots_per_device=self.fewest + count
+                self.engine, problem.statistics, self.topology, slots_per_device=width
             )
             slots["fill_slots"] = of_engine["fill_slots"]
         problem = replace(problem, **slots)
@@ -493,41 +462,21 @@ class _Work:
             self.goals = (best,)
         return results[best]
 
-    def _audit(self, trial: _Trial, proposed: Key, window: int | None) -> Audit:
-        return audit(
-            trial.placements[proposed],
-            trial.unseen,
-            self.topology,
-            baseline=trial.placements[None],
-            window=window or 1,
-            cost_model=self.model,
-            regime=self.regime,
-            split=self.split,
-            arrival=self.judged_arrival,
-            threads=self.threads,
-            units=self.units[window],
-        )
-
     def _swept(self, trials: list[_Trial]) -> tuple[Copies, ...]:
         """Compute what copies gain and cost; a budget that layers share has one split."""
-        each, layers = self.expert_bytes, self.traffic.layers
+        size = self.expert_bytes
         return tuple(
             Copies(
-                key[0],
-                key[1],
+                *key,
                 {
-                    window: tuple(
-                        1 - of.time(key, window) / of.time(None, window)
-                        for of in trials
-                        if key in of.results
-                    )
+                    window: tuple(of.gain(key, window) for of in trials if key in of.results)
                     for window in self.windows
                 },
-                None if each is None else key[0] * layers * each,
+                None if size is None else key[0] * self.traffic.layers * size,
                 self._tokens_per_rank(key[0]),
             )
             for key in trials[0].results
-            if key is not None
+            if isinstance(key, tuple)
         )
 
     def _carried(self, knee: int, window: int | None) -> tuple[float, ...]:
@@ -537,49 +486,51 @@ class _Work:
         for seen, unseen, name in ((early, late, "first"), (late, early, "second")):
             self.say(f"a placement of the {name} half on the other")
             problem = self.problem(seen)
-            results: dict[Key, Result] = {(knee, False): self._searched(problem, knee, self.seed)}
-            running = self._running(problem, self.seed)
-            of = self._judged(problem, running, results, unseen, window).evaluations[window]
-            gain = compare([(of[None], of[knee, False])], units=self.units[window])
-            gains.append(gain["predicted_layer_us"].low or 0.0)
+            result = self._searched(problem, knee, self.seed)
+            trial = self._judged(problem, {(knee, False): result}, unseen, [window], self.seed)
+            gains.append(self._compared([trial], (knee, False), window).gain.low or 0.0)
         return tuple(gains)
 
     def _moving(self, before: Placement, after: Placement, saved_us: float) -> Moving:
         diff = before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
-        seconds = steps = None
-        if self.expert_bytes is not None:
-            ports = busiest_ports(diff.pairs, self.topology)
-            us = self.model.ports_us(ports, self.topology, bytes_each=self.expert_bytes)
-            seconds = float(us) / 1e6
-            saved = saved_us * self.traffic.layers
-            steps = float(np.ceil(float(us) / saved)) if saved > 0 else None
-        return Moving(diff.experts_moved, diff.bytes_moved, seconds, steps)
+        if self.expert_bytes is None:
+            return Moving(diff.experts_moved, diff.bytes_moved, None, None)
+        ports, model = busiest_ports(diff.pairs, self.topology), self.how["cost_model"]
+        us = float(model.ports_us(ports, self.topology, bytes_each=self.expert_bytes))
+        saved = saved_us * self.traffic.layers
+        steps = float(np.ceil(us / saved)) if saved > 0 else None
+        return Moving(diff.experts_moved, diff.bytes_moved, us / 1e6, steps)
 
     def _phases(self, trial: _Trial, knee: int) -> Phases | None:
         """Place for prefill, for decode and for both, and predict each on each."""
         if not isinstance(self.traffic, RoutingTrace) or self.traffic.group is None:
             return None
-        parts = hold_out(self.traffic, 0.5, seed=self.seed)
-        if not all(set(PHASES) <= set(_present(part)) for part in parts):
+        seen, unseen = hold_out(self.traffic, 0.5, seed=self.seed)
+        assert isinstance(seen, RoutingTrace)
+        assert isinstance(unseen, RoutingTrace)
+        if not all(set(PHASES) <= set(_present(part)) for part in (seen, unseen)):
             return None
-        seen, unseen = (
-            {phase: part.select(groups=phase) for phase in PHASES}
-            for part in parts
-            if isinstance(part, RoutingTrace)
-        )
-        results = {"both": trial.results[knee, False]}
+        results: dict[Key, Result] = {"both": trial.results[knee, False]}
         for phase in PHASES:
-            results[phase] = self._searched(self.problem(seen[phase]), knee, self.seed)
-        keys: dict[str, Key] = {name: (at, False) for at, name in enumerate(results)}
-        given = {key: results[name] for name, key in keys.items()}
-        times: dict[str, dict[str, float]] = {name: {} for name in results}
+            problem = self.problem(seen.select(groups=phase))
+            results[phase] = self._searched(problem, knee, self.seed)
+        times: dict[str, dict[str, float]] = {str(name): {} for name in results}
         for phase in PHASES:
             window = self.windows[-1 if phase == "prefill" else 0]
-            running = trial.placements[None]
-            of = self._judged(trial.problem, running, given, unseen[phase], window)
-            for name, key in keys.items():
-                times[name][phase] = of.time(key, window)
+            part = unseen.select(groups=phase)
+            judged = self._judged(trial.problem, results, part, [window], self.seed)
+            for name, of in times.items():
+                of[phase] = judged.evaluations[window][name].predicted_layer_us or 0.0
         return Phases(times)
+
+
+def _counts_in(copies: Sequence[int]) -> list[int]:
+    """Check numbers of slots for copies, and return them in order."""
+    given = listed("copies", copies, "whole numbers")
+    counts = sorted({whole_number("copies", each, lowest=0) for each in given})
+    if not counts:
+        raise ValueError("copies must be at least one number of slots, got none")
+    return counts
 
 
 def _check_traffic(traffic: Traffic) -> None:
@@ -600,20 +551,8 @@ def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:
     return tuple(each for each in WINDOWS if each == WINDOWS[0] or traffic.tokens >= 4 * each)
 
 
-def _splittable(traffic: Traffic) -> Traffic:
-    """Return traffic that can be halved: of loads without pairs, which are of all windows."""
-    if isinstance(traffic, RoutingStatistics):
-        return replace(traffic, transitions=None, coactivation=None, sets=None)
-    return traffic
-
-
 def _present(traffic: Traffic) -> tuple[str, ...]:
     """Return names of the groups that have tokens, or windows."""
     if traffic.group is None:
         return ()
     return tuple(traffic.group_names[number] for number in np.unique(traffic.group))
-
-
-def _kinds(traffic: Traffic) -> tuple[str, ...] | None:
-    """Return kinds of traffic that are there; None where nobody told kinds apart."""
-    return tuple(name for name in _present(traffic) if name not in PHASES) or None

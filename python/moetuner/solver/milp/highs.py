@@ -1,7 +1,8 @@
 """Integer linear programs from arrays, solved by HiGHS. The only file that knows highspy.
 
-Arrays enter, a `Solution` leaves; nothing is printed, and without a time limit the answer depends
-on the arguments alone. It knows neither experts nor devices: formulations live beside it.
+Arrays and feasible values to begin from enter, a `Solution` leaves; nothing is printed, and without
+a time limit the answer depends on the arguments alone. It knows neither experts nor devices:
+formulations live beside it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,8 @@ from moetuner.solver.result import Status
 if TYPE_CHECKING:
     from highspy._core import _Highs
 
-FEASIBILITY = 1e-6  # HiGHS's own default for rows and for whole numbers
-# HiGHS's dual bound may be off by these: reduced costs are right to within its dual feasibility
-# tolerance, and nodes this close to the incumbent are dropped.
-DUAL_TOLERANCE = 1e-7
-CUTOFF_TOLERANCE = 1e-6
+Floats = NDArray[np.float64]
+
 POLL_SECONDS = 0.05
 
 
@@ -36,62 +34,49 @@ class Solution:
     Parameters
     ----------
     values
-        Of all columns [columns], whole where they have to be; None without feasible ones.
+        Of all columns [columns], whole where they have to be.
     objective
-        Of these values; None without them.
+        Of these values.
     bound
         Proven: no feasible values have a better objective.
     status
         ``"optimal"`` only where objective and bound agree, ``"gap_reached"`` where they agree as
         far as wanted, ``"feasible"`` at the node limit.
     first
-        Objective of the first values of HiGHS: those of the warm start, where one was given.
-        None where presolving left nothing to search.
+        Objective of the first values of HiGHS: those of the start. None where presolving left
+        nothing to search.
     """
 
-    values: NDArray[np.float64] | None
-    objective: float | None
+    values: Floats
+    objective: float
     bound: float
     status: Status
     first: float | None = None
 
 
 class Ilp:
-    """A program ``min cost @ x + offset`` with ``row_lower <= A x <= row_upper``.
+    """A program ``min cost @ x`` with ``0 <= x <= upper`` and ``row_lower <= A x <= row_upper``.
 
     Parameters
     ----------
     cost
         Of every column [columns].
-    lower, upper
+    upper
         Bounds of the columns, a number or [columns].
     integer
         Whether a column must be whole, a truth value or [columns].
-    offset
-        Added to the objective.
     """
 
     def __init__(
-        self,
-        cost: ArrayLike,
-        *,
-        lower: ArrayLike = 0.0,
-        upper: ArrayLike = 1.0,
-        integer: ArrayLike = True,
-        offset: float = 0.0,
+        self, cost: ArrayLike, *, upper: ArrayLike = 1.0, integer: ArrayLike = True
     ) -> None:
         self.cost = np.asarray(cost, dtype=np.float64)
-        if self.cost.ndim != 1 or not np.isfinite(self.cost).all():
-            raise ValueError(f"cost must be finite numbers [columns], got {list(self.cost.shape)}")
         self.columns = len(self.cost)
-        self.lower = _column("lower", lower, self.columns, np.float64)
-        self.upper = _column("upper", upper, self.columns, np.float64)
-        self.integer = _column("integer", integer, self.columns, np.int32)
-        self.offset = float(offset)
+        self.upper = np.array(np.broadcast_to(upper, self.columns), dtype=np.float64)
+        self.integer = np.array(np.broadcast_to(integer, self.columns), dtype=np.int32)
         self.rows = 0
-        none = np.zeros(0, dtype=np.int64)
-        self._bounds = [(np.zeros(0), np.zeros(0))]
-        self._entries = [(none, none, np.zeros(0))]
+        self._bounds: list[tuple[Floats, Floats]] = []
+        self._entries: list[tuple[NDArray[Any], ...]] = []
 
     def add_rows(
         self,
@@ -111,22 +96,8 @@ class Ilp:
             Of every entry [entries]; ``row`` counts from the first of the new rows, ``value``
             may be one number. An entry must not be given twice.
         """
-        low, high = np.broadcast_arrays(
-            np.atleast_1d(np.asarray(lower, dtype=np.float64)), np.asarray(upper, dtype=np.float64)
-        )
-        entries = np.broadcast_arrays(
-            np.asarray(row, dtype=np.int64),
-            np.asarray(column, dtype=np.int64),
-            np.asarray(value, dtype=np.float64),
-        )
-        rows, columns, values = (of.ravel() for of in entries)
-        for name, ids, n in (("row", rows, len(low)), ("column", columns, self.columns)):
-            if ids.size and (ids.min() < 0 or ids.max() >= n):
-                raise ValueError(
-                    f"{name} must be from 0 to {n - 1}, got {ids.min()} to {ids.max()}"
-                )
-        if not np.isfinite(values).all() or np.isnan(low).any() or np.isnan(high).any():
-            raise ValueError("rows must have finite entries and bounds that are numbers")
+        low, high = np.broadcast_arrays(np.atleast_1d(lower), upper)
+        rows, columns, values = (of.ravel() for of in np.broadcast_arrays(row, column, value))
         self._bounds.append((low, high))
         self._entries.append((rows + self.rows, columns, values))
         self.rows += len(low)
@@ -142,55 +113,16 @@ class Ilp:
             values = np.r_[-sign * np.ravel(value), np.ones(len(t))]
             self.add_rows(np.full(len(t), -sign * mean), np.inf, parts, columns, values)
 
-    @property
-    def row_bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Lower and upper bounds of all rows [rows]."""
-        lower, upper = zip(*self._bounds, strict=True)
-        return np.concatenate(lower), np.concatenate(upper)
-
-    @property
-    def margin(self) -> float:
-        """How far a dual bound may be off, for whoever needs a proof; infinite without bounds."""
-        return DUAL_TOLERANCE * float((self.upper - self.lower).sum()) + CUTOFF_TOLERANCE
-
-    def proven(self, dual: float, unit: float) -> int:
-        """Turn a dual bound of a minimum into a whole one, of costs ``unit`` times as large.
-
-        Less the margin and the rounding of sums, then rounded up, and at least 0.
-        """
-        if not math.isfinite(dual):
-            return 0
-        rounding = 1e-12 * (float(np.abs(self.cost).sum()) + abs(self.offset))
-        return max(math.ceil((dual - self.margin - rounding) * unit), 0)
-
-    def objective(self, values: NDArray[np.float64]) -> float:
-        """Compute the objective of some values [columns]."""
-        return float(self.cost @ values) + self.offset
-
-    def broken(self, values: NDArray[np.float64]) -> str | None:
-        """Return which bound or row some values [columns] break; None if they are feasible."""
-        slack = FEASIBILITY * 10
-        wrong = (values < self.lower - slack) | (values > self.upper + slack)
-        wrong |= (self.integer != 0) & (np.abs(values - np.rint(values)) > slack)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            return f"column {at}: {values[at]} in [{self.lower[at]}, {self.upper[at]}]"
-        lower, upper = self.row_bounds
+    def arrays(self) -> tuple[Floats, Floats, NDArray[Any], NDArray[Any], Floats]:
+        """Return lower and upper bounds of all rows, and row, column and value of all entries."""
+        lower, upper = map(np.concatenate, zip(*self._bounds, strict=True))
         row, column, value = map(np.concatenate, zip(*self._entries, strict=True))
-        terms = value * values[column]
-        sums = np.bincount(row, terms, minlength=self.rows)
-        slacks = slack * (1 + np.bincount(row, np.abs(terms), minlength=self.rows))
-        wrong = (sums < lower - slacks) | (sums > upper + slacks)
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            return f"row {at}: {sums[at]} in [{lower[at]}, {upper[at]}]"
-        return None
+        return lower.astype(np.float64), upper.astype(np.float64), row, column, value
 
     def solve(
         self,
+        start: ArrayLike,
         *,
-        start: ArrayLike | None = None,
-        start_objective: float | None = None,
         seed: int = 0,
         gap: float = 0.0,
         absolute_gap: float = 0.0,
@@ -198,7 +130,7 @@ class Ilp:
         time_limit: float | None = None,
         progress: Callable[[float | None, float], None] | None = None,
     ) -> Solution:
-        """Run HiGHS and return its best values.
+        """Run HiGHS from a start and return its best values.
 
         Ctrl-C ends the search, not the program: the best values so far come back with status
         ``"interrupted"``.
@@ -206,9 +138,7 @@ class Ilp:
         Parameters
         ----------
         start
-            Feasible values of all columns [columns] to start from.
-        start_objective
-            Their objective as the caller computes it: checked, a free test of the model.
+            Feasible values of all columns [columns].
         seed
             For HiGHS's heuristics.
         gap, absolute_gap
@@ -223,68 +153,36 @@ class Ilp:
 
         Raises
         ------
-        ValueError
-            If nothing is feasible or bounded.
         RuntimeError
-            If the start is not feasible or not worth what the caller says, or if HiGHS fails: a
-            fault of the formulation.
+            If HiGHS fails, or does not begin with the start: a fault of the formulation.
         """
-        values = None if start is None else np.asarray(start, dtype=np.float64)
         begin = time.monotonic()
+        values = np.asarray(start, dtype=np.float64)
+        best = float(self.cost @ values)
         highs = self._build(
             random_seed=seed % 2**31,
             mip_rel_gap=float(gap),
             mip_abs_gap=float(absolute_gap),
             mip_max_nodes=2**31 - 1 if nodes is None else int(nodes),
         )
-        if values is not None:
-            self._check_start(values, start_objective)
-            columns = np.arange(self.columns, dtype=np.int32)
-            _ok(highs.setSolution(self.columns, columns, values), "setSolution")
+        columns = np.arange(self.columns, dtype=np.int32)
+        _ok(highs.setSolution(self.columns, columns, values), "setSolution")
         if time_limit is not None:
             _set(highs, time_limit=max(time_limit - (time.monotonic() - begin), 0.0))
         watch = _Watch(highs)
         interrupted = watch.run(progress)
-        ended = _ended(highs, interrupted, feasible=start is not None)
-        return self._solution(highs, values, watch.first, ended, max(gap, 0.0), absolute_gap)
-
-    def _solution(
-        self,
-        highs: _Highs,
-        values: NDArray[np.float64] | None,
-        first: float | None,
-        ended: Status,
-        gap: float,
-        absolute_gap: float,
-    ) -> Solution:
-        """Read the better of the start and HiGHS's values, and what is proven."""
-        best = None if values is None else self.objective(values)
-        if first is not None and best is not None and _behind(first, best):
-            raise RuntimeError(f"HiGHS began with {first}, not with the start's {best}")
+        if watch.first is not None and watch.first > best and not _close(watch.first, best):
+            raise RuntimeError(f"HiGHS began with {watch.first}, not with the start's {best}")
         info = highs.getInfo()
         if info.primal_solution_status == 2:  # a feasible point
             new = np.array(highs.getSolution().col_value, dtype=np.float64)
             new = np.where(self.integer != 0, np.rint(new), new)
-            if best is None or self.objective(new) < best:
-                values, best = new, self.objective(new)
-        bound = float(info.mip_dual_bound)
-        if not self.integer.any() or not self.columns:
-            bound = best if ended == "optimal" and best is not None else -math.inf
-        if ended == "optimal" and best is not None:
-            allowed = max(gap * abs(best), absolute_gap)
-            ended = "optimal" if allowed == 0 or _close(best, bound) else "gap_reached"
-        return Solution(values, best, bound, ended, first)
-
-    def _check_start(self, values: NDArray[np.float64], stated: float | None) -> None:
-        if values.shape != (self.columns,):
-            raise RuntimeError(f"start must be [{self.columns}], got {list(values.shape)}")
-        broken = self.broken(values)
-        if broken:
-            raise RuntimeError(f"the start is not feasible: {broken}")
-        if stated is not None and not _close(self.objective(values), stated):
-            raise RuntimeError(
-                f"the start is worth {self.objective(values)}, not {stated} as stated"
-            )
+            if self.cost @ new < best:
+                values, best = new, float(self.cost @ new)
+        bound, status = float(info.mip_dual_bound), _ended(highs, interrupted)
+        if status == "optimal" and max(gap, absolute_gap) > 0 and not _close(best, bound):
+            status = "gap_reached"
+        return Solution(values, best, bound, status, watch.first)
 
     def _build(self, **options: bool | float) -> _Highs:
         # The public class `highspy.Highs` prints a banner before it can be asked not to; the class
@@ -293,39 +191,35 @@ class Ilp:
 
         highs = _Highs()
         _set(highs, output_flag=False, log_to_console=False, threads=1, parallel="off", **options)
-        row, column, value = map(np.concatenate, zip(*self._entries, strict=True))
+        lower, upper, row, column, value = self.arrays()
         order = np.lexsort((column, row))
         start = np.r_[0, np.cumsum(np.bincount(row, minlength=self.rows))].astype(np.int32)
         status = highs.passModel(
             *(self.columns, self.rows, len(row)),
-            *(MatrixFormat.kRowwise.value, ObjSense.kMinimize.value, self.offset),
-            *(self.cost, self.lower, self.upper, *self.row_bounds),
+            *(MatrixFormat.kRowwise.value, ObjSense.kMinimize.value, 0.0),
+            *(self.cost, np.zeros(self.columns), self.upper, lower, upper),
             start,
             column[order].astype(np.int32),
-            value[order],
+            value[order].astype(np.float64),
             self.integer,
         )
         _ok(status, "passModel")
         return highs
 
 
-def _ended(highs: _Highs, interrupted: bool, *, feasible: bool) -> Status:
-    """Return why HiGHS ended; ``feasible`` if values are known, whatever HiGHS says."""
+def _ended(highs: _Highs, interrupted: bool) -> Status:
+    """Return why HiGHS ended."""
     from highspy._core import HighsModelStatus as Model
 
-    ended, text = highs.getModelStatus(), highs.modelStatusToString
-    none = Model.kInfeasible, Model.kUnbounded, Model.kUnboundedOrInfeasible
-    if ended in none and not feasible:
-        raise ValueError(f"the program is {text(ended).lower()}")
     statuses: dict[Any, Status] = {
         Model.kOptimal: "optimal",
-        Model.kModelEmpty: "optimal",
         Model.kSolutionLimit: "feasible",
         Model.kTimeLimit: "time_limit",
         Model.kInterrupt: "interrupted",
     }
+    ended = highs.getModelStatus()
     if ended not in statuses:
-        raise RuntimeError(f"HiGHS ended with status {text(ended)!r}")
+        raise RuntimeError(f"HiGHS ended with status {highs.modelStatusToString(ended)!r}")
     return "interrupted" if interrupted else statuses[ended]
 
 
@@ -410,14 +304,3 @@ def _set(highs: _Highs, **options: bool | int | float | str) -> None:
 
 def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6)
-
-
-def _behind(a: float, b: float) -> bool:
-    return a > b and not _close(a, b)
-
-
-def _column(name: str, value: ArrayLike, columns: int, dtype: Any) -> NDArray[Any]:
-    array = np.asarray(value, dtype=dtype)
-    if array.ndim and array.shape != (columns,):
-        raise ValueError(f"{name} must be a number or [{columns}], got {list(array.shape)}")
-    return np.array(np.broadcast_to(array, (columns,)))

@@ -7,24 +7,20 @@ which usually prove that there is nothing left to search.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.budget import Budget
-from moetuner.solver.result import (
-    Candidate,
-    ClusterStage,
-    Details,
-    PlaceStage,
-    SearchDetails,
-    Status,
-)
+from moetuner.solver.result import ClusterStage, PlaceStage, SearchDetails, Status
+from moetuner.solver.run import Run, Stage
 from moetuner.solver.two_stage.cluster import TOLERANCE, Clusters, cluster_layers
 from moetuner.solver.two_stage.place import PlacedClusters, cluster_traffic, place_clusters
 
-__all__ = ["cluster_layers", "cluster_traffic", "place_clusters", "two_stage"]
+__all__ = ["PAPER", "cluster_layers", "cluster_traffic", "place_clusters", "two_stage"]
 
 
 def two_stage(
@@ -33,12 +29,12 @@ def two_stage(
     seed: int = 0,
     budget: Budget | None = None,
     equal_sizes: bool | None = None,
-) -> Candidate:
-    """Solve by the paper's two stages.
+) -> tuple[NDArray[np.int32], Status, SearchDetails]:
+    """Return slots [L,D,S] by the paper's two stages, how they ended and how they went.
 
     ``equal_sizes`` says whether clusters hold equally many experts; by default they do where the
     slots leave no choice. Of the budget, ``time_limit``, ``threads`` and ``progress`` apply. The
-    answer has no bound: the method bounds its own stages (in ``details``), not the problem.
+    method bounds its own stages, not the problem.
     """
     budget, devices = budget or Budget(), problem.devices
     if equal_sizes is None:
@@ -78,7 +74,18 @@ def two_stage(
         stage_1=_clustering(problem, clusters, equal_sizes=equal_sizes),
         stage_2=_placing(placed, np.bincount(device.ravel(), sizes.ravel()).astype(np.int64)),
     )
-    return Candidate(placement.slots, status, details=Details(search))
+    return placement.slots, status, search
+
+
+def _solve(run: Run, budget: Budget) -> None:
+    slots, status, search = two_stage(run.problem, seed=run.seed, budget=budget)
+    run.details, run.cut = replace(run.details, search=search), status == "time_limit"
+    run.offer(slots, "paper")
+    if status == "interrupted":
+        raise KeyboardInterrupt
+
+
+PAPER = Stage(_solve)
 
 
 def _clustering(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:

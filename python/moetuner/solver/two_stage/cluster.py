@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _core
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.milp.highs import Ilp, Solution
+from moetuner.solver.milp.highs import Ilp
 from moetuner.solver.result import Status
 
 TOLERANCE = 0.025  # the paper's relative MIP tolerance
 
 
-@dataclass(frozen=True)
+@dataclass
 class Clusters:
     """Stage 1: clusters of even load.
 
@@ -36,7 +36,7 @@ class Clusters:
     deviation: NDArray[np.float64]
     bound: NDArray[np.float64]
     searched: NDArray[np.bool_]
-    status: Status
+    status: Status = "gap_reached"
 
     @property
     def gap(self) -> NDArray[np.float64]:
@@ -57,7 +57,7 @@ def cluster_layers(
     """Minimise sum_c abs(load_c - mean) in every layer, to within ``tolerance`` * mean: stage 1.
 
     A relative gap on deviations that are nearly zero means nothing, so the gap is measured against
-    the mean cluster load.
+    the mean cluster load. Layers that the core's packing leaves open go to HiGHS.
 
     Parameters
     ----------
@@ -87,28 +87,43 @@ def cluster_layers(
         time_limit=budget.left,
         threads=budget.threads,
     )
-    cluster = start.astype(np.int64)
     total = [max(sum(map(int, row)), 1) for row in load]
     # Both are `clusters` times a deviation, and the total is `clusters` times the mean.
     deviation = np.array([row[2] / t for row, t in zip(balance, total, strict=True)])
     bound = np.array([row[3] / t for row, t in zip(balance, total, strict=True)])
-    searched = deviation - bound > tolerance
-    fewest = experts // clusters if equal_sizes else int(experts >= clusters)
-    most = -(-experts // clusters) if equal_sizes else min(largest, experts)
-    clusters_of = Clusters(
-        cluster, deviation, bound, searched, "interrupted" if interrupted else "gap_reached"
-    )
+    layers = Clusters(start.astype(np.int64), deviation, bound, deviation - bound > tolerance)
     if interrupted:
-        searched[:] = False
-        return clusters_of
-    status = _search(
-        clusters_of, load, (fewest, most), clusters, tolerance=tolerance, seed=seed, budget=budget
-    )
-    return replace(clusters_of, status=status)
+        layers.searched[:] = False
+        layers.status = "interrupted"
+    sizes = int(experts >= clusters), min(largest, experts)
+    if equal_sizes:
+        sizes = experts // clusters, -(-experts // clusters)
+    for layer in np.flatnonzero(layers.searched).tolist():
+        if budget.is_over():
+            layers.searched[layer:] = False
+            layers.status = "time_limit"
+            break
+        ended = solve_layer(
+            layers,
+            layer,
+            load[layer],
+            sizes,
+            clusters,
+            tolerance=tolerance,
+            seed=seed,
+            budget=budget,
+        )
+        if ended != "gap_reached":
+            layers.status = ended
+        if ended in ("interrupted", "time_limit"):
+            layers.searched[layer + 1 :] = False
+            break
+    return layers
 
 
-def _search(
+def solve_layer(
     layers: Clusters,
+    layer: int,
     load: NDArray[np.uint64],
     sizes: tuple[int, int],
     clusters: int,
@@ -117,54 +132,12 @@ def _search(
     seed: int,
     budget: Budget,
 ) -> Status:
-    """Solve the layers that are to be searched, in place; those that are left keep their start."""
-    status = layers.status
-    for layer in np.flatnonzero(layers.searched):
-        if budget.is_over():
-            layers.searched[layer:] = False
-            return "time_limit"
-        solution, chosen = solve_layer(
-            load[layer],
-            layers.cluster[layer],
-            sizes,
-            clusters,
-            (layers.deviation[layer], layers.bound[layer]),
-            tolerance=tolerance,
-            seed=seed,
-            budget=budget,
-            phase=f"clusters of layer {layer}",
-        )
-        if solution.objective is not None and solution.objective < layers.deviation[layer]:
-            layers.cluster[layer], layers.deviation[layer] = chosen, solution.objective
-        # HiGHS proves in floating point: what it proves counts a hair less.
-        proven = max(layers.bound[layer], solution.bound - 1e-6)
-        layers.bound[layer] = min(proven, layers.deviation[layer])
-        if solution.status in ("interrupted", "time_limit"):
-            layers.searched[layer + 1 :] = False
-            return solution.status
-        if solution.status == "feasible":
-            status = "feasible"
-    return status
-
-
-def solve_layer(
-    load: NDArray[np.uint64],
-    start: NDArray[np.int64],
-    sizes: tuple[int, int],
-    clusters: int,
-    worth: tuple[float, float],
-    *,
-    tolerance: float,
-    seed: int,
-    budget: Budget,
-    phase: str,
-) -> tuple[Solution, NDArray[np.int64]]:
     """Solve stage 1 of a layer as printed: sum_c t_c with t_c >= +-(load_c - mean).
 
-    Takes load [E], a start [E], the fewest and the most experts of a cluster, and the start's
-    objective with a proven bound, in units of the mean. Returns the cluster of every expert [E].
+    Takes load [E] and the fewest and the most experts of a cluster. The layer's clusters are the
+    start, and are replaced where others have less deviation.
     """
-    experts = len(load)
+    experts, start = len(load), layers.cluster[layer]
     # Clusters have no names: the i-th heaviest expert goes to one of the first i + 1, which is all
     # that distinguishes them.
     order = np.argsort(load, kind="stable")[::-1]
@@ -181,21 +154,23 @@ def solve_layer(
     ilp.add_rows(np.ones(experts), 1, e, x)
     ilp.add_rows(np.full(clusters, sizes[0]), sizes[1], c, x)
     ilp.add_deviations(c, x, np.repeat(weight, clusters), 1.0, t)
-    ilp.add_rows(worth[1], np.inf, np.zeros(clusters, dtype=np.int64), t)
+    ilp.add_rows(layers.bound[layer], np.inf, np.zeros(clusters, dtype=np.int64), t)
 
     names = list(dict.fromkeys(start[order].tolist()))
     named = np.array([names.index(name) for name in start[order].tolist()])
     spread = np.abs(np.bincount(named, weight, minlength=clusters) - 1)
     solution = ilp.solve(
-        start=np.r_[(named[:, None] == np.arange(clusters)).ravel(), spread],
-        start_objective=worth[0],
+        np.r_[(named[:, None] == np.arange(clusters)).ravel(), spread],
         seed=seed,
         absolute_gap=tolerance,
         nodes=effort.CLUSTER_NODES,
         time_limit=budget.left,
-        progress=budget.report(phase),
+        progress=budget.report(f"clusters of layer {layer}"),
     )
-    assert solution.values is not None
-    chosen = np.empty(experts, dtype=np.int64)
-    chosen[order] = solution.values[x].argmax(axis=1)
-    return solution, chosen
+    if solution.objective < layers.deviation[layer]:
+        layers.cluster[layer, order] = solution.values[x].argmax(axis=1)
+        layers.deviation[layer] = solution.objective
+    # HiGHS proves in floating point: what it proves counts a hair less.
+    proven = max(layers.bound[layer], solution.bound - 1e-6)
+    layers.bound[layer] = min(proven, layers.deviation[layer])
+    return "gap_reached" if solution.status == "optimal" else solution.status

@@ -15,6 +15,8 @@ from moetuner.solver.milp.highs import Ilp, Solution
 from moetuner.solver.result import Status
 from moetuner.solver.two_stage.cluster import TOLERANCE
 
+Devices = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class PlacedClusters:
@@ -34,7 +36,7 @@ class PlacedClusters:
         How the search ended.
     """
 
-    device: NDArray[np.int64]
+    device: Devices
     way: str
     bottleneck: int
     bound: int
@@ -48,7 +50,7 @@ class PlacedClusters:
 
 
 def cluster_traffic(
-    transitions: NDArray[np.uint64], cluster: NDArray[np.int64], clusters: int
+    transitions: NDArray[np.uint64], cluster: Devices, clusters: int
 ) -> NDArray[np.uint64]:
     """Return tokens from cluster to cluster of the next layer [L-1,D,D].
 
@@ -96,14 +98,31 @@ def place_clusters(
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
     budget = budget or Budget()
 
-    placed, way, bound, interrupted = _searched(traffic, cost, counts, seed, budget)
+    def search(start: Devices | None = None) -> tuple[NDArray[np.uint16], str, int, bool]:
+        return _core.place_clusters(
+            traffic,
+            cost.astype(np.uint64),
+            sizes=counts,
+            start=None if start is None else start.astype(np.uint16),
+            time_limit=budget.left,
+            threads=budget.threads,
+        )
+
+    placed, way, bound, interrupted = search()
+    if counts is not None and not interrupted and not budget.is_over():
+        totals = np.bincount(placed.ravel(), counts.ravel().astype(np.float64))
+        if totals.max() - totals.min() > (totals.sum() % len(totals) != 0):
+            # Exchanges do not level the totals: from a start that does they are no longer touched.
+            level = _level(counts, placed.astype(np.int64), seed=seed, budget=budget)
+            placed, way, bound, interrupted = search(level)
     device = placed.astype(np.int64)
     bottleneck, total = _times(traffic, cost, device)
-    status: Status = "feasible"
-    if bottleneck - bound <= tolerance * bottleneck:
+    status: Status = "interrupted" if interrupted else "feasible"
+    if interrupted:
+        pass
+    elif bottleneck - bound <= tolerance * bottleneck:
         status = "gap_reached"
-    few = counts is not None and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS
-    if few and status == "feasible" and not interrupted:
+    elif counts is not None and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS:
         solution, device = solve_stage(
             traffic,
             cost,
@@ -114,56 +133,18 @@ def place_clusters(
             seed=seed,
             budget=budget,
         )
-        way, status = "ilp", solution.status
         proven = (solution.bound - 1e-6) * max(bottleneck, 1)  # HiGHS proves in floating point
         bottleneck, total = _times(traffic, cost, device)
         # Costs are whole numbers: what is proven in fractions is proven of the next whole one.
         bound = max(bound, math.ceil(proven))
         # Optimal within the tolerance, or by what HiGHS proves in floats.
-        status = "gap_reached" if status == "optimal" else status
-    if interrupted:
-        status = "interrupted"
-    elif bottleneck <= bound:
+        way, status = "ilp", "gap_reached" if solution.status == "optimal" else solution.status
+    if bottleneck <= bound and not interrupted:
         status = "optimal"
     return PlacedClusters(device, way, bottleneck, min(bound, bottleneck), total, status)
 
 
-def _searched(
-    traffic: NDArray[np.uint64],
-    cost: NDArray[np.int64],
-    sizes: NDArray[np.uint64] | None,
-    seed: int,
-    budget: Budget,
-) -> tuple[NDArray[np.uint16], str, int, bool]:
-    """Place by the core, again from level totals where it does not level them.
-
-    Returns the device of every cluster [L,D], the way, a bound, and whether it was interrupted.
-    """
-    links = cost.astype(np.uint64)
-
-    def place(start: NDArray[np.uint16] | None) -> tuple[NDArray[np.uint16], str, int, bool]:
-        return _core.place_clusters(
-            traffic,
-            links,
-            sizes=sizes,
-            start=start,
-            time_limit=budget.left,
-            threads=budget.threads,
-        )
-
-    placed = place(None)
-    if sizes is None or placed[3] or budget.is_over():
-        return placed
-    totals = np.bincount(placed[0].ravel(), sizes.ravel().astype(np.float64))
-    if totals.max() - totals.min() <= (totals.sum() % len(totals) != 0):
-        return placed
-    start = _level(sizes, placed[0].astype(np.int64), seed=seed, budget=budget)
-    return place(start.astype(np.uint16))
-
-
-def _times(
-    traffic: NDArray[np.uint64], cost: NDArray[np.int64], device: NDArray[np.int64]
-) -> tuple[int, int]:
+def _times(traffic: NDArray[np.uint64], cost: Devices, device: Devices) -> tuple[int, int]:
     """Sum over boundaries of the busiest pair's tokens * cost, and of all pairs', exactly."""
     bottleneck = total = 0
     for layer, table in enumerate(traffic):
@@ -173,9 +154,7 @@ def _times(
     return bottleneck, total
 
 
-def _level(
-    sizes: NDArray[np.uint64], start: NDArray[np.int64], *, seed: int, budget: Budget
-) -> NDArray[np.int64]:
+def _level(sizes: NDArray[np.uint64], start: Devices, *, seed: int, budget: Budget) -> Devices:
     """Place clusters for totals of experts per device as equal as can be, whatever the traffic.
 
     Takes the experts of every cluster [L,D] and a start; returns the device of every cluster [L,D].
@@ -197,24 +176,22 @@ def _level(
     placed = start[:, :, None] == np.arange(n)
     spread = np.abs((placed * count.reshape(y.shape)).sum(axis=(0, 1)) - total / n)
     values = np.r_[placed.ravel(), spread]
-    nodes = effort.LEVEL_NODES
-    solution = ilp.solve(start=values, seed=seed, nodes=nodes, time_limit=budget.left)
-    assert solution.values is not None
-    device: NDArray[np.int64] = solution.values[y].argmax(axis=2)
+    solution = ilp.solve(values, seed=seed, nodes=effort.LEVEL_NODES, time_limit=budget.left)
+    device: Devices = solution.values[y].argmax(axis=2)
     return device
 
 
 def solve_stage(
     traffic: NDArray[np.uint64],
-    cost: NDArray[np.int64],
-    start: NDArray[np.int64],
+    cost: Devices,
+    start: Devices,
     sizes: NDArray[np.uint64] | None,
     worth: tuple[int, int],
     *,
     tolerance: float,
     seed: int,
     budget: Budget,
-) -> tuple[Solution, NDArray[np.int64]]:
+) -> tuple[Solution, Devices]:
     """Solve stage 2 as printed: sum_l t_l with t_l >= traffic_l(d,d') / bandwidth(d,d').
 
     A product w[l,c,c',d,d'] = y[l,c,d] * y[l+1,c',d'] is continuous and adds up to its two factors
@@ -254,19 +231,17 @@ def solve_stage(
     products = placed[:-1, :, None, :, None] * placed[1:, None, :, None, :]
     busiest = (products.ravel() * time).reshape(boundaries, -1).max(axis=1)
     solution = ilp.solve(
-        start=np.r_[placed.ravel(), products.ravel(), busiest],
-        start_objective=worth[0] / scale,
+        np.r_[placed.ravel(), products.ravel(), busiest],
         seed=seed,
         gap=tolerance,
         nodes=effort.PLACE_NODES,
         time_limit=budget.left,
         progress=budget.report("placing clusters"),
     )
-    assert solution.values is not None
     return solution, solution.values[y].argmax(axis=2)
 
 
-def _add_permutations(ilp: Ilp, y: NDArray[np.int64]) -> None:
+def _add_permutations(ilp: Ilp, y: Devices) -> None:
     """Add rows that give every layer one cluster on each device, of y[l,c,d]."""
     layer, c, d = np.indices(y.shape)
     rows = np.ones(y.shape[0] * y.shape[1])

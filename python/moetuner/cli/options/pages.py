@@ -1,0 +1,87 @@
+"""Options for a page of results and its figures, which are written at the end."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import click
+
+from moetuner.cli.options import OutFile, option
+from moetuner.cli.options.traffic import Source
+from moetuner.cli.output import Output, working
+from moetuner.report.page import check_libraries, write_page
+from moetuner.report.page.data import Origin, PageData
+from moetuner.report.page.figures import check_figures, write_figures
+
+
+def needs_report(
+    context: click.Context, parameter: click.Parameter, value: Path | None
+) -> Path | None:
+    """Refuse a page, and figures, before any work where their libraries are missing."""
+    try:
+        if value is not None:
+            check_libraries()
+            if parameter.name == "figures":
+                check_figures()
+    except ImportError as error:
+        raise click.UsageError(f"{error}.") from None
+    return value
+
+
+PAGE = OutFile(".html")
+Figures = Annotated[
+    Path | None,
+    option(
+        click.Path(file_okay=False, writable=True, path_type=Path),
+        "DIR",
+        callback=needs_report,
+        help="Write the charts of the page as SVG and PNG; needs Chrome or Chromium.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The page and the folder of figures that are wanted, if any.
+
+    Parameters
+    ----------
+    report_file
+        Write a page of results that opens offline.
+    """
+
+    report_file: Annotated[Path | None, option(PAGE, "FILE.html", callback=needs_report)] = None
+    figures: Figures = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a page is wanted, or its figures."""
+        return self.report_file is not None or self.figures is not None
+
+    def write(self, output: Output, make: Callable[[], PageData]) -> None:
+        """Write what is wanted; without any, make no data."""
+        if not self.wanted:
+            return
+        with working("making the report"):
+            data = make()
+            if self.report_file is not None:
+                write_page(self.report_file, data)
+        if self.report_file is not None:
+            output.say(f"wrote {self.report_file}")
+        if self.figures is not None:
+            with working("drawing figures"):
+                number = write_figures(self.figures, data)
+            output.say(f"wrote {number} figures into {self.figures}/")
+
+
+def origin_of(source: Source) -> Origin:
+    """Return where the numbers of a page come from."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if words[0] in ("__main__.py", "-c"):
+        words[0] = "moetuner"
+    return Origin(source.describe(), source.input_files, shlex.join(words))
