@@ -370,8 +370,8 @@ def test_a_fault_on_one_rank_is_an_error_on_all(rank):
         layer = case.distributed(rank)
         given = (case.x[:3], case.index[:3], case.w[:3], 0)
         *given, first = fault(*given) if rank == 1 else given
-        said = message((ValueError, RuntimeError), layer, *given, first_token=first)
-        assert (own if rank == 1 else others or own) in said, said
+        error = message((ValueError, RuntimeError), layer, *given, first_token=first)
+        assert (own if rank == 1 else others or own) in error, error
         assert case.is_right(layer, rank)
 
 
@@ -382,9 +382,9 @@ def test_ranks_with_other_placements_do_not_exchange(rank):
     if rank == 1:
         slots = case.placement.slots[:, :, ::-1]
         case.placement = mt.Placement(slots, num_experts=case.experts)
-    said = message(RuntimeError, case.run, case.distributed(rank), rank)
+    error = message(RuntimeError, case.run, case.distributed(rank), rank)
     others = "[0, 2, 3]" if rank == 1 else "[1]"
-    assert f"ranks {others} have other placements than rank {rank}: nothing was sent" in said
+    assert f"ranks {others} have other placements than rank {rank}: nothing was sent" in error
 
 
 @on(2)
@@ -400,8 +400,8 @@ def test_what_does_not_fit_is_refused_at_once(rank):
         (weight, placement, 0, {"split": "best"}, "split must be one of even, nearest, got 'best'"),
     ):
         experts = GroupedExperts(slots, slots)
-        said = message(ValueError, ExpertParallelMoE, experts, given, layer, **options)
-        assert text in said, said
+        error = message(ValueError, ExpertParallelMoE, experts, given, layer, **options)
+        assert text in error, error
 
 
 @on(1)

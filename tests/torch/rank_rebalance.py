@@ -209,9 +209,9 @@ def test_a_rank_that_fails_or_differs(rank):
         if how == "counts":
             model.rebalancer._halves[0, 0, 0] += rank == 1
         with fault(how if rank == 1 else "none", rank):
-            said, _ = refused(model)
-        assert text in said
-        assert "the old placement stays in force" in said
+            error, _ = refused(model)
+        assert text in error
+        assert "the old placement stays in force" in error
         assert model.unchanged()
         assert model.step() == 0.0
         if how == "counts":
@@ -227,7 +227,7 @@ def faulty(rank, faults):
     After each fault there are four steps without; then traffic that a move must follow.
     """
     model = Model(rank)
-    said = []
+    steps = []
     for name, where in [step for at in faults for step in (at, *[("none", 0)] * 4)]:
         model.shift()
         right = max(model.step() for _ in range(4)) == 0.0
@@ -247,9 +247,9 @@ def faulty(rank, faults):
                     outcome = f"{decision.moved} {decision.reason}"
                 except MoveError:
                     outcome = "MoveError"
-        said.append((outcome, model.rebalancer.placement.slots.tobytes(), right))
+        steps.append((outcome, model.rebalancer.placement.slots.tobytes(), right))
     model.unbalance()
-    return said, model.rebalancer.step().moved and model.step() == 0.0
+    return steps, model.rebalancer.step().moved and model.step() == 0.0
 
 
 LIMITS = {

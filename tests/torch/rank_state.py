@@ -126,8 +126,8 @@ def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
     assert right.any()
     assert torch.equal(moment(model, optimizer), right)
     parts = trained(THERE, False)
-    said = message(BaseException, lambda: dcp.load(state_of(*parts), checkpoint_id=folder))
-    assert "experts_" in said
+    error = message(BaseException, lambda: dcp.load(state_of(*parts), checkpoint_id=folder))
+    assert "experts_" in error
 
 
 @on(2)
@@ -148,9 +148,9 @@ def test_wrappers_must_leave_out_the_experts(rank):
         return DistributedDataParallel(model)
 
     for how in ("DistributedDataParallel", "fully_shard"):
-        said = message(ValueError, lambda how=how: wrapped(how, False)(x))
-        assert said.startswith(how)
-        assert "build the model again" in said
+        error = message(ValueError, lambda how=how: wrapped(how, False)(x))
+        assert error.startswith(how)
+        assert "build the model again" in error
         model = wrapped(how, True)
         out = [model(x) for _ in range(2)][1]
         out.sum().backward()
@@ -162,7 +162,7 @@ SIZES = (("up", (8, 4)), ("down", (4, 4)))
 
 @on(2)
 def test_a_state_is_of_experts(rank):
-    """Names are of experts; a state of all of them loads; what is missing or strange is said."""
+    """Names are of experts; a state of all of them loads; what is missing or strange is error."""
     layer, mine = layer_of(HERE, rank), f"expert.{2 * rank}.up"
     state = layer.state_dict()
     whole = {f"expert.{e}.{n}": torch.full(size, e + 1.0) for e in range(4) for n, size in SIZES}
@@ -222,8 +222,8 @@ def test_gradients_enabled_on_some_ranks_only(rank):
     layer = layer_of(HERE, rank)
     given = numbers(1, 2, 4), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
     with torch.set_grad_enabled(rank == 0):
-        said = message(RuntimeError, layer, *given)
-    assert said == "ranks [0] need gradients and ranks [1] have them disabled: nothing was sent"
+        error = message(RuntimeError, layer, *given)
+    assert error == "ranks [0] need gradients and ranks [1] have them disabled: nothing was sent"
     with torch.no_grad():
         layer(*given)
 

@@ -149,8 +149,8 @@ def test_a_model_is_rebalanced(rank, folder):
 def test_a_placement_of_another_model_is_refused(rank, folder):
     """On every rank an error comes before the first step."""
     model, *_ = loaded(folder, "mixtral", layers=2)
-    said = message(ValueError, model, TOKENS)
-    assert "placement must have 3 layers like the model, got 2" in said
+    error = message(ValueError, model, TOKENS)
+    assert "placement must have 3 layers like the model, got 2" in error
 
 
 @on(2)
@@ -164,8 +164,8 @@ def test_a_placed_model_is_not_saved(rank, folder):
         (model.load_state_dict, {}),
         (lambda path: torch.save(model.state_dict(), path), f"{folder}/saved.pt"),
     ):
-        said = message(NotImplementedError, use, given)
-        assert "whose experts are placed cannot be saved" in said
+        error = message(NotImplementedError, use, given)
+        assert "whose experts are placed cannot be saved" in error
     assert not list(Path(folder).rglob("saved*/*.safe*"))
 
 

@@ -77,7 +77,7 @@ def test_endings_are_those_of_the_call():
 
     ending = generated()[0][0][1]
     text, lengths = generated(eos_token_id=ending, pad_token_id=0)
-    fed = [said.index(ending) if ending in said else len(said) - 1 for said in text]
+    fed = [row.index(ending) if ending in row else len(row) - 1 for row in text]
     assert min(fed) < 5
     assert lengths == [7 + count for count in fed]
     model.generation_config.pad_token_id = ending
