@@ -121,10 +121,7 @@ def test_faults(layout, engine, hints, words):
     [
         ([], "none of"),
         (sglang_map([[0, 1], [0]]), "row 1 must have 2 slots like row 0, got 1"),
-        (sglang_map([[0, 1], 3]), "row 1 must be a list"),
-        (sglang_map([[0, 1.5]]), "must be integers"),
         (sglang_map([[0, 1 << 70]]), "must be integers"),
-        (sglang_map(7), "at least one row"),
         ({**sglang_map([[0, 1]]), "b": 1}, "single key"),
         ({"hello": 1}, "none of"),
     ],

@@ -184,16 +184,6 @@ def test_memory_is_bounded_by_the_description(tmp_path, code):
     assert peak < 20 * path.stat().st_size + (1 << 22)
 
 
-def test_what_was_peeked_at_is_loaded_once(tmp_path, monkeypatch):
-    """Telling what a file is and reading it carry out its description once, and keep nothing."""
-    path, runs = archive(tmp_path / "a.pt", pickle.dumps([1, 2], 2)), []
-    content = pickled._Archive.content
-    monkeypatch.setattr(pickled._Archive, "content", lambda of: (runs.append(1), content(of))[1])
-    assert pickled.peek(path) == pickled.peek(path) == pickled.load(path) == [1, 2]
-    assert len(runs) == 1
-    assert pickled._load.cache_info().currsize == 0
-
-
 def test_other_files(tmp_path):
     """The format of before 1.6, no archive, no description, two of them."""
     torch = pytest.importorskip("torch")

@@ -181,17 +181,6 @@ def test_bad_columns(tmp_path, columns, text):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_damaged_parquet(tmp_path):
-    """A file that is cut off, or whose pages are damaged."""
-    path = tmp_path / "t.parquet"
-    as_arrow(path, {"experts": random_ids(200, 2, 2, 8).tolist()})
-    content = path.read_bytes()
-    for wrong in (content[:-9], content[:50], content[:20] + b"\xff" * 40 + content[60:]):
-        path.write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"t.parquet: [^\n]+$"):
-            mt.open_input(path, num_experts=8)
-
-
 def test_offsets_that_point_outside(tmp_path):
     """A corrupt offset of a text column is an error, not a read outside of the file."""
     path = tmp_path / "t.arrow"

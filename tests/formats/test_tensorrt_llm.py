@@ -178,7 +178,7 @@ def test_bad_maps(tmp_path, text, message):
 def test_layers_must_fit(tmp_path):
     """Hidden layers that are not dense must be as many as the placement has."""
     placement = mt.Placement([[[0, 1], [2, 3]]])
-    with pytest.raises(ValueError, match="must have 4 layers, those with experts of 5 hidden"):
+    with pytest.raises(ValueError, match="must leave 1 layers, as the placement has, got 4"):
         tensorrt_llm.write_map(
             placement, tmp_path / "m.yaml", Hints(hidden_layers=5, dense_layers=(0,))
         )
