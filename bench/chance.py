@@ -103,9 +103,9 @@ def missed(sequences: int, shape: str, runs: int, *, resamples: int = 1000) -> N
     count = np.zeros(len(MEASURES))
     for run in range(runs):
         rng = np.random.default_rng([sequences, run])
-        found = audited(simulated(sequences, shape, rng), run, resamples).whole
+        answer = audited(simulated(sequences, shape, rng), run, resamples).whole
         for place, name in enumerate(MEASURES):
-            change = found[name].change
+            change = answer[name].change
             assert change is not None
             assert change.low is not None
             assert change.high is not None
@@ -121,8 +121,8 @@ def named(
     for run in range(runs):
         rng = np.random.default_rng([7, sequences, run])
         trace = simulated(sequences, shape, rng, groups=7, served_worse=served_worse)
-        found = audited(trace, run, resamples)
-        worse, behind = found.worse(), found.behind()
+        answer = audited(trace, run, resamples)
+        worse, behind = answer.worse(), answer.behind()
         first = any(each.group == "0" for each in worse)
         count += [bool(worse), bool(behind), bool(worse or behind), first]
     worse_share, behind_share, either, first_share = (count / runs).tolist()
@@ -138,8 +138,8 @@ def verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
             mt.evaluate(each, trace, window=WINDOW, mixed=False, threads=1)
             for each in (TURNS, BLOCKS)
         )
-        found = mt.verdict(before, after)
-        count += [found.is_worth_it, found.gain > found.price]
+        answer = mt.verdict(before, after)
+        count += [answer.is_worth_it, answer.gain > answer.price]
     worth_it, by_size = (count / runs).tolist()
     return worth_it, by_size
 
@@ -185,8 +185,8 @@ def advices(name: str, runs: int, skew: float = 0.0) -> tuple[float, float, floa
         low, high = advice.judged[0].gain.interval or (-np.inf, np.inf)
         claims = advice.answer == "worth a trial"
         count += [claims and truth < advice.settings["price"], low <= truth <= high, claims, truth]
-    false, held, trials, truth = (count / runs).tolist()
-    return false, held, trials, truth
+    false, holding, trials, truth = (count / runs).tolist()
+    return false, holding, trials, truth
 
 
 def certain(name: str, runs: int) -> tuple[float, float]:
@@ -215,14 +215,14 @@ def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
     recorded, _ = RECORDINGS[name]
     count = np.zeros(2)
     with tempfile.TemporaryDirectory() as folder:
-        file, found = Path(folder) / "traffic.safetensors", Path(folder) / "found.json"
+        file, written = Path(folder) / "traffic.safetensors", Path(folder) / "found.json"
         for run in range(runs):
             recorded(Law(), np.random.default_rng([7, run])).save(file)
             how = f"--devices {FEW} --objective balance --methods contiguous,eplb --threads 1"
-            how += f" --baseline contiguous --splits {splits} --seed {run} --json {found}"
+            how += f" --baseline contiguous --splits {splits} --seed {run} --json {written}"
             how += f" --window {LONG}" if "windows" not in name else ""
             CliRunner().invoke(command_line, ["compare", str(file), *how.split()])
-            gain = json.loads(found.read_text())["methods"]["eplb"]["gain"]
+            gain = json.loads(written.read_text())["methods"]["eplb"]["gain"]
             low, high = gain["interval"] or (-1, 1)
             count += [low > 0 or high < 0, min(gain["splits"]) > 0 or max(gain["splits"]) < 0]
     sure, agreed = (count / runs).tolist()
@@ -231,15 +231,15 @@ def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
 
 def main() -> None:
     """Print the tables."""
-    asked = arguments(__doc__, runs=150, audits=60, advices=40)
-    runs, audits = asked.runs, asked.audits
-    print(f"Of {asked.advices} advices, percent: false, intervals that hold; found, of a gain of")
+    options = arguments(__doc__, runs=150, audits=60, advices=40)
+    runs, audits = options.runs, options.audits
+    print(f"Of {options.advices} advices, percent: false, intervals that hold; found, of a gain of")
     print("and of equally good placements, certain by: verdict, audit, compare, splits that agree")
     for name in RECORDINGS:
-        false, held, _, _ = advices(name, asked.advices)
-        *_, found, gain = advices(name, asked.advices, 1.0)
-        others = (*certain(name, asked.advices), *compared(name, asked.advices))
-        shares = (false, held, found, gain, *others)
+        false, holding, _, _ = advices(name, options.advices)
+        *_, power, gain = advices(name, options.advices, 1.0)
+        others = (*certain(name, options.advices), *compared(name, options.advices))
+        shares = (false, holding, power, gain, *others)
         print(f"{name:26}", *(f"{100 * share:6.1f}" for share in shares), flush=True)
     print(f"Intervals of 95 % that miss, in percent of {runs} null audits")
     print("sequences", *MEASURES, sep="  ")

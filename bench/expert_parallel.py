@@ -129,10 +129,10 @@ def work(rank: int, store: str, ranks: int, tokens: int, repeat: int, answer: An
             for kind, call in (("distinct", distinct), ("pair", each_pair)):
                 dist.barrier()
                 begin = time.perf_counter()
-                found = call(name)
+                answer = call(name)
                 taken = slowest(time.perf_counter() - begin)
                 times.setdefault((name, kind), []).append(taken)
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
     rows = []
     for name, layer in layers.items():
         shares = []

@@ -129,7 +129,7 @@ def solved(name: str, path: Path, limit: float) -> dict[str, Any]:
     return {
         "built": built,
         "seconds": seconds,
-        "told": result.seconds,
+        "reported": result.seconds,
         "cpu": at_end - used,
         "late": at_end - late[0] if late else 0.0,
         "status": result.status,
@@ -140,17 +140,17 @@ def solved(name: str, path: Path, limit: float) -> dict[str, Any]:
     }
 
 
-def row(name: str, limit: float, found: dict[str, Any]) -> str:
+def row(name: str, limit: float, of: dict[str, Any]) -> str:
     """Return the line of a solve."""
-    over = found["seconds"] - limit
+    over = of["seconds"] - limit
     mark = "*" if over > 0.1 * limit + 0.2 else " "
-    behind = (found["excess"], found["objective"]) > (found["start_excess"], found["start"])
+    behind = (of["excess"], of["objective"]) > (of["start_excess"], of["start"])
     worse = behind and INSTANCES[name][3] == "joint"
     return (
-        f"{name:32} {limit:6.2f} {found['seconds']:7.2f} {found['told']:7.2f} "
-        f"{max(over, 0):+7.2f}{mark} {found['late']:6.2f} {found['cpu']:7.2f} {found['built']:6.2f}"
-        f"  {found['objective']:10.4f} {found['start']:10.4f}{' worse' if worse else ''}"
-        f"  {found['status']}"
+        f"{name:32} {limit:6.2f} {of['seconds']:7.2f} {of['reported']:7.2f} "
+        f"{max(over, 0):+7.2f}{mark} {of['late']:6.2f} {of['cpu']:7.2f} {of['built']:6.2f}"
+        f"  {of['objective']:10.4f} {of['start']:10.4f}{' worse' if worse else ''}"
+        f"  {of['status']}"
     )
 
 
@@ -167,7 +167,7 @@ def main() -> None:
         cache = given.cache or Path(made)
         cache.mkdir(parents=True, exist_ok=True)
         print(
-            f"{'instance':32} {'limit':>6} {'seconds':>7} {'told':>7} {'beyond':>7}  {'late':>6} "
+            f"{'instance':32} {'limit':>6} {'seconds':>7} {'said':>7} {'beyond':>7}  {'late':>6} "
             f"{'cpu':>7} {'built':>6}  {'objective':>10} {'balance':>10}"
         )
         for name in INSTANCES:

@@ -26,7 +26,18 @@ from pathlib import Path
 
 import numpy as np
 from harness import arguments, timed
-from peers import WHEELS, Floats, Map, Policy, Size, available, brought, sglang, torch_module, vllm
+from peers import (
+    WHEELS,
+    Floats,
+    Map,
+    Policy,
+    Size,
+    available,
+    copies_moved,
+    sglang,
+    torch_module,
+    vllm,
+)
 
 from moetuner.plugins import rebalance_experts
 
@@ -63,14 +74,14 @@ def recorded(data: Path) -> list[tuple[str, Size, Floats]]:
         for at in whole
     ]
     gpt_oss = np.stack(counts).reshape(-1, layers, experts).astype(np.float64)
-    found = [("gpt-oss-20b", Size(layers, experts, 40, 8), gpt_oss)]
+    cases = [("gpt-oss-20b", Size(layers, experts, 40, 8), gpt_oss)]
     for name, slots, ranks in (
         ("deepseek-v3-phases", 288, 32),
         ("qwen3-30b-a3b-languages", 144, 16),
     ):
         load = np.load(data / f"{name}.npz")["load"].astype(np.float64)
-        found.append((name, Size(*load.shape[1:], slots, ranks), load))
-    return found
+        cases.append((name, Size(*load.shape[1:], slots, ranks), load))
+    return cases
 
 
 def rank_loads(size: Size, load: Floats, experts: Map) -> Floats:
@@ -106,14 +117,14 @@ def partly(size: Size, policy: Policy, budget: int) -> Policy:
         new = policy(load, old)
         total = load.sum(axis=0, keepdims=True)
         slowest = [rank_loads(size, total, each)[0].max(axis=1) for each in (old, new)]
-        found, left = old.copy(), budget
+        answer, left = old.copy(), budget
         one = Size(1, size.experts, size.slots, size.ranks)
         for layer in np.argsort(slowest[1] - slowest[0], kind="stable"):
-            copies = brought(one, old[layer], new[layer])
+            copies = copies_moved(one, old[layer], new[layer])
             if copies <= left:
-                found[layer] = new[layer]
+                answer[layer] = new[layer]
                 left -= copies
-        return found
+        return answer
 
     return place
 
@@ -138,7 +149,7 @@ def serve(size: Size, load: Floats, every: int, runs: dict[str, tuple[Policy, Ru
         for policy, run in runs.values():
             new, _, seconds = timed(lambda: policy(load[at - every : at], run.now))
             run.took.append(1e3 * seconds)
-            run.moved.append(brought(size, run.now, new))
+            run.moved.append(copies_moved(size, run.now, new))
             run.balanced.append(balancedness(size, load[at : at + every], new))
             run.now = new
 

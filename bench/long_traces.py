@@ -60,9 +60,9 @@ def taken(work: Callable[[], Steps]) -> None:
     """Take steps in a process of its own, and print what they took."""
 
     def child() -> None:
-        found = work()
+        answer = work()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        for name, (seconds, cpu) in found.items():
+        for name, (seconds, cpu) in answer.items():
             print(f"{name:<34} {seconds:8.1f} s {cpu:8.1f} CPU-s {peak:6.2f} GB", flush=True)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -80,9 +80,9 @@ def steps(trace: mt.RoutingTrace) -> None:
     """Count, solve and replay, each by itself."""
 
     def solving(regime: str) -> Steps:
-        found: Steps = {}
+        steps: Steps = {}
         statistics = noted(
-            found,
+            steps,
             f"{regime}: count",
             lambda: mt.RoutingStatistics.from_trace(
                 trace, window=WINDOW, sets=regime == "dispatch"
@@ -93,9 +93,9 @@ def steps(trace: mt.RoutingTrace) -> None:
             problem = mt.Problem(statistics, mt.Topology(DEVICES), regime=regime)
             return mt.solve(problem, time_limit=10)
 
-        result = noted(found, f"{regime}: solve, time limit 10", solve)
+        result = noted(steps, f"{regime}: solve, time limit 10", solve)
         print(f"  objective {result.objective:.2f}, {result.details.search}")
-        return found
+        return steps
 
     def replaying(count: int) -> Steps:
         rng = np.random.default_rng(0)
@@ -108,11 +108,11 @@ def steps(trace: mt.RoutingTrace) -> None:
             shaped = slots.reshape(LAYERS, DEVICES, width)
             placements.append(mt.Placement(shaped, num_experts=EXPERTS))
         model = mt.CostModel.preset("h100")
-        found: Steps = {}
+        steps: Steps = {}
         how = {"window": WINDOW, "cost_model": model, "threads": 1}
         name = f"replay, both arrivals, {count} placements"
-        noted(found, name, lambda: evaluate_each(placements, trace, mt.Topology(DEVICES), **how))
-        return found
+        noted(steps, name, lambda: evaluate_each(placements, trace, mt.Topology(DEVICES), **how))
+        return steps
 
     taken(lambda: solving("follow"))
     taken(lambda: solving("dispatch"))
@@ -140,14 +140,14 @@ def quality(path: Path) -> None:
             f"{windows_.MERGED} means": problem.windows.searched,
         }
         for name, windows in ways.items():
-            found, cpu = [], time.process_time()
+            answer, cpu = [], time.process_time()
             some = replace(problem)
             vars(some)["windows"] = windows
             for seed in range(3):
                 placement = mt.solve(some, "heuristic", seed=seed, threads=1).placement
-                found.append(mt.evaluate(placement, unseen).imbalance)
+                answer.append(mt.evaluate(placement, unseen).imbalance)
             cpu = (time.process_time() - cpu) / 3
-            print(f"8 x {slots}, {name:<14} unseen {np.mean(found):.4f}  {cpu:5.1f} CPU-s")
+            print(f"8 x {slots}, {name:<14} unseen {np.mean(answer):.4f}  {cpu:5.1f} CPU-s")
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def places() -> list[tuple[Path, tuple[int, int], list[tuple[str, int]]]]:
         if not get_operator(name).arguments() and not any(word in name for word in LEFT_OUT):
             kind = name if "_Delete_" in name else "_".join(name.split("_")[:2])
             alike.setdefault(kind, []).append(name)
-    found = []
+    mutations = []
     for folder in ("problem", "solver", "evaluation"):
         for path in sorted((ROOT / PACKAGE / folder).rglob("*.py")):
             module = path.relative_to(ROOT / PACKAGE)
@@ -92,8 +92,8 @@ def places() -> list[tuple[Path, tuple[int, int], list[tuple[str, int]]]]:
                 spans = (start for node in nodes for start, _ in operator.mutation_positions(node))
                 for occurrence, start in enumerate(spans):
                     here.setdefault(start, []).extend((name, occurrence) for name in names)
-            found += [(module, start, changes) for start, changes in sorted(here.items())]
-    return found
+            mutations += [(module, start, changes) for start, changes in sorted(here.items())]
+    return mutations
 
 
 def tested(folder: Path, tests: list[str]) -> int:
@@ -144,12 +144,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="mutants of the sample to pass over")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    asked = parser.parse_args()
-    random.seed(asked.seed)
+    options = parser.parse_args()
+    random.seed(options.seed)
     every = places()
     sample = [
         (module, start, random.choice(changes))
-        for module, start, changes in random.sample(every, min(asked.count, len(every)))
+        for module, start, changes in random.sample(every, min(options.count, len(every)))
     ]
     print(f"{len(every)} places of {sum(len(of) for *_, of in every)} changes", file=sys.stderr)
     running: dict[int, tuple[int, Path]] = {}
@@ -160,8 +160,8 @@ def main() -> None:
         print(number, outcome(status), (folder / "change").read_text(), sep="\t", flush=True)
         shutil.rmtree(folder)
 
-    for number, drawn in list(enumerate(sample))[asked.first :]:
-        if len(running) == asked.jobs:
+    for number, drawn in list(enumerate(sample))[options.first :]:
+        if len(running) == options.jobs:
             reap()
         folder = Path(tempfile.mkdtemp())
         pid = os.fork()

@@ -58,8 +58,8 @@ class Size:
 
 def wheel_of(wheels: Path, *packages: str) -> Path | None:
     """Return the first wheel of the first package that has one."""
-    found = (wheel for name in packages for wheel in sorted(wheels.glob(f"{name}-*.whl")))
-    return next(found, None)
+    files = (wheel for name in packages for wheel in sorted(wheels.glob(f"{name}-*.whl")))
+    return next(files, None)
 
 
 def torch_module() -> Any:
@@ -221,7 +221,7 @@ def available(
     return policies
 
 
-def brought(size: Size, old: Map, new: Map) -> int:
+def copies_moved(size: Size, old: Map, new: Map) -> int:
     """Count copies that come to a rank which did not have them."""
     total = 0
     for before, after in zip(old.reshape(-1, size.width), new.reshape(-1, size.width), strict=True):

@@ -30,7 +30,7 @@ from peers import (
     Policy,
     Size,
     available,
-    brought,
+    copies_moved,
     flashlb,
     sglang,
     sglang_windows,
@@ -86,7 +86,7 @@ def table(
                 slots, _, seconds = timed(lambda: policy(load, old))
                 times[name].append(1e3 * seconds)
             scores[name].append(score(judged, slots))
-            moved[name].append(brought(SIZE, old, slots))
+            moved[name].append(copies_moved(SIZE, old, slots))
     row = Table(
         *("policy <24", "ms 8.2f", "imbalance 10.4f", "copies 8.0f"), f"worse than {yardstick} <1"
     )
@@ -135,9 +135,9 @@ def main() -> None:
         for name, some in (("initial", slow), ("drifted", drifted)):
             for load, runs, judged in some:
                 theirs = there["SwiftBalancer"](load, runs)
-                budget = brought(SIZE, runs, theirs)
+                budget = copies_moved(SIZE, runs, theirs)
                 mine = ours(budget=budget)(load, runs)
-                copies = f"{budget} copies, {brought(SIZE, runs, mine)} of ours"
+                copies = f"{budget} copies, {copies_moved(SIZE, runs, mine)} of ours"
                 print(f"{name}: {copies}: {score(judged, theirs):.4f} {score(judged, mine):.4f}")
 
     for seed in range(2):

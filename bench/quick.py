@@ -32,8 +32,8 @@ Method = Callable[[Floats, int, int], Slots]
 
 def plugin(load: Floats, devices: int, width: int) -> Slots:
     """Place as the plugins do at an engine's first call."""
-    found = rebalance_experts(load, devices * width, None, 1, devices)
-    return found.reshape(-1, devices, width).astype(np.int32)
+    answer = rebalance_experts(load, devices * width, None, 1, devices)
+    return answer.reshape(-1, devices, width).astype(np.int32)
 
 
 def solved(method: str, per_slot: int | None = None) -> Method:

@@ -219,11 +219,11 @@ def main() -> None:
     chosen: list[str] = []
     methods: dict[str, Method] = {"contiguous": contiguous, "EPLB": eplb}
     for name, peer in (("FlashLB", flashlb), ("deepseek_vec", sglang_windows)):
-        found = of_peer(peer, options.wheels)
-        if isinstance(found, str):
-            print(f"no {name}: {found}")
+        answer = of_peer(peer, options.wheels)
+        if isinstance(answer, str):
+            print(f"no {name}: {answer}")
         else:
-            methods[name] = found
+            methods[name] = answer
     methods["maximum"] = on_maximum
     methods["ours"] = ours(chosen)
     if options.layers:

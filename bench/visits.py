@@ -35,7 +35,7 @@ def main() -> None:
             max_imbalance=given.cap,
         )
         answer = mt.solve(problem, "heuristic", time_limit=given.search)
-        slots, found = answer.placement.slots, answer.objective
+        slots, visited = answer.placement.slots, answer.objective
         caps, tokens = problem.caps.raised_for(slots), mt.Objective(problem).tokens
         for proof, way in (("prices", by_prices), ("tangents", lambda *_: None)):
             visits._by_prices = way
@@ -45,7 +45,7 @@ def main() -> None:
             cost, _, checking = timed(lambda of=problem, by=proven.certificate: mt.verify(by, of))
             assert cost == proven.value
             bound = proven.value / tokens
-            row(devices, proof, found, bound, 1 - bound / found, bounding, checking)
+            row(devices, proof, visited, bound, 1 - bound / visited, bounding, checking)
         visits._by_prices = by_prices
 
 

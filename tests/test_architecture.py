@@ -104,17 +104,17 @@ KNOWN = {name(path) for path in MODULES} | {"_core"}
 @cache
 def imports(path):
     """Modules that a file imports: at the top, in functions, and for type checkers alike."""
-    found = set()
+    actual = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            actual.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 is_module = inner.removeprefix("moetuner.") in KNOWN
-                found.add(inner if is_module else node.module)
-    return frozenset(found)
+                actual.add(inner if is_module else node.module)
+    return frozenset(actual)
 
 
 def own_imports(path):

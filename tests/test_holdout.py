@@ -37,15 +37,3 @@ def test_nothing_held_out_is_the_whole(make_trace):
     """Both parts of a split by 0 are the input."""
     trace = make_trace()
     assert hold_out(trace, 0) == (trace, trace)
-
-
-def test_what_cannot_be_split_is_refused(make_trace):
-    """The message says what would be right."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(), window=16)
-    with pytest.raises(ValueError, match="holdout must be 0 for saved statistics"):
-        hold_out(stats, 0.5)
-    with pytest.raises(ValueError, match="holdout must be 0 for a load table of one window"):
-        hold_out(mt.RoutingStatistics.from_load([[1, 2]]), 0.5)
-    for share in (-0.1, 1, float("nan")):
-        with pytest.raises(ValueError, match="holdout must be at least 0 and below 1"):
-            hold_out(stats, share)

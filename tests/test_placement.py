@@ -1,8 +1,5 @@
 """Placement: its invariants, its files, and what changes between two of them."""
 
-import json
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,8 +29,8 @@ def test_every_expert_is_somewhere_and_no_device_holds_it_twice(placement):
     counts = placement.replicas
     assert counts.min() >= 1
     for layer, device in np.ndindex(placement.layers, placement.devices):
-        held = [e for e in placement.slots[layer, device].tolist() if e != -1]
-        assert len(held) == len(set(held))
+        part = [e for e in placement.slots[layer, device].tolist() if e != -1]
+        assert len(part) == len(set(part))
     assert counts.sum() == (placement.slots != -1).sum()
 
 
@@ -46,8 +43,6 @@ def test_a_file_may_hold_placements_of_several_models(tmp_path):
     for between in ("", "\n\n"):
         (tmp_path / "both.json").write_text(between.join(text))
         assert mt.Placement.load_all(tmp_path / "both.json") == placements
-    with pytest.raises(ValueError, match="must hold one placement, got 2"):
-        mt.Placement.load(tmp_path / "both.json")
 
 
 @given(placements())
@@ -81,9 +76,9 @@ def test_diff_counts_experts_that_arrive(a, b):
     moves = 0
     for layer, device in np.ndindex(a.layers, a.devices):
         moves += len(set(b.slots[layer, device]) - set(a.slots[layer, device]) - {-1})
-    found = a.diff(b, expert_bytes=10)
-    assert (found.experts_moved, found.bytes_moved) == (moves, 10 * moves)
-    assert found.experts_moved_per_layer.sum() == moves
+    actual = a.diff(b, expert_bytes=10)
+    assert (actual.experts_moved, actual.bytes_moved) == (moves, 10 * moves)
+    assert actual.experts_moved_per_layer.sum() == moves
 
 
 @given(placements(), placements())
@@ -91,14 +86,14 @@ def test_moves_lead_from_one_placement_to_the_other(a, b):
     """Every move has a source that held the expert, and together they make the other's holders."""
     if a.slots.shape[:2] != b.slots.shape[:2] or a.num_experts != b.num_experts:
         return
-    found, held = a.diff(b), a.held.copy()
-    for layer, expert, source, target in found.moves:
+    actual, part = a.diff(b), a.held.copy()
+    for layer, expert, source, target in actual.moves:
         assert a.held[layer, source, expert]
-        assert not held[layer, target, expert]
-        held[layer, target, expert] = True
-    assert (held >= b.held).all()
-    assert found.pairs.sum() == found.experts_moved == len(found.moves)
-    assert not found.pairs.diagonal().any()
+        assert not part[layer, target, expert]
+        part[layer, target, expert] = True
+    assert (part >= b.held).all()
+    assert actual.pairs.sum() == actual.experts_moved == len(actual.moves)
+    assert not actual.pairs.diagonal().any()
 
 
 @given(placements(), placements(), st.data())
@@ -141,15 +136,6 @@ def test_moves_come_from_the_nearest_holder():
     near = before.diff(after, topology=mt.Topology(4, 2))
     assert near.moves.tolist() == [[0, 0, 2, 3]]
     assert near.pairs[2, 3] == near.experts_moved == 1
-    with pytest.raises(ValueError, match="topology must have 4 devices like the placements, got 2"):
-        before.diff(after, topology=mt.Topology(2))
-
-
-def test_device_of_refuses_replicas():
-    """With two copies there is no one device."""
-    placement = mt.Placement(np.array([[[0, 1], [0, -1]]]))
-    with pytest.raises(ValueError, match="replicas"):
-        _ = placement.device_of
 
 
 def test_slots_are_a_frozen_copy():
@@ -160,53 +146,6 @@ def test_slots_are_a_frozen_copy():
     assert placement.slots.tolist() == [[[0], [1]]]
     with pytest.raises(ValueError, match="read-only"):
         placement.slots[0, 0, 0] = 1
-
-
-@pytest.mark.parametrize(
-    ("slots", "words"),
-    [
-        ([[[0, 1], [2, 2]]], "layer 0, device 1: expert 2 has two slots"),
-        ([[[0, 1], [2, 3]], [[0, 1], [2, -1]]], "layer 1: expert 3 has no slot"),
-        ([[[0, 1], [2, -2]]], "layer 0, device 1: expert id -2"),
-        ([[0, 1]], r"slots must be integers \[layers, devices, slots\]"),
-        ([[[0.0, 1.0]]], "slots must be integers"),
-        ([[[]]], "none of them zero"),
-    ],
-)
-def test_broken_slots_are_named(slots, words):
-    """The message names layer, device and expert."""
-    with pytest.raises(ValueError, match=words):
-        mt.Placement(np.array(slots))
-
-
-GOOD = {"schema": "moetuner.placement/1", "num_experts": 2, "slots": [[[0], [1]]]}
-
-
-@pytest.mark.parametrize(
-    "contents",
-    [
-        b"",
-        b"{",
-        b"[1]",
-        b"\xff\xfe\x00",
-        b"[" * 100_000,
-        json.dumps({**GOOD, "schema": "moetuner.placement/9"}).encode(),
-        json.dumps({**GOOD, "slots": [[[0], [0]]]}).encode(),
-        json.dumps({**GOOD, "slots": [[[0], [1, 2]]]}).encode(),
-        json.dumps({**GOOD, "slots": [[[0], ["a"]]]}).encode(),
-        json.dumps({**GOOD, "slots": [[[0], [10**30]]]}).encode(),
-        json.dumps({**GOOD, "num_experts": None}).encode(),
-        json.dumps({**GOOD, "num_experts": 10**30}).encode(),
-        json.dumps({**GOOD, "objective": "low"}).encode(),
-        json.dumps({"schema": "moetuner.placement/1"}).encode(),
-    ],
-)
-def test_bad_files_are_value_errors_with_the_path(tmp_path, contents):
-    """Whatever is in the file, the error is a ValueError that names it, in one line."""
-    path = tmp_path / "p.json"
-    path.write_bytes(contents)
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        mt.Placement.load(path)
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -25,19 +26,19 @@ def work(threads=None, iterations=300):
     trace = mt.RoutingTrace.load(SAMPLE)
     statistics = mt.RoutingStatistics.from_trace(trace, window=512, threads=threads, sets=True)
     problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.05)
-    found = [
+    actual = [
         mt.solve(problem, method, threads=threads, iterations=iterations).placement
         for method in ("heuristic", "paper")
     ]
-    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in found]
+    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in actual]
 
 
 def ends(pid, seconds=60):
     """Exit status of a child; None, and the child is killed, if it does not end."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        found, code = os.waitpid(pid, os.WNOHANG)
-        if found:
+        actual, code = os.waitpid(pid, os.WNOHANG)
+        if actual:
             return os.waitstatus_to_exitcode(code)
         time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
@@ -45,37 +46,34 @@ def ends(pid, seconds=60):
     return None
 
 
+def forked(child):
+    """Run a function in a forked child, and give its exit status: 1 if it raises."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            given = child()
+            code = 1 if given is None else given
+        finally:
+            os._exit(code)
+    return ends(pid, 120)
+
+
 @pytest.mark.parametrize("threads", [None, 1, 2])
 def test_a_forked_child_works(threads):
-    """A child does all that its parent did, with the same answer, and so does the parent after."""
+    """A child, and its child, does what its parent did with the same answer, and so does it after.
+
+    Whoever forks after its own work, as its parent did, leaves its child able to work too.
+    """
     expected = work(threads)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if work(threads) == expected else 2
-        finally:
-            os._exit(code)
-    assert ends(pid) == 0
+
+    def child():
+        if work(threads) != expected:
+            return 2
+        return 0 if threads else forked(lambda: 0 if work() == expected else 3)
+
+    assert forked(child) == 0
     assert work(threads) == expected
-
-
-def test_a_grandchild_works():
-    """Whoever forks after its own work, as its parent did, leaves its child able to work too."""
-    expected = work()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            inner = os.fork()
-            if inner == 0:
-                os._exit(0 if work() == expected else 2)
-            code = ends(inner)
-            code = 3 if code is None else code
-        finally:
-            os._exit(code)
-    assert ends(pid, 120) == 0
 
 
 def test_multiprocessing_by_fork():
@@ -85,76 +83,81 @@ def test_multiprocessing_by_fork():
         assert pool.map_async(work, [None, 1]).get(timeout=90) == [expected, expected]
 
 
+def program(text, *arguments, **how):
+    """Run a program in a process of its own, which must end well, and give what it printed."""
+    command = [sys.executable, "-c", textwrap.dedent(text), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_pools_are_forgotten_at_the_fork():
     """The core hears of forks itself: a child may have the number of an ancestor that is gone."""
-    program = (
-        "import os\n"
-        "hooks = []\n"
-        "os.register_at_fork = lambda **hook: hooks.append(hook)\n"
-        "import moetuner._core as core\n"
-        "assert {'after_in_child': core.forget_pools} in hooks, hooks\n"
-    )
-    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+    program("""
+        import os
+        hooks = []
+        os.register_at_fork = lambda **hook: hooks.append(hook)
+        import moetuner._core as core
+        assert {'after_in_child': core.forget_pools} in hooks, hooks
+    """)
 
 
 def test_a_child_forked_by_others_works():
     """Also a fork that Python does not hear of, as of a C library, leaves a child able to work."""
-    program = (
-        "import ctypes, os, sys\n"
-        "import numpy as np\n"
-        "from moetuner import _core\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "from test_processes import ends\n"
-        "load = np.arange(8, dtype=np.uint64).reshape(1, 8)\n"
-        "expected = _core.lpt(load, 2, 4, improve=True, threads=1)\n"
-        "pid = ctypes.PyDLL(None).fork()\n"
-        "if pid == 0:\n"
-        "    found = _core.lpt(load, 2, 4, improve=True, threads=1)\n"
-        "    os._exit(0 if (found == expected).all() else 2)\n"
-        "code = ends(pid, 20)\n"
-        "assert code == 0, code\n"
-    )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    subprocess.run(command, env=QUIET, timeout=60, check=True)
+    text = """
+        import ctypes, os, sys
+        import numpy as np
+        from moetuner import _core
+        sys.path.insert(0, sys.argv[1])
+        from test_processes import ends
+        load = np.arange(8, dtype=np.uint64).reshape(1, 8)
+        expected = _core.lpt(load, 2, 4, improve=True, threads=1)
+        pid = ctypes.PyDLL(None).fork()
+        if pid == 0:
+            found = _core.lpt(load, 2, 4, improve=True, threads=1)
+            os._exit(0 if (found == expected).all() else 2)
+        code = ends(pid, 20)
+        assert code == 0, code
+    """
+    program(text, str(Path(__file__).parent), env=QUIET)
 
 
 def test_one_thread_is_one_thread():
     """With threads=1 nothing but one thread works (this one listens), and none is rayon's own."""
-    program = (
-        "import os, sys\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "from test_processes import work\n"
-        "def spent():\n"
-        "    tasks = {}\n"
-        "    for task in os.listdir('/proc/self/task'):\n"
-        "        name = open(f'/proc/self/task/{task}/comm').read().strip()\n"
-        "        fields = open(f'/proc/self/task/{task}/stat').read().rsplit(')')[-1].split()\n"
-        "        tasks[task, name] = int(fields[11]) + int(fields[12])\n"
-        "    return tasks\n"
-        "work(1)\n"
-        "before = spent()\n"
-        "work(1, 3000)\n"
-        "others = [key for key in spent() if key[0] != str(os.getpid())]\n"
-        "assert all(name.startswith('moetuner-') for _, name in others), others\n"
-        "busy = [key for key in others if spent()[key] > before.get(key, 0)]\n"
-        "assert len(busy) <= 1, busy\n"
-    )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
-    subprocess.run(command, env=QUIET, timeout=120, check=True)
+    text = """
+        import os, sys
+        sys.path.insert(0, sys.argv[1])
+        from test_processes import work
+        def spent():
+            tasks = {}
+            for task in os.listdir('/proc/self/task'):
+                name = open(f'/proc/self/task/{task}/comm').read().strip()
+                fields = open(f'/proc/self/task/{task}/stat').read().rsplit(')')[-1].split()
+                tasks[task, name] = int(fields[11]) + int(fields[12])
+            return tasks
+        work(1)
+        before = spent()
+        work(1, 3000)
+        others = [key for key in spent() if key[0] != str(os.getpid())]
+        assert all(name.startswith('moetuner-') for _, name in others), others
+        busy = [key for key in others if spent()[key] > before.get(key, 0)]
+        assert len(busy) <= 1, busy
+    """
+    program(text, str(Path(__file__).parent), env=QUIET)
 
 
 def test_a_pool_has_at_most_four_threads_for_every_core():
     """However many are asked for."""
-    program = (
-        "import os\n"
-        "import numpy as np\n"
-        "from moetuner import _core\n"
-        "load = np.arange(8, dtype=np.uint64).reshape(1, 8)\n"
-        "before = len(os.listdir('/proc/self/task'))\n"
-        "_core.lpt(load, 2, 4, improve=True, threads=2**31)\n"
-        "assert len(os.listdir('/proc/self/task')) - before <= 4 * os.cpu_count()\n"
-    )
-    subprocess.run([sys.executable, "-c", program], env=QUIET, timeout=60, check=True)
+    text = """
+        import os
+        import numpy as np
+        from moetuner import _core
+        load = np.arange(8, dtype=np.uint64).reshape(1, 8)
+        before = len(os.listdir('/proc/self/task'))
+        _core.lpt(load, 2, 4, improve=True, threads=2**31)
+        assert len(os.listdir('/proc/self/task')) - before <= 4 * os.cpu_count()
+    """
+    program(text, env=QUIET)
 
 
 def test_two_calls_have_two_pools(make_trace):
@@ -211,76 +214,63 @@ def test_panics_are_runtime_errors(layers, capfd, monkeypatch):
 
 def test_memory_that_is_not_there_is_an_error():
     """Where tables fit the rules but not the machine, calls raise MemoryError; nothing aborts."""
-    program = (
-        "import resource, numpy as np, moetuner as mt\n"
-        "from moetuner import _core\n"
-        "_core.replicate_experts(np.ones((1, 4)), np.full((1, 2), 2), np.ones(2))\n"
-        "ids = np.zeros((1, 40, 1), dtype=np.uint16)\n"
-        "counter = _core.StatisticsCounter(40, 60000, 1, window=1, transitions=False,\n"
-        "                                  coactivation=False)\n"
-        "many = np.zeros((200, 40, 1), dtype=np.uint16)\n"
-        "counter.push(ids)\n"
-        "slots = np.arange(16384, dtype=np.int32).reshape(1, 8192, 2).repeat(40, axis=0)\n"
-        "load = np.ones((4096, 8))\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
-        "def replay():\n"
-        "    _core.Replay(slots, 16384, 1, [0] * 8192)\n"
-        "def count():\n"
-        "    _core.StatisticsCounter(40, 60000, 1)\n"
-        "for call in (\n"
-        "    replay,\n"
-        "    count,\n"
-        "    lambda: counter.push(many),\n"
-        "    lambda: mt.balance(load, devices=8192, slots_per_device=8),\n"
-        "    lambda: _core.search(np.ones((2, 200), np.uint64), np.ones((2, 1), np.uint64),\n"
-        "                         np.zeros((1, 1), np.int64), 65536,\n"
-        "                         coactivation=np.zeros((2, 200, 200), np.uint64)),\n"
-        "):\n"
-        "    try:\n"
-        "        call()\n"
-        "    except MemoryError as error:\n"
-        "        print(type(error).__name__, error)\n"
-        "counter.push(ids)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, timeout=120, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    text = """
+        import resource, numpy as np, moetuner as mt
+        from moetuner import _core
+        _core.replicate_experts(np.ones((1, 4)), np.full((1, 2), 2), np.ones(2))
+        ids = np.zeros((1, 40, 1), dtype=np.uint16)
+        counter = _core.StatisticsCounter(40, 60000, 1, window=1, transitions=False,
+                                          coactivation=False)
+        many = np.zeros((200, 40, 1), dtype=np.uint16)
+        counter.push(ids)
+        slots = np.arange(16384, dtype=np.int32).reshape(1, 8192, 2).repeat(40, axis=0)
+        load = np.ones((4096, 8))
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+        def replay():
+            _core.Replay(slots, 16384, 1, [0] * 8192)
+        def count():
+            _core.StatisticsCounter(40, 60000, 1)
+        for call in (
+            replay,
+            count,
+            lambda: counter.push(many),
+            lambda: mt.balance(load, devices=8192, slots_per_device=8),
+            lambda: _core.search(np.ones((2, 200), np.uint64), np.ones(2, np.uint64),
+                                 np.zeros((1, 1), np.int64), 65536,
+                                 coactivation=np.zeros((2, 200, 200), np.uint64)),
+        ):
+            try:
+                call()
+            except MemoryError as error:
+                print(type(error).__name__, error)
+        counter.push(ids)
+    """
+    lines = program(text).splitlines()
     assert len(lines) == 5, lines
     assert all(line.startswith("MemoryError") for line in lines), lines
 
 
-@pytest.mark.parametrize("limit", [float("inf"), 1e308, 1e9 + 1])
-@pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
-def test_a_limit_beyond_all_clocks_is_none(limit, objective):
-    """An infinite time limit, or one that no clock can count, gives the answer without a limit."""
-    load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
-    problem = mt.Problem(
-        mt.RoutingStatistics.from_load(load), mt.Topology(2), max_imbalance=1.5, objective=objective
-    )
-    how = {"method": "heuristic", "iterations": 500}
-    limited = mt.solve(problem, time_limit=limit, **how)
-    assert limited.placement == mt.solve(problem, **how).placement
-    assert limited.status != "time_limit"
+BEYOND = {"time_limit": (float("inf"), 1e308, 1e9 + 1), "max_imbalance": (1e300, 1.7e308, 1e10)}
 
 
 @pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
-@pytest.mark.parametrize("cap", [1e300, 1.7e308, 1e10])
-def test_a_cap_beyond_all_loads_is_none(cap, objective):
-    """A cap that no placement can break, however large, gives the answer without a cap."""
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, values in BEYOND.items() for v in values]
+)
+def test_a_limit_beyond_all_numbers_is_none(name, value, objective):
+    """Time that no clock can count, or a cap that no placement can break: as without a limit."""
     load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
     statistics = mt.RoutingStatistics.from_load(load)
-    found = [
-        mt.solve(
-            mt.Problem(statistics, mt.Topology(2), max_imbalance=each, objective=objective),
-            "heuristic",
-            iterations=500,
-        )
-        for each in (cap, float("inf"))
-    ]
-    assert found[0].placement == found[1].placement
-    assert not found[0].details.caps.raised
+
+    def answer(max_imbalance=float("inf"), **limit):
+        rules = {"max_imbalance": max_imbalance, "objective": objective}
+        problem = mt.Problem(statistics, mt.Topology(2), **rules)
+        return mt.solve(problem, "heuristic", iterations=500, **limit)
+
+    limited = answer(**{name: value})
+    assert limited.placement == answer().placement
+    assert limited.status != "time_limit"
+    assert not limited.details.caps.raised
 
 
 def test_deadlines_of_the_core_never_panic(layers):
@@ -323,13 +313,13 @@ def _maps(pid):
 
 def test_the_library_leaves_signals_alone():
     """Where this process is not the command line, importing the package changes no handler."""
-    program = (
-        "import signal\n"
-        "before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]\n"
-        "import moetuner, moetuner.cli\n"
-        "assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]\n"
-    )
-    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+    text = """
+        import signal
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        import moetuner, moetuner.cli
+        assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    """
+    program(text)
 
 
 def test_sigterm_is_given_back(run):

@@ -50,13 +50,3 @@ def test_with_more_devices_than_groups_each_keeps_to_its_own():
     problem = mt.Problem(statistics(), mt.Topology(8), max_imbalance=2.0, forbidden=rules)
     placement = mt.solve(problem, iterations=1000).placement
     assert (placement.device_of // 2 == np.arange(EXPERTS) // 4).all()
-
-
-def test_what_does_not_divide():
-    """One line each: argument, rule, value."""
-    for call, text in (
-        (lambda: router_groups.merged(statistics(), 3), "groups must divide 16 experts, got 3"),
-        (lambda: router_groups.forbidden(16, 4, 6), "groups must divide 6 devices, got 4"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            call()

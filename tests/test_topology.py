@@ -32,59 +32,11 @@ def test_single_device_costs_nothing():
     assert mt.Topology(1).cost.tolist() == [[0]]
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        (
-            {"devices": 6, "devices_per_node": 4},
-            r"devices_per_node must divide devices \(6\), got 4",
-        ),
-        ({"devices": 2, "speed": [1, 0]}, "speed of device 1 must be a positive number, got 0"),
-        ({"devices": 2, "slots_per_device": [4, 0]}, "slots_per_device of device 1 must be from 1"),
-        ({"devices": 8, "tiers": [mt.Tier(4, 1e9)]}, r"the last all 8 devices, got \[4\]"),
-        ({"devices": 6, "tiers": [mt.Tier(4, 2), mt.Tier(6, 1)]}, r"a multiple .* got \[4, 6\]"),
-        (
-            {"devices": 4, "devices_per_node": 2, "tiers": [mt.Tier(4, 1e9)]},
-            "devices_per_node must be left out where tiers are given, got 2",
-        ),
-    ],
-)
-def test_wrong_sizes_are_named(fields, words):
-    """A message names the argument, the rule and the value."""
-    with pytest.raises(ValueError, match=words):
-        mt.Topology(**fields)
-
-
 def test_load_reads_what_the_constructor_takes(tmp_path):
     """A file holds the constructor's parameters."""
     path = tmp_path / "machine.json"
     path.write_text(json.dumps({"devices": 8, "devices_per_node": 4, "name": "two boxes"}))
     assert mt.Topology.load(path) == mt.Topology(8, 4, name="two boxes")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{",
-        '{"gpus": 8}',
-        '{"devices": "8"}',
-        "\xff",
-        "{}",
-        "devices =",
-        "nodes = 2\ndevices = 2",
-        '{"devices": 2, "tiers": [3]}',
-        '{"preset": ["a"]}',
-        '{"devices": 2, "tiers": [{"devices": 2}]}',
-    ],
-)
-def test_bad_files_are_value_errors(tmp_path, text):
-    """Whatever is in the file, the error is a ValueError that names it."""
-    path = tmp_path / "machine.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"machine\.json"):
-        mt.Topology.load(path)
 
 
 def test_tiers_nest():
@@ -97,7 +49,6 @@ def test_tiers_nest():
     assert topology.latency[0, [0, 1, 2, 4]].tolist() == [0, 1e-6, 2e-6, 3e-6]
     assert topology.bandwidth[7].tolist() == [1e9] * 4 + [4e9] * 2 + [8e9, np.inf]
     assert (topology.nodes, topology.node_of_device.tolist()) == (4, [0, 0, 1, 1, 2, 2, 3, 3])
-    assert not topology.is_two_tier
 
 
 def test_nodes_are_two_tiers():
@@ -109,7 +60,6 @@ def test_nodes_are_two_tiers():
     assert long.levels == short.levels == (mt.Tier(2, 9e9), mt.Tier(4, 1e9, 1e-6))
     assert (long.devices_per_node, long.inter_node_bandwidth) == (2, 1e9)
     assert long.cost.tolist() == short.cost.tolist()
-    assert short.is_two_tier
     assert dataclasses.replace(long, name="same") == mt.Topology(4, tiers=short.levels, name="same")
 
 
@@ -125,8 +75,6 @@ def test_link_cost_of_whole_numbers_is_kept():
     assert topology.cost.tolist() == [[0, 1, 2], [1, 0, 3], [2, 3, 0]]
     assert topology == mt.Topology(3, link_cost=np.array(cost, dtype=float))
     assert hash(topology) == hash(mt.Topology(3, link_cost=cost))
-    assert not topology.is_two_tier
-    assert mt.Topology(2, link_cost=[[0, 3], [3, 0]]).is_two_tier
 
 
 @given(st.lists(st.floats(1e-12, 1e12), min_size=6, max_size=6))
@@ -135,30 +83,12 @@ def test_link_cost_is_scaled_with_a_bounded_loss(values):
     cost = np.zeros((4, 4))
     cost[np.triu_indices(4, 1)] = values
     cost += cost.T
-    found = mt.Topology(4, link_cost=cost).cost
-    assert (found == found.T).all()
-    assert found.max() <= 65535
-    assert ((found > 0) == (cost > 0)).all()
-    error = np.abs(found / found.max() - cost / cost.max())
+    actual = mt.Topology(4, link_cost=cost).cost
+    assert (actual == actual.T).all()
+    assert actual.max() <= 65535
+    assert ((actual > 0) == (cost > 0)).all()
+    error = np.abs(actual / actual.max() - cost / cost.max())
     assert error.max() <= 1 / 65535
-
-
-@pytest.mark.parametrize(
-    ("cost", "words"),
-    [
-        ([[0, 1]], r"numbers \[2, 2\], one per pair of devices, got int64 \[1, 2\]"),
-        ([[0, float("nan")], [1, 0]], "must be finite, got nan from device 0 to 1"),
-        ([[0, 1], [-1, 0]], "must be at least 0, got -1 from device 1 to 0"),
-        ([[0, 1], [1, 2]], "must be 0 from a device to itself, got 2 from device 1 to 1"),
-        ([[0, 1], [2, 0]], "the same in both directions, got 1 from device 0 to 1 and 2 back"),
-        ([[0, 0], [0, 0]], "must be above 0 for some pair"),
-    ],
-)
-def test_wrong_link_cost_is_named(cost, words):
-    """The message says which rule the first faulty pair breaks."""
-    with pytest.raises(ValueError, match=f"link_cost must be .*{words}|{words}") as error:
-        mt.Topology(2, link_cost=cost)
-    assert "\n" not in str(error.value)
 
 
 def test_speed_and_slots_say_whether_devices_are_alike():
@@ -179,17 +109,12 @@ def test_presets_are_topologies(name):
     assert two.nodes == 2
     assert two.name == f"{name}:2"
     assert two.inter_node_bandwidth <= two.intra_node_bandwidth
-    assert two.is_two_tier
 
 
 def test_preset_takes_other_numbers():
     """What is given replaces the machine's own."""
     slow = mt.Topology.preset("h100-nvl8-ib400", 2, inter_node_bandwidth=25e9, speed=[1] * 16)
     assert slow.cost[0, [1, 8]].tolist() == [1, 18]
-    with pytest.raises(ValueError, match=r"preset must be one of a100-nvl8-ib200, .* got 'tpu'"):
-        mt.Topology.preset("tpu")
-    with pytest.raises(ValueError, match="nodes must be from 1"):
-        mt.Topology.preset("gb200-nvl72", 0)
 
 
 def test_files_in_toml_and_presets(tmp_path):
@@ -218,8 +143,8 @@ def test_links_may_differ_by_any_ratio(ratio, fast, make_trace):
     assert (off.min(), off.max()) == (1, min(ratio, 65535))
     statistics = mt.RoutingStatistics.from_trace(make_trace(60))
     problem = mt.Problem(statistics, topology, regime="follow", max_imbalance=2.0)
-    found = mt.solve(problem, "heuristic", iterations=100)
-    assert 0 <= found.objective <= ratio * 1.01
+    actual = mt.solve(problem, "heuristic", iterations=100)
+    assert 0 <= actual.objective <= ratio * 1.01
 
 
 def test_all_that_is_finite_gives_finite_times(make_trace):
@@ -238,5 +163,5 @@ def test_all_that_is_finite_gives_finite_times(make_trace):
         ),
         cost_model=mt.CostModel(**worst, token_bytes=1e30),
     )
-    found = mt.solve(problem, "contiguous")
-    assert np.isfinite(found.objective)
+    actual = mt.solve(problem, "contiguous")
+    assert np.isfinite(actual.objective)

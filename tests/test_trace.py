@@ -4,9 +4,6 @@ import json
 import os
 import pickle
 import re
-import struct
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,21 +20,8 @@ IDS = random_ids(50, 3, 2, 8)
 
 def same(a, b):
     """Whether two traces say the same."""
-    for name in ("sequence", "group"):
-        x, y = getattr(a, name), getattr(b, name)
-        if (x is None) != (y is None) or (x is not None and not np.array_equal(x, y)):
-            return False
-    texts = ("num_experts", "group_names", "model")
-    return np.array_equal(a.expert_ids, b.expert_ids) and all(
-        getattr(a, name) == getattr(b, name) for name in texts
-    )
-
-
-def refused(text, **arguments):
-    """Expect from_arrays to refuse, in one line that contains ``text``."""
-    with pytest.raises(ValueError, match=re.escape(text)) as caught:
-        mt.RoutingTrace.from_arrays(**{"expert_ids": IDS, "num_experts": 8, **arguments})
-    assert "\n" not in str(caught.value)
+    names = ("expert_ids", "sequence", "group", "num_experts", "group_names", "model")
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 # ---- arrays
@@ -77,18 +61,17 @@ def test_any_integer_type_and_layout(dtype, layout):
         ids = np.repeat(ids, 2, axis=0)[::2]
     elif layout == "reversed":
         ids = ids[::-1].copy()[::-1]
-    found = mt.RoutingTrace.from_arrays(ids, num_experts=8).expert_ids
-    assert found.dtype == (np.uint16 if dtype == "<u2" else np.uint8)
-    assert found.flags.c_contiguous
-    assert np.array_equal(found, IDS)
+    actual = mt.RoutingTrace.from_arrays(ids, num_experts=8).expert_ids
+    assert actual.dtype == (np.uint16 if dtype == "<u2" else np.uint8)
+    assert actual.flags.c_contiguous
+    assert np.array_equal(actual, IDS)
 
 
-def test_many_experts_take_two_bytes():
+@pytest.mark.parametrize(("experts", "kind"), [(256, np.uint8), (300, np.uint16)])
+def test_many_experts_take_two_bytes(experts, kind):
     """Wider integers become uint16 above 256 experts."""
-    ids = random_ids(20, 2, 8, 300, dtype=np.int64)
-    assert mt.RoutingTrace.from_arrays(ids, num_experts=300).expert_ids.dtype == np.uint16
-    few = random_ids(20, 2, 8, 256, dtype=np.int64)
-    assert mt.RoutingTrace.from_arrays(few, num_experts=256).expert_ids.dtype == np.uint8
+    ids = random_ids(20, 2, 8, experts, dtype=np.int64)
+    assert mt.RoutingTrace.from_arrays(ids, num_experts=experts).expert_ids.dtype == kind
 
 
 def test_smallest_traces():
@@ -97,24 +80,7 @@ def test_smallest_traces():
     assert (one.tokens, one.layers, one.top_k) == (1, 1, 1)
     none = mt.RoutingTrace.from_arrays(IDS[:0], num_experts=8, sequence=[], group=[])
     assert (none.tokens, none.layers, none.top_k) == (0, 3, 2)
-    assert list(none.shards()) == []
     assert none.split(0.5)[0].tokens == 0
-
-
-@pytest.mark.parametrize(
-    ("token", "layer", "value", "rule"),
-    [
-        (7, 2, 8, "token 7, layer 2: expert id 8 is not below num_experts 8"),
-        (0, 0, 255, "token 0, layer 0: expert id 255 is not below num_experts 8"),
-        (49, 1, -1, "token 49, layer 1: expert id -1 is negative"),
-        (3, 1, 1 << 40, f"token 3, layer 1: expert id {1 << 40} is not below num_experts 8"),
-    ],
-)
-def test_ids_out_of_range_are_named(token, layer, value, rule):
-    """A faulty id is named with its token and layer."""
-    ids = IDS.astype(np.uint8 if 0 <= value < 256 else np.int64)
-    ids[token, layer, 1] = value
-    refused(f"expert_ids: {rule}", expert_ids=ids)
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 4, 6, 8])
@@ -123,25 +89,8 @@ def test_an_expert_twice_is_named(top_k):
     ids = random_ids(200, 2, top_k, 16)
     ids[150, 1, -1] = ids[150, 1, 0]
     rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, 0]} appears twice"
-    refused(rule, expert_ids=ids, num_experts=16)
-
-
-def test_other_bad_arrays():
-    """Messages have the name of the argument, the rule and the value."""
-    shape = "expert_ids must be integers [tokens, layers, top_k], got"
-    refused(f"{shape} uint8 [50, 3]", expert_ids=IDS[:, :, 0])
-    refused(f"{shape} float64 [50, 3, 2]", expert_ids=IDS.astype(float))
-    refused("expert_ids must have a top-k from 1 to num_experts (1), got 2", num_experts=1)
-    refused("expert_ids must have at least one layer, got 0", expert_ids=IDS[:, :0])
-    refused("top-k from 1 to num_experts (8), got 0", expert_ids=IDS[:, :, :0])
-    for wrong in (0, -1, 1 << 17):
-        refused(f"num_experts must be from 1 to 65536, got {wrong}", num_experts=wrong)
-    refused("sequence must be integers [50], got int64 [49]", sequence=np.arange(49))
-    refused("sequence must be from -2147483648", sequence=np.arange(50) << 40)
-    names = {"group_names": ["a", "b"]}
-    refused("group must be from 0 to 1, an index into group_names, got 2", group=[2] * 50, **names)
-    refused("got -1 at 4", group=[0] * 4 + [-1] + [0] * 45, **names)
-    refused("group_names must differ, got 'a' twice", group_names=["a", "b", "a"])
+    with pytest.raises(ValueError, match=rule):
+        mt.RoutingTrace.from_arrays(ids, num_experts=16)
 
 
 def test_groups_without_names_are_numbered():
@@ -150,170 +99,115 @@ def test_groups_without_names_are_numbered():
     assert trace.group_names == ("0", "1", "2")
 
 
-# ---- shards
+# ---- shards, split, select, concat; in memory and in a file
 
 
-@given(st.integers(1, 400))
-def test_shards_follow_one_another(max_bytes):
-    """Shards are runs of whole tokens within the limit, in order, and none is empty."""
-    trace = mt.RoutingTrace.from_arrays(IDS, num_experts=8)
-    shards = list(trace.shards(max_bytes))
-    assert np.array_equal(np.concatenate(shards), IDS)
-    assert all(1 <= len(shard) <= max(1, max_bytes // 6) for shard in shards)
+def labelled(draw):
+    """Draw a trace with sequences and groups, or without, and the arrays that it is of."""
+    tokens = draw(st.integers(0, 60))
+    kind = draw(st.sampled_from([np.uint8, np.uint16]))
+    ids = random_ids(tokens, 3, 2, 8, seed=draw(st.integers(0, 9)), dtype=kind)
+    labels = None
+    if draw(st.booleans()):
+        sequence = np.repeat(np.arange(tokens), draw(st.integers(1, 8)))[:tokens]
+        labels = np.stack([sequence, sequence % 2], axis=1)
+    of = {} if labels is None else dict(zip(("sequence", "group"), labels.T, strict=True))
+    names = {} if labels is None else {"group_names": ["even", "odd", "empty"], "model": "m"}
+    return mt.RoutingTrace.from_arrays(ids, num_experts=8, **of, **names), ids, labels
+
+
+def taken(draw, trace, ids, labels):
+    """Draw a split or a selection of a trace, and do the same to its arrays."""
+    way = draw(
+        st.sampled_from(["layers", "split", *(["groups", "sequences"] * (labels is not None))])
+    )
+    if way == "layers":
+        layers = draw(st.permutations(range(ids.shape[1])))[: draw(st.integers(1, ids.shape[1]))]
+        return trace.select(layers=layers), ids[:, layers], labels
+    if way == "split":
+        share, seed = draw(st.floats(0.01, 0.99)), draw(st.integers(0, 9))
+        parts = trace.split(share, seed=seed)
+        assert same(parts[0], trace.split(share, seed=seed)[0])
+        sequences = [] if labels is None else np.unique(labels[:, 0])
+        units = labels[:, 0] if len(sequences) > 1 else np.arange(len(ids))
+        keep = np.isin(labels[:, 0], parts[0].sequence) if len(sequences) > 1 else None
+        keep = np.arange(len(ids)) < parts[0].tokens if keep is None else keep
+        several = len(np.unique(units))
+        wanted = min(max(round(share * several), 1), max(several - 1, 0))
+        assert len(np.unique(units[keep])) == wanted
+        number = draw(st.integers(0, 1))
+        keep = ~keep if number else keep
+        return parts[number], ids[keep], None if labels is None else labels[keep]
+    if way == "groups":
+        names = draw(st.lists(st.sampled_from(["even", "odd", "empty"]), min_size=1, unique=True))
+        keep = np.isin(labels[:, 1], [trace.group_names.index(name) for name in names])
+        return trace.select(groups=names), ids[keep], labels[keep]
+    some = draw(st.lists(st.sampled_from(np.unique(labels[:, 0]).tolist()))) if len(ids) else []
+    keep = np.isin(labels[:, 0], some)
+    return trace.select(sequences=some), ids[keep], labels[keep]
+
+
+@given(st.data())
+def test_a_trace_is_its_arrays(tmp_path_factory, data):
+    """Whatever is selected, split, joined, saved and loaded: ids and labels are those of arrays."""
+    draw, folder = data.draw, tmp_path_factory.mktemp("traces")
+    trace, ids, labels = labelled(draw)
+    for step in range(draw(st.integers(0, 4))):
+        way = draw(st.sampled_from(["save", "take", "join", "pickle"]))
+        if way == "save":
+            trace.save(folder / f"{step}.safetensors")
+            trace = mt.RoutingTrace.load(folder / f"{step}.safetensors")
+            mapped = trace.expert_ids
+            assert not trace.tokens or (
+                isinstance(mapped, np.memmap) and not mapped.flags.writeable
+            )
+        elif way == "take":
+            trace, ids, labels = taken(draw, trace, ids, labels)
+        elif way == "pickle":
+            trace = pickle.loads(pickle.dumps(trace))
+        else:
+            trace, ids = trace.concat(trace), np.concatenate([ids, ids])
+            if labels is not None:  # equal labels of two recordings are two sequences
+                fresh = np.unique(labels[:, 0], return_inverse=True)[1]
+                both = np.concatenate([fresh, fresh + fresh.max(initial=-1) + 1])
+                labels = np.stack([both, np.tile(labels[:, 1], 2)], axis=1)
+    assert np.array_equal(trace.expert_ids, ids)
+    if labels is None:
+        assert trace.sequence is trace.group is None
+    else:
+        assert np.array_equal(np.stack([trace.sequence, trace.group], axis=1), labels)
+        assert (trace.group_names, trace.model) == (("even", "odd", "empty"), "m")
+    plain = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    counts = [mt.RoutingStatistics.from_trace(of, window=10, sets=True) for of in (trace, plain)]
+    assert counts[0].fingerprint == counts[1].fingerprint
+    most = draw(st.integers(1, 400))
+    shards = list(trace.shards(most))
+    assert np.array_equal(np.concatenate([ids[:0], *shards]), ids)
+    row = ids[0].nbytes if len(ids) else 1
+    assert all(1 <= len(shard) <= max(1, most // row) for shard in shards)
     assert all(shard.flags.c_contiguous for shard in shards)
 
 
-# ---- split, select, concat; in memory and in a file
-
-
-@pytest.fixture(params=["memory", "file"])
-def trace(request, make_trace, tmp_path):
-    """One trace, in memory and in a file."""
-    made = make_trace()
-    if request.param == "memory":
-        return made
-    made.save(tmp_path / "trace.safetensors")
-    return mt.RoutingTrace.load(tmp_path / "trace.safetensors")
-
-
-def test_split_by_sequence(trace):
-    """No sequence is on both sides; tokens keep their order; the share is of sequences."""
-    first, rest = trace.split(0.3, seed=1)
-    assert np.unique(first.sequence).size == 6
-    assert not set(first.sequence) & set(rest.sequence)
-    assert first.tokens + rest.tokens == trace.tokens
-    mask = np.isin(trace.sequence, first.sequence)
-    assert np.array_equal(first.expert_ids, trace.expert_ids[mask])
-    assert np.array_equal(rest.expert_ids, trace.expert_ids[~mask])
-    assert np.array_equal(np.concatenate(list(rest.shards(100))), rest.expert_ids)
-    assert np.array_equal(first.group, trace.group[mask])
-    assert same(first, trace.split(0.3, seed=1)[0])
-    assert not same(first, trace.split(0.3, seed=2)[0])
-
-
-@pytest.mark.parametrize("share", [0.01, 0.99])
-def test_split_leaves_neither_part_empty(trace, share):
-    """Each part gets a sequence at least."""
-    assert all(part.tokens for part in trace.split(share))
-
-
-def test_split_without_sequences_is_by_time(make_trace):
-    """Without labels the first tokens are one part and the later the other."""
-    first, rest = make_trace(labelled=False).split(0.25)
-    assert (first.tokens, rest.tokens) == (50, 150)
-    assert np.array_equal(first.expert_ids, make_trace().expert_ids[:50])
-    single = mt.RoutingTrace.from_arrays(IDS, num_experts=8, sequence=[7] * 50)
-    assert single.split(0.5)[0].tokens == 25
-
-
-def test_select(trace):
-    """Layers in the order wanted, tokens of groups and sequences in theirs."""
-    assert np.array_equal(trace.select(layers=[2, 0]).expert_ids, trace.expert_ids[:, [2, 0]])
-    odd = trace.select(groups="odd")
-    assert np.array_equal(odd.expert_ids, trace.expert_ids[trace.group == 1])
-    assert same(odd, trace.select(groups=[1]))
-    assert odd.group_names == trace.group_names
-    few = trace.select(groups=["odd", "empty"], sequences=[1, 2, 3], layers=range(1, 3))
-    assert set(few.sequence) == {1, 3}
-    assert (few.tokens, few.layers) == (20, 2)
-    assert np.array_equal(few.select(layers=[1]).expert_ids[:, 0], few.expert_ids[:, 1])
-    assert trace.select(groups="empty").tokens == 0
-    assert same(trace.select(), trace)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "text"),
-    [
-        ({"layers": [3]}, "layers must be from 0 to 2, got 3"),
-        ({"layers": [-1]}, "layers must be from 0 to 2, got -1"),
-        ({"layers": []}, "layers must be at least one and differ, got []"),
-        ({"layers": [1, 1]}, "layers must be at least one and differ, got [1, 1]"),
-        ({"groups": "law"}, "groups must be of ['even', 'odd', 'empty'], got 'law'"),
-        ({"groups": [3]}, "groups must be from 0 to 2, got 3"),
-        ({"sequences": [5, 99]}, "sequences must be labels of the trace, got 99"),
-    ],
-)
-def test_select_what_is_not_there(trace, wanted, text):
-    """Unknown layers, groups and sequences are named."""
-    with pytest.raises(ValueError, match=re.escape(text)):
-        trace.select(**wanted)
-
-
-def test_select_labels_that_are_not_there(make_trace):
-    """A trace without labels has nothing to select by."""
-    bare = make_trace(labelled=False)
-    with pytest.raises(ValueError, match="the trace has no groups"):
-        bare.select(groups=[0])
-    with pytest.raises(ValueError, match="the trace has no sequences"):
-        bare.select(sequences=[0])
-
-
-def test_concat_puts_parts_together_again(trace):
-    """The parts of a split, joined, have all tokens and the labels they had."""
-    first, rest = trace.split(0.5)
-    whole = first.concat(rest)
-    assert same(whole, mt.RoutingTrace.concat([first, rest]))
-    assert np.array_equal(whole.sequence, np.concatenate([first.sequence, rest.sequence]))
-    order = np.argsort(whole.sequence, kind="stable")
-    assert np.array_equal(whole.expert_ids[order], trace.expert_ids)
-    assert np.array_equal(np.concatenate(list(whole.shards(64))), whole.expert_ids)
-    assert np.array_equal(whole.select(groups="odd").expert_ids, whole.expert_ids[whole.group == 1])
-
-
 def test_concat_keeps_recordings_apart(make_trace):
-    """Equal sequence numbers of two recordings are two sequences; groups meet by name."""
-    a = mt.RoutingTrace.from_arrays(
-        IDS, num_experts=8, sequence=[0] * 50, group=[0] * 50, group_names=["math"], model="x"
-    )
-    b = mt.RoutingTrace.from_arrays(
-        IDS.astype(np.uint16),
-        num_experts=8,
-        sequence=[0] * 50,
-        group=[1] * 50,
-        group_names=["law", "math"],
-    )
+    """Groups meet by name; what only one side knows is not said of both."""
+    of = mt.RoutingTrace.from_arrays
+    labels = {"sequence": [0] * 50, "num_experts": 8}
+    a = of(IDS, **labels, group=[0] * 50, group_names=["math"], model="x")
+    b = of(IDS.astype(np.uint16), **labels, group=[1] * 50, group_names=["law", "math"])
     both = a.concat(b, b)
     assert both.sequence.tolist() == [0] * 50 + [1] * 50 + [2] * 50
-    assert both.group_names == ("math", "law")
-    assert set(both.group) == {0}
+    assert (both.group_names, set(both.group), both.model) == (("math", "law"), {0}, None)
     assert both.expert_ids.dtype == np.uint16
-    assert both.model is None
-    unlabelled = make_trace(50, labelled=False)
-    assert a.concat(unlabelled).sequence is None
-    assert a.concat(unlabelled).group is None
-    assert a.concat(a.select(sequences=[])).tokens == 50
+    bare = a.concat(make_trace(50, labelled=False))
+    assert bare.sequence is bare.group is None
 
 
-def test_concat_needs_equal_models(make_trace):
-    """Traces of different sizes do not join."""
-    with pytest.raises(ValueError, match="traces must have the same layers, experts and top_k"):
-        make_trace(layers=3).concat(make_trace(layers=2))
-    with pytest.raises(ValueError, match="traces to concat must be at least one"):
-        mt.RoutingTrace.concat([])
-
-
-def test_pickle(trace):
-    """A trace goes to another process; one of a file goes as its path."""
-    assert same(pickle.loads(pickle.dumps(trace)), trace)
-    mapped = pickle.dumps(mt.RoutingTrace.from_arrays(IDS, num_experts=8))
-    assert len(mapped) < IDS.nbytes + 1000
+def test_ids_in_memory_are_pickled_once():
+    """A trace in memory goes to another process with its ids, and nothing more."""
+    assert len(pickle.dumps(mt.RoutingTrace.from_arrays(IDS, num_experts=8))) < IDS.nbytes + 1000
 
 
 # ---- files
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_save_and_load(make_trace, tmp_path, dtype, labelled):
-    """What is saved is loaded, as a memory map, in the type it had."""
-    trace = make_trace(dtype=dtype, labelled=labelled)
-    trace.save(tmp_path / "a.safetensors", source="a test")
-    loaded = mt.RoutingTrace.load(str(tmp_path / "a.safetensors"))
-    assert same(loaded, trace)
-    assert isinstance(loaded.expert_ids, np.memmap)
-    assert loaded.expert_ids.dtype == dtype
-    assert not loaded.expert_ids.flags.writeable
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_saved_files_are_plain_safetensors(make_trace, tmp_path):
@@ -337,15 +231,6 @@ def test_saved_files_are_plain_safetensors(make_trace, tmp_path):
     assert plain.expert_ids.dtype == np.uint8
     with pytest.raises(ValueError, match="num_experts is needed"):
         mt.RoutingTrace.load(path)
-
-
-def test_an_empty_trace_survives_a_file(make_trace, tmp_path):
-    """No tokens, but layers and top-k."""
-    none = make_trace().select(groups="empty")
-    none.save(tmp_path / "a.safetensors")
-    loaded = mt.RoutingTrace.load(tmp_path / "a.safetensors")
-    assert loaded.expert_ids.shape == (0, 3, 2)
-    assert list(loaded.shards()) == []
 
 
 def test_a_trace_can_replace_its_own_file(make_trace, tmp_path):
@@ -414,17 +299,6 @@ def test_real_traces(data):
         mt.RoutingTrace.load(data / "mixtral-8x7b-mmlu.npz")
 
 
-# ---- bad files
-
-
-def bad(path, text, **arguments):
-    """Expect load, or reading the shards, to fail in one line with the path in front."""
-    with pytest.raises((ValueError, OSError), match=re.escape(text)) as caught:
-        list(mt.RoutingTrace.load(path, **arguments).shards())
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_ids_in_a_file_are_named_by_their_place_in_it(tmp_path):
     """The token's number counts from the file's start, also through a selection."""
     ids = IDS.copy()
@@ -438,20 +312,8 @@ def test_ids_in_a_file_are_named_by_their_place_in_it(tmp_path):
             list(part.shards(60))
     np.save(path, ids.astype(">i8") - 1)
     negative = int(np.argwhere((ids == 0).any(axis=(1, 2)))[0, 0])
-    bad(path, f"a.npy: expert_ids: token {negative}, layer ", num_experts=300)
-
-
-def test_every_truncation_is_noticed(make_trace, tmp_path):
-    """A safetensors file cut anywhere does not load."""
-    path = tmp_path / "a.safetensors"
-    make_trace(tokens=4).save(path)
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"a\.safetensors: "):
-            mt.RoutingTrace.load(path)
-    path.write_bytes(whole + b"x")
-    bad(path, f"file must have {len(whole)} bytes, as its header says, got {len(whole) + 1}")
+    with pytest.raises(ValueError, match=f"a.npy: expert_ids: token {negative}, layer "):
+        list(mt.RoutingTrace.load(path, num_experts=300).shards())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npy"])
@@ -474,117 +336,6 @@ def test_a_file_that_shrinks_after_loading(tmp_path, suffix):
             use()
 
 
-def test_files_that_are_no_trace(make_trace, tmp_path):
-    """Missing, empty, foreign and special files are told apart."""
-    path = tmp_path / "a"
-    bad(path, "No such file")
-    bad(tmp_path, "must be a file, got a directory")
-    path.write_bytes(b"")
-    bad(path, "must not be empty, got 0 bytes")
-    path.write_bytes(b"hello")
-    bad(path, "must be safetensors, .npz, .npy or JSON lines")
-    save_file({"weight": IDS}, path)
-    bad(path, "must hold a tensor 'expert_ids', got ['weight']", num_experts=8)
-    mt.RoutingStatistics.from_trace(make_trace()).save(path)
-    bad(path, "format must be moetuner.trace version 1, got moetuner.statistics")
-    save_file({"expert_ids": IDS}, path, metadata={"format": "moetuner.trace", "version": "2"})
-    bad(path, "format must be moetuner.trace version 1, got moetuner.trace version 2")
-    for wrong in ("8.5", "-3", "0", "9" * 5000, "x"):
-        save_file({"expert_ids": IDS}, path, metadata={"num_experts": wrong})
-        bad(path, "num_experts must be from 1 to 65536, got")
-    save_file({"expert_ids": IDS.astype(np.float32)}, path)
-    bad(path, "expert_ids must be integers [tokens, layers, top_k], got float32", num_experts=8)
-    os.mkfifo(tmp_path / "pipe")
-    bad(tmp_path / "pipe", "must be a regular file")
-
-
-def entry(shape, size, dtype="U8"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
-
-
-@pytest.mark.parametrize(
-    ("header", "text"),
-    [
-        ("[]", "must be safetensors, .npz"),
-        ("{", "header must be JSON"),
-        ('{"a": 1}', "a: data_offsets must be two sizes, got None"),
-        ("{" + '"a":[' * 5000, "header must be JSON"),
-        ({"expert_ids": entry([4, 1, 1], 4) | {"data_offsets": [0, -4]}}, "must be two sizes"),
-        ({"expert_ids": entry([4, 1, 1], 4) | {"data_offsets": [0, 1 << 50]}}, "file must have"),
-        ({"expert_ids": entry([1 << 40, 1, 1], 4)}, f"must have {1 << 40} bytes, got 4"),
-        ({"expert_ids": entry([4, 1 << 70], 4)}, "shape must be a list of sizes"),
-        ({"expert_ids": entry([2, -2, -1], 4)}, "shape must be a list of sizes"),
-        ({"expert_ids": entry([4.0, 1, 1], 4)}, "shape must be a list of sizes"),
-        ({"expert_ids": entry([2, 1, 1], 4, "BF16")}, "dtype must be one of"),
-        ({"expert_ids": entry([2, 2], 4)}, "must be integers [tokens, layers, top_k]"),
-        ({"expert_ids": entry([1, 1, 4], 4)}, "top-k from 1 to num_experts (3), got 4"),
-        ({"__metadata__": {"a": 1}}, "metadata must be texts"),
-    ],
-)
-def test_safetensors_headers_that_lie(tmp_path, header, text):
-    """Sizes are checked before anything is allocated."""
-    encoded = (header if isinstance(header, str) else json.dumps(header)).encode()
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"\0\1\2\0")
-    bad(path, text, num_experts=3)
-
-
-@pytest.mark.parametrize(
-    ("header", "text"),
-    [
-        ("{'descr': '|O', 'fortran_order': False, 'shape': (50, 3, 2), }", "never loaded"),
-        ("{'descr': '<f4', 'fortran_order': False, 'shape': (50, 3, 2), }", "must be integers"),
-        ("{'descr': '|u1', 'fortran_order': False, 'shape': (50, 3), }", "must be integers"),
-        ("{'descr': '|u1', 'fortran_order': False, 'shape': (99, 3, 2), }", "file must have"),
-        (f"{{'descr': '|u1', 'fortran_order': True, 'shape': ({1 << 45}, 3, 2)}}", "file must"),
-        (f"{{'descr': '|u1', 'fortran_order': True, 'shape': ({1 << 90}, 3, 2)}}", "sizes of"),
-        ("{'descr': '|u7', 'fortran_order': False, 'shape': (50, 3, 2), }", "element type"),
-        ("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (5,)}", "a plain descr"),
-        ("{'descr': '|u1', 'fortran_order': 0, 'shape': (50, 3, 2), }", "plain fortran_order"),
-        ("", "a plain descr"),
-    ],
-)
-def test_npy_headers_that_lie(tmp_path, header, text):
-    """So are those of .npy files."""
-    path = tmp_path / "a.npy"
-    length = struct.pack("<H", len(header))
-    path.write_bytes(b"\x93NUMPY\1\0" + length + header.encode() + IDS.tobytes())
-    bad(path, text, num_experts=8)
-
-
-def test_npz_with_objects(tmp_path):
-    """A pickle in an archive is refused, not run."""
-    path = tmp_path / "a.npz"
-    np.savez(path, expert_ids=IDS, num_experts=8, group_names=np.asarray(["a", None], dtype=object))
-    bad(path, "got Python objects (pickle is never loaded)")
-    np.savez(path, expert_ids=IDS, num_experts=np.float64(8))
-    bad(path, "num_experts must be one integer, got float64")
-    np.savez(path, expert_ids=IDS, num_experts=8, model=[1, 2])
-    bad(path, "model must be one text, got int64 [2]")
-
-
-def npz_bomb(path: Path, claimed: int, real: int) -> None:
-    """Write an .npz whose expert_ids have ``real`` zeros and say that they have ``claimed``."""
-    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({claimed}, 1, 1), }}"
-    start = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode()
-    with (
-        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("expert_ids.npy", "w") as file,
-    ):
-        file.write(start)
-        for _ in range(real >> 20):
-            file.write(bytes(1 << 20))
-
-
-def test_npz_bombs(tmp_path):
-    """An archive that expands beyond reason, or a header that says more than there is."""
-    path = tmp_path / "a.npz"
-    npz_bomb(path, 1 << 40, 1 << 20)
-    bad(path, f"must have {1 << 40} bytes, got {1 << 20}", num_experts=4)
-    npz_bomb(path, 300 << 20, 300 << 20)
-    bad(path, ".npz must not expand more than 100 times", num_experts=4)
-
-
 @pytest.mark.parametrize(
     "labels",
     [
@@ -602,5 +353,5 @@ def test_sequences_near_the_limit_join(labels):
     whole = mt.RoutingTrace.concat(parts)
     assert whole.sequence.dtype == np.int32
     wanted = [(at, label) for at, each in enumerate(labels) for label in each]
-    found = whole.sequence.tolist()
-    assert len(set(found)) == len(set(wanted)) == len(set(zip(found, wanted, strict=True)))
+    actual = whole.sequence.tolist()
+    assert len(set(actual)) == len(set(wanted)) == len(set(zip(actual, wanted, strict=True)))

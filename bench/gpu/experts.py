@@ -63,7 +63,7 @@ def grid(
     """Microseconds of tokens on active experts: (tokens, active, time)."""
     slots = len(experts.up)
     active_counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n <= slots]
-    found = []
+    answer = []
     for count in tokens:
         rows = torch.randn(count, hidden, device=experts.up.device).to(experts.up.dtype)
         for active in active_counts:
@@ -73,8 +73,8 @@ def grid(
             shares[:active] = count // active
             shares[: count % active] += 1
             counts = shares.to(rows.device)
-            found.append((count, active, watch(lambda: experts(rows, counts))))
-    return found
+            answer.append((count, active, watch(lambda: experts(rows, counts))))
+    return answer
 
 
 def model_of(

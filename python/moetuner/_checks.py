@@ -188,7 +188,7 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
     """Check an integer from ``lowest`` to ``highest``."""
     try:
         # An array has the method, whatever is in it.
-        number = operator.index(None if isinstance(value, bool | np.ndarray) else cast(Any, value))
+        number = operator.index(cast(Any, None if isinstance(value, bool | np.ndarray) else value))
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {shown(value)}") from None
     if not lowest <= number <= highest:
@@ -383,14 +383,12 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
     given = [part for part in parts if part is not None]
     if len(given) < len(parts):
         return None
-    each = [distinct(part) for part in given]
-    ends = np.cumsum([len(labels) for labels in each])
-    if len(distinct(np.concatenate(each))) == ends[-1]:
+    labels = [distinct(part) for part in given]
+    ends = np.cumsum([len(of) for of in labels])
+    if len(distinct(np.concatenate(labels))) == ends[-1]:
         return np.concatenate(given).astype(np.int64)
-    starts = zip(given, each, ends, strict=True)
-    return np.concatenate(
-        [np.searchsorted(labels, part) + end - len(labels) for part, labels, end in starts]
-    )
+    rows = zip(given, labels, ends, strict=True)
+    return np.concatenate([np.searchsorted(of, part) + end - len(of) for part, of, end in rows])
 
 
 def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
@@ -416,7 +414,8 @@ def expert_size(given: Any) -> tuple[int, int] | None:
         return None
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(given)}")
-    return cast(Any, tuple(whole_number("expert_size", size, highest=1 << 24) for size in given))
+    hidden, intermediate = (whole_number("expert_size", size, highest=1 << 24) for size in given)
+    return hidden, intermediate
 
 
 def size_text(size: tuple[int, int] | None) -> str | None:

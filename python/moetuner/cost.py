@@ -11,20 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    SMALLEST,
-    amounts_in,
-    flag,
-    instance,
-    is_number,
-    not_negative,
-    numbers_in,
-    one_of,
-    path_in,
-    positive,
-    shown,
-    text_or_none,
-)
+from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
@@ -122,17 +109,17 @@ class CostModel(Frozen):
         ):
             if name != "combine_bytes" or self.combine_bytes is not None:
                 unit = "microseconds" if name.endswith("_us") else "bytes"
-                value = not_negative(name, getattr(self, name), f"number of {unit}")
-                object.__setattr__(self, name, value)
-        if not (is_number(self.overlap) and 0 <= self.overlap <= 1):
-            raise ValueError(f"overlap must be from 0 to 1, got {shown(self.overlap)}")
+                value = check.not_negative(name, getattr(self, name), f"number of {unit}")
+                vars(self)[name] = value
+        if not (check.is_number(self.overlap) and 0 <= self.overlap <= 1):
+            raise ValueError(f"overlap must be from 0 to 1, got {check.shown(self.overlap)}")
         for name in ("parameter_errors", "measured"):
             if isinstance(getattr(self, name), list):  # as JSON has it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        one_of("once_per", self.once_per, ("device", "node"))
-        text_or_none("name", self.name)
+                vars(self)[name] = tuple(getattr(self, name))
+        check.one_of("once_per", self.once_per, ("device", "node"))
+        check.text_or_none("name", self.name)
         if self.residual is not None:
-            not_negative("residual", self.residual, "number")
+            check.not_negative("residual", self.residual, "number")
 
     @property
     def bytes_back(self) -> float:
@@ -208,11 +195,15 @@ class CostModel(Frozen):
         others
             Fields, in place of what follows from these.
         """
-        hidden, intermediate = positive("hidden", hidden), positive("intermediate", intermediate)
-        flops = positive("flops", flops) * positive("efficiency", efficiency)
-        memory_bandwidth = positive("memory_bandwidth", memory_bandwidth) * efficiency
-        dtype_bytes = positive("dtype_bytes", dtype_bytes)
-        launch_us = not_negative("launch_us", launch_us, "number of microseconds")
+        hidden, intermediate = (
+            check.positive("hidden", hidden),
+            check.positive("intermediate", intermediate),
+        )
+        efficiency = check.positive("efficiency", efficiency)
+        flops = check.positive("flops", flops) * efficiency
+        memory_bandwidth = check.positive("memory_bandwidth", memory_bandwidth) * efficiency
+        dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
+        launch_us = check.not_negative("launch_us", launch_us, "number of microseconds")
         weights = 3 * hidden * intermediate
         return cls(
             **{
@@ -244,8 +235,8 @@ class CostModel(Frozen):
         ValueError
             If the GPU is not known; ``presets.py`` has the list and the sources.
         """
-        one_of("preset", gpu, GPUS)
-        dtype_bytes = positive("dtype_bytes", dtype_bytes)
+        check.one_of("preset", gpu, GPUS)
+        dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
         peak = GPUS[gpu]
         return cls.from_hardware(
             hidden,
@@ -274,14 +265,14 @@ class CostModel(Frozen):
         speed
             Relative speed of every device [D].
         """
-        time = self.start_us + self.token_us * amounts_in("tokens", tokens)
-        experts = np.zeros(()) if active is None else amounts_in("active", active)
+        time = self.start_us + self.token_us * check.amounts_in("tokens", tokens)
+        experts = np.zeros(()) if active is None else check.amounts_in("active", active)
         _check_shapes("active", experts, "tokens", time)
         time = np.maximum(self.base_us + self.expert_us * experts, time)
         if speed is None:
             return time
-        speeds = amounts_in("speed", speed)
-        if not (speeds >= SMALLEST).all():
+        speeds = check.amounts_in("speed", speed)
+        if not (speeds >= check.SMALLEST).all():
             raise ValueError(f"speed must be above 0, got {speeds.min():g}")
         _check_shapes("speed", speeds, "tokens", time)
         return time / speeds
@@ -293,11 +284,11 @@ class CostModel(Frozen):
 
         Tier 1 comes first; a tier that carries nothing takes no time.
         """
-        instance("topology", topology, Topology)
+        check.instance("topology", topology, Topology)
         row_bytes = self.token_bytes
         if bytes_each is not None:
-            row_bytes = not_negative("bytes_each", bytes_each, "number of bytes")
-        rows = amounts_in("ports", ports, 1)
+            row_bytes = check.not_negative("bytes_each", bytes_each, "number of bytes")
+        rows = check.amounts_in("ports", ports, 1)
         if rows.shape[-1] != len(topology.levels):
             raise ValueError(
                 f"ports must be rows [..,{len(topology.levels)}], one for each tier of the "
@@ -309,11 +300,11 @@ class CostModel(Frozen):
 
     def layer_us(self, compute: ArrayLike, communication: ArrayLike) -> Floats:
         """Compute microseconds of layers [...] of devices' compute [...,D] and exchange [...]."""
-        devices = amounts_in("compute", compute, 1)
+        devices = check.amounts_in("compute", compute, 1)
         if not devices.shape[-1]:
             raise ValueError(f"compute must be of at least one device, got {list(devices.shape)}")
         slowest = devices.max(axis=-1)
-        other = amounts_in("communication", communication)
+        other = check.amounts_in("communication", communication)
         _check_shapes("communication", other, "compute", slowest)
         time: Floats = slowest + other - self.overlap * np.minimum(slowest, other)
         return time
@@ -324,15 +315,15 @@ class CostModel(Frozen):
         If ports are evenly used, the busiest carries one row in D. ``returns`` is whether tokens
         come back, as in regime dispatch.
         """
-        instance("topology", topology, Topology)
-        flag("returns", returns)
+        check.instance("topology", topology, Topology)
+        check.flag("returns", returns)
         carried = self.token_bytes + (self.bytes_back if returns else 0.0)
         links = [carried / level.bandwidth * 1e6 / topology.devices for level in topology.levels]
         return (1.0 - self.overlap) * np.array([0.0, *links])
 
     def save(self, path: str | Path) -> None:
         """Write as JSON; the file appears whole or not at all."""
-        with replacing(path_in(path)) as temporary:
+        with replacing(check.path_in(path)) as temporary:
             temporary.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2) + "\n")
 
     @classmethod
@@ -346,7 +337,7 @@ class CostModel(Frozen):
         OSError
             If it cannot be read.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         with naming(path):
             try:
                 values = parse_json(read_whole(path))
@@ -400,7 +391,7 @@ OUTLIER = 1.345
 def measurements(*values: ArrayLike) -> list[Floats]:
     """Check tokens, experts and microseconds, [n] each."""
     names = ("tokens", "experts", "microseconds")
-    columns = [numbers_in(name, column) for name, column in zip(names, values, strict=True)]
+    columns = [check.numbers_in(name, column) for name, column in zip(names, values, strict=True)]
     shapes = [list(column.shape) for column in columns]
     if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")

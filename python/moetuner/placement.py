@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    SLOT_LIMIT,
-    array_in,
-    check_slots,
-    experts_in,
-    instance,
-    not_negative,
-    number_or_none,
-    numbers_in,
-    path_in,
-    shown,
-    text_or_none,
-    whole_number,
-)
+from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, as_json
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
@@ -72,8 +59,8 @@ class PlacementDiff(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
-        values = {of.name: getattr(self, of.name) for of in fields(self)}
-        return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in values.items()}
+        values: dict[str, Any] = as_json(vars(self))
+        return values
 
 
 def difference(
@@ -247,40 +234,37 @@ class Placement(Frozen):
     bound_scope: str | None = None
 
     def __post_init__(self) -> None:
-        slots = array_in("slots", self.slots)
+        slots = check.array_in("slots", self.slots)
         if slots.ndim != 3 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer):
             raise ValueError(
                 "slots must be integers [layers, devices, slots], none of them zero, "
-                f"got {slots.dtype} {list(slots.shape)}"
+                f"got {check.shown(slots)}"
             )
-        _, devices, per_device = slots.shape
-        check_slots(devices, per_device)
-        given = whole_number("num_experts", self.num_experts, lowest=0)
-        if not given and int(slots.max()) >= devices * per_device:
+        check.check_slots(*slots.shape[1:])
+        given = check.whole_number("num_experts", self.num_experts, lowest=0)
+        most, highest = slots[0].size, int(slots.max())
+        if not given and highest >= most:
             raise ValueError(
-                f"slots must have expert ids below {devices * per_device}, the slots of a layer, "
-                f"got {slots.max()}"
+                f"slots must have expert ids below {most}, the slots of a layer, got {highest}"
             )
-        experts = given or max(int(slots.max()) + 1, 1)
-        if not 1 <= experts <= devices * per_device:
+        experts = given or max(highest + 1, 1)
+        if experts > most:
             raise ValueError(
-                f"num_experts must be from 1 to {devices * per_device}, a slot for each, "
-                f"got {experts}"
+                f"num_experts must be from 1 to {most}, a slot for each, got {experts}"
             )
         _check(slots, experts)
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         if slots is self.slots or slots.base is not None:
             slots = slots.copy()
         slots.flags.writeable = False
-        object.__setattr__(self, "slots", slots)
-        object.__setattr__(self, "num_experts", experts)
+        vars(self).update(slots=slots, num_experts=experts)
         self._check_names()
 
     def _check_names(self) -> None:
         for name in TEXTS:
-            text_or_none(name, getattr(self, name))
+            check.text_or_none(name, getattr(self, name))
         for name in FIGURES:
-            number_or_none(name, getattr(self, name))
+            check.number_or_none(name, getattr(self, name))
 
     @classmethod
     def from_assignment(
@@ -296,11 +280,11 @@ class Placement(Frozen):
         Slots are filled in the order of expert ids; ``slots_per_device`` defaults to the most
         experts that any device holds in any layer.
         """
-        device_of = array_in("device_of", device_of)
-        whole_number("devices", devices, highest=SLOT_LIMIT)
+        device_of = check.array_in("device_of", device_of)
+        check.whole_number("devices", devices, highest=check.SLOT_LIMIT)
         if device_of.ndim != 2 or not np.issubdtype(device_of.dtype, np.integer):
             raise ValueError(
-                f"device_of must be integers [layers, experts], got {shown(device_of)}"
+                f"device_of must be integers [layers, experts], got {check.shown(device_of)}"
             )
         if device_of.size and not (device_of.min() >= 0 and device_of.max() < devices):
             raise ValueError(
@@ -308,20 +292,20 @@ class Placement(Frozen):
                 f"got {device_of.min()} to {device_of.max()}"
             )
         layers, experts = device_of.shape
-        check_slots(devices, 1, layers)
+        check.check_slots(devices, 1, layers)
         row = np.arange(layers)[:, None]
         # A cell is a device of a layer.
         counts = np.bincount((device_of + row * devices).ravel(), minlength=layers * devices)
         width, given = int(counts.max(initial=1)), slots_per_device
         if given is not None:
-            whole_number("slots_per_device", given, highest=SLOT_LIMIT)
+            check.whole_number("slots_per_device", given, highest=check.SLOT_LIMIT)
             if width > given:
                 raise ValueError(
                     f"slots_per_device must be at least {width}, got {given}: "
                     "a device holds that many experts in one layer"
                 )
             width = given
-        check_slots(devices, width, layers)
+        check.check_slots(devices, width, layers)
         # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
         small = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
         order = np.argsort(small, axis=1, kind="stable")
@@ -383,8 +367,7 @@ class Placement(Frozen):
         if not names.keys() <= {*TEXTS, *FIGURES}:
             raise TypeError(f"names must be of {(*TEXTS, *FIGURES)}, got {sorted(names)}")
         named = copy(self)  # without another check: the slots cannot have changed
-        for name, value in names.items():
-            object.__setattr__(named, name, value)
+        vars(named).update(names)
         named._check_names()
         return named
 
@@ -401,13 +384,11 @@ class Placement(Frozen):
         """
         if (self.slots != EMPTY).all():
             return self
-        tokens = None if load is None else numbers_in("load", load)
+        tokens = None if load is None else check.amounts_in("load", load)
         if tokens is not None and tokens.shape != (self.layers, self.num_experts):
             raise ValueError(
                 f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
             )
-        if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
-            raise ValueError("load must be finite and at least 0")
         slots = fill(self.slots, self.num_experts, load=tokens)
         # A solver's figures were of other copies.
         return replace(self, slots=slots, objective=None, bound=None)
@@ -416,7 +397,7 @@ class Placement(Frozen):
         """Write the placement as JSON; the file appears whole or not at all."""
         names = {name: getattr(self, name) for name in ("num_experts", *TEXTS, *FIGURES)}
         values = {"schema": SCHEMA, **names, "slots": self.slots.tolist()}
-        with replacing(path_in(path)) as temporary:
+        with replacing(check.path_in(path)) as temporary:
             temporary.write_text(json.dumps(values) + "\n")
 
     @classmethod
@@ -442,7 +423,7 @@ class Placement(Frozen):
         ValueError
             If the file is no placements, or some are of another schema version.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         with naming(path):
             content = read_whole(path)
             placements: list[Placement] = []
@@ -460,10 +441,10 @@ class Placement(Frozen):
     def _of_values(cls, values: Any) -> Placement:
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             schema = values.get("schema") if isinstance(values, dict) else type(values)
-            raise ValueError(f"schema must be {SCHEMA!r}, got {shown(schema)}")
+            raise ValueError(f"schema must be {SCHEMA!r}, got {check.shown(schema)}")
         return cls(
-            array_in("slots", values["slots"]),
-            num_experts=experts_in(values["num_experts"]),
+            check.array_in("slots", values["slots"]),
+            num_experts=check.experts_in(values["num_experts"]),
             **{name: values.get(name) for name in (*TEXTS, *FIGURES)},
         )
 
@@ -481,11 +462,11 @@ class Placement(Frozen):
         ``link_cost``, where that was given) that holds the expert, of equally near
         ones from the one with the lowest number.
         """
-        instance("other", other, Placement)
+        check.instance("other", other, Placement)
         if expert_bytes is not None:
-            not_negative("expert_bytes", expert_bytes, "number of bytes")
+            check.not_negative("expert_bytes", expert_bytes, "number of bytes")
         if topology is not None:
-            instance("topology", topology, Topology)
+            check.instance("topology", topology, Topology)
         mine, theirs = ((of.layers, of.devices, of.num_experts) for of in (self, other))
         if mine != theirs:
             raise ValueError(

@@ -14,20 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _checks, _core
-from moetuner._checks import (
-    array_in,
-    callable_or_none,
-    flag,
-    instance,
-    listed,
-    path_in,
-    shown,
-    text_or_none,
-    threads_in,
-    whole_number,
-    window_in,
-)
+from moetuner import _checks as check
+from moetuner import _core
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.frozen import Frozen
@@ -65,17 +53,17 @@ class ExpertSets(Frozen):
     counts: NDArray[np.uint64]
 
     def __post_init__(self) -> None:
-        ids = array_in("ids of expert sets", self.ids)
+        ids = check.array_in("ids of expert sets", self.ids)
         fits = ids.ndim == 2 and ids.shape[1] > 0 and ids.dtype.kind in "ui"
         if not fits or (ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 16):
             raise ValueError(
-                f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {shown(ids)}"
+                f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {check.shown(ids)}"
             )
         counts = _counts("counts of expert sets", self.counts, "[sets]")
         if len(counts) != len(ids):
             raise ValueError(
                 f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
-                f"got {shown(counts)}"
+                f"got {check.shown(counts)}"
             )
         ids, counts = _core.merge_sets(
             np.ascontiguousarray(ids, dtype=np.uint16),
@@ -83,8 +71,7 @@ class ExpertSets(Frozen):
         )
         if (ids[:, 1:] == ids[:, :-1]).any():
             raise ValueError("ids of an expert set must differ")
-        object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "counts", counts)
+        vars(self).update(ids=ids, counts=counts)
 
     @property
     def top_k(self) -> int:
@@ -110,7 +97,7 @@ class ExpertSets(Frozen):
     def load(self, experts: int) -> NDArray[np.uint64]:
         """Return tokens of every expert [E]."""
         least = int(self.ids.max(initial=0)) + 1
-        load = np.zeros(whole_number("experts", experts, lowest=least), dtype=np.uint64)
+        load = np.zeros(check.whole_number("experts", experts, lowest=least), dtype=np.uint64)
         np.add.at(load, self.ids, self.counts[:, None])
         return load
 
@@ -147,6 +134,8 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 
 # Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
 PAIRS = {"transitions": 1, "coactivation": 0}
+# Fields that are no tables.
+ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
@@ -222,7 +211,12 @@ class RoutingStatistics(Frozen):
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
-        object.__setattr__(self, "window_load", _narrowest(load))
+        vars(self).update(
+            window_load=_narrowest(load),
+            window=check.window_in(self.window),
+            group_names=check.names(self.group_names),
+            expert_size=check.expert_size(self.expert_size),
+        )
         _, layers, experts = load.shape
         for name, table in self._pairs.items():
             if table is not None:
@@ -230,32 +224,29 @@ class RoutingStatistics(Frozen):
                 whole = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
                 if whole.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(whole.shape)}")
-                object.__setattr__(self, name, whole)
+                vars(self)[name] = whole
         for layer, counts in enumerate(self.coactivation if self.coactivation is not None else ()):
             if counts.diagonal().any() or not np.array_equal(counts, counts.T):
                 rule = "symmetric with a zero diagonal"
                 raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
         if self.sets is not None:
-            object.__setattr__(self, "sets", tuple(listed("sets", self.sets, "expert sets")))
+            vars(self)["sets"] = tuple(check.listed("sets", self.sets, "expert sets"))
             self._check_sets(self.sets)
         if self.set_tokens is not None:
             if self.sets is None:
                 raise ValueError("set_tokens must be None without sets")
-            whole_number("set_tokens", self.set_tokens)
-        object.__setattr__(self, "group_names", _checks.names(self.group_names))
-        object.__setattr__(self, "expert_size", _checks.expert_size(self.expert_size))
+            check.whole_number("set_tokens", self.set_tokens)
         if self.group is not None:
-            group = _checks.groups(self.group, load.shape[0], self.group_names, np.int64)
-            object.__setattr__(self, "group", group)
-        object.__setattr__(self, "window", window_in(self.window))
-        text_or_none("model", self.model)
+            group = check.groups(self.group, self.windows, self.group_names, np.int64)
+            vars(self)["group"] = group
+        check.text_or_none("model", self.model)
 
     def _check_sets(self, sets: tuple[ExpertSets, ...]) -> None:
         """Check that there are sets of every layer, of experts that there are."""
         if len(sets) != self.layers:
             raise ValueError(f"sets must be those of {self.layers} layers, got {len(sets)}")
         for layer, of in enumerate(sets):
-            instance(f"sets of layer {layer}", of, ExpertSets)
+            check.instance(f"sets of layer {layer}", of, ExpertSets)
             highest = int(of.ids.max(initial=0))
             if highest >= self.experts:
                 raise ValueError(
@@ -303,14 +294,16 @@ class RoutingStatistics(Frozen):
             If an argument is wrong, an id in the trace's file is, or the tables would not fit
             memory.
         """
-        instance("trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes")
-        window, threads = window_in(window), threads_in(threads)
+        check.instance(
+            "trace", trace, RoutingTrace, hint=", such as RoutingTrace.from_arrays makes"
+        )
+        window, threads = check.window_in(window), check.threads_in(threads)
         tables = {"transitions": transitions, "coactivation": coactivation, "sets": sets}
         for name, value in {**tables, "by_group": by_group}.items():
-            flag(name, value)
+            check.flag(name, value)
         _check_table_bytes(trace, window, tables)
         every = _sampling(trace) if sets else 1
-        callable_or_none("progress", progress)
+        check.callable_or_none("progress", progress)
         count = partial(cls._counted, window=window, every=every, threads=threads, tables=tables)
         return _by_group(trace, count, progress) if by_group else count(trace, progress=progress)
 
@@ -346,14 +339,13 @@ class RoutingStatistics(Frozen):
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
         # What the core has counted needs no check, which takes as long as writing it.
-        for name, table in zip(PAIRS, pairs, strict=True):
-            object.__setattr__(statistics, name, table)
+        vars(statistics).update(zip(PAIRS, pairs, strict=True))
         return statistics
 
     @classmethod
     def from_load(cls, load: ArrayLike, **fields: Any) -> RoutingStatistics:
         """Wrap a load table [W,L,E] (or [L,E], one window); no pairs are known."""
-        load = array_in("load", load)
+        load = check.array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
 
     @property
@@ -454,13 +446,15 @@ class RoutingStatistics(Frozen):
             # Nothing is known of a model without a name; windows without a length are others.
             if mine != theirs and (name == "window" or None not in (mine, theirs)):
                 raise ValueError(
-                    f"statistics must have the same {name}, got {shown(mine)} and {shown(theirs)}"
+                    f"statistics must have the same {name}, "
+                    f"got {check.shown(mine)} and {check.shown(theirs)}"
                 )
-        group, names = _checks.joined_groups([self, other])
-        same = {name: getattr(self, name) for name in ("model", "expert_size")}
-        same = {name: of for name, of in same.items() if of == getattr(other, name)}
+        group, names = check.joined_groups([self, other])
+        same = {of: getattr(self, of) and getattr(other, of) for of in ("model", "expert_size")}
         both = {name: (table, other._pairs[name]) for name, table in self._pairs.items()}
-        pairs = {name: a + b for name, (a, b) in both.items() if a is not None and b is not None}
+        pairs: dict[str, Any] = {
+            name: a + b for name, (a, b) in both.items() if a is not None and b is not None
+        }
         sets, set_tokens = None, None
         if self.sets is not None and other.sets is not None:
             sets = tuple(a + b for a, b in zip(self.sets, other.sets, strict=True))
@@ -481,30 +475,19 @@ class RoutingStatistics(Frozen):
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
         """Add many: of shards, ranks or days."""
-        members = listed("parts", parts, "statistics")
+        members = check.listed("parts", parts, "statistics")
         if not members:
             raise ValueError("parts to sum must be at least one RoutingStatistics, got none")
         for part in members:
-            instance("each of the parts", part, RoutingStatistics)
+            check.instance("each of the parts", part, RoutingStatistics)
         total: RoutingStatistics = reduce(operator.add, members)
         return total
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        contents.write_statistics(
-            path_in(path),
-            {
-                "load": self.window_load,
-                **self._pairs,
-                "group": self.group,
-                **to_tables(self.sets),
-            },
-            window=self.window,
-            set_tokens=self.set_tokens,
-            group_names=self.group_names,
-            model=self.model,
-            expert_size=self.expert_size,
-        )
+        pairs = {"load": self.window_load, **self._pairs, "group": self.group}
+        about: Any = {name: getattr(self, name) for name in ABOUT}
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), **about)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
@@ -520,20 +503,11 @@ class RoutingStatistics(Frozen):
         OSError
             If it cannot be read.
         """
-        saved = contents.read_statistics(path_in(path))
+        saved = contents.read_statistics(check.path_in(path))
         with naming(path):
-            load = saved.tables["load"]
-            return cls(
-                load[None] if load.ndim == 2 else load,
-                **{name: saved.tables.get(name) for name in PAIRS},
-                window=saved.window,
-                group=saved.tables.get("group"),
-                group_names=_checks.names(saved.group_names),
-                model=saved.model,
-                sets=from_tables(saved.tables),
-                expert_size=saved.expert_size,
-                set_tokens=saved.set_tokens,
-            )
+            about: Any = {name: saved.tables.get(name) for name in (*PAIRS, "group")}
+            about |= {name: getattr(saved, name) for name in ABOUT}
+            return cls.from_load(saved.tables["load"], sets=from_tables(saved.tables), **about)
 
 
 def _by_group(
@@ -560,9 +534,9 @@ def _by_group(
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:
     """Turn a table of counts into unsigned numbers, or say what is wrong with it."""
-    table = array_in(name, table)
+    table = check.array_in(name, table)
     if table.ndim != dimensions.count(",") + 1 or table.dtype.kind not in "uif":
-        raise ValueError(f"{name} must be numbers {dimensions}, got {shown(table)}")
+        raise ValueError(f"{name} must be numbers {dimensions}, got {check.shown(table)}")
     if table.dtype.kind == "f" and table.dtype.itemsize < 8:
         table = table.astype(np.float64)  # as 2**63 is too much for half floats
     if table.dtype.kind != "u":
@@ -611,12 +585,3 @@ def _sampling(trace: RoutingTrace) -> int:
     if distinct * trace.layers <= MOST_SETS:
         return 1
     return -(-trace.tokens * trace.layers // MOST_SETS)
-
-
-def some_windows(statistics: RoutingStatistics, keep: NDArray[np.bool_]) -> RoutingStatistics:
-    """Return a load table of some windows [W] of one."""
-    return replace(
-        statistics,
-        window_load=statistics.window_load[keep],
-        group=None if statistics.group is None else statistics.group[keep],
-    )

@@ -13,22 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    DEVICE_LIMIT,
-    SLOT_LIMIT,
-    array_in,
-    frozen,
-    instance,
-    listed,
-    not_negative,
-    one_of,
-    path_in,
-    per_device,
-    positive,
-    shown,
-    text_or_none,
-    whole_number,
-)
+from moetuner import _checks as check
 from moetuner.files import naming, read_whole
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
@@ -71,17 +56,15 @@ class Tier(Frozen):
     latency: float = 0.0
 
     def __post_init__(self) -> None:
-        whole_number("devices", self.devices, highest=DEVICE_LIMIT)
+        check.whole_number("devices", self.devices, highest=check.DEVICE_LIMIT)
         _set_link(self, "bandwidth", "latency")
 
 
 def _set_link(of: Any, bandwidth: str, latency: str) -> None:
     """Check the numbers of a link, which are fields of a frozen value, and set them."""
-    for name, check, unit in (
-        (bandwidth, positive, "number of bytes per second"),
-        (latency, not_negative, "number of seconds"),
-    ):
-        object.__setattr__(of, name, check(name, getattr(of, name), unit))
+    rate = check.positive(bandwidth, getattr(of, bandwidth), "number of bytes per second")
+    seconds = check.not_negative(latency, getattr(of, latency), "number of seconds")
+    vars(of).update({bandwidth: rate, latency: seconds})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,14 +122,14 @@ class Topology(Frozen):
     slots_per_device: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        whole_number("devices", self.devices, highest=DEVICE_LIMIT)
-        text_or_none("name", self.name)
-        object.__setattr__(self, "tiers", tuple(listed("tiers", self.tiers, "Tier values")))
+        check.whole_number("devices", self.devices, highest=check.DEVICE_LIMIT)
+        check.text_or_none("name", self.name)
+        vars(self)["tiers"] = tuple(check.listed("tiers", self.tiers, "Tier values"))
         if self.tiers:
             self._set_from_tiers()
         if self.devices_per_node is None:
-            object.__setattr__(self, "devices_per_node", self.devices)
-        whole_number("devices_per_node", self.devices_per_node, highest=DEVICE_LIMIT)
+            vars(self)["devices_per_node"] = self.devices
+        check.whole_number("devices_per_node", self.devices_per_node, highest=check.DEVICE_LIMIT)
         if self.devices % self.node_size:
             raise ValueError(
                 f"devices_per_node must divide devices ({self.devices}), "
@@ -157,23 +140,27 @@ class Topology(Frozen):
         if self.link_cost is not None:
             # Held as tuples, so that topologies compare, hash and cannot be changed.
             cost = checked(self.link_cost, self.devices)
-            object.__setattr__(self, "link_cost", tuple(map(tuple, cost.tolist())))
+            vars(self)["link_cost"] = tuple(map(tuple, cost.tolist()))
         if self.speed is not None:
-            speed = per_device("speed", self.speed, self.devices)
-            speeds = [float(positive(f"speed of device {d}", of)) for d, of in enumerate(speed)]
-            object.__setattr__(self, "speed", tuple(speeds))
+            speed = check.per_device("speed", self.speed, self.devices)
+            speeds = [
+                float(check.positive(f"speed of device {d}", of)) for d, of in enumerate(speed)
+            ]
+            vars(self)["speed"] = tuple(speeds)
         if self.slots_per_device is not None:
-            slots = per_device("slots_per_device", self.slots_per_device, self.devices)
+            slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
             counts = tuple(
-                whole_number(f"slots_per_device of device {device}", value, highest=SLOT_LIMIT)
+                check.whole_number(
+                    f"slots_per_device of device {device}", value, highest=check.SLOT_LIMIT
+                )
                 for device, value in enumerate(slots)
             )
-            object.__setattr__(self, "slots_per_device", counts)
+            vars(self)["slots_per_device"] = counts
 
     def _set_from_tiers(self) -> None:
         """Check tiers, and let the shorthand say the same as the first two."""
         for tier in self.tiers:
-            instance("tiers", tier, Tier)
+            check.instance("tiers", tier, Tier)
         sizes = [tier.devices for tier in self.tiers]
         nested = all(b % a == 0 and b > a for a, b in pairwise(sizes))
         if not nested or sizes[-1] != self.devices:
@@ -195,7 +182,7 @@ class Topology(Frozen):
                 raise ValueError(
                     f"{name} must be left out where tiers are given, got {getattr(self, name)}"
                 )
-            object.__setattr__(self, name, value)
+            vars(self)[name] = value
 
     @property
     def node_size(self) -> int:
@@ -229,7 +216,8 @@ class Topology(Frozen):
         group = np.arange(self.devices) // np.array(
             [1, *(level.devices for level in self.levels[:-1])]
         ).reshape(-1, 1)
-        return (group[:, :, None] != group[:, None, :]).sum(axis=0)
+        tier: NDArray[np.int64] = (group[:, :, None] != group[:, None, :]).sum(axis=0)
+        return tier
 
     @property
     def bandwidth(self) -> NDArray[np.float64]:
@@ -266,7 +254,7 @@ class Topology(Frozen):
         cost = np.rint(16 * fastest / self.bandwidth)
         if self.link_cost is not None:
             cost = np.array(self.link_cost, dtype=np.float64)
-        return frozen(in_integers(cost))
+        return check.frozen(in_integers(cost))
 
     @property
     def has_equal_devices(self) -> bool:
@@ -291,9 +279,11 @@ class Topology(Frozen):
         ValueError
             If there is no such machine, or it cannot have that many nodes.
         """
-        one_of("preset", machine, MACHINES)
+        check.one_of("preset", machine, MACHINES)
         numbers = MACHINES[machine]
-        devices = numbers.devices_per_node * whole_number("nodes", nodes, highest=DEVICE_LIMIT)
+        devices = numbers.devices_per_node * check.whole_number(
+            "nodes", nodes, highest=check.DEVICE_LIMIT
+        )
         return cls(
             **{
                 "devices": devices,
@@ -317,7 +307,7 @@ class Topology(Frozen):
         OSError
             If it cannot be read.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         with naming(path):
             values = parse(read_whole(path))
             names = [parameter.name for parameter in fields(cls)]
@@ -346,11 +336,11 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
         If it is not square, finite, non-negative and symmetric with a zero diagonal, naming the
         first pair of devices that breaks a rule.
     """
-    array = array_in("link_cost", values)
+    array = check.array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
         raise ValueError(
             f"link_cost must be numbers [{devices}, {devices}], one per pair of devices, "
-            f"got {shown(array)}"
+            f"got {check.shown(array)}"
         )
     cost: NDArray[np.float64] = array.astype(np.float64)
     for wrong, rule in (

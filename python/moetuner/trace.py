@@ -15,21 +15,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner import _checks
-from moetuner._checks import (
-    IdArray,
-    array_in,
-    experts_in,
-    instance,
-    is_number,
-    listed,
-    path_in,
-    seed_in,
-    shown,
-    text_or_none,
-    threads_in,
-    whole_number,
-)
+from moetuner import _checks as check
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, IdsInMemory, joined
@@ -84,19 +70,20 @@ class RoutingTrace:
         if not all(hasattr(self.ids, name) for name in ("shards", "shape", "fresh")):
             raise TypeError(
                 f"ids must be what from_arrays makes of an array: use RoutingTrace.from_arrays, "
-                f"got {shown(self.ids)}"
+                f"got {check.shown(self.ids)}"
             )
         tokens = self.ids.shape[0]
-        names = _checks.names(self.group_names)
-        checked: dict[str, Any] = {"num_experts": experts_in(self.num_experts)}
+        names = check.names(self.group_names)
+        vars(self).update(
+            num_experts=check.experts_in(self.num_experts),
+            group_names=names,
+            expert_size=check.expert_size(self.expert_size),
+        )
         if self.sequence is not None:
-            checked["sequence"] = _checks.labels("sequence", self.sequence, tokens, np.int32)
+            vars(self)["sequence"] = check.labels("sequence", self.sequence, tokens, np.int32)
         if self.group is not None:
-            checked["group"] = _checks.groups(self.group, tokens, names, np.int16)
-        text_or_none("model", self.model)
-        checked |= {"group_names": names, "expert_size": _checks.expert_size(self.expert_size)}
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+            vars(self)["group"] = check.groups(self.group, tokens, names, np.int16)
+        check.text_or_none("model", self.model)
 
     @classmethod
     def from_arrays(
@@ -135,8 +122,8 @@ class RoutingTrace:
         ValueError
             Naming argument, rule and value, and for a faulty id its token and layer.
         """
-        experts = experts_in(num_experts)
-        ids: Ids = IdsInMemory.of(array_in("expert_ids", expert_ids), experts)
+        experts = check.experts_in(num_experts)
+        ids: Ids = IdsInMemory.of(check.array_in("expert_ids", expert_ids), experts)
         labels: dict[str, Any] = {"sequence": sequence, "group": group, "group_names": group_names}
         return cls._of(TraceContents(ids, experts, model=model, expert_size=expert_size, **labels))
 
@@ -162,7 +149,7 @@ class RoutingTrace:
         OSError
             If it cannot be read.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         kind = kind_of(path)
         if kind == "jsonl":
             contents = jsonl.read(path, num_experts=num_experts)
@@ -181,10 +168,10 @@ class RoutingTrace:
         source
             Where the routing was recorded, for people.
         """
-        path = path_in(path)
+        path = check.path_in(path)
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
-        text_or_none("source", source)
+        check.text_or_none("source", source)
         write_trace(self.contents, path, source, SHARD_BYTES)
 
     @property
@@ -208,7 +195,7 @@ class RoutingTrace:
         return self.ids.shape[2]
 
     @property
-    def expert_ids(self) -> IdArray:
+    def expert_ids(self) -> check.IdArray:
         """All expert ids [T,L,K], read-only where they are not copied.
 
         Of a file this is a new memory map at each call, whose ids have not been validated, or the
@@ -218,7 +205,7 @@ class RoutingTrace:
 
     def shards(
         self, max_bytes: int = SHARD_BYTES, *, threads: int | None = None
-    ) -> Iterator[IdArray]:
+    ) -> Iterator[check.IdArray]:
         """Yield valid runs of tokens [t,L,K] in order, C-contiguous uint8 or uint16, none empty.
 
         Parameters
@@ -233,7 +220,9 @@ class RoutingTrace:
         ValueError
             If an id in the file is wrong, or the file has changed since it was loaded.
         """
-        return self.ids.shards(whole_number("max_bytes", max_bytes), threads_in(threads))
+        return self.ids.shards(
+            check.whole_number("max_bytes", max_bytes), check.threads_in(threads)
+        )
 
     def split(self, share: float, *, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
         """Split by sequence: neighbouring tokens route alike, so a split by token would leak.
@@ -257,15 +246,15 @@ class RoutingTrace:
         ValueError
             If ``share`` is not between 0 and 1.
         """
-        if not (is_number(share) and 0 < share < 1):
-            raise ValueError(f"share must be between 0 and 1, got {shown(share)}")
-        seed = seed_in(seed)
-        sequences = _checks.distinct(self.sequence) if self.sequence is not None else np.empty(0)
+        if not (check.is_number(share) and 0 < share < 1):
+            raise ValueError(f"share must be between 0 and 1, got {check.shown(share)}")
+        seed = check.seed_in(seed)
+        sequences = check.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
-            first = _checks.among(self.sequence, chosen)
+            first = check.among(self.sequence, chosen)
         else:
             first = np.arange(self.tokens) < count
         return self._taken(first, None), self._taken(~first, None)
@@ -301,8 +290,8 @@ class RoutingTrace:
         numbers = None
         if layers is not None:
             numbers = [
-                whole_number("layers", layer, lowest=0, highest=self.layers - 1)
-                for layer in listed("layers", layers, "numbers")
+                check.whole_number("layers", layer, lowest=0, highest=self.layers - 1)
+                for layer in check.listed("layers", layers, "numbers")
             ]
             if not numbers or len(set(numbers)) < len(numbers):
                 raise ValueError(f"layers must be at least one and differ, got {numbers}")
@@ -313,19 +302,21 @@ class RoutingTrace:
             raise ValueError("groups: the trace has no groups")
         names: list[Any] = [groups]
         if not isinstance(groups, str):
-            names = listed("groups", groups, "names or numbers")
-        return _checks.among(self.group, [self._group_number(name) for name in names])
+            names = check.listed("groups", groups, "names or numbers")
+        return check.among(self.group, [self._group_number(name) for name in names])
 
     def _of_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
         if self.sequence is None:
             raise ValueError("sequences: the trace has no sequences")
         limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
-        given = listed("sequences", sequences, "labels")
-        labels = np.array([whole_number("sequences", label, **limits) for label in given], np.int64)
-        unknown = labels[~np.isin(labels, _checks.distinct(self.sequence))]
+        given = check.listed("sequences", sequences, "labels")
+        labels = np.array(
+            [check.whole_number("sequences", label, **limits) for label in given], np.int64
+        )
+        unknown = labels[~np.isin(labels, check.distinct(self.sequence))]
         if unknown.size:
             raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
-        return _checks.among(self.sequence, labels)
+        return check.among(self.sequence, labels)
 
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
@@ -339,23 +330,25 @@ class RoutingTrace:
         ValueError
             If the traces differ in layers, experts or top-k.
         """
-        traces = [self] if isinstance(self, RoutingTrace) else listed("traces", self, "traces")
+        traces = (
+            [self] if isinstance(self, RoutingTrace) else check.listed("traces", self, "traces")
+        )
         traces.extend(others)
         if not traces:
             raise ValueError("traces to concat must be at least one, got none")
         for trace in traces:
-            instance("each of the traces", trace, RoutingTrace)
+            check.instance("each of the traces", trace, RoutingTrace)
         sizes = {(trace.layers, trace.num_experts, trace.top_k) for trace in traces}
         if len(sizes) > 1:
             raise ValueError(
                 f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
             )
-        group, names = _checks.joined_groups(traces)
+        group, names = check.joined_groups(traces)
         models, expert_sizes = (
             {getattr(of, name) for of in traces} for name in ("model", "expert_size")
         )
         labels: Any = {
-            "sequence": _checks.joined_sequences([trace.sequence for trace in traces]),
+            "sequence": check.joined_sequences([trace.sequence for trace in traces]),
             "group": group,
         }
         return RoutingTrace(
@@ -379,7 +372,7 @@ class RoutingTrace:
     def _of(cls, contents: TraceContents) -> RoutingTrace:
         values: dict[str, Any] = {of.name: getattr(contents, of.name) for of in fields(cls)}
         if contents.group is not None and contents.group_names is None:
-            values["group_names"] = _checks.numbered(contents.group)
+            values["group_names"] = check.numbered(contents.group)
         return cls(**values)
 
     def _taken(
@@ -389,15 +382,14 @@ class RoutingTrace:
         return replace(
             self,
             ids=self.ids.select(tokens, layers),
-            sequence=None if self.sequence is None else _checks.frozen(self.sequence[keep]),
-            group=None if self.group is None else _checks.frozen(self.group[keep]),
+            sequence=None if self.sequence is None else check.frozen(self.sequence[keep]),
+            group=None if self.group is None else check.frozen(self.group[keep]),
         )
 
     def _group_number(self, group: str | SupportsIndex) -> int:
         if isinstance(group, str):
             if group not in self.group_names:
-                raise ValueError(
-                    f"groups must be of {shown(list(self.group_names))}, got {shown(group)}"
-                )
+                names = check.shown(list(self.group_names))
+                raise ValueError(f"groups must be of {names}, got {check.shown(group)}")
             return self.group_names.index(group)
-        return whole_number("groups", group, lowest=0, highest=len(self.group_names) - 1)
+        return check.whole_number("groups", group, lowest=0, highest=len(self.group_names) - 1)

@@ -58,18 +58,18 @@ def test_demo_shows_the_whole_flow(ok, tmp_path):
     assert "less" in out
 
 
-def test_inspect_shows_structure_beside_its_null(ok, trace):
+def test_inspect_shows_structure_beside_its_null(as_json, ok, trace):
     """Skew, groups, and the two crossings; with --json - nothing but JSON on standard output."""
     out = ok("inspect", trace)
     for words in ("busiest expert", "even", "odd", "independence null", "searched", "contiguous"):
         assert words in out
-    found = json.loads(ok("inspect", trace, "--json", "-"))
-    assert found["input"]["tokens"] == 800
-    assert len(found["skew"]) == 3
-    assert set(found["group_distance"]) == {"even", "odd"}
-    assert found["held_out"] is True
-    assert 0 <= found["crossing"] <= 1
-    assert 0 <= found["crossing_independent"] <= 1
+    actual = as_json("inspect", trace)
+    assert actual["input"]["tokens"] == 800
+    assert len(actual["skew"]) == 3
+    assert set(actual["group_distance"]) == {"even", "odd"}
+    assert actual["held_out"] is True
+    assert 0 <= actual["crossing"] <= 1
+    assert 0 <= actual["crossing_independent"] <= 1
 
 
 def test_inspect_says_nothing_of_structure_without_held_out_sequences(ok, trace, table, tmp_path):
@@ -94,11 +94,11 @@ def test_solve_writes_the_placement(ok, trace, tmp_path):
     stats = mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(trace), window=512, sets=True)
     result = mt.solve(mt.Problem(stats, mt.Topology(4), max_imbalance=2))
     assert placement == result.placement
-    found = json.loads(report.read_text())
-    assert found["objective"] == result.objective == placement.objective
-    assert found["settings"]["max_imbalance"] == 2
-    assert found["status"] == result.status
-    assert found["crossing"] == mt.evaluate(placement, mt.RoutingTrace.load(trace)).crossing
+    actual = json.loads(report.read_text())
+    assert actual["objective"] == result.objective == placement.objective
+    assert actual["settings"]["max_imbalance"] == 2
+    assert actual["status"] == result.status
+    assert actual["crossing"] == mt.evaluate(placement, mt.RoutingTrace.load(trace)).crossing
 
 
 def test_solve_is_reproducible(ok, trace, tmp_path):
@@ -124,12 +124,12 @@ def test_solve_without_pairs_says_so(ok, table, tmp_path):
     out, report = tmp_path / "p.json", tmp_path / "report.json"
     arguments = ["--devices", 4, "--out", out, "--json", report]
     assert "only balance" in ok("solve", table, *arguments)
-    found = json.loads(report.read_text())
-    assert (found["unit"], found["crossing"]) == ("us per layer", None)
-    assert 0 < found["bound"] <= found["objective"]
+    actual = json.loads(report.read_text())
+    assert (actual["unit"], actual["crossing"]) == ("us per layer", None)
+    assert 0 < actual["bound"] <= actual["objective"]
     assert "only balance" in ok("solve", table, *arguments, "--max-imbalance", 1.2)
-    found = json.loads(report.read_text())
-    assert (found["objective"], found["gap"], found["crossing"]) == (None, None, None)
+    actual = json.loads(report.read_text())
+    assert (actual["objective"], actual["gap"], actual["crossing"]) == (None, None, None)
 
 
 def test_solve_takes_every_term(ok, trace, tmp_path):
@@ -155,13 +155,13 @@ def test_solve_takes_every_term(ok, trace, tmp_path):
     placement = mt.Placement.load(out)
     assert placement == mt.solve(problem).placement
     assert placement.held[:, 0, 3].all()
-    found = json.loads(report.read_text())
-    assert (found["unit"], found["objective"]) == (
+    actual = json.loads(report.read_text())
+    assert (actual["unit"], actual["objective"]) == (
         "max / mean load",
         mt.Objective(problem).value(placement),
     )
-    assert found["settings"]["pinned"] == [[None, 3, 0]]
-    assert f"Objective: imbalance {found['objective']:.4f}; bound of loads alone" in text
+    assert actual["settings"]["pinned"] == [[None, 3, 0]]
+    assert f"Objective: imbalance {actual['objective']:.4f}; bound of loads alone" in text
     assert "Chosen for unseen traffic: " in text
 
 
@@ -200,13 +200,13 @@ def test_objective_is_time_unless_a_cap_is_given(ok, trace, tmp_path):
         report = tmp_path / "report.json"
         arguments = ["--devices", 2, *arguments, "--out", tmp_path / "p.json", "--json", report]
         text = ok("solve", trace, *arguments)
-        found = json.loads(report.read_text())
-        settings = found["settings"]
+        actual = json.loads(report.read_text())
+        settings = actual["settings"]
         assert (settings["objective"], settings["max_imbalance"]) == (objective, cap)
         name = "Predicted time" if objective == "time" else "Objective"
         assert re.search(rf"^{name}: (\d+\.\d )?{words}", text, re.MULTILINE)
         assert ("layer us" in text) == (objective == "time")
-        assert ("predicted_layer_us" in found and found["predicted_layer_us"] is not None) == (
+        assert ("predicted_layer_us" in actual and actual["predicted_layer_us"] is not None) == (
             objective == "time"
         )
 
@@ -219,47 +219,47 @@ def test_solve_moves_little_and_says_what(ok, run, trace, tmp_path):
     ok("solve", trace, *machine, "--method", "contiguous", "--out", running)
     moving = ["--initial", running, "--move-budget", 3e6, "--expert-bytes", 1e6, "--pareto"]
     text = ok("solve", trace, *balance, *moving, "--out", out, "--json", report)
-    found = json.loads(report.read_text())
+    actual = json.loads(report.read_text())
     before, after = mt.Placement.load(running), mt.Placement.load(out)
     diff = before.diff(after, topology=mt.Topology(4, 2))
     assert 0 < diff.experts_moved <= 3
-    assert found["moves"]["moves"] == diff.moves.tolist()
-    assert found["moves"]["bytes_moved"] == 1e6 * diff.experts_moved
+    assert actual["moves"]["moves"] == diff.moves.tolist()
+    assert actual["moves"]["bytes_moved"] == 1e6 * diff.experts_moved
     assert re.search(r"^Moves \d experts?, \d MB: \d inside nodes, \d between nodes\.$", text, re.M)
     assert re.search(r"^device 3 ", text, re.M)
-    assert found["pareto"][0]["experts_moved"] == 0
-    assert found["pareto"][-1]["gain"] > 0
+    assert actual["pareto"][0]["experts_moved"] == 0
+    assert actual["pareto"][-1]["gain"] > 0
     exported = tmp_path / "moves.json"
     ok("export", out, "--to", "moves", "--initial", running, *machine[2:], "--out", exported)
     assert json.loads(exported.read_text())["moves"] == diff.moves.tolist()
 
 
-def test_evaluate_tells_groups(ok, trace, tmp_path):
+def test_evaluate_tells_groups(as_json, ok, trace, tmp_path):
     """One row for all traffic and one for each group with tokens."""
     out = tmp_path / "p.json"
     ok("solve", trace, "--devices", 4, "--method", "contiguous", "--out", out)
     text = ok("evaluate", out, trace, "--devices-per-node", 2, "--window", 64)
     assert re.search(r"^all +800 ", text, re.MULTILINE)
     assert re.search(r"^odd +400 ", text, re.MULTILINE)
-    found = json.loads(ok("evaluate", out, trace, "--window", 64, "--json", "-"))
+    actual = as_json("evaluate", out, trace, "--window", 64)
     whole = mt.evaluate(mt.Placement.load(out), mt.RoutingTrace.load(trace), window=64)
-    assert found["imbalance"] == whole.imbalance
-    assert set(found["by_group"]) == {"even", "odd"}
+    assert actual["imbalance"] == whole.imbalance
+    assert set(actual["by_group"]) == {"even", "odd"}
 
 
-def test_only_a_group_is_used(ok, trace, tmp_path):
+def test_only_a_group_is_used(as_json, ok, trace, tmp_path):
     """--only leaves the figures that evaluate gives that group, for whichever command reads it."""
     out = tmp_path / "p.json"
     ok("solve", trace, "--devices", 4, "--method", "lpt", "--only", "odd", "--out", out)
-    whole = json.loads(ok("evaluate", out, trace, "--json", "-"))["by_group"]["odd"]
-    alone = json.loads(ok("evaluate", out, trace, "--only", "odd", "--json", "-"))
+    whole = as_json("evaluate", out, trace)["by_group"]["odd"]
+    alone = as_json("evaluate", out, trace, "--only", "odd")
     assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
     assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
-    both = json.loads(ok("inspect", trace, "--only", "odd", "--only", "even", "--json", "-"))
+    both = as_json("inspect", trace, "--only", "odd", "--only", "even")
     assert both["input"]["tokens"] == 800
 
 
-def test_evaluate_predicts_times(ok, trace, tmp_path):
+def test_evaluate_predicts_times(as_json, ok, trace, tmp_path):
     """There are times, of any cost model and split; rows stay as long as the head."""
     out, model = tmp_path / "p.json", tmp_path / "model.json"
     ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", out)
@@ -273,12 +273,12 @@ def test_evaluate_predicts_times(ok, trace, tmp_path):
         assert lines.pop().startswith("Predicted times are of ")
         assert [line.split()[0] for line in lines] == ["layer,", "all", "even", "odd"]
         assert len(set(map(len, lines))) == 1
-        found = json.loads(ok("evaluate", out, trace, "--cost-model", name, "--json", "-"))
+        actual = as_json("evaluate", out, trace, "--cost-model", name)
         wanted = mt.evaluate(
             placement, mt.RoutingTrace.load(trace), window=512, cost_model=mt.CostModel.load(same)
         )
-        assert found["predicted_layer_us_p95"] == wanted.predicted_layer_us_p95
-        assert found["imbalance_mixed"] == wanted.imbalance_mixed
+        assert actual["predicted_layer_us_p95"] == wanted.predicted_layer_us_p95
+        assert actual["imbalance_mixed"] == wanted.imbalance_mixed
 
 
 def test_audit_names_groups_and_fails_on_demand(run, ok, trace, tmp_path):
@@ -299,10 +299,10 @@ def test_audit_names_groups_and_fails_on_demand(run, ok, trace, tmp_path):
         r"^failed: (even|odd) got worse by \+.* in imbalance, more than 5 %",
     ):
         assert re.search(line, text, re.M)
-    found = json.loads(ok(*arguments, "--json", "-", "--measure", "crossing"))
-    assert (found["failed"], found["settings"]["judged"]) == (False, ["crossing"])
-    assert {each["measure"] for each in found["worse"]} == {"imbalance"}
-    assert set(found["by_group"]) == {"even", "odd"}
+    actual = json.loads(ok(*arguments, "--json", "-", "--measure", "crossing"))
+    assert (actual["failed"], actual["settings"]["judged"]) == (False, ["crossing"])
+    assert {each["measure"] for each in actual["worse"]} == {"imbalance"}
+    assert set(actual["by_group"]) == {"even", "odd"}
     # Judged by itself nothing is worse.
     text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
     assert "All traffic: blocks.json has 0.0 % less imbalance than blocks.json" in text
@@ -334,19 +334,18 @@ def test_audit_of_a_load_table(ok, table, tmp_path):
     assert "crossing" not in text
 
 
-def test_compare_judges_on_unseen_sequences(ok, trace):
+def test_compare_judges_on_unseen_sequences(as_json, trace):
     """The numbers are those of the library: statistics of one half, replay of the other."""
-    found = json.loads(
-        ok(
-            *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, *ONCE),
-            *("--max-imbalance", 1.05, "--json", "-"),
-        )
+    actual = as_json(
+        *("compare", trace, "--devices", 4, "--methods", METHODS, "--window", 64, *ONCE),
+        "--max-imbalance",
+        1.05,
     )
-    assert list(found["methods"]) == METHODS.split(",")
+    assert list(actual["methods"]) == METHODS.split(",")
     seen, unseen = mt.RoutingTrace.load(trace).split(0.5, seed=0)
     stats = mt.RoutingStatistics.from_trace(seen, window=64, sets=True)
     problem = mt.Problem(stats, mt.Topology(4), max_imbalance=1.05)
-    for method, row in found["methods"].items():
+    for method, row in actual["methods"].items():
         result = mt.solve(problem, method)
         evaluation = mt.evaluate(result.placement, unseen, window=64)
         assert row["objective"] == result.objective
@@ -357,34 +356,31 @@ def test_compare_judges_on_unseen_sequences(ok, trace):
         assert {"bound", "gap", "status", "solve_seconds"} <= set(row)
 
 
-def test_compare_tells_the_range_of_gains_over_splits(ok, trace):
+def test_compare_tells_the_range_of_gains_over_splits(as_json, ok, trace):
     """Each split is solved and judged by itself, with the seeds that follow one another."""
     arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--window", 64)
     arguments += ("--objective", "balance", "--baseline", "contiguous")
-    found = json.loads(ok(*arguments, "--splits", 3, "--json", "-"))
-    gain = found["methods"]["lpt"]["gain"]
-    singles = [
-        json.loads(ok(*arguments, "--splits", 1, "--seed", seed, "--json", "-"))["methods"]
-        for seed in range(3)
-    ]
+    actual = as_json(*arguments, "--splits", 3)
+    gain = actual["methods"]["lpt"]["gain"]
+    singles = [as_json(*arguments, "--splits", 1, "--seed", seed)["methods"] for seed in range(3)]
     wanted = [1 - each["lpt"]["imbalance"] / each["contiguous"]["imbalance"] for each in singles]
     assert gain["splits"] == pytest.approx(wanted)
     assert gain["mean"] == pytest.approx(np.mean(wanted))
     assert (gain["low"], gain["high"]) == pytest.approx((min(wanted), max(wanted)))
     assert (gain["measure"], gain["over"]) == ("imbalance", "contiguous")
     assert gain["kind"] == "range of splits"
-    assert (found["settings"]["splits"], found["methods"]["contiguous"]["gain"]) == (3, None)
+    assert (actual["settings"]["splits"], actual["methods"]["contiguous"]["gain"]) == (3, None)
     assert len(set(wanted)) == 3
-    assert found["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
+    assert actual["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
     text = ok(*arguments, "--splits", 3)
     assert re.search(r"^Gain: on unseen traffic lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
 
 
-def test_compare_of_one_split_has_an_interval_of_this_placement(ok, trace):
+def test_compare_of_one_split_has_an_interval_of_this_placement(as_json, ok, trace):
     """The interval is that of a verdict on the same sequences, and the sentence says of what."""
     arguments = ("compare", trace, "--devices", 4, "--methods", "contiguous,lpt", "--window", 64)
     arguments += ("--objective", "balance", "--splits", 1)
-    gain = json.loads(ok(*arguments, "--json", "-"))["methods"]["lpt"]["gain"]
+    gain = as_json(*arguments)["methods"]["lpt"]["gain"]
     assert gain["kind"] == "interval of this placement"
     assert gain["low"] < gain["mean"] < gain["high"]
     assert gain["splits"] == [gain["mean"]]
@@ -406,8 +402,8 @@ def test_compare_does_not_depend_on_threads(ok, trace):
 
     def figures(threads):
         arguments = ["--devices", 4, "--methods", METHODS, "--threads", threads, "--json", "-"]
-        found = json.loads(ok("compare", trace, *arguments, *ONCE))["methods"]
-        return {name: {**row, "solve_seconds": None} for name, row in found.items()}
+        actual = json.loads(ok("compare", trace, *arguments, *ONCE))["methods"]
+        return {name: {**row, "solve_seconds": None} for name, row in actual.items()}
 
     assert figures(1) == figures(2)
 
@@ -487,8 +483,8 @@ def test_export(ok, trace, tmp_path):
 def test_the_papers_method_has_two_names(ok, trace, tmp_path):
     """``moetuner`` is accepted everywhere, and the row says ``paper``."""
     asked = ("--devices", 4, "--json", "-")
-    found = json.loads(ok("compare", trace, *asked, *ONCE, "--methods", "moetuner,paper,lpt"))
-    assert list(found["methods"]) == ["paper", "lpt"]
+    actual = json.loads(ok("compare", trace, *asked, *ONCE, "--methods", "moetuner,paper,lpt"))
+    assert list(actual["methods"]) == ["paper", "lpt"]
     over = ("--methods", "moetuner,lpt", "--baseline", "moetuner")
     assert json.loads(ok("compare", trace, *asked, *ONCE, *over))["settings"]["baseline"] == "paper"
     out = ok("solve", trace, *asked, "--method", "moetuner", "--out", tmp_path / "p.json")

@@ -22,21 +22,6 @@ def placement(path, **fields):
     return path
 
 
-@pytest.mark.parametrize("value", [12.5, "8", " 8", 8.9, 0, None, True, [8]])
-def test_a_placement_has_a_number_of_experts(tmp_path, value):
-    """A text or half an expert is none."""
-    path = placement(tmp_path / "p.json", num_experts=value)
-    with pytest.raises(ValueError, match=r"p\.json: not a placement: num_experts must be"):
-        mt.Placement.load(path)
-
-
-@pytest.mark.parametrize("field", ["objective", "bound"])
-def test_figures_of_a_placement_are_numbers(tmp_path, field):
-    """As they are where one is made."""
-    with pytest.raises(ValueError, match=f"{field} must be a finite number, got '12'"):
-        mt.Placement.load(placement(tmp_path / "p.json", **{field: "12"}))
-
-
 def test_long_names_make_no_long_lines(ok, make_trace, tmp_path):
     """A name of 120,000 letters with spaces is cut wherever it is shown."""
     long = "x y " * 30000

@@ -59,9 +59,9 @@ def main():
     _, _, new = policy.rebalance_experts(table.clone(), workload)
     np.save(result / "plugin.npy", np.asarray(new))
     for name in ("ours", "plugin"):
-        found = torch.from_numpy(np.load(result / f"{name}.npy"))
-        worker.check_expert_placement(None, table, found)  # puts back what breaks a rule
-        np.save(result / f"{name}-checked.npy", found.numpy())
+        table_of_slots = torch.from_numpy(np.load(result / f"{name}.npy"))
+        worker.check_expert_placement(None, table, table_of_slots)  # puts back what breaks a rule
+        np.save(result / f"{name}-checked.npy", table_of_slots.numpy())
     ours = torch.from_numpy(np.load(result / "ours.npy"))
     read = [
         utils.expert_file_to_tensor(result / "map.json", layer)[0].numpy()

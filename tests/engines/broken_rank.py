@@ -36,8 +36,8 @@ def apply():
     """Break this process if it is the rank."""
     from moetuner.plugins import agreement, balancer, sglang, vllm
 
-    asked = os.environ.get("ENGINES_BREAK", ":")
-    rank, how = asked.split(":")
+    setting = os.environ.get("ENGINES_BREAK", ":")
+    rank, how = setting.split(":")
     wait = SHORT if how == "unset" or how.startswith("kill") else PATIENT
     agreement.WAIT = vllm.WAIT_AT_LOAD = sglang.WAIT_AT_LOAD = wait
     if str(rank_of_this_process()) != rank:

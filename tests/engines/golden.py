@@ -71,8 +71,8 @@ def megatron(target: Path) -> None:
 def deepspeed(target: Path) -> None:
     for rank in (0, 1):
         with np.load(RUNS / "deepspeed" / f"counts-mixtral-rank{rank}.npz") as counts:
-            kept = {key: counts[key] for key in counts if key.endswith("tokens_per_expert")}
-        np.savez(target / f"counts-{rank}.npz", **kept)
+            selected = {key: counts[key] for key in counts if key.endswith("tokens_per_expert")}
+        np.savez(target / f"counts-{rank}.npz", **selected)
 
 
 def ascend(target: Path) -> None:

@@ -86,7 +86,7 @@ def place(model, rank, placement):
     Each rank has the experts that it holds, so the checkpoint that is renumbered is all ranks'.
     """
     local = {key: of for key, of in model.state_dict().items() if torch.is_tensor(of)}
-    held = EXPERTS // RANKS
+    per_rank = EXPERTS // RANKS
     everything = {}
     for key, weight in local.items():
         own, *expert = re.split(r"(?<=local_experts\.)(\d+)", key)
@@ -98,7 +98,7 @@ def place(model, rank, placement):
         everything = permute_state_dict(everything, mt.Placement.load(placement))
     for key, weight in local.items():
         name = re.sub(
-            r"(?<=local_experts\.)\d+", lambda found: str(int(found[0]) + held * rank), key
+            r"(?<=local_experts\.)\d+", lambda actual: str(int(actual[0]) + per_rank * rank), key
         )
         weight.copy_(everything[name])
 
@@ -120,18 +120,18 @@ def work(rank, result, port, placement=None):
     router_trace.init_moe_router_tracer(result, STEPS, rank, training_mode=True)
     tracer = router_trace.get_moe_router_tracer()
     tracer.register_hooks(model)
-    kept, out = {}, []
+    replayed_ids, out = {}, []
     for step in range(STEPS):
         seed = torch.Generator().manual_seed(10 * step + rank)
         states = torch.randn(6, 2, 64, generator=seed)
         for number in LAYERS:
             states = states + model.decoder.layers[number].mlp(states)[0]
         for number, ids in zip(LAYERS, RouterReplay.get_recorded_data(), strict=True):
-            kept[f"step{step}.layer{number}"] = ids.numpy()
+            replayed_ids[f"step{step}.layer{number}"] = ids.numpy()
         tracer.advance_step()
         out.append(states.detach().numpy())
     tracer.flush()
-    np.savez(Path(result) / f"replay-{rank}.npz", **kept)
+    np.savez(Path(result) / f"replay-{rank}.npz", **replayed_ids)
     np.save(Path(result) / f"states-{rank}.npy", np.stack(out))
     dist.destroy_process_group()
 

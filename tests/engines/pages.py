@@ -57,7 +57,7 @@ class Shell:
     def type(self, command: str) -> Typed:
         """Run a command to its end; one that starts a server until that answers."""
         if SERVER.search(command):
-            self.stop()
+            self.close()
             return self.start(command)
         done = subprocess.run(
             ["bash", "-c", command],
@@ -98,7 +98,7 @@ class Shell:
         except (OSError, urllib.error.URLError):
             return False
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the server that runs, if one does, and wait until its port is free."""
         if self.server is None:
             return

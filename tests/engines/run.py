@@ -76,13 +76,13 @@ def interpreter(version: str) -> str | None:
     candidates = [sys.executable, shutil.which(f"python{version}")]
     candidates += map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))
     for candidate in filter(None, candidates):
-        asked = subprocess.run(
+        options = subprocess.run(
             [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
             capture_output=True,
             text=True,
             check=False,
         )
-        if asked.stdout.strip() == version:
+        if options.stdout.strip() == version:
             return candidate
     return None
 
@@ -125,13 +125,13 @@ def version(python: Path, package: str) -> str:
     """Return the version of a package that is installed there, or only unpacked for its tests."""
     code = "import importlib.metadata as m, sys; sys.path.append(sys.argv[2]);"
     code += "print(m.version(sys.argv[1]))"
-    asked = subprocess.run(
+    options = subprocess.run(
         [python, "-c", code, package, str(BELOW / "ascend")],
         capture_output=True,
         text=True,
         check=False,
     )
-    return asked.stdout.strip() or "-"
+    return options.stdout.strip() or "-"
 
 
 def run(engine: Engine, python: Path, only: str | None) -> list[Row]:
@@ -150,8 +150,8 @@ def run(engine: Engine, python: Path, only: str | None) -> list[Row]:
         for case in ElementTree.parse(report).iter("testcase"):
             result = "passed"
             for kind in ("failure", "error", "skipped"):
-                if (found := case.find(kind)) is not None:
-                    result = f"skipped: {found.get('message')}" if kind == "skipped" else kind
+                if (outcome := case.find(kind)) is not None:
+                    result = f"skipped: {outcome.get('message')}" if kind == "skipped" else kind
             test = case.get("name", "").removeprefix("test_").replace("_", " ")
             rows.append((test, *about, f"{float(case.get('time', 0)):.0f}", result))
     return rows
@@ -163,21 +163,21 @@ def main() -> int:
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help="vllm, sglang, training")
     parser.add_argument("--wheel", type=Path, required=True, help="moetuner's wheel")
     parser.add_argument("--only", metavar="EXPRESSION", help="tests that match, as pytest's -k")
-    asked = parser.parse_args()
-    if unknown := set(asked.engines) - set(ENGINES):
+    options = parser.parse_args()
+    if unknown := set(options.engines) - set(ENGINES):
         parser.error(f"ENGINE must be of {', '.join(ENGINES)}, got {', '.join(sorted(unknown))}")
     BELOW.mkdir(exist_ok=True)
     begin = time.monotonic()
     rows: list[Row] = []
-    for name in asked.engines or ENGINES:
+    for name in options.engines or ENGINES:
         engine = ENGINES[name]
-        python, reason = environment(name, engine, asked.wheel.resolve())
+        python, reason = environment(name, engine, options.wheel.resolve())
         if python is None:
             say(f"{name}: skipped: {reason}")
             because = f"skipped: {reason}"
             rows += [(file, package, "-", "-", because) for file, package in engine.tests.items()]
             continue
-        rows += run(engine, python, asked.only)
+        rows += run(engine, python, options.only)
     width = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(to) for cell, to in zip(row, width, strict=True)).rstrip()

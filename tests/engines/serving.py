@@ -125,13 +125,13 @@ def program(
     return text
 
 
-def kill_a_rank(engine: str, name: str, arguments: dict[str, Any], asked: dict[str, str]) -> str:
+def kill_a_rank(engine: str, name: str, arguments: dict[str, Any], options: dict[str, str]) -> str:
     """Serve while a rank is killed, which has to end the engine; return its log."""
     folder = folder_of(name)
     specification = folder / "specification.json"
     model = {"model": arguments.pop("model"), "prompts": tiny_models.prompts(), "tokens": TOKENS}
     specification.write_text(json.dumps({**model, "arguments": arguments}))
-    environment = {**(VLLM if engine == "vllm" else SGLANG), **RANKS, **asked}
+    environment = {**(VLLM if engine == "vllm" else SGLANG), **RANKS, **options}
     environment["ENGINES_MAPS"] = str(folder / "maps")
     return program(f"{engine}_serve.py", [specification, folder], environment, folder, ends=False)
 
@@ -163,8 +163,13 @@ def serve(
         folder = folder_of(name)
     prompts = tiny_models.prompts()
     specification = folder / "specification.json"
-    asked = {"model": str(checkpoint), "arguments": arguments, "prompts": prompts, "tokens": TOKENS}
-    specification.write_text(json.dumps({**asked, **more}))
+    options = {
+        "model": str(checkpoint),
+        "arguments": arguments,
+        "prompts": prompts,
+        "tokens": TOKENS,
+    }
+    specification.write_text(json.dumps({**options, **more}))
     defaults = VLLM if engine == "vllm" else SGLANG
     if reuse:
         log = (folder / "log.txt").read_text(errors="replace")
@@ -244,7 +249,7 @@ def type_page(engine: str, values: dict[str, Any]) -> tuple[Path, list[pages.Typ
             if typed[-1].status:
                 pytest.fail(f"{command}\nended with {typed[-1].status}:\n{typed[-1].output}")
     finally:
-        shell.stop()
+        shell.close()
     return folder, typed
 
 

@@ -16,14 +16,14 @@ import numpy as np
 
 
 def main():
-    asked = json.loads(Path(sys.argv[1]).read_text())
+    options = json.loads(Path(sys.argv[1]).read_text())
     result = Path(sys.argv[2])
     os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"] = str(result)
     import sglang
 
     engine = sglang.Engine(
         **{
-            "model_path": asked["model"],
+            "model_path": options["model"],
             "device": "cpu",
             "dtype": "float32",
             "attention_backend": "torch_native",
@@ -37,17 +37,17 @@ def main():
             "watchdog_timeout": 900,
             "log_level": "info",
             "enable_return_routed_experts": True,
-            **asked["arguments"],
+            **options["arguments"],
         }
     )
-    records = "expert_distribution_recorder_mode" in asked["arguments"]
+    records = "expert_distribution_recorder_mode" in options["arguments"]
     if records:
         engine.start_expert_distribution_record()
     answers = engine.generate(
-        input_ids=asked["prompts"],
+        input_ids=options["prompts"],
         sampling_params={
             "temperature": 0,
-            "max_new_tokens": asked["tokens"],
+            "max_new_tokens": options["tokens"],
             "ignore_eos": True,
         },
         return_routed_experts=True,
@@ -55,7 +55,7 @@ def main():
     if records:
         engine.stop_expert_distribution_record()
         engine.dump_expert_distribution_record()
-    config = json.loads((Path(asked["model"]) / "config.json").read_text())
+    config = json.loads((Path(options["model"]) / "config.json").read_text())
     shape = (config["num_hidden_layers"], config["num_experts_per_tok"])
     for number, answer in enumerate(answers):
         raw = base64.b64decode(answer["meta_info"]["routed_experts"])

@@ -36,7 +36,7 @@ def package():
 
 
 @pytest.fixture(scope="module")
-def asked(package):
+def answers(package):
     """Ask them all the same: loads of a long tail, the table that vllm-ascend starts with."""
     folder = folder_of("ascend")
     rng = np.random.default_rng(0)
@@ -46,10 +46,10 @@ def asked(package):
     workload = (load / np.bincount(slots))[:, :, slots].reshape(WINDOWS, *table.shape)
     workload = workload.astype(np.int64)
     np.savez(folder / "problem.npz", current_expert_table=table, expert_workload=workload)
-    found = rebalance_experts(
+    actual = rebalance_experts(
         load, table[0].size, None, 1, DEVICES, table.reshape(LAYERS, -1), budget=BUDGET
     )
-    ours = found.reshape(table.shape)
+    ours = actual.reshape(table.shape)
     np.save(folder / "ours.npy", ours)
     placement = mt.Placement(ours.astype(np.int32), num_experts=EXPERTS)
     placement.save(folder / "placement.json")
@@ -70,22 +70,22 @@ def imbalance(table: np.ndarray, load: np.ndarray) -> float:
     return float(np.mean(layers))
 
 
-def test_our_table_breaks_no_rule_of_the_worker(asked):
+def test_our_table_breaks_no_rule_of_the_worker(answers):
     """No copy twice on a device, kept experts in their slots: the worker puts nothing back."""
-    folder, _, _ = asked
+    folder, _, _ = answers
     for name in ("ours", "plugin"):
-        found = np.load(folder / f"{name}.npy")
-        assert (np.load(folder / f"{name}-checked.npy") == found).all()
+        actual = np.load(folder / f"{name}.npy")
+        assert (np.load(folder / f"{name}-checked.npy") == actual).all()
 
 
-def test_our_plugin_answers_in_their_factory(asked):
+def test_our_plugin_answers_in_their_factory(answers):
     """`MOETUNER_REBALANCE`: whatever the type, the factory makes our policy."""
-    folder, load, _ = asked
-    found = np.load(folder / "plugin.npy")
+    folder, load, _ = answers
+    actual = np.load(folder / "plugin.npy")
     with np.load(folder / "problem.npz") as problem:
         table = problem["current_expert_table"]
-    assert (found != np.load(folder / "swift.npy")).any()
-    assert imbalance(found, load) <= BOUND < imbalance(table, load)
+    assert (actual != np.load(folder / "swift.npy")).any()
+    assert imbalance(actual, load) <= BOUND < imbalance(table, load)
 
 
 def moves(table: np.ndarray, asked_table: np.ndarray) -> int:
@@ -94,12 +94,12 @@ def moves(table: np.ndarray, asked_table: np.ndarray) -> int:
     return sum(len(set(new.tolist()) - set(old.tolist())) for new, old in pairs)
 
 
-def test_balance_is_within_their_bound_with_the_fewest_moves(asked):
+def test_balance_is_within_their_bound_with_the_fewest_moves(answers):
     """Max / mean load is at most 1.08 with few moves, within 1 % of the best where all may move.
 
     Loads of single slots count as well, so the least maximum is not all that is looked for.
     """
-    folder, load, _ = asked
+    folder, load, _ = answers
     with np.load(folder / "problem.npz") as problem:
         table = problem["current_expert_table"]
     free = rebalance_experts(
@@ -122,29 +122,29 @@ def test_balance_is_within_their_bound_with_the_fewest_moves(asked):
     assert all(imbalance(free, load) <= 1.01 * imbalance(of, load) for of in theirs.values())
 
 
-def test_its_reader_reads_our_map(asked):
+def test_its_reader_reads_our_map(answers):
     """`expert_map_path`: what vllm-ascend reads of our file is the placement."""
-    folder, _, _ = asked
+    folder, _, _ = answers
     assert (np.load(folder / "read.npy") == np.load(folder / "ours.npy")).all()
 
 
-def test_its_map_is_read(asked):
+def test_its_map_is_read(answers):
     """`expert_map_record_path`: our reader reads what vllm-ascend writes."""
-    folder, _, _ = asked
+    folder, _, _ = answers
     moetuner("export", folder / "exported.json", "--to", "json", "--out", folder / "read.json")
-    found = mt.Placement.load(folder / "read.json").slots
-    assert (found == np.load(folder / "ours.npy")[:2]).all()
+    actual = mt.Placement.load(folder / "read.json").slots
+    assert (actual == np.load(folder / "ours.npy")[:2]).all()
 
 
-def test_its_workload_is_read(asked):
+def test_its_workload_is_read(answers):
     """Workloads of slots are read as loads of experts."""
-    folder, _, workload = asked
+    folder, _, workload = answers
     moetuner("convert", folder / "problem.npz", "--out", folder / "loads.safetensors")
-    found = mt.RoutingStatistics.load(folder / "loads.safetensors")
+    actual = mt.RoutingStatistics.load(folder / "loads.safetensors")
     with np.load(folder / "problem.npz") as problem:
         table = problem["current_expert_table"].reshape(LAYERS, -1)
     expected = np.zeros((WINDOWS, LAYERS, EXPERTS), dtype=np.int64)
     for window in range(WINDOWS):
         for layer in range(LAYERS):
             np.add.at(expected[window, layer], table[layer], workload[window, layer].ravel())
-    assert (found.window_load == expected).all()
+    assert (actual.window_load == expected).all()

@@ -29,11 +29,11 @@ def counted():
 def buffers(folder, name) -> list[np.ndarray]:
     """Return the buffers [L,E] of every rank."""
     key = "model.layers.{}.mlp.tokens_per_expert"
-    found = []
+    actual = []
     for rank in range(RANKS):
         with np.load(folder / f"counts-{name}-rank{rank}.npz") as of:
-            found.append(np.stack([of[key.format(layer)] for layer in range(LAYERS)]))
-    return found
+            actual.append(np.stack([of[key.format(layer)] for layer in range(LAYERS)]))
+    return actual
 
 
 def test_counts_of_all_ranks_are_read(counted):
@@ -46,10 +46,10 @@ def test_counts_of_all_ranks_are_read(counted):
             files.append(folder / f"tokens_per_expert_rank{rank}.npz")
             np.savez(files[-1], **{key: of[key] for key in names})
     moetuner("convert", *files, "--out", folder / "loads.safetensors")
-    found = mt.RoutingStatistics.load(folder / "loads.safetensors")
+    actual = mt.RoutingStatistics.load(folder / "loads.safetensors")
     first, second = buffers(folder, MODEL)
     assert first.sum() == second.sum() == LAYERS * 24 * 2
-    assert (found.window_load.sum(axis=0) == first + second).all()
+    assert (actual.window_load.sum(axis=0) == first + second).all()
 
 
 def test_permuted_checkpoint_gives_permuted_counts(counted):

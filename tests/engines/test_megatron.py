@@ -28,21 +28,21 @@ def trace(recorded):
 
 def replayed(folder) -> np.ndarray:
     """Return the replay's ids [D,W,T,L,K] by rank and step."""
-    found = []
+    actual = []
     for rank in range(RANKS):
         with np.load(folder / f"replay-{rank}.npz") as steps:
             names = [[f"step{step}.layer{layer}" for layer in LAYERS] for step in range(STEPS)]
-            found.append([np.stack([steps[name] for name in of], axis=1) for of in names])
-    return np.array(found)
+            actual.append([np.stack([steps[name] for name in of], axis=1) for of in names])
+    return np.array(actual)
 
 
 def test_trace_is_what_the_replay_recorded(recorded, trace):
     """The tracer's lines are read as the ids that RouterReplay keeps; a rank is a group."""
     assert trace.num_experts == EXPERTS
     assert len(trace.group_names) == RANKS
-    found = np.sort(np.asarray(trace.expert_ids), axis=2)
+    actual = np.sort(np.asarray(trace.expert_ids), axis=2)
     by_step = replayed(recorded).swapaxes(0, 1)  # the ranks of a step one after the other
-    assert found.tolist() == np.sort(by_step, axis=4).reshape(found.shape).tolist()
+    assert actual.tolist() == np.sort(by_step, axis=4).reshape(actual.shape).tolist()
 
 
 def test_arrays_of_the_replay_are_read(recorded, trace):
@@ -50,8 +50,8 @@ def test_arrays_of_the_replay_are_read(recorded, trace):
     out = recorded / "replay.safetensors"
     files = sorted(recorded.glob("replay-*.npz"))
     moetuner("convert", *files, "--num-experts", EXPERTS, "--out", out)
-    found = np.asarray(mt.RoutingTrace.load(out).expert_ids)
-    assert found.tolist() == replayed(recorded).reshape(found.shape).tolist()
+    actual = np.asarray(mt.RoutingTrace.load(out).expert_ids)
+    assert actual.tolist() == replayed(recorded).reshape(actual.shape).tolist()
 
 
 def test_permuted_checkpoint_computes_the_same(recorded, trace):

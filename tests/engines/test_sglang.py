@@ -138,13 +138,13 @@ def test_recorder_on_one_rank(mode):
     """What the recorder dumps is read as the loads of the returned trace."""
     served = recorded(mode)
     assert served.tokens == one_rank().tokens
-    found = read(served)
+    actual = read(served)
     ids = np.asarray(trace().expert_ids)
     if mode == "per_token":
-        assert rows(np.asarray(found.expert_ids)) == rows(ids)
+        assert rows(np.asarray(actual.expert_ids)) == rows(ids)
     else:
-        assert found.windows == PASSES
-        assert (found.window_load.sum(axis=0) == loads(ids)).all()
+        assert actual.windows == PASSES
+        assert (actual.window_load.sum(axis=0) == loads(ids)).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -156,15 +156,15 @@ def test_file_of_our_writer_places_experts_and_slots_are_read_back(mode):
     assert served.tokens == one_rank().tokens
     for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
         assert same_routing(ours, theirs)
-    found = read(served)
+    actual = read(served)
     ids = np.asarray(trace().expert_ids)
     if mode == "per_token":
-        assert rows(np.asarray(found.expert_ids)) == rows(ids)
+        assert rows(np.asarray(actual.expert_ids)) == rows(ids)
     elif mode == "per_pass":
         # Both ranks of tensor parallelism count the same tokens, and SGLang adds them up.
-        assert (found.window_load.sum(axis=0) == 2 * loads(ids)).all()
+        assert (actual.window_load.sum(axis=0) == 2 * loads(ids)).all()
     else:
-        assert found.windows == BUFFER["two"]
+        assert actual.windows == BUFFER["two"]
 
 
 def test_commands_of_the_page_work_as_printed():
@@ -181,8 +181,8 @@ def test_commands_of_the_page_work_as_printed():
 
 def test_stored_placement_comes_into_force_and_tokens_stay():
     """`--eplb-algorithm moetuner` with `MOETUNER_PLACEMENT`: both ranks run our placement."""
-    asked = {"MOETUNER_PLACEMENT": str(placement())}
-    served = on_two_ranks("sglang-static", BALANCED, asked, model(MODEL))
+    variables = {"MOETUNER_PLACEMENT": str(placement())}
+    served = on_two_ranks("sglang-static", BALANCED, variables, model(MODEL))
     first, second = served.maps()
     assert first == second
     # From the load on.
@@ -196,10 +196,10 @@ def test_stored_placement_comes_into_force_and_tokens_stay():
 def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
     """`MOETUNER_REBALANCE`: the map in force is our policy's answer to the loads it saw."""
     record = BELOW / "runs" / "sglang-live" / "loads"
-    asked = {"MOETUNER_REBALANCE": "1", "MOETUNER_RECORD": str(record)}
+    variables = {"MOETUNER_REBALANCE": "1", "MOETUNER_RECORD": str(record)}
     # So few tokens show nothing beyond chance; the thresholds are for loads of real traffic.
     always = {"MOETUNER_DEAD_ZONE": "0", "MOETUNER_DEVIATIONS": "0"}
-    served = on_two_ranks("sglang-live", BALANCED, {**asked, **always}, model(MODEL))
+    served = on_two_ranks("sglang-live", BALANCED, {**variables, **always}, model(MODEL))
     first, second = served.maps()
     assert first == second
     assert len(first) > 1
@@ -225,8 +225,8 @@ def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
 )
 def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, reason):
     """No hang: both ranks run SGLang's own maps, tokens stay, and a line names the rank."""
-    asked = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:{how}"}
-    served = on_two_ranks(f"sglang-broken-{how}", BALANCED, asked, model(MODEL))
+    variables = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:{how}"}
+    served = on_two_ranks(f"sglang-broken-{how}", BALANCED, variables, model(MODEL))
     first, second = served.maps()
     assert first == second
     assert len(first) > 1
@@ -258,8 +258,8 @@ def test_a_killed_rank_ends_the_engine(call):
 
 def test_without_the_balancer_a_warning_says_so():
     """Without `--eplb-algorithm moetuner` nothing changes."""
-    asked = {"MOETUNER_PLACEMENT": str(placement())}
-    served = on_two_ranks("sglang-no-balancer", WITH_COPIES, asked, model(MODEL))
+    variables = {"MOETUNER_PLACEMENT": str(placement())}
+    served = on_two_ranks("sglang-no-balancer", WITH_COPIES, variables, model(MODEL))
     assert served.tokens == one_rank().tokens
     assert "does nothing without --enable-eplb --eplb-algorithm moetuner" in served.log
 
@@ -277,8 +277,8 @@ def test_a_model_without_a_balancer_serves_as_ever():
 
 def test_tokens_change_if_weights_do_not_move():
     """Negative control: maps in force without their weights give other tokens."""
-    asked = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_KEEP_WEIGHTS": "1"}
-    served = on_two_ranks("sglang-weights-kept", BALANCED, asked, model(MODEL))
+    variables = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_KEEP_WEIGHTS": "1"}
+    served = on_two_ranks("sglang-weights-kept", BALANCED, variables, model(MODEL))
     assert by_rank(served.maps()[0][-1], 2) == expected_by_rank()
     assert all(
         ours != theirs for ours, theirs in zip(served.tokens, one_rank().tokens, strict=True)
@@ -289,14 +289,14 @@ def test_permuted_checkpoint_serves_the_same_tokens():
     """Experts renumbered in the checkpoint: same tokens on two ranks, and ids map back."""
     folder = folder_of("sglang-permuted-checkpoint") / "model"
     statistics = mt.RoutingStatistics.from_trace(trace(), window=32, sets=True)
-    found = mt.solve(mt.Problem(statistics, mt.Topology(devices=2))).placement
-    permute_state_dict(model(MODEL), found, folder)
+    actual = mt.solve(mt.Problem(statistics, mt.Topology(devices=2))).placement
+    permute_state_dict(model(MODEL), actual, folder)
     served = on_two_ranks("sglang-permuted", TWO, {}, folder)
     assert served.tokens == one_rank().tokens
-    order = order_of(found)
+    order = order_of(actual)
     assert (order != np.arange(EXPERTS)).any()
     for new, old in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(order[np.arange(found.layers)[:, None], new], old)
+        assert same_routing(order[np.arange(actual.layers)[:, None], new], old)
 
 
 def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
@@ -327,5 +327,5 @@ def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
         by_rank(after.maps()[0][0][1:], 2)
         == np.sort(mt.Placement.load(answer).slots, axis=2).tolist()
     )
-    found = read(after)
-    assert (found.window_load.sum(axis=0) == 2 * loads(expected)).all()
+    actual = read(after)
+    assert (actual.window_load.sum(axis=0) == 2 * loads(expected)).all()

@@ -104,18 +104,18 @@ def live(asynchronous: bool) -> Served:
     record = BELOW / "runs" / name / "loads"
     # So few tokens show nothing beyond chance; the thresholds are for loads of real traffic.
     always = (("MOETUNER_DEAD_ZONE", "0"), ("MOETUNER_DEVIATIONS", "0"))
-    asked = (("MOETUNER_REBALANCE", "1"), ("MOETUNER_RECORD", str(record)), *always)
-    return balanced(name, asynchronous, asked)
+    variables = (("MOETUNER_REBALANCE", "1"), ("MOETUNER_RECORD", str(record)), *always)
+    return balanced(name, asynchronous, variables)
 
 
 def test_routed_experts_are_what_transformers_routes():
     """Our reader gives, in MoE layers alone, the sets of experts of transformers' routers."""
     served = one_rank()
-    found = trace()
+    actual = trace()
     expected = np.concatenate(tiny_models.truth(model(MODEL), served.sequences))
     assert served.routed[0].shape[1] == tiny_models.LAYERS
-    assert found.layers == tiny_models.LAYERS - 1
-    assert same_routing(np.asarray(found.expert_ids), expected)
+    assert actual.layers == tiny_models.LAYERS - 1
+    assert same_routing(np.asarray(actual.expert_ids), expected)
 
 
 def test_http_responses_say_what_offline_arrays_say():
@@ -138,19 +138,19 @@ def test_http_responses_say_what_offline_arrays_say():
             ),
         },
     )
-    found = {}
+    actual = {}
     for file in folder.glob("*.json"):
         out = folder / f"{file.stem}.safetensors"
         moetuner("convert", file, "--num-experts", EXPERTS, "--out", out)
-        found[file.stem] = np.asarray(mt.RoutingTrace.load(out).expert_ids)
+        actual[file.stem] = np.asarray(mt.RoutingTrace.load(out).expert_ids)
     offline = np.asarray(trace().expert_ids)
-    assert same_routing(found["completions"], offline)
+    assert same_routing(actual["completions"], offline)
     first = len(one_rank().sequences[0])
-    assert same_routing(found["completion-from-3"], offline[3:first])
+    assert same_routing(actual["completion-from-3"], offline[3:first])
     chat = json.loads((folder / "chat.json").read_text())
     sequence = chat["prompt_token_ids"] + chat["choices"][0]["token_ids"][:-1]
     (expected,) = tiny_models.truth(model(MODEL), [sequence])
-    assert same_routing(found["chat"], expected)
+    assert same_routing(actual["chat"], expected)
 
 
 def test_commands_of_the_page_work_as_printed():
@@ -230,8 +230,8 @@ def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, asynchronous, 
     """No hang: both ranks run vLLM's own maps, tokens stay, and a line names the rank."""
     other = any_placement("vllm-other", tiny_models.LAYERS - 1, EXPERTS, SLOTS)
     broken = (("ENGINES_BREAK", f"1:{how}"), ("ENGINES_OTHER", str(other)))
-    asked = (("MOETUNER_PLACEMENT", str(placement())), *broken)
-    served = balanced(f"vllm-broken-{how}", asynchronous, asked)
+    variables = (("MOETUNER_PLACEMENT", str(placement())), *broken)
+    served = balanced(f"vllm-broken-{how}", asynchronous, variables)
     first, second = served.maps()
     assert first == second
     ours = np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
@@ -259,8 +259,8 @@ def test_a_killed_rank_ends_the_engine(call, reason):
 def test_without_the_balancer_nothing_changes():
     """Without `enable_eplb` vLLM never asks: same tokens, and the line says what is missing."""
     maps = {"ENGINES_MAPS": str(BELOW / "runs" / "vllm-no-balancer" / "maps")}
-    asked = {"MOETUNER_PLACEMENT": str(placement()), "MOETUNER_PLACMENT": "x"}
-    served = serve("vllm", "vllm-no-balancer", model(MODEL), TWO, {**RANKS, **maps, **asked})
+    variables = {"MOETUNER_PLACEMENT": str(placement()), "MOETUNER_PLACMENT": "x"}
+    served = serve("vllm", "vllm-no-balancer", model(MODEL), TWO, {**RANKS, **maps, **variables})
     assert served.tokens == one_rank().tokens
     assert "moetuner: does nothing without --enable-eplb" in served.log
     assert "MOETUNER_PLACMENT is not a variable of moetuner: did you mean" in served.log
@@ -271,8 +271,8 @@ def test_other_models(name):
     """Mixtral serves our placement. OLMoE has no balancer in vLLM, and serves as ever."""
     experts, width = {"mixtral": (8, 5), "olmoe": (16, 9)}[name]
     path = any_placement(f"vllm-{name}", tiny_models.LAYERS, experts, width)
-    asked = (("MOETUNER_PLACEMENT", str(path)),)
-    served = balanced(f"vllm-{name}", False, asked, name)
+    variables = (("MOETUNER_PLACEMENT", str(path)),)
+    served = balanced(f"vllm-{name}", False, variables, name)
     assert served.tokens == [
         tiny_models.greedy(model(name), prompt, len(new))
         for prompt, new in zip(served.prompts, served.tokens, strict=True)
@@ -283,8 +283,8 @@ def test_other_models(name):
 
 def test_tokens_change_if_weights_do_not_move():
     """Negative control: maps in force without their weights give other tokens."""
-    asked = (("MOETUNER_PLACEMENT", str(placement())), ("ENGINES_KEEP_WEIGHTS", "1"))
-    served = balanced("vllm-weights-kept", False, asked)
+    variables = (("MOETUNER_PLACEMENT", str(placement())), ("ENGINES_KEEP_WEIGHTS", "1"))
+    served = balanced("vllm-weights-kept", False, variables)
     assert (
         by_rank(served.maps()[0][-1], 2)
         == np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()

@@ -132,12 +132,12 @@ def truth(checkpoint: Path, sequences: list[list[int]]) -> list[np.ndarray]:
                     layer, output[2].numpy()
                 )
             )
-    found = []
+    actual = []
     for ids in sequences:
         with torch.no_grad():
             model(torch.tensor([ids]))
-        found.append(np.stack([chosen[layer] for layer in sorted(chosen)], axis=1))
-    return found
+        actual.append(np.stack([chosen[layer] for layer in sorted(chosen)], axis=1))
+    return actual
 
 
 def greedy(checkpoint: Path, prompt: list[int], tokens: int) -> list[int]:

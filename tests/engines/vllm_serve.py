@@ -14,23 +14,23 @@ import numpy as np
 def main():
     from vllm import LLM, SamplingParams
 
-    asked = json.loads(Path(sys.argv[1]).read_text())
+    options = json.loads(Path(sys.argv[1]).read_text())
     result = Path(sys.argv[2])
     llm = LLM(
         **{
-            "model": asked["model"],
+            "model": options["model"],
             "dtype": "float32",
             "enforce_eager": True,
             "max_model_len": 256,
             "max_num_seqs": 8,
             "seed": 0,
             "enable_return_routed_experts": True,
-            **asked["arguments"],
+            **options["arguments"],
         }
     )
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in asked["prompts"]],
-        SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True),
+        [{"prompt_token_ids": prompt} for prompt in options["prompts"]],
+        SamplingParams(temperature=0, max_tokens=options["tokens"], ignore_eos=True),
     )
     completions = [output.outputs[0] for output in outputs]
     for number, completion in enumerate(completions):

@@ -13,6 +13,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.cost import busiest_ports
 from moetuner.evaluation import replay as replay_
+from moetuner.evaluation.auditing import blocks
 
 
 def serving_copy(copies, nodes, token, turn, split):
@@ -127,27 +128,20 @@ def test_too_many_windows_are_refused(make_trace, monkeypatch):
     trace = make_trace()
     monkeypatch.setattr(replay_, "TABLE_LIMIT", 1 << 10)
     with pytest.raises(ValueError, match="make windows longer"):
-        mt.evaluate(contiguous(trace), trace, window=1)
-
-
-def contiguous(trace, devices=4):
-    """Experts in blocks on all layers."""
-    device_of = np.arange(trace.num_experts) * devices // trace.num_experts
-    return mt.Placement.from_assignment(np.tile(device_of, (trace.layers, 1)), devices)
+        mt.evaluate(blocks(trace.layers, 8, 4), trace, window=1)
 
 
 def test_threads_do_not_matter(make_trace):
     """One thread and two give the same answer to the last bit."""
     trace = make_trace(5000, layers=5)
-    placement = contiguous(trace)
-    one, two = (mt.evaluate(placement, trace, window=100, threads=n) for n in (1, 2))
+    one, two = (mt.evaluate(blocks(5, 8, 4), trace, window=100, threads=n) for n in (1, 2))
     assert one.to_dict() == two.to_dict()
 
 
 def test_groups_are_the_traces_of_their_tokens(make_trace):
     """A group is evaluated like the trace of its tokens alone; empty groups are left out."""
     trace = make_trace()
-    placement = contiguous(trace)
+    placement = blocks(trace.layers, 8, 4)
     found = mt.evaluate(placement, trace, window=16)
     assert list(found.by_group) == ["even", "odd"]
     for name, group in found.by_group.items():
@@ -158,7 +152,7 @@ def test_groups_are_the_traces_of_their_tokens(make_trace):
 def test_statistics_tell_the_same_balance_and_crossing(make_trace):
     """Without replicas, counts tell balance and crossing but no fanout; loads tell balance."""
     trace = make_trace(500)
-    placement = contiguous(trace)
+    placement = blocks(trace.layers, 8, 4)
     replayed = mt.evaluate(placement, trace, window=64)
     counted = mt.evaluate(placement, mt.RoutingStatistics.from_trace(trace, window=64))
     for name in ("imbalance", "imbalance_total", "imbalance_worst", "crossing"):
@@ -172,9 +166,9 @@ def test_other_models_and_machines_are_refused(make_trace):
     """The message gives both sizes."""
     trace = make_trace()
     with pytest.raises(ValueError, match="3 layers, 8 experts and 2 devices"):
-        mt.evaluate(contiguous(trace), trace, mt.Topology(2))
+        mt.evaluate(blocks(trace.layers, 8, 4), trace, mt.Topology(2))
     with pytest.raises(ValueError, match="got 3, 8 and 4"):
-        mt.evaluate(contiguous(trace), make_trace(experts=9))
+        mt.evaluate(blocks(trace.layers, 8, 4), make_trace(experts=9))
 
 
 REPLICATED = np.array([[[0, 1, 2, 4], [3, 0, 5, -1], [4, 5, 0, 6], [6, 7, 1, -1]]])
@@ -227,19 +221,6 @@ def test_nearest_pairs_have_one_home():
     assert mt.Objective(problem).value(placement) == 0
 
 
-def test_nearest_copies_save_traffic(make_trace):
-    """Rows that leave home are those whose expert has no copy there."""
-    trace, topology = make_trace(20000, top_k=1), mt.Topology(4, 2)
-    near, even = (
-        mt.evaluate(replicated(), trace, topology, split=split) for split in ("nearest", "even")
-    )
-    assert near.traffic["dispatch"].sum() < 0.9 * even.traffic["dispatch"].sum()
-    load = mt.RoutingStatistics.from_trace(trace).total_load.astype(float)
-    copies = (replicated().slots.reshape(3, -1)[:, :, None] == np.arange(8)).sum(axis=1)
-    remote = (load * (1 - copies / 4)).sum()
-    assert near.traffic["dispatch"].sum() == pytest.approx(remote, rel=1e-3)
-
-
 def test_mixed_arrival_balances_bursts():
     """Two kinds of text, each on an expert of its own, are unbalanced only one after the other."""
     ids = np.repeat([0, 1], 500).reshape(-1, 1, 1)
@@ -279,7 +260,7 @@ def test_times_are_the_cost_models(make_trace):
         inter_node_latency=1e-5,
         speed=[1, 1, 2, 2],
     )
-    placement = contiguous(trace)
+    placement = blocks(trace.layers, 8, 4)
     load, _, visits, _ = oracle(placement.slots, trace.expert_ids, [0, 0, 1, 1], window)
     times = []
     for w, layer in np.ndindex(4, 3):
@@ -304,7 +285,7 @@ def test_a_node_is_sent_to_once(make_trace):
         make_trace(240, top_k=3),
         mt.Topology(4, 2, intra_node_bandwidth=1e9, inter_node_bandwidth=1e8),
     )
-    placement = contiguous(trace)
+    placement = blocks(trace.layers, 8, 4)
     model = mt.CostModel(0, 0, 0, 0, token_bytes=1000, combine_bytes=0, once_per="node")
     times = []
     for layer in range(3):
@@ -340,7 +321,7 @@ def test_following_moves_states_to_the_next_layer():
 def test_busiest_ports_are_reported_by_tier(make_trace):
     """Rows out of and into the busiest device, of either tier."""
     trace = make_trace()
-    found = mt.evaluate(contiguous(trace), trace, mt.Topology(4, 2))
+    found = mt.evaluate(blocks(trace.layers, 8, 4), trace, mt.Topology(4, 2))
     rows = found.traffic["dispatch"]
     inside = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
     for tier, mask in enumerate((inside, ~inside)):
@@ -362,9 +343,9 @@ def test_load_tables_have_groups(make_trace):
     load = mt.RoutingStatistics.from_trace(make_trace(), window=20).window_load
     group = np.arange(10) % 2
     table = mt.RoutingStatistics.from_load(load, group=group, group_names=("a", "b", "none"))
-    found = mt.evaluate(contiguous(make_trace()), table)
+    found = mt.evaluate(blocks(3, 8, 4), table)
     assert list(found.by_group) == ["a", "b"]
-    alone = mt.evaluate(contiguous(make_trace()), mt.RoutingStatistics.from_load(load[group == 1]))
+    alone = mt.evaluate(blocks(3, 8, 4), mt.RoutingStatistics.from_load(load[group == 1]))
     assert found.by_group["b"].to_dict() == alone.to_dict()
 
 
@@ -374,7 +355,7 @@ def test_mixed_seed_is_another_order(counted):
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 8, (2000, 2, 1))
     traffic = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(2000) // 50)
-    placement = contiguous(traffic)
+    placement = blocks(2, 8, 4)
     if counted:
         traffic = mt.RoutingStatistics.from_trace(traffic, window=50)
     one, same, other = (

@@ -42,12 +42,6 @@ def command(ok, make_trace, tmp_path):
     return command
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_dispatch_is_the_default_of_commands(command, name):
-    """Every command that knows a regime takes dispatch, and says so in its JSON."""
-    assert json.loads(command(name, "--json", "-"))["settings"]["regime"] == "dispatch"
-
-
 @pytest.mark.parametrize("known", ["transitions", "coactivation"])
 def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, known):
     """Where counts know transitions alone, traffic is theirs; else the default is dispatch."""
@@ -64,13 +58,15 @@ def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, known):
         assert found["settings"]["regime"] == expected
 
 
-@pytest.mark.parametrize("sets", [False, True])
-@pytest.mark.parametrize("more", [[], ["--regime", "follow"], ["--cost-model", "a100"]])
+@pytest.mark.parametrize(
+    ("sets", "more"),
+    [(True, []), (False, ["--regime", "follow"]), (True, ["--cost-model", "a100"])],
+)
 def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, more):
     """Of the same saved statistics, in any regime and with any cost model: one number."""
     saved, placement = tmp_path / "statistics.safetensors", tmp_path / "p.json"
     mt.RoutingStatistics.from_trace(make_trace(300), window=64, sets=sets).save(saved)
-    solving = ["solve", saved, "--devices", 4, "--slots-per-device", 3, "--time-limit", 0.2]
+    solving = ["solve", saved, "--devices", 4, "--slots-per-device", 3, "--method", "lpt"]
     solved = json.loads(ok(*solving, *more, "--out", placement, "--json", "-"))
     shown = json.loads(ok("evaluate", placement, saved, *more, "--json", "-"))
     assert solved["unit"] == "us per layer"
@@ -81,45 +77,29 @@ def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
     """A replay knows more than counts: what it says is said by both commands."""
     trace, placement, report = (tmp_path / name for name in ("t.safetensors", "p.json", "r.json"))
     make_trace(300).save(trace)
-    solving = ["solve", trace, "--devices", 4, "--window", 64, "--method", "heuristic"]
-    text = ok(*solving, "--time-limit", 0.2, "--out", placement, "--json", report)
-    solved = json.loads(report.read_text())
+    solving = ["solve", trace, "--devices", 4, "--window", 64, "--method", "lpt"]
+    text = ok(*solving, "--out", placement, "--json", report)
     shown = json.loads(ok("evaluate", placement, trace, "--window", 64, "--json", "-"))
-    assert solved["predicted_layer_us"] == shown["predicted_layer_us"]
+    assert json.loads(report.read_text())["predicted_layer_us"] == shown["predicted_layer_us"]
     assert f"Predicted time: {shown['predicted_layer_us']:.1f} us per layer." in text
 
 
-@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
-    ("model", "given", "whose"),
+    ("name", "model", "given", "whose"),
     [
-        ("gpt-oss-20b", [], "h100:2880x2880 (gpt-oss-20b)"),
-        ("org/Mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b)"),
-        ("mine", ["--cost-model", "h100"], "h100:7168x2048 (deepseek-v3, as INPUT's"),
-        ("gpt-oss-20b", ["--cost-model", "h200:64x32"], "h200:64x32;"),
+        ("solve", "gpt-oss-20b", [], "h100:2880x2880 (gpt-oss-20b)"),
+        ("compare", "mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b"),
+        ("evaluate", "mine", ["--cost-model", "h100"], "h100:7168x2048 (deepseek-v3, as INPUT's"),
+        ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "h200:64x32;"),
     ],
 )
 def test_times_say_whose_they_are(command, name, model, given, whose):
-    """GPU and model stand beside every time, and so does how to get others."""
-    if name == "audit" and not given:
-        given = ["--cost-model", "h100"]
+    """GPU and model stand beside times, and how to get others; dispatch is the default."""
+    text = command(name, *given, "--json", "-", model=model)
+    assert json.loads(text)["settings"]["regime"] == "dispatch"
     text = command(name, *given, model=model)
     assert f"Predicted times are of {whose}" in text
     assert "--cost-model FILE or GPU:HIDDENxINTERMEDIATE" in text
-
-
-def test_a_problem_takes_the_sizes_of_its_model():
-    """The time of a small expert is not that of DeepSeek-V3's."""
-    load = np.ones((1, 2, 4), dtype=np.uint64)
-    of = {
-        model: mt.Problem(
-            mt.RoutingStatistics.from_load(load, model=model), mt.Topology(2)
-        ).cost_model
-        for model in ("Qwen3-30B-A3B-Instruct-2507", None)
-    }
-    small, default = of.values()
-    assert small.token_us * 7168 * 2048 == pytest.approx(default.token_us * 2048 * 768)
-    assert default.token_us == mt.CostModel.preset("h100").token_us
 
 
 @pytest.mark.parametrize(
@@ -139,12 +119,16 @@ def test_models_are_known_by_their_names(name, known):
     assert cost.public_name(name) == known
 
 
-def test_recorded_sizes_come_before_the_models_name(make_trace):
-    """Whoever records a model knows its sizes, whatever it is called."""
-    trace = replace(make_trace(20), model="gpt-oss-20b", expert_size=(64, 32))
-    found = cost.cost_model_of(mt.RoutingStatistics.from_trace(trace))
-    wanted = mt.CostModel.preset("h100", hidden=64, intermediate=32)
-    assert found == replace(wanted, name="h100:64x32 (gpt-oss-20b)")
+def test_sizes_are_recorded_or_those_of_the_model(make_trace):
+    """Whoever records a model knows its sizes, whatever it is called; a name tells them, too."""
+    trace = replace(make_trace(20), model="gpt-oss-20b")
+    for size, wanted in (((64, 32), "h100:64x32"), (None, "h100:2880x2880")):
+        counted = mt.RoutingStatistics.from_trace(replace(trace, expert_size=size))
+        hidden, intermediate = size or (2880, 2880)
+        model = mt.CostModel.preset("h100", hidden=hidden, intermediate=intermediate)
+        expected = replace(model, name=f"{wanted} (gpt-oss-20b)")
+        assert cost.cost_model_of(counted) == expected
+        assert mt.Problem(counted, mt.Topology(2)).cost_model == expected
 
 
 def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
@@ -193,10 +177,8 @@ def structured(seed=0, tokens=600, layers=3, experts=16, **counted):
 
 
 RULES = {
-    "pin": {"pinned": [(0, 0, 0)]},
     "ban": {"forbidden": [(None, 1, 3)]},
     "faster device": {"topology": mt.Topology(4, speed=[1.02, 1, 1, 1])},
-    "uneven slots": {"slots_per_device": [5, 4, 4, 4]},
     "spare slots": {"slots_per_device": 5},
     "running": {},
 }
@@ -210,23 +192,11 @@ def test_traffic_counts_whatever_else_is_asked(rule):
     plain = mt.solve(mt.Problem(statistics, **asked), "heuristic", iterations=20_000)
     problem = mt.Problem(statistics, **{**asked, **RULES[rule]})
     contiguous = mt.solve(mt.Problem(statistics, **asked), "contiguous")
-    given = {"initial": contiguous.placement} if rule == "running" else {}
+    given = {"initial": contiguous.placement, "move_budget": 24} if rule == "running" else {}
     found = mt.solve(problem, "heuristic", iterations=20_000, **given)
     assert plain.objective < 0.5 * contiguous.objective
-    assert found.objective <= plain.objective + 0.03
+    assert found.objective <= plain.objective + (0.3 if given else 0.03)
     assert not problem.rules.violations(found.placement)
-
-
-def test_few_moves_are_spent_on_pairs():
-    """From a running placement a budget buys less traffic, also without expert sets."""
-    statistics = structured()
-    problem = mt.Problem(statistics, mt.Topology(4), objective="traffic", max_imbalance=1.5)
-    running = mt.solve(problem, "contiguous")
-    moved = mt.solve(
-        problem, "heuristic", iterations=5000, initial=running.placement, move_budget=12
-    )
-    assert running.placement.diff(moved.placement).experts_moved <= 12
-    assert moved.objective < 0.9 * running.objective
 
 
 @pytest.mark.parametrize("sets", [False, True])

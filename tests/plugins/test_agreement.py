@@ -82,7 +82,7 @@ class World:
         assert not any(isinstance(answer, str) for answer in answers.values()), answers
         return [answers.get(rank) for rank in range(size)]
 
-    def stop(self):
+    def kill(self):
         """End the processes."""
         for process in self.processes:
             process.kill()
@@ -93,7 +93,7 @@ def world():
     """Start three ranks."""
     processes = World(3)
     yield processes
-    processes.stop()
+    processes.kill()
 
 
 def serve(rank, group, *, files, wait=20.0, calls=2, **more):
@@ -128,8 +128,8 @@ def serve(rank, group, *, files, wait=20.0, calls=2, **more):
             for name, content in more["later"][call].get(rank, {}).items():
                 name.write_text(content)
             balancer.look_again()
-        found = balancer.decide(LOAD, 6, 1, 1, 2, group=lost, rank=rank, form=refuse)
-        maps.append(None if found is None else found.tolist())
+        decided = balancer.decide(LOAD, 6, 1, 1, 2, group=lost, rank=rank, form=refuse)
+        maps.append(None if decided is None else decided.tolist())
     return maps, lines.lines, time.monotonic() - begin
 
 

@@ -31,7 +31,7 @@ def cases(draw):
     return load, width * ranks, groups, nodes, ranks, random
 
 
-def held(slots, ranks, experts):
+def copies_on(slots, ranks, experts):
     """Count copies of every expert on every rank [L,D,E]."""
     rows = slots.reshape(len(slots), ranks, -1)
     return (rows[..., None] == np.arange(experts)).sum(axis=2)
@@ -39,7 +39,7 @@ def held(slots, ranks, experts):
 
 def slowest(load, slots, ranks):
     """Tokens of the busiest rank [L], copies sharing evenly."""
-    copies = held(slots, ranks, load.shape[1])
+    copies = copies_on(slots, ranks, load.shape[1])
     share = load / copies.sum(axis=1)
     return (copies * share[:, None]).sum(axis=2).max(axis=1)
 
@@ -58,11 +58,11 @@ def test_every_expert_has_a_slot_and_no_rank_two_copies(case):
     load, slots, groups, nodes, ranks, random = case
     experts = load.shape[1]
     for old in (None, running(random, (len(load), slots), experts)):
-        found = rebalance_experts(load, slots, groups, nodes, ranks, old)
-        assert (found.shape, found.dtype) == ((len(load), slots), np.int64)
-        copies = held(found, ranks, experts)
+        actual = rebalance_experts(load, slots, groups, nodes, ranks, old)
+        assert (actual.shape, actual.dtype) == ((len(load), slots), np.int64)
+        copies = copies_on(actual, ranks, experts)
         assert (copies.sum(axis=1) > 0).all()
-        assert copies.sum() == found.size
+        assert copies.sum() == actual.size
         assert (copies <= -(-slots // ranks // (experts // nodes))).all()
 
 
@@ -72,9 +72,9 @@ def test_what_stays_on_a_rank_keeps_its_slot(case):
     load, slots, groups, nodes, ranks, random = case
     experts = load.shape[1]
     old = running(random, (len(load), slots), experts)
-    found = rebalance_experts(load, slots, groups, nodes, ranks, old, dead_zone=0, deviations=0)
-    before, after = held(old, ranks, experts), held(found, ranks, experts)
-    same = old == found
+    actual = rebalance_experts(load, slots, groups, nodes, ranks, old, dead_zone=0, deviations=0)
+    before, after = copies_on(old, ranks, experts), copies_on(actual, ranks, experts)
+    same = old == actual
     width = slots // ranks
     for layer, rank, expert in np.argwhere((before == 1) & (after == 1)):
         here = slice(rank * width, (rank + 1) * width)
@@ -87,13 +87,14 @@ def test_never_slower_and_settles(case):
     load, slots, _, _, ranks, _ = case
     experts = load.shape[1]
     old = rebalance_experts(np.ones_like(load), slots, 1, 1, ranks)
-    found = rebalance_experts(load, slots, 1, 1, ranks, old, budget=10**6)
-    assert (slowest(load, found, ranks) <= slowest(load, old, ranks) * (1 + 1e-9)).all()
-    again = rebalance_experts(load, slots, 1, 1, ranks, found, budget=10**6)
-    moved = held(again, ranks, experts) != held(found, ranks, experts)
-    gain = slowest(load, found, ranks) - slowest(load, again, ranks)
+    actual = rebalance_experts(load, slots, 1, 1, ranks, old, budget=10**6)
+    assert (slowest(load, actual, ranks) <= slowest(load, old, ranks) * (1 + 1e-9)).all()
+    again = rebalance_experts(load, slots, 1, 1, ranks, actual, budget=10**6)
+    moved = copies_on(again, ranks, experts) != copies_on(actual, ranks, experts)
+    gain = slowest(load, actual, ranks) - slowest(load, again, ranks)
     assert (
-        not moved.any() or (gain > 0.02 * slowest(load, found, ranks))[moved.any(axis=(1, 2))].all()
+        not moved.any()
+        or (gain > 0.02 * slowest(load, actual, ranks))[moved.any(axis=(1, 2))].all()
     )
 
 
@@ -103,8 +104,8 @@ def test_a_budget_is_kept(case, budget):
     load, slots, _, _, ranks, random = case
     experts = load.shape[1]
     old = rebalance_experts(random.random(load.shape), slots, 1, 1, ranks)
-    found = rebalance_experts(load, slots, 1, 1, ranks, old, budget=budget)
-    assert (held(found, ranks, experts) > held(old, ranks, experts)).sum() <= budget
+    actual = rebalance_experts(load, slots, 1, 1, ranks, old, budget=budget)
+    assert (copies_on(actual, ranks, experts) > copies_on(old, ranks, experts)).sum() <= budget
 
 
 @given(cases())
@@ -112,10 +113,10 @@ def test_only_ratios_count_and_the_answer_is_a_function(case):
     """Loads counted by every rank of a tensor-parallel group, or asked again: the same map."""
     load, slots, groups, nodes, ranks, random = case
     old = running(random, (len(load), slots), load.shape[1])
-    found = rebalance_experts(load, slots, groups, nodes, ranks, old, deviations=0)
+    actual = rebalance_experts(load, slots, groups, nodes, ranks, old, deviations=0)
     for factor in (1, 2, 8):
         again = rebalance_experts(load * factor, slots, groups, nodes, ranks, old, deviations=0)
-        assert np.array_equal(found, again)
+        assert np.array_equal(actual, again)
 
 
 @given(cases())
@@ -136,10 +137,10 @@ def test_ranks_come_and_leave(case, more):
     others = max(ranks + more, -(-experts // width))
     old = running(random, (len(load), others * width), experts)
     old[random.random(old.shape) < 0.3] = -1
-    found = rebalance_experts(load, slots, 1, 1, ranks, old)
-    copies = held(found, ranks, experts)
+    actual = rebalance_experts(load, slots, 1, 1, ranks, old)
+    copies = copies_on(actual, ranks, experts)
     assert (copies.sum(axis=1) > 0).all()
-    assert (found >= 0).all()
+    assert (actual >= 0).all()
     assert (copies <= -(-width // experts)).all()
 
 
@@ -155,15 +156,15 @@ def test_windows_and_pairs_keep_all_promises(case, windows, runs):
     )
     old = rebalance_experts(load[0], slots, 1, 1, ranks) if runs else None
     rules = {"budget": 5, "profile": profile if experts > 1 else None}
-    found = rebalance_experts(load, slots, 1, 1, ranks, old, **rules)
-    copies = held(found, ranks, experts)
+    actual = rebalance_experts(load, slots, 1, 1, ranks, old, **rules)
+    copies = copies_on(actual, ranks, experts)
     assert (copies.sum(axis=1) > 0).all()
     assert (copies <= -(-slots // ranks // experts)).all()
-    assert np.array_equal(found, rebalance_experts(load, slots, 1, 1, ranks, old, **rules))
+    assert np.array_equal(actual, rebalance_experts(load, slots, 1, 1, ranks, old, **rules))
     if runs:
-        assert (copies > held(old, ranks, experts)).sum() <= 5
-        same = rebalance_experts(load, slots, 1, 1, ranks, found, dead_zone=1.0, profile=profile)
-        assert np.array_equal(same, found)
+        assert (copies > copies_on(old, ranks, experts)).sum() <= 5
+        same = rebalance_experts(load, slots, 1, 1, ranks, actual, dead_zone=1.0, profile=profile)
+        assert np.array_equal(same, actual)
 
 
 def test_windows_are_balanced_one_by_one():
@@ -171,8 +172,8 @@ def test_windows_are_balanced_one_by_one():
     load = np.zeros((4, 1, 8))
     for window in range(4):
         load[window, 0, [window, window + 4]] = 1000
-    found = rebalance_experts(load, 8, 1, 1, 4).reshape(4, 2)
-    assert (found[:, 0] % 4 != found[:, 1] % 4).all()
+    actual = rebalance_experts(load, 8, 1, 1, 4).reshape(4, 2)
+    assert (actual[:, 0] % 4 != actual[:, 1] % 4).all()
 
 
 def test_a_profile_brings_together_what_is_chosen_together():
@@ -184,10 +185,12 @@ def test_a_profile_brings_together_what_is_chosen_together():
     load = np.full((2, 8), 1000)
     old = np.tile(np.arange(8), (2, 1))
     for start in (None, old):
-        found = rebalance_experts(load, 8, 1, 1, 4, start, profile=profile).reshape(2, 4, 2)
-        assert (found[..., 0] % 4 == found[..., 1] % 4).all()
+        actual = rebalance_experts(load, 8, 1, 1, 4, start, profile=profile).reshape(2, 4, 2)
+        assert (actual[..., 0] % 4 == actual[..., 1] % 4).all()
     hidden = np.concatenate([load[:1] * 0, load])
-    assert (rebalance_experts(hidden, 8, 1, 1, 4, profile=profile)[1:] == found.reshape(2, 8)).any()
+    assert (
+        rebalance_experts(hidden, 8, 1, 1, 4, profile=profile)[1:] == actual.reshape(2, 8)
+    ).any()
     with pytest.raises(ValueError, match="co-activation"):
         rebalance_experts(load, 8, 1, 1, 4, profile=mt.RoutingStatistics.from_load(load))
     with pytest.raises(ValueError, match="8 experts a layer, and the engine 6"):
@@ -202,8 +205,8 @@ def test_copies_on_one_rank_are_taken_apart():
     old[:, :3] = old[:, :1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = rebalance_experts(windows, 12, 0, 1, 4, old).reshape(2, 4, 3)
-    for layer in found:
+        actual = rebalance_experts(windows, 12, 0, 1, 4, old).reshape(2, 4, 3)
+    for layer in actual:
         assert set(layer.ravel().tolist()) == set(range(8))
         assert all(len(set(row.tolist())) == 3 for row in layer)
 
@@ -222,9 +225,9 @@ def test_groups_are_whole_on_nodes(case, runs):
     experts = load.shape[1]
     load[:, : experts // groups] *= 20
     old = running(random, (len(load), slots), experts) if runs else None
-    found = rebalance_experts(load, slots, groups, nodes, ranks, old, budget=0)
+    actual = rebalance_experts(load, slots, groups, nodes, ranks, old, budget=0)
     if nodes > 1 and slots // ranks * (ranks // nodes) >= experts // nodes:
-        assert (nodes_of_groups(found, groups, nodes, experts)[load.any(axis=1)] == 1).all()
+        assert (nodes_of_groups(actual, groups, nodes, experts)[load.any(axis=1)] == 1).all()
 
 
 def test_groups_change_places_where_a_node_is_too_heavy():
@@ -236,10 +239,10 @@ def test_groups_change_places_where_a_node_is_too_heavy():
     node = np.arange(80) // 40
     together = [group for group in range(4) if node[old[0] // 16 == group][0] == 0]
     load[0, [16 * group + at for group in together for at in range(16)]] = 300
-    found = rebalance_experts(load, 80, 4, 2, 8, old, budget=128)
-    of_node = slowest(load, found, 2)
+    actual = rebalance_experts(load, 80, 4, 2, 8, old, budget=128)
+    of_node = slowest(load, actual, 2)
     assert of_node[0] == pytest.approx(load[0].sum() / 2)
-    assert np.array_equal(found[1], old[1])
+    assert np.array_equal(actual[1], old[1])
 
 
 def drifting(windows, drift, shape=(12, 256)):
@@ -263,12 +266,12 @@ def test_as_good_on_the_next_window_as_packing_anew(drift):
     """Few moves end where EPLB's packing ends that moves all, judged on what comes next."""
     load = drifting(9, drift)
     now, ours, anew, moved = initial(12, 288, 256), [], [], 0
-    room = np.full((12, 32), 9)
+    capacity = np.full((12, 32), 9)
     for seen, judged in pairwise(load):
         new = rebalance_experts(seen, 288, None, 1, 32, now)
-        moved += (held(new, 32, 256) > held(now, 32, 256)).sum()
+        moved += (copies_on(new, 32, 256) > copies_on(now, 32, 256)).sum()
         now = new
-        packed = _core.replicate_experts(seen, room, np.ones(32), trials=0)
+        packed = _core.replicate_experts(seen, capacity, np.ones(32), trials=0)
         ours.append(slowest(judged, now, 32))
         anew.append(slowest(judged, packed.reshape(12, 288), 32))
     assert np.mean(1 / np.array(ours)) >= np.mean(1 / np.array(anew)) * 0.997
@@ -278,11 +281,11 @@ def test_as_good_on_the_next_window_as_packing_anew(drift):
 def test_the_heaviest_experts_get_copies_from_the_initial_map():
     """Its copies follow no load; one decision later, no copy is heavier than it must be."""
     load = drifting(1, 0.0)[0]
-    found = rebalance_experts(load, 288, None, 1, 32, initial(12, 288, 256), budget=10**4)
+    actual = rebalance_experts(load, 288, None, 1, 32, initial(12, 288, 256), budget=10**4)
     packed = _core.replicate_experts(load, np.full((12, 32), 9), np.ones(32), trials=0)
     heaviest = [
-        (load / held(slots, 32, 256).sum(axis=1)).max(axis=1)
-        for slots in (found, packed.reshape(12, 288))
+        (load / copies_on(slots, 32, 256).sum(axis=1)).max(axis=1)
+        for slots in (actual, packed.reshape(12, 288))
     ]
     assert (heaviest[0] <= 1.1 * heaviest[1]).all()
 
@@ -323,7 +326,7 @@ def test_what_is_said_of_a_map(case):
     old, new = (running(random, (len(load), slots), experts) for _ in range(2))
     engine = Case.of(load, slots, groups, nodes, ranks, old)
     mapped = new.reshape(len(load), ranks, -1).astype(np.int32)
-    before, after = held(old, ranks, experts), held(new, ranks, experts)
+    before, after = copies_on(old, ranks, experts), copies_on(new, ranks, experts)
     assert engine.copies_moved(mapped) == ((after > 0) & (before == 0)).sum()
     expected = None
     if load.any():

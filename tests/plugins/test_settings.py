@@ -28,8 +28,8 @@ MADE = []
 
 def balancer(**environment):
     """Make the balancer of an environment."""
-    asked = Settings.of({f"MOETUNER_{name}": str(value) for name, value in environment.items()})
-    MADE.append(Balancer(asked, Log(LOG)))
+    given = Settings.of({f"MOETUNER_{name}": str(value) for name, value in environment.items()})
+    MADE.append(Balancer(given, Log(LOG)))
     return MADE[-1]
 
 
@@ -165,9 +165,9 @@ def test_serves_a_stored_placement(stored):
     expected = placement.slots.reshape(3, 6)
     assert np.array_equal(serve.decide(np.zeros((3, 5)), 6, 1, 1, 2), expected)
     old = np.array([[2, 1, 0, 4, 3, 1]] * 3)
-    found = serve.decide(np.ones((3, 5)), 6, 1, 1, 2, old)
-    assert found.tolist() == [[2, 1, 0, 4, 3, 0]] * 2 + [[2, 4, 3, 0, 2, 1]]
-    assert np.array_equal(serve.decide(np.ones((3, 5)), 6, 1, 1, 2, found), found)
+    actual = serve.decide(np.ones((3, 5)), 6, 1, 1, 2, old)
+    assert actual.tolist() == [[2, 1, 0, 4, 3, 0]] * 2 + [[2, 4, 3, 0, 2, 1]]
+    assert np.array_equal(serve.decide(np.ones((3, 5)), 6, 1, 1, 2, actual), actual)
 
 
 def test_what_runs_may_have_copies_on_one_rank(tmp_path):
@@ -185,9 +185,9 @@ def test_serves_where_hidden_layers_are_counted(stored):
     path, placement = stored
     load = np.ones((5, 5))
     load[[0, 2]] = 0
-    found = balancer(PLACEMENT=path).decide(load, 6, None, 1, 2)
-    assert np.array_equal(found[[1, 3, 4]], placement.slots.reshape(3, 6))
-    assert found[0].tolist() == [0, 1, 2, 3, 4, 0]
+    actual = balancer(PLACEMENT=path).decide(load, 6, None, 1, 2)
+    assert np.array_equal(actual[[1, 3, 4]], placement.slots.reshape(3, 6))
+    assert actual[0].tolist() == [0, 1, 2, 3, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_files_are_read_at_the_start(stored):
     path, placement = stored
     serve = balancer(PLACEMENT=path)
     path.write_text("gone")
-    found = serve.decide(np.zeros((3, 5)), 6, 1, 1, 2)
-    assert np.array_equal(found, placement.slots.reshape(3, 6))
+    actual = serve.decide(np.zeros((3, 5)), 6, 1, 1, 2)
+    assert np.array_equal(actual, placement.slots.reshape(3, 6))
 
 
 def test_says_one_line_when_something_changes(caplog):
@@ -270,11 +270,11 @@ def test_metrics_where_the_engine_collects_them(stored, monkeypatch, tmp_path):
 
 def test_rules_come_from_the_environment():
     """Their names are those of the arguments."""
-    asked = Settings.of(
+    given = Settings.of(
         {"MOETUNER_REBALANCE": "1", "MOETUNER_MOVE_BUDGET": "7", "MOETUNER_DEAD_ZONE": "0.5"}
     )
-    assert asked.rebalance
-    assert (asked.rules.budget, asked.rules.dead_zone) == (7, 0.5)
+    assert given.rebalance
+    assert (given.rules.budget, given.rules.dead_zone) == (7, 0.5)
     with pytest.raises(ValueError, match="MOETUNER_DEAD_ZONE must be a number"):
         Settings.of({"MOETUNER_REBALANCE": "1", "MOETUNER_DEAD_ZONE": "much"})
 
@@ -324,9 +324,9 @@ def test_a_recording_is_bounded(tmp_path):
         load = random.integers(1, 9, (101, 2, 3))
         total += load.sum(axis=0)
         path = recorder.add(load)
-        found = mt.RoutingStatistics.load(path)
-        assert found.windows <= MOST_WINDOWS
-        assert np.array_equal(found.total_load, total)
+        actual = mt.RoutingStatistics.load(path)
+        assert actual.windows <= MOST_WINDOWS
+        assert np.array_equal(actual.total_load, total)
 
 
 def test_a_recording_keeps_those_of_others(tmp_path):
@@ -396,12 +396,12 @@ def test_vllm_gets_one_tensor_or_three():
     one = vllm.policy_class(Theirs, decide)
     assert issubclass(one, Theirs)
     assert one.preserve_intragpu_slots is not None
-    found = one.rebalance_experts(load, 6, 1, 1, 2)
-    assert (found.dtype, found.device.type, tuple(found.shape)) == (torch.int64, "cpu", (2, 6))
+    actual = one.rebalance_experts(load, 6, 1, 1, 2)
+    assert (actual.dtype, actual.device.type, tuple(actual.shape)) == (torch.int64, "cpu", (2, 6))
     slots, places, copies = vllm.policy_class(TheirsOfThree, decide).rebalance_experts(
-        load, 6, 1, 1, 2, found
+        load, 6, 1, 1, 2, actual
     )
-    assert torch.equal(slots, found)
+    assert torch.equal(slots, actual)
     for layer in range(2):
         for expert in range(4):
             here = [slot for slot in range(6) if slots[layer, slot] == expert]
@@ -432,26 +432,26 @@ def test_sglang_by_its_name_alone():
     def compute(raw_algorithm, num_groups, num_nodes):
         return {"auto": "deepseek"}[raw_algorithm]
 
-    def own(**asked):
-        return asked["algorithm"]
+    def own(**given):
+        return given["algorithm"]
 
     named = {"num_groups": None, "num_nodes": 1}
     assert hooks.compute_algorithm(compute, raw_algorithm="auto", **named) == "deepseek"
-    asked = {
+    given = {
         "tokens_per_expert": torch.randint(0, 99, (5, 3, 4), dtype=torch.int32),
         "num_physical_experts": 6,
         "num_local_physical_experts": 3,
         "num_groups": None,
         "num_nodes": 1,
     }
-    assert hooks.rebalance_experts(own, **asked, algorithm="deepseek") == "deepseek"
+    assert hooks.rebalance_experts(own, **given, algorithm="deepseek") == "deepseek"
     name = hooks.compute_algorithm(compute, raw_algorithm="moetuner", **named)
-    slots, places, copies = hooks.rebalance_experts(own, **asked, algorithm=name)
+    slots, places, copies = hooks.rebalance_experts(own, **given, algorithm=name)
     assert tuple(slots.shape) == (3, 6)
     assert (places >= 0).sum() == slots.numel() == copies.sum()
     # More slots on a rank than experts: two copies there, which SGLang would fill only once.
-    asked |= {"num_physical_experts": 10, "num_local_physical_experts": 5}
-    assert hooks.rebalance_experts(own, **asked, algorithm=name) == "deepseek"
+    given |= {"num_physical_experts": 10, "num_local_physical_experts": 5}
+    assert hooks.rebalance_experts(own, **given, algorithm=name) == "deepseek"
 
 
 class Unasked:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.units import Units
-from moetuner.report.structure import _in_blocks, _independent, structure
+from moetuner.report.structure import _independent, structure
 
 
 def routed(tokens, follow, seed=0):
@@ -72,17 +71,6 @@ def test_groups_of_traces_and_tables_agree(make_trace):
     assert of_trace.group_share == pytest.approx(of_table.group_share)
 
 
-def test_null_has_the_same_loads(make_trace):
-    """Only dependence goes: the shares of rows and columns stay."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(2000))
-    null = _independent(stats)
-    for before, after in zip(stats.transitions, null.transitions, strict=True):
-        assert after.sum() >= before.sum()
-        for axis in (0, 1):
-            wanted, found = (t.sum(axis=axis) / t.sum() for t in (before, after))
-            assert np.abs(wanted - found).max() < 1e-4
-
-
 @pytest.mark.parametrize("tokens", [0, 40, 1000])
 def test_null_of_few_pairs_is_no_structure(tokens):
     """With fewer pairs than cells no cell of the null is empty, or each is."""
@@ -119,18 +107,6 @@ def test_dependent_layers_are_seen():
     found = structure(routed(1000, 0.5))
     low, high = found.gain
     assert 0.1 < low < found.crossing_independent - found.crossing < high
-
-
-def test_sequences_are_observed_whole():
-    """No sequence is in two of the blocks whose differences make the interval."""
-    sequence = np.random.default_rng(0).integers(0, 50, 2000)
-    ids = np.zeros((2000, 2, 1), np.int64)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=sequence)
-    pairs = np.unique(
-        np.stack([sequence, _in_blocks(trace, Units("sequence", 50), 0).group]), axis=1
-    )
-    assert pairs.shape[1] == 50
-    assert np.unique(pairs[1]).size == 32
 
 
 def test_bits_of_independent_layers_are_chance():

@@ -1,4 +1,4 @@
-"""What the processes of the tests of state, movement and gradients do."""
+"""Checks of states, movement and gradients of ExpertParallelMoE, which processes run."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rank_work import single
+from rank_layer import message, single
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -46,28 +46,6 @@ def experts_of(layer):
     return ups.tolist()
 
 
-def saved_and_loaded(rank, folder, high_level):
-    """Give what this rank holds after loading in the same placement, and in another one."""
-    warnings.filterwarnings("ignore")
-    model = torch.nn.ModuleDict({"mlp": layer_of(HERE, rank), "head": torch.nn.Linear(2, 2)})
-    state = get_model_state_dict(model) if high_level else model.state_dict()
-    dcp.save(state, checkpoint_id=folder)
-    results = []
-    for slots in (HERE, THERE):
-        layer = layer_of(slots, rank, factor=0.0)
-        model = torch.nn.ModuleDict({"mlp": layer, "head": torch.nn.Linear(2, 2)})
-        state = get_model_state_dict(model) if high_level else model.state_dict()
-        # Into new memory, so that it is the loading of the state that counts.
-        state = {key: tensor.clone() for key, tensor in state.items()}
-        dcp.load(state, checkpoint_id=folder)
-        if high_level:
-            set_model_state_dict(model, state)
-        else:
-            model.load_state_dict(state)
-        results.append(experts_of(layer))
-    return results
-
-
 class Routed(torch.nn.Module):
     """A layer whose tokens choose by themselves, between other modules."""
 
@@ -81,20 +59,44 @@ class Routed(torch.nn.Module):
         return self.moe(x, chosen, weights)
 
 
-def gathered(rank):
-    """Give what every expert is in a full state, and what another placement holds of it."""
+def test_a_checkpoint_has_every_expert(rank, folder):
+    """All ranks load their own experts, copies too, in the placement that was saved and another."""
+    warnings.filterwarnings("ignore")
+
+    def model_of(slots, factor=1.0):
+        layer = layer_of(slots, rank, factor=factor)
+        return torch.nn.ModuleDict({"mlp": layer, "head": torch.nn.Linear(2, 2)})
+
+    for high_level in (False, True):
+        state_of = get_model_state_dict if high_level else torch.nn.Module.state_dict
+        load = set_model_state_dict if high_level else torch.nn.Module.load_state_dict
+        dcp.save(state_of(model_of(HERE)), checkpoint_id=f"{folder}/{high_level}")
+        for slots in (HERE, THERE):
+            model = model_of(slots, factor=0.0)
+            # Into new memory, so that it is the loading of the state that counts.
+            state = {key: tensor.clone() for key, tensor in state_of(model).items()}
+            dcp.load(state, checkpoint_id=f"{folder}/{high_level}")
+            load(model, state)
+            assert experts_of(model["mlp"]) == slots[0, rank].tolist()
+
+
+def test_a_full_state_has_every_expert(rank):
+    """It is gathered from all ranks, copies once, and loads into any placement."""
     full = StateDictOptions(full_state_dict=True)
     state = get_model_state_dict(Routed(layer_of(HERE, rank)), options=full)
-    results = {name: tensor.flatten()[0].item() - 1 for name, tensor in state.items()}
-    del results["gate.weight"]
-    whole = all(tensor.shape[0] in (4, 8) for tensor in state.values())
+    assert len(state) == 1 + 4 * len(SIZES)
+    for expert in range(4):
+        for name, size in SIZES:
+            weight = state[f"moe.expert.{expert}.{name}"]
+            assert weight.shape == size
+            assert (weight == expert + 1).all()
     other = Routed(layer_of(THERE, rank, factor=0.0))
     set_model_state_dict(other, state, options=full)
-    return results, whole, experts_of(other.moe)
+    assert experts_of(other.moe) == THERE[0, rank].tolist()
 
 
-def optimised(rank, folder):
-    """Whether an optimizer's state comes back on every rank, and what other slots say to it."""
+def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
+    """A checkpoint keeps the state of every rank's experts; where they moved it has none."""
     warnings.filterwarnings("ignore")
 
     def trained(slots, learn):
@@ -105,30 +107,34 @@ def optimised(rank, folder):
             optimizer.step()
         return model, optimizer
 
-    model, optimizer = trained(HERE, True)
-    dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
-    right = optimizer.state[model.moe.experts.up]["exp_avg"]
+    def state_of(*parts):
+        return dict(zip("mo", get_state_dict(*parts), strict=True))
+
+    def moment(model, optimizer):
+        return optimizer.state[model.moe.experts.up]["exp_avg"]
+
+    folder, (model, optimizer) = f"{folder}/optimizer", trained(HERE, True)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    right = moment(model, optimizer)
     model, optimizer = trained(HERE, False)
-    state = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
+    state = state_of(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
-    same = torch.equal(optimizer.state[model.moe.experts.up]["exp_avg"], right)
-    model, optimizer = trained(THERE, False)
-    try:
-        state = dict(zip("mo", get_state_dict(model, optimizer), strict=True))
-        dcp.load(state, checkpoint_id=folder)
-    except BaseException as error:
-        return same and bool(right.any()), str(error)
-    return same, "no error"
+    assert right.any()
+    assert torch.equal(moment(model, optimizer), right)
+    parts = trained(THERE, False)
+    said = message(BaseException, lambda: dcp.load(state_of(*parts), checkpoint_id=folder))
+    assert "experts_" in said
 
 
-def wrapped(rank, how):
-    """Give what a model says that is wrapped whole, and how far it is off with experts left out."""
+def test_wrappers_must_leave_out_the_experts(rank):
+    """A model that is wrapped whole is refused on all ranks; with experts left out it is right."""
     x = numbers(rank, 6, 4)
     expected = Routed(layer_of(HERE, rank))(x).detach()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-    def wrap(model, ignore):
+    def wrapped(how, ignore):
+        model = Routed(layer_of(HERE, rank))
         if how == "fully_shard":
             ignored = set(model.moe.experts.parameters()) if ignore else None
             return fully_shard(model, mesh=mesh, ignored_params=ignored)
@@ -137,45 +143,41 @@ def wrapped(rank, how):
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return DistributedDataParallel(model)
 
-    try:
-        wrap(Routed(layer_of(HERE, rank)), False)(x)
-        said = "no error"
-    except ValueError as error:
-        said = str(error)
-    model = wrap(Routed(layer_of(HERE, rank)), True)
-    out = [model(x) for _ in range(2)][1]
-    out.sum().backward()
-    return said, float((out.detach() - expected).abs().max())
+    for how in ("DistributedDataParallel", "fully_shard"):
+        said = message(ValueError, lambda how=how: wrapped(how, False)(x))
+        assert said.startswith(how)
+        assert "build the model again" in said
+        model = wrapped(how, True)
+        out = [model(x) for _ in range(2)][1]
+        out.sum().backward()
+        assert torch.allclose(out, expected, rtol=0, atol=1e-5)
 
 
-def states(rank):
-    """Give names of a state and what loading other ones says."""
-    layer = layer_of(HERE, rank)
-    names = sorted(layer.state_dict())
-    here = sorted(name for name, w in layer.state_dict().items() if len(w.to_local()))
-    said = []
-    whole = {f"expert.{e}.{n}": torch.full(s, e + 1.0) for e in range(4) for n, s in SIZES}
-    for state in (
-        whole,
-        {**whole, "expert.4.up": whole["expert.3.up"]},
-        {k: v for k, v in whole.items() if k != f"expert.{2 * rank}.up"},
-        {**whole, f"expert.{2 * rank}.up": torch.zeros(3, 4)},
-        {**whole, "experts.up": torch.zeros(3, 8, 4)},
+SIZES = (("up", (8, 4)), ("down", (4, 4)))
+
+
+def test_a_state_is_of_experts(rank):
+    """Names are of experts; a state of all of them loads; what is missing or strange is said."""
+    layer, mine = layer_of(HERE, rank), f"expert.{2 * rank}.up"
+    state = layer.state_dict()
+    whole = {f"expert.{e}.{n}": torch.full(size, e + 1.0) for e in range(4) for n, size in SIZES}
+    assert state.keys() == whole.keys()
+    here = {name for name, weight in state.items() if len(weight.to_local())}
+    assert here == {f"expert.{e}.{n}" for e in ([0, 1], [0, 2, 3])[rank] for n, _ in SIZES}
+    layer.load_state_dict(whole)
+    for change, text in (
+        ({"expert.4.up": whole["expert.3.up"]}, 'Unexpected key(s) in state_dict: "expert.4.up"'),
+        ({mine: None}, f'Missing key(s) in state_dict: "{mine}"'),
+        ({mine: torch.zeros(3, 4)}, f"{mine} must be [8, 4], got [3, 4]"),
+        ({"experts.up": torch.zeros(3, 8, 4)}, "experts.up is of slots, and must be of experts"),
     ):
-        try:
-            layer.load_state_dict(state)
-        except RuntimeError as error:
-            said.append(" ".join(str(error).split("\n")[1:]).strip())
-        else:
-            said.append("")
+        given = {key: tensor for key, tensor in (whole | change).items() if tensor is not None}
+        assert text in message(RuntimeError, layer.load_state_dict, given)
     empty = layer_of(HERE, rank, device="meta")
     empty.load_state_dict(whole, assign=True)
     weights = empty.experts.weights().values()
     assert all(isinstance(weight, torch.nn.Parameter) for weight in weights)
-    return names, here, said, experts_of(empty)
-
-
-SIZES = (("up", (8, 4)), ("down", (4, 4)))
+    assert experts_of(empty) == HERE[0, rank].tolist()
 
 
 def forward(layer, device="cpu", dtype=torch.float32):
@@ -187,8 +189,8 @@ def forward(layer, device="cpu", dtype=torch.float32):
         return layer(hidden, chosen, weights, first_token=0)
 
 
-def moved(rank):
-    """Give how far a layer is from itself after moving: other types, and by the meta device."""
+def test_a_layer_moves_as_a_whole(rank):
+    """In other types, made on meta and filled, and moved by meta it computes what it did."""
     expected = forward(layer_of(HERE, rank))
 
     def filled(layer):
@@ -199,17 +201,35 @@ def moved(rank):
                 weight.copy_(right[name])
         return layer
 
-    results = [
-        forward(layer_of(HERE, rank).bfloat16(), dtype=torch.bfloat16),
-        forward(layer_of(HERE, rank).double(), dtype=torch.float64),
-        forward(filled(layer_of(HERE, rank, device="meta"))),
-        forward(filled(layer_of(HERE, rank).to("meta"))),
-    ]
-    return [float((out.float() - expected).abs().max() / expected.abs().max()) for out in results]
+    for tolerance, out in (
+        (0.05, forward(layer_of(HERE, rank).bfloat16(), dtype=torch.bfloat16)),
+        (1e-6, forward(layer_of(HERE, rank).double(), dtype=torch.float64)),
+        (1e-6, forward(filled(layer_of(HERE, rank, device="meta")))),
+        (1e-6, forward(filled(layer_of(HERE, rank).to("meta")))),
+    ):
+        assert (out.float() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_gradients_enabled_on_some_ranks_only(rank):
+    """That is an error on every rank at once, and the next step works."""
+    layer = layer_of(HERE, rank)
+    given = numbers(1, 2, 4), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
+    with torch.set_grad_enabled(rank == 0):
+        said = message(RuntimeError, layer, *given)
+    assert said == "ranks [0] need gradients and ranks [1] have them disabled: nothing was sent"
+    with torch.no_grad():
+        layer(*given)
+
+
+def test_gradients_where_not_all_ranks_need_them(rank):
+    """The backward pass of all ranks takes part, whoever learns and whoever gets no rows."""
+    for node in (None, 2):
+        for learns in ("experts", "last", "tokens"):
+            trained(rank, node, learns)
 
 
 def trained(rank, node, learns):
-    """Give how far gradients are from those of one process, where rank 0 alone is visited.
+    """Compare gradients with those of one process, where rank 0 alone is visited.
 
     ``learns`` says what needs gradients: only experts, only those of the last rank, or only
     the tokens of rank 0.
@@ -235,41 +255,19 @@ def trained(rank, node, learns):
     # Nobody who visits no expert has a gradient; who needs none has none.
     pairs = [(of, right if of.requires_grad else 0 * right) for of, right in pairs]
     pairs = [(0 * right if of.grad is None else of.grad, right) for of, right in pairs]
-    return max(float((x - y).abs().max() / (1 + y.abs().max())) for x, y in pairs)
+    for x, y in pairs:
+        assert (x - y).abs().max() < 1e-4 * (1 + y.abs().max())
 
 
-def modes_differ(rank):
-    """Give what every rank says if the last one has gradients disabled, and then none has."""
-    layer = layer_of(HERE, rank)
-    hidden, chosen, weights = numbers(1, 2, 4), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
-    said = ""
-    try:
-        with torch.set_grad_enabled(rank == 0):
-            layer(hidden, chosen, weights)
-    except RuntimeError as error:
-        said = str(error)
-    with torch.no_grad():
-        layer(hidden, chosen, weights)
-    return said
-
-
-def states_and_gradients(rank, folder):
-    """Give what becomes of states, wrappers, moves and gradients, by name."""
-    return {
-        "saved": [saved_and_loaded(rank, f"{folder}/{high}", high) for high in (False, True)],
-        "states": states(rank),
-        "gathered": gathered(rank),
-        "optimised": optimised(rank, f"{folder}/optimised"),
-        "wrapped": {how: wrapped(rank, how) for how in ("DistributedDataParallel", "fully_shard")},
-        "moved": moved(rank),
-        "modes": modes_differ(rank),
-    }
-
-
-def all_gradients(rank):
-    """Give the largest difference of gradients, whoever learns."""
-    return max(
-        trained(rank, node, learns)
-        for node in (None, 2)
-        for learns in ("experts", "last", "tokens")
-    )
+CHECKS = {
+    2: [
+        test_a_checkpoint_has_every_expert,
+        test_a_full_state_has_every_expert,
+        test_an_optimizer_is_not_loaded_into_other_slots,
+        test_wrappers_must_leave_out_the_experts,
+        test_a_state_is_of_experts,
+        test_a_layer_moves_as_a_whole,
+        test_gradients_enabled_on_some_ranks_only,
+    ],
+    4: [test_gradients_where_not_all_ranks_need_them],
+}

@@ -1,4 +1,4 @@
-"""What the processes of the transformers tests do."""
+"""Checks of real transformers models whose experts moetuner places, which processes run."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import transformers.models.gpt_oss.modeling_gpt_oss
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from placements import random_slots
+from rank_layer import message
 from transformers import (
     AutoModelForCausalLM,
     DistributedConfig,
@@ -45,9 +46,8 @@ CONFIGS = {
 TOKENS = torch.arange(2 * 11).reshape(2, 11) * 7 % 64
 
 
-def save_models(rank, folder):
-    """Write a small random model of each family; gives the logits of one process."""
-    logits = {}
+def test_models_are_written(rank, folder):
+    """Write a small random model of each family, and its logits in one process."""
     for family, (kind, more) in CONFIGS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(kind(**SMALL, **more)).eval()
@@ -55,113 +55,137 @@ def save_models(rank, folder):
             torch.nn.init.normal_(weight, std=0.3)
         model.save_pretrained(f"{folder}/{family}")
         with torch.no_grad():
-            logits[family] = model(TOKENS).logits.numpy()
-    return logits
+            np.save(f"{folder}/{family}.npy", model(TOKENS).logits.numpy())
 
 
-def many(rank, folder, calls):
-    """Call functions of this file with a model's folder, layers and a seed: what they give."""
-    results = []
-    for name, family, layers, seed in calls:
-        try:
-            results.append(globals()[name](rank, f"{folder}/{family}", layers, seed))
-        except ValueError as error:
-            results.append(str(error))
-    return results
-
-
-def shared_batch(rank, folder, layers, seed):
-    """All ranks hold one batch: logits, whether rows are counted as predicted, and their number."""
+def loaded(folder, family, *, layers=3, spare=1, tp=True, seed=1, **options):
+    """Load a model whose experts a random placement has: the model, that, and its layers."""
     ranks = dist.get_world_size()
-    rng = np.random.default_rng(seed)
-    placement = mt.Placement(random_slots(rng, layers, ranks, 8, 1), num_experts=8)
-    placed = register_placement(placement)
-    config = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
-    logits, ids = run(folder, config, TOKENS)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
-    predicted = mt.evaluate(placement, trace, home="blocks").traffic["dispatch"]
-    counted = np.stack([layer.traffic.rows_sent for layer in placed])
-    return logits, np.array_equal(counted, predicted[:, rank]), int(counted.sum())
-
-
-def own_batches(rank, folder, layers, seed):
-    """Every rank has a batch of its own, the last one a longer one: give its logits."""
-    ranks = dist.get_world_size()
-    rng = np.random.default_rng(seed)
-    placement = mt.Placement(random_slots(rng, layers, ranks, 8, 1), num_experts=8)
-    register_placement(placement, devices_per_node=2, split="nearest")
-    config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
-    return run(folder, config, TOKENS[:, : 5 + rank])[0]
-
-
-def rebalanced(rank, folder, layers, seed):
-    """Give logits before and after a move, and whether it was counted and experts have moved."""
-    ranks = dist.get_world_size()
-    slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, 1)
-    placed = register_placement(mt.Placement(slots, num_experts=8))
-    config = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
-    cost = mt.CostModel(base_us=5, expert_us=5, start_us=5, token_us=10, token_bytes=64)
-    with torch.no_grad(), RoutingCounters.attach(model) as counters:
-        before = model(TOKENS).logits
-        rebalancer = Rebalancer(placed, cost, steps_ahead=10**9)
-        # One batch on all ranks, so each has counted all of it.
-        rebalancer.observe(counters.statistics())
-        counted = rebalancer.load.sum() == layers * TOKENS.numel() * 2
-        rebalancer.observe(2 ** np.arange(8) * np.ones((layers, 1)))
-        decision = rebalancer.step()
-        after = model(TOKENS).logits
-    moved = placed[0].placement.diff(mt.Placement(slots, num_experts=8)).experts_moved
-    return before.float().numpy(), after.float().numpy(), decision.moved and moved > 0 and counted
-
-
-def saved(rank, folder, layers, seed):
-    """Give what a placed model says when it is saved and loaded, and the files that are left."""
-    model = placed_model(folder, layers, seed)
-    said = []
-    target = f"{folder}-{rank}"
-    for use in (
-        lambda: model.save_pretrained(target),
-        lambda: model.load_state_dict({}),
-        lambda: torch.save(model.state_dict(), f"{target}.pt"),
-    ):
-        try:
-            use()
-        except NotImplementedError as error:
-            said.append(str(error))
-    return said, [str(path) for path in Path(folder).parent.rglob(f"{Path(target).name}*/*.safe*")]
-
-
-def in_half(rank, folder, layers, seed):
-    """Give logits of a model that is made one of bfloat16 after its experts were placed."""
-    with torch.no_grad():
-        return placed_model(folder, layers, seed).bfloat16()(TOKENS).logits.float().numpy()
-
-
-def placed_model(folder, layers, seed):
-    """Load a model, and run it once, so that its experts are placed."""
-    ranks = dist.get_world_size()
-    slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, 0)
-    register_placement(mt.Placement(slots, num_experts=8))
-    config = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moetuner")
+    slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, spare)
+    placement = mt.Placement(slots, num_experts=8)
+    config = DistributedConfig(
+        **{"tp_size" if tp else "fsdp_size": ranks}, ep_size=ranks, ep_implementation="moetuner"
+    )
+    placed = register_placement(placement, **options)
     # Plain products, which take matrices of any size and type.
+    how = {} if spare else {"experts_implementation": "eager"}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, distributed_config=config, experts_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        model(TOKENS)
-    return model
+        f"{folder}/{family}", distributed_config=config, **how
+    )
+    return model.eval(), placement, placed
 
 
-def run(folder, config, tokens):
-    """Load, and run once: logits, and ids [T,L,K]."""
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+def is_right(folder, family, logits, tokens=slice(None), tolerance=1e-5):
+    """Whether logits are those of one process."""
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    expected = np.load(f"{folder}/{family}.npy")[:, tokens]
+    return np.abs(logits.detach().float().numpy() - expected).max() < tolerance
+
+
+def shared_batch(rank, folder, family, layers=3):
+    """All ranks have one batch: logits of one process, and every row that is predicted."""
+    model, placement, placed = loaded(folder, family, layers=layers)
     chosen = []
     for name, module in model.named_modules():
         if name.endswith((".gate", ".router")):
             module.register_forward_hook(lambda _module, _in, out: chosen.append(out[2]))
     with torch.no_grad():
-        logits = model(tokens).logits
-    if hasattr(logits, "full_tensor"):
-        logits = logits.full_tensor()
-    return logits.float().numpy(), torch.stack(chosen, dim=1).numpy()
+        assert is_right(folder, family, model(TOKENS).logits)
+    ids = torch.stack(chosen, dim=1).numpy()
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    predicted = mt.evaluate(placement, trace, home="blocks").traffic["dispatch"]
+    counted = np.stack([layer.traffic.rows_sent for layer in placed])
+    assert counted.any()
+    assert np.array_equal(counted, predicted[:, rank])
+
+
+def test_logits_and_traffic_of_mixtral(rank, folder):
+    """Logits of one process, and every row that the evaluation predicts from the router's ids."""
+    shared_batch(rank, folder, "mixtral")
+
+
+def test_logits_and_traffic_of_gpt_oss(rank, folder):
+    """The same holds where experts have biases."""
+    shared_batch(rank, folder, "gpt_oss")
+
+
+def test_logits_and_traffic_of_qwen3(rank, folder):
+    """The same holds where some layers are dense."""
+    shared_batch(rank, folder, "qwen3_moe", layers=2)
+
+
+def test_batches_of_their_own(rank, folder):
+    """Data-parallel ranks with batches of different lengths, through nodes, nearest copies."""
+    options = {"devices_per_node": 2, "split": "nearest"}
+    model, *_ = loaded(folder, "mixtral", tp=False, seed=2, **options)
+    own = slice(5 + rank)
+    with torch.no_grad():
+        assert is_right(folder, "mixtral", model(TOKENS[:, own]).logits, own)
+
+
+def test_a_model_is_rebalanced(rank, folder):
+    """Its experts move while it serves, and its logits stay."""
+    model, placement, placed = loaded(folder, "gpt_oss")
+    cost = mt.CostModel(base_us=5, expert_us=5, start_us=5, token_us=10, token_bytes=64)
+    with torch.no_grad(), RoutingCounters.attach(model) as counters:
+        assert is_right(folder, "gpt_oss", model(TOKENS).logits)
+        rebalancer = Rebalancer(placed, cost, steps_ahead=10**9)
+        # One batch on all ranks, so each has counted all of it.
+        rebalancer.observe(counters.statistics())
+        assert rebalancer.load.sum() == 3 * TOKENS.numel() * 2
+        rebalancer.observe(2 ** np.arange(8) * np.ones((3, 1)))
+        assert rebalancer.step().moved
+        assert is_right(folder, "gpt_oss", model(TOKENS).logits)
+    assert placed[0].placement.diff(placement).experts_moved
+
+
+def test_a_placement_of_another_model_is_refused(rank, folder):
+    """On every rank an error comes before the first step."""
+    model, *_ = loaded(folder, "mixtral", layers=2)
+    said = message(ValueError, model, TOKENS)
+    assert "placement must have 3 layers like the model, got 2" in said
+
+
+def test_a_placed_model_is_not_saved(rank, folder):
+    """Saving and loading are refused on every rank, and no weights are written."""
+    model, *_ = loaded(folder, "mixtral", spare=0)
+    with torch.no_grad():
+        model(TOKENS)
+    for use, given in (
+        (model.save_pretrained, f"{folder}/saved-{rank}"),
+        (model.load_state_dict, {}),
+        (lambda path: torch.save(model.state_dict(), path), f"{folder}/saved.pt"),
+    ):
+        said = message(NotImplementedError, use, given)
+        assert "whose experts are placed cannot be saved" in said
+    assert not list(Path(folder).rglob("saved*/*.safe*"))
+
+
+def test_a_placed_model_changes_its_type(rank, folder):
+    """Placed experts go where their model goes."""
+    model, *_ = loaded(folder, "mixtral", spare=0)
+    with torch.no_grad():
+        model(TOKENS)
+        logits = model.bfloat16()(TOKENS).logits
+    largest = np.abs(np.load(f"{folder}/mixtral.npy")).max()
+    assert is_right(folder, "mixtral", logits, tolerance=0.1 * largest)
+
+
+CHECKS = {
+    1: [test_models_are_written],
+    2: [
+        test_logits_and_traffic_of_mixtral,
+        test_logits_and_traffic_of_gpt_oss,
+        test_batches_of_their_own,
+        test_a_placement_of_another_model_is_refused,
+        test_a_placed_model_is_not_saved,
+        test_a_placed_model_changes_its_type,
+    ],
+    4: [
+        test_logits_and_traffic_of_mixtral,
+        test_logits_and_traffic_of_qwen3,
+        test_batches_of_their_own,
+        test_a_model_is_rebalanced,
+    ],
+    8: [test_batches_of_their_own],
+}

@@ -72,7 +72,7 @@ def _context() -> Any:
     """Start the fork server; it takes its path from the environment, not from this process."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
-        ["rank_work", "rank_state", "rank_rebalance", "rank_transformers"]
+        ["rank_layer", "rank_state", "rank_rebalance", "rank_transformers"]
     )
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(IMPORTED)):
         forkserver.ensure_running()
@@ -100,7 +100,7 @@ def _process(
     module, function = work.split(".")
     try:
         call = getattr(importlib.import_module(module), function)
-        joined = importlib.import_module("rank_work").joined
+        joined = importlib.import_module("rank_layer").joined
         answer = Answer(value=joined(store, rank, ranks, call, arguments))
     except Exception as error:
         answer = Answer(error=f"{type(error).__name__}: {error}")

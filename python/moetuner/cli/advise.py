@@ -136,18 +136,18 @@ def _show(output: Output, advice: Advice) -> None:
         output.table((where, "running", "proposed", "gain", "splits", "95 %"), rows)
     output.say("")
     # Buffers of low-latency kernels grow with the slots.
-    is_limited = all(each.tokens_per_rank is not None for each in advice.copies)
-    windows = [f"windows of {each:,}" if each else "gain" for each in advice.copies[0].gains]
+    is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
+    windows = [f"windows of {of:,}" if of else "gain" for of in advice.copies[0].gains]
     head = ("slots for copies", *windows, "per device", *["DeepEP tokens"] * is_limited, "")
     rows = [
         (
-            each.label,
-            *(signed(each.mean(window)) for window in each.gains),
-            "-" if each.bytes_per_device is None else in_bytes(each.bytes_per_device),
-            *([f"{each.tokens_per_rank:,}"] if is_limited else []),
-            " <- knee" if each.per_device == advice.knee and not each.shared else "",
+            row.label,
+            *(signed(row.mean(window)) for window in row.gains),
+            "-" if row.bytes_per_device is None else in_bytes(row.bytes_per_device),
+            *([f"{row.tokens_per_rank:,}"] if is_limited else []),
+            " <- knee" if row.per_device == advice.knee and not row.shared else "",
         )
-        for each in advice.copies
+        for row in advice.copies
     ]
     output.table(head, rows)
     output.say("", _moving(advice))

@@ -151,12 +151,10 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
         output.say("")
         rows = []
         for group, of in (("all", audited.whole), *audited.groups.items()):
-            values, change = (
-                (of[measure].baseline.value, of[measure].value.value),
-                of[measure].change,
-            )
+            row, change = of[measure], of[measure].change
             ends = ("-", "-") if change is None else (signed(change.value), span(*change[1:]))
-            rows.append((group, *(number(value, 4) for value in values), *ends))
+            values = (number(row.baseline.value, 4), number(row.value.value, 4))
+            rows.append((group, *values, *ends))
         head = (FIGURES[measure].column, "baseline", "placement", "change", "interval")
         output.table(head, rows)
     output.say("")
@@ -178,9 +176,9 @@ def _summary(
     ):
         for measure in audited.whole:
             groups = [
-                f"{text.name(each.group)} {signed(each.change.value)}"
-                for each in findings
-                if each.measure == measure
+                f"{text.name(of.group)} {signed(of.change.value)}"
+                for of in findings
+                if of.measure == measure
             ]
             if groups:
                 output.say(f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}")

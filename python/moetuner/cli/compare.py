@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 
 from moetuner._checks import nth_seed
 from moetuner.cli import options
-from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options import option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.problem import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison
@@ -67,7 +66,7 @@ def command(
     methods: Annotated[
         tuple[str, ...],
         option(
-            options.Method(METHODS, ALIASES, several=True),
+            options.Text(options.read_methods),
             "A,B,C",
             default=DEFAULT_METHODS,
             help=f"Out of {', '.join(METHODS)}.",
@@ -104,9 +103,9 @@ def command(
             f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
         )
     trials = _Trials(source, machine.topology(), wanted, methods, holdout, search)
-    problem = trials.first_problem
+    problem, unseen = trials.first
     output.say(source.describe(), *wanted.explain_problem(problem))
-    output.say(_setting(problem, source.counted, holdout, trials.unseen), "")
+    output.say(_setting(problem, source.counted, holdout, unseen), "")
     all_splits = trials.run(splits, output)
     outcomes = all_splits[0]
     first = list(outcomes.values())
@@ -145,9 +144,7 @@ def command(
         traffic = "The traffic that the placements were computed from, which flatters them."
     pages.write(
         output,
-        lambda: of_outcomes(
-            *(outcomes[rival], best, trials.unseen, origin_of(source), contents), traffic=traffic
-        ),
+        lambda: of_outcomes(*(outcomes[rival], best, origin_of(source), contents), traffic=traffic),
     )
     output.finish(contents)
 
@@ -175,25 +172,16 @@ class _Trials:
     holdout: float
     search: options.SearchOptions
 
-    @cached_property
-    def _parts(self) -> tuple[Traffic, Traffic]:
-        return hold_out(self.source.traffic, self.holdout, seed=self.search.seed)
-
-    @property
-    def unseen(self) -> Traffic:
-        """What the first split judges on."""
-        return self._parts[1]
+    def parts(self, number: int) -> tuple[Problem, Traffic]:
+        """Return the problem of what one split shows, and the traffic that it is judged on."""
+        source, seed = self.source, nth_seed(self.search.seed, number)
+        seen, unseen = hold_out(source.traffic, self.holdout, seed=seed)
+        return self.wanted.problem(source, self.topology, seen), unseen
 
     @cached_property
-    def first_problem(self) -> Problem:
-        """The problem of the first split."""
-        return self._problem(self._parts[0])
-
-    def _problem(self, seen: Traffic) -> Problem:
-        source = self.source
-        return self.wanted.problem(
-            seen, self.topology, window=source.counted, threads=source.threads
-        )
+    def first(self) -> tuple[Problem, Traffic]:
+        """The parts of the first split."""
+        return self.parts(0)
 
     def run(self, splits: int | None, output: Output) -> list[dict[str, Outcome]]:
         """Try all methods on splits until there are enough, or somebody interrupts."""
@@ -211,21 +199,16 @@ class _Trials:
 
     def split(self, number: int) -> dict[str, Outcome]:
         """Solve with every method on what one split shows it, and judge on the rest."""
-        source, of = self.source, nth_seed(self.search.seed, number)
-        problem, unseen = self.first_problem, self.unseen
-        if number:
-            seen, unseen = hold_out(source.traffic, self.holdout, seed=of)
-            problem = self._problem(seen)
+        problem, unseen = self.parts(number) if number else self.first
+        how = {**asdict(self.search), "seed": nth_seed(self.search.seed, number)}
         results: list[Result] = []
         for place, method in enumerate(self.methods, 1):
             where = f"{place} of {len(self.methods)}, split {number + 1}"
-            how: dict[str, Any] = {**asdict(self.search), "seed": of, "threads": source.threads}
-            result = solve_with(method, problem, place=where, **how)
+            result = self.source.solve(method, problem, place=where, **how)
             results.append(result.uninterrupted() if number else result)
             if result.status == "interrupted":
                 break
-        judged = judge(results, problem, unseen, window=source.replayed, threads=source.threads)
-        return dict(zip(self.methods, judged, strict=False))
+        return dict(zip(self.methods, self.source.judge(results, problem, unseen), strict=False))
 
 
 def _goes_on(splits: int | None, holdout: float, done: int, took: float) -> bool:
@@ -243,13 +226,12 @@ def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traff
     if problem.max_imbalance is not None:
         wanted += f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window} tokens" if window else ""
-    if holdout == 0:
-        judged = "judged on the same traffic"
-    elif isinstance(unseen, RoutingTrace):
-        judged = f"judged on {counted(unseen.tokens, 'unseen token')}"
+    if isinstance(unseen, RoutingTrace):
+        judged = counted(unseen.tokens, "unseen token")
     else:
-        judged = f"judged on {counted(unseen.windows, 'unseen window')}"
-    return f"{machine}, {problem.regime}, {wanted}{windows}, {judged}"
+        judged = counted(unseen.windows, "unseen window")
+    judged = judged if holdout else "the same traffic"
+    return f"{machine}, {problem.regime}, {wanted}{windows}, judged on {judged}"
 
 
 def _show_gains(

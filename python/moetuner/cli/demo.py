@@ -11,9 +11,8 @@ from typing import Annotated
 import click
 
 from moetuner.cli import options
-from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options import option
-from moetuner.cli.options.traffic import WINDOW, count, facts
+from moetuner.cli.options.traffic import WINDOW, Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
@@ -57,6 +56,7 @@ def command(
     path = directory / "trace.safetensors"
     with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
         shutil.copyfile(bundled, path)
+    source = Source(input_files=(path,), threads=threads)
     trace = RoutingTrace.load(path)
     with working("looking for structure"):
         measured = structure(trace, DEVICES, max_imbalance=TRAFFIC_CAP, threads=threads)
@@ -65,16 +65,13 @@ def command(
     seen, unseen = hold_out(trace, 0.5)
     # The paper's regime, as its method is among those shown.
     problem = Problem(
-        count(seen, None, threads),
+        source.count(seen),
         Topology(DEVICES),
         regime="follow",
         max_imbalance=TRAFFIC_CAP,
     )
-    results = [
-        solve_with(method, problem, seed=0, threads=threads).uninterrupted() for method in METHODS
-    ]
-    judged = judge(results, problem, unseen, window=WINDOW, threads=threads)
-    outcomes = dict(zip(METHODS, judged, strict=True))
+    results = [source.solve(method, problem, seed=0).uninterrupted() for method in METHODS]
+    outcomes = dict(zip(METHODS, source.judge(results, problem, unseen), strict=True))
     _show(output, problem, outcomes)
 
     best = outcomes["joint"].result.placement
@@ -83,7 +80,7 @@ def command(
     _say_next(output, directory)
     output.finish(
         {
-            "input": facts([path], trace),
+            "input": source.facts(),
             "structure": asdict(measured),
             "methods": {method: outcome.to_dict() for method, outcome in outcomes.items()},
         }

@@ -115,13 +115,7 @@ def _moves(
 def _write(
     placement: Placement, form: str, path: Path, hints: Hints, output: Output
 ) -> dict[str, Any]:
-    """Write a map of experts, and return what JSON says of it.
-
-    Raises
-    ------
-    click.ClickException
-        If the engine could not load it.
-    """
+    """Write a map of experts, and return what JSON says of it."""
     contents: dict[str, Any] = {}
     empty = int((placement.slots == EMPTY).sum())
     if form == "eplb" and empty:
@@ -142,13 +136,7 @@ def _write(
 
 
 def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path) -> None:
-    """Write a checkpoint with its experts in the order of a placement.
-
-    Raises
-    ------
-    click.ClickException
-        If the engine could not run the placement, or torch is not installed.
-    """
+    """Write a checkpoint with its experts in the order of a placement."""
     title = ENGINES[engine].title
     if checkpoint is None or not checkpoint.is_dir():
         raise click.UsageError(
@@ -168,13 +156,7 @@ def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_fo
 
 
 def _check(path: Path, form: str | None, engine: str | None, hints: Hints, output: Output) -> None:
-    """Print what a map is, and what is wrong with it.
-
-    Raises
-    ------
-    click.ClickException
-        If anything is.
-    """
+    """Print what a map is, and what is wrong with it; fail if anything is."""
     if form is not None and form not in WRITERS:
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
     form = form or form_of(path)

@@ -10,12 +10,11 @@ import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.attempt import judge, solve_with
 from moetuner.cli.options import SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.problem import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import contiguous
@@ -24,7 +23,7 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
 from moetuner.report.page.data import of_outcomes
-from moetuner.solver import ALIASES, METHODS, Result
+from moetuner.solver import METHODS, Result
 
 FLATTERED = (
     "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
@@ -42,7 +41,7 @@ def command(
     method: Annotated[
         str,
         option(
-            options.Method(METHODS, ALIASES),
+            options.Text(options.read_method, words=METHODS),
             "METHOD",
             group=options.SEARCH,
             help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
@@ -68,15 +67,15 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
-    initial, window, threads = moving.initial(), source.counted, source.threads
-    problem = wanted.problem(source.traffic, machine.topology(), window=window, threads=threads)
+    initial = moving.initial()
+    problem = wanted.problem(source, machine.topology())
     if initial is not None:
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
-    how = {**asdict(search), "threads": threads}
+    how = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem))
-    result = solve_with(method, problem, **how, **moving.arguments(initial))
+    result = source.solve(method, problem, **how, **moving.arguments(initial))
     # Written before anything is said about it: a closed pipe must not lose the answer.
     result.placement.save(out_file)
     output.say("")
@@ -87,16 +86,22 @@ def command(
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     _show(output, problem, outcomes, before if initial is None else None)
-    moves, trades = moving.show(output, problem, initial, result, **how)
+    moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = _prove(problem, result, certificate_file, output) if certificate_file else None
-    settings = {**wanted.problem_settings(problem), **moving.settings(), "window": window, **how}
+    settings = {
+        **wanted.problem_settings(problem),
+        **moving.settings(),
+        "window": source.counted,
+        "threads": source.threads,
+        **how,
+    }
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
     pages.write(
         output,
         lambda: of_outcomes(
-            *(before, outcomes[-1], source.traffic, origin_of(source), contents),
+            *(before, outcomes[-1], origin_of(source), contents),
             traffic=FLATTERED,
             trades=trades,
             expert_bytes=moving.expert_bytes,
@@ -117,21 +122,13 @@ def _running(result: Result, initial: Placement | None, *, page: bool) -> Result
 def _judge(
     running: Result | None, result: Result, source: Source, problem: Problem
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, method contiguous, and a result.
-
-    Returns
-    -------
-    before, rows
-        What runs, if it is given; the rows of the table, of which the last is the result's.
-    """
-    rows, more, threads = [result], [], source.threads
+    """Replay what runs, method contiguous, and a result: what runs, and the rows of the table."""
+    rows, more = [result], []
     if result.method != "contiguous" and result.status != "interrupted":
-        rows.insert(0, solve_with("contiguous", problem, threads=threads))
+        rows.insert(0, source.solve("contiguous", problem))
     if running is not None and not np.array_equal(rows[0].placement.slots, running.placement.slots):
         more = [running]
-    outcomes = judge(
-        [*more, *rows], problem, source.traffic, window=source.replayed, threads=threads
-    )
+    outcomes = source.judge([*more, *rows], problem, source.traffic)
     return outcomes[0], outcomes[len(more) :]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.traffic import Source, count
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.files import naming
 from moetuner.placement import Placement
@@ -52,7 +52,7 @@ def command(
     """
     certificate = Certificate.load(certificate_file)
     of_visits = certificate.method == "visits"
-    statistics = count(source.traffic, source.counted, source.threads, sets=of_visits)
+    statistics = source.count(sets=of_visits)
     topology = machine.topology()
     imbalances = _imbalances(statistics.total_load, topology.devices, certificate.caps)
     # The tightest cap that the certificate covers in every layer; its own caps are said below.
@@ -89,15 +89,7 @@ def command(
 def _compare(
     path: Path, certificate: Certificate, cost: int, bound: float, problem: Problem, output: Output
 ) -> dict[str, float | None]:
-    """Compare a placement with the bound; print and return its objective and gap.
-
-    Raises
-    ------
-    click.ClickException
-        If the placement refutes the bound, or has copies.
-    ValueError
-        If it is of another model or machine.
-    """
+    """Compare a placement with the bound; print and return its objective and gap."""
     placement, worth = Placement.load(path), Objective(problem)
     with naming(path):
         problem.check_shape(placement)
@@ -141,19 +133,19 @@ def _imbalances(load: NDArray[np.uint64], devices: int, caps: NDArray[np.uint64]
 
 
 def _imbalance(layers: list[tuple[int, int]], devices: int) -> float | None:
-    """Find a short imbalance that means the cap of every layer, given with its load; or None.
+    """Find an imbalance that means the cap of every layer, given with its load; or None.
 
-    A cap is a whole number of tokens, so a range of imbalances means the same. If none in it is
-    short, return one a hair lower: whatever is within it keeps the cap.
+    A cap is a whole number of tokens, so a range of imbalances means the same: the shortest is
+    taken, or one a hair below the range, within which a placement keeps the caps, too.
     """
-    loaded = [(cap, load) for cap, load in layers if load]
-    low = max((Fraction(cap * devices, load) for cap, load in loaded), default=Fraction(1))
-    high = min((Fraction((cap + 1) * devices, load) for cap, load in loaded), default=low + 1)
-    for digits in range(1, DECIMALS + 1):
-        short = Fraction(math.ceil(low * 10**digits), 10**digits)
+    loaded = [(cap, load) for cap, load in layers if load] or [(1, devices)]
+    low = max(Fraction(cap * devices, load) for cap, load in loaded)
+    high = min(Fraction((cap + 1) * devices, load) for cap, load in loaded)
+    for unit in (10**digits for digits in range(1, DECIMALS + 1)):
+        short = Fraction(math.ceil(low * unit), unit)
         if short < high:
             return float(short)
-    return float(Fraction(math.floor(low * 10**DECIMALS), 10**DECIMALS)) if low < high else None
+    return math.floor(low * unit) / unit if low < high else None
 
 
 def _caps(imbalances: list[float]) -> str:

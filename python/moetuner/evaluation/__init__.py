@@ -125,8 +125,7 @@ class Evaluation(Frozen):
         names = [name for name in FIGURES if getattr(self, name) is not None]
         rows = [("all", self), *self.by_group.items()]
         return html_table(
-            ("group", *names),
-            [(of, *(getattr(each, name) for name in names)) for of, each in rows],
+            ("group", *names), [(of, *(getattr(each, name) for name in names)) for of, each in rows]
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -166,9 +166,7 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
 
 
 def counts_of(
-    traffic: Traffic,
-    settings: Sequence[Setting],
-    progress: Callable[[float], None] | None = None,
+    traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
 ) -> Iterator[dict[str | None, Counts]]:
     """Count traffic, once for all settings, which differ in their placements alone.
 

@@ -72,44 +72,24 @@ def dispatch_rows(
     """
     instance("placement", placement, Placement)
     instance("trace", trace, RoutingTrace)
-    _same_model(placement, trace)
-    size = node_size(placement.devices, devices_per_node)
-    homes = homes_of(home, trace.tokens, placement.devices)
-    places = _positions(position, trace.tokens)
-    rows, to_nodes = _visits_from(homes, placement, trace, split_rule(split), size, places)
-    if devices_per_node is not None:
-        rows = _through_nodes(rows, to_nodes)
-    device = np.arange(placement.devices)
-    rows[:, device, device] = 0
-    return rows
-
-
-def _same_model(placement: Placement, trace: RoutingTrace) -> None:
     sizes, given = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
     if sizes != given:
         raise ValueError(
             f"placement must have {sizes[0]} layers and {sizes[1]} experts like the trace, "
             f"got {given[0]} and {given[1]}"
         )
-
-
-def _visits_from(
-    homes: NDArray[np.int64],
-    placement: Placement,
-    trace: RoutingTrace,
-    split: LayerSplit,
-    node: int,
-    position: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Count the tokens of every home that visit a device [L,home,D] and a node [L,home,N]."""
+    size = node_size(placement.devices, devices_per_node)
+    homes = homes_of(home, trace.tokens, placement.devices)
+    places = np.arange(trace.tokens) if position is None else _positions(position, trace.tokens)
+    device = np.arange(placement.devices)
     replay = _core.LabelledReplay(
         placement.slots,
         trace.num_experts,
         trace.top_k,
-        (np.arange(placement.devices) // node).tolist(),
+        (device // size).tolist(),
         rows=placement.devices,
         most=max(trace.tokens, 1),
-        split=split,
+        split=split_rule(split),
     )
     first = 0
     for shard in trace.shards():
@@ -117,13 +97,16 @@ def _visits_from(
         replay.push(
             shard,
             homes[some].astype(np.uint32),
-            positions=position[some].astype(np.uint64),
+            positions=places[some].astype(np.uint64),
             homes=homes[some].astype(np.uint16),
             checked=trace.ids.fresh,
         )
         first += len(shard)
-    _, visits, to_nodes = (table.astype(np.int64) for table in replay.finish())
-    return visits, to_nodes
+    _, rows, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    if devices_per_node is not None:
+        rows = _through_nodes(rows, to_nodes)
+    rows[:, device, device] = 0
+    return rows
 
 
 def copies(
@@ -187,14 +170,12 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
             raise ValueError(f"home must be devices [tokens] or 'blocks', got {shown(home)}")
         share, more = divmod(tokens, devices)
         return np.repeat(np.arange(devices), share + (np.arange(devices) < more))
-    homes = array_in("home", home)
-    if homes.shape != (tokens,) or homes.dtype.kind not in "iu":
-        raise ValueError(f"home must be integers [{tokens}], got {homes.dtype} {list(homes.shape)}")
+    homes = _positions(home, tokens, "home")
     if tokens and not (homes.min() >= 0 and homes.max() < devices):
         raise ValueError(
             f"home must be from 0 to {devices - 1}, got {homes.min()} to {homes.max()}"
         )
-    return homes.astype(np.int64)
+    return homes
 
 
 def node_size(devices: int, devices_per_node: int | None) -> int:
@@ -214,15 +195,14 @@ def split_rule(split: str) -> LayerSplit:
     return "even" if split == "even" else "nearest"
 
 
-def _positions(position: ArrayLike | None, tokens: int) -> NDArray[np.int64]:
-    if position is None:
-        return np.arange(tokens)
-    places = array_in("position", position)
-    if places.shape != (tokens,) or places.dtype.kind not in "iu":
+def _positions(given: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:
+    """Check whole numbers of tokens, and return them [T]."""
+    numbers = array_in(name, given)
+    if numbers.shape != (tokens,) or numbers.dtype.kind not in "iu":
         raise ValueError(
-            f"position must be integers [{tokens}], got {places.dtype} {list(places.shape)}"
+            f"{name} must be integers [{tokens}], got {numbers.dtype} {list(numbers.shape)}"
         )
-    return places.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def _through_nodes(visits: NDArray[np.int64], to_nodes: NDArray[np.int64]) -> NDArray[np.int64]:

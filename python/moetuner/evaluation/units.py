@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import instance, is_number, seed_in, shown
 from moetuner.evaluation.kinds import kinds_of
-from moetuner.statistics import RoutingStatistics, some_windows
+from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
@@ -121,7 +121,7 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
         blocks = blocks_of(traffic.window_load, traffic.group)
         return Units("window", blocks.number(traffic.windows), blocks)
     if traffic.sequence is None:
-        blocks = blocks_of(*_loads(traffic, window, threads))
+        blocks = _blocks_of_trace(traffic, window, threads)
         windows = 1 if window is None else -(-traffic.tokens // window)
         return Units("window", blocks.number(windows), blocks)
     labels = np.unique(traffic.sequence)
@@ -131,10 +131,8 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
     return Units("kind", int(kinds.max(initial=-1)) + 1, sequences=labels, kinds=kinds)
 
 
-def _loads(
-    trace: RoutingTrace, window: int | None, threads: int | None = None
-) -> tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.integer[Any]] | None]:
-    """Count windows of the tokens of every group [W,L,E], and return the group of each [W]."""
+def _blocks_of_trace(trace: RoutingTrace, window: int | None, threads: int | None = None) -> Blocks:
+    """Count windows of the tokens of every group, and compute how far they are alike."""
     counted = RoutingStatistics.from_trace(
         trace,
         window=window,
@@ -143,7 +141,7 @@ def _loads(
         coactivation=False,
         threads=threads,
     )
-    return counted.window_load, counted.group
+    return blocks_of(counted.window_load, counted.group)
 
 
 def blocks_of(
@@ -260,45 +258,43 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
     seed = seed_in(seed)
     if share == 0:
         return traffic, traffic
+    rng = np.random.default_rng(seed)
     if isinstance(traffic, RoutingTrace):
         if traffic.tokens < 2:
             raise ValueError(
                 f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
             )
-        return _part_of_trace(traffic, share, seed)
-    if traffic.transitions is not None or traffic.coactivation is not None:
-        raise ValueError(
-            f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are counted "
-            "over all windows; give the trace to judge on unseen sequences"
-        )
-    if traffic.windows < 2:
-        raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
-    blocks = blocks_of(traffic.window_load, traffic.group)
-    if blocks.length == 1:
-        held_out = min(max(round(share * traffic.windows), 1), traffic.windows - 1)
-        unseen = np.zeros(traffic.windows, dtype=bool)
-        unseen[np.random.default_rng(seed).permutation(traffic.windows)[:held_out]] = True
-        return some_windows(traffic, ~unseen), some_windows(traffic, unseen)
-    seen, unseen = runs(traffic.windows, share, blocks.length, seed, traffic.group)
-    return some_windows(traffic, seen), some_windows(traffic, unseen)
+        if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
+            unit = units_of(traffic).of_tokens(traffic.sequence)
+            labels = np.unique(unit)
+            count = min(max(round((1 - share) * labels.size), 1), labels.size - 1)
+            seen = np.isin(unit, rng.permutation(labels)[:count])
+            return some(traffic, seen), some(traffic, ~seen)
+        number, gap = traffic.tokens, alike_tokens(traffic)
+    else:
+        if traffic.transitions is not None or traffic.coactivation is not None:
+            raise ValueError(
+                f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are "
+                "counted over all windows; give the trace to judge on unseen sequences"
+            )
+        number, gap = traffic.windows, blocks_of(traffic.window_load, traffic.group).length
+        if number < 2:
+            raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
+        if gap == 1:
+            count = min(max(round(share * number), 1), number - 1)
+            unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
+            return some(traffic, ~unseen), some(traffic, unseen)
+    seen, unseen = runs(number, share, gap, seed, traffic.group)
+    return some(traffic, seen), some(traffic, unseen)
 
 
-def _part_of_trace(trace: RoutingTrace, share: float, seed: int) -> tuple[Traffic, Traffic]:
-    if trace.sequence is not None and (trace.sequence != trace.sequence[0]).any():
-        unit = units_of(trace).of_tokens(trace.sequence)
-        labels = np.unique(unit)
-        count = min(max(round((1 - share) * labels.size), 1), labels.size - 1)
-        chosen = np.random.default_rng(seed).permutation(labels)[:count]
-        seen = np.isin(unit, chosen)
-        return some_tokens(trace, seen), some_tokens(trace, ~seen)
-    seen, unseen = runs(trace.tokens, share, alike_tokens(trace), seed, trace.group)
-    return some_tokens(trace, seen), some_tokens(trace, unseen)
-
-
-def some_tokens(trace: RoutingTrace, keep: NDArray[np.bool_]) -> RoutingTrace:
-    """Return some tokens [T] of a trace."""
-    chosen = replace(trace, sequence=keep.astype(np.int32)).select(sequences=[1])
-    return replace(chosen, sequence=None if trace.sequence is None else trace.sequence[keep])
+def some(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
+    """Return some tokens [T] of a trace, or windows [W] of a load table."""
+    if isinstance(traffic, RoutingStatistics):
+        group = None if traffic.group is None else traffic.group[keep]
+        return replace(traffic, window_load=traffic.window_load[keep], group=group)
+    chosen = replace(traffic, sequence=keep.astype(np.int32)).select(sequences=[1])
+    return replace(chosen, sequence=None if traffic.sequence is None else traffic.sequence[keep])
 
 
 def likeness(share: float, units: Units) -> float:
@@ -316,7 +312,7 @@ def likeness(share: float, units: Units) -> float:
 def alike_tokens(trace: RoutingTrace) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
     piece = max(PIECE, -(-trace.tokens // PIECES))
-    return piece * blocks_of(*_loads(trace, piece)).length
+    return piece * _blocks_of_trace(trace, piece).length
 
 
 def with_runs(trace: RoutingTrace) -> RoutingTrace:
@@ -328,11 +324,7 @@ def with_runs(trace: RoutingTrace) -> RoutingTrace:
 
 
 def runs(
-    number: int,
-    share: float,
-    gap: int,
-    seed: int,
-    group: NDArray[np.integer[Any]] | None = None,
+    number: int, share: float, gap: int, seed: int, group: NDArray[np.integer[Any]] | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Choose runs of windows or tokens to hold out, and what is seen, apart from them by a gap.
 

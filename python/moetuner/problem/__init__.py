@@ -10,16 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import (
-    at_least,
-    flag,
-    instance,
-    listed,
-    not_negative,
-    one_of,
-    per_device,
-    shown,
-)
+from moetuner import _checks as check
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival
@@ -184,31 +175,31 @@ class Problem(Frozen):
 
     def __post_init__(self) -> None:
         counted = ", such as RoutingStatistics.from_trace(trace)"
-        instance("statistics", self.statistics, RoutingStatistics, hint=counted)
-        instance("topology", self.topology, Topology, hint=", such as Topology(devices=8)")
-        one_of("regime", self.regime, get_args(Regime))
+        check.instance("statistics", self.statistics, RoutingStatistics, hint=counted)
+        check.instance("topology", self.topology, Topology, hint=", such as Topology(devices=8)")
+        check.one_of("regime", self.regime, get_args(Regime))
         if self.max_imbalance is not None:
-            at_least("max_imbalance", self.max_imbalance, 1)
+            check.at_least("max_imbalance", self.max_imbalance, 1)
         if self.objective is not None:
-            one_of("objective", self.objective, get_args(Goal))
+            check.one_of("objective", self.objective, get_args(Goal))
         copies.check(self.split)
         if self.cost_model is None:
-            object.__setattr__(self, "cost_model", cost_model_of(self.statistics))
+            vars(self)["cost_model"] = cost_model_of(self.statistics)
         preset = ", such as CostModel.preset('h100')"
-        instance("cost_model", self.cost_model, CostModel, hint=preset)
-        flag("fill_slots", self.fill_slots)
+        check.instance("cost_model", self.cost_model, CostModel, hint=preset)
+        check.flag("fill_slots", self.fill_slots)
         for name in ("pinned", "forbidden"):
-            rules = listed(name, getattr(self, name), "(layer, expert, device)")
-            object.__setattr__(self, name, tuple(rules))
+            rules = check.listed(name, getattr(self, name), "(layer, expert, device)")
+            vars(self)[name] = tuple(rules)
         if not isinstance(self.groups, str | None):
-            instance("groups", self.groups, Mapping, hint=" of weights by name, or 'minimax'")
+            check.instance("groups", self.groups, Mapping, hint=" of weights by name, or 'minimax'")
             for group, weight in self.groups.items():
-                not_negative(f"groups: weight of {shown(group)}", weight, "number")
-            object.__setattr__(self, "groups", dict(self.groups))
+                check.not_negative(f"groups: weight of {check.shown(group)}", weight, "number")
+            vars(self)["groups"] = dict(self.groups)
         # Slots, rules and windows are checked by being made.
         if isinstance(self.slots_per_device, Sequence | np.ndarray):
-            slots = per_device("slots_per_device", self.slots_per_device, self.devices)
-            object.__setattr__(self, "slots_per_device", tuple(slots))
+            slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
+            vars(self)["slots_per_device"] = tuple(slots)
         _ = self.capacity, self.rules, self.windows
         if self.fill_slots:
             capacity.check_filling(self.capacity, self.rules.forbidden, self.experts)
@@ -331,7 +322,7 @@ class Problem(Frozen):
 
     def check_shape(self, placement: Placement, name: str = "placement") -> None:
         """Raise ValueError if a placement, of this name, is of another model or machine."""
-        instance(name, placement, Placement)
+        check.instance(name, placement, Placement)
         has = (placement.layers, placement.num_experts, placement.devices)
         wants = (self.layers, self.experts, self.devices)
         if has != wants:
@@ -364,10 +355,6 @@ class Problem(Frozen):
             forbidden=self.rules.forbidden,
             holders=None if running is None else running.held,
         )
-
-    def empty_slots(self) -> NDArray[np.int32]:
-        """Return slots [L,D,S] with nothing in them."""
-        return np.full((self.layers, self.devices, self.slots), EMPTY, dtype=np.int32)
 
     def without_copies(self) -> Problem | None:
         """Return the problem of placements with one copy of each expert; None if this is one.

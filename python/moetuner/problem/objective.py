@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner import _core
-from moetuner._checks import instance, is_number, shown
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, expected, figures, replay
 from moetuner.evaluation.copies import Split
@@ -30,27 +30,23 @@ Value = TypeVar("Value")
 CACHED = 16
 
 
-class _Cache:
-    """Figures of the last placements: a solve needs some of them again and again."""
+def _cached(compute: Callable[[Any, Placement], Value]) -> Callable[[Any, Placement], Value]:
+    """Return a method that keeps its last values, read-only: a solve needs some again and again."""
 
-    def __init__(self) -> None:
-        self._last: deque[tuple[tuple[str, bytes], Any]] = deque(maxlen=CACHED)
-
-    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
-        """Drop everything when a problem is pickled or copied."""
-        return _Cache, ()
-
-    def of(self, what: str, placement: Placement, compute: Callable[[], Value]) -> Value:
-        """Return a figure of a placement, computed at the first call; read-only."""
-        key = what, placement.slots.tobytes()
+    @wraps(compute)
+    def of(self: Any, placement: Placement) -> Value:
+        check.instance("placement", placement, Placement)
+        key = compute, placement.slots.tobytes()
         for other, value in tuple(self._last):
             if other == key:
                 return cast("Value", value)
-        value = compute()
+        value = compute(self, placement)
         if isinstance(value, np.ndarray):
             value.setflags(write=False)
         self._last.append((key, value))
         return value
+
+    return of
 
 
 class Objective:
@@ -84,9 +80,9 @@ class Objective:
 
     def __init__(self, problem: Any, windows: Windows | None = None) -> None:
         if not isinstance(getattr(problem, "windows", None), Windows):
-            raise TypeError(f"problem must be a Problem, got {shown(problem)}")
+            raise TypeError(f"problem must be a Problem, got {check.shown(problem)}")
         if windows is not None:
-            instance("windows", windows, Windows)
+            check.instance("windows", windows, Windows)
         self.statistics: RoutingStatistics = problem.statistics
         self.topology: Topology = problem.topology
         self.goal: Goal = problem.goal
@@ -95,7 +91,11 @@ class Objective:
         self.windows: Windows = problem.windows if windows is None else windows
         self._model: CostModel | None = problem.cost_model
         self._by_groups = problem.groups is not None
-        self._cache = _Cache()
+        self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop what is cached when a problem is pickled or copied."""
+        return {**self.__dict__, "_last": deque(maxlen=CACHED)}
 
     def __repr__(self) -> str:
         """Return what is made small, and in which regime."""
@@ -105,7 +105,7 @@ class Objective:
 
     def value(self, placement: Placement) -> float:
         """Return the objective of a placement, in ``unit``."""
-        instance("placement", placement, Placement)
+        check.instance("placement", placement, Placement)
         if self.goal == "traffic":
             return self.traffic(placement)
         cost = self.window_cost(placement).sum(axis=1)
@@ -130,8 +130,8 @@ class Objective:
 
     def text(self, value: float) -> str:
         """Return a value with its unit, as it stands in a sentence."""
-        if not is_number(value):
-            raise TypeError(f"value must be a finite number, got {shown(value)}")
+        if not check.is_number(value):
+            raise TypeError(f"value must be a finite number, got {check.shown(value)}")
         if self.goal == "time":
             return f"{value:.1f} us per layer"
         if self.goal == "balance":
@@ -220,13 +220,11 @@ class Objective:
 
     # Of time and balance: costs of windows and layers, over a reference.
 
+    @_cached
     def window_cost(self, placement: Placement) -> Floats:
         """Compute what every window and layer [W,L] adds to time or balance."""
-        return self._cache.of("window cost", placement, lambda: self._window_cost(placement))
-
-    def _window_cost(self, placement: Placement) -> Floats:
         compute = self._layer_times if self.goal == "time" else self._slowest
-        return self.windows.each(compute(placement))
+        return self.windows.map(compute(placement))
 
     @cached_property
     def reference(self) -> Floats:
@@ -237,20 +235,19 @@ class Objective:
 
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
-        served = self.windows.each(self._slowest(placement))
+        served = self.windows.map(self._slowest(placement))
         return np.array([self.windows.value(of, self._even) for of in served.T])
 
     @cached_property
     def _even(self) -> Floats:
         """Load over speed of every window's layers [W], if every device had its part."""
         speed = self.topology.speed_of_device
-        mean: Floats = self.windows.each(lambda load: load.sum(axis=(1, 2))) / speed.sum()
+        mean: Floats = self.windows.map(lambda load: load.sum(axis=(1, 2))) / speed.sum()
         return mean
 
     def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what computes the load over speed of the slowest devices [W,L] of windows."""
-        topology, split = self.topology, self.split
-        return lambda load: slowest(placement, load, topology, split)
+        return lambda load: slowest(placement, load, self.topology, self.split)
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
@@ -300,15 +297,12 @@ class Objective:
         """Whether what the regime's traffic is made of was counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
+    @_cached
     def traffic(self, placement: Placement) -> float:
         """Return what ``value`` is with the objective traffic; 0 where nothing was counted.
 
         With one copy of each expert it is ``cost`` over ``scale``; with copies it is expected.
         """
-        instance("placement", placement, Placement)
-        return self._cache.of("traffic", placement, lambda: self._traffic(placement))
-
-    def _traffic(self, placement: Placement) -> float:
         if self.counts_visits:
             return float(self._visits(placement).sum())
         if not placement.has_copies:
@@ -337,7 +331,7 @@ class Objective:
         ``follow``: transitions [E,E] of neighbouring layers times ``link_cost`` between the
         experts' devices. ``dispatch``: co-activated pairs likewise, each once.
         """
-        instance("placement", placement, Placement)
+        check.instance("placement", placement, Placement)
         if self.pairs is None:
             return 0
         device_of = placement.device_of
@@ -416,27 +410,19 @@ class Objective:
 
     def _visits(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to a token's visits, as ``expected.visits`` does."""
-        sets = self.statistics.sets
-        assert sets is not None
         device_cost, node_cost = self.visit_costs
         devices, nodes = self._count_visits(placement)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(self.tokens, 1)
 
+    @_cached
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
-        sets = self.statistics.sets
-        assert sets is not None
-        return self._cache.of(
-            "visits",
-            placement,
-            lambda: expected.visits(placement, self.topology, self.split, sets),
-        )
+        assert self.statistics.sets is not None
+        return expected.visits(placement, self.topology, self.split, self.statistics.sets)
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:
-    """Sum without overflow: 64-bit counts, in two halves where they are large."""
-    if int(table.max(initial=0)) * table.size < 1 << 64:
-        return int(table.sum(dtype=np.uint64))
+    """Sum 64-bit counts without overflow: in two halves."""
     low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
     return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)

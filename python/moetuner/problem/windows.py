@@ -60,7 +60,7 @@ class Windows:
         """Return the number of windows, W."""
         return len(self.weight)
 
-    def each(self, compute: Callable[[Floats], Floats]) -> Floats:
+    def map(self, compute: Callable[[Floats], Floats]) -> Floats:
         """Compute something of every window [W,...], of a block of them [w,L,E] at a time."""
         parts = [compute(block) for block in self.blocks()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -74,11 +74,6 @@ class Windows:
                 yield self.load[run].astype(np.float64)
         if self.mixed is not None:
             yield self.mixed
-
-    def of_layers(self, layers: int | slice) -> Floats:
-        """Return the loads of one layer [W,E], or of some [W,l,E], in double precision."""
-        parts = [self.load] if self.mixed is None else [self.load, self.mixed]
-        return np.concatenate([part[:, layers].astype(np.float64) for part in parts])
 
     @cached_property
     def total(self) -> Floats:
@@ -163,13 +158,8 @@ def windows_of(
     weight, group = np.ones(statistics.windows), statistics.group
     if groups is not None:
         weight = _group_weights(statistics, groups)
-    load, many, kind = (
-        statistics.window_load,
-        statistics.windows > MOST,
-        (risk, groups == "minimax"),
-    )
-    if not many:
-        load = load.astype(np.float64)
+    kind, many = (risk, groups == "minimax"), statistics.windows > MOST
+    load = statistics.window_load if many else statistics.window_load.astype(np.float64)
     if share == 0 or len(load) < 2:
         return Windows(load, weight, group, *kind)
     if many:

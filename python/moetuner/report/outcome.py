@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate_each
-from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -19,7 +19,9 @@ from moetuner.report.cells import number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+
+# Figures of every table.
+MIXED = ("imbalance", "imbalance_mixed")
 
 
 @dataclass(frozen=True)
@@ -69,58 +71,34 @@ class Outcome:
         value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            *(FIGURES[name].text(getattr(of, name)) for name in _columns(worth)),
-            *_objective(worth, number(value, worth.decimals)),
+            *(FIGURES[name].text(getattr(of, name)) for name in (*MIXED, *worth.figures)),
+            *(() if worth.is_predicted_time else (number(value, worth.decimals),)),
             percent(self.gap),
             number(self.result.seconds, 2),
         )
 
 
 def head(problem: Problem) -> tuple[str, ...]:
-    """Return a table's columns: what says most of the objective, within 80 characters."""
+    """Return a table's columns: what says most of the objective, within 80 characters.
+
+    An objective that is a predicted time has a column as a figure.
+    """
     worth = Objective(problem)
-    columns = [FIGURES[name].column for name in _columns(worth)]
-    return ("method", *columns, *_objective(worth, "objective"), "gap", "seconds")
-
-
-def _columns(worth: Objective) -> tuple[str, ...]:
-    return ("imbalance", "imbalance_mixed", *worth.figures)
-
-
-def _objective(worth: Objective, cell: str) -> tuple[str, ...]:
-    """Return the cell of the objective, unless it is a predicted time, which has a column."""
-    return () if worth.is_predicted_time else (cell,)
+    columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
+    value = () if worth.is_predicted_time else ("objective",)
+    return ("method", *columns, *value, "gap", "seconds")
 
 
 def judge(
-    placements: Sequence[Placement],
-    problem: Problem,
-    traffic: RoutingTrace | RoutingStatistics,
-    *,
-    window: int | None,
-    arrival: Arrival | None = None,
-    mixed: bool = True,
-    threads: int | None = None,
-    progress: Callable[[float], None] | None = None,
+    placements: Sequence[Placement], problem: Problem, traffic: Traffic, **options: Any
 ) -> list[Evaluation]:
     """Evaluate placements of a problem on other traffic, which is read once for all of them.
 
-    ``arrival`` is the problem's by default. ``progress`` gets the share of the tokens that were
-    replayed.
+    ``options`` are as for ``evaluate_each``; those that the problem has are the problem's.
     """
-    return evaluate_each(
-        placements,
-        traffic,
-        problem.topology,
-        window=window,
-        split=problem.split,
-        cost_model=Objective(problem).cost_model,
-        regime=problem.regime,
-        arrival=problem.arrival if arrival is None else arrival,
-        mixed=mixed,
-        threads=threads,
-        progress=progress,
-    )
+    how = {name: getattr(problem, name) for name in ("split", "regime", "arrival")}
+    how |= {"cost_model": Objective(problem).cost_model, **options}
+    return evaluate_each(placements, traffic, problem.topology, **how)
 
 
 def gains(
@@ -205,15 +183,13 @@ def slower(outcome: Outcome, blocks: Outcome) -> list[str]:
     time, before = (of.evaluation.predicted_layer_us for of in (outcome, blocks))
     if time is None or before is None or time <= before:
         return []
-    problem = outcome.problem
+    problem, better = outcome.problem, "keep experts in blocks"
     fewest = -(-problem.experts // problem.devices)
     if problem.may_copy and problem.slots > fewest:
         better = (
             f"slots for copies cost more than they bring here: try --slots-per-device {fewest}, or "
             '"moetuner advise", which tries several numbers'
         )
-    else:
-        better = "keep experts in blocks"
     return [
         f"Warning: this placement is predicted to be slower than experts in blocks: "
         f"{number(time, 1)} against {number(before, 1)} us per layer; {better}."

@@ -15,9 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
-from moetuner.evaluation import Evaluation, evaluate_each, intervals
-from moetuner.evaluation.units import Units, alike_tokens, hold_out, units_of
+from moetuner.evaluation import evaluate
+from moetuner.evaluation.by_unit import of_traffic
+from moetuner.evaluation.intervals import FEWEST, paired
+from moetuner.evaluation.replay import Setting, Traffic
+from moetuner.evaluation.units import hold_out, units_of, with_runs
 from moetuner.frozen import Frozen, html_table
+from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import solve
 from moetuner.statistics import RoutingStatistics
@@ -30,13 +34,6 @@ ITERATIONS = 200_000
 # Whole counts of the null for every cell of a table: with fewer pairs than cells, rounding alone
 # would leave some cells with a pair and others without, which a search takes for structure.
 COUNTS_PER_CELL = 1 << 16
-
-# Parts of the held-out sequences whose crossings say how uncertain their mean is.
-BLOCKS = 32
-# Times that a trace is read: both halves are counted, and the second one is replayed.
-READINGS = 3
-# Chance of a gain beyond either end of its interval.
-CHANCE = 0.025
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,46 +137,33 @@ def structure(
     at_least("max_imbalance", max_imbalance, 1)
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
-
-    def progress_of(number: int) -> Callable[[float], None] | None:
-        """Return what is told how far the reading of this number is."""
-        if progress is None:
-            return None
-        return lambda share: progress((number + share) / READINGS)
-
-    seen, unseen = (_pairs(part, threads, progress_of(number)) for number, part in enumerate(parts))
+    seen, unseen = (_pairs(part, threads, progress, at) for at, part in enumerate(parts))
     whole = seen + unseen if held_out else seen
     load = whole.total_load
     share, distance = _groups(traffic, load, threads)
 
-    def crossing(
-        method: str, seen: RoutingStatistics, unseen: RoutingTrace | RoutingStatistics
-    ) -> Evaluation:
+    def placed(method: str, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
-        result = result.uninterrupted()
-        return evaluate_each(
-            [result.placement],
-            unseen,
-            mixed=False,
-            threads=threads,
-            progress=progress_of(READINGS - 1),
-        )[0]
+        return result.uninterrupted().placement
+
+    def crossing(placement: Placement, unseen: Traffic) -> float | None:
+        return evaluate(placement, unseen, mixed=False, threads=threads).crossing
 
     tables = whole.transitions_or_empty
-    has_pairs = bool(tables.any())
     bits = chance = contiguous = searched = null = gain = None
-    if has_pairs:
+    if tables.any():
         chance = tuple(_chance_bits(tables, seed))
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
-        contiguous = crossing("contiguous", seen, unseen).crossing
-    if has_pairs and isinstance(parts[1], RoutingTrace) and held_out:
-        evaluation = crossing("heuristic", seen, _in_blocks(parts[1], units_of(traffic), seed))
-        searched = evaluation.crossing
-        null = crossing("heuristic", _independent(seen), _independent(unseen)).crossing
-        gain = _gain(evaluation, null)
+        contiguous = crossing(placed("contiguous", seen), unseen)
+        if held_out:
+            placement = placed("heuristic", seen)
+            searched = crossing(placement, parts[1])
+            null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
+            gain = _gain(Setting(placement, topology, threads=threads), traffic, parts[1], null)
+    total = load.sum(axis=1, dtype=np.float64)
     return Structure(
-        skew=tuple(_over_mean(load).tolist()),
+        skew=tuple(np.where(total > 0, _shares(load).max(axis=1) * load.shape[1], 1.0).tolist()),
         unused=tuple((load == 0).sum(axis=1).tolist()),
         group_share=share,
         group_distance=distance,
@@ -195,48 +179,30 @@ def structure(
     )
 
 
-def _in_blocks(trace: RoutingTrace, units: Units, seed: int) -> RoutingTrace:
-    """Group whole sequences, or kinds of them, at random into blocks.
-
-    Without sequences blocks are runs of tokens, none shorter than tokens are alike.
-    """
-    if trace.sequence is None:
-        blocks = max(min(BLOCKS, trace.tokens // alike_tokens(trace)), 1)
-        block = np.arange(trace.tokens) * blocks // max(trace.tokens, 1)
-    else:
-        labels, which = np.unique(units.of_tokens(trace.sequence), return_inverse=True)
-        block = np.random.default_rng(seed).permutation(labels.size)[which] % BLOCKS
-    names = tuple(f"block {number}" for number in range(BLOCKS))
-    return replace(trace, group=block.astype(np.int16), group_names=names)
-
-
-def _gain(evaluation: Evaluation, null: float | None) -> tuple[float, float] | None:
-    """Compute the interval of the null less a crossing, from blocks that differ by chance."""
-    if null is None or evaluation.crossing is None:
+def _gain(
+    setting: Setting, traffic: Traffic, unseen: Traffic, null: float | None
+) -> tuple[float, float] | None:
+    """Compute the interval of the null less the crossing of unseen traffic, by its units."""
+    units = units_of(traffic, threads=setting.threads)
+    assert isinstance(unseen, RoutingTrace)
+    crossing = of_traffic(with_runs(unseen), setting, units, only_whole=True)[None]["crossing"]
+    both = {"crossing": crossing}
+    spread = paired(both, both, rng=np.random.default_rng(0))["crossing"].value
+    low, high = spread.interval[1:]
+    if null is None or low is None or high is None or spread.units < FEWEST:
         return None
-    tables = [block.traffic["follow"] for block in evaluation.by_group.values()]
-    pairs = np.array([table.sum(dtype=np.float64) for table in tables])
-    stay = np.array([np.einsum("ldd->", table.astype(np.float64)) for table in tables])
-    blocks = int((pairs > 0).sum())
-    if blocks < intervals.FEWEST:
-        return None
-    # The standard error of a ratio of two sums over blocks.
-    apart = (pairs - stay) - evaluation.crossing * pairs
-    error = np.sqrt(blocks / (blocks - 1) * (apart**2).sum()) / pairs.sum()
-    width = intervals.quantile(CHANCE, blocks - 1) * float(error)
-    return null - evaluation.crossing - width, null - evaluation.crossing + width
+    return null - high, null - low
 
 
 def _pairs(
-    traffic: RoutingTrace | RoutingStatistics,
-    threads: int | None,
-    progress: Callable[[float], None] | None,
+    traffic: Traffic, threads: int | None, progress: Callable[[float], None] | None, half: int
 ) -> RoutingStatistics:
-    """Count a trace, without the co-activation that is not needed here."""
+    """Count one of two halves of a trace, without the co-activation that is not needed here."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
+    share_of_both = None if progress is None else lambda share: progress((half + share) / 2)
     return RoutingStatistics.from_trace(
-        traffic, coactivation=False, threads=threads, progress=progress
+        traffic, coactivation=False, threads=threads, progress=share_of_both
     )
 
 
@@ -292,12 +258,6 @@ def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
     total = load.sum(axis=1, keepdims=True, dtype=np.float64)
     shares: NDArray[np.float64] = np.divide(load, total, out=np.zeros(load.shape), where=total > 0)
     return shares
-
-
-def _over_mean(load: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Compute the largest share of a layer times experts; 1 where a layer has no load."""
-    skew = _shares(load).max(axis=1) * load.shape[1]
-    return np.where(load.any(axis=1), skew, 1.0)
 
 
 def _chance_bits(tables: NDArray[np.uint64], seed: int) -> list[float]:

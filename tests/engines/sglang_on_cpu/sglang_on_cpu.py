@@ -45,11 +45,11 @@ def experts_of_this_rank(original, layer, x, topk_output, *args, **kwargs):
     What other ranks compute has id -1 here and is added by the all-reduce that follows.
     """
     weights, ids = topk_output.topk_weights, topk_output.topk_ids
-    held = layer.w13_weight.shape[0]
-    if held == layer.num_experts:
+    local = layer.w13_weight.shape[0]
+    if local == layer.num_experts:
         return original(layer, x, topk_output, *args, **kwargs)
     total = torch.zeros_like(x)
-    for expert in range(held):
+    for expert in range(local):
         token, choice = (ids == expert).nonzero(as_tuple=True)
         gate, up = (x[token] @ layer.w13_weight[expert].T).chunk(2, dim=-1)
         out = (torch.nn.functional.silu(gate) * up) @ layer.w2_weight[expert].T

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner.cli.options.paths import IN_FILE as IN_FILE
-from moetuner.cli.options.paths import IN_INPUT as IN_INPUT
-from moetuner.cli.options.paths import InFile as InFile
-from moetuner.cli.options.paths import OutFile as OutFile
+from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
+from moetuner.solver import ALIASES, METHODS
 
 # What makes a parameter of the command line, given its names, default and help.
 Maker = Callable[..., click.Parameter]
@@ -58,20 +57,23 @@ def argument(metavar: str, kind: Any, **others: Any) -> Maker:
 
 
 def options_of(kind: Callable[..., Any]) -> dict[str, click.Parameter]:
-    """Return the options among the parameters of a function or a class, by name.
+    """Return the options of a function or a class, its own and those of groups, by parameter.
 
-    A class that has ``OPTIONS``, makers by name, is asked for nothing else.
+    A class that has ``OPTIONS``, makers by name, has those.
     """
     if hasattr(kind, "OPTIONS"):
         return {name: _made(make, name, None, "") for name, make in kind.OPTIONS.items()}
     texts: dict[str, str] = {}
     for of in reversed(getattr(kind, "__mro__", (kind,))):
         texts |= parameters_of(of)
-    options, defaults = {}, inspect.signature(kind).parameters
-    for name, hint in _hints(kind).items():
+    options: dict[str, click.Parameter] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint = _hints(kind)[name]
+        if isinstance(hint, type):
+            options |= options_of(hint)
         for make in get_args(hint)[1:]:
-            default = defaults[name].default
-            default = None if default is inspect.Parameter.empty else default
+            is_empty = parameter.default is parameter.empty
+            default = None if is_empty else parameter.default
             options[name] = _made(make, name, default, texts.get(name, ""))
     return options
 
@@ -114,22 +116,16 @@ class Command(click.Command):
     def __init__(
         self, name: str, run: Callable[..., Any], *, begin_with: str = "", **others: Any
     ) -> None:
-        own = options_of(run)
-        kinds = {name: kind for name, kind in _hints(run).items() if inspect.isclass(kind)}
-        options: dict[str, dict[str, click.Parameter]] = {}
-        for parameter in inspect.signature(run).parameters:
-            is_own = parameter in own
-            options[parameter] = (
-                {parameter: own[parameter]} if is_own else options_of(kinds[parameter])
-            )
+        kinds = {of: kind for of, kind in _hints(run).items() if isinstance(kind, type)}
+        groups = {of: [*options_of(kind)] for of, kind in kinds.items() if of != "return"}
 
         def call(**values: Any) -> Any:
-            for name in options.keys() - own:
-                values[name] = kinds[name](**{key: values.pop(key) for key in options[name]})
+            for of, keys in groups.items():
+                values[of] = kinds[of](**{key: values.pop(key) for key in keys})
             return run(**values)
 
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
-        params = [made for group in options.values() for made in group.values()]
+        params = [*options_of(run).values()]
         super().__init__(name, callback=call, params=params, **others)
         self.begin_with = begin_with.split()
 
@@ -219,36 +215,91 @@ class Text(click.ParamType):  # type: ignore[type-arg]
         return items or ([CompletionItem(incomplete, type="file")] if self.files else [])
 
 
-class Method(Text):
-    """A name out of several, or several with commas between them; other names of them are taken.
+def read_method(text: str, rule: str = f"one of {', '.join(METHODS)}") -> str:
+    """Return the method of a name, or of another name of it; ``rule`` as for ``Text``."""
+    name = ALIASES.get(text, text)
+    if name not in METHODS:
+        near = suggestion(text, METHODS)
+        raise click.BadParameter(f"must be {rule}, got '{text:.60}'{near}")
+    return name
+
+
+def read_methods(text: str) -> tuple[str, ...]:
+    """Read names of methods with commas between them, each once."""
+    names, rule = text.replace(",", " ").split(), f"some of {','.join(METHODS)}"
+    return tuple(dict.fromkeys(read_method(name, rule) for name in names or [""]))
+
+
+def register_path(
+    context: click.Context | None,
+    parameter: click.Parameter | None,
+    path: Path,
+    *,
+    writes: bool = False,
+) -> None:
+    """Register a file of an option; raise if one option writes what another one names."""
+    if context is None or parameter is None:
+        return
+    registered = context.meta.setdefault(__name__, [])
+    hint = parameter.get_error_hint(context)
+    for other_hint, other, written in registered:
+        if other_hint != hint and (writes or written) and same_file(path, other):
+            raise click.BadParameter(
+                f"must be another file than that of {other_hint}, got '{path}'.", context, parameter
+            )
+    registered.append((hint, path, writes))
+
+
+class InFile(click.Path):
+    """A file to read, which no option of the same command may write.
 
     Parameters
     ----------
-    names, aliases
-        The names, and names by other ones.
-    several
-        Whether there may be several.
+    folders
+        Whether it may be a folder, too.
     """
 
-    def __init__(
-        self, names: Iterable[str], aliases: Mapping[str, str], *, several: bool = False
-    ) -> None:
-        super().__init__(words=() if several else names)
-        self.names, self.aliases, self.several = tuple(names), aliases, several
+    def __init__(self, *, folders: bool = False) -> None:
+        super().__init__(exists=True, dir_okay=folders, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name, or the names, each once."""
-        given = [part.strip() for part in value.split(",")] if self.several else [value]
-        chosen = dict.fromkeys(self.aliases.get(name, name) for name in given if name)
-        unknown = [name for name in chosen if name not in self.names]
-        if unknown or not chosen:
-            rule = f"some of {','.join(self.names)}"
-            if not self.several:
-                rule = f"one of {', '.join(self.names)}"
-            near = suggestion(unknown[0], self.names) if unknown else ""
-            wrong = unknown[0] if unknown else value
-            self.fail(f"must be {rule}, got '{wrong:.60}'{near}", param, ctx)
-        return tuple(chosen) if self.several else next(iter(chosen))
+        """Return the path, registered as read."""
+        path = super().convert(value, param, ctx)
+        register_path(ctx, param, Path(str(path)))
+        return path
+
+
+class OutFile(click.Path):
+    """A file to write, refused before any work is done if it cannot be written.
+
+    Parameters
+    ----------
+    suffix
+        Ending that the name must have.
+    standard_output
+        Whether "-" stands for standard output.
+    """
+
+    def __init__(self, suffix: str = "", *, standard_output: bool = False) -> None:
+        super().__init__(dir_okay=False, allow_dash=standard_output, path_type=Path)
+        self.suffix = suffix
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, registered as written; check its directory too."""
+        path = Path(str(super().convert(value, param, ctx)))
+        if self.allow_dash and str(path) == "-":
+            return path
+        if not path.name.endswith(self.suffix):
+            self.fail(f"must end in {self.suffix}, got '{path.name}'", param, ctx)
+        register_path(ctx, param, path, writes=True)
+        if path.exists() and not path.is_file():
+            return path  # a pipe or a device, which is written to
+        folder = (Path(os.path.realpath(path)) if path.is_symlink() else path).parent
+        if not folder.is_dir():
+            self.fail(f"directory '{folder}' does not exist; make it first", param, ctx)
+        if not os.access(folder, os.W_OK):
+            self.fail(f"directory '{folder}' is not writable", param, ctx)
+        return path
 
 
 def read_layers(text: str) -> tuple[int, ...]:
@@ -303,6 +354,7 @@ def suggestion(value: str, choices: Iterable[str]) -> str:
     return f". Did you mean {near[0]}?" if near else ""
 
 
+IN_FILE, IN_INPUT = InFile(), InFile(folders=True)
 SIZE = click.IntRange(1, 65536)
 # What files may leave out, and who knows it can say.
 HINTS = ("num_experts", "top_k", "hidden_layers", "dense_layers")

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import click
 
 from moetuner._checks import DEVICE_LIMIT
-from moetuner.cli.options import Text, option
-from moetuner.cli.options.paths import register_path
+from moetuner.cli.options import Text, option, register_path
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
 from moetuner.presets import GPUS, MACHINES

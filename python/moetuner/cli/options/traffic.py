@@ -27,8 +27,12 @@ from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import open_input
 from moetuner.placement import Placement
+from moetuner.problem import Problem
 from moetuner.problem.settings import GOAL
+from moetuner.report import outcome
 from moetuner.report.cells import counted
+from moetuner.report.outcome import Outcome
+from moetuner.solver import Result, solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -39,38 +43,10 @@ Traffic = RoutingTrace | RoutingStatistics
 WINDOW = 512
 
 
-def read(paths: Sequence[Path], **arguments: Any) -> Traffic:
-    """Read moetuner's own files or an engine's, joined into one."""
-    with working(f"reading {names(paths)}"):
-        return open_input(paths, **arguments)
-
-
 def names(paths: Sequence[Path]) -> str:
     """Write the first file's name, and how many more there are."""
     more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
     return f"{name(paths[0].name)}{more}"
-
-
-def count(
-    traffic: Traffic,
-    window: int | None,
-    threads: int | None,
-    *,
-    sets: bool = False,
-    by_group: bool = False,
-) -> RoutingStatistics:
-    """Count a trace in windows, with its expert sets if wanted; statistics are counted already."""
-    if isinstance(traffic, RoutingStatistics):
-        return traffic
-    with working("counting") as report:
-        return RoutingStatistics.from_trace(
-            traffic,
-            window=window or WINDOW,
-            sets=sets,
-            by_group=by_group,
-            threads=threads,
-            progress=shares(report, "of the tokens"),
-        )
 
 
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
@@ -98,20 +74,11 @@ def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
     of = facts(paths, traffic)
-    sizes = {
-        "token": of.get("tokens"),
-        "window": of.get("windows"),
-        "layer": of["layers"],
-        "expert": of["experts"],
-        "top": of.get("top_k"),
-        "sequence": of.get("sequences"),
-        "group": len(of["groups"]),
-    }
-    parts = [
-        f"top-{size}" if what == "top" else counted(size, what)
-        for what, size in sizes.items()
-        if size
-    ]
+    sizes = {**of, "groups": len(of["groups"])}
+    first, last = ("tokens", "windows", "layers", "experts"), ("sequences", "groups")
+    parts = [counted(sizes[name], name[:-1]) for name in first if sizes.get(name)]
+    parts += [f"top-{of['top_k']}"] if "top_k" in of else []
+    parts += [counted(sizes[name], name[:-1]) for name in last if sizes.get(name)]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
@@ -135,13 +102,7 @@ def parse_files(
 
 
 def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
-    """Return the tokens of some groups of a trace.
-
-    Raises
-    ------
-    click.UsageError
-        If it is no trace, or has no such group.
-    """
+    """Return the tokens of some groups of a trace; refuse what is none, or has no such group."""
     if isinstance(traffic, RoutingStatistics) or traffic.group is None:
         raise click.UsageError("'--only' needs a trace with groups.")
     for group in names:
@@ -179,7 +140,8 @@ class Source(FileHints):
     @cached_property
     def traffic(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
-        traffic = read(self.input_files, window=self.window, **self.hints)
+        with working(f"reading {names(self.input_files)}"):
+            traffic = open_input(self.input_files, window=self.window, **self.hints)
         return only_groups(traffic, self.only) if self.only else traffic
 
     @property
@@ -193,6 +155,35 @@ class Source(FileHints):
     def replayed(self) -> int | None:
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
+
+    def count(self, traffic: Traffic | None = None, **how: Any) -> RoutingStatistics:
+        """Count INPUT, or a part of it, in windows; statistics are counted already.
+
+        ``how`` as for ``RoutingStatistics.from_trace``.
+        """
+        traffic = self.traffic if traffic is None else traffic
+        if isinstance(traffic, RoutingStatistics):
+            return traffic
+        with working("counting") as report:
+            how |= {"window": self.window or WINDOW, "threads": self.threads}
+            progress = shares(report, "of the tokens")
+            return RoutingStatistics.from_trace(traffic, progress=progress, **how)
+
+    def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
+        """Solve, and show how far that is; ``place`` is how far the whole is, ``how`` as for it."""
+        with working(f"solving, {method}{place and f' ({place})'}") as progress:
+            return solve(problem, method, progress=progress, threads=self.threads, **how)
+
+    def judge(
+        self, results: Sequence[Result], problem: Problem, judged_on: Traffic
+    ) -> list[Outcome]:
+        """Evaluate placements on other traffic, which is read once for all of them."""
+        placements = [result.placement for result in results]
+        how: Any = {"window": self.replayed, "threads": self.threads}
+        with working("replaying") as report:
+            progress = shares(report, "of the tokens")
+            evaluations = outcome.judge(placements, problem, judged_on, progress=progress, **how)
+        return [Outcome(problem, *pair) for pair in zip(results, evaluations, strict=True)]
 
     def files(self) -> str:
         """Return the files as a shell takes them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
@@ -42,91 +42,72 @@ def knee_of(swept: tuple[Copies, ...]) -> int:
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
-@dataclass
-class Conclusion:
-    """An answer in the making: what comes later may overrule it, with the first reason."""
-
-    answer: Answer
-    reasons: list[str]
-    warnings: list[str]
-
-    def overrule(self, answer: Answer, reason: str) -> None:
-        """Replace the answer."""
-        self.answer = answer
-        self.reasons.insert(0, reason)
-
-
 def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Advice:
     """Return advice with its answer, reasons and warnings.
 
     ``kinds`` are the groups of the traffic that are no phases; ``notes`` are more reasons.
     """
-    units, held_out = of.units, of.settings["held_out"]
-    conclusion = Conclusion(
-        "not enough evidence", [*_gains(of), *notes], _of_units(units, held_out)
-    )
-    _decide(conclusion, of)
-    if conclusion.answer == "worth a trial" and any(
-        each.gain.answer == "worse" for each in of.judged
-    ):
-        conclusion.warnings.append(
-            "In windows of another size the proposed placement is slower; see above."
-        )
+    reasons, warnings = [*_gains(of), *notes], _of_units(of.units, of.settings["held_out"])
+    answer = _by_gains(of, reasons)
+    # What comes later overrules what came before, with the first reason.
+    overruling: list[tuple[Answer, str]] = []
+    if answer == "worth a trial" and any(each.gain.answer == "worse" for each in of.judged):
+        warnings.append("In windows of another size the proposed placement is slower; see above.")
     if of.drift is not None and of.drift.is_beyond_chance:
-        _weigh_drift(conclusion, of, of.drift)
+        overruling += _by_drift(of, of.drift, reasons, warnings)
     losers = of.audit.worse(measures=(of.main.gain.measure,)) if of.audit.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
         verb = "is" if len(names) == 1 else "are"
-        conclusion.warnings.append(
+        warnings.append(
             f"Beyond chance {listed(names, LOSERS)} {verb} served slower than before; audit tells "
             "more."
         )
     if of.settings["devices"] == 1:
-        conclusion.overrule("not now", "there is one device, so all placements are alike.")
+        overruling.append(("not now", "there is one device, so all placements are alike."))
     if len(kinds) == 1:
         kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
-        conclusion.overrule("not enough evidence", kind)
+        overruling.append(("not enough evidence", kind))
     model = of.settings["cost_model"] or "your cost model"
-    conclusion.warnings.append(
+    warnings.append(
         f"Times are predicted, not measured, with {model}."
         if of.main.window is not None
         else "Times are predicted, not measured; a load table does not tell which experts a token "
         "chose together, so traffic is an upper bound."
     )
-    reasons = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in conclusion.reasons)
-    return replace(
-        of, answer=conclusion.answer, reasons=tuple(reasons), warnings=tuple(conclusion.warnings)
-    )
+    for overruled, reason in overruling:
+        answer = overruled
+        reasons.insert(0, reason)
+    sentences = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in reasons)
+    return replace(of, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
 
 
-def _decide(conclusion: Conclusion, of: Advice) -> None:
-    """Answer by the gains alone."""
+def _by_gains(of: Advice, reasons: list[str]) -> Answer:
+    """Answer by the gains alone, and add to the reasons."""
     price: float = of.settings["price"]
     answers = {each.gain.answer for each in of.judged}
     if not of.settings["held_out"]:
-        conclusion.overrule(
-            "not enough evidence",
+        reasons.insert(
+            0,
             "there is one window, so nothing is left to judge a placement on that it was not "
             "computed from; count loads in windows, or record a trace.",
         )
     elif answers == {"too few"}:
-        conclusion.overrule("not enough evidence", _too_few(of.units, of.judged[0].gain.units))
+        reasons.insert(0, _too_few(of.units, of.judged[0].gain.units))
     elif "worth it" in answers:
-        conclusion.answer = "worth a trial"
+        return "worth a trial"
     elif all(_pays_nothing(each, price) for each in of.judged):
-        conclusion.answer = "not now"
-        conclusion.reasons.insert(
-            1, f"that is less than the {100 * price:g} % that a change should gain"
-        )
+        reasons.insert(1, f"that is less than the {100 * price:g} % that a change should gain")
+        return "not now"
     else:
-        conclusion.reasons.append(
-            "The interval allows both nothing and a gain that would pay: record more."
-        )
+        reasons.append("The interval allows both nothing and a gain that would pay: record more.")
+    return "not enough evidence"
 
 
-def _weigh_drift(conclusion: Conclusion, of: Advice, drift: Drift) -> None:
-    """Take into account that the halves of the recording differ."""
+def _by_drift(
+    of: Advice, drift: Drift, reasons: list[str], warnings: list[str]
+) -> list[tuple[Answer, str]]:
+    """Take into account that the halves of the recording differ; return what that overrules."""
     change = (
         f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
         f"other experts than the first (by chance {100 * drift.expected:.0f} %)"
@@ -134,27 +115,25 @@ def _weigh_drift(conclusion: Conclusion, of: Advice, drift: Drift) -> None:
     warning = f"T{change[1:]}"
     least = min(of.carried, default=0.0)
     if not of.carried:
-        conclusion.warnings.append(f"{warning}; its order was said not to matter.")
+        warnings.append(f"{warning}; its order was said not to matter.")
     elif drift.is_of_groups:
-        conclusion.reasons.insert(
+        reasons.insert(
             1,
             f"the halves of the recording hold different groups: served mixed, the gain is "
             f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
             f"{percent(least)} or more on the other (lower end of 95 %)",
         )
     elif least > 0 and least >= CARRIED * of.main.gain.mean:
-        conclusion.warnings.append(f"{warning}; a placement of either half gains on the other.")
+        warnings.append(f"{warning}; a placement of either half gains on the other.")
     else:
-        verb = "is sure to gain only" if least >= 0 else "may lose up to"
-        conclusion.overrule(
-            "not enough evidence",
-            f"{change}, and a placement of one half {verb} {100 * abs(least):.1f} % on the other. "
-            "What comes next is not known.",
-        )
-        conclusion.warnings.append(
+        warnings.append(
             "The unseen half is of another kind than the seen one. Record traffic as it will be "
             "served; if the order of the recording means nothing, say so (--any-order)."
         )
+        verb = "is sure to gain only" if least >= 0 else "may lose up to"
+        reason = f"{change}, and a placement of one half {verb} {100 * abs(least):.1f} % on the "
+        return [("not enough evidence", f"{reason}other. What comes next is not known.")]
+    return []
 
 
 def _pays_nothing(judged: Judged, price: float) -> bool:
@@ -201,15 +180,14 @@ def _of_units(units: Units, held_out: bool) -> list[str]:
             "All sequences route alike, as far as their tokens tell: if they are one prompt, or "
             "random tokens, asked again and again, other text may gain nothing."
         ]
-    if units.name != "window":
-        return []
-    text = "There are no sequence labels, so windows were judged"
+    how = "one by one, as neighbours are no more alike than others."
     if units.blocks.length > 1:
-        return [
-            f"{text} in blocks of {units.blocks.length}, as neighbours are alike: they are worth "
+        how = (
+            f"in blocks of {units.blocks.length}, as neighbours are alike: they are worth "
             f"{units.number} independent ones. With sequences fewer tokens tell as much."
-        ]
-    return [f"{text} one by one, as neighbours are no more alike than others."]
+        )
+    text = f"There are no sequence labels, so windows were judged {how}"
+    return [text] if units.name == "window" else []
 
 
 def _gains(of: Advice) -> list[str]:
@@ -220,14 +198,10 @@ def _gains(of: Advice) -> list[str]:
         where = "on the traffic that placements were computed from"
     running = settings["initial"].replace("_", " ")
     running = "running" if running == "given" else running
-    lines = [
-        _headline(each, running, where)
-        for each in (main, *(each for each in of.judged if each is not main))
-    ]
+    in_order = (main, *(each for each in of.judged if each is not main))
+    lines = [_headline(each, running, where) for each in in_order]
     lines += _parts(main, settings["price"], settings["regime"])
-    if of.knee or len(of.copies) > 1:
-        lines.append(_of_copies(of.copies, of.knee))
-    return lines
+    return [*lines, _of_copies(of.copies, of.knee)] if of.knee or len(of.copies) > 1 else lines
 
 
 def _headline(judged: Judged, running: str, where: str) -> str:

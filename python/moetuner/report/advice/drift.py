@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.units import Units, some_tokens
-from moetuner.statistics import RoutingStatistics, some_windows
+from moetuner.evaluation.units import Traffic, Units, some
+from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 # Parts of equal numbers of sequences, in the order of the recording, that are permuted.
@@ -50,9 +50,7 @@ class Drift:
         return self.chance <= CHANCE and self.distance - self.expected >= LEAST
 
 
-def drift_of(
-    traffic: RoutingTrace | RoutingStatistics, units: Units, *, seed: int = 0
-) -> Drift | None:
+def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
     drift = _drift(traffic, units, seed, by_group=False)
     if drift is None or not drift.is_beyond_chance or traffic.group is None:
@@ -61,17 +59,13 @@ def drift_of(
     return replace(drift, is_of_groups=mixed is not None and not mixed.is_beyond_chance)
 
 
-def _drift(
-    traffic: RoutingTrace | RoutingStatistics, units: Units, seed: int, *, by_group: bool
-) -> Drift | None:
+def _drift(traffic: Traffic, units: Units, seed: int, *, by_group: bool) -> Drift | None:
     # Blocks are taken as independent, so that none may be shorter than what is alike.
     blocks = min(BLOCKS, units.number) if units.name == "window" else BLOCKS
     loads = _blocks(traffic, blocks, by_group=by_group)
     if len(loads) < FEWEST or not loads.sum():
         return None
-    half = len(loads) // 2
-    first = np.zeros(len(loads), dtype=bool)
-    first[:half] = True
+    first = np.arange(len(loads)) < len(loads) // 2
     rng = np.random.default_rng(seed)
     distance = _distance(loads, first)
     others = np.array([_distance(loads, rng.permutation(first)) for _ in range(HALVES)])
@@ -79,20 +73,14 @@ def _drift(
     return Drift(distance, float(others.mean()), chance)
 
 
-def halves(
-    traffic: RoutingTrace | RoutingStatistics,
-) -> tuple[RoutingTrace, RoutingTrace] | tuple[RoutingStatistics, RoutingStatistics]:
+def halves(traffic: Traffic) -> tuple[Traffic, Traffic]:
     """Cut a recording in the middle of its sequences, or of its windows or tokens without them."""
     item, place = _in_order(traffic, by_group=False)
     is_early = place[item] < len(place) // 2
-    if isinstance(traffic, RoutingStatistics):
-        return some_windows(traffic, is_early), some_windows(traffic, ~is_early)
-    return some_tokens(traffic, is_early), some_tokens(traffic, ~is_early)
+    return some(traffic, is_early), some(traffic, ~is_early)
 
 
-def _in_order(
-    traffic: RoutingTrace | RoutingStatistics, *, by_group: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the item of every token or window, and each item's place in the order of recording.
 
     Items are sequences, or windows or tokens without them. With ``by_group`` those of every group
@@ -115,9 +103,7 @@ def _in_order(
     return item, place
 
 
-def _blocks(
-    traffic: RoutingTrace | RoutingStatistics, blocks: int, *, by_group: bool
-) -> NDArray[np.float64]:
+def _blocks(traffic: Traffic, blocks: int, *, by_group: bool) -> NDArray[np.float64]:
     """Load of blocks of neighbouring sequences, or windows or tokens [B,L,E]."""
     item, place = _in_order(traffic, by_group=by_group)
     block = (place * blocks // len(place))[item]

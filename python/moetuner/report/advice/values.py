@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.units import Units
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
@@ -58,14 +58,10 @@ class Judged(Frozen):
         return {name: each for name, each in self.figures.items() if each.before}
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
-        return {
-            "window": self.window,
-            "before": self.before,
-            "after": self.after,
-            "gains": {name: gain.to_dict() for name, gain in self.gains.items()},
-            "answer": self.gain.answer,
-        }
+        """Return fields as JSON values."""
+        names = ("window", "before", "after", "gains")
+        fields: dict[str, Any] = as_json({name: getattr(self, name) for name in names})
+        return {**fields, "answer": self.gain.answer}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,27 +105,21 @@ class Copies(Frozen):
         return f"{self.per_device}{' on average' if self.shared else ''}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
-        return {
-            "per_device": self.per_device,
-            "shared": self.shared,
-            "gains": [
-                {"window": window, "mean": self.mean(window), "splits": list(each)}
-                for window, each in self.gains.items()
-            ],
-            "bytes_per_device": self.bytes_per_device,
-            "tokens_per_rank": self.tokens_per_rank,
-        }
+        """Return fields as JSON values."""
+        gains = [
+            {"window": window, "mean": self.mean(window), "splits": list(each)}
+            for window, each in self.gains.items()
+        ]
+        return {**vars(self), "gains": gains}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Moving(Frozen):
+class Moving(NamedTuple):
     """What it costs to leave the running placement.
 
     Parameters
     ----------
     experts
-        Copies that have to be brought to devices.
+        Copies that have to be moved to devices.
     bytes, seconds
         Of weights, and the time of the busiest port at the topology's bandwidth; None where the
         bytes of an expert are not known.
@@ -143,39 +133,32 @@ class Moving(Frozen):
     seconds: float | None
     steps: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
-        return asdict(self)
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Phases(Frozen):
+class Phases(NamedTuple):
     """One placement for prefill and decode, or two.
 
-    Parameters
-    ----------
-    microseconds
-        Predicted time of a layer on the unseen traffic of a phase, by what the placement was
-        computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
-    costs, costs_of_one
-        By how much a phase is slower under the other's placement, or under one for both, than under
-        its own, as a share.
+    ``microseconds`` is the predicted time of a layer on the unseen traffic of a phase, by what the
+    placement was computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
     """
 
     microseconds: dict[str, dict[str, float]]
 
-    def _cost(self, phase: str, under: str) -> float:
-        return self.microseconds[under][phase] / self.microseconds[phase][phase] - 1
+    def _costs(self, *under: str) -> dict[str, float]:
+        times = self.microseconds
+        return {
+            phase: times[other][phase] / times[phase][phase] - 1
+            for phase, other in zip(PHASES, under, strict=True)
+        }
 
     @property
     def costs(self) -> dict[str, float]:
         """By how much a phase is slower under the other phase's placement than under its own."""
-        return dict(zip(PHASES, map(self._cost, PHASES, reversed(PHASES)), strict=True))
+        return self._costs(*reversed(PHASES))
 
     @property
     def costs_of_one(self) -> dict[str, float]:
         """By how much a phase is slower under one placement for both than under its own."""
-        return {phase: self._cost(phase, "both") for phase in PHASES}
+        return self._costs("both", "both")
 
     def sentence(self, price: float) -> str:
         """Write whether one placement does for both, and what one for the other costs."""
@@ -191,12 +174,10 @@ class Phases(Frozen):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values."""
-        return {
-            "predicted_layer_us": self.microseconds,
-            "costs": self.costs,
-            "costs_of_one": self.costs_of_one,
-        }
+        """Return fields as JSON values."""
+        names = ("costs", "costs_of_one")
+        times = {"predicted_layer_us": self.microseconds}
+        return {**times, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -276,21 +257,9 @@ class Advice(Frozen):
         return f"{self.answer.capitalize()}: {first[0].lower()}{first[1:]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON values; of evaluations what ``Evaluation.to_dict`` has."""
-        return {
-            "answer": self.answer,
-            "reasons": list(self.reasons),
-            "warnings": list(self.warnings),
-            "judged": [each.to_dict() for each in self.judged],
-            "copies": [each.to_dict() for each in self.copies],
-            "knee": self.knee,
-            "moving": self.moving.to_dict(),
-            "phases": None if self.phases is None else self.phases.to_dict(),
-            "drift": None if self.drift is None else vars(self.drift),
-            "carried": list(self.carried),
-            "running": self.running.to_dict(),
-            "proposed": self.proposed.to_dict(),
-            "audit": self.audit.to_dict(),
-            "units": self.units.to_dict(),
-            "settings": self.settings,
-        }
+        """Return fields as JSON values, but for placements, the search and its problem."""
+        left_out = ("placements", "result", "problem")
+        fields: dict[str, Any] = as_json(
+            {name: value for name, value in vars(self).items() if name not in left_out}
+        )
+        return fields

@@ -51,12 +51,9 @@ def render(data: PageData) -> str:
     """Return the page as HTML."""
     check_libraries()
     import jinja2
+    from markupsafe import Markup
 
-    panels = panels_of(data)
-    script, (allowed, plotly) = own("page.js"), _plotly()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    panels, script, plotly = panels_of(data), own("page.js"), _plotly()
     charts = {
         chart.key: {
             "variants": [{"name": name, **spec} for name, spec in chart.variants.items()],
@@ -66,17 +63,20 @@ def render(data: PageData) -> str:
         for chart in panel.charts
     }
     contents = {"moetuner": __version__, **_slim(data.contents)}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(own("page.html")).render(
         page=data,
         panels=panels,
         version=__version__,
-        style=_safe(own("page.css")),
-        script=_safe(script),
-        hashes=[_hash(script), allowed],
-        plotly=plotly,
+        style=Markup(own("page.css")),
+        script=Markup(script),
+        hashes=[_hash(script), plotly[0]],
+        plotly=plotly[1],
         charts=_packed(_json(charts)),
         contents=_packed(_json(contents, indent=1)),
-        has_charts=any(panel.charts for panel in panels),
+        has_charts=bool(charts),
     )
 
 
@@ -86,13 +86,6 @@ def _plotly() -> tuple[str, str]:
     file = resources.files("plotly") / "package_data" / "plotly.min.js"
     script = file.read_text(encoding="utf-8")
     return _hash(script), _packed(script.encode())
-
-
-def _safe(text: str) -> Any:
-    """Mark our own text as markup."""
-    import markupsafe
-
-    return markupsafe.Markup(text)
 
 
 def _hash(script: str) -> str:
@@ -106,13 +99,12 @@ def _packed(content: bytes) -> str:
 
 def _slim(contents: Any) -> Any:
     """Leave out matrices of groups: of many groups they would be most of the page."""
-    if isinstance(contents, dict):
-        slim = {key: _slim(each) for key, each in contents.items()}
-        for each in (slim.get("by_group") or {}).values():
-            if isinstance(each, dict):
-                each.pop("traffic", None)
-        return slim
-    return contents
+    if not isinstance(contents, dict):
+        return contents
+    slim = {key: _slim(each) for key, each in contents.items()}
+    for each in (slim.get("by_group") or {}).values():
+        each.pop("traffic", None)
+    return slim
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

@@ -80,6 +80,11 @@ def layout(x: str = "", y: str = "", *, whole: int = 0, **others: Any) -> Spec:
     }
 
 
+def only(data: list[Spec], layout: Spec) -> dict[str, Spec]:
+    """Return the one variant of a chart."""
+    return {"": {"data": data, "layout": layout}}
+
+
 def one_by_one(count: int) -> Spec:
     """Return what labels whole numbers one by one, where there are few."""
     return {"dtick": 1} if 0 < count <= 12 else {}

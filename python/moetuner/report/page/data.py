@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.auditing import Audit, audit_of
 from moetuner.evaluation.comparison import Comparison, compare, verdict
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.replay import Setting
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, in_bytes, percent
@@ -25,11 +27,8 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-Traffic = RoutingTrace | RoutingStatistics
 Number = tuple[str, str, str]
 
-# How much of a file is read at once.
-CHUNK = 1 << 20
 # Colour and words of a verdict.
 GAINED = {
     "worth it": ("good", "The change is worth it"),
@@ -50,45 +49,11 @@ class Origin:
         The input in a line, and its files.
     command
         What was called.
-    window, threads
-        Tokens of a window of a trace that is counted or replayed once more, and threads to use.
     """
 
     description: str
     files: Sequence[Path]
     command: str
-    window: int | None = None
-    threads: int | None = None
-
-    def facts(self, settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-        """Return names and values: the command, the checksum of files, and settings."""
-        shown = {
-            name.replace("_", " "): str(value)
-            for name, value in settings.items()
-            if value is not None and not isinstance(value, dict | list)
-        }
-        return (
-            ("Command", self.command),
-            ("SHA-256 of INPUT", _checksum(self.files)),
-            *shown.items(),
-        )
-
-    def subtitle(self, topology: Topology) -> str:
-        """Write what the input and the machine are."""
-        machine = counted(topology.devices, "device")
-        if topology.nodes > 1:
-            machine += f" in {topology.nodes} nodes"
-        if topology.name:
-            machine += f" ({topology.name})"
-        return f"{self.description}; {machine}"
-
-    def load(self, traffic: Traffic) -> NDArray[np.float64]:
-        """Count tokens of every expert [L,E]."""
-        if isinstance(traffic, RoutingTrace):
-            traffic = RoutingStatistics.from_trace(
-                traffic, transitions=False, coactivation=False, threads=self.threads
-            )
-        return traffic.total_load.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -97,212 +62,239 @@ class PageData:
 
     Parameters
     ----------
-    title, subtitle
-        What the page is about, and of what traffic and machine.
+    title
+        What the page is about.
     sentence, reasons, warnings
         The verdict, which stands alone; what it rests on; what to know first.
     answer
         Which colour the verdict has: ``"good"``, ``"bad"`` or ``"unsure"``.
-    numbers
-        Three numbers of the first screen: name, value and a note.
-    names, placements, evaluations
+    judged, note, others
+        What the numbers of the first screen are made of: the figure that the verdict is on, a note
+        on how sure it is, and others.
+    paid
+        A note on what has to move.
+    names, evaluations
         Of the running and the proposed placement, on the same traffic.
-    topology
-        The machine.
     traffic
         A sentence on what traffic the evaluations are of.
+    origin, contents
+        Where it comes from, and the JSON that the page carries, with its settings.
     load
-        Tokens of every expert in that traffic [L,E]; None where not counted.
+        Tokens of every expert in that traffic [L,E].
     token_bytes, expert_bytes
         Bytes of a row and of an expert; None where not known.
-    result, audit, advice, trades, moves
+    result, audit, advice, trades
         What else there is to show.
     timed
         Whether the search had a time limit, so that its answer depends on the clock anyway.
-    commands
-        What comes next.
-    facts
-        Where it comes from: name and value.
-    contents
-        The JSON that the page carries.
     """
 
     title: str
-    subtitle: str
     sentence: str
     answer: str
+    judged: Comparison
+    note: str
+    paid: str
     names: tuple[str, str]
-    placements: tuple[Placement, Placement]
     evaluations: tuple[Evaluation, Evaluation]
-    topology: Topology
     traffic: str
+    origin: Origin
+    contents: dict[str, Any]
+    load: NDArray[Any]
+    others: tuple[Number, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    numbers: tuple[Number, ...] = ()
-    load: NDArray[Any] | None = None
     token_bytes: float | None = None
     expert_bytes: float | None = None
     result: Result | None = None
     audit: Audit | None = None
     advice: Advice | None = None
     trades: tuple[Trade, ...] = ()
-    moves: PlacementDiff | None = None
     timed: bool = False
-    commands: tuple[str, ...] = ()
-    facts: tuple[tuple[str, str], ...] = ()
-    contents: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """How the placements were replayed."""
+        return [each.replayed.setting for each in self.evaluations if each.replayed is not None]
+
+    @property
+    def placements(self) -> list[Placement]:
+        """The running and the proposed placement."""
+        return [each.placement for each in self.settings]
+
+    @property
+    def topology(self) -> Topology:
+        """The machine."""
+        return self.settings[0].topology
+
+    @property
+    def subtitle(self) -> str:
+        """What the input and the machine are."""
+        topology = self.topology
+        machine = counted(topology.devices, "device")
+        if topology.nodes > 1:
+            machine += f" in {topology.nodes} nodes"
+        if topology.name:
+            machine += f" ({topology.name})"
+        return f"{self.origin.description}; {machine}"
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        """Numbers of the first screen: name, value and a note."""
+        judged, figure = self.judged, FIGURES[self.judged.measure]
+        change = f"{judged.before:.4g} → {figure.with_unit(judged.after)}"
+        before, after = (each.imbalance for each in self.evaluations)
+        if self.advice is not None:
+            main = self.advice.main
+            before, after = main.before["imbalance"], main.after["imbalance"]
+        busiest = f"{before:.2f} → {after:.2f} x"
+        size = self.moves.bytes_moved
+        moved = counted(self.moves.experts_moved, "expert") if size is None else in_bytes(size)
+        return (
+            (figure.label.capitalize(), change, self.note or "too few to say how sure"),
+            (FIGURES["imbalance"].title, busiest, "of the mean load"),
+            *self.others,
+            ("To move", moved, self.paid),
+        )
+
+    @cached_property
+    def moves(self) -> PlacementDiff:
+        """What goes from device to device."""
+        before, after = self.placements
+        return before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """What comes next."""
+        return tuple(self.contents.get("commands", ()))
+
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Names and values: the command, the checksum of files, and settings."""
+        settings = self.contents.get("settings", {})
+        return (
+            ("Command", self.origin.command),
+            ("SHA-256 of INPUT", _checksum(self.origin.files)),
+            *(
+                (name.replace("_", " "), str(value))
+                for name, value in settings.items()
+                if value is not None and not isinstance(value, dict | list)
+            ),
+        )
 
 
 def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
     """Make the data of an advice, with its JSON and the commands in it."""
-    judged = advice.main
-    topology, size = advice.problem.topology, advice.settings["expert_bytes"]
+    main, moving, model = advice.main, advice.moving, advice.problem.cost_model
     running = advice.settings["initial"].replace("_", " ")
-    moving, paid = advice.moving, "bytes of an expert not known"
+    paid = "bytes of an expert not known"
     if moving.seconds is not None:
         paid = "does not pay" if moving.steps is None else f"paid back in {moving.steps:,.0f} steps"
-    moves = advice.placements[0].diff(advice.placements[1], topology=topology, expert_bytes=size)
-    model, window = advice.problem.cost_model, judged.window
-    where = "unseen windows" if window is None else f"windows of {window:,} tokens"
+    where = "unseen windows" if main.window is None else f"windows of {main.window:,} tokens"
     return PageData(
         title=f"moetuner: {advice.answer}",
-        subtitle=origin.subtitle(topology),
         sentence=advice.sentence,
         answer={"worth a trial": "good", "not now": "bad"}.get(advice.answer, "unsure"),
+        judged=main.gain,
+        note=main.gain.sure and f"{main.gain.much} ({main.gain.sure})",
+        paid=paid,
         names=("running" if running == "given" else running, "proposed"),
-        placements=advice.placements,
         evaluations=(advice.running, advice.proposed),
-        topology=topology,
         traffic=f"Unseen traffic of the first split, in {where}.",
+        origin=origin,
+        contents=contents,
+        load=advice.problem.load.astype(np.float64),
         reasons=advice.reasons[1:],
         warnings=advice.warnings,
-        numbers=(
-            _number(
-                judged.gain, note=judged.gain.sure and f"{judged.gain.much} ({judged.gain.sure})"
-            ),
-            _busiest(judged.before["imbalance"], judged.after["imbalance"]),
-            _to_move(moves, paid),
-        ),
-        load=advice.problem.load.astype(np.float64),
         token_bytes=None if model is None else model.token_bytes,
-        expert_bytes=size,
+        expert_bytes=advice.settings["expert_bytes"],
         result=advice.result,
         audit=advice.audit,
         advice=advice,
-        moves=moves,
-        commands=tuple(contents["commands"]),
-        facts=origin.facts(contents["settings"]),
-        contents=contents,
     )
 
 
 def of_outcomes(
-    before: Outcome,
-    after: Outcome,
-    judged_on: Traffic,
-    origin: Origin,
-    contents: dict[str, Any],
-    **others: Any,
+    before: Outcome, after: Outcome, origin: Origin, contents: dict[str, Any], **others: Any
 ) -> PageData:
     """Make the data of two outcomes of one problem, judged on the same traffic.
 
-    ``others`` are as for ``of_placements``.
+    ``others`` are as for ``of_evaluations``.
     """
-    problem, worth = after.problem, after.worth
-    audited = None
-    if judged_on.group is not None:
-        audited = audit(
-            after.result.placement,
-            judged_on,
-            problem.topology,
-            baseline=before.result.placement,
-            window=origin.window or 1,
-            cost_model=worth.cost_model,
-            regime=problem.regime,
-            split=problem.split,
-            threads=origin.threads,
-        )
-    timed = contents["settings"]["time_limit"] is not None
+    worth, result, model = after.worth, after.result, after.problem.cost_model
     numbers: tuple[Number, ...] = ()
     if worth.is_known:
         gap, note = "-", "no bound was proven"
         if after.gap is not None:
-            gap, note = percent(after.gap), f"of the bound, by {after.result.bound_source}"
-        elif after.result.bound_is_of_loads:
+            gap, note = percent(after.gap), f"of the bound, by {result.bound_source}"
+        elif result.bound_is_of_loads:
             note = "the bound is of loads alone"
         numbers = (("The optimum is within", gap, note),)
-    return of_placements(
-        (before.result.method, after.result.method),
-        (before.result.placement, after.result.placement),
+    timed = contents["settings"]["time_limit"] is not None
+    return of_evaluations(
+        (before.result.method, result.method),
         (before.evaluation, after.evaluation),
-        judged_on,
-        problem.topology,
         origin,
         # All but the seconds that solves took is the same in every run.
         contents if timed else _timeless(contents),
         measure=worth.figure,
-        numbers=numbers,
-        result=after.result,
+        others=numbers,
+        result=result,
         timed=timed,
-        token_bytes=None if problem.cost_model is None else problem.cost_model.token_bytes,
-        audit=audited,
+        token_bytes=None if model is None else model.token_bytes,
         **others,
     )
 
 
-def of_placements(
+def of_evaluations(
     names: tuple[str, str],
-    placements: tuple[Placement, Placement],
     evaluations: tuple[Evaluation, Evaluation],
-    judged_on: Traffic,
-    topology: Topology,
     origin: Origin,
     contents: dict[str, Any],
     *,
     traffic: str,
     measure: str | None = None,
-    numbers: tuple[Number, ...] = (),
-    expert_bytes: float | None = None,
     **others: Any,
 ) -> PageData:
-    """Make the data of two placements on the same traffic, judged by a figure of evaluations.
+    """Make the data of two evaluations of the same traffic, judged by a figure of them.
 
-    ``others`` are fields of the data.
+    ``traffic`` is a sentence on that, and ``others`` are fields of the data.
     """
     judged = replace(_judged(evaluations, measure), names=names)
     answer, words = GAINED[judged.answer]
-    sentence = f"{words}: {judged.sentence}"
-    moves = placements[0].diff(placements[1], topology=topology, expert_bytes=expert_bytes)
-    busiest = [each.imbalance for each in evaluations]
-    if not moves.experts_moved and busiest[0] == busiest[1]:
-        sentence = f"There is nothing to gain: {names[0]} and {names[1]} place all experts alike."
+    replayed = evaluations[1].replayed
+    assert replayed is not None
+    counts = replayed.traffic
+    if isinstance(counts, RoutingTrace):
+        counts = RoutingStatistics.from_trace(
+            counts, transitions=False, coactivation=False, threads=replayed.setting.threads
+        )
+    if replayed.traffic.group is not None and "audit" not in others:
+        others["audit"] = audit_of(*evaluations)
     warnings: tuple[str, ...] = (traffic,)
     if judged.measure == "predicted_layer_us":
         warnings += ("Times are predicted by a cost model, not measured.",)
-    return PageData(
+    page = PageData(
         title=f"moetuner: {names[1]} against {names[0]}",
-        subtitle=origin.subtitle(topology),
-        sentence=sentence,
+        sentence=f"{words}: {judged.sentence}",
         answer=answer,
+        judged=judged,
+        note=f"of {judged.units} sequences or windows",
+        paid=f"from {names[0]} to {names[1]}",
         names=names,
-        placements=placements,
         evaluations=evaluations,
-        topology=topology,
         traffic=traffic,
-        warnings=warnings,
-        numbers=(
-            _number(judged, f"of {judged.units} sequences or windows"),
-            _busiest(*busiest),
-            *numbers,
-            _to_move(moves, f"from {names[0]} to {names[1]}"),
-        ),
-        load=origin.load(judged_on),
-        expert_bytes=expert_bytes,
-        moves=moves,
-        facts=origin.facts(contents.get("settings", {})),
+        origin=origin,
         contents={**contents, "verdict": judged.answer},
+        load=counts.total_load.astype(np.float64),
+        warnings=warnings,
         **others,
     )
+    before, after = (each.imbalance for each in evaluations)
+    if page.moves.experts_moved or before != after:
+        return page
+    nothing = f"There is nothing to gain: {names[0]} and {names[1]} place all experts alike."
+    return replace(page, sentence=nothing)
 
 
 def _judged(evaluations: tuple[Evaluation, Evaluation], measure: str | None) -> Comparison:
@@ -312,25 +304,6 @@ def _judged(evaluations: tuple[Evaluation, Evaluation], measure: str | None) -> 
     if None in [getattr(each, measure) for each in evaluations]:
         return verdict(*evaluations)
     return replace(compare([evaluations], [measure])[measure], splits=())
-
-
-def _number(judged: Comparison, note: str) -> Number:
-    figure = FIGURES[judged.measure]
-    change = f"{judged.before:.4g} → {figure.with_unit(judged.after)}"
-    return (figure.label.capitalize(), change, note or "too few to say how sure")
-
-
-def _busiest(before: float, after: float) -> Number:
-    return (FIGURES["imbalance"].title, f"{before:.2f} → {after:.2f} x", "of the mean load")
-
-
-def _to_move(moves: PlacementDiff, note: str) -> Number:
-    size = moves.bytes_moved
-    return (
-        "To move",
-        counted(moves.experts_moved, "expert") if size is None else in_bytes(size),
-        note,
-    )
 
 
 def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
@@ -348,6 +321,6 @@ def _checksum(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()

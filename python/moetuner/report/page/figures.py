@@ -57,24 +57,19 @@ def write_figures(
 
     folder.mkdir(parents=True, exist_ok=True)
     colours = dict(re.findall(r"(--[a-z]+): (#\w+)", own("page.css").split("}", 1)[0]))
+    back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
     figures, files, heights = [], [], []
-    for panel in panels_of(data):
-        for chart in panel.charts:
-            spec = _coloured(next(iter(chart.variants.values())), colours)
-            back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
-            figure = draw.Figure(data=spec["data"], layout={**spec["layout"], **back})
-            figure.update_layout(template="none")
-            for kind in formats:
-                figures.append(figure)
-                files.append(folder / f"{chart.key}.{kind}")
-                heights.append(chart.height)
-    plotly.io.write_images(
-        figures,
-        files,
-        width=[WIDTH] * len(files),
-        height=heights,
-        scale=[1 if file.suffix == ".svg" else SCALE for file in files],
-    )
+    for chart in (chart for panel in panels_of(data) for chart in panel.charts):
+        spec = _coloured(next(iter(chart.variants.values())), colours)
+        figure = draw.Figure(data=spec["data"], layout={**spec["layout"], **back})
+        figure.update_layout(template="none")
+        for kind in formats:
+            figures.append(figure)
+            files.append(folder / f"{chart.key}.{kind}")
+            heights.append(chart.height)
+    scale = [1 if file.suffix == ".svg" else SCALE for file in files]
+    width = [WIDTH] * len(files)
+    plotly.io.write_images(figures, files, width=width, height=heights, scale=scale)
     return len(files)
 
 

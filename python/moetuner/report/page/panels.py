@@ -1,4 +1,4 @@
-"""The panels of a page: questions, charts, and the same numbers in tables.
+"""The panels of a page: charts, and the same numbers in tables.
 
 Nothing is computed here but places of marks and units: what is drawn stands in evaluations, audits
 and results.
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
+from moetuner.report.advice.values import Advice
 from moetuner.report.cells import listed, percent, signed
 from moetuner.report.outcome import loads_alone, within
 from moetuner.report.page import charts as draw
@@ -38,7 +39,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """A question and its answer.
+    """An answer to a question of the page.
 
     Parameters
     ----------
@@ -48,8 +49,8 @@ class Panel:
         What completes the sentence on how to read it.
     absent
         Why there is no chart; empty where there is one.
-    key, title, reading
-        Anchor, question, and a sentence on how to read the answer.
+    key
+        The question, and its anchor.
     """
 
     charts: tuple[Chart, ...] = ()
@@ -58,36 +59,29 @@ class Panel:
     words: str = ""
     absent: str = ""
     key: str = ""
-    title: str = ""
-    reading: str = ""
 
 
 def panels_of(page: PageData) -> tuple[Panel, ...]:
     """Make the panels after the verdict, in the order of reading."""
     panels = []
-    for key, (title, reading, panel_of) in PANELS.items():
+    for key, panel_of in PANELS.items():
         made = panel_of(page)
-        panel = Panel(absent=made) if isinstance(made, str) else made
-        reading = reading.format(words=panel.words)
-        panels.append(replace(panel, key=key, title=title, reading=reading))
+        panels.append(replace(Panel(absent=made) if isinstance(made, str) else made, key=key))
     return tuple(panels)
 
 
 def _layers(page: PageData) -> Panel | str:
     measure, unit = "imbalance", "busiest device / mean"
     values = [each.imbalance_per_layer for each in page.evaluations]
-    times = [each.predicted_us_per_layer for each in page.evaluations]
-    if times[0] is not None and times[1] is not None:
-        measure, unit = "predicted time", "predicted us of the layer"
-        values = [times[0], times[1]]
+    times = [of for each in page.evaluations if (of := each.predicted_us_per_layer) is not None]
+    if len(times) == 2:
+        measure, unit, values = "predicted time", "predicted us of the layer", times
     layers = np.arange(len(values[0]))
     gain = np.array(values[0]) - np.array(values[1])
     worst = np.argsort(-np.array(values[1]), kind="stable")[:3]
     data = [
         draw.scatter(
-            layers,
-            height,
-            "layer %{x}: %{y:.4g}",
+            *(layers, height, "layer %{x}: %{y:.4g}"),
             mode="markers",
             of=name,
             kind="i2",
@@ -104,18 +98,16 @@ def _layers(page: PageData) -> Panel | str:
     has_links = page.evaluations[0].traffic.get("dispatch") is not None
     is_linked = len(layers) > 1 and has_links and 1 < _sides(page) <= draw.MOST_DEVICES
     click = " Click a layer to see its links below." if is_linked else ""
-    spec = {"data": data, "layout": draw.layout("layer", unit, whole=len(layers))}
     label = f"{measure} of every layer under both placements"
+    spec = draw.layout("layer", unit, whole=len(layers))
     return Panel(
-        (Chart("layers", label, {"": spec}, selects=("links", "boundary")),),
+        (Chart("layers", label, draw.only(data, spec), selects=("links", "boundary")),),
         (Table(f"{measure} by layer", ("layer", *page.names, "less"), rows),),
         words=f"{measure}.{click}",
     )
 
 
 def _experts(page: PageData) -> Panel | str:
-    if page.load is None:
-        return "The loads of experts were not counted."
     relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
     variants, tables = {}, []
     for name, placement in reversed(list(zip(page.names, page.placements, strict=True))):
@@ -131,15 +123,10 @@ def _experts(page: PageData) -> Panel | str:
             rows.append((*map(str, cells), f"{busy[place]:.3g}"))
         head = ("layer", "expert", "device", "copies", "x mean")
         tables.append(Table(f"Hottest copies, {name}", head, rows, busy.size))
-    layers, devices, slots_each = page.placements[1].slots.shape
-    chart = Chart(
-        "experts",
-        "heat map of the load of every copy, by layer and device",
-        variants,
-        height=max(280, min(760, 90 + 9 * layers)),
-        wide=min(devices * slots_each * 2 + 140, 900),
-    )
-    return Panel((chart,), tuple(tables))
+    layers, devices, width = page.placements[1].slots.shape
+    label = "heat map of the load of every copy, by layer and device"
+    height, wide = max(280, min(760, 90 + 9 * layers)), min(devices * width * 2 + 140, 900)
+    return Panel((Chart("experts", label, variants, height, wide=wide),), tuple(tables))
 
 
 def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Spec:
@@ -149,8 +136,7 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
         np.take_along_axis(each, order, axis=2).reshape(placement.layers, -1)
         for each in (busy, placement.slots, copies)
     )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shade = np.where(share > 0, np.log2(np.maximum(share, 2**-6)), np.nan)
+    shade = np.where(share > 0, np.log2(np.maximum(share, 2**-6)), np.nan)
     devices, slots = placement.devices, placement.slots_per_device
     some = range(0, devices, max(1, -(-devices // LABELLED)))
     lines = "".join(f"M{slots * d - 0.5},0V1" for d in range(1, devices))
@@ -161,14 +147,10 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
         "ticktext": [f"{d}" for d in some],
         "showgrid": False,
     }
-    spec["yaxis"] |= {
-        "autorange": "reversed",
-        "showgrid": False,
-        **draw.one_by_one(placement.layers),
-    }
-    scale = draw.colours(
-        "x mean", -3, 3, tickvals=[*range(-3, 4)], ticktext=["⅛", "¼", "½", "1", "2", "4", "8"]
-    )
+    spec["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    spec["yaxis"] |= draw.one_by_one(placement.layers)
+    ticks = {"tickvals": [*range(-3, 4)], "ticktext": ["⅛", "¼", "½", "1", "2", "4", "8"]}
+    scale = draw.colours("x mean", -3, 3, **ticks)
     data = draw.heat_map(
         shade,
         "layer %{y}, expert %{customdata[0]}: %{text:.2f} x the mean of an expert (copies: "
@@ -192,26 +174,24 @@ def _sides(page: PageData) -> int:
 
 def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
     """Sum devices [..,D,D] to nodes where there are too many to draw."""
-    topology, nodes = page.topology, _sides(page)
-    if nodes == topology.devices:
+    nodes, size = _sides(page), page.topology.node_size
+    if nodes == page.topology.devices:
         return table, "device"
-    size = topology.node_size
     summed = table.reshape(*table.shape[:-2], nodes, size, nodes, size).sum(axis=(-3, -1))
     return summed, "node"
 
 
 def _links(page: PageData) -> Panel | str:
-    rows = [each.traffic.get("dispatch") for each in page.evaluations]
-    first, second = rows
-    if first is None or second is None:
+    rows = [of for each in page.evaluations if (of := each.traffic.get("dispatch")) is not None]
+    if len(rows) < 2:
         return (
             "A load table does not tell which experts a token chose together, so it does not tell "
             "what crosses links."
         )
     if page.topology.devices == 1:
         return "There is one device."
-    tokens = max(page.evaluations[0].tokens or 1, 1)
-    share = [table.sum(axis=0) / len(first) / tokens * 1000 for table in (first, second)]
+    tokens, layers = max(page.evaluations[0].tokens or 1, 1), len(rows[0])
+    share = [table.sum(axis=0) / layers / tokens * 1000 for table in rows]
     units = {"": ("rows", share)}
     if page.token_bytes:
         size = [each * page.token_bytes / 1e3 for each in share]
@@ -225,15 +205,12 @@ def _links(page: PageData) -> Panel | str:
         for name, (unit, table) in units.items()
     }
     if _sides(page) <= draw.MOST_DEVICES:
-        (one, what), (other, _) = (
-            _by_node(table / tokens * 1000, page) for table in (first, second)
-        )
-        variants |= {
-            f"layer {layer}": draw.matrices(
-                [one[layer], other[layer]], page.names, what, "rows of 1,000 tokens"
+        (one, what), (other, _) = (_by_node(table / tokens * 1000, page) for table in rows)
+        for layer in range(layers):
+            both = [one[layer], other[layer]]
+            variants[f"layer {layer}"] = draw.matrices(
+                both, page.names, what, "rows of 1,000 tokens"
             )
-            for layer in range(len(first))
-        }
     ports = [
         (name, regime, str(tier), f"{out:.4g}", f"{into:.4g}")
         for name, each in zip(page.names, page.evaluations, strict=True)
@@ -249,53 +226,45 @@ def _links(page: PageData) -> Panel | str:
 
 
 def _next(page: PageData) -> Panel | str:
-    first, second = (each.traffic.get("follow") for each in page.evaluations)
-    if first is None or second is None or not len(first):
+    tables = [of for each in page.evaluations if (of := each.traffic.get("follow")) is not None]
+    if len(tables) < 2 or not len(tables[0]):
         if page.placements[0].layers == 1:
             return "The model has one layer."
         return "INPUT does not tell which experts follow on which."
-    node = page.topology.node_of_device
-    boundaries = np.arange(len(first))
+    node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))
     lines: list[Spec] = []
     columns: dict[str, NDArray[Any]] = {}
-    for name, table, colour, symbol in zip(
-        page.names, (first, second), COLOURS, SYMBOLS, strict=True
-    ):
-        total = np.maximum(table.sum(axis=(1, 2)), 1)
-        leaving = {"device": 1 - np.trace(table, axis1=1, axis2=2) / total}
+    for name, pairs, colour, symbol in zip(page.names, tables, COLOURS, SYMBOLS, strict=True):
+        total = np.maximum(pairs.sum(axis=(1, 2)), 1)
+        leaving = {"device": 1 - np.trace(pairs, axis1=1, axis2=2) / total}
         if page.topology.nodes > 1:
-            inside = table[:, node[:, None] == node[None, :]].sum(axis=1)
-            leaving["node"] = 1 - inside / total
-        for of, share in leaving.items():
-            columns[f"{name}, {of}"] = share
+            leaving["node"] = 1 - pairs[:, node[:, None] == node[None, :]].sum(axis=1) / total
+        for tier, share in leaving.items():
+            columns[f"{name}, {tier}"] = share
             lines.append(
                 draw.scatter(
-                    boundaries,
-                    100 * share,
-                    "layer %{x} to the next: %{y:.1f} %",
-                    of=f"{name}, {of}",
+                    *(boundaries, 100 * share, "layer %{x} to the next: %{y:.1f} %"),
+                    of=f"{name}, {tier}",
                     kind="i2",
-                    line={"color": colour, "dash": "solid" if of == "device" else "dot"},
+                    line={"color": colour, "dash": "solid" if tier == "device" else "dot"},
                     marker={"symbol": symbol, "color": colour},
                 )
             )
-    spec = draw.layout("layer", "leaves, %", whole=len(first))
+    spec = draw.layout("layer", "leaves, %", whole=len(boundaries))
     spec["yaxis"]["rangemode"] = "tozero"
-    label, data = "share of steps that leave", {"": {"data": lines, "layout": spec}}
-    charts = [Chart("next", label, data, 320)]
-    if _sides(page) <= draw.MOST_DEVICES:
-        (one, what), (other, _) = (_by_node(table, page) for table in (first, second))
-        variants = {
-            f"layer {at} to {at + 1}": draw.matrices(
-                [each[at] / max(each[at].sum(), 1) * 100 for each in (one, other)],
-                *(page.names, what, "% of steps"),
+    has_matrices = _sides(page) <= draw.MOST_DEVICES
+    selects = ("boundary",) if has_matrices else ()
+    charts = [Chart("next", "share of steps that leave", draw.only(lines, spec), 320, selects)]
+    if has_matrices:
+        (one, what), (other, _) = (_by_node(table, page) for table in tables)
+        variants = {}
+        for at in boundaries:
+            both = [each[at] / max(each[at].sum(), 1) * 100 for each in (one, other)]
+            variants[f"layer {at} to {at + 1}"] = draw.matrices(
+                both, page.names, what, "% of steps"
             )
-            for at in boundaries
-        }
-        charts = [
-            Chart("next", label, data, 320, selects=("boundary",)),
-            Chart("boundary", "steps between devices at one boundary", variants, 400, wide=560),
-        ]
+        label = "steps between devices at one boundary"
+        charts.append(Chart("boundary", label, variants, 400, wide=560))
     rows = [
         (str(at), *(percent(float(share[at])) for share in columns.values())) for at in boundaries
     ]
@@ -312,8 +281,7 @@ def _over_time(page: PageData) -> Panel | str:
     ):
         lines.append(
             draw.scatter(
-                *draw.thinned(each.imbalance_per_window),
-                "window %{x}: %{y:.3f}",
+                *(*draw.thinned(each.imbalance_per_window), "window %{x}: %{y:.3f}"),
                 mode="lines",
                 of=name,
                 kind="i4",
@@ -329,9 +297,9 @@ def _over_time(page: PageData) -> Panel | str:
             f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
-    spec = {"data": lines, "layout": draw.layout("window", "busiest / mean", whole=count)}
+    chart = draw.only(lines, draw.layout("window", "busiest / mean", whole=count))
     return Panel(
-        (Chart("time", "imbalance of every window", {"": spec}, 340),),
+        (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
         tuple(notes),
     )
@@ -343,29 +311,19 @@ def _groups(page: PageData) -> Panel | str:
         return "INPUT tells no groups (domains, languages, tenants, phases) apart."
     measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
     losers = {each.group for each in audit.worse(measures=(measure,))}
-    changes = [
-        (name, change)
-        for name, of in audit.groups.items()
-        if (change := of[measure].change) is not None
-    ]
+    every = ((name, of[measure].change) for name, of in audit.groups.items())
+    changes = [(name, change) for name, change in every if change is not None]
     changes.sort(key=lambda each: (-each[1].value, each[0]))
     drawn = changes
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
     # Without an interval there is the value alone.
-    value, low, high = (
-        100
-        * np.array([[of.value if end is None else end for end in of] for _, of in drawn])
-        .reshape(-1, 3)
-        .T
-    )
-    labels = [draw.plain(name) for name, _ in drawn]
+    ends = [[of.value if end is None else end for end in of] for _, of in drawn]
+    value, low, high = 100 * np.array(ends).reshape(-1, 3).T
+    labels, places = [draw.plain(name) for name, _ in drawn], list(range(len(drawn)))
     is_worse = [name in losers for name, _ in drawn]
-    places = list(range(len(drawn)))
     data = draw.scatter(
-        value,
-        places,
-        "%{customdata}: %{x:+.1f} %",
+        *(value, places, "%{customdata}: %{x:+.1f} %"),
         mode="markers",
         customdata=labels,
         error_x=draw.whiskers(value, low, high, color="var(--muted)"),
@@ -379,20 +337,16 @@ def _groups(page: PageData) -> Panel | str:
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels}
     spec["xaxis"] |= {"zeroline": True, "zerolinecolor": "var(--text)"}
     rows = [
-        (
-            *(draw.plain(name), signed(of.value), signed(of.low), signed(of.high)),
-            "worse" if name in losers else "",
-        )
+        (draw.plain(name), *map(signed, of), "worse" if name in losers else "")
         for name, of in changes[:ROWS]
     ]
     notes = [f"{len(losers)} of {len(changes)} groups are worse beyond chance."]
     if audit.too_few:
         few = listed([draw.plain(each) for each in audit.too_few], 10)
         notes.append(f"Too few {audit.units[0]}s to judge: {few}.")
-    label = "change of every group with its interval"
-    chart = {"": {"data": [data], "layout": spec}}
+    label, height = "change of every group with its interval", 130 + 24 * len(drawn)
     return Panel(
-        (Chart("groups", label, chart, height=130 + 24 * len(drawn)),),
+        (Chart("groups", label, draw.only([data], spec), height),),
         (Table("Groups", ("group", "change", "from", "to", ""), rows, len(changes)),),
         tuple(notes),
     )
@@ -417,9 +371,7 @@ def _search(page: PageData) -> Panel | str:
     at = [max(each.seconds, 0.001) if page.timed else n for n, each in enumerate(history, 1)]
     data = [
         draw.scatter(
-            at,
-            [each.objective or 0.0 for each in history],
-            "%{customdata}: %{y:.6g}",
+            *(at, [each.objective or 0.0 for each in history], "%{customdata}: %{y:.6g}"),
             name="best so far",
             customdata=[each.phase for each in history],
             line={"shape": "hv", "color": PROPOSED},
@@ -434,21 +386,21 @@ def _search(page: PageData) -> Panel | str:
         marker = {"symbol": "triangle-up"}
         x, y = zip(*bounded, strict=True)
         data.append(draw.scatter(x, y, "bound: %{y:.6g}", name="bound", line=line, marker=marker))
-    unit = "seconds" if page.timed else "step"
-    spec = draw.layout(unit, "objective", whole=0 if page.timed else len(history))
+    unit, when = "step", "after each step of the search"
+    spec = draw.layout("step", "objective", whole=len(history))
     if page.timed:
+        unit, when = "seconds", "over the seconds of the search"
+        spec = draw.layout("seconds", "objective")
         spec["xaxis"]["type"] = "log"
     rows = [
         (
-            f"{x:.2f}" if page.timed else str(x),
-            *(each.phase, f"{each.objective:.6g}"),
+            *(f"{x:.2f}" if page.timed else str(x), each.phase, f"{each.objective:.6g}"),
             *("-" if each.bound is None else f"{each.bound:.6g}", percent(each.gap)),
         )
         for x, each in list(zip(at, history, strict=True))[-ROWS:]
     ]
-    label = f"best placement and bound {_steps(page)}"
     return Panel(
-        (Chart("search", label, {"": {"data": data, "layout": spec}}),),
+        (Chart("search", f"best placement and bound {when}", draw.only(data, spec)),),
         (Table("Progress", (unit, "phase", "best", "bound", "gap"), rows),),
         (gap,),
     )
@@ -467,15 +419,11 @@ def _gap(result: Result, *, is_advice: bool) -> str:
     return "No bound was proven, so how far the optimum may be is not known."
 
 
-def _steps(page: PageData) -> str:
-    return "over the seconds of the search" if page.timed else "after each step of the search"
-
-
 def _price(page: PageData) -> Panel | str:
     charts, tables = [], []
     if page.advice is not None and len(page.advice.copies) > 1:
-        charts.append(_copies_chart(page))
-        tables.append(_copies_table(page))
+        charts.append(_copies_chart(page.advice))
+        tables.append(_copies_table(page.advice))
     if page.trades:
         unit = "experts moved" if page.expert_bytes is None else "bytes moved"
         data = draw.scatter(
@@ -484,8 +432,8 @@ def _price(page: PageData) -> Panel | str:
             "%{x:.4g} " + unit + ": %{y:.4g} less",
             line={"shape": "hv", "color": PROPOSED},
         )
-        spec = {"data": [data], "layout": draw.layout(unit, "less of the objective")}
-        charts.append(Chart("trades", "gain against what moves", {"": spec}))
+        chart = draw.only([data], draw.layout(unit, "less of the objective"))
+        charts.append(Chart("trades", "gain against what moves", chart))
         rows = [
             (str(each.experts_moved), f"{each.objective:.6g}", f"{each.gain:.6g}")
             for each in page.trades
@@ -499,36 +447,33 @@ def _price(page: PageData) -> Panel | str:
     return Panel(tuple(charts), tuple(tables))
 
 
-def _copies_chart(page: PageData) -> Chart:
-    assert page.advice is not None
-    copies, knee = page.advice.copies, page.advice.knee
-    by_size = copies[0].bytes_per_device is not None
+def _copies_chart(advice: Advice) -> Chart:
+    by_size = advice.copies[0].bytes_per_device is not None
     data = []
-    for number_of, window in enumerate(copies[0].gains):
+    for number_of, window in enumerate(advice.copies[0].gains):
         for shared in (False, True):
-            mine = [each for each in copies if each.shared == shared]
+            mine = [each for each in advice.copies if each.shared == shared]
             if not mine:
                 continue
             gains = [100 * np.array(each.gains[window]) for each in mine]
-            ends = (np.array([of(each) for each in gains]) for of in (np.mean, np.min, np.max))
-            mean, low, high = ends
-            is_knee = [each.per_device == knee and not shared for each in mine]
+            mean, low, high = (
+                np.array([of(each) for each in gains]) for of in (np.mean, np.min, np.max)
+            )
+            slots = [each.per_device for each in mine]
+            is_knee = [each == advice.knee and not shared for each in slots]
             name = "copies" if window is None else f"windows of {window:,}"
-            size = [(each.bytes_per_device or 0) / 1e9 for each in mine]
+            colour, symbol = ((PROPOSED, "circle"), (RUNNING, "square"))[number_of % 2]
             data.append(
                 draw.scatter(
-                    size if by_size else [each.per_device for each in mine],
+                    [(each.bytes_per_device or 0) / 1e9 for each in mine] if by_size else slots,
                     mean,
                     "%{customdata} slots: %{y:.1f} %",
                     name=name + (", shared budget" if shared else ""),
                     error_y=draw.whiskers(mean, low, high),
-                    customdata=[each.per_device for each in mine],
-                    line={
-                        "color": (PROPOSED, RUNNING)[number_of % 2],
-                        "dash": "dot" if shared else "solid",
-                    },
+                    customdata=slots,
+                    line={"color": colour, "dash": "dot" if shared else "solid"},
                     marker={
-                        "symbol": ("circle", "square")[number_of % 2],
+                        "symbol": symbol,
                         "size": [14 if each else 8 for each in is_knee],
                         "line": {
                             "color": "var(--text)",
@@ -538,98 +483,49 @@ def _copies_chart(page: PageData) -> Chart:
                 )
             )
     axis = "GB per device" if by_size else "slots for copies of a device in a layer"
-    spec = {"data": data, "layout": draw.layout(axis, "gain on unseen traffic, %")}
-    return Chart("copies", "gain on unseen traffic against slots for copies", {"": spec})
+    chart = draw.only(data, draw.layout(axis, "gain on unseen traffic, %"))
+    return Chart("copies", "gain on unseen traffic against slots for copies", chart)
 
 
-def _copies_table(page: PageData) -> Table:
-    assert page.advice is not None
-    copies, knee = page.advice.copies, page.advice.knee
-    head = [f"windows of {window:,}" if window else "gain" for window in copies[0].gains]
+def _copies_table(advice: Advice) -> Table:
+    head = [f"windows of {window:,}" if window else "gain" for window in advice.copies[0].gains]
     rows = [
         (
             each.label,
             *(signed(each.mean(window)) for window in each.gains),
             "-" if each.bytes_per_device is None else f"{each.bytes_per_device / 1e9:.3g}",
-            "knee" if each.per_device == knee and not each.shared else "",
+            "knee" if each.per_device == advice.knee and not each.shared else "",
         )
-        for each in copies
+        for each in advice.copies
     ]
     return Table("Slots for copies", ("slots", *head, "GB per device", ""), rows)
 
 
 def _moves(page: PageData) -> Panel | str:
     diff = page.moves
-    if diff is None:
-        return "The placements are not of one machine."
     if not diff.experts_moved:
         return "The placements hold the same experts on the same devices: nothing moves."
     pairs, what = _by_node(diff.pairs, page)
-    spec = draw.matrices([pairs], ["experts"], what, "experts")
+    chart = {"": draw.matrices([pairs], ["experts"], what, "experts")}
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
     size = f", {diff.bytes_moved / 1e9:.3g} GB" if diff.bytes_moved is not None else ""
     return Panel(
-        (Chart("moves", f"experts that go from {what} to {what}", {"": spec}, height=400),),
+        (Chart("moves", f"experts that go from {what} to {what}", chart, height=400),),
         (Table("Moves (all are in the JSON)", head, rows, diff.experts_moved),),
         (f"{diff.experts_moved:,} experts move{size}.",),
     )
 
 
-# Question, how to read the answer, and what makes it or says why there is none.
-PANELS: dict[str, tuple[str, str, Callable[[PageData], Panel | str]]] = {
-    "layers": (
-        "Which layers hold us up?",
-        "Each column is a layer; the lower, the better, and the gap between cross and dot is what "
-        "changes in {words}",
-        _layers,
-    ),
-    "experts": (
-        "Which experts are hot, and who holds them?",
-        "Rows are layers, columns are slots of device after device, the busiest first; each cell "
-        "is the load of a copy over the mean of an expert. All devices alike is balance.",
-        _experts,
-    ),
-    "links": (
-        "What crosses which link?",
-        "From the home device of a token (row) to the device of its expert (column), on one colour "
-        "scale; as much comes back. The diagonal stays at home. Boxes are nodes.",
-        _links,
-    ),
-    "next": (
-        "Where do tokens go next?",
-        "From each layer to the next: the share of steps that leave the device, and the node. It "
-        "costs where tokens move on from expert to expert (regime follow); engines of today send "
-        "them home in between.",
-        _next,
-    ),
-    "time": (
-        "Does it hold over time?",
-        "Busiest device over the mean, window after window (1 is perfect); drag to look closer, "
-        "double click to go back.",
-        _over_time,
-    ),
-    "groups": (
-        "Who gains, who loses?",
-        "Each dot is a group of the traffic with its interval of 95 %: left of zero it is served "
-        "faster, right of it slower. Crosses are worse beyond chance.",
-        _groups,
-    ),
-    "search": (
-        "How good is the search?",
-        "The best placement so far, and the bound that no placement is below, step by step or, "
-        "under a time limit, over its seconds.",
-        _search,
-    ),
-    "price": (
-        "What does the last percent cost?",
-        "Up is gained, right is paid: copies in memory of a device, or moves in bytes. Beyond the "
-        "knee (ringed) more costs and brings little.",
-        _price,
-    ),
-    "moves": (
-        "What moves?",
-        "How many experts go from a device, or a node, to another one, to get there.",
-        _moves,
-    ),
+# What makes the panel of every question of the page, or says why there is none.
+PANELS: dict[str, Callable[[PageData], Panel | str]] = {
+    "layers": _layers,
+    "experts": _experts,
+    "links": _links,
+    "next": _next,
+    "time": _over_time,
+    "groups": _groups,
+    "search": _search,
+    "price": _price,
+    "moves": _moves,
 }

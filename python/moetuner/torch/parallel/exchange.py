@@ -8,6 +8,7 @@ before any row is sent, and on every rank.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -27,10 +28,9 @@ FAULTS = {
     MISFIT: "its tensors do not fit the layer",
 }
 
-# Who needs gradients, beside the faults. The backward pass of an exchange takes all ranks, so it is
-# recorded on all of them or on none, also where a rank's own tokens and experts need none.
-TOKENS_LEARN, EXPERTS_LEARN, NO_GRADIENTS = 8, 16, 32
-LEARN = TOKENS_LEARN | EXPERTS_LEARN
+# Whether a rank needs gradients, beside the faults. The backward pass of an exchange takes all
+# ranks, so it is recorded on all of them or on none, also where a rank's own rows need none.
+LEARN, NO_GRADIENTS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,6 @@ class Hop:
         How many rows go and come.
     visits
         Targets of the rows that come.
-
-    Raises
-    ------
-    ValueError
-        On all ranks if one has found a fault in its input.
-    RuntimeError
-        On all ranks if they do not agree.
     """
 
     def __init__(
@@ -91,94 +84,77 @@ class Hop:
         came = torch.empty_like(sent)
         dist.all_to_all_single(came, sent, group=group)
         # The one time that the host waits for the device before the rows are exchanged.
-        table = torch.cat([came, sent], dim=1).tolist()
-        self._learning = _check(table, dist.get_rank(group), experts)
-        self.splits = Splits([row[5] for row in table], [row[0] for row in table], group)
-        self.visits = sum(row[1] for row in table)
+        headers, own = torch.stack([came, sent]).tolist()
+        self._learns = _check(headers, own, dist.get_rank(group), experts)
+        receive, send = ([row[0] for row in table] for table in (headers, own))
+        self.splits = Splits(send, receive, group)
+        self.visits = sum(row[1] for row in headers)
         # Sorted by rank, then by row: the order on the wire. The host knows how many there are, so
         # it need not wait for the device again, as ``nonzero`` would.
-        total, flat = sum(self.splits.send), visits.T.reshape(-1)
-        order = torch.where(flat, flat.cumsum(dim=0) - 1, total)
-        place = torch.arange(len(flat), device=device)
-        place = place.new_zeros(total + 1).scatter_(0, order, place)[:total]
+        total = sum(send)
+        place = visits.T.reshape(-1).byte().argsort(descending=True, stable=True)[:total]
         rank, self._row = place // max(rows, 1), place % max(rows, 1)
         # A row's results in ascending order of rank: its j-th is number `_parts[row, j]` of those
         # that come back. What is missing points at a row of zeros behind the last.
         nth = visits.cumsum(dim=1)[self._row, rank] - 1
-        parts = torch.full((rows, min(top_k, ranks)), total, device=device)
-        parts[self._row, nth] = torch.arange(total, device=device)
-        self._parts = parts
+        self._parts = torch.full((rows, min(top_k, ranks)), total, device=device)
+        self._parts[self._row, nth] = torch.arange(total, device=device)
 
     def send(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Send row r of every tensor [R,...] to its ranks; gives what came, by rank."""
-        first, *others = (tensor[self._row] for tensor in tensors)
-        if self._learning & TOKENS_LEARN:
-            first = _recorded(first)
-        came: tuple[Tensor, ...] = _Exchange.apply(self.splits, first, *others)
-        return came
+        return self._exchange(self.splits, *(tensor[self._row] for tensor in tensors))
 
     def gather(self, results: Tensor) -> Tensor:
         """Send results back; gives each row's sum in ascending order of rank."""
-        if self._learning & LEARN:
-            results = _recorded(results)
-        (returned,) = _Exchange.apply(self.splits.back, results)
+        (returned,) = self._exchange(self.splits.back, results)
         return sum_rows(returned, self._parts)
 
+    def _exchange(self, splits: Splits, first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        if self._learns and not first.requires_grad:
+            # Recorded for the backward pass, in which other ranks need this one.
+            first = first.detach().requires_grad_()
+        came: tuple[Tensor, ...] = _Exchange.apply(splits, first, *others)
+        return came
 
-def _recorded(tensor: Tensor) -> Tensor:
-    """Return a tensor whose exchange is recorded for the backward pass."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
+def _check(
+    came: Sequence[Sequence[int]], sent: Sequence[Sequence[int]], me: int, experts: int
+) -> bool:
+    """Raise what headers say is wrong; return whether a rank needs gradients.
 
-def _check(table: Sequence[Sequence[int]], me: int, experts: int) -> int:
-    """Raise what headers say is wrong; return who of all ranks needs gradients.
-
-    The table has by rank what came from it and what was sent to it: rows, targets, and the header.
+    The tables have rows, targets and the header, by rank that they came from or were sent to.
     """
-    for rank, row in enumerate(table):
-        for bit, message in FAULTS.items():
-            if row[4] & bit:
-                raise ValueError(f"rank {rank}: {message.format(experts=experts)}")
+    bits = [row[4] for row in came]
+    for bit, message in FAULTS.items():
+        faulty = [rank for rank, of in enumerate(bits) if of & bit]
+        if faulty:
+            raise ValueError(f"rank {faulty[0]}: {message.format(experts=experts)}")
     for what, column in (("other placements", 2), ("rows of another size or type", 3)):
-        others = [rank for rank, row in enumerate(table) if row[column] != row[column + 5]]
+        others = [rank for rank, row in enumerate(came) if row[column] != sent[rank][column]]
         if others:
             raise RuntimeError(f"ranks {others} have {what} than rank {me}: nothing was sent")
-    wants = [row[4] for row in table]
-    learning = [rank for rank, bits in enumerate(wants) if bits & LEARN]
-    others = [rank for rank, bits in enumerate(wants) if bits & NO_GRADIENTS]
+    learning = [rank for rank, of in enumerate(bits) if of & LEARN]
+    others = [rank for rank, of in enumerate(bits) if of & NO_GRADIENTS]
     if learning and others:
         raise RuntimeError(
             f"ranks {learning} need gradients and ranks {others} have them disabled: nothing was "
             "sent"
         )
-    return functools.reduce(operator.or_, wants)
+    return bool(learning)
 
 
 def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum rows of values [N,H], from left to right, into as many rows as ``which`` has.
 
-    Sums run in float32 at least and one column of ``which`` after the other, so that the order is
-    fixed: no atomic additions.
-
-    Parameters
-    ----------
-    values
-        Rows [N,H].
-    which
-        Rows to sum [R,J]; N stands for zero.
-    weights
-        Factors [R,J]; all 1 if None.
+    Sums run in float32 at least and one column of ``which`` [R,J] after the other, so that the
+    order is fixed: no atomic additions. N stands for a row of zeros; ``weights`` [R,J] are factors.
     """
     wide = torch.promote_types(values.dtype, torch.float32)
     padded = torch.cat([values, values.new_zeros(1, values.shape[1])])
-    total: Tensor | None = None
-    for j in range(which.shape[1]):
-        part = padded[which[:, j]].to(wide)
-        if weights is not None:
-            part = part * weights[:, j, None].to(wide)
-        total = part if total is None else total + part
-    assert total is not None
-    return total.to(values.dtype)
+    parts = (padded[which[:, j]].to(wide) for j in range(which.shape[1]))
+    if weights is not None:
+        parts = (part * weights[:, j, None].to(wide) for j, part in enumerate(parts))
+    return functools.reduce(operator.add, parts).to(values.dtype)
 
 
 class _Exchange(torch.autograd.Function):
@@ -194,8 +170,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        smooth = [g for g, is_smooth in zip(gradients, ctx.smooth, strict=True) if is_smooth]
-        back = iter(_swap(ctx.splits.back, smooth))
+        back = iter(_swap(ctx.splits.back, list(itertools.compress(gradients, ctx.smooth))))
         return (None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
 
 
@@ -204,7 +179,7 @@ def _swap(splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
     packed = tensors[0].contiguous()
     if len(tensors) > 1:
         packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
-    arrived = packed.new_empty(sum(splits.receive), *packed.shape[1:])
+    arrived = packed.new_empty(sum(splits.receive), packed.shape[1])
     dist.all_to_all_single(arrived, packed, splits.receive, splits.send, group=splits.group)
     if len(tensors) == 1:
         return [arrived]

@@ -7,9 +7,9 @@ experts' results. It does not route, and adds no shared expert.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.parallel.exchange import (
-    EXPERTS_LEARN,
+    LEARN,
     MISFIT,
     NO_EXPERT,
     NO_GRADIENTS,
     NOT_FINITE,
-    TOKENS_LEARN,
     Hop,
     TrafficCounters,
     sum_rows,
@@ -33,47 +32,29 @@ from moetuner.torch.parallel.exchange import (
 from moetuner.torch.parallel.experts import Experts
 
 
-@dataclass(eq=False)
 class Routes:
-    """Where the copies of every expert of a layer are, seen from one rank.
+    """Where the copies of every expert of a layer are, seen from one rank, as tensors on a device.
 
-    Parameters
-    ----------
-    placement
-        The placement in force, of all layers.
-    layer
-        Which one.
-    rank
-        Rank whose tokens are routed; matters to ``split="nearest"`` alone.
-    devices_per_node
-        Devices of a node, None for one node.
-    split
-        How a token chooses between copies, as in ``moetuner.evaluation.rows.dispatch_rows``.
-    device
-        Where the tensors live.
-
-    Attributes
-    ----------
-    fingerprint
-        Number that ranks with the same slots and rules share, and others do not; a scalar tensor.
+    ``fingerprint`` is a number that ranks with the same slots and rules share, and others do not.
     """
 
-    placement: Placement
-    layer: int
-    rank: int
-    devices_per_node: int | None
-    split: LayerSplit
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        placement, device = self.placement, self.device
-        if not 0 <= self.layer < placement.layers:
+    def __init__(
+        self,
+        placement: Placement,
+        layer: int,
+        rank: int,
+        devices_per_node: int | None,
+        split: LayerSplit,
+        device: torch.device,
+    ) -> None:
+        if not 0 <= layer < placement.layers:
             raise ValueError(
-                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {self.layer}"
+                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {layer}"
             )
+        self.layer, self.rank, self.device = layer, rank, device
+        self.devices_per_node, self.split = devices_per_node, split_rule(split)
         self.experts, self.slots_per_device = placement.num_experts, placement.slots_per_device
-        self.node_size = node_size(placement.devices, self.devices_per_node)
-        self.split = split_rule(self.split)
+        self.node_size = node_size(placement.devices, devices_per_node)
         # As many copies as an expert can have in slots of this number, whatever the placement.
         most = placement.devices * self.slots_per_device - self.experts + 1
         self._table = torch.zeros(self.experts, most, dtype=torch.int32, device=device)
@@ -132,9 +113,10 @@ class ExpertParallelMoE(nn.Module):
 
     Attributes
     ----------
+    experts
+        The experts of this rank's slots.
     traffic
-        Rows and bytes exchanged with every peer; ``moetuner.dispatch_rows``
-        predicts them.
+        Rows and bytes exchanged with every peer; ``moetuner.dispatch_rows`` predicts them.
 
     Notes
     -----
@@ -153,6 +135,8 @@ class ExpertParallelMoE(nn.Module):
         If placement, layer, group and experts do not fit together.
     """
 
+    experts: Experts
+
     def __init__(
         self,
         experts: Experts,
@@ -166,7 +150,7 @@ class ExpertParallelMoE(nn.Module):
         super().__init__()
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._experts = [experts]  # in a list, so that no name without slots is registered
+        vars(self)["experts"] = experts  # so that no name without slots is registered
         self.devices_per_node, self.split = devices_per_node, split
         self.traffic = TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
@@ -174,11 +158,6 @@ class ExpertParallelMoE(nn.Module):
         self._name = ""
         self._name_experts()
         self._last_ddp: Any = None
-
-    @property
-    def experts(self) -> Experts:
-        """The experts of this rank's slots."""
-        return self._experts[0]
 
     def _name_experts(self) -> None:
         """Register a module of experts by a name that says what is in its slots.
@@ -206,7 +185,12 @@ class ExpertParallelMoE(nn.Module):
     @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        # Here, since it takes a while, and few ask for states.
+        from moetuner.torch.parallel.state import nested
+
+        return nested(self._weights_by_expert())
+
+    def _weights_by_expert(self) -> dict[str, Tensor]:
+        # Imported here, since it takes a while, and few ask for states.
         from moetuner.torch.parallel.state import by_expert
 
         slots = self.placement.slots[self.routes.layer]
@@ -218,14 +202,13 @@ class ExpertParallelMoE(nn.Module):
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
-        module = self._modules.get(self._name)
-        if module is None:
+        if not isinstance(self.experts, nn.Module):
             return {}
-        named = (
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        )
-        return {id(tensor): f"{self._name}.{name}" for name, tensor in named}
+        named = [
+            *self.experts.named_parameters(self._name, remove_duplicate=False),
+            *self.experts.named_buffers(self._name, remove_duplicate=False),
+        ]
+        return {id(tensor): name for name, tensor in named}
 
     def state_dict(
         self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
@@ -238,16 +221,16 @@ class ExpertParallelMoE(nn.Module):
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
                 state.pop(f"{prefix}{names.get(id(part))}", None)
-        for key, weight in self.expert.weights.items():
+        for key, weight in self._weights_by_expert().items():
             state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
         return state
 
     def _load_from_state_dict(
-        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *said: list[str]
+        self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *reports: list[str]
     ) -> None:
         from moetuner.torch.parallel.state import stacked
 
-        missing_keys, unexpected_keys, error_msgs = said
+        missing_keys, unexpected_keys, error_msgs = reports
         mine, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
         keys = [key for key in state if key.startswith(mine)]
         given = {key.removeprefix(mine): state.pop(key) for key in keys}
@@ -265,11 +248,10 @@ class ExpertParallelMoE(nn.Module):
                 weight.copy_(whole)
             if weight._base is not None and id(weight._base) in names:
                 state[prefix + names[id(weight._base)]] = weight._base
-        every = {
-            f"{expert}.{name}" for expert in range(self.placement.num_experts) for name in weights
-        }
-        unexpected_keys += [mine + key for key in given if strict and key not in every]
-        super()._load_from_state_dict(state, prefix, metadata, strict, *said)
+        every = itertools.product(map(str, range(self.placement.num_experts)), weights)
+        strange = set(given).difference(map(".".join, every)) if strict else ()
+        unexpected_keys += [mine + key for key in sorted(strange)]
+        super()._load_from_state_dict(state, prefix, metadata, strict, *reports)
 
     def switch(self, placement: Placement) -> None:
         """Put another placement in force; the experts' weights must be in its slots already."""
@@ -333,10 +315,8 @@ class ExpertParallelMoE(nn.Module):
         if self.routes.device != self.device:
             # The weights have moved, or got memory: the placement is known here, wherever they are.
             self.routes = self._routes(self.placement, self.routes.layer)
-        misfit = self._shared() or self._misfit(
-            hidden_states, top_k_index, top_k_weights, first_token
-        )
-        if misfit:
+        given = (hidden_states, top_k_index, top_k_weights)
+        if misfit := self._shared() or self._misfit(*given, first_token):
             self._refuse(misfit)
         learn = self._learn(hidden_states, top_k_weights)
         position = self._position(hidden_states, first_token, learn)
@@ -379,7 +359,7 @@ class ExpertParallelMoE(nn.Module):
         if isinstance(first, Tensor):
             return first
         if first is None:
-            begin = 0 if learn & (TOKENS_LEARN | EXPERTS_LEARN) else self._served
+            begin = 0 if learn & LEARN else self._served
             first = begin * self.ranks + self.rank * len(rows)
         return torch.arange(len(rows), device=self.device) + first
 
@@ -390,9 +370,7 @@ class ExpertParallelMoE(nn.Module):
         weights = list(self.experts.weights().values())
         if isinstance(self.experts, nn.Module):
             weights += self.experts.parameters()
-        tokens_learn = any(tensor.requires_grad for tensor in tokens)
-        experts_learn = any(weight.requires_grad for weight in weights)
-        return tokens_learn * TOKENS_LEARN | experts_learn * EXPERTS_LEARN
+        return LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
         self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int

@@ -8,11 +8,13 @@ every rank has done so they route to them, and otherwise they exchange them back
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, difference, holders_of
+from moetuner.topology import Topology
 from moetuner.torch.parallel.agreement import Agreement, NoMemoryError, attempt, fingerprint
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 
@@ -28,8 +31,7 @@ from moetuner.torch.parallel.layer import ExpertParallelMoE
 SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """One expert's weights from a slot of one rank to a slot of another, or of the same."""
 
     source: int
@@ -41,84 +43,55 @@ class Move:
 def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = None) -> list[Move]:
     """List what must move to get from slots [D,S] to other slots [D,S'], the same on every rank.
 
-    A copy comes from its own device if that holds the expert, else from its own node, else from
-    elsewhere; among those from whom the fewest come already.
-
-    Parameters
-    ----------
-    old, new
-        Expert ids, -1 for an empty slot.
-    node
-        Devices of a node; all of them if None.
+    A copy comes from its own device if that holds the expert, else from where ``Placement.diff``
+    says, in a topology of nodes of ``node`` devices; None for one node.
     """
-    devices = len(old)
-    node = node or devices
-    holders: dict[int, list[tuple[int, int]]] = {}
-    for device, slot in np.argwhere(old != EMPTY).tolist():
-        holders.setdefault(int(old[device, slot]), []).append((device, slot))
-    sends = [0] * devices
+    experts = int(new.max()) + 1
+    before, after = (holders_of(slots[None], experts) for slots in (old, new))
+    topology = None if node is None else Topology(len(old), devices_per_node=node)
+    comes = difference(before, after, topology, None).moves.tolist()
+    source_of = {(target, expert): source for _, expert, source, target in comes}
+    slot_of = {
+        (device, int(old[device, at])): at for device, at in np.argwhere(old != EMPTY).tolist()
+    }
     steps = []
     for target, slot in np.argwhere(new != EMPTY).tolist():
         expert = int(new[target, slot])
-        if slot < old.shape[1] and old[target, slot] == expert:
-            continue
-
-        def distance(holder: tuple[int, int], target: int = target) -> tuple[bool, bool, int, int]:
-            device = holder[0]
-            return device != target, device // node != target // node, sends[device], device
-
-        source, source_slot = min(holders[expert], key=distance)
-        sends[source] += source != target
-        steps.append(Move(source, source_slot, target, slot))
-    return steps
+        source = source_of.get((target, expert), target)
+        steps.append(Move(source, slot_of[source, expert], target, slot))
+    return [move for move in steps if move[:2] != move[2:]]
 
 
 class Spares:
-    """Buffers for the weights that arrive on this rank in one layer.
+    """Buffers for the weights that arrive on a rank in one layer.
 
-    Parameters
-    ----------
-    weights
-        The layer's weights by name, slots first [S,...].
-    plan
-        The moves of all ranks.
-    rank
-        This one.
+    ``weights`` are the layer's by name [S,...], ``plan`` the moves of all ranks.
     """
 
     def __init__(self, weights: dict[str, Tensor], plan: list[Move], rank: int) -> None:
         self.plan = plan
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         # By peer, and of a peer in the order of the plan: the order on the wire.
-        come = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
-        go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
-        self.slots = [move.target_slot for move in come]
-        self._sent = [move.source_slot for move in go]
-        self._sources = [move.source for move in come]
-        self._targets = [move.target for move in go]
+        self._come = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
+        self._go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
         self.buffers = {
-            name: weight.new_empty(len(come), *weight.shape[1:])
+            name: weight.new_empty(len(self._come), *weight.shape[1:])
             for name, weight in self.weights.items()
         }
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
-        """Send and receive; every rank takes part, also one that has nothing to move or fails.
-
-        Raises
-        ------
-        RuntimeError
-            If a peer is gone or does not answer within ``timeout`` seconds.
-        """
-        deadline = time.monotonic() + timeout
-        sent, failure = attempt(
-            lambda: {name: self.weights[name][self._sent] for name in self.buffers}
-        )
+        """Send and receive; every rank takes part, also one that has nothing to move or fails."""
+        deadline, failures = time.monotonic() + timeout, []
+        slots = [move.source_slot for move in self._go]
         for name, buffer in self.buffers.items():
-            # The others wait for as many rows, whatever is in them.
-            nothing = buffer.new_empty(len(self._sent), *buffer.shape[1:])
-            self._exchange(buffer, nothing if sent is None else sent[name], group, deadline)
-        if failure is not None:
+            sent, failure = attempt(lambda name=name: self.weights[name][slots])
+            if sent is None:
+                failures.append(failure)
+                # The others wait for as many rows, whatever is in them.
+                sent = buffer.new_empty(len(slots), *buffer.shape[1:])
+            self._exchange(buffer, sent, group, deadline)
+        for failure in filter(None, failures):
             raise failure
 
     def _exchange(
@@ -129,11 +102,10 @@ class Spares:
             tensor.view(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8)
             for tensor in (buffer, sent)
         )
-        ranks = dist.get_world_size(group)
-        receive, send = (
-            np.bincount(np.array(peers, dtype=np.int64), minlength=ranks).tolist()
-            for peers in (self._sources, self._targets)
-        )
+        sources = Counter(move.source for move in self._come)
+        targets = Counter(move.target for move in self._go)
+        ranks = range(dist.get_world_size(group))
+        receive, send = [sources[rank] for rank in ranks], [targets[rank] for rank in ranks]
         work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
         assert work is not None
         # Waiting with NCCL only queues on the stream and would not notice the time.
@@ -146,8 +118,8 @@ class Spares:
     def put(self, weights: dict[str, Tensor]) -> None:
         """Exchange what has arrived for what is in its slots of weights [S,...]."""
         for name, buffer in self.buffers.items():
-            for arrived, slot in zip(buffer, self.slots, strict=True):
-                self._exchanged.append((weights[name].detach()[slot], arrived))
+            for arrived, move in zip(buffer, self._come, strict=True):
+                self._exchanged.append((weights[name].detach()[move.target_slot], arrived))
                 _swap(*self._exchanged[-1])
 
     def undo(self) -> None:
@@ -175,10 +147,8 @@ def free_bytes(device: torch.device, sharing: int) -> float:
         # Memory that torch has set aside and nobody uses.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     facts = Path("/proc/meminfo")
-    for line in facts.read_text().splitlines() if facts.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 / sharing
-    return math.inf
+    available = re.search(r"MemAvailable:\s*(\d+)", facts.read_text() if facts.exists() else "")
+    return int(available[1]) * 1024 / sharing if available else math.inf
 
 
 def migrate(
@@ -190,26 +160,10 @@ def migrate(
 ) -> None:
     """Move weights and switch; every rank calls it between two steps, with the same target.
 
-    Parameters
-    ----------
-    layers
-        The layers of this rank, by number.
-    target
-        The placement to be; the same sizes as the one in force.
-    agreement
-        Of the same ranks.
-    group
-        The ranks, for the weights.
-
-    Raises
-    ------
-    ValueError
-        If the target has other sizes.
-    MoveError
-        On every rank that is left, if one fails, differs or is lost; all have the old placement.
-        ``NoMemoryError`` if what arrives on a rank takes more than half of its free memory, so a
-        smaller move may fit. After a loss in the middle of an exchange the group cannot be used any
-        more, else it can.
+    Where one fails, differs or is lost, all that are left raise a ``MoveError`` and have the old
+    placement. It is a ``NoMemoryError`` if what arrives on a rank takes more than half of its free
+    memory, so a smaller move may fit. After a loss in the middle of an exchange the group cannot be
+    used any more, else it can.
     """
     current = layers[0].placement
     if (target.num_experts, target.slots.shape) != (current.num_experts, current.slots.shape):
@@ -221,8 +175,8 @@ def migrate(
     plan = fingerprint(current.slots.tobytes(), target.slots.tobytes())
     # The others must not wait for the weights of a rank that has no memory.
     spares, failure = attempt(_buffers, layers, target)
-    said = agreement.exchange("memory for a move", failure and repr(failure))
-    short = [f"rank {rank} needs memory: {why}" for rank, why in enumerate(said) if why]
+    posts = agreement.exchange("memory for a move", failure and repr(failure))
+    short = [f"rank {rank} needs memory: {why}" for rank, why in enumerate(posts) if why]
     if short:
         raise NoMemoryError(f"{'; '.join(short)}; the old placement stays in force")
     assert spares is not None
@@ -248,18 +202,16 @@ def migrate(
 def _buffers(layers: Sequence[ExpertParallelMoE], target: Placement) -> list[Spares]:
     """Return buffers of every layer, if half of the free memory holds what arrives on this rank."""
     current = layers[0].placement
-    steps = [
+    plans = [
         moves(before, after, layer.devices_per_node)
         for before, after, layer in zip(current.slots, target.slots, layers, strict=True)
     ]
     needed = sum(
-        expert_bytes(layer) * sum(move.target == layer.rank for move in own)
-        for layer, own in zip(layers, steps, strict=True)
+        expert_bytes(layer) * sum(move.target == layer.rank for move in plan)
+        for layer, plan in zip(layers, plans, strict=True)
     )
     free = free_bytes(layers[0].device, current.devices)
     if needed > SHARE * free:
         raise MemoryError(f"{needed} bytes must fit half of the {free:.0f} free ones")
-    return [
-        Spares(layer.experts.weights(), own, layer.rank)
-        for layer, own in zip(layers, steps, strict=True)
-    ]
+    pairs = zip(layers, plans, strict=True)
+    return [Spares(layer.experts.weights(), plan, layer.rank) for layer, plan in pairs]

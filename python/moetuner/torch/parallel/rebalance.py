@@ -20,7 +20,7 @@ from moetuner._checks import (
     shown,
     whole_number,
 )
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.solver.rebalancing import largest_move, rebalance
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -145,31 +145,27 @@ class Rebalancer:
             raise ValueError(
                 f"layers must be 0 to {placement.layers - 1} of one placement, got {numbers}"
             )
-        if topology is not None:
-            instance("topology", topology, Topology)
         self.topology = Topology(placement.devices) if topology is None else topology
+        instance("topology", self.topology, Topology)
         if self.topology.devices != placement.devices:
             raise ValueError(
                 f"topology must have {placement.devices} devices like the placement, "
                 f"got {self.topology.devices}"
             )
-        whole_number("steps_ahead", steps_ahead)
-        for name, value in (
-            ("dead_zone", dead_zone),
-            ("hysteresis", hysteresis),
-            ("timeout", timeout),
-        ):
-            not_negative(name, value, "number")
-        if move_budget is not None:
-            at_least("move_budget", move_budget, 0)
+        self.steps_ahead = whole_number("steps_ahead", steps_ahead)
+        self.dead_zone = not_negative("dead_zone", dead_zone, "number")
+        self.hysteresis = not_negative("hysteresis", hysteresis, "number")
+        if move_budget is None:
+            sizes = (placement.layers, placement.slots[0].size, placement.devices)
+            move_budget = largest_move(*sizes)
+        at_least("move_budget", move_budget, 0)
+        self.move_budget = min(move_budget, placement.slots.size)
         if not (is_number(decay) and 0 <= decay <= 1):
             raise ValueError(f"decay must be from 0 to 1, got {shown(decay)}")
-        seed_in(seed)
         if not hasattr(cost_model, "compute_us"):
             raise TypeError(f"cost_model must be a CostModel, got {shown(cost_model)}")
-        self.cost_model, self.steps_ahead = cost_model, steps_ahead
-        self.decay, self.dead_zone, self.hysteresis = decay, dead_zone, hysteresis
-        self.move_budget, self.seed = move_budget, seed
+        self.cost_model, self.decay, self.seed = cost_model, decay, seed_in(seed)
+        timeout = not_negative("timeout", timeout, "number")
         self._agreement = Agreement(self.layers[0].group, timeout)
         self.reset()
 
@@ -186,8 +182,7 @@ class Rebalancer:
 
     def reset(self) -> None:
         """Forget what was observed. Every rank calls it between the same two steps of the model."""
-        # Counts to place by, and counts that are held out to judge by, each worth less with every
-        # observation after it.
+        # Counts to place by, and counts to judge by, each worth less with every later observation.
         self._halves: Floats = np.zeros((2, self.placement.layers, self.placement.num_experts))
         self._steps, self._observations = 0.0, 0
 
@@ -202,11 +197,10 @@ class Rebalancer:
         steps
             Steps of the model that they were counted in.
         """
-        windows = (
-            counts.window_load
-            if isinstance(counts, RoutingStatistics)
-            else numbers_in("counts", counts)[None]
-        ).astype(np.float64)
+        if isinstance(counts, RoutingStatistics):
+            windows = counts.window_load.astype(np.float64)
+        else:
+            windows = numbers_in("counts", counts).astype(np.float64)[None]
         whole_number("steps", steps, lowest=0)
         sizes = self._halves.shape[1:]
         if windows.shape[1:] != sizes:
@@ -217,14 +211,12 @@ class Rebalancer:
             raise ValueError(
                 f"counts must be finite and at least 0, got {windows.min():g} to {windows.max():g}"
             )
-        load = windows.sum(axis=0)
-        if len(windows) >= FEWEST_WINDOWS:
-            held_out = windows[1::2].sum(axis=0)
-        else:
+        load, unseen = windows.sum(axis=0), windows[1::2].sum(axis=0)
+        if len(windows) < FEWEST_WINDOWS:
             # With equal counts every rank deals alike.
             random = np.random.default_rng([self.seed, self._observations])
-            held_out = random.binomial(np.floor(load).astype(np.int64), 0.5).astype(np.float64)
-        self._halves = self.decay * self._halves + np.stack([load - held_out, held_out])
+            unseen = random.binomial(load.astype(np.int64), 0.5).astype(np.float64)
+        self._halves = self.decay * self._halves + np.stack([load - unseen, unseen])
         self._steps = self.decay * self._steps + steps
         self._observations += 1
 
@@ -248,9 +240,6 @@ class Rebalancer:
             self.reset()
             raise MoveError(f"{error}, and all ranks forget what they observed") from None
         budget = self.move_budget
-        if budget is None:
-            budget = largest_move(current.layers, current.slots[0].size, current.devices)
-        budget = min(budget, current.slots.size)
         while True:
             begin = time.perf_counter()
             target, failure = attempt(self._target, budget)
@@ -282,38 +271,36 @@ class Rebalancer:
         link_us = 1e6 * expert_bytes(self.layers[0]) / link.max() if link.size else 0.0
         tokens_per_us = float(tokens.sum() / times.sum())
         price = self.hysteresis * link_us / current.devices * tokens_per_us / self.steps_ahead
-        relieved = rebalance(
+        rebalanced = rebalance(
             load,
             current.slots,
             time=self.topology.time_of_device,
             budget=budget,
             dead_zone=self.dead_zone,
-            deviations=0.0,  # the gain is judged by counts that were held out
+            deviations=0.0,  # the gain is judged by counts that the search has not seen
             full=False,
             price=price,
         )
-        return Placement(relieved.slots, num_experts=current.num_experts)
+        return Placement(rebalanced.slots, num_experts=current.num_experts)
 
     def _judge(self, target: Placement, begin: float) -> Decision:
-        """Decide whether a move pays, by the counts that were held out, as all ranks do."""
+        """Decide as all ranks do whether a move pays, by counts that the search has not seen."""
         current, load = self.placement, self._load_of(1)
 
-        def measured() -> list[float]:
+        def figures() -> list[float]:
             now, then = (float(self._busiest(of, load)[1].sum()) for of in (current, target))
-            # Of ranks with other prices the most careful one decides, and all wait for the slowest.
             return [then - now, now, self._move_us(target), 1e6 * (time.perf_counter() - begin)]
 
-        figures, failure = attempt(measured)
-        said = self._agreement.exchange("what a move brings", figures, failure)
-        loss, now, cost, took = np.max(said, axis=0).tolist()
-        gain = -loss
+        posts = self._agreement.exchange("what a move brings", *attempt(figures))
+        # Of ranks with other prices the most careful one decides, and all wait for the slowest.
+        loss, now, cost, took = np.max(posts, axis=0).tolist()
         per_layer = current.diff(target).experts_moved_per_layer
         size = sum(int(n) * expert_bytes(la) for n, la in zip(per_layer, self.layers, strict=True))
-        predicted = (gain, cost, int(per_layer.sum()), size, took)
+        predicted = (-loss, cost, int(per_layer.sum()), size, took)
         # What is no number, of a cost model without an answer, is no gain.
-        if not gain > self.dead_zone * now:
+        if not -loss > self.dead_zone * now:
             return Decision(False, "the gain is within the dead zone", *predicted)
-        if not gain * self.steps_ahead > self.hysteresis * (cost + took):
+        if not -loss * self.steps_ahead > self.hysteresis * (cost + took):
             return Decision(False, "the move takes longer than it brings in", *predicted)
         return Decision(True, "the move pays", *predicted)
 
@@ -327,13 +314,12 @@ class Rebalancer:
 
     def _busiest(self, placement: Placement, load: Floats) -> tuple[Floats, Floats]:
         """Predict tokens and microseconds of the busiest device of every layer [L], [L]."""
-        layer, device, slot = np.nonzero(placement.slots != EMPTY)
-        expert = placement.slots[layer, device, slot]
-        part = load[layer, expert] / placement.replicas[layer, expert]
-        tokens, active = np.zeros((2, placement.layers, placement.devices))
-        np.add.at(tokens, (layer, device), part)
-        # Chance that a step brings an expert any token, if they come independently.
-        np.add.at(active, (layer, device), -np.expm1(-part))
+        share = load / placement.replicas
+        # The second is the chance that a step brings an expert any token, if they come
+        # independently.
+        tokens, active = (
+            np.einsum("lde,le->ld", placement.held, of) for of in (share, -np.expm1(-share))
+        )
         times = np.asarray(self.cost_model.compute_us(tokens, active), dtype=np.float64)
         return tokens.max(axis=1), times.max(axis=1)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moetuner.placement import EMPTY
+
+SAME_WEIGHT = {Tensor.detach, Tensor.clone, Tensor.to, Tensor.cpu, Tensor.__deepcopy__}
 
 
 class ExpertTensor(DTensor):
@@ -37,33 +40,25 @@ class ExpertTensor(DTensor):
         whole = DTensor.from_local(
             local, mesh, [Partial()], run_check=False, shape=like.shape, stride=like.stride()
         )
-        weight = ExpertTensor(whole._local_tensor, whole._spec, requires_grad=False)
+        return ExpertTensor._like(whole, whole._local_tensor, ranks)
+
+    def _like(self: DTensor, local: Tensor, ranks: list[int]) -> ExpertTensor:
+        weight = ExpertTensor(local, self._spec, requires_grad=False)
         weight.ranks = ranks
         return weight
 
-    def _map(self, call: Callable[[Tensor], Tensor]) -> ExpertTensor:
-        weight = ExpertTensor(call(self._local_tensor), self._spec, requires_grad=False)
-        weight.ranks = self.ranks
-        return weight
-
-    def detach(self) -> ExpertTensor:
-        """Return the same memory."""
-        return self._map(Tensor.detach)
-
-    def clone(self, **options: Any) -> ExpertTensor:
-        """Return the same weight in new memory."""
-        return self._map(lambda local: local.clone(**options))
-
-    def to(self, *arguments: Any, **options: Any) -> ExpertTensor:
-        """Return the weight on another device, or of another type."""
-        return self._map(lambda local: local.to(*arguments, **options))
-
-    def cpu(self, *arguments: Any) -> ExpertTensor:
-        """Return the weight in the memory of the host."""
-        return self._map(lambda local: local.cpu(*arguments))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertTensor:
-        return self.clone()
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Apply what gives the same weight, in other memory or of another type, to what is here."""
+        kwargs = kwargs or {}
+        if function not in SAME_WEIGHT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        weight, *more = args
+        local = function(weight._local_tensor, *more, **kwargs)
+        return weight._like(local, weight.ranks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._local_tensor.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
@@ -96,45 +91,15 @@ class ExpertTensor(DTensor):
         return self._local_tensor
 
 
-class ByExpert:
-    """Weights by names such as ``3.up``, which are attributes as well: first ``3``, then ``up``.
-
-    So ``torch.distributed.checkpoint`` finds what the keys of a state name.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = dict(weights)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the weight of that name, or those whose names begin with it."""
-        weights = self.__dict__.get("weights", {})
-        if name in weights:
-            return weights[name]
-        start = f"{name}."
-        below = {key.removeprefix(start): w for key, w in weights.items() if key.startswith(start)}
-        if not below:
-            raise AttributeError(f"no expert or weight {name!r}")
-        return ByExpert(below)
-
-
 def by_expert(
     weights: Mapping[str, Tensor],
     slots: NDArray[np.int32],
     rank: int,
     group: dist.ProcessGroup | None,
-) -> ByExpert:
-    """Return the weights of all experts one by one, as views of a rank's weights [S,...].
+) -> dict[str, Tensor]:
+    """Return weights of experts by names such as ``3.up``, as views of a rank's weights [S,...].
 
-    Parameters
-    ----------
-    weights
-        Weights by name [S,...].
-    slots
-        Experts of the slots of all ranks [D,S], -1 for none.
-    rank
-        This one.
-    group
-        The ranks.
+    ``slots`` [D,S] are the experts on all ranks of the group, -1 for none.
     """
     views: dict[str, Tensor] = {}
     own = slots[rank].tolist()
@@ -143,59 +108,55 @@ def by_expert(
             local = weight[own.index(expert)] if expert in own else None
             if len(slots) > 1 and weight.ndim > 1:
                 ranks = np.flatnonzero((slots == expert).any(axis=1)).tolist()
-                mesh = mesh_of(group, "cpu" if weight.is_meta else weight.device.type)
+                kind = "cpu" if weight.is_meta else weight.device.type
+                mesh = _mesh(group or dist.group.WORLD, kind)
                 local = ExpertTensor.of(local, weight[0], ranks, mesh)
             if local is not None:
                 views[f"{expert}.{name}"] = local
-    return ByExpert(views)
+    return views
+
+
+def nested(weights: Mapping[str, Tensor]) -> SimpleNamespace:
+    """Return weights by names such as ``3.up`` as attributes: first ``3``, then ``up``.
+
+    So ``torch.distributed.checkpoint`` finds what the keys of a state name.
+    """
+    root = SimpleNamespace()
+    for key, weight in weights.items():
+        *path, name = key.split(".")
+        at = root
+        for part in path:
+            at = vars(at).setdefault(part, SimpleNamespace())
+        setattr(at, name, weight)
+    return root
 
 
 def stacked(
     name: str, weight: Tensor, slots: Sequence[int], given: Mapping[str, Any]
 ) -> tuple[Tensor, list[str], list[str]]:
-    """Put the weights of experts in the order of slots.
+    """Put given weights of experts, by names such as ``3.up``, in the order of slots [S].
 
-    Parameters
-    ----------
-    name, weight
-        A weight as it is [S,..]: empty slots keep theirs.
-    slots
-        Experts of the slots, -1 for none.
-    given
-        Weights by expert and name, as ``3.up``.
-
-    Returns
-    -------
-    tuple
-        The weight to be [S,..], keys that are missing, and what else is wrong.
+    Returns the weight to be [S,..], in which empty slots stay as they are, keys that are missing,
+    and what else is wrong.
     """
-    missing: dict[str, None] = {}
-    wrong: list[str] = []
-    rows: list[Tensor | None] = []
-    for expert in slots:
+    missing, wrong = [], []
+    rows: dict[int, Tensor] = {}
+    for slot, expert in enumerate(slots):
         key = f"{expert}.{name}"
         value: Any = given.get(key)
         value = value.to_local() if hasattr(value, "to_local") else value
-        if expert != EMPTY and value is None:
-            missing[key] = None
-        elif value is not None and value.shape != weight.shape[1:]:
-            shapes = list(weight.shape[1:]), list(value.shape)
-            wrong.append(f"{key} must be {shapes[0]}, got {shapes[1]}")
-            value = None
-        rows.append(value)
-    like = next((row for row in rows if row is not None), weight)
+        if value is None:
+            missing += [key] if expert != EMPTY else []
+        elif value.shape != weight.shape[1:]:
+            wrong.append(f"{key} must be {list(weight.shape[1:])}, got {list(value.shape)}")
+        else:
+            rows[slot] = value
+    like = next(iter(rows.values()), weight)
     whole = like.new_zeros(weight.shape)
-    for slot, row in enumerate(rows):
-        if row is not None or not weight.is_meta:
-            whole[slot] = weight[slot].detach() if row is None else row
-    return whole, list(missing), wrong
+    for slot in range(len(slots)):
+        if slot in rows or not weight.is_meta:
+            whole[slot] = rows.get(slot, weight[slot].detach())
+    return whole, missing, wrong
 
 
-def mesh_of(group: dist.ProcessGroup | None, device: str) -> DeviceMesh:
-    """Return the ranks of a group, None for all, as a mesh of devices of a type."""
-    return _mesh(group or dist.group.WORLD, device)
-
-
-@cache
-def _mesh(group: dist.ProcessGroup, device: str) -> DeviceMesh:
-    return DeviceMesh.from_group(group, device)
+_mesh = cache(DeviceMesh.from_group)

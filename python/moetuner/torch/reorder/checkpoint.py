@@ -16,19 +16,28 @@ from torch import Tensor
 
 from moetuner._checks import flag, instance
 from moetuner.files import naming, read_whole, replacing, safetensors
+from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
-from moetuner.torch.reorder.keys import TensorChange, blocks_of, check_ties, plan
-from moetuner.torch.reorder.order import Order, check_groups, groups_chosen, order_of
-from moetuner.torch.reorder.state import TensorFacts, bits_of, facts_of, renumbered
+from moetuner.torch.reorder.plan import (
+    Order,
+    TensorChange,
+    TensorFacts,
+    bits_of,
+    blocks_of,
+    check_groups,
+    check_ties,
+    facts_of,
+    groups_chosen,
+    order_of,
+    plan,
+    renumbered,
+)
 
 Changes = dict[str, TensorChange]
 Plan = Callable[[Mapping[str, TensorFacts]], Changes]
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
-
-# Whole numbers of 16 bits or more, as safetensors calls them.
-WHOLE = {"I16", "I32", "I64", "U16", "U32", "U64"}
 
 # The same weights in another format would stay in their old order, and be taken for the new ones.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -137,24 +146,23 @@ class _Shard:
 
     def facts(self) -> dict[str, TensorFacts]:
         """Return shapes and kinds of numbers by name."""
+        kinds = {code: of.kind in "iu" and of.itemsize > 1 for code, of in DTYPES.items()}
         return {
-            name: TensorFacts(tuple(entry["shape"]), entry["dtype"] in WHOLE)
+            name: TensorFacts(tuple(entry["shape"]), kinds.get(entry["dtype"], False))
             for name, entry in self.entries.items()
         }
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a small tensor."""
+    def bits(self, name: str, experts: int) -> NDArray[np.uint8]:
+        """Return the bytes of a small tensor for each expert [E,..]."""
         begin, end = self.entries[name]["data_offsets"]
-        with self.path.open("rb") as file:
-            file.seek(self.header.data + begin)
-            return file.read(end - begin)
+        place = TensorInFile(np.dtype(np.uint8), (end - begin,), self.header.data + begin)
+        return safetensors.read(self.path, place).reshape(experts, -1)
 
     def renumbered(self, name: str, ids: NDArray[np.int64]) -> bytes:
         """Return a table of experts' ids with their new numbers."""
-        dtype = self.entries[name]["dtype"].lower()
-        kind = np.dtype(f"<{dtype[0]}{int(dtype[1:]) // 8}")
-        old = torch.from_numpy(np.frombuffer(self.read(name), kind).astype(np.int64))
-        return renumbered(name, old, ids).numpy().astype(kind).tobytes()
+        old = safetensors.read(self.path, self.header.tensor(name))
+        new = renumbered(name, torch.from_numpy(old.astype(np.int64)), ids).numpy()
+        return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
     def write(self, path: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
         """Write the file with new names, row orders and ids; every tensor keeps its place."""
@@ -205,12 +213,9 @@ def _permute_folder(source: Path, out: Path, planned: Plan) -> Path:
                 raise ValueError(f"{shard.path}: tensor {name} is in another file as well")
             shard_of[name], facts[name] = shard, own
 
-    def rows(name: str, experts: int) -> NDArray[np.uint8]:
-        return np.frombuffer(shard_of[name].read(name), np.uint8).reshape(experts, -1)
-
     with naming(source):
         changes = planned(facts)
-        check_ties(changes, rows)
+        check_ties(changes, lambda name, experts: shard_of[name].bits(name, experts))
         # Before anything is written.
         tables = {
             name: shard_of[name].renumbered(name, change.ids)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
-from moetuner.torch.reorder.keys import TensorChange, check_ties, plan
-from moetuner.torch.reorder.order import Order, check_groups, order_of
-from moetuner.torch.reorder.state import bits_of, facts_of, renumbered
+from moetuner.torch.reorder.plan import (
+    Order,
+    TensorChange,
+    bits_of,
+    check_groups,
+    check_ties,
+    facts_of,
+    order_of,
+    plan,
+    renumbered,
+)
 
 
 def apply_placement(
@@ -148,62 +156,49 @@ def _once(
     changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
 ) -> dict[str, TensorChange]:
     """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
-    moved = {n: c for n, c in changes.items() if c.order is not None or c.ids is not None}
+
+    def move(name: str) -> tuple[Any, ...] | None:
+        tensor, change = tensors[name], changes[name]
+        orders = [None if of is None else of.tobytes() for of in (change.order, change.ids)]
+        if orders == [None, None]:
+            return None
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), *orders
+
     once: dict[str, TensorChange] = {}
     # Sorted by where they begin, whatever overlaps follows at once.
     ends: dict[int, tuple[int, str]] = {}
     for name, (memory, begin, end) in sorted(_spans(tensors).items(), key=lambda item: item[1]):
         until, last = ends.get(memory, (begin, name))
-        one, other = moved.get(name), moved.get(last)
-        if until > begin and (one or other):
-            a, b = tensors[name], tensors[last]
-            alike = (
-                one is not None
-                and other is not None
-                and (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
-                and _same(one.order, other.order)
-                and _same(one.ids, other.ids)
+        if until <= begin:
+            once |= {} if move(name) is None else {name: changes[name]}
+        elif move(name) != move(last):
+            raise ValueError(
+                f"{name}: must not share memory with {last}, which does not move with it"
             )
-            if not alike:
-                raise ValueError(
-                    f"{name}: must not share memory with {last}, which does not move with it"
-                )
-        elif one is not None:
-            once[name] = one
         if end > until or name == last:
             ends[memory] = (end, name)
     return once
-
-
-def _same(one: NDArray[np.int64] | None, other: NDArray[np.int64] | None) -> bool:
-    return (one is None) == (other is None) and np.array_equal(one, other)  # type: ignore[arg-type]
 
 
 def _spans(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
     """Return memory, first byte and end of every tensor that is in memory."""
     spans = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
-            continue
-        size, begin = tensor.element_size(), int(tensor.storage_offset())
-        ends = ((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        length = sum(map(int, ends))
-        memory = tensor.untyped_storage().data_ptr()
-        spans[name] = (memory, begin * size, (begin + length + 1) * size)
+        if not (tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel()):
+            begin, last = int(tensor.storage_offset()), 0
+            for length, step in zip(tensor.shape, tensor.stride(), strict=True):
+                last += (length - 1) * step
+            size, memory = tensor.element_size(), tensor.untyped_storage().data_ptr()
+            spans[name] = (memory, begin * size, (begin + last + 1) * size)
     return spans
 
 
 def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
     """Check that no list of experts is that of another block as well."""
     lists = {id(la.experts): la for la in layers if isinstance(la.experts, nn.ModuleList)}
-    if not lists:
-        return
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules(remove_duplicate=False) if lists else ():
         layer = lists.get(id(module))
-        if layer is None or name == _join(_block(layer), "experts"):
-            continue
-        holder = model.get_submodule(name.rpartition(".")[0])
-        if holder is not layer.block:
+        if layer is not None and model.get_submodule(name.rpartition(".")[0]) is not layer.block:
             raise ValueError(
                 f"{name}: must not be the experts of {_block(layer)}, whose router is another"
             )
@@ -213,27 +208,14 @@ def _block(layer: MoELayer) -> str:
     return layer.name.rpartition(".")[0]
 
 
-def _join(block: str, child: str) -> str:
-    return f"{block}.{child}" if block else child
-
-
 def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:
     """Move rows along the cycles of the order, with one row to spare."""
     rows = tensor if len(tensor) == len(order) else tensor[0]
-    for cycle in _cycles(order.tolist()):
-        spare = rows[cycle[0]].clone()
-        for here, there in pairwise(cycle):
-            rows[here].copy_(rows[there])
-        rows[cycle[-1]].copy_(spare)
-
-
-def _cycles(order: list[int]) -> Iterator[list[int]]:
-    """Return cycles of positions, each of which takes what the next one holds."""
     left = set(range(len(order)))
     while left:
-        cycle = [left.pop()]
-        while (following := order[cycle[-1]]) != cycle[0]:
-            cycle.append(following)
-            left.discard(following)
-        if len(cycle) > 1:
-            yield cycle
+        first = here = left.pop()
+        spare = rows[first].clone()
+        while (following := int(order[here])) != first:
+            rows[here].copy_(rows[following])
+            left.discard(here := following)
+        rows[here].copy_(spare)

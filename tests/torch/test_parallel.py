@@ -1,0 +1,84 @@
+"""ExpertParallelMoE, its states and the Rebalancer, on real processes joined by gloo."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+import rank_layer
+import rank_rebalance
+import rank_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import answers, values
+
+MODULES = [rank_layer, rank_state, rank_rebalance]
+if find_spec("transformers"):
+    import rank_transformers
+
+    MODULES.append(rank_transformers)
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """Give a function that runs a module's checks on some ranks: errors by rank and check."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+
+    @cache
+    def run(name, ranks):
+        if name == "rank_transformers" and ranks > 1:
+            run(name, 1)  # writes the models
+        return values(ranks, "rank_layer.checked", name, folder, timeout=110)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("module", "ranks", "check"),
+    [
+        (module.__name__, ranks, check.__name__)
+        for module in MODULES
+        for ranks, checks in module.CHECKS.items()
+        for check in checks
+    ],
+)
+def test_on_every_rank(module, ranks, check, wrong):
+    """What the check's docstring says is so on all ranks."""
+    for rank, errors in enumerate(wrong(module, ranks)):
+        assert check not in errors, f"rank {rank}: {errors[check]}"
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_rank_lost_in_the_middle_of_a_move(how):
+    """The others give up within the timeout under the old placement, a late one when it is back."""
+    for rank, answer in enumerate(answers(4, "rank_rebalance.lost_rank", how)):
+        if how == "killed" and rank == 2:
+            assert answer.exit == 3
+            continue
+        message, seconds, unchanged = answer.value
+        assert "the old placement stays in force" in message
+        assert seconds < (4 if how == "killed" else 10 if rank != 2 else 16)
+        assert unchanged
+
+
+NAMES = [
+    *("unobserved", "miscounted", "not a number", "late", "skipped", "memory", "solver", "judge"),
+    *("half a fill", "late fill", "put", "half a put"),
+]
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 2)), min_size=5, max_size=5))
+def test_any_faults_are_lived_through(faults):
+    """Ranks always end and agree, steps work again within four, and traffic is followed."""
+    ranks = values(3, "rank_rebalance.faulty", faults, timeout=120)
+    for at, step in enumerate(zip(*(steps for steps, _ in ranks), strict=True)):
+        outcomes, placements, right = zip(*step, strict=True)
+        assert len(set(placements)) == 1
+        assert all(right)
+        assert len({outcome for outcome in outcomes if outcome != "skipped"}) == 1
+        if at % 5 == 4:
+            assert "MoveError" not in outcomes, faults
+    assert [moved for _, moved in ranks] == [True] * 3
