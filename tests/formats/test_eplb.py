@@ -44,9 +44,3 @@ def test_empty_slots_are_refused():
     placement = mt.Placement(np.array([[[0, 1], [2, -1]]]))
     with pytest.raises(ValueError, match="layer 0, device 1: slot 1 is empty"):
         eplb_maps(placement)
-
-
-def test_other_names_are_refused(tmp_path):
-    """A .npz is not written under another name."""
-    with pytest.raises(ValueError, match=r"\.npz"):
-        write_placement(replicated(), "eplb", tmp_path / "maps.json", Hints())

@@ -93,10 +93,7 @@ def read_header(path: Path) -> Header:
                     f"bytes, got {length} in a file of {size}"
                 )
             text = file.read(length)
-        try:
-            fields = parse_json(text.decode())
-        except ValueError as error:
-            raise ValueError(f"safetensors header must be JSON: {error}") from None
+        fields = parse_json(text)
         if not isinstance(fields, dict):
             raise ValueError(f"safetensors header must be an object, got {type(fields).__name__}")
         metadata = fields.pop("__metadata__", {})
