@@ -35,16 +35,10 @@ def saved(placement, tmp_path):
 
 
 @pytest.fixture
-def recording(trace, tmp_path):
+def recording(make_trace, tmp_path):
     """Save a trace."""
-    trace(60, 2, 2, 8).save(tmp_path / "trace.safetensors")
+    make_trace(60, 2, 2, 8).save(tmp_path / "trace.safetensors")
     return tmp_path / "trace.safetensors"
-
-
-@pytest.fixture
-def trace(make_trace):
-    """Make a trace."""
-    return make_trace
 
 
 def reading(path):

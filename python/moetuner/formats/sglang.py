@@ -32,7 +32,7 @@ from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
 from moetuner.formats.responses import arrays_in, decoded, trace_of
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import files_in, first_file
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -46,9 +46,7 @@ INT32 = np.dtype("<i4")
 
 def recognises(path: Path) -> bool:
     """Whether a file or folder holds dumps of the recorder."""
-    if path.is_dir():
-        files = sorted(path.iterdir())[:1]
-        return bool(files) and files[0].is_file() and recognises(files[0])
+    path = first_file(path)
     start = head(path, 1 << 16)
     if not start.startswith(b"PK") or not pickled.is_pickled(path):
         return False
