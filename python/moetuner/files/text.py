@@ -28,7 +28,8 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
     """
     try:
         refuse = None if allow_nan else _refuse
-        return json.loads(content, object_pairs_hook=_once, parse_constant=refuse)
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        return json.loads(text, object_pairs_hook=_once, parse_constant=refuse)
     except RecursionError:
         raise ValueError("must be JSON: nested too deeply") from None
     except ValueError as error:
