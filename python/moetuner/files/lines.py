@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.files import naming
-from moetuner.files.text import parse_json
+from moetuner.files.text import parse_object
 
 Taken = TypeVar("Taken")
 
@@ -122,9 +122,7 @@ def batches(
             end = block.find(b"\n", at) + 1 or len(block)
             if line := block[at:end].strip():
                 with naming(f"line {number}"):
-                    fields = parse_json(line, allow_nan=True)
-                    if not isinstance(fields, dict):
-                        raise ValueError(f"must be a JSON object, got {type(fields).__name__}")
+                    fields = parse_object(line)
                     if number > 1 or not is_header(fields):
                         yield _single(fields, keys, number)
             at, number = end, number + 1
