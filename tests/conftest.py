@@ -1,5 +1,6 @@
 """Fixtures of several test modules, and how long hypothesis searches."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -97,3 +98,9 @@ def ok(run, monkeypatch):
         return out
 
     return ok
+
+
+@pytest.fixture
+def as_json(ok):
+    """Run a command that must succeed in silence, and give what ``--json -`` prints."""
+    return lambda *arguments: json.loads(ok(*arguments, "--json", "-"))

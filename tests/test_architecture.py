@@ -36,23 +36,23 @@ MAY_IMPORT = {
     "problem": (*VALUES, "evaluation"),
     "solver.effort": (),
     # The one clock.
-    "solver.budget": (),
+    "solver.budget": ("solver.effort",),
     "solver.bounds.certificate": ("files", "topology"),
     "solver.result": ("solver.bounds.certificate", "solver.budget", *SOLVER),
     "solver.run": ("solver.result", "solver.bounds.certificate", *EFFORT, *SOLVER),
-    "solver.search": ("solver.result", *EFFORT, *SOLVER),
-    "solver.terms": ("solver.search", *SOLVER),
+    "solver.unseen": ("solver.result",),
+    "solver.terms": ("solver.unseen", *SOLVER),
     "solver.bounds": ("solver.run", "solver.result", *EFFORT, *SOLVER),
     "solver.milp": ("solver.result", *EFFORT, *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.run", "solver.result", *EFFORT, *SOLVER),
     "solver.balancing": ("solver.effort", "placement"),
-    "solver.rebalancing": ("solver.effort", "solver.search.level", "placement"),
+    "solver.rebalancing": ("solver.effort", "solver.unseen", "placement"),
     # No stage knows a method.
     "solver.stages": (
         "solver.run",
         "solver.result",
         "solver.terms",
-        "solver.search",
+        "solver.unseen",
         "solver.bounds",
         *EFFORT,
         *SOLVER,
@@ -104,17 +104,17 @@ KNOWN = {name(path) for path in MODULES} | {"_core"}
 @cache
 def imports(path):
     """Modules that a file imports: at the top, in functions, and for type checkers alike."""
-    found = set()
+    actual = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            actual.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 is_module = inner.removeprefix("moetuner.") in KNOWN
-                found.add(inner if is_module else node.module)
-    return frozenset(found)
+                actual.add(inner if is_module else node.module)
+    return frozenset(actual)
 
 
 def own_imports(path):

@@ -45,23 +45,23 @@ def test_compute_is_the_larger_of_two_lines():
 def test_fit_recovers_what_made_the_measurements(seed, outliers):
     """With noise of 3 %, and some wild ones, times are predicted within 5 %."""
     tokens, experts = grid()
-    found = mt.CostModel.fit(
+    actual = mt.CostModel.fit(
         tokens, experts, measured(tokens, experts, seed, outliers=outliers), token_bytes=1
     )
     wanted = MODEL.compute_us(tokens, experts)
-    assert np.abs(found.compute_us(tokens, experts) / wanted - 1).max() < 0.05
-    assert found.token_us == pytest.approx(MODEL.token_us, rel=0.04)
-    assert found.expert_us == pytest.approx(MODEL.expert_us, rel=0.1)
+    assert np.abs(actual.compute_us(tokens, experts) / wanted - 1).max() < 0.05
+    assert actual.token_us == pytest.approx(MODEL.token_us, rel=0.04)
+    assert actual.expert_us == pytest.approx(MODEL.expert_us, rel=0.1)
     if not outliers:
-        assert found.residual == pytest.approx(0.03, rel=0.35)
+        assert actual.residual == pytest.approx(0.03, rel=0.35)
 
 
 def test_fit_without_noise_is_exact():
     """Two lines that meet in the middle are found again."""
     tokens, experts = grid()
-    found = mt.CostModel.fit(tokens, experts, MODEL.compute_us(tokens, experts), token_bytes=1)
-    assert found.residual < 1e-6
-    assert [found.base_us, found.expert_us, found.start_us, found.token_us] == pytest.approx(
+    actual = mt.CostModel.fit(tokens, experts, MODEL.compute_us(tokens, experts), token_bytes=1)
+    assert actual.residual < 1e-6
+    assert [actual.base_us, actual.expert_us, actual.start_us, actual.token_us] == pytest.approx(
         [20, 3, 12, 0.05], rel=1e-3
     )
 
@@ -90,10 +90,10 @@ def test_a_line_through_one_size_is_refused():
 def test_a_fit_says_what_it_saw():
     """Both regimes, by number of measurements, in the file as well."""
     tokens, experts = grid()
-    found = mt.CostModel.fit(tokens, experts, measured(tokens, experts), token_bytes=1)
+    actual = mt.CostModel.fit(tokens, experts, measured(tokens, experts), token_bytes=1)
     by_tokens = int((12 + 0.05 * tokens > 20 + 3 * experts).sum())
-    assert sum(found.measured) == len(tokens)
-    assert found.measured[1] == pytest.approx(by_tokens, abs=5)
+    assert sum(actual.measured) == len(tokens)
+    assert actual.measured[1] == pytest.approx(by_tokens, abs=5)
 
 
 def test_repeats_of_a_batch_are_left_out_together():
@@ -102,10 +102,10 @@ def test_repeats_of_a_batch_are_left_out_together():
     tokens, experts = (np.repeat(column[::4], 20) for column in grid())
     # Every batch has an error of its own, which all its repeats have.
     own = np.repeat(np.exp(rng.normal(0, 0.2, len(tokens) // 20)), 20)
-    found = mt.CostModel.fit(
+    actual = mt.CostModel.fit(
         tokens, experts, MODEL.compute_us(tokens, experts) * own, token_bytes=1
     )
-    assert found.prediction_error > 1.15 * found.residual
+    assert actual.prediction_error > 1.15 * actual.residual
 
 
 @pytest.mark.parametrize("noise", [0.03, 0.1])
@@ -186,9 +186,9 @@ def test_a_faster_device_or_link_never_takes_longer():
 def test_a_row_over_a_link_costs_its_part_of_the_busiest_port():
     """One token more costs a D-th of its bytes, there and back or one way."""
     topology = mt.Topology(4, 2, intra_node_bandwidth=100e9, inter_node_bandwidth=10e9)
-    found = MODEL.crossing_us(topology, returns=True)
-    assert found == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])
-    assert MODEL.crossing_us(topology, returns=False) == pytest.approx(found / 4)
+    actual = MODEL.crossing_us(topology, returns=True)
+    assert actual == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])
+    assert MODEL.crossing_us(topology, returns=False) == pytest.approx(actual / 4)
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -134,11 +134,11 @@ class Reader:
         expected, _ = example.parsed
         if self.said is None:
             return "nothing before this fence prints anything; other fences name their language"
-        found = "".join(line.rstrip() + "\n" for line in self.said.splitlines())
+        actual = "".join(line.rstrip() + "\n" for line in self.said.splitlines())
         self.said, checker = None, doctest.OutputChecker()
-        if checker.check_output(expected, found, doctest.ELLIPSIS):
+        if checker.check_output(expected, actual, doctest.ELLIPSIS):
             return None
-        return checker.output_difference(doctest.Example("", expected), found, doctest.ELLIPSIS)
+        return checker.output_difference(doctest.Example("", expected), actual, doctest.ELLIPSIS)
 
     def mention(self, example: Example) -> str | None:
         """Run a command in running text that names files; know the others."""
@@ -149,8 +149,8 @@ class Reader:
         command = moetuner.commands.get(words[0])
         if command is None:
             return f"no command {words[0]}"
-        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-        unknown = [word for word in words[1:] if word.startswith("--") and word not in known]
+        there = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        unknown = [word for word in words[1:] if word.startswith("--") and word not in there]
         return f"unknown: {unknown}" if unknown else None
 
 
@@ -207,10 +207,10 @@ def test_examples_run(name, tmp_path, monkeypatch):
     if name.startswith("moetuner.torch"):
         pytest.importorskip("torch")
     module = importlib.import_module(name)
-    found = [each for each in doctest.DocTestFinder().find(module) if each.examples]
+    actual = [each for each in doctest.DocTestFinder().find(module) if each.examples]
     written = Path(module.__file__).read_text().count("    >>> ")
-    assert sum(len(each.examples) for each in found) == written
-    for each in found:
+    assert sum(len(each.examples) for each in actual) == written
+    for each in actual:
         assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(each).failed == 0
 
 
@@ -265,9 +265,9 @@ def test_lists_of_what_to_add_are_followed(title, about, bullets):
         for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", text):
             assert re.search(rf"\b{name}\b", content), f"{title}: {name} in {named}"
     if example:
-        found = {path for path in CODE if re.search(rf"\b{example[1]}\b", path.read_text())}
-        assert found, f"{title}: {example[1]}"
-        assert found <= files, f"{title}: {found - files}"
+        actual = {path for path in CODE if re.search(rf"\b{example[1]}\b", path.read_text())}
+        assert actual, f"{title}: {example[1]}"
+        assert actual <= files, f"{title}: {actual - files}"
 
 
 def test_every_list_is_followed():

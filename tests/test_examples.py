@@ -113,11 +113,11 @@ def test_notebook(tmp_path, monkeypatch):
     assert np.array_equal(heat.data[0].z, names["load"])
     assert [each.name for each in methods.data] == list(names["found"])
     for point in methods.data:
-        found = names["found"][point.name]
-        assert (point.x, point.y) == ((found.imbalance,), (found.fanout,))
+        actual = names["found"][point.name]
+        assert (point.x, point.y) == ((actual.imbalance,), (actual.fanout,))
     for line in over_time.data:
-        found = names["found"][line.name]
-        assert np.array_equal(line.y, found.imbalance_per_window)
+        actual = names["found"][line.name]
+        assert np.array_equal(line.y, actual.imbalance_per_window)
     assert [line.name for line in copies.data] == ["windows of 512", "windows of 8,192"]
     assert list(copies.data[0].x) == [0, 1, 2, 4]
 

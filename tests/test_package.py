@@ -150,8 +150,8 @@ def test_values_are_shown_in_a_few_lines(values):
     tables = {mt.Result, mt.Evaluation, mt.Audit, type(mt.structure(values[0][-1]))}
     assert {type(value) for value in with_table} == tables
     for value in with_table:
-        found = value._repr_html_()
-        rows = [row.count("</t") for row in found.split("\n")[1:-1]]
+        actual = value._repr_html_()
+        rows = [row.count("</t") for row in actual.split("\n")[1:-1]]
         assert len(rows) >= 2
         assert len(set(rows)) == 1
 
@@ -177,6 +177,6 @@ PUBLIC = [name for name in mt.__all__ if name != "__version__"]
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_are_there(name):
     """Every public class and function has an example; ``test_documents`` runs it."""
-    found = getattr(mt, name)
-    assert "\nExamples\n--------\n" in inspect.getdoc(found)
-    assert doctest.DocTestParser().get_examples(found.__doc__)
+    actual = getattr(mt, name)
+    assert "\nExamples\n--------\n" in inspect.getdoc(actual)
+    assert doctest.DocTestParser().get_examples(actual.__doc__)

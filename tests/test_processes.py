@@ -26,19 +26,19 @@ def work(threads=None, iterations=300):
     trace = mt.RoutingTrace.load(SAMPLE)
     statistics = mt.RoutingStatistics.from_trace(trace, window=512, threads=threads, sets=True)
     problem = mt.Problem(statistics, mt.Topology(4), regime="follow", max_imbalance=1.05)
-    found = [
+    actual = [
         mt.solve(problem, method, threads=threads, iterations=iterations).placement
         for method in ("heuristic", "paper")
     ]
-    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in found]
+    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in actual]
 
 
 def ends(pid, seconds=60):
     """Exit status of a child; None, and the child is killed, if it does not end."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        found, code = os.waitpid(pid, os.WNOHANG)
-        if found:
+        actual, code = os.waitpid(pid, os.WNOHANG)
+        if actual:
             return os.waitstatus_to_exitcode(code)
         time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
@@ -250,36 +250,27 @@ def test_memory_that_is_not_there_is_an_error():
     assert all(line.startswith("MemoryError") for line in lines), lines
 
 
-@pytest.mark.parametrize("limit", [float("inf"), 1e308, 1e9 + 1])
-@pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
-def test_a_limit_beyond_all_clocks_is_none(limit, objective):
-    """An infinite time limit, or one that no clock can count, gives the answer without a limit."""
-    load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
-    problem = mt.Problem(
-        mt.RoutingStatistics.from_load(load), mt.Topology(2), max_imbalance=1.5, objective=objective
-    )
-    how = {"method": "heuristic", "iterations": 500}
-    limited = mt.solve(problem, time_limit=limit, **how)
-    assert limited.placement == mt.solve(problem, **how).placement
-    assert limited.status != "time_limit"
+BEYOND = {"time_limit": (float("inf"), 1e308, 1e9 + 1), "max_imbalance": (1e300, 1.7e308, 1e10)}
 
 
 @pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
-@pytest.mark.parametrize("cap", [1e300, 1.7e308, 1e10])
-def test_a_cap_beyond_all_loads_is_none(cap, objective):
-    """A cap that no placement can break, however large, gives the answer without a cap."""
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, values in BEYOND.items() for v in values]
+)
+def test_a_limit_beyond_all_numbers_is_none(name, value, objective):
+    """Time that no clock can count, or a cap that no placement can break: as without a limit."""
     load = np.random.default_rng(1).integers(0, 99, (3, 2, 8)).astype(np.uint64)
     statistics = mt.RoutingStatistics.from_load(load)
-    found = [
-        mt.solve(
-            mt.Problem(statistics, mt.Topology(2), max_imbalance=each, objective=objective),
-            "heuristic",
-            iterations=500,
-        )
-        for each in (cap, float("inf"))
-    ]
-    assert found[0].placement == found[1].placement
-    assert not found[0].details.caps.raised
+
+    def answer(max_imbalance=float("inf"), **limit):
+        rules = {"max_imbalance": max_imbalance, "objective": objective}
+        problem = mt.Problem(statistics, mt.Topology(2), **rules)
+        return mt.solve(problem, "heuristic", iterations=500, **limit)
+
+    limited = answer(**{name: value})
+    assert limited.placement == answer().placement
+    assert limited.status != "time_limit"
+    assert not limited.details.caps.raised
 
 
 def test_deadlines_of_the_core_never_panic(layers):

@@ -20,21 +20,8 @@ IDS = random_ids(50, 3, 2, 8)
 
 def same(a, b):
     """Whether two traces say the same."""
-    for name in ("sequence", "group"):
-        x, y = getattr(a, name), getattr(b, name)
-        if (x is None) != (y is None) or (x is not None and not np.array_equal(x, y)):
-            return False
-    texts = ("num_experts", "group_names", "model")
-    return np.array_equal(a.expert_ids, b.expert_ids) and all(
-        getattr(a, name) == getattr(b, name) for name in texts
-    )
-
-
-def refused(text, **arguments):
-    """Expect from_arrays to refuse, in one line that contains ``text``."""
-    with pytest.raises(ValueError, match=re.escape(text)) as caught:
-        mt.RoutingTrace.from_arrays(**{"expert_ids": IDS, "num_experts": 8, **arguments})
-    assert "\n" not in str(caught.value)
+    names = ("expert_ids", "sequence", "group", "num_experts", "group_names", "model")
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 # ---- arrays
@@ -74,10 +61,10 @@ def test_any_integer_type_and_layout(dtype, layout):
         ids = np.repeat(ids, 2, axis=0)[::2]
     elif layout == "reversed":
         ids = ids[::-1].copy()[::-1]
-    found = mt.RoutingTrace.from_arrays(ids, num_experts=8).expert_ids
-    assert found.dtype == (np.uint16 if dtype == "<u2" else np.uint8)
-    assert found.flags.c_contiguous
-    assert np.array_equal(found, IDS)
+    actual = mt.RoutingTrace.from_arrays(ids, num_experts=8).expert_ids
+    assert actual.dtype == (np.uint16 if dtype == "<u2" else np.uint8)
+    assert actual.flags.c_contiguous
+    assert np.array_equal(actual, IDS)
 
 
 @pytest.mark.parametrize(("experts", "kind"), [(256, np.uint8), (300, np.uint16)])
@@ -102,7 +89,8 @@ def test_an_expert_twice_is_named(top_k):
     ids = random_ids(200, 2, top_k, 16)
     ids[150, 1, -1] = ids[150, 1, 0]
     rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, 0]} appears twice"
-    refused(rule, expert_ids=ids, num_experts=16)
+    with pytest.raises(ValueError, match=rule):
+        mt.RoutingTrace.from_arrays(ids, num_experts=16)
 
 
 def test_groups_without_names_are_numbered():
@@ -311,17 +299,6 @@ def test_real_traces(data):
         mt.RoutingTrace.load(data / "mixtral-8x7b-mmlu.npz")
 
 
-# ---- bad files
-
-
-def bad(path, text, **arguments):
-    """Expect load, or reading the shards, to fail in one line with the path in front."""
-    with pytest.raises((ValueError, OSError), match=re.escape(text)) as caught:
-        list(mt.RoutingTrace.load(path, **arguments).shards())
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_ids_in_a_file_are_named_by_their_place_in_it(tmp_path):
     """The token's number counts from the file's start, also through a selection."""
     ids = IDS.copy()
@@ -335,7 +312,8 @@ def test_ids_in_a_file_are_named_by_their_place_in_it(tmp_path):
             list(part.shards(60))
     np.save(path, ids.astype(">i8") - 1)
     negative = int(np.argwhere((ids == 0).any(axis=(1, 2)))[0, 0])
-    bad(path, f"a.npy: expert_ids: token {negative}, layer ", num_experts=300)
+    with pytest.raises(ValueError, match=f"a.npy: expert_ids: token {negative}, layer "):
+        list(mt.RoutingTrace.load(path, num_experts=300).shards())
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npy"])
@@ -375,5 +353,5 @@ def test_sequences_near_the_limit_join(labels):
     whole = mt.RoutingTrace.concat(parts)
     assert whole.sequence.dtype == np.int32
     wanted = [(at, label) for at, each in enumerate(labels) for label in each]
-    found = whole.sequence.tolist()
-    assert len(set(found)) == len(set(wanted)) == len(set(zip(found, wanted, strict=True)))
+    actual = whole.sequence.tolist()
+    assert len(set(actual)) == len(set(wanted)) == len(set(zip(actual, wanted, strict=True)))

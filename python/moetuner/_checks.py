@@ -383,14 +383,12 @@ def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64]
     given = [part for part in parts if part is not None]
     if len(given) < len(parts):
         return None
-    each = [distinct(part) for part in given]
-    ends = np.cumsum([len(labels) for labels in each])
-    if len(distinct(np.concatenate(each))) == ends[-1]:
+    labels = [distinct(part) for part in given]
+    ends = np.cumsum([len(of) for of in labels])
+    if len(distinct(np.concatenate(labels))) == ends[-1]:
         return np.concatenate(given).astype(np.int64)
-    starts = zip(given, each, ends, strict=True)
-    return np.concatenate(
-        [np.searchsorted(labels, part) + end - len(labels) for part, labels, end in starts]
-    )
+    rows = zip(given, labels, ends, strict=True)
+    return np.concatenate([np.searchsorted(of, part) + end - len(of) for part, of, end in rows])
 
 
 def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, as_json
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
@@ -59,8 +59,8 @@ class PlacementDiff(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
-        values = {of.name: getattr(self, of.name) for of in fields(self)}
-        return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in values.items()}
+        values: dict[str, Any] = as_json(vars(self))
+        return values
 
 
 def difference(
@@ -238,29 +238,26 @@ class Placement(Frozen):
         if slots.ndim != 3 or slots.size == 0 or not np.issubdtype(slots.dtype, np.integer):
             raise ValueError(
                 "slots must be integers [layers, devices, slots], none of them zero, "
-                f"got {slots.dtype} {list(slots.shape)}"
+                f"got {check.shown(slots)}"
             )
-        _, devices, per_device = slots.shape
-        check.check_slots(devices, per_device)
+        check.check_slots(*slots.shape[1:])
         given = check.whole_number("num_experts", self.num_experts, lowest=0)
-        if not given and int(slots.max()) >= devices * per_device:
+        most, highest = slots[0].size, int(slots.max())
+        if not given and highest >= most:
             raise ValueError(
-                f"slots must have expert ids below {devices * per_device}, the slots of a layer, "
-                f"got {slots.max()}"
+                f"slots must have expert ids below {most}, the slots of a layer, got {highest}"
             )
-        experts = given or max(int(slots.max()) + 1, 1)
-        if not 1 <= experts <= devices * per_device:
+        experts = given or max(highest + 1, 1)
+        if experts > most:
             raise ValueError(
-                f"num_experts must be from 1 to {devices * per_device}, a slot for each, "
-                f"got {experts}"
+                f"num_experts must be from 1 to {most}, a slot for each, got {experts}"
             )
         _check(slots, experts)
         slots = np.ascontiguousarray(slots, dtype=np.int32)
         if slots is self.slots or slots.base is not None:
             slots = slots.copy()
         slots.flags.writeable = False
-        object.__setattr__(self, "slots", slots)
-        object.__setattr__(self, "num_experts", experts)
+        vars(self).update(slots=slots, num_experts=experts)
         self._check_names()
 
     def _check_names(self) -> None:
@@ -370,8 +367,7 @@ class Placement(Frozen):
         if not names.keys() <= {*TEXTS, *FIGURES}:
             raise TypeError(f"names must be of {(*TEXTS, *FIGURES)}, got {sorted(names)}")
         named = copy(self)  # without another check: the slots cannot have changed
-        for name, value in names.items():
-            object.__setattr__(named, name, value)
+        vars(named).update(names)
         named._check_names()
         return named
 
@@ -388,13 +384,11 @@ class Placement(Frozen):
         """
         if (self.slots != EMPTY).all():
             return self
-        tokens = None if load is None else check.numbers_in("load", load)
+        tokens = None if load is None else check.amounts_in("load", load)
         if tokens is not None and tokens.shape != (self.layers, self.num_experts):
             raise ValueError(
                 f"load must be [{self.layers}, {self.num_experts}], got {list(tokens.shape)}"
             )
-        if tokens is not None and not (np.isfinite(tokens) & (tokens >= 0)).all():
-            raise ValueError("load must be finite and at least 0")
         slots = fill(self.slots, self.num_experts, load=tokens)
         # A solver's figures were of other copies.
         return replace(self, slots=slots, objective=None, bound=None)

@@ -71,8 +71,7 @@ class ExpertSets(Frozen):
         )
         if (ids[:, 1:] == ids[:, :-1]).any():
             raise ValueError("ids of an expert set must differ")
-        object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "counts", counts)
+        vars(self).update(ids=ids, counts=counts)
 
     @property
     def top_k(self) -> int:
@@ -135,6 +134,8 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 
 # Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
 PAIRS = {"transitions": 1, "coactivation": 0}
+# Fields that are no tables.
+ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
@@ -210,7 +211,12 @@ class RoutingStatistics(Frozen):
             raise ValueError(
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
-        object.__setattr__(self, "window_load", _narrowest(load))
+        vars(self).update(
+            window_load=_narrowest(load),
+            window=check.window_in(self.window),
+            group_names=check.names(self.group_names),
+            expert_size=check.expert_size(self.expert_size),
+        )
         _, layers, experts = load.shape
         for name, table in self._pairs.items():
             if table is not None:
@@ -218,24 +224,21 @@ class RoutingStatistics(Frozen):
                 whole = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
                 if whole.shape != shape:
                     raise ValueError(f"{name} must be {list(shape)}, got {list(whole.shape)}")
-                object.__setattr__(self, name, whole)
+                vars(self)[name] = whole
         for layer, counts in enumerate(self.coactivation if self.coactivation is not None else ()):
             if counts.diagonal().any() or not np.array_equal(counts, counts.T):
                 rule = "symmetric with a zero diagonal"
                 raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
         if self.sets is not None:
-            object.__setattr__(self, "sets", tuple(check.listed("sets", self.sets, "expert sets")))
+            vars(self)["sets"] = tuple(check.listed("sets", self.sets, "expert sets"))
             self._check_sets(self.sets)
         if self.set_tokens is not None:
             if self.sets is None:
                 raise ValueError("set_tokens must be None without sets")
             check.whole_number("set_tokens", self.set_tokens)
-        object.__setattr__(self, "group_names", check.names(self.group_names))
-        object.__setattr__(self, "expert_size", check.expert_size(self.expert_size))
         if self.group is not None:
-            group = check.groups(self.group, load.shape[0], self.group_names, np.int64)
-            object.__setattr__(self, "group", group)
-        object.__setattr__(self, "window", check.window_in(self.window))
+            group = check.groups(self.group, self.windows, self.group_names, np.int64)
+            vars(self)["group"] = group
         check.text_or_none("model", self.model)
 
     def _check_sets(self, sets: tuple[ExpertSets, ...]) -> None:
@@ -336,8 +339,7 @@ class RoutingStatistics(Frozen):
             set_tokens=None if every == 1 else -(-trace.tokens // every),
         )
         # What the core has counted needs no check, which takes as long as writing it.
-        for name, table in zip(PAIRS, pairs, strict=True):
-            object.__setattr__(statistics, name, table)
+        vars(statistics).update(zip(PAIRS, pairs, strict=True))
         return statistics
 
     @classmethod
@@ -483,20 +485,9 @@ class RoutingStatistics(Frozen):
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
-        contents.write_statistics(
-            check.path_in(path),
-            {
-                "load": self.window_load,
-                **self._pairs,
-                "group": self.group,
-                **to_tables(self.sets),
-            },
-            window=self.window,
-            set_tokens=self.set_tokens,
-            group_names=self.group_names,
-            model=self.model,
-            expert_size=self.expert_size,
-        )
+        pairs = {"load": self.window_load, **self._pairs, "group": self.group}
+        about: Any = {name: getattr(self, name) for name in ABOUT}
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), **about)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
@@ -514,18 +505,9 @@ class RoutingStatistics(Frozen):
         """
         saved = contents.read_statistics(check.path_in(path))
         with naming(path):
-            load = saved.tables["load"]
-            return cls(
-                load[None] if load.ndim == 2 else load,
-                **{name: saved.tables.get(name) for name in PAIRS},
-                window=saved.window,
-                group=saved.tables.get("group"),
-                group_names=check.names(saved.group_names),
-                model=saved.model,
-                sets=from_tables(saved.tables),
-                expert_size=saved.expert_size,
-                set_tokens=saved.set_tokens,
-            )
+            about: Any = {name: saved.tables.get(name) for name in (*PAIRS, "group")}
+            about |= {name: getattr(saved, name) for name in ABOUT}
+            return cls.from_load(saved.tables["load"], sets=from_tables(saved.tables), **about)
 
 
 def _by_group(

@@ -63,9 +63,8 @@ class Tier(Frozen):
 def _set_link(of: Any, bandwidth: str, latency: str) -> None:
     """Check the numbers of a link, which are fields of a frozen value, and set them."""
     rate = check.positive(bandwidth, getattr(of, bandwidth), "number of bytes per second")
-    object.__setattr__(of, bandwidth, rate)
     seconds = check.not_negative(latency, getattr(of, latency), "number of seconds")
-    object.__setattr__(of, latency, seconds)
+    vars(of).update({bandwidth: rate, latency: seconds})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,11 +124,11 @@ class Topology(Frozen):
     def __post_init__(self) -> None:
         check.whole_number("devices", self.devices, highest=check.DEVICE_LIMIT)
         check.text_or_none("name", self.name)
-        object.__setattr__(self, "tiers", tuple(check.listed("tiers", self.tiers, "Tier values")))
+        vars(self)["tiers"] = tuple(check.listed("tiers", self.tiers, "Tier values"))
         if self.tiers:
             self._set_from_tiers()
         if self.devices_per_node is None:
-            object.__setattr__(self, "devices_per_node", self.devices)
+            vars(self)["devices_per_node"] = self.devices
         check.whole_number("devices_per_node", self.devices_per_node, highest=check.DEVICE_LIMIT)
         if self.devices % self.node_size:
             raise ValueError(
@@ -141,13 +140,13 @@ class Topology(Frozen):
         if self.link_cost is not None:
             # Held as tuples, so that topologies compare, hash and cannot be changed.
             cost = checked(self.link_cost, self.devices)
-            object.__setattr__(self, "link_cost", tuple(map(tuple, cost.tolist())))
+            vars(self)["link_cost"] = tuple(map(tuple, cost.tolist()))
         if self.speed is not None:
             speed = check.per_device("speed", self.speed, self.devices)
             speeds = [
                 float(check.positive(f"speed of device {d}", of)) for d, of in enumerate(speed)
             ]
-            object.__setattr__(self, "speed", tuple(speeds))
+            vars(self)["speed"] = tuple(speeds)
         if self.slots_per_device is not None:
             slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
             counts = tuple(
@@ -156,7 +155,7 @@ class Topology(Frozen):
                 )
                 for device, value in enumerate(slots)
             )
-            object.__setattr__(self, "slots_per_device", counts)
+            vars(self)["slots_per_device"] = counts
 
     def _set_from_tiers(self) -> None:
         """Check tiers, and let the shorthand say the same as the first two."""
@@ -183,7 +182,7 @@ class Topology(Frozen):
                 raise ValueError(
                     f"{name} must be left out where tiers are given, got {getattr(self, name)}"
                 )
-            object.__setattr__(self, name, value)
+            vars(self)[name] = value
 
     @property
     def node_size(self) -> int:

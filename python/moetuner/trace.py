@@ -74,15 +74,16 @@ class RoutingTrace:
             )
         tokens = self.ids.shape[0]
         names = check.names(self.group_names)
-        checked: dict[str, Any] = {"num_experts": check.experts_in(self.num_experts)}
+        vars(self).update(
+            num_experts=check.experts_in(self.num_experts),
+            group_names=names,
+            expert_size=check.expert_size(self.expert_size),
+        )
         if self.sequence is not None:
-            checked["sequence"] = check.labels("sequence", self.sequence, tokens, np.int32)
+            vars(self)["sequence"] = check.labels("sequence", self.sequence, tokens, np.int32)
         if self.group is not None:
-            checked["group"] = check.groups(self.group, tokens, names, np.int16)
+            vars(self)["group"] = check.groups(self.group, tokens, names, np.int16)
         check.text_or_none("model", self.model)
-        checked |= {"group_names": names, "expert_size": check.expert_size(self.expert_size)}
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
 
     @classmethod
     def from_arrays(

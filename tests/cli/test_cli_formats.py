@@ -152,10 +152,10 @@ def test_commands_that_come_next_run_as_they_are(engine, words):
     statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
     problem = mt.Problem(statistics, mt.Topology(2))
     advice = SimpleNamespace(answer="worth a trial", knee=1, problem=problem)
-    found = next_commands(source, Machine(devices=2), advice, "contiguous", engine)
-    assert " --devices 2 --num-experts 16 --for " in found[0]
-    assert found[1].endswith("completions.json --num-experts 16 --out report.html")
-    assert any(words in line for line in found[2:])
+    actual = next_commands(source, Machine(devices=2), advice, "contiguous", engine)
+    assert " --devices 2 --num-experts 16 --for " in actual[0]
+    assert actual[1].endswith("completions.json --num-experts 16 --out report.html")
+    assert any(words in line for line in actual[2:])
 
 
 def test_layers_that_nobody_numbers_are_said_to_start_at_0(ok, tmp_path):

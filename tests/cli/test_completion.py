@@ -31,7 +31,7 @@ def test_every_shell_gets_a_script(shell, words, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("begun", "found"),
+    ("begun", "actual"),
     [
         (["so"], ["plain,solve"]),
         (["solve", "--meth"], ["plain,--method"]),
@@ -45,11 +45,11 @@ def test_every_shell_gets_a_script(shell, words, monkeypatch, capsys):
         (["collect", "mod"], ["file,mod"]),
     ],
 )
-def test_what_is_begun_is_completed(begun, found):
+def test_what_is_begun_is_completed(begun, actual):
     """Commands, options, choices, methods, machines and files."""
     shell = BashComplete(moetuner, {}, "moetuner", "_MOETUNER_COMPLETE")
     items = shell.get_completions(begun[:-1], begun[-1])
-    assert [shell.format_completion(item) for item in items] == found
+    assert [shell.format_completion(item) for item in items] == actual
 
 
 def test_in_bash(tmp_path):

@@ -36,13 +36,13 @@ def test_advise_says_what_json_has(ok, skewed, tmp_path):
     """The answer, the table and the next commands; the commands run as they stand."""
     file = tmp_path / "advice.json"
     out = ok("advise", skewed, *FEW, "--expert-bytes", 1e6, "--json", file)
-    found = json.loads(file.read_text())
-    assert found["answer"].capitalize() in out
-    assert all(each in out for each in found["reasons"][1:])
-    assert found["settings"]["expert_bytes"] == 1e6
-    for line in found["commands"]:
+    actual = json.loads(file.read_text())
+    assert actual["answer"].capitalize() in out
+    assert all(each in out for each in actual["reasons"][1:])
+    assert actual["settings"]["expert_bytes"] == 1e6
+    for line in actual["commands"]:
         assert line in out
-    (line,) = (each for each in found["commands"] if each.startswith("moetuner solve"))
+    (line,) = (each for each in actual["commands"] if each.startswith("moetuner solve"))
     arguments = shlex.split(line)[1:]
     arguments[arguments.index("--out") + 1] = str(tmp_path / "placement.json")
     assert "wrote" in ok(*arguments)
@@ -71,16 +71,16 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine):
     """The engine stands in the commands, and no copies where it has none, with the reason."""
     file, how = tmp_path / "advice.json", ("--for", engine, "--copies", "0,1", "--splits", 1)
     out = ok("advise", skewed, "--devices", 4, *how, "--json", file)
-    found = json.loads(file.read_text())
-    assert any(f"--for {engine}" in each for each in found["commands"])
+    actual = json.loads(file.read_text())
+    assert any(f"--for {engine}" in each for each in actual["commands"])
     # What serves it is last, with as many copies as the placement has.
     served = {"vllm": "vllm serve", "sglang": "sglang.launch_server"}.get(engine, "--checkpoint")
-    assert served in found["commands"][-1]
-    counts = [each["per_device"] for each in found["copies"]]
+    assert served in actual["commands"][-1]
+    counts = [each["per_device"] for each in actual["copies"]]
     assert counts == ([0] if engine == "megatron" else [0, 1])
     left_out = "Copies were left out: Megatron-Core loads a placement as a renumbered checkpoint"
     assert (left_out in out) == (engine == "megatron")
-    assert found["settings"]["split"] == ("nearest" if engine == "sglang" else "even")
+    assert actual["settings"]["split"] == ("nearest" if engine == "sglang" else "even")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine):
 def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, arguments):
     """No time that anything took is in it, as long as nobody limits it."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
-    (command, *others), page, found = arguments, tmp_path / "page.html", []
+    (command, *others), page, actual = arguments, tmp_path / "page.html", []
     words = (command, trace, *others, "--report", page)
     if command == "report":
         placement = tmp_path / "placement.json"
@@ -103,11 +103,11 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
         words = (command, placement, trace, "--out", page)
     for _ in range(2):
         ok(*words)
-        found.append(page.read_text())
-    assert found[0] == found[1]
-    assert found[0].count("<section") == 10
-    assert re.search("<h1[^>]*>[^<]+</h1>", found[0])
-    assert found[0].count("<strong>") >= 3
+        actual.append(page.read_text())
+    assert actual[0] == actual[1]
+    assert actual[0].count("<section") == 10
+    assert re.search("<h1[^>]*>[^<]+</h1>", actual[0])
+    assert actual[0].count("<strong>") >= 3
 
 
 def test_load_tables_have_reports(ok, tmp_path):

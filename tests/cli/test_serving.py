@@ -30,29 +30,29 @@ def trace(make_trace, tmp_path):
         (("--cost-model", "h100:512x256", "--arrival", 0.3, "--devices-per-node", 2), ()),
     ],
 )
-def test_all_commands_name_the_time_that_solve_names(ok, trace, tmp_path, how, slots):
+def test_all_commands_name_the_time_that_solve_names(as_json, trace, tmp_path, how, slots):
     """Under the same options evaluate, report, audit and compare predict the time of solve."""
     p, page, model = tmp_path / "p.json", tmp_path / "page.html", "predicted_layer_us"
 
     def run(*arguments):
-        return json.loads(ok(*arguments, "--devices", 4, "--window", 128, *how, "--json", "-"))
+        return as_json(*arguments, "--devices", 4, "--window", 128, *how)
 
     compared = run("compare", trace, "--methods", "lpt,eplb", "--holdout", 0, *slots)
-    found = {
+    actual = {
         "solve": run("solve", trace, "--method", "eplb", "--out", p, *slots)[model],
         "evaluate": run("evaluate", p, trace)[model],
         "report": run("report", p, trace, "--out", page)["proposed"][model],
         "audit": run("audit", p, trace, "--resamples", 10)["all"][model]["value"]["value"],
         "compare": compared["methods"]["eplb"][model],
     }
-    assert found == pytest.approx(dict.fromkeys(found, found["solve"]), rel=1e-12)
+    assert actual == pytest.approx(dict.fromkeys(actual, actual["solve"]), rel=1e-12)
 
 
-def test_solve_prints_the_time_that_evaluate_prints(ok, trace, tmp_path):
+def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path):
     """One time per layer stands in the text of solve, that of the replay."""
     how = ("--devices", 4, "--window", 128, "--for", "vllm")
     text = ok("solve", trace, *how, "--out", tmp_path / "p.json")
-    us = json.loads(ok("evaluate", tmp_path / "p.json", trace, *how, "--json", "-"))
+    us = as_json("evaluate", tmp_path / "p.json", trace, *how)
     assert f"Predicted time: {us['predicted_layer_us']:.1f} us per layer.\n" in text
     assert text.count("us per layer") == 1
 
@@ -79,16 +79,16 @@ def test_serving_is_said_alike_everywhere(command):
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
 
 
-def test_inspect_predicts_the_time_of_experts_in_blocks(ok, trace, tmp_path):
+def test_inspect_predicts_the_time_of_experts_in_blocks(as_json, ok, trace, tmp_path):
     """Where it is said how traffic is served: the time that solve names for contiguous."""
     how = ("--devices", 4, "--window", 128, "--for", "vllm", "--json", "-")
     blocks = ("--method", "contiguous", "--out", tmp_path / "p.json")
-    found, solved = (
+    actual, solved = (
         json.loads(ok(*line, *how)) for line in (("inspect", trace), ("solve", trace, *blocks))
     )
     name = "predicted_layer_us"
-    assert found["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
-    assert "contiguous" not in json.loads(ok("inspect", trace, "--json", "-"))
+    assert actual["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
+    assert "contiguous" not in as_json("inspect", trace)
 
 
 def test_audit_compares_times_for_an_engine(ok, trace, tmp_path):

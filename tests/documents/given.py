@@ -29,8 +29,8 @@ def trace(layers: int, experts: int, tokens: int) -> mt.RoutingTrace:
     per = experts // small.num_experts
     ids = small.expert_ids[..., 0].reshape(-1, per, small.layers).swapaxes(1, 2).astype(int)
     ids += small.num_experts * np.arange(per)
-    kept = np.random.default_rng(0).permuted(np.tile(np.arange(per), (len(ids), 1)), axis=1)
-    ids = np.take_along_axis(ids, np.sort(kept[:, None, :TOP_K]), axis=2)
+    keeps = np.random.default_rng(0).permuted(np.tile(np.arange(per), (len(ids), 1)), axis=1)
+    ids = np.take_along_axis(ids, np.sort(keeps[:, None, :TOP_K]), axis=2)
     repeated = [np.roll(ids, tokens * part, axis=0) for part in range(-(-layers // small.layers))]
     return mt.RoutingTrace.from_arrays(
         np.concatenate(repeated, axis=1)[:tokens, :layers],
@@ -92,8 +92,8 @@ def checkpoint(folder: Path, **sizes: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     build("qwen3_moe", mlp_only_layers=[], **sizes).save_pretrained(folder)
-    known = {word: number for number, word in enumerate(["?", ".", "one", "two", "three"])}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="?"))
+    there = {word: number for number, word in enumerate(["?", ".", "one", "two", "three"])}
+    tokenizer = Tokenizer(models.WordLevel(there, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="?", eos_token="."

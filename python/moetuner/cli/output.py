@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 import click
 from rich.console import Console
-from rich.progress import Progress as Screen
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from moetuner.cli.options import OutFile, option
 from moetuner.files import descriptor_of, replacing
@@ -75,10 +74,9 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-# A log gets the first line after a second, the next ones rarely; a screen is drawn anew so often.
+# A log gets the first line after a second, the next ones rarely.
 FIRST_S = 1.0
 INTERVAL_S = 10.0
-FRAMES_PER_S = 4
 
 
 @contextmanager
@@ -86,21 +84,13 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
     """Show what is being done while it takes long; yield a progress callback for ``solve``."""
     label = printable(label)
     console = Console(stderr=True, highlight=False, markup=False)
+
+    def text(progress: Progress) -> str:
+        return f"{label}: {progress.seconds:.0f} s, {_line(progress)}"
+
     if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
-        with Screen(
-            *columns,
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            refresh_per_second=FRAMES_PER_S,
-        ) as screen:
-            task = screen.add_task(label)
-
-            def draw(progress: Progress) -> None:
-                screen.update(task, description=f"{label}: {_line(progress)}")
-
-            yield draw
+        with console.status(Text(label)) as status:
+            yield lambda progress: status.update(Text(text(progress)))
         return
 
     def say(text: str) -> None:
@@ -114,7 +104,7 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
         nonlocal last
         if time.monotonic() - last >= INTERVAL_S:
             last = time.monotonic()
-            say(f"{label}: {progress.seconds:.0f} s, {_line(progress)}")
+            say(text(progress))
 
     timer.start()
     try:
@@ -138,11 +128,11 @@ def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], Non
 
 
 def _line(progress: Progress) -> str:
-    parts = [progress.phase]
-    if progress.objective is not None:
-        parts.append(f"best {progress.objective:.6g}")
-    if progress.bound is not None:
-        parts.append(f"bound {progress.bound:.6g}")
-    if progress.gap is not None:
-        parts.append(f"gap {100 * progress.gap:.1f} %")
-    return ", ".join(parts)
+    gap = None if progress.gap is None else 100 * progress.gap
+    values = {
+        "best {:.6g}": progress.objective,
+        "bound {:.6g}": progress.bound,
+        "gap {:.1f} %": gap,
+    }
+    texts = [text.format(value) for text, value in values.items() if value is not None]
+    return ", ".join([progress.phase, *texts])

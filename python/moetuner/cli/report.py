@@ -13,9 +13,10 @@ from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate_each
-from moetuner.evaluation.auditing import audit, contiguous
+from moetuner.evaluation.auditing import audit_of, contiguous
 from moetuner.files import text
-from moetuner.report.page.data import of_placements
+from moetuner.frozen import as_json
+from moetuner.report.page.data import of_evaluations
 
 
 @options.command("report")
@@ -68,27 +69,23 @@ def command(
         )
     audited = None
     if traffic.group is not None:
-        how |= {"window": source.replayed or 1, "threads": source.threads}
         with working("comparing groups"):
-            audited = audit(placement, traffic, topology, baseline=running, **how)
+            audited = audit_of(before, after)
     contents = {
         "input": source.facts(),
         "settings": {
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
-            **serving.settings(topology, serving.arguments(traffic)),
+            **serving.settings(topology, how),
             "cost_model": model.name,
         },
-        "running": before.to_dict(),
-        "proposed": after.to_dict(),
-        "audit": None if audited is None else audited.to_dict(),
+        **as_json({"running": before, "proposed": after, "audit": audited}),
     }
     Pages(report_file, figures).write(
         output,
-        lambda: of_placements(
-            *(names, (running, placement), (before, after), traffic, topology),
-            *(origin_of(source), contents),
+        lambda: of_evaluations(
+            *(names, (before, after), origin_of(source), contents),
             traffic="All of INPUT; what the placement was computed from flatters it.",
             token_bytes=model.token_bytes,
             expert_bytes=expert_bytes,

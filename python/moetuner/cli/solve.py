@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from moetuner.cli.options import SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.problem import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import contiguous
@@ -23,12 +23,41 @@ from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
 from moetuner.report.page.data import of_outcomes
-from moetuner.solver import ALIASES, METHODS, Result
+from moetuner.solver import METHODS, Result
 
 FLATTERED = (
     "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
     "on unseen traffic."
 )
+
+
+Method = Annotated[
+    str,
+    option(
+        options.Text(options.read_method, words=METHODS),
+        "METHOD",
+        group=options.SEARCH,
+        help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of an answer.
+
+    Parameters
+    ----------
+    out_file
+        Write the placement to this file, as JSON.
+    certificate_file
+        Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
+    """
+
+    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json")
+    certificate_file: Annotated[
+        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
+    ] = None
 
 
 @options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
@@ -38,20 +67,9 @@ def command(
     machine: Machine,
     wanted: ProblemOptions,
     moving: Moving,
-    method: Annotated[
-        str,
-        option(
-            options.Method(METHODS, ALIASES),
-            "METHOD",
-            group=options.SEARCH,
-            help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
-        ),
-    ] = "joint",
+    method: Method = "joint",
     search: SearchOptions,
-    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json"),
-    certificate_file: Annotated[
-        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
-    ] = None,
+    files: Files,
     pages: Pages,
     output: Output,
 ) -> None:
@@ -59,14 +77,8 @@ def command(
 
     The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
     compare" says what to expect on traffic that the solver has not seen.
-
-    Parameters
-    ----------
-    out_file
-        Write the placement to this file, as JSON.
-    certificate_file
-        Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
+    out_file, certificate_file = files.out_file, files.certificate_file
     initial = moving.initial()
     problem = wanted.problem(source, machine.topology())
     if initial is not None:
@@ -89,19 +101,14 @@ def command(
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = _prove(problem, result, certificate_file, output) if certificate_file else None
-    settings = {
-        **wanted.problem_settings(problem),
-        **moving.settings(),
-        "window": source.counted,
-        "threads": source.threads,
-        **how,
-    }
+    settings = wanted.problem_settings(problem) | moving.settings() | {"window": source.counted}
+    settings |= how | {"threads": source.threads}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
     pages.write(
         output,
         lambda: of_outcomes(
-            *(before, outcomes[-1], source.traffic, origin_of(source), contents),
+            *(before, outcomes[-1], origin_of(source), contents),
             traffic=FLATTERED,
             trades=trades,
             expert_bytes=moving.expert_bytes,

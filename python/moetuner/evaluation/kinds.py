@@ -7,8 +7,6 @@ does, all traffic routes alike and nothing tells prompts apart.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,30 +28,16 @@ APART = 3.0
 EACH = 2
 
 
-class Kinds(NamedTuple):
-    """What is known of how sequences differ.
+def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> tuple[Integers | None, bool]:
+    """Find the kinds of the sequences in ``labels`` [S], numbered; None where kinds are not few.
 
-    Parameters
-    ----------
-    kind
-        Kind of every sequence [S], numbered; None where kinds are not few.
-    all_alike
-        Whether no group has sequences that differ by more than the noise of their tokens.
-    """
-
-    kind: Integers | None
-    all_alike: bool = False
-
-
-def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
-    """Find the kinds of the sequences in ``labels`` [S].
-
+    Also return whether no group has sequences that differ by more than the noise of their tokens.
     Groups are kinds that are known, so each is looked at by itself.
     """
     number = len(labels)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if number < 2 * EACH or layers < 1:
-        return Kinds(None)
+        return None, False
     count = _counts(trace, labels, layers)
     of_sequence = np.zeros(number, dtype=np.int64)
     if trace.group is not None:
@@ -68,7 +52,7 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
             mine_of = np.arange(len(mine))
         kind[mine] = total + mine_of
         total = int(kind[mine].max()) + 1
-    return Kinds(kind if total * EACH <= number else None, all_alike)
+    return (kind if total * EACH <= number else None), all_alike
 
 
 def _few_kinds(count: Floats) -> Integers | None:
@@ -84,28 +68,20 @@ def _few_kinds(count: Floats) -> Integers | None:
     spread = 1 - (share.reshape(count.shape) ** 2).sum(axis=2)
     noise = spread.sum(axis=1) / np.maximum(tokens, 1)
     far = 1 + NEAR * np.sqrt(2 / max(layers * (experts - 1), 1))
-    order = np.argsort(-tokens, kind="stable")
-    means = np.empty((MOST, share.shape[1]))
-    weight = np.zeros(MOST)
-    kind = np.empty(number, dtype=np.int64)
-    used = 0
-    for one in order:
-        nearest, least = used, np.inf
-        if used:
-            distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
-            # A kind's mean has noise too, that of all its tokens.
-            ratio = distance / (noise[one] * (1 + tokens[one] / weight[:used]))
-            nearest = int(ratio.argmin())
-            least = float(ratio[nearest])
-        if least > far:
+    means, weight = np.empty((MOST, share.shape[1])), np.zeros(MOST)
+    kind, used = np.empty(number, dtype=np.int64), 0
+    for one in np.argsort(-tokens, kind="stable"):
+        distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
+        # A kind's mean has noise too, that of all its tokens.
+        ratio = distance / (noise[one] * (1 + tokens[one] / weight[:used]))
+        nearest = int(ratio.argmin()) if used else 0
+        if not used or ratio[nearest] > far:
             if used == min(MOST, number // EACH):
                 return None
             nearest, used = used, used + 1
-            means[nearest], weight[nearest] = share[one], tokens[one]
-        else:
-            total = weight[nearest] + tokens[one]
-            means[nearest] += (share[one] - means[nearest]) * (tokens[one] / total)
-            weight[nearest] = total
+            means[nearest] = share[one]
+        weight[nearest] += tokens[one]
+        means[nearest] += (share[one] - means[nearest]) * (tokens[one] / weight[nearest])
         kind[one] = nearest
     if used < 2:
         return np.zeros(number, dtype=np.int64)

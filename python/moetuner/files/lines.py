@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.files import naming
-from moetuner.files.text import parse_json
+from moetuner.files.text import parse_object
 
 Taken = TypeVar("Taken")
 
@@ -78,13 +78,7 @@ class Lines:
         return len(self.array)
 
     def hand_to(self, take: Callable[[Lines], Taken]) -> list[Taken]:
-        """Hand all lines over at once; where that fails, one by one. Returns what is given back.
-
-        Raises
-        ------
-        ValueError
-            Naming the first line that is refused.
-        """
+        """Hand all lines over at once; where that fails, one by one. Returns what is given back."""
         try:
             return [take(self)]
         except ValueError as error:
@@ -107,11 +101,6 @@ def batches(
     """Read a file; ``is_header`` takes in the first line, if it is no data.
 
     Memory holds a block of the file, or its longest line.
-
-    Raises
-    ------
-    ValueError
-        Naming the line that is too long, not JSON, not an object, or has other values.
     """
     number = 1
     for block in _blocks(path):
@@ -132,8 +121,8 @@ def batches(
                     break
             end = block.find(b"\n", at) + 1 or len(block)
             if line := block[at:end].strip():
-                fields = fields_of(line, number)
                 with naming(f"line {number}"):
+                    fields = parse_object(line)
                     if number > 1 or not is_header(fields):
                         yield _single(fields, keys, number)
             at, number = end, number + 1
@@ -160,27 +149,6 @@ def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
         raise ValueError(refused)
     lines.numbers = [number]
     return lines
-
-
-def fields_of(line: bytes, number: int) -> dict[str, Any]:
-    """Read one line as an object.
-
-    Raises
-    ------
-    ValueError
-        Naming the line, if it is not JSON or not an object.
-    """
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except ValueError as error:
-        raise ValueError(f"line {number}: must be JSON: {error}") from None
-    try:
-        fields = parse_json(text, allow_nan=True)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"line {number}: must be a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

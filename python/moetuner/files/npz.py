@@ -91,13 +91,7 @@ def names_in_npz(path: Path) -> set[str]:
 
 
 def shapes_in_npz(path: Path) -> dict[str, TensorInFile]:
-    """Return types and sizes of an archive's arrays, by their headers.
-
-    Raises
-    ------
-    ValueError
-        If the archive is cut off or damaged, or a member is no array.
-    """
+    """Return types and sizes of an archive's arrays, by their headers."""
     arrays = {}
     with naming(path), opened(path) as archive:
         for info in archive.infolist():
@@ -148,19 +142,8 @@ def opened(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
 def plain(arrays: dict[str, NDArray[Any]], name: str, kinds: str, axes: int, rule: str) -> Any:
     """Return the value of a small array as Python has it; None if it is not there.
 
-    Parameters
-    ----------
-    arrays, name
-        Arrays of a file, and which of them.
-    kinds, axes
-        Kinds of types that it may have, as numpy's letters, and its dimensions.
-    rule
-        What it must be, for messages.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
+    ``kinds`` are numpy's letters of the types that it may have, ``axes`` its dimensions, ``rule``
+    what it must be, for messages.
     """
     array = arrays.get(name)
     if array is None:

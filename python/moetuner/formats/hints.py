@@ -63,36 +63,18 @@ class Hints:
             object.__setattr__(self, "dense_layers", tuple(sorted(dense)))
 
     def check_experts(self, experts: int) -> None:
-        """Check that a file has as many experts as the user says.
-
-        Raises
-        ------
-        ValueError
-            If it has others.
-        """
+        """Check that a file has as many experts as the user says."""
         if self.num_experts not in (None, experts):
             raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
 
     def experts_needed(self) -> int:
-        """Return the experts per layer of a file that does not say them.
-
-        Raises
-        ------
-        ValueError
-            If the user does not say them either.
-        """
+        """Return the experts per layer of a file that does not say them."""
         if self.num_experts is None:
             raise ValueError("num_experts is needed: the file does not say it")
         return self.num_experts
 
     def check_have_experts(self, layers: Iterable[int]) -> None:
-        """Check that no layer of a file is one that the user calls dense.
-
-        Raises
-        ------
-        ValueError
-            Naming the first that is.
-        """
+        """Check that no layer of a file is one that the user calls dense."""
         dense = set(layers) & set(self.dense_layers or ())
         if dense:
             raise ValueError(
@@ -100,13 +82,7 @@ class Hints:
             )
 
     def moe_layers(self, hidden: int) -> list[int] | None:
-        """Return the numbers of the layers with experts, of so many hidden ones; None if not known.
-
-        Raises
-        ------
-        ValueError
-            If the model has another number of layers, or none with experts.
-        """
+        """Return the layers with experts, of so many hidden ones; None if they are not known."""
         if self.hidden_layers not in (None, hidden):
             raise ValueError(
                 f"hidden_layers must be {hidden}, the layers that the file has, "
@@ -123,3 +99,15 @@ class Hints:
         if not layers:
             raise ValueError(f"dense_layers must leave a layer with experts, got all {hidden}")
         return layers
+
+    def moe_numbers(self, layers: int) -> list[int]:
+        """Return the numbers of a placement's layers among all hidden ones of the model."""
+        dense = self.dense_layers or ()
+        hidden = layers + len(dense) if self.hidden_layers is None else self.hidden_layers
+        numbers = [layer for layer in range(hidden) if layer not in dense]
+        if len(numbers) != layers:
+            raise ValueError(
+                f"hidden_layers and dense_layers must leave {layers} layers, as the placement has, "
+                f"got {len(numbers)}"
+            )
+        return numbers

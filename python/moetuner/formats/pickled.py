@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, size_of
+from moetuner.files.safetensors import is_size
 
 # Of an archive's description; per-token dumps list their tokens there.
 LONGEST_PICKLE = 1 << 27
@@ -77,13 +78,7 @@ class Tensor:
     start: int
 
     def array(self) -> NDArray[Any]:
-        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32.
-
-        Raises
-        ------
-        ValueError
-            If the file has shrunk.
-        """
+        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32."""
         stored = np.dtype("uint16" if self.dtype == BFLOAT else self.dtype).newbyteorder("<")
         size = _span(self.shape, self.strides) * stored.itemsize
         with self.path.open("rb") as file:
@@ -116,15 +111,7 @@ def peek(path: Path) -> Any:
 
 
 def load(path: Path) -> Any:
-    """Read what was saved: dicts, lists, tuples, numbers, texts, and a ``Tensor`` for each tensor.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is damaged or asks for anything that could run code.
-    OSError
-        If it cannot be read.
-    """
+    """Read what was saved: containers, numbers, texts, and a ``Tensor`` for each tensor."""
     content = peek(path)
     _load.cache_clear()  # a description may take much memory
     return content
@@ -216,9 +203,9 @@ class _Archive:
     ) -> Tensor:
         """Check a tensor against the entry of its storage."""
         for name, sizes in (("size", shape), ("stride", strides)):
-            if not isinstance(sizes, tuple) or not all(map(_is_size, sizes)):
+            if not isinstance(sizes, tuple) or not all(map(is_size, sizes)):
                 raise ValueError(f"{name} of a tensor must be sizes, got a {type(sizes).__name__}")
-        if not _is_size(offset) or len(shape) != len(strides) or len(shape) > 16:
+        if not is_size(offset) or len(shape) != len(strides) or len(shape) > 16:
             raise ValueError("offset, size and stride of a tensor must fit together")
         if storage.key not in self.storages:
             self.storages[storage.key] = self.place(f"data/{storage.key}")
@@ -232,10 +219,6 @@ class _Archive:
             )
         start = begin + offset * width
         return Tensor(self.path, dtype, shape, strides, start)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
 
 @dataclass(frozen=True)
@@ -369,7 +352,7 @@ class _Machine(pickle._Unpickler):
             raise ValueError("persistent ids must be storages")
         _, kind, key, _, count = pid
         name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
-        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not _is_size(count):
+        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not is_size(count):
             raise ValueError("a storage must have a key and a size")
         if name not in (*STORAGES, "UntypedStorage"):
             raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
@@ -413,13 +396,7 @@ _Machine.dispatch = {code: cast(Any, _instruction(code)) for code in range(256)}
 
 
 def _check_unfolded(content: Any, most: int) -> None:
-    """Check how many values there are if each is counted as often as containers hold it.
-
-    Raises
-    ------
-    ValueError
-        If they are more than ``most``, or a container holds itself.
-    """
+    """Check how many values there are if each is counted as often as containers hold it."""
     counts: dict[int, int] = {}  # by identity; 0 until the members are counted
     stack: list[Any] = [[content]]
     while stack:

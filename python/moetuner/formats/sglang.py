@@ -32,7 +32,7 @@ from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
 from moetuner.formats.responses import arrays_in, decoded, trace_of
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import files_in, first_file
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -46,9 +46,7 @@ INT32 = np.dtype("<i4")
 
 def recognises(path: Path) -> bool:
     """Whether a file or folder holds dumps of the recorder."""
-    if path.is_dir():
-        files = sorted(path.iterdir())[:1]
-        return bool(files) and files[0].is_file() and recognises(files[0])
+    path = first_file(path)
     start = head(path, 1 << 16)
     if not start.startswith(b"PK") or not pickled.is_pickled(path):
         return False
@@ -74,13 +72,7 @@ class _Pass:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if one is damaged, of another mode or of another model.
-    """
+    """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts."""
     counts: list[NDArray[Any]] = []
     passes: list[_Pass] = []
     files = files_in(paths)
@@ -282,13 +274,7 @@ class _Sequences:
 
 
 def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read routed experts of responses: each is a sequence.
-
-    Raises
-    ------
-    ValueError
-        Naming file and response of what is wrong.
-    """
+    """Read routed experts of responses: each is a sequence."""
     return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
 
 
@@ -337,33 +323,20 @@ def _shape(size: int, usage: dict[str, Any], hints: Hints, where: str) -> tuple[
 
 
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
-    """Write a map for ``--init-expert-location``.
-
-    Raises
-    ------
-    ValueError
-        If it is not known which hidden layers have experts, or they are not as many as the
-        placement has.
-    """
+    """Write a map for ``--init-expert-location``."""
     dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
-    if hidden is None and dense is not None:
-        hidden = layers + len(dense)
-    if hidden is None:
+    if dense is None and hidden is None:
         raise ValueError(
             "hidden_layers is needed: SGLang's map has a row for every hidden layer, dense ones "
             f"too; where all have experts, hidden_layers {layers}"
         )
-    if dense is None and hidden != layers:
+    if dense is None and hidden is not None and hidden > layers:
         raise ValueError(
             f"dense_layers is needed: which {hidden - layers} of {hidden} hidden layers "
             f"have no experts, as the placement has {layers} layers"
         )
-    moe = [layer for layer in range(hidden) if layer not in (dense or ())]
-    if len(moe) != layers:
-        raise ValueError(
-            f"hidden_layers and dense_layers must leave {layers} layers, as the "
-            f"placement has, got {len(moe)}"
-        )
+    moe = hints.moe_numbers(layers)
+    hidden = hidden or layers + len(dense or ())
     rows = placement.slots.reshape(layers, -1).tolist()
     # Rows of dense layers are checked, but never used: that of the next layer with experts.
     at = np.minimum(np.searchsorted(moe, np.arange(hidden)), layers - 1)
@@ -382,13 +355,7 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read a map: one row for every hidden layer.
-
-    Raises
-    ------
-    ValueError
-        If there is another key: SGLang takes every key for an argument.
-    """
+    """Read a map: one row for every hidden layer."""
     with naming(path):
         content = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
         if not isinstance(content, dict) or set(content) != {MAP}:

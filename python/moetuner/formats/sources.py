@@ -21,6 +21,11 @@ def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
     ]
 
 
+def first_file(path: Path, pattern: str = "*") -> Path:
+    """Return a file itself, or the first of a folder's that fits a pattern; else the folder."""
+    return next(iter(files_in([path], pattern)), path)
+
+
 def rank_of(path: Path) -> int | None:
     """Return the rank in the name of a file; None if there is none."""
     for pattern in NUMBERS:
@@ -30,13 +35,7 @@ def rank_of(path: Path) -> int | None:
 
 
 def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
-    """List files, and those of folders that fit a pattern, in the order of their ranks.
-
-    Raises
-    ------
-    ValueError
-        If a folder has no such file, or lacks that of a rank below its highest.
-    """
+    """List files, and those of folders that fit a pattern, in the order of their ranks."""
     files: list[Path] = []
     for path in paths:
         here = sorted(files_in([path], pattern), key=lambda file: (rank_of(file) or 0, file.name))

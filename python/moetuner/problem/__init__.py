@@ -184,22 +184,22 @@ class Problem(Frozen):
             check.one_of("objective", self.objective, get_args(Goal))
         copies.check(self.split)
         if self.cost_model is None:
-            object.__setattr__(self, "cost_model", cost_model_of(self.statistics))
+            vars(self)["cost_model"] = cost_model_of(self.statistics)
         preset = ", such as CostModel.preset('h100')"
         check.instance("cost_model", self.cost_model, CostModel, hint=preset)
         check.flag("fill_slots", self.fill_slots)
         for name in ("pinned", "forbidden"):
             rules = check.listed(name, getattr(self, name), "(layer, expert, device)")
-            object.__setattr__(self, name, tuple(rules))
+            vars(self)[name] = tuple(rules)
         if not isinstance(self.groups, str | None):
             check.instance("groups", self.groups, Mapping, hint=" of weights by name, or 'minimax'")
             for group, weight in self.groups.items():
                 check.not_negative(f"groups: weight of {check.shown(group)}", weight, "number")
-            object.__setattr__(self, "groups", dict(self.groups))
+            vars(self)["groups"] = dict(self.groups)
         # Slots, rules and windows are checked by being made.
         if isinstance(self.slots_per_device, Sequence | np.ndarray):
             slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
-            object.__setattr__(self, "slots_per_device", tuple(slots))
+            vars(self)["slots_per_device"] = tuple(slots)
         _ = self.capacity, self.rules, self.windows
         if self.fill_slots:
             capacity.check_filling(self.capacity, self.rules.forbidden, self.experts)

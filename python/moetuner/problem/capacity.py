@@ -34,34 +34,29 @@ def capacity_of(
                 "the slots of a device follow from the extra slots"
             )
         return _spread(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
-    if slots_per_device is None:
-        slots_per_device = topology.slots_per_device
-    fewest = -(-experts // devices)
-    if slots_per_device is None or not isinstance(slots_per_device, Sequence | np.ndarray):
-        slots = fewest
-        if slots_per_device is not None:
-            slots = whole_number("slots_per_device", slots_per_device, highest=SLOT_LIMIT)
+    given = topology.slots_per_device if slots_per_device is None else slots_per_device
+    if isinstance(given, Sequence | np.ndarray):
+        row = [
+            whole_number(f"slots_per_device of device {device}", n, lowest=0, highest=SLOT_LIMIT)
+            for device, n in enumerate(per_device("slots_per_device", given, devices))
+        ]
+        if sum(row) < experts:
+            raise ValueError(
+                f"slots_per_device must add up to at least {experts}, a slot for each expert, "
+                f"got {sum(row)}"
+            )
+    else:
+        fewest = -(-experts // devices)
+        slots = fewest if given is None else given
+        slots = whole_number("slots_per_device", slots, highest=SLOT_LIMIT)
         if slots < fewest:
             raise ValueError(
                 f"slots_per_device must be at least {fewest} for {experts} experts on "
                 f"{devices} devices, got {slots}"
             )
-        check_slots(devices, slots, layers)
-        row = np.full(devices, slots)
-    else:
-        row = np.array(
-            [
-                whole_number(f"slots_per_device of device {d}", n, lowest=0, highest=SLOT_LIMIT)
-                for d, n in enumerate(per_device("slots_per_device", slots_per_device, devices))
-            ]
-        )
-        check_slots(devices, int(row.max()), layers)
-        if row.sum() < experts:
-            raise ValueError(
-                f"slots_per_device must add up to at least {experts}, a slot for each expert, "
-                f"got {row.sum()}"
-            )
-    return np.tile(row.astype(np.int64), (layers, 1))
+        row = [slots] * devices
+    check_slots(devices, max(row), layers)
+    return np.tile(np.array(row, dtype=np.int64), (layers, 1))
 
 
 def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.int64]:
@@ -94,13 +89,9 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
         given[layer] += 1
         heapq.heapreplace(heap, benefit(layer))
     # Device after device over all layers, so that memory is even: no device has two slots more.
-    capacity = np.zeros((layers, devices), dtype=np.int64)
-    at = 0
-    for layer in range(layers):
-        slots = experts + int(given[layer])
-        capacity[layer] += slots // devices
-        capacity[layer, (at + np.arange(slots % devices)) % devices] += 1
-        at = (at + slots) % devices
+    slots = experts + given[:, None]
+    before = (np.arange(devices) - (np.cumsum(slots, axis=0) - slots)) % devices
+    capacity: NDArray[np.int64] = slots // devices + (before < slots % devices)
     return capacity
 
 
@@ -116,18 +107,14 @@ def pad_slots(slots: NDArray[np.int32], capacity: NDArray[np.int64]) -> NDArray[
 
 def violations(placement: Placement, capacity: NDArray[np.int64], *, fill_slots: bool) -> list[str]:
     """Return in words which devices a placement gives more experts than slots, or leaves empty."""
-    lines = []
-    count = (placement.slots != EMPTY).sum(axis=2)
-    over = np.argwhere(count > capacity)
-    if len(over):
-        layer, device = over[0]
+    lines, count = [], (placement.slots != EMPTY).sum(axis=2)
+    over, short = np.argwhere(count > capacity), np.argwhere((count < capacity) & fill_slots)
+    for layer, device in over[:1]:
         lines.append(
             f"slots: layer {layer} has {count[layer, device]} experts on device {device}, which "
             f"has {capacity[layer, device]} slots{and_more(len(over))}"
         )
-    short = np.argwhere((count < capacity) & fill_slots)
-    if len(short):
-        layer, device = short[0]
+    for layer, device in short[:1]:
         empty = capacity[layer, device] - count[layer, device]
         lines.append(
             f"fill_slots: layer {layer} has {empty} empty slots on device {device}"
@@ -140,15 +127,13 @@ def check_filling(
     capacity: NDArray[np.int64], forbidden: NDArray[np.bool_] | None, experts: int
 ) -> None:
     """Raise if a device has more slots than experts that may be there."""
-    barred = 0 if forbidden is None else forbidden.sum(axis=1)
-    over = np.argwhere(capacity > experts - barred)
-    if len(over):
-        layer, device = over[0]
+    may_be = np.full(capacity.shape, experts)
+    if forbidden is not None:
+        may_be -= forbidden.sum(axis=1)
+    for layer, device in np.argwhere(capacity > may_be):
         raise ValueError(
-            f"fill_slots cannot fill the {capacity[layer, device]} slots of device {device} "
-            f"in layer {layer}: of {experts} experts "
-            f"{experts - np.broadcast_to(barred, capacity.shape)[layer, device]} may be "
-            "there, each once"
+            f"fill_slots cannot fill the {capacity[layer, device]} slots of device {device} in "
+            f"layer {layer}: of {experts} experts {may_be[layer, device]} may be there, each once"
         )
 
 

@@ -224,7 +224,7 @@ class Objective:
     def window_cost(self, placement: Placement) -> Floats:
         """Compute what every window and layer [W,L] adds to time or balance."""
         compute = self._layer_times if self.goal == "time" else self._slowest
-        return self.windows.each(compute(placement))
+        return self.windows.map(compute(placement))
 
     @cached_property
     def reference(self) -> Floats:
@@ -235,14 +235,14 @@ class Objective:
 
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
-        served = self.windows.each(self._slowest(placement))
+        served = self.windows.map(self._slowest(placement))
         return np.array([self.windows.value(of, self._even) for of in served.T])
 
     @cached_property
     def _even(self) -> Floats:
         """Load over speed of every window's layers [W], if every device had its part."""
         speed = self.topology.speed_of_device
-        mean: Floats = self.windows.each(lambda load: load.sum(axis=(1, 2))) / speed.sum()
+        mean: Floats = self.windows.map(lambda load: load.sum(axis=(1, 2))) / speed.sum()
         return mean
 
     def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:

@@ -43,8 +43,7 @@ class Rules:
             if rule is None:
                 continue
             wrong = np.argwhere(rule & (hosts != (name == "pinned")))
-            if len(wrong):
-                layer, expert, device = wrong[0]
+            for layer, expert, device in wrong[:1]:
                 lines.append(
                     f"{name}: expert {expert} of layer {layer} {verb} on device {device}"
                     f"{and_more(len(wrong))}"

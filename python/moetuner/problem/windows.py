@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import is_number, shown
-from moetuner.evaluation.arrival import Arrival, drawn_windows, mixed_windows, share_mixed
+from moetuner.evaluation.arrival import Arrival, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
 
@@ -60,7 +60,7 @@ class Windows:
         """Return the number of windows, W."""
         return len(self.weight)
 
-    def each(self, compute: Callable[[Floats], Floats]) -> Floats:
+    def map(self, compute: Callable[[Floats], Floats]) -> Floats:
         """Compute something of every window [W,...], of a block of them [w,L,E] at a time."""
         parts = [compute(block) for block in self.blocks()]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -158,20 +158,12 @@ def windows_of(
     weight, group = np.ones(statistics.windows), statistics.group
     if groups is not None:
         weight = _group_weights(statistics, groups)
-    load, many, kind = (
-        statistics.window_load,
-        statistics.windows > MOST,
-        (risk, groups == "minimax"),
-    )
-    if not many:
-        load = load.astype(np.float64)
+    kind, many = (risk, groups == "minimax"), statistics.windows > MOST
+    load = statistics.window_load if many else statistics.window_load.astype(np.float64)
     if share == 0 or len(load) < 2:
         return Windows(load, weight, group, *kind)
-    if many:
-        mixed = drawn_windows(load, weight, MOST)
-    else:
-        weighted = load * weight[:, None, None]
-        mixed = np.concatenate([part for _, part in mixed_windows(weighted)])
+    drawn = mixed_windows(load, weight, MOST if many else len(load))
+    mixed = np.concatenate([part for _, part in drawn])
     weights = np.concatenate(
         [weight * (1 - share), np.full(len(mixed), share * weight.sum() / len(mixed))]
     )

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 
 from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
+from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # What makes a parameter of the command line, given its names, default and help.
 Maker = Callable[..., click.Parameter]
@@ -56,20 +57,23 @@ def argument(metavar: str, kind: Any, **others: Any) -> Maker:
 
 
 def options_of(kind: Callable[..., Any]) -> dict[str, click.Parameter]:
-    """Return the options among the parameters of a function or a class, by name.
+    """Return the options of a function or a class, its own and those of groups, by parameter.
 
-    A class that has ``OPTIONS``, makers by name, is asked for nothing else.
+    A class that has ``OPTIONS``, makers by name, has those.
     """
     if hasattr(kind, "OPTIONS"):
         return {name: _made(make, name, None, "") for name, make in kind.OPTIONS.items()}
     texts: dict[str, str] = {}
     for of in reversed(getattr(kind, "__mro__", (kind,))):
         texts |= parameters_of(of)
-    options, defaults = {}, inspect.signature(kind).parameters
-    for name, hint in _hints(kind).items():
+    options: dict[str, click.Parameter] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint = _hints(kind)[name]
+        if isinstance(hint, type):
+            options |= options_of(hint)
         for make in get_args(hint)[1:]:
-            default = defaults[name].default
-            default = None if default is inspect.Parameter.empty else default
+            is_empty = parameter.default is parameter.empty
+            default = None if is_empty else parameter.default
             options[name] = _made(make, name, default, texts.get(name, ""))
     return options
 
@@ -112,22 +116,16 @@ class Command(click.Command):
     def __init__(
         self, name: str, run: Callable[..., Any], *, begin_with: str = "", **others: Any
     ) -> None:
-        own = options_of(run)
-        kinds = {name: kind for name, kind in _hints(run).items() if inspect.isclass(kind)}
-        options: dict[str, dict[str, click.Parameter]] = {}
-        for parameter in inspect.signature(run).parameters:
-            is_own = parameter in own
-            options[parameter] = (
-                {parameter: own[parameter]} if is_own else options_of(kinds[parameter])
-            )
+        kinds = {of: kind for of, kind in _hints(run).items() if isinstance(kind, type)}
+        groups = {of: [*options_of(kind)] for of, kind in kinds.items() if of != "return"}
 
         def call(**values: Any) -> Any:
-            for name in options.keys() - own:
-                values[name] = kinds[name](**{key: values.pop(key) for key in options[name]})
+            for of, keys in groups.items():
+                values[of] = kinds[of](**{key: values.pop(key) for key in keys})
             return run(**values)
 
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
-        params = [made for group in options.values() for made in group.values()]
+        params = [*options_of(run).values()]
         super().__init__(name, callback=call, params=params, **others)
         self.begin_with = begin_with.split()
 
@@ -217,36 +215,19 @@ class Text(click.ParamType):  # type: ignore[type-arg]
         return items or ([CompletionItem(incomplete, type="file")] if self.files else [])
 
 
-class Method(Text):
-    """A name out of several, or several with commas between them; other names of them are taken.
+def read_method(text: str, rule: str = f"one of {', '.join(METHODS)}") -> str:
+    """Return the method of a name, or of another name of it; ``rule`` as for ``Text``."""
+    name = ALIASES.get(text, text)
+    if name not in METHODS:
+        near = suggestion(text, METHODS)
+        raise click.BadParameter(f"must be {rule}, got '{text:.60}'{near}")
+    return name
 
-    Parameters
-    ----------
-    names, aliases
-        The names, and names by other ones.
-    several
-        Whether there may be several.
-    """
 
-    def __init__(
-        self, names: Iterable[str], aliases: Mapping[str, str], *, several: bool = False
-    ) -> None:
-        super().__init__(words=() if several else names)
-        self.names, self.aliases, self.several = tuple(names), aliases, several
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name, or the names, each once."""
-        given = [part.strip() for part in value.split(",")] if self.several else [value]
-        chosen = dict.fromkeys(self.aliases.get(name, name) for name in given if name)
-        unknown = [name for name in chosen if name not in self.names]
-        if unknown or not chosen:
-            rule = f"some of {','.join(self.names)}"
-            if not self.several:
-                rule = f"one of {', '.join(self.names)}"
-            near = suggestion(unknown[0], self.names) if unknown else ""
-            wrong = unknown[0] if unknown else value
-            self.fail(f"must be {rule}, got '{wrong:.60}'{near}", param, ctx)
-        return tuple(chosen) if self.several else next(iter(chosen))
+def read_methods(text: str) -> tuple[str, ...]:
+    """Read names of methods with commas between them, each once."""
+    names, rule = text.replace(",", " ").split(), f"some of {','.join(METHODS)}"
+    return tuple(dict.fromkeys(read_method(name, rule) for name in names or [""]))
 
 
 def register_path(
@@ -442,9 +423,13 @@ class SearchOptions:
     ----------
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
+    effort
+        How much to search without a time limit: default, seconds for most problems, or thorough,
+        up to minutes for a last half per cent.  [default: default]
     """
 
     seed: Seed = 0
     time_limit: Annotated[
         float | None, option(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
     ] = None
+    effort: Annotated[str, option(click.Choice([*EFFORTS]), group=SEARCH)] = "default"

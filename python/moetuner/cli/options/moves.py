@@ -95,12 +95,11 @@ class Moving:
         """
         if initial is None:
             return {}, ()
-        diff = initial.diff(result.placement, topology=problem.topology)
         size = self.expert_bytes
-        moved = None if size is None else diff.experts_moved * size
-        output.say(_sentence(diff, problem.topology, moved))
+        diff = initial.diff(result.placement, topology=problem.topology, expert_bytes=size)
+        output.say(_sentence(diff, problem.topology))
         show_pairs(output, diff)
-        contents: dict[str, Any] = {"moves": {**diff.to_dict(), "bytes_moved": moved}}
+        contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
             return contents, ()
         with working("weighing moves"):
@@ -124,11 +123,11 @@ class Moving:
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-def _sentence(diff: PlacementDiff, topology: Topology, moved: float | None) -> str:
+def _sentence(diff: PlacementDiff, topology: Topology) -> str:
     """Write how many experts move, and how far."""
     text = f"Moves {counted(diff.experts_moved, 'expert')}"
-    if moved is not None:
-        text += f", {in_bytes(moved)}"
+    if diff.bytes_moved is not None:
+        text += f", {in_bytes(diff.bytes_moved)}"
     if topology.nodes > 1:
         node = topology.node_of_device
         between = int(diff.pairs[node[:, None] != node[None, :]].sum())

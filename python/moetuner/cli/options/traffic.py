@@ -43,12 +43,6 @@ Traffic = RoutingTrace | RoutingStatistics
 WINDOW = 512
 
 
-def read(paths: Sequence[Path], **arguments: Any) -> Traffic:
-    """Read moetuner's own files or an engine's, joined into one."""
-    with working(f"reading {names(paths)}"):
-        return open_input(paths, **arguments)
-
-
 def names(paths: Sequence[Path]) -> str:
     """Write the first file's name, and how many more there are."""
     more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
@@ -80,20 +74,11 @@ def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
     of = facts(paths, traffic)
-    sizes = {
-        "token": of.get("tokens"),
-        "window": of.get("windows"),
-        "layer": of["layers"],
-        "expert": of["experts"],
-        "top": of.get("top_k"),
-        "sequence": of.get("sequences"),
-        "group": len(of["groups"]),
-    }
-    parts = [
-        f"top-{size}" if what == "top" else counted(size, what)
-        for what, size in sizes.items()
-        if size
-    ]
+    sizes = {**of, "groups": len(of["groups"])}
+    first, last = ("tokens", "windows", "layers", "experts"), ("sequences", "groups")
+    parts = [counted(sizes[name], name[:-1]) for name in first if sizes.get(name)]
+    parts += [f"top-{of['top_k']}"] if "top_k" in of else []
+    parts += [counted(sizes[name], name[:-1]) for name in last if sizes.get(name)]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
@@ -117,13 +102,7 @@ def parse_files(
 
 
 def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
-    """Return the tokens of some groups of a trace.
-
-    Raises
-    ------
-    click.UsageError
-        If it is no trace, or has no such group.
-    """
+    """Return the tokens of some groups of a trace; refuse what is none, or has no such group."""
     if isinstance(traffic, RoutingStatistics) or traffic.group is None:
         raise click.UsageError("'--only' needs a trace with groups.")
     for group in names:
@@ -161,7 +140,8 @@ class Source(FileHints):
     @cached_property
     def traffic(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
-        traffic = read(self.input_files, window=self.window, **self.hints)
+        with working(f"reading {names(self.input_files)}"):
+            traffic = open_input(self.input_files, window=self.window, **self.hints)
         return only_groups(traffic, self.only) if self.only else traffic
 
     @property

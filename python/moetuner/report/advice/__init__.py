@@ -27,12 +27,12 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.arrival import Arrival, in_order, orders, share_mixed
-from moetuner.evaluation.auditing import audit
+from moetuner.evaluation.arrival import Arrival, share_mixed
+from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE, compare
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic
-from moetuner.evaluation.units import Units, hold_out, units_of, with_runs
+from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.formats.engines import ENGINES, Engine, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -139,10 +139,6 @@ def advise(
     flag("in_order", in_order)
     callable_or_none("report", report)
     _check_traffic(traffic)
-    copies = listed("copies", copies, "whole numbers")
-    counts = sorted({whole_number("copies", each, lowest=0) for each in copies})
-    if not counts:
-        raise ValueError("copies must be at least one number of slots, got none")
     not_negative("price", price, "share")
     size = size_of_expert(traffic)
     if expert_bytes is not None:
@@ -158,31 +154,25 @@ def advise(
         one_of("engine", engine, ENGINES)
         split = ENGINES[engine].split if split is None else split
         arrival = ENGINES[engine].arrival if arrival is None else arrival
-    arrival = "bursts" if arrival is None else arrival
-    share_mixed(arrival)
+    share_mixed("bursts" if arrival is None else arrival)
     if isinstance(traffic, RoutingStatistics):
         # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
         traffic = replace(traffic, transitions=None, coactivation=None, sets=None)
-        arrival = "bursts"
+        arrival = None
     study = _Study(
         traffic,
         topology,
         initial,
         engine,
-        counts,
+        _counts_in(copies),
         _windows_of(traffic, window_in(window)),
         {
             "regime": regime,
             "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
             "split": "even" if split is None else split,
-            "arrival": arrival,
+            "arrival": "bursts" if arrival is None else arrival,
         },
-        expert_bytes=expert_bytes,
-        price=price,
-        in_order=in_order,
-        iterations=iterations,
-        seed=seed_in(seed),
-        threads=threads,
+        *(expert_bytes, price, in_order, iterations, seed_in(seed), threads),
         say=report or (lambda _: None),
     )
     return study.advice(whole_number("splits", splits, highest=100))
@@ -198,7 +188,6 @@ class _Trial:
     """Placements that were computed from one part of the traffic, judged on another one."""
 
     problem: Problem
-    unseen: Traffic
     results: dict[Key, Result]
     # By window.
     evaluations: dict[int | None, dict[Key, Evaluation]]
@@ -268,12 +257,6 @@ class _Study:
         """Whether anything can be: one window cannot be halved."""
         return isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
 
-    @property
-    def judged_arrival(self) -> Arrival:
-        """In which order tokens come that are in that of serving already."""
-        arrival: Arrival = self.how["arrival"]
-        return "bursts" if arrival == "mixed" else arrival
-
     def advice(self, splits: int) -> Advice:
         """Try placements on every split, and conclude."""
         # The whole, seen twice, is the same every time.
@@ -287,9 +270,6 @@ class _Study:
         main = max(judged, key=lambda each: each.gain.mean)
         units, of = self.units[main.window], first.evaluations[main.window]
         placements = first.placement(None), first.placement(proposed)
-        how = {**self.how, "arrival": self.judged_arrival, "threads": self.threads, "units": units}
-        how |= {"baseline": placements[0], "window": main.window or 1}
-        audited = audit(placements[1], first.unseen, self.topology, **how)
         self.say("comparing the halves of the recording")
         difference = drift.drift_of(self.traffic, units, seed=self.seed)
         carried: tuple[float, ...] = ()
@@ -310,7 +290,7 @@ class _Study:
             proposed=of[proposed],
             placements=placements,
             result=first.results[proposed],
-            audit=audited,
+            audit=audit_of(of[None], of[proposed], units),
             units=units,
             problem=first.problem,
             settings=self._settings(splits),
@@ -421,10 +401,6 @@ class _Study:
         else:
             slots = max(running.slots_per_device, self.fewest)
             replace(problem, slots_per_device=slots).check_running(running)
-        if self.how["arrival"] == "mixed" and isinstance(unseen, RoutingTrace):
-            # Put once into the one order in which it is served.
-            [(_, order)] = orders(unseen, "mixed")
-            unseen = in_order(with_runs(unseen), order)
         placements = {None: running, **{key: of.placement for key, of in results.items()}}
         evaluations = {}
         for window in windows:
@@ -433,12 +409,11 @@ class _Study:
                 problem,
                 unseen,
                 window=window,
-                arrival=self.judged_arrival,
                 mixed=False,
                 threads=self.threads,
             )
             evaluations[window] = dict(zip(placements, evaluated, strict=True))
-        return _Trial(problem, unseen, results, evaluations)
+        return _Trial(problem, results, evaluations)
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
@@ -536,6 +511,15 @@ class _Study:
             for name, of in times.items():
                 of[phase] = judged.evaluations[window][name].predicted_layer_us or 0.0
         return Phases(times)
+
+
+def _counts_in(copies: Sequence[int]) -> list[int]:
+    """Check numbers of slots for copies, and return them in order."""
+    given = listed("copies", copies, "whole numbers")
+    counts = sorted({whole_number("copies", each, lowest=0) for each in given})
+    if not counts:
+        raise ValueError("copies must be at least one number of slots, got none")
+    return counts
 
 
 def _check_traffic(traffic: Traffic) -> None:

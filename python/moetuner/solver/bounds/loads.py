@@ -59,7 +59,7 @@ def proves_pairs(problem: Problem) -> bool:
 
 def least_balance(problem: Problem) -> float:
     """Compute what no placement's balance is below."""
-    least = problem.windows.each(lambda load: least_slowest(problem, load).sum(axis=1))
+    least = problem.windows.map(lambda load: least_slowest(problem, load).sum(axis=1))
     return problem.windows.value(least, problem.objective_function.reference)
 
 
@@ -70,9 +70,9 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     than what the means would take.
     """
     assert problem.cost_model is not None
-    compute = problem.windows.each(lambda load: _least_compute(problem, load).mean(axis=1))
+    compute = problem.windows.map(lambda load: _least_compute(problem, load).mean(axis=1))
     if problem.regime == "dispatch":
-        moved = problem.windows.each(lambda load: _least_rows_us(problem, load).mean(axis=1))
+        moved = problem.windows.map(lambda load: _least_rows_us(problem, load).mean(axis=1))
     else:
         moved = pairs_us * _least_part(problem) / problem.layers
     times = problem.cost_model.layer_us(compute[:, None], moved)
@@ -165,7 +165,7 @@ def _least_rows_us(problem: Problem, load: Floats) -> Floats:
 
 def _least_part(problem: Problem) -> Floats:
     """Compute the part of all pairs' cost that every window [W] pays at least."""
-    load = problem.windows.each(lambda load: load.sum(axis=2))[:, 1:]
+    load = problem.windows.map(lambda load: load.sum(axis=2))[:, 1:]
     if problem.statistics.transitions is None:
         return np.zeros(len(load))
     counted = problem.statistics.transitions.sum(axis=(1, 2), dtype=np.float64)
