@@ -235,7 +235,7 @@ def test_memory_that_is_not_there_is_an_error():
             count,
             lambda: counter.push(many),
             lambda: mt.balance(load, devices=8192, slots_per_device=8),
-            lambda: _core.search(np.ones((2, 200), np.uint64), np.ones((2, 1), np.uint64),
+            lambda: _core.search(np.ones((2, 200), np.uint64), np.ones(2, np.uint64),
                                  np.zeros((1, 1), np.int64), 65536,
                                  coactivation=np.zeros((2, 200, 200), np.uint64)),
         ):

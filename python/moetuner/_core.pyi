@@ -254,17 +254,17 @@ def search(
     time_limit: float | None = None,
     threads: int | None = None,
     progress: Callable[[float, int | None], None] | None = None,
-) -> tuple[NDArray[np.int32], NDArray[np.uint64], int, bool, int]:
+) -> tuple[NDArray[np.int32], int, bool, int]:
     """Search for the placement of least pair cost whose device loads stay under their caps.
 
-    Takes load [L,E], cap [L,D], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E],
+    Takes load [L,E], cap [L], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E],
     coactivation [L,E,E]. ``trials`` is per start. ``progress`` gets seconds and the best cost.
 
     Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
 
-    Returns slots [L,D,S], the caps that were kept [L,D], trials made, whether an interrupt ended it
-    early, and the bits that were cut from every count so that sums fit (0 unless counts are huge;
-    costs are then off by less than that per pair).
+    Returns slots [L,D,S], trials made, whether an interrupt ended it early, and the bits that were
+    cut from every count so that sums fit (0 unless counts are huge; costs are then off by less than
+    that per pair).
     """
 
 # Slots [L,D,S], -1 for an empty one, and the shares of their experts' tokens that they serve.
@@ -562,7 +562,7 @@ def exact_chain(
     """Find the proven optimum by dynamic programming over all partitions of every layer.
 
     Takes what `search` takes. Returns slots [L,D,S], their cost and the caps that were kept [L]:
-    where no placement keeps a cap, the least that one does keep. None where devices differ other
+    where no placement keeps a cap, the least that one does keep. None where links differ other
     than by node, where partitions are too many, where counts are too huge to be exact, where it
     would take more than ``work`` steps of about a nanosecond, or where the time is over.
     """
@@ -579,21 +579,7 @@ def bound(
     time_limit: float | None = None,
     threads: int | None = None,
     progress: Callable[[float, int | None], None] | None = None,
-) -> tuple[
-    int,
-    str,
-    int,
-    str,
-    bool,
-    tuple[
-        NDArray[np.float64],
-        NDArray[np.float64],
-        NDArray[np.float64],
-        NDArray[np.int32],
-        NDArray[np.uint8],
-        NDArray[np.float64],
-    ],
-]:
+) -> tuple[int, str, int, str, bool, tuple[NDArray[Any], ...]]:
     """Bound the transitions that cross devices from below, in any placement under the caps.
 
     Takes load [L,E], transitions [L-1,E,E] and cap [L]; devices are interchangeable and have
@@ -620,13 +606,13 @@ def bound_visits(
     time_limit: float | None = None,
     threads: int | None = None,
     progress: Callable[[float, int | None], None] | None = None,
-) -> tuple[NDArray[np.uint64], NDArray[np.float64], NDArray[np.uint64], bool] | None:
+) -> tuple[NDArray[np.uint64], NDArray[np.float64], bool] | None:
     """Bound the devices that tokens visit from below, by prices of experts.
 
     Takes each layer's sets (ids [N,K] and counts [N]), load [L,E], caps [L], slots of every device
     [L,D], and a placement to begin from [L,E]. Returns proven visits [L], what proves them (prices
-    [L*E]), looks at all contents of a device [L], and whether it was interrupted; None where these
-    contents are too many to look at. ``progress`` takes seconds and the negated visits.
+    [L*E]), and whether it was interrupted; None where contents of a device are too many to look at.
+    ``progress`` takes seconds and the negated visits.
     """
 
 def verify_bound(
@@ -634,16 +620,11 @@ def verify_bound(
     transitions: NDArray[np.uint64],
     cap: NDArray[np.uint64],
     devices: int,
-    lambda_: NDArray[np.float64],
-    columns: NDArray[np.float64],
-    multipliers: NDArray[np.float64],
-    cuts: NDArray[np.int32],
-    choices: NDArray[np.uint8],
-    contents: NDArray[np.float64],
+    certificate: tuple[NDArray[Any], ...],
     *,
     threads: int | None = None,
 ) -> int:
-    """Recompute a bound from a certificate alone; whatever it holds, the count is proven."""
+    """Recompute a bound from a certificate's arrays alone; whatever they hold, it is proven."""
 
 def verify_visits(
     sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],

@@ -55,7 +55,6 @@ mod certificate;
 mod contents;
 mod cuts;
 mod eigen;
-mod householder;
 mod mixture;
 mod relaxation;
 mod rows;
@@ -69,7 +68,7 @@ pub use certificate::{Certificate, verify};
 pub use cuts::Kind;
 
 use crate::control::Control;
-use crate::error::{Error, Result, room_for};
+use crate::error::{Result, room_for};
 use certificate::{Dual, crossing, dual_value};
 use relaxation::Relaxation;
 use semidefinite::Admm;
@@ -99,29 +98,10 @@ pub struct Instance<'a> {
 }
 
 impl Instance<'_> {
+    /// Refuses what memory cannot hold: dummies fill up the devices, and a pair has a handful of tables.
     fn check(&self) -> Result<()> {
-        let Self { layers, experts, devices, .. } = *self;
-        let shape =
-            |what, rule: String, found: usize| Err(Error::Shape { what, rule, found: found.to_string() });
-        if layers == 0 || experts == 0 {
-            return shape("load", "at least one layer and one expert".into(), 0);
-        }
-        if devices == 0 || devices > experts {
-            return shape("devices", format!("a value from 1 to the number of experts ({experts})"), devices);
-        }
-        if self.transitions.len() != (layers - 1) * experts * experts {
-            let rule = format!("shape [{}, {experts}, {experts}]", layers - 1);
-            return shape("transitions", rule, self.transitions.len());
-        }
-        if self.load.len() != layers * experts {
-            return shape("load", format!("shape [{layers}, {experts}]"), self.load.len());
-        }
-        if self.cap.len() != layers {
-            return shape("cap", format!("shape [{layers}]"), self.cap.len());
-        }
-        // Dummies fill up the devices; a pair has a handful of tables.
-        let full = experts.next_multiple_of(devices);
-        room_for("pairs of the bound", &[layers, full, full, 8 * size_of::<f64>()])
+        let full = self.experts.next_multiple_of(self.devices);
+        room_for("pairs of the bound", &[self.layers, full, full, 8 * size_of::<f64>()])
     }
 
     /// Nothing can cross, or nothing is known to.
@@ -259,6 +239,3 @@ impl<'a, F: FnMut(u64)> Best<'a, F> {
         Bound { cost: self.cost, source: self.source, iterations, end, certificate }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -304,39 +304,3 @@ fn each_pool(pools: &mut [Pool], square: usize, y: &mut [f64], work: impl Fn(&mu
         });
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::super::Instance;
-    use super::*;
-    use crate::random::Random;
-
-    /// Other weights change the coordinates of rows, not what they are worth in the bound.
-    #[test]
-    fn weights_do_not_change_what_rows_are_worth() {
-        let mut random = Random::new(0, 0);
-        let mut counts = |n: usize| -> Vec<u64> { (0..n).map(|_| 1 + random.below(50) as u64).collect() };
-        let (transitions, load) = (counts(2 * 64), counts(3 * 8));
-        let cap: Vec<u64> = load.chunks(8).map(|load| load.iter().sum::<u64>() * 11 / 20).collect();
-        let (transitions, load, cap) = (&transitions[..], &load[..], &cap[..]);
-        let instance = Instance { layers: 3, experts: 8, devices: 2, transitions, load, cap };
-        let relaxation = Relaxation::new(&instance);
-        let mut pools = [Pool::new(&relaxation, 0), Pool::new(&relaxation, 1)];
-        pools[0].add_triangle(&relaxation, [0, 1, 9]);
-        let mut y = vec![3.0; 5 * 64];
-        project(&mut pools, 64, 1, &mut y, &mut vec![0.0; 5 * 64]);
-        let worth = |pools: &[Pool; 2]| {
-            let mut cuts = Vec::new();
-            pools.iter().enumerate().for_each(|(l, pool)| pool.export(&relaxation, l, 1.0, &mut cuts));
-            cuts
-        };
-        let before = worth(&pools);
-        assert!(before.iter().any(|(cut, _)| cut.kind == Kind::Triangle) && before.len() > 10);
-        pools.iter_mut().enumerate().for_each(|(l, pool)| pool.weigh(&relaxation, l, true));
-        let after = worth(&pools);
-        assert_eq!(before.len(), after.len());
-        for ((cut, x), (same, y)) in before.iter().zip(&after) {
-            assert!(cut == same && (x - y).abs() < 1e-12 * x.abs());
-        }
-    }
-}

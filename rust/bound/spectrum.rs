@@ -81,34 +81,3 @@ fn frobenius(a: &[f64]) -> f64 {
     // The relative error of the sum of squares is far below the factor.
     a.iter().map(|x| x * x).sum::<f64>().sqrt() * (1.0 + 1e-9)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A matrix with known eigenvalues: the bound is above their sum, by almost nothing.
-    #[test]
-    fn tight_and_above() {
-        // Differences inside the halves are centred vectors; 3 and 2 are the eigenvalues.
-        let n = 8;
-        let mut lambda = vec![0.0; n * n];
-        for (value, at) in [(3.0, 0), (2.0, 4)] {
-            for (i, j, sign) in [(0, 0, 1.0), (0, 1, -1.0), (1, 0, -1.0), (1, 1, 1.0)] {
-                lambda[(at + i) * n + at + j] = sign * value / 2.0;
-            }
-        }
-        for (count, sum) in [(1, 3.0), (2, 5.0), (3, 5.0)] {
-            let bound = largest_sum(&lambda, n, count);
-            assert!(bound >= sum && bound < sum + 1e-11, "{count}: {bound}");
-        }
-    }
-
-    /// What centring removes has no eigenvalues left.
-    #[test]
-    fn constants_vanish() {
-        let n = 6;
-        let lambda: Vec<f64> = (0..n * n).map(|i| (i / n + i % n) as f64).collect();
-        let bound = largest_sum(&lambda, n, 2);
-        assert!((0.0..1e-10).contains(&bound));
-    }
-}

@@ -46,7 +46,7 @@ pub struct Instance {
     pub sizes: Sizes,
     /// Load `[L, P]`, zero for empty slots.
     pub load: Vec<u64>,
-    /// Largest load of a device `[L, D]`.
+    /// Largest load of a device `[L]`.
     pub cap: Vec<u64>,
     /// Cost of moving between devices `[D, D]`, symmetric, zero diagonal.
     pub cost: Vec<i64>,
@@ -55,9 +55,7 @@ pub struct Instance {
     /// Cost of the dearest pair of devices, and what other devices (oneself among them) are nearer to each by.
     dearest: i32,
     nearer: Vec<Vec<(u32, i32)>>,
-    /// Devices whose labels can be exchanged without changing any cost or cap.
-    pub twins: Vec<(u16, u16)>,
-    /// Exchanges of labels that change no cost and no cap: of twins, and of nodes that are alike, device by device.
+    /// Exchanges of labels that change no cost: of two devices, and of nodes that are alike, device by device.
     pub exchanges: Vec<Vec<(u16, u16)>>,
     /// Transitions `[L - 1, P, P]`, right-shifted by `shift`, and the same with each table transposed.
     forward: Vec<i32>,
@@ -78,7 +76,7 @@ const LARGEST: u128 = 1 << 28;
 
 impl Instance {
     /// Takes counts as they come: `load` `[L, E]`, `transitions` `[L - 1, E, E]` or empty, `coactivation` `[L, E, E]`
-    /// or empty, `cap` `[L, D]`, `cost` `[D, D]`.
+    /// or empty, `cap` `[L]`, `cost` `[D, D]`.
     pub fn new(
         sizes: Sizes,
         load: &[u64],
@@ -87,7 +85,7 @@ impl Instance {
         cap: &[u64],
         cost: &[i64],
     ) -> Result<Self> {
-        check_arguments(sizes, load, transitions, coactivation, cap, cost)?;
+        check_sizes(sizes, transitions, coactivation)?;
         let Sizes { layers, experts, devices, .. } = sizes;
         let slots = sizes.slots();
         let table = experts * experts;
@@ -119,15 +117,13 @@ impl Instance {
         let pairs = (transitions.len() + coactivation.len()).max(1);
         let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
         let mean_cost = mean(devices, cost);
-        let twins = twins(devices, &changes, cap);
         let cheapest = cost.iter().copied().filter(|&cost| cost > 0).min().unwrap_or(0);
         Ok(Self {
             sizes,
             load: padded_load,
             cap: cap.to_vec(),
             cost: cost.to_vec(),
-            exchanges: twins.iter().map(|&pair| vec![pair]).chain(nodes(devices, cost, cap)).collect(),
-            twins,
+            exchanges: exchanges(devices, cost, &changes),
             changes,
             dearest,
             nearer,
@@ -140,20 +136,10 @@ impl Instance {
         })
     }
 
-    /// Raises a layer's caps, all by the same, as far as a placement `[L, P]` needs it.
+    /// Raises the caps as far as a placement `[L, P]` needs it.
     pub fn allow(&mut self, expert_in: &[u16]) {
-        let Sizes { devices, per_device, .. } = self.sizes;
-        let p = self.sizes.slots();
-        for (l, layer) in expert_in.chunks_exact(p.max(1)).enumerate() {
-            let caps = &mut self.cap[l * devices..][..devices];
-            let excess = layer.chunks_exact(per_device).zip(caps.iter()).map(|(experts, &cap)| {
-                let load: u64 = experts.iter().map(|&e| self.load[l * p + usize::from(e)]).sum();
-                load.saturating_sub(cap)
-            });
-            let excess = excess.max().unwrap_or(0);
-            for cap in caps {
-                *cap += excess;
-            }
+        for (l, layer) in expert_in.chunks_exact(self.sizes.slots().max(1)).enumerate() {
+            self.cap[l] = self.cap[l].max(self.peak(l, layer));
         }
     }
 
@@ -164,29 +150,35 @@ impl Instance {
         let cost: Vec<i64> =
             (0..devices * devices).map(|at| i64::from(at / devices != at % devices)).collect();
         let (dearest, nearer, changes) = paths(devices, &cost);
-        let twins = twins(devices, &changes, &self.cap);
         Self {
             unit: self.unit / mean(devices, &self.cost).max(1.0),
             finest: 1.0,
-            exchanges: twins.iter().map(|&pair| vec![pair]).collect(),
+            exchanges: exchanges(devices, &cost, &changes),
             cost,
             dearest,
             nearer,
             changes,
-            twins,
             ..self.clone()
         }
+    }
+
+    /// Load of every device of a layer's placement `[P]`.
+    fn loads(&self, l: usize, expert_in: &[u16]) -> impl Iterator<Item = u64> {
+        let load = &self.load[l * self.sizes.slots()..];
+        let devices = expert_in.chunks_exact(self.sizes.per_device);
+        devices.map(|experts| experts.iter().map(|&e| load[usize::from(e)]).sum())
+    }
+
+    /// Largest load of a device of a layer's placement `[P]`.
+    #[must_use]
+    pub fn peak(&self, l: usize, expert_in: &[u16]) -> u64 {
+        self.loads(l, expert_in).max().unwrap_or(0)
     }
 
     /// Tokens above caps of a layer's placement `[P]`.
     #[must_use]
     pub fn excess(&self, l: usize, expert_in: &[u16]) -> u128 {
-        let Sizes { devices, per_device, .. } = self.sizes;
-        let load = &self.load[l * self.sizes.slots()..];
-        let above = |(experts, &cap): (&[u16], &u64)| {
-            u128::from(experts.iter().map(|&e| load[usize::from(e)]).sum::<u64>().saturating_sub(cap))
-        };
-        expert_in.chunks_exact(per_device).zip(&self.cap[l * devices..][..devices]).map(above).sum()
+        self.loads(l, expert_in).map(|load| u128::from(load.saturating_sub(self.cap[l]))).sum()
     }
 
     /// Transitions of expert `e` in layer `l` to all experts of layer `l + 1`.
@@ -213,14 +205,16 @@ impl Instance {
         (!self.together.is_empty()).then(|| &self.together[(l * p + e) * p..][..p])
     }
 
-    /// What layer `l` costs on its own: co-activated experts apart, of all (expert, device).
+    /// What a layer's placement `[P]` costs on its own: co-activated experts apart.
     #[must_use]
-    pub fn apart(&self, l: usize, on: &[(usize, usize)]) -> i64 {
+    pub fn apart(&self, l: usize, expert_in: &[u16]) -> i64 {
+        let (d, s) = (self.sizes.devices, self.sizes.per_device);
         let mut cost = 0;
-        for (at, &(e, g)) in on.iter().enumerate() {
-            let Some(with) = self.with(l, e) else { return 0 };
-            let row = &self.cost[g * self.sizes.devices..];
-            cost += on[at + 1..].iter().map(|&(f, h)| i64::from(with[f]) * row[h]).sum::<i64>();
+        for (slot, &e) in expert_in.iter().enumerate() {
+            let Some(with) = self.with(l, e.into()) else { return 0 };
+            let row = &self.cost[slot / s * d..][..d];
+            let later = expert_in.iter().enumerate().skip(slot + 1);
+            cost += later.map(|(at, &f)| i64::from(with[usize::from(f)]) * row[at / s]).sum::<i64>();
         }
         cost
     }
@@ -259,8 +253,7 @@ impl Instance {
     /// Whether all pairs of different devices cost the same, so that only the partition of a layer matters.
     #[must_use]
     pub fn uniform(&self) -> bool {
-        let d = self.sizes.devices;
-        self.twins.len() == d * d.saturating_sub(1) / 2
+        self.nearer.iter().all(|nearer| nearer.len() <= 1)
     }
 }
 
@@ -287,23 +280,11 @@ fn mean(devices: usize, cost: &[i64]) -> f64 {
     cost.iter().sum::<i64>() as f64 / (devices * devices).saturating_sub(devices).max(1) as f64
 }
 
-/// Refuses what is not of the shape that sizes ask for, what is no cost, and what would not fit into memory.
-fn check_arguments(
-    sizes: Sizes,
-    load: &[u64],
-    transitions: &[u64],
-    coactivation: &[u64],
-    cap: &[u64],
-    cost: &[i64],
-) -> Result<()> {
+/// Refuses more slots than are counted in 16 bits, fewer than experts, and what would not fit into memory.
+fn check_sizes(sizes: Sizes, transitions: &[u64], coactivation: &[u64]) -> Result<()> {
     let Sizes { layers, experts, devices, .. } = sizes;
     let slots = sizes.slots();
     let table = experts * experts;
-    check("load", load.len(), &[layers * experts])?;
-    check("transitions", transitions.len(), &[0, layers.saturating_sub(1) * table])?;
-    check("coactivation", coactivation.len(), &[0, layers * table])?;
-    check("cap", cap.len(), &[layers * devices])?;
-    check("cost", cost.len(), &[devices * devices])?;
     if slots > SLOTS {
         let rule = format!("at most {SLOTS} slots in a layer");
         return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
@@ -312,29 +293,11 @@ fn check_arguments(
         let rule = format!("slots for all {experts} experts");
         return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
     }
-    let bad = |g: usize, h: usize| {
-        let c = cost[g * devices + h];
-        !(0..1 << 16).contains(&c) || c != cost[h * devices + g] || (g == h && c != 0)
-    };
-    if let Some(at) = (0..devices * devices).find(|at| bad(at / devices, at % devices)) {
-        let rule = "symmetric costs from 0 to 65535 with a zero diagonal".to_string();
-        let found = format!("{} from device {} to {}", cost[at], at / devices, at % devices);
-        return Err(Error::Shape { what: "cost", rule, found });
-    }
-
     // Padded pairs, the differences of devices, and the prices of a search.
     let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));
     room_for("pairs of slots", &[(tables[0] + tables[1]) * slots, slots, size_of::<i32>()])?;
     room_for("pairs of devices", &[devices, devices, size_of::<Vec<(u32, i32)>>()])?;
     room_for("prices", &[layers, devices, slots, size_of::<i64>()])
-}
-
-fn check(what: &'static str, length: usize, allowed: &[usize]) -> Result<()> {
-    if allowed.contains(&length) {
-        return Ok(());
-    }
-    let rule = format!("{allowed:?} values");
-    Err(Error::Shape { what, rule, found: length.to_string() })
 }
 
 /// Largest sum of a row plus a column of any table: no expert can cost more.
@@ -367,27 +330,20 @@ fn difference(g: &[(u32, i32)], h: &[(u32, i32)]) -> Vec<(u32, i32)> {
     both
 }
 
-fn twins(devices: usize, changes: &[Vec<(u32, i32)>], cap: &[u64]) -> Vec<(u16, u16)> {
-    let same = |g: usize, h: usize| {
-        changes[g * devices + h].iter().all(|&(c, _)| c as usize == g || c as usize == h)
-            && cap.chunks_exact(devices).all(|caps| caps[g] == caps[h])
-    };
-    let mut twins = Vec::new();
-    for g in 0..devices {
-        twins.extend((g + 1..devices).filter(|&h| same(g, h)).map(|h| (g as u16, h as u16)));
+/// Pairs of devices that can exchange their labels without changing any cost, and the pairs of all devices of two such
+/// nodes. Nodes are devices that are nearer to each other than to others, at every distance that there is.
+fn exchanges(devices: usize, cost: &[i64], changes: &Differences) -> Vec<Vec<(u16, u16)>> {
+    let mut exchanges = Vec::new();
+    for (g, h) in (0..devices).flat_map(|g| (g + 1..devices).map(move |h| (g, h))) {
+        if changes[g * devices + h].iter().all(|&(c, _)| c as usize == g || c as usize == h) {
+            exchanges.push(vec![(g as u16, h as u16)]);
+        }
     }
-    twins
-}
-
-/// Pairs of nodes whose devices can exchange all labels without changing any cost or cap. Nodes are devices that are
-/// nearer to each other than to others, at every distance that there is.
-fn nodes(devices: usize, cost: &[i64], cap: &[u64]) -> Vec<Vec<(u16, u16)>> {
     let mut distances: Vec<i64> = cost.iter().copied().filter(|&cost| cost > 0).collect();
     distances.sort_unstable();
     distances.dedup();
     // The largest joins all devices to one node.
     distances.pop();
-    let mut exchanges = Vec::new();
     for most in distances {
         let members = |g: usize| -> Vec<usize> {
             (0..devices).filter(|&h| h == g || cost[g * devices + h] <= most).collect()
@@ -401,7 +357,7 @@ fn nodes(devices: usize, cost: &[i64], cap: &[u64]) -> Vec<Vec<(u16, u16)>> {
             for &b in &heads[at + 1..] {
                 let pairs: Vec<(usize, usize)> =
                     blocks[a].iter().copied().zip(blocks[b].iter().copied()).collect();
-                if blocks[a].len() == blocks[b].len() && are_alike(devices, cost, cap, &pairs) {
+                if blocks[a].len() == blocks[b].len() && are_alike(devices, cost, &pairs) {
                     exchanges.push(pairs.iter().map(|&(g, h)| (g as u16, h as u16)).collect());
                 }
             }
@@ -410,16 +366,13 @@ fn nodes(devices: usize, cost: &[i64], cap: &[u64]) -> Vec<Vec<(u16, u16)>> {
     exchanges
 }
 
-/// Whether exchanging the labels of all these pairs of devices changes no cost and no cap.
-fn are_alike(devices: usize, cost: &[i64], cap: &[u64], pairs: &[(usize, usize)]) -> bool {
+/// Whether exchanging the labels of all these pairs of devices changes no cost.
+fn are_alike(devices: usize, cost: &[i64], pairs: &[(usize, usize)]) -> bool {
     let mut to: Vec<usize> = (0..devices).collect();
     for &(g, h) in pairs {
         to.swap(g, h);
     }
-    let same = |g: usize, h: usize| {
-        (0..devices).all(|c| cost[g * devices + c] == cost[h * devices + to[c]])
-            && cap.chunks_exact(devices).all(|caps| caps[g] == caps[h])
-    };
+    let same = |g: usize, h: usize| (0..devices).all(|c| cost[g * devices + c] == cost[h * devices + to[c]]);
     pairs.iter().all(|&(g, h)| same(g, h) && same(h, g))
 }
 
@@ -444,7 +397,7 @@ pub(crate) fn random(
         coactivation[at] = if e == f { 0 } else { coactivation[first + e.max(f) * experts + e.min(f)] };
     }
     let mean = |load: &[u64]| load.iter().sum::<u64>() * 12 / (10 * devices as u64);
-    let cap: Vec<u64> = load.chunks_exact(experts).flat_map(|load| vec![mean(load); devices]).collect();
+    let cap: Vec<u64> = load.chunks_exact(experts).map(mean).collect();
     let cost = |at: usize| match (at / devices, at % devices) {
         (g, h) if g == h => 0,
         (g, h) if g / node == h / node => within,

@@ -6,8 +6,6 @@
 mod anneal;
 pub mod instance;
 pub mod partitions;
-mod path;
-pub mod recombine;
 mod state;
 
 use std::time::{Duration, Instant};
@@ -21,7 +19,7 @@ use crate::packing::{Goal, Improve, Sizes, pack};
 use crate::random::Random;
 use anneal::{Schedule, anneal};
 use instance::Instance;
-use recombine::recombine;
+use partitions::recombine;
 use state::State;
 
 /// How much to search.
@@ -345,7 +343,7 @@ mod tests {
                 _ => 18,
             })
             .collect();
-        let cap = vec![1000; layers * devices];
+        let cap = vec![1000; layers];
         Instance::new(sizes, &load, &transitions, &[], &cap, &cost).expect("valid")
     }
 
@@ -378,17 +376,6 @@ mod tests {
         assert!(2 * placed.iter().sum::<i64>() < start.iter().sum::<i64>());
     }
 
-    /// In few trials too little is known of links that differ; what starts on links alike find together is enough.
-    #[test]
-    fn recombined_starts_on_links_alike_find_what_costs_nothing() {
-        for (seed, node) in [(0, 4), (3, 2)] {
-            let mut instance = planted(12, 8, node, &mut Random::new(seed, 0));
-            instance.cap.fill(u64::MAX);
-            let placed = searched(&mut instance, 20_000);
-            assert_eq!(cost_of(&instance, &placed), 0);
-        }
-    }
-
     /// What costs nothing is found whatever the cap and the shape, also where a fifth or a half of all swaps keeps it.
     #[test]
     fn caps_hide_nothing() {
@@ -406,22 +393,13 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(6))]
 
-        /// Where every device is at the cap, no swap keeps it: what costs nothing is found all the same.
-        #[test]
-        fn tight_caps_are_crossed_and_kept_again(seed in any::<u64>()) {
-            let mut instance = planted(6, 4, 4, &mut Random::new(seed, 0));
-            let placed = searched(&mut instance, 200_000);
-            let state = State::new(&instance, placed);
-            prop_assert_eq!(state.excess(), 0);
-            prop_assert_eq!(state.cost(), 0);
-        }
-
         /// Links that differ hide what costs nothing no more than links that are alike.
         #[test]
         fn two_tiers_hide_nothing(seed in any::<u64>()) {
             let mut instance = planted(12, 8, 4, &mut Random::new(seed, 0));
             instance.cap.fill(u64::MAX);
-            let placed = searched(&mut instance, 100_000);
+            // In few trials too little is known of them: it is enough what starts on links alike find together.
+            let placed = searched(&mut instance, 20_000);
             prop_assert_eq!(cost_of(&instance, &placed), 0);
         }
 
@@ -442,20 +420,6 @@ mod tests {
             let options = Options { seed, trials: Some(20_000), time_limit: None };
             let placed = search(&instance, &options, &start, &Control::new(None));
             prop_assert!(State::new(&instance, placed).excess() <= before);
-        }
-
-        /// A placement that keeps the caps is not given up for one that costs less and does not.
-        #[test]
-        fn caps_that_are_kept_stay_kept(seed in any::<u64>()) {
-            let mut loads = planted(6, 4, 4, &mut Random::new(seed, 0));
-            let within = searched(&mut loads, 100_000);
-            prop_assert_eq!(State::new(&loads, within.clone()).excess(), 0);
-            // Tokens go other ways than loads are balanced.
-            let mut instance = planted(6, 4, 4, &mut Random::new(seed, 1));
-            instance.load.clone_from(&loads.load);
-            let options = Options { seed, trials: Some(5_000), time_limit: None };
-            let placed = search(&instance, &options, &within, &Control::new(None));
-            prop_assert_eq!(State::new(&instance, placed).excess(), 0);
         }
     }
 }

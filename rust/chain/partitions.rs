@@ -1,22 +1,28 @@
-//! The chain, complete: dynamic programming over *all* partitions of every layer. Its answer is a proven optimum.
+//! Dynamic programming over the layers: the best chain of given choices of every layer.
 //!
-//! Where devices are interchangeable (within nodes, and nodes with each other) a layer is a partition of its experts;
-//! the cost of two neighbouring layers is that of the best matching of their groups, nodes first and devices within
-//! them. 8 experts on 4 devices have 105 partitions. [`crate::chain`] does the same over a pool of partitions.
+//! The cost of a placement is a chain: it couples neighbouring layers only. Given several choices for every layer, the
+//! best sequence of choices is a shortest path. Where devices are interchangeable (within nodes, and nodes with each
+//! other) a choice is a *partition* of the experts: the cost of two neighbouring ones is that of the best matching of
+//! their groups, nodes first and devices within them, a linear assignment problem; labels of devices follow from the
+//! first layer on. Over the layers of a pool of placements the answer recombines them; over *all* partitions it is a
+//! proven optimum: 8 experts on 4 devices have 105.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
 
 use crate::assignment::assign_max;
 use crate::chain::instance::{Instance, Sizes};
-use crate::chain::path::shortest;
 use crate::control::Control;
 
 /// Partitions of a layer, at the most.
 const LARGEST: usize = 20_000;
+/// Experts of a layer, at the most: of more there are more partitions, but for one expert on each device.
+pub const MOST_EXPERTS: usize = 64;
 /// Additions in a step.
 const ADDITIONS: usize = 4;
+/// Devices of a node, and nodes, up to which matchings are found without memory.
+const FEW: usize = 4;
 
 /// A proven optimum.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,39 +35,72 @@ pub struct Optimum {
     pub cap: Vec<u64>,
 }
 
-/// The optimum of an instance; None where devices differ, where counts do not fit exactly, or where this would take
-/// more than `work` steps (about a nanosecond each), or is stopped.
+/// The optimum of an instance; None where links differ other than by node, where counts do not fit exactly, or where
+/// this would take more than `work` steps (about a nanosecond each), or is stopped.
 #[must_use]
 pub fn optimum(instance: &Instance, work: u64, control: &Control) -> Option<Optimum> {
-    let tiers = Tiers::of(instance).filter(|_| instance.shift == 0)?;
-    let all = all_partitions(instance, tiers)?;
-    let groups = Groups::new(&all, instance.sizes.devices);
-    let layers: Vec<LayerPartitions> =
-        (0..instance.sizes.layers).map(|l| LayerPartitions::new(instance, &all, &groups, l)).collect();
+    let sizes = instance.sizes;
+    let tiers = Tiers::of(instance).filter(|_| instance.shift == 0 && sizes.experts <= MOST_EXPERTS)?;
+    let all = all_partitions(sizes, tiers)?;
+    let mut cap = instance.cap.clone();
+    let choices = |(l, cap): (usize, &mut u64)| {
+        let peaks: Vec<u64> = all.iter().map(|slots| instance.peak(l, slots)).collect();
+        *cap = peaks.iter().copied().min().unwrap_or(0).max(*cap);
+        let allowed = all.iter().zip(peaks).filter(|&(_, peak)| peak <= *cap);
+        Choices::new(instance, l, allowed.map(|(slots, _)| slots.as_slice()).collect())
+    };
+    let layers: Vec<Choices<'_>> = cap.iter_mut().enumerate().map(choices).collect();
     let steps = layers.windows(2).map(|pair| {
-        let (left, right) = (&pair[0], &pair[1]);
-        let flows = right.groups.len() * instance.sizes.slots() / ADDITIONS;
-        let matched = (right.allowed.len() as u64).saturating_mul(tiers.steps());
-        (left.allowed.len() as u64).saturating_mul(matched.saturating_add(flows as u64))
+        let (left, right) = (&pair[0].slots, &pair[1]);
+        let flows = right.groups.len() * sizes.slots() / ADDITIONS;
+        let matched = (right.slots.len() as u64).saturating_mul(tiers.steps());
+        (left.len() as u64).saturating_mul(matched.saturating_add(flows as u64))
     });
     if instance.has_transitions() && steps.fold(0, u64::saturating_add) > work {
         return None;
     }
+    let (cost, expert_in) = best_chain(instance, Some(tiers), &layers, control)?;
+    Some(Optimum { expert_in, cost, cap })
+}
 
-    let own: Vec<Vec<i64>> = layers.iter().map(|layer| layer.own.clone()).collect();
-    let through = |l: usize, value: &[i64]| {
-        (!control.stopped()).then(|| step(instance, tiers, &groups, l, value, &layers[l - 1..=l]))
+/// The best placement `[L, P]` (expert in every slot) whose layers all come from `pool`, itself placements.
+///
+/// Never worse than the best of the pool, by tokens above caps and then by cost. Deterministic: ties go to the earlier
+/// choice.
+#[must_use]
+pub fn recombine(instance: &Instance, pool: &[Vec<u16>]) -> Vec<u16> {
+    let of_layer = |l: usize| Choices::new(instance, l, choices_of(instance, pool, l));
+    let layers: Vec<Choices<'_>> = (0..instance.sizes.layers).into_par_iter().map(of_layer).collect();
+    best_chain(instance, Tiers::of(instance), &layers, &Control::new(None)).unwrap_or_default().1
+}
+
+/// The choices of layer `l` that keep the caps, or exceed them least: those that differ as partitions (or, where devices
+/// differ, as placements), in order of appearance.
+fn choices_of<'a>(instance: &Instance, pool: &'a [Vec<u16>], l: usize) -> Vec<&'a [u16]> {
+    let (p, mut seen) = (instance.sizes.slots(), BTreeSet::new());
+    let mut is_new = |slots: &[u16]| {
+        let mut groups: Vec<Vec<u16>> = slots.chunks_exact(instance.sizes.per_device).map(sorted).collect();
+        if instance.uniform() {
+            groups.sort_unstable();
+        }
+        seen.insert(groups)
     };
-    let (cost, choices) = shortest(&own, through)?;
-    let chosen: Vec<usize> =
-        choices.iter().zip(&layers).map(|(&choice, layer)| layer.allowed[choice]).collect();
-    let expert_in = labelled(instance, tiers, &groups, &chosen);
-    Some(Optimum { expert_in, cost, cap: layers.iter().map(|layer| layer.cap).collect() })
+    let layer = pool.iter().map(|placement| &placement[l * p..][..p]).filter(|slots| is_new(slots));
+    let mut choices: Vec<(u128, &[u16])> = layer.map(|slots| (instance.excess(l, slots), slots)).collect();
+    let least = choices.iter().map(|choice| choice.0).min();
+    choices.retain(|choice| Some(choice.0) == least);
+    choices.into_iter().map(|choice| choice.1).collect()
+}
+
+fn sorted(group: &[u16]) -> Vec<u16> {
+    let mut group = group.to_vec();
+    group.sort_unstable();
+    group
 }
 
 /// Devices in nodes of equal size: what a pair costs within a node and between nodes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Tiers {
+struct Tiers {
     devices: usize,
     node_size: usize,
     within: i64,
@@ -69,10 +108,9 @@ pub(crate) struct Tiers {
 }
 
 impl Tiers {
-    pub(crate) fn of(instance: &Instance) -> Option<Self> {
+    fn of(instance: &Instance) -> Option<Self> {
         let devices = instance.sizes.devices;
         let cost = |g: usize, h: usize| instance.cost[g * devices + h];
-        let alike = instance.cap.chunks_exact(devices.max(1)).all(|caps| caps.iter().all(|&c| c == caps[0]));
         let of_size = |node_size: usize| {
             let within = if node_size > 1 { cost(0, 1) } else { 0 };
             let between = if node_size < devices { cost(0, devices - 1) } else { within };
@@ -82,7 +120,7 @@ impl Tiers {
             pairs.all(|(g, h)| cost(g, h) == stated(g, h)).then_some(tiers)
         };
         // The largest nodes that fit: one node where all links are alike.
-        (1..=devices).rev().filter(|size| alike && devices.is_multiple_of(*size)).find_map(of_size)
+        (1..=devices).rev().filter(|size| devices.is_multiple_of(*size)).find_map(of_size)
     }
 
     fn nodes(self) -> usize {
@@ -91,7 +129,7 @@ impl Tiers {
 
     /// What one pair of partitions takes, roughly.
     fn steps(self) -> u64 {
-        let matching = |n: usize| if n <= 4 { n << n.saturating_sub(1) } else { 4 * n * n * n } as u64;
+        let matching = |n: usize| if n <= FEW { n << n.saturating_sub(1) } else { 4 * n * n * n } as u64;
         let nodes = self.nodes() as u64;
         (self.devices * self.devices) as u64
             + nodes * nodes * matching(self.node_size)
@@ -100,15 +138,16 @@ impl Tiers {
 
     /// Cost saved by the best matching of groups with flows `[D, D]`, against all pairs between nodes; and the group
     /// that every device takes.
-    pub(crate) fn matched(self, flow: &[i64]) -> (i64, Vec<usize>) {
+    fn matched(self, flow: &[i64]) -> (i64, Vec<usize>) {
         let (d, size, nodes) = (self.devices, self.node_size, self.nodes());
         let mut saved = vec![0; nodes * nodes];
         let mut inner = Vec::with_capacity(nodes * nodes);
+        let mut block = vec![0; size * size];
         for (at, saved) in saved.iter_mut().enumerate() {
-            let block = self.block(flow, at);
+            self.copy_block(flow, at, &mut block);
             let group_of = assign_max(&block, size);
             let together: i64 = group_of.iter().enumerate().map(|(g, &h)| block[g * size + h]).sum();
-            *saved = self.saved(block.iter().sum(), together);
+            *saved = self.saved(&block, together);
             inner.push(group_of);
         }
         let node_of = assign_max(&saved, nodes);
@@ -120,114 +159,86 @@ impl Tiers {
         (total, (0..d).map(group).collect())
     }
 
-    /// Flows `[size, size]` between the devices of two nodes, `at` = node * nodes + node.
-    fn block(self, flow: &[i64], at: usize) -> Vec<i64> {
+    /// Copies flows `[size, size]` between the devices of two nodes, `at` = node * nodes + node.
+    fn copy_block(self, flow: &[i64], at: usize, block: &mut [i64]) {
         let (a, b) = (at / self.nodes() * self.node_size, at % self.nodes() * self.node_size);
-        (0..self.node_size)
-            .flat_map(|g| flow[(a + g) * self.devices + b..][..self.node_size].iter().copied())
-            .collect()
+        for (g, row) in block.chunks_exact_mut(self.node_size).enumerate() {
+            row.copy_from_slice(&flow[(a + g) * self.devices + b..][..self.node_size]);
+        }
     }
 
-    fn saved(self, in_node: i64, on_device: i64) -> i64 {
-        (self.between - self.within) * in_node + self.within * on_device
+    /// What two nodes save, as many pairs of theirs being on one device.
+    fn saved(self, block: &[i64], on_device: i64) -> i64 {
+        (self.between - self.within) * block.iter().sum::<i64>() + self.within * on_device
     }
 
     /// The first value of [`Tiers::matched`], faster where devices are few.
     fn saving(self, flow: &[i64]) -> i64 {
-        match (self.nodes(), self.node_size) {
-            (1, 1) => self.within * flow[0],
-            (1, 2) => self.within * best_matching::<2>(flow),
-            (1, 3) => self.within * best_matching::<3>(flow),
-            (1, 4) => self.within * best_matching::<4>(flow),
-            (2, 2) => {
-                let mut saved = [0; 4];
-                for (at, saved) in saved.iter_mut().enumerate() {
-                    let first = at / 2 * 8 + at % 2 * 2;
-                    let block = [flow[first], flow[first + 1], flow[first + 4], flow[first + 5]];
-                    *saved = self.saved(block.iter().sum(), best_matching::<2>(&block));
-                }
-                best_matching::<2>(&saved)
-            }
-            _ => self.matched(flow).0,
+        let (size, nodes) = (self.node_size, self.nodes());
+        if size > FEW || nodes > FEW {
+            return self.matched(flow).0;
         }
+        let (mut saved, mut block) = ([0; FEW * FEW], [0; FEW * FEW]);
+        let block = &mut block[..size * size];
+        for (at, saved) in saved[..nodes * nodes].iter_mut().enumerate() {
+            self.copy_block(flow, at, block);
+            *saved = self.saved(block, best_matching(block, size));
+        }
+        best_matching(&saved[..nodes * nodes], nodes)
     }
 }
 
 /// Largest sum of a matching of rows with columns: over the sets of columns that the first rows take.
 #[inline]
-fn best_matching<const N: usize>(weight: &[i64]) -> i64 {
-    let weight = &weight[..N * N];
-    let mut best = [i64::MIN; 16];
+fn best_matching(weight: &[i64], n: usize) -> i64 {
+    let mut best = [i64::MIN; 1 << FEW];
     best[0] = 0;
-    for set in 1..1usize << N {
-        let row = set.count_ones() as usize - 1;
-        for column in 0..N {
+    for set in 1..1usize << n {
+        let row = &weight[(set.count_ones() as usize - 1) * n..][..n];
+        for (column, weight) in row.iter().enumerate() {
             if set >> column & 1 == 1 {
-                best[set] = best[set].max(best[set ^ 1 << column] + weight[row * N + column]);
+                best[set] = best[set].max(best[set ^ 1 << column] + weight);
             }
         }
     }
-    best[(1 << N) - 1]
+    best[(1 << n) - 1]
 }
 
-/// Whether there are more partitions than can be listed, told by counting: of large layers even the beginning of the
-/// list takes long. Nodes only add to the count.
-#[must_use]
-pub fn are_too_many(sizes: Sizes) -> bool {
-    let Sizes { experts, devices, per_device, .. } = sizes;
-    // Ways to partition the last n experts onto at most so many devices: the first of them chooses its companions.
-    let mut ways = vec![0.0; experts + 1];
-    ways[0] = 1.0;
-    for _ in 0..devices {
-        let fewer = std::mem::replace(&mut ways, vec![0.0; experts + 1]);
-        ways[0] = 1.0;
-        for n in 1..=experts {
-            let mut choices = 1.0;
-            for companions in 0..per_device.min(n) {
-                ways[n] += choices * fewer[n - 1 - companions];
-                choices *= (n - 1 - companions) as f64 / (companions + 1) as f64;
-            }
-        }
-    }
-    ways[experts] > LARGEST as f64
-}
-
-/// Every partition of experts onto devices, as the device of every expert `[E]`, once: devices of a node, and nodes,
-/// are taken into use in order. Empty slots have no names. None if there are too many.
-fn all_partitions(instance: &Instance, tiers: Tiers) -> Option<Vec<Vec<u16>>> {
-    let sizes = instance.sizes;
+/// Every partition of experts onto devices, as the expert in every slot `[P]`, once: devices of a node, and nodes, are
+/// taken into use in order. None if there are too many.
+fn all_partitions(sizes: Sizes, tiers: Tiers) -> Option<Vec<Vec<u16>>> {
     let mut all = Vec::new();
-    let mut device_of = Vec::with_capacity(sizes.experts);
-    let mut filled = vec![0; sizes.devices];
-    extend(sizes.experts, sizes.per_device, tiers, &mut device_of, &mut filled, &mut all).then_some(all)
+    let mut groups = vec![Vec::with_capacity(sizes.per_device); sizes.devices];
+    extend(sizes, 0, tiers.node_size, &mut groups, &mut all).then_some(all)
 }
 
 fn extend(
-    experts: usize,
-    per_device: usize,
-    tiers: Tiers,
-    device_of: &mut Vec<u16>,
-    filled: &mut [usize],
+    sizes: Sizes,
+    expert: usize,
+    size: usize,
+    groups: &mut [Vec<u16>],
     all: &mut Vec<Vec<u16>>,
 ) -> bool {
-    if device_of.len() == experts {
-        all.push(device_of.clone());
+    if expert == sizes.experts {
+        let mut nothing = expert as u16..;
+        let filled = |group: &Vec<u16>| {
+            let rest = nothing.by_ref().take(sizes.per_device - group.len());
+            group.iter().copied().chain(rest).collect::<Vec<_>>()
+        };
+        all.push(groups.iter().flat_map(filled).collect());
         return all.len() <= LARGEST;
     }
-    let size = tiers.node_size;
     // Whatever is placed so far can be completed, so the number of steps is at most that of partitions times experts.
-    for device in 0..tiers.devices {
-        let new_device = filled[device] == 0;
-        let before_in_node = device % size > 0 && filled[device - 1] == 0;
-        let before_node = device >= size && device % size == 0 && filled[device - size] == 0;
-        if filled[device] == per_device || (new_device && (before_in_node || before_node)) {
+    for device in 0..sizes.devices {
+        let is_new = groups[device].is_empty();
+        let before_in_node = device % size > 0 && groups[device.saturating_sub(1)].is_empty();
+        let before_node = device >= size && device % size == 0 && groups[device - size].is_empty();
+        if groups[device].len() == sizes.per_device || (is_new && (before_in_node || before_node)) {
             continue;
         }
-        filled[device] += 1;
-        device_of.push(device as u16);
-        let few = extend(experts, per_device, tiers, device_of, filled, all);
-        device_of.pop();
-        filled[device] -= 1;
+        groups[device].push(expert as u16);
+        let few = extend(sizes, expert + 1, size, groups, all);
+        groups[device].pop();
         if !few {
             return false;
         }
@@ -235,123 +246,118 @@ fn extend(
     true
 }
 
-/// The partitions that a layer may take.
-struct LayerPartitions {
-    /// Among all.
-    allowed: Vec<usize>,
-    /// The groups that occur in them.
-    groups: Vec<u32>,
+/// What a layer may be.
+struct Choices<'a> {
+    /// The expert in every slot `[P]` of every choice.
+    slots: Vec<&'a [u16]>,
+    /// The groups of experts that share a device in any choice: far fewer than choices.
+    groups: Vec<&'a [u16]>,
+    /// Group of every choice and device `[choices, D]`.
+    group_on: Vec<u32>,
     /// What each costs on its own: co-activated experts apart.
     own: Vec<i64>,
-    cap: u64,
 }
 
-impl LayerPartitions {
-    fn new(instance: &Instance, all: &[Vec<u16>], groups: &Groups, l: usize) -> Self {
-        let sizes = instance.sizes;
-        let load = &instance.load[l * sizes.slots()..][..sizes.experts];
-        let mut sums = vec![0; sizes.devices];
-        let mut heaviest = |partition: &Vec<u16>| {
-            sums.fill(0);
-            partition.iter().zip(load).for_each(|(&d, load)| sums[usize::from(d)] += load);
-            sums.iter().copied().max().unwrap_or(0)
+impl<'a> Choices<'a> {
+    fn new(instance: &Instance, l: usize, slots: Vec<&'a [u16]>) -> Self {
+        let (mut number, mut groups) = (BTreeMap::new(), Vec::new());
+        let mut number_of = |group: &'a [u16]| {
+            *number.entry(sorted(group)).or_insert_with(|| {
+                groups.push(group);
+                groups.len() as u32 - 1
+            })
         };
-        let peak: Vec<u64> = all.iter().map(&mut heaviest).collect();
-        let cap = instance.cap[l * sizes.devices].max(peak.iter().copied().min().unwrap_or(0));
-        let allowed: Vec<usize> = (0..all.len()).filter(|&a| peak[a] <= cap).collect();
-        let on = |of: &[u16]| -> Vec<(usize, usize)> { of.iter().map(|&d| d.into()).enumerate().collect() };
-        let own = allowed.iter().map(|&a| instance.apart(l, &on(&all[a]))).collect();
-        let mut occurs = vec![false; groups.members.len()];
-        allowed.iter().flat_map(|&a| groups.of(a)).for_each(|&group| occurs[group as usize] = true);
-        let groups = (0u32..).zip(occurs).filter(|&(_, occurs)| occurs).map(|(group, _)| group).collect();
-        Self { allowed, groups, own, cap }
-    }
-}
-
-/// The groups that occur in any partition: far fewer than partitions.
-struct Groups {
-    /// Experts of every group.
-    members: Vec<Vec<u16>>,
-    /// Group of every partition and device `[partitions, D]`.
-    of: Vec<u32>,
-    devices: usize,
-}
-
-impl Groups {
-    fn new(all: &[Vec<u16>], devices: usize) -> Self {
-        let mut number: BTreeMap<Vec<u16>, u32> = BTreeMap::new();
-        let mut of = Vec::with_capacity(all.len() * devices);
-        for partition in all {
-            let mut members = vec![Vec::new(); devices];
-            (0u16..).zip(partition).for_each(|(e, &d)| members[usize::from(d)].push(e));
-            for group in members {
-                let next = number.len() as u32;
-                of.push(*number.entry(group).or_insert(next));
-            }
-        }
-        let mut members = vec![Vec::new(); number.len()];
-        for (group, at) in number {
-            members[at as usize] = group;
-        }
-        Self { members, of, devices }
+        let devices = slots.iter().flat_map(|slots| slots.chunks_exact(instance.sizes.per_device));
+        let group_on = devices.map(&mut number_of).collect();
+        let own = slots.iter().map(|slots| instance.apart(l, slots)).collect();
+        Self { slots, groups, group_on, own }
     }
 
-    fn of(&self, partition: usize) -> &[u32] {
-        &self.of[partition * self.devices..][..self.devices]
-    }
-
-    /// Transitions from every device of a partition of layer `l` to some groups of the next, `[groups, D]`.
-    fn flows(&self, instance: &Instance, l: usize, partition: usize, to: &[u32]) -> Vec<i64> {
-        let p = instance.sizes.slots();
-        let mut flows = vec![0; self.members.len() * self.devices];
-        let mut to_expert = vec![0i64; p];
-        for (device, &group) in self.of(partition).iter().enumerate() {
+    /// Transitions from every device of a placed layer `l` to every group of this next one, `[groups, D]`.
+    fn flows(&self, instance: &Instance, l: usize, placed: &[u16]) -> Vec<i64> {
+        let sizes = instance.sizes;
+        let mut flows = vec![0; self.groups.len() * sizes.devices];
+        let mut to_expert = vec![0i64; sizes.slots()];
+        for (device, from) in placed.chunks_exact(sizes.per_device).enumerate() {
             to_expert.fill(0);
-            for &e in &self.members[group as usize] {
+            for &e in from.iter().filter(|_| instance.has_transitions()) {
                 let row = instance.to_next(l, e.into());
                 to_expert.iter_mut().zip(row).for_each(|(sum, &count)| *sum += i64::from(count));
             }
-            for at in to.iter().map(|&group| group as usize) {
-                let members = self.members[at].iter();
-                flows[at * self.devices + device] = members.map(|&f| to_expert[usize::from(f)]).sum();
+            for (group, flows) in self.groups.iter().zip(flows.chunks_exact_mut(sizes.devices)) {
+                flows[device] = group.iter().map(|&f| to_expert[usize::from(f)]).sum();
             }
         }
         flows
     }
 
-    /// Flows `[D, D]` transposed: from every device, to every group of a partition.
-    fn gather(&self, flows: &[i64], partition: usize, table: &mut [i64]) {
-        for (to, &group) in table.chunks_exact_mut(self.devices).zip(self.of(partition)) {
-            to.copy_from_slice(&flows[group as usize * self.devices..][..self.devices]);
+    /// Flows `[D, D]` transposed: from every device, to every group of a choice.
+    fn gather(&self, flows: &[i64], choice: usize, devices: usize, table: &mut [i64]) {
+        let groups = &self.group_on[choice * devices..][..devices];
+        for (to, &group) in table.chunks_exact_mut(devices).zip(groups) {
+            to.copy_from_slice(&flows[group as usize * devices..][..devices]);
         }
     }
 }
 
-/// For every partition of layer `l` the least cost of the layers before and of the boundary, and the partition of
-/// layer `l - 1` it comes from; ties go to the earlier one.
+/// The cheapest chain of choices, and its cost; ties go to the earlier choice. None if there is none, or it is stopped.
+///
+/// Where there are no tiers, group d stays on device d.
+fn best_chain(
+    instance: &Instance,
+    tiers: Option<Tiers>,
+    layers: &[Choices<'_>],
+    control: &Control,
+) -> Option<(i64, Vec<u16>)> {
+    let mut value = layers.first()?.own.clone();
+    let mut came_from = Vec::with_capacity(layers.len());
+    for l in 1..layers.len() {
+        if control.stopped() {
+            return None;
+        }
+        let best = step(instance, tiers, l, &value, layers);
+        value = best.iter().zip(&layers[l].own).map(|(&(cost, _), own)| cost + own).collect();
+        came_from.push(best);
+    }
+    let mut choice = (0..value.len()).min_by_key(|&b| (value[b], b))?;
+    let cost = value[choice];
+    let mut chosen = vec![choice];
+    for best in came_from.iter().rev() {
+        choice = best[choice].1 as usize;
+        chosen.push(choice);
+    }
+    chosen.reverse();
+    Some((cost, labelled(instance, tiers, layers, &chosen)))
+}
+
+/// For every choice of layer `l` the least cost of the layers before and of the boundary, and the choice of layer
+/// `l - 1` it comes from; ties go to the earlier one.
 fn step(
     instance: &Instance,
-    tiers: Tiers,
-    groups: &Groups,
+    tiers: Option<Tiers>,
     l: usize,
     value: &[i64],
-    layers: &[LayerPartitions],
+    layers: &[Choices<'_>],
 ) -> Vec<(i64, u32)> {
-    let (left, right) = (&layers[0].allowed, &layers[1].allowed);
-    let nothing = || vec![(i64::MAX, u32::MAX); right.len()];
+    let (left, right, d) = (&layers[l - 1].slots, &layers[l], instance.sizes.devices);
+    let nothing = || vec![(i64::MAX, u32::MAX); right.slots.len()];
     if !instance.has_transitions() {
         let best = (0u32..).zip(value).map(|(a, &cost)| (cost, a)).min();
-        return vec![best.unwrap_or((i64::MAX, 0)); right.len()];
+        return vec![best.unwrap_or((i64::MAX, 0)); right.slots.len()];
     }
     let rows = (0..instance.sizes.experts).flat_map(|e| instance.to_next(l - 1, e));
-    let all: i64 = tiers.between * rows.map(|&count| i64::from(count)).sum::<i64>();
+    let all: i64 = rows.map(|&count| i64::from(count)).sum();
+    // Transposed, the best matching is worth the same, and links cost the same.
+    let cost = |table: &[i64]| match tiers {
+        Some(tiers) => tiers.between * all - tiers.saving(table),
+        None => table.iter().zip(&instance.cost).map(|(flow, cost)| flow * cost).sum(),
+    };
     let through = |mut best: Vec<(i64, u32)>, a: usize| {
-        let flows = groups.flows(instance, l - 1, left[a], &layers[1].groups);
-        let mut table = vec![0; groups.devices * groups.devices];
-        for (best, &b) in best.iter_mut().zip(right) {
-            // Transposed, the best matching is worth the same.
-            groups.gather(&flows, b, &mut table);
-            *best = (*best).min((value[a] + all - tiers.saving(&table), a as u32));
+        let flows = right.flows(instance, l - 1, left[a]);
+        let mut table = vec![0; d * d];
+        for (b, best) in best.iter_mut().enumerate() {
+            right.gather(&flows, b, d, &mut table);
+            *best = (*best).min((value[a] + cost(&table), a as u32));
         }
         best
     };
@@ -362,103 +368,69 @@ fn step(
     (0..left.len()).into_par_iter().fold(nothing, through).reduce(nothing, least)
 }
 
-/// Gives the groups of chosen partitions to devices, and their experts to slots `[L, P]`.
-fn labelled(instance: &Instance, tiers: Tiers, groups: &Groups, chosen: &[usize]) -> Vec<u16> {
-    let sizes = instance.sizes;
-    let mut group_on: Vec<usize> = (0..sizes.devices).collect();
-    let mut expert_in = Vec::with_capacity(sizes.layers * sizes.slots());
-    let mut table = vec![0; sizes.devices * sizes.devices];
-    for (l, &partition) in chosen.iter().enumerate() {
-        if l > 0 && instance.has_transitions() {
-            let flows = groups.flows(instance, l - 1, chosen[l - 1], groups.of(partition));
-            // Rows of the table are this layer's groups, columns the last layer's: take the inverse of the matching.
-            groups.gather(&flows, partition, &mut table);
-            let mut follower = vec![0; sizes.devices];
-            tiers
-                .matched(&table)
-                .1
-                .into_iter()
-                .enumerate()
-                .for_each(|(here, before)| follower[before] = here);
-            group_on = group_on.iter().map(|&before| follower[before]).collect();
+/// Gives the groups of chosen layers to devices: the expert in every slot `[L, P]`.
+fn labelled(instance: &Instance, tiers: Option<Tiers>, layers: &[Choices<'_>], chosen: &[usize]) -> Vec<u16> {
+    let (d, s) = (instance.sizes.devices, instance.sizes.per_device);
+    let mut placement: Vec<u16> = Vec::with_capacity(layers.len() * d * s);
+    for (l, (layer, &choice)) in layers.iter().zip(chosen).enumerate() {
+        let here = layer.slots[choice];
+        let mut group_of: Vec<usize> = (0..d).collect();
+        if let (Some(tiers), Some(before)) = (tiers, placement.len().checked_sub(d * s)) {
+            let flows = layer.flows(instance, l - 1, &placement[before..]);
+            let mut table = vec![0; d * d];
+            layer.gather(&flows, choice, d, &mut table);
+            let by_device: Vec<i64> = (0..d * d).map(|at| table[at % d * d + at / d]).collect();
+            group_of = tiers.matched(&by_device).1;
         }
-        let mut nothing = (sizes.experts..).map(|e| e as u16);
-        for &group in &group_on {
-            let members = &groups.members[groups.of(partition)[group] as usize];
-            expert_in.extend_from_slice(members);
-            expert_in.extend(nothing.by_ref().take(sizes.per_device - members.len()));
-        }
+        placement.extend(group_of.into_iter().flat_map(|group| &here[group * s..][..s]));
     }
-    expert_in
+    placement
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::chain::cost_of;
-    use crate::chain::instance::random;
     use crate::random::Random;
     use proptest::prelude::*;
 
-    fn instance(sizes: Sizes, seed: u64, tiers: (usize, i64, i64), together: bool) -> Instance {
-        random(sizes, tiers, together, 20, &mut Random::new(seed, 0))
-    }
-
-    /// The least cost by trying every device of every expert under given caps.
-    fn brute(instance: &Instance, cap: &[u64]) -> i64 {
-        let Sizes { layers, experts, devices, per_device } = instance.sizes;
-        let p = instance.sizes.slots();
-        let choices = |l: usize| -> Vec<Vec<u16>> {
-            let decode = |code: usize| (0..experts).map(move |e| code / devices.pow(e as u32) % devices);
-            let mut placements = Vec::new();
-            for code in 0..devices.pow(experts as u32) {
-                let (mut filled, mut load) = (vec![Vec::new(); devices], vec![0; devices]);
-                decode(code).enumerate().for_each(|(e, d)| {
-                    filled[d].push(e as u16);
-                    load[d] += instance.load[l * p + e];
-                });
-                if filled.iter().all(|filled| filled.len() <= per_device) && load.iter().all(|&x| x <= cap[l])
-                {
-                    let mut nothing = experts as u16..;
-                    for filled in &mut filled {
-                        let free = per_device - filled.len();
-                        filled.extend(nothing.by_ref().take(free));
-                    }
-                    placements.push(filled.concat());
-                }
-            }
-            placements
-        };
-        let all: Vec<Vec<Vec<u16>>> = (0..layers).map(choices).collect();
-        let mut least = i64::MAX;
-        let total: usize = all.iter().map(Vec::len).product();
-        for mut code in 0..total {
-            let mut placement = Vec::new();
-            for choices in &all {
-                placement.extend_from_slice(&choices[code % choices.len()]);
-                code /= choices.len();
-            }
-            least = least.min(cost_of(instance, &placement));
-        }
-        least
-    }
-
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-        /// The optimum of every placement, with empty slots, two tiers and co-activation.
+        /// Recombining is never worse than any member, and finds the best of all mixtures of layers and labels.
         #[test]
-        fn is_the_optimum(
-            seed: u64, layers in 1usize..3, spare in 0usize..2, nodes: bool, together: bool,
-        ) {
-            let (sizes, tiers) = if nodes {
-                (Sizes { layers, experts: 4 + spare, devices: 4, per_device: 1 + spare }, (2, 1, 5))
-            } else {
-                (Sizes { layers, experts: 6 - spare, devices: 3, per_device: 2 }, (3, 2, 2))
-            };
-            let instance = instance(sizes, seed, tiers, together);
-            let best = optimum(&instance, u64::MAX, &Control::new(None)).expect("few");
-            prop_assert_eq!(best.cost, cost_of(&instance, &best.expert_in));
-            prop_assert_eq!(best.cost, brute(&instance, &best.cap));
+        fn is_the_best_mixture(seed in any::<u64>(), layers in 1usize..4, members in 1usize..4) {
+            let sizes = Sizes { layers, experts: 6, devices: 3, per_device: 2 };
+            let mut random = Random::new(seed, 0);
+            let transitions: Vec<u64> = (0..(layers - 1) * 36).map(|_| random.below(20) as u64).collect();
+            let cost = [0, 1, 1, 1, 0, 1, 1, 1, 0];
+            let (load, cap) = (vec![1; layers * 6], vec![9; layers]);
+            let instance = Instance::new(sizes, &load, &transitions, &[], &cap, &cost).expect("valid");
+            let pool: Vec<Vec<u16>> = (0..members)
+                .map(|_| {
+                    let mut placement = Vec::new();
+                    for _ in 0..layers {
+                        let mut layer: Vec<u16> = (0..6).collect();
+                        random.shuffle(&mut layer);
+                        placement.extend(layer);
+                    }
+                    placement
+                })
+                .collect();
+            let best = cost_of(&instance, &recombine(&instance, &pool));
+            let orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+            let mut least = i64::MAX;
+            for mixture in 0..(members * 6).pow(layers as u32) {
+                let mut code = mixture;
+                let mut placement = Vec::new();
+                for l in 0..layers {
+                    let (member, order) = (code % members, orders[code / members % 6]);
+                    code /= members * 6;
+                    for group in order {
+                        placement.extend_from_slice(&pool[member][l * 6 + group * 2..][..2]);
+                    }
+                }
+                least = least.min(cost_of(&instance, &placement));
+            }
+            prop_assert_eq!(best, least);
         }
     }
 
@@ -474,36 +446,11 @@ mod tests {
             (4, 2, 3, 2, 7),
         ] {
             let sizes = Sizes { layers: 1, experts, devices, per_device };
-            let instance = instance(sizes, 0, (node_size, 1, 3), false);
-            let all = all_partitions(&instance, Tiers::of(&instance).expect("alike")).expect("few");
+            let tiers = Tiers { devices, node_size, within: 1, between: 3 };
+            let all = all_partitions(sizes, tiers).expect("few");
             assert_eq!(all.len(), count, "{experts} on {devices}");
-            assert!(!are_too_many(sizes));
         }
-        let many = instance(Sizes { layers: 1, experts: 16, devices: 4, per_device: 4 }, 0, (4, 1, 1), false);
-        assert!(optimum(&many, u64::MAX, &Control::new(None)).is_none());
-    }
-
-    /// The count says the same as the list, also with empty slots.
-    #[test]
-    fn counts_too_many_as_the_list_does() {
-        for experts in 1..=18 {
-            for (devices, per_device) in [(2, 9), (2, 10), (3, 6), (4, 5), (6, 4), (9, 2), (18, 1)] {
-                let sizes = Sizes { layers: 1, experts, devices, per_device };
-                if experts <= devices * per_device {
-                    let instance = instance(sizes, 0, (devices, 1, 1), false);
-                    let list = all_partitions(&instance, Tiers::of(&instance).expect("alike"));
-                    assert_eq!(list.is_none(), are_too_many(sizes), "{experts} on {devices} x {per_device}");
-                }
-            }
-        }
-        assert!(are_too_many(Sizes { layers: 1, experts: 2000, devices: 1000, per_device: 2 }));
-    }
-
-    #[test]
-    fn devices_that_differ_are_not_its_business() {
-        let sizes = Sizes { layers: 2, experts: 4, devices: 2, per_device: 2 };
-        let mut unequal = instance(sizes, 0, (2, 1, 1), false);
-        unequal.cap[0] += 1;
-        assert!(optimum(&unequal, u64::MAX, &Control::new(None)).is_none());
+        let many = Sizes { layers: 1, experts: 16, devices: 4, per_device: 4 };
+        assert!(all_partitions(many, Tiers { devices: 4, node_size: 4, within: 1, between: 1 }).is_none());
     }
 }

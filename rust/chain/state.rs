@@ -109,7 +109,7 @@ impl<'a> State<'a> {
         let here = usize::from(self.device_of[l * p + expert]);
         self.judge_swaps(l, expert, here);
         let mine = self.instance.load[l * p + expert] as i64;
-        let spare_load = |g: usize| self.instance.cap[l * d + g] as i64 - self.load[l * d + g] as i64;
+        let spare_load = |g: usize| self.instance.cap[l] as i64 - self.load[l * d + g] as i64;
         let free = spare_load(here);
         let most = free + mine;
         let stay = -heat * noise[p];
@@ -226,7 +226,7 @@ impl<'a> State<'a> {
         let (a, b) = (self.instance.load[row + swap.expert], self.instance.load[row + swap.other]);
         let (light, heavy, receiver) = if a >= b { (b, a, swap.other) } else { (a, b, swap.expert) };
         let device = swap.layer * d + usize::from(self.device_of[row + receiver]);
-        self.load[device] - light + heavy <= self.instance.cap[device]
+        self.load[device] - light + heavy <= self.instance.cap[swap.layer]
     }
 
     /// What a swap would add to the tokens that are above caps.
@@ -237,7 +237,7 @@ impl<'a> State<'a> {
         let (a, b) = (self.instance.load[row + swap.expert], self.instance.load[row + swap.other]);
         let of = |expert: usize, leaves: u64, enters: u64| {
             let device = swap.layer * d + usize::from(self.device_of[row + expert]);
-            let (load, cap) = (self.load[device], self.instance.cap[device]);
+            let (load, cap) = (self.load[device], self.instance.cap[swap.layer]);
             let above = |load: u64| i128::from(load.saturating_sub(cap));
             above(load - leaves + enters) - above(load)
         };
@@ -246,8 +246,8 @@ impl<'a> State<'a> {
 
     /// Tokens above caps, in all layers.
     pub(crate) fn excess(&self) -> u128 {
-        let above = |(&load, &cap): (&u64, &u64)| u128::from(load.saturating_sub(cap));
-        self.load.iter().zip(&self.instance.cap).map(above).sum()
+        let layers = self.expert_in.chunks_exact(self.instance.sizes.slots()).enumerate();
+        layers.map(|(l, layer)| self.instance.excess(l, layer)).sum()
     }
 
     /// Swaps tokens away from where they are above caps, while that is possible: always where it costs least, when a
@@ -257,7 +257,7 @@ impl<'a> State<'a> {
         let p = self.instance.sizes.slots();
         for (l, &price) in (0..layers).zip(price) {
             loop {
-                let above = |g: &usize| self.load[l * d + g] > self.instance.cap[l * d + g];
+                let above = |g: &usize| self.load[l * d + g] > self.instance.cap[l];
                 let mut best: Option<(f64, Swap)> = None;
                 for g in (0..d).filter(above) {
                     for expert in self.members(l, g).iter().map(|&e| usize::from(e)) {

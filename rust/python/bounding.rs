@@ -8,7 +8,6 @@ use pyo3::prelude::*;
 use super::{contiguous, deadline, detached, watched};
 use crate::bound::visits;
 use crate::control::Control;
-use crate::error::Error;
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
 type CertificateArrays<'py> = (
@@ -57,26 +56,31 @@ pub(super) fn bound<'py>(
     Ok((bound.cost, bound.source, bound.iterations, bound.end, interrupted, arrays))
 }
 
+/// The same arrays, read.
+type ReadCertificate<'py> = (
+    PyReadonlyArray1<'py, f64>,
+    PyReadonlyArray1<'py, f64>,
+    PyReadonlyArray1<'py, f64>,
+    PyReadonlyArray1<'py, i32>,
+    PyReadonlyArray1<'py, u8>,
+    PyReadonlyArray1<'py, f64>,
+);
+
 #[pyfunction]
-#[pyo3(signature = (load, transitions, cap, devices, lambda_, columns, multipliers, cuts, choices, contents,
-                    *, threads = None))]
+#[pyo3(signature = (load, transitions, cap, devices, certificate, *, threads = None))]
 pub(super) fn verify_bound<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
     transitions: PyReadonlyArray3<'py, u64>,
     cap: PyReadonlyArray1<'py, u64>,
     devices: usize,
-    lambda_: PyReadonlyArray1<'py, f64>,
-    columns: PyReadonlyArray1<'py, f64>,
-    multipliers: PyReadonlyArray1<'py, f64>,
-    cuts: PyReadonlyArray1<'py, i32>,
-    choices: PyReadonlyArray1<'py, u8>,
-    contents: PyReadonlyArray1<'py, f64>,
+    certificate: ReadCertificate<'py>,
     threads: Option<usize>,
 ) -> PyResult<u64> {
     let instance = bound_instance(&load, &transitions, &cap, devices)?;
+    let (lambda, columns, multipliers, cuts, choices, contents) = certificate;
     let certificate = crate::bound::Certificate {
-        lambda: lambda_.as_slice()?.to_vec(),
+        lambda: lambda.as_slice()?.to_vec(),
         columns: columns.as_slice()?.to_vec(),
         multipliers: multipliers.as_slice()?.to_vec(),
         cuts: cuts.as_slice()?.to_vec(),
@@ -105,9 +109,8 @@ fn bound_instance<'a>(
 /// Expert sets of a layer: ids [N,K] and counts [N].
 type Sets<'py> = Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>;
 
-/// Proven visits of every layer [L], prices [L,E], looks at all contents [L], and whether it was interrupted.
-type BoundedVisits<'py> =
-    (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<u64>>, bool);
+/// Proven visits of every layer [L], prices [L,E], and whether it was interrupted.
+type BoundedVisits<'py> = (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<f64>>, bool);
 
 #[pyfunction]
 #[pyo3(signature = (sets, load, cap, slots, start, *, rounds, work, gap = 0.0, time_limit = None, threads = None,
@@ -131,19 +134,12 @@ pub(super) fn bound_visits<'py>(
     let start = contiguous(start.as_slice().ok())?;
     let control = Control::new(deadline(time_limit));
     let limits = visits::Limits { rounds, work, gap, control: &control };
-    if !visits::is_in_reach(&layers)? {
+    if !visits::is_in_reach(&layers) {
         return Ok(None);
     }
     let work = || visits::bound(&layers, start, &limits, |visits| control.proven(visits));
-    let (bound, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
-    let bound = bound?;
-    let rounds: Vec<u64> = bound.rounds.into_iter().map(|rounds| rounds as u64).collect();
-    Ok(Some((
-        bound.visits.into_pyarray(py),
-        bound.prices.into_pyarray(py),
-        rounds.into_pyarray(py),
-        interrupted,
-    )))
+    let ((visits, prices), interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
+    Ok(Some((visits.into_pyarray(py), prices.into_pyarray(py), interrupted)))
 }
 
 #[pyfunction]
@@ -179,10 +175,6 @@ fn visited_layers<'a>(
     let experts = load.shape()[1];
     let cap = contiguous(cap.as_slice().ok())?;
     let load = contiguous(load.as_slice().ok())?;
-    if [cap.len(), slots.len(), load.len() / experts.max(1)].iter().any(|&length| length != sets.len()) {
-        let rule = format!("{} layers, like the sets", sets.len());
-        return Err(Error::Shape { what: "load", rule, found: "others".into() }.into());
-    }
     let layer = |(l, (ids, counts)): (usize, &'a (PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>))| {
         Ok(visits::Layer {
             ids: contiguous(ids.as_slice().ok())?,

@@ -4,21 +4,23 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArray3, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
+    IntoPyArray, PyArray1, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+    PyUntypedArrayMethods,
 };
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
-use super::{array2, array3, caught, contiguous, deadline, slice, watched};
+use super::{array3, caught, contiguous, deadline, slice, watched};
 use crate::chain::instance::{Instance, Sizes};
+use crate::chain::partitions::{MOST_EXPERTS, optimum};
 use crate::chain::{Options, balanced, search as run_search};
 use crate::control::Control;
 use crate::error::Error;
 
-/// The problem of placing experts, from arrays: load [L,E], cap [L,D], cost [D,D], transitions and co-activation.
+/// The problem of placing experts, from arrays: load [L,E], cap [L], cost [D,D], transitions and co-activation.
 fn instance_of(
     load: &PyReadonlyArray2<'_, u64>,
-    cap: &PyReadonlyArray2<'_, u64>,
+    cap: &PyReadonlyArray1<'_, u64>,
     cost: &PyReadonlyArray2<'_, i64>,
     per_device: usize,
     [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
@@ -34,8 +36,8 @@ fn sizes_of(load: &PyReadonlyArray2<'_, u64>, cost: &PyReadonlyArray2<'_, i64>, 
     Sizes { layers: load.shape()[0], experts: load.shape()[1], devices: cost.shape()[0], per_device }
 }
 
-/// Slots [L,D,S], the caps kept [L,D], trials made, whether it was interrupted, bits cut from the counts.
-type Searched<'py> = (Bound<'py, PyArray3<i32>>, Bound<'py, PyArray2<u64>>, u64, bool, u32);
+/// Slots [L,D,S], trials made, whether it was interrupted, bits cut from the counts.
+type Searched<'py> = (Bound<'py, PyArray3<i32>>, u64, bool, u32);
 
 #[pyfunction]
 #[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, seed = 0,
@@ -43,7 +45,7 @@ type Searched<'py> = (Bound<'py, PyArray3<i32>>, Bound<'py, PyArray2<u64>>, u64,
 pub(super) fn search<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
-    cap: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray1<'py, u64>,
     cost: PyReadonlyArray2<'py, i64>,
     slots_per_device: usize,
     transitions: Option<PyReadonlyArray3<'py, u64>>,
@@ -70,8 +72,7 @@ pub(super) fn search<'py>(
     let placed = placed?;
     let shape = (sizes.layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
-    let cap = array2(py, (sizes.layers, sizes.devices), instance.cap.clone())?;
-    Ok((array3(py, shape, sizes.unfill(&placed))?, cap, trials, interrupted, instance.shift))
+    Ok((array3(py, shape, sizes.unfill(&placed))?, trials, interrupted, instance.shift))
 }
 
 /// Slots [L,D,S], cost, the caps kept [L].
@@ -82,7 +83,7 @@ type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
 pub(super) fn exact_chain<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
-    cap: PyReadonlyArray2<'py, u64>,
+    cap: PyReadonlyArray1<'py, u64>,
     cost: PyReadonlyArray2<'py, i64>,
     slots_per_device: usize,
     transitions: Option<PyReadonlyArray3<'py, u64>>,
@@ -93,12 +94,12 @@ pub(super) fn exact_chain<'py>(
 ) -> PyResult<Option<Optimal<'py>>> {
     let pairs = [transitions.as_ref(), coactivation.as_ref()];
     let sizes = sizes_of(&load, &cost, slots_per_device);
-    if crate::chain::partitions::are_too_many(sizes) {
+    if sizes.experts > MOST_EXPERTS {
         return Ok(None);
     }
     let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
     let control = Control::new(deadline(time_limit));
-    let search = || crate::chain::partitions::optimum(&instance, work, &control);
+    let search = || optimum(&instance, work, &control);
     let (placed, interrupted) = watched(py, threads, &control, None, search)?;
     if interrupted {
         return Err(PyKeyboardInterrupt::new_err(()));

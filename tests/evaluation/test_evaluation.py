@@ -134,8 +134,7 @@ def test_too_many_windows_are_refused(make_trace, monkeypatch):
 def test_threads_do_not_matter(make_trace):
     """One thread and two give the same answer to the last bit."""
     trace = make_trace(5000, layers=5)
-    placement = blocks(trace.layers, 8, 4)
-    one, two = (mt.evaluate(placement, trace, window=100, threads=n) for n in (1, 2))
+    one, two = (mt.evaluate(blocks(5, 8, 4), trace, window=100, threads=n) for n in (1, 2))
     assert one.to_dict() == two.to_dict()
 
 

@@ -63,20 +63,6 @@ def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
     assert found.tolist() == expected.tolist()
 
 
-@given(cases())
-def test_the_replay_sees_the_same_visits(case):
-    """Rows that arrive, and tokens that stay at home, add up to the fanout of the replay."""
-    slots, ids, experts, home, _ = case
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
-    placement = mt.Placement(slots, num_experts=experts)
-    fanout = mt.evaluate(placement, trace).fanout * len(ids) * trace.layers
-    # From no home at all would be every visit: a home elsewhere, one device at a time.
-    devices = placement.devices
-    moved = sum(dispatch_rows(placement, trace, np.full(len(ids), h)).sum() for h in range(devices))
-    assert moved == pytest.approx(fanout * (devices - 1))
-    assert dispatch_rows(placement, trace, home).sum() <= round(fanout)
-
-
 def test_evaluation_with_homes(make_trace):
     """The option replaces the dispatch traffic alone, in every group as on its own."""
     trace = make_trace()

@@ -223,11 +223,6 @@ def test_a_running_placement_is_the_one_to_beat():
         ({"traffic": routed(even(1))}, "traffic must have two tokens"),
         ({"traffic": mt.RoutingStatistics.from_load([[[0, 0]]] * 9)}, "traffic must have tokens"),
         ({"copies": ()}, "at least one number of slots"),
-        ({"copies": (-1,)}, "copies"),
-        ({"splits": 0}, "splits"),
-        ({"price": -1}, "price"),
-        ({"initial": "best"}, "initial"),
-        ({"expert_bytes": 0}, "expert_bytes"),
         ({"initial": mt.Placement([[[0, 1], [2, 3]]])}, "initial must have 3 layers"),
     ],
 )

@@ -16,7 +16,7 @@ from moetuner.report import page
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thinned
-from moetuner.report.page.data import Origin, of_placements
+from moetuner.report.page.data import Origin, of_evaluations
 from moetuner.solver import Progress
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -33,8 +33,8 @@ def shown(trace, placement, topology, **others):
     options |= {"window": None} if isinstance(trace, mt.RoutingStatistics) else {}
     evaluations = tuple(mt.evaluate(each, trace, topology, **options) for each in placements)
     contents = {"proposed": evaluations[1].to_dict()}
-    made = of_placements(
-        *(("contiguous", "proposed"), placements, evaluations, trace, topology),
+    made = of_evaluations(
+        *(("contiguous", "proposed"), evaluations),
         *(Origin(HOSTILE[0], [], "moetuner report"), contents),
         traffic="<script>alert(2)</script>",
     )
@@ -163,10 +163,11 @@ def test_plotly_knows_every_word(html):
 def test_every_chart_has_a_label_and_a_table(made, html):
     """Who cannot see a chart reads what it shows, and the numbers."""
     found = drawing.panels_of(made)
-    assert [each.title[-1] for each in found] == ["?"] * 9
+    questions = re.findall(r"<h2>(.*?)</h2>\n<p class=\"reading\">(.*?)</p>", html)
+    assert [question[-1] for question, _ in questions] == [*["?"] * 9, "n"]
+    assert all(reading.endswith(".") for _, reading in questions)
     assert html.count('role="group" aria-label="') == sum(len(each.charts) for each in found)
     for each in found:
-        assert each.reading.endswith(".")
         assert each.absent or (each.charts and each.tables)
 
 

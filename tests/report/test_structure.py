@@ -71,17 +71,6 @@ def test_groups_of_traces_and_tables_agree(make_trace):
     assert of_trace.group_share == pytest.approx(of_table.group_share)
 
 
-def test_null_has_the_same_loads(make_trace):
-    """Only dependence goes: the shares of rows and columns stay."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(2000))
-    null = _independent(stats)
-    for before, after in zip(stats.transitions, null.transitions, strict=True):
-        assert after.sum() >= before.sum()
-        for axis in (0, 1):
-            wanted, found = (t.sum(axis=axis) / t.sum() for t in (before, after))
-            assert np.abs(wanted - found).max() < 1e-4
-
-
 @pytest.mark.parametrize("tokens", [0, 40, 1000])
 def test_null_of_few_pairs_is_no_structure(tokens):
     """With fewer pairs than cells no cell of the null is empty, or each is."""

@@ -72,52 +72,41 @@ def found(problem: mt.Problem):
     return slots, problem.caps.raised_for(slots)
 
 
-@settings(max_examples=25, deadline=None)
+def proven_by(problem, slots, caps, *, by_tangents: bool = False, steps: int = 3):
+    """Return a bound by prices, or by tangents that make few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(effort, "TANGENT_STEPS", steps)
+        patch.setattr(effort, "TANGENT_TRIALS", 500)
+        if by_tangents:
+            patch.setattr(visits, "_by_prices", lambda *_: None)
+        return visits.bound(problem, slots, caps, budget=Budget())
+
+
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     layers=st.integers(1, 2),
     size=SIZES,
     top_k=st.integers(1, 5),
     cap=st.sampled_from([None, 1.2]),
+    slots=st.sampled_from([None, None, (3, 2, 1), (4, 1, 1), (2, 2, 2), (3, 3, 0)]),
     by_tangents=st.booleans(),
 )
-def test_bound_is_below_every_placement(seed, layers, size, top_k, cap, by_tangents):
-    """By prices or by tangents, on devices and nodes: never above the optimum, and it verifies."""
-    problem = problem_of(seed, layers, size, top_k, cap)
-    slots, caps = found(problem)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(effort, "TANGENT_STEPS", 3)
-        patch.setattr(effort, "TANGENT_TRIALS", 500)
-        if by_tangents:
-            patch.setattr(visits, "_by_prices", lambda *_: None)
-        proven = visits.bound(problem, slots, caps, budget=Budget())
-    assert proven.value <= fewest(problem, caps) * (1 + 1e-12)
-    assert proven.value >= np.floor(
-        visits.least_visits(problem) * mt.Objective(problem).tokens * 0.999999
-    )
-    certificate = proven.certificate
-    assert mt.verify(certificate, problem) == certificate.cost == proven.value
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    slots=st.sampled_from([(3, 2, 1), (4, 1, 1), (2, 2, 2), (3, 3, 0)]),
-    top_k=st.integers(2, 4),
-    by_tangents=st.booleans(),
-)
-def test_bound_on_unequal_devices(seed, slots, top_k, by_tangents):
-    """Devices of different sizes: never above the optimum."""
-    problem = problem_of(seed, 2, (6, 3, None), top_k, slots=slots)
+def test_bound_is_below_every_placement(seed, layers, size, top_k, cap, slots, by_tangents):
+    """Prices or tangents, devices alike or not, nodes: never above the optimum; it verifies."""
+    if slots is not None:
+        size, top_k, cap = (6, 3, None), min(top_k, 4), None
+    problem = problem_of(seed, layers, size, top_k, cap, slots)
     placed, caps = found(problem)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(effort, "TANGENT_STEPS", 2)
-        if by_tangents:
-            patch.setattr(visits, "_by_prices", lambda *_: None)
-        proven = visits.bound(problem, placed, caps, budget=Budget())
-    assert proven.value <= fewest(problem, caps) * (1 + 1e-12)
-    result = mt.solve(problem)
-    assert result.bound * mt.Objective(problem).tokens <= fewest(problem, caps) * (1 + 1e-9)
+    proven = proven_by(problem, placed, caps, by_tangents=by_tangents)
+    best, tokens = fewest(problem, caps), mt.Objective(problem).tokens
+    assert np.floor(visits.least_visits(problem) * tokens * 0.999999) <= proven.value
+    assert proven.value <= best * (1 + 1e-12)
+    if slots is None:
+        certificate = proven.certificate
+        assert mt.verify(certificate, problem) == certificate.cost == proven.value
+    else:
+        assert mt.solve(problem).bound * tokens <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 6, 8])
@@ -148,10 +137,7 @@ def test_certificate_round_trip_and_refusals(tmp_path):
     slots, caps = found(problem)
     path = tmp_path / "proof.safetensors"
     for by_tangents in (False, True):
-        with pytest.MonkeyPatch.context() as patch:
-            if by_tangents:
-                patch.setattr(visits, "_by_prices", lambda *_: None)
-            proven = visits.bound(problem, slots, caps, budget=Budget())
+        proven = proven_by(problem, slots, caps, by_tangents=by_tangents)
         certificate = proven.certificate
         certificate.save(path)
         again = Certificate.load(path)
@@ -178,22 +164,50 @@ def test_forged_numbers_prove_nothing_false():
     problem = problem_of(3, 2, (6, 3, None), 3)
     slots, caps = found(problem)
     best, rng = fewest(problem, caps), np.random.default_rng(0)
-    proven = visits.bound(problem, slots, caps, budget=Budget())
-    certificate = proven.certificate
+    certificate = proven_by(problem, slots, caps).certificate
     (level,) = certificate.visits
     for scale in (0.1, 5.0, 1e6, np.nan):
         wild = level.prices + scale * rng.normal(size=level.prices.shape)
         forged = replace(certificate, visits=(replace(level, prices=wild),))
         assert mt.verify(forged, problem) <= best
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visits, "_by_prices", lambda *_: None)
-        proven = visits.bound(problem, slots, caps, budget=Budget())
-    certificate = proven.certificate
+    certificate = proven_by(problem, slots, caps, by_tangents=True).certificate
     (level,) = certificate.visits
     for _ in range(5):
         wild = rng.integers(0, 256, level.slopes.shape).astype(np.uint8)
         forged = replace(certificate, visits=(replace(level, slopes=wild),))
         assert mt.verify(forged, problem) <= best
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([(6, 3, None), (5, 2, None), (7, 3, None), (4, 1, None)]),
+    top_k=st.integers(1, 4),
+    cap=st.sampled_from([None, 1.0, 1.2]),
+    slots=st.sampled_from([None, (3, 2, 1), (2, 2, 2)]),
+)
+def test_prices_prove_what_trying_every_content_proves(seed, size, top_k, cap, slots):
+    """The sum of prices, and of the least that a device can hold by visits less prices."""
+    if slots is not None:
+        size, cap = (6, 3, None), None
+    problem = problem_of(seed, 1, size, min(top_k, size[0]), cap, slots)
+    (level,) = visits._levels(problem, problem.caps.whole)
+    (of,), rooms, load = problem.statistics.sets, problem.capacity[0], problem.load[0].astype(int)
+    prices = np.random.default_rng(seed).integers(-60, 60, problem.experts).astype(float)
+    most, total = min(int(level.caps[0]), int(load.sum())), 0
+    for room in rooms:
+        values = [np.inf]
+        for content in itertools.product((0, 1), repeat=problem.experts):
+            held = np.flatnonzero(content)
+            fewest = problem.experts - rooms.sum() + room
+            others = load.sum() - most * (len(rooms) - 1)
+            if fewest <= len(held) <= room and others <= load[held].sum() <= most:
+                meets = np.isin(of.ids, held).any(axis=1)
+                values.append(of.counts[meets].sum() - prices[held].sum())
+        total += min(values)
+    least = int(of.counts.sum()) * -(-of.top_k // int(rooms.max()))
+    proven = visits._core.verify_visits(*visits._seen(problem, level), prices)
+    assert proven[0] == (max(least, prices.sum() + total) if np.isfinite(total) else least)
 
 
 def test_copies_leave_capacity():
@@ -216,9 +230,7 @@ def test_bound_of_real_routing(data):
     assert one.gap < 0.06
     assert mt.verify(one.certificate, problem) == one.certificate.cost
     slots, caps = one.placement.slots, problem.caps.whole
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visits, "_by_prices", lambda *_: None)
-        weaker = visits.bound(problem, slots, caps, budget=Budget())
+    weaker = proven_by(problem, slots, caps, by_tangents=True, steps=effort.TANGENT_STEPS)
     assert one.objective * 0.8 < weaker.value / mt.Objective(problem).tokens <= one.bound
 
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -233,6 +234,72 @@ def placement_for(model, devices=2, seed=0):
 def tensors_of(folder):
     """All tensors of a checkpoint."""
     return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+def choices(model, tokens, mask=None):
+    """Expert ids [B,S,L,K] by hooks of the tests' own, the obvious way."""
+    chosen = []
+    handles = [
+        layer.router.register_forward_hook(lambda _m, _i, out: chosen.append(ids_in(out)))
+        for layer in moe_layers(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(chosen, 1).unflatten(0, tokens.shape).numpy()
+
+
+def ids_in(output):
+    """Give the one tensor of whole numbers that a router returns."""
+    (ids,) = (part for part in output if not part.is_floating_point())
+    return ids.clone()
+
+
+class Gate(torch.nn.Module):
+    """Router of a model with its own code: ids before weights, and nothing else."""
+
+    top_k = 2
+
+    def __init__(self, experts, hidden):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(experts, hidden))
+
+    def forward(self, x):
+        """Choose two experts for each token of x [T,H]."""
+        top = (x @ self.weight.T).softmax(-1).topk(2)
+        return top.indices, top.values
+
+
+class Block(torch.nn.Module):
+    """MoE block of four experts: a list of them, or the weights of all in one tensor."""
+
+    def __init__(self, *, stacked=False, hidden=6):
+        super().__init__()
+        self.top_k, self.gate = 2, Gate(4, hidden)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(hidden, hidden) for _ in range(4))
+        if stacked:
+            self.experts = torch.nn.Module()
+            self.experts.weight = torch.nn.Parameter(torch.randn(4, hidden, hidden))
+
+    def forward(self, x):
+        """Mix the chosen experts of x [T,H]."""
+        ids, weights = self.gate(x)
+        if isinstance(self.experts, torch.nn.ModuleList):
+            every = torch.stack([expert(x) for expert in self.experts], 1)
+        else:
+            every = torch.einsum("th,egh->teg", x, self.experts.weight)
+        chosen = every.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
+        return (chosen * weights[..., None]).sum(1)
+
+
+def refused(text, call, *arguments, **named):
+    """Expect an error of one line that contains a text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises((ValueError, TypeError), match=re.escape(text)) as caught:
+            call(*arguments, **named)
+    assert "\n" not in str(caught.value)
 
 
 def same(a, b):

@@ -1,11 +1,10 @@
 """permute_state_dict: the same for weights on disk as apply_placement for a model in memory."""
 
 import json
-import re
 
 import numpy as np
 import pytest
-from moe_models import build, placement_for, same, tensors_of, torch
+from moe_models import build, placement_for, refused, same, tensors_of, torch
 from safetensors.torch import load_file, save_file
 
 import moetuner as mt
@@ -57,9 +56,20 @@ def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers", per_expert="w
     return tensors
 
 
+def saved(folder, **files):
+    """Write a folder of tensors by file."""
+    folder.mkdir(exist_ok=True)
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder
+
+
+ORDER = mt.Placement([[[3, 1], [0, 2]]] * 3)
+
+
 def test_expert_keeps_its_router_row():
     """An expert and its row come to the same position."""
-    moved = permute_state_dict(checkpoint(), mt.Placement([[[3, 1], [0, 2]]] * 3))
+    moved = permute_state_dict(checkpoint(), ORDER)
     assert moved["model.layers.1.mlp.gate.weight"][:, 0].tolist() == [103, 109, 100, 106]
     for position, expert in enumerate((1, 3, 0, 2)):
         assert moved[f"model.layers.1.mlp.experts.{position}.w.weight"][0, 0] == 10 + expert
@@ -75,8 +85,7 @@ def test_any_type_of_number(dtype, tmp_path):
     tensors = {key: t for key, t in tensors.items() if ".experts." not in key}
     tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"] = blocks
     tensors["model.layers.0.mlp.experts.scale"] = torch.ones(())
-    (tmp_path / "old").mkdir()
-    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    saved(tmp_path / "old", model=tensors)
     placement = mt.Placement([[[2, 3], [0, 1]]])
     out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
     moved = permute_state_dict(tensors, placement)
@@ -101,8 +110,9 @@ def test_prediction_layers_beyond_the_model_stay():
     """What lies beyond num_hidden_layers keeps its order unless the placement speaks of it."""
     placement = mt.Placement([[[2, 3], [0, 1]]] * 2)
     tensors = checkpoint()
-    with pytest.raises(ValueError, match="as many layers as the checkpoint has MoE layers, 3, got"):
-        permute_state_dict(tensors, placement)
+    refused(
+        "as many layers as the checkpoint has MoE layers, 3", permute_state_dict, tensors, placement
+    )
     moved = permute_state_dict(tensors, placement, config={"num_hidden_layers": 2})
     assert moved["model.layers.1.mlp.experts.0.w.weight"][0, 0] == 12
     assert moved["model.layers.2.mlp.experts.0.w.weight"][0, 0] == 20
@@ -127,80 +137,74 @@ def test_names_of_megatron(before, after):
     assert moved[f"{block}.{after}"].tolist() == [1, 3, 0, 2]
 
 
+def without(name):
+    """Give a checkpoint that lacks a tensor."""
+    return {key: tensor for key, tensor in checkpoint().items() if key != f"model.layers.{name}"}
+
+
 def test_bad_checkpoints():
     """What would not be exact is refused with a reason."""
-    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
-
-    def refused(tensors, text, **arguments):
-        with pytest.raises(ValueError, match=re.escape(text)) as caught:
-            permute_state_dict(tensors, placement, **arguments)
-        assert "\n" not in str(caught.value)
-
-    tensors = checkpoint()
-    del tensors["model.layers.1.mlp.experts.2.w.weight"]
-    refused(tensors, "model.layers.1.mlp: must have experts 0 to 3 as the placement has, got 3")
-    refused(checkpoint(experts=8), "must have experts 0 to 3 as the placement has, got 8 from 0")
-    tensors = checkpoint()
-    del tensors["model.layers.2.mlp.gate.weight"]
-    refused(tensors, "model.layers.2.mlp: must have the weights of its router beside its experts")
-    tensors = checkpoint()
-    tensors["model.layers.2.mlp.gate.weight"][3] = tensors["model.layers.2.mlp.gate.weight"][1]
-    refused(tensors, "model.layers.2.mlp: experts 1 and 3 have the same router rows")
-    refused(
-        {**checkpoint(), "model.layers.0.mlp.gate.table": torch.zeros(7, 4)},
-        "model.layers.0.mlp.gate.table: [7, 4] may depend on the order of experts",
-    )
-    bias = {"model.layers.0.mlp.gate.e_score_correction_bias": torch.zeros(4)}
-    refused({**checkpoint(), **bias}, "config is needed: a router with e_score_correction_bias")
-    permute_state_dict({**checkpoint(), **bias}, placement, config={"n_group": 1})
-    refused(
-        {**checkpoint(), **bias},
-        "layer 0: its router chooses among 2 groups of 2 experts first",
-        config={"n_group": 2, "topk_group": 1},
-    )
-    refused({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3")
+    gate = "model.layers.2.mlp.gate.weight"
+    alike = checkpoint()
+    alike[gate][3] = alike[gate][1]
+    bias = {**checkpoint(), "model.layers.0.mlp.gate.e_score_correction_bias": torch.zeros(4)}
+    grouped = {"config": {"n_group": 2, "topk_group": 1}}
+    for tensors, text, arguments in (
+        (without("1.mlp.experts.2.w.weight"), "layers.1.mlp: must have experts 0 to 3 as the ", {}),
+        (checkpoint(experts=8), "must have experts 0 to 3 as the placement has, got 8 from 0", {}),
+        (
+            without("2.mlp.gate.weight"),
+            "layers.2.mlp: must have the weights of its router besi",
+            {},
+        ),
+        (alike, "model.layers.2.mlp: experts 1 and 3 have the same router rows", {}),
+        (
+            {**checkpoint(), "model.layers.0.mlp.gate.table": torch.zeros(7, 4)},
+            "model.layers.0.mlp.gate.table: [7, 4] may depend on the order of experts",
+            {},
+        ),
+        (bias, "config is needed: a router with e_score_correction_bias", {}),
+        (bias, "layer 0: its router chooses among 2 groups of 2 experts first", grouped),
+        ({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3", {}),
+    ):
+        refused(text, permute_state_dict, tensors, ORDER, **arguments)
+    permute_state_dict(bias, ORDER, config={"n_group": 1})
 
 
 def test_only_the_weights_of_the_index(tmp_path):
     """Weights in other formats and files that the index does not name are left out."""
-    source = tmp_path / "old"
-    source.mkdir()
-    save_file(checkpoint(), source / "a.safetensors")
-    save_file({"layers.0.feed_forward.experts.w1": torch.zeros(2)}, source / "b.safetensors")
+    other = {"layers.0.feed_forward.experts.w1": torch.zeros(2)}
+    source = saved(tmp_path / "old", a=checkpoint(), b=other)
     (source / "pytorch_model.bin").write_bytes(b"old")
-    (source / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(checkpoint(), "a.safetensors")})
-    )
-    out = permute_state_dict(source, mt.Placement([[[3, 1], [0, 2]]] * 3), tmp_path / "new")
-    assert {p.name for p in out.iterdir()} == {"a.safetensors", "model.safetensors.index.json"}
-    (source / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"index\.json: must be an object with 'weight_map'"):
-        permute_state_dict(source, mt.Placement([[[3, 1], [0, 2]]] * 3), tmp_path / "newer")
+    index = source / "model.safetensors.index.json"
+    weights = dict.fromkeys(checkpoint(), "a.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    out = permute_state_dict(source, ORDER, tmp_path / "new")
+    assert {p.name for p in out.iterdir()} == {"a.safetensors", index.name}
+    index.write_text("[]")
+    text = "index.json: must be an object with 'weight_map'"
+    refused(text, permute_state_dict, source, ORDER, tmp_path / "newer")
 
 
 def test_bad_folders(tmp_path):
     """Folders without weights, damaged files and places that are taken are refused."""
-    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
-    source = tmp_path / "old"
-    source.mkdir()
+    source, new = saved(tmp_path / "old"), tmp_path / "new"
 
-    def refused(out, text):
-        with pytest.raises(ValueError, match=re.escape(text)):
-            permute_state_dict(source, placement, out)
+    def wrong(out, text, given=source):
+        refused(text, permute_state_dict, given, ORDER, out)
 
-    refused(tmp_path / "new", f"{source}: must hold .safetensors files, got none")
-    save_file(checkpoint(), source / "model.safetensors")
-    refused(source, f"{source}: must be a new or an empty folder")
-    refused(None, "out must be a folder to write where source is a folder, got None")
-    with pytest.raises(ValueError, match="out must be left out where source is not a folder"):
-        permute_state_dict(checkpoint(), placement, tmp_path / "new")
+    wrong(new, f"{source}: must hold .safetensors files, got none")
+    saved(source, model=checkpoint())
+    wrong(source, f"{source}: must be a new or an empty folder")
+    wrong(None, "out must be a folder to write where source is a folder, got None")
+    wrong(new, "out must be left out where source is not a folder", checkpoint())
     (source / "config.json").write_text("{")
-    refused(tmp_path / "new", "config.json: ")
+    wrong(new, "config.json: ")
     (source / "config.json").unlink()
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    refused(tmp_path / "new", f"{file}: file must have")
-    assert not (tmp_path / "new").exists()
+    wrong(new, f"{file}: file must have")
+    assert not new.exists()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_a_bias_moves_wherever_it_stands(name, shape):
         pytest.skip("among the experts they come first")
     key = f"model.layers.1.{name}"
     bias = torch.arange(4.0).reshape(shape)
-    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
+    placement = ORDER
     moved = permute_state_dict({**checkpoint(), key: bias}, placement, config={})
     assert moved[key].shape == shape
     assert moved[key].flatten().tolist() == [1, 3, 0, 2]
@@ -232,9 +236,8 @@ def test_tables_of_experts_are_renumbered(dtype, tmp_path):
     key = "model.layers.1.mlp.gate.tid2eid"
     table = torch.tensor([[0, 1], [3, 2], [2, 2]], dtype=dtype)
     tensors = {**checkpoint(), key: table}
-    (tmp_path / "old").mkdir()
-    save_file(tensors, tmp_path / "old" / "model.safetensors")
-    placement = mt.Placement([[[3, 1], [0, 2]]] * 3)
+    saved(tmp_path / "old", model=tensors)
+    placement = ORDER
     moved = permute_state_dict(tensors, placement)
     assert moved[key].tolist() == [[2, 0], [1, 3], [3, 3]]
     out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
@@ -242,9 +245,9 @@ def test_tables_of_experts_are_renumbered(dtype, tmp_path):
     back = permute_state_dict(out, placement, tmp_path / "back", inverse=True)
     assert same(tensors_of(back), tensors)
 
-    save_file({**tensors, key: table + 2}, tmp_path / "old" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"tid2eid: must hold experts 0 to 3, got 2 to 5"):
-        permute_state_dict(tmp_path / "old", placement, tmp_path / "newer")
+    saved(tmp_path / "old", model={**tensors, key: table + 2})
+    text = "tid2eid: must hold experts 0 to 3, got 2 to 5"
+    refused(text, permute_state_dict, tmp_path / "old", placement, tmp_path / "newer")
     assert not (tmp_path / "newer").exists()
 
 
@@ -266,9 +269,7 @@ def test_tables_of_experts_are_renumbered(dtype, tmp_path):
 def test_what_may_depend_on_the_order_is_refused(name, tensor):
     """State of unknown meaning, in the block or beside it, refuses the whole checkpoint."""
     tensors = {**checkpoint(), f"model.layers.1.{name}": tensor}
-    with pytest.raises(ValueError, match=re.escape(f"model.layers.1.{name}: ")) as caught:
-        permute_state_dict(tensors, mt.Placement([[[3, 1], [0, 2]]] * 3), config={})
-    assert "\n" not in str(caught.value)
+    refused(f"model.layers.1.{name}: ", permute_state_dict, tensors, ORDER, config={})
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_what_is_the_same_for_every_order_stays(name, tensor):
     """Attention, norms and shared experts stay, also if a size happens to be that of experts."""
     key = f"model.layers.1.{name}"
     tensors = {**checkpoint(), key: tensor}
-    assert permute_state_dict(tensors, mt.Placement([[[3, 1], [0, 2]]] * 3))[key] is tensor
+    assert permute_state_dict(tensors, ORDER)[key] is tensor
 
 
 def test_export_of_the_command_line(tmp_path, run):

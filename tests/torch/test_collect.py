@@ -1,12 +1,11 @@
 """moetuner collect: from a folder and a file of texts to a trace."""
 
 import json
-import re
 import sys
 
 import numpy as np
 import pytest
-from moe_models import build, torch, transformers
+from moe_models import build, choices, refused, torch, transformers
 
 import moetuner as mt
 from moetuner.torch.collect import Text, collect, read_texts
@@ -62,13 +61,8 @@ def test_the_command(model_folder, lines, tmp_path, run):
     assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 6 + [3] * 2
     # Token by token what the model chooses for each text alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    ids = torch.tensor([[2, 2, 2, 2, 2, 3]])
-    chosen = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _m, _i, output: chosen.append(output[2]))
-    with torch.no_grad():
-        model(input_ids=ids)
-    assert np.array_equal(trace.select(sequences=[2]).expert_ids, torch.stack(chosen, 1).numpy())
+    ids = choices(model, torch.tensor([[2, 2, 2, 2, 2, 3]]))[0]
+    assert np.array_equal(trace.select(sequences=[2]).expert_ids, ids)
 
 
 def test_limits_and_groups(model_folder, tmp_path):
@@ -106,18 +100,15 @@ def test_texts_of_a_file(tmp_path):
     path.write_text('{"text": "a\\nb", "id": 3}\n{"text": " "}\n\n{"text": "c", "group": "g"}')
     assert list(read_texts(path)) == [Text("a\nb", None), Text("c", "g")]
 
-    def refused(content, text):
+    for content, text in (
+        (b'{"text": "a"}\nb', "line 2: "),
+        (b'{"text": "a"}\n[1]', "line 2: must be a JSON object, got list"),
+        (b'{"text": "a"}\n{"group": "b"}', 'must be an object with "text" and perhaps "group"'),
+        (b'{"text": "a"}\n{"text": "b", "group": 1}', "line 2: must be an object with"),
+        (b"a\n\xff", f"{path}: line 2: must be UTF-8: invalid start byte"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(text)) as caught:
-            list(read_texts(path))
-        assert "\n" not in str(caught.value)
-
-    where = f"{path}: line 2 must be"
-    refused(b'{"text": "a"}\nb', f"{where} a JSON object like the first, got 'b'")
-    refused(b'{"text": "a"}\n[1]', f"{where} a JSON object like the first, got '[1]'")
-    refused(b'{"text": "a"}\n{"group": "b"}', f'{where} an object with "text" and perhaps "group"')
-    refused(b'{"text": "a"}\n{"text": "b", "group": 1}', f"{where} an object with")
-    refused(b"a\n\xff", f"{where} UTF-8: invalid start byte")
+        refused(text, lambda: list(read_texts(path)))
 
 
 def test_interrupted(model_folder, lines, tmp_path, run, monkeypatch):
@@ -146,7 +137,7 @@ def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):
     """What is missing or wrong is said in one line, and no trace appears."""
     out = tmp_path / "trace.safetensors"
 
-    def refused(text, *arguments, dataset=lines):
+    def fails(text, *arguments, dataset=lines):
         status, printed, error = run("collect", *arguments, "--dataset", dataset, "--out", out)
         assert (status, printed) == (2, "")
         assert text in error.splitlines()[-1]
@@ -155,10 +146,10 @@ def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):
 
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    refused(f"{empty}: must hold at least one text", model_folder, dataset=empty)
-    refused("does not exist", model_folder, dataset=tmp_path / "none.txt")
-    refused("none", tmp_path / "none")
-    refused("device", model_folder, "--device", "neverland")
+    fails(f"{empty}: must hold at least one text", model_folder, dataset=empty)
+    fails("does not exist", model_folder, dataset=tmp_path / "none.txt")
+    fails("none", tmp_path / "none")
+    fails("device", model_folder, "--device", "neverland")
     dense = tmp_path / "dense"
     transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -170,11 +161,11 @@ def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):
         )
     ).save_pretrained(dense)
     transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(dense)
-    refused("model must have MoE layers, LlamaForCausalLM has no module with 'experts'", dense)
-    with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16"):
-        collect(str(model_folder), lines, out, dtype="int8")
+    fails("model must have MoE layers, LlamaForCausalLM has no module with 'experts'", dense)
+    text = "dtype must be one of auto, float32, bfloat16, float16"
+    refused(text, collect, str(model_folder), lines, out, dtype="int8")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    refused("collecting needs transformers: pip install transformers", model_folder)
+    fails("collecting needs transformers: pip install transformers", model_folder)
 
 
 def test_without_torch(lines, tmp_path, run, monkeypatch):

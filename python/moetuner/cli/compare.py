@@ -170,9 +170,7 @@ def command(
         traffic = "The traffic that the placements were computed from, which flatters them."
     pages.write(
         output,
-        lambda: of_outcomes(
-            *(outcomes[rival], best, unseen, origin_of(source), contents), traffic=traffic
-        ),
+        lambda: of_outcomes(*(outcomes[rival], best, origin_of(source), contents), traffic=traffic),
     )
     output.finish(contents)
 

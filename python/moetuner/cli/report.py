@@ -12,13 +12,11 @@ from moetuner.cli.options.pages import PAGE, Figures, Pages, needs_report, origi
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
-from moetuner.evaluation import Evaluation, evaluate_each
-from moetuner.evaluation.auditing import Audit, audit, contiguous
+from moetuner.evaluation import evaluate_each
+from moetuner.evaluation.auditing import audit_of, contiguous
 from moetuner.files import text
 from moetuner.frozen import as_json
-from moetuner.placement import Placement
-from moetuner.report.page.data import of_placements
-from moetuner.topology import Topology
+from moetuner.report.page.data import of_evaluations
 
 
 @options.command("report")
@@ -58,7 +56,14 @@ def command(
     how = serving.arguments(traffic)
     model = how["cost_model"]
     output.say(source.describe(), *serving.explain())
-    before, after, audited = _replay(source, topology, running, placement, how)
+    with working("replaying") as report:
+        replay: Any = {"window": source.replayed, "threads": source.threads, **how}
+        replay["progress"] = shares(report, "of the tokens")
+        before, after = evaluate_each(
+            [running, placement], traffic, topology, mixed=False, **replay
+        )
+    with working("comparing groups"):
+        audited = None if traffic.group is None else audit_of(before, after)
     settings = serving.settings(topology, how) | {"cost_model": model.name}
     contents = {
         "input": source.facts(),
@@ -72,9 +77,8 @@ def command(
     }
     Pages(report_file, figures).write(
         output,
-        lambda: of_placements(
-            *(names, (running, placement), (before, after), traffic, topology),
-            *(origin_of(source), contents),
+        lambda: of_evaluations(
+            *(names, (before, after), origin_of(source), contents),
             traffic="All of INPUT; what the placement was computed from flatters it.",
             token_bytes=model.token_bytes,
             expert_bytes=expert_bytes,
@@ -82,26 +86,3 @@ def command(
         ),
     )
     output.finish(contents)
-
-
-def _replay(
-    source: Source, topology: Topology, running: Placement, placement: Placement, how: Any
-) -> tuple[Evaluation, Evaluation, Audit | None]:
-    """Evaluate both placements, and compare them group by group where there are groups."""
-    traffic, window, threads = source.traffic, source.replayed, source.threads
-    with working("replaying") as report:
-        before, after = evaluate_each(
-            [running, placement],
-            traffic,
-            topology,
-            window=window,
-            mixed=False,
-            **how,
-            threads=threads,
-            progress=shares(report, "of the tokens"),
-        )
-    if traffic.group is None:
-        return before, after, None
-    how = {**how, "window": window or 1, "threads": threads}
-    with working("comparing groups"):
-        return before, after, audit(placement, traffic, topology, baseline=running, **how)

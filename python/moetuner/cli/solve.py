@@ -108,7 +108,7 @@ def command(
     pages.write(
         output,
         lambda: of_outcomes(
-            *(before, outcomes[-1], source.traffic, origin_of(source), contents),
+            *(before, outcomes[-1], origin_of(source), contents),
             traffic=FLATTERED,
             trades=trades,
             expert_bytes=moving.expert_bytes,

@@ -14,6 +14,7 @@ import numpy as np
 
 from moetuner._checks import instance, is_number, listed, one_of, seed_in, shown, whole_number
 from moetuner.cost import CostModel
+from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.comparison import Comparison
@@ -27,7 +28,7 @@ from moetuner.evaluation.intervals import (
     holm,
     paired,
 )
-from moetuner.evaluation.replay import Setting, check_model, topology_of
+from moetuner.evaluation.replay import Setting, Traffic, check_model, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
@@ -243,11 +244,26 @@ def audit(
         check_model(setting.placement, traffic, topology)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
-    seed = seed_in(seed)
     whole_number("resamples", resamples, highest=1 << 20)
+    if units is not None:
+        instance("units", units, Units)
+    return _audited(traffic, settings, units, resamples, seed_in(seed))
+
+
+def audit_of(before: Evaluation, after: Evaluation, units: Units | None = None) -> Audit:
+    """Compare two evaluations for every group of their traffic, in windows as they have."""
+    first, second = before.replayed, after.replayed
+    assert first is not None
+    assert second is not None
+    return _audited(first.traffic, [second.setting, first.setting], units, RESAMPLES, 0)
+
+
+def _audited(
+    traffic: Traffic, settings: list[Setting], units: Units | None, resamples: int, seed: int
+) -> Audit:
+    """Audit the first of two placements against the second one."""
     if units is None:
-        units = units_of(traffic, window=window, threads=threads)
-    instance("units", units, Units)
+        units = units_of(traffic, window=settings[0].window, threads=settings[0].threads)
     mine, theirs = (of_traffic(traffic, setting, units) for setting in settings)
     # Streams of their own, so that groups are resampled independently.
     resampled = {

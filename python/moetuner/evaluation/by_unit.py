@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation import figures
 from moetuner.evaluation.arrival import in_order, orders
-from moetuner.evaluation.intervals import Cuts, Sums
+from moetuner.evaluation.intervals import Sums
 from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of
 from moetuner.evaluation.units import INDEPENDENT, Blocks, Units, with_runs
 from moetuner.statistics import RoutingStatistics
@@ -68,11 +68,11 @@ def of_traffic(
 
 def _weighed(parts: list[Sums], weights: list[float]) -> Sums:
     """Return a figure of several orders of arrival by weight; their units are the same."""
-    columns = [
-        [weight * np.asarray(each) for each in of[:3]]
-        for weight, of in zip(weights, parts, strict=True)
-    ]
-    value, above, below = (np.sum(column, axis=0) for column in zip(*columns, strict=True))
+    columns = [(np.asarray(of.value), *of.by_unit()) for of in parts]
+    value, above, below = (
+        np.sum([weight * each for weight, each in zip(weights, column, strict=True)], axis=0)
+        for column in zip(*columns, strict=True)
+    )
     return Sums(float(value), above, below, parts[0].blocks)
 
 
@@ -152,10 +152,8 @@ class _Part:
         return {
             name: Sums(
                 float(whole[name][0].sum() / whole[name][1].sum()),
-                _sums(unit_of_cut, above, number),
-                _sums(unit_of_cut, below, number),
-                blocks,
-                None if sequence is None else Cuts(above, below, unit_of_cut, window_of_cut),
+                *(above, below, blocks, unit_of_cut),
+                None if sequence is None else window_of_cut,
             )
             for name, (above, below) in cuts.items()
         }

@@ -265,7 +265,8 @@ def _paired(
         else f"{of.traffic.windows} windows"
         for of in both
     ]
-    if sizes[0] != sizes[1] or len(sums[0]["imbalance"].above) != len(sums[1]["imbalance"].above):
+    units_of_both = [len(of["imbalance"].by_unit()[0]) for of in sums]
+    if sizes[0] != sizes[1] or units_of_both[0] != units_of_both[1]:
         raise ValueError(
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )

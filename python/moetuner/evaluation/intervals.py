@@ -45,25 +45,6 @@ class Interval(NamedTuple):
     high: float | None
 
 
-class Cuts(NamedTuple):
-    """What sequences add to a figure in each of their windows.
-
-    What every cut adds to numerator and denominator, whose it is, and where [C].
-    """
-
-    above: Floats
-    below: Floats
-    unit: Integers
-    window: Integers
-
-    def influence(self) -> Floats | None:
-        """Compute what every cut adds to the relative deviation of the quotient [C]."""
-        above, below = float(self.above.sum()), float(self.below.sum())
-        if above <= 0 or below <= 0:
-            return None
-        return self.above / above - self.below / below
-
-
 class Sums(NamedTuple):
     """A figure that is a quotient of two sums over units.
 
@@ -72,18 +53,34 @@ class Sums(NamedTuple):
     value
         The figure.
     above, below
-        What every unit adds to numerator and denominator [U].
+        What every unit adds to numerator and denominator [U]; or, of units that are sequences, what
+        each adds in one of its windows [C].
     blocks
         How far units are alike, which are windows in their order then.
-    cuts
-        What units that are sequences have in each window.
+    unit, window
+        Whose that is, and where [C]; None where every unit stands by itself.
     """
 
     value: float
     above: Floats
     below: Floats
     blocks: Blocks = INDEPENDENT
-    cuts: Cuts | None = None
+    unit: Integers | None = None
+    window: Integers | None = None
+
+    def by_unit(self) -> tuple[Floats, Floats]:
+        """Return what every unit adds to numerator and denominator [U]."""
+        if self.unit is None:
+            return self.above, self.below
+        above, below = (np.bincount(self.unit, each) for each in (self.above, self.below))
+        return above.astype(np.float64), below.astype(np.float64)
+
+    def influence(self) -> Floats | None:
+        """Compute what is added to the relative deviation of the quotient, by window too [C]."""
+        above, below = float(self.above.sum()), float(self.below.sum())
+        if self.window is None or above <= 0 or below <= 0:
+            return None
+        return self.above / above - self.below / below
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,8 @@ def paired(
 ) -> dict[str, Paired]:
     """Compare every figure of two placements on the same units."""
     both = {name: (placement[name], baseline[name]) for name in placement if name in baseline}
-    columns = np.stack([each for pair in both.values() for of in pair for each in of[1:3]], axis=1)
+    added = [each for pair in both.values() for of in pair for each in of.by_unit()]
+    columns = np.stack(added, axis=1)
     blocks = next(iter(both.values()))[0].blocks
     # The last row is of every unit once.
     sums = drawn(columns, resamples, rng, min(blocks.length, len(columns)))
@@ -205,7 +203,7 @@ def paired(
         with np.errstate(divide="ignore", invalid="ignore"):
             now, before = (sums[:, at] / sums[:, at + 1] for at in (4 * number, 4 * number + 2))
             ratio = now / before - 1
-        influences = [None if of.cuts is None else of.cuts.influence() for of in (mine, theirs)]
+        influences = [of.influence() for of in (mine, theirs)]
         change = None
         if theirs.value > 0 and before[-1] > 0:
             apart = None
@@ -225,20 +223,21 @@ def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None)
 
     The last of the samples is of every unit once.
     """
-    blocks, units = sums.blocks, len(sums.below)
+    blocks, below = sums.blocks, sums.by_unit()[1]
+    units = len(below)
     number = units if blocks.length == 1 else blocks.number(units)
     if number < 2:
         return Spread(value, np.empty(0), 1.0, number)
     if blocks.length == 1:
-        wider, freedom = _lost(sums.below)
+        wider, freedom = _lost(below)
     else:
         worth, length = units / blocks.correlation, min(blocks.length, units)
         drawn_too_many = _blocks_drawn(units, length) * length / units
         wider = math.sqrt((worth / (worth - 1) if worth > 1 else 1.0) * drawn_too_many)
         freedom = max(worth - 1, 1.0)
     wider *= blocks.inflation
-    if influence is not None and sums.cuts is not None:
-        both, fewest = _both_ways(sums.cuts, influence, freedom)
+    if influence is not None and sums.unit is not None and sums.window is not None:
+        both, fewest = _both_ways(sums.unit, sums.window, influence, freedom)
         outside = (1 - CONFIDENCE) / 2
         if both * quantile(outside, fewest) < quantile(outside, freedom):
             wider, freedom = wider * both, fewest
@@ -246,18 +245,19 @@ def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None)
     return Spread(value, wider * (finite - samples[-1]), freedom, number)
 
 
-def _both_ways(cuts: Cuts, influence: Floats, freedom: float) -> tuple[float, float]:
+def _both_ways(
+    unit: Integers, window: Integers, influence: Floats, freedom: float
+) -> tuple[float, float]:
     """Compute by how much deviations of sequences are too large, and the degrees of freedom.
 
-    The variance is that of sequences and that of windows less that of cuts, which both count; it is
+    The variance is that of sequences and that of windows less that of both, which both count; it is
     no less than that of windows, as what a sequence does in two windows goes the same way.
     """
-    by_unit = float((np.bincount(cuts.unit, influence) ** 2).sum())
-    by_window = np.bincount(cuts.window, influence)
-    windows = int((np.bincount(cuts.window) > 0).sum())
+    by_unit = float((np.bincount(unit, influence) ** 2).sum())
+    windows = int((np.bincount(window) > 0).sum())
     if by_unit <= 0 or windows < 2:
         return 1.0, freedom
-    of_windows = float((by_window**2).sum()) * windows / (windows - 1)
+    of_windows = float((np.bincount(window, influence) ** 2).sum()) * windows / (windows - 1)
     both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
     return math.sqrt(both / by_unit), min(freedom, windows - 1.0)
 

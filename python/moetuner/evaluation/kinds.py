@@ -7,8 +7,6 @@ does, all traffic routes alike and nothing tells prompts apart.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,30 +28,16 @@ APART = 3.0
 EACH = 2
 
 
-class Kinds(NamedTuple):
-    """What is known of how sequences differ.
+def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> tuple[Integers | None, bool]:
+    """Find the kinds of the sequences in ``labels`` [S], numbered; None where kinds are not few.
 
-    Parameters
-    ----------
-    kind
-        Kind of every sequence [S], numbered; None where kinds are not few.
-    all_alike
-        Whether no group has sequences that differ by more than the noise of their tokens.
-    """
-
-    kind: Integers | None
-    all_alike: bool = False
-
-
-def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
-    """Find the kinds of the sequences in ``labels`` [S].
-
+    Also return whether no group has sequences that differ by more than the noise of their tokens.
     Groups are kinds that are known, so each is looked at by itself.
     """
     number = len(labels)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if number < 2 * EACH or layers < 1:
-        return Kinds(None)
+        return None, False
     count = _counts(trace, labels, layers)
     of_sequence = np.zeros(number, dtype=np.int64)
     if trace.group is not None:
@@ -68,7 +52,7 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
             mine_of = np.arange(len(mine))
         kind[mine] = total + mine_of
         total = int(kind[mine].max()) + 1
-    return Kinds(kind if total * EACH <= number else None, all_alike)
+    return (kind if total * EACH <= number else None), all_alike
 
 
 def _few_kinds(count: Floats) -> Integers | None:

@@ -98,13 +98,7 @@ class _Reader:
         return True
 
     def add(self, lines: Lines) -> None:
-        """Take in lines, or none of them.
-
-        Raises
-        ------
-        ValueError
-            If one breaks a rule, or they differ in what they have.
-        """
+        """Take in lines, or none of them."""
         if self.experts is None:
             raise ValueError(
                 'num_experts is needed: in a first line {"num_experts": N}, or from you'

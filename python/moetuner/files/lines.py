@@ -78,13 +78,7 @@ class Lines:
         return len(self.array)
 
     def hand_to(self, take: Callable[[Lines], Taken]) -> list[Taken]:
-        """Hand all lines over at once; where that fails, one by one. Returns what is given back.
-
-        Raises
-        ------
-        ValueError
-            Naming the first line that is refused.
-        """
+        """Hand all lines over at once; where that fails, one by one. Returns what is given back."""
         try:
             return [take(self)]
         except ValueError as error:
@@ -107,11 +101,6 @@ def batches(
     """Read a file; ``is_header`` takes in the first line, if it is no data.
 
     Memory holds a block of the file, or its longest line.
-
-    Raises
-    ------
-    ValueError
-        Naming the line that is too long, not JSON, not an object, or has other values.
     """
     number = 1
     for block in _blocks(path):
@@ -163,13 +152,7 @@ def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
 
 
 def fields_of(line: bytes, number: int) -> dict[str, Any]:
-    """Read one line as an object.
-
-    Raises
-    ------
-    ValueError
-        Naming the line, if it is not JSON or not an object.
-    """
+    """Read one line as an object."""
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except ValueError as error:

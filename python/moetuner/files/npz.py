@@ -91,13 +91,7 @@ def names_in_npz(path: Path) -> set[str]:
 
 
 def shapes_in_npz(path: Path) -> dict[str, TensorInFile]:
-    """Return types and sizes of an archive's arrays, by their headers.
-
-    Raises
-    ------
-    ValueError
-        If the archive is cut off or damaged, or a member is no array.
-    """
+    """Return types and sizes of an archive's arrays, by their headers."""
     arrays = {}
     with naming(path), opened(path) as archive:
         for info in archive.infolist():
@@ -156,11 +150,6 @@ def plain(arrays: dict[str, NDArray[Any]], name: str, kinds: str, axes: int, rul
         Kinds of types that it may have, as numpy's letters, and its dimensions.
     rule
         What it must be, for messages.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
     """
     array = arrays.get(name)
     if array is None:

@@ -116,13 +116,7 @@ def read_header(path: Path) -> Header:
 
 
 def size_holding(path: Path, tensor: TensorInFile) -> int:
-    """Return the size of a file that an array must be in.
-
-    Raises
-    ------
-    ValueError
-        If the file ends before it.
-    """
+    """Return the size of a file that an array must be in."""
     size, end = size_of(path), tensor.offset + tensor.nbytes
     if end > size:
         raise ValueError(f"file must have {end} bytes, got {size}")

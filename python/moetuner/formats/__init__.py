@@ -36,8 +36,8 @@ from moetuner.statistics import RoutingStatistics
 class Reader(NamedTuple):
     """How recorded routing is read: its title, how it is recognised by content, and what reads it.
 
-    A damaged file may raise ValueError when it is to be recognised. Files of one recording are read
-    all together.
+    What is damaged, or does not fit together, raises ValueError with file, place and rule in one
+    line; so may a damaged file that is to be recognised. Files of one recording are read together.
     """
 
     title: str
@@ -49,9 +49,9 @@ class Writer(NamedTuple):
     """How placements are written, and read again.
 
     ``of`` is the module that does it, with ``write_map(placement, path, hints)``,
-    ``recognises_map(path)`` and ``read_map(path, hints)``, which gives a ``Layout``; names end in
-    one of ``suffixes``; ``engine``, if it is one's, is its name in ``ENGINES``; ``hints`` are those
-    that writing needs.
+    ``recognises_map(path)`` and ``read_map(path, hints)``, which gives a ``Layout``. All raise
+    ValueError as readers do. Names end in one of ``suffixes``; ``engine``, if it is one's, is its
+    name in ``ENGINES``; ``hints`` are those that writing needs.
     """
 
     title: str
@@ -222,13 +222,7 @@ def open_input(
 
 
 def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -> Traffic:
-    """Read files and folders; neighbours of the same reader are one recording.
-
-    Raises
-    ------
-    ValueError
-        If one is damaged or unknown, is not what ``reader`` names, or they do not fit together.
-    """
+    """Read files and folders; neighbours of the same reader are one recording."""
     if reader is not None:
         one_of("reader", reader, READERS)
     names = [reader_of(path) if reader in (None, *own.KINDS) else reader for path in paths]
@@ -264,13 +258,7 @@ def write_placement(placement: Placement, to: str, path: str | Path, hints: Hint
 
 
 def form_of(path: str | Path) -> str:
-    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content.
-
-    Raises
-    ------
-    ValueError
-        If it is none of them.
-    """
+    """Return the name in ``WRITERS`` of the format that a map of experts is in, by its content."""
     path = path_in(path)
     size_of(path)
     for name, writer in WRITERS.items():
@@ -280,13 +268,7 @@ def form_of(path: str | Path) -> str:
 
 
 def read_map(path: str | Path, hints: Hints) -> Layout:
-    """Read a map of experts of any format as it stands; its content decides what it is.
-
-    Raises
-    ------
-    ValueError
-        If it is none, or damaged.
-    """
+    """Read a map of experts of any format as it stands; its content decides what it is."""
     path = path_in(path)
     with naming(path):
         layout: Layout = WRITERS[form_of(path)].of.read_map(path, hints)

@@ -34,13 +34,7 @@ def names_in(path: Path) -> list[str]:
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read the arrays of these names.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or one is no array.
-    """
+    """Read the arrays of these names."""
     if pickled.is_pickled(path):
         content = _named(pickled.load(path))
         for name in names:
@@ -64,11 +58,6 @@ def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, 
         Whole names, with a group ``layer`` and, unless all are of step 0, a group ``step``.
     like
         A name that fits, for messages.
-
-    Raises
-    ------
-    ValueError
-        If a name does not fit, or a layer of a step is missing or there twice.
     """
     names: dict[tuple[int, int], str] = {}
     for name in names_in(path):

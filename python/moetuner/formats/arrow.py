@@ -39,13 +39,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read one table, or several of the same columns one after the other.
-
-    Raises
-    ------
-    ValueError
-        If pyarrow is not installed, a file is damaged, or columns are not those of a trace.
-    """
+    """Read one table, or several of the same columns one after the other."""
     return read_tables(paths, hints, _opened)
 
 

@@ -30,13 +30,7 @@ def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:
-    """Add counts to what was added before, of which there may be nothing yet.
-
-    Raises
-    ------
-    ValueError
-        If a sum does not fit 63 bits.
-    """
+    """Add counts to what was added before, of which there may be nothing yet."""
     if total is None:
         return counts.astype(np.int64)
     if int(total.max(initial=0)) + int(counts.max(initial=0)) >= 1 << 63:
@@ -47,13 +41,7 @@ def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]
 def sum_of_ranks(
     paths: Sequence[Path], hints: Hints, load_of: Callable[[Path], NDArray[Any]]
 ) -> NDArray[np.int64]:
-    """Add the counts [W,L,E] of the files of all ranks, as ``load_of`` reads them.
-
-    Raises
-    ------
-    ValueError
-        If one is damaged, or they are of other layers or experts.
-    """
+    """Add the counts [W,L,E] of the files of all ranks, as ``load_of`` reads them."""
     total: NDArray[np.int64] | None = None
     for path in paths:
         with naming(path):
@@ -73,14 +61,7 @@ def sum_of_ranks(
 def by_expert(
     load: NDArray[np.int64], slots: NDArray[np.int64], experts: int | None
 ) -> NDArray[np.int64]:
-    """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E].
-
-    Raises
-    ------
-    ValueError
-        If the tables are of other sizes, a slot holds no expert that there is, or a load is no
-        count.
-    """
+    """Add up loads of slots [..,L,P] by the expert [L,P] that is in them: [..,L,E]."""
     layers, count = slots.shape
     if load.shape[-2:] != slots.shape:
         raise ValueError(

@@ -35,13 +35,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read one table, or several of the same columns one after the other.
-
-    Raises
-    ------
-    ValueError
-        Naming the file and line of what is wrong.
-    """
+    """Read one table, or several of the same columns one after the other."""
     return read_tables(paths, hints, _opened)
 
 

@@ -41,13 +41,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the counts of all ranks.
-
-    Raises
-    ------
-    ValueError
-        If a rank's file is missing, or files are of other layers or experts.
-    """
+    """Add the counts of all ranks."""
     return RoutingStatistics.from_load(sum_of_ranks(by_rank(paths, PATTERN), hints, _load))
 
 

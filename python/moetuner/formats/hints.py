@@ -63,36 +63,18 @@ class Hints:
             object.__setattr__(self, "dense_layers", tuple(sorted(dense)))
 
     def check_experts(self, experts: int) -> None:
-        """Check that a file has as many experts as the user says.
-
-        Raises
-        ------
-        ValueError
-            If it has others.
-        """
+        """Check that a file has as many experts as the user says."""
         if self.num_experts not in (None, experts):
             raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
 
     def experts_needed(self) -> int:
-        """Return the experts per layer of a file that does not say them.
-
-        Raises
-        ------
-        ValueError
-            If the user does not say them either.
-        """
+        """Return the experts per layer of a file that does not say them."""
         if self.num_experts is None:
             raise ValueError("num_experts is needed: the file does not say it")
         return self.num_experts
 
     def check_have_experts(self, layers: Iterable[int]) -> None:
-        """Check that no layer of a file is one that the user calls dense.
-
-        Raises
-        ------
-        ValueError
-            Naming the first that is.
-        """
+        """Check that no layer of a file is one that the user calls dense."""
         dense = set(layers) & set(self.dense_layers or ())
         if dense:
             raise ValueError(
@@ -100,13 +82,7 @@ class Hints:
             )
 
     def moe_layers(self, hidden: int) -> list[int] | None:
-        """Return the numbers of the layers with experts, of so many hidden ones; None if not known.
-
-        Raises
-        ------
-        ValueError
-            If the model has another number of layers, or none with experts.
-        """
+        """Return the layers with experts, of so many hidden ones; None if they are not known."""
         if self.hidden_layers not in (None, hidden):
             raise ValueError(
                 f"hidden_layers must be {hidden}, the layers that the file has, "

@@ -46,13 +46,7 @@ class Layout:
 
     @classmethod
     def of(cls, rows: Any, **fields: Any) -> Layout:
-        """Check that rows are integers of one width, and wrap them.
-
-        Raises
-        ------
-        ValueError
-            Naming the first row of another width, or the value that is no expert.
-        """
+        """Check that rows are integers of one width, and wrap them."""
         if not isinstance(rows, list | tuple | np.ndarray) or not len(rows):
             raise ValueError(f"must have at least one row of expert ids, got {shown(rows)}")
         for number, row in enumerate(rows):
@@ -94,13 +88,7 @@ class Layout:
         return f"{where}, device {device}: slot {slot}"
 
     def placement(self, hints: Hints) -> Placement:
-        """Return the placement of the layers with experts.
-
-        Raises
-        ------
-        ValueError
-            If devices, experts or layers are not known, or the map breaks a rule.
-        """
+        """Return the placement of the layers with experts."""
         rows = self.experts
         moe = hints.moe_layers(len(rows)) if self.counts_dense else None
         rows = rows if moe is None else rows[moe]
@@ -117,13 +105,7 @@ class Layout:
 
 
 def check_placement(placement: Placement, engine: str) -> None:
-    """Check that an engine could load a placement.
-
-    Raises
-    ------
-    ValueError
-        Naming the constraint, where it is broken, and the option of ``solve`` that keeps it.
-    """
+    """Check that an engine could load a placement."""
     wrong = faults(Layout.of_placement(placement), engine, Hints())
     if wrong:
         raise ValueError(f'{wrong[0]}: solve with "--for {engine}"')

@@ -65,13 +65,7 @@ def is_replay(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingTrace:
-    """Read the files of all ranks: a router trace, or arrays of RouterReplay.
-
-    Raises
-    ------
-    ValueError
-        If a line is damaged, a rank's file is missing, or a microbatch lacks a layer.
-    """
+    """Read the files of all ranks: a router trace, or arrays of RouterReplay."""
     files = by_rank(paths, PATTERN)
     with naming(files[0]):
         batches = Microbatches(hints.experts_needed())
@@ -100,13 +94,7 @@ def _add_lines(path: Path, batches: Microbatches) -> None:
 
 
 def _decoder(lines: Lines) -> list[Line]:
-    """Return those lines that are of the decoder.
-
-    Raises
-    ------
-    ValueError
-        Naming the key that is missing or wrong.
-    """
+    """Return those lines that are of the decoder."""
     columns = lines.columns
     for key in (*KEYS.integers, *KEYS.texts):
         missing = NO_INTEGER if key in KEYS.integers else NO_TEXT

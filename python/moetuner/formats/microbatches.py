@@ -24,13 +24,7 @@ class Microbatches:
         self.layers: dict[Key, dict[int, NDArray[Any]]] = {}
 
     def add(self, key: Key, layer: int, ids: NDArray[Any]) -> None:
-        """Take in the ids of a layer.
-
-        Raises
-        ------
-        ValueError
-            If they are no ids below the number of experts, or the layer is there already.
-        """
+        """Take in the ids of a layer."""
         where = f"step {key[0]}, layer {layer}"
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
             got = f"{ids.dtype} {list(ids.shape)}"
@@ -55,11 +49,6 @@ class Microbatches:
         -------
         RoutingTrace
             Every microbatch a sequence, every rank a group.
-
-        Raises
-        ------
-        ValueError
-            If a microbatch lacks a layer, or a rank the last steps.
         """
         numbers = sorted(set().union(*self.layers.values()))
         keys = sorted(self.layers)

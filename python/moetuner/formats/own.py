@@ -23,13 +23,7 @@ def recogniser(kind: Kind) -> Callable[[Path], bool]:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read files one after the other: traces, or counts.
-
-    Raises
-    ------
-    ValueError
-        If one is damaged, or they do not fit together.
-    """
+    """Read files one after the other: traces, or counts."""
     return join(
         [
             RoutingStatistics.load(path)
@@ -41,13 +35,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
 
 
 def join(parts: Sequence[Traffic]) -> Traffic:
-    """Join traces, one after the other, or add counts.
-
-    Raises
-    ------
-    ValueError
-        If there are both, or they are of other sizes.
-    """
+    """Join traces, one after the other, or add counts."""
     if len(parts) == 1:
         return parts[0]
     traces = [part for part in parts if isinstance(part, RoutingTrace)]

@@ -77,13 +77,7 @@ class Tensor:
     start: int
 
     def array(self) -> NDArray[Any]:
-        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32.
-
-        Raises
-        ------
-        ValueError
-            If the file has shrunk.
-        """
+        """Read it, C-contiguous, in native byte order; bfloat16 becomes float32."""
         stored = np.dtype("uint16" if self.dtype == BFLOAT else self.dtype).newbyteorder("<")
         size = _span(self.shape, self.strides) * stored.itemsize
         with self.path.open("rb") as file:
@@ -116,15 +110,7 @@ def peek(path: Path) -> Any:
 
 
 def load(path: Path) -> Any:
-    """Read what was saved: dicts, lists, tuples, numbers, texts, and a ``Tensor`` for each tensor.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if it is damaged or asks for anything that could run code.
-    OSError
-        If it cannot be read.
-    """
+    """Read what was saved: containers, numbers, texts, and a ``Tensor`` for each tensor."""
     content = peek(path)
     _load.cache_clear()  # a description may take much memory
     return content
@@ -413,13 +399,7 @@ _Machine.dispatch = {code: cast(Any, _instruction(code)) for code in range(256)}
 
 
 def _check_unfolded(content: Any, most: int) -> None:
-    """Check how many values there are if each is counted as often as containers hold it.
-
-    Raises
-    ------
-    ValueError
-        If they are more than ``most``, or a container holds itself.
-    """
+    """Check how many values there are if each is counted as often as containers hold it."""
     counts: dict[int, int] = {}  # by identity; 0 until the members are counted
     stack: list[Any] = [[content]]
     while stack:

@@ -40,11 +40,6 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the objects of a file in order, each with its number in words, for messages.
 
     Memory holds as many bytes as the longest object needs.
-
-    Raises
-    ------
-    ValueError
-        If it is no JSON, is cut off, or has a value that is no object.
     """
     size_of(path)
     with path.open("rb") as file:

@@ -20,13 +20,7 @@ from moetuner.trace import RoutingTrace
 
 
 def decoded(text: object, where: str) -> bytes:
-    """Decode base64.
-
-    Raises
-    ------
-    ValueError
-        If it is something else.
-    """
+    """Decode base64."""
     try:
         return base64.b64decode(cast(str, text), validate=True)
     except (ValueError, TypeError):
@@ -37,13 +31,7 @@ def decoded(text: object, where: str) -> bytes:
 def arrays_in(
     paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[NDArray[Any]]], remedy: str
 ) -> Iterator[tuple[Path, NDArray[Any]]]:
-    """Read the arrays of files and folders, each with its file.
-
-    Raises
-    ------
-    ValueError
-        If a file has none, with the remedy.
-    """
+    """Read the arrays of files and folders, each with its file."""
     for path in files_in(paths):
         with naming(path):
             count = 0
@@ -79,11 +67,6 @@ def trace_of(
         What the arrays are, for messages.
     sequence
         Sequence of every token, read after all arrays are; by default an array is a sequence.
-
-    Raises
-    ------
-    ValueError
-        If there are no tokens, arrays differ in size, ids are wrong, or no row has experts.
     """
     trace: IdsInParts | None = None
     runs: list[int] = []

@@ -45,13 +45,7 @@ class Source:
 def read_tables(
     paths: Sequence[Path], hints: Hints, opened: Callable[[Path], AbstractContextManager[Source]]
 ) -> Traffic:
-    """Read one table, or several of the same columns one after the other.
-
-    Raises
-    ------
-    ValueError
-        If a file is damaged, or columns are not those of a trace or of counts.
-    """
+    """Read one table, or several of the same columns one after the other."""
     table: Choices | Tokens | None = None
     names: list[str] = []
     for path in paths:
@@ -101,13 +95,7 @@ class Labels:
         return np.asarray(names, dtype=np.int32)[numbers]
 
     def texts(self) -> list[str]:
-        """Return the names as texts.
-
-        Raises
-        ------
-        ValueError
-            If two are the same.
-        """
+        """Return the names as texts."""
         texts = [str(name) for name in self.numbers]
         if len(set(texts)) < len(texts):
             raise ValueError("groups must differ as texts")
@@ -124,13 +112,7 @@ class Table:
         self.count = 0
 
     def add(self, columns: Columns) -> None:
-        """Take in rows: integers, and any values for sequences and groups.
-
-        Raises
-        ------
-        ValueError
-            Naming the column that is wrong.
-        """
+        """Take in rows: integers, and any values for sequences and groups."""
         self.add_ids({name: columns[name] for name in self.names if name not in LABELS})
         for name, labels in self.labels.items():
             self.parts[name].append(labels.of(columns[name]))
@@ -222,13 +204,7 @@ class Choices(Table):
             self.parts[name].append(values.astype(np.uint16 if name in LIMITS else np.int64))
 
     def traffic(self) -> Traffic:
-        """Return the trace or the counts.
-
-        Raises
-        ------
-        ValueError
-            If a token has not as many experts in one layer as in another, or experts are unknown.
-        """
+        """Return the trace or the counts."""
         columns = self.joined()
         layers, columns["layer"] = np.unique(columns["layer"], return_inverse=True)
         self.hints.check_have_experts(layers.tolist())

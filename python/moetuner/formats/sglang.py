@@ -74,13 +74,7 @@ class _Pass:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, if one is damaged, of another mode or of another model.
-    """
+    """Read dumps of one recording, of all ranks: a trace of mode per_token, else counts."""
     counts: list[NDArray[Any]] = []
     passes: list[_Pass] = []
     files = files_in(paths)
@@ -282,13 +276,7 @@ class _Sequences:
 
 
 def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read routed experts of responses: each is a sequence.
-
-    Raises
-    ------
-    ValueError
-        Naming file and response of what is wrong.
-    """
+    """Read routed experts of responses: each is a sequence."""
     return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
 
 
@@ -337,14 +325,7 @@ def _shape(size: int, usage: dict[str, Any], hints: Hints, where: str) -> tuple[
 
 
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
-    """Write a map for ``--init-expert-location``.
-
-    Raises
-    ------
-    ValueError
-        If it is not known which hidden layers have experts, or they are not as many as the
-        placement has.
-    """
+    """Write a map for ``--init-expert-location``."""
     dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
     if hidden is None and dense is not None:
         hidden = layers + len(dense)
@@ -382,13 +363,7 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read a map: one row for every hidden layer.
-
-    Raises
-    ------
-    ValueError
-        If there is another key: SGLang takes every key for an argument.
-    """
+    """Read a map: one row for every hidden layer."""
     with naming(path):
         content = pickled.load(path) if pickled.is_pickled(path) else parse_json(read_whole(path))
         if not isinstance(content, dict) or set(content) != {MAP}:

@@ -30,13 +30,7 @@ def rank_of(path: Path) -> int | None:
 
 
 def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
-    """List files, and those of folders that fit a pattern, in the order of their ranks.
-
-    Raises
-    ------
-    ValueError
-        If a folder has no such file, or lacks that of a rank below its highest.
-    """
+    """List files, and those of folders that fit a pattern, in the order of their ranks."""
     files: list[Path] = []
     for path in paths:
         here = sorted(files_in([path], pattern), key=lambda file: (rank_of(file) or 0, file.name))

@@ -53,13 +53,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read the dumps of all ranks: a trace from raw choices, else counts in windows of iterations.
-
-    Raises
-    ------
-    ValueError
-        If a rank's file is missing or damaged, or they count slots of a placement not known.
-    """
+    """Read the dumps of all ranks: a trace of raw choices, else counts by iteration."""
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
     files = by_rank(paths, RAW if raw else COUNTS)
     if not files:
@@ -181,13 +175,7 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
 
 
 def layer_numbers(layers: int, hints: Hints) -> list[int]:
-    """Return the numbers of MoE layers among all hidden ones.
-
-    Raises
-    ------
-    ValueError
-        If the model has another number of layers with experts.
-    """
+    """Return the numbers of MoE layers among all hidden ones."""
     dense, hidden = hints.dense_layers or (), hints.hidden_layers
     if hidden is None:
         return list(islice((layer for layer in count() if layer not in dense), layers))
@@ -207,13 +195,7 @@ def recognises_map(path: Path) -> bool:
 
 
 def read_map(path: Path, hints: Hints) -> Layout:
-    """Read the YAML, as this library or PyYAML writes it, or as JSON.
-
-    Raises
-    ------
-    ValueError
-        If keys are missing or unknown, as the engine refuses them, or a list is no list of experts.
-    """
+    """Read the YAML, as this library or PyYAML writes it, or as JSON."""
     with naming(path):
         text = read_whole(path).decode("utf-8")
         fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
@@ -247,48 +229,38 @@ def _layer(key: object) -> int:
 
 
 # The little YAML of such a file: keys with a number or with layers, which have lists of experts.
-COMMENT, BEGIN = re.compile(r"(^|\s)#.*"), re.compile(r"^---$", re.MULTILINE)
-BLOCK = re.compile(r"(?:\n[ ]*(?:-[ ]+\d{1,6}[ ]*|(?=\n)))+", re.ASCII)
+COMMENT = re.compile(r"(?:^|(?<=\s))#.*|^---$", re.MULTILINE)
 LINE = re.compile(
-    r"""(?P<key>[A-Za-z_]\w*):(?:[ ]*(?P<number>\d{1,6}|\{\}))?[ ]*(?:\n|$)"""
-    r"""|[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*(?P<list>\[[\d,\s]*\])[ ]*(?:\n|$)|\s*(?:\n|$)""",
-    re.ASCII,
+    r"""^(?P<key>[A-Za-z_]\w*):[ ]*(?P<number>\d{1,6}|\{\})?[ ]*$"""
+    r"""|^[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*"""
+    r"""(?P<list>\[\s*(?:\d{1,6}\s*(?:,\s*|(?=\])))*\]|(?:-[ ]+\d{1,6}\s*)+)$""",
+    re.ASCII | re.MULTILINE,
 )
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    """Read numbers, and lists of numbers by number, of keys; lists may be of either style.
-
-    Raises
-    ------
-    ValueError
-        Naming the line that is anything else.
-    """
-    text = BEGIN.sub("", COMMENT.sub("", text.replace("\r\n", "\n")))
-    text = BLOCK.sub(_in_brackets, text)
+    """Read numbers, and lists of numbers by number, of keys; lists may be of either style."""
+    text = "\n".join(map(str.rstrip, COMMENT.sub("", text).split("\n")))
     fields: dict[str, Any] = {}
     rows: dict[int, list[int]] | None = None
-    at = 0
-    while at < len(text):
-        line = LINE.match(text, at)
-        try:
-            if line is None or line["key"] in fields or (line["layer"] and rows is None):
-                raise ValueError(f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts")
-            if line["key"]:
-                rows = {} if line["number"] in (None, "{}") else None
-                fields[line["key"]] = int(line["number"]) if rows is None else rows
-            elif line["layer"] and rows is not None:
-                if int(line["layer"]) in rows:
-                    raise ValueError(f"layer {line['layer']} must be there once")
-                rows[int(line["layer"])] = parse_json(line["list"])
-        except ValueError as error:
-            number, got = text.count("\n", 0, at) + 1, text[at:].partition("\n")[0].strip()
-            raise ValueError(f"line {number}: {error}, got {shown(got)}") from None
-        at = line.end()
+
+    def take(line: re.Match[str]) -> str:
+        nonlocal rows
+        key, layer = line["key"], int(line["layer"] or -1)
+        if key in fields or layer in (rows or {}):
+            raise ValueError(f"{line[0].strip():.40} must be there once")
+        if key:
+            rows = {} if line["number"] in (None, "{}") else None
+            fields[key] = int(line["number"]) if rows is None else rows
+        elif rows is None:
+            return line[0]
+        else:
+            rows[layer] = list(map(int, re.findall(r"\d+", line["list"])))
+        return "\n" * line[0].count("\n")
+
+    left = LINE.sub(take, text)
+    if wrong := re.search(r"\S.*", left):
+        number = left.count("\n", 0, wrong.start()) + 1
+        rule = f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts"
+        raise ValueError(f"line {number}: {rule}, got {shown(wrong[0])}")
     return fields
-
-
-def _in_brackets(lines: re.Match[str]) -> str:
-    """Turn a list of lines into one in brackets, over as many lines."""
-    numbers = lines[0].replace("-", ",").replace(",", "", 1)
-    return f"[{numbers}]" if "-" in lines[0] else lines[0]

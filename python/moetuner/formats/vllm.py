@@ -72,13 +72,7 @@ def _are_sequences(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read routed experts: every response or array is a sequence.
-
-    Raises
-    ------
-    ValueError
-        Naming file and response of what is wrong.
-    """
+    """Read routed experts: every response or array is a sequence."""
     return trace_of(paths, arrays_in(paths, _arrays, ON), hints)
 
 

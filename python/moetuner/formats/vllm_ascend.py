@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,32 +47,23 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Read workloads, with the table of one of the files where they are of slots.
-
-    Raises
-    ------
-    ValueError
-        If a table is missing, or workload and table do not fit together.
-    """
-    loads: list[tuple[Path, NDArray[Any]]] = []
+    """Read workloads, with the table of one of the files where they are of slots."""
+    loads: dict[Path, NDArray[np.int64]] = {}
     table = hints.running
     for path in paths:
         with naming(path):
             load, of_file = _read(path, hints)
-        if load is not None:
-            loads.append((path, load))
-        table = table if of_file is None else of_file
+            table = table if of_file is None else of_file
+            if load is not None:
+                loads[path] = counts_in("workload", load)
     if not loads:
         raise ValueError(f"{paths[0]}: is an expert map; a workload is needed beside it")
     parts = []
-    for path, load in loads:
+    for path, load in loads.items():
         with naming(path):
             if load.ndim != 2:
                 load = _by_expert(load, table, hints.num_experts)
-            elif hints.num_experts not in (None, load.shape[1]):
-                raise ValueError(
-                    f"workload must be [layers, {hints.num_experts}], got {list(load.shape)}"
-                )
+            hints.check_experts(load.shape[-1])
             parts.append(RoutingStatistics.from_load(load))
     return RoutingStatistics.sum(parts)
 
@@ -82,26 +74,24 @@ def _read(path: Path, hints: Hints) -> tuple[NDArray[Any] | None, NDArray[np.int
     if start == npz.MAGIC:
         return npz.read_npy(path), None
     if not start.startswith(b"PK"):
-        layout = read_map(path, hints)
-        return None, layout.experts.reshape(len(layout.experts), layout.devices or 1, -1)
+        return None, read_map(path, hints).experts
     if pickled.is_pickled(path) and isinstance(content := pickled.peek(path), pickled.Tensor):
         return content.array(), None
     names = names_in(path)
     load, table = (next((name for name in of if name in names), None) for of in (LOADS, TABLES))
     if load is None:
         raise ValueError(f"must hold {LOADS[0]!r}")
-    arrays = read_arrays(path, [load] if table is None else [load, table])
+    arrays = read_arrays(path, [name for name in (load, table) if name is not None])
     if table is None:
         return arrays[load], None
-    if arrays[table].dtype.kind not in "iu":
-        raise ValueError(
-            f"table must be integers, got {arrays[table].dtype} {list(arrays[table].shape)}"
-        )
-    return arrays[load], arrays[table].astype(np.int64)
+    experts = arrays[table]
+    if experts.dtype.kind not in "iu":
+        raise ValueError(f"table must be integers, got {experts.dtype} {list(experts.shape)}")
+    return arrays[load], experts.astype(np.int64)
 
 
 def _by_expert(
-    load: NDArray[Any], table: NDArray[np.int64] | None, experts: int | None
+    load: NDArray[np.int64], table: NDArray[np.int64] | None, experts: int | None
 ) -> NDArray[np.int64]:
     """Add the tokens of slots [W,L,D,S] or [L,D,S] by expert [W,L,E]."""
     if load.ndim not in (3, 4) or 0 in load.shape:
@@ -114,14 +104,13 @@ def _by_expert(
             "workload counts slots: the expert map that ran is needed, as another source or "
             f"as {TABLES[0]} in the file"
         )
-    if table.shape == (load.shape[-3], load.shape[-2] * load.shape[-1]):
-        table = table.reshape(load.shape[-3:])
-    if table.shape != load.shape[-3:]:
+    layers, ranks, slots = load.shape[-3:]
+    if table.shape not in ((layers, ranks, slots), (layers, ranks * slots)):
         raise ValueError(
-            f"table must be {list(load.shape[-3:])} like the workload, got {list(table.shape)}"
+            f"table must be {[layers, ranks, slots]} like the workload, got {list(table.shape)}"
         )
-    stages = counts_in("workload", load).reshape(-1, len(table), table[0].size)
-    return by_expert(stages, table.reshape(len(table), -1), experts)
+    stages = load.reshape(-1, layers, ranks * slots)
+    return by_expert(stages, table.reshape(layers, -1), experts)
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
@@ -152,46 +141,39 @@ def read_map(path: Path, _: Hints) -> Layout:
 
     Layers and devices whose ``layer_id`` or ``device_id`` is another than their place are named in
     the layout's ``remarks``.
-
-    Raises
-    ------
-    ValueError
-        If layers or devices are missing, or their lists differ in length.
     """
     with naming(path):
-        fields = parse_json(read_whole(path))
-        layers = _member("the file", fields, "layer_list", list)
-        if _member("the file", fields, "moe_layer_count", int) != len(layers):
-            raise ValueError(
-                f"moe_layer_count must be {len(layers)}, the length of layer_list, "
-                f"got {fields['moe_layer_count']}"
-            )
+        layers = _members("the file", parse_json(read_whole(path)), "layer_list", "moe_layer_count")
         rows, devices, remarks = [], 0, _misplaced("layer_list", layers, "layer_id")
         for at, layer in enumerate(layers):
-            members = _member(f"layer {at}", layer, "device_list", list)
-            if _member(f"layer {at}", layer, "device_count", int) != len(members):
-                raise ValueError(f"layer {at}: device_count must be {len(members)}")
-            devices = devices or len(members)
+            where = f"layer {at}"
+            members = _members(where, layer, "device_list", "device_count")
             lists = [
-                _member(f"layer {at}, device {number}", device, "device_expert", list)
+                _members(f"{where}, device {number}", device, "device_expert")
                 for number, device in enumerate(members)
             ]
-            remarks += _misplaced(f"layer {at}: device_list", members, "device_id")
+            remarks += _misplaced(f"{where}: device_list", members, "device_id")
+            devices = devices or len(members)
             if len(members) != devices or len(set(map(len, lists))) != 1:
                 raise ValueError(
-                    f"layer {at}: must have {devices} devices with as many experts each, got "
+                    f"{where}: must have {devices} devices with as many experts each, got "
                     f"{[len(experts) for experts in lists][:16]}"
                 )
-            rows.append([expert for experts in lists for expert in experts])
+            rows.append(list(chain(*lists)))
         return Layout.of(rows, devices=devices, remarks=tuple(remarks))
 
 
-def _member(where: str, fields: object, key: str, kind: type) -> Any:
-    value = fields.get(key) if isinstance(fields, dict) else None
-    if type(value) is not kind:
-        word = {list: "a list", int: "an integer"}[kind]
-        raise ValueError(f"{where}: {key} must be {word}, got {shown(value)}")
-    return value
+def _members(where: str, fields: object, key: str, count: str = "") -> list[Any]:
+    """Return a list of an object, and check its length by another field."""
+    members = fields.get(key) if isinstance(fields, dict) else None
+    if not isinstance(fields, dict) or not isinstance(members, list):
+        raise ValueError(f"{where}: {key} must be a list, got {shown(members)}")
+    if count and (type(fields.get(count)) is not int or fields[count] != len(members)):
+        raise ValueError(
+            f"{where}: {count} must be {len(members)}, the length of {key}, "
+            f"got {shown(fields.get(count))}"
+        )
+    return members
 
 
 def _misplaced(where: str, members: list[Any], key: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from moetuner.files import LONGEST_TEXT, size_of
+from moetuner._checks import shown
+from moetuner.files import LONGEST_TEXT, naming, size_of
+from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
@@ -42,20 +44,33 @@ def read_texts(path: str | Path) -> Iterator[Text]:
     """
     is_json: bool | None = None
     size_of(Path(path))
-    with Path(path).open("rb") as file:
+    with Path(path).open("rb") as file, naming(path):
         for number, raw in enumerate(iter(lambda: file.readline(LONGEST_TEXT + 1), b""), 1):
             if len(raw) > LONGEST_TEXT:
-                raise ValueError(f"{path}: line {number} must have at most {LONGEST_TEXT} bytes")
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: line {number} must be UTF-8: {error.reason}") from None
+                raise ValueError(f"line {number}: must have at most {LONGEST_TEXT} bytes")
+            line = raw.removeprefix(codecs.BOM_UTF8).strip()
             if not line:
                 continue
-            is_json = line.startswith("{") if is_json is None else is_json
-            text = _from_json(line, f"{path}: line {number}") if is_json else Text(line, None)
+            is_json = line.startswith(b"{") if is_json is None else is_json
+            text = _text_of(line, number, is_json=is_json)
             if text.text.strip():
                 yield text
+
+
+def _text_of(line: bytes, number: int, *, is_json: bool) -> Text:
+    if not is_json:
+        try:
+            return Text(line.decode().strip(), None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number}: must be UTF-8: {error.reason}") from None
+    fields = fields_of(line, number)
+    text, group = fields.get("text"), fields.get("group")
+    if not isinstance(text, str) or not (group is None or isinstance(group, str)):
+        raise ValueError(
+            f'line {number}: must be an object with "text" and perhaps "group", both texts, '
+            f"got {shown(fields)}"
+        )
+    return Text(text, group)
 
 
 def collect(
@@ -156,22 +171,6 @@ def _run(network: Any, rows: list[torch.Tensor]) -> None:
     arguments = inspect.signature(network.forward).parameters
     few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
     network(input_ids=tokens.to(where), attention_mask=mask.to(where), use_cache=False, **few)
-
-
-def _from_json(line: str, where: str) -> Text:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where} must be a JSON object like the first, got {line!r:.40}")
-    text, group = fields.get("text"), fields.get("group")
-    if not isinstance(text, str) or not (group is None or isinstance(group, str)):
-        raise ValueError(
-            f'{where} must be an object with "text" and perhaps "group", both texts, '
-            f"got {line!r:.40}"
-        )
-    return Text(text, group)
 
 
 def _load(library: Any, model: str, dtype: str, device: str | None) -> Any:

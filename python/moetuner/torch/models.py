@@ -7,13 +7,14 @@ most others in transformers; what has another shape can be named by its router.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from moetuner._checks import instance, listed
-from moetuner.torch.reorder.order import ROUTER_NAMES, groups_chosen
+from moetuner.torch.reorder.plan import ROUTER_NAMES, groups_chosen
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")
@@ -81,13 +82,12 @@ def moe_layers(
             )
     else:
         name_of = {id(module): name for name, module in modules.items()}
-        names = []
-        for router in listed("routers", routers, "names"):
-            name = name_of.get(id(router), router)
+        given = listed("routers", routers, "names")
+        names = [name_of.get(id(router), router) for router in given]
+        for name in names:
             if not isinstance(name, str) or name not in modules:
-                what = repr(router) if isinstance(router, str) else type(router).__name__
+                what = repr(name) if isinstance(name, str) else type(name).__name__
                 raise ValueError(f"routers must be modules of the model, got {what}")
-            names.append(name)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"routers must be at least one and differ, got {names}")
     return tuple(_layer(name, modules) for name in names)
@@ -96,17 +96,14 @@ def moe_layers(
 def same_sizes(layers: tuple[MoELayer, ...]) -> tuple[int, int]:
     """Return experts E and top-k K, which all layers must share."""
     first = layers[0]
-    for layer in layers:
-        for what, ours, theirs in (
-            ("experts", first.num_experts, layer.num_experts),
-            ("rows of the router", first.choices, layer.choices),
-            ("top_k", first.top_k, layer.top_k),
-        ):
-            if ours != theirs:
-                raise ValueError(
-                    f"MoE layers must have the same {what}, got {ours} in {first.name} and "
-                    f"{theirs} in {layer.name}: name the routers to use in routers=[...]"
-                )
+    names = {"num_experts": "experts", "choices": "rows of the router", "top_k": "top_k"}
+    for layer, (name, what) in itertools.product(layers, names.items()):
+        ours, theirs = getattr(first, name), getattr(layer, name)
+        if ours != theirs:
+            raise ValueError(
+                f"MoE layers must have the same {what}, got {ours} in {first.name} and "
+                f"{theirs} in {layer.name}: name the routers to use in routers=[...]"
+            )
     return first.num_experts, first.top_k
 
 
@@ -168,9 +165,6 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
 
 
 def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:
-    for holder in holders:
-        for name in names:
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+    """Return the first attribute of these names that is a positive number."""
+    values = (getattr(*pair, None) for pair in itertools.product(holders, names))
+    return next((value for value in values if type(value) is int and value > 0), None)

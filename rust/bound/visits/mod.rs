@@ -75,26 +75,6 @@ impl Layer<'_> {
         self.counts.iter().map(|&count| u128::from(count)).sum()
     }
 
-    fn check(&self) -> Result<()> {
-        let experts = self.experts();
-        let wrong = |what, rule: String, found: String| Err(Error::Shape { what, rule, found });
-        if self.top_k == 0 || self.ids.len() != self.counts.len() * self.top_k {
-            let rule = format!("{} ids for each of {} counts", self.top_k, self.counts.len());
-            return wrong("sets", rule, self.ids.len().to_string());
-        }
-        if let Some(id) = self.ids.iter().find(|&&id| usize::from(id) >= experts) {
-            return wrong("sets", format!("ids below {experts}"), id.to_string());
-        }
-        if self.ids.chunks_exact(self.top_k).any(|set| set.windows(2).any(|pair| pair[0] >= pair[1])) {
-            return wrong("sets", "ids that rise within a set".into(), "others".into());
-        }
-        let all: usize = self.slots.iter().sum();
-        if all < experts {
-            return wrong("slots", format!("at least {experts} in all"), all.to_string());
-        }
-        Ok(())
-    }
-
     /// The fewest and the most experts of every device, `[D]`.
     fn sizes(&self) -> Vec<(usize, usize)> {
         let all: usize = self.slots.iter().sum();
@@ -156,21 +136,10 @@ pub struct Limits<'a> {
     pub control: &'a Control,
 }
 
-/// Proven visits with the prices that prove them.
-#[derive(Debug, Clone, Default)]
-pub struct Bound {
-    /// Of every layer, `[L]`.
-    pub visits: Vec<u64>,
-    /// `[L, E]`, in tokens; zeros where nothing better was found.
-    pub prices: Vec<f64>,
-    /// Rounds of every layer, `[L]`; 0 where capacity alone proves.
-    pub rounds: Vec<usize>,
-}
-
 /// Whether the contents of every layer can be tried.
-pub fn is_in_reach(layers: &[Layer<'_>]) -> Result<bool> {
-    layers.iter().try_for_each(Layer::check)?;
-    Ok(layers.iter().all(Layer::is_in_reach))
+#[must_use]
+pub fn is_in_reach(layers: &[Layer<'_>]) -> bool {
+    layers.iter().all(Layer::is_in_reach)
 }
 
 /// Layers that are worked on at once, so that their contents fit into memory.
@@ -179,30 +148,19 @@ fn at_once(layers: &[Layer<'_>]) -> usize {
     ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads())
 }
 
-/// Bounds the visits of every layer from below; `start` is a placement to begin from, the device of each expert `[L, E]`.
+/// Bounds the visits of every layer, all in reach, from below; `start` is a placement to begin from, the device of each expert `[L, E]`.
 ///
-/// Runs on the ambient rayon pool; without a deadline the result is a function of the arguments alone. `report` is called
-/// with the visits proven so far, of all layers.
+/// Returns the proven visits of every layer `[L]`, and the prices `[L, E]`, in tokens, that prove them: zeros where nothing
+/// is better than capacity. Runs on the ambient rayon pool; without a deadline the result is a function of the arguments
+/// alone. `report` is called with the visits proven so far, of all layers.
 pub fn bound(
     layers: &[Layer<'_>],
     start: &[u16],
     limits: &Limits<'_>,
     mut report: impl FnMut(u64),
-) -> Result<Bound> {
-    if !is_in_reach(layers)? {
-        let found = format!("more, or more than {} tokens", 1u64 << 31);
-        return Err(Error::Shape {
-            what: "devices",
-            rule: format!("at most {MOST_CONTENTS} contents"),
-            found,
-        });
-    }
+) -> (Vec<u64>, Vec<f64>) {
     let experts = layers.first().map_or(0, Layer::experts);
-    if start.len() != layers.len() * experts || layers.iter().any(|layer| layer.experts() != experts) {
-        let rule = format!("shape [{}, {experts}]", layers.len());
-        return Err(Error::Shape { what: "start", rule, found: start.len().to_string() });
-    }
-    let mut bound = Bound::default();
+    let (mut visits_of, mut prices_of) = (Vec::new(), Vec::new());
     let together = at_once(layers);
     let total = layers.len();
     let mut proven: u64 = layers.iter().map(|layer| layer.least() as u64).sum();
@@ -224,20 +182,19 @@ pub fn bound(
                 bound_layer(layer, start, limits, total, share.map(|share| begin + share))
             })
             .collect();
-        for (layer, (visits, prices, rounds)) in wave.iter().zip(bounds) {
+        for (layer, (visits, prices)) in wave.iter().zip(bounds) {
             proven += visits - layer.least() as u64;
-            bound.visits.push(visits);
-            bound.prices.extend(prices.iter().map(|price| price / UNIT));
-            bound.rounds.push(rounds);
+            visits_of.push(visits);
+            prices_of.extend(prices.iter().map(|price| price / UNIT));
         }
         report(proven);
     }
-    Ok(bound)
+    (visits_of, prices_of)
 }
 
 /// Recomputes the visits of every layer that prices `[L, E]` prove. Any numbers prove something true.
 pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
-    if !is_in_reach(layers)? {
+    if !is_in_reach(layers) {
         let found = "more".into();
         return Err(Error::Shape { what: "certificate", rule: "contents that can be tried".into(), found });
     }
@@ -275,25 +232,19 @@ fn bound_layer(
     limits: &Limits<'_>,
     layers: usize,
     deadline: Option<Instant>,
-) -> (u64, Vec<f64>, usize) {
+) -> (u64, Vec<f64>) {
     let orders = layer.top_k.min(layer.range().1);
     let seconds = TABLE_SECONDS * layer.contents() * orders as f64;
     let late = deadline
         .is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()).as_secs_f64() < seconds);
     if late || limits.control.cancelled.load(Ordering::Relaxed) || layer.counts.is_empty() {
-        return (layer.least() as u64, vec![0.0; layer.experts()], 0);
+        return (layer.least() as u64, vec![0.0; layer.experts()]);
     }
     let affordable = limits.work / layers.max(1) as f64 / layer.contents().max(1.0);
     let rounds = limits.rounds.min((affordable as usize).max(1));
-    let answer =
+    let (visits, prices) =
         prices::search(layer, &Table::new(layer), start, &prices::Budget { rounds, deadline, limits });
     // A certificate of no prices is read as that of capacity, without a look at the contents.
-    if answer.1.iter().all(|&price| price == 0.0) {
-        (layer.least() as u64, answer.1, answer.2)
-    } else {
-        answer
-    }
+    let is_priced = prices.iter().any(|&price| price != 0.0);
+    (if is_priced { visits } else { layer.least() as u64 }, prices)
 }
-
-#[cfg(test)]
-mod tests;

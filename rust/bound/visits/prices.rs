@@ -29,13 +29,13 @@ pub(super) struct Budget<'a> {
     pub(super) limits: &'a Limits<'a>,
 }
 
-/// Searches prices from a placement on: the visits they prove, the prices in units, and looks at all contents.
+/// Searches prices from a placement on: the visits they prove, and the prices in units.
 pub(super) fn search(
     layer: &Layer<'_>,
     table: &Table,
     start: &[u16],
     budget: &Budget<'_>,
-) -> (u64, Vec<f64>, usize) {
+) -> (u64, Vec<f64>) {
     let (experts, devices) = (layer.experts(), layer.slots.len());
     let placed: Vec<Vec<u16>> = (0..devices)
         .map(|d| (0..experts as u16).rev().filter(|&e| usize::from(start[usize::from(e)]) == d).collect())
@@ -90,7 +90,7 @@ pub(super) fn search(
         }
         longest = longest.max(begin.elapsed());
     }
-    (proven, best, rounds)
+    (proven, best)
 }
 
 /// Visits of a placement by expert: each is shared among the experts that it is for.

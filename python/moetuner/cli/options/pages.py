@@ -84,8 +84,4 @@ def origin_of(source: Source) -> Origin:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "-c"):
         words[0] = "moetuner"
-    return Origin(
-        *(source.describe(), source.input_files, shlex.join(words)),
-        window=source.replayed,
-        threads=source.threads,
-    )
+    return Origin(source.describe(), source.input_files, shlex.join(words))

@@ -28,7 +28,7 @@ from moetuner._checks import (
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival, in_order, orders, share_mixed
-from moetuner.evaluation.auditing import audit
+from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE, compare
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic
@@ -139,10 +139,6 @@ def advise(
     flag("in_order", in_order)
     callable_or_none("report", report)
     _check_traffic(traffic)
-    copies = listed("copies", copies, "whole numbers")
-    counts = sorted({whole_number("copies", each, lowest=0) for each in copies})
-    if not counts:
-        raise ValueError("copies must be at least one number of slots, got none")
     not_negative("price", price, "share")
     size = size_of_expert(traffic)
     if expert_bytes is not None:
@@ -158,31 +154,25 @@ def advise(
         one_of("engine", engine, ENGINES)
         split = ENGINES[engine].split if split is None else split
         arrival = ENGINES[engine].arrival if arrival is None else arrival
-    arrival = "bursts" if arrival is None else arrival
-    share_mixed(arrival)
+    share_mixed("bursts" if arrival is None else arrival)
     if isinstance(traffic, RoutingStatistics):
         # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
         traffic = replace(traffic, transitions=None, coactivation=None, sets=None)
-        arrival = "bursts"
+        arrival = None
     study = _Study(
         traffic,
         topology,
         initial,
         engine,
-        counts,
+        _counts_in(copies),
         _windows_of(traffic, window_in(window)),
         {
             "regime": regime,
             "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
             "split": "even" if split is None else split,
-            "arrival": arrival,
+            "arrival": "bursts" if arrival is None else arrival,
         },
-        expert_bytes=expert_bytes,
-        price=price,
-        in_order=in_order,
-        iterations=iterations,
-        seed=seed_in(seed),
-        threads=threads,
+        *(expert_bytes, price, in_order, iterations, seed_in(seed), threads),
         say=report or (lambda _: None),
     )
     return study.advice(whole_number("splits", splits, highest=100))
@@ -198,7 +188,6 @@ class _Trial:
     """Placements that were computed from one part of the traffic, judged on another one."""
 
     problem: Problem
-    unseen: Traffic
     results: dict[Key, Result]
     # By window.
     evaluations: dict[int | None, dict[Key, Evaluation]]
@@ -287,9 +276,6 @@ class _Study:
         main = max(judged, key=lambda each: each.gain.mean)
         units, of = self.units[main.window], first.evaluations[main.window]
         placements = first.placement(None), first.placement(proposed)
-        how = {**self.how, "arrival": self.judged_arrival, "threads": self.threads, "units": units}
-        how |= {"baseline": placements[0], "window": main.window or 1}
-        audited = audit(placements[1], first.unseen, self.topology, **how)
         self.say("comparing the halves of the recording")
         difference = drift.drift_of(self.traffic, units, seed=self.seed)
         carried: tuple[float, ...] = ()
@@ -310,7 +296,7 @@ class _Study:
             proposed=of[proposed],
             placements=placements,
             result=first.results[proposed],
-            audit=audited,
+            audit=audit_of(of[None], of[proposed], units),
             units=units,
             problem=first.problem,
             settings=self._settings(splits),
@@ -438,7 +424,7 @@ class _Study:
                 threads=self.threads,
             )
             evaluations[window] = dict(zip(placements, evaluated, strict=True))
-        return _Trial(problem, unseen, results, evaluations)
+        return _Trial(problem, results, evaluations)
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
@@ -536,6 +522,15 @@ class _Study:
             for name, of in times.items():
                 of[phase] = judged.evaluations[window][name].predicted_layer_us or 0.0
         return Phases(times)
+
+
+def _counts_in(copies: Sequence[int]) -> list[int]:
+    """Check numbers of slots for copies, and return them in order."""
+    given = listed("copies", copies, "whole numbers")
+    counts = sorted({whole_number("copies", each, lowest=0) for each in given})
+    if not counts:
+        raise ValueError("copies must be at least one number of slots, got none")
+    return counts
 
 
 def _check_traffic(traffic: Traffic) -> None:

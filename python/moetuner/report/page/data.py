@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.auditing import Audit, audit_of
 from moetuner.evaluation.comparison import Comparison, compare, verdict
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.replay import Traffic
+from moetuner.evaluation.replay import Setting
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, in_bytes, percent
@@ -49,15 +49,11 @@ class Origin:
         The input in a line, and its files.
     command
         What was called.
-    window, threads
-        Tokens of a window of a trace that is counted or replayed once more, and threads to use.
     """
 
     description: str
     files: Sequence[Path]
     command: str
-    window: int | None = None
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +73,8 @@ class PageData:
         on how sure it is, and others.
     paid
         A note on what has to move.
-    names, placements, evaluations
+    names, evaluations
         Of the running and the proposed placement, on the same traffic.
-    topology
-        The machine.
     traffic
         A sentence on what traffic the evaluations are of.
     origin, contents
@@ -102,9 +96,7 @@ class PageData:
     note: str
     paid: str
     names: tuple[str, str]
-    placements: tuple[Placement, Placement]
     evaluations: tuple[Evaluation, Evaluation]
-    topology: Topology
     traffic: str
     origin: Origin
     contents: dict[str, Any]
@@ -119,6 +111,21 @@ class PageData:
     advice: Advice | None = None
     trades: tuple[Trade, ...] = ()
     timed: bool = False
+
+    @property
+    def settings(self) -> list[Setting]:
+        """How the placements were replayed."""
+        return [each.replayed.setting for each in self.evaluations if each.replayed is not None]
+
+    @property
+    def placements(self) -> list[Placement]:
+        """The running and the proposed placement."""
+        return [each.placement for each in self.settings]
+
+    @property
+    def topology(self) -> Topology:
+        """The machine."""
+        return self.settings[0].topology
 
     @property
     def subtitle(self) -> str:
@@ -192,9 +199,7 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
         note=main.gain.sure and f"{main.gain.much} ({main.gain.sure})",
         paid=paid,
         names=("running" if running == "given" else running, "proposed"),
-        placements=advice.placements,
         evaluations=(advice.running, advice.proposed),
-        topology=advice.problem.topology,
         traffic=f"Unseen traffic of the first split, in {where}.",
         origin=origin,
         contents=contents,
@@ -210,65 +215,40 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
 
 
 def of_outcomes(
-    before: Outcome,
-    after: Outcome,
-    judged_on: Traffic,
-    origin: Origin,
-    contents: dict[str, Any],
-    **others: Any,
+    before: Outcome, after: Outcome, origin: Origin, contents: dict[str, Any], **others: Any
 ) -> PageData:
     """Make the data of two outcomes of one problem, judged on the same traffic.
 
-    ``others`` are as for ``of_placements``.
+    ``others`` are as for ``of_evaluations``.
     """
-    problem, worth = after.problem, after.worth
-    audited = None
-    if judged_on.group is not None:
-        audited = audit(
-            after.result.placement,
-            judged_on,
-            problem.topology,
-            baseline=before.result.placement,
-            window=origin.window or 1,
-            cost_model=worth.cost_model,
-            regime=problem.regime,
-            split=problem.split,
-            threads=origin.threads,
-        )
+    worth, result, model = after.worth, after.result, after.problem.cost_model
     numbers: tuple[Number, ...] = ()
     if worth.is_known:
         gap, note = "-", "no bound was proven"
         if after.gap is not None:
-            gap, note = percent(after.gap), f"of the bound, by {after.result.bound_source}"
-        elif after.result.bound_is_of_loads:
+            gap, note = percent(after.gap), f"of the bound, by {result.bound_source}"
+        elif result.bound_is_of_loads:
             note = "the bound is of loads alone"
         numbers = (("The optimum is within", gap, note),)
     timed = contents["settings"]["time_limit"] is not None
-    return of_placements(
-        (before.result.method, after.result.method),
-        (before.result.placement, after.result.placement),
+    return of_evaluations(
+        (before.result.method, result.method),
         (before.evaluation, after.evaluation),
-        judged_on,
-        problem.topology,
         origin,
         # All but the seconds that solves took is the same in every run.
         contents if timed else _timeless(contents),
         measure=worth.figure,
         others=numbers,
-        result=after.result,
+        result=result,
         timed=timed,
-        token_bytes=None if problem.cost_model is None else problem.cost_model.token_bytes,
-        audit=audited,
+        token_bytes=None if model is None else model.token_bytes,
         **others,
     )
 
 
-def of_placements(
+def of_evaluations(
     names: tuple[str, str],
-    placements: tuple[Placement, Placement],
     evaluations: tuple[Evaluation, Evaluation],
-    judged_on: Traffic,
-    topology: Topology,
     origin: Origin,
     contents: dict[str, Any],
     *,
@@ -276,18 +256,21 @@ def of_placements(
     measure: str | None = None,
     **others: Any,
 ) -> PageData:
-    """Make the data of two placements on the same traffic, judged by a figure of evaluations.
+    """Make the data of two evaluations of the same traffic, judged by a figure of them.
 
-    ``others`` are fields of the data.
+    ``traffic`` is a sentence on that, and ``others`` are fields of the data.
     """
     judged = replace(_judged(evaluations, measure), names=names)
     answer, words = GAINED[judged.answer]
-    if isinstance(judged_on, RoutingTrace):
+    replayed = evaluations[1].replayed
+    assert replayed is not None
+    counts = replayed.traffic
+    if isinstance(counts, RoutingTrace):
         counts = RoutingStatistics.from_trace(
-            judged_on, transitions=False, coactivation=False, threads=origin.threads
+            counts, transitions=False, coactivation=False, threads=replayed.setting.threads
         )
-    else:
-        counts = judged_on
+    if replayed.traffic.group is not None and "audit" not in others:
+        others["audit"] = audit_of(*evaluations)
     warnings: tuple[str, ...] = (traffic,)
     if judged.measure == "predicted_layer_us":
         warnings += ("Times are predicted by a cost model, not measured.",)
@@ -299,9 +282,7 @@ def of_placements(
         note=f"of {judged.units} sequences or windows",
         paid=f"from {names[0]} to {names[1]}",
         names=names,
-        placements=placements,
         evaluations=evaluations,
-        topology=topology,
         traffic=traffic,
         origin=origin,
         contents={**contents, "verdict": judged.answer},

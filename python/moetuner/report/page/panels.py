@@ -1,4 +1,4 @@
-"""The panels of a page: questions, charts, and the same numbers in tables.
+"""The panels of a page: charts, and the same numbers in tables.
 
 Nothing is computed here but places of marks and units: what is drawn stands in evaluations, audits
 and results.
@@ -39,7 +39,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """A question and its answer.
+    """An answer to a question of the page.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ class Panel:
         What completes the sentence on how to read it.
     absent
         Why there is no chart; empty where there is one.
-    key, title, reading
-        Anchor, question, and a sentence on how to read the answer.
+    key
+        The question, and its anchor.
     """
 
     charts: tuple[Chart, ...] = ()
@@ -59,18 +59,14 @@ class Panel:
     words: str = ""
     absent: str = ""
     key: str = ""
-    title: str = ""
-    reading: str = ""
 
 
 def panels_of(page: PageData) -> tuple[Panel, ...]:
     """Make the panels after the verdict, in the order of reading."""
     panels = []
-    for key, (title, reading, panel_of) in PANELS.items():
+    for key, panel_of in PANELS.items():
         made = panel_of(page)
-        panel = Panel(absent=made) if isinstance(made, str) else made
-        reading = reading.format(words=panel.words)
-        panels.append(replace(panel, key=key, title=title, reading=reading))
+        panels.append(replace(Panel(absent=made) if isinstance(made, str) else made, key=key))
     return tuple(panels)
 
 
@@ -521,60 +517,15 @@ def _moves(page: PageData) -> Panel | str:
     )
 
 
-# Question, how to read the answer, and what makes it or says why there is none.
-PANELS: dict[str, tuple[str, str, Callable[[PageData], Panel | str]]] = {
-    "layers": (
-        "Which layers hold us up?",
-        "Each column is a layer; the lower, the better, and the gap between cross and dot is what "
-        "changes in {words}",
-        _layers,
-    ),
-    "experts": (
-        "Which experts are hot, and who holds them?",
-        "Rows are layers, columns are slots of device after device, the busiest first; each cell "
-        "is the load of a copy over the mean of an expert. All devices alike is balance.",
-        _experts,
-    ),
-    "links": (
-        "What crosses which link?",
-        "From the home device of a token (row) to the device of its expert (column), on one colour "
-        "scale; as much comes back. The diagonal stays at home. Boxes are nodes.",
-        _links,
-    ),
-    "next": (
-        "Where do tokens go next?",
-        "From each layer to the next: the share of steps that leave the device, and the node. It "
-        "costs where tokens move on from expert to expert (regime follow); engines of today send "
-        "them home in between.",
-        _next,
-    ),
-    "time": (
-        "Does it hold over time?",
-        "Busiest device over the mean, window after window (1 is perfect); drag to look closer, "
-        "double click to go back.",
-        _over_time,
-    ),
-    "groups": (
-        "Who gains, who loses?",
-        "Each dot is a group of the traffic with its interval of 95 %: left of zero it is served "
-        "faster, right of it slower. Crosses are worse beyond chance.",
-        _groups,
-    ),
-    "search": (
-        "How good is the search?",
-        "The best placement so far, and the bound that no placement is below, step by step or, "
-        "under a time limit, over its seconds.",
-        _search,
-    ),
-    "price": (
-        "What does the last percent cost?",
-        "Up is gained, right is paid: copies in memory of a device, or moves in bytes. Beyond the "
-        "knee (ringed) more costs and brings little.",
-        _price,
-    ),
-    "moves": (
-        "What moves?",
-        "How many experts go from a device, or a node, to another one, to get there.",
-        _moves,
-    ),
+# What makes the panel of every question of the page, or says why there is none.
+PANELS: dict[str, Callable[[PageData], Panel | str]] = {
+    "layers": _layers,
+    "experts": _experts,
+    "links": _links,
+    "next": _next,
+    "time": _over_time,
+    "groups": _groups,
+    "search": _search,
+    "price": _price,
+    "moves": _moves,
 }

@@ -9,7 +9,6 @@ from moetuner._checks import instance, threads_in
 from moetuner.problem import Problem
 from moetuner.solver.bounds import pairs, visits
 from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.bounds.partitions import complete
 
 
 def verify(certificate: Certificate, problem: Problem, *, threads: int | None = None) -> int:
@@ -105,7 +104,7 @@ def _refuse_uncovered(certificate: Certificate, problem: Problem) -> None:
 def _complete_again(certificate: Certificate, problem: Problem, threads: int | None) -> int:
     """Recompute an optimum under a certificate's caps."""
     caps = np.minimum(certificate.caps, problem.load.sum(axis=1, dtype=np.uint64))
-    optimum = complete(problem, caps, threads=threads)
+    optimum = pairs.complete(problem, caps, threads=threads)
     if optimum is None:
         raise ValueError(
             "certificate says that dynamic programming over all partitions is its proof, which is "

@@ -256,7 +256,7 @@ def _by_prices(
     )
     if priced is None:
         return None
-    visits, prices, _, interrupted = priced
+    visits, prices, interrupted = priced
     proof = Visits(level.parts, prices, np.zeros(0, np.uint8))
     return _Proven(int(visits.sum()), proof, "contents of devices", interrupted)
 
@@ -363,9 +363,9 @@ def _first_slopes(together: Counts, corners: tuple[Counts, Counts]) -> Floats:
 
 def _preferred(weighed: Problem, seed: int, budget: Budget) -> tuple[Counts, bool]:
     """Search the parts [L,E] that weighted pairs prefer; and whether that was interrupted."""
-    slots, _, _, interrupted, _ = _core.search(
+    slots, _, interrupted, _ = _core.search(
         weighed.load,
-        np.repeat(weighed.caps.whole[:, None], weighed.devices, axis=1),
+        weighed.caps.whole,
         weighed.objective_function.link_cost,
         weighed.slots,
         coactivation=weighed.statistics.coactivation,

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.pairs import certified, is_of_pairs
-from moetuner.solver.bounds.partitions import BOUND_SOURCE, complete
+from moetuner.solver.bounds.pairs import COMPLETE, certified, complete, is_of_pairs
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.run import Bound, Run, Stage
 
@@ -44,9 +43,9 @@ def search_traffic(problem: Problem, seed: int, budget: Budget) -> Searched:
         if report is not None:
             report(Progress(seconds, "search", None if cost is None else cost / objective.scale))
 
-    slots, _, trials, interrupted, shift = _core.search(
+    slots, trials, interrupted, shift = _core.search(
         problem.load,
-        np.repeat(problem.caps.whole[:, None], problem.devices, axis=1),
+        problem.caps.whole,
         # Pairs that stand for visits cost more where they are of other nodes.
         problem.topology.cost if objective.counts_visits else objective.link_cost,
         problem.slots,
@@ -88,7 +87,7 @@ def _partitions(run: Run, budget: Budget) -> None:
     slots, cost, caps = searched
     run.details = run.details.searched(way="dynamic programming over all partitions")
     run.offer(slots, "search")
-    run.prove(Bound(cost, BOUND_SOURCE, certified(problem, caps, BOUND_SOURCE, cost)))
+    run.prove(Bound(cost, COMPLETE, certified(problem, caps, COMPLETE, cost)))
 
 
 def is_chain(run: Run) -> bool:

@@ -98,7 +98,7 @@ def cluster_layers(
     sizes = int(experts >= clusters), min(largest, experts)
     if equal_sizes:
         sizes = experts // clusters, -(-experts // clusters)
-    for layer in np.flatnonzero(layers.searched):
+    for layer in np.flatnonzero(layers.searched).tolist():
         if budget.is_over():
             layers.searched[layer:] = False
             layers.status = "time_limit"

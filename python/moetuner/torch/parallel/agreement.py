@@ -37,14 +37,8 @@ class Agreement:
 
     Every exchange ends with one verdict, by which all ranks go; so none goes on where another has
     given up. A late rank reads it without waiting, and the next round of exchanges starts afresh.
-
-    Parameters
-    ----------
-    group
-        The ranks that must agree; None for all. All of them make as many ``Agreement`` as the
-        others.
-    timeout
-        Seconds to wait for the slowest rank.
+    It waits ``timeout`` seconds for the slowest rank of ``group``, where None is all ranks. All of
+    them make as many ``Agreement`` as the others.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -78,21 +72,9 @@ class Agreement:
     def exchange(
         self, about: str, value: Any = None, failure: Exception | None = None
     ) -> list[Any]:
-        """Return the values of all ranks.
+        """Return the values of all ranks, which JSON holds; ``about`` is for messages.
 
-        Parameters
-        ----------
-        about
-            What is agreed on, for the message.
-        value
-            Of this rank: what JSON holds.
-        failure
-            What has gone wrong on this rank, if anything.
-
-        Raises
-        ------
-        MoveError
-            On every rank, if one has failed, is gone or does not answer in time.
+        Every rank raises a ``MoveError`` if one has a ``failure``, is gone or is late.
         """
         key, self._turn = f"{self._round}.{self._turn}", self._turn + 1
         post, judge = json.dumps([value, failure and str(failure)]), partial(self._judge, about)
@@ -132,14 +114,7 @@ class Agreement:
         return json.dumps([[value for value, _ in given], problem])
 
     def reach(self, about: str, value: Any = None, failure: Exception | None = None) -> None:
-        """Check that every rank means the same value; parameters as of ``exchange``.
-
-        Raises
-        ------
-        MoveError
-            On every rank, if one has failed, is gone or does not answer in time;
-            ``DisagreementError`` if one means another value.
-        """
+        """Check that every rank means the same value; parameters as of ``exchange``."""
         values = self.exchange(about, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:

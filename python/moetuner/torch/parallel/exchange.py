@@ -68,13 +68,6 @@ class Hop:
         How many rows go and come.
     visits
         Targets of the rows that come.
-
-    Raises
-    ------
-    ValueError
-        On all ranks if one has found a fault in its input.
-    RuntimeError
-        On all ranks if they do not agree.
     """
 
     def __init__(
@@ -153,17 +146,8 @@ def _check(
 def sum_rows(values: Tensor, which: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum rows of values [N,H], from left to right, into as many rows as ``which`` has.
 
-    Sums run in float32 at least and one column of ``which`` after the other, so that the order is
-    fixed: no atomic additions.
-
-    Parameters
-    ----------
-    values
-        Rows [N,H].
-    which
-        Rows to sum [R,J]; N stands for zero.
-    weights
-        Factors [R,J]; all 1 if None.
+    Sums run in float32 at least and one column of ``which`` [R,J] after the other, so that the
+    order is fixed: no atomic additions. N stands for a row of zeros; ``weights`` [R,J] are factors.
     """
     wide = torch.promote_types(values.dtype, torch.float32)
     padded = torch.cat([values, values.new_zeros(1, values.shape[1])])

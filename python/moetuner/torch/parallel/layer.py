@@ -113,9 +113,10 @@ class ExpertParallelMoE(nn.Module):
 
     Attributes
     ----------
+    experts
+        The experts of this rank's slots.
     traffic
-        Rows and bytes exchanged with every peer; ``moetuner.dispatch_rows``
-        predicts them.
+        Rows and bytes exchanged with every peer; ``moetuner.dispatch_rows`` predicts them.
 
     Notes
     -----
@@ -134,6 +135,8 @@ class ExpertParallelMoE(nn.Module):
         If placement, layer, group and experts do not fit together.
     """
 
+    experts: Experts
+
     def __init__(
         self,
         experts: Experts,
@@ -147,7 +150,7 @@ class ExpertParallelMoE(nn.Module):
         super().__init__()
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._experts = [experts]  # in a list, so that no name without slots is registered
+        vars(self)["experts"] = experts  # so that no name without slots is registered
         self.devices_per_node, self.split = devices_per_node, split
         self.traffic = TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
@@ -155,11 +158,6 @@ class ExpertParallelMoE(nn.Module):
         self._name = ""
         self._name_experts()
         self._last_ddp: Any = None
-
-    @property
-    def experts(self) -> Experts:
-        """The experts of this rank's slots."""
-        return self._experts[0]
 
     def _name_experts(self) -> None:
         """Register a module of experts by a name that says what is in its slots.
@@ -204,14 +202,13 @@ class ExpertParallelMoE(nn.Module):
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
-        module = self._modules.get(self._name, nn.Module())
-        assert module is not None
-        named = (module.named_parameters, module.named_buffers)
-        return {
-            id(tensor): f"{self._name}.{name}"
-            for of in named
-            for name, tensor in of(remove_duplicate=False)
-        }
+        if not isinstance(self.experts, nn.Module):
+            return {}
+        named = [
+            *self.experts.named_parameters(self._name, remove_duplicate=False),
+            *self.experts.named_buffers(self._name, remove_duplicate=False),
+        ]
+        return {id(tensor): name for name, tensor in named}
 
     def state_dict(
         self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False

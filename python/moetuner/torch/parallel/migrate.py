@@ -22,7 +22,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import EMPTY, Placement, difference, holders_of
+from moetuner.topology import Topology
 from moetuner.torch.parallel.agreement import Agreement, NoMemoryError, attempt, fingerprint
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 
@@ -42,39 +43,29 @@ class Move(NamedTuple):
 def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = None) -> list[Move]:
     """List what must move to get from slots [D,S] to other slots [D,S'], the same on every rank.
 
-    A copy comes from its own device if that holds the expert, else from its own node (of ``node``
-    devices; None for one node), else from elsewhere; among those from whom the fewest come already.
+    A copy comes from its own device if that holds the expert, else from where ``Placement.diff``
+    says, in a topology of nodes of ``node`` devices; None for one node.
     """
-    node = node or len(old)
-    holders: dict[int, list[tuple[int, int]]] = {}
-    for device, slot in np.argwhere(old != EMPTY).tolist():
-        holders.setdefault(int(old[device, slot]), []).append((device, slot))
-    sends = [0] * len(old)
+    experts = int(new.max()) + 1
+    before, after = (holders_of(slots[None], experts) for slots in (old, new))
+    topology = None if node is None else Topology(len(old), devices_per_node=node)
+    comes = difference(before, after, topology, None).moves.tolist()
+    source_of = {(target, expert): source for _, expert, source, target in comes}
+    slot_of = {
+        (device, int(old[device, at])): at for device, at in np.argwhere(old != EMPTY).tolist()
+    }
     steps = []
     for target, slot in np.argwhere(new != EMPTY).tolist():
         expert = int(new[target, slot])
-        if slot < old.shape[1] and old[target, slot] == expert:
-            continue
-        *_, source, source_slot = min(
-            (device != target, device // node != target // node, sends[device], device, at)
-            for device, at in holders[expert]
-        )
-        sends[source] += source != target
-        steps.append(Move(source, source_slot, target, slot))
-    return steps
+        source = source_of.get((target, expert), target)
+        steps.append(Move(source, slot_of[source, expert], target, slot))
+    return [move for move in steps if move[:2] != move[2:]]
 
 
 class Spares:
     """Buffers for the weights that arrive on a rank in one layer.
 
-    Parameters
-    ----------
-    weights
-        The layer's weights by name, slots first [S,...].
-    plan
-        The moves of all ranks.
-    rank
-        This one.
+    ``weights`` are the layer's by name [S,...], ``plan`` the moves of all ranks.
     """
 
     def __init__(self, weights: dict[str, Tensor], plan: list[Move], rank: int) -> None:
@@ -90,13 +81,7 @@ class Spares:
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
-        """Send and receive; every rank takes part, also one that has nothing to move or fails.
-
-        Raises
-        ------
-        RuntimeError
-            If a peer is gone or does not answer within ``timeout`` seconds.
-        """
+        """Send and receive; every rank takes part, also one that has nothing to move or fails."""
         deadline, failures = time.monotonic() + timeout, []
         slots = [move.source_slot for move in self._go]
         for name, buffer in self.buffers.items():
@@ -175,26 +160,10 @@ def migrate(
 ) -> None:
     """Move weights and switch; every rank calls it between two steps, with the same target.
 
-    Parameters
-    ----------
-    layers
-        The layers of this rank, by number.
-    target
-        The placement to be; the same sizes as the one in force.
-    agreement
-        Of the same ranks.
-    group
-        The ranks, for the weights.
-
-    Raises
-    ------
-    ValueError
-        If the target has other sizes.
-    MoveError
-        On every rank that is left, if one fails, differs or is lost; all have the old placement.
-        ``NoMemoryError`` if what arrives on a rank takes more than half of its free memory, so a
-        smaller move may fit. After a loss in the middle of an exchange the group cannot be used any
-        more, else it can.
+    Where one fails, differs or is lost, all that are left raise a ``MoveError`` and have the old
+    placement. It is a ``NoMemoryError`` if what arrives on a rank takes more than half of its free
+    memory, so a smaller move may fit. After a loss in the middle of an exchange the group cannot be
+    used any more, else it can.
     """
     current = layers[0].placement
     if (target.num_experts, target.slots.shape) != (current.num_experts, current.slots.shape):

@@ -66,12 +66,9 @@ def register_placement(
             raise ValueError(
                 f"placement must have {len(parts)} layers like the model, got {placement.layers}"
             )
+        options: dict[str, Any] = {"devices_per_node": devices_per_node, "split": split}
         for number, part in enumerate(parts):
-            layers.append(
-                part.load(
-                    placement, number, timeout, devices_per_node=devices_per_node, split=split
-                )
-            )
+            layers.append(part.load(placement, number, timeout, **options))
 
     def implementation(experts: nn.Module, *meshes: DeviceMesh) -> _PlacedExperts:
         if all(part.layer is not None for part in parts):
@@ -110,7 +107,10 @@ class _PlacedExperts(EPImplementation):
                 f"placement must have {ranks} devices and {ranks * local} experts like the model, "
                 f"got {placement.devices} and {placement.num_experts}"
             )
-        loaded = _weights(self.module)
+        loaded = {
+            name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+            for name, weight in self.module.named_parameters(recurse=False)
+        }
         short = {name: list(w.shape) for name, w in loaded.items() if len(w) != local}
         if short:
             raise ValueError(f"experts must be whole on their ranks ({local} each), got {short}")
@@ -118,11 +118,12 @@ class _PlacedExperts(EPImplementation):
         owners = np.arange(ranks * local, dtype=np.int32).reshape(ranks, local)
         spares = Spares(loaded, moves(owners, slots, options["devices_per_node"]), rank)
         spares.fill(group, timeout)
-        placed = {}
-        for name, weight in loaded.items():
-            # There are at least as many slots as experts that this rank has loaded.
-            empty = weight.new_zeros(slots.shape[1] - local, *weight.shape[1:])
-            placed[name] = torch.cat([weight, empty])
+        # There are at least as many slots as experts that this rank has loaded.
+        empty = slots.shape[1] - local
+        placed = {
+            name: torch.cat([weight, weight.new_zeros(empty, *weight.shape[1:])])
+            for name, weight in loaded.items()
+        }
         spares.put(placed)
         # The module's parameters are those that run, so that they move with the model.
         parameters = {n: nn.Parameter(w, requires_grad=False) for n, w in placed.items()}
@@ -138,14 +139,12 @@ class _PlacedExperts(EPImplementation):
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the experts of this rank's part of its batch; gives the results of all of it."""
         assert self.layer is not None
-        sharing = self.tp_mesh.size()
-        tokens = len(hidden_states)
+        sharing, tokens = self.tp_mesh.size(), len(hidden_states)
         # Ranks that share a batch take a run of tokens each, the first ones a token more.
-        share, more = divmod(tokens, sharing)
-        sizes = [share + (part < more) for part in range(sharing)]
+        parts = np.array_split(np.arange(tokens), sharing)
         mine = self.tp_mesh.get_local_rank()
-        first = sum(sizes[:mine])
-        part = slice(first, first + sizes[mine])
+        first = sum(map(len, parts[:mine]))
+        part = slice(first, first + len(parts[mine]))
         # Positions run on from step to step as in the layer, but by whole batches.
         batches, batch = self.layer.ranks // sharing, self.layer.rank // sharing
         position = self.served * batches + batch * tokens + first
@@ -155,12 +154,12 @@ class _PlacedExperts(EPImplementation):
         self.served += tokens
         if sharing == 1:
             return results
-        padded = results.new_zeros(sizes[0], results.shape[1])
-        padded[: len(results)] = results
-        every = results.new_empty(sharing * sizes[0], results.shape[1])
+        longest = len(parts[0])
+        padded = nn.functional.pad(results, (0, 0, 0, longest - len(results)))
+        every = results.new_empty(sharing * longest, results.shape[1])
         dist.all_gather_into_tensor(every, padded, group=self.tp_mesh.get_group())
-        parts = every.view(sharing, sizes[0], -1)
-        return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
+        rows = zip(every.view(sharing, longest, -1), parts, strict=True)
+        return torch.cat([of[: len(part)] for of, part in rows])
 
 
 class _ModuleExperts:
@@ -201,10 +200,3 @@ def _no_state(*_: object) -> None:
         "a model whose experts are placed cannot be saved, nor a state loaded into it: it would "
         "hold experts in the order of its slots; do that before its first step"
     )
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
-        for name, weight in module.named_parameters(recurse=False)
-    }

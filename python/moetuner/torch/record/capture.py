@@ -1,9 +1,16 @@
-"""Recording the routing of a running model into a trace."""
+"""Recording the routing of a running model into a trace.
+
+Ids go from the device to the host without waiting, and to disk while the recording runs.
+"""
 
 from __future__ import annotations
 
+import math
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +22,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
+from moetuner._checks import IdArray, id_type, instance, listed, path_in, text_or_none, whole_number
 from moetuner._core import validate
+from moetuner.files.contents import TraceContents, write_trace
+from moetuner.files.ids import IdsInFile
+from moetuner.files.safetensors import TensorInFile
 from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
-from moetuner.torch.record.spool import LABEL, Labels, Offload, Parts
-from moetuner.trace import RoutingTrace
+from moetuner.trace import SHARD_BYTES, RoutingTrace
 
+# What a trace says of a token besides its experts.
+LABEL = np.dtype([("sequence", "<i4"), ("group", "<i2")])
+Labels = NDArray[np.void]
 BUFFER_BYTES = 64 << 20
 PARTIAL = ".partial.safetensors"  # what a recording that did not end well is called
 UNNAMED = "other"  # tokens outside every group, in a recording that has groups
@@ -75,6 +87,8 @@ class Recorder:
 
     Attributes
     ----------
+    attention_mask
+        Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask.
     dropped
         Forward passes that were left out.
     layers
@@ -111,8 +125,8 @@ class Recorder:
         if self._path is not None and self._path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {self._path.name!r}")
         self._about = {"model": name or type(model).__name__, "expert_size": expert_size_of(model)}
-        self._hooks = StepHooks(model, self.layers, self._step)
-        self._hooks.attention_mask = attention_mask
+        self.attention_mask = attention_mask
+        self._hooks = StepHooks(model, self.layers, self._step, lambda: self.attention_mask)
         self._dtype = torch.uint8 if self._hooks.num_experts <= 256 else torch.uint16
         token_bytes = len(self.layers) * self._hooks.top_k * self._dtype.itemsize
         self._offload = Offload(max(1, most // token_bytes), self._arrived)
@@ -124,15 +138,6 @@ class Recorder:
         self._numbers: dict[str, int] = {}
         self._sequences = 0
         self._of_cache: WeakKeyDictionary[Any, NDArray[np.int32]] = WeakKeyDictionary()
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask."""
-        return self._hooks.attention_mask
-
-    @attention_mask.setter
-    def attention_mask(self, mask: Tensor | None) -> None:
-        self._hooks.attention_mask = mask
 
     @property
     def dropped(self) -> int:
@@ -292,6 +297,116 @@ class Recorder:
 def _is_weak(cache: object) -> bool:
     """Whether a cache is an object that can be recognised; tuples of tensors cannot."""
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
+
+
+class Offload:
+    """Copies ids to the host without waiting for the device, and hands them over later.
+
+    On CUDA they go to pinned memory behind the work of their step. When enough steps wait, those of
+    the older half are handed over: the host waits only for work that is long done.
+
+    Parameters
+    ----------
+    capacity
+        Tokens that wait at most, beside the last step.
+    receive
+        Called on the host, in order, with ids [T,L,K], which of them to keep [T] and labels [T].
+    """
+
+    def __init__(
+        self, capacity: int, receive: Callable[[IdArray, NDArray[np.bool_], Labels], None]
+    ) -> None:
+        self._capacity, self._receive = capacity, receive
+        self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
+        self._tokens = 0
+
+    def put(self, ids: Tensor, keep: Tensor, labels: Labels) -> None:
+        """Take ids [T,L,K], marks [T] and labels [T]."""
+        # Copies that need not wait go to pinned memory.
+        host = ids.to("cpu", non_blocking=True), keep.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
+        self._waiting.append((*host, labels, copied))
+        self._tokens += len(ids)
+        if self._tokens > self._capacity:
+            self._hand_over(self._capacity // 2, last=1)
+
+    def flush(self) -> None:
+        """Hand over everything; waits for the device."""
+        self._hand_over(-1, last=0)
+
+    def _hand_over(self, most: int, *, last: int) -> None:
+        """Receive first steps until at most so many tokens wait, or so many last steps."""
+        while self._tokens > most and len(self._waiting) > last:
+            ids, keep, labels, copied = self._waiting[0]
+            if copied is not None:
+                copied.synchronize()
+            self._receive(ids.numpy(), keep.numpy(), labels)
+            self._waiting.popleft()
+            self._tokens -= len(ids)
+
+
+class Parts:
+    """Tokens in the order in which they were served, on disk; memory holds none of them.
+
+    Parameters
+    ----------
+    path
+        Beside which file to keep them; None for a temporary folder.
+    layers, top_k, num_experts
+        Sizes L, K and E.
+
+    Attributes
+    ----------
+    folder
+        Where they are until ``discard``.
+    tokens
+        How many there are.
+    """
+
+    def __init__(self, path: Path | None, layers: int, top_k: int, num_experts: int) -> None:
+        self._sizes, self._experts = (layers, top_k), num_experts
+        self._dtype = id_type(np.dtype(np.int64), num_experts).newbyteorder("<")
+        # Beside the trace, where there is room for it.
+        parent = None if path is None else path.parent
+        self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
+        self._files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
+        self.tokens = 0
+
+    def append(self, ids: IdArray, labels: Labels) -> None:
+        """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
+        for file, array in zip(self._files, (ids.astype(self._dtype), labels), strict=True):
+            file.seek(self.tokens * math.prod(array.shape[1:]) * array.itemsize)
+            file.write(array.tobytes())
+            file.flush()
+        self.tokens += len(ids)
+
+    def discard(self) -> None:
+        """Delete what was recorded."""
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(
+        self, path: Path | None, source: str, group_names: list[str], **about: Any
+    ) -> RoutingTrace:
+        """Make the trace, and write it if there is a path; without names it has no groups.
+
+        ``about`` is what ``TraceContents`` says of the model.
+        """
+        self._close()
+        place = TensorInFile(self._dtype, (self.tokens, *self._sizes), 0)
+        ids = IdsInFile.of(self.folder / "expert_ids", place, self._experts)
+        labels = np.fromfile(self.folder / "labels", LABEL, self.tokens)
+        group = labels["group"] if group_names else None
+        about |= {"sequence": labels["sequence"], "group": group, "group_names": group_names}
+        if path is None:
+            return RoutingTrace.from_arrays(ids.array(), num_experts=self._experts, **about)
+        write_trace(TraceContents(ids, self._experts, **about), path, source, SHARD_BYTES)
+        return RoutingTrace.load(path)
+
+    def _close(self) -> None:
+        for file in self._files:
+            with suppress(OSError):  # a full disk was said when it was written to
+                file.close()
 
 
 capture = Recorder

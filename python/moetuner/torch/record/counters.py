@@ -174,18 +174,16 @@ class RoutingCounters:
         for name, tensor in (("expert_ids", expert_ids), ("mask", mask)):
             if tensor is not None and tensor.device.type != self.device.type:
                 raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
-        keep = expert_ids.new_ones(len(expert_ids), dtype=torch.int64)
-        if mask is not None:
-            keep = (mask != 0).to(torch.int64)
+        tokens = len(expert_ids)
+        keep = torch.ones(tokens, device=self.device) if mask is None else mask != 0
         if self.window is not None:
-            self._enlarge(-(-(self._most_tokens + len(keep)) // self.window))
-        self._most_tokens += len(keep)
+            self._enlarge(-(-(self._most_tokens + tokens) // self.window))
+        self._most_tokens += tokens
         chunk = max(1, CHUNK_BYTES // (16 * self.layers * self.top_k**2))
         with torch.no_grad():
-            for ids, own in zip(
-                *(torch.split(of, chunk) for of in (expert_ids, keep)), strict=True
-            ):
-                self._count(ids.long(), own)
+            for at in range(0, tokens, chunk):
+                part = slice(at, at + chunk)
+                self._count(expert_ids[part].long(), keep[part].long())
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingCounters:
         """Return the sum over all ranks of a process group; these counters stay as they are.
@@ -246,23 +244,16 @@ class RoutingCounters:
         if self._tables["wrong"].item():
             raise ValueError(f"expert_ids must be from 0 to {self.experts - 1}, some were not")
         tables = {name: table.cpu().numpy() for name, table in self._tables.items()}
-        load = tables["load"][:, :, : self.experts]
-        used = np.flatnonzero(tables["load"].any(axis=(1, 2)))
-        pairs = {
-            name: tables[name][:, : self.experts, : self.experts]
-            for name in PAIRS
-            if name in tables
-        }
-        if (table := pairs.get("coactivation")) is not None:
-            both = table + table.transpose(0, 2, 1)
+        used, real = np.flatnonzero(tables["load"].any(axis=(1, 2))), slice(self.experts)
+        if (table := tables.get("coactivation")) is not None:
+            tables["coactivation"] = both = table + table.transpose(0, 2, 1)
             np.einsum("lee->le", both)[:] = 0  # of a router that has named an expert twice
-            pairs["coactivation"] = both
+        pairs: dict[str, Any] = {of: tables[of][:, real, real] for of in PAIRS if of in tables}
         return RoutingStatistics(
-            load[: used.max(initial=0) + 1],
-            pairs.get("transitions"),
-            pairs.get("coactivation"),
+            tables["load"][: used.max(initial=0) + 1, :, real],
             window=None if self.window is None else self.window * self._ranks,
             model=model,
+            **pairs,
         )
 
     def _step(self, step: Step) -> None:

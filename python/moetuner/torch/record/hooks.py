@@ -143,11 +143,11 @@ class StepHooks:
         Its MoE layers.
     receive
         Called with every step.
+    mask
+        Gives which tokens to keep [batch, tokens], instead of the mask that the model is given.
 
     Attributes
     ----------
-    attention_mask
-        Which tokens to keep [batch, tokens], instead of the mask that the model is called with.
     dropped
         Passes that were left out.
     fault
@@ -155,17 +155,20 @@ class StepHooks:
     """
 
     def __init__(
-        self, model: nn.Module, layers: tuple[MoELayer, ...], receive: Callable[[Step], None]
+        self,
+        model: nn.Module,
+        layers: tuple[MoELayer, ...],
+        receive: Callable[[Step], None],
+        mask: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self.num_experts, self.top_k = same_sizes(layers)
         self.choices = layers[0].choices
-        self.attention_mask: Tensor | None = None
         self.dropped = 0
         self.fault: Exception | None = None
         # What torch.compile gives only calls the model that it was given.
         self._wrapped = hasattr(model, "_orig_mod")
         self._model = getattr(model, "_orig_mod", model)
-        self._layers, self._receive = layers, receive
+        self._layers, self._receive, self._mask = layers, receive, mask
         self._attached = ExitStack()
         self._generations = Generations()
         self._step: Step | None = None
@@ -218,13 +221,7 @@ class StepHooks:
         self._faults = self.fault = None
 
     def check(self) -> None:
-        """Wait for the device and check that routers gave numbers, and ids of their rows.
-
-        Raises
-        ------
-        ValueError
-            If one did not.
-        """
+        """Wait for the device and check that routers gave numbers, and ids of their rows."""
         if self._faults is None:
             return
         rules = (
@@ -256,7 +253,7 @@ class StepHooks:
         names = inspect.signature(self._model.forward).parameters
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         generation = self._generations.of(given)
-        self._step = step_of(self._model, given, self.attention_mask, generation)
+        self._step = step_of(self._model, given, self._mask(), generation)
 
     def _take(self, number: int, _inputs: Any, output: Any) -> None:
         """Take what a router returned."""

@@ -18,14 +18,17 @@ from moetuner._checks import flag, instance
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
-from moetuner.torch.reorder.order import Order, check_groups, groups_chosen, order_of
 from moetuner.torch.reorder.plan import (
+    Order,
     TensorChange,
     TensorFacts,
     bits_of,
     blocks_of,
+    check_groups,
     check_ties,
     facts_of,
+    groups_chosen,
+    order_of,
     plan,
     renumbered,
 )

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
-from moetuner.torch.reorder.order import Order, check_groups, order_of
 from moetuner.torch.reorder.plan import (
+    Order,
     TensorChange,
     bits_of,
+    check_groups,
     check_ties,
     facts_of,
+    order_of,
     plan,
     renumbered,
 )
@@ -194,14 +196,9 @@ def _spans(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
 def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
     """Check that no list of experts is that of another block as well."""
     lists = {id(la.experts): la for la in layers if isinstance(la.experts, nn.ModuleList)}
-    if not lists:
-        return
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules(remove_duplicate=False) if lists else ():
         layer = lists.get(id(module))
-        if layer is None or name == _join(_block(layer), "experts"):
-            continue
-        holder = model.get_submodule(name.rpartition(".")[0])
-        if holder is not layer.block:
+        if layer is not None and model.get_submodule(name.rpartition(".")[0]) is not layer.block:
             raise ValueError(
                 f"{name}: must not be the experts of {_block(layer)}, whose router is another"
             )
@@ -209,10 +206,6 @@ def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
 
 def _block(layer: MoELayer) -> str:
     return layer.name.rpartition(".")[0]
-
-
-def _join(block: str, child: str) -> str:
-    return f"{block}.{child}" if block else child
 
 
 def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:
