@@ -46,11 +46,7 @@ _ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
 def validate(
     expert_ids: _ExpertIds, num_experts: int, first_token: int = 0, threads: int | None = None
 ) -> None:
-    """Check expert ids [T,L,K]: in range, and no expert twice in one token and layer.
-
-    Raises ``ValueError`` naming the first faulty token (counted from ``first_token``), layer and
-    id.
-    """
+    """Check expert ids [T,L,K]; ``ValueError`` names the first fault, from ``first_token`` on."""
 
 def scan_lines(
     text: bytes,
@@ -61,11 +57,9 @@ def scan_lines(
 ) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[str], str | None]:
     """Read JSON lines from byte ``start`` on, up to the first that breaks a rule.
 
-    ``arrays`` are keys of ids with their dimensions, 2 or 3, of which a line has exactly one;
-    ``integers`` and ``texts`` other keys that it may have. Gives the end of what was read, the line
-    ends in it, all ids, and a row for every line: number of the array, its three sizes (1 in front
-    of two), integers (-2**63 where it has none) and numbers of texts (-1 where it has none), which
-    come next; then the rule that the line behind them breaks.
+    Returns the end of what was read, the line ends in it, all ids, a row for every line (number of
+    its array of ids, three sizes with 1 in front of two, integers or -2**63, numbers of texts or
+    -1), the texts, and the rule that the line behind them breaks.
     """
 
 @final
@@ -76,8 +70,10 @@ class Layers:
     of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8
     stands for the largest device load of a window, 0 is that load itself. With the norm, ``noise``
     is the part of an expert's variance among windows that counts as its own, and ``mixed`` how much
-    the mean of all windows counts besides them, as a part of what they all count. All costs are in
-    weighted tokens.
+    the mean of all windows counts besides them, as a part of what they all count. Experts are kept
+    away from devices where they are ``forbidden`` [L,E,D], and there where they are ``pinned``.
+    Without ``copies`` no expert gets more or fewer of them than are pinned, or one. All costs are
+    in weighted tokens.
     """
 
     def __new__(
@@ -92,17 +88,12 @@ class Layers:
         norm: int,
         noise: float = 0.0,
         mixed: float = 0.0,
-    ) -> Layers: ...
-    def limit(self, cap: list[float], total: NDArray[np.float64] | None = None) -> None:
-        """Cap the loads of devices [L]: sums of ``total`` [L,E], by default of all windows."""
-
-    def rule(
-        self,
-        *,
+        copies: bool = True,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Keep experts away from devices [L,E,D], and others there."""
+    ) -> Layers: ...
+    def limit(self, cap: list[float], total: NDArray[np.float64]) -> None:
+        """Cap the loads of devices [L]: sums of ``total`` [L,E]."""
 
     def hold(self, price: NDArray[np.float64]) -> None:
         """Charge a copy of an expert on a device [L,E,D]."""
@@ -127,7 +118,6 @@ class Layers:
         start: NDArray[np.int32],
         *,
         trials: int,
-        copies: bool = True,
         empties: bool = True,
         restarts: int = 1,
         rounds: int = 1,
@@ -143,8 +133,8 @@ class Layers:
         """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
-        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
-        expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
+        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``empties`` no
+        slot that holds an expert is emptied.
         A ``quick`` search stays near a good start, and ends no worse than that by the slowest
         devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
         """
@@ -155,7 +145,6 @@ class Layers:
         running: NDArray[np.int32],
         *,
         most: int | None = None,
-        copies: bool = True,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
         time_limit: float | None = None,
@@ -174,7 +163,6 @@ class Layers:
     def construct(
         self,
         *,
-        copies: bool = True,
         windows: bool = False,
         threads: int | None = None,
         alone: bool = False,
@@ -183,15 +171,13 @@ class Layers:
 
         With ``windows`` every window is seen, by its norm, and no answer is behind that of the sum.
 
-        Without ``copies`` no expert gets more than are pinned, or one.
-
         Pins and bans are kept; ``ValueError`` names the layer and an expert for which they leave no
         slot.
         """
 
 @final
 class StatisticsCounter:
-    """Counts a trace shard by shard; the counts do not depend on the sharding or on the threads."""
+    """Counts a trace shard by shard, one token in ``every`` for sets."""
 
     def __new__(
         cls,
@@ -204,19 +190,11 @@ class StatisticsCounter:
         coactivation: bool = True,
         sets: bool = False,
         every: int = 1,
-    ) -> StatisticsCounter:
-        """Without a ``window`` all tokens are one.
-
-        Sets are counted of one token in ``every``, the first, which stands for all of them.
-        """
-
+    ) -> StatisticsCounter: ...
     def push(
         self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
     ) -> None:
-        """Count the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing.
-
-        With ``checked`` they have passed ``validate`` and are not looked at again.
-        """
+        """Count the next tokens [T,L,K], C-contiguous; a faulty shard changes nothing."""
 
     def finish(
         self, threads: int | None = None
@@ -227,19 +205,12 @@ class StatisticsCounter:
         NDArray[np.uint64] | None,
         list[tuple[NDArray[np.uint16], NDArray[np.uint64]]] | None,
     ]:
-        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], and sets by layer.
-
-        Load is of the narrowest type that holds what windows may have. Sets are what `merge_sets`
-        returns. Ends the counter.
-        """
+        """Tokens, load [W,L,E], transitions [L-1,E,E], coactivation [L,E,E], and sets by layer."""
 
 def merge_sets(
     ids: NDArray[np.uint16], counts: NDArray[np.uint64]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
-    """Add the counts [N] of equal sets of ids [N,K].
-
-    Returns the distinct sets, their ids rising, in the order of the ids, and their counts.
-    """
+    """Add the counts [N] of equal sets of ids [N,K]; distinct ones come in the order of ids."""
 
 def search(
     load: NDArray[np.uint64],
@@ -287,10 +258,7 @@ def expected_visits(
     hashed: bool,
     threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return tokens of expert sets that visit every device [L,D], and every node [L,N].
-
-    Copies are chosen by one hash of the token, or independently of each other.
-    """
+    """Return tokens of expert sets that visit every device [L,D], and every node [L,N]."""
 
 def expected_apart(
     slots: _Slots, pairs: NDArray[np.uint64], *, threads: int | None = None
@@ -312,8 +280,7 @@ def busiest_rows(
 ) -> NDArray[np.float64]:
     """Return rows at the busiest port of every tier [W,L,T], of visits [W,L,D].
 
-    A device is visited from every home by a share of its tokens [L,D,D], home first, over a link of
-    their tier [D,D]; 0 is no link.
+    Takes the share of every home [L,D,D], home first, and the tier of links [D,D]; 0 is no link.
     """
 
 def pair_cost(
@@ -340,19 +307,11 @@ class Replay:
         window: int | None = None,
         split: str = "even",
         pairs: bool = True,
-    ) -> Replay:
-        """``split`` says which copy serves: "even", "nearest" or "round_robin".
-
-        Without ``pairs`` no traffic is counted.
-        """
-
+    ) -> Replay: ...
     def push(
         self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
     ) -> None:
-        """Replay the next tokens [T,L,K], C-contiguous. A faulty shard changes nothing.
-
-        With ``checked`` they have passed ``validate`` and are not looked at again.
-        """
+        """Replay the next tokens [T,L,K], C-contiguous; a faulty shard changes nothing."""
 
     def finish(
         self,
@@ -363,11 +322,7 @@ class Replay:
         NDArray[np.unsignedinteger[Any]],
         NDArray[np.unsignedinteger[Any]],
     ]:
-        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D] and node visits [W,L,N].
-
-        Visits are tokens with at least one expert there: their sum is the fanout of all tokens.
-        Ends the replay.
-        """
+        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D] and node visits [W,L,N]."""
 
 @final
 class LabelledReplay:
@@ -385,10 +340,7 @@ class LabelledReplay:
         split: str = "even",
         visits: bool = True,
     ) -> LabelledReplay:
-        """Take what `Replay` takes, and how many rows there are, of at most so many tokens.
-
-        Not for copies that take turns: whose turn it is depends on the tokens before.
-        """
+        """Take what `Replay` takes, and how many rows there are, of at most so many tokens."""
 
     def push(
         self,
@@ -400,11 +352,7 @@ class LabelledReplay:
         homes: NDArray[np.uint16] | None = None,
         checked: bool = False,
     ) -> None:
-        """Count the next tokens [T,L,K], each in a row [T].
-
-        Positions [T], which choose between copies, are those of the tokens by default, and homes
-        [T], which the nearest copy is near to, follow from them.
-        """
+        """Count the next tokens [T,L,K], each in a row [T], at positions [T] and homes [T]."""
 
     def apart(
         self, expert_ids: _ExpertIds, first_token: int, threads: int | None = None
@@ -412,10 +360,7 @@ class LabelledReplay:
         """Return the pairs of neighbouring layers on different devices of every token [T]."""
 
     def finish(self) -> list[NDArray[np.unsignedinteger[Any]]]:
-        """Load [L,R,D], visits [L,R,D] and node visits [L,R,N]: none without ``visits``.
-
-        Ends the replay.
-        """
+        """Load [L,R,D], visits [L,R,D] and node visits [L,R,N]: none without ``visits``."""
 
 def lpt(
     load: NDArray[np.uint64],

@@ -1,10 +1,10 @@
 """DeepSpeed's counts: every rank its own, in each container."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import refused
 from safetensors.numpy import save_file
 
 import moetuner as mt
@@ -69,9 +69,7 @@ def test_bad_counts(tmp_path, change, text):
     for rank, counts in enumerate(COUNTS):
         arrays = named(counts)
         write(tmp_path / f"c_rank{rank}.npz", change(arrays) if rank else arrays)
-    with pytest.raises(ValueError, match=re.escape(text)) as caught:
-        mt.open_input(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'c_rank1.npz'}: ")
+    refused(text, tmp_path / "c_rank1.npz", lambda: mt.open_input(tmp_path))
 
 
 def test_missing_rank(tmp_path):

@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner import _core
-from moetuner.solver import METHODS
 
 
 @given(st.data())
@@ -37,39 +35,6 @@ def test_more_slots_than_experts_cannot_be_filled():
     """The message names the device."""
     with pytest.raises(ValueError, match="layer 0, device 0: 3 slots cannot be filled"):
         mt.Placement([[[0, 1, -1], [-1, -1, -1]]]).filled()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("objective", ["time", "balance", "traffic"])
-def test_solve_fills_every_slot_when_told(method, objective):
-    """Seven experts on two devices of four slots, for every method; rooms are filled, no more."""
-    random = np.random.default_rng(1)
-    statistics = mt.RoutingStatistics(
-        random.integers(1, 90, (2, 2, 7)), random.integers(0, 9, (1, 7, 7))
-    )
-    problem = mt.Problem(
-        statistics, mt.Topology(2), slots_per_device=(4, 5), objective=objective, fill_slots=True
-    )
-    result = mt.solve(problem, method, iterations=500)
-    assert ((result.placement.slots >= 0).sum(axis=2) == (4, 5)).all()
-    assert result.bound is None or result.bound <= result.objective * (1 + 1e-9)
-    assert result.violations == () or method == "paper"
-
-
-def test_full_optimum_of_small_problems():
-    """With all slots full nothing is below the bound, and the answer is the best."""
-    from brute_force import every_placement
-
-    random = np.random.default_rng(3)
-    load = random.integers(1, 90, (2, 1, 4))
-    problem = mt.Problem(
-        mt.RoutingStatistics(load), mt.Topology(2), slots_per_device=3, fill_slots=True
-    )
-    result = mt.solve(problem)
-    full = [p for p in every_placement(problem) if (p.slots >= 0).all()]
-    best = min(map(mt.Objective(problem).value, full))
-    assert result.bound <= best * (1 + 1e-9)
-    assert result.objective == pytest.approx(best)
 
 
 def test_slots_that_cannot_be_full_are_refused():
@@ -112,20 +77,3 @@ def test_solve_fills_slots_on_the_command_line(run, make_trace, tmp_path):
     options = ("--devices", 3, "--fill-slots", "--max-imbalance", "1.5", "--out", out)
     assert run("solve", trace, *options, "--method", "heuristic")[0] == 0
     assert (mt.Placement.load(out).slots >= 0).all()
-
-
-def test_search_empties_no_slot_when_told():
-    """A copy that is of no use is exchanged for another one, never for nothing."""
-    core = _core.Layers(
-        np.array([[[90.0, 1, 1, 1]]]),
-        np.ones(1),
-        np.full((1, 2), 3),
-        [0, 0],
-        [1.0, 1.0],
-        nearest=False,
-        norm=0,
-    )
-    core.hold(np.ones((1, 4, 2)))
-    start = np.array([[[0, 1, 2], [0, 3, 1]]], dtype=np.int32)
-    assert (core.place(start, trials=2000)[0] == -1).any()
-    assert (core.place(start, trials=2000, empties=False)[0] >= 0).all()

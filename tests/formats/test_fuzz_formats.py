@@ -1,29 +1,34 @@
-"""Damaged files of engines: a reader gives a valid object, or says in one line what is wrong."""
+"""Damaged files and nonsense: a reader gives a valid object, or says in one line what is wrong."""
 
 import base64
 import io
 import json
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import check_line, check_reading, damaged, survives
+from damage import check_line, check_reading, check_trace, damaged, survives
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import write_lines
 from safetensors.numpy import save_file
 
 import moetuner as mt
-from moetuner.formats import READERS, WRITERS, read_input
+from moetuner.formats import READERS, WRITERS, pickled, read_input, sglang
 from moetuner.formats.hints import Hints
-from moetuner.formats.layout import Layout
+from moetuner.formats.layout import Layout, faults
 
 # Many more examples than elsewhere: most take a millisecond.
 MORE = 3
 EXPERTS, LAYERS, TOP_K = 16, 2, 2
 IDS = random_ids(12, LAYERS, TOP_K, 6)
+LABELS = {"sequence": np.arange(12) // 4, "group": np.arange(12) // 8, "group_names": ["a", "b"]}
+TRACE = mt.RoutingTrace.from_arrays(IDS, num_experts=6, model="m", **LABELS)
+COUNTED = mt.RoutingStatistics.from_trace(TRACE, window=5)
 PLACEMENT = mt.Placement([[[0, 1, 2], [3, 4, 5]], [[5, 1, 2], [3, 4, 0]]], num_experts=6)
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = Hints(num_experts=EXPERTS, top_k=4)
@@ -31,9 +36,9 @@ HINTS = Hints(num_experts=EXPERTS, top_k=4)
 
 def trace_lines():
     for layer in range(LAYERS):
-        top = IDS[:, layer].tolist()
         about = {"step": 0, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 0}
-        yield json.dumps(about | {"num_tokens": 12, "topk": TOP_K, "top_indices": top})
+        top = {"num_tokens": 12, "topk": TOP_K, "top_indices": IDS[:, layer].tolist()}
+        yield json.dumps(about | top)
 
 
 def csv_lines():
@@ -42,36 +47,57 @@ def csv_lines():
         yield f"{token},{layer},{IDS[token, layer, k]},{token // 4},{'ab'[token // 8]}"
 
 
-def response():
+def npy(array):
     file = io.BytesIO()
-    np.save(file, IDS)
-    return json.dumps({"choices": [{"routed_experts": base64.b64encode(file.getvalue()).decode()}]})
+    np.save(file, array)
+    return file.getvalue()
+
+
+def response():
+    text = base64.b64encode(npy(IDS)).decode()
+    return json.dumps({"choices": [{"routed_experts": text}]})
+
+
+ARCHIVES = {
+    "replay": dict(zip(["arr_0", "arr_1"], np.moveaxis(IDS, 1, 0).astype(int), strict=True)),
+    "deepspeed": {f"layers.{n}.tokens_per_expert": np.arange(16.0) for n in range(2)},
+    "vllm-ascend": {
+        "expert_workload": np.arange(64).reshape(2, 2, 16),
+        "current_expert_table": np.arange(64).reshape(2, 2, 16) % EXPERTS,
+    },
+    "npz": {"expert_ids": IDS, "num_experts": 6, "model": "m", **LABELS},
+    "load table": {"load": COUNTED.window_load, "group": [0, 1, 0], "group_names": ["a", "b"]},
+}
+BYTES = {
+    "megatron": lambda: "\n".join(trace_lines()).encode(),
+    "csv": lambda: "\n".join(csv_lines()).encode(),
+    "vllm": lambda: f"{response()}\n{response()}".encode(),
+    "npy": lambda: npy(IDS),
+    "npy wide": lambda: npy(IDS.astype(">i4")),
+    "npy columns": lambda: npy(np.asfortranarray(IDS)),
+}
+WRITTEN = {
+    "trace": TRACE.save,
+    "statistics": COUNTED.save,
+    "lines per token": lambda path: write_lines(TRACE, path),
+    "lines per sequence": lambda path: write_lines(TRACE, path, "sequence"),
+    "tensorrt-llm": lambda path: save_file(
+        {f"3_{layer}": np.arange(EXPERTS) for layer in range(LAYERS)}, path
+    ),
+    "ascend map": lambda path: WRITERS["vllm-ascend"].of.write_map(PLACEMENT, path, Hints()),
+}
 
 
 def write(name, path):
     """Write a small valid file; meta_info.json is beside it."""
-    arrays = {
-        "replay": dict(zip(["arr_0", "arr_1"], np.moveaxis(IDS, 1, 0).astype(int), strict=True)),
-        "deepspeed": {f"layers.{n}.tokens_per_expert": np.arange(16.0) for n in range(2)},
-        "vllm-ascend": {
-            "expert_workload": np.arange(64).reshape(2, 2, 16),
-            "current_expert_table": np.arange(64).reshape(2, 2, 16) % EXPERTS,
-        },
-    }
-    texts = {
-        "megatron": lambda: "\n".join(trace_lines()) + "\n",
-        "csv": lambda: "\n".join(csv_lines()) + "\n",
-        "vllm": lambda: f"{response()}\n{response()}",
-    }
-    if name in arrays:
+    if name in ARCHIVES:
+        save = np.savez_compressed if name == "npz" else np.savez
         with path.open("wb") as file:
-            np.savez(file, **arrays[name])
-    elif name in texts:
-        path.write_text(texts[name]())
-    elif name == "tensorrt-llm":
-        save_file({f"3_{layer}": np.arange(EXPERTS) for layer in range(LAYERS)}, path)
-    elif name == "ascend map":
-        WRITERS["vllm-ascend"].of.write_map(PLACEMENT, path, Hints())
+            save(file, **ARCHIVES[name])
+    elif name in BYTES:
+        path.write_bytes(BYTES[name]())
+    elif name in WRITTEN:
+        WRITTEN[name](path)
     elif name == "arrow":
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
@@ -88,48 +114,172 @@ def folder(tmp_path_factory):
     return folder
 
 
-def check(path, content, reader):
+def check(path, content, reader=None):
     return check_reading(path, content, lambda path: read_input([path], HINTS, reader))
 
 
-@pytest.mark.parametrize(
-    ("name", "reader"),
-    [
-        ("megatron", None),
-        ("replay", "megatron"),
-        ("tensorrt-llm", "tensorrt-llm"),
-        ("deepspeed", "deepspeed"),
-        ("vllm", None),
-        ("vllm-ascend", "vllm-ascend"),
-        ("ascend map", "vllm-ascend"),
-        ("csv", None),
-        ("arrow", "arrow"),
-        ("sglang/one-rank-per_token-0.pt", "sglang"),
-        ("sglang/responses.json", "sglang-responses"),
-    ],
-)
-def test_damaged_files(folder, name, reader):
+NAMED = {"replay": "megatron", "ascend map": "vllm-ascend"}
+GIVEN = ("tensorrt-llm", "deepspeed", "vllm-ascend", "arrow")
+DUMPS = ("sglang/one-rank-per_token-0.pt", "sglang/responses.json")
+
+
+@pytest.mark.parametrize("name", [*ARCHIVES, *BYTES, *WRITTEN, "arrow", *DUMPS])
+def test_damaged_files(folder, name):
     """Bits flipped, bytes set, inserted, deleted and copied, files cut."""
     path = folder / "rank0.file"
     write(name, path)
     content = path.read_bytes()
+    reader = NAMED.get(name, name if name in GIVEN else None)
     assert check(path, content, reader) or name == "ascend map"
     check(path, damaged(content, [("delete", 0.5, b"\0")]), reader)
     survives(content, lambda content: check(path, content, reader), times=MORE)
 
 
-scalars = st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4), max_leaves=12)
-keys = ["step", "stage", "block", "layer", "rank", "num_tokens", "topk", "top_indices"]
+@given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x93NUMPY\1\0", b'{"']))
+def test_random_bytes(folder, content, start):
+    """Bytes that only begin like a format."""
+    check(folder / "file", start + content)
 
 
-@settings(max_examples=settings().max_examples * MORE)
-@given(st.lists(st.dictionaries(st.sampled_from(keys), values, max_size=3), max_size=4))
-def test_router_trace_of_anything(folder, changes):
-    """Well-formed lines that make no sense."""
-    lines = [json.loads(line) for line in trace_lines()] * 2
-    content = "\n".join(json.dumps(line | c) for line, c in zip(lines, changes, strict=False))
-    check(folder / "rank0.file", content.encode() or b"\n", "megatron")
+scalars = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)
+scalars |= st.integers() | st.sampled_from(["AAAA", "=", "k05VTVBZAQB2AHsn"])
+# Of every form of JSON: its keys, and lines that they are put into.
+KEYS = {
+    None: "experts tokens sequence group num_experts model group_names",
+    "megatron": "step stage block layer rank num_tokens topk top_indices",
+    "vllm": "choices routed_experts usage prompt_tokens",
+    "sglang-responses": "choices meta_info sglext routed_experts usage prompt_tokens "
+    "completion_tokens",
+    "maps": "num_slots initial_global_assignments layer_updates_per_iter 0 1 "
+    "physical_to_logical_map layer_list moe_layer_count device_list",
+}
+LINES = {
+    None: [{"num_experts": 8}, *({"experts": [[n, 2], [3, 4]]} for n in (0, 1))],
+    "megatron": [json.loads(line) for line in trace_lines()] * 2,
+}
+
+
+@st.composite
+def nonsense(draw, form):
+    """Draw JSON of the right keys and any values."""
+    keys = st.sampled_from(KEYS[form].split())
+    values = st.recursive(
+        scalars,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
+        max_leaves=12,
+    )
+    changes = draw(st.lists(st.dictionaries(keys, values, max_size=5), min_size=1, max_size=4))
+    lines = LINES.get(form, [{}])
+    return "\n".join(json.dumps(line | c) for line, c in zip(lines, changes, strict=False))
+
+
+@pytest.mark.parametrize("form", KEYS)
+def test_nonsense(folder, form):
+    """Well-formed lines and maps that make no sense."""
+    path = folder / "rank0.file"
+
+    def read_maps(content):
+        path.write_bytes(content)
+        for name in ("sglang", "tensorrt-llm", "vllm-ascend"):
+            try:
+                layout = WRITERS[name].of.read_map(path, HINTS)
+            except ValueError as error:
+                check_line(error, path)
+            else:
+                hints = Hints(devices=2, hidden_layers=3, dense_layers=(0,))
+                assert all("\n" not in fault for fault in faults(layout, name, hints))
+
+    @settings(max_examples=settings().max_examples * MORE)
+    @given(nonsense(form))
+    def run(text):
+        if form == "maps":
+            read_maps(text.encode())
+        else:
+            check(path, text.encode(), form)
+
+    run()
+
+
+def tensors(path):
+    """Tensors of small sizes and any types, whose numbers are where the file begins."""
+    sizes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+    def make(dtype, shape):
+        steps = tuple(int(np.prod(shape[i + 1 :], dtype=int)) for i in range(len(shape)))
+        return pickled.Tensor(path, dtype, shape, steps, 0)
+
+    return st.builds(make, st.sampled_from(sorted(pickled.DTYPES)), sizes)
+
+
+def test_nonsense_of_dumps(tmp_path, monkeypatch):
+    """Dumps of SGLang with the right keys and any values."""
+    path = tmp_path / "d.pt"
+    path.write_bytes(bytes(4096))
+    value = scalars | tensors(path) | st.lists(st.integers(-1, 5), max_size=4)
+    keys = ["forward_pass_id", "rank", "gatherer_key", "global_physical_count", "positions"]
+    keys += ["input_ids", "extend_seq_lens", "topk_ids_of_layer"]
+    record = st.dictionaries(st.sampled_from(keys), value, max_size=8).map(
+        lambda fields: {"forward_pass_id": 0, "rank": 0, **fields}
+    )
+    records = st.lists(record, max_size=3) | value
+    fields = {"logical_count": value, "records": records, sglang.LAST_MAP: value}
+
+    @settings(max_examples=settings().max_examples * 5)
+    @given(st.fixed_dictionaries({}, optional=fields) | value)
+    def run(content):
+        monkeypatch.setattr(pickled, "load", lambda _: content)
+        try:
+            traffic = sglang.read([path], HINTS)
+            if isinstance(traffic, mt.RoutingTrace):
+                check_trace(traffic)
+        except ValueError as error:
+            check_line(error, path)
+
+    run()
+
+
+sizes = st.one_of(
+    st.integers(-2, 12), st.sampled_from([1 << 31, 1 << 63, 1 << 64, 1 << 200, 2.5, None])
+)
+entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["U8", "U16", "I64", "F32", "BF16", "", 3]),
+        "shape": st.one_of(st.lists(sizes, max_size=4), st.none()),
+        "data_offsets": st.one_of(st.lists(sizes, max_size=3), st.just([0, 24]), st.none()),
+    },
+)
+about = st.dictionaries(
+    st.sampled_from(["format", "version", "num_experts", "group_names", "window"]),
+    st.sampled_from(["moetuner.trace", "moetuner.statistics", "1", "8", "[]", "null", "-1"]),
+)
+headers = st.dictionaries(
+    st.sampled_from(["expert_ids", "load", "sequence", "group", "transitions", "__metadata__"]),
+    st.one_of(entries, about, st.none()),
+)
+
+
+@settings(max_examples=settings().max_examples * 2 * MORE)
+@given(headers, st.integers(0, 40), st.none() | st.integers(0, 1 << 64))
+def test_random_safetensors_headers(folder, header, size, length):
+    """Well-formed headers that make no sense."""
+    text = json.dumps(header).encode()
+    start = struct.pack("<Q", len(text) if length is None else length % (1 << 64))
+    check(folder / "file", start + text + bytes(range(size)))
+
+
+@settings(max_examples=settings().max_examples * 2 * MORE)
+@given(
+    st.sampled_from(["|u1", "<u2", ">i4", "<f8", "|b1", "<U3", "|O", "|V8", "<c16", "|S3", "<m8"]),
+    st.booleans(),
+    st.lists(st.integers(0, 6) | st.sampled_from([1 << 40, 1 << 62, 10**30]), max_size=5),
+    st.integers(0, 300),
+)
+def test_random_npy_headers(folder, descr, fortran, shape, size):
+    """Any element type and shape over any number of bytes."""
+    text = f"{{'descr': '{descr}', 'fortran_order': {fortran}, 'shape': {tuple(shape)}, }}".encode()
+    start = b"\x93NUMPY\1\0" + struct.pack("<H", len(text))
+    check(folder / "file", start + text + bytes(i % 7 for i in range(size)))
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))

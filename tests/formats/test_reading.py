@@ -1,9 +1,8 @@
 """Reading an input: what a file is, is told by its content."""
 
-import re
-
 import numpy as np
 import pytest
+from damage import refused
 from recorded import write_lines
 
 import moetuner as mt
@@ -44,10 +43,8 @@ def test_statistics(make_trace, tmp_path):
     assert open_input(tmp_path / "table").transitions is None
 
 
-def refused(path, text, **arguments):
-    with pytest.raises(ValueError, match=re.escape(text)) as caught:
-        open_input(path, **arguments)
-    assert str(caught.value).startswith(f"{path}: ")
+def refuses(path, text, **arguments):
+    refused(text, path, lambda: open_input(path, **arguments))
 
 
 def test_counts_have_their_windows_and_experts(make_trace, tmp_path):
@@ -55,20 +52,20 @@ def test_counts_have_their_windows_and_experts(make_trace, tmp_path):
     counted = mt.RoutingStatistics.from_trace(make_trace(), window=20)
     counted.save(tmp_path / "s")
     np.savez(tmp_path / "t.npz", load=counted.window_load)
-    refused(tmp_path / "s", "in windows already (20 tokens), got 50", window=50)
-    refused(tmp_path / "t.npz", "in windows already (those of its table), got 20", window=20)
-    refused(tmp_path / "s", "num_experts must be 8, got 9", num_experts=9)
+    refuses(tmp_path / "s", "in windows already (20 tokens), got 50", window=50)
+    refuses(tmp_path / "t.npz", "in windows already (those of its table), got 20", window=20)
+    refuses(tmp_path / "s", "num_experts must be 8, got 9", num_experts=9)
 
 
 def test_other_files(make_trace, tmp_path):
     """What is neither is said to be no trace."""
     path = tmp_path / "p.json"
     mt.Placement(np.zeros((1, 1, 1), dtype=np.int32)).save(path)
-    refused(path, "line 1: must be a trace, got a file of schema 'moetuner.placement/1'")
+    refuses(path, "line 1: must be a trace, got a file of schema 'moetuner.placement/1'")
     np.savez(tmp_path / "a.npz", weights=[1])
-    refused(tmp_path / "a.npz", "must hold an array 'expert_ids' (or 'load', a load table)")
+    refuses(tmp_path / "a.npz", "must hold an array 'expert_ids' (or 'load', a load table)")
     path.write_bytes(b"PK\x03\x04 and no more")
-    refused(path, "damaged .npz: ")
+    refuses(path, "damaged .npz: ")
     with pytest.raises(FileNotFoundError):
         open_input(tmp_path / "absent")
 

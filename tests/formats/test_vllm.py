@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_ids
+from damage import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,10 +148,7 @@ def test_nonsense(tmp_path, content, words):
     """One line names file, response and rule."""
     path = tmp_path / "r.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
-        mt.open_input(path, num_experts=8, reader="vllm").expert_ids.sum()
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
+    refused(words, path, lambda: mt.open_input(path, num_experts=8, reader="vllm").expert_ids.sum())
 
 
 def test_experts_must_be_said(tmp_path):

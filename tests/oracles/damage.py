@@ -1,6 +1,9 @@
 """Damage to files: bits flipped, bytes set, inserted, deleted and copied, ends cut off."""
 
+import re
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,3 +95,10 @@ def survives(content, check, *, times):
         check(damaged(content, steps))
 
     run()
+
+
+def refused(words, path, act):
+    """Assert that an act is refused by these words, in one line that names the file first."""
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        act()
+    check_line(caught.value, path)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.files import naming
-from moetuner.files.text import parse_json
+from moetuner.files.text import parse_object
 
 Taken = TypeVar("Taken")
 
@@ -121,8 +121,8 @@ def batches(
                     break
             end = block.find(b"\n", at) + 1 or len(block)
             if line := block[at:end].strip():
-                fields = fields_of(line, number)
                 with naming(f"line {number}"):
+                    fields = parse_object(line)
                     if number > 1 or not is_header(fields):
                         yield _single(fields, keys, number)
             at, number = end, number + 1
@@ -149,21 +149,6 @@ def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
         raise ValueError(refused)
     lines.numbers = [number]
     return lines
-
-
-def fields_of(line: bytes, number: int) -> dict[str, Any]:
-    """Read one line as an object."""
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except ValueError as error:
-        raise ValueError(f"line {number}: must be JSON: {error}") from None
-    try:
-        fields = parse_json(text, allow_nan=True)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"line {number}: must be a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

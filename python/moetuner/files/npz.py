@@ -142,14 +142,8 @@ def opened(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
 def plain(arrays: dict[str, NDArray[Any]], name: str, kinds: str, axes: int, rule: str) -> Any:
     """Return the value of a small array as Python has it; None if it is not there.
 
-    Parameters
-    ----------
-    arrays, name
-        Arrays of a file, and which of them.
-    kinds, axes
-        Kinds of types that it may have, as numpy's letters, and its dimensions.
-    rule
-        What it must be, for messages.
+    ``kinds`` are numpy's letters of the types that it may have, ``axes`` its dimensions, ``rule``
+    what it must be, for messages.
     """
     array = arrays.get(name)
     if array is None:

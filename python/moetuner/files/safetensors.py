@@ -71,7 +71,7 @@ class Header:
         begin, end = entry["data_offsets"]
         if not isinstance(code, str) or code not in DTYPES:
             raise ValueError(f"{name}: dtype must be one of {', '.join(DTYPES)}, got {code!r}")
-        if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        if not isinstance(shape, list) or not all(is_size(size) for size in shape):
             raise ValueError(f"{name}: shape must be a list of sizes, got {shown(shape)}")
         tensor = TensorInFile(DTYPES[code], tuple(shape), self.data + begin)
         if tensor.nbytes != end - begin:
@@ -93,10 +93,7 @@ def read_header(path: Path) -> Header:
                     f"bytes, got {length} in a file of {size}"
                 )
             text = file.read(length)
-        try:
-            fields = parse_json(text.decode())
-        except ValueError as error:
-            raise ValueError(f"safetensors header must be JSON: {error}") from None
+        fields = parse_json(text)
         if not isinstance(fields, dict):
             raise ValueError(f"safetensors header must be an object, got {type(fields).__name__}")
         metadata = fields.pop("__metadata__", {})
@@ -105,7 +102,7 @@ def read_header(path: Path) -> Header:
         last = 0
         for name, entry in fields.items():
             extent = entry.get("data_offsets") if isinstance(entry, dict) else None
-            if not (isinstance(extent, list) and len(extent) == 2 and all(map(_is_size, extent))):
+            if not (isinstance(extent, list) and len(extent) == 2 and all(map(is_size, extent))):
                 raise ValueError(f"{name}: data_offsets must be two sizes, got {shown(extent)}")
             last = max(last, *extent)
         if 8 + length + last != size:
@@ -167,5 +164,6 @@ def write(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str]
                 raise ValueError(f"{name}: pieces must fill its shape")
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 60
+def is_size(value: object) -> bool:
+    """Whether a value of a file is a whole number that sizes and places may be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48

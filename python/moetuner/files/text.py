@@ -28,11 +28,20 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
     """
     try:
         refuse = None if allow_nan else _refuse
-        return json.loads(content, object_pairs_hook=_once, parse_constant=refuse)
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        return json.loads(text, object_pairs_hook=_once, parse_constant=refuse)
     except RecursionError:
         raise ValueError("must be JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"must be JSON: {error}") from None
+
+
+def parse_object(content: bytes | str) -> dict[str, Any]:
+    """Read JSON as ``parse_json`` does, with NaN, and raise ValueError if it is no object."""
+    fields = parse_json(content, allow_nan=True)
+    if not isinstance(fields, dict):
+        raise ValueError(f"must be a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

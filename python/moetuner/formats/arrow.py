@@ -173,22 +173,17 @@ class _Flat:
         self.data = data
         self.root = struct.unpack_from("<I", data)[0]
 
-    def field(self, table: int, number: int) -> int | None:
-        """Where a field of a table is; None if it has its default."""
+    def table(self, table: int, number: int) -> int | None:
+        """Return where a table or a list in a table is; None if it has its default."""
         back = struct.unpack_from("<i", self.data, table)[0]
         end = struct.unpack_from("<H", self.data, table - back)[0]
         if 4 + 2 * number >= end:
             return None
-        offset = struct.unpack_from("<H", self.data, table - back + 4 + 2 * number)[0]
-        return table + offset if offset else None
-
-    def table(self, table: int, number: int) -> int | None:
-        """Where a table in a table is."""
-        at = self.field(table, number)
-        return None if at is None else at + int(struct.unpack_from("<I", self.data, at)[0])
+        at = table + struct.unpack_from("<H", self.data, table - back + 4 + 2 * number)[0]
+        return None if at == table else at + int(struct.unpack_from("<I", self.data, at)[0])
 
     def structs(self, table: int, number: int, size: int) -> range:
-        """Where the structs of a list are."""
+        """Return where the structs of a list are."""
         at = self.table(table, number)
         if at is None:
             return range(0)

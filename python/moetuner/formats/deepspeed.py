@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moetuner.formats.arrays import by_step, names_in
 from moetuner.formats.counts import sum_of_ranks
 from moetuner.formats.hints import Hints
-from moetuner.formats.sources import by_rank
+from moetuner.formats.sources import by_rank, first_file
 from moetuner.statistics import RoutingStatistics
 
 NAME = re.compile(r"(?:.*\D)?(?P<layer>\d{1,5})\D*\.?(?:tokens_per_expert|exp_counts)", re.ASCII)
@@ -33,10 +33,7 @@ PATTERN = "*[0-9].*"
 
 def recognises(path: Path) -> bool:
     """Whether a file, or a folder's first one of a rank, holds nothing but such counts."""
-    if path.is_dir():
-        files = sorted(file for file in path.glob(PATTERN) if file.is_file())
-        return bool(files) and recognises(files[0])
-    names = names_in(path)
+    names = names_in(first_file(path, PATTERN))
     return bool(names) and all(name.endswith(SUFFIXES) for name in names)
 
 

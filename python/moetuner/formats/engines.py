@@ -170,20 +170,16 @@ def engine_settings(
         "fill_slots": of.may_copy,
     }
     if router_groups is not None and of.keeps_groups:
-        settings["forbidden"] = _groups(statistics.experts, topology.devices, router_groups)
-    return settings
-
-
-def _groups(experts: int, devices: int, router_groups: int) -> Any:
-    """Return the (layer, expert, device) that would tear a group of the router."""
-    whole_number("router_groups", router_groups)
-    if devices % router_groups:
-        raise ValueError(
-            f"router_groups must divide {devices} devices, got {router_groups}: with fewer "
-            "devices than groups, place the groups themselves, in Python "
-            "(moetuner.router_groups.merged and expanded)"
+        if topology.devices % whole_number("router_groups", router_groups):
+            raise ValueError(
+                f"router_groups must divide {topology.devices} devices, got {router_groups}: with "
+                "fewer devices than groups, place the groups themselves, in Python "
+                "(moetuner.router_groups.merged and expanded)"
+            )
+        settings["forbidden"] = whole_groups.forbidden(
+            statistics.experts, router_groups, topology.devices
         )
-    return whole_groups.forbidden(experts, router_groups, devices)
+    return settings
 
 
 def _slots(

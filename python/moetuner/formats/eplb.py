@@ -6,8 +6,8 @@ is on device ``p // (P / D)``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,32 +17,19 @@ from moetuner.files import naming, npz, replacing
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head
-from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EplbMaps(Frozen):
-    """A placement as EPLB's ``rebalance_experts`` returns it.
+def eplb_maps(placement: Placement) -> dict[str, NDArray[np.int64]]:
+    """Return a placement [L,D,S] as the arrays of EPLB's ``rebalance_experts``, with P = D * S.
 
-    Parameters
-    ----------
-    physical_to_logical_map
-        Expert in every slot [L,P].
-    logical_to_physical_map
-        Slots of every expert in rising order [L,E,X], padded with -1; X is the most copies that any
-        expert has.
-    logical_replica_count
-        Copies of every expert [L,E].
-    """
-
-    physical_to_logical_map: NDArray[np.int64]
-    logical_to_physical_map: NDArray[np.int64]
-    logical_replica_count: NDArray[np.int64]
-
-
-def eplb_maps(placement: Placement) -> EplbMaps:
-    """Turn a placement [L,D,S] into EPLB's arrays, with P = D * S.
+    Returns
+    -------
+    dict
+        By EPLB's names, in its order: ``physical_to_logical_map``, the expert in every slot [L,P];
+        ``logical_to_physical_map``, the slots of every expert in rising order [L,E,X], padded with
+        -1 up to the most copies of any; ``logical_replica_count``, the copies of every expert
+        [L,E].
 
     Raises
     ------
@@ -50,13 +37,11 @@ def eplb_maps(placement: Placement) -> EplbMaps:
         If a slot is empty: engines fill every slot with an expert's weights.
     """
     instance("placement", placement, Placement)
-    empty = np.argwhere(placement.slots == EMPTY)
-    if empty.size:
-        layer, device, slot = empty[0]
+    if (placement.slots == EMPTY).any():
+        layer, device, slot = np.argwhere(placement.slots == EMPTY)[0]
         raise ValueError(
             f"layer {layer}, device {device}: slot {slot} is empty, and EPLB's arrays have no "
-            f"empty slots: {placement.num_experts} experts must fill {placement.devices} devices x "
-            f"{placement.slots_per_device} slots, as placement.filled() does"
+            "empty slots: placement.filled() fills them"
         )
     layers, experts = placement.layers, placement.num_experts
     logical = placement.slots.reshape(layers, -1).astype(np.int64)
@@ -68,12 +53,14 @@ def eplb_maps(placement: Placement) -> EplbMaps:
     copy = np.arange(logical.shape[1]) - np.take_along_axis(first, expert, axis=1)
     physical = np.full((layers, experts, int(count.max())), -1, dtype=np.int64)
     physical[np.arange(layers)[:, None], expert, copy] = slot
-    return EplbMaps(logical, physical, count)
+    arrays = (logical, physical, count)
+    names = ("physical_to_logical_map", "logical_to_physical_map", "logical_replica_count")
+    return dict(zip(names, arrays, strict=True))
 
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
     """Write the arrays under EPLB's names, with further copies in slots that are empty."""
-    arrays = vars(eplb_maps(placement.filled()))
+    arrays: dict[str, Any] = {**eplb_maps(placement.filled())}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 

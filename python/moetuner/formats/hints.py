@@ -99,3 +99,15 @@ class Hints:
         if not layers:
             raise ValueError(f"dense_layers must leave a layer with experts, got all {hidden}")
         return layers
+
+    def moe_numbers(self, layers: int) -> list[int]:
+        """Return the numbers of a placement's layers among all hidden ones of the model."""
+        dense = self.dense_layers or ()
+        hidden = layers + len(dense) if self.hidden_layers is None else self.hidden_layers
+        numbers = [layer for layer in range(hidden) if layer not in dense]
+        if len(numbers) != layers:
+            raise ValueError(
+                f"hidden_layers and dense_layers must leave {layers} layers, as the placement has, "
+                f"got {len(numbers)}"
+            )
+        return numbers

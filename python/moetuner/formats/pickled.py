@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, size_of
+from moetuner.files.safetensors import is_size
 
 # Of an archive's description; per-token dumps list their tokens there.
 LONGEST_PICKLE = 1 << 27
@@ -202,9 +203,9 @@ class _Archive:
     ) -> Tensor:
         """Check a tensor against the entry of its storage."""
         for name, sizes in (("size", shape), ("stride", strides)):
-            if not isinstance(sizes, tuple) or not all(map(_is_size, sizes)):
+            if not isinstance(sizes, tuple) or not all(map(is_size, sizes)):
                 raise ValueError(f"{name} of a tensor must be sizes, got a {type(sizes).__name__}")
-        if not _is_size(offset) or len(shape) != len(strides) or len(shape) > 16:
+        if not is_size(offset) or len(shape) != len(strides) or len(shape) > 16:
             raise ValueError("offset, size and stride of a tensor must fit together")
         if storage.key not in self.storages:
             self.storages[storage.key] = self.place(f"data/{storage.key}")
@@ -218,10 +219,6 @@ class _Archive:
             )
         start = begin + offset * width
         return Tensor(self.path, dtype, shape, strides, start)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
 
 @dataclass(frozen=True)
@@ -355,7 +352,7 @@ class _Machine(pickle._Unpickler):
             raise ValueError("persistent ids must be storages")
         _, kind, key, _, count = pid
         name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
-        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not _is_size(count):
+        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not is_size(count):
             raise ValueError("a storage must have a key and a size")
         if name not in (*STORAGES, "UntypedStorage"):
             raise ValueError(f"a storage must be of a known type, got {name or 'none'}")

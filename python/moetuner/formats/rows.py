@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,40 +66,20 @@ def read_tables(
         return table.traffic()
 
 
-@dataclass
-class Labels:
-    """Names, numbered in the order in which they appear; 7 and "7" are the same."""
-
-    numbers: dict[Any, int] = field(default_factory=dict)
-    seen: dict[Any, int] = field(default_factory=dict)
+class Labels(dict[str, int]):
+    """Names as texts, numbered in the order in which they appear; 7 and "7" are the same."""
 
     def of(self, values: Any) -> NDArray[np.int32]:
         """Return the numbers of some of them."""
-        seen = self.seen
-        return np.asarray(
-            [seen[value] if value in seen else self._new(value) for value in values],
-            dtype=np.int32,
-        )
-
-    def _new(self, value: Any) -> int:
-        is_integer = isinstance(value, str) and INTEGER.fullmatch(value)
-        name = int(value) if is_integer else value
-        self.seen[value] = self.numbers.setdefault(name, len(self.numbers))
-        return self.seen[value]
+        numbers = [self.setdefault(str(value), len(self)) for value in values]
+        return np.asarray(numbers, dtype=np.int32)
 
     def as_integers(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the names themselves where all are integers of 32 bits, else their numbers."""
-        names = list(self.numbers)
-        if not all(type(name) is int and -(1 << 31) <= name < 1 << 31 for name in names):
+        names = [int(name) for name in self if INTEGER.fullmatch(name)]
+        if len(names) < len(self) or not all(-(1 << 31) <= name < 1 << 31 for name in names):
             return numbers
         return np.asarray(names, dtype=np.int32)[numbers]
-
-    def texts(self) -> list[str]:
-        """Return the names as texts."""
-        texts = [str(name) for name in self.numbers]
-        if len(set(texts)) < len(texts):
-            raise ValueError("groups must differ as texts")
-        return texts
 
 
 class Table:
@@ -136,7 +116,7 @@ class Table:
         if "sequence" in labels:
             about["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
         if "group" in labels:
-            about["group_names"] = self.labels["group"].texts()
+            about["group_names"] = tuple(self.labels["group"])
         return about
 
 
@@ -266,7 +246,7 @@ class Choices(Table):
         of_window[window] = group
         if (of_window[window] != group).any():
             raise ValueError("each sequence must be of one group, got several")
-        names = tuple(self.labels["group"].texts())
+        names = tuple(self.labels["group"])
         return RoutingStatistics.from_load(load, group=of_window, group_names=names)
 
 

@@ -32,7 +32,7 @@ from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
 from moetuner.formats.responses import arrays_in, decoded, trace_of
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import files_in, first_file
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -46,9 +46,7 @@ INT32 = np.dtype("<i4")
 
 def recognises(path: Path) -> bool:
     """Whether a file or folder holds dumps of the recorder."""
-    if path.is_dir():
-        files = sorted(path.iterdir())[:1]
-        return bool(files) and files[0].is_file() and recognises(files[0])
+    path = first_file(path)
     start = head(path, 1 << 16)
     if not start.startswith(b"PK") or not pickled.is_pickled(path):
         return False
@@ -327,24 +325,18 @@ def _shape(size: int, usage: dict[str, Any], hints: Hints, where: str) -> tuple[
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     """Write a map for ``--init-expert-location``."""
     dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
-    if hidden is None and dense is not None:
-        hidden = layers + len(dense)
-    if hidden is None:
+    if dense is None and hidden is None:
         raise ValueError(
             "hidden_layers is needed: SGLang's map has a row for every hidden layer, dense ones "
             f"too; where all have experts, hidden_layers {layers}"
         )
-    if dense is None and hidden != layers:
+    if dense is None and hidden is not None and hidden > layers:
         raise ValueError(
             f"dense_layers is needed: which {hidden - layers} of {hidden} hidden layers "
             f"have no experts, as the placement has {layers} layers"
         )
-    moe = [layer for layer in range(hidden) if layer not in (dense or ())]
-    if len(moe) != layers:
-        raise ValueError(
-            f"hidden_layers and dense_layers must leave {layers} layers, as the "
-            f"placement has, got {len(moe)}"
-        )
+    moe = hints.moe_numbers(layers)
+    hidden = hidden or layers + len(dense or ())
     rows = placement.slots.reshape(layers, -1).tolist()
     # Rows of dense layers are checked, but never used: that of the next layer with experts.
     at = np.minimum(np.searchsorted(moe, np.arange(hidden)), layers - 1)

@@ -21,6 +21,11 @@ def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
     ]
 
 
+def first_file(path: Path, pattern: str = "*") -> Path:
+    """Return a file itself, or the first of a folder's that fits a pattern; else the folder."""
+    return next(iter(files_in([path], pattern)), path)
+
+
 def rank_of(path: Path) -> int | None:
     """Return the rank in the name of a file; None if there is none."""
     for pattern in NUMBERS:

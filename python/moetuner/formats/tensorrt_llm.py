@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -166,26 +165,12 @@ KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     """Write the YAML; layers are numbered with the dense ones that ``hints`` names."""
     rows = placement.slots.reshape(placement.layers, -1)
-    numbers = layer_numbers(placement.layers, hints)
+    numbers = hints.moe_numbers(placement.layers)
     lines = [f"num_slots: {rows.shape[1]}", "initial_global_assignments:"]
     lines += [f"  {number}: {row.tolist()}" for number, row in zip(numbers, rows, strict=True)]
     lines.append("layer_updates_per_iter: 0")
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-
-
-def layer_numbers(layers: int, hints: Hints) -> list[int]:
-    """Return the numbers of MoE layers among all hidden ones."""
-    dense, hidden = hints.dense_layers or (), hints.hidden_layers
-    if hidden is None:
-        return list(islice((layer for layer in count() if layer not in dense), layers))
-    numbers = [layer for layer in range(hidden) if layer not in dense]
-    if len(numbers) != layers:
-        raise ValueError(
-            f"placement must have {len(numbers)} layers, those with experts of {hidden} hidden "
-            f"ones, got {layers}: dense_layers must name the others"
-        )
-    return numbers
 
 
 def recognises_map(path: Path) -> bool:

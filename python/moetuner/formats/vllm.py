@@ -21,6 +21,7 @@ from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import head, looks_like_json, records
 from moetuner.formats.responses import arrays_in, decoded, trace_of
+from moetuner.formats.sources import first_file
 
 Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
 
@@ -31,9 +32,7 @@ SEQUENCE = re.compile(r"arr_\d+|\d+|.*routed_experts.*")
 
 def recognises(path: Path) -> bool:
     """Whether a file holds routed experts: responses, or arrays that are no trace of moetuner."""
-    if path.is_dir():
-        files = sorted(path.iterdir())[:1]
-        return bool(files) and files[0].is_file() and recognises(files[0])
+    path = first_file(path)
     start = head(path)
     if looks_like_json(start):
         # Answers without experts are ours too: reading them says which option is missing.
