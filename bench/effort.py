@@ -1,48 +1,47 @@
-"""What the searches for traffic and for visits reach, and the seconds of the processor they take.
+"""What a solve takes and reaches at default and at thorough effort, without a time limit.
 
-    python bench/effort.py traffic|visits [--trace gpt-oss-20b.npz] [--time-limit 2] [INSTANCE ...]
+    python bench/effort.py [NAME ...] [--default-only]
 
-Traffic: crossing of generated instances (`instances.py`), and of a trace on 4 and 8 devices, cap
-1.05. Visits: fanout of the trace on 4 and 8 devices without a cap, and of a generated layer set of
-8 x 16 on 4 devices. One thread.
+The cases are the scorecard's that search (a part of a name selects some), and the largest that
+default effort is to solve within ten seconds on two idle cores. Seconds are of the processor, on
+two threads: other work on the machine does not count. The last column is how far the objective at
+default effort is behind the one at thorough effort.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from harness import Table, arguments, timed
-from instances import problem, routing
+from scorecard import FOLLOW, QUICK, SLOW, Row, instance
 
 import moetuner as mt
 
-GENERATED = ["24x32/8", "26x64", "48x128", "58x256", "61x384"]
+LARGE: dict[str, Row] = {
+    "58x256, joint, crossing": ("58x256", 1, 32, "joint", {**FOLLOW, "sets": False}),
+}
+SEARCHES = ("joint", "heuristic")
 
 
 def main() -> None:
-    """Print a row for every instance."""
-    places = {"what": ("traffic", "visits"), "instances": GENERATED}
-    given = arguments(__doc__, places, trace=Path, time_limit=float)
-    traces = {} if given.trace is None else {given.trace.stem: mt.RoutingTrace.load(given.trace)}
-    problems = {}
-    if given.what == "traffic":
-        problems = {name: problem(name) for name in given.instances}
-        wanted = {"regime": "follow", "max_imbalance": 1.05}
-        counted = {"coactivation": False}
-    else:
-        traces = {"8 x 16": routing(8, 16, 4), **traces}
-        wanted = {"regime": "dispatch", "objective": "traffic"}
-        counted = {"transitions": False, "sets": True}
-    for name, trace in traces.items():
-        statistics = mt.RoutingStatistics.from_trace(trace, **counted)
-        for devices in (4,) if name == "8 x 16" else (4, 8):
-            on = mt.Problem(statistics, mt.Topology(devices), **wanted)
-            problems[f"{name} on {devices}"] = on
-    row = Table("instance 24s", "objective 10.6f", "CPU-s 8.2f")
-    for name, instance in problems.items():
-        how = {"time_limit": given.time_limit, "threads": 1}
-        result, _, seconds = timed(lambda of=instance: mt.solve(of, "heuristic", **how))
-        row(name, result.objective, seconds)
+    """Print a row for every case."""
+    given = arguments(__doc__, {"names": [""]}, default_only=False)
+    row = Table(
+        *("case <46", "default-s 10.1f", "objective 12.7g"),
+        *("thorough-s 11.1f", "objective 12.7g", "behind-% 9.3f"),
+    )
+    for name, (traffic, nodes, per_node, method, rest) in (QUICK | SLOW | LARGE).items():
+        searches = method in SEARCHES and "effort" not in rest
+        if not (searches and any(part in name for part in given.names)):
+            continue
+        how = {key: value for key, value in rest.items() if key != "iterations"}
+        problem, moving = instance(traffic, nodes, per_node, **how)
+        cells: list[float] = []
+        for effort in ("default",) if given.default_only else ("default", "thorough"):
+            moving |= {"effort": effort, "threads": 2}
+            result, _, seconds = timed(lambda of=problem, by=method: mt.solve(of, by, **moving))
+            cells += [seconds, result.objective]
+        if not given.default_only:
+            cells.append(100 * (cells[1] / cells[3] - 1))
+        row(name, *cells)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ SUBJECTS = {
         *OBJECTIVES,
     ],
     "evaluation": ["tests/evaluation"],
-    "solver/search": [
+    "solver/unseen": [
         *(f"{SOLVER}{name}.py" for name in ("unseen", "noise", "moves", "dispatch", "balance")),
         *OBJECTIVES,
     ],

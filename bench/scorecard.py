@@ -52,6 +52,8 @@ SIZES = {
     "32x8": (32, 8, 2, 8_000, 500),
     "26x64": (26, 64, 6, 6_000, 500),
     "8x16": (8, 16, 2, 6_000, 400),
+    "3x12": (3, 12, 3, 1_200, 200),
+    "2x4": (2, 4, 2, 600, 100),
     "58x256": (58, 256, 8, 8_192, 512),
     "61x384": (61, 384, 8, 8_192, 512),
 }
@@ -87,44 +89,49 @@ def counted(name: str, *, sets: bool = True, by_group: bool = False) -> mt.Routi
     return mt.RoutingStatistics.from_trace(seen, window=window, sets=sets, by_group=by_group)
 
 
-def solved(
+def instance(
     traffic: str,
     nodes: int,
     per_node: int,
-    method: str,
     *,
     initial: str | None = None,
     budget: float | None = None,
     price: float = 0.0,
-    iterations: int | None = None,
     speeds: list[float] | None = None,
     sets: bool = True,
     **arguments: Any,
-) -> Answer:
-    """Solve one problem and judge the placement on the unseen half."""
+) -> tuple[mt.Problem, Answer]:
+    """Return the problem of a case, and what ``solve`` is given of a running placement."""
     devices = nodes * per_node
     topology = mt.Topology(devices, devices_per_node=per_node)
     if speeds is not None:
         topology = mt.Topology(devices, devices_per_node=per_node, speed=speeds)
     statistics = counted(traffic, sets=sets, by_group="groups" in arguments)
     problem = mt.Problem(statistics, topology, **arguments)
-    running = None
-    if initial is not None:
-        running = mt.solve(problem, initial).placement
-    total = problem.layers * problem.experts
-    result = mt.solve(
-        problem,
-        method,
-        iterations=iterations,
-        initial=running,
-        move_budget=None if budget is None else budget * total,
-        move_cost=price,
-    )
+    running = None if initial is None else mt.solve(problem, initial).placement
+    most = None if budget is None else budget * problem.layers * problem.experts
+    return problem, {"initial": running, "move_budget": most, "move_cost": price}
+
+
+def solved(
+    traffic: str,
+    nodes: int,
+    per_node: int,
+    method: str,
+    *,
+    iterations: int | None = None,
+    effort: str = "default",
+    **arguments: Any,
+) -> Answer:
+    """Solve one problem and judge the placement on the unseen half."""
+    problem, moving = instance(traffic, nodes, per_node, **arguments)
+    result = mt.solve(problem, method, iterations=iterations, effort=effort, **moving)
+    running = moving["initial"]
     _, unseen, window = halves(traffic)
     judged = mt.evaluate(
         result.placement,
         unseen,
-        topology,
+        problem.topology,
         window=window,
         regime=problem.regime,
         split=problem.split,
@@ -145,75 +152,64 @@ def solved(
     }
 
 
+BALANCE = {"objective": "balance"}
 CAPPED = {"objective": "traffic", "max_imbalance": 1.05}
 FOLLOW = {**CAPPED, "regime": "follow"}
 Row = tuple[str, int, int, str, dict[str, Any]]
 QUICK: dict[str, Row] = {
     # the bundled trace
     "bundled, joint, follow": ("bundled", 1, 4, "joint", FOLLOW),
-    "bundled, joint, dispatch": ("bundled", 1, 4, "joint", {**CAPPED, "iterations": 2000}),
-    "bundled, joint, time": ("bundled", 1, 4, "joint", {"iterations": 2000}),
+    "bundled, joint, dispatch": ("bundled", 1, 4, "joint", CAPPED),
+    "bundled, joint, time": ("bundled", 1, 4, "joint", {}),
     "bundled, paper, follow": ("bundled", 1, 4, "paper", FOLLOW),
-    "bundled, eplb, balance": ("bundled", 1, 4, "eplb", {"objective": "balance"}),
-    "bundled, quick, balance": ("bundled", 1, 4, "quick", {"objective": "balance"}),
+    "bundled, eplb, balance": ("bundled", 1, 4, "eplb", BALANCE),
+    "bundled, quick, balance": ("bundled", 1, 4, "quick", BALANCE),
     # the paper's size
     "32x8, joint, follow": ("32x8", 1, 4, "joint", FOLLOW),
     "32x8, paper, follow": ("32x8", 1, 4, "paper", FOLLOW),
     "32x8, joint, follow, nodes": ("32x8", 2, 2, "joint", FOLLOW),
     "32x8, exflow, follow": ("32x8", 1, 4, "exflow", FOLLOW),
+    # tiny: copies that tokens are dispatched to; of the least, the objective itself is polished
+    "2x4, joint, time, copies": ("2x4", 1, 2, "joint", {"slots_per_device": 3}),
+    "2x4, joint, visits, copies": ("2x4", 1, 2, "joint", {**CAPPED, "slots_per_device": 3}),
+    "2x4, joint, balance, copies": ("2x4", 1, 2, "joint", {**BALANCE, "slots_per_device": 3}),
+    "3x12, joint, time, copies": ("3x12", 2, 2, "joint", {"slots_per_device": 4}),
+    "3x12, joint, time, copies, nearest": (
+        *("3x12", 2, 2, "joint"),
+        {"slots_per_device": 4, "split": "nearest"},
+    ),
+    "3x12, joint, visits, copies": ("3x12", 2, 2, "joint", {**CAPPED, "slots_per_device": 4}),
+    "3x12, joint, visits": ("3x12", 2, 2, "joint", CAPPED),
     # small: every objective, regime and rule
-    "8x16, joint, time": ("8x16", 1, 4, "joint", {"iterations": 2000}),
-    "8x16, joint, time, follow": (
-        *("8x16", 1, 4, "joint"),
-        {"regime": "follow", "iterations": 2000},
-    ),
-    "8x16, joint, visits": ("8x16", 1, 4, "joint", CAPPED),
-    "8x16, joint, visits, nodes": ("8x16", 2, 2, "joint", {**CAPPED, "iterations": 2000}),
-    "8x16, joint, crossing": ("8x16", 1, 4, "joint", FOLLOW),
-    "8x16, joint, crossing, copies": (
-        *("8x16", 1, 4, "joint"),
-        {**FOLLOW, "slots_per_device": 5, "iterations": 2000},
-    ),
-    "8x16, joint, visits, copies": (
-        *("8x16", 1, 4, "joint"),
-        {**CAPPED, "slots_per_device": 5, "iterations": 1000},
-    ),
-    "8x16, joint, visits, copies, nearest": (
-        *("8x16", 1, 4, "joint"),
-        {**CAPPED, "slots_per_device": 5, "split": "nearest", "iterations": 500},
-    ),
-    "8x16, joint, balance": ("8x16", 1, 4, "joint", {"objective": "balance"}),
-    "8x16, joint, balance, copies": (
-        *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "slots_per_device": 5, "iterations": 2000},
-    ),
-    "8x16, joint, balance, budget of slots": (
-        *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "extra_slots": 12, "iterations": 1000},
-    ),
-    "8x16, joint, balance, risk": (
-        *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "risk": 0.8, "iterations": 1000},
-    ),
-    "8x16, joint, balance, minimax": (
-        *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "groups": "minimax", "iterations": 1000},
-    ),
-    "8x16, joint, balance, mixed": (
-        *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "arrival": "mixed", "iterations": 1000},
-    ),
-    "8x16, joint, balance, speeds": (
-        *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "speeds": [1.0, 1.0, 0.8, 0.5], "iterations": 1000},
-    ),
-    "8x16, joint, crossing, pins": (
-        *("8x16", 1, 4, "joint"),
-        {**FOLLOW, "pinned": [(None, 0, 3)], "forbidden": [(0, 5, 0)], "iterations": 1000},
-    ),
     "8x16, joint, time, full slots": (
         *("8x16", 1, 4, "joint"),
         {"slots_per_device": 6, "fill_slots": True, "iterations": 500},
+    ),
+    "8x16, joint, visits": ("8x16", 1, 4, "joint", CAPPED),
+    "8x16, joint, visits, nodes": ("8x16", 2, 2, "joint", CAPPED),
+    "8x16, joint, crossing": ("8x16", 1, 4, "joint", FOLLOW),
+    "8x16, joint, crossing, copies": ("8x16", 1, 4, "joint", {**FOLLOW, "slots_per_device": 5}),
+    "8x16, joint, visits, copies": ("8x16", 1, 4, "joint", {**CAPPED, "slots_per_device": 5}),
+    "8x16, joint, visits, copies, nearest": (
+        *("8x16", 1, 4, "joint"),
+        {**CAPPED, "slots_per_device": 5, "split": "nearest"},
+    ),
+    "8x16, joint, balance": ("8x16", 1, 4, "joint", BALANCE),
+    "8x16, joint, balance, copies": ("8x16", 1, 4, "joint", {**BALANCE, "slots_per_device": 5}),
+    "8x16, joint, balance, budget of slots": (
+        *("8x16", 1, 4, "joint"),
+        {**BALANCE, "extra_slots": 12},
+    ),
+    "8x16, joint, balance, risk": ("8x16", 1, 4, "joint", {**BALANCE, "risk": 0.8}),
+    "8x16, joint, balance, minimax": ("8x16", 1, 4, "joint", {**BALANCE, "groups": "minimax"}),
+    "8x16, joint, balance, mixed": ("8x16", 1, 4, "joint", {**BALANCE, "arrival": "mixed"}),
+    "8x16, joint, balance, speeds": (
+        *("8x16", 1, 4, "joint"),
+        {**BALANCE, "speeds": [1.0, 1.0, 0.8, 0.5]},
+    ),
+    "8x16, joint, crossing, pins": (
+        *("8x16", 1, 4, "joint"),
+        {**FOLLOW, "pinned": [(None, 0, 3)], "forbidden": [(0, 5, 0)]},
     ),
     "8x16, joint, tight cap": (
         *("8x16", 1, 4, "joint"),
@@ -221,80 +217,77 @@ QUICK: dict[str, Row] = {
     ),
     "8x16, moves, balance": (
         *("8x16", 1, 4, "joint"),
-        {"objective": "balance", "initial": "contiguous", "budget": 0.1, "iterations": 1000},
+        {**BALANCE, "initial": "contiguous", "budget": 0.1},
     ),
     "8x16, moves, time, price": (
         *("8x16", 1, 4, "joint"),
-        {"initial": "contiguous", "price": 0.01, "iterations": 1000},
+        {"initial": "contiguous", "price": 0.01},
     ),
     "8x16, moves, crossing": (
         *("8x16", 1, 4, "joint"),
-        {**FOLLOW, "initial": "contiguous", "budget": 0.2, "iterations": 1000},
+        {**FOLLOW, "initial": "contiguous", "budget": 0.2},
     ),
     "8x16, heuristic, visits": ("8x16", 1, 4, "heuristic", CAPPED),
     # baselines at a common size
     **{
-        f"24x32, {method}, balance": ("24x32", 1, 8, method, {"objective": "balance"})
+        f"24x32, {method}, balance": ("24x32", 1, 8, method, BALANCE)
         for method in ("contiguous", "round_robin", "random", "lpt", "eplb", "quick")
     },
-    "24x32, eplb, copies": ("24x32", 1, 8, "eplb", {"objective": "balance", "slots_per_device": 5}),
+    "24x32, eplb, copies": ("24x32", 1, 8, "eplb", {**BALANCE, "slots_per_device": 5}),
 }
 SLOW: dict[str, Row] = {
     # large: what plugins and limits take
     "58x256, quick, copies": (
         *("58x256", 1, 32, "quick"),
-        {"objective": "balance", "slots_per_device": 9, "sets": False},
+        {**BALANCE, "slots_per_device": 9, "sets": False},
     ),
     "58x256, eplb, copies": (
         *("58x256", 1, 32, "eplb"),
-        {"objective": "balance", "slots_per_device": 9, "sets": False},
+        {**BALANCE, "slots_per_device": 9, "sets": False},
     ),
-    "32x8, joint, time, copies": (
-        *("32x8", 1, 4, "joint"),
-        {"slots_per_device": 3, "iterations": 50},
+    "8x16, joint, time": ("8x16", 1, 4, "joint", {}),
+    "8x16, joint, time, follow": ("8x16", 1, 4, "joint", {"regime": "follow"}),
+    # at thorough effort
+    "8x16, joint, balance, copies, thorough": (
+        *("8x16", 1, 4, "joint"),
+        {**BALANCE, "slots_per_device": 5, "effort": "thorough"},
     ),
+    "8x16, joint, crossing, copies, thorough": (
+        *("8x16", 1, 4, "joint"),
+        {**FOLLOW, "slots_per_device": 5, "effort": "thorough"},
+    ),
+    "8x16, joint, visits, copies, thorough": (
+        *("8x16", 1, 4, "joint"),
+        {**CAPPED, "slots_per_device": 5, "effort": "thorough"},
+    ),
+    "32x8, joint, time, copies": ("32x8", 1, 4, "joint", {"slots_per_device": 3}),
     "24x32, joint, crossing": ("24x32", 1, 8, "joint", FOLLOW),
     "24x32, joint, crossing, nodes": ("24x32", 2, 4, "joint", FOLLOW),
-    "24x32, joint, visits": ("24x32", 1, 8, "joint", {**CAPPED, "iterations": 3000}),
-    "24x32, joint, time": ("24x32", 1, 8, "joint", {"iterations": 2000}),
-    "24x32, joint, time, copies": (
-        *("24x32", 2, 4, "joint"),
-        {"slots_per_device": 5, "iterations": 500},
-    ),
-    "24x32, joint, balance, copies": (
-        *("24x32", 1, 8, "joint"),
-        {"objective": "balance", "slots_per_device": 5},
-    ),
+    "24x32, joint, visits": ("24x32", 1, 8, "joint", CAPPED),
+    "24x32, joint, time": ("24x32", 1, 8, "joint", {}),
+    "24x32, joint, time, copies": ("24x32", 2, 4, "joint", {"slots_per_device": 5}),
+    "24x32, joint, balance, copies": ("24x32", 1, 8, "joint", {**BALANCE, "slots_per_device": 5}),
     "24x32, paper, crossing": ("24x32", 1, 8, "paper", FOLLOW),
-    "26x64, joint, time": ("26x64", 2, 4, "joint", {"iterations": 500}),
-    "26x64, joint, time, copies": (
-        *("26x64", 2, 4, "joint"),
-        {"slots_per_device": 10, "iterations": 100},
-    ),
-    "26x64, moves, time": (
-        *("26x64", 2, 4, "joint"),
-        {"initial": "contiguous", "budget": 0.1, "iterations": 200},
-    ),
+    "26x64, joint, time": ("26x64", 2, 4, "joint", {}),
+    "26x64, joint, time, copies": ("26x64", 2, 4, "joint", {"slots_per_device": 10}),
+    "26x64, moves, time": ("26x64", 2, 4, "joint", {"initial": "contiguous", "budget": 0.1}),
     "58x256, joint, balance, copies": (
         *("58x256", 1, 32, "joint"),
-        {"objective": "balance", "slots_per_device": 9, "sets": False, "iterations": 200},
+        {**BALANCE, "slots_per_device": 9, "sets": False},
     ),
+    "58x256, joint, time, copies": ("58x256", 1, 32, "joint", {"slots_per_device": 9}),
     "58x256, moves, balance, copies": (
         *("58x256", 1, 32, "joint"),
         {
-            "objective": "balance",
+            **BALANCE,
             "slots_per_device": 9,
             "sets": False,
             "initial": "eplb",
             "budget": 0.02,
-            "iterations": 100,
         },
     ),
-    "61x384, quick": ("61x384", 1, 64, "quick", {"objective": "balance", "sets": False}),
-    "61x384, joint, crossing": (
-        *("61x384", 1, 64, "joint"),
-        {**FOLLOW, "sets": False, "iterations": 20},
-    ),
+    "61x384, quick": ("61x384", 1, 64, "quick", {**BALANCE, "sets": False}),
+    "61x384, joint, crossing": ("61x384", 1, 64, "joint", {**FOLLOW, "sets": False}),
 }
 
 
@@ -335,12 +328,12 @@ def judged() -> Iterator[tuple[str, Case]]:
                 mt.evaluate(of, unseen, topology, window=window)
                 for of in placements(name, topology)
             ]
-            found = mt.verdict(*pair)
+            result = mt.verdict(*pair)
             return {
-                "answer": found.answer,
-                "gain": found.gain,
-                "low": found.low,
-                "high": found.high,
+                "answer": result.answer,
+                "gain": result.gain,
+                "low": result.low,
+                "high": result.high,
             }
 
         yield f"verdict {name}", compared
@@ -417,7 +410,7 @@ def commands() -> Iterator[tuple[str, Case]]:
         "report": ("report", "placement.json", "trace", "--out", "page.html"),
     }
     for name, words in rows.items():
-        yield f"moetuner {name}", lambda words=words: told(words)
+        yield f"moetuner {name}", lambda words=words: printed(words)
 
 
 @cache
@@ -450,7 +443,7 @@ def status(words: list[Any]) -> None:
         )
 
 
-def told(words: tuple[str, ...]) -> Answer:
+def printed(words: tuple[str, ...]) -> Answer:
     """Run a command and return what its ``--json`` says."""
     files = ("trace", "placement.json", "certificate.json", "other.json", "map.npz")
     files += ("again.safetensors", "page.html")
@@ -466,15 +459,15 @@ def told(words: tuple[str, ...]) -> Answer:
 def cases(*, quick: bool) -> dict[str, Case]:
     """Return all cases by name, or those that end within seconds."""
     rows = QUICK if quick else QUICK | SLOW
-    found: dict[str, Case] = {}
+    result: dict[str, Case] = {}
     for name, (traffic, nodes, per_node, method, arguments) in rows.items():
-        found[name] = lambda row=(traffic, nodes, per_node, method), of=arguments: solved(
+        result[name] = lambda row=(traffic, nodes, per_node, method), of=arguments: solved(
             *row, **of
         )
-    found |= {name: case for name, case in judged() if not (quick and "24x32" in name)}
-    found |= dict(decided())
-    found |= {name: case for name, case in commands() if not (quick and "advise" in name)}
-    return found
+    result |= {name: case for name, case in judged() if not (quick and "24x32" in name)}
+    result |= dict(decided())
+    result |= {name: case for name, case in commands() if not (quick and "advise" in name)}
+    return result
 
 
 def checksum(array: Any) -> str:
@@ -527,12 +520,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="the cases that end within seconds")
     parser.add_argument("--write", action="store_true", help="store what comes out")
-    asked = parser.parse_args()
+    given = parser.parse_args()
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     chosen = {
         name: case
-        for name, case in cases(quick=asked.quick).items()
-        if not asked.names or any(part in name for part in asked.names)
+        for name, case in cases(quick=given.quick).items()
+        if not given.names or any(part in name for part in given.names)
     }
     changed, begin = 0, time.perf_counter()
     for name, case in chosen.items():
@@ -549,12 +542,12 @@ def main() -> int:
             for field, old, new, meaning in rows:
                 print(f"    {field:40} {old!s:>24.24} {new!s:>24.24}  {meaning}")
         stored[name] = after
-    if asked.write:
-        known = cases(quick=False)
-        kept = {name: stored[name] for name in known if name in stored}
-        STORED.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    if given.write:
+        names = cases(quick=False)
+        present = {name: stored[name] for name in names if name in stored}
+        STORED.write_text(json.dumps(present, indent=1, sort_keys=True) + "\n")
     print(f"{len(chosen)} cases, {changed} differ, {time.perf_counter() - begin:.0f} s")
-    return int(changed > 0 and not asked.write)
+    return int(changed > 0 and not given.write)
 
 
 if __name__ == "__main__":

@@ -11,32 +11,23 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner.presets import MACHINES
 
-
-def test_one_node_costs_one_everywhere():
-    """Where all links are equal, moving to any other device costs 1, and staying nothing."""
-    cost = mt.Topology(4).cost
-    assert cost.tolist() == (1 - np.eye(4, dtype=int)).tolist()
+TWO = mt.Topology(4, 2, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
 
 
-def test_cost_is_proportional_to_time():
-    """A link nine times as slow costs nine times as much."""
-    topology = mt.Topology(
-        4, devices_per_node=2, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9
-    )
-    assert topology.node_of_device.tolist() == [0, 0, 1, 1]
-    assert topology.cost[0].tolist() == [0, 1, 9, 9]
-
-
-def test_single_device_costs_nothing():
-    """One device has no links."""
-    assert mt.Topology(1).cost.tolist() == [[0]]
-
-
-def test_load_reads_what_the_constructor_takes(tmp_path):
-    """A file holds the constructor's parameters."""
-    path = tmp_path / "machine.json"
-    path.write_text(json.dumps({"devices": 8, "devices_per_node": 4, "name": "two boxes"}))
-    assert mt.Topology.load(path) == mt.Topology(8, 4, name="two boxes")
+@pytest.mark.parametrize(
+    ("topology", "row", "tier"),
+    [
+        (mt.Topology(1), [0], [0]),
+        (mt.Topology(4), [0, 1, 1, 1], [0, 1, 1, 1]),
+        (mt.Topology(3, 1), [0, 1, 1], [0, 2, 2]),
+        (TWO, [0, 1, 9, 9], [0, 1, 2, 2]),
+    ],
+)
+def test_cost_is_proportional_to_time(topology, row, tier):
+    """A link nine times as slow costs nine times as much; where all are equal, each costs 1."""
+    assert (topology.cost[0].tolist(), topology.tier[0].tolist()) == (row, tier)
+    assert (topology.cost == topology.cost.T).all()
+    assert (topology.node_of_device == np.arange(topology.devices) // topology.node_size).all()
 
 
 def test_tiers_nest():
@@ -61,11 +52,6 @@ def test_nodes_are_two_tiers():
     assert (long.devices_per_node, long.inter_node_bandwidth) == (2, 1e9)
     assert long.cost.tolist() == short.cost.tolist()
     assert dataclasses.replace(long, name="same") == mt.Topology(4, tiers=short.levels, name="same")
-
-
-def test_nodes_of_one_device_have_no_inner_tier():
-    """A node of one device has only links of the outer tier."""
-    assert mt.Topology(3, 1).tier.tolist() == (2 * (1 - np.eye(3, dtype=int))).tolist()
 
 
 def test_link_cost_of_whole_numbers_is_kept():
@@ -117,18 +103,27 @@ def test_preset_takes_other_numbers():
     assert slow.cost[0, [1, 8]].tolist() == [1, 18]
 
 
-def test_files_in_toml_and_presets(tmp_path):
+TIERS = """
+devices = 4
+tiers = [{devices = 2, bandwidth = 9e9}, {devices = 4, bandwidth = 1e9, latency = 1e-6}]
+"""
+LINKS = {"devices": 2, "link_cost": [[0, 1], [1, 0]], "speed": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "topology"),
+    [
+        (TIERS, mt.Topology(4, tiers=(mt.Tier(2, 9e9), mt.Tier(4, 1e9, 1e-6)))),
+        ('preset = "a100-nvl8-ib200"\nnodes = 2', mt.Topology.preset("a100-nvl8-ib200", 2)),
+        (json.dumps(LINKS), mt.Topology(**LINKS)),
+        ('{"devices": 8, "devices_per_node": 4, "name": "two"}', mt.Topology(8, 4, name="two")),
+    ],
+)
+def test_files_are_what_the_constructor_takes(tmp_path, text, topology):
     """TOML is read like JSON, with tiers as tables and machines by name."""
     path = tmp_path / "machine"
-    path.write_text(
-        "devices = 4\n[[tiers]]\ndevices = 2\nbandwidth = 9e9\n"
-        "[[tiers]]\ndevices = 4\nbandwidth = 1e9\nlatency = 1e-6\n"
-    )
-    assert mt.Topology.load(path).levels == (mt.Tier(2, 9e9), mt.Tier(4, 1e9, 1e-6))
-    path.write_text('preset = "a100-nvl8-ib200"\nnodes = 2\nname = "ours"\n')
-    assert mt.Topology.load(path) == mt.Topology.preset("a100-nvl8-ib200", 2, name="ours")
-    path.write_text(json.dumps({"devices": 2, "link_cost": [[0, 1], [1, 0]], "speed": [1, 2]}))
-    assert mt.Topology.load(path) == mt.Topology(2, link_cost=[[0, 1], [1, 0]], speed=[1, 2])
+    path.write_text(text)
+    assert mt.Topology.load(path) == topology
 
 
 @pytest.mark.parametrize("ratio", [4096.0, 5000.0, 65535.0, 1e5, 1e12, 1e60])

@@ -70,8 +70,10 @@ class Layers:
     of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8
     stands for the largest device load of a window, 0 is that load itself. With the norm, ``noise``
     is the part of an expert's variance among windows that counts as its own, and ``mixed`` how much
-    the mean of all windows counts besides them, as a part of what they all count. All costs are in
-    weighted tokens.
+    the mean of all windows counts besides them, as a part of what they all count. Experts are kept
+    away from devices where they are ``forbidden`` [L,E,D], and there where they are ``pinned``.
+    Without ``copies`` no expert gets more or fewer of them than are pinned, or one. All costs are
+    in weighted tokens.
     """
 
     def __new__(
@@ -86,17 +88,12 @@ class Layers:
         norm: int,
         noise: float = 0.0,
         mixed: float = 0.0,
-    ) -> Layers: ...
-    def limit(self, cap: list[float], total: NDArray[np.float64] | None = None) -> None:
-        """Cap the loads of devices [L]: sums of ``total`` [L,E], by default of all windows."""
-
-    def rule(
-        self,
-        *,
+        copies: bool = True,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
-    ) -> None:
-        """Keep experts away from devices [L,E,D], and others there."""
+    ) -> Layers: ...
+    def limit(self, cap: list[float], total: NDArray[np.float64]) -> None:
+        """Cap the loads of devices [L]: sums of ``total`` [L,E]."""
 
     def hold(self, price: NDArray[np.float64]) -> None:
         """Charge a copy of an expert on a device [L,E,D]."""
@@ -121,7 +118,6 @@ class Layers:
         start: NDArray[np.int32],
         *,
         trials: int,
-        copies: bool = True,
         empties: bool = True,
         restarts: int = 1,
         rounds: int = 1,
@@ -137,8 +133,8 @@ class Layers:
         """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
         With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
-        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``copies`` no
-        expert gets more or fewer of them; without ``empties`` no slot that holds one is emptied.
+        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``empties`` no
+        slot that holds an expert is emptied.
         A ``quick`` search stays near a good start, and ends no worse than that by the slowest
         devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
         """
@@ -149,7 +145,6 @@ class Layers:
         running: NDArray[np.int32],
         *,
         most: int | None = None,
-        copies: bool = True,
         transitions: NDArray[np.uint64] | None = None,
         link_cost: NDArray[np.float64] | None = None,
         time_limit: float | None = None,
@@ -168,7 +163,6 @@ class Layers:
     def construct(
         self,
         *,
-        copies: bool = True,
         windows: bool = False,
         threads: int | None = None,
         alone: bool = False,
@@ -176,8 +170,6 @@ class Layers:
         """Build slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
 
         With ``windows`` every window is seen, by its norm, and no answer is behind that of the sum.
-
-        Without ``copies`` no expert gets more than are pinned, or one.
 
         Pins and bans are kept; ``ValueError`` names the layer and an expert for which they leave no
         slot.

@@ -31,6 +31,7 @@ EFFICIENCY = 0.6
 LAUNCH_US = 10.0
 
 Floats = NDArray[np.float64]
+AMOUNTS = ("base_us", "expert_us", "start_us", "token_us", "token_bytes", "combine_bytes")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,14 +100,7 @@ class CostModel(Frozen):
     measured: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "base_us",
-            "expert_us",
-            "start_us",
-            "token_us",
-            "token_bytes",
-            "combine_bytes",
-        ):
+        for name in AMOUNTS:
             if name != "combine_bytes" or self.combine_bytes is not None:
                 unit = "microseconds" if name.endswith("_us") else "bytes"
                 value = check.not_negative(name, getattr(self, name), f"number of {unit}")
@@ -195,16 +189,13 @@ class CostModel(Frozen):
         others
             Fields, in place of what follows from these.
         """
-        hidden, intermediate = (
-            check.positive("hidden", hidden),
-            check.positive("intermediate", intermediate),
-        )
+        hidden = check.positive("hidden", hidden)
+        weights = 3 * hidden * check.positive("intermediate", intermediate)
         efficiency = check.positive("efficiency", efficiency)
         flops = check.positive("flops", flops) * efficiency
         memory_bandwidth = check.positive("memory_bandwidth", memory_bandwidth) * efficiency
         dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
         launch_us = check.not_negative("launch_us", launch_us, "number of microseconds")
-        weights = 3 * hidden * intermediate
         return cls(
             **{
                 "base_us": launch_us,

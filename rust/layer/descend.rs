@@ -9,7 +9,7 @@ use super::budget::per_copy;
 use super::slots::Share;
 use super::terms::balance::Balance;
 use super::terms::{Terms, linear};
-use super::turns::{Links, prices};
+use super::turns::{Links, beside, prices};
 use super::{Layer, Move, Slots, Split};
 use crate::control::Control;
 
@@ -257,8 +257,8 @@ pub fn descend(
     control: &Control,
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
-    if linked {
-        link(layers, &start, links, control);
+    for l in (0..layers.len()).filter(|_| linked && !control.stopped()) {
+        layers[l].serve = prices(&layers[l], beside(&start, l), links, l);
     }
     let mut moved: i64 = start.iter().zip(running).map(|(slots, running)| slots.moved_from(running)).sum();
     let begin = |((layer, slots), running)| {
@@ -285,9 +285,6 @@ pub fn descend(
         control.count(1);
         moved += moves;
         change -= gain;
-        if linked {
-            relink(&mut all, links, l, step);
-        }
         let touched = all[l].make(step);
         let written = match step {
             Move::Swap(p, q) => [p, q],
@@ -295,6 +292,9 @@ pub fn descend(
         };
         let written = written.map(|slot| (slot, all[l].slots.expert_in[slot]));
         let neighbours = if linked { l.saturating_sub(1)..(l + 2).min(all.len()) } else { l..l + 1 };
+        for m in neighbours.clone().filter(|&m| m != l) {
+            price(&mut all, links, m);
+        }
         for descent in &mut all[neighbours] {
             descent.fresh = false;
             descent.look_at(|g| touched.contains(&(g as u16)));
@@ -309,44 +309,9 @@ pub fn descend(
     steps
 }
 
-/// Prices serving in every layer, given its neighbours.
-fn link(layers: &mut [Layer], start: &[Slots], links: Links<'_>, control: &Control) {
-    let all = &*layers;
-    let price = |l: usize| if control.stopped() { vec![] } else { prices(all, start, links, l) };
-    let priced: Vec<Vec<f64>> = (0..all.len()).into_par_iter().map(price).collect();
-    for (layer, price) in layers.iter_mut().zip(priced) {
-        layer.serve = price;
-    }
-}
-
-/// Tells a layer's neighbours what a step, not yet made, changes for them.
-fn relink(all: &mut [Descent<'_>], links: Links<'_>, l: usize, step: Move) {
-    let (e, d) = (all[l].layer.experts, all[l].layer.devices());
-    let table = e * e;
-    let edits: Vec<_> = all[l].slots.edits(step).collect();
-    for edit in edits {
-        let before: Vec<u16> = all[l].slots.devices(edit.expert).collect();
-        let stay = before.iter().copied().filter(|&device| Some(device) != edit.from);
-        let after: Vec<u16> = stay.chain(edit.to).collect();
-        let mean = |device: usize, to: &[u16]| {
-            let cost = |&to: &u16| links.cost[device * d + usize::from(to)];
-            to.iter().map(cost).sum::<f64>() / to.len().max(1) as f64
-        };
-        let more: Vec<f64> = (0..d).map(|device| mean(device, &after) - mean(device, &before)).collect();
-        let expert = usize::from(edit.expert);
-        for m in [l.wrapping_sub(1), l + 1] {
-            let Some(neighbour) = all.get_mut(m) else { continue };
-            let scale = neighbour.layer.windows.scale;
-            for (x, prices) in neighbour.layer.serve.chunks_exact_mut(d).enumerate() {
-                let at = if m < l { m * table + x * e + expert } else { l * table + expert * e + x };
-                let tokens = links.transitions[at] as f64 * scale;
-                prices.iter_mut().zip(&more).for_each(|(price, more)| *price += tokens * more);
-            }
-        }
-    }
-    for m in [l.wrapping_sub(1), l + 1] {
-        if let Some(neighbour) = all.get_mut(m) {
-            neighbour.terms.linear = linear::cost(neighbour.layer, &neighbour.slots);
-        }
-    }
+/// Prices serving in a layer, given its neighbours.
+fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
+    let neighbours = beside(all, l).map(|of| of.map(|descent| &descent.slots));
+    all[l].layer.serve = prices(all[l].layer, neighbours, links, l);
+    all[l].terms.linear = linear::cost(all[l].layer, &all[l].slots);
 }

@@ -348,19 +348,3 @@ proptest! {
         prop_assert!(changes.iter().map(|[_, end]| end.moves).sum::<usize>() <= needed.max(most));
     }
 }
-
-#[test]
-fn polish_lowers_what_the_heaviest_copies_first_leave() {
-    let mut random = Random::new(7, 0);
-    let site = Site::plain(vec![5; 4], vec![1.0; 4]);
-    for _ in 0..50 {
-        let load: Vec<f64> = (0..16).map(|_| (random.below(1000) + 1) as f64).collect();
-        let of = |trials| {
-            let slots = fill(&site, &load, trials).expect("slots suffice");
-            slots.times_and_loads(&site, &load).0.into_iter().fold(0.0, f64::max)
-        };
-        let (plain, quick, patient) = (of(0), of(QUICK), of(1000));
-        assert!(quick <= plain && patient <= plain, "{plain} {quick} {patient}");
-        assert!(patient <= 1.06 * load.iter().sum::<f64>() / 4.0, "{patient}");
-    }
-}

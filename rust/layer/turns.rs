@@ -50,7 +50,7 @@ pub fn place(
             break;
         }
         let these: Vec<usize> = (round as usize % 2..layers.len()).step_by(2).collect();
-        let price = |&l: &usize| (!control.stopped()).then(|| prices(layers, &now, links, l));
+        let price = |&l: &usize| (!control.stopped()).then(|| prices(&layers[l], beside(&now, l), links, l));
         let Some(priced) = these.par_iter().map(price).collect::<Option<Vec<_>>>() else { break };
         for (&l, price) in these.iter().zip(priced) {
             layers[l].serve = price;
@@ -141,34 +141,30 @@ fn agree(costs: &[f64], visits_alone: bool) -> bool {
     if visits_alone { same >= 2 } else { costs.len() as u64 >= SURE && 2 * same > costs.len() }
 }
 
+/// What is before and after a layer, if anything.
+pub(super) fn beside<T>(of: &[T], l: usize) -> [Option<&T>; 2] {
+    [l.checked_sub(1).map(|l| &of[l]), of.get(l + 1)]
+}
+
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of
 /// those take equal parts.
-pub(super) fn prices(layers: &[Layer], now: &[Slots], links: Links<'_>, l: usize) -> Vec<f64> {
-    let (e, d) = (layers[l].experts, layers[l].devices());
-    let table = e * e;
+pub(super) fn prices(layer: &Layer, neighbours: [Option<&Slots>; 2], links: Links<'_>, l: usize) -> Vec<f64> {
+    let (e, d) = (layer.experts, layer.devices());
     // Tokens between every expert and the devices of a neighbour.
     let mut tokens = vec![0.0; e * d];
-    let mut meet = |expert: usize, neighbour: &Slots, other: usize, count: u64| {
-        if count > 0 {
-            let part = count as f64 / f64::from(neighbour.copies[other]);
-            for device in neighbour.devices(other as u16) {
-                tokens[expert * d + usize::from(device)] += part;
-            }
-        }
-    };
-    for x in 0..e {
-        if l > 0 {
+    for (after, slots) in neighbours.into_iter().enumerate().filter_map(|(n, slots)| Some((n > 0, slots?))) {
+        let table = &links.transitions[(l - usize::from(!after)) * e * e..][..e * e];
+        for (x, tokens) in tokens.chunks_exact_mut(d).enumerate() {
             for y in 0..e {
-                meet(x, &now[l - 1], y, links.transitions[(l - 1) * table + y * e + x]);
-            }
-        }
-        if l + 1 < layers.len() {
-            for y in 0..e {
-                meet(x, &now[l + 1], y, links.transitions[l * table + x * e + y]);
+                let count = if after { table[x * e + y] } else { table[y * e + x] };
+                let part = count as f64 / f64::from(slots.copies[y]);
+                for device in slots.devices(y as u16).filter(|_| count > 0) {
+                    tokens[usize::from(device)] += part;
+                }
             }
         }
     }
-    let scale = layers[l].windows.scale;
+    let scale = layer.windows.scale;
     let mut prices = vec![0.0; e * d];
     for (price, tokens) in prices.chunks_exact_mut(d).zip(tokens.chunks_exact(d)) {
         for (device, price) in price.iter_mut().enumerate() {

@@ -63,6 +63,7 @@ fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<(
 fn sites_of(
     capacity: &PyReadonlyArray2<'_, i64>,
     time: &[f64],
+    copies: bool,
     rules: [Option<&PyReadonlyArray3<'_, bool>>; 2],
     [l, e]: [usize; 2],
 ) -> PyResult<(Vec<Site>, usize)> {
@@ -75,7 +76,12 @@ fn sites_of(
     let of = |table: &[bool], l: usize| table.get(l * e * d..(l + 1) * e * d).unwrap_or(&[]).to_vec();
     let site = |l: usize| {
         let slots = capacity.as_array().row(l).iter().map(|&slots| slots.max(0) as usize).collect();
-        Site { forbidden: of(forbidden, l), pinned: of(pinned, l), ..Site::plain(slots, time.to_vec()) }
+        Site {
+            forbidden: of(forbidden, l),
+            pinned: of(pinned, l),
+            copies,
+            ..Site::plain(slots, time.to_vec())
+        }
     };
     let sites: Vec<Site> = (0..l).map(site).collect();
     let widest = sites.iter().flat_map(|site| &site.capacity).copied().max().unwrap_or(0);
@@ -106,13 +112,12 @@ impl Layers {
         self.layers.iter_mut().zip(table.chunks_exact(size))
     }
 
-    /// Placements of slots [L,D,S]; from here on experts may get more copies or not.
-    fn begin(&mut self, start: &PyReadonlyArray3<'_, i32>, copies: bool) -> PyResult<Vec<Slots>> {
+    /// Placements of slots [L,D,S].
+    fn begin(&mut self, start: &PyReadonlyArray3<'_, i32>) -> PyResult<Vec<Slots>> {
         let [l, e, d] = self.sizes();
         let per_device = self.per_device;
         shaped("start", start.shape(), &[l, d, per_device])?;
         let start = contiguous(start.as_slice().ok())?;
-        self.layers.iter_mut().for_each(|layer| layer.site.copies = copies);
         let of = |(layer, rows): (&mut Layer, &[i32])| {
             let capacity = &layer.site.capacity;
             Slots::new(capacity, e, &contents_of(rows, per_device, capacity))
@@ -132,7 +137,7 @@ impl Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, capacity, node, time, *, nearest, norm, noise = 0.0, mixed = 0.0))]
+    #[pyo3(signature = (load, weight, capacity, node, time, *, nearest, norm, noise = 0.0, mixed = 0.0, copies = true, forbidden = None, pinned = None))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -143,6 +148,9 @@ impl Layers {
         norm: u32,
         noise: f64,
         mixed: f64,
+        copies: bool,
+        forbidden: Option<PyReadonlyArray3<'_, bool>>,
+        pinned: Option<PyReadonlyArray3<'_, bool>>,
     ) -> PyResult<Self> {
         let &[w, layers, e] = load.shape() else { unreachable!("the array has three dimensions") };
         let (load, weight, d) = (contiguous(load.as_slice().ok())?, weight.as_array().to_vec(), node.len());
@@ -154,7 +162,8 @@ impl Layers {
             );
             return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
         }
-        let (sites, per_device) = sites_of(&capacity, &time, [None, None], [layers, e])?;
+        let (sites, per_device) =
+            sites_of(&capacity, &time, copies, [forbidden.as_ref(), pinned.as_ref()], [layers, e])?;
         // Copied tables, and windows in the form of the search, of experts and of devices.
         room_for("windows", &[layers, w.next_multiple_of(LANES) + LANES, e + d, 4 * size_of::<f64>()])?;
         let measure = if norm == 0 { Measure::Peak } else { Measure::Norm { noise, mixed } };
@@ -174,16 +183,13 @@ impl Layers {
     }
 
     /// Caps loads `total` [L,E] of devices.
-    #[pyo3(signature = (cap, total = None))]
-    fn limit(&mut self, cap: Vec<f64>, total: Option<PyReadonlyArray2<'_, f64>>) -> PyResult<()> {
+    fn limit(&mut self, cap: Vec<f64>, total: PyReadonlyArray2<'_, f64>) -> PyResult<()> {
         let [l, e, _] = self.sizes();
         shaped("cap", &[cap.len()], &[l])?;
-        self.layers.iter_mut().zip(cap).for_each(|(layer, cap)| layer.cap = cap);
-        if let Some(total) = total {
-            shaped("total", total.shape(), &[l, e])?;
-            for (layer, total) in self.with(contiguous(total.as_slice().ok())?) {
-                layer.load = total.to_vec();
-            }
+        shaped("total", total.shape(), &[l, e])?;
+        let total = contiguous(total.as_slice().ok())?.chunks_exact(e.max(1));
+        for ((layer, cap), total) in self.layers.iter_mut().zip(cap).zip(total) {
+            (layer.cap, layer.load) = (cap, total.to_vec());
         }
         Ok(())
     }
@@ -194,26 +200,6 @@ impl Layers {
         room_for("hold", &[price.len(), size_of::<f64>()])?;
         for (layer, price) in self.with(contiguous(price.as_slice().ok())?) {
             layer.hold = price.iter().map(|price| price * layer.windows.scale).collect();
-        }
-        Ok(())
-    }
-
-    /// Bans and pins experts [L,E,D].
-    #[pyo3(signature = (*, forbidden = None, pinned = None))]
-    fn rule(
-        &mut self,
-        forbidden: Option<PyReadonlyArray3<'_, bool>>,
-        pinned: Option<PyReadonlyArray3<'_, bool>>,
-    ) -> PyResult<()> {
-        for table in [&forbidden, &pinned].into_iter().flatten() {
-            shaped("rules", table.shape(), &self.sizes())?;
-            room_for("rules", &[table.len()])?;
-        }
-        for (layer, table) in self.with(slice(forbidden.as_ref())?) {
-            layer.site.forbidden = table.to_vec();
-        }
-        for (layer, table) in self.with(slice(pinned.as_ref())?) {
-            layer.site.pinned = table.to_vec();
         }
         Ok(())
     }
@@ -258,13 +244,12 @@ impl Layers {
 
     /// Improves slots [L,D,S].
     #[allow(clippy::fn_params_excessive_bools)]
-    #[pyo3(signature = (start, *, trials, copies = true, empties = true, restarts = 1, rounds = 1, quick = false, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
+    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         trials: u64,
-        copies: bool,
         empties: bool,
         restarts: u64,
         rounds: u64,
@@ -277,7 +262,7 @@ impl Layers {
         alone: bool,
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
-        let begin = self.begin(&start, copies)?;
+        let begin = self.begin(&start)?;
         let transitions = slice(transitions.as_ref())?;
         let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
         let links = Links { transitions, cost: &cost };
@@ -297,20 +282,19 @@ impl Layers {
     ///
     /// What each writes, twice: where in the flat slots and which expert [N,2]; copies brought, excess and change of the cost after
     /// it [N,3]; and whether it was interrupted.
-    #[pyo3(signature = (start, running, *, most = None, copies = true, transitions = None, link_cost = None, time_limit = None, threads = None))]
+    #[pyo3(signature = (start, running, *, most = None, transitions = None, link_cost = None, time_limit = None, threads = None))]
     fn descend<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         running: PyReadonlyArray3<'py, i32>,
         most: Option<u32>,
-        copies: bool,
         transitions: Option<PyReadonlyArray3<'py, u64>>,
         link_cost: Option<PyReadonlyArray2<'py, f64>>,
         time_limit: Option<f64>,
         threads: Option<usize>,
     ) -> PyResult<Descent<'py>> {
-        let begin = self.begin(&start, copies)?;
+        let begin = self.begin(&start)?;
         let [l, e, d] = self.sizes();
         let wide = running.shape()[2];
         shaped("running", running.shape(), &[l, d, wide])?;
@@ -344,16 +328,14 @@ impl Layers {
     }
 
     /// Slots [L,D,S] to begin with: balanced on the sum of windows, or on every one.
-    #[pyo3(signature = (*, copies = true, windows = false, threads = None, alone = false))]
+    #[pyo3(signature = (*, windows = false, threads = None, alone = false))]
     fn construct<'py>(
         &mut self,
         py: Python<'py>,
-        copies: bool,
         windows: bool,
         threads: Option<usize>,
         alone: bool,
     ) -> PyResult<Bound<'py, PyArray3<i32>>> {
-        self.layers.iter_mut().for_each(|layer| layer.site.copies = copies);
         let construct = |(l, layer): (usize, &Layer)| {
             let slots = if windows { by_windows(layer) } else { fill(&layer.site, &layer.load, QUICK) };
             slots.map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })
@@ -387,10 +369,8 @@ pub(super) fn replicate_experts<'py>(
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let widest = capacity.as_array().iter().copied().max().unwrap_or(0).max(0) as usize;
     room_for("slots and devices of layers", &[l, time.len(), widest + 4, size_of::<u64>()])?;
-    let (mut sites, per_device) = sites_of(&capacity, time, [forbidden.as_ref(), pinned.as_ref()], [l, e])?;
-    for site in &mut sites {
-        site.copies = copies;
-    }
+    let rules = [forbidden.as_ref(), pinned.as_ref()];
+    let (sites, per_device) = sites_of(&capacity, time, copies, rules, [l, e])?;
     let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
     let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], &site.capacity[..]));
     array3(py, (l, time.len(), per_device), slots_of(all, per_device))

@@ -121,21 +121,12 @@ def test_caps_are_kept_where_nothing_else_counts():
     assert mt.solve(problem, "heuristic").violations == ()
 
 
-def test_pairs_without_tokens_are_no_reason_to_fail():
-    """Tables may come from elsewhere than loads: all placements are as good, and one is given."""
-    table = np.ones((2, 4, 4), dtype=np.int64) - np.eye(4, dtype=np.int64)
-    problem = mt.Problem(
-        mt.RoutingStatistics(np.zeros((1, 2, 4), dtype=np.int64), None, table),
-        mt.Topology(2),
-        objective="time",
-    )
-    assert mt.solve(problem, iterations=100).violations == ()
-
-
-def test_the_time_of_one_layer_that_nothing_follows():
-    """In regime follow a layer alone has no traffic that could break ties."""
-    statistics = mt.RoutingStatistics(
-        np.array([[[3, 4, 5, 6]]]), np.zeros((0, 4, 4), dtype=np.int64)
-    )
-    problem = mt.Problem(statistics, mt.Topology(2), regime="follow", objective="time")
+@pytest.mark.parametrize("regime", ["dispatch", "follow"])
+def test_tables_without_traffic_are_no_reason_to_fail(regime):
+    """Pairs without tokens, or a layer that nothing follows: all placements are as good."""
+    load, table = np.zeros((1, 2, 4), dtype=np.int64), np.ones((2, 4, 4), np.int64)
+    statistics = mt.RoutingStatistics(load, None, table - np.eye(4, dtype=np.int64))
+    if regime == "follow":
+        statistics = mt.RoutingStatistics([[[3, 4, 5, 6]]], np.zeros((0, 4, 4), dtype=np.int64))
+    problem = mt.Problem(statistics, mt.Topology(2), regime=regime, objective="time")
     assert mt.solve(problem, iterations=100).violations == ()

@@ -16,10 +16,10 @@ SOURCE = "complete dynamic programme"
 def check_is_the_optimum(problem: mt.Problem) -> None:
     """Hold what solve proves against every placement under the caps of the answer."""
     problem = problem.without_copies() or problem
-    found = mt.solve(problem)
-    best = optimum(problem, kept_caps(problem, found.placement.slots))
-    assert (found.status, found.bound_source) == ("optimal", SOURCE)
-    assert mt.Objective(problem).cost(found.placement) == found.certificate.cost == best
+    result = mt.solve(problem)
+    best = optimum(problem, kept_caps(problem, result.placement.slots))
+    assert (result.status, result.bound_source) == ("optimal", SOURCE)
+    assert mt.Objective(problem).cost(result.placement) == result.certificate.cost == best
 
 
 @given(
@@ -49,10 +49,10 @@ def test_raises_a_cap_no_further_than_needed() -> None:
     load = np.array([[[90, 10, 10, 10]]], dtype=np.uint64)
     statistics = mt.RoutingStatistics(load, np.zeros((0, 4, 4), np.uint64))
     problem = mt.Problem(statistics, mt.Topology(2), max_imbalance=1.05, regime="follow")
-    found = mt.solve(problem)
-    assert device_load(problem, found.placement.slots).max() == 100
-    assert found.details.caps.raised == {0: pytest.approx(100 / 60)}
-    assert found.status == "optimal"
+    result = mt.solve(problem)
+    assert device_load(problem, result.placement.slots).max() == 100
+    assert result.details.caps.raised == {0: pytest.approx(100 / 60)}
+    assert result.status == "optimal"
 
 
 def test_gives_up_where_partitions_are_too_many_or_time_too_short() -> None:

@@ -1,6 +1,7 @@
 """Random small problems over every option: what `solve` answers is true of the problem asked."""
 
 import sys
+from itertools import pairwise
 from math import comb, prod
 
 import numpy as np
@@ -9,6 +10,7 @@ from brute_force import every_placement
 
 import moetuner as mt
 from moetuner.solver import METHODS
+from moetuner.solver.stages.floor import balanced
 
 SEARCHES = ("joint", "heuristic")
 # Sums of floats may be off by this part.
@@ -80,23 +82,48 @@ def broken(problem, placement):
 def least_value(problem):
     """Compute the least value of all placements; None if there are many, infinite without any."""
     contents = [comb(problem.experts, n) for n in range(problem.experts + 1)]
-    if prod(sum(contents[: room + 1]) for room in problem.capacity.ravel().tolist()) > MOST_TRIED:
+    if prod(sum(contents[: slots + 1]) for slots in problem.capacity.ravel().tolist()) > MOST_TRIED:
         return None
     every = (p for p in every_placement(problem) if problem.may_copy or not p.has_copies)
     return min((problem.value(p) for p in every if not problem.violations(p)), default=np.inf)
 
 
-def check_claims(problem, found, least):
+def check_claims(problem, result, least):
     """Hold bound, status and certificate of an answer against the least value of any placement."""
-    if found.certificate is not None:
+    if result.certificate is not None:
         objective = mt.Objective(problem)
         scale = objective.tokens if objective.counts_visits else objective.scale
-        assert mt.verify(found.certificate, problem) <= least * scale * (1 + ROUNDING)
+        assert mt.verify(result.certificate, problem) <= least * scale * (1 + ROUNDING)
     if np.isfinite(least):
-        assert not found.details.caps.infeasible
-        assert not found.details.caps.raised
-        assert found.bound is None or found.bound <= least * (1 + ROUNDING)
-        assert found.status != "optimal" or found.objective <= least * (1 + ROUNDING)
+        assert not result.details.caps.infeasible
+        assert not result.details.caps.raised
+        assert result.bound is None or result.bound <= least * (1 + ROUNDING)
+        assert result.status != "optimal" or result.objective <= least * (1 + ROUNDING)
+
+
+def check_slots(problem, running, placement):
+    """Check that what stays keeps its slot, and that slots are full where they are to be."""
+    slots, before = placement.slots, running.slots
+    stays = np.take_along_axis(placement.held, np.maximum(before, 0).astype(np.int64), axis=2)
+    width = np.arange(before.shape[2]) < problem.capacity[:, :, None]
+    stays &= (before >= 0) & width
+    assert (slots[:, :, : before.shape[2]] == before)[stays].all()
+    full = np.minimum(problem.capacity, problem.experts)
+    assert not problem.fill_slots or ((slots >= 0).sum(axis=2) == full).all()
+
+
+def check_front(problem, running):
+    """More moves exceed caps less, or as much at a lower objective; every trade keeps all rules."""
+    trades = mt.pareto(problem, running, expert_bytes=7.0, iterations=50)
+    ranks = [rank(problem, trade.placement) for trade in trades]
+    assert all(is_behind(*pair) for pair in pairwise(ranks))
+    moves = [trade.experts_moved for trade in trades]
+    assert moves == sorted(set(moves))
+    for trade, (excess, value) in zip(trades, ranks, strict=True):
+        assert broken(problem, trade.placement) == []
+        assert trade.experts_moved == running.diff(trade.placement).experts_moved
+        assert (trade.objective, trade.bytes_moved) == (value, 7 * trade.experts_moved)
+        assert bool(trade.caps_raised) == (excess > 0)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -108,26 +135,31 @@ def test_answers_are_true_of_the_problem_asked(seed):
     rng, given = np.random.default_rng(seed), {"threads": 1, "iterations": 100}
     answers = {name: mt.solve(problem, name, **given) for name in (*SEARCHES, "quick", "eplb")}
     least = least_value(problem)
-    for name, found in answers.items():
-        assert broken(problem, found.placement) == []
-        assert problem.may_copy or not found.placement.has_copies
+    for name, result in answers.items():
+        assert broken(problem, result.placement) == []
+        assert problem.may_copy or not result.placement.has_copies
         if least is not None and name in SEARCHES:
-            check_claims(problem, found, least)
+            check_claims(problem, result, least)
     single = problem.without_copies()
     for name in SEARCHES if single is not None and not problem.fill_slots else ():
         alone = mt.solve(single, name, **given).placement
         assert not is_behind(*(rank(problem, p) for p in (answers[name].placement, alone)))
 
     running = mt.solve(problem, "random", seed=seed).placement
+    check_front(problem, running)
     budget, method = int(rng.integers(problem.capacity.sum() + 1)), SEARCHES[seed % 2]
+    moving = {"initial": running, "move_budget": budget, "iterations": 100}
     try:
-        found = mt.solve(problem, method, initial=running, move_budget=budget, **given)
+        result = mt.solve(problem, method, threads=1, **moving)
     except ValueError:  # see test_moves: only where no placement is within the budget
         return
-    assert broken(problem, found.placement) == []
-    assert running.diff(found.placement).experts_moved <= budget
+    assert broken(problem, result.placement) == []
+    assert mt.solve(problem, method, threads=2, **moving).placement == result.placement
+    moved = running.diff(result.placement).experts_moved
+    assert moved == result.details.search.experts_moved <= budget
+    check_slots(problem, running, result.placement)
     if not broken(problem, running):
-        assert not is_behind(rank(problem, found.placement), rank(problem, running))
+        assert not is_behind(rank(problem, result.placement), rank(problem, running))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -135,6 +167,7 @@ def test_an_interrupt_at_any_moment_gives_an_answer(make_trace, method):
     """Ctrl-C while Python works on an answer ends every method with the best so far."""
     statistics = mt.RoutingStatistics.from_trace(make_trace(60), window=20)
     problem = mt.Problem(statistics, mt.Topology(4), objective="time", slots_per_device=3)
+    floor = mt.Placement(balanced(problem), num_experts=8)
     for moment in (1, 30, 200, 500, 1500):
         calls, began = 0, False
 
@@ -148,8 +181,9 @@ def test_an_interrupt_at_any_moment_gives_an_answer(make_trace, method):
 
         sys.setprofile(interrupt)
         try:
-            found = mt.solve(problem, method, threads=1, iterations=100)
+            result = mt.solve(problem, method, threads=1, iterations=100)
         finally:
             sys.setprofile(None)
-        assert found.status == "interrupted" or calls < moment
-        assert mt.Placement(found.placement.slots, num_experts=8).num_experts == 8
+        assert result.status == "interrupted" or calls < moment
+        behind = is_behind(rank(problem, result.placement), rank(problem, floor))
+        assert not (behind and method in SEARCHES)

@@ -23,9 +23,9 @@ def cost(device, of, node, price):
     """Cost of the visits of a layer, for several placements [P,E]."""
     total = np.zeros(len(device))
     for ids, count in zip(of.ids.astype(int), of.counts.tolist(), strict=True):
-        for places, each in zip((device, node[device]), price, strict=True):
+        for places, unit in zip((device, node[device]), price, strict=True):
             visited = np.bitwise_or.reduce(1 << places[:, ids], axis=1)
-            total += each * count * sum(visited >> g & 1 for g in range(4))
+            total += unit * count * sum(visited >> g & 1 for g in range(4))
     return total
 
 
@@ -51,8 +51,8 @@ def test_reaches_the_optimum(seed, per_node, cap):
         heaviest = np.max([(load * (placements() == g)).sum(axis=1) for g in range(4)], axis=0)
         every = placements()[heaviest <= caps[layer]]
         node = topology.node_of_device
-        found = cost(device_of[layer][None], of, node, price)[0]
-        assert found == pytest.approx(cost(every, of, node, price).min())
+        result = cost(device_of[layer][None], of, node, price)[0]
+        assert result == pytest.approx(cost(every, of, node, price).min())
 
 
 def test_beats_pairs_on_real_routing(data):
@@ -81,5 +81,5 @@ def test_slots_to_spare_are_worth_no_less_than_none(make_trace, split, slots):
     given = {"objective": "traffic", "split": split, "slots_per_device": slots}
     problem = mt.Problem(statistics, mt.Topology(8), **given)
     both = problem, problem.without_copies()
-    copied, single = (mt.solve(each, iterations=300) for each in both)
+    copied, single = (mt.solve(of, iterations=300) for of in both)
     assert copied.objective <= single.objective

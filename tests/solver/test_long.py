@@ -36,10 +36,10 @@ def test_loads_are_held_in_the_narrowest_type(largest, tmp_path, monkeypatch):
     ]
     made[0].save(tmp_path / "s.safetensors")
     made.append(mt.RoutingStatistics.load(tmp_path / "s.safetensors"))
-    for each in made:
-        assert each.window_load.dtype == np.min_scalar_type(largest)
-        assert each.window_load.tolist() == given_load.tolist()
-        assert (each, hash(each), each.fingerprint) == (made[0], hash(made[0]), made[0].fingerprint)
+    for one in made:
+        assert one.window_load.dtype == np.min_scalar_type(largest)
+        assert one.window_load.tolist() == given_load.tolist()
+        assert (one, hash(one), one.fingerprint) == (made[0], hash(made[0]), made[0].fingerprint)
     both = made[0] + mt.RoutingStatistics.from_load([[1, 2]])
     assert both.total_load.tolist() == [[4, largest + 6]]
 
@@ -51,11 +51,11 @@ def test_windows_are_counted_wherever_a_trace_is_cut(window, shard, tokens):
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics_, "WIDE_SHARD_BYTES", 2 * shard)
-        found = mt.RoutingStatistics.from_trace(trace, window=window)
+        counted = mt.RoutingStatistics.from_trace(trace, window=window)
     expected = np.zeros((-(-tokens // window), 2, 5), dtype=int)
     at = np.arange(tokens)[:, None] // window
     np.add.at(expected, (at, np.arange(2)[None], ids[:, :, 0]), 1)
-    assert found.window_load.tolist() == expected.tolist()
+    assert counted.window_load.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("arrival", ["bursts", 0.5])
@@ -109,7 +109,7 @@ def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
     dense = replace(problem.windows, load=statistics.window_load.astype(np.float64))
     expected = mt.Objective(problem, dense).value(result.placement)
     assert result.objective == pytest.approx(expected, rel=1e-12)
-    found = mt.evaluate(
+    judged = mt.evaluate(
         result.placement,
         statistics,
         topology,
@@ -117,7 +117,7 @@ def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
         cost_model=problem.cost_model,
         regime=regime,
     )
-    figure = found.predicted_layer_us if goal == "time" else None
+    figure = judged.predicted_layer_us if goal == "time" else None
     assert figure is None or figure == pytest.approx(expected, rel=1e-9)
     bound = least_time if goal == "time" else least_balance
     assert bound(problem) <= expected
@@ -140,12 +140,12 @@ def test_means_are_as_good_as_all_windows():
     """On unseen windows of the same kinds the answer is as good as that of all windows seen."""
     seen, unseen = many(seed=2, experts=16), many(seed=2, windows=2 * MANY, experts=16)
     late = unseen.window_load[MANY:]
-    found = []
+    values = []
     for statistics in (seen, mt.RoutingStatistics.from_load(seen.window_load[:MOST])):
         problem = mt.Problem(statistics, mt.Topology(4), objective="balance")
         placement = mt.solve(problem, "heuristic", iterations=5000).placement
-        found.append(mt.evaluate(placement, mt.RoutingStatistics.from_load(late)).imbalance)
-    assert found[0] <= found[1] * 1.01
+        values.append(mt.evaluate(placement, mt.RoutingStatistics.from_load(late)).imbalance)
+    assert values[0] <= values[1] * 1.01
 
 
 def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
@@ -154,25 +154,25 @@ def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
     whole = mt.RoutingStatistics.from_trace(trace, sets=True)
     assert whole.set_tokens is None
     monkeypatch.setattr(statistics_, "MOST_SETS", 100)
-    found = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
+    counted = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
     every = -(-203 * 2 // 100)
-    assert found.set_tokens == -(-203 // every)
+    assert counted.set_tokens == -(-203 // every)
     sampled = np.sort(trace.expert_ids[::every], axis=2)
     stands_for = np.minimum(every, 203 - np.arange(0, 203, every)).astype(np.uint64)
-    for layer, of in enumerate(found.sets):
+    for layer, of in enumerate(counted.sets):
         assert of == mt.ExpertSets(sampled[:, layer], stands_for)
         assert of.counts.sum() == 203
-    assert (found.set_load != found.total_load).any()
+    assert (counted.set_load != counted.total_load).any()
     assert (whole.set_load == whole.total_load).all()
-    found.save(tmp_path / "s.safetensors")
-    assert mt.RoutingStatistics.load(tmp_path / "s.safetensors") == found
-    assert (found + found).set_tokens == 2 * found.set_tokens
+    counted.save(tmp_path / "s.safetensors")
+    assert mt.RoutingStatistics.load(tmp_path / "s.safetensors") == counted
+    assert (counted + counted).set_tokens == 2 * counted.set_tokens
     unsampled = replace(whole, window=50)
-    assert (found + unsampled).set_tokens == found.set_tokens + 203
-    result = mt.solve(mt.Problem(found, mt.Topology(4)), iterations=500)
-    assert result.details.search.set_tokens == found.set_tokens
+    assert (counted + unsampled).set_tokens == counted.set_tokens + 203
+    result = mt.solve(mt.Problem(counted, mt.Topology(4)), iterations=500)
+    assert result.details.search.set_tokens == counted.set_tokens
     # Each device is visited by no more tokens than it has.
-    evaluation = mt.evaluate(result.placement, found)
+    evaluation = mt.evaluate(result.placement, counted)
     assert 1 <= evaluation.fanout <= 3
 
 
@@ -180,9 +180,9 @@ def test_groups_share_one_sample(monkeypatch, make_trace):
     """Sets of all groups together are bounded, not those of each."""
     monkeypatch.setattr(statistics_, "MOST_SETS", 100)
     trace = make_trace(tokens=200, experts=16, top_k=3, layers=2)
-    found = mt.RoutingStatistics.from_trace(trace, sets=True, by_group=True)
-    assert sum(len(of) for of in found.sets) <= 104
-    assert found.sets[0].counts.sum() == 200
+    counted = mt.RoutingStatistics.from_trace(trace, sets=True, by_group=True)
+    assert sum(len(of) for of in counted.sets) <= 104
+    assert counted.sets[0].counts.sum() == 200
 
 
 def test_counting_tells_how_far_it_is(make_trace, monkeypatch):

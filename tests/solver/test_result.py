@@ -69,14 +69,14 @@ def test_history_keeps_every_change_once():
     history.add(Progress(0.4, "bound", None, 3.0))
     history.add(Progress(0.5, "bound", None, 2.0))
     lines = history.ended(4.0, 3.5)
-    assert [(each.objective, each.bound) for each in lines] == [
+    assert [(line.objective, line.bound) for line in lines] == [
         (5.0, None),
         (4.0, None),
         (4.0, None),
         (4.0, 3.0),
         (4.0, 3.5),
     ]
-    assert [each.is_step for each in lines] == [False, False, True, False, True]
+    assert [line.is_step for line in lines] == [False, False, True, False, True]
     assert (heard[-1].phase, heard[-1].objective, heard[-1].bound) == ("bound", 4.0, 3.0)
     assert len(heard) == 5  # not between phases
     assert lines[-1].gap == 0.125
@@ -95,7 +95,7 @@ def test_a_result_has_its_history_without_a_listener(make_trace, objective):
     assert (last.objective, last.bound) == (one.objective, one.bound)
     assert last.gap == one.gap
     steps = [
-        [(each.phase, each.objective, each.bound) for each in result.history if each.is_step]
+        [(line.phase, line.objective, line.bound) for line in result.history if line.is_step]
         for result in (one, two)
     ]
     assert steps[0] == steps[1]

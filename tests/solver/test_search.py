@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner import _core
 from moetuner.problem.caps import device_load
 from moetuner.problem.windows import MERGED, MOST, windows_of
 from moetuner.solver.terms import link_prices
@@ -55,10 +54,10 @@ def test_traffic_that_can_stay_stays(cap, per_node):
         objective="traffic",
         max_imbalance=cap,
     )
-    found = mt.solve(problem, "heuristic", iterations=100_000)
-    assert found.objective == 0
-    assert found.violations == ()
-    assert not found.details.caps.raised
+    values = mt.solve(problem, "heuristic", iterations=100_000)
+    assert values.objective == 0
+    assert values.violations == ()
+    assert not values.details.caps.raised
 
 
 @pytest.mark.parametrize(("windows", "experts", "devices"), [(1, 32, 4), (3, 16, 8), (4, 24, 8)])
@@ -69,8 +68,8 @@ def test_load_that_can_be_even_is_even(windows, experts, devices):
     problem = mt.Problem(
         mt.RoutingStatistics.from_load(load), mt.Topology(devices), objective="balance"
     )
-    found = mt.solve(problem, "heuristic", iterations=100_000)
-    assert found.objective == pytest.approx(1, abs=1e-3)
+    values = mt.solve(problem, "heuristic", iterations=100_000)
+    assert values.objective == pytest.approx(1, abs=1e-3)
 
 
 def families(seed=0, experts=32, devices=4, layers=2, tokens=2000, top_k=4):
@@ -116,33 +115,14 @@ def test_fewest_visits_keep_the_cap(cap):
 
 def test_a_looser_cap_costs_no_visits():
     """What a cap allows a looser one allows as well: visits fall from cap to cap."""
-    found = []
+    values = []
     for cap in (1.05, 1.2, 1.5, None):
-        found.append(mt.solve(visits_problem(cap), "heuristic", iterations=20_000).objective)
-    assert found == sorted(found, reverse=True)
-    assert found[0] > 1.5 * found[-1]
+        values.append(mt.solve(visits_problem(cap), "heuristic", iterations=20_000).objective)
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 1.5 * values[-1]
 
 
 # More effort.
-
-
-def test_more_starts_are_never_worse():
-    """The first of several searches of a layer is the only one of one: the best of all counts."""
-    load = np.random.default_rng(3).lognormal(0, 1, (4, 3, 16)) * 1000
-    layers = _core.Layers(
-        load, np.ones(4), np.full((3, 4), 5), [0] * 4, [1.0] * 4, nearest=False, norm=0
-    )
-    start = layers.construct()
-
-    def slowest(restarts):
-        slots, _ = layers.place(start, trials=500, restarts=restarts, seed=1)
-        share = mt.Placement(slots, num_experts=16)
-        each = share.held / share.replicas[:, None, :]
-        return np.einsum("lde,wle->wld", each, load).max(axis=2).sum(axis=0)
-
-    found = np.stack([slowest(restarts) for restarts in (1, 2, 4, 8)])
-    assert (np.diff(found, axis=0) <= 1e-9).all()
-    assert (found[-1] < found[0]).any()
 
 
 @pytest.mark.parametrize("objective", ["balance", "time", "traffic"])
@@ -176,13 +156,13 @@ def rare_windows(seed, windows=40, experts=48, kind=None):
 @pytest.mark.parametrize("how", [{"risk": 0.9}, {"groups": "minimax"}])
 def test_what_a_risk_is_made_of_weighs_more(how):
     """The worst tenth, or group, is better off than by the mean of all windows."""
-    found, without = [], []
+    values, without = [], []
     for seed in range(2):
         problem = mt.Problem(rare_windows(seed), mt.Topology(8), objective="balance", **how)
-        found.append(mt.solve(problem, "heuristic", iterations=2000).objective)
+        values.append(mt.solve(problem, "heuristic", iterations=2000).objective)
         mean = mt.solve(replace(problem, risk="mean", groups=None), "heuristic", iterations=2000)
         without.append(problem.value(mean.placement))
-    assert np.mean(found) < 0.99 * np.mean(without)
+    assert np.mean(values) < 0.99 * np.mean(without)
 
 
 def test_thinned_windows_stand_for_those_left_out():
@@ -208,7 +188,7 @@ def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
     device = np.arange(240) % devices
     experts = np.arange(top_k)
     here, there = device, (device + 1) % devices
-    ids = np.stack([each[:, None] * top_k + experts for each in (here, there)], axis=1)
+    ids = np.stack([part[:, None] * top_k + experts for part in (here, there)], axis=1)
     trace = mt.RoutingTrace.from_arrays(ids.astype(np.uint8), num_experts=devices * top_k)
     problem = mt.Problem(
         mt.RoutingStatistics.from_trace(trace, window=60),

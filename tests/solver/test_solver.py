@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from brute_force import small_problem
+from brute_force import optimum, small_problem
 
 import moetuner as mt
 from moetuner.solver import METHODS
@@ -34,32 +34,6 @@ def capped(problem):
     """Put a cap on a problem that is tight and can be kept."""
     reached = imbalances(problem, mt.solve(problem, "lpt").placement).max()
     return replace(problem, max_imbalance=reached * 1.02)
-
-
-def best_by_force(problem):
-    """Least cost of all placements under the caps, by dynamic programming over all assignments."""
-    devices, slots = problem.devices, problem.slots
-    options = []
-    for layer in range(problem.layers):
-        load = problem.load[layer].astype(int)
-        valid = []
-        for device_of in itertools.product(range(devices), repeat=problem.experts):
-            held = np.bincount(device_of, minlength=devices)
-            carried = np.bincount(device_of, weights=load, minlength=devices)
-            if held.max() <= slots and carried.max() <= problem.caps.whole[layer]:
-                valid.append(np.array(device_of))
-        options.append(valid)
-    best = [0] * len(options[0])
-    for layer, table in enumerate(problem.statistics.transitions.astype(int)):
-        arriving = []
-        for after in options[layer + 1]:
-            costs = (
-                cost + int((table * problem.topology.cost[np.ix_(before, after)]).sum())
-                for cost, before in zip(best, options[layer], strict=True)
-            )
-            arriving.append(min(costs))
-        best = arriving
-    return min(best)
 
 
 # Experts, devices, and the problem: uneven counts leave slots empty, and without pairs every
@@ -103,26 +77,7 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(make_trace, seed, node):
     stats = mt.RoutingStatistics.from_trace(make_trace(300, experts=experts, seed=seed))
     problem = capped(mt.Problem(stats, mt.Topology(2, node), regime="follow"))
     result = mt.solve(problem, "heuristic")
-    assert mt.Objective(problem).cost(result.placement) == best_by_force(problem)
-
-
-@pytest.mark.parametrize("method", ["joint", "heuristic"])
-def test_load_cap_is_kept(problem, method):
-    """No device is above a cap that some placement keeps."""
-    problem = capped(problem)
-    result = mt.solve(problem, method)
-    assert not result.details.caps.raised
-    assert imbalances(problem, result.placement).max() <= problem.max_imbalance + 1e-9
-
-
-def test_impossible_cap_is_raised_and_told(problem):
-    """Where nothing fits under the cap, the answer is the most balanced and says so."""
-    tight = mt.Problem(problem.statistics, problem.topology, max_imbalance=1.0)
-    result = mt.solve(tight, "heuristic", iterations=2000)
-    raised = result.details.caps.raised
-    found = imbalances(tight, result.placement)
-    for layer, cap in raised.items():
-        assert found[layer] <= cap + 1e-9
+    assert mt.Objective(problem).cost(result.placement) == optimum(problem)
 
 
 @pytest.mark.parametrize("method", ["joint", "heuristic"])
@@ -130,33 +85,25 @@ def test_impossible_cap_is_raised_and_told(problem):
 def test_infeasible_caps_are_told_apart(method, seed):
     """Layers whose cap nothing keeps are named, with the smallest cap that something keeps."""
     problem = small_problem(seed, 3, 7, 3, max_imbalance=1.03)
-    found = mt.solve(problem, method, iterations=2000).details.caps
+    result = mt.solve(problem, method, iterations=2000).details.caps
     least = {}
     for layer, load in enumerate(problem.load.astype(int)):
         ways = np.array(list(itertools.product(range(3), repeat=7)))
-        held = (ways[:, :, None] == np.arange(3)).astype(int)
-        held = held[(held.sum(axis=1) <= problem.slots).all(axis=1)]
-        peak = np.einsum("wed,e->wd", held, load).max(axis=1).min()
+        holds = (ways[:, :, None] == np.arange(3)).astype(int)
+        holds = holds[(holds.sum(axis=1) <= problem.slots).all(axis=1)]
+        peak = np.einsum("wed,e->wd", holds, load).max(axis=1).min()
         if peak > problem.caps.whole[layer]:
             least[layer] = peak * 3 / load.sum()
-    assert found.infeasible == {
+    assert result.infeasible == {
         layer: (pytest.approx(cap), pytest.approx(cap)) for layer, cap in least.items()
     }
-    lines = caps.remarks(problem, found)
+    lines = caps.remarks(problem, result)
     assert bool(least) == any(
         "no placement with one copy of each expert keeps the load cap 1.03" in line
         for line in lines
     )
     for layer in list(least)[:3]:
         assert f"layer {layer} needs {least[layer]:.4f}" in lines[0]
-
-
-def test_search_beats_what_engines_do(make_trace):
-    """The joint method is at least as good as contiguous on the statistics that it saw."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(2000, layers=6, experts=16))
-    problem = mt.Problem(stats, mt.Topology(4), objective="traffic")
-    joint, before = (mt.solve(problem, method).objective for method in ("joint", "contiguous"))
-    assert joint < before
 
 
 def test_no_time_gives_a_placement(problem):
@@ -173,22 +120,6 @@ def test_time_limit_is_kept(make_trace):
     begin = time.perf_counter()
     mt.solve(problem, "heuristic", time_limit=0.3)
     assert time.perf_counter() - begin < 3
-
-
-@pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="needs signals")
-def test_interrupt_returns_the_best_so_far(make_trace):
-    """Ctrl-C ends the search early with a valid placement."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
-    problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
-    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
-    timer.start()
-    try:
-        result = mt.solve(problem, "heuristic", time_limit=60)
-    finally:
-        timer.cancel()
-    assert result.status == "interrupted"
-    assert result.seconds < 30
-    assert (result.placement.replicas == 1).all()
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")

@@ -58,26 +58,3 @@ def test_mixed_levels_the_mean_of_windows() -> None:
     load = np.tile(np.array([[[10.0, 6, 0, 4]], [[2.0, 2, 12, 4]]]), (10, 1, 1))
     assert {0, 2} in placed(load), "largest loads 10 and 14, of the mean 12"
     assert {0, 3} in placed(load, mixed=100.0), "largest loads 14 and 14, of the mean 10"
-
-
-def test_the_norm_generalises() -> None:
-    """On windows of kinds seen, of other draws, it beats the maximum of those seen."""
-    rng = np.random.default_rng(0)
-    kinds = rng.lognormal(0, 0.8, (4, 3, 64))
-    load = np.floor(1000 * np.tile(kinds, (10, 1, 1)) * rng.lognormal(0, 0.3, (40, 3, 64)))
-    worst = []
-    for norm in (0, 8):
-        layers = _core.Layers(
-            load[:20],
-            np.ones(20),
-            np.full((3, 8), 9),
-            [0] * 8,
-            [1.0] * 8,
-            nearest=False,
-            norm=norm,
-        )
-        slots = layers.place(layers.construct(), trials=20_000)[0]
-        holds = (slots[..., None] == np.arange(64)).any(axis=2)
-        device = np.einsum("lde,wle->wld", holds / holds.sum(axis=1, keepdims=True), load[20:])
-        worst.append((device.max(axis=2) / device.mean(axis=2)).mean())
-    assert worst[1] < worst[0]

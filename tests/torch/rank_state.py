@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rank_layer import message, single
+from rank_layer import message, on, single
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -59,6 +59,7 @@ class Routed(torch.nn.Module):
         return self.moe(x, chosen, weights)
 
 
+@on(2)
 def test_a_checkpoint_has_every_expert(rank, folder):
     """All ranks load their own experts, copies too, in the placement that was saved and another."""
     warnings.filterwarnings("ignore")
@@ -80,6 +81,7 @@ def test_a_checkpoint_has_every_expert(rank, folder):
             assert experts_of(model["mlp"]) == slots[0, rank].tolist()
 
 
+@on(2)
 def test_a_full_state_has_every_expert(rank):
     """It is gathered from all ranks, copies once, and loads into any placement."""
     full = StateDictOptions(full_state_dict=True)
@@ -95,6 +97,7 @@ def test_a_full_state_has_every_expert(rank):
     assert experts_of(other.moe) == THERE[0, rank].tolist()
 
 
+@on(2)
 def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
     """A checkpoint keeps the state of every rank's experts; where they moved it has none."""
     warnings.filterwarnings("ignore")
@@ -123,10 +126,11 @@ def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
     assert right.any()
     assert torch.equal(moment(model, optimizer), right)
     parts = trained(THERE, False)
-    said = message(BaseException, lambda: dcp.load(state_of(*parts), checkpoint_id=folder))
-    assert "experts_" in said
+    error = message(BaseException, lambda: dcp.load(state_of(*parts), checkpoint_id=folder))
+    assert "experts_" in error
 
 
+@on(2)
 def test_wrappers_must_leave_out_the_experts(rank):
     """A model that is wrapped whole is refused on all ranks; with experts left out it is right."""
     x = numbers(rank, 6, 4)
@@ -144,9 +148,9 @@ def test_wrappers_must_leave_out_the_experts(rank):
         return DistributedDataParallel(model)
 
     for how in ("DistributedDataParallel", "fully_shard"):
-        said = message(ValueError, lambda how=how: wrapped(how, False)(x))
-        assert said.startswith(how)
-        assert "build the model again" in said
+        error = message(ValueError, lambda how=how: wrapped(how, False)(x))
+        assert error.startswith(how)
+        assert "build the model again" in error
         model = wrapped(how, True)
         out = [model(x) for _ in range(2)][1]
         out.sum().backward()
@@ -156,8 +160,9 @@ def test_wrappers_must_leave_out_the_experts(rank):
 SIZES = (("up", (8, 4)), ("down", (4, 4)))
 
 
+@on(2)
 def test_a_state_is_of_experts(rank):
-    """Names are of experts; a state of all of them loads; what is missing or strange is said."""
+    """Names are of experts; a state of all of them loads; what is missing or strange is error."""
     layer, mine = layer_of(HERE, rank), f"expert.{2 * rank}.up"
     state = layer.state_dict()
     whole = {f"expert.{e}.{n}": torch.full(size, e + 1.0) for e in range(4) for n, size in SIZES}
@@ -189,6 +194,7 @@ def forward(layer, device="cpu", dtype=torch.float32):
         return layer(hidden, chosen, weights, first_token=0)
 
 
+@on(2)
 def test_a_layer_moves_as_a_whole(rank):
     """In other types, made on meta and filled, and moved by meta it computes what it did."""
     expected = forward(layer_of(HERE, rank))
@@ -210,17 +216,19 @@ def test_a_layer_moves_as_a_whole(rank):
         assert (out.float() - expected).abs().max() < tolerance * expected.abs().max()
 
 
+@on(2)
 def test_gradients_enabled_on_some_ranks_only(rank):
     """That is an error on every rank at once, and the next step works."""
     layer = layer_of(HERE, rank)
     given = numbers(1, 2, 4), torch.tensor([[0, 1], [2, 3]]), torch.ones(2, 2)
     with torch.set_grad_enabled(rank == 0):
-        said = message(RuntimeError, layer, *given)
-    assert said == "ranks [0] need gradients and ranks [1] have them disabled: nothing was sent"
+        error = message(RuntimeError, layer, *given)
+    assert error == "ranks [0] need gradients and ranks [1] have them disabled: nothing was sent"
     with torch.no_grad():
         layer(*given)
 
 
+@on(4)
 def test_gradients_where_not_all_ranks_need_them(rank):
     """The backward pass of all ranks takes part, whoever learns and whoever gets no rows."""
     for node in (None, 2):
@@ -257,17 +265,3 @@ def trained(rank, node, learns):
     pairs = [(0 * right if of.grad is None else of.grad, right) for of, right in pairs]
     for x, y in pairs:
         assert (x - y).abs().max() < 1e-4 * (1 + y.abs().max())
-
-
-CHECKS = {
-    2: [
-        test_a_checkpoint_has_every_expert,
-        test_a_full_state_has_every_expert,
-        test_an_optimizer_is_not_loaded_into_other_slots,
-        test_wrappers_must_leave_out_the_experts,
-        test_a_state_is_of_experts,
-        test_a_layer_moves_as_a_whole,
-        test_gradients_enabled_on_some_ranks_only,
-    ],
-    4: [test_gradients_where_not_all_ranks_need_them],
-}

@@ -13,7 +13,7 @@ import transformers.models.gpt_oss.modeling_gpt_oss
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from placements import random_slots
-from rank_layer import message
+from rank_layer import message, on
 from transformers import (
     AutoModelForCausalLM,
     DistributedConfig,
@@ -46,6 +46,7 @@ CONFIGS = {
 TOKENS = torch.arange(2 * 11).reshape(2, 11) * 7 % 64
 
 
+@on(1)
 def test_models_are_written(rank, folder):
     """Write a small random model of each family, and its logits in one process."""
     for family, (kind, more) in CONFIGS.items():
@@ -99,21 +100,25 @@ def shared_batch(rank, folder, family, layers=3):
     assert np.array_equal(counted, predicted[:, rank])
 
 
+@on(2, 4)
 def test_logits_and_traffic_of_mixtral(rank, folder):
     """Logits of one process, and every row that the evaluation predicts from the router's ids."""
     shared_batch(rank, folder, "mixtral")
 
 
+@on(2)
 def test_logits_and_traffic_of_gpt_oss(rank, folder):
     """The same holds where experts have biases."""
     shared_batch(rank, folder, "gpt_oss")
 
 
+@on(4)
 def test_logits_and_traffic_of_qwen3(rank, folder):
     """The same holds where some layers are dense."""
     shared_batch(rank, folder, "qwen3_moe", layers=2)
 
 
+@on(2, 4, 8)
 def test_batches_of_their_own(rank, folder):
     """Data-parallel ranks with batches of different lengths, through nodes, nearest copies."""
     options = {"devices_per_node": 2, "split": "nearest"}
@@ -123,6 +128,7 @@ def test_batches_of_their_own(rank, folder):
         assert is_right(folder, "mixtral", model(TOKENS[:, own]).logits, own)
 
 
+@on(4)
 def test_a_model_is_rebalanced(rank, folder):
     """Its experts move while it serves, and its logits stay."""
     model, placement, placed = loaded(folder, "gpt_oss")
@@ -139,13 +145,15 @@ def test_a_model_is_rebalanced(rank, folder):
     assert placed[0].placement.diff(placement).experts_moved
 
 
+@on(2)
 def test_a_placement_of_another_model_is_refused(rank, folder):
     """On every rank an error comes before the first step."""
     model, *_ = loaded(folder, "mixtral", layers=2)
-    said = message(ValueError, model, TOKENS)
-    assert "placement must have 3 layers like the model, got 2" in said
+    error = message(ValueError, model, TOKENS)
+    assert "placement must have 3 layers like the model, got 2" in error
 
 
+@on(2)
 def test_a_placed_model_is_not_saved(rank, folder):
     """Saving and loading are refused on every rank, and no weights are written."""
     model, *_ = loaded(folder, "mixtral", spare=0)
@@ -156,11 +164,12 @@ def test_a_placed_model_is_not_saved(rank, folder):
         (model.load_state_dict, {}),
         (lambda path: torch.save(model.state_dict(), path), f"{folder}/saved.pt"),
     ):
-        said = message(NotImplementedError, use, given)
-        assert "whose experts are placed cannot be saved" in said
+        error = message(NotImplementedError, use, given)
+        assert "whose experts are placed cannot be saved" in error
     assert not list(Path(folder).rglob("saved*/*.safe*"))
 
 
+@on(2)
 def test_a_placed_model_changes_its_type(rank, folder):
     """Placed experts go where their model goes."""
     model, *_ = loaded(folder, "mixtral", spare=0)
@@ -169,23 +178,3 @@ def test_a_placed_model_changes_its_type(rank, folder):
         logits = model.bfloat16()(TOKENS).logits
     largest = np.abs(np.load(f"{folder}/mixtral.npy")).max()
     assert is_right(folder, "mixtral", logits, tolerance=0.1 * largest)
-
-
-CHECKS = {
-    1: [test_models_are_written],
-    2: [
-        test_logits_and_traffic_of_mixtral,
-        test_logits_and_traffic_of_gpt_oss,
-        test_batches_of_their_own,
-        test_a_placement_of_another_model_is_refused,
-        test_a_placed_model_is_not_saved,
-        test_a_placed_model_changes_its_type,
-    ],
-    4: [
-        test_logits_and_traffic_of_mixtral,
-        test_logits_and_traffic_of_qwen3,
-        test_batches_of_their_own,
-        test_a_model_is_rebalanced,
-    ],
-    8: [test_batches_of_their_own],
-}

@@ -4,15 +4,15 @@ The functions are in modules that import no test tools, and a fork server has im
 already, so that a process costs milliseconds.
 """
 
-import contextlib
 import importlib
 import multiprocessing as mp
 import os
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,45 +25,36 @@ IMPORTED += filter(None, [os.environ.get("PYTHONPATH")])
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank returned, or the error that it raised, or its exit status without either."""
+    """What a rank returned, or the error that it raised, or that it was killed."""
 
     value: Any = None
     error: str | None = None
-    exit: int | None = None
 
 
 def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[Answer]:
     """Call ``module.function(rank, *arguments)`` on every rank; gives their answers by rank."""
-    context = _context()
+    deadline = time.monotonic() + timeout
+    # A pool for every rank: with one for all, the loss of one rank would be that of all.
+    pools = [ProcessPoolExecutor(1, _context()) for _ in range(ranks)]
     with TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(ranks):
-            mine, theirs = context.Pipe(duplex=False)
-            job = (theirs, str(Path(folder) / "store"), rank, ranks, work, arguments)
-            process = context.Process(target=_process, args=job, daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(mine)
-            processes.append(process)
-        try:
-            results = _collect(pipes, time.monotonic() + timeout)
-        finally:
-            for process in processes:
-                process.join(5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-        return [
-            Answer(exit=process.exitcode) if answer is None else answer
-            for answer, process in zip(results, processes, strict=True)
+        store = str(Path(folder) / "store")
+        jobs = [
+            pool.submit(_work, store, rank, ranks, work, arguments)
+            for rank, pool in enumerate(pools)
         ]
+        results = [_answer(job, deadline) for job in jobs]
+        for pool, job in zip(pools, jobs, strict=True):
+            if not job.done():
+                next(iter(pool._processes.values())).kill()
+            pool.shutdown()
+    return results
 
 
 def values(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[Any]:
     """Give what every rank returned; fails on the first error."""
     results = answers(ranks, work, *arguments, timeout=timeout)
     for rank, answer in enumerate(results):
-        assert answer == Answer(value=answer.value), f"rank {rank}: {answer}"
+        assert answer.error is None, f"rank {rank}: {answer.error}"
     return [answer.value for answer in results]
 
 
@@ -79,30 +70,16 @@ def _context() -> Any:
     return context
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Answer | None]:
-    """Read one answer from every pipe; None from those that closed without."""
-    results: list[Answer | None] = [None] * len(pipes)
-    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
-    while open_pipes and time.monotonic() < deadline:
-        for pipe in wait(list(open_pipes), timeout=max(deadline - time.monotonic(), 0)):
-            rank = open_pipes.pop(pipe)
-            with contextlib.suppress(EOFError):
-                results[rank] = pipe.recv()
-            pipe.close()
-    for rank in open_pipes.values():
-        results[rank] = Answer(error="no answer within the time")
-    return results
-
-
-def _process(
-    pipe: Connection, store: str, rank: int, ranks: int, work: str, arguments: tuple[Any, ...]
-) -> None:
-    module, function = work.split(".")
+def _answer(job: Future, deadline: float) -> Answer:
     try:
-        call = getattr(importlib.import_module(module), function)
-        joined = importlib.import_module("rank_layer").joined
-        answer = Answer(value=joined(store, rank, ranks, call, arguments))
+        return Answer(job.result(max(deadline - time.monotonic(), 0)))
+    except BrokenProcessPool:
+        return Answer(error="killed")
     except Exception as error:
-        answer = Answer(error=f"{type(error).__name__}: {error}")
-    pipe.send(answer)
-    pipe.close()
+        return Answer(error=f"{type(error).__name__}: {error}")
+
+
+def _work(store: str, rank: int, ranks: int, work: str, arguments: tuple[Any, ...]) -> Any:
+    module, function = work.split(".")
+    call = getattr(importlib.import_module(module), function)
+    return importlib.import_module("rank_layer").joined(store, rank, ranks, call, arguments)

@@ -69,22 +69,19 @@ def test_endings_are_those_of_the_call():
     """What ends a sequence is said in the call of generate; a padding token said is text."""
     model, tokens = build("mixtral"), prompts()
     model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        free = model.generate(tokens, max_new_tokens=6, do_sample=False)[:, 7:]
-        ending = int(free[0, 1])
-        with capture(model) as recorder:
-            text = model.generate(
-                tokens, max_new_tokens=6, do_sample=False, eos_token_id=ending, pad_token_id=0
-            )[:, 7:].tolist()
-        model.generation_config.pad_token_id = ending
-        with capture(model) as padding:
-            model.generate(
-                tokens, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(tokens)
-            )
-    fed = [said.index(ending) if ending in said else len(said) - 1 for said in text]
+
+    def generated(**more):
+        with torch.no_grad(), capture(model) as recorder:
+            text = model.generate(tokens, max_new_tokens=6, do_sample=False, **more)[:, 7:]
+        return text.tolist(), np.bincount(recorder.trace().sequence).tolist()
+
+    ending = generated()[0][0][1]
+    text, lengths = generated(eos_token_id=ending, pad_token_id=0)
+    fed = [row.index(ending) if ending in row else len(row) - 1 for row in text]
     assert min(fed) < 5
-    assert np.bincount(recorder.trace().sequence).tolist() == [7 + count for count in fed]
-    assert np.bincount(padding.trace().sequence).tolist() == [7 + 5] * 3
+    assert lengths == [7 + count for count in fed]
+    model.generation_config.pad_token_id = ending
+    assert generated(attention_mask=torch.ones_like(tokens))[1] == [7 + 5] * 3
 
 
 @pytest.mark.parametrize("how", ["static", "compiled", "none"])
@@ -102,17 +99,18 @@ def test_generation_without_a_growing_cache(how):
     model.generation_config.eos_token_id = None
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    traces, texts = [], []
+    given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    recorders, texts = [], []
     for more in ({}, how):
         with torch.no_grad(), capture(model) as recorder:
-            given = {"max_new_tokens": 5, "do_sample": False, **more}
-            texts.append(model.generate(tokens, attention_mask=mask, **given))
+            texts.append(model.generate(tokens, **given, **more))
         assert recorder.dropped == 0
-        traces.append(recorder.trace())
+        recorders.append(recorder)
     assert texts[0].equal(texts[1])
-    for row in range(3):
+    traces = [recorder.trace() for recorder in recorders]
+    for row, length in enumerate((8, 11, 11)):
         usual, other = (trace.select(sequences=[row]).expert_ids for trace in traces)
-        assert len(usual) == 7 + 4 - 3 * (row == 0)
+        assert len(usual) == length
         assert np.array_equal(usual, other)
     assert [trace.sequence.max() for trace in traces] == [2, 2]
     assert not compiled  # what is compiled could not be heard
@@ -288,43 +286,39 @@ def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
     assert recorder.dropped > 0
 
 
-def test_a_pass_that_is_not_understood_is_left_out():
+@pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
+def test_a_pass_that_is_not_understood_is_left_out(observe):
     """The model gives what it gives unobserved; the pass is counted, and told of once."""
     model, tokens = build("mixtral"), prompts()
     mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
     with torch.no_grad():
         expected = model(input_ids=tokens, attention_mask=mask).logits
-        for observer in (capture, RoutingCounters.attach):
-            with (  # noqa: PT031 - warned once in all of the block
-                pytest.warns(RuntimeWarning, match="attention_mask must be") as warned,
-                observer(model) as watcher,
-            ):
+        with pytest.warns(RuntimeWarning, match="attention_mask must be") as warned:  # noqa: PT031 - warned once in all of it
+            watcher = observe(model)
+            with watcher:
                 for _ in range(2):
                     assert model(input_ids=tokens, attention_mask=mask).logits.equal(expected)
                 model(input_ids=tokens)
-            assert len(warned) == 1
-            assert watcher.dropped == 2
-            counters = isinstance(watcher, RoutingCounters)
-            counts = watcher.statistics() if counters else watcher.trace()
-            assert (counts.total_load[0].sum() // 2 if counters else counts.tokens) == 21
+    assert (len(warned), watcher.dropped) == (1, 2)
+    if observe is capture:
+        assert watcher.trace().tokens == 21
+    else:
+        assert watcher.statistics().total_load[0].sum() == 2 * 21
 
 
 def test_paged_batches():
     """Tokens of many requests in one row: counted without their padding, and no trace of them."""
     model = build("mixtral")
-    ends = torch.tensor([0, 3, 5], dtype=torch.int32)
     given = {
         "input_ids": prompts(1, 7),
         "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril(),
-        "cu_seq_lens_q": ends,
+        "cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32),
     }
     with torch.no_grad():
         with RoutingCounters.attach(model) as counters:
             model(**given, cache=transformers.DynamicCache())
-        with (  # noqa: PT031 - warned once in all of the block
-            pytest.warns(RuntimeWarning, match="paged batches do not say which sequences"),
-            capture(model) as recorder,
-        ):
+        recorder = capture(model)
+        with pytest.warns(RuntimeWarning, match="paged batches do not say which"), recorder:  # noqa: PT031 - warned once in all of it
             model(**given, cache=transformers.DynamicCache())
             model(input_ids=prompts(1, 4))
     assert counters.statistics().total_load[0].sum() == 2 * 5

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from moe_models import build, build_kind, prompts, torch
+from moe_models import build, build_kind, choices, prompts, refused, torch
 from waiting import Waiting
 
 import moetuner as mt
@@ -15,9 +15,7 @@ from moetuner.torch import RoutingCounters, capture, moe_layers
 def test_a_router_that_runs_twice_is_refused(observe):
     """One block at two places has no single choice per token; the other layers can be named."""
     model, tokens = build("mixtral"), prompts()
-    with torch.no_grad(), capture(model) as recorder:
-        model(input_ids=tokens)
-    expected = recorder.trace().expert_ids[:, 0]
+    expected = choices(model, tokens)[:, :, 0]
     model.model.layers[2].mlp = model.model.layers[1].mlp
 
     def record(routers=None):
@@ -25,47 +23,39 @@ def test_a_router_that_runs_twice_is_refused(observe):
             model(input_ids=tokens)
         return watcher.trace() if observe is capture else watcher.statistics()
 
-    with (
-        pytest.warns(RuntimeWarning, match="ran more than once"),
-        pytest.raises(ValueError, match=r"layers.1.mlp.gate ran more than once in a forward pass"),
-    ):
-        record()
+    refused("layers.1.mlp.gate ran more than once in a forward pass", record)
     counts = record(["model.layers.0.mlp.gate"])
-    counted = np.bincount(expected.ravel(), minlength=8)
-    load = (
-        counts.total_load[0] if observe is not capture else np.bincount(counts.expert_ids.ravel())
-    )
-    assert load.tolist() == counted.tolist()
+    ids = counts.expert_ids.ravel() if observe is capture else None
+    load = counts.total_load[0] if ids is None else np.bincount(ids, minlength=8)
+    assert load.tolist() == np.bincount(expected.ravel(), minlength=8).tolist()
 
 
 def test_zero_computation_experts():
     """LongCat's router also chooses rows without experts: counters leave them out."""
     model, tokens = build_kind("longcat_flash"), prompts()
-    layers, chosen = moe_layers(model), []
+    layers = moe_layers(model)
     assert layers[0].choices > 256 > layers[0].num_experts
     for layer in layers:
         layer.router.e_score_correction_bias[:8] += 0.2  # some of both kinds are chosen
-        layer.router.register_forward_hook(
-            lambda _m, _i, output: chosen.append(
-                next(part for part in output if not part.is_floating_point())
-            )
-        )
     with torch.no_grad(), RoutingCounters.attach(model, window=10) as counters:
         model(input_ids=tokens)
-    ids = torch.stack(chosen, 1)
+    ids = choices(model, tokens).reshape(tokens.numel(), len(layers), -1)
     load = counters.statistics().window_load
-    for window, part in enumerate(ids.split(10)):
+    for window in range(len(load)):
         for layer in range(len(layers)):
-            real = part[:, layer][part[:, layer] < 8]
-            assert load[window, layer].tolist() == real.bincount(minlength=8).tolist()
-    assert 0 < load.sum() < ids.numel()
-    with (
-        pytest.warns(RuntimeWarning, match="is not recorded"),
-        pytest.raises(ValueError, match="256 zero-computation experts: RoutingCounters counts the"),
-        torch.no_grad(),
-        capture(model),
-    ):
-        model(input_ids=tokens)
+            part = ids[10 * window :][:10, layer].ravel()
+            assert load[window, layer].tolist() == np.bincount(part[part < 8], minlength=8).tolist()
+    assert 0 < load.sum() < ids.size
+    with torch.no_grad():
+        text = "256 zero-computation experts: RoutingCounters counts the"
+        refused(text, lambda: recorded(model, input_ids=tokens))
+
+
+def recorded(model, **given):
+    """Record a pass."""
+    with capture(model) as recorder:
+        model(**given)
+    return recorder.trace()
 
 
 class Fixed(torch.nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,34 +36,9 @@ COPIES = options.Text(
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
 
 
-@options.command("advise", begin_with="--devices --devices-per-node --for --report")
-def command(
-    *,
-    source: Source,
-    machine: Machine,
-    initial: Annotated[
-        str, option(RUNNING, "PLACEMENT|contiguous|round_robin", group=options.RUNNING)
-    ] = "contiguous",
-    copies: Annotated[
-        tuple[int, ...],
-        option(COPIES, "N,N,...", group=options.RUNNING, default=DEFAULT_COPIES),
-    ],
-    expert_bytes: options.ExpertBytes = None,
-    price: Annotated[float, option(options.Number(0, 1), "SHARE", group=options.JUDGING)] = PRICE,
-    splits: Annotated[
-        int, option(click.IntRange(1, 100), "N", group=options.JUDGING)
-    ] = advising.SPLITS,
-    any_order: Annotated[bool, option(group=options.JUDGING, is_flag=True)] = False,
-    serving: Serving,
-    seed: options.Seed = 0,
-    pages: Pages,
-    output: Output,
-) -> None:
-    """Advise whether a better placement is worth a trial.
-
-    Placements are computed from half of INPUT and judged on the other, over several splits. The
-    answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
-    experts would bring, what moving costs, and the commands that come next.
+@dataclass(frozen=True)
+class Trial:
+    """What is tried, and what it must bring.
 
     Parameters
     ----------
@@ -79,35 +55,59 @@ def command(
     any_order
         The order of INPUT is not that of serving: its kinds were recorded one after the other.
     """
-    topology = machine.topology()
-    running: Any = initial
-    if initial not in BASELINES:
-        if not Path(initial).is_file():
-            raise click.BadParameter(
-                f"must be a file, contiguous or round_robin, got '{initial:.60}'",
-                param_hint="'--initial'",
-            )
-        running = Placement.load(initial)
-    traffic = source.traffic
+
+    copies: Annotated[
+        tuple[int, ...],
+        option(COPIES, "N,N,...", group=options.RUNNING, default=DEFAULT_COPIES),
+    ]
+    initial: Annotated[
+        str, option(RUNNING, "PLACEMENT|contiguous|round_robin", group=options.RUNNING)
+    ] = "contiguous"
+    expert_bytes: options.ExpertBytes = None
+    price: Annotated[float, option(options.Number(0, 1), "SHARE", group=options.JUDGING)] = PRICE
+    splits: Annotated[int, option(click.IntRange(1, 100), "N", group=options.JUDGING)] = (
+        advising.SPLITS
+    )
+    any_order: Annotated[bool, option(group=options.JUDGING, is_flag=True)] = False
+    seed: options.Seed = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Return arguments of ``advise``; read the placement that runs."""
+        how = asdict(self)
+        how["in_order"] = not how.pop("any_order")
+        if self.initial not in BASELINES:
+            if not Path(self.initial).is_file():
+                raise click.BadParameter(
+                    f"must be a file, contiguous or round_robin, got '{self.initial:.60}'",
+                    param_hint="'--initial'",
+                )
+            how["initial"] = Placement.load(self.initial)
+        return how
+
+
+@options.command("advise", begin_with="--devices --devices-per-node --for --report")
+def command(
+    *,
+    source: Source,
+    machine: Machine,
+    trial: Trial,
+    serving: Serving,
+    pages: Pages,
+    output: Output,
+) -> None:
+    """Advise whether a better placement is worth a trial.
+
+    Placements are computed from half of INPUT and judged on the other, over several splits. The
+    answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
+    experts would bring, what moving costs, and the commands that come next.
+    """
+    topology, how, traffic = machine.topology(), trial.arguments(), source.traffic
+    how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
     with steps("advising") as report:
-        advice = advising.advise(
-            traffic,
-            topology,
-            initial=running,
-            engine=serving.engine,
-            copies=copies,
-            window=source.window,
-            splits=splits,
-            price=price,
-            expert_bytes=expert_bytes,
-            **serving.arguments(traffic),
-            in_order=not any_order,
-            seed=seed,
-            threads=source.threads,
-            report=report,
-        )
-    commands = next_commands(source, machine, advice, initial, serving.engine)
+        how |= serving.arguments(traffic)
+        advice = advising.advise(traffic, topology, report=report, **how)
+    commands = next_commands(source, machine, advice, trial.initial, serving.engine)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}

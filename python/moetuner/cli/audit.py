@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 
@@ -30,6 +31,50 @@ NAMED = 8
 MEASURES = [name for name, figure in FIGURES.items() if figure.per is not None]
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What is judged, and how.
+
+    Parameters
+    ----------
+    fail_if_worse
+        Exit with status 3 if a group got worse by more than so many percent, and that it got worse
+        is beyond chance.
+    measures
+        Measures that --fail-if-worse judges, several times for several; the predicted time by
+        default if there is one, else all.
+    resamples
+        Resamples for the intervals.
+    """
+
+    fail_if_worse: Annotated[float | None, option(options.Number(min=0), "PCT")] = None
+    measures: Annotated[
+        tuple[str, ...], option(click.Choice(MEASURES), flag="--measure", multiple=True)
+    ] = ()
+    resamples: Annotated[int, option(click.IntRange(1, 1 << 20), "N")] = RESAMPLES
+    seed: options.Seed = 0
+
+    def judged(self, audited: Audit) -> tuple[str, ...]:
+        """Return the measures that are judged: those given, else the time or, without one, all."""
+        for measure in self.measures:
+            if measure not in audited.whole:
+                raise click.BadParameter(
+                    f"must be of {', '.join(audited.whole)} for this input, got {measure}",
+                    param_hint="'--measure'",
+                )
+        default = {"predicted_layer_us"} & audited.whole.keys() or audited.whole
+        return self.measures or tuple(default)
+
+    def settings(self, audited: Audit) -> dict[str, Any]:
+        """Return the options for JSON."""
+        return {
+            "fail_if_worse": self.fail_if_worse,
+            "judged": list(self.judged(audited)),
+            "resamples": self.resamples,
+            "seed": self.seed,
+        }
+
+
 @options.command("audit")
 def command(
     *,
@@ -38,12 +83,7 @@ def command(
     baseline_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
     machine: Machine,
     serving: Serving,
-    fail_if_worse: Annotated[float | None, option(options.Number(min=0), "PCT")] = None,
-    measures: Annotated[
-        tuple[str, ...], option(click.Choice(MEASURES), flag="--measure", multiple=True)
-    ] = (),
-    resamples: Annotated[int, option(click.IntRange(1, 1 << 20), "N")] = RESAMPLES,
-    seed: options.Seed = 0,
+    judging: Judging,
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
@@ -58,14 +98,6 @@ def command(
     ----------
     baseline_file
         Placement to compare with; experts in blocks by default.
-    fail_if_worse
-        Exit with status 3 if a group got worse by more than so many percent, and that it got worse
-        is beyond chance.
-    measures
-        Measures that --fail-if-worse judges, several times for several; the predicted time by
-        default if there is one, else all.
-    resamples
-        Resamples for the intervals.
     """
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
@@ -74,26 +106,15 @@ def command(
     how = serving.arguments(traffic)
     if not serving.has_times:
         how["cost_model"] = None
+    served = dict(how)
+    how |= {"resamples": judging.resamples, "seed": judging.seed, "threads": source.threads}
     with working("auditing"):
-        audited = audit(
-            placement,
-            traffic,
-            topology,
-            baseline=baseline,
-            window=window or 1,
-            **how,
-            resamples=resamples,
-            seed=seed,
-            threads=source.threads,
-        )
-    judged = _measures(audited, measures)
-    failures = []
-    if fail_if_worse is not None:
-        failures = audited.worse(fail_if_worse / 100, measures=judged)
+        audited = audit(placement, traffic, topology, baseline=baseline, window=window or 1, **how)
+    judged, limit = judging.judged(audited), judging.fail_if_worse
+    failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
     output.say(source.describe(), *serving.explain())
-    name, against = text.name(placement_file.name), "experts in blocks"
-    if baseline_file is not None:
-        against = text.name(baseline_file.name)
+    name = text.name(placement_file.name)
+    against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
     _show(output, audited, name, against)
     if how["cost_model"] is not None:
         output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
@@ -102,37 +123,17 @@ def command(
         worst = failures[0]
         output.say(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
-            f"{FIGURES[worst.measure].label}, more than {fail_if_worse:g} %"
+            f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
-    output.finish(
-        {
-            "input": source.facts(),
-            "placement": str(placement_file),
-            "baseline": None if baseline_file is None else str(baseline_file),
-            "settings": {
-                **serving.settings(topology, how),
-                "window": window,
-                "fail_if_worse": fail_if_worse,
-                "judged": list(judged),
-                "resamples": resamples,
-                "seed": seed,
-            },
-            **audited.to_dict(),
-            "failed": bool(failures),
-        }
-    )
+    settings = serving.settings(topology, served) | {"window": window} | judging.settings(audited)
+    contents = {
+        "input": source.facts(),
+        "placement": str(placement_file),
+        "baseline": None if baseline_file is None else str(baseline_file),
+        "settings": settings,
+    }
+    output.finish({**contents, **audited.to_dict(), "failed": bool(failures)})
     return WORSE if failures else 0
-
-
-def _measures(audited: Audit, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the measures that are judged: those given, else the time or, without one, all."""
-    for measure in given:
-        if measure not in audited.whole:
-            raise click.BadParameter(
-                f"must be of {', '.join(audited.whole)} for this input, got {measure}",
-                param_hint="'--measure'",
-            )
-    return given or tuple({"predicted_layer_us"} & audited.whole.keys() or audited.whole)
 
 
 def _show(output: Output, audited: Audit, name: str, against: str) -> None:

@@ -50,6 +50,67 @@ the interval of 95 %.
 """
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What is compared, and on what it is judged.
+
+    Parameters
+    ----------
+    holdout
+        Share of the sequences that methods do not see and are judged on (without sequence labels:
+        runs of windows); 0 judges on what they saw.
+    baseline
+        Method to compare against. [default: eplb, else the first]
+    """
+
+    methods: Annotated[
+        tuple[str, ...],
+        option(
+            options.Text(options.read_methods),
+            "A,B,C",
+            default=DEFAULT_METHODS,
+            help=f"Out of {', '.join(METHODS)}.",
+        ),
+    ]
+    holdout: Annotated[
+        float, option(options.Number(0, 1, max_open=True), "SHARE", group=options.JUDGING)
+    ] = 0.5
+    splits: Annotated[
+        int | None,
+        option(
+            click.IntRange(1, 1000),
+            "N",
+            group=options.JUDGING,
+            help="Ways to choose what is held out; with several, gains come with their range too.  "
+            f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
+        ),
+    ] = None
+    baseline: Annotated[str | None, option(str, "METHOD", group=options.JUDGING)] = None
+
+    def __post_init__(self) -> None:
+        if self.over not in self.methods:
+            raise click.BadParameter(
+                f"must be one of the methods {','.join(self.methods)}, got {self.over!r:.40}",
+                param_hint="'--baseline'",
+            )
+        if self.holdout == 0 and self.splits is not None and self.splits > 1:
+            raise click.BadParameter(
+                f"must be 1 where nothing is held out, got {self.splits}", param_hint="'--splits'"
+            )
+
+    @property
+    def over(self) -> str:
+        """The method that gains are over."""
+        given = self.baseline or (PEER if PEER in self.methods else self.methods[0])
+        return ALIASES.get(given, given)
+
+    def goes_on(self, done: int, took: float) -> bool:
+        """Whether one more split is due after so many, which took so many seconds."""
+        if self.splits is not None:
+            return done < self.splits
+        return self.holdout > 0 and done < SPLITS and took * (done + 1) / done <= SECONDS
+
+
 @options.command(
     "compare",
     help=TEXT,
@@ -60,53 +121,18 @@ def command(
     source: Source,
     machine: Machine,
     wanted: ProblemOptions,
-    holdout: Annotated[
-        float, option(options.Number(0, 1, max_open=True), "SHARE", group=options.JUDGING)
-    ] = 0.5,
-    methods: Annotated[
-        tuple[str, ...],
-        option(
-            options.Text(options.read_methods),
-            "A,B,C",
-            default=DEFAULT_METHODS,
-            help=f"Out of {', '.join(METHODS)}.",
-        ),
-    ],
-    splits: Annotated[
-        int | None,
-        option(
-            click.IntRange(1, 1000),
-            "N",
-            group=options.JUDGING,
-            help="Ways to choose what is held out; with several, gains come with their range too.  "
-            f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
-        ),
-    ] = None,
-    baseline: Annotated[str | None, option(str, "METHOD", group=options.JUDGING)] = None,
+    judging: Judging,
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
 ) -> None:
-    """Compare methods on traffic that they have not seen.
-
-    Parameters
-    ----------
-    holdout
-        Share of the sequences that methods do not see and are judged on (without sequence labels:
-        runs of windows); 0 judges on what they saw.
-    baseline
-        Method to compare against. [default: eplb, else the first]
-    """
-    over = _baseline(baseline, methods)
-    if holdout == 0 and splits is not None and splits > 1:
-        raise click.BadParameter(
-            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
-        )
-    trials = _Trials(source, machine.topology(), wanted, methods, holdout, search)
+    """Compare methods on traffic that they have not seen."""
+    over, holdout = judging.over, judging.holdout
+    trials = _Trials(source, machine.topology(), wanted, judging, search)
     problem, unseen = trials.first
     output.say(source.describe(), *wanted.explain_problem(problem))
     output.say(_setting(problem, source.counted, holdout, unseen), "")
-    all_splits = trials.run(splits, output)
+    all_splits = trials.run(output)
     outcomes = all_splits[0]
     first = list(outcomes.values())
     output.table(head(problem), [outcome.row() for outcome in first])
@@ -149,18 +175,6 @@ def command(
     output.finish(contents)
 
 
-def _baseline(given: str | None, methods: tuple[str, ...]) -> str:
-    """Return the method that gains are over."""
-    over = given or (PEER if PEER in methods else methods[0])
-    over = ALIASES.get(over, over)
-    if over not in methods:
-        raise click.BadParameter(
-            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
-            param_hint="'--baseline'",
-        )
-    return over
-
-
 @dataclass(frozen=True)
 class _Trials:
     """All methods, on one split of the traffic after the other."""
@@ -168,14 +182,13 @@ class _Trials:
     source: Source
     topology: Topology
     wanted: ProblemOptions
-    methods: tuple[str, ...]
-    holdout: float
+    judging: Judging
     search: options.SearchOptions
 
     def parts(self, number: int) -> tuple[Problem, Traffic]:
         """Return the problem of what one split shows, and the traffic that it is judged on."""
         source, seed = self.source, nth_seed(self.search.seed, number)
-        seen, unseen = hold_out(source.traffic, self.holdout, seed=seed)
+        seen, unseen = hold_out(source.traffic, self.judging.holdout, seed=seed)
         return self.wanted.problem(source, self.topology, seen), unseen
 
     @cached_property
@@ -183,10 +196,10 @@ class _Trials:
         """The parts of the first split."""
         return self.parts(0)
 
-    def run(self, splits: int | None, output: Output) -> list[dict[str, Outcome]]:
+    def run(self, output: Output) -> list[dict[str, Outcome]]:
         """Try all methods on splits until there are enough, or somebody interrupts."""
         began, done = time.monotonic(), [self.split(0)]
-        while _goes_on(splits, self.holdout, len(done), time.monotonic() - began):
+        while self.judging.goes_on(len(done), time.monotonic() - began):
             # Only the first split shows the best so far: gains are of whole splits.
             if list(done[0].values())[-1].result.status == "interrupted":
                 break
@@ -202,20 +215,14 @@ class _Trials:
         problem, unseen = self.parts(number) if number else self.first
         how = {**asdict(self.search), "seed": nth_seed(self.search.seed, number)}
         results: list[Result] = []
-        for place, method in enumerate(self.methods, 1):
-            where = f"{place} of {len(self.methods)}, split {number + 1}"
+        methods = self.judging.methods
+        for place, method in enumerate(methods, 1):
+            where = f"{place} of {len(methods)}, split {number + 1}"
             result = self.source.solve(method, problem, place=where, **how)
             results.append(result.uninterrupted() if number else result)
             if result.status == "interrupted":
                 break
-        return dict(zip(self.methods, self.source.judge(results, problem, unseen), strict=False))
-
-
-def _goes_on(splits: int | None, holdout: float, done: int, took: float) -> bool:
-    """Whether one more split is due after so many, which took so many seconds."""
-    if splits is not None:
-        return done < splits
-    return holdout > 0 and done < SPLITS and took * (done + 1) / done <= SECONDS
+        return dict(zip(methods, self.source.judge(results, problem, unseen), strict=False))
 
 
 def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traffic) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,39 @@ FORMS = "\n\n".join(
 )
 
 
+@dataclass(frozen=True)
+class Checking:
+    """A map to check.
+
+    Parameters
+    ----------
+    check_file
+        Check a map that was written elsewhere, instead: say why an engine could not load it.
+    engine
+        Engine that loads the map to check, if its format is of several engines.
+    """
+
+    check_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None
+    engine: Annotated[str | None, option(click.Choice(list(ENGINES)), flag="--for")] = None
+
+
+@dataclass(frozen=True)
+class Means:
+    """What some formats are made of, besides a placement.
+
+    Parameters
+    ----------
+    checkpoint
+        Checkpoint as transformers writes it, for engines that take a placement as one: --out is the
+        folder of the renumbered one.
+    initial_file
+        The running placement, for moves.
+    """
+
+    checkpoint: Annotated[Path | None, option(options.InFile(folders=True), "FOLDER")] = None
+    initial_file: options.InPath = None
+
+
 @options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
     *,
@@ -38,11 +72,9 @@ def command(
         str | None, option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to")
     ] = None,
     out_file: Annotated[Path | None, option(options.OutFile(), "FILE")] = None,
-    check_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
-    engine: Annotated[str | None, option(click.Choice(list(ENGINES)), flag="--for")] = None,
+    checking: Checking,
     given: options.LayerHints,
-    checkpoint: Annotated[Path | None, option(options.InFile(folders=True), "FOLDER")] = None,
-    initial_file: options.InPath = None,
+    means: Means,
     machine: Machine,
     output: Output,
 ) -> None:
@@ -61,21 +93,12 @@ def command(
         Format to write.
     out_file
         File to write.
-    check_file
-        Check a map that was written elsewhere, instead: say why an engine could not load it.
-    engine
-        Engine that loads the map to check, if its format is of several engines.
-    checkpoint
-        Checkpoint as transformers writes it, for engines that take a placement as one: --out is the
-        folder of the renumbered one.
-    initial_file
-        The running placement, for moves.
     """
     hints = Hints(**given.hints, devices=machine.devices)
-    if check_file is not None:
+    if checking.check_file is not None:
         if placement_file is not None or out_file is not None:
             raise click.UsageError("'--check' takes neither PLACEMENT nor '--out'.")
-        _check(check_file, form, engine, hints, output)
+        _check(checking.check_file, form, checking.engine, hints, output)
         return
     if placement_file is None or form is None:
         missing = "argument 'PLACEMENT'" if placement_file is None else "option '--to'"
@@ -90,9 +113,9 @@ def command(
     )
     contents = {"placement": str(placement_file), "format": form, "out": str(out_file)}
     if form == MOVES:
-        _moves(placement, initial_file, machine, out_file, output)
+        _moves(placement, means.initial_file, machine, out_file, output)
     elif form in RENUMBERING:
-        _renumber(placement, form, checkpoint, out_file)
+        _renumber(placement, form, means.checkpoint, out_file)
     else:
         contents |= _write(placement, form, out_file, hints, output)
     output.say(f"wrote {out_file}")

@@ -15,6 +15,7 @@ from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.auditing import audit_of, contiguous
 from moetuner.files import text
+from moetuner.frozen import as_json
 from moetuner.report.page.data import of_evaluations
 
 
@@ -76,12 +77,10 @@ def command(
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
-            **serving.settings(topology, serving.arguments(traffic)),
+            **serving.settings(topology, how),
             "cost_model": model.name,
         },
-        "running": before.to_dict(),
-        "proposed": after.to_dict(),
-        "audit": None if audited is None else audited.to_dict(),
+        **as_json({"running": before, "proposed": after, "audit": audited}),
     }
     Pages(report_file, figures).write(
         output,

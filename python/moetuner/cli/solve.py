@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,34 +31,20 @@ FLATTERED = (
 )
 
 
-@options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
-def command(
-    *,
-    source: Source,
-    machine: Machine,
-    wanted: ProblemOptions,
-    moving: Moving,
-    method: Annotated[
-        str,
-        option(
-            options.Text(options.read_method, words=METHODS),
-            "METHOD",
-            group=options.SEARCH,
-            help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
-        ),
-    ] = "joint",
-    search: SearchOptions,
-    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json"),
-    certificate_file: Annotated[
-        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
-    ] = None,
-    pages: Pages,
-    output: Output,
-) -> None:
-    """Compute a placement and write it.
+Method = Annotated[
+    str,
+    option(
+        options.Text(options.read_method, words=METHODS),
+        "METHOD",
+        group=options.SEARCH,
+        help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+    ),
+]
 
-    The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
-    compare" says what to expect on traffic that the solver has not seen.
+
+@dataclass(frozen=True)
+class Files:
+    """Files of an answer.
 
     Parameters
     ----------
@@ -67,6 +53,32 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
+
+    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json")
+    certificate_file: Annotated[
+        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
+    ] = None
+
+
+@options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
+def command(
+    *,
+    source: Source,
+    machine: Machine,
+    wanted: ProblemOptions,
+    moving: Moving,
+    method: Method = "joint",
+    search: SearchOptions,
+    files: Files,
+    pages: Pages,
+    output: Output,
+) -> None:
+    """Compute a placement and write it.
+
+    The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
+    compare" says what to expect on traffic that the solver has not seen.
+    """
+    out_file, certificate_file = files.out_file, files.certificate_file
     initial = moving.initial()
     problem = wanted.problem(source, machine.topology())
     if initial is not None:
@@ -89,13 +101,8 @@ def command(
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = _prove(problem, result, certificate_file, output) if certificate_file else None
-    settings = {
-        **wanted.problem_settings(problem),
-        **moving.settings(),
-        "window": source.counted,
-        "threads": source.threads,
-        **how,
-    }
+    settings = wanted.problem_settings(problem) | moving.settings() | {"window": source.counted}
+    settings |= how | {"threads": source.threads}
     contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
     pages.write(

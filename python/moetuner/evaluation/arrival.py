@@ -99,30 +99,26 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
 
 
 def mixed_windows(
-    windows: NDArray[np.float64], *, seed: int = 0
+    windows: NDArray[Any],
+    weight: NDArray[np.float64] | None = None,
+    count: int | None = None,
+    *,
+    seed: int = 0,
 ) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Mix windows [W,...] of loads: each new one is the mean of several that were drawn at random.
 
-    As many windows come as there were, a run of them at a time with its place. Each is of 16
-    different ones, of all where there are fewer.
+    As many windows come as there were, or a ``count`` of them, a run at a time with its place. Each
+    is of 16 different ones, of all where there are fewer, by their ``weight`` [W].
     """
     rng = np.random.default_rng(seed)
     total, size = len(windows), min(len(windows), WINDOWS_MIXED)
+    count = total if count is None else count
     per_run = max((64 << 20) // (8 * size * max(windows[0].size, 1)), 1)
-    for first in range(0, total, per_run):
-        place = slice(first, min(first + per_run, total))
-        drawn = [rng.choice(total, size, replace=False) for _ in range(place.stop - place.start)]
-        yield place, windows[np.stack(drawn)].mean(axis=1)
-
-
-def drawn_windows(
-    windows: NDArray[Any], weight: NDArray[np.float64], count: int, *, seed: int = 0
-) -> NDArray[np.float64]:
-    """Mix so many windows [count,...] of many [W,...], each counted by its weight [W]."""
-    rng, size = np.random.default_rng(seed), min(len(windows), WINDOWS_MIXED)
-    mixed = np.empty((count, *windows.shape[1:]))
-    weights = weight.reshape(-1, *[1] * (windows.ndim - 1))
-    for number in range(count):
-        drawn = rng.choice(len(windows), size, replace=False)
-        mixed[number] = (windows[drawn] * weights[drawn]).mean(axis=0)
-    return mixed
+    for first in range(0, count, per_run):
+        place = slice(first, min(first + per_run, count))
+        runs = range(place.start, place.stop)
+        drawn = np.stack([rng.choice(total, size, replace=False) for _ in runs])
+        mixed = windows[drawn]
+        if weight is not None:
+            mixed = mixed * weight[drawn].reshape(*drawn.shape, *[1] * (windows.ndim - 1))
+        yield place, mixed.mean(axis=1)

@@ -56,27 +56,21 @@ def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
 
     Slots serve shares [L,D,S], as ``slot_shares`` has them.
     """
-
-    def in_block(some: NDArray[Any]) -> Floats:
-        return _core.expected_load((placement.slots, share), np.ascontiguousarray(some, np.float64))
-
-    return by_block(load, in_block)
+    slots = placement.slots, share
+    return by_block(
+        load, lambda some: _core.expected_load(slots, np.ascontiguousarray(some, np.float64))
+    )
 
 
 def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
     """Yield the shares of nearest copies of every home [home,D,E], layer by layer."""
+    node = topology.node_of_device
     for holders in placement.held.astype(np.float64):
-        yield _nearest(holders, topology.node_of_device)
-
-
-def _nearest(holders: Floats, node: NDArray[np.int64]) -> Floats:
-    """Compute shares [home,D,E] of a layer that holds experts so [D,E]."""
-    near = (node[:, None] == node[None, :])[:, :, None] * holders
-    in_node = near.sum(axis=1, keepdims=True)
-    # Copies that a home may use: those of its node if there are any.
-    usable = np.where(in_node > 0, near, holders)
-    share: Floats = usable / usable.sum(axis=1, keepdims=True)
-    home, expert = np.nonzero(holders)
-    share[home, :, expert] = 0
-    share[home, home, expert] = 1
-    return share
+        near = (node[:, None] == node[None, :])[:, :, None] * holders
+        # Copies that a home may use: those of its node if there are any.
+        usable = np.where(near.sum(axis=1, keepdims=True) > 0, near, holders)
+        share: Floats = usable / usable.sum(axis=1, keepdims=True)
+        home, expert = np.nonzero(holders)
+        share[home, :, expert] = 0
+        share[home, home, expert] = 1
+        yield share

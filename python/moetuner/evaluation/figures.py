@@ -69,6 +69,15 @@ class Replay:
             return None
         return float(int(visits.sum()) / (max(tokens, 1) * visits.shape[1]))
 
+    @property
+    def crossing(self) -> float | None:
+        """Share of the pairs that are on different devices; None where they are not known."""
+        pairs = self.counts.follow
+        if pairs is None:
+            return None
+        total, stay = pairs.sum(dtype=np.float64), np.einsum("ldd->", pairs, dtype=np.float64)
+        return float((total - stay) / total) if total else 0.0
+
     def rows(self) -> dict[str, NDArray[Any]]:
         """Return rows from device to device, by regime."""
         rows = {} if self.counts.follow is None else {"follow": self.counts.follow}
@@ -158,7 +167,7 @@ FIGURES = {
     ),
     "crossing": Figure(
         *("crossing", 4, "share of transitions between devices"),
-        lambda of: None if of.counts.follow is None else crossing(of.counts.follow),
+        lambda of: of.crossing,
         label="crossing",
         per="pair",
         title="Steps that leave the device",
@@ -206,42 +215,31 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     The slowest device's time over that of loads in proportion to speeds. Layers and windows without
     load count as balanced.
     """
-    if load.ndim == 3:
-        return by_block(load, lambda some: _ratios(some, speed))
-    return _ratios(load, speed)
+
+    def compute(some: NDArray[Any]) -> Floats:
+        # Devices first: numpy is slow on a short last axis. Counts add up the same in any order.
+        by_device = np.ascontiguousarray(np.moveaxis(some, -1, 0))
+        is_count = some.dtype.kind in "ui"
+        total = by_device.sum(axis=0) if is_count else some.sum(axis=-1, dtype=np.float64)
+        total = np.asarray(total, dtype=np.float64)
+        slowest = (by_device.T / speed).T.max(axis=0) * speed.sum()
+        imbalance: Floats = np.ones_like(total)
+        np.divide(slowest, total, out=imbalance, where=total > 0)
+        return imbalance
+
+    return by_block(load, compute)
 
 
-def _ratios(load: NDArray[Any], speed: Floats) -> Floats:
-    # Devices first: numpy is slow on a short last axis. Counts add up the same in any order.
-    by_device = np.ascontiguousarray(np.moveaxis(load, -1, 0))
-    if load.dtype.kind in "ui":
-        total = by_device.sum(axis=0).astype(np.float64)
-    else:
-        total = load.sum(axis=-1, dtype=np.float64)
-    each = speed.reshape(-1, *[1] * (load.ndim - 1))
-    slowest = (by_device / each).max(axis=0) * speed.sum()
-    imbalance: Floats = np.ones_like(total)
-    np.divide(slowest, total, out=imbalance, where=total > 0)
-    return imbalance
-
-
-def percentile(parts: list[tuple[float, Floats]], percent: float) -> float:
+def percentile(parts: Weighed, percent: float) -> float:
     """Compute what so many percent of values [...] do not exceed, each part's by its weight."""
     if len(parts) == 1:
         return float(np.percentile(parts[0][1], percent))
     values = np.concatenate([each.ravel() for _, each in parts])
     weights = np.concatenate([np.full(each.size, weight / each.size) for weight, each in parts])
     order = np.argsort(values, kind="stable")
-    reached = np.cumsum(weights[order])
-    place = int(np.searchsorted(reached, percent / 100 * reached[-1]))
+    total = np.cumsum(weights[order])
+    place = int(np.searchsorted(total, percent / 100 * total[-1]))
     return float(values[order][min(place, len(values) - 1)])
-
-
-def crossing(follow: NDArray[Any]) -> float:
-    """Compute the share of the pairs [L-1,D,D] that are on different devices."""
-    total = follow.sum(dtype=np.float64)
-    stay = np.einsum("ldd->", follow, dtype=np.float64)
-    return float((total - stay) / total) if total else 0.0
 
 
 def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float]]:

@@ -68,28 +68,20 @@ def _few_kinds(count: Floats) -> Integers | None:
     spread = 1 - (share.reshape(count.shape) ** 2).sum(axis=2)
     noise = spread.sum(axis=1) / np.maximum(tokens, 1)
     far = 1 + NEAR * np.sqrt(2 / max(layers * (experts - 1), 1))
-    order = np.argsort(-tokens, kind="stable")
-    means = np.empty((MOST, share.shape[1]))
-    weight = np.zeros(MOST)
-    kind = np.empty(number, dtype=np.int64)
-    used = 0
-    for one in order:
-        nearest, least = used, np.inf
-        if used:
-            distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
-            # A kind's mean has noise too, that of all its tokens.
-            ratio = distance / (noise[one] * (1 + tokens[one] / weight[:used]))
-            nearest = int(ratio.argmin())
-            least = float(ratio[nearest])
-        if least > far:
+    means, weight = np.empty((MOST, share.shape[1])), np.zeros(MOST)
+    kind, used = np.empty(number, dtype=np.int64), 0
+    for one in np.argsort(-tokens, kind="stable"):
+        distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
+        # A kind's mean has noise too, that of all its tokens.
+        ratio = distance / (noise[one] * (1 + tokens[one] / weight[:used]))
+        nearest = int(ratio.argmin()) if used else 0
+        if not used or ratio[nearest] > far:
             if used == min(MOST, number // EACH):
                 return None
             nearest, used = used, used + 1
-            means[nearest], weight[nearest] = share[one], tokens[one]
-        else:
-            total = weight[nearest] + tokens[one]
-            means[nearest] += (share[one] - means[nearest]) * (tokens[one] / total)
-            weight[nearest] = total
+            means[nearest] = share[one]
+        weight[nearest] += tokens[one]
+        means[nearest] += (share[one] - means[nearest]) * (tokens[one] / weight[nearest])
         kind[one] = nearest
     if used < 2:
         return np.zeros(number, dtype=np.int64)

@@ -117,12 +117,12 @@ class Units:
 
 def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
-    if isinstance(traffic, RoutingStatistics):
-        blocks = blocks_of(traffic.window_load, traffic.group)
-        return Units("window", blocks.number(traffic.windows), blocks)
-    if traffic.sequence is None:
-        blocks = _blocks_of_trace(traffic, window, threads)
-        windows = 1 if window is None else -(-traffic.tokens // window)
+    if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
+        loads = loads_of(traffic, window=window, threads=threads)
+        blocks = blocks_of(loads.window_load, loads.group)
+        windows = loads.windows
+        if isinstance(traffic, RoutingTrace):
+            windows = 1 if window is None else -(-traffic.tokens // window)
         return Units("window", blocks.number(windows), blocks)
     labels = np.unique(traffic.sequence)
     kinds, all_alike = kinds_of(traffic, labels)
@@ -131,17 +131,20 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
     return Units("kind", int(kinds.max(initial=-1)) + 1, sequences=labels, kinds=kinds)
 
 
-def _blocks_of_trace(trace: RoutingTrace, window: int | None, threads: int | None = None) -> Blocks:
-    """Count windows of the tokens of every group, and compute how far they are alike."""
-    counted = RoutingStatistics.from_trace(
-        trace,
+def loads_of(
+    traffic: Traffic, *, window: int | None = None, threads: int | None = None
+) -> RoutingStatistics:
+    """Count loads alone, in windows of the tokens of every group; statistics are as they are."""
+    if isinstance(traffic, RoutingStatistics):
+        return traffic
+    return RoutingStatistics.from_trace(
+        traffic,
         window=window,
-        by_group=trace.group is not None,
+        by_group=traffic.group is not None,
         transitions=False,
         coactivation=False,
         threads=threads,
     )
-    return blocks_of(counted.window_load, counted.group)
 
 
 def blocks_of(
@@ -312,7 +315,8 @@ def likeness(share: float, units: Units) -> float:
 def alike_tokens(trace: RoutingTrace) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
     piece = max(PIECE, -(-trace.tokens // PIECES))
-    return piece * _blocks_of_trace(trace, piece).length
+    loads = loads_of(trace, window=piece)
+    return piece * blocks_of(loads.window_load, loads.group).length
 
 
 def with_runs(trace: RoutingTrace) -> RoutingTrace:

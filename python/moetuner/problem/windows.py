@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import is_number, shown
-from moetuner.evaluation.arrival import Arrival, drawn_windows, mixed_windows, share_mixed
+from moetuner.evaluation.arrival import Arrival, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
 
@@ -162,11 +162,8 @@ def windows_of(
     load = statistics.window_load if many else statistics.window_load.astype(np.float64)
     if share == 0 or len(load) < 2:
         return Windows(load, weight, group, *kind)
-    if many:
-        mixed = drawn_windows(load, weight, MOST)
-    else:
-        weighted = load * weight[:, None, None]
-        mixed = np.concatenate([part for _, part in mixed_windows(weighted)])
+    drawn = mixed_windows(load, weight, MOST if many else len(load))
+    mixed = np.concatenate([part for _, part in drawn])
     weights = np.concatenate(
         [weight * (1 - share), np.full(len(mixed), share * weight.sum() / len(mixed))]
     )

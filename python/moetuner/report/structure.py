@@ -19,7 +19,7 @@ from moetuner.evaluation import evaluate
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, paired
 from moetuner.evaluation.replay import Setting, Traffic
-from moetuner.evaluation.units import hold_out, units_of, with_runs
+from moetuner.evaluation.units import hold_out, loads_of, units_of, with_runs
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -208,16 +208,11 @@ def _pairs(
 
 def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
     """Replace transitions by those of independent layers with the same loads, scaled up."""
-    load = statistics.total_load.astype(np.float64)
-    tables = [
-        _rounded(
-            np.outer(load[layer], load[layer + 1]),
-            max(
-                int(table.sum(dtype=np.uint64)), COUNTS_PER_CELL * table.size if table.any() else 0
-            ),
-        )
-        for layer, table in enumerate(statistics.transitions_or_empty)
-    ]
+    load, tables = statistics.total_load.astype(np.float64), []
+    for layer, table in enumerate(statistics.transitions_or_empty):
+        least = COUNTS_PER_CELL * table.size if table.any() else 0
+        total = max(int(table.sum(dtype=np.uint64)), least)
+        tables.append(_rounded(np.outer(load[layer], load[layer + 1]), total))
     pairs = np.stack(tables) if tables else statistics.transitions_or_empty
     return replace(statistics, transitions=pairs, coactivation=None)
 
@@ -233,15 +228,13 @@ def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
 
 
 def _groups(
-    traffic: RoutingTrace | RoutingStatistics, load: NDArray[np.uint64], threads: int | None
+    traffic: Traffic, load: NDArray[np.uint64], threads: int | None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Compute the share and distance of every group that has tokens."""
     if traffic.group is None or not traffic.group.size:
         return {}, {}
-    if isinstance(traffic, RoutingTrace):
-        traffic = RoutingStatistics.from_trace(
-            traffic, by_group=True, transitions=False, coactivation=False, threads=threads
-        )
+    traffic = loads_of(traffic, threads=threads)
+    assert traffic.group is not None
     total, mix = load.sum(dtype=np.float64), _shares(load)
     share, distance = {}, {}
     for number, name in enumerate(traffic.group_names):

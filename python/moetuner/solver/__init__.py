@@ -15,6 +15,7 @@ from moetuner.solver.balancing import balance
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.verification import verify
 from moetuner.solver.budget import Budget, History, Progress
+from moetuner.solver.effort import EFFORTS
 from moetuner.solver.methods import ALIASES, METHODS, SEARCHES
 from moetuner.solver.pareto import Trade, pareto
 from moetuner.solver.result import Details, Result
@@ -24,6 +25,7 @@ from moetuner.solver.stages.moves import from_running, repair
 
 __all__ = [
     "ALIASES",
+    "EFFORTS",
     "METHODS",
     "Certificate",
     "Details",
@@ -45,6 +47,7 @@ def solve(
     time_limit: float | None = None,
     iterations: int | None = None,
     gap: float | None = None,
+    effort: str = "default",
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     initial: Placement | None = None,
@@ -73,6 +76,9 @@ def solve(
         Search steps of each start; by default chosen by the problem's size.
     gap
         Stop when (objective - bound) / objective is at most this.
+    effort
+        How much to search without a time limit: ``default``, seconds for most problems, or
+        ``thorough``, up to minutes for a last half per cent.
     threads
         Threads to use, all cores by default.
     progress
@@ -111,7 +117,7 @@ def solve(
     method = ALIASES.get(method, method) if isinstance(method, str) else method
     one_of("method", method, METHODS)
     seed = seed_in(seed)
-    budget = Budget(time_limit, iterations, gap, threads, progress)
+    budget = Budget(time_limit, iterations, gap, threads, progress, effort)
     stages, searched, moves = METHODS[method], method in SEARCHES, None
     not_negative("expert_bytes", expert_bytes, "number of bytes")
     if initial is None:

@@ -8,7 +8,7 @@ from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
-from moetuner.solver.run import ROUNDING, Incumbent, Run, exact_value, status_of
+from moetuner.solver.run import Incumbent, Run, verdict_of
 
 
 def result_of(run: Run, method: str, *, searched: bool) -> Result:
@@ -24,9 +24,11 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
     placement = Placement(slots, num_experts=problem.experts)
     details = _details(run, incumbent, placement, searched=searched)
     objective, bound = problem.objective_function.value(placement), run.bound
-    if bound is not None and _is_refuted(run, placement):
+    verdict = None if bound is None else verdict_of(run, placement.slots, bound)
+    if verdict == "refuted":
+        assert bound is not None
         refuted = replace(details.bound, refuted=bound.source)
-        details, bound = replace(details, bound=refuted), None
+        details, bound, verdict = replace(details, bound=refuted), None, None
     value = None if bound is None else bound.value / run.scale
     about = None if bound is None else scope(problem, details.caps)
     violations = problem.violations(placement)
@@ -40,7 +42,7 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
             bound_scope=about,
         ),
         method=method,
-        status=_status(run, placement, details, violations, is_bounded=bound is not None),
+        status=_status(run, placement, details, violations, verdict),
         objective=objective,
         bound=value,
         bound_source=None if bound is None else bound.source,
@@ -74,20 +76,12 @@ def sampling_facts(problem: Problem) -> dict[str, int]:
     return facts
 
 
-def _is_refuted(run: Run, placement: Placement) -> bool:
-    """Return whether the bound is above the answer's own objective, whatever has gone wrong."""
-    value = exact_value(run, placement.slots)
-    assert run.bound is not None
-    return run.bound.value > (value if isinstance(value, int) else value * (1 + ROUNDING))
-
-
 def _status(
     run: Run,
     placement: Placement,
     details: Details,
     violations: tuple[str, ...],
-    *,
-    is_bounded: bool,
+    proven: Status | None,
 ) -> Status:
     """Return how a run ended, or that its answer breaks rules without saying so."""
     if run.interrupted:
@@ -95,9 +89,6 @@ def _status(
     raised = run.problem.caps.violations(placement) if details.caps.raised else []
     if len(violations) > len(raised):
         return "violates rules"
-    proven = None
-    if is_bounded and run.bound is not None:
-        proven = status_of(run, placement.slots, run.bound)
     # An answer that breaks a cap is optimal only where the cap was raised as little as can be.
     if proven is not None and (proven != "optimal" or are_least(details.caps)):
         return proven

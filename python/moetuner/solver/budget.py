@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from moetuner._checks import at_least, not_negative, shown, threads_in, whole_number
+from moetuner._checks import at_least, not_negative, one_of, shown, threads_in, whole_number
 from moetuner.frozen import Frozen
+from moetuner.solver.effort import EFFORTS, Effort
 
 # Seconds that nobody waits for: such a limit, infinity too, is none.
 LONGEST_LIMIT = 1e9
@@ -60,6 +61,8 @@ class Budget:
         Threads to use, all cores by default; the answer does not depend on it.
     progress
         Called now and then, from the calling thread.
+    effort
+        How much to search without a time limit: ``default`` or ``thorough``.
     """
 
     time_limit: float | None = None
@@ -67,6 +70,7 @@ class Budget:
     gap: float | None = None
     threads: int | None = None
     progress: Callable[[Progress], None] | None = None
+    effort: str = "default"
     begin: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,12 @@ class Budget:
         threads_in(self.threads)
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"progress must be a function, got {shown(self.progress)}")
+        one_of("effort", self.effort, EFFORTS)
+
+    @property
+    def work(self) -> Effort:
+        """What bounds the work; under a time limit only the time does."""
+        return EFFORTS["thorough" if self.time_limit is not None else self.effort]
 
     @property
     def gone(self) -> float:

@@ -7,6 +7,37 @@ does; those of the core's own searches stand in the core.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Numbers that a solve without a time limit goes by, which bound its work in trials.
+
+    Parameters
+    ----------
+    layer_work
+        Work of searching all layers, in all turns together: trials times what each looks at, in
+        units of about a nanosecond.
+    chain_trials
+        Trials of a start for each expert of each layer, where traffic of pairs is searched in
+        layers that are not wide: the work on wide ones is bounded in the core.
+    traffic_caps
+        Caps on the imbalance under which traffic alone is searched where time weighs both.
+    """
+
+    layer_work: float
+    chain_trials: int
+    traffic_caps: tuple[float, ...]
+
+
+# Chosen by "Effort": what an effort takes and reaches. Under a time limit the time decides.
+EFFORTS = {
+    "default": Effort(layer_work=2e9, chain_trials=1000, traffic_caps=(1.08, math.inf)),
+    "thorough": Effort(math.inf, chain_trials=2600, traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf)),
+}
+
 # The joint method: the share of a time limit for the search ("The joint method"). It comes first:
 # everything else can only add to what it finds.
 SEARCH_SHARE = 0.55
@@ -26,6 +57,8 @@ TRIALS_OF_FEW = {range(1, 4): 1000, range(4, 17): 10_000}
 SLOT_WORK, LANES = 60_000, 16
 # Trials of a layer: the least, also as work, and the most.
 LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
+# Trials of a start of the search of traffic: the least and the most.
+CHAIN_LEAST, CHAIN_MOST = 200_000, 16_000_000
 # Turns of all layers, trials for a slot, and the least of a layer, where neighbouring layers count.
 ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
 # Placements that are judged on all windows, where a search has seen some that stand for them.
@@ -37,9 +70,8 @@ POLISHED_SLOTS, POLISHED = 18, 4
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
-# Caps on the imbalance under which traffic alone is searched where time weighs both, and
-# the share of what is left that these searches get (not measured).
-TRAFFIC_CAPS, TRAFFIC_SHARE = (1.02, 1.08, 1.2, 1.5, float("inf")), 0.6
+# Share of what is left that searches of traffic alone get where time weighs both (not measured).
+TRAFFIC_SHARE = 0.6
 
 # Fewest visits ("Fewest devices per token"): trials of each start on pairs, where they are of wide
 # layers (whose trials look at all swaps of an expert), and the share of a time limit that they get.
@@ -47,6 +79,9 @@ PAIR_TRIALS, WIDE_SLOTS, WIDE_PAIR_TRIALS, PAIR_SHARE = 200_000, 100, 20_000, 0.
 # Trials for a slot of the exact search; the work that all layers may be at the most, of which 64
 # sets of a trial are a unit; and the units of a trial besides its sets.
 VISIT_TRIALS, MOST_VISIT_WORK, UNITS_PER_TRIAL = 30_000, 1.5e10, 100
+# Where experts have copies: parts that the core cuts a set's tokens into, and how many times as
+# much a trial takes.
+SET_PARTS, COPY_UNITS = 12, 6
 # Searches that share the trials of a layer of at most so many slots; it is left when two agree.
 VISIT_FEW_SLOTS, VISIT_RESTARTS = 64, 8
 
@@ -108,3 +143,24 @@ LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK = 10, 2500, 400
 LEVEL_FULL, MANY_WINDOWS = 4000, 17
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000
+
+
+def trials_of(slots: int, windows: int | None) -> int:
+    """Return the trials of a layer of slots in windows, or (None) where neighbours count."""
+    if windows is None:
+        return min(max(LINKED_TRIALS * slots, LEAST_LINKED), MOST_TRIALS)
+    lanes = -(-windows // LANES) * LANES
+    few = (trials for some, trials in TRIALS_OF_FEW.items() if windows in some)
+    per_slot = next(few, SLOT_WORK // lanes)
+    return min(max(per_slot * slots, LEAST_TRIALS, LEAST_WORK // lanes), MOST_TRIALS)
+
+
+def quick_trials(slots: int, windows: int) -> int:
+    """Return the trials of a layer of slots in windows where milliseconds count."""
+    trials = max(LEVEL_TRIALS * slots, LEAST_LEVEL)
+    return min(trials, LEVEL_WORK * slots // -(-windows // LANES))
+
+
+def full_trials(slots: int, windows: int) -> int:
+    """Return the trials of the same search where there is no hurry."""
+    return LEVEL_FULL * slots // -(-windows // LANES)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.frozen import Frozen
-from moetuner.placement import Placement, keep_slots
+from moetuner.placement import Placement, holders_of, keep_slots
 from moetuner.problem import Problem
-from moetuner.solver import effort
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
+from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
 from moetuner.solver.methods import METHODS, SEARCHES
-from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import descend, from_running, repair
-
-Slots = NDArray[np.int32]
+from moetuner.solver.stages.moves import descend, from_running, moves_of, repair
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,6 +74,7 @@ def pareto(
     seed: int = 0,
     time_limit: float | None = None,
     iterations: int | None = None,
+    effort: str = "default",
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Trade]:
@@ -84,7 +82,7 @@ def pareto(
 
     Parameters
     ----------
-    problem, method, seed, iterations, threads, progress
+    problem, method, seed, iterations, effort, threads, progress
         As for ``solve``.
     initial
         The placement that runs.
@@ -119,88 +117,70 @@ def pareto(
     one_of("method", method, SEARCHES)
     seed = seed_in(seed)
     problem.check_running(initial)
-    budget = Budget(time_limit, iterations, threads=threads, progress=progress)
+    budget = Budget(time_limit, iterations, None, threads, progress, effort)
     if progress is not None:
-        budget = Budget(time_limit, iterations, threads=threads, progress=History(progress).add)
-    run = Run(problem, seed=seed, budget=budget, moves=Moves(initial))
-    front = _Front(problem, initial, expert_bytes)
-    front.add(repair(problem, initial))
-    run.through([Stage(lambda _, part: front.descend(run, part))])
-    if not run.interrupted:
-        run.through([Stage(lambda _, part: front.at_prices(run, METHODS[method], part))])
-    return front.undominated()
+        budget = replace(budget, progress=History(progress).add)
+    run = Run(problem, seed=seed, budget=budget, moves=Moves(initial, expert_bytes=expert_bytes))
+    run.offer(repair(problem, initial), "running", is_start=True)
+    run.through((Stage(_descend), Stage(lambda run, part: _at_prices(run, METHODS[method], part))))
+    return [_trade(run, initial, of, run.rank_of_all(of)[1]) for of in _undominated(run)]
 
 
-class _Front:
-    """Placements by their moves, and what each gains."""
+def _descend(run: Run, budget: Budget) -> None:
+    """Offer the ends of some of the steps that gain most for a move."""
+    start, moves = run.incumbents[0].slots, moves_of(run)
+    path, interrupted = descend(run, LayerModel(run), moves, start, np.inf, budget)
+    for steps in path.spread(PARETO_STEPS):
+        run.offer(path.after(steps), "moves")
+    if interrupted:
+        raise KeyboardInterrupt
 
-    def __init__(self, problem: Problem, initial: Placement, expert_bytes: float) -> None:
-        self.problem, self.initial, self.expert_bytes = problem, initial, expert_bytes
-        self.before = problem.value(initial)
-        # Load above the caps, in parts of them, and the trade.
-        self.trades: list[tuple[float, Trade]] = []
 
-    def add(self, slots: Slots) -> Trade:
-        """Add a placement whose experts that stay keep their slots."""
-        problem, initial = self.problem, self.initial
-        placement = Placement(problem.filled(slots, initial), num_experts=problem.experts)
-        moves = initial.diff(placement).experts_moved
-        if (placement.held == initial.held).all():
-            placement = initial
-        else:
-            slots = keep_slots(initial.slots, placement.slots, problem.capacity)
-            placement = Placement(slots, num_experts=problem.experts)
-        objective = problem.value(placement)
-        trade = Trade(
-            placement.with_names(
-                model=problem.statistics.model,
-                topology=problem.topology.name,
-                fingerprint=problem.statistics.fingerprint,
-                objective=objective,
-            ),
-            objective,
-            gain=self.before - objective,
-            experts_moved=moves,
-            bytes_moved=moves * self.expert_bytes,
-            caps_raised=dict(cap_report(problem, placement.slots).raised),
-        )
-        self.trades.append((float(problem.caps.excess(placement).sum()), trade))
-        return trade
+def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
+    """Offer what a method solves at several prices of a move, beginning with none."""
+    initial, left = moves_of(run).initial, len(PARETO_PRICES)
 
-    def descend(self, run: Run, budget: Budget) -> None:
-        """Add the ends of some of the steps that gain most for a move."""
-        start, moves = repair(self.problem, self.initial), Moves(self.initial)
-        path, interrupted = descend(run, LayerModel(run), moves, start, np.inf, budget)
-        for steps in path.spread(effort.PARETO_STEPS):
-            self.add(path.after(steps))
-        if interrupted:
+    def at(price: float, left: int) -> Incumbent:
+        moves = Moves(initial, cost=price)
+        inner = run.inner(from_running(stages), budget.within(1 / left), moves=moves)
+        of = run.offer(inner.answer().slots, "prices")
+        if inner.interrupted:
             raise KeyboardInterrupt
+        return of
 
-    def at_prices(self, run: Run, stages: Sequence[Stage], budget: Budget) -> None:
-        """Add what a method solves at several prices of a move, beginning with none."""
+    free = at(0.0, left + 1)
+    gain = run.incumbents[0].value - free.value
+    if free.moves and gain > 0:
+        for number, part in enumerate(PARETO_PRICES):
+            at(part * gain / free.moves, left - number)
 
-        def at(price: float, left: int) -> Trade:
-            moves = Moves(self.initial, cost=price)
-            inner = run.inner(from_running(stages), budget.within(1 / left), moves=moves)
-            trade = self.add(inner.answer().slots)
-            if inner.interrupted:
-                raise KeyboardInterrupt
-            return trade
 
-        left = len(effort.PARETO_PRICES)
-        free = at(0.0, left + 1)
-        if free.experts_moved and free.gain > 0:
-            for number, part in enumerate(effort.PARETO_PRICES):
-                at(part * free.gain / free.experts_moved, left - number)
+def _undominated(run: Run) -> list[Incumbent]:
+    """Return incumbents that none equals or betters in moves, and in excess and objective."""
+    ranks = [run.rank_of_all(of) for of in run.incumbents]
+    front: list[int] = []
+    for at in sorted(range(len(ranks)), key=lambda at: (run.incumbents[at].moves, *ranks[at])):
+        if not front or ranks[at] < ranks[front[-1]]:
+            front.append(at)
+    return [run.incumbents[at] for at in front]
 
-    def undominated(self) -> list[Trade]:
-        """Return trades that none equals or betters in moves, and in excess and objective."""
 
-        def rank(of: tuple[float, Trade]) -> tuple[float, float]:
-            return of[0], of[1].objective
-
-        front: list[tuple[float, Trade]] = []
-        for of in sorted(self.trades, key=lambda of: (of[1].experts_moved, *rank(of))):
-            if not front or rank(of) < rank(front[-1]):
-                front.append(of)
-        return [trade for _, trade in front]
+def _trade(run: Run, initial: Placement, of: Incumbent, objective: float) -> Trade:
+    """Build the trade of an incumbent; experts that stay keep their slots."""
+    problem, placement = run.problem, initial
+    if of.moves or (holders_of(of.slots, problem.experts) != initial.held).any():
+        slots = keep_slots(initial.slots, of.slots, problem.capacity)
+        placement = Placement(slots, num_experts=problem.experts)
+    return Trade(
+        placement.with_names(
+            model=problem.statistics.model,
+            topology=problem.topology.name,
+            fingerprint=problem.statistics.fingerprint,
+            objective=objective,
+        ),
+        objective,
+        gain=problem.value(initial) - objective,
+        experts_moved=of.moves,
+        bytes_moved=of.moves * moves_of(run).expert_bytes,
+        caps_raised=dict(cap_report(problem, placement.slots).raised),
+    )

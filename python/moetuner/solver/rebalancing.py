@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import holders_of, keep_slots, moves_from
 from moetuner.solver import effort
-from moetuner.solver.search.level import NORM, copy_prices, level
+from moetuner.solver.unseen import NOISE, NORM
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -185,31 +185,45 @@ def _searched(
 ) -> Slots:
     """Search for what suits every window, and pairs, not the sum of windows alone.
 
-    From a start, where a copy that comes has its price, or from nothing.
+    From a start, where a copy that comes has its price, or from nothing: then no worse than a
+    packing of the sum. The slowest devices of the windows take no longer than at the start. All
+    work is done in the calling thread.
     """
     layers, devices, width = running.shape
-    capacity = np.full((layers, devices), width, dtype=np.int64)
-    windows = np.ascontiguousarray(windows)
-    slots = level(windows, capacity, time, start, price=effort.LIVE_PRICE)
-    if pairs is None:
-        return slots
     search = _core.Layers(
-        windows,
+        np.ascontiguousarray(windows),
         np.ones(len(windows)),
-        capacity,
+        np.full((layers, devices), width, dtype=np.int64),
         [0] * devices,
         time.tolist(),
         nearest=False,
         norm=NORM,
+        noise=NOISE,
     )
+    # Ranks on different processors must find the same: sums that do not depend on them.
+    price = effort.LIVE_PRICE * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist())
+    if start is not None:
+        search.hold(_copy_prices(start, windows.shape[2], price))
+        begin = np.ascontiguousarray(start)
+    else:
+        begin = search.construct(windows=True, alone=True)
+    trials = effort.quick_trials(devices * width, len(windows))
+    slots = search.place(begin, trials=trials, empties=False, quick=True, alone=True)[0]
+    if pairs is None:
+        return slots
     unit = pairs.cost.max()
     scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
     search.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
     if start is not None:
-        mean = windows.sum(axis=(0, 2)) / devices
-        search.hold(copy_prices(running, windows.shape[2], effort.LIVE_PRICE * mean))
+        search.hold(_copy_prices(running, windows.shape[2], price))
     trials = effort.LIVE_TRIALS * devices * width
-    return search.place(slots, trials=trials, empties=False, threads=1)[0]
+    return search.place(slots, trials=trials, empties=False, alone=True)[0]
+
+
+def _copy_prices(slots: Slots, experts: int, price: Floats) -> Floats:
+    """Compute what a copy costs [L,E,D]: ``price`` [L] where a device does not hold its expert."""
+    holds = holders_of(slots, experts).transpose(0, 2, 1)
+    return np.ascontiguousarray(np.where(holds, 0.0, price[:, None, None]))
 
 
 def moves_between(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:

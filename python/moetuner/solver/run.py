@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,7 +235,7 @@ class Run:
         budget = self.budget if budget is None else budget
         try:
             for number, stage in enumerate(stages):
-                if self.interrupted or self.proven is not None:
+                if self.interrupted or self.is_proven:
                     break
                 if stage.applies(self):
                     self._begin(stage, stages[number + 1 :], budget)
@@ -243,13 +243,13 @@ class Run:
             self.interrupted = True
 
     def _begin(self, stage: Stage, later: Sequence[Stage], budget: Budget) -> None:
-        left, kept_back = budget.left, 0.0
+        left, reserved = budget.left, 0.0
         if left is not None:
             reserves = [of.reserve(self, left) for of in later if of.applies(self)]
-            kept_back = max(reserves, default=0.0)
+            reserved = max(reserves, default=0.0)
         # What the stage finds is judged, and in the end the best and a start on all windows.
         keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
-        part = budget.within((1 - kept_back) * stage.share(self), keep=keep)
+        part = budget.within((1 - reserved) * stage.share(self), keep=keep)
         if self.incumbents and part.left is not None and part.left <= stage.least(self):
             self.cut = True
         else:
@@ -367,9 +367,10 @@ class Run:
         return self.objective.scale if self.objective.counts_pairs else 1
 
     @property
-    def proven(self) -> Status | None:
-        """What the bound proves of the best placement: ``optimal``, ``gap_reached`` or nothing."""
-        return None if self.bound is None else status_of(self, self.best.slots, self.bound)
+    def is_proven(self) -> bool:
+        """Whether the bound proves the best placement, to be the optimum or within the gap."""
+        bound = self.bound
+        return bound is not None and verdict_of(self, self.best.slots, bound) is not None
 
     def adopt(self, inner: Run, *, with_bound: bool) -> None:
         """Take over what an inner run of the same problem learned and, if told so, proved."""
@@ -382,25 +383,24 @@ class Run:
             raise KeyboardInterrupt
 
 
-def exact_value(run: Run, slots: Slots) -> float:
-    """Return the objective of slots [L,D,S] in the bound's unit: a whole cost of single copies."""
-    placement = Placement(slots, num_experts=run.problem.experts)
-    objective = run.problem.objective_function
-    if objective.counts_pairs and not placement.has_copies:
-        return objective.cost(placement)
-    return objective.value(placement) * run.scale
-
-
 # Sums of floats may be off by this part.
 ROUNDING = 1e-9
 
 
-def status_of(run: Run, slots: Slots, bound: Bound) -> Status | None:
-    """Return what a bound proves of slots [L,D,S]: the optimum, or the gap that was given."""
-    value, gap = exact_value(run, slots), run.budget.gap
-    exact = isinstance(value, int)
-    if bound.value >= value * (1 if exact else 1 - ROUNDING):
+def verdict_of(run: Run, slots: Slots, bound: Bound) -> Status | Literal["refuted"] | None:
+    """Return what a bound proves of slots [L,D,S]: the optimum, or the gap that was given.
+
+    A bound above their own value is refuted. Costs of single copies are whole and exact.
+    """
+    placement, gap = Placement(slots, num_experts=run.problem.experts), run.budget.gap
+    objective, rounding = run.problem.objective_function, ROUNDING
+    value: float
+    if objective.counts_pairs and not placement.has_copies:
+        value, rounding = objective.cost(placement), 0
+    else:
+        value = objective.value(placement) * run.scale
+    if bound.value > value * (1 + rounding):
+        return "refuted"
+    if bound.value >= value * (1 - rounding):
         return "optimal"
-    if gap is not None and value - bound.value <= gap * value:
-        return "gap_reached"
-    return None
+    return "gap_reached" if gap is not None and value - bound.value <= gap * value else None

@@ -7,7 +7,7 @@ costs if ports are evenly used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.problem import Problem
-from moetuner.solver.search.unseen import SearchSetting
+from moetuner.solver.unseen import SearchSetting
 
 Floats = NDArray[np.float64]
 
@@ -23,39 +23,35 @@ Floats = NDArray[np.float64]
 TRAFFIC_FIRST = 1e3
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What counts besides the balance of windows; all of it may be absent.
+def core_layers(
+    problem: Problem,
+    load: Floats,
+    weight: Floats,
+    *,
+    setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
+    nearest: bool | None = None,
+    caps: list[float] | None = None,
+    prices: Floats | None = None,
+    visits: Mapping[str, Any] | None = None,
+    pairs: Mapping[str, Any] | None = None,
+) -> _core.Layers:
+    """Build the core's layers of a problem for windows of load [W,L,E] with weights [W].
 
     Parameters
     ----------
+    problem, load, weight
+        What to place, and what is balanced.
+    setting
+        What stands for the largest device load.
+    nearest
+        Whether the nearest copy serves; by default as the problem says.
     caps
         Largest load over time per token of a device [L].
     prices
         Price of a copy on a device [L,E,D].
     visits, pairs
         Arguments of ``Layers.price_visits`` and ``Layers.price_pairs``.
-    links
-        Arguments of ``Layers.place`` for transitions between layers.
     """
-
-    caps: list[float] | None = None
-    prices: Floats | None = None
-    visits: dict[str, Any] = field(default_factory=dict)
-    pairs: dict[str, Any] = field(default_factory=dict)
-    links: dict[str, Any] = field(default_factory=dict)
-
-
-def core_layers(
-    problem: Problem,
-    load: Floats,
-    weight: Floats,
-    terms: Terms,
-    *,
-    setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
-    nearest: bool | None = None,
-) -> _core.Layers:
-    """Build the core's layers of a problem for windows of load [W,L,E] with weights [W]."""
     layers = _core.Layers(
         np.ascontiguousarray(load),
         weight,
@@ -66,23 +62,25 @@ def core_layers(
         norm=setting.norm,
         noise=setting.noise,
         mixed=setting.mixed,
+        copies=problem.may_copy,
+        forbidden=problem.rules.forbidden,
+        pinned=problem.rules.pinned,
     )
-    layers.rule(forbidden=problem.rules.forbidden, pinned=problem.rules.pinned)
-    if terms.caps is not None:
-        layers.limit(terms.caps, problem.load.astype(np.float64))
-    if terms.prices is not None:
-        layers.hold(np.ascontiguousarray(terms.prices))
-    if terms.visits:
-        layers.price_visits(**terms.visits)
-    if terms.pairs:
-        layers.price_pairs(**terms.pairs)
+    if caps is not None:
+        layers.limit(caps, problem.load.astype(np.float64))
+    if prices is not None:
+        layers.hold(np.ascontiguousarray(prices))
+    if visits:
+        layers.price_visits(**visits)
+    if pairs:
+        layers.price_pairs(**pairs)
     return layers
 
 
 def terms_of(
     problem: Problem, unit: float, *, traffic: float = 1.0, prices: Floats | None = None
-) -> Terms:
-    """Build the terms of a problem's objective.
+) -> dict[str, Any]:
+    """Return the terms of a problem's objective, as arguments of ``core_layers``.
 
     Parameters
     ----------
@@ -97,13 +95,12 @@ def terms_of(
     """
     caps = problem.caps.over_speed
     slowest = problem.topology.speed_of_device.min()
-    return Terms(
-        caps=None if caps is None else (caps * slowest).tolist(),
-        prices=None if prices is None else prices.transpose(0, 2, 1) * unit,
-        visits=_visit_prices(problem, unit * traffic),
-        pairs=_pair_prices(problem, unit * traffic),
-        links=_links(problem, unit),
-    )
+    return {
+        "caps": None if caps is None else (caps * slowest).tolist(),
+        "prices": None if prices is None else prices.transpose(0, 2, 1) * unit,
+        "visits": _visit_prices(problem, unit * traffic),
+        "pairs": _pair_prices(problem, unit * traffic),
+    }
 
 
 def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
@@ -162,8 +159,8 @@ def _pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
     return {"pairs": pairs, "pair_cost": unit * price}
 
 
-def _links(problem: Problem, unit: float) -> dict[str, Any]:
-    """Return transitions between layers and the price of one over a link [D,D]."""
+def links_of(problem: Problem, unit: float) -> dict[str, Any]:
+    """Return transitions and the price of one over a link [D,D], as ``Layers.place`` takes them."""
     transitions = problem.objective_function.transitions
     if transitions is None:
         return {}

@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
-from moetuner.solver import ALIASES, METHODS
+from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # What makes a parameter of the command line, given its names, default and help.
 Maker = Callable[..., click.Parameter]
@@ -423,9 +423,13 @@ class SearchOptions:
     ----------
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
+    effort
+        How much to search without a time limit: default, seconds for most problems, or thorough,
+        up to minutes for a last half per cent.  [default: default]
     """
 
     seed: Seed = 0
     time_limit: Annotated[
         float | None, option(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
     ] = None
+    effort: Annotated[str, option(click.Choice([*EFFORTS]), group=SEARCH)] = "default"

@@ -27,12 +27,12 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.arrival import Arrival, in_order, orders, share_mixed
+from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE, compare
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic
-from moetuner.evaluation.units import Units, hold_out, units_of, with_runs
+from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.formats.engines import ENGINES, Engine, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -257,12 +257,6 @@ class _Study:
         """Whether anything can be: one window cannot be halved."""
         return isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
 
-    @property
-    def judged_arrival(self) -> Arrival:
-        """In which order tokens come that are in that of serving already."""
-        arrival: Arrival = self.how["arrival"]
-        return "bursts" if arrival == "mixed" else arrival
-
     def advice(self, splits: int) -> Advice:
         """Try placements on every split, and conclude."""
         # The whole, seen twice, is the same every time.
@@ -407,10 +401,6 @@ class _Study:
         else:
             slots = max(running.slots_per_device, self.fewest)
             replace(problem, slots_per_device=slots).check_running(running)
-        if self.how["arrival"] == "mixed" and isinstance(unseen, RoutingTrace):
-            # Put once into the one order in which it is served.
-            [(_, order)] = orders(unseen, "mixed")
-            unseen = in_order(with_runs(unseen), order)
         placements = {None: running, **{key: of.placement for key, of in results.items()}}
         evaluations = {}
         for window in windows:
@@ -419,7 +409,6 @@ class _Study:
                 problem,
                 unseen,
                 window=window,
-                arrival=self.judged_arrival,
                 mixed=False,
                 threads=self.threads,
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.units import Traffic, Units, some
+from moetuner.evaluation.units import Traffic, Units, loads_of, some
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -110,10 +110,7 @@ def _blocks(traffic: Traffic, blocks: int, *, by_group: bool) -> NDArray[np.floa
     if isinstance(traffic, RoutingTrace):
         names = tuple(str(number) for number in range(blocks))
         cut = replace(traffic, group=block.astype(np.int16), group_names=names)
-        counted = RoutingStatistics.from_trace(
-            cut, by_group=True, transitions=False, coactivation=False
-        )
-        return counted.window_load.astype(np.float64)
+        return loads_of(cut).window_load.astype(np.float64)
     loads = np.zeros((blocks, traffic.layers, traffic.experts))
     np.add.at(loads, block, traffic.window_load.astype(np.float64))
     return loads[np.unique(block)]

@@ -43,25 +43,19 @@ class Judged(Frozen):
         return self.figures["predicted_layer_us"]
 
     @property
-    def before(self) -> dict[str, float]:
-        """Figures under the running placement, means over splits."""
-        return {name: each.before for name, each in self.figures.items()}
-
-    @property
-    def after(self) -> dict[str, float]:
-        """Figures under the proposed placement."""
-        return {name: each.after for name, each in self.figures.items()}
-
-    @property
     def gains(self) -> dict[str, Comparison]:
         """Figures of which there is something to save."""
         return {name: each for name, each in self.figures.items() if each.before}
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
-        names = ("window", "before", "after", "gains")
-        fields: dict[str, Any] = as_json({name: getattr(self, name) for name in names})
-        return {**fields, "answer": self.gain.answer}
+        return {
+            "window": self.window,
+            "before": {name: each.before for name, each in self.figures.items()},
+            "after": {name: each.after for name, each in self.figures.items()},
+            "gains": as_json(self.gains),
+            "answer": self.gain.answer,
+        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -17,15 +17,14 @@ from moetuner.evaluation.auditing import Audit, audit_of
 from moetuner.evaluation.comparison import Comparison, compare, verdict
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Setting
+from moetuner.evaluation.units import loads_of
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, in_bytes, percent
 from moetuner.report.outcome import Outcome
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
-from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 Number = tuple[str, str, str]
 
@@ -145,8 +144,8 @@ class PageData:
         change = f"{judged.before:.4g} → {figure.with_unit(judged.after)}"
         before, after = (each.imbalance for each in self.evaluations)
         if self.advice is not None:
-            main = self.advice.main
-            before, after = main.before["imbalance"], main.after["imbalance"]
+            both = self.advice.main.figures["imbalance"]
+            before, after = both.before, both.after
         busiest = f"{before:.2f} → {after:.2f} x"
         size = self.moves.bytes_moved
         moved = counted(self.moves.experts_moved, "expert") if size is None else in_bytes(size)
@@ -264,12 +263,8 @@ def of_evaluations(
     answer, words = GAINED[judged.answer]
     replayed = evaluations[1].replayed
     assert replayed is not None
-    counts = replayed.traffic
-    if isinstance(counts, RoutingTrace):
-        counts = RoutingStatistics.from_trace(
-            counts, transitions=False, coactivation=False, threads=replayed.setting.threads
-        )
-    if replayed.traffic.group is not None and "audit" not in others:
+    loads = loads_of(replayed.traffic, threads=replayed.setting.threads)
+    if loads.group is not None and "audit" not in others:
         others["audit"] = audit_of(*evaluations)
     warnings: tuple[str, ...] = (traffic,)
     if judged.measure == "predicted_layer_us":
@@ -286,7 +281,7 @@ def of_evaluations(
         traffic=traffic,
         origin=origin,
         contents={**contents, "verdict": judged.answer},
-        load=counts.total_load.astype(np.float64),
+        load=loads.total_load.astype(np.float64),
         warnings=warnings,
         **others,
     )

@@ -16,11 +16,10 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Run, Stage
-from moetuner.solver.stages.chain import offer_searched, search_traffic
+from moetuner.solver.run import Run
+from moetuner.solver.stages import SEARCH
 from moetuner.solver.stages.floor import FLOOR, balanced
-from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, anneal
-from moetuner.solver.terms import Terms, core_layers
+from moetuner.solver.terms import core_layers
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
@@ -95,25 +94,22 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
     statistics = RoutingStatistics.from_load(problem.load[layers])
     few = Problem(statistics, problem.topology, slots_per_device=problem.slots)
     load = few.load[None].astype(np.float64)
-    search = core_layers(few, load, np.ones(1), Terms(), nearest=False)
+    search = core_layers(few, load, np.ones(1), nearest=False)
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
 
 def exflow(run: Run, budget: Budget) -> None:
-    """Search for the least crossing, loads ignored: the objective of ExFlow (Yao et al., 2024)."""
-    problem = run.problem
-    crossing = replace(problem, regime="follow", max_imbalance=None, objective="traffic")
-    if problem.rules.some or len(np.unique(problem.capacity)) > 1:
-        stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal))
-        inner = run.inner(stages, budget, problem=crossing)
-        run.details = inner.details
-        run.offer(inner.best.slots, "exflow")
-        if inner.interrupted:
-            raise KeyboardInterrupt
-        return
-    # One copy of each expert where slots and rules allow it, as in the paper.
-    offer_searched(run, search_traffic(crossing, run.seed, budget))
+    """Search for the least crossing, loads ignored: the objective of ExFlow (Yao et al., 2024).
+
+    One copy of each expert, as in the paper.
+    """
+    problem = replace(run.problem, regime="follow", max_imbalance=None, objective="traffic")
+    inner = run.inner((FLOOR, SEARCH), budget, problem=problem.without_copies() or problem)
+    run.details = inner.details
+    run.offer(inner.best.slots, "exflow")
+    if inner.interrupted:
+        raise KeyboardInterrupt
 
 
 def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:

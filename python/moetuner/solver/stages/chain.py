@@ -6,7 +6,7 @@ core constructs, anneals, recombines and polishes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,14 @@ from moetuner.solver.run import Bound, Run, Stage
 Slots = NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class Searched:
-    """Slots [L,D,S], trials, the multiple that counts were rounded to, and if interrupted."""
+def search_traffic(
+    run: Run, problem: Problem, budget: Budget, fit: Callable[[Slots], Slots | None] | None = None
+) -> None:
+    """Search for the least traffic of pairs under the load cap, and offer what is found.
 
-    slots: Slots
-    trials: int
-    rounded: int | None
-    interrupted: bool
-
-
-def search_traffic(problem: Problem, seed: int, budget: Budget) -> Searched:
-    """Search for the least traffic of pairs under the load cap."""
+    With ``fit``, which makes slots [L,D,S] of the run's problem of it, or nothing, the trials are
+    only a part of the search and are not told.
+    """
     objective, follow = problem.objective_function, problem.regime == "follow"
     # Without pairs all placements cost nothing, and the balanced one that the search starts from
     # is the answer.
@@ -51,27 +47,29 @@ def search_traffic(problem: Problem, seed: int, budget: Budget) -> Searched:
         problem.slots,
         transitions=pairs if follow else None,
         coactivation=None if follow else pairs,
-        seed=seed,
-        trials=budget.iterations,
+        seed=run.seed,
+        trials=_trials(problem, budget),
         time_limit=budget.left,
         threads=budget.threads,
         progress=None if report is None else progress,
     )
-    return Searched(slots, trials, 1 << shift if shift else None, interrupted)
-
-
-def offer_searched(run: Run, searched: Searched) -> None:
-    """Offer what a search of traffic found, and say how."""
-    run.details = run.details.searched(
-        trials=searched.trials, counts_rounded_to_multiples_of=searched.rounded
-    )
-    run.offer(searched.slots, "search")
-    if searched.interrupted:
+    if fit is None:
+        rounded = 1 << shift if shift else None
+        run.details = run.details.searched(trials=trials, counts_rounded_to_multiples_of=rounded)
+    fitting = slots if fit is None else fit(slots)
+    if fitting is not None:
+        run.offer(fitting, "search")
+    if interrupted:
         raise KeyboardInterrupt
 
 
-def _search(run: Run, budget: Budget) -> None:
-    offer_searched(run, search_traffic(run.problem, run.seed, budget))
+def _trials(problem: Problem, budget: Budget) -> int | None:
+    """Return the trials of a start; None where the core decides, by time or by its own work."""
+    places = problem.devices * problem.slots
+    if budget.iterations is not None or budget.left is not None or places >= effort.WIDE_SLOTS:
+        return budget.iterations
+    trials = budget.work.chain_trials * places * problem.layers
+    return min(max(trials, effort.CHAIN_LEAST), effort.CHAIN_MOST)
 
 
 def _partitions(run: Run, budget: Budget) -> None:
@@ -96,4 +94,4 @@ def is_chain(run: Run) -> bool:
 
 
 PARTITIONS = Stage(_partitions, applies=is_chain)
-CHAIN = Stage(_search, applies=is_chain)
+CHAIN = Stage(lambda run, budget: search_traffic(run, run.problem, budget), applies=is_chain)

@@ -10,9 +10,8 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
-from moetuner.solver.search.level import NOISE, NORM, quick_trials
-from moetuner.solver.search.unseen import SearchSetting
-from moetuner.solver.terms import Terms, core_layers
+from moetuner.solver.terms import core_layers
+from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -37,12 +36,11 @@ def level_windows(
     """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
     setting = SearchSetting(NORM, NOISE, mixed)
-    layers = core_layers(problem, load, weight, Terms(), setting=setting, nearest=False)
-    start = layers.construct(copies=problem.may_copy, windows=True, threads=budget.threads)
+    layers = core_layers(problem, load, weight, setting=setting, nearest=False)
+    start = layers.construct(windows=True, threads=budget.threads)
     return layers.place(
         start,
         trials=trials,
-        copies=problem.may_copy,
         empties=False,
         quick=True,
         seed=run.seed,
@@ -56,7 +54,7 @@ def _level(run: Run, budget: Budget) -> None:
     """Balance every window within milliseconds, as the plugins do, and look at nothing else."""
     windows, trials = run.objective.windows, budget.iterations
     if trials is None:
-        trials = quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
+        trials = effort.quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
     slots, interrupted = level_windows(run, budget, windows.weight, trials)
     run.offer(slots, "layers")
     if interrupted:

@@ -19,12 +19,11 @@ from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
-from moetuner.solver.search.level import full_trials
-from moetuner.solver.search.unseen import MIXED, SearchSetting, setting_for
 from moetuner.solver.stages.chain import is_chain, search_traffic
 from moetuner.solver.stages.floor import level_windows
-from moetuner.solver.stages.visits import is_of_visits, most_trials
-from moetuner.solver.terms import core_layers, terms_of, tokens_per_unit
+from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
+from moetuner.solver.terms import core_layers, links_of, terms_of, tokens_per_unit
+from moetuner.solver.unseen import MIXED, SearchSetting, setting_for
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -41,9 +40,12 @@ class LayerModel:
     ----------
     run
         Whose problem is searched.
+    parts
+        Searches that share the work of one.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, parts: int = 1) -> None:
+        self.parts = parts
         self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
         self.windows = run.objective.windows
         self.weight, self.setting = self.windows.weight, SearchSetting()
@@ -62,7 +64,7 @@ class LayerModel:
     def construct(self, threads: int | None) -> Slots:
         """Construct slots [L,D,S] that are balanced on the sum of windows."""
         layers, _ = self.core()
-        return layers.construct(copies=self.problem.may_copy, threads=threads)
+        return layers.construct(threads=threads)
 
     def core(
         self, moves: Moves | None = None, traffic: float = 1.0
@@ -71,9 +73,9 @@ class LayerModel:
         prices = None if moves is None else moves.prices
         terms = terms_of(self.problem, self.unit, traffic=traffic, prices=prices)
         layers = core_layers(
-            self.problem, self.windows.load, self.weight, terms, setting=self.setting
+            self.problem, self.windows.load, self.weight, setting=self.setting, **terms
         )
-        return layers, terms.links
+        return layers, links_of(self.problem, self.unit)
 
     def levels(self, moves: Moves | None) -> bool:
         """Return whether the quick search of windows is best: windows alone count, and are many.
@@ -107,18 +109,22 @@ class LayerModel:
         self.weight = windows.weight * np.mean(self.weights, axis=0)
 
     def improve(
-        self, run: Run, slots: Slots, budget: Budget, traffic: float = 1.0
+        self, run: Run, slots: Slots, budget: Budget, turns: int, traffic: float = 1.0
     ) -> tuple[Slots, bool]:
-        """Anneal every layer from slots [L,D,S], and say whether that was interrupted."""
+        """Anneal every layer from slots [L,D,S] in one of the ``turns``; say if interrupted."""
         if self.levels(run.moves):
-            return self._level(run, budget)
+            # On the windows and on their mean, for traffic of all kinds at once.
+            trials = budget.iterations
+            if trials is None:
+                trials = effort.full_trials(self.slots_of_layer, len(self.windows) + 1)
+            return level_windows(run, budget, self.weight, trials, mixed=MIXED)
         problem = self.problem
         layers, links = self.core(run.moves, traffic)
+        restarts = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1
         return layers.place(
             np.ascontiguousarray(slots),
-            trials=self._trials(budget),
-            restarts=effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1,
-            copies=problem.may_copy,
+            trials=self._trials(run, budget, turns * restarts),
+            restarts=restarts,
             empties=not problem.fill_slots,
             rounds=effort.ROUNDS,
             **links,
@@ -128,57 +134,16 @@ class LayerModel:
             progress=budget.phase("layers"),
         )
 
-    def _trials(self, budget: Budget) -> int:
+    def _trials(self, run: Run, budget: Budget, searches: int) -> int:
+        """Return the trials of a layer in each of so many searches."""
         if budget.iterations is not None:
             return budget.iterations
-        linked = self.objective.transitions is not None
-        trials = trials_of(self.slots_of_layer, None if linked else len(self.windows))
-        sets = self.objective.sets
-        return trials if sets is None else min(trials, most_trials(sets))
-
-    def _level(self, run: Run, budget: Budget) -> tuple[Slots, bool]:
-        """Level every layer on the windows and on their mean, for traffic of all kinds at once."""
-        trials = budget.iterations
-        if trials is None:
-            trials = full_trials(self.slots_of_layer, len(self.windows) + 1)
-        return level_windows(run, budget, self.weight, trials, mixed=MIXED)
-
-    def descend(
-        self, moves: Moves, start: Slots, most: float, budget: Budget
-    ) -> tuple[NDArray[np.int64], Slots, Floats, bool]:
-        """List the steps from slots [L,D,S] that gain most for a move.
-
-        Returns
-        -------
-        tuple
-            Where in the flat slots a step writes and what, twice [N,2]; moves, excess and the
-            change of the objective after every step [N,3]; and whether that was interrupted.
-        """
-        layers, links = self.core()
-        places, experts, figures, interrupted = layers.descend(
-            np.ascontiguousarray(start),
-            np.ascontiguousarray(moves.initial.slots),
-            most=int(most) if most < self.problem.capacity.sum() else None,
-            copies=self.problem.may_copy,
-            **links,
-            time_limit=budget.left,
-            threads=budget.threads,
-        )
-        return places, experts, figures / [1.0, 1.0, self.unit], interrupted
-
-
-def trials_of(slots: int, windows: int | None) -> int:
-    """Return the trials of a layer of slots in windows, or (None) where neighbours count."""
-    if windows is None:
-        return min(max(effort.LINKED_TRIALS * slots, effort.LEAST_LINKED), effort.MOST_TRIALS)
-    lanes = -(-windows // effort.LANES) * effort.LANES
-    per_slot = next(
-        (trials for some, trials in effort.TRIALS_OF_FEW.items() if windows in some),
-        effort.SLOT_WORK // lanes,
-    )
-    return min(
-        max(per_slot * slots, effort.LEAST_TRIALS, effort.LEAST_WORK // lanes), effort.MOST_TRIALS
-    )
+        linked, sets = self.objective.transitions is not None, self.objective.sets
+        trials = effort.trials_of(self.slots_of_layer, None if linked else len(self.windows))
+        if sets is not None:
+            trials = min(trials, most_trials(sets))
+        searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
+        return int(min(trials, budget.work.layer_work / (searches * units_of_trial(run))))
 
 
 def is_of_layers(run: Run) -> bool:
@@ -202,18 +167,13 @@ def _joins_layers(run: Run) -> bool:
 def _chain_under_caps(run: Run, budget: Budget) -> None:
     """Search traffic alone, with single copies on equal devices, under several caps on the load."""
     problem = run.problem
-    caps = sorted({min(cap, problem.max_imbalance or cap) for cap in effort.TRAFFIC_CAPS})
+    caps = sorted({min(cap, problem.max_imbalance or cap) for cap in budget.work.traffic_caps})
     for number, cap in enumerate(caps):
         left = len(caps) - number
         part = budget.within(1 / left, keep=left * run.judging).muted()
         if part.time_limit == 0:
             return
-        searched = search_traffic(_of_traffic(problem, cap), run.seed, part)
-        slots = _padded(problem, searched.slots)
-        if slots is not None:
-            run.offer(slots, "search")
-        if searched.interrupted:
-            raise KeyboardInterrupt
+        search_traffic(run, _of_traffic(problem, cap), part, lambda of: _padded(problem, of))
 
 
 def _of_traffic(problem: Problem, cap: float) -> Problem:
@@ -258,7 +218,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
         if part.time_limit == 0:
             run.cut = run.cut or not turn
             return
-        slots, interrupted = model.improve(run, run.best.slots, part, multiple)
+        slots, interrupted = model.improve(run, run.best.slots, part, len(traffic), multiple)
         model.reweight(slots)
         run.offer(slots, "layers")
         if interrupted:

@@ -168,10 +168,18 @@ def descend(
     run: Run, model: LayerModel, moves: Moves, start: Slots, most: float, budget: Budget
 ) -> tuple[Path, bool]:
     """Go down from slots [L,D,S] by the steps that gain most for a move, and say if interrupted."""
-    places, experts, figures, interrupted = model.descend(moves, start, most, budget)
-    excess = run.problem.caps.excess(Placement(start, num_experts=run.problem.experts)).sum()
+    problem, (layers, links) = run.problem, model.core()
+    places, experts, figures, interrupted = layers.descend(
+        np.ascontiguousarray(start),
+        np.ascontiguousarray(moves.initial.slots),
+        most=int(most) if most < problem.capacity.sum() else None,
+        **links,
+        time_limit=budget.left,
+        threads=budget.threads,
+    )
+    excess = problem.caps.excess(Placement(start, num_experts=problem.experts)).sum()
     begin = [[moves.count(start), excess, 0.0]]
-    moved, over, value = np.concatenate([begin, figures]).T
+    moved, over, value = np.concatenate([begin, figures / [1.0, 1.0, model.unit]]).T
     return Path(start, places, experts, moved.astype(np.int64), over, value), interrupted
 
 
@@ -256,7 +264,7 @@ def _descend(run: Run, budget: Budget) -> None:
 
 def _at_prices(run: Run, budget: Budget) -> None:
     """Search at prices of a move, from the best there is, to come nearer to the budget."""
-    problem, moves, model = run.problem, moves_of(run), LayerModel(run)
+    problem, moves, model = run.problem, moves_of(run), LayerModel(run, effort.PRICES_TRIED)
     if moves.most >= problem.capacity.sum():
         run.offer(balanced(problem), "balance")
         _at_price(run, budget, model, moves.price)

@@ -7,51 +7,48 @@ give answers of two kinds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.placement import Placement
-from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import ROUNDING, TIE, Incumbent, Run, Stage
+from moetuner.solver.run import ROUNDING, TIE, Run, Stage
 from moetuner.solver.stages.layers import is_of_layers
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
 
-def break_ties(
-    problem: Problem, objective: Objective, incumbents: Sequence[Incumbent], floor: Incumbent
-) -> Slots:
-    """Return slots whose time is as good as the best's, with the least traffic of the incumbents.
+def _break_ties(run: Run, _: Budget) -> None:
+    """Prefer slots whose time is as good as the best's, with the least traffic of the incumbents.
 
     Layers of different ones are combined where nothing joins them. The answer is not behind the
-    ``floor``.
+    best start.
     """
+    problem, incumbents = run.problem, run.incumbents
+    floor = min((of for of in incumbents if of.is_start), key=lambda of: of.rank)
     best = min(incumbents, key=lambda of: of.rank)
     limit = (floor.excess, floor.value * (1 + ROUNDING))
     joined = problem.regime == "follow" and problem.layers > 1
-    # Layers add up in the mean; excess that only some placements have does not mix.
-    if not joined and problem.windows.is_mean and best.excess == 0:
-        return _by_layer(problem, objective, incumbents, limit[1] if limit[0] == 0 else np.inf)
-    most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
-    equals = [of.slots for of in incumbents if of.excess == best.excess and of.rank <= most]
 
     def cost(slots: Slots) -> tuple[float, float]:
         placement = Placement(slots, num_experts=problem.experts)
-        return objective.traffic(placement), float(objective.imbalances(placement).sum())
+        return run.objective.traffic(placement), float(run.objective.imbalances(placement).sum())
 
-    return min(equals, key=cost)
+    # Layers add up in the mean; excess that only some placements have does not mix.
+    if not joined and problem.windows.is_mean and best.excess == 0:
+        slots = _by_layer(run, limit[1] if limit[0] == 0 else np.inf)
+    else:
+        most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
+        equals = [of.slots for of in incumbents if of.excess == best.excess and of.rank <= most]
+        slots = min(equals, key=cost)
+    run.prefer(slots, "ties")
 
 
-def _by_layer(
-    problem: Problem, objective: Objective, incumbents: Sequence[Incumbent], limit: float
-) -> Slots:
+def _by_layer(run: Run, limit: float) -> Slots:
     """Take the quickest contents of every layer, then less traffic where that costs least."""
-    pool = [of.slots for of in incumbents if of.excess == 0]
+    problem, objective = run.problem, run.objective
+    pool = [of.slots for of in run.incumbents if of.excess == 0]
     placements = [Placement(slots, num_experts=problem.experts) for slots in pool]
     windows = objective.windows
     times = np.array(
@@ -89,11 +86,6 @@ def _exchange(times: Floats, cost: Floats, chosen: NDArray[np.int64], most: floa
         price = np.where(fits, slower / np.where(fits, gain, 1.0), np.inf)
         number, layer = np.unravel_index(price.argmin(), price.shape)
         chosen[layer] = number
-
-
-def _break_ties(run: Run, _: Budget) -> None:
-    floor = min((of for of in run.incumbents if of.is_start), key=lambda of: of.rank)
-    run.prefer(break_ties(run.problem, run.objective, run.incumbents, floor), "ties")
 
 
 def _has_ties(run: Run) -> bool:

@@ -14,14 +14,23 @@ import numpy as np
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
-from moetuner.solver.stages.chain import offer_searched, search_traffic
-from moetuner.solver.terms import Terms, core_layers, visit_costs
+from moetuner.solver.stages.chain import search_traffic
+from moetuner.solver.terms import core_layers, visit_costs
 from moetuner.statistics import ExpertSets
 
 
 def most_trials(sets: tuple[ExpertSets, ...]) -> int:
     """Return how many trials of every layer are affordable: each looks at the layer's sets."""
     return int(effort.MOST_VISIT_WORK / sum(len(of) / 64 + effort.UNITS_PER_TRIAL for of in sets))
+
+
+def units_of_trial(run: Run) -> float:
+    """Return the work of one trial of every layer: its windows, and its sets in words of bits."""
+    sets, copies = run.objective.sets or (), run.problem.may_copy
+    parts = effort.SET_PARTS if copies else 1
+    words = sum(float(np.minimum(of.counts, parts).sum()) for of in sets) / 64
+    units = run.problem.layers * (effort.UNITS_PER_TRIAL + len(run.objective.windows)) + words
+    return units * (effort.COPY_UNITS if copies and sets else 1)
 
 
 def is_of_visits(run: Run) -> bool:
@@ -36,7 +45,7 @@ def _pairs(run: Run, budget: Budget) -> None:
     if budget.iterations is not None:
         trials = min(trials, budget.iterations)
     few = replace(budget.muted(), iterations=trials)
-    offer_searched(run, search_traffic(run.problem, run.seed, few))
+    search_traffic(run, run.problem, few)
 
 
 def _visits(run: Run, budget: Budget) -> None:
@@ -52,17 +61,17 @@ def _visits(run: Run, budget: Budget) -> None:
     trials = budget.iterations
     if trials is None:
         trials = min(effort.VISIT_TRIALS * slots_of_layer, most_trials(sets))
+        trials = int(min(trials, budget.work.layer_work / units_of_trial(run)))
     run.details = run.details.searched(trials=trials)
     # A window that weighs nothing: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
     caps = problem.caps.raised_for(start).astype(np.float64).tolist()
-    layers = core_layers(problem, load, np.zeros(1), Terms(caps, visits=costs), nearest=False)
+    layers = core_layers(problem, load, np.zeros(1), caps=caps, visits=costs, nearest=False)
     # Layers of few slots have valleys that one descent does not leave, and descents that agree.
     restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1
     slots, interrupted = layers.place(
         start,
         trials=max(trials // restarts, 1),
-        copies=problem.may_copy,
         restarts=restarts,
         seed=run.seed,
         time_limit=budget.left,

@@ -114,7 +114,7 @@ def generations_of(model: nn.Module) -> Iterator[Generations]:
     finally:
         calls.users -= 1
         if not calls.users:
-            del _running[model]
+            _running.pop(model, None)  # gone already, where the model is collected
             for name in ("_get_stopping_criteria", "prepare_inputs_for_generation"):
                 if (own := getattr(model.__dict__.pop(name, None), "own", None)) is not None:
                     model.__dict__[name] = own

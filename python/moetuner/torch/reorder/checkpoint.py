@@ -14,19 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner._checks import flag, instance
+from moetuner._checks import flag, instance, shown
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder.plan import (
     Order,
     TensorChange,
-    TensorFacts,
     bits_of,
     blocks_of,
     check_groups,
     check_ties,
-    facts_of,
     groups_chosen,
     order_of,
     plan,
@@ -34,7 +32,7 @@ from moetuner.torch.reorder.plan import (
 )
 
 Changes = dict[str, TensorChange]
-Plan = Callable[[Mapping[str, TensorFacts]], Changes]
+Plan = Callable[[Mapping[str, Tensor]], Changes]
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
@@ -104,7 +102,7 @@ def _changes(
     order: Order,
     config: Mapping[str, Any] | None,
     inverse: bool,
-    tensors: Mapping[str, TensorFacts],
+    tensors: Mapping[str, Tensor],
 ) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
     if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
@@ -122,7 +120,7 @@ def _changes(
 
 
 def _permute_tensors(tensors: Mapping[str, Tensor], planned: Plan) -> dict[str, Tensor]:
-    changes = planned({name: facts_of(tensor) for name, tensor in tensors.items()})
+    changes = planned(tensors)
     check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
     moved = {}
     for name, change in changes.items():
@@ -144,13 +142,17 @@ class _Shard:
         self.path, self.header = path, safetensors.read_header(path)
         self.entries = self.header.entries
 
-    def facts(self) -> dict[str, TensorFacts]:
-        """Return shapes and kinds of numbers by name."""
-        kinds = {code: of.kind in "iu" and of.itemsize > 1 for code, of in DTYPES.items()}
-        return {
-            name: TensorFacts(tuple(entry["shape"]), kinds.get(entry["dtype"], False))
-            for name, entry in self.entries.items()
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """Return tensors of the same shapes and kinds of numbers by name, without memory."""
+        whole = {code for code, of in DTYPES.items() if of.kind in "iu" and of.itemsize > 1}
+        tensors = {}
+        for name, entry in self.entries.items():
+            shape, kind = entry.get("shape"), entry.get("dtype")
+            if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"{self.path}: {name}: shape must be sizes, got {shown(shape)}")
+            dtype = torch.int64 if kind in whole else torch.float32
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+        return tensors
 
     def bits(self, name: str, experts: int) -> NDArray[np.uint8]:
         """Return the bytes of a small tensor for each expert [E,..]."""
@@ -206,15 +208,15 @@ def _permute_folder(source: Path, out: Path, planned: Plan) -> Path:
         raise ValueError(f"{out}: must be a new or an empty folder")
     shards = [_Shard(file) for file in files]
     shard_of: dict[str, _Shard] = {}
-    facts: dict[str, TensorFacts] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in shards:
-        for name, own in shard.facts().items():
-            if name in facts:
+        for name, tensor in shard.tensors().items():
+            if name in tensors:
                 raise ValueError(f"{shard.path}: tensor {name} is in another file as well")
-            shard_of[name], facts[name] = shard, own
+            shard_of[name], tensors[name] = shard, tensor
 
     with naming(source):
-        changes = planned(facts)
+        changes = planned(tensors)
         check_ties(changes, lambda name, experts: shard_of[name].bits(name, experts))
         # Before anything is written.
         tables = {

@@ -19,7 +19,6 @@ from moetuner.torch.reorder.plan import (
     bits_of,
     check_groups,
     check_ties,
-    facts_of,
     order_of,
     plan,
     renumbered,
@@ -84,11 +83,7 @@ def apply_placement(
         check_groups(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
-    changes = plan(
-        {name: facts_of(tensor) for name, tensor in tensors.items()},
-        order,
-        {_block(layer): layer.name for layer in layers},
-    )
+    changes = plan(tensors, order, {_block(layer): layer.name for layer in layers})
     for layer in layers:
         _check_weights(layer, changes, tensors)
     check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))

@@ -62,20 +62,6 @@ PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)
 UP_TO_LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
 
 
-@dataclass(frozen=True)
-class TensorFacts:
-    """Shape of a tensor, and whether it holds whole numbers of 16 bits or more."""
-
-    shape: tuple[int, ...]
-    is_whole: bool
-
-
-def facts_of(tensor: Tensor) -> TensorFacts:
-    """Return what decides how a tensor depends on the order of experts."""
-    fractions = tensor.is_floating_point() or tensor.is_complex()
-    return TensorFacts(tuple(tensor.shape), not fractions and tensor.element_size() > 1)
-
-
 def bits_of(tensor: Tensor, experts: int) -> NDArray[np.uint8]:
     """Return the bytes of a tensor for each expert [E,..]: not every type can be indexed."""
     rows = tensor.detach().reshape(experts, -1).cpu().contiguous()
@@ -149,14 +135,14 @@ def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
 
 
 def plan(
-    tensors: Mapping[str, TensorFacts], order: Order, routers: Mapping[str, str | None]
+    tensors: Mapping[str, Tensor], order: Order, routers: Mapping[str, str | None]
 ) -> dict[str, TensorChange]:
     """Return what becomes of every tensor.
 
     Parameters
     ----------
     tensors
-        All tensors of a model by name.
+        All tensors of a model by name; of a checkpoint on the meta device, of their kind of number.
     order
         Old expert at every new position [L,E].
     routers
@@ -175,19 +161,19 @@ def plan(
     places = sorted({*routers, *(block for block, *_ in parts.values())}, key=len, reverse=True)
     changes: dict[str, TensorChange] = {}
     weights: dict[str, str] = {}
-    for name, facts in tensors.items():
+    for name, tensor in tensors.items():
         changes[name] = TensorChange(name)
         if name in parts:
             block = parts[name][0]
             if block in row:
-                changes[name] = _of_experts(name, facts.shape, parts[name], order[row[block]])
+                changes[name] = _of_experts(name, tensor.shape, parts[name], order[row[block]])
             continue
-        block, kind = _dependence(name, facts, places, routers, experts)
+        block, kind = _dependence(name, tensor, places, routers, experts)
         # Of two matrices in a row one has rows per expert, and nobody can say which.
         is_weight = kind == "rows" and name.endswith("weight")
         if is_weight and weights.setdefault(block, name) != name:
             raise ValueError(
-                f"{name}: {list(facts.shape)} must be the only weight of its router with "
+                f"{name}: {list(tensor.shape)} must be the only weight of its router with "
                 f"{experts} rows, {weights[block]} is another"
             )
         if kind == "ids":
@@ -203,31 +189,31 @@ def plan(
 
 def _dependence(
     name: str,
-    facts: TensorFacts,
+    tensor: Tensor,
     places: Iterable[str],
     routers: Mapping[str, str | None],
     experts: int,
 ) -> tuple[str, str]:
     """Return the block of a tensor outside its experts, and "rows", "ids" or "" as ``_kind``."""
     place = next((place for place in places if _is_under(name, place)), None)
-    if math.prod(facts.shape) <= 1 or (place is not None and place not in routers):
+    if math.prod(tensor.shape) <= 1 or (place is not None and place not in routers):
         return "", ""
     if place is not None:
         block, path = place, name[len(place) + 1 :] if place else name
-        kind = _kind(path, facts, experts, routes=_routes(name, path, routers[block]))
+        kind = _kind(path, tensor, experts, routes=_routes(name, path, routers[block]))
     else:
         # Beside a block, in its layer: state of its router under another name.
         matches = {block: UP_TO_LAYER.match(block) for block in routers}
         starts = {block: f"{layer[0]}." for block, layer in matches.items() if layer}
         beside = [block for block, start in starts.items() if name.startswith(start)]
         path = name.removeprefix(starts[beside[0]]) if beside else name
-        if not _may_choose(path, facts, experts, in_layer=bool(beside)):
+        if not _may_choose(path, tensor, experts, in_layer=bool(beside)):
             return "", ""
         block = beside[0] if beside else ""
-        kind = _kind(path, facts, experts, routes=True) if len(beside) == 1 else None
+        kind = _kind(path, tensor, experts, routes=True) if len(beside) == 1 else None
     if kind is None:
         raise ValueError(
-            f"{name}: {list(facts.shape)} may depend on the order of experts in a way that is not "
+            f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that is not "
             "known"
         )
     return block, kind
@@ -339,13 +325,13 @@ def _of_experts(
     return TensorChange(name, block, order)
 
 
-def _kind(path: str, facts: TensorFacts, experts: int, *, routes: bool) -> str | None:
+def _kind(path: str, tensor: Tensor, experts: int, *, routes: bool) -> str | None:
     """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown."""
-    shape, last = facts.shape, path.rpartition(".")[2]
+    shape, last = tensor.shape, path.rpartition(".")[2]
     chooses = routes or CHOOSES.search(path) is not None
     if APART.search(path) or (not chooses and DENSE.search(path)):
         return ""
-    if last in TABLES and facts.is_whole:
+    if last in TABLES and _is_whole(tensor):
         return "ids"
     # Under an unknown name there could be any matrix of as many rows.
     is_state = last in ROWS and "norm" not in path and (chooses or "." not in path)
@@ -355,22 +341,28 @@ def _kind(path: str, facts: TensorFacts, experts: int, *, routes: bool) -> str |
         return ""  # a matrix before or behind the experts
     if chooses:
         return "" if ("norm" in path or last == "scale") and experts not in shape else None
-    return None if experts in shape or facts.is_whole else ""
+    return None if experts in shape or _is_whole(tensor) else ""
 
 
-def _may_choose(path: str, facts: TensorFacts, experts: int, *, in_layer: bool) -> bool:
+def _may_choose(path: str, tensor: Tensor, experts: int, *, in_layer: bool) -> bool:
     """Whether what stands outside of all blocks has to be looked at."""
     if APART.search(path):
         return False
     if not in_layer:
-        return CHOOSES.search(path) is not None and (experts in facts.shape or facts.is_whole)
-    return CHOOSES.search(path) is not None or (facts.is_whole and not PACKED.search(path))
+        return CHOOSES.search(path) is not None and (experts in tensor.shape or _is_whole(tensor))
+    return CHOOSES.search(path) is not None or (_is_whole(tensor) and not PACKED.search(path))
 
 
 def _routes(name: str, path: str, router: str | None) -> bool:
     if router is not None:
         return _is_under(name, router)
     return any(part in ROUTER_NAMES for part in path.split("."))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers of 16 bits or more."""
+    fractions = tensor.is_floating_point() or tensor.is_complex()
+    return not fractions and tensor.element_size() > 1
 
 
 def _is_under(name: str, module: str) -> bool:

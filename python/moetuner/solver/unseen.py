@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.solver.result import UnseenDetails
-from moetuner.solver.search.level import NOISE, NORM
 
 Floats = NDArray[np.float64]
 
+# The norm that stands for the slowest device, and the part of experts' variance among windows that
+# no window tells of the next one (bench/RESULTS.md).
+NORM, NOISE = 8, 0.25
 # Fewer windows are a table of what differs, not of what repeats.
 FEWEST_WINDOWS = 4
 # How much the mean of all windows counts, as a part of what they all count.

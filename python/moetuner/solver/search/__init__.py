@@ -1,1 +1,0 @@
-"""What the core's searches are asked; proves nothing."""

@@ -1,0 +1,93 @@
+"""Effort: default is bounded work, thorough is more of the same, and a time limit is neither."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.solver import EFFORTS
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run
+from moetuner.solver.stages import layers, visits
+
+
+class Counted:
+    """The core's layers, whose searches are counted in work and not made."""
+
+    def __init__(self, of, problem, works):
+        self.of, self.works = of, works
+        self.units = visits.units_of_trial(Run(problem))
+
+    def __getattr__(self, name):
+        return getattr(self.of, name)
+
+    def place(self, start, *, trials, restarts=1, rounds=1, transitions=None, **_):
+        """Return the start, and count the trials of every layer in all turns and restarts."""
+        searches = restarts * (1 if transitions is None else 2 * rounds)
+        self.works.append(trials * searches * self.units)
+        return start, False
+
+
+def traffic(make_trace, size=40, **how):
+    """Statistics of a small trace, with expert sets."""
+    return mt.RoutingStatistics.from_trace(make_trace(size, **how), window=20, sets=True)
+
+
+def problem_of(make_trace, **settings):
+    """Make a problem on four devices in two nodes."""
+    return mt.Problem(traffic(make_trace), mt.Topology(4, devices_per_node=2), **settings)
+
+
+CASES = [
+    {"objective": "time"},
+    {"objective": "time", "slots_per_device": 3},
+    {"objective": "time", "regime": "follow"},
+    {"objective": "balance", "risk": 0.5},
+    {"objective": "traffic", "max_imbalance": 1.2},
+]
+
+
+@pytest.mark.parametrize("settings", CASES)
+@pytest.mark.parametrize("work", [1e5, 1e7])
+def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work):
+    """Single copies, copies and visits are searched with so much work each, whatever the size."""
+    works = []
+
+    def counted(problem, *arguments, **others):
+        return Counted(core_layers(problem, *arguments, **others), problem, works)
+
+    core_layers = layers.core_layers
+    monkeypatch.setattr(layers, "core_layers", counted)
+    monkeypatch.setattr(visits, "core_layers", counted)
+    monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=work))
+    mt.solve(problem_of(make_trace, **settings), "heuristic")
+    assert 0 < sum(works) <= 2 * work
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_thorough_is_never_behind_default(make_trace, monkeypatch, settings):
+    """More of the same search is no worse, and each is one answer on one thread and on two."""
+    monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=1e5))
+    monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], layer_work=3e6))
+    problem = problem_of(make_trace, **settings)
+    values = []
+    for effort in EFFORTS:
+        one, two = (mt.solve(problem, "heuristic", effort=effort, threads=n) for n in (1, 2))
+        assert one.placement == two.placement
+        values.append((float(problem.caps.excess(one.placement).sum()), one.objective))
+    assert values[1] <= values[0]
+
+
+def test_a_time_limit_decides_alone():
+    """Under a time limit the work is that of the thorough effort, whichever is named."""
+    for effort in EFFORTS:
+        assert Budget(time_limit=5, effort=effort).work == EFFORTS["thorough"]
+        assert Budget(effort=effort).work == EFFORTS[effort]
+
+
+def test_an_unknown_effort_is_named():
+    """The message has the choices."""
+    problem = mt.Problem(mt.RoutingStatistics.from_load(np.ones((1, 4), int)), mt.Topology(2))
+    with pytest.raises(ValueError, match=r"effort must be .*default.*thorough.*'more'"):
+        mt.solve(problem, effort="more")
