@@ -116,8 +116,8 @@ pub(super) fn merge_sets<'py>(
     let &[n, top_k] = ids.shape() else { unreachable!("the array has two dimensions") };
     if top_k == 0 || counts.len() != n {
         let rule = "at least one id in a row, and a count for every row".into();
-        let found = format!("{:?} and {} counts", ids.shape(), counts.len());
-        return Err(Error::Shape { what: "sets", rule, found }.into());
+        let got = format!("{:?} and {} counts", ids.shape(), counts.len());
+        return Err(Error::Shape { what: "sets", rule, found: got }.into());
     }
     let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
     let merged = alone(py, || {
@@ -232,8 +232,8 @@ fn copies_of(
     let routing = Routing::new(layers, num_experts, top_k)?;
     if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
         let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
-        let found = format!("{} values", node_of_device.len());
-        return Err(Error::Shape { what: "node_of_device", rule, found }.into());
+        let got = format!("{} values", node_of_device.len());
+        return Err(Error::Shape { what: "node_of_device", rule, found: got }.into());
     }
     let split = match split {
         "even" => Split::Even,
@@ -373,8 +373,8 @@ impl LabelledReplay {
     ) -> PyResult<Bound<'py, PyArray1<u32>>> {
         expert_ids.check(self.routing)?;
         let replay = self.replay.as_ref().ok_or_else(finished)?;
-        let found = with_ids!(expert_ids, ids => detached(py, threads, || replay.apart(ids, first_token))?);
-        Ok(found.into_pyarray(py))
+        let apart = with_ids!(expert_ids, ids => detached(py, threads, || replay.apart(ids, first_token))?);
+        Ok(apart.into_pyarray(py))
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<[Bound<'py, PyAny>; 3]> {

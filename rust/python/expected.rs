@@ -49,13 +49,13 @@ pub(super) fn expected_load<'py>(
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let &[windows, layers, experts] = load.shape() else { unreachable!("the array has three dimensions") };
     if layers != slots.0.shape()[0] {
-        let (rule, found) = (format!("{} layers", slots.0.shape()[0]), layers.to_string());
-        return Err(Error::Shape { what: "load", rule, found }.into());
+        let (rule, got) = (format!("{} layers", slots.0.shape()[0]), layers.to_string());
+        return Err(Error::Shape { what: "load", rule, found: got }.into());
     }
     let devices = slots.0.shape()[1];
     let load = contiguous(load.as_slice().ok())?;
-    let found = shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))?;
-    array3(py, (windows, layers, devices), found)
+    let tokens = shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))?;
+    array3(py, (windows, layers, devices), tokens)
 }
 
 /// Tokens that visit devices [L,D] and nodes [L,N].
@@ -110,9 +110,9 @@ pub(super) fn expected_followed<'py>(
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
     let (boundaries, experts, devices) = (transitions.shape()[0], transitions.shape()[2], slots.0.shape()[1]);
     let transitions = contiguous(transitions.as_slice().ok())?;
-    let found =
+    let followed =
         shared(py, &slots, experts, (transitions.len(), threads), |shared| shared.followed(transitions))?;
-    array3(py, (boundaries, devices, devices), found)
+    array3(py, (boundaries, devices, devices), followed)
 }
 
 #[pyfunction]
@@ -145,6 +145,6 @@ pub(super) fn busiest_rows<'py>(
     let (visits, share) = (contiguous(visits.as_slice().ok())?, contiguous(share.as_slice().ok())?);
     let tier = contiguous(tier.as_slice().ok())?;
     let steps = visits.len().saturating_mul(tier.len().isqrt() * tiers);
-    let found = made(py, steps, threads, || busiest(visits, share, tier, tiers))?;
-    array3(py, (windows, layers, tiers), found)
+    let rows = made(py, steps, threads, || busiest(visits, share, tier, tiers))?;
+    array3(py, (windows, layers, tiers), rows)
 }

@@ -1,7 +1,7 @@
 //! What a placement is expected to make of counts, without a token being replayed: loads, visits, pairs.
 //!
 //! Copies share the tokens of an expert. They are chosen independently of each other; visits also as by one hash of the
-//! token, of which every expert takes the remainder by its number of copies ([`missed`]). Sums run over experts, or sets,
+//! token, of which every expert takes the remainder by its number of copies ([`missed_by_hash`]). Sums run over experts, or sets,
 //! in their order, so that they are the same on any number of threads; with one copy of each expert they are sums of
 //! whole numbers, and exact.
 
@@ -21,8 +21,6 @@ fn made_of<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync 
     if large { (0..count).into_par_iter().map(make).collect() } else { (0..count).map(make).collect() }
 }
 
-/// Stands for the unit of an expert that has several.
-const SHARED: u32 = u32::MAX;
 /// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
 const PERIOD: u32 = 1 << 12;
 
@@ -48,29 +46,12 @@ impl Holders {
         (alone && self.share.iter().all(|&share| share == 1.0)).then_some(&self.unit[..])
     }
 
-    /// The same, with the units of units: shares add up.
-    fn within(&self, outer: &[u16]) -> Self {
-        let (mut first, mut unit, mut share) = (vec![0], Vec::new(), Vec::new());
-        for e in 0..self.first.len() - 1 {
-            let begin = unit.len();
-            for (inner, part) in self.of(e) {
-                let outer = u32::from(outer[inner]);
-                if let Some(at) = unit[begin..].iter().position(|&unit| unit == outer) {
-                    share[begin + at] += part;
-                } else {
-                    unit.push(outer);
-                    share.push(part);
-                }
-            }
-            first.push(unit.len() as u32);
-        }
-        Self { first, unit, share }
-    }
-
-    /// The unit of every expert that has all its copies in one, else [`SHARED`].
-    fn alone(&self) -> Vec<u32> {
-        let only = |w: &[u32]| if w[1] - w[0] == 1 { self.unit[w[0] as usize] } else { SHARED };
-        self.first.windows(2).map(only).collect()
+    /// The copies of an expert, with their units.
+    fn copies(&self, expert: usize) -> impl Iterator<Item = (usize, Holder)> + '_ {
+        let of = self.first[expert + 1] - self.first[expert];
+        (0..)
+            .zip(self.of(expert))
+            .map(move |(number, (unit, share))| (unit, Holder { expert, of, number, share }))
     }
 
     /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
@@ -78,48 +59,54 @@ impl Holders {
         if let Some(device) = self.single() {
             return visits_of_single(device, node, nodes, sets);
         }
-        let in_nodes = self.within(node);
-        if hashed {
-            // A copy that serves is of how many, and which one.
-            let copies = |e: usize| {
-                let all = self.first[e + 1] - self.first[e];
-                (0..).zip(self.of(e)).map(move |(copy, (device, _))| (device, (all, copy)))
-            };
-            let of_nodes = |e: usize| copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
-            let of_devices = visits_of_copies(&self.alone(), node.len(), sets, copies, missed);
-            return (of_devices, visits_of_copies(&in_nodes.alone(), nodes, sets, of_nodes, missed));
-        }
-        let missed = |shares: &mut Vec<f64>| shares.drain(..).map(|share| 1.0 - share).product();
+        let missed = if hashed { missed_by_hash } else { missed_independently };
+        let in_nodes = |e: usize| self.copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
+        let experts = self.first.len() - 1;
         (
-            visits_of_copies(&self.alone(), node.len(), sets, |e| self.of(e), missed),
-            visits_of_copies(&in_nodes.alone(), nodes, sets, |e| in_nodes.of(e), missed),
+            visits_of_copies(experts, node.len(), sets, |e| self.copies(e), missed),
+            visits_of_copies(experts, nodes, sets, in_nodes, missed),
         )
     }
 }
 
+/// A copy of an expert: which it is of how many, and its share of the expert's tokens.
+#[derive(Debug, Clone, Copy)]
+struct Holder {
+    expert: usize,
+    of: u32,
+    number: u32,
+    share: f64,
+}
+
 /// Tokens that visit every unit, of sets of experts with several copies: the `copies` of an expert by unit, and which share
-/// of tokens misses a unit that some of their experts' copies are in, and that none of them is `alone` in.
-fn visits_of_copies<Copy, Copies: Iterator<Item = (usize, Copy)>>(
-    alone: &[u32],
+/// of tokens misses a unit that some of their experts' copies are in, and no expert with all of its copies.
+fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
+    experts: usize,
     units: usize,
     sets: Sets<'_>,
     copies: impl Fn(usize) -> Copies,
-    missed: impl Fn(&mut Vec<Copy>) -> f64,
+    missed: fn(&mut Vec<Holder>) -> f64,
 ) -> Vec<f64> {
+    let alone = |expert: usize| {
+        let mut units = copies(expert).map(|(unit, _)| unit);
+        units.next().filter(|&unit| units.all(|other| other == unit))
+    };
+    let alone: Vec<Option<usize>> = (0..experts).map(alone).collect();
     let mut tokens = vec![0.0; units];
     // The last set that was in a unit for certain, and copies that may serve a set there.
     let mut last = vec![u32::MAX; units];
-    let mut perhaps: Vec<Vec<Copy>> = (0..units).map(|_| Vec::new()).collect();
+    let mut perhaps: Vec<Vec<Holder>> = vec![Vec::new(); units];
     let (mut shared, mut met) = (Vec::new(), Vec::new());
     for (set, (ids, count)) in (0..).zip(sets.iter()) {
         let count = count as f64;
         for &e in ids {
-            let unit = alone[usize::from(e)];
-            if unit == SHARED {
-                shared.push(usize::from(e));
-            } else if last[unit as usize] != set {
-                last[unit as usize] = set;
-                tokens[unit as usize] += count;
+            match alone[usize::from(e)] {
+                None => shared.push(usize::from(e)),
+                Some(unit) if last[unit] != set => {
+                    last[unit] = set;
+                    tokens[unit] += count;
+                }
+                Some(_) => {}
             }
         }
         for (unit, copy) in shared.drain(..).flat_map(&copies).filter(|&(unit, _)| last[unit] != set) {
@@ -135,26 +122,34 @@ fn visits_of_copies<Copy, Copies: Iterator<Item = (usize, Copy)>>(
     tokens
 }
 
-/// The share of hashes that have none of some remainders `(divisor, remainder)`, which are taken away.
-fn missed(remainders: &mut Vec<(u32, u32)>) -> f64 {
-    remainders.sort_unstable();
-    remainders.dedup();
+/// The share of tokens that none of some copies serves, where experts choose theirs independently; copies are taken away.
+fn missed_independently(copies: &mut Vec<Holder>) -> f64 {
+    let of_expert = |copies: &[Holder]| 1.0 - copies.iter().map(|copy| copy.share).sum::<f64>();
+    let missed = copies.chunk_by(|a, b| a.expert == b.expert).map(of_expert).product();
+    copies.clear();
+    missed
+}
+
+/// The same where one hash of the token chooses for all experts, each by its remainder.
+fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
+    copies.sort_unstable_by_key(|copy| (copy.of, copy.number));
+    copies.dedup_by_key(|copy| (copy.of, copy.number));
     let mut missed = 1.0;
-    while let Some(&(first, _)) = remainders.first() {
+    while let Some(&Holder { of: first, .. }) = copies.first() {
         // Divisors without a common factor are independent; those with one are tried together, up to their period.
         let mut period = first;
-        for &(divisor, _) in remainders.iter() {
-            let common = gcd(period, divisor);
-            let both = period / common * divisor;
+        for copy in copies.iter() {
+            let common = gcd(period, copy.of);
+            let both = period / common * copy.of;
             if common > 1 && both <= PERIOD {
                 period = both;
             }
         }
-        let of = |&(divisor, _): &(u32, u32)| period.is_multiple_of(divisor);
-        let hit = |hash: u32| remainders.iter().filter(|of_one| of(of_one)).any(|&(d, r)| hash % d == r);
+        let is_tried = |copy: &Holder| period.is_multiple_of(copy.of);
+        let hit = |hash: u32| copies.iter().any(|copy| is_tried(copy) && hash % copy.of == copy.number);
         let none = (0..period).filter(|&hash| !hit(hash)).count();
         missed *= none as f64 / f64::from(period);
-        remainders.retain(|one| !of(one));
+        copies.retain(|copy| !is_tried(copy));
     }
     missed
 }

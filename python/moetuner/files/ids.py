@@ -125,8 +125,14 @@ class IdsInParts:
         self.tokens += len(ids)
 
     def joined(self) -> IdsInMemory:
-        """Return all ids [T,L,K]; there must be a part."""
-        return IdsInMemory(_frozen(cast(IdArray, np.concatenate(self.parts))))
+        """Return all ids [T,L,K], and forget the parts, of which there must be one."""
+        ids: Any = np.empty((self.tokens, *self.parts[0].shape[1:]), self.parts[0].dtype)
+        end = self.tokens
+        while self.parts:  # memory of a part is free as soon as it is copied
+            part = self.parts.pop()
+            ids[end - len(part) : end] = part
+            end -= len(part)
+        return IdsInMemory(_frozen(ids))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.files import naming
-from moetuner.files.text import parse_object
+from moetuner.files.text import parse_json
 
 Taken = TypeVar("Taken")
 
@@ -121,8 +121,8 @@ def batches(
                     break
             end = block.find(b"\n", at) + 1 or len(block)
             if line := block[at:end].strip():
+                fields = fields_of(line, number)
                 with naming(f"line {number}"):
-                    fields = parse_object(line)
                     if number > 1 or not is_header(fields):
                         yield _single(fields, keys, number)
             at, number = end, number + 1
@@ -149,6 +149,15 @@ def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
         raise ValueError(refused)
     lines.numbers = [number]
     return lines
+
+
+def fields_of(line: bytes, number: int) -> dict[str, Any]:
+    """Read one line as an object."""
+    with naming(f"line {number}"):
+        fields = parse_json(line, allow_nan=True)
+        if not isinstance(fields, dict):
+            raise ValueError(f"must be a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -36,14 +36,6 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
         raise ValueError(f"must be JSON: {error}") from None
 
 
-def parse_object(content: bytes | str) -> dict[str, Any]:
-    """Read JSON as ``parse_json`` does, with NaN, and raise ValueError if it is no object."""
-    fields = parse_json(content, allow_nan=True)
-    if not isinstance(fields, dict):
-        raise ValueError(f"must be a JSON object, got {type(fields).__name__}")
-    return fields
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):

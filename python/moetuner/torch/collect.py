@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moetuner._checks import shown
 from moetuner.files import LONGEST_TEXT, naming, size_of
-from moetuner.files.text import parse_object
+from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
@@ -63,8 +63,7 @@ def _text_of(line: bytes, number: int, *, is_json: bool) -> Text:
             return Text(line.decode().strip(), None)
         except UnicodeDecodeError as error:
             raise ValueError(f"line {number}: must be UTF-8: {error.reason}") from None
-    with naming(f"line {number}"):
-        fields = parse_object(line)
+    fields = fields_of(line, number)
     text, group = fields.get("text"), fields.get("group")
     if not isinstance(text, str) or not (group is None or isinstance(group, str)):
         raise ValueError(
