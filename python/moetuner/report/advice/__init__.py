@@ -140,12 +140,6 @@ def advise(
     callable_or_none("report", report)
     _check_traffic(traffic)
     not_negative("price", price, "share")
-    size = size_of_expert(traffic)
-    if expert_bytes is not None:
-        positive("expert_bytes", expert_bytes, "number of bytes")
-    elif size is not None:
-        # In 8 bits.
-        expert_bytes = 3.0 * size[0] * size[1]
     if isinstance(initial, str):
         one_of("initial", initial, get_args(Running))
     else:
@@ -172,7 +166,7 @@ def advise(
             "split": "even" if split is None else split,
             "arrival": "bursts" if arrival is None else arrival,
         },
-        *(expert_bytes, price, in_order, iterations, seed_in(seed), threads),
+        *(_bytes_in(expert_bytes, traffic), price, in_order, iterations, seed_in(seed), threads),
         say=report or (lambda _: None),
     )
     return study.advice(whole_number("splits", splits, highest=100))
@@ -520,6 +514,15 @@ def _counts_in(copies: Sequence[int]) -> list[int]:
     if not counts:
         raise ValueError("copies must be at least one number of slots, got none")
     return counts
+
+
+def _bytes_in(expert_bytes: float | None, traffic: Traffic) -> float | None:
+    """Check bytes of an expert; by default they are of the model's in 8 bits, where known."""
+    if expert_bytes is not None:
+        positive("expert_bytes", expert_bytes, "number of bytes")
+        return expert_bytes
+    size = size_of_expert(traffic)
+    return None if size is None else 3.0 * size[0] * size[1]
 
 
 def _check_traffic(traffic: Traffic) -> None:
