@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM on the command line, from the first import on.
+"""Ctrl-C, SIGTERM and want of memory on the command line, from the first import on.
 
 A library leaves signals to its user. But the command line is imported for most of a second before
 its own code runs, and an interrupt then would print a traceback. So where this process is the
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 # Signal that has interrupted the command that runs.
 _signal: int | None = None
@@ -27,6 +27,7 @@ def quiet_start() -> None:
     as_module = started == "-m" and ("-m", "moetuner") in pairwise(sys.orig_argv)
     if not (Path(started).name == "moetuner" or as_module):
         return
+    sys.excepthook = _say_briefly
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             # One that is ignored, as under nohup, stays so.
@@ -70,6 +71,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if _signal is None or number == signal.SIGINT:
         _signal = _signal or number
         raise KeyboardInterrupt
+
+
+def _say_briefly(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say in one line that not even imports found memory; show all else as Python does."""
+    if issubclass(kind, MemoryError):
+        os.write(2, b"moetuner: error: out of memory\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

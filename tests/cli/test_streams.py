@@ -161,9 +161,41 @@ def test_a_panic_under_a_signal_is_the_signal(run, monkeypatch):
         except KeyboardInterrupt:
             raise Panic("PyErr { type: KeyboardInterrupt }") from None
 
+    monkeypatch.setattr("moetuner.cli._share_memory", lambda: None)
     monkeypatch.setattr("moetuner.cli.verify.command.callback", panic)
     monkeypatch.setattr("moetuner.cli.verify.command.params", [])
     assert run("verify") == (143, "", "moetuner: error: interrupted\n")
+
+
+def test_threads_share_memory_where_addresses_are_limited(tmp_path):
+    """Under ulimit -v no thread asks for 64 MB of its own, which it would not get."""
+    program = """
+import ctypes, resource, sys, threading
+from moetuner.cli import main
+if sys.argv[1] == "limited":
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 42, 1 << 42))
+main(["--version"])
+barrier = threading.Barrier(4)
+def work():
+    mine = [bytes(2000) for _ in range(100)]
+    barrier.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+[each.start() for each in threads]
+[each.join() for each in threads]
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(file))
+libc.fclose(ctypes.c_void_p(file))
+"""
+    heaps = {}
+    for name in ("limited", "free"):
+        path = tmp_path / name
+        line = [sys.executable, "-c", program, name, str(path)]
+        subprocess.run(line, check=True, capture_output=True, timeout=100)
+        heaps[name] = path.read_text().count("<heap nr=")
+    assert heaps["limited"] == 1
+    assert heaps["free"] > 1
 
 
 def test_threads_without_memory_are_no_bug(files):
@@ -190,3 +222,12 @@ sys.exit(main(sys.argv[1:]))
     )
     assert done.returncode == 2
     assert re.fullmatch(r"moetuner: error: threads: [^\n]+ --threads[^\n]+\n", done.stderr)
+
+
+def test_imports_without_memory_are_one_line():
+    """Where this process is the command line, which is imported before its own code runs."""
+    program = "import sys; sys.argv = ['moetuner']; import moetuner; raise MemoryError"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "moetuner: error: out of memory\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -33,6 +36,8 @@ WRONG = 2
 INTERRUPTED = 130
 # Nobody reads standard output any more: 128 + SIGPIPE.
 GONE = 141
+# Number of glibc's setting: most parts of memory that threads have by themselves.
+M_ARENA_MAX = -8
 LONGEST_LINE = 1000
 # How the core and Python say that there is no memory for another thread.
 THREADS = re.compile(r"^threads: |can't start new thread")
@@ -83,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reader has gone, work goes on in silence and ends with status 141, as after SIGPIPE.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _share_memory()
     with _interrupts.heard(), streams.standard_streams() as output:
         status = _run(arguments)
         sys.stdout.flush()
@@ -94,6 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if interrupted is not None and status == 0:
             print("moetuner: interrupted: this is the best so far", file=sys.stderr)  # noqa: T201
         return interrupted or status
+
+
+def _share_memory() -> None:
+    """Let threads share memory where little may be taken (ulimit -v).
+
+    Else glibc wants 64 MB of addresses for every thread, and where it does not get them it asks the
+    system for each object by itself: right, but a hundred times slower.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _run(arguments: Sequence[str]) -> int:
