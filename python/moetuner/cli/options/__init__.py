@@ -425,7 +425,7 @@ class SearchOptions:
         Time limit per solve, in seconds. Results then depend on the machine.
     effort
         How much to search without a time limit: default, seconds for most problems, or thorough,
-        up to minutes for a last half per cent.  [default: default]
+        up to minutes for a last half per cent.
     """
 
     seed: Seed = 0
