@@ -102,17 +102,15 @@ impl Certificate {
         let Relaxation { experts, .. } = *relaxation;
         let (pairs, order) = (relaxation.pairs(), relaxation.order());
         let wrong = |rule: String, found: String| Error::Shape { what: "certificate", rule, found };
-        let fits = |array: &[f64], length: usize| array.is_empty() || array.len() == length;
-        if !fits(&self.lambda, pairs * order * order) {
-            return Err(wrong(format!("lambda [{pairs}, {order}, {order}]"), self.lambda.len().to_string()));
-        }
         let layers = if relaxation.has_contents { relaxation.layers } else { 0 };
-        if !fits(&self.contents, layers * experts * experts) {
-            let rule = format!("contents [{layers}, {experts}, {experts}]");
-            return Err(wrong(rule, self.contents.len().to_string()));
-        }
-        if !fits(&self.columns, pairs * experts) {
-            return Err(wrong(format!("columns [{pairs}, {experts}]"), self.columns.len().to_string()));
+        for (name, array, length) in [
+            ("lambda", &self.lambda, pairs * order * order),
+            ("contents", &self.contents, layers * experts * experts),
+            ("columns", &self.columns, pairs * experts),
+        ] {
+            if !array.is_empty() && array.len() != length {
+                return Err(wrong(format!("{length} numbers in {name}"), array.len().to_string()));
+            }
         }
         if self.cuts.len() != 5 * self.multipliers.len() {
             let rule = format!("five numbers for each of {} multipliers", self.multipliers.len());

@@ -41,9 +41,9 @@ struct Row {
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
     triangles: Vec<Triangle>,
-    known_triangles: HashSet<[u32; 3]>,
+    triangle_keys: HashSet<[u32; 3]>,
     rows: Vec<Row>,
-    known_rows: HashSet<Cut>,
+    row_keys: HashSet<Cut>,
     /// Variable and coefficient; 32 bits are enough for a step, the certificate recomputes them.
     entries: Vec<(u32, f32)>,
     /// `1 / sqrt(v)` of the three blocks of the slice.
@@ -57,9 +57,9 @@ impl Pool {
     pub(super) fn new(relaxation: &Relaxation, l: usize) -> Self {
         let mut this = Self {
             triangles: Vec::new(),
-            known_triangles: HashSet::new(),
+            triangle_keys: HashSet::new(),
             rows: Vec::new(),
-            known_rows: HashSet::new(),
+            row_keys: HashSet::new(),
             entries: Vec::new(),
             block_scale: [1.0; 3],
             table: [[0.0; 4]; 27],
@@ -78,7 +78,7 @@ impl Pool {
             let c = [code / 9, code / 3 % 3, code % 3].map(|block| self.block_scale[block]);
             *entry = [c[0], c[1], -c[2], 1.0 / (c[0] * c[0] + c[1] * c[1] + c[2] * c[2])];
         }
-        self.known_rows.clear();
+        self.row_keys.clear();
         self.entries.clear();
         let rows = std::mem::take(&mut self.rows);
         for (at, old) in rows.into_iter().enumerate() {
@@ -118,7 +118,7 @@ impl Pool {
     /// Adds the triangle that `apex` has with `a` and `b`, unless it is there.
     pub(super) fn add_triangle(&mut self, relaxation: &Relaxation, [apex, a, b]: [u32; 3]) {
         let key = [apex, a.min(b), a.max(b)];
-        if self.known_triangles.insert(key) {
+        if self.triangle_keys.insert(key) {
             let [apex, a, b] = key.map(|i| i as usize);
             let variables = [(apex, a), (apex, b), (a, b)].map(|(i, j)| relaxation.variable(i, j));
             let square = relaxation.experts * relaxation.experts;
@@ -130,7 +130,7 @@ impl Pool {
 
     /// Adds a row, unless it is there.
     pub(super) fn add_row(&mut self, relaxation: &Relaxation, cut: Cut) {
-        if self.known_rows.contains(&cut) {
+        if self.row_keys.contains(&cut) {
             return;
         }
         let square = relaxation.experts * relaxation.experts;
@@ -157,7 +157,7 @@ impl Pool {
             terms.iter().filter(|&&(_, x)| x.abs() > 1e-12 * norm).map(|&(v, x)| (v, (x * scale) as f32)),
         );
         let (end, right) = (self.entries.len() as u32, right.value * scale);
-        self.known_rows.insert(cut.clone());
+        self.row_keys.insert(cut.clone());
         self.rows.push(Row { cut, start, end, right, multiplier: 0.0, scale, idle: 0 });
     }
 
@@ -228,12 +228,12 @@ impl Pool {
             keep
         });
         self.entries = retained;
-        self.known_rows = self.rows.iter().map(|row| row.cut.clone()).collect();
+        self.row_keys = self.rows.iter().map(|row| row.cut.clone()).collect();
     }
 
     /// After [`Self::drop_idle`]: the triangles that are left, so that dropped ones may come back.
     pub(super) fn index_triangles(&mut self, relaxation: &Relaxation) {
-        self.known_triangles = self.triangles.iter().map(|t| apex_first(relaxation, t)).collect();
+        self.triangle_keys = self.triangles.iter().map(|t| apex_first(relaxation, t)).collect();
     }
 
     /// Appends the inequalities with a multiplier, times `factor`, in terms of their original coefficients.
@@ -272,11 +272,11 @@ fn product(entries: &[(u32, f32)], y: &[f64]) -> f64 {
 
 /// Moves scaled `y` (all slices) towards its projection. `sign` is scratch of the same length.
 pub(super) fn project(pools: &mut [Pool], square: usize, sweeps: usize, y: &mut [f64], sign: &mut [f64]) {
-    each_pool(pools, square, y, |pool, y| pool.warm_start(y));
+    for_all_pools(pools, square, y, |pool, y| pool.warm_start(y));
     sign.fill(0.0);
     for _ in 0..sweeps {
         enforce_sign(y, sign);
-        each_pool(pools, square, y, Pool::sweep);
+        for_all_pools(pools, square, y, Pool::sweep);
     }
     enforce_sign(y, sign);
 }
@@ -294,7 +294,12 @@ fn enforce_sign(y: &mut [f64], sign: &mut [f64]) {
 }
 
 /// Runs `work` on all pools, even pairs first; within each half the slices are disjoint.
-fn each_pool(pools: &mut [Pool], square: usize, y: &mut [f64], work: impl Fn(&mut Pool, &mut [f64]) + Sync) {
+fn for_all_pools(
+    pools: &mut [Pool],
+    square: usize,
+    y: &mut [f64],
+    work: impl Fn(&mut Pool, &mut [f64]) + Sync,
+) {
     for parity in 0..2.min(pools.len()) {
         let slices = y[parity * 2 * square..].par_chunks_mut(4 * square);
         slices.zip(pools.par_chunks_mut(2)).for_each(|(slice, pools)| {

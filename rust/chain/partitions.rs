@@ -433,24 +433,4 @@ mod tests {
             prop_assert_eq!(best, least);
         }
     }
-
-    #[test]
-    fn counts_every_partition_once() {
-        for (experts, devices, per_device, node_size, count) in [
-            (8, 4, 2, 4, 105),
-            (8, 4, 2, 2, 315),
-            (8, 2, 4, 2, 35),
-            (9, 3, 3, 3, 280),
-            (4, 4, 1, 4, 1),
-            // Two devices of three slots: 1 + 3, 2 + 2.
-            (4, 2, 3, 2, 7),
-        ] {
-            let sizes = Sizes { layers: 1, experts, devices, per_device };
-            let tiers = Tiers { devices, node_size, within: 1, between: 3 };
-            let all = all_partitions(sizes, tiers).expect("few");
-            assert_eq!(all.len(), count, "{experts} on {devices}");
-        }
-        let many = Sizes { layers: 1, experts: 16, devices: 4, per_device: 4 };
-        assert!(all_partitions(many, Tiers { devices: 4, node_size: 4, within: 1, between: 1 }).is_none());
-    }
 }

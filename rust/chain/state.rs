@@ -122,17 +122,17 @@ impl<'a> State<'a> {
                 continue;
             }
             let space = spare_load(g);
-            let each = load.iter().zip(noise).zip(changed).zip(score);
+            let entries = load.iter().zip(noise).zip(changed).zip(score);
             if let Some(price) = price {
                 let above = (-free).max(0) + (-space).max(0);
-                for (((&load, &noise), &changed), score) in each {
+                for (((&load, &noise), &changed), score) in entries {
                     let rise = (load - most).max(0) + (mine - load - space).max(0) - above;
                     *score = changed as f32 + price * rise as f32 - heat * noise;
                     best = best.min(*score);
                 }
             } else {
                 let least = mine - space;
-                for (((&load, &noise), &changed), score) in each {
+                for (((&load, &noise), &changed), score) in entries {
                     let fits = (load > mine || load >= least) && (load <= mine || load <= most);
                     *score = if fits { changed as f32 - heat * noise } else { f32::INFINITY };
                     best = best.min(*score);

@@ -134,7 +134,7 @@ pub(super) fn bound_visits<'py>(
     let start = contiguous(start.as_slice().ok())?;
     let control = Control::new(deadline(time_limit));
     let limits = visits::Limits { rounds, work, gap, control: &control };
-    if !visits::is_in_reach(&layers) {
+    if !visits::is_tractable(&layers) {
         return Ok(None);
     }
     let work = || visits::bound(&layers, start, &limits, |visits| control.proven(visits));

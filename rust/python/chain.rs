@@ -1,7 +1,6 @@
 //! Placements of the chain of layers, searched or proven optimal.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use numpy::{
     IntoPyArray, PyArray1, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
@@ -60,8 +59,7 @@ pub(super) fn search<'py>(
     let mut instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
     let sizes = instance.sizes;
     let control = Control::new(deadline(time_limit));
-    let time_limit = control.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
-    let options = Options { seed, trials, time_limit };
+    let options = Options { seed, trials };
     let work = || -> Result<_, Error> {
         // Where no placement under the cap is known the most balanced one is what can be kept.
         let balanced = balanced(&instance, &control)?;

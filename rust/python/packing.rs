@@ -138,7 +138,6 @@ pub(super) fn place_clusters<'py>(
     let chain = Chain { traffic, cost, sizes, start, layers, devices };
     let control = Control::new(deadline(time_limit));
     let (placed, interrupted) = watched(py, threads, &control, None, || chain.place(&control))?;
-    let placed = placed?;
     let way = if placed.exact { "exact: uniform links" } else { "heuristic: local search" };
     Ok((array2(py, (layers, devices), placed.device)?, way, placed.bound, interrupted))
 }

@@ -127,7 +127,7 @@ def check_front(problem, running):
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_answers_are_true_of_the_problem_asked(seed):
+def test_answers_are_true_of_the_problem(seed):
     """Rules and budgets are kept, single copies and what runs are floors, and claims hold."""
     problem = random_problem(seed)
     if problem is None:

@@ -113,7 +113,7 @@ def test_layers_and_threads_are_independent():
         assert np.array_equal(slots, alone)
 
 
-def test_bans_and_pins_are_kept():
+def test_bans_and_pins_hold():
     """Also where greedy filling runs into them."""
     forbidden = np.zeros((2, 12, 4), dtype=bool)
     forbidden[:, :6, :2] = True

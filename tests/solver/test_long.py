@@ -24,7 +24,7 @@ def many(seed=0, windows=MANY, experts=8, layers=2, **fields):
 
 
 @pytest.mark.parametrize("largest", [255, 256, 65535, 65536, 2**32 - 1, 2**32])
-def test_loads_are_held_in_the_narrowest_type(largest, tmp_path, monkeypatch):
+def test_loads_have_the_smallest_type(largest, tmp_path, monkeypatch):
     """Where they are large, whatever they came in; what is equal is equal, and so are hashes."""
     small = mt.RoutingStatistics.from_load([[[0, 7]], [[3, 4]]])
     assert small.window_load.dtype == np.uint64

@@ -167,7 +167,7 @@ def least_moves(problem, initial):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_rules_are_kept_by_the_fewest_moves(seed):
+def test_rules_take_the_fewest_moves(seed):
     """No placement that keeps the rules is nearer, and a budget of so many moves is enough."""
     random = np.random.default_rng(seed)
     counts = statistics(seed, layers=2, experts=6)

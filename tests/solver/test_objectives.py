@@ -156,7 +156,7 @@ def test_risk_is_near_the_optimum(problem):
 
 
 @given(problems(), st.floats(1, 1.6), st.sampled_from(["balance", "time"]))
-def test_caps_are_kept_or_said_to_be_in_the_way(problem, cap, goal):
+def test_caps_hold_or_are_said_to_be_in_the_way(problem, cap, goal):
     """The best under the cap; where nothing keeps it, the least that something keeps is named."""
     problem = replace(problem, max_imbalance=cap, objective=goal)
     every = list(every_placement(problem))
@@ -174,7 +174,7 @@ def test_caps_are_kept_or_said_to_be_in_the_way(problem, cap, goal):
 
 
 @given(problems(), st.data())
-def test_rules_are_kept_at_the_optimum(problem, data):
+def test_rules_hold_at_the_optimum(problem, data):
     """With a pin and a ban the answer is the best of what they leave."""
     cells = st.tuples(
         st.just(0), st.integers(0, problem.experts - 1), st.integers(0, problem.devices - 1)
@@ -185,14 +185,16 @@ def test_rules_are_kept_at_the_optimum(problem, data):
     except ValueError:
         # A ban may leave too little room; then no placement keeps the rules.
         every = list(every_placement(problem))
-        assert not any(is_kept(of, pin) and not is_kept(of, ban) for of in every)
+        assert not any(holds_rule(of, pin) and not holds_rule(of, ban) for of in every)
         return
-    every = [of for of in every_placement(problem) if is_kept(of, pin) and not is_kept(of, ban)]
+    every = [
+        of for of in every_placement(problem) if holds_rule(of, pin) and not holds_rule(of, ban)
+    ]
     assert every
     assert solved(ruled) == pytest.approx(min(map(mt.Objective(ruled).value, every)), rel=1e-9)
 
 
-def is_kept(placement, rule):
+def holds_rule(placement, rule):
     """Whether a rule's expert is on its device."""
     layer, expert, device = rule
     return placement.held[layer, device, expert]

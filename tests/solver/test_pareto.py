@@ -30,7 +30,7 @@ def test_trades_begin_with_what_runs(problem, blocks):
         assert trade.gain == pytest.approx(trades[0].objective - trade.objective)
 
 
-def test_rules_are_kept_when_the_initial_placement_does_not(problem, blocks):
+def test_a_rule_that_the_initial_placement_breaks_holds(problem, blocks):
     """A pin that the initial placement breaks is kept, or the budget is said to be in the way."""
     pinned = mt.Problem(
         problem.statistics, problem.topology, objective="balance", pinned=[(0, 0, 3)]

@@ -12,6 +12,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from brute_force import every_layer, small_problem
+from conftest import random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from staged import staged
@@ -200,9 +201,9 @@ def test_false_claims_are_taken_back(monkeypatch, claim):
 def test_raised_caps_are_told_with_the_bound():
     """The scope names the layers whose cap was raised, a few of them."""
     problem = small_problem(1, 2, 4, 2, max_imbalance=1.2)
-    told = scope(problem, CapsDetails(dict.fromkeys(range(5), 1.5)))
+    text = scope(problem, CapsDetails(dict.fromkeys(range(5), 1.5)))
     layers = ", ".join(f"1.5000 in layer {layer}" for layer in range(3))
-    assert told.endswith(f"1.2, raised to {layers} and in 2 more")
+    assert text.endswith(f"1.2, raised to {layers} and in 2 more")
 
 
 def test_nearly_is_not_optimal():
@@ -220,9 +221,15 @@ def test_nearly_is_not_optimal():
 SOLVED: dict[tuple[bytes, tuple[str, ...]], tuple[bytes, bytes, dict]] = {}
 
 
-def saved(folder, experts: int = 16, layers: int = 2, *, heavy: bool = False):
+def saved(folder, experts: int = 16, layers: int = 2, *, heavy: bool = False, sets: bool = False):
     """Write statistics to solve on 4 devices; with a heavy expert caps differ by layer."""
     rng = np.random.default_rng(1)
+    if sets:
+        trace = mt.RoutingTrace.from_arrays(
+            random_ids(300, layers, 2, experts, seed=1), num_experts=experts
+        )
+        mt.RoutingStatistics.from_trace(trace, sets=True).save(folder / "sets.safetensors")
+        return folder / "sets.safetensors"
     load = rng.integers(90, 110, (1, layers, experts))
     load[0, -1, 0] *= 20 if heavy else 1
     table = rng.integers(0, 30, (layers - 1, experts, experts))
@@ -237,10 +244,10 @@ def certify(run, folder, counts, *more):
     certificate, placement = folder / "proof.safetensors", folder / "placement.json"
     key = (counts.read_bytes(), more)
     if key not in SOLVED:
-        asked = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+        options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
         more = more if "--regime" in more else (*more, "--regime", "follow")
         status, out, _ = run(
-            *("solve", counts, "--devices", 4, *asked, "--out", placement, "--json", "-", *more)
+            *("solve", counts, "--devices", 4, *options, "--out", placement, "--json", "-", *more)
         )
         assert status == 0
         SOLVED[key] = certificate.read_bytes(), placement.read_bytes(), json.loads(out)
@@ -257,21 +264,29 @@ def changed(path, tensors=(), **metadata) -> None:
     safetensors.numpy.save_file({**arrays, **dict(tensors)}, path, metadata=texts)
 
 
-@pytest.mark.parametrize("regime", ["follow", "dispatch"])
-@pytest.mark.parametrize("experts", [8, 16])
-def test_what_solve_writes_verify_proves(run, tmp_path, regime, experts):
-    """A dual point or the complete programme, of either regime: the bound that was told."""
-    counts = saved(tmp_path, experts)
+@pytest.mark.parametrize(
+    ("experts", "regime", "method"),
+    [
+        (8, "follow", "complete dynamic programme"),
+        (16, "follow", "dual point"),
+        (8, "dispatch", "complete dynamic programme"),
+        (16, "dispatch", "dual point"),
+        (14, "dispatch", "visits"),
+    ],
+)
+def test_what_solve_writes_verify_proves(run, tmp_path, experts, regime, method):
+    """A dual point, the complete programme or prices, of either regime: the bound of `solve`."""
+    counts = saved(tmp_path, experts, sets=method == "visits")
     certificate, placement, solved = certify(run, tmp_path, counts, "--regime", regime)
     status, out, err = run(
         *("verify", certificate, counts, "--devices", 4, "--placement", placement, "--json", "-")
     )
     assert (status, err) == (0, "")
-    found = json.loads(out)
-    assert found["bound"] == solved["bound"]
-    assert found["objective"] == pytest.approx(solved["objective"])
-    assert found["method"].startswith("complete" if experts == 8 else "dual")
-    assert (found["regime"], found["scope"]) == (regime, "placements with one copy of each expert")
+    answer = json.loads(out)
+    assert answer["bound"] == pytest.approx(solved["bound"], rel=1e-12)
+    assert answer["objective"] == pytest.approx(solved["objective"])
+    assert (answer["method"], answer["regime"]) == (method, regime)
+    assert answer["scope"] == "placements with one copy of each expert"
 
 
 def test_caps_are_told_by_layer_where_they_differ(run, tmp_path):
@@ -280,11 +295,11 @@ def test_caps_are_told_by_layer_where_they_differ(run, tmp_path):
     certificate, _, _ = certify(run, tmp_path, counts)
     arguments = ("verify", certificate, counts, "--devices", 4)
     _, out, _ = run(*arguments, "--json", "-")
-    found = json.loads(out)["max_imbalance"]
-    assert len(found) == 3
-    assert max(found[:2]) < 1.2001 < found[2]
+    answer = json.loads(out)["max_imbalance"]
+    assert len(answer) == 3
+    assert max(answer[:2]) < 1.2001 < answer[2]
     _, out, _ = run(*arguments)
-    assert f"{found[2]:.4f} in layer 2" in " ".join(out.split())
+    assert f"{answer[2]:.4f} in layer 2" in " ".join(out.split())
     # With one cap for all layers there is one number, although tokens are whole.
     counts = saved(tmp_path)
     certificate, _, _ = certify(run, tmp_path, counts)
@@ -381,9 +396,9 @@ def test_certificates_that_cannot_be_are_refused_before_any_work(run, tmp_path, 
     """What was there stays, nothing is written, and the line says why."""
     counts, certificate = saved(tmp_path), tmp_path / "proof.safetensors"
     certificate.write_text("of an older solve")
-    asked = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+    options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
     out = ("--out", tmp_path / "placement.json")
-    status, _, err = run("solve", counts, "--devices", 4, *asked, *out, *more)
+    status, _, err = run("solve", counts, "--devices", 4, *options, *out, *more)
     assert (status, err.count("\n")) == (2, 1)
     assert "'--certificate' needs" in err
     assert why in err
@@ -396,9 +411,9 @@ def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path):
     counts, certificate = saved(tmp_path), tmp_path / "proof.safetensors"
     certificate.write_text("of an older solve")
     placement = tmp_path / "placement.json"
-    asked = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+    options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
     status, _, err = run(
-        "solve", counts, "--devices", 4, *asked, "--out", placement, "--time-limit", 0
+        "solve", counts, "--devices", 4, *options, "--out", placement, "--time-limit", 0
     )
     assert (status, err.count("\n")) == (2, 1)
     assert "no certificate was written" in err

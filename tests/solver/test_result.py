@@ -25,7 +25,7 @@ FULL = Details(
 )
 
 
-def test_json_has_one_flat_object_of_what_is_known():
+def test_json_has_one_flat_object_of_facts():
     """Zeros are known, None and empty parts are not; nothing else needs a name of its own."""
     assert json.loads(json.dumps(FULL.to_dict())) == {
         "trials": 0,
@@ -105,7 +105,7 @@ def test_a_result_has_its_history_without_a_listener(make_trace, objective):
         assert line.objective is None or one.bound is None or line.objective >= one.bound
 
 
-def test_values_in_another_unit_are_not_told():
+def test_values_in_another_unit_are_not_reported():
     """Phases are heard of, their numbers are not."""
     heard = []
     budget = Budget(progress=heard.append).muted()

@@ -43,21 +43,57 @@ def planted_traffic(seed, layers=8, experts=64, devices=8):
 # Planted optima.
 
 
-@pytest.mark.parametrize("per_node", [None, 4])
-@pytest.mark.parametrize("cap", [None, 1.2, 1.0])
-def test_traffic_that_can_stay_stays(cap, per_node):
+@pytest.mark.parametrize("cap", [None, 1.2, 1.03, 1.02, 1.0])
+@pytest.mark.parametrize(
+    ("layers", "experts", "devices", "per_node"),
+    [(8, 64, 8, None), (8, 64, 8, 4), (3, 16, 4, None), (4, 104, 26, None)],
+)
+def test_traffic_that_can_stay_stays(layers, experts, devices, per_node, cap):
     """Where no transition need cross a device, none does, under a cap that one placement keeps."""
     problem = mt.Problem(
-        planted_traffic(0),
-        mt.Topology(8, devices_per_node=per_node),
+        planted_traffic(0, layers, experts, devices),
+        mt.Topology(devices, devices_per_node=per_node),
         regime="follow",
         objective="traffic",
         max_imbalance=cap,
     )
-    values = mt.solve(problem, "heuristic", iterations=100_000)
+    values = mt.solve(problem, "heuristic", iterations=100_000 if devices < 26 else 10_000)
     assert values.objective == 0
     assert values.violations == ()
     assert not values.details.caps.raised
+
+
+@pytest.mark.parametrize(("seed", "per_node"), [(0, 4), (3, 4), (2, 2), (4, 2)])
+def test_starts_on_links_alike_are_recombined(seed, per_node):
+    """In few trials too little is known of links that differ; what others find together is."""
+    traffic, topology = planted_traffic(seed, 12, 32), mt.Topology(8, devices_per_node=per_node)
+    problem = mt.Problem(traffic, topology, regime="follow", objective="traffic")
+    assert mt.solve(problem, "heuristic", iterations=20_000).objective == 0
+
+
+def test_tight_caps_cost_less_than_half():
+    """Caps that hardly any swap keeps are crossed on the way: without that it is 0.59 of it."""
+    cost = {"lpt": 0, "heuristic": 0}
+    for seed in range(4):
+        random, load = np.random.default_rng(seed), np.zeros((1, 8, 32), dtype=np.int64)
+        for layer, homes in enumerate(planted_homes(random, 8, 32, 8)):
+            for device in range(8):
+                # A part of what is left for each expert, and the rest for the last.
+                *first, last = np.flatnonzero(homes == device)
+                for expert in first:
+                    left = 1000 - load[0, layer, homes == device].sum()
+                    load[0, layer, expert] = 1 + random.integers(left // 2)
+                load[0, layer, last] = 1000 - load[0, layer, homes == device].sum()
+        # Tokens go other ways than loads are balanced.
+        statistics = mt.RoutingStatistics(load, planted_traffic(seed + 4, experts=32).transitions)
+        problem = mt.Problem(
+            *(statistics, mt.Topology(8)), regime="follow", objective="traffic", max_imbalance=1.02
+        )
+        for method in cost:
+            result = mt.solve(problem, method, iterations=100_000)
+            assert not result.violations
+            cost[method] += result.objective
+    assert 2 * cost["heuristic"] < cost["lpt"]
 
 
 @pytest.mark.parametrize(("windows", "experts", "devices"), [(1, 32, 4), (3, 16, 8), (4, 24, 8)])

@@ -82,7 +82,7 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(make_trace, seed, node):
 
 @pytest.mark.parametrize("method", ["joint", "heuristic"])
 @pytest.mark.parametrize("seed", range(6))
-def test_infeasible_caps_are_told_apart(method, seed):
+def test_infeasible_caps_are_named(method, seed):
     """Layers whose cap nothing keeps are named, with the smallest cap that something keeps."""
     problem = small_problem(seed, 3, 7, 3, max_imbalance=1.03)
     result = mt.solve(problem, method, iterations=2000).details.caps
@@ -113,7 +113,7 @@ def test_no_time_gives_a_placement(problem):
         assert (result.placement.replicas == 1).all()
 
 
-def test_time_limit_is_kept(make_trace):
+def test_time_limit_holds(make_trace):
     """A long search ends near its limit."""
     stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
     problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)

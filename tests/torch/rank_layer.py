@@ -135,16 +135,10 @@ class Case:
     def distributed(self, rank):
         """Make the layer of this rank."""
         slots = self.placement.slots[self.layer, rank]
-        experts = GroupedExperts(
-            in_slots(self.up, slots), in_slots(self.down, slots), self.activation
-        ).requires_grad_(False)
-        return ExpertParallelMoE(
-            experts,
-            self.placement,
-            self.layer,
-            devices_per_node=self.node,
-            split=self.split,
-        )
+        weights = (in_slots(of, slots) for of in (self.up, self.down))
+        experts = GroupedExperts(*weights, self.activation).requires_grad_(False)
+        options = {"devices_per_node": self.node, "split": self.split}
+        return ExpertParallelMoE(experts, self.placement, self.layer, **options)
 
     def mine(self, rank):
         """Positions of the tokens of this rank."""
@@ -163,14 +157,8 @@ class Case:
         """Rows that the evaluation predicts [D,D]."""
         ids = self.index.numpy()[:, None].repeat(2, axis=1)
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=self.experts)
-        predicted = mt.dispatch_rows(
-            self.placement,
-            trace,
-            self.home,
-            split=self.split,
-            devices_per_node=self.node,
-        )
-        return predicted[self.layer]
+        options = {"devices_per_node": self.node, "split": self.split}
+        return mt.dispatch_rows(self.placement, trace, self.home, **options)[self.layer]
 
 
 def compared(rank, case, tolerance):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from moetuner.cli import options
 from moetuner.cli.options import option
@@ -49,36 +49,29 @@ def command(
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     traffic = source.traffic
-    running = contiguous(placement)
+    running, name = contiguous(placement), "contiguous"
     if baseline_file is not None:
-        running = source.load(baseline_file, topology)
-    names = ("contiguous" if baseline_file is None else "running", text.name(placement_file.stem))
+        running, name = source.load(baseline_file, topology), "running"
+    names = (name, text.name(placement_file.stem))
     how = serving.arguments(traffic)
     model = how["cost_model"]
     output.say(source.describe(), *serving.explain())
     with working("replaying") as report:
+        replay: Any = {"window": source.replayed, "threads": source.threads, **how}
+        replay["progress"] = shares(report, "of the tokens")
         before, after = evaluate_each(
-            [running, placement],
-            traffic,
-            topology,
-            window=source.replayed,
-            mixed=False,
-            **how,
-            threads=source.threads,
-            progress=shares(report, "of the tokens"),
+            [running, placement], traffic, topology, mixed=False, **replay
         )
-    audited = None
-    if traffic.group is not None:
-        with working("comparing groups"):
-            audited = audit_of(before, after)
+    with working("comparing groups"):
+        audited = None if traffic.group is None else audit_of(before, after)
+    settings = serving.settings(topology, how) | {"cost_model": model.name}
     contents = {
         "input": source.facts(),
         "settings": {
             "placement": str(placement_file),
             "baseline": None if baseline_file is None else str(baseline_file),
             "window": source.counted,
-            **serving.settings(topology, how),
-            "cost_model": model.name,
+            **settings,
         },
         **as_json({"running": before, "proposed": after, "audit": audited}),
     }

@@ -47,7 +47,7 @@ const MOST_CONTENTS: f64 = 2.5e7;
 /// Seconds that the table of a layer takes for each content and each expert of a token, on a slow core.
 const TABLE_SECONDS: f64 = 5e-9;
 /// Contents that are held at once, of all layers that are being worked on: four bytes each, and as many again for prices.
-const HELD_CONTENTS: f64 = 1e8;
+const MEMORY_CONTENTS: f64 = 1e8;
 
 /// Which experts tokens choose in one layer, and what its devices can hold.
 #[derive(Debug, Clone, Copy)]
@@ -96,7 +96,7 @@ impl Layer<'_> {
     }
 
     /// Whether all contents can be tried: few, of few tokens.
-    fn is_in_reach(&self) -> bool {
+    fn is_tractable(&self) -> bool {
         let (_, most) = self.range();
         most <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
     }
@@ -138,14 +138,14 @@ pub struct Limits<'a> {
 
 /// Whether the contents of every layer can be tried.
 #[must_use]
-pub fn is_in_reach(layers: &[Layer<'_>]) -> bool {
-    layers.iter().all(Layer::is_in_reach)
+pub fn is_tractable(layers: &[Layer<'_>]) -> bool {
+    layers.iter().all(Layer::is_tractable)
 }
 
 /// Layers that are worked on at once, so that their contents fit into memory.
 fn at_once(layers: &[Layer<'_>]) -> usize {
     let largest = layers.iter().map(Layer::contents).fold(1.0, f64::max);
-    ((HELD_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads())
+    ((MEMORY_CONTENTS / largest) as usize).clamp(1, rayon::current_num_threads())
 }
 
 /// Bounds the visits of every layer, all in reach, from below; `start` is a placement to begin from, the device of each expert `[L, E]`.
@@ -194,7 +194,7 @@ pub fn bound(
 
 /// Recomputes the visits of every layer that prices `[L, E]` prove. Any numbers prove something true.
 pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
-    if !is_in_reach(layers) {
+    if !is_tractable(layers) {
         let found = "more".into();
         return Err(Error::Shape { what: "certificate", rule: "contents that can be tried".into(), found });
     }
@@ -209,14 +209,14 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
     for wave in layers.chunks(together) {
         let (mine, others) = rest.split_at(wave.iter().map(Layer::experts).sum());
         rest = others;
-        let each = mine.par_chunks(wave[0].experts()).zip(wave).map(|(prices, layer)| {
+        let proven = mine.par_chunks(wave[0].experts()).zip(wave).map(|(prices, layer)| {
             let prices: Vec<f64> = prices.iter().map(|&price| whole(price * UNIT)).collect();
             if prices.iter().all(|&price| price == 0.0) {
                 return layer.least() as u64;
             }
             layer.proven(&prices, &Table::new(layer).price(&prices, 0).0)
         });
-        visits.extend(each.collect::<Vec<_>>());
+        visits.extend(proven.collect::<Vec<_>>());
     }
     Ok(visits)
 }

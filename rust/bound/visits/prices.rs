@@ -12,7 +12,7 @@ use super::{Layer, Limits, UNIT, whole};
 
 /// Contents that a look at all of them brings, and how many of them may hold an expert.
 const HARVEST: usize = 600;
-const EACH: usize = 25;
+const PER_EXPERT: usize = 25;
 /// Half of the first box, as a share of the mean price, and how it grows and shrinks.
 const BOX: f64 = 0.15;
 const GROWTH: f64 = 1.5;
@@ -62,7 +62,7 @@ pub(super) fn search(
         && !late(longest)
     {
         begin = Instant::now();
-        programme.add_contents(table, spread(new, experts, EACH));
+        programme.add_contents(table, spread(new, experts, PER_EXPERT));
         let centre: Vec<f64> = best.iter().map(|price| price / UNIT).collect();
         let (hoped, prices, inside) = programme.solve(&centre, width);
         let prices: Vec<f64> = prices.iter().map(|price| whole(price * UNIT)).collect();

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,17 +38,8 @@ GAINED = {
 }
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where the numbers of a page come from.
-
-    Parameters
-    ----------
-    description, files
-        The input in a line, and its files.
-    command
-        What was called.
-    """
+class Origin(NamedTuple):
+    """Where the numbers of a page come from: the input in a line, its files, and the command."""
 
     description: str
     files: Sequence[Path]

@@ -39,23 +39,24 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     instance("certificate", certificate, Certificate, hint=", such as Certificate.load(path)")
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     threads = threads_in(threads)
-    if certificate.regime != problem.regime:
-        raise ValueError(
-            f"certificate must be of regime {problem.regime}, got one of {certificate.regime}"
-        )
-    if certificate.fingerprint != problem.statistics.fingerprint:
-        raise ValueError(
-            f"certificate must be of these statistics ({problem.statistics.fingerprint}), "
-            f"got one of {certificate.fingerprint}"
-        )
-    if certificate.slots != problem.slots:
-        raise ValueError(
-            f"certificate must be for {problem.slots} slots per device, got {certificate.slots}"
-        )
-    if certificate.caps.shape != (problem.layers,):
-        raise ValueError(
-            f"certificate must have caps [{problem.layers}], got {list(certificate.caps.shape)}"
-        )
+    mine, fingerprint = certificate, problem.statistics.fingerprint
+    for holds, what in (
+        (mine.regime == problem.regime, f"be of regime {problem.regime}, got one of {mine.regime}"),
+        (
+            mine.fingerprint == fingerprint,
+            f"be of these statistics ({fingerprint}), got one of {mine.fingerprint}",
+        ),
+        (
+            mine.slots == problem.slots,
+            f"be for {problem.slots} slots per device, got {mine.slots}",
+        ),
+        (
+            mine.caps.shape == (problem.layers,),
+            f"have caps [{problem.layers}], got {list(mine.caps.shape)}",
+        ),
+    ):
+        if not holds:
+            raise ValueError(f"certificate must {what}")
     _refuse_vacuous(certificate, problem, threads)
     _refuse_uncovered(certificate, problem)
     if certificate.method == "complete dynamic programme":
@@ -110,13 +111,7 @@ def _complete_again(certificate: Certificate, problem: Problem, threads: int | N
             "certificate says that dynamic programming over all partitions is its proof, which is "
             "out of reach for these sizes and links"
         )
-    _, cost, caps_kept = optimum
-    if (caps_kept != caps).any():
-        first = int(np.flatnonzero(caps_kept != caps)[0])
-        raise ValueError(
-            f"certificate must have caps that a placement can keep, got {caps[first]} in layer "
-            f"{first}, where the fullest device carries at least {caps_kept[first]}"
-        )
+    _, cost, _ = optimum
     if cost != certificate.cost:
         raise ValueError(
             f"certificate must be for these links: it was written for a cost of "

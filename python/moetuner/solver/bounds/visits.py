@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,15 +213,8 @@ def _reporter(budget: Budget, before: float, price: float, all_tokens: int) -> R
 
 # Prices of experts.
 
-Seen = tuple[
-    list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
-    NDArray[np.uint64],
-    NDArray[np.uint64],
-    NDArray[np.uint64],
-]
 
-
-def _seen(problem: Problem, level: _Level) -> Seen:
+def _seen(problem: Problem, level: _Level) -> tuple[Any, Any, Any, Any]:
     """Return what the core sees of a level: sets, load [L,E], caps [L], and slots [L,parts]."""
     kinds = [(of.ids, of.counts) for of in _sets(problem)]
     return kinds, problem.load, level.caps, level.capacity.astype(np.uint64)

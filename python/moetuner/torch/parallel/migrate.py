@@ -151,13 +151,7 @@ def free_bytes(device: torch.device, sharing: int) -> float:
     return int(available[1]) * 1024 / sharing if available else math.inf
 
 
-def migrate(
-    layers: Sequence[ExpertParallelMoE],
-    target: Placement,
-    *,
-    agreement: Agreement,
-    group: dist.ProcessGroup | None = None,
-) -> None:
+def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: Agreement) -> None:
     """Move weights and switch; every rank calls it between two steps, with the same target.
 
     Where one fails, differs or is lost, all that are left raise a ``MoveError`` and have the old
@@ -182,7 +176,7 @@ def migrate(
     assert spares is not None
     for number, spare in enumerate(spares):
         if spare.plan:
-            lost = attempt(spare.fill, group, agreement.timeout)[1]
+            lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
             agreement.reach(f"the weights of layer {number}", plan, lost)
 
     def put() -> None:

@@ -252,7 +252,7 @@ class Rebalancer:
             if not decision.moved:
                 return decision
             try:
-                migrate(self.layers, target, agreement=agreement, group=self.layers[0].group)
+                migrate(self.layers, target, agreement)
                 return decision
             except NoMemoryError:
                 budget = min(budget, decision.experts_moved) // 2
@@ -300,9 +300,9 @@ class Rebalancer:
         # What is no number, of a cost model without an answer, is no gain.
         if not -loss > self.dead_zone * now:
             return Decision(False, "the gain is within the dead zone", *predicted)
-        if not -loss * self.steps_ahead > self.hysteresis * (cost + took):
-            return Decision(False, "the move takes longer than it brings in", *predicted)
-        return Decision(True, "the move pays", *predicted)
+        pays = -loss * self.steps_ahead > self.hysteresis * (cost + took)
+        reason = "the move pays" if pays else "the move takes longer than it brings in"
+        return Decision(pays, reason, *predicted)
 
     def _load_of(self, half: int) -> Floats:
         """Return tokens per step of a half of the counts [L,E], as many in a layer as of both."""

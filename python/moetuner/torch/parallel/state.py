@@ -40,10 +40,11 @@ class ExpertTensor(DTensor):
         whole = DTensor.from_local(
             local, mesh, [Partial()], run_check=False, shape=like.shape, stride=like.stride()
         )
-        return ExpertTensor._like(whole, whole._local_tensor, ranks)
+        return ExpertTensor._made(whole._local_tensor, whole._spec, ranks)
 
-    def _like(self: DTensor, local: Tensor, ranks: list[int]) -> ExpertTensor:
-        weight = ExpertTensor(local, self._spec, requires_grad=False)
+    @staticmethod
+    def _made(local: Tensor, spec: Any, ranks: list[int]) -> ExpertTensor:
+        weight = ExpertTensor(local, spec, requires_grad=False)
         weight.ranks = ranks
         return weight
 
@@ -58,7 +59,7 @@ class ExpertTensor(DTensor):
                 return function(*args, **kwargs)
         weight, *more = args
         local = function(weight._local_tensor, *more, **kwargs)
-        return weight._like(local, weight.ranks)
+        return cls._made(local, weight._spec, weight.ranks)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._local_tensor.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]

@@ -166,8 +166,7 @@ class StepHooks:
         self.dropped = 0
         self.fault: Exception | None = None
         # What torch.compile gives only calls the model that it was given.
-        self._wrapped = hasattr(model, "_orig_mod")
-        self._model = getattr(model, "_orig_mod", model)
+        self._called, self._model = model, getattr(model, "_orig_mod", model)
         self._layers, self._receive, self._mask = layers, receive, mask
         self._attached = ExitStack()
         self._generations = Generations()
@@ -181,7 +180,7 @@ class StepHooks:
         """Start to listen."""
         model = self._model
         with ExitStack() as attached:
-            if self._wrapped or any(_is_compiled(module) for module in model.modules()):
+            if any(map(_is_compiled, (self._called, *model.modules()))):
                 attached.enter_context(_running_eagerly())
             self._generations = attached.enter_context(generations_of(model))
             handles = [

@@ -148,11 +148,6 @@ def plan(
     routers
         The MoE blocks to put in order, by layer, with the names of their routers; None if the
         router is a child with a usual name. Other blocks keep their order.
-
-    Raises
-    ------
-    ValueError
-        If the result could not be exact, with the reason.
     """
     parts = _parts(tensors)
     row = {block: number for number, block in enumerate(routers)}
