@@ -302,7 +302,7 @@ def test_texts_are_read_from_files(tmp_path, monkeypatch):
         next(collect.read_texts(tmp_path / "fifo"))
     (tmp_path / "line").write_text("0123456789")
     monkeypatch.setattr(collect, "LONGEST_TEXT", 8)
-    with pytest.raises(ValueError, match="line 1 must have at most 8 bytes"):
+    with pytest.raises(ValueError, match="line 1: must have at most 8 bytes"):
         next(collect.read_texts(tmp_path / "line"))
 
 
