@@ -293,11 +293,11 @@ trace as it is | of_ids() | num_experts is needed
 trace | tensors(expert_ids=IDS.astype(np.float32)) | must be integers [tokens, layers, top_k], got
 trace | tensors(expert_ids=BAD_ID) | expert_ids: token 40, layer 1: expert id 9 is not below
 trace of 3 | packed("[]") | must be safetensors, .npz
-trace of 3 | packed("{") | header must be JSON
+trace of 3 | packed("{") | header: must be JSON
 trace of 3 | packed('{"a": 1}') | a: data_offsets must be two sizes, got None
-trace of 3 | packed("{" + '"a":[' * 5000) | header must be JSON
+trace of 3 | packed("{" + '"a":[' * 5000) | header: must be JSON
 trace of 3 | packed(entry([4, 1, 1], -4)) | must be two sizes
-trace of 3 | packed(entry([4, 1, 1], 1 << 50)) | file must have
+trace of 3 | packed(entry([4, 1, 1], 1 << 50)) | data_offsets must be two sizes
 trace of 3 | packed(entry([1 << 40, 1, 1])) | must have 1099511627776 bytes, got 4
 trace of 3 | packed(entry([4, 1 << 70])) | shape must be a list of sizes
 trace of 3 | packed(entry([2, -2, -1])) | shape must be a list of sizes

@@ -93,7 +93,8 @@ def read_header(path: Path) -> Header:
                     f"bytes, got {length} in a file of {size}"
                 )
             text = file.read(length)
-        fields = parse_json(text)
+        with naming("safetensors header"):
+            fields = parse_json(text)
         if not isinstance(fields, dict):
             raise ValueError(f"safetensors header must be an object, got {type(fields).__name__}")
         metadata = fields.pop("__metadata__", {})

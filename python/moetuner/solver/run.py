@@ -293,12 +293,16 @@ class Run:
     def offer(self, slots: Slots, by: str, *, is_start: bool = False) -> Incumbent:
         """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget."""
         incumbent = self.judge(slots, by, is_start=is_start)
-        if self.moves is None or incumbent.moves <= self.moves.most:
+        if self.can_afford(incumbent):
             self.incumbents.append(incumbent)
             self._tell(by)
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
             self.rank_of_all(incumbent)
         return incumbent
+
+    def can_afford(self, incumbent: Incumbent) -> bool:
+        """Return whether the moves of an incumbent are within the budget."""
+        return self.moves is None or incumbent.moves <= self.moves.most
 
     def prefer(self, slots: Slots, by: str) -> None:
         """Make slots [L,D,S] the answer although an incumbent may rank before them by a hair."""

@@ -19,6 +19,7 @@ from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
+from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.ties import TIES
 
 Floats = NDArray[np.float64]
@@ -301,4 +302,4 @@ AT_PRICES = Stage(_at_prices, applies=_are_few, least=_after_steps)
 
 def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """Return the stages from a running placement; a method's own where moves are free."""
-    return (REPAIR, fresh(stages), CONTINUE, DESCEND, AT_PRICES)
+    return (REPAIR, fresh(stages), CONTINUE, DESCEND, AT_PRICES, POLISH)

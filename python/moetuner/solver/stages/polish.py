@@ -24,7 +24,8 @@ Slots = NDArray[np.int32]
 def _polish(run: Run, budget: Budget) -> None:
     """Take the first change that ranks before the best until there is none, from a few starts."""
     starts = sorted(run.incumbents, key=lambda of: of.rank)[: effort.POLISHED]
-    for start in (*starts, *(run.judge(slots) for slots in _on_few_devices(run.problem))):
+    more = (run.judge(slots) for slots in _on_few_devices(run.problem))
+    for start in (*starts, *(of for of in more if run.can_afford(of))):
         now, better = start, _better(run, start)
         while better is not None and not budget.is_over():
             now, better = better, _better(run, better)
@@ -48,9 +49,9 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
 
 
 def _better(run: Run, incumbent: Incumbent) -> Incumbent | None:
-    """Return the first neighbour that ranks before an incumbent."""
+    """Return the first neighbour within the budget of moves that ranks before an incumbent."""
     judged = (run.judge(slots, "polish") for slots in _neighbours(run.problem, incumbent.slots))
-    return next((of for of in judged if of.rank < incumbent.rank), None)
+    return next((of for of in judged if of.rank < incumbent.rank and run.can_afford(of)), None)
 
 
 def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
@@ -83,11 +84,14 @@ def _is_valid(problem: Problem, slots: Slots, layer: int) -> bool:
 
 
 def _is_small(run: Run) -> bool:
-    """Return whether slots are few, and the search of layers only stands for the objective."""
+    """Return whether slots are few, and the search so far only stands for the objective.
+
+    So do steps under a budget of moves: the one that gains most for a move need not be the best.
+    """
     problem = run.problem
     stands_for = problem.goal == "time" or not problem.windows.is_mean or problem.max_imbalance
-    small = run.problem.capacity.sum() <= effort.POLISHED_SLOTS
-    return bool(stands_for) and small and is_of_layers(run) and run.moves is None
+    is_small = problem.capacity.sum() <= effort.POLISHED_SLOTS
+    return is_small and (run.moves is not None or (bool(stands_for) and is_of_layers(run)))
 
 
 POLISH = Stage(_polish, applies=_is_small)
