@@ -4,14 +4,14 @@
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// An array's size does not fit the sizes stated for it.
-    #[error("{what} must have {rule}, got {found}")]
+    #[error("{what} must have {rule}, got {got}")]
     Shape {
         /// The argument.
         what: &'static str,
         /// What would be right.
         rule: String,
         /// What was found.
-        found: String,
+        got: String,
     },
     /// An expert id that the model does not have.
     #[error(

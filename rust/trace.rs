@@ -58,8 +58,8 @@ pub struct Routing {
 impl Routing {
     /// Sizes that a trace can have: at least one layer and one expert, `1 <= K <= E`, ids within 16 bits.
     pub fn new(layers: usize, experts: usize, top_k: usize) -> Result<Self> {
-        let shape = |what, rule: &str, found: usize| {
-            Err(Error::Shape { what, rule: rule.into(), found: found.to_string() })
+        let shape = |what, rule: &str, got: usize| {
+            Err(Error::Shape { what, rule: rule.into(), got: got.to_string() })
         };
         if layers == 0 {
             return shape("expert_ids", "at least one layer", layers);
@@ -69,7 +69,7 @@ impl Routing {
         }
         if top_k == 0 || top_k > experts {
             let rule = format!("a top-k from 1 to num_experts ({experts})");
-            return Err(Error::Shape { what: "expert_ids", rule, found: top_k.to_string() });
+            return Err(Error::Shape { what: "expert_ids", rule, got: top_k.to_string() });
         }
         Ok(Self { layers, experts, top_k })
     }
@@ -91,7 +91,7 @@ const ROWS_PER_TASK: usize = 1 << 12;
 pub fn validate<I: ExpertId>(ids: &[I], routing: Routing, first_token: u64) -> Result<()> {
     if !ids.len().is_multiple_of(routing.row()) {
         let rule = format!("whole tokens of {} layers x {} ids", routing.layers, routing.top_k);
-        return Err(Error::Shape { what: "expert_ids", rule, found: format!("{} ids", ids.len()) });
+        return Err(Error::Shape { what: "expert_ids", rule, got: format!("{} ids", ids.len()) });
     }
     let k = routing.top_k;
     let faulty = ids

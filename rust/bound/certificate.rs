@@ -101,7 +101,7 @@ impl Certificate {
     fn read(&self, relaxation: &Relaxation) -> Result<Dual> {
         let Relaxation { experts, .. } = *relaxation;
         let (pairs, order) = (relaxation.pairs(), relaxation.order());
-        let wrong = |rule: String, found: String| Error::Shape { what: "certificate", rule, found };
+        let wrong = |rule: String, got: String| Error::Shape { what: "certificate", rule, got };
         let layers = if relaxation.has_contents { relaxation.layers } else { 0 };
         for (name, array, length) in [
             ("lambda", &self.lambda, pairs * order * order),

@@ -287,11 +287,11 @@ fn check_sizes(sizes: Sizes, transitions: &[u64], coactivation: &[u64]) -> Resul
     let table = experts * experts;
     if slots > SLOTS {
         let rule = format!("at most {SLOTS} slots in a layer");
-        return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
+        return Err(Error::Shape { what: "slots", rule, got: slots.to_string() });
     }
     if slots < experts {
         let rule = format!("slots for all {experts} experts");
-        return Err(Error::Shape { what: "slots", rule, found: slots.to_string() });
+        return Err(Error::Shape { what: "slots", rule, got: slots.to_string() });
     }
     // Padded pairs, the differences of devices, and the prices of a search.
     let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));

@@ -108,8 +108,8 @@ pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, sizes: Sizes)
 
 /// The sizes, at most as many as there are experts.
 fn checked(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
-    let fault = |what, rule: &str, found: usize| {
-        Err(Error::Shape { what, rule: rule.to_owned(), found: found.to_string() })
+    let fault = |what, rule: &str, got: usize| {
+        Err(Error::Shape { what, rule: rule.to_owned(), got: got.to_string() })
     };
     if experts == 0 || experts > 1 << u16::BITS || !load.len().is_multiple_of(experts) {
         return fault("load", "from 1 to 65536 experts per layer", experts);

@@ -41,7 +41,7 @@ impl Ids<'_> {
             return Ok(());
         }
         let rule = format!("shape [tokens, {layers}, {top_k}]");
-        Err(Error::Shape { what: "expert_ids", rule, found: format!("{:?}", self.shape()) })
+        Err(Error::Shape { what: "expert_ids", rule, got: format!("{:?}", self.shape()) })
     }
 }
 
@@ -117,7 +117,7 @@ pub(super) fn merge_sets<'py>(
     if top_k == 0 || counts.len() != n {
         let rule = "at least one id in a row, and a count for every row".into();
         let got = format!("{:?} and {} counts", ids.shape(), counts.len());
-        return Err(Error::Shape { what: "sets", rule, found: got }.into());
+        return Err(Error::Shape { what: "sets", rule, got }.into());
     }
     let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
     let merged = alone(py, || {
@@ -233,7 +233,7 @@ fn copies_of(
     if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
         let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
         let got = format!("{} values", node_of_device.len());
-        return Err(Error::Shape { what: "node_of_device", rule, found: got }.into());
+        return Err(Error::Shape { what: "node_of_device", rule, got }.into());
     }
     let split = match split {
         "even" => Split::Even,

@@ -50,7 +50,7 @@ pub(super) fn expected_load<'py>(
     let &[windows, layers, experts] = load.shape() else { unreachable!("the array has three dimensions") };
     if layers != slots.0.shape()[0] {
         let (rule, got) = (format!("{} layers", slots.0.shape()[0]), layers.to_string());
-        return Err(Error::Shape { what: "load", rule, found: got }.into());
+        return Err(Error::Shape { what: "load", rule, got }.into());
     }
     let devices = slots.0.shape()[1];
     let load = contiguous(load.as_slice().ok())?;

@@ -56,7 +56,7 @@ fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<(
     let rule = || format!("shape {expected:?}");
     (shape == expected)
         .then_some(())
-        .ok_or_else(|| Error::Shape { what, rule: rule(), found: format!("{shape:?}") }.into())
+        .ok_or_else(|| Error::Shape { what, rule: rule(), got: format!("{shape:?}") }.into())
 }
 
 /// Sites of layers with slots [L,D], of devices in one node, and the widest device.
@@ -96,7 +96,7 @@ fn fits(what: &'static str, devices: usize, widest: usize) -> PyResult<()> {
         return Ok(());
     }
     let rule = format!("at most {SLOTS} slots in a layer, all devices as wide as the widest");
-    Err(Error::Shape { what, rule, found: format!("{devices} x {widest}") }.into())
+    Err(Error::Shape { what, rule, got: format!("{devices} x {widest}") }.into())
 }
 
 impl Layers {
@@ -160,7 +160,7 @@ impl Layers {
             let rule = format!(
                 "weights [{w}], slots [{layers}, {d}], times [{d}], norm 0 or 8, noise and mixed of at least 0"
             );
-            return Err(Error::Shape { what: "layers", rule, found: "others".into() }.into());
+            return Err(Error::Shape { what: "layers", rule, got: "others".into() }.into());
         }
         let (sites, per_device) =
             sites_of(&capacity, &time, copies, [forbidden.as_ref(), pinned.as_ref()], [layers, e])?;
@@ -218,7 +218,7 @@ impl Layers {
             let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
             if ids.iter().any(|&id| usize::from(id) >= e) || ids.len() % counts.len().max(1) != 0 {
                 let rule = format!("ids [N, K] below {e} and counts [N]");
-                return Err(Error::Shape { what: "sets", rule, found: "others".into() }.into());
+                return Err(Error::Shape { what: "sets", rule, got: "others".into() }.into());
             }
             let (ids, counts, scale) = (ids.to_vec(), counts.to_vec(), layer.windows.scale);
             layer.sets = Some(fanout::Sets::later(move || {
@@ -400,7 +400,7 @@ pub(super) fn adapt_slots<'py>(
     let size = d.saturating_mul(per_device);
     if !(1..=SLOTS).contains(&size) {
         let rule = format!("1 to {SLOTS} slots in a layer");
-        return Err(Error::Shape { what: "slots", rule, found: format!("{d} x {per_device}") }.into());
+        return Err(Error::Shape { what: "slots", rule, got: format!("{d} x {per_device}") }.into());
     }
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let capacity = vec![per_device; d];

@@ -196,7 +196,7 @@ pub struct Shared {
 }
 
 fn wrong<T>(what: &'static str, rule: String, values: usize) -> Result<T> {
-    Err(Error::Shape { what, rule, found: format!("{values} values") })
+    Err(Error::Shape { what, rule, got: format!("{values} values") })
 }
 
 impl<'a> Sets<'a> {

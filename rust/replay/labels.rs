@@ -44,7 +44,7 @@ impl Labelled {
     pub fn new(routing: Routing, copies: Copies, rows: usize, most: u64, visits: bool) -> Result<Self> {
         if copies.split == Split::RoundRobin && (0..routing.layers).any(|l| !copies.is_single(l)) {
             let rule = "one slot of every expert where copies take turns".into();
-            return Err(Error::Shape { what: "slots", rule, found: "copies".into() });
+            return Err(Error::Shape { what: "slots", rule, got: "copies".into() });
         }
         let size = copies.devices + if visits { copies.devices + copies.nodes() } else { 0 };
         let count = Narrow::zeros(most.saturating_mul(routing.top_k as u64), 1);
@@ -64,7 +64,7 @@ impl Labelled {
             && labels.home.is_none_or(|of| of.iter().all(|&home| usize::from(home) < copies.devices));
         if !fits {
             let rule = format!("{tokens} rows below {rows}, and as many positions and homes");
-            return Err(Error::Shape { what: "labels", rule, found: format!("{} others", labels.row.len()) });
+            return Err(Error::Shape { what: "labels", rule, got: format!("{} others", labels.row.len()) });
         }
         if !checked {
             validate(ids, *routing, *first)?;

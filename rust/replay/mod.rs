@@ -75,7 +75,7 @@ impl Copies {
         if slots.len() != layers * p || p == 0 || p > SLOTS {
             let rule =
                 format!("{layers} layers x {devices} devices x {per_device} slots, at most {SLOTS} a layer");
-            return Err(Error::Shape { what: "slots", rule, found: format!("{} values", slots.len()) });
+            return Err(Error::Shape { what: "slots", rule, got: format!("{} values", slots.len()) });
         }
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
@@ -83,7 +83,7 @@ impl Copies {
             let (starts, slots_of) = by_expert(layer, experts)?;
             if let Some(e) = starts.windows(2).position(|ends| ends[0] == ends[1]) {
                 let rule = "a slot for every expert".to_string();
-                return Err(Error::Shape { what: "slots", rule, found: format!("none for expert {e}") });
+                return Err(Error::Shape { what: "slots", rule, got: format!("none for expert {e}") });
             }
             copies.push(slots_of);
             begin.push(starts);
@@ -216,7 +216,7 @@ fn by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
     for (_, expert) in filled() {
         let Some(count) = begin.get_mut(expert + 1) else {
             let rule = format!("expert ids below {experts}");
-            return Err(Error::Shape { what: "slots", rule, found: expert.to_string() });
+            return Err(Error::Shape { what: "slots", rule, got: expert.to_string() });
         };
         *count += 1;
     }

@@ -57,7 +57,7 @@ pub fn fill_layers(load: &[f64], experts: usize, sites: &[Site], trials: usize) 
 /// Refuses sizes that ids cannot count, and numbers that sums cannot hold.
 pub(super) fn check(load: &[f64], experts: usize, sites: &[Site]) -> Result<()> {
     let fault =
-        |what, rule: &str, value: String| Err(Error::Shape { what, rule: rule.to_owned(), found: value });
+        |what, rule: &str, value: String| Err(Error::Shape { what, rule: rule.to_owned(), got: value });
     if experts == 0 || experts >= usize::from(EMPTY) {
         return fault("load", "from 1 to 65534 experts", experts.to_string());
     }
