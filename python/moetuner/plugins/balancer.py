@@ -88,19 +88,19 @@ class Balancer:
     @property
     def purpose(self) -> str:
         """What the settings ask for, in words."""
-        asked, files = self.settings, self.files
+        settings, files = self.settings, self.files
         if files.error:
             return f"takes part with nothing, as {files.error}"
         parts = []
         if files.placements:
             parts.append("serves " + " and ".join(map(str, files.placements)))
-        elif asked.rebalance:
-            with_pairs = f", with the pairs of {asked.profile}" if files.profile else ""
+        elif settings.rebalance:
+            with_pairs = f", with the pairs of {settings.profile}" if files.profile else ""
             parts.append(f"rebalances by live loads{with_pairs}")
-        if asked.record:
-            parts.append(f"records loads in {asked.record}")
-        if asked.reload:
-            parts.append(f"reads its files again when {asked.reload} changes")
+        if settings.record:
+            parts.append(f"records loads in {settings.record}")
+        if settings.reload:
+            parts.append(f"reads its files again when {settings.reload} changes")
         return "; ".join(parts) + f"; checksum {files.checksum}"
 
     def take_model(self, layers: int, name: str | None) -> None:
