@@ -91,8 +91,8 @@ class Evaluation(Frozen):
     --------
     >>> import moetuner as mt
     >>> trace = mt.RoutingTrace.from_arrays([[[0, 1]], [[2, 3]]], num_experts=4)
-    >>> found = mt.evaluate(mt.Placement([[[0, 1], [2, 3]]]), trace)
-    >>> found.imbalance_total, found.fanout
+    >>> evaluation = mt.evaluate(mt.Placement([[[0, 1], [2, 3]]]), trace)
+    >>> evaluation.imbalance_total, evaluation.fanout
     (1.0, 1.0)
     """
 

@@ -98,10 +98,10 @@ class Audit(Frozen):
     --------
     >>> import moetuner as mt
     >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
-    >>> found = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), statistics)
-    >>> found.whole["imbalance"].baseline.value, found.whole["imbalance"].value.value
+    >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), statistics)
+    >>> audited.whole["imbalance"].baseline.value, audited.whole["imbalance"].value.value
     (1.5, 1.25)
-    >>> found.too_few
+    >>> audited.too_few
     {'all': 1}
     """
 
@@ -228,10 +228,10 @@ def audit(
     >>> import moetuner as mt
     >>> import numpy as np
     >>> load = np.tile([[8, 4, 2, 2]], (10, 1, 1))  # ten windows of one layer
-    >>> found = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
-    >>> found.worse()
+    >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
+    >>> audited.worse()
     []
-    >>> round(found.whole["imbalance"].change.value, 3)
+    >>> round(audited.whole["imbalance"].change.value, 3)
     -0.167
     """
     topology = topology_of(placement, topology)

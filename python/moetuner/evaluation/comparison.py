@@ -52,10 +52,10 @@ class Comparison(Frozen):
     Examples
     --------
     >>> import moetuner as mt
-    >>> found = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, price=0.02)
-    >>> found.answer
+    >>> verdict = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, price=0.02)
+    >>> verdict.answer
     'worth it'
-    >>> found.sentence
+    >>> verdict.sentence
     'after has 16.7 % less imbalance than before (95 %: 15.0 to 18.0 %).'
     """
 

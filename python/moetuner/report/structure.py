@@ -127,8 +127,8 @@ def structure(
     Examples
     --------
     >>> import moetuner as mt
-    >>> found = mt.structure(mt.RoutingStatistics.from_load([[9, 1, 1, 1]]), devices=2)
-    >>> found.skew
+    >>> structure = mt.structure(mt.RoutingStatistics.from_load([[9, 1, 1, 1]]), devices=2)
+    >>> structure.skew
     (3.0,)
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)

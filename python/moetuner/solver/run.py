@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -70,14 +71,19 @@ class Moves:
             return np.inf
         return self.budget / self.expert_bytes
 
+    @cached_property
+    def running(self) -> NDArray[np.bool_]:
+        """Whether a device holds an expert in what runs [L,D,E]: counted once for all answers."""
+        return self.initial.held
+
     @property
     def prices(self) -> NDArray[np.float64]:
         """Price of a copy on a device [L,D,E]."""
-        return np.where(self.initial.held, 0.0, self.price)
+        return np.where(self.running, 0.0, self.price)
 
     def count(self, slots: Slots) -> int:
         """Count the copies in slots [L,D,S] that have to move."""
-        return int(moves_from(self.initial.held, slots).sum())
+        return int(moves_from(self.running, slots).sum())
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@
   const draw = (key) => {
     const place = $("chart-" + key), chart = charts[key];
     if (!place || !chart) return;
-    const narrow = innerWidth < 600, { data, layout } = coloured(chart.variants[chosen[key] || 0], getComputedStyle(root));
-    const zoom = narrow ? { dragmode: false } : {};
+    const isSmall = innerWidth < 600, { data, layout } = coloured(chart.variants[chosen[key] || 0], getComputedStyle(root));
+    const zoom = isSmall ? { dragmode: false } : {};
     Plotly.react(place, data, { autosize: true, ...layout, ...zoom }, {
-      responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: narrow ? false : "hover",
+      responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: isSmall ? false : "hover",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     });
     if (!place.dataset.drawn && chart.selects.length) {

@@ -25,7 +25,6 @@ Order = NDArray[np.int64]
 
 ROUTER_NAMES = ("gate", "router")
 
-
 # Tensors of experts: of one of them, by its number, or of all.
 EXPERT = re.compile(
     r"(?P<head>(?:(?P<block>.+)\.)?experts\.(?:(?:local_experts\.)?(?=\d+\.)"
