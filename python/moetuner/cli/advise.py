@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import JUDGING, RUNNING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving
@@ -28,7 +28,7 @@ from moetuner.report.cells import counted, in_bytes, signed, span
 from moetuner.report.page.data import of_advice
 
 BASELINES = ("contiguous", "round_robin")
-RUNNING = options.Text(words=BASELINES, files=True)
+INITIAL = options.Text(words=BASELINES, files=True)
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
     "numbers as in 0,1,2,4",
@@ -56,20 +56,13 @@ class Trial:
         The order of INPUT is not that of serving: its kinds were recorded one after the other.
     """
 
-    copies: Annotated[
-        tuple[int, ...],
-        option(COPIES, "N,N,...", group=options.RUNNING, default=DEFAULT_COPIES),
-    ]
-    initial: Annotated[
-        str, option(RUNNING, "PLACEMENT|contiguous|round_robin", group=options.RUNNING)
-    ] = "contiguous"
-    expert_bytes: options.ExpertBytes = None
-    price: Annotated[float, option(options.Number(0, 1), "SHARE", group=options.JUDGING)] = PRICE
-    splits: Annotated[int, option(click.IntRange(1, 100), "N", group=options.JUDGING)] = (
-        advising.SPLITS
-    )
-    any_order: Annotated[bool, option(group=options.JUDGING, is_flag=True)] = False
-    seed: options.Seed = 0
+    copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING)
+    initial: str = option(INITIAL, "PLACEMENT|contiguous|round_robin", "contiguous", group=RUNNING)
+    expert_bytes: float | None = options.expert_bytes_option()
+    price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING)
+    splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING)
+    any_order: bool = option(group=JUDGING, is_flag=True, default=False)
+    seed: int = options.seed_option()
 
     def arguments(self) -> dict[str, Any]:
         """Return arguments of ``advise``; read the placement that runs."""

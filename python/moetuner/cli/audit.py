@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
@@ -47,12 +47,12 @@ class Judging:
         Resamples for the intervals.
     """
 
-    fail_if_worse: Annotated[float | None, option(options.Number(min=0), "PCT")] = None
-    measures: Annotated[
-        tuple[str, ...], option(click.Choice(MEASURES), flag="--measure", multiple=True)
-    ] = ()
-    resamples: Annotated[int, option(click.IntRange(1, 1 << 20), "N")] = RESAMPLES
-    seed: options.Seed = 0
+    fail_if_worse: float | None = option(options.Number(min=0), "PCT")
+    measures: tuple[str, ...] = option(
+        click.Choice(MEASURES), default=(), flag="--measure", multiple=True
+    )
+    resamples: int = option(click.IntRange(1, 1 << 20), "N", RESAMPLES)
+    seed: int = options.seed_option()
 
     def judged(self, audited: Audit) -> tuple[str, ...]:
         """Return the measures that are judged: those given, else the time or, without one, all."""
@@ -78,9 +78,9 @@ class Judging:
 @options.command("audit")
 def command(
     *,
-    placement_file: options.PlacementFile,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
-    baseline_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
+    baseline_file: Path | None = option(options.IN_FILE, "FILE"),
     machine: Machine,
     serving: Serving,
     judging: Judging,

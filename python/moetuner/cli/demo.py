@@ -6,7 +6,6 @@ import shutil
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
 
 import click
 
@@ -25,6 +24,7 @@ from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
 SAMPLE = "small-moe.safetensors"
 DEVICES = 4
 WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
@@ -34,10 +34,8 @@ METHODS = ("contiguous", "lpt", "eplb", "paper", "joint")
 @options.command("demo")
 def command(
     *,
-    directory: Annotated[
-        Path, option(click.Path(file_okay=False, path_type=Path), "DIR", flag="--out")
-    ] = Path("demo-output"),
-    threads: options.Threads = None,
+    directory: Path = option(FOLDER, "DIR", Path("demo-output"), flag="--out"),
+    threads: int | None = options.threads_option(),
     output: Output,
 ) -> None:
     """Run the whole flow on the bundled trace.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
 
 import click
 
 from moetuner import _checks
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
@@ -34,11 +34,11 @@ HELP = f"""Replay a placement token by token, with its groups.
 @options.command("evaluate", help=HELP)
 def command(
     *,
-    placement_file: options.PlacementFile,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
     serving: Serving,
-    mixed_seed: Annotated[int, option(click.IntRange(0, 2**63 - 1))] = 0,
+    mixed_seed: int = option(click.IntRange(0, 2**63 - 1), default=0),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.

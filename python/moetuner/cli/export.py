@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
@@ -41,8 +41,8 @@ class Checking:
         Engine that loads the map to check, if its format is of several engines.
     """
 
-    check_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None
-    engine: Annotated[str | None, option(click.Choice(list(ENGINES)), flag="--for")] = None
+    check_file: Path | None = option(options.IN_FILE, "FILE")
+    engine: str | None = option(click.Choice(list(ENGINES)), flag="--for")
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,16 @@ class Means:
         The running placement, for moves.
     """
 
-    checkpoint: Annotated[Path | None, option(options.InFile(folders=True), "FOLDER")] = None
-    initial_file: options.InPath = None
+    checkpoint: Path | None = option(options.IN_INPUT, "FOLDER")
+    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT")
 
 
 @options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
     *,
-    placement_file: Annotated[
-        Path | None, argument("[PLACEMENT]", options.IN_FILE, required=False)
-    ],
-    form: Annotated[
-        str | None, option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to")
-    ] = None,
-    out_file: Annotated[Path | None, option(options.OutFile(), "FILE")] = None,
+    placement_file: Path | None = argument("[PLACEMENT]", options.IN_FILE, required=False),
+    form: str | None = option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to"),
+    out_file: Path | None = option(options.OutFile(), "FILE"),
     checking: Checking,
     given: options.LayerHints,
     means: Means,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
 
 import numpy as np
 
@@ -31,12 +30,10 @@ LITTLE = 0.005
 def command(
     *,
     source: Source,
-    devices: Annotated[int, option(DEVICES, "N")] = 4,
-    max_imbalance: Annotated[
-        float, option(options.Number(min=1, infinite=True), "X")
-    ] = TRAFFIC_CAP,
+    devices: int = option(DEVICES, "N", 4),
+    max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
     serving: Serving,
-    seed: options.Seed = 0,
+    seed: int = options.seed_option(),
     output: Output,
 ) -> None:
     """Show what is in a trace: skew, groups, structure.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.options import SearchOptions, option
+from moetuner.cli.options import SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
@@ -31,17 +30,6 @@ FLATTERED = (
 )
 
 
-Method = Annotated[
-    str,
-    option(
-        options.Text(options.read_method, words=METHODS),
-        "METHOD",
-        group=options.SEARCH,
-        help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
-    ),
-]
-
-
 @dataclass(frozen=True)
 class Files:
     """Files of an answer.
@@ -54,10 +42,8 @@ class Files:
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
 
-    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json")
-    certificate_file: Annotated[
-        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
-    ] = None
+    out_file: Path = option(options.OutFile(), "FILE", Path("placement.json"))
+    certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH)
 
 
 @options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
@@ -67,7 +53,13 @@ def command(
     machine: Machine,
     wanted: ProblemOptions,
     moving: Moving,
-    method: Method = "joint",
+    method: str = option(
+        options.Text(options.read_method, words=METHODS),
+        "METHOD",
+        "joint",
+        group=SEARCH,
+        help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+    ),
     search: SearchOptions,
     files: Files,
     pages: Pages,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
 
 import click
 import numpy as np
@@ -34,10 +33,10 @@ DECIMALS, FEW = 4, 6
 @options.command("verify")
 def command(
     *,
-    certificate_file: Annotated[Path, argument("CERTIFICATE", options.IN_FILE)],
+    certificate_file: Path = argument("CERTIFICATE", options.IN_FILE),
     source: Source,
     machine: Machine,
-    placement_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
+    placement_file: Path | None = option(options.IN_FILE, "FILE"),
     output: Output,
 ) -> None:
     """Recompute the bound that a certificate proves.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
-from moetuner.cli.options import IN_FILE, RUNNING, ExpertBytes, Number, option
+from moetuner.cli.options import IN_FILE, RUNNING, Number, expert_bytes_option, option
 from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
@@ -34,17 +34,17 @@ class Moving:
         Bytes that may move between devices; experts, if --expert-bytes is not given.
     move_cost
         Cost of moving a byte, in units of the objective.
+    expert_bytes
+        Bytes of one expert of one layer.
     pareto
         Also show what fewer or more moves would gain.
     """
 
-    initial_file: Annotated[Path | None, option(IN_FILE, "PLACEMENT", group=RUNNING)] = None
-    move_budget: Annotated[
-        float | None, option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
-    ] = None
-    move_cost: Annotated[float, option(Number(min=0), "COST", group=RUNNING)] = 0.0
-    expert_bytes: ExpertBytes = None
-    pareto: Annotated[bool, option(group=RUNNING, is_flag=True)] = False
+    initial_file: Path | None = option(IN_FILE, "PLACEMENT", group=RUNNING)
+    move_budget: float | None = option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
+    move_cost: float = option(Number(min=0), "COST", 0.0, group=RUNNING)
+    expert_bytes: float | None = expert_bytes_option()
+    pareto: bool = option(group=RUNNING, is_flag=True, default=False)
 
     def __post_init__(self) -> None:
         if self.initial_file is None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import click
 
-from moetuner.cli.options import SIZE, Maker, Text, as_options, option
+from moetuner.cli.options import SIZE, Text, as_options, option
 from moetuner.cli.options.machine import COST_MODEL, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
@@ -24,7 +24,7 @@ DEFAULTS = {of.name: of.default for of in fields(Problem) if of.name in SETTINGS
 SERVED = ("regime", "split", "arrival")
 
 
-def setting_option(name: str) -> Maker:
+def setting_option(name: str) -> Any:
     """Return the option of a setting; its value is None or empty if it is not given."""
     setting = SETTINGS[name]
     kind: Any = None
@@ -66,7 +66,7 @@ class Serving:
         Values of settings by name; None, False and empty ones are not given.
     """
 
-    OPTIONS: ClassVar[dict[str, Maker]] = {
+    OPTIONS: ClassVar[dict[str, Any]] = {
         "engine": ENGINE_OPTION,
         **{name: setting_option(name) for name in ("cost_model", *SERVED)},
     }
@@ -142,7 +142,7 @@ class ProblemOptions(Serving):
         As for ``Serving``.
     """
 
-    OPTIONS: ClassVar[dict[str, Maker]] = {
+    OPTIONS: ClassVar[dict[str, Any]] = {
         "engine": ENGINE_OPTION,
         "router_groups": option(
             SIZE,

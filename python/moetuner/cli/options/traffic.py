@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 import numpy as np
 
 from moetuner.cli.options import (
+    COUNT,
     IN_INPUT,
     FileHints,
-    Threads,
     argument,
     layer_list,
     option,
     suggestion,
+    threads_option,
 )
 from moetuner.cli.output import shares, working
 from moetuner.evaluation.replay import check_model
@@ -116,9 +117,6 @@ def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
     return replace(chosen, group=group_of.astype(np.int16), group_names=labels)
 
 
-INPUT_FILES = argument("INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files)
-
-
 @dataclass(frozen=True)
 class Source(FileHints):
     """INPUT, and how it is counted.
@@ -132,10 +130,12 @@ class Source(FileHints):
         [default: 512 for a trace]
     """
 
-    input_files: Annotated[tuple[Path, ...], INPUT_FILES] = ()
-    only: Annotated[tuple[str, ...], option(str, "GROUP", multiple=True)] = ()
-    window: Annotated[int | None, option(click.IntRange(min=1), "TOKENS", group=GOAL)] = None
-    threads: Threads = None
+    input_files: tuple[Path, ...] = argument(
+        "INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files
+    )
+    only: tuple[str, ...] = option(str, "GROUP", (), multiple=True)
+    window: int | None = option(COUNT, "TOKENS", group=GOAL)
+    threads: int | None = threads_option()
 
     @cached_property
     def traffic(self) -> Traffic:
