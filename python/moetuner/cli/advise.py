@@ -94,12 +94,12 @@ def command(
     answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
     experts would bring, what moving costs, and the commands that come next.
     """
-    topology, how, traffic = machine.topology(), trial.arguments(), source.traffic
+    topology, how = machine.topology(), trial.arguments()
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
     with steps("advising") as report:
-        how |= serving.arguments(traffic)
-        advice = advising.advise(traffic, topology, report=report, **how)
+        how |= serving.arguments(source.traffic)
+        advice = advising.advise(source.traffic, topology, report=report, **how)
     commands = next_commands(source, machine, advice, trial.initial, serving.engine)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
@@ -111,15 +111,15 @@ def command(
 def _show(output: Output, advice: Advice) -> None:
     """Print the answer, what it rests on, and what copies and moving cost."""
     output.say("", advice.sentence, *(f"- {reason}" for reason in advice.reasons[1:]))
-    output.say(*(f"! {warning}" for warning in advice.warnings))
+    output.say(*(f"! {warning}" for warning in advice.warnings), "")
     seen = "unseen" if advice.settings["held_out"] else "all"
     for judged in advice.judged:
-        output.say("")
         where = f"{seen} windows" if judged.window is None else f"windows of {judged.window:,}"
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 FIGURES[name].column,
-                *(FIGURES[name].text(value) for value in (gain.before, gain.after)),
+                FIGURES[name].text(gain.before),
+                FIGURES[name].text(gain.after),
                 signed(gain.mean),
                 span(min(gain.splits), max(gain.splits)) if len(gain.splits) > 1 else "-",
                 span(gain.low, gain.high),
@@ -127,7 +127,7 @@ def _show(output: Output, advice: Advice) -> None:
             for name, gain in judged.gains.items()
         ]
         output.table((where, "running", "proposed", "gain", "splits", "95 %"), rows)
-    output.say("")
+        output.say("")
     # Buffers of low-latency kernels grow with the slots.
     is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
     windows = [f"windows of {of:,}" if of else "gain" for of in advice.copies[0].gains]
@@ -147,6 +147,7 @@ def _show(output: Output, advice: Advice) -> None:
 
 
 def _moving(advice: Advice) -> str:
+    """Write what moving there costs, and after how long it pays."""
     moving = advice.moving
     text = f"Moving there: {counted(moving.experts, 'expert')}"
     if moving.bytes is None or moving.seconds is None:
@@ -161,7 +162,7 @@ def next_commands(
     source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
 ) -> list[str]:
     """Return the commands that come next."""
-    file, words = source.files(), source.words()
+    file, words = shlex.join(map(str, source.input_files)), source.words()
     where = f"{machine.words()}{words}" + ("" if engine is None else f" --for {engine}")
     if advice.answer == "not now":
         return [
@@ -179,33 +180,22 @@ def next_commands(
         where += f" --slots-per-device {advice.problem.slots + advice.knee}"
     if initial not in BASELINES:
         where += f" --initial {shlex.quote(initial)}"
-    return [
+    export = "moetuner export placement.json --to"
+    commands = [
         f"moetuner solve {file} {where} --out placement.json",
         f"moetuner report placement.json {file}{words} --out report.html",
-        *_serving(source, advice, engine),
     ]
-
-
-def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
-    """Return the commands that export the placement and serve with it."""
-    export = "moetuner export placement.json --to"
     if engine is None:
-        return [f"{export} eplb --out experts.npz"]
-    commands = []
-    hidden, dense = source.layer_words()
-    layers = {
-        "hidden_layers": f" --hidden-layers {hidden}",
-        "dense_layers": f" --dense-layers {dense}",
-    }
+        return [*commands, f"{export} eplb --out experts.npz"]
+    layers = dict(zip(("hidden_layers", "dense_layers"), source.layer_words(), strict=True))
     for name, writer in WRITERS.items():
         if writer.engine == engine:
-            options = "".join(layers[hint] for hint in writer.hints)
-            commands.append(f"{export} {name}{options} --out experts{writer.suffixes[0]}")
+            hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
+            commands.append(f"{export} {name}{hints} --out experts{writer.suffixes[0]}")
     of, problem = ENGINES[engine], advice.problem
-    devices = problem.topology.devices
-    more = devices * (problem.slots + advice.knee) - problem.experts
+    redundant = problem.devices * (problem.slots + advice.knee) - problem.experts
     if of.serve:
-        commands.append(of.serve.format(devices=devices, redundant=more))
+        commands.append(of.serve.format(devices=problem.devices, redundant=redundant))
     if not of.may_copy:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands

@@ -54,7 +54,6 @@ def command(
     running, name = contiguous(placement), "contiguous"
     if baseline_file is not None:
         running, name = source.load(baseline_file, topology), "running"
-    names = (name, text.name(placement_file.stem))
     how = serving.arguments(traffic)
     model = how["cost_model"]
     output.say(source.describe(), *serving.explain())
@@ -66,21 +65,20 @@ def command(
         )
     with working("comparing groups"):
         audited = None if traffic.group is None else audit_of(before, after)
-    settings = serving.settings(topology, how) | {"cost_model": model.name}
-    contents = {
-        "input": source.facts(),
-        "settings": {
-            "placement": str(placement_file),
-            "baseline": None if baseline_file is None else str(baseline_file),
-            "window": source.counted,
-            **settings,
-        },
-        **as_json({"running": before, "proposed": after, "audit": audited}),
+    settings = {
+        "placement": str(placement_file),
+        "baseline": None if baseline_file is None else str(baseline_file),
+        "window": source.counted,
+        **serving.settings(topology, how),
+        "cost_model": model.name,
     }
+    contents = {"input": source.facts(), "settings": settings}
+    contents |= as_json({"running": before, "proposed": after, "audit": audited})
     Pages(report_file, figures).write(
         output,
         lambda: of_evaluations(
-            *(names, (before, after), origin_of(source), contents),
+            (name, text.name(placement_file.stem)),
+            *((before, after), origin_of(source), contents),
             traffic="All of INPUT; what the placement was computed from flatters it.",
             token_bytes=model.token_bytes,
             expert_bytes=expert_bytes,
