@@ -156,10 +156,8 @@ def test_save_and_load(make_trace, tmp_path):
         assert np.array_equal(load_file(path)["load"], statistics.window_load)
     assert loaded.group.tolist() == [0, 1, 1, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
-    assert repr(counted) == (
-        "RoutingStatistics(windows=4, layers=3, experts=8, window=50, transitions, coactivation, "
-        "model='small')"
-    )
+    sizes = ("window_load=uint64[4, 3, 8]", "windows=4, layers=3", "window=50, model='small'")
+    assert all(words in repr(counted) for words in sizes)
 
 
 def test_load_tables(tmp_path):

@@ -6,7 +6,6 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -65,16 +64,10 @@ def command(
     begin, most = time.monotonic(), recording.max_tokens
     with working(f"running {model}") as report, warnings.catch_warnings():
         # What was left out, or saved of a recording that was interrupted, is said in a line.
-        show = warnings.showwarning
-
-        def say(message: Warning | str, category: type[Warning], *others: Any) -> None:
-            if category is RuntimeWarning:
-                click.echo(f"moetuner: warning: {message}", err=True)
-            else:
-                show(message, category, *others)
-
         warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = say  # type: ignore[assignment]
+        warnings.showwarning = lambda message, *_, **__: click.echo(
+            f"moetuner: warning: {message}", err=True
+        )
 
         def count(tokens: int) -> None:
             report(Progress(time.monotonic() - begin, f"{tokens:,} of {most:,} tokens"))
