@@ -52,6 +52,6 @@ def test_steps_are_told_with_the_time_of_all(screen, monkeypatch):
     """What is being done stands in the line."""
     file = screen(terminal=False)
     monkeypatch.setattr(output, "INTERVAL_S", 0.0)
-    with output.steps("advising") as say:
-        say("split 1 of 3: counting")
+    with output.working("advising") as report:
+        output.timed(report, str)("split 1 of 3: counting")
     assert file.getvalue() == "moetuner: advising: 0 s, split 1 of 3: counting\n"

@@ -120,9 +120,9 @@ class Windows:
         cost, reference, weight = cost[..., mine], reference[mine], self.weight[mine]
         part = self.tail(cost, reference, weight) * weight
         total = (part * reference).sum(axis=-1)
-        return np.divide(
-            (part * cost).sum(axis=-1), total, out=np.ones_like(total), where=total > 0
-        )
+        ones = np.ones_like(total)
+        mean: Floats = np.divide((part * cost).sum(axis=-1), total, out=ones, where=total > 0)
+        return mean
 
     def tail(self, cost: Floats, reference: Floats, weight: Floats) -> Floats:
         """Compute the part of every window [...,W] that is in the worst, by cost over reference."""
