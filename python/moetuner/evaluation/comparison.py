@@ -12,7 +12,7 @@ from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.intervals import FEWEST, Paired, Spread, mean_interval, paired
+from moetuner.evaluation.intervals import FEWEST, Change, Spread, mean_interval, paired
 from moetuner.evaluation.units import Units, likeness, units_of
 from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
@@ -234,7 +234,7 @@ def compare(
             change = figures[measure].change if measure in figures else None
             spread = -change if change else Spread(0.0, np.empty(0), 1.0, number)
             spreads.append(replace(spread, value=1 - after / before if before else 0.0))
-        gain, low, high = mean_interval([each.interval for each in spreads], alike)
+        gain, low, high = mean_interval(spreads, alike)
         before, after = np.mean(values, axis=0).tolist()
         comparisons[measure] = Comparison(
             *(measure, before, after, gain, low, high),
@@ -246,7 +246,7 @@ def compare(
 
 def _paired(
     before: Evaluation, after: Evaluation, units: Units | None, seed: int
-) -> tuple[dict[str, Paired], int]:
+) -> tuple[dict[str, Change], int]:
     """Resample two evaluations of the same traffic together; return how many units it has, too."""
     both = [each.replayed for each in (before, after) if each.replayed is not None]
     if len(both) < 2:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import one_of
 from moetuner.evaluation.blocks import by_block
 from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
@@ -25,20 +24,6 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Floats = NDArray[np.float64]
 
 
-def check(split: str) -> None:
-    """Raise unless it is the name of a split."""
-    one_of("split", split, SPLITS)
-
-
-def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
-    """Compute the share of every expert's tokens that a device serves [L,D,E]."""
-    holders = placement.held.astype(np.float64)
-    if split != "nearest" or not placement.has_copies:
-        even: Floats = holders / holders.sum(axis=1, keepdims=True)
-        return even
-    return np.stack([share.mean(axis=0) for share in by_home(placement, topology)])
-
-
 def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
     """Compute the share of its expert's tokens that every slot serves [L,D,S]; 0 if it is empty."""
     slots = placement.slots
@@ -47,8 +32,8 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
         number = placement.replicas[layer, expert]
         return np.divide(1.0, number, out=np.zeros(slots.shape), where=slots != EMPTY)
     device = np.arange(placement.devices)[None, :, None]
-    share = shares(placement, topology, split)[layer, device, expert]
-    return np.where(slots == EMPTY, 0.0, share)
+    share = np.stack([of.mean(axis=0) for of in by_home(placement, topology)])
+    return np.where(slots == EMPTY, 0.0, share[layer, device, expert])
 
 
 def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
