@@ -278,7 +278,7 @@ def _show_gains(
     rows = []
     for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
-        rows.append((method, *map(signed, (gain.mean, *ends))))
+        rows.append((method, *map(signed, (gain.gain, *ends))))
     output.say("")
     output.table(head, rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"

@@ -100,7 +100,7 @@ class _Part:
     setting: Setting
 
     def sums(self, units: Units, crossing: Floats | None) -> dict[str, Sums]:
-        """Compute what every unit adds, of crossings of tokens [T] too; a cut is its of a window."""
+        """Compute what every unit adds, also of crossings of tokens [T]; a cut is in one window."""
         topology = self.setting.topology
         window = np.arange(len(self.tokens)) // (self.setting.window or max(len(self.tokens), 1))
         sequence = self.trace.sequence
@@ -113,9 +113,13 @@ class _Part:
         window_of_cut, unit_of_cut = np.divmod(cut, number)
         share = size / lengths[window_of_cut]
         whole = of_windows(self.counts, self.setting) | of_tokens(self.counts, lengths, topology)
+
+        def sums(place: Whole, values: Floats) -> Floats:
+            return np.bincount(place, values).astype(np.float64)
+
         crossed = np.empty(0) if crossing is None else crossing[self.tokens]
         if crossing is not None:
-            whole["crossing"] = np.bincount(window, crossed), lengths.astype(np.float64)
+            whole["crossing"] = sums(window, crossed), lengths.astype(np.float64)
         cuts = {
             name: (above[window_of_cut] * share, below[window_of_cut] * share)
             for name, (above, below) in whole.items()
@@ -133,7 +137,7 @@ class _Part:
             for name, (above, _) in of_tokens(counts, size[some], topology).items():
                 cuts[name][0][some] = above
         if crossing is not None:
-            cuts["crossing"] = np.bincount(cut_of_token, crossed), cuts["crossing"][1]
+            cuts["crossing"] = sums(cut_of_token, crossed), cuts["crossing"][1]
         blocks = units.blocks
         if sequence is not None:
             # Sequences that stand for runs of alike tokens cut some of these.

@@ -120,10 +120,10 @@ def _by_drift(
         reasons.insert(
             1,
             f"the halves of the recording hold different groups: served mixed, the gain is "
-            f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
+            f"{percent(of.main.gain.gain)}; served as recorded, a placement of one half gains "
             f"{percent(least)} or more on the other (lower end of 95 %)",
         )
-    elif least > 0 and least >= CARRIED * of.main.gain.mean:
+    elif least > 0 and least >= CARRIED * of.main.gain.gain:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
     else:
         warnings.append(
@@ -145,7 +145,7 @@ def _pays_nothing(judged: Judged, price: float) -> bool:
     return gain.answer in ("certain but small", "worse") or (
         gain.answer == "no evidence"
         and gain.high is not None
-        and gain.mean < price
+        and gain.gain < price
         and gain.high <= NEAR * price
     )
 
@@ -208,7 +208,7 @@ def _headline(judged: Judged, running: str, where: str) -> str:
     gain = judged.gain
     size = "" if judged.window is None else f"windows of {judged.window:,} tokens"
     notes = ", ".join(filter(None, (gain.sure, size)))
-    much = gain.much if abs(gain.mean) >= 0.0005 else "no less"
+    much = gain.much if abs(gain.gain) >= 0.0005 else "no less"
     return (
         f"{where} a layer takes {much} predicted time than with the {running} placement, "
         f"{gain.before:.1f} to {gain.after:.1f} us{notes and f' ({notes})'}"
@@ -223,9 +223,9 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
         line = f"{figure.title}: {gain.before:.2f} to {gain.after:.2f}{figure.unit}"
-        if gain.mean <= -price:
+        if gain.gain <= -price:
             line += "; that is a cost"
-        elif gain.mean < price:
+        elif gain.gain < price:
             line += f"; {figure.nothing}"
         elif gain.low is None:
             line += "; how surely is not known"

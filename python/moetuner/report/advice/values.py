@@ -242,7 +242,7 @@ class Advice(Frozen):
     @property
     def main(self) -> Judged:
         """Both placements in the windows where most is gained."""
-        return max(self.judged, key=lambda each: each.gain.mean)
+        return max(self.judged, key=lambda each: each.gain.gain)
 
     @property
     def sentence(self) -> str:
