@@ -9,7 +9,7 @@ from placements import random_slots
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.evaluation import copies, expected
+from moetuner.evaluation import copies
 
 
 def close(found, wanted):
@@ -77,7 +77,7 @@ def test_visits_are_those_of_the_plain_loop(case):
     """With copies on any devices; exactly so where every expert has one."""
     placement, topology, split, share, _, rng = case
     sets, node = some_sets(placement, rng), topology.node_of_device
-    found = expected.visits(placement, topology, split, sets)
+    found = copies.visits(placement, topology, split, sets)
     if split == "even":
         expectation = oracle.hashed_visits(placement.slots, sets, node)
     else:
@@ -86,7 +86,7 @@ def test_visits_are_those_of_the_plain_loop(case):
         close(mine, plain)
         assert placement.has_copies or mine.tolist() == plain.tolist()
     # Sums of every layer are in the order of its sets.
-    one, two = (expected.visits(placement, topology, split, sets, threads) for threads in (1, 2))
+    one, two = (copies.visits(placement, topology, split, sets, threads) for threads in (1, 2))
     assert [mine.tolist() for mine in one] == [mine.tolist() for mine in two]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetuner._checks import instance, is_number, listed, one_of, seed_in, shown, whole_number
+from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
@@ -98,11 +98,11 @@ class Audit(Frozen):
     def _findings(
         self, which: str, chance: str, than: float, measures: tuple[str, ...]
     ) -> list[Finding]:
-        if not is_number(than):
-            raise ValueError(f"than must be a finite number, got {shown(than)}")
-        measures = tuple(listed("measures", measures, "names"))
+        if not check.is_number(than):
+            raise ValueError(f"than must be a finite number, got {check.shown(than)}")
+        measures = tuple(check.listed("measures", measures, "names"))
         for measure in measures:
-            one_of("measures", measure, self.whole)
+            check.one_of("measures", measure, self.whole)
         findings = []
         for group, changes in (self.groups or {"all": self.whole}).items():
             for measure in measures or self.whole:
@@ -209,18 +209,18 @@ def audit(
     """
     topology = topology_of(placement, topology)
     baseline = contiguous(placement) if baseline is None else baseline
-    instance("baseline", baseline, Placement)
-    whole_number("window", window)
+    check.instance("baseline", baseline, Placement)
+    check.whole_number("window", window)
     how = (window, split, cost_model, regime, arrival, False, 0, threads)
     settings = [Setting(each, topology, *how) for each in (placement, baseline)]
     for setting in settings:
         check_model(setting.placement, traffic, topology)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
-    whole_number("resamples", resamples, highest=1 << 20)
+    check.whole_number("resamples", resamples, highest=1 << 20)
     if units is not None:
-        instance("units", units, Units)
-    return _audited(traffic, settings, units, resamples, seed_in(seed))
+        check.instance("units", units, Units)
+    return _audited(traffic, settings, units, resamples, check.seed_in(seed))
 
 
 def audit_of(before: Evaluation, after: Evaluation, units: Units | None = None) -> Audit:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,8 @@ FEWEST = 5
 DRAWN = 1 << 22
 # 95 % of normal variates do not exceed this in size.
 NORMAL = 1.959963984540054
+# Points and weights of Gauss and Legendre, exact to rounding for densities of Student's t.
+GAUSS = np.polynomial.legendre.leggauss(64)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -160,17 +162,13 @@ def drawn(columns: Floats, resamples: int, rng: np.random.Generator, length: int
     if length > 1:
         summed = np.cumsum(np.concatenate([np.zeros((1, columns.shape[1])), *2 * [columns]]), 0)
         columns = summed[length : length + units] - summed[:units]
-    blocks, at_once = _blocks_drawn(units, length), max(DRAWN // units, 1)
+    blocks, at_once = max(round(units / length), 1), max(DRAWN // units, 1)
     sums = []
     for first in range(0, resamples, at_once):
         size = min(at_once, resamples - first)
         sums.append(rng.multinomial(blocks, np.full(units, 1 / units), size=size) @ columns)
     totals: Floats = np.concatenate(sums)
     return totals
-
-
-def _blocks_drawn(units: int, length: int) -> int:
-    return max(round(units / length), 1)
 
 
 class Change(NamedTuple):
@@ -250,34 +248,25 @@ def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None)
         wider, freedom = _lost(below)
     else:
         worth, length = units / blocks.correlation, min(blocks.length, units)
-        drawn_too_many = _blocks_drawn(units, length) * length / units
+        drawn_too_many = max(round(units / length), 1) * length / units
         wider = math.sqrt((worth / (worth - 1) if worth > 1 else 1.0) * drawn_too_many)
         freedom = max(worth - 1, 1.0)
     wider *= blocks.inflation
     if influence is not None and sums.unit is not None and sums.window is not None:
-        both, fewest = _both_ways(sums.unit, sums.window, influence, freedom)
-        outside = (1 - CONFIDENCE) / 2
-        if both * quantile(outside, fewest) < quantile(outside, freedom):
-            wider, freedom = wider * both, fewest
+        # The variance is that of sequences and that of windows less that of both, which both count.
+        # It is no less than that of windows: what a sequence does in two goes the same way.
+        by_unit = float((np.bincount(sums.unit, influence) ** 2).sum())
+        windows = int((np.bincount(sums.window) > 0).sum())
+        if by_unit > 0 and windows > 1:
+            squares = float((np.bincount(sums.window, influence) ** 2).sum())
+            of_windows = squares * windows / (windows - 1)
+            both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
+            ratio, fewest = math.sqrt(both / by_unit), min(freedom, windows - 1.0)
+            outside = (1 - CONFIDENCE) / 2
+            if ratio * quantile(outside, fewest) < quantile(outside, freedom):
+                wider, freedom = wider * ratio, fewest
     finite = samples[:-1][np.isfinite(samples[:-1])]
     return Spread(value, wider * (finite - samples[-1]), freedom, number)
-
-
-def _both_ways(
-    unit: Integers, window: Integers, influence: Floats, freedom: float
-) -> tuple[float, float]:
-    """Compute by how much deviations of sequences are too large, and the degrees of freedom.
-
-    The variance is that of sequences and that of windows less that of both, which both count; it is
-    no less than that of windows, as what a sequence does in two windows goes the same way.
-    """
-    by_unit = float((np.bincount(unit, influence) ** 2).sum())
-    windows = int((np.bincount(window) > 0).sum())
-    if by_unit <= 0 or windows < 2:
-        return 1.0, freedom
-    of_windows = float((np.bincount(window, influence) ** 2).sum()) * windows / (windows - 1)
-    both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
-    return math.sqrt(both / by_unit), min(freedom, windows - 1.0)
 
 
 def mean_interval(
@@ -313,13 +302,10 @@ def _lost(weights: Floats) -> tuple[float, float]:
     Units deviate from a mean that is partly their own: the more, the heavier they are. Of equal
     units these are the root of n / (n - 1), and n - 1.
     """
-    total = weights.sum()
-    if len(weights) < 2 or total <= 0:
-        return 1.0, 1.0
-    share = weights / total
+    share = weights / max(weights.sum(), 1e-300)
     squares = float((share**2).sum())
     left = float((share**2 * (1 - 2 * share + squares)).sum())
-    if left <= 0:
+    if len(weights) < 2 or left <= 0:
         return 1.0, 1.0
     return float(np.sqrt(squares / left)), max(1 / squares - 1, 1.0)
 
@@ -336,17 +322,11 @@ def tail(t: float, freedom: float) -> float:
         return 0.0 if t > 0 else 1.0
     begin = math.asinh(abs(t) / math.sqrt(freedom))
     half = (math.acosh(math.cosh(begin) * math.exp(40 / freedom)) - begin) / 2
-    point, weight = _gauss()
+    point, weight = GAUSS
     area = half * float(weight @ np.cosh(begin + half * (1 + point)) ** -freedom)
     log_whole = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2) + math.log(math.pi) / 2
     above = area / math.exp(log_whole)
     return above if t > 0 else 1 - above
-
-
-@cache
-def _gauss() -> tuple[Floats, Floats]:
-    """Return points and weights of Gauss and Legendre, exact to rounding for these densities."""
-    return np.polynomial.legendre.leggauss(64)
 
 
 def quantile(above: float, freedom: float) -> float:

@@ -16,7 +16,6 @@ from moetuner import _core
 from moetuner._checks import IdArray, flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies
-from moetuner.evaluation import expected as expected_
 from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
@@ -189,7 +188,16 @@ def counts_of(
     share of a trace's tokens that were read.
     """
     if isinstance(traffic, RoutingStatistics):
-        yield from (_expected(traffic, setting) for setting in settings)
+        for expected in (Expected(traffic, setting) for setting in settings):
+            counts = {
+                name: expected.counts(traffic.window_load[mine])
+                for name, mine in members(traffic).items()
+            }
+            # Which experts meet, in which layers, is only known of all windows together.
+            yield {
+                name: of if name is None else replace(of, tokens=None, follow=None)
+                for name, of in counts.items()
+            }
         return
     _check_table_bytes(traffic, settings)
     parts = {name: _Part(traffic, settings, mine) for name, mine in members(traffic).items()}
@@ -312,24 +320,10 @@ def _of_experts(
     """
     placement, topology, split = setting.placement, setting.topology, setting.split
     of_all = load if total is None else total
-    rows = expected_.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
+    rows = copies.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
     if not setting.with_active or load is None:
         return rows, None
-    return rows, expected_.active(placement, share, load)
-
-
-def _expected(statistics: RoutingStatistics, setting: Setting) -> dict[str | None, Counts]:
-    """Compute what counts lead one to expect, of all windows and of every group that has some."""
-    expected = Expected(statistics, setting)
-    counts = {
-        name: expected.counts(statistics.window_load[mine])
-        for name, mine in members(statistics).items()
-    }
-    # Which experts meet, in which layers, is only known of all windows together.
-    return {
-        name: of if name is None else replace(of, tokens=None, follow=None)
-        for name, of in counts.items()
-    }
+    return rows, copies.active(placement, share, load)
 
 
 class Expected:
@@ -351,11 +345,11 @@ class Expected:
         placement, topology, split = setting.placement, setting.topology, setting.split
         self._follow: Floats | None = None
         if follows and statistics.transitions is not None:
-            self._follow = expected_.followed(placement, topology, split, statistics.transitions)
+            self._follow = copies.followed(placement, topology, split, statistics.transitions)
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            of_devices, of_nodes = visits or expected_.visits(
+            of_devices, of_nodes = visits or copies.visits(
                 placement, topology, split, statistics.sets, setting.threads
             )
             load = copies.served(placement, self._share, statistics.set_load[None])[0]

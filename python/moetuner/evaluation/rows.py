@@ -96,9 +96,15 @@ def dispatch_rows(
             checked=trace.ids.fresh,
         )
         first += len(shard)
-    _, rows, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    _, visits, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    rows = visits
     if devices_per_node is not None:
-        rows = _through_nodes(rows, to_nodes)
+        rows, nodes = np.zeros_like(visits), np.arange(to_nodes.shape[2])
+        for own in device:
+            # The device of every node that has the home's number in its own.
+            relay = nodes * size + own % size
+            rows[:, own, relay] += to_nodes[:, own]
+            rows[:, relay[device // size], device] += visits[:, own]
     rows[:, device, device] = 0
     return rows
 
@@ -143,19 +149,3 @@ def _positions(given: ArrayLike, tokens: int, name: str = "position") -> NDArray
             f"{name} must be integers [{tokens}], got {numbers.dtype} {list(numbers.shape)}"
         )
     return numbers.astype(np.int64)
-
-
-def _through_nodes(visits: NDArray[np.int64], to_nodes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Compute rows [L,D,D] that cross to a node once and fan out inside.
-
-    Of visits of devices [L,home,D] and nodes [L,home,N].
-    """
-    nodes, device = np.arange(to_nodes.shape[2]), np.arange(visits.shape[2])
-    size = len(device) // len(nodes)
-    rows = np.zeros_like(visits)
-    for home in device:
-        # The device of every node that has the home's number in its own.
-        relay = nodes * size + home % size
-        rows[:, home, relay] += to_nodes[:, home]
-        rows[:, relay[device // size], device] += visits[:, home]
-    return rows
