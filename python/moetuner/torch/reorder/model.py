@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner._checks import flag, instance
@@ -84,12 +83,23 @@ def apply_placement(
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
     changes = plan(tensors, order, {_block(layer): layer.name for layer in layers})
+    _check_lists(model, layers)
     for layer in layers:
         _check_weights(layer, changes, tensors)
     check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
-    changes = _once(changes, tensors)
-    _check_lists(model, layers)
-    _move(changes, tensors)
+    moving = [changes[name] for name in _once(changes, tensors)]
+    # All tables are read before anything moves.
+    tables = {
+        of.name: renumbered(of.name, tensors[of.name], of.ids)
+        for of in moving
+        if of.ids is not None
+    }
+    with torch.no_grad():
+        for change in moving:
+            if change.order is not None:
+                _permute(tensors[change.name].detach(), change.order)
+            else:
+                tensors[change.name].copy_(tables[change.name])
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
             reordered = [layer.experts[old] for old in positions.tolist()]
@@ -98,100 +108,24 @@ def apply_placement(
     return order
 
 
-def _move(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) -> None:
-    """Put rows and ids of tensors in order, once all tables are known to hold experts."""
-    tables = {
-        name: renumbered(name, tensors[name].detach(), change.ids)
-        for name, change in changes.items()
-        if change.ids is not None
-    }
-    with torch.no_grad():
-        for name, change in changes.items():
-            if change.order is not None:
-                _permute(tensors[name].detach(), change.order)
-            else:
-                tensors[name].copy_(tables[name])
-
-
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
     """Return all tensors of a model by all their names; blocks that run twice have one."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
-    again = [
+    again = tuple(
         f"{name}."
         for name, module in model.named_modules(remove_duplicate=False)
         if blocks.get(id(module), name) != name
-    ]
-    named = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
     )
-    return {name: tensor for name, tensor in named if not name.startswith(tuple(again))}
-
-
-def _check_weights(
-    layer: MoELayer, changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
-) -> None:
-    """Check that a layer's weights are in memory, and those of experts stacked or in a list."""
-    own = {name: change for name, change in changes.items() if change.block == _block(layer)}
-    for name, change in own.items():
-        tensor = tensors[name]
-        if tensor.is_meta or hasattr(tensor, "placements"):
-            what = "on the meta device" if tensor.is_meta else "spread over devices"
-            raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
-        moves = change.order is not None or change.ids is not None
-        if not (moves or tensor.numel() <= 1 or isinstance(layer.experts, nn.ModuleList)):
-            raise ValueError(f"{name}: must be of all experts [experts, ..]")
-    if not isinstance(layer.experts, nn.ModuleList) and not any(
-        change.order is not None and not change.is_router for change in own.values()
-    ):
-        raise ValueError(f"{layer.name}: experts must hold weights [experts, ..], they hold none")
-
-
-def _once(
-    changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
-) -> dict[str, TensorChange]:
-    """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
-
-    def move(name: str) -> tuple[Any, ...] | None:
-        tensor, change = tensors[name], changes[name]
-        orders = [None if of is None else of.tobytes() for of in (change.order, change.ids)]
-        if orders == [None, None]:
-            return None
-        return tensor.data_ptr(), tensor.shape, tensor.stride(), *orders
-
-    once: dict[str, TensorChange] = {}
-    # Sorted by where they begin, whatever overlaps follows at once.
-    ends: dict[int, tuple[int, str]] = {}
-    for name, (memory, begin, end) in sorted(_spans(tensors).items(), key=lambda item: item[1]):
-        until, last = ends.get(memory, (begin, name))
-        if until <= begin:
-            once |= {} if move(name) is None else {name: changes[name]}
-        elif move(name) != move(last):
-            raise ValueError(
-                f"{name}: must not share memory with {last}, which does not move with it"
-            )
-        if end > until or name == last:
-            ends[memory] = (end, name)
-    return once
-
-
-def _spans(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Return memory, first byte and end of every tensor that is in memory."""
-    spans = {}
-    for name, tensor in tensors.items():
-        if not (tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel()):
-            begin, last = int(tensor.storage_offset()), 0
-            for length, step in zip(tensor.shape, tensor.stride(), strict=True):
-                last += (length - 1) * step
-            size, memory = tensor.element_size(), tensor.untyped_storage().data_ptr()
-            spans[name] = (memory, begin * size, (begin + last + 1) * size)
-    return spans
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    return {name: tensor for name, tensor in named if not name.startswith(again)}
 
 
 def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
     """Check that no list of experts is that of another block as well."""
     lists = {id(la.experts): la for la in layers if isinstance(la.experts, nn.ModuleList)}
-    for name, module in model.named_modules(remove_duplicate=False) if lists else ():
+    for name, module in model.named_modules(remove_duplicate=False):
         layer = lists.get(id(module))
         if layer is not None and model.get_submodule(name.rpartition(".")[0]) is not layer.block:
             raise ValueError(
@@ -199,11 +133,70 @@ def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
             )
 
 
+def _check_weights(
+    layer: MoELayer, changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that a layer's weights are in memory, and those of experts stacked or in a list."""
+    is_list, has_experts = isinstance(layer.experts, nn.ModuleList), False
+    for name, change in changes.items():
+        if change.block != _block(layer):
+            continue
+        tensor = tensors[name]
+        if not _is_in_memory(tensor):
+            what = "on the meta device" if tensor.is_meta else "spread over devices"
+            raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
+        if not (_moves(change) or tensor.numel() <= 1 or is_list):
+            raise ValueError(f"{name}: must be of all experts [experts, ..]")
+        has_experts |= change.order is not None and not change.is_router
+    if not (is_list or has_experts):
+        raise ValueError(f"{layer.name}: experts must hold weights [experts, ..], they hold none")
+
+
+def _once(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
+
+    def move(name: str) -> object:
+        tensor, change = tensors[name], changes[name]
+        orders = [None if of is None else of.tobytes() for of in (change.order, change.ids)]
+        return _moves(change) and (tensor.data_ptr(), tensor.shape, tensor.stride(), *orders)
+
+    spans = []
+    for name, tensor in tensors.items():
+        if _is_in_memory(tensor) and tensor.numel():
+            last = sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            begin = tensor.data_ptr()
+            spans.append(
+                (str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), name)
+            )
+    once, end, owner = [], ("", 0), ""
+    # Sorted by where they begin, whatever overlaps follows at once.
+    for device, begin, stop, name in sorted(spans, key=lambda of: of[:3]):
+        if (device, begin) >= end:
+            once += [name] if _moves(changes[name]) else []
+        elif move(name) != move(owner):
+            raise ValueError(
+                f"{name}: must not share memory with {owner}, which does not move with it"
+            )
+        if (device, stop) > end:
+            end, owner = (device, stop), name
+    return once
+
+
+def _moves(change: TensorChange) -> bool:
+    return change.order is not None or change.ids is not None
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or hasattr(tensor, "placements"))
+
+
 def _block(layer: MoELayer) -> str:
     return layer.name.rpartition(".")[0]
 
 
-def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:
+def _permute(tensor: Tensor, order: Order) -> None:
     """Move rows along the cycles of the order, with one row to spare."""
     rows = tensor if len(tensor) == len(order) else tensor[0]
     left = set(range(len(order)))
