@@ -297,7 +297,7 @@ def test_tables_are_changed_in_place(rank):
     layer = case.distributed(rank)
 
     def tables():
-        values = vars(layer.routes).items()
+        values = vars(layer).items()
         return {name: t.data_ptr() for name, t in values if isinstance(t, torch.Tensor)}
 
     before = tables()
@@ -382,7 +382,7 @@ def test_what_does_not_fit_is_refused_at_once(rank):
     devices = mt.Placement(np.zeros((1, 3, 1), dtype=int))
     for slots, given, layer, options, text in (
         (weight, devices, 0, {}, "placement must have 2 devices, the ranks of the group, got 3"),
-        (weight, placement, 5, {}, "layer must be from 0 to 1, the placement's, got 5"),
+        (weight, placement, 5, {}, "layer must be from 0 to 1, got 5"),
         (weight[:1], placement, 0, {}, "up must have the placement's 9 slots, got [1, 2, 2]"),
         (weight, placement, 0, {"devices_per_node": 3}, "must divide the devices (2), got 3"),
         (weight, placement, 0, {"split": "best"}, "split must be one of even, nearest, got 'best'"),

@@ -181,7 +181,7 @@ def test_only_the_weights_of_the_index(tmp_path):
     index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     out = permute_state_dict(source, ORDER, tmp_path / "new")
     assert {p.name for p in out.iterdir()} == {"a.safetensors", index.name}
-    index.write_text("[]")
+    index.write_text("{}")
     text = "index.json: must be an object with 'weight_map'"
     refused(text, permute_state_dict, source, ORDER, tmp_path / "newer")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -132,7 +132,7 @@ class Recorder:
         self._capacity = max(1, most // (math.prod(self._sizes) * self._id_type.itemsize))
         self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
         self._waiting_tokens = 0
-        self._parts: Parts | None = None
+        self._parts = Parts(self._path)
         self._trace: RoutingTrace | None = None
         self._lost: Exception | None = None
         self._wrong: Exception | None = None
@@ -170,12 +170,12 @@ class Recorder:
     @property
     def tokens(self) -> int:
         """Tokens that have arrived on the host so far."""
-        return 0 if self._parts is None else self._parts.tokens
+        return self._parts.tokens
 
     def __enter__(self) -> Recorder:
-        if self._parts is not None:
+        if self._parts.files:
             raise RuntimeError("a Recorder records once; call capture again")
-        self._parts = Parts(self._path)
+        self._parts.open()
         try:
             self._hooks.attach()
         except BaseException:
@@ -190,14 +190,26 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._hooks.remove()
-        fault = self._flush()
+        fault, parts, path = self._flush(), self._parts, self._path
         if kind is None and fault is None:
             try:
-                self._finish(self._path)
+                self._finish(path)
                 return
             except Exception as unwritten:
                 fault = unwritten
-        self._rescue(type(fault) if kind is None else kind)
+        if parts.tokens:
+            path = path and path.with_name(f"{path.stem}{PARTIAL}")
+            try:
+                self._finish(path)
+                where = "trace() has" if path is None else f"{path} has"
+            except Exception as unwritten:
+                where = f"{unwritten}; {parts.folder} has, as raw arrays,"
+            name = (kind or type(fault)).__name__
+            text = f"the recording ended with {name}: {where} the {parts.tokens} tokens until then"
+            with suppress(Warning):
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+        else:
+            parts.discard()
         if kind is None and fault is not None:
             raise fault
 
@@ -208,39 +220,20 @@ class Recorder:
                 self._take_first()
             self._hooks.check()
         except Exception as error:
-            return error
+            return self._lost or error
         return self._lost or self._wrong or (None if self.tokens else self._hooks.fault)
-
-    def _rescue(self, kind: type) -> None:
-        """Finish an incomplete recording, beside where it was to be; never fails."""
-        parts = self._parts
-        assert parts is not None  # set by __enter__
-        if not parts.tokens:
-            parts.discard()
-            return
-        path = self._path and self._path.with_name(f"{self._path.stem}{PARTIAL}")
-        try:
-            self._finish(path)
-            where = "trace() has" if path is None else f"{path} has"
-        except Exception as error:
-            where = f"{error}; {parts.folder} has, as raw arrays,"
-        with suppress(Warning):
-            text = f"the recording ended with {kind.__name__}: {where} the {parts.tokens} tokens"
-            warnings.warn(f"{text} until then", RuntimeWarning, stacklevel=3)
 
     def _finish(self, path: Path | None) -> None:
         """Make the trace, and write it if there is a path."""
         parts, experts = self._parts, self._hooks.num_experts
-        assert parts is not None  # set by __enter__
         # Groups are only kept if there are any.
         names = list(self._group_numbers) if set(self._group_numbers) - {UNNAMED} else []
         labels = np.fromfile(parts.folder / "labels", LABEL, parts.tokens)
         about: dict[str, Any] = {"sequence": labels["sequence"], **self._about}
         if names:
             about |= {"group": labels["group"], "group_names": tuple(names)}
-        place = TensorInFile(
-            np.dtype(f"<u{self._id_type.itemsize}"), (parts.tokens, *self._sizes), 0
-        )
+        dtype = np.dtype(f"<u{self._id_type.itemsize}")
+        place = TensorInFile(dtype, (parts.tokens, *self._sizes), 0)
         ids = IdsInFile.of(parts.folder / "expert_ids", place, experts)
         if path is None:
             self._trace = RoutingTrace(IdsInMemory.of(ids.array(), experts), experts, **about)
@@ -282,12 +275,10 @@ class Recorder:
 
     def _take_first(self) -> None:
         """Write the tokens of the first step that waits."""
-        assert self._parts is not None  # hooks are attached after it was made
-        ids_copy, keep_copy, labels, copied = self._waiting.popleft()
+        ids_copy, keep_copy, labels, copied = self._waiting[0]
         if copied is not None:
             copied.synchronize()
         ids, keep = ids_copy.numpy(), keep_copy.numpy()
-        self._waiting_tokens -= len(ids)
         try:
             validate(ids[keep], self._hooks.num_experts, self.tokens)
         except ValueError as error:
@@ -300,6 +291,8 @@ class Recorder:
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be
             raise
+        self._waiting.popleft()
+        self._waiting_tokens -= len(ids)
 
     def _sequence_of(self, step: Step) -> NDArray[np.int32]:
         """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
@@ -334,15 +327,18 @@ class Parts:
     """Ids and labels of tokens in the order in which they were served, as raw arrays on disk."""
 
     def __init__(self, path: Path | None) -> None:
-        # Beside the trace, where there is room for it.
-        parent = None if path is None else path.parent
+        self._beside, self.tokens = path, 0
+        self.files: list[IO[bytes]] = []
+
+    def open(self) -> None:
+        """Make the files, beside the trace, where there is room for it."""
+        parent = None if self._beside is None else self._beside.parent
         self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
-        self._files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
-        self.tokens = 0
+        self.files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
 
     def append(self, ids: IdArray, labels: Labels) -> None:
         """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
-        for file, array in zip(self._files, (ids, labels), strict=True):
+        for file, array in zip(self.files, (ids, labels), strict=True):
             file.seek(self.tokens * array.strides[0])
             file.write(array.tobytes())
             file.flush()
@@ -350,7 +346,7 @@ class Parts:
 
     def discard(self) -> None:
         """Delete what was recorded."""
-        for file in self._files:
+        for file in self.files:
             with suppress(OSError):  # a full disk was said when it was written to
                 file.close()
         shutil.rmtree(self.folder, ignore_errors=True)

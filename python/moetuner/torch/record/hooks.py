@@ -135,7 +135,10 @@ class StepHooks:
         """Start to listen."""
         model = self._model
         with ExitStack() as attached:
-            if any(map(_is_compiled, (self._called, *model.modules()))):
+            compiled = (
+                hasattr(of, "_orig_mod") or of._compiled_call_impl for of in model.modules()
+            )
+            if self._called is not model or any(compiled):
                 attached.enter_context(_running_eagerly())
             self._generations = attached.enter_context(generations_of(model))
             begin, end = self._safe(model, self._begin), self._safe(model, self._end)
@@ -291,7 +294,3 @@ def _running_eagerly() -> Iterator[None]:
         stance = _eager.pop()
         if not _eager:
             stance.__exit__(None, None, None)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,10 @@ from moetuner._checks import flag, instance, shown
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
-from moetuner.torch.reorder.plan import (
-    Order,
-    TensorChange,
-    bits_of,
-    blocks_of,
-    check_groups,
-    check_ties,
-    groups_chosen,
-    order_of,
-    plan,
-    renumbered,
-)
+from moetuner.torch.reorder import plan
+from moetuner.torch.reorder.plan import Order, TensorChange
 
 Changes = dict[str, TensorChange]
-Plan = Callable[[Mapping[str, Tensor]], Changes]
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
@@ -83,25 +71,32 @@ def permute_state_dict(
     """
     instance("placement", placement, Placement)
     flag("inverse", inverse)
-    order = order_of(placement)
+    order = plan.order_of(placement)
     if isinstance(source, Mapping):
         if out is not None:
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
-        return _permute_tensors(source, partial(_changes, order, config, inverse))
+        changes = _changes(source, order, config, inverse=inverse)
+        plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
+        return {change.name: _moved(name, source[name], change) for name, change in changes.items()}
     if out is None:
         raise ValueError("out must be a folder to write where source is a folder, got None")
-    source, out = Path(source), Path(out)
-    if config is None and (source / "config.json").is_file():
-        with naming(source / "config.json"):
-            config = json.loads(read_whole(source / "config.json"))
-    return _permute_folder(source, out, partial(_changes, order, config, inverse))
+    folder, out = _Folder(Path(source)), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: must be a new or an empty folder")
+    config = _json_in(folder.path / "config.json") if config is None else config
+    with naming(source):
+        changes = _changes(folder.tensors, order, config, inverse=inverse)
+        plan.check_ties(changes, folder.bits)
+        # Before anything is written.
+        tables = {
+            name: folder.table(name, of) for name, of in changes.items() if of.ids is not None
+        }
+    folder.copy(out, changes, tables)
+    return out
 
 
 def _changes(
-    order: Order,
-    config: Mapping[str, Any] | None,
-    inverse: bool,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor], order: Order, config: Mapping[str, Any] | None, *, inverse: bool
 ) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
     if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
@@ -111,36 +106,35 @@ def _changes(
         )
     # The settings of the language model, which those of a larger model hold.
     about = {} if config is None else config.get("text_config") or config
-    groups = groups_chosen(about.get("n_group"), about.get("topk_group"), about.get("topk_method"))
+    limits = (about.get(name) for name in ("n_group", "topk_group", "topk_method"))
+    groups = plan.groups_chosen(*limits)
     for layer, positions in enumerate(order):
-        check_groups(positions, groups, f"layer {layer}")
-    blocks = blocks_of(tensors, len(order), about.get("num_hidden_layers"))
-    return plan(tensors, np.argsort(order, axis=1) if inverse else order, dict.fromkeys(blocks))
+        plan.check_groups(positions, groups, f"layer {layer}")
+    blocks = plan.blocks_of(tensors, len(order), about.get("num_hidden_layers"))
+    order = np.argsort(order, axis=1) if inverse else order
+    return plan.changes_of(tensors, order, dict.fromkeys(blocks))
 
 
-def _permute_tensors(tensors: Mapping[str, Tensor], planned: Plan) -> dict[str, Tensor]:
-    changes = planned(tensors)
-    check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
-    moved = {}
-    for name, change in changes.items():
-        tensor = tensors[name]
-        if change.order is not None:
-            rows = bits_of(tensor, len(change.order))
-            rows = rows[torch.from_numpy(change.order).to(rows.device)]
-            tensor = rows.view(tensor.dtype).reshape(tensor.shape)
-        elif change.ids is not None:
-            tensor = renumbered(name, tensor, change.ids)
-        moved[change.name] = tensor
-    return moved
+def _moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
+    """Return a tensor with its rows in order, or its ids renumbered."""
+    if change.ids is not None:
+        return plan.renumbered(name, tensor, change.ids)
+    if change.order is None:
+        return tensor
+    rows = plan.bits_of(tensor, len(change.order))
+    rows = rows[torch.from_numpy(change.order).to(rows.device)]
+    return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
 class _Folder:
     """The weights of a folder: in which file every tensor is, and their bytes where they are."""
 
     def __init__(self, path: Path) -> None:
-        self.index = _index_of(path)
+        self.path, self.index = path, _json_in(path / INDEX)
         files = set(path.glob("*.safetensors"))
         if self.index is not None:
+            if not isinstance(self.index.get("weight_map"), dict):
+                raise ValueError(f"{path / INDEX}: must be an object with 'weight_map'")
             files = {path / str(name) for name in self.index["weight_map"].values()}
         if not files:
             raise ValueError(f"{path}: must hold .safetensors files, got none")
@@ -168,14 +162,34 @@ class _Folder:
         bits = safetensors.read(self.file_of[name], place)
         return torch.from_numpy(bits.copy()).reshape(experts, -1)
 
-    def renumbered(self, name: str, ids: Order) -> bytes:
+    def table(self, name: str, change: TensorChange) -> bytes:
         """Return a table of experts' ids with their new numbers."""
         file = self.file_of[name]
         old = safetensors.read(file, self.headers[file].tensor(name))
-        new = renumbered(name, torch.from_numpy(old.astype(np.int64)), ids).numpy()
+        new = _moved(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
         return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
-    def write(self, file: Path, out: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
+    def copy(self, out: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
+        """Write the folder anew, but for weights in other formats."""
+        out.mkdir(parents=True, exist_ok=True)
+        for file in self.headers:
+            with replacing(out / file.name) as temporary:
+                self._copy_file(file, temporary, changes, tables)
+        for other in sorted(self.path.iterdir()):
+            if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
+                shutil.copyfile(other, out / other.name)
+        # Last: a folder without its index is not taken for a whole checkpoint.
+        if self.index is not None:
+            files = self.index["weight_map"].items()
+            names = {changes[name].name: file for name, file in files if name in changes}
+            with replacing(out / INDEX) as temporary:
+                temporary.write_text(
+                    json.dumps(self.index | {"weight_map": names}, indent=2) + "\n"
+                )
+
+    def _copy_file(
+        self, file: Path, out: Path, changes: Changes, tables: Mapping[str, bytes]
+    ) -> None:
         """Write a file with new names, row orders and ids; every tensor keeps its place."""
         header = self.headers[file]
         entries: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
@@ -205,42 +219,12 @@ class _Folder:
                             raise ValueError(f"{file}: file shrank while it was read")
 
 
-def _permute_folder(source: Path, out: Path, planned: Plan) -> Path:
-    folder = _Folder(source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: must be a new or an empty folder")
-    with naming(source):
-        changes = planned(folder.tensors)
-        check_ties(changes, folder.bits)
-        # Before anything is written.
-        tables = {
-            name: folder.renumbered(name, change.ids)
-            for name, change in changes.items()
-            if change.ids is not None
-        }
-    out.mkdir(parents=True, exist_ok=True)
-    for file in folder.headers:
-        with replacing(out / file.name) as temporary:
-            folder.write(file, temporary, changes, tables)
-    for other in sorted(source.iterdir()):
-        if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
-            shutil.copyfile(other, out / other.name)
-    # Last: a folder without its index is not taken for a whole checkpoint.
-    if (index := folder.index) is not None:
-        files = index["weight_map"].items()
-        index["weight_map"] = {changes[of].name: file for of, file in files if of in changes}
-        with replacing(out / INDEX) as temporary:
-            temporary.write_text(json.dumps(index, indent=2) + "\n")
-    return out
-
-
-def _index_of(source: Path) -> dict[str, Any] | None:
-    """Read which file holds which tensor, if the checkpoint has several files."""
-    path = source / INDEX
+def _json_in(path: Path) -> dict[str, Any] | None:
+    """Read an object of settings, if there is one."""
     if not path.is_file():
         return None
     with naming(path):
-        index = json.loads(read_whole(path))
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError("must be an object with 'weight_map'")
-        return index
+        content = json.loads(read_whole(path))
+        if not isinstance(content, dict):
+            raise ValueError("must be a JSON object")
+        return content

@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
-from moetuner.torch.reorder.plan import (
-    Order,
-    TensorChange,
-    bits_of,
-    check_groups,
-    check_ties,
-    order_of,
-    plan,
-    renumbered,
-)
+from moetuner.torch.reorder import plan
+from moetuner.torch.reorder.plan import Order, TensorChange
 
 
 def apply_placement(
@@ -72,25 +64,24 @@ def apply_placement(
             f"placement must have {sizes[0]} layers of {sizes[1]} experts as the model has, got "
             f"{placement.layers} of {placement.num_experts}"
         )
-    order = order_of(placement)
+    order = plan.order_of(placement)
     for layer, positions in zip(layers, order, strict=True):
         if layer.num_experts != len(positions):
             raise ValueError(
                 f"{layer.name}: must have {len(positions)} experts like the first MoE layer, got "
                 f"{layer.num_experts}"
             )
-        check_groups(positions, layer.expert_groups, layer.name)
+        plan.check_groups(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
-    changes = plan(tensors, order, {_block(layer): layer.name for layer in layers})
-    _check_lists(model, layers)
+    changes = plan.changes_of(tensors, order, {_block(layer): layer.name for layer in layers})
     for layer in layers:
         _check_weights(layer, changes, tensors)
-    check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
+    plan.check_ties(changes, lambda name, experts: plan.bits_of(tensors[name], experts))
     moving = [changes[name] for name in _once(changes, tensors)]
     # All tables are read before anything moves.
     tables = {
-        of.name: renumbered(of.name, tensors[of.name], of.ids)
+        of.name: plan.renumbered(of.name, tensors[of.name], of.ids)
         for of in moving
         if of.ids is not None
     }
@@ -122,17 +113,6 @@ def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor
     return {name: tensor for name, tensor in named if not name.startswith(again)}
 
 
-def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
-    """Check that no list of experts is that of another block as well."""
-    lists = {id(la.experts): la for la in layers if isinstance(la.experts, nn.ModuleList)}
-    for name, module in model.named_modules(remove_duplicate=False):
-        layer = lists.get(id(module))
-        if layer is not None and model.get_submodule(name.rpartition(".")[0]) is not layer.block:
-            raise ValueError(
-                f"{name}: must not be the experts of {_block(layer)}, whose router is another"
-            )
-
-
 def _check_weights(
     layer: MoELayer, changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
 ) -> None:
@@ -158,7 +138,11 @@ def _once(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) ->
     def move(name: str) -> object:
         tensor, change = tensors[name], changes[name]
         orders = [None if of is None else of.tobytes() for of in (change.order, change.ids)]
-        return _moves(change) and (tensor.data_ptr(), tensor.shape, tensor.stride(), *orders)
+        # An expert of a list moves as a module, which has another name then.
+        new_name = change.name if change.name != name else None
+        if orders == [None, None] and new_name is None:
+            return None
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), *orders, new_name
 
     spans = []
     for name, tensor in tensors.items():

@@ -129,7 +129,7 @@ def check_groups(order: Order, groups: int, layer: str) -> None:
             )
 
 
-def plan(
+def changes_of(
     tensors: Mapping[str, Tensor], order: Order, routers: Mapping[str, str | None]
 ) -> dict[str, TensorChange]:
     """Return what becomes of every tensor.
