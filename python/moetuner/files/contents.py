@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _checks
 from moetuner._checks import experts_in, shown
 from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
-from moetuner.files.ids import Ids, IdsInFile, IdsInMemory
+from moetuner.files.ids import Ids
 
 TRACE_FORMAT, STATISTICS_FORMAT = "moetuner.trace", "moetuner.statistics"
 VERSION = "1"
@@ -57,14 +57,14 @@ def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents
             with path.open("rb") as file:
                 place, fortran = npz.read_npy_header(file)
             experts = _experts(num_experts, None)
-            ids: Ids = IdsInFile.of(path, place, experts)
+            ids = Ids.in_file(path, place, experts)
             # Column-major, a token's ids are spread over the whole file.
-            ids = IdsInMemory.of(npz.read_npy(path), experts) if fortran else ids
+            ids = Ids.of(npz.read_npy(path), experts) if fortran else ids
             return TraceContents(ids, experts)
         if kind == "npz":
             arrays, group_names, model, in_file = _archive(path, "expert_ids")
             experts = _experts(num_experts, in_file)
-            ids = IdsInMemory.of(arrays["expert_ids"], experts)
+            ids = Ids.of(arrays["expert_ids"], experts)
             labels = arrays.get("sequence"), arrays.get("group")
             return TraceContents(ids, experts, *labels, group_names, model)
         header = safetensors.read_header(path)
@@ -76,7 +76,7 @@ def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents
             for name in ("sequence", "group")
         )
         return TraceContents(
-            IdsInFile.of(path, header.tensor("expert_ids"), experts),
+            Ids.in_file(path, header.tensor("expert_ids"), experts),
             experts,
             sequence,
             group,

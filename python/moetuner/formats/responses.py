@@ -87,7 +87,7 @@ def trace_of(
             raise ValueError(f"{source} must have at least one token with routed experts, got none")
         joined = trace.joined()
         if hints.dense_layers is None and sizes[1] == 1:
-            rows = _with_experts(joined.values, source)
+            rows = _with_experts(joined.array(), source)
             joined = joined.select(None, np.asarray(rows))
         dense = tuple(sorted(set(range(sizes[0])) - set(rows)))
         if sequence is None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moetuner._checks import IdArray, id_type, instance, listed, path_in, text_or_none, whole_number
 from moetuner._core import validate
 from moetuner.files.contents import TraceContents, write_trace
-from moetuner.files.ids import IdsInFile
+from moetuner.files.ids import Ids
 from moetuner.files.safetensors import TensorInFile
 from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks, cache_of
@@ -394,7 +394,7 @@ class Parts:
         """
         self._close()
         place = TensorInFile(self._dtype, (self.tokens, *self._sizes), 0)
-        ids = IdsInFile.of(self.folder / "expert_ids", place, self._experts)
+        ids = Ids.in_file(self.folder / "expert_ids", place, self._experts)
         labels = np.fromfile(self.folder / "labels", LABEL, self.tokens)
         group = labels["group"] if group_names else None
         about |= {"sequence": labels["sequence"], "group": group, "group_names": group_names}
