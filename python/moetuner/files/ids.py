@@ -99,8 +99,9 @@ class Ids:
                 here = None if self.tokens is None else self.tokens[first : first + len(shard)]
                 first += len(shard)
                 if here is None or here.any():
-                    shard = _select(shard, here, self.layers).astype(self.dtype, copy=False)
-                    yield cast(IdArray, shard)
+                    selected: Any = _select(shard, here, self.layers)
+                    yield selected.astype(self.dtype, copy=False)
+                    del selected
                 del shard  # else the next one is made while this one is still there
 
     def array(self) -> IdArray:
