@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _checks
 from moetuner._checks import experts_in, shown
 from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
-from moetuner.files.ids import Ids
+from moetuner.files.ids import Ids, in_memory
 
 TRACE_FORMAT, STATISTICS_FORMAT = "moetuner.trace", "moetuner.statistics"
 VERSION = "1"
@@ -36,6 +36,36 @@ class TraceContents:
     group_names: Sequence[str] | None = None
     model: str | None = None
     expert_size: tuple[int, int] | None = None
+
+
+class TraceInParts:
+    """A trace that comes part by part: ids are checked as they come, held in the narrowest type."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts, self.tokens = num_experts, 0
+        self.ids: list[NDArray[Any]] = []
+        self.labels: dict[str, list[NDArray[Any]]] = {}
+
+    def add(self, ids: NDArray[Any], **labels: NDArray[Any]) -> None:
+        """Take in tokens [t,L,K] of the same sizes as those before, and labels of theirs [t]."""
+        if not self.ids:
+            _checks.check_sizes(ids.shape, ids.dtype, self.num_experts)
+        part: NDArray[Any] = _checks.valid(ids, self.num_experts, self.tokens)
+        self.ids.append(part.astype("u1" if self.num_experts <= 256 else "u2", copy=False))
+        self.tokens += len(ids)
+        for name, values in labels.items():
+            self.labels.setdefault(name, []).append(values)
+
+    def contents(self, **about: Any) -> TraceContents:
+        """Return the trace, and forget its parts, of which there must be one."""
+        ids: Any = np.empty((self.tokens, *self.ids[0].shape[1:]), self.ids[0].dtype)
+        end = self.tokens
+        while self.ids:  # memory of a part is free as soon as it is copied
+            part = self.ids.pop()
+            ids[end - len(part) : end] = part
+            end -= len(part)
+        labels = {name: np.concatenate(parts) for name, parts in self.labels.items()}
+        return TraceContents(in_memory(ids), self.num_experts, **{**labels, **about})
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Ids:
     def of(cls, values: NDArray[np.generic], num_experts: int) -> Ids:
         """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous."""
         check_sizes(values.shape, values.dtype, num_experts)
-        return _in_memory(valid(values, num_experts))
+        return in_memory(valid(values, num_experts))
 
     @classmethod
     def in_file(cls, path: Path, stored: TensorInFile, num_experts: int) -> Ids:
@@ -120,7 +120,7 @@ class Ids:
     def select(self, tokens: Mask, layers: Numbers) -> Ids:
         """Select the marked tokens and the numbered layers; None selects all."""
         if isinstance(self.whole, np.ndarray):
-            return _in_memory(_select(self.whole, tokens, layers))
+            return in_memory(_select(self.whole, tokens, layers))
         return Ids((self,), tokens, layers)
 
 
@@ -184,38 +184,11 @@ class IdsInFile:
             raise ValueError(f"{self.path}: file was replaced after it was loaded; load it again")
 
 
-class IdsInParts:
-    """Ids that come part by part: checked as they come, held in the narrowest type."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self.parts: list[IdArray] = []
-        self.tokens = 0
-
-    def add(self, ids: NDArray[np.generic]) -> None:
-        """Take in tokens [t,L,K] of the same sizes as those before."""
-        if not self.parts:
-            check_sizes(ids.shape, ids.dtype, self.num_experts)
-        part: Any = valid(ids, self.num_experts, self.tokens)
-        self.parts.append(part.astype(U8 if self.num_experts <= 256 else U16, copy=False))
-        self.tokens += len(ids)
-
-    def joined(self) -> Ids:
-        """Return all ids [T,L,K], and forget the parts, of which there must be one."""
-        ids: Any = np.empty((self.tokens, *self.parts[0].shape[1:]), self.parts[0].dtype)
-        end = self.tokens
-        while self.parts:  # memory of a part is free as soon as it is copied
-            part = self.parts.pop()
-            ids[end - len(part) : end] = part
-            end -= len(part)
-        return _in_memory(ids)
-
-
 def joined(parts: tuple[Ids, ...]) -> Ids:
     """Join ids one after the other: an array if all are in memory, else left where they are."""
     together = Ids(parts)
     if all(isinstance(part.whole, np.ndarray) for part in parts):
-        return _in_memory(together.array())
+        return in_memory(together.array())
     return together
 
 
@@ -237,5 +210,6 @@ def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
     return np.ascontiguousarray(ids if layers is None else np.take(ids, layers, axis=1))
 
 
-def _in_memory(ids: IdArray) -> Ids:
+def in_memory(ids: IdArray) -> Ids:
+    """Wrap valid ids."""
     return Ids((cast(IdArray, frozen(cast("NDArray[np.generic]", ids))),))
