@@ -503,11 +503,10 @@ class RoutingStatistics(Frozen):
         OSError
             If it cannot be read.
         """
-        saved = contents.read_statistics(check.path_in(path))
+        tables, about = contents.read_statistics(check.path_in(path))
         with naming(path):
-            about: Any = {name: saved.tables.get(name) for name in (*PAIRS, "group")}
-            about |= {name: getattr(saved, name) for name in ABOUT}
-            return cls.from_load(saved.tables["load"], sets=from_tables(saved.tables), **about)
+            about |= {name: tables.get(name) for name in (*PAIRS, "group")}
+            return cls.from_load(tables["load"], sets=from_tables(tables), **about)
 
 
 def _by_group(
