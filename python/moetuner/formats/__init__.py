@@ -267,11 +267,11 @@ def form_of(path: str | Path) -> str:
     raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
 
 
-def read_map(path: str | Path, hints: Hints) -> Layout:
-    """Read a map of experts of any format as it stands; its content decides what it is."""
+def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
+    """Read a map of experts as it stands; its content decides of which format, if none is given."""
     path = path_in(path)
     with naming(path):
-        layout: Layout = WRITERS[form_of(path)].of.read_map(path, hints)
+        layout: Layout = WRITERS[form or form_of(path)].of.read_map(path, hints)
     return layout
 
 
@@ -315,12 +315,12 @@ def read_placement(
     path = path_in(path)
     if form is not None:
         one_of("form", form, WRITERS)
-    of = WRITERS[form or form_of(path)].of
-    if of is own:
+    form = form or form_of(path)
+    if WRITERS[form].of is own:
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
+    layout = read_map(path, hints, form)
     with naming(path):
-        layout: Layout = of.read_map(path, hints)
         return layout.placement(hints)
 
 
