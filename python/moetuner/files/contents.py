@@ -154,8 +154,8 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
         if kind != "safetensors":
             raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
         header = safetensors.read_header(path)
-        header.tensor("load")
         about = _about(header.metadata, STATISTICS_FORMAT)
+        header.tensor("load")
         del about["num_experts"]
         for name in ("window", "set_tokens"):
             about[name] = None if (text := header.metadata.get(name)) is None else int(text)
