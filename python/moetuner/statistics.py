@@ -487,7 +487,7 @@ class RoutingStatistics(Frozen):
         """Write as safetensors; the file appears whole or not at all."""
         pairs = {"load": self.window_load, **self._pairs, "group": self.group}
         about: Any = {name: getattr(self, name) for name in ABOUT}
-        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), **about)
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), about)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:

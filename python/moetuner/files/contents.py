@@ -114,16 +114,9 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
         if labels is not None
     }
     tensors["expert_ids"] = (ids.dtype, ids.shape, ids.shards(shard_bytes))
-    _write(
-        path,
-        tensors,
-        format=TRACE_FORMAT,
-        num_experts=contents.num_experts,
-        group_names=json.dumps(contents.group_names),
-        model=contents.model,
-        expert_size=_checks.size_text(contents.expert_size),
-        source=source,
-    )
+    names = ("num_experts", "group_names", "model", "expert_size")
+    about = {name: getattr(contents, name) for name in names}
+    _write(path, tensors, {"format": TRACE_FORMAT, **about, "source": source})
 
 
 def holds_statistics(path: Path) -> bool:
@@ -163,30 +156,19 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
 
 
 def write_statistics(
-    path: Path,
-    tables: Mapping[str, NDArray[Any] | None],
-    *,
-    window: int | None,
-    group_names: Sequence[str],
-    model: str | None,
-    expert_size: tuple[int, int] | None = None,
-    set_tokens: int | None = None,
+    path: Path, tables: Mapping[str, NDArray[Any] | None], about: Mapping[str, Any]
 ) -> None:
     """Write as safetensors; the file appears whole or not at all."""
-    _write(
-        path,
-        {name: safetensors.whole(table) for name, table in tables.items() if table is not None},
-        format=STATISTICS_FORMAT,
-        group_names=json.dumps(group_names),
-        window=window,
-        model=model,
-        expert_size=_checks.size_text(expert_size),
-        set_tokens=set_tokens,
-    )
+    pieces = {name: safetensors.whole(of) for name, of in tables.items() if of is not None}
+    _write(path, pieces, {"format": STATISTICS_FORMAT, **about})
 
 
-def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], **about: object) -> None:
+def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], about: dict[str, Any]) -> None:
     """Write tensors, and as metadata what is not None."""
+    about |= {
+        "group_names": json.dumps(about["group_names"]),
+        "expert_size": _checks.size_text(about["expert_size"]),
+    }
     metadata = {key: str(value) for key, value in about.items() if value is not None}
     with replacing(path) as temporary:
         safetensors.write(temporary, tensors, {"version": VERSION, **metadata})

@@ -86,12 +86,10 @@ class Layout:
         moe = hints.moe_layers(len(rows)) if self.counts_dense else None
         rows = rows if moe is None else rows[moe]
         devices = self.devices or hints.devices
-        if self.devices is not None and hints.devices not in (None, self.devices):
-            raise ValueError(f"devices must be {self.devices} as in the file, got {hints.devices}")
         if devices is None:
             raise ValueError("devices must be given: the file does not say how many there are")
-        if rows.shape[1] % devices:
-            raise ValueError(f"devices must divide the {rows.shape[1]} slots, got {devices}")
+        for fault in _device_faults(self, None, hints):
+            raise ValueError(fault)
         experts = hints.num_experts or self.num_experts or int(rows.max(initial=EMPTY)) + 1
         slots = rows.reshape(len(rows), devices, -1)
         return Placement(cast(Any, slots), num_experts=experts)

@@ -205,39 +205,27 @@ def _layer(key: object) -> int:
     return key
 
 
-# The little YAML of such a file: keys with a number or with layers, which have lists of experts.
-COMMENT = re.compile(r"(?:^|(?<=\s))#.*|^---$", re.MULTILINE)
-LINE = re.compile(
-    r"""^(?P<key>[A-Za-z_]\w*):[ ]*(?P<number>\d{1,6}|\{\})?[ ]*$"""
-    r"""|^[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*"""
-    r"""(?P<list>\[\s*(?:\d{1,6}\s*(?:,\s*|(?=\])))*\]|(?:-[ ]+\d{1,6}\s*)+)$""",
-    re.ASCII | re.MULTILINE,
-)
+# What the little YAML of such a file consists of beside keys: comments, lists with an item a line,
+# and the beginnings of layers.
+COMMENT = re.compile(r"(?:^|[ \t]+)#.*|^---$|[ \t\r]+$", re.MULTILINE)
+ITEMS = re.compile(r"(?:^[ ]*-[ ]+\d+(?:\n+|\Z))+", re.ASCII | re.MULTILINE)
+LAYER = re.compile(r"\n[ ]+['\"]?(\d{1,5})['\"]?:", re.ASCII)
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    """Read numbers, and lists of numbers by number, of keys; lists may be of either style."""
-    text = "\n".join(map(str.rstrip, COMMENT.sub("", text).split("\n")))
-    fields: dict[str, Any] = {}
-    rows: dict[int, list[int]] | None = None
-
-    def take(line: re.Match[str]) -> str:
-        nonlocal rows
-        key, layer = line["key"], int(line["layer"] or -1)
-        if key in fields or layer in (rows or {}):
-            raise ValueError(f"{line[0].strip():.40} must be there once")
-        if key:
-            rows = {} if line["number"] in (None, "{}") else None
-            fields[key] = int(line["number"]) if rows is None else rows
-        elif rows is None:
-            return line[0]
-        else:
-            rows[layer] = list(map(int, re.findall(r"\d+", line["list"])))
-        return "\n" * line[0].count("\n")
-
-    left = LINE.sub(take, text)
-    if wrong := re.search(r"\S.*", left):
-        number = left.count("\n", 0, wrong.start()) + 1
-        rule = f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts"
-        raise ValueError(f"line {number}: {rule}, got {shown(wrong[0])}")
-    return fields
+    """Read numbers, and lists of numbers by layer, of keys: as JSON, which they become."""
+    text = COMMENT.sub("", text)
+    text = ITEMS.sub(lambda of: f" [{', '.join(re.findall(r'[0-9]+', of[0]))}]\n", text)
+    members = []
+    for member in re.split(r"^(?=\S)", text.rstrip(), flags=re.MULTILINE):
+        key, colon, value = member.rstrip().partition(":")
+        value, *layers = LAYER.split(value)
+        if layers and not value.strip():
+            rows = zip(layers[::2], layers[1::2], strict=True)
+            value = "{" + ", ".join(f'"{layer}": {row}' for layer, row in rows) + "}"
+        members += [f'"{key}"{colon}{value}'] if member.strip() else []
+    try:
+        return parse_json("{" + ", ".join(members) + "}")
+    except ValueError as error:
+        rule = f"must be {KEYS[0]}: N and {KEYS[1]}: a list of experts for every layer"
+        raise ValueError(f"{rule}: {error}") from None
