@@ -264,10 +264,10 @@ trace | of_ids("|O") | never loaded
 trace | of_ids(shape=(99, 3, 2)) | file must have
 trace | of_ids(order=True, shape=(1 << 45, 3, 2)) | file must
 trace | of_ids(order=True, shape=(1 << 90, 3, 2)) | sizes of
-trace | of_ids("|u7") | element type
-trace | npy("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (5,)}") | a plain descr
-trace | of_ids(order=0) | plain fortran_order
-trace | npy("") | a plain descr
+trace | of_ids("|u7") | not a valid dtype descriptor
+trace | npy("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (5,)}") | must be integers
+trace | of_ids(order=0) | fortran_order is not a valid bool
+trace | npy("") | .npy header must be an array's
 trace | npz(expert_ids=IDS, group_names=np.array(["a", None])) | got Python objects (pickle is never
 trace as it is | npz(expert_ids=IDS, num_experts=np.float64(8)) | num_experts must be one integer
 trace | npz(expert_ids=IDS, num_experts=8, model=[1, 2]) | model must be one text, got int64 [2]
@@ -304,7 +304,8 @@ topology | "nodes = 2\ndevices = 2" | got 'nodes' (nodes needs preset)
 topology | '{"devices": 2, "tiers": [3]}' | must be a mapping, not int
 topology | '{"devices": 2, "tiers": [{"devices": 2}]}' | argument: 'bandwidth'
 cost | "" | not a cost model
-cost | "[]" | schema must be 'moetuner.cost_model/1', got None
+cost | "[]" | not a cost model: must be a JSON object, got list
+cost | b"\xff" | not a cost model
 cost | COST + '"gpu": 1}' | keys must be out of
 cost | COST + '"base_us": 1}' | missing 4 required positional arguments
 placement | b"" | not a placement

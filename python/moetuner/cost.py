@@ -329,7 +329,7 @@ class CostModel(Frozen):
                 values = parse_json(read_whole(path))
             except ValueError as error:
                 raise ValueError(f"not a cost model: {error}") from None
-            schema = values.pop("schema", None) if isinstance(values, dict) else None
+            schema = values.pop("schema", None)
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
             names = [field.name for field in fields(cls)]

@@ -473,7 +473,7 @@ class RoutingStatistics(Frozen):
         """Write as safetensors; the file appears whole or not at all."""
         pairs = {"load": self.window_load, **self._pairs, "group": self.group}
         about: Any = {name: getattr(self, name) for name in ABOUT}
-        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), **about)
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), about)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
@@ -489,11 +489,10 @@ class RoutingStatistics(Frozen):
         OSError
             If it cannot be read.
         """
-        saved = contents.read_statistics(check.path_in(path))
+        tables, about = contents.read_statistics(check.path_in(path))
         with naming(path):
-            about: Any = {name: saved.tables.get(name) for name in (*PAIRS, "group")}
-            about |= {name: getattr(saved, name) for name in ABOUT}
-            return cls.from_load(saved.tables["load"], sets=from_tables(saved.tables), **about)
+            about |= {name: tables.get(name) for name in (*PAIRS, "group")}
+            return cls.from_load(tables["load"], sets=from_tables(tables), **about)
 
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:

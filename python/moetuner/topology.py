@@ -365,8 +365,6 @@ def parse(content: bytes) -> dict[str, Any]:
     """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
-        values = parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
+        return parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"must be a JSON object or TOML: {error}") from None
-    assert isinstance(values, dict)
-    return values

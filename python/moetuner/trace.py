@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
-from moetuner.files.ids import Ids, IdsInMemory, joined
+from moetuner.files.ids import Ids, joined
 
 SHARD_BYTES = 64 << 20
 
@@ -67,7 +67,7 @@ class RoutingTrace:
     expert_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not all(hasattr(self.ids, name) for name in ("shards", "shape", "fresh")):
+        if not isinstance(self.ids, Ids):
             raise TypeError(
                 f"ids must be what from_arrays makes of an array: use RoutingTrace.from_arrays, "
                 f"got {check.shown(self.ids)}"
@@ -123,7 +123,7 @@ class RoutingTrace:
             Naming argument, rule and value, and for a faulty id its token and layer.
         """
         experts = check.experts_in(num_experts)
-        ids: Ids = IdsInMemory.of(check.array_in("expert_ids", expert_ids), experts)
+        ids = Ids.of(check.array_in("expert_ids", expert_ids), experts)
         labels: dict[str, Any] = {"sequence": sequence, "group": group, "group_names": group_names}
         return cls._of(TraceContents(ids, experts, model=model, expert_size=expert_size, **labels))
 

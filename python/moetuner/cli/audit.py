@@ -15,7 +15,8 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import Audit, audit, compared
+from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES
 from moetuner.files import text
@@ -142,7 +143,11 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
         rows = []
         for group, of in (("all", audited.whole), *audited.groups.items()):
             row, change = of[measure], of[measure].change
-            ends = ("-", "-") if change is None else (signed(change.value), span(*change[1:]))
+            ends = (
+                ("-", "-")
+                if change is None
+                else (signed(change.value), span(change.low, change.high))
+            )
             rows.append((group, number(row.baseline.value, 4), number(row.value.value, 4), *ends))
         output.say("")
         output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
@@ -151,10 +156,12 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
 
 def _summary(audited: Audit, judged: tuple[str, ...], names: tuple[str, str]) -> Iterator[str]:
     """Write what all traffic gains, and which groups got worse or gained less."""
-    comparison = compared(audited, judged[0], names)
-    if comparison is None:
+    after, before, change, *_ = audited.whole[judged[0]]
+    if change is None:
         yield f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}."
     else:
+        values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
+        comparison = Comparison(judged[0], *values, units=audited.units[1], names=names)
         yield f"All traffic: {comparison.sentence}"
     worse = audited.worse()
     for line, findings in (

@@ -16,12 +16,12 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.problem import Problem
 from moetuner.report.cells import counted, signed
-from moetuner.report.outcome import Outcome, gains, head, remarks, sentences
+from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
@@ -134,10 +134,7 @@ def command(
     best = min(rows, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    comparisons: dict[str, Comparison] = {}
-    if over in outcomes:
-        units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-        comparisons = gains(splits, over, units, share=holdout, seed=search.seed)
+    comparisons = _gains(splits, source, judging, search.seed)
     _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
     gain = {method: comparison.to_dict() for method, comparison in comparisons.items()}
     about = {**asdict(search), "window": source.counted, "threads": source.threads}
@@ -193,6 +190,32 @@ def _run(
     return done
 
 
+def _gains(
+    splits: list[dict[str, Outcome]], source: Source, judging: Judging, seed: int
+) -> dict[str, Comparison]:
+    """Compare all methods with one, in the figure nearest to the objective, if it is known.
+
+    Only splits count in which every method ran.
+    """
+    over, methods = judging.over, list(splits[0])
+    if over not in methods:
+        return {}
+    first = splits[0][over]
+    measure = first.worth.figure
+    if getattr(first.evaluation, measure) is None:
+        return {}
+    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
+    whole = [split for split in splits if list(split) == methods]
+    comparisons = {}
+    for method in methods:
+        if method != over:
+            pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
+            gain = compare(pairs, [measure], units=units, share=judging.holdout, seed=seed)[measure]
+            gain = replace(gain, names=(over, method))
+            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
+    return comparisons
+
+
 def _setting(split: Split, window: int | None, holdout: float) -> str:
     """Write what is solved, and what it is judged on."""
     problem, unseen = split.problem, split.unseen
@@ -219,7 +242,7 @@ def _show_gains(
     rows = []
     for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
-        rows.append((method, *map(signed, (gain.mean, *ends))))
+        rows.append((method, *map(signed, (gain.gain, *ends))))
     columns = ("mean", "least", "most") if several else ("gain", "from", "to")
     output.say("")
     output.table((f"gain over {over}", *columns), rows)

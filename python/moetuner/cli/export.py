@@ -14,8 +14,8 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.output import Output, working
-from moetuner.files import naming, replacing
-from moetuner.formats import WRITERS, form_of, read_placement, write_placement
+from moetuner.files import replacing
+from moetuner.formats import WRITERS, form_of, read_map, read_placement, write_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import check_placement, faults
@@ -168,8 +168,7 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
         raise click.UsageError(f"'--check' is of maps; {form} is none.")
     form = form or form_of(path)
     writer = WRITERS[form]
-    with naming(path):
-        layout = writer.of.read_map(path, hints)
+    layout = read_map(path, hints, form)
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
