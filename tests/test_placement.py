@@ -135,19 +135,3 @@ def test_slots_are_a_frozen_copy():
     assert placement.slots.tolist() == [[[0], [1]]]
     with pytest.raises(ValueError, match="read-only"):
         placement.slots[0, 0, 0] = 1
-
-
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    """A file appears whole or not at all, and nothing else stays behind."""
-    path = tmp_path / "p.json"
-    mt.Placement(np.array([[[0], [1]]])).save(path)
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("pathlib.Path.write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
-        mt.Placement(np.array([[[1], [0]]])).save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
