@@ -10,7 +10,7 @@ each expert: where there is room for copies, those may cost less.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +55,8 @@ def bound(
     proven: dict[str, LevelBound] = {}
     for name, price, parts in levels:
         part = budget.within(1 / (len(levels) - len(proofs)))
-        load, transitions, part_caps = padded(problem, caps, parts)
         crossing, source, done, ended, stopped, arrays = _core.bound(
-            load,
-            transitions,
-            part_caps,
-            parts,
+            (*padded(problem, caps, parts), parts),
             iterations=iterations,
             target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
             gap=budget.gap or 0.0,
@@ -118,6 +114,17 @@ def certified(
     return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
 
 
+def chain_of(
+    problem: Problem, caps: NDArray[np.uint64], cost: NDArray[np.int64] | None = None
+) -> tuple[Any, ...]:
+    """Return what the core's chain is about, of single copies under caps [L], at costs [D,D]."""
+    objective = problem.objective_function
+    pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
+    tables = (pairs, None) if problem.regime == "follow" else (None, pairs)
+    cost = objective.link_cost if cost is None else cost
+    return (problem.load, caps, cost, problem.slots, *tables)
+
+
 def complete(
     problem: Problem,
     caps: NDArray[np.uint64],
@@ -134,17 +141,8 @@ def complete(
     steps or seconds, or links are not of one or two tiers. 105 partitions for 8 experts on 4
     devices are few.
     """
-    follow = problem.regime == "follow"
     return _core.exact_chain(
-        problem.load,
-        caps,
-        problem.objective_function.link_cost,
-        problem.slots,
-        transitions=problem.statistics.transitions if follow else None,
-        coactivation=None if follow else problem.statistics.coactivation,
-        work=steps,
-        time_limit=time_limit,
-        threads=threads,
+        chain_of(problem, caps), work=steps, time_limit=time_limit, threads=threads
     )
 
 
@@ -169,12 +167,8 @@ def verified(
         raise ValueError(f"certificate must be for parts and prices {wanted}, got {given}")
     total = 0
     for proof in proofs:
-        load, transitions, part_caps = padded(problem, caps, proof.parts)
         total += proof.price * _core.verify_bound(
-            load,
-            transitions,
-            part_caps,
-            proof.parts,
+            (*padded(problem, caps, proof.parts), proof.parts),
             tuple(getattr(proof, name) for name in ARRAYS),
             threads=threads,
         )

@@ -152,7 +152,7 @@ def verified(
     for level, proof in zip(levels, proofs, strict=True):
         visits = level.least(problem.statistics.sets)
         if len(proof.prices):
-            by_layer = _core.verify_visits(*_seen(problem, level), proof.prices, threads=threads)
+            by_layer = _core.verify_visits(_seen(problem, level), proof.prices, threads=threads)
             visits = max(visits, int(by_layer.sum()))
         if len(proof.slopes) and proof.pairs is not None:
             weighed = _weighed(problem, level, _by_layer(problem, proof.slopes))
@@ -217,7 +217,7 @@ def _reporter(budget: Budget, before: float, price: float, all_tokens: int) -> R
 def _seen(problem: Problem, level: _Level) -> tuple[Any, Any, Any, Any]:
     """Return what the core sees of a level: sets, load [L,E], caps [L], and slots [L,parts]."""
     kinds = [(of.ids, of.counts) for of in _sets(problem)]
-    return kinds, problem.load, level.caps, level.capacity.astype(np.uint64)
+    return kinds, problem.load, level.caps, level.capacity.astype(np.uintp)
 
 
 def _by_prices(
@@ -239,7 +239,7 @@ def _by_prices(
             report(seconds, -negated)
 
     priced = _core.bound_visits(
-        *_seen(problem, level),
+        _seen(problem, level),
         start.astype(np.uint16),
         rounds=rounds,
         work=work,
@@ -358,11 +358,7 @@ def _first_slopes(together: Counts, corners: tuple[Counts, Counts]) -> Floats:
 def _preferred(weighed: Problem, seed: int, budget: Budget) -> tuple[Counts, bool]:
     """Search the parts [L,E] that weighted pairs prefer; and whether that was interrupted."""
     slots, _, interrupted, _ = _core.search(
-        weighed.load,
-        weighed.caps.whole,
-        weighed.objective_function.link_cost,
-        weighed.slots,
-        coactivation=weighed.statistics.coactivation,
+        pairs.chain_of(weighed, weighed.caps.whole),
         seed=seed,
         trials=effort.TANGENT_TRIALS,
         time_limit=budget.left,
