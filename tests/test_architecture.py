@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "solver.bounds": ("solver.run", "solver.result", *EFFORT, *SOLVER),
     "solver.milp": ("solver.result", *EFFORT, *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.run", "solver.result", *EFFORT, *SOLVER),
-    "solver.balancing": ("solver.effort", "placement"),
+    "solver.balancing": ("solver.effort", "problem.capacity", "placement", "topology"),
     "solver.rebalancing": ("solver.effort", "solver.unseen", "placement"),
     # No stage knows a method.
     "solver.stages": (

@@ -127,7 +127,7 @@ def _show(output: Output, advice: Advice) -> None:
             (
                 FIGURES[name].column,
                 *(FIGURES[name].text(value) for value in (gain.before, gain.after)),
-                signed(gain.mean),
+                signed(gain.gain),
                 span(min(gain.splits), max(gain.splits)) if len(gain.splits) > 1 else "-",
                 span(gain.low, gain.high),
             )

@@ -14,7 +14,8 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import Audit, audit, compared
+from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES
 from moetuner.files import text
@@ -153,7 +154,11 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
         rows = []
         for group, of in (("all", audited.whole), *audited.groups.items()):
             row, change = of[measure], of[measure].change
-            ends = ("-", "-") if change is None else (signed(change.value), span(*change[1:]))
+            ends = (
+                ("-", "-")
+                if change is None
+                else (signed(change.value), span(change.low, change.high))
+            )
             values = (number(row.baseline.value, 4), number(row.value.value, 4))
             rows.append((group, *values, *ends))
         head = (FIGURES[measure].column, "baseline", "placement", "change", "interval")
@@ -165,10 +170,12 @@ def _summary(
     output: Output, audited: Audit, judged: tuple[str, ...], names: tuple[str, str]
 ) -> None:
     """Print what all traffic gains, which groups got worse or gained less, and what to do."""
-    comparison = compared(audited, judged[0], names)
-    if comparison is None:
+    after, before, change, *_ = audited.whole[judged[0]]
+    if change is None:
         output.say(f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}.")
     else:
+        values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
+        comparison = Comparison(judged[0], *values, units=audited.units[1], names=names)
         output.say(f"All traffic: {comparison.sentence}")
     worse, behind = audited.worse(), audited.behind()
     for line, findings in (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 
@@ -17,12 +17,13 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.report.cells import counted, signed
-from moetuner.report.outcome import Outcome, gains, head, remarks, sentences
+from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.topology import Topology
@@ -140,10 +141,7 @@ def command(
     best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    comparisons: dict[str, Comparison] = {}
-    if over in outcomes:
-        units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-        comparisons = gains(all_splits, over, units, share=holdout, seed=search.seed)
+    comparisons = trials.gains(all_splits)
     _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
     contents = {
         "input": source.facts(),
@@ -210,6 +208,31 @@ class _Trials:
                 break
         return done
 
+    def gains(self, splits: list[dict[str, Outcome]]) -> dict[str, Comparison]:
+        """Compare all methods with one, in the figure nearest to the objective, if it is known.
+
+        Only splits count in which every method ran.
+        """
+        over, first, source = self.judging.over, splits[0], self.source
+        measure = Objective(self.first[0]).figure
+        if over not in first or getattr(first[over].evaluation, measure) is None:
+            return {}
+        units = units_of(source.traffic, window=source.replayed, threads=source.threads)
+        whole = [split for split in splits if set(split) == set(first)]
+        how: dict[str, Any] = {
+            "units": units,
+            "share": self.judging.holdout,
+            "seed": self.search.seed,
+        }
+        comparisons = {}
+        for method in first:
+            if method != over:
+                pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
+                gain = replace(compare(pairs, [measure], **how)[measure], names=(over, method))
+                few = gain.is_too_few
+                comparisons[method] = replace(gain, low=None, high=None) if few else gain
+        return comparisons
+
     def split(self, number: int) -> dict[str, Outcome]:
         """Solve with every method on what one split shows it, and judge on the rest."""
         problem, unseen = self.parts(number) if number else self.first
@@ -255,7 +278,7 @@ def _show_gains(
     rows = []
     for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
-        rows.append((method, *map(signed, (gain.mean, *ends))))
+        rows.append((method, *map(signed, (gain.gain, *ends))))
     output.say("")
     output.table(head, rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"

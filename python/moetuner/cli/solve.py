@@ -21,7 +21,7 @@ from moetuner.evaluation.auditing import contiguous
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
+from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import METHODS, Result
 
@@ -147,8 +147,20 @@ def _show(
     output.table(head(problem), [row.row() for row in outcomes])
     broken = [row for row in outcomes[:-1] if row.breaks_rules]
     output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
-    if blocks is not None:
-        output.say(*slower(outcome, blocks))
+    time = outcome.evaluation.predicted_layer_us
+    before = None if blocks is None else blocks.evaluation.predicted_layer_us
+    if time is None or before is None or time <= before:
+        return
+    better, fewest = "keep experts in blocks", -(-problem.experts // problem.devices)
+    if problem.may_copy and problem.slots > fewest:
+        better = (
+            f"slots for copies cost more than they bring here: try --slots-per-device {fewest}, or "
+            '"moetuner advise", which tries several numbers'
+        )
+    output.say(
+        f"Warning: this placement is predicted to be slower than experts in blocks: "
+        f"{time:.1f} against {before:.1f} us per layer; {better}."
+    )
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.cost import CostModel, cost_model_of
-from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.frozen import Frozen
@@ -182,7 +181,7 @@ class Problem(Frozen):
             check.at_least("max_imbalance", self.max_imbalance, 1)
         if self.objective is not None:
             check.one_of("objective", self.objective, get_args(Goal))
-        copies.check(self.split)
+        check.one_of("split", self.split, SPLITS)
         if self.cost_model is None:
             vars(self)["cost_model"] = cost_model_of(self.statistics)
         preset = ", such as CostModel.preset('h100')"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
-from moetuner.evaluation import copies, expected, figures, replay
+from moetuner.evaluation import copies, figures, replay
 from moetuner.evaluation.copies import Split
 from moetuner.placement import Placement
 from moetuner.problem.caps import slowest
@@ -312,7 +312,7 @@ class Objective:
         if self.regime == "dispatch":
             return float(self._apart(placement).sum())
         topology = self.topology
-        moved = expected.followed(placement, topology, self.split, self.pairs)
+        moved = copies.followed(placement, topology, self.split, self.pairs)
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
@@ -409,7 +409,7 @@ class Objective:
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to a token's visits, as ``expected.visits`` does."""
+        """Compute what every layer [L] adds to a token's visits, as ``copies.visits`` does."""
         device_cost, node_cost = self.visit_costs
         devices, nodes = self._count_visits(placement)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
@@ -419,7 +419,7 @@ class Objective:
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None
-        return expected.visits(placement, self.topology, self.split, self.statistics.sets)
+        return copies.visits(placement, self.topology, self.split, self.statistics.sets)
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate_each
-from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Traffic
-from moetuner.evaluation.units import Units
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -101,29 +99,6 @@ def judge(
     return evaluate_each(placements, traffic, problem.topology, **how)
 
 
-def gains(
-    splits: Sequence[Mapping[str, Outcome]], over: str, units: Units, *, share: float, seed: int
-) -> dict[str, Comparison]:
-    """Compare all methods with one, split by split, in the figure nearest to the objective.
-
-    ``units`` are those of the recording, and ``share`` what each split holds out. Only splits count
-    in which every method ran. Nothing comes where the traffic does not tell the figure.
-    """
-    first = splits[0]
-    measure = first[over].worth.figure
-    if getattr(first[over].evaluation, measure) is None:
-        return {}
-    whole = [split for split in splits if set(split) == set(first)]
-    comparisons = {}
-    for method in first:
-        if method != over:
-            pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
-            gain = compare(pairs, [measure], units=units, share=share, seed=seed)[measure]
-            gain = replace(gain, names=(over, method))
-            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
-    return comparisons
-
-
 def sentences(outcome: Outcome) -> list[str]:
     """Return what was reached, how far from the optimum it can be, and what was chosen."""
     result, worth = outcome.result, outcome.worth
@@ -176,24 +151,6 @@ def within(result: Result, bound: str, which: str = "") -> str:
     """Write what a bound proves of a placement."""
     gap = percent(result.gap)
     return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
-
-
-def slower(outcome: Outcome, blocks: Outcome) -> list[str]:
-    """Return a warning where a placement is predicted to take longer than experts in blocks."""
-    time, before = (of.evaluation.predicted_layer_us for of in (outcome, blocks))
-    if time is None or before is None or time <= before:
-        return []
-    problem, better = outcome.problem, "keep experts in blocks"
-    fewest = -(-problem.experts // problem.devices)
-    if problem.may_copy and problem.slots > fewest:
-        better = (
-            f"slots for copies cost more than they bring here: try --slots-per-device {fewest}, or "
-            '"moetuner advise", which tries several numbers'
-        )
-    return [
-        f"Warning: this placement is predicted to be slower than experts in blocks: "
-        f"{number(time, 1)} against {number(before, 1)} us per layer; {better}."
-    ]
 
 
 def loads_alone(bound: str) -> str:

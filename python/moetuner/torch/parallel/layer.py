@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
+from moetuner.evaluation.rows import LayerSplit, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
+from moetuner.torch.parallel.copies import copies, mixed
 from moetuner.torch.parallel.exchange import (
     LEARN,
     MISFIT,
