@@ -9,6 +9,7 @@ each expert: where there is room for copies, those may cost less.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,10 +20,13 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.certificate import ARRAYS, Certificate, Method, Proof
+from moetuner.solver.bounds.certificate import ARRAYS, Certificate, Method, Proof, Visits
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.result import LevelBound
 from moetuner.solver.run import Bound, Run, Stage
+
+# What the core calls with seconds and the negative of its bound so far.
+Report = Callable[[float, int | None], None] | None
 
 COMPLETE: Literal["complete dynamic programme"] = "complete dynamic programme"
 
@@ -53,16 +57,17 @@ def bound(
             iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
     proven: dict[str, LevelBound] = {}
+    goal = target if target is None or problem.regime == "follow" else 2 * target
     for name, price, parts in levels:
         part = budget.within(1 / (len(levels) - len(proofs)))
         crossing, source, done, ended, stopped, arrays = _core.bound(
             (*padded(problem, caps, parts), parts),
             iterations=iterations,
-            target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
+            target=goal if len(levels) == 1 and price == 1 else None,
             gap=budget.gap or 0.0,
             time_limit=part.time_limit,
             threads=budget.threads,
-            progress=_report(problem, budget, price),
+            progress=reporter(budget, functools.partial(_share, problem, price)),
         )
         cost += price * crossing
         interrupted |= stopped
@@ -108,10 +113,11 @@ def certified(
     method: Method,
     cost: int,
     proofs: tuple[Proof, ...] = (),
+    visits: tuple[Visits, ...] = (),
 ) -> Certificate:
     """Make the certificate of a bound on a problem under caps [L]."""
-    fingerprint = problem.statistics.fingerprint
-    return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
+    about = (problem.statistics.fingerprint, problem.regime, problem.slots)
+    return Certificate(*about, caps, method, cost, proofs, visits)
 
 
 def chain_of(
@@ -190,12 +196,7 @@ def padded(
     """
     experts, slots = problem.experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
-    # No part carries more than everything: the product of two large counts would wrap.
-    total, size = problem.load.sum(axis=1, dtype=np.uint64), problem.devices // parts
-    caps = np.array(
-        [min(int(cap) * size, int(most)) for cap, most in zip(caps, total, strict=True)],
-        dtype=np.uint64,
-    )
+    caps = joined_caps(problem, caps, problem.devices // parts)
     if follow and slots == experts:
         return problem.load, problem.statistics.transitions_or_empty, caps
     copies = 1 if follow else 2
@@ -212,14 +213,21 @@ def padded(
     return load, tables, np.repeat(caps, copies)
 
 
+def joined_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArray[np.uint64]:
+    """Return caps [L] of so many devices together: no more than all load, so that none wraps."""
+    total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
+    most = [min(int(cap) * devices, load) for cap, load in zip(caps, total, strict=True)]
+    return np.array(most, dtype=np.uint64)
+
+
 def _of_count(problem: Problem, cost: int) -> int:
     """Return the problem's cost from that of `padded`, which counts dispatch's pairs twice."""
     return cost if problem.regime == "follow" else -(-cost // 2)
 
 
-def _target(problem: Problem, cost: int | None) -> int | None:
-    """Turn a cost of the problem into what it is in `padded`."""
-    return cost if cost is None or problem.regime == "follow" else 2 * cost
+def _share(problem: Problem, price: int, crossing: int) -> float:
+    """Return a count of pairs at a price as the problem's traffic."""
+    return _of_count(problem, crossing * price) / problem.objective_function.scale
 
 
 def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
@@ -247,27 +255,22 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def affordable(problem: Problem) -> float:
-    """Compute how many iterations a solve without a time limit makes."""
-    return effort.BOUND_WORK / _flops(problem)
+    """Compute how many iterations a solve without a time limit makes.
+
+    One takes an eigenproblem of order 2P per pair of layers.
+    """
+    layers = problem.layers if problem.regime == "follow" else 2 * problem.layers
+    return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
 
-def _flops(problem: Problem) -> float:
-    """Compute the work of an iteration: an eigenproblem of order 2P per pair of layers."""
-    order = 2 * problem.devices * problem.slots
-    pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
-    return float(pairs) * order**3
-
-
-def _report(
-    problem: Problem, budget: Budget, price: int
-) -> Callable[[float, int | None], None] | None:
+def reporter(budget: Budget, value: Callable[[int], float]) -> Report:
+    """Return what reports bounds of the core by their ``value``; None if nobody listens."""
     progress = budget.progress
     if progress is None:
         return None
-    scale = problem.objective_function.scale
 
     def report(seconds: float, negated: int | None) -> None:
-        proven = None if negated is None else _of_count(problem, -negated * price) / scale
+        proven = None if negated is None else value(-negated)
         progress(Progress(seconds, "bound", None, proven))
 
     return report
