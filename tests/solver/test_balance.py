@@ -118,16 +118,6 @@ def test_searches_are_never_behind_balance(method, objective, limit):
         assert answer <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
-def test_searches_are_not_behind_a_patient_balance():
-    """With speeds it tries more, also if they are all alike; a search without time does as well."""
-    load = skewed(2, 256, 328).astype(np.uint64)
-    statistics = mt.RoutingStatistics.from_load(load)
-    problem = mt.Problem(statistics, mt.Topology(72), slots_per_device=4, objective="balance")
-    theirs = mt.balance(load, devices=72, slots_per_device=4, speed=[1.0] * 72)
-    answer = mt.solve(problem, "heuristic", time_limit=0).objective
-    assert answer <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
-
-
 @given(st.data())
 def test_slots_are_filled_by_the_rules(data):
     """Every expert has a slot, rooms hold, no device has two copies; the same call, the same."""

@@ -1,7 +1,6 @@
 """The quick search in windows: what plugins, the method ``quick`` and large layers get."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,20 +135,6 @@ def test_windows_that_do_not_count_are_not_counted():
     one, _ = quick_search(load, trials=0)
     two, _ = quick_search(more, np.append(np.ones(16), [0.0, 1.0]), trials=0)
     assert np.array_equal(one, two)
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"weight": np.ones(3)}, "weights"),
-        ({"capacity": np.full((1, 4), 5)}, "slots"),
-        ({"time": [1.0] * 3}, "times"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, what):
-    """A line that names it, and no panic."""
-    with pytest.raises(ValueError, match=what):
-        quick_search(domains(4, 2, 16), **change)
 
 
 def test_plugins_and_rebalancer_use_it():

@@ -70,20 +70,13 @@ def test_figures_of_steps_are_what_placements_have(goal):
         placement = mt.Placement(path.after(step), num_experts=16)
         assert path.moves[step] == initial.diff(placement).experts_moved
         assert path.excess[step] == pytest.approx(excess(problem, placement), abs=1e-9)
+        gain = problem.value(placement) - problem.value(initial)
         if goal.get("objective") == "balance" and "risk" not in goal:
-            gain = mt.Objective(problem).value(placement) - mt.Objective(problem).value(initial)
             assert path.value[step] == pytest.approx(gain, abs=1e-5)
-
-
-def test_steps_follow_traffic_between_layers():
-    """A step in one layer changes what steps in the next are worth: figures stay right."""
-    problem, initial = problem_of(GOALS[-1]), contiguous(3, 16, 4)
-    path = steps(problem, initial)
-    for step in (1, len(path.moves) // 2, len(path.moves) - 1):
-        placement = mt.Placement(path.after(step), num_experts=16)
-        gain = mt.Objective(problem).value(placement) - mt.Objective(problem).value(initial)
-        # Balance counts a thousandth part, to decide between equals.
-        assert path.value[step] == pytest.approx(gain, rel=0.02, abs=0.002)
+        elif goal["objective"] == "traffic":
+            # Steps in one layer change what those in the next are worth. Balance counts a
+            # thousandth part, to decide between equals.
+            assert path.value[step] == pytest.approx(gain, rel=0.02, abs=0.002)
 
 
 def plain_greedy(problem, initial, most):
@@ -333,7 +326,9 @@ def test_an_infinite_budget_is_none(method):
 def test_filling_empty_slots_is_counted_in_the_budget():
     """What fills the slots of the running placement comes first; then the rest may be spent."""
     for seed in range(6):
-        running, problem = contiguous(2, 8, 4), filled_problem(seed)
+        slots = {"slots_per_device": 3, "fill_slots": True}
+        counts, running = statistics(seed, layers=2, experts=8), contiguous(2, 8, 4)
+        problem = mt.Problem(counts, mt.Topology(4), objective="balance", **slots)
         empty = int(problem.capacity.sum()) - 16
         for more in range(4):
             result = mt.solve(problem, initial=running, move_budget=empty + more, iterations=200)
@@ -341,10 +336,3 @@ def test_filling_empty_slots_is_counted_in_the_budget():
             assert running.diff(result.placement).experts_moved <= empty + more
         with pytest.raises(ValueError, match=f"fill_slots: .* takes {empty} moves"):
             mt.solve(problem, initial=running, move_budget=empty - 1)
-
-
-def filled_problem(seed):
-    """Make a problem of three full slots a device, for two layers of eight experts on four."""
-    slots = {"slots_per_device": 3, "fill_slots": True}
-    counts = statistics(seed, layers=2, experts=8)
-    return mt.Problem(counts, mt.Topology(4), objective="balance", **slots)

@@ -19,28 +19,6 @@ def blocks():
     return mt.Placement.from_assignment(np.tile(np.arange(16) // 4, (2, 1)), 4)
 
 
-def test_trades_begin_with_what_runs(problem, blocks):
-    """From no move on, gains and names are the placements' own; there is something to choose."""
-    trades = mt.pareto(problem, blocks, iterations=2000)
-    assert (trades[0].placement, trades[0].gain, trades[0].experts_moved) == (blocks, 0.0, 0)
-    assert len(trades) > 4
-    for trade in trades:
-        assert trade.placement.fingerprint == problem.statistics.fingerprint
-        assert trade.placement.objective == trade.objective
-        assert trade.gain == pytest.approx(trades[0].objective - trade.objective)
-
-
-def test_a_rule_that_the_initial_placement_breaks_holds(problem, blocks):
-    """A pin that the initial placement breaks is kept, or the budget is said to be in the way."""
-    pinned = mt.Problem(
-        problem.statistics, problem.topology, objective="balance", pinned=[(0, 0, 3)]
-    )
-    result = mt.solve(pinned, initial=blocks, move_cost=1.0, iterations=2000)
-    assert result.placement.held[0, 3, 0]
-    with pytest.raises(ValueError, match=r"0 is too small: .*pinned: expert 0 of layer 0 is not"):
-        mt.solve(pinned, initial=blocks, move_budget=0, iterations=500)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
