@@ -7,6 +7,7 @@ answer is a function of the arguments alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -259,14 +260,12 @@ class Case:
         )
 
     def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
-        chance = {"dead_zone": rules.dead_zone, "deviations": rules.deviations}
+        chance: dict[str, Any] = {"dead_zone": rules.dead_zone, "deviations": rules.deviations}
         if self.nodes > 1:
             return self._whole_groups(budget, pairs, chance)
         return rebalance(self.windows, self.slots, budget=budget, pairs=pairs, **chance)
 
-    def _whole_groups(
-        self, budget: int, pairs: Pairs | None, chance: dict[str, float]
-    ) -> Rebalanced:
+    def _whole_groups(self, budget: int, pairs: Pairs | None, chance: dict[str, Any]) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
         nodes, size = self.nodes, self.experts // self.groups
