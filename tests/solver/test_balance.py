@@ -156,23 +156,6 @@ def test_windows_are_summed():
     assert mt.balance(load, **kinds) == mt.balance(load.sum(axis=0), **kinds)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"load": [1, 2]}, r"load must be \[layers, experts\]"),
-        ({"load": [[1, -2]]}, "load must have finite values of at least 0, got -2 in layer 0"),
-        ({"load": [[1, float("nan")]]}, "load must have finite values"),
-        ({"devices": 0}, "devices must be from 1 to 8192, got 0"),
-        ({"slots_per_device": [1]}, "slots_per_device must be numbers \\[2\\], one per device"),
-        ({"slots_per_device": [1, 0]}, "slots_per_device must add up to at least 2"),
-        ({"speed": [1, 0]}, "speed of device 1 must be a positive number"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        mt.balance(**{"load": [[1, 2]], "devices": 2, "slots_per_device": 2} | arguments)
-
-
 def test_construct_names_the_expert_without_a_slot():
     """Two experts allowed on one device with one slot."""
     forbidden = np.array([[[False, True], [False, True]]])

@@ -112,18 +112,30 @@ def test_layers_and_threads_are_independent():
         assert np.array_equal(slots, alone)
 
 
-def test_bans_and_pins_hold():
-    """Also where greedy filling runs into them."""
-    forbidden = np.zeros((2, 12, 4), dtype=bool)
-    forbidden[:, :6, :2] = True
-    forbidden[:, 6:, 2:] = True
-    pinned = np.zeros_like(forbidden)
-    pinned[:, 0, 3] = pinned[:, 7, 1] = True
-    load, capacity = domains(20, 2, 12), np.full((2, 4), 4)
-    slots, _ = quick_search(
-        load, capacity=capacity, trials=2000, forbidden=forbidden, pinned=pinned
-    )
-    holds = (slots[..., None] == np.arange(12)).any(axis=2).transpose(0, 2, 1)
+@given(st.integers(1, 16), st.integers(1, 5), st.integers(0, 2), st.integers(0, 999))
+def test_experts_are_placed_wherever_rules_allow_it(experts, devices, more, seed):
+    """The core's augmenting paths find a placement where the problem's own matching has one."""
+    random, width = np.random.default_rng(seed), -(-experts // devices) + more
+    width = min(width, experts)
+    forbidden = random.random((1, experts, devices)) < random.choice([0, 0.3, 0.6])
+    pinned = random.random((1, experts, devices)) < random.choice([0, 0.1])
+    rules = {"forbidden": np.argwhere(forbidden).tolist(), "pinned": np.argwhere(pinned).tolist()}
+    load = random.integers(0, 99, (1, experts))
+    try:
+        problem_of(load[None], devices, slots_per_device=width, **rules)
+        feasible = True
+    except ValueError:
+        feasible = False
+    capacity = np.full((1, devices), width)
+    given = {"forbidden": forbidden, "pinned": pinned}
+    try:
+        slots = _core.replicate_experts(load.astype(float), capacity, np.ones(devices), **given)
+    except ValueError:
+        assert not feasible
+        return
+    assert feasible
+    holds = (slots[..., None] == np.arange(experts)).any(axis=2).transpose(0, 2, 1)
+    assert holds.any(axis=2).all()
     assert not (holds & forbidden).any()
     assert (holds | ~pinned).all()
 

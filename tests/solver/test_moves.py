@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.solver import budget
+from moetuner.solver import budget, effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages import moves
@@ -37,8 +37,7 @@ def excess(problem, placement):
 def steps(problem, initial, start=None, most=np.inf, threads=None):
     """List the steps that gain most for a move, from what runs or from slots [L,D,S]."""
     run, start = Run(problem), repair(problem, initial) if start is None else start
-    effort = Budget(threads=threads)
-    return descend(run, LayerModel(run), Moves(initial), start, most, effort)[0]
+    return descend(run, LayerModel(run), Moves(initial), start, most, Budget(threads=threads))[0]
 
 
 GOALS = [
@@ -336,3 +335,18 @@ def test_filling_empty_slots_is_counted_in_the_budget():
             assert running.diff(result.placement).experts_moved <= empty + more
         with pytest.raises(ValueError, match=f"fill_slots: .* takes {empty} moves"):
             mt.solve(problem, initial=running, move_budget=empty - 1)
+
+
+def test_a_front_is_solved_at_every_price(monkeypatch):
+    """Steps alone give a good front of a small problem: what is solved besides is counted."""
+    prices, inner = set(), Run.inner
+
+    def counted(run, *arguments, moves=None, **more):
+        prices.add(None if moves is None else moves.price)
+        return inner(run, *arguments, moves=moves, **more)
+
+    monkeypatch.setattr(Run, "inner", counted)
+    trades = mt.pareto(problem_of(GOALS[0]), contiguous(3, 16, 4), iterations=200)
+    assert len(prices - {None}) == len(effort.PARETO_PRICES) + 1
+    assert trades[0].experts_moved == 0
+    assert len(trades) > 4
