@@ -117,15 +117,6 @@ def test_never_slower_within_the_budget_and_settles(case, budget, paired):
     assert np.array_equal(rebalance_experts(0 * load, slots, 1, 1, ranks, actual), actual)
 
 
-def test_windows_are_balanced_one_by_one():
-    """Experts that are busy at different times share a rank; on the sum they are all alike."""
-    load = np.zeros((4, 1, 8))
-    for window in range(4):
-        load[window, 0, [window, window + 4]] = 1000
-    actual = rebalance_experts(load, 8, 1, 1, 4).reshape(4, 2)
-    assert (actual[:, 0] % 4 != actual[:, 1] % 4).all()
-
-
 def test_a_profile_brings_together_what_is_chosen_together():
     """Loads alone cannot tell pairs apart; with a profile each pair is on one rank."""
     pairs = np.zeros((2, 8, 8), dtype=np.int64)
