@@ -20,14 +20,13 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, holders_of, keep_slots
+from moetuner.placement import EMPTY, holders_of, keep_slots, moves_from
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
     Pairs,
     Rebalanced,
     largest_move,
-    moves_between,
     rebalance,
     renumbered,
     slowest,
@@ -245,7 +244,7 @@ class Case:
         slots = keep_slots(
             self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
         )
-        moves = moves_between(self.slots, slots, self.experts)
+        moves = moves_from(holders_of(self.slots, self.experts), slots)
         # The layers that gain most come first, as far as the budget goes.
         share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)
         order = np.argsort(-share, kind="stable")
