@@ -11,7 +11,6 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.plugins import rebalance_experts
 from moetuner.plugins.decision import Case
-from moetuner.plugins.vllm_ascend import loads_of
 from moetuner.solver.rebalancing import recent
 
 
@@ -215,27 +214,6 @@ def test_of_windows_the_last_ones_count_where_loads_drift():
     assert len(recent(changed)) <= 4
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (([[1, 2]], 3, 1, 1, 2), "num_replicas"),
-        (([[1, 2, 3]], 2, 1, 1, 2), "num_replicas"),
-        (([[1, -2]], 2, 1, 1, 2), "at least 0"),
-        (([[1, float("nan")]], 2, 1, 1, 2), "finite"),
-        (([1, 2], 2, 1, 1, 2), "layers, experts"),
-        (([[1, 2]], 2, 1, 1, 2, [[0.5, 1.5]]), "old_map"),
-        (([[1, 2]], 2, 1, 1, 2, [[0, 1], [1, 0]]), "old_map"),
-        # Refused before a table is made of it.
-        (([[8, 1]], 1 << 40, None, 1, 1), "num_replicas must be"),
-        (([[8, 1]], 1 << 40, None, 1, 1 << 38), "num_replicas must be"),
-    ],
-)
-def test_says_what_is_wrong(arguments, words):
-    """One line that names the argument."""
-    with pytest.raises(ValueError, match=words):
-        rebalance_experts(*arguments)
-
-
 @given(cases())
 def test_what_is_said_of_a_map(case):
     """Balancedness and copies moved, against a count rank by rank."""
@@ -250,9 +228,3 @@ def test_what_is_said_of_a_map(case):
     if load.any():
         expected = load.sum() / (ranks * slowest(load, new, ranks).sum())
     assert engine.balancedness(mapped) == pytest.approx(expected)
-
-
-def test_a_table_of_other_experts_allocates_nothing():
-    """An expert of vllm-ascend's table beyond its slots is refused before loads are added up."""
-    with pytest.raises(ValueError, match="current_expert_table must hold experts below the 4"):
-        loads_of(np.array([[[0, 1], [2, 1 << 40]]]), np.ones((1, 2, 2)))

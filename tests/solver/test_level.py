@@ -168,13 +168,6 @@ def test_large_layers_get_it():
     assert mt.solve(given, "heuristic", threads=1).placement == full.placement
 
 
-def test_trials_are_bounded_by_windows():
-    """More windows take as long, from some number on."""
-    assert effort.quick_trials(640, 64) > effort.quick_trials(40, 64)
-    work = [effort.quick_trials(288, windows) * -(-windows // 16) for windows in (640, 6400)]
-    assert work[1] <= work[0] * 1.1
-
-
 def test_real_traffic(data):
     """What nobody has seen of a real model is better balanced than by the sum of windows."""
     load = np.load(data / "qwen3-30b-a3b-languages.npz")["load"].astype(np.float64)
