@@ -182,17 +182,11 @@ def test_serves_where_hidden_layers_are_counted(stored):
     assert actual[0].tolist() == [0, 1, 2, 3, 4, 0]
 
 
-@pytest.mark.parametrize(
-    ("load", "sizes"),
-    [
-        (np.ones((3, 5)), (8, 1, 1, 2)),
-        (np.ones((3, 6)), (6, 1, 1, 2)),
-        (np.ones((4, 5)), (6, 1, 1, 2)),
-    ],
-)
-def test_a_placement_of_something_else_is_refused(stored, load, sizes, caplog):
+@pytest.mark.parametrize("wrong", [((3, 5), 8), ((3, 6), 6), ((4, 5), 6)])
+def test_a_placement_of_something_else_is_refused(stored, wrong, caplog):
     """Of other slots, experts or layers: the engine's own map; the message names the file."""
-    assert balancer(PLACEMENT=stored[0]).decide(load, *sizes) is None
+    shape, slots = wrong
+    assert balancer(PLACEMENT=stored[0]).decide(np.ones(shape), slots, 1, 1, 2) is None
     assert re.search(r"placement.json: .*but the engine has", caplog.text)
 
 
@@ -218,8 +212,10 @@ def test_models_of_one_engine_get_a_placement_each(stored, tmp_path, caplog):
     assert "more than one placement" in caplog.text
 
 
-def test_says_one_line_when_something_changes(caplog):
-    """At INFO on rank 0 and at DEBUG elsewhere; at DEBUG alone where nothing moves."""
+def test_says_one_line_when_something_changes(caplog, monkeypatch, tmp_path):
+    """At INFO on rank 0 and at DEBUG elsewhere, and where nothing moves; in numbers as metrics."""
+    client = importlib.import_module("prometheus_client")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     caplog.set_level(logging.DEBUG, LOG.name)
     load = np.random.default_rng(0).lognormal(5, 1, (4, 16))
     decide = balancer(REBALANCE=1)
@@ -227,37 +223,22 @@ def test_says_one_line_when_something_changes(caplog):
     decide.decide(load, 20, 1, 1, 4, rank=1)
     decide.decide(load, 20, 1, 1, 4, first)
     decide.flush()
-    assert [record.levelno for record in caplog.records] == [
-        logging.INFO,
-        logging.DEBUG,
-        logging.DEBUG,
-    ]
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.INFO, logging.DEBUG, logging.DEBUG]
+    assert "4 layers change, 80 copies move" in caplog.messages[0]
     assert "0 layers change, 0 copies move" in caplog.messages[-1]
     assert np.array_equal(first, rebalance_experts(load, 20, 1, 1, 4))
-
-
-def test_metrics_where_the_engine_collects_them(stored, monkeypatch, tmp_path):
-    """Balancedness before and after, copies moved and seconds, by prometheus_client.
-
-    Two layers bring one copy and the third five.
-    """
-    client = importlib.import_module("prometheus_client")
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    serve = balancer(PLACEMENT=stored[0])
-    serve.decide(np.ones((3, 5)), 6, 1, 1, 2, np.array([[0, 1, 2, 3, 4, 4]] * 3))
-    serve.flush()
     text = client.generate_latest().decode()
-    assert "moetuner_copies_moved_total 7.0" in text
+    assert "moetuner_copies_moved_total 80.0" in text
+    assert "moetuner_decision_seconds_count 2.0" in text
     assert "moetuner_balancedness_after" in text
 
 
 def test_rules_come_from_the_environment():
     """Their names are those of the arguments."""
-    given = Settings.of(
-        {"MOETUNER_REBALANCE": "1", "MOETUNER_MOVE_BUDGET": "7", "MOETUNER_DEAD_ZONE": "0.5"}
-    )
-    assert given.rebalance
-    assert (given.rules.budget, given.rules.dead_zone) == (7, 0.5)
+    names = {"REBALANCE": "1", "MOVE_BUDGET": "7", "DEAD_ZONE": "0.5"}
+    given = Settings.of({f"MOETUNER_{name}": value for name, value in names.items()})
+    assert (given.rebalance, given.rules.budget, given.rules.dead_zone) == (True, 7, 0.5)
     with pytest.raises(ValueError, match="MOETUNER_DEAD_ZONE must be a number"):
         Settings.of({"MOETUNER_REBALANCE": "1", "MOETUNER_DEAD_ZONE": "much"})
 

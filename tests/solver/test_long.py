@@ -78,20 +78,6 @@ def test_means_stand_for_all_windows(arrival):
         assert of == pytest.approx(weight[group == number].sum())
 
 
-def test_like_windows_are_merged():
-    """Means of windows in which kinds of text take turns are of one kind each, not of all."""
-    statistics = many()
-    few = windows_of(statistics, "bursts", "mean", None).searched
-    share = statistics.window_load / statistics.window_load.sum(axis=2, keepdims=True)
-    kinds = np.stack([share[np.arange(MANY) // 7 % 4 == kind].mean(axis=0) for kind in range(4)])
-    mine = few.load / few.load.sum(axis=2, keepdims=True)
-    away = np.abs(mine[:, None] - kinds[None]).sum(axis=(2, 3)).min(axis=1)
-    assert (
-        np.average(away, weights=few.weight)
-        < 0.4 * np.abs(kinds - kinds.mean(axis=0)).sum(axis=(1, 2)).min()
-    )
-
-
 @pytest.mark.parametrize("split", ["even", "nearest"])
 @pytest.mark.parametrize("goal", ["balance", "time"])
 @pytest.mark.parametrize("regime", ["follow", "dispatch"])

@@ -22,17 +22,10 @@ def problem(make_trace):
     return mt.Problem(stats, mt.Topology(4), max_imbalance=1.2)
 
 
-def imbalances(problem, placement):
-    """Max / mean device load of every layer [L]."""
-    load = np.zeros((problem.layers, problem.devices))
-    for layer, expert in np.ndindex(problem.layers, problem.experts):
-        load[layer, placement.device_of[layer, expert]] += problem.load[layer, expert]
-    return load.max(axis=1) / load.mean(axis=1)
-
-
 def capped(problem):
     """Put a cap on a problem that is tight and can be kept."""
-    reached = imbalances(problem, mt.solve(problem, "lpt").placement).max()
+    peaks = problem.caps.peaks(mt.solve(problem, "lpt").placement)
+    reached = (peaks / problem.load.sum(axis=1)).max() * problem.devices
     return replace(problem, max_imbalance=reached * 1.02)
 
 
