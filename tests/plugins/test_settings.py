@@ -78,7 +78,7 @@ REGISTERS = [vllm.register, sglang.register, vllm_ascend.register]
         ("1", "keeps its own"),
     ],
 )
-def test_an_engine_starts_whatever_is_asked(register, value, words, monkeypatch, caplog):
+def test_an_engine_starts_whatever_the_variable(register, value, words, monkeypatch, caplog):
     """Asked nothing its file does nothing; of nonsense, and of no engine, there is a warning."""
     for name in ("PLACEMENT", "RECORD"):
         monkeypatch.delenv(f"MOETUNER_{name}", raising=False)

@@ -76,14 +76,14 @@ def problems(draw, ruled=False):
         return problem
     cells = st.tuples(st.just(0), st.integers(0, experts - 1), st.integers(0, devices - 1))
     pin, ban = draw(cells), draw(cells)
-    held = [
+    holds = [
         (of.held[pin[0], pin[2], pin[1]], of.held[ban[0], ban[2], ban[1]])
         for of in every_placement(problem)
     ]
     try:
         problem = replace(problem, pinned=[pin], forbidden=[ban])
     except ValueError:
-        assert (True, False) not in held
+        assert (True, False) not in holds
     return problem
 
 

@@ -321,10 +321,10 @@ class Case:
         load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
         twice = pairs.sum(axis=(1, 2), dtype=np.float64)
         # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
-        each = load / np.maximum(load + twice, 1.0)
+        saved = load / np.maximum(load + twice, 1.0)
         live = self.load.sum(axis=1)[rows]
         cost = np.zeros(layers)
-        cost[rows] = traffic * 2 * each / ranks * live / np.maximum(load, 1.0)
+        cost[rows] = traffic * 2 * saved / ranks * live / np.maximum(load, 1.0)
         counts = np.zeros((layers, self.experts, self.experts), dtype=np.uint64)
         counts[rows] = pairs
         return Pairs(counts, cost)
