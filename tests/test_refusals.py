@@ -18,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 import moetuner as mt
 from moetuner import router_groups  # noqa: F401 - for the table
 from moetuner.evaluation.units import hold_out  # noqa: F401 - for the table
+from moetuner.plugins import rebalance_experts  # noqa: F401 - for the table
+from moetuner.plugins.vllm_ascend import loads_of  # noqa: F401 - for the table
 
 IDS = random_ids(50, 3, 2, 8)
 NAN = float("nan")
@@ -61,6 +63,8 @@ TIERS = [mt.Tier(4, 2), mt.Tier(6, 1)]
 WIDE = trace(np.zeros((4, 9, 1), np.uint16), 1 << 16)
 NODES = mt.Topology(4, 2)
 TWICE = mt.Placement([[[0, 1], [0, -1]]])
+RUNS = mt.Placement.from_assignment(np.tile(np.arange(6) % 4, (3, 1)), 4)
+WIDER = mt.Placement.from_assignment(np.tile(np.arange(6) // 3, (3, 1)), 4)
 
 # A call, and what its error says.
 WRONG = r"""
@@ -130,6 +134,30 @@ problem(pinned=[(0, 0, d) for d in range(4)]) | leaves 4 slots of layer 0 for th
 problem(forbidden=[(1, 3, d) for d in range(4)]) | leaves no device for expert 3 of layer 1
 problem(forbidden=[(1, e, d) for e in range(3) for d in (0, 2, 3)]) | 2 slots in layer 1, on 1, for
 problem(forbidden=[(None, e, d) for e in range(6) for d in (1, 3)]) | 4 slots in layer 0, on 0, 2,
+mt.solve(problem(), "magic") | method must be one of joint, paper, heuristic, quick, contiguous,
+mt.solve(problem(), time_limit=-1) | time_limit must be at least 0 seconds, got -1
+mt.solve(problem(), effort="more") | effort must be one of default, thorough, got 'more'
+mt.solve(problem(), move_budget=1) | move_budget and move_cost need initial
+mt.solve(problem(), "lpt", initial=RUNS) | initial needs method joint or heuristic, got 'lpt'
+mt.solve(problem(), initial=RUNS, move_budget=-1) | move_budget must be at least 0 bytes, got -1
+mt.solve(problem(), initial=RUNS, move_cost=NAN) | move_cost must be a price of a byte of at least 0
+mt.pareto(problem(), RUNS, expert_bytes=0) | expert_bytes must be a positive number of bytes, got 0
+mt.pareto(problem(), TWICE) | initial must have 3 layers, 6 experts and 4 devices like the problem
+mt.solve(problem(), initial=WIDER) | initial has 3 experts of layer 0 on device 0, which has 2 slots
+rebalance_experts([[1, 2]], 3, 1, 1, 2) | num_replicas must be a multiple of num_ranks (2)
+rebalance_experts([[1, 2, 3]], 2, 1, 1, 2) | and at least the 3 experts, got 2
+rebalance_experts([[1, -2]], 2, 1, 1, 2) | weight must be finite and at least 0
+rebalance_experts([[1, NAN]], 2, 1, 1, 2) | weight must be finite
+rebalance_experts([1, 2], 2, 1, 1, 2) | weight must be [layers, experts]
+rebalance_experts([[1, 2]], 2, 1, 1, 2, [[0.5, 1.5]]) | old_map must be integers [1, slots], got
+rebalance_experts([[1, 2]], 2, 1, 1, 2, [[0, 1], [1, 0]]) | old_map must be integers [1, slots], got
+rebalance_experts([[8, 1]], 1 << 40, None, 1, 1) | num_replicas must be
+rebalance_experts([[8, 1]], 1 << 40, None, 1, 1 << 38) | num_replicas must be
+loads_of(np.array([[[0, 1], [2, 1 << 40]]]), ONES) | must hold experts below the 4 slots
+mt.balance([1, 2], devices=2, slots_per_device=1) | load must be [layers, experts]
+mt.balance([[1, -2]], devices=2, slots_per_device=1) | of at least 0, got -2 in layer 0
+mt.balance([[1, 2]], devices=2, slots_per_device=[1, 0]) | must add up to at least 2, a slot for
+mt.balance([[1, 2]], devices=2, slots_per_device=1, speed=[1, 0]) | speed of device 1 must be a
 problem().violations(mt.Placement([[[0], [1]]])) | like the problem, got 1, 2 and 2
 """
 CASES = [line.split(" | ") for line in WRONG.strip().splitlines()]
