@@ -147,6 +147,24 @@ def within(result: Result, bound: str, which: str = "") -> str:
     return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
 
 
+def slower(outcome: Outcome, blocks: Outcome) -> list[str]:
+    """Return a warning where a placement is predicted to take longer than experts in blocks."""
+    time, before = (of.evaluation.predicted_layer_us for of in (outcome, blocks))
+    if time is None or before is None or time <= before:
+        return []
+    problem, better = outcome.problem, "keep experts in blocks"
+    fewest = -(-problem.experts // problem.devices)
+    if problem.may_copy and problem.slots > fewest:
+        better = (
+            f"slots for copies cost more than they bring here: try --slots-per-device {fewest}, or "
+            '"moetuner advise", which tries several numbers'
+        )
+    return [
+        f"Warning: this placement is predicted to be slower than experts in blocks: "
+        f"{number(time, 1)} against {number(before, 1)} us per layer; {better}."
+    ]
+
+
 def loads_alone(bound: str) -> str:
     """Return what a bound of loads alone says, and what it does not."""
     return f"bound of loads alone: {bound}, which says little of how near this one is"
