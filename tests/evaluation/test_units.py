@@ -87,9 +87,7 @@ def test_both_parts_have_something(number, gap):
 def test_every_group_is_split():
     """Runs are of every group, though groups follow one another."""
     group = np.arange(400) // 100
-    seen, unseen = runs(400, 0.5, 5, 0, group)
-    for part in (seen, unseen):
-        assert set(group[part]) == {0, 1, 2, 3}
+    assert all(set(group[part]) == {0, 1, 2, 3} for part in runs(400, 0.5, 5, 0, group))
 
 
 def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
@@ -131,15 +129,15 @@ def test_kinds_are_on_one_side():
 def test_sequences_that_differ_are_units(evenness, skew):
     """However little they differ, sequences of kinds of their own count one by one."""
     rng = np.random.default_rng(3)
-    found = units_of(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
-    assert (found.name, found.number) == ("sequence", 60)
+    units = units_of(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
+    assert (units.name, units.number) == ("sequence", 60)
 
 
 def test_one_kind_is_told():
     """Sequences that all route alike may be one prompt: they count, and it is said."""
     rng = np.random.default_rng(4)
-    found = units_of(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
-    assert (found.name, found.number, found.all_alike) == ("sequence", 40, True)
+    units = units_of(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
+    assert (units.name, units.number, units.all_alike) == ("sequence", 40, True)
 
 
 def test_blocks_widen_intervals_as_much_as_windows_are_alike():

@@ -117,12 +117,6 @@ def test_bits_of_independent_layers_are_chance():
     assert max(found.information) < 0.1
 
 
-def test_threads_do_not_matter(make_trace):
-    """One thread and two see the same."""
-    trace = make_trace(1000)
-    assert structure(trace, 2, threads=1) == structure(trace, 2, threads=2)
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 2])
 def test_tiny_traces(make_trace, tokens):
     """Nothing, or next to nothing, is no error."""
