@@ -64,13 +64,13 @@ def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devi
 def test_a_placement_is_no_worse_than_itself():
     """Both see the same resamples: no change, and an interval of nothing."""
     trace = two_kinds()
-    found = mt.audit(IN_BLOCKS, trace, window=100)
-    assert found.worse() == []
-    assert found.behind() == []
-    change = found.whole["imbalance"].change
+    audited = mt.audit(IN_BLOCKS, trace, window=100)
+    assert audited.worse() == []
+    assert audited.behind() == []
+    change = audited.whole["imbalance"].change
     assert (change.value, change.low, change.high) == (0, 0, 0)
-    assert found.units == ("sequence", 80)
-    assert found.to_dict()["units"] == {"kind": "sequence", "number": 80}
+    assert audited.units == ("sequence", 80)
+    assert audited.to_dict()["units"] == {"kind": "sequence", "number": 80}
 
 
 def test_other_text_is_served_worse_than_what_was_solved_for():
@@ -80,11 +80,11 @@ def test_other_text_is_served_worse_than_what_was_solved_for():
     placement = mt.solve(mt.Problem(first, mt.Topology(4)), "lpt").placement
     second = mt.RoutingStatistics.from_trace(trace.select(groups="second"), window=100)
     baseline = mt.solve(mt.Problem(second, mt.Topology(4)), "lpt").placement
-    found = mt.audit(placement, trace, baseline=baseline, window=100)
-    worse = found.worse(measures=("imbalance",))
+    audited = mt.audit(placement, trace, baseline=baseline, window=100)
+    worse = audited.worse(measures=("imbalance",))
     assert [each.group for each in worse] == ["second"]
-    assert [each.group for each in found.behind(measures=("imbalance",))] == ["second"]
-    assert found.worse(worse[0].change.value, measures=("imbalance",)) == []
+    assert [each.group for each in audited.behind(measures=("imbalance",))] == ["second"]
+    assert audited.worse(worse[0].change.value, measures=("imbalance",)) == []
 
 
 def test_load_tables_resample_windows():
@@ -104,14 +104,14 @@ def test_fewer_than_five_windows_are_too_few(windows):
     load = np.array([[[9, 9, 1, 1]]] * windows + [[[9, 1, 9, 1]]] * windows)
     group = np.arange(2 * windows) // windows
     table = mt.RoutingStatistics.from_load(load, group=group, group_names=("a", "b"))
-    found = mt.audit(mt.Placement.from_assignment([[0, 1, 0, 1]], 2), table)
-    assert found.groups["a"]["imbalance"].change.value == pytest.approx(-4 / 9)
-    assert found.groups["b"]["imbalance"].change.value == pytest.approx(0.8)
-    assert (found.groups["b"]["imbalance"].change.low is None) == (windows == 1)
+    audited = mt.audit(mt.Placement.from_assignment([[0, 1, 0, 1]], 2), table)
+    assert audited.groups["a"]["imbalance"].change.value == pytest.approx(-4 / 9)
+    assert audited.groups["b"]["imbalance"].change.value == pytest.approx(0.8)
+    assert (audited.groups["b"]["imbalance"].change.low is None) == (windows == 1)
     named = ["b"] if windows == 5 else []
-    assert found.too_few == ({} if named else {"a": windows, "b": windows})
-    assert [each.group for each in found.worse()] == named
-    assert [each.group for each in found.behind()] == named
+    assert audited.too_few == ({} if named else {"a": windows, "b": windows})
+    assert [each.group for each in audited.worse()] == named
+    assert [each.group for each in audited.behind()] == named
 
 
 def figures(trace, *, window=40, model=None, devices=4):
@@ -139,28 +139,28 @@ def test_a_sequence_gets_its_part_of_the_slowest_devices_load():
     """Of a window of 8 tokens, the slowest device has 6: one sequence brings 4 of them, one 2."""
     ids = np.array([0, 0, 0, 0, 1, 1, 0, 0])[:, None, None]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 5 + [1] * 3)
-    found = figures(trace, window=8, devices=2)["imbalance"]
-    assert found.value == 1.5
-    assert found.above.tolist() == pytest.approx([1.5 * 4 / 6, 1.5 * 2 / 6])
-    assert found.below.tolist() == [5 / 8, 3 / 8]
+    sums = figures(trace, window=8, devices=2)["imbalance"]
+    assert sums.value == 1.5
+    assert sums.above.tolist() == pytest.approx([1.5 * 4 / 6, 1.5 * 2 / 6])
+    assert sums.below.tolist() == [5 / 8, 3 / 8]
 
 
 def test_a_sequence_of_many_windows_is_drawn_as_a_whole():
     """Forty windows of two sequences have the interval of two units, not of forty."""
     ids = np.repeat(random_ids(2, 1, 1, 8, seed=3), 400, axis=0)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(800) // 400)
-    found = mt.audit(blocks(1, 8, 4), trace, window=20)
-    assert found.units == ("sequence", 2)
-    assert found.too_few == {"all": 2}
+    audited = mt.audit(blocks(1, 8, 4), trace, window=20)
+    assert audited.units == ("sequence", 2)
+    assert audited.too_few == {"all": 2}
 
 
 def test_students_quantiles_are_those_of_the_tables():
     """Two sides of 95 % of 1, 4 and 30 degrees of freedom, and the tail is the inverse."""
     for freedom, wanted in ((1, 12.7062), (4, 2.7764), (30, 2.0423), (1e7, 1.95996)):
-        found = intervals.quantile(0.025, freedom)
-        assert found == pytest.approx(wanted, abs=1e-4)
-        assert intervals.tail(found, freedom) == pytest.approx(0.025)
-        assert intervals.tail(-found, freedom) == pytest.approx(0.975)
+        actual = intervals.quantile(0.025, freedom)
+        assert actual == pytest.approx(wanted, abs=1e-4)
+        assert intervals.tail(actual, freedom) == pytest.approx(0.025)
+        assert intervals.tail(-actual, freedom) == pytest.approx(0.975)
 
 
 def test_holm_adjusts_the_smallest_by_all_and_keeps_the_order():
@@ -207,8 +207,8 @@ def test_intervals_of_few_units_hold_the_truth(number, most):
         drawn = rng.normal(10, 1, (2, number))
         ones = np.ones(number)
         one, two = ({"x": Sums(row.mean(), row, ones)} for row in drawn)
-        found = paired(one, two, resamples=400, rng=rng)["x"].change
-        missed += not found.low <= 0 <= found.high
+        actual = paired(one, two, resamples=400, rng=rng)["x"].change
+        missed += not actual.low <= 0 <= actual.high
     assert missed / 300 <= most
 
 
@@ -217,10 +217,10 @@ def test_the_difference_of_independent_figures_is_as_uncertain_as_both():
     rng = np.random.default_rng(0)
     one = Spread(2.0, rng.normal(0, 3, 4000), 9.0, 10)
     two = Spread(1.0, rng.normal(0, 4, 4000), 4.0, 5)
-    found = one - two
-    assert (found.value, found.units) == (1.0, 5)
-    assert found.deviations.std() == pytest.approx(5, rel=0.05)
-    assert found.freedom == pytest.approx(25**2 / (9**2 / 9 + 16**2 / 4), rel=0.1)
+    actual = one - two
+    assert (actual.value, actual.units) == (1.0, 5)
+    assert actual.deviations.std() == pytest.approx(5, rel=0.05)
+    assert actual.freedom == pytest.approx(25**2 / (9**2 / 9 + 16**2 / 4), rel=0.1)
 
 
 def test_what_cannot_be_audited_is_refused():

@@ -181,9 +181,9 @@ def test_mixed_arrival_balances_bursts():
     ids = np.repeat([0, 1], 500).reshape(-1, 1, 1)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=np.arange(1000) // 10)
     placement = mt.Placement.from_assignment([[0, 1]], 2)
-    found = mt.evaluate(placement, trace, window=100)
-    assert found.imbalance == 2
-    assert found.imbalance_mixed < 1.4
+    evaluation = mt.evaluate(placement, trace, window=100)
+    assert evaluation.imbalance == 2
+    assert evaluation.imbalance_mixed < 1.4
     assert mt.evaluate(placement, trace, window=100, mixed=False).imbalance_mixed is None
     statistics = mt.RoutingStatistics.from_trace(trace, window=100)
     counted = mt.evaluate(placement, statistics)
@@ -197,8 +197,8 @@ def test_speeds_count_in_the_imbalance():
     placement = mt.Placement.from_assignment([[0, 1]], 2)
     assert mt.evaluate(placement, statistics, mt.Topology(2)).imbalance == pytest.approx(4 / 3)
     for speed, wanted in (([2, 1], 1), ([1, 1], 4 / 3), ([1, 2], 2)):
-        found = mt.evaluate(placement, statistics, mt.Topology(2, speed=speed))
-        assert found.imbalance == pytest.approx(wanted)
+        evaluation = mt.evaluate(placement, statistics, mt.Topology(2, speed=speed))
+        assert evaluation.imbalance == pytest.approx(wanted)
 
 
 MODEL = mt.CostModel(5, 2, 3, 0.25, token_bytes=1000, combine_bytes=2000, overlap=0.5)
@@ -225,11 +225,11 @@ def test_times_are_the_cost_models(make_trace):
         there = MODEL.ports_us(busiest_ports(sent, topology), topology)
         back = MODEL.ports_us(busiest_ports(sent.T, topology), topology, bytes_each=2000)
         times.append(MODEL.layer_us(compute, there + back))
-    found = mt.evaluate(IN_BLOCKS, trace, topology, window=window, cost_model=MODEL)
-    assert found.predicted_layer_us == pytest.approx(np.mean(times))
+    evaluation = mt.evaluate(IN_BLOCKS, trace, topology, window=window, cost_model=MODEL)
+    assert evaluation.predicted_layer_us == pytest.approx(np.mean(times))
     for percent in (50, 95, 99):
         name = f"predicted_layer_us_p{percent}"
-        assert getattr(found, name) == pytest.approx(np.percentile(times, percent))
+        assert getattr(evaluation, name) == pytest.approx(np.percentile(times, percent))
     assert mt.evaluate(IN_BLOCKS, trace, topology).predicted_layer_us is None
 
 
@@ -252,11 +252,11 @@ def test_a_node_is_sent_to_once(make_trace):
                     for device in to:
                         near[relay, device] += (device // 2 == node and device != relay) / 4
         times.append(model.ports_us(busiest_ports(near + far, topology), topology))
-    found = mt.evaluate(IN_BLOCKS, trace, topology, cost_model=model)
-    assert found.predicted_layer_us == pytest.approx(np.mean(times))
+    evaluation = mt.evaluate(IN_BLOCKS, trace, topology, cost_model=model)
+    assert evaluation.predicted_layer_us == pytest.approx(np.mean(times))
     by_device = replace(model, once_per="device")
     more = mt.evaluate(IN_BLOCKS, trace, topology, cost_model=by_device).predicted_layer_us
-    assert more > found.predicted_layer_us
+    assert more > evaluation.predicted_layer_us
 
 
 def test_following_moves_states_to_the_next_layer():
@@ -266,19 +266,19 @@ def test_following_moves_states_to_the_next_layer():
     placement = mt.Placement.from_assignment([[0, 1], [0, 1]], 2)
     model = mt.CostModel(0, 0, 0, 1, token_bytes=1000)
     topology = mt.Topology(2, intra_node_bandwidth=1e9)
-    found = mt.evaluate(placement, trace, topology, cost_model=model, regime="follow")
-    assert found.predicted_layer_us == pytest.approx(((1 + 1) + 2) / 2)
-    assert found.busiest_port["follow"] == {"out": [1], "in": [1]}
+    evaluation = mt.evaluate(placement, trace, topology, cost_model=model, regime="follow")
+    assert evaluation.predicted_layer_us == pytest.approx(((1 + 1) + 2) / 2)
+    assert evaluation.busiest_port["follow"] == {"out": [1], "in": [1]}
 
 
 def test_busiest_ports_are_reported_by_tier(make_trace):
     """Rows out of and into the busiest device, of either tier."""
     trace = make_trace()
-    found = mt.evaluate(IN_BLOCKS, trace, mt.Topology(4, 2))
-    rows = found.traffic["dispatch"]
+    evaluation = mt.evaluate(IN_BLOCKS, trace, mt.Topology(4, 2))
+    rows = evaluation.traffic["dispatch"]
     inside = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
     for tier, mask in enumerate((inside, ~inside)):
-        ports = found.busiest_port["dispatch"]
+        ports = evaluation.busiest_port["dispatch"]
         assert ports["out"][tier] == pytest.approx((rows * mask).sum(axis=2).max(axis=1).mean())
         assert ports["in"][tier] == pytest.approx((rows * mask).sum(axis=1).max(axis=1).mean())
 

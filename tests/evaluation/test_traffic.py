@@ -34,10 +34,10 @@ def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
     expected = rows(slots, ids, home, node, split, hierarchical=hierarchical)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
     placement = mt.Placement(slots, num_experts=experts)
-    found = dispatch_rows(
+    sent = dispatch_rows(
         placement, trace, home, split=split, devices_per_node=node if hierarchical else None
     )
-    assert found.tolist() == expected.tolist()
+    assert sent.tolist() == expected.tolist()
 
 
 def test_evaluation_with_homes(make_trace):
@@ -46,13 +46,13 @@ def test_evaluation_with_homes(make_trace):
     device_of = np.tile(np.arange(8) // 2, (3, 1))
     placement = mt.Placement.from_assignment(device_of, 4)
     home = np.arange(trace.tokens) % 4
-    spread, found = mt.evaluate(placement, trace), mt.evaluate(placement, trace, home=home)
-    assert found.traffic["dispatch"].tolist() == dispatch_rows(placement, trace, home).tolist()
-    assert found.traffic["follow"].tolist() == spread.traffic["follow"].tolist()
-    assert found.fanout == spread.fanout
+    spread, sent = mt.evaluate(placement, trace), mt.evaluate(placement, trace, home=home)
+    assert sent.traffic["dispatch"].tolist() == dispatch_rows(placement, trace, home).tolist()
+    assert sent.traffic["follow"].tolist() == spread.traffic["follow"].tolist()
+    assert sent.fanout == spread.fanout
     for i, name in enumerate(["even", "odd"]):
         alone = dispatch_rows(placement, trace.select(groups=name), home[trace.group == i])
-        assert found.by_group[name].traffic["dispatch"].tolist() == alone.tolist()
+        assert sent.by_group[name].traffic["dispatch"].tolist() == alone.tolist()
 
 
 def test_blocks_are_runs_of_tokens(make_trace):
