@@ -37,12 +37,14 @@ class Model:
     def __init__(self, rank, *, exact=True, **options):
         self.rank, self.ranks = rank, dist.get_world_size()
         self.rng = rng = np.random.default_rng(5)
-        self.exact, self.activation = exact, torch.relu if exact else swiglu
-        up = INNER if exact else 2 * INNER
+        self.activation, up = (torch.relu, INNER) if exact else (swiglu, 2 * INNER)
         shapes = {"up": (LAYERS, EXPERTS, up, HIDDEN), "down": (LAYERS, EXPERTS, HIDDEN, INNER)}
-        draw = rng.integers(-1, 2, 100_000) if exact else rng.normal(size=100_000) / HIDDEN**0.5
-        drawn = {name: rng.choice(draw, shape) for name, shape in shapes.items()}
-        self.weights = {name: torch.from_numpy(of).float() for name, of in drawn.items()}
+        self.weights = {
+            name: torch.from_numpy(
+                rng.integers(-1, 2, of) if exact else rng.normal(size=of) / HIDDEN**0.5
+            ).float()
+            for name, of in shapes.items()
+        }
         slots = random_slots(rng, LAYERS, self.ranks, EXPERTS, 1)
         self.start = mt.Placement(slots, num_experts=EXPERTS)
         self.layers = [self.layer(number) for number in range(LAYERS)]
@@ -71,9 +73,8 @@ class Model:
             scores = self.rng.gumbel(size=(12, EXPERTS)) + self.favourites[number]
             index = torch.from_numpy(np.argsort(-scores, axis=1)[:, :TOP_K].copy())
             self.load[number] += np.bincount(index.numpy().ravel(), minlength=EXPERTS)
-            x = self.rng.integers(-2, 3, (12, HIDDEN))
-            w = self.rng.integers(0, 9, (12, TOP_K)) / 8
-            x, w = torch.from_numpy(x).float(), torch.from_numpy(w).float()
+            x = torch.from_numpy(self.rng.integers(-2, 3, (12, HIDDEN))).float()
+            w = torch.from_numpy(self.rng.integers(0, 9, (12, TOP_K)) / 8).float()
             up, down = (self.weights[name][number] for name in ("up", "down"))
             expected = single(x, index, w, up, down, self.activation)[at]
             out = layer(x[at], index[at], w[at], first_token=at.start)
@@ -94,12 +95,13 @@ class Model:
 
     def unchanged(self):
         """Whether placement and weights are those of the start."""
-        same = [layer.placement == self.start for layer in self.layers]
-        for number, layer in enumerate(self.layers):
-            right = self.layer(number).experts.parameters()
-            for mine, other in zip(layer.experts.parameters(), right, strict=True):
-                same.append(torch.equal(mine.nan_to_num(7), other.nan_to_num(7)))
-        return all(same)
+        return all(
+            layer.placement == self.start and torch.equal(mine.nan_to_num(7), other.nan_to_num(7))
+            for number, layer in enumerate(self.layers)
+            for mine, other in zip(
+                layer.experts.parameters(), self.layer(number).experts.parameters(), strict=True
+            )
+        )
 
 
 @on(4)

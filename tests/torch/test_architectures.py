@@ -11,33 +11,21 @@ from moe_models import (
     kinds,
     outputs,
     placement_for,
+    recorded,
     same,
     tensors_of,
     torch,
     transformers,
 )
 
-from moetuner.torch import apply_placement, capture, moe_layers, permute_state_dict
+from moetuner.torch import apply_placement, moe_layers, permute_state_dict
 
 # What is here must be right, and neither refused nor passed over.
-RIGHT = {
-    "afmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v4",
-    "ernie4_5_moe",
-    "gemma4",
-    "glm4_moe",
-    "gpt_oss",
-    "kolibri1",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_next",
-}
+NAMES = (
+    "afmoe deepseek_v2 deepseek_v3 deepseek_v4 ernie4_5_moe gemma4 glm4_moe gpt_oss kolibri1 "
+    "minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next"
+)
+RIGHT = set(NAMES.split())
 REFUSED = (ValueError, NotImplementedError)
 
 
@@ -107,7 +95,7 @@ def test_right_or_refused(kind, tmp_path):
     old, new, saved, back = (tmp_path / name for name in ("old", "new", "saved", "back"))
     with contextlib.suppress(NotImplementedError, RuntimeError):  # some cannot be saved at all
         model.save_pretrained(old)
-    recorder, why = tried(recorded, model, tokens)
+    recorder, why = tried(recorded, model, {"input_ids": tokens})
     refused = [why]
     if recorder is not None:
         ids = np.sort(recorder.trace().expert_ids, axis=2)
@@ -144,10 +132,3 @@ def test_right_or_refused(kind, tmp_path):
         assert float((outputs(model, tokens) - before).abs().max()) > 1e-3
     elif reasons or not on_disk:
         pytest.skip("; ".join(reasons) or "cannot be saved")
-
-
-def recorded(model, tokens):
-    """Record what a model routes."""
-    with capture(model) as recorder:
-        outputs(model, tokens)
-    return recorder

@@ -19,6 +19,7 @@ from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
+Rows = list[torch.Tensor]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -147,7 +148,7 @@ def collect(
 
 def _tokenized(
     tokenizer: Any, texts: list[Text], longest: int, left: int
-) -> tuple[list[torch.Tensor], list[str]]:
+) -> tuple[Rows, list[str]]:
     """Return token ids and groups of texts, cut at the longest and at what is left of tokens."""
     rows, groups = [], []
     for text in texts:
@@ -159,7 +160,7 @@ def _tokenized(
     return rows, groups
 
 
-def _run(network: Any, rows: list[torch.Tensor]) -> None:
+def _run(network: Any, rows: Rows) -> None:
     """Run texts of token ids, padded on the right."""
     tokens = pad_sequence(rows, batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -118,10 +118,8 @@ class Agreement:
         values = self.exchange(about, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:
-            raise DisagreementError(
-                f"ranks {others} do not agree with rank {self.rank} on {about}; "
-                "the old placement stays in force"
-            )
+            text = f"ranks {others} do not agree with rank {self.rank} on {about}"
+            raise DisagreementError(f"{text}; the old placement stays in force")
 
 
 def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Exception | None]:

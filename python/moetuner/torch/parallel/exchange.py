@@ -30,6 +30,8 @@ FAULTS = {
 LEARN, NO_GRADIENTS = 8, 16
 
 Splits = tuple[list[int], list[int]]
+Table = Sequence[Sequence[int]]
+Group = dist.ProcessGroup | None
 
 
 class Hop:
@@ -41,9 +43,7 @@ class Hop:
     that come. ``experts`` are those of the placement, for messages.
     """
 
-    def __init__(
-        self, target: Tensor, header: Tensor, group: dist.ProcessGroup | None, *, experts: int
-    ) -> None:
+    def __init__(self, target: Tensor, header: Tensor, group: Group, *, experts: int) -> None:
         ranks = dist.get_world_size(group)
         (rows, top_k), device = target.shape, target.device
         target = torch.where(target < 0, ranks, target)
@@ -87,9 +87,7 @@ class Hop:
         return tuple(_Exchange.apply(self._group, splits, first, *others))
 
 
-def _check(
-    came: Sequence[Sequence[int]], sent: Sequence[Sequence[int]], me: int, experts: int
-) -> bool:
+def _check(came: Table, sent: Table, me: int, experts: int) -> bool:
     """Raise what headers say is wrong; return whether a rank needs gradients.
 
     The tables have rows, targets and the header, by rank that they came from or were sent to.
@@ -107,8 +105,7 @@ def _check(
     others = [rank for rank, of in enumerate(bits) if of & NO_GRADIENTS]
     if learning and others:
         raise RuntimeError(
-            f"ranks {learning} need gradients and ranks {others} have them disabled: nothing was "
-            "sent"
+            f"ranks {learning} need gradients and ranks {others} disable them: nothing was sent"
         )
     return bool(learning)
 
@@ -131,7 +128,7 @@ class _Exchange(torch.autograd.Function):
     """Rows of all tensors as one message per rank; in the backward pass their gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: Group, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.splits = group, splits
         ctx.smooth = [tensor.is_floating_point() for tensor in tensors]
         out = _swap(group, splits, tensors)
@@ -145,7 +142,7 @@ class _Exchange(torch.autograd.Function):
         return (None, None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
 
 
-def _swap(group: Any, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Pack the rows of all tensors side by side as bytes, and unpack what comes."""
     send, receive = splits
     packed = tensors[0].contiguous()

@@ -53,15 +53,11 @@ class GroupedExperts(nn.Module):
     ) -> None:
         super().__init__()
         if up.ndim != 3 or down.ndim != 3 or up.shape[::2] != down.shape[:2]:
-            raise ValueError(
-                "up must be [slots, up, hidden] and down [slots, hidden, inner], "
-                f"got {list(up.shape)} and {list(down.shape)}"
-            )
+            rule = "up must be [slots, up, hidden] and down [slots, hidden, inner]"
+            raise ValueError(f"{rule}, got {list(up.shape)} and {list(down.shape)}")
         if up.dtype != down.dtype or up.device != down.device:
-            raise ValueError(
-                "up and down must be of one type on one device, "
-                f"got {up.dtype} on {up.device} and {down.dtype} on {down.device}"
-            )
+            given = [f"{of.dtype} on {of.device}" for of in (up, down)]
+            raise ValueError(f"up and down must be of one type on one device, got {given}")
         self.up = nn.Parameter(up)
         self.down = nn.Parameter(down)
         self.activation = activation

@@ -104,16 +104,13 @@ class ExpertParallelMoE(nn.Module):
 
     def _check_sizes(self, placement: Placement) -> None:
         if placement.devices != self.ranks:
-            raise ValueError(
-                f"placement must have {self.ranks} devices, the ranks of the group, "
-                f"got {placement.devices}"
-            )
+            rule, given = f"{self.ranks} devices, the ranks of the group", placement.devices
+            raise ValueError(f"placement must have {rule}, got {given}")
+        slots = placement.slots_per_device
         for name, weight in self.experts.weights().items():
-            if len(weight) != placement.slots_per_device:
-                raise ValueError(
-                    f"experts: {name} must have the placement's {placement.slots_per_device} "
-                    f"slots, got {list(weight.shape)}"
-                )
+            if len(weight) != slots:
+                rule = f"{name} must have the placement's {slots} slots"
+                raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
 
     def _make_tables(self, placement: Placement) -> None:
         """Make tables of the copies of every expert, where the experts' weights are."""
@@ -180,19 +177,13 @@ class ExpertParallelMoE(nn.Module):
         """Return names in the state by tensor, where experts are a module."""
         if not isinstance(self.experts, nn.Module):
             return {}
-        named = itertools.chain(
-            self.experts.named_parameters(self._name, remove_duplicate=False),
-            self.experts.named_buffers(self._name, remove_duplicate=False),
-        )
-        return {id(tensor): name for name, tensor in named}
+        kinds = (self.experts.named_parameters, self.experts.named_buffers)
+        named = (kind(self._name, remove_duplicate=False) for kind in kinds)
+        return {id(tensor): name for name, tensor in itertools.chain(*named)}
 
-    def state_dict(
-        self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> Any:
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **more: Any) -> Any:
         """Return the state, with the weights of the experts one by one."""
-        state = super().state_dict(
-            *arguments, destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **more)
         names = self._names()
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
@@ -331,18 +322,18 @@ class ExpertParallelMoE(nn.Module):
         return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
-        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int
+        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, n: int
     ) -> Tensor:
-        """Sum the results of a row's slots [R,K] in their order: the ``served`` that are here."""
+        """Sum the results of a row's slots [R,K] in their order: the ``n`` that are here."""
         width, top_k = self.placement.slots_per_device, slots.shape[1]
         flat = torch.where(here, slots.long(), width).reshape(-1)
-        chosen = flat.argsort(stable=True)[:served]
+        chosen = flat.argsort(stable=True)[:n]
         # Neither ``bincount`` nor a sum that the host must wait for.
         counts = flat.new_zeros(width + 1).scatter_add_(0, flat, torch.ones_like(flat))[:width]
         # Experts under autocast, or without a row, may give another type: ranks must send alike.
         values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
-        which = torch.full_like(flat, served)
-        which[chosen] = torch.arange(served, device=flat.device)
+        which = torch.full_like(flat, n)
+        which[chosen] = torch.arange(n, device=flat.device)
         return exchange.sum_rows(values, which.view_as(slots), weights)
 
     def _misfit(
@@ -353,30 +344,23 @@ class ExpertParallelMoE(nn.Module):
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
         tokens = len(hidden) if hidden.ndim == 2 else -1
         if index.ndim != 2 or shapes[1] != shapes[2] or shapes[1] != [tokens, max(shapes[1][1], 1)]:
-            return (
-                "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K], "
-                f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
-            )
+            rule = "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K]"
+            return f"{rule}, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         if hidden.dtype != dtype:
             return f"hidden_states must be {dtype} like the experts, got {hidden.dtype}"
         if index.is_floating_point() or not weights.is_floating_point():
-            return (
-                "top_k_index must be integers and top_k_weights floats, "
-                f"got {index.dtype} and {weights.dtype}"
-            )
+            rule = "top_k_index must be integers and top_k_weights floats"
+            return f"{rule}, got {index.dtype} and {weights.dtype}"
         devices = {tensor.device for tensor in (hidden, index, weights)}
         if devices != {self.device}:
             given = ", ".join(sorted(map(str, devices)))
             return f"hidden_states must be on {self.device} like the experts, got {given}"
-        if isinstance(position, Tensor) and (
-            position.shape != hidden.shape[:1]
-            or position.is_floating_point()
-            or position.device != self.device
-        ):
-            return (
-                f"first_token must be an integer or integers [{len(hidden)}] on {self.device}, "
-                f"got {position.dtype} {list(position.shape)} on {position.device}"
-            )
+        if isinstance(position, Tensor):
+            rule = f"an integer or integers [{len(hidden)}] on {self.device}"
+            given = f"{position.dtype} {list(position.shape)} on {position.device}"
+            is_right = position.shape == hidden.shape[:1] and position.device == self.device
+            if position.is_floating_point() or not is_right:
+                return f"first_token must be {rule}, got {given}"
         return None
 
     def _shared(self) -> str | None:

@@ -51,9 +51,8 @@ def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = Non
     topology = None if node is None else Topology(len(old), devices_per_node=node)
     comes = difference(before, after, topology, None).moves.tolist()
     source_of = {(target, expert): source for _, expert, source, target in comes}
-    slot_of = {
-        (at[0], int(old[at])): at[1] for at in map(tuple, np.argwhere(old != EMPTY).tolist())
-    }
+    places = map(tuple, np.argwhere(old != EMPTY).tolist())
+    slot_of = {(at[0], int(old[at])): at[1] for at in places}
     steps = []
     for target, slot in np.argwhere(new != EMPTY).tolist():
         expert = int(new[target, slot])

@@ -37,9 +37,8 @@ class ExpertTensor(DTensor):
         local = like.new_empty(0, *like.shape[1:]) if local is None else local
         # No placement of torch says this. A partial one is refused by checkpoints, if by some
         # operation only that is left.
-        whole = DTensor.from_local(
-            local, mesh, [Partial()], run_check=False, shape=like.shape, stride=like.stride()
-        )
+        sizes: Any = {"shape": like.shape, "stride": like.stride()}
+        whole = DTensor.from_local(local, mesh, [Partial()], run_check=False, **sizes)
         return ExpertTensor._made(whole._local_tensor, whole._spec, ranks)
 
     @staticmethod
@@ -49,9 +48,7 @@ class ExpertTensor(DTensor):
         return weight
 
     @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Apply what gives the same weight, in other memory or of another type, to what is here."""
         kwargs = kwargs or {}
         if function not in SAME_WEIGHT:

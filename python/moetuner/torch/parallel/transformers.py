@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
-from transformers.distributed.expert_parallel import (
-    EPImplementation,
-    EPImplementationInterface,
-)
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from moetuner.evaluation.rows import LayerSplit
 from moetuner.placement import Placement
@@ -64,9 +61,8 @@ def register_placement(
 
     def place() -> None:
         if len(parts) != placement.layers:
-            raise ValueError(
-                f"placement must have {len(parts)} layers like the model, got {placement.layers}"
-            )
+            given = placement.layers
+            raise ValueError(f"placement must have {len(parts)} layers like the model, got {given}")
         options: dict[str, Any] = {"devices_per_node": devices_per_node, "split": split}
         for number, part in enumerate(parts):
             layers.append(part.load(placement, number, timeout, **options))
@@ -104,10 +100,9 @@ class _PlacedExperts(EPImplementation):
         group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
         rank, local = self.ep_mesh.get_local_rank(), self.owned
         if (placement.devices, placement.num_experts) != (ranks, ranks * local):
-            raise ValueError(
-                f"placement must have {ranks} devices and {ranks * local} experts like the model, "
-                f"got {placement.devices} and {placement.num_experts}"
-            )
+            rule = f"{ranks} devices and {ranks * local} experts like the model"
+            given = f"{placement.devices} and {placement.num_experts}"
+            raise ValueError(f"placement must have {rule}, got {given}")
         named = self.module.named_parameters(recurse=False)
         loaded = {
             name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
@@ -122,10 +117,7 @@ class _PlacedExperts(EPImplementation):
         spares.fill(group, timeout)
         # There are at least as many slots as experts that this rank has loaded.
         empty = slots.shape[1] - local
-        placed = {
-            name: torch.cat([weight, weight.new_zeros(empty, *weight.shape[1:])])
-            for name, weight in loaded.items()
-        }
+        placed = {n: torch.cat([w, w.new_zeros(empty, *w.shape[1:])]) for n, w in loaded.items()}
         spares.put(placed)
         # The module's parameters are those that run, so that they move with the model.
         parameters = {n: nn.Parameter(w, requires_grad=False) for n, w in placed.items()}

@@ -262,9 +262,8 @@ class Recorder:
         labels = np.empty(step.rows, LABEL)
         labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
         # On CUDA to pinned memory, behind the work of the step.
-        ids, keep = (
-            of.to("cpu", non_blocking=True) for of in (step.ids.to(self._id_type), step.keep)
-        )
+        copies = (step.ids.to(self._id_type), step.keep)
+        ids, keep = (of.to("cpu", non_blocking=True) for of in copies)
         is_cuda = step.ids.is_cuda
         copied = torch.cuda.current_stream(step.ids.device).record_event() if is_cuda else None
         self._waiting.append((ids, keep, np.repeat(labels, step.length), copied))

@@ -94,9 +94,8 @@ def _marked(mask: object, rows: int, length: int) -> Tensor:
             "the model is called with another, set the recorder's attention_mask"
         )
     if mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must have at least {length} tokens, got {list(mask.shape)}"
-        )
+        given = list(mask.shape)
+        raise ValueError(f"attention_mask must have at least {length} tokens, got {given}")
     return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
 
 
@@ -135,17 +134,13 @@ class StepHooks:
         """Start to listen."""
         model = self._model
         with ExitStack() as attached:
-            compiled = (
-                hasattr(of, "_orig_mod") or of._compiled_call_impl for of in model.modules()
-            )
+            compiled = [hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()]
             if self._called is not model or any(compiled):
                 attached.enter_context(_running_eagerly())
             self._generations = attached.enter_context(generations_of(model))
             begin, end = self._safe(model, self._begin), self._safe(model, self._end)
-            handles = [
-                model.register_forward_pre_hook(begin, with_kwargs=True),
-                model.register_forward_hook(end),
-            ]
+            handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+            handles.append(model.register_forward_hook(end))
             for number, layer in enumerate(self._layers):
                 take = self._safe(layer.router, partial(self._take, number))
                 handles.append(layer.router.register_forward_hook(take))
@@ -216,10 +211,8 @@ class StepHooks:
             # A recomputation in the backward pass chooses what was chosen before.
             if self._is_dropped or self._has_recorded:
                 return
-            raise ValueError(
-                f"{layer.name} ran outside a forward pass of {type(self._model).__name__}: "
-                "the model given must be the module that is called"
-            )
+            text = f"{layer.name} ran outside a forward pass of {type(self._model).__name__}"
+            raise ValueError(f"{text}: the model given must be the module that is called")
         if number in self._routed:
             raise ValueError(
                 f"{layer.name} ran more than once in a forward pass, and a token can have one "
@@ -227,17 +220,13 @@ class StepHooks:
             )
         parts = chosen(output)
         if parts is None:
-            raise ValueError(
-                f"{layer.name}: a router must return expert ids [tokens, top_k] as integers, "
-                f"{type(layer.router).__name__} does not"
-            )
+            rule = "a router must return expert ids [tokens, top_k] as integers"
+            raise ValueError(f"{layer.name}: {rule}, {type(layer.router).__name__} does not")
         ids, scores = (part.detach().flatten(0, -2) for part in parts)
         tokens = step.rows * step.length
         if ids.shape != (tokens, self.top_k):
-            raise ValueError(
-                f"{layer.name}: expert ids must be [{tokens}, {self.top_k}], [tokens, top_k] as "
-                f"the forward pass was called, got {[*parts[0].shape]}"
-            )
+            rule = f"[{tokens}, {self.top_k}], [tokens, top_k] as the forward pass was called"
+            raise ValueError(f"{layer.name}: expert ids must be {rule}, got {[*parts[0].shape]}")
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
     def _end(self, _inputs: Any, output: Any) -> None:
@@ -269,9 +258,8 @@ class StepHooks:
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
         step.ids, step.keep = ids, keep & ~faults.any(0).any(-1)
-        step.following = next(
-            (getattr(output, of) for of in CACHE_NAMES if hasattr(output, of)), None
-        )
+        made = (getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
+        step.following = next(made, None)
         self._receive(step)
 
 
@@ -282,10 +270,7 @@ _eager: list[Any] = []
 @contextmanager
 def _running_eagerly() -> Iterator[None]:
     if not hasattr(torch.compiler, "set_stance"):
-        raise ValueError(
-            "model must not be compiled by this version of torch: give the model without "
-            "torch.compile"
-        )
+        raise ValueError("model must not be compiled by this version of torch: give its original")
     # The first one has the stance; the last one to leave ends it, in whatever order they do.
     _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
     try:

@@ -60,17 +60,14 @@ def apply_placement(
     layers = moe_layers(model, routers)
     sizes = (len(layers), layers[0].num_experts)
     if sizes != (placement.layers, placement.num_experts):
-        raise ValueError(
-            f"placement must have {sizes[0]} layers of {sizes[1]} experts as the model has, got "
-            f"{placement.layers} of {placement.num_experts}"
-        )
+        rule = f"{sizes[0]} layers of {sizes[1]} experts as the model has"
+        given = f"{placement.layers} of {placement.num_experts}"
+        raise ValueError(f"placement must have {rule}, got {given}")
     order = plan.order_of(placement)
     for layer, positions in zip(layers, order, strict=True):
         if layer.num_experts != len(positions):
-            raise ValueError(
-                f"{layer.name}: must have {len(positions)} experts like the first MoE layer, got "
-                f"{layer.num_experts}"
-            )
+            rule = f"must have {len(positions)} experts like the first MoE layer"
+            raise ValueError(f"{layer.name}: {rule}, got {layer.num_experts}")
         plan.check_groups(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
@@ -80,11 +77,8 @@ def apply_placement(
     plan.check_ties(changes, lambda name, experts: plan.bits_of(tensors[name], experts))
     moving = [changes[name] for name in _once(changes, tensors)]
     # All tables are read before anything moves.
-    tables = {
-        of.name: plan.renumbered(of.name, tensors[of.name], of.ids)
-        for of in moving
-        if of.ids is not None
-    }
+    numbered = [of for of in moving if of.ids is not None]
+    tables = {of.name: plan.moved(of.name, tensors[of.name].detach(), of) for of in numbered}
     with torch.no_grad():
         for change in moving:
             if change.order is not None:
@@ -147,22 +141,17 @@ def _once(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) ->
     spans = []
     for name, tensor in tensors.items():
         if _is_in_memory(tensor) and tensor.numel():
-            last = sum(
-                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-            )
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            size = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
             begin = tensor.data_ptr()
-            spans.append(
-                (str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), name)
-            )
+            spans.append((str(tensor.device), begin, begin + size, name))
     once, end, owner = [], ("", 0), ""
     # Sorted by where they begin, whatever overlaps follows at once.
     for device, begin, stop, name in sorted(spans, key=lambda of: of[:3]):
         if (device, begin) >= end:
             once += [name] if _moves(changes[name]) else []
         elif move(name) != move(owner):
-            raise ValueError(
-                f"{name}: must not share memory with {owner}, which does not move with it"
-            )
+            raise ValueError(f"{name}: must not share memory with {owner}, which moves otherwise")
         if (device, stop) > end:
             end, owner = (device, stop), name
     return once

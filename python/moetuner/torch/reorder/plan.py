@@ -35,14 +35,8 @@ STACKED = re.compile(r"(?:(?P<block>.+)\.)?experts\.(?P<rest>.+)")
 LAYER = re.compile(r"layers?\.(\d+)\.")
 
 # What a router holds per expert, experts first.
-ROWS = (
-    "weight",
-    "bias",
-    "e_score_correction_bias",
-    "expert_bias",
-    "router_bias",
-    "per_expert_scale",
-)
+BIASES = ("bias", "e_score_correction_bias", "expert_bias", "router_bias")
+ROWS = ("weight", "per_expert_scale", *BIASES)
 
 # Tables of experts' ids: the ids change, and nothing moves.
 TABLES = ("tid2eid",)
@@ -96,9 +90,9 @@ def order_of(placement: Placement) -> Order:
         ),
     ):
         for layer, number in np.argwhere(wrong)[:1]:
+            given = f"{counts[layer, number]} {which} {number} in layer {layer}"
             raise ValueError(
-                f"placement must have {rule} to become an order of experts, got "
-                f"{counts[layer, number]} {which} {number} in layer {layer}"
+                f"placement must have {rule} to become an order of experts, got {given}"
             )
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
 
@@ -192,10 +186,8 @@ def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) 
         limit = num_hidden_layers if num_hidden_layers is not None else 1 << 62
         ordered = [b for b in ordered if number(b) < limit and "mtp." not in b]
     if len(ordered) != layers:
-        raise ValueError(
-            "placement must have as many layers as the checkpoint has MoE layers, "
-            f"{len(ordered)}, got {layers}"
-        )
+        rule = f"as many layers as the checkpoint has MoE layers, {len(ordered)}"
+        raise ValueError(f"placement must have {rule}, got {layers}")
     return ordered
 
 
@@ -220,15 +212,20 @@ def check_ties(changes: Mapping[str, TensorChange], rows: Callable[[str, int], T
                 )
 
 
-def renumbered(name: str, table: Tensor, new: Order) -> Tensor:
-    """Return a table of experts' ids with the new number of every old expert [E]."""
-    old = table.long()
-    if table.numel() and not 0 <= int(old.min()) <= int(old.max()) < len(new):
-        raise ValueError(
-            f"{name}: must hold experts 0 to {len(new) - 1}, got {int(old.min())} to "
-            f"{int(old.max())}"
-        )
-    return torch.from_numpy(new).to(old.device)[old].to(table.dtype)
+def moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
+    """Return a tensor with its rows in order, or with the new numbers of experts."""
+    if (new := change.ids) is not None:
+        old = tensor.long()
+        first, last = (int(old.min()), int(old.max())) if old.numel() else (0, 0)
+        if not 0 <= first <= last < len(new):
+            rule = f"must hold experts 0 to {len(new) - 1}"
+            raise ValueError(f"{name}: {rule}, got {first} to {last}")
+        return torch.from_numpy(new).to(old.device)[old].to(tensor.dtype)
+    if change.order is None:
+        return tensor
+    rows = bits_of(tensor, len(change.order))
+    rows = rows[torch.from_numpy(change.order).to(rows.device)]
+    return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
 class _Part(NamedTuple):
@@ -256,10 +253,8 @@ def _check_numbers(parts: Collection[_Part], order_in: Mapping[str, Order]) -> N
     for block, order in order_in.items():
         own = {part.expert for part in parts if part.block == block and part.expert is not None}
         if own and own != set(range(len(order))):
-            raise ValueError(
-                f"{block}: must have experts 0 to {len(order) - 1} as the placement has, got "
-                f"{len(own)} from {min(own)} to {max(own)}"
-            )
+            rule = f"must have experts 0 to {len(order) - 1} as the placement has"
+            raise ValueError(f"{block}: {rule}, got {len(own)} from {min(own)} to {max(own)}")
 
 
 def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) -> TensorChange:
@@ -270,10 +265,8 @@ def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) ->
     if shape in ((), (1,)):
         return TensorChange(name, part.block)
     if shape[0] != len(order):
-        raise ValueError(
-            f"{name}: must be [{len(order)}, ..], experts first as in the placement, got "
-            f"{list(shape)}"
-        )
+        rule = f"must be [{len(order)}, ..], experts first as in the placement"
+        raise ValueError(f"{name}: {rule}, got {list(shape)}")
     return TensorChange(name, part.block, order)
 
 
@@ -302,10 +295,8 @@ def _dependence(
         kind = _kind(path, tensor, experts, "layer" if beside else "model")
         kind = None if kind and len(beside) > 1 else kind
     if kind is None:
-        raise ValueError(
-            f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that is not "
-            "known"
-        )
+        what = "may depend on the order of experts in a way that is not known"
+        raise ValueError(f"{name}: {list(tensor.shape)} {what}")
     return block, kind
 
 
