@@ -26,6 +26,7 @@ import pytest
 import tiny_models
 
 import moetuner as mt
+from moetuner.torch import permute_state_dict
 
 HERE = Path(__file__).parent
 BELOW = HERE.parents[1] / ".engines"
@@ -48,7 +49,13 @@ SGLANG = {
     # Or it builds a communicator of NCCL, which wants a GPU.
     "SGLANG_NCCL_SO_PATH": "/nonexistent/libnccl.so",
 }
+DEFAULTS = {"vllm": VLLM, "sglang": SGLANG}
 RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+TWO: dict[str, dict[str, Any]] = {
+    "vllm": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "sglang": {"tp_size": 2, "ep_size": 2},
+}
+EXPERTS, COPIES, SLOTS = 16, 2, 9  # 16 experts and 2 copies on 2 ranks with 9 slots
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,25 @@ class Served:
         return [
             [json.loads(line)[1] for line in file.read_text().splitlines()]
             for file in sorted((self.folder / "maps").glob("rank*.jsonl"))
+        ]
+
+    def common_maps(self) -> list[list[list[int]]]:
+        """Return the maps that came into force, which must be the same on both ranks."""
+        first, second = self.maps()
+        assert first == second
+        return first
+
+    def check_same(self, before: Served) -> None:
+        """Assert that tokens and experts are what they were before."""
+        assert self.tokens == before.tokens
+        for ours, theirs in zip(self.routed, before.routed, strict=True):
+            assert same_routing(ours, theirs)
+
+    def check_greedy(self, checkpoint: Path) -> None:
+        """Assert that the tokens are the likeliest ones, as transformers computes them."""
+        assert self.tokens == [
+            tiny_models.greedy(checkpoint, prompt, len(new))
+            for prompt, new in zip(self.prompts, self.tokens, strict=True)
         ]
 
 
@@ -125,14 +151,21 @@ def program(
     return text
 
 
-def kill_a_rank(engine: str, name: str, arguments: dict[str, Any], options: dict[str, str]) -> str:
-    """Serve while a rank is killed, which has to end the engine; return its log."""
+def specify(folder: Path, checkpoint: Path, arguments: dict[str, Any]) -> Path:
+    """Write what an engine is to serve."""
+    prompts = {"prompts": tiny_models.prompts(), "tokens": TOKENS}
+    path = folder / "specification.json"
+    path.write_text(json.dumps({"model": str(checkpoint), "arguments": arguments, **prompts}))
+    return path
+
+
+def kill_a_rank(
+    engine: str, name: str, checkpoint: Path, arguments: dict[str, Any], options: dict[str, str]
+) -> str:
+    """Serve on two ranks while one is killed, which has to end the engine; return its log."""
     folder = folder_of(name)
-    specification = folder / "specification.json"
-    model = {"model": arguments.pop("model"), "prompts": tiny_models.prompts(), "tokens": TOKENS}
-    specification.write_text(json.dumps({**model, "arguments": arguments}))
-    environment = {**(VLLM if engine == "vllm" else SGLANG), **RANKS, **options}
-    environment["ENGINES_MAPS"] = str(folder / "maps")
+    specification = specify(folder, checkpoint, {**TWO[engine], **arguments})
+    environment = {**DEFAULTS[engine], **RANKS, **options, "ENGINES_MAPS": str(folder / "maps")}
     return program(f"{engine}_serve.py", [specification, folder], environment, folder, ends=False)
 
 
@@ -151,38 +184,58 @@ def serve(
     checkpoint: Path,
     arguments: dict[str, Any],
     environment: dict[str, str] | None = None,
-    **more: Any,
 ) -> Served:
     """Serve the prompts with ``engine`` ("vllm" or "sglang") and return what came.
 
     With ``ENGINES_REUSE=1`` the answers of an earlier run of this name are taken, if it had any.
     """
     folder = BELOW / "runs" / name
-    reuse = os.environ.get("ENGINES_REUSE") == "1" and (folder / "tokens.json").exists()
-    if not reuse:
-        folder = folder_of(name)
-    prompts = tiny_models.prompts()
-    specification = folder / "specification.json"
-    options = {
-        "model": str(checkpoint),
-        "arguments": arguments,
-        "prompts": prompts,
-        "tokens": TOKENS,
-    }
-    specification.write_text(json.dumps({**options, **more}))
-    defaults = VLLM if engine == "vllm" else SGLANG
-    if reuse:
+    if os.environ.get("ENGINES_REUSE") == "1" and (folder / "tokens.json").exists():
         log = (folder / "log.txt").read_text(errors="replace")
     else:
-        asked_of = {**defaults, **(environment or {})}
-        log = program(f"{engine}_serve.py", [specification, folder], asked_of, folder)
+        specification = specify(folder_of(name), checkpoint, arguments)
+        variables = {**DEFAULTS[engine], **(environment or {})}
+        log = program(f"{engine}_serve.py", [specification, folder], variables, folder)
     return Served(
         folder,
         log,
-        prompts,
+        tiny_models.prompts(),
         json.loads((folder / "tokens.json").read_text()),
         [np.load(file) for file in sorted(folder.glob("routed-*.npy"))],
     )
+
+
+def on_two_ranks(
+    engine: str, name: str, checkpoint: Path, arguments: dict[str, Any], variables: dict[str, str]
+) -> Served:
+    """Serve on two ranks; the maps in force are written."""
+    maps = {"ENGINES_MAPS": str(BELOW / "runs" / name / "maps")}
+    options = {**TWO[engine], **arguments}
+    return serve(engine, name, checkpoint, options, {**RANKS, **maps, **variables})
+
+
+def solved(engine: str, recorded: list[Path], *options: Any) -> Path:
+    """Read what an engine recorded and solve for two ranks with copies: two commands of three.
+
+    The placement is beside the first file, and so is the trace; the plugin loads the placement.
+    """
+    folder = recorded[0].parent
+    trace, out = folder / "trace.safetensors", folder / "placement.json"
+    moetuner("convert", *recorded, "--num-experts", EXPERTS, *options, "--out", trace)
+    slots = ["--devices", 2, "--slots-per-device", SLOTS]
+    moetuner("solve", trace, "--for", engine, *slots, "--out", out)
+    return out
+
+
+def permuted(engine: str, checkpoint: Path, trace: mt.RoutingTrace) -> tuple[Served, np.ndarray]:
+    """Serve a checkpoint with its experts renumbered; return also their old numbers [L,E]."""
+    folder = folder_of(f"{engine}-permuted-checkpoint") / "model"
+    statistics = mt.RoutingStatistics.from_trace(trace, window=32, sets=True)
+    placement = mt.solve(mt.Problem(statistics, mt.Topology(devices=2))).placement
+    permute_state_dict(checkpoint, placement, folder)
+    order = order_of(placement)
+    assert (order != np.arange(EXPERTS)).any()
+    return on_two_ranks(engine, f"{engine}-permuted", folder, {}, {}), order
 
 
 def ask_vllm_server(name: str, checkpoint: Path, requests: dict[str, tuple[str, dict]]) -> Path:
@@ -238,7 +291,7 @@ def _is_up(url: str) -> bool:
 def type_page(engine: str, values: dict[str, Any]) -> tuple[Path, list[pages.Typed]]:
     """Type the commands of an engine's page, as printed, with these values of its variables."""
     folder = folder_of(f"{engine}-page")
-    environment = {**(VLLM if engine == "vllm" else SGLANG), **RANKS}
+    environment = {**DEFAULTS[engine], **RANKS}
     environment |= {"PATH": PATH, "ENGINES_PYTHON": sys.executable}
     environment |= {name: str(value) for name, value in values.items()}
     shell = pages.Shell(folder, {"vllm": 8000, "sglang": 30000}[engine], environment)
@@ -278,6 +331,11 @@ def same_routing(ours: np.ndarray, theirs: np.ndarray) -> bool:
 def order_of(placement: Any) -> np.ndarray:
     """Return the old expert at every new position [L,E] of a permuted checkpoint."""
     return np.sort(placement.slots, axis=2).reshape(placement.layers, -1)
+
+
+def experts_on_ranks(placement: Path) -> list[list[list[int]]]:
+    """Return every rank's experts [L,D,S] of a placement in rising order."""
+    return np.sort(mt.Placement.load(placement).slots, axis=2).tolist()
 
 
 def by_rank(layer_maps: list[list[int]], ranks: int) -> list[list[list[int]]]:

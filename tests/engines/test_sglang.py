@@ -15,33 +15,34 @@ import pytest
 import tiny_models
 from serving import (
     BELOW,
-    RANKS,
+    COPIES,
+    EXPERTS,
+    SLOTS,
     Served,
     any_placement,
     by_rank,
-    folder_of,
+    experts_on_ranks,
     kill_a_rank,
     model,
     moetuner,
-    order_of,
+    permuted,
     same_routing,
     serve,
+    solved,
     type_page,
 )
+from serving import on_two_ranks as serve_on_two_ranks
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
-from moetuner.torch import permute_state_dict
 
 MODEL, DENSE = "qwen3_moe", "glm4_moe"
-EXPERTS, COPIES, SLOTS = 16, 2, 9  # 16 experts and 2 copies on 2 ranks with 9 slots
 PASSES = 12  # one of all prompts, and one for every token but the first
 MODES = ("per_token", "per_pass", "stat")
 # Steps that the recorder keeps in mode stat: more than there are, and fewer.
 BUFFER = {"one": 16, "two": 8}
 ONE = {"SGLANG_CPU_OMP_THREADS_BIND": "0"}
-TWO = {"tp_size": 2, "ep_size": 2}
-WITH_COPIES = {**TWO, "ep_num_redundant_experts": COPIES}
+WITH_COPIES = {"ep_num_redundant_experts": COPIES}
 BALANCED = {
     **WITH_COPIES,
     "enable_eplb": True,
@@ -70,32 +71,22 @@ def recorded(mode: str) -> Served:
 
 
 @cache
-def trace() -> mt.RoutingTrace:
-    """Read what SGLang returned with its answers: the first of the three commands."""
-    out = one_rank().folder / "trace.safetensors"
-    answers = one_rank().folder / "responses.json"
-    moetuner("convert", answers, "--num-experts", EXPERTS, "--top-k", 4, "--out", out)
-    return mt.RoutingTrace.load(out)
-
-
-@cache
 def placement() -> Path:
-    """Solve for two ranks with copies: the second command. The plugin loads the file."""
-    trace()
-    folder = one_rank().folder
-    out = folder / "placement.json"
-    arguments = ["--for", "sglang", "--devices", 2, "--slots-per-device", SLOTS, "--out", out]
-    moetuner("solve", folder / "trace.safetensors", *arguments)
-    return out
+    """Read what SGLang returned with its answers, and solve."""
+    return solved("sglang", [one_rank().folder / "responses.json"], "--top-k", 4)
 
 
-def expected_by_rank() -> list[list[list[int]]]:
-    return np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
+def trace() -> mt.RoutingTrace:
+    """Return what SGLang returned with its answers."""
+    return mt.RoutingTrace.load(placement().with_name("trace.safetensors"))
 
 
-def on_two_ranks(name: str, arguments: dict, environment: dict, checkpoint: str | Path) -> Served:
-    maps = {"ENGINES_MAPS": str(BELOW / "runs" / name / "maps")}
-    served = serve("sglang", name, checkpoint, arguments, {**RANKS, **maps, **environment})
+def on_two_ranks(
+    name: str, arguments: dict, checkpoint: str | Path = MODEL, **variables: object
+) -> Served:
+    values = {key: str(value) for key, value in variables.items()}
+    folder = model(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    served = serve_on_two_ranks("sglang", name, folder, arguments, values)
     assert "Failed to apply hooks" not in served.log
     return served
 
@@ -107,7 +98,7 @@ def placed(mode: str) -> Served:
     layers = ["--hidden-layers", tiny_models.LAYERS]
     moetuner("export", placement(), "--to", "sglang", *layers, "--out", location)
     arguments = {**WITH_COPIES, **recorder(mode, "two"), "init_expert_location": str(location)}
-    return on_two_ranks(f"sglang-two-ranks-{mode}", arguments, {}, model(MODEL))
+    return on_two_ranks(f"sglang-two-ranks-{mode}", arguments)
 
 
 def read(served: Served) -> mt.RoutingTrace | mt.RoutingStatistics:
@@ -152,10 +143,8 @@ def test_file_of_our_writer_places_experts_and_slots_are_read_back(mode):
     """`--init-expert-location`: our placement is in force, tokens stay, slots become experts."""
     served = placed(mode)
     for maps in served.maps():
-        assert by_rank(maps[0], 2) == expected_by_rank()
-    assert served.tokens == one_rank().tokens
-    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(ours, theirs)
+        assert by_rank(maps[0], 2) == experts_on_ranks(placement())
+    served.check_same(one_rank())
     actual = read(served)
     ids = np.asarray(trace().expert_ids)
     if mode == "per_token":
@@ -181,37 +170,29 @@ def test_commands_of_the_page_work_as_printed():
 
 def test_stored_placement_comes_into_force_and_tokens_stay():
     """`--eplb-algorithm moetuner` with `MOETUNER_PLACEMENT`: both ranks run our placement."""
-    variables = {"MOETUNER_PLACEMENT": str(placement())}
-    served = on_two_ranks("sglang-static", BALANCED, variables, model(MODEL))
-    first, second = served.maps()
-    assert first == second
+    served = on_two_ranks("sglang-static", BALANCED, MOETUNER_PLACEMENT=placement())
+    maps = served.common_maps()
     # From the load on.
-    assert [by_rank(of, 2) for of in first] == [expected_by_rank()] * len(first)
+    assert [by_rank(of, 2) for of in maps] == [experts_on_ranks(placement())] * len(maps)
     assert "moetuner: in use: serves " in served.log
-    assert served.tokens == one_rank().tokens
-    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(ours, theirs)
+    served.check_same(one_rank())
 
 
 def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
     """`MOETUNER_REBALANCE`: the map in force is our policy's answer to the loads it saw."""
     record = BELOW / "runs" / "sglang-live" / "loads"
-    variables = {"MOETUNER_REBALANCE": "1", "MOETUNER_RECORD": str(record)}
     # So few tokens show nothing beyond chance; the thresholds are for loads of real traffic.
-    always = {"MOETUNER_DEAD_ZONE": "0", "MOETUNER_DEVIATIONS": "0"}
-    served = on_two_ranks("sglang-live", BALANCED, {**variables, **always}, model(MODEL))
-    first, second = served.maps()
-    assert first == second
-    assert len(first) > 1
+    variables = {"MOETUNER_REBALANCE": 1, "MOETUNER_DEAD_ZONE": 0, "MOETUNER_DEVIATIONS": 0}
+    served = on_two_ranks("sglang-live", BALANCED, MOETUNER_RECORD=record, **variables)
+    maps = served.common_maps()
+    assert len(maps) > 1
     (table,) = sorted(record.glob("*.npz"))[:1]
     load = np.load(table)["load"][: BALANCED["eplb_rebalance_num_iterations"]]
     answer = rebalance_experts(
-        load, EXPERTS + COPIES, None, 1, 2, np.array(first[0]), dead_zone=0, deviations=0
+        load, EXPERTS + COPIES, None, 1, 2, np.array(maps[0]), dead_zone=0, deviations=0
     )
-    assert answer.tolist() == first[1]
-    assert served.tokens == one_rank().tokens
-    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(ours, theirs)
+    assert answer.tolist() == maps[1]
+    served.check_same(one_rank())
 
 
 @pytest.mark.parametrize(
@@ -225,22 +206,19 @@ def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
 )
 def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, reason):
     """No hang: both ranks run SGLang's own maps, tokens stay, and a line names the rank."""
-    variables = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:{how}"}
-    served = on_two_ranks(f"sglang-broken-{how}", BALANCED, variables, model(MODEL))
-    first, second = served.maps()
-    assert first == second
-    assert len(first) > 1
-    assert expected_by_rank() not in [by_rank(of, 2) for of in first]
+    variables = {"MOETUNER_PLACEMENT": placement(), "ENGINES_BREAK": f"1:{how}"}
+    served = on_two_ranks(f"sglang-broken-{how}", BALANCED, **variables)
+    maps = served.common_maps()
+    assert len(maps) > 1
+    assert experts_on_ranks(placement()) not in [by_rank(of, 2) for of in maps]
     assert served.tokens == one_rank().tokens
     assert reason in served.log
 
 
 def test_without_variables_the_name_is_sglangs_own_algorithm():
     """`--eplb-algorithm moetuner` alone ended the server at the first rebalance."""
-    served = on_two_ranks("sglang-no-variables", BALANCED, {}, model(MODEL))
-    first, second = served.maps()
-    assert first == second
-    assert len(first) > 1
+    served = on_two_ranks("sglang-no-variables", BALANCED)
+    assert len(served.common_maps()) > 1
     assert served.tokens == one_rank().tokens
     assert "neither MOETUNER_PLACEMENT nor MOETUNER_REBALANCE is set" in served.log
 
@@ -248,55 +226,40 @@ def test_without_variables_the_name_is_sglangs_own_algorithm():
 @pytest.mark.parametrize("call", [1, 2], ids=["at-the-load", "in-a-rebalance"])
 def test_a_killed_rank_ends_the_engine(call):
     """SIGKILL of a rank in a decision: the engine ends as it does by itself, nothing waits."""
-    kill_a_rank(
-        "sglang",
-        f"sglang-killed-{call}",
-        {"model": str(model(MODEL)), **BALANCED},
-        {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:kill-{call}"},
-    )
+    variables = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:kill-{call}"}
+    kill_a_rank("sglang", f"sglang-killed-{call}", model(MODEL), BALANCED, variables)
 
 
 def test_without_the_balancer_a_warning_says_so():
     """Without `--eplb-algorithm moetuner` nothing changes."""
-    variables = {"MOETUNER_PLACEMENT": str(placement())}
-    served = on_two_ranks("sglang-no-balancer", WITH_COPIES, variables, model(MODEL))
+    served = on_two_ranks("sglang-no-balancer", WITH_COPIES, MOETUNER_PLACEMENT=placement())
     assert served.tokens == one_rank().tokens
     assert "does nothing without --enable-eplb --eplb-algorithm moetuner" in served.log
 
 
 def test_a_model_without_a_balancer_serves_as_ever():
     """SGLang knows no places of experts for Mixtral: nothing of ours comes into force."""
-    checkpoint = model("mixtral")
     path = any_placement("sglang-mixtral", tiny_models.LAYERS, 8, 4)
-    served = on_two_ranks("sglang-mixtral", TWO, {"MOETUNER_PLACEMENT": str(path)}, checkpoint)
-    assert served.tokens == [
-        tiny_models.greedy(checkpoint, prompt, len(new))
-        for prompt, new in zip(served.prompts, served.tokens, strict=True)
-    ]
+    served = on_two_ranks("sglang-mixtral", {}, "mixtral", MOETUNER_PLACEMENT=path)
+    served.check_greedy(model("mixtral"))
 
 
 def test_tokens_change_if_weights_do_not_move():
     """Negative control: maps in force without their weights give other tokens."""
-    variables = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_KEEP_WEIGHTS": "1"}
-    served = on_two_ranks("sglang-weights-kept", BALANCED, variables, model(MODEL))
-    assert by_rank(served.maps()[0][-1], 2) == expected_by_rank()
-    assert all(
-        ours != theirs for ours, theirs in zip(served.tokens, one_rank().tokens, strict=True)
-    )
+    variables = {"MOETUNER_PLACEMENT": placement(), "ENGINES_KEEP_WEIGHTS": 1}
+    served = on_two_ranks("sglang-weights-kept", BALANCED, **variables)
+    assert by_rank(served.maps()[0][-1], 2) == experts_on_ranks(placement())
+    pairs = zip(served.tokens, one_rank().tokens, strict=True)
+    assert all(ours != theirs for ours, theirs in pairs)
 
 
 def test_permuted_checkpoint_serves_the_same_tokens():
     """Experts renumbered in the checkpoint: same tokens on two ranks, and ids map back."""
-    folder = folder_of("sglang-permuted-checkpoint") / "model"
-    statistics = mt.RoutingStatistics.from_trace(trace(), window=32, sets=True)
-    actual = mt.solve(mt.Problem(statistics, mt.Topology(devices=2))).placement
-    permute_state_dict(model(MODEL), actual, folder)
-    served = on_two_ranks("sglang-permuted", TWO, {}, folder)
+    served, order = permuted("sglang", model(MODEL), trace())
+    assert "Failed to apply hooks" not in served.log
     assert served.tokens == one_rank().tokens
-    order = order_of(actual)
-    assert (order != np.arange(EXPERTS)).any()
     for new, old in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(order[np.arange(actual.layers)[:, None], new], old)
+        assert same_routing(order[np.arange(len(order))[:, None], new], old)
 
 
 def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
@@ -306,10 +269,7 @@ def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
     """
     options = {"disable_shared_experts_fusion": True}
     before = serve("sglang", "sglang-dense-one-rank", model(DENSE), options, ONE)
-    assert before.tokens == [
-        tiny_models.greedy(model(DENSE), prompt, len(new))
-        for prompt, new in zip(before.prompts, before.tokens, strict=True)
-    ]
+    before.check_greedy(model(DENSE))
     folder = before.folder
     recorded = folder / "trace.safetensors"
     arguments = ["--num-experts", EXPERTS, "--top-k", 4, "--dense-layers", 0]
@@ -320,12 +280,9 @@ def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
     moetuner("solve", recorded, "--for", "sglang", "--devices", 2, "--out", answer)
     arguments = ["--dense-layers", 0, "--hidden-layers", tiny_models.LAYERS]
     moetuner("export", answer, "--to", "sglang", *arguments, "--out", location)
-    options |= {**TWO, **recorder("stat", "one"), "init_expert_location": str(location)}
-    after = on_two_ranks("sglang-dense-two-ranks", options, {}, model(DENSE))
+    options |= {**recorder("stat", "one"), "init_expert_location": str(location)}
+    after = on_two_ranks("sglang-dense-two-ranks", options, DENSE)
     assert after.tokens == before.tokens
-    assert (
-        by_rank(after.maps()[0][0][1:], 2)
-        == np.sort(mt.Placement.load(answer).slots, axis=2).tolist()
-    )
+    assert by_rank(after.maps()[0][0][1:], 2) == experts_on_ranks(answer)
     actual = read(after)
     assert (actual.window_load.sum(axis=0) == 2 * loads(expected)).all()

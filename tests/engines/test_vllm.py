@@ -16,29 +16,30 @@ import pytest
 import tiny_models
 from serving import (
     BELOW,
-    RANKS,
+    COPIES,
+    EXPERTS,
+    SLOTS,
     TOKENS,
     Served,
     any_placement,
     ask_vllm_server,
     by_rank,
-    folder_of,
+    experts_on_ranks,
     kill_a_rank,
     model,
     moetuner,
-    order_of,
+    on_two_ranks,
+    permuted,
     same_routing,
     serve,
+    solved,
     type_page,
 )
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
-from moetuner.torch import permute_state_dict
 
 MODEL = "qwen3_moe_dense"
-EXPERTS, COPIES, SLOTS = 16, 2, 9  # 16 experts and 2 copies on 2 ranks with 9 slots
-TWO = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 
 
 @cache
@@ -48,28 +49,19 @@ def one_rank() -> Served:
 
 
 @cache
-def trace() -> mt.RoutingTrace:
-    """Read what vLLM recorded: the first of the three commands."""
-    out = BELOW / "runs" / "vllm-one-rank-dense" / "trace.safetensors"
-    recorded = sorted(one_rank().folder.glob("routed-*.npy"))
-    moetuner("convert", *recorded, "--num-experts", EXPERTS, "--out", out)
-    return mt.RoutingTrace.load(out)
-
-
-@cache
 def placement() -> Path:
-    """Solve for two ranks with copies: the second command. The plugin loads the file."""
-    trace()
-    folder = one_rank().folder
-    out = folder / "placement.json"
-    arguments = ["--for", "vllm", "--devices", 2, "--slots-per-device", SLOTS, "--out", out]
-    moetuner("solve", folder / "trace.safetensors", *arguments)
-    return out
+    """Read what vLLM recorded, and solve."""
+    return solved("vllm", sorted(one_rank().folder.glob("routed-*.npy")))
+
+
+def trace() -> mt.RoutingTrace:
+    """Return what vLLM recorded."""
+    return mt.RoutingTrace.load(placement().with_name("trace.safetensors"))
 
 
 def balancer(asynchronous: bool) -> dict:
-    """Return a configuration of vLLM's load balancer with two copies."""
-    return {
+    """Return the arguments of vLLM's load balancer with two copies."""
+    config = {
         "window_size": 4,
         "step_interval": 8,  # the first rearrangement comes after a quarter of it
         "num_redundant_experts": COPIES,
@@ -77,35 +69,13 @@ def balancer(asynchronous: bool) -> dict:
         "log_balancedness": True,
         "communicator": "torch_gloo",
     }
+    return {"enable_eplb": True, "eplb_config": config}
 
 
-@cache
-def balanced(
-    name: str, asynchronous: bool, environment: tuple[tuple[str, str], ...], checkpoint: str = MODEL
-) -> Served:
+def balanced(name: str, asynchronous: bool, checkpoint: str = MODEL, **variables: object) -> Served:
     """Serve on two ranks with vLLM's load balancer on: the third command."""
-    maps = {"ENGINES_MAPS": str(BELOW / "runs" / name / "maps")}
-    return serve(
-        "vllm",
-        name,
-        model(checkpoint),
-        {**TWO, "enable_eplb": True, "eplb_config": balancer(asynchronous)},
-        {**RANKS, **maps, **dict(environment)},
-    )
-
-
-def static(asynchronous: bool) -> Served:
-    name = f"vllm-static-{'async' if asynchronous else 'sync'}"
-    return balanced(name, asynchronous, (("MOETUNER_PLACEMENT", str(placement())),))
-
-
-def live(asynchronous: bool) -> Served:
-    name = f"vllm-live-{'async' if asynchronous else 'sync'}"
-    record = BELOW / "runs" / name / "loads"
-    # So few tokens show nothing beyond chance; the thresholds are for loads of real traffic.
-    always = (("MOETUNER_DEAD_ZONE", "0"), ("MOETUNER_DEVIATIONS", "0"))
-    variables = (("MOETUNER_REBALANCE", "1"), ("MOETUNER_RECORD", str(record)), *always)
-    return balanced(name, asynchronous, variables)
+    values = {key: str(value) for key, value in variables.items()}
+    return on_two_ranks("vllm", name, model(checkpoint), balancer(asynchronous), values)
 
 
 def test_routed_experts_are_what_transformers_routes():
@@ -123,21 +93,14 @@ def test_http_responses_say_what_offline_arrays_say():
     body = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     prompts = tiny_models.prompts()
     text = [{"role": "user", "content": "Where do the experts live?"}]
-    folder = ask_vllm_server(
-        "vllm-http",
-        model(MODEL),
-        {
-            "completions": ("/v1/completions", {**body, "prompt": prompts}),
-            "completion-from-3": (
-                "/v1/completions",
-                {**body, "prompt": prompts[0], "routed_experts_prompt_start": 3},
-            ),
-            "chat": (
-                "/v1/chat/completions",
-                {**body, "messages": text, "return_token_ids": True},
-            ),
-        },
-    )
+    part = {**body, "prompt": prompts[0], "routed_experts_prompt_start": 3}
+    chat = {**body, "messages": text, "return_token_ids": True}
+    requests = {
+        "completions": ("/v1/completions", {**body, "prompt": prompts}),
+        "completion-from-3": ("/v1/completions", part),
+        "chat": ("/v1/chat/completions", chat),
+    }
+    folder = ask_vllm_server("vllm-http", model(MODEL), requests)
     actual = {}
     for file in folder.glob("*.json"):
         out = folder / f"{file.stem}.safetensors"
@@ -167,54 +130,43 @@ def test_commands_of_the_page_work_as_printed():
 
 def test_permuted_checkpoint_serves_the_same_tokens():
     """Experts renumbered in the checkpoint: same tokens on two ranks, and ids map back."""
-    folder = folder_of("vllm-permuted-checkpoint") / "model"
-    statistics = mt.RoutingStatistics.from_trace(trace(), window=32, sets=True)
-    placed = mt.solve(mt.Problem(statistics, mt.Topology(devices=2))).placement
-    permute_state_dict(model(MODEL), placed, folder)
-    maps = {"ENGINES_MAPS": str(BELOW / "runs" / "vllm-permuted" / "maps")}
-    served = serve("vllm", "vllm-permuted", folder, TWO, {**RANKS, **maps})
+    served, order = permuted("vllm", model(MODEL), trace())
     assert served.tokens == one_rank().tokens
-    order = order_of(placed)
-    assert (order != np.arange(EXPERTS)).any()
     for new, old in zip(served.routed, one_rank().routed, strict=True):
-        back = order[np.arange(placed.layers)[:, None], new[:, 1:]]
+        back = order[np.arange(len(order))[:, None], new[:, 1:]]
         assert same_routing(back, old[:, 1:])
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_stored_placement_comes_into_force_and_tokens_stay(asynchronous):
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_stored_placement_comes_into_force_and_tokens_stay(how):
     """`MOETUNER_PLACEMENT`: both ranks run our placement, the tokens and logical ids stay."""
-    served = static(asynchronous)
-    first, second = served.maps()
-    assert first == second
-    expected = np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
+    served = balanced(f"vllm-static-{how}", how == "async", MOETUNER_PLACEMENT=placement())
+    maps = served.common_maps()
     # From the first step on: vLLM's own map was replaced at the load.
-    assert [by_rank(of, 2) for of in first] == [expected] * len(first)
-    assert served.tokens == one_rank().tokens
-    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(ours, theirs)
+    assert [by_rank(of, 2) for of in maps] == [experts_on_ranks(placement())] * len(maps)
+    served.check_same(one_rank())
     assert served.log.count("moetuner: in use: serves ") == 1
     assert served.log.count("3 layers change") == 1
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay(asynchronous):
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay(how):
     """`MOETUNER_REBALANCE`: the map in force is our policy's answer to the loads it saw."""
-    served = live(asynchronous)
-    first, second = served.maps()
-    assert first == second
-    assert len(first) > 1
+    name = f"vllm-live-{how}"
+    variables = {"MOETUNER_REBALANCE": 1, "MOETUNER_RECORD": BELOW / "runs" / name / "loads"}
+    # So few tokens show nothing beyond chance; the thresholds are for loads of real traffic.
+    always = {"MOETUNER_DEAD_ZONE": 0, "MOETUNER_DEVIATIONS": 0}
+    served = balanced(name, how == "async", **variables, **always)
+    maps = [np.array(of) for of in served.common_maps()]
+    assert len(maps) > 1
     tables = sorted((served.folder / "loads").glob("*.npz"))
     assert tables, "no loads were recorded"
     load = np.load(tables[0])["load"]
-    whole = [np.array(of) for of in first]
     answer = rebalance_experts(
-        load[0], EXPERTS + COPIES, 1, 1, 2, whole[0], dead_zone=0, deviations=0
+        load[0], EXPERTS + COPIES, 1, 1, 2, maps[0], dead_zone=0, deviations=0
     )
-    assert any((of == answer).all() for of in whole)
-    assert served.tokens == one_rank().tokens
-    for ours, theirs in zip(served.routed, one_rank().routed, strict=True):
-        assert same_routing(ours, theirs)
+    assert any((of == answer).all() for of in maps)
+    served.check_same(one_rank())
 
 
 @pytest.mark.parametrize(
@@ -229,13 +181,11 @@ def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay(asynchronous):
 def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, asynchronous, reason):
     """No hang: both ranks run vLLM's own maps, tokens stay, and a line names the rank."""
     other = any_placement("vllm-other", tiny_models.LAYERS - 1, EXPERTS, SLOTS)
-    broken = (("ENGINES_BREAK", f"1:{how}"), ("ENGINES_OTHER", str(other)))
-    variables = (("MOETUNER_PLACEMENT", str(placement())), *broken)
-    served = balanced(f"vllm-broken-{how}", asynchronous, variables)
-    first, second = served.maps()
-    assert first == second
-    ours = np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
-    assert ours not in [by_rank(of, 2) for of in first]
+    broken = {"ENGINES_BREAK": f"1:{how}", "ENGINES_OTHER": other}
+    name = f"vllm-broken-{how}"
+    served = balanced(name, asynchronous, MOETUNER_PLACEMENT=placement(), **broken)
+    ours = experts_on_ranks(placement())
+    assert ours not in [by_rank(of, 2) for of in served.common_maps()]
     assert served.tokens == one_rank().tokens
     assert reason in served.log
 
@@ -247,20 +197,16 @@ def test_one_broken_rank_leaves_all_with_the_engines_own_map(how, asynchronous, 
 )
 def test_a_killed_rank_ends_the_engine(call, reason):
     """SIGKILL of a rank in a decision: the engine ends as it does by itself, nothing waits."""
-    log = kill_a_rank(
-        "vllm",
-        f"vllm-killed-{call}",
-        {"model": str(model(MODEL)), **TWO, "enable_eplb": True, "eplb_config": balancer(False)},
-        {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:kill-{call}"},
+    variables = {"MOETUNER_PLACEMENT": str(placement()), "ENGINES_BREAK": f"1:kill-{call}"}
+    assert reason in kill_a_rank(
+        "vllm", f"vllm-killed-{call}", model(MODEL), balancer(False), variables
     )
-    assert reason in log
 
 
 def test_without_the_balancer_nothing_changes():
     """Without `enable_eplb` vLLM never asks: same tokens, and the line says what is missing."""
-    maps = {"ENGINES_MAPS": str(BELOW / "runs" / "vllm-no-balancer" / "maps")}
     variables = {"MOETUNER_PLACEMENT": str(placement()), "MOETUNER_PLACMENT": "x"}
-    served = serve("vllm", "vllm-no-balancer", model(MODEL), TWO, {**RANKS, **maps, **variables})
+    served = on_two_ranks("vllm", "vllm-no-balancer", model(MODEL), {}, variables)
     assert served.tokens == one_rank().tokens
     assert "moetuner: does nothing without --enable-eplb" in served.log
     assert "MOETUNER_PLACMENT is not a variable of moetuner: did you mean" in served.log
@@ -271,24 +217,16 @@ def test_other_models(name):
     """Mixtral serves our placement. OLMoE has no balancer in vLLM, and serves as ever."""
     experts, width = {"mixtral": (8, 5), "olmoe": (16, 9)}[name]
     path = any_placement(f"vllm-{name}", tiny_models.LAYERS, experts, width)
-    variables = (("MOETUNER_PLACEMENT", str(path)),)
-    served = balanced(f"vllm-{name}", False, variables, name)
-    assert served.tokens == [
-        tiny_models.greedy(model(name), prompt, len(new))
-        for prompt, new in zip(served.prompts, served.tokens, strict=True)
-    ]
-    ours = np.sort(mt.Placement.load(path).slots, axis=2).tolist()
-    assert [by_rank(of[0], 2) for of in served.maps()] == ([ours] * 2 if name == "mixtral" else [])
+    served = balanced(f"vllm-{name}", False, name, MOETUNER_PLACEMENT=path)
+    served.check_greedy(model(name))
+    expected = [experts_on_ranks(path)] * 2 if name == "mixtral" else []
+    assert [by_rank(of[0], 2) for of in served.maps()] == expected
 
 
 def test_tokens_change_if_weights_do_not_move():
     """Negative control: maps in force without their weights give other tokens."""
-    variables = (("MOETUNER_PLACEMENT", str(placement())), ("ENGINES_KEEP_WEIGHTS", "1"))
-    served = balanced("vllm-weights-kept", False, variables)
-    assert (
-        by_rank(served.maps()[0][-1], 2)
-        == np.sort(mt.Placement.load(placement()).slots, axis=2).tolist()
-    )
-    assert all(
-        ours != theirs for ours, theirs in zip(served.tokens, one_rank().tokens, strict=True)
-    )
+    variables = {"MOETUNER_PLACEMENT": placement(), "ENGINES_KEEP_WEIGHTS": 1}
+    served = balanced("vllm-weights-kept", False, **variables)
+    assert by_rank(served.maps()[0][-1], 2) == experts_on_ranks(placement())
+    pairs = zip(served.tokens, one_rank().tokens, strict=True)
+    assert all(ours != theirs for ours, theirs in pairs)

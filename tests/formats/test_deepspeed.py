@@ -52,8 +52,8 @@ def test_windows(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda a: {k: v[:3] for k, v in a.items()}, "counts must be [1, 3, 4] [windows, layers"),
-        (lambda a: dict(list(a.items())[1:]), "counts must be [1, 3, 4] [windows, layers, exp"),
+        (lambda a: {k: v[:3] for k, v in a.items()}, "counts must be [1, 3, 4] like those before"),
+        (lambda a: dict(list(a.items())[1:]), "counts must be [1, 3, 4] like those before"),
         (lambda a: {k: v + 0.5 for k, v in a.items()}, "counts must be whole numbers"),
         (lambda a: {k: v * np.nan for k, v in a.items()}, "counts must be whole numbers"),
         (

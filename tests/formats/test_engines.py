@@ -44,14 +44,14 @@ def test_facts():
 @pytest.mark.parametrize(
     ("engine", "devices", "arguments", "words"),
     [
-        ("vllm", 4, {"slots_per_device": 2}, "at least 3 for 12 experts"),
-        ("vllm", 4, {"slots_per_device": 13}, "at most 12"),
+        ("vllm", 4, {"slots_per_device": 2}, "from 3 to 12 for 12 experts"),
+        ("vllm", 4, {"slots_per_device": 13}, "from 3 to 12"),
         ("vllm", 4, {"slots_per_device": (3, 3, 3, 4)}, "same on every device.*4 on every"),
         ("vllm", 4, {"extra_slots": 13}, "got 13: 12 or 24 would"),
         ("vllm", 5, {"extra_slots": 0}, "got 0: 9 would"),
         ("vllm", 4, {"extra_slots": 12, "slots_per_device": 4}, "cannot both"),
         ("megatron", 5, {}, "must divide 12 experts.*got 5: 4 or 6 would"),
-        ("megatron", 4, {"slots_per_device": 4}, "must be 3.*no copies"),
+        ("megatron", 4, {"slots_per_device": 4}, "must be from 3 to 3 for 12"),
         ("megatron", 4, {"router_groups": 3}, "must divide 4 devices"),
         ("sgl", 4, {}, "engine must be one of"),
     ],

@@ -98,10 +98,11 @@ def write(name, path):
         path.write_bytes(BYTES[name]())
     elif name in WRITTEN:
         WRITTEN[name](path)
-    elif name == "arrow":
+    elif name in ("parquet", "arrow"):
         pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.table({"experts": IDS.tolist(), "sequence": range(12)}), path)
+        saver = pytest.importorskip("pyarrow.parquet" if name == "parquet" else "pyarrow.feather")
+        save = saver.write_table if name == "parquet" else saver.write_feather
+        save(pyarrow.table({"experts": IDS.tolist(), "sequence": range(12)}), str(path))
     else:
         path.write_bytes((GOLDEN / name).read_bytes())
 
@@ -118,12 +119,12 @@ def check(path, content, reader=None):
     return check_reading(path, content, lambda path: read_input([path], HINTS, reader))
 
 
-NAMED = {"replay": "megatron", "ascend map": "vllm-ascend"}
+NAMED = {"replay": "megatron", "parquet": "arrow", "ascend map": "vllm-ascend"}
 GIVEN = ("tensorrt-llm", "deepspeed", "vllm-ascend", "arrow")
 DUMPS = ("sglang/one-rank-per_token-0.pt", "sglang/responses.json")
 
 
-@pytest.mark.parametrize("name", [*ARCHIVES, *BYTES, *WRITTEN, "arrow", *DUMPS])
+@pytest.mark.parametrize("name", [*ARCHIVES, *BYTES, *WRITTEN, "parquet", "arrow", *DUMPS])
 def test_damaged_files(folder, name):
     """Bits flipped, bytes set, inserted, deleted and copied, files cut."""
     path = folder / "rank0.file"

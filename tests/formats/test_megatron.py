@@ -109,14 +109,14 @@ def test_stages_of_a_pipeline(tmp_path):
     with pytest.raises(ValueError, match="step 0, rank 1: layers must have the same tokens"):
         mt.open_input(tmp_path, num_experts=8)
     (tmp_path / "router_trace_rank3.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"must have ids of each of layers 1, 2, 4, got none"):
+    with pytest.raises(ValueError, match=r"must have ids of each of layers .1, 2, 4., got none"):
         mt.open_input(tmp_path, num_experts=8)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda lines: lines[:-1], "step 2, rank 1: must have ids of each of layers 1, 2, 4"),
+        (lambda lines: lines[:-1], "step 2, rank 1: must have ids of each of layers [1, 2, 4]"),
         (lambda lines: lines[:-6], "rank 1 must have steps to 2 like rank 0, got 1 as its last"),
         (lambda lines: [lines[0] | {"num_tokens": 1}], "line 1: top_indices must be integers [1,"),
         (lambda lines: [lines[0], lines[1] | {"topk": 3}], "line 2: top_indices must be integers"),

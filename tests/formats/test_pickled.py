@@ -143,7 +143,8 @@ def test_tensors_stay_in_their_storages(tmp_path):
         )
     refused(archive(tmp_path / "d.pt", tensor((1,), (1,))), "must have an entry a/data/0")
     refused(
-        archive(tmp_path / "e.pt", tensor((1,), (1,), key="../0"), {"0": FOUR}), "must have a key"
+        archive(tmp_path / "e.pt", tensor((1,), (1,), key="../0"), {"0": FOUR}),
+        "with a type and a key",
     )
     refused(
         archive(tmp_path / "f.pt", tensor((1,), (1,), kind="BoolStorages"), {"0": FOUR}), "asks for"

@@ -151,16 +151,22 @@ def test_maps_are_those_of_pyyaml(tmp_path):
     [
         ("num_slots: 4\n", "must have 'initial_global_assignments'"),
         ("num_slots: 4\nep_size: 2\n", "got 'ep_size'"),
-        ("num_slots: x\n", "line 1: must be num_slots: N"),
+        ("num_slots: x\n", "must be num_slots: N and"),
         ("num_slots: 4\ninitial_global_assignments:\n  3: [0, 1]\n", "layer 3 must have num_slots"),
         (
             "num_slots: 2\ninitial_global_assignments:\n  3: [0, a]\n",
-            "line 3: must be num_slots: N",
+            "must be num_slots: N and",
         ),
         ("num_slots: 2\ninitial_global_assignments:\n  3: [0, 1]\n  3: [0, 1]\n", "there once"),
-        ("num_slots: 2\ninitial_global_assignments:\n  3: [0,\n", "line 3: must be num_slots: N"),
-        ("num_slots: 1\ninitial_global_assignments:\n  3:\n  - 0\n  4: [0 1]\n", "line 5: must be"),
-        ("num_slots: 2\ninitial_global_assignments: !!python/object/apply:os.system [x]\n", "line"),
+        ("num_slots: 2\ninitial_global_assignments:\n  3: [0,\n", "must be num_slots: N and"),
+        (
+            "num_slots: 1\ninitial_global_assignments:\n  3:\n  - 0\n  4: [0 1]\n",
+            "must be num_slots: N and",
+        ),
+        (
+            "num_slots: 2\ninitial_global_assignments: !!python/object/apply:os.system [x]\n",
+            "must be num",
+        ),
     ],
 )
 def test_bad_maps(tmp_path, text, message):

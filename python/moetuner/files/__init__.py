@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -142,10 +142,9 @@ def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
 
 def _delete_left_behind(target: Path) -> None:
     """Delete temporary files of this target whose processes are dead: nobody holds their locks."""
-    stem = re.escape(target.name[:LONGEST_STEM])
-    pattern = re.compile(rf"\.{stem}\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
+    stem = glob.escape(target.name[:LONGEST_STEM])
     with suppress(OSError):
-        for left in [file for file in target.parent.iterdir() if pattern.fullmatch(file.name)]:
+        for left in [*target.parent.glob(f".{stem}.{8 * '[0-9a-f]'}{TEMPORARY}")]:
             with suppress(OSError):
                 handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _checks
 from moetuner._checks import experts_in, shown
 from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
-from moetuner.files.ids import Ids, IdsInFile, IdsInMemory
+from moetuner.files.ids import Ids, in_memory
 
 TRACE_FORMAT, STATISTICS_FORMAT = "moetuner.trace", "moetuner.statistics"
 VERSION = "1"
@@ -23,6 +23,12 @@ VERSION = "1"
 SET_TABLES = ("set_ids", "set_counts", "sets_per_layer")
 TABLES = ("load", "transitions", "coactivation", "group", *SET_TABLES)
 ARRAYS = ("expert_ids", "load", "sequence", "group")
+# What an archive says about them: numpy's letters of the types, dimensions, and that in words.
+ABOUT = {
+    "group_names": ("U", 1, "texts [n]"),
+    "model": ("U", 0, "one text"),
+    "num_experts": ("iu", 0, "one integer"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,51 +44,63 @@ class TraceContents:
     expert_size: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class StatisticsContents:
-    """What a file says; nothing of it is checked but that it is there."""
+class TraceInParts:
+    """A trace that comes part by part: ids are checked as they come, held in the narrowest type."""
 
-    tables: dict[str, NDArray[Any]]
-    window: int | None
-    group_names: Sequence[str]
-    model: str | None
-    expert_size: tuple[int, int] | None = None
-    set_tokens: int | None = None
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts, self.tokens = num_experts, 0
+        self.ids: list[NDArray[Any]] = []
+        self.labels: dict[str, list[NDArray[Any]]] = {}
+
+    def add(self, ids: NDArray[Any], **labels: NDArray[Any]) -> None:
+        """Take in tokens [t,L,K] of the same sizes as those before, and labels of theirs [t]."""
+        if not self.ids:
+            _checks.check_sizes(ids.shape, ids.dtype, self.num_experts)
+        part: NDArray[Any] = _checks.valid(ids, self.num_experts, self.tokens)
+        self.ids.append(part.astype("u1" if self.num_experts <= 256 else "u2", copy=False))
+        self.tokens += len(ids)
+        for name, values in labels.items():
+            self.labels.setdefault(name, []).append(values)
+
+    def contents(self, **about: Any) -> TraceContents:
+        """Return the trace, and forget its parts, of which there must be one."""
+        ids: Any = np.empty((self.tokens, *self.ids[0].shape[1:]), self.ids[0].dtype)
+        end = self.tokens
+        while self.ids:  # memory of a part is free as soon as it is copied
+            part = self.ids.pop()
+            ids[end - len(part) : end] = part
+            end -= len(part)
+        labels = {name: np.concatenate(parts) for name, parts in self.labels.items()}
+        return TraceContents(in_memory(ids), self.num_experts, **{**labels, **about})
 
 
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
     """Read a file of a known kind."""
     with naming(path):
+        arrays: dict[str, NDArray[Any]] = {}
+        about: dict[str, Any] = {}
         if kind == "npy":
             with path.open("rb") as file:
                 place, fortran = npz.read_npy_header(file)
-            experts = _experts(num_experts, None)
-            ids: Ids = IdsInFile.of(path, place, experts)
             # Column-major, a token's ids are spread over the whole file.
-            ids = IdsInMemory.of(npz.read_npy(path), experts) if fortran else ids
-            return TraceContents(ids, experts)
-        if kind == "npz":
-            arrays, group_names, model, in_file = _archive(path, "expert_ids")
-            experts = _experts(num_experts, in_file)
-            ids = IdsInMemory.of(arrays["expert_ids"], experts)
-            labels = arrays.get("sequence"), arrays.get("group")
-            return TraceContents(ids, experts, *labels, group_names, model)
-        header = safetensors.read_header(path)
-        about = {"format": TRACE_FORMAT, "version": VERSION, **header.metadata}
-        _check_format(about, TRACE_FORMAT)
-        experts = _experts(num_experts, about.get("num_experts"))
-        sequence, group = (
-            safetensors.read(path, header.tensor(name)) if name in header else None
-            for name in ("sequence", "group")
-        )
+            values = npz.read_npy(path) if fortran else None
+        elif kind == "npz":
+            arrays, about = _archive(path, "expert_ids")
+            values = arrays["expert_ids"]
+        else:
+            header, values = safetensors.read_header(path), None
+            about = _about(
+                {"format": TRACE_FORMAT, "version": VERSION, **header.metadata}, TRACE_FORMAT
+            )
+            place = header.tensor("expert_ids")
+            arrays = _tables(path, header, ("sequence", "group"))
+        experts = _experts(num_experts, about.pop("num_experts", None))
         return TraceContents(
-            IdsInFile.of(path, header.tensor("expert_ids"), experts),
+            Ids.in_file(path, place, experts) if values is None else Ids.of(values, experts),
             experts,
-            sequence,
-            group,
-            json.loads(about.get("group_names", "null")),
-            about.get("model"),
-            _checks.size_of(about.get("expert_size")),
+            arrays.get("sequence"),
+            arrays.get("group"),
+            **about,
         )
 
 
@@ -96,16 +114,9 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
         if labels is not None
     }
     tensors["expert_ids"] = (ids.dtype, ids.shape, ids.shards(shard_bytes))
-    _write(
-        path,
-        tensors,
-        format=TRACE_FORMAT,
-        num_experts=contents.num_experts,
-        group_names=json.dumps(contents.group_names),
-        model=contents.model,
-        expert_size=_checks.size_text(contents.expert_size),
-        source=source,
-    )
+    names = ("num_experts", "group_names", "model", "expert_size")
+    about = {name: getattr(contents, name) for name in names}
+    _write(path, tensors, {"format": TRACE_FORMAT, **about, "source": source})
 
 
 def holds_statistics(path: Path) -> bool:
@@ -120,81 +131,93 @@ def holds_statistics(path: Path) -> bool:
     return False
 
 
-def read_statistics(path: Path) -> StatisticsContents:
-    """Read saved statistics, or a load table."""
+def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read saved statistics, or a load table: the tables, and what is said about them.
+
+    Nothing of it is checked but that it is there.
+    """
     kind = kind_of(path)
     with naming(path):
         if kind == "npz":
-            arrays, group_names, model, _ = _archive(path, "load")
-            if group_names is None:
-                group_names = _checks.numbered(arrays["group"]) if "group" in arrays else []
-            tables = {name: array for name, array in arrays.items() if name in ("load", "group")}
-            return StatisticsContents(tables, None, group_names, model)
+            arrays, about = _archive(path, "load")
+            if about["group_names"] is None and "group" in arrays:
+                about["group_names"] = _checks.numbered(arrays["group"])
+            del about["num_experts"]
+            return {name: arrays[name] for name in arrays if name in TABLES}, about
         if kind != "safetensors":
             raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
         header = safetensors.read_header(path)
-        about = header.metadata
-        _check_format(about, STATISTICS_FORMAT)
+        about = _about(header.metadata, STATISTICS_FORMAT)
         header.tensor("load")
-        window, sampled = about.get("window"), about.get("set_tokens")
-        return StatisticsContents(
-            {n: safetensors.read(path, header.tensor(n)) for n in TABLES if n in header},
-            None if window is None else int(window),
-            json.loads(about.get("group_names", "[]")),
-            about.get("model"),
-            _checks.size_of(about.get("expert_size")),
-            None if sampled is None else int(sampled),
-        )
+        del about["num_experts"]
+        for name in ("window", "set_tokens"):
+            about[name] = None if (text := header.metadata.get(name)) is None else int(text)
+        return _tables(path, header, TABLES), about
 
 
 def write_statistics(
-    path: Path,
-    tables: Mapping[str, NDArray[Any] | None],
-    *,
-    window: int | None,
-    group_names: Sequence[str],
-    model: str | None,
-    expert_size: tuple[int, int] | None = None,
-    set_tokens: int | None = None,
+    path: Path, tables: Mapping[str, NDArray[Any] | None], about: Mapping[str, Any]
 ) -> None:
     """Write as safetensors; the file appears whole or not at all."""
-    _write(
-        path,
-        {name: safetensors.whole(table) for name, table in tables.items() if table is not None},
-        format=STATISTICS_FORMAT,
-        group_names=json.dumps(group_names),
-        window=window,
-        model=model,
-        expert_size=_checks.size_text(expert_size),
-        set_tokens=set_tokens,
-    )
+    pieces = {name: safetensors.whole(of) for name, of in tables.items() if of is not None}
+    _write(path, pieces, {"format": STATISTICS_FORMAT, **about})
 
 
-def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], **about: object) -> None:
+def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], about: dict[str, Any]) -> None:
     """Write tensors, and as metadata what is not None."""
+    about |= {
+        "group_names": json.dumps(about["group_names"]),
+        "expert_size": _checks.size_text(about["expert_size"]),
+    }
     metadata = {key: str(value) for key, value in about.items() if value is not None}
     with replacing(path) as temporary:
         safetensors.write(temporary, tensors, {"version": VERSION, **metadata})
 
 
-def _archive(
-    path: Path, wanted: str
-) -> tuple[dict[str, NDArray[Any]], list[str] | None, str | None, int | None]:
-    """Read an archive of a trace or a load table: its arrays, groups, model and experts."""
-    arrays = npz.read_npz(path, (*ARRAYS, "group_names", "num_experts", "model"))
+def _tables(
+    path: Path, header: safetensors.Header, names: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """Read those of some arrays that a file has."""
+    return {n: safetensors.read(path, header.tensor(n)) for n in names if n in header}
+
+
+def _about(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Check what a file says that it is; return what it says about its arrays."""
+    given = metadata.get("format"), metadata.get("version")
+    if given != (name, VERSION):
+        raise ValueError(
+            f"format must be {name} version {VERSION}, got {given[0]} version {given[1]}"
+        )
+    return {
+        "num_experts": metadata.get("num_experts"),
+        "group_names": json.loads(metadata.get("group_names", "null")),
+        "model": metadata.get("model"),
+        "expert_size": _checks.size_of(metadata.get("expert_size")),
+    }
+
+
+def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Read an archive of a trace or a load table: its arrays, and what it says about them."""
+    arrays = npz.read_npz(path, (*ARRAYS, *ABOUT))
     if wanted not in arrays:
-        kinds = {
+        names = {
             "expert_ids": ("a trace", "RoutingTrace.load"),
             "load": ("a load table", "RoutingStatistics.load"),
         }
-        other = "load" if wanted == "expert_ids" else "expert_ids"
-        what, loader = kinds[other]
+        what, _ = names.pop(wanted)
+        ((other, (kind, loader)),) = names.items()
         if other in arrays:
-            raise ValueError(f"holds {what}, not {kinds[wanted][0]}; {loader} reads it")
-        raise ValueError(f"must hold an array '{wanted}' (or '{other}', {what})")
-    group_names = npz.plain(arrays, "group_names", "U", 1, "texts [n]")
-    model = npz.plain(arrays, "model", "U", 0, "one text")
-    return arrays, group_names, model, npz.plain(arrays, "num_experts", "iu", 0, "one integer")
+            raise ValueError(f"holds {kind}, not {what}; {loader} reads it")
+        raise ValueError(f"must hold an array '{wanted}' (or '{other}', {kind})")
+    about = {}
+    for name, (kinds_of, axes, rule) in ABOUT.items():
+        array = arrays.pop(name, None)
+        about[name] = None if array is None else array.tolist()
+        if array is not None and (
+            array.ndim != axes or (array.size and array.dtype.kind not in kinds_of)
+        ):
+            raise ValueError(f"{name} must be {rule}, got {shown(array)}")
+    return arrays, about
 
 
 def _experts(given: int | None, in_file: int | str | None) -> int:
@@ -207,11 +230,3 @@ def _experts(given: int | None, in_file: int | str | None) -> int:
         return experts_in(int(in_file))
     except ValueError:
         raise ValueError(f"num_experts must be from 1 to 65536, got {shown(in_file)}") from None
-
-
-def _check_format(about: dict[str, str], name: str) -> None:
-    given = about.get("format"), about.get("version")
-    if given != (name, VERSION):
-        raise ValueError(
-            f"format must be {name} version {VERSION}, got {given[0]} version {given[1]}"
-        )

@@ -6,10 +6,8 @@ until a shard of it is read, and is validated then.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,39 +24,92 @@ Numbers = NDArray[np.intp] | None
 LeftOut = tuple[int, tuple[int, ...]]
 
 
-class Ids(ABC):
-    """Expert ids, wherever they are.
+@dataclass(frozen=True, eq=False)
+class Ids:
+    """Expert ids: parts one after the other, of which some tokens and layers are selected.
 
-    ``left_out`` says how many hidden layers were recorded, and the numbers of those that were left
-    out as dense; None where all have experts, or nothing is known of others.
+    Parameters
+    ----------
+    parts
+        Valid arrays, arrays in files, and other ids, of the same layers and top-k.
+    tokens, layers
+        Marked tokens and numbered layers of the parts; None selects all.
+    left_out
+        How many hidden layers were recorded, and the numbers of those that were left out as dense;
+        None where all have experts, or nothing is known of others.
     """
 
+    parts: tuple[IdArray | IdsInFile | Ids, ...]
+    tokens: Mask = None
+    layers: Numbers = None
     left_out: LeftOut | None = None
 
-    @property
-    @abstractmethod
-    def shape(self) -> Shape:
-        """Sizes [T,L,K]."""
+    @classmethod
+    def of(cls, values: NDArray[np.generic], num_experts: int) -> Ids:
+        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous."""
+        check_sizes(values.shape, values.dtype, num_experts)
+        return in_memory(valid(values, num_experts))
+
+    @classmethod
+    def in_file(cls, path: Path, stored: TensorInFile, num_experts: int) -> Ids:
+        """Check sizes and type of an array in a file; the ids themselves are not touched."""
+        check_sizes(stored.shape, stored.dtype, num_experts)
+        size = size_holding(path, stored)
+        return cls((IdsInFile(path, stored, num_experts, size, path.stat().st_ino),))
 
     @property
-    @abstractmethod
+    def shape(self) -> Shape:
+        """Sizes [T,L,K]."""
+        _, layers, top_k = self.parts[0].shape
+        tokens = sum(part.shape[0] for part in self.parts)
+        return (
+            tokens if self.tokens is None else int(np.count_nonzero(self.tokens)),
+            layers if self.layers is None else len(self.layers),
+            top_k,
+        )
+
+    @property
     def dtype(self) -> IdType:
         """Type of the shards: uint8 or uint16."""
+        return U16 if any(part.dtype == U16 for part in self.parts) else U8
 
     @property
     def fresh(self) -> bool:
         """Whether shards are validated when they are read, so that nobody has changed them."""
-        return True
+        return all(not isinstance(part, np.ndarray) and part.fresh for part in self.parts)
 
-    @abstractmethod
+    @property
+    def whole(self) -> IdArray | IdsInFile | Ids | None:
+        """The only part, if all of it is selected."""
+        is_whole = len(self.parts) == 1 and self.tokens is None and self.layers is None
+        return self.parts[0] if is_whole else None
+
     def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
         """Read valid runs of tokens [t,L,K], C-contiguous, in order, none of them empty.
 
         What is in a file is validated on so many threads, all cores by default.
         """
+        first = 0
+        for part in self.parts:
+            if isinstance(part, np.ndarray):
+                shards = _cut(part, max_bytes)
+            else:
+                shards = part.shards(max_bytes, threads)
+            for shard in shards:
+                here = None if self.tokens is None else self.tokens[first : first + len(shard)]
+                first += len(shard)
+                if here is None or here.any():
+                    selected: Any = _select(shard, here, self.layers)
+                    yield selected.astype(self.dtype, copy=False)
+                    del selected
+                del shard  # else the next one is made while this one is still there
 
     def array(self) -> IdArray:
         """Return all ids [T,L,K]; those of a file not yet validated."""
+        if isinstance(self.whole, np.ndarray):
+            return self.whole
+        if isinstance(self.whole, IdsInFile) and self.whole.stored.dtype == self.dtype:
+            return self.whole.mapped()
         array: IdArray = np.empty(self.shape, dtype=self.dtype)
         first = 0
         for shard in self.shards(1 << 24):
@@ -68,75 +119,13 @@ class Ids(ABC):
 
     def select(self, tokens: Mask, layers: Numbers) -> Ids:
         """Select the marked tokens and the numbered layers; None selects all."""
-        return SelectedIds((self,), tokens, layers)
+        if isinstance(self.whole, np.ndarray):
+            return in_memory(_select(self.whole, tokens, layers))
+        return Ids((self,), tokens, layers)
 
 
 @dataclass(frozen=True, eq=False)
-class IdsInMemory(Ids):
-    """An array, validated when it is wrapped."""
-
-    values: IdArray
-    left_out: LeftOut | None = None
-
-    @classmethod
-    def of(cls, values: NDArray[np.generic], num_experts: int) -> IdsInMemory:
-        """Validate and wrap; uint8 and uint16 are not copied if they are C-contiguous."""
-        check_sizes(values.shape, values.dtype, num_experts)
-        return cls(_frozen(valid(values, num_experts)))
-
-    @property
-    def shape(self) -> Shape:
-        return cast(Shape, self.values.shape)
-
-    @property
-    def dtype(self) -> IdType:
-        return self.values.dtype
-
-    @property
-    def fresh(self) -> bool:
-        return False
-
-    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
-        step = tokens_per_shard(self.shape, self.dtype, max_bytes)
-        for first in range(0, len(self.values), step):
-            yield self.values[first : first + step]
-
-    def array(self) -> IdArray:
-        return self.values
-
-    def select(self, tokens: Mask, layers: Numbers) -> IdsInMemory:
-        return IdsInMemory(_frozen(_select(self.values, tokens, layers)))
-
-
-class IdsInParts:
-    """Ids that come part by part: checked as they come, held in the narrowest type."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self.parts: list[IdArray] = []
-        self.tokens = 0
-
-    def add(self, ids: NDArray[np.generic]) -> None:
-        """Take in tokens [t,L,K] of the same sizes as those before."""
-        if not self.parts:
-            check_sizes(ids.shape, ids.dtype, self.num_experts)
-        part: Any = valid(ids, self.num_experts, self.tokens)
-        self.parts.append(part.astype(U8 if self.num_experts <= 256 else U16, copy=False))
-        self.tokens += len(ids)
-
-    def joined(self) -> IdsInMemory:
-        """Return all ids [T,L,K], and forget the parts, of which there must be one."""
-        ids: Any = np.empty((self.tokens, *self.parts[0].shape[1:]), self.parts[0].dtype)
-        end = self.tokens
-        while self.parts:  # memory of a part is free as soon as it is copied
-            part = self.parts.pop()
-            ids[end - len(part) : end] = part
-            end -= len(part)
-        return IdsInMemory(_frozen(ids))
-
-
-@dataclass(frozen=True, eq=False)
-class IdsInFile(Ids):
+class IdsInFile:
     """An array in a file, in row-major order.
 
     Shards are read into fresh memory, not through a map: pages of a map count as this process's
@@ -148,23 +137,20 @@ class IdsInFile(Ids):
     num_experts: int
     size: int
     inode: int
-
-    @classmethod
-    def of(cls, path: Path, stored: TensorInFile, num_experts: int) -> IdsInFile:
-        """Check sizes and type; the ids themselves are not touched."""
-        check_sizes(stored.shape, stored.dtype, num_experts)
-        size = size_holding(path, stored)
-        return cls(path, stored, num_experts, size, path.stat().st_ino)
+    fresh = True
 
     @property
     def shape(self) -> Shape:
+        """Sizes [T,L,K]."""
         return cast(Shape, self.stored.shape)
 
     @property
     def dtype(self) -> IdType:
+        """Type of the shards, which that of the file may not be."""
         return id_type(self.stored.dtype, self.num_experts)
 
-    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
+    def shards(self, max_bytes: int, threads: int | None) -> Iterator[IdArray]:
+        """Read and validate runs of tokens."""
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
         tokens, layers, top_k = self.shape
         self._check_unchanged()
@@ -180,15 +166,15 @@ class IdsInFile(Ids):
                 yield valid(ids, self.num_experts, first, threads)
                 del ids, raw  # else the next shard is made while this one is still there
 
-    def array(self) -> IdArray:
+    def mapped(self) -> IdArray:
+        """Map the file; its ids are not validated."""
         self._check_unchanged()
-        if self.stored.dtype != self.dtype or 0 in self.shape:
-            return super().array()
-        return np.memmap(
-            self.path, dtype=self.dtype, mode="r", offset=self.stored.offset, shape=self.shape
-        )
+        if 0 in self.shape:  # nothing to map
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.stored.offset, self.shape)
 
     def _check_unchanged(self) -> None:
+        """Check that the file is the one that was opened."""
         size = size_of(self.path)
         if size != self.size:
             raise ValueError(
@@ -198,55 +184,24 @@ class IdsInFile(Ids):
             raise ValueError(f"{self.path}: file was replaced after it was loaded; load it again")
 
 
-@dataclass(frozen=True, eq=False)
-class SelectedIds(Ids):
-    """Some tokens and layers of several ids that follow one another, not all of them in memory."""
-
-    parts: tuple[Ids, ...]
-    tokens: Mask = None
-    layers: Numbers = None
-
-    @property
-    def shape(self) -> Shape:
-        _, layers, top_k = self.parts[0].shape
-        tokens = sum(part.shape[0] for part in self.parts)
-        return (
-            tokens if self.tokens is None else int(np.count_nonzero(self.tokens)),
-            layers if self.layers is None else len(self.layers),
-            top_k,
-        )
-
-    @property
-    def dtype(self) -> IdType:
-        return U16 if any(part.dtype == U16 for part in self.parts) else U8
-
-    @property
-    def fresh(self) -> bool:
-        return all(part.fresh for part in self.parts)
-
-    def shards(self, max_bytes: int, threads: int | None = None) -> Iterator[IdArray]:
-        first = 0
-        for shard in chain.from_iterable(part.shards(max_bytes, threads) for part in self.parts):
-            here = None if self.tokens is None else self.tokens[first : first + len(shard)]
-            first += len(shard)
-            if here is None or here.any():
-                selected = _select(shard, here, self.layers)
-                yield cast(IdArray, selected.astype(self.dtype, copy=False))
-
-
 def joined(parts: tuple[Ids, ...]) -> Ids:
     """Join ids one after the other: an array if all are in memory, else left where they are."""
-    whole = SelectedIds(parts)
-    if all(isinstance(part, IdsInMemory) for part in parts):
-        return IdsInMemory(_frozen(whole.array()))
-    return whole
+    together = Ids(parts)
+    if all(isinstance(part.whole, np.ndarray) for part in parts):
+        return in_memory(together.array())
+    return together
 
 
-def tokens_per_shard(shape: Shape, dtype: np.dtype[np.generic], max_bytes: int) -> int:
+def tokens_per_shard(shape: tuple[int, ...], dtype: np.dtype[Any], max_bytes: int) -> int:
     """Return tokens that fit ``max_bytes``, at least one."""
     if max_bytes < 1:
         raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
     return max(1, max_bytes // (shape[1] * shape[2] * dtype.itemsize))
+
+
+def _cut(ids: IdArray, max_bytes: int) -> Iterator[IdArray]:
+    step = tokens_per_shard(ids.shape, ids.dtype, max_bytes)
+    return (ids[first : first + step] for first in range(0, len(ids), step))
 
 
 def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
@@ -255,5 +210,6 @@ def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
     return np.ascontiguousarray(ids if layers is None else np.take(ids, layers, axis=1))
 
 
-def _frozen(ids: IdArray) -> IdArray:
-    return cast(IdArray, frozen(cast("NDArray[np.generic]", ids)))
+def in_memory(ids: IdArray) -> Ids:
+    """Wrap valid ids."""
+    return Ids((cast(IdArray, frozen(cast("NDArray[np.generic]", ids))),))

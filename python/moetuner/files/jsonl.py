@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import expert_size, experts_in, names, path_in, shown
 from moetuner.files import naming, size_of
-from moetuner.files.contents import TraceContents
-from moetuner.files.ids import IdsInParts
+from moetuner.files.contents import TraceContents, TraceInParts
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines, batches
 
 GROUP_LIMIT = 1 << 15
@@ -72,9 +71,7 @@ class _Reader:
         self.groups: dict[str, int] = {}
         # Of all lines: which array they have, whether a sequence and a group, layers and top-k.
         self.form: NDArray[np.int64] | None = None
-        self.ids: IdsInParts | None = None
-        self.sequence: list[NDArray[np.int32]] = []
-        self.group: list[NDArray[np.int16]] = []
+        self.trace: TraceInParts | None = None
         self.lines = 0
 
     def is_header(self, line: dict[str, Any]) -> bool:
@@ -120,31 +117,26 @@ class _Reader:
         groups = [lines.names[at] for at in np.unique(group)] if has_group else []
         if len(self.groups.keys() | set(groups)) > GROUP_LIMIT:
             raise ValueError(f"there must be at most {GROUP_LIMIT} groups, got {shown(groups[0])}")
-        ids = self.ids or IdsInParts(self.experts)
-        ids.add(lines.ids.reshape(-1, *form[3:]))
-        tokens = lines.sizes[:, 0]
-        if has_sequence or not per_token:
-            self.sequence.append(np.repeat(sequence.astype(np.int32), tokens))
+        labels: dict[str, NDArray[Any]] = {}
+        labels |= {"sequence": sequence.astype(np.int32)} if has_sequence or not per_token else {}
         if has_group:
             numbers = np.zeros(len(lines.names), dtype=np.int16)
             for at in np.unique(group):
                 numbers[at] = self.groups.setdefault(lines.names[at], len(self.groups))
-            self.group.append(np.repeat(numbers[group], tokens))
-        self.form, self.ids = form, ids
+            labels["group"] = numbers[group]
+        trace = self.trace or TraceInParts(self.experts)
+        tokens = lines.sizes[:, 0]
+        ids = lines.ids.reshape(-1, *form[3:])
+        trace.add(ids, **{name: np.repeat(of, tokens) for name, of in labels.items()})
+        self.form, self.trace = form, trace
         self.lines += len(lines)
 
     def contents(self) -> TraceContents:
         """Return what the lines say."""
-        if self.ids is None:
+        if self.trace is None:
             raise ValueError("must have at least one line with 'experts' or 'tokens', got none")
-        return TraceContents(
-            self.ids.joined(),
-            self.ids.num_experts,
-            sequence=np.concatenate(self.sequence) if self.sequence else None,
-            group=np.concatenate(self.group) if self.group else None,
-            group_names=tuple(self.groups),
-            model=self.model,
-            expert_size=self.expert_size,
+        return self.trace.contents(
+            group_names=tuple(self.groups), model=self.model, expert_size=self.expert_size
         )
 
 

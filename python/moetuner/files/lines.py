@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,19 +27,8 @@ BLOCK = 1 << 22
 NO_INTEGER, NO_TEXT = -(1 << 63), -1
 
 
-@dataclass(frozen=True)
-class Keys:
-    """What is read of a line.
-
-    Attributes
-    ----------
-    arrays
-        Keys of expert ids, with the number of their dimensions, 2 or 3; a line has one of them.
-    integers
-        Keys of integers.
-    texts
-        Keys of texts.
-    """
+class Keys(NamedTuple):
+    """What is read of a line: ids with 2 or 3 dimensions, one of them; integers; and texts."""
 
     arrays: list[tuple[str, int]]
     integers: list[str]
@@ -130,9 +119,7 @@ def batches(
 
 def _scan(text: bytes, start: int, keys: Keys) -> tuple[int, int, Lines, str | None]:
     """Read plain lines: gives their end, their number, what they hold, and what ends them."""
-    at, ends, ids, table, names, refused = _core.scan_lines(
-        text, start, keys.arrays, keys.integers, keys.texts
-    )
+    at, ends, ids, table, names, refused = _core.scan_lines(text, start, *keys)
     columns = dict(zip([*keys.integers, *keys.texts], table.T[4:], strict=True))
     return at, ends, Lines([], ids, table[:, 0], table[:, 1:4], columns, names), refused
 
@@ -154,10 +141,7 @@ def _single(fields: dict[str, Any], keys: Keys, number: int) -> Lines:
 def fields_of(line: bytes, number: int) -> dict[str, Any]:
     """Read one line as an object."""
     with naming(f"line {number}"):
-        fields = parse_json(line, allow_nan=True)
-        if not isinstance(fields, dict):
-            raise ValueError(f"must be a JSON object, got {type(fields).__name__}")
-    return fields
+        return parse_json(line, allow_nan=True)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

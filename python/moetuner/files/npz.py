@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import errno
 import io
-import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown
 from moetuner.files import naming, size_of
-from moetuner.files.safetensors import TensorInFile, read, size_holding
+from moetuner.files.safetensors import TensorInFile, is_size, read, size_holding
 
 MAGIC = b"\x93NUMPY"
 HEADER_LIMIT = 1 << 16
+HEADERS = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
 
 # An archive that says it holds more than both of these is taken for a decompression bomb. Recorded
 # routing shrinks to about a half.
@@ -30,48 +33,23 @@ RATIO_LIMIT = 100
 
 
 def read_npy_header(file: IO[bytes]) -> tuple[TensorInFile, bool]:
-    """Read the header of an .npy file: the array's place, and whether it is in Fortran order.
-
-    The header is a Python literal in a fixed form. It is matched, not evaluated: a damaged one
-    would make the interpreter print warnings.
-    """
-    start = file.read(8)
-    if start[:6] != MAGIC or len(start) < 8:
-        raise ValueError(f"must start with the .npy magic {MAGIC!r}, got {start[:6]!r}")
-    if start[6] not in (1, 2):
-        raise ValueError(f".npy version must be 1 or 2, got {start[6]}")
-    width = 2 if start[6] == 1 else 4
-    length = int.from_bytes(file.read(width), "little")
-    if length > HEADER_LIMIT:
-        raise ValueError(f".npy header must have at most {HEADER_LIMIT} bytes, got {length}")
-    text = file.read(length)
-    if len(text) < length:
-        raise ValueError(f".npy header must have {length} bytes, got {len(text)}")
-    values = []
-    for key, value in (
-        ("descr", r"""['"]([<>|=]?[?biufcUSO]\d{0,6})['"]"""),
-        ("fortran_order", r"(True|False)"),
-        ("shape", r"\(([\d\s,]{0,400})\)"),
-    ):
-        match = re.search(rf"""['"]{key}['"]\s*:\s*{value}""", text.decode("latin-1"))
-        if match is None:
-            raise ValueError(
-                f".npy header must have a plain {key}, got {text[:80].decode('latin-1')!r}"
-            )
-        values.append(match[1])
-    descr, order, shape = values
+    """Read the header of an .npy file: the array's place, and whether it is in Fortran order."""
     try:
-        dtype = np.dtype(descr)
-    except TypeError:
-        raise ValueError(f".npy descr must be an element type, got {descr!r}") from None
+        version = np.lib.format.read_magic(file)[0]
+        if version not in HEADERS:
+            raise ValueError(f"version must be 1 or 2, got {version}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the interpreter, of a damaged literal
+            sizes, fortran, dtype = HEADERS[version](file, HEADER_LIMIT)
+    except (ValueError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError) as error:
+        raise ValueError(f".npy header must be an array's: {error}") from None
     if dtype.hasobject:
         raise ValueError(
             "array must be plain numbers or texts, got Python objects (pickle is never loaded)"
         )
-    sizes = tuple(int(size) for size in re.findall(r"\d+", shape))
-    if any(size >= 1 << 60 for size in sizes):
-        raise ValueError(f".npy shape must be sizes of an array, got {list(sizes)}")
-    return TensorInFile(dtype, sizes, 8 + width + length), order == "True"
+    if not all(map(is_size, sizes)):
+        raise ValueError(f".npy shape must be sizes of an array, got {shown(sizes)}")
+    return TensorInFile(dtype, sizes, file.tell()), fortran
 
 
 def read_npy(path: Path) -> NDArray[Any]:
@@ -137,20 +115,6 @@ def opened(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
         if error.errno != errno.EINVAL:
             raise
         raise ValueError(f"damaged {what}: it points outside itself") from None
-
-
-def plain(arrays: dict[str, NDArray[Any]], name: str, kinds: str, axes: int, rule: str) -> Any:
-    """Return the value of a small array as Python has it; None if it is not there.
-
-    ``kinds`` are numpy's letters of the types that it may have, ``axes`` its dimensions, ``rule``
-    what it must be, for messages.
-    """
-    array = arrays.get(name)
-    if array is None:
-        return None
-    if array.ndim != axes or (array.size and array.dtype.kind not in kinds):
-        raise ValueError(f"{name} must be {rule}, got {array.dtype} {list(array.shape)}")
-    return array.tolist()
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:

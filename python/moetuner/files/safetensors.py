@@ -95,8 +95,6 @@ def read_header(path: Path) -> Header:
             text = file.read(length)
         with naming("safetensors header"):
             fields = parse_json(text)
-        if not isinstance(fields, dict):
-            raise ValueError(f"safetensors header must be an object, got {type(fields).__name__}")
         metadata = fields.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("safetensors metadata must be texts")

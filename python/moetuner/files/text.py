@@ -16,8 +16,8 @@ LONGEST_LINE = 4000
 LONG_WORD = re.compile(r"\S{241,}")
 
 
-def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
-    """Read JSON as its standard has it: every key once, and no NaN.
+def parse_json(content: bytes | str, *, allow_nan: bool = False) -> dict[str, Any]:
+    """Read an object of JSON as its standard has it: every key once, and no NaN.
 
     Python writes NaN, so what engines write with it may have some in fields that nobody reads.
 
@@ -29,11 +29,14 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> Any:
     try:
         refuse = None if allow_nan else _refuse
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        return json.loads(text, object_pairs_hook=_once, parse_constant=refuse)
+        fields = json.loads(text, object_pairs_hook=_once, parse_constant=refuse)
     except RecursionError:
         raise ValueError("must be JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"must be JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"must be a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

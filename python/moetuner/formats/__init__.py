@@ -6,13 +6,13 @@ Nothing here imports an engine, and no engine's file imports these tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetuner._checks import instance, listed, one_of, path_in, window_in
 from moetuner.files import is_stream, kind_of, naming, size_of
-from moetuner.files.text import printable
 from moetuner.formats import (
     arrow,
     csv,
@@ -28,7 +28,6 @@ from moetuner.formats import (
 )
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout, check_placement
-from moetuner.formats.sources import files_in
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -85,7 +84,7 @@ READERS: dict[str, Reader] = {
     "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
     "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
     **{
-        kind: Reader(f"moetuner's own, as {kind}", own.recogniser(kind), own.read)
+        kind: Reader(f"moetuner's own, as {kind}", partial(own.recognises, kind), own.read)
         for kind in own.KINDS
     },
 }
@@ -114,11 +113,8 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-FIRST = 16
-
-
 def reader_of(path: str | Path) -> str:
-    """Return the name of the reader of a file or a folder, by its content.
+    """Return the name of the reader of a file, or of a folder by its first files.
 
     Raises
     ------
@@ -129,27 +125,16 @@ def reader_of(path: str | Path) -> str:
     """
     path = path_in(path)
     for name, reader in READERS.items():
-        if name not in own.KINDS and reader.recognises(path):
+        if reader.recognises(path):
+            if path.is_file() and name == "npy" and omni_infer.recognises_map(path):
+                rule = (
+                    "must be recorded routing, got a placement: 0 or 1 [devices, layers, experts]"
+                )
+                raise ValueError(f"{path}: {rule}")
             return name
-    if path.is_file() and omni_infer.recognises_map(path):
-        raise ValueError(
-            f"{path}: must be recorded routing, got a placement: 0 or 1 [devices, layers, experts]"
-        )
-    if not path.is_dir():
-        return kind_of(path)
-    # Of a folder, the first files are looked at.
-    kinds: set[str] = set()
-    for file in files_in([path])[:FIRST]:
-        try:
-            kinds.add(kind_of(file))
-        except ValueError:
-            kinds.add(f"{printable(file.name)} of none")
-    if len(kinds) != 1 or not kinds <= {*own.KINDS}:
-        raise ValueError(
-            f"{path}: folder must hold the files of one recording and no others, got "
-            f"{', '.join(sorted(kinds)[:3]) or 'none'}"
-        )
-    return kinds.pop()
+    if path.is_dir():
+        raise ValueError(f"{path}: folder must hold the files of a recording, got none")
+    return kind_of(path)
 
 
 def open_input(
@@ -267,11 +252,11 @@ def form_of(path: str | Path) -> str:
     raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
 
 
-def read_map(path: str | Path, hints: Hints) -> Layout:
-    """Read a map of experts of any format as it stands; its content decides what it is."""
+def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
+    """Read a map of experts as it stands; its content decides of which format, if none is given."""
     path = path_in(path)
     with naming(path):
-        layout: Layout = WRITERS[form_of(path)].of.read_map(path, hints)
+        layout: Layout = WRITERS[form or form_of(path)].of.read_map(path, hints)
     return layout
 
 
@@ -315,12 +300,12 @@ def read_placement(
     path = path_in(path)
     if form is not None:
         one_of("form", form, WRITERS)
-    of = WRITERS[form or form_of(path)].of
-    if of is own:
+    form = form or form_of(path)
+    if WRITERS[form].of is own:
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
+    layout = read_map(path, hints, form)
     with naming(path):
-        layout: Layout = of.read_map(path, hints)
         return layout.placement(hints)
 
 

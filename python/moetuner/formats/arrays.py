@@ -17,20 +17,20 @@ from moetuner.formats.records import head
 
 
 def names_in(path: Path) -> list[str]:
-    """List the names of the arrays of a file; none where it has no names.
+    """List the names of the arrays of a file; none where it holds something else.
 
-    Those of a list of torch.save are ``arr_0`` and so on, as ``numpy.savez`` gives them.
+    Those of a list of torch.save are ``arr_0`` and so on, as ``numpy.savez`` gives them; an array
+    that is alone in a file has the empty name.
     """
     if pickled.is_pickled(path):
-        content = pickled.peek(path)
-        return [*_named(content)] if isinstance(content, dict | list | tuple) else []
+        return [*_named(pickled.peek(path))]
     start = head(path, 9)
     if start.startswith(b"PK"):
         with naming(path):
             return sorted(npz.names_in_npz(path))
     if start[8:] == b"{" and kind_of(path) == "safetensors":
         return list(safetensors.read_header(path).entries)
-    return []
+    return [""] if start.startswith(npz.MAGIC) else []
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -41,8 +41,9 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
             if not isinstance(content[name], pickled.Tensor):
                 raise ValueError(f"{name:.60} must be a tensor, got {shown(content[name])}")
         return {name: content[name].array() for name in names}
-    if kind_of(path) == "npz":
-        return npz.read_npz(path, tuple(names))
+    kind = kind_of(path)
+    if kind != "safetensors":
+        return npz.read_npz(path, names) if kind == "npz" else {"": npz.read_npy(path)}
     header = safetensors.read_header(path)
     return {name: safetensors.read(path, header.tensor(name)) for name in names}
 
@@ -79,7 +80,9 @@ def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, 
 
 
 def _named(content: Any) -> dict[str, Any]:
-    """Return the members of a container by their names."""
+    """Return the members of a container, or a tensor alone, by their names."""
     if isinstance(content, dict):
         return {str(name): value for name, value in content.items()}
-    return {f"arr_{number}": value for number, value in enumerate(content)}
+    if isinstance(content, list | tuple):
+        return {f"arr_{number}": value for number, value in enumerate(content)}
+    return {"": content} if isinstance(content, pickled.Tensor) else {}

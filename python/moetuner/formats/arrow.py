@@ -64,7 +64,12 @@ def _opened(path: Path) -> Iterator[Source]:
                 texts = [name for name in LABELS if name in schema.names]
                 reader = pyarrow.parquet.ParquetFile(file, metadata=about, read_dictionary=texts)
             else:
-                reader = pyarrow.ipc.open_file(file)
+                # Behind its first bytes a file is a stream, which has no places to point outside.
+                file.seek(len(ARROW))
+                messages = pyarrow.ipc.MessageReader.open_stream(file)
+                _check_size(size, 0, sum(map(_unpacked_bytes, messages)))
+                file.seek(len(ARROW))
+                reader = pyarrow.ipc.open_stream(file)
                 schema = reader.schema
             if len(set(schema.names)) < len(schema.names):
                 raise ValueError("columns must have different names")
@@ -73,13 +78,13 @@ def _opened(path: Path) -> Iterator[Source]:
             batches = _parquet_batches if is_parquet else _arrow_batches
 
             def add_to(names: Sequence[str], add: Add) -> None:
-                for batch in batches(reader, file, size, list(names)):
+                for batch in batches(reader, size, list(names)):
                     # Offsets that point outside would be followed.
                     batch.validate(full=True)
                     add({name: _values(name, batch.column(name)) for name in names})
 
             yield Source(list(schema.names), experts, add_to)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, MemoryError) as error:
         raise ValueError(f"damaged file: {error}") from None
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # a place beyond all files
@@ -87,7 +92,7 @@ def _opened(path: Path) -> Iterator[Source]:
         raise ValueError(f"damaged file: {error}") from None
 
 
-def _parquet_batches(reader: Any, _: Any, size: int, names: list[str]) -> Iterator[Any]:
+def _parquet_batches(reader: Any, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
     about = reader.metadata
     values, unpacked = about.num_rows, 0
@@ -101,15 +106,13 @@ def _parquet_batches(reader: Any, _: Any, size: int, names: list[str]) -> Iterat
     yield from reader.iter_batches(BATCH, columns=names)
 
 
-def _arrow_batches(reader: Any, file: Any, size: int, names: list[str]) -> Iterator[Any]:
+def _arrow_batches(reader: Any, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
     rows = 0
-    _check_size(size, 0, _unpacked_bytes(file, size))
-    for number in range(reader.num_record_batches):
-        batch = reader.get_batch(number).select(names)
+    for batch in reader:
         rows += batch.num_rows
         _check_size(size, rows, 0)
-        yield batch
+        yield batch.select(names)
 
 
 def _check_size(size: int, values: int, unpacked: int) -> None:
@@ -126,69 +129,33 @@ def _check_size(size: int, values: int, unpacked: int) -> None:
         )
 
 
-def _unpacked_bytes(file: Any, size: int) -> int:
-    """Add up what the compressed buffers of an Arrow file say that they unpack to.
+def _unpacked_bytes(message: Any) -> int:
+    """Add up what the compressed buffers of a batch say that they unpack to.
 
-    The footer says where its batches are, each begins with its list of buffers, and each of these
-    with its unpacked size (``File.fbs`` and ``Message.fbs`` of Arrow, tables of flatbuffers).
+    Each begins with its unpacked size; where they are is in the message's tables of flatbuffers
+    (``Message.fbs`` of Arrow), which pyarrow has checked.
     """
-    file.seek(size - 10)
-    length = int.from_bytes(file.read(4), "little", signed=True)
-    if not 0 < length <= size - 10:
-        raise ValueError(f"damaged file: its footer has {length} bytes")
-    file.seek(size - 10 - length)
-    data = file.read(length)
-    total = looked_at = 0
-    try:
-        footer = _Flat(data)
-        for field in (2, 3):  # dictionaries, batches
-            for at in footer.structs(footer.root, field, 24):
-                begin, about = struct.unpack_from("<qi", footer.data, at)
-                looked_at += max(about, 0)
-                if looked_at > size:
-                    raise ValueError("damaged file: its batches overlap")
-                file.seek(max(begin, 0))
-                text = file.read(max(about, 0))
-                # Before Arrow 0.15 there was only the length in front.
-                message = _Flat(text[8:] if text.startswith(b"\xff\xff\xff\xff") else text[4:])
-                batch = message.table(message.root, 2)
-                if field == 2 and batch is not None:
-                    batch = message.table(batch, 1)
-                if batch is None or message.table(batch, 3) is None:
-                    continue  # not compressed
-                for place in message.structs(batch, 2, 16):
-                    offset, stored = struct.unpack_from("<qq", message.data, place)
-                    file.seek(max(begin + about + offset, 0))
-                    unpacked = int.from_bytes(file.read(8), "little", signed=True)
-                    total += max(unpacked, 0) if stored > 0 else 0
-    except struct.error:
-        raise ValueError("damaged file: its footer points outside itself") from None
-    return total
+    data = message.metadata.to_pybytes()
+    batch = _field(data, struct.unpack_from("<I", data)[0], 2)
+    if message.type == "dictionary":
+        batch = _field(data, batch, 1)
+    is_compressed = message.type != "schema" and _field(data, batch, 3)
+    buffers = _field(data, batch, 2) if is_compressed else 0
+    if not buffers:
+        return 0
+    end = buffers + 4 + 16 * struct.unpack_from("<I", data, buffers)[0]
+    places = struct.iter_unpack("<qq", data[buffers + 4 : end])
+    begins = [message.body.slice(at, 8) for at, stored in places if stored > 0 <= at]
+    return sum(max(int.from_bytes(of.to_pybytes(), "little", signed=True), 0) for of in begins)
 
 
-class _Flat:
-    """Tables of flatbuffers, as far as sizes need them."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.root = struct.unpack_from("<I", data)[0]
-
-    def table(self, table: int, number: int) -> int | None:
-        """Return where a table or a list in a table is; None if it has its default."""
-        back = struct.unpack_from("<i", self.data, table)[0]
-        end = struct.unpack_from("<H", self.data, table - back)[0]
-        if 4 + 2 * number >= end:
-            return None
-        at = table + struct.unpack_from("<H", self.data, table - back + 4 + 2 * number)[0]
-        return None if at == table else at + int(struct.unpack_from("<I", self.data, at)[0])
-
-    def structs(self, table: int, number: int, size: int) -> range:
-        """Return where the structs of a list are."""
-        at = self.table(table, number)
-        if at is None:
-            return range(0)
-        count = struct.unpack_from("<I", self.data, at)[0]
-        return range(at + 4, min(at + 4 + count * size, len(self.data)), size)
+def _field(data: bytes, table: int, number: int) -> int:
+    """Return where a table or a list in a table is; 0 if it has none."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", data, fields)[0]:
+        return 0
+    at = struct.unpack_from("<H", data, fields + 4 + 2 * number)[0]
+    return int(at and table + at + struct.unpack_from("<I", data, table + at)[0])
 
 
 def _values(name: str, column: Any) -> Any:
@@ -223,15 +190,13 @@ def _labels(column: Any) -> Any:
     if column.null_count:
         raise ValueError("columns must have no empty values")
     is_dictionary = pyarrow.types.is_dictionary(column.type)
-    kind = column.type.value_type if is_dictionary else column.type
-    if not str(kind).startswith(("int", "uint", "string", "large_string")):
+    kind = str(column.type.value_type if is_dictionary else column.type)
+    if not kind.startswith(("int", "uint", "string", "large_string")):
         raise ValueError(f"sequence and group must be integers or texts, got {kind}")
     if is_dictionary:
-        codes, place = np.unique(column.indices.to_numpy(), return_inverse=True)
-        texts = np.empty(len(codes), dtype=object)
-        texts[:] = [column.dictionary[int(code)].as_py() for code in codes]
-        return texts[place].tolist()
-    if str(kind) == "string_view":
+        texts = column.dictionary.to_pylist()
+        return [texts[code] for code in column.indices.to_pylist()]
+    if kind == "string_view":
         # Many views may be of the same bytes: their lengths, the first of four numbers each.
         views = np.frombuffer(column.buffers()[1], dtype=np.int32)[::4]
         if views.max(initial=0) > LONGEST_LABEL:

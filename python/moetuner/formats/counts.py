@@ -33,6 +33,10 @@ def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]
     """Add counts to what was added before, of which there may be nothing yet."""
     if total is None:
         return counts.astype(np.int64)
+    if total.shape != counts.shape:
+        raise ValueError(
+            f"counts must be {list(total.shape)} like those before, got {list(counts.shape)}"
+        )
     if int(total.max(initial=0)) + int(counts.max(initial=0)) >= 1 << 63:
         raise ValueError("counts must add up to less than 2**63")
     return total.astype(np.int64, copy=False) + counts.astype(np.int64, copy=False)
@@ -47,11 +51,6 @@ def sum_of_ranks(
         with naming(path):
             load = counts_in("counts", load_of(path))
             hints.check_experts(load.shape[2])
-            if total is not None and total.shape != load.shape:
-                raise ValueError(
-                    f"counts must be {list(total.shape)} [windows, layers, experts] like those "
-                    f"of the ranks before, got {list(load.shape)}"
-                )
             total = added(total, load)
     if total is None:
         raise ValueError("must have a file, got none")

@@ -192,32 +192,7 @@ def _slots(
     """Return the slots of every device in every layer."""
     experts, devices = statistics.experts, topology.devices
     fewest = -(-experts // devices)
-    if extra_slots is not None:
-        if slots_per_device is not None:
-            raise ValueError("slots_per_device and extra_slots cannot both be given")
-        slots_per_device = _shared(of, extra_slots, statistics.layers, experts, devices)
-    if slots_per_device is None:
-        slots_per_device = topology.slots_per_device or fewest
-    if isinstance(slots_per_device, tuple | list | np.ndarray):
-        slots_per_device = per_device("slots_per_device", slots_per_device, devices)
-        if len(set(slots_per_device)) > 1:
-            raise ValueError(
-                f"slots_per_device must be the same on every device, as {of.title} has them, got "
-                f"{min(slots_per_device)} to {max(slots_per_device)}: {max(slots_per_device)} "
-                "on every device would do"
-            )
-        slots_per_device = slots_per_device[0]
-    slots = whole_number("slots_per_device", slots_per_device)
-    if slots < fewest:
-        raise ValueError(
-            f"slots_per_device must be at least {fewest} for {experts} experts on {devices} "
-            f"devices, got {slots}"
-        )
-    if of.may_copy and slots > experts:
-        raise ValueError(
-            f"slots_per_device must be at most {experts}, one for each expert, got {slots}"
-            + ("" if extra_slots is None else f" by extra_slots {extra_slots}")
-        )
+    most = experts if of.may_copy else fewest
     if not of.may_copy and experts % devices:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
         near = [max(n for n in divisors if n < devices), *(n for n in divisors if n > devices)]
@@ -225,24 +200,34 @@ def _slots(
             f"devices must divide {experts} experts, as {of.title} has no copies of experts, got "
             f"{devices}: {' or '.join(map(str, near[:2]))} would"
         )
-    if not of.may_copy and slots != fewest:
+    if extra_slots is not None:
+        if slots_per_device is not None:
+            raise ValueError("slots_per_device and extra_slots cannot both be given")
+        step, needed = statistics.layers * devices, statistics.layers * experts
+        slots_per_device, rest = divmod(
+            needed + whole_number("extra_slots", extra_slots, lowest=0), step
+        )
+        if rest:
+            fit = [n * step - needed for n in (slots_per_device, slots_per_device + 1)]
+            raise ValueError(
+                f"extra_slots must give every device as many slots in every layer, as {of.title} "
+                f"has them, got {extra_slots}: {' or '.join(str(n) for n in fit if n >= 0)} would"
+            )
+    if slots_per_device is None:
+        slots_per_device = topology.slots_per_device or fewest
+    if isinstance(slots_per_device, tuple | list | np.ndarray):
+        slots_per_device, *others = sorted(
+            per_device("slots_per_device", slots_per_device, devices)
+        )
+        if others and others[-1] != slots_per_device:
+            raise ValueError(
+                f"slots_per_device must be the same on every device, as {of.title} has them, got "
+                f"{slots_per_device} to {others[-1]}: {others[-1]} on every device would do"
+            )
+    slots = whole_number("slots_per_device", slots_per_device)
+    if not fewest <= slots <= most:
         raise ValueError(
-            f"slots_per_device must be {fewest}, as {of.title} has no copies of experts, "
-            f"got {slots}"
+            f"slots_per_device must be from {fewest} to {most} for {experts} experts on {devices} "
+            f"devices of {of.title}, got {slots}"
         )
     return slots
-
-
-def _shared(of: Engine, extra_slots: int, layers: int, experts: int, devices: int) -> int:
-    """Return the slots of a device in a layer where all of them share so many extra ones."""
-    whole_number("extra_slots", extra_slots, lowest=0)
-    step, needed = layers * devices, layers * experts
-    total = needed + extra_slots
-    if total % step:
-        around = (total // step * step, -(-total // step) * step)
-        fit = [str(n - needed) for n in around if n >= needed]
-        raise ValueError(
-            f"extra_slots must give every device as many slots in every layer, as {of.title} "
-            f"has them, got {extra_slots}: {' or '.join(fit)} would"
-        )
-    return total // step

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, shown
+from moetuner._checks import EXPERT_LIMIT, array_in, shown
 from moetuner.formats.engines import ENGINES, Engine
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
@@ -47,26 +47,19 @@ class Layout:
     @classmethod
     def of(cls, rows: Any, **fields: Any) -> Layout:
         """Check that rows are integers of one width, and wrap them."""
-        if not isinstance(rows, list | tuple | np.ndarray) or not len(rows):
-            raise ValueError(f"must have at least one row of expert ids, got {shown(rows)}")
+        rows = list(rows) if isinstance(rows, list | tuple | np.ndarray) else []
         for number, row in enumerate(rows):
-            if not isinstance(row, list | tuple | np.ndarray):
-                raise ValueError(f"row {number} must be a list of expert ids, got {shown(row)}")
-            if len(row) != len(rows[0]) or not len(row):
-                raise ValueError(
-                    f"row {number} must have {len(rows[0]) or 'some'} slots like row 0, "
-                    f"got {len(row)}"
-                )
-        try:
-            table = np.asarray(rows)
-        except (ValueError, OverflowError):
-            raise ValueError("rows must be integers [layers, slots]") from None
-        if table.ndim != 2 or table.dtype.kind not in "iu":
+            slots = len(row) if isinstance(row, list | tuple | np.ndarray) else 0
+            if not slots or slots != len(rows[0]):
+                like = f"{len(rows[0])} slots like row 0" if number else "expert ids in its slots"
+                raise ValueError(f"row {number} must have {like}, got {slots or shown(row)}")
+        if not rows:
+            raise ValueError("must have at least one row of expert ids, got none")
+        table = array_in("rows", rows)
+        if table.ndim != 2 or table.dtype.kind not in "iu" or int(table.max()) >= 1 << 63:
             raise ValueError(
-                f"rows must be integers [layers, slots], got {table.dtype} {list(table.shape)}"
+                f"rows must be integers below 2**63 [layers, slots], got {shown(table)}"
             )
-        if int(table.max()) >= 1 << 63:
-            raise ValueError(f"rows must be integers below 2**63, got {table.max()}")
         return cls(table.astype(np.int64), **fields)
 
     @classmethod
@@ -93,12 +86,10 @@ class Layout:
         moe = hints.moe_layers(len(rows)) if self.counts_dense else None
         rows = rows if moe is None else rows[moe]
         devices = self.devices or hints.devices
-        if self.devices is not None and hints.devices not in (None, self.devices):
-            raise ValueError(f"devices must be {self.devices} as in the file, got {hints.devices}")
         if devices is None:
             raise ValueError("devices must be given: the file does not say how many there are")
-        if rows.shape[1] % devices:
-            raise ValueError(f"devices must divide the {rows.shape[1]} slots, got {devices}")
+        for fault in _device_faults(self, None, hints):
+            raise ValueError(fault)
         experts = hints.num_experts or self.num_experts or int(rows.max(initial=EMPTY)) + 1
         slots = rows.reshape(len(rows), devices, -1)
         return Placement(cast(Any, slots), num_experts=experts)
@@ -170,12 +161,10 @@ def _device_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
         return []
     experts = np.sort(layout.experts.reshape(rows, devices, -1), axis=2)
     twice = np.argwhere((experts[:, :, 1:] == experts[:, :, :-1]) & (experts[:, :, 1:] != EMPTY))
-    if not len(twice):
-        return []
-    row, device, slot = twice[0]
     return [
         f"{layout.where(row)}, device {device}: expert {experts[row, device, slot]} is there twice"
         f"{_more(len(twice))}: {of.title} {of.repeated}"
+        for row, device, slot in twice[:1]
     ]
 
 
@@ -192,13 +181,13 @@ def _expert_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
             f"{layout.where(row, slot)}: expert {table[row, slot]} is not below {experts}"
             f"{_more(len(wrong))}: of another model, or damaged"
         ]
-    messages = []
     empty = np.argwhere(table == EMPTY)
-    if len(empty):
-        where, more = layout.where(*empty[0]), _more(len(empty))
-        messages.append(f"{where} is empty{more}: every slot must be full")
+    messages = [
+        f"{layout.where(row, slot)} is empty{_more(len(empty))}: every slot must be full"
+        for row, slot in empty[:1]
+    ]
     for number, row in enumerate(table):
-        missing = np.flatnonzero(np.bincount(row[row >= 0], minlength=experts) == 0)
+        missing = np.setdiff1d(np.arange(experts), row)
         if len(missing):
             messages.append(
                 f"{layout.where(number)}: expert {missing[0]} has no slot{_more(len(missing))}: "

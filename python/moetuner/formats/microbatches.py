@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import id_type
+from moetuner._checks import id_type, shown
+from moetuner.files import naming
+from moetuner.files.contents import TraceInParts
 from moetuner.trace import RoutingTrace
 
 # A step, which of the rank's microbatches in that step, and the rank.
@@ -52,39 +53,35 @@ class Microbatches:
         """
         numbers = sorted(set().union(*self.layers.values()))
         keys = sorted(self.layers)
-        rows = []
-        for key in keys:
-            layers = self.layers.pop(key)
-            here = f"{where}: step {key[0]}, rank {key[2]}"
+        last = {rank: step for step, _, rank in keys}
+        ranks = sorted(last)
+        trace = TraceInParts(self.experts)
+        for sequence, (step, _, rank) in enumerate(keys):
+            layers = self.layers.pop(keys[sequence])
+            here = f"{where}: step {step}, rank {rank}"
             missing = sorted(set(numbers) - layers.keys())
             if missing:
                 raise ValueError(
-                    f"{here}: must have ids of each of layers {_few(numbers)}, got none of layer "
+                    f"{here}: must have ids of each of layers {shown(numbers)}, got none of layer "
                     f"{missing[0]}: a file is cut off or missing"
                 )
             sizes = {layers[layer].shape for layer in numbers}
             if len(sizes) > 1:
                 raise ValueError(f"{here}: layers must have the same tokens, got {sorted(sizes)}")
-            rows.append(np.stack([layers[layer] for layer in numbers], axis=1))
-        last = {rank: step for step, _, rank in keys}
+            ids = np.stack([layers[layer] for layer in numbers], axis=1)
+            if trace.ids and trace.ids[0].shape[1:] != ids.shape[1:]:
+                raise ValueError(f"{where}: all ids must have the same top-k, got several")
+            with naming(where):
+                labels = np.full(len(ids), sequence), np.full(len(ids), ranks.index(rank))
+                trace.add(ids, sequence=labels[0], group=labels[1])
         short, long = min(last, key=lambda r: (last[r], r)), max(last, key=lambda r: last[r])
         if last[short] != last[long]:
             raise ValueError(
                 f"{where}: rank {short} must have steps to {last[long]} like rank {long}, "
                 f"got {last[short]} as its last: the file is cut off"
             )
-        if len({row.shape[1:] for row in rows}) > 1:
-            raise ValueError(f"{where}: all ids must have the same top-k, got several")
-        tokens = [len(row) for row in rows]
-        ranks = sorted(last)
-        group = [ranks.index(rank) for _, _, rank in keys]
-        return RoutingTrace.from_arrays(
-            np.concatenate(rows),
-            num_experts=self.experts,
-            sequence=np.repeat(np.arange(len(keys)), tokens),
-            group=np.repeat(np.asarray(group, dtype=np.int16), tokens),
-            group_names=[f"rank {rank}" for rank in ranks],
-        )
+        names = [f"rank {rank}" for rank in ranks]
+        return RoutingTrace(**vars(trace.contents(group_names=names)))
 
     def join_stages(self) -> None:
         """Join what ranks of several pipeline stages have of a microbatch, under the first one.
@@ -106,9 +103,3 @@ class Microbatches:
         for (step, turn, rank), layers in self.layers.items():
             joined.setdefault((step, turn, first[rank]), {}).update(layers)
         self.layers = joined
-
-
-def _few(numbers: Iterable[int]) -> str:
-    """Return the first of some numbers as text."""
-    texts = list(map(str, numbers))
-    return ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")

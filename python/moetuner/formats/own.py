@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moetuner.files import Kind, kind_of
 from moetuner.files.contents import holds_statistics
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.sources import files_in
+from moetuner.formats.sources import files_in, first_file
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -17,9 +17,10 @@ from moetuner.trace import RoutingTrace
 KINDS: tuple[Kind, ...] = ("safetensors", "npz", "npy", "jsonl")
 
 
-def recogniser(kind: Kind) -> Callable[[Path], bool]:
-    """Return the function that tells whether a file is one of a kind."""
-    return lambda path: path.is_file() and kind_of(path) == kind
+def recognises(kind: Kind, path: Path) -> bool:
+    """Whether a file, or a folder's first one, is of a kind."""
+    path = first_file(path)
+    return path.is_file() and kind_of(path) == kind
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import naming, npz, size_of
-from moetuner.files.safetensors import is_size
+from moetuner.files import naming, npz, safetensors, size_of
+from moetuner.files.safetensors import TensorInFile, is_size
 
 # Of an archive's description; per-token dumps list their tokens there.
 LONGEST_PICKLE = 1 << 27
@@ -36,7 +36,6 @@ POINTER, OBJECT, CONTAINER = 8, 40, 80
 EXPANSION = 16
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 ZIP = b"PK\x03\x04"
-LOCAL_HEADER = 30
 DESCRIPTION = "data.pkl"
 
 BFLOAT = "bfloat16"
@@ -53,6 +52,8 @@ STORAGES = {
     "BoolStorage": "bool",
 }
 DTYPES = {*STORAGES.values(), "uint16", "uint32", "uint64"}
+# What pickle raises of a damaged description, or by itself where it is cut off.
+DAMAGE = (LookupError, EOFError, struct.error, TypeError, AttributeError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,13 @@ class Tensor:
 
     def array(self) -> NDArray[Any]:
         """Read it, C-contiguous, in native byte order; bfloat16 becomes float32."""
-        stored = np.dtype("uint16" if self.dtype == BFLOAT else self.dtype).newbyteorder("<")
-        size = _span(self.shape, self.strides) * stored.itemsize
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            data = file.read(size)
-        if len(data) < size:
-            raise ValueError(f"{self.path}: file shrank while it was read")
-        flat = np.frombuffer(data, dtype=stored)
+        stored = _stored(self.dtype)
+        place = TensorInFile(stored, (_span(self.shape, self.strides),), self.start)
+        flat = safetensors.read(self.path, place)
         steps = tuple(step * stored.itemsize for step in self.strides)
         view = np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
-        array = np.ascontiguousarray(view, dtype=stored.newbyteorder("="))
-        if self.dtype == BFLOAT:
-            return (array.astype(np.uint32) << 16).view(np.float32)
-        return array.reshape(self.shape)
+        array = np.ascontiguousarray(view).reshape(self.shape)
+        return (array.astype("u4") << 16).view("f4") if self.dtype == BFLOAT else array
 
 
 def is_pickled(path: Path) -> bool:
@@ -119,8 +113,8 @@ def load(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _load(path: Path, *_: int) -> Any:
-    size = size_of(path)
     with naming(path):
+        size_of(path)
         with path.open("rb") as file:
             start = file.read(len(LEGACY))
         if start == LEGACY:
@@ -131,7 +125,11 @@ def _load(path: Path, *_: int) -> Any:
         if not start.startswith(ZIP):
             raise ValueError("must be a zip archive as torch.save writes it")
         with npz.opened(path, "archive of torch.save") as archive:
-            return _Archive(path, size, archive).content()
+            return _Machine(path, archive).content()
+
+
+def _stored(dtype: str) -> np.dtype[Any]:
+    return np.dtype("uint16" if dtype == BFLOAT else dtype).newbyteorder("<")
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -141,100 +139,18 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
 
 
-class _Archive:
-    """The entries of an archive, all of them plain bytes of the file."""
-
-    def __init__(self, path: Path, size: int, archive: zipfile.ZipFile) -> None:
-        self.path, self.size = path, size
-        self.entries = {info.filename: info for info in archive.infolist()}
-        descriptions = [n for n in self.entries if n.endswith(DESCRIPTION)]
-        if len(descriptions) != 1:
-            raise ValueError(
-                f"must have one {DESCRIPTION} as torch.save writes it, got {len(descriptions)}"
-            )
-        self.root = descriptions[0].removesuffix(DESCRIPTION)
-        order = self.root + "byteorder"
-        if order in self.entries and self.read("byteorder", 16).strip() != b"little":
-            raise ValueError("byteorder must be little: write it anew on such a machine")
-        self.storages: dict[str, tuple[int, int]] = {}
-
-    def content(self) -> Any:
-        """Carry out the description."""
-        return _Machine(self.read(DESCRIPTION, LONGEST_PICKLE), self).content()
-
-    def place(self, name: str) -> tuple[int, int]:
-        """Return first byte and number of bytes of an entry."""
-        name = self.root + name
-        info = self.entries.get(name)
-        if info is None:
-            raise ValueError(f"must have an entry {name}")
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise ValueError(f"{name}: must not be compressed, as torch.save writes it")
-        if info.flag_bits & 1:
-            raise ValueError(f"{name}: must not be encrypted")
-        if info.header_offset < 0:
-            # Bytes that are missing put the start of an entry before that of the file.
-            raise ValueError(f"{name}: must begin within the file")
-        with self.path.open("rb") as file:
-            file.seek(info.header_offset)
-            header = file.read(LOCAL_HEADER)
-        if len(header) < LOCAL_HEADER or not header.startswith(ZIP):
-            raise ValueError(f"{name}: has no header where the archive says")
-        lengths = struct.unpack("<HH", header[26:30])
-        begin = info.header_offset + LOCAL_HEADER + sum(lengths)
-        if begin + info.file_size > self.size:
-            raise ValueError(
-                f"{name}: must end within the file's {self.size} bytes, "
-                f"got {begin + info.file_size}"
-            )
-        return begin, info.file_size
-
-    def read(self, name: str, most: int) -> bytes:
-        """Read an entry."""
-        begin, size = self.place(name)
-        if size > most:
-            raise ValueError(f"{self.root}{name}: must have at most {most} bytes, got {size}")
-        with self.path.open("rb") as file:
-            file.seek(begin)
-            return file.read(size)
-
-    def tensor(
-        self, storage: _Storage, dtype: str, offset: Any, shape: Any, strides: Any
-    ) -> Tensor:
-        """Check a tensor against the entry of its storage."""
-        for name, sizes in (("size", shape), ("stride", strides)):
-            if not isinstance(sizes, tuple) or not all(map(is_size, sizes)):
-                raise ValueError(f"{name} of a tensor must be sizes, got a {type(sizes).__name__}")
-        if not is_size(offset) or len(shape) != len(strides) or len(shape) > 16:
-            raise ValueError("offset, size and stride of a tensor must fit together")
-        if storage.key not in self.storages:
-            self.storages[storage.key] = self.place(f"data/{storage.key}")
-        begin, size = self.storages[storage.key]
-        width = np.dtype("uint16" if dtype == BFLOAT else dtype).itemsize
-        needed = max(offset + _span(shape, strides), prod(shape))
-        if prod(shape) and needed > size // width:
-            raise ValueError(
-                f"storage {storage.key} must have {needed} {dtype} for a tensor {list(shape)}, "
-                f"got {size // width}"
-            )
-        start = begin + offset * width
-        return Tensor(self.path, dtype, shape, strides, start)
-
-
 @dataclass(frozen=True)
 class _Storage:
-    """Raw bytes of tensors; untyped where the tensor says its type."""
+    """Raw bytes of tensors: the key of their entry, and their type, None if the tensor says it."""
 
     key: str
     dtype: str | None
 
 
-TENSOR_V2, TENSOR_V3 = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
-PARAMETER = "torch._utils._rebuild_parameter"
-ORDERED, SIZE = "collections.OrderedDict", "torch.Size"
-NAMES = {TENSOR_V2, TENSOR_V3, PARAMETER, ORDERED, SIZE, "torch.device"}
+NAMES = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
+NAMES |= {"torch._utils._rebuild_parameter", "collections.OrderedDict"}
+NAMES |= {"torch.Size", "torch.device", "torch.storage.UntypedStorage", "torch.UntypedStorage"}
 NAMES |= {f"torch.{name}" for name in (*STORAGES, *DTYPES)}
-NAMES |= {"torch.storage.UntypedStorage", "torch.UntypedStorage"}
 
 # Instructions that are carried out, and bytes of memory of what each makes, beside its text.
 COSTS = dict.fromkeys(map(ord, "NK\x88\x89)hjqr\x94"), POINTER)
@@ -248,30 +164,25 @@ class _Name:
     """What a description may name: it stands for no more than its name, and for what that makes."""
 
     text: str
-    archive: _Archive
+    machine: _Machine
 
     def __call__(self, *arguments: Any) -> Any:
         """Make the container or tensor that a name and its arguments stand for."""
-        name = self.text
-        if name == ORDERED and not arguments:
-            return {}
-        if name == SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple):
-            return arguments[0]
-        if name == "torch.device":
-            return ":".join(str(part) for part in arguments if isinstance(part, str | int))
-        if name == PARAMETER and arguments and isinstance(arguments[0], Tensor):
-            return arguments[0]
-        if name in (TENSOR_V2, TENSOR_V3) and len(arguments) >= 4:
-            storage, offset, shape, strides = arguments[:4]
-            if not isinstance(storage, _Storage):
-                raise ValueError("a tensor must have a storage")
-            dtype = storage.dtype
-            if name == TENSOR_V3 and len(arguments) >= 7 and isinstance(arguments[6], _Name):
+        match (self.text, *arguments):
+            case ("collections.OrderedDict",):
+                return {}
+            case ("torch.Size", tuple(sizes)):
+                return sizes
+            case ("torch.device", *parts):
+                return ":".join(str(part) for part in parts if isinstance(part, str | int))
+            case ("torch._utils._rebuild_parameter", Tensor() as tensor, *_):
+                return tensor
+            case ("torch._utils._rebuild_tensor_v3", of, start, shape, strides, _, _, _Name(), *_):
                 dtype = arguments[6].text.removeprefix("torch.")
-            if dtype not in DTYPES:
-                raise ValueError(f"a tensor must have a known element type, got {dtype}")
-            return self.archive.tensor(storage, str(dtype), offset, shape, strides)
-        raise ValueError(f"asks for a call of {name} that torch.save does not write")
+                return self.machine.tensor(of, dtype, start, shape, strides)
+            case ("torch._utils._rebuild_tensor_v2", _Storage() as of, start, shape, strides, *_):
+                return self.machine.tensor(of, of.dtype, start, shape, strides)
+        raise ValueError(f"asks for a call of {self.text} that torch.save does not write")
 
 
 class _Memo(list[Any]):
@@ -284,15 +195,25 @@ class _Memo(list[Any]):
 
 
 class _Machine(pickle._Unpickler):
-    """Pickle's stack machine, as far as plain content needs it."""
+    """Pickle's stack machine, as far as plain content needs it, over the entries of an archive."""
 
     # Pickle's own: what is above the last mark, and what is below it.
     stack: list[Any]
     metastack: list[list[Any]]
 
-    def __init__(self, text: bytes, archive: _Archive) -> None:
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self.path, self.size, self.archive = path, size_of(path), archive
+        descriptions = [name for name in archive.namelist() if name.endswith(DESCRIPTION)]
+        if len(descriptions) != 1:
+            raise ValueError(
+                f"must have one {DESCRIPTION} as torch.save writes it, got {len(descriptions)}"
+            )
+        self.root = descriptions[0].removesuffix(DESCRIPTION)
+        order = self.root + "byteorder"
+        if order in archive.namelist() and self.entry("byteorder", 16)[:6] != b"little":
+            raise ValueError("byteorder must be little: write it anew on such a machine")
+        text = self.entry(DESCRIPTION, LONGEST_PICKLE)
         super().__init__(io.BytesIO(text))
-        self.archive = archive
         self.memo = _Memo()
         self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
         self.most = max(1 << 16, EXPANSION * len(text))
@@ -301,16 +222,55 @@ class _Machine(pickle._Unpickler):
         """Carry out instruction after instruction, up to the last."""
         try:
             content = self.load()
-        except (IndexError, EOFError, struct.error):
-            raise ValueError("damaged description: it is cut off") from None
-        except (TypeError, AttributeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"damaged description: {error}") from None
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"damaged description: {error}") from None
+        except (*DAMAGE, pickle.UnpicklingError) as error:
+            raise ValueError(f"damaged description: {error or 'it is cut off'}") from None
         if self.stack or self.metastack:
             raise ValueError("damaged description: it must leave one value")
         _check_unfolded(content, self.most)
         return content
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return first byte and number of bytes of an entry: plain bytes of the file."""
+        try:
+            info = self.archive.getinfo(self.root + name)
+        except KeyError:
+            raise ValueError(f"must have an entry {self.root}{name}") from None
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError(f"{info.filename}: must not be compressed, as torch.save writes it")
+        with self.archive.open(info):
+            begin = cast(IO[bytes], self.archive.fp).tell()  # after the entry's own header
+        if begin + info.file_size > self.size:
+            raise ValueError(
+                f"{info.filename}: must end within the file's {self.size} bytes, "
+                f"got {begin + info.file_size}"
+            )
+        return begin, info.file_size
+
+    def entry(self, name: str, most: int) -> bytes:
+        """Read an entry."""
+        begin, size = self.place(name)
+        if size > most:
+            raise ValueError(f"{self.root}{name}: must have at most {most} bytes, got {size}")
+        return safetensors.read(self.path, TensorInFile(np.dtype("u1"), (size,), begin)).tobytes()
+
+    def tensor(self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+        """Check a tensor against the entry of its storage."""
+        if not isinstance(storage, _Storage) or dtype not in DTYPES:
+            raise ValueError(f"a tensor must have a storage and an element type, got {dtype}")
+        are_tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
+        if not are_tuples or not all(map(is_size, (offset, *shape, *strides))):
+            raise ValueError("offset, size and stride of a tensor must be sizes")
+        if len(shape) != len(strides) or len(shape) > 16:
+            raise ValueError("size and stride of a tensor must fit together")
+        begin, size = self.place(f"data/{storage.key}")
+        width = _stored(dtype).itemsize
+        needed = max(offset + _span(shape, strides), prod(shape))
+        if prod(shape) and needed > size // width:
+            raise ValueError(
+                f"storage {storage.key} must have {needed} {dtype} for a tensor {list(shape)}, "
+                f"got {size // width}"
+            )
+        return Tensor(self.path, dtype, shape, strides, begin + offset * width)
 
     def spend(self, size: int) -> None:
         """Count memory of what is made."""
@@ -332,7 +292,8 @@ class _Machine(pickle._Unpickler):
         self.spend(CONTAINER * (len(pairs) // 2))
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # The hash of a tuple of tuples could take for ever.
-            if not all(map(_is_plain, key if isinstance(key, tuple) else [key])):
+            parts = key if isinstance(key, tuple) else (key,)
+            if not all(isinstance(part, str | int | float | None) for part in parts):
                 raise TypeError(f"keys must be texts or numbers, got a {type(key).__name__}")
             target[key] = value
 
@@ -344,29 +305,22 @@ class _Machine(pickle._Unpickler):
                 f"asks for {text:.80}, which is no plain content: pickles that call code are not "
                 "opened"
             )
-        return _Name(text, self.archive)
+        return _Name(text, self)
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Return the storage that a persistent id names."""
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise ValueError("persistent ids must be storages")
-        _, kind, key, _, count = pid
-        name = kind.text.rpartition(".")[2] if isinstance(kind, _Name) else ""
-        if not isinstance(key, str) or not key.isalnum() or len(key) > 40 or not is_size(count):
-            raise ValueError("a storage must have a key and a size")
-        if name not in (*STORAGES, "UntypedStorage"):
-            raise ValueError(f"a storage must be of a known type, got {name or 'none'}")
-        return _Storage(key, STORAGES.get(name))
+        match pid:
+            case ("storage", _Name(text=text), str(key), _, _) if key.isalnum() and len(key) <= 40:
+                kind = text.rpartition(".")[2]
+                if kind in (*STORAGES, "UntypedStorage"):
+                    return _Storage(key, STORAGES.get(kind))
+        raise ValueError("persistent ids must be storages with a type and a key")
 
     def build(self) -> None:
         """Drop attributes of a dict, such as the versions of a state dict; nothing else has any."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise ValueError("asks to change an object that is no dict")
-
-
-def _is_plain(key: object) -> bool:
-    return isinstance(key, str | int | float | None)
 
 
 Action = Callable[[_Machine], object]

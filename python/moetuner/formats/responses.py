@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import shown
 from moetuner.files import naming
-from moetuner.files.ids import IdsInParts
+from moetuner.files.contents import TraceInParts
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import files_in
 from moetuner.trace import RoutingTrace
@@ -68,34 +68,33 @@ def trace_of(
     sequence
         Sequence of every token, read after all arrays are; by default an array is a sequence.
     """
-    trace: IdsInParts | None = None
-    runs: list[int] = []
+    trace: TraceInParts | None = None
+    count = 0
     for path, ids in arrays:
         if not len(ids):
             continue
         with naming(path):
             if trace is None:
-                trace = IdsInParts(hints.experts_needed())
+                trace = TraceInParts(hints.experts_needed())
                 sizes, rows = ids.shape[1:], _rows(ids, hints, source)
             if ids.shape[1:] != sizes:
                 both = f"{list(sizes)} and {list(ids.shape[1:])}"
                 raise ValueError(f"{source} must all have the same layers and top-k, got {both}")
-            trace.add(ids[:, rows])
-            runs.append(len(ids))
+            trace.add(ids[:, rows], sequence=np.full(len(ids), count, np.int32))
+            count += 1
     with naming(paths[0]):
         if trace is None:
             raise ValueError(f"{source} must have at least one token with routed experts, got none")
-        joined = trace.joined()
+        contents = trace.contents()
+        joined = contents.ids
         if hints.dense_layers is None and sizes[1] == 1:
-            rows = _with_experts(joined.values, source)
+            rows = _with_experts(joined.array(), source)
             joined = joined.select(None, np.asarray(rows))
         dense = tuple(sorted(set(range(sizes[0])) - set(rows)))
-        if sequence is None:
-            sequence = np.repeat(np.arange(len(runs)), runs)
         return RoutingTrace(
             replace(joined, left_out=(sizes[0], dense) if dense else None),
             trace.num_experts,
-            sequence=np.asarray(sequence, dtype=np.int32),
+            sequence=contents.sequence if sequence is None else np.asarray(sequence, np.int32),
         )
 
 

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming
-from moetuner.files.ids import IdsInParts
+from moetuner.files.contents import TraceInParts
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
-COLUMNS = ("token", "layer", "expert", "sequence", "group", "weight")
 LABELS = ("group", "sequence")
 LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
 LAYER = re.compile(r"(?:layers?|experts?|l)[_.]?(\d{1,5})", re.ASCII | re.IGNORECASE)
@@ -59,7 +58,7 @@ def read_tables(
                 raise ValueError(
                     f"must have columns {names[:8]} like the others, got {source.names[:8]}"
                 )
-            source.add_to(table.names, table.add)
+            source.add_to([*table.numbers, *table.labels], table.add)
     if table is None:
         raise ValueError("must have a file, got none")
     with naming(paths[0]):
@@ -83,39 +82,22 @@ class Labels(dict[str, int]):
 
 
 class Table:
-    """Rows so far, of those columns among ``names`` that are wanted."""
+    """Rows so far: columns of numbers, and labels."""
 
-    def __init__(self, names: list[str], hints: Hints) -> None:
-        self.names, self.hints = names, hints
-        self.parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    def __init__(self, numbers: list[str], names: list[str], hints: Hints) -> None:
+        self.numbers, self.hints = numbers, hints
         self.labels = {name: Labels() for name in LABELS if name in names}
-        self.count = 0
 
-    def add(self, columns: Columns) -> None:
-        """Take in rows: integers, and any values for sequences and groups."""
-        self.add_ids({name: columns[name] for name in self.names if name not in LABELS})
-        for name, labels in self.labels.items():
-            self.parts[name].append(labels.of(columns[name]))
-        self.count += len(columns[self.names[0]])
+    def labels_in(self, columns: Columns) -> dict[str, NDArray[np.int32]]:
+        """Return the numbers of the labels of some rows."""
+        return {name: of.of(columns[name]) for name, of in self.labels.items()}
 
-    def add_ids(self, columns: Columns) -> None:
-        """Check and take in what is no label."""
-        raise NotImplementedError
-
-    def joined(self) -> dict[str, NDArray[Any]]:
-        """Join the parts of every column, and forget them."""
-        if not self.count:
-            raise ValueError("must have at least one row, got none")
-        columns = {name: np.concatenate(parts) for name, parts in self.parts.items() if parts}
-        self.parts = {}
-        return columns
-
-    def about(self, labels: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """Return what a trace is told of these labels of its tokens."""
-        about: dict[str, Any] = dict(labels)
-        if "sequence" in labels:
-            about["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
-        if "group" in labels:
+    def about(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Return what a trace is told of the labels of its tokens, by their numbers."""
+        about = {name: numbers[name] for name in self.labels}
+        if "sequence" in about:
+            about["sequence"] = self.labels["sequence"].as_integers(about["sequence"])
+        if "group" in about:
             about["group_names"] = tuple(self.labels["group"])
         return about
 
@@ -125,34 +107,34 @@ class Tokens(Table):
 
     def __init__(self, names: list[str], hints: Hints) -> None:
         layers = {int(of[1]): name for name in names if (of := LAYER.fullmatch(name)) is not None}
-        columns = [layers[layer] for layer in sorted(layers)]
-        if "experts" in names:
-            columns = ["experts"]
+        columns = ["experts"] if "experts" in names else [layers[at] for at in sorted(layers)]
         if not columns:
             raise ValueError(
                 "must have a column 'experts' of ids [layers][top_k], one column of ids for every "
                 f"layer (layer_0, ...), or columns token, layer and expert; got {names[:8]}"
             )
-        self.ids = IdsInParts(hints.experts_needed())
-        super().__init__([*columns, *(name for name in LABELS if name in names)], hints)
+        super().__init__(columns, names, hints)
+        self.trace = TraceInParts(hints.experts_needed())
 
-    def add_ids(self, columns: Columns) -> None:
+    def add(self, columns: Columns) -> None:
         """Take in ids [T,K] of layers, or [T,L,K] of all."""
-        layers = list(columns.values())
-        ids = layers[0] if "experts" in columns else np.stack(layers, axis=1)
+        layers = [columns[name] for name in self.numbers]
+        ids = layers[0] if self.numbers == ["experts"] else np.stack(layers, axis=1)
         if ids.ndim != 3:
-            raise ValueError(f"{self.names[0]} must be ids, got {ids.dtype} {list(ids.shape)}")
-        if self.ids.parts and ids.shape[1:] != (before := self.ids.parts[0].shape)[1:]:
+            raise ValueError(f"{self.numbers[0]} must be ids, got {shown(ids)}")
+        if self.trace.ids and ids.shape[1:] != (before := self.trace.ids[0].shape[1:]):
             raise ValueError(
-                f"rows must have {list(before[1:])} ids [layers, top_k] like those before, "
+                f"rows must have {list(before)} ids [layers, top_k] like those before, "
                 f"got {list(ids.shape[1:])}"
             )
-        self.ids.add(ids)
+        self.trace.add(ids, **self.labels_in(columns))
 
     def traffic(self) -> RoutingTrace:
         """Return the trace."""
-        about = self.about(self.joined())
-        return RoutingTrace(self.ids.joined(), self.ids.num_experts, **about)
+        if not self.trace.tokens:
+            raise ValueError("must have at least one row, got none")
+        contents = self.trace.contents()
+        return RoutingTrace(**vars(contents) | self.about(vars(contents)))
 
 
 class Choices(Table):
@@ -165,27 +147,21 @@ class Choices(Table):
     """
 
     def __init__(self, names: list[str], hints: Hints) -> None:
-        left_out = {"weight"} if "token" in names else set()
-        super().__init__([n for n in COLUMNS if n in names and n not in left_out], hints)
+        wanted = ("token" if "token" in names else "weight", "layer", "expert")
+        super().__init__([name for name in wanted if name in names], names, hints)
+        self.parts: list[dict[str, NDArray[Any]]] = []
 
-    def add_ids(self, columns: Columns) -> None:
+    def add(self, columns: Columns) -> None:
         """Take in whole numbers from 0."""
-        for name, values in columns.items():
-            limit = LIMITS.get(name, 1 << 48)
-            if values.dtype.kind == "f" and np.array_equal(values, np.floor(values)):
-                values = values.astype(np.int64)
-            if values.dtype.kind not in "iu" or values.ndim != 1:
-                raise ValueError(
-                    f"{name} must be integers, got {values.dtype} {list(values.shape)}"
-                )
-            if values.size and (values.min() < 0 or values.max() >= limit):
-                wrong = values.min() if values.min() < 0 else values.max()
-                raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
-            self.parts[name].append(values.astype(np.uint16 if name in LIMITS else np.int64))
+        rows = {name: _whole_numbers(name, columns[name]) for name in self.numbers}
+        self.parts.append(rows | self.labels_in(columns))
 
     def traffic(self) -> Traffic:
         """Return the trace or the counts."""
-        columns = self.joined()
+        parts, self.parts = self.parts, []
+        if not any(len(part["layer"]) for part in parts):
+            raise ValueError("must have at least one row, got none")
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         layers, columns["layer"] = np.unique(columns["layer"], return_inverse=True)
         self.hints.check_have_experts(layers.tolist())
         build = self._trace if "token" in columns else self._counts
@@ -193,10 +169,10 @@ class Choices(Table):
 
     def _trace(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingTrace:
         first, token = _tokens(columns["token"], columns.get("sequence"))
-        cells = len(first) * len(layers)
-        if cells > max(self.count, FREE_CELLS):
+        cells, rows = len(first) * len(layers), len(token)
+        if cells > max(rows, FREE_CELLS):
             raise ValueError(
-                f"each token must have experts in each layer, got {self.count} rows for "
+                f"each token must have experts in each layer, got {rows} rows for "
                 f"{len(first)} tokens and {len(layers)} layers"
             )
         cell = token * len(layers) + columns["layer"]
@@ -223,16 +199,16 @@ class Choices(Table):
 
     def _counts(self, columns: dict[str, NDArray[Any]], layers: NDArray[Any]) -> RoutingStatistics:
         expert = columns["expert"].astype(np.int64)
-        experts = self.hints.num_experts or int(expert.max()) + 1
+        experts, rows = self.hints.num_experts or int(expert.max()) + 1, len(expert)
         if expert.max() >= experts:
             raise ValueError(f"expert {expert.max()} must be below num_experts {experts}")
         group = columns.get("group")
         window = columns.get("sequence", group)
-        window = np.zeros(self.count, int) if window is None else window.astype(np.int64)
+        window = np.zeros(rows, int) if window is None else window.astype(np.int64)
         shape = (int(window.max()) + 1, len(layers), experts)
-        if np.prod(shape, dtype=float) > max(FREE_CELLS, CELLS_PER_ROW * self.count):
+        if np.prod(shape, dtype=float) > max(FREE_CELLS, CELLS_PER_ROW * rows):
             raise ValueError(
-                f"counts must fill their table, got {self.count} rows for {shape[0]} windows of "
+                f"counts must fill their table, got {rows} rows for {shape[0]} windows of "
                 f"{shape[1]} layers x {experts} experts"
             )
         weight = columns.get("weight", np.ones(1, np.int64))
@@ -250,6 +226,19 @@ class Choices(Table):
         return RoutingStatistics.from_load(load, group=of_window, group_names=names)
 
 
+def _whole_numbers(name: str, values: NDArray[Any]) -> NDArray[Any]:
+    """Check whole numbers from 0, and hold them in few bytes."""
+    limit = LIMITS.get(name, 1 << 48)
+    if values.dtype.kind == "f" and np.array_equal(values, np.floor(values)):
+        values = values.astype(np.int64)
+    if values.dtype.kind not in "iu" or values.ndim != 1:
+        raise ValueError(f"{name} must be integers, got {shown(values)}")
+    if values.size and (values.min() < 0 or values.max() >= limit):
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"{name} must be from 0 to {limit - 1}, got {wrong}")
+    return values.astype(np.uint16 if name in LIMITS else np.int64)
+
+
 def _tokens(
     token: NDArray[Any], sequence: NDArray[Any] | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -259,7 +248,4 @@ def _tokens(
         _, dense = np.unique(token, return_inverse=True)
         key = sequence.astype(np.int64) * (int(dense.max()) + 1) + dense
     _, first, token_of = np.unique(key, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    number = np.empty(len(order), dtype=np.intp)
-    number[order] = np.arange(len(order))
-    return first[order], number[token_of]
+    return np.sort(first), np.argsort(np.argsort(first))[token_of]

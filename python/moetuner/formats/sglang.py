@@ -162,14 +162,10 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
         with naming(of.path):
             count = counts_in(COUNT, _tensor(of.fields, COUNT, 2).array())
             load = by_expert(count, of.slots, experts)
-        # A rank has a pass once; again, it is another run of the engine.
-        key = (of.number, seen[of.number, of.rank])
-        seen[of.number, of.rank] += 1
-        if key in sums and sums[key].shape != load.shape:
-            raise ValueError(
-                f"ranks must have the same layers, got {len(sums[key])} and {len(load)}"
-            )
-        sums[key] = added(sums.get(key), load)
+            # A rank has a pass once; again, it is another run of the engine.
+            key = (of.number, seen[of.number, of.rank])
+            seen[of.number, of.rank] += 1
+            sums[key] = added(sums.get(key), load)
     return [load[None] for load in sums.values() if load.any()]
 
 
@@ -211,25 +207,22 @@ def _translated(of: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any
         wrong = slots.max() if slots.max() >= count else slots.min()
         raise ValueError(f"pass {of.number}: slots must be below {count}, got {wrong}")
     # Expert of every slot; -1, the last entry, is no expert that there is.
-    none = np.full((len(of.slots), 1), num_experts)
-    expert_of = np.hstack([of.slots, none]).astype(np.min_scalar_type(num_experts))
-    experts = np.empty((slots.shape[1], len(slots), slots.shape[2]), expert_of.dtype)
-    for layer, row in enumerate(slots):
-        experts[:, layer] = expert_of[layer].take(row) if (row >= 0).any() else 0
-    return experts
+    expert_of = np.pad(of.slots, ((0, 0), (0, 1)), constant_values=num_experts)
+    expert_of = expert_of.astype(np.min_scalar_type(num_experts))
+    experts = expert_of[np.arange(len(slots))[:, None, None], slots]
+    experts[~(slots >= 0).any(axis=(1, 2))] = 0
+    return np.ascontiguousarray(experts.transpose(1, 0, 2))
 
 
 def _tokens_of(of: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
     """Return input ids, positions and the lengths of the prompts of a pass."""
-    lists: list[list[int]] = []
-    for name in ("input_ids", "positions", "extend_seq_lens"):
-        numbers = of.fields.get(name)
-        if name == "extend_seq_lens" and numbers is None:
-            numbers = []
+    names = ("input_ids", "positions", "extend_seq_lens")
+    lists: list[Any] = [of.fields.get(name) for name in names]
+    lists[2] = [] if lists[2] is None else lists[2]
+    ids, positions, lengths = lists
+    for name, numbers in zip(names, lists, strict=True):
         if not isinstance(numbers, list) or not all(isinstance(value, int) for value in numbers):
             raise ValueError(f"{name} must be a list of numbers, got {shown(numbers)}")
-        lists.append(numbers)
-    ids, positions, lengths = lists
     layers, padded, _ = shape
     if layers != len(of.slots):
         raise ValueError(f"{IDS} must have {len(of.slots)} layers like the map, got {layers}")
@@ -281,41 +274,38 @@ def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
 def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
     """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
     for response, fields in records(path):
-        parts = [(fields.get(name), name) for name in ("meta_info", "sglext")]
+        usage = fields.get("usage")
         choices = fields.get("choices")
-        for number, choice in enumerate(choices if isinstance(choices, list) else []):
-            if isinstance(choice, dict):
-                parts.append((choice.get("sglext"), f"choice {number}"))
-        for part, name in parts:
+        parts = [(fields.get("meta_info"), fields.get("meta_info")), (fields.get("sglext"), usage)]
+        for choice in choices if isinstance(choices, list) else []:
+            parts.append((choice.get("sglext") if isinstance(choice, dict) else None, usage))
+        for number, (part, of) in enumerate(parts):
             text = part.get("routed_experts") if isinstance(part, dict) else None
             if text is not None:
-                where = f"{response}, {name}"
-                usage = fields.get("usage") if name != "meta_info" else part
+                where = response if number < 2 else f"{response}, choice {number - 2}"
                 data = decoded(text, where)
-                shape = _shape(len(data), usage if isinstance(usage, dict) else {}, hints, where)
+                with naming(where):
+                    shape = _shape(len(data), of if isinstance(of, dict) else {}, hints)
                 yield np.frombuffer(data, INT32).reshape(shape)
 
 
-def _shape(size: int, usage: dict[str, Any], hints: Hints, where: str) -> tuple[int, int, int]:
+def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, int]:
     """Return tokens, hidden layers and top-k of ids of so many bytes."""
     count, rest = divmod(size, INT32.itemsize)
     if rest:
-        raise ValueError(f"{where}: routed_experts must be 32-bit integers, got {size} bytes")
+        raise ValueError(f"routed_experts must be 32-bit integers, got {size} bytes")
     if hints.top_k is None:
-        raise ValueError(f"top_k is needed ({where}): responses hold bytes without a shape")
+        raise ValueError("top_k is needed: responses hold bytes without a shape")
     rows, rest = divmod(count, hints.top_k)
     layers = hints.hidden_layers
     if layers is None:
         prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if not isinstance(prompt, int) or not isinstance(answer, int) or min(prompt, answer) < 0:
-            raise ValueError(
-                f"hidden_layers is needed ({where}): the response does not say its tokens"
-            )
-        tokens = prompt + answer - 1
-        layers = rows // tokens if tokens > 0 else 0
+            raise ValueError("hidden_layers is needed: the response does not say its tokens")
+        layers = rows // max(prompt + answer - 1, 1)
     if rest or not rows or not layers or rows % layers:
         raise ValueError(
-            f"{where}: routed_experts must fill tokens x layers x top-k, got {count} numbers "
+            f"routed_experts must fill tokens x layers x top-k, got {count} numbers "
             f"for top-k {hints.top_k} and {layers} layers; with a start in the request, "
             "hidden_layers must be given"
         )

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import LAYER_LIMIT, experts_in, shown
+from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats.arrays import by_step, names_in
@@ -57,26 +57,29 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     files = by_rank(paths, RAW if raw else COUNTS)
     if not files:
         raise ValueError("must have a file, got none")
+    first = files[0]
     if any(_is_raw(file) != raw for file in files):
-        raise ValueError(f"{files[0].parent}: must be raw dumps or counts, got both")
-    counted, top_k = _about(files[0])
-    dumps = {file: _dump(file, [top_k] if raw else [counted]) for file in files}
-    keys = dumps[files[0]].keys()
+        raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")
+    counted, top_k = _about(first)
+    dumps = {file: _dump(file, raw, top_k if raw else counted) for file in files}
+    keys = dumps[first].keys()
     for file, dump in dumps.items():
         if other := keys ^ dump.keys():
             raise ValueError(
-                f"{file}: must have the iterations and layers of {files[0].name}, differs in "
+                f"{file}: must have the iterations and layers of {first.name}, differs in "
                 f"iteration {min(other)[0]}, layer {min(other)[1]}"
             )
     layers = sorted({layer for _, layer in keys})
-    running = _running(files[0], layers, counted, hints)
+    with naming(first):
+        hints.check_have_experts(layers)
+    running = _running(first, len(layers), counted, hints)
     if raw:
         return _trace(dumps, layers, counted, running)
     shape = (len(keys) // len(layers), len(layers), counted)
     load = sum_of_ranks(
         files, Hints(), lambda file: np.stack(list(dumps[file].values())).reshape(shape)
     )
-    with naming(files[0]):
+    with naming(first):
         if running is not None:
             load = by_expert(load, running, hints.num_experts)
         return RoutingStatistics.from_load(load)
@@ -93,50 +96,42 @@ def _about(file: Path) -> tuple[int, int]:
         raise ValueError(f"{path}: must be beside {file.name}: it says how many experts count")
     with naming(path):
         about = parse_json(read_whole(path, 1 << 16))
-        if not isinstance(about, dict):
-            raise ValueError(f"must be a JSON object, got {type(about).__name__}")
-        return (
-            experts_in(about.get("num_experts")),
-            experts_in(about.get("num_experts_per_token"), "num_experts_per_token"),
-        )
+        names = ("num_experts", "num_experts_per_token")
+        experts, top_k = (experts_in(about.get(name), name) for name in names)
+        return experts, top_k
 
 
-def _dump(path: Path, width: list[int]) -> dict[tuple[int, int], NDArray[Any]]:
+def _dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:
     """Read counts [E], or ids [tokens, top-k], by iteration and layer."""
     with naming(path):
         dump = by_step(path, ENTRY, "iteration_layer")
         for (iteration, layer), array in dump.items():
-            dimensions = 2 if _is_raw(path) else 1
-            is_right = array.ndim == dimensions and array.shape[-1:] == tuple(width)
+            is_right = array.ndim == 1 + raw and array.shape[-1] == width
             if not is_right or array.dtype.kind not in "iu":
-                what = f"ids [tokens, {width[0]}]" if _is_raw(path) else f"counts {width}"
-                raise ValueError(
-                    f"{iteration}_{layer} must be {what} as {META} says, "
-                    f"got {array.dtype} {list(array.shape)}"
-                )
+                what = f"ids [tokens, {width}]" if raw else f"counts [{width}]"
+                rule = f"{iteration}_{layer} must be {what} as {META} says"
+                raise ValueError(f"{rule}, got {shown(array)}")
     return dump
 
 
-def _running(file: Path, layers: list[int], counted: int, hints: Hints) -> NDArray[np.int64] | None:
+def _running(file: Path, layers: int, counted: int, hints: Hints) -> NDArray[np.int64] | None:
     """Return the expert in every slot [L,P] that ran; None where experts were counted."""
-    with naming(file):
-        hints.check_have_experts(layers)
-    if hints.running is None:
+    running = hints.running
+    if running is None:
         if hints.num_experts not in (None, counted):
             raise ValueError(
                 f"{file.parent / META}: num_experts is {counted}, not {hints.num_experts}: the "
                 "load balancer was on, so slots are counted, and the placement that ran is needed"
             )
-        return None
-    if hints.running.shape != (len(layers), counted):
-        ran = "x".join(map(str, hints.running.shape))
+    elif running.shape != (layers, counted):
+        ran = "x".join(map(str, running.shape))
         raise ValueError(
-            f"{file}: counts {len(layers)}x{counted} layers and slots, but the placement that ran "
+            f"{file}: counts {layers}x{counted} layers and slots, but the placement that ran "
             f"has {ran}"
         )
-    if (hints.running < 0).any():
+    elif (running < 0).any():
         raise ValueError("the placement that ran must have no empty slots")
-    return hints.running
+    return running
 
 
 def _trace(
@@ -184,17 +179,14 @@ def read_map(path: Path, hints: Hints) -> Layout:
     with naming(path):
         text = read_whole(path).decode("utf-8")
         fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
-        if not isinstance(fields, dict):
-            raise ValueError("must be a mapping")
-        unknown = sorted(map(str, fields.keys() - set(KEYS)))
+        unknown = sorted(fields.keys() - set(KEYS))
         if unknown:
             raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")
         for key in KEYS[:2]:
             if key not in fields:
                 raise ValueError(f"must have {key!r}")
-        slots, rows = fields["num_slots"], fields["initial_global_assignments"]
-        if type(slots) is not int or not 1 <= slots <= 1 << 16:
-            raise ValueError(f"num_slots must be an integer from 1 to 65536, got {shown(slots)}")
+        slots, rows = (fields[key] for key in KEYS[:2])
+        whole_number("num_slots", slots, highest=1 << 16)
         if not isinstance(rows, dict) or not rows:
             raise ValueError("initial_global_assignments must be lists of experts by layer")
         numbers = dict(sorted((_layer(key), row) for key, row in rows.items()))
@@ -213,39 +205,27 @@ def _layer(key: object) -> int:
     return key
 
 
-# The little YAML of such a file: keys with a number or with layers, which have lists of experts.
-COMMENT = re.compile(r"(?:^|(?<=\s))#.*|^---$", re.MULTILINE)
-LINE = re.compile(
-    r"""^(?P<key>[A-Za-z_]\w*):[ ]*(?P<number>\d{1,6}|\{\})?[ ]*$"""
-    r"""|^[ ]+['"]?(?P<layer>\d{1,5})['"]?:\s*"""
-    r"""(?P<list>\[\s*(?:\d{1,6}\s*(?:,\s*|(?=\])))*\]|(?:-[ ]+\d{1,6}\s*)+)$""",
-    re.ASCII | re.MULTILINE,
-)
+# What the little YAML of such a file consists of beside keys: comments, lists with an item a line,
+# and the beginnings of layers.
+COMMENT = re.compile(r"(?:^|[ \t]+)#.*|^---$|[ \t\r]+$", re.MULTILINE)
+ITEMS = re.compile(r"(?:^[ ]*-[ ]+\d+(?:\n+|\Z))+", re.ASCII | re.MULTILINE)
+LAYER = re.compile(r"\n[ ]+['\"]?(\d{1,5})['\"]?:", re.ASCII)
 
 
 def _yaml(text: str) -> dict[str, Any]:
-    """Read numbers, and lists of numbers by number, of keys; lists may be of either style."""
-    text = "\n".join(map(str.rstrip, COMMENT.sub("", text).split("\n")))
-    fields: dict[str, Any] = {}
-    rows: dict[int, list[int]] | None = None
-
-    def take(line: re.Match[str]) -> str:
-        nonlocal rows
-        key, layer = line["key"], int(line["layer"] or -1)
-        if key in fields or layer in (rows or {}):
-            raise ValueError(f"{line[0].strip():.40} must be there once")
-        if key:
-            rows = {} if line["number"] in (None, "{}") else None
-            fields[key] = int(line["number"]) if rows is None else rows
-        elif rows is None:
-            return line[0]
-        else:
-            rows[layer] = list(map(int, re.findall(r"\d+", line["list"])))
-        return "\n" * line[0].count("\n")
-
-    left = LINE.sub(take, text)
-    if wrong := re.search(r"\S.*", left):
-        number = left.count("\n", 0, wrong.start()) + 1
-        rule = f"must be {KEYS[0]}: N, {KEYS[1]}: or a layer's list of experts"
-        raise ValueError(f"line {number}: {rule}, got {shown(wrong[0])}")
-    return fields
+    """Read numbers, and lists of numbers by layer, of keys: as JSON, which they become."""
+    text = COMMENT.sub("", text)
+    text = ITEMS.sub(lambda of: f" [{', '.join(re.findall(r'[0-9]+', of[0]))}]\n", text)
+    members = []
+    for member in re.split(r"^(?=\S)", text.rstrip(), flags=re.MULTILINE):
+        key, colon, value = member.rstrip().partition(":")
+        value, *layers = LAYER.split(value)
+        if layers and not value.strip():
+            rows = zip(layers[::2], layers[1::2], strict=True)
+            value = "{" + ", ".join(f'"{layer}": {row}' for layer, row in rows) + "}"
+        members += [f'"{key}"{colon}{value}'] if member.strip() else []
+    try:
+        return parse_json("{" + ", ".join(members) + "}")
+    except ValueError as error:
+        rule = f"must be {KEYS[0]}: N and {KEYS[1]}: a list of experts for every layer"
+        raise ValueError(f"{rule}: {error}") from None

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, safetensors
+from moetuner.formats.arrays import names_in, read_arrays
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import head, looks_like_json, records
@@ -76,36 +77,29 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
 
 
 def _arrays(path: Path) -> Iterator[NDArray[Any]]:
-    start = head(path, 64)
-    if start.startswith(npz.MAGIC):
-        yield _check_ids(npz.read_npy(path))
-    elif start.startswith(b"PK\x03\x04"):
-        arrays = npz.read_npz(path, npz.names_in_npz(path))
-        for name in sorted(arrays, key=lambda name: (len(name), name)):
-            yield _check_ids(arrays[name], f"{name} ")
-    else:
-        for where, fields in records(path):
-            choices = fields.get("choices")
-            if not isinstance(choices, list):
-                raise ValueError(f"{where}: must be a response with 'choices'")
-            for number, choice in enumerate(choices):
-                text = choice.get("routed_experts") if isinstance(choice, dict) else None
-                if text is not None:
-                    yield _of_text(text, f"{where}, choice {number}")
-
-
-def _of_text(text: object, where: str) -> NDArray[Any]:
-    """Read an array as ``.npy`` in base64."""
-    data = decoded(text, where)
-    try:
-        return _check_ids(npz.array_in_npy(data))
-    except ValueError as error:
-        raise ValueError(f"{where}: routed_experts must be an array as .npy: {error}") from None
+    names = [] if looks_like_json(head(path, 64)) else names_in(path)
+    if names:
+        arrays = read_arrays(path, names)
+        for name in sorted(names, key=lambda name: (len(name), name)):
+            yield _check_ids(arrays[name], name)
+        return
+    for where, fields in records(path):
+        choices = fields.get("choices")
+        if not isinstance(choices, list):
+            raise ValueError(f"{where}: must be a response with 'choices'")
+        for number, choice in enumerate(choices):
+            text = choice.get("routed_experts") if isinstance(choice, dict) else None
+            if text is not None:
+                data = decoded(text, f"{where}, choice {number}")
+                with naming(f"{where}, choice {number}: routed_experts must be an array as .npy"):
+                    array = _check_ids(npz.array_in_npy(data))
+                yield array
 
 
 def _check_ids(array: Array, name: str = "") -> Array:
     if len(array.shape) != 3 or array.dtype.kind not in "iu":
         raise ValueError(
-            f"{name}must be integers [tokens, layers, top_k], got {array.dtype} {list(array.shape)}"
+            f"{name} must be integers [tokens, layers, top_k], got {array.dtype} "
+            f"{list(array.shape)}".lstrip()
         )
     return array

@@ -40,54 +40,46 @@ def recognises(path: Path) -> bool:
     """Whether a file is a workload with its table, a bare tensor, or an expert map."""
     if not head(path, 2).startswith(b"PK"):
         return recognises_map(path)
-    names = set(names_in(path))
-    if pickled.is_pickled(path):
-        return bool(names & set(LOADS)) or isinstance(pickled.peek(path), pickled.Tensor)
-    return bool(names & set(LOADS)) and bool(names & set(TABLES))
+    load, table = _names(path)
+    return load is not None and (table is not None or pickled.is_pickled(path))
+
+
+def _names(path: Path) -> tuple[str | None, str | None]:
+    """Return the names of workload and table in a file; that of a bare array is empty."""
+    names = names_in(path)
+    load, table = (
+        next((name for name in of if name in names), None) for of in ((*LOADS, ""), TABLES)
+    )
+    return load, table
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read workloads, with the table of one of the files where they are of slots."""
     loads: dict[Path, NDArray[np.int64]] = {}
-    table = hints.running
+    tables = [] if hints.running is None else [hints.running]
     for path in paths:
         with naming(path):
-            load, of_file = _read(path, hints)
-            table = table if of_file is None else of_file
-            if load is not None:
-                loads[path] = counts_in("workload", load)
+            if head(path, 6)[:2] != b"PK" and head(path, 6) != npz.MAGIC:
+                tables.append(read_map(path, hints).experts)
+                continue
+            load, table = _names(path)
+            if load is None:
+                raise ValueError(f"must hold {LOADS[0]!r}")
+            arrays = read_arrays(path, [name for name in (load, table) if name is not None])
+            loads[path] = counts_in("workload", arrays[load])
+            if table is not None and arrays[table].dtype.kind not in "iu":
+                raise ValueError(f"table must be integers, got {shown(arrays[table])}")
+            tables += [] if table is None else [arrays[table].astype(np.int64)]
     if not loads:
         raise ValueError(f"{paths[0]}: is an expert map; a workload is needed beside it")
     parts = []
-    for path, load in loads.items():
+    for path, counts in loads.items():
         with naming(path):
-            if load.ndim != 2:
-                load = _by_expert(load, table, hints.num_experts)
-            hints.check_experts(load.shape[-1])
-            parts.append(RoutingStatistics.from_load(load))
+            if counts.ndim != 2:
+                counts = _by_expert(counts, tables[-1] if tables else None, hints.num_experts)
+            hints.check_experts(counts.shape[-1])
+            parts.append(RoutingStatistics.from_load(counts))
     return RoutingStatistics.sum(parts)
-
-
-def _read(path: Path, hints: Hints) -> tuple[NDArray[Any] | None, NDArray[np.int64] | None]:
-    """Return workload and table of a file, as far as it has them."""
-    start = head(path, 6)
-    if start == npz.MAGIC:
-        return npz.read_npy(path), None
-    if not start.startswith(b"PK"):
-        return None, read_map(path, hints).experts
-    if pickled.is_pickled(path) and isinstance(content := pickled.peek(path), pickled.Tensor):
-        return content.array(), None
-    names = names_in(path)
-    load, table = (next((name for name in of if name in names), None) for of in (LOADS, TABLES))
-    if load is None:
-        raise ValueError(f"must hold {LOADS[0]!r}")
-    arrays = read_arrays(path, [name for name in (load, table) if name is not None])
-    if table is None:
-        return arrays[load], None
-    experts = arrays[table]
-    if experts.dtype.kind not in "iu":
-        raise ValueError(f"table must be integers, got {experts.dtype} {list(experts.shape)}")
-    return arrays[load], experts.astype(np.int64)
 
 
 def _by_expert(
@@ -115,17 +107,11 @@ def _by_expert(
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
     """Write the expert map."""
-    layers = [
-        {
-            "layer_id": layer,
-            "device_count": placement.devices,
-            "device_list": [
-                {"device_id": device, "device_expert": experts}
-                for device, experts in enumerate(devices)
-            ],
-        }
-        for layer, devices in enumerate(placement.slots.tolist())
-    ]
+    layers = []
+    for number, devices in enumerate(placement.slots.tolist()):
+        lists = [{"device_id": at, "device_expert": of} for at, of in enumerate(devices)]
+        of_layer = {"layer_id": number, "device_count": len(lists), "device_list": lists}
+        layers.append(of_layer)
     with replacing(path) as temporary:
         fields = {"moe_layer_count": placement.layers, "layer_list": layers}
         temporary.write_text(json.dumps(fields) + "\n")

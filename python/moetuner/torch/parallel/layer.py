@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moetuner._checks import whole_number
-from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
+from moetuner.evaluation.rows import LayerSplit, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.parallel import exchange
+from moetuner.torch.parallel.copies import copies, mixed
 from moetuner.torch.parallel.experts import Experts
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
 from moetuner._core import validate
-from moetuner.files.ids import IdsInFile, IdsInMemory
+from moetuner.files.ids import Ids
 from moetuner.files.safetensors import TensorInFile
 from moetuner.torch.models import moe_layers
 from moetuner.torch.record.hooks import Step, StepHooks
@@ -234,9 +234,9 @@ class Recorder:
             about |= {"group": labels["group"], "group_names": tuple(names)}
         dtype = np.dtype(f"<u{self._id_type.itemsize}")
         place = TensorInFile(dtype, (parts.tokens, *self._sizes), 0)
-        ids = IdsInFile.of(parts.folder / "expert_ids", place, experts)
+        ids = Ids.in_file(parts.folder / "expert_ids", place, experts)
         if path is None:
-            self._trace = RoutingTrace(IdsInMemory.of(ids.array(), experts), experts, **about)
+            self._trace = RoutingTrace(Ids.of(ids.array(), experts), experts, **about)
         else:
             whole = RoutingTrace(ids, experts, **about)
             whole.save(path, source="moetuner.torch.record.capture")
