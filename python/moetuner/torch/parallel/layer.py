@@ -167,12 +167,7 @@ class ExpertParallelMoE(nn.Module):
     @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        return _states().nested(self._weights_by_expert())
-
-    def _weights_by_expert(self) -> dict[str, Tensor]:
-        slots, weights = self.placement.slots[self.layer], self.experts.weights()
-        views: dict[str, Tensor] = _states().by_expert(weights, slots, self.rank, self.group)
-        return views
+        return _states().nested(_states().by_expert(self))
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
@@ -189,7 +184,7 @@ class ExpertParallelMoE(nn.Module):
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
                 state.pop(f"{prefix}{names.get(id(part))}", None)
-        for key, weight in self._weights_by_expert().items():
+        for key, weight in _states().by_expert(self).items():
             state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
         return state
 
@@ -271,8 +266,8 @@ class ExpertParallelMoE(nn.Module):
         # Slots travel as 32 bits beside their row.
         slots = self._table[:, 0][chosen]
         if self._table.shape[1] > 1:
-            hashed: Tensor = mixed(first_token.long())
-            slots = self._table[chosen, hashed[:, None] % self._count[chosen]]
+            hashed = mixed(first_token.long())[:, None]
+            slots = self._table[chosen, hashed % self._count[chosen]]
         results = self._exchanged(rows, slots, weights, bits)
         self.traffic.steps += 1
         self._served += len(rows)

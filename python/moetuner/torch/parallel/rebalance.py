@@ -290,8 +290,8 @@ class Rebalancer:
         share = load / placement.replicas
         # The second is the chance that a step brings an expert any token, if they come
         # independently.
-        held = placement.held
-        tokens, active = (np.einsum("lde,le->ld", held, of) for of in (share, -np.expm1(-share)))
+        means = share, -np.expm1(-share)
+        tokens, active = (np.einsum("lde,le->ld", placement.held, mean) for mean in means)
         times = np.asarray(self.cost_model.compute_us(tokens, active), dtype=np.float64)
         return tokens.max(axis=1), times.max(axis=1)
 
