@@ -92,7 +92,7 @@ class ExpertTensor(DTensor):
 
 
 def by_expert(layer: ExpertParallelMoE) -> dict[str, Tensor]:
-    """Return weights of a layer's experts by names such as ``3.up``, as views of those of a rank."""
+    """Return weights of experts by names such as ``3.up``, as views of the weights of a rank."""
     slots, views = layer.placement.slots[layer.layer], {}
     own = slots[layer.rank].tolist()
     for name, weight in layer.experts.weights().items():
