@@ -93,25 +93,12 @@ class ExpertParallelMoE(nn.Module):
         self.group, self.devices_per_node, self.split = group, devices_per_node, split_rule(split)
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         vars(self)["experts"] = experts  # so that no name without slots is registered
-        self._check_sizes(placement)
         self.layer = whole_number("layer", layer, lowest=0, highest=placement.layers - 1)
         self.node_size = node_size(self.ranks, devices_per_node)
         self.traffic = exchange.TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
-        self._name = ""
+        self._name, self._last_ddp = "", None
         self._make_tables(placement)
-        self._name_experts()
-        self._last_ddp: Any = None
-
-    def _check_sizes(self, placement: Placement) -> None:
-        if placement.devices != self.ranks:
-            rule, given = f"{self.ranks} devices, the ranks of the group", placement.devices
-            raise ValueError(f"placement must have {rule}, got {given}")
-        slots = placement.slots_per_device
-        for name, weight in self.experts.weights().items():
-            if len(weight) != slots:
-                rule = f"{name} must have the placement's {slots} slots"
-                raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
 
     def _make_tables(self, placement: Placement) -> None:
         """Make tables of the copies of every expert, where the experts' weights are."""
@@ -122,42 +109,40 @@ class ExpertParallelMoE(nn.Module):
         self._count = torch.ones(experts, dtype=torch.int64, device=device)
         # A number that ranks with the same slots and rules share, and others do not.
         self._fingerprint = torch.zeros((), dtype=torch.int64, device=device)
-        self._fill_tables(placement)
+        self.switch(placement)
 
-    def _fill_tables(self, placement: Placement) -> None:
-        """Route by a placement; tables stay where they are, so that captured CUDA graphs follow."""
-        slots, experts = placement.slots[self.layer], placement.num_experts
+    def switch(self, placement: Placement) -> None:
+        """Put another placement in force; the experts' weights must be in its slots already."""
+        width, experts = placement.slots_per_device, placement.num_experts
+        if placement.devices != self.ranks:
+            rule, given = f"{self.ranks} devices, the ranks of the group", placement.devices
+            raise ValueError(f"placement must have {rule}, got {given}")
+        for name, weight in self.experts.weights().items():
+            if len(weight) != width:
+                rule = f"{name} must have the placement's {width} slots"
+                raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
+        slots = placement.slots[self.layer]
         near = self.rank if self.split == "nearest" else None
         table, count = copies(slots, experts, near=near, node=self.node_size)
         rules = (slots.shape, experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
+        # Tables stay where they are, so that captured CUDA graphs follow.
         self._table[:, : table.shape[1]].copy_(torch.from_numpy(table))
         self._count.copy_(torch.from_numpy(count))
         self._fingerprint.fill_(int.from_bytes(digest[:8], "little", signed=True))
         self.placement = placement
-
-    def _name_experts(self) -> None:
-        """Register a module of experts by a name that says what is in its slots.
-
-        So nothing takes the parameters of different experts for one, which have a name in common
-        otherwise: a checkpoint of an optimizer keeps those of every rank, and is not loaded into
-        other slots.
-        """
         if isinstance(self.experts, nn.Module):
+            # Named by what is in its slots, so that nothing takes the parameters of different
+            # experts for one: a checkpoint of an optimizer keeps those of every rank, and is not
+            # loaded into other slots.
             self._modules.pop(self._name, None)
-            slots = ("none" if expert == EMPTY else str(expert) for expert in self._slots())
-            self._name = f"experts_{'_'.join(slots)}"
+            names = ("none" if expert == EMPTY else str(expert) for expert in self._slots())
+            self._name = f"experts_{'_'.join(names)}"
             self.add_module(self._name, self.experts)
 
     def _slots(self) -> list[int]:
         slots: list[int] = self.placement.slots[self.layer, self.rank].tolist()
         return slots
-
-    def switch(self, placement: Placement) -> None:
-        """Put another placement in force; the experts' weights must be in its slots already."""
-        self._check_sizes(placement)
-        self._fill_tables(placement)
-        self._name_experts()
 
     @property
     def device(self) -> torch.device:
