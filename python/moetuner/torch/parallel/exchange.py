@@ -104,9 +104,8 @@ def _check(came: Table, sent: Table, me: int, experts: int) -> bool:
     learning = [rank for rank, of in enumerate(bits) if of & LEARN]
     others = [rank for rank, of in enumerate(bits) if of & NO_GRADIENTS]
     if learning and others:
-        raise RuntimeError(
-            f"ranks {learning} need gradients and ranks {others} disable them: nothing was sent"
-        )
+        what = f"ranks {learning} need gradients and ranks {others} disable them"
+        raise RuntimeError(f"{what}: nothing was sent")
     return bool(learning)
 
 
@@ -154,10 +153,8 @@ def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tenso
         return [arrived]
     parts = torch.split(arrived, [t.shape[1] * t.element_size() for t in tensors], dim=1)
     # Copies, even of a single row: only they are aligned for their type.
-    return [
-        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
-        for part, tensor in zip(parts, tensors, strict=True)
-    ]
+    whole = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return [part.view(tensor.dtype) for part, tensor in zip(whole, tensors, strict=True)]
 
 
 class TrafficCounters:

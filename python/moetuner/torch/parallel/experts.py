@@ -12,6 +12,9 @@ from torch import Tensor, nn
 _grouped_mm = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
+Activation = Callable[[Tensor], Tensor]
+
+
 class Experts(Protocol):
     """What ``ExpertParallelMoE`` asks of the experts that it runs."""
 
@@ -48,9 +51,7 @@ class GroupedExperts(nn.Module):
     a multiple of 16 bytes); elsewhere each slot that has rows is one product.
     """
 
-    def __init__(
-        self, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor] = swiglu
-    ) -> None:
+    def __init__(self, up: Tensor, down: Tensor, activation: Activation = swiglu) -> None:
         super().__init__()
         if up.ndim != 3 or down.ndim != 3 or up.shape[::2] != down.shape[:2]:
             rule = "up must be [slots, up, hidden] and down [slots, hidden, inner]"

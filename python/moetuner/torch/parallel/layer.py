@@ -97,7 +97,8 @@ class ExpertParallelMoE(nn.Module):
         self.node_size = node_size(self.ranks, devices_per_node)
         self.traffic = exchange.TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
-        self._name, self._last_ddp = "", None
+        self._name = ""
+        self._last_ddp: Any = None
         self._make_tables(placement)
 
     def _make_tables(self, placement: Placement) -> None:

@@ -73,10 +73,8 @@ class Spares:
         # By peer, and of a peer in the order of the plan: the order on the wire.
         self._come = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
         self._go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
-        self.buffers = {
-            name: weight.new_empty(len(self._come), *weight.shape[1:])
-            for name, weight in self.weights.items()
-        }
+        rows = len(self._come)
+        self.buffers = {of: w.new_empty(rows, *w.shape[1:]) for of, w in self.weights.items()}
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:

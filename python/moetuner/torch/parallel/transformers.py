@@ -103,11 +103,9 @@ class _PlacedExperts(EPImplementation):
             rule = f"{ranks} devices and {ranks * local} experts like the model"
             given = f"{placement.devices} and {placement.num_experts}"
             raise ValueError(f"placement must have {rule}, got {given}")
-        named = self.module.named_parameters(recurse=False)
-        loaded = {
-            name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
-            for name, weight in named
-        }
+        named: list[tuple[str, Any]] = list(self.module.named_parameters(recurse=False))
+        named = [(name, w.to_local() if isinstance(w, DTensor) else w) for name, w in named]
+        loaded = {name: weight.detach() for name, weight in named}
         short = {name: list(w.shape) for name, w in loaded.items() if len(w) != local}
         if short:
             raise ValueError(f"experts must be whole on their ranks ({local} each), got {short}")
@@ -142,9 +140,8 @@ class _PlacedExperts(EPImplementation):
         # Positions run on from step to step as in the layer, but by whole batches.
         batches, batch = self.layer.ranks // sharing, self.layer.rank // sharing
         position = self.served * batches + batch * tokens + first
-        results: Tensor = self.layer(
-            hidden_states[part], top_k_index[part], top_k_weights[part], first_token=position
-        )
+        given = hidden_states[part], top_k_index[part], top_k_weights[part]
+        results: Tensor = self.layer(*given, first_token=position)
         self.served += tokens
         if sharing == 1:
             return results

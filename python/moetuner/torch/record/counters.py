@@ -232,12 +232,9 @@ class RoutingCounters:
             tables["coactivation"] = both = table + table.transpose(0, 2, 1)
             np.einsum("lee->le", both)[:] = 0  # of a router that has named an expert twice
         pairs: dict[str, Any] = {of: tables[of][:, real, real] for of in PAIRS if of in tables}
-        return RoutingStatistics(
-            tables["load"][: used.max(initial=0) + 1, :, real],
-            window=None if self.window is None else self.window * self._ranks,
-            model=model,
-            **pairs,
-        )
+        load = tables["load"][: used.max(initial=0) + 1, :, real]
+        window = None if self.window is None else self.window * self._ranks
+        return RoutingStatistics(load, window=window, model=model, **pairs)
 
     def _step(self, step: Step) -> None:
         if step.ids.device != self.device:

@@ -196,10 +196,8 @@ def _tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             # A matrix of numbers is tokens by features, without a batch.
             return tokens[None] if tokens.dim() == 2 and tokens.is_floating_point() else tokens
-    raise ValueError(
-        f"{type(model).__name__} must be called with input_ids [batch, tokens] or inputs_embeds, "
-        f"got {sorted(given)}"
-    )
+    rule = f"{type(model).__name__} must be called with input_ids [batch, tokens] or inputs_embeds"
+    raise ValueError(f"{rule}, got {sorted(given)}")
 
 
 def _marked(mask: object, rows: int, length: int) -> Tensor:
@@ -292,14 +290,11 @@ class StepHooks:
 
     def check(self) -> None:
         """Wait for the device and check that routers gave numbers, and ids of their rows."""
-        rules = (
-            ("router scores must be numbers", "NaN"),
-            (f"expert ids must be from 0 to {self.choices - 1}", "others"),
-        )
+        ids = f"expert ids must be from 0 to {self.choices - 1}, got others"
+        rules = "router scores must be numbers, got NaN", ids
         faults = [] if self._faults is None else self._faults.nonzero().tolist()
         for rule, layer in faults[:1]:
-            text, got = rules[rule]
-            raise ValueError(f"{text}, got {got} in layer {layer} ({self._layers[layer].name})")
+            raise ValueError(f"{rules[rule]} in layer {layer} ({self._layers[layer].name})")
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
@@ -360,10 +355,9 @@ class StepHooks:
         self._has_recorded = True
         routed = [self._routed.pop(number) for number in range(len(self._layers))]
         device = routed[0][0].device
-        ids, scores = (
-            torch.stack([part.to(device, non_blocking=True) for part in parts], dim=1)
-            for parts in zip(*routed, strict=True)
-        )
+        columns = zip(*routed, strict=True)
+        parts = [[part.to(device, non_blocking=True) for part in column] for column in columns]
+        ids, scores = (torch.stack(of, dim=1) for of in parts)
         ids = ids.long()
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)

@@ -17,10 +17,10 @@ from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.plan import Order, TensorChange
+from moetuner.torch.reorder.plan import Changes, Order, TensorChange, Tensors
 
-Changes = dict[str, TensorChange]
 Tables = Mapping[str, bytes]
+Config = Mapping[str, Any] | None
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
@@ -34,7 +34,7 @@ def permute_state_dict(
     placement: Placement,
     out: str | Path | None = None,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Config = None,
     inverse: bool = False,
 ) -> Any:
     """Renumber the experts of a checkpoint, so that contiguous experts are the placement.
@@ -78,9 +78,8 @@ def permute_state_dict(
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
         changes = _changes(source, order, config, inverse=inverse)
         plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
-        return {
-            change.name: plan.moved(name, source[name], change) for name, change in changes.items()
-        }
+        moved = ((of.name, plan.moved(name, source[name], of)) for name, of in changes.items())
+        return dict(moved)
     if out is None:
         raise ValueError("out must be a folder to write where source is a folder, got None")
     folder, out = _Folder(Path(source)), Path(out)
@@ -97,9 +96,7 @@ def permute_state_dict(
     return out
 
 
-def _changes(
-    tensors: Mapping[str, Tensor], order: Order, config: Mapping[str, Any] | None, *, inverse: bool
-) -> Changes:
+def _changes(tensors: Tensors, order: Order, config: Config, *, inverse: bool) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
     if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
         raise ValueError(

@@ -23,6 +23,8 @@ from torch import Tensor
 from moetuner.placement import EMPTY, Placement
 
 Order = NDArray[np.int64]
+Tensors = Mapping[str, Tensor]
+Routers = Mapping[str, str | None]
 
 ROUTER_NAMES = {"gate", "router"}
 
@@ -76,6 +78,9 @@ class TensorChange:
     is_router: bool = False
 
 
+Changes = dict[str, TensorChange]
+
+
 def order_of(placement: Placement) -> Order:
     """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
@@ -91,9 +96,8 @@ def order_of(placement: Placement) -> Order:
     ):
         for layer, number in np.argwhere(wrong)[:1]:
             given = f"{counts[layer, number]} {which} {number} in layer {layer}"
-            raise ValueError(
-                f"placement must have {rule} to become an order of experts, got {given}"
-            )
+            rule = f"placement must have {rule} to become an order of experts"
+            raise ValueError(f"{rule}, got {given}")
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
 
 
@@ -123,25 +127,18 @@ def check_groups(order: Order, groups: int, layer: str) -> None:
             )
 
 
-def changes_of(
-    tensors: Mapping[str, Tensor], order: Order, routers: Mapping[str, str | None]
-) -> dict[str, TensorChange]:
+def changes_of(tensors: Tensors, order: Order, routers: Routers) -> Changes:
     """Return what becomes of every tensor.
 
-    Parameters
-    ----------
-    tensors
-        All tensors of a model by name; of a checkpoint on the meta device, of their kind of number.
-    order
-        Old expert at every new position [L,E].
-    routers
-        The MoE blocks to put in order, by layer, with the names of their routers; None if the
-        router is a child with a usual name. Other blocks keep their order.
+    ``tensors`` are those of a model by name; of a checkpoint on the meta device, of their kind of
+    number. ``order`` [L,E] has the old expert at every new position. ``routers`` are the MoE blocks
+    to put in order, by layer, with the names of their routers; None if the router is a child with a
+    usual name. Other blocks keep their order.
     """
     parts, order_in = _parts(tensors), dict(zip(routers, order, strict=True))
     _check_numbers(parts.values(), order_in)
     blocks = sorted({*routers, *(part.block for part in parts.values())}, key=len, reverse=True)
-    changes: dict[str, TensorChange] = {}
+    changes: Changes = {}
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
         changes[name] = TensorChange(name)
@@ -191,7 +188,7 @@ def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) 
     return ordered
 
 
-def check_ties(changes: Mapping[str, TensorChange], rows: Callable[[str, int], Tensor]) -> None:
+def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
     """Check that no two experts that change places have the same router state.
 
     Such experts always tie, and their numbers alone decide between them. ``rows`` gives the bytes
@@ -271,11 +268,7 @@ def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) ->
 
 
 def _dependence(
-    name: str,
-    tensor: Tensor,
-    blocks: Iterable[str],
-    routers: Mapping[str, str | None],
-    experts: int,
+    name: str, tensor: Tensor, blocks: Iterable[str], routers: Routers, experts: int
 ) -> tuple[str, str]:
     """Return the block of a tensor outside its experts, and "rows", "ids" or "" as ``_kind``."""
     block = next((block for block in blocks if _is_under(name, block)), None)
