@@ -297,6 +297,5 @@ def refused(text, call, *arguments, **named):
 
 def same(a, b):
     """Whether two sets of tensors are equal bit by bit."""
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and a[key].equal(b[key]) for key in a
-    )
+    pairs = [(a[key], b[key]) for key in a if key in b]
+    return a.keys() == b.keys() and all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)

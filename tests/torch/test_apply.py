@@ -39,9 +39,8 @@ def unchanged(model, placement, text):
     """Expect a refusal with a reason, and an unchanged model."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     refused(text, apply_placement, model, placement)
-    assert all(
-        tensor.is_meta or tensor.equal(before[key]) for key, tensor in model.state_dict().items()
-    )
+    state = model.state_dict().items()
+    assert all(tensor.is_meta or tensor.equal(before[key]) for key, tensor in state)
 
 
 def alike(model):
@@ -62,9 +61,7 @@ def strange(model):
 
 
 ONE = "placement must have one copy of each expert to become an order of experts, got 2 of expert 0"
-EQUAL = (
-    "placement must have 8/2 experts on every device to become an order of experts, got 5 on dev"
-)
+EQUAL = "placement must have 8/2 experts on every device to become an order of experts, got 5 on "
 SIZES = "placement must have 3 layers of 8 experts as the model has, got "
 GROUPS = (
     "model.layers.2.mlp.gate: its router chooses among 4 groups of 2 experts first, so groups must "

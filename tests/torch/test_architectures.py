@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,25 +45,21 @@ def quiet():
 
 def reaching_experts(model, layers, tokens):
     """Ids [T,K] as they reach the experts, by layer, where they can be seen."""
-    reached, handles = {}, []
+    seen = {}
 
-    def listen(number):
-        def hook(_, args, named):
-            ids = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
-            ids = [t for t in ids if not t.is_floating_point() and t.dim() == 2]
-            reached.setdefault(number, ids[0].clone() if ids else None)
+    def listen(number, _, args, named):
+        ids = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
+        ids = [t for t in ids if not t.is_floating_point() and t.dim() == 2]
+        seen.setdefault(number, ids[0].clone() if ids else None)
 
-        return hook
-
-    for number, layer in enumerate(layers):
-        if layer.experts is not None:
-            handles.append(
-                layer.experts.register_forward_pre_hook(listen(number), with_kwargs=True)
-            )
-    outputs(model, tokens)
-    for handle in handles:
-        handle.remove()
-    return {number: ids.numpy() for number, ids in reached.items() if ids is not None}
+    with contextlib.ExitStack() as handles:
+        for number, layer in enumerate(layers):
+            if layer.experts is not None:
+                hook = partial(listen, number)
+                handle = layer.experts.register_forward_pre_hook(hook, with_kwargs=True)
+                handles.callback(handle.remove)
+        outputs(model, tokens)
+    return {number: ids.numpy() for number, ids in seen.items() if ids is not None}
 
 
 def tried(call, *arguments):

@@ -425,11 +425,8 @@ def test_wrong_classes_are_named():
     """Models, placements, files, names and switches: one line that names the argument."""
     model = build("mixtral")
     placement = mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 2, 2)
-    right = {
-        capture: {"model": model},
-        apply_placement: {"model": model, "placement": placement},
-        RoutingCounters: SIZES,
-    }
+    both = {"model": model, "placement": placement}
+    right = {capture: {"model": model}, apply_placement: both, RoutingCounters: SIZES}
     for call, name, values in WRONG:
         for value in values:
             refused(name, call, **{**right[call], name: value})

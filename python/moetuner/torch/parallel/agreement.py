@@ -56,9 +56,8 @@ class Agreement:
     def begin(self) -> None:
         """Begin a round of exchanges, which has the same number on every rank.
 
-        A rank that was late once goes through the rounds that it has missed, and has caught up when
-        it has called this as often as the others. One that has not come nearer did not call it as
-        often, and goes to the round that the others are in.
+        A rank that was late goes through the rounds that it has missed. One that has not come
+        nearer since the last call did not call as often, and goes to the round of the others.
         """
         self._round, self._turn = self._round + 1, 0
         if self._stands_for_all:

@@ -298,9 +298,8 @@ class ExpertParallelMoE(nn.Module):
         """Return bits that say whether tokens or experts of this rank need gradients."""
         if not torch.is_grad_enabled():
             return exchange.NO_GRADIENTS
-        weights = list(self.experts.weights().values())
-        if isinstance(self.experts, nn.Module):
-            weights += self.experts.parameters()
+        own = self.experts.parameters() if isinstance(self.experts, nn.Module) else ()
+        weights = (*self.experts.weights().values(), *own)
         return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(

@@ -148,14 +148,7 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     memory, so a smaller move may fit. After a loss in the middle of an exchange the group cannot be
     used any more, else it can.
     """
-    current = layers[0].placement
-    if (target.num_experts, target.slots.shape) != (current.num_experts, current.slots.shape):
-        raise ValueError(
-            f"target must have {current.num_experts} experts and slots "
-            f"{list(current.slots.shape)} like the placement in force, "
-            f"got {target.num_experts} and {list(target.slots.shape)}"
-        )
-    plan = fingerprint(current.slots.tobytes(), target.slots.tobytes())
+    plan = fingerprint(layers[0].placement.slots.tobytes(), target.slots.tobytes())
     # The others must not wait for the weights of a rank that has no memory.
     spares, failure = attempt(_buffers, layers, target)
     posts = agreement.exchange("memory for a move", failure and repr(failure))
@@ -166,13 +159,10 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
         if spare.plan:
             lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
             agreement.reach(f"the weights of layer {number}", plan, lost)
-
-    def put() -> None:
-        for layer, spare in zip(layers, spares, strict=True):
-            spare.put(layer.experts.weights())
-
+    pairs = list(zip(layers, spares, strict=True))
     try:
-        agreement.reach("the new weights in their slots", plan, attempt(put)[1])
+        _, lost = attempt(lambda: [spare.put(layer.experts.weights()) for layer, spare in pairs])
+        agreement.reach("the new weights in their slots", plan, lost)
     except BaseException:
         for spare in spares:
             spare.undo()

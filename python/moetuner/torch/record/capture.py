@@ -75,7 +75,8 @@ class Recorder:
     group
         Group of the tokens to come, or one for each sequence of a batch.
     attention_mask
-        Which tokens to keep [batch, tokens], instead of the mask that the model is called with.
+        Which tokens to keep [batch, tokens], instead of the mask that the model is called with; the
+        attribute may change from pass to pass.
     routers
         Routers to record, as modules or their names, where they cannot be found by themselves.
     name
@@ -85,8 +86,6 @@ class Recorder:
 
     Attributes
     ----------
-    attention_mask
-        Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask.
     dropped
         Forward passes that were left out.
     layers

@@ -111,8 +111,7 @@ def groups_chosen(groups: int | None, limit: int | None, method: object) -> int:
 def check_groups(order: Order, groups: int, layer: str) -> None:
     """Check that the order [E] keeps the router's groups of experts whole.
 
-    A group-limited router first chooses groups by their positions. If a run of positions held
-    experts of two groups, other groups would win, and other experts be chosen.
+    It chooses groups by their positions: of mixed ones others would win, and other experts.
     """
     size, rest = divmod(len(order), groups)
     if rest:
