@@ -111,10 +111,10 @@ def test_a_child_forked_by_others_works():
         sys.path.insert(0, sys.argv[1])
         from test_processes import ends
         load = np.arange(8, dtype=np.uint64).reshape(1, 8)
-        expected = _core.lpt(load, 2, 4, improve=True, threads=1)
+        expected = _core.pack(load, 2, (0, 4), threads=1)[0]
         pid = ctypes.PyDLL(None).fork()
         if pid == 0:
-            found = _core.lpt(load, 2, 4, improve=True, threads=1)
+            found = _core.pack(load, 2, (0, 4), threads=1)[0]
             os._exit(0 if (found == expected).all() else 2)
         code = ends(pid, 20)
         assert code == 0, code
@@ -154,7 +154,7 @@ def test_a_pool_has_at_most_four_threads_for_every_core():
         from moetuner import _core
         load = np.arange(8, dtype=np.uint64).reshape(1, 8)
         before = len(os.listdir('/proc/self/task'))
-        _core.lpt(load, 2, 4, improve=True, threads=2**31)
+        _core.pack(load, 2, (0, 4), threads=2**31)
         assert len(os.listdir('/proc/self/task')) - before <= 4 * os.cpu_count()
     """
     program(text, env=QUIET)
@@ -235,9 +235,9 @@ def test_memory_that_is_not_there_is_an_error():
             count,
             lambda: counter.push(many),
             lambda: mt.balance(load, devices=8192, slots_per_device=8),
-            lambda: _core.search(np.ones((2, 200), np.uint64), np.ones(2, np.uint64),
-                                 np.zeros((1, 1), np.int64), 65536,
-                                 coactivation=np.zeros((2, 200, 200), np.uint64)),
+            lambda: _core.search((np.ones((2, 200), np.uint64), np.ones(2, np.uint64),
+                                  np.zeros((1, 1), np.int64), 65536, None,
+                                  np.zeros((2, 200, 200), np.uint64))),
         ):
             try:
                 call()

@@ -1,5 +1,6 @@
 """RoutingTrace: arrays and files in, shards out, and what it refuses."""
 
+import itertools
 import json
 import os
 import pickle
@@ -83,14 +84,17 @@ def test_smallest_traces():
     assert none.split(0.5)[0].tokens == 0
 
 
-@pytest.mark.parametrize("top_k", [2, 3, 8])
-def test_an_expert_twice_is_named(top_k):
-    """A token cannot visit an expert twice in a layer."""
-    ids = random_ids(200, 2, top_k, 16)
-    ids[150, 1, -1] = ids[150, 1, 0]
-    rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, 0]} appears twice"
-    with pytest.raises(ValueError, match=rule):
-        mt.RoutingTrace.from_arrays(ids, num_experts=16)
+@pytest.mark.parametrize("top_k", [2, 3, 4, 6, 8, 9])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_expert_twice_is_named(top_k, dtype):
+    """A token cannot visit an expert twice in a layer, whichever two of its ids these are."""
+    ids = random_ids(200, 2, top_k, 16, dtype=dtype)
+    for one, other in itertools.combinations(range(top_k), 2):
+        twice = ids.copy()
+        twice[150, 1, one] = ids[150, 1, other]
+        rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, other]} appears twice"
+        with pytest.raises(ValueError, match=rule):
+            mt.RoutingTrace.from_arrays(twice, num_experts=16)
 
 
 # ---- shards, split, select, concat; in memory and in a file

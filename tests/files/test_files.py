@@ -322,7 +322,7 @@ def test_slots_and_devices_are_bounded():
     statistics = mt.RoutingStatistics.from_load(np.ones((1, 2, 8), dtype=np.uint64))
     two = mt.Topology(2)
     for call, words in (
-        (lambda: mt.balance(load, devices=2, slots_per_device=10**9), "from 0 to 65536"),
+        (lambda: mt.balance(load, devices=2, slots_per_device=10**9), "from 1 to 65536"),
         (lambda: mt.balance(load, devices=2, slots_per_device=[10**9, 4]), "from 0 to 65536"),
         (lambda: mt.balance(load, devices=10**9, slots_per_device=4), "from 1 to 8192"),
         (lambda: mt.Problem(statistics, two, slots_per_device=10**9), "at most|from 1 to 65536"),

@@ -269,13 +269,12 @@ def test_packing_comes_near_the_least_peak(load: list[int], devices: int, spare:
         for choice in itertools.product(range(devices), repeat=len(load))
         if np.bincount(choice).max() <= slots
     )
-    peaks = []
-    for improve in (False, True):
-        (packed,) = _core.lpt(counts, devices, slots, improve=improve)
-        assert sorted(packed[packed >= 0]) == list(range(len(load)))
-        peaks.append(np.where(packed >= 0, counts[0][packed], 0).sum(axis=1).max())
-    assert best <= peaks[1] <= min(peaks[0], best + sum(load) / 1000)
-    assert _core.smallest_peaks(counts, devices, slots, np.array(peaks[1:])) == [(best, best)]
+    (device_of,), ((peak, bound, *_),), _ = _core.pack(counts, devices, (0, slots))
+    assert np.bincount(device_of, load).max() == peak
+    assert np.bincount(device_of).max() <= slots
+    assert bound <= best <= peak <= best + sum(load) / 1000
+    peaks = np.array([peak], dtype=np.uint64)
+    assert _core.smallest_peaks(counts, devices, slots, peaks) == [(best, best)]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,7 @@ def test_packing_comes_near_the_least_peak(load: list[int], devices: int, spare:
             lambda: cluster_layers([[1, 2, 3]], 2, equal_sizes=False, largest=1),
             "slots must have at least 2 slots for 3 experts on 2 devices, got 1",
         ),
-        (lambda: _core.lpt(np.ones((1, 4), np.uint64), 2, 1), "slots must have at least 2 slots"),
+        (lambda: cluster_layers([[1, 2, 3]], 0, equal_sizes=False), "devices must have from 1 to"),
     ],
 )
 def test_wrong_arguments_are_named(call, text: str) -> None:

@@ -211,7 +211,7 @@ def test_prices_prove_what_trying_every_content_proves(seed, size, top_k, cap, s
                 values.append(of.counts[meets].sum() - prices[members].sum())
         total += min(values)
     least = int(of.counts.sum()) * -(-of.top_k // int(capacities.max()))
-    proven = visits._core.verify_visits(*visits._seen(problem, level), prices)
+    proven = visits._core.verify_visits(level.seen, prices)
     assert proven[0] == (max(least, prices.sum() + total) if np.isfinite(total) else least)
 
 
