@@ -62,6 +62,14 @@ WIDE = trace(np.zeros((4, 9, 1), np.uint16), 1 << 16)
 NODES = mt.Topology(4, 2)
 TWICE = mt.Placement([[[0, 1], [0, -1]]])
 
+TWELVE = mt.RoutingStatistics.from_load(np.ones((2, 3, 12)))
+
+
+def engine(name, devices=4, **given):
+    """Ask for the settings of an engine."""
+    return mt.engine_settings(name, TWELVE, mt.Topology(devices), **given)
+
+
 # A call, and what its error says.
 WRONG = r"""
 trace(put(7, 2, 8)) | expert_ids: token 7, layer 2: expert id 8 is not below num_experts 8
@@ -172,6 +180,25 @@ problem(pinned=[(0, 0, d) for d in range(4)]) | leaves 4 slots of layer 0 for th
 problem(forbidden=[(1, 3, d) for d in range(4)]) | leaves no device for expert 3 of layer 1
 problem(forbidden=[(1, e, d) for e in range(3) for d in (0, 2, 3)]) | 2 slots in layer 1, on 1, for
 problem(forbidden=[(None, e, d) for e in range(6) for d in (1, 3)]) | 4 slots in layer 0, on 0, 2,
+engine("vllm", slots_per_device=2) | slots_per_device must be from 3 to 12 for 12 experts on 4
+engine("vllm", slots_per_device=13) | slots_per_device must be from 3 to 12
+engine("vllm", slots_per_device=(3, 3, 3, 4)) | got 3 to 4: 4 on every device would do
+engine("vllm", extra_slots=13) | got 13: 12 or 24 would
+engine("vllm", 5, extra_slots=0) | got 0: 9 would
+engine("vllm", extra_slots=12, slots_per_device=4) | cannot both
+engine("megatron", 5) | as Megatron-Core has no copies of experts, got 5: 4 or 6 would
+engine("megatron", slots_per_device=4) | must be from 3 to 3 for 12 experts
+engine("megatron", router_groups=3) | router_groups must divide 4 devices, got 3
+engine("sgl") | engine must be one of
+mt.balance(np.ones((2, 8)), devices=2, slots_per_device=10**9) | from 0 to 65536
+mt.balance(np.ones((2, 8)), devices=2, slots_per_device=[10**9, 4]) | from 0 to 65536
+mt.balance(np.ones((2, 8)), devices=10**9, slots_per_device=4) | from 1 to 8192
+problem(slots_per_device=10**9) | from 1 to 65536
+problem(slots_per_device=(10**9, 4, 4, 4)) | from 0 to 65536
+mt.Topology(10**6) | from 1 to 8192
+mt.Topology(2, slots_per_device=[2**40, 1]) | from 1 to 65536
+mt.Placement.from_assignment([[0, 1]], 10**12) | from 1 to 65536
+mt.Placement.from_assignment([[0, 1]], 2, slots_per_device=10**12) | from 1 to 65536
 problem().violations(mt.Placement([[[0], [1]]])) | like the problem, got 1, 2 and 2
 """
 CASES = [line.split(" | ") for line in WRONG.strip().splitlines()]
@@ -313,7 +340,7 @@ trace | of_ids(shape=(99, 3, 2)) | file must have
 trace | of_ids(order=True, shape=(1 << 45, 3, 2)) | file must
 trace | of_ids(order=True, shape=(1 << 90, 3, 2)) | sizes of
 trace | of_ids("|u7") | not a valid dtype descriptor
-trace | npy("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (5,)}") | must be integers [tokens, layers, top_k]
+trace | npy("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (5,)}") | must be integers
 trace | of_ids(order=0) | fortran_order is not a valid bool
 trace | npy("") | .npy header must be an array's
 trace | npz(expert_ids=IDS, group_names=np.array(["a", None])) | got Python objects (pickle is never
