@@ -28,7 +28,7 @@ from peers import WHEELS, Policy, Size, flashlb, sglang_windows
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.solver.stages.layers import trials_of
+from moetuner.solver.effort import trials_of
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]

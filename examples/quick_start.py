@@ -42,8 +42,8 @@ def main() -> None:
 
     running = mt.solve(problem, "contiguous").placement  # what engines begin with
     for name, placement in (("contiguous", running), ("moetuner", result.placement)):
-        found = mt.evaluate(placement, unseen, topology, window=512)
-        print(f"{name:10}  imbalance {found.imbalance:.2f}  fanout {found.fanout:.2f}")
+        evaluation = mt.evaluate(placement, unseen, topology, window=512)
+        print(f"{name:10}  imbalance {evaluation.imbalance:.2f}  fanout {evaluation.fanout:.2f}")
 
     result.placement.save(options.out)
     print(f"wrote {options.out}; moetuner export hands it to an engine")

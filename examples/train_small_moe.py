@@ -53,8 +53,8 @@ def library_sources() -> Documents:
     """Return the modules of the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = (p.relative_to(root) for p in sorted(root.rglob("*.py")))
-    kept = [p for p in paths if not SKIPPED_FOLDERS.intersection(p.parts)]
-    return {p.as_posix(): (root / p).read_text("utf-8", "replace") for p in kept}
+    chosen = [p for p in paths if not SKIPPED_FOLDERS.intersection(p.parts)]
+    return {p.as_posix(): (root / p).read_text("utf-8", "replace") for p in chosen}
 
 
 def torch_headers() -> Documents:

@@ -66,6 +66,13 @@ def make_trace() -> Callable[..., mt.RoutingTrace]:
 
 
 @pytest.fixture
+def trace_file(make_trace, tmp_path):
+    """File of a small trace."""
+    make_trace(800).save(tmp_path / "trace.safetensors")
+    return tmp_path / "trace.safetensors"
+
+
+@pytest.fixture
 def run(capsys):
     """Run the command line in this process: status, standard output and standard error."""
 

@@ -76,27 +76,16 @@ trace(put(7, 2, 8)) | expert_ids: token 7, layer 2: expert id 8 is not below num
 trace(put(0, 0, 255)) | expert_ids: token 0, layer 0: expert id 255 is not below num_experts 8
 trace(put(49, 1, -1, int)) | expert_ids: token 49, layer 1: expert id -1 is negative
 trace(put(3, 1, 1 << 40, int)) | token 3, layer 1: expert id 1099511627776 is not below num_experts
-trace(IDS[:, :, 0]) | expert_ids must be integers [tokens, layers, top_k], got uint8 [50, 3]
-trace(IDS * 1.0) | expert_ids must be integers [tokens, layers, top_k], got float64 [50, 3, 2]
 trace(num_experts=1) | expert_ids must have a top-k from 1 to num_experts (1), got 2
 trace(IDS[:, :0]) | expert_ids must have at least one layer, got 0
 trace(IDS[:, :, :0]) | top-k from 1 to num_experts (8), got 0
 trace(num_experts=1 << 17) | num_experts must be from 1 to 65536, got 131072
-trace(sequence=np.arange(49)) | sequence must be integers [50], got int64 [49]
 trace(sequence=np.arange(50) << 40) | sequence must be from -2147483648
 trace(group=[2] * 50, group_names=["a", "b"]) | from 0 to 1, an index into group_names, got 2 at 0
 trace(group=[0] * 4 + [-1] + [0] * 45, group_names=["a", "b"]) | got -1 at 4
-trace(group_names=["a", "b", "a"]) | group_names must differ, got 'a' twice
-SEQUENCES.select(layers=[3]) | layers must be from 0 to 2, got 3
-SEQUENCES.select(layers=[]) | layers must be at least one and differ, got []
-SEQUENCES.select(layers=[1, 1]) | layers must be at least one and differ, got [1, 1]
-SEQUENCES.select(groups="law") | groups must be of ['a', 'b'], got 'law'
-SEQUENCES.select(groups=[3]) | groups must be from 0 to 1, got 3
-SEQUENCES.select(sequences=[3, 99]) | sequences must be labels of the trace, got 99
 trace().select(groups=[0]) | the trace has no groups
 trace().select(sequences=[0]) | the trace has no sequences
 trace().concat(trace(IDS[:, :2])) | traces must have the same layers, experts and top_k
-mt.RoutingTrace.concat([]) | traces to concat must be at least one
 trace().save("a.npz") | saved as .safetensors, got .npz
 mt.RoutingStatistics.from_trace(WIDE) | counts must fit 16 GiB, got
 load(ONES, model="a") + load(ONES, model="b") | same model, got 'a' and 'b'
@@ -105,74 +94,43 @@ load(ONES, window=4) + load(ONES) | same window, got 4 and None
 load(ONES, expert_size=(4, 8)) + load(ONES, expert_size=(8, 4)) | expert_size, got (4, 8) and
 load(ONES, group=[0], group_names=["a"]) + load(ONES) | both have groups, or none
 mt.ExpertSets([[0, -1]], [1]) | ids of expert sets must be [sets, top_k] from 0 to 65535, got int64
-mt.ExpertSets([0, 1], [1]) | must be [sets, top_k]
-mt.ExpertSets([[0, 1]], [-1]) | counts of expert sets must be
 mt.ExpertSets([[0, 1]], [1, 2]) | counts of expert sets must be whole numbers [1] like their ids
 mt.ExpertSets([[0, 0]], [1]) | ids of an expert set must differ
 SETS + mt.ExpertSets([[1]], [1]) | same number of experts, got 2 and 1
-router_groups.merged(load(np.ones((1, 1, 16))), 3) | groups must divide 16 experts, got 3
-router_groups.forbidden(16, 4, 6) | groups must divide 6 devices, got 4
 hold_out(PAIRS, 0.5) | holdout must be 0 for saved statistics
 hold_out(load([[1, 2]]), 0.5) | holdout must be 0 for a load table of one window
-hold_out(load(ONES), 1) | holdout must be at least 0 and below 1
 mt.Topology(6, 4) | devices_per_node must divide devices (6), got 4
-mt.Topology(2, speed=[1, 0]) | speed of device 1 must be a positive number, got 0
-mt.Topology(2, slots_per_device=[4, 0]) | slots_per_device of device 1 must be from 1
-mt.Topology(8, tiers=TIERS[:1]) | the last all 8 devices, got [4]
 mt.Topology(6, tiers=TIERS) | each size a multiple of the one before and the last all 6 devices
 mt.Topology(4, 2, tiers=TIERS[:1]) | devices_per_node must be left out where tiers are given, got 2
-mt.Topology(2, link_cost=[[0, 1]]) | link_cost must be numbers [2, 2], one per pair of devices, got
 mt.Topology(2, link_cost=[[0, NAN], [1, 0]]) | link_cost must be finite, got nan from device 0 to 1
 mt.Topology(2, link_cost=[[0, 1], [-1, 0]]) | must be at least 0, got -1 from device 1 to 0
 mt.Topology(2, link_cost=[[0, 1], [1, 2]]) | must be 0 from a device to itself, got 2 from device 1
 mt.Topology(2, link_cost=[[0, 1], [2, 0]]) | in both directions, got 1 from device 0 to 1 and 2 back
 mt.Topology(2, link_cost=[[0, 0], [0, 0]]) | link_cost must be above 0 for some pair of devices
 mt.Topology.preset("tpu") | preset must be one of a100-nvl8-ib200,
-mt.Topology.preset("gb200-nvl72", 0) | nodes must be from 1
 mt.CostModel.preset("tpu") | preset must be one of a100, h20, h100, h200, b200, gb200, mi300x, got
-mt.CostModel.preset("h100", efficiency=0) | efficiency must be a positive number, got 0
 fit([1, 2, 3], [1, 1, 1], [1, 2, 3]) | fit needs at least 8 different pairs of tokens and experts
-fit([1, 2, 3, 4] * 5, [1] * 20, [1] * 20) | and experts, got 4
 fit([1, 2, 3, 4], [1, 1, 1], [1, 2, 3]) | must be [n] each, got [[4], [3]
 fit([1, 2, 3, -4], [1] * 4, [1] * 4) | tokens must be finite and at least 0, got -4.0 at 3
 fit([1] * 4, [1] * 4, [1, 0, 1, 1]) | microseconds must be finite and positive, got 0.0 at 1
-fit([1] * 4, [1, NAN, 1, 1], [1] * 4) | experts must be finite and at least 0, got nan at 1
 mt.Placement([[[0, 1], [2, 2]]]) | layer 0, device 1: expert 2 has two slots
 mt.Placement([[[0, 1], [2, 3]], [[0, 1], [2, -1]]]) | layer 1: expert 3 has no slot
 mt.Placement([[[0, 1], [2, -2]]]) | layer 0, device 1: expert id -2
-mt.Placement([[0, 1]]) | slots must be integers [layers, devices, slots], none of them zero, got int
-mt.Placement([[[0.0, 1.0]]]) | slots must be integers
-mt.Placement([[[]]]) | none of them zero
 TWICE.device_of | this placement has replicas
 TWICE.diff(TWICE, topology=NODES) | topology must have 2 devices like the placements, got 4
 TWICE.diff(mt.Placement([[[0, 1]]])) | same layers, devices and experts, got (1, 2, 2) and (1, 1, 2)
 problem(slots_per_device=1) | slots_per_device must be at least 2 for 6 experts on 4 devices, got 1
-problem(regime="pull") | regime must be one of follow, dispatch, got 'pull'
-problem(max_imbalance=0.9) | max_imbalance must be at least 1, got 0.9
-problem(max_imbalance=NAN) | max_imbalance must be at least 1, got nan
-problem(objective="speed") | objective must be one of time, balance, traffic, got 'speed'
-problem(split="odd") | split must be one of even, nearest, round_robin, got 'odd'
 problem(slots_per_device=[1, 1, 1, 1]) | must add up to at least 6, a slot for each expert, got 4
-problem(slots_per_device=[2, 2, 2]) | must be numbers [4], one per device
 problem(slots_per_device=[2, 2, 3, -1]) | of device 3 must be from 0 to 65536, got -1
 problem(slots_per_device=2, extra_slots=2) | slots_per_device and extra_slots cannot both
-problem(extra_slots=-1) | extra_slots must be from 0
 problem(extra_slots=1000) | extra_slots must be at most 54, where every device has every expert
 problem(arrival="late") | arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got 'late'
-problem(arrival=1.5) | got 1.5
-problem(arrival=-0.5) | got -0.5
 problem(risk=1.0) | risk must be 'mean', or a level from 0 to below 1, got 1.0
-problem(risk="worst") | got 'worst'
 problem(groups="minimax") | groups needs windows with groups; these statistics have none
-problem(groups={"a": -1}) | groups: weight of 'a' must be a number of at least 0, got -1
 problem(GROUPS, groups={"poems": 1}) | groups names 'poems', which is none of code, law, none
 problem(GROUPS, groups={"none": 1}) | groups names 'none', which has no tokens
 problem(GROUPS, groups={"law": 1}) | groups names 'law', which has no tokens
-problem(GROUPS, groups="worst") | groups must be 'minimax' or weights by name, got 'worst'
 problem(ALONE, groups={"code": 0}) | groups leaves no window with a weight above 0
-problem(pinned=[(0, 0)]) | pinned must be (layer, expert, device), got (0, 0)
-problem(pinned=[(0, 6, 0)]) | pinned: expert must be from 0 to 5, got 6
-problem(forbidden=[(0, 0, 4)]) | forbidden: device must be from 0 to 3, got 4
 problem(forbidden=[(9, 0, 0)]) | forbidden: layer (None for all) must be from 0 to 2, got 9
 problem(pinned=[(0, 1, 2)], forbidden=[(None, 1, 2)]) | other: expert 1 of layer 0 on device 2
 problem(pinned=[(0, e, 1) for e in range(3)]) | pinned puts 3 experts of layer 0 on device 1, which
@@ -313,10 +271,9 @@ trace | tensors(weight=IDS) | must hold a tensor 'expert_ids', got ['weight']
 trace | statistics() | format must be moetuner.trace version 1, got moetuner.statistics
 trace | tensors({"format": "moetuner.trace", "version": 2}, expert_ids=IDS) | moetuner.trace version
 trace as it is | tensors(expert_ids=IDS) | num_experts is needed
-trace as it is | tensors({"num_experts": 8.5}, expert_ids=IDS) | num_experts must be from 1 to 65536
-trace as it is | tensors({"num_experts": "9" * 5000}, expert_ids=IDS) | num_experts must be from 1
 trace as it is | npz(expert_ids=IDS) | num_experts is needed
 trace as it is | of_ids() | num_experts is needed
+trace as it is | tensors({"num_experts": 8.5}, expert_ids=IDS) | num_experts must be from 1 to 65536
 trace | tensors(expert_ids=IDS.astype(np.float32)) | must be integers [tokens, layers, top_k], got
 trace | tensors(expert_ids=BAD_ID) | expert_ids: token 40, layer 1: expert id 9 is not below
 trace of 3 | packed("[]") | must be safetensors, .npz
@@ -327,15 +284,10 @@ trace of 3 | packed(entry([4, 1, 1], -4)) | must be two sizes
 trace of 3 | packed(entry([4, 1, 1], 1 << 50)) | data_offsets must be two sizes
 trace of 3 | packed(entry([1 << 40, 1, 1])) | must have 1099511627776 bytes, got 4
 trace of 3 | packed(entry([4, 1 << 70])) | shape must be a list of sizes
-trace of 3 | packed(entry([2, -2, -1])) | shape must be a list of sizes
-trace of 3 | packed(entry([4.0, 1, 1])) | shape must be a list of sizes
 trace of 3 | packed(entry([2, 1, 1], 4, "BF16")) | dtype must be one of
-trace of 3 | packed(entry([2, 2])) | must be integers [tokens, layers, top_k]
 trace of 3 | packed(entry([1, 1, 4])) | top-k from 1 to num_experts (3), got 4
 trace of 3 | packed({"__metadata__": {"a": 1}}) | metadata must be texts
 trace | of_ids("|O") | never loaded
-trace | of_ids("<f4") | must be integers
-trace | of_ids(shape=(50, 3)) | must be integers
 trace | of_ids(shape=(99, 3, 2)) | file must have
 trace | of_ids(order=True, shape=(1 << 45, 3, 2)) | file must
 trace | of_ids(order=True, shape=(1 << 90, 3, 2)) | sizes of
@@ -346,19 +298,13 @@ trace | npy("") | .npy header must be an array's
 trace | npz(expert_ids=IDS, group_names=np.array(["a", None])) | got Python objects (pickle is never
 trace as it is | npz(expert_ids=IDS, num_experts=np.float64(8)) | num_experts must be one integer
 trace | npz(expert_ids=IDS, num_experts=8, model=[1, 2]) | model must be one text, got int64 [2]
-trace | npz(expert_ids=BAD_ID, num_experts=8) | expert_ids: token 40, layer 1: expert id 9 is not
 trace | npz(load=table()) | holds a load table
 trace | bomb(1 << 40, 1 << 20) | must have 1099511627776 bytes, got 1048576
 trace | bomb(300 << 20, 300 << 20) | .npz must not expand more than 100 times
 counts | npz(load=table(value=NAN)) | load must be whole counts of at least 0, got nan at [1, 1, 1]
-counts | npz(load=table(value=-1)) | load must be whole counts of at least 0, got -1.0 at [1, 1, 1]
 counts | npz(load=table(value=0.5)) | load must be whole counts of at least 0, got 0.5 at [1, 1, 1]
-counts | npz(load=table(value=1e30)) | load must be whole counts of at least 0, got 1e+30 at
 counts | npz(load=-table().astype(int)) | load must be whole counts of at least 0, got -1 at [0
 counts | npz(load=np.full((2, 3, 4), 1 << 63, np.uint64)) | must add up to less than 2**63, got a
-counts | npz(load=table()[:0]) | load must have at least one window, layer and expert, got [0, 3, 4]
-counts | npz(load=table()[0, 0]) | load must be numbers [windows, layers, experts], got float64 [4]
-counts | npz(load=table().astype(str)) | load must be numbers [windows, layers, experts], got <U
 counts | npz(load=table(), group=[0, 1, 2]) | group must be integers [2], got int64 [3]
 counts | npz(other=table()) | must hold an array 'load'
 counts | npz(expert_ids=IDS) | holds a trace, not a load table; RoutingTrace.load reads it
@@ -378,15 +324,11 @@ counts | statistics(set_ids=SET_IDS * 1.0) | ids of expert sets must be
 counts | statistics(sets_per_layer=np.array([len(SET_IDS)])) | sets must be those of 3 layers, got 1
 counts | lambda path: SEQUENCES.save(path) | format must be moetuner.statistics version 1, got
 topology | "" | Topology.__init__() missing 1 required positional argument: 'devices'
-topology | "[]" | must be a JSON object or TOML
 topology | "{" | must be a JSON object or TOML
 topology | '{"gpus": 8}' | keys must be out of
-topology | '{"devices": "8"}' | devices must be an integer, got '8'
-topology | b"\xff" | must be a JSON object or TOML
 topology | "devices =" | must be a JSON object or TOML
 topology | "nodes = 2\ndevices = 2" | got 'nodes' (nodes needs preset)
 topology | '{"devices": 2, "tiers": [3]}' | must be a mapping, not int
-topology | '{"preset": ["a"]}' | preset must be one of
 topology | '{"devices": 2, "tiers": [{"devices": 2}]}' | argument: 'bandwidth'
 cost | "" | not a cost model
 cost | "[]" | not a cost model: must be a JSON object, got list
@@ -394,23 +336,16 @@ cost | b"\xff" | not a cost model
 cost | COST + '"gpu": 1}' | keys must be out of
 cost | COST + '"base_us": 1}' | missing 4 required positional arguments
 placement | b"" | not a placement
-placement | b"{" | not a placement
 placement | b"[1]" | schema must be
 placement | b"\xff\xfe\x00" | not a placement
 placement | b"[" * 100_000 | not a placement
 placement | placed(schema="moetuner.placement/9") | schema must be 'moetuner.placement/1', got
 placement | placed(slots=[[[0], [0]]]) | layer 0: expert 1 has no slot
 placement | placed(slots=[[[0], [1, 2]]]) | slots must be an array
-placement | placed(slots=[[[0], ["a"]]]) | slots must be integers
 placement | placed(slots=[[[0], [10**30]]]) | slots must be integers
 placement | placed(num_experts=None) | num_experts must be an integer, got None
-placement | placed(num_experts=12.5) | num_experts must be an integer, got 12.5
-placement | placed(num_experts="8") | num_experts must be an integer, got '8'
-placement | placed(num_experts=True) | num_experts must be an integer, got True
 placement | placed(num_experts=0) | num_experts must be from 1
-placement | placed(num_experts=10**30) | num_experts must be from 1
 placement | placed(objective="12") | objective must be a finite number, got '12'
-placement | placed(bound="12") | bound must be a finite number, got '12'
 placement | placed() * 2 | must hold one placement, got 2
 """
 FILE_CASES = [line.split(" | ") for line in FILES.strip().splitlines()]

@@ -76,14 +76,14 @@ def test_many_experts_take_two_bytes(experts, kind):
 
 def test_smallest_traces():
     """One token, one layer, one expert; and no token at all."""
-    one = mt.RoutingTrace.from_arrays([[[0]]], num_experts=1)
-    assert (one.tokens, one.layers, one.top_k) == (1, 1, 1)
+    one = mt.RoutingTrace.from_arrays([[[0]]], num_experts=1, group=[0])
+    assert (one.tokens, one.layers, one.top_k, one.group_names) == (1, 1, 1, ("0",))
     none = mt.RoutingTrace.from_arrays(IDS[:0], num_experts=8, sequence=[], group=[])
     assert (none.tokens, none.layers, none.top_k) == (0, 3, 2)
     assert none.split(0.5)[0].tokens == 0
 
 
-@pytest.mark.parametrize("top_k", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("top_k", [2, 3, 8])
 def test_an_expert_twice_is_named(top_k):
     """A token cannot visit an expert twice in a layer."""
     ids = random_ids(200, 2, top_k, 16)
@@ -91,12 +91,6 @@ def test_an_expert_twice_is_named(top_k):
     rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, 0]} appears twice"
     with pytest.raises(ValueError, match=rule):
         mt.RoutingTrace.from_arrays(ids, num_experts=16)
-
-
-def test_groups_without_names_are_numbered():
-    """The names default to the numbers."""
-    trace = mt.RoutingTrace.from_arrays(IDS, num_experts=8, group=np.arange(50) % 3)
-    assert trace.group_names == ("0", "1", "2")
 
 
 # ---- shards, split, select, concat; in memory and in a file
@@ -107,20 +101,18 @@ def labelled(draw):
     tokens = draw(st.integers(0, 60))
     kind = draw(st.sampled_from([np.uint8, np.uint16]))
     ids = random_ids(tokens, 3, 2, 8, seed=draw(st.integers(0, 9)), dtype=kind)
-    labels = None
-    if draw(st.booleans()):
-        sequence = np.repeat(np.arange(tokens), draw(st.integers(1, 8)))[:tokens]
-        labels = np.stack([sequence, sequence % 2], axis=1)
-    of = {} if labels is None else dict(zip(("sequence", "group"), labels.T, strict=True))
-    names = {} if labels is None else {"group_names": ["even", "odd", "empty"], "model": "m"}
-    return mt.RoutingTrace.from_arrays(ids, num_experts=8, **of, **names), ids, labels
+    if not draw(st.booleans()):
+        return mt.RoutingTrace.from_arrays(ids, num_experts=8), ids, None
+    sequence = np.repeat(np.arange(tokens), draw(st.integers(1, 8)))[:tokens]
+    of = {"sequence": sequence, "group": sequence % 2, "group_names": ["even", "odd", "empty"]}
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, model="m", **of)
+    return trace, ids, np.stack([sequence, sequence % 2], axis=1)
 
 
 def taken(draw, trace, ids, labels):
     """Draw a split or a selection of a trace, and do the same to its arrays."""
-    way = draw(
-        st.sampled_from(["layers", "split", *(["groups", "sequences"] * (labels is not None))])
-    )
+    ways = ["layers", "split", *(["groups", "sequences"] if labels is not None else [])]
+    way = draw(st.sampled_from(ways))
     if way == "layers":
         layers = draw(st.permutations(range(ids.shape[1])))[: draw(st.integers(1, ids.shape[1]))]
         return trace.select(layers=layers), ids[:, layers], labels
@@ -128,23 +120,26 @@ def taken(draw, trace, ids, labels):
         share, seed = draw(st.floats(0.01, 0.99)), draw(st.integers(0, 9))
         parts = trace.split(share, seed=seed)
         assert same(parts[0], trace.split(share, seed=seed)[0])
-        sequences = [] if labels is None else np.unique(labels[:, 0])
-        units = labels[:, 0] if len(sequences) > 1 else np.arange(len(ids))
-        keep = np.isin(labels[:, 0], parts[0].sequence) if len(sequences) > 1 else None
-        keep = np.arange(len(ids)) < parts[0].tokens if keep is None else keep
+        units = np.arange(len(ids)) if labels is None else labels[:, 0]
+        keep = np.arange(len(ids)) < parts[0].tokens
+        if labels is not None and len(np.unique(units)) > 1:
+            keep = np.isin(units, parts[0].sequence)
+        elif labels is not None:
+            units = np.arange(len(ids))
         several = len(np.unique(units))
         wanted = min(max(round(share * several), 1), max(several - 1, 0))
         assert len(np.unique(units[keep])) == wanted
         number = draw(st.integers(0, 1))
-        keep = ~keep if number else keep
-        return parts[number], ids[keep], None if labels is None else labels[keep]
-    if way == "groups":
+        keep, chosen = (~keep if number else keep), parts[number]
+    elif way == "groups":
         names = draw(st.lists(st.sampled_from(["even", "odd", "empty"]), min_size=1, unique=True))
         keep = np.isin(labels[:, 1], [trace.group_names.index(name) for name in names])
-        return trace.select(groups=names), ids[keep], labels[keep]
-    some = draw(st.lists(st.sampled_from(np.unique(labels[:, 0]).tolist()))) if len(ids) else []
-    keep = np.isin(labels[:, 0], some)
-    return trace.select(sequences=some), ids[keep], labels[keep]
+        chosen = trace.select(groups=names)
+    else:
+        there = np.unique(labels[:, 0]).tolist()
+        some = draw(st.lists(st.sampled_from(there))) if there else []
+        keep, chosen = np.isin(labels[:, 0], some), trace.select(sequences=some)
+    return chosen, ids[keep], None if labels is None else labels[keep]
 
 
 @given(st.data())
@@ -229,8 +224,6 @@ def test_saved_files_are_plain_safetensors(make_trace, tmp_path):
     plain = mt.RoutingTrace.load(path, num_experts=8)
     assert np.array_equal(plain.expert_ids, IDS)
     assert plain.expert_ids.dtype == np.uint8
-    with pytest.raises(ValueError, match="num_experts is needed"):
-        mt.RoutingTrace.load(path)
 
 
 def test_a_trace_can_replace_its_own_file(make_trace, tmp_path):
@@ -248,16 +241,13 @@ def test_nothing_is_written_half(make_trace, tmp_path):
     """A save that fails leaves the old file and no other."""
     path, target = tmp_path / "bad.safetensors", tmp_path / "target.safetensors"
     make_trace().save(target)
-    before = target.read_bytes()
-    ids = IDS.copy()
+    before, ids = target.read_bytes(), IDS.copy()
     ids[40, 1, 0] = 9
     save_file({"expert_ids": ids}, path)
     with pytest.raises(ValueError, match=r"bad\.safetensors: expert_ids: token 40, layer 1: "):
         mt.RoutingTrace.load(path, num_experts=8).save(target)
     assert target.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(ValueError, match=r"saved as \.safetensors, got \.npz"):
-        make_trace().save(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", ">i4", "<i8"])
@@ -269,8 +259,6 @@ def test_npy(tmp_path, dtype, order):
     trace = mt.RoutingTrace.load(path, num_experts=8)
     assert np.array_equal(trace.expert_ids, IDS)
     assert np.array_equal(np.concatenate(list(trace.shards(200))), IDS)
-    with pytest.raises(ValueError, match=r"a\.npy: num_experts is needed"):
-        mt.RoutingTrace.load(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -284,9 +272,6 @@ def test_npz(make_trace, tmp_path, save):
     assert mt.RoutingTrace.load(path, num_experts=12).num_experts == 12
     with pytest.raises(ValueError, match=r"a\.npz: expert_ids: token \d+, layer \d: expert id"):
         mt.RoutingTrace.load(path, num_experts=4)
-    save(path, expert_ids=IDS)
-    with pytest.raises(ValueError, match="num_experts is needed"):
-        mt.RoutingTrace.load(path)
 
 
 def test_real_traces(data):

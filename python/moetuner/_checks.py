@@ -11,7 +11,7 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -41,25 +41,11 @@ SHOWN, LONGEST_PATH = 40, 4096
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, type, type(None), np.generic)
 
 
-class _Short(reprlib.Repr):
-    """Representations that do not read all of a long value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = 2 * SHOWN
-        self.maxlist = self.maxtuple = self.maxset = self.maxdict = SHOWN // 2
-        self.maxlevel = 4
-
-    def repr_instance(self, x: object, level: int) -> str:
-        if isinstance(x, np.ndarray) or not isinstance(x, PLAIN):
-            return f"a {type(x).__name__}"
-        return super().repr_instance(x, level)
-
-    def repr_bytes(self, x: bytes, level: int) -> str:
-        return repr(x[: self.maxstring])
-
-
-SHORT = _Short()
+# Representations that do not read all of a long value.
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 2 * SHOWN
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxset = SHORT.maxdict = SHOWN // 2
+SHORT.maxlevel = 4
 
 
 def shown(value: object) -> str:
@@ -153,9 +139,8 @@ def amounts_in(name: str, values: ArrayLike, axes: int = 0) -> NDArray[np.float6
     if array.ndim < axes:
         raise ValueError(f"{name} must be an array of {axes} axes or more, got {array.ndim}")
     if not ((array >= 0) & (array < np.inf)).all():
-        raise ValueError(
-            f"{name} must be finite numbers of at least 0, got {array.min():g} to {array.max():g}"
-        )
+        ends = f"{array.min():g} to {array.max():g}"
+        raise ValueError(f"{name} must be finite numbers of at least 0, got {ends}")
     return array
 
 
@@ -198,16 +183,13 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
 
 def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
     """Check how many slots there are, before anything of that size is made."""
-    if layers * devices * slots_per_device > CELL_LIMIT:
-        raise ValueError(
-            f"slots_per_device must make at most {CELL_LIMIT} slots, "
-            f"got {slots_per_device} on {devices} devices in {layers} layers"
-        )
-    if devices * slots_per_device > SLOT_LIMIT:
-        raise ValueError(
-            f"slots_per_device must make at most {SLOT_LIMIT} slots in a layer, "
-            f"got {slots_per_device} on {devices} devices"
-        )
+    for count, limit, where in ((layers, CELL_LIMIT, ""), (1, SLOT_LIMIT, " in a layer")):
+        if count * devices * slots_per_device > limit:
+            of_layers = f" in {layers} layers" if not where else ""
+            raise ValueError(
+                f"slots_per_device must make at most {limit} slots{where}, "
+                f"got {slots_per_device} on {devices} devices{of_layers}"
+            )
 
 
 def check_sizes(shape: tuple[int, ...], dtype: np.dtype[np.generic], num_experts: int) -> None:
@@ -228,16 +210,14 @@ def valid(
 ) -> IdArray:
     """Validate integer ids [T,L,K] and give them as C-contiguous uint8 or uint16."""
     dtype = id_type(ids.dtype, num_experts)
-    if ids.dtype != dtype and ids.size:
-        numbers = cast("NDArray[np.integer[Any]]", ids)
-        if numbers.min() < 0 or numbers.max() >= num_experts:
-            token, layer, k = np.argwhere((numbers < 0) | (numbers >= num_experts))[0]
-            value = int(numbers[token, layer, k])
-            rule = "negative" if value < 0 else f"not below num_experts {num_experts}"
-            raise ValueError(
-                f"expert_ids: token {first_token + token}, layer {layer}: "
-                f"expert id {value} is {rule}"
-            )
+    numbers = cast("NDArray[np.integer[Any]]", ids)
+    if ids.dtype != dtype and ids.size and not 0 <= numbers.min() <= numbers.max() < num_experts:
+        token, layer, k = np.argwhere((numbers < 0) | (numbers >= num_experts))[0]
+        value = int(numbers[token, layer, k])
+        rule = "negative" if value < 0 else f"not below num_experts {num_experts}"
+        raise ValueError(
+            f"expert_ids: token {first_token + token}, layer {layer}: expert id {value} is {rule}"
+        )
     checked = cast(IdArray, np.ascontiguousarray(ids, dtype=dtype))
     _core.validate(checked, num_experts, first_token, threads)
     return checked
@@ -326,9 +306,8 @@ def names(values: Iterable[str] | None) -> tuple[str, ...]:
     """Check the names of groups: texts that differ."""
     if values is None:
         return ()
-    members = listed("group_names", values, "names")
     texts: dict[str, None] = {}
-    for name in members:
+    for name in listed("group_names", values, "names"):
         if not isinstance(name, str):
             raise ValueError(f"group_names must be texts, got {shown(name)}")
         if name in texts:
@@ -351,20 +330,19 @@ def groups(
     return array
 
 
+def pieces(values: NDArray[Integer]) -> Iterator[NDArray[Integer]]:
+    """Yield labels [n] in pieces, and one at least: numpy alone takes much memory."""
+    return (values[at : at + PIECE] for at in range(0, max(len(values), 1), PIECE))
+
+
 def distinct(values: NDArray[Integer]) -> NDArray[Integer]:
-    """Find the labels that occur, ascending; in pieces, since numpy alone takes much memory."""
-    pieces: list[NDArray[Integer]] = [
-        np.unique(values[at : at + PIECE]) for at in range(0, len(values), PIECE)
-    ]
-    return np.unique(np.concatenate([values[:0], *pieces]))
+    """Find the labels that occur, ascending."""
+    return np.unique(np.concatenate([np.unique(piece) for piece in pieces(values)]))
 
 
 def among(values: NDArray[Integer], wanted: ArrayLike) -> NDArray[np.bool_]:
-    """Whether each label is one of those wanted; in pieces."""
-    flags = np.empty(len(values), dtype=np.bool_)
-    for at in range(0, len(values), PIECE):
-        flags[at : at + PIECE] = np.isin(values[at : at + PIECE], wanted)
-    return flags
+    """Whether each label is one of those wanted."""
+    return np.concatenate([np.isin(piece, wanted) for piece in pieces(values)])
 
 
 def numbered(group: ArrayLike) -> list[str]:

@@ -152,8 +152,8 @@ class Layers:
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
         """Go down from slots [L,D,S] by steps, that which gains most for a copy moved first.
 
-        A copy moves to a device that does not have it in ``running`` [L,D,S], of any width; at most
-        ``most`` do. Load above caps comes before all else. Every step writes twice: where in the
+        A copy moves to a device that does not have it in ``running`` [L,D,S]; at most ``most``
+        do. Load above caps comes before all else. Every step writes twice: where in the
         flat slots and which expert [N,2]. After it, so many copies have moved in all, caps are
         exceeded by a part of them (of the worst device, summed over layers), and the cost in
         weighted tokens has changed since the start [N,3]. The last value says whether it was

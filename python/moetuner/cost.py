@@ -102,9 +102,8 @@ class CostModel(Frozen):
     def __post_init__(self) -> None:
         for name in AMOUNTS:
             if name != "combine_bytes" or self.combine_bytes is not None:
-                unit = "microseconds" if name.endswith("_us") else "bytes"
-                value = check.not_negative(name, getattr(self, name), f"number of {unit}")
-                vars(self)[name] = value
+                unit = "number of microseconds" if name.endswith("_us") else "number of bytes"
+                vars(self)[name] = check.not_negative(name, getattr(self, name), unit)
         if not (check.is_number(self.overlap) and 0 <= self.overlap <= 1):
             raise ValueError(f"overlap must be from 0 to 1, got {check.shown(self.overlap)}")
         for name in ("parameter_errors", "measured"):
@@ -150,12 +149,10 @@ class CostModel(Frozen):
         _check_both_lines(lines, residual, *columns)
         prediction_error, spread = _cross_validate(*columns)
         by_experts, by_tokens = _times(lines, *columns[:2])
-        evidence = {
-            "residual": residual,
-            "prediction_error": prediction_error,
-            "parameter_errors": tuple(spread.tolist()),
-            "measured": (int((by_tokens < by_experts).sum()), int((by_tokens >= by_experts).sum())),
-        }
+        computing = int((by_tokens >= by_experts).sum())
+        evidence: dict[str, Any] = {"residual": residual, "prediction_error": prediction_error}
+        evidence["parameter_errors"] = tuple(spread.tolist())
+        evidence["measured"] = (len(by_tokens) - computing, computing)
         return cls(*lines.tolist(), **{**evidence, **others})
 
     @classmethod
@@ -196,17 +193,15 @@ class CostModel(Frozen):
         memory_bandwidth = check.positive("memory_bandwidth", memory_bandwidth) * efficiency
         dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
         launch_us = check.not_negative("launch_us", launch_us, "number of microseconds")
-        return cls(
-            **{
-                "base_us": launch_us,
-                "expert_us": 1e6 * weights * dtype_bytes / memory_bandwidth,
-                "start_us": launch_us,
-                "token_us": 1e6 * 2 * weights / flops,
-                "token_bytes": hidden * dtype_bytes,
-                "combine_bytes": hidden * 2.0,
-                **others,
-            }
-        )
+        fields = {
+            "base_us": launch_us,
+            "expert_us": 1e6 * weights * dtype_bytes / memory_bandwidth,
+            "start_us": launch_us,
+            "token_us": 1e6 * 2 * weights / flops,
+            "token_bytes": hidden * dtype_bytes,
+            "combine_bytes": hidden * 2.0,
+        }
+        return cls(**{**fields, **others})
 
     @classmethod
     def preset(
@@ -257,7 +252,7 @@ class CostModel(Frozen):
             Relative speed of every device [D].
         """
         time = self.start_us + self.token_us * check.amounts_in("tokens", tokens)
-        experts = np.zeros(()) if active is None else check.amounts_in("active", active)
+        experts = check.amounts_in("active", 0.0 if active is None else active)
         _check_shapes("active", experts, "tokens", time)
         time = np.maximum(self.base_us + self.expert_us * experts, time)
         if speed is None:
@@ -338,9 +333,8 @@ class CostModel(Frozen):
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
             names = [field.name for field in fields(cls)]
-            unknown = [key for key in values if key not in names]
-            if unknown:
-                raise ValueError(f"keys must be out of {names}, got {unknown[0]!r}")
+            for key in (key for key in values if key not in names):
+                raise ValueError(f"keys must be out of {names}, got {key!r}")
             return cls(**values)
 
 
@@ -360,9 +354,10 @@ def busiest_ports(sent: ArrayLike, topology: Topology) -> Floats:
     A device's port of a tier carries what it sends to, or receives from, devices of that tier:
     links work in both directions at once, so the larger of the two counts.
     """
-    rows, tiers = np.asarray(sent, dtype=np.float64), range(1, len(topology.levels) + 1)
-    by_tier = [rows * (topology.tier == tier) for tier in tiers]
-    ports = [np.maximum(of.sum(axis=-1), of.sum(axis=-2)).max(axis=-1) for of in by_tier]
+    ports = []
+    for tier in range(1, len(topology.levels) + 1):
+        rows = np.asarray(sent, dtype=np.float64) * (topology.tier == tier)
+        ports.append(np.maximum(rows.sum(axis=-1), rows.sum(axis=-2)).max(axis=-1))
     return np.stack(ports, axis=-1)
 
 
@@ -387,13 +382,11 @@ def measurements(*values: ArrayLike) -> list[Floats]:
     if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
     for name, column in zip(names, columns, strict=True):
-        timed = name == "microseconds"
-        wrong = ~(np.isfinite(column) & (column > 0 if timed else column >= 0))
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            rule = "positive" if timed else "at least 0"
+        is_time = name == "microseconds"
+        for at in np.flatnonzero(~((column > 0 if is_time else column >= 0) & (column < np.inf))):
+            rule = "positive" if is_time else "at least 0"
             raise ValueError(f"{name} must be finite and {rule}, got {column[at]} at {at}")
-    different = len(np.unique(np.stack(columns[:2]), axis=1).T)
+    different = len(set(zip(*columns[:2], strict=True)))
     if different < FEWEST:
         raise ValueError(
             f"fit needs at least {FEWEST} different pairs of tokens and experts, got {different}"
@@ -467,28 +460,27 @@ def _check_both_lines(
     above = (by_tokens - by_experts) / times
     # Where lines meet, a measurement is of both, and tells them apart as little as noise does.
     clear = max(residual, 1e-6)
-    regimes = (
-        ("reading weights", "few tokens on many experts", experts, above < -clear),
-        ("computing", "many tokens on few experts", tokens, above > clear),
-    )
-    single = []
+    names = ("reading weights", "computing")
+    missing = ("few tokens on many experts", "many tokens on few experts")
+    alone = []
     for x in (experts, tokens):
         start, slope = _line(x, times, 1 / times)
-        single.append(_loss((start + slope * x) / times - 1))
+        alone.append(_loss((start + slope * x) / times - 1))
     both = _loss(_errors(lines, tokens, experts, times))
     # Two lines have two coefficients more, and must earn them.
-    odds = len(times) / 2 * np.log(max(min(single), 1e-12) / max(both, 1e-12))
-    one_only = bool(odds - np.log(len(times)) < SURE)
-    for number, (regime, missing, x, on) in enumerate(regimes):
-        if one_only and single[number] > single[1 - number]:
+    odds = len(times) / 2 * np.log(max(min(alone), 1e-12) / max(both, 1e-12))
+    if odds - np.log(len(times)) < SURE:
+        seen = int(np.argmin(alone))
+        raise ValueError(
+            f"measurements must show both regimes, got {names[seen]} only: add {missing[1 - seen]}"
+        )
+    for name, more, sizes in zip(
+        names, missing, (experts[above < -clear], tokens[above > clear]), strict=True
+    ):
+        if len(sizes) < FEWEST_OF_LINE or len(np.unique(sizes)) < 2:
             raise ValueError(
-                f"measurements must show both regimes, got {regimes[1 - number][0]} only: "
-                f"add {missing}"
-            )
-        if not one_only and (on.sum() < FEWEST_OF_LINE or len(np.unique(x[on])) < 2):
-            raise ValueError(
-                f"measurements must have at least {FEWEST_OF_LINE} batches of {regime}, of two "
-                f"sizes or more, got {int(on.sum())}: add {missing}"
+                f"measurements must have at least {FEWEST_OF_LINE} batches of {name}, of two "
+                f"sizes or more, got {len(sizes)}: add {more}"
             )
 
 
@@ -561,8 +553,7 @@ def size_of_expert(traffic: Any) -> tuple[int, int] | None:
 
     Of a trace or statistics; None where neither is known.
     """
-    recorded: tuple[int, int] | None = traffic.expert_size
-    return recorded or SIZES.get(public_name(traffic.model) or "")
+    return traffic.expert_size or SIZES.get(public_name(traffic.model) or "")
 
 
 def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:

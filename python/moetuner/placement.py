@@ -165,14 +165,12 @@ def fill(
         else.
     """
     full = slots.copy()
-    layers, devices, width = slots.shape
-    wanted = np.full((layers, devices), width) if capacity is None else capacity
+    wanted = np.full(slots.shape[:2], slots.shape[2]) if capacity is None else capacity
     short = wanted - (slots != EMPTY).sum(axis=2)
     for layer in np.flatnonzero((short > 0).any(axis=1)).tolist():
         copies = np.bincount(slots[layer].ravel() + 1, minlength=experts + 1)[1:]
         for device in np.flatnonzero(short[layer] > 0).tolist():
-            row = full[layer, device]
-            out = np.zeros(experts, dtype=bool)
+            row, out = full[layer, device], np.zeros(experts, dtype=bool)
             out[row[row != EMPTY]] = True
             if forbidden is not None:
                 out |= forbidden[layer, :, device]
@@ -241,21 +239,19 @@ class Placement(Frozen):
                 f"got {check.shown(slots)}"
             )
         check.check_slots(*slots.shape[1:])
-        given = check.whole_number("num_experts", self.num_experts, lowest=0)
+        experts = check.whole_number("num_experts", self.num_experts, lowest=0)
         most, highest = slots[0].size, int(slots.max())
-        if not given and highest >= most:
+        if not experts and highest >= most:
             raise ValueError(
                 f"slots must have expert ids below {most}, the slots of a layer, got {highest}"
             )
-        experts = given or max(highest + 1, 1)
+        experts = experts or max(highest + 1, 1)
         if experts > most:
             raise ValueError(
                 f"num_experts must be from 1 to {most}, a slot for each, got {experts}"
             )
         _check(slots, experts)
-        slots = np.ascontiguousarray(slots, dtype=np.int32)
-        if slots is self.slots or slots.base is not None:
-            slots = slots.copy()
+        slots = np.array(slots, dtype=np.int32, order="C")  # a copy of its own
         slots.flags.writeable = False
         vars(self).update(slots=slots, num_experts=experts)
         self._check_names()
@@ -293,18 +289,17 @@ class Placement(Frozen):
             )
         layers, experts = device_of.shape
         check.check_slots(devices, 1, layers)
-        row = np.arange(layers)[:, None]
         # A cell is a device of a layer.
-        counts = np.bincount((device_of + row * devices).ravel(), minlength=layers * devices)
-        width, given = int(counts.max(initial=1)), slots_per_device
-        if given is not None:
-            check.whole_number("slots_per_device", given, highest=check.SLOT_LIMIT)
-            if width > given:
-                raise ValueError(
-                    f"slots_per_device must be at least {width}, got {given}: "
-                    "a device holds that many experts in one layer"
-                )
-            width = given
+        cells = device_of + np.arange(layers)[:, None] * devices
+        counts = np.bincount(cells.ravel(), minlength=layers * devices)
+        least = int(counts.max(initial=1))
+        width = least if slots_per_device is None else slots_per_device
+        check.whole_number("slots_per_device", width, highest=check.SLOT_LIMIT)
+        if width < least:
+            raise ValueError(
+                f"slots_per_device must be at least {least}, got {width}: "
+                "a device holds that many experts in one layer"
+            )
         check.check_slots(devices, width, layers)
         # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.
         small = device_of.astype(np.min_scalar_type(max(devices - 1, 0)))
@@ -331,7 +326,6 @@ class Placement(Frozen):
     @property
     def has_copies(self) -> bool:
         """Whether an expert of a layer has more than one slot; every expert has one."""
-        # Every expert has a slot: as many slots as experts is one for each.
         return int(np.count_nonzero(self.slots != EMPTY)) > self.layers * self.num_experts
 
     @property
@@ -424,9 +418,9 @@ class Placement(Frozen):
             If the file is no placements, or some are of another schema version.
         """
         path = check.path_in(path)
+        placements: list[Placement] = []
         with naming(path):
             content = read_whole(path)
-            placements: list[Placement] = []
             try:
                 text = content.decode().strip()
                 while text or not placements:
@@ -435,7 +429,7 @@ class Placement(Frozen):
                     text = text[end:].lstrip()
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a placement: {error}") from None
-            return placements
+        return placements
 
     @classmethod
     def _of_values(cls, values: Any) -> Placement:
@@ -465,18 +459,18 @@ class Placement(Frozen):
         check.instance("other", other, Placement)
         if expert_bytes is not None:
             check.not_negative("expert_bytes", expert_bytes, "number of bytes")
-        if topology is not None:
-            check.instance("topology", topology, Topology)
         mine, theirs = ((of.layers, of.devices, of.num_experts) for of in (self, other))
         if mine != theirs:
             raise ValueError(
                 f"other must have the same layers, devices and experts, got {mine} and {theirs}"
             )
-        if topology is not None and topology.devices != self.devices:
-            raise ValueError(
-                f"topology must have {self.devices} devices like the placements, "
-                f"got {topology.devices}"
-            )
+        if topology is not None:
+            check.instance("topology", topology, Topology)
+            if topology.devices != self.devices:
+                raise ValueError(
+                    f"topology must have {self.devices} devices like the placements, "
+                    f"got {topology.devices}"
+                )
         return difference(self.held, other.held, topology, expert_bytes)
 
     def __eq__(self, other: object) -> bool:
@@ -489,8 +483,7 @@ class Placement(Frozen):
 
 
 def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
-    """Count the slots of every expert [L,E]."""
-    # A column for every expert behind one for empty slots.
+    """Count the slots of every expert [L,E]; those of no expert come first, and are left out."""
     columns = slots.reshape(len(slots), -1).astype(np.int64) - EMPTY
     return np.stack([np.bincount(row, minlength=experts + 1)[1:] for row in columns])
 

@@ -12,6 +12,8 @@ more devices than groups, place the groups; with more, keep every group on devic
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,19 +34,15 @@ def merged(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
     """
     instance("statistics", statistics, RoutingStatistics)
     size = _size(statistics.experts, groups)
+    load = statistics.window_load
     together = _pairs(statistics.coactivation, size)
     if together is not None:
-        group = np.arange(groups)
-        together[:, group, group] = 0
-    windows, layers, _ = statistics.window_load.shape
+        together[:, np.arange(groups), np.arange(groups)] = 0
     return RoutingStatistics(
-        statistics.window_load.reshape(windows, layers, groups, size).sum(axis=3, dtype=np.uint64),
+        load.reshape(*load.shape[:2], groups, size).sum(axis=3, dtype=np.uint64),
         _pairs(statistics.transitions, size),
         together,
-        window=statistics.window,
-        group=statistics.group,
-        group_names=statistics.group_names,
-        model=statistics.model,
+        **{name: getattr(statistics, name) for name in ("window", "group", "group_names", "model")},
     )
 
 
@@ -60,13 +58,8 @@ def expanded(placement: Placement, experts: int) -> Placement:
     size = _size(experts, placement.num_experts)
     group = placement.slots[..., None]
     slots = np.where(group == EMPTY, EMPTY, group * size + np.arange(size))
-    width = placement.slots_per_device * size
-    return Placement(
-        slots.reshape(placement.layers, placement.devices, width),
-        num_experts=experts,
-        model=placement.model,
-        topology=placement.topology,
-    )
+    names: Any = {"model": placement.model, "topology": placement.topology}
+    return Placement(slots.reshape(*slots.shape[:2], -1), num_experts=experts, **names)
 
 
 def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, int]]:

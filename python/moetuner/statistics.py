@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,13 @@ class ExpertSets(Frozen):
             raise ValueError(
                 f"ids of expert sets must be [sets, top_k] from 0 to 65535, got {check.shown(ids)}"
             )
-        counts = _counts("counts of expert sets", self.counts, "[sets]")
+        counts = _counts("counts of expert sets", self.counts, "[sets]").astype(np.uint64)
         if len(counts) != len(ids):
             raise ValueError(
                 f"counts of expert sets must be whole numbers [{len(ids)}] like their ids, "
                 f"got {check.shown(counts)}"
             )
-        ids, counts = _core.merge_sets(
-            np.ascontiguousarray(ids, dtype=np.uint16),
-            np.ascontiguousarray(counts, dtype=np.uint64),
-        )
+        ids, counts = _core.merge_sets(np.ascontiguousarray(ids, dtype=np.uint16), counts)
         if (ids[:, 1:] == ids[:, :-1]).any():
             raise ValueError("ids of an expert set must differ")
         vars(self).update(ids=ids, counts=counts)
@@ -86,13 +83,10 @@ class ExpertSets(Frozen):
         if not isinstance(other, ExpertSets):
             return NotImplemented
         if self.top_k != other.top_k:
-            raise ValueError(
-                "expert sets must have the same number of experts, got "
-                f"{self.top_k} and {other.top_k}"
-            )
-        return ExpertSets(
-            np.concatenate([self.ids, other.ids]), np.concatenate([self.counts, other.counts])
-        )
+            sizes = f"{self.top_k} and {other.top_k}"
+            raise ValueError(f"expert sets must have the same number of experts, got {sizes}")
+        ids, counts = [self.ids, other.ids], [self.counts, other.counts]
+        return ExpertSets(np.concatenate(ids), np.concatenate(counts))
 
     def load(self, experts: int) -> NDArray[np.uint64]:
         """Return tokens of every expert [E]."""
@@ -103,15 +97,13 @@ class ExpertSets(Frozen):
 
 
 def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | None]:
-    """Return the tables, each None without sets."""
+    """Return the tables that a file has of the sets of layers, each None without sets."""
     if sets is None:
         return dict.fromkeys(SET_TABLES)
-    tables = (
-        np.concatenate([layer.ids for layer in sets]),
-        np.concatenate([layer.counts for layer in sets]),
-        np.array([len(layer) for layer in sets], dtype=np.uint64),
+    ids, counts = (
+        np.concatenate(of) for of in zip(*((s.ids, s.counts) for s in sets), strict=True)
     )
-    return dict(zip(SET_TABLES, tables, strict=True))
+    return dict(zip(SET_TABLES, (ids, counts, np.array([*map(len, sets)], np.uint64)), strict=True))
 
 
 def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | None:
@@ -128,8 +120,7 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
     if counts.shape != ids.shape[:1]:
         raise ValueError(f"set_counts must be [{len(ids)}], got {list(counts.shape)}")
     cuts = np.cumsum(sizes[:-1].astype(np.int64))
-    parts = zip(np.split(ids, cuts), np.split(counts, cuts), strict=True)
-    return tuple(ExpertSets(*part) for part in parts)
+    return tuple(map(ExpertSets, np.split(ids, cuts), np.split(counts, cuts)))
 
 
 # Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
@@ -230,8 +221,7 @@ class RoutingStatistics(Frozen):
                 rule = "symmetric with a zero diagonal"
                 raise ValueError(f"coactivation must be {rule}, layer {layer} is not")
         if self.sets is not None:
-            vars(self)["sets"] = tuple(check.listed("sets", self.sets, "expert sets"))
-            self._check_sets(self.sets)
+            self._check_sets()
         if self.set_tokens is not None:
             if self.sets is None:
                 raise ValueError("set_tokens must be None without sets")
@@ -241,8 +231,9 @@ class RoutingStatistics(Frozen):
             vars(self)["group"] = group
         check.text_or_none("model", self.model)
 
-    def _check_sets(self, sets: tuple[ExpertSets, ...]) -> None:
+    def _check_sets(self) -> None:
         """Check that there are sets of every layer, of experts that there are."""
+        sets = check.listed("sets", self.sets, "expert sets")
         if len(sets) != self.layers:
             raise ValueError(f"sets must be those of {self.layers} layers, got {len(sets)}")
         for layer, of in enumerate(sets):
@@ -252,6 +243,7 @@ class RoutingStatistics(Frozen):
                 raise ValueError(
                     f"sets must have expert ids below {self.experts}, layer {layer} has {highest}"
                 )
+        vars(self)["sets"] = tuple(sets)
 
     @classmethod
     def from_trace(
@@ -302,32 +294,40 @@ class RoutingStatistics(Frozen):
         for name, value in {**tables, "by_group": by_group}.items():
             check.flag(name, value)
         _check_table_bytes(trace, window, tables)
-        every = _sampling(trace) if sets else 1
         check.callable_or_none("progress", progress)
-        count = partial(cls._counted, window=window, every=every, threads=threads, tables=tables)
-        return _by_group(trace, count, progress) if by_group else count(trace, progress=progress)
+        report = progress or (lambda _: None)
+        every = _sampling(trace) if sets else 1
+        how: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
+        if not by_group:
+            return cls._counted(trace, report, **how)
+        if trace.group is None:
+            raise ValueError("by_group needs a trace with groups; this one has none")
+        parts, numbers = [], np.unique(trace.group).tolist()
+        for at, number in enumerate(numbers):
+            mine = trace.select(groups=[number])
+            part = cls._counted(mine, lambda of: report((at + of) / len(numbers)), **how)  # noqa: B023
+            group = np.full(part.windows, number)
+            parts.append(replace(part, group=group, group_names=trace.group_names))
+        return cls.sum(parts)
 
     @classmethod
     def _counted(
         cls,
         trace: RoutingTrace,
+        report: Callable[[float], None],
         *,
         window: int | None,
         every: int,
         threads: int | None,
         tables: Mapping[str, bool],
-        progress: Callable[[float], None] | None,
     ) -> RoutingStatistics:
         """Count a trace whose arguments were checked, and the sets of one token in ``every``."""
-        counter = _core.StatisticsCounter(
-            trace.layers, trace.num_experts, trace.top_k, window=window, every=every, **tables
-        )
-        counted = 0
+        sizes = (trace.layers, trace.num_experts, trace.top_k)
+        counter, counted = _core.StatisticsCounter(*sizes, window=window, every=every, **tables), 0
         for shard in trace.shards(_shard_bytes(trace), threads=threads):
             counter.push(shard, threads, checked=trace.ids.fresh)
             counted += len(shard)
-            if progress is not None:
-                progress(counted / trace.tokens)
+            report(counted / trace.tokens)
             del shard  # else the next shard is read while this one is still held
         _, load, *pairs, sets = counter.finish(threads)
         statistics = cls(
@@ -389,16 +389,14 @@ class RoutingStatistics(Frozen):
     @property
     def transitions_or_empty(self) -> NDArray[np.uint64]:
         """Transitions, or no tables at all where they were not counted."""
-        return self._or_empty(self.transitions)
+        empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
+        return empty if self.transitions is None else self.transitions
 
     @property
     def coactivation_or_empty(self) -> NDArray[np.uint64]:
         """Co-activation, or no tables at all where it was not counted."""
-        return self._or_empty(self.coactivation)
-
-    def _or_empty(self, table: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
         empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
-        return empty if table is None else table
+        return empty if self.coactivation is None else self.coactivation
 
     @cached_property
     def fingerprint(self) -> str:
@@ -442,35 +440,28 @@ class RoutingStatistics(Frozen):
         if (self.group is None) != (other.group is None):
             raise ValueError("statistics must both have groups, or none, got groups of only one")
         for name in ("model", "expert_size", "window"):
-            mine, theirs = getattr(self, name), getattr(other, name)
+            both = getattr(self, name), getattr(other, name)
             # Nothing is known of a model without a name; windows without a length are others.
-            if mine != theirs and (name == "window" or None not in (mine, theirs)):
-                raise ValueError(
-                    f"statistics must have the same {name}, "
-                    f"got {check.shown(mine)} and {check.shown(theirs)}"
-                )
+            if both[0] != both[1] and (name == "window" or None not in both):
+                values = " and ".join(map(check.shown, both))
+                raise ValueError(f"statistics must have the same {name}, got {values}")
         group, names = check.joined_groups([self, other])
-        same = {of: getattr(self, of) and getattr(other, of) for of in ("model", "expert_size")}
-        both = {name: (table, other._pairs[name]) for name, table in self._pairs.items()}
-        pairs: dict[str, Any] = {
-            name: a + b for name, (a, b) in both.items() if a is not None and b is not None
-        }
-        sets, set_tokens = None, None
+        fields: dict[str, Any] = {"window": self.window, "group": group}
+        fields["group_names"] = names if group is not None else ()
+        for name in ("model", "expert_size"):
+            fields[name] = getattr(self, name) and getattr(other, name)
+        for name, mine in self._pairs.items():
+            theirs = other._pairs[name]
+            fields[name] = None if mine is None or theirs is None else mine + theirs
         if self.sets is not None and other.sets is not None:
-            sets = tuple(a + b for a, b in zip(self.sets, other.sets, strict=True))
-            sides = ((self.sets, self.set_tokens), (other.sets, other.set_tokens))
-            if any(sample is not None for _, sample in sides):
-                set_tokens = sum(sample or int(of[0].counts.sum()) for of, sample in sides)
-        return RoutingStatistics(
-            np.concatenate([self.window_load, other.window_load]),
-            **pairs,
-            **same,
-            window=self.window,
-            group=group,
-            group_names=names if group is not None else (),
-            sets=sets,
-            set_tokens=set_tokens,
-        )
+            fields["sets"] = tuple(map(operator.add, self.sets, other.sets))
+            if self.set_tokens or other.set_tokens:
+                sides = ((self.sets, self.set_tokens), (other.sets, other.set_tokens))
+                fields["set_tokens"] = sum(
+                    sample or int(of[0].counts.sum()) for of, sample in sides
+                )
+        load = np.concatenate([self.window_load, other.window_load])
+        return RoutingStatistics(load, **fields)
 
     @classmethod
     def sum(cls, parts: Iterable[RoutingStatistics]) -> RoutingStatistics:
@@ -507,28 +498,6 @@ class RoutingStatistics(Frozen):
         with naming(path):
             about |= {name: tables.get(name) for name in (*PAIRS, "group")}
             return cls.from_load(tables["load"], sets=from_tables(tables), **about)
-
-
-def _by_group(
-    trace: RoutingTrace,
-    count: Callable[..., RoutingStatistics],
-    progress: Callable[[float], None] | None,
-) -> RoutingStatistics:
-    """Count the tokens of every group by themselves, and say whose windows are whose."""
-    if trace.group is None:
-        raise ValueError("by_group needs a trace with groups; this one has none")
-    numbers = np.unique(trace.group)
-
-    def counted(at: int) -> RoutingStatistics:
-        def report(share: float) -> None:
-            if progress is not None:
-                progress((at + share) / len(numbers))
-
-        part = count(trace.select(groups=[int(numbers[at])]), progress=report)
-        group = np.full(part.windows, numbers[at])
-        return replace(part, group=group, group_names=trace.group_names)
-
-    return reduce(operator.add, map(counted, range(len(numbers))))
 
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:

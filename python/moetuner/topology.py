@@ -137,25 +137,23 @@ class Topology(Frozen):
             )
         for end in ("intra_node", "inter_node"):
             _set_link(self, f"{end}_bandwidth", f"{end}_latency")
+        # Tables are tuples, so that topologies compare, hash and cannot be changed.
         if self.link_cost is not None:
-            # Held as tuples, so that topologies compare, hash and cannot be changed.
             cost = checked(self.link_cost, self.devices)
             vars(self)["link_cost"] = tuple(map(tuple, cost.tolist()))
         if self.speed is not None:
-            speed = check.per_device("speed", self.speed, self.devices)
-            speeds = [
-                float(check.positive(f"speed of device {d}", of)) for d, of in enumerate(speed)
-            ]
-            vars(self)["speed"] = tuple(speeds)
-        if self.slots_per_device is not None:
-            slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
-            counts = tuple(
-                check.whole_number(
-                    f"slots_per_device of device {device}", value, highest=check.SLOT_LIMIT
-                )
-                for device, value in enumerate(slots)
+            speeds = enumerate(check.per_device("speed", self.speed, self.devices))
+            vars(self)["speed"] = tuple(
+                float(check.positive(f"speed of device {device}", of)) for device, of in speeds
             )
-            vars(self)["slots_per_device"] = counts
+        if self.slots_per_device is not None:
+            slots = enumerate(
+                check.per_device("slots_per_device", self.slots_per_device, self.devices)
+            )
+            vars(self)["slots_per_device"] = tuple(
+                check.whole_number(f"slots_per_device of device {d}", of, highest=check.SLOT_LIMIT)
+                for d, of in slots
+            )
 
     def _set_from_tiers(self) -> None:
         """Check tiers, and let the shorthand say the same as the first two."""
@@ -168,14 +166,9 @@ class Topology(Frozen):
                 "tiers must be groups of devices, each size a multiple of the one before and the "
                 f"last all {self.devices} devices, got {sizes}"
             )
-        first, second = self.tiers[0], self.tiers[min(1, len(self.tiers) - 1)]
-        same = {
-            "devices_per_node": first.devices,
-            "intra_node_bandwidth": first.bandwidth,
-            "intra_node_latency": first.latency,
-            "inter_node_bandwidth": second.bandwidth,
-            "inter_node_latency": second.latency,
-        }
+        same: dict[str, Any] = {"devices_per_node": self.tiers[0].devices}
+        for end, tier in (("intra_node", self.tiers[0]), ("inter_node", self.tiers[:2][-1])):
+            same |= {f"{end}_bandwidth": tier.bandwidth, f"{end}_latency": tier.latency}
         defaults = {parameter.name: parameter.default for parameter in fields(self)}
         for name, value in same.items():
             if getattr(self, name) not in (value, defaults[name]):
@@ -280,18 +273,11 @@ class Topology(Frozen):
             If there is no such machine, or it cannot have that many nodes.
         """
         check.one_of("preset", machine, MACHINES)
+        nodes = check.whole_number("nodes", nodes, highest=check.DEVICE_LIMIT)
         numbers = MACHINES[machine]
-        devices = numbers.devices_per_node * check.whole_number(
-            "nodes", nodes, highest=check.DEVICE_LIMIT
-        )
-        return cls(
-            **{
-                "devices": devices,
-                "name": machine if nodes == 1 else f"{machine}:{nodes}",
-                **numbers._asdict(),
-                **others,
-            }
-        )
+        about: dict[str, Any] = {"devices": numbers.devices_per_node * nodes, **numbers._asdict()}
+        about["name"] = machine if nodes == 1 else f"{machine}:{nodes}"
+        return cls(**(about | others))
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
@@ -310,12 +296,11 @@ class Topology(Frozen):
         path = check.path_in(path)
         with naming(path):
             values = parse(read_whole(path))
-            names = [parameter.name for parameter in fields(cls)]
-            keys = [*names, "preset", "nodes"] if "preset" in values else names
-            unknown = [key for key in values if key not in keys]
-            if unknown:
-                hint = " (nodes needs preset)" if unknown == ["nodes"] else ""
-                raise ValueError(f"keys must be out of {keys}, got {unknown[0]!r}{hint}")
+            keys = [of.name for of in fields(cls)]
+            keys += ["preset", "nodes"] if "preset" in values else []
+            for key in (key for key in values if key not in keys):
+                hint = " (nodes needs preset)" if key == "nodes" else ""
+                raise ValueError(f"keys must be out of {keys}, got {key!r}{hint}")
             if "tiers" in values:
                 values["tiers"] = tuple(Tier(**tier) for tier in values["tiers"])
             if "preset" in values:

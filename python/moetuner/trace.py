@@ -252,12 +252,11 @@ class RoutingTrace:
         sequences = check.distinct(self.sequence) if self.sequence is not None else np.empty(0)
         units = sequences.size if sequences.size > 1 else self.tokens
         count = min(max(round(share * units), 1), max(units - 1, 0))
+        first = np.arange(self.tokens) < count
         if self.sequence is not None and sequences.size > 1:
             chosen = np.random.default_rng(seed).permutation(sequences)[:count]
             first = check.among(self.sequence, chosen)
-        else:
-            first = np.arange(self.tokens) < count
-        return self._taken(first, None), self._taken(~first, None)
+        return self._taken(first), self._taken(~first)
 
     def select(
         self,
@@ -287,17 +286,17 @@ class RoutingTrace:
         if sequences is not None:
             of_these = self._of_sequences(sequences)
             tokens = of_these if tokens is None else tokens & of_these
-        numbers = None
-        if layers is not None:
-            numbers = [
-                check.whole_number("layers", layer, lowest=0, highest=self.layers - 1)
-                for layer in check.listed("layers", layers, "numbers")
-            ]
-            if not numbers or len(set(numbers)) < len(numbers):
-                raise ValueError(f"layers must be at least one and differ, got {numbers}")
-        return self._taken(tokens, None if numbers is None else np.asarray(numbers, dtype=np.intp))
+        if layers is None:
+            return self._taken(tokens)
+        limits = {"lowest": 0, "highest": self.layers - 1}
+        given = check.listed("layers", layers, "numbers")
+        numbers = [check.whole_number("layers", layer, **limits) for layer in given]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"layers must be at least one and differ, got {numbers}")
+        return self._taken(tokens, np.asarray(numbers, dtype=np.intp))
 
     def _of_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
+        """Return whether tokens [T] are of some groups."""
         if self.group is None:
             raise ValueError("groups: the trace has no groups")
         names: list[Any] = [groups]
@@ -306,14 +305,13 @@ class RoutingTrace:
         return check.among(self.group, [self._group_number(name) for name in names])
 
     def _of_sequences(self, sequences: Iterable[SupportsIndex]) -> NDArray[np.bool_]:
+        """Return whether tokens [T] are of some sequences."""
         if self.sequence is None:
             raise ValueError("sequences: the trace has no sequences")
         limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
         given = check.listed("sequences", sequences, "labels")
-        labels = np.array(
-            [check.whole_number("sequences", label, **limits) for label in given], np.int64
-        )
-        unknown = labels[~np.isin(labels, check.distinct(self.sequence))]
+        labels = [check.whole_number("sequences", label, **limits) for label in given]
+        unknown = np.setdiff1d(np.array(labels, np.int64), check.distinct(self.sequence))
         if unknown.size:
             raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
         return check.among(self.sequence, labels)
@@ -330,10 +328,9 @@ class RoutingTrace:
         ValueError
             If the traces differ in layers, experts or top-k.
         """
-        traces = (
-            [self] if isinstance(self, RoutingTrace) else check.listed("traces", self, "traces")
-        )
-        traces.extend(others)
+        traces: list[Any] = [self, *others]
+        if not isinstance(self, RoutingTrace):
+            traces = [*check.listed("traces", self, "traces"), *others]
         if not traces:
             raise ValueError("traces to concat must be at least one, got none")
         for trace in traces:
@@ -343,22 +340,14 @@ class RoutingTrace:
             raise ValueError(
                 f"traces must have the same layers, experts and top_k, got {sorted(sizes)}"
             )
-        group, names = check.joined_groups(traces)
-        models, expert_sizes = (
-            {getattr(of, name) for of in traces} for name in ("model", "expert_size")
-        )
-        labels: Any = {
-            "sequence": check.joined_sequences([trace.sequence for trace in traces]),
-            "group": group,
-        }
-        return RoutingTrace(
-            joined(tuple(trace.ids for trace in traces)),
-            traces[0].num_experts,
-            group_names=names,
-            model=models.pop() if len(models) == 1 else None,
-            expert_size=expert_sizes.pop() if len(expert_sizes) == 1 else None,
-            **labels,
-        )
+        labels: dict[str, Any] = {}
+        labels["group"], labels["group_names"] = check.joined_groups(traces)
+        labels["sequence"] = check.joined_sequences([trace.sequence for trace in traces])
+        for name in ("model", "expert_size"):
+            values = {getattr(trace, name) for trace in traces}
+            labels[name] = values.pop() if len(values) == 1 else None
+        ids = joined(tuple(trace.ids for trace in traces))
+        return RoutingTrace(ids, traces[0].num_experts, **labels)
 
     def __repr__(self) -> str:
         about = [
@@ -376,15 +365,15 @@ class RoutingTrace:
         return cls(**values)
 
     def _taken(
-        self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None
+        self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None = None
     ) -> RoutingTrace:
-        keep = slice(None) if tokens is None else tokens
-        return replace(
-            self,
-            ids=self.ids.select(tokens, layers),
-            sequence=None if self.sequence is None else check.frozen(self.sequence[keep]),
-            group=None if self.group is None else check.frozen(self.group[keep]),
-        )
+        """Return some tokens [T] of some layers."""
+        labels: dict[str, Any] = {"sequence": self.sequence, "group": self.group}
+        if tokens is not None:
+            labels = {
+                n: None if of is None else check.frozen(of[tokens]) for n, of in labels.items()
+            }
+        return replace(self, ids=self.ids.select(tokens, layers), **labels)
 
     def _group_number(self, group: str | SupportsIndex) -> int:
         if isinstance(group, str):

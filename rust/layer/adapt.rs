@@ -6,10 +6,10 @@
 //! [`super::descend`] does the same by all terms of a cost; on one load, exchanges of a slot with all others at once take
 //! microseconds.
 
-use super::budget::{Rules, Way, choose};
-use super::construct::{NoSlot, check, complete, fill};
+use super::budget::{Rules, Way, choose, per_copy};
+use super::construct::{Placed, check, complete, fill};
 use super::{EMPTY, Move, Site, Slots};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// How far running slots are changed.
 #[derive(Debug, Clone, Copy)]
@@ -24,8 +24,6 @@ pub struct Effort {
     pub full: bool,
 }
 
-/// Copies that a step counts as which brings none.
-const FREE: f64 = 1e-3;
 /// Times count to the power of two to the power of this: what is slow counts most, and what is nearly as slow too, which
 /// on the next load may be the slowest.
 const DOUBLINGS: u32 = 3;
@@ -43,9 +41,9 @@ const SLOWEST: usize = 3;
 /// The slowest exchange slots with the fastest, of all devices so many quarters.
 const QUARTERS: usize = 3;
 
-/// Changes the contents of running slots `[L][P]` on loads `[L, E]`, and says what every layer was and became. Experts
-/// without a slot get one and empty slots are
-/// filled, whatever they bring; what stays on a device keeps its slot.
+/// Goes from running slots `[L][P]` to better ones on loads `[L, E]`: of every layer what is then in its slots, and what
+/// it was and became. Experts without a slot get one and empty slots are filled, whatever they bring; what stays on a
+/// device keeps its slot.
 ///
 /// # Errors
 /// If sizes or loads make no sense, or the rules leave an expert no slot.
@@ -53,65 +51,62 @@ pub fn adapt_layers(
     load: &[f64],
     experts: usize,
     sites: &[Site],
-    contents: &mut [Vec<u16>],
+    running: &[Vec<u16>],
     effort: Effort,
-) -> Result<Vec<[Way; 2]>> {
-    check(load, experts, sites)?;
-    let mut paths = Vec::with_capacity(sites.len());
-    for (layer, (site, load)) in sites.iter().zip(load.chunks_exact(experts)).enumerate() {
-        let path = improve(site, load, &contents[layer], effort);
-        paths.push(path.map_err(|NoSlot(expert)| Error::NoSlot { layer, expert })?);
-    }
-    let (ways, mut then): (Vec<Vec<Way>>, Vec<Vec<Vec<u16>>>) = paths.into_iter().unzip();
-    let mut changes = Vec::with_capacity(sites.len());
-    for (l, at) in choose(&ways, effort.rules).into_iter().enumerate() {
-        contents[l] = keep_slots(&contents[l], &then[l].swap_remove(at), &sites[l].capacity);
-        changes.push([ways[l][0], ways[l][at]]);
-    }
-    Ok(changes)
+) -> Result<Vec<(Vec<u16>, [Way; 2])>> {
+    check(load, experts)?;
+    let all = load.chunks_exact(experts).zip(sites).zip(running).enumerate();
+    let improved = all.map(|(layer, ((load, site), running))| {
+        let running = Slots::new(&site.capacity, experts, running);
+        improve(site, load, running, effort).map_err(|fault| fault.of(layer))
+    });
+    let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
+    let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
+    let chosen = choose(&ways, effort.rules);
+    let end = |(steps, at): (&Steps<'_>, usize)| {
+        (steps.running.keep_slots(&steps.contents[at]), [steps.ways[0], steps.ways[at]])
+    };
+    Ok(all.iter().zip(chosen).map(end).collect())
 }
 
-/// The ways of a layer: the start, and what is so after every step; and the contents of slots `[P]` then.
-type Path = (Vec<Way>, Vec<Vec<u16>>);
-
-/// Goes from running slots as far as steps gain.
-fn improve(site: &Site, load: &[f64], contents: &[u16], effort: Effort) -> std::result::Result<Path, NoSlot> {
-    let running = Slots::new(&site.capacity, load.len(), contents);
-    if running.expert_in.iter().all(|&e| e == EMPTY) {
-        return packed(site, load, effort);
-    }
-    let mut slots = running.clone();
+/// Goes from running slots as far as steps gain; where nothing runs yet, a packing is all there is.
+fn improve<'a>(site: &'a Site, load: &'a [f64], running: Slots, effort: Effort) -> Placed<Steps<'a>> {
+    let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
+    let mut slots = if is_new { fill(site, load, effort.trials)? } else { running.clone() };
     complete(&mut slots, site, load, effort.full)?;
-    let mut steps = Steps::new(slots, running, site, load);
+    let loads = Loads::of(site, load, &slots, &running);
+    let scan = Scan::new(slots.expert_in.len(), site.devices());
+    let (ways, contents) = (vec![], vec![]);
+    let mut steps = Steps { site, tokens: load, running, slots, loads, scan, ways, contents };
     steps.note();
-    let mut left = effort.steps * site.devices();
-    steps.relieve(COARSE, &mut left);
-    while left > 0 && steps.copy_heaviest() {
-        steps.note();
-        left -= 1;
+    let mut left = if is_new { 0 } else { effort.steps * site.devices() };
+    let phases: [fn(&mut Steps<'a>) -> bool; 3] =
+        [|steps| steps.relieve(COARSE), Steps::copy_heaviest, |steps| steps.relieve(FINE)];
+    for phase in phases {
+        while left > 0 && phase(&mut steps) {
+            steps.note();
+            left -= 1;
+        }
     }
-    steps.relieve(FINE, &mut left);
-    Ok((steps.ways, steps.contents))
+    Ok(steps)
 }
 
-/// Packs a layer where nothing is yet: there is nowhere to go from there.
-fn packed(site: &Site, load: &[f64], effort: Effort) -> std::result::Result<Path, NoSlot> {
-    let mut slots = fill(site, load, effort.trials)?;
-    complete(&mut slots, site, load, effort.full)?;
-    let moves = slots.expert_in.iter().filter(|&&e| e != EMPTY).count();
-    let slowest = slots.times_and_loads(site, load).0.into_iter().fold(0.0, f64::max);
-    let way = Way { moves, slowest, cost: slowest };
-    Ok((vec![way], vec![slots.expert_in]))
-}
-
-/// A layer and the steps that were taken.
+/// A layer and the steps that were taken: what is so after every one, and the contents of slots `[P]` then.
 struct Steps<'a> {
-    slots: Slots,
-    /// What ran at the start.
-    running: Slots,
     site: &'a Site,
     /// Tokens of every expert `[E]`.
     tokens: &'a [f64],
+    /// What ran at the start.
+    running: Slots,
+    slots: Slots,
+    loads: Loads,
+    scan: Scan,
+    ways: Vec<Way>,
+    contents: Vec<Vec<u16>>,
+}
+
+/// What devices and slots have to do.
+struct Loads {
     /// Of every device `[D]`, as it counts, in means of all.
     times: Vec<f64>,
     /// Of every device `[D]`, as it is.
@@ -127,25 +122,34 @@ struct Steps<'a> {
     is_moved: Vec<f64>,
     /// What the square of a slot's load counts.
     square: f64,
-    scan: Scan,
-    ways: Vec<Way>,
-    contents: Vec<Vec<u16>>,
+}
+
+impl Loads {
+    fn of(site: &Site, tokens: &[f64], slots: &Slots, running: &Slots) -> Self {
+        let total: f64 = tokens.iter().sum();
+        let square = if total > 0.0 { UNSTEADY * slots.expert_in.len() as f64 / total } else { 0.0 };
+        let counts = |load: f64| load + square * load * load;
+        let (plain, mut load_in) = slots.times_and_loads(site, tokens);
+        load_in.iter_mut().for_each(|load| *load = counts(*load));
+        let mean = load_in.iter().sum::<f64>() / site.rate();
+        let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
+        let per_token: Vec<f64> = site.time.iter().map(|time| time * unit).collect();
+        let time = |g: usize| load_in[slots.of(g)].iter().sum::<f64>() * per_token[g];
+        let times = (0..site.devices()).map(time).collect();
+        let copies = slots.copies.iter().map(|&copies| f64::from(copies + 1));
+        let with_one_more = tokens.iter().zip(copies).map(|(load, copies)| counts(load / copies)).collect();
+        let is_moved = (0..load_in.len()).map(|slot| one_if(slots.is_moved(slot, running))).collect();
+        Self { times, plain, mean, per_token, load_in, with_one_more, is_moved, square }
+    }
+}
+
+/// 1 for yes, 0 for no.
+fn one_if(yes: bool) -> f64 {
+    f64::from(u8::from(yes))
 }
 
 /// What the best step so far is worth, and the step.
 type Best = (f64, Option<Move>);
-
-/// What a gain counts for each copy that it brings.
-#[inline(always)]
-fn for_copies(brings: f64) -> f64 {
-    if brings > 1.5 {
-        0.5
-    } else if brings > 0.5 {
-        1.0
-    } else {
-        1.0 / FREE
-    }
-}
 
 /// A time to the power of the norm.
 #[inline(always)]
@@ -181,13 +185,9 @@ impl Scan {
         let [time, per_token, power, load, comes, goes, worth] = std::array::from_fn(|_| vec![0.0; row]);
         Self { slot: vec![], rows: vec![0..0; devices], time, per_token, power, load, comes, goes, worth }
     }
-
-    /// Looks at exchanges of a slot of load `given` on a device of time `before`; the most that one is worth.
-    fn look(&mut self, given: f64, before: f64, per_token: f64) -> f64 {
-        look(self, given, before, per_token)
-    }
 }
 
+/// Looks at exchanges of a slot of load `given` on a device of time `before`; the most that one is worth.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64) -> f64 {
     // Rows beyond the slots are infinitely slow, as far as they are looked at.
@@ -201,7 +201,7 @@ fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64) -> f64 {
         let moved = given - load[q];
         let (here, there) = (before - moved * per_token, time[q] + moved * per[q]);
         let gain = (now - power(here)) + (powers[q] - power(there));
-        worth[q] = gain * for_copies(comes[q] + goes[q]);
+        worth[q] = gain * per_copy(comes[q] + goes[q]);
     }
     let mut most = [0.0; LANES];
     for worth in worth.as_chunks::<LANES>().0 {
@@ -212,67 +212,15 @@ fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64) -> f64 {
     most.into_iter().fold(0.0, f64::max)
 }
 
-impl<'a> Steps<'a> {
-    fn new(slots: Slots, running: Slots, site: &'a Site, tokens: &'a [f64]) -> Self {
-        let total: f64 = tokens.iter().sum();
-        let (count, devices) = (slots.expert_in.len(), site.devices());
-        let square = if total > 0.0 { UNSTEADY * count as f64 / total } else { 0.0 };
-        let [times, plain, per_token, load_in, with_one_more] = std::array::from_fn(|_| vec![]);
-        let (scan, is_moved) = (Scan::new(count, devices), vec![0.0; count]);
-        let (ways, contents, mean) = (vec![], vec![], 0.0);
-        let mut steps = Self {
-            slots,
-            running,
-            site,
-            tokens,
-            times,
-            plain,
-            mean,
-            per_token,
-            load_in,
-            with_one_more,
-            is_moved,
-            square,
-            scan,
-            ways,
-            contents,
-        };
-        steps.times_and_loads();
-        steps
-    }
-
-    /// Follows the slots, whatever has become of them.
-    fn times_and_loads(&mut self) {
-        let (slots, site, square) = (&self.slots, self.site, self.square);
-        let counts = |load: f64| load + square * load * load;
-        (self.plain, self.load_in) = slots.times_and_loads(site, self.tokens);
-        self.load_in.iter_mut().for_each(|load| *load = counts(*load));
-        self.mean = self.load_in.iter().sum::<f64>() / site.rate();
-        let unit = if self.mean > 0.0 { 1.0 / self.mean } else { 0.0 };
-        self.per_token = site.time.iter().map(|time| time * unit).collect();
-        let load = |g: usize| self.load_in[slots.of(g)].iter().sum::<f64>();
-        self.times = (0..site.devices()).map(|g| load(g) * self.per_token[g]).collect();
-        let copies = slots.copies.iter().map(|&copies| f64::from(copies + 1));
-        self.with_one_more =
-            self.tokens.iter().zip(copies).map(|(load, copies)| counts(load / copies)).collect();
-        for slot in 0..self.is_moved.len() {
-            let is_new = self.is_new(self.slots.expert_in[slot], self.slots.device(slot));
-            self.is_moved[slot] = f64::from(u8::from(is_new));
-        }
-    }
-
-    fn is_new(&self, expert: u16, device: usize) -> bool {
-        expert != EMPTY && !self.running.holds(expert, device)
-    }
-
+impl Steps<'_> {
     fn note(&mut self) {
-        let slowest = self.plain.iter().copied().fold(0.0, f64::max);
-        let moves = self.is_moved.iter().sum::<f64>() as usize;
-        let mut norm = self.total() / self.times.len() as f64;
+        let slowest = self.loads.plain.iter().copied().fold(0.0, f64::max);
+        let moves = self.loads.is_moved.iter().sum::<f64>() as usize;
+        let mut norm = self.total() / self.loads.times.len() as f64;
         for _ in 0..DOUBLINGS {
             norm = norm.sqrt();
         }
-        self.ways.push(Way { moves, slowest, cost: norm * self.mean });
+        self.ways.push(Way { moves, slowest, cost: norm * self.loads.mean });
         self.contents.push(self.slots.expert_in.clone());
     }
 
@@ -297,74 +245,60 @@ impl<'a> Steps<'a> {
             };
             let key = |q: usize| {
                 let (g, f) = (slots.device(q), slots.expert_in[q]);
-                let more = self.with_one_more[usize::from(e)] - self.load_in[q];
-                (without[usize::from(f)], self.times[g] + more * self.per_token[g])
+                let more = self.loads.with_one_more[usize::from(e)] - self.loads.load_in[q];
+                (without[usize::from(f)], self.loads.times[g] + more * self.loads.per_token[g])
             };
             let open = (0..slots.expert_in.len()).filter(open).map(|q| (key(q), q));
             let slot = open.reduce(|a, b| if b.0 < a.0 { b } else { a });
             slot.map(|(_, q)| (e, q))
         });
-        let Some((e, slot)) = best else { return false };
-        self.put(slot, e);
-        true
-    }
-
-    fn put(&mut self, slot: usize, expert: u16) {
-        self.slots.put(slot, expert);
-        self.times_and_loads();
+        best.is_some_and(|(e, slot)| self.make(Move::Put(slot, e)))
     }
 
     /// Powers of all times.
     fn total(&self) -> f64 {
-        self.times.iter().map(|&time| power(time)).sum()
-    }
-
-    /// Makes steps that are worth the price, and notes each.
-    fn relieve(&mut self, price: f64, left: &mut usize) {
-        while *left > 0 && self.step(price) {
-            self.note();
-            *left -= 1;
-        }
+        self.loads.times.iter().map(|&time| power(time)).sum()
     }
 
     /// Makes the step that relieves one of the slowest devices most for a copy that it brings; false where none is worth
     /// the price.
-    fn step(&mut self, price: f64) -> bool {
-        let mut order: Vec<usize> = (0..self.times.len()).collect();
-        order.sort_by(|&g, &h| self.times[h].total_cmp(&self.times[g]));
+    fn relieve(&mut self, price: f64) -> bool {
+        let mut order: Vec<usize> = (0..self.loads.times.len()).collect();
+        order.sort_by(|&g, &h| self.loads.times[h].total_cmp(&self.loads.times[g]));
         let fastest = &order[order.len() - (order.len() * QUARTERS).div_ceil(4)..];
         let mut best: Best = (self.total() * NORM * price, None);
         for &slow in order.iter().take(SLOWEST) {
-            if self.times[slow] <= 1.0 {
+            if self.loads.times[slow] <= 1.0 {
                 break;
             }
-            self.look_for_copies(slow, &mut best);
+            self.look_per_copy(slow, &mut best);
             self.look_for_swaps(slow, fastest, &mut best);
             if best.1.is_some() {
                 break;
             }
         }
-        match best.1 {
-            Some(Move::Swap(p, q)) => self.swap(p, q),
-            Some(Move::Put(q, e)) => self.put(q, e),
-            None => return false,
-        }
-        true
+        best.1.is_some_and(|step| self.make(step))
     }
 
-    fn swap(&mut self, p: usize, q: usize) {
-        self.slots.apply(Move::Swap(p, q));
-        let slots = &self.slots;
+    /// Makes a step that is allowed, and follows.
+    fn make(&mut self, step: Move) -> bool {
+        self.slots.apply(step);
+        let (slots, loads) = (&self.slots, &mut self.loads);
+        let Move::Swap(p, q) = step else {
+            *loads = Loads::of(self.site, self.tokens, slots, &self.running);
+            return true;
+        };
         let (g, h) = (slots.device(p), slots.device(q));
-        self.load_in.swap(p, q);
-        let moved = self.load_in[q] - self.load_in[p];
-        self.times[g] -= moved * self.per_token[g];
-        self.times[h] += moved * self.per_token[h];
+        loads.load_in.swap(p, q);
+        let moved = loads.load_in[q] - loads.load_in[p];
+        loads.times[g] -= moved * loads.per_token[g];
+        loads.times[h] += moved * loads.per_token[h];
         for (slot, device) in [(p, g), (q, h)] {
             let load: f64 = slots.of(device).map(|slot| slots.part(self.tokens, slots.expert_in[slot])).sum();
-            self.plain[device] = load * self.site.time[device];
-            self.is_moved[slot] = f64::from(u8::from(self.is_new(slots.expert_in[slot], device)));
+            loads.plain[device] = load * self.site.time[device];
+            loads.is_moved[slot] = one_if(slots.is_moved(slot, &self.running));
         }
+        true
     }
 
     fn look_for_swaps(&mut self, slow: usize, fastest: &[usize], best: &mut Best) {
@@ -375,14 +309,14 @@ impl<'a> Steps<'a> {
             let (begin, of) = (scan.slot.len(), slots.of(g));
             let rows = begin..begin + of.len();
             scan.slot.extend(of.clone());
-            scan.time[rows.clone()].fill(self.times[g]);
-            scan.power[rows.clone()].fill(power(self.times[g]));
-            scan.per_token[rows.clone()].fill(self.per_token[g]);
-            scan.load[rows.clone()].copy_from_slice(&self.load_in[of.clone()]);
+            scan.time[rows.clone()].fill(self.loads.times[g]);
+            scan.power[rows.clone()].fill(power(self.loads.times[g]));
+            scan.per_token[rows.clone()].fill(self.loads.per_token[g]);
+            scan.load[rows.clone()].copy_from_slice(&self.loads.load_in[of.clone()]);
             for (row, q) in rows.clone().zip(of) {
                 let e = slots.expert_in[q];
-                let new = e != EMPTY && !running.holds(e, slow);
-                scan.comes[row] = f64::from(u8::from(new)) - self.is_moved[q];
+                let new = running.lacks(e, slow);
+                scan.comes[row] = one_if(new) - self.loads.is_moved[q];
             }
             scan.rows[g] = rows;
         }
@@ -394,19 +328,20 @@ impl<'a> Steps<'a> {
         for p in slots.of(slow) {
             let a = slots.expert_in[p];
             // The least that an exchange can leave, if it brings one copy.
-            let rest = self.times[slow] - (self.load_in[p] - least) * self.per_token[slow];
-            if power(self.times[slow]) - power(rest) <= best.0 {
+            let rest = self.loads.times[slow] - (self.loads.load_in[p] - least) * self.loads.per_token[slow];
+            if power(self.loads.times[slow]) - power(rest) <= best.0 {
                 continue;
             }
-            scan.goes[..count].fill(f64::from(u8::from(a != EMPTY)) - self.is_moved[p]);
+            scan.goes[..count].fill(one_if(a != EMPTY) - self.loads.is_moved[p]);
             let had = (a != EMPTY).then(|| running.devices(a).map(usize::from)).into_iter().flatten();
             for g in had {
                 if g != slow && fastest.contains(&g) {
-                    scan.goes[scan.rows[g].clone()].fill(-self.is_moved[p]);
+                    scan.goes[scan.rows[g].clone()].fill(-self.loads.is_moved[p]);
                 }
             }
             loop {
-                let worth = scan.look(self.load_in[p], self.times[slow], self.per_token[slow]);
+                let worth =
+                    look(scan, self.loads.load_in[p], self.loads.times[slow], self.loads.per_token[slow]);
                 if worth <= best.0 {
                     break;
                 }
@@ -421,7 +356,7 @@ impl<'a> Steps<'a> {
                 barred.push(row);
             }
             for row in barred.drain(..) {
-                scan.time[row] = self.times[slots.device(scan.slot[row])];
+                scan.time[row] = self.loads.times[slots.device(scan.slot[row])];
             }
         }
     }
@@ -429,17 +364,17 @@ impl<'a> Steps<'a> {
     /// Looks at copies of what is on the slowest device in slots elsewhere, and of others there.
     ///
     /// That other copies of an expert get less when there is one more is left out, so that a step may turn out better.
-    fn look_for_copies(&self, slow: usize, best: &mut Best) {
+    fn look_per_copy(&self, slow: usize, best: &mut Best) {
         let (slots, site, tokens) = (&self.slots, self.site, self.tokens);
-        let is_moved = |e: u16, g: usize| f64::from(u8::from(self.is_new(e, g)));
-        let (t, now) = (self.per_token[slow], self.times[slow]);
+        let is_moved = |e: u16, g: usize| one_if(self.running.lacks(e, g));
+        let (t, now) = (self.loads.per_token[slow], self.loads.times[slow]);
         let now_power = power(now);
         // Of everything on the slowest device: what one more copy would take of it, and relieve.
         let mut here: Vec<(u16, f64, f64)> = slots
             .of(slow)
-            .map(|p| (slots.expert_in[p], self.load_in[p]))
+            .map(|p| (slots.expert_in[p], self.loads.load_in[p]))
             .filter(|&(e, _)| e != EMPTY)
-            .map(|(e, load)| (e, self.with_one_more[usize::from(e)], load))
+            .map(|(e, load)| (e, self.loads.with_one_more[usize::from(e)], load))
             .map(|(e, more, load)| (e, more, (load - more) * t))
             .collect();
         here.sort_by(|a, b| b.2.total_cmp(&a.2));
@@ -450,33 +385,33 @@ impl<'a> Steps<'a> {
                 continue;
             }
             let less = is_moved(gone, g);
-            let rest = self.times[g] - self.load_in[q] * self.per_token[g];
+            let rest = self.loads.times[g] - self.loads.load_in[q] * self.loads.per_token[g];
             // What is left of it gets no heavier than what comes.
             let offer = |e: u16, gain: f64, best: &mut Best| {
                 if slots.takes(site, e, g) && slots.part(tokens, e) >= without {
-                    let worth = gain * for_copies(is_moved(e, g) - less);
+                    let worth = gain * per_copy(is_moved(e, g) - less);
                     if worth > best.0 {
                         *best = (worth, Some(Move::Put(q, e)));
                     }
                 }
             };
             if g == slow {
-                for (e, &more) in (0..).zip(&self.with_one_more) {
+                for (e, &more) in (0..).zip(&self.loads.with_one_more) {
                     let gain = now_power - power(rest + more * t) - beside;
-                    if gain * for_copies(1.0 - less) > best.0 {
+                    if gain * per_copy(1.0 - less) > best.0 {
                         offer(e, gain, best);
                     }
                 }
                 continue;
             }
-            let was = power(self.times[g]);
+            let was = power(self.loads.times[g]);
             for &(e, more, relief) in &here {
                 let relieved = now_power - power(now - relief + also) - beside;
                 // No step relieves more for a copy, nor do those behind.
                 if less == 0.0 && relieved + was <= best.0 {
                     break;
                 }
-                let gain = relieved + was - power(rest + more * self.per_token[g]);
+                let gain = relieved + was - power(rest + more * self.loads.per_token[g]);
                 if gain > 0.0 {
                     offer(e, gain, best);
                 }
@@ -492,41 +427,16 @@ impl<'a> Steps<'a> {
             return (0.0, 0.0, 0.0);
         }
         let without = self.tokens[usize::from(gone)] / f64::from(slots.copies(gone) - 1);
-        let more = without + self.square * without * without - self.load_in[q];
+        let more = without + self.loads.square * without * without - self.loads.load_in[q];
         let (mut beside, mut also) = (0.0, 0.0);
         for h in slots.devices(gone).map(usize::from).filter(|&h| h != slots.device(q)) {
             if h == slow {
-                also = more * self.per_token[slow];
+                also = more * self.loads.per_token[slow];
             } else {
-                beside += power(self.times[h] + more * self.per_token[h]) - power(self.times[h]);
+                beside +=
+                    power(self.loads.times[h] + more * self.loads.per_token[h]) - power(self.loads.times[h]);
             }
         }
         (without, beside, also)
     }
-}
-
-/// Orders new contents so that what stays on a device keeps its slot.
-fn keep_slots(before: &[u16], now: &[u16], capacity: &[usize]) -> Vec<u16> {
-    if before.iter().all(|&e| e == EMPTY) {
-        return now.to_vec();
-    }
-    let mut ordered = vec![EMPTY; now.len()];
-    let mut first = 0;
-    for &slots in capacity {
-        let of = first..first + slots;
-        first += slots;
-        let (old, ordered) = (&before[of.clone()], &mut ordered[of.clone()]);
-        let mut come = Vec::new();
-        for &e in now[of].iter().filter(|&&e| e != EMPTY) {
-            match old.iter().position(|&of| of == e) {
-                Some(slot) => ordered[slot] = e,
-                None => come.push(e),
-            }
-        }
-        let mut come = come.into_iter();
-        for slot in ordered.iter_mut().filter(|slot| **slot == EMPTY) {
-            *slot = come.next().unwrap_or(EMPTY);
-        }
-    }
-    ordered
 }

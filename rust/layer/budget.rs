@@ -29,36 +29,34 @@ const FREE: f64 = 1e-3;
 /// A way must not be slower by more than sums of floats can be off.
 const ROUNDING: f64 = 1e-12;
 
-/// What gains of a move that brings so many copies are divided by.
+/// What a gain counts for each copy, of a move that brings up to two of them.
 #[inline(always)]
-pub(super) fn per_copy(moves: i64) -> f64 {
-    if moves > 0 { moves as f64 } else { FREE }
+pub(super) fn per_copy(copies: f64) -> f64 {
+    if copies > 1.5 {
+        0.5
+    } else if copies > 0.5 {
+        1.0
+    } else {
+        1.0 / FREE
+    }
 }
 
 /// The way of every layer with which a budget gains most; the first of a layer's ways is to stay.
 #[must_use]
-pub fn choose(layers: &[Vec<Way>], rules: Rules) -> Vec<usize> {
-    let hulls: Vec<Vec<usize>> = layers.iter().map(|ways| hull(ways)).collect();
+pub fn choose(layers: &[&[Way]], rules: Rules) -> Vec<usize> {
     let mut chosen = vec![0; layers.len()];
     let mut left = rules.most.saturating_sub(layers.iter().map(|ways| ways[0].moves).sum());
-    // What a copy gains from one of a layer's hull on to the next, and which that is.
-    let offer = |layer: usize, from: usize| {
-        let (ways, hull) = (&layers[layer], &hulls[layer]);
-        let (a, b) = (ways[hull[from]], ways[*hull.get(from + 1)?]);
-        let slope = (a.cost - b.cost) / b.moves.saturating_sub(a.moves).max(1) as f64;
-        (slope > rules.price).then_some((slope, from + 1))
-    };
-    let mut offers: Vec<Option<(f64, usize)>> = (0..layers.len()).map(|layer| offer(layer, 0)).collect();
+    let mut offers: Vec<_> = layers.iter().map(|ways| next(ways, 0, rules.price)).collect();
     let best = |offers: &[Option<(f64, usize)>]| {
         let open = offers.iter().enumerate().filter_map(|(layer, offer)| Some((layer, (*offer)?)));
         open.reduce(|best, other| if other.1.0 > best.1.0 { other } else { best })
     };
     while let Some((layer, (_, to))) = best(&offers) {
-        let (ways, next) = (&layers[layer], hulls[layer][to]);
-        let needs = ways[next].moves.saturating_sub(ways[chosen[layer]].moves);
-        offers[layer] = if needs <= left { offer(layer, to) } else { None };
+        let ways = layers[layer];
+        let needs = ways[to].moves.saturating_sub(ways[chosen[layer]].moves);
+        offers[layer] = None;
         if needs <= left {
-            (left, chosen[layer]) = (left - needs, next);
+            (left, chosen[layer], offers[layer]) = (left - needs, to, next(ways, to, rules.price));
         }
     }
     for (ways, way) in layers.iter().zip(&mut chosen) {
@@ -71,28 +69,18 @@ pub fn choose(layers: &[Vec<Way>], rules: Rules) -> Vec<usize> {
     chosen
 }
 
-/// The ways where a line from the first one bends that lies under all of them.
-fn hull(ways: &[Way]) -> Vec<usize> {
-    let most = ways[0].slowest * (1.0 + ROUNDING);
-    let mut order: Vec<usize> = (0..ways.len()).filter(|&at| ways[at].slowest <= most).collect();
-    // To stay is first, whatever another way takes back.
-    order[1..]
-        .sort_by(|&a, &b| ways[a].moves.cmp(&ways[b].moves).then(ways[a].cost.total_cmp(&ways[b].cost)));
-    let mut hull: Vec<usize> = vec![];
-    let slope = |a: usize, b: usize| {
-        let moves = ways[b].moves.saturating_sub(ways[a].moves);
-        (ways[a].cost - ways[b].cost) / (moves as f64).max(FREE)
-    };
-    for at in order {
-        if hull.last().is_some_and(|&last| ways[last].cost <= ways[at].cost) {
-            continue;
+/// What a copy gains on the way from one of a layer's ways on which it gains most, and where that leads: the farthest of
+/// equals, none slower than to stay.
+fn next(ways: &[Way], from: usize, price: f64) -> Option<(f64, usize)> {
+    let (most, Way { moves, cost, .. }) = (ways[0].slowest * (1.0 + ROUNDING), ways[from]);
+    let open = (0..ways.len()).filter(|&to| ways[to].slowest <= most && ways[to].cost < cost);
+    let (mut best, mut top) = (None, (0.0, 0));
+    for to in open {
+        let Way { moves: then, cost: less, .. } = ways[to];
+        let (gain, copies) = (cost - less, then.saturating_sub(moves) as f64);
+        if (gain / copies.max(FREE), then) > top {
+            (best, top) = (Some((gain / copies.max(1.0), to)), (gain / copies.max(FREE), then));
         }
-        while hull.len() > 1
-            && slope(hull[hull.len() - 2], hull[hull.len() - 1]) <= slope(hull[hull.len() - 1], at)
-        {
-            hull.pop();
-        }
-        hull.push(at);
     }
-    hull
+    best.filter(|&(gain, _)| gain > price)
 }

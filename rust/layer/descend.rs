@@ -128,7 +128,8 @@ impl<'a> Descent<'a> {
             return None;
         }
         let (moves, gain) = (self.slots.brings(self.running, step), -added / layer.windows.scale);
-        let worth = (relief / per_copy(moves), gain / per_copy(moves));
+        let each = per_copy(moves as f64);
+        let worth = (relief * each, gain * each);
         Some(Choice { step, moves, gain, worth })
     }
 
@@ -142,7 +143,8 @@ impl<'a> Descent<'a> {
             if self.is_linear() {
                 gain -= self.terms.linear_change(self.layer, &self.slots, step);
             }
-            let worth = gain / self.layer.windows.scale / per_copy(self.slots.brings(self.running, step));
+            let copies = self.slots.brings(self.running, step);
+            let worth = gain / self.layer.windows.scale * per_copy(copies as f64);
             if gain <= 0.0 || best.is_some_and(|best| worth <= best.worth.1) {
                 return;
             }

@@ -235,20 +235,44 @@ impl Slots {
         ((0..site.devices()).map(time).collect(), load_in)
     }
 
-    /// Copies that a move brings to devices that do not hold them in `running`, less those that it takes back.
-    pub(crate) fn brings(&self, running: &Self, step: Move) -> i64 {
-        let is_new = |expert: u16, device: Option<u16>| {
-            i64::from(device.is_some_and(|device| !running.holds(expert, usize::from(device))))
-        };
-        self.edits(step).map(|edit| is_new(edit.expert, edit.to) - is_new(edit.expert, edit.from)).sum()
+    /// Whether an expert would have to be brought to a device.
+    #[inline(always)]
+    pub(crate) fn lacks(&self, expert: u16, device: usize) -> bool {
+        expert != EMPTY && !self.holds(expert, device)
+    }
+
+    /// Whether what is in a slot is on a device that does not hold it in `running`.
+    pub(crate) fn is_moved(&self, slot: usize, running: &Self) -> bool {
+        running.lacks(self.expert_in[slot], self.device(slot))
     }
 
     /// Copies on devices that do not hold them in `running`.
     pub(crate) fn moved_from(&self, running: &Self) -> i64 {
-        let is_new = |&slot: &usize| {
-            let expert = self.expert_in[slot];
-            expert != EMPTY && !running.holds(expert, self.device(slot))
+        (0..self.expert_in.len()).filter(|&slot| self.is_moved(slot, running)).count() as i64
+    }
+
+    /// Copies that a move brings to devices that do not hold them in `running`, less those that it takes back.
+    pub(crate) fn brings(&self, running: &Self, step: Move) -> i64 {
+        let is_new = |expert: u16, device: Option<u16>| {
+            i64::from(device.is_some_and(|device| running.lacks(expert, usize::from(device))))
         };
-        (0..self.expert_in.len()).filter(is_new).count() as i64
+        self.edits(step).map(|edit| is_new(edit.expert, edit.to) - is_new(edit.expert, edit.from)).sum()
+    }
+
+    /// New contents of slots `[P]`, ordered so that what stays on a device keeps the slot that it has here.
+    pub(crate) fn keep_slots(&self, contents: &[u16]) -> Vec<u16> {
+        let mut ordered = vec![EMPTY; contents.len()];
+        for slots in self.first.windows(2).map(|ends| ends[0]..ends[1]) {
+            let mut arrivals = vec![];
+            for &e in contents[slots.clone()].iter().filter(|&&e| e != EMPTY) {
+                match slots.clone().find(|&slot| self.expert_in[slot] == e) {
+                    Some(slot) => ordered[slot] = e,
+                    None => arrivals.push(e),
+                }
+            }
+            let free = ordered[slots].iter_mut().filter(|slot| **slot == EMPTY);
+            free.zip(arrivals).for_each(|(slot, e)| *slot = e);
+        }
+        ordered
     }
 }

@@ -2,7 +2,6 @@
 
 use proptest::prelude::*;
 
-use super::adapt::{self, adapt_layers};
 use super::construct::{QUICK, by_windows, fill};
 use super::terms::Terms;
 use super::terms::balance::Balance;
@@ -10,7 +9,7 @@ use super::terms::fanout;
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
 use super::turns::{Effort, Links, place};
-use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
+use super::{EMPTY, Layer, Move, Site, Slots, Split};
 use crate::control::Control;
 use crate::random::Random;
 
@@ -303,48 +302,5 @@ proptest! {
         prop_assert!(keeps_rules(&site, slots));
         let moved = slots.moved_from(&start) as f64 * price;
         prop_assert!(slowest(&layer, slots) + moved <= slowest(&layer, &start) * (1.0 + 1e-9));
-    }
-
-    /// Every expert has a slot and no device two copies; what stays keeps its slot; and what is said of a layer is so:
-    /// times, and copies within the budget, or those that had to be brought.
-    #[test]
-    fn adapting_keeps_its_promises(
-        experts in 1usize..12, devices in 1usize..5, more in 0usize..3, most in 0usize..12, full: bool, seed: u64,
-    ) {
-        let mut random = Random::new(seed, 0);
-        let width = (experts.div_ceil(devices) + more).min(experts);
-        let load: Vec<f64> = (0..2 * experts).map(|_| random.below(1000) as f64).collect();
-        let mut any = || (0..devices * width).map(|_| random.below(experts + 2) as u16).collect::<Vec<u16>>();
-        let before = vec![any(), any()];
-        let sites = vec![Site::plain(vec![width; devices], vec![1.0; devices]); 2];
-        let adapted = |most, steps| {
-            let rules = Rules { most, dead_zone: 0.0, deviations: 0.0, price: 0.0 };
-            let mut slots = before.clone();
-            let effort = adapt::Effort { rules, steps, trials: QUICK, full };
-            let changes = adapt_layers(&load, experts, &sites, &mut slots, effort).expect("slots suffice");
-            (slots, changes)
-        };
-        let (after, changes) = adapted(most, 8);
-        let needed: usize = adapted(0, 0).1.iter().map(|[_, after]| after.moves).sum();
-        for (l, [start, end]) in changes.iter().enumerate() {
-            let (load, site) = (&load[l * experts..][..experts], &sites[l]);
-            let slots = Slots::new(&site.capacity, experts, &after[l]);
-            prop_assert!(slots.expert_in == after[l] && keeps_rules(site, &slots));
-            prop_assert!(!full || !after[l].contains(&EMPTY));
-            let mut came = 0;
-            for (old, new) in before[l].chunks(width).zip(after[l].chunks(width)) {
-                for (slot, e) in new.iter().enumerate().filter(|(_, e)| **e != EMPTY) {
-                    match old.iter().position(|of| of == e) {
-                        Some(at) => prop_assert_eq!(at, slot),
-                        None => came += 1,
-                    }
-                }
-            }
-            prop_assert_eq!(came, end.moves);
-            let slowest = slots.times_and_loads(site, load).0.into_iter().fold(0.0, f64::max);
-            prop_assert!((slowest - end.slowest).abs() <= 1e-9 * slowest.max(1.0));
-            prop_assert!(end.slowest <= start.slowest * (1.0 + 1e-9));
-        }
-        prop_assert!(changes.iter().map(|[_, end]| end.moves).sum::<usize>() <= needed.max(most));
     }
 }

@@ -10,7 +10,7 @@ use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers};
-use crate::layer::construct::{NoSlot, QUICK, by_windows, fill, fill_layers};
+use crate::layer::construct::{QUICK, by_windows, fill, fill_layers};
 use crate::layer::descend::descend;
 use crate::layer::terms::fanout;
 use crate::layer::terms::together::Pairs;
@@ -30,18 +30,31 @@ fn contents_of(rows: &[i32], per_device: usize, capacity: &[usize]) -> Vec<u16> 
     rows.flat_map(|(row, &slots)| row[..slots].iter().map(expert)).collect()
 }
 
-/// Slots [L,D,S] with -1 for an empty one, of contents by layer and the slots of every device in each.
-fn slots_of<'a>(layers: impl Iterator<Item = (&'a [u16], &'a [usize])>, per_device: usize) -> Vec<i32> {
-    let mut slots = Vec::new();
-    for (mut contents, capacity) in layers {
-        for &count in capacity {
+/// Slots [L,D,S] with -1 for an empty one, of the contents of every layer and its devices.
+fn slots_of<'py, 'a>(
+    py: Python<'py>,
+    layers: impl ExactSizeIterator<Item = (&'a [u16], &'a Site)>,
+    [devices, per_device]: [usize; 2],
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let (l, mut slots) = (layers.len(), Vec::new());
+    for (mut contents, site) in layers {
+        for &count in &site.capacity {
             let (of_device, rest) = contents.split_at(count);
             contents = rest;
             slots.extend(of_device.iter().map(|&e| expert_id(e)));
             slots.extend(std::iter::repeat_n(-1, per_device - count));
         }
     }
-    slots
+    array3(py, (l, devices, per_device), slots)
+}
+
+/// What joins layers: transitions [L-1,E,E] and the cost of one between devices [D,D]; nothing, where none are given.
+fn links_of<'a>(
+    transitions: Option<&'a PyReadonlyArray3<'_, u64>>,
+    cost: Option<&'a PyReadonlyArray2<'_, f64>>,
+) -> PyResult<Links<'a>> {
+    let cost = cost.map_or(Ok(&[][..]), |cost| contiguous(cost.as_slice().ok()))?;
+    Ok(Links { transitions: slice(transitions)?, cost })
 }
 
 /// Layers with copies: their windows and devices; all else that counts has a method of its own.
@@ -127,10 +140,9 @@ impl Layers {
 
     /// Slots [L,D,S] of placements.
     fn end<'py>(&self, py: Python<'py>, placements: &[Slots]) -> PyResult<Bound<'py, PyArray3<i32>>> {
-        let [l, _, d] = self.sizes();
         let all = placements.iter().zip(&self.layers);
-        let all = all.map(|(slots, layer)| (&slots.expert_in[..], &layer.site.capacity[..]));
-        array3(py, (l, d, self.per_device), slots_of(all, self.per_device))
+        let all = all.map(|(slots, layer)| (&slots.expert_in[..], &layer.site));
+        slots_of(py, all, [self.sizes()[2], self.per_device])
     }
 }
 
@@ -263,9 +275,7 @@ impl Layers {
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
         let begin = self.begin(&start)?;
-        let transitions = slice(transitions.as_ref())?;
-        let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
-        let links = Links { transitions, cost: &cost };
+        let links = links_of(transitions.as_ref(), link_cost.as_ref())?;
         let control = Control::new(deadline(time_limit));
         let effort = Effort { trials, empties, restarts, rounds, quick, parallel: !alone };
         let layers = &mut self.layers;
@@ -295,16 +305,8 @@ impl Layers {
         threads: Option<usize>,
     ) -> PyResult<Descent<'py>> {
         let begin = self.begin(&start)?;
-        let [l, e, d] = self.sizes();
-        let wide = running.shape()[2];
-        shaped("running", running.shape(), &[l, d, wide])?;
-        let capacity = vec![wide; d];
-        let rows = contiguous(running.as_slice().ok())?.chunks_exact((d * wide).max(1));
-        let running: Vec<Slots> =
-            rows.map(|rows| Slots::new(&capacity, e, &contents_of(rows, wide, &capacity))).collect();
-        let transitions = slice(transitions.as_ref())?;
-        let cost: Vec<f64> = link_cost.map_or(vec![], |cost| cost.as_array().iter().copied().collect());
-        let links = Links { transitions, cost: &cost };
+        let running = self.begin(&running)?;
+        let links = links_of(transitions.as_ref(), link_cost.as_ref())?;
         let most = most.map_or(i64::MAX / 2, i64::from);
         let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
@@ -316,15 +318,16 @@ impl Layers {
             for (slot, expert) in step.written {
                 let slots = &begin[step.layer];
                 let device = slots.device(slot);
-                let place = (step.layer * d + device) * self.per_device + slot - slots.of(device).start;
+                let place =
+                    (step.layer * self.sizes()[2] + device) * self.per_device + slot - slots.of(device).start;
                 places.push(place as i64);
                 experts.push(expert_id(expert));
             }
             figures.extend([step.moved as f64, step.excess, step.change]);
         }
         let n = steps.len();
-        let written = (array2(py, (n, 2), places)?, array2(py, (n, 2), experts)?);
-        Ok((written.0, written.1, array2(py, (n, 3), figures)?, interrupted))
+        let (places, experts) = (array2(py, (n, 2), places)?, array2(py, (n, 2), experts)?);
+        Ok((places, experts, array2(py, (n, 3), figures)?, interrupted))
     }
 
     /// Slots [L,D,S] to begin with: balanced on the sum of windows, or on every one.
@@ -338,7 +341,7 @@ impl Layers {
     ) -> PyResult<Bound<'py, PyArray3<i32>>> {
         let construct = |(l, layer): (usize, &Layer)| {
             let slots = if windows { by_windows(layer) } else { fill(&layer.site, &layer.load, QUICK) };
-            slots.map_err(|NoSlot(expert)| Error::NoSlot { layer: l, expert })
+            slots.map_err(|fault| fault.of(l))
         };
         let layers = &self.layers;
         let placements: Result<Vec<Slots>, Error> = if alone {
@@ -372,8 +375,8 @@ pub(super) fn replicate_experts<'py>(
     let rules = [forbidden.as_ref(), pinned.as_ref()];
     let (sites, per_device) = sites_of(&capacity, time, copies, rules, [l, e])?;
     let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
-    let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], &site.capacity[..]));
-    array3(py, (l, time.len(), per_device), slots_of(all, per_device))
+    let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], site));
+    slots_of(py, all, [time.len(), per_device])
 }
 
 /// Slots, and of every layer the time of the slowest device before and after, and copies brought.
@@ -397,22 +400,18 @@ pub(super) fn adapt_slots<'py>(
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (d, per_device) = (time.shape()[0], slots.shape()[2]);
     shaped("slots", slots.shape(), &[l, d, per_device])?;
-    let size = d.saturating_mul(per_device);
-    if !(1..=SLOTS).contains(&size) {
-        let rule = format!("1 to {SLOTS} slots in a layer");
-        return Err(Error::Shape { what: "slots", rule, got: format!("{d} x {per_device}") }.into());
-    }
+    fits("slots", d, per_device)?;
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let capacity = vec![per_device; d];
     let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
-    let rows = contiguous(slots.as_slice().ok())?.chunks_exact(size);
-    let mut now: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
+    let rows = contiguous(slots.as_slice().ok())?.chunks_exact((d * per_device).max(1));
+    let running: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
     let effort = adapt::Effort { rules: Rules { most, price, dead_zone, deviations }, steps, trials, full };
-    let changes = alone(py, || adapt_layers(load, e, &sites, &mut now, effort))??;
-    let (before, after) = changes.iter().map(|[before, after]| (before.slowest, after.slowest)).unzip();
-    let moved = changes.iter().map(|[_, after]| after.moves).collect();
-    let all = now.iter().map(|contents| (&contents[..], &capacity[..]));
-    Ok((array3(py, (l, d, per_device), slots_of(all, per_device))?, before, after, moved))
+    let all = alone(py, || adapt_layers(load, e, &sites, &running, effort))??;
+    let contents = all.iter().zip(&sites).map(|((contents, _), site)| (&contents[..], site));
+    let slots = slots_of(py, contents, [d, per_device])?;
+    let (before, after) = all.iter().map(|(_, [before, after])| (before.slowest, after.slowest)).unzip();
+    Ok((slots, before, after, all.iter().map(|(_, [_, after])| after.moves).collect()))
 }
 
 #[pyfunction]
@@ -426,12 +425,13 @@ pub(super) fn spend_budget(
 ) -> PyResult<Vec<usize>> {
     shaped("moves", moves.shape(), cost.shape())?;
     let (cost, moves) = (cost.as_array(), moves.as_array());
-    let way = |at: (usize, usize)| Way {
-        moves: usize::try_from(moves[at]).unwrap_or(0),
-        slowest: cost[at],
-        cost: cost[at],
+    let way = |(&cost, &moves): (&f64, &i64)| Way {
+        moves: usize::try_from(moves).unwrap_or(0),
+        slowest: cost,
+        cost,
     };
-    let (ways, layers) = cost.dim();
-    let layers: Vec<Vec<Way>> = (0..layers).map(|l| (0..ways).map(|n| way((n, l))).collect()).collect();
-    caught(|| choose(&layers, Rules { most, price: 0.0, dead_zone, deviations }))
+    let layers = cost.columns().into_iter().zip(moves.columns());
+    let ways: Vec<Vec<Way>> = layers.map(|(cost, moves)| cost.iter().zip(moves).map(way).collect()).collect();
+    let ways: Vec<&[Way]> = ways.iter().map(|ways| &ways[..]).collect();
+    caught(|| choose(&ways, Rules { most, price: 0.0, dead_zone, deviations }))
 }

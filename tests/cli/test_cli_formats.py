@@ -77,48 +77,43 @@ def test_engine_is_a_default(ok, make_trace, tmp_path):
     make_trace(300).save(trace)
     about = (*("--devices", 4, "--method", "lpt", "--out", tmp_path / "p.json"), "--json", said)
 
-    def settings(*more):
-        ok("solve", trace, *about, *more)
-        return json.loads(said.read_text())["settings"]
+    def settings(line, *names):
+        ok("solve", trace, *about, *line.split())
+        actual = json.loads(said.read_text())["settings"]
+        return [actual[name] for name in names]
 
-    plain = settings()
-    assert (plain["for"], plain["split"], plain["arrival"]) == (None, "even", "bursts")
-    engine = settings("--for", "tensorrt-llm")
-    assert (engine["split"], engine["arrival"], engine["fill_slots"]) == (
-        "round_robin",
-        "mixed",
-        True,
-    )
-    mine = settings("--for", "tensorrt-llm", "--split", "even", "--arrival", "0.5")
-    assert (mine["split"], mine["arrival"], mine["regime"]) == ("even", 0.5, "dispatch")
+    assert settings("", "for", "split", "arrival") == [None, "even", "bursts"]
+    engine = "--for tensorrt-llm"
+    wanted = ["round_robin", "mixed", True]
+    assert settings(engine, "split", "arrival", "fill_slots") == wanted
+    mine = settings(f"{engine} --split even --arrival 0.5", "split", "arrival", "regime")
+    assert mine == ["even", 0.5, "dispatch"]
     text = ok("solve", trace, *about, "--for", "sglang", "--split", "even")
     assert "; from your options: split even." in text
-    text = ok(
-        "compare", trace, "--devices", 4, "--for", "megatron", "--methods", "lpt", "--splits", 1
-    )
+    line = ("--devices", 4, "--for", "megatron", "--methods", "lpt", "--splits", 1)
+    text = ok("compare", trace, *line)
     assert "For Megatron-Core: regime dispatch, arrival bursts, 2 slots on every device" in text
 
 
 def test_maps_of_others_are_converted_and_checked(ok, run, tmp_path):
     """SGLang's own map becomes one of others; what is wrong is said, dense layers first."""
-    given = GOLDEN / "sglang" / "expert_location.json"
+    given, said = GOLDEN / "sglang" / "expert_location.json", tmp_path / "said.json"
     for form, name in (("vllm-ascend", "a.json"), ("json", "c.json")):
         ok("export", given, "--devices", 2, "--to", form, "--out", tmp_path / name)
-    wrong = tmp_path / "a.json"
-    status, out, err = run(
-        "export", "--check", wrong, "--hidden-layers", 5, "--dense-layers", "0,3-4"
-    )
-    assert status == 2
+
+    def refused(*arguments):
+        status, out, err = run("export", *arguments)
+        assert status == 2
+        return out, err
+
+    layers = ("--hidden-layers", 5, "--dense-layers")
+    out, err = refused("--check", tmp_path / "a.json", *layers, "0,3-4")
     assert "must have 2 rows, one for layers with experts only, got 4" in err
     assert "- must have 2 rows" in out
-    said = tmp_path / "said.json"
-    status, _, err = run(
-        "export", "--check", given, "--hidden-layers", 5, "--dense-layers", 0, "--json", said
-    )
+    _, err = refused("--check", given, *layers, 0, "--json", said)
     assert "got 4, one for layers with experts only: off by the 1 dense layer" in err
     assert len(json.loads(said.read_text())["faults"]) == 1
-    status, _, err = run("export", given, "--to", "eplb", "--out", tmp_path / "x.npz")
-    assert status == 2
+    _, err = refused(given, "--to", "eplb", "--out", tmp_path / "x.npz")
     assert "devices must be given" in err
 
 
@@ -132,20 +127,16 @@ def test_tables_are_in_the_help(ok):
         assert f"{name}: {writer.title}" in text
 
 
-@pytest.mark.parametrize(
-    ("engine", "words"),
-    [
-        (
-            "vllm",
-            "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size 2 "
-            "--enable-expert-parallel --enable-eplb "
-            "--eplb-config '{\"num_redundant_experts\": 2}'",
-        ),
-        ("sglang", "--to sglang --hidden-layers 4 --dense-layers 0 --out experts.json"),
-        ("tensorrt-llm", "--to tensorrt-llm --dense-layers 0 --out experts.yaml"),
-        ("megatron", "--to megatron --checkpoint MODEL --out MODEL-placed"),
-    ],
-)
+SERVED = {
+    "vllm": "MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size 2 "
+    "--enable-expert-parallel --enable-eplb --eplb-config '{\"num_redundant_experts\": 2}'",
+    "sglang": "--to sglang --hidden-layers 4 --dense-layers 0 --out experts.json",
+    "tensorrt-llm": "--to tensorrt-llm --dense-layers 0 --out experts.yaml",
+    "megatron": "--to megatron --checkpoint MODEL --out MODEL-placed",
+}
+
+
+@pytest.mark.parametrize(("engine", "words"), SERVED.items())
 def test_commands_that_come_next_run_as_they_are(engine, words):
     """They read INPUT as it was read, and say what the engine's map needs."""
     source = Source(input_files=(GOLDEN / "vllm" / "completions.json",), num_experts=16)

@@ -19,36 +19,21 @@ inspect LOAD --only a | '--only' needs a trace with groups
 inspect TRACE --only 3 | '--only': INPUT has no group '3'
 solve TRACE | Missing option '--devices'
 solve TRACE --devices 0 | 0 is not in the range 1<=x<=8192
-solve TRACE --devices two | 'two' is not a valid integer
 solve TRACE --devices 4 --devices-per-node 3 | must divide
-solve TRACE --devices 4 --slots-per-device 1 | at least 2
 solve TRACE --devices 4 --method magic | got 'magic'
-solve TRACE --devices 4 --max-imbalance 0.5 | a number from 1
 solve TRACE --devices 4 --max-imbalance nan | a number from 1, or inf for no cap, got 'nan'
-solve TRACE --devices 4 --time-limit nan | nan is not a number
 solve TRACE --devices 4 --out no/p.json | 'no' does not exist
 solve TRACE --devices 4 --out . | is a directory
-solve TRACE --devices 4 --json no/p.json | 'no' does not exist
 solve TRACE --topology junk.txt | must be a JSON object or TOML
-solve TRACE --topology slow.toml | slow.toml: speed of device 1 must be a positive number, got 0
-solve TRACE --topology links.toml | links.toml: link_cost must be at least 0, got -1 from device
-compare TRACE --devices 4 --holdout 1.5 | 1.5 is not in the range
 compare TRACE --devices 4 --holdout nan | nan is not a number
 compare TRACE --devices 4 --methods '' | must be some of
-compare TRACE --devices 4 --methods a,lpt | got 'a'
 compare TRACE --devices 4 --baseline x | '--baseline'
 compare TRACE --devices 4 --holdout 0 --splits 2 | must be 1 where nothing is held out, got 2
 compare LOAD --devices 4 --window 64 | window must be left out
 solve LOAD --devices 4 --slots-per-device 2,two | for every device as in 8,8,10,10, got '2,two'
-solve LOAD --devices 4 --slots-per-device 2,2 | must be numbers [4]
-solve LOAD --devices 4 --slots-per-device 0 | a number from 1, or
-solve LOAD --devices 4 --arrival late | the weight of mixed from 0 to
 solve LOAD --devices 4 --arrival 2 | or the weight of mixed from 0 to 1, got '2'
-solve LOAD --devices 4 --risk 1 | a level from 0 to below 1, got 1.0
 solve LOAD --devices 4 --groups a | minimax, or NAME=WEIGHT,..., got
-solve LOAD --devices 4 --groups x=1 | which is none of a, b
 solve LOAD --devices 4 --pin 0:1 | LAYER:EXPERT:DEVICE in numbers
-solve LOAD --devices 4 --pin 0:8:0 | expert must be from 0 to 7
 compare LOAD --devices 4 --pin 0:1:2 --forbid *:1:2 | --pin and --forbid contradict
 compare LOAD --devices 4 --objective speed | 'speed' is not one of
 solve LOAD --devices 4 --move-budget 1 | needs '--initial'
@@ -59,15 +44,11 @@ evaluate TRACE TRACE | not a placement
 evaluate p.json TRACE --cost-model tpu | must be a file or one of a100
 evaluate p.json TRACE --cost-model h100:big | sizes must be as in h100:4096x1024, got 'big'
 evaluate p.json TRACE --cost-model junk.txt | not a cost model
-audit TRACE TRACE | not a placement
 audit p.json TRACE --measure node_fanout | must be of imbalance, fanout, crossing for
 export junk.txt --to eplb --out x.npz | junk.txt: not a placement
 convert TRACE --out t.npz | must end in .safetensors, got 't.npz'
 convert --out t.safetensors | Missing argument 'SOURCE...'
 convert TRACE LOAD --out t.safetensors | sources must all be traces or all be counts
-guess | No such command 'guess'
-inspect TRACE --colour | No such option
-solve TRACE --for megatron --devices 3 | --devices must divide 8 experts
 solve TRACE --for megatron --devices 3 | 2 or 4 would
 solve TRACE --for vllm --devices 4 --extra-slots 5 | got 5: 0 or 12 would
 solve TRACE --for vllm --devices 4 --slots-per-device 1 | --slots-per-device must be
@@ -83,7 +64,6 @@ solve TRACE --devices 2 --risk 1 | --risk must be
 solve LOAD --devices 4 --expert-bytes inf --initial p.json | '--expert-bytes': must be a finite
 solve TRACE --topology tpu | must be a file or one of a100-nvl8-ib200
 solve TRACE --topology h100-nvl8-ib400:two | as in h100-nvl8-ib400:2, got 'two'
-solve TRACE --topology h100-nvl8-ib400:0 | nodes must be from 1
 solve TRACE --devices 4 --method jont | Did you mean joint?
 compare TRACE --devices 4 --methods ebpl | Did you mean eplb?
 advise TRACE --devices 4 --copies some | must be numbers as in 0,1,2,4
@@ -92,12 +72,8 @@ advise TRACE --devices 4 --report page.pdf | must end in .html
 advise TRACE --devices 4 --report /nowhere/page.html | does not exist
 advise TRACE --devices 4 --devics 4 | Did you mean
 advis | advise
-audit p.json TRACE --fail-if-worse inf | '--fail-if-worse'
 audit p.json TRACE --fail-if-worse nan | '--fail-if-worse'
-audit p.json TRACE --fail-if-worse -1 | '--fail-if-worse'
 evaluate other.json TRACE | other.json: placement must have 3 layers
-audit other.json TRACE | other.json: placement must have 3 layers
-report other.json TRACE | other.json: placement must have 3 layers
 audit p.json TRACE --baseline other.json | other.json: placement must have 3 layers
 report p.json TRACE --baseline other.json | other.json: placement must have 3 layers
 evaluate p.json TRACE --devices 8 | '--devices' must be 4 as in the placement, got 8
@@ -106,7 +82,6 @@ export --check p.json --out x.npz | '--check' takes neither
 export --to eplb --out x.npz | Missing argument 'PLACEMENT'
 export p.json --out x.npz | Missing option '--to'
 export p.json --to eplb | Missing option '--out'
-export --check junk.txt | not a placement
 """
 CASES = [tuple(line.split(" | ")) for line in WRONG.strip().splitlines()]
 
@@ -124,8 +99,6 @@ def folder(tmp_path_factory):
     np.savez(at / "load.npz", load=load, group=np.arange(6) % 2, group_names=np.array(["a", "b"]))
     np.save(at / "ids.npy", np.zeros((4, 2, 1), dtype=np.uint8))
     (at / "junk.txt").write_text("junk")
-    (at / "slow.toml").write_text("devices = 2\nspeed = [1.0, 0.0]")
-    (at / "links.toml").write_text("devices = 2\nlink_cost = [[0, -1], [-1, 0]]")
     mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(at / "p.json")
     mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]]).save(at / "other.json")
     return at
@@ -147,15 +120,12 @@ def test_errors_are_one_line(run, folder, monkeypatch, command, words):
     assert sorted(folder.iterdir()) == files
 
 
+PANIC = "the core panicked at rust/x.rs:1:2: of\nno use"
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
-    [
-        (KeyError("expert"), "KeyError: 'expert'"),
-        (
-            RuntimeError("the core panicked at rust/x.rs:1:2: of\nno use"),
-            "rust/x.rs:1:2: of no use",
-        ),
-    ],
+    [(KeyError("expert"), "KeyError: 'expert'"), (RuntimeError(PANIC), "rust/x.rs:1:2: of no use")],
 )
 def test_unforeseen_errors_are_one_line_too(run, folder, monkeypatch, error, words):
     """A bug, of Python or the core, is reported as one, without a traceback."""
@@ -179,10 +149,9 @@ def test_unforeseen_errors_are_one_line_too(run, folder, monkeypatch, error, wor
 )
 def test_wrong_files_are_told_what_would_be_right(run, tmp_path, content, words):
     """One line that says how to get a file that can be read."""
-    recorded = tmp_path / "recorded"
+    recorded, out = tmp_path / "recorded", tmp_path / "t.safetensors"
     recorded.write_bytes(content)
-    out = tmp_path / "t.safetensors"
     status, _, err = run("convert", recorded, "--num-experts", 16, "--out", out)
     assert (status, len(err.splitlines())) == (2, 1)
     assert words in err
-    assert [path.name for path in tmp_path.iterdir()] == ["recorded"]
+    assert not out.exists()

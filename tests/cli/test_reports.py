@@ -15,14 +15,6 @@ FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
 
 
 @pytest.fixture
-def trace(make_trace, tmp_path):
-    """File of a small trace."""
-    path = tmp_path / "trace.safetensors"
-    make_trace(800).save(path)
-    return path
-
-
-@pytest.fixture
 def skewed(tmp_path):
     """File of a trace that experts in blocks serve badly."""
     path, rng = tmp_path / "skewed.safetensors", np.random.default_rng(0)
@@ -66,17 +58,19 @@ def test_what_is_not_worth_a_trial_is_not_turned_on(ok, skewed, tmp_path):
         assert "export" not in after
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "megatron"])
-def test_advise_for_an_engine(ok, skewed, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("engine", "served"),
+    [("vllm", "vllm serve"), ("sglang", "sglang.launch_server"), ("megatron", "--checkpoint")],
+)
+def test_advise_for_an_engine(ok, skewed, tmp_path, engine, served):
     """The engine stands in the commands, and no copies where it has none, with the reason."""
     file, how = tmp_path / "advice.json", ("--for", engine, "--copies", "0,1", "--splits", 1)
     out = ok("advise", skewed, "--devices", 4, *how, "--json", file)
     actual = json.loads(file.read_text())
-    assert any(f"--for {engine}" in each for each in actual["commands"])
+    assert any(f"--for {engine}" in line for line in actual["commands"])
     # What serves it is last, with as many copies as the placement has.
-    served = {"vllm": "vllm serve", "sglang": "sglang.launch_server"}.get(engine, "--checkpoint")
     assert served in actual["commands"][-1]
-    counts = [each["per_device"] for each in actual["copies"]]
+    counts = [row["per_device"] for row in actual["copies"]]
     assert counts == ([0] if engine == "megatron" else [0, 1])
     left_out = "Copies were left out: Megatron-Core loads a placement as a renumbered checkpoint"
     assert (left_out in out) == (engine == "megatron")
@@ -92,15 +86,15 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine):
         ("report",),
     ],
 )
-def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, arguments):
+def test_every_page_opens_and_is_the_same_every_time(ok, trace_file, tmp_path, arguments):
     """No time that anything took is in it, as long as nobody limits it."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     (command, *others), page, actual = arguments, tmp_path / "page.html", []
-    words = (command, trace, *others, "--report", page)
+    words = (command, trace_file, *others, "--report", page)
     if command == "report":
         placement = tmp_path / "placement.json"
         mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save(placement)
-        words = (command, placement, trace, "--out", page)
+        words = (command, placement, trace_file, "--out", page)
     for _ in range(2):
         ok(*words)
         actual.append(page.read_text())
@@ -119,14 +113,14 @@ def test_load_tables_have_reports(ok, tmp_path):
     assert "does not tell which experts a token chose together" in page.read_text()
 
 
-def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):
+def test_missing_libraries_are_told_before_any_work(run, trace_file, tmp_path, monkeypatch):
     """One line names the extra."""
 
     def missing():
         raise ImportError("a report needs plotly and jinja2: pip install 'moetuner[report]'")
 
     monkeypatch.setattr(pages, "check_libraries", missing)
-    status, out, err = run("advise", trace, *FEW, "--report", tmp_path / "page.html")
+    status, out, err = run("advise", trace_file, *FEW, "--report", tmp_path / "page.html")
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert "pip install 'moetuner[report]'" in err

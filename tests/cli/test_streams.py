@@ -14,6 +14,13 @@ import moetuner as mt
 
 MOETUNER = (sys.executable, "-m", "moetuner")
 GONE = 128 + signal.SIGPIPE
+COMMANDS = {
+    "solve": "solve t.safetensors --devices 2 --method lpt",
+    "evaluate": "evaluate p.json t.safetensors",
+    "compare": "compare t.safetensors --devices 2 --methods lpt --splits 1",
+    "export": "export p.json --to eplb --out e.npz",
+}
+COMMANDS = {name: line.split() for name, line in COMMANDS.items()}
 
 
 @pytest.fixture
@@ -24,43 +31,28 @@ def files(make_trace, tmp_path):
     return tmp_path
 
 
-COMMANDS = {
-    "solve": ("solve", "t.safetensors", "--devices", "2", "--method", "lpt"),
-    "evaluate": ("evaluate", "p.json", "t.safetensors"),
-    "compare": ("compare", "t.safetensors", "--devices", "2", "--methods", "lpt", "--splits", "1"),
-    "export": ("export", "p.json", "--to", "eplb", "--out", "e.npz"),
-}
+def finished(*command, **how):
+    """Run a process to its end."""
+    how = {"capture_output": True, "text": True, "timeout": 100, "check": False} | how
+    return subprocess.run(command, **how)
 
 
 def shell(files, redirection, *arguments):
     """Run a command in a shell; return its status and what it says on standard error."""
-    line = '"$@" ' + redirection
-    done = subprocess.run(
-        ["bash", "-c", line, "bash", *MOETUNER, *arguments],
-        cwd=files,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    line = ("bash", "-c", f'"$@" {redirection}', "bash", *MOETUNER, *arguments)
+    done = finished(*line, cwd=files)
     said = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
     return done.returncode, said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_closed_standard_output_changes_nothing(files, command):
-    """The work is done and the JSON is written; a file never gets what was to be printed."""
-    status, said = shell(files, ">&-", *COMMANDS[command], "--json", "found.json")
-    assert (status, said) == (0, [])
-    assert json.loads((files / "found.json").read_text())
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_reader_that_has_gone_stops_no_work(files, command):
-    """As after SIGPIPE the status is 141, but all files are written."""
-    gone = '| head -0; exit "${PIPESTATUS[0]}"'
-    status, said = shell(files, gone, *COMMANDS[command], "--json", "found.json")
-    assert (status, said) == (GONE, [])
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&-", 0), ('| head -0; exit "${PIPESTATUS[0]}"', GONE)]
+)
+def test_nobody_reads_standard_output(files, command, redirection, code):
+    """Closed, or its reader gone, which ends as after SIGPIPE: all files are written the same."""
+    actual = shell(files, redirection, *COMMANDS[command], "--json", "found.json")
+    assert actual == (code, [])
     assert json.loads((files / "found.json").read_text())
 
 
@@ -78,54 +70,42 @@ def test_a_full_disk_is_said_once(files):
     assert said == ["moetuner: error: standard output: No space left on device"]
 
 
-LONG = {
-    "inspect": ("inspect",),
-    "compare": ("compare", "--devices", "8"),
-    "advise": ("advise", "--devices", "8"),
-    "solve": ("solve", "--devices", "8", "--objective", "traffic", "--time-limit", "100"),
-}
-
-
-@pytest.mark.parametrize("command", LONG)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_every_command_alike(make_trace, tmp_path, command, number):
-    """Status 128 + signal, a line that says so, and no conclusion from what did not end."""
-    make_trace(2000, layers=24, top_k=4, experts=64).save(tmp_path / "large.safetensors")
-    name, *others = LONG[command]
-    arguments = (name, "large.safetensors", *others)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [*MOETUNER, *arguments], cwd=tmp_path, stdout=pipe, stderr=pipe, text=True
-    )
+def interrupted(folder, number, *arguments):
+    """Send a command a signal once it says what it does; return its output and its errors."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*MOETUNER, *arguments], cwd=folder, **pipes)
     said = process.stderr.readline()  # after a second of work
+    while arguments[0] == "solve" and "solving" not in said:
+        said = process.stderr.readline()
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    said += err
-    assert process.returncode == 128 + number, said
-    assert "interrupted" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert process.returncode == 128 + number, said + err
+    assert "interrupted" in (said + err).splitlines()[-1]
+    assert "Traceback" not in said + err
+    return out, err
+
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare", "advise"])
+@SIGNALS
+def test_a_signal_ends_every_command_alike(make_trace, tmp_path, command, number):
+    """Status 128 + signal, a line that says so, and no conclusion from what did not end."""
+    make_trace(2000, layers=24, top_k=4, experts=64).save(tmp_path / "t.safetensors")
+    devices = () if command == "inspect" else ("--devices", "8")
+    out, _ = interrupted(tmp_path, number, command, "t.safetensors", *devices)
     assert "null" not in out
     assert "worth a trial" not in out
 
 
 @pytest.mark.parametrize("json_file", ["-", "found.json"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@SIGNALS
 def test_a_signal_writes_the_best_so_far(make_trace, tmp_path, number, json_file):
     """Placement and JSON are there, and are said to be the best so far, by whichever is read."""
     make_trace(400, layers=8, top_k=4, experts=64).save(tmp_path / "t.safetensors")
-    line = ("solve", "t.safetensors", "--devices", "8", "--objective", "traffic")
-    process = subprocess.Popen(
-        [*MOETUNER, *line, "--time-limit", "100", "--out", "p.json", "--json", json_file],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while "solving" not in process.stderr.readline():
-        pass
-    process.send_signal(number)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + number, err
+    line = "solve t.safetensors --devices 8 --objective traffic --time-limit 100 --out p.json"
+    out, err = interrupted(tmp_path, number, *line.split(), "--json", json_file)
     assert mt.Placement.load(tmp_path / "p.json").devices == 8
     text = out if json_file == "-" else (tmp_path / json_file).read_text()
     assert json.loads(text)["status"] == "interrupted"
@@ -136,15 +116,8 @@ def test_a_signal_writes_the_best_so_far(make_trace, tmp_path, number, json_file
 def test_progress_goes_to_standard_error(make_trace, tmp_path):
     """After a second a plain line says what is going on, and standard output stays clean."""
     make_trace(500, layers=24, experts=64).save(tmp_path / "t.safetensors")
-    line = ("solve", "t.safetensors", "--devices", "8", "--method", "heuristic", "--json", "-")
-    done = subprocess.run(
-        [*MOETUNER, *line, "--time-limit", "1.5"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
+    line = "solve t.safetensors --devices 8 --method heuristic --json - --time-limit 1.5"
+    done = finished(*MOETUNER, *line.split(), cwd=tmp_path)
     assert json.loads(done.stdout)["settings"]["time_limit"] == 1.5
     assert done.stderr == "moetuner: solving, heuristic ...\n"
 
@@ -167,9 +140,7 @@ def test_a_panic_under_a_signal_is_the_signal(run, monkeypatch):
     assert run("verify") == (143, "", "moetuner: error: interrupted\n")
 
 
-def test_threads_share_memory_where_addresses_are_limited(tmp_path):
-    """Under ulimit -v no thread asks for 64 MB of its own, which it would not get."""
-    program = """
+HEAPS = """
 import ctypes, resource, sys, threading
 from moetuner.cli import main
 if sys.argv[1] == "limited":
@@ -188,20 +159,20 @@ file = libc.fopen(sys.argv[2].encode(), b"w")
 libc.malloc_info(0, ctypes.c_void_p(file))
 libc.fclose(ctypes.c_void_p(file))
 """
+
+
+def test_threads_share_memory_where_addresses_are_limited(tmp_path):
+    """Under ulimit -v no thread asks for 64 MB of its own, which it would not get."""
     heaps = {}
     for name in ("limited", "free"):
-        path = tmp_path / name
-        line = [sys.executable, "-c", program, name, str(path)]
-        subprocess.run(line, check=True, capture_output=True, timeout=100)
-        heaps[name] = path.read_text().count("<heap nr=")
+        finished(sys.executable, "-c", HEAPS, name, str(tmp_path / name), check=True)
+        heaps[name] = (tmp_path / name).read_text().count("<heap nr=")
     assert heaps["limited"] == 1
     assert heaps["free"] > 1
 
 
-def test_threads_without_memory_are_no_bug(files):
-    """The line says how to take fewer."""
-    # Little more than what the process has by then: less than the stacks of four threads.
-    program = """
+# Little more than what the process has by then: less than the stacks of four threads.
+LITTLE = """
 import resource, sys
 from pathlib import Path
 from moetuner.cli import main
@@ -211,15 +182,13 @@ limit = pages * resource.getpagesize() + (6 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 sys.exit(main(sys.argv[1:]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, *COMMANDS["evaluate"], "--threads", "500"],
-        cwd=files,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+
+
+def test_threads_without_memory_are_no_bug(files):
+    """The line says how to take fewer."""
+    line = (*COMMANDS["evaluate"], "--threads", "500")
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = finished(sys.executable, "-c", LITTLE, *line, cwd=files, env=one_thread)
     assert done.returncode == 2
     assert re.fullmatch(r"moetuner: error: threads: [^\n]+ --threads[^\n]+\n", done.stderr)
 
@@ -227,7 +196,5 @@ sys.exit(main(sys.argv[1:]))
 def test_imports_without_memory_are_one_line():
     """Where this process is the command line, which is imported before its own code runs."""
     program = "import sys; sys.argv = ['moetuner']; import moetuner; raise MemoryError"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
-    )
+    done = finished(sys.executable, "-c", program)
     assert (done.returncode, done.stderr) == (1, "moetuner: error: out of memory\n")

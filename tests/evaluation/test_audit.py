@@ -10,7 +10,7 @@ import moetuner as mt
 from moetuner.evaluation import intervals
 from moetuner.evaluation.auditing import _judged, blocks
 from moetuner.evaluation.by_unit import crossings, of_traffic
-from moetuner.evaluation.intervals import Paired, Spread, Sums, holm, paired
+from moetuner.evaluation.intervals import Change, Spread, Sums, holm, paired
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import Units
 
@@ -73,7 +73,8 @@ def test_a_placement_is_no_worse_than_itself():
     found = mt.audit(IN_BLOCKS, trace, window=100)
     assert found.worse() == []
     assert found.behind() == []
-    assert found.whole["imbalance"].change == (0, 0, 0)
+    change = found.whole["imbalance"].change
+    assert (change.value, change.low, change.high) == (0, 0, 0)
     assert found.units == ("sequence", 80)
     assert found.to_dict()["units"] == {"kind": "sequence", "number": 80}
 
@@ -191,7 +192,7 @@ def judged_of(values):
         name: Spread(value, rng.normal(0, error, 500), 9, 10)
         for name, (value, error) in values.items()
     }
-    found = _judged({name: {"x": Paired(each, each, each)} for name, each in spread.items()})
+    found = _judged({name: {"x": Change(each, each, each)} for name, each in spread.items()})
     return {name: of["x"] for name, of in found.items()}, spread
 
 
@@ -225,7 +226,7 @@ def test_intervals_of_few_units_hold_the_truth(number, most):
         drawn = rng.normal(10, 1, (2, number))
         ones = np.ones(number)
         one, two = ({"x": Sums(row.mean(), row, ones)} for row in drawn)
-        found = paired(one, two, resamples=400, rng=rng)["x"].change.interval
+        found = paired(one, two, resamples=400, rng=rng)["x"].change
         missed += not found.low <= 0 <= found.high
     assert missed / 300 <= most
 

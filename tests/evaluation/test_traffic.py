@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from placements import murmur, random_slots
 
 import moetuner as mt
-from moetuner.evaluation.rows import dispatch_rows, mixed
+from moetuner.evaluation.rows import dispatch_rows
 
 
 @st.composite
@@ -85,19 +85,6 @@ def test_blocks_are_runs_of_tokens(make_trace):
     blocks = [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
     by_name, by_home = (dispatch_rows(placement, trace, home) for home in ("blocks", blocks))
     assert by_name.tolist() == by_home.tolist()
-
-
-def test_positions_are_mixed_in_all_bits():
-    """Equal to plain integers, and even for any number of copies and any stride of positions."""
-    places = np.array([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
-    assert mixed(places).tolist() == [murmur(place % 2**32) for place in places.tolist()]
-    for stride in (1, 2, 4, 12, 64, 1 << 20):
-        hashed = mixed(np.arange(4800) * stride)
-        for copies in (2, 3, 4, 5, 8):
-            served = np.bincount(hashed % copies, minlength=copies)
-            assert served.min() > 0.85 * 4800 / copies
-            pairs = np.bincount(hashed[:-1] % copies * copies + hashed[1:] % copies)
-            assert pairs.min() > 0.4 * 4800 / copies**2
 
 
 def test_positions_that_are_given(make_trace):

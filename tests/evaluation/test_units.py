@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.intervals import Interval, Sums, mean_interval, paired
+from moetuner.evaluation.intervals import Spread, Sums, mean_interval, paired
 from moetuner.evaluation.units import (
     Blocks,
     Units,
@@ -153,7 +153,7 @@ def test_blocks_widen_intervals_as_much_as_windows_are_alike():
         sums = Sums(float(above.mean()), above, ones, blocks)
         change = paired({"x": sums}, {"x": flat}, rng=np.random.default_rng(0))["x"].change
         assert change.units == 60
-        return change.interval.high - change.interval.low
+        return change.high - change.low
 
     lag = 1 - np.arange(1, 4) / 4
     inside = 1 + 2 * (lag * lag).sum()
@@ -165,7 +165,9 @@ def test_the_mean_of_splits_is_surer_than_one():
     """Halves have half in common: of three, the interval of the mean is a fifth narrower."""
     alike = likeness(0.5, Units("sequence", 60))
     assert alike == 0.5
-    low_high = mean_interval([Interval(1.0, 0.0, 2.0)] * 3, alike)
-    assert low_high.high - low_high.low == pytest.approx(2 * np.sqrt(2 / 3))
-    assert mean_interval([Interval(1.0, 0.0, 2.0)] * 3, 1.0) == (1.0, 0.0, 2.0)
-    assert mean_interval([Interval(1.0, None, None)], alike) == (1.0, None, None)
+    one = Spread(1.0, np.linspace(-1, 1, 100), 1e9, 60)
+    value, low, high = mean_interval([one] * 3, alike)
+    assert value == 1.0
+    assert high - low == pytest.approx((one.high - one.low) * np.sqrt(2 / 3))
+    assert mean_interval([one] * 3, 1.0) == pytest.approx((1.0, one.low, one.high))
+    assert mean_interval([Spread(1.0, np.empty(0), 1.0, 1)], alike) == (1.0, None, None)

@@ -5,6 +5,19 @@ import math
 import numpy as np
 
 
+def shares(placement, topology, split):
+    """Share of every expert's tokens that a device serves [L,D,E], of one home after the other."""
+    slots, node = placement.slots, topology.node_of_device
+    share = np.zeros((*slots.shape[:2], placement.num_experts))
+    for layer, home, expert in np.ndindex(share.shape):
+        serving = [d for d, row in enumerate(slots[layer].tolist()) if expert in row]
+        if split == "nearest":
+            near = [d for d in serving if node[d] == node[home]]
+            serving = [home] if home in serving else near or serving
+        share[layer, serving, expert] += 1 / (slots.shape[1] * len(serving))
+    return share
+
+
 def visits(share, sets, node):
     """Tokens that visit every device [L,D], and every node [L,N], of shares [L,D,E]."""
     layers, devices, _ = share.shape

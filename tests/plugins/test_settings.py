@@ -312,7 +312,7 @@ def test_records_what_solve_reads(tmp_path):
     (path,) = (tmp_path / "loads").iterdir()
     statistics = mt.open_input(path)
     assert np.array_equal(statistics.window_load, load)
-    assert not record.decides
+    assert not record.settings.decides
 
 
 def test_a_recording_is_bounded(tmp_path):

@@ -137,7 +137,7 @@ def test_slots_are_filled_by_the_rules(data):
         st.lists(st.lists(st.integers(0, 99), min_size=experts, max_size=experts), min_size=1)
     )
     if sum(capacity) < experts:
-        with pytest.raises(ValueError, match="slots_per_device must give at least"):
+        with pytest.raises(ValueError, match="slots_per_device must add up to at least"):
             mt.balance(load, devices=devices, slots_per_device=capacity)
         return
     # Placement itself refuses a missing expert and a second copy on a device.
@@ -173,9 +173,9 @@ def test_windows_are_summed():
         ({"load": [[1, -2]]}, "load must have finite values of at least 0, got -2 in layer 0"),
         ({"load": [[1, float("nan")]]}, "load must have finite values"),
         ({"devices": 0}, "devices must be from 1 to 8192, got 0"),
-        ({"slots_per_device": [1]}, "slots_per_device must be one number or 2"),
-        ({"slots_per_device": [1, 0]}, "slots_per_device must give at least 2 slots"),
-        ({"speed": [1, 0]}, "speed must be finite and above 0"),
+        ({"slots_per_device": [1]}, "slots_per_device must be numbers \\[2\\], one per device"),
+        ({"slots_per_device": [1, 0]}, "slots_per_device must add up to at least 2"),
+        ({"speed": [1, 0]}, "speed of device 1 must be a positive number"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 
+import expectation
 import numpy as np
 import pytest
 import safetensors
@@ -19,7 +20,6 @@ from staged import staged
 
 import moetuner as mt
 from moetuner import solver
-from moetuner.evaluation import copies
 from moetuner.solver.bounds.caps import scope
 from moetuner.solver.bounds.loads import LOAD_BOUND
 from moetuner.solver.bounds.pairs import padded
@@ -83,7 +83,9 @@ def some_placements(problem: mt.Problem, seed: int) -> Iterator[mt.Placement]:
 def imbalances(problem: mt.Problem, placement: mt.Placement) -> np.ndarray:
     """Largest load over the mean of every layer [L]; copies share as the problem's rule says."""
     load = problem.load.astype(np.float64)
-    on = np.einsum("lde,le->ld", copies.shares(placement, problem.topology, problem.split), load)
+    on = np.einsum(
+        "lde,le->ld", expectation.shares(placement, problem.topology, problem.split), load
+    )
     return on.max(axis=1) / np.maximum(on.mean(axis=1), 1e-300)
 
 

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import moetuner as mt
 from moetuner import _core
-from moetuner.solver.rebalancing import _cost, rebalance
+from moetuner.placement import holders_of
+from moetuner.solver.rebalancing import rebalance, slowest
 
 
 def running(layers, ranks, width):
@@ -67,14 +71,36 @@ def test_costs_do_not_depend_on_the_order_of_sums():
     windows = np.floor(random.lognormal(6, 1, (8, 20, 64)))
     slots = np.stack([random.permutation(288) % 64 for _ in range(20)]).reshape(20, 32, 9)
     order = random.permutation(64)
-    again = _cost(windows[:, :, order], np.argsort(order)[slots], np.ones(32), None)
-    assert np.array_equal(_cost(windows, slots, np.ones(32), None), again)
+    again = slowest(windows[:, :, order], np.argsort(order)[slots])
+    assert np.array_equal(slowest(windows, slots), again)
 
 
 def test_no_slot_at_all_is_refused():
     """No device has a slot: a line, and no panic."""
     with pytest.raises(ValueError, match="slots in a layer"):
         decide(np.ones((1, 2)), np.zeros((1, 2, 0), dtype=np.int32))
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 2), st.integers(0, 12), st.booleans())
+def test_what_is_told_of_steps_is_so(experts, ranks, more, budget, full):
+    """All experts, none twice on a rank, old slots kept; times and moves, within what must be."""
+    random = np.random.default_rng([experts, ranks, more, budget, full])
+    width = min(-(-experts // ranks) + more, experts)
+    load = random.integers(0, 1000, (2, experts)).astype(float)
+    slots = random.integers(-1, experts, (2, ranks, width), dtype=np.int32)
+    answer = decide(load, slots, budget=budget, full=full)
+    placement = mt.Placement(answer.slots, num_experts=experts)  # refuses what is no placement
+    before = holders_of(slots, experts)
+    assert np.array_equal(answer.moves, (placement.held & ~before).sum(axis=(1, 2)))
+    needed = decide(load, slots, budget=0, full=full).moves.sum()
+    assert answer.moves.sum() <= max(needed, budget)
+    times = (placement.held * (load / placement.replicas)[:, None]).sum(axis=2).max(axis=1)
+    assert answer.after == pytest.approx(times)
+    assert (answer.after <= answer.before * (1 + 1e-9)).all()
+    assert not full or (answer.slots >= 0).all()
+    for old, new in zip(slots.reshape(-1, width), answer.slots.reshape(-1, width), strict=True):
+        first = np.unique(old, return_index=True)[1]
+        assert all(new[at] == old[at] for at in first if old[at] >= 0 and old[at] in new)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -17,7 +17,8 @@ load_file = pytest.importorskip("safetensors.torch").load_file
 torch = pytest.importorskip("torch", reason="needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 auto = pytest.importorskip("transformers.models.auto.configuration_auto")
-moe_layers = pytest.importorskip("moetuner.torch").moe_layers
+pytest.importorskip("moetuner.torch")
+from moetuner.torch import capture, moe_layers  # noqa: E402
 
 # Nothing here may ask the network for anything; two threads would only wait for each other.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -152,7 +153,9 @@ NAMED = {
 def build(name, **changes):
     """Build a model of three layers by the name of its architecture."""
     special = {"num_hidden_layers": 3, "intermediate_size": 24, **NAMED.get(name, {})}
-    return build_kind(name.removesuffix("_groups"), **special | changes)
+    model = build_kind(name.removesuffix("_groups"), **special | changes)
+    model.generation_config.eos_token_id = None  # texts go on to the end
+    return model
 
 
 def build_kind(kind, **changes):
@@ -254,6 +257,14 @@ def ids_in(output):
     """Give the one tensor of whole numbers that a router returns."""
     (ids,) = (part for part in output if not part.is_floating_point())
     return ids.clone()
+
+
+def recorded(model, *passes, observe=capture, **options):
+    """Watch passes, given as arguments or as calls, by default one of the prompts."""
+    with torch.no_grad(), observe(model, **options) as watcher:
+        for given in passes or ({"input_ids": prompts()},):
+            given() if callable(given) else model(**given)
+    return watcher
 
 
 class Gate(torch.nn.Module):

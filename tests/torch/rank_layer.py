@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import runpy
 import traceback
@@ -206,28 +207,44 @@ def test_ordinary_arithmetic_differs_by_rounding(rank):
 
 @on(4)
 def test_gradients_reach_every_rank(rank):
-    """Gradients of tokens, router weights and experts equal those of one process."""
-    for node in (None, 2):
+    """Gradients are those of one process, whoever needs them and whoever gets no rows.
+
+    All need them, only experts, only those of the last rank, or only the tokens of rank 0.
+    """
+    last = dist.get_world_size() - 1
+    for node, learns in itertools.product((None, 2), ("all", "experts", "last", "tokens")):
         case = Case(3, exact=False)
         case.node = node
-        layer, at = case.distributed(rank).requires_grad_(True), case.mine(rank)
+        if learns != "all":  # one expert without copies has all tokens
+            chosen = np.flatnonzero(case.placement.replicas[case.layer] == 1)[0]
+            case.index, case.w = torch.full_like(case.index[:, :1], int(chosen)), case.w[:, :1]
+        layer, at = case.distributed(rank), case.mine(rank)
+        layer.requires_grad_(learns in ("all", "experts") or (learns == "last" and rank == last))
         x, w, up, down = (
             getattr(case, name).clone().requires_grad_(True) for name in ("x", "w", "up", "down")
         )
         single(x, case.index, w, up, down, swiglu).square().sum().backward()
-        own = [of.detach()[at].requires_grad_(True) for of in (x, w)]
-        out = layer(own[0], case.index[at], own[1], first_token=at)
-        out.square().sum().backward()
-        for mine, whole in zip(own, (x, w), strict=True):
-            assert torch.allclose(mine.grad, whole.grad[at], rtol=0, atol=1e-5)
-        # Copies of an expert have a part of its gradient each.
+        need = learns == "all" or (learns == "tokens" and rank == 0)
+        own = [of.detach()[at].requires_grad_(need) for of in (x, w)]
+        layer(own[0], case.index[at], own[1], first_token=at).square().sum().backward()
+        pairs = [(mine, whole.grad[at]) for mine, whole in zip(own, (x, w), strict=True)]
         slots = torch.from_numpy(case.placement.slots[case.layer, rank].copy()).long()
         for weight, whole in zip(layer.experts.weights().values(), (up, down), strict=True):
+            if learns != "all":
+                right = whole.grad[slots.clamp(min=0)]
+                right[slots < 0] = 0
+                pairs.append((weight, right))
+                continue
+            # Copies of an expert have a part of its gradient each.
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             total = torch.zeros_like(whole)
             total.index_add_(0, slots[slots >= 0], gradient[slots >= 0])
             dist.all_reduce(total)
             assert torch.allclose(total, whole.grad, rtol=0, atol=1e-5)
+        for mine, right in pairs:
+            right = right if mine.requires_grad else torch.zeros_like(right)
+            gradient = torch.zeros_like(right) if mine.grad is None else mine.grad
+            assert torch.allclose(gradient, right, rtol=1e-4, atol=1e-5), (node, learns)
 
 
 @on(4)
@@ -297,7 +314,7 @@ def test_tables_are_changed_in_place(rank):
     layer = case.distributed(rank)
 
     def tables():
-        values = vars(layer.routes).items()
+        values = vars(layer).items()
         return {name: t.data_ptr() for name, t in values if isinstance(t, torch.Tensor)}
 
     before = tables()
@@ -382,7 +399,7 @@ def test_what_does_not_fit_is_refused_at_once(rank):
     devices = mt.Placement(np.zeros((1, 3, 1), dtype=int))
     for slots, given, layer, options, text in (
         (weight, devices, 0, {}, "placement must have 2 devices, the ranks of the group, got 3"),
-        (weight, placement, 5, {}, "layer must be from 0 to 1, the placement's, got 5"),
+        (weight, placement, 5, {}, "layer must be from 0 to 1, got 5"),
         (weight[:1], placement, 0, {}, "up must have the placement's 9 slots, got [1, 2, 2]"),
         (weight, placement, 0, {"devices_per_node": 3}, "must divide the devices (2), got 3"),
         (weight, placement, 0, {"split": "best"}, "split must be one of even, nearest, got 'best'"),

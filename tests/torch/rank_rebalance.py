@@ -350,6 +350,9 @@ def test_arguments_that_cannot_be(rank):
         assert text in message(ValueError, Rebalancer, layers, **given)
     for counts, text in (
         (np.zeros((1, 2)), "counts must be [layers, experts] [3, 8], got [1, 2]"),
-        (np.full((LAYERS, EXPERTS), -1), "counts must be finite and at least 0, got -1 to -1"),
+        (
+            np.full((LAYERS, EXPERTS), -1),
+            "counts must be finite numbers of at least 0, got -1 to -1",
+        ),
     ):
         assert message(ValueError, model.rebalancer.observe, counts) == text

@@ -83,39 +83,27 @@ def is_right(folder, family, logits, tokens=slice(None), tolerance=1e-5):
     return np.abs(logits.detach().float().numpy() - expected).max() < tolerance
 
 
-def shared_batch(rank, folder, family, layers=3):
-    """All ranks have one batch: logits of one process, and every row that is predicted."""
-    model, placement, placed = loaded(folder, family, layers=layers)
-    chosen = []
-    for name, module in model.named_modules():
-        if name.endswith((".gate", ".router")):
-            module.register_forward_hook(lambda _module, _in, out: chosen.append(out[2]))
-    with torch.no_grad():
-        assert is_right(folder, family, model(TOKENS).logits)
-    ids = torch.stack(chosen, dim=1).numpy()
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
-    predicted = mt.evaluate(placement, trace, home="blocks").traffic["dispatch"]
-    counted = np.stack([layer.traffic.rows_sent for layer in placed])
-    assert counted.any()
-    assert np.array_equal(counted, predicted[:, rank])
-
-
 @on(2, 4)
-def test_logits_and_traffic_of_mixtral(rank, folder):
-    """Logits of one process, and every row that the evaluation predicts from the router's ids."""
-    shared_batch(rank, folder, "mixtral")
+def test_logits_and_traffic_of_one_batch(rank, folder):
+    """Logits are those of one process, and the evaluation predicts every row from the router's ids.
 
-
-@on(2)
-def test_logits_and_traffic_of_gpt_oss(rank, folder):
-    """The same holds where experts have biases."""
-    shared_batch(rank, folder, "gpt_oss")
-
-
-@on(4)
-def test_logits_and_traffic_of_qwen3(rank, folder):
-    """The same holds where some layers are dense."""
-    shared_batch(rank, folder, "qwen3_moe", layers=2)
+    Also where experts have biases, and where some layers are dense.
+    """
+    other = {2: ("gpt_oss", 3), 4: ("qwen3_moe", 2)}[dist.get_world_size()]
+    for family, layers in (("mixtral", 3), other):
+        model, placement, placed = loaded(folder, family, layers=layers)
+        chosen = []
+        for name, module in model.named_modules():
+            if name.endswith((".gate", ".router")):
+                module.register_forward_hook(lambda _module, _in, out, to=chosen: to.append(out[2]))
+        with torch.no_grad():
+            assert is_right(folder, family, model(TOKENS).logits)
+        ids = torch.stack(chosen, dim=1).numpy()
+        trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+        predicted = mt.evaluate(placement, trace, home="blocks").traffic["dispatch"]
+        counted = np.stack([layer.traffic.rows_sent for layer in placed])
+        assert counted.any()
+        assert np.array_equal(counted, predicted[:, rank])
 
 
 @on(2, 4, 8)

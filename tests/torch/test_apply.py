@@ -6,7 +6,6 @@ from moe_models import (
     Block,
     build,
     placement_for,
-    prompts,
     random_placement,
     refused,
     torch,
@@ -14,43 +13,7 @@ from moe_models import (
 )
 
 import moetuner as mt
-from moetuner.torch import apply_placement, capture, moe_layers
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "groups"),
-    [("mixtral", 3, 1), ("qwen3_moe", 2, 1), ("deepseek_v3_groups", 2, 4)],
-)
-def test_layers_and_their_sizes(name, count, groups):
-    """Every MoE layer is found, dense ones are not, and the sizes are the configuration's."""
-    layers = moe_layers(build(name))
-    assert len(layers) == count
-    for layer in layers:
-        assert (layer.num_experts, layer.top_k, layer.expert_groups) == (8, 2, groups)
-        assert layer.name.endswith((".gate", ".router"))
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3_groups", "gpt_oss"])
-def test_traffic_is_the_placements(name):
-    """With contiguous experts the changed model sends what the placement promised for the old."""
-    model, tokens = build(name), prompts(8, 16)
-    placement = placement_for(model, devices=4)
-    with torch.no_grad(), capture(model) as before:
-        model(input_ids=tokens)
-    order = apply_placement(model, placement)
-    with torch.no_grad(), capture(model) as after:
-        model(input_ids=tokens)
-    old, new = before.trace().expert_ids, after.trace().expert_ids
-    back = np.stack([order[layer][new[:, layer]] for layer in range(len(order))], axis=1)
-    assert np.array_equal(np.sort(back, axis=2), np.sort(old, axis=2))
-    contiguous = mt.Placement(np.arange(8).reshape(1, 4, 2).repeat(len(order), 0))
-    promised = mt.evaluate(placement, before.trace(), window=16)
-    placed = mt.evaluate(contiguous, after.trace(), window=16)
-    assert (placed.crossing, placed.fanout) == (promised.crossing, promised.fanout)
-    assert (placed.imbalance, placed.imbalance_total) == (
-        promised.imbalance,
-        promised.imbalance_total,
-    )
+from moetuner.torch import apply_placement, moe_layers
 
 
 def test_positions_are_the_placements():
@@ -200,5 +163,5 @@ def test_shared_lists_and_blocks():
     assert torch.allclose(run(), before, rtol=0, atol=1e-4)
     other = Block()
     other.experts = block.experts
-    text = "1.experts: must not be the experts of 0, whose"
+    text = "must not share memory with 0.experts."
     unchanged(running(block, other)[0], placement, text)

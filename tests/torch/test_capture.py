@@ -4,29 +4,33 @@ import contextlib
 
 import numpy as np
 import pytest
-from moe_models import Gate, build, choices, prompts, refused, torch, transformers
+from moe_models import Gate, build, choices, prompts, recorded, refused, torch, transformers
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
 from moetuner.torch.record.capture import Parts
 
-
-def recorded(model, **given):
-    """Give the trace of one pass of the prompts."""
-    with torch.no_grad(), capture(model) as recorder:
-        model(**{"input_ids": prompts(), **given})
-    return recorder.trace()
+WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3_groups", "gpt_oss"])
-def test_trace_is_what_the_routers_chose(name):
-    """Every token in the order of the batch."""
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("mixtral", (32, 24)),
+        ("qwen3_moe", (32, 16)),
+        ("deepseek_v3_groups", None),
+        ("gpt_oss", None),
+    ],
+)
+def test_trace_is_what_the_routers_chose(name, size):
+    """Every token in the order of the batch, and what the model's configuration says."""
     model = build(name)
-    trace = recorded(model)
+    trace = recorded(model).trace()
     expected = choices(model, prompts())
     assert np.array_equal(trace.expert_ids, expected.reshape(trace.expert_ids.shape))
     assert trace.sequence.tolist() == [0] * 7 + [1] * 7 + [2] * 7
     assert (trace.num_experts, trace.group, trace.model) == (8, None, type(model).__name__)
+    assert size is None or trace.expert_size == size
 
 
 @pytest.mark.parametrize("where", ["keyword", "position", "recorder"])
@@ -35,16 +39,14 @@ def test_padding_is_left_out(where):
     model, tokens = build("mixtral"), prompts()
     mask = torch.ones_like(tokens)
     mask[0, :3] = mask[2, 5:] = 0
-    with torch.no_grad(), capture(model) as recorder:
-        if where == "keyword":
-            model(input_ids=tokens, attention_mask=mask)
-        elif where == "position":
-            model(tokens, mask)
-        else:
-            recorder.attention_mask = mask
-            model(tokens)
-    trace = recorder.trace()
-    expected = choices(model, tokens, None if where == "recorder" else mask)
+    own = {"attention_mask": mask} if where == "recorder" else {}
+    call = {
+        "keyword": lambda: model(input_ids=tokens, attention_mask=mask),
+        "position": lambda: model(tokens, mask),
+        "recorder": lambda: model(tokens),
+    }[where]
+    trace = recorded(model, call, **own).trace()
+    expected = choices(model, tokens, None if own else mask)
     assert np.array_equal(trace.expert_ids, expected[mask.bool().numpy()])
     assert trace.sequence.tolist() == [0] * 4 + [1] * 7 + [2] * 5
 
@@ -53,13 +55,11 @@ def test_padding_is_left_out(where):
 def test_generation_continues_sequences(name):
     """Tokens that generate feeds one by one belong to their prompts, and route as in one pass."""
     model, tokens = build(name), prompts()
-    model.generation_config.eos_token_id = None  # all go on to the end
     with torch.inference_mode(), capture(model) as recorder:
         text = model.generate(tokens, max_new_tokens=6, do_sample=False)
         model.generate(tokens, max_new_tokens=2, do_sample=False)
     trace = recorder.trace()
-    assert trace.tokens == 3 * (7 + 5) + 3 * (7 + 1)
-    assert trace.sequence.max() == 5
+    assert np.bincount(trace.sequence).tolist() == [7 + 5] * 3 + [7 + 1] * 3
     whole = choices(model, text[:, :-1])
     for row in range(3):
         assert np.array_equal(trace.select(sequences=[row]).expert_ids, whole[row])
@@ -68,7 +68,6 @@ def test_generation_continues_sequences(name):
 def test_endings_are_those_of_the_call():
     """What ends a sequence is said in the call of generate; a padding token said is text."""
     model, tokens = build("mixtral"), prompts()
-    model.generation_config.eos_token_id = None
 
     def generated(**more):
         with torch.no_grad(), capture(model) as recorder:
@@ -95,19 +94,16 @@ def test_generation_without_a_growing_cache(how):
         "compiled": {"cache_implementation": "static", "compile_config": config},
         "none": {"use_cache": False},
     }[how]
-    model, tokens = build("qwen3_moe"), prompts()
-    model.generation_config.eos_token_id = None
+    model, tokens, texts, traces = build("qwen3_moe"), prompts(), [], []
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-    recorders, texts = [], []
     for more in ({}, how):
         with torch.no_grad(), capture(model) as recorder:
             texts.append(model.generate(tokens, **given, **more))
         assert recorder.dropped == 0
-        recorders.append(recorder)
+        traces.append(recorder.trace())
     assert texts[0].equal(texts[1])
-    traces = [recorder.trace() for recorder in recorders]
     for row, length in enumerate((8, 11, 11)):
         usual, other = (trace.select(sequences=[row]).expert_ids for trace in traces)
         assert len(usual) == length
@@ -121,9 +117,8 @@ def test_a_cache_that_the_model_made():
     model, tokens = build("qwen3_moe"), prompts()
     with torch.no_grad(), capture(model) as recorder:
         first = model(input_ids=tokens, use_cache=True)
-        cache = first.cache if hasattr(first, "cache") else first.past_key_values
         name = "cache" if hasattr(first, "cache") else "past_key_values"
-        model(input_ids=tokens[:, :2], **{name: cache})
+        model(input_ids=tokens[:, :2], **{name: getattr(first, name)})
         model(input_ids=tokens[:, :2])
     expected = [*[0] * 7, *[1] * 7, *[2] * 7, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert recorder.trace().sequence.tolist() == expected
@@ -131,40 +126,30 @@ def test_a_cache_that_the_model_made():
 
 def test_groups():
     """Tokens have the group that is in force, or each sequence its own."""
-    model, tokens = build("mixtral"), prompts(2, 3)
+    model, given = build("mixtral"), {"input_ids": prompts(2, 3)}
     with torch.no_grad(), capture(model) as recorder:
         with recorder.group("german"):
-            model(input_ids=tokens)
+            model(**given)
             with recorder.group(["python", "german"]):
-                model(input_ids=tokens)
-        model(input_ids=tokens)
+                model(**given)
+        model(**given)
     trace = recorder.trace()
     names = [trace.group_names[number] for number in trace.group]
     assert names == ["german"] * 6 + ["python"] * 3 + ["german"] * 3 + ["other"] * 6
-    with torch.no_grad(), capture(model, group="all") as recorder:
-        model(input_ids=tokens)
-    assert recorder.trace().group_names == ("all",)
-    with (
-        pytest.raises(ValueError, match="group must be a name, or one for each of 2 sequences"),
-        torch.no_grad(),
-        capture(model, group=["a", "b", "c"]),
-    ):
-        model(input_ids=tokens)
+    assert recorded(model, given, group="all").trace().group_names == ("all",)
+    text = "group must be a name, or one for each of 2 sequences"
+    refused(text, recorded, model, given, group=["a", "b", "c"])
 
 
 @pytest.mark.parametrize("buffer_bytes", [1, 13, 100, 1 << 20])
 def test_files_and_small_buffers(buffer_bytes, tmp_path):
     """The file holds the same trace for any size of the buffer, and nothing else stays."""
     model, tokens, path = build("gpt_oss"), prompts(), tmp_path / "trace.safetensors"
-    recorders = []
-    for how in ({}, {"path": path, "buffer_bytes": buffer_bytes}):
-        with torch.no_grad(), capture(model, group="a", **how) as recorder:
-            for rows in (3, 1, 2):
-                model(input_ids=tokens[:rows])
-            assert not path.exists()
-        recorders.append(recorder)
-    expected = recorders[0].trace()
-    for trace in (mt.RoutingTrace.load(path), recorders[1].trace()):
+    passes = [{"input_ids": tokens[:rows]} for rows in (3, 1, 2)]
+    expected = recorded(model, *passes, group="a").trace()
+    own = {"group": "a", "path": path, "buffer_bytes": buffer_bytes}
+    recorder = recorded(model, *passes, lambda: not path.exists() or pytest.fail("early"), **own)
+    for trace in (mt.RoutingTrace.load(path), recorder.trace()):
         for name in ("expert_ids", "sequence", "group", "group_names"):
             assert np.array_equal(getattr(trace, name), getattr(expected, name))
     assert [file.name for file in tmp_path.iterdir()] == ["trace.safetensors"]
@@ -173,23 +158,20 @@ def test_files_and_small_buffers(buffer_bytes, tmp_path):
 def test_many_experts_take_two_bytes():
     """Above 256 experts ids are 16 bits wide."""
     model = build("mixtral", num_experts=300, num_local_experts=300, intermediate_size=4)
-    trace = recorded(model)
-    assert trace.expert_ids.dtype == np.uint16
-    assert trace.expert_ids.max() > 255
+    ids = recorded(model).trace().expert_ids
+    assert (ids.dtype, ids.max() > 255) == (np.uint16, True)
 
 
 def test_all_modes():
     """Training, no_grad and inference mode in one recording; gradients are as without it."""
     model, tokens = build("mixtral"), prompts()
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
+    model(input_ids=tokens, labels=tokens).loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with capture(model) as recorder:
-        with torch.inference_mode():
-            model(input_ids=tokens)
-        with torch.no_grad():
-            model(input_ids=tokens)
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                model(input_ids=tokens)
         model.train()
         model(input_ids=tokens, labels=tokens).loss.backward()
     assert all(p.grad.equal(g) for p, g in zip(model.parameters(), expected, strict=True))
@@ -201,10 +183,8 @@ def test_all_modes():
 def test_recomputation_counts_once():
     """With gradient checkpointing routers run twice, and are recorded once."""
     model, tokens = build("mixtral"), prompts()
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)()
     model.train()
     with capture(model) as recorder:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -228,8 +208,7 @@ def test_nothing_stays_behind(tmp_path):
     path.unlink()
     with pytest.raises(KeyError, match="mine"), capture(model, path=path) as recorder:
         raise KeyError("mine")
-    assert (hooks(), set(model.__dict__)) == (before, own)
-    assert list(tmp_path.iterdir()) == []
+    assert (hooks(), set(model.__dict__), list(tmp_path.iterdir())) == (before, own, [])
     with pytest.raises(RuntimeError, match="ended and has tokens"):
         recorder.trace()
 
@@ -245,8 +224,7 @@ def ending(error, text):
 @pytest.mark.parametrize("buffer_bytes", [100, 1 << 20])
 def test_an_error_keeps_what_was_recorded(error, buffer_bytes, tmp_path):
     """It comes out of the block; the passes before are in the trace, and in a file beside it."""
-    model, tokens = build("mixtral"), prompts()
-    path = tmp_path / "a.safetensors"
+    model, tokens, path = build("mixtral"), prompts(), tmp_path / "a.safetensors"
     path.write_bytes(b"an older trace")
     for where in (None, path):
         recorder = capture(model, path=where, group="g", buffer_bytes=buffer_bytes)
@@ -265,9 +243,8 @@ def test_an_error_keeps_what_was_recorded(error, buffer_bytes, tmp_path):
 
 
 def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
-    """Passes go on; the block ends with the error, and what was written before is kept."""
-    model, tokens = build("mixtral"), prompts()
-    append, calls = Parts.append, []
+    """Passes go on; the block ends with the error, and what was written before is there."""
+    model, append, calls = build("mixtral"), Parts.append, []
 
     def full(self, *arrays):
         calls.append(self)
@@ -276,29 +253,28 @@ def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
         append(self, *arrays)
 
     monkeypatch.setattr(Parts, "append", full)
-    path = tmp_path / "a.safetensors"
-    recorder = capture(model, path=path, buffer_bytes=21 * 6)
+    recorder = capture(model, path=tmp_path / "a.safetensors", buffer_bytes=21 * 6)
     with ending(OSError, "No space left|OSError"), recorder:
         for _ in range(5):
-            out = model(input_ids=tokens)
+            out = model(input_ids=prompts())
     assert out.logits.shape[0] == 3
     assert mt.RoutingTrace.load(tmp_path / "a.partial.safetensors").tokens == 21
     assert recorder.dropped > 0
 
 
-@pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
+@WATCHERS
 def test_a_pass_that_is_not_understood_is_left_out(observe):
-    """The model gives what it gives unobserved; the pass is counted, and told of once."""
+    """The model gives what it gives unobserved; the pass is counted, and warned of once."""
     model, tokens = build("mixtral"), prompts()
-    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
+    given = {"input_ids": tokens, "attention_mask": torch.ones(3, 1, 7, 7).bool().tril()}
     with torch.no_grad():
-        expected = model(input_ids=tokens, attention_mask=mask).logits
-        with pytest.warns(RuntimeWarning, match="attention_mask must be") as warned:  # noqa: PT031 - warned once in all of it
-            watcher = observe(model)
-            with watcher:
-                for _ in range(2):
-                    assert model(input_ids=tokens, attention_mask=mask).logits.equal(expected)
-                model(input_ids=tokens)
+        expected = model(**given).logits
+
+    def same():
+        assert model(**given).logits.equal(expected)
+
+    with pytest.warns(RuntimeWarning, match="attention_mask must be") as warned:
+        watcher = recorded(model, same, same, {"input_ids": tokens}, observe=observe)
     assert (len(warned), watcher.dropped) == (1, 2)
     if observe is capture:
         assert watcher.trace().tokens == 21
@@ -314,14 +290,11 @@ def test_paged_batches():
         "attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril(),
         "cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32),
     }
-    with torch.no_grad():
-        with RoutingCounters.attach(model) as counters:
-            model(**given, cache=transformers.DynamicCache())
-        recorder = capture(model)
-        with pytest.warns(RuntimeWarning, match="paged batches do not say which"), recorder:  # noqa: PT031 - warned once in all of it
-            model(**given, cache=transformers.DynamicCache())
-            model(input_ids=prompts(1, 4))
+    paged = lambda: model(**given, cache=transformers.DynamicCache())  # noqa: E731
+    counters = recorded(model, paged, observe=RoutingCounters.attach)
     assert counters.statistics().total_load[0].sum() == 2 * 5
+    with pytest.warns(RuntimeWarning, match="paged batches do not say which"):
+        recorder = recorded(model, paged, {"input_ids": prompts(1, 4)})
     assert (recorder.dropped, recorder.trace().tokens) == (1, 4)
 
 
@@ -335,12 +308,6 @@ def test_a_pass_that_fails_leaves_no_tokens():
     assert recorder.trace().tokens == tokens.numel()
 
 
-def record(model, call=None, **arguments):
-    """Record a pass, or another call."""
-    with torch.no_grad(), capture(model, **arguments):
-        call() if call is not None else model(input_ids=prompts())
-
-
 def test_nan_scores_are_named():
     """NaN is an error that names the layer, except in padding."""
     model, tokens = build("mixtral"), prompts()
@@ -350,49 +317,41 @@ def test_nan_scores_are_named():
         model.model.embed_tokens.weight[tokens[1]] = torch.nan
         embeddings = model.model.embed_tokens(tokens)
         embeddings[0] = embeddings[2] = 0.5
-
-    def call(mask):
-        return lambda: model(inputs_embeds=embeddings, attention_mask=mask)
-
     text = "router scores must be numbers, got NaN in layer 0 (model.layers.0.mlp.gate)"
-    refused(text, record, model, call(None))
-    with torch.no_grad(), RoutingCounters.attach(model) as counters:
-        call(None)()
-    refused(text, counters.statistics)
-    given = {"inputs_embeds": embeddings, "attention_mask": mask}
-    assert recorded(model, input_ids=None, **given).tokens == 14
+    given = {"inputs_embeds": embeddings}
+    refused(text, recorded, model, given)
+    refused(text, recorded(model, given, observe=RoutingCounters.attach).statistics)
+    assert recorded(model, given | {"attention_mask": mask}).trace().tokens == 14
 
 
 def test_models_that_cannot_be_recorded():
     """No MoE layers, layers that differ, other callers and silent routers are told apart."""
-    refused("model must have MoE layers", record, torch.nn.Linear(2, 2))
+    refused("model must have MoE layers", recorded, torch.nn.Linear(2, 2))
     model = build("mixtral")
     moe_layers(model)[2].router.top_k = 3
     text = "must have the same top_k, got 2 in model.layers.0.mlp.gate and 3"
-    refused(text, record, model)
+    refused(text, recorded, model)
     moe_layers(model)[1].router.num_experts = 9
-    refused("must have the same experts, got 8 in model.layers.0.mlp.gate and 9", record, model)
+    refused("must have the same experts, got 8 in model.layers.0.mlp.gate and 9", recorded, model)
 
     model = build("mixtral")
     text = "model.layers.0.mlp.gate ran outside a forward pass of MixtralForCausalLM"
-    refused(text, record, model, lambda: model.model(input_ids=prompts()))
+    refused(text, recorded, model, lambda: model.model(input_ids=prompts()))
     # A layer that does nothing.
     model.model.layers[1].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
     text = "every router must run in a forward pass, model.layers.1.mlp.gate did not (what torch.c"
-    refused(text, record, model)
+    refused(text, recorded, model)
 
 
 def test_routers_that_are_named():
     """Any module of the model can be named as a router; its tokens must be those of the call."""
     model, x = torch.nn.Sequential(Gate(5, 4)), torch.randn(6, 4)
-    with torch.no_grad(), capture(model, routers=[model[0]]) as recorder:
-        model(x)
-    trace = recorder.trace()
+    trace = recorded(model, lambda: model(x), routers=[model[0]]).trace()
     assert (trace.num_experts, trace.sequence.tolist()) == (5, [0] * 6)
     assert np.array_equal(trace.expert_ids[:, 0], model[0](x)[0].numpy())
     model.forward = lambda x: model[0](x[1:])
     text = "0: expert ids must be [6, 2], [tokens, top_k] as the forward pass was called, got [5, 2"
-    refused(text, record, model, lambda: model(x), routers=["0"])
+    refused(text, recorded, model, lambda: model(x), routers=["0"])
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
@@ -437,17 +396,9 @@ def test_bad_arguments(tmp_path):
         ("with a batch of 3, got [2, 7]", {"attention_mask": torch.ones(2, 7)}),
         ("must have at least 7 tokens, got [3, 6]", {"attention_mask": torch.ones(3, 6)}),
     ):
-        refused(text, record, model, **arguments)
-    with torch.no_grad(), capture(model, routers=["model.layers.2.mlp.gate"]) as recorder:
-        model(input_ids=tokens)
-    ids = recorder.trace().expert_ids[:, 0]
+        refused(text, recorded, model, **arguments)
+    ids = recorded(model, routers=["model.layers.2.mlp.gate"]).trace().expert_ids[:, 0]
     assert np.array_equal(ids, choices(model, tokens).reshape(21, 3, 2)[:, 2])
-
-
-@pytest.mark.parametrize(("name", "size"), [("mixtral", (32, 24)), ("qwen3_moe", (32, 16))])
-def test_sizes_of_experts_are_recorded(name, size):
-    """A trace knows what its model's configuration says."""
-    assert recorded(build(name)).expert_size == size
 
 
 SIZES = {"layers": 2, "experts": 4, "top_k": 2}

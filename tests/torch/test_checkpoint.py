@@ -43,17 +43,21 @@ def test_tensors_in_memory(name):
     assert same(moved, dict(model.state_dict()))
 
 
-def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers", per_expert="w.weight"):
+def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers"):
     """Small checkpoint with one tensor per expert, each of its own value."""
     tensors = {"model.embed.weight": torch.zeros(3, experts)}
     for layer in layers:
+        block = f"{prefix}.{layer}.mlp"
         for expert in range(experts):
-            key = f"{prefix}.{layer}.mlp.experts.{expert}.{per_expert}"
-            tensors[key] = torch.full((2, 3), 10.0 * layer + expert)
-        tensors[f"{prefix}.{layer}.mlp.gate.weight"] = (
-            torch.arange(experts * 3).reshape(experts, 3) + 100.0 * layer
-        )
+            tensors[f"{block}.experts.{expert}.w"] = torch.full((2, 3), 10.0 * layer + expert)
+        rows = torch.arange(experts * 3).reshape(experts, 3)
+        tensors[f"{block}.gate.weight"] = rows + 100.0 * layer
     return tensors
+
+
+def expert_in(tensors, layer, position=0, prefix="model.layers"):
+    """Give the value of the expert at a position."""
+    return tensors[f"{prefix}.{layer}.mlp.experts.{position}.w"][0, 0]
 
 
 def saved(folder, **files):
@@ -67,12 +71,21 @@ def saved(folder, **files):
 ORDER = mt.Placement([[[3, 1], [0, 2]]] * 3)
 
 
-def test_expert_keeps_its_router_row():
+def both(tensors, folder, placement=ORDER):
+    """Permute tensors in memory and on disk, alike, and back."""
+    moved = permute_state_dict(tensors, placement)
+    out = permute_state_dict(saved(folder / "old", model=tensors), placement, folder / "new")
+    back = permute_state_dict(out, placement, folder / "back", inverse=True)
+    assert same(moved, tensors_of(out))
+    assert same(tensors, tensors_of(back))
+    return moved
+
+
+def test_expert_keeps_its_router_row(tmp_path):
     """An expert and its row come to the same position."""
-    moved = permute_state_dict(checkpoint(), ORDER)
+    moved = both(checkpoint(), tmp_path)
     assert moved["model.layers.1.mlp.gate.weight"][:, 0].tolist() == [103, 109, 100, 106]
-    for position, expert in enumerate((1, 3, 0, 2)):
-        assert moved[f"model.layers.1.mlp.experts.{position}.w.weight"][0, 0] == 10 + expert
+    assert [expert_in(moved, 1, position) for position in range(4)] == [11, 13, 10, 12]
 
 
 @pytest.mark.parametrize(
@@ -80,16 +93,11 @@ def test_expert_keeps_its_router_row():
 )
 def test_any_type_of_number(dtype, tmp_path):
     """Quantised blocks and scales are moved bit by bit, in memory and on disk."""
-    tensors = checkpoint(layers=(0,))
     blocks = torch.arange(4 * 6).reshape(4, 2, 3).to(torch.float32).to(dtype)
-    tensors = {key: t for key, t in tensors.items() if ".experts." not in key}
+    tensors = {key: t for key, t in checkpoint(layers=(0,)).items() if ".experts." not in key}
     tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"] = blocks
     tensors["model.layers.0.mlp.experts.scale"] = torch.ones(())
-    saved(tmp_path / "old", model=tensors)
-    placement = mt.Placement([[[2, 3], [0, 1]]])
-    out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
-    moved = permute_state_dict(tensors, placement)
-    assert same(moved, load_file(out / "model.safetensors"))
+    moved = both(tensors, tmp_path, mt.Placement([[[2, 3], [0, 1]]]))
     rows = moved["model.layers.0.mlp.experts.gate_up_proj_blocks"]
     assert rows.view(torch.uint8).equal(blocks[[2, 3, 0, 1]].contiguous().view(torch.uint8))
 
@@ -101,9 +109,8 @@ def test_layers_are_in_order_of_their_numbers(first, prefix):
     slots = np.tile(np.arange(4).reshape(1, 2, 2), (len(layers), 1, 1))
     slots[10 - first] = [[2, 3], [0, 1]]
     moved = permute_state_dict(checkpoint(layers, prefix=prefix), mt.Placement(slots))
-    for layer in layers:
-        value = moved[f"{prefix}.{layer}.mlp.experts.0.w.weight"][0, 0]
-        assert value == 10 * layer + (2 if layer == 10 else 0)
+    firsts = [expert_in(moved, layer, prefix=prefix) for layer in layers]
+    assert firsts == [10 * layer + (2 if layer == 10 else 0) for layer in layers]
 
 
 def test_prediction_layers_beyond_the_model_stay():
@@ -114,8 +121,7 @@ def test_prediction_layers_beyond_the_model_stay():
         "as many layers as the checkpoint has MoE layers, 3", permute_state_dict, tensors, placement
     )
     moved = permute_state_dict(tensors, placement, config={"num_hidden_layers": 2})
-    assert moved["model.layers.1.mlp.experts.0.w.weight"][0, 0] == 12
-    assert moved["model.layers.2.mlp.experts.0.w.weight"][0, 0] == 20
+    assert [expert_in(moved, layer) for layer in (1, 2)] == [12, 20]
     assert moved["model.layers.2.mlp.gate.weight"].equal(tensors["model.layers.2.mlp.gate.weight"])
 
 
@@ -137,38 +143,36 @@ def test_names_of_megatron(before, after):
     assert moved[f"{block}.{after}"].tolist() == [1, 3, 0, 2]
 
 
-def without(name):
-    """Give a checkpoint that lacks a tensor."""
-    return {key: tensor for key, tensor in checkpoint().items() if key != f"model.layers.{name}"}
+def changed(**tensors):
+    """Give a checkpoint with other tensors in its layers, or without those that are None."""
+    tensors = checkpoint() | {f"model.layers.{name}": of for name, of in tensors.items()}
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
-def test_bad_checkpoints():
+GATE, BIAS = "0.mlp.gate", {"0.mlp.gate.e_score_correction_bias": torch.zeros(4)}
+ALIKE = torch.tensor([[0.0], [1], [2], [1]])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text", "config"),
+    [
+        (changed(**{"1.mlp.experts.2.w": None}), "layers.1.mlp: must have experts 0 to 3 as", None),
+        (checkpoint(experts=8), "must have experts 0 to 3 as the placement has, got 8 from", None),
+        (changed(**{f"{GATE}.weight": None}), "0.mlp: must have the weights of its router", None),
+        (changed(**{f"{GATE}.weight": ALIKE}), "0.mlp: experts 1 and 3 have the same router", None),
+        (changed(**{f"{GATE}.table": torch.zeros(7, 4)}), "table: [7, 4] may depend on the", None),
+        (changed(**BIAS), "config is needed: a router with e_score_correction_bias", None),
+        (
+            changed(**BIAS),
+            "layer 0: its router chooses among 2 groups of 2 experts first",
+            {"n_group": 2, "topk_group": 1},
+        ),
+        ({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3", None),
+    ],
+)
+def test_bad_checkpoints(tensors, text, config):
     """What would not be exact is refused with a reason."""
-    gate = "model.layers.2.mlp.gate.weight"
-    alike = checkpoint()
-    alike[gate][3] = alike[gate][1]
-    bias = {**checkpoint(), "model.layers.0.mlp.gate.e_score_correction_bias": torch.zeros(4)}
-    grouped = {"config": {"n_group": 2, "topk_group": 1}}
-    for tensors, text, arguments in (
-        (without("1.mlp.experts.2.w.weight"), "layers.1.mlp: must have experts 0 to 3 as the ", {}),
-        (checkpoint(experts=8), "must have experts 0 to 3 as the placement has, got 8 from 0", {}),
-        (
-            without("2.mlp.gate.weight"),
-            "layers.2.mlp: must have the weights of its router besi",
-            {},
-        ),
-        (alike, "model.layers.2.mlp: experts 1 and 3 have the same router rows", {}),
-        (
-            {**checkpoint(), "model.layers.0.mlp.gate.table": torch.zeros(7, 4)},
-            "model.layers.0.mlp.gate.table: [7, 4] may depend on the order of experts",
-            {},
-        ),
-        (bias, "config is needed: a router with e_score_correction_bias", {}),
-        (bias, "layer 0: its router chooses among 2 groups of 2 experts first", grouped),
-        ({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3", {}),
-    ):
-        refused(text, permute_state_dict, tensors, ORDER, **arguments)
-    permute_state_dict(bias, ORDER, config={"n_group": 1})
+    refused(text, permute_state_dict, tensors, ORDER, config=config)
 
 
 def test_only_the_weights_of_the_index(tmp_path):
@@ -181,7 +185,7 @@ def test_only_the_weights_of_the_index(tmp_path):
     index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     out = permute_state_dict(source, ORDER, tmp_path / "new")
     assert {p.name for p in out.iterdir()} == {"a.safetensors", index.name}
-    index.write_text("[]")
+    index.write_text("{}")
     text = "index.json: must be an object with 'weight_map'"
     refused(text, permute_state_dict, source, ORDER, tmp_path / "newer")
 
@@ -224,8 +228,7 @@ def test_a_bias_moves_wherever_it_stands(name, shape):
         pytest.skip("among the experts they come first")
     key = f"model.layers.1.{name}"
     bias = torch.arange(4.0).reshape(shape)
-    placement = ORDER
-    moved = permute_state_dict({**checkpoint(), key: bias}, placement, config={})
+    moved = permute_state_dict({**checkpoint(), key: bias}, ORDER, config={"n_group": 1})
     assert moved[key].shape == shape
     assert moved[key].flatten().tolist() == [1, 3, 0, 2]
 
@@ -235,19 +238,11 @@ def test_tables_of_experts_are_renumbered(dtype, tmp_path):
     """Ids in a table from tokens to experts become the new ones, on disk as in memory, and back."""
     key = "model.layers.1.mlp.gate.tid2eid"
     table = torch.tensor([[0, 1], [3, 2], [2, 2]], dtype=dtype)
-    tensors = {**checkpoint(), key: table}
-    saved(tmp_path / "old", model=tensors)
-    placement = ORDER
-    moved = permute_state_dict(tensors, placement)
+    moved = both({**checkpoint(), key: table}, tmp_path)
     assert moved[key].tolist() == [[2, 0], [1, 3], [3, 3]]
-    out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
-    assert same(moved, tensors_of(out))
-    back = permute_state_dict(out, placement, tmp_path / "back", inverse=True)
-    assert same(tensors_of(back), tensors)
-
-    saved(tmp_path / "old", model={**tensors, key: table + 2})
+    old = saved(tmp_path / "old", model={**checkpoint(), key: table + 2})
     text = "tid2eid: must hold experts 0 to 3, got 2 to 5"
-    refused(text, permute_state_dict, tmp_path / "old", placement, tmp_path / "newer")
+    refused(text, permute_state_dict, old, ORDER, tmp_path / "newer")
     assert not (tmp_path / "newer").exists()
 
 

@@ -7,12 +7,16 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed")
 
+import numpy as np
 import rank_layer
 import rank_rebalance
 import rank_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placements import murmur
 from ranks import answers, values
+
+from moetuner.torch.parallel.copies import mixed
 
 MODULES = [rank_layer, rank_state, rank_rebalance]
 if find_spec("transformers"):
@@ -82,3 +86,16 @@ def test_any_faults_are_lived_through(faults):
         if at % 5 == 4:
             assert "MoveError" not in outcomes, faults
     assert [moved for _, moved in ranks] == [True] * 3
+
+
+def test_positions_are_mixed_in_all_bits():
+    """Equal to plain integers, and even for any number of copies and any stride of positions."""
+    places = np.array([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
+    assert mixed(places).tolist() == [murmur(place % 2**32) for place in places.tolist()]
+    for stride in (1, 2, 4, 12, 64, 1 << 20):
+        hashed = mixed(np.arange(4800) * stride)
+        for copies in (2, 3, 4, 5, 8):
+            served = np.bincount(hashed % copies, minlength=copies)
+            assert served.min() > 0.85 * 4800 / copies
+            pairs = np.bincount(hashed[:-1] % copies * copies + hashed[1:] % copies)
+            assert pairs.min() > 0.4 * 4800 / copies**2

@@ -4,30 +4,31 @@ import copy
 
 import numpy as np
 import pytest
-from moe_models import build, build_kind, choices, prompts, refused, torch
+from moe_models import build, build_kind, choices, prompts, recorded, refused, torch
 from waiting import Waiting
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, capture, moe_layers
 
+WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
-@pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
+
+@WATCHERS
 def test_a_router_that_runs_twice_is_refused(observe):
     """One block at two places has no single choice per token; the other layers can be named."""
     model, tokens = build("mixtral"), prompts()
     expected = choices(model, tokens)[:, :, 0]
     model.model.layers[2].mlp = model.model.layers[1].mlp
 
-    def record(routers=None):
-        with torch.no_grad(), observe(model, routers=routers) as watcher:
-            model(input_ids=tokens)
-        return watcher.trace() if observe is capture else watcher.statistics()
+    def counts(routers=None):
+        watcher = recorded(model, observe=observe, routers=routers)
+        if observe is capture:
+            return np.bincount(watcher.trace().expert_ids.ravel(), minlength=8)
+        return watcher.statistics().total_load[0]
 
-    refused("layers.1.mlp.gate ran more than once in a forward pass", record)
-    counts = record(["model.layers.0.mlp.gate"])
-    ids = counts.expert_ids.ravel() if observe is capture else None
-    load = counts.total_load[0] if ids is None else np.bincount(ids, minlength=8)
-    assert load.tolist() == np.bincount(expected.ravel(), minlength=8).tolist()
+    refused("layers.1.mlp.gate ran more than once in a forward pass", counts)
+    right = np.bincount(expected.ravel(), minlength=8)
+    assert counts(["model.layers.0.mlp.gate"]).tolist() == right.tolist()
 
 
 def test_zero_computation_experts():
@@ -37,25 +38,14 @@ def test_zero_computation_experts():
     assert layers[0].choices > 256 > layers[0].num_experts
     for layer in layers:
         layer.router.e_score_correction_bias[:8] += 0.2  # some of both kinds are chosen
-    with torch.no_grad(), RoutingCounters.attach(model, window=10) as counters:
-        model(input_ids=tokens)
+    counters = recorded(model, observe=RoutingCounters.attach, window=10)
     ids = choices(model, tokens).reshape(tokens.numel(), len(layers), -1)
     load = counters.statistics().window_load
-    for window in range(len(load)):
-        for layer in range(len(layers)):
-            part = ids[10 * window :][:10, layer].ravel()
-            assert load[window, layer].tolist() == np.bincount(part[part < 8], minlength=8).tolist()
+    for window, layer in np.ndindex(load.shape[:2]):
+        part = ids[10 * window :][:10, layer].ravel()
+        assert load[window, layer].tolist() == np.bincount(part[part < 8], minlength=8).tolist()
     assert 0 < load.sum() < ids.size
-    with torch.no_grad():
-        text = "256 zero-computation experts: RoutingCounters counts the"
-        refused(text, lambda: recorded(model, input_ids=tokens))
-
-
-def recorded(model, **given):
-    """Record a pass."""
-    with capture(model) as recorder:
-        model(**given)
-    return recorder.trace()
+    refused("256 zero-computation experts: RoutingCounters counts the", recorded, model)
 
 
 class Fixed(torch.nn.Module):
@@ -68,38 +58,37 @@ class Fixed(torch.nn.Module):
         return ids.long(), torch.zeros_like(ids)
 
 
-def fixed(ids, observe, **arguments):
+def fixed(ids, **options):
     """Record the ids as a model's only router gives them."""
     model = torch.nn.Sequential(Fixed())
-    with observe(model, routers=["0"], **arguments) as watcher:
-        model(torch.tensor(ids).float())
-    return watcher
+    return recorded(model, lambda: model(torch.tensor(ids).float()), routers=["0"], **options)
 
 
-@pytest.mark.parametrize("wrong", [250, 256 + 3, 65536 + 3, -1])
-def test_ids_beyond_the_experts_are_never_others(wrong, tmp_path):
-    """An id that one or two bytes would make another is an error; other tokens are kept."""
-    ids = [[1, 2], [3, wrong], [5, 6]]
-    text = r"expert ids must be from 0 to 249, got others in layer 0 \(0\)"
-    path = tmp_path / "t.safetensors"
+TEXT = r"expert ids must be from 0 to 249, got others in layer 0 \(0\)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        # What one or two bytes would make another id.
+        *(([3, number], TEXT) for number in (250, 256 + 3, 65536 + 3, -1)),
+        # A trace of it could not be read again.
+        ([7, 7], "token 1, layer 0"),
+    ],
+)
+def test_ids_that_cannot_be_are_errors(wrong, text, tmp_path):
+    """Ids are never taken for others, nor twice; other tokens are in a file."""
+    ids = [[1, 2], wrong, [5, 6]]
     with (
         pytest.warns(RuntimeWarning, match="the 2 tokens until then"),
         pytest.raises(ValueError, match=text),
     ):
-        fixed(ids, capture, path=path)
+        fixed(ids, path=tmp_path / "t.safetensors")
     trace = mt.RoutingTrace.load(tmp_path / "t.partial.safetensors")
     assert trace.expert_ids[:, 0].tolist() == [[1, 2], [5, 6]]
-    with pytest.raises(ValueError, match=text):
-        fixed(ids, RoutingCounters.attach).statistics()
-
-
-def test_an_expert_chosen_twice_is_an_error():
-    """A trace of it could not be read again; other tokens are kept."""
-    with (
-        pytest.warns(RuntimeWarning, match="the 2 tokens until then"),
-        pytest.raises(ValueError, match="token 1, layer 0"),
-    ):
-        fixed([[1, 2], [7, 7], [5, 6]], capture)
+    if text == TEXT:
+        with pytest.raises(ValueError, match=text):
+            fixed(ids, observe=RoutingCounters.attach).statistics()
 
 
 def test_a_trace_that_cannot_be_written_is_not_lost(tmp_path):
@@ -110,17 +99,17 @@ def test_a_trace_that_cannot_be_written_is_not_lost(tmp_path):
         pytest.warns(RuntimeWarning, match="partial.safetensors has the 2 tokens"),
         pytest.raises(IsADirectoryError),
     ):
-        fixed([[1, 2], [5, 6]], capture, path=path)
+        fixed([[1, 2], [5, 6]], path=path)
     assert mt.RoutingTrace.load(tmp_path / "t.partial.safetensors").tokens == 2
 
 
 def test_offloaded_models_are_counted():
     """Weights without a device do not keep counters from counting."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    model, tokens = build("mixtral"), prompts()
+    model = build("mixtral")
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with torch.no_grad(), RoutingCounters.attach(model) as counters, capture(model) as recorder:
-        model(input_ids=tokens)
+    counters = recorded(model, observe=RoutingCounters.attach)
+    recorder = recorded(model)
     assert (counters.dropped, recorder.dropped) == (0, 0)
     expected = mt.RoutingStatistics.from_trace(recorder.trace())
     assert counters.statistics().fingerprint == expected.fingerprint
@@ -130,9 +119,10 @@ def test_offloaded_models_are_counted():
 def test_counters_follow_a_model_that_moves():
     """After ``to`` their tables are where the model runs."""
     model = torch.nn.Sequential(Fixed())
-    with RoutingCounters.attach(model, routers=["0"]) as counters:
-        model(torch.zeros(6, 2))
-        model(torch.zeros(6, 2, device="meta"))
+    passes = [
+        lambda device=device: model(torch.zeros(6, 2, device=device)) for device in ("cpu", "meta")
+    ]
+    counters = recorded(model, *passes, observe=RoutingCounters.attach, routers=["0"])
     assert counters.device.type == "meta"
     assert {table.device.type for table in counters._tables.values()} == {"meta"}
 
@@ -140,7 +130,6 @@ def test_counters_follow_a_model_that_moves():
 def test_a_copy_of_a_recorded_model_is_not_recorded(tmp_path):
     """It generates with its own weights; afterwards neither is changed."""
     model, tokens = build("mixtral"), prompts()
-    model.generation_config.eos_token_id = None
     own = set(model.__dict__)
     with torch.no_grad(), capture(model, path=tmp_path / "t.safetensors") as recorder:
         model(input_ids=tokens)
@@ -155,25 +144,21 @@ def test_a_copy_of_a_recorded_model_is_not_recorded(tmp_path):
 def test_recorders_of_one_model_end_in_any_order():
     """Both record generate, and nothing stays behind."""
     model, tokens = build("mixtral"), prompts()
-    model.generation_config.eos_token_id = None
-    own = set(model.__dict__)
+    own, given = set(model.__dict__), {"max_new_tokens": 3, "do_sample": False, "use_cache": False}
     with torch.no_grad():
-        first = RoutingCounters.attach(model)
-        second = RoutingCounters.attach(model)
-        model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
-        first.detach()
-        model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
-        second.detach()
+        first, second = (RoutingCounters.attach(model) for _ in range(2))
+        for counters in (first, second):
+            model.generate(tokens, **given)
+            counters.detach()
     assert set(model.__dict__) == own
     loads = [counters.statistics().total_load[0].sum() for counters in (first, second)]
     assert loads == [2 * 3 * (7 + 2), 2 * 2 * 3 * (7 + 2)]
 
 
-@pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
+@WATCHERS
 def test_no_pass_waits_for_the_device(observe):
     """A pass and a step of generate ask the device for nothing that they did not ask before."""
     model, tokens = build("mixtral"), prompts()
-    model.generation_config.eos_token_id = None
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
 
@@ -181,9 +166,8 @@ def test_no_pass_waits_for_the_device(observe):
         with Waiting() as waiting, torch.no_grad():
             model(input_ids=tokens, attention_mask=mask)
             for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
-                model.generate(
-                    tokens, attention_mask=mask, max_new_tokens=4, do_sample=False, **more
-                )
+                own = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, **more}
+                model.generate(tokens, **own)
         return sorted(waiting.names)
 
     model.generate(tokens, max_new_tokens=2)  # what is asked for once only

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import JUDGING, RUNNING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving
@@ -28,7 +28,7 @@ from moetuner.report.cells import counted, in_bytes, signed, span
 from moetuner.report.page.data import of_advice
 
 BASELINES = ("contiguous", "round_robin")
-RUNNING = options.Text(words=BASELINES, files=True)
+INITIAL = options.Text(words=BASELINES, files=True)
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
     "numbers as in 0,1,2,4",
@@ -56,20 +56,13 @@ class Trial:
         The order of INPUT is not that of serving: its kinds were recorded one after the other.
     """
 
-    copies: Annotated[
-        tuple[int, ...],
-        option(COPIES, "N,N,...", group=options.RUNNING, default=DEFAULT_COPIES),
-    ]
-    initial: Annotated[
-        str, option(RUNNING, "PLACEMENT|contiguous|round_robin", group=options.RUNNING)
-    ] = "contiguous"
-    expert_bytes: options.ExpertBytes = None
-    price: Annotated[float, option(options.Number(0, 1), "SHARE", group=options.JUDGING)] = PRICE
-    splits: Annotated[int, option(click.IntRange(1, 100), "N", group=options.JUDGING)] = (
-        advising.SPLITS
-    )
-    any_order: Annotated[bool, option(group=options.JUDGING, is_flag=True)] = False
-    seed: options.Seed = 0
+    copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING)
+    initial: str = option(INITIAL, "PLACEMENT|contiguous|round_robin", "contiguous", group=RUNNING)
+    expert_bytes: float | None = options.expert_bytes_option()
+    price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING)
+    splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING)
+    any_order: bool = option(group=JUDGING, is_flag=True, default=False)
+    seed: int = options.seed_option()
 
     def arguments(self) -> dict[str, Any]:
         """Return arguments of ``advise``; read the placement that runs."""
@@ -101,12 +94,12 @@ def command(
     answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
     experts would bring, what moving costs, and the commands that come next.
     """
-    topology, how, traffic = machine.topology(), trial.arguments(), source.traffic
+    topology, how = machine.topology(), trial.arguments()
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
     with steps("advising") as report:
-        how |= serving.arguments(traffic)
-        advice = advising.advise(traffic, topology, report=report, **how)
+        how |= serving.arguments(source.traffic)
+        advice = advising.advise(source.traffic, topology, report=report, **how)
     commands = next_commands(source, machine, advice, trial.initial, serving.engine)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
@@ -118,23 +111,23 @@ def command(
 def _show(output: Output, advice: Advice) -> None:
     """Print the answer, what it rests on, and what copies and moving cost."""
     output.say("", advice.sentence, *(f"- {reason}" for reason in advice.reasons[1:]))
-    output.say(*(f"! {warning}" for warning in advice.warnings))
+    output.say(*(f"! {warning}" for warning in advice.warnings), "")
     seen = "unseen" if advice.settings["held_out"] else "all"
     for judged in advice.judged:
-        output.say("")
         where = f"{seen} windows" if judged.window is None else f"windows of {judged.window:,}"
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 FIGURES[name].column,
-                *(FIGURES[name].text(value) for value in (gain.before, gain.after)),
-                signed(gain.mean),
+                FIGURES[name].text(gain.before),
+                FIGURES[name].text(gain.after),
+                signed(gain.gain),
                 span(min(gain.splits), max(gain.splits)) if len(gain.splits) > 1 else "-",
                 span(gain.low, gain.high),
             )
             for name, gain in judged.gains.items()
         ]
         output.table((where, "running", "proposed", "gain", "splits", "95 %"), rows)
-    output.say("")
+        output.say("")
     # Buffers of low-latency kernels grow with the slots.
     is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
     windows = [f"windows of {of:,}" if of else "gain" for of in advice.copies[0].gains]
@@ -154,6 +147,7 @@ def _show(output: Output, advice: Advice) -> None:
 
 
 def _moving(advice: Advice) -> str:
+    """Write what moving there costs, and after how long it pays."""
     moving = advice.moving
     text = f"Moving there: {counted(moving.experts, 'expert')}"
     if moving.bytes is None or moving.seconds is None:
@@ -168,7 +162,7 @@ def next_commands(
     source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
 ) -> list[str]:
     """Return the commands that come next."""
-    file, words = source.files(), source.words()
+    file, words = shlex.join(map(str, source.input_files)), source.words()
     where = f"{machine.words()}{words}" + ("" if engine is None else f" --for {engine}")
     if advice.answer == "not now":
         return [
@@ -186,33 +180,22 @@ def next_commands(
         where += f" --slots-per-device {advice.problem.slots + advice.knee}"
     if initial not in BASELINES:
         where += f" --initial {shlex.quote(initial)}"
-    return [
+    export = "moetuner export placement.json --to"
+    commands = [
         f"moetuner solve {file} {where} --out placement.json",
         f"moetuner report placement.json {file}{words} --out report.html",
-        *_serving(source, advice, engine),
     ]
-
-
-def _serving(source: Source, advice: Advice, engine: str | None) -> list[str]:
-    """Return the commands that export the placement and serve with it."""
-    export = "moetuner export placement.json --to"
     if engine is None:
-        return [f"{export} eplb --out experts.npz"]
-    commands = []
-    hidden, dense = source.layer_words()
-    layers = {
-        "hidden_layers": f" --hidden-layers {hidden}",
-        "dense_layers": f" --dense-layers {dense}",
-    }
+        return [*commands, f"{export} eplb --out experts.npz"]
+    layers = dict(zip(("hidden_layers", "dense_layers"), source.layer_words(), strict=True))
     for name, writer in WRITERS.items():
         if writer.engine == engine:
-            options = "".join(layers[hint] for hint in writer.hints)
-            commands.append(f"{export} {name}{options} --out experts{writer.suffixes[0]}")
+            hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
+            commands.append(f"{export} {name}{hints} --out experts{writer.suffixes[0]}")
     of, problem = ENGINES[engine], advice.problem
-    devices = problem.topology.devices
-    more = devices * (problem.slots + advice.knee) - problem.experts
+    redundant = problem.devices * (problem.slots + advice.knee) - problem.experts
     if of.serve:
-        commands.append(of.serve.format(devices=devices, redundant=more))
+        commands.append(of.serve.format(devices=problem.devices, redundant=redundant))
     if not of.may_copy:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands

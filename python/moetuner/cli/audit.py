@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import Audit, audit, compared
+from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES
 from moetuner.files import text
@@ -47,12 +49,12 @@ class Judging:
         Resamples for the intervals.
     """
 
-    fail_if_worse: Annotated[float | None, option(options.Number(min=0), "PCT")] = None
-    measures: Annotated[
-        tuple[str, ...], option(click.Choice(MEASURES), flag="--measure", multiple=True)
-    ] = ()
-    resamples: Annotated[int, option(click.IntRange(1, 1 << 20), "N")] = RESAMPLES
-    seed: options.Seed = 0
+    fail_if_worse: float | None = option(options.Number(min=0), "PCT")
+    measures: tuple[str, ...] = option(
+        click.Choice(MEASURES), default=(), flag="--measure", multiple=True
+    )
+    resamples: int = option(click.IntRange(1, 1 << 20), "N", RESAMPLES)
+    seed: int = options.seed_option()
 
     def judged(self, audited: Audit) -> tuple[str, ...]:
         """Return the measures that are judged: those given, else the time or, without one, all."""
@@ -65,22 +67,13 @@ class Judging:
         default = {"predicted_layer_us"} & audited.whole.keys() or audited.whole
         return self.measures or tuple(default)
 
-    def settings(self, audited: Audit) -> dict[str, Any]:
-        """Return the options for JSON."""
-        return {
-            "fail_if_worse": self.fail_if_worse,
-            "judged": list(self.judged(audited)),
-            "resamples": self.resamples,
-            "seed": self.seed,
-        }
-
 
 @options.command("audit")
 def command(
     *,
-    placement_file: options.PlacementFile,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
-    baseline_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
+    baseline_file: Path | None = option(options.IN_FILE, "FILE"),
     machine: Machine,
     serving: Serving,
     judging: Judging,
@@ -102,30 +95,29 @@ def command(
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
     baseline = None if baseline_file is None else source.load(baseline_file, topology)
-    traffic, window = source.traffic, source.counted
-    how = serving.arguments(traffic)
+    served = serving.arguments(source.traffic)
     if not serving.has_times:
-        how["cost_model"] = None
-    served = dict(how)
-    how |= {"resamples": judging.resamples, "seed": judging.seed, "threads": source.threads}
+        served["cost_model"] = None
+    how: dict[str, Any] = {"resamples": judging.resamples, "seed": judging.seed}
+    how |= {"window": source.counted or 1, "threads": source.threads, "baseline": baseline}
     with working("auditing"):
-        audited = audit(placement, traffic, topology, baseline=baseline, window=window or 1, **how)
+        audited = audit(placement, source.traffic, topology, **how, **served)
     judged, limit = judging.judged(audited), judging.fail_if_worse
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
     output.say(source.describe(), *serving.explain())
     name = text.name(placement_file.name)
     against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
     _show(output, audited, name, against)
-    if how["cost_model"] is not None:
-        output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
-    _summary(output, audited, judged, (against, name))
-    if failures:
-        worst = failures[0]
+    if served["cost_model"] is not None:
+        output.say(whose_times(served["cost_model"], source.traffic, served["arrival"]))
+    output.say(*_summary(audited, judged, (against, name)), *_advice(audited, judged, against))
+    for worst in failures[:1]:
         output.say(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
             f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
-    settings = serving.settings(topology, served) | {"window": window} | judging.settings(audited)
+    settings = serving.settings(topology, served) | {"window": source.counted, "judged": judged}
+    settings |= {of: getattr(judging, of) for of in ("fail_if_worse", "resamples", "seed")}
     contents = {
         "input": source.facts(),
         "placement": str(placement_file),
@@ -139,74 +131,65 @@ def command(
 def _show(output: Output, audited: Audit, name: str, against: str) -> None:
     """Print a table of every measure."""
     kind, units = audited.units
-    independent = "independent " if audited.block_length > 1 else ""
-    output.say(
-        f"{name} against {against}, 95 % intervals over {counted(units, independent + kind)}"
-    )
-    if audited.block_length > 1:
+    in_blocks = audited.block_length > 1
+    judged_over = counted(units, f"independent {kind}" if in_blocks else kind)
+    output.say(f"{name} against {against}, 95 % intervals over {judged_over}")
+    if in_blocks:
         output.say(
             "No sequence labels: neighbouring windows are alike, so they were resampled in blocks "
             f"of {audited.block_length}."
         )
     for measure in audited.whole:
-        output.say("")
         rows = []
         for group, of in (("all", audited.whole), *audited.groups.items()):
             row, change = of[measure], of[measure].change
-            ends = ("-", "-") if change is None else (signed(change.value), span(*change[1:]))
-            values = (number(row.baseline.value, 4), number(row.value.value, 4))
-            rows.append((group, *values, *ends))
-        head = (FIGURES[measure].column, "baseline", "placement", "change", "interval")
-        output.table(head, rows)
+            ends = (
+                ("-", "-")
+                if change is None
+                else (signed(change.value), span(change.low, change.high))
+            )
+            rows.append((group, number(row.baseline.value, 4), number(row.value.value, 4), *ends))
+        output.say("")
+        output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
     output.say("")
 
 
-def _summary(
-    output: Output, audited: Audit, judged: tuple[str, ...], names: tuple[str, str]
-) -> None:
-    """Print what all traffic gains, which groups got worse or gained less, and what to do."""
-    comparison = compared(audited, judged[0], names)
-    if comparison is None:
-        output.say(f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}.")
+def _summary(audited: Audit, judged: tuple[str, ...], names: tuple[str, str]) -> Iterator[str]:
+    """Write what all traffic gains, and which groups got worse or gained less."""
+    after, before, change, *_ = audited.whole[judged[0]]
+    if change is None:
+        yield f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}."
     else:
-        output.say(f"All traffic: {comparison.sentence}")
-    worse, behind = audited.worse(), audited.behind()
+        values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
+        comparison = Comparison(judged[0], *values, units=audited.units[1], names=names)
+        yield f"All traffic: {comparison.sentence}"
+    worse = audited.worse()
     for line, findings in (
         ("worse in {}, beyond chance", worse),
-        ("behind the group that gains most in {}", behind),
+        ("behind the group that gains most in {}", audited.behind()),
     ):
         for measure in audited.whole:
-            groups = [
-                f"{text.name(of.group)} {signed(of.change.value)}"
-                for of in findings
-                if of.measure == measure
-            ]
+            of_measure = [of for of in findings if of.measure == measure]
+            groups = [f"{text.name(of.group)} {signed(of.change.value)}" for of in of_measure]
             if groups:
-                output.say(f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}")
+                yield f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}"
         if findings is worse and not worse:
-            output.say("no group got worse beyond chance")
-    if audited.too_few:
-        few = [f"{group} ({units})" for group, units in audited.too_few.items()]
-        output.say(f"too few {audited.units[0]}s to judge (below {FEWEST}): {listed(few, NAMED)}")
-    for line in _advice(audited, judged, names[0]):
-        output.say(line)
+            yield "no group got worse beyond chance"
 
 
-def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> list[str]:
-    """Return what to do about groups that got worse, are behind, or could not be judged."""
-    lines = []
+def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[str]:
+    """Write what to do about groups that got worse, are behind, or could not be judged."""
+    kind, few = audited.units[0], [f"{of} ({units})" for of, units in audited.too_few.items()]
+    if few:
+        yield f"too few {kind}s to judge (below {FEWEST}): {listed(few, NAMED)}"
     worse, behind = (find(measures=judged) for find in (audited.worse, audited.behind))
     if worse and not audited.groups:
-        lines.append(f"To do: keep {against}, or solve again on traffic of this kind.")
+        yield f"To do: keep {against}, or solve again on traffic of this kind."
     elif worse or behind:
         group = (worse or behind)[0].group
-        lines.append(
+        yield (
             f"To do: record more of {group} and solve again, with --groups minimax for the sake of "
             f'the worst served group, or --groups "{group}=3" to weigh it.'
         )
-    if audited.too_few:
-        lines.append(
-            f"To do: record {FEWEST} {audited.units[0]}s or more of every group that is to be "
-            "judged."
-        )
-    return lines
+    if few:
+        yield f"To do: record {FEWEST} {kind}s or more of every group that is to be judged."

@@ -6,7 +6,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
@@ -15,8 +15,6 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, working
 from moetuner.solver import Progress
-
-TOKENS = option(click.IntRange(min=1), "N")
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,19 @@ class Recording:
         [default: cuda, else cpu]
     """
 
-    max_tokens: Annotated[int, TOKENS] = 100_000
-    batch_size: Annotated[int, TOKENS] = 8
-    sequence_length: Annotated[int, TOKENS] = 1024
-    dtype: Annotated[str, option(click.Choice(["auto", "float32", "bfloat16", "float16"]))] = "auto"
-    device: Annotated[str | None, option(str, "DEVICE")] = None
+    max_tokens: int = option(options.COUNT, "N", 100_000)
+    batch_size: int = option(options.COUNT, "N", 8)
+    sequence_length: int = option(options.COUNT, "N", 1024)
+    dtype: str = option(click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+    device: str | None = option(str, "DEVICE")
 
 
 @options.command("collect")
 def command(
     *,
-    model: Annotated[str, argument("MODEL", options.Text(files=True))],
-    dataset: Annotated[Path, option(options.IN_FILE, "FILE", required=True)],
-    out_file: options.TraceOut,
+    model: str = argument("MODEL", options.Text(files=True)),
+    dataset: Path = option(options.IN_FILE, "FILE", required=True),
+    out_file: Path = options.trace_option(),
     recording: Recording,
     output: Output,
 ) -> None:

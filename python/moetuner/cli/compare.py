@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import click
 
 from moetuner._checks import nth_seed
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.problem import Problem
 from moetuner.report.cells import counted, signed
-from moetuner.report.outcome import Outcome, gains, head, remarks, sentences
+from moetuner.report.outcome import Outcome, head, remarks, sentences
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
-from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
@@ -59,33 +57,22 @@ class Judging:
     holdout
         Share of the sequences that methods do not see and are judged on (without sequence labels:
         runs of windows); 0 judges on what they saw.
+    splits
+        Ways to choose what is held out; with several, gains come with their range too. [default: up
+        to 5, as many as fit into 60 seconds]
     baseline
         Method to compare against. [default: eplb, else the first]
     """
 
-    methods: Annotated[
-        tuple[str, ...],
-        option(
-            options.Text(options.read_methods),
-            "A,B,C",
-            default=DEFAULT_METHODS,
-            help=f"Out of {', '.join(METHODS)}.",
-        ),
-    ]
-    holdout: Annotated[
-        float, option(options.Number(0, 1, max_open=True), "SHARE", group=options.JUDGING)
-    ] = 0.5
-    splits: Annotated[
-        int | None,
-        option(
-            click.IntRange(1, 1000),
-            "N",
-            group=options.JUDGING,
-            help="Ways to choose what is held out; with several, gains come with their range too.  "
-            f"[default: up to {SPLITS}, as many as fit into {SECONDS} seconds]",
-        ),
-    ] = None
-    baseline: Annotated[str | None, option(str, "METHOD", group=options.JUDGING)] = None
+    methods: tuple[str, ...] = option(
+        options.Text(options.read_methods),
+        "A,B,C",
+        DEFAULT_METHODS,
+        help=f"Out of {', '.join(METHODS)}.",
+    )
+    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.5, group=JUDGING)
+    splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING)
+    baseline: str | None = option(str, "METHOD", group=JUDGING)
 
     def __post_init__(self) -> None:
         if self.over not in self.methods:
@@ -128,117 +115,121 @@ def command(
 ) -> None:
     """Compare methods on traffic that they have not seen."""
     over, holdout = judging.over, judging.holdout
-    trials = _Trials(source, machine.topology(), wanted, judging, search)
-    problem, unseen = trials.first
+
+    def split(number: int) -> Split:
+        seed = nth_seed(search.seed, number)
+        seen, unseen = hold_out(source.traffic, holdout, seed=seed)
+        problem = wanted.problem(source, machine.topology(), seen)
+        return Split(number, problem, unseen, replace(search, seed=seed))
+
+    first = split(0)
+    problem = first.problem
     output.say(source.describe(), *wanted.explain_problem(problem))
-    output.say(_setting(problem, source.counted, holdout, unseen), "")
-    all_splits = trials.run(output)
-    outcomes = all_splits[0]
-    first = list(outcomes.values())
-    output.table(head(problem), [outcome.row() for outcome in first])
-    output.say(*remarks(first, problem))
-    best = min(first, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
+    output.say(_setting(first, source.counted, holdout), "")
+    splits = _run(first, split, judging, source, output)
+    outcomes = splits[0]
+    rows = list(outcomes.values())
+    output.table(head(problem), [outcome.row() for outcome in rows])
+    output.say(*remarks(rows, problem))
+    best = min(rows, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    comparisons: dict[str, Comparison] = {}
-    if over in outcomes:
-        units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-        comparisons = gains(all_splits, over, units, share=holdout, seed=search.seed)
+    comparisons = _gains(splits, source, judging, search.seed)
     _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
-    contents = {
-        "input": source.facts(),
-        "settings": {
-            **wanted.problem_settings(problem),
-            "window": source.counted,
-            **asdict(search),
-            "holdout": holdout,
-            "threads": source.threads,
-            "splits": len(all_splits),
-            "baseline": over,
-        },
-        "methods": {
-            method: {
-                **outcome.to_dict(),
-                "gain": comparisons[method].to_dict() if method in comparisons else None,
-            }
-            for method, outcome in outcomes.items()
-        },
-    }
-    rival = over if over in outcomes and over != best.result.method else first[0].result.method
+    gain = {method: comparison.to_dict() for method, comparison in comparisons.items()}
+    about = {**asdict(search), "window": source.counted, "threads": source.threads}
+    about |= {"holdout": holdout, "splits": len(splits), "baseline": over}
+    methods = {name: {**of.to_dict(), "gain": gain.get(name)} for name, of in outcomes.items()}
+    settings = wanted.problem_settings(problem) | about
+    contents = {"input": source.facts(), "settings": settings, "methods": methods}
+    rival = outcomes[over] if over in outcomes and over != best.result.method else rows[0]
     traffic = "Unseen traffic of the first split."
     if holdout == 0:
         traffic = "The traffic that the placements were computed from, which flatters them."
     pages.write(
-        output,
-        lambda: of_outcomes(*(outcomes[rival], best, origin_of(source), contents), traffic=traffic),
+        output, lambda: of_outcomes(rival, best, origin_of(source), contents, traffic=traffic)
     )
     output.finish(contents)
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """All methods, on one split of the traffic after the other."""
+class Split:
+    """The problem of what one split shows, and the traffic that it is judged on."""
 
-    source: Source
-    topology: Topology
-    wanted: ProblemOptions
-    judging: Judging
+    number: int
+    problem: Problem
+    unseen: Traffic
     search: options.SearchOptions
 
-    def parts(self, number: int) -> tuple[Problem, Traffic]:
-        """Return the problem of what one split shows, and the traffic that it is judged on."""
-        source, seed = self.source, nth_seed(self.search.seed, number)
-        seen, unseen = hold_out(source.traffic, self.judging.holdout, seed=seed)
-        return self.wanted.problem(source, self.topology, seen), unseen
-
-    @cached_property
-    def first(self) -> tuple[Problem, Traffic]:
-        """The parts of the first split."""
-        return self.parts(0)
-
-    def run(self, output: Output) -> list[dict[str, Outcome]]:
-        """Try all methods on splits until there are enough, or somebody interrupts."""
-        began, done = time.monotonic(), [self.split(0)]
-        while self.judging.goes_on(len(done), time.monotonic() - began):
-            # Only the first split shows the best so far: gains are of whole splits.
-            if list(done[0].values())[-1].result.status == "interrupted":
-                break
-            try:
-                done.append(self.split(len(done)))
-            except KeyboardInterrupt:
-                output.say(f"Interrupted: gains are of {counted(len(done), 'complete split')}.")
-                break
-        return done
-
-    def split(self, number: int) -> dict[str, Outcome]:
-        """Solve with every method on what one split shows it, and judge on the rest."""
-        problem, unseen = self.parts(number) if number else self.first
-        how = {**asdict(self.search), "seed": nth_seed(self.search.seed, number)}
+    def outcomes(self, methods: Sequence[str], source: Source) -> dict[str, Outcome]:
+        """Solve with every method, until one is interrupted, and judge on the rest."""
         results: list[Result] = []
-        methods = self.judging.methods
         for place, method in enumerate(methods, 1):
-            where = f"{place} of {len(methods)}, split {number + 1}"
-            result = self.source.solve(method, problem, place=where, **how)
-            results.append(result.uninterrupted() if number else result)
+            where = f"{place} of {len(methods)}, split {self.number + 1}"
+            result = source.solve(method, self.problem, place=where, **asdict(self.search))
+            results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        return dict(zip(methods, self.source.judge(results, problem, unseen), strict=False))
+        return dict(zip(methods, source.judge(results, self.problem, self.unseen), strict=False))
 
 
-def _setting(problem: Problem, window: int | None, holdout: float, unseen: Traffic) -> str:
+def _run(
+    first: Split, split: Callable[[int], Split], judging: Judging, source: Source, output: Output
+) -> list[dict[str, Outcome]]:
+    """Try all methods on splits until there are enough, or somebody interrupts."""
+    began, done = time.monotonic(), [first.outcomes(judging.methods, source)]
+    while judging.goes_on(len(done), time.monotonic() - began):
+        # Only the first split shows the best so far: gains are of whole splits.
+        if list(done[0].values())[-1].result.status == "interrupted":
+            break
+        try:
+            done.append(split(len(done)).outcomes(judging.methods, source))
+        except KeyboardInterrupt:
+            output.say(f"Interrupted: gains are of {counted(len(done), 'complete split')}.")
+            break
+    return done
+
+
+def _gains(
+    splits: list[dict[str, Outcome]], source: Source, judging: Judging, seed: int
+) -> dict[str, Comparison]:
+    """Compare all methods with one, in the figure nearest to the objective, if it is known.
+
+    Only splits count in which every method ran.
+    """
+    over, methods = judging.over, list(splits[0])
+    if over not in methods:
+        return {}
+    first = splits[0][over]
+    measure = first.worth.figure
+    if getattr(first.evaluation, measure) is None:
+        return {}
+    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
+    whole = [split for split in splits if list(split) == methods]
+    comparisons = {}
+    for method in methods:
+        if method != over:
+            pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
+            gain = compare(pairs, [measure], units=units, share=judging.holdout, seed=seed)[measure]
+            gain = replace(gain, names=(over, method))
+            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
+    return comparisons
+
+
+def _setting(split: Split, window: int | None, holdout: float) -> str:
+    """Write what is solved, and what it is judged on."""
+    problem, unseen = split.problem, split.unseen
     machine = f"{counted(problem.devices, 'device')} x {counted(problem.slots, 'slot')}"
     if problem.topology.nodes > 1:
         machine += f" in {problem.topology.nodes} nodes"
-    wanted = f"least {problem.goal}"
-    if problem.max_imbalance is not None:
-        wanted += f", load cap {problem.max_imbalance:g}"
+    cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window} tokens" if window else ""
     if isinstance(unseen, RoutingTrace):
         judged = counted(unseen.tokens, "unseen token")
     else:
         judged = counted(unseen.windows, "unseen window")
     judged = judged if holdout else "the same traffic"
-    return f"{machine}, {problem.regime}, {wanted}{windows}, judged on {judged}"
+    return f"{machine}, {problem.regime}, least {problem.goal}{cap}{windows}, judged on {judged}"
 
 
 def _show_gains(
@@ -248,16 +239,13 @@ def _show_gains(
     if not comparisons:
         return
     several = len(next(iter(comparisons.values())).splits) > 1
-    head = (
-        f"gain over {over}",
-        *(("mean", "least", "most") if several else ("gain", "from", "to")),
-    )
     rows = []
     for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
-        rows.append((method, *map(signed, (gain.mean, *ends))))
+        rows.append((method, *map(signed, (gain.gain, *ends))))
+    columns = ("mean", "least", "most") if several else ("gain", "from", "to")
     output.say("")
-    output.table(head, rows)
+    output.table((f"gain over {over}", *columns), rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
     if best in comparisons:
         output.say(f"Gain: {where} {comparisons[best].sentence}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import click
 
@@ -23,12 +22,10 @@ FORMATS = "".join(f"\n\n{name}: {reader.title}." for name, reader in READERS.ite
 @options.command("convert", epilog=f"Formats of sources:{FORMATS}")
 def command(
     *,
-    sources: Annotated[
-        tuple[Path, ...], argument("SOURCE...", options.IN_INPUT, nargs=-1, required=True)
-    ],
-    form: Annotated[str, option(click.Choice([AUTO, *READERS]), flag="--from")] = AUTO,
-    out_file: options.TraceOut,
-    running_file: Annotated[Path | None, option(options.IN_FILE, "MAP")] = None,
+    sources: tuple[Path, ...] = argument("SOURCE...", options.IN_INPUT, nargs=-1, required=True),
+    form: str = option(click.Choice([AUTO, *READERS]), default=AUTO, flag="--from"),
+    out_file: Path = options.trace_option(),
+    running_file: Path | None = option(options.IN_FILE, "MAP"),
     given: options.FileHints,
     output: Output,
 ) -> None:

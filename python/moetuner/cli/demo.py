@@ -6,7 +6,6 @@ import shutil
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
 
 import click
 
@@ -25,6 +24,7 @@ from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
 SAMPLE = "small-moe.safetensors"
 DEVICES = 4
 WRITTEN = ("trace.safetensors", "placement.json", "eplb.npz")
@@ -34,10 +34,8 @@ METHODS = ("contiguous", "lpt", "eplb", "paper", "joint")
 @options.command("demo")
 def command(
     *,
-    directory: Annotated[
-        Path, option(click.Path(file_okay=False, path_type=Path), "DIR", flag="--out")
-    ] = Path("demo-output"),
-    threads: options.Threads = None,
+    directory: Path = option(FOLDER, "DIR", Path("demo-output"), flag="--out"),
+    threads: int | None = options.threads_option(),
     output: Output,
 ) -> None:
     """Run the whole flow on the bundled trace.
@@ -47,52 +45,57 @@ def command(
     directory
         Directory to write to; made if it is missing.
     """
-    for name in WRITTEN:
-        if output.json_file is not None and same_file(output.json_file, directory / name):
+    files = [directory / name for name in WRITTEN]
+    for path in files:
+        if output.json_file is not None and same_file(output.json_file, path):
             raise click.BadParameter(
-                f"must be another file than the demo's {name}.", param_hint="'--json'"
+                f"must be another file than the demo's {path.name}.", param_hint="'--json'"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "trace.safetensors"
     with resources.as_file(resources.files("moetuner") / "data" / SAMPLE) as bundled:
-        shutil.copyfile(bundled, path)
-    source = Source(input_files=(path,), threads=threads)
-    trace = RoutingTrace.load(path)
+        shutil.copyfile(bundled, files[0])
+    source = Source(input_files=(files[0],), threads=threads)
+    trace = RoutingTrace.load(files[0])
     with working("looking for structure"):
         measured = structure(trace, DEVICES, max_imbalance=TRAFFIC_CAP, threads=threads)
-    _introduce(output, trace, measured)
+    output.say(_introduction(trace, measured))
 
     seen, unseen = hold_out(trace, 0.5)
     # The paper's regime, as its method is among those shown.
     problem = Problem(
-        source.count(seen),
-        Topology(DEVICES),
-        regime="follow",
-        max_imbalance=TRAFFIC_CAP,
+        source.count(seen), Topology(DEVICES), regime="follow", max_imbalance=TRAFFIC_CAP
     )
     results = [source.solve(method, problem, seed=0).uninterrupted() for method in METHODS]
     outcomes = dict(zip(METHODS, source.judge(results, problem, unseen), strict=True))
-    _show(output, problem, outcomes)
+    output.say(
+        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.\n"
+        "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:\n"
+        "share of steps between devices; fanout: devices that a token visits in a layer.\n"
+    )
+    output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
+    output.say(*remarks(list(outcomes.values()), problem), _gain(outcomes))
 
     best = outcomes["joint"].result.placement
-    best.save(directory / "placement.json")
-    eplb.write_map(best, directory / "eplb.npz", Hints())
-    _say_next(output, directory)
-    output.finish(
-        {
-            "input": source.facts(),
-            "structure": asdict(measured),
-            "methods": {method: outcome.to_dict() for method, outcome in outcomes.items()},
-        }
+    best.save(files[1])
+    eplb.write_map(best, files[2], Hints())
+    output.say(
+        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/\n"
+        "\n"
+        "Next, on this trace or your own (safetensors, .npz, .npy or JSON lines):\n"
+        f"  moetuner inspect {files[0]}\n"
+        f"  moetuner compare {files[0]} --devices 8 --devices-per-node 4\n"
+        f"  moetuner solve   {files[0]} --devices 8 --out placement.json"
     )
+    methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
+    output.finish({"input": source.facts(), "structure": asdict(measured), "methods": methods})
 
 
-def _introduce(output: Output, trace: RoutingTrace, of: Structure) -> None:
-    """Print what the trace is, and what is in it."""
+def _introduction(trace: RoutingTrace, of: Structure) -> str:
+    """Write what the trace is, and what is in it."""
     far = max(of.group_distance, key=lambda name: of.group_distance[name])
     assert of.crossing is not None
     assert of.crossing_independent is not None
-    output.say(
+    return (
         f"A small Mixture-of-Experts language model ({trace.layers} MoE layers, "
         f"{trace.num_experts} experts, top-{trace.top_k}) read {trace.tokens:,}\n"
         f"tokens of {', '.join(trace.group_names)}; its routing was recorded.\n"
@@ -105,19 +108,12 @@ def _introduce(output: Output, trace: RoutingTrace, of: Structure) -> None:
     )
 
 
-def _show(output: Output, problem: Problem, outcomes: dict[str, Outcome]) -> None:
-    """Print the table of methods, and the gain of the best."""
-    output.say(
-        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.\n"
-        "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:\n"
-        "share of steps between devices; fanout: devices that a token visits in a layer.\n"
-    )
-    output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
-    output.say(*remarks(list(outcomes.values()), problem))
+def _gain(outcomes: dict[str, Outcome]) -> str:
+    """Write what the best method gains, and what it costs."""
     old, new = outcomes["contiguous"].evaluation, outcomes["joint"].evaluation
     assert old.crossing is not None
     assert new.crossing is not None
-    output.say(
+    return (
         "\n"
         f"Won:  with experts in blocks, as engines load them, {percent(old.crossing)} of the steps "
         "from layer to\n"
@@ -127,22 +123,7 @@ def _show(output: Output, problem: Problem, outcomes: dict[str, Outcome]) -> Non
         f"traffic ({old.imbalance_total:.2f} before), and\n"
         f"      {new.imbalance:.2f} x in a window of {WINDOW} consecutive tokens "
         f"({old.imbalance:.2f} before)."
-    )
-    if new.imbalance > old.imbalance:
-        output.say(
-            "      Experts that fire together now share a device: bursts of one kind of text pay."
-        )
-    output.say("")
-
-
-def _say_next(output: Output, directory: Path) -> None:
-    """Print what was written, and the commands that come next."""
-    trace = directory / "trace.safetensors"
-    output.say(
-        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/\n"
-        "\n"
-        "Next, on this trace or your own (safetensors, .npz, .npy or JSON lines):\n"
-        f"  moetuner inspect {trace}\n"
-        f"  moetuner compare {trace} --devices 8 --devices-per-node 4\n"
-        f"  moetuner solve   {trace} --devices 8 --out placement.json"
+        + "\n      Experts that fire together now share a device: bursts of one kind of text pay."
+        * (new.imbalance > old.imbalance)
+        + "\n"
     )

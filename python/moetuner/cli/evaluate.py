@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Any
 
 import click
 
 from moetuner import _checks
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
@@ -34,11 +35,11 @@ HELP = f"""Replay a placement token by token, with its groups.
 @options.command("evaluate", help=HELP)
 def command(
     *,
-    placement_file: options.PlacementFile,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
     serving: Serving,
-    mixed_seed: Annotated[int, option(click.IntRange(0, 2**63 - 1))] = 0,
+    mixed_seed: int = option(click.IntRange(0, 2**63 - 1), default=0),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
@@ -52,44 +53,25 @@ def command(
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)
+    seeds = {"mixed_seed": mixed_seed}
     with working("replaying"):
-        evaluation = evaluate(
-            placement,
-            traffic,
-            topology,
-            window=source.replayed,
-            **how,
-            mixed_seed=mixed_seed,
-            threads=source.threads,
-        )
+        replay: Any = {"window": source.replayed, "threads": source.threads, **seeds, **how}
+        evaluation = evaluate(placement, traffic, topology, **replay)
     output.say(source.describe(), *serving.explain())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
-        f"{counted(placement.slots_per_device, 'slot')}{windows}"
+        f"{counted(placement.slots_per_device, 'slot')}{windows}",
+        "",
     )
-    output.say("")
-    rows = [("all", evaluation), *evaluation.by_group.items()]
-    _table(output, "traffic", rows, OTHERS)
-    output.say(_mixed(traffic, mixed_seed))
-    output.say("")
-    _table(output, "layer, us", rows, TIMES, first="mean")
-    output.say(whose_times(how["cost_model"], traffic, how["arrival"]))
-    output.say("")
-    for name, ports in evaluation.busiest_port.items():
-        output.say(_ports(name, ports))
-    output.finish(
-        {
-            "input": source.facts(),
-            "placement": str(placement_file),
-            "settings": {
-                **serving.settings(topology, how),
-                "window": window,
-                "mixed_seed": mixed_seed,
-            },
-            **evaluation.to_dict(),
-        }
-    )
+    _table(output, "traffic", OTHERS, evaluation)
+    output.say(_mixed(traffic, mixed_seed), "")
+    _table(output, "layer, us", TIMES, evaluation)
+    output.say(whose_times(how["cost_model"], traffic, how["arrival"]), "")
+    output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
+    settings = serving.settings(topology, how) | {"window": window, **seeds}
+    contents = {"input": source.facts(), "placement": str(placement_file), "settings": settings}
+    output.finish(contents | evaluation.to_dict())
 
 
 def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
@@ -103,22 +85,20 @@ def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
     return f"mixed: {running} of {sequences:,} sequences at once, groups fewer, seed {seed}"
 
 
-def _table(
-    output: Output,
-    title: str,
-    rows: list[tuple[str, Evaluation]],
-    names: list[str],
-    first: str = "",
-) -> None:
-    """Print figures of all traffic and of groups; the first column may have another head."""
+def _table(output: Output, title: str, names: list[str], evaluation: Evaluation) -> None:
+    """Print figures of all traffic and of groups; times begin with their mean."""
     head = [FIGURES[name].column for name in names]
-    output.table(
-        (title, first or head[0], *head[1:]),
-        [(group, *(FIGURES[name].text(getattr(of, name)) for name in names)) for group, of in rows],
-    )
+    head[0] = "mean" if names is TIMES else head[0]
+    rows = {"all": evaluation, **evaluation.by_group}
+    cells = [
+        (group, *(FIGURES[name].text(getattr(of, name)) for name in names))
+        for group, of in rows.items()
+    ]
+    output.table((title, *head), cells)
 
 
 def _ports(regime: str, ports: dict[str, list[float]]) -> str:
+    """Write the rows of the busiest port of every tier that carries any."""
     tiers = ["in a node", "between nodes", *(f"tier {n}" for n in range(3, 1 + len(ports["out"])))]
     parts = [
         f"{tier} {out:,.0f} out, {into:,.0f} in"

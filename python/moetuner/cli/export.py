@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
@@ -41,8 +41,8 @@ class Checking:
         Engine that loads the map to check, if its format is of several engines.
     """
 
-    check_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None
-    engine: Annotated[str | None, option(click.Choice(list(ENGINES)), flag="--for")] = None
+    check_file: Path | None = option(options.IN_FILE, "FILE")
+    engine: str | None = option(click.Choice(list(ENGINES)), flag="--for")
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,16 @@ class Means:
         The running placement, for moves.
     """
 
-    checkpoint: Annotated[Path | None, option(options.InFile(folders=True), "FOLDER")] = None
-    initial_file: options.InPath = None
+    checkpoint: Path | None = option(options.IN_INPUT, "FOLDER")
+    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT")
 
 
 @options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
     *,
-    placement_file: Annotated[
-        Path | None, argument("[PLACEMENT]", options.IN_FILE, required=False)
-    ],
-    form: Annotated[
-        str | None, option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to")
-    ] = None,
-    out_file: Annotated[Path | None, option(options.OutFile(), "FILE")] = None,
+    placement_file: Path | None = argument("[PLACEMENT]", options.IN_FILE, required=False),
+    form: str | None = option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to"),
+    out_file: Path | None = option(options.OutFile(), "FILE"),
     checking: Checking,
     given: options.LayerHints,
     means: Means,
@@ -111,18 +107,34 @@ def command(
         num_experts=hints.num_experts,
         dense_layers=hints.dense_layers,
     )
-    contents = {"placement": str(placement_file), "format": form, "out": str(out_file)}
-    if form == MOVES:
-        _moves(placement, means.initial_file, machine, out_file, output)
-    elif form in RENUMBERING:
-        _renumber(placement, form, means.checkpoint, out_file)
-    else:
-        contents |= _write(placement, form, out_file, hints, output)
+    contents: dict[str, Any] = {"placement": str(placement_file), "format": form}
+    contents["out"] = str(out_file)
+    try:
+        if form == MOVES:
+            _write_moves(placement, means.initial_file, machine, out_file, output)
+        elif form in RENUMBERING:
+            _renumber(placement, form, means.checkpoint, out_file)
+        else:
+            empty = int((placement.slots == EMPTY).sum())
+            if form == "eplb" and empty:
+                contents["filled_slots"] = empty
+                output.say(
+                    f"filled {empty} empty slots of {placement.slots.size} with further copies, "
+                    'as engines have none; "moetuner solve --fill-slots" chooses them by their load'
+                )
+            write_placement(placement, form, out_file, hints)
+            if form == "tensorrt-llm" and (hints.hidden_layers, hints.dense_layers) == (None, None):
+                output.say(
+                    "layers are numbered from 0; if the model has dense ones, --dense-layers "
+                    "names them"
+                )
+    except (ImportError, ValueError) as error:
+        raise click.ClickException(options.as_options(str(error))) from None
     output.say(f"wrote {out_file}")
     output.finish(contents)
 
 
-def _moves(
+def _write_moves(
     placement: Placement, initial: Path | None, machine: Machine, path: Path, output: Output
 ) -> None:
     """Write the moves from a running placement, and print how many they are."""
@@ -135,45 +147,17 @@ def _moves(
     show_pairs(output, diff)
 
 
-def _write(
-    placement: Placement, form: str, path: Path, hints: Hints, output: Output
-) -> dict[str, Any]:
-    """Write a map of experts, and return what JSON says of it."""
-    contents: dict[str, Any] = {}
-    empty = int((placement.slots == EMPTY).sum())
-    if form == "eplb" and empty:
-        contents["filled_slots"] = empty
-        output.say(
-            f"filled {empty} empty slots of {placement.slots.size} with further copies, as engines "
-            'have none; "moetuner solve --fill-slots" chooses them by their load'
-        )
-    try:
-        write_placement(placement, form, path, hints)
-    except ValueError as error:
-        raise click.ClickException(options.as_options(str(error))) from None
-    if form == "tensorrt-llm" and hints.hidden_layers is None and hints.dense_layers is None:
-        output.say(
-            "layers are numbered from 0; if the model has dense ones, --dense-layers names them"
-        )
-    return contents
-
-
 def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path) -> None:
     """Write a checkpoint with its experts in the order of a placement."""
-    title = ENGINES[engine].title
     if checkpoint is None or not checkpoint.is_dir():
         raise click.UsageError(
-            f"'--to {engine}' needs '--checkpoint', a folder as transformers writes it: {title} "
-            "has no file for a placement and runs the one that the numbers of its experts are."
+            f"'--to {engine}' needs '--checkpoint', a folder as transformers writes it: "
+            f"{ENGINES[engine].title} has no file for a placement and runs the one that the "
+            "numbers of its experts are."
         )
-    try:
-        check_placement(placement, engine)
-    except ValueError as error:
-        raise click.ClickException(options.as_options(str(error))) from None
-    try:
-        from moetuner.torch import permute_state_dict
-    except ImportError as error:
-        raise click.ClickException(str(error)) from None
+    check_placement(placement, engine)
+    from moetuner.torch import permute_state_dict
+
     with working(f"writing {out_folder}"):
         permute_state_dict(checkpoint, placement, out_folder)
 
@@ -189,18 +173,16 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
     wrong = [options.as_options(fault) for fault in faults(layout, engine, hints)]
-    for fault in wrong:
-        output.say(f"- {fault}")
-    sizes = {
-        "--devices": layout.devices or hints.devices,
-        "--num-experts": layout.num_experts or hints.num_experts,
-        "--hidden-layers": hints.hidden_layers,
-    }
-    missing = [name for name, value in sizes.items() if value is None]
+    output.say(*(f"- {fault}" for fault in wrong))
     title = "an engine" if engine is None else ENGINES[engine].title
     if not wrong:
-        if missing:
-            output.say(f"not checked without {', '.join(missing)}")
+        sizes = {
+            "--devices": layout.devices or hints.devices,
+            "--num-experts": layout.num_experts or hints.num_experts,
+            "--hidden-layers": hints.hidden_layers,
+        }
+        missing = [name for name, value in sizes.items() if value is None]
+        output.say(*[f"not checked without {', '.join(missing)}"] * bool(missing))
         output.say(f"nothing is wrong with it for {title}")
     output.finish({"file": str(path), "format": form, "engine": engine, "faults": wrong})
     if wrong:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
 
 import numpy as np
 
@@ -31,12 +30,10 @@ LITTLE = 0.005
 def command(
     *,
     source: Source,
-    devices: Annotated[int, option(DEVICES, "N")] = 4,
-    max_imbalance: Annotated[
-        float, option(options.Number(min=1, infinite=True), "X")
-    ] = TRAFFIC_CAP,
+    devices: int = option(DEVICES, "N", 4),
+    max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
     serving: Serving,
-    seed: options.Seed = 0,
+    seed: int = options.seed_option(),
     output: Output,
 ) -> None:
     """Show what is in a trace: skew, groups, structure.
@@ -61,16 +58,16 @@ def command(
             progress=shares(report, "read"),
         )
     output.say(source.describe(), "")
-    show_skew(output, measured)
-    show_groups(output, measured)
-    show_crossings(output, measured)
+    _show_skew(output, measured)
+    _show_groups(output, measured)
+    _show_crossings(output, measured)
     contents = {"input": source.facts(), **asdict(measured)}
     if serving.is_given:
-        contents["contiguous"] = show_served(output, source, serving, devices)
+        contents["contiguous"] = _show_served(output, source, serving, devices)
     output.finish(contents)
 
 
-def show_served(
+def _show_served(
     output: Output, source: Source, serving: Serving, devices: int
 ) -> dict[str, float | None]:
     """Print and return the figures of experts in blocks for the traffic as it is served."""
@@ -89,25 +86,28 @@ def show_served(
     return {name: getattr(of, name) for name in names}
 
 
-def show_skew(output: Output, of: Structure) -> None:
-    """Print what differs from layer to layer."""
-    rows = [
-        _spread("busiest expert / mean load", of.skew, 2),
-        _spread("experts never used", of.unused, 0),
-    ]
+def _show_skew(output: Output, of: Structure) -> None:
+    """Print what differs from layer to layer: its least, median and most, and where that is."""
+    values: dict[str, tuple[Sequence[float], int]] = {
+        "busiest expert / mean load": (of.skew, 2),
+        "experts never used": (of.unused, 0),
+    }
     if of.information and of.information_chance:
-        rows.append(_spread("information on next layer, bits", of.information, 2))
-        rows.append(_spread("  in addition, expected by chance", of.information_chance, 2))
+        values["information on next layer, bits"] = (of.information, 2)
+        values["  in addition, expected by chance"] = (of.information_chance, 2)
+    rows = []
+    for name, (layers, decimals) in values.items():
+        spread = [number(float(part), decimals) for part in np.quantile(layers, (0, 0.5, 1))]
+        rows.append((name, *spread, str(int(np.argmax(layers)))))
     output.table(("per layer", "least", "median", "most", "in layer"), rows)
     output.say("")
 
 
-def show_groups(output: Output, of: Structure) -> None:
-    """Print how far groups are from the mix."""
+def _show_groups(output: Output, of: Structure) -> None:
+    """Print how far groups are from the mix; those that differ most, where there are many."""
     if not of.group_share:
         output.say("INPUT has no groups to compare.", "")
         return
-    # The groups that differ most are shown where there are many.
     names = sorted(of.group_share, key=lambda name: -of.group_distance[name])
     rows = [
         (name, percent(of.group_share[name]), number(of.group_distance[name], 3))
@@ -119,7 +119,7 @@ def show_groups(output: Output, of: Structure) -> None:
     output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)", "")
 
 
-def show_crossings(output: Output, of: Structure) -> None:
+def _show_crossings(output: Output, of: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
     if of.crossing_contiguous is None:
         output.say("No transitions: INPUT says nothing of inter-layer structure.")
@@ -130,38 +130,27 @@ def show_crossings(output: Output, of: Structure) -> None:
             "measured. Give the trace instead of its statistics."
         )
         return
-    output.table(
-        ("crossing on held-out sequences", f"{of.devices} devices"),
-        [
-            ("contiguous", number(of.crossing_contiguous, 4)),
-            ("independence null", number(of.crossing_independent, 4)),
-            (f"searched, load cap {of.max_imbalance:g}", number(of.crossing, 4)),
-        ],
-    )
+    rows = {
+        "contiguous": of.crossing_contiguous,
+        "independence null": of.crossing_independent,
+        f"searched, load cap {of.max_imbalance:g}": of.crossing,
+    }
+    head = ("crossing on held-out sequences", f"{of.devices} devices")
+    output.table(head, [(name, number(crossing, 4)) for name, crossing in rows.items()])
+    between = "" if of.gain is None else f"{percent(of.gain[0])} to {percent(of.gain[1])}"
     if of.gain is None:
-        output.say(
+        line = (
             f"Fewer than {FEWEST} independent sequences are held out, too few to tell structure "
             "from chance. Record more, with sequence labels."
         )
-        return
-    low, high = of.gain
-    between = f"{percent(low)} to {percent(high)}"
-    if high < LITTLE:
-        output.say("The null is about as good: neighbouring layers route almost independently.")
-    elif low <= 0:
-        output.say(
-            f"The gap to the null, {between}, may be chance: it is no evidence of structure."
-        )
+    elif of.gain[1] < LITTLE:
+        line = "The null is about as good: neighbouring layers route almost independently."
+    elif of.gain[0] <= 0:
+        line = f"The gap to the null, {between}, may be chance: it is no evidence of structure."
     else:
-        output.say(
+        line = (
             f"{percent(of.crossing_independent - of.crossing)} of the transitions "
             f"({between}) stay on their device because neighbouring layers route together: that "
             "gap to the null is what inter-layer placement can win here."
         )
-
-
-def _spread(name: str, values: Sequence[float], decimals: int) -> tuple[str, ...]:
-    """Write the least, median and most of a value per layer, and the layer that has the most."""
-    array = np.asarray(values, dtype=float)
-    figures = (array.min(), float(np.median(array)), array.max())
-    return (name, *(number(float(f), decimals) for f in figures), str(int(array.argmax())))
+    output.say(line)

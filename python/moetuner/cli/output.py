@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -26,6 +27,7 @@ UNLIMITED = 1000
 STANDARD_OUTPUT = 1
 
 
+@dataclass
 class Output:
     """Standard output of a subcommand, and the file that ``finish`` writes.
 
@@ -35,10 +37,10 @@ class Output:
         Write all results as JSON; "-" writes them to standard output, and nothing else.
     """
 
-    json_file: Annotated[Path | None, option(OutFile(standard_output=True), "FILE")]
+    json_file: Path | None = option(OutFile(standard_output=True), "FILE")
 
-    def __init__(self, json_file: Path | None) -> None:
-        self.json_file = json_file
+    def __post_init__(self) -> None:
+        json_file = self.json_file
         # Other text between the braces would make it no JSON.
         self._quiet = json_file is not None and (
             str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT

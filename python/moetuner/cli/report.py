@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from moetuner.cli import options
-from moetuner.cli.options import option
+from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.pages import PAGE, Figures, Pages, needs_report, origin_of
+from moetuner.cli.options.pages import FOLDER, Pages, needs_report, origin_of, page_option
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
@@ -22,16 +22,14 @@ from moetuner.report.page.data import of_evaluations
 @options.command("report")
 def command(
     *,
-    placement_file: options.PlacementFile,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
-    baseline_file: options.InPath = None,
-    report_file: Annotated[
-        Path, option(PAGE, "FILE.html", flag="--out", callback=needs_report)
-    ] = Path("report.html"),
+    baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    report_file: Path = page_option(Path("report.html"), flag="--out"),
     serving: Serving,
-    expert_bytes: options.ExpertBytes = None,
-    figures: Figures = None,
+    expert_bytes: float | None = options.expert_bytes_option(),
+    figures: Path | None = option(FOLDER, "DIR", callback=needs_report),
     output: Output,
 ) -> None:
     """Write one page on what a placement does to traffic.
@@ -45,6 +43,10 @@ def command(
         The placement that runs. [default: experts in blocks, as engines load them]
     report_file
         Page to write.
+    expert_bytes
+        Bytes of one expert of one layer.
+    figures
+        Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
@@ -52,7 +54,6 @@ def command(
     running, name = contiguous(placement), "contiguous"
     if baseline_file is not None:
         running, name = source.load(baseline_file, topology), "running"
-    names = (name, text.name(placement_file.stem))
     how = serving.arguments(traffic)
     model = how["cost_model"]
     output.say(source.describe(), *serving.explain())
@@ -64,21 +65,20 @@ def command(
         )
     with working("comparing groups"):
         audited = None if traffic.group is None else audit_of(before, after)
-    settings = serving.settings(topology, how) | {"cost_model": model.name}
-    contents = {
-        "input": source.facts(),
-        "settings": {
-            "placement": str(placement_file),
-            "baseline": None if baseline_file is None else str(baseline_file),
-            "window": source.counted,
-            **settings,
-        },
-        **as_json({"running": before, "proposed": after, "audit": audited}),
+    settings = {
+        "placement": str(placement_file),
+        "baseline": None if baseline_file is None else str(baseline_file),
+        "window": source.counted,
+        **serving.settings(topology, how),
+        "cost_model": model.name,
     }
+    contents = {"input": source.facts(), "settings": settings}
+    contents |= as_json({"running": before, "proposed": after, "audit": audited})
     Pages(report_file, figures).write(
         output,
         lambda: of_evaluations(
-            *(names, (before, after), origin_of(source), contents),
+            (name, text.name(placement_file.stem)),
+            *((before, after), origin_of(source), contents),
             traffic="All of INPUT; what the placement was computed from flatters it.",
             token_bytes=model.token_bytes,
             expert_bytes=expert_bytes,

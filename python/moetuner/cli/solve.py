@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import click
 import numpy as np
 
 from moetuner.cli import options
-from moetuner.cli.options import SearchOptions, option
+from moetuner.cli.options import SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
@@ -31,17 +30,6 @@ FLATTERED = (
 )
 
 
-Method = Annotated[
-    str,
-    option(
-        options.Text(options.read_method, words=METHODS),
-        "METHOD",
-        group=options.SEARCH,
-        help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
-    ),
-]
-
-
 @dataclass(frozen=True)
 class Files:
     """Files of an answer.
@@ -54,10 +42,8 @@ class Files:
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
 
-    out_file: Annotated[Path, option(options.OutFile(), "FILE")] = Path("placement.json")
-    certificate_file: Annotated[
-        Path | None, option(options.OutFile(), "FILE", group=options.SEARCH)
-    ] = None
+    out_file: Path = option(options.OutFile(), "FILE", Path("placement.json"))
+    certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH)
 
 
 @options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
@@ -67,7 +53,13 @@ def command(
     machine: Machine,
     wanted: ProblemOptions,
     moving: Moving,
-    method: Method = "joint",
+    method: str = option(
+        options.Text(options.read_method, words=METHODS),
+        "METHOD",
+        "joint",
+        group=SEARCH,
+        help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
+    ),
     search: SearchOptions,
     files: Files,
     pages: Pages,
@@ -78,37 +70,41 @@ def command(
     The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
     compare" says what to expect on traffic that the solver has not seen.
     """
-    out_file, certificate_file = files.out_file, files.certificate_file
     initial = moving.initial()
     problem = wanted.problem(source, machine.topology())
     if initial is not None:
         problem.check_running(initial)  # before anything is said
-    if certificate_file is not None:
+    if files.certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     how = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem))
     result = source.solve(method, problem, **how, **moving.arguments(initial))
     # Written before anything is said about it: a closed pipe must not lose the answer.
-    result.placement.save(out_file)
+    result.placement.save(files.out_file)
     output.say("")
     try:
-        before, outcomes = _judge(
-            _running(result, initial, page=pages.wanted), result, source, problem
-        )
+        before, outcomes = _judge(result, initial, source, problem, page=pages.wanted)
     except KeyboardInterrupt:
-        raise click.ClickException(f"interrupted; {out_file} was written") from None
-    _show(output, problem, outcomes, before if initial is None else None)
+        raise click.ClickException(f"interrupted; {files.out_file} was written") from None
+    outcome = outcomes[-1]
+    output.table(head(problem), [row.row() for row in outcomes])
+    broken = [row for row in outcomes[:-1] if row.breaks_rules]
+    output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
+    if initial is None:
+        output.say(*slower(outcome, before))
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
-    output.say(f"wrote {out_file}")
-    failure = _prove(problem, result, certificate_file, output) if certificate_file else None
-    settings = wanted.problem_settings(problem) | moving.settings() | {"window": source.counted}
-    settings |= how | {"threads": source.threads}
-    contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
-    contents |= {"method": method, **outcomes[-1].to_dict(), **moves}
+    output.say(f"wrote {files.out_file}")
+    failure = None
+    if files.certificate_file is not None:
+        failure = _prove(problem, result, files.certificate_file, output)
+    settings = wanted.problem_settings(problem) | moving.settings() | how
+    settings |= {"window": source.counted, "threads": source.threads}
+    contents = {"input": source.facts(), "settings": settings, "placement": str(files.out_file)}
+    contents |= {"method": method, **outcome.to_dict(), **moves}
     pages.write(
         output,
         lambda: of_outcomes(
-            *(before, outcomes[-1], origin_of(source), contents),
+            *(before, outcome, origin_of(source), contents),
             traffic=FLATTERED,
             trades=trades,
             expert_bytes=moving.expert_bytes,
@@ -119,36 +115,26 @@ def command(
         raise click.ClickException(failure)
 
 
-def _running(result: Result, initial: Placement | None, *, page: bool) -> Result | None:
-    """Return what runs if nothing is done, if anything is said of it: a placement, else blocks."""
-    if initial is None:
-        return replace(result, placement=contiguous(result.placement), method="contiguous")
-    return replace(result, placement=initial, method="running") if page else None
-
-
 def _judge(
-    running: Result | None, result: Result, source: Source, problem: Problem
+    result: Result, initial: Placement | None, source: Source, problem: Problem, *, page: bool
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, method contiguous, and a result: what runs, and the rows of the table."""
+    """Replay what runs if nothing is done, method contiguous, and a result.
+
+    Returns
+    -------
+    before, rows
+        What runs, a placement or else blocks, and the rows of the table.
+    """
     rows, more = [result], []
     if result.method != "contiguous" and result.status != "interrupted":
         rows.insert(0, source.solve("contiguous", problem))
-    if running is not None and not np.array_equal(rows[0].placement.slots, running.placement.slots):
+    running = replace(result, placement=initial or contiguous(result.placement))
+    running = replace(running, method="contiguous" if initial is None else "running")
+    is_shown = initial is None or page
+    if is_shown and not np.array_equal(rows[0].placement.slots, running.placement.slots):
         more = [running]
     outcomes = source.judge([*more, *rows], problem, source.traffic)
     return outcomes[0], outcomes[len(more) :]
-
-
-def _show(
-    output: Output, problem: Problem, outcomes: list[Outcome], blocks: Outcome | None
-) -> None:
-    """Print the table, what the result is worth, and a warning if it is slower than blocks."""
-    outcome = outcomes[-1]
-    output.table(head(problem), [row.row() for row in outcomes])
-    broken = [row for row in outcomes[:-1] if row.breaks_rules]
-    output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
-    if blocks is not None:
-        output.say(*slower(outcome, blocks))
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

@@ -11,18 +11,9 @@ from typing import Any, TextIO
 
 
 class Stream(io.FileIO):
-    """A standard stream that never fails: work goes on, and ``failure`` is told in the end.
-
-    Parameters
-    ----------
-    number
-        Number of its descriptor.
-    """
+    """A standard stream that never fails: work goes on, and ``failure`` is told in the end."""
 
     failure: OSError | None = None
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number, "w", closefd=False)
 
     def write(self, data: Any) -> int | None:  # type: ignore[override]
         """Write, or drop what can be written no more."""
@@ -55,14 +46,14 @@ def standard_streams() -> Iterator[Stream | None]:
     try:
         yield output
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
 def _opened(old: TextIO | None, number: int) -> tuple[Stream, TextIO]:
     """Open a descriptor as text in the encoding of the stream before; None is a closed one."""
-    raw = Stream(number)
+    raw = Stream(number, "w", closefd=False)
     text = io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(old, "encoding", "utf-8"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import click
 import numpy as np
@@ -34,10 +34,10 @@ DECIMALS, FEW = 4, 6
 @options.command("verify")
 def command(
     *,
-    certificate_file: Annotated[Path, argument("CERTIFICATE", options.IN_FILE)],
+    certificate_file: Path = argument("CERTIFICATE", options.IN_FILE),
     source: Source,
     machine: Machine,
-    placement_file: Annotated[Path | None, option(options.IN_FILE, "FILE")] = None,
+    placement_file: Path | None = option(options.IN_FILE, "FILE"),
     output: Output,
 ) -> None:
     """Recompute the bound that a certificate proves.
@@ -72,15 +72,10 @@ def command(
         f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, "
         f"{below(f'an objective of {bound:.6f}')}."
     )
-    contents = {
-        "bound": bound,
-        "cost": cost,
-        "scope": certificate.about,
-        "method": certificate.method,
-        "regime": certificate.regime,
-        "max_imbalance": imbalances if len(imbalances) > 1 else imbalances[0],
-        "caps": certificate.caps.tolist(),
-    }
+    contents: dict[str, Any] = {"bound": bound, "cost": cost, "scope": certificate.about}
+    contents |= {"method": certificate.method, "regime": certificate.regime}
+    contents["max_imbalance"] = imbalances if len(imbalances) > 1 else imbalances[0]
+    contents["caps"] = certificate.caps.tolist()
     if placement_file is not None:
         contents |= _compare(placement_file, certificate, cost, bound, problem, output)
     output.finish(contents)
@@ -101,12 +96,9 @@ def _compare(
     reached: float = worth.cost(placement)
     if certificate.method == "visits":
         reached = objective * worth.tokens * (1 + ROUNDING)
-    comparable = bool(
-        (device_load(placement.slots, problem.load) <= certificate.caps[:, None]).all()
-        and (placement.slots >= 0).sum(axis=2).max() <= certificate.slots
-    )
     line = f"{path}: objective {objective:.6f}"
-    if not comparable:
+    overloads = (device_load(placement.slots, problem.load) > certificate.caps[:, None]).any()
+    if overloads or (placement.slots >= 0).sum(axis=2).max() > certificate.slots:
         output.say(
             f"{line}; it exceeds the load or the slots that the bound assumes, so the two cannot "
             "be compared."
@@ -123,24 +115,26 @@ def _compare(
 
 
 def _imbalances(load: NDArray[np.uint64], devices: int, caps: NDArray[np.uint64]) -> list[float]:
-    """Return caps of layers [L] as imbalances of loads [L,E]: one if it says all, else a list."""
+    """Return caps of layers [L] as imbalances of loads [L,E]: one if it says all, else a list.
+
+    A cap is a whole number of tokens, so a range of imbalances means the same: from the first to
+    below the second number of a pair.
+    """
     totals = load.sum(axis=1, dtype=np.uint64).tolist()
     if len(totals) != len(caps):
         return [1.0]  # of another model, which `verify` says
-    layers = [(min(cap, total), total) for cap, total in zip(caps.tolist(), totals, strict=True)]
-    common = _imbalance(layers, devices)
-    return [common] if common else [_imbalance([layer], devices) or 1.0 for layer in layers]
+    layers = [
+        tuple(Fraction((min(cap, total) + more) * devices, total) for more in (0, 1))
+        if total
+        else (Fraction(1), Fraction(devices))
+        for cap, total in zip(caps.tolist(), totals, strict=True)
+    ]
+    common = _shortest(max(low for low, _ in layers), min(high for _, high in layers))
+    return [common] if common else [_shortest(*layer) or 1.0 for layer in layers]
 
 
-def _imbalance(layers: list[tuple[int, int]], devices: int) -> float | None:
-    """Find an imbalance that means the cap of every layer, given with its load; or None.
-
-    A cap is a whole number of tokens, so a range of imbalances means the same: the shortest is
-    taken, or one a hair below the range, within which a placement keeps the caps, too.
-    """
-    loaded = [(cap, load) for cap, load in layers if load] or [(1, devices)]
-    low = max(Fraction(cap * devices, load) for cap, load in loaded)
-    high = min(Fraction((cap + 1) * devices, load) for cap, load in loaded)
+def _shortest(low: Fraction, high: Fraction) -> float | None:
+    """Return the shortest decimal from ``low`` to below ``high``, or a hair below the range."""
     for unit in (10**digits for digits in range(1, DECIMALS + 1)):
         short = Fraction(math.ceil(low * unit), unit)
         if short < high:

@@ -13,8 +13,8 @@ from moetuner.cost import CostModel
 from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import Arrival, in_order, orders
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.figures import FIGURES, Replay, Weighed, busiest_port
-from moetuner.evaluation.replay import Setting, Traffic, check_model, topology_of
+from moetuner.evaluation.figures import FIGURES, Replay, busiest_port
+from moetuner.evaluation.replay import Setting, Traffic, check_model, members, topology_of
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
@@ -204,20 +204,9 @@ def evaluate(
     >>> mt.evaluate(mt.Placement([[[0, 2], [1, 3]]]), trace).fanout
     2.0
     """
-    return evaluate_each(
-        [placement],
-        traffic,
-        topology,
-        window=window,
-        split=split,
-        cost_model=cost_model,
-        regime=regime,
-        arrival=arrival,
-        home=home,
-        mixed=mixed,
-        mixed_seed=mixed_seed,
-        threads=threads,
-    )[0]
+    topology = topology_of(placement, topology)
+    how = (window, split, cost_model, regime, arrival, mixed, mixed_seed, threads)
+    return _evaluated([Setting(placement, topology, *how)], traffic, home)[0]
 
 
 def evaluate_each(
@@ -237,11 +226,27 @@ def evaluate_each(
     if not placements:
         return []
     topology = topology_of(placements[0], topology)
-    for placement in placements:
-        check_model(placement, traffic, topology)
     settings = [Setting(placement, topology, **options) for placement in placements]
-    common = settings[0]
-    homes = None if home is None else _homes(home, traffic, common)
+    return _evaluated(settings, traffic, home, progress)
+
+
+def _evaluated(
+    settings: Sequence[Setting],
+    traffic: Traffic,
+    home: ArrayLike | Literal["blocks"] | None,
+    progress: Callable[[float], None] | None = None,
+) -> list[Evaluation]:
+    for setting in settings:
+        check_model(setting.placement, traffic, setting.topology)
+    common, homes, numbers = settings[0], None, members(traffic)
+    if home is not None:
+        if isinstance(traffic, RoutingStatistics):
+            raise ValueError("home needs a trace: statistics have no tokens")
+        if common.split != "even":
+            raise ValueError(
+                f"home needs split 'even', got {common.split!r}: others know homes only spread"
+            )
+        homes = homes_of(home, traffic.tokens, common.placement.devices)
     served = orders(traffic, common.arrival, seed=common.mixed_seed)
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more.
     is_mixed = any(order is not None for _, order in served)
@@ -261,7 +266,8 @@ def evaluate_each(
             parts = [of[group] for of in counted]
             mixed = parts[-1].load if common.mixed and is_mixed else parts[0].mixed
             if homes is not None and isinstance(traffic, RoutingTrace):
-                rows = _rows_from(homes, setting.placement, traffic, group)
+                mine = traffic if group is None else traffic.select(groups=group)
+                rows = dispatch_rows(setting.placement, mine, homes[numbers[group]])
                 parts = [replace(of, dispatch=rows) for of in parts]
             weighed = [(weight, of) for (weight, _), of in zip(served, parts, strict=True)]
             by_group[group] = _evaluation(Replay(weighed, mixed, setting), traffic, group)
@@ -270,45 +276,21 @@ def evaluate_each(
     return evaluated
 
 
-def _homes(
-    home: ArrayLike | Literal["blocks"], traffic: Traffic, setting: Setting
-) -> NDArray[np.int64]:
-    """Check given homes of tokens, and return them [T]."""
-    if isinstance(traffic, RoutingStatistics):
-        raise ValueError("home needs a trace: statistics have no tokens")
-    if setting.split != "even":
-        raise ValueError(
-            f"home needs split 'even', got {setting.split!r}: others know homes only spread"
-        )
-    return homes_of(home, traffic.tokens, setting.placement.devices)
-
-
-def _rows_from(
-    homes: NDArray[np.int64], placement: Placement, trace: RoutingTrace, group: str | None
-) -> NDArray[np.int64]:
-    """Count the rows of all tokens, or of those of a group, from given homes [L,D,D]."""
-    if group is not None:
-        homes = homes[trace.group == trace.group_names.index(group)]
-        trace = trace.select(groups=group)
-    return dispatch_rows(placement, trace, homes)
-
-
 def _evaluation(of: Replay, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = of.setting.topology, of.rows()
     values: dict[str, Any] = {name: figure.compute(of) for name, figure in FIGURES.items()}
+    per_layer = [
+        tuple(np.sum([weight * each.mean(axis=0) for weight, each in windowed], axis=0).tolist())
+        for windowed in (of.imbalances, of.times)
+        if windowed
+    ]
     return Evaluation(
         **values,
-        imbalance_per_layer=_per_layer(of.imbalances),
+        imbalance_per_layer=per_layer[0],
         imbalance_per_window=tuple(of.imbalances[0][1].mean(axis=1).tolist()),
-        predicted_us_per_layer=_per_layer(of.times) if of.times else None,
+        predicted_us_per_layer=per_layer[1] if of.times else None,
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
         replayed=Replayed(traffic, of.setting, group),
     )
-
-
-def _per_layer(windowed: Weighed) -> tuple[float, ...]:
-    """Average figures of windows and layers [W,L] over windows, by weight."""
-    means = [weight * each.mean(axis=0) for weight, each in windowed]
-    return tuple(np.sum(means, axis=0).tolist())

@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moetuner._checks import instance, is_number, listed, one_of, seed_in, shown, whole_number
+from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.by_unit import of_traffic
-from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
     FEWEST,
     RESAMPLES,
-    Interval,
-    Paired,
+    Change,
+    Spread,
     holm,
     paired,
 )
@@ -39,39 +38,12 @@ from moetuner.trace import RoutingTrace
 WINDOW = 512
 
 
-class Change(NamedTuple):
-    """One measure of one group, under a placement and under the baseline.
-
-    Parameters
-    ----------
-    value, baseline
-        The measure under both; lower is better for all of them.
-    change
-        Relative: 0.1 is ten percent worse. None where the baseline is 0.
-    behind
-        How much less of an improvement this is than that of the group which gains most surely (by
-        the upper end of its interval): the difference of their changes. None for that group itself,
-        without groups, and where either has too few units.
-    chance, behind_chance
-        How likely an audit is to name anything at all that got worse, or is behind, as surely as
-        this, if nothing really is: corrected for everything that could have been named. 1 where
-        the change is none, or there are too few units.
-    """
-
-    value: Interval
-    baseline: Interval
-    change: Interval | None
-    behind: Interval | None = None
-    chance: float = 1.0
-    behind_chance: float = 1.0
-
-
 class Finding(NamedTuple):
     """A group that a placement serves worse in one measure."""
 
     group: str
     measure: str
-    change: Interval
+    change: Spread
     chance: float
 
 
@@ -126,15 +98,15 @@ class Audit(Frozen):
     def _findings(
         self, which: str, chance: str, than: float, measures: tuple[str, ...]
     ) -> list[Finding]:
-        if not is_number(than):
-            raise ValueError(f"than must be a finite number, got {shown(than)}")
-        measures = tuple(listed("measures", measures, "names"))
+        if not check.is_number(than):
+            raise ValueError(f"than must be a finite number, got {check.shown(than)}")
+        measures = tuple(check.listed("measures", measures, "names"))
         for measure in measures:
-            one_of("measures", measure, self.whole)
+            check.one_of("measures", measure, self.whole)
         findings = []
         for group, changes in (self.groups or {"all": self.whole}).items():
             for measure in measures or self.whole:
-                change: Interval | None = getattr(changes[measure], which)
+                change: Spread | None = getattr(changes[measure], which)
                 surely = getattr(changes[measure], chance)
                 if change is None or change.low is None or surely > 1 - CONFIDENCE:
                     continue
@@ -145,11 +117,12 @@ class Audit(Frozen):
     def _repr_html_(self) -> str:
         head = ("measure", "group", "baseline", "placement", "change", "from", "to")
         by_group = {"all": self.whole, **self.groups}
-        rows = [
-            (measure, group, of.baseline.value, of.value.value, *(of.change or "---"))
-            for measure in self.whole
-            for group, of in ((group, changes[measure]) for group, changes in by_group.items())
-        ]
+        rows: list[tuple[Any, ...]] = []
+        for measure in self.whole:
+            for group, changes in by_group.items():
+                value, baseline, change = changes[measure][:3]
+                ends = (None, None, None) if change is None else change.to_dict().values()
+                rows.append((measure, group, baseline.value, value.value, *ends))
         return html_table(head, rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,18 +209,18 @@ def audit(
     """
     topology = topology_of(placement, topology)
     baseline = contiguous(placement) if baseline is None else baseline
-    instance("baseline", baseline, Placement)
-    whole_number("window", window)
+    check.instance("baseline", baseline, Placement)
+    check.whole_number("window", window)
     how = (window, split, cost_model, regime, arrival, False, 0, threads)
     settings = [Setting(each, topology, *how) for each in (placement, baseline)]
     for setting in settings:
         check_model(setting.placement, traffic, topology)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
-    whole_number("resamples", resamples, highest=1 << 20)
+    check.whole_number("resamples", resamples, highest=1 << 20)
     if units is not None:
-        instance("units", units, Units)
-    return _audited(traffic, settings, units, resamples, seed_in(seed))
+        check.instance("units", units, Units)
+    return _audited(traffic, settings, units, resamples, check.seed_in(seed))
 
 
 def audit_of(before: Evaluation, after: Evaluation, units: Units | None = None) -> Audit:
@@ -276,27 +249,14 @@ def _audited(
     }
     whole = resampled.pop(None)
     groups = {name: of for name, of in resampled.items() if name is not None}
-    named = groups or {"all": whole}
-    judged, numbers = _judged(named), {name: _units(of) for name, of in named.items()}
+    judged = _judged(groups or {"all": whole})
+    numbers = {name: next(iter(of.values())).value.units for name, of in judged.items()}
     return Audit(
-        {name: _change(of) for name, of in whole.items()} if groups else judged["all"],
+        whole if groups else judged["all"],
         judged if groups else {},
-        (units.name, _units(whole)),
+        (units.name, next(iter(whole.values())).value.units),
         {name: number for name, number in numbers.items() if number < FEWEST},
         units.blocks.length,
-    )
-
-
-def compared(audited: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
-    """Return what a change brings to all traffic; None where the baseline has none of a measure."""
-    of = audited.whole[measure]
-    if of.change is None:
-        return None
-    low, high = (None if end is None else -end for end in (of.change.high, of.change.low))
-    return Comparison(
-        *(measure, of.baseline.value, of.value.value, -of.change.value, low, high),
-        units=audited.units[1],
-        names=names,
     )
 
 
@@ -311,22 +271,9 @@ def blocks(layers: int, experts: int, devices: int) -> Placement:
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
-def _units(figures: dict[str, Paired]) -> int:
-    return next(iter(figures.values())).value.units
-
-
-def _change(of: Paired) -> Change:
-    return Change(
-        of.value.interval, of.baseline.interval, None if of.change is None else of.change.interval
-    )
-
-
-def _judged(groups: dict[str, dict[str, Paired]]) -> dict[str, dict[str, Change]]:
+def _judged(groups: dict[str, dict[str, Change]]) -> dict[str, dict[str, Change]]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
-    changes = {
-        group: {name: _change(of) for name, of in figures.items()}
-        for group, figures in groups.items()
-    }
+    judged = {group: dict(of) for group, of in groups.items()}
     questions: list[tuple[str, str, str]] = []
     chances: list[float] = []
     for measure in next(iter(groups.values())):
@@ -336,16 +283,16 @@ def _judged(groups: dict[str, dict[str, Paired]]) -> dict[str, dict[str, Change]
             if (change := of[measure].change) is not None and change.is_enough
         }
         # Best is whose gain is surest: a small group may seem to gain most by chance.
-        best = min(enough, key=lambda group: enough[group].interval.high or 0.0, default="")
+        best = min(enough, key=lambda group: enough[group].high or 0.0, default="")
         for group, own in enough.items():
             questions.append((group, measure, "chance"))
             chances.append(own.chance)
             if group != best:
                 behind = own - enough[best]
-                changes[group][measure] = changes[group][measure]._replace(behind=behind.interval)
+                judged[group][measure] = judged[group][measure]._replace(behind=behind)
                 questions.append((group, measure, "behind_chance"))
                 # The best was picked out of all others, for being far from this one.
                 chances.append(min((len(enough) - 1) * behind.chance, 1.0))
     for (group, measure, which), chance in zip(questions, holm(chances), strict=True):
-        changes[group][measure] = changes[group][measure]._replace(**{which: chance})  # type: ignore[arg-type]
-    return changes
+        judged[group][measure] = judged[group][measure]._replace(**{which: chance})  # type: ignore[arg-type]
+    return judged

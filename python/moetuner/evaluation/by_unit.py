@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moetuner.evaluation import figures
 from moetuner.evaluation.arrival import in_order, orders
 from moetuner.evaluation.intervals import Sums
-from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of
+from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of, members
 from moetuner.evaluation.units import INDEPENDENT, Blocks, Units, with_runs
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -44,7 +44,7 @@ BySums = dict[str | None, dict[str, Sums]]
 def of_traffic(
     traffic: Traffic, setting: Setting, units: Units, *, only_whole: bool = False
 ) -> BySums:
-    """Return figures of all traffic (None: a group may have any name) and of every group.
+    """Return figures of all traffic (None) and of every group that has some.
 
     Their units are whole sequences, or kinds of them, where sequences are known, else windows.
     """
@@ -56,24 +56,19 @@ def of_traffic(
     parts = [_in_one_order(in_order(traffic, of), setting, units, only_whole) for _, of in served]
     if len(parts) == 1:
         return parts[0]
-    weights = [weight for weight, _ in served]
-    return {
-        group: {
-            name: _weighed([part[group][name] for part in parts], weights)
-            for name in parts[0][group]
-        }
-        for group in parts[0]
-    }
-
-
-def _weighed(parts: list[Sums], weights: list[float]) -> Sums:
-    """Return a figure of several orders of arrival by weight; their units are the same."""
-    columns = [(np.asarray(of.value), *of.by_unit()) for of in parts]
-    value, above, below = (
-        np.sum([weight * each for weight, each in zip(weights, column, strict=True)], axis=0)
-        for column in zip(*columns, strict=True)
-    )
-    return Sums(float(value), above, below, parts[0].blocks)
+    weights = np.array([weight for weight, _ in served])
+    weighed: BySums = {}
+    for group, figures_of in parts[0].items():
+        weighed[group] = {}
+        for name in figures_of:
+            of = [part[group][name] for part in parts]
+            above, below = (
+                weights @ np.stack(each)
+                for each in zip(*(one.by_unit() for one in of), strict=True)
+            )
+            value = float(weights @ [one.value for one in of])
+            weighed[group][name] = Sums(value, above, below, of[0].blocks)
+    return weighed
 
 
 def _in_one_order(traffic: Traffic, setting: Setting, units: Units, only_whole: bool) -> BySums:
@@ -88,15 +83,11 @@ def _in_one_order(traffic: Traffic, setting: Setting, units: Units, only_whole: 
             }
             for group, counts in groups.items()
         }
-    crossing = crossings(setting, traffic)
-    by_group = {}
-    for name, counts in groups.items():
-        tokens = np.arange(traffic.tokens)
-        if name is not None:
-            tokens = np.flatnonzero(traffic.group == traffic.group_names.index(name))
-        crossed = None if crossing is None else crossing[tokens]
-        by_group[name] = _Part(traffic, tokens, counts, setting).sums(units, crossed)
-    return by_group
+    crossing, tokens = crossings(setting, traffic), members(traffic)
+    return {
+        name: _Part(traffic, tokens[name], counts, setting).sums(units, crossing)
+        for name, counts in groups.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -109,10 +100,7 @@ class _Part:
     setting: Setting
 
     def sums(self, units: Units, crossing: Floats | None) -> dict[str, Sums]:
-        """Compute what every unit adds; a cut is what a window has of a unit.
-
-        ``crossing`` is the share of every token's pairs that cross [t].
-        """
+        """Compute what every unit adds, also of crossings of tokens [T]; a cut is in one window."""
         topology = self.setting.topology
         window = np.arange(len(self.tokens)) // (self.setting.window or max(len(self.tokens), 1))
         sequence = self.trace.sequence
@@ -125,8 +113,13 @@ class _Part:
         window_of_cut, unit_of_cut = np.divmod(cut, number)
         share = size / lengths[window_of_cut]
         whole = of_windows(self.counts, self.setting) | of_tokens(self.counts, lengths, topology)
+
+        def sums(place: Whole, values: Floats) -> Floats:
+            return np.bincount(place, values).astype(np.float64)
+
+        crossed = np.empty(0) if crossing is None else crossing[self.tokens]
         if crossing is not None:
-            whole["crossing"] = _sums(window, crossing), lengths.astype(np.float64)
+            whole["crossing"] = sums(window, crossed), lengths.astype(np.float64)
         cuts = {
             name: (above[window_of_cut] * share, below[window_of_cut] * share)
             for name, (above, below) in whole.items()
@@ -144,7 +137,7 @@ class _Part:
             for name, (above, _) in of_tokens(counts, size[some], topology).items():
                 cuts[name][0][some] = above
         if crossing is not None:
-            cuts["crossing"] = _sums(cut_of_token, crossing), cuts["crossing"][1]
+            cuts["crossing"] = sums(cut_of_token, crossed), cuts["crossing"][1]
         blocks = units.blocks
         if sequence is not None:
             # Sequences that stand for runs of alike tokens cut some of these.
@@ -199,8 +192,8 @@ class _Part:
             experts = (self.setting.placement.slots >= 0).sum(axis=2)
             active = whole.active[window]
             before = np.maximum(whole.load[window], 1e-300)
-            idle = 1 - active / np.maximum(experts, 1)
-            active = active * (1 + (load / before - 1) * np.maximum(idle, 0) * (before >= 1))
+            idle = np.maximum(1 - active / np.maximum(experts, 1), 0)
+            active = active * (1 + (load / before - 1) * idle * (before >= 1))
         if counts.node_visits is not None and whole.node_visits is not None:
             nodes = moved(counts.node_visits, whole.node_visits)
         # Homes are known of all windows together, and stay what they are.
@@ -209,10 +202,6 @@ class _Part:
         return replace(
             counts, load=load, visits=visits, node_visits=nodes, dispatch=dispatch, active=active
         )
-
-
-def _sums(place: Whole, values: Floats, places: int = 0) -> Floats:
-    return np.bincount(place, values, places).astype(np.float64)
 
 
 def of_windows(counts: Counts, setting: Setting) -> Measures:
@@ -240,10 +229,7 @@ def by_position(setting: Setting) -> Setting:
 
 
 def crossings(setting: Setting, trace: RoutingTrace) -> Floats | None:
-    """Compute the share of every token's pairs of neighbouring layers that cross [T].
-
-    None for a model of one layer.
-    """
+    """Compute the share of every token's pairs of neighbouring layers that cross [T], if any."""
     if trace.layers < 2:
         return None
     replay, pairs, first = by_position(setting).labelled(trace, 1, 1), np.empty(trace.tokens), 0

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from moetuner._checks import instance, not_negative
-from moetuner.evaluation import Evaluation
+from moetuner.evaluation import Evaluation, Replayed
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.intervals import FEWEST, Paired, Spread, mean_interval, paired
+from moetuner.evaluation.intervals import FEWEST, Change, Spread, mean_interval, paired
 from moetuner.evaluation.units import Units, likeness, units_of
 from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
@@ -69,11 +69,6 @@ class Comparison(Frozen):
     price: float = PRICE
     splits: tuple[float, ...] = ()
     names: tuple[str, str] = ("before", "after")
-
-    @property
-    def mean(self) -> float:
-        """Mean gain over splits."""
-        return self.gain
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -224,7 +219,10 @@ def compare(
     seed
         Of the resamples.
     """
-    resampled = [_paired(before, after, units, seed) for before, after in splits]
+    resampled = []
+    for pair in splits:
+        both = [each.replayed for each in pair if each.replayed is not None]
+        resampled.append(({}, 0) if len(both) < 2 else _paired(both, units, seed))
     comparisons = {}
     alike = 1.0 if units is None else likeness(share, units)
     for measure in measures or resampled[0][0]:
@@ -234,7 +232,7 @@ def compare(
             change = figures[measure].change if measure in figures else None
             spread = -change if change else Spread(0.0, np.empty(0), 1.0, number)
             spreads.append(replace(spread, value=1 - after / before if before else 0.0))
-        gain, low, high = mean_interval([each.interval for each in spreads], alike)
+        gain, low, high = mean_interval(spreads, alike)
         before, after = np.mean(values, axis=0).tolist()
         comparisons[measure] = Comparison(
             *(measure, before, after, gain, low, high),
@@ -245,29 +243,26 @@ def compare(
 
 
 def _paired(
-    before: Evaluation, after: Evaluation, units: Units | None, seed: int
-) -> tuple[dict[str, Paired], int]:
+    both: Sequence[Replayed], units: Units | None, seed: int
+) -> tuple[dict[str, Change], int]:
     """Resample two evaluations of the same traffic together; return how many units it has, too."""
-    both = [each.replayed for each in (before, after) if each.replayed is not None]
-    if len(both) < 2:
-        return {}, 0
     if units is None:
         setting = both[1].setting
         units = units_of(both[1].traffic, window=setting.window, threads=setting.threads)
     # A group alone would be all of its traffic, but copies look at a token's place in all.
-    sums = [
+    before, after = (
         of_traffic(of.traffic, of.setting, units, only_whole=of.group is None)[of.group]
         for of in both
-    ]
+    )
     sizes = [
         f"{of.traffic.tokens} tokens"
         if isinstance(of.traffic, RoutingTrace)
         else f"{of.traffic.windows} windows"
         for of in both
     ]
-    units_of_both = [len(of["imbalance"].by_unit()[0]) for of in sums]
-    if sizes[0] != sizes[1] or units_of_both[0] != units_of_both[1]:
+    number, other = (len(of["imbalance"].by_unit()[0]) for of in (before, after))
+    if sizes[0] != sizes[1] or number != other:
         raise ValueError(
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )
-    return paired(sums[1], sums[0], rng=np.random.default_rng(seed)), units.number
+    return paired(after, before, rng=np.random.default_rng(seed)), units.number

@@ -1,4 +1,4 @@
-"""Which copy of an expert serves a token: the expected shares, where tokens are not replayed.
+"""What is expected where tokens are not replayed: shares of copies, and what follows of them.
 
 Engines differ: ``even`` hashes the token's position (vLLM), ``nearest`` takes the copy on the
 token's home device, else those of its node, else all, evenly (SGLang's static dispatch),
@@ -7,36 +7,23 @@ token's home device, else those of its node, else all, evenly (SGLang's static d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import one_of
 from moetuner.evaluation.blocks import by_block
 from moetuner.placement import EMPTY, Placement
+from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
 
 Split = Literal["even", "nearest", "round_robin"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 Floats = NDArray[np.float64]
-
-
-def check(split: str) -> None:
-    """Raise unless it is the name of a split."""
-    one_of("split", split, SPLITS)
-
-
-def shares(placement: Placement, topology: Topology, split: Split) -> Floats:
-    """Compute the share of every expert's tokens that a device serves [L,D,E]."""
-    holders = placement.held.astype(np.float64)
-    if split != "nearest" or not placement.has_copies:
-        even: Floats = holders / holders.sum(axis=1, keepdims=True)
-        return even
-    return np.stack([share.mean(axis=0) for share in by_home(placement, topology)])
 
 
 def slot_shares(placement: Placement, topology: Topology, split: Split) -> Floats:
@@ -47,8 +34,8 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
         number = placement.replicas[layer, expert]
         return np.divide(1.0, number, out=np.zeros(slots.shape), where=slots != EMPTY)
     device = np.arange(placement.devices)[None, :, None]
-    share = shares(placement, topology, split)[layer, device, expert]
-    return np.where(slots == EMPTY, 0.0, share)
+    share = np.stack([of.mean(axis=0) for of in by_home(placement, topology)])
+    return np.where(slots == EMPTY, 0.0, share[layer, device, expert])
 
 
 def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
@@ -74,3 +61,99 @@ def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
         share[home, :, expert] = 0
         share[home, home, expert] = 1
         yield share
+
+
+def visits(
+    placement: Placement,
+    topology: Topology,
+    split: Split,
+    sets: Sequence[ExpertSets],
+    threads: int | None = None,
+) -> tuple[Floats, Floats]:
+    """Return tokens that visit every device [L,D], and every node [L,N].
+
+    With split ``even`` one hash of a token chooses the copies of all its experts, as the replay and
+    engines have it: two experts with equally many copies take the same one. With others, copies are
+    taken to be chosen independently of each other.
+    """
+    tables = [(of.ids, of.counts) for of in sets]
+    slots = (placement.slots, slot_shares(placement, topology, split))
+    return _core.expected_visits(
+        slots,
+        placement.num_experts,
+        topology.node_of_device.tolist(),
+        tables,
+        hashed=split == "even",
+        threads=threads,
+    )
+
+
+def followed(
+    placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
+) -> Floats:
+    """Return pairs of neighbouring layers' experts by their devices [L-1,D,D].
+
+    A token has one home in all layers; apart from that, copies are taken to be chosen independently
+    of each other.
+    """
+    if split != "nearest" or not placement.has_copies:
+        share = slot_shares(placement, topology, split)
+        return _core.expected_followed((placement.slots, share), transitions)
+    tables = transitions.astype(np.float64)
+    pairs = np.empty((len(tables), placement.devices, placement.devices))
+    for layer, (here, there) in enumerate(pairwise(by_home(placement, topology))):
+        moved = np.matmul(np.matmul(here, tables[layer]), there.transpose(0, 2, 1))
+        pairs[layer] = moved.mean(axis=0)
+    return pairs
+
+
+def dispatched(
+    placement: Placement,
+    topology: Topology,
+    split: Split,
+    visits: NDArray[Any],
+    expert_load: NDArray[Any] | None,
+) -> Floats:
+    """Compute rows [L,D,D] from homes that are spread evenly, given visits [L,D].
+
+    Where a home has preferences the rows of a device come from homes in proportion to the tokens
+    that they send to its experts, of which there are so many in every window [W,L,E].
+    """
+    devices = placement.devices
+    if split != "nearest":
+        rows = np.repeat(visits[:, None, :] / devices, devices, axis=1)
+    else:
+        assert expert_load is not None
+        of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
+        rows = np.empty((placement.layers, devices, devices))
+        for layer, share in enumerate(by_home(placement, topology)):
+            pairs = share @ of_expert[layer]
+            served = np.maximum(pairs.sum(axis=0), 1e-300)
+            rows[layer] = pairs * (visits[layer] / served)
+    rows[:, np.arange(devices), np.arange(devices)] = 0
+    return rows
+
+
+def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
+    """Return experts of every device that have a token, or are expected to [W,L,D].
+
+    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them. Whole
+    numbers take as few bytes as hold them.
+    """
+
+    def counted(load: NDArray[Any]) -> NDArray[Any]:
+        return served(placement, share, load > 0).astype(np.uint16)
+
+    def by_chance(load: NDArray[Any]) -> NDArray[Any]:
+        experts = np.empty((len(load), placement.layers, placement.devices))
+        for layer, slots in enumerate(placement.slots):
+            device, slot = np.nonzero(slots != EMPTY)
+            tokens = load[:, layer, slots[device, slot]].astype(np.float64)
+            # A copy with a share of the tokens is idle if all of them go to others.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                rest = np.log1p(-share[layer, device, slot])
+                busy = np.where(tokens > 0, 1 - np.exp(tokens * rest), 0.0)
+            experts[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
+        return experts
+
+    return by_block(expert_load, by_chance if placement.has_copies else counted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -130,14 +130,6 @@ def mean(parts: Weighed) -> float | None:
     return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
 
 
-def _percentile(percent: int) -> Figure:
-    return Figure(
-        *(f"p{percent}", 1, f"time that {percent} percent of layers and windows do not exceed"),
-        lambda of: percentile(of.times, percent) if of.times else None,
-        unit=US,
-    )
-
-
 # Every figure by its field of an evaluation, which is its key in JSON; in the order of tables.
 FIGURES = {
     "tokens": Figure("tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
@@ -200,7 +192,14 @@ FIGURES = {
         unit=US,
         per="window",
     ),
-    **{f"predicted_layer_us_p{percent}": _percentile(percent) for percent in (50, 95, 99)},
+    **{
+        f"predicted_layer_us_p{share}": Figure(
+            *(f"p{share}", 1, f"time that {share} percent of layers and windows do not exceed"),
+            partial(lambda share, of: percentile(of.times, share) if of.times else None, share),
+            unit=US,
+        )
+        for share in (50, 95, 99)
+    },
 }
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation.units import INDEPENDENT, Blocks
+from moetuner.frozen import Frozen
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -32,17 +33,11 @@ FEWEST = 5
 DRAWN = 1 << 22
 # 95 % of normal variates do not exceed this in size.
 NORMAL = 1.959963984540054
+# Points and weights of Gauss and Legendre, exact to rounding for densities of Student's t.
+GAUSS = np.polynomial.legendre.leggauss(64)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-
-
-class Interval(NamedTuple):
-    """A figure and its interval of 95 %; None where it has none."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 class Sums(NamedTuple):
@@ -83,8 +78,8 @@ class Sums(NamedTuple):
         return self.above / above - self.below / below
 
 
-@dataclass(frozen=True)
-class Spread:
+@dataclass(frozen=True, eq=False, repr=False)
+class Spread(Frozen):
     """A figure, and how far from it the truth may be.
 
     Parameters
@@ -109,16 +104,29 @@ class Spread:
         """Whether there are units enough to conclude anything."""
         return self.units >= FEWEST and self.deviations.size > 1
 
-    @property
-    def interval(self) -> Interval:
-        """Percentiles of the resamples, widened by Student's t."""
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """Percentiles of the resamples, widened by Student's t; None where it has none."""
         if self.deviations.size < 2:
-            return Interval(self.value, None, None)
+            return None
         outside = (1 - CONFIDENCE) / 2
         below, above = np.quantile(self.deviations, [outside, 1 - outside])
         wider = quantile(outside, self.freedom) / NORMAL
-        low, high = self.value + wider * below, self.value + wider * above
-        return Interval(self.value, float(low), float(high))
+        return float(self.value + wider * below), float(self.value + wider * above)
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of its interval of 95 %."""
+        return self.interval and self.interval[0]
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of its interval of 95 %."""
+        return self.interval and self.interval[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figure and its interval as JSON values."""
+        return {"value": self.value, "low": self.low, "high": self.high}
 
     @property
     def chance(self) -> float:
@@ -154,7 +162,7 @@ def drawn(columns: Floats, resamples: int, rng: np.random.Generator, length: int
     if length > 1:
         summed = np.cumsum(np.concatenate([np.zeros((1, columns.shape[1])), *2 * [columns]]), 0)
         columns = summed[length : length + units] - summed[:units]
-    blocks, at_once = _blocks_drawn(units, length), max(DRAWN // units, 1)
+    blocks, at_once = max(round(units / length), 1), max(DRAWN // units, 1)
     sums = []
     for first in range(0, resamples, at_once):
         size = min(at_once, resamples - first)
@@ -163,24 +171,31 @@ def drawn(columns: Floats, resamples: int, rng: np.random.Generator, length: int
     return totals
 
 
-def _blocks_drawn(units: int, length: int) -> int:
-    return max(round(units / length), 1)
-
-
-class Paired(NamedTuple):
-    """A figure under a placement and a baseline that see the same resamples.
+class Change(NamedTuple):
+    """A figure under a placement and under a baseline, which see the same resamples.
 
     Parameters
     ----------
     value, baseline
-        The figure under both.
+        The figure under both; lower is better for all of them.
     change
-        Relative change; None where the baseline is 0.
+        Relative: 0.1 is ten percent worse. None where the baseline is 0.
+    behind
+        Of a group, how much less of an improvement this is than that of the group which gains most
+        surely (by the upper end of its interval): the difference of their changes. None for that
+        group itself, without groups, and where either has too few units.
+    chance, behind_chance
+        How likely an audit is to name anything at all that got worse, or is behind, as surely as
+        this, if nothing really is: corrected for everything that could have been named. 1 where
+        the change is none, or there are too few units.
     """
 
     value: Spread
     baseline: Spread
     change: Spread | None
+    behind: Spread | None = None
+    chance: float = 1.0
+    behind_chance: float = 1.0
 
 
 def paired(
@@ -189,7 +204,7 @@ def paired(
     *,
     resamples: int = RESAMPLES,
     rng: np.random.Generator,
-) -> dict[str, Paired]:
+) -> dict[str, Change]:
     """Compare every figure of two placements on the same units."""
     both = {name: (placement[name], baseline[name]) for name in placement if name in baseline}
     added = [each for pair in both.values() for of in pair for each in of.by_unit()]
@@ -198,24 +213,25 @@ def paired(
     # The last row is of every unit once.
     sums = drawn(columns, resamples, rng, min(blocks.length, len(columns)))
     sums = np.concatenate([sums, columns.sum(axis=0, keepdims=True)])
-    pairs = {}
+    changes = {}
     for number, (name, (mine, theirs)) in enumerate(both.items()):
         with np.errstate(divide="ignore", invalid="ignore"):
             now, before = (sums[:, at] / sums[:, at + 1] for at in (4 * number, 4 * number + 2))
             ratio = now / before - 1
         influences = [of.influence() for of in (mine, theirs)]
+        value, baseline_value = (
+            _spread(mine, of.value, samples, influence)
+            for of, samples, influence in zip(
+                (mine, theirs), (now, before), influences, strict=True
+            )
+        )
         change = None
         if theirs.value > 0 and before[-1] > 0:
-            apart = None
-            if influences[0] is not None and influences[1] is not None:
-                apart = influences[0] - influences[1]
+            one, other = influences
+            apart = None if one is None or other is None else one - other
             change = _spread(mine, mine.value / theirs.value - 1, ratio, apart)
-        pairs[name] = Paired(
-            _spread(mine, mine.value, now, influences[0]),
-            _spread(mine, theirs.value, before, influences[1]),
-            change,
-        )
-    return pairs
+        changes[name] = Change(value, baseline_value, change)
+    return changes
 
 
 def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None) -> Spread:
@@ -232,49 +248,39 @@ def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None)
         wider, freedom = _lost(below)
     else:
         worth, length = units / blocks.correlation, min(blocks.length, units)
-        drawn_too_many = _blocks_drawn(units, length) * length / units
+        drawn_too_many = max(round(units / length), 1) * length / units
         wider = math.sqrt((worth / (worth - 1) if worth > 1 else 1.0) * drawn_too_many)
         freedom = max(worth - 1, 1.0)
     wider *= blocks.inflation
     if influence is not None and sums.unit is not None and sums.window is not None:
-        both, fewest = _both_ways(sums.unit, sums.window, influence, freedom)
-        outside = (1 - CONFIDENCE) / 2
-        if both * quantile(outside, fewest) < quantile(outside, freedom):
-            wider, freedom = wider * both, fewest
+        # The variance is that of sequences and that of windows less that of both, which both count.
+        # It is no less than that of windows: what a sequence does in two goes the same way.
+        by_unit = float((np.bincount(sums.unit, influence) ** 2).sum())
+        windows = int((np.bincount(sums.window) > 0).sum())
+        if by_unit > 0 and windows > 1:
+            squares = float((np.bincount(sums.window, influence) ** 2).sum())
+            of_windows = squares * windows / (windows - 1)
+            both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
+            ratio, fewest = math.sqrt(both / by_unit), min(freedom, windows - 1.0)
+            outside = (1 - CONFIDENCE) / 2
+            if ratio * quantile(outside, fewest) < quantile(outside, freedom):
+                wider, freedom = wider * ratio, fewest
     finite = samples[:-1][np.isfinite(samples[:-1])]
     return Spread(value, wider * (finite - samples[-1]), freedom, number)
 
 
-def _both_ways(
-    unit: Integers, window: Integers, influence: Floats, freedom: float
-) -> tuple[float, float]:
-    """Compute by how much deviations of sequences are too large, and the degrees of freedom.
-
-    The variance is that of sequences and that of windows less that of both, which both count; it is
-    no less than that of windows, as what a sequence does in two windows goes the same way.
-    """
-    by_unit = float((np.bincount(unit, influence) ** 2).sum())
-    windows = int((np.bincount(window) > 0).sum())
-    if by_unit <= 0 or windows < 2:
-        return 1.0, freedom
-    of_windows = float((np.bincount(window, influence) ** 2).sum()) * windows / (windows - 1)
-    both = max(by_unit + of_windows - float((influence**2).sum()), of_windows)
-    return math.sqrt(both / by_unit), min(freedom, windows - 1.0)
-
-
-def mean_interval(splits: Sequence[Interval], likeness: float) -> Interval:
-    """Return the mean over splits of a recording, whose errors have a correlation."""
+def mean_interval(
+    splits: Sequence[Spread], likeness: float
+) -> tuple[float, float | None, float | None]:
+    """Return the mean over splits of a recording and its interval; errors have a correlation."""
     value = float(np.mean([each.value for each in splits]))
-    widths = [
-        (each.value - each.low, each.high - each.value)
-        for each in splits
-        if each.low is not None and each.high is not None
-    ]
-    if len(widths) < len(splits):
-        return Interval(value, None, None)
-    narrower = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
-    below, above = narrower * np.mean(widths, axis=0)
-    return Interval(value, value - float(below), value + float(above))
+    ends = [each.interval for each in splits if each.interval is not None]
+    if len(ends) < len(splits):
+        return value, None, None
+    surer = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
+    widths = np.abs(np.array(ends) - [[each.value] for each in splits])
+    below, above = (surer * widths.mean(axis=0)).tolist()
+    return value, value - below, value + above
 
 
 def holm(chances: Sequence[float]) -> list[float]:
@@ -296,13 +302,10 @@ def _lost(weights: Floats) -> tuple[float, float]:
     Units deviate from a mean that is partly their own: the more, the heavier they are. Of equal
     units these are the root of n / (n - 1), and n - 1.
     """
-    total = weights.sum()
-    if len(weights) < 2 or total <= 0:
-        return 1.0, 1.0
-    share = weights / total
+    share = weights / max(weights.sum(), 1e-300)
     squares = float((share**2).sum())
     left = float((share**2 * (1 - 2 * share + squares)).sum())
-    if left <= 0:
+    if len(weights) < 2 or left <= 0:
         return 1.0, 1.0
     return float(np.sqrt(squares / left)), max(1 / squares - 1, 1.0)
 
@@ -319,17 +322,11 @@ def tail(t: float, freedom: float) -> float:
         return 0.0 if t > 0 else 1.0
     begin = math.asinh(abs(t) / math.sqrt(freedom))
     half = (math.acosh(math.cosh(begin) * math.exp(40 / freedom)) - begin) / 2
-    point, weight = _gauss()
+    point, weight = GAUSS
     area = half * float(weight @ np.cosh(begin + half * (1 + point)) ** -freedom)
     log_whole = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2) + math.log(math.pi) / 2
     above = area / math.exp(log_whole)
     return above if t > 0 else 1 - above
-
-
-@cache
-def _gauss() -> tuple[Floats, Floats]:
-    """Return points and weights of Gauss and Legendre, exact to rounding for these densities."""
-    return np.polynomial.legendre.leggauss(64)
 
 
 def quantile(above: float, freedom: float) -> float:

@@ -7,9 +7,12 @@ does, all traffic routes alike and nothing tells prompts apart.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
@@ -38,11 +41,11 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> tuple[Integers |
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if number < 2 * EACH or layers < 1:
         return None, False
-    count = _counts(trace, labels, layers)
-    of_sequence = np.zeros(number, dtype=np.int64)
+    assert trace.sequence is not None
+    label, of_sequence = np.searchsorted(labels, trace.sequence), np.zeros(number, dtype=np.int64)
+    count = loads_by(trace, label, number, layers)
     if trace.group is not None:
-        assert trace.sequence is not None
-        of_sequence[np.searchsorted(labels, trace.sequence)] = trace.group
+        of_sequence[label] = trace.group
     kind, total, all_alike = np.arange(number), 0, True
     for group in np.unique(of_sequence):
         mine = np.flatnonzero(of_sequence == group)
@@ -90,21 +93,22 @@ def _few_kinds(count: Floats) -> Integers | None:
     return kind if typical >= APART * 2 * float(np.median(noise)) else None
 
 
-def _counts(trace: RoutingTrace, labels: NDArray[np.int32], layers: int) -> Floats:
-    """Count tokens of sequences at experts [S,L,E] in evenly spaced layers."""
+def loads_by(
+    trace: RoutingTrace, label: NDArray[Any], number: int, layers: int | None = None
+) -> Floats:
+    """Count load of experts by labels [T] of tokens [N,L,E], in all or so many layers."""
+    layers = trace.layers if layers is None else layers
     chosen = np.unique(np.linspace(0, trace.layers - 1, layers).round().astype(np.int64))
-    assert trace.sequence is not None
-    which = np.searchsorted(labels, trace.sequence)
-    shape = (len(labels), len(chosen), trace.num_experts)
-    counts = np.zeros(int(np.prod(shape)))
+    counter = _core.LabelledReplay(
+        np.tile(np.arange(trace.num_experts, dtype=np.int32)[:, None], (len(chosen), 1, 1)),
+        *(trace.num_experts, trace.top_k, [0] * trace.num_experts),
+        rows=number,
+        most=int(np.bincount(label).max(initial=1)),
+        visits=False,
+    )
     first = 0
     for shard in trace.shards():
-        ids = shard[:, chosen].astype(np.int64)
-        row = which[first : first + len(ids), None] * len(chosen) + np.arange(len(chosen))
-        cell = row[:, :, None] * trace.num_experts + ids
-        # Sequences mostly lie together, and so do their cells.
-        low = int(cell.min())
-        added = np.bincount(cell.ravel() - low)
-        counts[low : low + len(added)] += added
+        of = label[first : first + len(shard)].astype(np.uint32)
+        counter.push(shard.take(chosen, axis=1), of)
         first += len(shard)
-    return counts.reshape(shape)
+    return counter.finish()[0].transpose(1, 0, 2).astype(np.float64)

@@ -16,7 +16,6 @@ from moetuner import _core
 from moetuner._checks import IdArray, flag, instance, one_of, seed_in, threads_in, window_in
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies
-from moetuner.evaluation import expected as expected_
 from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
@@ -68,13 +67,14 @@ class Counts:
 
     def run(self, windows: slice) -> Counts:
         """Return the counts of some windows; what is of all windows together stays."""
+        load, visits, node_visits, active = (
+            None if of is None else of[windows]
+            for of in (self.load, self.visits, self.node_visits, self.active)
+        )
+        assert load is not None
+        assert visits is not None
         return replace(
-            self,
-            load=self.load[windows],
-            mixed=None,
-            visits=self.visits[windows],
-            node_visits=None if self.node_visits is None else self.node_visits[windows],
-            active=None if self.active is None else self.active[windows],
+            self, load=load, mixed=None, visits=visits, node_visits=node_visits, active=active
         )
 
 
@@ -100,12 +100,12 @@ class Setting:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        copies.check(self.split)
         object.__setattr__(self, "window", window_in(self.window))
         object.__setattr__(self, "threads", threads_in(self.threads))
         if self.cost_model is not None:
             hint = ", such as CostModel.preset('h100')"
             instance("cost_model", self.cost_model, CostModel, hint=hint)
+        one_of("split", self.split, copies.SPLITS)
         one_of("regime", self.regime, get_args(Regime))
         flag("mixed", self.mixed)
         seed_in(self.mixed_seed, "mixed_seed")
@@ -155,8 +155,7 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
     """Raise unless placement, traffic and topology are of one model and machine."""
     instance("placement", placement, Placement)
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    experts = traffic.num_experts if isinstance(traffic, RoutingTrace) else traffic.experts
-    shape = (traffic.layers, experts, topology.devices)
+    shape = (traffic.layers, traffic.num_experts, topology.devices)
     given = (placement.layers, placement.num_experts, placement.devices)
     if shape != given:
         raise ValueError(
@@ -165,38 +164,50 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
         )
 
 
+def members(traffic: Traffic) -> dict[str | None, NDArray[np.int64]]:
+    """Return the numbers of all tokens, or windows, and of those of every group that has some.
+
+    All are called None, as a group may have any name.
+    """
+    rows = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
+    of: dict[str | None, NDArray[np.int64]] = {None: np.arange(rows)}
+    if traffic.group is not None:
+        for number, name in enumerate(traffic.group_names):
+            mine = np.flatnonzero(traffic.group == number)
+            if mine.size:
+                of[name] = mine
+    return of
+
+
 def counts_of(
     traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
 ) -> Iterator[dict[str | None, Counts]]:
     """Count traffic, once for all settings, which differ in their placements alone.
 
-    Yields what was counted under each: of all of it (None: a group may have any name), and of every
-    group that has tokens or windows by itself. ``progress`` gets the share of a trace's tokens that
-    were read.
+    Yields what was counted under each, of all ``members``, a group by itself. ``progress`` gets the
+    share of a trace's tokens that were read.
     """
     if isinstance(traffic, RoutingStatistics):
-        yield from (_expected(traffic, setting) for setting in settings)
-    else:
-        yield from _replayed(traffic, settings, progress)
-
-
-def _replayed(
-    trace: RoutingTrace, settings: Sequence[Setting], progress: Callable[[float], None] | None
-) -> Iterator[dict[str | None, Counts]]:
-    _check_table_bytes(trace, settings)
-    parts: dict[str | None, _Part] = {None: _Part(trace, settings, np.arange(trace.tokens))}
-    if trace.group is not None:
-        for number, name in enumerate(trace.group_names):
-            mine = np.flatnonzero(trace.group == number)
-            if mine.size:
-                parts[name] = _Part(trace, settings, mine)
+        for expected in (Expected(traffic, setting) for setting in settings):
+            counts = {
+                name: expected.counts(traffic.window_load[mine])
+                for name, mine in members(traffic).items()
+            }
+            # Which experts meet, in which layers, is only known of all windows together.
+            yield {
+                name: of if name is None else replace(of, tokens=None, follow=None)
+                for name, of in counts.items()
+            }
+        return
+    _check_table_bytes(traffic, settings)
+    parts = {name: _Part(traffic, settings, mine) for name, mine in members(traffic).items()}
     first = 0
-    for shard in trace.shards(SHARD_BYTES, threads=settings[0].threads):
+    for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
         for part in parts.values():
             part.push(shard, first)
         first += len(shard)
         if progress is not None:
-            progress(first / trace.tokens)
+            progress(first / traffic.tokens)
         del shard  # else the next shard is read while this one is still in memory
     for number in range(len(settings)):
         yield {name: part.finish(number) for name, part in parts.items()}
@@ -209,25 +220,38 @@ class _Part:
         self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
     ) -> None:
         self._trace, self._settings, self._tokens = trace, settings, tokens
-        sizes, window = (trace.num_experts, trace.top_k), settings[0].window
+        one, sizes = settings[0], (trace.num_experts, trace.top_k)
+        self._window = one.window or max(len(tokens), 1)
         self._replays = [
             _core.Replay(
                 *(each.placement.slots, *sizes, each.topology.node_of_device.tolist()),
-                window=window,
+                window=one.window,
                 split=each.split,
             )
             for each in settings
         ]
         self._experts: _core.StatisticsCounter | None = None
         self._expert_load: Numbers | None = None
-        if any(each.with_active or each.split == "nearest" for each in settings):
+        if one.with_active or one.split == "nearest":
             self._experts = _core.StatisticsCounter(
-                trace.layers, *sizes, window=window, transitions=False, coactivation=False
+                trace.layers, *sizes, window=one.window, transitions=False, coactivation=False
             )
-        self._place = _mixed_places(trace, settings[0], tokens)
-        self._mixed: list[_core.LabelledReplay] = []
-        if self._place is not None:
-            self._mixed = [_mixed_replay(each, trace, len(tokens)) for each in settings]
+        self._place, self._mixed = np.empty(len(tokens), dtype=np.uint64), []
+        if one.mixed and len(tokens) > self._window:  # one window is the same in any order
+            sequence = None if trace.sequence is None else trace.sequence[tokens]
+            order = mixed_order(sequence, len(tokens), seed=one.mixed_seed)
+            self._place[order] = np.arange(len(tokens), dtype=np.uint64)
+            self._mixed = [self._mixed_replay(each) for each in settings]
+
+    def _mixed_replay(self, setting: Setting) -> _core.LabelledReplay:
+        """Begin to count loads in windows of mixed arrival: of experts where copies take turns."""
+        trace, experts = self._trace, self._trace.num_experts
+        if setting.takes_turns:
+            device_of = np.tile(np.arange(experts), (trace.layers, 1))
+            apart = Placement.from_assignment(device_of, experts)
+            setting = replace(setting, placement=apart, topology=Topology(experts))
+        windows = -(-len(self._tokens) // self._window)
+        return setting.labelled(trace, windows, self._window, visits=False)
 
     def push(self, shard: IdArray, first: int) -> None:
         """Replay those of a shard's tokens that are of this part."""
@@ -241,11 +265,10 @@ class _Part:
             checked = True
         if self._experts is not None:
             self._experts.push(mine, threads, checked=True)
-        if self._place is not None:
-            place = self._place[begin:end]
-            window = (place // (self._settings[0].window or 1)).astype(np.uint32)
-            for mixed in self._mixed:
-                mixed.push(mine, window, threads, positions=place, checked=True)
+        place = self._place[begin:end]
+        for mixed in self._mixed:
+            window = (place // self._window).astype(np.uint32)
+            mixed.push(mine, window, threads, positions=place, checked=True)
 
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
@@ -253,7 +276,7 @@ class _Part:
         tokens, load, follow, visits, node_visits = self._replays[number].finish()
         if self._experts is not None:
             self._expert_load, self._experts = self._experts.finish(setting.threads)[1], None
-        mixed = load if setting.mixed else None  # one window is the same in any order
+        mixed = load if setting.mixed else None
         if self._mixed:
             mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
             mixed = _in_turns(setting.placement, mixed) if setting.takes_turns else mixed
@@ -261,6 +284,26 @@ class _Part:
             *(tokens, load, mixed, visits, node_visits, follow),
             *_of_experts(setting, setting.slot_shares, visits, self._expert_load),
         )
+
+
+def _in_turns(placement: Placement, load: Numbers) -> Numbers:
+    """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [W,L,E].
+
+    Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
+    number is j modulo c.
+    """
+    served = np.zeros((len(load), placement.layers, placement.devices), dtype=np.int64)
+    for layer, slots in enumerate(placement.slots):
+        after = np.cumsum(load[:, layer], axis=0, dtype=np.int64)
+        before = after - load[:, layer]
+        turn_of = np.zeros(placement.num_experts, dtype=np.int64)
+        for device, slot in np.argwhere(slots != EMPTY):
+            expert = slots[device, slot]
+            turn, of = turn_of[expert], placement.replicas[layer, expert]
+            turn_of[expert] += 1
+            ends = [(tokens[:, expert] - 1 - turn) // of for tokens in (after, before)]
+            served[:, layer, device] += ends[0] - ends[1]
+    return served
 
 
 def _of_experts(
@@ -277,69 +320,10 @@ def _of_experts(
     """
     placement, topology, split = setting.placement, setting.topology, setting.split
     of_all = load if total is None else total
-    rows = expected_.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
+    rows = copies.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
     if not setting.with_active or load is None:
         return rows, None
-    return rows, expected_.active(placement, share, load)
-
-
-def _mixed_places(
-    trace: RoutingTrace, setting: Setting, tokens: NDArray[np.int64]
-) -> NDArray[np.uint64] | None:
-    """Return the places of tokens [t] in mixed order, None if they are not asked for.
-
-    Nor are they if all tokens share a window.
-    """
-    if not setting.mixed or setting.window is None or len(tokens) <= setting.window:
-        return None
-    sequence = None if trace.sequence is None else trace.sequence[tokens]
-    place = np.empty(len(tokens), dtype=np.uint64)
-    order = mixed_order(sequence, len(tokens), seed=setting.mixed_seed)
-    place[order] = np.arange(len(tokens), dtype=np.uint64)
-    return place
-
-
-def _mixed_replay(setting: Setting, trace: RoutingTrace, tokens: int) -> _core.LabelledReplay:
-    """Begin to count loads in windows of mixed arrival: of experts where copies take turns."""
-    window, experts = setting.window or 1, trace.num_experts
-    if setting.takes_turns:
-        apart = Placement.from_assignment(np.tile(np.arange(experts), (trace.layers, 1)), experts)
-        setting = replace(setting, placement=apart, topology=Topology(experts))
-    return setting.labelled(trace, -(-tokens // window), window, visits=False)
-
-
-def _in_turns(placement: Placement, load: Numbers) -> Numbers:
-    """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [W,L,E].
-
-    Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
-    number is j modulo c.
-    """
-    served = np.zeros((len(load), placement.layers, placement.devices), dtype=np.int64)
-    for layer, slots in enumerate(placement.slots):
-        after = np.cumsum(load[:, layer], axis=0, dtype=np.int64)
-        before = after - load[:, layer]
-        seen = np.zeros(placement.num_experts, dtype=np.int64)
-        for device, slot in np.argwhere(slots != EMPTY):
-            expert = slots[device, slot]
-            turn, of = seen[expert], placement.replicas[layer, expert]
-            seen[expert] += 1
-            ends = [(tokens[:, expert] - 1 - turn) // of for tokens in (after, before)]
-            served[:, layer, device] += ends[0] - ends[1]
-    return served
-
-
-def _expected(statistics: RoutingStatistics, setting: Setting) -> dict[str | None, Counts]:
-    """Compute what counts lead one to expect, of all windows and of every group that has some."""
-    expected = Expected(statistics, setting)
-    counts: dict[str | None, Counts] = {None: expected.counts(statistics.window_load)}
-    if statistics.group is not None:
-        for number, name in enumerate(statistics.group_names):
-            mine = statistics.group == number
-            if mine.any():
-                # Which experts meet, in which layers, is only known of all windows together.
-                part = expected.counts(statistics.window_load[mine])
-                counts[name] = replace(part, tokens=None, follow=None)
-    return counts
+    return rows, copies.active(placement, share, load)
 
 
 class Expected:
@@ -361,11 +345,11 @@ class Expected:
         placement, topology, split = setting.placement, setting.topology, setting.split
         self._follow: Floats | None = None
         if follows and statistics.transitions is not None:
-            self._follow = expected_.followed(placement, topology, split, statistics.transitions)
+            self._follow = copies.followed(placement, topology, split, statistics.transitions)
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            of_devices, of_nodes = visits or expected_.visits(
+            of_devices, of_nodes = visits or copies.visits(
                 placement, topology, split, statistics.sets, setting.threads
             )
             load = copies.served(placement, self._share, statistics.set_load[None])[0]
@@ -407,12 +391,11 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
 
 def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None:
     window, topology = settings[0].window, settings[0].topology
-    windows = 1 if window is None else max(1, -(-trace.tokens // max(window, 1)))
+    windows = max(1, -(-trace.tokens // (window or max(trace.tokens, 1))))
     width = np.min_scalar_type((window or trace.tokens) * trace.top_k).itemsize
     # Load and visits of devices, visits of nodes, and load in mixed order; while they are put
     # together, some of it twice.
-    columns = len(settings) * 2 * (2 * topology.devices + topology.nodes)
-    columns += 2 * trace.num_experts
+    columns = len(settings) * 2 * (2 * topology.devices + topology.nodes) + 2 * trace.num_experts
     # Once more for groups, whose windows add up to the trace's.
     size = width * windows * trace.layers * columns * (1 if trace.group is None else 2)
     if size > TABLE_LIMIT:

@@ -1,24 +1,18 @@
-"""Rows that a placement moves from device to device, counted token by token from each token's home.
-
-The core has the rule by which a token chooses between copies of an expert; ``copies`` and ``mixed``
-state it in tables and tensors, for the layer in ``moetuner.torch``.
-"""
+"""Rows that a placement moves from device to device, token by token from each token's home."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
 from moetuner._checks import array_in, instance, one_of, shown, whole_number
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.trace import RoutingTrace
 
 LayerSplit = Literal["even", "nearest"]
-
-LOW = 0xFFFFFFFF  # the low 32 bits
 
 
 def dispatch_rows(
@@ -102,65 +96,17 @@ def dispatch_rows(
             checked=trace.ids.fresh,
         )
         first += len(shard)
-    _, rows, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    _, visits, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    rows = visits
     if devices_per_node is not None:
-        rows = _through_nodes(rows, to_nodes)
+        rows, nodes = np.zeros_like(visits), np.arange(to_nodes.shape[2])
+        for own in device:
+            # The device of every node that has the home's number in its own.
+            relay = nodes * size + own % size
+            rows[:, own, relay] += to_nodes[:, own]
+            rows[:, relay[device // size], device] += visits[:, own]
     rows[:, device, device] = 0
     return rows
-
-
-def copies(
-    slots: NDArray[np.int32], experts: int, *, near: int | None = None, node: int = 1
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """List the slots that may serve each expert of a layer.
-
-    Parameters
-    ----------
-    slots
-        Expert ids [D,S] of a layer, -1 for an empty slot.
-    experts
-        Experts of the layer, E.
-    near
-        Device that prefers its own copy, then those of its node; None to take all copies.
-    node
-        Devices of a node.
-
-    Returns
-    -------
-    tuple of ndarray
-        Slots ``device * S + slot`` in ascending order [E,R], filled up with the first, and how many
-        of them count [E]. A token at a position takes number ``mixed(position) % count``.
-    """
-    width = slots.shape[1]
-    flat = slots.reshape(-1)
-    filled = np.flatnonzero(flat != EMPTY)
-    lists = [filled[flat[filled] == expert] for expert in range(experts)]
-    if near is not None:
-        for expert, mine in enumerate(lists):
-            device = mine // width
-            for close in (device == near, device // node == near // node):
-                if close.any():
-                    lists[expert] = mine[close]
-                    break
-    count = np.array([len(mine) for mine in lists], dtype=np.int64)
-    table = np.empty((experts, int(count.max())), dtype=np.int64)
-    for expert, mine in enumerate(lists):
-        table[expert] = mine[0]
-        table[expert, : len(mine)] = mine
-    return table, count
-
-
-def mixed(position: Any) -> Any:
-    """Compute the 32 bits that choose between copies at a position, in arrays or tensors of int64.
-
-    The last step of MurmurHash3: neighbouring positions differ in every bit, the low ones and the
-    high ones alike, so that the remainder by any number of copies is evenly spread.
-    """
-    # Products may wrap around; their low 32 bits are right all the same.
-    bits = position & LOW
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & LOW
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & LOW
-    return bits ^ (bits >> 16)
 
 
 def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int64]:
@@ -203,19 +149,3 @@ def _positions(given: ArrayLike, tokens: int, name: str = "position") -> NDArray
             f"{name} must be integers [{tokens}], got {numbers.dtype} {list(numbers.shape)}"
         )
     return numbers.astype(np.int64)
-
-
-def _through_nodes(visits: NDArray[np.int64], to_nodes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Compute rows [L,D,D] that cross to a node once and fan out inside.
-
-    Of visits of devices [L,home,D] and nodes [L,home,N].
-    """
-    nodes, device = np.arange(to_nodes.shape[2]), np.arange(visits.shape[2])
-    size = len(device) // len(nodes)
-    rows = np.zeros_like(visits)
-    for home in device:
-        # The device of every node that has the home's number in its own.
-        relay = nodes * size + home % size
-        rows[:, home, relay] += to_nodes[:, home]
-        rows[:, relay[device // size], device] += visits[:, home]
-    return rows

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import shown
-from moetuner.plugins.agreement import Agreement, Group, Post, Verdict
+from moetuner.plugins.agreement import Agreement, Group, Post
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, checksum_of
-from moetuner.plugins.log import Log
+from moetuner.plugins.log import Log, line_of
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.settings import Settings, complaints
 
@@ -79,11 +80,6 @@ class Balancer:
         if balancer is not None and balancer.files.error:
             log.warn(f"{balancer.files.error}; {engine} decides by itself", rank)
         return balancer
-
-    @property
-    def decides(self) -> bool:
-        """Whether maps are asked of it, not records alone."""
-        return self.settings.decides
 
     @property
     def purpose(self) -> str:
@@ -149,13 +145,16 @@ class Balancer:
         quiet
             Whether the same decision follows, and says what it does.
         """
-        if self._off or not self.decides:
+        if self._off or not self.settings.decides:
             return None
-        self._look()
+        if self.settings.reload is not None and not self._looks:
+            # In the process that decides, once.
+            self._looks = True
+            threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
         arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
         while True:
             begin, pending = time.perf_counter(), self._pending
-            answer, said, post = self._outcome(arguments, model, form, pending)
+            decided, post = self._outcome(arguments, model, form, pending)
             verdict = self._agreement.verdict(group, post, wait)
             if verdict.do != "reload" or pending is None:
                 break
@@ -163,18 +162,19 @@ class Balancer:
             if self._pending is pending:
                 self._pending = None
             self.log.say(f"read its files again: {self.purpose}", rank)
-        if verdict.do == "take":
-            if not quiet:
-                assert said is not None
-                took = time.perf_counter() - begin
-                case, slots, source = said
-                # A copy, as an engine goes on with its arrays, and may reset them.
-                case = replace(case, windows=case.load[None])
-                failure = "a decision is not described"
-                self._later(failure, self._describe, case, slots, source, rank, took)
-            return answer
-        self._fall_back(verdict)
-        return None
+        if verdict.do != "take" or decided is None:
+            self._off = verdict.do == "off"
+            until = " from now on" if self._off else ""
+            text = f"all ranks take the engine's own map{until}: {verdict.reason}"
+            self.log.warn(text, int(not verdict.speaks))
+            return None
+        answer, case, slots, source = decided
+        if not quiet:
+            # A copy, as an engine goes on with its arrays, and may reset them.
+            case, took = replace(case, windows=case.load[None]), time.perf_counter() - begin
+            what = case, slots, source, rank, took
+            self._later("a decision is not described", self._describe, *what)
+        return answer
 
     def _outcome(
         self,
@@ -182,8 +182,8 @@ class Balancer:
         model: str | None,
         form: Callable[[NDArray[np.int64]], Any],
         pending: Files | None,
-    ) -> tuple[Any, tuple[Case, Slots, str] | None, Post]:
-        """Decide by what was read, and return the answer, what there is to say, and the post."""
+    ) -> tuple[tuple[Any, Case, Slots, str] | None, Post]:
+        """Decide by what was read: the answer, its case, slots and source, and what to post."""
         files = self.files
         post = Post(
             files.checksum,
@@ -191,23 +191,20 @@ class Balancer:
             reloads=self.settings.reload is not None,
         )
         if files.error:
-            return None, None, replace(post, error=files.error, unread=True)
+            return None, replace(post, error=files.error, unread=True)
         try:
-            case = Case.of(*arguments)
-            source, slots = self._slots(case, model)
+            case, source = Case.of(*arguments), "live loads"
+            if files.placements:
+                stored, slots = files.slots(case, model)
+                source = f"{stored.path} ({stored.checksum})"
+            else:
+                slots = case.rebalanced(self.settings.rules, files.profile).slots
             full = case.map_of(slots)
             answer = form(full)
         except Exception as error:
-            text = " ".join(f"{error}".split()) or repr(error)
-            return None, None, replace(post, error=text)
+            return None, replace(post, error=line_of(error))
         slots = full.astype(np.int32).reshape(case.slots.shape)
-        return answer, (case, slots, source), replace(post, map=checksum_of(slots.tobytes()))
-
-    def _slots(self, case: Case, model: str | None) -> tuple[str, Slots]:
-        if self.files.placements:
-            stored, slots = self.files.slots(case, model)
-            return f"{stored.path} ({stored.checksum})", slots
-        return "live loads", case.rebalanced(self.settings.rules, self.files.profile).slots
+        return (answer, case, slots, source), replace(post, map=checksum_of(slots.tobytes()))
 
     def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
         """Say what a map changes: where it changes nothing, only to who debugs."""
@@ -228,15 +225,9 @@ class Balancer:
         if rank == 0 and after is not None:
             self.log.count(before or 0.0, after, moved, seconds)
 
-    def _fall_back(self, verdict: Verdict) -> None:
-        self._off = verdict.do == "off"
-        until = " from now on" if self._off else ""
-        text = f"all ranks take the engine's own map{until}: {verdict.reason}"
-        self.log.warn(text, int(not verdict.speaks))
-
     def failed(self, what: str, error: BaseException) -> None:
         """Warn of an error, once of each kind."""
-        self.log.warn(f"{what}: {' '.join(str(error).split()) or repr(error)}")
+        self.log.warn(f"{what}: {line_of(error)}")
 
     def record(self, weight: ArrayLike, rank: int = 0) -> None:
         """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails."""
@@ -262,13 +253,6 @@ class Balancer:
             self._background = ThreadPoolExecutor(1, thread_name_prefix="moetuner")
         self._background.submit(run)
 
-    def _look(self) -> None:
-        """Begin to look at the file of MOETUNER_RELOAD, once, in the process that decides."""
-        if self.settings.reload is None or self._looks:
-            return
-        self._looks = True
-        threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
-
     def _watch(self) -> None:
         while True:
             self.look_again()
@@ -288,10 +272,8 @@ class Balancer:
 
 def _signature(path: Path | None) -> tuple[int, ...] | None:
     """Return what changes when a file does; None for one that is not there."""
-    if path is None:
-        return None
-    try:
-        of = path.stat()
-    except OSError:
-        return None
-    return (of.st_mtime_ns, of.st_size, of.st_ino)
+    if path is not None:
+        with suppress(OSError):
+            of = path.stat()
+            return (of.st_mtime_ns, of.st_size, of.st_ino)
+    return None

@@ -30,6 +30,7 @@ from moetuner.solver.rebalancing import (
     moves_between,
     rebalance,
     renumbered,
+    slowest,
 )
 from moetuner.statistics import RoutingStatistics
 
@@ -259,11 +260,12 @@ class Case:
         )
 
     def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
+        chance: dict[str, Any] = {"dead_zone": rules.dead_zone, "deviations": rules.deviations}
         if self.nodes > 1:
-            return self._whole_groups(budget, rules, pairs)
-        return _rebalanced(self.windows, self.slots, budget, rules, pairs)
+            return self._whole_groups(budget, pairs, chance)
+        return rebalance(self.windows, self.slots, budget=budget, pairs=pairs, **chance)
 
-    def _whole_groups(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
+    def _whole_groups(self, budget: int, pairs: Pairs | None, chance: dict[str, Any]) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
         nodes, size = self.nodes, self.experts // self.groups
@@ -279,22 +281,18 @@ class Case:
         local = np.full((len(experts), self.experts + 1), EMPTY, dtype=np.int32)
         local[number, experts] = np.arange(experts.shape[1])
         slots = self.slots.reshape(layers * nodes, ranks // nodes, width)
-        balanced = _rebalanced(
+        if pairs is not None:
+            two = row[:, None, None], experts[:, :, None], experts[:, None, :]
+            pairs = Pairs(pairs.counts[two], pairs.cost[row])
+        balanced = rebalance(
             np.ascontiguousarray(self.windows[:, row[:, None], experts]),
             local[number[:, :, None], slots[busy]],
-            budget,
-            rules,
-            None
-            if pairs is None
-            else Pairs(
-                pairs.counts[row[:, None, None], experts[:, :, None], experts[:, None, :]],
-                pairs.cost[row],
-            ),
+            budget=budget,
+            pairs=pairs,
+            **chance,
         )
-        slots = slots.copy()
-        slots[busy] = np.where(
-            balanced.slots == EMPTY, EMPTY, experts[number[:, :, None], balanced.slots]
-        )
+        slots, there = slots.copy(), experts[number[:, :, None], balanced.slots]
+        slots[busy] = np.where(balanced.slots == EMPTY, EMPTY, there)
         figures = np.zeros((3, layers * nodes))
         figures[:, busy] = balanced.before, balanced.after, balanced.moves
         before, after, moves = figures.reshape(3, layers, nodes)
@@ -382,43 +380,18 @@ def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     return joined
 
 
-def slowest(windows: NDArray[np.float64], slots: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the tokens of the slowest rank of every layer [L], over windows [W,L,E]."""
-    share = (slots[..., None] == np.arange(windows.shape[2])).sum(axis=2).astype(np.float64)
-    share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
-    tokens: NDArray[np.float64] = (share @ windows.transpose(1, 2, 0)).max(axis=1).sum(axis=1)
-    return tokens
-
-
 def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int) -> Slots:
     """Return the slots that run [L,D,S] as ranks are now, -1 where there is nothing of use."""
-    layers, ranks, width = shape
-    slots = np.full((layers, ranks * width), EMPTY, dtype=np.int32)
-    if old_map is None:
-        return slots.reshape(shape)
-    old = np.asarray(old_map)
+    layers, slots = shape[0], np.full((shape[0], shape[1] * shape[2]), EMPTY, dtype=np.int32)
+    old = slots if old_map is None else np.asarray(old_map)
     if old.ndim != 2 or len(old) != layers or old.dtype.kind not in "iu":
         raise ValueError(
             f"old_map must be integers [{layers}, slots], got {old.dtype} {list(old.shape)}"
         )
     # Ranks come and leave at the end, so slots that are left keep their numbers.
-    same = min(old.shape[1], ranks * width)
+    same = min(old.shape[1], slots.shape[1])
     slots[:, :same] = np.where((old >= 0) & (old < experts), old, EMPTY)[:, :same]
     return slots.reshape(shape)
-
-
-def _rebalanced(
-    windows: NDArray[np.float64], slots: Slots, budget: int, rules: Rules, pairs: Pairs | None
-) -> Rebalanced:
-    return rebalance(
-        windows,
-        slots,
-        time=np.ones(slots.shape[1]),
-        budget=budget,
-        dead_zone=rules.dead_zone,
-        deviations=rules.deviations,
-        pairs=pairs,
-    )
 
 
 def _complete(slots: Slots, experts: int, most: int) -> NDArray[np.bool_]:

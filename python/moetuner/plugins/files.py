@@ -11,6 +11,7 @@ import numpy as np
 from moetuner.formats import open_input
 from moetuner.placement import Placement, keep_slots
 from moetuner.plugins.decision import Case, Slots
+from moetuner.plugins.log import line_of
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -82,7 +83,7 @@ class Files:
                 error=f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
             )
         except Exception as error:
-            return cls(error=" ".join(f"{error}".split()) or repr(error))
+            return cls(error=line_of(error))
         content = [settings.rebalance, settings.rules, settings.reload is not None]
         content += [(of.checksum, of.placement.num_experts) for of in placements]
         content += [None if profile is None else profile.fingerprint]

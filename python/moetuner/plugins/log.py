@@ -8,6 +8,11 @@ import os
 from typing import Any
 
 
+def line_of(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
 class Log:
     """Lines and metrics of one engine's plugin.
 
@@ -19,26 +24,21 @@ class Log:
 
     def __init__(self, logger: logging.Logger) -> None:
         self.logger = logger
-        self._warned: set[str] = set()
-        self._said: dict[object, str] = {}
+        self._once: set[str] = set()
         self._metrics: dict[str, Any] | None = None
 
-    def say(self, text: str, rank: int = 0, *, about: object = None) -> None:
-        """Write a line at INFO on rank 0 and at DEBUG on others.
-
-        With ``about``, a line that repeats the last one about the same thing goes to DEBUG as well.
-        """
-        again = about is not None and self._said.get(about) == text
-        if about is not None:
-            self._said[about] = text
-        level = logging.INFO if rank == 0 and not again else logging.DEBUG
-        self.logger.log(level, "moetuner: %s", text)
+    def say(
+        self, text: str, rank: int = 0, level: int = logging.INFO, *, once: bool = False
+    ) -> None:
+        """Write a line, at DEBUG on ranks other than 0; ``once`` leaves out what was written so."""
+        if not (once and text in self._once):
+            self.logger.log(logging.DEBUG if rank else level, "moetuner: %s", text)
+        if once:
+            self._once.add(text)
 
     def warn(self, text: str, rank: int = 0) -> None:
         """Write a warning once, at DEBUG on ranks other than 0."""
-        if text not in self._warned:
-            self._warned.add(text)
-            self.logger.log(logging.WARNING if rank == 0 else logging.DEBUG, "moetuner: %s", text)
+        self.say(text, rank, logging.WARNING, once=True)
 
     def count(self, before: float, after: float, moved: int, seconds: float) -> None:
         """Give a decision to Prometheus, where the engine collects from its processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
 
@@ -29,11 +30,7 @@ class LoadRecorder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files: dict[tuple[int, ...], Path] = {}
-        self._windows: dict[tuple[int, ...], NDArray[np.uint64]] = {}
-        # Windows of the engine that one window holds by now.
-        self._joined: dict[tuple[int, ...], int] = {}
-        self._open: dict[tuple[int, ...], tuple[NDArray[np.uint64], int]] = {}
+        self._recordings: dict[tuple[int, ...], Recording] = {}
 
     def add(self, weight: NDArray[np.generic]) -> Path | None:
         """Take windows [L,E] or [W,L,E]; empty ones are left out. Returns the file, if it changed.
@@ -52,41 +49,39 @@ class LoadRecorder:
         windows = windows[windows.any(axis=(1, 2))].astype(np.uint64)
         if not len(windows):
             return None
-        shape = windows.shape[1:]
-        for window in windows:
-            self._take(shape, window)
-        recorded = self._windows.get(shape)
-        open_window, joined = self._open[shape]
-        parts = [
-            part for part in (recorded, open_window[None] if joined else None) if part is not None
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._file(shape)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            load = np.concatenate(parts)
-            np.savez(file, load=load.astype(np.min_scalar_type(load.max())))
-        return path
-
-    def _file(self, shape: tuple[int, ...]) -> Path:
-        """Return the file of a model, not one of another process: containers give the same PID."""
-        if shape not in self._files:
-            name = f"load-{os.getpid()}-{shape[0]}x{shape[1]}"
+        recording = self._recordings.get(windows.shape[1:])
+        if recording is None:
+            name = f"load-{os.getpid()}-{windows.shape[1]}x{windows.shape[2]}"
+            # A file may be another process's: containers give the same PID.
             names = chain([name], (f"{name}-{number}" for number in count(2)))
-            paths = (self.folder / f"{each}.npz" for each in names)
-            self._files[shape] = next(path for path in paths if not path.exists())
-        return self._files[shape]
+            paths = (self.folder / f"{name}.npz" for name in names)
+            recording = Recording(next(path for path in paths if not path.exists()))
+            self._recordings[windows.shape[1:]] = recording
+        for window in windows:
+            recording.add(window)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(recording.path) as temporary, temporary.open("wb") as file:
+            load = np.stack(recording.windows)
+            np.savez(file, load=load.astype(np.min_scalar_type(load.max())))
+        return recording.path
 
-    def _take(self, shape: tuple[int, ...], window: NDArray[np.uint64]) -> None:
-        joined = self._joined.setdefault(shape, 1)
-        now, number = self._open.get(shape, (np.zeros(shape, np.uint64), 0))
-        now, number = now + window, number + 1
-        if number < joined:
-            self._open[shape] = (now, number)
+
+@dataclass
+class Recording:
+    """Windows [L,E] of a model; each holds ``size`` of the engine's, the last one ``last``."""
+
+    path: Path
+    windows: list[NDArray[np.uint64]] = field(default_factory=list)
+    size: int = 1
+    last: int = 1
+
+    def add(self, window: NDArray[np.uint64]) -> None:
+        """Take a window; where there are too many, neighbours are joined."""
+        if self.last < self.size:
+            self.windows[-1], self.last = self.windows[-1] + window, self.last + 1
             return
-        recorded = self._windows.get(shape, np.zeros((0, *shape), np.uint64))
-        recorded = np.concatenate([recorded, now[None]])
-        if len(recorded) == MOST_WINDOWS:
-            recorded = recorded[0::2] + recorded[1::2]
-            self._joined[shape] = 2 * joined
-        self._windows[shape] = recorded
-        self._open[shape] = (np.zeros(shape, np.uint64), 0)
+        if len(self.windows) == MOST_WINDOWS:
+            pairs = zip(self.windows[::2], self.windows[1::2], strict=True)
+            self.windows, self.size = [one + other for one, other in pairs], 2 * self.size
+        self.windows.append(window)
+        self.last = 1

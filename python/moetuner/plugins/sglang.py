@@ -86,7 +86,7 @@ class Hooks:
         LOG.say(f"in use: {balancer.purpose}", rank)
         chosen = chosen_algorithm()
         if chosen != ALGORITHM:
-            if balancer.decides and chosen is not None:
+            if balancer.settings.decides and chosen is not None:
                 LOG.warn(f"does nothing without {OPTIONS}", rank)
             return trivial
         running = trivial.physical_to_logical_map_cpu.numpy()

@@ -39,7 +39,7 @@ def register() -> None:
         from vllm.distributed.eplb.policy import EPLB_POLICIES
 
         EPLB_POLICIES["default"] = policy_class(EPLB_POLICIES["default"], balancer)
-        if balancer.decides:
+        if balancer.settings.decides:
             from vllm.distributed.eplb.eplb_state import EplbState
 
             place_at_load(EplbState, balancer)
@@ -61,7 +61,7 @@ def announce(configurations: Any, balancer: Balancer) -> None:
     def announced(self: Any, *args: Any, **named: Any) -> None:
         post_init(self, *args, **named)
         if self.parallel_config.enable_eplb:
-            LOG.say(f"in use: {balancer.purpose}", rank, about="use")
+            LOG.say(f"in use: {balancer.purpose}", rank, once=True)
         else:
             LOG.warn("does nothing without --enable-eplb", rank)
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.plugins.balancer import Balancer
-from moetuner.plugins.decision import slowest
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
+from moetuner.solver.rebalancing import slowest
 
 LOG = Log(logging.getLogger("vllm.moetuner"))
 

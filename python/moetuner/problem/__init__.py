@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.cost import CostModel, cost_model_of
-from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.frozen import Frozen
@@ -118,11 +117,7 @@ class Problem(Frozen):
     topology: Topology
     _: KW_ONLY
     slots_per_device: int | Sequence[int] | None = setting(
-        None,
-        MACHINE,
-        read=read_slots,
-        rule="a number from 1, or one for every device as in 8,8,10,10",
-        metavar="S|S,S,...",
+        None, MACHINE, read=read_slots, metavar="S|S,S,..."
     )
     regime: Regime = setting(
         "dispatch",
@@ -131,43 +126,20 @@ class Problem(Frozen):
         choices=get_args(Regime),
     )
     max_imbalance: float | None = setting(
-        None,
-        GOAL,
-        f"{TRAFFIC_CAP} for traffic, else no cap",
-        read=read_cap,
-        rule="a number from 1, or inf for no cap",
-        metavar="X",
+        None, GOAL, f"{TRAFFIC_CAP} for traffic, else no cap", read=read_cap, metavar="X"
     )
     objective: Goal | None = setting(None, GOAL, choices=get_args(Goal))
     cost_model: CostModel | None = setting(
         None, MACHINE, metavar="FILE|GPU|GPU:HIDDENxINTERMEDIATE"
     )
     split: Split = setting("even", ENGINE, "the engine's, else even", choices=SPLITS)
-    extra_slots: int | None = setting(
-        None, MACHINE, read=read_count, rule="a number from 0", metavar="N"
-    )
+    extra_slots: int | None = setting(None, MACHINE, read=read_count, metavar="N")
     arrival: Arrival = setting(
-        "bursts",
-        GOAL,
-        "the engine's, else bursts",
-        read=read_arrival,
-        rule="bursts, mixed, or the weight of mixed from 0 to 1",
-        metavar="bursts|mixed|W",
+        "bursts", GOAL, "the engine's, else bursts", read=read_arrival, metavar="bursts|mixed|W"
     )
-    risk: Risk = setting(
-        "mean",
-        GOAL,
-        "mean",
-        read=read_risk,
-        rule="mean, or a level from 0 to below 1",
-        metavar="mean|LEVEL",
-    )
+    risk: Risk = setting("mean", GOAL, "mean", read=read_risk, metavar="mean|LEVEL")
     groups: Mapping[str, float] | Literal["minimax"] | None = setting(
-        None,
-        GOAL,
-        read=read_groups,
-        rule="minimax, or NAME=WEIGHT,...",
-        metavar="minimax|NAME=W,...",
+        None, GOAL, read=read_groups, metavar="minimax|NAME=W,..."
     )
     pinned: Iterable[Pin] = setting((), ENGINE, option="--pin", **PIN)
     forbidden: Iterable[Pin] = setting((), ENGINE, option="--forbid", **PIN)
@@ -182,7 +154,7 @@ class Problem(Frozen):
             check.at_least("max_imbalance", self.max_imbalance, 1)
         if self.objective is not None:
             check.one_of("objective", self.objective, get_args(Goal))
-        copies.check(self.split)
+        check.one_of("split", self.split, SPLITS)
         if self.cost_model is None:
             vars(self)["cost_model"] = cost_model_of(self.statistics)
         preset = ", such as CostModel.preset('h100')"
@@ -294,7 +266,7 @@ class Problem(Frozen):
         """The objective as a function of a placement, over all windows."""
         return Objective(self)
 
-    @cached_property
+    @property
     def load(self) -> NDArray[np.uint64]:
         """Tokens per layer and expert, over all windows [L,E]."""
         return self.statistics.total_load
@@ -326,9 +298,10 @@ class Problem(Frozen):
         has = (placement.layers, placement.num_experts, placement.devices)
         wants = (self.layers, self.experts, self.devices)
         if has != wants:
+            sizes = "{} layers, {} experts and {} devices"
             raise ValueError(
-                f"{name} must have {wants[0]} layers, {wants[1]} experts and {wants[2]} "
-                f"devices like the problem, got {has[0]}, {has[1]} and {has[2]}"
+                f"{name} must have {sizes.format(*wants)} like the problem, "
+                f"got {'{}, {} and {}'.format(*has)}"
             )
 
     def check_running(self, initial: Placement) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from moetuner.topology import Topology
 
 
 def capacity_of(
-    load: NDArray[np.uint64],
+    load: NDArray[Any],
     topology: Topology,
     slots_per_device: int | Sequence[int] | None,
     extra_slots: int | None,

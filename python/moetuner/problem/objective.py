@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
-from moetuner.evaluation import copies, expected, figures, replay
+from moetuner.evaluation import copies, figures, replay
 from moetuner.evaluation.copies import Split
 from moetuner.placement import Placement
 from moetuner.problem.caps import slowest
@@ -47,6 +47,16 @@ def _cached(compute: Callable[[Any, Placement], Value]) -> Callable[[Any, Placem
         return value
 
     return of
+
+
+# Unit, text of a value, and nearest figure of an evaluation, by what is counted.
+WORDS = {
+    "time": ("us per layer", "{:.1f} us per layer", "predicted_layer_us"),
+    "balance": ("max / mean load", "imbalance {:.4f}", "imbalance"),
+    "visits": ("fanout", "fanout {:.4f}", "fanout"),
+    "follow": ("share of the traffic", "crossing {:.4f}", "crossing"),
+    "dispatch": ("share of the traffic", "{:.4f} of the co-activations apart", "fanout"),
+}
 
 
 class Objective:
@@ -117,32 +127,26 @@ class Objective:
         return self.goal != "traffic" or self.has_traffic
 
     @property
+    def _words(self) -> tuple[str, str, str]:
+        """Unit, text of a value, and nearest figure, by what is counted."""
+        if self.goal == "traffic" and self.counts_visits:
+            return WORDS["visits"]
+        return WORDS[self.regime if self.goal == "traffic" else self.goal]
+
+    @property
     def unit(self) -> str:
         """Unit of the value, for JSON."""
-        if self.goal == "time":
-            return "us per layer"
-        if self.goal == "balance":
-            return "max / mean load"
-        if self.counts_visits:
-            _, node = self.visit_costs
-            return f"fanout + {node:.3g} node fanout" if node else "fanout"
-        return "share of the traffic"
+        node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
+        return f"fanout + {node:.3g} node fanout" if node else self._words[0]
 
     def text(self, value: float) -> str:
         """Return a value with its unit, as it stands in a sentence."""
         if not check.is_number(value):
             raise TypeError(f"value must be a finite number, got {check.shown(value)}")
-        if self.goal == "time":
-            return f"{value:.1f} us per layer"
-        if self.goal == "balance":
-            return f"imbalance {value:.4f}"
-        if self.counts_visits:
-            _, node = self.visit_costs
-            name = f"fanout + {node:.3g} x node fanout =" if node else "fanout"
-            return f"{name} {value:.4f}"
-        if self.regime == "follow":
-            return f"crossing {value:.4f}"
-        return f"{value:.4f} of the co-activations apart"
+        node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
+        if node:
+            return f"fanout + {node:.3g} x node fanout = {value:.4f}"
+        return self._words[1].format(value)
 
     @property
     def decimals(self) -> int:
@@ -157,11 +161,7 @@ class Objective:
     @property
     def figure(self) -> str:
         """Figure of an evaluation that comes nearest to the objective on other traffic."""
-        if self.goal == "time":
-            return "predicted_layer_us"
-        if self.goal == "traffic":
-            return "crossing" if self.regime == "follow" else "fanout"
-        return "imbalance"
+        return self._words[2]
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -172,8 +172,7 @@ class Objective:
         of_nodes = self.regime == "dispatch" and self.topology.nodes > 1
         if self.goal == "time":
             visited = "node_fanout" if of_nodes else "fanout"
-            moved = "crossing" if self.regime == "follow" else visited
-            return (moved, "predicted_layer_us")
+            return ("crossing" if self.regime == "follow" else visited, "predicted_layer_us")
         return ("imbalance_total", "node_fanout" if of_nodes else "crossing", "fanout")
 
     @property
@@ -251,25 +250,17 @@ class Objective:
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
-        setting = replay.Setting(
-            placement,
-            self.topology,
-            split=self.split,
-            cost_model=self.cost_model,
-            regime=self.regime,
-            mixed=False,
-        )
-        layers = self.statistics.layers
+        how: Any = {"split": self.split, "cost_model": self.cost_model, "regime": self.regime}
+        setting = replay.Setting(placement, self.topology, mixed=False, **how)
         visits = None if self.statistics.sets is None else self._count_visits(placement)
-        expected = replay.Expected(
-            self.statistics, setting, follows=self.regime == "follow", visits=visits
-        )
+        follows = self.regime == "follow"
+        expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
         # Homes are of all windows together, which may come in several blocks.
         total = None if self.windows.load.dtype == np.float64 else self.windows.total[None]
 
         def times(load: Floats) -> Floats:
             counts = expected.counts(load, total)
-            return figures.layer_us(counts, setting) / layers
+            return figures.layer_us(counts, setting) / self.statistics.layers
 
         return times
 
@@ -288,9 +279,8 @@ class Objective:
     @property
     def pairs(self) -> NDArray[np.uint64] | None:
         """Counts [L-1,E,E] or [L,E,E] of what the regime pays for; None where not counted."""
-        statistics = self.statistics
-        follow = self.regime == "follow"
-        return statistics.transitions if follow else statistics.coactivation
+        of = self.statistics
+        return of.transitions if self.regime == "follow" else of.coactivation
 
     @property
     def has_traffic(self) -> bool:
@@ -312,7 +302,7 @@ class Objective:
         if self.regime == "dispatch":
             return float(self._apart(placement).sum())
         topology = self.topology
-        moved = expected.followed(placement, topology, self.split, self.pairs)
+        moved = copies.followed(placement, topology, self.split, self.pairs)
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
@@ -409,7 +399,7 @@ class Objective:
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to a token's visits, as ``expected.visits`` does."""
+        """Compute what every layer [L] adds to a token's visits, as ``copies.visits`` does."""
         device_cost, node_cost = self.visit_costs
         devices, nodes = self._count_visits(placement)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
@@ -419,7 +409,7 @@ class Objective:
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None
-        return expected.visits(placement, self.topology, self.split, self.statistics.sets)
+        return copies.visits(placement, self.topology, self.split, self.statistics.sets)
 
 
 def _exact_sum(table: NDArray[np.uint64]) -> int:

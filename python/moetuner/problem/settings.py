@@ -29,13 +29,10 @@ class Setting:
     choices
         Words that it may be.
     read
-        Its value from text, ValueError if there is none; a flag has neither this nor choices.
-    rule
-        What ``read`` accepts, to follow "must be".
-    metavar
-        Its value in ``--help``.
-    option
-        Its option; by default its name.
+        Its value from text, ValueError if there is none, and in its docstring what it reads; a flag
+        has neither this nor choices.
+    metavar, option
+        Its value in ``--help``, and its option; by default its name.
     repeatable
         Whether the option may be given several times.
     help
@@ -46,11 +43,15 @@ class Setting:
     default_text: str = ""
     choices: tuple[str, ...] = ()
     read: Callable[[str], Any] | None = None
-    rule: str = ""
     metavar: str | None = None
     option: str = ""
     repeatable: bool = False
     help: str = ""
+
+    @property
+    def rule(self) -> str:
+        """What ``read`` accepts, to follow "must be"."""
+        return (inspect.getdoc(self.read) or "").removeprefix("Read ").removesuffix(".")
 
 
 def setting(default: Any, *arguments: Any, **others: Any) -> Any:
@@ -84,14 +85,14 @@ def parameters_of(kind: Any) -> dict[str, str]:
 
 
 def read_count(text: str) -> int:
-    """Read a number from 0; ValueError if it is none."""
+    """Read a number from 0."""
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise ValueError(text)
     return int(text)
 
 
 def read_slots(text: str) -> int | tuple[int, ...]:
-    """Read a number from 1, or several from 0."""
+    """Read a number from 1, or one for every device as in 8,8,10,10."""
     counts = tuple(map(read_count, text.split(",")))
     if counts == (0,):
         raise ValueError(text)
@@ -99,7 +100,7 @@ def read_slots(text: str) -> int | tuple[int, ...]:
 
 
 def read_cap(text: str) -> float:
-    """Read a number from 1, which may be infinite."""
+    """Read a number from 1, or inf for no cap."""
     cap = float(text)
     if math.isnan(cap) or cap < 1:
         raise ValueError(text)
@@ -107,38 +108,33 @@ def read_cap(text: str) -> float:
 
 
 def read_arrival(text: str) -> str | float:
-    """Read the name of an order, or the weight of mixed windows."""
+    """Read bursts, mixed, or the weight of mixed from 0 to 1."""
     arrival: str | float = text if text in ("bursts", "mixed") else float(text)
     share_mixed(arrival)
     return arrival
 
 
 def read_risk(text: str) -> str | float:
-    """Read ``mean``, or a level, which the problem checks."""
-    return text if text == "mean" else float(text)
+    """Read mean, or a level from 0 to below 1."""
+    return text if text == "mean" else float(text)  # the problem checks the level
 
 
 def read_groups(text: str) -> str | dict[str, float]:
-    """Read ``minimax``, or weights by name; a name may hold any character but the last "="."""
+    """Read minimax, or NAME=WEIGHT,...."""
     if text == "minimax":
         return text
-    pairs = [part.rpartition("=") for part in text.split(",")]
+    pairs = [part.rpartition("=") for part in text.split(",")]  # names may hold "=", too
     if not all(name for name, _, _ in pairs):
         raise ValueError(text)
     return {name: float(weight) for name, _, weight in pairs}
 
 
 def read_pin(text: str) -> Pin:
-    """Read a layer, an expert and a device."""
+    """Read LAYER:EXPERT:DEVICE in numbers, or "*" for all layers."""
     layer, expert, device = text.split(":")
     return (None if layer == "*" else read_count(layer), read_count(expert), read_count(device))
 
 
 # What pins and bans have in common.
-PIN: dict[str, Any] = {
-    "read": read_pin,
-    "rule": 'LAYER:EXPERT:DEVICE in numbers, or "*" for all layers',
-    "metavar": "LAYER:EXPERT:DEVICE",
-    "default_text": "none; may be repeated",
-    "repeatable": True,
-}
+PIN: dict[str, Any] = {"read": read_pin, "metavar": "LAYER:EXPERT:DEVICE", "repeatable": True}
+PIN["default_text"] = "none; may be repeated"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate_each
-from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Traffic
-from moetuner.evaluation.units import Units
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -99,29 +97,6 @@ def judge(
     how = {name: getattr(problem, name) for name in ("split", "regime", "arrival")}
     how |= {"cost_model": Objective(problem).cost_model, **options}
     return evaluate_each(placements, traffic, problem.topology, **how)
-
-
-def gains(
-    splits: Sequence[Mapping[str, Outcome]], over: str, units: Units, *, share: float, seed: int
-) -> dict[str, Comparison]:
-    """Compare all methods with one, split by split, in the figure nearest to the objective.
-
-    ``units`` are those of the recording, and ``share`` what each split holds out. Only splits count
-    in which every method ran. Nothing comes where the traffic does not tell the figure.
-    """
-    first = splits[0]
-    measure = first[over].worth.figure
-    if getattr(first[over].evaluation, measure) is None:
-        return {}
-    whole = [split for split in splits if set(split) == set(first)]
-    comparisons = {}
-    for method in first:
-        if method != over:
-            pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
-            gain = compare(pairs, [measure], units=units, share=share, seed=seed)[measure]
-            gain = replace(gain, names=(over, method))
-            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
-    return comparisons
 
 
 def sentences(outcome: Outcome) -> list[str]:

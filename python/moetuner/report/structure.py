@@ -188,10 +188,9 @@ def _gain(
     crossing = of_traffic(with_runs(unseen), setting, units, only_whole=True)[None]["crossing"]
     both = {"crossing": crossing}
     spread = paired(both, both, rng=np.random.default_rng(0))["crossing"].value
-    low, high = spread.interval[1:]
-    if null is None or low is None or high is None or spread.units < FEWEST:
+    if null is None or spread.interval is None or spread.units < FEWEST:
         return None
-    return null - high, null - low
+    return null - spread.interval[1], null - spread.interval[0]
 
 
 def _pairs(

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from moetuner import _core
-from moetuner._checks import (
-    DEVICE_LIMIT,
-    SLOT_LIMIT,
-    array_in,
-    check_slots,
-    numbers_in,
-    shown,
-    whole_number,
-)
+from moetuner._checks import numbers_in
 from moetuner.placement import Placement
+from moetuner.problem.capacity import capacity_of
 from moetuner.solver import effort
+from moetuner.topology import Topology
 
 
 def balance(
@@ -72,43 +66,11 @@ def balance(
             "load must be [layers, experts] or [windows, layers, experts], none of them zero, "
             f"got {list(np.shape(load))}"
         )
-    layers, experts = tokens.shape
-    whole_number("devices", devices, highest=DEVICE_LIMIT)
-    given = array_in("slots_per_device", slots_per_device)
-    if given.dtype.kind not in "iu" or not ((given >= 0) & (given <= SLOT_LIMIT)).all():
-        raise ValueError(
-            f"slots_per_device must be integers from 0 to {SLOT_LIMIT}, "
-            f"got {shown(slots_per_device)}"
-        )
-    capacity = _per_device("slots_per_device", slots_per_device, devices).astype(np.int64)
-    if capacity.min() < 0 or capacity.sum() < experts:
-        raise ValueError(
-            f"slots_per_device must give at least {experts} slots for as many experts on "
-            f"{devices} devices, got {int(capacity.sum())}"
-        )
-    check_slots(devices, int(capacity.max()), layers)
+    topology = Topology(devices, speed=speed)
     slots = _core.replicate_experts(
         np.ascontiguousarray(tokens),
-        np.tile(capacity, (layers, 1)),
-        _times(_per_device("speed", 1.0 if speed is None else speed, devices)),
+        capacity_of(tokens, topology, slots_per_device, None),
+        topology.time_of_device,
         trials=effort.QUICK if speed is None else effort.PATIENT,
     )
-    return Placement(slots, num_experts=experts)
-
-
-def _times(speed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compute the time of every device per token [D], as a share of the slowest one's."""
-    if not (np.isfinite(speed).all() and (speed > 0).all()):
-        raise ValueError(f"speed must be finite and above 0, got {speed.tolist()}")
-    time: NDArray[np.float64] = speed.min() / speed
-    return time
-
-
-def _per_device(
-    name: str, value: float | Sequence[float] | Sequence[int], devices: int
-) -> NDArray[np.float64]:
-    """Return one number per device [D]."""
-    values = numbers_in(name, value)
-    if values.shape not in ((), (devices,)):
-        raise ValueError(f"{name} must be one number or {devices}, got shape {list(values.shape)}")
-    return np.broadcast_to(values, devices)
+    return Placement(slots, num_experts=tokens.shape[1])

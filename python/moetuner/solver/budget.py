@@ -38,9 +38,14 @@ class Progress(Frozen):
     @property
     def gap(self) -> float | None:
         """(objective - bound) / objective; None while one of them is unknown."""
-        if self.objective is None or self.bound is None:
-            return None
-        return max((self.objective - self.bound) / self.objective, 0.0) if self.objective else 0.0
+        return gap_between(self.objective, self.bound)
+
+
+def gap_between(objective: float | None, bound: float | None) -> float | None:
+    """Return (objective - bound) / objective, at least 0; None while one of them is unknown."""
+    if objective is None or bound is None:
+        return None
+    return (objective - bound) / objective if objective > bound else 0.0
 
 
 @dataclass(frozen=True)

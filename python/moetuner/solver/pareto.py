@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -56,13 +56,7 @@ class Trade(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return figures as JSON values."""
-        return {
-            "objective": self.objective,
-            "gain": self.gain,
-            "experts_moved": self.experts_moved,
-            "bytes_moved": self.bytes_moved,
-            "caps_raised": self.caps_raised,
-        }
+        return {of.name: getattr(self, of.name) for of in fields(self) if of.name != "placement"}
 
 
 def pareto(

@@ -77,8 +77,8 @@ def rebalance(
     windows: Floats,
     slots: Slots,
     *,
-    time: Floats,
     budget: int,
+    time: Floats | None = None,
     dead_zone: float = DEAD_ZONE,
     deviations: float = DEVIATIONS,
     pairs: Pairs | None = None,
@@ -98,10 +98,10 @@ def rebalance(
     slots
         Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
         may be filled, whatever they bring. What stays on a device keeps its slot.
-    time
-        Time of every device per token, as a share of the slowest one's [D].
     budget
         Copies that are brought at most, where they gain most.
+    time
+        Time of every device per token, as a share of the slowest one's [D]; alike by default.
     dead_zone
         A layer stays unless its slowest device gains more than this share of its time.
     deviations
@@ -113,9 +113,11 @@ def rebalance(
     price
         Tokens that a copy must gain at least, on one load.
     """
+    if not slots.size:
+        raise ValueError(f"no slots in a layer: {list(slots.shape)}")
     load = windows[None] if windows.ndim == 2 else recent(windows)
     rules = {"dead_zone": dead_zone, "deviations": deviations}
-    total = load.sum(axis=0)
+    total, time = load.sum(axis=0), np.ones(slots.shape[1]) if time is None else time
 
     def relieved(budget: int, steps: int = effort.ADAPT_STEPS) -> Rebalanced:
         slots_after, before, after, moved = _core.adapt_slots(
@@ -133,19 +135,17 @@ def rebalance(
 
     if len(load) == 1 and pairs is None:
         return relieved(budget)
-    if not slots.size:
-        raise ValueError(f"no slots in a layer: {list(slots.shape)}")
     running = holders_of(slots, load.shape[2])
     if not running.any():
         packed = _searched(load, None, slots, time, pairs)
-        cost = _cost(load, packed, time, pairs)
+        cost = slowest(load, packed, time=time, pairs=pairs)
         return Rebalanced(packed, cost, cost, moves_from(running, packed))
     # Every layer stays, moves by few steps, or is searched from there. Experts that had no slot get
     # one whatever that gains.
     stay, few = relieved(0, steps=0).slots, relieved(budget).slots
     searched = _searched(load, few, slots, time, pairs)
     ways = [stay, few, keep_slots(slots, searched, np.full(slots.shape[:2], slots.shape[2]))]
-    costs = np.stack([_cost(load, way, time, pairs) for way in ways])
+    costs = np.stack([slowest(load, way, time=time, pairs=pairs) for way in ways])
     moves = np.stack([moves_from(running, way) for way in ways])
     layer = np.arange(len(slots))
     chosen = np.array(_core.spend_budget(costs, moves, most=budget, **rules), dtype=np.int64)
@@ -250,12 +250,24 @@ def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
     return np.take_along_axis(slots, order[:, :, None], axis=1)
 
 
-def _cost(windows: Floats, slots: Slots, time: Floats, pairs: Pairs | None) -> Floats:
-    """Compute tokens of the slowest device over all windows, and what pairs apart cost [L]."""
-    part = holders_of(slots, windows.shape[2]).astype(np.float64)
-    part /= part.sum(axis=1, keepdims=True)
+def slowest(
+    windows: Floats, slots: Slots, *, time: Floats | None = None, pairs: Pairs | None = None
+) -> Floats:
+    """Compute the tokens of the slowest device of every layer [L], over windows [W,L,E].
+
+    Copies share evenly, also those on one device; ``time`` is each device's per token [D], alike by
+    default. What pairs cost that are apart is added.
+    """
+    layers, devices, _ = slots.shape
+    layer, device = np.arange(layers)[:, None, None], np.arange(devices)[:, None]
+    part = np.zeros((layers, devices, windows.shape[2] + 1))
+    # An empty slot, -1, counts in a column of its own at the end.
+    np.add.at(part, (layer, device, slots), 1.0)
+    part = part[:, :, :-1] / np.maximum(part[:, :, :-1].sum(axis=1, keepdims=True), 1.0)
     load = part @ windows.transpose(1, 2, 0)
-    cost: Floats = (load * time[:, None]).max(axis=1).sum(axis=1)
+    if time is not None:
+        load *= time[:, None]
+    cost = load.max(axis=1).sum(axis=1)
     if pairs is not None:
         all_pairs = pairs.counts.sum(axis=(1, 2), dtype=np.float64)
         together = ((part @ pairs.counts.astype(np.float64)) * part).sum(axis=(1, 2))

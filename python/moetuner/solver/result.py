@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.solver.bounds.certificate import Certificate
-from moetuner.solver.budget import Progress
+from moetuner.solver.budget import Progress, gap_between
 
 # The source of a bound that knows loads alone.
 LOADS = "loads alone"
@@ -211,11 +211,7 @@ class Result(Frozen):
 
         Where ``bound_is_of_loads``, it is mostly the bound that is far from the optimum.
         """
-        if self.bound is None:
-            return None
-        if self.objective <= self.bound:
-            return 0.0
-        return (self.objective - self.bound) / self.objective
+        return gap_between(self.objective, self.bound)
 
     def uninterrupted(self) -> Result:
         """Return this result; raise KeyboardInterrupt if one has ended its search.

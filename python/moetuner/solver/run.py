@@ -306,6 +306,12 @@ class Run:
             self.rank_of_all(incumbent)
         return incumbent
 
+    @property
+    def is_priced(self) -> bool:
+        """Whether moves have a price, or a budget that may be too small."""
+        moves = self.moves
+        return moves is not None and bool(moves.price or moves.most < self.problem.capacity.sum())
+
     def can_afford(self, incumbent: Incumbent) -> bool:
         """Return whether the moves of an incumbent are within the budget."""
         return self.moves is None or incumbent.moves <= self.moves.most

@@ -52,25 +52,22 @@ def read_texts(path: str | Path) -> Iterator[Text]:
             if not line:
                 continue
             is_json = line.startswith(b"{") if is_json is None else is_json
-            text = _text_of(line, number, is_json=is_json)
-            if text.text.strip():
-                yield text
+            fields = fields_of(line, number) if is_json else {"text": _decoded(line, number)}
+            text, group = fields.get("text"), fields.get("group")
+            if not isinstance(text, str) or not (group is None or isinstance(group, str)):
+                raise ValueError(
+                    f'line {number}: must be an object with "text" and perhaps "group", both '
+                    f"texts, got {shown(fields)}"
+                )
+            if text.strip():
+                yield Text(text, group)
 
 
-def _text_of(line: bytes, number: int, *, is_json: bool) -> Text:
-    if not is_json:
-        try:
-            return Text(line.decode().strip(), None)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"line {number}: must be UTF-8: {error.reason}") from None
-    fields = fields_of(line, number)
-    text, group = fields.get("text"), fields.get("group")
-    if not isinstance(text, str) or not (group is None or isinstance(group, str)):
-        raise ValueError(
-            f'line {number}: must be an object with "text" and perhaps "group", both texts, '
-            f"got {shown(fields)}"
-        )
-    return Text(text, group)
+def _decoded(line: bytes, number: int) -> str:
+    try:
+        return line.decode().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number}: must be UTF-8: {error.reason}") from None
 
 
 def collect(
@@ -126,25 +123,25 @@ def collect(
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
     texts = read_texts(dataset)
-    first = list(islice(texts, batch_size))
-    if not first:
+    batch = list(islice(texts, batch_size))
+    if not batch:
         raise ValueError(f"{dataset}: must hold at least one text")
     tokenizer = library.AutoTokenizer.from_pretrained(model)
-    network = _load(library, model, dtype, device)
-    done = 0
-    with (
-        torch.inference_mode(),
-        capture(network, path=out, name=Path(model).resolve().name) as recorder,
-    ):
-        while first and done < max_tokens:
-            rows, groups = _tokenized(tokenizer, first, sequence_length, max_tokens - done)
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
+    if not spread:
+        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    done, name = 0, Path(model).resolve().name
+    with torch.inference_mode(), capture(network.eval(), path=out, name=name) as recorder:
+        while batch and done < max_tokens:
+            rows, groups = _tokenized(tokenizer, batch, sequence_length, max_tokens - done)
             done += sum(map(len, rows))
             if rows:
                 with recorder.group(groups):
                     _run(network, rows)
             if progress is not None:
                 progress(done)
-            first = list(islice(texts, batch_size))
+            batch = list(islice(texts, batch_size))
     return recorder.trace()
 
 
@@ -171,11 +168,3 @@ def _run(network: Any, rows: list[torch.Tensor]) -> None:
     arguments = inspect.signature(network.forward).parameters
     few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
     network(input_ids=tokens.to(where), attention_mask=mask.to(where), use_cache=False, **few)
-
-
-def _load(library: Any, model: str, dtype: str, device: str | None) -> Any:
-    spread = {"device_map": "auto"} if device == "auto" else {}
-    network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
-    if not spread:
-        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return network.eval()

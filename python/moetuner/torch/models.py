@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,8 +19,6 @@ from moetuner.torch.reorder.plan import ROUTER_NAMES, groups_chosen
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")
-GROUP_NAMES = ("num_group", "n_group")
-IDLE_NAMES = ("zero_expert_num",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,24 +124,24 @@ def chosen(output: object) -> tuple[Tensor, Tensor] | None:
 
 
 def _is_router(name: str, modules: dict[str, nn.Module]) -> bool:
-    parent, _, own = name.rpartition(".")
-    if not name or f"{parent}.experts".removeprefix(".") not in modules:
+    """Whether a module stands beside experts and is their router, by its class or by its name."""
+    if not name or _beside(name, "experts") not in modules:
         return False
-    if type(modules[name]).__name__.endswith("Router"):
-        return True
     # A block may have both a router and some other gate, for instance of its shared expert.
-    siblings = (f"{parent}.{other}".removeprefix(".") for other in ROUTER_NAMES)
-    routed = any(type(modules.get(s)).__name__.endswith("Router") for s in siblings)
-    return own in ROUTER_NAMES and not routed
+    siblings = [modules.get(_beside(name, other)) for other in sorted(ROUTER_NAMES)]
+    routers = [m for m in (modules[name], *siblings) if type(m).__name__.endswith("Router")]
+    return modules[name] in routers or (name.rpartition(".")[2] in ROUTER_NAMES and not routers)
+
+
+def _beside(name: str, sibling: str) -> str:
+    return f"{name.rpartition('.')[0]}.{sibling}".removeprefix(".")
 
 
 def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
-    parent = name.rpartition(".")[0]
-    router, block = modules[name], modules[parent]
-    experts = modules.get(f"{parent}.experts".removeprefix("."))
-    holders: list[object] = [of for of in (router, experts, block) if of is not None]
-    size = _number(holders, SIZE_NAMES)
-    weight = getattr(router, "weight", None)
+    router, block = modules[name], modules[name.rpartition(".")[0]]
+    experts = modules.get(_beside(name, "experts"))
+    holders: list[Any] = [of for of in (router, experts, block) if of is not None]
+    size, weight = _number(holders, SIZE_NAMES), getattr(router, "weight", None)
     if size is None and isinstance(experts, nn.ModuleList):
         size = len(experts)
     if size is None and isinstance(weight, Tensor) and weight.dim() == 2:
@@ -155,12 +154,9 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
             f"{name}: the number of {missing} must be an attribute {' or '.join(names)} of the "
             f"router or its block, {type(router).__name__} has none"
         )
-    groups = groups_chosen(
-        _number([router], GROUP_NAMES),
-        _number([router], ("topk_group",)),
-        getattr(router, "topk_method", None),
-    )
-    choices = size + (_number(holders, IDLE_NAMES) or 0)
+    groups, limit = _number([router], ("num_group", "n_group")), _number([router], ("topk_group",))
+    groups = groups_chosen(groups, limit, getattr(router, "topk_method", None))
+    choices = size + (_number(holders, ("zero_expert_num",)) or 0)
     return MoELayer(name, block, router, experts, size, choices, top_k, groups)
 
 

@@ -3,12 +3,12 @@
 //!
 //! How heavy an expert is, and how many copies it gets, is its mean square over windows (bench/RESULTS.md).
 
-use super::{NoSlot, QUICK, complete, copies, fill, pin, squeeze};
+use super::{NoSlot, Placed, QUICK, complete, copies, fill, pin, squeeze};
 use crate::layer::terms::balance::Balance;
 use crate::layer::{EMPTY, Layer, Slots};
 
 /// Slots for the windows of a layer, whose measure is a norm: no worse than a packing on their sum, by the slowest devices.
-pub fn by_windows(layer: &Layer) -> std::result::Result<Slots, NoSlot> {
+pub fn by_windows(layer: &Layer) -> Placed<Slots> {
     let levelled = heaviest_first(layer)?;
     let mut packed = fill(&layer.site, &layer.load, QUICK)?;
     complete(&mut packed, &layer.site, &layer.windows.heaviness, layer.site.copies)?;
@@ -16,7 +16,7 @@ pub fn by_windows(layer: &Layer) -> std::result::Result<Slots, NoSlot> {
     Ok(if slowest(&levelled) <= slowest(&packed) { levelled } else { packed })
 }
 
-fn heaviest_first(layer: &Layer) -> std::result::Result<Slots, NoSlot> {
+fn heaviest_first(layer: &Layer) -> Placed<Slots> {
     let (site, weight) = (&layer.site, &layer.windows.heaviness);
     let mut slots = Slots::empty(&site.capacity, layer.experts);
     pin(&mut slots, site)?;

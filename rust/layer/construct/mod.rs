@@ -23,6 +23,17 @@ use squeeze::squeeze;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NoSlot(pub usize);
 
+/// What is built of a layer, unless the rules leave an expert no slot.
+pub type Placed<T> = std::result::Result<T, NoSlot>;
+
+impl NoSlot {
+    /// The error of a layer.
+    #[must_use]
+    pub fn of(self, layer: usize) -> Error {
+        Error::NoSlot { layer, expert: self.0 }
+    }
+}
+
 /// Trials of the polish that engines get.
 pub const QUICK: usize = 14;
 
@@ -32,7 +43,7 @@ const LEAST: f64 = 1e-200;
 /// Slots for loads `[E]` that are finite and not negative; `trials` of polish at most.
 ///
 /// Every expert gets a slot if the rules allow it, and none gets two on one device; a slot may stay empty.
-pub fn fill(site: &Site, load: &[f64], trials: usize) -> std::result::Result<Slots, NoSlot> {
+pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
     let (order, copies) = copies(&slots, site, load)?;
@@ -46,27 +57,20 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> std::result::Result<Slo
 /// # Errors
 /// If sizes or loads make no sense, or the rules leave an expert no slot.
 pub fn fill_layers(load: &[f64], experts: usize, sites: &[Site], trials: usize) -> Result<Vec<Slots>> {
-    check(load, experts, sites)?;
+    check(load, experts)?;
     let all = load.chunks_exact(experts).zip(sites).enumerate();
     let one = |(layer, (load, site)): (usize, (&[f64], &Site))| {
-        fill(site, load, trials).map_err(|NoSlot(expert)| Error::NoSlot { layer, expert })
+        fill(site, load, trials).map_err(|fault| fault.of(layer))
     };
     all.map(one).collect()
 }
 
 /// Refuses sizes that ids cannot count, and numbers that sums cannot hold.
-pub(super) fn check(load: &[f64], experts: usize, sites: &[Site]) -> Result<()> {
+pub(super) fn check(load: &[f64], experts: usize) -> Result<()> {
     let fault =
         |what, rule: &str, value: String| Err(Error::Shape { what, rule: rule.to_owned(), got: value });
     if experts == 0 || experts >= usize::from(EMPTY) {
         return fault("load", "from 1 to 65534 experts", experts.to_string());
-    }
-    let Some(Site { time, .. }) = sites.first() else { return Ok(()) };
-    if time.is_empty() || time.len() > usize::from(u16::MAX) {
-        return fault("time", "from 1 to 65535 devices", time.len().to_string());
-    }
-    if let Some((device, time)) = time.iter().enumerate().find(|(_, time)| !(**time > 0.0 && **time <= 1.0)) {
-        return fault("time", "values above 0 and up to 1", format!("{time} on device {device}"));
     }
     for (layer, load) in load.chunks_exact(experts).enumerate() {
         if let Some((e, load)) =
@@ -83,7 +87,7 @@ pub(super) fn check(load: &[f64], experts: usize, sites: &[Site]) -> Result<()> 
 }
 
 /// Puts experts where they must be.
-fn pin(slots: &mut Slots, site: &Site) -> std::result::Result<(), NoSlot> {
+fn pin(slots: &mut Slots, site: &Site) -> Placed<()> {
     let d = site.devices();
     for at in (0..site.pinned.len()).filter(|&at| site.pinned[at]) {
         let (e, g) = (at / d, at % d);
@@ -113,7 +117,7 @@ impl Item {
 }
 
 /// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
-fn copies(slots: &Slots, site: &Site, load: &[f64]) -> std::result::Result<(Vec<Item>, Vec<u32>), NoSlot> {
+fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u32>)> {
     let filled = site.capacity.iter().filter(|&&slots| slots > 0).count() as u32;
     let most = |e: usize| -> u32 {
         if site.forbidden.is_empty() {
@@ -165,13 +169,7 @@ fn done(time: f64, device: usize) -> u64 {
 }
 
 /// Gives every expert its copies, as far as rules and slots allow.
-fn pack(
-    slots: &mut Slots,
-    site: &Site,
-    load: &[f64],
-    order: &[Item],
-    copies: &[u32],
-) -> std::result::Result<(), NoSlot> {
+fn pack(slots: &mut Slots, site: &Site, load: &[f64], order: &[Item], copies: &[u32]) -> Placed<()> {
     let (mut used, mut open_devices) = open(slots, site, load);
     // Devices that have the expert, or must not have it.
     let mut aside = Vec::new();
@@ -209,12 +207,7 @@ fn pack(
 }
 
 /// Gives experts that have no slot one, the heaviest first, and may fill empty slots with copies that take most.
-pub(super) fn complete(
-    slots: &mut Slots,
-    site: &Site,
-    load: &[f64],
-    full: bool,
-) -> std::result::Result<(), NoSlot> {
+pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Placed<()> {
     let vacant = |slots: &Slots, g: usize| slots.of(g).find(|&slot| slots.expert_in[slot] == EMPTY);
     let mut missing: Vec<u16> =
         (0..load.len() as u16).filter(|&e| slots.copies[usize::from(e)] == 0).collect();

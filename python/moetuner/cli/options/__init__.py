@@ -1,4 +1,4 @@
-"""Options: annotated parameters of a command, or of a group of them that commands share."""
+"""Options: fields of dataclasses, which commands share, or parameters of a command."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -19,9 +19,6 @@ from click.shell_completion import CompletionItem
 from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.solver import ALIASES, EFFORTS, METHODS
-
-# What makes a parameter of the command line, given its names, default and help.
-Maker = Callable[..., click.Parameter]
 
 # Groups of the help in their order; an option is in one of them, else in the last.
 BEGIN, OTHER = "Begin with", "Other"
@@ -37,69 +34,77 @@ class Option(click.Option):
         self.group = group
 
 
-def option(kind: Any = None, metavar: str | None = None, **others: Any) -> Maker:
-    """Return the annotation of a parameter that is an option.
+def option(kind: Any = None, metavar: str | None = None, default: Any = None, **others: Any) -> Any:
+    """Return a field, or the default of a parameter, that is an option.
 
     Parameters
     ----------
     kind, metavar
         Its type, and its value in ``--help``.
+    default
+        Its value where it is not given.
     others
-        ``group`` of the help, ``flag``, by default the parameter's name without "_file", ``help``,
-        in place of which stands what a docstring says of it, and what ``click.Option`` takes.
+        ``group`` of the help, ``flag``, by default the field's name without "_file", ``help``, by
+        default what the docstring says of the field, and what ``click.Option`` takes.
     """
-    return partial(Option, type=kind, metavar=metavar, **others)
+    return field(default=default, metadata={"type": kind, "metavar": metavar, **others})
 
 
-def argument(metavar: str, kind: Any, **others: Any) -> Maker:
-    """Return the annotation of a parameter that is no option; ``others`` as for click's."""
-    return partial(click.Argument, metavar=metavar, type=kind, **others)
+def argument(metavar: str, kind: Any, **others: Any) -> Any:
+    """Return the same of an argument without a name; ``others`` as for ``click.Argument``."""
+    of_argument = {"is_argument": True, "type": kind, "metavar": metavar}
+    return field(default=None, metadata=of_argument | others)
 
 
-def options_of(kind: Callable[..., Any]) -> dict[str, click.Parameter]:
-    """Return the options of a function or a class, its own and those of groups, by parameter.
+def options_of(kind: Any) -> dict[str, click.Parameter]:
+    """Return the options of a function or a class, its own and those of groups, by name.
 
-    A class that has ``OPTIONS``, makers by name, has those.
+    A class that has ``OPTIONS``, fields by name, has those.
     """
-    if hasattr(kind, "OPTIONS"):
-        return {name: _made(make, name, None, "") for name, make in kind.OPTIONS.items()}
+    members: dict[str, Any] = getattr(kind, "OPTIONS", {})
+    if is_dataclass(kind):
+        members = {of.name: of for of in fields(kind)}
+    elif not members:
+        members = {name: of.default for name, of in inspect.signature(kind).parameters.items()}
     texts: dict[str, str] = {}
     for of in reversed(getattr(kind, "__mro__", (kind,))):
         texts |= parameters_of(of)
+    groups = groups_of(kind)
     options: dict[str, click.Parameter] = {}
-    for name, parameter in inspect.signature(kind).parameters.items():
-        hint = _hints(kind)[name]
-        if isinstance(hint, type):
-            options |= options_of(hint)
-        for make in get_args(hint)[1:]:
-            is_empty = parameter.default is parameter.empty
-            default = None if is_empty else parameter.default
-            options[name] = _made(make, name, default, texts.get(name, ""))
+    for name, member in members.items():
+        if name in groups:
+            options |= options_of(groups[name])
+        elif isinstance(member, Field) and member.metadata:
+            options[name] = _made(member, name, texts.get(name, ""))
     return options
 
 
-def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types of parameters with their annotations."""
-    if inspect.isclass(kind):
-        return get_type_hints(kind, include_extras=True)
-    return inspect.get_annotations(kind, eval_str=True)
+def groups_of(kind: Any) -> dict[str, type]:
+    """Return the parameters of a function that are groups of options, with their classes."""
+    if isinstance(kind, type):
+        return {}
+    types = inspect.get_annotations(kind, eval_str=True)
+    return {
+        name: of
+        for name, of in types.items()
+        if isinstance(of, type) and (is_dataclass(of) or hasattr(of, "OPTIONS"))
+    }
 
 
-def _made(make: Any, name: str, default: Any, text: str) -> click.Parameter:
-    """Return an option with what its parameter says of it; an argument has but a name."""
-    if make.func is click.Argument:
-        argument: click.Parameter = make([name])
-        return argument
-    others = dict(make.keywords)
-    flag = others.pop("flag", "--" + name.removesuffix("_file").replace("_", "-"))
-    text = re.sub(r"(?<! ) \[(?=default|required)", "  [", text or others.pop("help", ""))
-    others = {"default": default, **others, "help": text}
-    others["show_default"] = not any(others["default"] is none for none in (None, False, ()))
-    return Option([flag, name], **others)
+def _made(of: Field[Any], name: str, text: str) -> click.Parameter:
+    """Return the option that a field is; its help is what the docstring says of it."""
+    how = dict(of.metadata)
+    if how.pop("is_argument", False):
+        return click.Argument([name], **how)
+    flag = how.pop("flag", "--" + name.removesuffix("_file").replace("_", "-"))
+    default = None if of.default is MISSING else of.default
+    text = re.sub(r"(?<! ) \[(?=default|required)", "  [", how.pop("help", text))
+    shows = not any(default is none for none in (None, False, ()))
+    return Option([flag, name], **{"default": default, **how, "help": text, "show_default": shows})
 
 
 class Command(click.Command):
-    """A function as a command: its annotated parameters are options, classes are groups of them.
+    """A function as a command: of its parameters, groups become their options.
 
     Parameters
     ----------
@@ -116,18 +121,17 @@ class Command(click.Command):
     def __init__(
         self, name: str, run: Callable[..., Any], *, begin_with: str = "", **others: Any
     ) -> None:
-        kinds = {of: kind for of, kind in _hints(run).items() if isinstance(kind, type)}
-        groups = {of: [*options_of(kind)] for of, kind in kinds.items() if of != "return"}
+        groups = {of: (kind, [*options_of(kind)]) for of, kind in groups_of(run).items()}
 
         def call(**values: Any) -> Any:
-            for of, keys in groups.items():
-                values[of] = kinds[of](**{key: values.pop(key) for key in keys})
+            for of, (kind, keys) in groups.items():
+                values[of] = kind(**{key: values.pop(key) for key in keys})
             return run(**values)
 
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
         params = [*options_of(run).values()]
         super().__init__(name, callback=call, params=params, **others)
-        self.begin_with = begin_with.split()
+        self.begin_with = {*begin_with.split()}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for every group."""
@@ -138,9 +142,8 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                is_first = not {*self.begin_with}.isdisjoint(parameter.opts)
-                title = BEGIN if is_first else getattr(parameter, "group", OTHER)
-                sections[title].append(record)
+                is_first = not self.begin_with.isdisjoint(parameter.opts)
+                sections[BEGIN if is_first else getattr(parameter, "group", OTHER)].append(record)
         for title, records in sections.items():
             if records:
                 with formatter.section(title):
@@ -153,20 +156,14 @@ def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]
 
 
 class Number(click.FloatRange):
-    """A number in a range; NaN is in none.
-
-    Parameters
-    ----------
-    infinite
-        Whether "inf" is one.
-    """
+    """A number in a range, finite unless ``infinite`` allows "inf"; NaN is in none."""
 
     def __init__(self, *arguments: Any, infinite: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.infinite = infinite
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number; refuse NaN, and infinity unless it is allowed."""
+        """Return the number."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail("nan is not a number.", param, ctx)
@@ -251,13 +248,7 @@ def register_path(
 
 
 class InFile(click.Path):
-    """A file to read, which no option of the same command may write.
-
-    Parameters
-    ----------
-    folders
-        Whether it may be a folder, too.
-    """
+    """A file to read, or a folder if ``folders``; no option of the same command may write it."""
 
     def __init__(self, *, folders: bool = False) -> None:
         super().__init__(exists=True, dir_okay=folders, path_type=Path)
@@ -323,6 +314,12 @@ def layer_list(layers: Sequence[int] | None) -> str | None:
     return ",".join(map(str, layers)) or "none"
 
 
+ARGUMENTS = re.compile(
+    r"(?<![-.'\"])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
+    r"top_k)\b"
+)
+
+
 def as_options(text: str) -> str:
     """Write the arguments that a message names as the options that give them."""
     return ARGUMENTS.sub(lambda match: "--" + match[0].replace("_", "-"), text)
@@ -330,22 +327,13 @@ def as_options(text: str) -> str:
 
 def with_options(command: click.Command, text: str) -> str:
     """Write the argument that a message begins with, or needs, as the option of a command."""
-    names = {
-        str(parameter.name): max(parameter.opts, key=len)
-        for parameter in command.params
-        if isinstance(parameter, click.Option)
-    }
+    options = (of for of in command.params if isinstance(of, click.Option))
+    names = {str(of.name): max(of.opts, key=len) for of in options}
     first = re.match(r"\w+( and \w+)?(?=:? )", text)
     if first is not None:
         words = " ".join(names.get(word, word) for word in first[0].split())
         text = words + text.removeprefix(first[0])
     return as_options(text) if " is needed" in text else text
-
-
-ARGUMENTS = re.compile(
-    r"(?<![-.'\"])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
-    r"top_k)\b"
-)
 
 
 def suggestion(value: str, choices: Iterable[str]) -> str:
@@ -356,23 +344,27 @@ def suggestion(value: str, choices: Iterable[str]) -> str:
 
 IN_FILE, IN_INPUT = InFile(), InFile(folders=True)
 SIZE = click.IntRange(1, 65536)
-# What files may leave out, and who knows it can say.
-HINTS = ("num_experts", "top_k", "hidden_layers", "dense_layers")
+COUNT = click.IntRange(min=1)
 
 # Options of several commands that belong to no group.
-EXPERT_BYTES_HELP = "Bytes of one expert of one layer."
-BYTES = Number(min=0, min_open=True)
-ExpertBytes = Annotated[float | None, option(BYTES, "BYTES", group=RUNNING, help=EXPERT_BYTES_HELP)]
-InPath = Annotated[Path | None, option(IN_FILE, "PLACEMENT")]
-PlacementFile = Annotated[Path, argument("PLACEMENT", IN_FILE)]
-SEEDS = click.IntRange(0, (1 << 63) - 1)
-Seed = Annotated[int, option(SEEDS, "N", group=SEARCH, help="Random seed.")]
-THREADS_HELP = "Threads; results do not depend on them. [default: all cores]"
-THREADS = option(click.IntRange(1, 1024), "N", group=SEARCH, help=THREADS_HELP)
-Threads = Annotated[int | None, THREADS]
-TRACE_HELP = "Write the trace to this file, ending in .safetensors."
-TRACE = option(OutFile(".safetensors"), "TRACE", required=True, help=TRACE_HELP)
-TraceOut = Annotated[Path, TRACE]
+expert_bytes_option = partial(option, Number(min=0, min_open=True), "BYTES", group=RUNNING)
+seed_option = partial(
+    option, click.IntRange(0, (1 << 63) - 1), "N", default=0, group=SEARCH, help="Random seed."
+)
+threads_option = partial(
+    option,
+    click.IntRange(1, 1024),
+    "N",
+    group=SEARCH,
+    help="Threads; results do not depend on them. [default: all cores]",
+)
+trace_option = partial(
+    option,
+    OutFile(".safetensors"),
+    "TRACE",
+    required=True,
+    help="Write the trace to this file, ending in .safetensors.",
+)
 
 
 @dataclass(frozen=True)
@@ -389,17 +381,17 @@ class LayerHints:
         Hidden layers without experts, for engines that count them too.
     """
 
-    num_experts: Annotated[int | None, option(SIZE, "E")] = None
-    hidden_layers: Annotated[int | None, option(SIZE, "N")] = None
-    dense_layers: Annotated[
-        tuple[int, ...] | None,
-        option(Text(read_layers, "numbers as in 0-2,5, or none"), "A-B,C,...|none"),
-    ] = None
+    num_experts: int | None = option(SIZE, "E")
+    hidden_layers: int | None = option(SIZE, "N")
+    dense_layers: tuple[int, ...] | None = option(
+        Text(read_layers, "numbers as in 0-2,5, or none"), "A-B,C,...|none"
+    )
 
     @property
     def hints(self) -> dict[str, Any]:
         """What is said of the input, as fields of ``Hints``."""
-        return {name: getattr(self, name) for name in HINTS if hasattr(self, name)}
+        names = ("num_experts", "top_k", "hidden_layers", "dense_layers")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 @dataclass(frozen=True)
@@ -412,7 +404,7 @@ class FileHints(LayerHints):
         Experts per token and layer, if the input does not say (SGLang's responses).
     """
 
-    top_k: Annotated[int | None, option(SIZE, "K")] = None
+    top_k: int | None = option(SIZE, "K")
 
 
 @dataclass(frozen=True)
@@ -428,8 +420,6 @@ class SearchOptions:
         up to minutes for a last half per cent.
     """
 
-    seed: Seed = 0
-    time_limit: Annotated[
-        float | None, option(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
-    ] = None
-    effort: Annotated[str, option(click.Choice([*EFFORTS]), group=SEARCH)] = "default"
+    seed: int = seed_option()
+    time_limit: float | None = option(Number(min=0, infinite=True), "SECONDS", group=SEARCH)
+    effort: str = option(click.Choice([*EFFORTS]), default="default", group=SEARCH)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
@@ -103,12 +103,11 @@ class Machine:
         h100-nvl8-ib400:2.
     """
 
-    devices: Annotated[int | None, option(DEVICES, "N", group=MACHINE)] = None
-    devices_per_node: Annotated[int | None, option(DEVICES, "M", group=MACHINE)] = None
-    machine: Annotated[
-        tuple[str, Topology] | None,
-        option(TOPOLOGY, "FILE|NAME", group=MACHINE, flag="--topology"),
-    ] = None
+    devices: int | None = option(DEVICES, "N", group=MACHINE)
+    devices_per_node: int | None = option(DEVICES, "M", group=MACHINE)
+    machine: tuple[str, Topology] | None = option(
+        TOPOLOGY, "FILE|NAME", group=MACHINE, flag="--topology"
+    )
 
     def topology(self, devices: int | None = None) -> Topology:
         """Return the topology; ``devices`` are those of a placement, where there is one."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 
-from moetuner.cli.options import IN_FILE, RUNNING, ExpertBytes, Number, option
+from moetuner.cli.options import IN_FILE, RUNNING, Number, expert_bytes_option, option
 from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
@@ -19,7 +19,6 @@ from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
 MOST_DEVICES = 16
-PARETO = ("experts moved", "bytes", "objective", "gain")
 
 
 @dataclass(frozen=True)
@@ -34,26 +33,23 @@ class Moving:
         Bytes that may move between devices; experts, if --expert-bytes is not given.
     move_cost
         Cost of moving a byte, in units of the objective.
+    expert_bytes
+        Bytes of one expert of one layer.
     pareto
         Also show what fewer or more moves would gain.
     """
 
-    initial_file: Annotated[Path | None, option(IN_FILE, "PLACEMENT", group=RUNNING)] = None
-    move_budget: Annotated[
-        float | None, option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
-    ] = None
-    move_cost: Annotated[float, option(Number(min=0), "COST", group=RUNNING)] = 0.0
-    expert_bytes: ExpertBytes = None
-    pareto: Annotated[bool, option(group=RUNNING, is_flag=True)] = False
+    initial_file: Path | None = option(IN_FILE, "PLACEMENT", group=RUNNING)
+    move_budget: float | None = option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
+    move_cost: float = option(Number(min=0), "COST", 0.0, group=RUNNING)
+    expert_bytes: float | None = expert_bytes_option()
+    pareto: bool = option(group=RUNNING, is_flag=True, default=False)
 
     def __post_init__(self) -> None:
-        if self.initial_file is None:
-            for of in fields(self):
-                if getattr(self, of.name) != of.default:
-                    flag = "--" + of.name.replace("_", "-")
-                    raise click.UsageError(
-                        f"'{flag}' needs '--initial', the placement to move from."
-                    )
+        given = [of.name for of in fields(self) if getattr(self, of.name) != of.default]
+        if self.initial_file is None and given:
+            flag = "--" + given[0].replace("_", "-")
+            raise click.UsageError(f"'{flag}' needs '--initial', the placement to move from.")
 
     def initial(self) -> Placement | None:
         """Read the placement that runs."""
@@ -68,15 +64,14 @@ class Moving:
         """Return arguments of ``solve``."""
         if initial is None:
             return {}
-        moves = {name: getattr(self, name) for name in ("move_budget", "move_cost")}
+        moves = {"move_budget": self.move_budget, "move_cost": self.move_cost}
         return {"initial": initial, "expert_bytes": self.unit_bytes, **moves}
 
     def settings(self) -> dict[str, Any]:
         """Return the options for JSON."""
-        return {
-            "initial": None if self.initial_file is None else str(self.initial_file),
-            **{name: getattr(self, name) for name in ("move_budget", "move_cost", "expert_bytes")},
-        }
+        initial = None if self.initial_file is None else str(self.initial_file)
+        names = ("move_budget", "move_cost", "expert_bytes")
+        return {"initial": initial, **{name: getattr(self, name) for name in names}}
 
     def show(
         self,
@@ -105,20 +100,16 @@ class Moving:
         with working("weighing moves"):
             trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **how)
         before, worth = trades[0].objective, Objective(problem)
-        # Times by counts would stand beside the replayed one; gains say what moves bring.
-        is_time = worth.is_predicted_time
-        output.table(
-            [name for name in PARETO if not (is_time and name == "objective")],
-            [
-                (
-                    str(trade.experts_moved),
-                    "-" if size is None else in_bytes(trade.experts_moved * size),
-                    *(() if is_time else (worth.text(trade.objective),)),
-                    percent(trade.gain / before if before else 0.0),
-                )
-                for trade in trades
-            ],
-        )
+        columns = {
+            "experts moved": [str(of.experts_moved) for of in trades],
+            "bytes": ["-" if size is None else in_bytes(of.experts_moved * size) for of in trades],
+            "objective": [worth.text(of.objective) for of in trades],
+            "gain": [percent(of.gain / before if before else 0.0) for of in trades],
+        }
+        if worth.is_predicted_time:
+            # Times by counts would stand beside the replayed one; gains say what moves bring.
+            del columns["objective"]
+        output.table([*columns], zip(*columns.values(), strict=True))
         no_bytes = {"bytes_moved": None} if size is None else {}
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
@@ -138,10 +129,9 @@ def _sentence(diff: PlacementDiff, topology: Topology) -> str:
 def show_pairs(output: Output, diff: PlacementDiff) -> None:
     """Print how many experts go from every device to every other."""
     devices = len(diff.pairs)
-    if not diff.experts_moved or devices > MOST_DEVICES:
-        return
-    rows = [
-        (f"device {source}", *(str(n) if n else "-" for n in row))
-        for source, row in enumerate(diff.pairs.tolist())
-    ]
-    output.table(("from \\ to", *map(str, range(devices))), rows)
+    if diff.experts_moved and devices <= MOST_DEVICES:
+        rows = [
+            (f"device {source}", *(str(count or "-") for count in row))
+            for source, row in enumerate(diff.pairs.tolist())
+        ]
+        output.table(("from \\ to", *map(str, range(devices))), rows)

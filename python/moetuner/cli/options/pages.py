@@ -6,8 +6,8 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import click
 
@@ -33,16 +33,8 @@ def needs_report(
     return value
 
 
-PAGE = OutFile(".html")
-Figures = Annotated[
-    Path | None,
-    option(
-        click.Path(file_okay=False, writable=True, path_type=Path),
-        "DIR",
-        callback=needs_report,
-        help="Write the charts of the page as SVG and PNG; needs Chrome or Chromium.",
-    ),
-]
+page_option = partial(option, OutFile(".html"), "FILE.html", callback=needs_report)
+FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
 
 
 @dataclass(frozen=True)
@@ -53,10 +45,12 @@ class Pages:
     ----------
     report_file
         Write a page of results that opens offline.
+    figures
+        Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """
 
-    report_file: Annotated[Path | None, option(PAGE, "FILE.html", callback=needs_report)] = None
-    figures: Figures = None
+    report_file: Path | None = page_option()
+    figures: Path | None = option(FOLDER, "DIR", callback=needs_report)
 
     @property
     def wanted(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import click
 
-from moetuner.cli.options import SIZE, Maker, Text, as_options, option
+from moetuner.cli.options import SIZE, Text, as_options, option
 from moetuner.cli.options.machine import COST_MODEL, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
@@ -24,7 +24,7 @@ DEFAULTS = {of.name: of.default for of in fields(Problem) if of.name in SETTINGS
 SERVED = ("regime", "split", "arrival")
 
 
-def setting_option(name: str) -> Maker:
+def setting_option(name: str) -> Any:
     """Return the option of a setting; its value is None or empty if it is not given."""
     setting = SETTINGS[name]
     kind: Any = None
@@ -34,16 +34,10 @@ def setting_option(name: str) -> Maker:
         kind = click.Choice(setting.choices)
     elif setting.read is not None:
         kind = Text(setting.read, setting.rule)
-    others: dict[str, Any] = {"flag": setting.option} if setting.option else {}
-    return option(
-        kind,
-        setting.metavar,
-        group=setting.group,
-        help=setting.help,
-        is_flag=kind is None,
-        multiple=setting.repeatable,
-        **others,
-    )
+    how: dict[str, Any] = {"group": setting.group, "help": setting.help}
+    how |= {"is_flag": kind is None, "multiple": setting.repeatable}
+    how |= {"flag": setting.option} if setting.option else {}
+    return option(kind, setting.metavar, **how)
 
 
 ENGINE_OPTION = option(
@@ -52,6 +46,12 @@ ENGINE_OPTION = option(
     flag="--for",
     help="Engine that loads the placement. It sets regime, split and arrival, unless their options "
     "do. If a placement is computed, it also sets equal slots, all of them full.",
+)
+
+
+ROUTER_GROUPS_HELP = (
+    "Groups among which the router chooses first (n_group), kept whole. For engines that renumber "
+    "experts in a checkpoint."
 )
 
 
@@ -66,18 +66,14 @@ class Serving:
         Values of settings by name; None, False and empty ones are not given.
     """
 
-    OPTIONS: ClassVar[dict[str, Maker]] = {
+    OPTIONS: ClassVar[dict[str, Any]] = {
         "engine": ENGINE_OPTION,
         **{name: setting_option(name) for name in ("cost_model", *SERVED)},
     }
 
     def __init__(self, engine: str | None = None, **given: Any) -> None:
         self.engine = engine
-        self.given = {
-            name: value
-            for name, value in given.items()
-            if value is not None and value is not False and value != ()
-        }
+        self.given = {name: of for name, of in given.items() if of or (of == 0 and of is not False)}
 
     @property
     def is_given(self) -> bool:
@@ -104,29 +100,22 @@ class Serving:
     def settings(self, topology: Topology, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return settings and the machine for JSON."""
         model = arguments["cost_model"]
-        return {
-            "devices": topology.devices,
-            "devices_per_node": topology.devices_per_node,
-            "topology": topology.name,
-            "for": self.engine,
-            **arguments,
-            "cost_model": None if model is None else asdict(model),
-        }
+        machine = {name: getattr(topology, name) for name in ("devices", "devices_per_node")}
+        machine |= {"topology": topology.name, "for": self.engine}
+        return machine | arguments | {"cost_model": None if model is None else asdict(model)}
 
     def explain(self, more: Sequence[str] = ()) -> list[str]:
         """Write in a line what ``--for`` has set, and other options; in none without an engine."""
         if self.engine is None:
             return []
         engine = ENGINES[self.engine]
-        by_engine, by_options = [], []
-        for name in SERVED:
-            if name == "split" and not engine.may_copy:
-                continue
-            text = f"{name} {self.value(name)}"
-            if name in self.given:
-                by_options.append(text)
-            else:
-                by_engine.append(f"{text} ({engine.how_split})" if name == "split" else text)
+        texts = {name: f"{name} {self.value(name)}" for name in SERVED}
+        if not engine.may_copy:
+            del texts["split"]
+        elif "split" not in self.given:
+            texts["split"] += f" ({engine.how_split})"
+        by_options = [text for name, text in texts.items() if name in self.given]
+        by_engine = [text for name, text in texts.items() if name not in self.given]
         line = f"For {engine.title}: {', '.join([*by_engine, *more])}"
         return [line + (f"; from your options: {', '.join(by_options)}." if by_options else ".")]
 
@@ -142,15 +131,9 @@ class ProblemOptions(Serving):
         As for ``Serving``.
     """
 
-    OPTIONS: ClassVar[dict[str, Maker]] = {
+    OPTIONS: ClassVar[dict[str, Any]] = {
         "engine": ENGINE_OPTION,
-        "router_groups": option(
-            SIZE,
-            "N",
-            group=ENGINE,
-            help="Groups among which the router chooses first (n_group), kept whole. For engines "
-            "that renumber experts in a checkpoint.",
-        ),
+        "router_groups": option(SIZE, "N", group=ENGINE, help=ROUTER_GROUPS_HELP),
         **{name: setting_option(name) for name in SETTINGS},
     }
 
@@ -162,26 +145,20 @@ class ProblemOptions(Serving):
         self, source: Source, topology: Topology, traffic: Traffic | None = None
     ) -> Problem:
         """Count INPUT, or a part of it, and make the problem."""
-        given = self.given
-        goal = given.get("objective")
+        given, goal = self.given, self.given.get("objective")
         # Visits are no part of balance, and sets take memory.
         sets = given.get("regime") != "follow" and goal != "balance"
         statistics = source.count(traffic, sets=sets, by_group="groups" in given)
-        settings = {
-            **given,
-            **{name: self.value(name) for name in SERVED},
-            "cost_model": cost_model_for(given.get("cost_model"), statistics),
-        }
+        settings = given | {name: self.value(name) for name in SERVED}
+        settings["cost_model"] = cost_model_for(given.get("cost_model"), statistics)
         if goal == "traffic":
             settings.setdefault("max_imbalance", TRAFFIC_CAP)
         if self.engine is not None or self.router_groups is not None:
             by_engine = self._by_engine(statistics, topology)
-            settings |= {
-                "slots_per_device": by_engine["slots_per_device"],
-                "extra_slots": None,
-                "forbidden": (*given.get("forbidden", ()), *by_engine.get("forbidden", ())),
-                "fill_slots": "fill_slots" in given or by_engine["fill_slots"],
-            }
+            settings |= {"slots_per_device": by_engine["slots_per_device"], "extra_slots": None}
+            bans = (*given.get("forbidden", ()), *by_engine.get("forbidden", ()))
+            fill_slots = "fill_slots" in given or by_engine["fill_slots"]
+            settings |= {"forbidden": bans, "fill_slots": fill_slots}
         elif "regime" not in given and goal in (None, "traffic") and "max_imbalance" in settings:
             # Visits cannot be counted from transitions alone.
             no_visits = statistics.sets is None and statistics.coactivation is None
@@ -190,6 +167,7 @@ class ProblemOptions(Serving):
         return Problem(statistics, topology, **settings)
 
     def _by_engine(self, statistics: RoutingStatistics, topology: Topology) -> dict[str, Any]:
+        """Return the settings of a problem that the engine decides."""
         if self.engine is None:
             raise click.UsageError("'--router-groups' needs '--for', the engine.")
         engine = ENGINES[self.engine]
@@ -198,15 +176,10 @@ class ProblemOptions(Serving):
                 f"'--router-groups' is for engines that renumber experts in the checkpoint; "
                 f"{engine.title} does not, and its groups may be divided."
             )
+        slots = {name: self.given.get(name) for name in ("slots_per_device", "extra_slots")}
+        how = {**slots, "router_groups": self.router_groups}
         try:
-            return engine_settings(
-                self.engine,
-                statistics,
-                topology,
-                slots_per_device=self.given.get("slots_per_device"),
-                extra_slots=self.given.get("extra_slots"),
-                router_groups=self.router_groups,
-            )
+            return engine_settings(self.engine, statistics, topology, **how)
         except ValueError as error:
             text = as_options(str(error)).replace("devices must", "--devices must")
             raise click.UsageError(f"'--for {self.engine}': {text}.") from None
@@ -215,10 +188,9 @@ class ProblemOptions(Serving):
         """Write in a line what ``--for`` has set of a problem; in none without an engine."""
         full = "full " if problem.fill_slots else ""
         total = problem.slots * problem.devices
-        slots = f"{problem.slots} {full}slots on every device in every layer"
+        more = [f"{problem.slots} {full}slots on every device in every layer"]
         if self.engine is not None and ENGINES[self.engine].may_copy:
-            slots += f" ({total} slots, {total - problem.experts} of them redundant)"
-        more = [slots]
+            more[0] += f" ({total} slots, {total - problem.experts} of them redundant)"
         if self.router_groups is not None:
             more.append(f"{self.router_groups} router groups kept whole")
         return self.explain(more)

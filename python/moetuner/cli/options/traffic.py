@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
 import numpy as np
 
 from moetuner.cli.options import (
+    COUNT,
     IN_INPUT,
     FileHints,
-    Threads,
     argument,
     layer_list,
     option,
     suggestion,
+    threads_option,
 )
 from moetuner.cli.output import shares, working
 from moetuner.evaluation.replay import check_model
@@ -51,37 +52,30 @@ def names(paths: Sequence[Path]) -> str:
 
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
-    common = {
-        "file": str(paths[0]),
-        "files": [str(path) for path in paths],
-        "model": traffic.model,
-        "layers": traffic.layers,
-        "experts": traffic.num_experts,
-        "groups": list(traffic.group_names) if traffic.group is not None else [],
-    }
+    of: dict[str, Any] = {"file": str(paths[0]), "files": [*map(str, paths)]}
+    of |= {"model": traffic.model, "layers": traffic.layers, "experts": traffic.num_experts}
+    of["groups"] = list(traffic.group_names) if traffic.group is not None else []
     if isinstance(traffic, RoutingStatistics):
         kind = "load table" if traffic.transitions is None else "statistics"
-        return {**common, "kind": kind, "windows": traffic.windows}
-    return {
-        **common,
-        "kind": "trace",
-        "top_k": traffic.top_k,
-        "tokens": traffic.tokens,
-        "sequences": None if traffic.sequence is None else len(set(traffic.sequence.tolist())),
-    }
+        return of | {"kind": kind, "windows": traffic.windows}
+    sequences = None if traffic.sequence is None else len(set(traffic.sequence.tolist()))
+    of |= {"kind": "trace", "top_k": traffic.top_k, "tokens": traffic.tokens}
+    return of | {"sequences": sequences}
 
 
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
     of = facts(paths, traffic)
     sizes = {**of, "groups": len(of["groups"])}
-    first, last = ("tokens", "windows", "layers", "experts"), ("sequences", "groups")
-    parts = [counted(sizes[name], name[:-1]) for name in first if sizes.get(name)]
-    parts += [f"top-{of['top_k']}"] if "top_k" in of else []
-    parts += [counted(sizes[name], name[:-1]) for name in last if sizes.get(name)]
+    names_of_sizes = ("tokens", "windows", "layers", "experts", "top_k", "sequences", "groups")
+    parts = [
+        f"top-{sizes[size]}" if size == "top_k" else counted(sizes[size], size[:-1])
+        for size in names_of_sizes
+        if sizes.get(size)
+    ]
     model = f" of {name(of['model'])}" if of["model"] else ""
     line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
-    left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
+    left_out = _left_out(traffic)
     if left_out is not None:
         hidden, dense = left_out
         line += (
@@ -89,6 +83,11 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
             f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
     return line
+
+
+def _left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
+    """Return a model's hidden layers and its dense ones, where a recording left some out."""
+    return traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
 
 
 def parse_files(
@@ -116,9 +115,6 @@ def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
     return replace(chosen, group=group_of.astype(np.int16), group_names=labels)
 
 
-INPUT_FILES = argument("INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files)
-
-
 @dataclass(frozen=True)
 class Source(FileHints):
     """INPUT, and how it is counted.
@@ -132,10 +128,12 @@ class Source(FileHints):
         [default: 512 for a trace]
     """
 
-    input_files: Annotated[tuple[Path, ...], INPUT_FILES] = ()
-    only: Annotated[tuple[str, ...], option(str, "GROUP", multiple=True)] = ()
-    window: Annotated[int | None, option(click.IntRange(min=1), "TOKENS", group=GOAL)] = None
-    threads: Threads = None
+    input_files: tuple[Path, ...] = argument(
+        "INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files
+    )
+    only: tuple[str, ...] = option(str, "GROUP", (), multiple=True)
+    window: int | None = option(COUNT, "TOKENS", group=GOAL)
+    threads: int | None = threads_option()
 
     @cached_property
     def traffic(self) -> Traffic:
@@ -164,10 +162,10 @@ class Source(FileHints):
         traffic = self.traffic if traffic is None else traffic
         if isinstance(traffic, RoutingStatistics):
             return traffic
+        how |= {"window": self.window or WINDOW, "threads": self.threads}
         with working("counting") as report:
-            how |= {"window": self.window or WINDOW, "threads": self.threads}
-            progress = shares(report, "of the tokens")
-            return RoutingStatistics.from_trace(traffic, progress=progress, **how)
+            how["progress"] = shares(report, "of the tokens")
+            return RoutingStatistics.from_trace(traffic, **how)
 
     def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
         """Solve, and show how far that is; ``place`` is how far the whole is, ``how`` as for it."""
@@ -181,13 +179,9 @@ class Source(FileHints):
         placements = [result.placement for result in results]
         how: Any = {"window": self.replayed, "threads": self.threads}
         with working("replaying") as report:
-            progress = shares(report, "of the tokens")
-            evaluations = outcome.judge(placements, problem, judged_on, progress=progress, **how)
+            how["progress"] = shares(report, "of the tokens")
+            evaluations = outcome.judge(placements, problem, judged_on, **how)
         return [Outcome(problem, *pair) for pair in zip(results, evaluations, strict=True)]
-
-    def files(self) -> str:
-        """Return the files as a shell takes them."""
-        return shlex.join(map(str, self.input_files))
 
     def load(self, path: Path, topology: Topology | None = None) -> Placement:
         """Read a placement, which must be of this traffic and of a machine."""
@@ -205,9 +199,7 @@ class Source(FileHints):
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
-        traffic = self.traffic
-        left_out = traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
-        hidden, dense = left_out or (self.hidden_layers, self.dense_layers)
+        hidden, dense = _left_out(self.traffic) or (self.hidden_layers, self.dense_layers)
         return str(hidden or "N"), layer_list(dense) or "A-B"
 
     def facts(self) -> dict[str, Any]:

@@ -7,33 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moetuner._checks import (
-    callable_or_none,
-    flag,
-    instance,
-    listed,
-    not_negative,
-    nth_seed,
-    one_of,
-    positive,
-    seed_in,
-    whole_number,
-    window_in,
-)
+from moetuner import _checks as check
 from moetuner.cost import CostModel, busiest_ports, cost_model_of, size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE, compare
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.replay import Traffic
-from moetuner.evaluation.units import Units, hold_out, units_of
-from moetuner.formats.engines import ENGINES, Engine, engine_settings, tokens_per_rank
+from moetuner.evaluation.replay import Traffic, members
+from moetuner.evaluation.units import hold_out, units_of
+from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice import drift
@@ -134,42 +121,52 @@ def advise(
     >>> advice.answer
     'worth a trial'
     """
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    flag("in_order", in_order)
-    callable_or_none("report", report)
-    _check_traffic(traffic)
-    not_negative("price", price, "share")
+    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
+    check.flag("in_order", in_order)
+    check.callable_or_none("report", report)
+    if isinstance(traffic, RoutingTrace):
+        if traffic.tokens < 2:
+            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
+    elif not traffic.total_load.any():
+        raise ValueError("traffic must have tokens, got a load of 0")
+    check.not_negative("price", price, "share")
     if isinstance(initial, str):
-        one_of("initial", initial, get_args(Running))
+        check.one_of("initial", initial, get_args(Running))
     else:
-        instance("initial", initial, Placement)
+        check.instance("initial", initial, Placement)
     if engine is not None:
-        one_of("engine", engine, ENGINES)
+        check.one_of("engine", engine, ENGINES)
         split = ENGINES[engine].split if split is None else split
         arrival = ENGINES[engine].arrival if arrival is None else arrival
     share_mixed("bursts" if arrival is None else arrival)
+    given = check.listed("copies", copies, "whole numbers")
+    counts = sorted({check.whole_number("copies", each, lowest=0) for each in given})
+    if not counts:
+        raise ValueError("copies must be at least one number of slots, got none")
+    window, size = check.window_in(window), size_of_expert(traffic)
+    windows: tuple[int | None, ...] = (window,)
     if isinstance(traffic, RoutingStatistics):
         # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
         traffic = replace(traffic, transitions=None, coactivation=None, sets=None)
-        arrival = None
+        arrival, windows = None, (None,)
+    elif window is None:
+        windows = tuple(of for of in WINDOWS if of == WINDOWS[0] or traffic.tokens >= 4 * of)
+    if expert_bytes is not None:
+        check.positive("expert_bytes", expert_bytes, "number of bytes")
+    elif size is not None:
+        expert_bytes = 3.0 * size[0] * size[1]
+    how = {
+        "regime": regime,
+        "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
+        "split": "even" if split is None else split,
+        "arrival": "bursts" if arrival is None else arrival,
+    }
     study = _Study(
-        traffic,
-        topology,
-        initial,
-        engine,
-        _counts_in(copies),
-        _windows_of(traffic, window_in(window)),
-        {
-            "regime": regime,
-            "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
-            "split": "even" if split is None else split,
-            "arrival": "bursts" if arrival is None else arrival,
-        },
-        *(_bytes_in(expert_bytes, traffic), price, in_order, iterations, seed_in(seed), threads),
-        say=report or (lambda _: None),
+        *(traffic, topology, initial, engine, counts, windows, how, expert_bytes, price),
+        *(in_order, iterations, check.seed_in(seed), threads, report or (lambda _: None)),
     )
-    return study.advice(whole_number("splits", splits, highest=100))
+    return study.advice(check.whole_number("splits", splits, highest=100))
 
 
 # Placements of a split: by slots for copies, and whether they are shared by the layers; or by the
@@ -179,25 +176,16 @@ Key = tuple[int, bool] | str | None
 
 @dataclass(frozen=True)
 class _Trial:
-    """Placements that were computed from one part of the traffic, judged on another one."""
+    """Placements computed from one part of the traffic, judged on another one, by window."""
 
     problem: Problem
     results: dict[Key, Result]
-    # By window.
+    placements: dict[Key, Placement]
     evaluations: dict[int | None, dict[Key, Evaluation]]
 
-    def placement(self, key: Key) -> Placement:
-        """Return a placement that was judged."""
-        replayed = next(iter(self.evaluations.values()))[key].replayed
-        assert replayed is not None
-        return replayed.setting.placement
-
-    def gain(self, key: Key, window: int | None) -> float:
-        """Compute the share of the running placement's predicted time that is saved."""
-        after, before = (self.evaluations[window][of].predicted_layer_us for of in (key, None))
-        assert after is not None
-        assert before is not None
-        return 1 - after / before
+    def us(self, key: Key, window: int | None) -> float:
+        """Return the predicted microseconds of a layer."""
+        return self.evaluations[window][key].predicted_layer_us or 0.0
 
 
 @dataclass
@@ -222,34 +210,18 @@ class _Study:
     # them brings time down further, on what it saw.
     goals: tuple[Literal["balance", "time"], ...] = field(default=("balance", "time"), init=False)
 
-    @property
-    def facts(self) -> Engine | None:
-        """What the engine does."""
-        return None if self.engine is None else ENGINES[self.engine]
-
-    @cached_property
-    def fewest(self) -> int:
-        """Slots of a device that hold each expert once."""
-        return -(-self.traffic.num_experts // self.topology.devices)
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """Slots for copies that are tried: those that the engine and the model allow."""
+    def __post_init__(self) -> None:
+        traffic, self.facts = self.traffic, ENGINES[self.engine] if self.engine else None
+        # Slots of a device that hold each expert once.
+        self.fewest = -(-traffic.num_experts // self.topology.devices)
         may_copy = self.facts is None or self.facts.may_copy
-        most = self.traffic.num_experts - self.fewest if may_copy else 0
-        return tuple(each for each in self.copies if each <= most) or (0,)
-
-    @cached_property
-    def units(self) -> dict[int | None, Units]:
-        """What is independent, by window; kinds and sequences are the same in all of them."""
-        return {
-            each: units_of(self.traffic, window=each, threads=self.threads) for each in self.windows
-        }
-
-    @property
-    def is_held_out(self) -> bool:
-        """Whether anything can be: one window cannot be halved."""
-        return isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
+        most = traffic.num_experts - self.fewest if may_copy else 0
+        # Slots for copies that are tried: those that the engine and the model allow.
+        self.counts = [each for each in self.copies if each <= most] or [0]
+        # Kinds and sequences are the same in all windows.
+        self.units = {of: units_of(traffic, window=of, threads=self.threads) for of in self.windows}
+        # One window cannot be halved.
+        self.is_held_out = isinstance(traffic, RoutingTrace) or traffic.windows > 1
 
     def advice(self, splits: int) -> Advice:
         """Try placements on every split, and conclude."""
@@ -261,14 +233,21 @@ class _Study:
         proposed: Key = (knee, False)
         self.say("judging")
         judged = tuple(self._compared(trials, proposed, window) for window in self.windows)
-        main = max(judged, key=lambda each: each.gain.mean)
+        main = max(judged, key=lambda each: each.gain.gain)
         units, of = self.units[main.window], first.evaluations[main.window]
-        placements = first.placement(None), first.placement(proposed)
+        placements = first.placements[None], first.placements[proposed]
         self.say("comparing the halves of the recording")
         difference = drift.drift_of(self.traffic, units, seed=self.seed)
-        carried: tuple[float, ...] = ()
+        carried: list[float] = []
         if self.in_order and difference is not None and difference.is_beyond_chance:
-            carried = self._carried(knee, main.window)
+            early, late = drift.halves(self.traffic)
+            for seen, unseen, name in ((early, late, "first"), (late, early, "second")):
+                self.say(f"a placement of the {name} half on the other")
+                problem = self.problem(seen)
+                results = {proposed: self._searched(problem, knee, self.seed)}
+                trial = self._judged(problem, results, unseen, [main.window], self.seed)
+                # The gain on the other half, at its lower end.
+                carried.append(self._compared([trial], proposed, main.window).gain.low or 0.0)
         self.say("weighing what moves, and phases")
         phases = self._phases(first, knee)
         advice = Advice(
@@ -279,7 +258,7 @@ class _Study:
             moving=self._moving(*placements, main.gain.before - main.gain.after),
             phases=phases,
             drift=difference,
-            carried=carried,
+            carried=tuple(carried),
             running=of[None],
             proposed=of[proposed],
             placements=placements,
@@ -289,22 +268,19 @@ class _Study:
             problem=first.problem,
             settings=self._settings(splits),
         )
-        kinds = tuple(name for name in _present(self.traffic) if name not in PHASES)
+        kinds = tuple(name for name in members(self.traffic) if name and name not in PHASES)
         return concluded(advice, kinds, self._notes(phases, knee))
 
     def _settings(self, splits: int) -> dict[str, Any]:
         return {
-            "engine": self.engine,
-            "price": self.price,
-            "expert_bytes": self.expert_bytes,
+            **{name: getattr(self, name) for name in ("engine", "price", "expert_bytes")},
             **{name: self.how[name] for name in ("regime", "split", "arrival")},
-            "in_order": self.in_order,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in ("in_order", "seed")},
             "devices": self.topology.devices,
             "devices_per_node": self.topology.devices_per_node,
             "topology": self.topology.name,
             "initial": self.initial if isinstance(self.initial, str) else "given",
-            "copies": list(self.counts),
+            "copies": self.counts,
             "windows": list(self.windows),
             "splits": splits,
             "held_out": self.is_held_out,
@@ -313,13 +289,13 @@ class _Study:
 
     def _compared(self, trials: list[_Trial], proposed: Key, window: int | None) -> Judged:
         """Compare what is proposed with what runs, in windows of a size, over all splits."""
-        of_splits = [each.evaluations[window] for each in trials]
-        figures = compare(
-            [(of[None], of[proposed]) for of in of_splits], units=self.units[window], share=0.5
+        pairs = [(of[None], of[proposed]) for of in (each.evaluations[window] for each in trials)]
+        figures = compare(pairs, units=self.units[window], share=0.5)
+        names = ("running", "proposed")
+        return Judged(
+            window,
+            {name: replace(of, price=self.price, names=names) for name, of in figures.items()},
         )
-        for name, of in figures.items():
-            figures[name] = replace(of, price=self.price, names=("running", "proposed"))
-        return Judged(window, figures)
 
     def _notes(self, phases: Phases | None, knee: int) -> tuple[str, ...]:
         """Write what phases cost each other, and what the engine cannot do."""
@@ -365,7 +341,7 @@ class _Study:
         A budget that layers share is tried in the first split only, which tells enough of it, and
         not for engines, which have as many slots in every layer.
         """
-        seed, name = nth_seed(self.seed, number), f"split {number + 1} of {splits}"
+        seed, name = check.nth_seed(self.seed, number), f"split {number + 1} of {splits}"
         seen, unseen = hold_out(self.traffic, 0.5 if self.is_held_out else 0.0, seed=seed)
         self.say(f"{name}: counting")
         problem = self.problem(seen)
@@ -396,18 +372,12 @@ class _Study:
             slots = max(running.slots_per_device, self.fewest)
             replace(problem, slots_per_device=slots).check_running(running)
         placements = {None: running, **{key: of.placement for key, of in results.items()}}
-        evaluations = {}
-        for window in windows:
-            evaluated = judge(
-                list(placements.values()),
-                problem,
-                unseen,
-                window=window,
-                mixed=False,
-                threads=self.threads,
-            )
-            evaluations[window] = dict(zip(placements, evaluated, strict=True))
-        return _Trial(problem, results, evaluations)
+        some, how = list(placements.values()), {"mixed": False, "threads": self.threads}
+        evaluations = {
+            of: dict(zip(placements, judge(some, problem, unseen, window=of, **how), strict=True))
+            for of in windows
+        }
+        return _Trial(problem, results, placements, evaluations)
 
     def problem(self, seen: Traffic) -> Problem:
         """Count traffic, and ask for the least time with one copy of each expert."""
@@ -430,14 +400,9 @@ class _Study:
             )
             slots["fill_slots"] = of_engine["fill_slots"]
         problem = replace(problem, **slots)
+        how: dict[str, Any] = {"seed": seed, "threads": self.threads, "iterations": self.iterations}
         results = {
-            goal: solve(
-                replace(problem, objective=goal),
-                "heuristic",
-                seed=seed,
-                iterations=self.iterations,
-                threads=self.threads,
-            ).uninterrupted()
+            goal: solve(replace(problem, objective=goal), "heuristic", **how).uninterrupted()
             for goal in (("balance",) if count else self.goals)
         }
         best = min(results, key=lambda goal: problem.value(results[goal].placement))
@@ -447,32 +412,20 @@ class _Study:
 
     def _swept(self, trials: list[_Trial]) -> tuple[Copies, ...]:
         """Compute what copies gain and cost; a budget that layers share has one split."""
-        size = self.expert_bytes
-        return tuple(
-            Copies(
-                *key,
-                {
-                    window: tuple(of.gain(key, window) for of in trials if key in of.results)
-                    for window in self.windows
-                },
-                None if size is None else key[0] * self.traffic.layers * size,
-                self._tokens_per_rank(key[0]),
-            )
-            for key in trials[0].results
-            if isinstance(key, tuple)
-        )
-
-    def _carried(self, knee: int, window: int | None) -> tuple[float, ...]:
-        """Gains of a placement of each half of the recording on the other, at their lower ends."""
-        early, late = drift.halves(self.traffic)
-        gains: list[float] = []
-        for seen, unseen, name in ((early, late, "first"), (late, early, "second")):
-            self.say(f"a placement of the {name} half on the other")
-            problem = self.problem(seen)
-            result = self._searched(problem, knee, self.seed)
-            trial = self._judged(problem, {(knee, False): result}, unseen, [window], self.seed)
-            gains.append(self._compared([trial], (knee, False), window).gain.low or 0.0)
-        return tuple(gains)
+        size, swept = self.expert_bytes, []
+        for count, shared in (key for key in trials[0].results if isinstance(key, tuple)):
+            key = count, shared
+            gains = {
+                window: tuple(
+                    1 - of.us(key, window) / of.us(None, window)
+                    for of in trials
+                    if key in of.results
+                )
+                for window in self.windows
+            }
+            memory = None if size is None else count * self.traffic.layers * size
+            swept.append(Copies(count, shared, gains, memory, self._tokens_per_rank(count)))
+        return tuple(swept)
 
     def _moving(self, before: Placement, after: Placement, saved_us: float) -> Moving:
         diff = before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
@@ -488,63 +441,21 @@ class _Study:
         """Place for prefill, for decode and for both, and predict each on each."""
         if not isinstance(self.traffic, RoutingTrace) or self.traffic.group is None:
             return None
-        seen, unseen = hold_out(self.traffic, 0.5, seed=self.seed)
-        assert isinstance(seen, RoutingTrace)
-        assert isinstance(unseen, RoutingTrace)
-        if not all(set(PHASES) <= set(_present(part)) for part in (seen, unseen)):
+        parts = hold_out(self.traffic, 0.5, seed=self.seed)
+        if not all(set(PHASES) <= members(part).keys() for part in parts):
             return None
+        seen, unseen = (
+            {of: part.select(groups=of) for of in PHASES}
+            for part in parts
+            if isinstance(part, RoutingTrace)
+        )
         results: dict[Key, Result] = {"both": trial.results[knee, False]}
-        for phase in PHASES:
-            problem = self.problem(seen.select(groups=phase))
-            results[phase] = self._searched(problem, knee, self.seed)
+        for phase, part in seen.items():
+            results[phase] = self._searched(self.problem(part), knee, self.seed)
         times: dict[str, dict[str, float]] = {str(name): {} for name in results}
-        for phase in PHASES:
+        for phase, part in unseen.items():
             window = self.windows[-1 if phase == "prefill" else 0]
-            part = unseen.select(groups=phase)
             judged = self._judged(trial.problem, results, part, [window], self.seed)
             for name, of in times.items():
-                of[phase] = judged.evaluations[window][name].predicted_layer_us or 0.0
+                of[phase] = judged.us(name, window)
         return Phases(times)
-
-
-def _counts_in(copies: Sequence[int]) -> list[int]:
-    """Check numbers of slots for copies, and return them in order."""
-    given = listed("copies", copies, "whole numbers")
-    counts = sorted({whole_number("copies", each, lowest=0) for each in given})
-    if not counts:
-        raise ValueError("copies must be at least one number of slots, got none")
-    return counts
-
-
-def _bytes_in(expert_bytes: float | None, traffic: Traffic) -> float | None:
-    """Check bytes of an expert; by default they are of the model's in 8 bits, where known."""
-    if expert_bytes is not None:
-        positive("expert_bytes", expert_bytes, "number of bytes")
-        return expert_bytes
-    size = size_of_expert(traffic)
-    return None if size is None else 3.0 * size[0] * size[1]
-
-
-def _check_traffic(traffic: Traffic) -> None:
-    """Raise unless there is something to see and something to judge on."""
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
-    elif not traffic.total_load.any():
-        raise ValueError("traffic must have tokens, got a load of 0")
-
-
-def _windows_of(traffic: Traffic, window: int | None) -> tuple[int | None, ...]:
-    """Return windows to judge in: those that were asked for, else of decoding and of prompts."""
-    if isinstance(traffic, RoutingStatistics):
-        return (None,)
-    if window is not None:
-        return (window,)
-    return tuple(each for each in WINDOWS if each == WINDOWS[0] or traffic.tokens >= 4 * each)
-
-
-def _present(traffic: Traffic) -> tuple[str, ...]:
-    """Return names of the groups that have tokens, or windows."""
-    if traffic.group is None:
-        return ()
-    return tuple(traffic.group_names[number] for number in np.unique(traffic.group))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.values import Advice, Answer, Copies, Judged
-from moetuner.report.cells import listed, percent
+from moetuner.report.cells import counted, listed, percent
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
@@ -47,7 +48,7 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
 
     ``kinds`` are the groups of the traffic that are no phases; ``notes`` are more reasons.
     """
-    reasons, warnings = [*_gains(of), *notes], _of_units(of.units, of.settings["held_out"])
+    reasons, warnings = [*_gains(of), *notes], _of_units(of.units, held_out=of.settings["held_out"])
     answer = _by_gains(of, reasons)
     # What comes later overrules what came before, with the first reason.
     overruling: list[tuple[Answer, str]] = []
@@ -86,6 +87,14 @@ def _by_gains(of: Advice, reasons: list[str]) -> Answer:
     """Answer by the gains alone, and add to the reasons."""
     price: float = of.settings["price"]
     answers = {each.gain.answer for each in of.judged}
+
+    def pays_nothing(gain: Comparison) -> bool:
+        # More traffic is not worth recording where that is surely not far above the price.
+        is_low = gain.high is not None and gain.gain < price and gain.high <= NEAR * price
+        return gain.answer in ("certain but small", "worse") or (
+            gain.answer == "no evidence" and is_low
+        )
+
     if not of.settings["held_out"]:
         reasons.insert(
             0,
@@ -93,10 +102,25 @@ def _by_gains(of: Advice, reasons: list[str]) -> Answer:
             "computed from; count loads in windows, or record a trace.",
         )
     elif answers == {"too few"}:
-        reasons.insert(0, _too_few(of.units, of.judged[0].gain.units))
+        units, number, least = of.units, of.judged[0].gain.units, f"at least {FEWEST} are needed"
+        line = (
+            f"unseen {units.name}s are too few ({number}, and {least}) to say how sure a gain is."
+        )
+        if units.name == "kind":
+            line = (
+                f"sequences are of {units.number} kinds only, {number} of them unseen, and {least} "
+                "to say how sure a gain is; record more different prompts."
+            )
+        elif units.blocks.length > 1:
+            line = (
+                f"neighbouring windows are alike, so the unseen ones are worth {number} "
+                f"independent windows, and {least} to say how sure a gain is; record longer, or "
+                "with sequences."
+            )
+        reasons.insert(0, line)
     elif "worth it" in answers:
         return "worth a trial"
-    elif all(_pays_nothing(each, price) for each in of.judged):
+    elif all(pays_nothing(each.gain) for each in of.judged):
         reasons.insert(1, f"that is less than the {100 * price:g} % that a change should gain")
         return "not now"
     else:
@@ -120,10 +144,10 @@ def _by_drift(
         reasons.insert(
             1,
             f"the halves of the recording hold different groups: served mixed, the gain is "
-            f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
+            f"{percent(of.main.gain.gain)}; served as recorded, a placement of one half gains "
             f"{percent(least)} or more on the other (lower end of 95 %)",
         )
-    elif least > 0 and least >= CARRIED * of.main.gain.mean:
+    elif least > 0 and least >= CARRIED * of.main.gain.gain:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
     else:
         warnings.append(
@@ -136,37 +160,7 @@ def _by_drift(
     return []
 
 
-def _pays_nothing(judged: Judged, price: float) -> bool:
-    """Whether the traffic says that there is nothing to win that would pay.
-
-    More of it is not worth recording where the gain is below its price, and surely not far above.
-    """
-    gain = judged.gain
-    return gain.answer in ("certain but small", "worse") or (
-        gain.answer == "no evidence"
-        and gain.high is not None
-        and gain.mean < price
-        and gain.high <= NEAR * price
-    )
-
-
-def _too_few(units: Units, number: int) -> str:
-    """Write that what was judged is too little, and what would help."""
-    least = f"at least {FEWEST} are needed"
-    if units.name == "kind":
-        return (
-            f"sequences are of {units.number} kinds only, {number} of them unseen, and {least} to "
-            "say how sure a gain is; record more different prompts."
-        )
-    if units.blocks.length > 1:
-        return (
-            f"neighbouring windows are alike, so the unseen ones are worth {number} independent "
-            f"windows, and {least} to say how sure a gain is; record longer, or with sequences."
-        )
-    return f"unseen {units.name}s are too few ({number}, and {least}) to say how sure a gain is."
-
-
-def _of_units(units: Units, held_out: bool) -> list[str]:
+def _of_units(units: Units, *, held_out: bool) -> list[str]:
     """Write what was taken for independent, where that is not each of many sequences."""
     if not held_out:
         return []
@@ -180,39 +174,36 @@ def _of_units(units: Units, held_out: bool) -> list[str]:
             "All sequences route alike, as far as their tokens tell: if they are one prompt, or "
             "random tokens, asked again and again, other text may gain nothing."
         ]
+    if units.name != "window":
+        return []
     how = "one by one, as neighbours are no more alike than others."
     if units.blocks.length > 1:
         how = (
             f"in blocks of {units.blocks.length}, as neighbours are alike: they are worth "
             f"{units.number} independent ones. With sequences fewer tokens tell as much."
         )
-    text = f"There are no sequence labels, so windows were judged {how}"
-    return [text] if units.name == "window" else []
+    return [f"There are no sequence labels, so windows were judged {how}"]
 
 
 def _gains(of: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main, settings = of.main, of.settings
+    main, settings, lines = of.main, of.settings, []
     where = "on unseen traffic"
     if not settings["held_out"]:
         where = "on the traffic that placements were computed from"
     running = settings["initial"].replace("_", " ")
     running = "running" if running == "given" else running
-    in_order = (main, *(each for each in of.judged if each is not main))
-    lines = [_headline(each, running, where) for each in in_order]
+    for judged in (main, *(each for each in of.judged if each is not main)):
+        gain = judged.gain
+        size = "" if judged.window is None else f"windows of {judged.window:,} tokens"
+        notes = ", ".join(filter(None, (gain.sure, size)))
+        much = gain.much if abs(gain.gain) >= 0.0005 else "no less"
+        lines.append(
+            f"{where} a layer takes {much} predicted time than with the {running} placement, "
+            f"{gain.before:.1f} to {gain.after:.1f} us{notes and f' ({notes})'}"
+        )
     lines += _parts(main, settings["price"], settings["regime"])
     return [*lines, _of_copies(of.copies, of.knee)] if of.knee or len(of.copies) > 1 else lines
-
-
-def _headline(judged: Judged, running: str, where: str) -> str:
-    gain = judged.gain
-    size = "" if judged.window is None else f"windows of {judged.window:,} tokens"
-    notes = ", ".join(filter(None, (gain.sure, size)))
-    much = gain.much if abs(gain.mean) >= 0.0005 else "no less"
-    return (
-        f"{where} a layer takes {much} predicted time than with the {running} placement, "
-        f"{gain.before:.1f} to {gain.after:.1f} us{notes and f' ({notes})'}"
-    )
 
 
 def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
@@ -223,9 +214,9 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
         line = f"{figure.title}: {gain.before:.2f} to {gain.after:.2f}{figure.unit}"
-        if gain.mean <= -price:
+        if gain.gain <= -price:
             line += "; that is a cost"
-        elif gain.mean < price:
+        elif gain.gain < price:
             line += f"; {figure.nothing}"
         elif gain.low is None:
             line += "; how surely is not known"
@@ -263,8 +254,7 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
 
 
 def _slots(copies: Copies) -> str:
-    number = copies.per_device
-    text = f"{number} more slot{'' if number == 1 else 's'} per device and layer"
+    text = f"{counted(copies.per_device, 'more slot')} per device and layer"
     if copies.bytes_per_device is not None:
         text += f" ({copies.bytes_per_device / 1e9:.2f} GB per device)"
     return text

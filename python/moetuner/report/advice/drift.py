@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.units import Traffic, Units, loads_of, some
+from moetuner.evaluation.kinds import loads_by
+from moetuner.evaluation.units import Traffic, Units, some
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -108,11 +109,10 @@ def _blocks(traffic: Traffic, blocks: int, *, by_group: bool) -> NDArray[np.floa
     item, place = _in_order(traffic, by_group=by_group)
     block = (place * blocks // len(place))[item]
     if isinstance(traffic, RoutingTrace):
-        names = tuple(str(number) for number in range(blocks))
-        cut = replace(traffic, group=block.astype(np.int16), group_names=names)
-        return loads_of(cut).window_load.astype(np.float64)
-    loads = np.zeros((blocks, traffic.layers, traffic.experts))
-    np.add.at(loads, block, traffic.window_load.astype(np.float64))
+        loads = loads_by(traffic, block, blocks)
+    else:
+        loads = np.zeros((blocks, traffic.layers, traffic.experts))
+        np.add.at(loads, block, traffic.window_load.astype(np.float64))
     return loads[np.unique(block)]
 
 

@@ -137,22 +137,18 @@ class Phases(NamedTuple):
 
     microseconds: dict[str, dict[str, float]]
 
-    def _costs(self, *under: str) -> dict[str, float]:
-        times = self.microseconds
-        return {
-            phase: times[other][phase] / times[phase][phase] - 1
-            for phase, other in zip(PHASES, under, strict=True)
-        }
-
     @property
     def costs(self) -> dict[str, float]:
         """By how much a phase is slower under the other phase's placement than under its own."""
-        return self._costs(*reversed(PHASES))
+        return {of: self._cost(of, other) for of, other in zip(PHASES, PHASES[::-1], strict=True)}
 
     @property
     def costs_of_one(self) -> dict[str, float]:
         """By how much a phase is slower under one placement for both than under its own."""
-        return self._costs("both", "both")
+        return {phase: self._cost(phase, "both") for phase in PHASES}
+
+    def _cost(self, phase: str, under: str) -> float:
+        return self.microseconds[under][phase] / self.microseconds[phase][phase] - 1
 
     def sentence(self, price: float) -> str:
         """Write whether one placement does for both, and what one for the other costs."""
@@ -169,9 +165,8 @@ class Phases(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
-        names = ("costs", "costs_of_one")
-        times = {"predicted_layer_us": self.microseconds}
-        return {**times, **{name: getattr(self, name) for name in names}}
+        costs = {name: getattr(self, name) for name in ("costs", "costs_of_one")}
+        return {"predicted_layer_us": self.microseconds, **costs}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -242,7 +237,7 @@ class Advice(Frozen):
     @property
     def main(self) -> Judged:
         """Both placements in the windows where most is gained."""
-        return max(self.judged, key=lambda each: each.gain.mean)
+        return max(self.judged, key=lambda each: each.gain.gain)
 
     @property
     def sentence(self) -> str:

@@ -318,7 +318,7 @@ def _groups(page: PageData) -> Panel | str:
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
     # Without an interval there is the value alone.
-    ends = [[of.value if end is None else end for end in of] for _, of in drawn]
+    ends = [(of.value, *(of.interval or 2 * (of.value,))) for _, of in drawn]
     value, low, high = 100 * np.array(ends).reshape(-1, 3).T
     labels, places = [draw.plain(name) for name, _ in drawn], list(range(len(drawn)))
     is_worse = [name in losers for name, _ in drawn]
@@ -337,7 +337,11 @@ def _groups(page: PageData) -> Panel | str:
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels}
     spec["xaxis"] |= {"zeroline": True, "zerolinecolor": "var(--text)"}
     rows = [
-        (draw.plain(name), *map(signed, of), "worse" if name in losers else "")
+        (
+            draw.plain(name),
+            *map(signed, (of.value, of.low, of.high)),
+            "worse" if name in losers else "",
+        )
         for name, of in changes[:ROWS]
     ]
     notes = [f"{len(losers)} of {len(changes)} groups are worse beyond chance."]

@@ -172,7 +172,7 @@ def descend(
     problem, (layers, links) = run.problem, model.core()
     places, experts, figures, interrupted = layers.descend(
         np.ascontiguousarray(start),
-        np.ascontiguousarray(moves.initial.slots),
+        pad_slots(moves.initial.slots, problem.capacity),
         most=int(most) if most < problem.capacity.sum() else None,
         **links,
         time_limit=budget.left,
@@ -209,12 +209,11 @@ def _repair(run: Run, _: Budget) -> None:
 
 
 def _are_free(run: Run) -> bool:
-    moves = moves_of(run)
-    return moves.price == 0 and moves.most >= run.problem.capacity.sum()
+    return not run.is_priced
 
 
 def _are_few(run: Run) -> bool:
-    return not _are_free(run) and moves_of(run).most > 0
+    return run.is_priced and moves_of(run).most > 0
 
 
 def _take(run: Run, inner: Run) -> None:
@@ -244,7 +243,7 @@ def _is_ahead(run: Run) -> bool:
 
 def _continue(run: Run, budget: Budget) -> None:
     """Search all layers from what runs, where moves are free."""
-    stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), TIES)
+    stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), POLISH, TIES)
     _take(run, run.inner(stages, budget, start=run.best.slots))
 
 

@@ -90,8 +90,9 @@ def _is_small(run: Run) -> bool:
     """
     problem = run.problem
     stands_for = problem.goal == "time" or not problem.windows.is_mean or problem.max_imbalance
-    is_small = problem.capacity.sum() <= effort.POLISHED_SLOTS
-    return is_small and (run.moves is not None or (bool(stands_for) and is_of_layers(run)))
+    # Where moves are free, what was solved from nothing is polished.
+    of_search = run.moves is None and bool(stands_for) and is_of_layers(run)
+    return problem.capacity.sum() <= effort.POLISHED_SLOTS and (run.is_priced or of_search)
 
 
 POLISH = Stage(_polish, applies=_is_small)

@@ -11,13 +11,11 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 # Faults that a rank can find in its input; all ranks learn of them from the header.
@@ -27,47 +25,20 @@ FAULTS = {
     NO_EXPERT: "top_k_index must be experts of the placement, from 0 to {experts} - 1",
     MISFIT: "its tensors do not fit the layer",
 }
-
 # Whether a rank needs gradients, beside the faults. The backward pass of an exchange takes all
 # ranks, so it is recorded on all of them or on none, also where a rank's own rows need none.
 LEARN, NO_GRADIENTS = 8, 16
 
-
-@dataclass(frozen=True)
-class Splits:
-    """Rows that go to and come from every rank of a group."""
-
-    send: list[int]
-    receive: list[int]
-    group: dist.ProcessGroup | None
-
-    @property
-    def back(self) -> Splits:
-        """The same rows on their way home."""
-        return Splits(self.receive, self.send, self.group)
+Splits = tuple[list[int], list[int]]
 
 
 class Hop:
-    """One exchange: every row to each distinct rank among its targets.
+    """One exchange: row r to each distinct rank among its targets [R,K]; -1 is none.
 
-    Parameters
-    ----------
-    target
-        Ranks that row r goes to [R,K], with repetitions; -1 is none.
-    header
-        What every rank tells every other one [3]: a fingerprint of placement and rules, how a row
-        with its slots and weights is made up, and bits of faults and of gradients.
-    group
-        The ranks.
-    experts
-        Experts of the placement, for messages.
-
-    Attributes
-    ----------
-    splits
-        How many rows go and come.
-    visits
-        Targets of the rows that come.
+    ``header`` [3] is what every rank tells every other one: a fingerprint of placement and rules,
+    how a row with its slots and weights is made up, and bits of faults and of gradients. ``splits``
+    are how many rows go to and come from every rank, ``visits`` is the number of targets of those
+    that come. ``experts`` are those of the placement, for messages.
     """
 
     def __init__(
@@ -86,8 +57,8 @@ class Hop:
         # The one time that the host waits for the device before the rows are exchanged.
         headers, own = torch.stack([came, sent]).tolist()
         self._learns = _check(headers, own, dist.get_rank(group), experts)
-        receive, send = ([row[0] for row in table] for table in (headers, own))
-        self.splits = Splits(send, receive, group)
+        send, receive = ([row[0] for row in table] for table in (own, headers))
+        self.splits, self._group = (send, receive), group
         self.visits = sum(row[1] for row in headers)
         # Sorted by rank, then by row: the order on the wire. The host knows how many there are, so
         # it need not wait for the device again, as ``nonzero`` would.
@@ -106,15 +77,14 @@ class Hop:
 
     def gather(self, results: Tensor) -> Tensor:
         """Send results back; gives each row's sum in ascending order of rank."""
-        (returned,) = self._exchange(self.splits.back, results)
+        (returned,) = self._exchange(self.splits[::-1], results)
         return sum_rows(returned, self._parts)
 
     def _exchange(self, splits: Splits, first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         if self._learns and not first.requires_grad:
             # Recorded for the backward pass, in which other ranks need this one.
             first = first.detach().requires_grad_()
-        came: tuple[Tensor, ...] = _Exchange.apply(splits, first, *others)
-        return came
+        return tuple(_Exchange.apply(self._group, splits, first, *others))
 
 
 def _check(
@@ -161,26 +131,28 @@ class _Exchange(torch.autograd.Function):
     """Rows of all tensors as one message per rank; in the backward pass their gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.splits = splits
+    def forward(ctx: Any, group: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.splits = group, splits
         ctx.smooth = [tensor.is_floating_point() for tensor in tensors]
-        out = _swap(splits, tensors)
+        out = _swap(group, splits, tensors)
         ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        back = iter(_swap(ctx.splits.back, list(itertools.compress(gradients, ctx.smooth))))
-        return (None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
+        smooth = list(itertools.compress(gradients, ctx.smooth))
+        back = iter(_swap(ctx.group, ctx.splits[::-1], smooth))
+        return (None, None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
 
 
-def _swap(splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _swap(group: Any, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Pack the rows of all tensors side by side as bytes, and unpack what comes."""
+    send, receive = splits
     packed = tensors[0].contiguous()
     if len(tensors) > 1:
         packed = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
-    arrived = packed.new_empty(sum(splits.receive), packed.shape[1])
-    dist.all_to_all_single(arrived, packed, splits.receive, splits.send, group=splits.group)
+    arrived = packed.new_empty(sum(receive), packed.shape[1])
+    dist.all_to_all_single(arrived, packed, receive, send, group=group)
     if len(tensors) == 1:
         return [arrived]
     parts = torch.split(arrived, [t.shape[1] * t.element_size() for t in tensors], dim=1)
@@ -191,7 +163,6 @@ def _swap(splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-@dataclass
 class TrafficCounters:
     """What one rank sent to its peers, and received, in one layer.
 
@@ -215,27 +186,21 @@ class TrafficCounters:
         Results [D].
     """
 
-    devices: int
-    steps: int = field(init=False)
-    rows_sent: NDArray[np.int64] = field(init=False)
-    rows_received: NDArray[np.int64] = field(init=False)
-    dispatch_bytes_sent: NDArray[np.int64] = field(init=False)
-    dispatch_bytes_received: NDArray[np.int64] = field(init=False)
-    combine_bytes_sent: NDArray[np.int64] = field(init=False)
-    combine_bytes_received: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, devices: int) -> None:
+        self.devices = devices
         self.reset()
 
     def reset(self) -> None:
         """Start from zero."""
         self.steps = 0
-        for counts in fields(self)[2:]:
-            setattr(self, counts.name, np.zeros(self.devices, dtype=np.int64))
+        zeros = np.zeros((6, self.devices), dtype=np.int64)
+        self.rows_sent, self.rows_received = zeros[:2]
+        self.dispatch_bytes_sent, self.dispatch_bytes_received = zeros[2:4]
+        self.combine_bytes_sent, self.combine_bytes_received = zeros[4:]
 
     def count(self, rank: int, splits: Splits, *, dispatch_row: int, combine_row: int) -> None:
         """Count one exchange of rows, of so many bytes each, and their way back."""
-        sent, received = np.array(splits.send), np.array(splits.receive)
+        sent, received = map(np.array, splits)
         sent[rank] = received[rank] = 0
         self.rows_sent += sent
         self.rows_received += received

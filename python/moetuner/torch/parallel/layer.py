@@ -17,72 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moetuner.evaluation.rows import LayerSplit, copies, mixed, node_size, split_rule
+from moetuner._checks import whole_number
+from moetuner.evaluation.rows import LayerSplit, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
-from moetuner.torch.parallel.exchange import (
-    LEARN,
-    MISFIT,
-    NO_EXPERT,
-    NO_GRADIENTS,
-    NOT_FINITE,
-    Hop,
-    TrafficCounters,
-    sum_rows,
-)
+from moetuner.torch.parallel import exchange
+from moetuner.torch.parallel.copies import copies, mixed
 from moetuner.torch.parallel.experts import Experts
-
-
-class Routes:
-    """Where the copies of every expert of a layer are, seen from one rank, as tensors on a device.
-
-    ``fingerprint`` is a number that ranks with the same slots and rules share, and others do not.
-    """
-
-    def __init__(
-        self,
-        placement: Placement,
-        layer: int,
-        rank: int,
-        devices_per_node: int | None,
-        split: LayerSplit,
-        device: torch.device,
-    ) -> None:
-        if not 0 <= layer < placement.layers:
-            raise ValueError(
-                f"layer must be from 0 to {placement.layers - 1}, the placement's, got {layer}"
-            )
-        self.layer, self.rank, self.device = layer, rank, device
-        self.devices_per_node, self.split = devices_per_node, split_rule(split)
-        self.experts, self.slots_per_device = placement.num_experts, placement.slots_per_device
-        self.node_size = node_size(placement.devices, devices_per_node)
-        # As many copies as an expert can have in slots of this number, whatever the placement.
-        most = placement.devices * self.slots_per_device - self.experts + 1
-        self._table = torch.zeros(self.experts, most, dtype=torch.int32, device=device)
-        self._count = torch.ones(self.experts, dtype=torch.int64, device=device)
-        self.fingerprint = torch.zeros((), dtype=torch.int64, device=device)
-        self.update(placement)
-
-    def update(self, placement: Placement) -> None:
-        """Route by another placement of the same sizes.
-
-        Tensors stay where they are, so that a captured CUDA graph routes by the new placement.
-        """
-        slots = placement.slots[self.layer]
-        near = self.rank if self.split == "nearest" else None
-        table, count = copies(slots, self.experts, near=near, node=self.node_size)
-        rules = (slots.shape, self.experts, self.layer, self.devices_per_node, self.split)
-        digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
-        self._table[:, : table.shape[1]].copy_(torch.from_numpy(table))
-        self._count.copy_(torch.from_numpy(count))
-        self.fingerprint.fill_(int.from_bytes(digest[:8], "little", signed=True))
-        self.placement = placement
-
-    def slots_of(self, expert_ids: Tensor, position: Tensor) -> Tensor:
-        """Return the slots ``device * S + slot`` [T,K] that serve experts [T,K] of tokens [T]."""
-        if self._table.shape[1] == 1:
-            return self._table[:, 0][expert_ids]
-        hashed: Tensor = mixed(position.long())
-        return self._table[expert_ids, hashed[:, None] % self._count[expert_ids]]
 
 
 class ExpertParallelMoE(nn.Module):
@@ -115,6 +55,8 @@ class ExpertParallelMoE(nn.Module):
     ----------
     experts
         The experts of this rank's slots.
+    placement
+        The placement in force.
     traffic
         Rows and bytes exchanged with every peer; ``moetuner.dispatch_rows`` predicts them.
 
@@ -148,16 +90,54 @@ class ExpertParallelMoE(nn.Module):
         split: LayerSplit = "even",
     ) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.devices_per_node, self.split = group, devices_per_node, split_rule(split)
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         vars(self)["experts"] = experts  # so that no name without slots is registered
-        self.devices_per_node, self.split = devices_per_node, split
-        self.traffic = TrafficCounters(self.ranks)
+        self._check_sizes(placement)
+        self.layer = whole_number("layer", layer, lowest=0, highest=placement.layers - 1)
+        self.node_size = node_size(self.ranks, devices_per_node)
+        self.traffic = exchange.TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
-        self.routes = self._routes(placement, layer)
         self._name = ""
+        self._make_tables(placement)
         self._name_experts()
         self._last_ddp: Any = None
+
+    def _check_sizes(self, placement: Placement) -> None:
+        if placement.devices != self.ranks:
+            raise ValueError(
+                f"placement must have {self.ranks} devices, the ranks of the group, "
+                f"got {placement.devices}"
+            )
+        for name, weight in self.experts.weights().items():
+            if len(weight) != placement.slots_per_device:
+                raise ValueError(
+                    f"experts: {name} must have the placement's {placement.slots_per_device} "
+                    f"slots, got {list(weight.shape)}"
+                )
+
+    def _make_tables(self, placement: Placement) -> None:
+        """Make tables of the copies of every expert, where the experts' weights are."""
+        experts, device = placement.num_experts, self.device
+        # As many copies as an expert can have in slots of this number, whatever the placement.
+        most = placement.slots[0].size - experts + 1
+        self._table = torch.zeros(experts, most, dtype=torch.int32, device=device)
+        self._count = torch.ones(experts, dtype=torch.int64, device=device)
+        # A number that ranks with the same slots and rules share, and others do not.
+        self._fingerprint = torch.zeros((), dtype=torch.int64, device=device)
+        self._fill_tables(placement)
+
+    def _fill_tables(self, placement: Placement) -> None:
+        """Route by a placement; tables stay where they are, so that captured CUDA graphs follow."""
+        slots, experts = placement.slots[self.layer], placement.num_experts
+        near = self.rank if self.split == "nearest" else None
+        table, count = copies(slots, experts, near=near, node=self.node_size)
+        rules = (slots.shape, experts, self.layer, self.devices_per_node, self.split)
+        digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
+        self._table[:, : table.shape[1]].copy_(torch.from_numpy(table))
+        self._count.copy_(torch.from_numpy(count))
+        self._fingerprint.fill_(int.from_bytes(digest[:8], "little", signed=True))
+        self.placement = placement
 
     def _name_experts(self) -> None:
         """Register a module of experts by a name that says what is in its slots.
@@ -172,42 +152,39 @@ class ExpertParallelMoE(nn.Module):
             self._name = f"experts_{'_'.join(slots)}"
             self.add_module(self._name, self.experts)
 
+    def _slots(self) -> list[int]:
+        slots: list[int] = self.placement.slots[self.layer, self.rank].tolist()
+        return slots
+
+    def switch(self, placement: Placement) -> None:
+        """Put another placement in force; the experts' weights must be in its slots already."""
+        self._check_sizes(placement)
+        self._fill_tables(placement)
+        self._name_experts()
+
     @property
     def device(self) -> torch.device:
         """Where the experts' weights are."""
         return next(iter(self.experts.weights().values())).device
 
     @property
-    def placement(self) -> Placement:
-        """The placement in force."""
-        return self.routes.placement
-
-    @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        from moetuner.torch.parallel.state import nested
-
-        return nested(self._weights_by_expert())
+        return _states().nested(self._weights_by_expert())
 
     def _weights_by_expert(self) -> dict[str, Tensor]:
-        # Imported here, since it takes a while, and few ask for states.
-        from moetuner.torch.parallel.state import by_expert
-
-        slots = self.placement.slots[self.routes.layer]
-        return by_expert(self.experts.weights(), slots, self.rank, self.group)
-
-    def _slots(self) -> list[int]:
-        slots: list[int] = self.placement.slots[self.routes.layer, self.rank].tolist()
-        return slots
+        slots, weights = self.placement.slots[self.layer], self.experts.weights()
+        views: dict[str, Tensor] = _states().by_expert(weights, slots, self.rank, self.group)
+        return views
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
         if not isinstance(self.experts, nn.Module):
             return {}
-        named = [
-            *self.experts.named_parameters(self._name, remove_duplicate=False),
-            *self.experts.named_buffers(self._name, remove_duplicate=False),
-        ]
+        named = itertools.chain(
+            self.experts.named_parameters(self._name, remove_duplicate=False),
+            self.experts.named_buffers(self._name, remove_duplicate=False),
+        )
         return {id(tensor): name for name, tensor in named}
 
     def state_dict(
@@ -228,8 +205,6 @@ class ExpertParallelMoE(nn.Module):
     def _load_from_state_dict(
         self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *reports: list[str]
     ) -> None:
-        from moetuner.torch.parallel.state import stacked
-
         missing_keys, unexpected_keys, error_msgs = reports
         mine, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
         keys = [key for key in state if key.startswith(mine)]
@@ -237,44 +212,19 @@ class ExpertParallelMoE(nn.Module):
         old = [key for key in state if key.startswith(f"{prefix}experts.")]
         error_msgs += [f"{key} is of slots, and must be of experts one by one" for key in old[:1]]
         for name, weight in weights.items():
-            whole, missing, wrong = stacked(name, weight, self._slots(), given)
+            whole, missing, wrong = _states().stacked(name, weight, self._slots(), given)
             missing_keys += [mine + key for key in missing]
             error_msgs += [mine + message for message in wrong]
-            if id(weight) in names:
-                # The experts load what is theirs.
-                state[prefix + names[id(weight)]] = whole
-                continue
-            with torch.no_grad():
-                weight.copy_(whole)
-            if weight._base is not None and id(weight._base) in names:
-                state[prefix + names[id(weight._base)]] = weight._base
-        every = itertools.product(map(str, range(self.placement.num_experts)), weights)
-        strange = set(given).difference(map(".".join, every)) if strict else ()
-        unexpected_keys += [mine + key for key in sorted(strange)]
+            key = names.get(id(weight))
+            if key is None:
+                with torch.no_grad():
+                    weight.copy_(whole)
+                key, whole = names.get(id(weight._base)), weight._base
+            if key is not None:  # the experts load what is theirs
+                state[prefix + key] = whole
+        every = {f"{expert}.{of}" for expert in range(self.placement.num_experts) for of in weights}
+        unexpected_keys += [mine + key for key in sorted(given) if strict and key not in every]
         super()._load_from_state_dict(state, prefix, metadata, strict, *reports)
-
-    def switch(self, placement: Placement) -> None:
-        """Put another placement in force; the experts' weights must be in its slots already."""
-        self._check_sizes(placement)
-        self.routes.update(placement)
-        self._name_experts()
-
-    def _check_sizes(self, placement: Placement) -> None:
-        if placement.devices != self.ranks:
-            raise ValueError(
-                f"placement must have {self.ranks} devices, the ranks of the group, "
-                f"got {placement.devices}"
-            )
-        for name, weight in self.experts.weights().items():
-            if len(weight) != placement.slots_per_device:
-                raise ValueError(
-                    f"experts: {name} must have the placement's {placement.slots_per_device} "
-                    f"slots, got {list(weight.shape)}"
-                )
-
-    def _routes(self, placement: Placement, layer: int) -> Routes:
-        self._check_sizes(placement)
-        return Routes(placement, layer, self.rank, self.devices_per_node, self.split, self.device)
 
     def forward(
         self,
@@ -312,38 +262,43 @@ class ExpertParallelMoE(nn.Module):
         RuntimeError
             On every rank if their placements differ.
         """
-        if self.routes.device != self.device:
+        if self._table.device != self.device:
             # The weights have moved, or got memory: the placement is known here, wherever they are.
-            self.routes = self._routes(self.placement, self.routes.layer)
-        given = (hidden_states, top_k_index, top_k_weights)
-        if misfit := self._shared() or self._misfit(*given, first_token):
+            self._make_tables(self.placement)
+        rows, weights = hidden_states, top_k_weights
+        if misfit := self._shared() or self._misfit(rows, top_k_index, weights, first_token):
             self._refuse(misfit)
-        learn = self._learn(hidden_states, top_k_weights)
-        position = self._position(hidden_states, first_token, learn)
-        routes = self.routes
-        chosen = top_k_index.long().clamp(0, routes.experts - 1)
-        bits = torch.where(torch.isfinite(top_k_weights).all(), learn, learn | NOT_FINITE)
-        bits = bits + torch.where((chosen == top_k_index).all(), 0, NO_EXPERT)
+        learn = self._learn(rows, weights)
+        chosen = top_k_index.long().clamp(0, self.placement.num_experts - 1)
+        bits = torch.where(torch.isfinite(weights).all(), learn, learn | exchange.NOT_FINITE)
+        bits = bits + torch.where((chosen == top_k_index).all(), 0, exchange.NO_EXPERT)
+        if not isinstance(first_token, Tensor):
+            if first_token is None:
+                begin = 0 if learn & exchange.LEARN else self._served
+                first_token = begin * self.ranks + self.rank * len(rows)
+            first_token = torch.arange(len(rows), device=self.device) + first_token
         # Slots travel as 32 bits beside their row.
-        slots = routes.slots_of(chosen, position)
-        results = self._exchanged(hidden_states, slots, top_k_weights, bits)
+        slots = self._table[:, 0][chosen]
+        if self._table.shape[1] > 1:
+            hashed: Tensor = mixed(first_token.long())
+            slots = self._table[chosen, hashed[:, None] % self._count[chosen]]
+        results = self._exchanged(rows, slots, weights, bits)
         self.traffic.steps += 1
-        self._served += len(hidden_states)
+        self._served += len(rows)
         return results
 
     def _exchanged(self, rows: Tensor, slots: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
         """Send rows to the ranks of their slots, compute there, and sum what comes back."""
-        routes, width, hops = self.routes, self.routes.slots_per_device, []
+        width, hops = self.placement.slots_per_device, []
         row, top_k = rows.shape[1] * rows.element_size(), weights.shape[1]
         whole = row + top_k * (4 + weights.element_size())
         # Rows of equal length could still be cut differently.
-        layout = torch.full_like(routes.fingerprint, whole | top_k << 40)
-        header = torch.stack([routes.fingerprint, layout, bits])
-        for size in (routes.node_size, 1) if self.devices_per_node else (1,):
+        header = self._header(whole | top_k << 40, bits)
+        for size in (self.node_size, 1) if self.devices_per_node else (1,):
             # First to the rank with this one's number in each node, then to each device.
             target = slots.long() // (width * size) * size + self.rank % size
             target = torch.where(slots < 0, -1, target)
-            hop = Hop(target, header, self.group, experts=routes.experts)
+            hop = exchange.Hop(target, header, self.group, experts=self.placement.num_experts)
             self.traffic.count(self.rank, hop.splits, dispatch_row=whole, combine_row=row)
             rows, slots, weights = hop.send(rows, slots, weights)
             here = slots.long() // (width * size) == self.rank // size
@@ -354,29 +309,33 @@ class ExpertParallelMoE(nn.Module):
             results = hop.gather(results)
         return results
 
-    def _position(self, rows: Tensor, first: int | Tensor | None, learn: int) -> Tensor:
-        """Return the positions of tokens [T], which decide between copies of an expert."""
-        if isinstance(first, Tensor):
-            return first
-        if first is None:
-            begin = 0 if learn & LEARN else self._served
-            first = begin * self.ranks + self.rank * len(rows)
-        return torch.arange(len(rows), device=self.device) + first
+    def _header(self, layout: int, bits: Tensor) -> Tensor:
+        """Return what every other rank must mean as well, and bits of faults and gradients [3]."""
+        return torch.stack([self._fingerprint, torch.full_like(bits, layout), bits])
+
+    def _refuse(self, reason: str) -> None:
+        """Raise on this rank and on all others, which wait for it."""
+        nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
+        header = self._header(0, torch.full_like(self._fingerprint, exchange.MISFIT))
+        try:
+            exchange.Hop(nothing, header, self.group, experts=self.placement.num_experts)
+        except ValueError:
+            raise ValueError(reason) from None
 
     def _learn(self, *tokens: Tensor) -> int:
         """Return bits that say whether tokens or experts of this rank need gradients."""
         if not torch.is_grad_enabled():
-            return NO_GRADIENTS
+            return exchange.NO_GRADIENTS
         weights = list(self.experts.weights().values())
         if isinstance(self.experts, nn.Module):
             weights += self.experts.parameters()
-        return LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
+        return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
         self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int
     ) -> Tensor:
         """Sum the results of a row's slots [R,K] in their order: the ``served`` that are here."""
-        width, top_k = self.routes.slots_per_device, slots.shape[1]
+        width, top_k = self.placement.slots_per_device, slots.shape[1]
         flat = torch.where(here, slots.long(), width).reshape(-1)
         chosen = flat.argsort(stable=True)[:served]
         # Neither ``bincount`` nor a sum that the host must wait for.
@@ -385,7 +344,7 @@ class ExpertParallelMoE(nn.Module):
         values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
         which = torch.full_like(flat, served)
         which[chosen] = torch.arange(served, device=flat.device)
-        return sum_rows(values, which.view_as(slots), weights)
+        return exchange.sum_rows(values, which.view_as(slots), weights)
 
     def _misfit(
         self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor | None
@@ -458,12 +417,9 @@ class ExpertParallelMoE(nn.Module):
         mine = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         return len(set(mine) & set(ranks)) > 1
 
-    def _refuse(self, reason: str) -> None:
-        """Raise on this rank and on all others, which wait for it."""
-        nothing = torch.empty(0, 1, dtype=torch.int64, device=self.device)
-        faults = torch.full_like(self.routes.fingerprint, MISFIT)
-        header = torch.stack([self.routes.fingerprint, torch.zeros_like(faults), faults])
-        try:
-            Hop(nothing, header, self.group, experts=self.routes.experts)
-        except ValueError:
-            raise ValueError(reason) from None
+
+def _states() -> Any:
+    """Return the module of states: imported late, since it takes a while, and few ask for them."""
+    from moetuner.torch.parallel import state
+
+    return state

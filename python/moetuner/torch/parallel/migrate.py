@@ -52,7 +52,7 @@ def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = Non
     comes = difference(before, after, topology, None).moves.tolist()
     source_of = {(target, expert): source for _, expert, source, target in comes}
     slot_of = {
-        (device, int(old[device, at])): at for device, at in np.argwhere(old != EMPTY).tolist()
+        (at[0], int(old[at])): at[1] for at in map(tuple, np.argwhere(old != EMPTY).tolist())
     }
     steps = []
     for target, slot in np.argwhere(new != EMPTY).tolist():
@@ -83,37 +83,29 @@ class Spares:
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
         """Send and receive; every rank takes part, also one that has nothing to move or fails."""
         deadline, failures = time.monotonic() + timeout, []
-        slots = [move.source_slot for move in self._go]
+        slots, ranks = [move.source_slot for move in self._go], range(dist.get_world_size(group))
+        come, go = Counter(m.source for m in self._come), Counter(m.target for m in self._go)
+        splits = [come[rank] for rank in ranks], [go[rank] for rank in ranks]
         for name, buffer in self.buffers.items():
             sent, failure = attempt(lambda name=name: self.weights[name][slots])
             if sent is None:
                 failures.append(failure)
                 # The others wait for as many rows, whatever is in them.
                 sent = buffer.new_empty(len(slots), *buffer.shape[1:])
-            self._exchange(buffer, sent, group, deadline)
+            # As bytes, which every backend can send. Tensors are kept alive by the operation.
+            out, rows = (
+                of.view(len(of), math.prod(of.shape[1:])).view(torch.uint8) for of in (buffer, sent)
+            )
+            work = dist.all_to_all_single(out, rows, *splits, group=group, async_op=True)
+            assert work is not None
+            # Waiting with NCCL only queues on the stream and would not notice the time.
+            while out.is_cuda and not work.is_completed():
+                if time.monotonic() > deadline:
+                    raise RuntimeError("no answer within the timeout")
+                time.sleep(0.0005)
+            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         for failure in filter(None, failures):
             raise failure
-
-    def _exchange(
-        self, buffer: Tensor, sent: Tensor, group: dist.ProcessGroup | None, deadline: float
-    ) -> None:
-        # As bytes, which every backend can send. Tensors are kept alive by the operation.
-        out, rows = (
-            tensor.view(len(tensor), math.prod(tensor.shape[1:])).view(torch.uint8)
-            for tensor in (buffer, sent)
-        )
-        sources = Counter(move.source for move in self._come)
-        targets = Counter(move.target for move in self._go)
-        ranks = range(dist.get_world_size(group))
-        receive, send = [sources[rank] for rank in ranks], [targets[rank] for rank in ranks]
-        work = dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)
-        assert work is not None
-        # Waiting with NCCL only queues on the stream and would not notice the time.
-        while out.is_cuda and not work.is_completed():
-            if time.monotonic() > deadline:
-                raise RuntimeError("no answer within the timeout")
-            time.sleep(0.0005)
-        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
 
     def put(self, weights: dict[str, Tensor]) -> None:
         """Exchange what has arrived for what is in its slots of weights [S,...]."""
@@ -171,9 +163,8 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     spares, failure = attempt(_buffers, layers, target)
     posts = agreement.exchange("memory for a move", failure and repr(failure))
     short = [f"rank {rank} needs memory: {why}" for rank, why in enumerate(posts) if why]
-    if short:
+    if short or spares is None:
         raise NoMemoryError(f"{'; '.join(short)}; the old placement stays in force")
-    assert spares is not None
     for number, spare in enumerate(spares):
         if spare.plan:
             lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
@@ -195,15 +186,10 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
 
 def _buffers(layers: Sequence[ExpertParallelMoE], target: Placement) -> list[Spares]:
     """Return buffers of every layer, if half of the free memory holds what arrives on this rank."""
-    current = layers[0].placement
-    plans = [
-        moves(before, after, layer.devices_per_node)
-        for before, after, layer in zip(current.slots, target.slots, layers, strict=True)
-    ]
-    needed = sum(
-        expert_bytes(layer) * sum(move.target == layer.rank for move in plan)
-        for layer, plan in zip(layers, plans, strict=True)
-    )
+    current, needed, plans = layers[0].placement, 0, []
+    for layer, before, after in zip(layers, current.slots, target.slots, strict=True):
+        plans.append(moves(before, after, layer.devices_per_node))
+        needed += expert_bytes(layer) * sum(move.target == layer.rank for move in plans[-1])
     free = free_bytes(layers[0].device, current.devices)
     if needed > SHARE * free:
         raise MemoryError(f"{needed} bytes must fit half of the {free:.0f} free ones")

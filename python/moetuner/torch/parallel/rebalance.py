@@ -5,21 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    at_least,
-    instance,
-    is_number,
-    not_negative,
-    numbers_in,
-    seed_in,
-    shown,
-    whole_number,
-)
+from moetuner import _checks as check
 from moetuner.placement import Placement
 from moetuner.solver.rebalancing import largest_move, rebalance
 from moetuner.statistics import RoutingStatistics
@@ -136,36 +127,33 @@ class Rebalancer:
     ) -> None:
         if not layers:
             raise ValueError("layers must be all layers of a placement, got none")
-        self.layers = list(layers)
-        placement = self.placement
-        numbers = [layer.routes.layer for layer in layers]
-        if numbers != list(range(placement.layers)) or any(
-            layer.placement != placement for layer in layers
-        ):
+        self.layers, placement = list(layers), layers[0].placement
+        numbers = [layer.layer for layer in layers]
+        is_one = all(layer.placement == placement for layer in layers)
+        if numbers != list(range(placement.layers)) or not is_one:
             raise ValueError(
                 f"layers must be 0 to {placement.layers - 1} of one placement, got {numbers}"
             )
         self.topology = Topology(placement.devices) if topology is None else topology
-        instance("topology", self.topology, Topology)
+        check.instance("topology", self.topology, Topology)
         if self.topology.devices != placement.devices:
             raise ValueError(
                 f"topology must have {placement.devices} devices like the placement, "
                 f"got {self.topology.devices}"
             )
-        self.steps_ahead = whole_number("steps_ahead", steps_ahead)
-        self.dead_zone = not_negative("dead_zone", dead_zone, "number")
-        self.hysteresis = not_negative("hysteresis", hysteresis, "number")
+        self.steps_ahead = check.whole_number("steps_ahead", steps_ahead)
+        self.dead_zone = check.not_negative("dead_zone", dead_zone, "number")
+        self.hysteresis = check.not_negative("hysteresis", hysteresis, "number")
         if move_budget is None:
-            sizes = (placement.layers, placement.slots[0].size, placement.devices)
-            move_budget = largest_move(*sizes)
-        at_least("move_budget", move_budget, 0)
+            move_budget = largest_move(placement.layers, placement.slots[0].size, placement.devices)
+        check.at_least("move_budget", move_budget, 0)
         self.move_budget = min(move_budget, placement.slots.size)
-        if not (is_number(decay) and 0 <= decay <= 1):
-            raise ValueError(f"decay must be from 0 to 1, got {shown(decay)}")
+        if not (check.is_number(decay) and 0 <= decay <= 1):
+            raise ValueError(f"decay must be from 0 to 1, got {check.shown(decay)}")
         if not hasattr(cost_model, "compute_us"):
-            raise TypeError(f"cost_model must be a CostModel, got {shown(cost_model)}")
-        self.cost_model, self.decay, self.seed = cost_model, decay, seed_in(seed)
-        timeout = not_negative("timeout", timeout, "number")
+            raise TypeError(f"cost_model must be a CostModel, got {check.shown(cost_model)}")
+        self.cost_model, self.decay, self.seed = cost_model, decay, check.seed_in(seed)
+        timeout = check.not_negative("timeout", timeout, "number")
         self._agreement = Agreement(self.layers[0].group, timeout)
         self.reset()
 
@@ -200,16 +188,12 @@ class Rebalancer:
         if isinstance(counts, RoutingStatistics):
             windows = counts.window_load.astype(np.float64)
         else:
-            windows = numbers_in("counts", counts).astype(np.float64)[None]
-        whole_number("steps", steps, lowest=0)
+            windows = check.amounts_in("counts", counts)[None]
         sizes = self._halves.shape[1:]
+        check.whole_number("steps", steps, lowest=0)
         if windows.shape[1:] != sizes:
             raise ValueError(
                 f"counts must be [layers, experts] {list(sizes)}, got {list(windows.shape[1:])}"
-            )
-        if not (np.isfinite(windows).all() and (windows >= 0).all()):
-            raise ValueError(
-                f"counts must be finite and at least 0, got {windows.min():g} to {windows.max():g}"
             )
         load, unseen = windows.sum(axis=0), windows[1::2].sum(axis=0)
         if len(windows) < FEWEST_WINDOWS:
@@ -245,8 +229,7 @@ class Rebalancer:
             target, failure = attempt(self._target, budget)
             chosen = "" if target is None else fingerprint(target.slots.tobytes())
             agreement.reach("the next placement", chosen, failure)
-            assert target is not None
-            if target == current:
+            if target is None or target == current:
                 return Decision(False, "balanced: no placement gains more than the dead zone")
             decision = self._judge(target, begin)
             if not decision.moved:
@@ -271,17 +254,16 @@ class Rebalancer:
         link_us = 1e6 * expert_bytes(self.layers[0]) / link.max() if link.size else 0.0
         tokens_per_us = float(tokens.sum() / times.sum())
         price = self.hysteresis * link_us / current.devices * tokens_per_us / self.steps_ahead
-        rebalanced = rebalance(
-            load,
-            current.slots,
-            time=self.topology.time_of_device,
-            budget=budget,
-            dead_zone=self.dead_zone,
-            deviations=0.0,  # the gain is judged by counts that the search has not seen
-            full=False,
-            price=price,
-        )
-        return Placement(rebalanced.slots, num_experts=current.num_experts)
+        # The gain is judged by counts that the search has not seen: no deviations.
+        limits: dict[str, Any] = {
+            "budget": budget,
+            "dead_zone": self.dead_zone,
+            "deviations": 0.0,
+            "price": price,
+        }
+        slots, speeds = current.slots, self.topology.time_of_device
+        better = rebalance(load, slots, time=speeds, full=False, **limits).slots
+        return Placement(better, num_experts=current.num_experts)
 
     def _judge(self, target: Placement, begin: float) -> Decision:
         """Decide as all ranks do whether a move pays, by counts that the search has not seen."""
@@ -294,9 +276,9 @@ class Rebalancer:
         posts = self._agreement.exchange("what a move brings", *attempt(figures))
         # Of ranks with other prices the most careful one decides, and all wait for the slowest.
         loss, now, cost, took = np.max(posts, axis=0).tolist()
-        per_layer = current.diff(target).experts_moved_per_layer
-        size = sum(int(n) * expert_bytes(la) for n, la in zip(per_layer, self.layers, strict=True))
-        predicted = (-loss, cost, int(per_layer.sum()), size, took)
+        copies = current.diff(target).experts_moved_per_layer
+        size = int(copies @ [expert_bytes(layer) for layer in self.layers])
+        predicted = (-loss, cost, int(copies.sum()), size, took)
         # What is no number, of a cost model without an answer, is no gain.
         if not -loss > self.dead_zone * now:
             return Decision(False, "the gain is within the dead zone", *predicted)

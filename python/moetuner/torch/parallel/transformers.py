@@ -7,6 +7,7 @@ of the placement, from owner to holder, and stay there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,9 +108,10 @@ class _PlacedExperts(EPImplementation):
                 f"placement must have {ranks} devices and {ranks * local} experts like the model, "
                 f"got {placement.devices} and {placement.num_experts}"
             )
+        named = self.module.named_parameters(recurse=False)
         loaded = {
             name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
-            for name, weight in self.module.named_parameters(recurse=False)
+            for name, weight in named
         }
         short = {name: list(w.shape) for name, w in loaded.items() if len(w) != local}
         if short:
@@ -141,10 +143,10 @@ class _PlacedExperts(EPImplementation):
         assert self.layer is not None
         sharing, tokens = self.tp_mesh.size(), len(hidden_states)
         # Ranks that share a batch take a run of tokens each, the first ones a token more.
-        parts = np.array_split(np.arange(tokens), sharing)
+        lengths = [(tokens + sharing - 1 - rank) // sharing for rank in range(sharing)]
         mine = self.tp_mesh.get_local_rank()
-        first = sum(map(len, parts[:mine]))
-        part = slice(first, first + len(parts[mine]))
+        first = sum(lengths[:mine])
+        part = slice(first, first + lengths[mine])
         # Positions run on from step to step as in the layer, but by whole batches.
         batches, batch = self.layer.ranks // sharing, self.layer.rank // sharing
         position = self.served * batches + batch * tokens + first
@@ -154,14 +156,14 @@ class _PlacedExperts(EPImplementation):
         self.served += tokens
         if sharing == 1:
             return results
-        longest = len(parts[0])
-        padded = nn.functional.pad(results, (0, 0, 0, longest - len(results)))
-        every = results.new_empty(sharing * longest, results.shape[1])
+        padded = nn.functional.pad(results, (0, 0, 0, lengths[0] - len(results)))
+        every = results.new_empty(sharing * lengths[0], results.shape[1])
         dist.all_gather_into_tensor(every, padded, group=self.tp_mesh.get_group())
-        rows = zip(every.view(sharing, longest, -1), parts, strict=True)
-        return torch.cat([of[: len(part)] for of, part in rows])
+        runs = zip(torch.split(every, lengths[0]), lengths, strict=True)
+        return torch.cat([run[:length] for run, length in runs])
 
 
+@dataclass
 class _ModuleExperts:
     """A transformers module of experts, as ``ExpertParallelMoE`` calls it.
 
@@ -169,13 +171,9 @@ class _ModuleExperts:
     the time of a call.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        forward: Callable[[Tensor, Tensor, Tensor], Tensor],
-        placed: dict[str, nn.Parameter],
-    ) -> None:
-        self.module, self.forward, self.placed = module, forward, placed
+    module: nn.Module
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    placed: dict[str, nn.Parameter]
 
     def __call__(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Compute each row by its slot alone, with weight 1."""

@@ -10,11 +10,11 @@ import shutil
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,14 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moetuner._checks import IdArray, id_type, instance, listed, path_in, text_or_none, whole_number
+from moetuner._checks import IdArray, instance, listed, path_in, text_or_none, whole_number
 from moetuner._core import validate
-from moetuner.files.contents import TraceContents, write_trace
 from moetuner.files.ids import Ids
 from moetuner.files.safetensors import TensorInFile
 from moetuner.torch.models import moe_layers
-from moetuner.torch.record.hooks import Step, StepHooks, cache_of
-from moetuner.trace import SHARD_BYTES, RoutingTrace
+from moetuner.torch.record.hooks import Step, StepHooks
+from moetuner.trace import RoutingTrace
 
 # What a trace says of a token besides its experts.
 LABEL = np.dtype([("sequence", "<i4"), ("group", "<i2")])
@@ -114,8 +113,8 @@ class Recorder:
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
         text_or_none("name", name)
-        whole = group is None or isinstance(group, str)
-        for label in () if whole else listed("group", group, "names"):
+        is_one = group is None or isinstance(group, str)
+        for label in () if is_one else listed("group", group, "names"):
             text_or_none("group", label)
         if attention_mask is not None:
             instance("attention_mask", attention_mask, Tensor)
@@ -127,15 +126,18 @@ class Recorder:
         self._about = {"model": name or type(model).__name__, "expert_size": expert_size_of(model)}
         self.attention_mask = attention_mask
         self._hooks = StepHooks(model, self.layers, self._step, lambda: self.attention_mask)
-        self._dtype = torch.uint8 if self._hooks.num_experts <= 256 else torch.uint16
-        token_bytes = len(self.layers) * self._hooks.top_k * self._dtype.itemsize
-        self._offload = Offload(max(1, most // token_bytes), self._arrived)
-        self._parts: Parts | None = None
+        experts, self._sizes = self._hooks.num_experts, (len(self.layers), self._hooks.top_k)
+        self._id_type = torch.uint8 if experts <= 256 else torch.uint16
+        # Tokens that wait at most for the device, beside the last step.
+        self._capacity = max(1, most // (math.prod(self._sizes) * self._id_type.itemsize))
+        self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
+        self._waiting_tokens = 0
+        self._parts = Parts(self._path)
         self._trace: RoutingTrace | None = None
         self._lost: Exception | None = None
         self._wrong: Exception | None = None
         self._group = group
-        self._numbers: dict[str, int] = {}
+        self._group_numbers: dict[str, int] = {}
         self._sequences = 0
         self._of_cache: WeakKeyDictionary[Any, NDArray[np.int32]] = WeakKeyDictionary()
 
@@ -168,15 +170,14 @@ class Recorder:
     @property
     def tokens(self) -> int:
         """Tokens that have arrived on the host so far."""
-        return 0 if self._parts is None else self._parts.tokens
+        return self._parts.tokens
 
     def __enter__(self) -> Recorder:
-        if self._parts is not None:
+        if self._parts.files:
             raise RuntimeError("a Recorder records once; call capture again")
-        hooks = self._hooks
-        self._parts = Parts(self._path, len(self.layers), hooks.top_k, hooks.num_experts)
+        self._parts.open()
         try:
-            hooks.attach()
+            self._hooks.attach()
         except BaseException:
             self._parts.discard()
             raise
@@ -189,97 +190,95 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._hooks.remove()
-        fault = self._flush()
+        fault, parts, path = self._flush(), self._parts, self._path
         if kind is None and fault is None:
             try:
-                self._finish(self._path)
+                self._finish(path)
                 return
             except Exception as unwritten:
                 fault = unwritten
-        self._rescue(type(fault) if kind is None else kind)
+        if parts.tokens:
+            path = path and path.with_name(f"{path.stem}{PARTIAL}")
+            try:
+                self._finish(path)
+                where = "trace() has" if path is None else f"{path} has"
+            except Exception as unwritten:
+                where = f"{unwritten}; {parts.folder} has, as raw arrays,"
+            name = (kind or type(fault)).__name__
+            text = f"the recording ended with {name}: {where} the {parts.tokens} tokens until then"
+            with suppress(Warning):
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+        else:
+            parts.discard()
         if kind is None and fault is not None:
             raise fault
 
     def _flush(self) -> Exception | None:
         """Take what is still on the device; gives what is wrong with the recording."""
-        if self._lost is not None:
-            return self._lost
         try:
-            self._offload.flush()
+            while self._waiting and self._lost is None:
+                self._take_first()
             self._hooks.check()
         except Exception as error:
-            return error
-        return self._wrong or (None if self.tokens else self._hooks.fault)
-
-    def _rescue(self, kind: type) -> None:
-        """Finish an incomplete recording, beside where it was to be; never fails."""
-        parts = self._parts
-        assert parts is not None  # set by __enter__
-        if not parts.tokens:
-            parts.discard()
-            return
-        path = self._path and self._path.with_name(f"{self._path.stem}{PARTIAL}")
-        try:
-            self._finish(path)
-            where = "trace() has" if path is None else f"{path} has"
-        except Exception as error:
-            where = f"{error}; {parts.folder} has, as raw arrays,"
-        with suppress(Warning):
-            text = f"the recording ended with {kind.__name__}: {where} the {parts.tokens} tokens"
-            warnings.warn(f"{text} until then", RuntimeWarning, stacklevel=3)
+            return self._lost or error
+        return self._lost or self._wrong or (None if self.tokens else self._hooks.fault)
 
     def _finish(self, path: Path | None) -> None:
-        parts = self._parts
-        assert parts is not None  # set by __enter__
+        """Make the trace, and write it if there is a path."""
+        parts, experts = self._parts, self._hooks.num_experts
         # Groups are only kept if there are any.
-        names = list(self._numbers) if set(self._numbers) - {UNNAMED} else []
-        source = "moetuner.torch.record.capture"
-        self._trace = parts.finish(path, source, group_names=names, **self._about)
+        names = list(self._group_numbers) if set(self._group_numbers) - {UNNAMED} else []
+        labels = np.fromfile(parts.folder / "labels", LABEL, parts.tokens)
+        about: dict[str, Any] = {"sequence": labels["sequence"], **self._about}
+        if names:
+            about |= {"group": labels["group"], "group_names": tuple(names)}
+        dtype = np.dtype(f"<u{self._id_type.itemsize}")
+        place = TensorInFile(dtype, (parts.tokens, *self._sizes), 0)
+        ids = Ids.in_file(parts.folder / "expert_ids", place, experts)
+        if path is None:
+            self._trace = RoutingTrace(Ids.of(ids.array(), experts), experts, **about)
+        else:
+            whole = RoutingTrace(ids, experts, **about)
+            whole.save(path, source="moetuner.torch.record.capture")
+            self._trace = RoutingTrace.load(path)
         parts.discard()
 
     def _step(self, step: Step) -> None:
+        """Copy ids of a step to the host without waiting for the device."""
         if self._lost is not None:
             raise self._lost
+        experts, choices, top_k = (self._hooks.num_experts, self._hooks.choices, self._hooks.top_k)
         if step.paged:
             raise ValueError(
                 "paged batches do not say which sequences they continue: RoutingCounters counts "
                 "them, a trace needs batches of their own"
             )
-        if self._hooks.choices > self._hooks.num_experts:
+        if choices > experts:
             raise ValueError(
-                f"a trace needs {self._hooks.top_k} experts for each token, and these routers also "
-                f"choose among {self._hooks.choices - self._hooks.num_experts} zero-computation "
-                "experts: RoutingCounters counts the others"
+                f"a trace needs {top_k} experts for each token, and these routers also choose "
+                f"among {choices - experts} zero-computation experts: RoutingCounters counts the "
+                "others"
             )
         labels = np.empty(step.rows, LABEL)
         labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
-        self._offload.put(step.ids.to(self._dtype), step.keep, np.repeat(labels, step.length))
+        # On CUDA to pinned memory, behind the work of the step.
+        ids, keep = (
+            of.to("cpu", non_blocking=True) for of in (step.ids.to(self._id_type), step.keep)
+        )
+        is_cuda = step.ids.is_cuda
+        copied = torch.cuda.current_stream(step.ids.device).record_event() if is_cuda else None
+        self._waiting.append((ids, keep, np.repeat(labels, step.length), copied))
+        # The host waits only for work that is long done.
+        self._waiting_tokens += len(ids)
+        while len(self._waiting) > 1 and self._waiting_tokens > self._capacity:
+            self._take_first()
 
-    def _sequence_of(self, step: Step) -> NDArray[np.int32]:
-        """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
-        rows, cache = step.rows, step.cache
-        labels = self._of_cache.get(cache) if _is_weak(cache) else None
-        if labels is None or len(labels) != rows:
-            if self._sequences + rows > SEQUENCE_LIMIT:
-                raise ValueError(f"a trace has at most {SEQUENCE_LIMIT} sequences")
-            labels = np.arange(self._sequences, self._sequences + rows, dtype=np.int32)
-            self._sequences += rows
-        # The cache of the next step: the one that was given, or one that the model has made.
-        for following in (cache, cache_of(step.output)):
-            if _is_weak(following):
-                self._of_cache[following] = labels
-        return labels
-
-    def _group_of(self, rows: int) -> list[int]:
-        """Return the groups of the sequences of a batch [B]."""
-        given = UNNAMED if self._group is None else self._group
-        names = [given] * rows if isinstance(given, str) else list(given)
-        if len(names) != rows or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"group must be a name, or one for each of {rows} sequences: {names}")
-        return [self._numbers.setdefault(name, len(self._numbers)) for name in names]
-
-    def _arrived(self, ids: IdArray, keep: NDArray[np.bool_], labels: Labels) -> None:
-        assert self._parts is not None  # hooks are attached after it was made
+    def _take_first(self) -> None:
+        """Write the tokens of the first step that waits."""
+        ids_copy, keep_copy, labels, copied = self._waiting[0]
+        if copied is not None:
+            copied.synchronize()
+        ids, keep = ids_copy.numpy(), keep_copy.numpy()
         try:
             validate(ids[keep], self._hooks.num_experts, self.tokens)
         except ValueError as error:
@@ -292,6 +291,31 @@ class Recorder:
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be
             raise
+        self._waiting.popleft()
+        self._waiting_tokens -= len(ids)
+
+    def _sequence_of(self, step: Step) -> NDArray[np.int32]:
+        """Return labels of a batch's sequences [B]: of the cache that it continues, or new."""
+        rows, cache = step.rows, step.cache
+        labels = self._of_cache.get(cache) if _is_weak(cache) else None
+        if labels is None or len(labels) != rows:
+            if self._sequences + rows > SEQUENCE_LIMIT:
+                raise ValueError(f"a trace has at most {SEQUENCE_LIMIT} sequences")
+            labels = np.arange(self._sequences, self._sequences + rows, dtype=np.int32)
+            self._sequences += rows
+        # The cache of the next step: the one that was given, or one that the model has made.
+        for following in filter(_is_weak, (cache, step.following)):
+            self._of_cache[following] = labels
+        return labels
+
+    def _group_of(self, rows: int) -> list[int]:
+        """Return the groups of the sequences of a batch [B]."""
+        given = UNNAMED if self._group is None else self._group
+        names = [given] * rows if isinstance(given, str) else list(given)
+        if len(names) != rows or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"group must be a name, or one for each of {rows} sequences: {names}")
+        numbers = self._group_numbers
+        return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def _is_weak(cache: object) -> bool:
@@ -299,114 +323,33 @@ def _is_weak(cache: object) -> bool:
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
 
 
-class Offload:
-    """Copies ids to the host without waiting for the device, and hands them over later.
-
-    On CUDA they go to pinned memory behind the work of their step. When enough steps wait, those of
-    the older half are handed over: the host waits only for work that is long done.
-
-    Parameters
-    ----------
-    capacity
-        Tokens that wait at most, beside the last step.
-    receive
-        Called on the host, in order, with ids [T,L,K], which of them to keep [T] and labels [T].
-    """
-
-    def __init__(
-        self, capacity: int, receive: Callable[[IdArray, NDArray[np.bool_], Labels], None]
-    ) -> None:
-        self._capacity, self._receive = capacity, receive
-        self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
-        self._tokens = 0
-
-    def put(self, ids: Tensor, keep: Tensor, labels: Labels) -> None:
-        """Take ids [T,L,K], marks [T] and labels [T]."""
-        # Copies that need not wait go to pinned memory.
-        host = ids.to("cpu", non_blocking=True), keep.to("cpu", non_blocking=True)
-        copied = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
-        self._waiting.append((*host, labels, copied))
-        self._tokens += len(ids)
-        if self._tokens > self._capacity:
-            self._hand_over(self._capacity // 2, last=1)
-
-    def flush(self) -> None:
-        """Hand over everything; waits for the device."""
-        self._hand_over(-1, last=0)
-
-    def _hand_over(self, most: int, *, last: int) -> None:
-        """Receive first steps until at most so many tokens wait, or so many last steps."""
-        while self._tokens > most and len(self._waiting) > last:
-            ids, keep, labels, copied = self._waiting[0]
-            if copied is not None:
-                copied.synchronize()
-            self._receive(ids.numpy(), keep.numpy(), labels)
-            self._waiting.popleft()
-            self._tokens -= len(ids)
-
-
 class Parts:
-    """Tokens in the order in which they were served, on disk; memory holds none of them.
+    """Ids and labels of tokens in the order in which they were served, as raw arrays on disk."""
 
-    Parameters
-    ----------
-    path
-        Beside which file to keep them; None for a temporary folder.
-    layers, top_k, num_experts
-        Sizes L, K and E.
+    def __init__(self, path: Path | None) -> None:
+        self._beside, self.tokens = path, 0
+        self.files: list[IO[bytes]] = []
 
-    Attributes
-    ----------
-    folder
-        Where they are until ``discard``.
-    tokens
-        How many there are.
-    """
-
-    def __init__(self, path: Path | None, layers: int, top_k: int, num_experts: int) -> None:
-        self._sizes, self._experts = (layers, top_k), num_experts
-        self._dtype = id_type(np.dtype(np.int64), num_experts).newbyteorder("<")
-        # Beside the trace, where there is room for it.
-        parent = None if path is None else path.parent
+    def open(self) -> None:
+        """Make the files, beside the trace, where there is room for it."""
+        parent = None if self._beside is None else self._beside.parent
         self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
-        self._files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
-        self.tokens = 0
+        self.files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
 
     def append(self, ids: IdArray, labels: Labels) -> None:
         """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
-        for file, array in zip(self._files, (ids.astype(self._dtype), labels), strict=True):
-            file.seek(self.tokens * math.prod(array.shape[1:]) * array.itemsize)
+        for file, array in zip(self.files, (ids, labels), strict=True):
+            file.seek(self.tokens * array.strides[0])
             file.write(array.tobytes())
             file.flush()
         self.tokens += len(ids)
 
     def discard(self) -> None:
         """Delete what was recorded."""
-        self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def finish(
-        self, path: Path | None, source: str, group_names: list[str], **about: Any
-    ) -> RoutingTrace:
-        """Make the trace, and write it if there is a path; without names it has no groups.
-
-        ``about`` is what ``TraceContents`` says of the model.
-        """
-        self._close()
-        place = TensorInFile(self._dtype, (self.tokens, *self._sizes), 0)
-        ids = Ids.in_file(self.folder / "expert_ids", place, self._experts)
-        labels = np.fromfile(self.folder / "labels", LABEL, self.tokens)
-        group = labels["group"] if group_names else None
-        about |= {"sequence": labels["sequence"], "group": group, "group_names": group_names}
-        if path is None:
-            return RoutingTrace.from_arrays(ids.array(), num_experts=self._experts, **about)
-        write_trace(TraceContents(ids, self._experts, **about), path, source, SHARD_BYTES)
-        return RoutingTrace.load(path)
-
-    def _close(self) -> None:
-        for file in self._files:
+        for file in self.files:
             with suppress(OSError):  # a full disk was said when it was written to
                 file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 capture = Recorder

@@ -64,9 +64,9 @@ class RoutingCounters:
             self.device = torch.device(device)
         except (RuntimeError, TypeError):
             raise ValueError(f"device must be one of torch's, got {shown(device)}") from None
-        flag("transitions", transitions)
-        flag("coactivation", coactivation)
         self._pairs = {"transitions": transitions, "coactivation": coactivation}
+        for name, is_wanted in self._pairs.items():
+            flag(name, is_wanted)
         self._hooks: StepHooks | None = None
         self._choices = self.experts  # with those of zero computation, which are not given out
         self.reset()
@@ -94,18 +94,12 @@ class RoutingCounters:
             If the model has no MoE layers, or they differ in experts or top-k.
         """
         layers = moe_layers(model, routers)
-        experts, top_k = same_sizes(layers)
-        weights = next(layers[0].router.parameters(), None)
-        counters = cls(
-            len(layers),
-            experts,
-            top_k,
-            window=window,
-            transitions=transitions,
-            coactivation=coactivation,
-            # Weights that are offloaded have no device; the first pass tells.
-            device="cpu" if weights is None or weights.is_meta else weights.device,
-        )
+        sizes = (len(layers), *same_sizes(layers))
+        pairs = {"transitions": transitions, "coactivation": coactivation}
+        # Weights that are offloaded have no device; the first pass tells.
+        weights = next(layers[0].router.parameters(), torch.empty(0))
+        device = "cpu" if weights.is_meta else weights.device
+        counters = cls(*sizes, window=window, device=device, **pairs)
         counters._choices = layers[0].choices
         counters.reset()
         counters._hooks = StepHooks(model, layers, counters._step)
@@ -126,11 +120,11 @@ class RoutingCounters:
     @torch.inference_mode(False)  # tensors born in it could not be written outside it
     def reset(self) -> None:
         """Set all counts to zero."""
-        sizes: dict[str, tuple[int, ...]] = {"load": (1, self.layers, self._choices)}
-        for name, less in PAIRS.items():
-            if self._pairs[name]:
-                sizes[name] = (self.layers - less, self._choices, self._choices)
-        sizes |= {"tokens": (), "wrong": ()}
+        rows = self._choices
+        sizes = {"load": (1, self.layers, rows), "tokens": (), "wrong": ()}
+        sizes |= {
+            n: (self.layers - less, rows, rows) for n, less in PAIRS.items() if self._pairs[n]
+        }
         self._tables = {
             name: torch.zeros(size, dtype=torch.int64, device=self.device)
             for name, size in sizes.items()
@@ -161,13 +155,12 @@ class RoutingCounters:
         ValueError
             If shape, type or device is wrong.
         """
-        sizes = (self.layers, self.top_k)
-        is_integer = not (expert_ids.is_floating_point() or expert_ids.is_complex())
-        is_integer = is_integer and expert_ids.dtype != torch.bool
-        if expert_ids.dim() != 3 or expert_ids.shape[1:] != sizes or not is_integer:
+        sizes, kind = (self.layers, self.top_k), expert_ids.dtype
+        is_integer = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        if expert_ids.shape[1:] != sizes or not is_integer:
             raise ValueError(
-                f"expert_ids must be integers [tokens, {sizes[0]}, {sizes[1]}], got "
-                f"{expert_ids.dtype} {list(expert_ids.shape)}"
+                f"expert_ids must be integers [tokens, {sizes[0]}, {sizes[1]}], got {kind} "
+                f"{list(expert_ids.shape)}"
             )
         if mask is not None and mask.shape != expert_ids.shape[:1]:
             raise ValueError(f"mask must be [{len(expert_ids)}], got {list(mask.shape)}")

@@ -19,18 +19,10 @@ TOKEN_NAMES = ("input_ids", "inputs_embeds")
 class Generation:
     """One call of ``generate``.
 
-    Attributes
-    ----------
-    mask
-        Padding of the tokens so far [B,S], where there is any; a pass may get it in another shape.
-    ended
-        Sequences that have ended [B], on the device; they are fed on until the last one ends.
-    repeated
-        Tokens of each sequence that the pass before had; a pass without a cache repeats them.
-    length
-        Tokens of each sequence that the next pass will have.
-    tokens
-        Gives those tokens, by which the pass is recognised; None where they are gone.
+    ``mask`` [B,S] is the padding of the tokens so far, where there is any: a pass may get it in
+    another shape. ``ended`` [B] are the sequences that have ended, on the device: they are fed on
+    until the last one ends. The pass before had ``repeated`` tokens of each sequence, which a pass
+    without a cache repeats; the next one is recognised by its ``tokens``, of this ``length``.
     """
 
     mask: Tensor | None = None
@@ -87,8 +79,7 @@ class Generations:
 
     def prepare(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
         """Take what the next pass will be given, and return it."""
-        generation = self._innermost()
-        if generation is not None:
+        if (generation := self._innermost()) is not None:
             tokens = next((inputs[of] for of in TOKEN_NAMES if inputs.get(of) is not None), None)
             mask = arguments.get("attention_mask")
             generation.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moetuner.torch.models import MoELayer, chosen, same_sizes
-from moetuner.torch.record.generation import (
-    TOKEN_NAMES,
-    Generation,
-    Generations,
-    generations_of,
-)
+from moetuner.torch.record.generation import TOKEN_NAMES, Generation, Generations, generations_of
 
 # The new name first: transformers warns where the old one is looked up.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -31,27 +26,14 @@ PACKED = "cu_seq_lens_q"
 class Step:
     """The tokens of one forward pass, and what the routers chose for them.
 
-    Attributes
-    ----------
-    rows
-        Sequences, B.
-    length
-        Tokens of each, padding included, S.
-    marks
-        Which tokens count [B*S], boolean: those of all marks.
-    cache
-        The key-value cache that was passed in, or the generation that goes without, which tells a
-        later step of the same sequences.
-    paged
-        Whether tokens of many sequences, each with a past, stand in one row.
-    ids
-        Chosen rows of the routers [T,L,K], int64, on the device of the first router; those from E
-        on are zero-computation experts.
-    keep
-        The tokens that count [T], without those that have scores that are no numbers, or ids out of
-        range.
-    output
-        What the model returned.
+    It has ``rows`` sequences, B, of ``length`` tokens, S, padding included, and is ``paged`` if
+    tokens of many sequences, each with a past, stand in one row. ``marks`` [B*S] say which tokens
+    count: those of all marks. A key-value cache tells a later step of the same sequences: ``cache``
+    was passed in, or is the generation that goes without one, ``following`` was returned.
+
+    ``ids`` [B*S,L,K] are the chosen rows of the routers, int64 on the device of the first router;
+    those from E on are zero-computation experts. ``keep`` [B*S] are the tokens that count, without
+    those that have scores that are no numbers, or ids out of range.
     """
 
     rows: int
@@ -59,23 +41,19 @@ class Step:
     marks: list[Tensor]
     cache: object | None
     paged: bool
-    ids: Tensor = field(default_factory=lambda: torch.empty(0))
-    keep: Tensor = field(default_factory=lambda: torch.empty(0))
-    output: Any = None
+    following: object | None = field(init=False)
+    ids: Tensor = field(init=False)
+    keep: Tensor = field(init=False)
 
 
 def step_of(
-    model: nn.Module,
-    given: Mapping[str, Any],
-    mask: object | None,
-    generation: Generation | None,
+    model: nn.Module, given: Mapping[str, Any], mask: object | None, generation: Generation | None
 ) -> Step:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
     tokens = _tokens(model, given)
     rows, length = tokens.shape[:2]
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    packed, column = given.get(PACKED), torch.arange(length, device=tokens.device)
-    marks = []
+    packed, column, marks = given.get(PACKED), torch.arange(length, device=tokens.device), []
     if mask is None:
         mask = given.get("attention_mask")
         if generation is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -93,11 +71,6 @@ def step_of(
             marks.append(~generation.ended.repeat_interleave(length))
         cache = generation if cache is None else cache
     return Step(rows, length, marks, cache, paged)
-
-
-def cache_of(output: object) -> object | None:
-    """Return the key-value cache that a model returned, if it did."""
-    return next((getattr(output, name) for name in CACHE_NAMES if hasattr(output, name)), None)
 
 
 def _tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
@@ -128,30 +101,14 @@ def _marked(mask: object, rows: int, length: int) -> Tensor:
 
 
 class StepHooks:
-    """Collects the choices of all routers and hands them over after each forward pass.
+    """Collects the choices of all routers and hands a step to ``receive`` after each forward pass.
 
     Nothing here waits for the device: sizes are known on the host, and whether a router gave NaN or
     an id out of range is kept in flags on the device until ``check`` reads them. And nothing here
-    fails the model: a pass that cannot be understood, or received, is left out, counted and warned
-    of once. A compiled model runs eagerly meanwhile, since hooks are not heard in compiled code.
-
-    Parameters
-    ----------
-    model
-        The module that is called; its forward pass is one step.
-    layers
-        Its MoE layers.
-    receive
-        Called with every step.
-    mask
-        Gives which tokens to keep [batch, tokens], instead of the mask that the model is given.
-
-    Attributes
-    ----------
-    dropped
-        Passes that were left out.
-    fault
-        What was wrong with the first of them.
+    fails the model: a pass that cannot be understood, or received, is left out, counted as
+    ``dropped``, and the first one warned of and kept as ``fault``. A compiled model runs eagerly
+    meanwhile, since hooks are not heard in compiled code. ``mask`` gives which tokens to keep
+    [batch, tokens], instead of the mask that the model is given.
     """
 
     def __init__(
@@ -168,24 +125,26 @@ class StepHooks:
         # What torch.compile gives only calls the model that it was given.
         self._called, self._model = model, getattr(model, "_orig_mod", model)
         self._layers, self._receive, self._mask = layers, receive, mask
-        self._attached = ExitStack()
-        self._generations = Generations()
-        self._step: Step | None = None
+        self._attached, self._generations = ExitStack(), Generations()
+        self._step: Step | None = None  # the pass at hand, if it is recorded
         self._routed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._dropping = False
-        self._steps = 0
+        self._is_dropped = self._has_recorded = False
         self._faults: Tensor | None = None
 
     def attach(self) -> None:
         """Start to listen."""
         model = self._model
         with ExitStack() as attached:
-            if any(map(_is_compiled, (self._called, *model.modules()))):
+            compiled = (
+                hasattr(of, "_orig_mod") or of._compiled_call_impl for of in model.modules()
+            )
+            if self._called is not model or any(compiled):
                 attached.enter_context(_running_eagerly())
             self._generations = attached.enter_context(generations_of(model))
+            begin, end = self._safe(model, self._begin), self._safe(model, self._end)
             handles = [
-                model.register_forward_pre_hook(self._safe(model, self._begin), with_kwargs=True),
-                model.register_forward_hook(self._safe(model, self._end)),
+                model.register_forward_pre_hook(begin, with_kwargs=True),
+                model.register_forward_hook(end),
             ]
             for number, layer in enumerate(self._layers):
                 take = self._safe(layer.router, partial(self._take, number))
@@ -221,21 +180,18 @@ class StepHooks:
 
     def check(self) -> None:
         """Wait for the device and check that routers gave numbers, and ids of their rows."""
-        if self._faults is None:
-            return
         rules = (
             ("router scores must be numbers", "NaN"),
             (f"expert ids must be from 0 to {self.choices - 1}", "others"),
         )
-        for wrong, (rule, got) in zip(self._faults.tolist(), rules, strict=True):
-            if any(wrong):
-                number = wrong.index(True)
-                name = self._layers[number].name
-                raise ValueError(f"{rule}, got {got} in layer {number} ({name})")
+        faults = [] if self._faults is None else self._faults.nonzero().tolist()
+        for rule, layer in faults[:1]:
+            text, got = rules[rule]
+            raise ValueError(f"{text}, got {got} in layer {layer} ({self._layers[layer].name})")
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
-        self._step, self._dropping, self._routed = None, True, {}
+        self._step, self._is_dropped = None, True
         self.dropped += 1
         if self.fault is not None:
             return
@@ -248,40 +204,38 @@ class StepHooks:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take what the model is called with."""
         # A pass that failed half-way has left its layers behind.
-        self._routed, self._step, self._dropping = {}, None, False
+        self._routed, self._step, self._is_dropped = {}, None, False
         names = inspect.signature(self._model.forward).parameters
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        generation = self._generations.of(given)
-        self._step = step_of(self._model, given, self._mask(), generation)
+        self._step = step_of(self._model, given, self._mask(), self._generations.of(given))
 
     def _take(self, number: int, _inputs: Any, output: Any) -> None:
         """Take what a router returned."""
-        if self._dropping:
-            return
-        step, name = self._step, self._layers[number].name
+        step, layer = self._step, self._layers[number]
         if step is None:
-            if self._steps:  # a recomputation in the backward pass chooses what was chosen before
+            # A recomputation in the backward pass chooses what was chosen before.
+            if self._is_dropped or self._has_recorded:
                 return
             raise ValueError(
-                f"{name} ran outside a forward pass of {type(self._model).__name__}: "
+                f"{layer.name} ran outside a forward pass of {type(self._model).__name__}: "
                 "the model given must be the module that is called"
             )
         if number in self._routed:
             raise ValueError(
-                f"{name} ran more than once in a forward pass, and a token can have one choice of "
-                "experts in each layer: name the routers that run once in routers=[...]"
+                f"{layer.name} ran more than once in a forward pass, and a token can have one "
+                "choice of experts in each layer: name the routers that run once in routers=[...]"
             )
         parts = chosen(output)
         if parts is None:
             raise ValueError(
-                f"{name}: a router must return expert ids [tokens, top_k] as integers, "
-                f"{type(self._layers[number].router).__name__} does not"
+                f"{layer.name}: a router must return expert ids [tokens, top_k] as integers, "
+                f"{type(layer.router).__name__} does not"
             )
         ids, scores = (part.detach().flatten(0, -2) for part in parts)
         tokens = step.rows * step.length
         if ids.shape != (tokens, self.top_k):
             raise ValueError(
-                f"{name}: expert ids must be [{tokens}, {self.top_k}], [tokens, top_k] as "
+                f"{layer.name}: expert ids must be [{tokens}, {self.top_k}], [tokens, top_k] as "
                 f"the forward pass was called, got {[*parts[0].shape]}"
             )
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
@@ -297,9 +251,8 @@ class StepHooks:
                 f"every router must run in a forward pass, {missing[0]} did not "
                 "(what torch.compile or a CUDA graph runs is not heard: give the compiled model)"
             )
-        self._steps += 1
-        routed = [self._routed[number] for number in range(len(self._layers))]
-        self._routed = {}
+        self._has_recorded = True
+        routed = [self._routed.pop(number) for number in range(len(self._layers))]
         device = routed[0][0].device
         ids, scores = (
             torch.stack([part.to(device, non_blocking=True) for part in parts], dim=1)
@@ -315,7 +268,10 @@ class StepHooks:
         faults &= keep[:, None]
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
-        step.ids, step.keep, step.output = ids, keep & ~faults.any(0).any(-1), output
+        step.ids, step.keep = ids, keep & ~faults.any(0).any(-1)
+        step.following = next(
+            (getattr(output, of) for of in CACHE_NAMES if hasattr(output, of)), None
+        )
         self._receive(step)
 
 
@@ -338,7 +294,3 @@ def _running_eagerly() -> Iterator[None]:
         stance = _eager.pop()
         if not _eager:
             stance.__exit__(None, None, None)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

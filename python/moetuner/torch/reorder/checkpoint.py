@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moetuner._checks import flag, instance, shown
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
-from moetuner.torch.reorder.plan import (
-    Order,
-    TensorChange,
-    bits_of,
-    blocks_of,
-    check_groups,
-    check_ties,
-    groups_chosen,
-    order_of,
-    plan,
-    renumbered,
-)
+from moetuner.torch.reorder import plan
+from moetuner.torch.reorder.plan import Order, TensorChange
 
 Changes = dict[str, TensorChange]
-Plan = Callable[[Mapping[str, Tensor]], Changes]
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
@@ -84,25 +71,32 @@ def permute_state_dict(
     """
     instance("placement", placement, Placement)
     flag("inverse", inverse)
-    order = order_of(placement)
+    order = plan.order_of(placement)
     if isinstance(source, Mapping):
         if out is not None:
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
-        return _permute_tensors(source, partial(_changes, order, config, inverse))
+        changes = _changes(source, order, config, inverse=inverse)
+        plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
+        return {change.name: _moved(name, source[name], change) for name, change in changes.items()}
     if out is None:
         raise ValueError("out must be a folder to write where source is a folder, got None")
-    source, out = Path(source), Path(out)
-    if config is None and (source / "config.json").is_file():
-        with naming(source / "config.json"):
-            config = json.loads(read_whole(source / "config.json"))
-    return _permute_folder(source, out, partial(_changes, order, config, inverse))
+    folder, out = _Folder(Path(source)), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: must be a new or an empty folder")
+    config = _json_in(folder.path / "config.json") if config is None else config
+    with naming(source):
+        changes = _changes(folder.tensors, order, config, inverse=inverse)
+        plan.check_ties(changes, folder.bits)
+        # Before anything is written.
+        tables = {
+            name: folder.table(name, of) for name, of in changes.items() if of.ids is not None
+        }
+    folder.copy(out, changes, tables)
+    return out
 
 
 def _changes(
-    order: Order,
-    config: Mapping[str, Any] | None,
-    inverse: bool,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor], order: Order, config: Mapping[str, Any] | None, *, inverse: bool
 ) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
     if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
@@ -112,72 +106,100 @@ def _changes(
         )
     # The settings of the language model, which those of a larger model hold.
     about = {} if config is None else config.get("text_config") or config
-    groups = groups_chosen(about.get("n_group"), about.get("topk_group"), about.get("topk_method"))
+    limits = (about.get(name) for name in ("n_group", "topk_group", "topk_method"))
+    groups = plan.groups_chosen(*limits)
     for layer, positions in enumerate(order):
-        check_groups(positions, groups, f"layer {layer}")
-    blocks = blocks_of(tensors, len(order), about.get("num_hidden_layers"))
-    return plan(tensors, np.argsort(order, axis=1) if inverse else order, dict.fromkeys(blocks))
+        plan.check_groups(positions, groups, f"layer {layer}")
+    blocks = plan.blocks_of(tensors, len(order), about.get("num_hidden_layers"))
+    order = np.argsort(order, axis=1) if inverse else order
+    return plan.changes_of(tensors, order, dict.fromkeys(blocks))
 
 
-def _permute_tensors(tensors: Mapping[str, Tensor], planned: Plan) -> dict[str, Tensor]:
-    changes = planned(tensors)
-    check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
-    moved = {}
-    for name, change in changes.items():
-        tensor = tensors[name]
-        if change.order is not None:
-            rows = tensor.detach().reshape(len(change.order), -1).contiguous().view(torch.uint8)
-            rows = rows[torch.from_numpy(change.order).to(rows.device)]
-            tensor = rows.view(tensor.dtype).reshape(tensor.shape)
-        elif change.ids is not None:
-            tensor = renumbered(name, tensor, change.ids)
-        moved[change.name] = tensor
-    return moved
+def _moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
+    """Return a tensor with its rows in order, or its ids renumbered."""
+    if change.ids is not None:
+        return plan.renumbered(name, tensor, change.ids)
+    if change.order is None:
+        return tensor
+    rows = plan.bits_of(tensor, len(change.order))
+    rows = rows[torch.from_numpy(change.order).to(rows.device)]
+    return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
-class _Shard:
-    """A file of a checkpoint: its tensors, and their bytes where they are."""
+class _Folder:
+    """The weights of a folder: in which file every tensor is, and their bytes where they are."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.header = path, safetensors.read_header(path)
-        self.entries = self.header.entries
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return tensors of the same shapes and kinds of numbers by name, without memory."""
+        self.path, self.index = path, _json_in(path / INDEX)
+        files = set(path.glob("*.safetensors"))
+        if self.index is not None:
+            if not isinstance(self.index.get("weight_map"), dict):
+                raise ValueError(f"{path / INDEX}: must be an object with 'weight_map'")
+            files = {path / str(name) for name in self.index["weight_map"].values()}
+        if not files:
+            raise ValueError(f"{path}: must hold .safetensors files, got none")
+        self.headers = {file: safetensors.read_header(file) for file in sorted(files)}
+        self.file_of: dict[str, Path] = {}
+        # Of the same shapes and kinds of numbers, without memory.
+        self.tensors: dict[str, Tensor] = {}
         whole = {code for code, of in DTYPES.items() if of.kind in "iu" and of.itemsize > 1}
-        tensors = {}
-        for name, entry in self.entries.items():
-            shape, kind = entry.get("shape"), entry.get("dtype")
-            if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-                raise ValueError(f"{self.path}: {name}: shape must be sizes, got {shown(shape)}")
-            dtype = torch.int64 if kind in whole else torch.float32
-            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
-        return tensors
+        for file, header in self.headers.items():
+            for name, entry in header.entries.items():
+                shape = entry.get("shape")
+                if name in self.file_of:
+                    raise ValueError(f"{file}: tensor {name} is in another file as well")
+                if not isinstance(shape, list) or not all(map(safetensors.is_size, shape)):
+                    raise ValueError(f"{file}: {name}: shape must be sizes, got {shown(shape)}")
+                dtype = torch.int64 if entry.get("dtype") in whole else torch.float32
+                self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+                self.file_of[name] = file
 
-    def bits(self, name: str, experts: int) -> NDArray[np.uint8]:
+    def bits(self, name: str, experts: int) -> Tensor:
         """Return the bytes of a small tensor for each expert [E,..]."""
-        begin, end = self.entries[name]["data_offsets"]
-        place = TensorInFile(np.dtype(np.uint8), (end - begin,), self.header.data + begin)
-        return safetensors.read(self.path, place).reshape(experts, -1)
+        header = self.headers[self.file_of[name]]
+        begin, end = header.entries[name]["data_offsets"]
+        place = TensorInFile(np.dtype(np.uint8), (end - begin,), header.data + begin)
+        bits = safetensors.read(self.file_of[name], place)
+        return torch.from_numpy(bits.copy()).reshape(experts, -1)
 
-    def renumbered(self, name: str, ids: NDArray[np.int64]) -> bytes:
+    def table(self, name: str, change: TensorChange) -> bytes:
         """Return a table of experts' ids with their new numbers."""
-        old = safetensors.read(self.path, self.header.tensor(name))
-        new = renumbered(name, torch.from_numpy(old.astype(np.int64)), ids).numpy()
+        file = self.file_of[name]
+        old = safetensors.read(file, self.headers[file].tensor(name))
+        new = _moved(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
         return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
-    def write(self, path: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
-        """Write the file with new names, row orders and ids; every tensor keeps its place."""
-        entries: dict[str, Any] = {}
-        if self.header.metadata:
-            entries["__metadata__"] = self.header.metadata
-        entries.update({changes[name].name: entry for name, entry in self.entries.items()})
+    def copy(self, out: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
+        """Write the folder anew, but for weights in other formats."""
+        out.mkdir(parents=True, exist_ok=True)
+        for file in self.headers:
+            with replacing(out / file.name) as temporary:
+                self._copy_file(file, temporary, changes, tables)
+        for other in sorted(self.path.iterdir()):
+            if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
+                shutil.copyfile(other, out / other.name)
+        # Last: a folder without its index is not taken for a whole checkpoint.
+        if self.index is not None:
+            files = self.index["weight_map"].items()
+            names = {changes[name].name: file for name, file in files if name in changes}
+            with replacing(out / INDEX) as temporary:
+                temporary.write_text(
+                    json.dumps(self.index | {"weight_map": names}, indent=2) + "\n"
+                )
+
+    def _copy_file(
+        self, file: Path, out: Path, changes: Changes, tables: Mapping[str, bytes]
+    ) -> None:
+        """Write a file with new names, row orders and ids; every tensor keeps its place."""
+        header = self.headers[file]
+        entries: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
+        entries |= {changes[name].name: entry for name, entry in header.entries.items()}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with self.path.open("rb") as old, path.open("wb") as new:
+        with file.open("rb") as old, out.open("wb") as new:
             new.write(len(text).to_bytes(8, "little") + text)
             start = new.tell()
-            for name, entry in self.entries.items():
+            for name, entry in header.entries.items():
                 begin, end = entry["data_offsets"]
                 new.seek(start + begin)
                 if name in tables:
@@ -191,65 +213,18 @@ class _Shard:
                         f"{name}: {end - begin} bytes must be whole rows of {len(rows)} experts"
                     )
                 for row in rows:
-                    old.seek(self.header.data + begin + row * size)
+                    old.seek(header.data + begin + row * size)
                     for left in range(size, 0, -PIECE):
                         if new.write(old.read(min(PIECE, left))) < min(PIECE, left):
-                            raise ValueError(f"{self.path}: file shrank while it was read")
+                            raise ValueError(f"{file}: file shrank while it was read")
 
 
-def _permute_folder(source: Path, out: Path, planned: Plan) -> Path:
-    index = _index_of(source)
-    files = sorted(source.glob("*.safetensors"))
-    if index is not None:
-        files = sorted({source / str(name) for name in index["weight_map"].values()})
-    if not files:
-        raise ValueError(f"{source}: must hold .safetensors files, got none")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: must be a new or an empty folder")
-    shards = [_Shard(file) for file in files]
-    shard_of: dict[str, _Shard] = {}
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        for name, tensor in shard.tensors().items():
-            if name in tensors:
-                raise ValueError(f"{shard.path}: tensor {name} is in another file as well")
-            shard_of[name], tensors[name] = shard, tensor
-
-    with naming(source):
-        changes = planned(tensors)
-        check_ties(changes, lambda name, experts: shard_of[name].bits(name, experts))
-        # Before anything is written.
-        tables = {
-            name: shard_of[name].renumbered(name, change.ids)
-            for name, change in changes.items()
-            if change.ids is not None
-        }
-    out.mkdir(parents=True, exist_ok=True)
-    for shard in shards:
-        with replacing(out / shard.path.name) as temporary:
-            shard.write(temporary, changes, tables)
-    for other in sorted(source.iterdir()):
-        if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
-            shutil.copyfile(other, out / other.name)
-    # Last: a folder without its index is not taken for a whole checkpoint.
-    if index is not None:
-        index["weight_map"] = {
-            changes[name].name: file
-            for name, file in index["weight_map"].items()
-            if name in changes
-        }
-        with replacing(out / INDEX) as temporary:
-            temporary.write_text(json.dumps(index, indent=2) + "\n")
-    return out
-
-
-def _index_of(source: Path) -> dict[str, Any] | None:
-    """Read which file holds which tensor, if the checkpoint has several files."""
-    path = source / INDEX
+def _json_in(path: Path) -> dict[str, Any] | None:
+    """Read an object of settings, if there is one."""
     if not path.is_file():
         return None
     with naming(path):
-        index = json.loads(read_whole(path))
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError("must be an object with 'weight_map'")
-        return index
+        content = json.loads(read_whole(path))
+        if not isinstance(content, dict):
+            raise ValueError("must be a JSON object")
+        return content

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
-from moetuner.torch.reorder.plan import (
-    Order,
-    TensorChange,
-    bits_of,
-    check_groups,
-    check_ties,
-    order_of,
-    plan,
-    renumbered,
-)
+from moetuner.torch.reorder import plan
+from moetuner.torch.reorder.plan import Order, TensorChange
 
 
 def apply_placement(
@@ -73,23 +64,33 @@ def apply_placement(
             f"placement must have {sizes[0]} layers of {sizes[1]} experts as the model has, got "
             f"{placement.layers} of {placement.num_experts}"
         )
-    order = order_of(placement)
+    order = plan.order_of(placement)
     for layer, positions in zip(layers, order, strict=True):
         if layer.num_experts != len(positions):
             raise ValueError(
                 f"{layer.name}: must have {len(positions)} experts like the first MoE layer, got "
                 f"{layer.num_experts}"
             )
-        check_groups(positions, layer.expert_groups, layer.name)
+        plan.check_groups(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
-    changes = plan(tensors, order, {_block(layer): layer.name for layer in layers})
+    changes = plan.changes_of(tensors, order, {_block(layer): layer.name for layer in layers})
     for layer in layers:
         _check_weights(layer, changes, tensors)
-    check_ties(changes, lambda name, experts: bits_of(tensors[name], experts))
-    changes = _once(changes, tensors)
-    _check_lists(model, layers)
-    _move(changes, tensors)
+    plan.check_ties(changes, lambda name, experts: plan.bits_of(tensors[name], experts))
+    moving = [changes[name] for name in _once(changes, tensors)]
+    # All tables are read before anything moves.
+    tables = {
+        of.name: plan.renumbered(of.name, tensors[of.name], of.ids)
+        for of in moving
+        if of.ids is not None
+    }
+    with torch.no_grad():
+        for change in moving:
+            if change.order is not None:
+                _permute(tensors[change.name].detach(), change.order)
+            else:
+                tensors[change.name].copy_(tables[change.name])
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
             reordered = [layer.experts[old] for old in positions.tolist()]
@@ -98,112 +99,88 @@ def apply_placement(
     return order
 
 
-def _move(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) -> None:
-    """Put rows and ids of tensors in order, once all tables are known to hold experts."""
-    tables = {
-        name: renumbered(name, tensors[name].detach(), change.ids)
-        for name, change in changes.items()
-        if change.ids is not None
-    }
-    with torch.no_grad():
-        for name, change in changes.items():
-            if change.order is not None:
-                _permute(tensors[name].detach(), change.order)
-            else:
-                tensors[name].copy_(tables[name])
-
-
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
     """Return all tensors of a model by all their names; blocks that run twice have one."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
-    again = [
+    again = tuple(
         f"{name}."
         for name, module in model.named_modules(remove_duplicate=False)
         if blocks.get(id(module), name) != name
-    ]
-    named = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
     )
-    return {name: tensor for name, tensor in named if not name.startswith(tuple(again))}
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    return {name: tensor for name, tensor in named if not name.startswith(again)}
 
 
 def _check_weights(
     layer: MoELayer, changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
 ) -> None:
     """Check that a layer's weights are in memory, and those of experts stacked or in a list."""
-    own = {name: change for name, change in changes.items() if change.block == _block(layer)}
-    for name, change in own.items():
+    is_list, has_experts = isinstance(layer.experts, nn.ModuleList), False
+    for name, change in changes.items():
+        if change.block != _block(layer):
+            continue
         tensor = tensors[name]
-        if tensor.is_meta or hasattr(tensor, "placements"):
+        if not _is_in_memory(tensor):
             what = "on the meta device" if tensor.is_meta else "spread over devices"
             raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
-        moves = change.order is not None or change.ids is not None
-        if not (moves or tensor.numel() <= 1 or isinstance(layer.experts, nn.ModuleList)):
+        if not (_moves(change) or tensor.numel() <= 1 or is_list):
             raise ValueError(f"{name}: must be of all experts [experts, ..]")
-    if not isinstance(layer.experts, nn.ModuleList) and not any(
-        change.order is not None and not change.is_router for change in own.values()
-    ):
+        has_experts |= change.order is not None and not change.is_router
+    if not (is_list or has_experts):
         raise ValueError(f"{layer.name}: experts must hold weights [experts, ..], they hold none")
 
 
-def _once(
-    changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
-) -> dict[str, TensorChange]:
+def _once(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) -> list[str]:
     """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
 
-    def move(name: str) -> tuple[Any, ...] | None:
+    def move(name: str) -> object:
         tensor, change = tensors[name], changes[name]
         orders = [None if of is None else of.tobytes() for of in (change.order, change.ids)]
-        if orders == [None, None]:
+        # An expert of a list moves as a module, which has another name then.
+        new_name = change.name if change.name != name else None
+        if orders == [None, None] and new_name is None:
             return None
-        return tensor.data_ptr(), tensor.shape, tensor.stride(), *orders
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), *orders, new_name
 
-    once: dict[str, TensorChange] = {}
-    # Sorted by where they begin, whatever overlaps follows at once.
-    ends: dict[int, tuple[int, str]] = {}
-    for name, (memory, begin, end) in sorted(_spans(tensors).items(), key=lambda item: item[1]):
-        until, last = ends.get(memory, (begin, name))
-        if until <= begin:
-            once |= {} if move(name) is None else {name: changes[name]}
-        elif move(name) != move(last):
-            raise ValueError(
-                f"{name}: must not share memory with {last}, which does not move with it"
+    spans = []
+    for name, tensor in tensors.items():
+        if _is_in_memory(tensor) and tensor.numel():
+            last = sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
             )
-        if end > until or name == last:
-            ends[memory] = (end, name)
+            begin = tensor.data_ptr()
+            spans.append(
+                (str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), name)
+            )
+    once, end, owner = [], ("", 0), ""
+    # Sorted by where they begin, whatever overlaps follows at once.
+    for device, begin, stop, name in sorted(spans, key=lambda of: of[:3]):
+        if (device, begin) >= end:
+            once += [name] if _moves(changes[name]) else []
+        elif move(name) != move(owner):
+            raise ValueError(
+                f"{name}: must not share memory with {owner}, which does not move with it"
+            )
+        if (device, stop) > end:
+            end, owner = (device, stop), name
     return once
 
 
-def _spans(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Return memory, first byte and end of every tensor that is in memory."""
-    spans = {}
-    for name, tensor in tensors.items():
-        if not (tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel()):
-            begin, last = int(tensor.storage_offset()), 0
-            for length, step in zip(tensor.shape, tensor.stride(), strict=True):
-                last += (length - 1) * step
-            size, memory = tensor.element_size(), tensor.untyped_storage().data_ptr()
-            spans[name] = (memory, begin * size, (begin + last + 1) * size)
-    return spans
+def _moves(change: TensorChange) -> bool:
+    return change.order is not None or change.ids is not None
 
 
-def _check_lists(model: nn.Module, layers: tuple[MoELayer, ...]) -> None:
-    """Check that no list of experts is that of another block as well."""
-    lists = {id(la.experts): la for la in layers if isinstance(la.experts, nn.ModuleList)}
-    for name, module in model.named_modules(remove_duplicate=False) if lists else ():
-        layer = lists.get(id(module))
-        if layer is not None and model.get_submodule(name.rpartition(".")[0]) is not layer.block:
-            raise ValueError(
-                f"{name}: must not be the experts of {_block(layer)}, whose router is another"
-            )
+def _is_in_memory(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or hasattr(tensor, "placements"))
 
 
 def _block(layer: MoELayer) -> str:
     return layer.name.rpartition(".")[0]
 
 
-def _permute(tensor: Tensor, order: NDArray[np.int64]) -> None:
+def _permute(tensor: Tensor, order: Order) -> None:
     """Move rows along the cycles of the order, with one row to spare."""
     rows = tensor if len(tensor) == len(order) else tensor[0]
     left = set(range(len(order)))

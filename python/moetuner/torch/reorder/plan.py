@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from moetuner.placement import EMPTY, Placement
 
 Order = NDArray[np.int64]
 
-ROUTER_NAMES = ("gate", "router")
+ROUTER_NAMES = {"gate", "router"}
 
 # Tensors of experts: of one of them, by its number, or of all.
 EXPERT = re.compile(
@@ -61,11 +62,9 @@ PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)
 UP_TO_LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
 
 
-def bits_of(tensor: Tensor, experts: int) -> NDArray[np.uint8]:
+def bits_of(tensor: Tensor, experts: int) -> Tensor:
     """Return the bytes of a tensor for each expert [E,..]: not every type can be indexed."""
-    rows = tensor.detach().reshape(experts, -1).cpu().contiguous()
-    bits: NDArray[np.uint8] = rows.view(torch.uint8).numpy()
-    return bits
+    return tensor.detach().reshape(experts, -1).contiguous().view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -78,29 +77,29 @@ class TensorChange:
 
     name: str
     block: str | None = None
-    order: NDArray[np.int64] | None = None
-    ids: NDArray[np.int64] | None = None
+    order: Order | None = None
+    ids: Order | None = None
     is_router: bool = False
 
 
 def order_of(placement: Placement) -> Order:
     """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
-    copies = placement.replicas
-    if (copies > 1).any():
-        layer, expert = np.argwhere(copies > 1)[0]
-        raise ValueError(
-            "placement must have one copy of each expert to become an order of experts, got "
-            f"{copies[layer, expert]} of expert {expert} in layer {layer}"
-        )
-    counts = (placement.slots != EMPTY).sum(axis=2)
-    if (counts * devices != placement.num_experts).any():
-        layer, device = np.argwhere(counts * devices != placement.num_experts)[0]
-        raise ValueError(
-            f"placement must have {placement.num_experts}/{devices} experts on every device to "
-            f"become an order of experts, got {counts[layer, device]} on device {device} in layer "
-            f"{layer}"
-        )
+    experts, on_device = placement.num_experts, (placement.slots != EMPTY).sum(axis=2)
+    for rule, counts, wrong, which in (
+        ("one copy of each expert", placement.replicas, placement.replicas > 1, "of expert"),
+        (
+            f"{experts}/{devices} experts on every device",
+            on_device,
+            on_device * devices != experts,
+            "on device",
+        ),
+    ):
+        for layer, number in np.argwhere(wrong)[:1]:
+            raise ValueError(
+                f"placement must have {rule} to become an order of experts, got "
+                f"{counts[layer, number]} {which} {number} in layer {layer}"
+            )
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
 
 
@@ -111,19 +110,16 @@ def groups_chosen(groups: int | None, limit: int | None, method: object) -> int:
     return groups
 
 
-def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
+def check_groups(order: Order, groups: int, layer: str) -> None:
     """Check that the order [E] keeps the router's groups of experts whole.
 
     A group-limited router first chooses groups by their positions. If a run of positions held
     experts of two groups, other groups would win, and other experts be chosen.
     """
-    experts = len(order)
-    if groups == 1:
-        return
-    if experts % groups:
-        raise ValueError(f"{layer}: {groups} groups must divide {experts} experts")
-    size = experts // groups
-    for run, members in enumerate((order // size).reshape(groups, size)):
+    size, rest = divmod(len(order), groups)
+    if rest:
+        raise ValueError(f"{layer}: {groups} groups must divide {len(order)} experts")
+    for run, members in enumerate((order // size).reshape(groups, size) if groups > 1 else ()):
         mixed = sorted(set(members.tolist()))
         if len(mixed) > 1:
             raise ValueError(
@@ -133,7 +129,7 @@ def check_groups(order: NDArray[np.int64], groups: int, layer: str) -> None:
             )
 
 
-def plan(
+def changes_of(
     tensors: Mapping[str, Tensor], order: Order, routers: Mapping[str, str | None]
 ) -> dict[str, TensorChange]:
     """Return what becomes of every tensor.
@@ -148,69 +144,34 @@ def plan(
         The MoE blocks to put in order, by layer, with the names of their routers; None if the
         router is a child with a usual name. Other blocks keep their order.
     """
-    parts = _parts(tensors)
-    row = {block: number for number, block in enumerate(routers)}
-    experts = order.shape[1]
-    _check_numbers(parts.values(), row, experts)
-    places = sorted({*routers, *(block for block, *_ in parts.values())}, key=len, reverse=True)
+    parts, order_in = _parts(tensors), dict(zip(routers, order, strict=True))
+    _check_numbers(parts.values(), order_in)
+    blocks = sorted({*routers, *(part.block for part in parts.values())}, key=len, reverse=True)
     changes: dict[str, TensorChange] = {}
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
         changes[name] = TensorChange(name)
         if name in parts:
-            block = parts[name][0]
-            if block in row:
-                changes[name] = _of_experts(name, tensor.shape, parts[name], order[row[block]])
+            if (positions := order_in.get(parts[name].block)) is not None:
+                changes[name] = _of_experts(name, tensor.shape, parts[name], positions)
             continue
-        block, kind = _dependence(name, tensor, places, routers, experts)
+        block, kind = _dependence(name, tensor, blocks, routers, order.shape[1])
         # Of two matrices in a row one has rows per expert, and nobody can say which.
         is_weight = kind == "rows" and name.endswith("weight")
         if is_weight and weights.setdefault(block, name) != name:
             raise ValueError(
                 f"{name}: {list(tensor.shape)} must be the only weight of its router with "
-                f"{experts} rows, {weights[block]} is another"
+                f"{order.shape[1]} rows, {weights[block]} is another"
             )
         if kind == "ids":
-            changes[name] = TensorChange(name, block, ids=np.argsort(order[row[block]]))
+            changes[name] = TensorChange(name, block, ids=np.argsort(order_in[block]))
         elif kind == "rows":
-            changes[name] = TensorChange(name, block, order[row[block]], is_router=True)
+            changes[name] = TensorChange(name, block, order_in[block], is_router=True)
     routed = {change.block for change in changes.values() if change.is_router}
-    for block in row:
+    for block in routers:
         if block not in routed:
             raise ValueError(f"{block}: must have the weights of its router beside its experts")
     return changes
-
-
-def _dependence(
-    name: str,
-    tensor: Tensor,
-    places: Iterable[str],
-    routers: Mapping[str, str | None],
-    experts: int,
-) -> tuple[str, str]:
-    """Return the block of a tensor outside its experts, and "rows", "ids" or "" as ``_kind``."""
-    place = next((place for place in places if _is_under(name, place)), None)
-    if math.prod(tensor.shape) <= 1 or (place is not None and place not in routers):
-        return "", ""
-    if place is not None:
-        block, path = place, name[len(place) + 1 :] if place else name
-        kind = _kind(path, tensor, experts, routes=_routes(name, path, routers[block]))
-    else:
-        # Beside a block, in its layer: state of its router under another name.
-        matches = {block: UP_TO_LAYER.match(block) for block in routers}
-        starts = {block: f"{layer[0]}." for block, layer in matches.items() if layer}
-        beside = [block for block, start in starts.items() if name.startswith(start)]
-        path = name.removeprefix(starts[beside[0]]) if beside else name
-        if not _may_choose(path, tensor, experts, in_layer=bool(beside)):
-            return "", ""
-        block = beside[0] if beside else ""
-        kind = _kind(path, tensor, experts, routes=True) if len(beside) == 1 else None
-    if kind is None:
-        raise ValueError(
-            f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that is not "
-            "known"
-        )
-    return block, kind
 
 
 def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) -> list[str]:
@@ -225,7 +186,7 @@ def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) 
         numbers = [part for part in block.split(".") if part.isdigit()]
         return int(layer[1]) if layer else int(numbers[-1]) if numbers else 0
 
-    blocks = {block for block, *_ in _parts(names).values()}
+    blocks = {part.block for part in _parts(names).values()}
     ordered = sorted(blocks, key=lambda block: (number(block), block))
     if len(ordered) > layers:
         limit = num_hidden_layers if num_hidden_layers is not None else 1 << 62
@@ -238,9 +199,7 @@ def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) 
     return ordered
 
 
-def check_ties(
-    changes: Mapping[str, TensorChange], rows: Callable[[str, int], NDArray[np.uint8]]
-) -> None:
+def check_ties(changes: Mapping[str, TensorChange], rows: Callable[[str, int], Tensor]) -> None:
     """Check that no two experts that change places have the same router state.
 
     Such experts always tie, and their numbers alone decide between them. ``rows`` gives the bytes
@@ -250,7 +209,7 @@ def check_ties(
     for name, change in changes.items():
         order = change.order
         if change.is_router and order is not None and (order != np.arange(len(order))).any():
-            state.setdefault(change.block or "", []).append(rows(name, len(order)))
+            state.setdefault(change.block or "", []).append(rows(name, len(order)).cpu().numpy())
     for block, parts in state.items():
         first: dict[bytes, int] = {}
         for expert, row in enumerate(np.concatenate(parts, axis=1)):
@@ -261,7 +220,7 @@ def check_ties(
                 )
 
 
-def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
+def renumbered(name: str, table: Tensor, new: Order) -> Tensor:
     """Return a table of experts' ids with the new number of every old expert [E]."""
     old = table.long()
     if table.numel() and not 0 <= int(old.min()) <= int(old.max()) < len(new):
@@ -272,91 +231,113 @@ def renumbered(name: str, table: Tensor, new: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(new).to(old.device)[old].to(table.dtype)
 
 
-def _parts(names: Iterable[str]) -> dict[str, tuple[str, str, int | None, str]]:
-    """Return tensors of experts: block, what stands before and behind the number, and that."""
-    parts: dict[str, tuple[str, str, int | None, str]] = {}
+class _Part(NamedTuple):
+    """A tensor of experts: its block, and of one expert its number and the name around that."""
+
+    block: str
+    head: str = ""
+    expert: int | None = None
+    tail: str = ""
+
+
+def _parts(names: Iterable[str]) -> dict[str, _Part]:
+    """Return the tensors of experts."""
+    parts = {}
     for name in names:
         if (one := EXPERT.fullmatch(name)) is not None:
-            parts[name] = (one["block"] or "", one["head"], int(one["expert"]), one["tail"])
+            parts[name] = _Part(one["block"] or "", one["head"], int(one["expert"]), one["tail"])
         elif (stacked := STACKED.fullmatch(name)) is not None:
-            parts[name] = (stacked["block"] or "", "", None, "")
+            parts[name] = _Part(stacked["block"] or "")
     return parts
 
 
-def _check_numbers(
-    parts: Iterable[tuple[str, str, int | None, str]], blocks: Iterable[str], experts: int
-) -> None:
+def _check_numbers(parts: Collection[_Part], order_in: Mapping[str, Order]) -> None:
     """Check that blocks with a tensor for each expert have all of them."""
-    numbers: dict[str, set[int]] = {block: set() for block in blocks}
-    for block, _, expert, _ in parts:
-        if expert is not None and block in numbers:
-            numbers[block].add(expert)
-    for block, own in numbers.items():
-        if own and own != set(range(experts)):
+    for block, order in order_in.items():
+        own = {part.expert for part in parts if part.block == block and part.expert is not None}
+        if own and own != set(range(len(order))):
             raise ValueError(
-                f"{block}: must have experts 0 to {experts - 1} as the placement has, got "
+                f"{block}: must have experts 0 to {len(order) - 1} as the placement has, got "
                 f"{len(own)} from {min(own)} to {max(own)}"
             )
 
 
-def _of_experts(
-    name: str,
-    shape: tuple[int, ...],
-    part: tuple[str, str, int | None, str],
-    order: NDArray[np.int64],
-) -> TensorChange:
+def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) -> TensorChange:
     """Return the change of a tensor of experts."""
-    block, head, expert, tail = part
-    if expert is not None:
-        return TensorChange(f"{head}{np.flatnonzero(order == expert)[0]}{tail}", block)
+    if part.expert is not None:
+        new = np.flatnonzero(order == part.expert)[0]
+        return TensorChange(f"{part.head}{new}{part.tail}", part.block)
     if shape in ((), (1,)):
-        return TensorChange(name, block)
+        return TensorChange(name, part.block)
     if shape[0] != len(order):
         raise ValueError(
             f"{name}: must be [{len(order)}, ..], experts first as in the placement, got "
             f"{list(shape)}"
         )
-    return TensorChange(name, block, order)
+    return TensorChange(name, part.block, order)
 
 
-def _kind(path: str, tensor: Tensor, experts: int, *, routes: bool) -> str | None:
-    """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown."""
-    shape, last = tensor.shape, path.rpartition(".")[2]
-    chooses = routes or CHOOSES.search(path) is not None
-    if APART.search(path) or (not chooses and DENSE.search(path)):
+def _dependence(
+    name: str,
+    tensor: Tensor,
+    blocks: Iterable[str],
+    routers: Mapping[str, str | None],
+    experts: int,
+) -> tuple[str, str]:
+    """Return the block of a tensor outside its experts, and "rows", "ids" or "" as ``_kind``."""
+    block = next((block for block in blocks if _is_under(name, block)), None)
+    if math.prod(tensor.shape) <= 1 or (block is not None and block not in routers):
+        return "", ""
+    if block is not None:
+        path, router = name[len(block) + 1 :] if block else name, routers[block]
+        is_usual = not ROUTER_NAMES.isdisjoint(path.split("."))
+        routes = is_usual if router is None else _is_under(name, router)
+        kind = _kind(path, tensor, experts, "router" if routes else "block")
+    else:
+        # Beside a block, in its layer: state of its router under another name.
+        matches = {block: UP_TO_LAYER.match(block) for block in routers}
+        starts = {block: f"{layer[0]}." for block, layer in matches.items() if layer}
+        beside = [block for block, start in starts.items() if name.startswith(start)]
+        block, path = (beside[0], name.removeprefix(starts[beside[0]])) if beside else ("", name)
+        kind = _kind(path, tensor, experts, "layer" if beside else "model")
+        kind = None if kind and len(beside) > 1 else kind
+    if kind is None:
+        raise ValueError(
+            f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that is not "
+            "known"
+        )
+    return block, kind
+
+
+def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
+    """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown.
+
+    ``path`` is the name from ``where`` on: a "router", a "block", its "layer" or the "model".
+    """
+    shape, last, has_experts = tensor.shape, path.rpartition(".")[2], experts in tensor.shape
+    fractions = tensor.is_floating_point() or tensor.is_complex()
+    is_whole = not fractions and tensor.element_size() > 1
+    speaks = CHOOSES.search(path) is not None
+    if APART.search(path):
         return ""
-    if last in TABLES and _is_whole(tensor):
+    if where == "model":
+        return None if speaks and (has_experts or is_whole) else ""
+    if where == "layer" and not (speaks or (is_whole and not PACKED.search(path))):
+        return ""
+    chooses = speaks or where != "block"
+    if not chooses and DENSE.search(path):
+        return ""
+    if last in TABLES and is_whole:
         return "ids"
     # Under an unknown name there could be any matrix of as many rows.
     is_state = last in ROWS and "norm" not in path and (chooses or "." not in path)
     if is_state and (shape[0] == experts or shape == (1, experts)):
         return "rows"
-    if not routes and last in ("weight", "bias") and experts not in shape:
+    if where == "block" and last in ("weight", "bias") and not has_experts:
         return ""  # a matrix before or behind the experts
     if chooses:
-        return "" if ("norm" in path or last == "scale") and experts not in shape else None
-    return None if experts in shape or _is_whole(tensor) else ""
-
-
-def _may_choose(path: str, tensor: Tensor, experts: int, *, in_layer: bool) -> bool:
-    """Whether what stands outside of all blocks has to be looked at."""
-    if APART.search(path):
-        return False
-    if not in_layer:
-        return CHOOSES.search(path) is not None and (experts in tensor.shape or _is_whole(tensor))
-    return CHOOSES.search(path) is not None or (_is_whole(tensor) and not PACKED.search(path))
-
-
-def _routes(name: str, path: str, router: str | None) -> bool:
-    if router is not None:
-        return _is_under(name, router)
-    return any(part in ROUTER_NAMES for part in path.split("."))
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers of 16 bits or more."""
-    fractions = tensor.is_floating_point() or tensor.is_complex()
-    return not fractions and tensor.element_size() > 1
+        return "" if ("norm" in path or last == "scale") and not has_experts else None
+    return None if has_experts or is_whole else ""
 
 
 def _is_under(name: str, module: str) -> bool:
