@@ -218,9 +218,8 @@ columns | {"experts": [[[0, 1]], [[2]]]} | experts must have lists of one length
 columns | {"experts": [[[0, 1]], None]} | experts must have no empty lists
 columns | {"experts": [[[0, 1]], [[2, None]]]} | experts must have no empty values
 columns | {"experts": [[[0, 1.5]]]} | experts must be integers, got double
-columns | {"experts": [[0, 1]]} | experts must be ids, got int64 [1, 2]
+columns | {"experts": [[0, 1]]} | experts must be ids [layers][top_k], got int64 [1, 2]
 columns | {"experts": [[[0, 9]]]} | expert id 9 is not below num_experts 8
-columns | {"layer_0": [0, 1]} | layer_0 must be ids, got int64 [2, 1]
 columns | {"x": [0]} | must have a column 'experts'
 columns | {"layer": [0], "expert": ["a"]} | expert must be integers, got string
 columns | {"layer": [0], "expert": [None]} | expert must have no empty values

@@ -197,7 +197,7 @@ def tensors(path):
         steps = tuple(int(np.prod(shape[i + 1 :], dtype=int)) for i in range(len(shape)))
         return pickled.Tensor(path, dtype, shape, steps, 0)
 
-    return st.builds(make, st.sampled_from(sorted(pickled.DTYPES)), sizes)
+    return st.builds(make, st.sampled_from(sorted(pickled.STORAGES.values())), sizes)
 
 
 def test_nonsense_of_dumps(tmp_path, monkeypatch):

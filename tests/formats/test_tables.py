@@ -71,9 +71,9 @@ def test_counts(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-@pytest.mark.parametrize("form", ["experts", "layers", "fixed", "rows"])
+@pytest.mark.parametrize("form", ["experts", "fixed", "rows"])
 def test_arrow(tmp_path, suffix, form):
-    """Tokens as lists, as a list for every layer, as lists of a fixed size, or row by row."""
+    """Tokens as lists, as lists of a fixed size, or row by row."""
     pyarrow = pytest.importorskip("pyarrow")
     ids = random_ids(10, 3, 2, 8)
     labels = {
@@ -83,14 +83,12 @@ def test_arrow(tmp_path, suffix, form):
     if form == "rows":
         rows = [row | {"group": labels["group"][row["token"]]} for row in rows_of(ids)]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-    elif form == "experts":
-        columns = {"experts": ids.tolist(), **labels}
     else:
-        lists = {f"layer_{10 - n}": ids[:, 2 - n].tolist() for n in range(3)}
+        lists = ids.tolist()
         if form == "fixed":
-            kind = pyarrow.list_(pyarrow.int16(), 2)
-            lists = {name: pyarrow.array(values, kind) for name, values in lists.items()}
-        columns = {**lists, **labels}
+            kind = pyarrow.list_(pyarrow.list_(pyarrow.int16(), 2), 3)
+            lists = pyarrow.array(lists, kind)
+        columns = {"experts": lists, **labels}
     path = tmp_path / f"t.{suffix}"
     as_arrow(path, columns)
     assert reader_of(path) == "arrow"
