@@ -148,7 +148,7 @@ engine("megatron", 5) | as Megatron-Core has no copies of experts, got 5: 4 or 6
 engine("megatron", slots_per_device=4) | must be from 3 to 3 for 12 experts
 engine("megatron", router_groups=3) | router_groups must divide 4 devices, got 3
 engine("sgl") | engine must be one of
-mt.balance(np.ones((2, 8)), devices=2, slots_per_device=10**9) | from 0 to 65536
+mt.balance(np.ones((2, 8)), devices=2, slots_per_device=10**9) | from 1 to 65536
 mt.balance(np.ones((2, 8)), devices=2, slots_per_device=[10**9, 4]) | from 0 to 65536
 mt.balance(np.ones((2, 8)), devices=10**9, slots_per_device=4) | from 1 to 8192
 problem(slots_per_device=10**9) | from 1 to 65536
@@ -157,6 +157,9 @@ mt.Topology(10**6) | from 1 to 8192
 mt.Topology(2, slots_per_device=[2**40, 1]) | from 1 to 65536
 mt.Placement.from_assignment([[0, 1]], 10**12) | from 1 to 65536
 mt.Placement.from_assignment([[0, 1]], 2, slots_per_device=10**12) | from 1 to 65536
+mt.Placement([[[0, 1, -1], [-1, -1, -1]]]).filled() | layer 0, device 0: 3 slots cannot be filled
+problem(slots_per_device=7, fill_slots=True) | fill_slots cannot fill the 7 slots of device 0
+problem(slots_per_device=6, forbidden=[(0, 1, 1)], fill_slots=True) | fill the 6 slots of device 1
 problem().violations(mt.Placement([[[0], [1]]])) | like the problem, got 1, 2 and 2
 """
 CASES = [line.split(" | ") for line in WRONG.strip().splitlines()]

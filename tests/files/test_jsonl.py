@@ -43,13 +43,6 @@ def test_round_trip(make_trace, path, per, experts):
     assert mt.RoutingTrace.load(path, num_experts=999).num_experts == 999
 
 
-def test_round_trip_without_labels(make_trace, path):
-    """A bare trace stays bare."""
-    trace = make_trace(labelled=False)
-    write_lines(trace, path)
-    assert same(mt.RoutingTrace.load(path), trace)
-
-
 def test_token_lines(path):
     """One token per line; blank lines and unknown keys do not matter, nor a byte-order mark."""
     actual = load(

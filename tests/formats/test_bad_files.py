@@ -128,6 +128,11 @@ def ascend_map(folder, change):
     return vllm_ascend.read_map(path, Hints())
 
 
+def pattern(folder, *layers):
+    np.save(folder / "pattern.npy", layers)
+    return mt.read_placement(folder / "pattern.npy")
+
+
 def sglang_map(folder, content):
     (folder / "map.json").write_text(json.dumps(content))
     return mt.read_placement(folder / "map.json", devices=2)
@@ -248,6 +253,8 @@ sglang | {"topk_ids_of_layer": 1} | topk_ids_of_layer must be a tensor
 ascend | LOAD, TABLE[:, :1] | table must be [2, 2, 2] like the workload, got [2, 1, 2]
 ascend | LOAD, TABLE - 2 | slots must hold experts from 0 to 0, got -2 to 0
 ascend | LOAD, TABLE * 0.5 | table must be integers, got float64
+ascend | LOAD, np.where(TABLE == 2, 1 << 20, TABLE) | slots must hold every expert of a layer, got 4
+ascend | np.full_like(LOAD, 1 << 62) | workload must be counts from 0 to 2**48
 ascend | -LOAD | workload must be counts from 0 to 2**48
 ascend | LOAD + 0.5 | workload must be whole numbers of tokens
 ascend | LOAD * np.nan | workload must be whole numbers of tokens
@@ -262,6 +269,11 @@ sglang_map | {"physical_to_logical_map": [[0, 1], [0]]} | row 1 must have 2 slot
 sglang_map | {"physical_to_logical_map": [[0, 1 << 70]]} | must be integers
 sglang_map | {"physical_to_logical_map": [[0, 1]], "b": 1} | single key
 sglang_map | {"hello": 1} | none of
+sglang_map | {"physical_to_logical_map": [[(1 << 64) - 1, 1 << 63]]} | must be integers below 2
+pattern | [[1, 0, 1, 1]], [[0, 0, 0, 0]] | not a placement
+pattern | [[1, 0, 1, 2]], [[0, 1, 0, 0]] | not a placement
+pattern | [[1.0, 0, 1, 1]], [[0, 1, 0, 0]] | not a placement
+pattern | [1, 0, 1, 1] | not a placement
 """
 
 

@@ -106,16 +106,6 @@ def test_maps_are_those_of_pyyaml(tmp_path):
         assert tensorrt_llm.read_map(path, hints).placement(hints) == placement
 
 
-def test_layers_must_fit(tmp_path):
-    """Hidden layers that are not dense must be as many as the placement has."""
-    placement = mt.Placement([[[0, 1], [2, 3]]])
-    with pytest.raises(ValueError, match="must leave 1 layers, as the placement has, got 4"):
-        tensorrt_llm.write_map(
-            placement, tmp_path / "m.yaml", Hints(hidden_layers=5, dense_layers=(0,))
-        )
-    assert not list(tmp_path.iterdir())
-
-
 def test_convert_with_the_map_that_ran(tmp_path, run):
     """The command line takes the engine's own YAML to translate slots."""
     running, out = tmp_path / "map.yaml", tmp_path / "load.safetensors"
