@@ -44,8 +44,7 @@ def read_tables(
     paths: Sequence[Path], hints: Hints, opened: Callable[[Path], AbstractContextManager[Source]]
 ) -> Traffic:
     """Read one table, or several of the same columns one after the other."""
-    table: Choices | Tokens | None = None
-    names: list[str] = []
+    table: Any = None
     for path in paths:
         with naming(path), opened(path) as source:
             if table is None:
@@ -58,10 +57,9 @@ def read_tables(
                     f"must have columns {names[:8]} like the others, got {source.names[:8]}"
                 )
             source.add_to([*table.numbers, *table.labels], table.add)
-    if table is None:
-        raise ValueError("must have a file, got none")
     with naming(paths[0]):
-        return table.traffic()
+        traffic: Traffic = table.traffic()
+    return traffic
 
 
 class Labels(dict[str, int]):
