@@ -250,6 +250,18 @@ class _Machine(pickle._Unpickler):
             )
         return Tensor(self.path, dtype, shape, strides, begin + offset * width)
 
+    @property
+    def dispatch(self) -> _Machine:  # type: ignore[override]
+        """What says how an instruction is carried out."""
+        return self
+
+    def __getitem__(self, code: int) -> Callable[[_Machine], object]:
+        """Count the memory of an instruction; return how it is carried out."""
+        if code not in COSTS:
+            raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
+        self.spend(COSTS[code])
+        return OURS.get(code) or cast(Any, pickle._Unpickler.dispatch[code])
+
     def spend(self, size: int) -> None:
         """Count memory of what is made."""
         self.memory -= size
@@ -301,30 +313,12 @@ class _Machine(pickle._Unpickler):
             raise ValueError("asks to change an object that is no dict")
 
 
-Action = Callable[[_Machine], object]
 # Instructions that are carried out otherwise than by pickle.
-OURS: dict[str, Action] = {
-    "s": lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
-    "u": lambda machine: machine.set(machine.pop_mark()),
-    "b": _Machine.build,
+OURS: dict[int, Callable[[_Machine], object]] = {
+    ord("s"): lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
+    ord("u"): lambda machine: machine.set(machine.pop_mark()),
+    ord("b"): _Machine.build,
 }
-
-
-def _instruction(code: int) -> Action:
-    """Return how an instruction is carried out: its memory is counted before it is taken."""
-    act = OURS.get(chr(code)) or cast(Action, pickle._Unpickler.dispatch.get(code))
-    cost = COSTS.get(code)
-
-    def counted(machine: _Machine) -> None:
-        if cost is None:
-            raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
-        machine.spend(cost)
-        act(machine)
-
-    return counted
-
-
-_Machine.dispatch = {code: cast(Any, _instruction(code)) for code in range(256)}
 
 
 def _check_unfolded(content: Any, most: int) -> None:
