@@ -176,9 +176,9 @@ WRONG = {
     "CostModel.compute_us.tokens": (), "CostModel.compute_us.speed": (), "CostModel.fit.experts":
     ("abcd", [1], [NAN] * 10, [-1] * 10, 3, {}), "CostModel.layer_us.communication": (),
     "Problem.check_shape.name": (), "pareto.method": (*CHOICE, "eplb"),
-    # Not looked at: the placement is full, its file says them, one speed is of all devices alike.
+    # Not looked at: the placement is full, its file says them.
     "Placement.filled.load": (), "read_placement.devices": (), "read_placement.num_experts": (),
-    "balance.speed": SPEED[1:], "balance.load": COUNTS[:-1], "advise.split": ("nonsense", 3, NAN),
+    "balance.load": COUNTS[:-1], "advise.split": ("nonsense", 3, NAN),
 }  # fmt: skip
 
 
