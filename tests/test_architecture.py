@@ -82,7 +82,7 @@ def name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-KNOWN = {name(path) for path in MODULES} | {"_core"}
+NAMES = {name(path) for path in MODULES} | {"_core"}
 
 
 @cache
@@ -96,7 +96,7 @@ def imports(path):
             assert node.level == 0, f"{path}: imports are absolute"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                is_module = inner.removeprefix("moetuner.") in KNOWN
+                is_module = inner.removeprefix("moetuner.") in NAMES
                 actual.add(inner if is_module else node.module)
     return frozenset(actual)
 
@@ -111,7 +111,7 @@ def own_imports(path):
             yield module.removeprefix("moetuner.")
 
 
-def room(module):
+def place(module):
     """Room of a module."""
     fitting = [r for r in MAY_IMPORT if module == r or module.startswith(f"{r}.")]
     return max(fitting, key=len, default="")
@@ -125,7 +125,7 @@ def is_in(module, rooms):
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_imports_go_down_the_flow(path):
     """Every import of a module, wherever it stands, is of a room that its own may import."""
-    mine = room(name(path))
+    mine = place(name(path))
     if name(path) in ("", "__main__"):
         return
     assert mine, f"{name(path)} is in no room of MAY_IMPORT"
@@ -172,7 +172,7 @@ def circle(arrows):
 
 def test_no_circle_of_modules():
     """No module reaches itself by imports."""
-    assert circle({name(path): set(own_imports(path)) & KNOWN for path in MODULES}) == []
+    assert circle({name(path): set(own_imports(path)) & NAMES for path in MODULES}) == []
 
 
 def test_the_top_level_is_short():

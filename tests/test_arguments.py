@@ -111,7 +111,7 @@ OBJECTS = (TRACE, STATISTICS, PROBLEM, PLACEMENT, TOPOLOGY, MODEL, "h100", 3, {}
 
 def others(*kinds):
     """Give objects, of the package and not, that are of none of these kinds."""
-    return tuple(each for each in OBJECTS if not isinstance(each, kinds))
+    return tuple(item for item in OBJECTS if not isinstance(item, kinds))
 
 
 # What is refused, by the name of the parameter, or of the call and the parameter.
@@ -214,7 +214,7 @@ def calls():
             yield name, what
         if not inspect.isclass(what):
             continue
-        of = next((each for each in INSTANCES if type(each) is what), None)
+        of = next((item for item in INSTANCES if type(item) is what), None)
         for method, function in inspect.getmembers(what, inspect.isroutine):
             bound, own = inspect.ismethod(function), inspect.isfunction(function)
             if not method.startswith("_") and (bound or (own and of is not None)):
@@ -314,7 +314,7 @@ def test_whatever_is_wrong_is_named(name, tmp_path, monkeypatch):
     for call in filter(None, (CALLS.get(name), EXTRA.get(name))):
         is_public = call is CALLS.get(name)
         parameters = [
-            each for each in inspect.signature(call).parameters.values() if each.kind not in kinds
+            item for item in inspect.signature(call).parameters.values() if item.kind not in kinds
         ]
         arguments = right_of(name, parameters) if is_public else {}
         few = name in ("solve", "pareto", "advise", "structure", "audit")

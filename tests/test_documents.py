@@ -61,7 +61,7 @@ class Reader:
         fences, comments = list(FENCES(document)), list(NOT_RUN(document))
         languages = [fence.lexemes["language"].strip() for fence in fences]
         kinds = {"python": self.python, "sh": self.commands, "": self.output}
-        for fence, language, after in zip(fences, languages, [*languages[1:], None], strict=True):
+        for fence, language, after in zip(fences, languages, [*languages, None][1:], strict=True):
             is_text = language.startswith("{") or language in TEXT
             parsed = (fence.lexemes["source"], after == "")
             yield Region(fence.start, fence.end, parsed, self.text if is_text else kinds[language])

@@ -105,9 +105,9 @@ def test_notebook(tmp_path, monkeypatch):
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     assert shown[0] == names["trace"]
     heat, methods, over_time, copies = shown[1:]
-    assert all(isinstance(each, figures.Figure) for each in shown[1:])
+    assert all(isinstance(figure, figures.Figure) for figure in shown[1:])
     assert np.array_equal(heat.data[0].z, names["load"])
-    assert [each.name for each in methods.data] == list(names["found"])
+    assert [figure.name for figure in methods.data] == list(names["found"])
     for point in methods.data:
         actual = names["found"][point.name]
         assert (point.x, point.y) == ((actual.imbalance,), (actual.fanout,))

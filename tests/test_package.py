@@ -140,7 +140,7 @@ def test_experts_have_the_name_of_their_argument(values):
 )
 def test_arguments_have_names_after_the_first_two(named):
     """What callers make themselves takes two arguments by their places, all others by name."""
-    kinds = [each.kind for each in inspect.signature(named).parameters.values()]
+    kinds = [item.kind for item in inspect.signature(named).parameters.values()]
     assert set(kinds[2:]) == {inspect.Parameter.KEYWORD_ONLY}
 
 

@@ -29,7 +29,7 @@ def work(threads=None, iterations=300):
         mt.solve(problem, method, threads=threads, iterations=iterations).placement
         for method in ("heuristic", "paper")
     ]
-    return [mt.evaluate(each, trace, window=512, threads=threads).crossing for each in actual]
+    return [mt.evaluate(item, trace, window=512, threads=threads).crossing for item in actual]
 
 
 def ends(pid, seconds=60):
@@ -170,10 +170,10 @@ def test_two_calls_have_two_pools(make_trace):
             ended.append(type(error))
 
     solves = [threading.Thread(target=solve) for _ in range(2)]
-    for each in solves:
-        each.start()
-    for each in solves:
-        each.join()
+    for item in solves:
+        item.start()
+    for item in solves:
+        item.join()
     assert ended == [InterruptedError, InterruptedError]
 
 

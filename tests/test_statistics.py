@@ -40,8 +40,8 @@ def routings(draw):
     experts = draw(st.one_of(st.integers(1, 12), st.integers(13, 300)))
     top_k = draw(st.integers(1, min(experts, 9)))
     tokens, layers = draw(st.integers(0, 40)), draw(st.integers(1, 4))
-    narrow = experts <= 256 and draw(st.booleans())
-    dtype = np.uint8 if narrow else np.uint16
+    is_narrow = experts <= 256 and draw(st.booleans())
+    dtype = np.uint8 if is_narrow else np.uint16
     seed = draw(st.integers(0, 1 << 20))
     return random_ids(tokens, layers, top_k, experts, seed=seed, dtype=dtype), experts
 

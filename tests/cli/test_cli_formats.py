@@ -28,8 +28,8 @@ def test_three_commands(ok, tmp_path):
     assert "split nearest (the nearest, as static dispatch does), arrival mixed" in line
     assert "9 full slots on every device in every layer (18 slots, 2 of them redundant)" in line
     ok("export", placement, "--to", "sglang", "--dense-layers", "none", "--out", out)
-    told = ok("export", "--check", out, "--devices", 2, "--num-experts", 16, "--hidden-layers", 4)
-    assert "nothing is wrong with it for SGLang" in told
+    text = ok("export", "--check", out, "--devices", 2, "--num-experts", 16, "--hidden-layers", 4)
+    assert "nothing is wrong with it for SGLang" in text
     assert mt.read_placement(out, devices=2) == mt.Placement.load(placement)
 
 

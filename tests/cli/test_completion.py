@@ -1,18 +1,9 @@
 """Shells complete commands, options and their choices."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from click.shell_completion import BashComplete
 
 from moetuner.cli import main, moetuner
-
-BIN = Path(sys.executable).parent
-
 
 SCRIPTS = {
     "bash": "complete -o nosort -F _moetuner_completion moetuner",
@@ -51,24 +42,3 @@ def test_what_is_begun_is_completed(line):
     shell = BashComplete(moetuner, {}, "moetuner", "_MOETUNER_COMPLETE")
     items = shell.get_completions(begun[:-1], begun[-1])
     assert [shell.format_completion(item) for item in items] == wanted
-
-
-def test_in_bash(tmp_path):
-    """A bash that evaluated the script as documented completes a command."""
-    if shutil.which("bash") is None or not (BIN / "moetuner").exists():
-        pytest.skip("needs bash, and the moetuner command beside Python")
-    script = """
-        eval "$(_MOETUNER_COMPLETE=bash_source moetuner)"
-        COMP_WORDS=(moetuner comp) COMP_CWORD=1
-        _moetuner_completion moetuner
-        echo "${COMPREPLY[@]}"
-    """
-    done = subprocess.run(
-        ["bash", "--norc", "-c", script],
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (done.stdout, done.stderr) == ("compare\n", "")

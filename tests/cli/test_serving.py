@@ -76,7 +76,7 @@ def test_counts_are_evaluated_as_recorded(ok, tmp_path):
 def test_serving_is_said_alike_everywhere(command):
     """Options that say how traffic is served are the same objects in all commands."""
     mine, wanted = (
-        {each.opts[-1]: each.to_info_dict() for each in moetuner.commands[name].params}
+        {item.opts[-1]: item.to_info_dict() for item in moetuner.commands[name].params}
         for name in (command, "solve")
     )
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}

@@ -153,9 +153,9 @@ def tensorrt_llm(folder: Path) -> dict[str, object]:
     ):
         (folder / name).mkdir()
         counts = {
-            f"{100 + step}_{3 + layer}": each
+            f"{100 + step}_{3 + layer}": counts_of
             for step, of in enumerate(counted)
-            for layer, each in enumerate(of.astype(np.int64))
+            for layer, counts_of in enumerate(of.astype(np.int64))
         }
         save_file(counts, folder / name / "rank0.safetensors")
         about = {"num_experts": counted.shape[2], "num_experts_per_token": TOP_K}

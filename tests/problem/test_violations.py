@@ -9,7 +9,7 @@ import moetuner as mt
 from moetuner import solver
 from moetuner.solver.bounds.caps import cap_report
 
-ROOM = (7, 7, 9, 9)
+SLOTS = (7, 7, 9, 9)
 PINNED = [(0, 0, 3), (0, 9, 0), (2, 30, 1)]
 FORBIDDEN = [(1, 20, 2), (1, 5, 1), (2, 1, 0), (2, 1, 3)]
 KEEP_ALL = ("joint", "heuristic", "lpt", "eplb", "exflow")
@@ -20,7 +20,7 @@ def ruled(**given):
     random = np.random.default_rng(0)
     load = random.integers(10, 100, (1, 3, 32))
     table = random.integers(0, 30, (2, 32, 32))
-    rules = {"slots_per_device": ROOM, "pinned": PINNED, "forbidden": FORBIDDEN} | given
+    rules = {"slots_per_device": SLOTS, "pinned": PINNED, "forbidden": FORBIDDEN} | given
     statistics = mt.RoutingStatistics(load, table)
     return mt.Problem(statistics, mt.Topology(4), objective="traffic", **rules)
 
@@ -31,7 +31,7 @@ def test_methods_keep_rules_or_say_what_they_break(method):
     result = mt.solve(ruled(), method, iterations=2000)
     slots = result.placement.slots
     broken = {
-        "slots": ((slots >= 0).sum(axis=2) > ROOM).any(),
+        "slots": ((slots >= 0).sum(axis=2) > SLOTS).any(),
         "pinned": any(expert not in slots[layer, device] for layer, expert, device in PINNED),
         "forbidden": any(expert in slots[layer, device] for layer, expert, device in FORBIDDEN),
     }
