@@ -266,9 +266,9 @@ class Case:
         nodes, size = self.nodes, self.experts // self.groups
         # Without load nothing moves, if all experts are there, and no rank lacks what it may hold.
         holders = holders_of(self.slots, self.experts)
-        idle = ~self.load.any(axis=1) & holders.any(axis=1).all(axis=1)
-        idle &= (holders.sum(axis=2) >= min(width, self.experts // nodes)).all(axis=1)
-        idle &= (self.slots != EMPTY).all(axis=(1, 2))
+        idle = ~self.load.any(axis=1) & np.all(holders.any(axis=1), axis=1)
+        idle &= np.all(holders.sum(axis=2) >= min(width, self.experts // nodes), axis=1)
+        idle &= np.all(self.slots != EMPTY, axis=(1, 2))
         node_of = _nodes_of_groups(self.load, self.slots, self.groups, nodes, budget)
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
