@@ -71,6 +71,11 @@ class Comparison(Frozen):
     names: tuple[str, str] = ("before", "after")
 
     @property
+    def mean(self) -> float:
+        """Mean gain over splits."""
+        return self.gain
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """Interval of the gain; None where it has none."""
         return None if self.low is None or self.high is None else (self.low, self.high)
