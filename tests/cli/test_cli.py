@@ -174,8 +174,8 @@ def test_every_field_of_a_problem_is_an_option(solved):
     for command in ("solve", "compare"):
         mine = {option.name: option for option in moetuner.commands[command].params}
         for name, setting in settings.items():
-            assert mine[name].group == setting.group in options.GROUPS
-            assert mine[name].help == setting.help
+            assert mine[name].group == setting["group"] in options.GROUPS
+            assert mine[name].help == setting["help"]
 
 
 def test_every_option_has_its_help():

@@ -11,7 +11,7 @@ import moetuner as mt
 # A command, and what its error says. TRACE and LOAD are files of a small trace and a load table.
 WRONG = """
 inspect absent.npz | 'absent.npz' does not exist
-inspect . | .: folder must hold the files of one recording
+inspect . | ids.npy: --num-experts is needed
 inspect junk.txt | junk.txt
 inspect | Missing argument 'INPUT...'
 inspect ids.npy | --num-experts is needed

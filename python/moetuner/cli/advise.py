@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,27 @@ COPIES = options.Text(
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What is tried, and what it must bring.
+@options.command("advise", begin_with="--devices --devices-per-node --for --report")
+def command(
+    *,
+    source: Source,
+    machine: Machine,
+    copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
+    initial: str = option(INITIAL, "PLACEMENT|contiguous|round_robin", "contiguous", group=RUNNING),
+    expert_bytes: float | None = options.expert_bytes_option(),
+    price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
+    splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
+    any_order: bool = option(group=JUDGING, is_flag=True, default=False),
+    seed: int = options.seed_option(),
+    serving: Serving,
+    pages: Pages,
+    output: Output,
+) -> None:
+    """Advise whether a better placement is worth a trial.
+
+    Placements are computed from half of INPUT and judged on the other, over several splits. The
+    answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
+    experts would bring, what moving costs, and the commands that come next.
 
     Parameters
     ----------
@@ -55,52 +72,22 @@ class Trial:
     any_order
         The order of INPUT is not that of serving: its kinds were recorded one after the other.
     """
-
-    copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING)
-    initial: str = option(INITIAL, "PLACEMENT|contiguous|round_robin", "contiguous", group=RUNNING)
-    expert_bytes: float | None = options.expert_bytes_option()
-    price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING)
-    splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING)
-    any_order: bool = option(group=JUDGING, is_flag=True, default=False)
-    seed: int = options.seed_option()
-
-    def arguments(self) -> dict[str, Any]:
-        """Return arguments of ``advise``; read the placement that runs."""
-        how = asdict(self)
-        how["in_order"] = not how.pop("any_order")
-        if self.initial not in BASELINES:
-            if not Path(self.initial).is_file():
-                raise click.BadParameter(
-                    f"must be a file, contiguous or round_robin, got '{self.initial:.60}'",
-                    param_hint="'--initial'",
-                )
-            how["initial"] = Placement.load(self.initial)
-        return how
-
-
-@options.command("advise", begin_with="--devices --devices-per-node --for --report")
-def command(
-    *,
-    source: Source,
-    machine: Machine,
-    trial: Trial,
-    serving: Serving,
-    pages: Pages,
-    output: Output,
-) -> None:
-    """Advise whether a better placement is worth a trial.
-
-    Placements are computed from half of INPUT and judged on the other, over several splits. The
-    answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
-    experts would bring, what moving costs, and the commands that come next.
-    """
-    topology, how = machine.topology(), trial.arguments()
+    topology = machine.topology()
+    how: dict[str, Any] = {"copies": copies, "expert_bytes": expert_bytes, "price": price}
+    how |= {"splits": splits, "in_order": not any_order, "seed": seed, "initial": initial}
+    if initial not in BASELINES:
+        if not Path(initial).is_file():
+            raise click.BadParameter(
+                f"must be a file, contiguous or round_robin, got '{initial:.60}'",
+                param_hint="'--initial'",
+            )
+        how["initial"] = Placement.load(initial)
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
     with working("advising") as report:
         how |= serving.arguments(source.traffic) | {"report": timed(report, str)}
         advice = advising.advise(source.traffic, topology, **how)
-    commands = next_commands(source, machine, advice, trial.initial, serving.engine)
+    commands = next_commands(source, machine, advice, initial, serving.engine)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}

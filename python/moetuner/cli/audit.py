@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +32,6 @@ NAMED = 8
 MEASURES = [name for name, figure in FIGURES.items() if figure.per is not None]
 
 
-@dataclass(frozen=True)
-class Judging:
-    """What is judged, and how.
-
-    Parameters
-    ----------
-    fail_if_worse
-        Exit with status 3 if a group got worse by more than so many percent, and that it got worse
-        is beyond chance.
-    measures
-        Measures that --fail-if-worse judges, several times for several; the predicted time by
-        default if there is one, else all.
-    resamples
-        Resamples for the intervals.
-    """
-
-    fail_if_worse: float | None = option(options.Number(min=0), "PCT")
-    measures: tuple[str, ...] = option(
-        click.Choice(MEASURES), default=(), flag="--measure", multiple=True
-    )
-    resamples: int = option(click.IntRange(1, 1 << 20), "N", RESAMPLES)
-    seed: int = options.seed_option()
-
-    def judged(self, audited: Audit) -> tuple[str, ...]:
-        """Return the measures that are judged: those given, else the time or, without one, all."""
-        for measure in self.measures:
-            if measure not in audited.whole:
-                raise click.BadParameter(
-                    f"must be of {', '.join(audited.whole)} for this input, got {measure}",
-                    param_hint="'--measure'",
-                )
-        default = {"predicted_layer_us"} & audited.whole.keys() or audited.whole
-        return self.measures or tuple(default)
-
-
 @options.command("audit")
 def command(
     *,
@@ -76,7 +40,12 @@ def command(
     baseline_file: Path | None = option(options.IN_FILE, "FILE"),
     machine: Machine,
     serving: Serving,
-    judging: Judging,
+    fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
+    measures: tuple[str, ...] = option(
+        click.Choice(MEASURES), default=(), flag="--measure", multiple=True
+    ),
+    resamples: int = option(click.IntRange(1, 1 << 20), "N", RESAMPLES),
+    seed: int = options.seed_option(),
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
@@ -91,6 +60,14 @@ def command(
     ----------
     baseline_file
         Placement to compare with; experts in blocks by default.
+    fail_if_worse
+        Exit with status 3 if a group got worse by more than so many percent, and that it got worse
+        is beyond chance.
+    measures
+        Measures that --fail-if-worse judges, several times for several; the predicted time by
+        default if there is one, else all.
+    resamples
+        Resamples for the intervals.
     """
     placement = source.load(placement_file)
     topology = machine.topology(placement.devices)
@@ -98,11 +75,11 @@ def command(
     served = serving.arguments(source.traffic)
     if not serving.has_times:
         served["cost_model"] = None
-    how: dict[str, Any] = {"resamples": judging.resamples, "seed": judging.seed}
-    how |= {"window": source.counted or 1, "threads": source.threads, "baseline": baseline}
+    drawn = {"resamples": resamples, "seed": seed}
+    how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **drawn, **served}
     with working("auditing"):
-        audited = audit(placement, source.traffic, topology, **how, **served)
-    judged, limit = judging.judged(audited), judging.fail_if_worse
+        audited = audit(placement, source.traffic, topology, window=source.counted or 1, **how)
+    judged, limit = _judged(measures, audited), fail_if_worse
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
     output.say(source.describe(), *serving.explain())
     name = text.name(placement_file.name)
@@ -117,7 +94,7 @@ def command(
             f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
     settings = serving.settings(topology, served) | {"window": source.counted, "judged": judged}
-    settings |= {of: getattr(judging, of) for of in ("fail_if_worse", "resamples", "seed")}
+    settings |= {"fail_if_worse": limit, **drawn}
     contents = {
         "input": source.facts(),
         "placement": str(placement_file),
@@ -126,6 +103,17 @@ def command(
     }
     output.finish({**contents, **audited.to_dict(), "failed": bool(failures)})
     return WORSE if failures else 0
+
+
+def _judged(measures: tuple[str, ...], audited: Audit) -> tuple[str, ...]:
+    """Return the measures that are judged: those given, else the time or, without one, all."""
+    for measure in measures:
+        if measure not in audited.whole:
+            raise click.BadParameter(
+                f"must be of {', '.join(audited.whole)} for this input, got {measure}",
+                param_hint="'--measure'",
+            )
+    return measures or tuple({"predicted_layer_us"} & audited.whole.keys() or audited.whole)
 
 
 def _show(output: Output, audited: Audit, name: str, against: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,12 +14,28 @@ from moetuner.cli.options.traffic import describe, facts
 from moetuner.cli.output import Output, timed, working
 
 
-@dataclass(frozen=True)
-class Recording:
-    """How texts are run.
+@options.command("collect")
+def command(
+    *,
+    model: str = argument("MODEL", options.FileText()),
+    dataset: Path = option(options.IN_FILE, "FILE", required=True),
+    out_file: Path = options.trace_option(),
+    max_tokens: int = option(options.COUNT, "N", 100_000),
+    batch_size: int = option(options.COUNT, "N", 8),
+    sequence_length: int = option(options.COUNT, "N", 1024),
+    dtype: str = option(click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
+    device: str | None = option(str, "DEVICE"),
+    output: Output,
+) -> None:
+    """Record which experts texts visit in a model.
+
+    MODEL is a folder that transformers can load, with its tokenizer, or a name on its hub. Needs
+    torch and transformers.
 
     Parameters
     ----------
+    dataset
+        Texts: one per line, or JSON lines with "text" and optionally "group".
     max_tokens
         Tokens after which recording ends.
     batch_size
@@ -32,33 +48,8 @@ class Recording:
         Device to run on, such as cpu or cuda:1; "auto" spreads the model over all devices.
         [default: cuda, else cpu]
     """
-
-    max_tokens: int = option(options.COUNT, "N", 100_000)
-    batch_size: int = option(options.COUNT, "N", 8)
-    sequence_length: int = option(options.COUNT, "N", 1024)
-    dtype: str = option(click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
-    device: str | None = option(str, "DEVICE")
-
-
-@options.command("collect")
-def command(
-    *,
-    model: str = argument("MODEL", options.FileText()),
-    dataset: Path = option(options.IN_FILE, "FILE", required=True),
-    out_file: Path = options.trace_option(),
-    recording: Recording,
-    output: Output,
-) -> None:
-    """Record which experts texts visit in a model.
-
-    MODEL is a folder that transformers can load, with its tokenizer, or a name on its hub. Needs
-    torch and transformers.
-
-    Parameters
-    ----------
-    dataset
-        Texts: one per line, or JSON lines with "text" and optionally "group".
-    """
+    how: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "dtype": dtype}
+    how |= {"sequence_length": sequence_length, "device": device}
     with working(f"running {model}") as report, warnings.catch_warnings():
         # What was left out, or saved of a recording that was interrupted, is said in a line.
         warnings.simplefilter("always", RuntimeWarning)
@@ -70,8 +61,8 @@ def command(
         try:
             from moetuner.torch.collect import collect
 
-            count = timed(report, lambda n: f"{n:,} of {recording.max_tokens:,} tokens")
-            trace = collect(model, dataset, out_file, progress=count, **asdict(recording))
+            count = timed(report, lambda n: f"{n:,} of {max_tokens:,} tokens")
+            trace = collect(model, dataset, out_file, progress=count, **how)
         except (ImportError, RuntimeError) as error:
             # A missing library or device is not a bug in moetuner.
             raise click.ClickException(str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import click
 
@@ -48,9 +49,30 @@ the interval of 95 %.
 """
 
 
-@dataclass(frozen=True)
-class Judging:
-    """What is compared, and on what it is judged.
+@options.command(
+    "compare",
+    help=TEXT,
+    begin_with="--devices --devices-per-node --for --methods --report",
+)
+def command(
+    *,
+    source: Source,
+    machine: Machine,
+    wanted: ProblemOptions,
+    methods: tuple[str, ...] = option(
+        options.Text(options.read_methods),
+        "A,B,C",
+        DEFAULT_METHODS,
+        help=f"Out of {', '.join(METHODS)}.",
+    ),
+    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.5, group=JUDGING),
+    splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
+    baseline: str | None = option(str, "METHOD", group=JUDGING),
+    search: options.SearchOptions,
+    pages: Pages,
+    output: Output,
+) -> None:
+    """Compare methods on traffic that they have not seen.
 
     Parameters
     ----------
@@ -63,58 +85,17 @@ class Judging:
     baseline
         Method to compare against. [default: eplb, else the first]
     """
-
-    methods: tuple[str, ...] = option(
-        options.Text(options.read_methods),
-        "A,B,C",
-        DEFAULT_METHODS,
-        help=f"Out of {', '.join(METHODS)}.",
-    )
-    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.5, group=JUDGING)
-    splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING)
-    baseline: str | None = option(str, "METHOD", group=JUDGING)
-
-    def __post_init__(self) -> None:
-        if self.over not in self.methods:
-            raise click.BadParameter(
-                f"must be one of the methods {','.join(self.methods)}, got {self.over!r:.40}",
-                param_hint="'--baseline'",
-            )
-        if self.holdout == 0 and self.splits is not None and self.splits > 1:
-            raise click.BadParameter(
-                f"must be 1 where nothing is held out, got {self.splits}", param_hint="'--splits'"
-            )
-
-    @property
-    def over(self) -> str:
-        """The method that gains are over."""
-        given = self.baseline or (PEER if PEER in self.methods else self.methods[0])
-        return ALIASES.get(given, given)
-
-    def goes_on(self, done: int, took: float) -> bool:
-        """Whether one more split is due after so many, which took so many seconds."""
-        if self.splits is not None:
-            return done < self.splits
-        return self.holdout > 0 and done < SPLITS and took * (done + 1) / done <= SECONDS
-
-
-@options.command(
-    "compare",
-    help=TEXT,
-    begin_with="--devices --devices-per-node --for --methods --report",
-)
-def command(
-    *,
-    source: Source,
-    machine: Machine,
-    wanted: ProblemOptions,
-    judging: Judging,
-    search: options.SearchOptions,
-    pages: Pages,
-    output: Output,
-) -> None:
-    """Compare methods on traffic that they have not seen."""
-    over, holdout = judging.over, judging.holdout
+    over = baseline or (PEER if PEER in methods else methods[0])
+    over = ALIASES.get(over, over)
+    if over not in methods:
+        raise click.BadParameter(
+            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
+            param_hint="'--baseline'",
+        )
+    if holdout == 0 and splits is not None and splits > 1:
+        raise click.BadParameter(
+            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
+        )
 
     def split(number: int) -> Split:
         seed = nth_seed(search.seed, number)
@@ -126,22 +107,28 @@ def command(
     problem = first.problem
     output.say(source.describe(), *wanted.explain_problem(problem))
     output.say(_setting(first, source.counted, holdout), "")
-    splits = _run(first, split, judging, source, output)
-    outcomes = splits[0]
+    tries = _run(
+        lambda number: (split(number) if number else first).outcomes(methods, source),
+        splits if splits is not None or holdout else 1,
+        output,
+    )
+    outcomes = tries[0]
     rows = list(outcomes.values())
     output.table(head(problem), [outcome.row() for outcome in rows])
     output.say(*remarks(rows, problem))
     best = min(rows, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    comparisons = _gains(splits, source, judging, search.seed)
+    comparisons = _gains(tries, over, source, share=holdout, seed=search.seed)
     _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
     gain = {method: comparison.to_dict() for method, comparison in comparisons.items()}
     about = {**asdict(search), "window": source.counted, "threads": source.threads}
-    about |= {"holdout": holdout, "splits": len(splits), "baseline": over}
-    methods = {name: {**of.to_dict(), "gain": gain.get(name)} for name, of in outcomes.items()}
+    about |= {"holdout": holdout, "splits": len(tries), "baseline": over}
     settings = wanted.problem_settings(problem) | about
-    contents = {"input": source.facts(), "settings": settings, "methods": methods}
+    contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
+    contents["methods"] = {
+        name: {**of.to_dict(), "gain": gain.get(name)} for name, of in outcomes.items()
+    }
     rival = outcomes[over] if over in outcomes and over != best.result.method else rows[0]
     traffic = "Unseen traffic of the first split."
     if holdout == 0:
@@ -174,16 +161,17 @@ class Split:
 
 
 def _run(
-    first: Split, split: Callable[[int], Split], judging: Judging, source: Source, output: Output
+    solve: Callable[[int], dict[str, Outcome]], most: int | None, output: Output
 ) -> list[dict[str, Outcome]]:
-    """Try all methods on splits until there are enough, or somebody interrupts."""
-    began, done = time.monotonic(), [first.outcomes(judging.methods, source)]
-    while judging.goes_on(len(done), time.monotonic() - began):
-        # Only the first split shows the best so far: gains are of whole splits.
-        if list(done[0].values())[-1].result.status == "interrupted":
+    """Try all methods on so many splits, or as time allows, or until somebody interrupts."""
+    began, done = time.monotonic(), [solve(0)]
+    # Only the first split shows the best so far: gains are of whole splits.
+    is_whole = list(done[0].values())[-1].result.status != "interrupted"
+    while is_whole and len(done) < (most or SPLITS):
+        if most is None and (time.monotonic() - began) * (len(done) + 1) / len(done) > SECONDS:
             break
         try:
-            done.append(split(len(done)).outcomes(judging.methods, source))
+            done.append(solve(len(done)))
         except KeyboardInterrupt:
             output.say(f"Interrupted: gains are of {counted(len(done), 'complete split')}.")
             break
@@ -191,28 +179,23 @@ def _run(
 
 
 def _gains(
-    splits: list[dict[str, Outcome]], source: Source, judging: Judging, seed: int
+    splits: list[dict[str, Outcome]], over: str, source: Source, **how: Any
 ) -> dict[str, Comparison]:
     """Compare all methods with one, in the figure nearest to the objective, if it is known.
 
     Only splits count in which every method ran.
     """
-    over, methods = judging.over, list(splits[0])
-    if over not in methods:
+    first = splits[0].get(over)
+    if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
-    first = splits[0][over]
-    measure = first.worth.figure
-    if getattr(first.evaluation, measure) is None:
-        return {}
-    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-    whole = [split for split in splits if list(split) == methods]
+    how["units"] = units_of(source.traffic, window=source.replayed, threads=source.threads)
+    whole = [split for split in splits if list(split) == list(splits[0])]
     comparisons = {}
-    for method in methods:
-        if method != over:
-            pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
-            gain = compare(pairs, [measure], units=units, share=judging.holdout, seed=seed)[measure]
-            gain = replace(gain, names=(over, method))
-            comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
+    for method in (method for method in splits[0] if method != over):
+        pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
+        measure = first.worth.figure
+        gain = replace(compare(pairs, [measure], **how)[measure], names=(over, method))
+        comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
     return comparisons
 
 

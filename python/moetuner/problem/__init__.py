@@ -141,8 +141,8 @@ class Problem(Frozen):
     groups: Mapping[str, float] | Literal["minimax"] | None = setting(
         None, GOAL, read=read_groups, metavar="minimax|NAME=W,..."
     )
-    pinned: Iterable[Pin] = setting((), ENGINE, option="--pin", **PIN)
-    forbidden: Iterable[Pin] = setting((), ENGINE, option="--forbid", **PIN)
+    pinned: Iterable[Pin] = setting((), ENGINE, flag="--pin", **PIN)
+    forbidden: Iterable[Pin] = setting((), ENGINE, flag="--forbid", **PIN)
     fill_slots: bool = setting(False, MACHINE)
 
     def __post_init__(self) -> None:

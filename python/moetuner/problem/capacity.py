@@ -110,17 +110,14 @@ def violations(placement: Placement, capacity: NDArray[np.int64], *, fill_slots:
     """Return in words which devices a placement gives more experts than slots, or leaves empty."""
     lines, count = [], (placement.slots != EMPTY).sum(axis=2)
     over, short = np.argwhere(count > capacity), np.argwhere((count < capacity) & fill_slots)
-    for layer, device in over[:1]:
+    for at in map(tuple, over[:1]):
         lines.append(
-            f"slots: layer {layer} has {count[layer, device]} experts on device {device}, which "
-            f"has {capacity[layer, device]} slots{and_more(len(over))}"
+            f"slots: layer {at[0]} has {count[at]} experts on device {at[1]}, which has "
+            f"{capacity[at]} slots{and_more(len(over))}"
         )
-    for layer, device in short[:1]:
-        empty = capacity[layer, device] - count[layer, device]
-        lines.append(
-            f"fill_slots: layer {layer} has {empty} empty slots on device {device}"
-            f"{and_more(len(short))}"
-        )
+    for at in map(tuple, short[:1]):
+        empty = f"{capacity[at] - count[at]} empty slots on device {at[1]}"
+        lines.append(f"fill_slots: layer {at[0]} has {empty}{and_more(len(short))}")
     return lines
 
 

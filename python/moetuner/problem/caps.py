@@ -79,8 +79,7 @@ class Caps:
     def peaks(self, placement: Placement) -> Floats:
         """Compute the largest load over speed of a device in every layer [L]."""
         total = self.load[None].astype(np.float64)
-        peaks: Floats = slowest(placement, total, self.topology, self.split)[0]
-        return peaks
+        return np.asarray(slowest(placement, total, self.topology, self.split)[0])
 
     def excess(self, placement: Placement) -> Floats:
         """Compute by what part a placement, with any copies, exceeds the cap [L]."""
@@ -92,10 +91,9 @@ class Caps:
     def violations(self, placement: Placement) -> list[str]:
         """Return by how much a placement exceeds the cap, in words; nothing where it keeps it."""
         excess = self.excess(placement)
-        over = np.flatnonzero(excess)
+        over, worst = np.flatnonzero(excess), int(excess.argmax())
         if self.max_imbalance is None or not len(over):
             return []
-        worst = int(excess.argmax())
         return [
             f"max_imbalance: {self.max_imbalance:g} is exceeded in {len(over)} of "
             f"{len(excess)} layers: {self.max_imbalance * (1 + excess[worst]):.4g} in layer {worst}"
@@ -111,7 +109,6 @@ def slowest(placement: Placement, load: Floats, topology: Topology, split: Split
 
 def device_load(slots: NDArray[np.int32], load: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Compute the load of every device [L,D], of slots [L,D,S] with one copy of each expert."""
-    layer = np.arange(len(load))[:, None, None]
-    by_slot = np.where(slots == EMPTY, np.uint64(0), load[layer, slots])
-    carried: NDArray[np.uint64] = by_slot.sum(axis=2, dtype=np.uint64)
+    by_slot = load[np.arange(len(load))[:, None, None], slots]
+    carried: NDArray[np.uint64] = by_slot.sum(axis=2, dtype=np.uint64, where=slots != EMPTY)
     return carried

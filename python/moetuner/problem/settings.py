@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields
 from typing import Any
 
 from moetuner.evaluation.arrival import share_mixed
@@ -16,57 +15,30 @@ from moetuner.problem.pins import Pin
 MACHINE, GOAL, ENGINE = "The machine", "The goal", "The engine"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a field of a problem is given as text; its help is what the docstring says of it.
+def setting(default: Any, group: str, default_text: str = "", **how: Any) -> Any:
+    """Return a field of a dataclass that text can give; its help is what the docstring says of it.
 
     Parameters
     ----------
-    group
-        Group of the help that it is in.
-    default_text
-        What is taken without it; empty if the docstring says it.
-    choices
-        Words that it may be.
-    read
-        Its value from text, ValueError if there is none, and in its docstring what it reads; a flag
-        has neither this nor choices.
-    metavar, option
-        Its value in ``--help``, and its option; by default its name.
-    repeatable
-        Whether the option may be given several times.
-    help
-        The help, once it is read.
+    default
+        Its value if it is not given.
+    group, default_text
+        Group of the help that it is in, and what is taken without it, unless the docstring says so.
+    how
+        ``choices``, or ``read``, which gives its value, or raises ValueError, and says in its
+        docstring what it reads; without both it is a flag. ``metavar``, ``flag``, its option, by
+        default its name, and ``multiple``, if the option may be given several times.
     """
-
-    group: str
-    default_text: str = ""
-    choices: tuple[str, ...] = ()
-    read: Callable[[str], Any] | None = None
-    metavar: str | None = None
-    option: str = ""
-    repeatable: bool = False
-    help: str = ""
-
-    @property
-    def rule(self) -> str:
-        """What ``read`` accepts, to follow "must be"."""
-        return (inspect.getdoc(self.read) or "").removeprefix("Read ").removesuffix(".")
+    return field(default=default, metadata={"group": group, "default_text": default_text, **how})
 
 
-def setting(default: Any, *arguments: Any, **others: Any) -> Any:
-    """Return a field of a dataclass with a default, which is a ``Setting`` too."""
-    return field(default=default, metadata={"setting": Setting(*arguments, **others)})
-
-
-def settings_of(kind: Any) -> dict[str, Setting]:
-    """Return the settings among the fields of a dataclass, by name, with their help."""
-    texts, settings = parameters_of(kind), {}
-    for of in fields(kind):
-        if "setting" in of.metadata:
-            row = of.metadata["setting"]
-            default = f"  [default: {row.default_text}]" if row.default_text else ""
-            settings[of.name] = replace(row, help=texts.get(of.name, "") + default)
+def settings_of(kind: Any) -> dict[str, dict[str, Any]]:
+    """Return of the settings among a dataclass's fields, by name, how they are given, and help."""
+    texts = parameters_of(kind)
+    settings = {of.name: dict(of.metadata) for of in fields(kind) if of.metadata}
+    for name, how in settings.items():
+        default = how.pop("default_text")
+        how["help"] = texts.get(name, "") + (f"  [default: {default}]" if default else "")
     return settings
 
 
@@ -136,5 +108,5 @@ def read_pin(text: str) -> Pin:
 
 
 # What pins and bans have in common.
-PIN: dict[str, Any] = {"read": read_pin, "metavar": "LAYER:EXPERT:DEVICE", "repeatable": True}
+PIN: dict[str, Any] = {"read": read_pin, "metavar": "LAYER:EXPERT:DEVICE", "multiple": True}
 PIN["default_text"] = "none; may be repeated"

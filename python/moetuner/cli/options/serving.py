@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
@@ -26,18 +27,17 @@ SERVED = ("regime", "split", "arrival")
 
 def setting_option(name: str) -> Any:
     """Return the option of a setting; its value is None or empty if it is not given."""
-    setting = SETTINGS[name]
+    how = dict(SETTINGS[name])
     kind: Any = None
+    read, choices = how.pop("read", None), how.pop("choices", None)
     if name == "cost_model":  # its files and presets are read as those of --topology are
         kind = COST_MODEL
-    elif setting.choices:
-        kind = click.Choice(setting.choices)
-    elif setting.read is not None:
-        kind = Text(setting.read, setting.rule)
-    how: dict[str, Any] = {"group": setting.group, "help": setting.help}
-    how |= {"is_flag": kind is None, "multiple": setting.repeatable}
-    how |= {"flag": setting.option} if setting.option else {}
-    return option(kind, setting.metavar, **how)
+    elif choices:
+        kind = click.Choice(choices)
+    elif read:
+        rule = (inspect.getdoc(read) or "").removeprefix("Read ").removesuffix(".")
+        kind = Text(read, rule)
+    return option(kind, is_flag=kind is None, **how)
 
 
 ENGINE_OPTION = option(

@@ -44,12 +44,6 @@ Traffic = RoutingTrace | RoutingStatistics
 WINDOW = 512
 
 
-def names(paths: Sequence[Path]) -> str:
-    """Write the first file's name, and how many more there are."""
-    more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
-    return f"{name(paths[0].name)}{more}"
-
-
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
     of: dict[str, Any] = {"file": str(paths[0]), "files": [*map(str, paths)]}
@@ -74,7 +68,8 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
         if sizes.get(size)
     ]
     model = f" of {name(of['model'])}" if of["model"] else ""
-    line = f"{names(paths)}: {of['kind']}{model}, {', '.join(parts)}"
+    more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
+    line = f"{name(paths[0].name)}{more}: {of['kind']}{model}, {', '.join(parts)}"
     left_out = _left_out(traffic)
     if left_out is not None:
         hidden, dense = left_out
@@ -138,7 +133,7 @@ class Source(FileHints):
     @cached_property
     def traffic(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
-        with working(f"reading {names(self.input_files)}"):
+        with working(f"reading {self.input_files[0].name}"):
             traffic = open_input(self.input_files, window=self.window, **self.hints)
         return only_groups(traffic, self.only) if self.only else traffic
 
