@@ -1,10 +1,18 @@
 """capture: what routers choose, token by token, with sequences and groups and without padding."""
 
-import contextlib
-
 import numpy as np
 import pytest
-from moe_models import Gate, build, choices, prompts, recorded, refused, torch, transformers
+from moe_models import (
+    Gate,
+    build,
+    choices,
+    ending,
+    prompts,
+    recorded,
+    refused,
+    torch,
+    transformers,
+)
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
@@ -204,13 +212,6 @@ def test_nothing_stays_behind(tmp_path):
     assert (hooks(), set(model.__dict__), list(tmp_path.iterdir())) == (before, own, [])
     with pytest.raises(RuntimeError, match="ended and has tokens"):
         recorder.trace()
-
-
-@contextlib.contextmanager
-def ending(error, text):
-    """Expect an error to come out of a recording, and a warning of what is left of it."""
-    with pytest.warns(RuntimeWarning, match=text), pytest.raises(error), torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
