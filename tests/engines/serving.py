@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,49 +242,26 @@ def ask_vllm_server(name: str, checkpoint: Path, requests: dict[str, tuple[str, 
 
     A request is a path and a body; the model's name is added to it.
     """
-    folder = folder_of(name)
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
-    command += ["--max-num-seqs", "8", "--enable-return-routed-experts"]
-    log = folder / "log.txt"
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **VLLM},
-        )
+    folder, port = folder_of(name), free_port()
+    command = f"exec {sys.executable} -m vllm.entrypoints.openai.api_server --model {checkpoint} "
+    command += f"--served-model-name tiny --host 127.0.0.1 --port {port} --dtype float32 "
+    command += "--enforce-eager --max-model-len 256 --max-num-seqs 8 --enable-return-routed-experts"
+    shell = pages.Shell(folder, port, {**VLLM, "PATH": PATH})
     try:
-        deadline = time.monotonic() + LIMIT
-        while not _is_up(f"{url}/health"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(
-                    f"the server did not start; the end of {log}:\n{log.read_text()[-4000:]}"
-                )
-            time.sleep(1)
+        started = shell.start(command)
+        if started.status:
+            pytest.fail(f"the server did not start: {started.output}")
         for key, (path, body) in requests.items():
             request = urllib.request.Request(
-                url + path,
+                f"http://127.0.0.1:{port}{path}",
                 json.dumps({"model": "tiny", **body}).encode(),
                 {"Content-Type": "application/json"},
             )
             with urllib.request.urlopen(request, timeout=LIMIT) as answer:
                 (folder / f"{key}.json").write_bytes(answer.read())
     finally:
-        server.terminate()
-        server.wait(60)
+        shell.close()
     return folder
-
-
-def _is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10):
-            return True
-    except OSError:
-        return False
 
 
 def type_page(engine: str, values: dict[str, Any]) -> tuple[Path, list[pages.Typed]]:

@@ -39,8 +39,8 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
     ]
     how = {"window": window, "split": split, "cost_model": MODEL}
     together = evaluate_each(placements, trace, topology, **how)
-    for placement, found in zip(placements, together, strict=True):
-        assert found.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
+    for placement, evaluation in zip(placements, together, strict=True):
+        assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
 
 
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
@@ -105,10 +105,10 @@ def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
 
     whole = figures()
     monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 1000)
-    for found, alone in zip(figures(), whole, strict=True):
+    for evaluation, alone in zip(figures(), whole, strict=True):
         for name in ("imbalance", "imbalance_mixed", "imbalance_worst", "predicted_layer_us"):
-            assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-12), name
-        assert found.predicted_us_per_layer == pytest.approx(alone.predicted_us_per_layer)
+            assert getattr(evaluation, name) == pytest.approx(getattr(alone, name), rel=1e-12), name
+        assert evaluation.predicted_us_per_layer == pytest.approx(alone.predicted_us_per_layer)
 
 
 @given(st.sampled_from(SPLITS), st.integers(0, 2), st.integers(1, 40), st.booleans())
@@ -164,9 +164,9 @@ def test_percentile_of_two_parts(some, others):
     """Half of the weight on each part: the least value that reaches the share of the weight."""
     parts = [(0.5, np.array(some, float)), (0.5, np.array(others, float))]
     for percent in (50, 95, 99):
-        found = figures.percentile(parts, percent)
+        actual = figures.percentile(parts, percent)
         reached, before = (
-            sum(0.5 * np.mean(compare(part, found)) for _, part in parts)
+            sum(0.5 * np.mean(compare(part, actual)) for _, part in parts)
             for compare in (np.less_equal, np.less)
         )
         assert before - 1e-9 <= percent / 100 <= reached + 1e-9

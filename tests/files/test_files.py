@@ -306,39 +306,6 @@ def test_texts_are_read_from_files(tmp_path, monkeypatch):
         next(collect.read_texts(tmp_path / "line"))
 
 
-@pytest.mark.parametrize("experts", [2**40, 3 * 10**9, 65537, -1])
-def test_a_small_placement_file_asks_for_little(tmp_path, experts):
-    """A number of experts beyond the slots is refused before a table of that size is made."""
-    path = tmp_path / "p.json"
-    fields = {"schema": "moetuner.placement/1", "num_experts": experts, "slots": [[[0], [1]]]}
-    path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"num_experts must be from [01] to"):
-        mt.Placement.load(path)
-
-
-def test_slots_and_devices_are_bounded():
-    """Sizes that no machine has are refused by rule, in every entry, not by a lack of memory."""
-    load = np.ones((2, 8))
-    statistics = mt.RoutingStatistics.from_load(np.ones((1, 2, 8), dtype=np.uint64))
-    two = mt.Topology(2)
-    for call, words in (
-        (lambda: mt.balance(load, devices=2, slots_per_device=10**9), "from 1 to 65536"),
-        (lambda: mt.balance(load, devices=2, slots_per_device=[10**9, 4]), "from 0 to 65536"),
-        (lambda: mt.balance(load, devices=10**9, slots_per_device=4), "from 1 to 8192"),
-        (lambda: mt.Problem(statistics, two, slots_per_device=10**9), "at most|from 1 to 65536"),
-        (lambda: mt.Problem(statistics, two, slots_per_device=(10**9, 4)), "from 0 to 65536"),
-        (lambda: mt.Topology(10**6), "from 1 to 8192"),
-        (lambda: mt.Topology(2, slots_per_device=[2**40, 1]), "from 1 to 65536"),
-        (lambda: mt.Placement.from_assignment([[0, 1]], 10**12), "at most|from 1 to 65536"),
-        (
-            lambda: mt.Placement.from_assignment([[0, 1]], 2, slots_per_device=10**12),
-            "at most|from 1 to 65536",
-        ),
-    ):
-        with pytest.raises(ValueError, match=words):
-            call()
-
-
 def test_control_characters_are_not_shown():
     """What a terminal would obey, or breaks a line or turns its direction, is a question mark."""
     for bad in "\x1b\x07\x9b\r\n\u202e\udcff\x7f":

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import write_lines
@@ -44,13 +43,6 @@ def test_round_trip(make_trace, path, per, experts):
     assert mt.RoutingTrace.load(path, num_experts=999).num_experts == 999
 
 
-def test_round_trip_without_labels(make_trace, path):
-    """A bare trace stays bare."""
-    trace = make_trace(labelled=False)
-    write_lines(trace, path)
-    assert same(mt.RoutingTrace.load(path), trace)
-
-
 def test_token_lines(path):
     """One token per line; blank lines and unknown keys do not matter, nor a byte-order mark."""
     actual = load(
@@ -78,56 +70,6 @@ def test_sequence_lines(path):
     assert np.array_equal(actual.expert_ids, IDS)
     assert actual.sequence.tolist() == [0] * 20 + [1] * 30
     assert actual.group.tolist() == [0] * 20 + [1] * 30
-
-
-@pytest.mark.parametrize(
-    ("lines", "text"),
-    [
-        ([TOKEN], "line 1: num_experts is needed"),
-        ([{"num_experts": 4}], "must have at least one line with 'experts' or 'tokens', got none"),
-        ([{"num_experts": 0}, TOKEN], "line 1: num_experts must be from 1 to 65536, got 0"),
-        ([{"num_experts": 4.0}, TOKEN], "line 1: num_experts must be an integer, got 4.0"),
-        ([{"a": 1}, TOKEN], "line 1: must have 'experts', 'tokens' or 'num_experts', got"),
-        ([{"num_experts": 4}, TOKEN, {"a": 1}], "line 3: must have 'experts' or 'tokens', got"),
-        ([{"num_experts": 4}, TOKEN, "[1]"], "line 3: must be a JSON object, got list"),
-        ([{"num_experts": 4}, TOKEN, '{"experts": [[0,'], "line 3: must be JSON: "),
-        ([{"num_experts": 4}, '{"a":' * 100000], "line 2: must be JSON: "),
-        (
-            [{"num_experts": 4}, {"experts": [[0, 4], [1, 2]]}],
-            "line 2: expert_ids: token 0, layer 0",
-        ),
-        ([{"num_experts": 4}, TOKEN, {"experts": [[0, 1], [2, 2]]}], "line 3: expert_ids: token 1"),
-        *(
-            ([{"num_experts": 4}, f'{{"experts": {ids}}}'], "line 2: experts must be integers from")
-            for ids in (
-                "[[-1]]",
-                "[[0, 1.5]]",
-                "[[0, NaN]]",
-                f"[[{10**30}]]",
-                "[0]",
-                "[[0], []]",
-            )
-        ),
-        ([{"num_experts": 4}, {"experts": []}], "must have at least one token, layer and expert"),
-        ([{"num_experts": 4}, {"tokens": [[0, 1]]}], "line 2: tokens must be integers from"),
-        ([{"num_experts": 4}, TOKEN, {"experts": [[0, 1]]}], "got experts with 1 layers of 2 ids"),
-        ([{"num_experts": 4}, {"experts": [[0, 1, 2, 3, 3]]}], "top-k from 1 to num_experts (4)"),
-        ([{"num_experts": 4}, TOKEN, TOKEN | {"group": "a"}], "line 3: must have experts with"),
-        ([{"num_experts": 4}, TOKEN, {"tokens": [[[0, 1]]]}], "got tokens with 1 layers of 2"),
-        ([{"num_experts": 4}, TOKEN | {"sequence": 1 << 31}], "sequence must be an integer of 32"),
-        ([{"num_experts": 4}, TOKEN | {"sequence": True}], "sequence must be an integer of 64"),
-        ([{"num_experts": 4}, TOKEN | {"group": 3}], "line 2: group must be a text"),
-        (
-            [{"num_experts": 4, "group_names": [1]}, TOKEN],
-            "line 1: group_names must be texts, got 1",
-        ),
-        ([{"num_experts": 4, "group_names": 1}, TOKEN], "line 1: group_names must be a list"),
-        ([{"num_experts": 4, "model": 1}, TOKEN], "line 1: model must be a text, got 1"),
-    ],
-)
-def test_bad_lines(path, lines, text):
-    """The message has file, line and rule, in one line."""
-    refused(text, path, lambda: load(path, *lines))
 
 
 def test_other_encodings(path):

@@ -41,27 +41,6 @@ def test_facts():
         assert actual["slots_per_device"] == 3
 
 
-@pytest.mark.parametrize(
-    ("engine", "devices", "arguments", "words"),
-    [
-        ("vllm", 4, {"slots_per_device": 2}, "from 3 to 12 for 12 experts"),
-        ("vllm", 4, {"slots_per_device": 13}, "from 3 to 12"),
-        ("vllm", 4, {"slots_per_device": (3, 3, 3, 4)}, "same on every device.*4 on every"),
-        ("vllm", 4, {"extra_slots": 13}, "got 13: 12 or 24 would"),
-        ("vllm", 5, {"extra_slots": 0}, "got 0: 9 would"),
-        ("vllm", 4, {"extra_slots": 12, "slots_per_device": 4}, "cannot both"),
-        ("megatron", 5, {}, "must divide 12 experts.*got 5: 4 or 6 would"),
-        ("megatron", 4, {"slots_per_device": 4}, "must be from 3 to 3 for 12"),
-        ("megatron", 4, {"router_groups": 3}, "must divide 4 devices"),
-        ("sgl", 4, {}, "engine must be one of"),
-    ],
-)
-def test_what_does_not_fit(engine, devices, arguments, words):
-    """The message says which number would."""
-    with pytest.raises(ValueError, match=words):
-        mt.engine_settings(engine, STATISTICS, mt.Topology(devices), **arguments)
-
-
 def test_slots_over_all_layers():
     """As many as make equal slots are taken as those."""
     actual = mt.engine_settings("vllm", STATISTICS, mt.Topology(4), extra_slots=12)

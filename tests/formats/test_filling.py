@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,22 +28,6 @@ def test_experts_without_tokens_come_first():
     """Their copies change nothing."""
     placement = mt.Placement([[[0, 1, -1], [2, 3, -1]]])
     assert placement.filled([[5, 0, 7, 0]]).slots.tolist() == [[[0, 1, 3], [2, 3, 1]]]
-
-
-def test_more_slots_than_experts_cannot_be_filled():
-    """The message names the device."""
-    with pytest.raises(ValueError, match="layer 0, device 0: 3 slots cannot be filled"):
-        mt.Placement([[[0, 1, -1], [-1, -1, -1]]]).filled()
-
-
-def test_slots_that_cannot_be_full_are_refused():
-    """More slots than experts that may be there."""
-    statistics = mt.RoutingStatistics(np.ones((1, 1, 3), np.int64))
-    with pytest.raises(ValueError, match="fill_slots cannot fill the 4 slots of device 0"):
-        mt.Problem(statistics, mt.Topology(2), slots_per_device=4, fill_slots=True)
-    bans = [(0, 1, 1)]
-    with pytest.raises(ValueError, match="fill_slots cannot fill the 3 slots of device 1"):
-        mt.Problem(statistics, mt.Topology(2), slots_per_device=3, forbidden=bans, fill_slots=True)
 
 
 def test_a_running_placement_fills_slots_without_moves():

@@ -1,7 +1,5 @@
 """Damaged files and nonsense: a reader gives a valid object, or says in one line what is wrong."""
 
-import base64
-import io
 import json
 import pickle
 import struct
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import random_ids
 from damage import check_line, check_reading, check_trace, damaged, survives
+from engines_files import megatron_lines, npy, save_table, vllm_response, write_tensorrt_about
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import write_lines
@@ -34,28 +33,14 @@ GOLDEN = Path(__file__).parent / "golden"
 HINTS = Hints(num_experts=EXPERTS, top_k=4)
 
 
-def trace_lines():
-    for layer in range(LAYERS):
-        about = {"step": 0, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 0}
-        top = {"num_tokens": 12, "topk": TOP_K, "top_indices": IDS[:, layer].tolist()}
-        yield json.dumps(about | top)
+TRACE_LINES = [json.dumps(line) for line in megatron_lines(IDS, 0, 0, range(LAYERS))]
+RESPONSE = json.dumps(vllm_response(IDS))
 
 
 def csv_lines():
     yield "token,layer,expert,sequence,group"
     for token, layer, k in np.ndindex(*IDS.shape):
         yield f"{token},{layer},{IDS[token, layer, k]},{token // 4},{'ab'[token // 8]}"
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def response():
-    text = base64.b64encode(npy(IDS)).decode()
-    return json.dumps({"choices": [{"routed_experts": text}]})
 
 
 ARCHIVES = {
@@ -69,9 +54,9 @@ ARCHIVES = {
     "load table": {"load": COUNTED.window_load, "group": [0, 1, 0], "group_names": ["a", "b"]},
 }
 BYTES = {
-    "megatron": lambda: "\n".join(trace_lines()).encode(),
+    "megatron": lambda: "\n".join(TRACE_LINES).encode(),
     "csv": lambda: "\n".join(csv_lines()).encode(),
-    "vllm": lambda: f"{response()}\n{response()}".encode(),
+    "vllm": lambda: f"{RESPONSE}\n{RESPONSE}".encode(),
     "npy": lambda: npy(IDS),
     "npy wide": lambda: npy(IDS.astype(">i4")),
     "npy columns": lambda: npy(np.asfortranarray(IDS)),
@@ -99,10 +84,9 @@ def write(name, path):
     elif name in WRITTEN:
         WRITTEN[name](path)
     elif name in ("parquet", "arrow"):
-        pyarrow = pytest.importorskip("pyarrow")
-        saver = pytest.importorskip("pyarrow.parquet" if name == "parquet" else "pyarrow.feather")
-        save = saver.write_table if name == "parquet" else saver.write_feather
-        save(pyarrow.table({"experts": IDS.tolist(), "sequence": range(12)}), str(path))
+        saved = path.with_name(f"t.{name}")
+        save_table(saved, {"experts": IDS.tolist(), "sequence": range(12)})
+        saved.rename(path)
     else:
         path.write_bytes((GOLDEN / name).read_bytes())
 
@@ -110,8 +94,7 @@ def write(name, path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
-    about = {"num_experts": EXPERTS, "num_experts_per_token": TOP_K}
-    (folder / "meta_info.json").write_text(json.dumps(about))
+    write_tensorrt_about(folder, EXPERTS, TOP_K)
     return folder
 
 
@@ -120,6 +103,7 @@ def check(path, content, reader=None):
 
 
 NAMED = {"replay": "megatron", "parquet": "arrow", "ascend map": "vllm-ascend"}
+LINE_FORMS = ("lines per token", "lines per sequence")
 GIVEN = ("tensorrt-llm", "deepspeed", "vllm-ascend", "arrow")
 DUMPS = ("sglang/one-rank-per_token-0.pt", "sglang/responses.json")
 
@@ -132,6 +116,10 @@ def test_damaged_files(folder, name):
     content = path.read_bytes()
     reader = NAMED.get(name, name if name in GIVEN else None)
     assert check(path, content, reader) or name == "ascend map"
+    if name in (*BYTES, "replay", "npz", "trace", *LINE_FORMS, "parquet", "arrow"):
+        trace = read_input([path], HINTS, reader)
+        ids = np.concatenate([IDS] * (trace.tokens // len(IDS)))
+        assert np.array_equal(np.sort(trace.expert_ids), np.sort(ids))
     check(path, damaged(content, [("delete", 0.5, b"\0")]), reader)
     survives(content, lambda content: check(path, content, reader), times=MORE)
 
@@ -156,7 +144,7 @@ KEYS = {
 }
 LINES = {
     None: [{"num_experts": 8}, *({"experts": [[n, 2], [3, 4]]} for n in (0, 1))],
-    "megatron": [json.loads(line) for line in trace_lines()] * 2,
+    "megatron": [json.loads(line) for line in TRACE_LINES] * 2,
 }
 
 
@@ -209,7 +197,7 @@ def tensors(path):
         steps = tuple(int(np.prod(shape[i + 1 :], dtype=int)) for i in range(len(shape)))
         return pickled.Tensor(path, dtype, shape, steps, 0)
 
-    return st.builds(make, st.sampled_from(sorted(pickled.DTYPES)), sizes)
+    return st.builds(make, st.sampled_from(sorted(pickled.STORAGES.values())), sizes)
 
 
 def test_nonsense_of_dumps(tmp_path, monkeypatch):

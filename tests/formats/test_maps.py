@@ -1,9 +1,6 @@
 """Maps of experts: what is written can be read, converted and checked, whatever the format."""
 
-import json
-
 import pytest
-from damage import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import full_slots
@@ -62,82 +59,47 @@ def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
         write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
 
 
-def sglang_map(rows):
-    """Map of SGLang."""
-    return {"physical_to_logical_map": rows}
-
-
 def of(rows, **fields):
     return Layout.of(rows, **fields)
 
 
 GOOD = [[0, 1, 2, 3, 0, 2]] * 4
-HIDDEN = of(GOOD, counts_dense=True)
+# A map, the engine, what is said of the model, and what is wrong.
+FAULTS = """
+of(GOOD) | vllm | | nothing
+of(GOOD) | vllm | devices=3, num_experts=4, hidden_layers=4 | nothing
+of(GOOD) | vllm | hidden_layers=4, dense_layers=(0,) | got 4, one for every hidden layer
+of(GOOD, counts_dense=True) | sglang | hidden_layers=6, dense_layers=(0, 1) | must have 6 rows, one
+of(GOOD) | vllm | hidden_layers=9 | got 4: of another model
+of(GOOD, layers=(0, 2, 3, 4)) | vllm | dense_layers=(0,) | layer 0 has no
+of(GOOD) | vllm | devices=4 | 4 or 8 would fit
+of(GOOD, devices=2) | vllm | devices=3 | must be for 3 devices, got 2
+of(GOOD) | vllm | num_experts=5 | layer 0: expert 4 has no slot
+of(GOOD) | vllm | num_experts=3 | expert 3 is not below 3
+of(GOOD, num_experts=4) | vllm | num_experts=8 | another model
+of([[0, 1, 3, 3]]) | vllm | | layer 0: expert 2 has no slot
+of([[0, 1, -1, 2]], layers=(7,)) | vllm | | layer 7: slot 2 is empty
+of([[0, 1, -1, 2]], devices=2) | vllm | | layer 0, device 1: slot 0 is empty
+of([[0, 1, 1 << 40, 2]]) | vllm | | is not below 65536
+of([[0, 0, 1, 2]]) | vllm | devices=2 | nothing
+of([[0, 0, 1, 2]], counts_dense=True) | sglang | devices=2 | row 0, device 0: exp
+of([[0, 0, 1, 2]]) | vllm-ascend | devices=2 | refuses it
+of([[0, 0, 1, 2]]) | megatron | devices=2 | has no copies
+"""
 
 
-@pytest.mark.parametrize(
-    ("layout", "engine", "hints", "words"),
-    [
-        (of(GOOD), "vllm", {}, None),
-        (of(GOOD), "vllm", {"devices": 3, "num_experts": 4, "hidden_layers": 4}, None),
-        # One row too many or too few by the dense layers: the commonest mistake.
-        (
-            of(GOOD),
-            "vllm",
-            {"hidden_layers": 4, "dense_layers": (0,)},
-            "must have 3 rows, one for layers with experts only, got 4, one for every hidden layer",
-        ),
-        (
-            HIDDEN,
-            "sglang",
-            {"hidden_layers": 6, "dense_layers": (0, 1)},
-            "must have 6 rows, one for every hidden layer, dense ones too, got 4",
-        ),
-        (of(GOOD), "vllm", {"hidden_layers": 9}, "got 4: of another model"),
-        (of(GOOD, layers=(0, 2, 3, 4)), None, {"dense_layers": (0,)}, "layer 0 has no"),
-        (of(GOOD), "vllm", {"devices": 4}, "4 or 8 would fit"),
-        (of(GOOD, devices=2), "vllm", {"devices": 3}, "must be for 3 devices, got 2"),
-        (of(GOOD), "vllm", {"num_experts": 5}, "layer 0: expert 4 has no slot"),
-        (of(GOOD), "vllm", {"num_experts": 3}, "expert 3 is not below 3"),
-        (of(GOOD, num_experts=4), "vllm", {"num_experts": 8}, "another model"),
-        (of([[0, 1, 3, 3]]), "vllm", {}, "layer 0: expert 2 has no slot"),
-        (of([[0, 1, -1, 2]], layers=(7,)), "vllm", {}, "layer 7: slot 2 is empty"),
-        (of([[0, 1, -1, 2]], devices=2), "vllm", {}, "layer 0, device 1: slot 0 is empty"),
-        (of([[0, 1, 1 << 40, 2]]), "vllm", {}, "is not below 65536"),
-        # Two copies on a device: vLLM serves both, SGLang does not.
-        (of([[0, 0, 1, 2]]), "vllm", {"devices": 2}, None),
-        (of([[0, 0, 1, 2]], counts_dense=True), "sglang", {"devices": 2}, "row 0, device 0: exp"),
-        (of([[0, 0, 1, 2]]), "vllm-ascend", {"devices": 2}, "refuses it"),
-        (of([[0, 0, 1, 2]]), "megatron", {"devices": 2}, "has no copies"),
-    ],
-)
-def test_faults(layout, engine, hints, words):
-    """What is wrong is said in words that say what would be right."""
-    actual = faults(layout, engine, Hints(**hints))
-    assert (not actual) if words is None else any(words in fault for fault in actual), actual
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([], "none of"),
-        (sglang_map([[0, 1], [0]]), "row 1 must have 2 slots like row 0, got 1"),
-        (sglang_map([[0, 1 << 70]]), "must be integers"),
-        ({**sglang_map([[0, 1]]), "b": 1}, "single key"),
-        ({"hello": 1}, "none of"),
-    ],
-)
-def test_nonsense(tmp_path, content, words):
-    """One line names the file and the rule."""
-    path = tmp_path / "map.json"
-    path.write_text(json.dumps(content))
-    refused(words, path, lambda: read_placement(path, devices=2))
+@pytest.mark.parametrize("case", FAULTS.strip().splitlines())
+def test_faults(case):
+    """What is wrong is said in words that say what would be right; vLLM serves two copies."""
+    layout, engine, hints, words = (part.strip() for part in case.split("|"))
+    actual = faults(eval(layout, globals()), engine, eval(f"Hints({hints})", globals()))
+    assert (not actual) if words == "nothing" else any(words in fault for fault in actual), actual
 
 
 def test_devices_must_be_said(tmp_path):
     """A flat list does not tell how many devices there are; they must divide its slots."""
     path = tmp_path / "map.json"
-    path.write_text(json.dumps(sglang_map([[0, 1, 2, 3]])))
+    path.write_text('{"physical_to_logical_map": [[0, 1, 2, 3]]}')
     with pytest.raises(ValueError, match="devices must be given"):
         read_placement(path)
     with pytest.raises(ValueError, match="must have a multiple of 3 slots"):

@@ -45,20 +45,3 @@ def test_a_pattern_is_no_recording(tmp_path):
     ids = tmp_path / "ids.npy"
     np.save(ids, np.array([[[0, 1]], [[1, 0]]], dtype=np.uint8))
     assert mt.open_input(ids, num_experts=4).tokens == 2
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        [[[1, 0, 1, 1]], [[0, 0, 0, 0]]],  # an expert on no device
-        [[[1, 0, 1, 2]], [[0, 1, 0, 0]]],  # more than a flag
-        [[[1.0, 0, 1, 1]], [[0, 1, 0, 0]]],  # no whole numbers
-        [[1, 0, 1, 1]],  # no layers
-    ],
-)
-def test_other_arrays_are_no_patterns(tmp_path, array):
-    """What is not 0 or 1 everywhere, with every expert somewhere, is not taken for a map."""
-    path = tmp_path / "pattern.npy"
-    np.save(path, np.array(array))
-    with pytest.raises(ValueError, match="not a placement"):
-        mt.read_placement(path)

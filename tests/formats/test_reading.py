@@ -3,30 +3,9 @@
 import numpy as np
 import pytest
 from damage import refused
-from recorded import write_lines
 
 import moetuner as mt
 from moetuner.formats import open_input
-
-
-@pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.npy", "a.jsonl"])
-@pytest.mark.parametrize("renamed", [False, True])
-def test_traces(make_trace, tmp_path, name, renamed):
-    """Every format of traces, whatever the file is called."""
-    trace, path = make_trace(labelled=False), tmp_path / name
-    if name.endswith("npy"):
-        np.save(path, trace.expert_ids)
-    elif name.endswith("npz"):
-        np.savez(path, expert_ids=trace.expert_ids)
-    elif name.endswith("jsonl"):
-        write_lines(trace, path)
-    else:
-        trace.save(path)
-    if renamed:
-        path = path.rename(tmp_path / "trace")
-    actual = open_input(path, num_experts=8, window=10)
-    assert isinstance(actual, mt.RoutingTrace)
-    assert np.array_equal(actual.expert_ids, trace.expert_ids)
 
 
 def test_statistics(make_trace, tmp_path):

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import refused
+from engines_files import save_torch as dump
+from engines_files import sglang_pass as of_tokens
+from engines_files import write_sglang
 
 import moetuner as mt
 from moetuner.formats import pickled, reader_of, sglang, write_placement
@@ -77,20 +79,6 @@ def test_counts(mode, name):
     assert counted.window_load.any(axis=(1, 2)).all()
 
 
-def dump(path, content):
-    torch = pytest.importorskip("torch")
-
-    def tensors(value):
-        if isinstance(value, dict):
-            return {key: tensors(item) for key, item in value.items()}
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return [tensors(item) for item in value]
-        return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
-    torch.save(tensors(content), path)
-    return path
-
-
 def test_buffer(tmp_path):
     """Unused steps are left out, and so are rows of dense layers; dumps are joined."""
     count = np.zeros((5, 3, 4), dtype=np.int32)
@@ -107,23 +95,6 @@ def test_buffer(tmp_path):
         mt.open_input(path)
 
 
-MAP = np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]])
-
-
-def of_tokens(number, rank, slots, positions, lengths, name="topk_ids_of_layer"):
-    padded = np.full((*slots.shape[:2], 8), -1, dtype=np.int32)
-    padded[:, :, : slots.shape[2]] = slots
-    padded[0] = -1
-    return {"forward_pass_id": number, "rank": rank, "gatherer_key": "primary"} | {
-        "input_ids": list(range(len(positions))),
-        "positions": positions,
-        "extend_seq_lens": lengths,
-        "forward_mode": 1,
-        name: padded,
-        "misc_objects": [],
-    }
-
-
 def test_sequences_and_padding(tmp_path):
     """Prompts go on as their positions say; slots of copies are one expert; layer 0 is dense."""
     slots = np.array([[[0, 5], [4, 3], [1, 2]]] * 3)
@@ -132,13 +103,13 @@ def test_sequences_and_padding(tmp_path):
         of_tokens(1, 0, slots[:, :2], [1, 2], None),
         of_tokens(1, 1, slots[:, :1], [7], None),
     ]
-    path = dump(tmp_path / "a.pt", {"records": records, "last_physical_to_logical_map": MAP})
+    path = write_sglang(tmp_path / "a.pt", records)
     trace = mt.open_input(path)
     assert trace.sequence.tolist() == [0, 0, 1, 1, 0, 2]
     assert (trace.layers, trace.top_k, trace.num_experts) == (2, 2, 4)
     assert trace.expert_ids[:3].tolist() == [[[0, 1], [3, 2]], [[0, 3], [3, 0]], [[1, 2], [2, 1]]]
     records[0]["topk_ids_of_layer"][1, 1, 0] = 6
-    dump(path, {"records": records, "last_physical_to_logical_map": MAP})
+    write_sglang(path, records)
     with pytest.raises(ValueError, match="slots must be below 6, got 6"):
         mt.open_input(path)
 
@@ -160,40 +131,14 @@ def test_passes_of_ranks(tmp_path):
         count = np.zeros((3, 6), dtype=np.int32)
         count[1, rank * 4], count[2, 0] = 3, 1 + rank
         about = {"forward_pass_id": 5, "rank": rank, "gatherer_key": "primary"}
-        content = {"records": [about | {"global_physical_count": count}]}
-        content["last_physical_to_logical_map"] = MAP
-        files.append(dump(tmp_path / f"x_{rank}.pt", content))
+        records = [about | {"global_physical_count": count}]
+        files.append(write_sglang(tmp_path / f"x_{rank}.pt", records))
     counted = mt.open_input(files)
     assert counted.window_load.tolist() == [[[6, 0, 0, 0], [0, 0, 0, 3]]]
     assert mt.open_input(tmp_path).fingerprint == counted.fingerprint
     stat = dump(tmp_path / "y.pt", {"rank": 0, "logical_count": np.ones((1, 3, 4), np.int32)})
     with pytest.raises(ValueError, match="must be of one mode"):
         mt.open_input([*files, stat])
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"records": 1}, "records must be a list"),
-        ({"records": [1]}, "record 0 must be a dict"),
-        ({"records": [{}]}, "forward_pass_id and a rank"),
-        ({"last_physical_to_logical_map": 1}, "must be a tensor of integers in 2 dimensions"),
-        ({"last_physical_to_logical_map": MAP[:2]}, "must have 2 layers like the map"),
-        ({"last_physical_to_logical_map": MAP.astype(float)}, "must be a tensor of integers"),
-        ({"positions": [1]}, "must have positions and ids of 3 tokens"),
-        ({"positions": "x"}, "positions must be a list of numbers"),
-        ({"extend_seq_lens": [1]}, "must add up to 3 tokens"),
-        ({"topk_ids_of_layer": 1}, "topk_ids_of_layer must be a tensor"),
-    ],
-)
-def test_nonsense(tmp_path, change, words):
-    """One line names the file and the rule."""
-    record = of_tokens(0, 0, np.array([[[0, 5], [4, 3], [1, 2]]] * 3), [0, 1, 0], [2, 1])
-    record |= {key: value for key, value in change.items() if key in record}
-    content = {"records": [record], "last_physical_to_logical_map": MAP}
-    content |= {key: value for key, value in change.items() if key in content}
-    path = dump(tmp_path / "a.pt", content)
-    refused(words, path, lambda: mt.open_input(path, reader="sglang").expert_ids.sum())
 
 
 def test_shapes_of_responses(tmp_path):
@@ -243,29 +188,24 @@ def test_map(tmp_path):
 
 def test_map_of_torch(tmp_path):
     """A map may be a file of torch.save, too."""
-    torch = pytest.importorskip("torch")
-    slots = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-    torch.save({"physical_to_logical_map": slots}, tmp_path / "m.pt")
+    slots = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])
+    dump(tmp_path / "m.pt", {"physical_to_logical_map": slots})
     assert pickled.is_pickled(tmp_path / "m.pt")
     placement = mt.read_placement(tmp_path / "m.pt", devices=2)
     assert placement.slots.reshape(2, 4).tolist() == slots.tolist()
 
 
-@pytest.mark.parametrize(
-    ("mode", "said", "words"),
-    [
-        ("per_token", {"num_experts": 32}, "num_experts must be 16, got 32"),
-        ("per_pass", {"num_experts": 32}, "num_experts must be 16, got 32"),
-        ("per_token", {"top_k": 2}, "top_k must be above 2: tokens have more experts"),
-    ],
-)
-def test_dumps_of_another_model_are_refused(mode, said, words):
+def test_dumps_of_another_model_are_refused():
     """The map of slots and the tokens say how many experts there are."""
-    path = GOLDEN / f"two-ranks-{mode}-0.pt"
-    with pytest.raises(ValueError, match=words):
-        mt.open_input(path, **said)
-    right = {"num_experts": 16} if "num_experts" in said else {"top_k": 4}
-    mt.open_input(path, **right)
+    for mode, name, right, words in (
+        ("per_token", "num_experts", 16, "num_experts must be 16, got 2"),
+        ("per_pass", "num_experts", 16, "num_experts must be 16, got 2"),
+        ("per_token", "top_k", 4, "top_k must be above 2: tokens have more experts"),
+    ):
+        path = GOLDEN / f"two-ranks-{mode}-0.pt"
+        mt.open_input(path, **{name: right})
+        with pytest.raises(ValueError, match=words):
+            mt.open_input(path, **{name: 2})
 
 
 def test_dumps_of_two_models_are_not_joined(tmp_path):
@@ -273,8 +213,7 @@ def test_dumps_of_two_models_are_not_joined(tmp_path):
     for rank, experts in enumerate((4, 6)):
         record = {"forward_pass_id": rank, "rank": 0, "gatherer_key": "primary"}
         record["global_physical_count"] = np.ones((1, experts), dtype=np.int32)
-        content = {"records": [record], sglang.LAST_MAP: np.arange(experts)[None]}
-        dump(tmp_path / f"{rank}.pt", content)
+        write_sglang(tmp_path / f"{rank}.pt", [record], np.arange(experts)[None])
     with pytest.raises(ValueError, match="must be of one model, got 4 and 6 experts"):
         mt.open_input(tmp_path)
     assert mt.open_input(tmp_path / "1.pt").experts == 6

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import refused
+from engines_files import save_table as as_arrow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,54 +70,10 @@ def test_counts(tmp_path):
     assert actual.group_names == ("a", "b")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("token,layer,expert\n", "must have at least one row"),
-        (
-            "token,layer,expert\n0,0,1\n1,0,x\n",
-            "line 3: must have 3 values, integers but for sequence and group: could",
-        ),
-        ("token,layer,expert\n0,0,1\n1,0\n", "line 3: must have 3 values"),
-        ("token,layer,expert\n0,0,1\n1,0,-1\n", "line 3: expert must be from 0 to 65535, got -1"),
-        ("token,layer,expert\n0,0,1.5\n", "could not convert string '1.5'"),
-        ("token,layer,expert\n0,0,1\n0,0,2\n1,0,1\n", "token 1 must have 2 experts in layer 0"),
-        ("token,layer,expert\n0,0,1\n0,1,1\n1,0,1\n", "token 1 must have 1 experts in layer 1"),
-        ("token,layer,expert\n0,0,9\n", "expert id 9 is not below num_experts 8"),
-        ("token,layer,expert\n0,0,1\n0,0,1\n", "expert id 1 appears twice"),
-        ('token,layer,expert\n0,0,"1\n', "must be CSV"),
-        ("token,layer,expert,group\n0,0,1,a\n0,0,2,b\n", "token 0 must be of one group, not two"),
-        ("layer,expert\n0,8\n", "expert 8 must be below num_experts 8"),
-        ("layer,expert,weight\n0,1,0.5\n", "could not convert string '0.5'"),
-        (f"layer,expert\n0,{10**30}\n", "line 2: must have 2 values, integers"),
-    ],
-)
-def test_bad_rows(tmp_path, text, message):
-    """The message names file, line and rule, in one line."""
-    path = tmp_path / "rows.csv"
-    path.write_text(text)
-    refused(message, path, lambda: mt.open_input(path, num_experts=8))
-
-
-def as_arrow(path, columns, metadata=None):
-    """Write columns as the name's ending says, in several groups of rows."""
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table(columns).replace_schema_metadata(metadata)
-    if path.suffix == ".parquet":
-        parquet.write_table(table, path, row_group_size=4)
-    else:
-        with (
-            pyarrow.OSFile(str(path), "wb") as file,
-            pyarrow.ipc.new_file(file, table.schema) as to,
-        ):
-            to.write_table(table, 4)
-
-
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-@pytest.mark.parametrize("form", ["experts", "layers", "fixed", "rows"])
+@pytest.mark.parametrize("form", ["experts", "fixed", "rows"])
 def test_arrow(tmp_path, suffix, form):
-    """Tokens as lists, as a list for every layer, as lists of a fixed size, or row by row."""
+    """Tokens as lists, as lists of a fixed size, or row by row."""
     pyarrow = pytest.importorskip("pyarrow")
     ids = random_ids(10, 3, 2, 8)
     labels = {
@@ -127,14 +83,12 @@ def test_arrow(tmp_path, suffix, form):
     if form == "rows":
         rows = [row | {"group": labels["group"][row["token"]]} for row in rows_of(ids)]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-    elif form == "experts":
-        columns = {"experts": ids.tolist(), **labels}
     else:
-        lists = {f"layer_{10 - n}": ids[:, 2 - n].tolist() for n in range(3)}
+        lists = ids.tolist()
         if form == "fixed":
-            kind = pyarrow.list_(pyarrow.int16(), 2)
-            lists = {name: pyarrow.array(values, kind) for name, values in lists.items()}
-        columns = {**lists, **labels}
+            kind = pyarrow.list_(pyarrow.list_(pyarrow.int16(), 2), 3)
+            lists = pyarrow.array(lists, kind)
+        columns = {"experts": lists, **labels}
     path = tmp_path / f"t.{suffix}"
     as_arrow(path, columns)
     assert reader_of(path) == "arrow"
@@ -152,28 +106,6 @@ def test_arrow_may_say_how_many_experts(tmp_path):
     as_arrow(path, {"experts": [[[0, 1]], [[2, 3]]]})
     with pytest.raises(ValueError, match="num_experts is needed: the file does not say it"):
         mt.open_input(path)
-
-
-@pytest.mark.parametrize(
-    ("columns", "text"),
-    [
-        ({"experts": [[[0, 1]], [[2]]]}, "experts must have lists of one length"),
-        ({"experts": [[[0, 1]], None]}, "experts must have no empty lists"),
-        ({"experts": [[[0, 1]], [[2, None]]]}, "experts must have no empty values"),
-        ({"experts": [[[0, 1.5]]]}, "experts must be integers, got double"),
-        ({"experts": [[0, 1]]}, "experts must be ids, got int64 [1, 2]"),
-        ({"experts": [[[0, 9]]]}, "expert id 9 is not below num_experts 8"),
-        ({"layer_0": [0, 1]}, "layer_0 must be ids, got int64 [2, 1]"),
-        ({"x": [0]}, "must have a column 'experts'"),
-        ({"layer": [0], "expert": ["a"]}, "expert must be integers, got string"),
-        ({"layer": [0], "expert": [None]}, "expert must have no empty values"),
-    ],
-)
-def test_bad_columns(tmp_path, columns, text):
-    """The message names file, column and rule."""
-    path = tmp_path / "t.parquet"
-    as_arrow(path, columns)
-    refused(text, path, lambda: mt.open_input(path, num_experts=8))
 
 
 def test_offsets_that_point_outside(tmp_path):
@@ -220,29 +152,6 @@ def test_bombs(tmp_path, form):
     del table, zeros
     assert pyarrow.total_allocated_bytes() <= before
     assert pool.max_memory() < 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        # 2**16 times nearly 2**48, and windows and experts that no row fills.
-        (
-            "layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16),
-            "weight must add up to less than 2",
-        ),
-        (
-            "layer,expert,sequence\n" + "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1024)),
-            "counts must fill their table",
-        ),
-    ],
-    ids=["sum", "table"],
-)
-def test_counts_of_absurd_sizes(tmp_path, text, message):
-    """Sums that do not fit 64 bits, and tables that a single number would make large."""
-    path = tmp_path / "rows.csv"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        mt.open_input(path)
 
 
 def test_without_pyarrow(tmp_path, monkeypatch):

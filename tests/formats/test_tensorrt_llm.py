@@ -1,29 +1,20 @@
 """TensorRT-LLM: counts and choices of all ranks, slots or experts, and the balancer's YAML."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import refused
+from engines_files import write_tensorrt as dump
+from engines_files import write_tensorrt_about
 from placements import full_slots
-from safetensors.numpy import save_file
 
 import moetuner as mt
 from moetuner.formats import read_input, reader_of, tensorrt_llm
 from moetuner.formats.hints import Hints
 
 EXPERTS, LAYERS = 6, (3, 4)
-
-
-def dump(folder, rank, entries, raw=False):
-    name = f"rank{rank}{'_raw' if raw else ''}.safetensors"
-    save_file({f"{i}_{layer}": array for (i, layer), array in entries.items()}, folder / name)
-
-
-def meta(folder, experts=EXPERTS, top_k=2):
-    about = {"num_experts": experts, "num_experts_per_token": top_k}
-    (folder / "meta_info.json").write_text(json.dumps(about))
+meta = partial(write_tensorrt_about, experts=EXPERTS)
 
 
 @pytest.fixture
@@ -88,37 +79,6 @@ def test_slots_are_translated(tmp_path):
         read_input([tmp_path], Hints(running=wider))
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (lambda f: (f / "rank0.safetensors").unlink(), "got none of rank 0"),
-        (lambda f: (f / "meta_info.json").unlink(), "must be beside rank0.safetensors"),
-        (lambda f: meta(f, experts=7), "must be counts [7] as meta_info.json says, got int64 [6]"),
-        (lambda f: meta(f, experts="7"), "num_experts must be an integer, got '7'"),
-        (lambda f: dump(f, 1, {(0, 3): np.zeros(6, int)}), "must have the iterations and layers"),
-        (
-            lambda f: dump(f, 0, {(0, 3): np.zeros(6, int), (1, 4): np.zeros(6, int)}),
-            "step 0 must have layer 4 like the others",
-        ),
-        (
-            lambda f: dump(f, 0, {(10 + i, n): -np.ones(6, int) for i in range(3) for n in LAYERS}),
-            "must be counts from 0 to 2**48",
-        ),
-        (
-            lambda f: (f / "rank0.safetensors").write_bytes(
-                (f / "rank0.safetensors").read_bytes()[:-9]
-            ),
-            "file must have",
-        ),
-    ],
-)
-def test_bad_dumps(counted, change, text):
-    """A rank that is missing, files of different runs, files cut off."""
-    folder, _ = counted
-    change(folder)
-    refused(text, folder, lambda: mt.open_input(folder))
-
-
 def test_dense_layers_disagree(counted):
     """Counts of a layer that the user calls dense are those of another model."""
     with pytest.raises(ValueError, match="layer 3 must be dense as dense_layers says"):
@@ -144,46 +104,6 @@ def test_maps_are_those_of_pyyaml(tmp_path):
     for flow in (None, False):
         path.write_text(yaml.dump(fields, default_flow_style=flow))
         assert tensorrt_llm.read_map(path, hints).placement(hints) == placement
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("num_slots: 4\n", "must have 'initial_global_assignments'"),
-        ("num_slots: 4\nep_size: 2\n", "got 'ep_size'"),
-        ("num_slots: x\n", "must be num_slots: N and"),
-        ("num_slots: 4\ninitial_global_assignments:\n  3: [0, 1]\n", "layer 3 must have num_slots"),
-        (
-            "num_slots: 2\ninitial_global_assignments:\n  3: [0, a]\n",
-            "must be num_slots: N and",
-        ),
-        ("num_slots: 2\ninitial_global_assignments:\n  3: [0, 1]\n  3: [0, 1]\n", "there once"),
-        ("num_slots: 2\ninitial_global_assignments:\n  3: [0,\n", "must be num_slots: N and"),
-        (
-            "num_slots: 1\ninitial_global_assignments:\n  3:\n  - 0\n  4: [0 1]\n",
-            "must be num_slots: N and",
-        ),
-        (
-            "num_slots: 2\ninitial_global_assignments: !!python/object/apply:os.system [x]\n",
-            "must be num",
-        ),
-    ],
-)
-def test_bad_maps(tmp_path, text, message):
-    """Keys are as strict as the engine's; nothing but numbers is read."""
-    path = tmp_path / "map.yaml"
-    path.write_text(text)
-    refused(message, path, lambda: tensorrt_llm.read_map(path, Hints()))
-
-
-def test_layers_must_fit(tmp_path):
-    """Hidden layers that are not dense must be as many as the placement has."""
-    placement = mt.Placement([[[0, 1], [2, 3]]])
-    with pytest.raises(ValueError, match="must leave 1 layers, as the placement has, got 4"):
-        tensorrt_llm.write_map(
-            placement, tmp_path / "m.yaml", Hints(hidden_layers=5, dense_layers=(0,))
-        )
-    assert not list(tmp_path.iterdir())
 
 
 def test_convert_with_the_map_that_ran(tmp_path, run):

@@ -1,14 +1,12 @@
 """vLLM: what it wrote is read, in whatever way responses are kept; nonsense is named."""
 
-import base64
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import random_ids
-from damage import refused
+from engines_files import vllm_response as response
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,17 +25,6 @@ def truth():
 def same_sets(trace, ids):
     """Whether every token has the same experts in every layer, in any order."""
     return np.array_equal(np.sort(trace.expert_ids, axis=2), np.sort(ids, axis=2))
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def response(*arrays, **fields):
-    choices = [{"index": i, "text": "é", "routed_experts": npy(a)} for i, a in enumerate(arrays)]
-    return {"id": "x", "object": "text_completion", **fields, "choices": choices}
 
 
 def routed(tokens, layers=3, dense=(0,), seed=0):
@@ -125,37 +112,6 @@ def test_dense_layers(tmp_path):
     (tmp_path / "k.json").write_text(json.dumps(response(routed(3)[0])))
     with pytest.raises(ValueError, match=r"k\.json: .*layer 0"):
         mt.open_input(tmp_path / "k.json", num_experts=8, dense_layers=[2]).expert_ids.sum()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (response(), "no routed experts: start vLLM with --enable-return-routed-experts"),
-        ({"choices": [{"routed_experts": "hello"}]}, "must be base64, got 5 letters"),
-        ({"choices": [{"routed_experts": "AAAA"}]}, "must be an array as .npy"),
-        ({"choices": [{"routed_experts": [1]}]}, "must be base64, got [1]"),
-        ({"choices": [{"routed_experts": npy(np.zeros((2, 2, 2)))}]}, "must be integers [tokens"),
-        ({"choices": [{"routed_experts": npy(np.zeros((2, 2), int))}]}, "must be integers [tokens"),
-        ({"choices": [{"routed_experts": npy(routed(9)[0])[:-8]}]}, "must have 54 bytes, got 49"),
-        (response(routed(3)[0] + 9), "expert id 9"),
-        (response(routed(3)[0], routed(3, layers=4)[0]), "same layers and top-k"),
-        (response(np.zeros((3, 2, 2), np.uint8)), "got only rows of zeros"),
-        (response(np.zeros((0, 2, 2), np.uint8)), "at least one token"),
-        ({"routed_experts": 1, "choices": 1}, "must be a response with 'choices'"),
-    ],
-)
-def test_nonsense(tmp_path, content, words):
-    """One line names file, response and rule."""
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(content))
-    refused(words, path, lambda: mt.open_input(path, num_experts=8, reader="vllm").expert_ids.sum())
-
-
-def test_experts_must_be_said(tmp_path):
-    """The largest id tells nothing of how many there are."""
-    (tmp_path / "r.json").write_text(json.dumps(response(routed(3)[0])))
-    with pytest.raises(ValueError, match="num_experts is needed"):
-        mt.open_input(tmp_path / "r.json")
 
 
 values = st.recursive(

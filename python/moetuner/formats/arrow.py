@@ -1,8 +1,7 @@
 """Parquet and Arrow files, read batch by batch with pyarrow, an extra of this package.
 
-A row is a token: a column ``experts`` of lists [L][K], or a column of ids [K] for every layer,
-whose name ends in its number (``layer_3``), with ``sequence`` and ``group`` if they are known. Or a
-row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
+A row is a token: a column ``experts`` of lists [L][K], with ``sequence`` and ``group`` if they are
+there. Or a row is one choice, with columns ``token``, ``layer`` and ``expert`` as in CSV.
 """
 
 from __future__ import annotations

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.files import naming, npz, safetensors, size_of
 from moetuner.files.safetensors import TensorInFile, is_size
+from moetuner.formats.records import head
 
 # Of an archive's description; per-token dumps list their tokens there.
 LONGEST_PICKLE = 1 << 27
@@ -34,7 +35,6 @@ FREE_BYTES, BYTES_PER_BYTE = 1 << 22, 14
 POINTER, OBJECT, CONTAINER = 8, 40, 80
 # Values for each byte, where the description names the same part again and again.
 EXPANSION = 16
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 ZIP = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
 
@@ -51,7 +51,6 @@ STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-DTYPES = {*STORAGES.values(), "uint16", "uint32", "uint64"}
 # What pickle raises of a damaged description, or by itself where it is cut off.
 DAMAGE = (LookupError, EOFError, struct.error, TypeError, AttributeError, UnicodeDecodeError)
 
@@ -90,12 +89,9 @@ class Tensor:
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file is one of ``torch.save``, of today or of before 1.6."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(512)
-    return start.startswith(LEGACY) or (start.startswith(ZIP) and DESCRIPTION.encode() in start)
+    """Whether a file is one of ``torch.save``, as it is written since 1.6."""
+    start = head(path, 512)
+    return start.startswith(ZIP) and DESCRIPTION.encode() in start
 
 
 def peek(path: Path) -> Any:
@@ -113,19 +109,8 @@ def load(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _load(path: Path, *_: int) -> Any:
-    with naming(path):
-        size_of(path)
-        with path.open("rb") as file:
-            start = file.read(len(LEGACY))
-        if start == LEGACY:
-            raise ValueError(
-                "is in torch's format of before 1.6, which is a programme and not opened: load it "
-                "where you trust it and torch.save it anew"
-            )
-        if not start.startswith(ZIP):
-            raise ValueError("must be a zip archive as torch.save writes it")
-        with npz.opened(path, "archive of torch.save") as archive:
-            return _Machine(path, archive).content()
+    with naming(path), npz.opened(path, "archive of torch.save") as archive:
+        return _Machine(path, archive).content()
 
 
 def _stored(dtype: str) -> np.dtype[Any]:
@@ -139,18 +124,15 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """Raw bytes of tensors: the key of their entry, and their type, None if the tensor says it."""
+class _Storage(NamedTuple):
+    """Raw bytes of tensors: the key of their entry, and their type."""
 
     key: str
-    dtype: str | None
+    dtype: str
 
 
-NAMES = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
-NAMES |= {"torch._utils._rebuild_parameter", "collections.OrderedDict"}
-NAMES |= {"torch.Size", "torch.device", "torch.storage.UntypedStorage", "torch.UntypedStorage"}
-NAMES |= {f"torch.{name}" for name in (*STORAGES, *DTYPES)}
+NAMES = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size"}
+NAMES |= {"collections.OrderedDict", "torch.device", *(f"torch.{name}" for name in STORAGES)}
 
 # Instructions that are carried out, and bytes of memory of what each makes, beside its text.
 COSTS = dict.fromkeys(map(ord, "NK\x88\x89)hjqr\x94"), POINTER)
@@ -177,11 +159,8 @@ class _Name:
                 return ":".join(str(part) for part in parts if isinstance(part, str | int))
             case ("torch._utils._rebuild_parameter", Tensor() as tensor, *_):
                 return tensor
-            case ("torch._utils._rebuild_tensor_v3", of, start, shape, strides, _, _, _Name(), *_):
-                dtype = arguments[6].text.removeprefix("torch.")
-                return self.machine.tensor(of, dtype, start, shape, strides)
             case ("torch._utils._rebuild_tensor_v2", _Storage() as of, start, shape, strides, *_):
-                return self.machine.tensor(of, of.dtype, start, shape, strides)
+                return self.machine.tensor(of, start, shape, strides)
         raise ValueError(f"asks for a call of {self.text} that torch.save does not write")
 
 
@@ -253,24 +232,35 @@ class _Machine(pickle._Unpickler):
             raise ValueError(f"{self.root}{name}: must have at most {most} bytes, got {size}")
         return safetensors.read(self.path, TensorInFile(np.dtype("u1"), (size,), begin)).tobytes()
 
-    def tensor(self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+    def tensor(self, storage: _Storage, offset: Any, shape: Any, strides: Any) -> Tensor:
         """Check a tensor against the entry of its storage."""
-        if not isinstance(storage, _Storage) or dtype not in DTYPES:
-            raise ValueError(f"a tensor must have a storage and an element type, got {dtype}")
+        key, dtype = storage
         are_tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
         if not are_tuples or not all(map(is_size, (offset, *shape, *strides))):
             raise ValueError("offset, size and stride of a tensor must be sizes")
         if len(shape) != len(strides) or len(shape) > 16:
             raise ValueError("size and stride of a tensor must fit together")
-        begin, size = self.place(f"data/{storage.key}")
+        begin, size = self.place(f"data/{key}")
         width = _stored(dtype).itemsize
         needed = max(offset + _span(shape, strides), prod(shape))
         if prod(shape) and needed > size // width:
             raise ValueError(
-                f"storage {storage.key} must have {needed} {dtype} for a tensor {list(shape)}, "
+                f"storage {key} must have {needed} {dtype} for a tensor {list(shape)}, "
                 f"got {size // width}"
             )
         return Tensor(self.path, dtype, shape, strides, begin + offset * width)
+
+    @property
+    def dispatch(self) -> _Machine:  # type: ignore[override]
+        """What says how an instruction is carried out."""
+        return self
+
+    def __getitem__(self, code: int) -> Callable[[_Machine], object]:
+        """Count the memory of an instruction; return how it is carried out."""
+        if code not in COSTS:
+            raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
+        self.spend(COSTS[code])
+        return OURS.get(code) or cast(Any, pickle._Unpickler.dispatch[code])
 
     def spend(self, size: int) -> None:
         """Count memory of what is made."""
@@ -311,9 +301,9 @@ class _Machine(pickle._Unpickler):
         """Return the storage that a persistent id names."""
         match pid:
             case ("storage", _Name(text=text), str(key), _, _) if key.isalnum() and len(key) <= 40:
-                kind = text.rpartition(".")[2]
-                if kind in (*STORAGES, "UntypedStorage"):
-                    return _Storage(key, STORAGES.get(kind))
+                dtype = STORAGES.get(text.removeprefix("torch."))
+                if dtype is not None:
+                    return _Storage(key, dtype)
         raise ValueError("persistent ids must be storages with a type and a key")
 
     def build(self) -> None:
@@ -323,30 +313,12 @@ class _Machine(pickle._Unpickler):
             raise ValueError("asks to change an object that is no dict")
 
 
-Action = Callable[[_Machine], object]
 # Instructions that are carried out otherwise than by pickle.
-OURS: dict[str, Action] = {
-    "s": lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
-    "u": lambda machine: machine.set(machine.pop_mark()),
-    "b": _Machine.build,
+OURS: dict[int, Callable[[_Machine], object]] = {
+    ord("s"): lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
+    ord("u"): lambda machine: machine.set(machine.pop_mark()),
+    ord("b"): _Machine.build,
 }
-
-
-def _instruction(code: int) -> Action:
-    """Return how an instruction is carried out: its memory is counted before it is taken."""
-    act = OURS.get(chr(code)) or cast(Action, pickle._Unpickler.dispatch.get(code))
-    cost = COSTS.get(code)
-
-    def counted(machine: _Machine) -> None:
-        if cost is None:
-            raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
-        machine.spend(cost)
-        act(machine)
-
-    return counted
-
-
-_Machine.dispatch = {code: cast(Any, _instruction(code)) for code in range(256)}
 
 
 def _check_unfolded(content: Any, most: int) -> None:

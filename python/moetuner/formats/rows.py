@@ -21,7 +21,6 @@ from moetuner.trace import RoutingTrace
 
 LABELS = ("group", "sequence")
 LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
-LAYER = re.compile(r"(?:layers?|experts?|l)[_.]?(\d{1,5})", re.ASCII | re.IGNORECASE)
 # Cells of a table that may be larger than the rows that fill it, and cells for each row: a token
 # with one of 128 experts leaves as many empty.
 FREE_CELLS, CELLS_PER_ROW = 1 << 22, 128
@@ -45,8 +44,7 @@ def read_tables(
     paths: Sequence[Path], hints: Hints, opened: Callable[[Path], AbstractContextManager[Source]]
 ) -> Traffic:
     """Read one table, or several of the same columns one after the other."""
-    table: Choices | Tokens | None = None
-    names: list[str] = []
+    table: Any = None
     for path in paths:
         with naming(path), opened(path) as source:
             if table is None:
@@ -59,10 +57,9 @@ def read_tables(
                     f"must have columns {names[:8]} like the others, got {source.names[:8]}"
                 )
             source.add_to([*table.numbers, *table.labels], table.add)
-    if table is None:
-        raise ValueError("must have a file, got none")
     with naming(paths[0]):
-        return table.traffic()
+        traffic: Traffic = table.traffic()
+    return traffic
 
 
 class Labels(dict[str, int]):
@@ -103,25 +100,22 @@ class Table:
 
 
 class Tokens(Table):
-    """A row is a token: a column of ids [L][K], or columns of ids [K] by number of layer."""
+    """A row is a token, with a column of ids [L][K]."""
 
     def __init__(self, names: list[str], hints: Hints) -> None:
-        layers = {int(of[1]): name for name in names if (of := LAYER.fullmatch(name)) is not None}
-        columns = ["experts"] if "experts" in names else [layers[at] for at in sorted(layers)]
-        if not columns:
+        if "experts" not in names:
             raise ValueError(
-                "must have a column 'experts' of ids [layers][top_k], one column of ids for every "
-                f"layer (layer_0, ...), or columns token, layer and expert; got {names[:8]}"
+                "must have a column 'experts' of ids [layers][top_k], or columns token, layer and "
+                f"expert; got {names[:8]}"
             )
-        super().__init__(columns, names, hints)
+        super().__init__(["experts"], names, hints)
         self.trace = TraceInParts(hints.experts_needed())
 
     def add(self, columns: Columns) -> None:
-        """Take in ids [T,K] of layers, or [T,L,K] of all."""
-        layers = [columns[name] for name in self.numbers]
-        ids = layers[0] if self.numbers == ["experts"] else np.stack(layers, axis=1)
+        """Take in ids [T,L,K]."""
+        ids = columns["experts"]
         if ids.ndim != 3:
-            raise ValueError(f"{self.numbers[0]} must be ids, got {shown(ids)}")
+            raise ValueError(f"experts must be ids [layers][top_k], got {shown(ids)}")
         if self.trace.ids and ids.shape[1:] != (before := self.trace.ids[0].shape[1:]):
             raise ValueError(
                 f"rows must have {list(before)} ids [layers, top_k] like those before, "

@@ -55,8 +55,6 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read the dumps of all ranks: a trace of raw choices, else counts by iteration."""
     raw = any(_is_raw(path) or (path.is_dir() and any(path.glob(RAW))) for path in paths)
     files = by_rank(paths, RAW if raw else COUNTS)
-    if not files:
-        raise ValueError("must have a file, got none")
     first = files[0]
     if any(_is_raw(file) != raw for file in files):
         raise ValueError(f"{first.parent}: must be raw dumps or counts, got both")

@@ -1,0 +1,289 @@
+"""What is wrong with a file of an engine, a table or a map: one line names file, place and rule."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import random_ids
+from damage import refused
+from engines_files import (
+    SGLANG_MAP,
+    deepspeed_counts,
+    megatron_lines,
+    save_arrays,
+    save_table,
+    sglang_pass,
+    vllm_response,
+    write_megatron,
+    write_sglang,
+    write_tensorrt,
+    write_tensorrt_about,
+)
+
+import moetuner as mt
+from moetuner.formats import tensorrt_llm, vllm_ascend
+from moetuner.formats.hints import Hints
+
+NAN = float("nan")
+COUNTS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)  # ranks, layers, experts
+TABLE = np.array([[[0, 1], [2, 0]], [[2, 1], [0, 1]]])
+LOAD = np.array([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
+STEPS = [(10 + step, layer) for step in range(3) for layer in (3, 4)]
+LABELLED = "layer,expert,sequence\n"
+TOKEN = "token,layer,expert\n"
+HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
+MAP = "num_slots: 2\ninitial_global_assignments:\n"
+
+
+def ids(tokens=3, layers=3):
+    """Give ids of hidden layers of which the first is dense, as vLLM has them."""
+    array = random_ids(tokens, layers, 2, 8).astype(np.uint8)
+    array[:, 0] = 0
+    return array
+
+
+answer = vllm_response
+
+
+def choice(experts):
+    return {"choices": [{"routed_experts": experts}]}
+
+
+def layer(fields, at=0):
+    return fields["layer_list"][at]
+
+
+def deepspeed(folder, change):
+    for rank, counts in enumerate(COUNTS):
+        arrays = deepspeed_counts(counts)
+        save_arrays(folder / f"c_rank{rank}.npz", change(arrays) if rank else arrays)
+    return mt.open_input(folder)
+
+
+def megatron(folder, change):
+    for rank in range(2):
+        of_steps = (random_ids(3, 3, 2, 8, seed=step) for step in (0, 0, 1, 1, 2, 2))
+        numbered = enumerate(of_steps)
+        lines = [
+            line for at, of in numbered for line in megatron_lines(of, at // 2, rank, (1, 2, 4))
+        ]
+        write_megatron(folder, rank, change(lines) if rank else lines)
+    return mt.open_input(folder, num_experts=8)
+
+
+def tensorrt(folder, change):
+    for rank in range(2):
+        write_tensorrt(folder, rank, dict.fromkeys(STEPS, np.arange(6)))
+    write_tensorrt_about(folder, 6)
+    change(folder)
+    return mt.open_input(folder)
+
+
+def yaml(folder, text):
+    (folder / "map.yaml").write_text(text)
+    return tensorrt_llm.read_map(folder / "map.yaml", Hints())
+
+
+def csv(folder, text, experts=8):
+    (folder / "rows.csv").write_text(text)
+    return mt.open_input(folder / "rows.csv", num_experts=experts)
+
+
+def jsonl(folder, *lines):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "a.jsonl").write_text("\n".join(texts) + "\n")
+    return mt.RoutingTrace.load(folder / "a.jsonl")
+
+
+def columns(folder, table):
+    save_table(folder / "t.parquet", table)
+    return mt.open_input(folder / "t.parquet", num_experts=8)
+
+
+def vllm(folder, content):
+    (folder / "r.json").write_text(json.dumps(content))
+    return mt.open_input(folder / "r.json", num_experts=8, reader="vllm")
+
+
+def sglang(folder, change):
+    slots = np.array([[[0, 5], [4, 3], [1, 2]]] * 3)
+    record = sglang_pass(0, 0, slots, [0, 1, 0], [2, 1])
+    fields = {"records": [record | change], "slots": SGLANG_MAP}
+    fields |= {key: change[key] for key in fields if key in change}
+    write_sglang(folder / "a.pt", **fields)
+    return mt.open_input(folder / "a.pt", reader="sglang")
+
+
+def ascend(folder, load, table=TABLE):
+    np.savez(folder / "load.npz", expert_workload=load, current_expert_table=table)
+    return mt.open_input(folder / "load.npz")
+
+
+def ascend_map(folder, change):
+    path = folder / "map.json"
+    vllm_ascend.write_map(mt.Placement(TABLE, num_experts=3), path, Hints())
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    return vllm_ascend.read_map(path, Hints())
+
+
+def pattern(folder, *layers):
+    np.save(folder / "pattern.npy", layers)
+    return mt.read_placement(folder / "pattern.npy")
+
+
+def sglang_map(folder, content):
+    (folder / "map.json").write_text(json.dumps(content))
+    return mt.read_placement(folder / "map.json", devices=2)
+
+
+# Who reads, what is changed of good files or what is in one, and what the error says.
+CASES = r"""
+deepspeed | lambda a: {k: v[:3] for k, v in a.items()} | counts must be [1, 3, 4] like those before
+deepspeed | lambda a: dict(list(a.items())[1:]) | counts must be [1, 3, 4] like those before
+deepspeed | lambda a: {k: v + 0.5 for k, v in a.items()} | counts must be whole numbers
+deepspeed | lambda a: {k: v * np.nan for k, v in a.items()} | counts must be whole numbers
+deepspeed | lambda a: {**a, "model.layers.3.mlp.tokens_per_expert": np.ones(2)} | must be counts [
+deepspeed | lambda a: {**a, "layer2.tokens_per_expert": np.ones(4)} | layer 2 must be there once
+deepspeed | lambda a: {"tokens_per_expert": np.ones(4)} | arrays must be named as model.layers.0.mlp
+megatron | lambda lines: lines[:-1] | step 2, rank 1: must have ids of each of layers [1, 2, 4]
+megatron | lambda lines: lines[:-6] | rank 1 must have steps to 2 like rank 0, got 1 as its last
+megatron | lambda lines: [lines[0] | {"num_tokens": 1}] | line 1: top_indices must be integers [1,
+megatron | lambda lines: [lines[0], lines[1] | {"topk": 3}] | line 2: top_indices must be integers
+megatron | lambda lines: [lines[0], lines[1] | {"step": -1}] | line 2: step must be an integer
+megatron | lambda lines: [lines[0], {**lines[1], "rank": None}] | line 2: rank must be an integer
+megatron | lambda lines: [lines[0], {"x": 1}] | line 2: must have 'top_indices', got keys ['x']
+megatron | lambda lines: [lines[0] | {"top_indices": [[0, 9]] * 3}] | expert id 9 is not below
+megatron | lambda lines: [line | {"block": "mtp"} for line in lines] | must hold lines of block
+megatron | lambda lines: [line | {"rank": 0} for line in lines] | rank 0 is in another file too
+tensorrt | lambda f: (f / "rank0.safetensors").unlink() | got none of rank 0
+tensorrt | lambda f: (f / "meta_info.json").unlink() | must be beside rank0.safetensors
+tensorrt | lambda f: write_tensorrt_about(f, 7) | must be counts [7] as meta_info
+tensorrt | lambda f: write_tensorrt_about(f, "7") | num_experts must be an integer, got '7'
+tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the iterations
+tensorrt | lambda f: write_tensorrt(f, 0, {(0, 3): LOAD[0, 0], (1, 4): LOAD[0, 0]}) | step 0 must
+tensorrt | lambda f: write_tensorrt(f, 0, dict.fromkeys(STEPS, -np.ones(6, int))) | from 0 to 2**48
+tensorrt | lambda f: (p := f / "rank0.safetensors").write_bytes(p.read_bytes()[:-9]) | must have
+yaml | "num_slots: 4\n" | must have 'initial_global_assignments'
+yaml | "num_slots: 4\nep_size: 2\n" | got 'ep_size'
+yaml | "num_slots: x\n" | must be num_slots: N and
+yaml | MAP + "  3: [0]\n" | layer 3 must have num_slots 2 experts, got 1
+yaml | MAP + "  3: [0, a]\n" | must be num_slots: N and
+yaml | MAP + "  3: [0, 1]\n  3: [0, 1]\n" | there once
+yaml | MAP + "  3: [0,\n" | must be num_slots: N and
+yaml | MAP + "  3:\n  - 0\n  4: [0 1]\n" | must be num_slots: N and
+yaml | MAP[:-1] + " !!python/object/apply:os.system [x]\n" | must be num_slots: N and
+csv | TOKEN | must have at least one row
+csv | TOKEN + "0,0,1\n1,0,x\n" | line 3: must have 3 values, integers but for sequence
+csv | TOKEN + "0,0,1\n1,0\n" | line 3: must have 3 values
+csv | TOKEN + "0,0,1\n1,0,-1\n" | line 3: expert must be from 0 to 65535, got -1
+csv | TOKEN + "0,0,1.5\n" | could not convert string '1.5'
+csv | TOKEN + "0,0,1\n0,0,2\n1,0,1\n" | token 1 must have 2 experts in layer 0
+csv | TOKEN + "0,0,1\n0,1,1\n1,0,1\n" | token 1 must have 1 experts in layer 1
+csv | TOKEN + "0,0,9\n" | expert id 9 is not below num_experts 8
+csv | TOKEN + "0,0,1\n0,0,1\n" | expert id 1 appears twice
+csv | TOKEN + '0,0,"1\n' | must be CSV
+csv | "token,layer,expert,group\n0,0,1,a\n0,0,2,b\n" | token 0 must be of one group, not two
+csv | "layer,expert\n0,8\n" | expert 8 must be below num_experts 8
+csv | "layer,expert,weight\n0,1,0.5\n" | could not convert string '0.5'
+csv | f"layer,expert\n0,{10**30}\n" | line 2: must have 2 values, integers
+csv | "layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16) | weight must add up to
+csv | LABELLED + "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1024)), None | must fill
+jsonl | LINE | line 1: num_experts is needed
+jsonl | HEAD | must have at least one line with 'experts' or 'tokens', got none
+jsonl | {"num_experts": 0}, LINE | line 1: num_experts must be from 1 to 65536, got 0
+jsonl | {"num_experts": 4.0}, LINE | line 1: num_experts must be an integer, got 4.0
+jsonl | {"a": 1}, LINE | line 1: must have 'experts', 'tokens' or 'num_experts', got
+jsonl | HEAD, LINE, {"a": 1} | line 3: must have 'experts' or 'tokens', got
+jsonl | HEAD, LINE, "[1]" | line 3: must be a JSON object, got list
+jsonl | HEAD, LINE, '{"experts": [[0,' | line 3: must be JSON
+jsonl | HEAD, '{"a":' * 100000 | line 2: must be JSON
+jsonl | HEAD, {"experts": [[0, 4], [1, 2]]} | line 2: expert_ids: token 0, layer 0
+jsonl | HEAD, LINE, {"experts": [[0, 1], [2, 2]]} | line 3: expert_ids: token 1
+jsonl | HEAD, {"experts": [[-1]]} | line 2: experts must be integers from
+jsonl | HEAD, {"experts": [[0, 1.5]]} | line 2: experts must be integers from
+jsonl | HEAD, {"experts": [[0, NAN]]} | line 2: experts must be integers from
+jsonl | HEAD, {"experts": [[10**30]]} | line 2: experts must be integers from
+jsonl | HEAD, {"experts": [0]} | line 2: experts must be integers from
+jsonl | HEAD, {"experts": [[0], []]} | line 2: experts must be integers from
+jsonl | HEAD, {"experts": []} | must have at least one token, layer and expert
+jsonl | HEAD, {"tokens": [[0, 1]]} | line 2: tokens must be integers from
+jsonl | HEAD, LINE, {"experts": [[0, 1]]} | got experts with 1 layers of 2 ids
+jsonl | HEAD, {"experts": [[0, 1, 2, 3, 3]]} | top-k from 1 to num_experts (4)
+jsonl | HEAD, LINE, LINE | {"group": "a"} | line 3: must have experts with
+jsonl | HEAD, LINE, {"tokens": [[[0, 1]]]} | got tokens with 1 layers of 2
+jsonl | HEAD, LINE | {"sequence": 1 << 31} | sequence must be an integer of 32
+jsonl | HEAD, LINE | {"sequence": True} | sequence must be an integer of 64
+jsonl | HEAD, LINE | {"group": 3} | line 2: group must be a text
+jsonl | HEAD | {"group_names": [1]}, LINE | line 1: group_names must be texts, got 1
+jsonl | HEAD | {"group_names": 1}, LINE | line 1: group_names must be a list
+jsonl | HEAD | {"model": 1}, LINE | line 1: model must be a text, got 1
+columns | {"experts": [[[0, 1]], [[2]]]} | experts must have lists of one length
+columns | {"experts": [[[0, 1]], None]} | experts must have no empty lists
+columns | {"experts": [[[0, 1]], [[2, None]]]} | experts must have no empty values
+columns | {"experts": [[[0, 1.5]]]} | experts must be integers, got double
+columns | {"experts": [[0, 1]]} | experts must be ids [layers][top_k], got int64 [1, 2]
+columns | {"experts": [[[0, 9]]]} | expert id 9 is not below num_experts 8
+columns | {"x": [0]} | must have a column 'experts'
+columns | {"layer": [0], "expert": ["a"]} | expert must be integers, got string
+columns | {"layer": [0], "expert": [None]} | expert must have no empty values
+vllm | answer() | no routed experts: start vLLM with --enable-return-routed-experts
+vllm | choice("hello") | must be base64, got 5 letters
+vllm | choice("AAAA") | must be an array as .npy
+vllm | choice([1]) | must be base64, got [1]
+vllm | answer(np.zeros((2, 2, 2))) | must be integers [tokens
+vllm | answer(np.zeros((2, 2), int)) | must be integers [tokens
+vllm | choice(answer(ids(9))["choices"][0]["routed_experts"][:-8]) | 54 bytes, got 49
+vllm | answer(ids() + 9) | expert id 9
+vllm | answer(ids(), ids(layers=4)) | same layers and top-k
+vllm | answer(np.zeros((3, 2, 2), np.uint8)) | got only rows of zeros
+vllm | answer(np.zeros((0, 2, 2), np.uint8)) | at least one token
+vllm | {"routed_experts": 1, "choices": 1} | must be a response with 'choices'
+sglang | {"records": 1} | records must be a list
+sglang | {"records": [1]} | record 0 must be a dict
+sglang | {"records": [{}]} | forward_pass_id and a rank
+sglang | {"slots": 1} | must be a tensor of integers in 2 dimensions
+sglang | {"slots": SGLANG_MAP[:2]} | must have 2 layers like the map
+sglang | {"slots": SGLANG_MAP.astype(float)} | must be a tensor of integers
+sglang | {"positions": [1]} | must have positions and ids of 3 tokens
+sglang | {"positions": "x"} | positions must be a list of numbers
+sglang | {"extend_seq_lens": [1]} | must add up to 3 tokens
+sglang | {"topk_ids_of_layer": 1} | topk_ids_of_layer must be a tensor
+ascend | LOAD, TABLE[:, :1] | table must be [2, 2, 2] like the workload, got [2, 1, 2]
+ascend | LOAD, TABLE - 2 | slots must hold experts from 0 to 0, got -2 to 0
+ascend | LOAD, TABLE * 0.5 | table must be integers, got float64
+ascend | LOAD, np.where(TABLE == 2, 1 << 20, TABLE) | slots must hold every expert of a layer, got 4
+ascend | np.full_like(LOAD, 1 << 62) | workload must be counts from 0 to 2**48
+ascend | -LOAD | workload must be counts from 0 to 2**48
+ascend | LOAD + 0.5 | workload must be whole numbers of tokens
+ascend | LOAD * np.nan | workload must be whole numbers of tokens
+ascend | LOAD[0, 0] | workload must be [layers, experts], [layers, ranks, slots]
+ascend_map | lambda f: f.pop("layer_list") | layer_list must be a list, got None
+ascend_map | lambda f: f.update(moe_layer_count=3) | moe_layer_count must be 2
+ascend_map | lambda f: layer(f, 1).update(device_count=3) | layer 1: device_count must be 2
+ascend_map | lambda f: layer(f)["device_list"][1]["device_expert"].pop() | layer 0: must have 2
+ascend_map | lambda f: layer(f)["device_list"].clear() | layer 0: device_count must be 0
+sglang_map | [] | none of
+sglang_map | {"physical_to_logical_map": [[0, 1], [0]]} | row 1 must have 2 slots like row 0, got 1
+sglang_map | {"physical_to_logical_map": [[0, 1 << 70]]} | must be integers
+sglang_map | {"physical_to_logical_map": [[0, 1]], "b": 1} | single key
+sglang_map | {"hello": 1} | none of
+sglang_map | {"physical_to_logical_map": [[(1 << 64) - 1, 1 << 63]]} | must be integers below 2
+pattern | [[1, 0, 1, 1]], [[0, 0, 0, 0]] | not a placement
+pattern | [[1, 0, 1, 2]], [[0, 1, 0, 0]] | not a placement
+pattern | [[1.0, 0, 1, 1]], [[0, 1, 0, 0]] | not a placement
+pattern | [1, 0, 1, 1] | not a placement
+"""
+
+
+LINES = [line.partition(" | ")[::2] for line in CASES.strip().splitlines()]
+
+
+@pytest.mark.parametrize(("reader", "case"), LINES)
+def test_what_is_wrong_is_said(tmp_path, reader, case):
+    """The message is one line that begins with a path of the recording."""
+    given, _, words = case.rpartition(" | ")
+    given = eval(given, globals())
+    given = given if isinstance(given, tuple) else (given,)
+    refused(words, tmp_path, lambda: globals()[reader](tmp_path, *given))
