@@ -35,8 +35,8 @@ def packing(seeds: int) -> None:
         proven = 0
         for seed in range(seeds):
             load = skewed_loads(layers, experts, seed).astype(np.uint64)
-            core = (load, clusters, experts // clusters)
-            (_, balance, _), alone, _ = timed(lambda: _core.cluster(*core, tolerance=TOLERANCE))
+            core = (load, clusters, (experts // clusters,) * 2)
+            (_, balance, _), alone, _ = timed(lambda: _core.pack(*core, tolerance=TOLERANCE))
             stage, whole, _ = timed(lambda: cluster_layers(load, clusters))
             seconds.append((alone, whole))
             of_cluster = np.zeros((layers, clusters))

@@ -62,31 +62,3 @@ pub fn assign_max(weight: &[i64], n: usize) -> Vec<usize> {
     }
     column_of
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn best(weight: &[i64], n: usize, row: usize, used: u32) -> i64 {
-        if row == n {
-            return 0;
-        }
-        let free = (0..n).filter(|c| used & 1 << c == 0);
-        free.map(|c| weight[row * n + c] + best(weight, n, row + 1, used | 1 << c)).max().unwrap_or(0)
-    }
-
-    proptest! {
-        /// The matching is one to one and no other has a larger sum.
-        #[test]
-        fn is_optimal(n in 1usize..6, values in prop::collection::vec(-50i64..50, 36)) {
-            let weight = &values[..n * n];
-            let columns = assign_max(weight, n);
-            let mut seen = columns.clone();
-            seen.sort_unstable();
-            prop_assert_eq!(seen, (0..n).collect::<Vec<_>>());
-            let sum: i64 = columns.iter().enumerate().map(|(r, &c)| weight[r * n + c]).sum();
-            prop_assert_eq!(sum, best(weight, n, 0, 0));
-        }
-    }
-}

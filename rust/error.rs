@@ -13,20 +13,9 @@ pub enum Error {
         /// What was found.
         got: String,
     },
-    /// An expert id that the model does not have.
-    #[error(
-        "expert_ids: token {token}, layer {layer}: expert id {expert} is not below num_experts {experts}"
-    )]
-    ExpertOutOfRange {
-        /// Position of the token in the trace.
-        token: u64,
-        /// The layer.
-        layer: usize,
-        /// The id found.
-        expert: usize,
-        /// The number of experts in a layer.
-        experts: usize,
-    },
+    /// An expert id that the model does not have, or that a token has twice in one layer.
+    #[error("expert_ids: token {0}, layer {1}: expert id {2}")]
+    Id(u64, usize, String),
     /// An expert that no device can take, whatever the others do.
     #[error(
         "layer {layer}: no slot is left for expert {expert}; it needs more slots, fewer pins or fewer forbidden devices"
@@ -45,18 +34,13 @@ pub enum Error {
         /// How much that is; [`usize::MAX`] where it cannot be counted.
         bytes: usize,
     },
-    /// A token that visits one expert twice in one layer.
-    #[error(
-        "expert_ids: token {token}, layer {layer}: expert id {expert} appears twice; a token's experts must differ"
-    )]
-    ExpertTwice {
-        /// Position of the token in the trace.
-        token: u64,
-        /// The layer.
-        layer: usize,
-        /// The id found.
-        expert: usize,
-    },
+}
+
+impl Error {
+    /// An argument that breaks a rule, with what it is.
+    pub fn shape(what: &'static str, rule: impl Into<String>, got: &dyn ToString) -> Self {
+        Self::Shape { what, rule: rule.into(), got: got.to_string() }
+    }
 }
 
 /// Shorthand for results of this crate.
@@ -73,19 +57,4 @@ pub fn room_for(what: &'static str, sizes: &[usize]) -> Result<()> {
     let bytes = sizes.iter().fold(1usize, |product, &size| product.saturating_mul(size));
     let reserved = Vec::<u8>::new().try_reserve_exact(bytes);
     reserved.map_err(|_| Error::Memory { what, bytes })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What no address space holds is an error, whether or not the product can be counted.
-    #[test]
-    fn what_memory_cannot_hold_is_an_error() {
-        for sizes in [&[1 << 30, 1 << 30][..], &[usize::MAX, 8], &[isize::MAX as usize, 1]] {
-            assert!(matches!(room_for("tables", sizes), Err(Error::Memory { .. })));
-        }
-        assert_eq!(room_for("tables", &[0, usize::MAX]), Ok(()));
-        assert_eq!(room_for("tables", &[1 << 10, 8]), Ok(()));
-    }
 }

@@ -38,27 +38,3 @@ impl<K: Ord + Copy> Tournament<K> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn is_the_minimum(
-            numbers in prop::collection::vec(0u8..50, 1..20),
-            changes in prop::collection::vec((0usize..20, 0u8..60), 0..40),
-        ) {
-            let mut numbers = numbers;
-            let mut least = Tournament::new(numbers.iter().copied(), u8::MAX);
-            prop_assert_eq!(Some(least.get()), numbers.iter().copied().min());
-            for (at, number) in changes {
-                let at = at % numbers.len();
-                numbers[at] = number;
-                least.set(at, number);
-                prop_assert_eq!(Some(least.get()), numbers.iter().copied().min());
-            }
-        }
-    }
-}

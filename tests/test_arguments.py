@@ -75,12 +75,8 @@ VALUES = {"PlacementDiff", "Evaluation", "Audit", "Verdict", "Result", "Progress
           "Advice", "Certificate"}  # fmt: skip
 # Methods of the objective that only the solver calls.
 INNER = {"Objective.window_cost", "Objective.imbalances", "Objective.layers_traffic"}
-OTHER_WORDS = {
-    "window_load": "load",
-    "gpu": "preset",
-    "machine": "preset",
-    "share": "share|holdout",
-}
+OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
+OTHER_WORDS["share"] = "share|holdout"
 
 # No number at all, whatever it is for; no count, no index and so on.
 NO_NUMBER = (True, "4", b"4", [4], {}, 1j, object(), NAN, np.bool_(True), np.float64("nan"))
@@ -180,9 +176,9 @@ WRONG = {
     "CostModel.compute_us.tokens": (), "CostModel.compute_us.speed": (), "CostModel.fit.experts":
     ("abcd", [1], [NAN] * 10, [-1] * 10, 3, {}), "CostModel.layer_us.communication": (),
     "Problem.check_shape.name": (), "pareto.method": (*CHOICE, "eplb"),
-    # Not looked at: the placement is full, its file says them, one speed is of all devices alike.
+    # Not looked at: the placement is full, its file says them.
     "Placement.filled.load": (), "read_placement.devices": (), "read_placement.num_experts": (),
-    "balance.speed": SPEED[1:], "balance.load": COUNTS[:-1], "advise.split": ("nonsense", 3, NAN),
+    "balance.load": COUNTS[:-1], "advise.split": ("nonsense", 3, NAN),
 }  # fmt: skip
 
 
@@ -260,22 +256,19 @@ def right_of(name, parameters):
     of = FILES.get(name, TRACE)
     as_json = isinstance(of, mt.Placement | mt.CostModel | str)
     path = Path("file.json" if as_json else "file.safetensors")
-    if isinstance(of, str):
-        path.write_text(of)
-    else:
-        of.save(path)
+    (path.write_text if isinstance(of, str) else lambda _: of.save(path))(of)
     own = RIGHT | {"path": path} | BY_CALL.get(name, {})
-    return {
-        each.name: own[each.name]
-        for each in parameters
-        if each.default is each.empty or each.name in ("iterations", "resamples")
-    }
+    wanted = [of for of in parameters if of.default is of.empty]
+    wanted += [
+        of for of in parameters if of not in wanted and of.name in ("iterations", "resamples")
+    ]
+    return {of.name: own[of.name] for of in wanted}
 
 
-def complaint(call, arguments, name, value, *, is_wrong):
+def complaint(call, given, name, *, is_wrong):
     """Say what is wrong with how a call answers; None if nothing."""
-    given = {**arguments, name: value}
-    first = [given.pop(each) for each in ("gpu", "machine") if each in given]
+    given = dict(given)
+    first = [given.pop(of) for of in ("gpu", "machine") if of in given]
     try:
         result = call(*first, **given)
         if inspect.isgenerator(result):
@@ -283,7 +276,7 @@ def complaint(call, arguments, name, value, *, is_wrong):
     except (ValueError, TypeError, OSError) as error:
         text, words = str(error), OTHER_WORDS.get(name, name).split("|")
         named = any(word in text for word in words)
-        named |= name == "path" and repr(str(value))[1:-1] in text
+        named |= name == "path" and repr(str(given.get("path")))[1:-1] in text
         named |= isinstance(error, OSError) and error.filename is not None
         if isinstance(error, UnicodeError) or not named:
             return f"{type(error).__name__} does not name it: {text!r:.150}"
@@ -298,7 +291,8 @@ def complaints(call, arguments, parameter, values, *, is_wrong=False):
     for value in values:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            said = complaint(call, arguments, parameter, value, is_wrong=is_wrong)
+            given = {**arguments, parameter: value}
+            said = complaint(call, given, parameter, is_wrong=is_wrong)
         if said is not None:
             yield f"{parameter}={str(type(value))!s:.60} {value!r:.40}: {said}"
 

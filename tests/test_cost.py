@@ -10,14 +10,8 @@ from moetuner.cost import busiest_ports
 from moetuner.presets import GPUS
 
 MODEL = mt.CostModel(20, 3, 12, 0.05, token_bytes=1000, combine_bytes=3000)
-NODES = mt.Topology(
-    4,
-    2,
-    intra_node_bandwidth=100e9,
-    inter_node_bandwidth=10e9,
-    intra_node_latency=1e-6,
-    inter_node_latency=5e-6,
-)
+LINKS = {"intra_node_bandwidth": 100e9, "inter_node_bandwidth": 10e9}
+NODES = mt.Topology(4, 2, **LINKS, intra_node_latency=1e-6, inter_node_latency=5e-6)
 
 
 def measured(tokens, experts, seed=0, noise=0.03, outliers=0.0):
@@ -25,6 +19,12 @@ def measured(tokens, experts, seed=0, noise=0.03, outliers=0.0):
     rng = np.random.default_rng(seed)
     times = MODEL.compute_us(tokens, experts) * np.exp(rng.normal(0, noise, len(tokens)))
     return np.where(rng.random(len(tokens)) < outliers, 3 * times, times)
+
+
+def fitted(tokens, experts, times=None, **how):
+    """Fit a cost model to times, by default of MODEL with noise."""
+    times = measured(tokens, experts, **how) if times is None else times
+    return mt.CostModel.fit(tokens, experts, times, token_bytes=1)
 
 
 def grid():
@@ -45,9 +45,7 @@ def test_compute_is_the_larger_of_two_lines():
 def test_fit_recovers_what_made_the_measurements(seed, outliers):
     """With noise of 3 %, and some wild ones, times are predicted within 5 %."""
     tokens, experts = grid()
-    actual = mt.CostModel.fit(
-        tokens, experts, measured(tokens, experts, seed, outliers=outliers), token_bytes=1
-    )
+    actual = fitted(tokens, experts, seed=seed, outliers=outliers)
     wanted = MODEL.compute_us(tokens, experts)
     assert np.abs(actual.compute_us(tokens, experts) / wanted - 1).max() < 0.05
     assert actual.token_us == pytest.approx(MODEL.token_us, rel=0.04)
@@ -56,14 +54,15 @@ def test_fit_recovers_what_made_the_measurements(seed, outliers):
         assert actual.residual == pytest.approx(0.03, rel=0.35)
 
 
-def test_fit_without_noise_is_exact():
-    """Two lines that meet in the middle are found again."""
-    tokens, experts = grid()
-    actual = mt.CostModel.fit(tokens, experts, MODEL.compute_us(tokens, experts), token_bytes=1)
+def test_fit_without_noise_is_exact(tmp_path):
+    """Two lines that meet in the middle are found again; what is known of a fit is saved."""
+    actual = fitted(*grid(), noise=0)
     assert actual.residual < 1e-6
-    assert [actual.base_us, actual.expert_us, actual.start_us, actual.token_us] == pytest.approx(
-        [20, 3, 12, 0.05], rel=1e-3
-    )
+    lines = [actual.base_us, actual.expert_us, actual.start_us, actual.token_us]
+    assert lines == pytest.approx([20, 3, 12, 0.05], rel=1e-3)
+    for model in (MODEL, actual):
+        model.save(tmp_path / "model.json")
+        assert mt.CostModel.load(tmp_path / "model.json") == model
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
@@ -74,23 +73,22 @@ def test_fit_without_noise_is_exact():
 def test_one_regime_is_refused(regime, tokens, seed, noise):
     """What was never measured is not known; the message says what was, and what to add."""
     rng = np.random.default_rng(seed)
-    tokens, experts = rng.uniform(*tokens, 40), rng.integers(1, 32, 40)
-    times = measured(tokens, experts, seed, noise)
+    batches = rng.uniform(*tokens, 40), rng.integers(1, 32, 40)
     with pytest.raises(ValueError, match=f"both regimes, got {regime} only: add (few|many) tokens"):
-        mt.CostModel.fit(tokens, experts, times, token_bytes=1)
+        fitted(*batches, seed=seed, noise=noise)
 
 
 def test_a_line_through_one_size_is_refused():
     """All batches that compute had the same number of tokens: their slope is not known."""
     tokens, experts = np.r_[np.full(20, 10.0), np.full(5, 9000.0)], np.r_[np.arange(1, 21), [1] * 5]
     with pytest.raises(ValueError, match="at least 3 batches of computing, of two sizes"):
-        mt.CostModel.fit(tokens, experts, measured(tokens, experts, noise=0), token_bytes=1)
+        fitted(tokens, experts, noise=0)
 
 
 def test_a_fit_says_what_it_saw():
     """Both regimes, by number of measurements, in the file as well."""
     tokens, experts = grid()
-    actual = mt.CostModel.fit(tokens, experts, measured(tokens, experts), token_bytes=1)
+    actual = fitted(tokens, experts)
     by_tokens = int((12 + 0.05 * tokens > 20 + 3 * experts).sum())
     assert sum(actual.measured) == len(tokens)
     assert actual.measured[1] == pytest.approx(by_tokens, abs=5)
@@ -102,9 +100,7 @@ def test_repeats_of_a_batch_are_left_out_together():
     tokens, experts = (np.repeat(column[::4], 20) for column in grid())
     # Every batch has an error of its own, which all its repeats have.
     own = np.repeat(np.exp(rng.normal(0, 0.2, len(tokens) // 20)), 20)
-    actual = mt.CostModel.fit(
-        tokens, experts, MODEL.compute_us(tokens, experts) * own, token_bytes=1
-    )
+    actual = fitted(tokens, experts, MODEL.compute_us(tokens, experts) * own)
     assert actual.prediction_error > 1.15 * actual.residual
 
 
@@ -112,24 +108,12 @@ def test_repeats_of_a_batch_are_left_out_together():
 def test_errors_of_a_fit_are_what_they_are(noise):
     """Over twenty fits the stated errors are near those that were made, of a known model."""
     tokens, experts = (column[::3] for column in grid())
-    fits = [
-        mt.CostModel.fit(tokens, experts, measured(tokens, experts, seed, noise), token_bytes=1)
-        for seed in range(12)
-    ]
+    fits = [fitted(tokens, experts, seed=seed, noise=noise) for seed in range(12)]
     made = np.std([[f.base_us, f.expert_us, f.start_us, f.token_us] for f in fits], axis=0)
     said = np.median([f.parameter_errors for f in fits], axis=0)
     assert (said > made / 3).all()
     assert (said < made * 3).all()
     assert np.mean([f.prediction_error for f in fits]) == pytest.approx(noise, rel=0.4)
-
-
-def test_models_survive_their_files(tmp_path):
-    """What is saved comes back, and all that is known of a fit."""
-    tokens, experts = grid()
-    fitted = mt.CostModel.fit(tokens, experts, measured(tokens, experts), token_bytes=1)
-    for model in (MODEL, fitted):
-        model.save(tmp_path / "model.json")
-        assert mt.CostModel.load(tmp_path / "model.json") == model
 
 
 def ports_by_hand(sent, topology):
@@ -185,7 +169,7 @@ def test_a_faster_device_or_link_never_takes_longer():
 
 def test_a_row_over_a_link_costs_its_part_of_the_busiest_port():
     """One token more costs a D-th of its bytes, there and back or one way."""
-    topology = mt.Topology(4, 2, intra_node_bandwidth=100e9, inter_node_bandwidth=10e9)
+    topology = mt.Topology(4, 2, **LINKS)
     actual = MODEL.crossing_us(topology, returns=True)
     assert actual == pytest.approx([0, 4000 / 100e9 * 1e6 / 4, 4000 / 10e9 * 1e6 / 4])
     assert MODEL.crossing_us(topology, returns=False) == pytest.approx(actual / 4)
@@ -199,9 +183,6 @@ def test_presets_follow_the_roofline(gpu):
     assert model.expert_us / model.token_us == pytest.approx(knee)
     assert (model.token_bytes, model.bytes_back) == (8192, 8192)
     assert model.name == f"{gpu}:4096x1024"
-
-
-def test_default_preset_sends_8_bits_and_gets_16_back():
-    """DeepSeek-V3's sizes and types."""
-    model = mt.CostModel.preset("h100", overlap=0.5)
+    # By default DeepSeek-V3's sizes, sent in 8 bits and returned in 16.
+    model = mt.CostModel.preset(gpu, overlap=0.5)
     assert (model.token_bytes, model.combine_bytes, model.overlap) == (7168, 14336, 0.5)

@@ -58,20 +58,16 @@ class Reader:
 
     def __call__(self, document):
         """Find what there is to do, as Sybil asks."""
-        fences = list(FENCES(document))
-        for number, fence in enumerate(fences):
-            language = fence.lexemes["language"].strip()
-            if language.startswith("{") or language in TEXT:
-                evaluate = self.text
-            else:
-                evaluate = {"python": self.python, "sh": self.commands, "": self.output}[language]
-            after = fences[number + 1] if number + 1 < len(fences) else None
-            shown = after is not None and not after.lexemes["language"].strip()
-            yield Region(fence.start, fence.end, (fence.lexemes["source"], shown), evaluate)
-        comments = list(NOT_RUN(document))
+        fences, comments = list(FENCES(document)), list(NOT_RUN(document))
+        languages = [fence.lexemes["language"].strip() for fence in fences]
+        kinds = {"python": self.python, "sh": self.commands, "": self.output}
+        for fence, language, after in zip(fences, languages, [*languages[1:], None], strict=True):
+            is_text = language.startswith("{") or language in TEXT
+            parsed = (fence.lexemes["source"], after == "")
+            yield Region(fence.start, fence.end, parsed, self.text if is_text else kinds[language])
         for comment in comments:
             yield Region(comment.start, comment.end, comment.lexemes["arguments"], self.excuse)
-        taken = [(each.start, each.end) for each in (*fences, *comments)]
+        taken = [(of.start, of.end) for of in (*fences, *comments)]
         for match in INLINE.finditer(document.text):
             if not any(start <= match.start() < end for start, end in taken):
                 yield Region(match.start(), match.end(), match[1], self.mention)
@@ -115,19 +111,14 @@ class Reader:
                 self.needed.add(words[0])
             elif words:
                 return f"{words[0]!r} is not run, and no comment before the fence says why"
-        return self.settled()
-
-    def settled(self) -> str | None:
-        """Every excuse was needed."""
         left = self.unneeded.keys() - self.needed
         self.unneeded, self.needed = {}, set()
         return f"not said to be run, and not there: {sorted(left)}" if left else None
 
     def command(self, words, shown):
         """Run one; it must succeed in silence."""
-        if words[0] in SEARCHES and not shown:
-            words = [*words, *SHORT]
-        return self.run(*words)
+        is_long = words[0] in SEARCHES and not shown
+        return self.run(*words, *(SHORT if is_long else ()))
 
     def output(self, example: Example) -> str | None:
         """Compare with what was printed; every line but its trailing spaces."""
@@ -207,11 +198,11 @@ def test_examples_run(name, tmp_path, monkeypatch):
     if name.startswith("moetuner.torch"):
         pytest.importorskip("torch")
     module = importlib.import_module(name)
-    actual = [each for each in doctest.DocTestFinder().find(module) if each.examples]
+    actual = [test for test in doctest.DocTestFinder().find(module) if test.examples]
     written = Path(module.__file__).read_text().count("    >>> ")
-    assert sum(len(each.examples) for each in actual) == written
-    for each in actual:
-        assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(each).failed == 0
+    assert sum(len(test.examples) for test in actual) == written
+    for test in actual:
+        assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES)

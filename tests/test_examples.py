@@ -71,12 +71,8 @@ def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
         make_trace(tokens=100 + number, seed=number).save(path)
     out = tmp_path / "statistics.safetensors"
     # In a process of its own, which dask's workers import.
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "merge_shards.py", *paths, "--out", out, "--window", "30"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, EXAMPLES / "merge_shards.py", *paths, "--out", out, "--window", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = mt.RoutingStatistics.sum(
         mt.RoutingStatistics.from_trace(mt.RoutingTrace.load(path), window=30) for path in paths

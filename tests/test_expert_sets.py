@@ -50,13 +50,3 @@ def test_sets_are_optional(make_trace):
     assert (plain + full).sets is None
     assert plain.fingerprint != full.fingerprint
     assert "sets" in repr(full)
-
-
-def test_save_and_load(make_trace, tmp_path):
-    """What is saved is loaded."""
-    path = tmp_path / "s.safetensors"
-    counted = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
-    counted.save(path)
-    loaded = mt.RoutingStatistics.load(path)
-    assert loaded.fingerprint == counted.fingerprint
-    assert as_counters(loaded) == as_counters(counted)

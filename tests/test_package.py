@@ -37,20 +37,10 @@ def test_import_is_silent_and_light():
     """Nothing is printed, no heavy module comes in, no thread starts, logging stays as it was."""
     # NumPy's linear algebra starts its own threads unless it is told not to.
     environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CHECK],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
+    command = [sys.executable, "-W", "error", "-c", CHECK]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
-    assert json.loads(done.stdout) == {
-        "heavy": [],
-        "threads": 1,
-        "native": 1,
-        "logging": True,
-    }
+    assert json.loads(done.stdout) == {"heavy": [], "threads": 1, "native": 1, "logging": True}
 
 
 def test_version_is_the_crates():
@@ -64,12 +54,8 @@ def test_public_names_exist():
         assert name == "__version__" or inspect.getdoc(getattr(mt, name))
     others = {name for name in vars(mt) if not name.startswith("_")} - set(mt.__all__)
     assert all(inspect.ismodule(getattr(mt, name)) for name in others)
-
-
-def test_no_module_is_shadowed_by_a_function():
-    """``import moetuner.audit as a`` gives a module or fails; it never gives a function."""
-    modules = {module.name for module in pkgutil.iter_modules(mt.__path__)}
-    assert not modules & set(mt.__all__)
+    # ``import moetuner.audit as a`` gives a module or fails; it never gives a function.
+    assert not {module.name for module in pkgutil.iter_modules(mt.__path__)} & set(mt.__all__)
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +80,15 @@ def values():
         result = mt.solve(plain, iterations=100)
         assert result.certificate is not None
         placement = mt.solve(problem, "lpt").placement
-        evaluation = mt.evaluate(
-            placement, trace, topology, window=50, cost_model=problem.cost_model
-        )
+        how = {"window": 50, "cost_model": problem.cost_model}
+        evaluation = mt.evaluate(placement, trace, topology, **how)
         return [
-            statistics,
-            statistics.sets[0],
-            topology,
-            mt.Tier(2, 1e9),
-            problem.cost_model,
-            problem,
-            replace(result, seconds=0.0),
-            result.certificate,
-            result.details,
-            placement,
-            placement.diff(result.placement, topology=topology, expert_bytes=2),
-            evaluation,
-            mt.audit(placement, trace, topology, window=50),
-            mt.verdict(evaluation, evaluation),
-            mt.pareto(problem, placement, iterations=10)[-1],
-            mt.structure(trace),
-            mt.Progress(1.0, "search"),
-            trace,
+            *(statistics, statistics.sets[0], topology, mt.Tier(2, 1e9), problem.cost_model),
+            *(problem, replace(result, seconds=0.0), result.certificate, result.details),
+            *(placement, placement.diff(result.placement, topology=topology, expert_bytes=2)),
+            *(evaluation, mt.audit(placement, trace, topology, window=50)),
+            *(mt.verdict(evaluation, evaluation), mt.pareto(problem, placement, iterations=10)[-1]),
+            *(mt.structure(trace), mt.Progress(1.0, "search"), trace),
         ]
 
     return make(), make()

@@ -1,6 +1,5 @@
 """Living in other people's processes: forks, threads, signals, panics, memory."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -76,13 +75,6 @@ def test_a_forked_child_works(threads):
     assert work(threads) == expected
 
 
-def test_multiprocessing_by_fork():
-    """Workers of a pool that were forked after a load work."""
-    expected = work()
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map_async(work, [None, 1]).get(timeout=90) == [expected, expected]
-
-
 def program(text, *arguments, **how):
     """Run a program in a process of its own, which must end well, and give what it printed."""
     command = [sys.executable, "-c", textwrap.dedent(text), *arguments]
@@ -111,10 +103,10 @@ def test_a_child_forked_by_others_works():
         sys.path.insert(0, sys.argv[1])
         from test_processes import ends
         load = np.arange(8, dtype=np.uint64).reshape(1, 8)
-        expected = _core.lpt(load, 2, 4, improve=True, threads=1)
+        expected = _core.pack(load, 2, (0, 4), threads=1)[0]
         pid = ctypes.PyDLL(None).fork()
         if pid == 0:
-            found = _core.lpt(load, 2, 4, improve=True, threads=1)
+            found = _core.pack(load, 2, (0, 4), threads=1)[0]
             os._exit(0 if (found == expected).all() else 2)
         code = ends(pid, 20)
         assert code == 0, code
@@ -154,7 +146,7 @@ def test_a_pool_has_at_most_four_threads_for_every_core():
         from moetuner import _core
         load = np.arange(8, dtype=np.uint64).reshape(1, 8)
         before = len(os.listdir('/proc/self/task'))
-        _core.lpt(load, 2, 4, improve=True, threads=2**31)
+        _core.pack(load, 2, (0, 4), threads=2**31)
         assert len(os.listdir('/proc/self/task')) - before <= 4 * os.cpu_count()
     """
     program(text, env=QUIET)
@@ -188,15 +180,8 @@ def test_two_calls_have_two_pools(make_trace):
 @pytest.fixture
 def layers():
     """Make two layers of four experts on two devices."""
-    return _core.Layers(
-        np.ones((1, 2, 4)),
-        np.ones(1),
-        np.full((2, 2), 2),
-        [0, 0],
-        [1.0, 1.0],
-        nearest=False,
-        norm=0,
-    )
+    tables = (np.ones((1, 2, 4)), np.ones(1), np.full((2, 2), 2), [0, 0], [1.0, 1.0])
+    return _core.Layers(*tables, nearest=False, norm=0)
 
 
 def test_panics_are_runtime_errors(layers, capfd, monkeypatch):
@@ -235,9 +220,9 @@ def test_memory_that_is_not_there_is_an_error():
             count,
             lambda: counter.push(many),
             lambda: mt.balance(load, devices=8192, slots_per_device=8),
-            lambda: _core.search(np.ones((2, 200), np.uint64), np.ones(2, np.uint64),
-                                 np.zeros((1, 1), np.int64), 65536,
-                                 coactivation=np.zeros((2, 200, 200), np.uint64)),
+            lambda: _core.search((np.ones((2, 200), np.uint64), np.ones(2, np.uint64),
+                                  np.zeros((1, 1), np.int64), 65536, None,
+                                  np.zeros((2, 200, 200), np.uint64))),
         ):
             try:
                 call()
@@ -282,17 +267,13 @@ def test_deadlines_of_the_core_never_panic(layers):
         assert not interrupted
 
 
-def started(*arguments, **how):
-    """Start the command line."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "moetuner", *arguments], **pipes, **how)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_first_second_prints_no_traceback(tmp_path, number):
     """Interrupted at any moment of its start the command line says one line at most."""
+    how = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    line = [sys.executable, "-m", "moetuner", "inspect", SAMPLE]
     for wait in (0.12, 0.3, 0.6):
-        process = started("inspect", SAMPLE, start_new_session=True)
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, **how)
         # Before the interpreter has begun to run the package there is nothing that could listen.
         while f"{Path(mt.__file__).parent}/_core" not in _maps(process.pid):
             assert process.poll() is None
@@ -311,19 +292,14 @@ def _maps(pid):
         return ""
 
 
-def test_the_library_leaves_signals_alone():
-    """Where this process is not the command line, importing the package changes no handler."""
-    text = """
+def test_the_library_leaves_signals_alone(run):
+    """Importing the package changes no handler; a command that was run here leaves none behind."""
+    program("""
         import signal
         before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         import moetuner, moetuner.cli
         assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    """
-    program(text)
-
-
-def test_sigterm_is_given_back(run):
-    """A command that was run in this process leaves no handler behind."""
+    """)
     before = signal.getsignal(signal.SIGTERM)
     assert run("--version")[0] == 0
     assert signal.getsignal(signal.SIGTERM) is before

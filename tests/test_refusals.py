@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 import moetuner as mt
 from moetuner import router_groups  # noqa: F401 - for the table
 from moetuner.evaluation.units import hold_out  # noqa: F401 - for the table
+from moetuner.plugins import rebalance_experts  # noqa: F401 - for the table
+from moetuner.plugins.vllm_ascend import loads_of  # noqa: F401 - for the table
 
 IDS = random_ids(50, 3, 2, 8)
 NAN = float("nan")
@@ -60,6 +62,8 @@ TIERS = [mt.Tier(4, 2), mt.Tier(6, 1)]
 WIDE = trace(np.zeros((4, 9, 1), np.uint16), 1 << 16)
 NODES = mt.Topology(4, 2)
 TWICE = mt.Placement([[[0, 1], [0, -1]]])
+RUNS = mt.Placement.from_assignment(np.tile(np.arange(6) % 4, (3, 1)), 4)
+WIDER = mt.Placement.from_assignment(np.tile(np.arange(6) // 3, (3, 1)), 4)
 
 TWELVE = mt.RoutingStatistics.from_load(np.ones((2, 3, 12)))
 
@@ -137,6 +141,30 @@ problem(pinned=[(0, 0, d) for d in range(4)]) | leaves 4 slots of layer 0 for th
 problem(forbidden=[(1, 3, d) for d in range(4)]) | leaves no device for expert 3 of layer 1
 problem(forbidden=[(1, e, d) for e in range(3) for d in (0, 2, 3)]) | 2 slots in layer 1, on 1, for
 problem(forbidden=[(None, e, d) for e in range(6) for d in (1, 3)]) | 4 slots in layer 0, on 0, 2,
+mt.solve(problem(), "magic") | method must be one of joint, paper, heuristic, quick, contiguous,
+mt.solve(problem(), time_limit=-1) | time_limit must be at least 0 seconds, got -1
+mt.solve(problem(), effort="more") | effort must be one of default, thorough, got 'more'
+mt.solve(problem(), move_budget=1) | move_budget and move_cost need initial
+mt.solve(problem(), "lpt", initial=RUNS) | initial needs method joint or heuristic, got 'lpt'
+mt.solve(problem(), initial=RUNS, move_budget=-1) | move_budget must be at least 0 bytes, got -1
+mt.solve(problem(), initial=RUNS, move_cost=NAN) | move_cost must be a price of a byte of at least 0
+mt.pareto(problem(), RUNS, expert_bytes=0) | expert_bytes must be a positive number of bytes, got 0
+mt.pareto(problem(), TWICE) | initial must have 3 layers, 6 experts and 4 devices like the problem
+mt.solve(problem(), initial=WIDER) | initial has 3 experts of layer 0 on device 0, which has 2 slots
+rebalance_experts([[1, 2]], 3, 1, 1, 2) | num_replicas must be a multiple of num_ranks (2)
+rebalance_experts([[1, 2, 3]], 2, 1, 1, 2) | and at least the 3 experts, got 2
+rebalance_experts([[1, -2]], 2, 1, 1, 2) | weight must be finite and at least 0
+rebalance_experts([[1, NAN]], 2, 1, 1, 2) | weight must be finite
+rebalance_experts([1, 2], 2, 1, 1, 2) | weight must be [layers, experts]
+rebalance_experts([[1, 2]], 2, 1, 1, 2, [[0.5, 1.5]]) | old_map must be integers [1, slots], got
+rebalance_experts([[1, 2]], 2, 1, 1, 2, [[0, 1], [1, 0]]) | old_map must be integers [1, slots], got
+rebalance_experts([[8, 1]], 1 << 40, None, 1, 1) | num_replicas must be
+rebalance_experts([[8, 1]], 1 << 40, None, 1, 1 << 38) | num_replicas must be
+loads_of(np.array([[[0, 1], [2, 1 << 40]]]), ONES) | must hold experts below the 4 slots
+mt.balance([1, 2], devices=2, slots_per_device=1) | load must be [layers, experts]
+mt.balance([[1, -2]], devices=2, slots_per_device=1) | of at least 0, got -2 in layer 0
+mt.balance([[1, 2]], devices=2, slots_per_device=[1, 0]) | must add up to at least 2, a slot for
+mt.balance([[1, 2]], devices=2, slots_per_device=1, speed=[1, 0]) | speed of device 1 must be a
 engine("vllm", slots_per_device=2) | slots_per_device must be from 3 to 12 for 12 experts on 4
 engine("vllm", slots_per_device=13) | slots_per_device must be from 3 to 12
 engine("vllm", slots_per_device=(3, 3, 3, 4)) | got 3 to 4: 4 on every device would do
@@ -275,28 +303,18 @@ trace | tensors({"format": "moetuner.trace", "version": 2}, expert_ids=IDS) | mo
 trace as it is | tensors(expert_ids=IDS) | num_experts is needed
 trace as it is | npz(expert_ids=IDS) | num_experts is needed
 trace as it is | of_ids() | num_experts is needed
-trace as it is | tensors({"num_experts": 8.5}, expert_ids=IDS) | num_experts must be from 1 to 65536
 trace | tensors(expert_ids=IDS.astype(np.float32)) | must be integers [tokens, layers, top_k], got
 trace | tensors(expert_ids=BAD_ID) | expert_ids: token 40, layer 1: expert id 9 is not below
-trace of 3 | packed("[]") | must be safetensors, .npz
-trace of 3 | packed("{") | header: must be JSON
 trace of 3 | packed('{"a": 1}') | a: data_offsets must be two sizes, got None
 trace of 3 | packed("{" + '"a":[' * 5000) | header: must be JSON
 trace of 3 | packed(entry([4, 1, 1], -4)) | must be two sizes
-trace of 3 | packed(entry([4, 1, 1], 1 << 50)) | data_offsets must be two sizes
 trace of 3 | packed(entry([1 << 40, 1, 1])) | must have 1099511627776 bytes, got 4
-trace of 3 | packed(entry([4, 1 << 70])) | shape must be a list of sizes
 trace of 3 | packed(entry([2, 1, 1], 4, "BF16")) | dtype must be one of
-trace of 3 | packed(entry([1, 1, 4])) | top-k from 1 to num_experts (3), got 4
 trace of 3 | packed({"__metadata__": {"a": 1}}) | metadata must be texts
 trace | of_ids("|O") | never loaded
 trace | of_ids(shape=(99, 3, 2)) | file must have
 trace | of_ids(order=True, shape=(1 << 45, 3, 2)) | file must
-trace | of_ids(order=True, shape=(1 << 90, 3, 2)) | sizes of
-trace | of_ids("|u7") | not a valid dtype descriptor
 trace | npy("{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (5,)}") | must be integers
-trace | of_ids(order=0) | fortran_order is not a valid bool
-trace | npy("") | .npy header must be an array's
 trace | npz(expert_ids=IDS, group_names=np.array(["a", None])) | got Python objects (pickle is never
 trace as it is | npz(expert_ids=IDS, num_experts=np.float64(8)) | num_experts must be one integer
 trace | npz(expert_ids=IDS, num_experts=8, model=[1, 2]) | model must be one text, got int64 [2]
@@ -308,11 +326,9 @@ counts | npz(load=table(value=0.5)) | load must be whole counts of at least 0, g
 counts | npz(load=-table().astype(int)) | load must be whole counts of at least 0, got -1 at [0
 counts | npz(load=np.full((2, 3, 4), 1 << 63, np.uint64)) | must add up to less than 2**63, got a
 counts | npz(load=table(), group=[0, 1, 2]) | group must be integers [2], got int64 [3]
-counts | npz(other=table()) | must hold an array 'load'
 counts | npz(expert_ids=IDS) | holds a trace, not a load table; RoutingTrace.load reads it
 counts | of_ids() | must be saved statistics (safetensors) or a load table (.npz)
 counts | tensors({"a": "b"}, load=table()) | format must be moetuner.statistics version 1, got None
-counts | statistics({"version": "2"}) | got moetuner.statistics version 2
 counts | statistics({"window": "0"}) | window must be from 1 to
 counts | statistics({"group_names": "3"}) | group_names must be a list of names, got 3
 counts | statistics(load=None) | must hold a tensor 'load'
@@ -328,18 +344,14 @@ counts | lambda path: SEQUENCES.save(path) | format must be moetuner.statistics 
 topology | "" | Topology.__init__() missing 1 required positional argument: 'devices'
 topology | "{" | must be a JSON object or TOML
 topology | '{"gpus": 8}' | keys must be out of
-topology | "devices =" | must be a JSON object or TOML
 topology | "nodes = 2\ndevices = 2" | got 'nodes' (nodes needs preset)
 topology | '{"devices": 2, "tiers": [3]}' | must be a mapping, not int
 topology | '{"devices": 2, "tiers": [{"devices": 2}]}' | argument: 'bandwidth'
 cost | "" | not a cost model
-cost | "[]" | not a cost model: must be a JSON object, got list
 cost | b"\xff" | not a cost model
 cost | COST + '"gpu": 1}' | keys must be out of
 cost | COST + '"base_us": 1}' | missing 4 required positional arguments
-placement | b"" | not a placement
 placement | b"[1]" | schema must be
-placement | b"\xff\xfe\x00" | not a placement
 placement | b"[" * 100_000 | not a placement
 placement | placed(schema="moetuner.placement/9") | schema must be 'moetuner.placement/1', got
 placement | placed(slots=[[[0], [0]]]) | layer 0: expert 1 has no slot

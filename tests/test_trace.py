@@ -1,5 +1,6 @@
 """RoutingTrace: arrays and files in, shards out, and what it refuses."""
 
+import itertools
 import json
 import os
 import pickle
@@ -83,14 +84,17 @@ def test_smallest_traces():
     assert none.split(0.5)[0].tokens == 0
 
 
-@pytest.mark.parametrize("top_k", [2, 3, 8])
-def test_an_expert_twice_is_named(top_k):
-    """A token cannot visit an expert twice in a layer."""
-    ids = random_ids(200, 2, top_k, 16)
-    ids[150, 1, -1] = ids[150, 1, 0]
-    rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, 0]} appears twice"
-    with pytest.raises(ValueError, match=rule):
-        mt.RoutingTrace.from_arrays(ids, num_experts=16)
+@pytest.mark.parametrize("top_k", [2, 3, 4, 6, 8, 9])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_an_expert_twice_is_named(top_k, dtype):
+    """A token cannot visit an expert twice in a layer, whichever two of its ids these are."""
+    ids = random_ids(200, 2, top_k, 16, dtype=dtype)
+    for one, other in itertools.combinations(range(top_k), 2):
+        twice = ids.copy()
+        twice[150, 1, one] = ids[150, 1, other]
+        rule = f"expert_ids: token 150, layer 1: expert id {ids[150, 1, other]} appears twice"
+        with pytest.raises(ValueError, match=rule):
+            mt.RoutingTrace.from_arrays(twice, num_experts=16)
 
 
 # ---- shards, split, select, concat; in memory and in a file
@@ -185,16 +189,13 @@ def test_a_trace_is_its_arrays(tmp_path_factory, data):
 
 def test_concat_keeps_recordings_apart(make_trace):
     """Groups meet by name; what only one side knows is not said of both."""
-    of = mt.RoutingTrace.from_arrays
-    labels = {"sequence": [0] * 50, "num_experts": 8}
+    of, labels = mt.RoutingTrace.from_arrays, {"sequence": [0] * 50, "num_experts": 8}
     a = of(IDS, **labels, group=[0] * 50, group_names=["math"], model="x")
     b = of(IDS.astype(np.uint16), **labels, group=[1] * 50, group_names=["law", "math"])
     both = a.concat(b, b)
     assert both.sequence.tolist() == [0] * 50 + [1] * 50 + [2] * 50
     assert (both.group_names, set(both.group), both.model) == (("math", "law"), {0}, None)
-    assert both.expert_ids.dtype == np.uint16
-    bare = a.concat(make_trace(50, labelled=False))
-    assert bare.sequence is bare.group is None
+    assert a.concat(make_trace(50, labelled=False)).group is None
 
 
 def test_ids_in_memory_are_pickled_once():
@@ -321,22 +322,16 @@ def test_a_file_that_shrinks_after_loading(tmp_path, suffix):
             use()
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        [[0, (1 << 31) - 1], [(1 << 31) - 1, 5]],
-        [[(1 << 31) - 1, 0], [0, 0]],
-        [[-(1 << 31), (1 << 31) - 1], [-(1 << 31), (1 << 31) - 1], [7, 7]],
-        [[(1 << 31) - 2, 3], [3, 4], [3, 9]],
-    ],
-)
+LAST = (1 << 31) - 1
+LIMITS = ([[0, LAST], [LAST, 5]], [[-LAST - 1, LAST], [-LAST - 1, LAST], [7, 7]])
+
+
+@pytest.mark.parametrize("labels", [*LIMITS, [[LAST, 0], [0, 0]], [[LAST - 1, 3], [3, 4], [3, 9]]])
 def test_sequences_near_the_limit_join(labels):
     """Joined traces tell all sequences apart, also where moving labels up would leave 32 bits."""
-    parts = [
-        mt.RoutingTrace.from_arrays([[[0]], [[1]]], num_experts=2, sequence=each) for each in labels
-    ]
-    whole = mt.RoutingTrace.concat(parts)
+    of, ids = mt.RoutingTrace.from_arrays, [[[0]], [[1]]]
+    whole = mt.RoutingTrace.concat([of(ids, num_experts=2, sequence=part) for part in labels])
     assert whole.sequence.dtype == np.int32
-    wanted = [(at, label) for at, each in enumerate(labels) for label in each]
+    wanted = [(at, label) for at, part in enumerate(labels) for label in part]
     actual = whole.sequence.tolist()
     assert len(set(actual)) == len(set(wanted)) == len(set(zip(actual, wanted, strict=True)))

@@ -20,15 +20,14 @@ __all__ = [
     "bound",
     "bound_visits",
     "busiest_rows",
-    "cluster",
     "exact_chain",
     "expected_apart",
     "expected_followed",
     "expected_load",
     "expected_visits",
     "forget_pools",
-    "lpt",
     "merge_sets",
+    "pack",
     "pair_cost",
     "place_clusters",
     "replicate_experts",
@@ -212,14 +211,20 @@ def merge_sets(
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
     """Add the counts [N] of equal sets of ids [N,K]; distinct ones come in the order of ids."""
 
+# Load [L,E], caps [L], cost [D,D] (symmetric, zero diagonal), slots of a device, transitions
+# [L-1,E,E] and coactivation [L,E,E].
+_Chain = tuple[
+    NDArray[np.uint64],
+    NDArray[np.uint64],
+    NDArray[np.int64],
+    int,
+    NDArray[np.uint64] | None,
+    NDArray[np.uint64] | None,
+]
+
 def search(
-    load: NDArray[np.uint64],
-    cap: NDArray[np.uint64],
-    cost: NDArray[np.int64],
-    slots_per_device: int,
+    problem: _Chain,
     *,
-    transitions: NDArray[np.uint64] | None = None,
-    coactivation: NDArray[np.uint64] | None = None,
     seed: int = 0,
     trials: int | None = None,
     time_limit: float | None = None,
@@ -228,10 +233,8 @@ def search(
 ) -> tuple[NDArray[np.int32], int, bool, int]:
     """Search for the placement of least pair cost whose device loads stay under their caps.
 
-    Takes load [L,E], cap [L], cost [D,D] (symmetric, zero diagonal), transitions [L-1,E,E],
-    coactivation [L,E,E]. ``trials`` is per start. ``progress`` gets seconds and the best cost.
-
-    Where no placement under a cap is known, the cap is raised to what the most balanced one needs.
+    ``trials`` is per start. ``progress`` gets seconds and the best cost. Where no placement under a
+    cap is known, the cap is raised to what the most balanced one needs.
 
     Returns slots [L,D,S], trials made, whether an interrupt ended it early, and the bits that were
     cut from every count so that sums fit (0 unless counts are huge; costs are then off by less than
@@ -362,22 +365,6 @@ class LabelledReplay:
     def finish(self) -> list[NDArray[np.unsignedinteger[Any]]]:
         """Load [L,R,D], visits [L,R,D] and node visits [L,R,N]: none without ``visits``."""
 
-def lpt(
-    load: NDArray[np.uint64],
-    devices: int,
-    slots: int,
-    *,
-    improve: bool = False,
-    time_limit: float | None = None,
-    threads: int | None = None,
-) -> NDArray[np.int32]:
-    """Pack load [L,E] onto devices of ``slots`` slots.
-
-    The heaviest expert goes first, to the least loaded device. With ``improve``, exchanges between
-    devices then lower the largest device load, as far as time allows. Returns slots [L,D,S], -1 for
-    an empty one, the experts of each device by rising id.
-    """
-
 def replicate_experts(
     load: NDArray[np.float64],
     capacity: NDArray[np.int64],
@@ -439,24 +426,26 @@ def spend_budget(
     ``deviations`` are as in ``adapt_slots``.
     """
 
-def cluster(
+def pack(
     load: NDArray[np.uint64],
     clusters: int,
-    slots: int,
+    sizes: tuple[int, int],
     *,
-    equal_sizes: bool = True,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     time_limit: float | None = None,
     threads: int | None = None,
 ) -> tuple[NDArray[np.uint16], list[tuple[int, int, int, int]], bool]:
     """Split every layer of load [L,E] into clusters of load as even as possible.
 
+    The heaviest expert goes first, to the least loaded cluster; exchanges then lower the largest
+    load or, with a ``tolerance``, the sum of deviations from the mean. ``sizes`` are the fewest and
+    the most experts of a cluster.
+
     Returns the cluster [L,E], per layer four whole numbers, and whether it was interrupted. The
     numbers: the heaviest cluster's load, a proven lower bound of it, ``clusters`` times the sum of
     deviations from the mean, and a proven lower bound of that. A layer is searched no further once
     its deviations are within ``tolerance`` times the mean of their bound and its heaviest cluster
-    within 0.05 %. With free sizes a cluster has 1 to ``slots`` experts, or 0 where there are fewer
-    experts than clusters.
+    within 0.05 %.
     """
 
 def smallest_peaks(
@@ -493,30 +482,22 @@ def place_clusters(
     """
 
 def exact_chain(
-    load: NDArray[np.uint64],
-    cap: NDArray[np.uint64],
-    cost: NDArray[np.int64],
-    slots_per_device: int,
-    *,
-    transitions: NDArray[np.uint64] | None = None,
-    coactivation: NDArray[np.uint64] | None = None,
-    work: int,
-    time_limit: float | None = None,
-    threads: int | None = None,
+    problem: _Chain, *, work: int, time_limit: float | None = None, threads: int | None = None
 ) -> tuple[NDArray[np.int32], int, NDArray[np.uint64]] | None:
     """Find the proven optimum by dynamic programming over all partitions of every layer.
 
-    Takes what `search` takes. Returns slots [L,D,S], their cost and the caps that were kept [L]:
+    Returns slots [L,D,S], their cost and the caps that were kept [L]:
     where no placement keeps a cap, the least that one does keep. None where links differ other
     than by node, where partitions are too many, where counts are too huge to be exact, where it
     would take more than ``work`` steps of about a nanosecond, or where the time is over.
     """
 
+# Load [L,E], transitions [L-1,E,E], caps [L] and devices, which are interchangeable and have
+# ceil(E / devices) slots.
+_Instance = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], int]
+
 def bound(
-    load: NDArray[np.uint64],
-    transitions: NDArray[np.uint64],
-    cap: NDArray[np.uint64],
-    devices: int,
+    problem: _Instance,
     *,
     iterations: int,
     target: int | None = None,
@@ -527,9 +508,8 @@ def bound(
 ) -> tuple[int, str, int, str, bool, tuple[NDArray[Any], ...]]:
     """Bound the transitions that cross devices from below, in any placement under the caps.
 
-    Takes load [L,E], transitions [L-1,E,E] and cap [L]; devices are interchangeable and have
-    ceil(E / devices) slots. ``target`` is the best known count, for the ``gap`` to stop at;
-    ``progress`` gets seconds and the negative of the bound so far.
+    ``target`` is the best known count, for the ``gap`` to stop at; ``progress`` gets seconds and
+    the negative of the bound so far.
 
     Returns the proven count, which bound it is, iterations, why it ended, whether it was
     interrupted, and the certificate: lambda, columns, multipliers, cuts, choices, contents.
@@ -538,11 +518,16 @@ def bound(
 def forget_pools() -> None:
     """Leave the threads of a parent process alone; called in a child that was just forked."""
 
+# Each layer's sets (ids [N,K] and counts [N]), load [L,E], caps [L], slots of every device [L,D].
+_Visited = tuple[
+    list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
+    NDArray[np.uint64],
+    NDArray[np.uint64],
+    NDArray[np.uintp],
+]
+
 def bound_visits(
-    sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
-    load: NDArray[np.uint64],
-    cap: NDArray[np.uint64],
-    slots: NDArray[np.uint64],
+    problem: _Visited,
     start: NDArray[np.uint16],
     *,
     rounds: int,
@@ -554,30 +539,17 @@ def bound_visits(
 ) -> tuple[NDArray[np.uint64], NDArray[np.float64], bool] | None:
     """Bound the devices that tokens visit from below, by prices of experts.
 
-    Takes each layer's sets (ids [N,K] and counts [N]), load [L,E], caps [L], slots of every device
-    [L,D], and a placement to begin from [L,E]. Returns proven visits [L], what proves them (prices
+    Takes a placement to begin from [L,E]. Returns proven visits [L], what proves them (prices
     [L*E]), and whether it was interrupted; None where contents of a device are too many to look at.
     ``progress`` takes seconds and the negated visits.
     """
 
 def verify_bound(
-    load: NDArray[np.uint64],
-    transitions: NDArray[np.uint64],
-    cap: NDArray[np.uint64],
-    devices: int,
-    certificate: tuple[NDArray[Any], ...],
-    *,
-    threads: int | None = None,
+    problem: _Instance, certificate: tuple[NDArray[Any], ...], *, threads: int | None = None
 ) -> int:
     """Recompute a bound from a certificate's arrays alone; whatever they hold, it is proven."""
 
 def verify_visits(
-    sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]],
-    load: NDArray[np.uint64],
-    cap: NDArray[np.uint64],
-    slots: NDArray[np.uint64],
-    prices: NDArray[np.float64],
-    *,
-    threads: int | None = None,
+    problem: _Visited, prices: NDArray[np.float64], *, threads: int | None = None
 ) -> NDArray[np.uint64]:
     """Recompute the visits [L] that prices [L*E] prove; whatever these are, it is proven."""

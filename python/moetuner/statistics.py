@@ -184,6 +184,8 @@ class RoutingStatistics(Frozen):
     [[1, 1, 1, 1]]
     """
 
+    _also_shown = ("windows", "layers", "experts")
+
     window_load: Loads
     transitions: NDArray[np.uint64] | None = None
     coactivation: NDArray[np.uint64] | None = None
@@ -411,13 +413,6 @@ class RoutingStatistics(Frozen):
             digest.update(np.ascontiguousarray(layer.ids, dtype="<u2").data)
             digest.update(np.ascontiguousarray(layer.counts, dtype="<u8").data)
         return digest.hexdigest()[:16]
-
-    def __repr__(self) -> str:
-        about = [f"{name}={getattr(self, name)}" for name in ("windows", "layers", "experts")]
-        about += [f"window={self.window}"] if self.window is not None else []
-        about += [name for name in (*PAIRS, "sets") if getattr(self, name) is not None]
-        about += [f"model={self.model!r}"] if self.model is not None else []
-        return f"RoutingStatistics({', '.join(about)})"
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         """Add the statistics of two traces: windows one after the other, pairs summed.

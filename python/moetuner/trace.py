@@ -8,7 +8,7 @@ and ``concat``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -73,7 +73,10 @@ class RoutingTrace:
                 f"got {check.shown(self.ids)}"
             )
         tokens = self.ids.shape[0]
-        names = check.names(self.group_names)
+        given: Any = self.group_names
+        if given is None and self.group is not None:
+            given = check.numbered(self.group)
+        names = check.names(given)
         vars(self).update(
             num_experts=check.experts_in(self.num_experts),
             group_names=names,
@@ -106,16 +109,9 @@ class RoutingTrace:
             uint16 are not copied; other types become uint8 for up to 256 experts, else uint16.
         num_experts
             Experts per layer, E, at most 65536.
-        sequence
-            Sequence of each token [T], any integers of 32 bits.
-        group
-            Group of each token [T], from 0.
-        group_names
-            Their names; by default the numbers.
-        model
-            Name of the model.
-        expert_size
-            Hidden and intermediate size of an expert.
+        sequence, group, group_names, model, expert_size
+            As the attributes: labels of tokens [T], sequences any integers of 32 bits, groups from
+            0; by default their names are their numbers.
 
         Raises
         ------
@@ -125,7 +121,7 @@ class RoutingTrace:
         experts = check.experts_in(num_experts)
         ids = Ids.of(check.array_in("expert_ids", expert_ids), experts)
         labels: dict[str, Any] = {"sequence": sequence, "group": group, "group_names": group_names}
-        return cls._of(TraceContents(ids, experts, model=model, expert_size=expert_size, **labels))
+        return cls(ids, experts, model=model, expert_size=expert_size, **labels)
 
     @classmethod
     def load(cls, path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
@@ -156,7 +152,7 @@ class RoutingTrace:
         else:
             contents = read_trace(path, kind, num_experts)
         with naming(path):
-            return cls._of(contents)
+            return cls(**vars(contents))
 
     def save(self, path: str | Path, *, source: str | None = None) -> None:
         """Write as safetensors, shard by shard; the file appears whole or not at all.
@@ -172,12 +168,7 @@ class RoutingTrace:
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
         check.text_or_none("source", source)
-        write_trace(self.contents, path, source, SHARD_BYTES)
-
-    @property
-    def contents(self) -> TraceContents:
-        """What a file holds of the trace, in whatever format."""
-        return TraceContents(**{of.name: getattr(self, of.name) for of in fields(self)})
+        write_trace(TraceContents(**vars(self)), path, source, SHARD_BYTES)
 
     @property
     def tokens(self) -> int:
@@ -356,13 +347,6 @@ class RoutingTrace:
         about += [f"groups={len(self.group_names)}"] if self.group is not None else []
         about += [f"model={self.model!r}"] if self.model is not None else []
         return f"RoutingTrace({', '.join(about)})"
-
-    @classmethod
-    def _of(cls, contents: TraceContents) -> RoutingTrace:
-        values: dict[str, Any] = {of.name: getattr(contents, of.name) for of in fields(cls)}
-        if contents.group is not None and contents.group_names is None:
-            values["group_names"] = check.numbered(contents.group)
-        return cls(**values)
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None = None

@@ -101,7 +101,7 @@ impl Certificate {
     fn read(&self, relaxation: &Relaxation) -> Result<Dual> {
         let Relaxation { experts, .. } = *relaxation;
         let (pairs, order) = (relaxation.pairs(), relaxation.order());
-        let wrong = |rule: String, got: String| Error::Shape { what: "certificate", rule, got };
+        let wrong = |rule: String, got: &dyn ToString| Error::shape("certificate", rule, got);
         let layers = if relaxation.has_contents { relaxation.layers } else { 0 };
         for (name, array, length) in [
             ("lambda", &self.lambda, pairs * order * order),
@@ -109,12 +109,12 @@ impl Certificate {
             ("columns", &self.columns, pairs * experts),
         ] {
             if !array.is_empty() && array.len() != length {
-                return Err(wrong(format!("{length} numbers in {name}"), array.len().to_string()));
+                return Err(wrong(format!("{length} numbers in {name}"), &array.len()));
             }
         }
         if self.cuts.len() != 5 * self.multipliers.len() {
             let rule = format!("five numbers for each of {} multipliers", self.multipliers.len());
-            return Err(wrong(rule, self.cuts.len().to_string()));
+            return Err(wrong(rule, &self.cuts.len()));
         }
         let mut choices = self.choices.chunks(experts);
         let mut cuts = Vec::with_capacity(self.multipliers.len());
@@ -128,10 +128,8 @@ impl Certificate {
             match cut {
                 Some(cut) if cut.is_valid(relaxation) => cuts.push((cut, multiplier)),
                 _ => {
-                    return Err(wrong(
-                        "cuts that hold for this instance".into(),
-                        format!("cut {n}: {row:?}"),
-                    ));
+                    let rule = "cuts that hold for this instance".into();
+                    return Err(wrong(rule, &format!("cut {n}: {row:?}")));
                 }
             }
         }

@@ -331,38 +331,3 @@ fn add_outer(panels: &[[f64; PANEL]], n: usize, used: &[(usize, f64)], out: &mut
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::random::Random;
-
-    fn matrix(n: usize, seed: u64) -> Vec<f64> {
-        let mut random = Random::new(seed, n as u64);
-        let half: Vec<f64> = (0..n * n).map(|_| random.below(1 << 20) as f64 / f64::from(1 << 20)).collect();
-        (0..n * n).map(|at| half[at / n * n + at % n] + half[at % n * n + at / n] - 1.0).collect()
-    }
-
-    /// The decomposition gives the matrix back, and the vectors are orthonormal.
-    #[test]
-    fn reconstructs() {
-        for (n, a) in [1, 2, 3, 5, 8, 15, 16, 17, 40, 64, 100].into_iter().flat_map(|n| {
-            // Low rank, repeated values and zeros are no special cases.
-            [(n, matrix(n, n as u64)), (n, vec![1.0; n * n]), (n, vec![0.0; n * n])]
-        }) {
-            let mut eigen = Eigen::new(n);
-            eigen.decompose(&mut a.clone());
-            let mut back = vec![0.0; n * n];
-            eigen.add_weighted(&eigen.values, &mut back);
-            let worst = a.iter().zip(&back).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
-            assert!(worst < 1e-13 * n as f64, "n = {n}: off by {worst}");
-            let mut identity = vec![0.0; n * n];
-            eigen.add_weighted(&vec![1.0; n], &mut identity);
-            for i in 0..n {
-                identity[i * n + i] -= 1.0;
-            }
-            let worst = identity.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-            assert!(worst < 1e-13 * n as f64, "n = {n}: not orthonormal by {worst}");
-        }
-    }
-}

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result, SLOTS, room_for};
 
 /// Sizes of a placement problem. Slots are numbered device by device; slot p is on device `p / per_device`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sizes {
     /// Mixture-of-Experts layers, L.
     pub layers: usize,
@@ -40,7 +40,7 @@ impl Sizes {
 const WIDE: usize = 100;
 
 /// A placement problem with one copy of each expert.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Instance {
     /// The sizes.
     pub sizes: Sizes,
@@ -111,29 +111,39 @@ impl Instance {
         for (to, from) in padded_load.chunks_exact_mut(slots).zip(load.chunks_exact(experts)) {
             to[..experts].copy_from_slice(from);
         }
-        let (dearest, nearer, changes) = paths(devices, cost);
         let forward = pad(transitions, false);
         let together = pad(coactivation, false);
         let pairs = (transitions.len() + coactivation.len()).max(1);
         let sum: f64 = forward.iter().chain(&together).map(|&count| f64::from(count)).sum();
-        let mean_cost = mean(devices, cost);
-        let cheapest = cost.iter().copied().filter(|&cost| cost > 0).min().unwrap_or(0);
-        Ok(Self {
+        let instance = Self {
             sizes,
             load: padded_load,
             cap: cap.to_vec(),
-            cost: cost.to_vec(),
-            exchanges: exchanges(devices, cost, &changes),
-            changes,
-            dearest,
-            nearer,
             forward,
             backward: pad(transitions, true),
             together,
             shift,
-            finest: if mean_cost > 0.0 { (cheapest as f64 / mean_cost).clamp(1e-3, 1.0) } else { 1.0 },
-            unit: (sum / pairs as f64 * mean_cost.max(1.0)).max(1e-9),
-        })
+            unit: (sum / pairs as f64 * mean(devices, cost).max(1.0)).max(1e-9),
+            ..Self::default()
+        };
+        Ok(instance.with_cost(cost.to_vec()))
+    }
+
+    /// The same where pairs of devices have this cost `[D, D]`.
+    fn with_cost(self, cost: Vec<i64>) -> Self {
+        let devices = self.sizes.devices;
+        let (dearest, nearer, changes) = paths(devices, &cost);
+        let (mean, cheapest) = (mean(devices, &cost), cost.iter().filter(|&&cost| cost > 0).min());
+        let finest = cheapest.map_or(1.0, |&cheapest| (cheapest as f64 / mean).clamp(1e-3, 1.0));
+        Self {
+            exchanges: exchanges(devices, &cost, &changes),
+            cost,
+            dearest,
+            nearer,
+            changes,
+            finest,
+            ..self
+        }
     }
 
     /// Raises the caps as far as a placement `[L, P]` needs it.
@@ -149,17 +159,8 @@ impl Instance {
         let devices = self.sizes.devices;
         let cost: Vec<i64> =
             (0..devices * devices).map(|at| i64::from(at / devices != at % devices)).collect();
-        let (dearest, nearer, changes) = paths(devices, &cost);
-        Self {
-            unit: self.unit / mean(devices, &self.cost).max(1.0),
-            finest: 1.0,
-            exchanges: exchanges(devices, &cost, &changes),
-            cost,
-            dearest,
-            nearer,
-            changes,
-            ..self.clone()
-        }
+        let unit = self.unit / mean(devices, &self.cost).max(1.0);
+        Self { unit, ..self.clone() }.with_cost(cost)
     }
 
     /// Load of every device of a layer's placement `[P]`.
@@ -285,13 +286,9 @@ fn check_sizes(sizes: Sizes, transitions: &[u64], coactivation: &[u64]) -> Resul
     let Sizes { layers, experts, devices, .. } = sizes;
     let slots = sizes.slots();
     let table = experts * experts;
-    if slots > SLOTS {
-        let rule = format!("at most {SLOTS} slots in a layer");
-        return Err(Error::Shape { what: "slots", rule, got: slots.to_string() });
-    }
-    if slots < experts {
-        let rule = format!("slots for all {experts} experts");
-        return Err(Error::Shape { what: "slots", rule, got: slots.to_string() });
+    if slots > SLOTS || slots < experts {
+        let rule = format!("slots for all {experts} experts, at most {SLOTS} in a layer");
+        return Err(Error::shape("slots", rule, &slots));
     }
     // Padded pairs, the differences of devices, and the prices of a search.
     let tables = [transitions, coactivation].map(|counts| counts.len() / table.max(1));

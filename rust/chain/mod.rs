@@ -22,15 +22,6 @@ use instance::Instance;
 use partitions::recombine;
 use state::State;
 
-/// How much to search.
-#[derive(Debug, Clone, Default)]
-pub struct Options {
-    /// Seed of all random choices.
-    pub seed: u64,
-    /// Trials of each start; by default chosen by the size of the problem, or by the time that is left.
-    pub trials: Option<u64>,
-}
-
 /// A placement, and what it is compared by: tokens above caps, then its cost.
 type Ranked = ((u128, i64), Vec<u16>);
 
@@ -55,27 +46,35 @@ const FLAT: u64 = 4;
 const TIGHT: f64 = 0.1;
 const LOOSE: f64 = 0.6;
 
-/// The expert in every slot `[L, P]` of the best placement found.
+/// The expert in every slot `[L, P]` of the best placement found, with so many `trials` of each start: by default as many
+/// as the size of the problem, or the time that is left, allows.
 ///
-/// Starts from `balanced`, which must respect the caps ([`Instance::allow`]); so does the answer. Where caps are tight,
-/// the search crosses them on the way.
-#[must_use]
-pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control: &Control) -> Vec<u16> {
+/// Starts from the most balanced placement known, to which the caps are raised where they have to be; the answer respects
+/// them. Where caps are tight, the search crosses them on the way.
+pub fn search(
+    instance: &mut Instance,
+    seed: u64,
+    trials: Option<u64>,
+    control: &Control,
+) -> Result<Vec<u16>> {
+    let balanced = &balanced(instance, control)?;
+    instance.allow(balanced);
+    let instance = &*instance;
     let judged = |expert_in: Vec<u16>| {
         let state = State::new(instance, expert_in);
         ranked(&state, control)
     };
     let mut elite: Vec<Ranked> = vec![judged(balanced.to_vec())];
     if instance.sizes.devices < 2 || !instance.has_pairs() || control.stopped() {
-        return best(elite);
+        return Ok(best(elite));
     }
-    let effort = Effort::new(instance, options, balanced, control);
+    let effort = Effort::new(instance, trials, balanced, control);
     // Of links that differ: who is together is easier to find where it does not matter yet whose node that is.
     let flat = (!instance.uniform()).then(|| instance.flat());
     let run = |schedule: Schedule, from: &[u16], stream: u64| {
         let mut state = State::new(instance, from.to_vec());
         let schedule = Schedule { crosses: effort.crosses(stream), ..schedule };
-        anneal(&mut state, schedule, &mut Random::new(options.seed, stream), control);
+        anneal(&mut state, schedule, &mut Random::new(seed, stream), control);
         // A run that was cut short ends hot: it is compared like any other, and hardly ever wins.
         ranked(&state, control)
     };
@@ -96,7 +95,7 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
         let alike = flat.as_ref().map_or(0, |_| effort.starts.div_ceil(FLAT));
         if let Some(flat) = &flat {
             let streams = stream..stream + alike;
-            pool.extend(lift(instance, flat, &effort, options.seed, streams, balanced, control));
+            pool.extend(lift(instance, flat, &effort, seed, streams, balanced, control));
         }
         stream += alike;
         let starts = effort.starts - alike;
@@ -111,7 +110,7 @@ pub fn search(instance: &Instance, options: &Options, balanced: &[u16], control:
         }
         elite.append(&mut pool);
         if control.deadline().is_none() || control.stopped() {
-            return best(elite);
+            return Ok(best(elite));
         }
     }
 }
@@ -150,10 +149,10 @@ fn lift(
 }
 
 /// Where the search starts: loads as balanced as time allows, whatever the traffic `[L, P]`.
-pub fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
+fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
     let sizes = instance.sizes;
     let (p, d) = (sizes.slots(), sizes.devices);
-    let equal = Sizes::equal(p, d);
+    let equal = Sizes { fewest: sizes.per_device, most: sizes.per_device };
     let mut expert_in = Vec::with_capacity(sizes.layers * p);
     let improve = Improve { goal: Goal::Peak, is_over: &|| control.stopped() };
     for packing in pack(&instance.load, p, d, equal, Some(improve))? {
@@ -162,12 +161,6 @@ pub fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
         expert_in.extend(layer);
     }
     Ok(expert_in)
-}
-
-/// Cost of a placement in the instance's counts.
-#[cfg(test)]
-fn cost_of(instance: &Instance, expert_in: &[u16]) -> i64 {
-    State::new(instance, expert_in.to_vec()).cost()
 }
 
 fn ranked(state: &State<'_>, control: &Control) -> Ranked {
@@ -215,11 +208,11 @@ struct Effort {
 }
 
 impl Effort {
-    fn new(instance: &Instance, options: &Options, balanced: &[u16], control: &Control) -> Self {
+    fn new(instance: &Instance, trials: Option<u64>, balanced: &[u16], control: &Control) -> Self {
         let sizes = instance.sizes;
         let (places, wide) = ((sizes.layers * sizes.slots()) as u64, sizes.is_wide());
         let pool = (5e8 / per_pair(instance)).sqrt().clamp(3.0, STARTS as f64) as usize;
-        let (starts, start, rounds, polish) = match (options.trials, control.deadline()) {
+        let (starts, start, rounds, polish) = match (trials, control.deadline()) {
             (None, Some(deadline)) => {
                 let threads = rayon::current_num_threads();
                 let per_trial = seconds_per_trial(instance, balanced);

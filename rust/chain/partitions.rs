@@ -40,7 +40,7 @@ pub struct Optimum {
 #[must_use]
 pub fn optimum(instance: &Instance, work: u64, control: &Control) -> Option<Optimum> {
     let sizes = instance.sizes;
-    let tiers = Tiers::of(instance).filter(|_| instance.shift == 0 && sizes.experts <= MOST_EXPERTS)?;
+    let tiers = Tiers::of(instance).filter(|_| instance.shift == 0)?;
     let all = all_partitions(sizes, tiers)?;
     let mut cap = instance.cap.clone();
     let choices = |(l, cap): (usize, &mut u64)| {
@@ -390,7 +390,8 @@ fn labelled(instance: &Instance, tiers: Option<Tiers>, layers: &[Choices<'_>], c
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chain::cost_of;
+    use crate::chain::instance::random;
+    use crate::chain::state::State;
     use crate::random::Random;
     use proptest::prelude::*;
 
@@ -398,39 +399,29 @@ mod tests {
         /// Recombining is never worse than any member, and finds the best of all mixtures of layers and labels.
         #[test]
         fn is_the_best_mixture(seed in any::<u64>(), layers in 1usize..4, members in 1usize..4) {
+            let mut numbers = Random::new(seed, 0);
             let sizes = Sizes { layers, experts: 6, devices: 3, per_device: 2 };
-            let mut random = Random::new(seed, 0);
-            let transitions: Vec<u64> = (0..(layers - 1) * 36).map(|_| random.below(20) as u64).collect();
-            let cost = [0, 1, 1, 1, 0, 1, 1, 1, 0];
-            let (load, cap) = (vec![1; layers * 6], vec![9; layers]);
-            let instance = Instance::new(sizes, &load, &transitions, &[], &cap, &cost).expect("valid");
-            let pool: Vec<Vec<u16>> = (0..members)
-                .map(|_| {
-                    let mut placement = Vec::new();
-                    for _ in 0..layers {
-                        let mut layer: Vec<u16> = (0..6).collect();
-                        random.shuffle(&mut layer);
-                        placement.extend(layer);
-                    }
-                    placement
-                })
-                .collect();
-            let best = cost_of(&instance, &recombine(&instance, &pool));
+            let mut instance = random(sizes, (3, 1, 1), false, 20, &mut numbers);
+            instance.cap.fill(u64::MAX);
+            let mut layer: Vec<u16> = (0..6).collect();
+            let mut placement = || -> Vec<u16> {
+                let mut shuffled = || {
+                    numbers.shuffle(&mut layer);
+                    layer.clone()
+                };
+                (0..layers).flat_map(|_| shuffled()).collect()
+            };
+            let pool: Vec<Vec<u16>> = (0..members).map(|_| placement()).collect();
+            let cost = |placement: Vec<u16>| State::new(&instance, placement).cost();
             let orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
-            let mut least = i64::MAX;
-            for mixture in 0..(members * 6).pow(layers as u32) {
-                let mut code = mixture;
-                let mut placement = Vec::new();
-                for l in 0..layers {
-                    let (member, order) = (code % members, orders[code / members % 6]);
-                    code /= members * 6;
-                    for group in order {
-                        placement.extend_from_slice(&pool[member][l * 6 + group * 2..][..2]);
-                    }
-                }
-                least = least.min(cost_of(&instance, &placement));
-            }
-            prop_assert_eq!(best, least);
+            let mixture = |number: usize| -> Vec<u16> {
+                let digit = |l: usize| number / (members * 6).pow(l as u32) % (members * 6);
+                let group = |l: usize, group: usize| pool[digit(l) % members][l * 6 + group * 2..][..2].to_vec();
+                let layer = |l: usize| orders[digit(l) / members].into_iter().flat_map(move |of| group(l, of));
+                (0..layers).flat_map(layer).collect()
+            };
+            let least = (0..(members * 6).pow(layers as u32)).map(|number| cost(mixture(number))).min();
+            prop_assert_eq!(Some(cost(recombine(&instance, &pool))), least);
         }
     }
 }

@@ -25,11 +25,7 @@ pub(super) fn count_pairs<I: ExpertId>(
     size: usize,
     counts: &mut [u64],
 ) {
-    match top_k {
-        6 => count_with(left, right, 6, size, counts),
-        8 => count_with(left, right, 8, size, counts),
-        _ => count_with(left, right, top_k, size, counts),
-    }
+    unrolled!(top_k, [6, 8], k => count_with(left, right, k, size, counts));
 }
 
 /// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.

@@ -92,30 +92,3 @@ impl Sets {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeMap;
-
-    proptest! {
-        #[test]
-        fn counts_like_a_map(
-            top_k in 1usize..4,
-            draws in prop::collection::vec((prop::collection::vec(0u16..9, 3), 0u64..5), 0..300),
-        ) {
-            let mut sets = Sets::new(top_k);
-            let mut map = BTreeMap::<Vec<u16>, u64>::new();
-            for (ids, count) in draws {
-                let mut ids = ids[..top_k].to_vec();
-                sets.add(ids.iter().copied(), count);
-                ids.sort_unstable();
-                *map.entry(ids).or_default() += count;
-            }
-            let (ids, counts) = sets.finish();
-            prop_assert_eq!(ids, map.keys().flatten().copied().collect::<Vec<_>>());
-            prop_assert_eq!(counts, map.into_values().collect::<Vec<_>>());
-        }
-    }
-}

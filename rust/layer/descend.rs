@@ -128,8 +128,8 @@ impl<'a> Descent<'a> {
             return None;
         }
         let (moves, gain) = (self.slots.brings(self.running, step), -added / layer.windows.scale);
-        let each = per_copy(moves as f64);
-        let worth = (relief * each, gain * each);
+        let part = per_copy(moves as f64);
+        let worth = (relief * part, gain * part);
         Some(Choice { step, moves, gain, worth })
     }
 

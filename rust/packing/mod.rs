@@ -25,20 +25,6 @@ pub struct Sizes {
     pub most: usize,
 }
 
-impl Sizes {
-    /// As many experts in every cluster, or as near to it as `experts / clusters` allows.
-    #[must_use]
-    pub fn equal(experts: usize, clusters: usize) -> Self {
-        Self { fewest: experts / clusters, most: experts.div_ceil(clusters) }
-    }
-
-    /// Up to `slots` experts, none empty unless there are fewer experts than clusters.
-    #[must_use]
-    pub fn free(experts: usize, clusters: usize, slots: usize) -> Self {
-        Self { fewest: usize::from(experts >= clusters), most: slots }
-    }
-}
-
 /// What makes one packing better than another; the other of the two decides between equals.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Goal {
@@ -95,34 +81,22 @@ pub fn pack(
     sizes: Sizes,
     improve: Option<Improve<'_>>,
 ) -> Result<Vec<Packing>> {
-    let sizes = checked(load, experts, clusters, sizes)?;
+    let sizes = checked(experts, clusters, sizes)?;
     Ok(load.par_chunks(experts).map(|load| pack_layer(load, clusters, sizes, improve)).collect())
 }
 
-/// The cluster of every expert `[layers, experts]`, longest processing time first: without bounds, which take longer, and
-/// without threads, which a call of less than a millisecond does not repay.
-pub fn pack_quickly(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Result<Vec<u16>> {
-    let sizes = checked(load, experts, clusters, sizes)?;
-    Ok(load.chunks_exact(experts).flat_map(|load| longest_first(load, clusters, sizes)).collect())
-}
-
 /// The sizes, at most as many as there are experts.
-fn checked(load: &[u64], experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
-    let fault = |what, rule: &str, got: usize| {
-        Err(Error::Shape { what, rule: rule.to_owned(), got: got.to_string() })
-    };
-    if experts == 0 || experts > 1 << u16::BITS || !load.len().is_multiple_of(experts) {
-        return fault("load", "from 1 to 65536 experts per layer", experts);
+fn checked(experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
+    if experts == 0 || experts > 1 << u16::BITS {
+        return Err(Error::shape("load", "from 1 to 65536 experts per layer", &experts));
     }
     if clusters == 0 || clusters > usize::from(u16::MAX) {
-        return fault("devices", "from 1 to 65535 devices", clusters);
+        return Err(Error::shape("devices", "from 1 to 65535 devices", &clusters));
     }
     if sizes.most.saturating_mul(clusters) < experts {
-        let rule = format!(
-            "at least {} slots for {experts} experts on {clusters} devices",
-            experts.div_ceil(clusters)
-        );
-        return fault("slots", &rule, sizes.most);
+        let least = experts.div_ceil(clusters);
+        let rule = format!("at least {least} slots for {experts} experts on {clusters} devices");
+        return Err(Error::shape("slots", rule, &sizes.most));
     }
     Ok(Sizes { most: sizes.most.min(experts), ..sizes })
 }

@@ -1,12 +1,13 @@
 //! Bounds, and the certificates that prove them.
 
 use numpy::{
-    IntoPyArray, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
+    IntoPyArray, PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+    PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 
-use super::{contiguous, deadline, detached, watched};
-use crate::bound::visits;
+use super::{deadline, detached, sizes, watched};
+use crate::bound::{Certificate, Instance, Limits, visits};
 use crate::control::Control;
 
 /// A certificate's lambda, columns, multipliers of the cuts, cuts, choices, and contents, as flat arrays.
@@ -19,18 +20,25 @@ type CertificateArrays<'py> = (
     Bound<'py, PyArray1<f64>>,
 );
 
+/// Load [L,E], transitions [L-1,E,E], caps [L] and the number of devices.
+type Problem<'py> =
+    (PyReadonlyArray2<'py, u64>, PyReadonlyArray3<'py, u64>, PyReadonlyArray1<'py, u64>, usize);
+
+fn instance_of<'a>((load, transitions, cap, devices): &'a Problem<'_>) -> PyResult<Instance<'a>> {
+    let ([layers, experts], devices) = (sizes(load.shape()), *devices);
+    let (load, transitions, cap) = (load.as_slice()?, transitions.as_slice()?, cap.as_slice()?);
+    Ok(Instance { layers, experts, devices, transitions, load, cap })
+}
+
 /// Proven cost, which bound it is, iterations, why it ended, whether it was interrupted, and the proof.
 type Bounded<'py> = (u64, &'static str, usize, &'static str, bool, CertificateArrays<'py>);
 
 #[pyfunction]
-#[pyo3(signature = (load, transitions, cap, devices, *, iterations, target = None, gap = 0.0, time_limit = None,
-                    threads = None, progress = None))]
+#[pyo3(signature = (problem, *, iterations, target = None, gap = 0.0, time_limit = None, threads = None,
+                    progress = None))]
 pub(super) fn bound<'py>(
     py: Python<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    transitions: PyReadonlyArray3<'py, u64>,
-    cap: PyReadonlyArray1<'py, u64>,
-    devices: usize,
+    problem: Problem<'py>,
     iterations: usize,
     target: Option<u64>,
     gap: f64,
@@ -38,9 +46,8 @@ pub(super) fn bound<'py>(
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Bounded<'py>> {
-    let instance = bound_instance(&load, &transitions, &cap, devices)?;
-    let control = Control::new(deadline(time_limit));
-    let limits = crate::bound::Limits { iterations, target, gap, control: &control };
+    let (instance, control) = (instance_of(&problem)?, Control::new(deadline(time_limit)));
+    let limits = Limits { iterations, target, gap, control: &control };
     let work = || crate::bound::bound(&instance, &limits, |cost| control.proven(cost));
     let (bound, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
     let bound = bound?;
@@ -56,71 +63,60 @@ pub(super) fn bound<'py>(
     Ok((bound.cost, bound.source, bound.iterations, bound.end, interrupted, arrays))
 }
 
-/// The same arrays, read.
-type ReadCertificate<'py> = (
-    PyReadonlyArray1<'py, f64>,
-    PyReadonlyArray1<'py, f64>,
-    PyReadonlyArray1<'py, f64>,
-    PyReadonlyArray1<'py, i32>,
-    PyReadonlyArray1<'py, u8>,
-    PyReadonlyArray1<'py, f64>,
-);
-
 #[pyfunction]
-#[pyo3(signature = (load, transitions, cap, devices, certificate, *, threads = None))]
+#[pyo3(signature = (problem, certificate, *, threads = None))]
 pub(super) fn verify_bound<'py>(
     py: Python<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    transitions: PyReadonlyArray3<'py, u64>,
-    cap: PyReadonlyArray1<'py, u64>,
-    devices: usize,
-    certificate: ReadCertificate<'py>,
+    problem: Problem<'py>,
+    certificate: CertificateArrays<'py>,
     threads: Option<usize>,
 ) -> PyResult<u64> {
-    let instance = bound_instance(&load, &transitions, &cap, devices)?;
+    let instance = instance_of(&problem)?;
     let (lambda, columns, multipliers, cuts, choices, contents) = certificate;
-    let certificate = crate::bound::Certificate {
-        lambda: lambda.as_slice()?.to_vec(),
-        columns: columns.as_slice()?.to_vec(),
-        multipliers: multipliers.as_slice()?.to_vec(),
-        cuts: cuts.as_slice()?.to_vec(),
-        choices: choices.as_slice()?.to_vec(),
-        contents: contents.as_slice()?.to_vec(),
+    let certificate = Certificate {
+        lambda: lambda.to_vec()?,
+        columns: columns.to_vec()?,
+        multipliers: multipliers.to_vec()?,
+        cuts: cuts.to_vec()?,
+        choices: choices.to_vec()?,
+        contents: contents.to_vec()?,
     };
     Ok(detached(py, threads, || crate::bound::verify(&instance, &certificate))??)
 }
 
-fn bound_instance<'a>(
-    load: &'a PyReadonlyArray2<'_, u64>,
-    transitions: &'a PyReadonlyArray3<'_, u64>,
-    cap: &'a PyReadonlyArray1<'_, u64>,
-    devices: usize,
-) -> PyResult<crate::bound::Instance<'a>> {
-    Ok(crate::bound::Instance {
-        layers: load.shape()[0],
-        experts: load.shape()[1],
-        devices,
-        transitions: contiguous(transitions.as_slice().ok())?,
-        load: contiguous(load.as_slice().ok())?,
-        cap: contiguous(cap.as_slice().ok())?,
-    })
-}
+/// Every layer's expert sets (ids [N,K] and counts [N]), load [L,E], caps [L], and slots of every device [L,D].
+type Visited<'py> = (
+    Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>,
+    PyReadonlyArray2<'py, u64>,
+    PyReadonlyArray1<'py, u64>,
+    PyReadonlyArray2<'py, usize>,
+);
 
-/// Expert sets of a layer: ids [N,K] and counts [N].
-type Sets<'py> = Vec<(PyReadonlyArray2<'py, u16>, PyReadonlyArray1<'py, u64>)>;
+fn layers_of<'a>((sets, load, cap, slots): &'a Visited<'_>) -> PyResult<Vec<visits::Layer<'a>>> {
+    let (experts, devices, cap) = (load.shape()[1], slots.shape()[1], cap.as_slice()?);
+    let (load, slots) = (load.as_slice()?, slots.as_slice()?);
+    let mut layers = Vec::with_capacity(sets.len());
+    for (l, (ids, counts)) in sets.iter().enumerate() {
+        layers.push(visits::Layer {
+            ids: ids.as_slice()?,
+            counts: counts.as_slice()?,
+            top_k: ids.shape()[1],
+            load: &load[l * experts..][..experts],
+            cap: cap[l],
+            slots: &slots[l * devices..][..devices],
+        });
+    }
+    Ok(layers)
+}
 
 /// Proven visits of every layer [L], prices [L,E], and whether it was interrupted.
 type BoundedVisits<'py> = (Bound<'py, PyArray1<u64>>, Bound<'py, PyArray1<f64>>, bool);
 
 #[pyfunction]
-#[pyo3(signature = (sets, load, cap, slots, start, *, rounds, work, gap = 0.0, time_limit = None, threads = None,
-                    progress = None))]
+#[pyo3(signature = (problem, start, *, rounds, work, gap = 0.0, time_limit = None, threads = None, progress = None))]
 pub(super) fn bound_visits<'py>(
     py: Python<'py>,
-    sets: Sets<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    cap: PyReadonlyArray1<'py, u64>,
-    slots: PyReadonlyArray2<'py, u64>,
+    problem: Visited<'py>,
     start: PyReadonlyArray2<'py, u16>,
     rounds: usize,
     work: f64,
@@ -129,9 +125,7 @@ pub(super) fn bound_visits<'py>(
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<BoundedVisits<'py>>> {
-    let slots = slots_by_layer(&slots)?;
-    let layers = visited_layers(&sets, &load, &cap, &slots)?;
-    let start = contiguous(start.as_slice().ok())?;
+    let (layers, start) = (layers_of(&problem)?, start.as_slice()?);
     let control = Control::new(deadline(time_limit));
     let limits = visits::Limits { rounds, work, gap, control: &control };
     if !visits::is_tractable(&layers) {
@@ -143,47 +137,13 @@ pub(super) fn bound_visits<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (sets, load, cap, slots, prices, *, threads = None))]
+#[pyo3(signature = (problem, prices, *, threads = None))]
 pub(super) fn verify_visits<'py>(
     py: Python<'py>,
-    sets: Sets<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    cap: PyReadonlyArray1<'py, u64>,
-    slots: PyReadonlyArray2<'py, u64>,
+    problem: Visited<'py>,
     prices: PyReadonlyArray1<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
-    let slots = slots_by_layer(&slots)?;
-    let layers = visited_layers(&sets, &load, &cap, &slots)?;
-    let prices = contiguous(prices.as_slice().ok())?;
-    let proven = detached(py, threads, || visits::verify(&layers, prices))??;
-    Ok(proven.into_pyarray(py))
-}
-
-fn slots_by_layer(slots: &PyReadonlyArray2<'_, u64>) -> PyResult<Vec<Vec<usize>>> {
-    let devices = slots.shape()[1];
-    let rows = contiguous(slots.as_slice().ok())?.chunks(devices.max(1));
-    Ok(rows.map(|row| row.iter().map(|&slots| slots as usize).collect()).collect())
-}
-
-fn visited_layers<'a>(
-    sets: &'a Sets<'_>,
-    load: &'a PyReadonlyArray2<'_, u64>,
-    cap: &'a PyReadonlyArray1<'_, u64>,
-    slots: &'a [Vec<usize>],
-) -> PyResult<Vec<visits::Layer<'a>>> {
-    let experts = load.shape()[1];
-    let cap = contiguous(cap.as_slice().ok())?;
-    let load = contiguous(load.as_slice().ok())?;
-    let layer = |(l, (ids, counts)): (usize, &'a (PyReadonlyArray2<'_, u16>, PyReadonlyArray1<'_, u64>))| {
-        Ok(visits::Layer {
-            ids: contiguous(ids.as_slice().ok())?,
-            counts: contiguous(counts.as_slice().ok())?,
-            top_k: ids.shape()[1],
-            load: &load[l * experts..][..experts],
-            cap: cap[l],
-            slots: &slots[l],
-        })
-    };
-    sets.iter().enumerate().map(layer).collect()
+    let (layers, prices) = (layers_of(&problem)?, prices.as_slice()?);
+    Ok(detached(py, threads, || visits::verify(&layers, prices))??.into_pyarray(py))
 }

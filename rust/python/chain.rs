@@ -9,93 +9,72 @@ use numpy::{
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 
-use super::{array3, caught, contiguous, deadline, slice, watched};
+use super::{array3, caught, deadline, sizes, slice, watched};
 use crate::chain::instance::{Instance, Sizes};
 use crate::chain::partitions::{MOST_EXPERTS, optimum};
-use crate::chain::{Options, balanced, search as run_search};
 use crate::control::Control;
-use crate::error::Error;
 
-/// The problem of placing experts, from arrays: load [L,E], cap [L], cost [D,D], transitions and co-activation.
-fn instance_of(
-    load: &PyReadonlyArray2<'_, u64>,
-    cap: &PyReadonlyArray1<'_, u64>,
-    cost: &PyReadonlyArray2<'_, i64>,
-    per_device: usize,
-    [transitions, coactivation]: [Option<&PyReadonlyArray3<'_, u64>>; 2],
-) -> PyResult<Instance> {
-    let sizes = sizes_of(load, cost, per_device);
-    let (transitions, coactivation) = (slice(transitions)?, slice(coactivation)?);
-    let load = contiguous(load.as_slice().ok())?;
-    let (cap, cost) = (contiguous(cap.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+/// Load [L,E], caps [L], cost [D,D], slots of a device, transitions [L-1,E,E] and co-activation [L,E,E].
+type Problem<'py> = (
+    PyReadonlyArray2<'py, u64>,
+    PyReadonlyArray1<'py, u64>,
+    PyReadonlyArray2<'py, i64>,
+    usize,
+    Option<PyReadonlyArray3<'py, u64>>,
+    Option<PyReadonlyArray3<'py, u64>>,
+);
+
+fn instance_of(problem: &Problem<'_>) -> PyResult<Instance> {
+    let (load, cap, cost, per_device, transitions, coactivation) = problem;
+    let ([layers, experts], devices) = (sizes(load.shape()), cost.shape()[0]);
+    let sizes = Sizes { layers, experts, devices, per_device: *per_device };
+    let (load, cap, cost) = (load.as_slice()?, cap.as_slice()?, cost.as_slice()?);
+    let (transitions, coactivation) = (slice(transitions.as_ref())?, slice(coactivation.as_ref())?);
     Ok(caught(|| Instance::new(sizes, load, transitions, coactivation, cap, cost))??)
 }
 
-fn sizes_of(load: &PyReadonlyArray2<'_, u64>, cost: &PyReadonlyArray2<'_, i64>, per_device: usize) -> Sizes {
-    Sizes { layers: load.shape()[0], experts: load.shape()[1], devices: cost.shape()[0], per_device }
+fn slots_of<'py>(py: Python<'py>, sizes: Sizes, placed: &[u16]) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    array3(py, (sizes.layers, sizes.devices, sizes.per_device), sizes.unfill(placed))
 }
 
 /// Slots [L,D,S], trials made, whether it was interrupted, bits cut from the counts.
 type Searched<'py> = (Bound<'py, PyArray3<i32>>, u64, bool, u32);
 
 #[pyfunction]
-#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, seed = 0,
-                    trials = None, time_limit = None, threads = None, progress = None))]
+#[pyo3(signature = (problem, *, seed = 0, trials = None, time_limit = None, threads = None, progress = None))]
 pub(super) fn search<'py>(
     py: Python<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    cap: PyReadonlyArray1<'py, u64>,
-    cost: PyReadonlyArray2<'py, i64>,
-    slots_per_device: usize,
-    transitions: Option<PyReadonlyArray3<'py, u64>>,
-    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    problem: Problem<'py>,
     seed: u64,
     trials: Option<u64>,
     time_limit: Option<f64>,
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Searched<'py>> {
-    let pairs = [transitions.as_ref(), coactivation.as_ref()];
-    let mut instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
-    let sizes = instance.sizes;
+    let mut instance = instance_of(&problem)?;
     let control = Control::new(deadline(time_limit));
-    let options = Options { seed, trials };
-    let work = || -> Result<_, Error> {
-        // Where no placement under the cap is known the most balanced one is what can be kept.
-        let balanced = balanced(&instance, &control)?;
-        instance.allow(&balanced);
-        Ok(run_search(&instance, &options, &balanced, &control))
-    };
+    let work = || crate::chain::search(&mut instance, seed, trials, &control);
     let (placed, interrupted) = watched(py, threads, &control, progress.as_ref(), work)?;
-    let placed = placed?;
-    let shape = (sizes.layers, sizes.devices, slots_per_device);
     let trials = control.trials.load(Ordering::Relaxed);
-    Ok((array3(py, shape, sizes.unfill(&placed))?, trials, interrupted, instance.shift))
+    Ok((slots_of(py, instance.sizes, &placed?)?, trials, interrupted, instance.shift))
 }
 
 /// Slots [L,D,S], cost, the caps kept [L].
 type Optimal<'py> = (Bound<'py, PyArray3<i32>>, i64, Bound<'py, PyArray1<u64>>);
 
 #[pyfunction]
-#[pyo3(signature = (load, cap, cost, slots_per_device, *, transitions = None, coactivation = None, work, time_limit = None, threads = None))]
+#[pyo3(signature = (problem, *, work, time_limit = None, threads = None))]
 pub(super) fn exact_chain<'py>(
     py: Python<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    cap: PyReadonlyArray1<'py, u64>,
-    cost: PyReadonlyArray2<'py, i64>,
-    slots_per_device: usize,
-    transitions: Option<PyReadonlyArray3<'py, u64>>,
-    coactivation: Option<PyReadonlyArray3<'py, u64>>,
+    problem: Problem<'py>,
     work: u64,
     time_limit: Option<f64>,
     threads: Option<usize>,
 ) -> PyResult<Option<Optimal<'py>>> {
-    let pairs = [transitions.as_ref(), coactivation.as_ref()];
-    let sizes = sizes_of(&load, &cost, slots_per_device);
-    if sizes.experts > MOST_EXPERTS {
+    if problem.0.shape()[1] > MOST_EXPERTS {
         return Ok(None);
     }
-    let instance = instance_of(&load, &cap, &cost, slots_per_device, pairs)?;
+    let instance = instance_of(&problem)?;
     let control = Control::new(deadline(time_limit));
     let search = || optimum(&instance, work, &control);
     let (placed, interrupted) = watched(py, threads, &control, None, search)?;
@@ -103,7 +82,6 @@ pub(super) fn exact_chain<'py>(
         return Err(PyKeyboardInterrupt::new_err(()));
     }
     let Some(placed) = placed else { return Ok(None) };
-    let shape = (sizes.layers, sizes.devices, slots_per_device);
-    let slots = array3(py, shape, sizes.unfill(&placed.expert_in))?;
+    let slots = slots_of(py, instance.sizes, &placed.expert_in)?;
     Ok(Some((slots, placed.cost, placed.cap.into_pyarray(py))))
 }

@@ -10,7 +10,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, caught, contiguous, detached};
+use super::{alone, array2, array3, caught, detached, sizes};
 use crate::counting::sets::Sets;
 use crate::counting::windows::{Narrow, of_any_type};
 use crate::counting::{Counter, Tables};
@@ -37,11 +37,9 @@ impl Ids<'_> {
     /// A shard of another model must not pass for one of this.
     fn check(&self, routing: Routing) -> Result<(), Error> {
         let Routing { layers, top_k, .. } = routing;
-        if self.shape()[1..] == [layers, top_k] {
-            return Ok(());
-        }
-        let rule = format!("shape [tokens, {layers}, {top_k}]");
-        Err(Error::Shape { what: "expert_ids", rule, got: format!("{:?}", self.shape()) })
+        let rule = || format!("shape [tokens, {layers}, {top_k}]");
+        let wrong = || Error::shape("expert_ids", rule(), &format!("{:?}", self.shape()));
+        (self.shape()[1..] == [layers, top_k]).then_some(()).ok_or_else(wrong)
     }
 }
 
@@ -50,11 +48,11 @@ macro_rules! with_ids {
     ($ids:expr, $slice:ident => $body:expr) => {
         match &$ids {
             Ids::U8(array) => {
-                let $slice = contiguous(array.as_slice().ok())?;
+                let $slice = array.as_slice()?;
                 $body
             }
             Ids::U16(array) => {
-                let $slice = contiguous(array.as_slice().ok())?;
+                let $slice = array.as_slice()?;
                 $body
             }
         }
@@ -70,7 +68,7 @@ pub(super) fn validate(
     first_token: u64,
     threads: Option<usize>,
 ) -> PyResult<()> {
-    let &[_, layers, top_k] = expert_ids.shape() else { unreachable!("the array has three dimensions") };
+    let [_, layers, top_k] = sizes(expert_ids.shape());
     let routing = Routing::new(layers, num_experts, top_k)?;
     with_ids!(expert_ids, ids => Ok(detached(py, threads, || crate::trace::validate(ids, routing, first_token))??))
 }
@@ -113,13 +111,7 @@ pub(super) fn merge_sets<'py>(
     ids: PyReadonlyArray2<'py, u16>,
     counts: PyReadonlyArray1<'py, u64>,
 ) -> PyResult<SetArrays<'py>> {
-    let &[n, top_k] = ids.shape() else { unreachable!("the array has two dimensions") };
-    if top_k == 0 || counts.len() != n {
-        let rule = "at least one id in a row, and a count for every row".into();
-        let got = format!("{:?} and {} counts", ids.shape(), counts.len());
-        return Err(Error::Shape { what: "sets", rule, got }.into());
-    }
-    let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
+    let (top_k, ids, counts) = (ids.shape()[1], ids.as_slice()?, counts.as_slice()?);
     let merged = alone(py, || {
         let mut sets = Sets::new(top_k);
         for (ids, &count) in ids.chunks_exact(top_k).zip(counts) {
@@ -173,18 +165,14 @@ impl StatisticsCounter {
         checked: bool,
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
-        // Counts that a panic left behind are nobody's.
-        let mut counter = self.counter.take().ok_or_else(finished)?;
+        let counter = self.counter.as_mut().ok_or_else(finished)?;
         let lend = |table: &Option<Py<PyArray3<u64>>>| table.as_ref().map(|table| table.bind(py).readwrite());
         let (mut transitions, mut coactivation) = (lend(&self.transitions), lend(&self.coactivation));
         let mut tables = Tables {
             transitions: transitions.as_mut().map(|table| table.as_slice_mut()).transpose()?,
             coactivation: coactivation.as_mut().map(|table| table.as_slice_mut()).transpose()?,
         };
-        let push =
-            with_ids!(expert_ids, ids => detached(py, threads, || counter.push(ids, &mut tables, checked))?);
-        self.counter = Some(counter);
-        Ok(push?)
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || counter.push(ids, &mut tables, checked))??))
     }
 
     #[pyo3(signature = (threads = None))]
@@ -226,15 +214,8 @@ fn copies_of(
     node_of_device: &[u16],
     split: &str,
 ) -> PyResult<(Routing, Copies)> {
-    let &[layers, devices, per_device] = slots.shape() else {
-        unreachable!("the array has three dimensions")
-    };
+    let [layers, _, per_device] = sizes(slots.shape());
     let routing = Routing::new(layers, num_experts, top_k)?;
-    if node_of_device.len() != devices || node_of_device.iter().any(|&node| usize::from(node) >= devices) {
-        let rule = format!("a node from 0 to {} for each of {devices} devices", devices.saturating_sub(1));
-        let got = format!("{} values", node_of_device.len());
-        return Err(Error::Shape { what: "node_of_device", rule, got }.into());
-    }
     let split = match split {
         "even" => Split::Even,
         "nearest" => Split::Nearest,
@@ -244,7 +225,7 @@ fn copies_of(
             return Err(PyValueError::new_err(format!("split {rule}, got '{split}'")));
         }
     };
-    let slots = contiguous(slots.as_slice().ok())?;
+    let slots = slots.as_slice()?;
     Ok((routing, caught(|| Copies::new(slots, routing, per_device, node_of_device, split))??))
 }
 
@@ -289,10 +270,8 @@ impl Replay {
         checked: bool,
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
-        let mut replay = self.replay.take().ok_or_else(finished)?;
-        let counted = with_ids!(expert_ids, ids => detached(py, threads, || replay.push(ids, checked))?);
-        self.replay = Some(replay);
-        Ok(counted?)
+        let replay = self.replay.as_mut().ok_or_else(finished)?;
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids, checked))??))
     }
 
     fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<Tallied<'py>> {
@@ -353,14 +332,11 @@ impl LabelledReplay {
         checked: bool,
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
-        let position = positions.as_ref().map(|of| contiguous(of.as_slice().ok())).transpose()?;
-        let home = homes.as_ref().map(|of| contiguous(of.as_slice().ok())).transpose()?;
-        let labels = Labels { row: contiguous(rows.as_slice().ok())?, position, home };
-        let mut replay = self.replay.take().ok_or_else(finished)?;
-        let counted =
-            with_ids!(expert_ids, ids => detached(py, threads, || replay.push(ids, labels, checked))?);
-        self.replay = Some(replay);
-        Ok(counted?)
+        let position = positions.as_ref().map(|of| of.as_slice()).transpose()?;
+        let home = homes.as_ref().map(|of| of.as_slice()).transpose()?;
+        let labels = Labels { row: rows.as_slice()?, position, home };
+        let replay = self.replay.as_mut().ok_or_else(finished)?;
+        with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids, labels, checked))??))
     }
 
     #[pyo3(signature = (expert_ids, first_token, threads = None))]

@@ -6,37 +6,35 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{alone, array2, array3, contiguous, detached};
-use crate::error::{Error, Result};
-use crate::replay::expected::{Sets, Shared, busiest, cost, is_large};
+use super::{alone, array2, array3, detached, sizes};
+use crate::replay::expected::{Sets, Shared, busiest, cost};
 
 /// Slots [L,D,S] and the shares that they serve of their experts' tokens.
 type Slots<'py> = (PyReadonlyArray3<'py, i32>, PyReadonlyArray3<'py, f64>);
 
-/// Makes `work` of what the slots share, on other threads.
-fn shared<T: Send>(
-    py: Python<'_>,
-    (slots, share): &Slots<'_>,
-    experts: usize,
-    (steps, threads): (usize, Option<usize>),
-    work: impl FnOnce(&Shared) -> Result<T> + Send,
-) -> PyResult<T> {
-    let &[layers, devices, per_device] = slots.shape() else {
-        unreachable!("the array has three dimensions")
-    };
-    let (slots, share) = (contiguous(slots.as_slice().ok())?, contiguous(share.as_slice().ok())?);
-    let make = || work(&Shared::new(slots, share, [layers, devices, per_device], experts)?);
-    made(py, steps, threads, make)
-}
+/// Steps from which threads are worth waking.
+const LARGE: usize = 1 << 18;
 
 /// Makes `work` of so many steps, on other threads where they are many.
 fn made<T: Send>(
     py: Python<'_>,
     steps: usize,
     threads: Option<usize>,
-    work: impl FnOnce() -> Result<T> + Send,
+    work: impl FnOnce() -> T + Send,
 ) -> PyResult<T> {
-    Ok(if is_large(steps) { detached(py, threads, work)?? } else { alone(py, work)?? })
+    if steps < LARGE { alone(py, work) } else { detached(py, threads, work) }
+}
+
+/// Makes `work` of what the slots share.
+fn shared<T: Send>(
+    py: Python<'_>,
+    (slots, share): &Slots<'_>,
+    experts: usize,
+    (steps, threads): (usize, Option<usize>),
+    work: impl FnOnce(&Shared) -> T + Send,
+) -> PyResult<T> {
+    let (sizes, slots, share) = (sizes(slots.shape()), slots.as_slice()?, share.as_slice()?);
+    Ok(made(py, steps, threads, || Shared::new(slots, share, sizes, experts).map(|shared| work(&shared)))??)
 }
 
 #[pyfunction]
@@ -47,15 +45,9 @@ pub(super) fn expected_load<'py>(
     load: PyReadonlyArray3<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let &[windows, layers, experts] = load.shape() else { unreachable!("the array has three dimensions") };
-    if layers != slots.0.shape()[0] {
-        let (rule, got) = (format!("{} layers", slots.0.shape()[0]), layers.to_string());
-        return Err(Error::Shape { what: "load", rule, got }.into());
-    }
-    let devices = slots.0.shape()[1];
-    let load = contiguous(load.as_slice().ok())?;
+    let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
     let tokens = shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))?;
-    array3(py, (windows, layers, devices), tokens)
+    array3(py, (windows, layers, slots.0.shape()[1]), tokens)
 }
 
 /// Tokens that visit devices [L,D] and nodes [L,N].
@@ -72,18 +64,14 @@ pub(super) fn expected_visits<'py>(
     hashed: bool,
     threads: Option<usize>,
 ) -> PyResult<Visits<'py>> {
-    let (layers, devices) = (slots.0.shape()[0], slots.0.shape()[1]);
     let nodes = node_of_device.iter().max().map_or(0, |&node| usize::from(node) + 1);
-    let slices = sets
-        .iter()
-        .map(|(ids, counts)| {
-            let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
-            Ok(Sets { ids, counts })
-        })
-        .collect::<PyResult<Vec<_>>>()?;
+    let slices =
+        sets.iter().map(|(ids, counts)| Ok(Sets { ids: ids.as_slice()?, counts: counts.as_slice()? }));
+    let slices = slices.collect::<PyResult<Vec<_>>>()?;
     let steps = slices.iter().map(|of| of.ids.len()).sum();
     let work = |shared: &Shared| shared.visits(&node_of_device, &slices, hashed);
     let (of_devices, of_nodes) = shared(py, &slots, num_experts, (steps, threads), work)?;
+    let [layers, devices, _] = sizes(slots.0.shape());
     Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
 }
 
@@ -95,8 +83,7 @@ pub(super) fn expected_apart<'py>(
     pairs: PyReadonlyArray3<'py, u64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
-    let experts = pairs.shape()[2];
-    let pairs = contiguous(pairs.as_slice().ok())?;
+    let (experts, pairs) = (pairs.shape()[2], pairs.as_slice()?);
     Ok(shared(py, &slots, experts, (pairs.len(), threads), |shared| shared.apart(pairs))?.into_pyarray(py))
 }
 
@@ -108,10 +95,9 @@ pub(super) fn expected_followed<'py>(
     transitions: PyReadonlyArray3<'py, u64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let (boundaries, experts, devices) = (transitions.shape()[0], transitions.shape()[2], slots.0.shape()[1]);
-    let transitions = contiguous(transitions.as_slice().ok())?;
-    let followed =
-        shared(py, &slots, experts, (transitions.len(), threads), |shared| shared.followed(transitions))?;
+    let ([boundaries, experts, _], devices) = (sizes(transitions.shape()), slots.0.shape()[1]);
+    let pairs = transitions.as_slice()?;
+    let followed = shared(py, &slots, experts, (pairs.len(), threads), |shared| shared.followed(pairs))?;
     array3(py, (boundaries, devices, devices), followed)
 }
 
@@ -125,9 +111,8 @@ pub(super) fn pair_cost(
     link_cost: PyReadonlyArray2<'_, u64>,
     threads: Option<usize>,
 ) -> PyResult<u128> {
-    let experts = pairs.shape()[2];
-    let (here, there) = (contiguous(here.as_slice().ok())?, contiguous(there.as_slice().ok())?);
-    let (pairs, price) = (contiguous(pairs.as_slice().ok())?, contiguous(link_cost.as_slice().ok())?);
+    let (experts, pairs, price) = (pairs.shape()[2], pairs.as_slice()?, link_cost.as_slice()?);
+    let (here, there) = (here.as_slice()?, there.as_slice()?);
     made(py, pairs.len(), threads, || cost(here, there, pairs, price, experts))
 }
 
@@ -141,10 +126,9 @@ pub(super) fn busiest_rows<'py>(
     tiers: usize,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let (windows, layers) = (visits.shape()[0], visits.shape()[1]);
-    let (visits, share) = (contiguous(visits.as_slice().ok())?, contiguous(share.as_slice().ok())?);
-    let tier = contiguous(tier.as_slice().ok())?;
-    let steps = visits.len().saturating_mul(tier.len().isqrt() * tiers);
+    let [windows, layers, devices] = sizes(visits.shape());
+    let (visits, share, tier) = (visits.as_slice()?, share.as_slice()?, tier.as_slice()?);
+    let steps = visits.len().saturating_mul(devices * tiers);
     let rows = made(py, steps, threads, || busiest(visits, share, tier, tiers))?;
     array3(py, (windows, layers, tiers), rows)
 }

@@ -81,10 +81,6 @@ fn sites_of(
     [l, e]: [usize; 2],
 ) -> PyResult<(Vec<Site>, usize)> {
     let d = time.len();
-    shaped("capacity", capacity.shape(), &[l, d])?;
-    for rules in rules.into_iter().flatten() {
-        shaped("rules", rules.shape(), &[l, e, d])?;
-    }
     let [forbidden, pinned] = [slice(rules[0])?, slice(rules[1])?];
     let of = |table: &[bool], l: usize| table.get(l * e * d..(l + 1) * e * d).unwrap_or(&[]).to_vec();
     let site = |l: usize| {
@@ -166,14 +162,6 @@ impl Layers {
     ) -> PyResult<Self> {
         let &[w, layers, e] = load.shape() else { unreachable!("the array has three dimensions") };
         let (load, weight, d) = (contiguous(load.as_slice().ok())?, weight.as_array().to_vec(), node.len());
-        let counts = [noise, mixed].iter().all(|part| part.is_finite() && *part >= 0.0);
-        let fits = weight.len() == w && capacity.shape() == [layers, d] && time.len() == d;
-        if !fits || ![0, 8].contains(&norm) || !counts {
-            let rule = format!(
-                "weights [{w}], slots [{layers}, {d}], times [{d}], norm 0 or 8, noise and mixed of at least 0"
-            );
-            return Err(Error::Shape { what: "layers", rule, got: "others".into() }.into());
-        }
         let (sites, per_device) =
             sites_of(&capacity, &time, copies, [forbidden.as_ref(), pinned.as_ref()], [layers, e])?;
         // Copied tables, and windows in the form of the search, of experts and of devices.
@@ -196,10 +184,7 @@ impl Layers {
 
     /// Caps loads `total` [L,E] of devices.
     fn limit(&mut self, cap: Vec<f64>, total: PyReadonlyArray2<'_, f64>) -> PyResult<()> {
-        let [l, e, _] = self.sizes();
-        shaped("cap", &[cap.len()], &[l])?;
-        shaped("total", total.shape(), &[l, e])?;
-        let total = contiguous(total.as_slice().ok())?.chunks_exact(e.max(1));
+        let total = contiguous(total.as_slice().ok())?.chunks_exact(self.sizes()[1].max(1));
         for ((layer, cap), total) in self.layers.iter_mut().zip(cap).zip(total) {
             (layer.cap, layer.load) = (cap, total.to_vec());
         }
@@ -208,7 +193,6 @@ impl Layers {
 
     /// Prices copies [L,E,D].
     fn hold(&mut self, price: PyReadonlyArray3<'_, f64>) -> PyResult<()> {
-        shaped("hold", price.shape(), &self.sizes())?;
         room_for("hold", &[price.len(), size_of::<f64>()])?;
         for (layer, price) in self.with(contiguous(price.as_slice().ok())?) {
             layer.hold = price.iter().map(|price| price * layer.windows.scale).collect();
@@ -224,14 +208,9 @@ impl Layers {
         device_cost: f64,
         node_cost: f64,
     ) -> PyResult<()> {
-        shaped("sets", &[sets.len()], &[self.layers.len()])?;
         for (layer, (ids, counts)) in self.layers.iter_mut().zip(&sets) {
             let (e, copies) = (layer.experts, layer.slots() > layer.experts);
             let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
-            if ids.iter().any(|&id| usize::from(id) >= e) || ids.len() % counts.len().max(1) != 0 {
-                let rule = format!("ids [N, K] below {e} and counts [N]");
-                return Err(Error::Shape { what: "sets", rule, got: "others".into() }.into());
-            }
             let (ids, counts, scale) = (ids.to_vec(), counts.to_vec(), layer.windows.scale);
             layer.sets = Some(fanout::Sets::later(move || {
                 let mut sets = fanout::Sets::new(&ids, &counts, e, copies);
@@ -245,8 +224,6 @@ impl Layers {
 
     /// Prices pairs [L,E,E] that are apart.
     fn price_pairs(&mut self, pairs: PyReadonlyArray3<'_, u64>, pair_cost: f64) -> PyResult<()> {
-        let [l, e, _] = self.sizes();
-        shaped("pairs", pairs.shape(), &[l, e, e])?;
         for (layer, pairs) in self.with(contiguous(pairs.as_slice().ok())?) {
             let counts = pairs.iter().map(|&count| count as f32).collect();
             layer.pairs = Some(Pairs { counts, cost: pair_cost * layer.windows.scale });
@@ -423,7 +400,6 @@ pub(super) fn spend_budget(
     dead_zone: f64,
     deviations: f64,
 ) -> PyResult<Vec<usize>> {
-    shaped("moves", moves.shape(), cost.shape())?;
     let (cost, moves) = (cost.as_array(), moves.as_array());
     let way = |(&cost, &moves): (&f64, &i64)| Way {
         moves: usize::try_from(moves).unwrap_or(0),

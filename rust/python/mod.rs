@@ -146,6 +146,11 @@ fn watched<T: Send>(
     }
 }
 
+/// The sizes of an array with so many dimensions.
+fn sizes<const N: usize>(shape: &[usize]) -> [usize; N] {
+    shape.try_into().expect("the array's type says how many dimensions it has")
+}
+
 /// A table as a slice, an empty one where there is none.
 fn slice<'a, T: numpy::Element>(array: Option<&'a PyReadonlyArray3<'_, T>>) -> PyResult<&'a [T]> {
     array.map_or(Ok(&[]), |array| contiguous(array.as_slice().ok()))
@@ -190,7 +195,7 @@ mod _core {
     #[pymodule_export]
     use super::lines::scan_lines;
     #[pymodule_export]
-    use super::packing::{cluster, lpt, place_clusters, smallest_peaks};
+    use super::packing::{pack, place_clusters, smallest_peaks};
     #[pymodule_export]
     use super::pools::forget_pools;
 

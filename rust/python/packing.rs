@@ -1,77 +1,41 @@
 //! Loads packed into clusters, and clusters put on devices.
 
-use numpy::{
-    PyArray2, PyArray3, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods,
-};
-use pyo3::exceptions::PyKeyboardInterrupt;
+use numpy::{PyArray2, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, contiguous, deadline, detached, watched};
+use super::{array2, deadline, detached, watched};
 use crate::control::Control;
 use crate::error::Error;
-use crate::packing::{Goal, Improve, Packing, Sizes, smallest_peak};
+use crate::packing::{self, Goal, Improve, Sizes, smallest_peak};
 use crate::two_stage::Chain;
 
-/// Peak and its bound, deviation times clusters and its bound: one row per layer.
-type Balance = Vec<(u128, u128, u128, u128)>;
-
-/// Layers packed as well as time allows, and whether that was interrupted.
-fn packed(
-    py: Python<'_>,
-    load: &PyReadonlyArray2<'_, u64>,
-    devices: usize,
-    sizes: Sizes,
-    goal: Goal,
-    time_limit: Option<f64>,
-    threads: Option<usize>,
-) -> PyResult<(Vec<Packing>, bool)> {
-    let (experts, load) = (load.shape()[1], contiguous(load.as_slice().ok())?);
-    let control = Control::new(deadline(time_limit));
-    let work = || {
-        let improve = Some(Improve { goal, is_over: &|| control.stopped() });
-        crate::packing::pack(load, experts, devices, sizes, improve)
-    };
-    let (packed, interrupted) = watched(py, threads, &control, None, work)?;
-    Ok((packed?, interrupted))
-}
+/// Cluster of every expert [L,E]; of every layer peak and its bound, deviation times clusters and its bound; whether it
+/// was interrupted.
+type Packed<'py> = (Bound<'py, PyArray2<u16>>, Vec<(u128, u128, u128, u128)>, bool);
 
 #[pyfunction]
-#[pyo3(signature = (load, devices, slots, *, improve = false, time_limit = None, threads = None))]
-pub(super) fn lpt<'py>(
+#[pyo3(signature = (load, clusters, sizes, *, tolerance = None, time_limit = None, threads = None))]
+pub(super) fn pack<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, u64>,
-    devices: usize,
-    slots: usize,
-    improve: bool,
+    clusters: usize,
+    sizes: (usize, usize),
+    tolerance: Option<f64>,
     time_limit: Option<f64>,
     threads: Option<usize>,
-) -> PyResult<Bound<'py, PyArray3<i32>>> {
-    let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let sizes = Sizes { fewest: 0, most: slots };
-    let cluster: Vec<u16> = if improve {
-        let (packed, interrupted) = packed(py, &load, devices, sizes, Goal::Peak, time_limit, threads)?;
-        if interrupted {
-            return Err(PyKeyboardInterrupt::new_err(()));
-        }
-        packed.into_iter().flat_map(|packing| packing.cluster).collect()
-    } else {
-        let load = contiguous(load.as_slice().ok())?;
-        alone(py, || crate::packing::pack_quickly(load, experts, devices, sizes))??
-    };
-    let mut filled = vec![-1; layers * devices * slots];
-    let mut used = vec![0; devices];
-    for (cluster, filled) in
-        cluster.chunks(experts.max(1)).zip(filled.chunks_exact_mut((devices * slots).max(1)))
-    {
-        used.fill(0);
-        for (&g, e) in cluster.iter().zip(0..) {
-            let g = usize::from(g);
-            filled[g * slots + used[g]] = e;
-            used[g] += 1;
-        }
-    }
-    array3(py, (layers, devices, slots), filled)
+) -> PyResult<Packed<'py>> {
+    let ([layers, experts], load) = (super::sizes(load.shape()), load.as_slice()?);
+    let sizes = Sizes { fewest: sizes.0, most: sizes.1 };
+    let goal = tolerance.map_or(Goal::Peak, |tolerance| Goal::Deviation { tolerance });
+    let control = Control::new(deadline(time_limit));
+    let improve = Improve { goal, is_over: &|| control.stopped() };
+    let work = || packing::pack(load, experts, clusters, sizes, Some(improve));
+    let (packed, interrupted) = watched(py, threads, &control, None, work)?;
+    let packed = packed?;
+    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
+    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
+    Ok((array2(py, (layers, experts), cluster)?, balance, interrupted))
 }
 
 #[pyfunction]
@@ -84,37 +48,9 @@ pub(super) fn smallest_peaks(
     reached: PyReadonlyArray1<'_, u64>,
     threads: Option<usize>,
 ) -> PyResult<Vec<(u128, u128)>> {
-    let experts = load.shape()[1].max(1);
-    let (load, reached) = (contiguous(load.as_slice().ok())?, contiguous(reached.as_slice().ok())?);
-    let layers = load.par_chunks(experts).zip(reached);
+    let layers = load.as_slice()?.par_chunks(load.shape()[1].max(1)).zip(reached.as_slice()?);
     let peak = |(load, &reached): (&[u64], &u64)| smallest_peak(load, devices, slots, reached.into());
-    let peaks = detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())?;
-    Ok(peaks?)
-}
-
-#[pyfunction]
-#[pyo3(signature = (load, clusters, slots, *, equal_sizes = true, tolerance = 0.0, time_limit = None, threads = None))]
-pub(super) fn cluster<'py>(
-    py: Python<'py>,
-    load: PyReadonlyArray2<'py, u64>,
-    clusters: usize,
-    slots: usize,
-    equal_sizes: bool,
-    tolerance: f64,
-    time_limit: Option<f64>,
-    threads: Option<usize>,
-) -> PyResult<(Bound<'py, PyArray2<u16>>, Balance, bool)> {
-    let (layers, experts) = (load.shape()[0], load.shape()[1]);
-    let sizes = if equal_sizes && clusters > 0 {
-        Sizes::equal(experts, clusters)
-    } else {
-        Sizes::free(experts, clusters, slots)
-    };
-    let goal = Goal::Deviation { tolerance };
-    let (packed, interrupted) = packed(py, &load, clusters, sizes, goal, time_limit, threads)?;
-    let balance = packed.iter().map(|p| (p.peak.0, p.peak.1, p.deviation.0, p.deviation.1)).collect();
-    let cluster = packed.into_iter().flat_map(|p| p.cluster).collect();
-    Ok((array2(py, (layers, experts), cluster)?, balance, interrupted))
+    Ok(detached(py, threads, || layers.map(peak).collect::<Result<_, Error>>())??)
 }
 
 /// The device of every cluster [L,D], how it was found, a lower bound of the bottleneck, whether it was interrupted.
@@ -132,9 +68,9 @@ pub(super) fn place_clusters<'py>(
     threads: Option<usize>,
 ) -> PyResult<Placed<'py>> {
     let (layers, devices) = (traffic.shape()[0] + 1, cost.shape()[0]);
-    let sizes = sizes.as_ref().map(|sizes| contiguous(sizes.as_slice().ok())).transpose()?;
-    let start = start.as_ref().map(|start| contiguous(start.as_slice().ok())).transpose()?;
-    let (traffic, cost) = (contiguous(traffic.as_slice().ok())?, contiguous(cost.as_slice().ok())?);
+    let sizes = sizes.as_ref().map(|sizes| sizes.as_slice()).transpose()?;
+    let start = start.as_ref().map(|start| start.as_slice()).transpose()?;
+    let (traffic, cost) = (traffic.as_slice()?, cost.as_slice()?);
     let chain = Chain { traffic, cost, sizes, start, layers, devices };
     let control = Control::new(deadline(time_limit));
     let (placed, interrupted) = watched(py, threads, &control, None, || chain.place(&control))?;

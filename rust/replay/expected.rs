@@ -8,17 +8,12 @@
 use rayon::prelude::*;
 
 use super::by_expert;
-use crate::error::{Error, Result, SLOTS};
+use crate::error::Result;
 
-/// Whether steps are so many that threads are worth waking; fewer are made in the calling one.
-#[must_use]
-pub fn is_large(steps: usize) -> bool {
-    steps >= 1 << 18
-}
-
-/// Makes something of every number from 0, by threads where work is `large`.
-fn made_of<T: Send>(large: bool, count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
-    if large { (0..count).into_par_iter().map(make).collect() } else { (0..count).map(make).collect() }
+/// Makes something of every number from 0: by threads within a pool, else in the calling one.
+fn made_of<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+    let is_alone = rayon::current_thread_index().is_none();
+    if is_alone { (0..count).map(make).collect() } else { (0..count).into_par_iter().map(make).collect() }
 }
 
 /// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
@@ -195,10 +190,6 @@ pub struct Shared {
     layers: Vec<Holders>,
 }
 
-fn wrong<T>(what: &'static str, rule: String, values: usize) -> Result<T> {
-    Err(Error::Shape { what, rule, got: format!("{values} values") })
-}
-
 impl<'a> Sets<'a> {
     fn iter(self) -> impl Iterator<Item = (&'a [u16], u64)> {
         let k = (self.ids.len() / self.counts.len().max(1)).max(1);
@@ -215,9 +206,6 @@ impl Shared {
         experts: usize,
     ) -> Result<Self> {
         let size = devices * per_device;
-        if slots.len() != layers * size || share.len() != slots.len() || size > SLOTS {
-            return wrong("share", format!("[{layers}, {devices}, {per_device}]"), share.len());
-        }
         let layer = |l: usize| {
             let (first, slots) = by_expert(&slots[l * size..][..size], experts)?;
             let unit = slots.iter().map(|&slot| u32::from(slot) / per_device as u32).collect();
@@ -228,11 +216,9 @@ impl Shared {
     }
 
     /// Tokens of every device in every window `[W, L, D]`, of those of experts `[W, L, E]`.
-    pub fn load(&self, load: &[f64]) -> Result<Vec<f64>> {
+    #[must_use]
+    pub fn load(&self, load: &[f64]) -> Vec<f64> {
         let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
-        if !load.len().is_multiple_of((layers * e).max(1)) {
-            return wrong("load", format!("[windows, {layers}, {e}]"), load.len());
-        }
         let size = layers * e;
         let window = |w: usize| {
             let mut tokens = vec![0.0; layers * d];
@@ -246,38 +232,23 @@ impl Shared {
             }
             tokens
         };
-        Ok(made_of(is_large(load.len()), load.len() / size.max(1), window).concat())
+        made_of(load.len() / size.max(1), window).concat()
     }
 
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
     /// device `[D]`; `hashed` says whether one hash of a token chooses the copies of all its experts.
-    pub fn visits(&self, node: &[u16], sets: &[Sets<'_>], hashed: bool) -> Result<(Vec<f64>, Vec<f64>)> {
-        let (e, d) = (self.experts, self.devices);
-        if sets.len() != self.layers.len() || node.len() != d {
-            return wrong("sets", format!("one for each of {} layers", self.layers.len()), sets.len());
-        }
-        let is_valid = |of: &Sets<'_>| {
-            let k = of.ids.len() / of.counts.len().max(1);
-            let few = of.counts.len() < u32::MAX as usize;
-            few && k * of.counts.len() == of.ids.len() && of.ids.iter().all(|&id| usize::from(id) < e)
-        };
+    #[must_use]
+    pub fn visits(&self, node: &[u16], sets: &[Sets<'_>], hashed: bool) -> (Vec<f64>, Vec<f64>) {
         let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
-        let layer =
-            |l: usize| is_valid(&sets[l]).then(|| self.layers[l].visits(node, nodes, sets[l], hashed));
-        let large = is_large(sets.iter().map(|of| of.ids.len()).sum());
-        let Some(visits) = made_of(large, sets.len(), layer).into_iter().collect::<Option<Vec<_>>>() else {
-            return wrong("sets", format!("ids [N, K] below {e} and counts [N]"), 0);
-        };
-        let (devices, nodes): (Vec<_>, Vec<_>) = visits.into_iter().unzip();
-        Ok((devices.concat(), nodes.concat()))
+        let layer = |l: usize| self.layers[l].visits(node, nodes, sets[l], hashed);
+        let (devices, nodes): (Vec<_>, Vec<_>) = made_of(sets.len(), layer).into_iter().unzip();
+        (devices.concat(), nodes.concat())
     }
 
     /// Pairs of every layer `[L]` whose experts are not served by one device, of counts `[L, E, E]` with both orders.
-    pub fn apart(&self, pairs: &[u64]) -> Result<Vec<f64>> {
+    #[must_use]
+    pub fn apart(&self, pairs: &[u64]) -> Vec<f64> {
         let (e, d) = (self.experts, self.devices);
-        if pairs.len() != self.layers.len() * e * e {
-            return wrong("pairs", format!("[{}, {e}, {e}]", self.layers.len()), pairs.len());
-        }
         let layer = |l: usize| {
             let (holders, pairs) = (&self.layers[l], &pairs[l * e * e..][..e * e]);
             if let Some(device) = holders.single() {
@@ -300,16 +271,13 @@ impl Shared {
             }
             sum / 2.0
         };
-        Ok(made_of(is_large(pairs.len()), self.layers.len(), layer))
+        made_of(self.layers.len(), layer)
     }
 
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, of counts `[L - 1, E, E]`.
-    pub fn followed(&self, transitions: &[u64]) -> Result<Vec<f64>> {
+    #[must_use]
+    pub fn followed(&self, transitions: &[u64]) -> Vec<f64> {
         let (e, d) = (self.experts, self.devices);
-        let boundaries = self.layers.len().saturating_sub(1);
-        if transitions.len() != boundaries * e * e {
-            return wrong("transitions", format!("[{boundaries}, {e}, {e}]"), transitions.len());
-        }
         let boundary = |l: usize| {
             let (two, table) = (&self.layers[l..l + 2], &transitions[l * e * e..][..e * e]);
             let mut from = vec![0.0; d * e];
@@ -327,21 +295,15 @@ impl Shared {
             }
             pairs
         };
-        Ok(made_of(is_large(transitions.len()), boundaries, boundary).concat())
+        made_of(self.layers.len().saturating_sub(1), boundary).concat()
     }
 }
 
 /// What counted pairs cost, with experts on devices `[N, E]`: `here` for the first of a pair and `there` for the other, of
 /// counts `[N, E, E]` and costs `[D, D]`.
-pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: usize) -> Result<u128> {
+#[must_use]
+pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: usize) -> u128 {
     let devices = cost.len().isqrt();
-    let is_device = |device: &u16| usize::from(*device) < devices;
-    if here.len() != there.len() || pairs.len() != here.len() * experts || devices * devices != cost.len() {
-        return wrong("pairs", format!("[{}, {experts}]", here.len()), pairs.len());
-    }
-    if !here.iter().chain(there).all(is_device) {
-        return wrong("device_of", format!("devices below {devices}"), here.len());
-    }
     let table = |l: usize| -> u128 {
         let [here, there] = [here, there].map(|all| &all[l * experts..][..experts]);
         let row = |(row, &here): (&[u64], &u16)| -> u128 {
@@ -352,28 +314,23 @@ pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: u
         };
         pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(here).map(row).sum()
     };
-    Ok(made_of(is_large(pairs.len()), here.len() / experts.max(1), table).into_iter().sum())
+    made_of(here.len() / experts.max(1), table).into_iter().sum()
 }
 
 /// Rows at the busiest port of every tier `[W, L, T]`, of visits `[W, L, D]`: a device is visited from every home by a
 /// share of its tokens `[L, D, D]`, home first, over the links of their tier `[D, D]`, of which 0 is no link.
-pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Result<Vec<f64>> {
+#[must_use]
+pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Vec<f64> {
     let d = tier.len().isqrt();
-    let layers = share.len() / (d * d).max(1);
-    let whole = d * d == tier.len() && layers * d * d == share.len() && layers > 0;
-    if !whole || !visits.len().is_multiple_of(layers * d) {
-        return wrong("visits", format!("[windows, {layers}, {d}]"), visits.len());
-    }
+    let layers = share.len() / (d * d);
     // What a visit of a device makes homes send `[L, T, D, D]`, device first, and what in all `[L, T, D]`.
     let mut sent = vec![0.0; layers * tiers * d * d];
     let mut sum = vec![0.0; layers * tiers * d];
     for (l, share) in share.chunks_exact(d * d).enumerate() {
         for (at, (&share, &tier)) in share.iter().zip(tier).enumerate().filter(|&(_, (_, &tier))| tier > 0) {
             let (home, device, row) = (at / d, at % d, l * tiers + usize::from(tier) - 1);
-            if usize::from(tier) <= tiers {
-                sent[(row * d + device) * d + home] = share;
-                sum[row * d + device] += share;
-            }
+            sent[(row * d + device) * d + home] = share;
+            sum[row * d + device] += share;
         }
     }
     let window = |w: usize| {
@@ -389,29 +346,5 @@ pub fn busiest(visits: &[f64], share: &[f64], tier: &[u16], tiers: usize) -> Res
         }
         rows
     };
-    let large = is_large(visits.len().saturating_mul(d * tiers));
-    Ok(made_of(large, visits.len() / (layers * d), window).concat())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Whose sums are right is tested against plain loops, in Python.
-    #[test]
-    fn what_is_not_there_is_refused() {
-        // Expert 0 on both devices of node 0, expert 1 on device 1, expert 2 on device 2 of node 1.
-        let (slots, share) = ([0, -1, 1, 0, 2, -1], [0.5, 0.0, 1.0, 0.5, 1.0, 0.0]);
-        let shared = Shared::new(&slots, &share, [1, 3, 2], 3).expect("valid");
-        let sets = |ids| [Sets { ids, counts: &[1] }];
-        assert!(shared.visits(&[0, 0, 1], &sets(&[2]), true).is_ok());
-        assert!(shared.visits(&[0, 0, 1], &sets(&[3]), true).is_err());
-        assert!(shared.visits(&[0, 0], &sets(&[2]), true).is_err());
-        assert!(shared.load(&[1.0; 4]).is_err());
-        assert!(shared.apart(&[1; 8]).is_err());
-        assert!(shared.followed(&[1]).is_err());
-        assert!(Shared::new(&[3], &[1.0], [1, 1, 1], 3).is_err());
-        assert!(cost(&[0], &[2], &[1], &[0, 1, 1, 0], 1).is_err());
-        assert!(busiest(&[1.0; 3], &[0.25; 16], &[0; 16], 2).is_err());
-    }
+    made_of(visits.len() / (layers * d), window).concat()
 }

@@ -27,7 +27,6 @@ pub struct Labels<'a> {
 pub struct Labelled {
     routing: Routing,
     copies: Copies,
-    rows: usize,
     /// Load of every device and, where they are wanted, visits of every device and node.
     size: usize,
     tokens: u64,
@@ -43,29 +42,20 @@ impl Labelled {
     /// turn it is depends on all tokens before: that is an error.
     pub fn new(routing: Routing, copies: Copies, rows: usize, most: u64, visits: bool) -> Result<Self> {
         if copies.split == Split::RoundRobin && (0..routing.layers).any(|l| !copies.is_single(l)) {
-            let rule = "one slot of every expert where copies take turns".into();
-            return Err(Error::Shape { what: "slots", rule, got: "copies".into() });
+            let rule = "one slot of every expert where copies take turns";
+            return Err(Error::shape("slots", rule, &"copies"));
         }
         let size = copies.devices + if visits { copies.devices + copies.nodes() } else { 0 };
         let count = Narrow::zeros(most.saturating_mul(routing.top_k as u64), 1);
         room_for("rows", &[rows, routing.layers, size, count.width()])?;
         let tables = (0..routing.layers).map(|_| count.zeros_like(rows * size)).collect();
-        Ok(Self { routing, copies, rows, size, tokens: 0, tables })
+        Ok(Self { routing, copies, size, tokens: 0, tables })
     }
 
     /// Counts the next tokens `[tokens, layers, top_k]`, each by its labels.
     pub fn push<I: ExpertId>(&mut self, ids: &[I], labels: Labels<'_>, checked: bool) -> Result<()> {
-        let Self { routing, copies, rows, size, tokens: first, tables } = self;
-        let (tokens, top_k) = (ids.len() / routing.row(), routing.top_k);
-        let fits = labels.row.len() == tokens
-            && labels.row.iter().all(|&row| (row as usize) < *rows)
-            && labels.position.is_none_or(|of| of.len() == tokens)
-            && labels.home.is_none_or(|of| of.len() == tokens)
-            && labels.home.is_none_or(|of| of.iter().all(|&home| usize::from(home) < copies.devices));
-        if !fits {
-            let rule = format!("{tokens} rows below {rows}, and as many positions and homes");
-            return Err(Error::Shape { what: "labels", rule, got: format!("{} others", labels.row.len()) });
-        }
+        let Self { routing, copies, size, tokens: first, tables } = self;
+        let top_k = routing.top_k;
         if !checked {
             validate(ids, *routing, *first)?;
         }
@@ -87,7 +77,7 @@ impl Labelled {
                 of_any_type!(table, table => copies.count(slots, top_k, table, *size, row_of));
             },
         );
-        *first += tokens as u64;
+        *first += (ids.len() / routing.row()) as u64;
         Ok(())
     }
 

@@ -72,18 +72,19 @@ impl Copies {
         let Routing { layers, experts, .. } = routing;
         let devices = node_of_device.len();
         let p = devices * per_device;
-        if slots.len() != layers * p || p == 0 || p > SLOTS {
-            let rule =
-                format!("{layers} layers x {devices} devices x {per_device} slots, at most {SLOTS} a layer");
-            return Err(Error::Shape { what: "slots", rule, got: format!("{} values", slots.len()) });
+        if p == 0 || p > SLOTS {
+            return Err(Error::shape("slots", format!("from 1 to {SLOTS} slots in a layer"), &p));
         }
         let mut copies = Vec::with_capacity(layers);
         let mut begin = Vec::with_capacity(layers);
         for layer in slots.chunks_exact(p) {
             let (starts, slots_of) = by_expert(layer, experts)?;
             if let Some(e) = starts.windows(2).position(|ends| ends[0] == ends[1]) {
-                let rule = "a slot for every expert".to_string();
-                return Err(Error::Shape { what: "slots", rule, got: format!("none for expert {e}") });
+                return Err(Error::shape(
+                    "slots",
+                    "a slot for every expert",
+                    &format!("none for expert {e}"),
+                ));
             }
             copies.push(slots_of);
             begin.push(starts);
@@ -215,8 +216,7 @@ fn by_expert(slots: &[i32], experts: usize) -> Result<(Vec<u32>, Vec<u16>)> {
     let mut begin = vec![0; experts + 1];
     for (_, expert) in filled() {
         let Some(count) = begin.get_mut(expert + 1) else {
-            let rule = format!("expert ids below {experts}");
-            return Err(Error::Shape { what: "slots", rule, got: expert.to_string() });
+            return Err(Error::shape("slots", format!("expert ids below {experts}"), &expert));
         };
         *count += 1;
     }

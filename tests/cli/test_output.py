@@ -43,15 +43,7 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
     monkeypatch.setattr(output, "INTERVAL_S", 0.0)
     with output.working("solving, joint") as report:
         report(Progress(12.4, "bound", 0.5, 0.25))
-    assert file.getvalue() == (
-        "moetuner: solving, joint: 12 s, bound, best 0.5, bound 0.25, gap 50.0 %\n"
-    )
-
-
-def test_steps_are_told_with_the_time_of_all(screen, monkeypatch):
-    """What is being done stands in the line."""
-    file = screen(terminal=False)
-    monkeypatch.setattr(output, "INTERVAL_S", 0.0)
-    with output.steps("advising") as say:
-        say("split 1 of 3: counting")
-    assert file.getvalue() == "moetuner: advising: 0 s, split 1 of 3: counting\n"
+        output.timed(report, str)("split 1 of 3: counting")
+    line = "moetuner: solving, joint: {} s, {}\n"
+    bound = line.format(12, "bound, best 0.5, bound 0.25, gap 50.0 %")
+    assert file.getvalue() == bound + line.format(0, "split 1 of 3: counting")

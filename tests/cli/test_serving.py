@@ -1,6 +1,5 @@
 """What one command names under options, the others repeat under the same options."""
 
-import json
 import re
 
 import numpy as np
@@ -37,24 +36,28 @@ def test_all_commands_name_the_time_that_solve_names(as_json, trace, tmp_path, h
     def run(*arguments):
         return as_json(*arguments, "--devices", 4, "--window", 128, *how)
 
-    compared = run("compare", trace, "--methods", "lpt,eplb", "--holdout", 0, *slots)
     actual = {
         "solve": run("solve", trace, "--method", "eplb", "--out", p, *slots)[model],
         "evaluate": run("evaluate", p, trace)[model],
         "report": run("report", p, trace, "--out", page)["proposed"][model],
         "audit": run("audit", p, trace, "--resamples", 10)["all"][model]["value"]["value"],
-        "compare": compared["methods"]["eplb"][model],
     }
+    compared = run("compare", trace, "--methods", "lpt,eplb", "--holdout", 0, *slots)
+    actual["compare"] = compared["methods"]["eplb"][model]
     assert actual == pytest.approx(dict.fromkeys(actual, actual["solve"]), rel=1e-12)
 
 
 def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path):
-    """One time per layer stands in the text of solve, that of the replay."""
-    how = ("--devices", 4, "--window", 128, "--for", "vllm")
-    text = ok("solve", trace, *how, "--out", tmp_path / "p.json")
-    us = as_json("evaluate", tmp_path / "p.json", trace, *how)
-    assert f"Predicted time: {us['predicted_layer_us']:.1f} us per layer.\n" in text
+    """One time per layer stands in the text of solve, the replayed one; inspect has blocks'."""
+    how, p = ("--devices", 4, "--window", 128, "--for", "vllm"), tmp_path / "p.json"
+    text = ok("solve", trace, *how, "--out", p)
+    us = as_json("evaluate", p, trace, *how)["predicted_layer_us"]
+    assert f"Predicted time: {us:.1f} us per layer.\n" in text
     assert text.count("us per layer") == 1
+    blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
+    actual = as_json("inspect", trace, *how)["contiguous"]
+    assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
+    assert "contiguous" not in as_json("inspect", trace)
 
 
 def test_counts_are_evaluated_as_recorded(ok, tmp_path):
@@ -77,18 +80,6 @@ def test_serving_is_said_alike_everywhere(command):
         for name in (command, "solve")
     )
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
-
-
-def test_inspect_predicts_the_time_of_experts_in_blocks(as_json, ok, trace, tmp_path):
-    """Where it is said how traffic is served: the time that solve names for contiguous."""
-    how = ("--devices", 4, "--window", 128, "--for", "vllm", "--json", "-")
-    blocks = ("--method", "contiguous", "--out", tmp_path / "p.json")
-    actual, solved = (
-        json.loads(ok(*line, *how)) for line in (("inspect", trace), ("solve", trace, *blocks))
-    )
-    name = "predicted_layer_us"
-    assert actual["contiguous"][name] == pytest.approx(solved[name], rel=1e-12)
-    assert "contiguous" not in as_json("inspect", trace)
 
 
 def test_audit_compares_times_for_an_engine(ok, trace, tmp_path):

@@ -111,8 +111,7 @@ def readme(folder: Path) -> dict[str, object]:
 
     demo()
     recorded = trace(48, 128, 256)
-    recorded.save(folder / "trace.safetensors")
-    (folder / "trace.safetensors").rename(folder / "TRACE")
+    recorded.save(folder / "TRACE")
     blocks(48, 128, 8).save(folder / "running.json")
     blocks(48, 128, 8).save(folder / "PLACEMENT")
     responses(folder / "routed.jsonl", recorded)
@@ -124,7 +123,7 @@ def readme(folder: Path) -> dict[str, object]:
 
 
 def quickstart(folder: Path) -> dict[str, object]:
-    """Give a model and texts; the demo is the first step of the document."""
+    """Give a model and texts; the demo, if any, is the first step of the document."""
     checkpoint(folder / "MODEL")
     words(folder)
     return {}
@@ -140,9 +139,8 @@ def vllm(folder: Path) -> dict[str, object]:
 
 def sglang(folder: Path) -> dict[str, object]:
     """Give a dump of a model with three dense layers, and responses."""
-    recorded = trace(58, 256, 64)
-    recorder(folder / "dumps", recorded, dense=3)
-    answers(folder / "routed.jsonl", recorded)
+    recorder(folder / "dumps", trace(58, 256, 64), dense=3)
+    answers(folder / "routed.jsonl", trace(58, 256, 64))
     return {}
 
 
@@ -208,8 +206,7 @@ def deepspeed(folder: Path) -> dict[str, object]:
 
 def transformers(folder: Path) -> dict[str, object]:
     """Give a model and texts."""
-    checkpoint(folder / "MODEL")
-    words(folder)
+    quickstart(folder)
     (folder / "FILE").rename(folder / "texts.jsonl")
     return {}
 

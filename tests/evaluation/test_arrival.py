@@ -37,8 +37,8 @@ def test_without_labels_every_token_is_a_sequence():
 def test_mixed_windows_are_means(windows):
     """As many as there were, with the same total where all are mixed, and never more extreme."""
     load = np.random.default_rng(windows).random((windows, 3))
-    found = np.concatenate([mixed for _, mixed in mixed_windows(load)])
-    assert found.shape == load.shape
-    assert (found <= load.max(axis=0) + 1e-12).all()
+    actual = np.concatenate([mixed for _, mixed in mixed_windows(load)])
+    assert actual.shape == load.shape
+    assert (actual <= load.max(axis=0) + 1e-12).all()
     if windows <= 16:
-        assert np.allclose(found, load.mean(axis=0))
+        assert np.allclose(actual, load.mean(axis=0))

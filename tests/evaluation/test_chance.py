@@ -32,5 +32,5 @@ def test_one_sequence_names_nobody():
 
 def test_a_group_that_is_served_much_worse_is_named():
     """Of five audits, four or more name the one of seven groups whose experts share a device."""
-    *_, found = chance.named(8, "crossing windows", 5, served_worse=2.0, resamples=300)
-    assert found >= 4 / 5
+    *_, actual = chance.named(8, "crossing windows", 5, served_worse=2.0, resamples=300)
+    assert actual >= 4 / 5

@@ -39,8 +39,8 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
     ]
     how = {"window": window, "split": split, "cost_model": MODEL}
     together = evaluate_each(placements, trace, topology, **how)
-    for placement, found in zip(placements, together, strict=True):
-        assert found.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
+    for placement, evaluation in zip(placements, together, strict=True):
+        assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
 
 
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
@@ -54,22 +54,11 @@ def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     assert (len(shares), shares[-1]) == (5, 1.0)
 
 
-def test_labels_that_cannot_be_are_refused():
-    """Copies that take turns, and rows, positions or homes that are none, are errors."""
-    slots, ids = np.array([[[0, 1], [1, -1]]], dtype=np.int32), np.zeros((2, 1, 1), dtype=np.uint8)
-    sizes = {"rows": 3, "most": 2}
+def test_turns_have_no_rows():
+    """Where copies take turns, what a token does depends on all before it: an error."""
+    slots = np.array([[[0, 1], [1, -1]]], dtype=np.int32)
     with pytest.raises(ValueError, match="take turns"):
-        _core.LabelledReplay(slots, 2, 1, [0, 0], split="round_robin", **sizes)
-    counter = _core.LabelledReplay(slots, 2, 1, [0, 0], **sizes)
-    one, two = np.array([1], dtype=np.uint64), np.array([0, 2], dtype=np.uint16)
-    for rows, labels in (
-        ([0, 3], {}),
-        ([0], {}),
-        ([0, 1], {"positions": one}),
-        ([0, 1], {"homes": two}),
-    ):
-        with pytest.raises(ValueError, match="labels must have 2 rows below 3"):
-            counter.push(ids, np.array(rows, dtype=np.uint32), **labels)
+        _core.LabelledReplay(slots, 2, 1, [0, 0], rows=3, most=2, split="round_robin")
 
 
 @given(st.sampled_from(["even", "nearest"]), st.integers(0, 2), st.integers(0, 99))
@@ -116,10 +105,10 @@ def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):
 
     whole = figures()
     monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 1000)
-    for found, alone in zip(figures(), whole, strict=True):
+    for evaluation, alone in zip(figures(), whole, strict=True):
         for name in ("imbalance", "imbalance_mixed", "imbalance_worst", "predicted_layer_us"):
-            assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-12), name
-        assert found.predicted_us_per_layer == pytest.approx(alone.predicted_us_per_layer)
+            assert getattr(evaluation, name) == pytest.approx(getattr(alone, name), rel=1e-12), name
+        assert evaluation.predicted_us_per_layer == pytest.approx(alone.predicted_us_per_layer)
 
 
 @given(st.sampled_from(SPLITS), st.integers(0, 2), st.integers(1, 40), st.booleans())
@@ -175,9 +164,9 @@ def test_percentile_of_two_parts(some, others):
     """Half of the weight on each part: the least value that reaches the share of the weight."""
     parts = [(0.5, np.array(some, float)), (0.5, np.array(others, float))]
     for percent in (50, 95, 99):
-        found = figures.percentile(parts, percent)
+        actual = figures.percentile(parts, percent)
         reached, before = (
-            sum(0.5 * np.mean(compare(part, found)) for _, part in parts)
+            sum(0.5 * np.mean(compare(part, actual)) for _, part in parts)
             for compare in (np.less_equal, np.less)
         )
         assert before - 1e-9 <= percent / 100 <= reached + 1e-9

@@ -12,9 +12,9 @@ from moetuner import _core
 from moetuner.evaluation import copies
 
 
-def close(found, wanted):
+def close(actual, wanted):
     """Compare numbers that may be off by the rounding of a sum."""
-    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    assert actual == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
 @st.composite
@@ -66,10 +66,10 @@ def test_many_windows_have_the_loads_of_each():
     placement = mt.Placement(random_slots(rng, 3, 4, 40, 2), num_experts=40)
     share = copies.slot_shares(placement, mt.Topology(4), "even")
     load = rng.random((3000, 3, 40))
-    found = copies.served(placement, share, load)
+    actual = copies.served(placement, share, load)
     for window in (0, 1, 1500, 2999):
         alone = copies.served(placement, share, load[window : window + 1])
-        assert found[window].tolist() == alone[0].tolist()
+        assert actual[window].tolist() == alone[0].tolist()
 
 
 @given(cases())
@@ -77,12 +77,12 @@ def test_visits_are_those_of_the_plain_loop(case):
     """With copies on any devices; exactly so where every expert has one."""
     placement, topology, split, share, _, rng = case
     sets, node = some_sets(placement, rng), topology.node_of_device
-    found = copies.visits(placement, topology, split, sets)
+    actual = copies.visits(placement, topology, split, sets)
     if split == "even":
         expectation = oracle.hashed_visits(placement.slots, sets, node)
     else:
         expectation = oracle.visits(share, sets, node)
-    for mine, plain in zip(found, expectation, strict=True):
+    for mine, plain in zip(actual, expectation, strict=True):
         close(mine, plain)
         assert placement.has_copies or mine.tolist() == plain.tolist()
     # Sums of every layer are in the order of its sets.
@@ -98,8 +98,8 @@ def test_pairs_are_plain_sums(case):
     pairs = rng.integers(0, 1000, shape).astype(np.uint64)
     slots = placement.slots, each
     close(_core.expected_apart(slots, pairs), oracle.apart(share, pairs.astype(float)))
-    found = _core.expected_followed(slots, pairs[1:])
-    close(found, oracle.followed(share, pairs[1:].astype(float)))
+    actual = _core.expected_followed(slots, pairs[1:])
+    close(actual, oracle.followed(share, pairs[1:].astype(float)))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))
@@ -109,5 +109,5 @@ def test_costs_of_pairs_are_whole_numbers(seed, devices, experts, tables):
     pairs = rng.integers(0, 2**63, (tables, experts, experts)).astype(np.uint64)
     here, there = (rng.integers(0, devices, (tables, experts)).astype(np.uint16) for _ in range(2))
     link_cost = rng.integers(0, 2**16, (devices, devices)).astype(np.uint64)
-    found = _core.pair_cost(here, there, pairs, link_cost)
-    assert found == oracle.cost(here, there, pairs, link_cost)
+    actual = _core.pair_cost(here, there, pairs, link_cost)
+    assert actual == oracle.cost(here, there, pairs, link_cost)

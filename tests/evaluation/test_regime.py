@@ -1,6 +1,5 @@
 """One regime by default, whose times are predicted, and traffic where expert sets are not known."""
 
-import inspect
 import json
 from dataclasses import replace
 
@@ -12,76 +11,12 @@ import moetuner as mt
 from moetuner import cost
 from moetuner.solver.run import TIE
 
-
-def test_dispatch_is_the_default_everywhere():
-    """Problems, evaluations and audits are of the regime that today's engines run."""
-    for call in (mt.Problem, mt.evaluate, mt.audit):
-        assert inspect.signature(call).parameters["regime"].default == "dispatch"
-
-
 COMMANDS = {
     "solve": ["trace", "--devices", 2, "--method", "lpt", "--out", "new"],
     "compare": ["trace", "--devices", 2, "--methods", "lpt"],
     "evaluate": ["placement", "trace"],
     "audit": ["placement", "trace", "--resamples", 10],
 }
-
-
-@pytest.fixture
-def command(ok, make_trace, tmp_path):
-    """Run a command on a small trace of a model and a placement, with further arguments."""
-
-    def command(name, *more, model=None):
-        files = {of: tmp_path / of for of in ("trace", "placement", "new")}
-        ids = make_trace(60).expert_ids
-        traffic = mt.RoutingTrace.from_arrays(ids, num_experts=8, model=model)
-        traffic.save(files["trace"])
-        mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3).save(files["placement"])
-        return ok(name, *(files.get(given, given) for given in COMMANDS[name]), *more)
-
-    return command
-
-
-@pytest.mark.parametrize("known", ["transitions", "coactivation"])
-def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, known):
-    """Where counts know transitions alone, traffic is theirs; else the default is dispatch."""
-    counted = mt.RoutingStatistics.from_trace(make_trace(60))
-    both = known == "coactivation"
-    saved = tmp_path / "statistics.safetensors"
-    mt.RoutingStatistics(
-        counted.window_load, counted.transitions, counted.coactivation if both else None
-    ).save(saved)
-    for objective in ([], ["--objective", "traffic"]):
-        out = ["--method", "lpt", "--out", tmp_path / "p.json", "--json", "-"]
-        found = json.loads(ok("solve", saved, "--devices", 2, *objective, *out))
-        expected = "follow" if objective and not both else "dispatch"
-        assert found["settings"]["regime"] == expected
-
-
-@pytest.mark.parametrize(
-    ("sets", "more"),
-    [(True, []), (False, ["--regime", "follow"]), (True, ["--cost-model", "a100"])],
-)
-def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, more):
-    """Of the same saved statistics, in any regime and with any cost model: one number."""
-    saved, placement = tmp_path / "statistics.safetensors", tmp_path / "p.json"
-    mt.RoutingStatistics.from_trace(make_trace(300), window=64, sets=sets).save(saved)
-    solving = ["solve", saved, "--devices", 4, "--slots-per-device", 3, "--method", "lpt"]
-    solved = json.loads(ok(*solving, *more, "--out", placement, "--json", "-"))
-    shown = json.loads(ok("evaluate", placement, saved, *more, "--json", "-"))
-    assert solved["unit"] == "us per layer"
-    assert solved["objective"] == pytest.approx(shown["predicted_layer_us"], rel=1e-12)
-
-
-def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
-    """A replay knows more than counts: what it says is said by both commands."""
-    trace, placement, report = (tmp_path / name for name in ("t.safetensors", "p.json", "r.json"))
-    make_trace(300).save(trace)
-    solving = ["solve", trace, "--devices", 4, "--window", 64, "--method", "lpt"]
-    text = ok(*solving, "--out", placement, "--json", report)
-    shown = json.loads(ok("evaluate", placement, trace, "--window", 64, "--json", "-"))
-    assert json.loads(report.read_text())["predicted_layer_us"] == shown["predicted_layer_us"]
-    assert f"Predicted time: {shown['predicted_layer_us']:.1f} us per layer." in text
 
 
 @pytest.mark.parametrize(
@@ -93,17 +28,55 @@ def test_the_time_of_a_trace_is_that_of_evaluate(ok, make_trace, tmp_path):
         ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "h200:64x32;"),
     ],
 )
-def test_times_say_whose_they_are(command, name, model, given, whose):
+def test_times_say_whose_they_are(ok, make_trace, tmp_path, name, model, given, whose):
     """GPU and model stand beside times, and how to get others; dispatch is the default."""
-    text = command(name, *given, "--json", "-", model=model)
-    assert json.loads(text)["settings"]["regime"] == "dispatch"
-    text = command(name, *given, model=model)
+    files = {of: tmp_path / of for of in ("trace", "placement", "new")}
+    replace(make_trace(60), model=model).save(files["trace"])
+    mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3).save(files["placement"])
+    words = [name, *(files.get(word, word) for word in COMMANDS[name]), *given]
+    assert json.loads(ok(*words, "--json", "-"))["settings"]["regime"] == "dispatch"
+    text = ok(*words)
     assert f"Predicted times are of {whose}" in text
     assert "--cost-model FILE or GPU:HIDDENxINTERMEDIATE" in text
 
 
+@pytest.mark.parametrize("counted", ["transitions", "coactivation"])
+def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, counted):
+    """Where counts know transitions alone, traffic is theirs; else the default is dispatch."""
+    both, saved = counted == "coactivation", tmp_path / "statistics.safetensors"
+    mt.RoutingStatistics.from_trace(make_trace(60), coactivation=both).save(saved)
+    for objective in ([], ["--objective", "traffic"]):
+        out = ["--method", "lpt", "--out", tmp_path / "p.json", "--json", "-"]
+        solved = json.loads(ok("solve", saved, "--devices", 2, *objective, *out))
+        expected = "follow" if objective and not both else "dispatch"
+        assert solved["settings"]["regime"] == expected
+
+
 @pytest.mark.parametrize(
-    ("name", "known"),
+    ("sets", "more"),
+    [(True, []), (False, ["--regime", "follow"]), (True, ["--cost-model", "a100"]), (None, [])],
+)
+def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, more):
+    """Of the same statistics, in any regime and with any cost model; and of a trace's replay."""
+    file, placement, report = (tmp_path / of for of in ("t.safetensors", "p.json", "r.json"))
+    trace, window = make_trace(300), ["--window", 64] if sets is None else []
+    traffic = (
+        trace if sets is None else mt.RoutingStatistics.from_trace(trace, window=64, sets=sets)
+    )
+    traffic.save(file)
+    solving = ["solve", file, "--devices", 4, "--slots-per-device", 3, "--method", "lpt", *window]
+    text = ok(*solving, *more, "--out", placement, "--json", report)
+    solved = json.loads(report.read_text())
+    shown = json.loads(ok("evaluate", placement, file, *more, *window, "--json", "-"))
+    assert solved["unit"] == "us per layer"
+    assert solved["predicted_layer_us"] == shown["predicted_layer_us"]
+    if sets is not None:
+        assert solved["objective"] == pytest.approx(shown["predicted_layer_us"], rel=1e-12)
+    assert f"Predicted time: {shown['predicted_layer_us']:.1f} us per layer." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
     [
         ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-v2-lite"),
         ("DeepSeek-V3.1", "deepseek-v3"),
@@ -114,9 +87,9 @@ def test_times_say_whose_they_are(command, name, model, given, whose):
         (None, None),
     ],
 )
-def test_models_are_known_by_their_names(name, known):
+def test_models_have_public_names(name, public):
     """With or without owner and what comes after; the longest name that fits; nothing by guess."""
-    assert cost.public_name(name) == known
+    assert cost.public_name(name) == public
 
 
 def test_sizes_are_recorded_or_those_of_the_model(make_trace):
@@ -138,41 +111,25 @@ def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
     write_lines(trace, tmp_path / "t.jsonl")
     counted = mt.RoutingStatistics.from_trace(trace, by_group=True)
     counted.save(tmp_path / "s.safetensors")
+    traces = [mt.RoutingTrace.load(tmp_path / f"t.{kind}") for kind in ("safetensors", "jsonl")]
+    traces += [trace.select(layers=[0]), trace.concat(trace)]
+    for of in (*traces, mt.RoutingStatistics.load(tmp_path / "s.safetensors"), counted + counted):
+        assert of.expert_size == (64, 32)
     other = replace(trace, expert_size=None)
-    for each in (
-        mt.RoutingTrace.load(tmp_path / "t.safetensors"),
-        mt.RoutingTrace.load(tmp_path / "t.jsonl"),
-        trace.select(layers=[0]),
-        trace.concat(trace),
-        mt.RoutingStatistics.load(tmp_path / "s.safetensors"),
-        counted + counted,
-    ):
-        assert each.expert_size == (64, 32)
     assert trace.concat(other).expert_size is None
     assert (counted + mt.RoutingStatistics.from_trace(other, by_group=True)).expert_size is None
 
 
-@pytest.mark.parametrize("size", [(64,), (0, 32), "64x32", (64.5, 32)])
-def test_sizes_are_checked(make_trace, size):
-    """Two whole numbers from 1, or none."""
-    ids = make_trace(20).expert_ids
-    with pytest.raises((ValueError, TypeError), match="expert_size must be"):
-        mt.RoutingTrace.from_arrays(ids, num_experts=8, expert_size=size)
-
-
-def structured(seed=0, tokens=600, layers=3, experts=16, **counted):
+def structured(tokens=600, **counted):
     """Count tokens whose experts come in pairs; by default without expert sets."""
-    rng = np.random.default_rng(seed)
+    rng, layers, experts = np.random.default_rng(0), 3, 16
     first = rng.integers(0, experts, (tokens, layers))
-    partner = np.argsort(rng.random((layers, experts)), axis=1).argsort(axis=1)
-    other = np.empty_like(first)
-    for layer in range(layers):
-        order = np.argsort(partner[layer])
-        other[:, layer] = order[partner[layer][first[:, layer]] ^ 1]
+    order = np.argsort(rng.random((layers, experts)), axis=1)
+    partner = np.take_along_axis(order, np.argsort(order, axis=1) ^ 1, axis=1)
+    other = np.take_along_axis(partner, first.T, axis=1).T
     stray = rng.random((tokens, layers)) < 0.2
     other[stray] = (first[stray] + rng.integers(1, experts, stray.sum())) % experts
-    ids = np.stack([first, other], axis=2)
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+    trace = mt.RoutingTrace.from_arrays(np.stack([first, other], axis=2), num_experts=experts)
     return mt.RoutingStatistics.from_trace(trace, window=100, **counted)
 
 
@@ -185,30 +142,29 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_traffic_counts_whatever_else_is_asked(rule):
+def test_traffic_counts_whatever_the_rules_are(rule):
     """Without expert sets, pairs apart are as few with a rule as they are without."""
-    asked = {"topology": mt.Topology(4), "objective": "traffic", "max_imbalance": 1.3}
+    how = {"topology": mt.Topology(4), "objective": "traffic", "max_imbalance": 1.3}
     statistics = structured()
-    plain = mt.solve(mt.Problem(statistics, **asked), "heuristic", iterations=20_000)
-    problem = mt.Problem(statistics, **{**asked, **RULES[rule]})
-    contiguous = mt.solve(mt.Problem(statistics, **asked), "contiguous")
+    free = mt.Problem(statistics, **how)
+    plain = mt.solve(free, "heuristic", iterations=20_000)
+    problem, contiguous = mt.Problem(statistics, **how | RULES[rule]), mt.solve(free, "contiguous")
     given = {"initial": contiguous.placement, "move_budget": 24} if rule == "running" else {}
-    found = mt.solve(problem, "heuristic", iterations=20_000, **given)
+    result = mt.solve(problem, "heuristic", iterations=20_000, **given)
     assert plain.objective < 0.5 * contiguous.objective
-    assert found.objective <= plain.objective + (0.3 if given else 0.03)
-    assert not problem.rules.violations(found.placement)
+    assert result.objective <= plain.objective + (0.3 if given else 0.03)
+    assert not problem.rules.violations(result.placement)
 
 
 @pytest.mark.parametrize("sets", [False, True])
 def test_equal_times_prefer_less_traffic(sets):
     """Where time hardly depends on the traffic, the answer still keeps what meets together."""
-    counted = structured(tokens=4000, sets=sets)
     # Reading weights takes all the time but a hair, and all experts are active.
     model = mt.CostModel(10.0, 100.0, 0.0, 0.0, token_bytes=1e-3)
-    problem = mt.Problem(counted, mt.Topology(4), cost_model=model)
-    found = mt.solve(problem, "heuristic", iterations=5000)
-    contiguous = mt.solve(problem, "contiguous")
-    assert found.objective <= (1 + TIE) * contiguous.objective
-    assert mt.Objective(problem).traffic(found.placement) < 0.8 * mt.Objective(problem).traffic(
-        contiguous.placement
+    problem = mt.Problem(structured(4000, sets=sets), mt.Topology(4), cost_model=model)
+    result, contiguous = (
+        mt.solve(problem, method, iterations=5000) for method in ("heuristic", "contiguous")
     )
+    assert result.objective <= (1 + TIE) * contiguous.objective
+    apart, before = (mt.Objective(problem).traffic(of.placement) for of in (result, contiguous))
+    assert apart < 0.8 * before

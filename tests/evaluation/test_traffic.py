@@ -5,7 +5,8 @@ import pytest
 from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from placements import murmur, random_slots
+from placements import random_slots
+from served import rows
 
 import moetuner as mt
 from moetuner.evaluation.rows import dispatch_rows
@@ -24,43 +25,19 @@ def cases(draw):
     return slots, ids, experts, rng.integers(0, devices, tokens), node
 
 
-def oracle(slots, ids, home, node, split, hierarchical):
-    """Send row by row."""
-    layers, devices, width = slots.shape
-    rows = np.zeros((layers, devices, devices), dtype=int)
-    for t, layer in np.ndindex(ids.shape[:2]):
-        own = home[t]
-        visited = set()
-        for expert in ids[t, layer].tolist():
-            held = [i // width for i, e in enumerate(slots[layer].ravel()) if e == expert]
-            if split == "nearest":
-                inside = [d for d in held if d // node == own // node]
-                held = [own] if own in held else inside or held
-            visited.add(held[murmur(t) % len(held)])
-        crossed = set()
-        for device in visited:
-            gateway = device // node * node + own % node if hierarchical else own
-            crossed.add(gateway)
-            rows[layer, gateway, device] += 1
-        for gateway in crossed if hierarchical else ():
-            rows[layer, own, gateway] += 1
-    rows[:, range(devices), range(devices)] = 0
-    return rows
-
-
 @given(cases(), st.sampled_from(["even", "nearest"]), st.booleans())
 def test_rows_are_those_of_the_plain_loop(case, split, hierarchical):
     """Replicas, empty slots, any homes, either rule, straight and through nodes."""
     slots, ids, experts, home, node = case
     if split == "nearest" and not hierarchical:
         node = slots.shape[1]
-    expected = oracle(slots, ids, home, node, split, hierarchical)
+    expected = rows(slots, ids, home, node, split, hierarchical=hierarchical)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
     placement = mt.Placement(slots, num_experts=experts)
-    found = dispatch_rows(
+    sent = dispatch_rows(
         placement, trace, home, split=split, devices_per_node=node if hierarchical else None
     )
-    assert found.tolist() == expected.tolist()
+    assert sent.tolist() == expected.tolist()
 
 
 def test_evaluation_with_homes(make_trace):
@@ -69,13 +46,13 @@ def test_evaluation_with_homes(make_trace):
     device_of = np.tile(np.arange(8) // 2, (3, 1))
     placement = mt.Placement.from_assignment(device_of, 4)
     home = np.arange(trace.tokens) % 4
-    spread, found = mt.evaluate(placement, trace), mt.evaluate(placement, trace, home=home)
-    assert found.traffic["dispatch"].tolist() == dispatch_rows(placement, trace, home).tolist()
-    assert found.traffic["follow"].tolist() == spread.traffic["follow"].tolist()
-    assert found.fanout == spread.fanout
+    spread, sent = mt.evaluate(placement, trace), mt.evaluate(placement, trace, home=home)
+    assert sent.traffic["dispatch"].tolist() == dispatch_rows(placement, trace, home).tolist()
+    assert sent.traffic["follow"].tolist() == spread.traffic["follow"].tolist()
+    assert sent.fanout == spread.fanout
     for i, name in enumerate(["even", "odd"]):
         alone = dispatch_rows(placement, trace.select(groups=name), home[trace.group == i])
-        assert found.by_group[name].traffic["dispatch"].tolist() == alone.tolist()
+        assert sent.by_group[name].traffic["dispatch"].tolist() == alone.tolist()
 
 
 def test_blocks_are_runs_of_tokens(make_trace):

@@ -34,17 +34,17 @@ def table(topics, windows, seed):
 @pytest.mark.parametrize(("topics", "windows"), [(64, 1), (32, 2), (16, 4), (8, 8)])
 def test_blocks_are_as_long_as_topics(topics, windows):
     """The correlation time is the topics' length, nearly, in the mean."""
-    found = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
-    assert np.mean([each.correlation for each in found]) == pytest.approx(windows, rel=0.25)
-    assert all(windows <= each.length + 1 for each in found)
+    blocks = [blocks_of(table(topics, windows, seed).window_load) for seed in range(8)]
+    assert np.mean([each.correlation for each in blocks]) == pytest.approx(windows, rel=0.25)
+    assert all(windows <= each.length + 1 for each in blocks)
     # By themselves, windows seldom seem to be alike.
-    assert windows > 1 or sum(each.length > 1 for each in found) <= 1
+    assert windows > 1 or sum(each.length > 1 for each in blocks) <= 1
 
 
 def test_long_correlations_are_measured_on_fewer_windows():
     """Topics of 40 windows reach beyond the lags that are looked at."""
-    found = blocks_of(table(10, 40, 0).window_load)
-    assert found.correlation == pytest.approx(40, rel=0.4)
+    blocks = blocks_of(table(10, 40, 0).window_load)
+    assert blocks.correlation == pytest.approx(40, rel=0.4)
 
 
 def test_groups_have_levels_of_their_own():
@@ -87,9 +87,7 @@ def test_both_parts_have_something(number, gap):
 def test_every_group_is_split():
     """Runs are of every group, though groups follow one another."""
     group = np.arange(400) // 100
-    seen, unseen = runs(400, 0.5, 5, 0, group)
-    for part in (seen, unseen):
-        assert set(group[part]) == {0, 1, 2, 3}
+    assert all(set(group[part]) == {0, 1, 2, 3} for part in runs(400, 0.5, 5, 0, group))
 
 
 def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
@@ -110,9 +108,9 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
 def test_few_kinds_are_counted(kinds):
     """Prompts that are asked again and again are as many units as there are prompts."""
     rng = np.random.default_rng(kinds)
-    found = units_of(LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds))
-    assert found.name == "kind"
-    assert found.number == pytest.approx(kinds, abs=1)
+    actual = units_of(LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds))
+    assert actual.name == "kind"
+    assert actual.number == pytest.approx(kinds, abs=1)
 
 
 def test_kinds_are_on_one_side():
@@ -131,15 +129,15 @@ def test_kinds_are_on_one_side():
 def test_sequences_that_differ_are_units(evenness, skew):
     """However little they differ, sequences of kinds of their own count one by one."""
     rng = np.random.default_rng(3)
-    found = units_of(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
-    assert (found.name, found.number) == ("sequence", 60)
+    units = units_of(simulated.Law(skew, evenness).trace(rng, simulated.prompts(rng, 60)))
+    assert (units.name, units.number) == ("sequence", 60)
 
 
 def test_one_kind_is_told():
     """Sequences that all route alike may be one prompt: they count, and it is said."""
     rng = np.random.default_rng(4)
-    found = units_of(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
-    assert (found.name, found.number, found.all_alike) == ("sequence", 40, True)
+    units = units_of(LAW.trace(rng, simulated.prompts(rng, 40), kinds=1))
+    assert (units.name, units.number, units.all_alike) == ("sequence", 40, True)
 
 
 def test_blocks_widen_intervals_as_much_as_windows_are_alike():

@@ -26,15 +26,15 @@ def judged(before, after, traffic, **options):
 
 def test_balance_decides_without_times():
     """From 4/3 to 1 is a quarter less, in every window."""
-    found = judged(BAD, GOOD, table())
-    assert (found.measure, found.answer, found.units) == ("imbalance", "worth it", 6)
-    assert found.gain == pytest.approx(0.24, abs=0.01)
-    assert 0.2 < found.low < found.gain < found.high < 0.27
-    assert found.is_worth_it
+    gain = judged(BAD, GOOD, table())
+    assert (gain.measure, gain.answer, gain.units) == ("imbalance", "worth it", 6)
+    assert gain.gain == pytest.approx(0.24, abs=0.01)
+    assert 0.2 < gain.low < gain.gain < gain.high < 0.27
+    assert gain.is_worth_it
     text = r"worth it: imbalance 1.339 -> 1.008 x the mean, gain 24.7 % (95 %: "
-    assert str(found).startswith(text)
-    assert str(found).endswith("of 6 units; worth it above 2 %)")
-    assert found.sentence == "after has 24.7 % less imbalance than before (95 %: 24.4 to 25.0 %)."
+    assert str(gain).startswith(text)
+    assert str(gain).endswith("of 6 units; worth it above 2 %)")
+    assert gain.sentence == "after has 24.7 % less imbalance than before (95 %: 24.4 to 25.0 %)."
     back = judged(GOOD, BAD, table())
     assert back.sentence == "after has 32.8 % more imbalance than before (95 %: 32.3 to 33.3 %)."
     assert (back.answer, back.is_worth_it) == ("worse", False)
@@ -44,10 +44,14 @@ def test_times_decide_where_they_are_known():
     """Balance that is hidden behind a fixed cost is certain, and not worth moving for."""
     model = mt.CostModel(0, 0, 10000, 1, token_bytes=0)
     before, after = (mt.evaluate(each, table(), cost_model=model) for each in (BAD, GOOD))
-    found = mt.verdict(before, after)
-    assert (found.measure, found.before, found.after) == ("predicted_layer_us", 10040.5, 10030.5)
-    assert (found.answer, found.is_worth_it) == ("certain but small", False)
-    assert str(found).startswith("certain but small: predicted_layer_us 1.004e+04 -> 1.003e+04 us")
+    gain = mt.verdict(before, after)
+    assert (gain.measure, gain.before, gain.after) == (
+        "predicted_layer_us",
+        10040.5,
+        10030.5,
+    )
+    assert (gain.answer, gain.is_worth_it) == ("certain but small", False)
+    assert str(gain).startswith("certain but small: predicted_layer_us 1.004e+04 -> 1.003e+04 us")
     # The price alone decides between the two.
     assert mt.verdict(before, after, price=0).is_worth_it
     assert judged(BAD, GOOD, table(), price=0.3).answer == "certain but small"
@@ -57,16 +61,21 @@ def test_times_decide_where_they_are_known():
 
 def test_the_same_placement_is_no_evidence():
     """Nothing is gained, and that is certain."""
-    found = judged(BAD, BAD, table())
-    assert (found.gain, found.low, found.high, found.answer) == (0, 0, 0, "no evidence")
+    gain = judged(BAD, BAD, table())
+    assert (gain.gain, gain.low, gain.high, gain.answer) == (
+        0,
+        0,
+        0,
+        "no evidence",
+    )
 
 
 @pytest.mark.parametrize("windows", [1, 4])
 def test_nothing_is_concluded_from_few_windows(windows):
     """A gain of a quarter in each of four windows may yet be chance, and the sentence says so."""
-    found = judged(BAD, GOOD, table(windows))
-    assert (found.answer, found.is_worth_it) == ("too few", False)
-    assert "; too few independent sequences or windows to say how sure" in found.sentence
+    gain = judged(BAD, GOOD, table(windows))
+    assert (gain.answer, gain.is_worth_it) == ("too few", False)
+    assert "; too few independent sequences or windows to say how sure" in gain.sentence
 
 
 def test_a_group_is_judged_by_itself():
@@ -76,9 +85,9 @@ def test_a_group_is_judged_by_itself():
         load, group=np.arange(12) // 6, group_names=("heavy", "even")
     )
     before, after = (mt.evaluate(each, traffic).by_group for each in (BAD, GOOD))
-    found = {name: mt.verdict(before[name], after[name]) for name in before}
-    assert (found["heavy"].answer, found["even"].answer) == ("worth it", "worse")
-    assert found["heavy"].units == 6
+    gain = {name: mt.verdict(before[name], after[name]) for name in before}
+    assert (gain["heavy"].answer, gain["even"].answer) == ("worth it", "worse")
+    assert gain["heavy"].units == 6
 
 
 def test_evaluations_of_other_traffic_are_refused():
@@ -94,6 +103,6 @@ def test_evaluations_travel_without_their_traffic():
     for other in (copy.copy(after), pickle.loads(pickle.dumps(after))):
         assert other.imbalance == after.imbalance
         assert other.replayed is None
-        found = mt.verdict(before, other)
-        assert (found.answer, found.low) == ("too few", None)
+        gain = mt.verdict(before, other)
+        assert (gain.answer, gain.low) == ("too few", None)
     assert "replayed" not in after.to_dict()

@@ -147,58 +147,40 @@ FIRST = [[0, 1, 2, 3, 0, 1]] * 2
 OTHER = [[3, 2, 1, 0, 3, 2]] * 2
 
 
-def test_ranks_with_the_same_file_serve_it(world, files):
-    """Both get the map of the file at every call, and rank 0 says so once."""
-    (maps, lines, _), (also, silent, _) = world.run(partial(serve, files=[files[0]] * 2))
-    assert maps == also == [FIRST, FIRST]
-    assert len(lines) == 1 or "copies move" in lines[0]
-    assert not silent
+OWN = "all ranks take the engine's own map"
+ALWAYS = f"{OWN} from now on: rank 1"
+# Files of the ranks ("none" is not there, "live" follows loads), what else happens, the maps of all
+# that are there, and the line of the first of them.
+ROUNDS = {
+    "the same": (["0", "0"], {}, [FIRST] * 2, "copies move"),
+    "missing": (["0", "none"], {}, [None] * 2, f"{ALWAYS}: "),
+    "others": (["0", "1"], {}, [None] * 2, f"{ALWAYS} read other files or variables than rank 0"),
+    "unreadable": (["0", "bad"], {}, [None] * 2, "not a placement"),
+    "live": (["0", "live"], {}, [None] * 2, f"{ALWAYS} read other files or variables than rank 0"),
+    "fails alone": (["0", "0"], {"raises": 1}, [None] * 2, f"{OWN}: rank 1: refused here"),
+    "no group": (["0", "0"], {"no_group": 1, "wait": 1.0}, [None] * 2, None),
+    "no first": (["0"] * 3, {"absent": 0, "wait": 1.0, "calls": 4}, [None] * 4, "rank 0 did not"),
+    "no second": (["0"] * 3, {"absent": 1, "wait": 1.0, "calls": 4}, [None] * 4, "rank 1 did not"),
+}
 
 
-@pytest.mark.parametrize("broken", ["missing", "other", "unreadable", "live"])
-def test_a_rank_with_other_files_keeps_all_from_them(world, files, tmp_path, broken):
-    """All take the engine's own map at once, and rank 0 names the rank and the reason."""
+@pytest.mark.parametrize("name", ROUNDS)
+def test_all_ranks_take_a_map_or_none_does(world, files, tmp_path, name):
+    """At once, or after two waits for a rank that does not answer; one line says why."""
     (tmp_path / "bad.json").write_text('{"schema": ')
-    second = {
-        "missing": tmp_path / "none.json",
-        "other": files[1],
-        "unreadable": tmp_path / "bad.json",
-        "live": None,
-    }[broken]
-    (maps, lines, seconds), (also, _, _) = world.run(partial(serve, files=[files[0], second]))
-    assert maps == also == [None, None]
-    assert seconds < 15
-    (line,) = lines
-    assert "all ranks take the engine's own map from now on: rank 1" in line
-    reasons = {"missing": "none.json", "unreadable": "not a placement"}
-    assert reasons.get(broken, "other files or variables than rank 0") in line
-
-
-def test_a_rank_that_fails_alone_keeps_all_from_the_map(world, files):
-    """An error of one rank's decision is the engine's own map for all, each time; one line."""
-    done = world.run(partial(serve, files=[files[0]] * 2, raises=1))
-    assert [maps for maps, *_ in done] == [[None, None]] * 2
-    (line,) = done[0][1]
-    assert "own map: rank 1: refused here" in line
-
-
-@pytest.mark.parametrize("broken", [0, 1])
-def test_a_rank_without_the_plugin_is_not_waited_for_for_ever(world, files, broken):
-    """After the wait all others take the engine's own map; after two of them at once."""
-    done = world.run(partial(serve, files=[files[0]] * 3, absent=broken, wait=1.0, calls=4), 3)
+    stems, more, expected, words = ROUNDS[name]
+    paths = [None if stem == "live" else tmp_path / f"{stem}.json" for stem in stems]
+    done = world.run(partial(serve, files=paths, **more), len(stems))
+    absent = more.get("absent")
+    first = int(absent == 0)
     for rank, (maps, lines, seconds) in enumerate(done):
-        assert maps == ([] if rank == broken else [None] * 4)
-        assert seconds < 10
-        if rank == (broken == 0):  # the first of those that are there
-            assert f"rank {broken} did not answer within 1 s" in lines[0]
-        else:
+        assert maps == ([] if rank == absent else expected)
+        assert seconds < 15
+        if rank == first and words is not None:
+            assert len(lines) == 1 or more or expected == [FIRST] * 2
+            assert words in lines[0]
+        elif words is not None:
             assert not lines
-
-
-def test_a_rank_without_a_group_keeps_all_from_the_map(world, files):
-    """Where one cannot reach the others it takes the engine's own map, and so do they."""
-    done = world.run(partial(serve, files=[files[0]] * 2, no_group=1, wait=1.0))
-    assert [maps for maps, *_ in done] == [[None, None]] * 2
 
 
 def test_files_are_read_again_by_all_or_none(world, files, tmp_path):

@@ -11,7 +11,6 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.plugins import rebalance_experts
 from moetuner.plugins.decision import Case
-from moetuner.plugins.vllm_ascend import loads_of
 from moetuner.solver.rebalancing import recent
 
 
@@ -117,15 +116,6 @@ def test_never_slower_within_the_budget_and_settles(case, budget, paired):
     assert np.array_equal(rebalance_experts(0 * load, slots, 1, 1, ranks, actual), actual)
 
 
-def test_windows_are_balanced_one_by_one():
-    """Experts that are busy at different times share a rank; on the sum they are all alike."""
-    load = np.zeros((4, 1, 8))
-    for window in range(4):
-        load[window, 0, [window, window + 4]] = 1000
-    actual = rebalance_experts(load, 8, 1, 1, 4).reshape(4, 2)
-    assert (actual[:, 0] % 4 != actual[:, 1] % 4).all()
-
-
 def test_a_profile_brings_together_what_is_chosen_together():
     """Loads alone cannot tell pairs apart; with a profile each pair is on one rank."""
     pairs = np.zeros((2, 8, 8), dtype=np.int64)
@@ -224,27 +214,6 @@ def test_of_windows_the_last_ones_count_where_loads_drift():
     assert len(recent(changed)) <= 4
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (([[1, 2]], 3, 1, 1, 2), "num_replicas"),
-        (([[1, 2, 3]], 2, 1, 1, 2), "num_replicas"),
-        (([[1, -2]], 2, 1, 1, 2), "at least 0"),
-        (([[1, float("nan")]], 2, 1, 1, 2), "finite"),
-        (([1, 2], 2, 1, 1, 2), "layers, experts"),
-        (([[1, 2]], 2, 1, 1, 2, [[0.5, 1.5]]), "old_map"),
-        (([[1, 2]], 2, 1, 1, 2, [[0, 1], [1, 0]]), "old_map"),
-        # Refused before a table is made of it.
-        (([[8, 1]], 1 << 40, None, 1, 1), "num_replicas must be"),
-        (([[8, 1]], 1 << 40, None, 1, 1 << 38), "num_replicas must be"),
-    ],
-)
-def test_says_what_is_wrong(arguments, words):
-    """One line that names the argument."""
-    with pytest.raises(ValueError, match=words):
-        rebalance_experts(*arguments)
-
-
 @given(cases())
 def test_what_is_said_of_a_map(case):
     """Balancedness and copies moved, against a count rank by rank."""
@@ -259,9 +228,3 @@ def test_what_is_said_of_a_map(case):
     if load.any():
         expected = load.sum() / (ranks * slowest(load, new, ranks).sum())
     assert engine.balancedness(mapped) == pytest.approx(expected)
-
-
-def test_a_table_of_other_experts_allocates_nothing():
-    """An expert of vllm-ascend's table beyond its slots is refused before loads are added up."""
-    with pytest.raises(ValueError, match="current_expert_table must hold experts below the 4"):
-        loads_of(np.array([[[0, 1], [2, 1 << 40]]]), np.ones((1, 2, 2)))

@@ -44,15 +44,10 @@ def test_methods_keep_rules_or_say_what_they_break(method):
 
 def test_each_rule_is_named_with_its_first_case():
     """One sentence a rule; nothing for a placement that keeps them."""
-    problem = ruled(max_imbalance=1.01)
     block = np.tile(np.arange(32).reshape(1, 4, 8), (3, 1, 1))
-    lines = problem.violations(mt.Placement(block))
-    assert [line.split(":")[0] for line in lines] == [
-        "slots",
-        "pinned",
-        "forbidden",
-        "max_imbalance",
-    ]
+    lines = ruled(max_imbalance=1.01).violations(mt.Placement(block))
+    rules = ["slots", "pinned", "forbidden", "max_imbalance"]
+    assert [line.split(":")[0] for line in lines] == rules
     assert "layer 0 has 8 experts on device 0, which has 7 slots, and 5 more" in lines[0]
     assert "expert 0 of layer 0 is not on device 3, and 2 more" in lines[1]
     keeps = mt.solve(ruled(max_imbalance=1.3), "heuristic", iterations=2000).placement
@@ -92,12 +87,8 @@ def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):
 
 def test_caps_are_told_of_slots_that_were_filled():
     """What is told of a cap is true of the answer, whose empty slots were filled at the end."""
-    problem = mt.Problem(
-        mt.RoutingStatistics.from_load(np.array([[[10, 5, 5, 5, 5]]])),
-        mt.Topology(3),
-        max_imbalance=1.2,
-        fill_slots=True,
-    )
+    statistics = mt.RoutingStatistics.from_load(np.array([[[10, 5, 5, 5, 5]]]))
+    problem = mt.Problem(statistics, mt.Topology(3), max_imbalance=1.2, fill_slots=True)
     initial = mt.Placement(np.array([[[0, -1], [1, 2], [3, 4]]], dtype=np.int32), num_experts=5)
     result = mt.solve(problem, initial=initial, time_limit=0)
     assert result.details.caps.raised == {0: pytest.approx(1.25)}

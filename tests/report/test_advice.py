@@ -40,10 +40,10 @@ def skewed(tokens=4000):
 def shifted(tokens=4000, seed=1):
     """Scores whose favourites change in the middle, of sequences that differ from each other."""
     rng = np.random.default_rng(seed)
-    taste = 1.5 * rng.normal(size=(2, LAYERS, EXPERTS))
+    liking = 1.5 * rng.normal(size=(2, LAYERS, EXPERTS))
     own = 0.5 * rng.normal(size=(-(-tokens // LENGTH), LAYERS, EXPERTS))
     token = np.arange(tokens)
-    return taste[(token >= tokens // 2).astype(int)] + own[token // LENGTH]
+    return liking[(token >= tokens // 2).astype(int)] + own[token // LENGTH]
 
 
 def advise(traffic, topology, **options):
@@ -74,10 +74,10 @@ def test_a_change_of_kind_is_not_enough_evidence():
     ordered = advise(routed(shifted()), TWO_NODES, **options, in_order=False)
     assert (ordered.answer, ordered.carried) == ("worth a trial", ())
     assert any("order was said not to matter" in each for each in ordered.warnings)
-    found = advise(routed(shifted()), TWO_NODES, **options)
-    assert (found.answer, len(found.carried)) == ("not enough evidence", 2)
-    assert "second half" in found.reasons[0]
-    assert any("another kind" in each for each in found.warnings)
+    advice = advise(routed(shifted()), TWO_NODES, **options)
+    assert (advice.answer, len(advice.carried)) == ("not enough evidence", 2)
+    assert "second half" in advice.reasons[0]
+    assert any("another kind" in each for each in advice.warnings)
 
 
 @pytest.mark.parametrize("seed", [2, 3])
@@ -93,40 +93,38 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
         each.rstrip(".").rsplit("; ", 1)[-1] for each in flat.reasons
     }
     assert advise(routed(skewed(3000), seed), TWO_NODES, **options).answer == "worth a trial"
-    found = advise(routed(shifted(3000, seed), seed), TWO_NODES, **options)
-    assert found.drift.is_beyond_chance
+    advice = advise(routed(shifted(3000, seed), seed), TWO_NODES, **options)
+    assert advice.drift.is_beyond_chance
     # With few experts a placement may happen to suit both halves, which is then said.
-    carries = min(found.carried) >= 0.5 * found.judged[0].gain.gain > 0
-    assert found.answer == ("worth a trial" if carries else "not enough evidence")
-    assert any("second half" in each for each in (*found.reasons, *found.warnings))
+    carries = min(advice.carried) >= 0.5 * advice.judged[0].gain.gain > 0
+    assert advice.answer == ("worth a trial" if carries else "not enough evidence")
+    assert any("second half" in each for each in (*advice.reasons, *advice.warnings))
 
 
 def test_one_device_needs_no_evidence():
     """All placements are alike there."""
-    found = advise(routed(skewed(1000)), mt.Topology(1), copies=(0,), splits=1)
-    assert found.answer == "not now"
-    assert found.sentence == "Not now: there is one device, so all placements are alike."
+    advice = advise(routed(skewed(1000)), mt.Topology(1), copies=(0,), splits=1)
+    assert advice.sentence == "Not now: there is one device, so all placements are alike."
 
 
 def test_groups_that_lose_are_named():
     """Who decides on the mean hears of those that pay for it."""
-    taste = np.stack([np.linspace(2, 0, EXPERTS), np.tile([1.2, 0], EXPERTS // 2)])
+    liked = np.stack([np.linspace(2, 0, EXPERTS), np.tile([1.2, 0], EXPERTS // 2)])
     group = np.where(np.arange(4000) // LENGTH % 5 < 4, 0, 1)
-    scores = np.repeat(taste[group][:, None], LAYERS, axis=1)
+    scores = np.repeat(liked[group][:, None], LAYERS, axis=1)
     trace = routed(scores, group=group, group_names=["many", "few"])
-    found = advise(trace, TWO_NODES, copies=(0,), splits=1)
-    (loser,) = found.audit.worse(measures=("predicted_layer_us",))
-    told = [each for each in found.warnings if "slower than before" in each]
-    assert loser.group == "few"
-    much = f"{100 * loser.change.value:.1f} %"
-    assert told == [f"Beyond chance few ({much}) is served slower than before; audit tells more."]
+    advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    (loser,) = advice.audit.worse(measures=("predicted_layer_us",))
+    much = f"few ({100 * loser.change.value:.1f} %)"
+    line = f"Beyond chance {much} is served slower than before; audit tells more."
+    assert [of for of in advice.warnings if "slower than before" in of] == [line]
 
 
 def test_few_sequences_are_not_enough_evidence():
     """Four unseen sequences tell nothing, however strong they are."""
-    found = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
-    assert found.answer == "not enough evidence"
-    assert "too few (4, and at least 5 are needed)" in found.reasons[0]
+    advice = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
+    assert advice.answer == "not enough evidence"
+    assert "too few (4, and at least 5 are needed)" in advice.reasons[0]
 
 
 def test_one_kind_is_not_enough_evidence():
@@ -140,20 +138,17 @@ def test_one_kind_is_not_enough_evidence():
 def test_phases_are_placed_apart():
     """Where prefill and decode are known, each has a placement, and its cost for the other."""
     phase = np.arange(4000) // LENGTH % 2
-    trace = routed(
-        np.where(phase[:, None, None], skewed(), skewed()[:, :, ::2].repeat(2, axis=2)[:, ::-1]),
-        group=phase,
-        group_names=["prefill", "decode"],
-    )
-    found = advise(trace, TWO_NODES, copies=(0,), splits=1).phases
-    assert set(found.microseconds) == {"both", "prefill", "decode"}
-    assert set(found.costs) == set(found.costs_of_one) == {"prefill", "decode"}
-    times = found.microseconds
-    assert found.costs["prefill"] == times["decode"]["prefill"] / times["prefill"]["prefill"] - 1
-    assert found.costs_of_one["decode"] == times["both"]["decode"] / times["decode"]["decode"] - 1
-    assert found.sentence(0.02).startswith("Prefill and decode: ")
-    assert "one placement does" in found.sentence(9.0)
-    assert "two placements pay" in found.sentence(-1.0)
+    other = skewed()[:, :, ::2].repeat(2, axis=2)[:, ::-1]
+    scores, names = np.where(phase[:, None, None], skewed(), other), ["prefill", "decode"]
+    trace = routed(scores, group=phase, group_names=names)
+    phases = advise(trace, TWO_NODES, copies=(0,), splits=1).phases
+    times = phases.microseconds
+    assert set(times) == {"both", *names}
+    assert set(phases.costs) == set(phases.costs_of_one) == set(names)
+    assert phases.costs["prefill"] == times["decode"]["prefill"] / times["prefill"]["prefill"] - 1
+    assert phases.costs_of_one["decode"] == times["both"]["decode"] / times["decode"]["decode"] - 1
+    assert phases.sentence(9.0).startswith("Prefill and decode: one placement does")
+    assert "two placements pay" in phases.sentence(-1.0)
     assert advise(routed(skewed()), TWO_NODES, copies=(0,), splits=1).phases is None
 
 
@@ -161,9 +156,9 @@ def test_figures_are_those_of_evaluate(strong):
     """What is told of the first split, evaluate and diff find again."""
     _, unseen = routed(skewed()).split(0.5, seed=0)
     how = {"window": 512, "cost_model": mt.CostModel.preset("h100"), "mixed": False}
-    for placement, found in zip(strong.placements, (strong.running, strong.proposed), strict=True):
+    for placement, actual in zip(strong.placements, (strong.running, strong.proposed), strict=True):
         again = mt.evaluate(placement, unseen, TWO_NODES, **how)
-        assert again.predicted_layer_us == pytest.approx(found.predicted_layer_us)
+        assert again.predicted_layer_us == pytest.approx(actual.predicted_layer_us)
         assert np.mean(again.imbalance_per_window) == pytest.approx(again.imbalance)
         assert np.mean(again.predicted_us_per_layer) == pytest.approx(again.predicted_layer_us)
     gain = 1 - strong.proposed.predicted_layer_us / strong.running.predicted_layer_us
@@ -181,38 +176,36 @@ def test_figures_are_those_of_evaluate(strong):
 
 def test_advice_is_json_and_short(strong):
     """Everything is told as JSON, and shown in a few lines."""
-    found = json.loads(json.dumps(strong.to_dict()))
-    assert found["answer"] == strong.answer
-    assert [each["per_device"] for each in found["copies"]] == [0, 1, 1]
-    assert found["copies"][1]["bytes_per_device"] == LAYERS * 1e6
-    assert found["settings"]["splits"] == 2
+    fields = json.loads(json.dumps(strong.to_dict()))
+    assert (fields["answer"], fields["settings"]["splits"]) == (strong.answer, 2)
+    assert [of["per_device"] for of in fields["copies"]] == [0, 1, 1]
+    assert fields["copies"][1]["bytes_per_device"] == LAYERS * 1e6
     assert len(repr(strong)) < 2500
 
 
 def test_the_answer_does_not_depend_on_threads():
     """One thread and two give the same."""
-    one, two = (
-        advise(routed(skewed(2000)), TWO_NODES, copies=(0, 1), splits=1, threads=threads)
-        for threads in (1, 2)
-    )
+    how = {"copies": (0, 1), "splits": 1}
+    one, two = (advise(routed(skewed(2000)), TWO_NODES, **how, threads=n) for n in (1, 2))
     assert one.to_dict() == two.to_dict()
 
 
-def test_load_tables_are_split_by_window():
-    """Without tokens there is balance, and traffic is an upper bound."""
-    rng = np.random.default_rng(0)
-    load = rng.poisson(np.tile([900, 900, 100, 100, 100, 100, 100, 100], (40, 2, 1)))
-    found = advise(mt.RoutingStatistics.from_load(load), mt.Topology(4), copies=(0,))
-    assert found.answer == "worth a trial"
-    assert "fanout" not in found.judged[0].gains
-    assert any("upper bound" in each for each in found.warnings)
+def test_loads_are_split_by_window():
+    """Without tokens there is balance, and traffic is an upper bound; pairs are left out."""
+    counted = mt.RoutingStatistics.from_trace(routed(skewed()), window=100)
+    advice = advise(counted, TWO_NODES, copies=(0,))
+    assert advice.answer == "worth a trial"
+    assert "fanout" not in advice.judged[0].gains
+    assert any("upper bound" in of for of in advice.warnings)
+    alone = mt.RoutingStatistics.from_load(counted.window_load)
+    assert advice.to_dict() == advise(alone, TWO_NODES, copies=(0,)).to_dict()
 
 
 def test_a_running_placement_is_the_one_to_beat():
     """What is balanced already has nothing left to win."""
     trace = routed(skewed())
-    found = advise(trace, TWO_NODES, copies=(0,), splits=1)
-    again = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=found.placements[1])
+    advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    again = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=advice.placements[1])
     assert again.answer == "not now"
     assert "running placement" in again.reasons[0]
 
@@ -232,32 +225,23 @@ def test_wrong_arguments_are_named(arguments, words):
         advise(**{"traffic": routed(even(400)), "topology": TWO_NODES, **arguments})
 
 
-def test_saved_statistics_are_judged_by_their_loads():
-    """Pairs are counted over all windows, so they are left out: the answer is a load table's."""
-    counted = mt.RoutingStatistics.from_trace(routed(skewed()), window=100)
-    found = advise(counted, TWO_NODES, copies=(0,))
-    alone = mt.RoutingStatistics.from_load(counted.window_load)
-    assert found.answer == "worth a trial"
-    assert found.to_dict() == advise(alone, TWO_NODES, copies=(0,)).to_dict()
-
-
 @pytest.mark.parametrize("load", [[[[1, 2, 3, 4]]], [[[90, 5, 5, 5]] * 3]])
 def test_one_window_is_not_enough_evidence(load):
     """However strong: nothing is left to judge on, and that is the reason."""
-    found = mt.advise(mt.RoutingStatistics.from_load(load), mt.Topology(2), copies=(0, 1))
-    assert found.answer == "not enough evidence"
-    assert found.reasons[0].startswith("There is one window, so nothing is left to judge")
-    assert "unseen" not in " ".join(found.reasons)
-    json.dumps(found.to_dict())
+    advice = mt.advise(mt.RoutingStatistics.from_load(load), mt.Topology(2), copies=(0, 1))
+    assert advice.answer == "not enough evidence"
+    assert advice.reasons[0].startswith("There is one window, so nothing is left to judge")
+    assert "unseen" not in " ".join(advice.reasons)
+    json.dumps(advice.to_dict())
 
 
 def test_an_engine_decides_copies_and_order():
     """What it cannot load is left out, with the reason; its windows are of mixed sequences."""
     trace = routed(skewed(2000))
-    found = advise(trace, TWO_NODES, copies=(0, 1), splits=1, engine="megatron")
-    assert [each.per_device for each in found.copies] == [0]
-    assert any("Copies were left out: Megatron-Core" in each for each in found.reasons)
-    assert found.settings["arrival"] == "bursts"
+    advice = advise(trace, TWO_NODES, copies=(0, 1), splits=1, engine="megatron")
+    assert [each.per_device for each in advice.copies] == [0]
+    assert any("Copies were left out: Megatron-Core" in each for each in advice.reasons)
+    assert advice.settings["arrival"] == "bursts"
     served = advise(trace, TWO_NODES, copies=(0,), splits=1, engine="sglang")
     time = served.audit.whole["predicted_layer_us"]
     assert time.value.value == pytest.approx(served.proposed.predicted_layer_us)
@@ -278,13 +262,13 @@ def test_low_latency_buffers_limit_tokens():
     assert tokens_per_rank(7168, 288) == 2048
     assert tokens_per_rank(5120, 448) // 16 * 16 == 1840
     large = replace(routed(skewed(2000)), expert_size=(1 << 18, 512))
-    found, other = (
+    advice, other = (
         advise(large, TWO_NODES, copies=(0, 1), splits=1, engine=engine)
         for engine in ("vllm", "tensorrt-llm")
     )
-    limits = [each.tokens_per_rank for each in found.copies]
+    limits = [each.tokens_per_rank for each in advice.copies]
     assert limits == [tokens_per_rank(1 << 18, 8), tokens_per_rank(1 << 18, 12)]
-    assert any("low-latency" in each for each in found.reasons)
+    assert any("low-latency" in each for each in advice.reasons)
     assert all(each.tokens_per_rank is None for each in other.copies)
 
 
@@ -300,12 +284,9 @@ def test_the_knee_harms_no_window():
 
 def test_drift_is_seldom_told_of_one_kind():
     """Of twenty recordings of one kind, none changes it."""
-    units = Units("sequence", 40)
-    told = [
-        drift.drift_of(routed(skewed(2000), seed), units).is_beyond_chance for seed in range(20)
-    ]
-    assert not any(told)
-    assert drift.drift_of(routed(shifted(2000)), units).is_beyond_chance
+    traces = [routed(skewed(2000), seed) for seed in range(20)] + [routed(shifted(2000))]
+    drifts = [drift.drift_of(trace, Units("sequence", 40)) for trace in traces]
+    assert [of.is_beyond_chance for of in drifts] == [False] * 20 + [True]
 
 
 def test_intervals_of_several_splits_hold_the_truth():
@@ -317,8 +298,8 @@ def test_intervals_of_several_splits_hold_the_truth():
 
     def gain(sequences, splits, seed):
         # Tastes differ from sequence to sequence, so that the units matter.
-        taste = np.random.default_rng(seed).normal(size=(sequences, LAYERS, EXPERTS))
-        trace = routed(skewed(sequences * LENGTH) + taste.repeat(LENGTH, axis=0), seed)
+        liking = np.random.default_rng(seed).normal(size=(sequences, LAYERS, EXPERTS))
+        trace = routed(skewed(sequences * LENGTH) + liking.repeat(LENGTH, axis=0), seed)
         parts = [trace.split(0.5, seed=of)[1] for of in range(splits)]
         pairs = [evaluate_each([blocks, better], part, TWO_NODES, window=512) for part in parts]
         units = Units("sequence", sequences)

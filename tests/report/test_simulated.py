@@ -19,9 +19,9 @@ RUNS = 3
 )
 def test_no_gain_is_claimed_where_there_is_none(name):
     """Of traffic that is alike where it was recorded, and gains nothing elsewhere."""
-    false, held, trials, _ = chance.advices(name, RUNS)
+    false, certain, trials, _ = chance.advices(name, RUNS)
     assert false == trials == 0
-    assert round(held * RUNS) >= RUNS - 1
+    assert round(certain * RUNS) >= RUNS - 1
 
 
 def test_a_gain_is_found_without_labels():
@@ -32,22 +32,22 @@ def test_a_gain_is_found_without_labels():
 def test_what_is_too_little_without_labels_is_told():
     """Eight topics are three independent unseen windows, and the reason says so."""
     table = simulated.Law(2.0).table(np.random.default_rng(0), 8, 8)
-    found = simulated.advised(table, 0, splits=1)
-    assert found.answer == "not enough evidence"
-    assert found.reasons[0].startswith("Neighbouring windows are alike")
-    assert any("no sequence labels" in each for each in found.warnings)
-    assert found.to_dict()["units"]["block_length"] == found.units.blocks.length > 5
+    advice = simulated.advised(table, 0, splits=1)
+    assert advice.answer == "not enough evidence"
+    assert advice.reasons[0].startswith("Neighbouring windows are alike")
+    assert any("no sequence labels" in each for each in advice.warnings)
+    assert advice.to_dict()["units"]["block_length"] == advice.units.blocks.length > 5
 
 
 def test_few_kinds_are_told():
     """Five kinds of prompts, six by their tokens, are too few, and it is said how many."""
     rng = np.random.default_rng(0)
     trace = simulated.Law(2.0).trace(rng, simulated.prompts(rng, 60), kinds=5)
-    found = simulated.advised(trace, 0, splits=1)
-    assert found.answer == "not enough evidence"
-    assert f"of {found.units.number} kinds only" in found.reasons[0]
-    assert 5 <= found.units.number <= 6
-    assert any("asked again" in each for each in found.warnings)
+    advice = simulated.advised(trace, 0, splits=1)
+    assert advice.answer == "not enough evidence"
+    assert f"of {advice.units.number} kinds only" in advice.reasons[0]
+    assert 5 <= advice.units.number <= 6
+    assert any("asked again" in each for each in advice.warnings)
 
 
 @pytest.mark.parametrize("name", ["64 windows", "16 topics of 4 windows"])
@@ -68,10 +68,10 @@ def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
     rng = np.random.default_rng(0)
     law = simulated.Law(2.0)
     trace = law.trace(rng, simulated.prompts(rng, 80), groups=2)
-    found = simulated.advised(trace, 0, splits=1)
-    assert found.drift.is_beyond_chance
-    assert found.drift.is_of_groups
-    assert found.answer == "worth a trial"
-    (sentence,) = (each for each in found.reasons if "hold different groups" in each)
+    advice = simulated.advised(trace, 0, splits=1)
+    assert advice.drift.is_beyond_chance
+    assert advice.drift.is_of_groups
+    assert advice.answer == "worth a trial"
+    (sentence,) = (each for each in advice.reasons if "hold different groups" in each)
     assert "served mixed" in sentence
     assert "as recorded" in sentence

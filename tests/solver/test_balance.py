@@ -118,16 +118,6 @@ def test_searches_are_never_behind_balance(method, objective, limit):
         assert answer <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
 
 
-def test_searches_are_not_behind_a_patient_balance():
-    """With speeds it tries more, also if they are all alike; a search without time does as well."""
-    load = skewed(2, 256, 328).astype(np.uint64)
-    statistics = mt.RoutingStatistics.from_load(load)
-    problem = mt.Problem(statistics, mt.Topology(72), slots_per_device=4, objective="balance")
-    theirs = mt.balance(load, devices=72, slots_per_device=4, speed=[1.0] * 72)
-    answer = mt.solve(problem, "heuristic", time_limit=0).objective
-    assert answer <= mt.Objective(problem).value(theirs) * (1 + 1e-9)
-
-
 @given(st.data())
 def test_slots_are_filled_by_the_rules(data):
     """Every expert has a slot, rooms hold, no device has two copies; the same call, the same."""
@@ -164,23 +154,6 @@ def test_windows_are_summed():
     load = skewed(6, 16, 0).reshape(2, 3, 16)
     kinds = {"devices": 4, "slots_per_device": 5}
     assert mt.balance(load, **kinds) == mt.balance(load.sum(axis=0), **kinds)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"load": [1, 2]}, r"load must be \[layers, experts\]"),
-        ({"load": [[1, -2]]}, "load must have finite values of at least 0, got -2 in layer 0"),
-        ({"load": [[1, float("nan")]]}, "load must have finite values"),
-        ({"devices": 0}, "devices must be from 1 to 8192, got 0"),
-        ({"slots_per_device": [1]}, "slots_per_device must be numbers \\[2\\], one per device"),
-        ({"slots_per_device": [1, 0]}, "slots_per_device must add up to at least 2"),
-        ({"speed": [1, 0]}, "speed of device 1 must be a positive number"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        mt.balance(**{"load": [[1, 2]], "devices": 2, "slots_per_device": 2} | arguments)
 
 
 def test_construct_names_the_expert_without_a_slot():

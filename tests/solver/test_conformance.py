@@ -123,6 +123,8 @@ def check_front(problem, running):
         assert broken(problem, trade.placement) == []
         assert trade.experts_moved == running.diff(trade.placement).experts_moved
         assert (trade.objective, trade.bytes_moved) == (value, 7 * trade.experts_moved)
+        assert trade.gain == pytest.approx(problem.value(running) - value)
+        assert trade.placement.fingerprint == problem.statistics.fingerprint
         assert bool(trade.caps_raised) == (excess > 0)
 
 

@@ -71,15 +71,3 @@ def test_beats_pairs_on_real_routing(data):
     exact, nodes = judged(statistics, flat), judged(statistics, tiers)
     assert exact.fanout < pairs.fanout
     assert nodes.node_fanout < exact.node_fanout
-
-
-@pytest.mark.parametrize("split", ["even", "nearest", "round_robin"])
-@pytest.mark.parametrize("slots", [3, 4])
-def test_slots_to_spare_are_worth_no_less_than_none(make_trace, split, slots):
-    """The answer is not behind that of one copy each, whatever copies do to what tokens visit."""
-    statistics = mt.RoutingStatistics.from_trace(make_trace(300, experts=16, top_k=4), sets=True)
-    given = {"objective": "traffic", "split": split, "slots_per_device": slots}
-    problem = mt.Problem(statistics, mt.Topology(8), **given)
-    both = problem, problem.without_copies()
-    copied, single = (mt.solve(of, iterations=300) for of in both)
-    assert copied.objective <= single.objective

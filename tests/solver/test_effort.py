@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 import moetuner as mt
@@ -84,10 +83,3 @@ def test_a_time_limit_decides_alone():
     for effort in EFFORTS:
         assert Budget(time_limit=5, effort=effort).work == EFFORTS["thorough"]
         assert Budget(effort=effort).work == EFFORTS[effort]
-
-
-def test_an_unknown_effort_is_named():
-    """The message has the choices."""
-    problem = mt.Problem(mt.RoutingStatistics.from_load(np.ones((1, 4), int)), mt.Topology(2))
-    with pytest.raises(ValueError, match=r"effort must be .*default.*thorough.*'more'"):
-        mt.solve(problem, effort="more")

@@ -67,39 +67,15 @@ def test_agrees_with_brute_force(seed: int, n: int, rows: int) -> None:
     assert broken(ilp, solution.values) is None
 
 
-def test_rows_added_later_count() -> None:
-    """A row added between two solves cuts the first optimum off."""
-    ilp = Ilp([-1.0, -2.0, -3.0])
-    ilp.add_rows(-np.inf, 3, [0, 0, 0], [0, 1, 2])
-    assert ilp.solve([0, 0, 0]).objective == -6
-    ilp.add_rows(-np.inf, 1, [0, 0, 0], [0, 1, 2])
-    ilp.add_rows(0, 0, [0], [2])
-    solution = ilp.solve([1, 0, 0])
-    assert solution.objective == -2
-    assert solution.values.tolist() == [0, 1, 0]
-
-
 def test_the_first_incumbent_is_the_start() -> None:
-    """HiGHS begins with the warm start, and does not end behind it."""
+    """HiGHS begins with the warm start, which must be feasible, and does not end behind it."""
     ilp, start = hard()
+    with pytest.raises(RuntimeError, match=r"HiGHS began with .*, not with the start's 0"):
+        ilp.solve(np.zeros(ilp.columns), nodes=1)
     solution = ilp.solve(start, nodes=1)
     assert solution.first == pytest.approx(start.sum())
     assert solution.objective <= start.sum()
     assert solution.status == "feasible"
-
-
-def test_a_start_that_is_not_feasible_is_a_fault() -> None:
-    """HiGHS does not begin with it: model and caller disagree."""
-    ilp, _ = hard()
-    with pytest.raises(RuntimeError, match=r"HiGHS began with .*, not with the start's 0"):
-        ilp.solve(np.zeros(ilp.columns), nodes=1)
-
-
-def test_same_arguments_same_answer() -> None:
-    """Two solves to a node limit agree in every value."""
-    a, b = (of[0].solve(of[1], nodes=50, seed=3) for of in (hard(), hard()))
-    assert (a.objective, a.bound) == (b.objective, b.bound)
-    assert np.array_equal(a.values, b.values)
 
 
 def test_limits_are_statuses() -> None:
@@ -109,6 +85,9 @@ def test_limits_are_statuses() -> None:
     assert (near.status, late.status) == ("gap_reached", "time_limit")
     assert near.bound <= near.objective
     assert late.objective <= start.sum()
+    one, two = (hard()[0].solve(start, nodes=50, seed=3) for _ in range(2))
+    assert (one.objective, one.bound) == (two.objective, two.bound)
+    assert np.array_equal(one.values, two.values)
 
 
 def test_progress_is_called_here_and_may_stop_it() -> None:

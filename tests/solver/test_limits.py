@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import moetuner as mt
@@ -104,20 +103,3 @@ def test_time_that_is_over_ends_every_search(tick, problem, monkeypatch, name, l
     assert no_worse_than_balance(problem(name), result)
     if not limit:
         assert not begun
-
-
-def test_what_is_remembered_is_what_would_be_computed(problem):
-    """Of more placements than are remembered, in any order; of a copy of the problem, too."""
-    mine = problem("time")
-    rng = np.random.default_rng(0)
-    placements = [
-        mt.Placement.from_assignment(
-            np.stack([rng.permutation(16) % 4 for _ in range(mine.layers)]), 4
-        )
-        for _ in range(20)
-    ]
-    values = [mine.value(placement) for placement in placements]
-    assert len(set(values)) > 1
-    for at in rng.permutation(20):
-        assert mine.value(placements[at]) == values[at]
-        assert problem("time").value(placements[at]) == values[at]

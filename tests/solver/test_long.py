@@ -78,20 +78,6 @@ def test_means_stand_for_all_windows(arrival):
         assert of == pytest.approx(weight[group == number].sum())
 
 
-def test_like_windows_are_merged():
-    """Means of windows in which kinds of text take turns are of one kind each, not of all."""
-    statistics = many()
-    few = windows_of(statistics, "bursts", "mean", None).searched
-    share = statistics.window_load / statistics.window_load.sum(axis=2, keepdims=True)
-    kinds = np.stack([share[np.arange(MANY) // 7 % 4 == kind].mean(axis=0) for kind in range(4)])
-    mine = few.load / few.load.sum(axis=2, keepdims=True)
-    away = np.abs(mine[:, None] - kinds[None]).sum(axis=(2, 3)).min(axis=1)
-    assert (
-        np.average(away, weights=few.weight)
-        < 0.4 * np.abs(kinds - kinds.mean(axis=0)).sum(axis=(1, 2)).min()
-    )
-
-
 @pytest.mark.parametrize("split", ["even", "nearest"])
 @pytest.mark.parametrize("goal", ["balance", "time"])
 @pytest.mark.parametrize("regime", ["follow", "dispatch"])
@@ -171,18 +157,13 @@ def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
     assert (counted + unsampled).set_tokens == counted.set_tokens + 203
     result = mt.solve(mt.Problem(counted, mt.Topology(4)), iterations=500)
     assert result.details.search.set_tokens == counted.set_tokens
+    # Sets of all groups together are bounded, not those of each.
+    grouped = mt.RoutingStatistics.from_trace(trace, sets=True, by_group=True)
+    assert sum(len(of) for of in grouped.sets) <= 104
+    assert grouped.sets[0].counts.sum() == 203
     # Each device is visited by no more tokens than it has.
     evaluation = mt.evaluate(result.placement, counted)
     assert 1 <= evaluation.fanout <= 3
-
-
-def test_groups_share_one_sample(monkeypatch, make_trace):
-    """Sets of all groups together are bounded, not those of each."""
-    monkeypatch.setattr(statistics_, "MOST_SETS", 100)
-    trace = make_trace(tokens=200, experts=16, top_k=3, layers=2)
-    counted = mt.RoutingStatistics.from_trace(trace, sets=True, by_group=True)
-    assert sum(len(of) for of in counted.sets) <= 104
-    assert counted.sets[0].counts.sum() == 200
 
 
 def test_counting_tells_how_far_it_is(make_trace, monkeypatch):

@@ -17,13 +17,16 @@ from conftest import random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from staged import staged
+from test_visits import problem_of, proven_by, searched
 
 import moetuner as mt
 from moetuner import solver
+from moetuner.solver.bounds import pairs
 from moetuner.solver.bounds.caps import scope
 from moetuner.solver.bounds.loads import LOAD_BOUND
 from moetuner.solver.bounds.pairs import padded
 from moetuner.solver.bounds.verification import verify
+from moetuner.solver.budget import Budget
 from moetuner.solver.result import CapsDetails
 from moetuner.solver.run import Bound, Stage
 from moetuner.statistics import ExpertSets
@@ -147,7 +150,7 @@ def test_what_has_the_imbalance_of_the_cap_keeps_it(seed, largest):
 
 
 @pytest.mark.parametrize("regime", ["follow", "dispatch"])
-def test_copies_are_searched_and_nothing_false_is_proven(regime):
+def test_copies_are_searched_and_nothing_false_is_proven(tmp_path, regime):
     """With room for copies the answer is no worse than without, and no bound is of singles."""
     single = small_problem(1, 3, 6, 3, regime=regime, slots=2)
     roomy = replace(single, slots_per_device=4)
@@ -157,7 +160,8 @@ def test_copies_are_searched_and_nothing_false_is_proven(regime):
     assert result.certificate is None
     assert not result.details.caps.infeasible
     assert before.bound_scope == "placements with one copy of each expert under the load cap 1.2"
-    assert before.placement.bound_scope == before.bound_scope
+    before.placement.save(tmp_path / "p.json")
+    assert mt.Placement.load(tmp_path / "p.json").bound_scope == before.bound_scope
 
 
 def test_nothing_is_below_nothing():
@@ -166,15 +170,6 @@ def test_nothing_is_below_nothing():
     result = mt.solve(problem, iterations=300)
     assert (result.objective, result.bound, result.status) == (0, 0, "optimal")
     assert result.bound_scope == "placements, copies included"
-
-
-def test_what_a_bound_is_about_is_kept_in_the_file(tmp_path):
-    """The scope of the bound comes back with the placement."""
-    result = mt.solve(small_problem(1, 2, 4, 2))
-    result.placement.save(tmp_path / "p.json")
-    again = mt.Placement.load(tmp_path / "p.json")
-    assert again.bound_scope == result.bound_scope
-    assert again.bound_scope is not None
 
 
 @pytest.mark.parametrize("claim", ["above the answer", "none", "under a cap others may keep"])
@@ -220,8 +215,6 @@ def test_nearly_is_not_optimal():
 
 # The command line, and certificates.
 
-SOLVED: dict[tuple[bytes, tuple[str, ...]], tuple[bytes, bytes, dict]] = {}
-
 
 def saved(folder, experts: int = 16, layers: int = 2, *, heavy: bool = False, sets: bool = False):
     """Write statistics to solve on 4 devices; with a heavy expert caps differ by layer."""
@@ -242,20 +235,15 @@ def saved(folder, experts: int = 16, layers: int = 2, *, heavy: bool = False, se
 
 
 def certify(run, folder, counts, *more):
-    """Solve with a certificate: its path, the placement's, and the answer; once, then copies."""
+    """Solve with a certificate: its path, the placement's, and the answer."""
     certificate, placement = folder / "proof.safetensors", folder / "placement.json"
-    key = (counts.read_bytes(), more)
-    if key not in SOLVED:
-        options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
-        more = more if "--regime" in more else (*more, "--regime", "follow")
-        status, out, _ = run(
-            *("solve", counts, "--devices", 4, *options, "--out", placement, "--json", "-", *more)
-        )
-        assert status == 0
-        SOLVED[key] = certificate.read_bytes(), placement.read_bytes(), json.loads(out)
-    certificate.write_bytes(SOLVED[key][0])
-    placement.write_bytes(SOLVED[key][1])
-    return certificate, placement, SOLVED[key][2]
+    options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
+    more = more or ("--regime", "follow")
+    status, out, _ = run(
+        *("solve", counts, "--devices", 4, *options, "--out", placement, "--json", "-", *more)
+    )
+    assert status == 0
+    return certificate, placement, json.loads(out)
 
 
 def changed(path, tensors=(), **metadata) -> None:
@@ -341,17 +329,18 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_certificates_are_refused_in_one_line(run, tmp_path, case):
+def test_malformed_certificates_are_refused_in_one_line(run, tmp_path):
     """A line that says what is wrong, never that moetuner is."""
     counts = saved(tmp_path)
     certificate, _, _ = certify(run, tmp_path, counts)
-    tensors, texts = MALFORMED[case]
-    changed(certificate, tensors, **texts)
-    status, _, err = run("verify", certificate, counts, "--devices", 4)
-    assert (status, err.count("\n")) == (2, 1)
-    assert "certificate" in err
-    assert "bug" not in err
+    whole = certificate.read_bytes()
+    for case, (tensors, texts) in MALFORMED.items():
+        certificate.write_bytes(whole)
+        changed(certificate, tensors, **texts)
+        status, _, err = run("verify", certificate, counts, "--devices", 4)
+        assert (status, err.count("\n")) == (2, 1), case
+        assert "certificate" in err, case
+        assert "bug" not in err, case
 
 
 def test_a_placement_below_the_bound_fails_loudly(run, tmp_path, monkeypatch):
@@ -423,16 +412,44 @@ def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path):
     assert not certificate.exists()
 
 
-def test_the_complete_programme_is_certified_in_python():
-    """Its certificate is recomputed, not believed: another cost or cap is refused."""
-    problem = small_problem(1, 3, 6, 3, slots=2)
-    certificate = mt.solve(problem).certificate
-    assert verify(certificate, problem) == certificate.cost
-    with pytest.raises(ValueError, match="these links"):
-        verify(replace(certificate, cost=certificate.cost + 1), problem)
-    wide = replace(certificate, caps=problem.load.sum(axis=1), cost=0)
-    with pytest.raises(ValueError, match="optimum here is"):
-        verify(wide, problem)
+def some_certificate(kind):
+    """Return a problem and a certificate of it by one of the ways to prove."""
+    if kind in ("prices", "tangents"):
+        problem = problem_of(1, 2, (6, 3, None), 3)
+        by_tangents = kind == "tangents"
+        return problem, proven_by(problem, *searched(problem), by_tangents=by_tangents).certificate
+    problem = small_problem(1, 3, 6, 3, slots=2, max_imbalance=None)
+    if kind == "complete":
+        return problem, mt.solve(problem).certificate
+    return problem, pairs.bound(problem, problem.caps.whole, budget=Budget()).certificate
+
+
+@pytest.mark.parametrize("kind", ["dual point", "complete", "prices", "tangents"])
+def test_certificates_are_of_one_problem(tmp_path, kind):
+    """What is saved verifies; another problem's, a cut-off or a forged certificate is refused."""
+    problem, certificate = some_certificate(kind)
+    path = tmp_path / "proof.safetensors"
+    certificate.save(path)
+    again = mt.Certificate.load(path)
+    assert again == certificate
+    assert verify(again, problem) == certificate.cost
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="not a certificate"):
+        mt.Certificate.load(path)
+    other = mt.RoutingStatistics(problem.load[None] + 1, problem.statistics.transitions)
+    with pytest.raises(ValueError, match="of these statistics"):
+        verify(again, replace(problem, statistics=other))
+    if again.proofs:
+        forged = [{"proofs": ()}, {"proofs": (replace(again.proofs[0], parts=2),)}]
+    elif again.visits:
+        (level,), short = again.visits, "prices" if kind == "prices" else "slopes"
+        wrong = [{"parts": 2}, {short: getattr(level, short)[1:]}]
+        forged = [{"visits": ()}, *({"visits": (replace(level, **of),)} for of in wrong)]
+    else:
+        forged = [{"cost": again.cost + 1}, {"caps": problem.load.sum(axis=1), "cost": 0}]
+    for changes in forged:
+        with pytest.raises(ValueError, match="certificate must"):
+            verify(replace(again, **changes), problem)
 
 
 def capped(**changes):
@@ -449,7 +466,7 @@ def capped(**changes):
         ({"max_imbalance": 1.5}, "caps of at least the problem's"),
         ({"slots_per_device": 3}, "one copy of each expert"),
         ({"pinned": [(0, 1, 0), (0, 1, 1)]}, "one copy of each expert"),
-        ({"slots_per_device": 4}, "3 slots|4 slots"),
+        ({"slots_per_device": 4}, "slots per device"),
         ({"regime": "dispatch"}, "regime"),
         ({"topology": mt.Topology(2, speed=[1, 2])}, "equal devices"),
     ],

@@ -82,7 +82,7 @@ def test_no_slot_at_all_is_refused():
 
 
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(0, 2), st.integers(0, 12), st.booleans())
-def test_what_is_told_of_steps_is_so(experts, ranks, more, budget, full):
+def test_figures_of_steps_are_true(experts, ranks, more, budget, full):
     """All experts, none twice on a rank, old slots kept; times and moves, within what must be."""
     random = np.random.default_rng([experts, ranks, more, budget, full])
     width = min(-(-experts // ranks) + more, experts)

@@ -10,7 +10,6 @@ import pytest
 
 import moetuner as mt
 from moetuner.problem.caps import device_load
-from moetuner.problem.windows import MERGED, MOST, windows_of
 from moetuner.solver.terms import link_prices
 
 
@@ -201,22 +200,6 @@ def test_what_a_risk_is_made_of_weighs_more(how):
     assert np.mean(values) < 0.99 * np.mean(without)
 
 
-def test_thinned_windows_stand_for_those_left_out():
-    """Means of more than 512 windows weigh as much as all, each group's by its weight."""
-    load = np.random.default_rng(0).integers(1, 9, (4 * MOST, 1, 4))
-    statistics = mt.RoutingStatistics.from_load(
-        load, group=np.arange(4 * MOST) % 3, group_names=("a", "b", "c")
-    )
-    weights = {"a": 5.0, "b": 1.0, "c": 0.0}
-    for arrival in ("bursts", "mixed", 0.5):
-        windows = windows_of(statistics, arrival, "mean", weights)
-        assert windows.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
-        assert windows.searched.weight.sum() == pytest.approx(4 * MOST * 2, rel=0.01)
-    bursts = windows_of(statistics, "bursts", "mean", weights).searched
-    assert len(bursts.load) <= MERGED + 2
-    assert np.bincount(bursts.group, bursts.weight).tolist() == [5 * 683, 683]
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("devices", [2, 4])
 def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
@@ -238,10 +221,3 @@ def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
     prices = link_prices(problem, 1.0)[np.ix_(*device_of)]
     paid = (problem.statistics.transitions[0] * prices).sum()
     assert paid == pytest.approx(mt.Objective(problem).value(placement))
-
-
-def test_traffic_search_starts_from_balance():
-    """Without a trial the answer keeps the cap that loads allow, at whatever traffic."""
-    problem = mt.Problem(planted_traffic(3), mt.Topology(8), max_imbalance=1.02, regime="follow")
-    slots = mt.solve(problem, "heuristic", iterations=0).placement.slots
-    assert (device_load(slots, problem.load).max(axis=1) <= problem.caps.whole).all()

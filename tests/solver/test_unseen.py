@@ -47,12 +47,6 @@ def test_noise_spreads_experts_that_change() -> None:
     assert {0, 1} not in placed(load, noise=10.0)
 
 
-@pytest.mark.parametrize("options", [{"noise": -0.1}, {"mixed": float("nan")}, {"norm": 4}])
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="norm 0 or 8, noise and mixed of at least 0"):
-        placed(table(4, 1, 4), **options)
-
-
 def test_mixed_levels_the_mean_of_windows() -> None:
     """One pairing of experts levels two kinds of windows, and another one their mean."""
     load = np.tile(np.array([[[10.0, 6, 0, 4]], [[2.0, 2, 12, 4]]]), (10, 1, 1))

@@ -50,17 +50,13 @@ _SIZES = {
     None: "bos_token_id",
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
-MAY_BE_NONE = (
-    "n_shared_experts",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "head_dim",
-    "num_local_experts",
-    "num_experts",
-    "num_experts_per_tok",
+_MAY_BE_NONE = (
+    "n_shared_experts pad_token_id bos_token_id eos_token_id head_dim num_local_experts "
+    "num_experts num_experts_per_tok"
 )
+MAY_BE_NONE = _MAY_BE_NONE.split()
 HALF = ["linear_attention", "full_attention"] * 2
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
 SPECIAL = {
     "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "dots1": {"layer_types": ["full_attention"] * 4},
@@ -78,12 +74,8 @@ SPECIAL = {
     },
     "gemma4": {"enable_moe_block": True, "moe_intermediate_size": 16, "top_k_experts": 2},
     "glm5_next": {"qk_rope_head_dim": 0, "qk_head_dim": 8},
-    "glm4v_moe": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
-    },
-    "hy_v4_vl": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
-    },
+    "glm4v_moe": {"rope_parameters": ROPE},
+    "hy_v4_vl": {"rope_parameters": ROPE},
     "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16]},
     "step3p5": {"sliding_window": 32},
     "zaya": {"num_experts_per_tok": 1},
@@ -120,10 +112,7 @@ def config_of(kind, changes):
             given.pop("head_dim", None)
         if "num_key_value_heads" in given:
             given["num_key_value_heads"] = 4
-    if setting(base, "n_group") not in (..., None) and setting(base, "topk_group") not in (
-        ...,
-        None,
-    ):
+    if all(setting(base, name) not in (..., None) for name in ("n_group", "topk_group")):
         given |= {"n_group": 4, "topk_group": 2}
     # Two names of one setting: what is asked for counts, not the usual size by the other name.
     real = base.attribute_map
@@ -187,17 +176,15 @@ def build_kind(kind, **changes):
 def class_of(config):
     """Give the model class for a configuration, with a head if there is one."""
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
-    classes = [
-        model
-        for _, model in inspect.getmembers(module, inspect.isclass)
+    models = {
+        name: model
+        for name, model in inspect.getmembers(module, inspect.isclass)
         if issubclass(model, transformers.PreTrainedModel)
         and model.config_class is type(config)
-        and not model.__name__.endswith("PreTrainedModel")
-    ]
+        and not name.endswith("PreTrainedModel")
+    }
     order = ("ForCausalLM", "ForConditionalGeneration", "Model", "")
-    return min(
-        classes, key=lambda m: next(i for i, end in enumerate(order) if m.__name__.endswith(end))
-    )
+    return next(models[name] for end in order for name in models if name.endswith(end))
 
 
 def prompts(rows=3, length=7, *, seed=1):
@@ -209,14 +196,9 @@ def prompts(rows=3, length=7, *, seed=1):
 def random_placement(layers, experts, devices, *, groups=1, seed=0):
     """Random placement with equal counts that keeps groups of experts whole."""
     rng = np.random.default_rng(seed)
-    slots = []
-    for _ in range(layers):
-        runs = np.arange(experts).reshape(groups, -1)
-        if groups == 1:
-            slots.append(rng.permutation(experts))
-        else:
-            slots.append(np.concatenate([rng.permutation(run) for run in rng.permutation(runs)]))
-    return mt.Placement(np.stack(slots).reshape(layers, devices, -1), num_experts=experts)
+    runs = np.arange(experts).reshape(groups, -1)
+    slots = [[rng.permutation(run) for run in rng.permutation(runs)] for _ in range(layers)]
+    return mt.Placement(np.reshape(slots, (layers, devices, -1)), num_experts=experts)
 
 
 def outputs(model, tokens=None):
@@ -315,6 +297,5 @@ def refused(text, call, *arguments, **named):
 
 def same(a, b):
     """Whether two sets of tensors are equal bit by bit."""
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and a[key].equal(b[key]) for key in a
-    )
+    pairs = [(a[key], b[key]) for key in a if key in b]
+    return a.keys() == b.keys() and all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)

@@ -108,26 +108,15 @@ class Case:
         tokens = len(self.home)
         scores = rng.gumbel(size=(tokens, self.experts))
         self.index = torch.from_numpy(np.argsort(-scores, axis=1)[:, : self.top_k].copy())
-        up = 2 * inner
-        if exact:
-            draw = {
-                "x": rng.integers(-2, 3, (tokens, self.hidden)),
-                "w": rng.integers(0, 9, (tokens, self.top_k)) / 8,
-                "up": rng.integers(-1, 2, (self.experts, inner, self.hidden)),
-                "down": rng.integers(-1, 2, (self.experts, self.hidden, inner)),
-            }
-            self.activation = torch.relu
-        else:
-            draw = {
-                "x": rng.normal(size=(tokens, self.hidden)),
-                "w": rng.dirichlet(np.ones(self.top_k), tokens),
-                "up": rng.normal(size=(self.experts, up, self.hidden)) / self.hidden**0.5,
-                "down": rng.normal(size=(self.experts, self.hidden, inner)) / inner**0.5,
-            }
-            self.activation = swiglu
-        self.x, self.w, self.up, self.down = (
-            torch.from_numpy(array).float() for array in draw.values()
-        )
+
+        def draw(*size):
+            numbers = rng.integers(-2, 3, size) if exact else rng.normal(size=size) / 2
+            return torch.from_numpy(numbers).float()
+
+        self.x, self.w = draw(tokens, self.hidden), draw(tokens, self.top_k).abs()
+        up, self.activation = (inner, torch.relu) if exact else (2 * inner, swiglu)
+        self.up = draw(self.experts, up, self.hidden)
+        self.down = draw(self.experts, self.hidden, inner)
 
     def expected(self):
         """Compute in one process."""
@@ -170,15 +159,12 @@ def compared(rank, case, tolerance):
     if len(once):
         assert (once - case.expected()[case.mine(rank)]).abs().max() < tolerance
     rows, traffic, row = 2 * case.rows(), layer.traffic, case.hidden * 4
-    for counted, right in (
-        (traffic.rows_sent, rows[rank]),
-        (traffic.rows_received, rows[:, rank]),
-        (traffic.dispatch_bytes_sent, rows[rank] * (row + 8 * case.top_k)),
-        (traffic.dispatch_bytes_received, rows[:, rank] * (row + 8 * case.top_k)),
-        (traffic.combine_bytes_received, rows[rank] * row),
-        (traffic.combine_bytes_sent, rows[:, rank] * row),
-    ):
-        assert np.array_equal(counted, right)
+    counts = {"rows": 1, "dispatch_bytes": row + 8 * case.top_k}
+    for name, size in counts.items():
+        assert np.array_equal(getattr(traffic, f"{name}_sent"), size * rows[rank])
+        assert np.array_equal(getattr(traffic, f"{name}_received"), size * rows[:, rank])
+    assert np.array_equal(traffic.combine_bytes_received, row * rows[rank])
+    assert np.array_equal(traffic.combine_bytes_sent, row * rows[:, rank])
 
 
 @on(2, 4, 8)
@@ -193,15 +179,12 @@ def test_ordinary_arithmetic_differs_by_rounding(rank):
     """Within 1e-6 of one process in float32, the same bits in two runs; bfloat16 as it allows."""
     for seed in range(1000, 1030):
         compared(rank, Case(seed, exact=False), 1e-6)
-    case = Case(11, exact=False)
-    names = ("x", "up", "down")
-    for name in names:
-        setattr(case, name, getattr(case, name).bfloat16())
-    out, at = case.run(case.distributed(rank), rank), case.mine(rank)
+    case, half = Case(11, exact=False), Case(11, exact=False)
+    for name in ("x", "up", "down"):
+        setattr(half, name, getattr(case, name).bfloat16())
+        setattr(case, name, getattr(half, name).float())
+    out, expected, at = half.run(half.distributed(rank), rank), case.expected(), case.mine(rank)
     assert out.dtype == torch.bfloat16
-    for name in names:
-        setattr(case, name, getattr(case, name).float())
-    expected = case.expected()
     assert not len(at) or (out - expected[at]).abs().max() < 0.02 * expected.abs().max()
 
 

@@ -2,15 +2,7 @@
 
 import numpy as np
 import pytest
-from moe_models import (
-    Block,
-    build,
-    placement_for,
-    random_placement,
-    refused,
-    torch,
-    transformers,
-)
+from moe_models import Block, build, placement_for, random_placement, refused, torch, transformers
 
 import moetuner as mt
 from moetuner.torch import apply_placement, moe_layers
@@ -27,108 +19,100 @@ def test_positions_are_the_placements():
         assert layer.experts.gate_up_proj_bias.equal(before[order[0]])
 
 
+def running(*blocks):
+    """Give a model of blocks, and whether it still computes what it did."""
+    model = torch.nn.Sequential(*blocks)
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
+    before = model(x)
+    return model, lambda: torch.allclose(model(x), before, rtol=0, atol=1e-4)
+
+
 def test_lists_of_experts():
     """Experts that are modules of a list change places, together with their router rows."""
     torch.manual_seed(0)
-    model, run = running(Block(), Block())
-    before = run()
+    model, is_same = running(Block(), Block())
     apply_placement(model, random_placement(2, 4, 2, seed=3))
-    assert torch.allclose(run(), before, rtol=0, atol=1e-6)
+    assert is_same()
 
 
 def unchanged(model, placement, text):
     """Expect a refusal with a reason, and an unchanged model."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     refused(text, apply_placement, model, placement)
-    assert all(
-        tensor.is_meta or tensor.equal(before[key]) for key, tensor in model.state_dict().items()
-    )
+    state = model.state_dict().items()
+    assert all(tensor.is_meta or tensor.equal(before[key]) for key, tensor in state)
 
 
-def test_groups_must_stay_whole():
-    """A group-limited router allows only orders that keep its groups together."""
-    model = build("deepseek_v3_groups")
-    slots = np.arange(8).reshape(2, 4)
-    mixed = [[0, 1, 2, 4], [3, 5, 6, 7]]
-    text = (
-        "model.layers.2.mlp.gate: its router chooses among 4 groups of 2 experts first, so groups "
-        "must stay whole, but positions 2 to 3 would hold experts of groups [1, 2]"
-    )
-    unchanged(model, mt.Placement(np.stack([slots, mixed])), text)
-    # Within a device the order is free, so that groups can always be whole there.
-    apply_placement(model, mt.Placement([[[4, 0, 5, 1], [7, 3, 6, 2]]] * 2))
-
-
-def test_what_is_no_order():
-    """Replicas and unequal counts cannot be told to an engine with contiguous experts."""
-    model, sizes = build("mixtral"), "placement must have 3 layers of 8 experts as the model has, "
-    one = "placement must have one copy of each expert to become an order of experts, got "
-    equal = "placement must have 8/2 experts on every device to become an order of experts, got "
-    for placement, text in (
-        (mt.Placement([[[0, 1, 2, 3, 4], [5, 6, 7, 0, -1]]] * 3), f"{one}2 of expert 0 in layer 0"),
-        (
-            mt.Placement([[[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]]] * 3),
-            f"{equal}5 on device 0 in layer 0",
-        ),
-        (random_placement(2, 8, 2), f"{sizes}got 2 of 8"),
-        (random_placement(3, 16, 2), f"{sizes}got 3 of 16"),
-    ):
-        unchanged(model, placement, text)
-
-
-def test_equal_router_rows_always_tie():
-    """Where numbers alone decide between two experts, they may not change."""
-    model = build("olmoe")
+def alike(model):
+    """Give two experts one router row."""
+    weight = moe_layers(model)[1].router.weight
     with torch.no_grad():
-        weight = moe_layers(model)[1].router.weight
         weight[6] = weight[2]
-    unchanged(
-        model,
-        placement_for(model),
-        "model.layers.1.mlp: experts 2 and 6 have the same router rows",
-    )
+
+
+def packed(model):
+    """Hold the weights of experts in another form."""
+    moe_layers(model)[2].experts.down_proj = torch.nn.Parameter(torch.zeros(64, 32))
+
+
+def strange(model):
+    """Give a router state of unknown meaning."""
+    moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))
+
+
+ONE = "placement must have one copy of each expert to become an order of experts, got 2 of expert 0"
+EQUAL = "placement must have 8/2 experts on every device to become an order of experts, got 5 on "
+SIZES = "placement must have 3 layers of 8 experts as the model has, got "
+GROUPS = (
+    "model.layers.2.mlp.gate: its router chooses among 4 groups of 2 experts first, so groups must "
+    "stay whole, but positions 2 to 3 would hold experts of groups [1, 2]"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "placement", "text"),
+    [
+        ("mixtral", None, mt.Placement([[[0, 1, 2, 3, 4], [5, 6, 7, 0, -1]]] * 3), ONE),
+        ("mixtral", None, mt.Placement([[[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]]] * 3), EQUAL),
+        ("mixtral", None, random_placement(2, 8, 2), f"{SIZES}2 of 8"),
+        ("mixtral", None, random_placement(3, 16, 2), f"{SIZES}3 of 16"),
+        (
+            "deepseek_v3_groups",
+            None,
+            mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 2, 4], [3, 5, 6, 7]]]),
+            GROUPS,
+        ),
+        ("olmoe", alike, None, "model.layers.1.mlp: experts 2 and 6 have the same router rows"),
+        ("mixtral", packed, None, "model.layers.2.mlp.experts.down_proj: must be [8, ..], experts"),
+        ("mixtral", strange, None, "model.layers.0.mlp.gate.table: [5, 8] may depend on the order"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(name, change, placement, text):
+    """Orders that are none, split groups, ties, weights and state of unknown kinds."""
+    model = build(name)
+    if change is not None:
+        change(model)
+    unchanged(model, placement or placement_for(model), text)
+
+
+def test_what_does_not_change_the_order_is_free():
+    """Within a device groups can always be whole, and equal rows that stay do not matter."""
+    apply_placement(build("deepseek_v3_groups"), mt.Placement([[[4, 0, 5, 1], [7, 3, 6, 2]]] * 2))
+    model = build("olmoe")
+    alike(model)
     apply_placement(model, mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(3, 0)))
 
 
-def test_weights_must_be_there():
-    """Weights that are not in memory, packed or of unknown kinds are refused, not skipped."""
+def test_models_that_are_not_there():
+    """A dense model is refused, a module that it does not have, and weights without memory."""
+    dense = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    text = "model must have MoE layers, Sequential has no module with 'experts' and a router"
+    unchanged(dense, random_placement(1, 4, 2), text)
+    refused("routers must be modules of the model, got 'gate'", moe_layers, dense, ["gate"])
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(build("mixtral").config)
     text = "weights must be in memory, some are on the meta device"
     refused(text, apply_placement, model, random_placement(3, 8, 2))
-    model = build("mixtral")
-    experts = moe_layers(model)[2].experts
-    experts.down_proj = torch.nn.Parameter(torch.zeros(64, 32))
-    unchanged(
-        model,
-        placement_for(model),
-        "model.layers.2.mlp.experts.down_proj: must be [8, ..], experts first as in the placement",
-    )
-    model = build("mixtral")
-    moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))
-    unchanged(
-        model,
-        placement_for(model),
-        "model.layers.0.mlp.gate.table: [5, 8] may depend on the order of experts",
-    )
-
-
-def test_models_without_moe_layers():
-    """A dense model is refused, and a module that it does not have."""
-    dense = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    unchanged(
-        dense,
-        random_placement(1, 4, 2),
-        "model must have MoE layers, Sequential has no module with 'experts' and a router",
-    )
-    refused("routers must be modules of the model, got 'gate'", moe_layers, dense, ["gate"])
-
-
-def running(*blocks):
-    """Give a model of blocks, and what it computes."""
-    model = torch.nn.Sequential(*blocks)
-    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
-    return model, lambda: model(x)
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -141,14 +125,11 @@ def test_weights_of_two_layers_move_once_or_not_at_all(memory):
     first, second = Block(stacked=True), Block(stacked=True)
     tied = first.experts.weight
     second.experts.weight = torch.nn.Parameter(tied.data) if memory else tied
-    model, run = running(first, second)
-    before = run()
+    model, is_same = running(first, second)
     differ = mt.Placement([[[3, 1], [0, 2]], [[0, 1], [2, 3]]])
     unchanged(model, differ, "1.experts.weight: must not share memory with 0.experts.weight")
-    assert run().equal(before)
     apply_placement(model, mt.Placement([[[3, 1], [0, 2]]] * 2))
-    assert torch.allclose(run(), before, rtol=0, atol=1e-4)
-
+    assert is_same()
     model.register_parameter("other", torch.nn.Parameter(first.gate.weight.data[1:]))
     unchanged(model, mt.Placement([[[3, 1], [0, 2]]] * 2), "must not share memory with")
 
@@ -157,10 +138,9 @@ def test_shared_lists_and_blocks():
     """A block that runs twice is one layer; experts that two routers share are refused."""
     torch.manual_seed(0)
     block, placement = Block(), mt.Placement([[[3, 1], [0, 2]]])
-    model, run = running(block, block)
-    before = run()
+    model, is_same = running(block, block)
     apply_placement(model, placement)
-    assert torch.allclose(run(), before, rtol=0, atol=1e-4)
+    assert is_same()
     other = Block()
     other.experts = block.experts
     text = "must not share memory with 0.experts."

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,33 +12,21 @@ from moe_models import (
     kinds,
     outputs,
     placement_for,
+    recorded,
     same,
     tensors_of,
     torch,
     transformers,
 )
 
-from moetuner.torch import apply_placement, capture, moe_layers, permute_state_dict
+from moetuner.torch import apply_placement, moe_layers, permute_state_dict
 
 # What is here must be right, and neither refused nor passed over.
-RIGHT = {
-    "afmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v4",
-    "ernie4_5_moe",
-    "gemma4",
-    "glm4_moe",
-    "gpt_oss",
-    "kolibri1",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_next",
-}
+NAMES = (
+    "afmoe deepseek_v2 deepseek_v3 deepseek_v4 ernie4_5_moe gemma4 glm4_moe gpt_oss kolibri1 "
+    "minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next"
+)
+RIGHT = set(NAMES.split())
 REFUSED = (ValueError, NotImplementedError)
 
 
@@ -56,25 +45,21 @@ def quiet():
 
 def reaching_experts(model, layers, tokens):
     """Ids [T,K] as they reach the experts, by layer, where they can be seen."""
-    reached, handles = {}, []
+    seen = {}
 
-    def listen(number):
-        def hook(_, args, named):
-            ids = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
-            ids = [t for t in ids if not t.is_floating_point() and t.dim() == 2]
-            reached.setdefault(number, ids[0].clone() if ids else None)
+    def listen(number, _, args, named):
+        ids = [t for t in (*args, *named.values()) if isinstance(t, torch.Tensor)]
+        ids = [t for t in ids if not t.is_floating_point() and t.dim() == 2]
+        seen.setdefault(number, ids[0].clone() if ids else None)
 
-        return hook
-
-    for number, layer in enumerate(layers):
-        if layer.experts is not None:
-            handles.append(
-                layer.experts.register_forward_pre_hook(listen(number), with_kwargs=True)
-            )
-    outputs(model, tokens)
-    for handle in handles:
-        handle.remove()
-    return {number: ids.numpy() for number, ids in reached.items() if ids is not None}
+    with contextlib.ExitStack() as handles:
+        for number, layer in enumerate(layers):
+            if layer.experts is not None:
+                hook = partial(listen, number)
+                handle = layer.experts.register_forward_pre_hook(hook, with_kwargs=True)
+                handles.callback(handle.remove)
+        outputs(model, tokens)
+    return {number: ids.numpy() for number, ids in seen.items() if ids is not None}
 
 
 def tried(call, *arguments):
@@ -107,7 +92,7 @@ def test_right_or_refused(kind, tmp_path):
     old, new, saved, back = (tmp_path / name for name in ("old", "new", "saved", "back"))
     with contextlib.suppress(NotImplementedError, RuntimeError):  # some cannot be saved at all
         model.save_pretrained(old)
-    recorder, why = tried(recorded, model, tokens)
+    recorder, why = tried(recorded, model, {"input_ids": tokens})
     refused = [why]
     if recorder is not None:
         ids = np.sort(recorder.trace().expert_ids, axis=2)
@@ -144,10 +129,3 @@ def test_right_or_refused(kind, tmp_path):
         assert float((outputs(model, tokens) - before).abs().max()) > 1e-3
     elif reasons or not on_disk:
         pytest.skip("; ".join(reasons) or "cannot be saved")
-
-
-def recorded(model, tokens):
-    """Record what a model routes."""
-    with capture(model) as recorder:
-        outputs(model, tokens)
-    return recorder

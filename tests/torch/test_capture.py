@@ -8,7 +8,7 @@ from moe_models import Gate, build, choices, prompts, recorded, refused, torch, 
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
-from moetuner.torch.record.capture import Parts
+from moetuner.torch.record.capture import Recorder
 
 WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
@@ -244,7 +244,7 @@ def test_an_error_keeps_what_was_recorded(error, buffer_bytes, tmp_path):
 
 def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
     """Passes go on; the block ends with the error, and what was written before is there."""
-    model, append, calls = build("mixtral"), Parts.append, []
+    model, append, calls = build("mixtral"), Recorder._append, []
 
     def full(self, *arrays):
         calls.append(self)
@@ -252,7 +252,7 @@ def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         append(self, *arrays)
 
-    monkeypatch.setattr(Parts, "append", full)
+    monkeypatch.setattr(Recorder, "_append", full)
     recorder = capture(model, path=tmp_path / "a.safetensors", buffer_bytes=21 * 6)
     with ending(OSError, "No space left|OSError"), recorder:
         for _ in range(5):
@@ -425,11 +425,8 @@ def test_wrong_classes_are_named():
     """Models, placements, files, names and switches: one line that names the argument."""
     model = build("mixtral")
     placement = mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 2, 2)
-    right = {
-        capture: {"model": model},
-        apply_placement: {"model": model, "placement": placement},
-        RoutingCounters: SIZES,
-    }
+    both = {"model": model, "placement": placement}
+    right = {capture: {"model": model}, apply_placement: both, RoutingCounters: SIZES}
     for call, name, values in WRONG:
         for value in values:
             refused(name, call, **{**right[call], name: value})

@@ -117,9 +117,8 @@ def test_prediction_layers_beyond_the_model_stay():
     """What lies beyond num_hidden_layers keeps its order unless the placement speaks of it."""
     placement = mt.Placement([[[2, 3], [0, 1]]] * 2)
     tensors = checkpoint()
-    refused(
-        "as many layers as the checkpoint has MoE layers, 3", permute_state_dict, tensors, placement
-    )
+    text = "as many layers as the checkpoint has MoE layers, 3"
+    refused(text, permute_state_dict, tensors, placement)
     moved = permute_state_dict(tensors, placement, config={"num_hidden_layers": 2})
     assert [expert_in(moved, layer) for layer in (1, 2)] == [12, 20]
     assert moved["model.layers.2.mlp.gate.weight"].equal(tensors["model.layers.2.mlp.gate.weight"])

@@ -24,9 +24,8 @@ def model_folder(tmp_path_factory):
     words = {word: number for number, word in enumerate(["?", ".", "one", "two", "three", "four"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="?", eos_token="."
-    ).save_pretrained(folder)
+    how = {"tokenizer_object": tokenizer, "unk_token": "?", "eos_token": "."}
+    transformers.PreTrainedTokenizerFast(**how).save_pretrained(folder)
     return folder
 
 
@@ -41,23 +40,13 @@ def lines(tmp_path):
 def test_the_command(model_folder, lines, tmp_path, run):
     """The trace holds every token of every text, and the output says so."""
     out = tmp_path / "trace.safetensors"
-    status, text, _ = run(
-        "collect", model_folder, "--dataset", lines, "--out", out, "--batch-size", 3, "--json", "-"
-    )
+    how = ("--out", out, "--batch-size", 3, "--json", "-")
+    status, text, _ = run("collect", model_folder, "--dataset", lines, *how)
     assert status == 0
     trace = mt.RoutingTrace.load(out)
-    assert json.loads(text)["trace"] == {
-        "file": str(out),
-        "files": [str(out)],
-        "model": "tiny-moe",
-        "layers": 3,
-        "kind": "trace",
-        "experts": 8,
-        "top_k": 2,
-        "tokens": 12,
-        "sequences": 4,
-        "groups": [],
-    }
+    about = {"model": "tiny-moe", "layers": 3, "kind": "trace", "experts": 8, "top_k": 2}
+    about |= {"file": str(out), "files": [str(out)], "tokens": 12, "sequences": 4, "groups": []}
+    assert json.loads(text)["trace"] == about
     assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 6 + [3] * 2
     # Token by token what the model chooses for each text alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
@@ -68,24 +57,13 @@ def test_the_command(model_folder, lines, tmp_path, run):
 def test_limits_and_groups(model_folder, tmp_path):
     """Texts are cut, the last one at the limit; groups come from the file."""
     path = tmp_path / "texts.jsonl"
-    groups = ["a", "b", None, "a"]
-    records = [
-        {"text": text, **({"group": group} if group else {})}
-        for text, group in zip(TEXTS, groups, strict=True)
-    ]
+    groups = [{"group": "a"}, {"group": "b"}, {}, {"group": "a"}]
+    records = [{"text": text, **group} for text, group in zip(TEXTS, groups, strict=True)]
     path.write_text("\n".join(map(json.dumps, records)))
-    seen = []
-    trace = collect(
-        str(model_folder),
-        path,
-        tmp_path / "trace.safetensors",
-        batch_size=2,
-        sequence_length=4,
-        max_tokens=9,
-        dtype="bfloat16",
-        device="cpu",
-        progress=seen.append,
-    )
+    seen, out = [], tmp_path / "trace.safetensors"
+    limits = {"batch_size": 2, "sequence_length": 4, "max_tokens": 9}
+    how = {"dtype": "bfloat16", "device": "cpu", "progress": seen.append}
+    trace = collect(str(model_folder), path, out, **limits, **how)
     assert seen == [4, 9]
     assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 4 + [3]
     names = [trace.group_names[number] for number in trace.group]
@@ -122,9 +100,8 @@ def test_interrupted(model_folder, lines, tmp_path, run, monkeypatch):
         return group(self, names)
 
     monkeypatch.setattr(Recorder, "group", interrupted)
-    status, printed, error = run(
-        "collect", model_folder, "--dataset", lines, "--out", out, "--batch-size", "1"
-    )
+    how = ("--out", out, "--batch-size", "1")
+    status, printed, error = run("collect", model_folder, "--dataset", lines, *how)
     partial = tmp_path / "trace.partial.safetensors"
     tokens = mt.RoutingTrace.load(partial).tokens
     assert (status, printed, tokens) == (130, "", 3)
@@ -151,15 +128,9 @@ def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):
     fails("none", tmp_path / "none")
     fails("device", model_folder, "--device", "neverland")
     dense = tmp_path / "dense"
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=8,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-        )
-    ).save_pretrained(dense)
+    sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 8)
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(dense)
     transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(dense)
     fails("model must have MoE layers, LlamaForCausalLM has no module with 'experts'", dense)
     text = "dtype must be one of auto, float32, bfloat16, float16"
@@ -176,6 +147,4 @@ def test_without_torch(lines, tmp_path, run, monkeypatch):
     out = tmp_path / "trace.safetensors"
     status, _, error = run("collect", "model", "--dataset", lines, "--out", out)
     assert status == 2
-    assert error == (
-        "moetuner: error: moetuner.torch needs PyTorch: pip install 'moetuner[torch]'\n"
-    )
+    assert error.endswith(": moetuner.torch needs PyTorch: pip install 'moetuner[torch]'\n")

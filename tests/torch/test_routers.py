@@ -119,9 +119,8 @@ def test_offloaded_models_are_counted():
 def test_counters_follow_a_model_that_moves():
     """After ``to`` their tables are where the model runs."""
     model = torch.nn.Sequential(Fixed())
-    passes = [
-        lambda device=device: model(torch.zeros(6, 2, device=device)) for device in ("cpu", "meta")
-    ]
+    places = ("cpu", "meta")
+    passes = [lambda device=device: model(torch.zeros(6, 2, device=device)) for device in places]
     counters = recorded(model, *passes, observe=RoutingCounters.attach, routers=["0"])
     assert counters.device.type == "meta"
     assert {table.device.type for table in counters._tables.values()} == {"meta"}

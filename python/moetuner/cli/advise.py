@@ -15,7 +15,7 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, steps
+from moetuner.cli.output import Output, timed, working
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
@@ -28,7 +28,7 @@ from moetuner.report.cells import counted, in_bytes, signed, span
 from moetuner.report.page.data import of_advice
 
 BASELINES = ("contiguous", "round_robin")
-INITIAL = options.Text(words=BASELINES, files=True)
+INITIAL = options.FileText(words=BASELINES)
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
     "numbers as in 0,1,2,4",
@@ -97,9 +97,9 @@ def command(
     topology, how = machine.topology(), trial.arguments()
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
-    with steps("advising") as report:
-        how |= serving.arguments(source.traffic)
-        advice = advising.advise(source.traffic, topology, report=report, **how)
+    with working("advising") as report:
+        how |= serving.arguments(source.traffic) | {"report": timed(report, str)}
+        advice = advising.advise(source.traffic, topology, **how)
     commands = next_commands(source, machine, advice, trial.initial, serving.engine)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.traffic import describe, facts
-from moetuner.cli.output import Output, working
-from moetuner.solver import Progress
+from moetuner.cli.output import Output, timed, working
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Recording:
 @options.command("collect")
 def command(
     *,
-    model: str = argument("MODEL", options.Text(files=True)),
+    model: str = argument("MODEL", options.FileText()),
     dataset: Path = option(options.IN_FILE, "FILE", required=True),
     out_file: Path = options.trace_option(),
     recording: Recording,
@@ -62,27 +59,18 @@ def command(
     dataset
         Texts: one per line, or JSON lines with "text" and optionally "group".
     """
-    begin, most = time.monotonic(), recording.max_tokens
     with working(f"running {model}") as report, warnings.catch_warnings():
         # What was left out, or saved of a recording that was interrupted, is said in a line.
-        show = warnings.showwarning
-
-        def say(message: Warning | str, category: type[Warning], *others: Any) -> None:
-            if category is RuntimeWarning:
-                click.echo(f"moetuner: warning: {message}", err=True)
-            else:
-                show(message, category, *others)
-
         warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = say  # type: ignore[assignment]
-
-        def count(tokens: int) -> None:
-            report(Progress(time.monotonic() - begin, f"{tokens:,} of {most:,} tokens"))
+        warnings.showwarning = lambda message, *_, **__: click.echo(
+            f"moetuner: warning: {message}", err=True
+        )
 
         # These take seconds to import, and not everybody has them.
         try:
             from moetuner.torch.collect import collect
 
+            count = timed(report, lambda n: f"{n:,} of {recording.max_tokens:,} tokens")
             trace = collect(model, dataset, out_file, progress=count, **asdict(recording))
         except (ImportError, RuntimeError) as error:
             # A missing library or device is not a bug in moetuner.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +28,17 @@ FORMS = "\n\n".join(
 )
 
 
-@dataclass(frozen=True)
-class Checking:
-    """A map to check.
-
-    Parameters
-    ----------
-    check_file
-        Check a map that was written elsewhere, instead: say why an engine could not load it.
-    engine
-        Engine that loads the map to check, if its format is of several engines.
-    """
-
-    check_file: Path | None = option(options.IN_FILE, "FILE")
-    engine: str | None = option(click.Choice(list(ENGINES)), flag="--for")
-
-
-@dataclass(frozen=True)
-class Means:
-    """What some formats are made of, besides a placement.
-
-    Parameters
-    ----------
-    checkpoint
-        Checkpoint as transformers writes it, for engines that take a placement as one: --out is the
-        folder of the renumbered one.
-    initial_file
-        The running placement, for moves.
-    """
-
-    checkpoint: Path | None = option(options.IN_INPUT, "FOLDER")
-    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT")
-
-
 @options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
     *,
     placement_file: Path | None = argument("[PLACEMENT]", options.IN_FILE, required=False),
     form: str | None = option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to"),
     out_file: Path | None = option(options.OutFile(), "FILE"),
-    checking: Checking,
+    check_file: Path | None = option(options.IN_FILE, "FILE"),
+    engine: str | None = option(click.Choice(list(ENGINES)), flag="--for"),
     given: options.LayerHints,
-    means: Means,
+    checkpoint: Path | None = option(options.IN_INPUT, "FOLDER"),
+    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
     machine: Machine,
     output: Output,
 ) -> None:
@@ -89,12 +57,21 @@ def command(
         Format to write.
     out_file
         File to write.
+    check_file
+        Check a map that was written elsewhere, instead: say why an engine could not load it.
+    engine
+        Engine that loads the map to check, if its format is of several engines.
+    checkpoint
+        Checkpoint as transformers writes it, for engines that take a placement as one: --out is the
+        folder of the renumbered one.
+    initial_file
+        The running placement, for moves.
     """
     hints = Hints(**given.hints, devices=machine.devices)
-    if checking.check_file is not None:
+    if check_file is not None:
         if placement_file is not None or out_file is not None:
             raise click.UsageError("'--check' takes neither PLACEMENT nor '--out'.")
-        _check(checking.check_file, form, checking.engine, hints, output)
+        _check(check_file, form, engine, hints, output)
         return
     if placement_file is None or form is None:
         missing = "argument 'PLACEMENT'" if placement_file is None else "option '--to'"
@@ -111,9 +88,9 @@ def command(
     contents["out"] = str(out_file)
     try:
         if form == MOVES:
-            _write_moves(placement, means.initial_file, machine, out_file, output)
+            _write_moves(placement, initial_file, machine, out_file, output)
         elif form in RENUMBERING:
-            _renumber(placement, form, means.checkpoint, out_file)
+            _renumber(placement, form, checkpoint, out_file)
         else:
             empty = int((placement.slots == EMPTY).sum())
             if form == "eplb" and empty:

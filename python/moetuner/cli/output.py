@@ -115,18 +115,15 @@ def working(label: str) -> Iterator[Callable[[Progress], None]]:
         timer.cancel()
 
 
-@contextmanager
-def steps(label: str) -> Iterator[Callable[[str], None]]:
-    """Show the current step and the time of all of them; yield a callback that takes its name."""
+def timed(report: Callable[[Progress], None], text: Callable[[Any], str]) -> Callable[[Any], None]:
+    """Return a callback that shows what ``text`` says of its value, and the time so far."""
     began = time.monotonic()
-    with working(label) as report:
-        yield lambda step: report(Progress(time.monotonic() - began, step))
+    return lambda value: report(Progress(time.monotonic() - began, text(value)))
 
 
 def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], None]:
     """Return a callback that shows the share of work that is done."""
-    began = time.monotonic()
-    return lambda share: report(Progress(time.monotonic() - began, f"{100 * share:.0f} % {of}"))
+    return timed(report, lambda share: f"{100 * share:.0f} % {of}")
 
 
 def _line(progress: Progress) -> str:

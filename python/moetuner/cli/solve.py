@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -30,22 +30,6 @@ FLATTERED = (
 )
 
 
-@dataclass(frozen=True)
-class Files:
-    """Files of an answer.
-
-    Parameters
-    ----------
-    out_file
-        Write the placement to this file, as JSON.
-    certificate_file
-        Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
-    """
-
-    out_file: Path = option(options.OutFile(), "FILE", Path("placement.json"))
-    certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH)
-
-
 @options.command("solve", begin_with="--devices --devices-per-node --for --out --report")
 def command(
     *,
@@ -61,7 +45,8 @@ def command(
         help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
     ),
     search: SearchOptions,
-    files: Files,
+    out_file: Path = option(options.OutFile(), "FILE", Path("placement.json")),
+    certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH),
     pages: Pages,
     output: Output,
 ) -> None:
@@ -69,23 +54,30 @@ def command(
 
     The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
     compare" says what to expect on traffic that the solver has not seen.
+
+    Parameters
+    ----------
+    out_file
+        Write the placement to this file, as JSON.
+    certificate_file
+        Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
     initial = moving.initial()
     problem = wanted.problem(source, machine.topology())
     if initial is not None:
         problem.check_running(initial)  # before anything is said
-    if files.certificate_file is not None:
+    if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     how = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem))
     result = source.solve(method, problem, **how, **moving.arguments(initial))
     # Written before anything is said about it: a closed pipe must not lose the answer.
-    result.placement.save(files.out_file)
+    result.placement.save(out_file)
     output.say("")
     try:
         before, outcomes = _judge(result, initial, source, problem, page=pages.wanted)
     except KeyboardInterrupt:
-        raise click.ClickException(f"interrupted; {files.out_file} was written") from None
+        raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     output.table(head(problem), [row.row() for row in outcomes])
     broken = [row for row in outcomes[:-1] if row.breaks_rules]
@@ -93,13 +85,13 @@ def command(
     if initial is None:
         output.say(*slower(outcome, before))
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
-    output.say(f"wrote {files.out_file}")
+    output.say(f"wrote {out_file}")
     failure = None
-    if files.certificate_file is not None:
-        failure = _prove(problem, result, files.certificate_file, output)
+    if certificate_file is not None:
+        failure = _prove(problem, result, certificate_file, output)
     settings = wanted.problem_settings(problem) | moving.settings() | how
     settings |= {"window": source.counted, "threads": source.threads}
-    contents = {"input": source.facts(), "settings": settings, "placement": str(files.out_file)}
+    contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     contents |= {"method": method, **outcome.to_dict(), **moves}
     pages.write(
         output,

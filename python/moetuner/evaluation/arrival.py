@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import is_number, shown
+from moetuner.evaluation.blocks import blocks
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -113,9 +114,7 @@ def mixed_windows(
     rng = np.random.default_rng(seed)
     total, size = len(windows), min(len(windows), WINDOWS_MIXED)
     count = total if count is None else count
-    per_run = max((64 << 20) // (8 * size * max(windows[0].size, 1)), 1)
-    for first in range(0, count, per_run):
-        place = slice(first, min(first + per_run, count))
+    for place in blocks(count, size * windows[0].size):
         runs = range(place.start, place.stop)
         drawn = np.stack([rng.choice(total, size, replace=False) for _ in runs])
         mixed = windows[drawn]

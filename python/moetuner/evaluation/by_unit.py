@@ -26,8 +26,6 @@ from moetuner.trace import RoutingTrace
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
-# Tokens that are counted at once.
-AT_ONCE = 1 << 14
 # Counts of parts of windows that are in memory at once.
 CELLS = 1 << 20
 # By how much runs deviate too little that are as long as tokens are alike, and begin anywhere: the
@@ -113,13 +111,6 @@ class _Part:
         window_of_cut, unit_of_cut = np.divmod(cut, number)
         share = size / lengths[window_of_cut]
         whole = of_windows(self.counts, self.setting) | of_tokens(self.counts, lengths, topology)
-
-        def sums(place: Whole, values: Floats) -> Floats:
-            return np.bincount(place, values).astype(np.float64)
-
-        crossed = np.empty(0) if crossing is None else crossing[self.tokens]
-        if crossing is not None:
-            whole["crossing"] = sums(window, crossed), lengths.astype(np.float64)
         cuts = {
             name: (above[window_of_cut] * share, below[window_of_cut] * share)
             for name, (above, below) in whole.items()
@@ -137,7 +128,9 @@ class _Part:
             for name, (above, _) in of_tokens(counts, size[some], topology).items():
                 cuts[name][0][some] = above
         if crossing is not None:
-            cuts["crossing"] = sums(cut_of_token, crossed), cuts["crossing"][1]
+            for measures, place, tokens in ((whole, window, lengths), (cuts, cut_of_token, size)):
+                crossed = np.bincount(place, crossing[self.tokens]).astype(np.float64)
+                measures["crossing"] = crossed, tokens.astype(np.float64)
         blocks = units.blocks
         if sequence is not None:
             # Sequences that stand for runs of alike tokens cut some of these.
@@ -164,14 +157,8 @@ class _Part:
             within = np.arange(len(row)) - (np.cumsum(size[some]) - size[some])[row]
             mine = self.tokens[tokens[(end - size)[some][row] + within]]
             rows = setting.labelled(self.trace, len(some), int(size[some].max()))
-            for at in range(0, len(row), AT_ONCE):
-                part = mine[at : at + AT_ONCE]
-                rows.push(
-                    np.ascontiguousarray(ids[part]),
-                    row[at : at + AT_ONCE],
-                    setting.threads,
-                    positions=part.astype(np.uint64),
-                )
+            part, place = np.ascontiguousarray(ids[mine]), mine.astype(np.uint64)
+            rows.push(part, row, setting.threads, positions=place)
             load, visits, nodes = (table.transpose(1, 0, 2) for table in rows.finish())
             yield some, replace(self.counts, load=load, visits=visits, node_visits=nodes)
 

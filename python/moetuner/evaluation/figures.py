@@ -256,42 +256,26 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
     """Compute the predicted microseconds of every window and layer [W,L]."""
     model, topology = setting.cost_model, setting.topology
     assert model is not None
-    # Homes, and what follows, are of all windows together.
-    runs = list(blocks(len(counts.load), counts.load[0].size))
-    visits: NDArray[Any] = np.sum([counts.visits[some].sum(axis=0) for some in runs], axis=0)
+    # Homes are of all windows together: in each they are as in all.
+    of_all = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
+    from_home = np.ascontiguousarray(counts.dispatch / of_all[:, None, :])
+    tier, tiers = topology.tier.astype(np.uint16), len(topology.levels)
     times = []
-    for some in (counts.run(run) for run in runs):
+    for run in blocks(len(counts.load), counts.load[0].size):
+        some = counts.run(run)
         compute = model.compute_us(some.load, some.active, topology.speed_of_device)
-        if setting.regime == "dispatch":
-            moved = _dispatched(some, topology, model, visits)
-        else:
+        if setting.regime == "follow":
             moved = _followed(some, topology, model)
+        else:
+            if model.once_per == "node" and some.node_visits is not None and tiers == 2:
+                busiest = _by_node(some, some.node_visits, topology)
+            else:
+                visits = np.ascontiguousarray(some.visits, dtype=np.float64)
+                busiest = _core.busiest_rows(visits, from_home, tier, tiers)
+            moved = model.ports_us(busiest, topology)
+            moved = moved + model.ports_us(busiest, topology, bytes_each=model.bytes_back)
         times.append(model.layer_us(compute, moved))
     return times[0] if len(times) == 1 else np.concatenate(times)
-
-
-def _dispatched(
-    counts: Counts, topology: Topology, model: CostModel, visits: NDArray[Any]
-) -> Floats:
-    """Compute microseconds of rows that go from their homes to devices of work and back."""
-    if model.once_per == "node" and counts.node_visits is not None and len(topology.levels) == 2:
-        busiest = _by_node(counts, counts.node_visits, topology)
-    else:
-        busiest = _by_device(counts, topology, visits)
-    back = model.ports_us(busiest, topology, bytes_each=model.bytes_back)
-    return model.ports_us(busiest, topology) + back
-
-
-def _by_device(counts: Counts, topology: Topology, of_all: NDArray[Any]) -> Floats:
-    """Compute rows at the busiest port [W,L,tiers]; a window has homes as all of them have.
-
-    All windows together have visits ``of_all`` [L,D].
-    """
-    visits = np.ascontiguousarray(counts.visits, dtype=np.float64)
-    total = np.maximum(of_all.astype(np.float64), 1e-300)
-    from_home = np.ascontiguousarray(counts.dispatch / total[:, None, :])
-    tier = topology.tier.astype(np.uint16)
-    return _core.busiest_rows(visits, from_home, tier, len(topology.levels))
 
 
 def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:

@@ -103,19 +103,18 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     if first.pending and all(post.pending == first.pending for post in given):
         return Verdict("reload")
     never = "own" if all(post.reloads for post in given) else "off"
-    for unread, do in ((True, never), (False, "own")):
-        if unread:
-            other = [r for r, post in enumerate(given) if post.files != first.files]
-            failed = [r for r, post in enumerate(given) if post.unread]
-        else:
-            other = [r for r, post in enumerate(given) if post.map != first.map]
-            failed = [r for r, post in enumerate(given) if post.error]
+    read = [post.files for post in given], [post.unread for post in given]
+    decided = [post.map for post in given], [bool(post.error) for post in given]
+    for do, what, (values, failures) in (
+        (never, "read other files or variables", read),
+        ("own", "decided another map", decided),
+    ):
+        failed = [rank for rank, failure in enumerate(failures) if failure]
+        other = [rank for rank, value in enumerate(values) if value != values[0]]
         if failed:
-            reason = given[failed[0]].error
             where = "" if len(failed) == len(given) else f"{ranks_named(failed)}: "
-            return Verdict(do, f"{where}{reason}")
+            return Verdict(do, f"{where}{given[failed[0]].error}")
         if other:
-            what = "read other files or variables" if unread else "decided another map"
             return Verdict(do, f"{ranks_named(other)} {what} than rank 0")
     return Verdict("take")
 
@@ -144,12 +143,11 @@ class Agreement:
         own map.
         """
         post = replace(post, error=post.error[:LONGEST])
-        wait = self.wait if wait is None else wait
         try:
             ranks = group()
             if ranks is None or len(ranks.ranks) == 1:
-                return judge([post], wait)
-            verdict = self._round(ranks, post, wait)
+                return judge([post])
+            verdict = self._round(ranks, post, self.wait if wait is None else wait)
         except Exception as error:
             return Verdict("own", f"ranks cannot compare their maps: {error!r}"[:LONGEST])
         self._silent = self._silent + 1 if verdict.silent else 0

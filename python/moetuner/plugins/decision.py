@@ -20,14 +20,13 @@ from moetuner._checks import (
     numbers_in,
     whole_number,
 )
-from moetuner.placement import EMPTY, holders_of, keep_slots
+from moetuner.placement import EMPTY, holders_of, keep_slots, moves_from
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
     Pairs,
     Rebalanced,
     largest_move,
-    moves_between,
     rebalance,
     renumbered,
     slowest,
@@ -245,7 +244,7 @@ class Case:
         slots = keep_slots(
             self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
         )
-        moves = moves_between(self.slots, slots, self.experts)
+        moves = moves_from(holders_of(self.slots, self.experts), slots)
         # The layers that gain most come first, as far as the budget goes.
         share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)
         order = np.argsort(-share, kind="stable")
@@ -322,10 +321,10 @@ class Case:
         load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
         twice = pairs.sum(axis=(1, 2), dtype=np.float64)
         # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
-        each = load / np.maximum(load + twice, 1.0)
+        saved = load / np.maximum(load + twice, 1.0)
         live = self.load.sum(axis=1)[rows]
         cost = np.zeros(layers)
-        cost[rows] = traffic * 2 * each / ranks * live / np.maximum(load, 1.0)
+        cost[rows] = traffic * 2 * saved / ranks * live / np.maximum(load, 1.0)
         counts = np.zeros((layers, self.experts, self.experts), dtype=np.uint64)
         counts[rows] = pairs
         return Pairs(counts, cost)

@@ -120,35 +120,33 @@ class Files:
         fitting, reasons = [], []
         for stored in self.placements:
             of = stored.placement
-            if (of.devices, of.slots_per_device, of.num_experts) != (ranks, width, case.experts):
-                reasons.append(
-                    f"{stored.path}: {of.devices} devices x {of.slots_per_device} slots for "
-                    f"{of.num_experts} experts, but the engine has {ranks} ranks x {width} slots "
-                    f"for {case.experts} experts"
-                )
-                continue
             try:
-                rows = case.rows_of(of.layers, f"{stored.path}: the placement")
+                if (of.devices, of.slots_per_device, of.num_experts) != (
+                    ranks,
+                    width,
+                    case.experts,
+                ):
+                    raise ValueError(
+                        f"{stored.path}: {of.devices} devices x {of.slots_per_device} slots for "
+                        f"{of.num_experts} experts, but the engine has {ranks} ranks x {width} "
+                        f"slots for {case.experts} experts"
+                    )
+                fitting.append((stored, case.rows_of(of.layers, f"{stored.path}: the placement")))
             except ValueError as error:
                 reasons.append(str(error))
-                continue
-            fitting.append((stored, rows))
-        exact = [(stored, rows) for stored, rows in fitting if stored.placement.layers == layers]
-        fitting = exact or fitting
-        if len(fitting) > 1 and model:
-            named = [each for each in fitting if _same(each[0].placement.model, model)]
-            fitting = named or fitting
+        if not fitting:
+            raise ValueError("; ".join(reasons))
+        fitting = [of for of in fitting if of[0].placement.layers == layers] or fitting
+        fitting = [of for of in fitting if _same(of[0].placement.model, model)] or fitting
         if len(fitting) > 1:
             files = ", ".join(str(stored.path) for stored, _ in fitting)
             raise ValueError(
                 f"{files}: more than one placement has {layers} layers x {width} slots on {ranks} "
                 f"ranks, and none alone is named {model or 'like the model'}"
             )
-        if not fitting:
-            raise ValueError("; ".join(reasons))
         return fitting[0]
 
 
-def _same(name: str | None, model: str) -> bool:
+def _same(name: str | None, model: str | None) -> bool:
     """Whether a placement's model is the engine's, whose name is a path or a repository's."""
-    return bool(name) and (name == model or Path(str(name)).name == Path(model).name)
+    return bool(name and model) and Path(str(name)).name == Path(str(model)).name

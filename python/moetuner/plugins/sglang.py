@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from moetuner.plugins.agreement import Group
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.tensors import group_of, rank_of_process, three_maps
@@ -99,7 +98,7 @@ class Hooks:
             1,
             ranks,
             running,
-            group=group,
+            group=lambda: group_of(coordinator),
             rank=rank,
             wait=WAIT_AT_LOAD,
             form=lambda slots: three_maps(slots, ranks, experts)[0],
@@ -136,7 +135,7 @@ class Hooks:
                 num_nodes,
                 ranks,
                 running_map(loads.shape[-2]),
-                group=group,
+                group=lambda: group_of(coordinator),
                 rank=rank,
                 # Two copies of an expert on a rank are refused here: SGLang would fill only one.
                 form=lambda slots: three_maps(slots, ranks, experts),
@@ -155,12 +154,8 @@ class Hooks:
         )
 
 
-def group() -> Group | None:
+def coordinator() -> Any:
     """Return the ranks that exchange experts, None where one decides for all."""
-    import torch
-
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
     from sglang.srt.distributed import get_tp_group
 
     try:
@@ -172,7 +167,7 @@ def group() -> Group | None:
     if elastic is not None and getattr(elastic, "has_scaled", False):
         # From then on rank 0 alone decides, and broadcasts its map.
         return None
-    return group_of(get_tp_group())
+    return get_tp_group()
 
 
 def chosen_algorithm() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,24 @@ def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any,
 
 def rank_of_process() -> int:
     """Return the rank of this process in the whole job, 0 where there is none."""
-    import torch
-
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    return 0
+    return int(torch_distributed().get_rank()) if torch_distributed() else 0
 
 
-def group_of(coordinator: Any) -> Group | None:
+def torch_distributed() -> Any:
+    """Return torch's module where this process is in its world, else None."""
+    from torch import distributed
+
+    return distributed if distributed.is_available() and distributed.is_initialized() else None
+
+
+def group_of(coordinator_of: Callable[[], Any]) -> Group | None:
     """Return the ranks of an engine's group, None where this process is alone.
 
-    ``coordinator`` is a ``GroupCoordinator`` of vLLM or SGLang.
+    ``coordinator_of`` gets a ``GroupCoordinator`` of vLLM or SGLang; None where one rank decides.
     """
+    coordinator = coordinator_of() if torch_distributed() else None
+    if coordinator is None:
+        return None
     from torch.distributed.distributed_c10d import _get_default_store
 
     ranks = tuple(int(rank) for rank in coordinator.ranks)

@@ -68,15 +68,11 @@ def announce(configurations: Any, balancer: Balancer) -> None:
     configurations.__post_init__ = announced
 
 
-def group() -> Any:
-    """Return the ranks that exchange experts, None where this process is alone."""
-    import torch
-
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
+def coordinator() -> Any:
+    """Return the ranks that exchange experts."""
     from vllm.distributed.parallel_state import get_ep_group
 
-    return group_of(get_ep_group())
+    return get_ep_group()
 
 
 def policy_class(theirs: Any, balancer: Balancer) -> Any:
@@ -111,7 +107,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
                 loads,
                 *sizes,
                 None if old is None else old.cpu().numpy(),
-                group=group,
+                group=lambda: group_of(coordinator),
                 model=balancer.model_of(len(loads)),
                 rank=rank,
                 form=lambda slots: (
@@ -160,7 +156,7 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
             load,
             *sizes,
             running,
-            group=group,
+            group=lambda: group_of(coordinator),
             model=name,
             rank=rank_of_process(),
             wait=WAIT_AT_LOAD,

@@ -214,8 +214,8 @@ class Objective:
 
     @property
     def _some_pairs(self) -> NDArray[np.uint64] | None:
-        some = self.goal != "balance" and self.pairs is not None and self.pairs.any()
-        return self.pairs if some else None
+        pairs = None if self.goal == "balance" else self.pairs
+        return pairs if pairs is not None and pairs.any() else None
 
     # Of time and balance: costs of windows and layers, over a reference.
 
@@ -306,10 +306,7 @@ class Objective:
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to the traffic, if that is of dispatch; else 0.
-
-        0 too where neither expert sets nor pairs were counted.
-        """
+        """Compute what every layer [L] adds to the traffic of dispatch; else, or if unknown, 0."""
         if self.counts_visits:
             return self._visits(placement)
         has_pairs = self.regime == "dispatch" and self.has_traffic
@@ -345,7 +342,7 @@ class Objective:
     def scale(self) -> int:
         """Cost if every counted pair moved over the cheapest link; shares are of it."""
         pairs = self.pairs
-        counted = 0 if pairs is None else sum(_exact_sum(table) for table in pairs)
+        counted = 0 if pairs is None else int(pairs.sum(dtype=np.uint64))  # below 2**63
         if self.regime == "dispatch":
             counted //= 2
         cost = self.link_cost
@@ -410,9 +407,3 @@ class Objective:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None
         return copies.visits(placement, self.topology, self.split, self.statistics.sets)
-
-
-def _exact_sum(table: NDArray[np.uint64]) -> int:
-    """Sum 64-bit counts without overflow: in two halves."""
-    low, high = table & np.uint64(0xFFFFFFFF), table >> np.uint64(32)
-    return int(low.sum(dtype=np.uint64)) + (int(high.sum(dtype=np.uint64)) << 32)

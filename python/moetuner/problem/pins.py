@@ -36,14 +36,12 @@ class Rules:
     def violations(self, placement: Placement) -> list[str]:
         """Return in words which pins and bans a placement breaks."""
         hosts, lines = placement.held.transpose(0, 2, 1), []
-        for name, rule, verb in (
-            ("pinned", self.pinned, "is not"),
-            ("forbidden", self.forbidden, "is"),
-        ):
+        for name, rule in (("pinned", self.pinned), ("forbidden", self.forbidden)):
             if rule is None:
                 continue
             wrong = np.argwhere(rule & (hosts != (name == "pinned")))
             for layer, expert, device in wrong[:1]:
+                verb = "is not" if name == "pinned" else "is"
                 lines.append(
                     f"{name}: expert {expert} of layer {layer} {verb} on device {device}"
                     f"{and_more(len(wrong))}"

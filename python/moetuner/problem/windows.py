@@ -120,9 +120,8 @@ class Windows:
         cost, reference, weight = cost[..., mine], reference[mine], self.weight[mine]
         part = self.tail(cost, reference, weight) * weight
         total = (part * reference).sum(axis=-1)
-        mean: Floats = np.divide(
-            (part * cost).sum(axis=-1), total, out=np.ones_like(total), where=total > 0
-        )
+        ones = np.ones_like(total)
+        mean: Floats = np.divide((part * cost).sum(axis=-1), total, out=ones, where=total > 0)
         return mean
 
     def tail(self, cost: Floats, reference: Floats, weight: Floats) -> Floats:
@@ -164,9 +163,8 @@ def windows_of(
         return Windows(load, weight, group, *kind)
     drawn = mixed_windows(load, weight, MOST if many else len(load))
     mixed = np.concatenate([part for _, part in drawn])
-    weights = np.concatenate(
-        [weight * (1 - share), np.full(len(mixed), share * weight.sum() / len(mixed))]
-    )
+    mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
+    weights = np.concatenate([weight * (1 - share), mixed_weight])
     if group is not None:
         # Mixed windows are of no group; where groups compete, they are one of their own.
         group = np.concatenate([group, np.full(len(mixed), len(statistics.group_names))])
@@ -189,13 +187,11 @@ def _representatives(windows: Windows) -> Windows:
     for label in np.unique(labels[used]):
         mine = used[labels[used] == label]
         cluster = _clusters(features[mine], max(len(mine) * MERGED // len(used), 1))
-        for number in range(int(cluster.max()) + 1):
-            some = mine[cluster == number]
-            if len(some):
-                runs = [load[some[run]] for run in blocks(len(some), load[0].size)]
-                means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(some))
-                weights.append(recorded[some].sum())
-                groups.append(label)
+        for some in (mine[cluster == number] for number in np.unique(cluster)):
+            runs = [load[some[run]] for run in blocks(len(some), load[0].size)]
+            means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(some))
+            weights.append(recorded[some].sum())
+            groups.append(label)
     merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
     if windows.mixed is not None:
         # They are drawn at random: some say what all of them do.
@@ -260,7 +256,7 @@ def _group_weights(
         if name not in names:
             raise ValueError(f"groups names {shown(name)}, which is none of {', '.join(names)}")
         mine = statistics.group == names.index(name)
-        if not mine.any() or not statistics.window_load[mine].any():
+        if not statistics.window_load[mine].any():
             raise ValueError(f"groups names {shown(name)}, which has no tokens")
         weight[mine] = value
     if not weight.any():

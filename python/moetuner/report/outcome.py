@@ -101,20 +101,31 @@ def judge(
 
 def sentences(outcome: Outcome) -> list[str]:
     """Return what was reached, how far from the optimum it can be, and what was chosen."""
-    result, worth = outcome.result, outcome.worth
-    lines = []
+    result, worth, problem = outcome.result, outcome.worth, outcome.problem
+    lines, proven = [], ""
     time = outcome.evaluation.predicted_layer_us
     if worth.cost_model is not None and time is not None:
         lines.append(f"Predicted time: {number(time, 1)} us per layer.")
+    if result.bound is not None and result.gap is not None:
+        less_time, source = f"{percent(result.gap)} less time", result.bound_source
+        which = caps.SINGLE if problem.stays_single else ""
+        if problem.max_imbalance is not None:
+            raised = result.details.caps.raised
+            which += " under the caps that it keeps" if raised else " under this cap"
+        if result.bound_is_of_loads:
+            proven = loads_alone(less_time if worth.is_predicted_time else worth.text(result.bound))
+        elif worth.is_predicted_time:
+            proven = f"by INPUT's counts no placement{which} takes {less_time} ({source})"
+        else:
+            proven = within(result, worth.text(result.bound), which)
     if worth.is_known:
         # A time that is predicted by counts would be a second one beside that of the replay.
         reached = "" if worth.is_predicted_time else f"Objective: {worth.text(result.objective)}"
-        line = "; ".join(filter(None, (reached, _bounded(outcome))))
+        line = "; ".join(filter(None, (reached, proven)))
         lines += [f"{line[0].upper()}{line[1:]}."] if line else []
-    unseen = result.details.unseen
+    unseen, search = result.details.unseen, result.details.search
     if unseen is not None:
         lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({unseen.reason}).")
-    search = result.details.search
     if search.windows_searched is not None:
         lines.append(
             f"Searched on {search.windows_searched:,} representative windows, evaluated on all "
@@ -123,23 +134,6 @@ def sentences(outcome: Outcome) -> list[str]:
     if search.set_tokens is not None:
         lines.append(f"Expert sets were counted on a sample of {search.set_tokens:,} tokens.")
     return lines
-
-
-def _bounded(outcome: Outcome) -> str:
-    """Write what the bound says of how far the optimum is; nothing where there is none."""
-    problem, result, worth = outcome.problem, outcome.result, outcome.worth
-    if result.bound is None or result.gap is None:
-        return ""
-    less_time = f"{percent(result.gap)} less time"
-    if result.bound_is_of_loads:
-        return loads_alone(less_time if worth.is_predicted_time else worth.text(result.bound))
-    which = caps.SINGLE if problem.stays_single else ""
-    if problem.max_imbalance is not None:
-        raised = result.details.caps.raised
-        which += " under the caps that it keeps" if raised else " under this cap"
-    if worth.is_predicted_time:
-        return f"by INPUT's counts no placement{which} takes {less_time} ({result.bound_source})"
-    return within(result, worth.text(result.bound), which)
 
 
 def below(bound: str, which: str = "") -> str:

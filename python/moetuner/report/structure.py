@@ -153,7 +153,8 @@ def structure(
     tables = whole.transitions_or_empty
     bits = chance = contiguous = searched = null = gain = None
     if tables.any():
-        chance = tuple(_chance_bits(tables, seed))
+        rng = np.random.default_rng(seed)
+        chance = tuple(_bits(_drawn(table, rng)) for table in tables)
         bits = tuple(max(_bits(t) - c, 0.0) for t, c in zip(tables, chance, strict=True))
         contiguous = crossing(placed("contiguous", seen), unseen)
         if held_out:
@@ -207,23 +208,19 @@ def _pairs(
 
 def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
     """Replace transitions by those of independent layers with the same loads, scaled up."""
-    load, tables = statistics.total_load.astype(np.float64), []
+    load = statistics.total_load.astype(np.float64)
+    pairs = np.zeros_like(statistics.transitions_or_empty, dtype=np.uint64)
     for layer, table in enumerate(statistics.transitions_or_empty):
-        least = COUNTS_PER_CELL * table.size if table.any() else 0
-        total = max(int(table.sum(dtype=np.uint64)), least)
-        tables.append(_rounded(np.outer(load[layer], load[layer + 1]), total))
-    pairs = np.stack(tables) if tables else statistics.transitions_or_empty
+        total = int(table.sum(dtype=np.uint64))
+        total = max(total, COUNTS_PER_CELL * table.size) if total else 0
+        weights = np.outer(load[layer], load[layer + 1]).ravel()
+        # Whole counts by weight: largest remainder, ties to the lower index.
+        exact = weights * (total / max(float(weights.sum()), 1.0))
+        counts = np.floor(exact)
+        missing = min(max(total - int(counts.sum()), 0), counts.size)
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+        pairs[layer] = counts.reshape(table.shape)
     return replace(statistics, transitions=pairs, coactivation=None)
-
-
-def _rounded(weights: NDArray[np.float64], total: int) -> NDArray[np.uint64]:
-    """Divide ``total`` by weight into whole counts: largest remainder, ties to the lower index."""
-    flat = weights.ravel()
-    exact = flat * (total / max(float(flat.sum()), 1.0))
-    counts = np.floor(exact)
-    missing = min(max(total - int(counts.sum()), 0), flat.size)
-    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
-    return counts.reshape(weights.shape).astype(np.uint64)
 
 
 def _groups(
@@ -252,19 +249,11 @@ def _shares(load: NDArray[np.uint64]) -> NDArray[np.float64]:
     return shares
 
 
-def _chance_bits(tables: NDArray[np.uint64], seed: int) -> list[float]:
-    """Draw as many pairs of independent layers with the same loads [L-1]: bits they seem to have.
-
-    Few pairs fill few cells, which looks like dependence whatever made them.
-    """
-    rng = np.random.default_rng(seed)
-    bits = []
-    for table in tables:
-        share = np.outer(table.sum(axis=1, dtype=np.float64), table.sum(axis=0, dtype=np.float64))
-        share /= max(float(share.sum()), 1.0)
-        drawn = rng.multinomial(int(table.sum(dtype=np.uint64)), share.ravel())
-        bits.append(_bits(drawn.reshape(table.shape)))
-    return bits
+def _drawn(table: NDArray[np.uint64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw as many pairs of independent layers: few fill few cells, which looks like dependence."""
+    share = np.outer(table.sum(axis=1, dtype=np.float64), table.sum(axis=0, dtype=np.float64))
+    share /= max(float(share.sum()), 1.0)
+    return rng.multinomial(int(table.sum(dtype=np.uint64)), share.ravel()).reshape(table.shape)
 
 
 def _bits(table: NDArray[np.integer[Any]]) -> float:

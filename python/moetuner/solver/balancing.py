@@ -66,6 +66,7 @@ def balance(
             "load must be [layers, experts] or [windows, layers, experts], none of them zero, "
             f"got {list(np.shape(load))}"
         )
+    numbers_in("slots_per_device", slots_per_device)
     topology = Topology(devices, speed=speed)
     slots = _core.replicate_experts(
         np.ascontiguousarray(tokens),

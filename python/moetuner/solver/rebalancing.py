@@ -226,11 +226,6 @@ def _copy_prices(slots: Slots, experts: int, price: Floats) -> Floats:
     return np.ascontiguousarray(np.where(holds, 0.0, price[:, None, None]))
 
 
-def moves_between(before: Slots, after: Slots, experts: int) -> NDArray[np.int64]:
-    """Count the copies of every layer that a device did not hold before [L]."""
-    return moves_from(holders_of(before, experts), after)
-
-
 def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
     """Compute slots [L,D,S] in which alike devices get what was packed for one of them.
 

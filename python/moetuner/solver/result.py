@@ -96,10 +96,6 @@ class CapsDetails(_Part):
     raised: Mapping[int, float] = field(default_factory=dict)
     infeasible: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is known as JSON values."""
-        return {f"caps_{name}": value for name, value in super().to_dict().items()}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class UnseenDetails(_Part):
@@ -125,11 +121,6 @@ class BoundDetails(_Part):
     levels: Mapping[str, LevelBound] = field(default_factory=dict)
     refuted: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what is known as JSON values."""
-        names = {"levels": "bound", "refuted": "bound_refuted"}
-        return {names[name]: value for name, value in super().to_dict().items()}
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Details(Frozen):
@@ -152,7 +143,10 @@ class Details(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is known as JSON values, one entry per fact."""
-        facts = {**self.search.to_dict(), **self.caps.to_dict(), **self.bound.to_dict()}
+        facts = self.search.to_dict()
+        facts |= {f"caps_{name}": value for name, value in self.caps.to_dict().items()}
+        names = {"levels": "bound", "refuted": "bound_refuted"}
+        facts |= {names[name]: value for name, value in self.bound.to_dict().items()}
         return facts if self.unseen is None else {**facts, "unseen": self.unseen.to_dict()}
 
     def searched(self, **facts: Any) -> Details:

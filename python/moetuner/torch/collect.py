@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from moetuner._checks import shown
+from moetuner._checks import one_of, shown
 from moetuner.files import LONGEST_TEXT, naming, size_of
 from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
+Rows = list[torch.Tensor]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,13 +35,7 @@ def read_texts(path: str | Path) -> Iterator[Text]:
     """Yield the texts of a file: one per line, or JSON objects with "text", maybe "group".
 
     The first line tells which: JSON lines begin with a brace. Empty lines and texts are left out.
-
-    Raises
-    ------
-    ValueError
-        Naming the file and line, if it is not UTF-8 or not such an object.
-    OSError
-        If it cannot be read.
+    An error names file and line.
     """
     is_json: bool | None = None
     size_of(Path(path))
@@ -55,10 +50,8 @@ def read_texts(path: str | Path) -> Iterator[Text]:
             fields = fields_of(line, number) if is_json else {"text": _decoded(line, number)}
             text, group = fields.get("text"), fields.get("group")
             if not isinstance(text, str) or not (group is None or isinstance(group, str)):
-                raise ValueError(
-                    f'line {number}: must be an object with "text" and perhaps "group", both '
-                    f"texts, got {shown(fields)}"
-                )
+                rule = 'an object with "text" and perhaps "group", both texts'
+                raise ValueError(f"line {number}: must be {rule}, got {shown(fields)}")
             if text.strip():
                 yield Text(text, group)
 
@@ -118,8 +111,7 @@ def collect(
         import transformers
     except ImportError:
         raise ImportError("collecting needs transformers: pip install transformers") from None
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    one_of("dtype", dtype, DTYPES)
     library: Any = transformers
     library.utils.logging.disable_progress_bar()
     texts = read_texts(dataset)
@@ -145,13 +137,11 @@ def collect(
     return recorder.trace()
 
 
-def _tokenized(
-    tokenizer: Any, texts: list[Text], longest: int, left: int
-) -> tuple[list[torch.Tensor], list[str]]:
+def _tokenized(tokenizer: Any, texts: list[Text], most: int, left: int) -> tuple[Rows, list[str]]:
     """Return token ids and groups of texts, cut at the longest and at what is left of tokens."""
     rows, groups = [], []
     for text in texts:
-        ids = tokenizer(text.text)["input_ids"][: min(longest, left)]
+        ids = tokenizer(text.text)["input_ids"][: min(most, left)]
         if ids:
             rows.append(torch.tensor(ids))
             groups.append(text.group or UNNAMED)
@@ -159,7 +149,7 @@ def _tokenized(
     return rows, groups
 
 
-def _run(network: Any, rows: list[torch.Tensor]) -> None:
+def _run(network: Any, rows: Rows) -> None:
     """Run texts of token ids, padded on the right."""
     tokens = pad_sequence(rows, batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moetuner._checks import instance, listed
+from moetuner._checks import instance, listed, shown
 from moetuner.torch.reorder.plan import ROUTER_NAMES, groups_chosen
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -85,8 +85,7 @@ def moe_layers(
         names = [name_of.get(id(router), router) for router in given]
         for name in names:
             if not isinstance(name, str) or name not in modules:
-                what = repr(name) if isinstance(name, str) else type(name).__name__
-                raise ValueError(f"routers must be modules of the model, got {what}")
+                raise ValueError(f"routers must be modules of the model, got {shown(name)}")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"routers must be at least one and differ, got {names}")
     return tuple(_layer(name, modules) for name in names)

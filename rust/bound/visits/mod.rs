@@ -195,13 +195,11 @@ pub fn bound(
 /// Recomputes the visits of every layer that prices `[L, E]` prove. Any numbers prove something true.
 pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
     if !is_tractable(layers) {
-        let got = "more".into();
-        return Err(Error::Shape { what: "certificate", rule: "contents that can be tried".into(), got });
+        return Err(Error::shape("certificate", "contents that can be tried", &"more"));
     }
     let experts: usize = layers.iter().map(Layer::experts).sum();
     if prices.len() != experts {
-        let rule = format!("{experts} prices");
-        return Err(Error::Shape { what: "certificate", rule, got: prices.len().to_string() });
+        return Err(Error::shape("certificate", format!("{experts} prices"), &prices.len()));
     }
     let together = at_once(layers);
     let mut visits = Vec::with_capacity(layers.len());

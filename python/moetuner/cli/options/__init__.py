@@ -180,36 +180,32 @@ class Text(click.ParamType):  # type: ignore[type-arg]
     read
         Its value, ValueError if there is none.
     rule
-        What ``read`` accepts, to follow "must be".
-    words, files
-        Words that complete it, and whether names of files do.
+        What ``read`` accepts, to follow "must be"; without, an error speaks for itself.
+    words
+        Words that complete it.
     """
 
     name = "text"
 
     def __init__(
-        self,
-        read: Callable[[str], Any] = str,
-        rule: str = "",
-        *,
-        words: Iterable[str] = (),
-        files: bool = False,
+        self, read: Callable[[str], Any] = str, rule: str = "", *, words: Iterable[str] = ()
     ) -> None:
-        self.read, self.rule, self.words, self.files = read, rule, tuple(words), files
+        self.read, self.rule, self.words = read, rule, tuple(words)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return what is read; an error names the rule."""
         try:
             return self.read(value) if isinstance(value, str) else value
         except ValueError:
+            if not self.rule:
+                raise
             self.fail(f"must be {self.rule}, got '{value:.60}'", param, ctx)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Return the words that begin so, else names of files."""
-        items = [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
-        return items or ([CompletionItem(incomplete, type="file")] if self.files else [])
+        """Return the words that begin so."""
+        return [CompletionItem(word) for word in self.words if word.startswith(incomplete)]
 
 
 def read_method(text: str, rule: str = f"one of {', '.join(METHODS)}") -> str:
@@ -291,6 +287,23 @@ class OutFile(click.Path):
         if not os.access(folder, os.W_OK):
             self.fail(f"directory '{folder}' is not writable", param, ctx)
         return path
+
+
+class FileText(Text):
+    """A text that may name a file, which no option of the same command may write."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what is read, with a file registered as read."""
+        if isinstance(value, str) and Path(value).exists():
+            register_path(ctx, param, Path(value))
+        return super().convert(value, param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the words that begin so, else names of files."""
+        items = super().shell_complete(ctx, param, incomplete)
+        return items or [CompletionItem(incomplete, type="file")]
 
 
 def read_layers(text: str) -> tuple[int, ...]:

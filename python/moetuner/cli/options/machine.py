@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moetuner._checks import DEVICE_LIMIT
-from moetuner.cli.options import Text, option, register_path
+from moetuner.cli.options import FileText, option
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
 from moetuner.presets import GPUS, MACHINES
@@ -22,47 +21,34 @@ from moetuner.topology import Topology
 DEVICES = click.IntRange(1, DEVICE_LIMIT)
 
 
-class FileOrPreset(Text):
-    """A file, registered as read, or a preset with something behind a colon.
-
-    Parameters
-    ----------
-    presets
-        Their names.
-    load, preset
-        What reads a file, and what takes a name and what is behind its colon.
-    """
-
-    def __init__(
-        self,
-        presets: Iterable[str],
-        load: Callable[[str], Any],
-        preset: Callable[[str, str], Any],
-    ) -> None:
-        super().__init__(words=presets, files=True)
-        self.load, self.preset = load, preset
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return what the text stands for."""
-        if Path(value).exists():
-            register_path(ctx, param, Path(value))
-            return self.load(value)
-        name, _, more = value.partition(":")
-        if name not in self.words:
-            names = ", ".join(self.words)
-            self.fail(f"must be a file or one of {names}, got '{value:.60}'", param, ctx)
-        return self.preset(name, more)
+def _preset(text: str, presets: Iterable[str]) -> tuple[str, str]:
+    """Return the name of a preset, and what is behind its colon."""
+    name, _, more = text.partition(":")
+    if name not in presets:
+        names = ", ".join(presets)
+        raise click.BadParameter(f"must be a file or one of {names}, got '{text:.60}'")
+    return name, more
 
 
-def _machine(name: str, nodes: str) -> tuple[str, Topology]:
-    """Return a common machine of so many nodes, and the text that gives it."""
+def read_machine(text: str) -> tuple[str, Topology]:
+    """Read a file, or a common machine and its number of nodes; return the text with it."""
+    if Path(text).exists():
+        return text, Topology.load(text)
+    name, nodes = _preset(text, MACHINES)
     if nodes and not (nodes.isascii() and nodes.isdigit() and len(nodes) <= 5):
         raise click.BadParameter(f"nodes must be a number, as in {name}:2, got '{nodes:.20}'")
-    return f"{name}:{nodes}".rstrip(":"), Topology.preset(name, int(nodes or 1))
+    return text.rstrip(":"), Topology.preset(name, int(nodes or 1))
 
 
-def _gpu(name: str, size: str) -> CostModel | str:
-    """Return a GPU's roofline for experts of a size; without one its name: INPUT's model has it."""
+def read_cost_model(text: str) -> CostModel | str:
+    """Read a file, whose name it gets if it has none, or a GPU and the size of its experts.
+
+    Of a GPU without a size its name is returned: INPUT's model has it.
+    """
+    if Path(text).exists():
+        model = CostModel.load(text)
+        return model if model.name else replace(model, name=Path(text).name)
+    name, size = _preset(text, GPUS)
     if not size:
         return name
     match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
@@ -71,14 +57,8 @@ def _gpu(name: str, size: str) -> CostModel | str:
     return CostModel.preset(name, hidden=int(match[1]), intermediate=int(match[2]))
 
 
-def _cost_model(path: str) -> CostModel:
-    """Read a cost model; without a name it gets that of the file."""
-    model = CostModel.load(path)
-    return model if model.name else replace(model, name=Path(path).name)
-
-
-TOPOLOGY = FileOrPreset(MACHINES, lambda path: (path, Topology.load(path)), _machine)
-COST_MODEL = FileOrPreset(GPUS, _cost_model, _gpu)
+TOPOLOGY = FileText(read_machine, words=MACHINES)
+COST_MODEL = FileText(read_cost_model, words=GPUS)
 
 
 def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel:

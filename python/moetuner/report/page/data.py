@@ -161,10 +161,15 @@ class PageData:
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Names and values: the command, the checksum of files, and settings."""
-        settings = self.contents.get("settings", {})
+        digest, settings = hashlib.sha256(), self.contents.get("settings", {})
+        are_files = all(path.is_file() for path in self.origin.files)
+        for path in self.origin.files if are_files else ():
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
         return (
             ("Command", self.origin.command),
-            ("SHA-256 of INPUT", _checksum(self.origin.files)),
+            ("SHA-256 of INPUT", digest.hexdigest() if are_files else "not a file"),
             *(
                 (name.replace("_", " "), str(value))
                 for name, value in settings.items()
@@ -250,7 +255,16 @@ def of_evaluations(
 
     ``traffic`` is a sentence on that, and ``others`` are fields of the data.
     """
-    judged = replace(_judged(evaluations, measure), names=names)
+    # By what was made small; by time or imbalance where that has no interval.
+    if (
+        measure is not None
+        and FIGURES[measure].per in ("token", "pair")
+        and None not in [getattr(each, measure) for each in evaluations]
+    ):
+        judged = replace(compare([evaluations], [measure])[measure], splits=())
+    else:
+        judged = verdict(*evaluations)
+    judged = replace(judged, names=names)
     answer, words = GAINED[judged.answer]
     replayed = evaluations[1].replayed
     assert replayed is not None
@@ -283,30 +297,9 @@ def of_evaluations(
     return replace(page, sentence=nothing)
 
 
-def _judged(evaluations: tuple[Evaluation, Evaluation], measure: str | None) -> Comparison:
-    """Judge by what was made small; by time or imbalance where that has no interval."""
-    if measure is None or FIGURES[measure].per not in ("token", "pair"):
-        return verdict(*evaluations)
-    if None in [getattr(each, measure) for each in evaluations]:
-        return verdict(*evaluations)
-    return replace(compare([evaluations], [measure])[measure], splits=())
-
-
 def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
     """Return contents without the seconds that solves took."""
     rest = {key: each for key, each in contents.items() if key != "solve_seconds"}
     if "methods" in rest:
         rest["methods"] = {name: _timeless(each) for name, each in rest["methods"].items()}
     return rest
-
-
-def _checksum(paths: Sequence[Path]) -> str:
-    """Compute the checksum of files, one after the other."""
-    if not all(path.is_file() for path in paths):
-        return "not a file"
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -427,7 +427,17 @@ def _price(page: PageData) -> Panel | str:
     charts, tables = [], []
     if page.advice is not None and len(page.advice.copies) > 1:
         charts.append(_copies_chart(page.advice))
-        tables.append(_copies_table(page.advice))
+        windows = list(page.advice.copies[0].gains)
+        head = [f"windows of {window:,}" if window else "gain" for window in windows]
+        rows = [
+            (
+                *(each.label, *(signed(each.mean(window)) for window in windows)),
+                "-" if each.bytes_per_device is None else f"{each.bytes_per_device / 1e9:.3g}",
+                "knee" if each.per_device == page.advice.knee and not each.shared else "",
+            )
+            for each in page.advice.copies
+        ]
+        tables.append(Table("Slots for copies", ("slots", *head, "GB per device", ""), rows))
     if page.trades:
         unit = "experts moved" if page.expert_bytes is None else "bytes moved"
         data = draw.scatter(
@@ -455,10 +465,8 @@ def _copies_chart(advice: Advice) -> Chart:
     by_size = advice.copies[0].bytes_per_device is not None
     data = []
     for number_of, window in enumerate(advice.copies[0].gains):
-        for shared in (False, True):
+        for shared in sorted({each.shared for each in advice.copies}):
             mine = [each for each in advice.copies if each.shared == shared]
-            if not mine:
-                continue
             gains = [100 * np.array(each.gains[window]) for each in mine]
             mean, low, high = (
                 np.array([of(each) for each in gains]) for of in (np.mean, np.min, np.max)
@@ -489,20 +497,6 @@ def _copies_chart(advice: Advice) -> Chart:
     axis = "GB per device" if by_size else "slots for copies of a device in a layer"
     chart = draw.only(data, draw.layout(axis, "gain on unseen traffic, %"))
     return Chart("copies", "gain on unseen traffic against slots for copies", chart)
-
-
-def _copies_table(advice: Advice) -> Table:
-    head = [f"windows of {window:,}" if window else "gain" for window in advice.copies[0].gains]
-    rows = [
-        (
-            each.label,
-            *(signed(each.mean(window)) for window in each.gains),
-            "-" if each.bytes_per_device is None else f"{each.bytes_per_device / 1e9:.3g}",
-            "knee" if each.per_device == advice.knee and not each.shared else "",
-        )
-        for each in advice.copies
-    ]
-    return Table("Slots for copies", ("slots", *head, "GB per device", ""), rows)
 
 
 def _moves(page: PageData) -> Panel | str:

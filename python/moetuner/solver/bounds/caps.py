@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,8 +13,6 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.loads import least_slowest
 from moetuner.solver.result import CapsDetails
-
-Floats = NDArray[np.float64]
 
 # A proof is about placements of this kind where slots are left over without copies.
 SINGLE = " with one copy of each expert"
@@ -26,37 +26,28 @@ def cap_report(
     layers = np.flatnonzero(problem.caps.excess(placement))
     if not layers.size:
         return CapsDetails()
+    load = problem.load[layers]
+    mean = load.sum(axis=1, dtype=np.float64) / problem.topology.speed_of_device.sum()
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
+    cap: NDArray[Any] = problem.caps.whole[layers]
+    peaks: NDArray[Any] = problem.caps.raised_for(slots)[layers]
+    reached: Any
+    least: Any
     if alike and not placement.has_copies and not problem.rules.some and not problem.may_copy:
-        return _of_singles(problem, problem.caps.raised_for(slots), threads)
-    total = problem.load.astype(np.float64)
-    mean = total.sum(axis=1) / problem.topology.speed_of_device.sum()
-    least, peaks = least_slowest(problem, total[None])[0], problem.caps.peaks(placement)
-    cap = (problem.max_imbalance or 1.0) * (1 + ROUNDING)
+        sizes = (problem.devices, problem.slots)
+        enclosed = _core.smallest_peaks(load, *sizes, peaks, threads=threads)
+        reached, least = zip(*enclosed, strict=True)
+    else:
+        cap = (problem.max_imbalance or 1.0) * (1 + ROUNDING) * mean
+        reached = peaks = problem.caps.peaks(placement)[layers]
+        least = least_slowest(problem, problem.load.astype(np.float64)[None])[0, layers]
+    rows = list(zip(layers.tolist(), mean.tolist(), cap, peaks, reached, least, strict=True))
     return CapsDetails(
-        {layer: float(peaks[layer] / mean[layer]) for layer in layers.tolist()},
+        {layer: float(peak / scale) for layer, scale, _, peak, _, _ in rows},
         {
-            layer: (float(least[layer] / mean[layer]), float(peaks[layer] / mean[layer]))
-            for layer in layers.tolist()
-            if least[layer] / mean[layer] > cap
-        },
-    )
-
-
-def _of_singles(problem: Problem, caps: NDArray[np.uint64], threads: int | None) -> CapsDetails:
-    """Return which caps [L] are above the problem's, and which of these had to be."""
-    cap = problem.caps.whole
-    layers = np.flatnonzero(caps > cap)
-    mean = problem.load[layers].sum(axis=1, dtype=np.float64) / problem.devices
-    peaks = _core.smallest_peaks(
-        problem.load[layers], problem.devices, problem.slots, caps[layers], threads=threads
-    )
-    return CapsDetails(
-        dict(zip(layers.tolist(), (caps[layers] / mean).tolist(), strict=True)),
-        {
-            int(layer): (float(bound / scale), float(peak / scale))
-            for layer, scale, (peak, bound) in zip(layers, mean, peaks, strict=True)
-            if bound > int(cap[layer])
+            layer: (float(low / scale), float(high / scale))
+            for layer, scale, cap, _, high, low in rows
+            if low > cap
         },
     )
 

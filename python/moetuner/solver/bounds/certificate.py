@@ -33,7 +33,6 @@ ARRAYS = {
     "choices": np.uint8,
     "contents": np.float64,
 }
-VISIT_ARRAYS = ("prices", "slopes")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,8 +68,8 @@ class Visits(Frozen):
     """
 
     parts: int
-    prices: NDArray[np.float64]
-    slopes: NDArray[np.uint8]
+    prices: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    slopes: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
     pairs: Proof | None = None
 
 
@@ -118,10 +117,9 @@ class Certificate(Frozen):
         for number, proof in enumerate(self.proofs):
             tensors |= {f"{number}.{name}": getattr(proof, name) for name in ARRAYS}
         for number, level in enumerate(self.visits):
-            tensors |= {f"visits.{number}.{name}": getattr(level, name) for name in VISIT_ARRAYS}
-            if level.pairs is not None:
-                names = {f"visits.{number}.{name}": name for name in ARRAYS}
-                tensors |= {to: getattr(level.pairs, name) for to, name in names.items()}
+            of_pairs = () if level.pairs is None else [(level.pairs, name) for name in ARRAYS]
+            for of, name in ((level, "prices"), (level, "slopes"), *of_pairs):
+                tensors[f"visits.{number}.{name}"] = getattr(of, name)
         # The widest type first: then all tensors are aligned.
         tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
         metadata = {
@@ -164,13 +162,13 @@ class Certificate(Frozen):
         for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.about)):
             if metadata.get(name) != wanted:
                 raise ValueError(f"{name} must be {wanted!r}, got {shown(metadata.get(name))}")
-        regime, method = metadata["regime"], metadata["method"]
-        for name, text, allowed in (
-            ("regime", regime, get_args(Regime)),
-            ("method", method, get_args(Method)),
-        ):
-            if text not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {shown(text)}")
+        for name, allowed in (("regime", get_args(Regime)), ("method", get_args(Method))):
+            if metadata[name] not in allowed:
+                wanted = " or ".join(allowed)
+                raise ValueError(f"{name} must be {wanted}, got {shown(metadata[name])}")
+        for name in ("slots", "cost"):
+            if not (metadata[name].isascii() and metadata[name].isdigit()):
+                raise ValueError(f"{name} must be a whole number, got {shown(metadata[name])}")
 
         def array(name: str, dtype: Any) -> NDArray[Any]:
             """Read an array of one dimension and just this type."""
@@ -197,17 +195,11 @@ class Certificate(Frozen):
         ]
         return cls(
             metadata["fingerprint"],
-            regime,
-            _count("slots", metadata["slots"]),
+            metadata["regime"],
+            int(metadata["slots"]),
             array("caps", np.uint64),
-            method,
-            _count("cost", metadata["cost"]),
+            metadata["method"],
+            int(metadata["cost"]),
             tuple(proofs),
             tuple(visits),
         )
-
-
-def _count(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name} must be a whole number, got {shown(text)}")
-    return int(text)

@@ -30,7 +30,8 @@ def _prove(run: Run, budget: Budget) -> None:
     """
     problem, source = run.problem, LOADS
     if problem.goal == "traffic":
-        if problem.objective_function.value(_placement(run)) > 0:
+        placement = Placement(run.best.slots, num_experts=problem.experts)
+        if problem.objective_function.value(placement) > 0:
             return  # what copies of experts cost at least is not known
         least = 0.0
     elif problem.goal == "balance":
@@ -41,10 +42,6 @@ def _prove(run: Run, budget: Budget) -> None:
         source = LOADS if moved is None else f"loads + {moved[1]}"
     # Rounding of the sums above, far below what anybody reads of an objective.
     run.prove(Bound(least * (1 - SUM_ROUNDING) * run.scale, source))
-
-
-def _placement(run: Run) -> Placement:
-    return Placement(run.best.slots, num_experts=run.problem.experts)
 
 
 def proves_pairs(problem: Problem) -> bool:
@@ -152,15 +149,13 @@ def _least_rows_us(problem: Problem, load: Floats) -> Floats:
     if problem.statistics.sets is not None:
         # A visit is of as many experts as a token has, and a device holds, at most.
         tokens = tokens / min(problem.statistics.sets[0].top_k, problem.slots)
-    elsewhere = (topology.tier[:, :, None] == np.arange(1, len(topology.levels) + 1)).mean(
-        axis=(0, 1)
-    )
+    tiers = np.arange(1, len(topology.levels) + 1)
+    elsewhere = (topology.tier[:, :, None] == tiers).mean(axis=(0, 1))
     if model.once_per == "node":
         elsewhere[1:] = 0
     rows = tokens[:, :, None] * elsewhere / topology.devices
-    return model.ports_us(rows, topology) + model.ports_us(
-        rows, topology, bytes_each=model.bytes_back
-    )
+    back = model.ports_us(rows, topology, bytes_each=model.bytes_back)
+    return model.ports_us(rows, topology) + back
 
 
 def _least_part(problem: Problem) -> Floats:

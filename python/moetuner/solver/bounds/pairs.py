@@ -9,8 +9,9 @@ each expert: where there is room for copies, those may cost less.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,13 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.certificate import ARRAYS, Certificate, Method, Proof
+from moetuner.solver.bounds.certificate import ARRAYS, Certificate, Method, Proof, Visits
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.result import LevelBound
 from moetuner.solver.run import Bound, Run, Stage
+
+# What the core calls with seconds and the negative of its bound so far.
+Report = Callable[[float, int | None], None] | None
 
 COMPLETE: Literal["complete dynamic programme"] = "complete dynamic programme"
 
@@ -53,20 +57,17 @@ def bound(
             iterations = effort.BOUND_ITERATIONS_TIMED
     sources: list[str] = []
     proven: dict[str, LevelBound] = {}
+    goal = target if target is None or problem.regime == "follow" else 2 * target
     for name, price, parts in levels:
         part = budget.within(1 / (len(levels) - len(proofs)))
-        load, transitions, part_caps = padded(problem, caps, parts)
         crossing, source, done, ended, stopped, arrays = _core.bound(
-            load,
-            transitions,
-            part_caps,
-            parts,
+            (*padded(problem, caps, parts), parts),
             iterations=iterations,
-            target=_target(problem, target) if len(levels) == 1 and price == 1 else None,
+            target=goal if len(levels) == 1 and price == 1 else None,
             gap=budget.gap or 0.0,
             time_limit=part.time_limit,
             threads=budget.threads,
-            progress=_report(problem, budget, price),
+            progress=reporter(budget, functools.partial(_share, problem, price)),
         )
         cost += price * crossing
         interrupted |= stopped
@@ -112,10 +113,22 @@ def certified(
     method: Method,
     cost: int,
     proofs: tuple[Proof, ...] = (),
+    visits: tuple[Visits, ...] = (),
 ) -> Certificate:
     """Make the certificate of a bound on a problem under caps [L]."""
-    fingerprint = problem.statistics.fingerprint
-    return Certificate(fingerprint, problem.regime, problem.slots, caps, method, cost, proofs)
+    about = (problem.statistics.fingerprint, problem.regime, problem.slots)
+    return Certificate(*about, caps, method, cost, proofs, visits)
+
+
+def chain_of(
+    problem: Problem, caps: NDArray[np.uint64], cost: NDArray[np.int64] | None = None
+) -> tuple[Any, ...]:
+    """Return what the core's chain is about, of single copies under caps [L], at costs [D,D]."""
+    objective = problem.objective_function
+    pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
+    tables = (pairs, None) if problem.regime == "follow" else (None, pairs)
+    cost = objective.link_cost if cost is None else cost
+    return (problem.load, caps, cost, problem.slots, *tables)
 
 
 def complete(
@@ -134,17 +147,8 @@ def complete(
     steps or seconds, or links are not of one or two tiers. 105 partitions for 8 experts on 4
     devices are few.
     """
-    follow = problem.regime == "follow"
     return _core.exact_chain(
-        problem.load,
-        caps,
-        problem.objective_function.link_cost,
-        problem.slots,
-        transitions=problem.statistics.transitions if follow else None,
-        coactivation=None if follow else problem.statistics.coactivation,
-        work=steps,
-        time_limit=time_limit,
-        threads=threads,
+        chain_of(problem, caps), work=steps, time_limit=time_limit, threads=threads
     )
 
 
@@ -169,12 +173,8 @@ def verified(
         raise ValueError(f"certificate must be for parts and prices {wanted}, got {given}")
     total = 0
     for proof in proofs:
-        load, transitions, part_caps = padded(problem, caps, proof.parts)
         total += proof.price * _core.verify_bound(
-            load,
-            transitions,
-            part_caps,
-            proof.parts,
+            (*padded(problem, caps, proof.parts), proof.parts),
             tuple(getattr(proof, name) for name in ARRAYS),
             threads=threads,
         )
@@ -196,12 +196,7 @@ def padded(
     """
     experts, slots = problem.experts, problem.devices * problem.slots
     follow = problem.regime == "follow"
-    # No part carries more than everything: the product of two large counts would wrap.
-    total, size = problem.load.sum(axis=1, dtype=np.uint64), problem.devices // parts
-    caps = np.array(
-        [min(int(cap) * size, int(most)) for cap, most in zip(caps, total, strict=True)],
-        dtype=np.uint64,
-    )
+    caps = joined_caps(problem, caps, problem.devices // parts)
     if follow and slots == experts:
         return problem.load, problem.statistics.transitions_or_empty, caps
     copies = 1 if follow else 2
@@ -218,14 +213,21 @@ def padded(
     return load, tables, np.repeat(caps, copies)
 
 
+def joined_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArray[np.uint64]:
+    """Return caps [L] of so many devices together: no more than all load, so that none wraps."""
+    total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
+    most = [min(int(cap) * devices, load) for cap, load in zip(caps, total, strict=True)]
+    return np.array(most, dtype=np.uint64)
+
+
 def _of_count(problem: Problem, cost: int) -> int:
     """Return the problem's cost from that of `padded`, which counts dispatch's pairs twice."""
     return cost if problem.regime == "follow" else -(-cost // 2)
 
 
-def _target(problem: Problem, cost: int | None) -> int | None:
-    """Turn a cost of the problem into what it is in `padded`."""
-    return cost if cost is None or problem.regime == "follow" else 2 * cost
+def _share(problem: Problem, price: int, crossing: int) -> float:
+    """Return a count of pairs at a price as the problem's traffic."""
+    return _of_count(problem, crossing * price) / problem.objective_function.scale
 
 
 def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
@@ -253,27 +255,22 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def affordable(problem: Problem) -> float:
-    """Compute how many iterations a solve without a time limit makes."""
-    return effort.BOUND_WORK / _flops(problem)
+    """Compute how many iterations a solve without a time limit makes.
+
+    One takes an eigenproblem of order 2P per pair of layers.
+    """
+    layers = problem.layers if problem.regime == "follow" else 2 * problem.layers
+    return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
 
-def _flops(problem: Problem) -> float:
-    """Compute the work of an iteration: an eigenproblem of order 2P per pair of layers."""
-    order = 2 * problem.devices * problem.slots
-    pairs = problem.layers - 1 if problem.regime == "follow" else 2 * problem.layers - 1
-    return float(pairs) * order**3
-
-
-def _report(
-    problem: Problem, budget: Budget, price: int
-) -> Callable[[float, int | None], None] | None:
+def reporter(budget: Budget, value: Callable[[int], float]) -> Report:
+    """Return what reports bounds of the core by their ``value``; None if nobody listens."""
     progress = budget.progress
     if progress is None:
         return None
-    scale = problem.objective_function.scale
 
     def report(seconds: float, negated: int | None) -> None:
-        proven = None if negated is None else _of_count(problem, -negated * price) / scale
+        proven = None if negated is None else value(-negated)
         progress(Progress(seconds, "bound", None, proven))
 
     return report

@@ -39,24 +39,14 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     instance("certificate", certificate, Certificate, hint=", such as Certificate.load(path)")
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     threads = threads_in(threads)
-    mine, fingerprint = certificate, problem.statistics.fingerprint
-    for holds, what in (
-        (mine.regime == problem.regime, f"be of regime {problem.regime}, got one of {mine.regime}"),
-        (
-            mine.fingerprint == fingerprint,
-            f"be of these statistics ({fingerprint}), got one of {mine.fingerprint}",
-        ),
-        (
-            mine.slots == problem.slots,
-            f"be for {problem.slots} slots per device, got {mine.slots}",
-        ),
-        (
-            mine.caps.shape == (problem.layers,),
-            f"have caps [{problem.layers}], got {list(mine.caps.shape)}",
-        ),
+    for what, wanted, given in (
+        ("regime", problem.regime, certificate.regime),
+        ("these statistics,", problem.statistics.fingerprint, certificate.fingerprint),
+        ("slots per device", problem.slots, certificate.slots),
+        ("caps of layers", problem.layers, len(certificate.caps)),
     ):
-        if not holds:
-            raise ValueError(f"certificate must {what}")
+        if wanted != given:
+            raise ValueError(f"certificate must be of {what} {wanted}, got {given}")
     _refuse_vacuous(certificate, problem, threads)
     _refuse_uncovered(certificate, problem)
     if certificate.method == "complete dynamic programme":

@@ -14,9 +14,9 @@ experts do not fit on fewer devices than their number over the slots of one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,8 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.bounds import pairs
-from moetuner.solver.bounds.certificate import Certificate, Visits
-from moetuner.solver.budget import Budget, Progress
+from moetuner.solver.bounds.certificate import Visits
+from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, Bound, Run, Stage
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Topology
@@ -49,6 +49,7 @@ FARTHEST = 2
 class _Level:
     """Devices, or nodes: what a visit of one costs, where each device belongs, slots and caps."""
 
+    problem: Problem
     name: str
     price: float
     part_of: Counts
@@ -59,17 +60,46 @@ class _Level:
     def parts(self) -> int:
         return int(self.capacity.shape[1])
 
-    def least(self, sets: Sequence[ExpertSets]) -> int:
-        """Return the visits that capacity alone asks for."""
-        rows = zip(sets, self.capacity, strict=True)
-        return sum(_tokens(of) * -(-of.top_k // int(capacity.max())) for of, capacity in rows)
+    @property
+    def sets(self) -> tuple[ExpertSets, ...]:
+        return self.problem.statistics.sets or ()
+
+    @property
+    def least(self) -> int:
+        """The visits that capacity alone asks for."""
+        rows = zip(self.sets, self.capacity, strict=True)
+        return sum(_tokens(of) * -(-of.top_k // int(slots.max())) for of, slots in rows)
+
+    @property
+    def seen(self) -> tuple[Any, Any, Any, Any]:
+        """What the core sees of it: sets, load [L,E], caps [L], and slots [L,parts]."""
+        kinds = [(of.ids, of.counts) for of in self.sets]
+        return kinds, self.problem.load, self.caps, self.capacity.astype(np.uintp)
+
+    @property
+    def corners(self) -> list[tuple[Counts, Counts]]:
+        """The `hull` of every layer."""
+        rows = zip(self.sets, self.capacity, strict=True)
+        return [hull(of.top_k, int(slots.max()), self.parts) for of, slots in rows]
+
+    @property
+    def weighing_seconds(self) -> float:
+        """The seconds that weighing the pairs of all sets takes."""
+        pairs_of = (len(of) * math.comb(of.top_k, 2) for of in self.sets)
+        return effort.TANGENT_SECONDS * sum(pairs_of)
+
+
+@dataclass(frozen=True)
+class _Proven:
+    visits: int
+    source: str
+    proof: Visits
+    interrupted: bool = False
 
 
 def least_visits(problem: Problem) -> float:
     """Compute what no placement's visits are below, with copies or without."""
-    sets = _sets(problem)
-    levels = _levels(problem, problem.caps.whole)
-    cost = sum(level.price * level.least(sets) for level in levels)
+    cost = sum(level.price * level.least for level in _levels(problem, problem.caps.whole))
     return cost / max(problem.objective_function.tokens, 1)
 
 
@@ -77,13 +107,12 @@ def least_seconds(problem: Problem) -> float:
     """Compute the seconds below which no bound is worth beginning: what cannot be broken off."""
     if problem.statistics.sets is None:
         return 0.0
-    levels = list(_levels(problem, problem.caps.whole))
+    levels = _levels(problem, problem.caps.whole)
     if problem.experts > effort.PRICE_EXPERTS:
-        seconds = _weighing_seconds(_sets(problem)) + pairs.least_seconds(problem)
-        return len(levels) * seconds
+        return len(levels) * (levels[0].weighing_seconds + pairs.least_seconds(problem))
     slots = [int(capacity.max()) for level in levels for capacity in level.capacity]
     contents = [math.comb(problem.experts, capacity) for capacity in slots]
-    orders = max(of.top_k for of in _sets(problem))
+    orders = max(of.top_k for of in levels[0].sets)
     return effort.PRICE_SECONDS * orders * sum(n for n in contents if n <= effort.PRICE_CONTENTS)
 
 
@@ -94,38 +123,34 @@ def bound(
 
     The slots [L,D,S] are a placement to begin from: a good one, with one copy of each expert.
     """
-    sets = _sets(problem)
     device_of = Placement(slots, num_experts=problem.experts).device_of
     proofs: list[Visits] = []
     cost, sources, interrupted = 0.0, [], False
-    levels = list(_levels(problem, caps))
+    tokens, levels = max(problem.objective_function.tokens, 1), _levels(problem, caps)
     for number, level in enumerate(levels):
         part = budget.within(1 / (len(levels) - number))
-        start = level.part_of[device_of]
-        report = _reporter(part, cost, level.price, problem.objective_function.tokens)
-        least = level.least(sets)
-        proven = _Proven(least, Visits(level.parts, np.zeros(0), np.zeros(0, np.uint8)), "capacity")
+        share = functools.partial(_share, level.price / tokens, cost / tokens)
+        report = pairs.reporter(part, share)
+        proven = _Proven(level.least, "capacity", Visits(level.parts))
         for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
             # The second is for what the first cannot do, or not in time.
-            if part.is_over() or interrupted or proven.visits > least:
+            if part.is_over() or interrupted or proven.visits > level.least:
                 break
-            better = way(problem, level, start, part.within(), report)
+            better = way(level, level.part_of[device_of], part.within(), report)
             interrupted = better is not None and better.interrupted
-            if better is not None and better.visits > least:
+            if better is not None and better.visits > level.least:
                 proven = better
         cost += level.price * proven.visits
         sources.append(proven.source if len(levels) == 1 else f"{proven.source} ({level.name})")
         proofs.append(proven.proof)
-    certificate = Certificate(
-        problem.statistics.fingerprint,
-        problem.regime,
-        problem.slots,
-        caps,
-        "visits",
-        math.floor(cost),
-        visits=tuple(proofs),
-    )
-    return Bound(certificate.cost, " + ".join(sources), certificate, interrupted=interrupted)
+    whole = math.floor(cost)
+    certificate = pairs.certified(problem, caps, "visits", whole, visits=tuple(proofs))
+    return Bound(whole, " + ".join(sources), certificate, interrupted=interrupted)
+
+
+def _share(price: float, before: float, visits: int) -> float:
+    """Return the visits of a token that so many of a level prove, on top of other levels'."""
+    return before + price * visits
 
 
 def verified(
@@ -144,115 +169,76 @@ def verified(
     """
     if problem.statistics.sets is None:
         raise ValueError("certificate must have a proof of pairs, as INPUT has no expert sets")
-    levels = list(_levels(problem, caps))
+    levels = _levels(problem, caps)
     wanted, given = [level.parts for level in levels], [proof.parts for proof in proofs]
     if wanted != given:
         raise ValueError(f"certificate must be for parts {wanted}, got {given}")
     cost = 0.0
     for level, proof in zip(levels, proofs, strict=True):
-        visits = level.least(problem.statistics.sets)
+        visits = level.least
         if len(proof.prices):
-            by_layer = _core.verify_visits(*_seen(problem, level), proof.prices, threads=threads)
+            by_layer = _core.verify_visits(level.seen, proof.prices, threads=threads)
             visits = max(visits, int(by_layer.sum()))
+        weighed = None
         if len(proof.slopes) and proof.pairs is not None:
-            weighed = _weighed(problem, level, _by_layer(problem, proof.slopes))
-            if weighed is not None:
-                whole = weighed.problem.caps.whole
-                apart = pairs.verified(weighed.problem, whole, (proof.pairs,), threads=threads)
-                visits = max(visits, weighed.visits(apart))
+            weighed = _weighed(level, proof.slopes)
+        if weighed is not None and proof.pairs is not None:
+            whole = weighed[0].caps.whole
+            apart = pairs.verified(weighed[0], whole, (proof.pairs,), threads=threads)
+            visits = max(visits, -(-(weighed[1] + apart) // UNIT))
         cost += level.price * visits
     return math.floor(cost)
 
 
-def _levels(problem: Problem, caps: NDArray[np.uint64]) -> Iterator[_Level]:
+def _levels(problem: Problem, caps: NDArray[np.uint64]) -> list[_Level]:
     """Split the price of visits: of devices, and of nodes on top."""
     device_cost, node_cost = problem.objective_function.visit_costs
     device, node = np.arange(problem.devices), problem.topology.node_of_device
-    yield _Level("devices", device_cost, device, problem.capacity, caps)
+    levels = [_Level(problem, "devices", device_cost, device, problem.capacity, caps)]
     if node_cost > 0:
         capacity = np.zeros((problem.layers, problem.topology.nodes), dtype=np.int64)
         np.add.at(capacity.T, node, problem.capacity.T)
-        # The product of two large counts would wrap.
-        total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
-        size = int(np.bincount(node).max())
-        most = [min(int(cap) * size, load) for cap, load in zip(caps, total, strict=True)]
-        yield _Level("nodes", node_cost, node, capacity, np.array(most, dtype=np.uint64))
-
-
-def _sets(problem: Problem) -> tuple[ExpertSets, ...]:
-    assert problem.statistics.sets is not None
-    return problem.statistics.sets
+        most = pairs.joined_caps(problem, caps, int(np.bincount(node).max()))
+        levels.append(_Level(problem, "nodes", node_cost, node, capacity, most))
+    return levels
 
 
 def _tokens(sets: ExpertSets) -> int:
     return int(sets.counts.sum(dtype=np.uint64))
 
 
-@dataclass(frozen=True)
-class _Proven:
-    visits: int
-    proof: Visits
-    source: str
-    interrupted: bool = False
-
-
-Report = Callable[[float, int], None] | None
-
-
-def _reporter(budget: Budget, before: float, price: float, all_tokens: int) -> Report:
-    """Return what reports visits of a level, on top of what other levels cost."""
-    progress = budget.progress
-    if progress is None:
-        return None
-
-    def report(seconds: float, visits: int) -> None:
-        progress(Progress(seconds, "bound", None, (before + price * visits) / max(all_tokens, 1)))
-
-    return report
-
-
 # Prices of experts.
 
 
-def _seen(problem: Problem, level: _Level) -> tuple[Any, Any, Any, Any]:
-    """Return what the core sees of a level: sets, load [L,E], caps [L], and slots [L,parts]."""
-    kinds = [(of.ids, of.counts) for of in _sets(problem)]
-    return kinds, problem.load, level.caps, level.capacity.astype(np.uint64)
-
-
 def _by_prices(
-    problem: Problem, level: _Level, start: Counts, budget: Budget, report: Report
+    level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Bound visits by prices of experts; None where contents of a part are too many to try.
 
     Or experts, for the programme that makes the prices.
     """
-    if problem.experts > effort.PRICE_EXPERTS:
+    layers, experts = level.problem.layers, level.problem.experts
+    if experts > effort.PRICE_EXPERTS:
         return None
     rounds, work = effort.PRICE_ROUNDS, math.inf
     if budget.time_limit is None:
-        programmes = effort.PROGRAMME_WORK / (problem.layers * problem.experts**3)
+        programmes = effort.PROGRAMME_WORK / (layers * experts**3)
         rounds, work = int(np.clip(programmes, 1, rounds)), effort.PRICE_WORK
-
-    def progress(seconds: float, negated: int | None) -> None:
-        if report is not None and negated is not None:
-            report(seconds, -negated)
-
     priced = _core.bound_visits(
-        *_seen(problem, level),
+        level.seen,
         start.astype(np.uint16),
         rounds=rounds,
         work=work,
         gap=budget.gap or 0.0,
         time_limit=budget.left,
         threads=budget.threads,
-        progress=None if report is None else progress,
+        progress=report,
     )
     if priced is None:
         return None
     visits, prices, interrupted = priced
-    proof = Visits(level.parts, prices, np.zeros(0, np.uint8))
-    return _Proven(int(visits.sum()), proof, "contents of devices", interrupted)
+    proof = Visits(level.parts, prices=prices)
+    return _Proven(int(visits.sum()), "contents of devices", proof, interrupted)
 
 
 # Tangents.
@@ -276,65 +262,40 @@ def touching(slopes: Counts, corners: tuple[Counts, Counts]) -> tuple[Counts, Co
     return height.min(axis=1), vertex
 
 
-@dataclass(frozen=True)
-class _Weighed:
-    """Pairs weighted by slopes, as a problem of their own, and visits if none were together."""
+def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
+    """Weigh pairs of experts by the slopes of their sets, those of all layers one after the other.
 
-    problem: Problem
-    alone: int
-
-    def visits(self, apart: int) -> int:
-        """Return visits that so many weighted pairs apart prove."""
-        table = self.problem.statistics.coactivation_or_empty
-        together = int(table.sum(dtype=np.uint64)) // 2 - apart
-        return -((together - self.alone) // UNIT)
-
-
-def _corners(problem: Problem, level: _Level) -> list[tuple[Counts, Counts]]:
-    rows = zip(_sets(problem), level.capacity, strict=True)
-    return [hull(of.top_k, int(capacity.max()), level.parts) for of, capacity in rows]
-
-
-def _by_layer(problem: Problem, slopes: NDArray[np.uint8]) -> list[Counts]:
-    """Split the slopes of all sets by layer."""
-    lengths = [len(of) for of in _sets(problem)]
+    Returns the pairs as a problem of their own, and what visits, times ``UNIT``, are more than the
+    weighted pairs apart. None where sums would be rounded.
+    """
+    sets, experts, lengths = level.sets, level.problem.experts, [len(of) for of in level.sets]
     if len(slopes) != sum(lengths):
         raise ValueError(f"certificate must have {sum(lengths)} slopes, got {len(slopes)}")
-    return np.split(slopes.astype(np.int64), np.cumsum(lengths)[:-1])
-
-
-def _weighed(problem: Problem, level: _Level, slopes: list[Counts]) -> _Weighed | None:
-    """Weigh pairs of experts by the slopes of their sets; None where sums would be rounded."""
-    sets, experts = _sets(problem), problem.experts
     most = max(_tokens(of) * of.top_k**2 for of in sets)
-    if UNIT * most * problem.layers >= EXACT:
+    if UNIT * most * len(sets) >= EXACT:
         return None
-    tables = np.zeros((problem.layers, experts, experts), dtype=np.uint64)
-    alone = 0
-    for table, of, slope, corners in zip(
-        tables, sets, slopes, _corners(problem, level), strict=True
-    ):
+    tables = np.zeros((len(sets), experts, experts), dtype=np.uint64)
+    by_layer = np.split(slopes.astype(np.int64), np.cumsum(lengths)[:-1])
+    more = 0
+    for table, of, slope, corners in zip(tables, sets, by_layer, level.corners, strict=True):
         counts, ids = of.counts.astype(np.int64), of.ids.astype(np.int64)
-        alone += int(touching(slope, corners)[0] @ counts)
+        more += int(touching(slope, corners)[0] @ counts)
         weights = (counts * slope).astype(np.float64)
         half = np.zeros(experts * experts)
         for one, other in itertools.combinations(ids.T, 2):
             half += np.bincount(one * experts + other, weights, experts * experts)
+        more -= int(half.sum())
         table[:] = half.reshape(experts, experts)
         table += table.T.copy()
-    statistics = RoutingStatistics(problem.load[None], coactivation=tables)
+    statistics = RoutingStatistics(level.problem.load[None], coactivation=tables)
     # Parts that are all as large as the largest are bounded: they can hold whatever these can.
-    capacity = int(level.capacity.max())
-    topology = Topology(level.parts)
     weighed = Problem(
-        statistics, topology, slots_per_device=capacity, regime="dispatch", objective="traffic"
+        *(statistics, Topology(level.parts)),
+        slots_per_device=int(level.capacity.max()),
+        regime="dispatch",
+        objective="traffic",
     )
-    return _Weighed(weighed, alone)
-
-
-def _weighing_seconds(sets: Sequence[ExpertSets]) -> float:
-    """Compute the seconds that weighing the pairs of all sets takes."""
-    return effort.TANGENT_SECONDS * sum(len(of) * math.comb(of.top_k, 2) for of in sets)
+    return weighed, more
 
 
 def _together(sets: ExpertSets, part_of: Counts) -> Counts:
@@ -346,100 +307,83 @@ def _together(sets: ExpertSets, part_of: Counts) -> Counts:
     return together
 
 
-def _first_slopes(together: Counts, corners: tuple[Counts, Counts]) -> Floats:
-    """Choose tangents that touch where a placement is: at a vertex, between those of its edges."""
-    edges = -np.diff(corners[1]) / np.diff(corners[0]) * UNIT
-    right = np.searchsorted(corners[0], together, side="right").clip(1, len(edges)) - 1
-    left = np.searchsorted(corners[0], together, side="left").clip(1, len(edges)) - 1
-    slopes: Floats = np.sqrt(edges[left] * edges[right])
-    return slopes
-
-
-def _preferred(weighed: Problem, seed: int, budget: Budget) -> tuple[Counts, bool]:
-    """Search the parts [L,E] that weighted pairs prefer; and whether that was interrupted."""
-    slots, _, interrupted, _ = _core.search(
-        weighed.load,
-        weighed.caps.whole,
-        weighed.objective_function.link_cost,
-        weighed.slots,
-        coactivation=weighed.statistics.coactivation,
-        seed=seed,
-        trials=effort.TANGENT_TRIALS,
-        time_limit=budget.left,
-        threads=budget.threads,
-    )
-    return Placement(slots, num_experts=weighed.experts).device_of, interrupted
-
-
 def _by_tangents(
-    problem: Problem, level: _Level, start: Counts, budget: Budget, report: Report
+    level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
     """Bound visits by tangents; they move towards what the pairs that they weigh prefer."""
     timed = budget.time_limit is not None
-    if any(len(of[0]) < 2 for of in _corners(problem, level)):
+    if any(len(of[0]) < 2 for of in level.corners):
         return None  # capacity says it all
-    finishing = _weighing_seconds(_sets(problem)) + pairs.least_seconds(problem)
+    finishing = level.weighing_seconds + pairs.least_seconds(level.problem)
     if budget.time_limit is not None and budget.time_limit < finishing:
         return None
     searching = budget.within(effort.TANGENT_SHARE, keep=finishing)
-    whole, interrupted = _moved_slopes(problem, level, start, searching)
-    weighed = _weighed(problem, level, whole)
+    slopes, interrupted = _moved_slopes(level, start, searching)
+    weighed = _weighed(level, slopes)
     if weighed is None:
         return None
-    affordable = int(min(pairs.affordable(weighed.problem), effort.BOUND_ITERATIONS))
+    affordable = int(min(pairs.affordable(weighed[0]), effort.BOUND_ITERATIONS))
     if affordable < effort.TANGENT_ITERATIONS:
         affordable = 0  # few prove less than none, which sum rows and columns
     proven = pairs.bound(
-        weighed.problem,
-        weighed.problem.caps.whole,
+        weighed[0],
+        weighed[0].caps.whole,
         budget=replace(budget.within(), progress=None, gap=None),
         iterations=None if timed else affordable,
     )
-    if proven is None:
+    if proven is None or proven.certificate is None:
         return None
-    assert proven.certificate is not None
-    visits = weighed.visits(int(proven.value))
+    visits = -(-(weighed[1] + int(proven.value)) // UNIT)
     if report is not None:
-        report(budget.gone, visits)
-    slope_bytes = np.concatenate(whole).astype(np.uint8)
+        report(budget.gone, -visits)
     (pair_proof,) = proven.certificate.proofs
-    proof = Visits(level.parts, np.zeros(0), slope_bytes, pair_proof)
+    proof = Visits(level.parts, slopes=slopes.astype(np.uint8), pairs=pair_proof)
     interrupted |= proven.interrupted
-    return _Proven(visits, proof, f"tangents + {proven.source}", interrupted)
+    return _Proven(visits, f"tangents + {proven.source}", proof, interrupted)
 
 
-def _moved_slopes(
-    problem: Problem, level: _Level, start: Counts, budget: Budget
-) -> tuple[list[Counts], bool]:
-    """Return slopes by layer after some steps from a placement [L,E], and if interrupted."""
-    sets, corners, interrupted = _sets(problem), _corners(problem, level), False
-    weighing = _weighing_seconds(sets)
-    edges = [-np.diff(of[1]) / np.diff(of[0]) * UNIT for of in corners]
-    slopes = [
-        _first_slopes(_together(of, parts), corner)
-        for of, parts, corner in zip(sets, start, corners, strict=True)
-    ]
+def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts, bool]:
+    """Return slopes of all sets after some steps from a placement [L,E], and if interrupted."""
+    sets, corners, interrupted = level.sets, level.corners, False
+    edges = [-np.diff(spread) / np.diff(together) * UNIT for together, spread in corners]
+    slopes: list[Floats] = []
+    for of, parts, (vertices, _), edge in zip(sets, start, corners, edges, strict=True):
+        # Tangents touch where the placement is: at a vertex, between those of its edges.
+        at = _together(of, parts)
+        right, left = (
+            np.searchsorted(vertices, at, side).clip(1, len(edge)) - 1 for side in ("right", "left")
+        )
+        slopes.append(np.sqrt(edge[left] * edge[right]))
 
-    def rounded() -> list[Counts]:
-        return [np.rint(of).astype(np.int64) for of in slopes]
+    def rounded() -> Counts:
+        return np.rint(np.concatenate(slopes)).astype(np.int64)
 
     count = effort.TANGENT_STEPS
     if budget.time_limit is None:
-        count = min(count, int(effort.TANGENT_WORK / (problem.layers * problem.experts**2)))
+        work = effort.TANGENT_WORK / (level.problem.layers * level.problem.experts**2)
+        count = min(count, int(work))
     for step in range(count):
-        part = budget.within(keep=weighing)
-        weighed = None if part.time_limit == 0 else _weighed(problem, level, rounded())
+        part = budget.within(keep=level.weighing_seconds)
+        weighed = None if part.time_limit == 0 else _weighed(level, rounded())
         if weighed is None:
             break
-        part_of, interrupted = _preferred(weighed.problem, step, part)
+        # What the weighted pairs prefer.
+        slots, _, interrupted, _ = _core.search(
+            pairs.chain_of(weighed[0], weighed[0].caps.whole),
+            seed=step,
+            trials=effort.TANGENT_TRIALS,
+            time_limit=part.left,
+            threads=part.threads,
+        )
         if interrupted or budget.is_over():
             break
-        for layer, (of, corner) in enumerate(zip(sets, corners, strict=True)):
+        part_of = Placement(slots, num_experts=level.problem.experts).device_of
+        for layer, (of, corner, edge) in enumerate(zip(sets, corners, edges, strict=True)):
             vertex = touching(np.rint(slopes[layer]).astype(np.int64), corner)[1]
             ahead = corner[0][vertex] - _together(of, part_of[layer])
             ahead = ahead.clip(-FARTHEST, FARTHEST)
-            size = effort.TANGENT_STEP * (edges[layer][0] - edges[layer][-1]) / math.sqrt(step + 1)
-            slopes[layer] = (slopes[layer] + size * ahead).clip(edges[layer][-1], edges[layer][0])
+            size = effort.TANGENT_STEP * (edge[0] - edge[-1]) / math.sqrt(step + 1)
+            slopes[layer] = (slopes[layer] + size * ahead).clip(edge[-1], edge[0])
     return rounded(), interrupted
 
 

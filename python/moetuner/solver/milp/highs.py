@@ -8,9 +8,9 @@ formulations live beside it.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -232,58 +232,46 @@ class _Watch:
         self.best: float | None = None
         self.bound = -math.inf
         self.cancelled = False
-        self.done = threading.Event()
-        self.failed: BaseException | None = None
 
     def run(self, progress: Callable[[float | None, float], None] | None) -> bool:
         """Run to the end; true if Ctrl-C ended it. An error raised by ``progress`` ends it too."""
-        from highspy._core import cb
+        from highspy._core.cb import HighsCallbackType as Kind
 
         _ok(self.highs.setCallback(self._called, None), "setCallback")
         for kind in (
-            cb.HighsCallbackType.kCallbackMipImprovingSolution,
-            cb.HighsCallbackType.kCallbackMipInterrupt,
-            cb.HighsCallbackType.kCallbackSimplexInterrupt,
+            Kind.kCallbackMipImprovingSolution,
+            Kind.kCallbackMipInterrupt,
+            Kind.kCallbackSimplexInterrupt,
         ):
             _ok(self.highs.startCallback(kind), "startCallback")
-        worker = threading.Thread(target=self._work, name="moetuner-highs", daemon=True)
-        interrupted = False
-        error: BaseException | None = None
-        worker.start()
-        reported = time.monotonic()
-        # Not `join`: interrupted, it may take the thread for ended.
-        while not self.done.is_set():
-            try:
-                self.done.wait(POLL_SECONDS)
-                due = time.monotonic() - reported > 4 * POLL_SECONDS
-                if progress is not None and error is None and due:
-                    reported = time.monotonic()
-                    progress(self.best, self.bound)
-            except KeyboardInterrupt:
-                self.cancelled = interrupted = True
-            except BaseException as raised:
-                self.cancelled, error = True, raised
-        worker.join()
+        interrupted, error = False, None
+        with ThreadPoolExecutor(1, "moetuner-highs") as executor:
+            ended = executor.submit(self.highs.run)
+            reported = time.monotonic()
+            while not ended.done():
+                try:
+                    wait([ended], POLL_SECONDS)
+                    due = time.monotonic() - reported > 4 * POLL_SECONDS
+                    if progress is not None and error is None and due:
+                        reported = time.monotonic()
+                        progress(self.best, self.bound)
+                except KeyboardInterrupt:
+                    self.cancelled = interrupted = True
+                except BaseException as raised:
+                    self.cancelled, error = True, raised
         _ok(self.highs.setCallback(None, None), "setCallback")
-        if error or self.failed:
-            raise error or self.failed or RuntimeError
+        if error is not None:
+            raise error
+        _ok(ended.result(), "run")
         return interrupted
 
-    def _work(self) -> None:
-        try:
-            _ok(self.highs.run(), "run")
-        except BaseException as raised:
-            self.failed = raised
-        finally:
-            self.done.set()
-
     def _called(self, kind: Any, _message: str, out: Any, into: Any, _data: Any) -> None:
-        from highspy._core import cb
+        from highspy._core.cb import HighsCallbackType as Kind
 
-        if kind == cb.HighsCallbackType.kCallbackMipImprovingSolution:
+        if kind == Kind.kCallbackMipImprovingSolution:
             self.best = float(out.objective_function_value)
             self.first = self.best if self.first is None else self.first
-        elif kind == cb.HighsCallbackType.kCallbackMipInterrupt:
+        elif kind == Kind.kCallbackMipInterrupt:
             self.bound = float(out.mip_dual_bound)
         if into is not None and self.cancelled:
             into.user_interrupt = True

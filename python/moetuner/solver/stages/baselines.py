@@ -56,14 +56,18 @@ def lpt(run: Run, budget: Budget) -> None:
     if problem.may_copy or not _is_even(problem):
         run.offer(balanced(problem), "lpt")
         return
-    slots = _core.lpt(
+    device_of, _, interrupted = _core.pack(
         problem.load,
         problem.devices,
-        problem.slots,
-        improve=True,
+        (0, problem.slots),
         time_limit=budget.left,
         threads=budget.threads,
     )
+    if interrupted:
+        raise KeyboardInterrupt
+    slots = Placement.from_assignment(
+        device_of, problem.devices, slots_per_device=problem.slots
+    ).slots
     run.offer(slots, "lpt")
 
 

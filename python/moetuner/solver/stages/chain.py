@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.pairs import COMPLETE, certified, complete, is_of_pairs
+from moetuner.solver.bounds.pairs import COMPLETE, certified, chain_of, complete, is_of_pairs
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.run import Bound, Run, Stage
 
@@ -29,24 +29,18 @@ def search_traffic(
     With ``fit``, which makes slots [L,D,S] of the run's problem of it, or nothing, the trials are
     only a part of the search and are not told.
     """
-    objective, follow = problem.objective_function, problem.regime == "follow"
-    # Without pairs all placements cost nothing, and the balanced one that the search starts from
-    # is the answer.
-    pairs = objective.pairs if objective.pairs is not None and objective.pairs.any() else None
+    objective = problem.objective_function
     report = budget.progress
 
     def progress(seconds: float, cost: int | None) -> None:
         if report is not None:
             report(Progress(seconds, "search", None if cost is None else cost / objective.scale))
 
+    # Pairs that stand for visits cost more where they are of other nodes.
+    cost = problem.topology.cost if objective.counts_visits else None
+    # Without pairs all placements cost nothing: the balanced one that it starts from is the answer.
     slots, trials, interrupted, shift = _core.search(
-        problem.load,
-        problem.caps.whole,
-        # Pairs that stand for visits cost more where they are of other nodes.
-        problem.topology.cost if objective.counts_visits else objective.link_cost,
-        problem.slots,
-        transitions=pairs if follow else None,
-        coactivation=None if follow else pairs,
+        chain_of(problem, problem.caps.whole, cost),
         seed=run.seed,
         trials=_trials(problem, budget),
         time_limit=budget.left,

@@ -208,10 +208,6 @@ def _repair(run: Run, _: Budget) -> None:
         )
 
 
-def _are_free(run: Run) -> bool:
-    return not run.is_priced
-
-
 def _are_few(run: Run) -> bool:
     return run.is_priced and moves_of(run).most > 0
 
@@ -228,21 +224,17 @@ def fresh(stages: Sequence[Stage]) -> Stage:
     """Return the stage that solves from nothing where moves are free, by a method's stages."""
 
     def solve(run: Run, budget: Budget) -> None:
-        # What is behind the start that every search has costs it no time.
-        floor = run.judge(balanced(run.problem))
-        part = budget.within(effort.FRESH_SHARE if run.best.rank < floor.rank else 1.0)
-        _take(run, run.inner(stages, part))
+        _take(run, run.inner(stages, budget.within(effort.FRESH_SHARE)))
 
-    return Stage(solve, applies=_are_free)
+    return Stage(solve, applies=lambda run: not run.is_priced)
 
 
 def _is_ahead(run: Run) -> bool:
-    """Return whether nothing that was solved from nothing is better than what runs."""
-    return _are_free(run) and bool(run.incumbents) and run.best.by == "running"
+    return not run.is_priced and bool(run.incumbents) and run.best.by == "running"
 
 
 def _continue(run: Run, budget: Budget) -> None:
-    """Search all layers from what runs, where moves are free."""
+    """Search all layers from what runs, where moves are free and nothing better was found."""
     stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), POLISH, TIES)
     _take(run, run.inner(stages, budget, start=run.best.slots))
 
@@ -288,15 +280,11 @@ def _at_price(run: Run, budget: Budget, model: LayerModel, price: float) -> int:
     return inner.best.moves
 
 
-def _after_steps(run: Run) -> float:
-    """Return half of the time limit: a search that gets less than the steps took adds nothing."""
-    return (run.budget.time_limit or 0.0) / 2
-
-
 REPAIR = Stage(_repair)
 CONTINUE = Stage(_continue, applies=_is_ahead)
 DESCEND = Stage(_descend, applies=_are_few)
-AT_PRICES = Stage(_at_prices, applies=_are_few, least=_after_steps)
+# A search that gets less time than the steps took adds nothing.
+AT_PRICES = Stage(_at_prices, applies=_are_few, least=lambda run: (run.budget.time_limit or 0) / 2)
 
 
 def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:

@@ -50,12 +50,21 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
 
 def _better(run: Run, incumbent: Incumbent) -> Incumbent | None:
     """Return the first neighbour within the budget of moves that ranks before an incumbent."""
-    judged = (run.judge(slots, "polish") for slots in _neighbours(run.problem, incumbent.slots))
-    return next((of for of in judged if of.rank < incumbent.rank and run.can_afford(of)), None)
+    problem = run.problem
+    for slots in _neighbours(problem, incumbent.slots):
+        holders = holders_of(slots, problem.experts)
+        # Of two copies on a device one is no holder.
+        if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=1).all():
+            continue
+        if not problem.rules.violations(Placement(slots, num_experts=problem.experts)):
+            judged = run.judge(slots, "polish")
+            if judged.rank < incumbent.rank and run.can_afford(judged):
+                return judged
+    return None
 
 
 def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
-    """Iterate over valid placements [L,D,S] with one slot changed or two exchanged."""
+    """Iterate over slots [L,D,S] with one changed or two exchanged, whatever becomes of them."""
     layers, devices, _ = slots.shape
     for layer in range(layers):
         free = [(d, s) for d in range(devices) for s in range(problem.capacity[layer, d])]
@@ -64,23 +73,11 @@ def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
                 if at[0] != other[0] and slots[layer][at] != slots[layer][other]:
                     near = slots.copy()
                     near[layer][at], near[layer][other] = slots[layer][other], slots[layer][at]
-                    if _is_valid(problem, near, layer):
-                        yield near
+                    yield near
             for expert in range(problem.experts if problem.may_copy else 0):
                 near = slots.copy()
                 near[layer][at] = expert
-                if expert != slots[layer][at] and _is_valid(problem, near, layer):
-                    yield near
-
-
-def _is_valid(problem: Problem, slots: Slots, layer: int) -> bool:
-    """Return whether a layer has every expert, no device one twice, and rules are kept."""
-    holders = holders_of(slots[layer : layer + 1], problem.experts)[0]
-    # Of two copies on a device one is no holder.
-    if holders.sum() < (slots[layer] != EMPTY).sum() or not holders.any(axis=0).all():
-        return False
-    placement = Placement(slots, num_experts=problem.experts)
-    return not problem.rules.violations(placement)
+                yield near
 
 
 def _is_small(run: Run) -> bool:

@@ -77,12 +77,13 @@ def cluster_layers(
     load = np.ascontiguousarray(load, dtype=np.uint64)
     budget = budget or Budget()
     experts = load.shape[1]
-    largest = experts if largest is None else largest
-    start, balance, interrupted = _core.cluster(
+    sizes = int(experts >= clusters), experts if largest is None else largest
+    if equal_sizes:
+        sizes = experts // clusters, -(-experts // clusters)
+    start, balance, interrupted = _core.pack(
         load,
         clusters,
-        largest,
-        equal_sizes=equal_sizes,
+        sizes,
         tolerance=tolerance,
         time_limit=budget.left,
         threads=budget.threads,
@@ -95,9 +96,6 @@ def cluster_layers(
     if interrupted:
         layers.searched[:] = False
         layers.status = "interrupted"
-    sizes = int(experts >= clusters), min(largest, experts)
-    if equal_sizes:
-        sizes = experts // clusters, -(-experts // clusters)
     for layer in np.flatnonzero(layers.searched).tolist():
         if budget.is_over():
             layers.searched[layer:] = False

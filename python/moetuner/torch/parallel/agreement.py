@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from moetuner.plugins.consensus import agree, keys_of, verdict_key
 
 T = TypeVar("T")
+Failure = Exception | None
 
 _made: Counter[str] = Counter()  # agreements of this process, by their ranks
 
@@ -55,9 +56,8 @@ class Agreement:
     def begin(self) -> None:
         """Begin a round of exchanges, which has the same number on every rank.
 
-        A rank that was late once goes through the rounds that it has missed, and has caught up when
-        it has called this as often as the others. One that has not come nearer did not call it as
-        often, and goes to the round that the others are in.
+        A rank that was late goes through the rounds that it has missed. One that has not come
+        nearer since the last call did not call as often, and goes to the round of the others.
         """
         self._round, self._turn = self._round + 1, 0
         if self._stands_for_all:
@@ -69,9 +69,7 @@ class Agreement:
             self._round, missed = self._round + missed, 0
         self._missed = missed
 
-    def exchange(
-        self, about: str, value: Any = None, failure: Exception | None = None
-    ) -> list[Any]:
+    def exchange(self, about: str, value: Any = None, failure: Failure = None) -> list[Any]:
         """Return the values of all ranks, which JSON holds; ``about`` is for messages.
 
         Every rank raises a ``MoveError`` if one has a ``failure``, is gone or is late.
@@ -113,18 +111,16 @@ class Agreement:
             problem = f"ranks {list(failed)} failed at {about}: {next(iter(failed.values()))}"
         return json.dumps([[value for value, _ in given], problem])
 
-    def reach(self, about: str, value: Any = None, failure: Exception | None = None) -> None:
+    def reach(self, about: str, value: Any = None, failure: Failure = None) -> None:
         """Check that every rank means the same value; parameters as of ``exchange``."""
         values = self.exchange(about, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:
-            raise DisagreementError(
-                f"ranks {others} do not agree with rank {self.rank} on {about}; "
-                "the old placement stays in force"
-            )
+            text = f"ranks {others} do not agree with rank {self.rank} on {about}"
+            raise DisagreementError(f"{text}; the old placement stays in force")
 
 
-def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Exception | None]:
+def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Failure]:
     """Return what a call gives, and what went wrong, so that other ranks can be told of it."""
     try:
         return call(*arguments), None

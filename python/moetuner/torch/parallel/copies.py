@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moetuner.placement import EMPTY
 
@@ -17,44 +16,27 @@ def copies(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """List the slots that may serve each expert of a layer.
 
-    Parameters
-    ----------
-    slots
-        Expert ids [D,S] of a layer, -1 for an empty slot.
-    experts
-        Experts of the layer, E.
-    near
-        Device that prefers its own copy, then those of its node; None to take all copies.
-    node
-        Devices of a node.
-
-    Returns
-    -------
-    tuple of ndarray
-        Slots ``device * S + slot`` in ascending order [E,R], filled up with the first, and how many
-        of them count [E]. A token at a position takes number ``mixed(position) % count``.
+    ``slots`` [D,S] are experts, -1 for none. Device ``near`` prefers its own copy, then those of
+    its ``node`` devices. Returns slots ``device * S + slot`` in ascending order [E,R], and how many
+    of them count [E]: a token at a position takes number ``mixed(position) % count``.
     """
-    width = slots.shape[1]
     flat = slots.reshape(-1)
-    filled = np.flatnonzero(flat != EMPTY)
-    lists = [filled[flat[filled] == expert] for expert in range(experts)]
+    slot = np.flatnonzero(flat != EMPTY)
     if near is not None:
-        for expert, mine in enumerate(lists):
-            device = mine // width
-            for close in (device == near, device // node == near // node):
-                if close.any():
-                    lists[expert] = mine[close]
-                    break
-    count = np.array([len(mine) for mine in lists], dtype=np.int64)
-    table = np.empty((experts, int(count.max())), dtype=np.int64)
-    for expert, mine in enumerate(lists):
-        table[expert] = mine[0]
-        table[expert, : len(mine)] = mine
+        device = slot // slots.shape[1]
+        distance = np.where(device == near, 0, 1 + (device // node != near // node))
+        least = np.full(experts, 2)
+        np.minimum.at(least, flat[slot], distance)
+        slot = slot[distance == least[flat[slot]]]
+    slot = slot[np.argsort(flat[slot], kind="stable")]
+    count = np.bincount(flat[slot], minlength=experts)
+    table = np.zeros((experts, int(count.max())), dtype=np.int64)
+    table[np.arange(table.shape[1]) < count[:, None]] = slot
     return table, count
 
 
-def mixed(position: Any) -> Any:
-    """Compute the 32 bits that choose between copies at a position, in arrays or tensors of int64.
+def mixed(position: Tensor) -> Tensor:
+    """Compute the 32 bits that choose between copies at a position, of int64.
 
     The last step of MurmurHash3: neighbouring positions differ in every bit, the low ones and the
     high ones alike, so that the remainder by any number of copies is evenly spread.

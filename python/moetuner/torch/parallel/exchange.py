@@ -30,6 +30,8 @@ FAULTS = {
 LEARN, NO_GRADIENTS = 8, 16
 
 Splits = tuple[list[int], list[int]]
+Table = Sequence[Sequence[int]]
+Group = dist.ProcessGroup | None
 
 
 class Hop:
@@ -41,9 +43,7 @@ class Hop:
     that come. ``experts`` are those of the placement, for messages.
     """
 
-    def __init__(
-        self, target: Tensor, header: Tensor, group: dist.ProcessGroup | None, *, experts: int
-    ) -> None:
+    def __init__(self, target: Tensor, header: Tensor, group: Group, *, experts: int) -> None:
         ranks = dist.get_world_size(group)
         (rows, top_k), device = target.shape, target.device
         target = torch.where(target < 0, ranks, target)
@@ -87,9 +87,7 @@ class Hop:
         return tuple(_Exchange.apply(self._group, splits, first, *others))
 
 
-def _check(
-    came: Sequence[Sequence[int]], sent: Sequence[Sequence[int]], me: int, experts: int
-) -> bool:
+def _check(came: Table, sent: Table, me: int, experts: int) -> bool:
     """Raise what headers say is wrong; return whether a rank needs gradients.
 
     The tables have rows, targets and the header, by rank that they came from or were sent to.
@@ -106,10 +104,8 @@ def _check(
     learning = [rank for rank, of in enumerate(bits) if of & LEARN]
     others = [rank for rank, of in enumerate(bits) if of & NO_GRADIENTS]
     if learning and others:
-        raise RuntimeError(
-            f"ranks {learning} need gradients and ranks {others} have them disabled: nothing was "
-            "sent"
-        )
+        what = f"ranks {learning} need gradients and ranks {others} disable them"
+        raise RuntimeError(f"{what}: nothing was sent")
     return bool(learning)
 
 
@@ -131,7 +127,7 @@ class _Exchange(torch.autograd.Function):
     """Rows of all tensors as one message per rank; in the backward pass their gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: Group, splits: Splits, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.splits = group, splits
         ctx.smooth = [tensor.is_floating_point() for tensor in tensors]
         out = _swap(group, splits, tensors)
@@ -145,7 +141,7 @@ class _Exchange(torch.autograd.Function):
         return (None, None, *(next(back) if is_smooth else None for is_smooth in ctx.smooth))
 
 
-def _swap(group: Any, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Pack the rows of all tensors side by side as bytes, and unpack what comes."""
     send, receive = splits
     packed = tensors[0].contiguous()
@@ -157,10 +153,8 @@ def _swap(group: Any, splits: Splits, tensors: Sequence[Tensor]) -> list[Tensor]
         return [arrived]
     parts = torch.split(arrived, [t.shape[1] * t.element_size() for t in tensors], dim=1)
     # Copies, even of a single row: only they are aligned for their type.
-    return [
-        part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
-        for part, tensor in zip(parts, tensors, strict=True)
-    ]
+    whole = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return [part.view(tensor.dtype) for part, tensor in zip(whole, tensors, strict=True)]
 
 
 class TrafficCounters:

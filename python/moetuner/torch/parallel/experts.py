@@ -12,6 +12,9 @@ from torch import Tensor, nn
 _grouped_mm = getattr(nn.functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
+Activation = Callable[[Tensor], Tensor]
+
+
 class Experts(Protocol):
     """What ``ExpertParallelMoE`` asks of the experts that it runs."""
 
@@ -48,20 +51,14 @@ class GroupedExperts(nn.Module):
     a multiple of 16 bytes); elsewhere each slot that has rows is one product.
     """
 
-    def __init__(
-        self, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor] = swiglu
-    ) -> None:
+    def __init__(self, up: Tensor, down: Tensor, activation: Activation = swiglu) -> None:
         super().__init__()
         if up.ndim != 3 or down.ndim != 3 or up.shape[::2] != down.shape[:2]:
-            raise ValueError(
-                "up must be [slots, up, hidden] and down [slots, hidden, inner], "
-                f"got {list(up.shape)} and {list(down.shape)}"
-            )
+            rule = "up must be [slots, up, hidden] and down [slots, hidden, inner]"
+            raise ValueError(f"{rule}, got {list(up.shape)} and {list(down.shape)}")
         if up.dtype != down.dtype or up.device != down.device:
-            raise ValueError(
-                "up and down must be of one type on one device, "
-                f"got {up.dtype} on {up.device} and {down.dtype} on {down.device}"
-            )
+            given = [f"{of.dtype} on {of.device}" for of in (up, down)]
+            raise ValueError(f"up and down must be of one type on one device, got {given}")
         self.up = nn.Parameter(up)
         self.down = nn.Parameter(down)
         self.activation = activation

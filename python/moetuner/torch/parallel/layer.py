@@ -93,28 +93,13 @@ class ExpertParallelMoE(nn.Module):
         self.group, self.devices_per_node, self.split = group, devices_per_node, split_rule(split)
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         vars(self)["experts"] = experts  # so that no name without slots is registered
-        self._check_sizes(placement)
         self.layer = whole_number("layer", layer, lowest=0, highest=placement.layers - 1)
         self.node_size = node_size(self.ranks, devices_per_node)
         self.traffic = exchange.TrafficCounters(self.ranks)
         self._served = 0  # tokens of this rank so far: where its positions run on
         self._name = ""
-        self._make_tables(placement)
-        self._name_experts()
         self._last_ddp: Any = None
-
-    def _check_sizes(self, placement: Placement) -> None:
-        if placement.devices != self.ranks:
-            raise ValueError(
-                f"placement must have {self.ranks} devices, the ranks of the group, "
-                f"got {placement.devices}"
-            )
-        for name, weight in self.experts.weights().items():
-            if len(weight) != placement.slots_per_device:
-                raise ValueError(
-                    f"experts: {name} must have the placement's {placement.slots_per_device} "
-                    f"slots, got {list(weight.shape)}"
-                )
+        self._make_tables(placement)
 
     def _make_tables(self, placement: Placement) -> None:
         """Make tables of the copies of every expert, where the experts' weights are."""
@@ -125,42 +110,40 @@ class ExpertParallelMoE(nn.Module):
         self._count = torch.ones(experts, dtype=torch.int64, device=device)
         # A number that ranks with the same slots and rules share, and others do not.
         self._fingerprint = torch.zeros((), dtype=torch.int64, device=device)
-        self._fill_tables(placement)
+        self.switch(placement)
 
-    def _fill_tables(self, placement: Placement) -> None:
-        """Route by a placement; tables stay where they are, so that captured CUDA graphs follow."""
-        slots, experts = placement.slots[self.layer], placement.num_experts
+    def switch(self, placement: Placement) -> None:
+        """Put another placement in force; the experts' weights must be in its slots already."""
+        width, experts = placement.slots_per_device, placement.num_experts
+        if placement.devices != self.ranks:
+            rule, given = f"{self.ranks} devices, the ranks of the group", placement.devices
+            raise ValueError(f"placement must have {rule}, got {given}")
+        for name, weight in self.experts.weights().items():
+            if len(weight) != width:
+                rule = f"{name} must have the placement's {width} slots"
+                raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
+        slots = placement.slots[self.layer]
         near = self.rank if self.split == "nearest" else None
         table, count = copies(slots, experts, near=near, node=self.node_size)
         rules = (slots.shape, experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
+        # Tables stay where they are, so that captured CUDA graphs follow.
         self._table[:, : table.shape[1]].copy_(torch.from_numpy(table))
         self._count.copy_(torch.from_numpy(count))
         self._fingerprint.fill_(int.from_bytes(digest[:8], "little", signed=True))
         self.placement = placement
-
-    def _name_experts(self) -> None:
-        """Register a module of experts by a name that says what is in its slots.
-
-        So nothing takes the parameters of different experts for one, which have a name in common
-        otherwise: a checkpoint of an optimizer keeps those of every rank, and is not loaded into
-        other slots.
-        """
         if isinstance(self.experts, nn.Module):
+            # Named by what is in its slots, so that nothing takes the parameters of different
+            # experts for one: a checkpoint of an optimizer keeps those of every rank, and is not
+            # loaded into other slots.
             self._modules.pop(self._name, None)
-            slots = ("none" if expert == EMPTY else str(expert) for expert in self._slots())
-            self._name = f"experts_{'_'.join(slots)}"
+            names = ("none" if expert == EMPTY else str(expert) for expert in self._slots())
+            self._name = f"experts_{'_'.join(names)}"
             self.add_module(self._name, self.experts)
 
     def _slots(self) -> list[int]:
         slots: list[int] = self.placement.slots[self.layer, self.rank].tolist()
         return slots
-
-    def switch(self, placement: Placement) -> None:
-        """Put another placement in force; the experts' weights must be in its slots already."""
-        self._check_sizes(placement)
-        self._fill_tables(placement)
-        self._name_experts()
 
     @property
     def device(self) -> torch.device:
@@ -170,35 +153,24 @@ class ExpertParallelMoE(nn.Module):
     @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        return _states().nested(self._weights_by_expert())
-
-    def _weights_by_expert(self) -> dict[str, Tensor]:
-        slots, weights = self.placement.slots[self.layer], self.experts.weights()
-        views: dict[str, Tensor] = _states().by_expert(weights, slots, self.rank, self.group)
-        return views
+        return _states().nested(_states().by_expert(self))
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
         if not isinstance(self.experts, nn.Module):
             return {}
-        named = itertools.chain(
-            self.experts.named_parameters(self._name, remove_duplicate=False),
-            self.experts.named_buffers(self._name, remove_duplicate=False),
-        )
-        return {id(tensor): name for name, tensor in named}
+        kinds = (self.experts.named_parameters, self.experts.named_buffers)
+        named = (kind(self._name, remove_duplicate=False) for kind in kinds)
+        return {id(tensor): name for name, tensor in itertools.chain(*named)}
 
-    def state_dict(
-        self, *arguments: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> Any:
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **more: Any) -> Any:
         """Return the state, with the weights of the experts one by one."""
-        state = super().state_dict(
-            *arguments, destination=destination, prefix=prefix, keep_vars=keep_vars
-        )
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **more)
         names = self._names()
         for weight in self.experts.weights().values():
             for part in (weight, weight._base):
                 state.pop(f"{prefix}{names.get(id(part))}", None)
-        for key, weight in self._weights_by_expert().items():
+        for key, weight in _states().by_expert(self).items():
             state[f"{prefix}expert.{key}"] = weight if keep_vars else weight.detach()
         return state
 
@@ -280,8 +252,8 @@ class ExpertParallelMoE(nn.Module):
         # Slots travel as 32 bits beside their row.
         slots = self._table[:, 0][chosen]
         if self._table.shape[1] > 1:
-            hashed: Tensor = mixed(first_token.long())
-            slots = self._table[chosen, hashed[:, None] % self._count[chosen]]
+            hashed = mixed(first_token.long())[:, None]
+            slots = self._table[chosen, hashed % self._count[chosen]]
         results = self._exchanged(rows, slots, weights, bits)
         self.traffic.steps += 1
         self._served += len(rows)
@@ -326,24 +298,23 @@ class ExpertParallelMoE(nn.Module):
         """Return bits that say whether tokens or experts of this rank need gradients."""
         if not torch.is_grad_enabled():
             return exchange.NO_GRADIENTS
-        weights = list(self.experts.weights().values())
-        if isinstance(self.experts, nn.Module):
-            weights += self.experts.parameters()
+        own = self.experts.parameters() if isinstance(self.experts, nn.Module) else ()
+        weights = (*self.experts.weights().values(), *own)
         return exchange.LEARN if any(tensor.requires_grad for tensor in (*tokens, *weights)) else 0
 
     def _compute(
-        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, served: int
+        self, rows: Tensor, slots: Tensor, weights: Tensor, here: Tensor, n: int
     ) -> Tensor:
-        """Sum the results of a row's slots [R,K] in their order: the ``served`` that are here."""
+        """Sum the results of a row's slots [R,K] in their order: the ``n`` that are here."""
         width, top_k = self.placement.slots_per_device, slots.shape[1]
         flat = torch.where(here, slots.long(), width).reshape(-1)
-        chosen = flat.argsort(stable=True)[:served]
+        chosen = flat.argsort(stable=True)[:n]
         # Neither ``bincount`` nor a sum that the host must wait for.
         counts = flat.new_zeros(width + 1).scatter_add_(0, flat, torch.ones_like(flat))[:width]
         # Experts under autocast, or without a row, may give another type: ranks must send alike.
         values = self.experts(rows[chosen // top_k], counts).to(rows.dtype)
-        which = torch.full_like(flat, served)
-        which[chosen] = torch.arange(served, device=flat.device)
+        which = torch.full_like(flat, n)
+        which[chosen] = torch.arange(n, device=flat.device)
         return exchange.sum_rows(values, which.view_as(slots), weights)
 
     def _misfit(
@@ -354,30 +325,23 @@ class ExpertParallelMoE(nn.Module):
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
         tokens = len(hidden) if hidden.ndim == 2 else -1
         if index.ndim != 2 or shapes[1] != shapes[2] or shapes[1] != [tokens, max(shapes[1][1], 1)]:
-            return (
-                "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K], "
-                f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
-            )
+            rule = "hidden_states, top_k_index and top_k_weights must be [T,H], [T,K] and [T,K]"
+            return f"{rule}, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         if hidden.dtype != dtype:
             return f"hidden_states must be {dtype} like the experts, got {hidden.dtype}"
         if index.is_floating_point() or not weights.is_floating_point():
-            return (
-                "top_k_index must be integers and top_k_weights floats, "
-                f"got {index.dtype} and {weights.dtype}"
-            )
+            rule = "top_k_index must be integers and top_k_weights floats"
+            return f"{rule}, got {index.dtype} and {weights.dtype}"
         devices = {tensor.device for tensor in (hidden, index, weights)}
         if devices != {self.device}:
             given = ", ".join(sorted(map(str, devices)))
             return f"hidden_states must be on {self.device} like the experts, got {given}"
-        if isinstance(position, Tensor) and (
-            position.shape != hidden.shape[:1]
-            or position.is_floating_point()
-            or position.device != self.device
-        ):
-            return (
-                f"first_token must be an integer or integers [{len(hidden)}] on {self.device}, "
-                f"got {position.dtype} {list(position.shape)} on {position.device}"
-            )
+        if isinstance(position, Tensor):
+            rule = f"an integer or integers [{len(hidden)}] on {self.device}"
+            given = f"{position.dtype} {list(position.shape)} on {position.device}"
+            is_right = position.shape == hidden.shape[:1] and position.device == self.device
+            if position.is_floating_point() or not is_right:
+                return f"first_token must be {rule}, got {given}"
         return None
 
     def _shared(self) -> str | None:

@@ -51,9 +51,8 @@ def moves(old: NDArray[np.int32], new: NDArray[np.int32], node: int | None = Non
     topology = None if node is None else Topology(len(old), devices_per_node=node)
     comes = difference(before, after, topology, None).moves.tolist()
     source_of = {(target, expert): source for _, expert, source, target in comes}
-    slot_of = {
-        (at[0], int(old[at])): at[1] for at in map(tuple, np.argwhere(old != EMPTY).tolist())
-    }
+    places = map(tuple, np.argwhere(old != EMPTY).tolist())
+    slot_of = {(at[0], int(old[at])): at[1] for at in places}
     steps = []
     for target, slot in np.argwhere(new != EMPTY).tolist():
         expert = int(new[target, slot])
@@ -74,10 +73,8 @@ class Spares:
         # By peer, and of a peer in the order of the plan: the order on the wire.
         self._come = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
         self._go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
-        self.buffers = {
-            name: weight.new_empty(len(self._come), *weight.shape[1:])
-            for name, weight in self.weights.items()
-        }
+        rows = len(self._come)
+        self.buffers = {of: w.new_empty(rows, *w.shape[1:]) for of, w in self.weights.items()}
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -151,14 +148,7 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
     memory, so a smaller move may fit. After a loss in the middle of an exchange the group cannot be
     used any more, else it can.
     """
-    current = layers[0].placement
-    if (target.num_experts, target.slots.shape) != (current.num_experts, current.slots.shape):
-        raise ValueError(
-            f"target must have {current.num_experts} experts and slots "
-            f"{list(current.slots.shape)} like the placement in force, "
-            f"got {target.num_experts} and {list(target.slots.shape)}"
-        )
-    plan = fingerprint(current.slots.tobytes(), target.slots.tobytes())
+    plan = fingerprint(layers[0].placement.slots.tobytes(), target.slots.tobytes())
     # The others must not wait for the weights of a rank that has no memory.
     spares, failure = attempt(_buffers, layers, target)
     posts = agreement.exchange("memory for a move", failure and repr(failure))
@@ -169,13 +159,10 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
         if spare.plan:
             lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
             agreement.reach(f"the weights of layer {number}", plan, lost)
-
-    def put() -> None:
-        for layer, spare in zip(layers, spares, strict=True):
-            spare.put(layer.experts.weights())
-
+    pairs = list(zip(layers, spares, strict=True))
     try:
-        agreement.reach("the new weights in their slots", plan, attempt(put)[1])
+        _, lost = attempt(lambda: [spare.put(layer.experts.weights()) for layer, spare in pairs])
+        agreement.reach("the new weights in their slots", plan, lost)
     except BaseException:
         for spare in spares:
             spare.undo()

@@ -131,16 +131,13 @@ class Rebalancer:
         numbers = [layer.layer for layer in layers]
         is_one = all(layer.placement == placement for layer in layers)
         if numbers != list(range(placement.layers)) or not is_one:
-            raise ValueError(
-                f"layers must be 0 to {placement.layers - 1} of one placement, got {numbers}"
-            )
+            last = placement.layers - 1
+            raise ValueError(f"layers must be 0 to {last} of one placement, got {numbers}")
         self.topology = Topology(placement.devices) if topology is None else topology
         check.instance("topology", self.topology, Topology)
         if self.topology.devices != placement.devices:
-            raise ValueError(
-                f"topology must have {placement.devices} devices like the placement, "
-                f"got {self.topology.devices}"
-            )
+            rule = f"{placement.devices} devices like the placement"
+            raise ValueError(f"topology must have {rule}, got {self.topology.devices}")
         self.steps_ahead = check.whole_number("steps_ahead", steps_ahead)
         self.dead_zone = check.not_negative("dead_zone", dead_zone, "number")
         self.hysteresis = check.not_negative("hysteresis", hysteresis, "number")
@@ -192,9 +189,8 @@ class Rebalancer:
         sizes = self._halves.shape[1:]
         check.whole_number("steps", steps, lowest=0)
         if windows.shape[1:] != sizes:
-            raise ValueError(
-                f"counts must be [layers, experts] {list(sizes)}, got {list(windows.shape[1:])}"
-            )
+            given = list(windows.shape[1:])
+            raise ValueError(f"counts must be [layers, experts] {list(sizes)}, got {given}")
         load, unseen = windows.sum(axis=0), windows[1::2].sum(axis=0)
         if len(windows) < FEWEST_WINDOWS:
             # With equal counts every rank deals alike.
@@ -255,14 +251,9 @@ class Rebalancer:
         tokens_per_us = float(tokens.sum() / times.sum())
         price = self.hysteresis * link_us / current.devices * tokens_per_us / self.steps_ahead
         # The gain is judged by counts that the search has not seen: no deviations.
-        limits: dict[str, Any] = {
-            "budget": budget,
-            "dead_zone": self.dead_zone,
-            "deviations": 0.0,
-            "price": price,
-        }
-        slots, speeds = current.slots, self.topology.time_of_device
-        better = rebalance(load, slots, time=speeds, full=False, **limits).slots
+        limits: dict[str, Any] = {"budget": budget, "price": price, "dead_zone": self.dead_zone}
+        limits |= {"deviations": 0.0, "full": False, "time": self.topology.time_of_device}
+        better = rebalance(load, current.slots, **limits).slots
         return Placement(better, num_experts=current.num_experts)
 
     def _judge(self, target: Placement, begin: float) -> Decision:
@@ -299,9 +290,8 @@ class Rebalancer:
         share = load / placement.replicas
         # The second is the chance that a step brings an expert any token, if they come
         # independently.
-        tokens, active = (
-            np.einsum("lde,le->ld", placement.held, of) for of in (share, -np.expm1(-share))
-        )
+        means = share, -np.expm1(-share)
+        tokens, active = (np.einsum("lde,le->ld", placement.held, mean) for mean in means)
         times = np.asarray(self.cost_model.compute_us(tokens, active), dtype=np.float64)
         return tokens.max(axis=1), times.max(axis=1)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
@@ -18,6 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moetuner.placement import EMPTY
+
+if TYPE_CHECKING:
+    from moetuner.torch.parallel.layer import ExpertParallelMoE
 
 SAME_WEIGHT = {Tensor.detach, Tensor.clone, Tensor.to, Tensor.cpu, Tensor.__deepcopy__}
 
@@ -37,9 +39,8 @@ class ExpertTensor(DTensor):
         local = like.new_empty(0, *like.shape[1:]) if local is None else local
         # No placement of torch says this. A partial one is refused by checkpoints, if by some
         # operation only that is left.
-        whole = DTensor.from_local(
-            local, mesh, [Partial()], run_check=False, shape=like.shape, stride=like.stride()
-        )
+        sizes: Any = {"shape": like.shape, "stride": like.stride()}
+        whole = DTensor.from_local(local, mesh, [Partial()], run_check=False, **sizes)
         return ExpertTensor._made(whole._local_tensor, whole._spec, ranks)
 
     @staticmethod
@@ -49,9 +50,7 @@ class ExpertTensor(DTensor):
         return weight
 
     @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Apply what gives the same weight, in other memory or of another type, to what is here."""
         kwargs = kwargs or {}
         if function not in SAME_WEIGHT:
@@ -92,25 +91,17 @@ class ExpertTensor(DTensor):
         return self._local_tensor
 
 
-def by_expert(
-    weights: Mapping[str, Tensor],
-    slots: NDArray[np.int32],
-    rank: int,
-    group: dist.ProcessGroup | None,
-) -> dict[str, Tensor]:
-    """Return weights of experts by names such as ``3.up``, as views of a rank's weights [S,...].
-
-    ``slots`` [D,S] are the experts on all ranks of the group, -1 for none.
-    """
-    views: dict[str, Tensor] = {}
-    own = slots[rank].tolist()
-    for name, weight in weights.items():
+def by_expert(layer: ExpertParallelMoE) -> dict[str, Tensor]:
+    """Return weights of experts by names such as ``3.up``, as views of the weights of a rank."""
+    slots, views = layer.placement.slots[layer.layer], {}
+    own = slots[layer.rank].tolist()
+    for name, weight in layer.experts.weights().items():
         for expert in np.unique(slots[slots != EMPTY]).tolist():
             local = weight[own.index(expert)] if expert in own else None
-            if len(slots) > 1 and weight.ndim > 1:
+            if layer.ranks > 1 and weight.ndim > 1:
                 ranks = np.flatnonzero((slots == expert).any(axis=1)).tolist()
                 kind = "cpu" if weight.is_meta else weight.device.type
-                mesh = _mesh(group or dist.group.WORLD, kind)
+                mesh = _mesh(layer.group or dist.group.WORLD, kind)
                 local = ExpertTensor.of(local, weight[0], ranks, mesh)
             if local is not None:
                 views[f"{expert}.{name}"] = local

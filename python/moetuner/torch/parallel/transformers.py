@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
-from transformers.distributed.expert_parallel import (
-    EPImplementation,
-    EPImplementationInterface,
-)
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from moetuner.evaluation.rows import LayerSplit
 from moetuner.placement import Placement
@@ -64,9 +61,8 @@ def register_placement(
 
     def place() -> None:
         if len(parts) != placement.layers:
-            raise ValueError(
-                f"placement must have {len(parts)} layers like the model, got {placement.layers}"
-            )
+            given = placement.layers
+            raise ValueError(f"placement must have {len(parts)} layers like the model, got {given}")
         options: dict[str, Any] = {"devices_per_node": devices_per_node, "split": split}
         for number, part in enumerate(parts):
             layers.append(part.load(placement, number, timeout, **options))
@@ -104,15 +100,12 @@ class _PlacedExperts(EPImplementation):
         group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
         rank, local = self.ep_mesh.get_local_rank(), self.owned
         if (placement.devices, placement.num_experts) != (ranks, ranks * local):
-            raise ValueError(
-                f"placement must have {ranks} devices and {ranks * local} experts like the model, "
-                f"got {placement.devices} and {placement.num_experts}"
-            )
-        named = self.module.named_parameters(recurse=False)
-        loaded = {
-            name: (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
-            for name, weight in named
-        }
+            rule = f"{ranks} devices and {ranks * local} experts like the model"
+            given = f"{placement.devices} and {placement.num_experts}"
+            raise ValueError(f"placement must have {rule}, got {given}")
+        named: list[tuple[str, Any]] = list(self.module.named_parameters(recurse=False))
+        named = [(name, w.to_local() if isinstance(w, DTensor) else w) for name, w in named]
+        loaded = {name: weight.detach() for name, weight in named}
         short = {name: list(w.shape) for name, w in loaded.items() if len(w) != local}
         if short:
             raise ValueError(f"experts must be whole on their ranks ({local} each), got {short}")
@@ -122,10 +115,7 @@ class _PlacedExperts(EPImplementation):
         spares.fill(group, timeout)
         # There are at least as many slots as experts that this rank has loaded.
         empty = slots.shape[1] - local
-        placed = {
-            name: torch.cat([weight, weight.new_zeros(empty, *weight.shape[1:])])
-            for name, weight in loaded.items()
-        }
+        placed = {n: torch.cat([w, w.new_zeros(empty, *w.shape[1:])]) for n, w in loaded.items()}
         spares.put(placed)
         # The module's parameters are those that run, so that they move with the model.
         parameters = {n: nn.Parameter(w, requires_grad=False) for n, w in placed.items()}
@@ -150,9 +140,8 @@ class _PlacedExperts(EPImplementation):
         # Positions run on from step to step as in the layer, but by whole batches.
         batches, batch = self.layer.ranks // sharing, self.layer.rank // sharing
         position = self.served * batches + batch * tokens + first
-        results: Tensor = self.layer(
-            hidden_states[part], top_k_index[part], top_k_weights[part], first_token=position
-        )
+        given = hidden_states[part], top_k_index[part], top_k_weights[part]
+        results: Tensor = self.layer(*given, first_token=position)
         self.served += tokens
         if sharing == 1:
             return results

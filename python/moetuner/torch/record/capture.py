@@ -6,15 +6,14 @@ Ids go from the device to the host without waiting, and to disk while the record
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import tempfile
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -76,7 +75,8 @@ class Recorder:
     group
         Group of the tokens to come, or one for each sequence of a batch.
     attention_mask
-        Which tokens to keep [batch, tokens], instead of the mask that the model is called with.
+        Which tokens to keep [batch, tokens], instead of the mask that the model is called with; the
+        attribute may change from pass to pass.
     routers
         Routers to record, as modules or their names, where they cannot be found by themselves.
     name
@@ -86,8 +86,6 @@ class Recorder:
 
     Attributes
     ----------
-    attention_mask
-        Which tokens of coming passes to keep [batch, tokens]; None takes the model's mask.
     dropped
         Forward passes that were left out.
     layers
@@ -132,7 +130,10 @@ class Recorder:
         self._capacity = max(1, most // (math.prod(self._sizes) * self._id_type.itemsize))
         self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
         self._waiting_tokens = 0
-        self._parts = Parts(self._path)
+        # What has arrived, in the order in which it was served: ids on disk, and labels.
+        self._raw = Path()
+        self._labels: dict[int, Labels] = {0: np.empty(0, LABEL)}
+        self._tokens = 0
         self._trace: RoutingTrace | None = None
         self._lost: Exception | None = None
         self._wrong: Exception | None = None
@@ -170,46 +171,45 @@ class Recorder:
     @property
     def tokens(self) -> int:
         """Tokens that have arrived on the host so far."""
-        return self._parts.tokens
+        return self._tokens
 
     def __enter__(self) -> Recorder:
-        if self._parts.files:
+        if self._raw.name:
             raise RuntimeError("a Recorder records once; call capture again")
-        self._parts.open()
+        # Beside the trace, where there is room for it.
+        parent = None if self._path is None else self._path.parent
+        descriptor, name = tempfile.mkstemp(prefix=".moetuner-", dir=parent)
+        os.close(descriptor)
+        self._raw = Path(name)
         try:
             self._hooks.attach()
         except BaseException:
-            self._parts.discard()
+            self._raw.unlink()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._hooks.remove()
-        fault, parts, path = self._flush(), self._parts, self._path
+        fault, path = self._flush(), self._path
         if kind is None and fault is None:
             try:
                 self._finish(path)
                 return
             except Exception as unwritten:
                 fault = unwritten
-        if parts.tokens:
+        if self._tokens:
             path = path and path.with_name(f"{path.stem}{PARTIAL}")
             try:
                 self._finish(path)
                 where = "trace() has" if path is None else f"{path} has"
             except Exception as unwritten:
-                where = f"{unwritten}; {parts.folder} has, as raw arrays,"
+                where = f"{unwritten}; {self._raw} has, as raw ids,"
             name = (kind or type(fault)).__name__
-            text = f"the recording ended with {name}: {where} the {parts.tokens} tokens until then"
+            text = f"the recording ended with {name}: {where} the {self._tokens} tokens until then"
             with suppress(Warning):
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
         else:
-            parts.discard()
+            self._raw.unlink(missing_ok=True)
         if kind is None and fault is not None:
             raise fault
 
@@ -225,23 +225,29 @@ class Recorder:
 
     def _finish(self, path: Path | None) -> None:
         """Make the trace, and write it if there is a path."""
-        parts, experts = self._parts, self._hooks.num_experts
-        # Groups are only kept if there are any.
-        names = list(self._group_numbers) if set(self._group_numbers) - {UNNAMED} else []
-        labels = np.fromfile(parts.folder / "labels", LABEL, parts.tokens)
+        experts, labels = self._hooks.num_experts, np.concatenate([*self._labels.values()])
         about: dict[str, Any] = {"sequence": labels["sequence"], **self._about}
-        if names:
-            about |= {"group": labels["group"], "group_names": tuple(names)}
+        # Groups are only kept if there are any.
+        if set(self._group_numbers) - {UNNAMED}:
+            about |= {"group": labels["group"], "group_names": tuple(self._group_numbers)}
         dtype = np.dtype(f"<u{self._id_type.itemsize}")
-        place = TensorInFile(dtype, (parts.tokens, *self._sizes), 0)
-        ids = Ids.in_file(parts.folder / "expert_ids", place, experts)
+        place = TensorInFile(dtype, (self._tokens, *self._sizes), 0)
+        ids = Ids.in_file(self._raw, place, experts)
         if path is None:
             self._trace = RoutingTrace(Ids.of(ids.array(), experts), experts, **about)
         else:
             whole = RoutingTrace(ids, experts, **about)
             whole.save(path, source="moetuner.torch.record.capture")
             self._trace = RoutingTrace.load(path)
-        parts.discard()
+        self._raw.unlink(missing_ok=True)
+
+    def _append(self, ids: IdArray, labels: Labels) -> None:
+        """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
+        with self._raw.open("r+b") as file:
+            file.seek(self._tokens * ids.strides[0])
+            file.write(ids.tobytes())
+        self._labels[self._tokens] = labels
+        self._tokens += len(ids)
 
     def _step(self, step: Step) -> None:
         """Copy ids of a step to the host without waiting for the device."""
@@ -262,9 +268,8 @@ class Recorder:
         labels = np.empty(step.rows, LABEL)
         labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
         # On CUDA to pinned memory, behind the work of the step.
-        ids, keep = (
-            of.to("cpu", non_blocking=True) for of in (step.ids.to(self._id_type), step.keep)
-        )
+        copies = (step.ids.to(self._id_type), step.keep)
+        ids, keep = (of.to("cpu", non_blocking=True) for of in copies)
         is_cuda = step.ids.is_cuda
         copied = torch.cuda.current_stream(step.ids.device).record_event() if is_cuda else None
         self._waiting.append((ids, keep, np.repeat(labels, step.length), copied))
@@ -287,7 +292,7 @@ class Recorder:
             ordered = np.sort(ids, axis=2)
             keep = keep & (ordered[:, :, 1:] != ordered[:, :, :-1]).all((1, 2))
         try:
-            self._parts.append(ids[keep], labels[keep])
+            self._append(ids[keep], labels[keep])
         except Exception as error:
             self._lost = error  # a full disk: what it holds is kept, nothing more can be
             raise
@@ -321,35 +326,6 @@ class Recorder:
 def _is_weak(cache: object) -> bool:
     """Whether a cache is an object that can be recognised; tuples of tensors cannot."""
     return hasattr(cache, "__weakref__") and type(cache).__hash__ is not None
-
-
-class Parts:
-    """Ids and labels of tokens in the order in which they were served, as raw arrays on disk."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._beside, self.tokens = path, 0
-        self.files: list[IO[bytes]] = []
-
-    def open(self) -> None:
-        """Make the files, beside the trace, where there is room for it."""
-        parent = None if self._beside is None else self._beside.parent
-        self.folder = Path(tempfile.mkdtemp(prefix=".moetuner-", dir=parent))
-        self.files = [(self.folder / name).open("wb") for name in ("expert_ids", "labels")]
-
-    def append(self, ids: IdArray, labels: Labels) -> None:
-        """Take tokens [T,L,K] and their labels [T]; what failed half-way is written anew."""
-        for file, array in zip(self.files, (ids, labels), strict=True):
-            file.seek(self.tokens * array.strides[0])
-            file.write(array.tobytes())
-            file.flush()
-        self.tokens += len(ids)
-
-    def discard(self) -> None:
-        """Delete what was recorded."""
-        for file in self.files:
-            with suppress(OSError):  # a full disk was said when it was written to
-                file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 capture = Recorder

@@ -121,14 +121,12 @@ class RoutingCounters:
     def reset(self) -> None:
         """Set all counts to zero."""
         rows = self._choices
-        sizes = {"load": (1, self.layers, rows), "tokens": (), "wrong": ()}
-        sizes |= {
-            n: (self.layers - less, rows, rows) for n, less in PAIRS.items() if self._pairs[n]
-        }
-        self._tables = {
-            name: torch.zeros(size, dtype=torch.int64, device=self.device)
-            for name, size in sizes.items()
-        }
+        sizes: dict[str, tuple[int, ...]] = {"load": (1, self.layers, rows)}
+        pairs = [name for name in PAIRS if self._pairs[name]]
+        sizes |= {name: (self.layers - PAIRS[name], rows, rows) for name in pairs}
+        sizes |= {"tokens": (), "wrong": ()}
+        how: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
+        self._tables = {name: torch.zeros(size, **how) for name, size in sizes.items()}
         if self._hooks is not None:
             self._hooks.forget()
         self._most_tokens = 0  # with padding: counted without asking the device
@@ -158,10 +156,8 @@ class RoutingCounters:
         sizes, kind = (self.layers, self.top_k), expert_ids.dtype
         is_integer = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
         if expert_ids.shape[1:] != sizes or not is_integer:
-            raise ValueError(
-                f"expert_ids must be integers [tokens, {sizes[0]}, {sizes[1]}], got {kind} "
-                f"{list(expert_ids.shape)}"
-            )
+            rule = f"integers [tokens, {sizes[0]}, {sizes[1]}]"
+            raise ValueError(f"expert_ids must be {rule}, got {kind} {list(expert_ids.shape)}")
         if mask is not None and mask.shape != expert_ids.shape[:1]:
             raise ValueError(f"mask must be [{len(expert_ids)}], got {list(mask.shape)}")
         for name, tensor in (("expert_ids", expert_ids), ("mask", mask)):
@@ -189,14 +185,9 @@ class RoutingCounters:
         ValueError
             On every rank, if they differ in sizes, windows or pairs.
         """
-        settings = {
-            "layers": self.layers,
-            "experts": self.experts,
-            "rows of the router": self._choices,
-            "top_k": self.top_k,
-            "window": self.window,
-            **self._pairs,
-        }
+        settings: dict[str, Any] = {"layers": self.layers, "experts": self.experts}
+        settings |= {"rows of the router": self._choices, "top_k": self.top_k}
+        settings |= {"window": self.window, **self._pairs}
         posts: list[Any] = [None] * dist.get_world_size(group)
         # Objects travel by the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
@@ -204,9 +195,8 @@ class RoutingCounters:
         for name in settings:
             values = sorted({of[name] or 0 for of, _ in posts})
             if len(values) > 1:
-                raise ValueError(
-                    f"ranks must count alike, got {name} from {values[0]} to {values[-1]}"
-                )
+                few, most = values[0], values[-1]
+                raise ValueError(f"ranks must count alike, got {name} from {few} to {most}")
         total = copy.copy(self)
         total._hooks, total._ranks = None, len(posts) * self._ranks
         with torch.inference_mode(False):
@@ -242,12 +232,9 @@ class RoutingCounters:
             tables["coactivation"] = both = table + table.transpose(0, 2, 1)
             np.einsum("lee->le", both)[:] = 0  # of a router that has named an expert twice
         pairs: dict[str, Any] = {of: tables[of][:, real, real] for of in PAIRS if of in tables}
-        return RoutingStatistics(
-            tables["load"][: used.max(initial=0) + 1, :, real],
-            window=None if self.window is None else self.window * self._ranks,
-            model=model,
-            **pairs,
-        )
+        load = tables["load"][: used.max(initial=0) + 1, :, real]
+        window = None if self.window is None else self.window * self._ranks
+        return RoutingStatistics(load, window=window, model=model, **pairs)
 
     def _step(self, step: Step) -> None:
         if step.ids.device != self.device:

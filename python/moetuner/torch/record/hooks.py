@@ -1,25 +1,142 @@
-"""Hooks on a model's routers: each forward pass becomes one step of expert ids on the device."""
+"""Hooks on a model's routers: each forward pass becomes one step of expert ids on the device.
+
+What ``generate`` of transformers knows, and does not tell the pass that it calls, is listened to.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from moetuner.torch.models import MoELayer, chosen, same_sizes
-from moetuner.torch.record.generation import TOKEN_NAMES, Generation, Generations, generations_of
 
+TOKEN_NAMES = ("input_ids", "inputs_embeds")
 # The new name first: transformers warns where the old one is looked up.
 CACHE_NAMES = ("cache", "past_key_values")
 # Where the sequences of a packed row begin and end.
 PACKED = "cu_seq_lens_q"
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of ``generate``.
+
+    ``mask`` [B,S] is the padding of the tokens so far, where there is any: a pass may get it in
+    another shape. ``ended`` [B] are the sequences that have ended, on the device: they are fed on
+    until the last one ends. The pass before had ``repeated`` tokens of each sequence, which a pass
+    without a cache repeats; the next one is recognised by its ``tokens``, of this ``length``.
+    """
+
+    mask: Tensor | None = None
+    ended: Tensor | None = None
+    repeated: int = 0
+    length: int = 0
+    tokens: Callable[[], Tensor | None] = lambda: None
+
+
+class Generations:
+    """The calls of ``generate`` of a model that run, for all that record the model.
+
+    No argument of ``generate`` tells which sequences its criteria have ended, and none keeps the
+    padding where a pass gets a mask of pairs. So two methods that it calls are listened to: the
+    one that makes the criteria, and ``prepare_inputs_for_generation``.
+    """
+
+    def __init__(self) -> None:
+        self.users = 0
+        # What generate holds is gone when it returns.
+        self._calls: list[Callable[[], Generation | None]] = []
+
+    def of(self, given: Mapping[str, Any]) -> Generation | None:
+        """Return the call that has prepared the arguments of a forward pass."""
+        generation = self._innermost()
+        tokens = None if generation is None else generation.tokens()
+        same = tokens is not None and any(given.get(name) is tokens for name in TOKEN_NAMES)
+        return generation if same else None
+
+    def _innermost(self) -> Generation | None:
+        while self._calls and self._calls[-1]() is None:
+            self._calls.pop()
+        return self._calls[-1]() if self._calls else None
+
+    def begin(self, criteria: Any, arguments: Mapping[str, Any]) -> Any:
+        """Return the criteria of a new call, which tell what they end."""
+        generation = Generation()
+        self._calls.append(ref(generation))
+        # A pass that generate compiles for a static cache would run past the hooks.
+        if (config := arguments.get("generation_config")) is not None:
+            config.disable_compile = True
+        kind: Any = type(criteria)
+
+        class Watched(kind):  # type: ignore[misc]
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                done = super().__call__(*args, **kwargs)
+                before, ended = generation.ended, done.bool()
+                # Those of another size are of beams.
+                same = before is not None and before.shape == ended.shape
+                generation.ended = before | ended if same else ended
+                return done
+
+        return Watched(criteria)
+
+    def prepare(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
+        """Take what the next pass will be given, and return it."""
+        if (generation := self._innermost()) is not None:
+            tokens = next((inputs[of] for of in TOKEN_NAMES if inputs.get(of) is not None), None)
+            mask = arguments.get("attention_mask")
+            generation.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            generation.repeated = generation.length
+            generation.length = 0 if tokens is None else tokens.shape[1]
+            generation.tokens = (lambda: None) if tokens is None else ref(tokens)
+        return inputs
+
+
+_running: WeakKeyDictionary[nn.Module, Generations] = WeakKeyDictionary()
+
+
+@contextmanager
+def generations_of(model: nn.Module) -> Iterator[Generations]:
+    """Listen to the calls of ``generate``, once per model, until the last one has left."""
+    calls = _running.setdefault(model, Generations())
+    calls.users += 1
+    if calls.users == 1:
+        _listen(model, "_get_stopping_criteria", calls.begin)
+        _listen(model, "prepare_inputs_for_generation", calls.prepare)
+    try:
+        yield calls
+    finally:
+        calls.users -= 1
+        if not calls.users:
+            _running.pop(model, None)  # gone already, where the model is collected
+            for name in ("_get_stopping_criteria", "prepare_inputs_for_generation"):
+                if (own := getattr(model.__dict__.pop(name, None), "own", None)) is not None:
+                    model.__dict__[name] = own
+
+
+def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any]], Any]) -> None:
+    """Pass what a method returns through ``change``; the method of a copy stays as it is."""
+    method, model_of = getattr(model, name, None), ref(model)
+    if method is None:
+        return
+    function = getattr(method, "__func__", None)
+
+    @functools.wraps(method)
+    def call(of: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs) if function is None else function(of, *args, **kwargs)
+        return change(result, kwargs) if of is model_of() else result
+
+    call.own = model.__dict__.get(name)  # type: ignore[attr-defined]
+    model.__dict__[name] = MethodType(call, model)
 
 
 @dataclass(eq=False)
@@ -79,10 +196,8 @@ def _tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             # A matrix of numbers is tokens by features, without a batch.
             return tokens[None] if tokens.dim() == 2 and tokens.is_floating_point() else tokens
-    raise ValueError(
-        f"{type(model).__name__} must be called with input_ids [batch, tokens] or inputs_embeds, "
-        f"got {sorted(given)}"
-    )
+    rule = f"{type(model).__name__} must be called with input_ids [batch, tokens] or inputs_embeds"
+    raise ValueError(f"{rule}, got {sorted(given)}")
 
 
 def _marked(mask: object, rows: int, length: int) -> Tensor:
@@ -94,9 +209,8 @@ def _marked(mask: object, rows: int, length: int) -> Tensor:
             "the model is called with another, set the recorder's attention_mask"
         )
     if mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must have at least {length} tokens, got {list(mask.shape)}"
-        )
+        given = list(mask.shape)
+        raise ValueError(f"attention_mask must have at least {length} tokens, got {given}")
     return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
 
 
@@ -135,19 +249,15 @@ class StepHooks:
         """Start to listen."""
         model = self._model
         with ExitStack() as attached:
-            compiled = (
-                hasattr(of, "_orig_mod") or of._compiled_call_impl for of in model.modules()
-            )
+            compiled = [hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()]
             if self._called is not model or any(compiled):
                 attached.enter_context(_running_eagerly())
             self._generations = attached.enter_context(generations_of(model))
             begin, end = self._safe(model, self._begin), self._safe(model, self._end)
-            handles = [
-                model.register_forward_pre_hook(begin, with_kwargs=True),
-                model.register_forward_hook(end),
-            ]
+            handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+            handles.append(model.register_forward_hook(end))
             for number, layer in enumerate(self._layers):
-                take = self._safe(layer.router, partial(self._take, number))
+                take = self._safe(layer.router, functools.partial(self._take, number))
                 handles.append(layer.router.register_forward_hook(take))
             for handle in handles:
                 attached.callback(handle.remove)
@@ -180,14 +290,11 @@ class StepHooks:
 
     def check(self) -> None:
         """Wait for the device and check that routers gave numbers, and ids of their rows."""
-        rules = (
-            ("router scores must be numbers", "NaN"),
-            (f"expert ids must be from 0 to {self.choices - 1}", "others"),
-        )
+        ids = f"expert ids must be from 0 to {self.choices - 1}, got others"
+        rules = "router scores must be numbers, got NaN", ids
         faults = [] if self._faults is None else self._faults.nonzero().tolist()
         for rule, layer in faults[:1]:
-            text, got = rules[rule]
-            raise ValueError(f"{text}, got {got} in layer {layer} ({self._layers[layer].name})")
+            raise ValueError(f"{rules[rule]} in layer {layer} ({self._layers[layer].name})")
 
     def _drop(self, error: Exception) -> None:
         """Leave out the pass at hand; the first time say so."""
@@ -216,10 +323,8 @@ class StepHooks:
             # A recomputation in the backward pass chooses what was chosen before.
             if self._is_dropped or self._has_recorded:
                 return
-            raise ValueError(
-                f"{layer.name} ran outside a forward pass of {type(self._model).__name__}: "
-                "the model given must be the module that is called"
-            )
+            text = f"{layer.name} ran outside a forward pass of {type(self._model).__name__}"
+            raise ValueError(f"{text}: the model given must be the module that is called")
         if number in self._routed:
             raise ValueError(
                 f"{layer.name} ran more than once in a forward pass, and a token can have one "
@@ -227,17 +332,13 @@ class StepHooks:
             )
         parts = chosen(output)
         if parts is None:
-            raise ValueError(
-                f"{layer.name}: a router must return expert ids [tokens, top_k] as integers, "
-                f"{type(layer.router).__name__} does not"
-            )
+            rule = "a router must return expert ids [tokens, top_k] as integers"
+            raise ValueError(f"{layer.name}: {rule}, {type(layer.router).__name__} does not")
         ids, scores = (part.detach().flatten(0, -2) for part in parts)
         tokens = step.rows * step.length
         if ids.shape != (tokens, self.top_k):
-            raise ValueError(
-                f"{layer.name}: expert ids must be [{tokens}, {self.top_k}], [tokens, top_k] as "
-                f"the forward pass was called, got {[*parts[0].shape]}"
-            )
+            rule = f"[{tokens}, {self.top_k}], [tokens, top_k] as the forward pass was called"
+            raise ValueError(f"{layer.name}: expert ids must be {rule}, got {[*parts[0].shape]}")
         self._routed[number] = ids.clone(), scores  # a router may write to its ids again
 
     def _end(self, _inputs: Any, output: Any) -> None:
@@ -254,10 +355,9 @@ class StepHooks:
         self._has_recorded = True
         routed = [self._routed.pop(number) for number in range(len(self._layers))]
         device = routed[0][0].device
-        ids, scores = (
-            torch.stack([part.to(device, non_blocking=True) for part in parts], dim=1)
-            for parts in zip(*routed, strict=True)
-        )
+        columns = zip(*routed, strict=True)
+        parts = [[part.to(device, non_blocking=True) for part in column] for column in columns]
+        ids, scores = (torch.stack(of, dim=1) for of in parts)
         ids = ids.long()
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)
@@ -269,9 +369,8 @@ class StepHooks:
         wrong = faults.any(1)
         self._faults = wrong if self._faults is None else self._faults.to(device) | wrong
         step.ids, step.keep = ids, keep & ~faults.any(0).any(-1)
-        step.following = next(
-            (getattr(output, of) for of in CACHE_NAMES if hasattr(output, of)), None
-        )
+        made = (getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
+        step.following = next(made, None)
         self._receive(step)
 
 
@@ -282,10 +381,7 @@ _eager: list[Any] = []
 @contextmanager
 def _running_eagerly() -> Iterator[None]:
     if not hasattr(torch.compiler, "set_stance"):
-        raise ValueError(
-            "model must not be compiled by this version of torch: give the model without "
-            "torch.compile"
-        )
+        raise ValueError("model must not be compiled by this version of torch: give its original")
     # The first one has the stance; the last one to leave ends it, in whatever order they do.
     _eager.append(_eager[0] if _eager else torch.compiler.set_stance("force_eager"))
     try:

@@ -17,9 +17,10 @@ from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.plan import Order, TensorChange
+from moetuner.torch.reorder.plan import Changes, Order, TensorChange, Tensors
 
-Changes = dict[str, TensorChange]
+Tables = Mapping[str, bytes]
+Config = Mapping[str, Any] | None
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
@@ -33,7 +34,7 @@ def permute_state_dict(
     placement: Placement,
     out: str | Path | None = None,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Config = None,
     inverse: bool = False,
 ) -> Any:
     """Renumber the experts of a checkpoint, so that contiguous experts are the placement.
@@ -77,7 +78,8 @@ def permute_state_dict(
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
         changes = _changes(source, order, config, inverse=inverse)
         plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
-        return {change.name: _moved(name, source[name], change) for name, change in changes.items()}
+        moved = ((of.name, plan.moved(name, source[name], of)) for name, of in changes.items())
+        return dict(moved)
     if out is None:
         raise ValueError("out must be a folder to write where source is a folder, got None")
     folder, out = _Folder(Path(source)), Path(out)
@@ -88,16 +90,13 @@ def permute_state_dict(
         changes = _changes(folder.tensors, order, config, inverse=inverse)
         plan.check_ties(changes, folder.bits)
         # Before anything is written.
-        tables = {
-            name: folder.table(name, of) for name, of in changes.items() if of.ids is not None
-        }
+        numbered = [name for name, change in changes.items() if change.ids is not None]
+        tables = {name: folder.table(name, changes[name]) for name in numbered}
     folder.copy(out, changes, tables)
     return out
 
 
-def _changes(
-    tensors: Mapping[str, Tensor], order: Order, config: Mapping[str, Any] | None, *, inverse: bool
-) -> Changes:
+def _changes(tensors: Tensors, order: Order, config: Config, *, inverse: bool) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
     if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
         raise ValueError(
@@ -113,17 +112,6 @@ def _changes(
     blocks = plan.blocks_of(tensors, len(order), about.get("num_hidden_layers"))
     order = np.argsort(order, axis=1) if inverse else order
     return plan.changes_of(tensors, order, dict.fromkeys(blocks))
-
-
-def _moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
-    """Return a tensor with its rows in order, or its ids renumbered."""
-    if change.ids is not None:
-        return plan.renumbered(name, tensor, change.ids)
-    if change.order is None:
-        return tensor
-    rows = plan.bits_of(tensor, len(change.order))
-    rows = rows[torch.from_numpy(change.order).to(rows.device)]
-    return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
 class _Folder:
@@ -166,10 +154,10 @@ class _Folder:
         """Return a table of experts' ids with their new numbers."""
         file = self.file_of[name]
         old = safetensors.read(file, self.headers[file].tensor(name))
-        new = _moved(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
+        new = plan.moved(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
         return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
-    def copy(self, out: Path, changes: Changes, tables: Mapping[str, bytes]) -> None:
+    def copy(self, out: Path, changes: Changes, tables: Tables) -> None:
         """Write the folder anew, but for weights in other formats."""
         out.mkdir(parents=True, exist_ok=True)
         for file in self.headers:
@@ -183,13 +171,10 @@ class _Folder:
             files = self.index["weight_map"].items()
             names = {changes[name].name: file for name, file in files if name in changes}
             with replacing(out / INDEX) as temporary:
-                temporary.write_text(
-                    json.dumps(self.index | {"weight_map": names}, indent=2) + "\n"
-                )
+                index = self.index | {"weight_map": names}
+                temporary.write_text(json.dumps(index, indent=2) + "\n")
 
-    def _copy_file(
-        self, file: Path, out: Path, changes: Changes, tables: Mapping[str, bytes]
-    ) -> None:
+    def _copy_file(self, file: Path, out: Path, changes: Changes, tables: Tables) -> None:
         """Write a file with new names, row orders and ids; every tensor keeps its place."""
         header = self.headers[file]
         entries: dict[str, Any] = {"__metadata__": header.metadata} if header.metadata else {}
@@ -209,9 +194,8 @@ class _Folder:
                 rows = [0] if order is None else order.tolist()
                 size, rest = divmod(end - begin, len(rows))
                 if rest:
-                    raise ValueError(
-                        f"{name}: {end - begin} bytes must be whole rows of {len(rows)} experts"
-                    )
+                    what = f"whole rows of {len(rows)} experts"
+                    raise ValueError(f"{name}: {end - begin} bytes must be {what}")
                 for row in rows:
                     old.seek(header.data + begin + row * size)
                     for left in range(size, 0, -PIECE):

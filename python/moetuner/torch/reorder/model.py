@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.plan import Order, TensorChange
+from moetuner.torch.reorder.plan import Changes, Order, TensorChange, Tensors
 
 
 def apply_placement(
@@ -60,17 +60,14 @@ def apply_placement(
     layers = moe_layers(model, routers)
     sizes = (len(layers), layers[0].num_experts)
     if sizes != (placement.layers, placement.num_experts):
-        raise ValueError(
-            f"placement must have {sizes[0]} layers of {sizes[1]} experts as the model has, got "
-            f"{placement.layers} of {placement.num_experts}"
-        )
+        rule = f"{sizes[0]} layers of {sizes[1]} experts as the model has"
+        given = f"{placement.layers} of {placement.num_experts}"
+        raise ValueError(f"placement must have {rule}, got {given}")
     order = plan.order_of(placement)
     for layer, positions in zip(layers, order, strict=True):
         if layer.num_experts != len(positions):
-            raise ValueError(
-                f"{layer.name}: must have {len(positions)} experts like the first MoE layer, got "
-                f"{layer.num_experts}"
-            )
+            rule = f"must have {len(positions)} experts like the first MoE layer"
+            raise ValueError(f"{layer.name}: {rule}, got {layer.num_experts}")
         plan.check_groups(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
@@ -80,11 +77,8 @@ def apply_placement(
     plan.check_ties(changes, lambda name, experts: plan.bits_of(tensors[name], experts))
     moving = [changes[name] for name in _once(changes, tensors)]
     # All tables are read before anything moves.
-    tables = {
-        of.name: plan.renumbered(of.name, tensors[of.name], of.ids)
-        for of in moving
-        if of.ids is not None
-    }
+    numbered = [of for of in moving if of.ids is not None]
+    tables = {of.name: plan.moved(of.name, tensors[of.name].detach(), of) for of in numbered}
     with torch.no_grad():
         for change in moving:
             if change.order is not None:
@@ -102,20 +96,14 @@ def apply_placement(
 def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor]:
     """Return all tensors of a model by all their names; blocks that run twice have one."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
-    again = tuple(
-        f"{name}."
-        for name, module in model.named_modules(remove_duplicate=False)
-        if blocks.get(id(module), name) != name
-    )
-    named = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
+    modules = model.named_modules(remove_duplicate=False)
+    again = tuple(f"{name}." for name, of in modules if blocks.get(id(of), name) != name)
+    kinds = (model.named_parameters, model.named_buffers)
+    named = itertools.chain(*(kind(remove_duplicate=False) for kind in kinds))
     return {name: tensor for name, tensor in named if not name.startswith(again)}
 
 
-def _check_weights(
-    layer: MoELayer, changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]
-) -> None:
+def _check_weights(layer: MoELayer, changes: Changes, tensors: Tensors) -> None:
     """Check that a layer's weights are in memory, and those of experts stacked or in a list."""
     is_list, has_experts = isinstance(layer.experts, nn.ModuleList), False
     for name, change in changes.items():
@@ -132,7 +120,7 @@ def _check_weights(
         raise ValueError(f"{layer.name}: experts must hold weights [experts, ..], they hold none")
 
 
-def _once(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) -> list[str]:
+def _once(changes: Changes, tensors: Tensors) -> list[str]:
     """Return what changes rows or ids, each piece of memory once, if all that share it agree."""
 
     def move(name: str) -> object:
@@ -147,24 +135,19 @@ def _once(changes: Mapping[str, TensorChange], tensors: Mapping[str, Tensor]) ->
     spans = []
     for name, tensor in tensors.items():
         if _is_in_memory(tensor) and tensor.numel():
-            last = sum(
-                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            begin = tensor.data_ptr()
-            spans.append(
-                (str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), name)
-            )
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            size = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+            where, begin = str(tensor.device), tensor.data_ptr()
+            spans.append(((where, begin), (where, begin + size), name))
     once, end, owner = [], ("", 0), ""
     # Sorted by where they begin, whatever overlaps follows at once.
-    for device, begin, stop, name in sorted(spans, key=lambda of: of[:3]):
-        if (device, begin) >= end:
+    for begins, ends, name in sorted(spans, key=lambda of: of[:2]):
+        if begins >= end:
             once += [name] if _moves(changes[name]) else []
         elif move(name) != move(owner):
-            raise ValueError(
-                f"{name}: must not share memory with {owner}, which does not move with it"
-            )
-        if (device, stop) > end:
-            end, owner = (device, stop), name
+            raise ValueError(f"{name}: must not share memory with {owner}, which moves otherwise")
+        if ends > end:
+            end, owner = ends, name
     return once
 
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from moetuner.placement import EMPTY, Placement
 
 Order = NDArray[np.int64]
+Tensors = Mapping[str, Tensor]
+Routers = Mapping[str, str | None]
 
 ROUTER_NAMES = {"gate", "router"}
 
@@ -35,14 +37,8 @@ STACKED = re.compile(r"(?:(?P<block>.+)\.)?experts\.(?P<rest>.+)")
 LAYER = re.compile(r"layers?\.(\d+)\.")
 
 # What a router holds per expert, experts first.
-ROWS = (
-    "weight",
-    "bias",
-    "e_score_correction_bias",
-    "expert_bias",
-    "router_bias",
-    "per_expert_scale",
-)
+BIASES = ("bias", "e_score_correction_bias", "expert_bias", "router_bias")
+ROWS = ("weight", "per_expert_scale", *BIASES)
 
 # Tables of experts' ids: the ids change, and nothing moves.
 TABLES = ("tid2eid",)
@@ -82,6 +78,9 @@ class TensorChange:
     is_router: bool = False
 
 
+Changes = dict[str, TensorChange]
+
+
 def order_of(placement: Placement) -> Order:
     """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
@@ -96,10 +95,9 @@ def order_of(placement: Placement) -> Order:
         ),
     ):
         for layer, number in np.argwhere(wrong)[:1]:
-            raise ValueError(
-                f"placement must have {rule} to become an order of experts, got "
-                f"{counts[layer, number]} {which} {number} in layer {layer}"
-            )
+            given = f"{counts[layer, number]} {which} {number} in layer {layer}"
+            rule = f"placement must have {rule} to become an order of experts"
+            raise ValueError(f"{rule}, got {given}")
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
 
 
@@ -113,8 +111,7 @@ def groups_chosen(groups: int | None, limit: int | None, method: object) -> int:
 def check_groups(order: Order, groups: int, layer: str) -> None:
     """Check that the order [E] keeps the router's groups of experts whole.
 
-    A group-limited router first chooses groups by their positions. If a run of positions held
-    experts of two groups, other groups would win, and other experts be chosen.
+    It chooses groups by their positions: of mixed ones others would win, and other experts.
     """
     size, rest = divmod(len(order), groups)
     if rest:
@@ -129,25 +126,18 @@ def check_groups(order: Order, groups: int, layer: str) -> None:
             )
 
 
-def changes_of(
-    tensors: Mapping[str, Tensor], order: Order, routers: Mapping[str, str | None]
-) -> dict[str, TensorChange]:
+def changes_of(tensors: Tensors, order: Order, routers: Routers) -> Changes:
     """Return what becomes of every tensor.
 
-    Parameters
-    ----------
-    tensors
-        All tensors of a model by name; of a checkpoint on the meta device, of their kind of number.
-    order
-        Old expert at every new position [L,E].
-    routers
-        The MoE blocks to put in order, by layer, with the names of their routers; None if the
-        router is a child with a usual name. Other blocks keep their order.
+    ``tensors`` are those of a model by name; of a checkpoint on the meta device, of their kind of
+    number. ``order`` [L,E] has the old expert at every new position. ``routers`` are the MoE blocks
+    to put in order, by layer, with the names of their routers; None if the router is a child with a
+    usual name. Other blocks keep their order.
     """
     parts, order_in = _parts(tensors), dict(zip(routers, order, strict=True))
     _check_numbers(parts.values(), order_in)
     blocks = sorted({*routers, *(part.block for part in parts.values())}, key=len, reverse=True)
-    changes: dict[str, TensorChange] = {}
+    changes: Changes = {}
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
         changes[name] = TensorChange(name)
@@ -192,14 +182,12 @@ def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) 
         limit = num_hidden_layers if num_hidden_layers is not None else 1 << 62
         ordered = [b for b in ordered if number(b) < limit and "mtp." not in b]
     if len(ordered) != layers:
-        raise ValueError(
-            "placement must have as many layers as the checkpoint has MoE layers, "
-            f"{len(ordered)}, got {layers}"
-        )
+        rule = f"as many layers as the checkpoint has MoE layers, {len(ordered)}"
+        raise ValueError(f"placement must have {rule}, got {layers}")
     return ordered
 
 
-def check_ties(changes: Mapping[str, TensorChange], rows: Callable[[str, int], Tensor]) -> None:
+def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
     """Check that no two experts that change places have the same router state.
 
     Such experts always tie, and their numbers alone decide between them. ``rows`` gives the bytes
@@ -220,15 +208,20 @@ def check_ties(changes: Mapping[str, TensorChange], rows: Callable[[str, int], T
                 )
 
 
-def renumbered(name: str, table: Tensor, new: Order) -> Tensor:
-    """Return a table of experts' ids with the new number of every old expert [E]."""
-    old = table.long()
-    if table.numel() and not 0 <= int(old.min()) <= int(old.max()) < len(new):
-        raise ValueError(
-            f"{name}: must hold experts 0 to {len(new) - 1}, got {int(old.min())} to "
-            f"{int(old.max())}"
-        )
-    return torch.from_numpy(new).to(old.device)[old].to(table.dtype)
+def moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
+    """Return a tensor with its rows in order, or with the new numbers of experts."""
+    if (new := change.ids) is not None:
+        old = tensor.long()
+        first, last = (int(old.min()), int(old.max())) if old.numel() else (0, 0)
+        if not 0 <= first <= last < len(new):
+            rule = f"must hold experts 0 to {len(new) - 1}"
+            raise ValueError(f"{name}: {rule}, got {first} to {last}")
+        return torch.from_numpy(new).to(old.device)[old].to(tensor.dtype)
+    if change.order is None:
+        return tensor
+    rows = bits_of(tensor, len(change.order))
+    rows = rows[torch.from_numpy(change.order).to(rows.device)]
+    return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
 class _Part(NamedTuple):
@@ -256,10 +249,8 @@ def _check_numbers(parts: Collection[_Part], order_in: Mapping[str, Order]) -> N
     for block, order in order_in.items():
         own = {part.expert for part in parts if part.block == block and part.expert is not None}
         if own and own != set(range(len(order))):
-            raise ValueError(
-                f"{block}: must have experts 0 to {len(order) - 1} as the placement has, got "
-                f"{len(own)} from {min(own)} to {max(own)}"
-            )
+            rule = f"must have experts 0 to {len(order) - 1} as the placement has"
+            raise ValueError(f"{block}: {rule}, got {len(own)} from {min(own)} to {max(own)}")
 
 
 def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) -> TensorChange:
@@ -270,19 +261,13 @@ def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) ->
     if shape in ((), (1,)):
         return TensorChange(name, part.block)
     if shape[0] != len(order):
-        raise ValueError(
-            f"{name}: must be [{len(order)}, ..], experts first as in the placement, got "
-            f"{list(shape)}"
-        )
+        rule = f"must be [{len(order)}, ..], experts first as in the placement"
+        raise ValueError(f"{name}: {rule}, got {list(shape)}")
     return TensorChange(name, part.block, order)
 
 
 def _dependence(
-    name: str,
-    tensor: Tensor,
-    blocks: Iterable[str],
-    routers: Mapping[str, str | None],
-    experts: int,
+    name: str, tensor: Tensor, blocks: Iterable[str], routers: Routers, experts: int
 ) -> tuple[str, str]:
     """Return the block of a tensor outside its experts, and "rows", "ids" or "" as ``_kind``."""
     block = next((block for block in blocks if _is_under(name, block)), None)
@@ -302,10 +287,8 @@ def _dependence(
         kind = _kind(path, tensor, experts, "layer" if beside else "model")
         kind = None if kind and len(beside) > 1 else kind
     if kind is None:
-        raise ValueError(
-            f"{name}: {list(tensor.shape)} may depend on the order of experts in a way that is not "
-            "known"
-        )
+        what = "may depend on the order of experts in a way that is not known"
+        raise ValueError(f"{name}: {list(tensor.shape)} {what}")
     return block, kind
 
 
