@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
 from moetuner.files import size_of
-from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, Source, read_tables
+from moetuner.formats.rows import LABELS, Add, Source
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 BATCH = 1 << 16
@@ -37,13 +36,8 @@ def recognises(path: Path) -> bool:
     return start.startswith(PARQUET) or start == ARROW
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read one table, or several of the same columns one after the other."""
-    return read_tables(paths, hints, _opened)
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Iterator[Source]:
     """Open a file."""
     try:
         import pyarrow
