@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +234,8 @@ class _Watch:
 
     def run(self, progress: Callable[[float | None, float], None] | None) -> bool:
         """Run to the end; true if Ctrl-C ended it. An error raised by ``progress`` ends it too."""
+        from concurrent.futures import ThreadPoolExecutor, wait  # late, as it makes a logger
+
         from highspy._core.cb import HighsCallbackType as Kind
 
         _ok(self.highs.setCallback(self._called, None), "setCallback")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from moetuner.placement import EMPTY
-
-if TYPE_CHECKING:
-    from moetuner.torch.parallel.layer import ExpertParallelMoE
 
 SAME_WEIGHT = {Tensor.detach, Tensor.clone, Tensor.to, Tensor.cpu, Tensor.__deepcopy__}
 
@@ -91,7 +88,7 @@ class ExpertTensor(DTensor):
         return self._local_tensor
 
 
-def by_expert(layer: ExpertParallelMoE) -> dict[str, Tensor]:
+def by_expert(layer: Any) -> dict[str, Tensor]:
     """Return weights of experts by names such as ``3.up``, as views of the weights of a rank."""
     slots, views = layer.placement.slots[layer.layer], {}
     own = slots[layer.rank].tolist()
