@@ -178,11 +178,9 @@ def _values(name: str, column: Any) -> Any:
 
 def _labels(column: Any) -> Any:
     """Return texts or integers of a column, each kind once in memory."""
-    import pyarrow
-
     if column.null_count:
         raise ValueError("columns must have no empty values")
-    is_dictionary = pyarrow.types.is_dictionary(column.type)
+    is_dictionary = hasattr(column, "dictionary")
     kind = str(column.type.value_type if is_dictionary else column.type)
     if not kind.startswith(("int", "uint", "string", "large_string")):
         raise ValueError(f"sequence and group must be integers or texts, got {kind}")
