@@ -97,31 +97,24 @@ pub(crate) fn anneal<const N: usize>(
 mod tests {
     use super::*;
 
-    /// First and last value of a ramp from 1 to 1e-4 in a run, and its blocks.
-    fn run(length: Length) -> (f64, f64, u64) {
-        let (mut seen, ramp) = ((f64::NAN, f64::NAN, 0), Ramp { first: 1.0, change: 1e-4 });
-        anneal(length, Blocks { trials: 10, check: 1 }, [ramp], &Control::new(None), |[now]| {
-            std::thread::sleep(Duration::from_micros(50));
-            seen = (if seen.2 == 0 { now } else { seen.0 }, now, seen.2 + 1);
-        });
-        seen
-    }
-
     #[test]
     fn a_run_ends_cold_however_long_it_is() {
-        let time = Duration::from_millis(200);
-        let lengths = [
-            (Length::trials(1000), 100..=100),
-            (Length { time: Some(Duration::from_secs(600)), ..Length::trials(1000) }, 100..=100),
-            (Length { time: Some(time), ..Length::trials(1 << 40) }, 2..=4000),
-            (Length { trials: 1000, least: 200, time: Some(Duration::ZERO) }, 20..=20),
-            (Length::time(time), 2..=4000),
-        ];
-        for (length, blocks) in lengths {
-            let (first, last, n) = run(length);
-            assert!(first > 0.5 && last < 1e-2, "{length:?}: {first} {last}");
-            assert!(blocks.contains(&n), "{length:?}: {n}");
+        let limit = |millis| Some(Duration::from_millis(millis));
+        for (trials, least, time, blocks) in [
+            (1000, 0, None, 100..=100),
+            (1000, 0, limit(600_000), 100..=100),
+            (1 << 40, 0, limit(200), 2..=4000),
+            (1000, 200, limit(0), 20..=20),
+            (u64::MAX, 0, limit(200), 2..=4000),
+        ] {
+            let (mut seen, ramp) = (Vec::new(), Ramp { first: 1.0, change: 1e-4 });
+            let (length, each) = (Length { trials, least, time }, Blocks { trials: 10, check: 1 });
+            anneal(length, each, [ramp], &Control::new(None), |[now]| {
+                std::thread::sleep(Duration::from_micros(50));
+                seen.push(now);
+            });
+            assert!(seen[0] > 0.5 && seen[seen.len() - 1] < 1e-2, "{length:?}: {seen:?}");
+            assert!(blocks.contains(&seen.len()), "{length:?}: {}", seen.len());
         }
-        assert_eq!(run(Length { trials: 0, least: 0, time: None }).2, 0);
     }
 }

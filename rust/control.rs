@@ -12,7 +12,8 @@ pub struct Control {
     pub trials: AtomicU64,
     /// Cost of the best finished placement, in the instance's counts; `i64::MAX` before the first.
     pub best: AtomicI64,
-    deadline: Option<Instant>,
+    /// When the work is to end at the latest.
+    pub deadline: Option<Instant>,
 }
 
 impl Control {
@@ -25,12 +26,6 @@ impl Control {
             best: AtomicI64::new(i64::MAX),
             deadline,
         }
-    }
-
-    /// When the work is to end at the latest.
-    #[must_use]
-    pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
     }
 
     pub(crate) fn stopped(&self) -> bool {

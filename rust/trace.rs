@@ -172,13 +172,11 @@ fn describe<I: ExpertId>(ids: &[I], row: usize, routing: Routing, first_token: u
     let token = first_token + (row / routing.layers) as u64;
     let layer = row % routing.layers;
     let Routing { experts, .. } = routing;
-    let is_twice = |&at: &usize| ids[..at].contains(&ids[at]);
-    let fault = match ids.iter().find(|id| id.index() >= experts) {
-        Some(id) => format!("{} is not below num_experts {experts}", id.index()),
-        None => {
-            let id = (0..ids.len()).find(is_twice).map_or(0, |at| ids[at].index());
-            format!("{id} appears twice; a token's experts must differ")
-        }
+    let fault = if let Some(id) = ids.iter().find(|id| id.index() >= experts) {
+        format!("{} is not below num_experts {experts}", id.index())
+    } else {
+        let twice = (0..ids.len()).find(|&at| ids[..at].contains(&ids[at])).map_or(0, |at| ids[at].index());
+        format!("{twice} appears twice; a token's experts must differ")
     };
     Error::Id(token, layer, fault)
 }

@@ -23,7 +23,7 @@ const WORK: usize = 1 << 28;
 pub struct Chain<'a> {
     /// Tokens from cluster to cluster of the next layer, `[layers - 1, D, D]`.
     pub traffic: &'a [u64],
-    /// Cost of a token from device to device, `[D, D]`; zero on the diagonal.
+    /// Cost of a token from device to device, `[D, D]`; symmetric, zero on the diagonal.
     pub cost: &'a [u64],
     /// Experts of every cluster, `[layers, D]`; given where the devices' totals must be level.
     pub sizes: Option<&'a [u64]>,
@@ -144,13 +144,11 @@ impl Chain<'_> {
         search
     }
 
-    /// Whether exchanging two devices leaves all link costs as they are.
+    /// Whether exchanging two devices leaves all link costs, which are symmetric, as they are.
     fn are_alike(&self, i: usize, j: usize) -> bool {
-        let n = self.devices;
-        let cost = |a: usize, b: usize| self.cost[a * n + b];
-        let others = (0..n).filter(|&d| d != i && d != j);
-        cost(i, j) == cost(j, i)
-            && others.into_iter().all(|d| cost(i, d) == cost(j, d) && cost(d, i) == cost(d, j))
+        let row = |d: usize| &self.cost[d * self.devices..][..self.devices];
+        let same = |(d, costs): (usize, (&u64, &u64))| d == i || d == j || costs.0 == costs.1;
+        row(i).iter().zip(row(j)).enumerate().all(same)
     }
 }
 

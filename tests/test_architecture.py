@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "solver.balancing": ("solver.effort", "problem.capacity", "placement", "topology"),
     "solver.rebalancing": ("solver.effort", "solver.unseen", "placement"),
     # No stage knows a method.
-    "solver.stages": (*STAGES, *EFFORT, *SOLVER),
+    "solver.stages": ("solver.rebalancing", *STAGES, *EFFORT, *SOLVER),
     "solver": SOLVER,
     "report": ("solver", "formats", "files", *SOLVER),
     "plugins": ("solver", "formats", "files", *VALUES),

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Instance;
-use super::cuts::{Cut, Kind};
+use super::cuts::{Cut, Kind, Sum};
 use super::relaxation::Relaxation;
 use super::spectrum::largest_sum;
 use crate::error::{Error, Result};
@@ -49,13 +49,6 @@ pub(super) struct Hints {
     pub(super) spectrum: Vec<f64>,
     /// Sums of the best contents, `[L]`.
     pub(super) contents: Vec<f64>,
-}
-
-/// A sum with what its rounding error scales with.
-#[derive(Debug, Clone, Copy, Default)]
-struct Sum {
-    value: f64,
-    magnitude: f64,
 }
 
 impl Sum {

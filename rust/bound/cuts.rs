@@ -82,9 +82,9 @@ pub(super) struct Cut {
     pub(super) choice: Box<[u8]>,
 }
 
-/// A right side, and the sum of the absolute values it was made from: what its rounding error scales with.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Right {
+/// A sum, and that of the absolute values it was made from: what its rounding error scales with.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sum {
     pub(super) value: f64,
     pub(super) magnitude: f64,
 }
@@ -124,11 +124,11 @@ impl Cut {
 
     /// Calls `term` with each coefficient of the left side (a variable may come several times) and returns the
     /// right side. The cut must be valid.
-    pub(super) fn expand(&self, relaxation: &Relaxation, mut term: impl FnMut(usize, f64)) -> Right {
+    pub(super) fn expand(&self, relaxation: &Relaxation, mut term: impl FnMut(usize, f64)) -> Sum {
         let e = relaxation.experts;
         let [i, j, k] = self.items.map(|i| i as usize);
         let y = |a, b| relaxation.variable(a, b);
-        let exact = |value: f64| Right { value, magnitude: value.abs() };
+        let exact = |value: f64| Sum { value, magnitude: value.abs() };
         match self.kind {
             Kind::Triangle => {
                 term(y(i, j), 1.0);
@@ -144,7 +144,7 @@ impl Cut {
                     term(y(i, k + j * e), sign * w[k]);
                 }
                 let edge = if sign > 0.0 { limit.0 } else { limit.1 };
-                Right { value: sign * (edge - own), magnitude: edge + own }
+                Sum { value: sign * (edge - own), magnitude: edge + own }
             }
             Kind::Spread => {
                 let (w, (upper, lower, total)) = self.side(relaxation, i);
@@ -156,7 +156,7 @@ impl Cut {
                     }
                 }
                 let (most, product) = ((upper + lower) * total, relaxation.devices as f64 * upper * lower);
-                Right { value: most - product - diagonal, magnitude: most + product + diagonal }
+                Sum { value: most - product - diagonal, magnitude: most + product + diagonal }
             }
             Kind::CoverTwo => {
                 term(y(i, j), 1.0);
@@ -172,7 +172,7 @@ impl Cut {
         }
     }
 
-    fn expand_lifted(&self, relaxation: &Relaxation, mut term: impl FnMut(usize, f64)) -> Right {
+    fn expand_lifted(&self, relaxation: &Relaxation, mut term: impl FnMut(usize, f64)) -> Sum {
         let e = relaxation.experts;
         let [i, j, m] = self.items.map(|i| i as usize);
         let p = relaxation.variable(i, j);
@@ -188,7 +188,7 @@ impl Cut {
                 for (_, q, r, choice) in others {
                     term(member(p, q, r, choice), -1.0);
                 }
-                Right { value: 0.0, magnitude: 0.0 }
+                Sum { value: 0.0, magnitude: 0.0 }
             }
             Kind::Together => {
                 let (w, (upper, ..)) = self.side(relaxation, m);
@@ -204,7 +204,7 @@ impl Cut {
                     term(r, half);
                     right += half;
                 }
-                Right { value: right, magnitude: right }
+                Sum { value: right, magnitude: right }
             }
             _ => {
                 let (w, (upper, ..)) = self.side(relaxation, m);
@@ -214,7 +214,7 @@ impl Cut {
                     term(q, w[k]);
                     term(member(p, q, r, choice), -w[k]);
                 }
-                Right { value: upper - own, magnitude: upper + own }
+                Sum { value: upper - own, magnitude: upper + own }
             }
         }
     }

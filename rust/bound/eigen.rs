@@ -89,20 +89,45 @@ impl Eigen {
                 if m == l {
                     break;
                 }
-                ql_step(
-                    &mut self.values,
-                    &mut self.off_diagonal,
-                    l,
-                    m,
-                    &mut self.rotations,
-                    &mut self.sweeps,
-                );
+                self.ql_step(l, m);
                 if self.rotations.len() >= BATCH {
                     self.apply();
                 }
             }
         }
         self.apply();
+    }
+
+    /// One implicit QL step on rows l..=m; its rotations are appended from the last pair of rows to the first.
+    fn ql_step(&mut self, l: usize, m: usize) {
+        let (d, e) = (&mut self.values, &mut self.off_diagonal);
+        let half = (d[l + 1] - d[l]) / (2.0 * e[l]);
+        let root = (half * half + 1.0).sqrt();
+        let mut g = d[m] - d[l] + e[l] / (half + root.copysign(half));
+        let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
+        for i in (l..m).rev() {
+            let f = s * e[i];
+            let b = c * e[i];
+            let r2 = f * f + g * g;
+            let (sine, cosine) = if r2 > 0.0 {
+                let inverse = 1.0 / r2.sqrt();
+                (f * inverse, g * inverse)
+            } else {
+                (0.0, 1.0)
+            };
+            e[i + 1] = r2.sqrt();
+            (s, c) = (sine, cosine);
+            g = d[i + 1] - p;
+            let r = (d[i] - g) * s + 2.0 * c * b;
+            p = s * r;
+            d[i + 1] = g + p;
+            g = c * r - b;
+            self.rotations.push([s, c]);
+        }
+        d[l] -= p;
+        e[l] = g;
+        e[m] = 0.0;
+        self.sweeps.push((l, m));
     }
 
     fn apply(&mut self) {
@@ -214,44 +239,6 @@ fn accumulate(a: &[f64], n: usize, factors: &[f64], z: &mut [f64]) {
             }
         }
     }
-}
-
-/// One implicit QL step on rows l..=m; its rotations are appended from the last pair of rows to the first.
-fn ql_step(
-    d: &mut [f64],
-    e: &mut [f64],
-    l: usize,
-    m: usize,
-    rotations: &mut Vec<[f64; 2]>,
-    sweeps: &mut Vec<(usize, usize)>,
-) {
-    let half = (d[l + 1] - d[l]) / (2.0 * e[l]);
-    let root = (half * half + 1.0).sqrt();
-    let mut g = d[m] - d[l] + e[l] / (half + root.copysign(half));
-    let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
-    for i in (l..m).rev() {
-        let f = s * e[i];
-        let b = c * e[i];
-        let r2 = f * f + g * g;
-        let (sine, cosine) = if r2 > 0.0 {
-            let inverse = 1.0 / r2.sqrt();
-            (f * inverse, g * inverse)
-        } else {
-            (0.0, 1.0)
-        };
-        e[i + 1] = r2.sqrt();
-        (s, c) = (sine, cosine);
-        g = d[i + 1] - p;
-        let r = (d[i] - g) * s + 2.0 * c * b;
-        p = s * r;
-        d[i + 1] = g + p;
-        g = c * r - b;
-        rotations.push([s, c]);
-    }
-    d[l] -= p;
-    e[l] = g;
-    e[m] = 0.0;
-    sweeps.push((l, m));
 }
 
 /// Applies sweeps of rotations to neighbouring rows of a panel.

@@ -194,10 +194,8 @@ struct Best<'a, F> {
 impl<'a, F: FnMut(u64)> Best<'a, F> {
     /// Starts with the transportation bound.
     fn new(relaxation: &'a Relaxation, limits: &'a Limits<'a>, report: F) -> Self {
-        let proven = Dual {
-            columns: transport::all_columns(relaxation, limits.control.deadline()),
-            ..Dual::default()
-        };
+        let proven =
+            Dual { columns: transport::all_columns(relaxation, limits.control.deadline), ..Dual::default() };
         let source = "transportation";
         let mut this = Self { relaxation, limits, report, cost: 0, source, proven, waiting: None, next: 0 };
         this.cost = this.prove(&this.proven);

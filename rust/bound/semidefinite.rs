@@ -42,22 +42,6 @@ const FEWEST: u32 = 11;
 /// Seconds of an eigenproblem, as a part of the cube of its order: no processor of today is faster.
 const SHORTEST: f64 = 1e-9;
 
-/// Looks in a row without progress, and the bound from which progress counts.
-struct Stalls {
-    count: usize,
-    mark: f64,
-}
-
-impl Stalls {
-    fn look(&mut self, best: f64, progress: f64, iterations: usize) {
-        if best > self.mark + progress {
-            *self = Self { count: 0, mark: best };
-        } else if iterations > WARM_UP {
-            self.count += 1;
-        }
-    }
-}
-
 /// Q and U of one pair.
 #[derive(Debug, Clone)]
 struct Pair {
@@ -140,10 +124,11 @@ impl<'a> Admm<'a> {
         target: Option<f64>,
         mut better: impl FnMut(usize, Dual) -> bool,
     ) -> &'static str {
-        let (start, deadline) = (Instant::now(), limits.control.deadline());
+        let (start, deadline) = (Instant::now(), limits.control.deadline);
         let all = self.relaxation.total as f64 / self.relaxation.unit;
         let mut best = f64::NEG_INFINITY;
-        let mut stalls = Stalls { count: 0, mark: f64::NEG_INFINITY };
+        // Looks in a row without progress, and the bound from which progress counts.
+        let (mut stalls, mut mark) = (0, f64::NEG_INFINITY);
         // What looking at the bound takes: the last look is made before the time is spent.
         let mut look = Duration::ZERO;
         loop {
@@ -187,8 +172,12 @@ impl<'a> Admm<'a> {
             }
             look = look.max(begin.elapsed());
             let distance = target.map_or(USUAL_GAP * (all + best), |target| target - best);
-            stalls.look(best, PROGRESS * distance.max(0.0), self.iterations);
-            if stalls.count >= STALLS {
+            if best > mark + PROGRESS * distance.max(0.0) {
+                (stalls, mark) = (0, best);
+            } else if self.iterations > WARM_UP {
+                stalls += 1;
+            }
+            if stalls >= STALLS {
                 return "no further progress";
             }
             self.balance();

@@ -52,9 +52,10 @@ pub struct Instance {
     pub cost: Vec<i64>,
     /// Where costs differ: for devices g, h the devices c and `cost[h,c] - cost[g,c]`, if not zero.
     changes: Vec<Vec<(u32, i32)>>,
-    /// Cost of the dearest pair of devices, and what other devices (oneself among them) are nearer to each by.
-    dearest: i32,
-    nearer: Vec<Vec<(u32, i32)>>,
+    /// Cost of the dearest pair of devices.
+    pub dearest: i32,
+    /// Devices that are nearer to each than the dearest, and by how much: itself, and those of its node.
+    pub nearer: Vec<Vec<(u32, i32)>>,
     /// Exchanges of labels that change no cost: of two devices, and of nodes that are alike, device by device.
     pub exchanges: Vec<Vec<(u16, u16)>>,
     /// Transitions `[L - 1, P, P]`, right-shifted by `shift`, and the same with each table transposed.
@@ -237,18 +238,6 @@ impl Instance {
     #[must_use]
     pub fn changes(&self, g: usize, h: usize) -> &[(u32, i32)] {
         &self.changes[g * self.sizes.devices + h]
-    }
-
-    /// Cost of the dearest pair of devices.
-    #[must_use]
-    pub fn dearest(&self) -> i32 {
-        self.dearest
-    }
-
-    /// Devices that are nearer to `g` than the dearest, and by how much: itself, and those of its node.
-    #[must_use]
-    pub fn nearer(&self, g: usize) -> &[(u32, i32)] {
-        &self.nearer[g]
     }
 
     /// Whether all pairs of different devices cost the same, so that only the partition of a layer matters.

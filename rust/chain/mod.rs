@@ -57,7 +57,7 @@ pub fn search(
     trials: Option<u64>,
     control: &Control,
 ) -> Result<Vec<u16>> {
-    let balanced = &balanced(instance, control)?;
+    let balanced: &[u16] = &balanced(instance, control)?;
     instance.allow(balanced);
     let instance = &*instance;
     let judged = |expert_in: Vec<u16>| {
@@ -109,7 +109,7 @@ pub fn search(
             runs(&mut pool, &mut stream, RUNS, effort.polish, &from);
         }
         elite.append(&mut pool);
-        if control.deadline().is_none() || control.stopped() {
+        if control.deadline.is_none() || control.stopped() {
             return Ok(best(elite));
         }
     }
@@ -212,7 +212,7 @@ impl Effort {
         let sizes = instance.sizes;
         let (places, wide) = ((sizes.layers * sizes.slots()) as u64, sizes.is_wide());
         let pool = (5e8 / per_pair(instance)).sqrt().clamp(3.0, STARTS as f64) as usize;
-        let (starts, start, rounds, polish) = match (trials, control.deadline()) {
+        let (starts, start, rounds, polish) = match (trials, control.deadline) {
             (None, Some(deadline)) => {
                 let threads = rayon::current_num_threads();
                 let per_trial = seconds_per_trial(instance, balanced);

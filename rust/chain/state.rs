@@ -186,8 +186,8 @@ impl<'a> State<'a> {
                 for &e in experts {
                     add_scaled(&mut of_device, counts(e.into()), 1);
                 }
-                add_scaled(&mut all, &of_device, instance.dearest());
-                for &(device, by) in instance.nearer(home) {
+                add_scaled(&mut all, &of_device, instance.dearest);
+                for &(device, by) in &instance.nearer[home] {
                     add_scaled(&mut price[(at * d + device as usize) * p..][..p], &of_device, -by);
                 }
             }

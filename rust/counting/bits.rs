@@ -58,11 +58,30 @@ pub(super) fn rows_of<I: ExpertId>(ids: &[I], top_k: usize, size: usize, rows: &
 
 #[inline(always)]
 fn sets_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, sets: &mut [N; BLOCK]) {
-    unrolled!(top_k, [1, 2, 4, 6, 8], k => {
-        for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
-            *set = ids.iter().fold(N::ZERO, |set, id| set.with(id.index()));
+    #[inline(always)]
+    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], sets: &mut [N; BLOCK]) {
+        for (set, ids) in sets.iter_mut().zip(ids.as_chunks::<K>().0) {
+            *set = N::ZERO;
+            for id in ids {
+                *set = set.with(id.index());
+            }
         }
-    });
+    }
+    match top_k {
+        1 => fill::<I, N, 1>(ids, sets),
+        2 => fill::<I, N, 2>(ids, sets),
+        4 => fill::<I, N, 4>(ids, sets),
+        6 => fill::<I, N, 6>(ids, sets),
+        8 => fill::<I, N, 8>(ids, sets),
+        k => {
+            for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
+                *set = N::ZERO;
+                for id in ids {
+                    *set = set.with(id.index());
+                }
+            }
+        }
+    }
 }
 
 /// Numbers of ids, whose sums by token become rows.
@@ -137,11 +156,27 @@ pub(super) fn rows_of_sums<I: ExpertId>(
 /// Never inlined, so compiled without vector gathers: one look-up after the other is faster.
 #[inline(never)]
 fn sums_of<I: ExpertId, N: Number>(ids: &[I], top_k: usize, units: &[N; IDS], sums: &mut [N; BLOCK]) {
-    unrolled!(top_k, [1, 2, 4, 6, 8], k => {
-        for (sum, ids) in sums.iter_mut().zip(ids.chunks_exact(k)) {
-            *sum = ids.iter().fold(N::ZERO, |sum, id| sum.plus(units[id.index() % IDS]));
+    #[inline(always)]
+    fn fill<I: ExpertId, N: Number, const K: usize>(ids: &[I], units: &[N; IDS], sums: &mut [N; BLOCK]) {
+        for (sum, ids) in sums.iter_mut().zip(ids.as_chunks::<K>().0) {
+            *sum = N::ZERO;
+            for id in ids {
+                *sum = sum.plus(units[id.index() % IDS]);
+            }
         }
-    });
+    }
+    match top_k {
+        1 => fill::<I, N, 1>(ids, units, sums),
+        2 => fill::<I, N, 2>(ids, units, sums),
+        4 => fill::<I, N, 4>(ids, units, sums),
+        6 => fill::<I, N, 6>(ids, units, sums),
+        8 => fill::<I, N, 8>(ids, units, sums),
+        k => {
+            for (sum, ids) in sums.iter_mut().zip(ids.chunks_exact(k)) {
+                *sum = ids.iter().fold(N::ZERO, |sum, id| sum.plus(units[id.index() % IDS]));
+            }
+        }
+    }
 }
 
 /// Transposes what `fill` says of 512 tokens: a number for each, given the word (`N::BITS` rows) and the tokens' ids.

@@ -195,7 +195,13 @@ fn sort<I: ExpertId>(
         let cut = cuts.first.saturating_add(part.saturating_mul(cuts.length)).saturating_sub(begin);
         let to = tokens.min(cut);
         let run = &ids[from * top_k..to * top_k];
-        unrolled!(top_k, [4, 6, 8, 10], k => add_tokens(run, k, from, chunk, &mut ends, &mut used));
+        match top_k {
+            4 => add_tokens(run, 4, from, chunk, &mut ends, &mut used),
+            6 => add_tokens(run, 6, from, chunk, &mut ends, &mut used),
+            8 => add_tokens(run, 8, from, chunk, &mut ends, &mut used),
+            10 => add_tokens(run, 10, from, chunk, &mut ends, &mut used),
+            _ => add_tokens(run, top_k, from, chunk, &mut ends, &mut used),
+        }
         if parts.len() == part {
             parts.push([0; IDS]);
         }
@@ -249,18 +255,28 @@ fn add_tokens<I: ExpertId>(
 /// Without the widest vectors: for these the compiler gathers a word of many sets, which is slower than set after set.
 #[multiversion::multiversion(targets("x86_64+avx2+bmi2"))]
 fn sets_of<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, single: &Single<N>, sets: &mut [Set<N>]) {
-    unrolled!(top_k, [4, 6, 8, 10], k => {
-        for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(k)) {
-            let mut bits = [0u64; N];
-            for id in ids {
-                let single = &single.0[id.index() % IDS];
-                for i in 0..N {
-                    bits[i] |= single[i];
-                }
+    match top_k {
+        4 => sets_with(ids, 4, single, sets),
+        6 => sets_with(ids, 6, single, sets),
+        8 => sets_with(ids, 8, single, sets),
+        10 => sets_with(ids, 10, single, sets),
+        _ => sets_with(ids, top_k, single, sets),
+    }
+}
+
+/// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.
+#[inline(always)]
+fn sets_with<I: ExpertId, const N: usize>(ids: &[I], top_k: usize, single: &Single<N>, sets: &mut [Set<N>]) {
+    for (set, ids) in sets.iter_mut().zip(ids.chunks_exact(top_k)) {
+        let mut bits = [0u64; N];
+        for id in ids {
+            let single = &single.0[id.index() % IDS];
+            for i in 0..N {
+                bits[i] |= single[i];
             }
-            *set = bits;
         }
-    });
+        *set = bits;
+    }
 }
 
 /// The set of each id alone.

@@ -3,19 +3,6 @@
 //! All are plain counts, so they add up: the result does not depend on how a trace was cut into shards
 //! or on the number of threads. Work is split by layer; each layer's tables have one writer.
 
-/// Runs `$body` with `$k` known to the compiler where it is one of some numbers, so that loops over a token's ids unroll.
-macro_rules! unrolled {
-    ($top_k:expr, [$($number:literal),*], $k:ident => $body:expr) => {
-        match $top_k {
-            $($number => {
-                let $k = $number;
-                $body
-            })*
-            $k => $body,
-        }
-    };
-}
-
 mod bits;
 mod lists;
 pub mod pairs;
@@ -112,7 +99,7 @@ impl Counter {
             || Side::new(top_k, experts),
             |_, at, ids, side| side.fill(ids, Cuts::new(windows.length, first + at)),
             |layer, at, before, here| {
-                by_window(windows.length, first + at, here.tokens(), experts, layer.load, |tokens, load| {
+                by_window(windows.length, first + at, here.tokens, experts, layer.load, |tokens, load| {
                     here.count(tokens, load);
                 });
                 let before = before.zip(layer.transitions.as_deref_mut());
@@ -202,6 +189,13 @@ const TOKENS: usize = 64;
 
 /// The ids of some layers, each layer's together.
 fn gather<I: ExpertId>(block: &[I], layers: Range<usize>, routing: Routing, all: &mut [Vec<I>]) {
+    /// Copies K ids of every token, inlined for constant K.
+    #[inline(always)]
+    fn copy<I: ExpertId, const K: usize>(tokens: &[I], at: usize, row: usize, ids: &mut [I]) {
+        for (ids, token) in ids.as_chunks_mut::<K>().0.iter_mut().zip(tokens.chunks_exact(row)) {
+            *ids = *token[at..].first_chunk().expect("a row holds every layer");
+        }
+    }
     let (k, row) = (routing.top_k, routing.row());
     for ids in &mut *all {
         ids.resize(block.len() / routing.layers, block[0]);
@@ -209,11 +203,18 @@ fn gather<I: ExpertId>(block: &[I], layers: Range<usize>, routing: Routing, all:
     for (part, tokens) in block.chunks(TOKENS * row).enumerate() {
         for (l, ids) in layers.clone().zip(&mut *all) {
             let ids = &mut ids[part * TOKENS * k..];
-            unrolled!(k, [1, 2, 4, 6, 8], k => {
-                for (ids, token) in ids.chunks_exact_mut(k).zip(tokens.chunks_exact(row)) {
-                    ids.copy_from_slice(&token[l * k..][..k]);
+            match k {
+                1 => copy::<I, 1>(tokens, l, row, ids),
+                2 => copy::<I, 2>(tokens, l * 2, row, ids),
+                4 => copy::<I, 4>(tokens, l * 4, row, ids),
+                6 => copy::<I, 6>(tokens, l * 6, row, ids),
+                8 => copy::<I, 8>(tokens, l * 8, row, ids),
+                _ => {
+                    for (ids, token) in ids.chunks_exact_mut(k).zip(tokens.chunks_exact(row)) {
+                        ids.copy_from_slice(&token[l * k..][..k]);
+                    }
                 }
-            });
+            }
         }
     }
 }

@@ -69,8 +69,10 @@ pub struct Side<I> {
     sums: bool,
     lists: Lists,
     workplace: Workplace,
-    tokens: usize,
-    top_k: usize,
+    /// Number of tokens.
+    pub tokens: usize,
+    /// Ids per token.
+    pub top_k: usize,
     size: usize,
     kernel: Kernel,
 }
@@ -112,22 +114,10 @@ impl<I: ExpertId> Side<I> {
         bits::rows_of_sums(ids, self.top_k, self.size, units, &mut self.bits);
     }
 
-    /// Ids per token.
-    #[must_use]
-    pub fn top_k(&self) -> usize {
-        self.top_k
-    }
-
     /// For some of the tokens the bits of all ids, one id after the other, 64 tokens at a time, and which of the 64
     /// are meant; nothing where the kernel needs no bits.
     pub fn words(&self, tokens: Range<usize>) -> impl Iterator<Item = (&[u64], u64)> {
         bits::words(&self.bits, self.size, tokens)
-    }
-
-    /// Number of tokens.
-    #[must_use]
-    pub fn tokens(&self) -> usize {
-        self.tokens
     }
 
     /// Adds how often each id occurs in some of the tokens to `counts` `[size]`.

@@ -25,7 +25,11 @@ pub(super) fn count_pairs<I: ExpertId>(
     size: usize,
     counts: &mut [u64],
 ) {
-    unrolled!(top_k, [6, 8], k => count_with(left, right, k, size, counts));
+    match top_k {
+        6 => count_with(left, right, 6, size, counts),
+        8 => count_with(left, right, 8, size, counts),
+        _ => count_with(left, right, top_k, size, counts),
+    }
 }
 
 /// Inlined for constant `top_k`, so that the loop over a token's ids unrolls.

@@ -100,17 +100,15 @@ impl<'a> Descent<'a> {
     fn relieves(&self, step: Move) -> f64 {
         let mut shares = Vec::with_capacity(4);
         self.slots.shares(&self.layer.site, step, &mut shares, &mut vec![]);
-        let less = |of: &Share| (of.before - of.after) * self.slowest_part(of.expert, usize::from(of.device));
+        // Load of an expert in the windows in which a device is the slowest, as the time that the device takes for it.
+        let less = |of: &Share| {
+            let (load, g) = (self.layer.windows.of(of.expert), usize::from(of.device));
+            let all: f64 = self.slow[g].0.iter().map(|&window| f64::from(load[window])).sum();
+            (of.before - of.after) * (all * self.layer.site.time[g])
+        };
         let relief = shares.iter().map(less).sum::<f64>();
         // Parts of loads are rounded to whole numbers, in every window.
         if relief == 0.0 { 0.0 } else { relief + 2.0 * self.layer.windows.width as f64 }
-    }
-
-    /// Load of an expert in the windows in which a device is the slowest, as the time that the device takes for it.
-    fn slowest_part(&self, expert: u16, device: usize) -> f64 {
-        let load = self.layer.windows.of(expert);
-        let all: f64 = self.slow[device].0.iter().map(|&window| f64::from(load[window])).sum();
-        all * self.layer.site.time[device]
     }
 
     /// What a step is worth, if that is something.

@@ -79,7 +79,7 @@ fn turn(
     control: &Control,
 ) -> Vec<Slots> {
     let left = |end: Instant| end.saturating_duration_since(Instant::now());
-    let end = control.deadline().map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
+    let end = control.deadline.map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
     // Every other search of a layer is hot.
     let run = |l: usize, restart: u64, time: Option<Duration>| {
         let seed = seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15));

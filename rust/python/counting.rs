@@ -256,7 +256,7 @@ impl Replay {
         pairs: bool,
     ) -> PyResult<Self> {
         let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
-        let (devices, nodes) = (copies.devices(), copies.nodes());
+        let (devices, nodes) = (copies.devices, copies.nodes());
         let replay = Some(crate::replay::Replay::new(routing, copies, window.map(NonZeroU64::get), pairs)?);
         Ok(Self { routing, devices, nodes, replay })
     }
@@ -313,8 +313,8 @@ impl LabelledReplay {
         visits: bool,
     ) -> PyResult<Self> {
         let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
-        let of_visits = if visits { [copies.devices(), copies.nodes()] } else { [0, 0] };
-        let sizes = [copies.devices(), of_visits[0], of_visits[1]];
+        let of_visits = if visits { [copies.devices, copies.nodes()] } else { [0, 0] };
+        let sizes = [copies.devices, of_visits[0], of_visits[1]];
         let replay = Some(Labelled::new(routing, copies, rows, most, visits)?);
         Ok(Self { routing, sizes, rows, replay })
     }

@@ -34,7 +34,8 @@ pub enum Split {
 /// A placement as the replay needs it: copies of every expert, layer by layer.
 #[derive(Debug, Clone)]
 pub struct Copies {
-    devices: usize,
+    /// Devices.
+    pub devices: usize,
     slots: usize,
     node_of_device: Vec<u16>,
     devices_of_node: Vec<Vec<u16>>,
@@ -49,12 +50,6 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// Devices.
-    #[must_use]
-    pub fn devices(&self) -> usize {
-        self.devices
-    }
-
     /// Nodes, numbered from 0.
     #[must_use]
     pub fn nodes(&self) -> usize {
@@ -317,7 +312,7 @@ impl Replay {
                     if let Some((before, _)) = before.filter(|_| !pairs.is_empty()) {
                         here.count_pairs(Some((before, pairs)), None, false);
                     }
-                    by_window(length, open + at, here.tokens(), size, counts, |tokens, counts| {
+                    by_window(length, open + at, here.tokens, size, counts, |tokens, counts| {
                         if let Some(planes) = planes {
                             planes.count(here, tokens, copies, counts);
                         } else {

@@ -93,7 +93,7 @@ impl Planes {
         if copies.is_single(l) {
             side.fill_sums(ids, &self.units[l]);
         } else {
-            side.fill_sums(&copies.route(l, ids, side.top_k(), first.., None), &self.units[l]);
+            side.fill_sums(&copies.route(l, ids, side.top_k, first.., None), &self.units[l]);
         }
     }
 

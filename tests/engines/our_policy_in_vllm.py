@@ -16,16 +16,17 @@ from moetuner.plugins.settings import Settings
 from moetuner.plugins.vllm import policy_class
 
 
-class Watched(Balancer):
-    """Our policy, which says where it failed."""
+class Watched(Log):
+    """A log that says which test a warning is of."""
 
-    def _fall_back(self, verdict):
+    def warn(self, text, rank=0):
         with Path(os.environ["FAILURES"]).open("a") as file:
             test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split()[0]
-            print(test, verdict.reason, file=file)
-        super()._fall_back(verdict)
+            print(test, text, file=file)
+        super().warn(text, rank)
 
 
 default.DefaultEplbPolicy = policy_class(
-    default.DefaultEplbPolicy, Watched(Settings(rebalance=True), Log(logging.getLogger("moetuner")))
+    default.DefaultEplbPolicy,
+    Balancer(Settings(rebalance=True), Watched(logging.getLogger("moetuner"))),
 )

@@ -161,7 +161,7 @@ def test_commands_of_the_page_work_as_printed():
     sizes = {"RANKS": 2, "EXPERTS": EXPERTS, "LAYERS": tiny_models.LAYERS, "SLOTS": SLOTS}
     sizes |= {"TOPK": 4, "DENSE": "none", "COPIES": COPIES}
     folder, typed = type_page("sglang", {**sizes, "MODEL": model(MODEL)})
-    servers = [each.output for each in typed if "launch_server" in each.command]
+    servers = [of.output for of in typed if "launch_server" in of.command]
     assert len(servers) == 5
     assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
     assert "moetuner: in use: serves " in Path(servers[3]).read_text()

@@ -120,7 +120,7 @@ def test_commands_of_the_page_work_as_printed():
     """docs/engines/vllm.md, typed from its first line to its last."""
     sizes = {"RANKS": 2, "EXPERTS": EXPERTS, "LAYERS": tiny_models.LAYERS, "SLOTS": SLOTS}
     folder, typed = type_page("vllm", {**sizes, "MODEL": model("qwen3_moe"), "COPIES": COPIES})
-    servers = [each.output for each in typed if "vllm serve" in each.command]
+    servers = [of.output for of in typed if "vllm serve" in of.command]
     assert len(servers) == 2
     assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2
     log = Path(servers[1]).read_text()

@@ -154,20 +154,15 @@ def test_a_sequence_of_many_windows_is_drawn_as_a_whole():
     assert audited.too_few == {"all": 2}
 
 
-def test_students_quantiles_are_those_of_the_tables():
-    """Two sides of 95 % of 1, 4 and 30 degrees of freedom, and the tail is the inverse."""
+def test_students_quantiles_and_holm_are_those_of_the_tables():
+    """Two sides of 95 % of 1, 4 and 30 degrees of freedom; the textbook's example of four."""
     for freedom, wanted in ((1, 12.7062), (4, 2.7764), (30, 2.0423), (1e7, 1.95996)):
         actual = intervals.quantile(0.025, freedom)
         assert actual == pytest.approx(wanted, abs=1e-4)
         assert intervals.tail(actual, freedom) == pytest.approx(0.025)
         assert intervals.tail(-actual, freedom) == pytest.approx(0.975)
-
-
-def test_holm_adjusts_the_smallest_by_all_and_keeps_the_order():
-    """The textbook's example of four."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([]) == []
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert (holm([]), holm([0.9, 0.8])) == ([], [1.0, 1.0])
 
 
 def judged_of(**values):

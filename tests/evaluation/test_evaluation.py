@@ -151,14 +151,11 @@ def test_nearest_shares_are_counted_by_home():
     load = np.zeros((1, 1, 8), dtype=np.uint64)
     load[0, 0, 0] = 800
     statistics = mt.RoutingStatistics.from_load(load)
-    # Expert 0 is on devices 0 and 1 of the first node, and on 2 of the second.
-    nearest = mt.evaluate(replicated(1), statistics, mt.Topology(4, 2), split="nearest")
-    even = mt.evaluate(replicated(1), statistics, mt.Topology(4, 2))
-    assert nearest.imbalance == pytest.approx(400 / 200)
-    assert even.imbalance == pytest.approx(800 / 3 / 200)
-    # In one node homes with a copy use it; those of device 3 are shared out.
-    one_node = mt.evaluate(replicated(1), statistics, split="nearest")
-    assert one_node.imbalance == pytest.approx(800 / 3 / 200)
+    # Expert 0 is on devices 0 and 1 of the first node, and on 2 of the second. In one node homes
+    # with a copy use it; those of device 3 are shared out.
+    for nodes, split, most in ((2, "nearest", 400), (2, "even", 800 / 3), (4, "nearest", 800 / 3)):
+        of = mt.evaluate(replicated(1), statistics, mt.Topology(4, nodes), split=split)
+        assert of.imbalance == pytest.approx(most / 200)
 
 
 def test_nearest_pairs_have_one_home():
@@ -191,14 +188,15 @@ def test_mixed_arrival_balances_bursts():
     assert counted.imbalance_mixed == 1  # ten windows: each mean is of all
 
 
-def test_speeds_count_in_the_imbalance():
+@pytest.mark.parametrize(
+    ("speed", "wanted"), [(None, 4 / 3), ([2, 1], 1), ([1, 1], 4 / 3), ([1, 2], 2)]
+)
+def test_speeds_count_in_the_imbalance(speed, wanted):
     """A device of twice the speed carries twice the load as easily."""
     statistics = mt.RoutingStatistics.from_load(np.array([[20, 10]]))
     placement = mt.Placement.from_assignment([[0, 1]], 2)
-    assert mt.evaluate(placement, statistics, mt.Topology(2)).imbalance == pytest.approx(4 / 3)
-    for speed, wanted in (([2, 1], 1), ([1, 1], 4 / 3), ([1, 2], 2)):
-        evaluation = mt.evaluate(placement, statistics, mt.Topology(2, speed=speed))
-        assert evaluation.imbalance == pytest.approx(wanted)
+    evaluation = mt.evaluate(placement, statistics, mt.Topology(2, speed=speed))
+    assert evaluation.imbalance == pytest.approx(wanted)
 
 
 MODEL = mt.CostModel(5, 2, 3, 0.25, token_bytes=1000, combine_bytes=2000, overlap=0.5)

@@ -42,22 +42,21 @@ def some_sets(placement, rng):
     return tuple(sets)
 
 
-@given(cases())
-def test_shares_of_slots_are_those_of_devices(case):
-    """What a slot serves is what its device serves of the expert in it; an empty one, nothing."""
-    placement, _, _, share, each, _ = case
+@given(cases(), st.sampled_from([np.float64, np.uint64, np.uint16, bool]))
+def test_loads_and_pairs_are_plain_sums(case, kind):
+    """What a slot serves is its device's share; loads and pairs follow, of counts of any type."""
+    placement, _, _, share, each, rng = case
     for (layer, device, slot), expert in np.ndenumerate(placement.slots):
         wanted = share[layer, device, expert] if expert >= 0 else 0.0
         assert each[layer, device, slot] == pytest.approx(wanted)
-
-
-@given(cases(), st.sampled_from([np.float64, np.uint64, np.uint16, bool]))
-def test_loads_are_plain_sums(case, kind):
-    """Of any number of windows, and of counts of any type."""
-    placement, _, _, share, each, rng = case
-    shape = (int(rng.integers(1, 4)), placement.layers, placement.num_experts)
-    load = rng.integers(0, 1000, shape).astype(kind)
+    layers, experts = placement.layers, placement.num_experts
+    load = rng.integers(0, 1000, (int(rng.integers(1, 4)), layers, experts)).astype(kind)
     close(copies.served(placement, each, load), oracle.load(share, load.astype(float)))
+    pairs = rng.integers(0, 1000, (layers, experts, experts)).astype(np.uint64)
+    slots = placement.slots, each
+    close(_core.expected_apart(slots, pairs), oracle.apart(share, pairs.astype(float)))
+    actual = _core.expected_followed(slots, pairs[1:])
+    close(actual, oracle.followed(share, pairs[1:].astype(float)))
 
 
 def test_many_windows_have_the_loads_of_each():
@@ -88,18 +87,6 @@ def test_visits_are_those_of_the_plain_loop(case):
     # Sums of every layer are in the order of its sets.
     one, two = (copies.visits(placement, topology, split, sets, threads) for threads in (1, 2))
     assert [mine.tolist() for mine in one] == [mine.tolist() for mine in two]
-
-
-@given(cases())
-def test_pairs_are_plain_sums(case):
-    """Pairs apart, and pairs from layer to layer, with copies on any devices."""
-    placement, _, _, share, each, rng = case
-    shape = (placement.layers, placement.num_experts, placement.num_experts)
-    pairs = rng.integers(0, 1000, shape).astype(np.uint64)
-    slots = placement.slots, each
-    close(_core.expected_apart(slots, pairs), oracle.apart(share, pairs.astype(float)))
-    actual = _core.expected_followed(slots, pairs[1:])
-    close(actual, oracle.followed(share, pairs[1:].astype(float)))
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))

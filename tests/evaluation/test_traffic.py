@@ -55,26 +55,18 @@ def test_evaluation_with_homes(make_trace):
         assert sent.by_group[name].traffic["dispatch"].tolist() == alone.tolist()
 
 
-def test_blocks_are_runs_of_tokens(make_trace):
-    """Devices take consecutive tokens, the first ones the remainder."""
-    trace = make_trace(tokens=10)
-    placement = mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4)
-    blocks = [0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
-    by_name, by_home = (dispatch_rows(placement, trace, home) for home in ("blocks", blocks))
-    assert by_name.tolist() == by_home.tolist()
+def test_positions_and_homes_that_are_given(make_trace):
+    """Tokens in another order, at the positions and homes that they had, make the same rows.
 
-
-def test_positions_that_are_given(make_trace):
-    """Tokens in another order, with the positions that they had, make the same rows."""
-    trace, rng = make_trace(), np.random.default_rng(0)
+    Blocks of homes are runs of tokens, the first ones longer.
+    """
+    trace, rng = make_trace(tokens=10), np.random.default_rng(0)
     placement = mt.Placement(random_slots(rng, 3, 4, 8, 2), num_experts=8)
-    home, order = rng.integers(0, 4, trace.tokens), rng.permutation(trace.tokens)
-    ids = trace.expert_ids[order]
-    other = mt.RoutingTrace.from_arrays(ids, num_experts=8)
-    expected = dispatch_rows(placement, trace, home)
-    assert dispatch_rows(placement, other, home[order], position=order).tolist() == (
-        expected.tolist()
-    )
+    home, order = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3]), rng.permutation(10)
+    other = mt.RoutingTrace.from_arrays(trace.expert_ids[order], num_experts=8)
+    expected = dispatch_rows(placement, trace).tolist()
+    assert dispatch_rows(placement, trace, home).tolist() == expected
+    assert dispatch_rows(placement, other, home[order], position=order).tolist() == expected
 
 
 def test_wrong_arguments_are_named(make_trace):

@@ -76,16 +76,10 @@ def test_runs_are_held_out_with_a_gap(seed):
 
 @pytest.mark.parametrize("gap", [1, 3, 50, 1000])
 @pytest.mark.parametrize("number", [2, 3, 7, 64])
-def test_both_parts_have_something(number, gap):
-    """However long the gap, and however few there are."""
+def test_both_parts_have_something_of_every_group(number, gap):
+    """However long the gap, and however few there are, though groups follow one another."""
     for share in (0.01, 0.5, 0.99):
-        seen, unseen = runs(number, share, gap, 3)
-        assert seen.any()
-        assert unseen.any()
-
-
-def test_every_group_is_split():
-    """Runs are of every group, though groups follow one another."""
+        assert all(part.any() for part in runs(number, share, gap, 3))
     group = np.arange(400) // 100
     assert all(set(group[part]) == {0, 1, 2, 3} for part in runs(400, 0.5, 5, 0, group))
 
@@ -104,23 +98,14 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     assert parts[0].sequence is None
 
 
-@pytest.mark.parametrize("kinds", [2, 5, 12])
-def test_few_kinds_are_counted(kinds):
-    """Prompts that are asked again and again are as many units as there are prompts."""
+@pytest.mark.parametrize("kinds", [2, 5, 8, 12])
+def test_few_kinds_are_counted_and_on_one_side(kinds):
+    """Prompts that are asked again are as many units as there are prompts, seen or unseen."""
     rng = np.random.default_rng(kinds)
-    actual = units_of(LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds))
-    assert actual.name == "kind"
-    assert actual.number == pytest.approx(kinds, abs=1)
-
-
-def test_kinds_are_on_one_side():
-    """No kind is both seen and unseen."""
-    rng = np.random.default_rng(1)
-    trace = LAW.trace(rng, simulated.prompts(rng, 60), kinds=8)
+    trace = LAW.trace(rng, simulated.prompts(rng, 60), kinds=kinds)
     units = units_of(trace)
-    seen, unseen = (
-        set(units.of_tokens(part.sequence).tolist()) for part in hold_out(trace, 0.5, seed=2)
-    )
+    assert (units.name, units.number) == ("kind", pytest.approx(kinds, abs=1))
+    seen, unseen = (set(units.of_tokens(of.sequence)) for of in hold_out(trace, 0.5, seed=2))
     assert not seen & unseen
 
 

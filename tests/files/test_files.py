@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -41,24 +40,21 @@ def recording(make_trace, tmp_path):
     return tmp_path / "trace.safetensors"
 
 
-def reading(path):
-    """Read a pipe to its end, in a thread."""
-    actual = []
-    thread = threading.Thread(target=lambda: actual.append(path.read_bytes()), daemon=True)
-    thread.start()
-    return actual, thread
+@pytest.fixture
+def pipe(tmp_path):
+    """Make a FIFO with a reader that stays, whoever opens and closes the other end."""
+    os.mkfifo(tmp_path / "pipe")
+    handle = os.open(tmp_path / "pipe", os.O_RDWR)
+    yield tmp_path / "pipe", handle
+    os.close(handle)
 
 
-def test_a_pipe_gets_the_bytes(placement, tmp_path):
+def test_a_pipe_gets_the_bytes(placement, tmp_path, pipe):
     """What is written to a FIFO arrives at its reader, and the FIFO stays one."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    actual, thread = reading(pipe)
-    placement.save(pipe)
-    thread.join(20)
+    placement.save(pipe[0])
     placement.save(tmp_path / "plain.json")
-    assert actual == [(tmp_path / "plain.json").read_bytes()]
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.read(pipe[1], 1 << 20) == (tmp_path / "plain.json").read_bytes()
+    assert stat.S_ISFIFO(pipe[0].stat().st_mode)
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", "plain.json"}
 
 
@@ -232,16 +228,11 @@ def test_no_output_is_an_input(run, recording, saved, tmp_path, monkeypatch, com
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_two_outputs_may_be_one_pipe(run, recording, tmp_path):
+def test_two_outputs_may_be_one_pipe(run, recording, pipe):
     """Only of regular files would one output be lost: a pipe gets both, one after the other."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    # A reader that stays, whoever opens and closes the other end.
-    handle = os.open(pipe, os.O_RDWR)
     how = ("--devices", 2, "--method", "contiguous")
-    assert run("solve", recording, *how, "--out", pipe, "--json", pipe)[0] == 0
-    seen = os.read(handle, 1 << 20)
-    os.close(handle)
+    assert run("solve", recording, *how, "--out", pipe[0], "--json", pipe[0])[0] == 0
+    seen = os.read(pipe[1], 1 << 20)
     assert seen.startswith(b'{"schema"')
     assert b'"settings"' in seen
 

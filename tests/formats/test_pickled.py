@@ -63,6 +63,7 @@ def test_what_torch_writes(tmp_path):
         "half": torch.tensor([0.5, 2.0]).half(),
         "bfloat16": torch.tensor([1.5, -3.0], dtype=torch.bfloat16),
         "int8": torch.tensor([-1, 7], dtype=torch.int8),
+        "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
     }
     rest = {"n": None, "f": 1.5, "l": [1, 2, -3, 70000, 1 << 40], "t": (1, "é"), "b": True}
     for protocol in (2, 3, 4, 5):

@@ -8,6 +8,10 @@ import moetuner as mt
 from moetuner.formats import open_input
 
 
+def refuses(path, text, **arguments):
+    refused(text, path, lambda: open_input(path, **arguments))
+
+
 def test_statistics(make_trace, tmp_path):
     """Saved statistics and load tables, with the windows that they have."""
     counted = mt.RoutingStatistics.from_trace(make_trace(), window=20)
@@ -20,19 +24,8 @@ def test_statistics(make_trace, tmp_path):
         assert np.array_equal(actual.window_load, counted.window_load)
     assert open_input(tmp_path / "s", window=20).window == 20
     assert open_input(tmp_path / "table").transitions is None
-
-
-def refuses(path, text, **arguments):
-    refused(text, path, lambda: open_input(path, **arguments))
-
-
-def test_counts_have_their_windows_and_experts(make_trace, tmp_path):
-    """Others cannot be had."""
-    counted = mt.RoutingStatistics.from_trace(make_trace(), window=20)
-    counted.save(tmp_path / "s")
-    np.savez(tmp_path / "t.npz", load=counted.window_load)
     refuses(tmp_path / "s", "in windows already (20 tokens), got 50", window=50)
-    refuses(tmp_path / "t.npz", "in windows already (those of its table), got 20", window=20)
+    refuses(tmp_path / "table", "in windows already (those of its table), got 20", window=20)
     refuses(tmp_path / "s", "num_experts must be 8, got 9", num_experts=9)
 
 

@@ -73,12 +73,6 @@ def test_ways_to_keep_responses(tmp_path, form):
     wanted = np.concatenate([moe for _, moe in arrays])
     assert np.array_equal(trace.expert_ids, wanted)
     assert np.bincount(trace.sequence).tolist() == [5, 1, 30]
-    for size in (1, 40, 100, 10_000):
-        shards = list(trace.shards(size))
-        assert np.array_equal(np.concatenate(shards), wanted)
-        assert max(shard.nbytes for shard in shards) <= max(size, wanted[0].nbytes)
-    selected = trace.select(layers=[1], sequences=[2])
-    assert np.array_equal(selected.expert_ids, arrays[2][1][:, 1:])
 
 
 def test_arrays(tmp_path):

@@ -62,7 +62,7 @@ def test_a_strong_skew_is_worth_a_trial(strong):
     gain = strong.judged[0].gain
     assert strong.answer == "worth a trial"
     assert gain.interval[0] > 0.02
-    assert gain.interval[0] <= gain.gain <= gain.interval[1]
+    assert gain.interval[0] <= gain.mean <= gain.interval[1]
     assert strong.sentence.startswith("Worth a trial: on unseen traffic a layer takes ")
     assert "predicted" in strong.sentence
     assert strong.main.figures["imbalance"].gain > 0
@@ -87,7 +87,7 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
     options = {"copies": (0,), "splits": 1, "iterations": 50, "engine": engine}
     flat = advise(routed(even(3000), seed), TWO_NODES, **options)
     assert flat.answer == "not now"
-    assert abs(flat.judged[0].gain.gain) < 0.02
+    assert abs(flat.judged[0].gain.mean) < 0.02
     assert not flat.drift.is_beyond_chance
     assert {"nothing to balance", "nothing to win in traffic"} <= {
         each.rstrip(".").rsplit("; ", 1)[-1] for each in flat.reasons
@@ -96,7 +96,7 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
     advice = advise(routed(shifted(3000, seed), seed), TWO_NODES, **options)
     assert advice.drift.is_beyond_chance
     # With few experts a placement may happen to suit both halves, which is then said.
-    carries = min(advice.carried) >= 0.5 * advice.judged[0].gain.gain > 0
+    carries = min(advice.carried) >= 0.5 * advice.judged[0].gain.mean > 0
     assert advice.answer == ("worth a trial" if carries else "not enough evidence")
     assert any("second half" in each for each in (*advice.reasons, *advice.warnings))
 

@@ -105,22 +105,19 @@ def test_no_request_is_possible(made, html):
     assert "showSendToCloud: false" in html
 
 
-def test_names_are_nothing_but_text(html):
-    """Groups cannot end the script, mark up the page or turn the text around."""
+def test_the_page_carries_its_numbers_and_names_as_text(made, html):
+    """The JSON is that of the results, but for matrices of groups; names cannot mark up the page.
+
+    Groups cannot end the script or turn the text around.
+    """
     assert html.count("<script") == 4
     assert "<script>alert" not in html
-    assert "\u202e" not in html
-    assert "\u202e" not in json.dumps(data(html, "charts"))
-
-
-def test_the_page_carries_its_numbers(made, html):
-    """The JSON is that of the results, but for matrices of groups."""
-    actual = data(html, "contents")
+    assert "\u202e" not in html + json.dumps(data(html, "charts"))
+    carried = data(html, "contents")
     wanted = json.loads(json.dumps(made.evaluations[1].to_dict()))
     for group in wanted["by_group"].values():
         del group["traffic"]
-    assert actual["proposed"] == wanted
-    assert actual["moetuner"] == mt.__version__
+    assert (carried["proposed"], carried["moetuner"]) == (wanted, mt.__version__)
 
 
 def test_drawn_is_computed(made, html):
@@ -152,23 +149,17 @@ def test_drawn_is_computed(made, html):
     assert (numbers(moves["z"]) == made.moves.pairs).all()
 
 
-def test_plotly_knows_every_word(html):
-    """Its own classes take the figures as they are."""
+def test_every_chart_is_plotlys_with_a_label_and_a_table(made, html):
+    """Plotly takes the figures; who cannot see a chart reads what it shows, and the numbers."""
     objects = pytest.importorskip("plotly.graph_objects")
-    for chart in data(html, "charts").values():
-        for variant in chart["variants"]:
-            assert objects.Figure(data=variant["data"], layout=variant["layout"])
-
-
-def test_every_chart_has_a_label_and_a_table(made, html):
-    """Who cannot see a chart reads what it shows, and the numbers."""
-    actual = drawing.panels_of(made)
+    for variant in (of for chart in data(html, "charts").values() for of in chart["variants"]):
+        assert objects.Figure(data=variant["data"], layout=variant["layout"])
+    panels = drawing.panels_of(made)
     questions = re.findall(r"<h2>(.*?)</h2>\n<p class=\"reading\">(.*?)</p>", html)
     assert [question[-1] for question, _ in questions] == [*["?"] * 9, "n"]
     assert all(reading.endswith(".") for _, reading in questions)
-    assert html.count('role="group" aria-label="') == sum(len(each.charts) for each in actual)
-    for each in actual:
-        assert each.absent or (each.charts and each.tables)
+    assert html.count('role="group" aria-label="') == sum(len(of.charts) for of in panels)
+    assert all(of.absent or (of.charts and of.tables) for of in panels)
 
 
 @pytest.mark.parametrize(

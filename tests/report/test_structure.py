@@ -44,8 +44,8 @@ def test_skew_and_unused_experts():
     assert result.information is None
 
 
-def test_group_distance():
-    """Two groups on different experts are half away from their mix; the same ones are not."""
+def test_groups_differ_from_their_mix(make_trace):
+    """Two groups on different experts are half away from it; those of a trace as of its loads."""
     table = mt.RoutingStatistics.from_load(
         np.array([[[4, 0], [3, 3]], [[0, 4], [3, 3]]]),
         group=np.array([0, 1]),
@@ -54,21 +54,12 @@ def test_group_distance():
     result = structure(table)
     assert result.group_share == {"a": 0.5, "b": 0.5}
     assert result.group_distance == {"a": 0.25, "b": 0.25}
-
-
-def test_groups_of_traces_and_tables_agree(make_trace):
-    """Groups of a trace give what their load table gives; a group without tokens is left out."""
     trace = make_trace()
-    tables = [
-        mt.RoutingStatistics.from_trace(trace.select(groups=name)).window_load
-        for name in ("even", "odd")
-    ]
-    table = mt.RoutingStatistics.from_load(
-        np.concatenate(tables), group=np.array([0, 1]), group_names=("even", "odd")
+    of_trace, of_loads = (
+        structure(of) for of in (trace, mt.RoutingStatistics.from_trace(trace, by_group=True))
     )
-    of_trace, of_table = structure(trace), structure(table)
-    assert of_trace.group_distance == pytest.approx(of_table.group_distance)
-    assert of_trace.group_share == pytest.approx(of_table.group_share)
+    assert of_trace.group_distance == pytest.approx(of_loads.group_distance)
+    assert of_trace.group_share == pytest.approx(of_loads.group_share)
 
 
 @pytest.mark.parametrize("tokens", [0, 40, 1000])
@@ -82,12 +73,14 @@ def test_null_of_few_pairs_is_no_structure(tokens):
     assert result / max(result.sum(), 1) == pytest.approx(product / max(product.sum(), 1), abs=1e-6)
 
 
-def test_null_of_few_pairs_crosses_as_chance_does():
-    """Of 64 experts, a thousand tokens: three of four steps cross, wherever experts are."""
-    ids = np.random.default_rng(0).integers(0, 64, (1000, 2, 1))
+def test_null_of_few_pairs_is_chance():
+    """Of 64 experts, a thousand tokens: three of four steps cross, and all bits are by chance."""
+    ids = np.random.default_rng(0).integers(0, 64, (1000, 3, 1))
     sequence = np.arange(1000) // 20
     result = structure(mt.RoutingTrace.from_arrays(ids, num_experts=64, sequence=sequence))
     assert result.crossing_independent == pytest.approx(0.75, abs=0.005)
+    assert min(result.information_chance) > 1
+    assert max(result.information) < 0.1
 
 
 def claims(traffic):
@@ -107,14 +100,6 @@ def test_dependent_layers_are_seen():
     result = structure(routed(1000, 0.5))
     low, high = result.gain
     assert 0.1 < low < result.crossing_independent - result.crossing < high
-
-
-def test_bits_of_independent_layers_are_chance():
-    """A thousand pairs in 4096 cells: the bits that they seem to have are all said to be chance."""
-    ids = np.random.default_rng(0).integers(0, 64, (1000, 3, 1))
-    result = structure(mt.RoutingTrace.from_arrays(ids, num_experts=64))
-    assert min(result.information_chance) > 1
-    assert max(result.information) < 0.1
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2])

@@ -67,24 +67,14 @@ def test_agrees_with_brute_force(seed: int, n: int, rows: int) -> None:
     assert broken(ilp, solution.values) is None
 
 
-def test_the_first_incumbent_is_the_start() -> None:
-    """HiGHS begins with the warm start, which must be feasible, and does not end behind it."""
-    ilp, start = hard()
-    with pytest.raises(RuntimeError, match=r"HiGHS began with .*, not with the start's 0"):
-        ilp.solve(np.zeros(ilp.columns), nodes=1)
-    solution = ilp.solve(start, nodes=1)
-    assert solution.first == pytest.approx(start.sum())
-    assert solution.objective <= start.sum()
-    assert solution.status == "feasible"
-
-
 def test_limits_are_statuses() -> None:
-    """A wide gap or no time ends the search with a status that says so; the start survives."""
+    """A wide gap, no time and few nodes end the search, and the status says so."""
     ilp, start = hard()
     near, late = ilp.solve(start, absolute_gap=1e6, nodes=1000), ilp.solve(start, time_limit=0.0)
-    assert (near.status, late.status) == ("gap_reached", "time_limit")
+    few = ilp.solve(start, nodes=1)
+    assert [of.status for of in (near, late, few)] == ["gap_reached", "time_limit", "feasible"]
     assert near.bound <= near.objective
-    assert late.objective <= start.sum()
+    assert max(late.objective, few.objective) <= start.sum()
     one, two = (hard()[0].solve(start, nodes=50, seed=3) for _ in range(2))
     assert (one.objective, one.bound) == (two.objective, two.bound)
     assert np.array_equal(one.values, two.values)

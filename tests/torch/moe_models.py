@@ -1,5 +1,6 @@
 """Every MoE architecture of the installed transformers, built tiny; skips without torch."""
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -224,21 +225,17 @@ def tensors_of(folder):
 def choices(model, tokens, mask=None):
     """Expert ids [B,S,L,K] by hooks of the tests' own, the obvious way."""
     chosen = []
-    handles = [
-        layer.router.register_forward_hook(lambda _m, _i, out: chosen.append(ids_in(out)))
-        for layer in moe_layers(model)
-    ]
+
+    def listen(_module, _given, output):
+        (ids,) = (part for part in output if not part.is_floating_point())
+        chosen.append(ids.clone())
+
+    handles = [layer.router.register_forward_hook(listen) for layer in moe_layers(model)]
     with torch.no_grad():
         model(input_ids=tokens, attention_mask=mask)
     for handle in handles:
         handle.remove()
     return torch.stack(chosen, 1).unflatten(0, tokens.shape).numpy()
-
-
-def ids_in(output):
-    """Give the one tensor of whole numbers that a router returns."""
-    (ids,) = (part for part in output if not part.is_floating_point())
-    return ids.clone()
 
 
 def recorded(model, *passes, observe=capture, **options):
@@ -284,6 +281,13 @@ class Block(torch.nn.Module):
             every = torch.einsum("th,egh->teg", x, self.experts.weight)
         chosen = every.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
         return (chosen * weights[..., None]).sum(1)
+
+
+@contextlib.contextmanager
+def ending(error, warning, text=None):
+    """Expect an error to come out of a recording, and a warning of what is left of it."""
+    with pytest.warns(RuntimeWarning, match=warning), pytest.raises(error, match=text):
+        yield
 
 
 def refused(text, call, *arguments, **named):

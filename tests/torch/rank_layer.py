@@ -203,9 +203,8 @@ def test_gradients_reach_every_rank(rank):
             case.index, case.w = torch.full_like(case.index[:, :1], int(chosen)), case.w[:, :1]
         layer, at = case.distributed(rank), case.mine(rank)
         layer.requires_grad_(learns in ("all", "experts") or (learns == "last" and rank == last))
-        x, w, up, down = (
-            getattr(case, name).clone().requires_grad_(True) for name in ("x", "w", "up", "down")
-        )
+        tensors = (case.x, case.w, case.up, case.down)
+        x, w, up, down = (tensor.clone().requires_grad_(True) for tensor in tensors)
         single(x, case.index, w, up, down, swiglu).square().sum().backward()
         need = learns == "all" or (learns == "tokens" and rank == 0)
         own = [of.detach()[at].requires_grad_(need) for of in (x, w)]
@@ -324,10 +323,8 @@ def test_bytes_under_autocast_are_those_of_the_wire(rank):
             wire.append(away * rows[:1].numel() * rows.element_size())
         return original(out, rows, received, sent, **named)
 
-    with (
-        mock.patch.object(dist, "all_to_all_single", listen),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
+    patch = mock.patch.object(dist, "all_to_all_single", listen)
+    with patch, torch.autocast("cpu", torch.bfloat16):
         out = case.run(layer, rank)
     counted = layer.traffic.dispatch_bytes_sent.sum() + layer.traffic.combine_bytes_sent.sum()
     assert sum(wire) == counted
@@ -396,10 +393,8 @@ def test_what_does_not_fit_is_refused_at_once(rank):
 def test_grouped_products_are_those_of_the_slots():
     """What CUDA runs, as far as the CPU has it as well."""
     generator = torch.Generator().manual_seed(0)
-    up, down, rows = (
-        torch.randn(*size, generator=generator).bfloat16()
-        for size in ((4, 32, 16), (4, 16, 16), (9, 16))
-    )
+    sizes = (4, 32, 16), (4, 16, 16), (9, 16)
+    up, down, rows = (torch.randn(*size, generator=generator).bfloat16() for size in sizes)
     experts = GroupedExperts(up, down).requires_grad_(False)
     counts = torch.tensor([3, 0, 5, 1])
     assert experts._can_group(rows)
@@ -418,10 +413,8 @@ def test_counters_are_summed_over_ranks(rank):
     alike = message(ValueError, RoutingCounters(3 - rank % 2, 8, 2).all_reduce)
     assert alike == "ranks must count alike, got layers from 2 to 3"
     ids = [np.random.default_rng(n).random((n, 3, 8)).argsort(2)[:, :, :2] for n in TOKENS]
-    parts = [
-        mt.RoutingStatistics.from_trace(mt.RoutingTrace.from_arrays(of, num_experts=8), window=10)
-        for of in ids
-    ]
+    traces = [mt.RoutingTrace.from_arrays(of, num_experts=8) for of in ids]
+    parts = [mt.RoutingStatistics.from_trace(trace, window=10) for trace in traces]
     load = np.zeros((4, 3, 8), dtype=np.uint64)
     for part in parts:
         load[: part.windows] += part.window_load
@@ -439,11 +432,8 @@ def test_counters_are_summed_over_ranks(rank):
 def test_the_example_predicts_and_moves(rank):
     """It counts what it predicts, and moves experts when the traffic changes."""
     text = io.StringIO()
-    with (
-        mock.patch.object(dist, "init_process_group"),
-        mock.patch.object(dist, "destroy_process_group"),
-        contextlib.redirect_stdout(text),
-    ):
+    own = {"init_process_group": mock.DEFAULT, "destroy_process_group": mock.DEFAULT}
+    with mock.patch.multiple(dist, **own), contextlib.redirect_stdout(text):
         example = Path(__file__).parents[2] / "examples" / "expert_parallel.py"
         runpy.run_path(str(example), run_name="__main__")
     counts, *decisions = text.getvalue().splitlines()

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts
 
+SIZES = (("up", (8, 4)), ("down", (4, 4)))
 HERE = np.array([[[0, 1, -1], [2, 3, 0]]])
 THERE = np.array([[[3, -1, 0], [1, 3, 2]]])
 
@@ -33,9 +34,8 @@ def numbers(seed, *size):
 def layer_of(slots, rank, *, factor=1.0, device="cpu"):
     """Make a layer whose expert e holds e + 1 everywhere, or zeros."""
     filling = torch.from_numpy(slots[0, rank].astype(np.float32) + 1) * factor
-    up, down = (
-        filling[:, None, None].expand(3, *size).clone().to(device) for size in ((8, 4), (4, 4))
-    )
+    filling = filling[:, None, None].to(device)
+    up, down = (filling.expand(3, *size).clone() for _, size in SIZES)
     return ExpertParallelMoE(GroupedExperts(up, down), mt.Placement(slots, num_experts=4), 0)
 
 
@@ -155,9 +155,6 @@ def test_wrappers_must_leave_out_the_experts(rank):
         out = [model(x) for _ in range(2)][1]
         out.sum().backward()
         assert torch.allclose(out, expected, rtol=0, atol=1e-5)
-
-
-SIZES = (("up", (8, 4)), ("down", (4, 4)))
 
 
 @on(2)

@@ -25,23 +25,14 @@ from transformers import (
 import moetuner as mt
 from moetuner.torch import Rebalancer, RoutingCounters, register_placement
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-}
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_experts_per_tok": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+EIGHT = {"num_local_experts": 8, "intermediate_size": 12, "max_position_embeddings": 64}
+DENSE = {"num_experts": 8, "moe_intermediate_size": 12, "mlp_only_layers": [0]}
 CONFIGS = {
-    "mixtral": (MixtralConfig, {"num_local_experts": 8, "intermediate_size": 12}),
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        {"num_experts": 8, "moe_intermediate_size": 12, "mlp_only_layers": [0]},
-    ),
-    "gpt_oss": (GptOssConfig, {"num_local_experts": 8, "intermediate_size": 12}),
+    "mixtral": (MixtralConfig, EIGHT),
+    "qwen3_moe": (Qwen3MoeConfig, DENSE),
+    "gpt_oss": (GptOssConfig, EIGHT),
 }
 TOKENS = torch.arange(2 * 11).reshape(2, 11) * 7 % 64
 
@@ -64,15 +55,13 @@ def loaded(folder, family, *, layers=3, spare=1, tp=True, seed=1, **options):
     ranks = dist.get_world_size()
     slots = random_slots(np.random.default_rng(seed), layers, ranks, 8, spare)
     placement = mt.Placement(slots, num_experts=8)
-    config = DistributedConfig(
-        **{"tp_size" if tp else "fsdp_size": ranks}, ep_size=ranks, ep_implementation="moetuner"
-    )
+    sizes = {"tp_size" if tp else "fsdp_size": ranks, "ep_size": ranks}
+    config = DistributedConfig(**sizes, ep_implementation="moetuner")
     placed = register_placement(placement, **options)
     # Plain products, which take matrices of any size and type.
     how = {} if spare else {"experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(
-        f"{folder}/{family}", distributed_config=config, **how
-    )
+    how |= {"distributed_config": config}
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{family}", **how)
     return model.eval(), placement, placed
 
 
@@ -142,27 +131,19 @@ def test_a_placement_of_another_model_is_refused(rank, folder):
 
 
 @on(2)
-def test_a_placed_model_is_not_saved(rank, folder):
-    """Saving and loading are refused on every rank, and no weights are written."""
+def test_a_placed_model_is_not_saved_but_changes_its_type(rank, folder):
+    """Saving and loading are refused on every rank, no weights are written; experts move along."""
     model, *_ = loaded(folder, "mixtral", spare=0)
     with torch.no_grad():
         model(TOKENS)
-    for use, given in (
-        (model.save_pretrained, f"{folder}/saved-{rank}"),
-        (model.load_state_dict, {}),
-        (lambda path: torch.save(model.state_dict(), path), f"{folder}/saved.pt"),
-    ):
-        error = message(NotImplementedError, use, given)
-        assert "whose experts are placed cannot be saved" in error
-    assert not list(Path(folder).rglob("saved*/*.safe*"))
-
-
-@on(2)
-def test_a_placed_model_changes_its_type(rank, folder):
-    """Placed experts go where their model goes."""
-    model, *_ = loaded(folder, "mixtral", spare=0)
-    with torch.no_grad():
-        model(TOKENS)
+        for use, given in (
+            (model.save_pretrained, f"{folder}/saved-{rank}"),
+            (model.load_state_dict, {}),
+            (lambda path: torch.save(model.state_dict(), path), f"{folder}/saved.pt"),
+        ):
+            error = message(NotImplementedError, use, given)
+            assert "whose experts are placed cannot be saved" in error
+        assert not list(Path(folder).rglob("saved*/*.safe*"))
         logits = model.bfloat16()(TOKENS).logits
     largest = np.abs(np.load(f"{folder}/mixtral.npy")).max()
     assert is_right(folder, "mixtral", logits, tolerance=0.1 * largest)

@@ -38,10 +38,8 @@ def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list
     pools = [ProcessPoolExecutor(1, _context()) for _ in range(ranks)]
     with TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        jobs = [
-            pool.submit(_work, store, rank, ranks, work, arguments)
-            for rank, pool in enumerate(pools)
-        ]
+        given = (ranks, work, arguments)
+        jobs = [pool.submit(_work, store, rank, *given) for rank, pool in enumerate(pools)]
         results = [_answer(job, deadline) for job in jobs]
         for pool, job in zip(pools, jobs, strict=True):
             if not job.done():
@@ -62,9 +60,8 @@ def values(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[
 def _context() -> Any:
     """Start the fork server; it takes its path from the environment, not from this process."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["rank_layer", "rank_state", "rank_rebalance", "rank_transformers"]
-    )
+    modules = ("layer", "state", "rebalance", "transformers")
+    context.set_forkserver_preload([f"rank_{module}" for module in modules])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(IMPORTED)):
         forkserver.ensure_running()
     return context

@@ -1,10 +1,18 @@
 """capture: what routers choose, token by token, with sequences and groups and without padding."""
 
-import contextlib
-
 import numpy as np
 import pytest
-from moe_models import Gate, build, choices, prompts, recorded, refused, torch, transformers
+from moe_models import (
+    Gate,
+    build,
+    choices,
+    ending,
+    prompts,
+    recorded,
+    refused,
+    torch,
+    transformers,
+)
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
@@ -13,24 +21,29 @@ from moetuner.torch.record.capture import Recorder
 WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
 
+MANY = {"num_experts": 300, "num_local_experts": 300, "intermediate_size": 4}
+
+
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "changes", "size"),
     [
-        ("mixtral", (32, 24)),
-        ("qwen3_moe", (32, 16)),
-        ("deepseek_v3_groups", None),
-        ("gpt_oss", None),
+        ("mixtral", {}, (32, 24)),
+        ("qwen3_moe", {}, (32, 16)),
+        ("deepseek_v3_groups", {}, (32, 16)),
+        ("gpt_oss", {}, (32, 24)),
+        ("mixtral", MANY, (32, 4)),
     ],
 )
-def test_trace_is_what_the_routers_chose(name, size):
+def test_trace_is_what_the_routers_chose(name, changes, size):
     """Every token in the order of the batch, and what the model's configuration says."""
-    model = build(name)
+    model, experts = build(name, **changes), 300 if changes else 8
     trace = recorded(model).trace()
     expected = choices(model, prompts())
     assert np.array_equal(trace.expert_ids, expected.reshape(trace.expert_ids.shape))
+    assert trace.expert_ids.dtype == (np.uint16 if changes else np.uint8)
     assert trace.sequence.tolist() == [0] * 7 + [1] * 7 + [2] * 7
-    assert (trace.num_experts, trace.group, trace.model) == (8, None, type(model).__name__)
-    assert size is None or trace.expert_size == size
+    assert (trace.num_experts, trace.group, trace.model) == (experts, None, type(model).__name__)
+    assert trace.expert_size == size
 
 
 @pytest.mark.parametrize("where", ["keyword", "position", "recorder"])
@@ -155,17 +168,14 @@ def test_files_and_small_buffers(buffer_bytes, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["trace.safetensors"]
 
 
-def test_many_experts_take_two_bytes():
-    """Above 256 experts ids are 16 bits wide."""
-    model = build("mixtral", num_experts=300, num_local_experts=300, intermediate_size=4)
-    ids = recorded(model).trace().expert_ids
-    assert (ids.dtype, ids.max() > 255) == (np.uint16, True)
-
-
 def test_all_modes():
-    """Training, no_grad and inference mode in one recording; gradients are as without it."""
+    """Training, no_grad and inference mode in one recording; gradients are as without it.
+
+    With gradient checkpointing routers run twice, and are recorded once.
+    """
     model, tokens = build("mixtral"), prompts()
-    model(input_ids=tokens, labels=tokens).loss.backward()
+    given = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    model(**given).loss.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with capture(model) as recorder:
@@ -173,22 +183,13 @@ def test_all_modes():
             with mode():
                 model(input_ids=tokens)
         model.train()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    assert all(p.grad.equal(g) for p, g in zip(model.parameters(), expected, strict=True))
-    ids = recorder.trace().expert_ids.reshape(3, -1)
-    assert np.array_equal(ids[0], ids[1])
-    assert np.array_equal(ids[0], ids[2])
-
-
-def test_recomputation_counts_once():
-    """With gradient checkpointing routers run twice, and are recorded once."""
-    model, tokens = build("mixtral"), prompts()
-    new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)()
-    model.train()
-    with capture(model) as recorder:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    assert recorder.trace().tokens == tokens.numel()
+        model(**given).loss.backward()
+        assert all(p.grad.equal(g) for p, g in zip(model.parameters(), expected, strict=True))
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)()
+        model(**given).loss.backward()
+    ids = recorder.trace().expert_ids.reshape(4, -1)
+    assert all(np.array_equal(ids[0], others) for others in ids)
 
 
 def test_nothing_stays_behind(tmp_path):
@@ -211,13 +212,6 @@ def test_nothing_stays_behind(tmp_path):
     assert (hooks(), set(model.__dict__), list(tmp_path.iterdir())) == (before, own, [])
     with pytest.raises(RuntimeError, match="ended and has tokens"):
         recorder.trace()
-
-
-@contextlib.contextmanager
-def ending(error, text):
-    """Expect an error to come out of a recording, and a warning of what is left of it."""
-    with pytest.warns(RuntimeWarning, match=text), pytest.raises(error), torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])

@@ -32,13 +32,12 @@ def test_a_folder_of_many_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_tensors_in_memory(name):
-    """The state of a model, with stacked experts, is permuted as the model would be."""
+    """The state of a model, with stacked experts, is permuted as the model would be, and back."""
     model = build(name)
-    placement = placement_for(model)
-    moved = permute_state_dict(model.state_dict(), placement, config=model.config.to_dict())
+    placement, config = placement_for(model), model.config.to_dict()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    back = permute_state_dict(moved, placement, config=model.config.to_dict(), inverse=True)
-    assert same(back, before)
+    moved = permute_state_dict(model.state_dict(), placement, config=config)
+    assert same(permute_state_dict(moved, placement, config=config, inverse=True), before)
     apply_placement(model, placement)
     assert same(moved, dict(model.state_dict()))
 

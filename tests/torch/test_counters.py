@@ -61,11 +61,8 @@ def test_attached_to_a_model(name):
     model, tokens = build(name), prompts()
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    with (
-        torch.inference_mode(),
-        capture(model) as recorder,
-        RoutingCounters.attach(model, window=5) as counters,
-    ):
+    counters = RoutingCounters.attach(model, window=5)
+    with torch.inference_mode(), capture(model) as recorder, counters:
         model(input_ids=tokens, attention_mask=mask)
         model.generate(tokens, attention_mask=mask, max_new_tokens=4)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from moe_models import build, build_kind, choices, prompts, recorded, refused, torch
+from moe_models import build, build_kind, choices, ending, prompts, recorded, refused, torch
 from waiting import Waiting
 
 import moetuner as mt
@@ -79,10 +79,7 @@ TEXT = r"expert ids must be from 0 to 249, got others in layer 0 \(0\)"
 def test_ids_that_cannot_be_are_errors(wrong, text, tmp_path):
     """Ids are never taken for others, nor twice; other tokens are in a file."""
     ids = [[1, 2], wrong, [5, 6]]
-    with (
-        pytest.warns(RuntimeWarning, match="the 2 tokens until then"),
-        pytest.raises(ValueError, match=text),
-    ):
+    with ending(ValueError, "the 2 tokens until then", text):
         fixed(ids, path=tmp_path / "t.safetensors")
     trace = mt.RoutingTrace.load(tmp_path / "t.partial.safetensors")
     assert trace.expert_ids[:, 0].tolist() == [[1, 2], [5, 6]]
@@ -95,10 +92,7 @@ def test_a_trace_that_cannot_be_written_is_not_lost(tmp_path):
     """What was recorded is in a file beside it, and the error comes out of the block."""
     path = tmp_path / "t.safetensors"
     path.mkdir()
-    with (
-        pytest.warns(RuntimeWarning, match="partial.safetensors has the 2 tokens"),
-        pytest.raises(IsADirectoryError),
-    ):
+    with ending(IsADirectoryError, "partial.safetensors has the 2 tokens"):
         fixed([[1, 2], [5, 6]], path=path)
     assert mt.RoutingTrace.load(tmp_path / "t.partial.safetensors").tokens == 2
 

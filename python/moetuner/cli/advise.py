@@ -107,7 +107,7 @@ def _show(output: Output, advice: Advice) -> None:
                 FIGURES[name].column,
                 FIGURES[name].text(gain.before),
                 FIGURES[name].text(gain.after),
-                signed(gain.gain),
+                signed(gain.mean),
                 span(min(gain.splits), max(gain.splits)) if len(gain.splits) > 1 else "-",
                 span(gain.low, gain.high),
             )

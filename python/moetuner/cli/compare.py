@@ -225,7 +225,7 @@ def _show_gains(
     rows = []
     for method, gain in comparisons.items():
         ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
-        rows.append((method, *map(signed, (gain.gain, *ends))))
+        rows.append((method, *map(signed, (gain.mean, *ends))))
     columns = ("mean", "least", "most") if several else ("gain", "from", "to")
     output.say("")
     output.table((f"gain over {over}", *columns), rows)

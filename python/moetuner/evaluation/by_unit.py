@@ -172,23 +172,21 @@ class _Part:
             nudged: Floats = np.maximum(before + step * (part / share[:, None, None] - before), 0)
             return nudged
 
-        load, visits = moved(counts.load, whole.load), moved(counts.visits, whole.visits)
-        active, nodes = None, None
+        tables: dict[str, Any] = {
+            name: moved(getattr(counts, name), getattr(whole, name))
+            for name in ("load", "visits", "node_visits")
+        }
         if whole.active is not None:
             # The more of a device's experts are active, the less more tokens change that.
             experts = (self.setting.placement.slots >= 0).sum(axis=2)
-            active = whole.active[window]
-            before = np.maximum(whole.load[window], 1e-300)
+            active, before = whole.active[window], np.maximum(whole.load[window], 1e-300)
             idle = np.maximum(1 - active / np.maximum(experts, 1), 0)
-            active = active * (1 + (load / before - 1) * idle * (before >= 1))
-        if counts.node_visits is not None and whole.node_visits is not None:
-            nodes = moved(counts.node_visits, whole.node_visits)
+            grown = (tables["load"] / before - 1) * idle * (before >= 1)
+            tables["active"] = active * (1 + grown)
         # Homes are known of all windows together, and stay what they are.
         of_all = np.maximum(whole.visits.sum(axis=0, dtype=np.float64), 1e-300)
-        dispatch = whole.dispatch * (visits.sum(axis=0) / of_all)[:, None, :]
-        return replace(
-            counts, load=load, visits=visits, node_visits=nodes, dispatch=dispatch, active=active
-        )
+        rows = whole.dispatch * (tables["visits"].sum(axis=0) / of_all)[:, None, :]
+        return replace(counts, dispatch=rows, **tables)
 
 
 def of_windows(counts: Counts, setting: Setting) -> Measures:

@@ -71,6 +71,11 @@ class Comparison(Frozen):
     names: tuple[str, str] = ("before", "after")
 
     @property
+    def mean(self) -> float:
+        """Mean gain over splits."""
+        return self.gain
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """Interval of the gain; None where it has none."""
         return None if self.low is None or self.high is None else (self.low, self.high)
@@ -134,15 +139,7 @@ class Comparison(Frozen):
         return f"{line} ({self.sure}{over}){chance}."
 
     def __str__(self) -> str:
-        figure = FIGURES[self.measure]
-        change = f"{self.measure} {self.before:.4g} -> {figure.with_unit(self.after)}"
-        evidence = f"{self.units} unit{'' if self.units == 1 else 's'}"
-        if self.low is not None and self.high is not None:
-            evidence = f"95 %: {100 * self.low:.1f} to {100 * self.high:.1f}, of {evidence}"
-        return (
-            f"{self.answer}: {change}, gain {100 * self.gain:.1f} % ({evidence}; worth it above "
-            f"{100 * self.price:g} %)"
-        )
+        return f"{self.answer}: {self.sentence}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the gain as JSON values; ``kind`` says what low and high are."""

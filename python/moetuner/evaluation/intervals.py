@@ -218,19 +218,13 @@ def paired(
         with np.errstate(divide="ignore", invalid="ignore"):
             now, before = (sums[:, at] / sums[:, at + 1] for at in (4 * number, 4 * number + 2))
             ratio = now / before - 1
-        influences = [of.influence() for of in (mine, theirs)]
-        value, baseline_value = (
-            _spread(mine, of.value, samples, influence)
-            for of, samples, influence in zip(
-                (mine, theirs), (now, before), influences, strict=True
-            )
-        )
+        one, other = mine.influence(), theirs.influence()
+        apart = None if one is None or other is None else one - other
         change = None
         if theirs.value > 0 and before[-1] > 0:
-            one, other = influences
-            apart = None if one is None or other is None else one - other
             change = _spread(mine, mine.value / theirs.value - 1, ratio, apart)
-        changes[name] = Change(value, baseline_value, change)
+        value = _spread(mine, mine.value, now, one)
+        changes[name] = Change(value, _spread(mine, theirs.value, before, other), change)
     return changes
 
 

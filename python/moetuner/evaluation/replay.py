@@ -67,15 +67,11 @@ class Counts:
 
     def run(self, windows: slice) -> Counts:
         """Return the counts of some windows; what is of all windows together stays."""
-        load, visits, node_visits, active = (
-            None if of is None else of[windows]
-            for of in (self.load, self.visits, self.node_visits, self.active)
-        )
-        assert load is not None
-        assert visits is not None
-        return replace(
-            self, load=load, mixed=None, visits=visits, node_visits=node_visits, active=active
-        )
+        names = ("load", "visits", "node_visits", "active")
+        some: dict[str, Any] = {
+            name: of[windows] for name in names if (of := getattr(self, name)) is not None
+        }
+        return replace(self, mixed=None, **some)
 
 
 @dataclass(frozen=True)

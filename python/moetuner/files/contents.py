@@ -200,15 +200,12 @@ def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str
     """Read an archive of a trace or a load table: its arrays, and what it says about them."""
     arrays = npz.read_npz(path, (*ARRAYS, *ABOUT))
     if wanted not in arrays:
-        names = {
-            "expert_ids": ("a trace", "RoutingTrace.load"),
-            "load": ("a load table", "RoutingStatistics.load"),
-        }
-        what, _ = names.pop(wanted)
-        ((other, (kind, loader)),) = names.items()
+        kinds = {"expert_ids": "a trace", "load": "a load table"}
+        other = "load" if wanted == "expert_ids" else "expert_ids"
         if other in arrays:
-            raise ValueError(f"holds {kind}, not {what}; {loader} reads it")
-        raise ValueError(f"must hold an array '{wanted}' (or '{other}', {kind})")
+            loader = "RoutingTrace" if other == "expert_ids" else "RoutingStatistics"
+            raise ValueError(f"holds {kinds[other]}, not {kinds[wanted]}; {loader}.load reads it")
+        raise ValueError(f"must hold an array '{wanted}' (or '{other}', {kinds[other]})")
     about = {}
     for name, (kinds_of, axes, rule) in ABOUT.items():
         array = arrays.pop(name, None)

@@ -68,16 +68,6 @@ def names_in_npz(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def shapes_in_npz(path: Path) -> dict[str, TensorInFile]:
-    """Return types and sizes of an archive's arrays, by their headers."""
-    arrays = {}
-    with naming(path), opened(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as file:
-                arrays[info.filename.removesuffix(".npy")] = read_npy_header(file)[0]
-    return arrays
-
-
 def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Read those of these arrays that an archive has; others are not looked at."""
     size = size_of(path)

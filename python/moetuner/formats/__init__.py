@@ -28,6 +28,7 @@ from moetuner.formats import (
 )
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout, check_placement
+from moetuner.formats.rows import read_tables
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -81,8 +82,10 @@ READERS: dict[str, Reader] = {
     "vllm-ascend": Reader(
         "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
     ),
-    "arrow": Reader("Parquet or Arrow", arrow.recognises, arrow.read),
-    "csv": Reader("CSV with columns layer and expert", csv.recognises, csv.read),
+    "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.opened)),
+    "csv": Reader(
+        "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.opened)
+    ),
     **{
         kind: Reader(f"moetuner's own, as {kind}", partial(own.recognises, kind), own.read)
         for kind in own.KINDS

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
 from moetuner.files import size_of
-from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, Source, read_tables
+from moetuner.formats.rows import LABELS, Add, Source
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 BATCH = 1 << 16
@@ -37,13 +36,8 @@ def recognises(path: Path) -> bool:
     return start.startswith(PARQUET) or start == ARROW
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read one table, or several of the same columns one after the other."""
-    return read_tables(paths, hints, _opened)
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Iterator[Source]:
     """Open a file."""
     try:
         import pyarrow
@@ -184,11 +178,9 @@ def _values(name: str, column: Any) -> Any:
 
 def _labels(column: Any) -> Any:
     """Return texts or integers of a column, each kind once in memory."""
-    import pyarrow
-
     if column.null_count:
         raise ValueError("columns must have no empty values")
-    is_dictionary = pyarrow.types.is_dictionary(column.type)
+    is_dictionary = hasattr(column, "dictionary")
     kind = str(column.type.value_type if is_dictionary else column.type)
     if not kind.startswith(("int", "uint", "string", "large_string")):
         raise ValueError(f"sequence and group must be integers or texts, got {kind}")

@@ -16,9 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from moetuner.files import naming, size_of
-from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, Source, read_tables
+from moetuner.formats.rows import LABELS, Add, Source
 
 SEPARATORS = (",", ";", "\t")
 BLOCK = 1 << 21
@@ -34,11 +33,6 @@ def recognises(path: Path) -> bool:
     return {"layer", "expert"} <= set(_header(header)[1])
 
 
-def read(paths: Sequence[Path], hints: Hints) -> Traffic:
-    """Read one table, or several of the same columns one after the other."""
-    return read_tables(paths, hints, _opened)
-
-
 def _header(line: str) -> tuple[str, list[str]]:
     """Return the separator of a header, and its names."""
     separator = max(SEPARATORS, key=line.count)
@@ -46,7 +40,7 @@ def _header(line: str) -> tuple[str, list[str]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Iterator[Source]:
     """Open a file."""
     size_of(path)
     with path.open(encoding="utf-8-sig") as file:

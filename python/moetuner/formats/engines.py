@@ -16,7 +16,7 @@ from moetuner import router_groups as whole_groups
 from moetuner._checks import instance, one_of, per_device, whole_number
 from moetuner.evaluation.copies import Split
 from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Regime, Topology
+from moetuner.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,10 @@ class Engine:
     arrival
         How traffic arrives: mixed where requests are served, as recorded in training.
     may_copy
-        Whether an expert may have several slots in a layer.
+        Whether an expert may have several slots in a layer. If not, experts are renumbered in the
+        checkpoint, and groups of the router must stay whole.
     repeated
         What it does with two of them on one device; empty where it serves both.
-    keeps_groups
-        Whether experts are renumbered in the checkpoint, so that groups of the router must stay
-        whole.
-    regime
-        What moves: tokens fan out from their home device and come back, in all of them.
     has_low_latency
         Whether it may exchange tokens by DeepEP's low-latency kernels, see ``tokens_per_rank``.
     serve
@@ -55,8 +51,6 @@ class Engine:
     arrival: Literal["bursts", "mixed"] = "mixed"
     may_copy: bool = True
     repeated: str = ""
-    keeps_groups: bool = False
-    regime: Regime = "dispatch"
     has_low_latency: bool = False
     serve: str = ""
 
@@ -87,9 +81,9 @@ ENGINES: dict[str, Engine] = {
         "one for each device, in turns over devices",
         repeated="refuses it",
     ),
-    "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False, keeps_groups=True),
-    "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False, keeps_groups=True),
-    "transformers": Engine("transformers", arrival="bursts", may_copy=False, keeps_groups=True),
+    "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False),
+    "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False),
+    "transformers": Engine("transformers", arrival="bursts", may_copy=False),
 }
 
 # Bytes that a buffer of DeepEP's low-latency kernels stays below: it is counted in 16 bytes, by 32
@@ -163,13 +157,13 @@ def engine_settings(
     instance("topology", topology, Topology)
     of = ENGINES[engine]
     settings: dict[str, Any] = {
-        "regime": of.regime,
+        "regime": "dispatch",  # tokens fan out from their home device and come back, in all of them
         "split": of.split,
         "arrival": of.arrival,
         "slots_per_device": _slots(of, statistics, topology, slots_per_device, extra_slots),
         "fill_slots": of.may_copy,
     }
-    if router_groups is not None and of.keeps_groups:
+    if router_groups is not None and not of.may_copy:
         if topology.devices % whole_number("router_groups", router_groups):
             raise ValueError(
                 f"router_groups must divide {topology.devices} devices, got {router_groups}: with "

@@ -50,7 +50,10 @@ STORAGES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "storage.UntypedStorage": "uint8",
 }
+# Tensors of these types say so themselves.
+UNSIGNED = ("uint16", "uint32", "uint64")
 # What pickle raises of a damaged description, or by itself where it is cut off.
 DAMAGE = (LookupError, EOFError, struct.error, TypeError, AttributeError, UnicodeDecodeError)
 
@@ -132,7 +135,8 @@ class _Storage(NamedTuple):
 
 
 NAMES = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size"}
-NAMES |= {"collections.OrderedDict", "torch.device", *(f"torch.{name}" for name in STORAGES)}
+NAMES |= {"torch._utils._rebuild_tensor_v3", "collections.OrderedDict", "torch.device"}
+NAMES |= {f"torch.{name}" for name in (*STORAGES, *UNSIGNED)}
 
 # Instructions that are carried out, and bytes of memory of what each makes, beside its text.
 COSTS = dict.fromkeys(map(ord, "NK\x88\x89)hjqr\x94"), POINTER)
@@ -161,6 +165,11 @@ class _Name:
                 return tensor
             case ("torch._utils._rebuild_tensor_v2", _Storage() as of, start, shape, strides, *_):
                 return self.machine.tensor(of, start, shape, strides)
+            case ("torch._utils._rebuild_tensor_v3", _Storage(key=key), *args):
+                start, shape, strides, _, _, dtype, *_ = args
+                if dtype.text.removeprefix("torch.") in UNSIGNED:
+                    of = _Storage(key, dtype.text.removeprefix("torch."))
+                    return self.machine.tensor(of, start, shape, strides)
         raise ValueError(f"asks for a call of {self.text} that torch.save does not write")
 
 

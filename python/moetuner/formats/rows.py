@@ -41,9 +41,12 @@ class Source:
 
 
 def read_tables(
-    paths: Sequence[Path], hints: Hints, opened: Callable[[Path], AbstractContextManager[Source]]
+    opened: Callable[[Path], AbstractContextManager[Source]], paths: Sequence[Path], hints: Hints
 ) -> Traffic:
-    """Read one table, or several of the same columns one after the other."""
+    """Read one table, or several of the same columns one after the other.
+
+    ``opened`` opens one.
+    """
     table: Any = None
     for path in paths:
         with naming(path), opened(path) as source:

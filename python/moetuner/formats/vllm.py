@@ -42,11 +42,11 @@ def recognises(path: Path) -> bool:
         return ours and b'"sglext"' not in start and b'"meta_info"' not in start
     if start.startswith(npz.MAGIC):
         return _has_dense_rows(path)
-    if not start.startswith(b"PK\x03\x04") or is_pickled(path):
+    names = names_in(path) if start.startswith(b"PK\x03\x04") and not is_pickled(path) else []
+    if not names or not all(map(SEQUENCE.fullmatch, names)):
         return False
-    with naming(path):
-        names = npz.names_in_npz(path)
-    return bool(names) and all(map(SEQUENCE.fullmatch, names)) and _are_sequences(path)
+    (first,) = read_arrays(path, names[:1]).values()
+    return first.ndim == 3 and first.dtype.kind in "iu"
 
 
 def _has_dense_rows(path: Path) -> bool:
@@ -62,13 +62,6 @@ def _has_dense_rows(path: Path) -> bool:
         return not ids[0].any(axis=1).all()
     except ValueError:
         return False  # the reader of moetuner's own says what is wrong
-
-
-def _are_sequences(path: Path) -> bool:
-    """Whether every array of an archive has the sizes of routed experts."""
-    arrays = npz.shapes_in_npz(path).values()
-    are_ids = all(len(array.shape) == 3 and array.dtype.kind in "iu" for array in arrays)
-    return are_ids and len({array.shape[1:] for array in arrays}) == 1
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:

@@ -215,15 +215,11 @@ class Case:
         pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
         if rules.budget is not None:
             return self._packed_or_next(rules.budget, ANEW_GAIN_IN_BUDGET, rules, pairs)
-        if self.is_initial:
+        # The map that engines begin with, which no load has shaped.
+        initial = np.arange(self.slots[0].size) % self.experts
+        if (self.slots.reshape(layers, -1) == initial).all():
             return self._packed_or_next(self.slots.size, ANEW_GAIN, rules, pairs)
         return self._next(largest_move(layers, self.slots[0].size, ranks), rules, pairs)
-
-    @property
-    def is_initial(self) -> bool:
-        """Whether the map is the one that engines begin with, which no load has shaped."""
-        slots = self.slots.reshape(len(self.slots), -1)
-        return bool((slots == np.arange(slots.shape[1]) % self.experts).all())
 
     def _packed_or_next(
         self, budget: int, gain: float, rules: Rules, pairs: Pairs | None
@@ -268,7 +264,11 @@ class Case:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
         nodes, size = self.nodes, self.experts // self.groups
-        idle = ~self.load.any(axis=1) & _complete(self.slots, self.experts, self.experts // nodes)
+        # Without load nothing moves, if all experts are there, and no rank lacks what it may hold.
+        holders = holders_of(self.slots, self.experts)
+        idle = ~self.load.any(axis=1) & np.all(holders.any(axis=1), axis=1)
+        idle &= np.all(holders.sum(axis=2) >= min(width, self.experts // nodes), axis=1)
+        idle &= np.all(self.slots != EMPTY, axis=(1, 2))
         node_of = _nodes_of_groups(self.load, self.slots, self.groups, nodes, budget)
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
@@ -391,18 +391,6 @@ def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: in
     same = min(old.shape[1], slots.shape[1])
     slots[:, :same] = np.where((old >= 0) & (old < experts), old, EMPTY)[:, :same]
     return slots.reshape(shape)
-
-
-def _complete(slots: Slots, experts: int, most: int) -> NDArray[np.bool_]:
-    """Whether every slot is filled, every expert has one, and no rank the same twice [L].
-
-    That is, as far as a rank may hold ``most`` different ones.
-    """
-    holders = holders_of(slots, experts)
-    once = holders.sum(axis=2) >= min(slots.shape[2], most)
-    every = np.all(holders.any(axis=1), axis=1)
-    complete: NDArray[np.bool_] = every & np.all(once, axis=1) & np.all(slots != EMPTY, axis=(1, 2))
-    return complete
 
 
 def _nodes_of_groups(

@@ -159,8 +159,3 @@ def quick_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer of slots in windows where milliseconds count."""
     trials = max(LEVEL_TRIALS * slots, LEAST_LEVEL)
     return min(trials, LEVEL_WORK * slots // -(-windows // LANES))
-
-
-def full_trials(slots: int, windows: int) -> int:
-    """Return the trials of the same search where there is no hurry."""
-    return LEVEL_FULL * slots // -(-windows // LANES)

@@ -297,11 +297,17 @@ class Run:
         return excess, objective.value(placement) + price
 
     def offer(self, slots: Slots, by: str, *, is_start: bool = False) -> Incumbent:
-        """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget."""
+        """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget.
+
+        The best value is reported where it is the objective of an answer that keeps the caps.
+        """
         incumbent = self.judge(slots, by, is_start=is_start)
         if self.can_afford(incumbent):
             self.incumbents.append(incumbent)
-            self._tell(by)
+            best, report = self.best, self.budget.progress
+            is_objective = self.sees_all and (self.moves is None or not self.moves.price)
+            if report is not None and is_objective and not best.excess:
+                report(Progress(0.0, by, best.value, is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
             self.rank_of_all(incumbent)
         return incumbent
@@ -319,13 +325,6 @@ class Run:
     def prefer(self, slots: Slots, by: str) -> None:
         """Make slots [L,D,S] the answer although an incumbent may rank before them by a hair."""
         self.preferred = self.judge(slots, by)
-
-    def _tell(self, phase: str) -> None:
-        """Report the best value where it is the objective of an answer that keeps the caps."""
-        best, report = self.best, self.budget.progress
-        is_objective = self.sees_all and (self.moves is None or not self.moves.price)
-        if report is not None and is_objective and not best.excess:
-            report(Progress(0.0, phase, best.value, is_step=True))
 
     @property
     def best(self) -> Incumbent:

@@ -38,27 +38,21 @@ class SearchSetting:
         Part of experts' variance among windows that counts as their own.
     mixed
         How much the mean of all windows counts besides them.
-    reason
-        Why it is that.
+    details
+        The setting, and why it is that, as ``Result.details`` has it; None before windows are seen.
     """
 
     norm: int = 0
     noise: float = 0.0
     mixed: float = 0.0
-    reason: str = "no windows were looked at"
-
-    @property
-    def details(self) -> UnseenDetails:
-        """The setting, as ``Result.details`` has it."""
-        norm = f"norm {self.norm}" if self.norm else "maximum"
-        noise = ", noise" if self.noise > 0 else ""
-        mixed = ", mixed" if self.mixed > 0 else ""
-        return UnseenDetails(f"{norm}{noise}{mixed}", self.reason)
+    details: UnseenDetails | None = None
 
 
 def setting_for(load: Floats, weight: Floats, *, large: bool) -> SearchSetting:
     """Return how to search on windows [W,L,E] of weights [W], of ``large`` layers or not."""
     used = np.count_nonzero((weight > 0) & load.any(axis=(1, 2)))
     if used < FEWEST_WINDOWS:
-        return SearchSetting(reason="too few windows")
-    return SearchSetting(NORM, NOISE, MIXED if large else 0.0, reason=f"for {used} windows")
+        return SearchSetting(details=UnseenDetails("maximum", "too few windows"))
+    chosen = f"norm {NORM}, noise" + (", mixed" if large else "")
+    mixed = MIXED if large else 0.0
+    return SearchSetting(NORM, NOISE, mixed, UnseenDetails(chosen, f"for {used} windows"))

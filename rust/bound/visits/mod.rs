@@ -168,7 +168,7 @@ pub fn bound(
         let done = number * together;
         // What is left of the time is shared among the layers that are left.
         let begin = Instant::now();
-        let share = limits.control.deadline().map(|deadline| {
+        let share = limits.control.deadline.map(|deadline| {
             deadline
                 .saturating_duration_since(begin)
                 .div_f64(total.saturating_sub(done).div_ceil(wave.len()) as f64)
@@ -201,22 +201,19 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
     if prices.len() != experts {
         return Err(Error::shape("certificate", format!("{experts} prices"), &prices.len()));
     }
-    let together = at_once(layers);
-    let mut visits = Vec::with_capacity(layers.len());
-    let mut rest = prices;
-    for wave in layers.chunks(together) {
-        let (mine, others) = rest.split_at(wave.iter().map(Layer::experts).sum());
-        rest = others;
-        let proven = mine.par_chunks(wave[0].experts()).zip(wave).map(|(prices, layer)| {
-            let prices: Vec<f64> = prices.iter().map(|&price| whole(price * UNIT)).collect();
-            if prices.iter().all(|&price| price == 0.0) {
-                return layer.least() as u64;
-            }
-            layer.proven(&prices, &Table::new(layer).price(&prices, 0).0)
-        });
-        visits.extend(proven.collect::<Vec<_>>());
-    }
-    Ok(visits)
+    let proven = |(prices, layer): (&[f64], &Layer<'_>)| {
+        let prices: Vec<f64> = prices.iter().map(|&price| whole(price * UNIT)).collect();
+        if prices.iter().all(|&price| price == 0.0) {
+            return layer.least() as u64;
+        }
+        layer.proven(&prices, &Table::new(layer).price(&prices, 0).0)
+    };
+    let (together, of_layer) = (at_once(layers), layers.first().map_or(1, Layer::experts));
+    let waves = layers.chunks(together).zip(prices.chunks(together * of_layer));
+    let wave = |(wave, prices): (&[Layer<'_>], &[f64])| -> Vec<u64> {
+        prices.par_chunks(of_layer).zip(wave).map(proven).collect()
+    };
+    Ok(waves.flat_map(wave).collect())
 }
 
 /// A price in units: whole, and near enough to 0.

@@ -67,20 +67,16 @@ pub fn fill_layers(load: &[f64], experts: usize, sites: &[Site], trials: usize) 
 
 /// Refuses sizes that ids cannot count, and numbers that sums cannot hold.
 pub(super) fn check(load: &[f64], experts: usize) -> Result<()> {
-    let fault =
-        |what, rule: &str, value: String| Err(Error::Shape { what, rule: rule.to_owned(), got: value });
-    if experts == 0 || experts >= usize::from(EMPTY) {
-        return fault("load", "from 1 to 65534 experts", experts.to_string());
+    let fault = |rule: &str, got| Err(Error::Shape { what: "load", rule: rule.to_owned(), got });
+    if !(1..usize::from(EMPTY)).contains(&experts) {
+        return fault("from 1 to 65534 experts", experts.to_string());
     }
     for (layer, load) in load.chunks_exact(experts).enumerate() {
-        if let Some((e, load)) =
-            load.iter().enumerate().find(|(_, load)| !(**load >= 0.0 && load.is_finite()))
-        {
-            let value = format!("{load} in layer {layer}, expert {e}");
-            return fault("load", "finite values of at least 0", value);
+        if let Some(e) = load.iter().position(|load| !(*load >= 0.0 && load.is_finite())) {
+            return fault("finite values of at least 0", format!("{} in layer {layer}, expert {e}", load[e]));
         }
         if !load.iter().sum::<f64>().is_finite() {
-            return fault("load", "a finite sum in every layer", format!("an infinite one in layer {layer}"));
+            return fault("a finite sum in every layer", format!("an infinite one in layer {layer}"));
         }
     }
     Ok(())

@@ -171,7 +171,7 @@ class ProblemOptions(Serving):
         if self.engine is None:
             raise click.UsageError("'--router-groups' needs '--for', the engine.")
         engine = ENGINES[self.engine]
-        if self.router_groups is not None and not engine.keeps_groups:
+        if self.router_groups is not None and engine.may_copy:
             raise click.UsageError(
                 f"'--router-groups' is for engines that renumber experts in the checkpoint; "
                 f"{engine.title} does not, and its groups may be divided."

@@ -233,7 +233,7 @@ class _Study:
         proposed: Key = (knee, False)
         self.say("judging")
         judged = tuple(self._compared(trials, proposed, window) for window in self.windows)
-        main = max(judged, key=lambda each: each.gain.gain)
+        main = max(judged, key=lambda each: each.gain.mean)
         units, of = self.units[main.window], first.evaluations[main.window]
         placements = first.placements[None], first.placements[proposed]
         self.say("comparing the halves of the recording")

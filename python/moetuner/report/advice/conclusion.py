@@ -90,7 +90,7 @@ def _by_gains(of: Advice, reasons: list[str]) -> Answer:
 
     def pays_nothing(gain: Comparison) -> bool:
         # More traffic is not worth recording where that is surely not far above the price.
-        is_low = gain.high is not None and gain.gain < price and gain.high <= NEAR * price
+        is_low = gain.high is not None and gain.mean < price and gain.high <= NEAR * price
         return gain.answer in ("certain but small", "worse") or (
             gain.answer == "no evidence" and is_low
         )
@@ -144,10 +144,10 @@ def _by_drift(
         reasons.insert(
             1,
             f"the halves of the recording hold different groups: served mixed, the gain is "
-            f"{percent(of.main.gain.gain)}; served as recorded, a placement of one half gains "
+            f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
             f"{percent(least)} or more on the other (lower end of 95 %)",
         )
-    elif least > 0 and least >= CARRIED * of.main.gain.gain:
+    elif least > 0 and least >= CARRIED * of.main.gain.mean:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
     else:
         warnings.append(
@@ -197,7 +197,7 @@ def _gains(of: Advice) -> list[str]:
         gain = judged.gain
         size = "" if judged.window is None else f"windows of {judged.window:,} tokens"
         notes = ", ".join(filter(None, (gain.sure, size)))
-        much = gain.much if abs(gain.gain) >= 0.0005 else "no less"
+        much = gain.much if abs(gain.mean) >= 0.0005 else "no less"
         lines.append(
             f"{where} a layer takes {much} predicted time than with the {running} placement, "
             f"{gain.before:.1f} to {gain.after:.1f} us{notes and f' ({notes})'}"
@@ -214,9 +214,9 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
         line = f"{figure.title}: {gain.before:.2f} to {gain.after:.2f}{figure.unit}"
-        if gain.gain <= -price:
+        if gain.mean <= -price:
             line += "; that is a cost"
-        elif gain.gain < price:
+        elif gain.mean < price:
             line += f"; {figure.nothing}"
         elif gain.low is None:
             line += "; how surely is not known"

@@ -53,25 +53,31 @@ class Drift:
 
 def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
-    drift = _drift(traffic, units, seed, by_group=False)
-    if drift is None or not drift.is_beyond_chance or traffic.group is None:
-        return drift
-    mixed = _drift(traffic, units, seed, by_group=True)
-    return replace(drift, is_of_groups=mixed is not None and not mixed.is_beyond_chance)
-
-
-def _drift(traffic: Traffic, units: Units, seed: int, *, by_group: bool) -> Drift | None:
-    # Blocks are taken as independent, so that none may be shorter than what is alike.
+    # Blocks of neighbours are taken as independent, so none may be shorter than what is alike.
     blocks = min(BLOCKS, units.number) if units.name == "window" else BLOCKS
-    loads = _blocks(traffic, blocks, by_group=by_group)
-    if len(loads) < FEWEST or not loads.sum():
-        return None
-    first = np.arange(len(loads)) < len(loads) // 2
-    rng = np.random.default_rng(seed)
-    distance = _distance(loads, first)
-    others = np.array([_distance(loads, rng.permutation(first)) for _ in range(HALVES)])
-    chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
-    return Drift(distance, float(others.mean()), chance)
+    drift = None
+    for by_group in (False, True):
+        item, place = _in_order(traffic, by_group=by_group)
+        block = (place * blocks // len(place))[item]
+        if isinstance(traffic, RoutingTrace):
+            loads = loads_by(traffic, block, blocks)
+        else:
+            loads = np.zeros((blocks, traffic.layers, traffic.experts))
+            np.add.at(loads, block, traffic.window_load.astype(np.float64))
+        loads = loads[np.unique(block)]
+        if len(loads) < FEWEST or not loads.sum():
+            return drift
+        first, rng = np.arange(len(loads)) < len(loads) // 2, np.random.default_rng(seed)
+        distance = _distance(loads, first)
+        others = np.array([_distance(loads, rng.permutation(first)) for _ in range(HALVES)])
+        chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
+        one = Drift(distance, float(others.mean()), chance)
+        if drift is not None:
+            return replace(drift, is_of_groups=not one.is_beyond_chance)
+        drift = one
+        if not one.is_beyond_chance or traffic.group is None:
+            break
+    return drift
 
 
 def halves(traffic: Traffic) -> tuple[Traffic, Traffic]:
@@ -102,18 +108,6 @@ def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], N
     place = np.empty(len(first), dtype=np.int64)
     place[order] = np.arange(len(first))
     return item, place
-
-
-def _blocks(traffic: Traffic, blocks: int, *, by_group: bool) -> NDArray[np.float64]:
-    """Load of blocks of neighbouring sequences, or windows or tokens [B,L,E]."""
-    item, place = _in_order(traffic, by_group=by_group)
-    block = (place * blocks // len(place))[item]
-    if isinstance(traffic, RoutingTrace):
-        loads = loads_by(traffic, block, blocks)
-    else:
-        loads = np.zeros((blocks, traffic.layers, traffic.experts))
-        np.add.at(loads, block, traffic.window_load.astype(np.float64))
-    return loads[np.unique(block)]
 
 
 def _distance(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> float:

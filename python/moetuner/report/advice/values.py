@@ -237,7 +237,7 @@ class Advice(Frozen):
     @property
     def main(self) -> Judged:
         """Both placements in the windows where most is gained."""
-        return max(self.judged, key=lambda each: each.gain.gain)
+        return max(self.judged, key=lambda each: each.gain.mean)
 
     @property
     def sentence(self) -> str:

@@ -205,12 +205,9 @@ def _links(page: PageData) -> Panel | str:
         for name, (unit, table) in units.items()
     }
     if _sides(page) <= draw.MOST_DEVICES:
-        (one, what), (other, _) = (_by_node(table / tokens * 1000, page) for table in rows)
-        for layer in range(layers):
-            both = [one[layer], other[layer]]
-            variants[f"layer {layer}"] = draw.matrices(
-                both, page.names, what, "rows of 1,000 tokens"
-            )
+        variants |= _by_layer(
+            page, [table / tokens * 1000 for table in rows], "rows of 1,000 tokens", "layer {}"
+        )
     ports = [
         (name, regime, str(tier), f"{out:.4g}", f"{into:.4g}")
         for name, each in zip(page.names, page.evaluations, strict=True)
@@ -223,6 +220,17 @@ def _links(page: PageData) -> Panel | str:
         (Chart("links", label, variants, height=420, wide=560),),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
+
+
+def _by_layer(
+    page: PageData, tables: Sequence[NDArray[Any]], unit: str, name: str
+) -> dict[str, Spec]:
+    """Draw what both placements move between devices [L,D,D], or nodes, layer by layer."""
+    (one, what), (other, _) = (_by_node(table, page) for table in tables)
+    return {
+        name.format(at, at + 1): draw.matrices(both, page.names, what, unit)
+        for at, both in enumerate(zip(one, other, strict=True))
+    }
 
 
 def _next(page: PageData) -> Panel | str:
@@ -256,13 +264,10 @@ def _next(page: PageData) -> Panel | str:
     selects = ("boundary",) if has_matrices else ()
     charts = [Chart("next", "share of steps that leave", draw.only(lines, spec), 320, selects)]
     if has_matrices:
-        (one, what), (other, _) = (_by_node(table, page) for table in tables)
-        variants = {}
-        for at in boundaries:
-            both = [each[at] / max(each[at].sum(), 1) * 100 for each in (one, other)]
-            variants[f"layer {at} to {at + 1}"] = draw.matrices(
-                both, page.names, what, "% of steps"
-            )
+        shares = [
+            table / np.maximum(table.sum(axis=(1, 2)), 1)[:, None, None] * 100 for table in tables
+        ]
+        variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
         charts.append(Chart("boundary", label, variants, 400, wide=560))
     rows = [

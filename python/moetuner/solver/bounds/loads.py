@@ -196,12 +196,13 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
 
 
 def _applies(run: Run) -> bool:
-    traffic = run.problem.goal == "traffic"
-    return not (traffic and (run.objective.counts_visits or pairs.is_of_pairs(run.problem)))
+    is_proven = run.objective.counts_visits or pairs.is_of_pairs(run.problem)
+    return run.problem.goal != "traffic" or not is_proven
 
 
-def _reserve(run: Run, left: float) -> float:
-    return pairs.reserve(run.problem, left) if proves_pairs(run.problem) else 0.0
-
-
-LOAD_BOUND = Stage(_prove, applies=_applies, least=lambda _: -1.0, reserve=_reserve)
+LOAD_BOUND = Stage(
+    _prove,
+    applies=_applies,
+    least=lambda _: -1.0,
+    reserve=lambda run, left: pairs.reserve(run.problem, left) * proves_pairs(run.problem),
+)

@@ -41,16 +41,12 @@ class Solution:
     status
         ``"optimal"`` only where objective and bound agree, ``"gap_reached"`` where they agree as
         far as wanted, ``"feasible"`` at the node limit.
-    first
-        Objective of the first values of HiGHS: those of the start. None where presolving left
-        nothing to search.
     """
 
     values: Floats
     objective: float
     bound: float
     status: Status
-    first: float | None = None
 
 
 class Ilp:
@@ -153,7 +149,7 @@ class Ilp:
         Raises
         ------
         RuntimeError
-            If HiGHS fails, or does not begin with the start: a fault of the formulation.
+            If HiGHS fails.
         """
         begin = time.monotonic()
         values = np.asarray(start, dtype=np.float64)
@@ -168,10 +164,7 @@ class Ilp:
         _ok(highs.setSolution(self.columns, columns, values), "setSolution")
         if time_limit is not None:
             _set(highs, time_limit=max(time_limit - (time.monotonic() - begin), 0.0))
-        watch = _Watch(highs)
-        interrupted = watch.run(progress)
-        if watch.first is not None and watch.first > best and not _close(watch.first, best):
-            raise RuntimeError(f"HiGHS began with {watch.first}, not with the start's {best}")
+        interrupted = _Watch(highs).run(progress)
         info = highs.getInfo()
         if info.primal_solution_status == 2:  # a feasible point
             new = np.array(highs.getSolution().col_value, dtype=np.float64)
@@ -179,9 +172,10 @@ class Ilp:
             if self.cost @ new < best:
                 values, best = new, float(self.cost @ new)
         bound, status = float(info.mip_dual_bound), _ended(highs, interrupted)
-        if status == "optimal" and max(gap, absolute_gap) > 0 and not _close(best, bound):
+        is_met = math.isclose(best, bound, rel_tol=1e-6, abs_tol=1e-6)
+        if status == "optimal" and max(gap, absolute_gap) > 0 and not is_met:
             status = "gap_reached"
-        return Solution(values, best, bound, status, watch.first)
+        return Solution(values, best, bound, status)
 
     def _build(self, **options: bool | float) -> _Highs:
         # The public class `highspy.Highs` prints a banner before it can be asked not to; the class
@@ -227,7 +221,6 @@ class _Watch:
 
     def __init__(self, highs: _Highs) -> None:
         self.highs = highs
-        self.first: float | None = None
         self.best: float | None = None
         self.bound = -math.inf
         self.cancelled = False
@@ -271,7 +264,6 @@ class _Watch:
 
         if kind == Kind.kCallbackMipImprovingSolution:
             self.best = float(out.objective_function_value)
-            self.first = self.best if self.first is None else self.first
         elif kind == Kind.kCallbackMipInterrupt:
             self.bound = float(out.mip_dual_bound)
         if into is not None and self.cancelled:
@@ -289,7 +281,3 @@ def _ok(status: Any, call: str) -> None:
 def _set(highs: _Highs, **options: bool | int | float | str) -> None:
     for name, value in options.items():
         _ok(highs.setOptionValue(name, value), f"setOptionValue({name!r}, {value!r})")
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6)

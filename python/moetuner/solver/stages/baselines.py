@@ -16,6 +16,7 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
+from moetuner.solver.rebalancing import slowest
 from moetuner.solver.run import Run
 from moetuner.solver.stages import SEARCH
 from moetuner.solver.stages.floor import FLOOR, balanced
@@ -82,13 +83,14 @@ def eplb(run: Run, budget: Budget) -> None:
     problem = run.problem
     slots = balanced(problem, trials=0)
     if problem.may_copy and _is_even(problem):
-        peaks = _peaks(problem, slots)
+        load = problem.load[None].astype(np.float64)
+        peaks = slowest(load, slots)
         wanted = deepseek_peaks(problem.load, problem.devices, problem.slots)
         behind = np.flatnonzero(peaks > wanted * (1 + 1e-9))
         if behind.size:
             better = slots.copy()
             better[behind] = _annealed(problem, behind, run.seed, budget.threads)
-            behind = behind[(_peaks(problem, better) < peaks)[behind]]
+            behind = behind[(slowest(load, better) < peaks)[behind]]
             slots[behind] = better[behind]
     run.offer(slots, "eplb")
 
@@ -138,14 +140,6 @@ def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats
         sums[layer, at] += item
         free[layer, at] -= 1
     peaks: Floats = sums.max(axis=1)
-    return peaks
-
-
-def _peaks(problem: Problem, slots: Slots) -> Floats:
-    """Compute the largest device load [L] of slots [L,D,S] whose copies take equal parts."""
-    placement = Placement(slots, num_experts=problem.experts)
-    per_copy = problem.load / placement.replicas
-    peaks: Floats = np.einsum("lde,le->ld", placement.held, per_copy).max(axis=1)
     return peaks
 
 

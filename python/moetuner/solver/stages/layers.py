@@ -61,11 +61,6 @@ class LayerModel:
         """Slots of the largest layer."""
         return int(self.problem.capacity.sum(axis=1).max())
 
-    def construct(self, threads: int | None) -> Slots:
-        """Construct slots [L,D,S] that are balanced on the sum of windows."""
-        layers, _ = self.core()
-        return layers.construct(threads=threads)
-
     def core(
         self, moves: Moves | None = None, traffic: float = 1.0
     ) -> tuple[_core.Layers, dict[str, Any]]:
@@ -91,13 +86,6 @@ class LayerModel:
         )
         return bool(windows_alone and even and many)
 
-    def learn(self, moves: Moves | None) -> None:
-        """Choose what generalises to traffic that nobody has seen."""
-        windows = self.windows
-        self.weights = [np.ones(len(windows))]
-        large = self.levels(moves)
-        self.setting = setting_for(windows.load, windows.weight, large=large)
-
     def reweight(self, slots: Slots) -> None:
         """Give more weight to the windows that a risk or the worst group is made of, next time."""
         windows = self.windows
@@ -116,7 +104,8 @@ class LayerModel:
             # On the windows and on their mean, for traffic of all kinds at once.
             trials = budget.iterations
             if trials is None:
-                trials = effort.full_trials(self.slots_of_layer, len(self.windows) + 1)
+                lanes = -(-(len(self.windows) + 1) // effort.LANES)
+                trials = effort.LEVEL_FULL * self.slots_of_layer // lanes
             return level_windows(run, budget, self.weight, trials, mixed=MIXED)
         problem = self.problem
         layers, links = self.core(run.moves, traffic)
@@ -157,7 +146,8 @@ def _starts_anew(run: Run) -> bool:
 
 
 def _construct(run: Run, budget: Budget) -> None:
-    run.offer(LayerModel(run).construct(budget.threads), "construct", is_start=True)
+    layers, _ = LayerModel(run).core()
+    run.offer(layers.construct(threads=budget.threads), "construct", is_start=True)
 
 
 def _joins_layers(run: Run) -> bool:
@@ -209,7 +199,10 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
     if not run.problem.windows.is_mean:
         turns = effort.REWEIGHTINGS_AGAIN if model.weights else effort.REWEIGHTINGS
     if not model.weights:
-        model.learn(run.moves)
+        windows = model.windows
+        model.weights = [np.ones(len(windows))]
+        large = model.levels(run.moves)
+        model.setting = setting_for(windows.load, windows.weight, large=large)
     run.details = replace(run.details, unseen=model.setting.details)
     traffic = [1.0] * turns + [TRAFFIC_WEIGHT] * _prices_visits(run)
     for turn, multiple in enumerate(traffic):

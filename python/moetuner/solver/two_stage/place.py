@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -97,32 +98,27 @@ def place_clusters(
     cost = np.ascontiguousarray(cost, dtype=np.int64)
     counts = None if sizes is None else np.ascontiguousarray(sizes, dtype=np.uint64)
     budget = budget or Budget()
-
-    def search(start: Devices | None = None) -> tuple[NDArray[np.uint16], str, int, bool]:
-        return _core.place_clusters(
-            traffic,
-            cost.astype(np.uint64),
-            sizes=counts,
-            start=None if start is None else start.astype(np.uint16),
-            time_limit=budget.left,
-            threads=budget.threads,
-        )
-
-    placed, way, bound, interrupted = search()
+    tables = (traffic, cost.astype(np.uint64))
+    search = partial(_core.place_clusters, *tables, sizes=counts, threads=budget.threads)
+    placed, way, bound, interrupted = search(time_limit=budget.left)
     if counts is not None and not interrupted and not budget.is_over():
         totals = np.bincount(placed.ravel(), counts.ravel().astype(np.float64))
         if totals.max() - totals.min() > (totals.sum() % len(totals) != 0):
             # Exchanges do not level the totals: from a start that does they are no longer touched.
             level = _level(counts, placed.astype(np.int64), seed=seed, budget=budget)
-            placed, way, bound, interrupted = search(level)
+            start = level.astype(np.uint16)
+            placed, way, bound, interrupted = search(start=start, time_limit=budget.left)
     device = placed.astype(np.int64)
     bottleneck, total = _times(traffic, cost, device)
     status: Status = "interrupted" if interrupted else "feasible"
-    if interrupted:
-        pass
-    elif bottleneck - bound <= tolerance * bottleneck:
+    is_near = bottleneck - bound <= tolerance * bottleneck
+    if is_near and not interrupted:
         status = "gap_reached"
-    elif counts is not None and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS:
+    elif (
+        not interrupted
+        and counts is not None
+        and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS
+    ):
         solution, device = solve_stage(
             traffic,
             cost,

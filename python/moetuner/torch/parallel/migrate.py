@@ -159,10 +159,13 @@ def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: A
         if spare.plan:
             lost = attempt(spare.fill, layers[0].group, agreement.timeout)[1]
             agreement.reach(f"the weights of layer {number}", plan, lost)
-    pairs = list(zip(layers, spares, strict=True))
+
+    def put() -> None:
+        for layer, spare in zip(layers, spares, strict=True):
+            spare.put(layer.experts.weights())
+
     try:
-        _, lost = attempt(lambda: [spare.put(layer.experts.weights()) for layer, spare in pairs])
-        agreement.reach("the new weights in their slots", plan, lost)
+        agreement.reach("the new weights in their slots", plan, attempt(put)[1])
     except BaseException:
         for spare in spares:
             spare.undo()
