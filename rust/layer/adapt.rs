@@ -130,7 +130,9 @@ impl Loads {
         let square = if total > 0.0 { UNSTEADY * slots.expert_in.len() as f64 / total } else { 0.0 };
         let counts = |load: f64| load + square * load * load;
         let (plain, mut load_in) = slots.times_and_loads(site, tokens);
-        load_in.iter_mut().for_each(|load| *load = counts(*load));
+        for load in &mut load_in {
+            *load = counts(*load);
+        }
         let mean = load_in.iter().sum::<f64>() / site.rate();
         let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
         let per_token: Vec<f64> = site.time.iter().map(|time| time * unit).collect();

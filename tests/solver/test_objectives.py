@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import expectation
 import numpy as np
 import pytest
 from brute_force import every_layer, every_placement
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from staged import staged
 
 import moetuner as mt
-from moetuner.evaluation import copies as copies_
 from moetuner.solver.bounds.loads import LOAD_BOUND, least_balance
 from moetuner.solver.stages.floor import balanced
 
@@ -147,7 +147,8 @@ def least_risk(problem):
     sums = np.zeros((1, len(load)))
     for layer, capacity in enumerate(problem.capacity.tolist()):
         holds = np.array(list(every_layer(problem, capacity)))
-        share = shares(mt.Placement(holds, num_experts=problem.experts), problem)
+        placement = mt.Placement(holds, num_experts=problem.experts)
+        share = expectation.shares(placement, problem.topology, problem.split)
         slowest = (np.einsum("we,nde->nwd", load[:, layer], share) / speed).max(axis=2)
         slowest = np.unique(slowest.round(9), axis=0)
         sums = np.unique((sums[:, None] + slowest).reshape(-1, len(load)).round(9), axis=0)
@@ -155,11 +156,6 @@ def least_risk(problem):
     group = problem.statistics.group
     parts = [group == number for number in (0, 1)] if group is not None else [mean > 0]
     return np.max([worst_part(sums[:, of], mean[of], problem.risk) for of in parts], axis=0).min()
-
-
-def shares(placement, problem):
-    """Share of every expert's tokens that a device serves [L,D,E]."""
-    return copies_.shares(placement, problem.topology, problem.split)
 
 
 @few
