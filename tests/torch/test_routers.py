@@ -4,13 +4,11 @@ import copy
 
 import numpy as np
 import pytest
-from moe_models import build, build_kind, choices, ending, prompts, recorded, refused, torch
+from moe_models import WATCHERS, build, choices, ending, prompts, recorded, refused, torch
 from waiting import Waiting
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, capture, moe_layers
-
-WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
 
 @WATCHERS
@@ -33,7 +31,7 @@ def test_a_router_that_runs_twice_is_refused(observe):
 
 def test_zero_computation_experts():
     """LongCat's router also chooses rows without experts: counters leave them out."""
-    model, tokens = build_kind("longcat_flash"), prompts()
+    model, tokens = build("longcat_flash"), prompts()
     layers = moe_layers(model)
     assert layers[0].choices > 256 > layers[0].num_experts
     for layer in layers:
@@ -54,7 +52,6 @@ class Fixed(torch.nn.Module):
     top_k, num_experts = 2, 250
 
     def forward(self, ids):
-        """Return the ids [T,2], which came as numbers of the hidden state."""
         return ids.long(), torch.zeros_like(ids)
 
 
