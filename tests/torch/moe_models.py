@@ -192,14 +192,6 @@ def prompts(rows=3, length=7, *, seed=1):
     return torch.randint(2, 64, (rows, length), generator=generator)
 
 
-def random_placement(layers, experts, devices, *, groups=1, seed=0):
-    """Random placement with equal counts that keeps groups of experts whole."""
-    rng = np.random.default_rng(seed)
-    runs = np.arange(experts).reshape(groups, -1)
-    slots = [[rng.permutation(run) for run in rng.permutation(runs)] for _ in range(layers)]
-    return mt.Placement(np.reshape(slots, (layers, devices, -1)), num_experts=experts)
-
-
 def outputs(model, tokens=None):
     """Logits of a model, or what it has instead."""
     with torch.no_grad():
@@ -208,11 +200,12 @@ def outputs(model, tokens=None):
     return out.last_hidden_state if logits is None else logits
 
 
-def placement_for(model, devices=2, seed=0):
-    """Random placement that the model's routers allow."""
-    layers = moe_layers(model)
-    groups, experts = layers[0].expert_groups, layers[0].num_experts
-    return random_placement(len(layers), experts, devices, groups=groups, seed=seed)
+def placement_for(model):
+    """Random placement on two devices that the model's routers allow: groups stay whole."""
+    layers, rng = moe_layers(model), np.random.default_rng(0)
+    runs = np.arange(layers[0].num_experts).reshape(layers[0].expert_groups, -1)
+    slots = [[rng.permutation(run) for run in rng.permutation(runs)] for _ in layers]
+    return mt.Placement(np.reshape(slots, (len(layers), 2, -1)))
 
 
 def tensors_of(folder):

@@ -12,17 +12,21 @@ from moetuner.torch import apply_placement, permute_state_dict
 
 
 def test_a_folder_of_many_files(tmp_path):
-    """Each file becomes one with the same tensors by their new names, the index too."""
+    """Each file of the index becomes one with the same tensors by new names, the index too."""
     model = build("gpt_oss")
     placement = placement_for(model)
     model.save_pretrained(tmp_path / "old", max_shard_size="20KB")
+    names = {file.name for file in (tmp_path / "old").iterdir()} | {"tokenizer.json"}
     (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    # Weights in other formats, and files that the index does not name.
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"old")
+    saved(tmp_path / "old", other={"layers.0.feed_forward.experts.w1": torch.zeros(2)})
     out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
     apply_placement(model, placement)
     model.save_pretrained(tmp_path / "expected", max_shard_size="20KB")
     assert same(tensors_of(out), tensors_of(tmp_path / "expected"))
     assert len(list(out.glob("*.safetensors"))) > 3
-    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "old").iterdir()}
+    assert {file.name for file in out.iterdir()} == names
     for file in ("config.json", "tokenizer.json"):
         assert (out / file).read_bytes() == (tmp_path / "old" / file).read_bytes()
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -200,21 +204,6 @@ def test_what_becomes_of_a_tensor(name, tensor, expected, tmp_path):
     assert moved[key] is tensor if expected is None else same({0: moved[key]}, {0: expected})
 
 
-def test_only_the_weights_of_the_index(tmp_path):
-    """Weights in other formats and files that the index does not name are left out."""
-    other = {"layers.0.feed_forward.experts.w1": torch.zeros(2)}
-    source = saved(tmp_path / "old", a=checkpoint(), b=other)
-    (source / "pytorch_model.bin").write_bytes(b"old")
-    index = source / "model.safetensors.index.json"
-    weights = dict.fromkeys(checkpoint(), "a.safetensors")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    out = permute_state_dict(source, ORDER, tmp_path / "new")
-    assert {p.name for p in out.iterdir()} == {"a.safetensors", index.name}
-    index.write_text("{}")
-    text = "index.json: must be an object with 'weight_map'"
-    refused(text, permute_state_dict, source, ORDER, tmp_path / "newer")
-
-
 def test_bad_folders(tmp_path):
     """Folders without weights, damaged files and places that are taken are refused."""
     source, new = saved(tmp_path / "old"), tmp_path / "new"
@@ -233,6 +222,8 @@ def test_bad_folders(tmp_path):
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     wrong(new, f"{file}: file must have")
+    (source / "model.safetensors.index.json").write_text("{}")
+    wrong(new, "index.json: must be an object with 'weight_map'")
     assert not new.exists()
 
 
