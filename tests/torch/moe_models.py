@@ -19,13 +19,14 @@ torch = pytest.importorskip("torch", reason="needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 auto = pytest.importorskip("transformers.models.auto.configuration_auto")
 pytest.importorskip("moetuner.torch")
-from moetuner.torch import capture, moe_layers  # noqa: E402
+from moetuner.torch import RoutingCounters, capture, moe_layers  # noqa: E402
 
 # Nothing here may ask the network for anything; two threads would only wait for each other.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 EXPERTS, LARGEST = 8, 4_000_000
+WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
 # Given to a configuration as far as it has such a setting.
 _SIZES = {
@@ -51,11 +52,8 @@ _SIZES = {
     None: "bos_token_id",
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
-_MAY_BE_NONE = (
-    "n_shared_experts pad_token_id bos_token_id eos_token_id head_dim num_local_experts "
-    "num_experts num_experts_per_tok"
-)
-MAY_BE_NONE = _MAY_BE_NONE.split()
+NONE = "n_shared_experts pad_token_id bos_token_id eos_token_id head_dim num_local_experts "
+MAY_BE_NONE = f"{NONE} num_experts num_experts_per_tok".split()
 HALF = ["linear_attention", "full_attention"] * 2
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
 SPECIAL = {
@@ -194,14 +192,6 @@ def prompts(rows=3, length=7, *, seed=1):
     return torch.randint(2, 64, (rows, length), generator=generator)
 
 
-def random_placement(layers, experts, devices, *, groups=1, seed=0):
-    """Random placement with equal counts that keeps groups of experts whole."""
-    rng = np.random.default_rng(seed)
-    runs = np.arange(experts).reshape(groups, -1)
-    slots = [[rng.permutation(run) for run in rng.permutation(runs)] for _ in range(layers)]
-    return mt.Placement(np.reshape(slots, (layers, devices, -1)), num_experts=experts)
-
-
 def outputs(model, tokens=None):
     """Logits of a model, or what it has instead."""
     with torch.no_grad():
@@ -210,11 +200,12 @@ def outputs(model, tokens=None):
     return out.last_hidden_state if logits is None else logits
 
 
-def placement_for(model, devices=2, seed=0):
-    """Random placement that the model's routers allow."""
-    layers = moe_layers(model)
-    groups, experts = layers[0].expert_groups, layers[0].num_experts
-    return random_placement(len(layers), experts, devices, groups=groups, seed=seed)
+def placement_for(model):
+    """Random placement on two devices that the model's routers allow: groups stay whole."""
+    layers, rng = moe_layers(model), np.random.default_rng(0)
+    runs = np.arange(layers[0].num_experts).reshape(layers[0].expert_groups, -1)
+    slots = [[rng.permutation(run) for run in rng.permutation(runs)] for _ in layers]
+    return mt.Placement(np.reshape(slots, (len(layers), 2, -1)))
 
 
 def tensors_of(folder):
@@ -256,29 +247,21 @@ class Gate(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(experts, hidden))
 
     def forward(self, x):
-        """Choose two experts for each token of x [T,H]."""
         top = (x @ self.weight.T).softmax(-1).topk(2)
         return top.indices, top.values
 
 
 class Block(torch.nn.Module):
-    """MoE block of four experts: a list of them, or the weights of all in one tensor."""
+    """MoE block of four experts in a list."""
 
-    def __init__(self, *, stacked=False, hidden=6):
+    def __init__(self):
         super().__init__()
-        self.top_k, self.gate = 2, Gate(4, hidden)
-        self.experts = torch.nn.ModuleList(torch.nn.Linear(hidden, hidden) for _ in range(4))
-        if stacked:
-            self.experts = torch.nn.Module()
-            self.experts.weight = torch.nn.Parameter(torch.randn(4, hidden, hidden))
+        self.top_k, self.gate = 2, Gate(4, 6)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(4))
 
     def forward(self, x):
-        """Mix the chosen experts of x [T,H]."""
         ids, weights = self.gate(x)
-        if isinstance(self.experts, torch.nn.ModuleList):
-            every = torch.stack([expert(x) for expert in self.experts], 1)
-        else:
-            every = torch.einsum("th,egh->teg", x, self.experts.weight)
+        every = torch.stack([expert(x) for expert in self.experts], 1)
         chosen = every.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
         return (chosen * weights[..., None]).sum(1)
 

@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 from placements import random_slots
 from torch.utils.checkpoint import checkpoint
-from waiting import Waiting
+from waiting import waiting
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, RoutingCounters, swiglu
 
 
 def joined(store, rank, ranks, work, arguments):
-    """Join the group, call, leave."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -119,11 +118,9 @@ class Case:
         self.down = draw(self.experts, self.hidden, inner)
 
     def expected(self):
-        """Compute in one process."""
         return single(self.x, self.index, self.w, self.up, self.down, self.activation)
 
     def distributed(self, rank):
-        """Make the layer of this rank."""
         slots = self.placement.slots[self.layer, rank]
         weights = (in_slots(of, slots) for of in (self.up, self.down))
         experts = GroupedExperts(*weights, self.activation).requires_grad_(False)
@@ -131,11 +128,9 @@ class Case:
         return ExpertParallelMoE(experts, self.placement, self.layer, **options)
 
     def mine(self, rank):
-        """Positions of the tokens of this rank."""
         return torch.from_numpy(np.flatnonzero(self.home == rank))
 
     def run(self, layer, rank, **options):
-        """One forward pass of this rank's tokens."""
         at = self.mine(rank)
         return layer(self.x[at], self.index[at], self.w[at], **({"first_token": at} | options))
 
@@ -190,10 +185,7 @@ def test_ordinary_arithmetic_differs_by_rounding(rank):
 
 @on(4)
 def test_gradients_reach_every_rank(rank):
-    """Gradients are those of one process, whoever needs them and whoever gets no rows.
-
-    All need them, only experts, only those of the last rank, or only the tokens of rank 0.
-    """
+    """Gradients are those of one process, whoever needs them and whoever gets no rows."""
     last = dist.get_world_size() - 1
     for node, learns in itertools.product((None, 2), ("all", "experts", "last", "tokens")):
         case = Case(3, exact=False)
@@ -276,17 +268,17 @@ def test_the_host_waits_once_for_an_exchange(rank):
         case.node = node
         layer = case.distributed(rank)
         forward = layer.experts.forward
-        with Waiting() as waiting:
+        with waiting() as names:
 
-            def uncounted(*arguments, forward=forward, waiting=waiting):
-                before = len(waiting.names)
+            def uncounted(*arguments, forward=forward, names=names):
+                before = len(names)
                 out = forward(*arguments)
-                del waiting.names[before:]
+                del names[before:]
                 return out
 
             layer.experts.forward = uncounted
             case.run(layer, rank)
-        assert waiting.names == ["tolist"] * waits
+        assert names == ["tolist"] * waits
 
 
 @on(2)

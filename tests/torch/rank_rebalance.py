@@ -51,14 +51,12 @@ class Model:
         self.load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
 
     def layer(self, number):
-        """Make the layer of this rank with the start's weights."""
         slots = self.start.slots[number, self.rank]
         up, down = (in_slots(self.weights[name][number], slots) for name in ("up", "down"))
         experts = GroupedExperts(up, down, self.activation).requires_grad_(False)
         return ExpertParallelMoE(experts, self.start, number)
 
     def shift(self):
-        """Let every layer have other favourites."""
         self.favourites = 2 * self.rng.normal(size=(LAYERS, EXPERTS))
 
     def step(self):
@@ -78,12 +76,10 @@ class Model:
         return worst
 
     def observe(self):
-        """Tell the rebalancer what was counted."""
         self.rebalancer.observe(self.load, steps=10)
         self.load[:] = 0
 
     def unbalance(self):
-        """Run ten steps of skewed traffic."""
         self.shift()
         for _ in range(10):
             self.step()
@@ -102,10 +98,7 @@ class Model:
 
 @on(4)
 def test_rebalancing_does_not_change_outputs(rank):
-    """Under changing traffic, rebalanced every 10 steps: bit-equal to one process.
-
-    Where weights are not whole numbers, the same within rounding.
-    """
+    """Under changing traffic: bit-equal to one process, or within rounding where weights round."""
     for exact, steps in ((True, 200), (False, 80)):
         model = Model(rank, exact=exact, decay=0.3, dead_zone=0.15)
         worst, moved = 0.0, []
@@ -123,16 +116,6 @@ def test_rebalancing_does_not_change_outputs(rank):
         assert ranks == [moved] * model.ranks
 
 
-def refused(model):
-    """Take a step that must fail: the message, and the seconds until then."""
-    begin = time.monotonic()
-    try:
-        model.rebalancer.step()
-    except MoveError as error:
-        return str(error), time.monotonic() - begin
-    return "no error", 0.0
-
-
 def lost_rank(rank, how):
     """Rank 2 is killed, or hangs, in the middle of a move."""
     model = Model(rank)
@@ -147,9 +130,10 @@ def lost_rank(rank, how):
             time.sleep(3 * PATIENCE)
         fill(self, *arguments)
 
+    begin = time.monotonic()
     with mock.patch.object(Spares, "fill", broken):
-        message, seconds = refused(model)
-    return message, seconds, model.unchanged()
+        error = message(MoveError, model.rebalancer.step)
+    return error, time.monotonic() - begin, model.unchanged()
 
 
 def fault(name, rank):
@@ -199,7 +183,7 @@ def test_a_rank_that_fails_or_differs(rank):
         if how == "counts":
             model.rebalancer._halves[0, 0, 0] += rank == 1
         with fault(how if rank == 1 else "none", rank):
-            error, _ = refused(model)
+            error = message(MoveError, model.rebalancer.step)
         assert text in error
         assert "the old placement stays in force" in error
         assert model.unchanged()
@@ -212,10 +196,7 @@ def test_a_rank_that_fails_or_differs(rank):
 
 
 def faulty(rank, faults):
-    """Live through faults (name, rank): what became of every step, and if all is right after it.
-
-    After each fault there are four steps without; then traffic that a move must follow.
-    """
+    """Take steps with faults (name, rank), four without after each: what became of them."""
     model = Model(rank)
     steps = []
     for name, where in [step for at in faults for step in (at, *[("none", 0)] * 4)]:
@@ -254,9 +235,16 @@ def unpriced(*arguments, price, **more):
     return rebalance(*arguments, price=0.0, **more)
 
 
+def by_rank(name, *values):
+    """Let a function return another value on every rank."""
+    return lambda: mock.patch(
+        f"moetuner.torch.parallel.{name}", return_value=values[dist.get_rank()]
+    )
+
+
 CHEAP = {"steps_ahead": 1, "cost_model": linear(1e-9)}
 REBALANCE = "moetuner.torch.parallel.rebalance.rebalance"
-FREE = "moetuner.torch.parallel.migrate.free_bytes"
+FREE, MOVE_US = "migrate.free_bytes", "rebalance.Rebalancer._move_us"
 LIMITS = {
     # What a decision says under some options or troubles, for one traffic.
     "pays": ({}, None, "the move pays"),
@@ -266,21 +254,11 @@ LIMITS = {
     "budget": ({"move_budget": 2}, None, ""),
     "none": ({"move_budget": 0}, None, "balanced"),
     "slow": ({}, lambda: mock.patch.object(Agreement, "exchange", slow), "longer than it brings"),
-    "other prices": (
-        {},
-        lambda: mock.patch.object(Rebalancer, "_move_us", return_value=1e30 * dist.get_rank()),
-        "longer than it brings in",
-    ),
+    "other prices": ({}, by_rank(MOVE_US, 0.0, 1e30), "longer than it brings in"),
     "no answer": ({"cost_model": linear(float("nan"))}, None, "balanced"),
-    "no memory": ({}, lambda: mock.patch(FREE, return_value=0), "a device has no memory"),
-    # Room for one copy on rank 1.
-    "little memory": (
-        {},
-        lambda: mock.patch(
-            FREE, return_value=(1 << 40, 2 * 2 * HIDDEN * INNER * 4)[dist.get_rank()]
-        ),
-        "",
-    ),
+    "no memory": ({}, by_rank(FREE, 0, 0), "a device has no memory"),
+    # For one copy on rank 1.
+    "little memory": ({}, by_rank(FREE, 1 << 40, 2 * 2 * HIDDEN * INNER * 4), ""),
 }
 
 
@@ -343,9 +321,6 @@ def test_arguments_that_cannot_be(rank):
         assert text in message(ValueError, Rebalancer, layers, **given)
     for counts, text in (
         (np.zeros((1, 2)), "counts must be [layers, experts] [3, 8], got [1, 2]"),
-        (
-            np.full((LAYERS, EXPERTS), -1),
-            "counts must be finite numbers of at least 0, got -1 to -1",
-        ),
+        (np.full((3, 8), -1), "counts must be finite numbers of at least 0, got -1 to -1"),
     ):
         assert message(ValueError, model.rebalancer.observe, counts) == text

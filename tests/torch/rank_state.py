@@ -7,13 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rank_layer import message, on
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -69,8 +63,8 @@ def test_a_checkpoint_has_every_expert(rank, folder):
         return torch.nn.ModuleDict({"mlp": layer, "head": torch.nn.Linear(2, 2)})
 
     for high_level in (False, True):
-        state_of = get_model_state_dict if high_level else torch.nn.Module.state_dict
-        load = set_model_state_dict if high_level else torch.nn.Module.load_state_dict
+        state_of = states.get_model_state_dict if high_level else torch.nn.Module.state_dict
+        load = states.set_model_state_dict if high_level else torch.nn.Module.load_state_dict
         dcp.save(state_of(model_of(HERE)), checkpoint_id=f"{folder}/{high_level}")
         for slots in (HERE, THERE):
             model = model_of(slots, factor=0.0)
@@ -84,8 +78,8 @@ def test_a_checkpoint_has_every_expert(rank, folder):
 @on(2)
 def test_a_full_state_has_every_expert(rank):
     """It is gathered from all ranks, copies once, and loads into any placement."""
-    full = StateDictOptions(full_state_dict=True)
-    state = get_model_state_dict(Routed(layer_of(HERE, rank)), options=full)
+    full = states.StateDictOptions(full_state_dict=True)
+    state = states.get_model_state_dict(Routed(layer_of(HERE, rank)), options=full)
     assert len(state) == 1 + 4 * len(SIZES)
     for expert in range(4):
         for name, size in SIZES:
@@ -93,7 +87,7 @@ def test_a_full_state_has_every_expert(rank):
             assert weight.shape == size
             assert (weight == expert + 1).all()
     other = Routed(layer_of(THERE, rank, factor=0.0))
-    set_model_state_dict(other, state, options=full)
+    states.set_model_state_dict(other, state, options=full)
     assert experts_of(other.moe) == THERE[0, rank].tolist()
 
 
@@ -111,7 +105,7 @@ def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
         return model, optimizer
 
     def state_of(*parts):
-        return dict(zip("mo", get_state_dict(*parts), strict=True))
+        return dict(zip("mo", states.get_state_dict(*parts), strict=True))
 
     def moment(model, optimizer):
         return optimizer.state[model.moe.experts.up]["exp_avg"]
@@ -122,7 +116,9 @@ def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
     model, optimizer = trained(HERE, False)
     state = state_of(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
+    states.set_state_dict(
+        model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"]
+    )
     assert right.any()
     assert torch.equal(moment(model, optimizer), right)
     parts = trained(THERE, False)

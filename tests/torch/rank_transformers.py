@@ -14,13 +14,8 @@ import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from placements import random_slots
 from rank_layer import message, on
-from transformers import (
-    AutoModelForCausalLM,
-    DistributedConfig,
-    GptOssConfig,
-    MixtralConfig,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM as AnyModel
+from transformers import DistributedConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 import moetuner as mt
 from moetuner.torch import Rebalancer, RoutingCounters, register_placement
@@ -42,7 +37,7 @@ def test_models_are_written(rank, folder):
     """Write a small random model of each family, and its logits in one process."""
     for family, (kind, more) in CONFIGS.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(kind(**SMALL, **more)).eval()
+        model = AnyModel.from_config(kind(**SMALL, **more)).eval()
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.3)
         model.save_pretrained(f"{folder}/{family}")
@@ -61,7 +56,7 @@ def loaded(folder, family, *, layers=3, spare=1, tp=True, seed=1, **options):
     # Plain products, which take matrices of any size and type.
     how = {} if spare else {"experts_implementation": "eager"}
     how |= {"distributed_config": config}
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/{family}", **how)
+    model = AnyModel.from_pretrained(f"{folder}/{family}", **how)
     return model.eval(), placement, placed
 
 
@@ -74,10 +69,7 @@ def is_right(folder, family, logits, tokens=slice(None), tolerance=1e-5):
 
 @on(2, 4)
 def test_logits_and_traffic_of_one_batch(rank, folder):
-    """Logits are those of one process, and the evaluation predicts every row from the router's ids.
-
-    Also where experts have biases, and where some layers are dense.
-    """
+    """Logits are those of one process, and every row is predicted by the router's ids."""
     other = {2: ("gpt_oss", 3), 4: ("qwen3_moe", 2)}[dist.get_world_size()]
     for family, layers in (("mixtral", 3), other):
         model, placement, placed = loaded(folder, family, layers=layers)

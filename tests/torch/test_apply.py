@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from moe_models import Block, build, placement_for, random_placement, refused, torch, transformers
+from moe_models import Block, build, outputs, placement_for, refused, torch
+from transformers import MixtralForCausalLM
 
 import moetuner as mt
 from moetuner.torch import apply_placement, moe_layers
@@ -19,20 +20,9 @@ def test_positions_are_the_placements():
         assert layer.experts.gate_up_proj_bias.equal(before[order[0]])
 
 
-def running(*blocks):
-    """Give a model of blocks, and whether it still computes what it did."""
-    model = torch.nn.Sequential(*blocks)
-    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
-    before = model(x)
-    return model, lambda: torch.allclose(model(x), before, rtol=0, atol=1e-4)
-
-
-def test_lists_of_experts():
-    """Experts that are modules of a list change places, together with their router rows."""
-    torch.manual_seed(0)
-    model, is_same = running(Block(), Block())
-    apply_placement(model, random_placement(2, 4, 2, seed=3))
-    assert is_same()
+def in_order(layers, experts):
+    """Give the placement that every model has: the first half of the experts on one device."""
+    return mt.Placement(np.arange(experts).reshape(1, 2, -1).repeat(layers, 0))
 
 
 def unchanged(model, placement, text):
@@ -44,19 +34,16 @@ def unchanged(model, placement, text):
 
 
 def alike(model):
-    """Give two experts one router row."""
     weight = moe_layers(model)[1].router.weight
     with torch.no_grad():
         weight[6] = weight[2]
 
 
 def packed(model):
-    """Hold the weights of experts in another form."""
     moe_layers(model)[2].experts.down_proj = torch.nn.Parameter(torch.zeros(64, 32))
 
 
 def strange(model):
-    """Give a router state of unknown meaning."""
     moe_layers(model)[0].router.register_buffer("table", torch.zeros(5, 8))
 
 
@@ -74,8 +61,8 @@ GROUPS = (
     [
         ("mixtral", None, mt.Placement([[[0, 1, 2, 3, 4], [5, 6, 7, 0, -1]]] * 3), ONE),
         ("mixtral", None, mt.Placement([[[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]]] * 3), EQUAL),
-        ("mixtral", None, random_placement(2, 8, 2), f"{SIZES}2 of 8"),
-        ("mixtral", None, random_placement(3, 16, 2), f"{SIZES}3 of 16"),
+        ("mixtral", None, in_order(2, 8), f"{SIZES}2 of 8"),
+        ("mixtral", None, in_order(3, 16), f"{SIZES}3 of 16"),
         (
             "deepseek_v3_groups",
             None,
@@ -100,48 +87,44 @@ def test_what_does_not_change_the_order_is_free():
     apply_placement(build("deepseek_v3_groups"), mt.Placement([[[4, 0, 5, 1], [7, 3, 6, 2]]] * 2))
     model = build("olmoe")
     alike(model)
-    apply_placement(model, mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(3, 0)))
+    apply_placement(model, in_order(3, 8))
 
 
 def test_models_that_are_not_there():
     """A dense model is refused, a module that it does not have, and weights without memory."""
     dense = torch.nn.Sequential(torch.nn.Linear(2, 2))
     text = "model must have MoE layers, Sequential has no module with 'experts' and a router"
-    unchanged(dense, random_placement(1, 4, 2), text)
+    unchanged(dense, in_order(1, 4), text)
     refused("routers must be modules of the model, got 'gate'", moe_layers, dense, ["gate"])
     with torch.device("meta"):
-        model = transformers.MixtralForCausalLM(build("mixtral").config)
+        model = MixtralForCausalLM(build("mixtral").config)
     text = "weights must be in memory, some are on the meta device"
-    refused(text, apply_placement, model, random_placement(3, 8, 2))
+    refused(text, apply_placement, model, in_order(3, 8))
 
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_weights_of_two_layers_move_once_or_not_at_all(memory):
-    """Tied weights move once where both layers have one order, and are refused where they do not.
-
-    So does memory that two parameters share; memory of which a part would stay is refused.
-    """
-    torch.manual_seed(0)
-    first, second = Block(stacked=True), Block(stacked=True)
-    tied = first.experts.weight
-    second.experts.weight = torch.nn.Parameter(tied.data) if memory else tied
-    model, is_same = running(first, second)
-    differ = mt.Placement([[[3, 1], [0, 2]], [[0, 1], [2, 3]]])
-    unchanged(model, differ, "1.experts.weight: must not share memory with 0.experts.weight")
-    apply_placement(model, mt.Placement([[[3, 1], [0, 2]]] * 2))
-    assert is_same()
-    model.register_parameter("other", torch.nn.Parameter(first.gate.weight.data[1:]))
-    unchanged(model, mt.Placement([[[3, 1], [0, 2]]] * 2), "must not share memory with")
-
-
-def test_shared_lists_and_blocks():
-    """A block that runs twice is one layer; experts that two routers share are refused."""
-    torch.manual_seed(0)
-    block, placement = Block(), mt.Placement([[[3, 1], [0, 2]]])
-    model, is_same = running(block, block)
+    """Tied weights, or those in the same memory: once for one order, refused for two or a part."""
+    model = build("mixtral")
+    first, second, _ = moe_layers(model)
+    tied = first.experts.down_proj
+    second.experts.down_proj = torch.nn.Parameter(tied.data) if memory else tied
+    text = "layers.1.mlp.experts.down_proj: must not share memory with model.layers.0.mlp.experts."
+    unchanged(model, placement_for(model), text)
+    before, placement = outputs(model), mt.Placement([[[3, 1, 7, 5], [0, 2, 4, 6]]] * 3)
     apply_placement(model, placement)
-    assert is_same()
-    other = Block()
+    assert torch.allclose(outputs(model), before, rtol=0, atol=1e-4)
+    model.register_parameter("other", torch.nn.Parameter(first.router.weight.data[1:]))
+    unchanged(model, placement, "must not share memory with")
+
+
+def test_lists_and_blocks():
+    """Experts in lists move with their rows, of a block that runs twice once; none are shared."""
+    torch.manual_seed(0)
+    block, other, placement = Block(), Block(), mt.Placement([[[3, 1], [0, 2]], [[2, 0], [3, 1]]])
+    model, x = torch.nn.Sequential(block, block, other), torch.randn(50, 6)
+    before = model(x)
+    apply_placement(model, placement)
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-4)
     other.experts = block.experts
-    text = "must not share memory with 0.experts."
-    unchanged(running(block, other)[0], placement, text)
+    unchanged(model, mt.Placement(placement.slots[:1]), "must not share memory with 0.experts.")

@@ -12,34 +12,26 @@ from moetuner.torch import apply_placement, permute_state_dict
 
 
 def test_a_folder_of_many_files(tmp_path):
-    """Each file becomes one with the same tensors by their new names, the index too."""
+    """Each file of the index becomes one with the same tensors by new names, the index too."""
     model = build("gpt_oss")
     placement = placement_for(model)
     model.save_pretrained(tmp_path / "old", max_shard_size="20KB")
+    names = {file.name for file in (tmp_path / "old").iterdir()} | {"tokenizer.json"}
     (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    # Weights in other formats, and files that the index does not name.
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"old")
+    saved(tmp_path / "old", other={"layers.0.feed_forward.experts.w1": torch.zeros(2)})
     out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
     apply_placement(model, placement)
     model.save_pretrained(tmp_path / "expected", max_shard_size="20KB")
     assert same(tensors_of(out), tensors_of(tmp_path / "expected"))
     assert len(list(out.glob("*.safetensors"))) > 3
-    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "old").iterdir()}
+    assert {file.name for file in out.iterdir()} == names
     for file in ("config.json", "tokenizer.json"):
         assert (out / file).read_bytes() == (tmp_path / "old" / file).read_bytes()
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     for file in out.glob("*.safetensors"):
         assert set(load_file(file)) == {key for key, where in index.items() if where == file.name}
-
-
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_tensors_in_memory(name):
-    """The state of a model, with stacked experts, is permuted as the model would be, and back."""
-    model = build(name)
-    placement, config = placement_for(model), model.config.to_dict()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    moved = permute_state_dict(model.state_dict(), placement, config=config)
-    assert same(permute_state_dict(moved, placement, config=config, inverse=True), before)
-    apply_placement(model, placement)
-    assert same(moved, dict(model.state_dict()))
 
 
 def checkpoint(layers=(0, 1, 2), experts=4, prefix="model.layers"):
@@ -68,37 +60,6 @@ def saved(folder, **files):
 
 
 ORDER = mt.Placement([[[3, 1], [0, 2]]] * 3)
-
-
-def both(tensors, folder, placement=ORDER):
-    """Permute tensors in memory and on disk, alike, and back."""
-    moved = permute_state_dict(tensors, placement)
-    out = permute_state_dict(saved(folder / "old", model=tensors), placement, folder / "new")
-    back = permute_state_dict(out, placement, folder / "back", inverse=True)
-    assert same(moved, tensors_of(out))
-    assert same(tensors, tensors_of(back))
-    return moved
-
-
-def test_expert_keeps_its_router_row(tmp_path):
-    """An expert and its row come to the same position."""
-    moved = both(checkpoint(), tmp_path)
-    assert moved["model.layers.1.mlp.gate.weight"][:, 0].tolist() == [103, 109, 100, 106]
-    assert [expert_in(moved, 1, position) for position in range(4)] == [11, 13, 10, 12]
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.uint8, torch.int64, torch.float16]
-)
-def test_any_type_of_number(dtype, tmp_path):
-    """Quantised blocks and scales are moved bit by bit, in memory and on disk."""
-    blocks = torch.arange(4 * 6).reshape(4, 2, 3).to(torch.float32).to(dtype)
-    tensors = {key: t for key, t in checkpoint(layers=(0,)).items() if ".experts." not in key}
-    tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"] = blocks
-    tensors["model.layers.0.mlp.experts.scale"] = torch.ones(())
-    moved = both(tensors, tmp_path, mt.Placement([[[2, 3], [0, 1]]]))
-    rows = moved["model.layers.0.mlp.experts.gate_up_proj_blocks"]
-    assert rows.view(torch.uint8).equal(blocks[[2, 3, 0, 1]].contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize(("first", "prefix"), [(3, "model.layers"), (0, "net.blocks")])
@@ -148,7 +109,7 @@ def changed(**tensors):
 
 
 GATE, BIAS = "0.mlp.gate", {"0.mlp.gate.e_score_correction_bias": torch.zeros(4)}
-ALIKE = torch.tensor([[0.0], [1], [2], [1]])
+ALIKE, TABLE = torch.tensor([[0.0], [1], [2], [1]]), torch.tensor([[0, 1], [3, 2], [2, 2]])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +120,7 @@ ALIKE = torch.tensor([[0.0], [1], [2], [1]])
         (changed(**{f"{GATE}.weight": None}), "0.mlp: must have the weights of its router", None),
         (changed(**{f"{GATE}.weight": ALIKE}), "0.mlp: experts 1 and 3 have the same router", None),
         (changed(**{f"{GATE}.table": torch.zeros(7, 4)}), "table: [7, 4] may depend on the", None),
+        (changed(**{f"{GATE}.tid2eid": TABLE + 2}), "must hold experts 0 to 3, got 2 to 5", None),
         (changed(**BIAS), "config is needed: a router with e_score_correction_bias", None),
         (
             changed(**BIAS),
@@ -166,26 +128,80 @@ ALIKE = torch.tensor([[0.0], [1], [2], [1]])
             {"n_group": 2, "topk_group": 1},
         ),
         ({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3", None),
+        (changed(**{"1.mlp.gate.inner.weight": torch.ones(4, 3)}), "must be the only weight", {}),
+        # State of unknown meaning, in the block or beside it.
+        *(
+            (changed(**{f"1.{name}": tensor}), f"model.layers.1.{name}: ", {})
+            for name, tensor in {
+                "mlp.gate.weight_scale_inv": torch.ones(2, 2),  # of blocks of the router's rows
+                "mlp.gate.balancing_biases": torch.ones(5),
+                "mlp.gate.norm.weight": torch.ones(4),
+                "mlp.moe_statics.usage": torch.ones(7),
+                "mlp.moe_statics.e_score_correction_bias": torch.ones(2, 4),  # of two kinds
+                "mlp.other.weight": torch.ones(4, 3),
+                "mlp.lookup": torch.ones(9, 2, dtype=torch.int64),
+                "lookup": torch.ones(9, 2, dtype=torch.int32),
+                "moe.choice": torch.ones(9),
+            }.items()
+        ),
     ],
 )
-def test_bad_checkpoints(tensors, text, config):
-    """What would not be exact is refused with a reason."""
+def test_bad_checkpoints(tensors, text, config, tmp_path):
+    """What would not be exact is refused with a reason, in memory and before a file is written."""
+    old, new = saved(tmp_path / "old", model=tensors), tmp_path / "new"
     refused(text, permute_state_dict, tensors, ORDER, config=config)
+    refused(text, permute_state_dict, old, ORDER, new, config=config)
+    assert not new.exists()
 
 
-def test_only_the_weights_of_the_index(tmp_path):
-    """Weights in other formats and files that the index does not name are left out."""
-    other = {"layers.0.feed_forward.experts.w1": torch.zeros(2)}
-    source = saved(tmp_path / "old", a=checkpoint(), b=other)
-    (source / "pytorch_model.bin").write_bytes(b"old")
-    index = source / "model.safetensors.index.json"
-    weights = dict.fromkeys(checkpoint(), "a.safetensors")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    out = permute_state_dict(source, ORDER, tmp_path / "new")
-    assert {p.name for p in out.iterdir()} == {"a.safetensors", index.name}
-    index.write_text("{}")
-    text = "index.json: must be an object with 'weight_map'"
-    refused(text, permute_state_dict, source, ORDER, tmp_path / "newer")
+FOUR, BLOCKS = torch.arange(4.0), torch.arange(24.0).reshape(4, 2, 3)
+BIASES = "mlp.moe_statics.e_score_correction_bias mlp.e_score_correction_bias moe.router_bias"
+BIASES = ["mlp.experts.e_score_correction_bias", "moe.router.expert_bias", *BIASES.split()]
+TYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.uint8, torch.int64, torch.float16)
+TAKEN = [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("mlp.gate.weight", BLOCKS.view(4, 6), BLOCKS.view(4, 6)[TAKEN]),
+        *(("mlp.experts.blocks", BLOCKS.to(of), BLOCKS[TAKEN].to(of)) for of in TYPES),
+        *((name, FOUR, FOUR[TAKEN]) for name in BIASES),
+        *((name, FOUR[None], FOUR[None, TAKEN]) for name in BIASES[1:]),
+        *(
+            ("mlp.gate.tid2eid", TABLE.to(of), torch.tensor([[2, 0], [1, 3], [3, 3]]).to(of))
+            for of in (torch.int32, torch.int64)
+        ),
+        *(
+            (name, tensor, None)
+            for name, tensor in {
+                "mlp.experts.scale": torch.ones(()),
+                "mlp.shared_experts.up_proj.weight": torch.ones(4, 3),
+                "mlp.shared_expert_gate.weight": torch.ones(1, 4),
+                "mlp.share_expert.up_proj.weight": torch.ones(4, 4),
+                "mlp.latent_proj.weight": torch.ones(5, 3),
+                "mlp.gate.norm.weight": torch.ones(3),
+                "mlp.gate.global_scale": torch.ones(1),
+                "self_attn.q_norm.weight": FOUR,
+                "self_attn.q_proj.weight": torch.ones(4, 4),
+                "self_attn.q_proj.qweight": torch.ones(4, 4, dtype=torch.int32),
+                "post_moe_norm.weight": torch.ones(3),
+                "hc_ffn_base": FOUR,
+            }.items()
+        ),
+    ],
+)
+def test_what_becomes_of_a_tensor(name, tensor, expected, tmp_path):
+    """What depends on experts goes where they go, bit by bit, on disk as in memory, and back."""
+    key, how = f"model.layers.1.{name}", {"config": {"n_group": 1}}
+    tensors = {**checkpoint(), key: tensor}
+    moved = permute_state_dict(tensors, ORDER, **how)
+    out = permute_state_dict(saved(tmp_path / "old", model=tensors), ORDER, tmp_path / "new", **how)
+    back = permute_state_dict(out, ORDER, tmp_path / "back", inverse=True, **how)
+    assert same(moved, tensors_of(out))
+    assert same(tensors, tensors_of(back))
+    assert [expert_in(moved, 2, position) for position in range(4)] == [21, 23, 20, 22]
+    assert moved[key] is tensor if expected is None else same({0: moved[key]}, {0: expected})
 
 
 def test_bad_folders(tmp_path):
@@ -206,86 +222,9 @@ def test_bad_folders(tmp_path):
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     wrong(new, f"{file}: file must have")
+    (source / "model.safetensors.index.json").write_text("{}")
+    wrong(new, "index.json: must be an object with 'weight_map'")
     assert not new.exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mlp.moe_statics.e_score_correction_bias",
-        "mlp.experts.e_score_correction_bias",
-        "mlp.e_score_correction_bias",
-        "moe.router.expert_bias",
-        "moe.router_bias",
-    ],
-)
-@pytest.mark.parametrize("shape", [(4,), (1, 4)])
-def test_a_bias_moves_wherever_it_stands(name, shape):
-    """What a router adds per expert moves with it, inside the block or beside it in the layer."""
-    if "experts." in name and shape == (1, 4):
-        pytest.skip("among the experts they come first")
-    key = f"model.layers.1.{name}"
-    bias = torch.arange(4.0).reshape(shape)
-    moved = permute_state_dict({**checkpoint(), key: bias}, ORDER, config={"n_group": 1})
-    assert moved[key].shape == shape
-    assert moved[key].flatten().tolist() == [1, 3, 0, 2]
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_tables_of_experts_are_renumbered(dtype, tmp_path):
-    """Ids in a table from tokens to experts become the new ones, on disk as in memory, and back."""
-    key = "model.layers.1.mlp.gate.tid2eid"
-    table = torch.tensor([[0, 1], [3, 2], [2, 2]], dtype=dtype)
-    moved = both({**checkpoint(), key: table}, tmp_path)
-    assert moved[key].tolist() == [[2, 0], [1, 3], [3, 3]]
-    old = saved(tmp_path / "old", model={**checkpoint(), key: table + 2})
-    text = "tid2eid: must hold experts 0 to 3, got 2 to 5"
-    refused(text, permute_state_dict, old, ORDER, tmp_path / "newer")
-    assert not (tmp_path / "newer").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        ("mlp.gate.weight_scale_inv", torch.ones(2, 2)),  # of blocks of the router's rows
-        ("mlp.gate.balancing_biases", torch.ones(5)),
-        ("mlp.gate.norm.weight", torch.ones(4)),
-        ("mlp.gate.inner.weight", torch.ones(4, 3)),  # one of two has the experts' rows
-        ("mlp.moe_statics.usage", torch.ones(7)),
-        ("mlp.moe_statics.e_score_correction_bias", torch.ones(2, 4)),  # of two kinds of experts
-        ("mlp.other.weight", torch.ones(4, 3)),
-        ("mlp.lookup", torch.ones(9, 2, dtype=torch.int64)),
-        ("lookup", torch.ones(9, 2, dtype=torch.int32)),
-        ("moe.choice", torch.ones(9)),
-    ],
-)
-def test_what_may_depend_on_the_order_is_refused(name, tensor):
-    """State of unknown meaning, in the block or beside it, refuses the whole checkpoint."""
-    tensors = {**checkpoint(), f"model.layers.1.{name}": tensor}
-    refused(f"model.layers.1.{name}: ", permute_state_dict, tensors, ORDER, config={})
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        ("mlp.shared_experts.up_proj.weight", torch.ones(4, 3)),
-        ("mlp.shared_expert_gate.weight", torch.ones(1, 4)),
-        ("mlp.share_expert.up_proj.weight", torch.ones(4, 4)),
-        ("mlp.latent_proj.weight", torch.ones(5, 3)),
-        ("mlp.gate.norm.weight", torch.ones(3)),
-        ("mlp.gate.global_scale", torch.ones(1)),
-        ("self_attn.q_norm.weight", torch.ones(4)),
-        ("self_attn.q_proj.weight", torch.ones(4, 4)),
-        ("self_attn.q_proj.qweight", torch.ones(4, 4, dtype=torch.int32)),
-        ("post_moe_norm.weight", torch.ones(3)),
-        ("hc_ffn_base", torch.ones(4)),
-    ],
-)
-def test_what_is_the_same_for_every_order_stays(name, tensor):
-    """Attention, norms and shared experts stay, also if a size happens to be that of experts."""
-    key = f"model.layers.1.{name}"
-    tensors = {**checkpoint(), key: tensor}
-    assert permute_state_dict(tensors, ORDER)[key] is tensor
 
 
 def test_export_of_the_command_line(tmp_path, run):

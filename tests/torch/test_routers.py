@@ -4,13 +4,11 @@ import copy
 
 import numpy as np
 import pytest
-from moe_models import build, build_kind, choices, ending, prompts, recorded, refused, torch
-from waiting import Waiting
+from moe_models import WATCHERS, build, choices, ending, prompts, recorded, refused, torch
+from waiting import waiting
 
 import moetuner as mt
 from moetuner.torch import RoutingCounters, capture, moe_layers
-
-WATCHERS = pytest.mark.parametrize("observe", [capture, RoutingCounters.attach])
 
 
 @WATCHERS
@@ -33,7 +31,7 @@ def test_a_router_that_runs_twice_is_refused(observe):
 
 def test_zero_computation_experts():
     """LongCat's router also chooses rows without experts: counters leave them out."""
-    model, tokens = build_kind("longcat_flash"), prompts()
+    model, tokens = build("longcat_flash"), prompts()
     layers = moe_layers(model)
     assert layers[0].choices > 256 > layers[0].num_experts
     for layer in layers:
@@ -54,7 +52,6 @@ class Fixed(torch.nn.Module):
     top_k, num_experts = 2, 250
 
     def forward(self, ids):
-        """Return the ids [T,2], which came as numbers of the hidden state."""
         return ids.long(), torch.zeros_like(ids)
 
 
@@ -102,8 +99,7 @@ def test_offloaded_models_are_counted():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     model = build("mixtral")
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    counters = recorded(model, observe=RoutingCounters.attach)
-    recorder = recorded(model)
+    counters, recorder = recorded(model, observe=RoutingCounters.attach), recorded(model)
     assert (counters.dropped, recorder.dropped) == (0, 0)
     expected = mt.RoutingStatistics.from_trace(recorder.trace())
     assert counters.statistics().fingerprint == expected.fingerprint
@@ -156,12 +152,12 @@ def test_no_pass_waits_for_the_device(observe):
     mask[0, :3] = 0
 
     def waits():
-        with Waiting() as waiting, torch.no_grad():
+        with waiting() as names, torch.no_grad():
             model(input_ids=tokens, attention_mask=mask)
             for more in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
                 own = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, **more}
                 model.generate(tokens, **own)
-        return sorted(waiting.names)
+        return sorted(names)
 
     model.generate(tokens, max_new_tokens=2)  # what is asked for once only
     without = waits()

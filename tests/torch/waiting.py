@@ -1,5 +1,7 @@
 """Calls for which a device and the host would wait for one another."""
 
+from contextlib import contextmanager
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,41 +10,27 @@ FUNCTIONS = "tolist item numpy cpu __bool__ __int__ __index__ __float__ tensor a
 OPERATORS = "nonzero bincount masked_select _local_scalar_dense unique_dim _unique2"
 
 
-class Waiting(TorchFunctionMode):
+@contextmanager
+def waiting():
     """Names of the calls, and of operators whose sizes depend on values, wherever they are."""
+    names = []
 
-    def __enter__(self):
-        """Begin to listen."""
-        self.names = []
-        self.inside = _Operators(self.names)
-        self.inside.__enter__()
-        return super().__enter__()
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.extend({function.__name__}.intersection(FUNCTIONS.split()))
+            return function(*args, **kwargs or {})
 
-    def __exit__(self, *error):
-        """End."""
-        super().__exit__(*error)
-        self.inside.__exit__(*error)
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            by_mask = name.startswith("index") and any(
+                of is not None and of.dtype in (torch.bool, torch.uint8)
+                for part in args[1:2]
+                for of in (part if isinstance(part, (list, tuple)) else [])
+            )
+            if name in OPERATORS.split() or by_mask:
+                names.append(name)
+            return function(*args, **kwargs or {})
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        """Note and call."""
-        if function.__name__ in FUNCTIONS.split():
-            self.names.append(function.__name__)
-        return function(*args, **kwargs or {})
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self, names):
-        super().__init__()
-        self.names = names
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Note and call."""
-        name = function.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            of is not None and of.dtype in (torch.bool, torch.uint8)
-            for part in args[1:2]
-            for of in (part if isinstance(part, (list, tuple)) else [])
-        )
-        if name in OPERATORS.split() or by_mask:
-            self.names.append(name)
-        return function(*args, **kwargs or {})
+    with Operators(), Functions():
+        yield names

@@ -5,10 +5,9 @@ from __future__ import annotations
 import codecs
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,12 +18,10 @@ from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
 
-Rows = list[torch.Tensor]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """One document and the group that it belongs to, if any."""
 
     text: str
@@ -47,20 +44,16 @@ def read_texts(path: str | Path) -> Iterator[Text]:
             if not line:
                 continue
             is_json = line.startswith(b"{") if is_json is None else is_json
-            fields = fields_of(line, number) if is_json else {"text": _decoded(line, number)}
+            try:
+                fields = fields_of(line, number) if is_json else {"text": line.decode().strip()}
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number}: must be UTF-8: {error.reason}") from None
             text, group = fields.get("text"), fields.get("group")
             if not isinstance(text, str) or not (group is None or isinstance(group, str)):
                 rule = 'an object with "text" and perhaps "group", both texts'
                 raise ValueError(f"line {number}: must be {rule}, got {shown(fields)}")
             if text.strip():
                 yield Text(text, group)
-
-
-def _decoded(line: bytes, number: int) -> str:
-    try:
-        return line.decode().strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"line {number}: must be UTF-8: {error.reason}") from None
 
 
 def collect(
@@ -123,38 +116,26 @@ def collect(
     network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
     if not spread:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Logits of every token would take more memory than the model's own work.
+    arguments = inspect.signature(network.forward).parameters
+    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+    where = next(network.parameters()).device
     done, name = 0, Path(model).resolve().name
     with torch.inference_mode(), capture(network.eval(), path=out, name=name) as recorder:
         while batch and done < max_tokens:
-            rows, groups = _tokenized(tokenizer, batch, sequence_length, max_tokens - done)
-            done += sum(map(len, rows))
+            rows, groups = [], []
+            for text in batch:
+                ids = tokenizer(text.text)["input_ids"][: min(sequence_length, max_tokens - done)]
+                if ids:
+                    rows.append(torch.tensor(ids))
+                    groups.append(text.group or UNNAMED)
+                    done += len(ids)
             if rows:
+                padded = pad_sequence(rows, batch_first=True, padding_value=-1).to(where)
+                mask, tokens = (padded >= 0).long(), padded.clamp(min=0)
                 with recorder.group(groups):
-                    _run(network, rows)
+                    network(input_ids=tokens, attention_mask=mask, use_cache=False, **few)
             if progress is not None:
                 progress(done)
             batch = list(islice(texts, batch_size))
     return recorder.trace()
-
-
-def _tokenized(tokenizer: Any, texts: list[Text], most: int, left: int) -> tuple[Rows, list[str]]:
-    """Return token ids and groups of texts, cut at the longest and at what is left of tokens."""
-    rows, groups = [], []
-    for text in texts:
-        ids = tokenizer(text.text)["input_ids"][: min(most, left)]
-        if ids:
-            rows.append(torch.tensor(ids))
-            groups.append(text.group or UNNAMED)
-            left -= len(ids)
-    return rows, groups
-
-
-def _run(network: Any, rows: Rows) -> None:
-    """Run texts of token ids, padded on the right."""
-    tokens = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    where = next(network.parameters()).device
-    # Logits of every token would take more memory than the model's own work.
-    arguments = inspect.signature(network.forward).parameters
-    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
-    network(input_ids=tokens.to(where), attention_mask=mask.to(where), use_cache=False, **few)

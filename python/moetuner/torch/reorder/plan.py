@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,7 +135,11 @@ def changes_of(tensors: Tensors, order: Order, routers: Routers) -> Changes:
     usual name. Other blocks keep their order.
     """
     parts, order_in = _parts(tensors), dict(zip(routers, order, strict=True))
-    _check_numbers(parts.values(), order_in)
+    for block in routers:
+        own = {of.expert for of in parts.values() if of.block == block and of.expert is not None}
+        if own and own != set(range(order.shape[1])):
+            rule = f"must have experts 0 to {order.shape[1] - 1} as the placement has"
+            raise ValueError(f"{block}: {rule}, got {len(own)} from {min(own)} to {max(own)}")
     blocks = sorted({*routers, *(part.block for part in parts.values())}, key=len, reverse=True)
     changes: Changes = {}
     weights: dict[str, str] = {}
@@ -242,15 +246,6 @@ def _parts(names: Iterable[str]) -> dict[str, _Part]:
         elif (stacked := STACKED.fullmatch(name)) is not None:
             parts[name] = _Part(stacked["block"] or "")
     return parts
-
-
-def _check_numbers(parts: Collection[_Part], order_in: Mapping[str, Order]) -> None:
-    """Check that blocks with a tensor for each expert have all of them."""
-    for block, order in order_in.items():
-        own = {part.expert for part in parts if part.block == block and part.expert is not None}
-        if own and own != set(range(len(order))):
-            rule = f"must have experts 0 to {len(order) - 1} as the placement has"
-            raise ValueError(f"{block}: {rule}, got {len(own)} from {min(own)} to {max(own)}")
 
 
 def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) -> TensorChange:
