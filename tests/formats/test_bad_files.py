@@ -13,12 +13,12 @@ from engines_files import (
     save_arrays,
     save_table,
     sglang_pass,
-    vllm_response,
     write_megatron,
     write_sglang,
     write_tensorrt,
     write_tensorrt_about,
 )
+from engines_files import vllm_response as answer  # noqa: F401 - for the table
 
 import moetuner as mt
 from moetuner.formats import tensorrt_llm, vllm_ascend
@@ -40,9 +40,6 @@ def ids(tokens=3, layers=3):
     array = random_ids(tokens, layers, 2, 8).astype(np.uint8)
     array[:, 0] = 0
     return array
-
-
-answer = vllm_response
 
 
 def choice(experts):
@@ -91,7 +88,8 @@ def csv(folder, text, experts=8):
 
 def jsonl(folder, *lines):
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / "a.jsonl").write_text("\n".join(texts) + "\n")
+    text = "\n".join(texts) + "\n"
+    (folder / "a.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
     return mt.RoutingTrace.load(folder / "a.jsonl")
 
 
@@ -198,6 +196,7 @@ jsonl | {"a": 1}, LINE | line 1: must have 'experts', 'tokens' or 'num_experts',
 jsonl | HEAD, LINE, {"a": 1} | line 3: must have 'experts' or 'tokens', got
 jsonl | HEAD, LINE, "[1]" | line 3: must be a JSON object, got list
 jsonl | HEAD, LINE, '{"experts": [[0,' | line 3: must be JSON
+jsonl | HEAD, '{"experts": "\udcff"}' | line 2: must be JSON: 'utf-8' codec
 jsonl | HEAD, '{"a":' * 100000 | line 2: must be JSON
 jsonl | HEAD, {"experts": [[0, 4], [1, 2]]} | line 2: expert_ids: token 0, layer 0
 jsonl | HEAD, LINE, {"experts": [[0, 1], [2, 2]]} | line 3: expert_ids: token 1
