@@ -32,6 +32,8 @@ STEPS = [(10 + step, layer) for step in range(3) for layer in (3, 4)]
 LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
+HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
+PASS = {"forward_pass_id": 0, "gatherer_key": "primary", "global_physical_count": HUGE}
 MAP = "num_slots: 2\ninitial_global_assignments:\n"
 
 
@@ -248,12 +250,14 @@ sglang | {"slots": SGLANG_MAP.astype(float)} | must be a tensor of integers
 sglang | {"positions": [1]} | must have positions and ids of 3 tokens
 sglang | {"positions": "x"} | positions must be a list of numbers
 sglang | {"extend_seq_lens": [1]} | must add up to 3 tokens
+sglang | {"records": [PASS | {"rank": r} for r in (0, 1)], "slots": 0 * HUGE} | than 2**63
 sglang | {"topk_ids_of_layer": 1} | topk_ids_of_layer must be a tensor
 ascend | LOAD, TABLE[:, :1] | table must be [2, 2, 2] like the workload, got [2, 1, 2]
 ascend | LOAD, TABLE - 2 | slots must hold experts from 0 to 0, got -2 to 0
 ascend | LOAD, TABLE * 0.5 | table must be integers, got float64
 ascend | LOAD, np.where(TABLE == 2, 1 << 20, TABLE) | slots must hold every expert of a layer, got 4
 ascend | np.full_like(LOAD, 1 << 62) | workload must be counts from 0 to 2**48
+ascend | np.full((1, 1, 1 << 16), (1 << 48) - 1), np.zeros((1, 1, 1 << 16), int) | than 2**63, got
 ascend | -LOAD | workload must be counts from 0 to 2**48
 ascend | LOAD + 0.5 | workload must be whole numbers of tokens
 ascend | LOAD * np.nan | workload must be whole numbers of tokens
@@ -267,6 +271,7 @@ sglang_map | [] | none of
 sglang_map | {"physical_to_logical_map": [[0, 1], [0]]} | row 1 must have 2 slots like row 0, got 1
 sglang_map | {"physical_to_logical_map": [[0, 1 << 70]]} | must be integers
 sglang_map | {"physical_to_logical_map": [[0, 1]], "b": 1} | single key
+sglang_map | {"physical_to_logical_map": [[0, 1, 2]]} | must have a multiple of 2 slots
 sglang_map | {"hello": 1} | none of
 sglang_map | {"physical_to_logical_map": [[(1 << 64) - 1, 1 << 63]]} | must be integers below 2
 pattern | [[1, 0, 1, 1]], [[0, 0, 0, 0]] | not a placement

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from conftest import random_ids
 from damage import check_line, check_reading, check_trace, damaged, survives
-from engines_files import megatron_lines, npy, save_table, vllm_response, write_tensorrt_about
+from engines_files import (
+    GOLDEN,
+    megatron_lines,
+    npy,
+    save_table,
+    vllm_response,
+    write_tensorrt_about,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import write_lines
@@ -29,7 +36,6 @@ LABELS = {"sequence": np.arange(12) // 4, "group": np.arange(12) // 8, "group_na
 TRACE = mt.RoutingTrace.from_arrays(IDS, num_experts=6, model="m", **LABELS)
 COUNTED = mt.RoutingStatistics.from_trace(TRACE, window=5)
 PLACEMENT = mt.Placement([[[0, 1, 2], [3, 4, 5]], [[5, 1, 2], [3, 4, 0]]], num_experts=6)
-GOLDEN = Path(__file__).parent / "golden"
 HINTS = Hints(num_experts=EXPERTS, top_k=4)
 
 

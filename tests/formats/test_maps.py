@@ -59,10 +59,7 @@ def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
         write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
 
 
-def of(rows, **fields):
-    return Layout.of(rows, **fields)
-
-
+of = Layout.of
 GOOD = [[0, 1, 2, 3, 0, 2]] * 4
 # A map, the engine, what is said of the model, and what is wrong.
 FAULTS = """
@@ -94,14 +91,3 @@ def test_faults(case):
     layout, engine, hints, words = (part.strip() for part in case.split("|"))
     actual = faults(eval(layout, globals()), engine, eval(f"Hints({hints})", globals()))
     assert (not actual) if words == "nothing" else any(words in fault for fault in actual), actual
-
-
-def test_devices_must_be_said(tmp_path):
-    """A flat list does not tell how many devices there are; they must divide its slots."""
-    path = tmp_path / "map.json"
-    path.write_text('{"physical_to_logical_map": [[0, 1, 2, 3]]}')
-    with pytest.raises(ValueError, match="devices must be given"):
-        read_placement(path)
-    with pytest.raises(ValueError, match="must have a multiple of 3 slots"):
-        read_placement(path, devices=3)
-    assert read_placement(path, devices=2).slots.tolist() == [[[0, 1], [2, 3]]]

@@ -1,11 +1,11 @@
 """vLLM: what it wrote is read, in whatever way responses are kept; nonsense is named."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import random_ids
+from engines_files import GOLDEN, truth
 from engines_files import vllm_response as response
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,13 +13,6 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner.formats import reader_of
 from moetuner.formats.records import records
-
-GOLDEN = Path(__file__).parent / "golden" / "vllm"
-
-
-def truth():
-    with np.load(GOLDEN / "truth.npz") as arrays:
-        return arrays["ids"], arrays["lengths"]
 
 
 def same_sets(trace, ids):
@@ -36,16 +29,16 @@ def routed(tokens, layers=3, dense=(0,), seed=0):
 
 def test_what_vllm_wrote():
     """Over HTTP and offline, whole and from a token on: the router's experts, as sets."""
-    ids, lengths = truth()
-    for paths in ("completions.json", [f"routed-{i}.npy" for i in range(3)]):
-        paths = [GOLDEN / paths] if isinstance(paths, str) else [GOLDEN / path for path in paths]
+    ids, lengths = truth("vllm")
+    folder = GOLDEN / "vllm"
+    for paths in ([folder / "completions.json"], [folder / f"routed-{i}.npy" for i in range(3)]):
         assert {reader_of(path) for path in paths} == {"vllm"}
         trace = mt.open_input(paths, num_experts=16)
         assert np.bincount(trace.sequence).tolist() == lengths.tolist()
         assert same_sets(trace, ids)
-    part = mt.open_input(GOLDEN / "completion-from-3.json", num_experts=16)
+    part = mt.open_input(folder / "completion-from-3.json", num_experts=16)
     assert same_sets(part, ids[3 : lengths[0]])
-    assert mt.open_input(GOLDEN / "chat.json", num_experts=16).tokens == 37
+    assert mt.open_input(folder / "chat.json", num_experts=16).tokens == 37
 
 
 @pytest.mark.parametrize("form", ["one", "list", "lines", "events", "spread", "joined"])

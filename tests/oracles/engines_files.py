@@ -3,10 +3,19 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
+
+
+def truth(engine):
+    """Give what an engine's prompts were routed to: ids [T,L,K] and lengths of sequences."""
+    with np.load(GOLDEN / engine / "truth.npz") as arrays:
+        return arrays["ids"], arrays["lengths"]
 
 
 def save_arrays(path, arrays):
