@@ -88,6 +88,13 @@ def csv(folder, text, experts=8):
     return mt.open_input(folder / "rows.csv", num_experts=experts)
 
 
+def other(folder, content):
+    path = save_arrays(folder / "a.npz", content if isinstance(content, dict) else {})
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    return mt.open_input(path)
+
+
 def jsonl(folder, *lines):
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     text = "\n".join(texts) + "\n"
@@ -220,6 +227,9 @@ jsonl | HEAD, LINE | {"group": 3} | line 2: group must be a text
 jsonl | HEAD | {"group_names": [1]}, LINE | line 1: group_names must be texts, got 1
 jsonl | HEAD | {"group_names": 1}, LINE | line 1: group_names must be a list
 jsonl | HEAD | {"model": 1}, LINE | line 1: model must be a text, got 1
+other | b'{"schema": "moetuner.placement/1"}' | line 1: must be a trace, got a file of schema 'moet
+other | {"weights": [1]} | must hold an array 'expert_ids' (or 'load', a load table)
+other | b"PK\x03\x04 and no more" | damaged .npz:
 columns | {"experts": [[[0, 1]], [[2]]]} | experts must have lists of one length
 columns | {"experts": [[[0, 1]], None]} | experts must have no empty lists
 columns | {"experts": [[[0, 1]], [[2, None]]]} | experts must have no empty values

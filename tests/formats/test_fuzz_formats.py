@@ -298,7 +298,7 @@ def test_damaged_maps(folder, name):
     survives(path.read_bytes(), attempt, times=MORE)
 
 
-@pytest.mark.parametrize("reader", sorted(READERS))
+@pytest.mark.parametrize("reader", [None, *sorted(READERS)])
 def test_readers_refuse_what_is_no_file(tmp_path, reader):
     """An empty folder, an empty file, a file that is not there: one line names it."""
     (tmp_path / "empty").mkdir()

@@ -26,6 +26,7 @@ def save_arrays(path, arrays):
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
     else:
         save_torch(path, arrays)
+    return path
 
 
 def save_torch(path, content):
