@@ -29,17 +29,10 @@ Row = tuple[str, str, str, str, str]
 
 @dataclass(frozen=True)
 class Engine:
-    """An environment and the tests that run in it.
+    """An environment, by its Python and its files of pins, and the tests that run in it.
 
-    Parameters
-    ----------
-    python
-        The version of the interpreter that the pins are for.
-    pins
-        Files of packages, installed as they stand, in this order; `source-*` are built against
-        what is there already.
-    tests
-        Test files, and the package whose version the table says beside their results.
+    Pins are installed in this order, `source-*` built against what is there; the table says the
+    version of the package that is named with a test file.
     """
 
     python: str
