@@ -14,26 +14,17 @@ from moetuner.files import lines
 TOKEN = {"experts": [[0, 1], [2, 3]]}
 
 
-def load(path, *lines, **arguments):
+def load(folder, *lines, **arguments):
+    path = folder / "a.jsonl"
     texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return mt.RoutingTrace.load(path, **arguments)
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "a.jsonl"
-
-
-@pytest.fixture(scope="module")
-def path_of_lines(tmp_path_factory):
-    return tmp_path_factory.mktemp("lines") / "a.jsonl"
-
-
-def test_token_lines(path):
+def test_token_lines(tmp_path):
     """One token per line; blank lines and unknown keys do not matter, nor a byte-order mark."""
     actual = load(
-        path,
+        tmp_path,
         "\ufeff" + json.dumps({"num_experts": 4, "model": "m", "group_names": ["b"]}),
         TOKEN | {"sequence": 9, "group": "a", "text": "x"},
         "",
@@ -44,8 +35,8 @@ def test_token_lines(path):
     assert actual.group_names == ("b", "a")
     assert actual.group.tolist() == [1, 0]
     assert actual.model == "m"
-    assert load(path, TOKEN, num_experts=4).sequence is None
-    assert load(path, {"num_experts": 4}, TOKEN, num_experts=9).num_experts == 9
+    assert load(tmp_path, TOKEN, num_experts=4).sequence is None
+    assert load(tmp_path, {"num_experts": 4}, TOKEN, num_experts=9).num_experts == 9
 
 
 scalars = st.none() | st.booleans() | st.integers(-3, 70000) | st.floats() | st.text(max_size=3)
@@ -117,19 +108,20 @@ def plain(content):
 
 @settings(max_examples=settings().max_examples * 5)
 @given(texts_of_lines(), st.integers(1, 60), st.booleans())
-def test_lines_mean_what_json_says(path_of_lines, texts, block, cut):
+def test_lines_mean_what_json_says(tmp_path_factory, texts, block, cut):
     """What is read is what Python's JSON says, whatever the blocks; all else is refused."""
     content = "\n".join(texts).encode("utf-8", "surrogatepass")
     content = content[:-3] if cut else content
-    path_of_lines.write_bytes(content)
+    path = tmp_path_factory.getbasetemp() / "a.jsonl"
+    path.write_bytes(content)
     expected = plain(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "BLOCK", block)
         if expected is None:
             with pytest.raises(ValueError, match=r"^[^\n]+$"):
-                mt.RoutingTrace.load(path_of_lines)
+                mt.RoutingTrace.load(path)
             return
-        trace = mt.RoutingTrace.load(path_of_lines)
+        trace = mt.RoutingTrace.load(path)
     ids, sequence, group = expected
     assert trace.expert_ids.tolist() == ids
     given_none = [None] * len(ids)
@@ -138,9 +130,9 @@ def test_lines_mean_what_json_says(path_of_lines, texts, block, cut):
         assert [trace.group_names[at] for at in trace.group] == group
 
 
-def test_long_lines_are_refused(path, monkeypatch):
+def test_long_lines_are_refused(tmp_path, monkeypatch):
     """A line beyond the limit is not gathered in memory."""
     monkeypatch.setattr(lines, "LINE_LIMIT", 100)
     monkeypatch.setattr(lines, "BLOCK", 64)
     with pytest.raises(ValueError, match="line 3: must have at most 100 bytes"):
-        load(path, {"num_experts": 4}, TOKEN, TOKEN | {"text": "x" * 200})
+        load(tmp_path, {"num_experts": 4}, TOKEN, TOKEN | {"text": "x" * 200})
