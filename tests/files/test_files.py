@@ -14,7 +14,7 @@ import pytest
 from conftest import random_ids
 
 import moetuner as mt
-from moetuner.files import read_whole, replacing, same_file
+from moetuner.files import read_whole, replacing
 from moetuner.files.text import clean, name, printable
 from moetuner.solver.bounds.certificate import Certificate
 
@@ -145,24 +145,12 @@ def test_a_temporary_in_use_is_not_deleted(tmp_path):
     assert path.read_text() == "first"
 
 
-def test_one_file_has_many_names(tmp_path):
-    """Links of both kinds are the same file; so are two names of one that is not there yet."""
-    one, hard, soft = (tmp_path / item for item in ("one", "hard", "soft"))
-    one.write_text("")
-    hard.hardlink_to(one)
-    soft.symlink_to(one)
-    assert same_file(one, hard)
-    assert same_file(one, soft)
-    assert same_file(tmp_path / "new", tmp_path / "x" / ".." / "new")
-    assert not same_file(one, tmp_path / "new")
-    assert not same_file("/dev/null", "/dev/null")
-
-
 SAME = """
 solve TRACE --devices 2 --out TRACE
 solve TRACE --devices 2 --out link
 solve TRACE --devices 2 --out hard
 solve TRACE --devices 2 --out new --json new
+solve TRACE --devices 2 --out new --json folder/../new
 solve TRACE --devices 2 --out n --certificate n
 solve TRACE --topology machine.json --out machine.json
 solve TRACE --devices 2 --cost-model cost.json --out cost.json
