@@ -20,17 +20,11 @@ BUDGET = 600
 
 
 @pytest.fixture(scope="module")
-def package():
-    folder = BELOW / "ascend"
-    if not (folder / "vllm_ascend").exists():
-        from_pip(PACKAGE, "install", "--target", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def answers(package):
+def answers():
     """Ask them all the same: loads of a long tail, the table that vllm-ascend starts with."""
-    folder = folder_of("ascend")
+    package, folder = BELOW / "ascend", folder_of("ascend")
+    if not (package / "vllm_ascend").exists():
+        from_pip(PACKAGE, "install", "--target", package)
     rng = np.random.default_rng(0)
     slots = np.append(np.arange(EXPERTS), np.arange(DEVICES))
     table = np.tile(slots, (LAYERS, 1)).reshape(LAYERS, DEVICES, SLOTS)

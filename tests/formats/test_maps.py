@@ -1,5 +1,7 @@
 """Maps of experts: what is written can be read, converted and checked, whatever the format."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,21 +29,18 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
     placement = mt.Placement(slots, num_experts=experts)
     dense = tuple(layer for layer in sorted(dense) if layer <= placement.layers)[:1]
     hints = Hints(num_experts=experts, dense_layers=dense)
+    read = partial(
+        read_placement, devices=placement.devices, num_experts=experts, dense_layers=dense
+    )
     folder = tmp_path_factory.mktemp("maps")
     before = path_of(folder, "json")
     placement.save(before)
     for name in READ:
         path = path_of(folder, name)
         # From what was written last: any format can be made of any other.
-        given_to = read_placement(
-            before, devices=placement.devices, num_experts=experts, dense_layers=dense
-        )
-        write_placement(given_to, name, path, hints)
+        write_placement(read(before), name, path, hints)
         assert form_of(path) == name
-        actual = read_placement(
-            path, devices=placement.devices, num_experts=experts, dense_layers=dense
-        )
-        assert actual == placement
+        assert read(path) == placement
         writer = WRITERS[name]
         layout = writer.of.read_map(path, hints)
         assert faults(layout, writer.engine, hints) == []
