@@ -35,7 +35,7 @@ SUBJECTS = {
     "problem/objective": ["tests/evaluation/test_regime.py", "tests/problem", *OBJECTIVES],
     "problem": [
         "tests/problem",
-        "tests/formats/test_filling.py",
+        "tests/formats/test_engines.py",
         "tests/test_arguments.py",
         *OBJECTIVES,
     ],

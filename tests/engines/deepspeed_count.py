@@ -1,8 +1,8 @@
 """Count the loads of a Mixtral with AutoEP: `python deepspeed_count.py RESULT PORT MODEL...`.
 
 Every model runs on two processes that share its experts; each rank has tokens of its own and
-counts those alone. The result is a folder with `counts-<model>-rank<r>.npz`: by layer the buffer
-`tokens_per_expert` as DeepSpeed names it, the logits, and the tokens.
+counts those alone. The result is a folder with `counts-<model>-rank<r>.npz`, by layer the buffer
+`tokens_per_expert` as DeepSpeed names it, and `logits-<model>-rank<r>.npy`.
 """
 
 import os
@@ -48,8 +48,9 @@ def work(rank, result, port, models):
             for name, buffer in engine.module.named_buffers()
             if name.endswith("tokens_per_expert")
         }
-        file = Path(result) / f"counts-{checkpoint.name}-rank{rank}.npz"
-        np.savez(file, tokens=tokens.numpy(), logits=logits.detach().numpy(), **counts)
+        run = f"{checkpoint.name}-rank{rank}"
+        np.savez(Path(result) / f"counts-{run}.npz", **counts)
+        np.save(Path(result) / f"logits-{run}.npy", logits.detach().numpy())
 
 
 if __name__ == "__main__":

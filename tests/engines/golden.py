@@ -54,10 +54,8 @@ def sglang(target: Path) -> None:
                 shutil.copy(file, target / f"{ranks}-{mode}{rank}.pt")
     run = RUNS / "sglang-two-ranks-per_token"
     shutil.copy(run / "responses.json", target)
-    location = Path(
-        json.loads((run / "specification.json").read_text())["arguments"]["init_expert_location"]
-    )
-    shutil.copy(location, target / "expert_location.json")
+    arguments = json.loads((run / "specification.json").read_text())["arguments"]
+    shutil.copy(arguments["init_expert_location"], target / "expert_location.json")
     shutil.copy(MODELS / "qwen3_moe" / "config.json", target)
     truth("qwen3_moe", run, target / "truth.npz")
 
@@ -70,9 +68,8 @@ def megatron(target: Path) -> None:
 
 def deepspeed(target: Path) -> None:
     for rank in (0, 1):
-        with np.load(RUNS / "deepspeed" / f"counts-mixtral-rank{rank}.npz") as counts:
-            selected = {key: counts[key] for key in counts if key.endswith("tokens_per_expert")}
-        np.savez(target / f"counts-{rank}.npz", **selected)
+        file = RUNS / "deepspeed" / f"counts-mixtral-rank{rank}.npz"
+        shutil.copy(file, target / f"counts-{rank}.npz")
 
 
 def ascend(target: Path) -> None:

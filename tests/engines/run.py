@@ -29,17 +29,10 @@ Row = tuple[str, str, str, str, str]
 
 @dataclass(frozen=True)
 class Engine:
-    """An environment and the tests that run in it.
+    """An environment, by its Python and its files of pins, and the tests that run in it.
 
-    Parameters
-    ----------
-    python
-        The version of the interpreter that the pins are for.
-    pins
-        Files of packages, installed as they stand, in this order; `source-*` are built against
-        what is there already.
-    tests
-        Test files, and the package whose version the table says beside their results.
+    Pins are installed in this order, `source-*` built against what is there; the table says the
+    version of the package that is named with a test file.
     """
 
     python: str
@@ -70,19 +63,19 @@ def say(text: str) -> None:
     print(f"engines: {text}", flush=True)
 
 
+def printed(python: str | Path, code: str, *arguments: str) -> str:
+    """Run code in a Python; return what it prints."""
+    command = [python, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def interpreter(version: str) -> str | None:
     """Return a Python of this version: ours, one on the path or one of pyenv's; else None."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [sys.executable, shutil.which(f"python{version}")]
     candidates += map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))
     for candidate in filter(None, candidates):
-        options = subprocess.run(
-            [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if options.stdout.strip() == version:
+        if printed(candidate, "import sys; print('%d.%d' % sys.version_info[:2])") == version:
             return candidate
     return None
 
@@ -125,13 +118,7 @@ def version(python: Path, package: str) -> str:
     """Return the version of a package that is installed there, or only unpacked for its tests."""
     code = "import importlib.metadata as m, sys; sys.path.append(sys.argv[2]);"
     code += "print(m.version(sys.argv[1]))"
-    options = subprocess.run(
-        [python, "-c", code, package, str(BELOW / "ascend")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return options.stdout.strip() or "-"
+    return printed(python, code, package, str(BELOW / "ascend")) or "-"
 
 
 def run(engine: Engine, python: Path, only: str | None) -> list[Row]:

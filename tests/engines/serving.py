@@ -282,6 +282,15 @@ def type_page(engine: str, values: dict[str, Any]) -> tuple[Path, list[pages.Typ
     return folder, typed
 
 
+def from_pip(what: str, *arguments: Any, **environment: str) -> None:
+    """Fetch a package by pip, or skip with the reason why it cannot be had."""
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps", what]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, check=False, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no {what} from pip: {done.stderr.strip()[-200:]}")
+
+
 def moetuner(*arguments: Any) -> str:
     """Run moetuner's command line as it is installed here; return what it wrote."""
     done = subprocess.run(
@@ -294,14 +303,9 @@ def moetuner(*arguments: Any) -> str:
     return done.stdout + done.stderr
 
 
-def sets(ids: np.ndarray) -> np.ndarray:
-    """Return expert ids [T,L,K] as sets: the order inside a token says nothing in vLLM."""
-    return np.sort(ids, axis=2)
-
-
 def same_routing(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether the same tokens visit the same experts in all layers."""
-    return ours.shape == theirs.shape and bool((sets(ours) == sets(theirs)).all())
+    """Whether tokens of [T,L,K] have the same sets of experts: their order says nothing in vLLM."""
+    return np.array_equal(np.sort(ours, axis=2), np.sort(theirs, axis=2))
 
 
 def order_of(placement: Any) -> np.ndarray:

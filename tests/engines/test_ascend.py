@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from serving import BELOW, VLLM, folder_of, moetuner, program
+from serving import BELOW, VLLM, folder_of, from_pip, moetuner, program
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
@@ -23,22 +20,11 @@ BUDGET = 600
 
 
 @pytest.fixture(scope="module")
-def package():
-    folder = BELOW / "ascend"
-    if not (folder / "vllm_ascend").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
-        done = subprocess.run(
-            [*command, folder, PACKAGE], check=False, capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"no {PACKAGE} from pip: {done.stderr.strip()[-200:]}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def answers(package):
+def answers():
     """Ask them all the same: loads of a long tail, the table that vllm-ascend starts with."""
-    folder = folder_of("ascend")
+    package, folder = BELOW / "ascend", folder_of("ascend")
+    if not (package / "vllm_ascend").exists():
+        from_pip(PACKAGE, "install", "--target", package)
     rng = np.random.default_rng(0)
     slots = np.append(np.arange(EXPERTS), np.arange(DEVICES))
     table = np.tile(slots, (LAYERS, 1)).reshape(LAYERS, DEVICES, SLOTS)
@@ -58,7 +44,7 @@ def answers(package):
     )
     environment = {"PYTHONPATH": VLLM["PYTHONPATH"]}
     program("ascend_balance.py", [package, folder], environment, folder)
-    return folder, load, workload
+    return folder, load, table
 
 
 def imbalance(table: np.ndarray, load: np.ndarray) -> float:
@@ -80,10 +66,8 @@ def test_our_table_breaks_no_rule_of_the_worker(answers):
 
 def test_our_plugin_answers_in_their_factory(answers):
     """`MOETUNER_REBALANCE`: whatever the type, the factory makes our policy."""
-    folder, load, _ = answers
+    folder, load, table = answers
     actual = np.load(folder / "plugin.npy")
-    with np.load(folder / "problem.npz") as problem:
-        table = problem["current_expert_table"]
     assert (actual != np.load(folder / "swift.npy")).any()
     assert imbalance(actual, load) <= BOUND < imbalance(table, load)
 
@@ -99,19 +83,10 @@ def test_balance_is_within_their_bound_with_the_fewest_moves(answers):
 
     Loads of single slots count as well, so the least maximum is not all that is looked for.
     """
-    folder, load, _ = answers
-    with np.load(folder / "problem.npz") as problem:
-        table = problem["current_expert_table"]
+    folder, load, table = answers
+    always = {"budget": table.size, "dead_zone": 0, "deviations": 0}
     free = rebalance_experts(
-        load,
-        table[0].size,
-        None,
-        1,
-        DEVICES,
-        table.reshape(LAYERS, -1),
-        budget=table.size,
-        dead_zone=0,
-        deviations=0,
+        load, table[0].size, None, 1, DEVICES, table.reshape(LAYERS, -1), **always
     )
     theirs = {name: np.load(folder / f"{name}.npy") for name in ("default", "swift", "flashlb")}
     ours = np.load(folder / "ours.npy")
@@ -138,13 +113,11 @@ def test_its_map_is_read(answers):
 
 def test_its_workload_is_read(answers):
     """Workloads of slots are read as loads of experts."""
-    folder, _, workload = answers
+    folder, _, table = answers
     moetuner("convert", folder / "problem.npz", "--out", folder / "loads.safetensors")
     actual = mt.RoutingStatistics.load(folder / "loads.safetensors")
-    with np.load(folder / "problem.npz") as problem:
-        table = problem["current_expert_table"].reshape(LAYERS, -1)
+    workload = np.load(folder / "problem.npz")["expert_workload"]
     expected = np.zeros((WINDOWS, LAYERS, EXPERTS), dtype=np.int64)
-    for window in range(WINDOWS):
-        for layer in range(LAYERS):
-            np.add.at(expected[window, layer], table[layer], workload[window, layer].ravel())
+    for window, layer in np.ndindex(WINDOWS, LAYERS):
+        np.add.at(expected[window, layer], table[layer].ravel(), workload[window, layer].ravel())
     assert (actual.window_load == expected).all()

@@ -9,7 +9,7 @@ import tarfile
 from xml.etree import ElementTree
 
 import pytest
-from serving import BELOW, VLLM, folder_of
+from serving import BELOW, VLLM, folder_of, from_pip
 
 SOURCE = "vllm==0.33.0"
 TESTS = "tests/distributed/test_eplb_algo.py"
@@ -29,16 +29,11 @@ def upstream():
     if file.exists():
         return file
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-    command += ["--no-build-isolation", "--no-binary", "vllm", SOURCE]
     version = SOURCE.partition("==")[2]
     # Or its metadata would be of a build for CUDA, under another version.
     environment = {"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": version}
-    done = subprocess.run(
-        command, check=False, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"no source of {SOURCE} from pip: {done.stderr.strip()[-200:]}")
+    source = ["--no-build-isolation", "--no-binary", "vllm"]
+    from_pip(SOURCE, "download", "--dest", folder, *source, **environment)
     (archive,) = folder.glob("vllm-*.tar.gz")
     with tarfile.open(archive) as of:
         member = of.extractfile(f"vllm-{version}/{TESTS}")

@@ -27,14 +27,9 @@ COMMON = {
     "pad_token_id": END,
     "tie_word_embeddings": False,
 }
-QWEN = {
-    "head_dim": 32,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": True,
-}
+WIDE = {"head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 64}
+TOP = {"num_experts_per_tok": 4, "norm_topk_prob": True}
+QWEN = {**WIDE, **TOP, "num_experts": 16}
 # Name: architecture and what its config has beyond COMMON. Layer 0 of the second is dense, and of
 # the last, whose router chooses among groups; SGLang knows no dense layers in a Qwen3-MoE.
 MODELS = {
@@ -62,15 +57,12 @@ MODELS = {
     "glm4_moe": (
         "Glm4Moe",
         {
-            "head_dim": 32,
-            "intermediate_size": 128,
-            "moe_intermediate_size": 64,
+            **WIDE,
+            **TOP,
             "n_routed_experts": 16,
             "n_shared_experts": 1,
-            "num_experts_per_tok": 4,
             "n_group": 4,
             "topk_group": 2,
-            "norm_topk_prob": True,
             "first_k_dense_replace": 1,
             "use_qk_norm": True,
         },

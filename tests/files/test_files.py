@@ -11,33 +11,17 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import random_ids
 
 import moetuner as mt
-from moetuner.files import read_whole, replacing, same_file
+from moetuner.files import read_whole, replacing
 from moetuner.files.text import clean, name, printable
 from moetuner.solver.bounds.certificate import Certificate
 
-NAMES = ("target", "n" * 240)
-
-
-@pytest.fixture
-def placement():
-    """Two experts on two devices."""
-    return mt.Placement(np.array([[[0], [1]]]))
-
-
-@pytest.fixture
-def saved(placement, tmp_path):
-    """Save a placement."""
-    placement.save(tmp_path / "saved.json")
-    return tmp_path / "saved.json"
-
-
-@pytest.fixture
-def recording(make_trace, tmp_path):
-    """Save a trace."""
-    make_trace(60, 2, 2, 8).save(tmp_path / "trace.safetensors")
-    return tmp_path / "trace.safetensors"
+PLACEMENT = mt.Placement([[[0], [1]]])
+ESCAPE = "\x1b[31mred\x1b]0;title\x07"
+# Of a machine that knows only ASCII.
+ASCII = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.fixture
@@ -49,29 +33,29 @@ def pipe(tmp_path):
     os.close(handle)
 
 
-def test_a_pipe_gets_the_bytes(placement, tmp_path, pipe):
+def test_a_pipe_gets_the_bytes(tmp_path, pipe):
     """What is written to a FIFO arrives at its reader, and the FIFO stays one."""
-    placement.save(pipe[0])
-    placement.save(tmp_path / "plain.json")
+    PLACEMENT.save(pipe[0])
+    PLACEMENT.save(tmp_path / "plain.json")
     assert os.read(pipe[1], 1 << 20) == (tmp_path / "plain.json").read_bytes()
     assert stat.S_ISFIFO(pipe[0].stat().st_mode)
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", "plain.json"}
 
 
-def test_a_descriptor_gets_the_bytes(placement, tmp_path):
+def test_a_descriptor_gets_the_bytes(tmp_path):
     """A path of an open descriptor, as of process substitution, is written to where it stands."""
     out = tmp_path / "out"
     with out.open("wb") as file:
         file.write(b"before\n")
         file.flush()
-        placement.save(f"/dev/fd/{file.fileno()}")
+        PLACEMENT.save(f"/dev/fd/{file.fileno()}")
         file.write(b"after\n")
     lines = out.read_bytes().splitlines()
     assert (lines[0], lines[-1]) == (b"before", b"after")
     assert json.loads(lines[1])["num_experts"] == 2
 
 
-def test_a_link_stays(placement, tmp_path):
+def test_a_link_stays(tmp_path):
     """What a link points to is replaced, or made; the link stays."""
     (tmp_path / "folder").mkdir()
     for there in (True, False):
@@ -79,12 +63,12 @@ def test_a_link_stays(placement, tmp_path):
         if there:
             target.write_text("old")
         link.symlink_to(target)
-        placement.save(link)
+        PLACEMENT.save(link)
         assert link.is_symlink()
-        assert mt.Placement.load(target) == placement
+        assert mt.Placement.load(target) == PLACEMENT
 
 
-def test_modes_are_kept(placement, tmp_path):
+def test_modes_are_kept(tmp_path):
     """A file that was private stays so; a new one has the mode that the umask leaves."""
     private, new = tmp_path / "private", tmp_path / "new"
     private.write_text("old")
@@ -94,27 +78,20 @@ def test_modes_are_kept(placement, tmp_path):
         with replacing(private) as temporary:
             # What was private is not open for a while.
             assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
-        placement.save(new)
+        PLACEMENT.save(new)
     finally:
         os.umask(before)
     assert stat.S_IMODE(private.stat().st_mode) == 0o604
     assert stat.S_IMODE(new.stat().st_mode) == 0o640
 
 
-def test_errors_name_the_file(placement, tmp_path):
-    """Whatever fails, the error has the path that was asked for."""
-    for path, number in (
-        (tmp_path / "missing" / "p.json", errno.ENOENT),
-        (tmp_path, errno.EISDIR),
-    ):
-        with pytest.raises(OSError, match=re.escape(str(path))) as caught:
-            placement.save(path)
-        assert caught.value.errno == number
-
-
-def test_an_error_while_writing_names_the_file(tmp_path):
-    """What a full disk says in the middle does not name a temporary file, and leaves none."""
+def test_errors_name_the_file(tmp_path):
+    """Whatever fails, before or while it is written, names the path asked for and leaves none."""
     target = tmp_path / "target"
+    for path, number in ((target / "p.json", errno.ENOENT), (tmp_path, errno.EISDIR)):
+        with pytest.raises(OSError, match=re.escape(str(path))) as caught:
+            PLACEMENT.save(path)
+        assert caught.value.errno == number
     with pytest.raises(OSError, match=f"'{target}'"), replacing(target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(OSError, match="'input'"), replacing(target):
@@ -133,7 +110,7 @@ def test_a_file_is_synced_before_it_replaces(monkeypatch, tmp_path):
     assert steps == ["sync", "replace", "sync"]
 
 
-@pytest.mark.parametrize("target", NAMES, ids=["short", "long"])
+@pytest.mark.parametrize("target", ["target", "n" * 240], ids=["short", "long"])
 def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
     """The next write to the same name deletes what a killed process left, and nothing else."""
     program = (
@@ -168,24 +145,12 @@ def test_a_temporary_in_use_is_not_deleted(tmp_path):
     assert path.read_text() == "first"
 
 
-def test_one_file_has_many_names(tmp_path):
-    """Links of both kinds are the same file; so are two names of one that is not there yet."""
-    one, hard, soft = (tmp_path / item for item in ("one", "hard", "soft"))
-    one.write_text("")
-    hard.hardlink_to(one)
-    soft.symlink_to(one)
-    assert same_file(one, hard)
-    assert same_file(one, soft)
-    assert same_file(tmp_path / "new", tmp_path / "x" / ".." / "new")
-    assert not same_file(one, tmp_path / "new")
-    assert not same_file("/dev/null", "/dev/null")
-
-
 SAME = """
 solve TRACE --devices 2 --out TRACE
 solve TRACE --devices 2 --out link
 solve TRACE --devices 2 --out hard
 solve TRACE --devices 2 --out new --json new
+solve TRACE --devices 2 --out new --json folder/../new
 solve TRACE --devices 2 --out n --certificate n
 solve TRACE --topology machine.json --out machine.json
 solve TRACE --devices 2 --cost-model cost.json --out cost.json
@@ -207,39 +172,36 @@ collect model --dataset texts --out o.safetensors --json texts
 
 
 @pytest.mark.parametrize("command", SAME.strip().splitlines())
-def test_no_output_is_an_input(run, recording, saved, tmp_path, monkeypatch, command):
+def test_no_output_is_an_input(run, trace_file, tmp_path, monkeypatch, command):
     """A command that would write over what it reads, or twice, is refused before it begins."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(recording)
-    (tmp_path / "hard").hardlink_to(recording)
+    (tmp_path / "link").symlink_to(trace_file)
+    (tmp_path / "hard").hardlink_to(trace_file)
     (tmp_path / "machine.json").write_text('{"devices": 2}')
     mt.CostModel.preset("h100").save(tmp_path / "cost.json")
-    for copy in ("p.json", "c", "texts"):
-        (tmp_path / copy).write_bytes(saved.read_bytes())
+    for saved in ("saved.json", "p.json", "c", "texts"):
+        PLACEMENT.save(tmp_path / saved)
     (tmp_path / "folder").mkdir()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     status, out, err = run(*command.replace("TRACE", "trace.safetensors").split())
-    assert status == 2
-    assert out == ""
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert "must be another file than" in err
-    assert err.count("\n") == 1
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     assert after == before
-    assert not list((tmp_path / "folder").iterdir())
 
 
-def test_two_outputs_may_be_one_pipe(run, recording, pipe):
+def test_two_outputs_may_be_one_pipe(run, trace_file, pipe):
     """Only of regular files would one output be lost: a pipe gets both, one after the other."""
     how = ("--devices", 2, "--method", "contiguous")
-    assert run("solve", recording, *how, "--out", pipe[0], "--json", pipe[0])[0] == 0
+    assert run("solve", trace_file, *how, "--out", pipe[0], "--json", pipe[0])[0] == 0
     seen = os.read(pipe[1], 1 << 20)
     assert seen.startswith(b'{"schema"')
     assert b'"settings"' in seen
 
 
-def test_json_on_a_descriptor_of_standard_output(recording, tmp_path):
+def test_json_on_a_descriptor_of_standard_output(trace_file, tmp_path):
     """--json /dev/fd/1 is --json -: only JSON goes to standard output, and it stays a pipe."""
-    command = [sys.executable, "-m", "moetuner", "solve", recording, "--devices", "2"]
+    command = [sys.executable, "-m", "moetuner", "solve", trace_file, "--devices", "2"]
     command += ["--method", "contiguous", "--out", tmp_path / "p.json", "--json", "/dev/fd/1"]
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert json.loads(done.stdout)["method"] == "contiguous"
@@ -260,10 +222,8 @@ READERS = {
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "/dev/null"])
 def test_readers_refuse_what_is_no_regular_file(what, kind, tmp_path):
     """A pipe would block and a device never end; a timer ends the test if it does."""
-    path = kind
-    if kind == "fifo":
-        path = tmp_path / "fifo"
-        os.mkfifo(path)
+    os.mkfifo(tmp_path / "fifo")
+    path = tmp_path / kind
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the reader waits"))
     signal.alarm(20)
     try:
@@ -310,24 +270,14 @@ def test_control_characters_are_not_shown():
     assert (len(name("x" * 500)), name("a" * 100 + "z")[-1]) == (59, "z")
 
 
-ESCAPE = "\x1b[31mred\x1b]0;title\x07"
-
-
 def test_names_do_nothing_to_a_terminal(run, tmp_path, monkeypatch):
     """Escape sequences in names of files, groups and models reach neither output."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    ids = np.stack([rng.permutation(8)[:2] for _ in range(160)]).reshape(80, 2, 2)
-    mt.RoutingTrace.from_arrays(
-        ids,
-        num_experts=8,
-        sequence=np.arange(80) // 4,
-        group=np.arange(80) // 4 % 2,
-        group_names=[f"g{ESCAPE}", "long" * 100],
-        model=f"m{ESCAPE}" + "long" * 100,
-    ).save(f"t{ESCAPE}.safetensors")
-    path = f"t{ESCAPE}.safetensors"
-    seen = ""
+    path, sequence, seen = f"t{ESCAPE}.safetensors", np.arange(80) // 4, ""
+    labels = {"sequence": sequence, "group": sequence % 2, "model": f"m{ESCAPE}" + "long" * 100}
+    names = [f"g{ESCAPE}", "long" * 100]
+    ids = random_ids(80, 2, 2, 8)
+    mt.RoutingTrace.from_arrays(ids, num_experts=8, group_names=names, **labels).save(path)
     for command in (
         ("inspect", path),
         ("solve", path, "--devices", 2, "--method", "lpt", "--out", f"p{ESCAPE}.json"),
@@ -341,25 +291,17 @@ def test_names_do_nothing_to_a_terminal(run, tmp_path, monkeypatch):
         _, out, err = run(*command)
         seen += out + err
         assert max(map(len, (out + err).splitlines())) < 1100
-    assert "\x1b" not in seen
-    assert "\x07" not in seen
-    assert "long" * 30 not in seen
+    assert not [bad for bad in ("\x1b", "\x07", "long" * 30) if bad in seen]
     assert "red" in seen
 
 
 @pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
-def test_paths_of_any_bytes(recording, tmp_path, encoding):
+def test_paths_of_any_bytes(trace_file, tmp_path, encoding):
     """Paths that are not UTF-8 can be read and written, on terminals that know only ASCII too."""
     folder = os.fsencode(tmp_path)
     source, out = folder + b"/t\xff\xe4.safetensors", folder + b"/p\xff.json"
-    recording.rename(os.fsdecode(source))
-    environment = {
-        **os.environ,
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONIOENCODING": encoding,
-    }
+    trace_file.rename(os.fsdecode(source))
+    environment = {**ASCII, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "moetuner", "solve", source, "--devices", "2"]
     command += ["--method", "contiguous", "--out", out, "--json", folder + b"/j\xff.json"]
     done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=False)
@@ -373,7 +315,6 @@ def test_json_files_are_utf8_in_any_locale(tmp_path):
     machine = tmp_path / "machine.json"
     machine.write_text('{"devices": 2, "name": "bücher"}', encoding="utf-8")
     program = "import moetuner, sys; print(ascii(moetuner.Topology.load(sys.argv[1]).name))"
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", program, machine]
-    done = subprocess.run(command, capture_output=True, timeout=60, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=60, env=ASCII, check=True)
     assert done.stdout.strip() == b"'b\\xfccher'"

@@ -1,4 +1,4 @@
-"""JSON lines: both forms, round trips, and errors that name the line."""
+"""JSON lines: both forms mean what JSON says, and errors name the line."""
 
 import json
 
@@ -7,8 +7,6 @@ import pytest
 from conftest import random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import write_lines
-from test_trace import IDS, same
 
 import moetuner as mt
 from moetuner.files import lines
@@ -16,37 +14,17 @@ from moetuner.files import lines
 TOKEN = {"experts": [[0, 1], [2, 3]]}
 
 
-def load(path, *lines, **arguments):
+def load(folder, *lines, **arguments):
+    path = folder / "a.jsonl"
     texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return mt.RoutingTrace.load(path, **arguments)
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "a.jsonl"
-
-
-@pytest.fixture(scope="module")
-def path_of_lines(tmp_path_factory):
-    return tmp_path_factory.mktemp("lines") / "a.jsonl"
-
-
-@pytest.mark.parametrize("per", ["token", "sequence"])
-@pytest.mark.parametrize("experts", [8, 300])
-def test_round_trip(make_trace, path, per, experts):
-    """What is written is read, in both forms."""
-    trace = make_trace(experts=experts, dtype=np.uint8 if experts == 8 else np.uint16)
-    write_lines(trace, path, per)
-    assert len(path.read_text().splitlines()) == 1 + (200 if per == "token" else 20)
-    assert same(mt.RoutingTrace.load(path), trace)
-    assert mt.RoutingTrace.load(path, num_experts=999).num_experts == 999
-
-
-def test_token_lines(path):
+def test_token_lines(tmp_path):
     """One token per line; blank lines and unknown keys do not matter, nor a byte-order mark."""
     actual = load(
-        path,
+        tmp_path,
         "\ufeff" + json.dumps({"num_experts": 4, "model": "m", "group_names": ["b"]}),
         TOKEN | {"sequence": 9, "group": "a", "text": "x"},
         "",
@@ -57,26 +35,8 @@ def test_token_lines(path):
     assert actual.group_names == ("b", "a")
     assert actual.group.tolist() == [1, 0]
     assert actual.model == "m"
-    assert load(path, TOKEN, num_experts=4).sequence is None
-
-
-def test_sequence_lines(path):
-    """One sequence per line; those without a number are counted."""
-    lines = [
-        {"tokens": IDS[:20].tolist(), "group": "a"},
-        {"tokens": IDS[20:].tolist(), "group": "b"},
-    ]
-    actual = load(path, {"num_experts": 8}, *lines)
-    assert np.array_equal(actual.expert_ids, IDS)
-    assert actual.sequence.tolist() == [0] * 20 + [1] * 30
-    assert actual.group.tolist() == [0] * 20 + [1] * 30
-
-
-def test_other_encodings(path):
-    """Bytes that are not UTF-8 are refused."""
-    path.write_bytes(json.dumps({"num_experts": 4}).encode() + b'\n{"experts": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 2: must be JSON: 'utf-8' codec"):
-        mt.RoutingTrace.load(path)
+    assert load(tmp_path, TOKEN, num_experts=4).sequence is None
+    assert load(tmp_path, {"num_experts": 4}, TOKEN, num_experts=9).num_experts == 9
 
 
 scalars = st.none() | st.booleans() | st.integers(-3, 70000) | st.floats() | st.text(max_size=3)
@@ -88,15 +48,16 @@ shapes = st.sampled_from([(1, 2), (2, 2), (1, 3)])
 
 @st.composite
 def texts_of_lines(draw):
-    """Lines that are mostly of one form, written in one of several ways."""
+    """Draw a header and lines, mostly of one form, written in one of several ways."""
     form = draw(st.sampled_from(["experts", "tokens"]))
     layers, top_k = draw(shapes)
     keys = draw(st.sets(st.sampled_from(["sequence", "group", "other"])))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    texts = []
+    experts = draw(st.sampled_from([6, 300]))
+    texts = [json.dumps({"num_experts": experts})]
     for _ in range(draw(st.integers(1, 8))):
         tokens = 1 if form == "experts" else int(rng.integers(1, 4))
-        ids = random_ids(tokens, layers, top_k, 6, seed=int(rng.integers(99)))
+        ids = random_ids(tokens, layers, top_k, experts, seed=int(rng.integers(99)))
         line = {form: ids[0].tolist() if form == "experts" else ids.tolist()}
         if "sequence" in keys:
             line["sequence"] = int(rng.integers(-5, 5))
@@ -116,11 +77,11 @@ def texts_of_lines(draw):
 
 
 def plain(content):
-    """Read lines one by one as Python does; None where one is wrong."""
+    """Read lines one by one as Python does, runs without a number counted; None if one is wrong."""
     ids, sequence, group, forms = [], [], [], set()
-    for number, line in enumerate(content.split(b"\n")[1:]):
-        if not line.strip():
-            continue
+    header, *rest = content.split(b"\n")
+    experts = json.loads(header)["num_experts"]
+    for number, line in enumerate(line for line in rest if line.strip()):
         try:
             fields = json.loads(line)
             (form,) = fields.keys() & {"experts", "tokens"}
@@ -130,46 +91,48 @@ def plain(content):
             assert array.ndim == 3
             assert array.size
             assert array.dtype == np.int64
-            assert (np.diff(np.sort(array.clip(-1, 6))) > 0).all()
-            assert ((array >= 0) & (array < 6)).all()
-            label = fields.get("sequence", len(forms) and number)
+            assert (np.diff(np.sort(array.clip(-1, experts))) > 0).all()
+            assert ((array >= 0) & (array < experts)).all()
+            label = fields.get("sequence", number)
             assert type(label) is int
             assert isinstance(fields.get("group", ""), str)
         except (ValueError, AssertionError, AttributeError):
             return None
         forms.add((form, array.shape[1:], "sequence" in fields, "group" in fields))
         ids += array.tolist()
-        sequence += [fields.get("sequence")] * len(array)
+        labelled = form == "tokens" or "sequence" in fields
+        sequence += [label if labelled else None] * len(array)
         group += [fields.get("group")] * len(array)
     return (ids, sequence, group) if len(forms) == 1 else None
 
 
 @settings(max_examples=settings().max_examples * 5)
 @given(texts_of_lines(), st.integers(1, 60), st.booleans())
-def test_lines_mean_what_json_says(path_of_lines, texts, block, cut):
+def test_lines_mean_what_json_says(tmp_path_factory, texts, block, cut):
     """What is read is what Python's JSON says, whatever the blocks; all else is refused."""
-    content = "\n".join(['{"num_experts": 6}', *texts]).encode("utf-8", "surrogatepass")
+    content = "\n".join(texts).encode("utf-8", "surrogatepass")
     content = content[:-3] if cut else content
-    path_of_lines.write_bytes(content)
+    path = tmp_path_factory.getbasetemp() / "a.jsonl"
+    path.write_bytes(content)
     expected = plain(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "BLOCK", block)
         if expected is None:
             with pytest.raises(ValueError, match=r"^[^\n]+$"):
-                mt.RoutingTrace.load(path_of_lines)
+                mt.RoutingTrace.load(path)
             return
-        trace = mt.RoutingTrace.load(path_of_lines)
+        trace = mt.RoutingTrace.load(path)
     ids, sequence, group = expected
     assert trace.expert_ids.tolist() == ids
-    if sequence[0] is not None:
-        assert trace.sequence.tolist() == sequence
+    given_none = [None] * len(ids)
+    assert sequence == (given_none if trace.sequence is None else trace.sequence.tolist())
     if group[0] is not None:
         assert [trace.group_names[at] for at in trace.group] == group
 
 
-def test_long_lines_are_refused(path, monkeypatch):
+def test_long_lines_are_refused(tmp_path, monkeypatch):
     """A line beyond the limit is not gathered in memory."""
     monkeypatch.setattr(lines, "LINE_LIMIT", 100)
     monkeypatch.setattr(lines, "BLOCK", 64)
     with pytest.raises(ValueError, match="line 3: must have at most 100 bytes"):
-        load(path, {"num_experts": 4}, TOKEN, TOKEN | {"text": "x" * 200})
+        load(tmp_path, {"num_experts": 4}, TOKEN, TOKEN | {"text": "x" * 200})

@@ -1,22 +1,23 @@
 """DeepSpeed's counts: every rank its own, in each container."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from engines_files import deepspeed_counts, save_arrays
+from engines_files import GOLDEN, deepspeed_counts, save_arrays
 
 import moetuner as mt
 from moetuner.formats import reader_of
 
-COUNTS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)  # ranks, layers, experts
+COUNTS = 10 * np.arange(24).reshape(2, 3, 4)  # ranks, layers, experts
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
-def test_ranks_are_added(tmp_path, suffix):
-    """A folder of all ranks, or their files; a gap among them, and another model are refused."""
+@pytest.mark.parametrize(("suffix", "kind"), [("npz", "u1"), ("safetensors", "f4"), ("pt", "f4")])
+def test_ranks_are_added(tmp_path, suffix, kind):
+    """A folder of all ranks, or their files; a gap among them, and another model are refused.
+
+    Sums are in 64 bits, however narrow the counts.
+    """
     files = [tmp_path / f"tokens_per_expert_rank{rank}.{suffix}" for rank in range(2)]
-    for file, counts in zip(files, COUNTS, strict=True):
+    for file, counts in zip(files, COUNTS.astype(kind), strict=True):
         save_arrays(file, dict(reversed(deepspeed_counts(counts).items())))
     assert {reader_of(path) for path in (tmp_path, *files)} == {"deepspeed"}
     for source in (tmp_path, files):
@@ -37,7 +38,7 @@ def test_windows(tmp_path):
 
 def test_what_deepspeed_wrote():
     """Two ranks of 24 tokens each, top-2."""
-    folder = Path(__file__).parent / "golden" / "deepspeed"
+    folder = GOLDEN / "deepspeed"
     assert reader_of(folder) == "deepspeed"
     actual = mt.open_input(folder)
     assert actual.window_load.sum(axis=2).tolist() == [[96] * 4]

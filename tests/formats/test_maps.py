@@ -1,5 +1,8 @@
 """Maps of experts: what is written can be read, converted and checked, whatever the format."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,10 +10,11 @@ from placements import full_slots
 
 import moetuner as mt
 from moetuner.formats import WRITERS, form_of, read_placement, write_placement
+from moetuner.formats.eplb import eplb_maps
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout, faults
 
-# omni-infer's pattern knows no order of slots; test_omni_infer.py reads it.
+# omni-infer's pattern knows no order of slots; it has tests of its own below.
 READ = sorted(name for name in WRITERS if name != "omni-infer")
 
 
@@ -25,21 +29,18 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
     placement = mt.Placement(slots, num_experts=experts)
     dense = tuple(layer for layer in sorted(dense) if layer <= placement.layers)[:1]
     hints = Hints(num_experts=experts, dense_layers=dense)
+    read = partial(
+        read_placement, devices=placement.devices, num_experts=experts, dense_layers=dense
+    )
     folder = tmp_path_factory.mktemp("maps")
     before = path_of(folder, "json")
     placement.save(before)
     for name in READ:
         path = path_of(folder, name)
         # From what was written last: any format can be made of any other.
-        given_to = read_placement(
-            before, devices=placement.devices, num_experts=experts, dense_layers=dense
-        )
-        write_placement(given_to, name, path, hints)
+        write_placement(read(before), name, path, hints)
         assert form_of(path) == name
-        actual = read_placement(
-            path, devices=placement.devices, num_experts=experts, dense_layers=dense
-        )
-        assert actual == placement
+        assert read(path) == placement
         writer = WRITERS[name]
         layout = writer.of.read_map(path, hints)
         assert faults(layout, writer.engine, hints) == []
@@ -59,10 +60,7 @@ def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
         write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
 
 
-def of(rows, **fields):
-    return Layout.of(rows, **fields)
-
-
+of = Layout.of
 GOOD = [[0, 1, 2, 3, 0, 2]] * 4
 # A map, the engine, what is said of the model, and what is wrong.
 FAULTS = """
@@ -96,12 +94,54 @@ def test_faults(case):
     assert (not actual) if words == "nothing" else any(words in fault for fault in actual), actual
 
 
-def test_devices_must_be_said(tmp_path):
-    """A flat list does not tell how many devices there are; they must divide its slots."""
-    path = tmp_path / "map.json"
-    path.write_text('{"physical_to_logical_map": [[0, 1, 2, 3]]}')
-    with pytest.raises(ValueError, match="devices must be given"):
-        read_placement(path)
-    with pytest.raises(ValueError, match="must have a multiple of 3 slots"):
-        read_placement(path, devices=3)
-    assert read_placement(path, devices=2).slots.tolist() == [[[0, 1], [2, 3]]]
+def test_eplbs_arrays_are_inverse(tmp_path):
+    """Slots of an expert hold that expert, rising, padded with -1 beyond its copies.
+
+    The file has them under EPLB's names, as 64-bit integers.
+    """
+    placement = mt.Placement(np.array([[[0, 1, 2], [3, 0, 1]], [[3, 2, 1], [0, 3, 2]]]))
+    path = tmp_path / "maps.npz"
+    write_placement(placement, "eplb", path, Hints())
+    with np.load(path) as arrays:
+        maps = dict(arrays)
+    assert {array.dtype for array in maps.values()} == {np.dtype(np.int64)}
+    assert {name: array.tolist() for name, array in maps.items()} == {
+        "physical_to_logical_map": [[0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]],
+        "logical_replica_count": [[2, 2, 1, 1], [1, 1, 2, 2]],
+        "logical_to_physical_map": [
+            [[0, 4], [1, 5], [2, -1], [3, -1]],
+            [[3, -1], [2, -1], [1, 5], [0, 4]],
+        ],
+    }
+    with pytest.raises(ValueError, match="layer 0, device 1: slot 1 is empty"):
+        eplb_maps(mt.Placement(np.array([[[0, 1], [2, -1]]])))
+
+
+@given(st.integers(0, 1 << 30), st.sampled_from(["u1", "i4", "i8", "?"]))
+def test_patterns_come_back(tmp_path_factory, seed, kind):
+    """Devices hold the experts that were written, whatever the type of the array."""
+    slots, experts = full_slots(seed)
+    placement = mt.Placement(slots, num_experts=experts)
+    path = tmp_path_factory.getbasetemp() / "pattern.npy"
+    WRITERS["omni-infer"].of.write_map(placement, path, Hints())
+    pattern = np.load(path)
+    assert (pattern == placement.held.transpose(1, 0, 2)).all()
+    np.save(path, pattern.astype(kind))
+    if experts < 3:
+        return  # two entries of a row may as well be expert ids
+    assert form_of(path) == "omni-infer"
+    again = mt.read_placement(path)
+    assert again.num_experts == experts
+    assert (again.held == placement.held).all()
+
+
+def test_a_pattern_is_a_placement_and_no_recording(tmp_path):
+    """Devices with fewer experts have empty slots; ids of experts are still recorded routing."""
+    path = tmp_path / "pattern.npy"
+    np.save(path, [[[1, 0, 1, 1]], [[0, 1, 0, 0]]])
+    assert mt.read_placement(path).slots.tolist() == [[[0, 2, 3], [1, -1, -1]]]
+    with pytest.raises(ValueError, match=r"must be recorded routing, got a placement"):
+        mt.open_input(path, num_experts=4)
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.array([[[0, 1]], [[1, 0]]], dtype=np.uint8))
+    assert mt.open_input(ids, num_experts=4).tokens == 2

@@ -1,12 +1,11 @@
 """Megatron-Core's router trace and RouterReplay: rows of the same tokens, and what is missing."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import random_ids
-from engines_files import megatron_lines, save_torch
+from engines_files import GOLDEN, megatron_lines, save_torch
 from engines_files import write_megatron as write
 
 import moetuner as mt
@@ -117,15 +116,14 @@ def test_replay(tmp_path, kind):
             mt.open_input(path, num_experts=8)
 
 
-GOLDEN = Path(__file__).parent / "golden" / "megatron"
-
-
 def test_what_megatron_wrote():
     """The tracer's files of two ranks say what RouterReplay recorded, in the order of experts."""
-    trace = mt.open_input(GOLDEN, num_experts=8)
+    folder = GOLDEN / "megatron"
+    trace = mt.open_input(folder, num_experts=8)
     assert (trace.tokens, trace.layers, trace.top_k) == (72, 2, 2)
-    replays = [mt.open_input(GOLDEN / f"replay-{rank}.npz", num_experts=8) for rank in range(2)]
-    both = mt.open_input([GOLDEN / f"replay-{rank}.npz" for rank in range(2)], num_experts=8)
+    files = [folder / f"replay-{rank}.npz" for rank in range(2)]
+    replays = [mt.open_input(file, num_experts=8) for file in files]
+    both = mt.open_input(files, num_experts=8)
     assert both.group_names == ("rank 0", "rank 1")
     for rank, replay in enumerate(replays):
         assert np.array_equal(both.select(groups=f"rank {rank}").expert_ids, replay.expert_ids)

@@ -1,8 +1,6 @@
 """Files of torch.save: what torch wrote is read without it, and nothing in them is run."""
 
 import contextlib
-import os
-import pickle
 import pickletools
 import struct
 import tracemalloc
@@ -11,7 +9,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from damage import check_line
+from damage import check_line, refused
 
 from moetuner.formats import pickled
 
@@ -41,13 +39,6 @@ def tensor(shape, strides, offset=0, key="0", kind="LongStorage", count=4):
     return text + b"\x89ccollections\nOrderedDict\n)RtR."
 
 
-def refused(path, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        pickled.load(path)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"{path}: ")
-
-
 def test_what_torch_writes(tmp_path):
     """Containers, numbers, and tensors of all types and layouts, in every protocol."""
     torch = pytest.importorskip("torch")
@@ -68,14 +59,8 @@ def test_what_torch_writes(tmp_path):
     rest = {"n": None, "f": 1.5, "l": [1, 2, -3, 70000, 1 << 40], "t": (1, "é"), "b": True}
     for protocol in (2, 3, 4, 5):
         path = tmp_path / f"{protocol}.pt"
-        content = {
-            **tensors,
-            **rest,
-            "od": OrderedDict(a=1),
-            "size": x.shape,
-            "dev": torch.device("cpu"),
-        }
-        torch.save(content, path, pickle_protocol=protocol)
+        others = {"od": OrderedDict(a=1), "size": x.shape, "dev": torch.device("cpu")}
+        torch.save(tensors | rest | others, path, pickle_protocol=protocol)
         assert pickled.is_pickled(path)
         actual = pickled.load(path)
         for name, wanted in tensors.items():
@@ -88,14 +73,6 @@ def test_what_torch_writes(tmp_path):
         assert (actual["od"], actual["size"], actual["dev"]) == ({"a": 1}, (4, 6), "cpu")
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/moetuner-was-run",)
-
-
-EVIL = pickle.dumps({"a": Evil()}, 2)
-
-
 def named(name, rest):
     """Write a description that names something, and goes on with it."""
     return b"\x80\x02c" + name + b"\n" + rest
@@ -103,7 +80,7 @@ def named(name, rest):
 
 # A description, or what an archive is made of, and what is said of it.
 REFUSED = r"""
-EVIL | asks for posix.system
+named(b"posix\nsystem", b")R.") | asks for posix.system
 named(b"builtins\neval", b")R.") | asks for builtins.eval
 named(b"torch\nload", b")R.") | asks for torch.load
 named(b"torch._utils\n__builtins__", b")R.") | asks for torch._utils.__builtins__
@@ -137,11 +114,11 @@ b"\x80\x02]q\0h\0a." | must not hold itself
 
 @pytest.mark.parametrize("case", REFUSED.strip().splitlines())
 def test_what_is_no_plain_content_is_refused(tmp_path, case):
-    """What would be called is named and not called; tensors stay in their storages."""
+    """What would be called is named; tensors stay in their storages."""
     given, _, words = case.rpartition(" | ")
     given = eval(given, globals())
-    refused(archive(tmp_path / "a.pt", *(given if isinstance(given, tuple) else (given,))), words)
-    assert not os.path.exists("/tmp/moetuner-was-run")  # noqa: PTH110
+    path = archive(tmp_path / "a.pt", *(given if isinstance(given, tuple) else (given,)))
+    refused(words, path, lambda: pickled.load(path))
 
 
 def test_every_instruction_is_known_or_refused(tmp_path):
@@ -160,7 +137,8 @@ def test_layouts_and_depths(tmp_path):
     assert pickled.load(good).array().tolist() == [[0, 2], [1, 3]]
     text = b"".join(b"]q%c(h%ch%ce" % (level + 1, level, level) for level in range(40))
     # The stack must end with one value: those below it are taken into a tuple.
-    refused(archive(tmp_path / "b.pt", b"\x80\x02(]q\0" + text + b"t."), "too often")
+    often = archive(tmp_path / "b.pt", b"\x80\x02(]q\0" + text + b"t.")
+    refused("too often", often, lambda: pickled.load(often))
     deep = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
     pickled.load(archive(tmp_path / "c.pt", deep))
 
@@ -183,8 +161,11 @@ def test_memory_is_bounded_by_the_description(tmp_path, code):
 def test_other_files(tmp_path):
     """No archive, no description, two of them."""
     (tmp_path / "text").write_text("hello")
-    assert not pickled.is_pickled(tmp_path / "text")
-    refused(tmp_path / "text", "damaged archive of torch.save: File is not a zip file")
     np.savez(tmp_path / "a.npz", a=[1])
-    assert not pickled.is_pickled(tmp_path / "a.npz")
-    refused(tmp_path / "a.npz", "must have one data.pkl")
+    for name, words in (
+        ("text", "archive of torch.save: File is not a zip"),
+        ("a.npz", "one data.pkl"),
+    ):
+        path = tmp_path / name
+        assert not pickled.is_pickled(path)
+        refused(words, path, lambda path=path: pickled.load(path))

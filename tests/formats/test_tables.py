@@ -1,10 +1,12 @@
 """CSV, Parquet and Arrow: traces and counts, whatever the order of rows and columns."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import random_ids
+from damage import refused
 from engines_files import save_table as as_arrow
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,3 +163,24 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"need pyarrow: pip install 'moetuner\[parquet\]'"):
         mt.open_input(path, num_experts=8)
+
+
+def test_saved_statistics_and_load_tables(make_trace, tmp_path):
+    """They are told by their content, with the windows and experts that they have."""
+    counted = mt.RoutingStatistics.from_trace(make_trace(), window=20)
+    saved, table = tmp_path / "s", tmp_path / "table"
+    counted.save(saved)
+    with table.open("wb") as file:
+        np.savez(file, load=counted.window_load)
+    for path in (saved, table):
+        actual = mt.open_input(path, num_experts=8)
+        assert isinstance(actual, mt.RoutingStatistics)
+        assert np.array_equal(actual.window_load, counted.window_load)
+    assert mt.open_input(saved, window=20).window == 20
+    assert mt.open_input(table).transitions is None
+    for path, option, words in (
+        (saved, {"window": 50}, "in windows already (20 tokens), got 50"),
+        (table, {"window": 20}, "in windows already (those of its table), got 20"),
+        (saved, {"num_experts": 9}, "num_experts must be 8, got 9"),
+    ):
+        refused(words, path, partial(mt.open_input, path, **option))

@@ -17,26 +17,19 @@ EXPERTS, LAYERS = 6, (3, 4)
 meta = partial(write_tensorrt_about, experts=EXPERTS)
 
 
-@pytest.fixture
-def counted(tmp_path):
-    """Write counts of two ranks in three iterations, and their sum [W,L,E]."""
-    rng = np.random.default_rng(0)
-    load = rng.integers(0, 50, (2, 3, 2, EXPERTS))
+def test_counts(tmp_path):
+    """Iterations are windows; ranks are added; layers count MoE layers, so they are not dense."""
+    load = np.random.default_rng(0).integers(0, 50, (2, 3, 2, EXPERTS))
     for rank in range(2):
         entries = {(10 + i, n): load[rank, i, at] for i in range(3) for at, n in enumerate(LAYERS)}
         dump(tmp_path, rank, entries)
     meta(tmp_path)
-    return tmp_path, load.sum(axis=0)
-
-
-def test_counts(counted):
-    """Iterations are windows; ranks are added; layers count MoE layers."""
-    folder, load = counted
-    assert reader_of(folder) == "tensorrt-llm"
-    assert np.array_equal(mt.open_input(folder).window_load, load)
-    files = sorted(folder.glob("rank*.safetensors"))
-    assert [reader_of(file) for file in files] == ["tensorrt-llm"] * 2
-    assert np.array_equal(mt.open_input(files).window_load, load)
+    files = sorted(tmp_path.glob("rank*.safetensors"))
+    assert [reader_of(file) for file in (tmp_path, *files)] == ["tensorrt-llm"] * 3
+    for source in (tmp_path, files):
+        assert np.array_equal(mt.open_input(source).window_load, load.sum(axis=0))
+    with pytest.raises(ValueError, match="layer 3 must be dense as dense_layers says"):
+        mt.open_input(tmp_path, dense_layers=[3])
 
 
 def test_choices(tmp_path):
@@ -77,12 +70,6 @@ def test_slots_are_translated(tmp_path):
     wider = np.array([[0, 1, 2, 2, 0, 1]] * 2)
     with pytest.raises(ValueError, match="counts 2x4 layers and slots, but the"):
         read_input([tmp_path], Hints(running=wider))
-
-
-def test_dense_layers_disagree(counted):
-    """Counts of a layer that the user calls dense are those of another model."""
-    with pytest.raises(ValueError, match="layer 3 must be dense as dense_layers says"):
-        mt.open_input(counted[0], dense_layers=[3])
 
 
 def test_maps_are_those_of_pyyaml(tmp_path):

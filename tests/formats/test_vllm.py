@@ -1,11 +1,11 @@
 """vLLM: what it wrote is read, in whatever way responses are kept; nonsense is named."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import random_ids
+from engines_files import GOLDEN, truth
 from engines_files import vllm_response as response
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,13 +13,6 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner.formats import reader_of
 from moetuner.formats.records import records
-
-GOLDEN = Path(__file__).parent / "golden" / "vllm"
-
-
-def truth():
-    with np.load(GOLDEN / "truth.npz") as arrays:
-        return arrays["ids"], arrays["lengths"]
 
 
 def same_sets(trace, ids):
@@ -36,43 +29,43 @@ def routed(tokens, layers=3, dense=(0,), seed=0):
 
 def test_what_vllm_wrote():
     """Over HTTP and offline, whole and from a token on: the router's experts, as sets."""
-    ids, lengths = truth()
-    for paths in ("completions.json", [f"routed-{i}.npy" for i in range(3)]):
-        paths = [GOLDEN / paths] if isinstance(paths, str) else [GOLDEN / path for path in paths]
+    ids, lengths = truth("vllm")
+    folder = GOLDEN / "vllm"
+    for paths in ([folder / "completions.json"], [folder / f"routed-{i}.npy" for i in range(3)]):
         assert {reader_of(path) for path in paths} == {"vllm"}
         trace = mt.open_input(paths, num_experts=16)
         assert np.bincount(trace.sequence).tolist() == lengths.tolist()
         assert same_sets(trace, ids)
-    part = mt.open_input(GOLDEN / "completion-from-3.json", num_experts=16)
+    part = mt.open_input(folder / "completion-from-3.json", num_experts=16)
     assert same_sets(part, ids[3 : lengths[0]])
-    assert mt.open_input(GOLDEN / "chat.json", num_experts=16).tokens == 37
+    assert mt.open_input(folder / "chat.json", num_experts=16).tokens == 37
 
 
-@pytest.mark.parametrize("form", ["one", "list", "lines", "events", "spread", "joined"])
-def test_ways_to_keep_responses(tmp_path, form):
-    """One response, a list, lines, events, or with nothing between: sequences in their order."""
+# Texts that hold objects one after the other; joined is as curl leaves them.
+WAYS = {
+    "list": lambda objects: " " + json.dumps(objects),
+    "indented": lambda objects: json.dumps(objects, indent=1),
+    "lines": lambda objects: "\ufeff" + "\n\n".join(map(json.dumps, objects)),
+    "events": lambda objects: (
+        "".join(f"data: {json.dumps(one)}\n\n" for one in objects) + "data: [DONE]\n"
+    ),
+    "joined": lambda objects: "".join(
+        json.dumps(one, indent=None if at % 2 else 1) for at, one in enumerate(objects)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_keep_responses(tmp_path, way):
+    """Choices of one response or of several are sequences in their order; one may have none."""
     arrays = [routed(tokens, seed=tokens) for tokens in (5, 1, 30)]
-    item = [response(arrays[0][0], arrays[1][0]), response(), response(arrays[2][0])]
-    if form == "one":
-        item, text = [response(*(a for a, _ in arrays))], ""
-        text = json.dumps(item[0])
-    elif form == "list":
-        text = " " + json.dumps(item, ensure_ascii=False)
-    elif form == "lines":
-        text = "\n\n".join(json.dumps(one, ensure_ascii=False) for one in item)
-    elif form == "events":
-        text = "".join(f"data: {json.dumps(one)}\n\n" for one in item) + "data: [DONE]\n"
-    elif form == "joined":  # as curl leaves them, some over several lines
-        text = "".join(json.dumps(one, indent=at % 2 or None) for at, one in enumerate(item))
-    else:
-        text = json.dumps(response(*(a for a, _ in arrays)), indent=1)
-    path = tmp_path / "r"
-    path.write_bytes(b"\xef\xbb\xbf" * (form == "lines") + text.encode())
-    assert reader_of(path) == "vllm"
-    trace = mt.open_input(path, num_experts=8)
-    wanted = np.concatenate([moe for _, moe in arrays])
-    assert np.array_equal(trace.expert_ids, wanted)
-    assert np.bincount(trace.sequence).tolist() == [5, 1, 30]
+    (a, b, c), path = (ids for ids, _ in arrays), tmp_path / "r"
+    for responses in ([response(a, b, c)], [response(a, b), response(), response(c)]):
+        path.write_text(WAYS[way](responses).replace("\\u00e9", "é"), encoding="utf-8")
+        assert reader_of(path) == "vllm"
+        trace = mt.open_input(path, num_experts=8)
+        assert np.array_equal(trace.expert_ids, np.concatenate([moe for _, moe in arrays]))
+        assert np.bincount(trace.sequence).tolist() == [5, 1, 30]
 
 
 def test_arrays(tmp_path):
@@ -124,12 +117,8 @@ values = st.recursive(
 def test_records_are_those_of_json(tmp_path_factory, objects, chunk):
     """Objects come out as they were, however they are written and in what parts they are read."""
     path = tmp_path_factory.mktemp("records") / "r"
-    for text in (
-        json.dumps(objects),
-        "\n".join(map(json.dumps, objects)),
-        json.dumps(objects, indent=1),
-    ):
-        path.write_text(text)
+    for written in WAYS.values():
+        path.write_text(written(objects), encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("moetuner.formats.records.CHUNK", chunk)
             assert [fields for _, fields in records(path)] == objects

@@ -1,11 +1,10 @@
 """vllm-ascend: workloads of slots by the table of experts, and the expert map."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from engines_files import save_torch
+from engines_files import GOLDEN, save_torch
 
 import moetuner as mt
 from moetuner.formats import read_input, reader_of, vllm_ascend
@@ -56,7 +55,7 @@ def test_tensors(tmp_path):
 
 def test_what_vllm_ascend_wrote(tmp_path):
     """What its policies are asked, and a map that it exported, which is ours and written again."""
-    folder = Path(__file__).parent / "golden" / "ascend"
+    folder = GOLDEN / "ascend"
     workload = np.load(folder / "workload.npz")
     expected = np.zeros((4, 2, 256), dtype=int)
     for window, layer in np.ndindex(4, 2):

@@ -105,12 +105,7 @@ def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int
 
 def kept_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
     """Caps [L], raised to the loads of a placement that breaks them."""
-    return np.maximum(problem.caps.whole, device_load(problem, slots).max(axis=1))
-
-
-def device_load(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
-    """Load of every device [L,D]."""
     device_of = mt.Placement(slots, num_experts=problem.experts).device_of
     load = np.zeros((problem.layers, problem.devices), dtype=np.uint64)
     np.add.at(load, (np.arange(problem.layers)[:, None], device_of), problem.load)
-    return load
+    return np.maximum(problem.caps.whole, load.max(axis=1))

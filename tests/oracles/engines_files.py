@@ -3,10 +3,19 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
+
+
+def truth(engine):
+    """Give what an engine's prompts were routed to: ids [T,L,K] and lengths of sequences."""
+    with np.load(GOLDEN / engine / "truth.npz") as arrays:
+        return arrays["ids"], arrays["lengths"]
 
 
 def save_arrays(path, arrays):
@@ -17,6 +26,7 @@ def save_arrays(path, arrays):
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
     else:
         save_torch(path, arrays)
+    return path
 
 
 def save_torch(path, content):

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+from numpy.typing import NDArray
 
 import moetuner as mt
-from moetuner.solver.budget import Budget
-from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.run import Run, Stage
 
 
-def staged(
-    problem: mt.Problem,
-    *stages: Stage,
-    start: Any = None,
-    initial: mt.Placement | None = None,
-    seed: int = 0,
-    **effort: Any,
-) -> Run:
-    """Return a run through stages, from slots [L,D,S] that are offered first if there are some."""
-    moves = None if initial is None else Moves(initial)
-    run = Run(problem, seed=seed, budget=Budget(**effort), moves=moves)
-    if start is not None:
-        run.offer(start, "start", is_start=True)
+def staged(problem: mt.Problem, *stages: Stage, start: NDArray[np.int32]) -> Run:
+    """Return a run through stages, from slots [L,D,S] that are offered first."""
+    run = Run(problem)
+    run.offer(start, "start", is_start=True)
     run.through(stages)
     return run
