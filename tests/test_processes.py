@@ -258,15 +258,6 @@ def test_a_limit_beyond_all_numbers_is_none(name, value, objective):
     assert not limited.details.caps.raised
 
 
-def test_deadlines_of_the_core_never_panic(layers):
-    """Limits of no time, of less, of too much and of no number are limits too."""
-    start = np.array([[[0, 1], [2, 3]]] * 2, dtype=np.int32)
-    for limit in (0.0, -1.0, 1e18, 1e308, float("inf"), float("nan")):
-        slots, interrupted = layers.place(start, trials=10, time_limit=limit)
-        assert slots.shape == start.shape
-        assert not interrupted
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_first_second_prints_no_traceback(tmp_path, number):
     """Interrupted at any moment of its start the command line says one line at most."""
