@@ -367,13 +367,6 @@ def test_what_is_wrong_with_a_file_is_said(reader, content, words, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_said(tmp_path):
-    """Folders, and nothing at all."""
-    for path, words in ((tmp_path / "a", "No such file"), (tmp_path, "must be a file, got a dir")):
-        with pytest.raises((ValueError, OSError), match=words):
-            mt.RoutingTrace.load(path)
-
-
 @pytest.mark.parametrize("of", [SEQUENCES, PAIRS], ids=["trace", "counts"])
 def test_every_truncation_is_noticed(of, tmp_path):
     """A file cut anywhere, or with more behind it, does not load."""
