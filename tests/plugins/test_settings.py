@@ -385,17 +385,12 @@ def test_sglang_by_its_name_alone():
     assert hooks.rebalance_experts(own, **given, algorithm=name) == "deepseek"
 
 
-class Unasked:
-    """A policy that must not be asked."""
-
-    def rebalance_experts(self, table, workload):
-        """Say so."""
-        raise AssertionError("asked")
-
-
 @pytest.mark.parametrize("windows", [(), (4,)])
 def test_vllm_ascend_takes_loads_of_slots(windows):
-    """From tables and slots' loads; balance within 1.08, kept slots, no two copies, picklable."""
+    """From tables and slots' loads; balance within 1.08, kept slots, no two copies, picklable.
+
+    The engine's own policy, here none at all, is not asked.
+    """
     layers, ranks, width = 6, 8, 9
     experts = ranks * width - 8
     random = np.random.default_rng(0)
@@ -403,7 +398,7 @@ def test_vllm_ascend_takes_loads_of_slots(windows):
     table = np.tile(base.reshape(ranks, width), (layers, 1, 1))
     load = random.lognormal(6, 1, (layers, experts)) * np.ones((*windows, 1, 1))
     of_slots = (load / np.bincount(base))[..., base].reshape(*windows, layers, ranks, width)
-    ours = vllm_ascend.AscendPolicy(Unasked(), balancer(REBALANCE=1))
+    ours = vllm_ascend.AscendPolicy(None, balancer(REBALANCE=1))
     change, order, placed = pickle.loads(pickle.dumps(ours)).rebalance_experts(table, of_slots)
     placed = np.array(placed)
     assert change == 1
