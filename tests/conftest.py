@@ -66,7 +66,7 @@ def make_trace() -> Callable[..., mt.RoutingTrace]:
 
 
 @pytest.fixture
-def trace_file(make_trace, tmp_path):
+def trace(make_trace, tmp_path):
     """File of a small trace."""
     make_trace(800).save(tmp_path / "trace.safetensors")
     return tmp_path / "trace.safetensors"

@@ -16,7 +16,6 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner import router_groups
-from moetuner._checks import one_of
 from moetuner.evaluation.units import hold_out
 from moetuner.formats import eplb
 
@@ -326,11 +325,3 @@ def test_whatever_is_wrong_is_named(name, tmp_path, monkeypatch):
             values = wrong(name, parameter)
             faults += complaints(call, mine, parameter.name, values, is_wrong=True)
     assert not faults, "\n".join(faults)
-
-
-def test_a_choice_is_a_string_of_those_there_are():
-    """Also where the choices come one by one, and what is compared does not say yes or no."""
-    one_of("way", "b", iter("abc"))
-    for value in (np.array(["a"]), ["a"], b"a", None, "ab", ""):
-        with pytest.raises(ValueError, match="way must be one of a, b, c, got"):
-            one_of("way", value, iter("abc"))

@@ -14,16 +14,11 @@ LINKS = {"intra_node_bandwidth": 100e9, "inter_node_bandwidth": 10e9}
 NODES = mt.Topology(4, 2, **LINKS, intra_node_latency=1e-6, inter_node_latency=5e-6)
 
 
-def measured(tokens, experts, seed=0, noise=0.03, outliers=0.0):
-    """Give times of MODEL with relative noise, some of them three times as long."""
+def fitted(tokens, experts, errors=1.0, *, seed=0, noise=0.03, outliers=0.0):
+    """Fit a cost model to times of MODEL with errors and noise, some three times as long."""
     rng = np.random.default_rng(seed)
-    times = MODEL.compute_us(tokens, experts) * np.exp(rng.normal(0, noise, len(tokens)))
-    return np.where(rng.random(len(tokens)) < outliers, 3 * times, times)
-
-
-def fitted(tokens, experts, times=None, **how):
-    """Fit a cost model to times, by default of MODEL with noise."""
-    times = measured(tokens, experts, **how) if times is None else times
+    times = MODEL.compute_us(tokens, experts) * np.exp(rng.normal(0, noise, len(tokens))) * errors
+    times = np.where(rng.random(len(tokens)) < outliers, 3 * times, times)
     return mt.CostModel.fit(tokens, experts, times, token_bytes=1)
 
 
@@ -56,8 +51,12 @@ def test_fit_recovers_what_made_the_measurements(seed, outliers):
 
 def test_fit_without_noise_is_exact(tmp_path):
     """Two lines that meet in the middle are found again; what is known of a fit is saved."""
-    actual = fitted(*grid(), noise=0)
+    tokens, experts = grid()
+    actual = fitted(tokens, experts, noise=0)
     assert actual.residual < 1e-6
+    # How many measurements were of each regime is known as well.
+    assert sum(actual.measured) == len(tokens)
+    assert actual.measured[1] == (12 + 0.05 * tokens > 20 + 3 * experts).sum()
     lines = [actual.base_us, actual.expert_us, actual.start_us, actual.token_us]
     assert lines == pytest.approx([20, 3, 12, 0.05], rel=1e-3)
     for model in (MODEL, actual):
@@ -85,22 +84,13 @@ def test_a_line_through_one_size_is_refused():
         fitted(tokens, experts, noise=0)
 
 
-def test_a_fit_says_what_it_saw():
-    """Both regimes, by number of measurements, in the file as well."""
-    tokens, experts = grid()
-    actual = fitted(tokens, experts)
-    by_tokens = int((12 + 0.05 * tokens > 20 + 3 * experts).sum())
-    assert sum(actual.measured) == len(tokens)
-    assert actual.measured[1] == pytest.approx(by_tokens, abs=5)
-
-
 def test_repeats_of_a_batch_are_left_out_together():
     """A batch measured twenty times predicts itself, and only itself: repeats are one."""
     rng = np.random.default_rng(0)
     tokens, experts = (np.repeat(column[::4], 20) for column in grid())
     # Every batch has an error of its own, which all its repeats have.
     own = np.repeat(np.exp(rng.normal(0, 0.2, len(tokens) // 20)), 20)
-    actual = fitted(tokens, experts, MODEL.compute_us(tokens, experts) * own)
+    actual = fitted(tokens, experts, own, noise=0)
     assert actual.prediction_error > 1.15 * actual.residual
 
 
@@ -116,26 +106,15 @@ def test_errors_of_a_fit_are_what_they_are(noise):
     assert np.mean([f.prediction_error for f in fits]) == pytest.approx(noise, rel=0.4)
 
 
-def ports_by_hand(sent, topology):
-    """Busiest port of each tier, one port at a time."""
-    D = topology.devices
-    return [
-        max(
-            max(
-                sum(sent[a][b] for b in range(D) if topology.tier[a, b] == tier),
-                sum(sent[b][a] for b in range(D) if topology.tier[a, b] == tier),
-            )
-            for a in range(D)
-        )
-        for tier in range(1, len(topology.levels) + 1)
-    ]
-
-
 @given(st.lists(st.integers(0, 50), min_size=16, max_size=16))
 def test_busiest_port_is_the_largest_in_or_out(rows):
     """Every tier has ports of its own; what stays on a device uses none."""
     sent = np.array(rows).reshape(4, 4)
-    assert busiest_ports(sent, NODES).tolist() == ports_by_hand(sent, NODES)
+    actual = busiest_ports(sent, NODES)
+    assert len(actual) == 2
+    for tier, port in enumerate(actual, 1):
+        through = np.where(NODES.tier == tier, sent, 0)
+        assert port == max(*through.sum(axis=0), *through.sum(axis=1))
 
 
 def test_exchange_is_latency_and_bytes_of_the_busiest_port():

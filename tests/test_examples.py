@@ -81,28 +81,20 @@ def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
     assert done.stdout == f"wrote {out}: {expected}\n"
 
 
-def run_cells(path):
-    """Run a notebook's cells in one namespace, and return it with what each cell shows."""
-    names, shown = {}, []
-    notebook = json.loads(path.read_text())
-    for cell in notebook["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        tree = ast.parse("".join(cell["source"]))
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, path.name, "exec"), names)
-        if last is not None:
-            shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names))
-    return notebook, names, shown
-
-
 def test_notebook(tmp_path, monkeypatch):
     """Every cell runs, every figure shows what was computed, and no output is committed."""
     figures = pytest.importorskip("plotly.graph_objects", reason="needs plotly")
     monkeypatch.chdir(tmp_path)
-    notebook, names, shown = run_cells(EXAMPLES / "figures.ipynb")
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    names, shown = {}, []
+    for cell in json.loads((EXAMPLES / "figures.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+            tree = ast.parse("".join(cell["source"]))
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, "cell", "exec"), names)
+            if last is not None:
+                shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names))
     assert shown[0] == names["trace"]
     heat, methods, over_time, copies = shown[1:]
     assert all(isinstance(figure, figures.Figure) for figure in shown[1:])

@@ -69,14 +69,25 @@ def test_device_of_is_what_the_placement_was_made_from(devices, layers, experts,
     assert np.array_equal(placement.device_of, device_of)
 
 
-@given(pairs())
-def test_moves_lead_from_one_placement_to_the_other(pair):
-    """A move is an expert that the device did not hold, from one that did; all make the other."""
+@given(pairs(), st.sampled_from(["nothing", "nodes", "links"]), st.integers(0, 2**32))
+def test_moves_lead_from_one_placement_to_the_other(pair, kind, seed):
+    """Experts come to devices without them from the nearest with them, by links before nodes."""
     a, b = pair
+    node = np.arange(a.devices) // (2 - a.devices % 2)
+    far, topology = np.zeros((a.devices, a.devices)), None
+    if kind != "nothing":
+        far, given = node[:, None] != node, {}
+        if kind == "links" and a.devices > 1:
+            far = np.triu(np.random.default_rng(seed).integers(1, 4, far.shape), 1)
+            given["link_cost"] = far = far + far.T
+        topology = mt.Topology(a.devices, 2 - a.devices % 2, **given)
     assert a.diff(a).experts_moved == 0
-    actual, new, there = a.diff(b, expert_bytes=10), b.held & ~a.held, a.held.copy()
+    actual = a.diff(b, expert_bytes=10, topology=topology)
+    new, there = b.held & ~a.held, a.held.copy()
     for layer, expert, source, target in actual.moves:
-        assert a.held[layer, source, expert]
+        holders = np.flatnonzero(a.held[layer, :, expert])
+        # Of equally near ones the lowest number.
+        assert source == holders[far[holders, target].argmin()]
         assert not there[layer, target, expert]
         there[layer, target, expert] = True
     assert (there == a.held | b.held).all()
@@ -103,28 +114,6 @@ def test_what_stays_keeps_its_slot(pair, data):
             assert slots[place] == a.slots[place]
     moves = moves_from(a.held, slots)
     assert moves.tolist() == a.diff(b).experts_moved_per_layer.tolist()
-
-
-def test_moves_come_over_the_cheapest_given_link():
-    """Link costs that were given decide what is near, not the nodes."""
-    before = mt.Placement([[[0, 1], [1, -1], [0, -1], [-1, -1]]])
-    after = mt.Placement([[[0, 1], [1, -1], [0, -1], [0, -1]]])
-    cost = np.full((4, 4), 5) - 5 * np.eye(4, dtype=int)
-    for near, far in ((0, 2), (2, 0)):
-        cost[near, 3] = cost[3, near] = 1
-        cost[far, 3] = cost[3, far] = 9
-        topology = mt.Topology(4, devices_per_node=2, link_cost=cost)
-        assert before.diff(after, topology=topology).moves.tolist() == [[0, 0, near, 3]]
-
-
-def test_moves_come_from_the_nearest_holder():
-    """Same node first; without a topology, or among equally near ones, the lowest number."""
-    before = mt.Placement(np.array([[[0, -1], [1, -1], [0, -1], [2, -1]]]))
-    after = mt.Placement(np.array([[[0, -1], [1, -1], [0, -1], [2, 0]]]))
-    assert before.diff(after).moves.tolist() == [[0, 0, 0, 3]]
-    near = before.diff(after, topology=mt.Topology(4, 2))
-    assert near.moves.tolist() == [[0, 0, 2, 3]]
-    assert near.pairs[2, 3] == near.experts_moved == 1
 
 
 def test_slots_are_a_frozen_copy():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from safetensors.numpy import load_file
 
 import moetuner as mt
 from moetuner import _core
+from moetuner.evaluation.units import hold_out
 from moetuner.files import safetensors
 
 TABLES = ("window_load", "transitions", "coactivation")
 
 
 def oracle(ids, experts, window):
-    """Count with three loops: load [W,L,E], transitions [L-1,E,E], co-activation [L,E,E]."""
+    """Count in loops: load [W,L,E], transitions [L-1,E,E], co-activation [L,E,E], and sets."""
     tokens, layers, _ = ids.shape
     windows = max(1, -(-tokens // window)) if window else 1
     load = np.zeros((windows, layers, experts), dtype=np.uint64)
@@ -31,7 +33,16 @@ def oracle(ids, experts, window):
                 coactivation[layer, e, [f for f in chosen if f != e]] += 1
                 if layer + 1 < layers:
                     transitions[layer, e, ids[t, layer + 1]] += 1
-    return load, transitions, coactivation
+    sets = [Counter(tuple(sorted(row)) for row in layer) for layer in ids.swapaxes(0, 1).tolist()]
+    return load, transitions, coactivation, sets
+
+
+def as_counters(statistics):
+    """Give the sets of every layer as dictionaries."""
+    return [
+        Counter(dict(zip(map(tuple, of.ids.tolist()), of.counts.tolist(), strict=True)))
+        for of in statistics.sets
+    ]
 
 
 @st.composite
@@ -55,9 +66,13 @@ def routings(draw):
 def test_counts_like_a_plain_loop(routing, window, cuts, threads):
     """Neither shards nor threads nor the type of the ids change a count."""
     ids, experts = routing
-    expected = oracle(ids, experts, window)
+    *expected, wanted = oracle(ids, experts, window)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
-    counted = mt.RoutingStatistics.from_trace(trace, window=window, threads=threads)
+    counted = mt.RoutingStatistics.from_trace(trace, window=window, threads=threads, sets=True)
+    assert as_counters(counted) == wanted
+    for layer, of in enumerate(counted.sets):
+        assert of.ids.tolist() == sorted(map(list, wanted[layer]))
+        assert np.array_equal(of.load(experts), counted.total_load[layer])
     for name, table in zip(TABLES, expected, strict=True):
         assert np.array_equal(getattr(counted, name), table), name
 
@@ -108,24 +123,25 @@ def test_statistics_add_up(routing, where):
     ids, experts = routing
     parts = [ids[:where], ids[where:]]
     traces = [mt.RoutingTrace.from_arrays(part, num_experts=experts) for part in parts]
-    both = mt.RoutingStatistics.sum(mt.RoutingStatistics.from_trace(t) for t in traces)
-    whole = mt.RoutingStatistics.from_trace(traces[0].concat(traces[1]))
+    both = mt.RoutingStatistics.sum(mt.RoutingStatistics.from_trace(t, sets=True) for t in traces)
+    whole = mt.RoutingStatistics.from_trace(traces[0].concat(traces[1]), sets=True)
+    assert as_counters(both) == as_counters(whole)
     assert both.windows == 2
     assert np.array_equal(both.total_load, whole.total_load)
     assert np.array_equal(both.transitions, whole.transitions)
     assert np.array_equal(both.coactivation, whole.coactivation)
 
 
-@pytest.mark.parametrize(("transitions", "coactivation"), [(0, 0), (0, 1), (1, 0)])
-def test_pairs_are_optional(make_trace, transitions, coactivation):
-    """What is not wanted is None, and a sum has what both sides have."""
-    full = mt.RoutingStatistics.from_trace(make_trace())
-    some = mt.RoutingStatistics.from_trace(
-        make_trace(), transitions=bool(transitions), coactivation=bool(coactivation)
-    )
+@pytest.mark.parametrize("left_out", ["transitions", "coactivation", "sets"])
+def test_pairs_and_sets_are_optional(make_trace, left_out):
+    """What is not wanted is None, a sum has what both sides have, and fingerprints differ."""
+    full = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
+    some = mt.RoutingStatistics.from_trace(make_trace(), **({"sets": True} | {left_out: False}))
+    assert some.fingerprint != full.fingerprint
     for actual in (some, some + full):
-        assert (actual.transitions is not None) == bool(transitions)
-        assert (actual.coactivation is not None) == bool(coactivation)
+        for name in ("transitions", "coactivation", "sets"):
+            assert (getattr(actual, name) is None) == (name == left_out)
+    assert mt.RoutingStatistics.from_trace(make_trace()).sets is None
 
 
 def test_an_array_that_changed_is_refused(make_trace, tmp_path):
@@ -153,7 +169,7 @@ def test_save_and_load(make_trace, tmp_path):
         assert mt.RoutingStatistics.load(path) == statistics
         assert np.array_equal(load_file(path)["load"], statistics.window_load)
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
-    sizes = ("window_load=uint64[4, 3, 8]", "windows=4", "layers=3", "model='small'")
+    sizes = ("window_load=uint64[4, 3, 8]", "windows=4", "layers=3", "sets", "model='small'")
     assert all(words in repr(counted) for words in sizes)
 
 
@@ -170,15 +186,6 @@ def test_load_tables(tmp_path):
     assert mt.RoutingStatistics.load(path).window_load.shape == (1, 3, 4)
     np.savez(path, load=load, group=[2, 0])
     assert mt.RoutingStatistics.load(path).group_names == ("0", "1", "2")
-
-
-def test_real_load_tables(data):
-    """The recorded load tables load as they are."""
-    mixtral = mt.RoutingStatistics.load(data / "mixtral-8x7b-mmlu.npz")
-    assert mixtral.window_load.shape == (14042, 32, 8)
-    assert len(mixtral.group_names) == 57
-    qwen = mt.RoutingStatistics.load(data / "qwen3-30b-a3b-languages.npz")
-    assert qwen.window_load.shape == (8, 48, 128)
 
 
 MEASURE = """
@@ -214,7 +221,20 @@ def test_memory_is_the_shard_and_not_the_trace(tmp_path):
     assert int(actual) < 150, f"{actual.strip()} MiB"
 
 
-# ---- statistics of several recordings
+# ---- parts of a recording, and several recordings
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.3, 3), (0.8, 8), (0.99, 9)])
+def test_windows_are_held_out_with_their_groups(share, count):
+    """Of ten windows so many are unseen, each is on one side, and each side has one at least."""
+    load = np.arange(20).reshape(10, 1, 2)
+    table = mt.RoutingStatistics.from_load(
+        load, group=np.arange(10), group_names=tuple("abcdefghij")
+    )
+    seen, unseen = parts = hold_out(table, share, seed=1)
+    assert (seen.windows, unseen.windows) == (10 - count, count)
+    assert sorted([*seen.group, *unseen.group]) == list(range(10))
+    assert all(part.window_load.tolist() == load[part.group].tolist() for part in parts)
 
 
 def test_groups_add_up_by_name():

@@ -17,12 +17,6 @@ ONCE = ("--splits", 1)
 
 
 @pytest.fixture
-def trace(trace_file):
-    """File of a small trace."""
-    return trace_file
-
-
-@pytest.fixture
 def recorded(trace):
     """Give what the file holds."""
     return mt.RoutingTrace.load(trace)
@@ -57,8 +51,6 @@ def test_the_menu_lists_every_command(ok):
     assert [name for name, _ in listed] == list(moetuner.commands)
     assert listed[0][0] == "demo"
     assert all(what.endswith(".") and "..." not in what for _, what in listed)
-    for command in moetuner.commands:
-        assert "Usage: moetuner" in ok(command, "--help")
     assert ok("--version") == f"moetuner {mt.__version__}\n"
 
 
@@ -178,11 +170,15 @@ def test_every_field_of_a_problem_is_an_option(solved):
             assert mine[name].help == setting["help"]
 
 
-def test_every_option_has_its_help():
-    """A sentence, in whichever command."""
-    for command in moetuner.commands.values():
-        for option in (of for of in command.params if of.param_type_name == "option"):
-            assert option.help.split("  [")[0].endswith("."), (command.name, option.name)
+@pytest.mark.parametrize("name", moetuner.commands)
+def test_help_has_every_option_once(ok, name):
+    """In a sentence, in one group or below "Other", in the order that a newcomer needs."""
+    text = ok(name, "--help")
+    for option in (of for of in moetuner.commands[name].params if of.opts[0].startswith("--")):
+        assert option.help.split("  [")[0].endswith("."), option.name
+        assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?![-.])", text, re.MULTILINE)) == 1
+    if name in ("solve", "compare", "advise"):
+        assert text.index("Begin with:") < text.index("The machine:")
 
 
 OBJECTIVES = """
@@ -336,12 +332,12 @@ def test_compare_judges_on_unseen_sequences(as_json, trace, recorded):
 TWO = ("--window", 64, "--objective", "balance", "--baseline", "contiguous")
 
 
-def test_compare_tells_the_range_of_gains_over_splits(as_json, ok, trace):
-    """Each split is solved and judged by itself, with the seeds that follow one another."""
+def test_compare_tells_gains_over_splits(as_json, ok, trace):
+    """Each is solved and judged by itself; the range of several, or the interval of one."""
     words = compare("contiguous,lpt", trace, *TWO)
     actual = as_json(*words, "--splits", 3)
-    gain = actual["methods"]["lpt"]["gain"]
-    singles = [as_json(*words, "--splits", 1, "--seed", seed)["methods"] for seed in range(3)]
+    singles = [as_json(*words, *ONCE, "--seed", seed)["methods"] for seed in range(3)]
+    gain, one = (of["lpt"]["gain"] for of in (actual["methods"], singles[0]))
     wanted = [1 - of["lpt"]["imbalance"] / of["contiguous"]["imbalance"] for of in singles]
     assert gain["splits"] == pytest.approx(wanted)
     assert len(set(wanted)) == 3
@@ -351,19 +347,11 @@ def test_compare_tells_the_range_of_gains_over_splits(as_json, ok, trace):
     assert gain["kind"] == "range of splits"
     assert (actual["settings"]["splits"], actual["methods"]["contiguous"]["gain"]) == (3, None)
     assert actual["methods"]["lpt"]["imbalance"] == singles[0]["lpt"]["imbalance"]
-    text = ok(*words, "--splits", 3)
-    assert re.search(r"^Gain: on unseen traffic lpt .* contiguous.* over 3 splits\)\.$", text, re.M)
-
-
-def test_compare_of_one_split_has_an_interval_of_this_placement(as_json, ok, trace):
-    """The interval is that of a verdict on the same sequences, and the sentence says of what."""
-    words = compare("contiguous,lpt", trace, *TWO, *ONCE)
-    gain = as_json(*words)["methods"]["lpt"]["gain"]
-    assert gain["kind"] == "interval of this placement"
-    assert gain["low"] < gain["mean"] < gain["high"]
-    assert gain["splits"] == [gain["mean"]]
-    sentence = r"^Gain: on unseen traffic lpt .*95 %: .*, of this placement\)\.$"
-    assert re.search(sentence, ok(*words), re.M)
+    assert (one["kind"], one["splits"]) == ("interval of this placement", [one["mean"]])
+    assert one["low"] < one["mean"] < one["high"]
+    for splits, end in ((3, "contiguous.* over 3 splits"), (1, "95 %: .*, of this placement")):
+        text = ok(*words, "--splits", splits)
+        assert re.search(rf"^Gain: on unseen traffic lpt .*{end}\)\.$", text, re.M)
 
 
 def test_compare_splits_several_times_by_default(as_json, ok, trace):

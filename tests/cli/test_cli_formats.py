@@ -13,13 +13,13 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.traffic import Source
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
+RANKS = [GOLDEN / "sglang" / f"two-ranks-per_token-{rank}.pt" for rank in range(2)]
 
 
 def test_three_commands(ok, tmp_path):
     """What SGLang recorded, solved for it, in its format, and found good."""
-    recorded = [GOLDEN / "sglang" / f"two-ranks-per_token-{rank}.pt" for rank in range(2)]
     trace, placement, out = (tmp_path / name for name in ("t.safetensors", "p.json", "m.json"))
-    assert "95 tokens, 4 layers, 16 experts, top-4" in ok("convert", *recorded, "--out", trace)
+    assert "95 tokens, 4 layers, 16 experts, top-4" in ok("convert", *RANKS, "--out", trace)
     text = ok(
         *("solve", trace, "--devices", 2, "--for", "sglang", "--slots-per-device", 9),
         *("--method", "eplb", "--out", placement),
@@ -57,16 +57,15 @@ def test_input_is_whatever_was_recorded(ok, tmp_path):
 
 def test_several_inputs_are_one(ok, run, tmp_path):
     """Files of all ranks may be given wherever a folder may; none of them twice."""
-    files = [GOLDEN / "sglang" / f"two-ranks-per_token-{rank}.pt" for rank in range(2)]
     placement, said = tmp_path / "p.json", tmp_path / "s.json"
-    text = ok("solve", *files, "--devices", 2, "--method", "eplb", "--out", placement)
+    text = ok("solve", *RANKS, "--devices", 2, "--method", "eplb", "--out", placement)
     assert "two-ranks-per_token-0.pt and 1 more file: trace, 95 tokens" in text
-    assert "95 tokens" in ok("evaluate", placement, *files, "--json", said)
+    assert "95 tokens" in ok("evaluate", placement, *RANKS, "--json", said)
     of = json.loads(said.read_text())["input"]
-    assert (of["file"], of["files"]) == (str(files[0]), [str(path) for path in files])
-    advice = ok("advise", *files, "--devices", 2, "--copies", 0)
-    assert "moetuner advise MORE --devices 2" in advice or f"solve {files[0]} {files[1]}" in advice
-    status, _, error = run("inspect", files[0], files[0], "--devices", 2)
+    assert (of["file"], of["files"]) == (str(RANKS[0]), [str(path) for path in RANKS])
+    advice = ok("advise", *RANKS, "--devices", 2, "--copies", 0)
+    assert "moetuner advise MORE --devices 2" in advice or f"solve {RANKS[0]} {RANKS[1]}" in advice
+    status, _, error = run("inspect", RANKS[0], RANKS[0], "--devices", 2)
     assert status == 2
     assert "must name every file once" in error
 

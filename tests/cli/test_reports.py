@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli import advise, compare, solve
 from moetuner.cli.options import pages
 
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
@@ -84,15 +83,15 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine, served):
         ("report",),
     ],
 )
-def test_every_page_opens_and_is_the_same_every_time(ok, trace_file, tmp_path, arguments):
+def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, arguments):
     """No time that anything took is in it, as long as nobody limits it."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     (command, *others), page, actual = arguments, tmp_path / "page.html", []
-    words = (command, trace_file, *others, "--report", page)
+    words = (command, trace, *others, "--report", page)
     if command == "report":
         placement = tmp_path / "placement.json"
         mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save(placement)
-        words = (command, placement, trace_file, "--out", page)
+        words = (command, placement, trace, "--out", page)
     for _ in range(2):
         ok(*words)
         actual.append(page.read_text())
@@ -102,33 +101,14 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace_file, tmp_path, a
     assert actual[0].count("<strong>") >= 3
 
 
-def test_load_tables_have_reports(ok, tmp_path):
-    """Without tokens panels say why they are empty."""
-    pytest.importorskip("plotly", reason="the extra report is not installed")
-    table, page = tmp_path / "load.npz", tmp_path / "page.html"
-    np.savez(table, load=np.random.default_rng(0).integers(1, 100, (12, 2, 8)))
-    ok("advise", table, *FEW, "--report", page)
-    assert "does not tell which experts a token chose together" in page.read_text()
-
-
-def test_missing_libraries_are_told_before_any_work(run, trace_file, tmp_path, monkeypatch):
+def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):
     """One line names the extra."""
 
     def missing():
         raise ImportError("a report needs plotly and jinja2: pip install 'moetuner[report]'")
 
     monkeypatch.setattr(pages, "check_libraries", missing)
-    status, out, err = run("advise", trace_file, *FEW, "--report", tmp_path / "page.html")
+    status, out, err = run("advise", trace, *FEW, "--report", tmp_path / "page.html")
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert "pip install 'moetuner[report]'" in err
-
-
-@pytest.mark.parametrize("module", [solve, compare, advise])
-def test_help_has_all_options_once(ok, module):
-    """Every option stands in one group or below "Other", in the order that a newcomer needs."""
-    text = ok(module.command.name, "--help")
-    for option in module.command.params:
-        if option.opts[0].startswith("--"):
-            assert len(re.findall(rf"^  (-\w, )?{option.opts[0]}\b(?!-)", text, re.MULTILINE)) == 1
-    assert text.index("Begin with:") < text.index("The machine:")

@@ -48,12 +48,14 @@ def test_all_commands_name_the_time_that_solve_names(as_json, trace, tmp_path, h
 
 
 def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path):
-    """One time per layer stands in the text of solve, the replayed one; inspect has blocks'."""
+    """Solve's text has one, the replayed one; inspect has blocks', and audit changes of it."""
     how, p = ("--devices", 4, "--window", 128, "--for", "vllm"), tmp_path / "p.json"
     text = ok("solve", trace, *how, "--out", p)
     us = as_json("evaluate", p, trace, *how)["predicted_layer_us"]
     assert f"Predicted time: {us:.1f} us per layer.\n" in text
     assert text.count("us per layer") == 1
+    assert "layer us" in ok("audit", p, trace, "--for", "vllm")
+    assert "layer us" not in ok("audit", p, trace)
     blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
     actual = as_json("inspect", trace, *how)["contiguous"]
     assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
@@ -80,14 +82,6 @@ def test_serving_is_said_alike_everywhere(command):
         for name in (command, "solve")
     )
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
-
-
-def test_audit_compares_times_for_an_engine(ok, trace, tmp_path):
-    """Without --for or --cost-model it compares none, as before."""
-    p = tmp_path / "p.json"
-    ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", p)
-    assert "layer us" not in ok("audit", p, trace)
-    assert "layer us" in ok("audit", p, trace, "--for", "vllm")
 
 
 def test_a_placement_slower_than_blocks_is_said(ok, tmp_path):

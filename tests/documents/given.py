@@ -100,16 +100,11 @@ def checkpoint(folder: Path, **sizes: int) -> None:
     ).save_pretrained(folder)
 
 
-def demo() -> None:
-    """Run the demo, which writes ``demo-output``."""
-    assert main(["demo"]) == 0
-
-
 def readme(folder: Path) -> dict[str, object]:
     """Give a trace, a placement, one that runs, recordings of two engines, and a model."""
     from moe_models import build, prompts
 
-    demo()
+    assert main(["demo"]) == 0
     recorded = trace(48, 128, 256)
     recorded.save(folder / "TRACE")
     blocks(48, 128, 8).save(folder / "running.json")

@@ -45,9 +45,7 @@ def slowest(load, slots, ranks):
 def running(random, shape, experts):
     """Slots that some other policy left behind, every expert in one of them."""
     layers, slots = shape
-    return np.stack([random.permutation(np.arange(slots) % experts) for _ in range(layers)]).astype(
-        np.int64
-    )
+    return random.permuted(np.tile(np.arange(slots) % experts, (layers, 1)), axis=1)
 
 
 @given(cases(), st.sampled_from(["nothing", "another policy", "other ranks"]), st.integers(0, 40))
@@ -159,6 +157,10 @@ def test_groups_change_places_where_a_node_is_too_heavy():
     assert np.array_equal(actual[1], old[1])
 
 
+# The map with which engines begin.
+INITIAL = np.tile(np.arange(288) % 256, (12, 1))
+
+
 def drifting(windows, drift, shape=(12, 256)):
     """Draw windows of load [W,L,E], each drifted from the one before."""
     random = np.random.default_rng(3)
@@ -170,16 +172,11 @@ def drifting(windows, drift, shape=(12, 256)):
     return np.stack(load)
 
 
-def initial(layers, slots, experts):
-    """Return the map with which engines begin."""
-    return np.tile(np.arange(slots) % experts, (layers, 1))
-
-
 @pytest.mark.parametrize("drift", [0.05, 0.15, 0.3])
 def test_as_good_on_the_next_window_as_packing_anew(drift):
     """Few moves end where EPLB's packing ends that moves all, judged on what comes next."""
     load = drifting(9, drift)
-    now, ours, anew, moved = initial(12, 288, 256), [], [], 0
+    now, ours, anew, moved = INITIAL, [], [], 0
     capacity = np.full((12, 32), 9)
     for seen, judged in pairwise(load):
         new = rebalance_experts(seen, 288, None, 1, 32, now)
@@ -195,7 +192,7 @@ def test_as_good_on_the_next_window_as_packing_anew(drift):
 def test_the_heaviest_experts_get_copies_from_the_initial_map():
     """Its copies follow no load; one decision later, no copy is heavier than it must be."""
     load = drifting(1, 0.0)[0]
-    actual = rebalance_experts(load, 288, None, 1, 32, initial(12, 288, 256), budget=10**4)
+    actual = rebalance_experts(load, 288, None, 1, 32, INITIAL, budget=10**4)
     packed = _core.replicate_experts(load, np.full((12, 32), 9), np.ones(32), trials=0)
     heaviest = [
         (load / copies_on(slots, 32, 256).sum(axis=1)).max(axis=1)

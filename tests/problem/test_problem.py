@@ -57,11 +57,12 @@ def test_caps_are_the_largest_whole_load_allowed(seed, ratio):
 def test_cap_admits_a_placement_at_the_cap_exactly():
     """1.05 of a mean of 100 is 105, though 1.05 is not a binary fraction."""
     stats = mt.RoutingStatistics.from_load(np.array([[105, 95, 100, 100]]))
-    assert mt.Problem(stats, mt.Topology(4), max_imbalance=1.05).caps.whole.tolist() == [105]
-    assert mt.Problem(stats, mt.Topology(4)).caps.whole.tolist() == [400]
-    assert mt.Problem(stats, mt.Topology(4), max_imbalance=float("inf")).caps.whole.tolist() == [
-        400
-    ]
+    for cap, wanted in (
+        ({"max_imbalance": 1.05}, 105),
+        ({"max_imbalance": np.inf}, 400),
+        ({}, 400),
+    ):
+        assert mt.Problem(stats, mt.Topology(4), **cap).caps.whole.tolist() == [wanted]
 
 
 def test_slots_are_just_enough_by_default():

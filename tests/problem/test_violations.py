@@ -7,7 +7,6 @@ import pytest
 
 import moetuner as mt
 from moetuner import solver
-from moetuner.solver.bounds.caps import cap_report
 
 SLOTS = (7, 7, 9, 9)
 PINNED = [(0, 0, 3), (0, 9, 0), (2, 30, 1)]
@@ -93,14 +92,6 @@ def test_caps_are_told_of_slots_that_were_filled():
     result = mt.solve(problem, initial=initial, time_limit=0)
     assert result.details.caps.raised == {0: pytest.approx(1.25)}
     assert result.status == "time_limit"
-
-
-def test_caps_are_told_of_copies_that_run():
-    """A copy that nobody has asked for carries its share, not the whole expert again."""
-    statistics = mt.RoutingStatistics.from_load(np.array([[[10, 1, 9]]]))
-    problem = mt.Problem(statistics, mt.Topology(2), max_imbalance=1.1)
-    said = cap_report(problem, np.array([[[0, 1], [0, 2]]], dtype=np.int32))
-    assert said.raised == {0: pytest.approx(1.4)}
 
 
 def test_caps_are_kept_where_nothing_else_counts():
