@@ -443,13 +443,3 @@ def test_a_certificate_is_of_the_placements_that_it_covers(changes, why):
         return
     with pytest.raises(ValueError, match=why):
         mt.verify(certificate, capped(**changes))
-
-
-def test_verify_names_wrong_arguments():
-    """A file's name is no certificate, statistics are no problem, and 0 is no number of threads."""
-    with pytest.raises(ValueError, match="threads"):
-        mt.verify(mt.solve(capped()).certificate, capped(), threads=0)
-    with pytest.raises(TypeError, match="certificate must be a Certificate"):
-        mt.verify("bound.certificate", capped())
-    with pytest.raises(TypeError, match="problem must be a Problem"):
-        mt.verify(mt.solve(capped()).certificate, capped().statistics)
