@@ -121,6 +121,7 @@ WRONG = {
     "statistics": others(mt.RoutingStatistics), "trace": others(mt.RoutingTrace),
     "traffic": others(mt.RoutingTrace, mt.RoutingStatistics),
     "topology": others(mt.Topology), "cost_model": others(mt.CostModel),
+    "certificate": others(mt.Certificate),
     **dict.fromkeys(("threads", "window", "num_experts", "devices", "nodes", "max_bytes",
                      "resamples", "experts", "devices_per_node"), COUNT),
     **dict.fromkeys(("seed", "iterations", "mixed_seed", "extra_slots"), INDEX),

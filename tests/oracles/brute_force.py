@@ -103,6 +103,11 @@ def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int
     return int(value.min())
 
 
+def rank(problem: mt.Problem, placement: mt.Placement) -> tuple[float, float]:
+    """Load above caps, then the value: lower is better."""
+    return float(problem.caps.excess(placement).sum()), problem.value(placement)
+
+
 def kept_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
     """Caps [L], raised to the loads of a placement that breaks them."""
     device_of = mt.Placement(slots, num_experts=problem.experts).device_of

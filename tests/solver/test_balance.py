@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner import _core
 
 
 def pack(weights, packs):
@@ -154,19 +153,3 @@ def test_windows_are_summed():
     load = skewed(6, 16, 0).reshape(2, 3, 16)
     kinds = {"devices": 4, "slots_per_device": 5}
     assert mt.balance(load, **kinds) == mt.balance(load.sum(axis=0), **kinds)
-
-
-def test_construct_names_the_expert_without_a_slot():
-    """Two experts allowed on one device with one slot."""
-    forbidden = np.array([[[False, True], [False, True]]])
-    with pytest.raises(ValueError, match="layer 0: no slot is left for expert"):
-        _core.Layers(
-            np.array([[[2.0, 1.0]]]),
-            np.ones(1),
-            np.ones((1, 2), np.int64),
-            [0, 0],
-            [1.0, 1.0],
-            nearest=False,
-            norm=0,
-            forbidden=forbidden,
-        ).construct()

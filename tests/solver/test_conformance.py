@@ -6,7 +6,7 @@ from math import comb, prod
 
 import numpy as np
 import pytest
-from brute_force import every_placement
+from brute_force import every_placement, rank
 
 import moetuner as mt
 from moetuner.solver import METHODS
@@ -60,11 +60,6 @@ def random_problem(seed):
         )
     except ValueError:
         return None
-
-
-def rank(problem, placement):
-    """Load above caps, then the value: lower is better."""
-    return float(problem.caps.excess(placement).sum()), problem.value(placement)
 
 
 def is_behind(one, other):

@@ -69,34 +69,6 @@ def test_windows_are_seen_one_by_one():
     assert gained < 0.5
 
 
-def quick_search(load, weight=None, capacity=None, time=None, trials=500, **rules):
-    """Slots that the core's quick search finds from its own start, or from one."""
-    arguments = {name: rules.pop(name) for name in ("threads", "alone") if name in rules}
-    layers = _core.Layers(
-        load,
-        np.ones(len(load)) if weight is None else weight,
-        np.full((load.shape[1], 4), 5) if capacity is None else capacity,
-        [0] * 4,
-        [1.0] * 4 if time is None else time,
-        nearest=False,
-        norm=8,
-        noise=0.25,
-        **rules,
-    )
-    start = layers.construct(windows=True, **arguments)
-    return layers.place(start, trials=trials, empties=False, quick=True, **arguments)
-
-
-def test_layers_and_threads_are_independent():
-    """A layer is placed as if it were alone with its number; threads change nothing."""
-    load = domains(20, 5, 16)
-    alone, _ = quick_search(load, alone=True)
-    for threads in (1, 2, None):
-        slots, interrupted = quick_search(load, threads=threads)
-        assert not interrupted
-        assert np.array_equal(slots, alone)
-
-
 @given(st.integers(1, 16), st.integers(1, 5), st.integers(0, 2), st.integers(0, 999))
 def test_experts_are_placed_wherever_rules_allow_it(experts, devices, more, seed):
     """The core's augmenting paths find a placement where the problem's own matching has one."""
@@ -128,9 +100,11 @@ def test_experts_are_placed_wherever_rules_allow_it(experts, devices, more, seed
 def test_windows_that_do_not_count_are_not_counted():
     """A window of weight zero, or without tokens, changes nothing."""
     load = domains(16, 2, 16)
-    more = np.concatenate([load, np.zeros((2, 2, 16))])
-    one, _ = quick_search(load, trials=0)
-    two, _ = quick_search(more, np.append(np.ones(16), [0.0, 1.0]), trials=0)
+    more = np.concatenate([load, 1000 * load[:1], np.zeros((1, 2, 16))])
+    places = (np.full((2, 4), 5), [0] * 4, [1.0] * 4)
+    weights = ((load, np.ones(16)), (more, np.append(np.ones(16), [0.0, 1.0])))
+    layers = [_core.Layers(*of, *places, nearest=False, norm=8, noise=0.25) for of in weights]
+    one, two = (of.construct(windows=True) for of in layers)
     assert np.array_equal(one, two)
 
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import statistics as statistics_
@@ -42,20 +40,6 @@ def test_loads_have_the_smallest_type(largest, tmp_path, monkeypatch):
         assert (one, hash(one), one.fingerprint) == (made[0], hash(made[0]), made[0].fingerprint)
     both = made[0] + mt.RoutingStatistics.from_load([[1, 2]])
     assert both.total_load.tolist() == [[4, largest + 6]]
-
-
-@given(st.integers(1, 70), st.integers(1, 60), st.integers(1, 300))
-def test_windows_are_counted_wherever_a_trace_is_cut(window, shard, tokens):
-    """Tiny windows that a shard ends in are those of the whole trace."""
-    ids = np.random.default_rng(tokens).integers(0, 5, (tokens, 2, 1))
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics_, "WIDE_SHARD_BYTES", 2 * shard)
-        counted = mt.RoutingStatistics.from_trace(trace, window=window)
-    expected = np.zeros((-(-tokens // window), 2, 5), dtype=int)
-    at = np.arange(tokens)[:, None] // window
-    np.add.at(expected, (at, np.arange(2)[None], ids[:, :, 0]), 1)
-    assert counted.window_load.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("arrival", ["bursts", 0.5])
@@ -166,12 +150,16 @@ def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
     assert 1 <= evaluation.fanout <= 3
 
 
-def test_counting_tells_how_far_it_is(make_trace, monkeypatch):
-    """Shares rise to one, with groups as well."""
-    monkeypatch.setattr(statistics_, "WIDE_SHARD_BYTES", 100)
-    for by_group in (False, True):
-        shares = []
-        mt.RoutingStatistics.from_trace(make_trace(), by_group=by_group, progress=shares.append)
+@pytest.mark.parametrize("shard", [20, 100, 101])
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
+def test_counting_tells_how_far_it_is(make_trace, monkeypatch, shard, window):
+    """Shares rise to one, with groups as well; windows are the same wherever a trace is cut."""
+    for how in ({"window": window}, {"window": window, "by_group": True}):
+        whole, shares = mt.RoutingStatistics.from_trace(make_trace(), **how), []
+        with monkeypatch.context() as patch:
+            patch.setattr(statistics_, "WIDE_SHARD_BYTES", shard)
+            counted = mt.RoutingStatistics.from_trace(make_trace(), **how, progress=shares.append)
+        assert counted == whole
         assert shares == sorted(shares)
         assert len(shares) > 2
         assert shares[-1] == pytest.approx(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -215,43 +216,34 @@ def test_nearly_is_not_optimal():
 
 # The command line, and certificates.
 
-
-def saved(folder, experts: int = 16, layers: int = 2, *, heavy: bool = False, sets: bool = False):
-    """Write statistics to solve on 4 devices; with a heavy expert caps differ by layer."""
-    rng = np.random.default_rng(1)
-    if sets:
-        trace = mt.RoutingTrace.from_arrays(
-            random_ids(300, layers, 2, experts, seed=1), num_experts=experts
-        )
-        mt.RoutingStatistics.from_trace(trace, sets=True).save(folder / "sets.safetensors")
-        return folder / "sets.safetensors"
-    load = rng.integers(90, 110, (1, layers, experts))
-    load[0, -1, 0] *= 20 if heavy else 1
-    table = rng.integers(0, 30, (layers - 1, experts, experts))
-    half = np.triu(rng.integers(0, 30, (layers, experts, experts)), 1)
-    path = folder / f"counts-{experts}.safetensors"
-    mt.RoutingStatistics(load, table, half + half.transpose(0, 2, 1)).save(path)
-    return path
+UNDER_A_CAP = ("--devices", 4, "--objective", "traffic", "--max-imbalance", 1.2)
 
 
-def certify(run, folder, counts, *more):
-    """Solve with a certificate: its path, the placement's, and the answer."""
-    certificate, placement = folder / "proof.safetensors", folder / "placement.json"
-    options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
-    more = more or ("--regime", "follow")
-    status, out, _ = run(
-        *("solve", counts, "--devices", 4, *options, "--out", placement, "--json", "-", *more)
-    )
-    assert status == 0
-    return certificate, placement, json.loads(out)
+@pytest.fixture
+def certified(run, tmp_path):
+    """Solve with a certificate: its path, the placement's, the answer, and `verify` of it."""
 
+    def certified(experts=16, layers=2, *, regime="follow", heavy=1, sets=False):
+        rng = np.random.default_rng(1)
+        load = rng.integers(90, 110, (1, layers, experts))
+        load[0, -1, 0] *= heavy
+        table = rng.integers(0, 30, (layers - 1, experts, experts))
+        half = np.triu(rng.integers(0, 30, (layers, experts, experts)), 1)
+        statistics = mt.RoutingStatistics(load, table, half + half.transpose(0, 2, 1))
+        if sets:
+            ids = random_ids(300, layers, 2, experts, seed=1)
+            trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
+            statistics = mt.RoutingStatistics.from_trace(trace, sets=True)
+        counts, certificate = tmp_path / "counts.safetensors", tmp_path / "proof.safetensors"
+        placement = tmp_path / "placement.json"
+        statistics.save(counts)
+        files = ("--certificate", certificate, "--out", placement, "--json", "-")
+        status, out, _ = run("solve", counts, *UNDER_A_CAP, "--regime", regime, *files)
+        assert status == 0
+        verify = functools.partial(run, "verify", certificate, counts, "--devices", 4)
+        return certificate, placement, json.loads(out), verify
 
-def changed(path, tensors=(), **metadata) -> None:
-    """Change arrays or texts of a certificate."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        texts = {**file.metadata(), **metadata}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    safetensors.numpy.save_file({**arrays, **dict(tensors)}, path, metadata=texts)
+    return certified
 
 
 @pytest.mark.parametrize(
@@ -264,13 +256,10 @@ def changed(path, tensors=(), **metadata) -> None:
         (14, "dispatch", "visits"),
     ],
 )
-def test_what_solve_writes_verify_proves(run, tmp_path, experts, regime, method):
+def test_what_solve_writes_verify_proves(certified, experts, regime, method):
     """A dual point, the complete programme or prices, of either regime: the bound of `solve`."""
-    counts = saved(tmp_path, experts, sets=method == "visits")
-    certificate, placement, solved = certify(run, tmp_path, counts, "--regime", regime)
-    status, out, err = run(
-        *("verify", certificate, counts, "--devices", 4, "--placement", placement, "--json", "-")
-    )
+    _, placement, solved, verify = certified(experts, regime=regime, sets=method == "visits")
+    status, out, err = verify("--placement", placement, "--json", "-")
     assert (status, err) == (0, "")
     answer = json.loads(out)
     assert answer["bound"] == pytest.approx(solved["bound"], rel=1e-12)
@@ -279,35 +268,16 @@ def test_what_solve_writes_verify_proves(run, tmp_path, experts, regime, method)
     assert answer["scope"] == "placements with one copy of each expert"
 
 
-def test_caps_are_told_by_layer_where_they_differ(run, tmp_path):
+def test_caps_are_told_by_layer_where_they_differ(certified):
     """A sentence with one imbalance would be false of a layer with another cap."""
-    counts = saved(tmp_path, 8, 3, heavy=True)
-    certificate, _, _ = certify(run, tmp_path, counts)
-    arguments = ("verify", certificate, counts, "--devices", 4)
-    _, out, _ = run(*arguments, "--json", "-")
-    answer = json.loads(out)["max_imbalance"]
+    *_, verify = certified(8, 3, heavy=20)
+    answer = json.loads(verify("--json", "-")[1])["max_imbalance"]
     assert len(answer) == 3
     assert max(answer[:2]) < 1.2001 < answer[2]
-    _, out, _ = run(*arguments)
-    assert f"{answer[2]:.4f} in layer 2" in " ".join(out.split())
+    assert f"{answer[2]:.4f} in layer 2" in " ".join(verify()[1].split())
     # With one cap for all layers there is one number, although tokens are whole.
-    counts = saved(tmp_path)
-    certificate, _, _ = certify(run, tmp_path, counts)
-    _, out, _ = run("verify", certificate, counts, "--devices", 4, "--json", "-")
-    assert json.loads(out)["max_imbalance"] == 1.2
-
-
-def test_caps_that_nothing_keeps_prove_nothing(run, tmp_path):
-    """Under a cap below the mean, or below the heaviest expert, everything would be true."""
-    counts = saved(tmp_path)
-    certificate, _, _ = certify(run, tmp_path, counts)
-    for cap in (0, 105):
-        caps = np.full(2, 2000, np.uint64)
-        caps[1] = cap
-        changed(certificate, {"caps": caps})
-        status, _, err = run("verify", certificate, counts, "--devices", 4)
-        assert (status, err.count("\n")) == (2, 1)
-        assert f"got {cap} in layer 1" in err
+    *_, verify = certified()
+    assert json.loads(verify("--json", "-")[1])["max_imbalance"] == 1.2
 
 
 MALFORMED = {
@@ -326,50 +296,50 @@ MALFORMED = {
     "slots": ({}, {"slots": "9" * 5000}),
     "negative cost": ({}, {"cost": "-1"}),
     "complete": ({}, {"method": "complete dynamic programme"}),
+    # Under a cap below the mean, or below the heaviest expert, everything would be true.
+    "got 0 in layer 1": ({"caps": np.array([2000, 0], np.uint64)}, {}),
+    "got 105 in layer 1": ({"caps": np.array([2000, 105], np.uint64)}, {}),
 }
 
 
-def test_malformed_certificates_are_refused_in_one_line(run, tmp_path):
+def test_malformed_certificates_are_refused_in_one_line(certified):
     """A line that says what is wrong, never that moetuner is."""
-    counts = saved(tmp_path)
-    certificate, _, _ = certify(run, tmp_path, counts)
-    whole = certificate.read_bytes()
+    certificate, _, _, verify = certified()
+    arrays = safetensors.numpy.load_file(certificate)
+    with safetensors.safe_open(certificate, framework="numpy") as file:
+        metadata = file.metadata()
     for case, (tensors, texts) in MALFORMED.items():
-        certificate.write_bytes(whole)
-        changed(certificate, tensors, **texts)
-        status, _, err = run("verify", certificate, counts, "--devices", 4)
+        safetensors.numpy.save_file(arrays | tensors, certificate, metadata=metadata | texts)
+        status, _, err = verify()
         assert (status, err.count("\n")) == (2, 1), case
         assert "certificate" in err, case
         assert "bug" not in err, case
+        assert not case.startswith("got") or case in err
 
 
-def test_a_placement_below_the_bound_fails_loudly(run, tmp_path, monkeypatch):
+def test_a_placement_below_the_bound_fails_loudly(certified, monkeypatch):
     """A proof and a placement that contradict each other are not made to agree."""
-    counts = saved(tmp_path, 8)
-    certificate, placement, solved = certify(run, tmp_path, counts)
-    arguments = ("verify", certificate, counts, "--devices", 4, "--placement", placement)
-    assert run(*arguments)[0] == 0
+    _, placement, solved, verify = certified(8)
+    assert verify("--placement", placement)[0] == 0
     monkeypatch.setattr(
         "moetuner.cli.verify.verify", lambda certificate, problem, **_: certificate.cost + 1
     )
-    status, _, err = run(*arguments)
+    status, _, err = verify("--placement", placement)
     assert (status, err.count("\n")) == (2, 1)
     assert "is below the bound" in err
     assert f"{solved['objective']:.6f}" in err
 
 
-def test_placements_that_the_bound_is_not_about_are_told_apart(run, tmp_path):
+def test_placements_that_the_bound_is_not_about_are_told_apart(certified):
     """Copies, other sizes, and loads above the caps are not compared with the bound."""
-    counts = saved(tmp_path, 8)
-    certificate, placement, _ = certify(run, tmp_path, counts)
-    arguments = ("verify", certificate, counts, "--devices", 4, "--placement", placement)
+    _, placement, _, verify = certified(8)
     mt.Placement.from_assignment([[0] * 8] * 2, 4).save(placement)
-    status, out, _ = run(*arguments)
+    status, out, _ = verify("--placement", placement)
     assert status == 0
     assert "cannot be compared" in " ".join(out.split())
     for slots in ([[[0, 1, 2, 3], [0, 4, 5, 6], [7, -1, -1, -1], [-1] * 4]] * 2, [[[*range(8)]]]):
         mt.Placement(np.array(slots)).save(placement)
-        status, _, err = run(*arguments)
+        status, _, err = verify("--placement", placement)
         assert (status, err.count("\n")) == (2, 1)
         assert "must have" in err
 
@@ -381,35 +351,26 @@ def test_placements_that_the_bound_is_not_about_are_told_apart(run, tmp_path):
         (("--method", "lpt"), "method lpt"),
         (("--slots-per-device", 6), "copies"),
         (("--pin", "0:0:0"), "rules"),
+        (("--time-limit", 0), "no certificate was written"),
     ],
 )
-def test_certificates_that_cannot_be_are_refused_before_any_work(run, tmp_path, more, why):
-    """What was there stays, nothing is written, and the line says why."""
-    counts, certificate = saved(tmp_path), tmp_path / "proof.safetensors"
-    certificate.write_text("of an older solve")
-    options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
-    out = ("--out", tmp_path / "placement.json")
-    status, _, err = run("solve", counts, "--devices", 4, *options, *out, *more)
-    assert (status, err.count("\n")) == (2, 1)
-    assert "'--certificate' needs" in err
-    assert why in err
-    assert certificate.read_text() == "of an older solve"
-    assert not (tmp_path / "placement.json").exists()
+def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path, more, why):
+    """What cannot be proven is refused before any work, and what was there stays.
 
-
-def test_no_older_certificate_is_left_beside_an_answer_without(run, tmp_path):
-    """Where a solve ends without a proof the command fails, and an old proof is not left as its."""
-    counts, certificate = saved(tmp_path), tmp_path / "proof.safetensors"
+    Where a solve ends without a proof the command fails, and an old one is not left as its.
+    """
+    counts, certificate = tmp_path / "counts.safetensors", tmp_path / "proof.safetensors"
+    small_problem(1, 2, 16, 4).statistics.save(counts)
     certificate.write_text("of an older solve")
     placement = tmp_path / "placement.json"
-    options = ("--objective", "traffic", "--max-imbalance", 1.2, "--certificate", certificate)
-    status, _, err = run(
-        "solve", counts, "--devices", 4, *options, "--out", placement, "--time-limit", 0
-    )
+    files = ("--certificate", certificate, "--out", placement)
+    status, _, err = run("solve", counts, *UNDER_A_CAP, *files, *more)
     assert (status, err.count("\n")) == (2, 1)
-    assert "no certificate was written" in err
-    assert placement.exists()
-    assert not certificate.exists()
+    assert why in err
+    begun = "--time-limit" in more
+    assert ("'--certificate' needs" in err) == (not begun)
+    assert (placement.exists(), certificate.exists()) == (begun, not begun)
+    assert begun or certificate.read_text() == "of an older solve"
 
 
 def some_certificate(kind):
@@ -482,13 +443,3 @@ def test_a_certificate_is_of_the_placements_that_it_covers(changes, why):
         return
     with pytest.raises(ValueError, match=why):
         mt.verify(certificate, capped(**changes))
-
-
-def test_verify_names_wrong_arguments():
-    """A file's name is no certificate, statistics are no problem, and 0 is no number of threads."""
-    with pytest.raises(ValueError, match="threads"):
-        mt.verify(mt.solve(capped()).certificate, capped(), threads=0)
-    with pytest.raises(TypeError, match="certificate must be a Certificate"):
-        mt.verify("bound.certificate", capped())
-    with pytest.raises(TypeError, match="problem must be a Problem"):
-        mt.verify(mt.solve(capped()).certificate, capped().statistics)

@@ -11,15 +11,10 @@ import moetuner as mt
 from moetuner import _core
 
 
-def table(windows: int, layers: int = 3, experts: int = 12, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.floor(rng.lognormal(0, 1, (windows, layers, experts)) * 1000)
-
-
 @pytest.mark.parametrize(("used", "chosen"), [(1, "maximum"), (3, "maximum"), (4, "norm 8, noise")])
 def test_few_windows_stay_as_they_are(used: int, chosen: str) -> None:
     """Windows without tokens are none."""
-    load = table(6).astype(np.uint64)
+    load = np.random.default_rng(0).integers(0, 9999, (6, 3, 12)).astype(np.uint64)
     load[used:] = 0
     problem = mt.Problem(mt.RoutingStatistics.from_load(load), mt.Topology(4), objective="balance")
     unseen = mt.solve(problem, "heuristic", iterations=0).details.unseen

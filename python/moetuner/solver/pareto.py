@@ -137,10 +137,7 @@ def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
     def at(price: float, left: int) -> Incumbent:
         moves = Moves(initial, cost=price)
         inner = run.inner(from_running(stages), budget.within(1 / left), moves=moves)
-        of = run.offer(inner.answer().slots, "prices")
-        if inner.interrupted:
-            raise KeyboardInterrupt
-        return of
+        return run.offer(inner.answer().slots, "prices", interrupted=inner.interrupted)
 
     free = at(0.0, left + 1)
     gain = run.incumbents[0].value - free.value

@@ -33,19 +33,7 @@ TIE = 0.005
 
 @dataclass(frozen=True)
 class Moves:
-    """A running placement, and what it costs to leave it.
-
-    Parameters
-    ----------
-    initial
-        The placement that runs.
-    budget
-        Bytes that may move; None, or infinity, for any number.
-    cost
-        What a moved byte costs, in units of the objective.
-    expert_bytes
-        Bytes of one expert of one layer; with 1, budget and cost are of experts.
-    """
+    """A running placement, and what it costs to leave it: as ``solve`` takes them."""
 
     initial: Placement
     budget: float | None = None
@@ -88,22 +76,10 @@ class Moves:
 
 @dataclass(frozen=True)
 class Incumbent:
-    """A placement that a stage offered.
+    """Slots [L,D,S] that a stage offered, what found them, and the copies that have to move.
 
-    Parameters
-    ----------
-    slots
-        Expert ids [L,D,S].
-    excess
-        By what part caps are exceeded, summed over layers.
-    value
-        The objective in the windows that a search sees, with moves at their price.
-    by
-        What found it.
-    is_start
-        Whether a search began with it: no answer is behind any of these.
-    moves
-        Copies that have to move.
+    ``excess`` is by what part caps are exceeded, summed over layers; ``value`` the objective in the
+    windows that a search sees, with moves at their price. No answer is behind any start.
     """
 
     slots: Slots
@@ -121,21 +97,10 @@ class Incumbent:
 
 @dataclass(frozen=True)
 class Bound:
-    """A proven lower bound.
+    """A proven lower bound, and whether Ctrl-C ended its proof.
 
-    Parameters
-    ----------
-    value
-        In units of ``Objective.cost`` where the objective is traffic of pairs, else of
-        ``Objective.value``.
-    source
-        How it was proven.
-    certificate
-        What anybody can recompute it from, or None.
-    levels
-        How it was proven level by level.
-    interrupted
-        Whether Ctrl-C ended the proof.
+    In units of ``Objective.cost`` where the objective is traffic of pairs, else of
+    ``Objective.value``.
     """
 
     value: float
@@ -147,21 +112,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a method.
+    """A step of a method, which offers placements and proves bounds.
 
-    Parameters
-    ----------
-    run
-        Takes the run and a budget, offers placements and proves bounds. It raises
-        KeyboardInterrupt if the core or HiGHS reports an interrupt.
-    applies
-        Whether it can do anything for the run's problem.
-    least
-        Seconds below which it is not worth beginning.
-    share
-        Share of the seconds left that it may use at most.
-    reserve
-        Share of so many seconds left that is kept back for it while earlier stages run.
+    It raises KeyboardInterrupt if the core or HiGHS reports an interrupt. It is not worth beginning
+    with ``least`` seconds or fewer, may use a ``share`` of those that are left, and of so many left
+    ``reserve`` is the share that is kept back for it while earlier stages run.
     """
 
     run: Callable[[Run, Budget], None]
@@ -172,19 +127,7 @@ class Stage:
 
 
 class Run:
-    """A solve under way.
-
-    Parameters
-    ----------
-    problem
-        What to place.
-    seed
-        Random seed.
-    budget
-        Time and effort of the whole run.
-    moves
-        The placement that runs and what leaving it costs; None where nothing runs.
-    """
+    """A solve under way, with the budget of all its stages; ``moves`` where a placement runs."""
 
     def __init__(
         self,
@@ -296,10 +239,13 @@ class Run:
         price = 0.0 if self.moves is None else self.moves.price * moves
         return excess, objective.value(placement) + price
 
-    def offer(self, slots: Slots, by: str, *, is_start: bool = False) -> Incumbent:
+    def offer(
+        self, slots: Slots, by: str, *, is_start: bool = False, interrupted: bool = False
+    ) -> Incumbent:
         """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget.
 
-        The best value is reported where it is the objective of an answer that keeps the caps.
+        The best value is reported where it is the objective of an answer that keeps the caps. What
+        an interrupted search found is offered as well, before KeyboardInterrupt goes on.
         """
         incumbent = self.judge(slots, by, is_start=is_start)
         if self.can_afford(incumbent):
@@ -310,6 +256,8 @@ class Run:
                 report(Progress(0.0, by, best.value, is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
             self.rank_of_all(incumbent)
+        if interrupted:
+            raise KeyboardInterrupt
         return incumbent
 
     @property
@@ -386,16 +334,6 @@ class Run:
         """Whether the bound proves the best placement, to be the optimum or within the gap."""
         bound = self.bound
         return bound is not None and verdict_of(self, self.best.slots, bound) is not None
-
-    def adopt(self, inner: Run, *, with_bound: bool) -> None:
-        """Take over what an inner run of the same problem learned and, if told so, proved."""
-        if self.details == Details():
-            self.details = inner.details
-        self.cut |= inner.cut
-        if with_bound and inner.bound is not None:
-            self.bound = inner.bound
-        if inner.interrupted:
-            raise KeyboardInterrupt
 
 
 # Sums of floats may be off by this part.

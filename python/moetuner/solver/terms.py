@@ -37,20 +37,9 @@ def core_layers(
 ) -> _core.Layers:
     """Build the core's layers of a problem for windows of load [W,L,E] with weights [W].
 
-    Parameters
-    ----------
-    problem, load, weight
-        What to place, and what is balanced.
-    setting
-        What stands for the largest device load.
-    nearest
-        Whether the nearest copy serves; by default as the problem says.
-    caps
-        Largest load over time per token of a device [L].
-    prices
-        Price of a copy on a device [L,E,D].
-    visits, pairs
-        Arguments of ``Layers.price_visits`` and ``Layers.price_pairs``.
+    By default the nearest copy serves as the problem says. Caps [L] are of load over time per token
+    of a device, and prices [L,E,D] of a copy on it; visits and pairs are arguments of
+    ``Layers.price_visits`` and ``Layers.price_pairs``.
     """
     layers = _core.Layers(
         np.ascontiguousarray(load),
@@ -82,16 +71,8 @@ def terms_of(
 ) -> dict[str, Any]:
     """Return the terms of a problem's objective, as arguments of ``core_layers``.
 
-    Parameters
-    ----------
-    problem
-        What to place.
-    unit
-        Weighted tokens of one unit of the objective, as ``tokens_per_unit`` has them.
-    traffic
-        How many times its cost the traffic of tokens' visits counts.
-    prices
-        Price of a copy on a device [L,D,E], in units of the objective.
+    The unit is ``tokens_per_unit``. Visits' traffic counts so many times its cost, and copies have
+    prices [L,D,E] in units of the objective.
     """
     caps = problem.caps.over_speed
     slowest = problem.topology.speed_of_device.min()

@@ -28,18 +28,10 @@ MIXED = 1.0
 
 @dataclass(frozen=True)
 class SearchSetting:
-    """What stands for the largest device load of a window, and why.
+    """What stands for the largest device load of a window: a norm over devices, 0 for the maximum.
 
-    Parameters
-    ----------
-    norm
-        Order of the norm over devices; 0 for the maximum itself.
-    noise
-        Part of experts' variance among windows that counts as their own.
-    mixed
-        How much the mean of all windows counts besides them.
-    details
-        The setting, and why it is that, as ``Result.details`` has it; None before windows are seen.
+    ``noise`` is the part of experts' variance among windows that counts as their own, ``mixed`` how
+    much the mean of all windows counts besides. Details are None before windows are seen.
     """
 
     norm: int = 0

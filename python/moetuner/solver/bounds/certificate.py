@@ -57,14 +57,9 @@ class Proof(Frozen):
 class Visits(Frozen):
     """What proves visits of ``parts``, devices or nodes: one of two ways, or capacity alone.
 
-    Parameters
-    ----------
-    prices
-        Of experts [L*E], in tokens, where all contents of a part are tried; else empty.
-    slopes
-        Of the tangent of every distinct set, layer after layer; else empty.
-    pairs
-        What proves how many pairs, weighted by slopes, lie apart.
+    Prices are of experts [L*E], in tokens, where all contents of a part are tried. Slopes are of
+    the tangent of every distinct set, layer after layer: how many pairs, weighted by them, lie
+    apart is proven by ``pairs``.
     """
 
     parts: int

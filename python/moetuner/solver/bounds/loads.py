@@ -196,7 +196,7 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
 
 
 def _applies(run: Run) -> bool:
-    is_proven = run.objective.counts_visits or pairs.is_of_pairs(run.problem)
+    is_proven = run.objective.counts_visits or pairs.is_of_pairs(run)
     return run.problem.goal != "traffic" or not is_proven
 
 

@@ -9,7 +9,6 @@ each expert: where there is room for copies, those may cost less.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -67,7 +66,7 @@ def bound(
             gap=budget.gap or 0.0,
             time_limit=part.time_limit,
             threads=budget.threads,
-            progress=reporter(budget, functools.partial(_share, problem, price)),
+            progress=reporter(budget, _share, problem, price),
         )
         cost += price * crossing
         interrupted |= stopped
@@ -79,10 +78,10 @@ def bound(
     return Bound(cost, " + ".join(sources), certificate, proven, interrupted)
 
 
-def is_of_pairs(problem: Problem) -> bool:
+def is_of_pairs(run: Run) -> bool:
     """Return whether it is about pairs alone, of one copy each: what partitions are made of."""
-    single = problem.is_plain and not problem.may_copy
-    return single and not problem.objective_function.counts_visits
+    single = run.problem.is_plain and not run.problem.may_copy
+    return single and not run.objective.counts_visits
 
 
 def _prove(run: Run, budget: Budget) -> None:
@@ -159,13 +158,7 @@ def verified(
     *,
     threads: int | None = None,
 ) -> int:
-    """Recompute what dual points prove of a problem's cost under caps [L].
-
-    Raises
-    ------
-    ValueError
-        If they are of another topology, or a cut in one is not true.
-    """
+    """Recompute what dual points, with true cuts, prove of a problem's cost under caps [L]."""
     levels = _levels(problem)
     wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
     given = [(proof.parts, proof.price) for proof in proofs]
@@ -263,14 +256,14 @@ def affordable(problem: Problem) -> float:
     return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
 
-def reporter(budget: Budget, value: Callable[[int], float]) -> Report:
+def reporter(budget: Budget, value: Callable[..., float], *about: Any) -> Report:
     """Return what reports bounds of the core by their ``value``; None if nobody listens."""
     progress = budget.progress
     if progress is None:
         return None
 
     def report(seconds: float, negated: int | None) -> None:
-        proven = None if negated is None else value(-negated)
+        proven = None if negated is None else value(*about, -negated)
         progress(Progress(seconds, "bound", None, proven))
 
     return report
@@ -278,7 +271,7 @@ def reporter(budget: Budget, value: Callable[[int], float]) -> Report:
 
 PAIR_BOUND = Stage(
     _prove,
-    applies=lambda run: is_of_pairs(run.problem),
+    applies=is_of_pairs,
     least=lambda run: least_seconds(run.problem),
     reserve=lambda run, left: reserve(run.problem, left),
 )

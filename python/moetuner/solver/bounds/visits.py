@@ -14,7 +14,6 @@ experts do not fit on fewer devices than their number over the slots of one.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -129,8 +128,7 @@ def bound(
     tokens, levels = max(problem.objective_function.tokens, 1), _levels(problem, caps)
     for number, level in enumerate(levels):
         part = budget.within(1 / (len(levels) - number))
-        share = functools.partial(_share, level.price / tokens, cost / tokens)
-        report = pairs.reporter(part, share)
+        report = pairs.reporter(part, _share, level.price / tokens, cost / tokens)
         proven = _Proven(level.least, "capacity", Visits(level.parts))
         for way in (_by_prices, _by_tangents) if level.parts > 1 else ():
             # The second is for what the first cannot do, or not in time.
@@ -160,13 +158,7 @@ def verified(
     *,
     threads: int | None = None,
 ) -> int:
-    """Recompute what prices and tangents prove of visits under caps [L].
-
-    Raises
-    ------
-    ValueError
-        If there are no expert sets, or the proofs are of another topology or other sets.
-    """
+    """Recompute what prices and tangents prove of visits of these sets under caps [L]."""
     if problem.statistics.sets is None:
         raise ValueError("certificate must have a proof of pairs, as INPUT has no expert sets")
     levels = _levels(problem, caps)
@@ -179,9 +171,7 @@ def verified(
         if len(proof.prices):
             by_layer = _core.verify_visits(level.seen, proof.prices, threads=threads)
             visits = max(visits, int(by_layer.sum()))
-        weighed = None
-        if len(proof.slopes) and proof.pairs is not None:
-            weighed = _weighed(level, proof.slopes)
+        weighed = _weighed(level, proof.slopes) if len(proof.slopes) else None
         if weighed is not None and proof.pairs is not None:
             whole = weighed[0].caps.whole
             apart = pairs.verified(weighed[0], whole, (proof.pairs,), threads=threads)

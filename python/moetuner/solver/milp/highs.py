@@ -28,19 +28,10 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Solution:
-    """The best values of a program and what is proven of them.
+    """The best values [columns] of a program and what is proven of them.
 
-    Parameters
-    ----------
-    values
-        Of all columns [columns], whole where they have to be.
-    objective
-        Of these values.
-    bound
-        Proven: no feasible values have a better objective.
-    status
-        ``"optimal"`` only where objective and bound agree, ``"gap_reached"`` where they agree as
-        far as wanted, ``"feasible"`` at the node limit.
+    The status is ``"optimal"`` only where objective and bound agree, ``"gap_reached"`` where they
+    agree as far as wanted, ``"feasible"`` at the node limit.
     """
 
     values: Floats
@@ -52,14 +43,7 @@ class Solution:
 class Ilp:
     """A program ``min cost @ x`` with ``0 <= x <= upper`` and ``row_lower <= A x <= row_upper``.
 
-    Parameters
-    ----------
-    cost
-        Of every column [columns].
-    upper
-        Bounds of the columns, a number or [columns].
-    integer
-        Whether a column must be whole, a truth value or [columns].
+    ``upper`` and ``integer``, whether a column must be whole, are of all columns or [columns].
     """
 
     def __init__(
@@ -81,15 +65,9 @@ class Ilp:
         column: ArrayLike,
         value: ArrayLike = 1.0,
     ) -> None:
-        """Add ``lower <= A x <= upper`` with A given by its entries.
+        """Add ``lower <= A x <= upper`` [rows] with A given by its entries, none of them twice.
 
-        Parameters
-        ----------
-        lower, upper
-            Of every new row, broadcast against each other to [rows].
-        row, column, value
-            Of every entry [entries]; ``row`` counts from the first of the new rows, ``value``
-            may be one number. An entry must not be given twice.
+        A ``row`` counts from the first of the new ones; all broadcast, to [rows] or [entries].
         """
         low, high = np.broadcast_arrays(np.atleast_1d(lower), upper)
         rows, columns, values = (of.ravel() for of in np.broadcast_arrays(row, column, value))
@@ -128,28 +106,10 @@ class Ilp:
         """Run HiGHS from a start and return its best values.
 
         Ctrl-C ends the search, not the program: the best values so far come back with status
-        ``"interrupted"``.
-
-        Parameters
-        ----------
-        start
-            Feasible values of all columns [columns].
-        seed
-            For HiGHS's heuristics.
-        gap, absolute_gap
-            Stop when |objective - bound| is at most gap * |objective|, or at most absolute_gap.
-        nodes
-            Nodes of the search tree, at most.
-        time_limit
-            Seconds. With it the answer depends on the machine.
-        progress
-            Called now and then, from the calling thread, with objective (None while unknown) and
-            bound.
-
-        Raises
-        ------
-        RuntimeError
-            If HiGHS fails.
+        ``"interrupted"``. The start [columns] is feasible. The search stops when |objective -
+        bound| is at most gap * |objective|, or at most absolute_gap, or after so many nodes. Now
+        and then ``progress`` is called, from the calling thread, with objective (None while
+        unknown) and bound.
         """
         begin = time.monotonic()
         values = np.asarray(start, dtype=np.float64)

@@ -27,9 +27,7 @@ def _single_copies(run: Run, budget: Budget) -> None:
     # With slots to fill, the values are not those of answers.
     part = budget.muted() if run.problem.fill_slots else budget
     inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
-    run.offer(inner.answer().slots, "single", is_start=True)
-    if inner.interrupted:
-        raise KeyboardInterrupt
+    run.offer(inner.answer().slots, "single", is_start=True, interrupted=inner.interrupted)
 
 
 def _has_spare_slots(run: Run) -> bool:

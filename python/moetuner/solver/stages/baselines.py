@@ -113,9 +113,7 @@ def exflow(run: Run, budget: Budget) -> None:
     problem = replace(run.problem, regime="follow", max_imbalance=None, objective="traffic")
     inner = run.inner((FLOOR, SEARCH), budget, problem=problem.without_copies() or problem)
     run.details = inner.details
-    run.offer(inner.best.slots, "exflow")
-    if inner.interrupted:
-        raise KeyboardInterrupt
+    run.offer(inner.best.slots, "exflow", interrupted=inner.interrupted)
 
 
 def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats:

@@ -82,10 +82,5 @@ def _partitions(run: Run, budget: Budget) -> None:
     run.prove(Bound(cost, COMPLETE, certified(problem, caps, COMPLETE, cost)))
 
 
-def is_chain(run: Run) -> bool:
-    """Return whether a problem is about the traffic of pairs of single copies alone."""
-    return is_of_pairs(run.problem)
-
-
-PARTITIONS = Stage(_partitions, applies=is_chain)
-CHAIN = Stage(lambda run, budget: search_traffic(run, run.problem, budget), applies=is_chain)
+PARTITIONS = Stage(_partitions, applies=is_of_pairs)
+CHAIN = Stage(lambda run, budget: search_traffic(run, run.problem, budget), applies=is_of_pairs)

@@ -56,9 +56,7 @@ def _level(run: Run, budget: Budget) -> None:
     if trials is None:
         trials = effort.quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
     slots, interrupted = level_windows(run, budget, windows.weight, trials)
-    run.offer(slots, "layers")
-    if interrupted:
-        raise KeyboardInterrupt
+    run.offer(slots, "layers", interrupted=interrupted)
 
 
 def _may_be_behind(run: Run) -> bool:

@@ -17,9 +17,10 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
+from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
-from moetuner.solver.stages.chain import is_chain, search_traffic
+from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.stages.floor import level_windows
 from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
 from moetuner.solver.terms import core_layers, links_of, terms_of, tokens_per_unit
@@ -36,12 +37,7 @@ TRAFFIC_WEIGHT = 4.0
 class LayerModel:
     """The layers of a problem as the core's search sees them, and what was learned of its windows.
 
-    Parameters
-    ----------
-    run
-        Whose problem is searched.
-    parts
-        Searches that share the work of one.
+    So many ``parts``, searches, share the work of one.
     """
 
     def __init__(self, run: Run, parts: int = 1) -> None:
@@ -137,7 +133,7 @@ class LayerModel:
 
 def is_of_layers(run: Run) -> bool:
     """Return whether a problem is about more than the chain and the visits can search."""
-    return not is_chain(run) and not is_of_visits(run)
+    return not is_of_pairs(run) and not is_of_visits(run)
 
 
 def _starts_anew(run: Run) -> bool:
@@ -213,9 +209,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
             return
         slots, interrupted = model.improve(run, run.best.slots, part, len(traffic), multiple)
         model.reweight(slots)
-        run.offer(slots, "layers")
-        if interrupted:
-            raise KeyboardInterrupt
+        run.offer(slots, "layers", interrupted=interrupted)
 
 
 def _prices_visits(run: Run) -> bool:

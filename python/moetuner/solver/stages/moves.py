@@ -16,6 +16,7 @@ from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
+from moetuner.solver.result import Details
 from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
@@ -105,20 +106,11 @@ def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Path:
-    """Steps from one placement to better ones.
+    """Steps from slots [L,D,S] to better ones.
 
-    Parameters
-    ----------
-    start
-        Slots [L,D,S].
-    places, experts
-        Where in the flat slots a step writes and what, twice [N,2].
-    moves
-        Copies that have to move in all, at the start and after every step [N+1].
-    excess
-        By what part layers exceed their caps, likewise.
-    value
-        The objective, as the search counts it, less that of the start, likewise.
+    A step writes ``experts`` at two ``places`` of the flat slots [N,2]. At the start and after
+    every step [N+1] it is known which copies have to move in all, by what part layers exceed their
+    caps, and the objective, as the search counts it, less that of the start.
     """
 
     start: Slots
@@ -159,8 +151,6 @@ class Path:
     def best(self, most: float, price: float) -> int:
         """Choose how many steps to take, with at most so many moves at such a price."""
         allowed = np.flatnonzero(self.moves <= most)
-        if not allowed.size:
-            return 0
         worth = self.value[allowed] + price * self.moves[allowed]
         return int(allowed[np.lexsort((worth, self.excess[allowed]))[0]])
 
@@ -191,13 +181,7 @@ def moves_of(run: Run) -> Moves:
 
 
 def _repair(run: Run, _: Budget) -> None:
-    """Offer what runs, or the nearest placement that keeps the rules.
-
-    Raises
-    ------
-    ValueError
-        If that takes more moves than the budget.
-    """
+    """Offer what runs, or the nearest placement that keeps the rules, if moves suffice for it."""
     problem, moves = run.problem, moves_of(run)
     start = run.offer(repair(problem, moves.initial), "running", is_start=True)
     if start.moves > moves.most:
@@ -217,16 +201,13 @@ def _take(run: Run, inner: Run) -> None:
     best = inner.answer()
     is_ahead = best.rank <= run.best.rank
     run.offer(best.slots, best.by)
-    run.adopt(inner, with_bound=is_ahead)
-
-
-def fresh(stages: Sequence[Stage]) -> Stage:
-    """Return the stage that solves from nothing where moves are free, by a method's stages."""
-
-    def solve(run: Run, budget: Budget) -> None:
-        _take(run, run.inner(stages, budget.within(effort.FRESH_SHARE)))
-
-    return Stage(solve, applies=lambda run: not run.is_priced)
+    if run.details == Details():
+        run.details = inner.details
+    run.cut |= inner.cut
+    if is_ahead and inner.bound is not None:
+        run.bound = inner.bound
+    if inner.interrupted:
+        raise KeyboardInterrupt
 
 
 def _is_ahead(run: Run) -> bool:
@@ -288,5 +269,10 @@ AT_PRICES = Stage(_at_prices, applies=_are_few, least=lambda run: (run.budget.ti
 
 
 def from_running(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Return the stages from a running placement; a method's own where moves are free."""
-    return (REPAIR, fresh(stages), CONTINUE, DESCEND, AT_PRICES, POLISH)
+    """Return the stages from a running placement; from nothing a method's where moves are free."""
+
+    def solve(run: Run, budget: Budget) -> None:
+        _take(run, run.inner(stages, budget.within(effort.FRESH_SHARE)))
+
+    fresh = Stage(solve, applies=lambda run: not run.is_priced)
+    return (REPAIR, fresh, CONTINUE, DESCEND, AT_PRICES, POLISH)

@@ -78,9 +78,7 @@ def _visits(run: Run, budget: Budget) -> None:
         threads=budget.threads,
         progress=budget.phase("fanout"),
     )
-    run.offer(slots, "fanout")
-    if interrupted:
-        raise KeyboardInterrupt
+    run.offer(slots, "fanout", interrupted=interrupted)
 
 
 def _start(run: Run) -> np.ndarray:

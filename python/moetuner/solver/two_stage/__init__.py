@@ -80,9 +80,7 @@ def two_stage(
 def _solve(run: Run, budget: Budget) -> None:
     slots, status, search = two_stage(run.problem, seed=run.seed, budget=budget)
     run.details, run.cut = replace(run.details, search=search), status == "time_limit"
-    run.offer(slots, "paper")
-    if status == "interrupted":
-        raise KeyboardInterrupt
+    run.offer(slots, "paper", interrupted=status == "interrupted")
 
 
 PAPER = Stage(_solve)

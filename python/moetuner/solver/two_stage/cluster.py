@@ -18,18 +18,11 @@ TOLERANCE = 0.025  # the paper's relative MIP tolerance
 
 @dataclass
 class Clusters:
-    """Stage 1: clusters of even load.
+    """Stage 1: the cluster of every expert [L,E], of even load.
 
-    Parameters
-    ----------
-    cluster
-        Of every expert [L,E].
-    deviation, bound
-        Sum over clusters of abs(load - mean), over the mean [L], and a proven lower bound.
-    searched
-        Layers that HiGHS was called for [L]; the others were proven within the tolerance at once.
-    status
-        ``"gap_reached"`` if all layers are proven within the tolerance.
+    The deviation is the sum over clusters of abs(load - mean), over the mean [L], with a proven
+    lower bound; HiGHS ``searched`` the layers that were not proven within the tolerance at once.
+    Once all are, the status is ``"gap_reached"``.
     """
 
     cluster: NDArray[np.int64]
@@ -59,20 +52,8 @@ def cluster_layers(
     A relative gap on deviations that are nearly zero means nothing, so the gap is measured against
     the mean cluster load. Layers that the core's packing leaves open go to HiGHS.
 
-    Parameters
-    ----------
-    load
-        Tokens of every expert [L,E].
-    clusters
-        How many, D. None is empty unless there are fewer experts.
-    equal_sizes
-        Whether each holds E / D experts, rounded down or up.
-    largest
-        Experts that a cluster may hold where sizes are free; all by default.
-    tolerance
-        0 asks for a proven optimum.
-    seed, budget
-        As in `two_stage.two_stage`.
+    Of load [L,E] each cluster gets E / D experts, rounded down or up, or, where sizes are free, at
+    most the ``largest`` number. None is empty unless there are fewer experts than clusters.
     """
     load = np.ascontiguousarray(load, dtype=np.uint64)
     budget = budget or Budget()

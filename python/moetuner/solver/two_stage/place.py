@@ -21,20 +21,10 @@ Devices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PlacedClusters:
-    """Stage 2: clusters on devices.
+    """Stage 2: the device of every cluster [L,D].
 
-    Parameters
-    ----------
-    device
-        Of every cluster [L,D].
-    way
-        ``"exact: uniform links"``, ``"heuristic: local search"`` or ``"ilp"``.
-    bottleneck, bound
-        Sum over boundaries of the busiest pair's tokens * cost, and a proven lower bound of it.
-    total
-        Sum of tokens * cost over all pairs, which decides between equal bottlenecks.
-    status
-        How the search ended.
+    The bottleneck, with a proven lower bound, is the sum over boundaries of the busiest pair's
+    tokens * cost. The total is of all pairs, and decides between equal bottlenecks.
     """
 
     device: Devices
@@ -79,20 +69,10 @@ def place_clusters(
     Exact where links are alike and cluster sizes equal; else a local search. Where sizes differ,
     HiGHS goes on from there if there are at most ``effort.MOST_PRODUCTS`` products.
 
-    Parameters
-    ----------
-    traffic
-        Tokens from cluster to cluster of the next layer [L-1,D,D].
-    cost
-        Of a token from device to device [D,D], whole numbers in proportion to 1 / bandwidth, as
-        `Topology.cost` gives them: rounded to sixteenths of the fastest link, so within 1/32.
-    sizes
-        Experts of every cluster [L,D] where they differ: every device then gets as equal a number
-        of experts over all layers as whole clusters allow.
-    tolerance
-        Relative MIP tolerance.
-    seed, budget
-        As in `two_stage.two_stage`.
+    Takes tokens from cluster to cluster of the next layer [L-1,D,D], and the cost of one from
+    device to device [D,D], whole numbers in proportion to 1 / bandwidth as `Topology.cost` gives
+    them: rounded to sixteenths of the fastest link, so within 1/32. With ``sizes``, experts of
+    every cluster [L,D], devices get as equal numbers over all layers as whole clusters allow.
     """
     traffic = np.ascontiguousarray(traffic, dtype=np.uint64)
     cost = np.ascontiguousarray(cost, dtype=np.int64)
