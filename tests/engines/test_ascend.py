@@ -72,9 +72,9 @@ def test_our_plugin_answers_in_their_factory(answers):
     assert imbalance(actual, load) <= BOUND < imbalance(table, load)
 
 
-def moves(table: np.ndarray, asked_table: np.ndarray) -> int:
+def moves(table: np.ndarray, other: np.ndarray) -> int:
     """Count the copies on devices that did not hold the expert before."""
-    pairs = zip(table.reshape(-1, SLOTS), asked_table.reshape(-1, SLOTS), strict=True)
+    pairs = zip(table.reshape(-1, SLOTS), other.reshape(-1, SLOTS), strict=True)
     return sum(len(set(new.tolist()) - set(old.tolist())) for new, old in pairs)
 
 

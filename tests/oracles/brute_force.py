@@ -47,21 +47,21 @@ def small_problem(
 
 def every_placement(problem: mt.Problem) -> Iterator[mt.Placement]:
     """Give every placement with at least one copy of each expert, slots in order of ids."""
-    layers = [list(every_layer(problem, rooms)) for rooms in problem.capacity.tolist()]
+    layers = [list(every_layer(problem, slots)) for slots in problem.capacity.tolist()]
     for chosen in itertools.product(*layers):
         yield mt.Placement(np.array(chosen), num_experts=problem.experts)
 
 
-def every_layer(problem: mt.Problem, rooms: list[int]) -> Iterator[list[list[int]]]:
+def every_layer(problem: mt.Problem, capacity: list[int]) -> Iterator[list[list[int]]]:
     """Contents [D,S] of a layer's devices."""
     experts, width = range(problem.experts), problem.slots
     contents = [
-        [held for n in range(room + 1) for held in itertools.combinations(experts, n)]
-        for room in rooms
+        [chosen for n in range(slots + 1) for chosen in itertools.combinations(experts, n)]
+        for slots in capacity
     ]
     for devices in itertools.product(*contents):
         if len(set().union(*devices)) == problem.experts:
-            yield [[*held, *[-1] * (width - len(held))] for held in devices]
+            yield [[*chosen, *[-1] * (width - len(chosen))] for chosen in devices]
 
 
 def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int | None:
@@ -74,13 +74,15 @@ def optimum(problem: mt.Problem, caps: NDArray[np.integer] | None = None) -> int
     caps = problem.caps.whole if caps is None else caps
     caps = np.broadcast_to(np.atleast_2d(caps.T).T, (problem.layers, D))
     all_ways = np.array(list(itertools.product(range(D), repeat=E)))
-    held = (all_ways[:, :, None] == np.arange(D)).astype(np.int64)
-    all_ways, held = (x[(held.sum(axis=1) <= problem.slots).all(axis=1)] for x in (all_ways, held))
+    is_on = (all_ways[:, :, None] == np.arange(D)).astype(np.int64)
+    all_ways, is_on = (
+        x[(is_on.sum(axis=1) <= problem.slots).all(axis=1)] for x in (all_ways, is_on)
+    )
     value, before = None, None
     for layer in range(problem.layers):
-        load = np.einsum("e,wed->wd", problem.load[layer].astype(np.int64), held)
+        load = np.einsum("e,wed->wd", problem.load[layer].astype(np.int64), is_on)
         fits = (load <= caps[layer].astype(np.int64)).all(axis=1)
-        ways, on = all_ways[fits], held[fits]
+        ways, on = all_ways[fits], is_on[fits]
         if not len(ways):
             return None
         own = np.zeros(len(ways), dtype=np.int64)
@@ -108,7 +110,7 @@ def rank(problem: mt.Problem, placement: mt.Placement) -> tuple[float, float]:
     return float(problem.caps.excess(placement).sum()), problem.value(placement)
 
 
-def kept_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+def raised_caps(problem: mt.Problem, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
     """Caps [L], raised to the loads of a placement that breaks them."""
     device_of = mt.Placement(slots, num_experts=problem.experts).device_of
     load = np.zeros((problem.layers, problem.devices), dtype=np.uint64)

@@ -22,31 +22,31 @@ def visits(share, sets, node):
     """Tokens that visit every device [L,D], and every node [L,N], of shares [L,D,E]."""
     layers, devices, _ = share.shape
     nodes = int(node.max()) + 1
-    found, of_nodes = np.zeros((layers, devices)), np.zeros((layers, nodes))
+    copies, of_nodes = np.zeros((layers, devices)), np.zeros((layers, nodes))
     for layer, tokens in enumerate(sets):
         for ids, count in zip(tokens.ids.tolist(), tokens.counts.tolist(), strict=True):
             for device in range(devices):
                 missed = np.prod([1 - share[layer, device, expert] for expert in ids])
-                found[layer, device] += count * (1 - missed)
+                copies[layer, device] += count * (1 - missed)
             for n in range(nodes):
                 mine = [share[layer, node == n, expert].sum() for expert in ids]
                 of_nodes[layer, n] += count * (1 - np.prod([1 - each for each in mine]))
-    return found, of_nodes
+    return copies, of_nodes
 
 
 def hashed_visits(slots, sets, node):
     """Tokens that visit devices [L,D] and nodes [L,N], hash by hash, of slots [L,D,S]."""
     layers, devices, _ = slots.shape
-    found, of_nodes = np.zeros((layers, devices)), np.zeros((layers, int(node.max()) + 1))
+    copies, of_nodes = np.zeros((layers, devices)), np.zeros((layers, int(node.max()) + 1))
     for layer, tokens in enumerate(sets):
         holders = [np.flatnonzero((slots[layer] == e).any(axis=1)) for e in range(slots.max() + 1)]
         for ids, count in zip(tokens.ids.tolist(), tokens.counts.tolist(), strict=True):
             period = math.lcm(*(len(holders[expert]) for expert in ids))
             for hashed in range(period):
                 chosen = {holders[expert][hashed % len(holders[expert])] for expert in ids}
-                found[layer, sorted(chosen)] += count / period
+                copies[layer, sorted(chosen)] += count / period
                 of_nodes[layer, sorted({node[device] for device in chosen})] += count / period
-    return found, of_nodes
+    return copies, of_nodes
 
 
 def load(share, tokens):

@@ -20,5 +20,5 @@ def broken(ilp: Ilp, values: np.ndarray) -> str | None:
     terms = value * values[column]
     sums = np.bincount(row, terms, minlength=ilp.rows)
     slack = SLACK * (1 + np.bincount(row, np.abs(terms), minlength=ilp.rows))
-    kept = (sums >= lower - slack) & (sums <= upper + slack)
-    return None if kept.all() else f"row {int(np.argmin(kept))}"
+    satisfied = (sums >= lower - slack) & (sums <= upper + slack)
+    return None if satisfied.all() else f"row {int(np.argmin(satisfied))}"

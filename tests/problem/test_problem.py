@@ -103,13 +103,13 @@ def test_the_objective_says_what_it_counts(make_trace, line):
 
 def test_the_objective_says_what_statistics_lack():
     """Of a load table nothing but balance is known; time counts what there is."""
-    for goal, known in (("traffic", False), ("time", True), ("balance", True)):
+    for goal, has_value in (("traffic", False), ("time", True), ("balance", True)):
         table = mt.RoutingStatistics.from_load(np.ones((1, 2, 4), np.int64))
         for regime, pairs in (("follow", "transitions"), ("dispatch", "co-activation")):
             objective = mt.Objective(
                 mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
             )
-            assert objective.is_known == known
+            assert objective.is_known == has_value
             said = objective.lacks
             assert said is None if goal == "balance" else said.startswith(f"no {pairs}: methods")
             assert objective.traffic(mt.Placement([[[0, 1], [2, 3]]] * 2)) == 0

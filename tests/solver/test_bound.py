@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from brute_force import kept_caps, optimum, small_problem
+from brute_force import optimum, raised_caps, small_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +43,7 @@ def test_joint_is_optimal_and_bounds_are_below(
     )
     problem = problem.without_copies() or problem
     result = mt.solve(problem)
-    caps = kept_caps(problem, result.placement.slots)
+    caps = raised_caps(problem, result.placement.slots)
     best = optimum(problem, caps)
     assert (result.status, result.bound_source, result.gap) == ("optimal", COMPLETE, 0)
     assert mt.Objective(problem).cost(result.placement) == result.certificate.cost == best
@@ -62,7 +62,7 @@ def test_too_many_partitions_or_too_little_time() -> None:
 
 # Problems whose bound is made of every part: cuts alone where devices have two slots.
 PARTS = [small_problem(seed, 3, *size) for seed in range(4) for size in ((6, 2), (6, 3), (8, 4))]
-CAPS = [kept_caps(of, mt.solve(of, "heuristic", iterations=100).placement.slots) for of in PARTS]
+CAPS = [raised_caps(of, mt.solve(of, "heuristic", iterations=100).placement.slots) for of in PARTS]
 OPTIMA = [optimum(of, caps) for of, caps in zip(PARTS, CAPS, strict=True)]
 # Cuts by their numbers: those from 6 on carry a choice for each expert of a side.
 KINDS, LIFTED = 9, 6

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from brute_force import kept_caps, optimum, small_problem
+from brute_force import optimum, raised_caps, small_problem
 
 import moetuner as mt
 from moetuner.solver import METHODS
@@ -60,7 +60,7 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(seed, node):
     """On four to six experts the search equals brute force, under the cap that it keeps."""
     problem = small_problem(seed, 3, 4 + seed % 3, 2, devices_per_node=node, max_imbalance=1.1)
     placement = mt.solve(problem, "heuristic").placement
-    caps = kept_caps(problem, placement.slots)
+    caps = raised_caps(problem, placement.slots)
     assert mt.Objective(problem).cost(placement) == optimum(problem, caps)
 
 
