@@ -110,10 +110,8 @@ def test_notebook(tmp_path, monkeypatch):
     assert list(copies.data[0].x) == [0, 1, 2, 4]
 
 
-LISTED = [path.name for path in sorted(EXAMPLES.iterdir()) if path.suffix in (".py", ".ipynb")]
-
-
-@pytest.mark.parametrize("name", LISTED)
-def test_examples_are_listed(name):
+def test_examples_are_listed():
     """Who reads about the examples finds all of them."""
-    assert f"({name})" in (EXAMPLES / "README.md").read_text()
+    text = (EXAMPLES / "README.md").read_text()
+    for path in EXAMPLES.iterdir():
+        assert path.suffix not in (".py", ".ipynb") or f"({path.name})" in text

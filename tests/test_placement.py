@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from placements import random_slots
 
@@ -69,7 +69,13 @@ def test_device_of_is_what_the_placement_was_made_from(devices, layers, experts,
     assert np.array_equal(placement.device_of, device_of)
 
 
+# The last device gets an expert that the first and the third have, the third on its own node.
+COMES = tuple(mt.Placement([[[0, 1], [1, -1], [0, -1], [e, -1]]]) for e in (-1, 0))
+
+
 @given(pairs(), st.sampled_from(["nothing", "nodes", "links"]), st.integers(0, 2**32))
+@example(COMES, "nodes", 0)
+@example(COMES, "links", 0)  # where the first is nearer
 def test_moves_lead_from_one_placement_to_the_other(pair, kind, seed):
     """Experts come to devices without them from the nearest with them, by links before nodes."""
     a, b = pair
