@@ -184,3 +184,15 @@ def test_saved_statistics_and_load_tables(make_trace, tmp_path):
         (saved, {"num_experts": 9}, "num_experts must be 8, got 9"),
     ):
         refused(words, path, partial(mt.open_input, path, **option))
+
+
+def test_real_files(data):
+    """The recorded files are read as what they are, with the sizes that they have."""
+    kinds = {path.stem: type(mt.open_input(path)) for path in data.glob("*.npz")}
+    assert kinds["mixtral-8x7b-mmlu"] is mt.RoutingStatistics
+    trace = mt.open_input(data / "gpt-oss-20b-mini.npz")
+    assert (trace.tokens, trace.layers, trace.top_k, trace.num_experts) == (4096, 24, 4, 32)
+    assert len(trace.group_names) == 7
+    assert mt.open_input(data / "switch-base-8.npz").top_k == 1
+    with pytest.raises(ValueError, match="holds a load table"):
+        mt.RoutingTrace.load(data / "mixtral-8x7b-mmlu.npz")
