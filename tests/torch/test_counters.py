@@ -50,10 +50,13 @@ def test_same_numbers_as_the_core(data):
     assert (counted.fingerprint, counted.window) == (expected.fingerprint, window)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "offloaded"])
 def test_attached_to_a_model(name):
-    """Counters of a model's forward passes equal the statistics of its recorded trace."""
-    model, tokens = build(name), prompts()
+    """Counters of forward passes equal the statistics of the trace, wherever weights are."""
+    model, tokens = build(name.replace("offloaded", "mixtral")), prompts()
+    if name == "offloaded":
+        accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     counters = RoutingCounters.attach(model, window=5)
@@ -65,7 +68,7 @@ def test_attached_to_a_model(name):
     expected = mt.RoutingStatistics.from_trace(recorder.trace(), window=5)
     counted = counters.statistics(model="m")
     assert (counted.fingerprint, counted.window) == (expected.fingerprint, 5)
-    assert counted.model == "m"
+    assert (counted.model, counters.dropped, recorder.dropped) == ("m", 0, 0)
     counters.reset()
     assert counters.statistics().total_load.sum() == 0
 
