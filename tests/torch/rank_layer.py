@@ -78,7 +78,6 @@ def in_slots(weights, slots):
 
 
 def single(hidden, index, weights, up, down, activation):
-    """Compute the layer in one process, expert by expert."""
     out = torch.zeros_like(hidden)
     for expert in range(len(up)):
         token, k = (index == expert).nonzero(as_tuple=True)
@@ -382,7 +381,6 @@ def test_counters_are_summed_over_ranks(rank):
     total = counters.all_reduce().statistics()
     assert total.fingerprint == mt.RoutingStatistics(load, *pairs).fingerprint
     assert (total.windows, total.window) == (4, 30)
-    # Summing leaves a rank's own counts as they are.
     assert counters.statistics().total_load.sum() == TOKENS[rank] * 3 * 2
 
 

@@ -103,10 +103,7 @@ class Model:
 
 @on(4)
 def test_rebalancing_does_not_change_outputs(rank):
-    """Under changing traffic: bit-equal to one process, or within rounding where weights round.
-
-    Tables stay where they are, so a CUDA graph from before a move routes by the new placement.
-    """
+    """Under changing traffic equal to one process; tables stay, where CUDA graphs look for them."""
     for exact, steps in ((True, 200), (False, 80)):
         model = Model(rank, exact=exact, decay=0.3, dead_zone=0.15)
         worst, moved, tables = 0.0, [], model.tables()
@@ -247,9 +244,8 @@ def unpriced(*arguments, price, **more):
 
 def by_rank(name, *values):
     """Let a function return another value on every rank."""
-    return lambda: mock.patch(
-        f"moetuner.torch.parallel.{name}", return_value=values[dist.get_rank()]
-    )
+    where = f"moetuner.torch.parallel.{name}"
+    return lambda: mock.patch(where, return_value=values[dist.get_rank()])
 
 
 CHEAP = {"steps_ahead": 1, "cost_model": linear(1e-9)}
@@ -267,7 +263,6 @@ LIMITS = {
     "other prices": ({}, by_rank(MOVE_US, 0.0, 1e30), "longer than it brings in"),
     "no answer": ({"cost_model": linear(float("nan"))}, None, "balanced"),
     "no memory": ({}, by_rank(FREE, 0, 0), "a device has no memory"),
-    # For one copy on rank 1.
     "little memory": ({}, by_rank(FREE, 1 << 40, 2 * 2 * HIDDEN * INNER * 4), ""),
 }
 

@@ -9,8 +9,6 @@ import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
 from moetuner.torch.record.capture import Recorder
 
-MANY = {"num_experts": 300, "num_local_experts": 300, "intermediate_size": 4}
-
 
 @pytest.mark.parametrize(
     ("name", "changes", "size"),
@@ -19,7 +17,11 @@ MANY = {"num_experts": 300, "num_local_experts": 300, "intermediate_size": 4}
         ("qwen3_moe", {}, (32, 16)),
         ("deepseek_v3_groups", {}, (32, 16)),
         ("gpt_oss", {}, (32, 24)),
-        ("mixtral", MANY, (32, 4)),
+        (
+            "mixtral",
+            {"num_local_experts": 300, "intermediate_size": 4},
+            (32, 4),
+        ),
     ],
 )
 def test_trace_is_what_the_routers_chose(name, changes, size):
@@ -235,10 +237,7 @@ def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
 
 @WATCHERS
 def test_a_pass_that_is_not_understood_is_left_out(observe):
-    """The model gives what it gives unobserved; the pass is counted, and warned of once.
-
-    One that fails leaves no tokens either.
-    """
+    """The model is as unobserved; the pass is counted and warned of, and leaves no tokens."""
     model, tokens = build("mixtral"), prompts()
     given = {"input_ids": tokens, "attention_mask": torch.ones(3, 1, 7, 7).bool().tril()}
     with torch.no_grad():
@@ -302,7 +301,6 @@ def test_models_that_cannot_be_recorded():
     model = build("mixtral")
     text = "model.layers.0.mlp.gate ran outside a forward pass of MixtralForCausalLM"
     refused(text, recorded, model, lambda: model.model(input_ids=prompts()))
-    # A layer that does nothing.
     model.model.layers[1].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
     text = "every router must run in a forward pass, model.layers.1.mlp.gate did not (what torch.c"
     refused(text, recorded, model)
