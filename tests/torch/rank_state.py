@@ -116,9 +116,8 @@ def test_an_optimizer_is_not_loaded_into_other_slots(rank, folder):
     model, optimizer = trained(HERE, False)
     state = state_of(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
-    states.set_state_dict(
-        model, optimizer, model_state_dict=state["m"], optim_state_dict=state["o"]
-    )
+    parts = {"model_state_dict": state["m"], "optim_state_dict": state["o"]}
+    states.set_state_dict(model, optimizer, **parts)
     assert right.any()
     assert torch.equal(moment(model, optimizer), right)
     parts = trained(THERE, False)

@@ -1,7 +1,6 @@
 """Every MoE architecture of the installed transformers: exact in memory and on disk, or refused."""
 
 import contextlib
-import warnings
 from functools import partial
 
 import numpy as np
@@ -17,6 +16,7 @@ NAMES = (
     "minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next"
 )
 RIGHT = set(NAMES.split())
+pytestmark = pytest.mark.filterwarnings("ignore")
 REFUSED = (ValueError, NotImplementedError)
 
 
@@ -26,9 +26,7 @@ def quiet():
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    yield
     logging.set_verbosity(before)
 
 

@@ -9,8 +9,6 @@ import moetuner as mt
 from moetuner.torch import RoutingCounters, apply_placement, capture, moe_layers
 from moetuner.torch.record.capture import Recorder
 
-MANY = {"num_experts": 300, "num_local_experts": 300, "intermediate_size": 4}
-
 
 @pytest.mark.parametrize(
     ("name", "changes", "size"),
@@ -19,7 +17,11 @@ MANY = {"num_experts": 300, "num_local_experts": 300, "intermediate_size": 4}
         ("qwen3_moe", {}, (32, 16)),
         ("deepseek_v3_groups", {}, (32, 16)),
         ("gpt_oss", {}, (32, 24)),
-        ("mixtral", MANY, (32, 4)),
+        (
+            "mixtral",
+            {"num_local_experts": 300, "intermediate_size": 4},
+            (32, 4),
+        ),
     ],
 )
 def test_trace_is_what_the_routers_chose(name, changes, size):
@@ -52,18 +54,39 @@ def test_padding_is_left_out(where):
     assert trace.sequence.tolist() == [0] * 4 + [1] * 7 + [2] * 5
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_generation_continues_sequences(name):
-    """Tokens that generate feeds one by one belong to their prompts, and route as in one pass."""
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, "usual") for name in ("mixtral", "deepseek_v3", "gpt_oss")),
+        *(("qwen3_moe", how) for how in ("static", "compiled", "uncached")),
+    ],
+)
+def test_generation_continues_sequences(name, how):
+    """Tokens that generate feeds, with any cache, are their prompts' and route as in one pass."""
+    compiled = []
+    config = CompileConfig(backend=lambda graph, _: compiled.append(graph) or graph)
+    config._compile_all_devices = True
+    how = {
+        "usual": {},
+        "static": {"cache_implementation": "static"},
+        "compiled": {"cache_implementation": "static", "compile_config": config},
+        "uncached": {"use_cache": False},
+    }[how]
     model, tokens = build(name), prompts()
-    with torch.inference_mode(), capture(model) as recorder:
-        text = model.generate(tokens, max_new_tokens=6, do_sample=False)
-        model.generate(tokens, max_new_tokens=2, do_sample=False)
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    how |= {"attention_mask": mask[:, :7], "do_sample": False}
+    with torch.no_grad(), capture(model) as recorder:
+        text = model.generate(tokens, max_new_tokens=6, **how)
+        model.generate(tokens, max_new_tokens=2, **how)
     trace = recorder.trace()
-    assert np.bincount(trace.sequence).tolist() == [7 + 5] * 3 + [7 + 1] * 3
-    whole = choices(model, text[:, :-1])
-    for row in range(3):
-        assert np.array_equal(trace.select(sequences=[row]).expert_ids, whole[row])
+    assert np.bincount(trace.sequence).tolist() == [9, 12, 12, 5, 8, 8]
+    whole = choices(model, text[:, :-1], mask)
+    for row, padding in enumerate((3, 0, 0)):
+        ids = trace.select(sequences=[row]).expert_ids
+        assert np.array_equal(ids, whole[row, padding:])
+    assert recorder.dropped == 0
+    assert not compiled  # what is compiled could not be heard
 
 
 def test_endings_are_those_of_the_call():
@@ -82,35 +105,6 @@ def test_endings_are_those_of_the_call():
     assert lengths == [7 + count for count in fed]
     model.generation_config.pad_token_id = ending
     assert generated(attention_mask=torch.ones_like(tokens))[1] == [7 + 5] * 3
-
-
-@pytest.mark.parametrize("how", ["static", "compiled", "none"])
-def test_generation_without_a_growing_cache(how):
-    """Each token of prompt and text once, without padding, as with the cache of every day."""
-    compiled = []
-    config = CompileConfig(backend=lambda graph, _: compiled.append(graph) or graph)
-    config._compile_all_devices = True
-    how = {
-        "static": {"cache_implementation": "static"},
-        "compiled": {"cache_implementation": "static", "compile_config": config},
-        "none": {"use_cache": False},
-    }[how]
-    model, tokens, texts, traces = build("qwen3_moe"), prompts(), [], []
-    mask = torch.ones_like(tokens)
-    mask[0, :3] = 0
-    given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
-    for more in ({}, how):
-        with torch.no_grad(), capture(model) as recorder:
-            texts.append(model.generate(tokens, **given, **more))
-        assert recorder.dropped == 0
-        traces.append(recorder.trace())
-    assert texts[0].equal(texts[1])
-    for row, length in enumerate((8, 11, 11)):
-        usual, other = (trace.select(sequences=[row]).expert_ids for trace in traces)
-        assert len(usual) == length
-        assert np.array_equal(usual, other)
-    assert [trace.sequence.max() for trace in traces] == [2, 2]
-    assert not compiled  # what is compiled could not be heard
 
 
 def test_a_cache_that_the_model_made():
@@ -243,10 +237,7 @@ def test_a_full_disk_does_not_fail_the_model(tmp_path, monkeypatch):
 
 @WATCHERS
 def test_a_pass_that_is_not_understood_is_left_out(observe):
-    """The model gives what it gives unobserved; the pass is counted, and warned of once.
-
-    One that fails leaves no tokens either.
-    """
+    """The model is as unobserved; the pass is counted and warned of, and leaves no tokens."""
     model, tokens = build("mixtral"), prompts()
     given = {"input_ids": tokens, "attention_mask": torch.ones(3, 1, 7, 7).bool().tril()}
     with torch.no_grad():
@@ -310,7 +301,6 @@ def test_models_that_cannot_be_recorded():
     model = build("mixtral")
     text = "model.layers.0.mlp.gate ran outside a forward pass of MixtralForCausalLM"
     refused(text, recorded, model, lambda: model.model(input_ids=prompts()))
-    # A layer that does nothing.
     model.model.layers[1].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
     text = "every router must run in a forward pass, model.layers.1.mlp.gate did not (what torch.c"
     refused(text, recorded, model)

@@ -48,7 +48,6 @@ def test_the_command(model_folder, lines, tmp_path, run):
     about |= {"file": str(out), "files": [str(out)], "tokens": 12, "sequences": 4, "groups": []}
     assert json.loads(text)["trace"] == about
     assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 6 + [3] * 2
-    # Token by token what the model chooses for each text alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval()
     ids = choices(model, torch.tensor([[2, 2, 2, 2, 2, 3]]))[0]
     assert np.array_equal(trace.select(sequences=[2]).expert_ids, ids)

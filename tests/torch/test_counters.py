@@ -50,10 +50,13 @@ def test_same_numbers_as_the_core(data):
     assert (counted.fingerprint, counted.window) == (expected.fingerprint, window)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "offloaded"])
 def test_attached_to_a_model(name):
-    """Counters of a model's forward passes equal the statistics of its recorded trace."""
-    model, tokens = build(name), prompts()
+    """Counters of forward passes equal the statistics of the trace, wherever weights are."""
+    model, tokens = build(name.replace("offloaded", "mixtral")), prompts()
+    if name == "offloaded":
+        accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     counters = RoutingCounters.attach(model, window=5)
@@ -65,13 +68,21 @@ def test_attached_to_a_model(name):
     expected = mt.RoutingStatistics.from_trace(recorder.trace(), window=5)
     counted = counters.statistics(model="m")
     assert (counted.fingerprint, counted.window) == (expected.fingerprint, 5)
-    assert counted.model == "m"
+    assert (counted.model, counters.dropped, recorder.dropped) == ("m", 0, 0)
     counters.reset()
     assert counters.statistics().total_load.sum() == 0
 
 
+def test_an_expert_named_twice_is_no_pair():
+    """A router may do that; statistics have no pairs of an expert with itself."""
+    counters = RoutingCounters(1, 4, 3)
+    counters.update(torch.tensor([[[1, 1, 2]]]))
+    pairs = counters.statistics().coactivation[0]
+    assert (pairs[1, 2], pairs[2, 1], pairs[1, 1]) == (2, 2, 0)
+
+
 def test_bad_input():
-    """Sizes, types, devices and ids are checked with a message."""
+    """Sizes, types, devices, ids and windows are checked with a message."""
     refused("top_k must be from 1 to 4, got 5", RoutingCounters, 2, 4, 5)
     counters = RoutingCounters(2, 4, 1)
     ids = torch.zeros(3, 2, 1, dtype=torch.int64)
@@ -89,18 +100,6 @@ def test_bad_input():
         assert counters.statistics().total_load.sum() == 0  # of padding nothing is asked
         counters.update(torch.full((1, 2, 1), wrong))
         refused("expert_ids must be from 0 to 3, some were not", counters.statistics)
-
-
-def test_an_expert_named_twice_is_no_pair():
-    """A router may do that; statistics have no pairs of an expert with itself."""
-    counters = RoutingCounters(1, 4, 3)
-    counters.update(torch.tensor([[[1, 1, 2]]]))
-    pairs = counters.statistics().coactivation[0]
-    assert (pairs[1, 2], pairs[2, 1], pairs[1, 1]) == (2, 2, 0)
-
-
-def test_windows_have_a_limit():
-    """Windows that would fill the memory are refused with a way out."""
     counters = RoutingCounters(100, 1 << 16, 1, window=1, transitions=False, coactivation=False)
     ids = torch.zeros(1, 100, 1, dtype=torch.uint16).expand(400, 100, 1)
     refused("windows must fit 16 GiB, got 20 GiB for 400 windows", counters.update, ids)

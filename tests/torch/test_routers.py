@@ -94,17 +94,6 @@ def test_a_trace_that_cannot_be_written_is_not_lost(tmp_path):
     assert mt.RoutingTrace.load(tmp_path / "t.partial.safetensors").tokens == 2
 
 
-def test_offloaded_models_are_counted():
-    """Weights without a device do not keep counters from counting."""
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
-    model = build("mixtral")
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    counters, recorder = recorded(model, observe=RoutingCounters.attach), recorded(model)
-    assert (counters.dropped, recorder.dropped) == (0, 0)
-    expected = mt.RoutingStatistics.from_trace(recorder.trace())
-    assert counters.statistics().fingerprint == expected.fingerprint
-
-
 @pytest.mark.filterwarnings("ignore:a forward pass is not recorded")  # meta has no autocast
 def test_counters_follow_a_model_that_moves():
     """After ``to`` their tables are where the model runs."""
