@@ -62,12 +62,7 @@ def cluster_layers(
     if equal_sizes:
         sizes = experts // clusters, -(-experts // clusters)
     start, balance, interrupted = _core.pack(
-        load,
-        clusters,
-        sizes,
-        tolerance=tolerance,
-        time_limit=budget.left,
-        threads=budget.threads,
+        load, clusters, sizes, tolerance=tolerance, time_limit=budget.left, threads=budget.threads
     )
     total = [max(sum(map(int, row)), 1) for row in load]
     # Both are `clusters` times a deviation, and the total is `clusters` times the mean.

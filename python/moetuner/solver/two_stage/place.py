@@ -91,14 +91,10 @@ def place_clusters(
     device = placed.astype(np.int64)
     bottleneck, total = _times(traffic, cost, device)
     status: Status = "interrupted" if interrupted else "feasible"
-    is_near = bottleneck - bound <= tolerance * bottleneck
-    if is_near and not interrupted:
+    is_small = counts is not None and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS
+    if not interrupted and bottleneck - bound <= tolerance * bottleneck:
         status = "gap_reached"
-    elif (
-        not interrupted
-        and counts is not None
-        and len(traffic) * len(cost) ** 4 <= effort.MOST_PRODUCTS
-    ):
+    elif not interrupted and is_small:
         solution, device = solve_stage(
             traffic,
             cost,
