@@ -85,19 +85,33 @@ def rebalance(
     full: bool = True,
     price: float = 0.0,
 ) -> Rebalanced:
-    """Relieve the slowest devices of running slots [L,D,S] by few copies that come to a device.
+    """Relieve the slowest devices of running slots by few copies that come to a device.
 
     The answer is a function of the arguments alone. The work is bounded by steps and trials, not
     by time; it runs in the calling thread, without the interpreter's lock.
 
-    Of windows [W,L,E] of tokens as many of the last ones count as forecast the next best; one load
-    [L,E] will do. Experts that have no slot get one, whatever they bring, and ``full`` fills empty
-    slots, -1; on one load alone they may stay. What stays on a device keeps its slot.
-
-    At most ``budget`` copies are brought, where they gain most: on one load at least their price in
-    tokens. A layer stays unless its slowest device gains more than the dead zone's share of its
-    time, and more than so many standard deviations of counts as large, which are by chance. The
-    time [D] of a device per token is a share of the slowest one's; ``pairs`` count besides load.
+    Parameters
+    ----------
+    windows
+        Tokens [L,E], or in windows [W,L,E], the last one last: finite, at least 0. Of windows as
+        many of the last ones count as forecast the next best.
+    slots
+        Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
+        may be filled, whatever they bring. What stays on a device keeps its slot.
+    budget
+        Copies that are brought at most, where they gain most.
+    time
+        Time of every device per token, as a share of the slowest one's [D]; alike by default.
+    dead_zone
+        A layer stays unless its slowest device gains more than this share of its time.
+    deviations
+        And more than so many standard deviations of counts as large, which are by chance.
+    pairs
+        What else counts, besides load.
+    full
+        Whether empty slots are filled; on one load alone they may stay.
+    price
+        Tokens that a copy must gain at least, on one load.
     """
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")

@@ -76,10 +76,22 @@ class Moves:
 
 @dataclass(frozen=True)
 class Incumbent:
-    """Slots [L,D,S] that a stage offered, what found them, and the copies that have to move.
+    """A placement that a stage offered.
 
-    ``excess`` is by what part caps are exceeded, summed over layers; ``value`` the objective in the
-    windows that a search sees, with moves at their price. No answer is behind any start.
+    Parameters
+    ----------
+    slots
+        Expert ids [L,D,S].
+    excess
+        By what part caps are exceeded, summed over layers.
+    value
+        The objective in the windows that a search sees, with moves at their price.
+    by
+        What found it.
+    is_start
+        Whether a search began with it: no answer is behind any of these.
+    moves
+        Copies that have to move.
     """
 
     slots: Slots
@@ -97,10 +109,21 @@ class Incumbent:
 
 @dataclass(frozen=True)
 class Bound:
-    """A proven lower bound, and whether Ctrl-C ended its proof.
+    """A proven lower bound.
 
-    In units of ``Objective.cost`` where the objective is traffic of pairs, else of
-    ``Objective.value``.
+    Parameters
+    ----------
+    value
+        In units of ``Objective.cost`` where the objective is traffic of pairs, else of
+        ``Objective.value``.
+    source
+        How it was proven.
+    certificate
+        What anybody can recompute it from, or None.
+    levels
+        How it was proven level by level.
+    interrupted
+        Whether Ctrl-C ended the proof.
     """
 
     value: float
@@ -112,11 +135,21 @@ class Bound:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a method, which offers placements and proves bounds.
+    """A step of a method.
 
-    It raises KeyboardInterrupt if the core or HiGHS reports an interrupt. It is not worth beginning
-    with ``least`` seconds or fewer, may use a ``share`` of those that are left, and of so many left
-    ``reserve`` is the share that is kept back for it while earlier stages run.
+    Parameters
+    ----------
+    run
+        Takes the run and a budget, offers placements and proves bounds. It raises
+        KeyboardInterrupt if the core or HiGHS reports an interrupt.
+    applies
+        Whether it can do anything for the run's problem.
+    least
+        Seconds below which it is not worth beginning.
+    share
+        Share of the seconds left that it may use at most.
+    reserve
+        Share of so many seconds left that is kept back for it while earlier stages run.
     """
 
     run: Callable[[Run, Budget], None]

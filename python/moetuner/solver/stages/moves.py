@@ -106,11 +106,20 @@ def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Path:
-    """Steps from slots [L,D,S] to better ones.
+    """Steps from one placement to better ones.
 
-    A step writes ``experts`` at two ``places`` of the flat slots [N,2]. At the start and after
-    every step [N+1] it is known which copies have to move in all, by what part layers exceed their
-    caps, and the objective, as the search counts it, less that of the start.
+    Parameters
+    ----------
+    start
+        Slots [L,D,S].
+    places, experts
+        Where in the flat slots a step writes and what, twice [N,2].
+    moves
+        Copies that have to move in all, at the start and after every step [N+1].
+    excess
+        By what part layers exceed their caps, likewise.
+    value
+        The objective, as the search counts it, less that of the start, likewise.
     """
 
     start: Slots
