@@ -51,6 +51,7 @@ def work(rank, result, port, models):
         run = f"{checkpoint.name}-rank{rank}"
         np.savez(Path(result) / f"counts-{run}.npz", **counts)
         np.save(Path(result) / f"logits-{run}.npy", logits.detach().numpy())
+    torch.distributed.destroy_process_group()  # or a thread of it may end the process with SIGABRT
 
 
 if __name__ == "__main__":
