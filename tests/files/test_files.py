@@ -172,11 +172,11 @@ collect model --dataset texts --out o.safetensors --json texts
 
 
 @pytest.mark.parametrize("command", SAME.strip().splitlines())
-def test_no_output_is_an_input(run, trace_file, tmp_path, monkeypatch, command):
+def test_no_output_is_an_input(run, trace, tmp_path, monkeypatch, command):
     """A command that would write over what it reads, or twice, is refused before it begins."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(trace_file)
-    (tmp_path / "hard").hardlink_to(trace_file)
+    (tmp_path / "link").symlink_to(trace)
+    (tmp_path / "hard").hardlink_to(trace)
     (tmp_path / "machine.json").write_text('{"devices": 2}')
     mt.CostModel.preset("h100").save(tmp_path / "cost.json")
     for saved in ("saved.json", "p.json", "c", "texts"):
@@ -190,18 +190,18 @@ def test_no_output_is_an_input(run, trace_file, tmp_path, monkeypatch, command):
     assert after == before
 
 
-def test_two_outputs_may_be_one_pipe(run, trace_file, pipe):
+def test_two_outputs_may_be_one_pipe(run, trace, pipe):
     """Only of regular files would one output be lost: a pipe gets both, one after the other."""
     how = ("--devices", 2, "--method", "contiguous")
-    assert run("solve", trace_file, *how, "--out", pipe[0], "--json", pipe[0])[0] == 0
+    assert run("solve", trace, *how, "--out", pipe[0], "--json", pipe[0])[0] == 0
     seen = os.read(pipe[1], 1 << 20)
     assert seen.startswith(b'{"schema"')
     assert b'"settings"' in seen
 
 
-def test_json_on_a_descriptor_of_standard_output(trace_file, tmp_path):
+def test_json_on_a_descriptor_of_standard_output(trace, tmp_path):
     """--json /dev/fd/1 is --json -: only JSON goes to standard output, and it stays a pipe."""
-    command = [sys.executable, "-m", "moetuner", "solve", trace_file, "--devices", "2"]
+    command = [sys.executable, "-m", "moetuner", "solve", trace, "--devices", "2"]
     command += ["--method", "contiguous", "--out", tmp_path / "p.json", "--json", "/dev/fd/1"]
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     assert json.loads(done.stdout)["method"] == "contiguous"
@@ -296,11 +296,11 @@ def test_names_do_nothing_to_a_terminal(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
-def test_paths_of_any_bytes(trace_file, tmp_path, encoding):
+def test_paths_of_any_bytes(trace, tmp_path, encoding):
     """Paths that are not UTF-8 can be read and written, on terminals that know only ASCII too."""
     folder = os.fsencode(tmp_path)
     source, out = folder + b"/t\xff\xe4.safetensors", folder + b"/p\xff.json"
-    trace_file.rename(os.fsdecode(source))
+    trace.rename(os.fsdecode(source))
     environment = {**ASCII, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "moetuner", "solve", source, "--devices", "2"]
     command += ["--method", "contiguous", "--out", out, "--json", folder + b"/j\xff.json"]
