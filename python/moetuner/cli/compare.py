@@ -85,17 +85,7 @@ def command(
     baseline
         Method to compare against. [default: eplb, else the first]
     """
-    over = baseline or (PEER if PEER in methods else methods[0])
-    over = ALIASES.get(over, over)
-    if over not in methods:
-        raise click.BadParameter(
-            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
-            param_hint="'--baseline'",
-        )
-    if holdout == 0 and splits is not None and splits > 1:
-        raise click.BadParameter(
-            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
-        )
+    over = _peer(baseline, methods, splits=splits, holdout=holdout)
 
     def split(number: int) -> Split:
         seed = nth_seed(search.seed, number)
@@ -137,6 +127,24 @@ def command(
         output, lambda: of_outcomes(rival, best, origin_of(source), contents, traffic=traffic)
     )
     output.finish(contents)
+
+
+def _peer(
+    baseline: str | None, methods: tuple[str, ...], *, splits: int | None, holdout: float
+) -> str:
+    """Return the method that others are compared with; check that it runs, and the splits."""
+    over = baseline or (PEER if PEER in methods else methods[0])
+    over = ALIASES.get(over, over)
+    if over not in methods:
+        raise click.BadParameter(
+            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
+            param_hint="'--baseline'",
+        )
+    if holdout == 0 and splits is not None and splits > 1:
+        raise click.BadParameter(
+            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
+        )
+    return over
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,7 @@ def command(
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
-    output.table(head(problem), [row.row() for row in outcomes])
-    broken = [row for row in outcomes[:-1] if row.breaks_rules]
-    output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
-    if initial is None:
-        output.say(*slower(outcome, before))
+    _show(output, problem, outcomes, before if initial is None else None)
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = None
@@ -105,6 +101,18 @@ def command(
     output.finish(contents)
     if failure is not None:
         raise click.ClickException(failure)
+
+
+def _show(
+    output: Output, problem: Problem, outcomes: list[Outcome], blocks: Outcome | None
+) -> None:
+    """Print the table and what the result is worth; warn where experts in blocks are faster."""
+    outcome = outcomes[-1]
+    output.table(head(problem), [row.row() for row in outcomes])
+    broken = [row for row in outcomes[:-1] if row.breaks_rules]
+    output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
+    if blocks is not None:
+        output.say(*slower(outcome, blocks))
 
 
 def _judge(

@@ -125,16 +125,7 @@ def advise(
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     check.flag("in_order", in_order)
     check.callable_or_none("report", report)
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
-    elif not traffic.total_load.any():
-        raise ValueError("traffic must have tokens, got a load of 0")
-    check.not_negative("price", price, "share")
-    if isinstance(initial, str):
-        check.one_of("initial", initial, get_args(Running))
-    else:
-        check.instance("initial", initial, Placement)
+    _check_values(traffic, price, initial)
     if engine is not None:
         check.one_of("engine", engine, ENGINES)
         split = ENGINES[engine].split if split is None else split
@@ -167,6 +158,20 @@ def advise(
         *(in_order, iterations, check.seed_in(seed), threads, report or (lambda _: None)),
     )
     return study.advice(check.whole_number("splits", splits, highest=100))
+
+
+def _check_values(traffic: Traffic, price: float, initial: Placement | Running) -> None:
+    """Raise for traffic of no tokens, a price that is none, and what cannot run."""
+    if isinstance(traffic, RoutingTrace):
+        if traffic.tokens < 2:
+            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
+    elif not traffic.total_load.any():
+        raise ValueError("traffic must have tokens, got a load of 0")
+    check.not_negative("price", price, "share")
+    if isinstance(initial, str):
+        check.one_of("initial", initial, get_args(Running))
+    else:
+        check.instance("initial", initial, Placement)
 
 
 # Placements of a split: by slots for copies, and whether they are shared by the layers; or by the
