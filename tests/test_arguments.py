@@ -53,6 +53,7 @@ RIGHT = {
     "certificate": CERTIFICATE, "returns": True, "resamples": 2, "iterations": 1,
     "home": np.zeros(12, int), "ports": np.ones((2, 1)), "compute": np.ones((2, 2)),
     "communication": np.ones(2), "value": 1.0, "experts": 4, "tokens": np.ones((2, 2)),
+    "to": "json",
 }  # fmt: skip
 BY_CALL = {
     "ExpertSets": {"ids": SETS.ids, "counts": SETS.counts},
@@ -67,6 +68,7 @@ BY_CALL = {
 FILES = {
     "Topology.load": '{"devices": 2}', "RoutingStatistics.load": STATISTICS,
     "Placement.load": PLACEMENT, "Placement.save": PLACEMENT, "read_placement": PLACEMENT,
+    "write_placement": PLACEMENT,
     "CostModel.load": MODEL, "CostModel.save": MODEL, "Certificate.load": CERTIFICATE,
 }  # fmt: skip
 # Values of their own classes are not made by users, and check nothing.
@@ -249,6 +251,8 @@ CALLS = {name: call for name, call in calls() if name not in INNER}
 MOVING = {"initial": PLACEMENT}
 # Slow ones get some of the values, drawn anew for each parameter.
 SOME = 12
+# None means something else than their defaults.
+MAY_BE_NONE = ("group_names", "iterations", "window", "cost_model")
 
 
 def right_of(name, parameters):
@@ -301,7 +305,7 @@ def wrong(name, parameter):
     """Give what is to be refused."""
     by_name = WRONG.get(parameter.name, ())
     values = WRONG.get(f"{name}.{parameter.name}", by_name)
-    may_be_none = parameter.default is None or parameter.name in ("group_names", "iterations")
+    may_be_none = parameter.default is None or parameter.name in MAY_BE_NONE
     return values if may_be_none or not values else (*values, None)
 
 

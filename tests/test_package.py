@@ -127,10 +127,7 @@ def test_values_are_shown_in_a_few_lines(values):
         assert lines[0].startswith(f"{type(value).__name__}(")
         assert len(lines) <= 8
         assert max(map(len, lines)) <= 160, lines
-    with_table = [value for value in values[0] if hasattr(value, "_repr_html_")]
-    tables = {mt.Result, mt.Evaluation, mt.Audit, type(mt.structure(values[0][-1]))}
-    assert {type(value) for value in with_table} == tables
-    for value in with_table:
+    for value in values[0][:-1]:  # but for the trace
         actual = value._repr_html_()
         rows = [row.count("</t") for row in actual.split("\n")[1:-1]]
         assert len(rows) >= 2

@@ -272,3 +272,17 @@ def test_no_load_wraps(dtype):
         else:
             with pytest.raises(ValueError, match="load must"):
                 mt.RoutingStatistics.from_load(load)
+
+
+def test_a_load_table_is_split_in_time():
+    """The first windows of every group, then the rest; both parts have loads alone."""
+    trace = mt.RoutingTrace.from_arrays(
+        random_ids(40, 2, 2, 8), num_experts=8, group=np.repeat([0, 1], 20), group_names=("a", "b")
+    )
+    whole = mt.RoutingStatistics.from_trace(trace, window=5, by_group=True, sets=True)
+    for share, numbers in ((0.5, [0, 1, 4, 5]), (0.01, [0, 4]), (0.99, [0, 1, 2, 3, 4, 5, 6])):
+        first, rest = whole.split(share)
+        assert first.window_load.tolist() == whole.window_load[numbers].tolist()
+        assert first.windows + rest.windows == whole.windows
+        assert first.group.tolist() == whole.group[numbers].tolist()
+        assert first.sets is first.transitions is rest.coactivation is None

@@ -13,7 +13,7 @@ from moetuner.evaluation.auditing import Audit, audit
 from moetuner.evaluation.comparison import Comparison as Verdict
 from moetuner.evaluation.comparison import verdict
 from moetuner.evaluation.rows import dispatch_rows
-from moetuner.formats import open_input, read_placement
+from moetuner.formats import open_input, read_placement, write_placement
 from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
@@ -48,6 +48,7 @@ __all__ = [  # noqa: RUF022
     "Placement",
     "PlacementDiff",
     "read_placement",
+    "write_placement",
     "Evaluation",
     "evaluate",
     "dispatch_rows",

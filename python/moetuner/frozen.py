@@ -40,6 +40,11 @@ class Frozen:
     def __hash__(self) -> int:
         return hash(tuple(_hash(getattr(self, f.name)) for f in _fields(self) if f.compare))
 
+    def _repr_html_(self) -> str:
+        names = [*(of.name for of in _fields(self) if of.repr), *self._also_shown]
+        rows = [(name, short(getattr(self, name)).replace(BREAK, " ")) for name in names]
+        return html_table(("", type(self).__name__), rows)
+
     def __repr__(self) -> str:
         shown = [
             f"{field.name}={short(getattr(self, field.name))}"

@@ -128,6 +128,9 @@ PAIRS = {"transitions": 1, "coactivation": 0}
 # Fields that are no tables.
 ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 
+# Tokens of a window, where nobody says: about what an engine decodes in a step.
+WINDOW = 512
+
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
 
@@ -252,7 +255,7 @@ class RoutingStatistics(Frozen):
         cls,
         trace: RoutingTrace,
         *,
-        window: int | None = None,
+        window: int | None = WINDOW,
         transitions: bool = True,
         coactivation: bool = True,
         sets: bool = False,
@@ -271,7 +274,8 @@ class RoutingStatistics(Frozen):
         transitions, coactivation
             Whether to count these pairs.
         sets
-            Whether to count distinct expert sets: 2 K + 8 bytes (while counting up to three times
+            Whether to count distinct expert sets, as the command line does where tokens return to
+            their devices: 2 K + 8 bytes (while counting up to three times
             that) for each one of a layer. Where all layers together could have more than
             ``MOST_SETS`` of them, every so many-th token is counted for all of them
             (``set_tokens``).
@@ -349,6 +353,46 @@ class RoutingStatistics(Frozen):
         """Wrap a load table [W,L,E] (or [L,E], one window); no pairs are known."""
         load = check.array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
+
+    def split(self, share: float, *, seed: int = 0) -> tuple[RoutingStatistics, RoutingStatistics]:
+        """Split the loads in time: neighbouring windows are alike, so a draw would leak.
+
+        Pairs and sets are counted over all windows together, so neither part has any.
+
+        Parameters
+        ----------
+        share
+            Share of the windows, the first ones, that go to the first part; of every group, where
+            there are groups.
+        seed
+            Taken as ``RoutingTrace.split`` takes it; a cut in time has no choice.
+
+        Raises
+        ------
+        ValueError
+            If ``share`` is not between 0 and 1, or there is one window.
+        """
+        if not (check.is_number(share) and 0 < share < 1) or self.windows == 1:
+            of = " of two windows or more" if self.windows == 1 else ""
+            raise ValueError(f"share must be between 0 and 1{of}, got {check.shown(share)}")
+        check.seed_in(seed)
+        group = np.zeros(self.windows, np.int64) if self.group is None else self.group
+        first = np.zeros(self.windows, dtype=bool)
+        for number in np.unique(group):
+            mine = np.flatnonzero(group == number)
+            first[mine[: max(round(share * len(mine)), 1)]] = True
+        first[-1] &= not first.all()
+        without: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        parts = [
+            replace(
+                self,
+                window_load=self.window_load[of],
+                group=None if self.group is None else group[of],
+                **without,
+            )
+            for of in (first, ~first)
+        ]
+        return parts[0], parts[1]
 
     @property
     def windows(self) -> int:

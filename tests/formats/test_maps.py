@@ -56,7 +56,7 @@ def test_what_an_engine_cannot_load_is_not_written(tmp_path, name):
         write_placement(placement, name, path, Hints(dense_layers=()))
     assert f'"--for {WRITERS[name].engine}"' in str(caught.value)
     assert not path.exists()
-    with pytest.raises(ValueError, match="the name must end in"):
+    with pytest.raises(ValueError, match="path must end in"):
         write_placement(placement.filled(), name, tmp_path / "map.txt", Hints(dense_layers=()))
 
 

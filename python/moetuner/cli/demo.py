@@ -11,7 +11,7 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import option
-from moetuner.cli.options.traffic import WINDOW, Source
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
@@ -21,6 +21,7 @@ from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.report.cells import percent
 from moetuner.report.outcome import Outcome, head, remarks
 from moetuner.report.structure import Structure, structure
+from moetuner.statistics import WINDOW
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 

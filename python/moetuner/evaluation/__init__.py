@@ -14,11 +14,18 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import Arrival, in_order, orders
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES, Replay, busiest_port
-from moetuner.evaluation.replay import Setting, Traffic, check_model, members, topology_of
+from moetuner.evaluation.replay import (
+    Setting,
+    Traffic,
+    check_model,
+    members,
+    times_of,
+    topology_of,
+)
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
@@ -141,9 +148,9 @@ def evaluate(
     traffic: RoutingTrace | RoutingStatistics,
     topology: Topology | None = None,
     *,
-    window: int | None = None,
+    window: int | None = WINDOW,
     split: Split = "even",
-    cost_model: CostModel | None = None,
+    cost_model: CostModel | Literal["model"] | None = "model",
     regime: Regime = "dispatch",
     arrival: Arrival = "bursts",
     home: ArrayLike | Literal["blocks"] | None = None,
@@ -163,16 +170,17 @@ def evaluate(
     topology
         Nodes and speeds of the devices; one node of equal devices by default.
     window
-        Tokens whose load is balanced together; None for the whole trace. Statistics bring their own
-        windows.
+        Tokens whose load is balanced together; None for the whole trace at once. Statistics bring
+        their own windows.
     split
         Which of an expert's copies serves a token: ``"even"`` by a hash of its position (vLLM),
         ``"nearest"`` the one on its home device, else one of its node, else any (SGLang's static
         dispatch), ``"round_robin"`` in turns (TensorRT-LLM). Statistics split loads in the shares
         that follow.
     cost_model
-        Gives the predicted times. Statistics without expert sets do not know which experts a token
-        met together: each is then sent to on its own, which is an upper bound.
+        Gives the predicted times: by default an H100's with the experts of the traffic's model, if
+        that is known. None predicts no times. Statistics without expert sets do not know which
+        experts a token met together: each is then sent to on its own, which is an upper bound.
     regime
         What moves in the predicted times: rows from their homes to devices and back in each layer,
         as in today's engines, or on to the next layer's device.
@@ -205,6 +213,7 @@ def evaluate(
     2.0
     """
     topology = topology_of(placement, topology)
+    cost_model = times_of(traffic, cost_model)
     how = (window, split, cost_model, regime, arrival, mixed, mixed_seed, threads)
     return _evaluated([Setting(placement, topology, *how)], traffic, home)[0]
 

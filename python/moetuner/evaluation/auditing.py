@@ -8,7 +8,7 @@ through optimization: How Facebook's ad delivery can lead to biased outcomes" (C
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,15 +27,13 @@ from moetuner.evaluation.intervals import (
     holm,
     paired,
 )
-from moetuner.evaluation.replay import Setting, Traffic, check_model, topology_of
+from moetuner.evaluation.replay import Setting, Traffic, check_model, times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
-
-WINDOW = 512
 
 
 class Finding(NamedTuple):
@@ -148,7 +146,7 @@ def audit(
     *,
     baseline: Placement | None = None,
     window: int = WINDOW,
-    cost_model: CostModel | None = None,
+    cost_model: CostModel | Literal["model"] | None = "model",
     regime: Regime = "dispatch",
     split: Split = "even",
     arrival: Arrival = "bursts",
@@ -180,7 +178,7 @@ def audit(
     window
         Tokens per window of a trace.
     cost_model, regime, split, arrival
-        As in ``evaluate``; without a cost model no times are compared.
+        As in ``evaluate``.
     resamples
         Number of resamples.
     seed
@@ -211,6 +209,7 @@ def audit(
     baseline = contiguous(placement) if baseline is None else baseline
     check.instance("baseline", baseline, Placement)
     check.whole_number("window", window)
+    cost_model = times_of(traffic, cost_model)
     how = (window, split, cost_model, regime, arrival, False, 0, threads)
     settings = [Setting(each, topology, *how) for each in (placement, baseline)]
     for setting in settings:

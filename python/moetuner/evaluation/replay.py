@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner._checks import IdArray, flag, instance, one_of, seed_in, threads_in, window_in
-from moetuner.cost import CostModel
+from moetuner.cost import CostModel, cost_model_of, size_of_expert
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
 from moetuner.evaluation.copies import Split
@@ -145,6 +145,14 @@ def topology_of(placement: Placement, topology: Topology | None) -> Topology:
         return Topology(placement.devices)
     instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     return topology
+
+
+def times_of(traffic: Traffic, cost_model: CostModel | str | None) -> CostModel | None:
+    """Return the cost model that was given; of "model" that of the traffic's model, if known."""
+    if not (isinstance(cost_model, str) and cost_model == "model"):
+        return cost_model  # type: ignore[return-value]  # Setting checks it
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    return None if size_of_expert(traffic) is None else cost_model_of(traffic)
 
 
 def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> None:

@@ -223,23 +223,57 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
     )
 
 
-def write_placement(placement: Placement, to: str, path: str | Path, hints: Hints) -> None:
-    """Write a placement in a format of ``WRITERS``; the file appears whole or not at all.
+def write_placement(
+    placement: Placement,
+    to: str,
+    path: str | Path,
+    hints: Hints | None = None,
+    *,
+    hidden_layers: int | None = None,
+    dense_layers: Iterable[int] | None = None,
+) -> None:
+    """Write a placement as an engine loads it; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    placement
+        What to write.
+    to
+        Name in ``WRITERS``, such as ``sglang``, ``tensorrt-llm`` or ``eplb``.
+    path
+        The file, with an ending of that format.
+    hidden_layers, dense_layers
+        Layers of the model, dense ones included, and the numbers of those without experts: for
+        formats that count them too.
+    hints
+        Instead: both in one value.
 
     Raises
     ------
     ValueError
         If the name has another ending, or the engine could not load the placement: the message says
         which of its constraints is broken, and how to solve so that it is kept.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> placement = mt.Placement([[[0, 2], [1, 3]]])
+    >>> mt.write_placement(placement, "sglang", "experts.json", dense_layers=())
+    >>> mt.read_placement("experts.json", devices=2) == placement
+    True
     """
-    one_of("format", to, WRITERS)
+    one_of("to", to, WRITERS)
     instance("placement", placement, Placement)
+    if hints is not None:
+        instance("hints", hints, Hints)
     path, writer = path_in(path), WRITERS[to]
+    hints = hints or Hints(hidden_layers=hidden_layers, dense_layers=_numbers(dense_layers))
     if not is_stream(path) and path.suffix not in writer.suffixes:
-        raise ValueError(
-            f"{path}: the name must end in {' or '.join(writer.suffixes)} for {writer.title}, "
-            f"got {path.suffix!r}"
-        )
+        with naming(path):
+            raise ValueError(
+                f"path must end in {' or '.join(writer.suffixes)} for {writer.title}, "
+                f"got {path.suffix!r}"
+            )
     if writer.engine is not None:
         check_placement(placement, writer.engine)
     writer.of.write_map(placement, path, hints)

@@ -20,10 +20,10 @@ from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, paired
 from moetuner.evaluation.replay import Setting, Traffic
 from moetuner.evaluation.units import hold_out, loads_of, units_of, with_runs
-from moetuner.frozen import Frozen, html_table
+from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver import solve
+from moetuner.solver import Method, solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -89,6 +89,11 @@ class Structure(Frozen):
     crossing_independent: float | None
     gain: tuple[float, float] | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields as JSON values."""
+        values: dict[str, Any] = as_json(vars(self))
+        return values
+
     def _repr_html_(self) -> str:
         bits = ("", *(self.information or ("",) * (len(self.skew) - 1)))
         head = ("layer", "skew", "unused", "bits shared with the layer before")
@@ -142,7 +147,7 @@ def structure(
     load = whole.total_load
     share, distance = _groups(traffic, load, threads)
 
-    def placed(method: str, seen: RoutingStatistics) -> Placement:
+    def placed(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return result.uninterrupted().placement

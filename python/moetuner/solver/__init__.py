@@ -16,7 +16,7 @@ from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.verification import verify
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import EFFORTS
-from moetuner.solver.methods import ALIASES, METHODS, SEARCHES
+from moetuner.solver.methods import ALIASES, METHODS, SEARCHES, Method
 from moetuner.solver.pareto import Trade, pareto
 from moetuner.solver.result import Details, Result
 from moetuner.solver.run import Moves, Run
@@ -29,6 +29,7 @@ __all__ = [
     "METHODS",
     "Certificate",
     "Details",
+    "Method",
     "Progress",
     "Result",
     "Trade",
@@ -41,7 +42,7 @@ __all__ = [
 
 def solve(
     problem: Problem,
-    method: str = "joint",
+    method: Method = "joint",
     *,
     seed: int = 0,
     time_limit: float | None = None,
@@ -114,11 +115,11 @@ def solve(
     (1.25, [[0, 1, 1, 0]])
     """
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
-    method = ALIASES.get(method, method) if isinstance(method, str) else method
-    one_of("method", method, METHODS)
+    name: str = ALIASES.get(method, method) if isinstance(method, str) else method
+    one_of("method", name, METHODS)
     seed = seed_in(seed)
     budget = Budget(time_limit, iterations, gap, threads, progress, effort)
-    stages, searched, moves = METHODS[method], method in SEARCHES, None
+    stages, searched, moves = METHODS[name], name in SEARCHES, None
     not_negative("expert_bytes", expert_bytes, "number of bytes")
     if initial is None:
         if move_cost or (move_budget is not None and move_budget < np.inf):
@@ -126,7 +127,7 @@ def solve(
     else:
         moves = Moves(initial, move_budget, move_cost, expert_bytes)
         if not searched:
-            raise ValueError(f"initial needs method joint or heuristic, got {method!r}")
+            raise ValueError(f"initial needs method joint or heuristic, got {name!r}")
         problem.check_running(initial)
         stages = from_running(stages)
     history = History(progress)
@@ -134,6 +135,6 @@ def solve(
     result = run.finish(
         stages,
         lambda: balanced(problem) if initial is None else repair(problem, initial),
-        lambda: result_of(run, method, searched=searched),
+        lambda: result_of(run, name, searched=searched),
     )
     return replace(result, history=history.ended(result.objective, result.bound))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from moetuner.solver.bounds.loads import LOAD_BOUND
 from moetuner.solver.bounds.pairs import PAIR_BOUND
 from moetuner.solver.bounds.visits import VISIT_BOUND
@@ -9,6 +11,20 @@ from moetuner.solver.run import Stage
 from moetuner.solver.stages import PARTITIONS, SEARCH, baselines
 from moetuner.solver.stages.floor import FLOOR, FLOOR_OF_LEVEL, LEVEL
 from moetuner.solver.two_stage import PAPER
+
+Method = Literal[
+    "joint",
+    "paper",
+    "moetuner",
+    "heuristic",
+    "quick",
+    "contiguous",
+    "round_robin",
+    "random",
+    "lpt",
+    "eplb",
+    "exflow",
+]
 
 METHODS: dict[str, tuple[Stage, ...]] = {
     # Everything else can only add to what the search finds.

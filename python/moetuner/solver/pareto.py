@@ -15,7 +15,7 @@ from moetuner.problem import Problem
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
-from moetuner.solver.methods import METHODS, SEARCHES
+from moetuner.solver.methods import METHODS, SEARCHES, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.moves import descend, from_running, moves_of, repair
@@ -64,7 +64,7 @@ def pareto(
     initial: Placement,
     *,
     expert_bytes: float = 1.0,
-    method: str = "heuristic",
+    method: Method = "heuristic",
     seed: int = 0,
     time_limit: float | None = None,
     iterations: int | None = None,

@@ -207,6 +207,12 @@ class Result(Frozen):
         """
         return gap_between(self.objective, self.bound)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return figures as JSON values; the placement has a file of its own."""
+        names = ("method", "status", "objective", "bound", "bound_source", "bound_scope", "gap")
+        values = {name: getattr(self, name) for name in (*names, "seconds")}
+        return values | {"violations": list(self.violations), "details": self.details.to_dict()}
+
     def uninterrupted(self) -> Result:
         """Return this result; raise KeyboardInterrupt if one has ended its search.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -33,15 +33,12 @@ from moetuner.problem.settings import GOAL
 from moetuner.report import outcome
 from moetuner.report.cells import counted
 from moetuner.report.outcome import Outcome
-from moetuner.solver import Result, solve
-from moetuner.statistics import RoutingStatistics
+from moetuner.solver import Method, Result, solve
+from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
-
-# Tokens of a window, where nobody says.
-WINDOW = 512
 
 
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
@@ -165,7 +162,9 @@ class Source(FileHints):
     def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
         """Solve, and show how far that is; ``place`` is how far the whole is, ``how`` as for it."""
         with working(f"solving, {method}{place and f' ({place})'}") as progress:
-            return solve(problem, method, progress=progress, threads=self.threads, **how)
+            return solve(
+                problem, cast(Method, method), progress=progress, threads=self.threads, **how
+            )
 
     def judge(
         self, results: Sequence[Result], problem: Problem, judged_on: Traffic
