@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -332,10 +333,15 @@ class CostModel(Frozen):
             schema = values.pop("schema", None)
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
-            names = [field.name for field in fields(cls)]
-            for key in (key for key in values if key not in names):
-                raise ValueError(f"keys must be out of {names}, got {key!r}")
-            return cls(**values)
+            return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CostModel:
+        """Build a cost model from its parameters by name."""
+        names = [field.name for field in fields(cls)]
+        for key in (key for key in values if key not in names):
+            raise ValueError(f"keys must be out of {names}, got {key!r}")
+        return cls(**values)
 
 
 def _check_shapes(name: str, array: Floats, other: str, like: Floats) -> None:

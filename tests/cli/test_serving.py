@@ -54,8 +54,7 @@ def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path
     us = as_json("evaluate", p, trace, *how)["predicted_layer_us"]
     assert f"Predicted time: {us:.1f} us per layer.\n" in text
     assert text.count("us per layer") == 1
-    assert "layer us" in ok("audit", p, trace, "--for", "vllm")
-    assert "layer us" not in ok("audit", p, trace)
+    assert "layer us" in ok("audit", p, trace)
     blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
     actual = as_json("inspect", trace, *how)["contiguous"]
     assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
