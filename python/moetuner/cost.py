@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -560,6 +560,12 @@ def size_of_expert(traffic: Any) -> tuple[int, int] | None:
     Of a trace or statistics; None where neither is known.
     """
     return traffic.expert_size or SIZES.get(public_name(traffic.model) or "")
+
+
+def bytes_of_expert(size: Sequence[int] | None, model: str | None) -> float | None:
+    """Return the bytes of an expert of one layer in 8 bits; None where its size is not known."""
+    size = size or SIZES.get(public_name(model) or "")
+    return None if size is None else 3.0 * size[0] * size[1]
 
 
 def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:

@@ -82,6 +82,7 @@ def _settings_of(problem: Problem) -> dict[str, Any]:
     return settings | {
         "objective": problem.goal,
         "figure": worth.figure,
+        "unit": worth.unit,
         "max_imbalance": str(cap) if cap == math.inf else cap,
         "topology": problem.topology.to_dict(),
         "cost_model": asdict(problem.cost_model),

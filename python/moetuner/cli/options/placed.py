@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from moetuner._checks import instance, nth_seed, seed_in, window_in
+from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
-from moetuner.cost import CostModel, size_of_expert
+from moetuner.cost import CostModel, bytes_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import contiguous
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.files import naming, text
+from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.report.cells import counted
 from moetuner.report.outcome import gain_of
 from moetuner.statistics import RoutingStatistics
@@ -76,6 +78,21 @@ def held_out(part: Traffic, whole: Traffic) -> str:
         f"Judged on {mine:,} of {total:,} {name}, which were held out when the placement was "
         "computed."
     )
+
+
+def read_any(path: Path, machine: Machine, given: LayerHints) -> Placement:
+    """Read a placement, or an engine's map; options say what that leaves out."""
+    hints = {name: given.hints[name] for name in ("num_experts", "dense_layers")}
+    return read_placement(path, devices=machine.devices, **hints)
+
+
+def size_of_slots(placement: Placement) -> dict[str, int]:
+    """Return the sizes of a placement, its further copies and its empty slots."""
+    names = ("layers", "num_experts", "devices", "slots_per_device")
+    empty = int((placement.slots == EMPTY).sum())
+    copies = placement.slots.size - empty - placement.layers * placement.num_experts
+    sizes = {name: int(getattr(placement, name)) for name in names}
+    return sizes | {"copies": copies, "empty_slots": empty}
 
 
 def with_input(
@@ -191,8 +208,9 @@ class Placed:
     @property
     def expert_bytes(self) -> float | None:
         """Bytes of an expert of one layer in 8 bits; None where its size is not known."""
-        size = self.settings.get("expert_size") or size_of_expert(self.source.traffic)
-        return None if size is None else 3.0 * size[0] * size[1]
+        traffic = self.source.traffic
+        size = self.settings.get("expert_size") or traffic.expert_size
+        return bytes_of_expert(size, traffic.model)
 
     def gain(self, before: Evaluation, after: Evaluation, against: str) -> Comparison:
         """Compare it with another placement, in the figure that it was computed for."""
