@@ -333,15 +333,15 @@ class CostModel(Frozen):
             schema = values.pop("schema", None)
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
-            return cls.from_dict(values)
+            return from_keys(values)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CostModel:
-        """Build a cost model from its parameters by name."""
-        names = [field.name for field in fields(cls)]
-        for key in (key for key in values if key not in names):
-            raise ValueError(f"keys must be out of {names}, got {key!r}")
-        return cls(**values)
+
+def from_keys(values: Mapping[str, Any]) -> CostModel:
+    """Build a cost model from the keys that a file has; see ``CostModel.load``."""
+    names = [field.name for field in fields(CostModel)]
+    for key in (key for key in values if key not in names):
+        raise ValueError(f"keys must be out of {names}, got {key!r}")
+    return CostModel(**values)
 
 
 def _check_shapes(name: str, array: Floats, other: str, like: Floats) -> None:

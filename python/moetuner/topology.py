@@ -295,24 +295,10 @@ class Topology(Frozen):
         """
         path = check.path_in(path)
         with naming(path):
-            return cls.from_dict(parse(read_whole(path)))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Topology:
-        """Build a topology from the keys that a file has; see ``load``."""
-        values, keys = dict(values), [of.name for of in fields(cls)]
-        keys += ["preset", "nodes"] if "preset" in values else []
-        for key in (key for key in values if key not in keys):
-            hint = " (nodes needs preset)" if key == "nodes" else ""
-            raise ValueError(f"keys must be out of {keys}, got {key!r}{hint}")
-        if "tiers" in values:
-            values["tiers"] = tuple(Tier(**tier) for tier in values["tiers"])
-        if "preset" in values:
-            return cls.preset(values.pop("preset"), **values)
-        return cls(**values)
+            return from_keys(parse(read_whole(path)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the parameters that differ from the defaults, as ``from_dict`` reads them."""
+        """Return the parameters that differ from the defaults, as ``from_keys`` reads them."""
         given: dict[str, Any] = {
             of.name: as_json(getattr(self, of.name))
             for of in fields(self)
@@ -320,6 +306,20 @@ class Topology(Frozen):
             and not (self.tiers and of.name.startswith(LINKS))
         }
         return given
+
+
+def from_keys(values: Mapping[str, Any]) -> Topology:
+    """Build a topology from the keys that a file has; see ``Topology.load``."""
+    values, keys = dict(values), [of.name for of in fields(Topology)]
+    keys += ["preset", "nodes"] if "preset" in values else []
+    for key in (key for key in values if key not in keys):
+        hint = " (nodes needs preset)" if key == "nodes" else ""
+        raise ValueError(f"keys must be out of {keys}, got {key!r}{hint}")
+    if "tiers" in values:
+        values["tiers"] = tuple(Tier(**tier) for tier in values["tiers"])
+    if "preset" in values:
+        return Topology.preset(values.pop("preset"), **values)
+    return Topology(**values)
 
 
 # Parameters that tiers give, too.

@@ -15,7 +15,7 @@ from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.auditing import MEASURES, Audit, audit
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES
@@ -28,9 +28,6 @@ WORSE = 3
 
 # Groups that a line names; the tables have all.
 NAMED = 8
-
-# Figures whose parts add up, so that groups have them.
-MEASURES = [name for name, figure in FIGURES.items() if figure.per is not None]
 
 
 @options.command("audit")

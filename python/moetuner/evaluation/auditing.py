@@ -19,6 +19,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
     FEWEST,
@@ -37,6 +38,8 @@ from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 WINDOW = 512
+# Figures whose parts add up, so that groups have them.
+MEASURES = tuple(name for name, figure in FIGURES.items() if figure.per is not None)
 
 
 class Finding(NamedTuple):
@@ -224,6 +227,9 @@ def audit(
     check.whole_number("resamples", resamples, highest=1 << 20)
     if units is not None:
         check.instance("units", units, Units)
+    measures = check.listed("measures", measures, "names")
+    for measure in measures:
+        check.one_of("measures", measure, MEASURES)
     return _audited(traffic, settings, units, resamples, check.seed_in(seed), measures)
 
 
@@ -259,7 +265,7 @@ def _audited(
         for setting in settings
     )
     if not mine[None]:
-        raise ValueError(f"measures must be some that the traffic tells, got {[*measures]}")
+        raise ValueError(f"measures must be some that the traffic tells, got {','.join(measures)}")
     # Streams of their own, so that groups are resampled independently.
     resampled = {
         name: paired(

@@ -8,15 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moetuner import cost, topology
 from moetuner._checks import instance, nth_seed, seed_in, window_in
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
-from moetuner.cost import CostModel, bytes_of_expert
+from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import contiguous
+from moetuner.evaluation.auditing import MEASURES, contiguous
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.units import Units, hold_out, units_of
@@ -46,9 +47,10 @@ def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(settings)
     with naming(path):
         try:
-            for name, kind in (("topology", Topology), ("cost_model", CostModel)):
+            builders = {"topology": topology.from_keys, "cost_model": cost.from_keys}
+            for name, build in builders.items():
                 if values.get(name) is not None:
-                    values[name] = kind.from_dict(values[name])
+                    values[name] = build(values[name])
             window_in(values.get("window"))
             instance("input", values.setdefault("input", {}), dict)
             values["seed"] = seed_in(values.get("seed", 0))
@@ -199,11 +201,7 @@ class Placed:
     def measures(self, more: Iterable[str] = ()) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
         mine = (None, self.how["regime"])
-        return tuple(
-            name
-            for name, figure in FIGURES.items()
-            if figure.per is not None and (figure.regime in mine or name in more)
-        )
+        return tuple(name for name in MEASURES if FIGURES[name].regime in mine or name in more)
 
     @property
     def expert_bytes(self) -> float | None:
