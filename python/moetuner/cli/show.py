@@ -29,7 +29,7 @@ def command(
     given: options.LayerHints,
     output: Output,
 ) -> None:
-    """Show what a placement is, for what and from what it was computed.
+    """Show what a placement is, and what it was computed for.
 
     PLACEMENT is moetuner's own, or a map in any format of "moetuner export".
     """

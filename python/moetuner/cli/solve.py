@@ -14,11 +14,12 @@ from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.placed import held_out, size_of, with_input
+from moetuner.cli.options.placed import held_out, size_of, windowed, with_input
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import contiguous
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -98,19 +99,14 @@ def command(
     output.say("")
     try:
         before, outcomes = _judge(result, initial, source, problem, judged_on)
+        gain = _gain(source, before, outcomes[-1]) if holdout else None
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
-    outcome, gain = outcomes[-1], None
+    outcome = outcomes[-1]
     _show(output, problem, outcomes, before)
-    judged = FLATTERED
-    if holdout:
-        judged = held_out(judged_on, source.traffic)
-        units = units_of(source.traffic, window=source.replayed, threads=source.threads)
-        names = before.result.method, method
-        evaluations = before.evaluation, outcome.evaluation
-        gain = gain_of(*evaluations, outcome.worth.figure, units=units, names=names)
-        output.say(f"Gain: {gain.sentence}")
-    output.say(judged)
+    judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
+    judged = windowed(judged, source)
+    output.say(*[f"Gain: {of.sentence}" for of in (gain,) if of is not None], judged)
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = None
@@ -167,6 +163,13 @@ def _judge(
     outcomes = source.judge([*before, result], problem, judged_on)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
+
+
+def _gain(source: Source, before: Outcome, after: Outcome) -> Comparison:
+    """Compare a result with what runs, on what was held out of INPUT."""
+    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
+    both, names = (before.evaluation, after.evaluation), (before.result.method, after.result.method)
+    return gain_of(*both, after.worth.figure, units=units, names=names)
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

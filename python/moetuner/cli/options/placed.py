@@ -73,6 +73,11 @@ def size_of(traffic: Traffic) -> dict[str, int]:
     return {"windows": traffic.windows}
 
 
+def windowed(sentence: str, source: Source) -> str:
+    """Add to a sentence which windows INPUT is judged in."""
+    return f"{sentence} Windows are of {source.counted:,} tokens." if source.counted else sentence
+
+
 def held_out(part: Traffic, whole: Traffic) -> str:
     """Write on which part of INPUT a placement is judged that was computed from the rest."""
     (name, mine), (_, total) = (*size_of(part).items(), *size_of(whole).items())
@@ -160,17 +165,15 @@ class Placed:
             except ValueError:  # of other traffic, from which nothing can be held out
                 is_other = True
         fingerprint = "" if is_other else self._fingerprint(seen)
-        if fingerprint is None:
-            return whole, ALL, {"part": "all", "is_seen": None}
-        if fingerprint != self.placement.fingerprint:
-            return whole, OTHER, {"part": "all", "is_seen": False}
-        if not share:
-            return whole, SEEN, {"part": "all", "is_seen": True}
-        return (
-            unseen,
-            held_out(unseen, whole),
-            {"part": "unseen", "is_seen": False, "holdout": share},
-        )
+        part, sentence, is_seen = whole, ALL, None
+        if fingerprint is not None:
+            is_seen = fingerprint == self.placement.fingerprint
+            sentence = SEEN if is_seen else OTHER
+        facts = {"part": "all", "is_seen": is_seen}
+        if is_seen and share:
+            part, sentence = unseen, held_out(unseen, whole)
+            facts = {"part": "unseen", "is_seen": False, "holdout": share}
+        return part, windowed(sentence, self.source), facts
 
     def _fingerprint(self, traffic: Traffic) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
