@@ -82,7 +82,7 @@ def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, 
         "cost model h100:7168x2048 (deepseek-v3, as INPUT's model is not known); judged with cost "
         "model a100:7168x2048 (deepseek-v3, as INPUT's model is not known)",
     ]
-    assert "Judged on all of INPUT, which the placement was not computed from" in text
+    assert "Judged on all of INPUT; the placement was computed from other traffic" in text
     first = p.read_bytes()
     ok(*how)
     seen = "The placement was computed from this very input, which flatters it"
@@ -108,7 +108,7 @@ def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
         f"Made by moetuner {mt.__version__}, method eplb, seed 0, effort default; file of ",
         "For vLLM, least time, windows of 512 tokens",
         "on 2 nodes of 2 devices",
-        "From trace.safetensors of small, 600 tokens, 50.0 % of the sequences held out, ",
+        "From trace.safetensors of small, 600 tokens, 50.0 % of it held out, ",
         "us per layer",
     ):
         assert words in text

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -133,7 +133,9 @@ def command(
     best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    output.say(*(line for row in solved for line in slower(row, outcomes[over], name=True)))
+    output.say(
+        *(line for row in solved for line in slower(row, outcomes.get(over, rows[0]), name=True))
+    )
     gains = _gains(tries, over, source)
     _show_gains(output, gains, over, best.result.method, held_out=holdout > 0)
     about = {**asdict(search), "window": source.counted, "threads": source.threads}
@@ -231,8 +233,7 @@ def _run(
     return done
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """What a method gains: on the first split, with its interval, and on every split."""
 
     first: Comparison
@@ -240,10 +241,9 @@ class Gain:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the first split's gain as JSON values, and those of all splits beside it."""
-        several = len(self.splits) > 1
-        ends = [min(self.splits), max(self.splits)] if several else None
-        mean = sum(self.splits) / len(self.splits)
-        return {**self.first.to_dict(), "mean": mean, "splits": list(self.splits), "range": ends}
+        of, ends = self.splits, [min(self.splits), max(self.splits)]
+        more = {"mean": sum(of) / len(of), "splits": of, "range": ends if len(of) > 1 else None}
+        return self.first.to_dict() | more
 
 
 def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[str, Gain]:

@@ -10,15 +10,16 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import argument
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import defaults_in, described, read_any, size_of_slots
+from moetuner.cli.options.placed import defaults_in, described, read_any
 from moetuner.cli.output import Output
 from moetuner.files import text
 from moetuner.formats.engines import ENGINES
-from moetuner.placement import Placement
+from moetuner.placement import EMPTY, Placement
 from moetuner.report.cells import counted, listed, percent
 
 # Files of INPUT that a line names.
 NAMED = 3
+SIZES = ("layers", "num_experts", "devices", "slots_per_device")
 
 
 @options.command("show")
@@ -35,7 +36,9 @@ def command(
     """
     placement = read_any(placement_file, machine, given)
     settings = defaults_in(placement_file, placement.settings)
-    sizes = size_of_slots(placement)
+    sizes = {name: int(getattr(placement, name)) for name in SIZES}
+    sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
+    sizes["copies"] = int((placement.replicas - 1).sum())
     date = datetime.fromtimestamp(placement_file.stat().st_mtime).astimezone()
     moment = date.isoformat(" ", "minutes")
     output.say(
@@ -79,7 +82,7 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     if recorded.get("only"):
         sizes.append(f"of {listed(list(recorded['only']), NAMED)} alone")
     if settings.get("holdout"):
-        sizes.append(f"{percent(settings['holdout'])} of the sequences held out")
+        sizes.append(f"{percent(settings['holdout'])} of it held out")
     model = "" if placement.model is None else f" of {text.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:

@@ -112,17 +112,9 @@ def gain_of(
 ) -> Comparison:
     """Compare two placements on the same traffic: the one number that every command repeats.
 
-    Parameters
-    ----------
-    before, after
-        What both do to the traffic.
-    figure
-        The one that the placement was computed for; by default, and where the traffic does not tell
-        it, the predicted time or, without one, the imbalance.
-    units
-        What is independent in the whole recording; by default in this traffic.
-    names
-        Of both, in sentences.
+    It is in the figure that the placement was computed for; by default, and where the traffic does
+    not tell that, in the predicted time or, without one, the imbalance. ``units`` are what is
+    independent in the whole recording, by default in this traffic.
     """
     figures = [of for of in (figure, "predicted_layer_us", "imbalance") if of in FIGURES]
     both = (before, after)

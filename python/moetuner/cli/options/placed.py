@@ -24,7 +24,7 @@ from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.files import naming, text
 from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.report.cells import counted
 from moetuner.report.outcome import gain_of
 from moetuner.statistics import RoutingStatistics
@@ -38,7 +38,7 @@ SEEN = (
     "The placement was computed from this very input, which flatters it: "
     '"moetuner solve --holdout 0.5" leaves a part to judge on.'
 )
-OTHER = "Judged on all of INPUT, which the placement was not computed from."
+OTHER = "Judged on all of INPUT; the placement was computed from other traffic, or a part of it."
 ALL = "Judged on all of INPUT; which traffic the placement was computed from is not known."
 
 
@@ -91,15 +91,6 @@ def read_any(path: Path, machine: Machine, given: LayerHints) -> Placement:
     """Read a placement, or an engine's map; options say what that leaves out."""
     hints = {name: given.hints[name] for name in ("num_experts", "dense_layers")}
     return read_placement(path, devices=machine.devices, **hints)
-
-
-def size_of_slots(placement: Placement) -> dict[str, int]:
-    """Return the sizes of a placement, its further copies and its empty slots."""
-    names = ("layers", "num_experts", "devices", "slots_per_device")
-    empty = int((placement.slots == EMPTY).sum())
-    copies = placement.slots.size - empty - placement.layers * placement.num_experts
-    sizes = {name: int(getattr(placement, name)) for name in names}
-    return sizes | {"copies": copies, "empty_slots": empty}
 
 
 def with_input(
@@ -242,6 +233,10 @@ class Placed:
             engines = was["engine"], self.serving.engine
             then, today = ("none" if of is None else ENGINES[of].title for of in engines)
             pairs["engine"] = then, today
+        mine, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
+        if mine != recorded:
+            names = (", ".join(map(str, of)) or "of all kinds" for of in (recorded, mine))
+            pairs["groups"] = (next(names), next(names))
         pairs |= {of: (was[of], how[of]) for of in SERVED if was.get(of, how[of]) != how[of]}
         model = was.get("cost_model")
         if model is not None and model != how["cost_model"]:
