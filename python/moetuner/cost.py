@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -332,10 +333,15 @@ class CostModel(Frozen):
             schema = values.pop("schema", None)
             if schema != SCHEMA:
                 raise ValueError(f"not a cost model: schema must be {SCHEMA!r}, got {schema!r}")
-            names = [field.name for field in fields(cls)]
-            for key in (key for key in values if key not in names):
-                raise ValueError(f"keys must be out of {names}, got {key!r}")
-            return cls(**values)
+            return from_keys(values)
+
+
+def from_keys(values: Mapping[str, Any]) -> CostModel:
+    """Build a cost model from the keys that a file has; see ``CostModel.load``."""
+    names = [field.name for field in fields(CostModel)]
+    for key in (key for key in values if key not in names):
+        raise ValueError(f"keys must be out of {names}, got {key!r}")
+    return CostModel(**values)
 
 
 def _check_shapes(name: str, array: Floats, other: str, like: Floats) -> None:
@@ -554,6 +560,12 @@ def size_of_expert(traffic: Any) -> tuple[int, int] | None:
     Of a trace or statistics; None where neither is known.
     """
     return traffic.expert_size or SIZES.get(public_name(traffic.model) or "")
+
+
+def bytes_of_expert(size: Sequence[int] | None, model: str | None) -> float | None:
+    """Return the bytes of an expert of one layer in 8 bits; None where its size is not known."""
+    size = size or SIZES.get(public_name(model) or "")
+    return None if size is None else 3.0 * size[0] * size[1]
 
 
 def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:

@@ -84,7 +84,7 @@ def as_json(value: Any) -> Any:
         value = vars(value)
     if isinstance(value, Mapping):
         return {key: as_json(of) for key, of in value.items()}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return [as_json(of) for of in value] if isinstance(value, (tuple, list)) else value
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moetuner.topology import Topology
 
 SCHEMA = "moetuner.placement/1"
 EMPTY = -1
-# What is said of a placement beside its slots, in the order of its file.
+# What a placement's file has beside its slots, in its order; ``settings`` follows.
 TEXTS, FIGURES = ("model", "topology", "fingerprint", "bound_scope"), ("objective", "bound")
 
 
@@ -207,6 +208,10 @@ class Placement(Frozen):
         What the solver reached on them, and what no placement in ``bound_scope`` can be below.
     bound_scope
         Of which placements ``bound`` is a bound, in words.
+    settings
+        What the placement was computed for, and how, as JSON values: ``solve`` writes method, seed,
+        goal, engine settings, topology and cost model, the command line also INPUT. Empty where it
+        is not known.
 
     Raises
     ------
@@ -230,6 +235,7 @@ class Placement(Frozen):
     objective: float | None = None
     bound: float | None = None
     bound_scope: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         slots = check.array_in("slots", self.slots)
@@ -261,6 +267,13 @@ class Placement(Frozen):
             check.text_or_none(name, getattr(self, name))
         for name in FIGURES:
             check.number_or_none(name, getattr(self, name))
+        check.instance("settings", self.settings, Mapping, hint=" of JSON values by name")
+        try:
+            # A copy, as its file gives it back.
+            text = json.dumps(as_json(self.settings), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings must be JSON values: {error}") from None
+        vars(self)["settings"] = json.loads(text)
 
     @classmethod
     def from_assignment(
@@ -357,9 +370,10 @@ class Placement(Frozen):
         return np.ascontiguousarray(device_of[:, 1:])
 
     def with_names(self, **names: Any) -> Placement:
-        """Return the same slots with other names or figures."""
-        if not names.keys() <= {*TEXTS, *FIGURES}:
-            raise TypeError(f"names must be of {(*TEXTS, *FIGURES)}, got {sorted(names)}")
+        """Return the same slots with other names, figures or settings."""
+        known = (*TEXTS, *FIGURES, "settings")
+        if not names.keys() <= {*known}:
+            raise TypeError(f"names must be of {known}, got {sorted(names)}")
         named = copy(self)  # without another check: the slots cannot have changed
         vars(named).update(names)
         named._check_names()
@@ -390,7 +404,8 @@ class Placement(Frozen):
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""
         names = {name: getattr(self, name) for name in ("num_experts", *TEXTS, *FIGURES)}
-        values = {"schema": SCHEMA, **names, "slots": self.slots.tolist()}
+        settings = {"settings": self.settings} if self.settings else {}
+        values = {"schema": SCHEMA, **names, **settings, "slots": self.slots.tolist()}
         with replacing(check.path_in(path)) as temporary:
             temporary.write_text(json.dumps(values) + "\n")
 
@@ -440,6 +455,7 @@ class Placement(Frozen):
             check.array_in("slots", values["slots"]),
             num_experts=check.experts_in(values["num_experts"]),
             **{name: values.get(name) for name in (*TEXTS, *FIGURES)},
+            settings={} if values.get("settings") is None else values["settings"],
         )
 
     def diff(

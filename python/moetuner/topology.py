@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import naming, read_whole
 from moetuner.files.text import parse_json
-from moetuner.frozen import Frozen
+from moetuner.frozen import Frozen, as_json
 from moetuner.presets import MACHINES
 
 # What crosses links after a layer: tokens from expert to expert of the next layer, as in the paper;
@@ -295,17 +295,35 @@ class Topology(Frozen):
         """
         path = check.path_in(path)
         with naming(path):
-            values = parse(read_whole(path))
-            keys = [of.name for of in fields(cls)]
-            keys += ["preset", "nodes"] if "preset" in values else []
-            for key in (key for key in values if key not in keys):
-                hint = " (nodes needs preset)" if key == "nodes" else ""
-                raise ValueError(f"keys must be out of {keys}, got {key!r}{hint}")
-            if "tiers" in values:
-                values["tiers"] = tuple(Tier(**tier) for tier in values["tiers"])
-            if "preset" in values:
-                return cls.preset(values.pop("preset"), **values)
-            return cls(**values)
+            return from_keys(parse(read_whole(path)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the parameters that differ from the defaults, as ``from_keys`` reads them."""
+        given: dict[str, Any] = {
+            of.name: as_json(getattr(self, of.name))
+            for of in fields(self)
+            if getattr(self, of.name) != of.default
+            and not (self.tiers and of.name.startswith(LINKS))
+        }
+        return given
+
+
+def from_keys(values: Mapping[str, Any]) -> Topology:
+    """Build a topology from the keys that a file has; see ``Topology.load``."""
+    values, keys = dict(values), [of.name for of in fields(Topology)]
+    keys += ["preset", "nodes"] if "preset" in values else []
+    for key in (key for key in values if key not in keys):
+        hint = " (nodes needs preset)" if key == "nodes" else ""
+        raise ValueError(f"keys must be out of {keys}, got {key!r}{hint}")
+    if "tiers" in values:
+        values["tiers"] = tuple(Tier(**tier) for tier in values["tiers"])
+    if "preset" in values:
+        return Topology.preset(values.pop("preset"), **values)
+    return Topology(**values)
+
+
+# Parameters that tiers give, too.
+LINKS = ("devices_per_node", "intra_node", "inter_node")
 
 
 # The search holds costs in 16 bits.

@@ -54,8 +54,7 @@ def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path
     us = as_json("evaluate", p, trace, *how)["predicted_layer_us"]
     assert f"Predicted time: {us:.1f} us per layer.\n" in text
     assert text.count("us per layer") == 1
-    assert "layer us" in ok("audit", p, trace, "--for", "vllm")
-    assert "layer us" not in ok("audit", p, trace)
+    assert "layer us" in ok("audit", p, trace)
     blocks = as_json("solve", trace, *how, "--method", "contiguous", "--out", p)
     actual = as_json("inspect", trace, *how)["contiguous"]
     assert actual["predicted_layer_us"] == pytest.approx(blocks["predicted_layer_us"], rel=1e-12)
@@ -84,12 +83,41 @@ def test_serving_is_said_alike_everywhere(command):
     assert {name: mine[name] for name in SERVING} == {name: wanted[name] for name in SERVING}
 
 
-def test_a_placement_slower_than_blocks_is_said(ok, tmp_path):
-    """Copies that cost more than they bring are warned of, with the slots that would not."""
+@pytest.mark.parametrize("more", [(), ("--objective", "balance"), ("--initial",)])
+def test_a_placement_slower_than_blocks_is_said(ok, tmp_path, more):
+    """Copies that cost more than they bring are warned of, whatever was asked for."""
     load, placement = tmp_path / "load.safetensors", tmp_path / "p.json"
     mt.RoutingStatistics.from_load(np.full((8, 2, 16), 64)).save(load)
     words = ("solve", load, "--devices", 4, "--method", "quick", "--out", placement)
-    text = ok(*words, "--for", "vllm", "--slots-per-device", 10)
-    assert re.search(r"slower than experts in blocks: \d+\.\d against \d+\.\d us per layer", text)
+    wide, than = ("--for", "vllm", "--slots-per-device", 10), "experts in blocks"
+    if "--initial" in more:
+        ok(*words)
+        than, words = "what runs", (*words[:4], "--out", tmp_path / "q.json")
+        more = (*more, placement)
+    text = ok(*words, *wide, *more)
+    assert re.search(rf"slower than {than}: \d+\.\d against \d+\.\d us per layer", text)
     assert "try --slots-per-device 4, or" in text
     assert "slower than experts" not in ok(*words)
+
+
+def test_empty_slots_are_said(ok, trace, tmp_path):
+    """How many slots for copies hold none, and which option fills them."""
+    words = ("solve", trace, "--devices", 4, "--slots-per-device", 8, "--out", tmp_path / "p.json")
+    words = (*words, "--cost-model", "h100:64x32", "--method", "contiguous")
+    assert "48 of 96 slots are empty" in ok(*words)
+    assert "slots are empty" not in ok(*words, "--fill-slots")
+
+
+def test_compare_is_over_what_runs(as_json, ok, trace, tmp_path):
+    """Over contiguous, which is a row though nobody names it, or over a placement that runs."""
+    p, words = tmp_path / "p.json", ("compare", trace, "--devices", 4, "--methods", "lpt,eplb")
+    words = (*words, "--splits", 2, "--window", 128)
+    ok("solve", trace, "--devices", 4, "--method", "lpt", "--out", p, "--window", 128)
+    plain, running = as_json(*words), as_json(*words, "--initial", p)
+    assert list(plain["methods"]) == ["contiguous", "lpt", "eplb"]
+    assert list(running["methods"]) == ["running", "lpt", "eplb"]
+    for of, over in ((plain, "contiguous"), (running, "running")):
+        assert {of["methods"][name]["gain"]["over"] for name in ("lpt", "eplb")} == {over}
+        before = of["methods"]["eplb"]["gain"]["before"]
+        assert before == of["methods"][over]["predicted_layer_us"]
+    assert "gain over running" in ok(*words, "--initial", p)

@@ -21,11 +21,13 @@ from moetuner.cli import (
     compare,
     convert,
     demo,
+    diff,
     evaluate,
     export,
     inspect,
     options,
     report,
+    show,
     solve,
     streams,
     verify,
@@ -75,7 +77,7 @@ def moetuner() -> None:
 
 for _module in (
     *(demo, collect, inspect, advise, solve, compare, evaluate),
-    *(audit, report, export, convert, verify),
+    *(audit, report, show, diff, export, convert, verify),
 ):
     moetuner.add_command(_module.command)
 

@@ -11,10 +11,11 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import Audit, audit
+from moetuner.evaluation.auditing import MEASURES, Audit, audit
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, RESAMPLES
@@ -27,9 +28,6 @@ WORSE = 3
 
 # Groups that a line names; the tables have all.
 NAMED = 8
-
-# Figures whose parts add up, so that groups have them.
-MEASURES = [name for name, figure in FIGURES.items() if figure.per is not None]
 
 
 @options.command("audit")
@@ -50,70 +48,66 @@ def command(
 ) -> int:
     """Show which groups a placement serves worse.
 
-    Lower is better for every measure. Times are compared with --cost-model or --for. Intervals are
-    of each change by itself: 95 %, over whole sequences (without sequence labels: over blocks of
-    windows that are alike). Beyond chance is what remains of all groups and measures together:
-    where nothing is worse or behind, 19 of 20 audits name nobody. Of fewer than five sequences, or
-    blocks, nothing is said.
+    Lower is better for every measure. The predicted time is judged. Intervals are of each change by
+    itself: 95 %, over whole sequences (without sequence labels: over blocks of windows that are
+    alike). Beyond chance is what remains of all groups and measures together: where nothing is
+    worse or behind, 19 of 20 audits name nobody. Of fewer than five sequences, or blocks, nothing
+    is said.
 
     Parameters
     ----------
     baseline_file
-        Placement to compare with; experts in blocks by default.
+        The placement that runs. [default: contiguous]
     fail_if_worse
         Exit with status 3 if a group got worse by more than so many percent, and that it got worse
         is beyond chance.
     measures
-        Measures that --fail-if-worse judges, several times for several; the predicted time by
-        default if there is one, else all.
+        Measures that --fail-if-worse judges, several times for several. [default: the predicted
+        time]
     resamples
         Resamples for the intervals.
     """
-    placement = source.load(placement_file)
-    topology = machine.topology(placement.devices)
-    baseline = None if baseline_file is None else source.load(baseline_file, topology)
-    served = serving.arguments(source.traffic)
-    if not serving.has_times:
-        served["cost_model"] = None
+    placed = Placed.read(placement_file, source, machine, serving)
+    baseline, against = placed.baseline(baseline_file)
+    (traffic, *_), served = placed.judged, placed.how
     drawn = {"resamples": resamples, "seed": seed}
     how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **drawn, **served}
+    how |= {"units": placed.units, "measures": placed.measures(measures)}
     with working("auditing"):
-        audited = audit(placement, source.traffic, topology, window=source.counted or 1, **how)
+        audited = audit(
+            placed.placement, traffic, placed.topology, window=placed.source.counted or 1, **how
+        )
     judged, limit = _judged(measures, audited), fail_if_worse
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
-    output.say(source.describe(), *serving.explain())
-    name = text.name(placement_file.name)
-    against = "experts in blocks" if baseline_file is None else text.name(baseline_file.name)
-    _show(output, audited, name, against)
-    if served["cost_model"] is not None:
-        output.say(whose_times(served["cost_model"], source.traffic, served["arrival"]))
-    output.say(*_summary(audited, judged, (against, name)), *_advice(audited, judged, against))
+    output.say(*placed.lines())
+    _show(output, audited, placed.name, against)
+    output.say(whose_times(served["cost_model"], traffic, served["arrival"]))
+    gain = _gain(audited, judged[0], (against, placed.name))
+    output.say(*_summary(audited, judged, gain, against), *_advice(audited, judged, against))
     for worst in failures[:1]:
         output.say(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
             f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
-    settings = serving.settings(topology, served) | {"window": source.counted, "judged": judged}
-    settings |= {"fail_if_worse": limit, **drawn}
-    contents = {
-        "input": source.facts(),
+    contents = placed.contents(judged=judged, fail_if_worse=limit, **drawn)
+    contents |= {
         "placement": str(placement_file),
         "baseline": None if baseline_file is None else str(baseline_file),
-        "settings": settings,
+        "gain": None if gain is None else gain.to_dict(),
     }
     output.finish({**contents, **audited.to_dict(), "failed": bool(failures)})
     return WORSE if failures else 0
 
 
 def _judged(measures: tuple[str, ...], audited: Audit) -> tuple[str, ...]:
-    """Return the measures that are judged: those given, else the time or, without one, all."""
+    """Return the measures that are judged: those given, else the time."""
     for measure in measures:
         if measure not in audited.whole:
             raise click.BadParameter(
                 f"must be of {', '.join(audited.whole)} for this input, got {measure}",
                 param_hint="'--measure'",
             )
-    return measures or tuple({"predicted_layer_us"} & audited.whole.keys() or audited.whole)
+    return measures or ("predicted_layer_us",)
 
 
 def _show(output: Output, audited: Audit, name: str, against: str) -> None:
@@ -142,15 +136,23 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
     output.say("")
 
 
-def _summary(audited: Audit, judged: tuple[str, ...], names: tuple[str, str]) -> Iterator[str]:
-    """Write what all traffic gains, and which groups got worse or gained less."""
-    after, before, change, *_ = audited.whole[judged[0]]
+def _gain(audited: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
+    """Return what all traffic gains; None where nothing was to be gained."""
+    after, before, change, *_ = audited.whole[measure]
     if change is None:
-        yield f"All traffic: {FIGURES[judged[0]].label} is 0 under {names[0]}."
+        return None
+    values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
+    return Comparison(measure, *values, units=audited.units[1], names=names)
+
+
+def _summary(
+    audited: Audit, judged: tuple[str, ...], gain: Comparison | None, against: str
+) -> Iterator[str]:
+    """Write what all traffic gains, and which groups got worse or gained less."""
+    if gain is None:
+        yield f"All traffic: {FIGURES[judged[0]].label} is 0 under {against}."
     else:
-        values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
-        comparison = Comparison(judged[0], *values, units=audited.units[1], names=names)
-        yield f"All traffic: {comparison.sentence}"
+        yield f"All traffic: {gain.sentence}"
     worse = audited.worse()
     for line, findings in (
         ("worse in {}, beyond chance", worse),
@@ -166,15 +168,15 @@ def _summary(audited: Audit, judged: tuple[str, ...], names: tuple[str, str]) ->
 
 
 def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[str]:
-    """Write what to do about groups that got worse, are behind, or could not be judged."""
+    """Write what to do about groups that got worse, or could not be judged."""
     kind, few = audited.units[0], [f"{of} ({units})" for of, units in audited.too_few.items()]
     if few:
         yield f"too few {kind}s to judge (below {FEWEST}): {listed(few, NAMED)}"
-    worse, behind = (find(measures=judged) for find in (audited.worse, audited.behind))
+    worse = audited.worse(measures=judged)
     if worse and not audited.groups:
         yield f"To do: keep {against}, or solve again on traffic of this kind."
-    elif worse or behind:
-        group = (worse or behind)[0].group
+    elif worse:
+        group = worse[0].group
         yield (
             f"To do: record more of {group} and solve again, with --groups minimax for the sake of "
             f'the worst served group, or --groups "{group}=3" to weigh it.'

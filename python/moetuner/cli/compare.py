@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
@@ -17,12 +18,22 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.evaluation.comparison import Comparison, compare
+from moetuner.evaluation.auditing import blocks
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out, units_of
+from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.report.cells import counted, signed
-from moetuner.report.outcome import Outcome, head, remarks, sentences
+from moetuner.report.cells import counted, signed, span
+from moetuner.report.outcome import (
+    Outcome,
+    gain_of,
+    head,
+    remarks,
+    running,
+    sentences,
+    slower,
+)
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
@@ -30,8 +41,11 @@ from moetuner.trace import RoutingTrace
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # Splits where nobody says how many: so counted, as long as another one ends within so many seconds.
 SPLITS, SECONDS = 5, 60
-# Methods are compared with this one, if it is among them.
-PEER = "eplb"
+# What runs where nobody says it, and the name of a placement that does.
+BLOCKS, RUNNING = "contiguous", "running"
+# Seconds of the paper's method where nobody limits it: its integer programmes can take minutes. All
+# other methods bound their own work, and a limit would change what they search.
+PAPER_SECONDS = 30.0
 
 
 TEXT = f"""Compare methods on traffic that they have not seen.
@@ -43,9 +57,10 @@ TEXT = f"""Compare methods on traffic that they have not seen.
     )
 }. objective and gap are the solver's, on what it saw: a time, an imbalance, or the crossing
 weighed by links (in regime dispatch: the fanout and, at what their links cost more, nodes; without
-expert sets, co-activations apart). The table is of the first split; gains are of all of them, on
-what was not seen. Splits overlap, so that all of them agree is no evidence: the last sentence is by
-the interval of 95 %.
+expert sets, co-activations apart). The table and the gains with their intervals of 95 % are of the
+first split, on what was not seen, over what runs. Splits overlap, so that all of them agree is no
+evidence. Without --time-limit method paper gets {PAPER_SECONDS:.0f} seconds per solve, as its
+integer programmes can take minutes; all others end by themselves.
 """
 
 
@@ -68,6 +83,7 @@ def command(
     holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.5, group=JUDGING),
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
+    initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
@@ -83,15 +99,22 @@ def command(
         Ways to choose what is held out; with several, gains come with their range too. [default: up
         to 5, as many as fit into 60 seconds]
     baseline
-        Method to compare against. [default: eplb, else the first]
+        Method to compare against. [default: what runs, --initial or contiguous]
+    initial_file
+        The placement that runs.
     """
-    over = _peer(baseline, methods, splits=splits, holdout=holdout)
+    methods, over = _baseline(baseline, methods, initial_file)
+    if holdout == 0 and splits is not None and splits > 1:
+        raise click.BadParameter(
+            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
+        )
+    initial = None if initial_file is None else source.load(initial_file, machine.topology())
 
     def split(number: int) -> Split:
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
-        return Split(number, problem, unseen, replace(search, seed=seed))
+        return Split(number, problem, unseen, replace(search, seed=seed), initial)
 
     first = split(0)
     problem = first.problem
@@ -106,62 +129,86 @@ def command(
     rows = list(outcomes.values())
     output.table(head(problem), [outcome.row() for outcome in rows])
     output.say(*remarks(rows, problem))
-    best = min(rows, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
+    solved = [row for row in rows if row.result.method != RUNNING] or rows
+    best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
     for line in sentences(best):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    comparisons = _gains(tries, over, source, share=holdout, seed=search.seed)
-    _show_gains(output, comparisons, over, best.result.method, held_out=holdout > 0)
-    gain = {method: comparison.to_dict() for method, comparison in comparisons.items()}
+    output.say(
+        *(line for row in solved for line in slower(row, outcomes.get(over, rows[0]), name=True))
+    )
+    gains = _gains(tries, over, source)
+    _show_gains(output, gains, over, best.result.method, held_out=holdout > 0)
     about = {**asdict(search), "window": source.counted, "threads": source.threads}
     about |= {"holdout": holdout, "splits": len(tries), "baseline": over}
+    about["initial"] = None if initial_file is None else str(initial_file)
     settings = wanted.problem_settings(problem) | about
     contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
     contents["methods"] = {
-        name: {**of.to_dict(), "gain": gain.get(name)} for name, of in outcomes.items()
+        name: {**of.to_dict(), "gain": gains[name].to_dict() if name in gains else None}
+        for name, of in outcomes.items()
     }
     rival = outcomes[over] if over in outcomes and over != best.result.method else rows[0]
     traffic = "Unseen traffic of the first split."
     if holdout == 0:
         traffic = "The traffic that the placements were computed from, which flatters them."
+    judged = gains[best.result.method].first if best.result.method in gains else None
     pages.write(
-        output, lambda: of_outcomes(rival, best, origin_of(source), contents, traffic=traffic)
+        output,
+        lambda: of_outcomes(
+            *(rival, best, origin_of(source), contents), traffic=traffic, judged=judged
+        ),
     )
     output.finish(contents)
 
 
-def _peer(
-    baseline: str | None, methods: tuple[str, ...], *, splits: int | None, holdout: float
-) -> str:
-    """Return the method that others are compared with; check that it runs, and the splits."""
-    over = baseline or (PEER if PEER in methods else methods[0])
-    over = ALIASES.get(over, over)
+def _baseline(
+    baseline: str | None, methods: tuple[str, ...], initial: Path | None
+) -> tuple[tuple[str, ...], str]:
+    """Return the rows of the table, what runs among them, and which one others are compared with.
+
+    What runs is the given placement or, where no baseline is named, method contiguous.
+    """
+    running = RUNNING if initial is not None else BLOCKS
+    if running not in methods and (baseline is None or initial is not None):
+        methods = (running, *methods)
+    over = running if baseline is None else ALIASES.get(baseline, baseline)
     if over not in methods:
         raise click.BadParameter(
             f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
             param_hint="'--baseline'",
         )
-    if holdout == 0 and splits is not None and splits > 1:
-        raise click.BadParameter(
-            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
-        )
-    return over
+    return methods, over
 
 
 @dataclass(frozen=True)
 class Split:
-    """The problem of what one split shows, and the traffic that it is judged on."""
+    """The problem of what one split shows, the traffic that it is judged on, and what runs."""
 
     number: int
     problem: Problem
     unseen: Traffic
     search: options.SearchOptions
+    initial: Placement | None
+
+    def _runs(self, method: str) -> Placement | None:
+        """Return the placement of a row that runs already; None if it has to be solved."""
+        problem = self.problem
+        if method == BLOCKS and problem.fill_slots and problem.may_copy:
+            # Nobody runs copies before there is a placement: those fill a proposal's slots.
+            return blocks(problem.layers, problem.experts, problem.devices)
+        return self.initial if method == RUNNING else None
 
     def outcomes(self, methods: Sequence[str], source: Source) -> dict[str, Outcome]:
         """Solve with every method, until one is interrupted, and judge on the rest."""
         results: list[Result] = []
         for place, method in enumerate(methods, 1):
-            where = f"{place} of {len(methods)}, split {self.number + 1}"
-            result = source.solve(method, self.problem, place=where, **asdict(self.search))
+            if (runs := self._runs(method)) is not None:
+                results.append(running(self.problem, runs, method))
+                continue
+            where, how = f"{place} of {len(methods)}, split {self.number + 1}", asdict(self.search)
+            if method == "paper" and how["time_limit"] is None:
+                how["time_limit"] = PAPER_SECONDS
+            result = source.solve(method, self.problem, place=where, **how)
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
@@ -186,9 +233,20 @@ def _run(
     return done
 
 
-def _gains(
-    splits: list[dict[str, Outcome]], over: str, source: Source, **how: Any
-) -> dict[str, Comparison]:
+class Gain(NamedTuple):
+    """What a method gains: on the first split, with its interval, and on every split."""
+
+    first: Comparison
+    splits: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the first split's gain as JSON values, and those of all splits beside it."""
+        of, ends = self.splits, [min(self.splits), max(self.splits)]
+        more = {"mean": sum(of) / len(of), "splits": of, "range": ends if len(of) > 1 else None}
+        return self.first.to_dict() | more
+
+
+def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[str, Gain]:
     """Compare all methods with one, in the figure nearest to the objective, if it is known.
 
     Only splits count in which every method ran.
@@ -196,15 +254,17 @@ def _gains(
     first = splits[0].get(over)
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
-    how["units"] = units_of(source.traffic, window=source.replayed, threads=source.threads)
+    figure = first.worth.figure
+    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
     whole = [split for split in splits if list(split) == list(splits[0])]
-    comparisons = {}
+    gains = {}
     for method in (method for method in splits[0] if method != over):
         pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
-        measure = first.worth.figure
-        gain = replace(compare(pairs, [measure], **how)[measure], names=(over, method))
-        comparisons[method] = replace(gain, low=None, high=None) if gain.is_too_few else gain
-    return comparisons
+        mine = gain_of(*pairs[0], figure, units=units, names=(over, method))
+        values = [[getattr(each, figure) for each in pair] for pair in pairs]
+        each = tuple(1 - after / before if before else 0.0 for before, after in values)
+        gains[method] = Gain(replace(mine, splits=each[:1]), each)
+    return gains
 
 
 def _setting(split: Split, window: int | None, holdout: float) -> str:
@@ -224,21 +284,22 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
 
 
 def _show_gains(
-    output: Output, comparisons: dict[str, Comparison], over: str, best: str, *, held_out: bool
+    output: Output, gains: dict[str, Gain], over: str, best: str, *, held_out: bool
 ) -> None:
     """Print the table, and the sentence of the method that is best by what it saw."""
-    if not comparisons:
+    if not gains:
         return
-    several = len(next(iter(comparisons.values())).splits) > 1
-    rows = []
-    for method, gain in comparisons.items():
-        ends = (min(gain.splits), max(gain.splits)) if several else (gain.low, gain.high)
-        rows.append((method, *map(signed, (gain.mean, *ends))))
-    columns = ("mean", "least", "most") if several else ("gain", "from", "to")
+    number = len(next(iter(gains.values())).splits)
+    columns, rows = ["gain", "95 %"], []
+    if number > 1:
+        columns.append(f"{number} splits")
+    for method, of in gains.items():
+        cells = (signed(of.first.gain), span(of.first.low, of.first.high))
+        rows.append((method, *cells, *[span(min(of.splits), max(of.splits))] * (number > 1)))
     output.say("")
     output.table((f"gain over {over}", *columns), rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
-    if best in comparisons:
-        output.say(f"Gain: {where} {comparisons[best].sentence}")
+    if best in gains:
+        output.say(f"Gain: {where} {gains[best].first.sentence}")
     else:
         output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")

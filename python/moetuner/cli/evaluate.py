@@ -11,10 +11,11 @@ from moetuner import _checks
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
-from moetuner.evaluation import Evaluation, evaluate
+from moetuner.cli.output import Output, shares, working
+from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
@@ -38,6 +39,7 @@ def command(
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
+    baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
     serving: Serving,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), default=0),
     output: Output,
@@ -46,22 +48,27 @@ def command(
 
     Parameters
     ----------
+    baseline_file
+        The placement that runs. [default: contiguous]
     mixed_seed
-        Of the order in which sequences, or windows of statistics, are mixed.
+        Seed of the order in which sequences, or windows of statistics, are mixed.
     """
-    placement = source.load(placement_file)
-    topology = machine.topology(placement.devices)
-    traffic, window = source.traffic, source.counted
-    how = serving.arguments(traffic)
+    placed = Placed.read(placement_file, source, machine, serving)
+    placement, how, (traffic, *_) = placed.placement, placed.how, placed.judged
+    window = placed.source.counted
+    running, against = placed.baseline(baseline_file)
     seeds = {"mixed_seed": mixed_seed}
-    with working("replaying"):
-        replay: Any = {"window": source.replayed, "threads": source.threads, **seeds, **how}
-        evaluation = evaluate(placement, traffic, topology, **replay)
-    output.say(source.describe(), *serving.explain())
+    with working("replaying") as report:
+        replay: Any = {**placed.replay, **seeds, **how}
+        replay["progress"] = shares(report, "of the tokens")
+        before, evaluation = evaluate_each([running, placement], traffic, placed.topology, **replay)
+    gain = placed.gain(before, evaluation, against)
+    output.say(*placed.lines())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}{windows}",
+        f"Gain: {gain.sentence}",
         "",
     )
     _table(output, "traffic", OTHERS, evaluation)
@@ -69,9 +76,9 @@ def command(
     _table(output, "layer, us", TIMES, evaluation)
     output.say(whose_times(how["cost_model"], traffic, how["arrival"]), "")
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
-    settings = serving.settings(topology, how) | {"window": window, **seeds}
-    contents = {"input": source.facts(), "placement": str(placement_file), "settings": settings}
-    output.finish(contents | evaluation.to_dict())
+    contents = placed.contents(**seeds) | {"placement": str(placement_file)}
+    contents["baseline"] = None if baseline_file is None else str(baseline_file)
+    output.finish(contents | evaluation.to_dict() | {"gain": gain.to_dict()})
 
 
 def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:

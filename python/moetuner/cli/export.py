@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
+from moetuner.cli.options.placed import defaults_in, read_any
 from moetuner.cli.output import Output, working
 from moetuner.files import replacing
-from moetuner.formats import WRITERS, form_of, read_map, read_placement, write_placement
+from moetuner.formats import WRITERS, form_of, read_map, write_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
+from moetuner.topology import Topology
 
 MOVES = "moves"
 # Engines that take a placement as a checkpoint whose experts are in its order.
@@ -78,17 +81,15 @@ def command(
         raise click.UsageError(f"Missing {missing} (or '--check').")
     if out_file is None:
         raise click.UsageError("Missing option '--out'.")
-    placement = read_placement(
-        placement_file,
-        devices=machine.devices,
-        num_experts=hints.num_experts,
-        dense_layers=hints.dense_layers,
-    )
+    placement = read_any(placement_file, machine, given)
+    settings = defaults_in(placement_file, placement.settings)
+    output.say(*_differences(settings, WRITERS[form].engine if form in WRITERS else form))
     contents: dict[str, Any] = {"placement": str(placement_file), "format": form}
     contents["out"] = str(out_file)
     try:
         if form == MOVES:
-            _write_moves(placement, initial_file, machine, out_file, output)
+            topology = machine.topology(placement.devices, settings.get("topology"))
+            _write_moves(placement, initial_file, topology, out_file, output)
         elif form in RENUMBERING:
             _renumber(placement, form, checkpoint, out_file)
         else:
@@ -111,13 +112,23 @@ def command(
     output.finish(contents)
 
 
+def _differences(settings: dict[str, Any], engine: str | None) -> Iterator[str]:
+    """Write that a placement was computed for another engine, if it was."""
+    was = settings.get("engine")
+    if was in ENGINES and engine in ENGINES and was != engine:
+        yield (
+            f"The placement was computed for {ENGINES[was].title}; it is written for "
+            f"{ENGINES[engine].title}."
+        )
+
+
 def _write_moves(
-    placement: Placement, initial: Path | None, machine: Machine, path: Path, output: Output
+    placement: Placement, initial: Path | None, topology: Topology, path: Path, output: Output
 ) -> None:
     """Write the moves from a running placement, and print how many they are."""
     if initial is None:
         raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
-    diff = Placement.load(initial).diff(placement, topology=machine.topology(placement.devices))
+    diff = Placement.load(initial).diff(placement, topology=topology)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(diff.to_dict()) + "\n")
     output.say(f"{diff.experts_moved} experts move")

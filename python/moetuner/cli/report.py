@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import FOLDER, Pages, needs_report, origin_of, page_option
+from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate_each
-from moetuner.evaluation.auditing import audit_of, contiguous
+from moetuner.evaluation.auditing import audit_of
 from moetuner.files import text
 from moetuner.frozen import as_json
 from moetuner.report.page.data import of_evaluations
@@ -34,54 +36,52 @@ def command(
 ) -> None:
     """Write one page on what a placement does to traffic.
 
-    The page opens offline in any browser and sends nothing. Give traffic that the placement was not
-    computed from, or it flatters.
+    The page opens offline in any browser and sends nothing. A placement of "moetuner solve
+    --holdout" is judged on what it has not seen of INPUT.
 
     Parameters
     ----------
     baseline_file
-        The placement that runs. [default: experts in blocks, as engines load them]
+        The placement that runs. [default: contiguous, as engines load experts]
     report_file
         Page to write.
     expert_bytes
-        Bytes of one expert of one layer.
+        Bytes of one expert of one layer. [default: of INPUT's model in 8 bits, if known]
     figures
         Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """
-    placement = source.load(placement_file)
-    topology = machine.topology(placement.devices)
-    traffic = source.traffic
-    running, name = contiguous(placement), "contiguous"
-    if baseline_file is not None:
-        running, name = source.load(baseline_file, topology), "running"
-    how = serving.arguments(traffic)
+    placed = Placed.read(placement_file, source, machine, serving)
+    running, _ = placed.baseline(baseline_file)
+    names = "contiguous" if baseline_file is None else "running", text.name(placement_file.stem)
+    how, (traffic, judged_on, _) = placed.how, placed.judged
     model = how["cost_model"]
-    output.say(source.describe(), *serving.explain())
+    output.say(*placed.lines())
     with working("replaying") as report:
-        replay: Any = {"window": source.replayed, "threads": source.threads, **how}
-        replay["progress"] = shares(report, "of the tokens")
+        replay: Any = {**placed.replay, **how, "progress": shares(report, "of the tokens")}
         before, after = evaluate_each(
-            [running, placement], traffic, topology, mixed=False, **replay
+            [running, placed.placement], traffic, placed.topology, mixed=False, **replay
         )
-    with working("comparing groups"):
-        audited = None if traffic.group is None else audit_of(before, after)
-    settings = {
-        "placement": str(placement_file),
-        "baseline": None if baseline_file is None else str(baseline_file),
-        "window": source.counted,
-        **serving.settings(topology, how),
-        "cost_model": model.name,
-    }
-    contents = {"input": source.facts(), "settings": settings}
+    gain = replace(placed.gain(before, after, ""), names=names)
+    audited, measures = None, placed.measures()
+    if traffic.group is not None:
+        with working("comparing groups"):
+            audited = audit_of(before, after, placed.units, measures)
+    output.say(f"Gain: {gain.sentence}")
+    contents = placed.contents(
+        placement=str(placement_file),
+        baseline=None if baseline_file is None else str(baseline_file),
+        cost_model=model.name,
+    )
     contents |= as_json({"running": before, "proposed": after, "audit": audited})
+    contents["gain"] = gain.to_dict()
     Pages(report_file, figures).write(
         output,
         lambda: of_evaluations(
-            (name, text.name(placement_file.stem)),
-            *((before, after), origin_of(source), contents),
-            traffic="All of INPUT; what the placement was computed from flatters it.",
+            *(names, (before, after), origin_of(source), contents),
+            traffic=judged_on,
+            judged=gain,
             token_bytes=model.token_bytes,
-            expert_bytes=expert_bytes,
+            expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
             audit=audited,
         ),
     )

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 
+from moetuner._checks import nth_seed
 from moetuner.cli import options
-from moetuner.cli.options import SEARCH, SearchOptions, option
+from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import Moving
 from moetuner.cli.options.pages import Pages, origin_of
+from moetuner.cli.options.placed import held_out, size_of, windowed, with_input
 from moetuner.cli.options.serving import ProblemOptions
-from moetuner.cli.options.traffic import Source
+from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import contiguous
+from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.units import hold_out, units_of
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.outcome import Outcome, head, remarks, sentences, slower
+from moetuner.report.outcome import (
+    Outcome,
+    empty_slots,
+    gain_of,
+    head,
+    remarks,
+    running,
+    sentences,
+    slower,
+)
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import METHODS, Result
 
 FLATTERED = (
-    "The traffic that the placement was computed from, which flatters it; moetuner advise judges "
-    "on unseen traffic."
+    "Judged on the traffic that the placement was computed from, which flatters it: --holdout 0.5 "
+    "leaves a part to judge on."
 )
 
 
@@ -45,6 +58,7 @@ def command(
         help=f"Method: {', '.join(METHODS)}; paper is the two stages of MoETuner.",
     ),
     search: SearchOptions,
+    holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.0, group=JUDGING),
     out_file: Path = option(options.OutFile(), "FILE", Path("placement.json")),
     certificate_file: Path | None = option(options.OutFile(), "FILE", group=SEARCH),
     pages: Pages,
@@ -52,18 +66,25 @@ def command(
 ) -> None:
     """Compute a placement and write it.
 
-    The placement is computed for all of INPUT. Ctrl-C writes the best placement so far. "moetuner
-    compare" says what to expect on traffic that the solver has not seen.
+    The placement is computed from all of INPUT, or from what --holdout leaves of it: then it is
+    judged on the other part, as "moetuner evaluate", "report" and "audit" will judge it. Ctrl-C
+    writes the best placement so far.
 
     Parameters
     ----------
+    holdout
+        Share of the sequences that the placement is not computed from and is judged on (without
+        sequence labels: runs of windows), as the first split of "moetuner compare". [default: none]
     out_file
         Write the placement to this file, as JSON.
     certificate_file
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
     initial = moving.initial()
-    problem = wanted.problem(source, machine.topology())
+    seen, judged_on = source.traffic, source.traffic
+    if holdout:
+        seen, judged_on = hold_out(seen, holdout, seed=nth_seed(search.seed, 0))
+    problem = wanted.problem(source, machine.topology(), seen)
     if initial is not None:
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
@@ -71,29 +92,40 @@ def command(
     how = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem))
     result = source.solve(method, problem, **how, **moving.arguments(initial))
+    placement = with_input(result.placement, source, wanted.engine, holdout)
+    result = replace(result, placement=placement)
     # Written before anything is said about it: a closed pipe must not lose the answer.
-    result.placement.save(out_file)
+    placement.save(out_file)
     output.say("")
     try:
-        before, outcomes = _judge(result, initial, source, problem, page=pages.wanted)
+        before, outcomes = _judge(result, initial, source, problem, judged_on)
+        gain = _gain(source, before, outcomes[-1]) if holdout else None
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
-    _show(output, problem, outcomes, before if initial is None else None)
+    _show(output, problem, outcomes, before)
+    judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
+    judged = windowed(judged, source)
+    output.say(*[f"Gain: {of.sentence}" for of in (gain,) if of is not None], judged)
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = None
     if certificate_file is not None:
         failure = _prove(problem, result, certificate_file, output)
     settings = wanted.problem_settings(problem) | moving.settings() | how
-    settings |= {"window": source.counted, "threads": source.threads}
-    contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
+    settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
+    contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
+    contents["placement"] = str(out_file)
     contents |= {"method": method, **outcome.to_dict(), **moves}
+    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
+    contents["gain"] = None if gain is None else gain.to_dict()
+    contents["judged_on"] = part | size_of(judged_on)
     pages.write(
         output,
         lambda: of_outcomes(
             *(before, outcome, origin_of(source), contents),
-            traffic=FLATTERED,
+            traffic=judged,
+            judged=gain,
             trades=trades,
             expert_bytes=moving.expert_bytes,
         ),
@@ -103,38 +135,41 @@ def command(
         raise click.ClickException(failure)
 
 
-def _show(
-    output: Output, problem: Problem, outcomes: list[Outcome], blocks: Outcome | None
-) -> None:
-    """Print the table and what the result is worth; warn where experts in blocks are faster."""
+def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Outcome) -> None:
+    """Print the table and what the result is worth; warn where what runs, or blocks, are faster."""
     outcome = outcomes[-1]
     output.table(head(problem), [row.row() for row in outcomes])
-    broken = [row for row in outcomes[:-1] if row.breaks_rules]
-    output.say(*remarks([*broken, outcome], problem), *sentences(outcome))
-    if blocks is not None:
-        output.say(*slower(outcome, blocks))
+    output.say(*remarks([outcome], problem), *sentences(outcome))
+    warned = [line for row in (before, *outcomes[:-1]) for line in slower(outcome, row)]
+    output.say(*dict.fromkeys(warned[:1]), *empty_slots(outcome))
 
 
 def _judge(
-    result: Result, initial: Placement | None, source: Source, problem: Problem, *, page: bool
+    result: Result,
+    initial: Placement | None,
+    source: Source,
+    problem: Problem,
+    judged_on: Traffic,
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs if nothing is done, method contiguous, and a result.
+    """Replay what runs, or would if nothing is done, and a result.
 
     Returns
     -------
     before, rows
-        What runs, a placement or else blocks, and the rows of the table.
+        What runs, a placement or else contiguous, and the rows of the table.
     """
-    rows, more = [result], []
-    if result.method != "contiguous" and result.status != "interrupted":
-        rows.insert(0, source.solve("contiguous", problem))
-    running = replace(result, placement=initial or contiguous(result.placement))
-    running = replace(running, method="contiguous" if initial is None else "running")
-    is_shown = initial is None or page
-    if is_shown and not np.array_equal(rows[0].placement.slots, running.placement.slots):
-        more = [running]
-    outcomes = source.judge([*more, *rows], problem, source.traffic)
-    return outcomes[0], outcomes[len(more) :]
+    blocks = running(problem, contiguous(result.placement), "contiguous")
+    before = [blocks] if initial is None else [blocks, running(problem, initial)]
+    outcomes = source.judge([*before, result], problem, judged_on)
+    is_shown = result.method != "contiguous" or initial is not None
+    return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
+
+
+def _gain(source: Source, before: Outcome, after: Outcome) -> Comparison:
+    """Compare a result with what runs, on what was held out of INPUT."""
+    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
+    both, names = (before.evaluation, after.evaluation), (before.result.method, after.result.method)
+    return gain_of(*both, after.worth.figure, units=units, names=names)
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

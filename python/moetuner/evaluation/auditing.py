@@ -7,6 +7,7 @@ through optimization: How Facebook's ad delivery can lead to biased outcomes" (C
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import (
     CONFIDENCE,
     FEWEST,
@@ -34,6 +36,9 @@ from moetuner.placement import Placement
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
+
+# Figures whose parts add up, so that groups have them.
+MEASURES = tuple(name for name, figure in FIGURES.items() if figure.per is not None)
 
 
 class Finding(NamedTuple):
@@ -154,6 +159,7 @@ def audit(
     seed: int = 0,
     threads: int | None = None,
     units: Units | None = None,
+    measures: Collection[str] = (),
 ) -> Audit:
     """Compare a placement with a baseline for every group of the traffic.
 
@@ -188,6 +194,8 @@ def audit(
     units
         What is independent in the traffic; by default what ``units_of`` finds in it. Give that of a
         whole recording to audit a part of it.
+    measures
+        Measures to compare, of those that the traffic tells; all by default.
 
     Raises
     ------
@@ -219,24 +227,45 @@ def audit(
     check.whole_number("resamples", resamples, highest=1 << 20)
     if units is not None:
         check.instance("units", units, Units)
-    return _audited(traffic, settings, units, resamples, check.seed_in(seed))
+    measures = check.listed("measures", measures, "names")
+    for measure in measures:
+        check.one_of("measures", measure, MEASURES)
+    return _audited(traffic, settings, units, resamples, check.seed_in(seed), measures)
 
 
-def audit_of(before: Evaluation, after: Evaluation, units: Units | None = None) -> Audit:
+def audit_of(
+    before: Evaluation,
+    after: Evaluation,
+    units: Units | None = None,
+    measures: Collection[str] = (),
+) -> Audit:
     """Compare two evaluations for every group of their traffic, in windows as they have."""
     first, second = before.replayed, after.replayed
     assert first is not None
     assert second is not None
-    return _audited(first.traffic, [second.setting, first.setting], units, RESAMPLES, 0)
+    return _audited(first.traffic, [second.setting, first.setting], units, RESAMPLES, 0, measures)
 
 
 def _audited(
-    traffic: Traffic, settings: list[Setting], units: Units | None, resamples: int, seed: int
+    traffic: Traffic,
+    settings: list[Setting],
+    units: Units | None,
+    resamples: int,
+    seed: int,
+    measures: Collection[str],
 ) -> Audit:
     """Audit the first of two placements against the second one."""
     if units is None:
         units = units_of(traffic, window=settings[0].window, threads=settings[0].threads)
-    mine, theirs = (of_traffic(traffic, setting, units) for setting in settings)
+    mine, theirs = (
+        {
+            group: {name: of for name, of in figures.items() if name in measures or not measures}
+            for group, figures in of_traffic(traffic, setting, units).items()
+        }
+        for setting in settings
+    )
+    if not mine[None]:
+        raise ValueError(f"measures must be some that the traffic tells, got {','.join(measures)}")
     # Streams of their own, so that groups are resampled independently.
     resampled = {
         name: paired(
@@ -265,8 +294,12 @@ def contiguous(placement: Placement) -> Placement:
 
 
 def blocks(layers: int, experts: int, devices: int) -> Placement:
-    """Return experts in blocks on devices, one copy each, as engines load them."""
-    device_of = np.arange(experts) * devices // experts
+    """Return experts in blocks on devices, one copy each, as engines load them.
+
+    The first devices take what is left over.
+    """
+    sizes = experts // devices + (np.arange(devices) < experts % devices)
+    device_of = np.repeat(np.arange(devices), sizes)
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 

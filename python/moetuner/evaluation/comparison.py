@@ -149,6 +149,9 @@ class Comparison(Frozen):
         return {
             "over": self.names[0],
             "measure": self.measure,
+            "before": self.before,
+            "after": self.after,
+            "gain": self.gain,
             "mean": self.gain,
             "low": low,
             "high": high,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Traffic
-from moetuner.placement import Placement
+from moetuner.evaluation.units import Units
+from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import number, percent
@@ -92,11 +94,33 @@ def judge(
 ) -> list[Evaluation]:
     """Evaluate placements of a problem on other traffic, which is read once for all of them.
 
-    ``options`` are as for ``evaluate_each``; those that the problem has are the problem's.
+    ``options`` are as for ``evaluate_each``; those that the problem has are the problem's. Times
+    are predicted whatever the objective is.
     """
-    how = {name: getattr(problem, name) for name in ("split", "regime", "arrival")}
-    how |= {"cost_model": Objective(problem).cost_model, **options}
+    names = ("split", "regime", "arrival", "cost_model")
+    how = {**{name: getattr(problem, name) for name in names}, **options}
     return evaluate_each(placements, traffic, problem.topology, **how)
+
+
+def gain_of(
+    before: Evaluation,
+    after: Evaluation,
+    figure: str | None = None,
+    *,
+    units: Units | None = None,
+    names: tuple[str, str] = ("before", "after"),
+) -> Comparison:
+    """Compare two placements on the same traffic: the one number that every command repeats.
+
+    It is in the figure that the placement was computed for; by default, and where the traffic does
+    not tell that, in the predicted time or, without one, the imbalance. ``units`` are what is
+    independent in the whole recording, by default in this traffic.
+    """
+    figures = [of for of in (figure, "predicted_layer_us", "imbalance") if of in FIGURES]
+    both = (before, after)
+    measure = next(of for of in figures if None not in [getattr(each, of) for each in both])
+    gain = replace(compare([both], [measure], units=units)[measure], names=names)
+    return replace(gain, low=None, high=None) if gain.is_too_few else gain
 
 
 def sentences(outcome: Outcome) -> list[str]:
@@ -147,21 +171,51 @@ def within(result: Result, bound: str, which: str = "") -> str:
     return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
 
 
-def slower(outcome: Outcome, blocks: Outcome) -> list[str]:
-    """Return a warning where a placement is predicted to take longer than experts in blocks."""
-    time, before = (of.evaluation.predicted_layer_us for of in (outcome, blocks))
-    if time is None or before is None or time <= before:
+def running(problem: Problem, placement: Placement, name: str = "running") -> Result:
+    """Return the result that a placement which runs already would be; rules are not for it."""
+    return Result(
+        placement,
+        method=name,
+        status="feasible",
+        objective=problem.value(placement),
+        bound=None,
+        bound_source=None,
+        seconds=0.0,
+    )
+
+
+def empty_slots(outcome: Outcome) -> list[str]:
+    """Return how many slots for copies are empty, and how to fill them; nothing if none is."""
+    problem, slots = outcome.problem, outcome.result.placement.slots
+    total = int(problem.capacity.sum())
+    empty = total - int((slots != EMPTY).sum())
+    if not empty or not problem.may_copy:
         return []
-    problem, better = outcome.problem, "keep experts in blocks"
+    return [
+        f"{empty:,} of {total:,} slots are empty, as no copy that was tried there helps. Engines "
+        "with redundant experts need full slots: pass --fill-slots, or --for ENGINE."
+    ]
+
+
+def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str]:
+    """Return a warning where a placement is predicted to take longer than one that may run."""
+    time, less = (of.evaluation.predicted_layer_us for of in (outcome, before))
+    if time is None or less is None or time <= less:
+        return []
+    than = "experts in blocks" if before.result.method == "contiguous" else "what runs"
+    problem, better = outcome.problem, f"keep {than}"
     fewest = -(-problem.experts // problem.devices)
     if problem.may_copy and problem.slots > fewest:
         better = (
             f"slots for copies cost more than they bring here: try --slots-per-device {fewest}, or "
             '"moetuner advise", which tries several numbers'
         )
+    if problem.goal != "time":
+        better += ", or solve for --objective time"
+    which = f"the placement of {outcome.result.method}" if name else "this placement"
     return [
-        f"Warning: this placement is predicted to be slower than experts in blocks: "
-        f"{number(time, 1)} against {number(before, 1)} us per layer; {better}."
+        f"Warning: {which} is predicted to be slower than {than}: "
+        f"{number(time, 1)} against {number(less, 1)} us per layer; {better}."
     ]
 
 

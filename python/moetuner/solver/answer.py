@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
+from typing import Any
 
+from moetuner._core import __version__
 from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
+from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Run, verdict_of
@@ -33,13 +37,8 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
     about = None if bound is None else scope(problem, details.caps)
     violations = problem.violations(placement)
     return Result(
-        placement=placement.with_names(
-            model=problem.statistics.model,
-            topology=problem.topology.name,
-            fingerprint=problem.statistics.fingerprint,
-            objective=objective,
-            bound=value,
-            bound_scope=about,
+        placement=named(
+            run, placement, method, objective=objective, bound=value, bound_scope=about
         ),
         method=method,
         status=_status(run, placement, details, violations, verdict),
@@ -52,6 +51,51 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
         bound_scope=about,
         violations=violations,
     )
+
+
+def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:
+    """Return a placement with what it was computed from and for, and its figures."""
+    statistics, topology, budget = run.problem.statistics, run.problem.topology, run.budget
+    search = {"method": method, "seed": run.seed, "effort": budget.effort}
+    limits = {name: getattr(budget, name) for name in ("time_limit", "iterations", "gap")}
+    return placement.with_names(
+        model=statistics.model,
+        topology=topology.name,
+        fingerprint=statistics.fingerprint,
+        settings={
+            "version": __version__,
+            **search,
+            **{name: limit for name, limit in limits.items() if limit is not None},
+            **_settings_of(run.problem),
+        },
+        **figures,
+    )
+
+
+def _settings_of(problem: Problem) -> dict[str, Any]:
+    """Return what a placement is computed for, as JSON values."""
+    statistics, worth = problem.statistics, Objective(problem)
+    names = ("regime", "split", "arrival", "risk", "groups", "slots_per_device", "extra_slots")
+    settings = {name: getattr(problem, name) for name in (*names, "fill_slots")}
+    cap = problem.max_imbalance
+    assert problem.cost_model is not None
+    return settings | {
+        "objective": problem.goal,
+        "figure": worth.figure,
+        "unit": worth.unit,
+        "max_imbalance": str(cap) if cap == math.inf else cap,
+        "topology": problem.topology.to_dict(),
+        "cost_model": asdict(problem.cost_model),
+        "expert_size": statistics.expert_size,
+        "window": statistics.window,
+        # What makes the fingerprint of the same traffic another one.
+        "counted": {
+            "by_group": statistics.group is not None,
+            "sets": statistics.sets is not None,
+            "transitions": statistics.transitions is not None,
+            "coactivation": statistics.coactivation is not None,
+        },
+    }
 
 
 def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: bool) -> Details:

@@ -12,6 +12,7 @@ from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement, holders_of, keep_slots
 from moetuner.problem import Problem
+from moetuner.solver.answer import named
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
@@ -163,12 +164,7 @@ def _trade(run: Run, initial: Placement, of: Incumbent, objective: float) -> Tra
         slots = keep_slots(initial.slots, of.slots, problem.capacity)
         placement = Placement(slots, num_experts=problem.experts)
     return Trade(
-        placement.with_names(
-            model=problem.statistics.model,
-            topology=problem.topology.name,
-            fingerprint=problem.statistics.fingerprint,
-            objective=objective,
-        ),
+        named(run, placement, "pareto", objective=objective),
         objective,
         gain=problem.value(initial) - objective,
         experts_moved=of.moves,

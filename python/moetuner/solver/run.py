@@ -150,6 +150,8 @@ class Stage:
         Share of the seconds left that it may use at most.
     reserve
         Share of so many seconds left that is kept back for it while earlier stages run.
+    slack
+        By what share of the best value it may make the answer worse, for the sake of other figures.
     """
 
     run: Callable[[Run, Budget], None]
@@ -157,6 +159,7 @@ class Stage:
     least: Callable[[Run], float] = lambda _: 0.0
     share: Callable[[Run], float] = lambda _: 1.0
     reserve: Callable[[Run, float], float] = lambda _, __: 0.0
+    slack: float = 0.0
 
 
 class Run:
@@ -184,6 +187,8 @@ class Run:
         self.interrupted = self.cut = False
         # What the last steps of a descent gain for a move.
         self.slope = 0.0
+        # By what share the answer may be worse than the best incumbent: stages to come say it.
+        self.slack = 0.0
         # Seconds that judging a placement takes, and that the judgement on all windows will take.
         self.judging = self.judging_all = 0.0
 
@@ -215,6 +220,7 @@ class Run:
         A stage is left out if it does not apply or cannot end in time; the first one is not.
         """
         budget = self.budget if budget is None else budget
+        self.slack = max(self.slack, *(of.slack for of in stages if of.applies(self)), 0.0)
         try:
             for number, stage in enumerate(stages):
                 if self.interrupted or self.is_proven:
@@ -277,8 +283,9 @@ class Run:
     ) -> Incumbent:
         """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget.
 
-        The best value is reported where it is the objective of an answer that keeps the caps. What
-        an interrupted search found is offered as well, before KeyboardInterrupt goes on.
+        Where the answer is judged as the search judges, and keeps the caps, a value is reported
+        that it is not behind. What an interrupted search found is offered as well, before
+        KeyboardInterrupt goes on.
         """
         incumbent = self.judge(slots, by, is_start=is_start)
         if self.can_afford(incumbent):
@@ -286,7 +293,7 @@ class Run:
             best, report = self.best, self.budget.progress
             is_objective = self.sees_all and (self.moves is None or not self.moves.price)
             if report is not None and is_objective and not best.excess:
-                report(Progress(0.0, by, best.value, is_step=True))
+                report(Progress(0.0, by, best.value * (1 + self.slack), is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
             self.rank_of_all(incumbent)
         if interrupted:

@@ -89,8 +89,12 @@ class Machine:
         TOPOLOGY, "FILE|NAME", group=MACHINE, flag="--topology"
     )
 
-    def topology(self, devices: int | None = None) -> Topology:
-        """Return the topology; ``devices`` are those of a placement, where there is one."""
+    def topology(self, devices: int | None = None, placed: Topology | None = None) -> Topology:
+        """Return the topology.
+
+        ``devices`` are those of a placement, where there is one, and ``placed`` is the machine that
+        it was computed for, which is taken where no option gives another.
+        """
         if devices is not None and self.devices not in (None, devices):
             raise click.UsageError(
                 f"'--devices' must be {devices} as in the placement, got {self.devices}."
@@ -99,6 +103,8 @@ class Machine:
             devices = devices if self.devices is None else self.devices
             if devices is None:
                 raise click.UsageError("Missing option '--devices' (or '--topology').")
+            if placed is not None and self.devices_per_node is None and devices == placed.devices:
+                return placed
             return Topology(devices, self.devices_per_node)
         if self.devices_per_node is not None:
             raise click.UsageError("Give either '--devices-per-node' or '--topology', not both.")

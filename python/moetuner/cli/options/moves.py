@@ -92,7 +92,7 @@ class Moving:
             return {}, ()
         size = self.expert_bytes
         diff = initial.diff(result.placement, topology=problem.topology, expert_bytes=size)
-        output.say(_sentence(diff, problem.topology))
+        output.say(moves_sentence(diff, problem.topology))
         show_pairs(output, diff)
         contents: dict[str, Any] = {"moves": diff.to_dict()}
         if not self.pareto or result.status == "interrupted":
@@ -114,7 +114,7 @@ class Moving:
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)
 
 
-def _sentence(diff: PlacementDiff, topology: Topology) -> str:
+def moves_sentence(diff: PlacementDiff, topology: Topology) -> str:
     """Write how many experts move, and how far."""
     text = f"Moves {counted(diff.experts_moved, 'expert')}"
     if diff.bytes_moved is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 import click
 
+from moetuner._checks import one_of
 from moetuner.cli.options import SIZE, Text, as_options, option
 from moetuner.cli.options.machine import COST_MODEL, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
@@ -80,10 +81,22 @@ class Serving:
         """Whether any option says how traffic is served."""
         return self.engine is not None or bool(self.given)
 
-    @property
-    def has_times(self) -> bool:
-        """Whether an option says what times are of."""
-        return self.engine is not None or "cost_model" in self.given
+    def with_defaults(self, settings: Mapping[str, Any]) -> Serving:
+        """Return these settings and, where no option gives them, those of a placement.
+
+        An engine that an option names decides what it decides, whatever the placement was for.
+        """
+        given, engine = dict(self.given), self.engine
+        if "cost_model" in settings:
+            given.setdefault("cost_model", settings["cost_model"])
+        if engine is None:
+            engine = settings.get("engine")
+            one_of("engine", engine or "none", ("none", *ENGINES))
+            default = Serving(engine)
+            for name in SERVED:
+                if settings.get(name, default.value(name)) != default.value(name):
+                    given.setdefault(name, settings[name])
+        return Serving(engine, **given)
 
     def value(self, name: str) -> Any:
         """Return a setting: the one given, else the engine's, else the default."""

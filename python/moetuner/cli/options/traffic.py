@@ -146,6 +146,12 @@ class Source(FileHints):
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
 
+    def in_windows(self, window: int | None) -> Source:
+        """Return the same INPUT, read once, in windows of so many tokens; None for these."""
+        source = replace(self, window=window or self.window)
+        vars(source)["traffic"] = self.traffic
+        return source
+
     def count(self, traffic: Traffic | None = None, **how: Any) -> RoutingStatistics:
         """Count INPUT, or a part of it, in windows; statistics are counted already.
 

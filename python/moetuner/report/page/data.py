@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit, audit_of
-from moetuner.evaluation.comparison import Comparison, compare, verdict
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, in_bytes, percent
-from moetuner.report.outcome import Outcome
+from moetuner.report.outcome import Outcome, gain_of
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.topology import Topology
@@ -210,11 +210,17 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
 
 
 def of_outcomes(
-    before: Outcome, after: Outcome, origin: Origin, contents: dict[str, Any], **others: Any
+    before: Outcome,
+    after: Outcome,
+    origin: Origin,
+    contents: dict[str, Any],
+    *,
+    judged: Comparison | None = None,
+    **others: Any,
 ) -> PageData:
     """Make the data of two outcomes of one problem, judged on the same traffic.
 
-    ``others`` are as for ``of_evaluations``.
+    ``judged`` is the gain, where it was computed already; ``others`` are as for ``of_evaluations``.
     """
     worth, result, model = after.worth, after.result, after.problem.cost_model
     numbers: tuple[Number, ...] = ()
@@ -232,7 +238,7 @@ def of_outcomes(
         origin,
         # All but the seconds that solves took is the same in every run.
         contents if timed else _timeless(contents),
-        measure=worth.figure,
+        judged=judged or gain_of(before.evaluation, after.evaluation, worth.figure),
         others=numbers,
         result=result,
         timed=timed,
@@ -248,23 +254,14 @@ def of_evaluations(
     contents: dict[str, Any],
     *,
     traffic: str,
-    measure: str | None = None,
+    judged: Comparison | None = None,
     **others: Any,
 ) -> PageData:
     """Make the data of two evaluations of the same traffic, judged by a figure of them.
 
     ``traffic`` is a sentence on that, and ``others`` are fields of the data.
     """
-    # By what was made small; by time or imbalance where that has no interval.
-    if (
-        measure is not None
-        and FIGURES[measure].per in ("token", "pair")
-        and None not in [getattr(each, measure) for each in evaluations]
-    ):
-        judged = replace(compare([evaluations], [measure])[measure], splits=())
-    else:
-        judged = verdict(*evaluations)
-    judged = replace(judged, names=names)
+    judged = replace(judged or gain_of(*evaluations), names=names, splits=())
     answer, words = GAINED[judged.answer]
     replayed = evaluations[1].replayed
     assert replayed is not None

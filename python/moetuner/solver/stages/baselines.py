@@ -111,7 +111,7 @@ def exflow(run: Run, budget: Budget) -> None:
     One copy of each expert, as in the paper.
     """
     problem = replace(run.problem, regime="follow", max_imbalance=None, objective="traffic")
-    inner = run.inner((FLOOR, SEARCH), budget, problem=problem.without_copies() or problem)
+    inner = run.inner((FLOOR, SEARCH), budget.muted(), problem=problem.without_copies() or problem)
     run.details = inner.details
     run.offer(inner.best.slots, "exflow", interrupted=inner.interrupted)
 

@@ -92,4 +92,4 @@ def _has_ties(run: Run) -> bool:
     return is_of_layers(run) and run.problem.goal == "time" and run.moves is None
 
 
-TIES = Stage(_break_ties, applies=_has_ties)
+TIES = Stage(_break_ties, applies=_has_ties, slack=TIE)

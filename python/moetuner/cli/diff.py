@@ -1,0 +1,50 @@
+"""``moetuner diff``: what has to move from one placement to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moetuner.cli import options
+from moetuner.cli.options import argument
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import moves_sentence, show_pairs
+from moetuner.cli.options.placed import defaults_in, read_any
+from moetuner.cli.output import Output
+from moetuner.cost import bytes_of_expert
+
+
+@options.command("diff")
+def command(
+    *,
+    before_file: Path = argument("BEFORE", options.IN_FILE),
+    after_file: Path = argument("AFTER", options.IN_FILE),
+    machine: Machine,
+    given: options.LayerHints,
+    expert_bytes: float | None = options.expert_bytes_option(),
+    output: Output,
+) -> None:
+    """Show what has to move from one placement to another.
+
+    BEFORE and AFTER are moetuner's own placements, or maps in any format of "moetuner export". A
+    copy comes from the nearest device that holds the expert, on the machine of AFTER if no option
+    gives another.
+
+    Parameters
+    ----------
+    expert_bytes
+        Bytes of one expert of one layer. [default: of the model's experts in 8 bits, if known]
+    """
+    before, after = (read_any(path, machine, given) for path in (before_file, after_file))
+    settings = defaults_in(before_file, before.settings) | defaults_in(after_file, after.settings)
+    topology = machine.topology(after.devices, settings.get("topology"))
+    if expert_bytes is None:
+        expert_bytes = bytes_of_expert(settings.get("expert_size"), after.model or before.model)
+    diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
+    output.say(moves_sentence(diff, topology))
+    if expert_bytes is None:
+        output.say("Pass --expert-bytes to see bytes.")
+    show_pairs(output, diff)
+    contents: dict[str, Any] = {"before": str(before_file), "after": str(after_file)}
+    contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
+    output.finish(contents | diff.to_dict())

@@ -1,0 +1,260 @@
+"""A placement that is judged: its settings as defaults of options, and what it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moetuner import cost, topology
+from moetuner._checks import instance, nth_seed, seed_in, window_in
+from moetuner.cli.options import LayerHints
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.serving import SERVED, Serving
+from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.output import working
+from moetuner.cost import bytes_of_expert
+from moetuner.evaluation import Evaluation
+from moetuner.evaluation.auditing import MEASURES, contiguous
+from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.units import Units, hold_out, units_of
+from moetuner.files import naming, text
+from moetuner.formats import read_placement
+from moetuner.formats.engines import ENGINES
+from moetuner.placement import Placement
+from moetuner.report.cells import counted
+from moetuner.report.outcome import gain_of
+from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+# What decides the fingerprint of the same traffic.
+COUNTED = ("by_group", "sets", "transitions", "coactivation")
+# Sentences on what a placement is judged on, by what its fingerprint says.
+SEEN = (
+    "The placement was computed from this very input, which flatters it: "
+    '"moetuner solve --holdout 0.5" leaves a part to judge on.'
+)
+OTHER = "Judged on all of INPUT; the placement was computed from other traffic, or a part of it."
+ALL = "Judged on all of INPUT; which traffic the placement was computed from is not known."
+
+
+def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the settings in a placement's file: topology and cost model as values, and checked."""
+    values = dict(settings)
+    with naming(path):
+        try:
+            builders = {"topology": topology.from_keys, "cost_model": cost.from_keys}
+            for name, build in builders.items():
+                if values.get(name) is not None:
+                    values[name] = build(values[name])
+            window_in(values.get("window"))
+            instance("input", values.setdefault("input", {}), dict)
+            values["seed"] = seed_in(values.get("seed", 0))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"settings: {error}") from None
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def described(topology: Topology) -> str:
+    """Write the size of a machine, and its name."""
+    name = f" ({topology.name})" if topology.name else ""
+    devices = counted(topology.node_size, "device")
+    return f"{counted(topology.nodes, 'node')} of {devices}{name}"
+
+
+def size_of(traffic: Traffic) -> dict[str, int]:
+    """Return how many tokens, or windows, there are."""
+    if isinstance(traffic, RoutingTrace):
+        return {"tokens": traffic.tokens}
+    return {"windows": traffic.windows}
+
+
+def windowed(sentence: str, source: Source) -> str:
+    """Add to a sentence which windows INPUT is judged in."""
+    return f"{sentence} Windows are of {source.counted:,} tokens." if source.counted else sentence
+
+
+def held_out(part: Traffic, whole: Traffic) -> str:
+    """Write on which part of INPUT a placement is judged that was computed from the rest."""
+    (name, mine), (_, total) = (*size_of(part).items(), *size_of(whole).items())
+    return (
+        f"Judged on {mine:,} of {total:,} {name}, which were held out when the placement was "
+        "computed."
+    )
+
+
+def read_any(path: Path, machine: Machine, given: LayerHints) -> Placement:
+    """Read a placement, or an engine's map; options say what that leaves out."""
+    hints = {name: given.hints[name] for name in ("num_experts", "dense_layers")}
+    return read_placement(path, devices=machine.devices, **hints)
+
+
+def with_input(
+    placement: Placement, source: Source, engine: str | None, holdout: float
+) -> Placement:
+    """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
+    files = [path.name for path in source.input_files]
+    facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
+    more = {"engine": engine, "holdout": holdout, "input": facts}
+    return placement.with_names(settings={**placement.settings, **more})
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement, and how it is judged: as it was computed, where no option says otherwise.
+
+    Parameters
+    ----------
+    placement, name
+        The placement, and its name in sentences.
+    settings
+        What it was computed for, as ``defaults_in`` reads it; empty where not known.
+    source, topology, serving
+        INPUT in the placement's windows, the machine, and how it is served.
+    """
+
+    placement: Placement
+    name: str
+    settings: dict[str, Any]
+    source: Source
+    topology: Topology
+    serving: Serving
+
+    @classmethod
+    def read(cls, path: Path, source: Source, machine: Machine, serving: Serving) -> Placed:
+        """Read a placement of INPUT's model; its settings replace options that are not given."""
+        placement = source.load(path)
+        settings = defaults_in(path, placement.settings)
+        if source.window is None and isinstance(source.traffic, RoutingTrace):
+            source = source.in_windows(settings.get("window"))
+        topology = machine.topology(placement.devices, settings.get("topology"))
+        serving, name = serving.with_defaults(settings), text.name(path.name)
+        return cls(placement, name, settings, source, topology, serving)
+
+    @cached_property
+    def how(self) -> dict[str, Any]:
+        """Arguments of ``evaluate`` and ``audit`` that say how traffic is served."""
+        return self.serving.arguments(self.source.traffic)
+
+    @cached_property
+    def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
+        """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON.
+
+        It was held out if the rest of INPUT has the fingerprint of the placement.
+        """
+        whole, settings = self.source.traffic, self.settings
+        share, recorded = settings.get("holdout", 0), settings.get("input", {})
+        is_other = any(recorded.get(of, size) != size for of, size in size_of(whole).items())
+        seen, unseen = whole, whole
+        if share and not is_other:
+            try:
+                seen, unseen = hold_out(whole, share, seed=nth_seed(settings["seed"], 0))
+            except ValueError:  # of other traffic, from which nothing can be held out
+                is_other = True
+        fingerprint = "" if is_other else self._fingerprint(seen)
+        part, sentence, is_seen = whole, ALL, None
+        if fingerprint is not None:
+            is_seen = fingerprint == self.placement.fingerprint
+            sentence = SEEN if is_seen else OTHER
+        facts = {"part": "all", "is_seen": is_seen}
+        if is_seen and share:
+            part, sentence = unseen, held_out(unseen, whole)
+            facts = {"part": "unseen", "is_seen": False, "holdout": share}
+        return part, windowed(sentence, self.source), facts
+
+    def _fingerprint(self, traffic: Traffic) -> str | None:
+        """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
+        if self.placement.fingerprint is None:
+            return None
+        if isinstance(traffic, RoutingStatistics):
+            return traffic.fingerprint
+        tables = self.settings.get("counted")
+        if not isinstance(tables, Mapping):
+            return None
+        how: dict[str, Any] = {name: tables.get(name) is True for name in COUNTED}
+        how["by_group"] &= traffic.group is not None
+        with working("counting"):
+            return RoutingStatistics.from_trace(
+                traffic, window=self.settings.get("window"), threads=self.source.threads, **how
+            ).fingerprint
+
+    @property
+    def replay(self) -> dict[str, Any]:
+        """Further arguments of ``evaluate``: windows and threads."""
+        return {"window": self.source.replayed, "threads": self.source.threads}
+
+    @cached_property
+    def units(self) -> Units:
+        """What is independent in the recording: parts of it are judged by the same units."""
+        return units_of(self.source.traffic, **self.replay)
+
+    def measures(self, more: Iterable[str] = ()) -> tuple[str, ...]:
+        """Return the measures that matter to groups: none of the other regime, but ``more``."""
+        mine = (None, self.how["regime"])
+        return tuple(name for name in MEASURES if FIGURES[name].regime in mine or name in more)
+
+    @property
+    def expert_bytes(self) -> float | None:
+        """Bytes of an expert of one layer in 8 bits; None where its size is not known."""
+        traffic = self.source.traffic
+        size = self.settings.get("expert_size") or traffic.expert_size
+        return bytes_of_expert(size, traffic.model)
+
+    def gain(self, before: Evaluation, after: Evaluation, against: str) -> Comparison:
+        """Compare it with another placement, in the figure that it was computed for."""
+        figure = self.settings.get("figure")
+        with working("comparing"):
+            return gain_of(before, after, figure, units=self.units, names=(against, self.name))
+
+    def lines(self) -> Iterator[str]:
+        """Write what is judged, how it is served, and where options differ from the settings."""
+        yield self.source.describe()
+        yield from self.serving.explain()
+        yield from self._differences()
+        yield self.judged[1]
+
+    def _differences(self) -> Iterator[str]:
+        was, how = self.settings, self.how
+        before, now = was.get("window"), self.source.counted
+        if None not in (before, now) and before != now:
+            yield (
+                f"The placement was computed for windows of {before:,} tokens; judged in windows "
+                f"of {now:,}."
+            )
+        pairs: dict[str, tuple[Any, Any]] = {}
+        if was.get("topology", self.topology) != self.topology:
+            machines = described(was["topology"]), described(self.topology)
+            pairs["machine"] = machines if len({*machines}) > 1 else (machines[0], "of other links")
+        if was.get("engine") in ENGINES and was["engine"] != self.serving.engine:
+            engines = was["engine"], self.serving.engine
+            then, today = ("none" if of is None else ENGINES[of].title for of in engines)
+            pairs["engine"] = then, today
+        mine, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
+        if mine != recorded:
+            names = (", ".join(map(str, of)) or "of all kinds" for of in (recorded, mine))
+            pairs["groups"] = (next(names), next(names))
+        pairs |= {of: (was[of], how[of]) for of in SERVED if was.get(of, how[of]) != how[of]}
+        model = was.get("cost_model")
+        if model is not None and model != how["cost_model"]:
+            pairs["cost model"] = (model.name or "unnamed", how["cost_model"].name or "unnamed")
+        for of, (then, today) in pairs.items():
+            yield f"The placement was computed for {of} {then}; judged with {of} {today}."
+
+    def baseline(self, path: Path | None) -> tuple[Placement, str]:
+        """Read the placement that runs, contiguous where there is none, and return its name."""
+        if path is None:
+            return contiguous(self.placement), "contiguous"
+        return self.source.load(path, self.topology), text.name(path.name)
+
+    def contents(self, **settings: Any) -> dict[str, Any]:
+        """Return INPUT, settings with more of them, and what was judged on, for JSON."""
+        mine = self.serving.settings(self.topology, self.how) | {"window": self.source.counted}
+        return {
+            "input": self.source.facts(),
+            "settings": mine | settings,
+            "judged_on": self.judged[2] | size_of(self.judged[0]),
+        }

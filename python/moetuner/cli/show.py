@@ -1,0 +1,91 @@
+"""``moetuner show``: what a placement is, and what it was computed for and from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from moetuner.cli import options
+from moetuner.cli.options import argument
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.placed import defaults_in, described, read_any
+from moetuner.cli.output import Output
+from moetuner.files import text
+from moetuner.formats.engines import ENGINES
+from moetuner.placement import EMPTY, Placement
+from moetuner.report.cells import counted, listed, percent
+
+# Files of INPUT that a line names.
+NAMED = 3
+SIZES = ("layers", "num_experts", "devices", "slots_per_device")
+
+
+@options.command("show")
+def command(
+    *,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
+    machine: Machine,
+    given: options.LayerHints,
+    output: Output,
+) -> None:
+    """Show what a placement is, and what it was computed for.
+
+    PLACEMENT is moetuner's own, or a map in any format of "moetuner export".
+    """
+    placement = read_any(placement_file, machine, given)
+    settings = defaults_in(placement_file, placement.settings)
+    sizes = {name: int(getattr(placement, name)) for name in SIZES}
+    sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
+    sizes["copies"] = int((placement.replicas - 1).sum())
+    date = datetime.fromtimestamp(placement_file.stat().st_mtime).astimezone()
+    moment = date.isoformat(" ", "minutes")
+    output.say(
+        f"{text.name(placement_file.name)}: {counted(placement.layers, 'layer')}, "
+        f"{counted(placement.num_experts, 'expert')}, {counted(placement.devices, 'device')} x "
+        f"{counted(placement.slots_per_device, 'slot')}; {sizes['copies']:,} copies beyond one of "
+        f"each expert, {counted(sizes['empty_slots'], 'empty slot')}",
+        *_lines(placement, settings, moment),
+    )
+    names = ("model", "topology", "fingerprint", "objective", "bound", "bound_scope")
+    contents: dict[str, Any] = {"placement": str(placement_file), "file_date": date.isoformat()}
+    contents |= sizes | {name: getattr(placement, name) for name in names}
+    output.finish(contents | {"settings": placement.settings})
+
+
+def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Iterator[str]:
+    """Write who made it and when, for what, from what, and what it is worth."""
+    if "method" not in settings:
+        yield f"File of {moment}; it does not say how, for what or from what it was computed."
+        return
+    made = f"moetuner {settings.get('version')}, method {settings['method']}"
+    yield (
+        f"Made by {made}, seed {settings['seed']}, effort {settings.get('effort')}; file of "
+        f"{moment}"
+    )
+    parts = [f"least {settings.get('objective')}"]
+    if (cap := settings.get("max_imbalance")) is not None:
+        parts.append(f"load cap {cap}")
+    if (window := settings.get("window")) is not None:
+        parts.append(f"windows of {window:,} tokens")
+    parts += [f"{name} {settings.get(name)}" for name in ("regime", "split", "arrival")]
+    if settings.get("engine") in ENGINES:
+        parts.insert(0, ENGINES[settings["engine"]].title)
+    machine = f" on {described(settings['topology'])}" if "topology" in settings else ""
+    yield f"For {', '.join(parts)}{machine}"
+    if "cost_model" in settings:
+        yield f"Times are of {settings['cost_model'].name or 'an unnamed cost model'}"
+    recorded = settings["input"]
+    source = listed(list(recorded.get("files", ["traffic of no name"])), NAMED)
+    sizes = [counted(recorded[of], of[:-1]) for of in ("tokens", "windows") if of in recorded]
+    if recorded.get("only"):
+        sizes.append(f"of {listed(list(recorded['only']), NAMED)} alone")
+    if settings.get("holdout"):
+        sizes.append(f"{percent(settings['holdout'])} of it held out")
+    model = "" if placement.model is None else f" of {text.name(placement.model)}"
+    yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
+    if placement.objective is not None:
+        bound = "" if placement.bound is None else f"; bound {placement.bound:.6g}"
+        scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
+        yield f"Objective {placement.objective:.6g} {settings.get('unit', '')}{bound}{scope}"

@@ -1,0 +1,127 @@
+"""One number: every command tells the same gain of the same placement, and says what it is of."""
+
+import itertools
+import json
+import re
+
+import pytest
+
+import moetuner as mt
+
+# What is left to a command line, by engine: those that --for decides, and an option against it.
+HOW = {
+    "vllm": ("--for", "vllm"),
+    "sglang": ("--for", "sglang", "--arrival", 0.5),
+    "none": ("--cost-model", "a100:512x256"),
+}
+# The search takes seconds each time: a baseline tells what joint tells, but for two cases.
+CASES = [
+    *itertools.product(("eplb",), HOW, ("dispatch", "follow"), (0, 1)),
+    *(("joint", "vllm", "dispatch", 1), ("joint", "none", "follow", 0)),
+]
+
+
+@pytest.fixture
+def trace(make_trace, tmp_path):
+    """File of a small trace of sixteen experts."""
+    make_trace(600, layers=2, experts=16).save(tmp_path / "trace.safetensors")
+    return tmp_path / "trace.safetensors"
+
+
+@pytest.mark.parametrize(("method", "engine", "regime", "copies"), CASES)
+def test_every_command_tells_the_same_gain(
+    as_json, trace, tmp_path, method, engine, regime, copies
+):
+    """What solve was told is in the placement, so that the others need no options for it."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    p, page = tmp_path / "p.json", tmp_path / "page.html"
+    how = ("--devices", 4, "--devices-per-node", 2, "--window", 50, "--regime", regime)
+    how = (*how, *HOW[engine], *(("--slots-per-device", 4 + copies) * bool(copies)))
+    how = (*how, "--seed", 3)
+    solved = as_json("solve", trace, *how, "--method", method, "--holdout", 0.5, "--out", p)
+    judging = ("report", p, trace, "--out", page), ("audit", p, trace), ("evaluate", p, trace)
+    actual = {words[0]: as_json(*words) for words in judging}
+    methods = ("--methods", f"contiguous,{method}", "--splits", 1)
+    compared = as_json("compare", trace, *how, *methods)["methods"][method]
+    names, wanted = ("before", "after", "gain", "low", "high"), solved["gain"]
+    assert wanted["measure"] == "predicted_layer_us"
+    for gain in (compared["gain"], *(of["gain"] for of in actual.values())):
+        assert [gain[of] for of in names] == pytest.approx([wanted[of] for of in names], rel=1e-9)
+    times = [of["predicted_layer_us"] for of in (solved, actual["evaluate"], compared)]
+    assert times == pytest.approx([wanted["after"]] * 3, rel=1e-9)
+    for of in actual.values():
+        assert of["judged_on"] == {**solved["judged_on"], "holdout": 0.5}
+        assert of["judged_on"]["part"] == "unseen"
+
+
+def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, tmp_path):
+    """By its fingerprint alone; and a line for each option that differs from what it was for."""
+    p, other = tmp_path / "p.json", tmp_path / "other.safetensors"
+    make_trace(600, layers=2, experts=16, seed=1).save(other)
+    how = ("solve", trace, "--devices", 4, "--devices-per-node", 2, "--method", "lpt", "--out", p)
+    ok(*how, "--for", "vllm", "--window", 64, "--holdout", 0.5)
+    text = ok("evaluate", p, trace)
+    assert "Judged on 300 of 600 tokens, which were held out when" in text
+    assert "The placement was computed" not in text
+    others = (
+        "--for",
+        "sglang",
+        "--window",
+        128,
+        "--cost-model",
+        "a100",
+        "--topology",
+        "h100-nvl8-ib400",
+    )
+    text = ok("evaluate", p, other, *others[:6], "--devices-per-node", 4)
+    assert re.findall(r"^The placement was computed for (.*)\.$", text, re.M) == [
+        "windows of 64 tokens; judged in windows of 128",
+        "machine 2 nodes of 2 devices; judged with machine 1 node of 4 devices",
+        "engine vLLM; judged with engine SGLang",
+        "split even; judged with split nearest",
+        "cost model h100:7168x2048 (deepseek-v3, as INPUT's model is not known); judged with cost "
+        "model a100:7168x2048 (deepseek-v3, as INPUT's model is not known)",
+    ]
+    assert "Judged on all of INPUT; the placement was computed from other traffic" in text
+    first = p.read_bytes()
+    ok(*how)
+    seen = "The placement was computed from this very input, which flatters it"
+    assert seen in ok("audit", p, trace)
+    assert seen not in ok("audit", p, other)
+    again = p.read_bytes()
+    ok(*how)
+    assert first != again == p.read_bytes()
+    # Files of older versions say nothing of all this, and are judged as they were.
+    mt.Placement.load(p).with_names(settings={}).save(p)
+    assert "is not known" in ok("evaluate", p, trace)
+
+
+def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
+    """Who, for what, from what; moves with their bytes; and a damaged file is one line."""
+    a, b = (tmp_path / name for name in ("a.json", "b.json"))
+    how = ("solve", trace, "--devices", 4, "--devices-per-node", 2, "--slots-per-device", 5)
+    ok(*how, "--for", "vllm", "--method", "eplb", "--holdout", 0.5, "--out", a)
+    ok(*how, "--method", "lpt", "--out", b)
+    text = ok("show", a)
+    for words in (
+        "a.json: 2 layers, 16 experts, 4 devices x 5 slots; 8 copies beyond one of each expert",
+        f"Made by moetuner {mt.__version__}, method eplb, seed 0, effort default; file of ",
+        "For vLLM, least time, windows of 512 tokens",
+        "on 2 nodes of 2 devices",
+        "From trace.safetensors of small, 600 tokens, 50.0 % of it held out, ",
+        "us per layer",
+    ):
+        assert words in text
+    placed = [mt.Placement.load(path) for path in (a, b)]
+    assert as_json("show", a)["settings"] == placed[0].settings
+    diff = placed[0].diff(placed[1], topology=mt.Topology(4, 2), expert_bytes=10)
+    actual = as_json("diff", a, b, "--expert-bytes", 10)
+    assert {name: actual[name] for name in diff.to_dict()} == diff.to_dict()
+    assert f"Moves {diff.experts_moved} experts: " in ok("diff", a, b)
+    values = json.loads(a.read_text())
+    values["settings"]["topology"]["devices"] = "four"
+    a.write_text(json.dumps(values))
+    for words in (("show", a), ("evaluate", a, trace)):
+        status, out, err = run(*words)
+        assert (status, out) == (2, "")
+        assert re.search(r"a\.json: settings: devices must be an integer, got 'four'$", err)
