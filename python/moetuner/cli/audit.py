@@ -69,7 +69,7 @@ def command(
     resamples
         Resamples for the intervals.
     """
-    placement = source.load(placement_file)
+    placement = source.load(placement_file, devices=machine.given)
     topology = machine.topology(placement.devices)
     baseline = None if baseline_file is None else source.load(baseline_file, topology)
     served = serving.arguments(source.traffic)

@@ -49,7 +49,7 @@ def command(
     mixed_seed
         Of the order in which sequences, or windows of statistics, are mixed.
     """
-    placement = source.load(placement_file)
+    placement = source.load(placement_file, devices=machine.given)
     topology = machine.topology(placement.devices)
     traffic, window = source.traffic, source.counted
     how = serving.arguments(traffic)

@@ -117,7 +117,9 @@ def _write_moves(
     """Write the moves from a running placement, and print how many they are."""
     if initial is None:
         raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
-    diff = Placement.load(initial).diff(placement, topology=machine.topology(placement.devices))
+    topology = machine.topology(placement.devices)
+    running = read_placement(initial, devices=placement.devices, num_experts=placement.num_experts)
+    diff = running.diff(placement, topology=topology)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(diff.to_dict()) + "\n")
     output.say(f"{diff.experts_moved} experts move")

@@ -48,7 +48,7 @@ def command(
     figures
         Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """
-    placement = source.load(placement_file)
+    placement = source.load(placement_file, devices=machine.given)
     topology = machine.topology(placement.devices)
     traffic = source.traffic
     running, name = contiguous(placement), "contiguous"
@@ -81,7 +81,7 @@ def command(
             *((before, after), origin_of(source), contents),
             traffic="All of INPUT; what the placement was computed from flatters it.",
             token_bytes=model.token_bytes,
-            expert_bytes=expert_bytes,
+            expert_bytes=source.expert_bytes(expert_bytes),
             audit=audited,
         ),
     )

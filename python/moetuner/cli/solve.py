@@ -62,8 +62,11 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
-    initial = moving.initial()
-    problem = wanted.problem(source, machine.topology())
+    topology = machine.topology()
+    initial = moving.initial(source, topology)
+    if initial is not None:
+        moving = replace(moving, expert_bytes=source.expert_bytes(moving.expert_bytes))
+    problem = wanted.problem(source, topology)
     if initial is not None:
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
@@ -95,7 +98,7 @@ def command(
             *(before, outcome, origin_of(source), contents),
             traffic=FLATTERED,
             trades=trades,
-            expert_bytes=moving.expert_bytes,
+            expert_bytes=source.expert_bytes(moving.expert_bytes),
         ),
     )
     output.finish(contents)

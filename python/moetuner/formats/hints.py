@@ -14,6 +14,9 @@ from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
 
+# No model has more.
+MOST_LAYERS = 200
+
 
 @dataclass(frozen=True, eq=False)
 class Hints:
@@ -66,6 +69,29 @@ class Hints:
         """Check that a file has as many experts as the user says."""
         if self.num_experts not in (None, experts):
             raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
+
+    def check_axes(self, traffic: Traffic) -> None:
+        """Check that axes are in their order, as far as sizes tell."""
+        layers, tokens = traffic.layers, getattr(traffic, "tokens", None)
+        if layers == self.hidden_layers:
+            return
+        order = "[windows, layers, experts]" if tokens is None else "[tokens, layers, top_k]"
+        if isinstance(traffic, RoutingTrace) and traffic.top_k > layers:
+            try:
+                next(traffic.shards(1), None)
+            except ValueError as error:
+                if "appears twice" not in str(error):
+                    raise
+                raise ValueError(
+                    f"axes must be {order}, got {layers} layers of top-{traffic.top_k} in which "
+                    "experts repeat: swap the last two"
+                ) from None
+        if layers > (MOST_LAYERS if tokens is None else min(MOST_LAYERS, tokens or layers)):
+            of = "" if tokens is None else f" of {tokens} tokens"
+            raise ValueError(
+                f"axes must be {order}, got {layers} layers{of}: swap axes, or if it is meant, "
+                f"say hidden_layers {layers}"
+            )
 
     def experts_needed(self) -> int:
         """Return the experts per layer of a file that does not say them."""
