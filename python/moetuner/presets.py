@@ -76,7 +76,7 @@ GPUS = {
 # `ffn_hidden_size`) and `num_experts_per_tok` of the config.json that models were published with.
 # A name stands for itself and whatever comes after it and "-" or ".", such as "-instruct".
 SIZES = {
-    (7168, 4864, 2): "arctic",
+    (7168, 4864, 2): "snowflake-arctic",
     (6144, 10752, 4): "dbrx",
     (5120, 1536, 6): "deepseek-coder-v2 deepseek-v2",
     (2048, 1408, 6): "deepseek-coder-v2-lite deepseek-moe-16b deepseek-v2-lite moonlight-16b-a3b",
