@@ -375,8 +375,8 @@ class RoutingStatistics(Frozen):
         >>> mt.RoutingStatistics.from_load([[600, 300, 100]]).per_step(5).window_load.tolist()
         [[[3, 2, 0]]]
         """
-        tokens = check.whole_number("tokens", tokens)
-        choices = tokens * check.whole_number("top_k", top_k)
+        tokens = check.whole_number("tokens", tokens, highest=1 << 40)
+        choices = tokens * check.whole_number("top_k", top_k, highest=1 << 12)
         used = np.flatnonzero(self.window_load.any(axis=(1, 2)))
         if not used.size:
             raise ValueError("load must have a count above 0 to be scaled, got only zeros")

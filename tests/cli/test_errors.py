@@ -43,7 +43,7 @@ solve LOAD --devices 2 --initial p.json | p.json: placement must have 3 layers, 
 solve LOAD --devices 2 --model gpt-oos-20b | Did you mean gpt-oss-20b? For another one: --cost-model
 solve TRACE --devices 2 --tokens-per-step 8 | a window of INPUT has 512 tokens
 inspect TRACE --num-experts 9 | num_experts must be 8, got 9
-inspect x-table.npy | or counts [layers, experts], got [8, 2], whose rows add up to
+inspect x-table.npy | or counts [layers, experts], all layers alike; got [8, 2] with
 inspect x-axes.npy --num-experts 8 | axes must be [tokens, layers, top_k], got 300 layers
 inspect x-last.npy --num-experts 8 | 2 layers of top-3 in which experts repeat: swap the last two
 inspect x-eplb.log | this log says how balanced GPUs are, not experts' loads: record experts

@@ -18,7 +18,9 @@ COUNT_LIMIT = 1 << 48
 
 def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
     """Check whole counts of at least 0 and below 2**48; return them in 64 bits."""
-    if array.dtype.kind == "f" and not np.array_equal(array, np.floor(array)):
+    with np.errstate(invalid="ignore"):
+        is_whole = array.dtype.kind != "f" or np.array_equal(array, np.floor(array))
+    if not is_whole:
         raise ValueError(f"{name} must be whole numbers of tokens")
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be counts, got {array.dtype} {list(array.shape)}")

@@ -11,13 +11,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.files import naming, npz, read_whole
+from moetuner._checks import EXPERT_LIMIT
+from moetuner.files import naming, npz, read_whole, safetensors
 from moetuner.files.text import parse_json
 from moetuner.formats.counts import by_expert, counts_in
 from moetuner.formats.hints import Hints
@@ -26,18 +28,20 @@ from moetuner.statistics import RoutingStatistics
 
 # No model chooses more experts per token: longer rows that name one twice are counts.
 MOST_CHOSEN = 32
-# Windows of an array that tell ids from counts, and how far sums of layers may be apart in it, and
-# in a table of one window.
-FIRST, ALIKE, ALIKE_ALONE = 64, 1.1, 2.0
+# Windows of an array that tell ids from counts, and how far sums of their layers may be apart.
+FIRST, ALIKE = 64, 1.1
 
 RECORD = '"eplb_load_stats"'
 LOG = re.compile(r"EPLB step: \d|\[Expert Balancedness\]|balancedness=\d")
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)\{(.*)\} +([-+.\w]+)(?: +\d+)?$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-NUMBERED = r"(?:_?(?:id|idx|index))?"
-EXPERT = re.compile(rf"(?:logical_|log_)?expert{NUMBERED}")
-LAYER = re.compile(rf"(?:moe_)?layer{NUMBERED}|")
+EXPERT = re.compile(r"(?:logical_|log_)?expert(?:_?(?:id|idx|index))?")
+LAYER = re.compile(r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?")  # pandas gives rows no name
 WINDOW = re.compile(r"window|step|iteration|pass|time")
+KINDS = {"window": WINDOW, "layer": LAYER}
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
+LAST = re.compile(r"\d+$", re.ASCII)
+LONGEST_HEADER = 1 << 16
 RECORD_EXPERTS = (
     "record experts instead: SGLang's /dump_expert_distribution_record, MOETUNER_RECORD with a "
     "plugin, or --enable-return-routed-experts (docs/loads.md)"
@@ -53,48 +57,35 @@ def recognises(path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read load tables, one after the other; scrapes of Prometheus as what was counted between."""
-    tables: list[tuple[Any, Counts]] = []
-    for path in paths:
+    readers = [_reader_of(path) for path in paths]
+    parts = [_scrapes(paths, hints)] if {*readers} == {_scrapes} else []
+    for path, reader in [] if parts else zip(paths, readers, strict=True):
         with naming(path):
-            reader = _reader_of(path)
-            if reader is None:
-                raise ValueError("must be a load table; docs/loads.md says what is read")
+            if reader is None or reader is _scrapes:
+                raise ValueError("must be a load table like the others (docs/loads.md)")
             table = counts_in("load", reader(path))
             if table.ndim not in (2, 3) or 0 in table.shape:
                 rule = "[layers, experts] or [windows, layers, experts]"
                 raise ValueError(f"load must be {rule}, got {list(table.shape)}")
-            if reader is npz.read_npy and table.ndim == 2:
-                _check_rows(table)
-            hints.check_experts(table.shape[-1])
-            tables.append((reader, table if table.ndim == 3 else table[None]))
+            sums = table.sum(axis=-1)
+            least = sums.min(initial=sums.max(), where=sums > 0)
+            if reader is npz.read_npy and table.ndim == 2 and sums.max() > 2 * least:
+                rule = "ids [tokens, layers, top_k] or counts [layers, experts], all layers alike"
+                got = f"{list(table.shape)} with {least} to {sums.max()} in a row"
+                raise ValueError(f"must be {rule}; got {got}")
+            parts.append(table if table.ndim == 3 else table[None])
     with naming(paths[0]):
-        if len({table.shape[1:] for _, table in tables}) > 1:
+        if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError("load tables must have the same layers and experts")
-        load = np.concatenate([table for _, table in tables])
-        if len(load) > 1 and all(reader is _prometheus for reader, _ in tables):
-            load = np.diff(load, axis=0)
-            if load.min() < 0:
-                raise ValueError("counters must grow from scrape to scrape: did a server restart?")
-        statistics = without_dense(load, hints)
+        statistics = without_dense(np.concatenate(parts), hints)
         hints.check_axes(statistics)
         return statistics
-
-
-def _check_rows(table: Counts) -> None:
-    """Raise where the rows of a bare array [L,E] do not look like those of layers."""
-    sums = table.sum(axis=1)
-    sums = sums[sums > 0]
-    if sums.size and sums.max() > ALIKE_ALONE * sums.min():
-        raise ValueError(
-            f"must be ids [tokens, layers, top_k] or counts [layers, experts], got "
-            f"{list(table.shape)}, whose rows add up to {sums.min()} to {sums.max()}: in counts "
-            "every layer has about as many"
-        )
 
 
 def without_dense(load: Counts, hints: Hints) -> RoutingStatistics:
     """Make statistics of counts [W,hidden,E], without the rows of dense layers."""
     hidden = load.shape[1]
+    hints.check_experts(load.shape[2])
     moe = hints.moe_layers(hidden)
     if moe is None:
         moe = np.flatnonzero(load.any(axis=(0, 2))).tolist()
@@ -107,7 +98,7 @@ def without_dense(load: Counts, hints: Hints) -> RoutingStatistics:
     return RoutingStatistics.from_load(load[:, moe], left_out=(hidden, dense) if dense else None)
 
 
-def _reader_of(path: Path) -> Callable[[Path], NDArray[Any]] | None:
+def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
     start = head(path)
     if start.startswith(npz.MAGIC):
         return npz.read_npy if _holds_counts(path) else None
@@ -121,10 +112,8 @@ def _reader_of(path: Path) -> Callable[[Path], NDArray[Any]] | None:
     if LOG.search(text):
         return _log
     if SAMPLE.search(text):
-        return _prometheus
-    lines = text.splitlines()
-    whole = lines[:-1] if len(start) < path.stat().st_size else lines
-    return _csv if _columns(whole) is not None else None
+        return _scrapes
+    return _csv if _columns(text) is not None else None
 
 
 def _holds_counts(path: Path) -> bool:
@@ -135,15 +124,18 @@ def _holds_counts(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
-            stored, _ = npz.read_npy_header(file)
+            stored, fortran = npz.read_npy_header(file)
         if stored.dtype.kind not in "iuf" or len(stored.shape) not in (2, 3) or 0 in stored.shape:
             return False
         if len(stored.shape) == 2:
             return True
-        first = npz.read_npy(path)[:FIRST]
+        begin = replace(stored, shape=(min(FIRST, stored.shape[0]), *stored.shape[1:]))
+        first = npz.read_npy(path)[:FIRST] if fortran else safetensors.read(path, begin)
     except ValueError:
         return False  # the reader of moetuner's own says what is wrong
-    if first.max() >= 1 << 16 or not (first == np.floor(first)).all():
+    with np.errstate(invalid="ignore"):
+        is_whole = (first == np.floor(first)).all()
+    if first.max() >= 1 << 16 or not is_whole:
         return True
     in_order, sums = np.sort(first, axis=2), first.sum(axis=2, dtype=np.float64)
     repeats = ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] > 1)).any()
@@ -170,96 +162,98 @@ def _log(_: Path) -> Counts:
     raise ValueError(f"this log says how balanced GPUs are, not experts' loads: {RECORD_EXPERTS}")
 
 
-def _prometheus(path: Path) -> Counts:
-    """Read one scrape: a counter by layer and expert, or a histogram whose buckets are experts."""
+def _scrapes(paths: Sequence[Path], hints: Hints) -> Counts:
+    """Read scrapes of Prometheus: of several what was counted in between.
+
+    Experts without a counter were never chosen.
+    """
+    scrapes = []
+    for path in paths:
+        with naming(path):
+            scrapes.append(_samples(read_whole(path).decode("utf-8")))
+    with naming(paths[0]):
+        layers, experts = (sorted({key[at] for of in scrapes for key in of}) for at in range(2))
+        width = hints.num_experts or experts[-1] + 1
+        if width > EXPERT_LIMIT or experts[-1] >= width or experts[0] < 0:
+            raise ValueError(f"experts must be from 0 to {width - 1}, got {experts[-1]}")
+        total = np.zeros((len(scrapes), len(layers), width))
+        for scrape, of in zip(total, scrapes, strict=True):
+            for (layer, expert), value in of.items():
+                scrape[layers.index(layer), expert] = value
+        load = np.diff(total, axis=0) if len(total) > 1 else total
+        if load.min() < 0:
+            raise ValueError("counters must grow from scrape to scrape: did a server restart?")
+        return counts_in("load", load)
+
+
+def _samples(text: str) -> dict[tuple[int, int], float]:
+    """Return the counter by layer and expert, added up over other labels."""
     metrics: dict[str, dict[tuple[int, int], float]] = {}
-    for name, text, value in SAMPLE.findall(read_whole(path).decode("utf-8")):
-        labels = dict(LABEL.findall(text))
-        layer = [of for key, of in labels.items() if LAYER.fullmatch(key)]
-        expert = [of for key, of in labels.items() if EXPERT.fullmatch(key)]
-        if not expert and name.endswith("_bucket") and "expert" in name and "gpu" not in name:
-            expert = [of for key, of in labels.items() if key == "le" and of != "+Inf"]
-        if not name.endswith("_created") and layer and expert:
-            key = int(layer[0]), int(float(expert[0]))
-            cells = metrics.setdefault(name, {})
+    for name, parts, value in SAMPLE.findall(text):
+        labels = LABEL.findall(parts)
+        layer = [of for key, of in labels if LAYER.fullmatch(key)]
+        expert = [of for key, of in labels if EXPERT.fullmatch(key)]
+        if layer and expert and not name.endswith(("_created", "_bucket")):
+            key, cells = (int(layer[0]), int(expert[0])), metrics.setdefault(name, {})
             cells[key] = cells.get(key, 0.0) + float(value)
     if len(metrics) != 1:
-        found = f"got {', '.join(metrics)}" if metrics else f"got none: {RECORD_EXPERTS}"
-        raise ValueError(f"must have one metric with labels layer and expert, {found}")
-    ((name, cells),) = metrics.items()
-    load = _filled([*cells], [*cells.values()])
-    cumulated = name.endswith("_bucket")
-    return load - np.pad(load, ((0, 0), (1, 0)))[:, :-1] if cumulated else load
+        got = f"got {', '.join(metrics)}" if metrics else f"got none: {RECORD_EXPERTS}"
+        raise ValueError(f"must have one metric with labels layer and expert, {got}")
+    return metrics.popitem()[1]
 
 
-def _filled(keys: list[tuple[int, int]], values: Any) -> Counts:
-    """Return rows in the order of their numbers; each must have every column."""
-    numbers = [sorted({key[at] for key in keys}) for at in range(2)]
-    if len(numbers[0]) * len(numbers[1]) != len(keys):
-        raise ValueError(
-            f"must have one value for each of {len(numbers[0])} x {len(numbers[1])} rows, "
-            f"got {len(keys)}"
-        )
-    order = np.lexsort(np.array(keys).T[::-1])
-    table: Counts = counts_in("load", np.asarray(values)[order])
-    return table.reshape(len(numbers[0]), len(numbers[1]), *table.shape[1:])
-
-
-def _cells(line: str) -> list[str]:
+def _cells(line: str) -> tuple[str, list[str]]:
     separator = max(",;\t", key=line.count)
-    return [cell.strip().strip('"') for cell in line.split(separator)]
+    return separator, [cell.strip().strip('"').lower() for cell in line.split(separator)]
 
 
-def _columns(lines: list[str]) -> tuple[int, dict[str, int], list[int]] | None:
-    """Return lines of a header, columns of window and layer, and of experts; None if no table."""
-    rows = [_cells(line) for line in [line for line in lines if line.strip()][:2]]
-    if not rows or len(rows[0]) < 2 or not all(map(_is_number, rows[-1])):
+def _columns(text: str) -> tuple[bool, dict[str, int], list[int]] | None:
+    """Return whether there is a header, the columns of window and layer, and those of experts."""
+    lines = text[:LONGEST_HEADER].split("\n", 2)[:2]
+    names, row = (_cells(line)[1] for line in (lines[0], lines[-1]))
+    if len(names) > 1 and all(map(NUMBER.fullmatch, names)):
+        return False, {}, [*range(len(names))]
+    experts = sorted((int(of[0]), at) for at, of in enumerate(map(LAST.search, names)) if of)
+    about = {k: at for at, n in enumerate(names) for k, of in KINDS.items() if of.fullmatch(n)}
+    is_table = experts and len(about) + len(experts) == len(names) == len(row)
+    if not is_table or not all(map(NUMBER.fullmatch, row)):
         return None
-    if all(map(_is_number, rows[0][1:])) and _is_number(rows[0][0]):
-        return 0, {}, list(range(len(rows[0])))
-    about, experts = {}, []
-    for at, name in enumerate(name.lower() for name in rows[0]):
-        number = re.search(r"\d+$", name)
-        if number is not None:
-            experts.append((int(number[0]), at))
-        elif WINDOW.fullmatch(name):
-            about["window"] = at
-        elif LAYER.fullmatch(name):
-            about["layer"] = at
-        else:
-            return None
-    return (1, about, [at for _, at in sorted(experts)]) if experts and len(rows) > 1 else None
-
-
-def _is_number(cell: str) -> bool:
-    return re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", cell, re.ASCII) is not None
+    return True, about, [at for _, at in experts]
 
 
 def _csv(path: Path) -> Counts:
     """Read rows of counts: a row is a layer, and an empty line or a column begins a window."""
-    lines = read_whole(path).decode("utf-8-sig").splitlines()
-    columns = _columns(lines)
-    assert columns is not None
-    header, about, experts = columns
-    width, begun = len(_cells(lines[0])), 0
-    rows: list[list[float]] = []
-    keys: list[tuple[int, int]] = []
-    seen: Counter[int] = Counter()
-    for number, line in enumerate(lines[header:], header + 1):
-        cells = _cells(line)
-        if not line.strip():
-            begun = len(rows)
-            continue
-        if len(cells) != width or not all(map(_is_number, cells)):
-            raise ValueError(f"line {number}: must have {width} numbers, got {line:.40}")
-        key = {name: int(float(cells[at])) for name, at in about.items()}
-        # Of window and layer what has no column is how often the other was there before.
-        given = key.get("window", key.get("layer", begun))
-        of_layer = (seen[given], given)
-        of_window = (given, key.get("layer", seen[given]))
-        keys.append(of_layer if [*about] == ["layer"] else of_window)
-        seen[given] += 1
-        rows.append([float(cells[at]) for at in experts])
-    if not about and len(rows) > 2 and len({row[0] - at for at, row in enumerate(rows)}) == 1:
-        raise ValueError("the first column counts rows: name the columns, as in layer,0,1,2")
-    return _filled(keys, rows)
+    text = read_whole(path).decode("utf-8-sig").strip()
+    columns = _columns(text)
+    has_names, about, experts = columns or (False, {}, [])
+    lines = text.split("\n")[has_names:]
+    rows = [line.replace('"', "") for line in lines if line.strip()]
+    if not rows or not experts:
+        raise ValueError("must have rows of counts, got none")
+    table = np.loadtxt(rows, delimiter=_cells(rows[0])[0], ndmin=2, comments=None)
+    window, layer = (table[:, about[of]].tolist() if of in about else [] for of in KINDS)
+    if not about:
+        empty = np.array([not line.strip() for line in lines])
+        window = np.cumsum(empty)[~empty].tolist()
+        if len(rows) > 2 and (np.diff(table[:, 0]) == 1).all():
+            raise ValueError("the first column counts rows: name the columns, as in layer,0,1,2")
+    numbers = (window or _seen(layer), layer or _seen(window))
+    (windows, at), (layers, of) = (np.unique(part, return_inverse=True) for part in numbers)
+    load = np.full((len(windows), len(layers), len(experts)), -1.0)
+    load[at, of] = table[:, experts]
+    if len(rows) != len(windows) * len(layers) or load.min() < 0:
+        raise ValueError(
+            f"must have one row of counts for each of {len(windows)} windows and {len(layers)} "
+            f"layers, got {len(rows)}"
+        )
+    return counts_in("load", load)
+
+
+def _seen(values: list[float]) -> list[int]:
+    """Count how often every window was there before, which is the layer, or the other way round."""
+    seen: Counter[float] = Counter()
+    before = []
+    for value in values:
+        before.append(seen[value])
+        seen[value] += 1
+    return before

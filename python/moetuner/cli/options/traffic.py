@@ -166,10 +166,9 @@ class Source(FileHints):
         if self.tokens_per_step is None:
             return traffic
         if isinstance(traffic, RoutingTrace) or traffic.window is not None:
+            size = WINDOW if isinstance(traffic, RoutingTrace) else traffic.window
             raise click.UsageError(
-                "'--tokens-per-step' is for load tables: a window of INPUT has "
-                f"{traffic.window or WINDOW if isinstance(traffic, RoutingStatistics) else WINDOW} "
-                "tokens, which --window sets for a trace."
+                f"'--tokens-per-step' is for load tables: a window of INPUT has {size} tokens."
             )
         top_k = self.top_k or top_k_of(traffic) or 1
         return traffic.per_step(self.tokens_per_step, top_k=top_k)
@@ -269,18 +268,17 @@ class Source(FileHints):
 
     def _step(self) -> list[str]:
         """Write how many tokens a window of a load table is taken to have."""
-        traffic = self.traffic
+        traffic, top_k = self.traffic, self.top_k or top_k_of(self.traffic)
         if self.tokens_per_step is not None:
             return [f"Windows are scaled to steps of {counted(self.tokens_per_step, 'token')}."]
         if isinstance(traffic, RoutingTrace) or traffic.window is not None:
             return []
-        top_k = self.top_k or top_k_of(traffic)
         sums = traffic.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
         size = counted(int(np.median(sums)) // (top_k or 1), "token")
-        many = ", each counted once per expert (--top-k K counts it once)," if top_k is None else ""
-        window = "A window is" if sums.max() == sums.min() else "The median window is"
+        many = " (counted once per expert; --top-k K counts them once)" if top_k is None else ""
+        window = "A window" if sums.max() == sums.min() else "The median window"
         return [
-            f"{window} {size}{many} and is taken as one step; for counters that sum over many "
+            f"{window} is {size}{many} and is taken as one step; counters that sum over many "
             "steps: --tokens-per-step N."
         ]
 
