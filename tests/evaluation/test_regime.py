@@ -22,24 +22,9 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("name", "model", "given", "whose"),
     [
-        (
-            "solve",
-            "gpt-oss-20b",
-            [],
-            "times are of h100:2880x2880 (gpt-oss-20b); for others: --cost-model FILE or GPU:HIDD",
-        ),
-        (
-            "compare",
-            "mixtral-8x7B-v0.1",
-            ["--cost-model", "a100"],
-            "are of a100:4096x14336 (mixtral-8x7b",
-        ),
-        (
-            "evaluate",
-            "mine",
-            ["--cost-model", "h100"],
-            "mine is not known; times are of DeepSeek-V3",
-        ),
+        ("solve", "gpt-oss-20b", [], "of h100:2880x2880 (gpt-oss-20b); for others: --cost-model"),
+        ("compare", "mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b"),
+        ("evaluate", "mine", ["--cost-model", "h100"], "mine is not known; times are of DeepSeek"),
         (
             "compare",
             None,
@@ -47,7 +32,7 @@ COMMANDS = {
             "INPUT names no model; times are of DeepSeek-V3's experts: pass --mo",
         ),
         ("audit", "mine", ["--for", "vllm", "--model", "Qwen/Qwen3-30B-A3B"], "(qwen3-30b-a3b)"),
-        ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "are of h200:64x32;"),
+        ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "of h200:64x32;"),
     ],
 )
 def test_times_say_whose_they_are(ok, make_trace, tmp_path, name, model, given, whose):

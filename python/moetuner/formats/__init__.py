@@ -159,7 +159,7 @@ def open_input(
     dense_layers: Iterable[int] | None = None,
     reader: str | None = None,
 ) -> Traffic:
-    """Open recorded routing: moetuner's own files, or what an engine recorded.
+    """Open recorded routing: moetuner's own files, what an engine recorded, or a load table.
 
     Parameters
     ----------

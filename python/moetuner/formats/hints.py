@@ -72,25 +72,22 @@ class Hints:
 
     def check_axes(self, traffic: Traffic) -> None:
         """Check that axes are in their order, as far as sizes tell."""
-        layers, tokens = traffic.layers, getattr(traffic, "tokens", None)
-        if layers == self.hidden_layers:
-            return
-        order = "[windows, layers, experts]" if tokens is None else "[tokens, layers, top_k]"
-        if isinstance(traffic, RoutingTrace) and traffic.top_k > layers:
+        layers, is_trace = traffic.layers, isinstance(traffic, RoutingTrace)
+        order = "[tokens, layers, top_k]" if is_trace else "[windows, layers, experts]"
+        got, most = f"{layers} layers", MOST_LAYERS
+        if isinstance(traffic, RoutingTrace):
+            got, most = f"{got} of {traffic.tokens} tokens", min(most, traffic.tokens or most)
             try:
-                next(traffic.shards(1), None)
+                if traffic.top_k > layers:
+                    next(traffic.shards(1), None)
             except ValueError as error:
                 if "appears twice" not in str(error):
                     raise
-                raise ValueError(
-                    f"axes must be {order}, got {layers} layers of top-{traffic.top_k} in which "
-                    "experts repeat: swap the last two"
-                ) from None
-        if layers > (MOST_LAYERS if tokens is None else min(MOST_LAYERS, tokens or layers)):
-            of = "" if tokens is None else f" of {tokens} tokens"
+                got, most = f"{layers} layers of top-{traffic.top_k}, whose experts repeat", 0
+        if layers > most and layers != self.hidden_layers:
             raise ValueError(
-                f"axes must be {order}, got {layers} layers{of}: swap axes, or if it is meant, "
-                f"say hidden_layers {layers}"
+                f"axes must be {order}, got {got}: swap axes, or if it is meant, say hidden_layers "
+                f"{layers}"
             )
 
     def experts_needed(self) -> int:

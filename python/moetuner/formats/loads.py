@@ -1,8 +1,6 @@
 """Load tables as people and servers write them: plain CSV and JSON, bare ``.npy``, Prometheus.
 
-``docs/loads.md`` says what each must look like. Also read are the loads that vLLM's proposed
-``expert_load_stats_path`` writes (PR 41141). What counts GPUs or says only how balanced they are,
-as logs of vLLM and SGLang and SGLang's histogram do, is refused with what to record instead.
+``docs/loads.md`` has the forms. What counts GPUs, or says only how balanced they are, is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from moetuner._checks import EXPERT_LIMIT
 from moetuner.files import naming, npz, read_whole, safetensors
 from moetuner.files.text import parse_json
-from moetuner.formats.counts import by_expert, counts_in
+from moetuner.formats.counts import by_expert, counts_in, statistics_of
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, head
 from moetuner.statistics import RoutingStatistics
@@ -36,9 +34,10 @@ LOG = re.compile(r"EPLB step: \d|\[Expert Balancedness\]|balancedness=\d")
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)\{(.*)\} +([-+.\w]+)(?: +\d+)?$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 EXPERT = re.compile(r"(?:logical_|log_)?expert(?:_?(?:id|idx|index))?")
-LAYER = re.compile(r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?")  # pandas gives rows no name
-WINDOW = re.compile(r"window|step|iteration|pass|time")
-KINDS = {"window": WINDOW, "layer": LAYER}
+KINDS = {
+    "window": re.compile(r"window|step|iteration|pass|time"),
+    "layer": re.compile(r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?"),  # pandas gives no name
+}
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 LAST = re.compile(r"\d+$", re.ASCII)
 LONGEST_HEADER = 1 << 16
@@ -58,50 +57,22 @@ def recognises(path: Path) -> bool:
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
     """Read load tables, one after the other; scrapes of Prometheus as what was counted between."""
     readers = [_reader_of(path) for path in paths]
-    parts = [_scrapes(paths, hints)] if {*readers} == {_scrapes} else []
-    for path, reader in [] if parts else zip(paths, readers, strict=True):
+    if {*readers} == {_scrapes}:
+        with naming(paths[0]):
+            return statistics_of(_scrapes(paths, hints), hints)
+    parts = []
+    for path, reader in zip(paths, readers, strict=True):
         with naming(path):
             if reader is None or reader is _scrapes:
                 raise ValueError("must be a load table like the others (docs/loads.md)")
-            table = counts_in("load", reader(path))
-            if table.ndim not in (2, 3) or 0 in table.shape:
-                rule = "[layers, experts] or [windows, layers, experts]"
-                raise ValueError(f"load must be {rule}, got {list(table.shape)}")
-            sums = table.sum(axis=-1)
-            least = sums.min(initial=sums.max(), where=sums > 0)
-            if reader is npz.read_npy and table.ndim == 2 and sums.max() > 2 * least:
-                rule = "ids [tokens, layers, top_k] or counts [layers, experts], all layers alike"
-                got = f"{list(table.shape)} with {least} to {sums.max()} in a row"
-                raise ValueError(f"must be {rule}; got {got}")
-            parts.append(table if table.ndim == 3 else table[None])
-    with naming(paths[0]):
-        if len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError("load tables must have the same layers and experts")
-        statistics = without_dense(np.concatenate(parts), hints)
-        hints.check_axes(statistics)
-        return statistics
-
-
-def without_dense(load: Counts, hints: Hints) -> RoutingStatistics:
-    """Make statistics of counts [W,hidden,E], without the rows of dense layers."""
-    hidden = load.shape[1]
-    hints.check_experts(load.shape[2])
-    moe = hints.moe_layers(hidden)
-    if moe is None:
-        moe = np.flatnonzero(load.any(axis=(0, 2))).tolist()
-    if not moe:
-        raise ValueError(
-            "every count is zero, so nothing was recorded: send traffic while the recorder runs, "
-            "then dump it"
-        )
-    dense = tuple(sorted(set(range(hidden)) - set(moe)))
-    return RoutingStatistics.from_load(load[:, moe], left_out=(hidden, dense) if dense else None)
+            parts.append(statistics_of(reader(path), hints))
+    return RoutingStatistics.sum(parts)
 
 
 def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
     start = head(path)
     if start.startswith(npz.MAGIC):
-        return npz.read_npy if _holds_counts(path) else None
+        return _array if _holds_counts(path) else None
     text = start.decode("latin-1").removeprefix(MARK).lstrip()
     if not text or "\0" in text:
         return None
@@ -131,11 +102,11 @@ def _holds_counts(path: Path) -> bool:
             return True
         begin = replace(stored, shape=(min(FIRST, stored.shape[0]), *stored.shape[1:]))
         first = npz.read_npy(path)[:FIRST] if fortran else safetensors.read(path, begin)
-    except ValueError:
-        return False  # the reader of moetuner's own says what is wrong
-    with np.errstate(invalid="ignore"):
-        is_whole = (first == np.floor(first)).all()
-    if first.max() >= 1 << 16 or not is_whole:
+        counts_in("load", first)
+    except ValueError as error:
+        # Else the reader of moetuner's own says what is wrong.
+        return "whole numbers" in str(error)
+    if first.max() >= 1 << 16:
         return True
     in_order, sums = np.sort(first, axis=2), first.sum(axis=2, dtype=np.float64)
     repeats = ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] > 1)).any()
@@ -144,8 +115,20 @@ def _holds_counts(path: Path) -> bool:
     return bool(repeats and (first.shape[2] > MOST_CHOSEN or alike))
 
 
+def _array(path: Path) -> Counts:
+    """Read a bare array; of one without windows, layers must have about as many choices."""
+    table = counts_in("load", npz.read_npy(path))
+    sums = table.sum(axis=-1)
+    least = sums.min(initial=sums.max(), where=sums > 0)
+    if table.ndim == 2 and sums.max() > 2 * least:
+        rule = "ids [tokens, layers, top_k] or counts [layers, experts], all layers alike"
+        got = f"{list(table.shape)} with {least} to {sums.max()} in a row"
+        raise ValueError(f"must be {rule}; got {got}")
+    return table
+
+
 def _records(path: Path) -> Counts:
-    """Read the records of vLLM's load statistics: a window each, slots added up by expert."""
+    """Read what vLLM's expert_load_stats_path gets (PR 41141): loads of slots, a window a line."""
     windows: list[Counts] = []
     for number, line in enumerate(read_whole(path).decode("utf-8").splitlines(), 1):
         if RECORD in line:
@@ -162,28 +145,21 @@ def _log(_: Path) -> Counts:
     raise ValueError(f"this log says how balanced GPUs are, not experts' loads: {RECORD_EXPERTS}")
 
 
-def _scrapes(paths: Sequence[Path], hints: Hints) -> Counts:
-    """Read scrapes of Prometheus: of several what was counted in between.
-
-    Experts without a counter were never chosen.
-    """
-    scrapes = []
-    for path in paths:
-        with naming(path):
-            scrapes.append(_samples(read_whole(path).decode("utf-8")))
-    with naming(paths[0]):
-        layers, experts = (sorted({key[at] for of in scrapes for key in of}) for at in range(2))
-        width = hints.num_experts or experts[-1] + 1
-        if width > EXPERT_LIMIT or experts[-1] >= width or experts[0] < 0:
-            raise ValueError(f"experts must be from 0 to {width - 1}, got {experts[-1]}")
-        total = np.zeros((len(scrapes), len(layers), width))
-        for scrape, of in zip(total, scrapes, strict=True):
-            for (layer, expert), value in of.items():
-                scrape[layers.index(layer), expert] = value
-        load = np.diff(total, axis=0) if len(total) > 1 else total
-        if load.min() < 0:
-            raise ValueError("counters must grow from scrape to scrape: did a server restart?")
-        return counts_in("load", load)
+def _scrapes(paths: Sequence[Path], hints: Hints) -> NDArray[Any]:
+    """Read scrapes of Prometheus; experts without a counter were never chosen."""
+    scrapes = [_samples(read_whole(path).decode("utf-8")) for path in paths]
+    layers, experts = (sorted({key[at] for of in scrapes for key in of}) for at in range(2))
+    width = hints.num_experts or experts[-1] + 1
+    if not 0 <= experts[0] <= experts[-1] < min(width, EXPERT_LIMIT):
+        raise ValueError(f"experts must be from 0 to {width - 1}, got {experts[-1]}")
+    total = np.zeros((len(scrapes), len(layers), width))
+    for scrape, of in zip(total, scrapes, strict=True):
+        for (layer, expert), value in of.items():
+            scrape[layers.index(layer), expert] = value
+    load = np.diff(total, axis=0) if len(total) > 1 else total
+    if load.min() < 0:
+        raise ValueError("counters must grow from scrape to scrape: did a server restart?")
+    return load
 
 
 def _samples(text: str) -> dict[tuple[int, int], float]:
@@ -191,14 +167,14 @@ def _samples(text: str) -> dict[tuple[int, int], float]:
     metrics: dict[str, dict[tuple[int, int], float]] = {}
     for name, parts, value in SAMPLE.findall(text):
         labels = LABEL.findall(parts)
-        layer = [of for key, of in labels if LAYER.fullmatch(key)]
+        layer = [of for key, of in labels if KINDS["layer"].fullmatch(key)]
         expert = [of for key, of in labels if EXPERT.fullmatch(key)]
         if layer and expert and not name.endswith(("_created", "_bucket")):
             key, cells = (int(layer[0]), int(expert[0])), metrics.setdefault(name, {})
             cells[key] = cells.get(key, 0.0) + float(value)
     if len(metrics) != 1:
-        got = f"got {', '.join(metrics)}" if metrics else f"got none: {RECORD_EXPERTS}"
-        raise ValueError(f"must have one metric with labels layer and expert, {got}")
+        got = ", ".join(metrics) or f"none: {RECORD_EXPERTS}"
+        raise ValueError(f"must have one metric with labels layer and expert, got {got}")
     return metrics.popitem()[1]
 
 
@@ -221,11 +197,10 @@ def _columns(text: str) -> tuple[bool, dict[str, int], list[int]] | None:
     return True, about, [at for _, at in experts]
 
 
-def _csv(path: Path) -> Counts:
+def _csv(path: Path) -> NDArray[Any]:
     """Read rows of counts: a row is a layer, and an empty line or a column begins a window."""
     text = read_whole(path).decode("utf-8-sig").strip()
-    columns = _columns(text)
-    has_names, about, experts = columns or (False, {}, [])
+    has_names, about, experts = _columns(text) or (False, {}, [])
     lines = text.split("\n")[has_names:]
     rows = [line.replace('"', "") for line in lines if line.strip()]
     if not rows or not experts:
@@ -242,11 +217,9 @@ def _csv(path: Path) -> Counts:
     load = np.full((len(windows), len(layers), len(experts)), -1.0)
     load[at, of] = table[:, experts]
     if len(rows) != len(windows) * len(layers) or load.min() < 0:
-        raise ValueError(
-            f"must have one row of counts for each of {len(windows)} windows and {len(layers)} "
-            f"layers, got {len(rows)}"
-        )
-    return counts_in("load", load)
+        rule = f"one row of counts for each of {len(windows)} windows and {len(layers)} layers"
+        raise ValueError(f"must have {rule}, got {len(rows)}")
+    return load
 
 
 def _seen(values: list[float]) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetuner.files import Kind, kind_of, naming
 from moetuner.files.contents import holds_statistics
+from moetuner.formats.counts import without_dense
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.sources import files_in, first_file
@@ -39,6 +40,8 @@ def _traffic(path: Path, hints: Hints) -> Traffic:
         traffic = RoutingTrace.load(path, num_experts=hints.num_experts)
     with naming(path):
         hints.check_experts(traffic.num_experts)
+        if isinstance(traffic, RoutingStatistics) and kind_of(path) == "npz":
+            traffic = without_dense(traffic)
         hints.check_axes(traffic)
     return traffic
 

@@ -27,10 +27,9 @@ from moetuner._checks import array_in, shown
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import added, by_expert, counts_in
+from moetuner.formats.counts import added, by_expert, counts_in, statistics_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
-from moetuner.formats.loads import without_dense
 from moetuner.formats.records import head, looks_like_json, records
 from moetuner.formats.responses import arrays_in, decoded, trace_of
 from moetuner.formats.sources import files_in, first_file
@@ -124,11 +123,8 @@ def _content(path: Path) -> Any:
 def _distribution(value: Any) -> NDArray[np.int64]:
     """Return counts [steps,hidden,E]: of the buffer's steps those that were used."""
     table = value.array() if isinstance(value, pickled.Tensor) else array_in(COUNTS, value)
-    if table.ndim not in (2, 3) or table.dtype.kind not in "iuf":
-        rule = "counts [layers, experts] or [steps, layers, experts]"
-        raise ValueError(f"{COUNTS} must be {rule}, got {shown(table)}")
-    count = counts_in(COUNTS, table if table.ndim == 3 else table[None])
-    used = count.any(axis=(1, 2))
+    count = counts_in(COUNTS, table[None] if table.ndim == 2 else table)
+    used = count.reshape(len(count), -1).any(axis=1)
     return count[used] if used.any() else count[:1]
 
 
@@ -152,7 +148,7 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
     load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
     if not len(load):
         raise ValueError("must have at least one step with tokens, got none")
-    return without_dense(load, hints)
+    return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:

@@ -35,27 +35,26 @@ def doubts(traffic: Traffic) -> list[str]:
         layers = [*traffic.window_load.swapaxes(0, 1)]
     if not choices:
         return ["Warning: every count is zero, so nothing was recorded: record again under load."]
-    lines = []
     if choices < FEWEST_CHOICES * experts:
-        lines.append(
+        return [
             f"Warning: {choices / experts:.1f} choices per expert and layer are too few to tell "
             f"busy experts from chance: record at least {FEWEST_CHOICES}, better hundreds."
-        )
+        ]
+    lines: list[str] = []
     busiest = -np.sort(-load, axis=1) / np.maximum(load.sum(axis=1, keepdims=True), 1)
     for few, limit in ((max(1, experts // 16), FEW_TAKE), (top_k_of(traffic) or 2, SAME_TAKE)):
         share = float(np.median(busiest[:, :few].sum(axis=1)))
-        if share > limit and few < experts:
-            lines.append(
+        if share > limit and few < experts and not lines:
+            lines = [
                 f"Warning: {few} of {experts} experts take {share:.0%} of the choices of the "
                 "median layer, as prompts do that are alike: record the prompts of real users."
-            )
-            break
+            ]
     texts = [of.tobytes() for of in layers]
     copied = [layer for layer, text in enumerate(texts) if texts.index(text) < layer]
-    if copied:
+    for layer in copied[:1]:
+        more = f", and {len(copied) - 1} more repeat others" if len(copied) > 1 else ""
         lines.append(
-            f"Warning: layer {copied[0]} has exactly what layer {texts.index(texts[copied[0]])} has"
-            f"{f', and {len(copied) - 1} more layers repeat others' if len(copied) > 1 else ''}: "
+            f"Warning: layer {layer} has exactly what layer {texts.index(texts[layer])} has{more}: "
             "record every layer by itself."
         )
     return lines

@@ -259,12 +259,16 @@ class Source(FileHints):
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
-        return facts(self.input_files, self.traffic)
+        return facts(self.input_files, self.traffic) | {"warnings": self.warnings}
 
     def describe(self) -> str:
         """Describe INPUT in a line; in further ones what was assumed of it, and warnings."""
-        lines = [describe(self.input_files, self.traffic), *self._step(), *doubts(self.traffic)]
-        return "\n".join(lines)
+        return "\n".join([describe(self.input_files, self.traffic), *self._step(), *self.warnings])
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What makes INPUT worthless, or next to it."""
+        return doubts(self.traffic)
 
     def _step(self) -> list[str]:
         """Write how many tokens a window of a load table is taken to have."""
