@@ -355,45 +355,6 @@ class RoutingStatistics(Frozen):
         load = check.array_in("load", load)
         return cls(load[None] if load.ndim == 2 else load, **fields)
 
-    def per_step(self, tokens: int, *, top_k: int = 1) -> RoutingStatistics:
-        """Scale the load of every window to one step, for counters that sum over many.
-
-        Shares are kept, and so are the totals of layers to one another; rounding is by the largest
-        remainder. Windows without load are left out, pairs and sets are not kept.
-
-        Parameters
-        ----------
-        tokens
-            Tokens of a step.
-        top_k
-            Experts per token and layer; 1 where load counts tokens once, or ``tokens`` counts each
-            token once per expert.
-
-        Examples
-        --------
-        >>> import moetuner as mt
-        >>> mt.RoutingStatistics.from_load([[600, 300, 100]]).per_step(5).window_load.tolist()
-        [[[3, 2, 0]]]
-        """
-        tokens = check.whole_number("tokens", tokens, highest=1 << 40)
-        choices = tokens * check.whole_number("top_k", top_k, highest=1 << 12)
-        used = np.flatnonzero(self.window_load.any(axis=(1, 2)))
-        if not used.size:
-            raise ValueError("load must have a count above 0 to be scaled, got only zeros")
-        scaled = np.empty((len(used), *self.window_load.shape[1:]), dtype=np.int64)
-        for at, window in enumerate(used):
-            load = self.window_load[window].astype(np.float64)
-            total = load.sum(axis=1, keepdims=True)
-            wanted = np.rint(choices * (total / total.max()))
-            exact = load / np.maximum(total, 1) * wanted
-            scaled[at] = np.floor(exact)
-            missing = wanted[:, 0].astype(np.int64) - scaled[at].sum(axis=1)
-            rank = np.argsort(np.argsort(scaled[at] - exact, axis=1, kind="stable"), axis=1)
-            scaled[at] += rank < missing[:, None]
-        fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
-        fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
-        return replace(self, window_load=cast(Any, scaled), **fields)
-
     @property
     def windows(self) -> int:
         """Number of windows, W."""
@@ -513,6 +474,45 @@ class RoutingStatistics(Frozen):
             check.instance("each of the parts", part, RoutingStatistics)
         total: RoutingStatistics = reduce(operator.add, members)
         return total
+
+    def per_step(self, tokens: int, *, top_k: int = 1) -> RoutingStatistics:
+        """Scale the load of every window to one step, for counters that sum over many.
+
+        Shares are kept, and so are the totals of layers to one another; rounding is by the largest
+        remainder. Windows without load are left out, pairs and sets are not kept.
+
+        Parameters
+        ----------
+        tokens
+            Tokens of a step.
+        top_k
+            Experts per token and layer; 1 where load counts tokens once, or ``tokens`` counts each
+            token once per expert.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> mt.RoutingStatistics.from_load([[600, 300, 100]]).per_step(5).window_load.tolist()
+        [[[3, 2, 0]]]
+        """
+        tokens = check.whole_number("tokens", tokens, highest=1 << 40)
+        choices = tokens * check.whole_number("top_k", top_k, highest=1 << 12)
+        used = np.flatnonzero(self.window_load.any(axis=(1, 2)))
+        if not used.size:
+            raise ValueError("load must have a count above 0 to be scaled, got only zeros")
+        scaled = np.empty((len(used), *self.window_load.shape[1:]), dtype=np.int64)
+        for at, window in enumerate(used):
+            load = self.window_load[window].astype(np.float64)
+            total = load.sum(axis=1, keepdims=True)
+            wanted = np.rint(choices * (total / total.max()))
+            exact = load / np.maximum(total, 1) * wanted
+            scaled[at] = np.floor(exact)
+            missing = wanted[:, 0].astype(np.int64) - scaled[at].sum(axis=1)
+            rank = np.argsort(np.argsort(scaled[at] - exact, axis=1, kind="stable"), axis=1)
+            scaled[at] += rank < missing[:, None]
+        fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
+        return replace(self, window_load=cast(Any, scaled), **fields)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""

@@ -33,10 +33,9 @@ from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
 from moetuner.problem.settings import ENGINE, GOAL
-from moetuner.report import outcome
+from moetuner.report import outcome, recording
 from moetuner.report.cells import counted
 from moetuner.report.outcome import Outcome
-from moetuner.report.recording import doubts
 from moetuner.solver import Result, solve
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -268,7 +267,7 @@ class Source(FileHints):
     @cached_property
     def warnings(self) -> list[str]:
         """What makes INPUT worthless, or next to it."""
-        return doubts(self.traffic)
+        return recording.doubts(self.traffic)
 
     def _step(self) -> list[str]:
         """Write how many tokens a window of a load table is taken to have."""
