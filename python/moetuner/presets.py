@@ -88,7 +88,6 @@ SIZES = {
     (4096, 1408, 8): "glm-4.5-air",
     (2880, 2880, 4): "gpt-oss-120b gpt-oss-20b",
     (6144, 32768, 2): "grok-1",
-    (4096, 3072, 8): "hunyuan-a13b",
     (5120, 8192, 1): "llama-4-maverick llama-4-scout",
     (3072, 1536, 8): "minimax-m2",
     (6144, 9216, 2): "minimax-text-01",

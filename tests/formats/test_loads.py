@@ -130,3 +130,18 @@ def test_worthless_recordings(load, words):
         ids = np.stack([row[: min(map(len, rows))] for row in rows], axis=1)[:, :, None]
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=load.shape[2])
         assert [words in line for line in doubts(trace)] == ([] if words is None else [True])
+
+
+def test_counters_that_sum_over_steps_give_the_same(ok, as_json, tmp_path):
+    """Times are of one step of the model's tokens, however many steps a window has."""
+    times, common = [], ("--devices", 4, "--method", "lpt", "--out", tmp_path / "p.json")
+    for steps, more in ((1, ()), (32, ("--tokens-per-step", 512))):
+        path = tmp_path / f"{steps}.npz"
+        np.savez(path, load=DENSE * steps, model="deepseek-v3")
+        solved = as_json("solve", path, *common, *more)
+        times.append((solved["predicted_layer_us"], solved["imbalance"]))
+        assert "out; as options of export: --hidden-layers 5 --dense-layers 0" in ok(
+            "inspect", path
+        )
+        assert f"A window is {512 * steps:,} tokens and is taken as one" in ok("inspect", path)
+    assert times[0] == times[1]

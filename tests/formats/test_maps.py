@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import full_slots
@@ -184,14 +183,13 @@ def test_maps_are_taken_wherever_placements_are(ok, trace, tmp_path, form):
     assert mt.Placement.load(out) == placement
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
-def test_maps_and_distributions_of_others():
+def test_maps_and_distributions_of_others(data):
     """TensorRT-LLM's maps are placements; SGLang's distributions are loads, or nothing."""
     for devices, name in ((4, "prefill-ep4"), (16, "decode-ep16")):
-        path = DATA / "maps" / f"trtllm-deepseek-v4-{name}.yaml"
+        path = data / "maps" / f"trtllm-deepseek-v4-{name}.yaml"
         assert mt.read_placement(path, devices=devices).slots_per_device * devices == 384
-    degenerate = mt.open_input(DATA / "maps" / "sglang-degenerate.pt")
+    degenerate = mt.open_input(data / "maps" / "sglang-degenerate.pt")
     assert degenerate.left_out == (61, (0, 1, 2))
     assert "16 of 256 experts take" in doubts(degenerate)[0]
     with pytest.raises(ValueError, match="every count is zero"):
-        mt.open_input(DATA / "maps" / "sglang-all-zero.pt")
+        mt.open_input(data / "maps" / "sglang-all-zero.pt")

@@ -28,7 +28,7 @@ from moetuner.cost import public_name, size_of_expert, top_k_of
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
-from moetuner.formats import open_input, read_placement
+from moetuner.formats import form_of, open_input, read_placement
 from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
@@ -90,14 +90,14 @@ def _left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
 
 def read_model(text: str) -> str:
     """Return the name under which a model's sizes are known."""
-    name = public_name(text)
-    if name is None:
+    public = public_name(text)
+    if public is None:
         near = suggestion(text.rsplit("/", 1)[-1].lower(), MODELS)
         raise click.BadParameter(
             f"must be a model whose sizes are known, got '{text:.60}'{near or '.'} "
             "For another one: --cost-model GPU:HIDDENxINTERMEDIATE."
         )
-    return name
+    return public
 
 
 def parse_files(
@@ -233,7 +233,7 @@ class Source(FileHints):
             raise ValueError(text.replace(" dense_layers", " --dense-layers")) from None
         with naming(path):
             more = placement.layers - self.traffic.layers
-            if more > 0:
+            if more > 0 and form_of(path) != "json":
                 raise ValueError(
                     f"placement must have {self.traffic.layers} layers like INPUT, got "
                     f"{placement.layers}: if {more} of them are not in INPUT, as they have no "
@@ -272,13 +272,13 @@ class Source(FileHints):
     def _step(self) -> list[str]:
         """Write how many tokens a window of a load table is taken to have."""
         traffic, top_k = self.traffic, self.top_k or top_k_of(self.traffic)
+        many = " (counted once per expert; --top-k K counts them once)" if top_k is None else ""
         if self.tokens_per_step is not None:
-            return [f"Windows are scaled to steps of {counted(self.tokens_per_step, 'token')}."]
+            return [f"Windows are scaled to steps of {self.tokens_per_step:,} tokens{many}."]
         if isinstance(traffic, RoutingTrace) or traffic.window is not None:
             return []
         sums = traffic.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
         size = counted(int(np.median(sums)) // (top_k or 1), "token")
-        many = " (counted once per expert; --top-k K counts them once)" if top_k is None else ""
         window = "A window" if sums.max() == sums.min() else "The median window"
         return [
             f"{window} is {size}{many} and is taken as one step; counters that sum over many "
