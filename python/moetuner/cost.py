@@ -546,9 +546,9 @@ def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:
     return CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, name=name)
 
 
-def assumed_model(model: CostModel) -> str | None:
-    """Return a sentence where a cost model is of experts that nobody named; else None."""
-    _, assumed, why = (model.name or "").partition(f"({ASSUMED}")
+def assumed_model(name: str | None) -> str | None:
+    """Return a sentence where a cost model of this name is of experts that nobody named."""
+    _, assumed, why = (name or "").partition(f"({ASSUMED}")
     if not assumed:
         return None
     return f"{why[:-1]}; times are of DeepSeek-V3's experts: pass --model or --cost-model."

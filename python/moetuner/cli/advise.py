@@ -15,7 +15,6 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, timed, working
-from moetuner.cost import assumed_model
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
@@ -87,7 +86,6 @@ def command(
     with working("advising") as report:
         how |= serving.arguments(source.traffic) | {"report": timed(report, str)}
         advice = advising.advise(source.traffic, topology, **how)
-    output.say(*filter(None, [assumed_model(how["cost_model"])]))
     commands = next_commands(source, machine, advice, initial, serving.engine)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))

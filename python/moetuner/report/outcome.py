@@ -192,7 +192,7 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
 
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
-    line = assumed_model(model) or (
+    line = assumed_model(model.name) or (
         f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
         "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
