@@ -56,6 +56,7 @@ RIGHT = {
     "to": "json",
 }  # fmt: skip
 BY_CALL = {
+    "RoutingStatistics.per_step": {"tokens": 5},
     "ExpertSets": {"ids": SETS.ids, "counts": SETS.counts},
     "CostModel.fit": {
         "tokens": [1, 2, 3, 4, 500, 600, 700, 800, 900, 950],
@@ -163,6 +164,7 @@ WRONG = {
     "RoutingTrace.ids": (IDS, [], "abc", 3),
     "RoutingTrace.select.groups": (3, "z", ["z"], [9], [-1], [1.0], [None], [True], [HUGE], [b"0"]),
     "RoutingStatistics.transitions": PAIRS, "RoutingStatistics.coactivation": PAIRS,
+    "RoutingStatistics.per_step.tokens": COUNT, "top_k": COUNT,
     "RoutingStatistics.sets": (3, "ab", [3], [None, None], [], {}),
     "RoutingStatistics.group": (3, [0, 1], [0, 9], [0, -1], ["a"] * 2, [0.0] * 2, [[0, 0]]),
     "Placement.num_experts": (*INDEX, 5, 1 << 40), "Placement.topology": NO_TEXT,

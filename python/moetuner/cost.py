@@ -16,7 +16,7 @@ from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
-from moetuner.presets import GPUS
+from moetuner.presets import GPUS, MODELS
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -510,38 +510,7 @@ def _cross_validate(tokens: Floats, experts: Floats, times: Floats) -> tuple[flo
 # Times are of this GPU when nobody names one.
 DEFAULT_GPU = "h100"
 
-# Hidden and intermediate size of a routed expert: `hidden_size` and `moe_intermediate_size` (where
-# that is missing `intermediate_size`, of dbrx `d_model` and `ffn_hidden_size`) of the config.json
-# that the model was published with. A name stands for itself and whatever comes after it and "-" or
-# ".", such as "-instruct" or "-v0.1".
-SIZES = {
-    "dbrx": (6144, 10752),
-    "deepseek-moe-16b": (2048, 1408),
-    "deepseek-r1": (7168, 2048),
-    "deepseek-v2": (5120, 1536),
-    "deepseek-v2-lite": (2048, 1408),
-    "deepseek-v3": (7168, 2048),
-    "glm-4.5": (5120, 1536),
-    "glm-4.5-air": (4096, 1408),
-    "glm-4.6": (5120, 1536),
-    "gpt-oss-120b": (2880, 2880),
-    "gpt-oss-20b": (2880, 2880),
-    "kimi-k2": (7168, 2048),
-    "llama-4-maverick": (5120, 8192),
-    "llama-4-scout": (5120, 8192),
-    "minimax-m2": (3072, 1536),
-    "mixtral-8x22b": (6144, 16384),
-    "mixtral-8x7b": (4096, 14336),
-    "olmoe-1b-7b": (2048, 1024),
-    "phi-3.5-moe": (4096, 6400),
-    "qwen1.5-moe-a2.7b": (2048, 1408),
-    "qwen2-57b-a14b": (3584, 2560),
-    "qwen3-235b-a22b": (4096, 1536),
-    "qwen3-30b-a3b": (2048, 768),
-    "qwen3-coder-30b-a3b": (2048, 768),
-    "qwen3-coder-480b-a35b": (6144, 2560),
-    "qwen3-next-80b-a3b": (2048, 512),
-}
+ASSUMED = "deepseek-v3, as "
 
 
 def public_name(model: str | None) -> str | None:
@@ -550,7 +519,7 @@ def public_name(model: str | None) -> str | None:
         return None
     # Names on hubs come after an owner; people write the rest as they like.
     name = re.sub(r"[\s_]+", "-", model.strip().rsplit("/", 1)[-1].lower())
-    fits = [public for public in SIZES if re.match(rf"{re.escape(public)}([-.]|$)", name)]
+    fits = [public for public in MODELS if re.match(rf"{re.escape(public)}([-.]|$)", name)]
     return max(fits, key=len, default=None)
 
 
@@ -559,12 +528,19 @@ def size_of_expert(traffic: Any) -> tuple[int, int] | None:
 
     Of a trace or statistics; None where neither is known.
     """
-    return traffic.expert_size or SIZES.get(public_name(traffic.model) or "")
+    known = MODELS.get(public_name(traffic.model) or "")
+    return traffic.expert_size or (None if known is None else known[:2])
+
+
+def top_k_of(traffic: Any) -> int | None:
+    """Return experts per token of a trace, or of the public model of statistics; else None."""
+    known = MODELS.get(public_name(traffic.model) or "")
+    return getattr(traffic, "top_k", None if known is None else known[2])
 
 
 def bytes_of_expert(size: Sequence[int] | None, model: str | None) -> float | None:
     """Return the bytes of an expert of one layer in 8 bits; None where its size is not known."""
-    size = size or SIZES.get(public_name(model) or "")
+    size = size or MODELS.get(public_name(model) or "")
     return None if size is None else 3.0 * size[0] * size[1]
 
 
@@ -574,8 +550,17 @@ def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:
     Where their size is not known they are DeepSeek-V3's. The name says whose they are.
     """
     hidden, intermediate = size_of_expert(traffic) or (HIDDEN, INTERMEDIATE)
-    whose = public_name(traffic.model) or "deepseek-v3, as INPUT's model is not known"
+    why = "INPUT names no model" if traffic.model is None else f"{traffic.model:.40} is not known"
+    whose = public_name(traffic.model) or f"{ASSUMED}{why}"
     if traffic.expert_size is not None:
         whose = traffic.model or "as recorded"
     name = f"{gpu}:{hidden}x{intermediate} ({whose})"
     return CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, name=name)
+
+
+def assumed_model(name: str | None) -> str | None:
+    """Return a sentence where a cost model of this name is of experts that nobody named."""
+    _, assumed, why = (name or "").partition(f"({ASSUMED}")
+    if not assumed:
+        return None
+    return f"{why[:-1]}; times are of DeepSeek-V3's experts: pass --model or --cost-model."

@@ -70,3 +70,36 @@ GPUS = {
     "gb200": Gpu(2500e12, 5000e12, 8.0e12),
     "mi300x": Gpu(1307e12, 2615e12, 5.3e12),
 }
+
+# Hidden and intermediate size of a routed expert, and experts per token: `hidden_size`,
+# `moe_intermediate_size` (where that is missing `intermediate_size`, of dbrx `d_model` and
+# `ffn_hidden_size`) and `num_experts_per_tok` of the config.json that models were published with.
+# A name stands for itself and whatever comes after it and "-" or ".", such as "-instruct".
+SIZES = {
+    (7168, 4864, 2): "snowflake-arctic",
+    (6144, 10752, 4): "dbrx",
+    (5120, 1536, 6): "deepseek-coder-v2 deepseek-v2",
+    (2048, 1408, 6): "deepseek-coder-v2-lite deepseek-moe-16b deepseek-v2-lite moonlight-16b-a3b",
+    (7168, 2048, 8): "deepseek-r1 deepseek-v3 kimi-k2",
+    (4096, 1408, 6): "dots.llm1",
+    (2560, 1536, 6): "ernie-4.5-21b-a3b",
+    (8192, 3584, 8): "ernie-4.5-300b-a47b",
+    (5120, 1536, 8): "glm-4.5 glm-4.6",
+    (4096, 1408, 8): "glm-4.5-air",
+    (2880, 2880, 4): "gpt-oss-120b gpt-oss-20b",
+    (6144, 32768, 2): "grok-1",
+    (5120, 8192, 1): "llama-4-maverick llama-4-scout",
+    (3072, 1536, 8): "minimax-m2",
+    (6144, 9216, 2): "minimax-text-01",
+    (6144, 16384, 2): "mixtral-8x22b",
+    (4096, 14336, 2): "mixtral-8x7b",
+    (2048, 1024, 8): "olmoe-1b-7b",
+    (4096, 6400, 2): "phi-3.5-moe",
+    (2048, 1408, 4): "qwen1.5-moe-a2.7b",
+    (3584, 2560, 8): "qwen2-57b-a14b",
+    (4096, 1536, 8): "qwen3-235b-a22b qwen3-vl-235b-a22b",
+    (2048, 768, 8): "qwen3-30b-a3b qwen3-coder-30b-a3b qwen3-vl-30b-a3b",
+    (6144, 2560, 8): "qwen3-coder-480b-a35b",
+    (2048, 512, 10): "qwen3-next-80b-a3b",
+}
+MODELS = {name: size for size, names in SIZES.items() for name in names.split()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
+from moetuner.files.ids import LeftOut
 from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
 
@@ -175,6 +176,9 @@ class RoutingStatistics(Frozen):
         Group of every window [W], an index into ``group_names``; None without groups.
     expert_size
         Hidden and intermediate size of an expert, for predicted times; None if not known.
+    left_out
+        Hidden layers of the model, and the numbers of those without experts, where a recording had
+        rows for them; None where it had none. Files do not keep it.
 
     Examples
     --------
@@ -200,6 +204,7 @@ class RoutingStatistics(Frozen):
     sets: tuple[ExpertSets, ...] | None = None
     expert_size: tuple[int, int] | None = None
     set_tokens: int | None = None
+    left_out: LeftOut | None = None
 
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
@@ -489,6 +494,7 @@ class RoutingStatistics(Frozen):
         fields["group_names"] = names if group is not None else ()
         for name in ("model", "expert_size"):
             fields[name] = getattr(self, name) and getattr(other, name)
+        fields["left_out"] = self.left_out if self.left_out == other.left_out else None
         for name, mine in self._pairs.items():
             theirs = other._pairs[name]
             fields[name] = None if mine is None or theirs is None else mine + theirs
@@ -512,6 +518,45 @@ class RoutingStatistics(Frozen):
             check.instance("each of the parts", part, RoutingStatistics)
         total: RoutingStatistics = reduce(operator.add, members)
         return total
+
+    def per_step(self, tokens: int, *, top_k: int = 1) -> RoutingStatistics:
+        """Scale the load of every window to one step, for counters that sum over many.
+
+        Shares are kept, and so are the totals of layers to one another; rounding is by the largest
+        remainder. Windows without load are left out, pairs and sets are not kept.
+
+        Parameters
+        ----------
+        tokens
+            Tokens of a step.
+        top_k
+            Experts per token and layer; 1 where load counts tokens once, or ``tokens`` counts each
+            token once per expert.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> mt.RoutingStatistics.from_load([[600, 300, 100]]).per_step(5).window_load.tolist()
+        [[[3, 2, 0]]]
+        """
+        tokens = check.whole_number("tokens", tokens, highest=1 << 40)
+        choices = tokens * check.whole_number("top_k", top_k, highest=1 << 12)
+        used = np.flatnonzero(self.window_load.any(axis=(1, 2)))
+        if not used.size:
+            raise ValueError("load must have a count above 0 to be scaled, got only zeros")
+        scaled = np.empty((len(used), *self.window_load.shape[1:]), dtype=np.int64)
+        for at, window in enumerate(used):
+            load = self.window_load[window].astype(np.float64)
+            total = load.sum(axis=1, keepdims=True)
+            wanted = np.rint(choices * (total / total.max()))
+            exact = load / np.maximum(total, 1) * wanted
+            scaled[at] = np.floor(exact)
+            missing = wanted[:, 0].astype(np.int64) - scaled[at].sum(axis=1)
+            rank = np.argsort(np.argsort(scaled[at] - exact, axis=1, kind="stable"), axis=1)
+            scaled[at] += rank < missing[:, None]
+        fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
+        return replace(self, window_load=cast(Any, scaled), **fields)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""

@@ -1,5 +1,6 @@
 """Everything that goes wrong is one line: the option or file, and what would be right."""
 
+import json
 import re
 import shlex
 
@@ -38,7 +39,21 @@ compare LOAD --devices 4 --pin 0:1:2 --forbid *:1:2 | --pin and --forbid contrad
 compare LOAD --devices 4 --objective speed | 'speed' is not one of
 solve LOAD --devices 4 --move-budget 1 | needs '--initial'
 solve LOAD --devices 4 --pareto | '--pareto' needs '--initial'
-solve LOAD --devices 2 --initial p.json | initial must have 3 layers, 8 experts and 2 devices
+solve LOAD --devices 2 --initial p.json | p.json: placement must have 3 layers, 8 experts and 2 dev
+solve LOAD --devices 2 --model gpt-oos-20b | Did you mean gpt-oss-20b? For another one: --cost-model
+solve TRACE --devices 2 --tokens-per-step 8 | a window of INPUT has 512 tokens
+inspect TRACE --num-experts 9 | num_experts must be 8, got 9
+inspect x-table.npy | or counts [layers, experts], all layers alike; got [8, 2] with
+inspect x-axes.npy --num-experts 8 | axes must be [tokens, layers, top_k], got 300 layers
+inspect x-last.npy --num-experts 8 | got 2 layers of top-3, whose experts repeat: swap axes
+inspect x-eplb.log | this log says how balanced GPUs are, not experts' loads: record experts
+inspect x-map.yaml | must be recorded routing, got a placement: the YAML of TensorRT-LLM
+evaluate x-long.json TRACE | x-long.json: --devices must be given
+evaluate x-map.yaml TRACE --devices 4 | layer 1: expert 0 is in every slot
+evaluate x-zeros.json TRACE --devices 4 | x-zeros.json: row 0: expert 0 is in every slot
+evaluate x-long.json TRACE --devices 4 | must have 3 layers like INPUT, got 4: if 1 of them
+evaluate x-counts.json TRACE | not a placement but recorded routing, to be given as INPUT
+inspect x-counts.json | every count is zero, so nothing was recorded
 export p.json --to moves --out m.json | '--to moves' needs '--initial'
 evaluate TRACE TRACE | not a placement
 evaluate p.json TRACE --cost-model tpu | must be a file or one of a100
@@ -105,6 +120,15 @@ def folder(tmp_path_factory):
     (at / "z.json").write_text('{"choices": [{"text": "a", "finish_reason": "stop"}]}')
     (at / "z.csv").write_text("a,b\n1,2\n")
     (at / "junk.txt").write_text("junk")
+    np.save(at / "x-table.npy", load[0, :2].T)
+    np.save(at / "x-axes.npy", ids.swapaxes(0, 1))
+    np.save(at / "x-last.npy", ids[:, :, :2].swapaxes(1, 2))
+    (at / "x-eplb.log").write_text("EPLB step: 7 avg_tokens=4 max_tokens=5 balancedness=0.8889\n")
+    of_layers = f"0: {[*range(8)]}\n  1: {[0] * 8}\n  2: {[*range(8)]}\n"
+    (at / "x-map.yaml").write_text(f"num_slots: 8\ninitial_global_assignments:\n  {of_layers}")
+    for name, rows in (("zeros", [[0] * 8] * 3), ("long", [[*range(8)]] * 4)):
+        (at / f"x-{name}.json").write_text(json.dumps({"physical_to_logical_map": rows}))
+    (at / "x-counts.json").write_text(json.dumps({"logical_count": [[0] * 8] * 3}))
     mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(at / "p.json")
     mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]]).save(at / "other.json")
     return at

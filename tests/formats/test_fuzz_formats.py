@@ -33,7 +33,7 @@ MORE = 3
 EXPERTS, LAYERS, TOP_K = 16, 2, 2
 IDS = random_ids(12, LAYERS, TOP_K, 6)
 LABELS = {"sequence": np.arange(12) // 4, "group": np.arange(12) // 8, "group_names": ["a", "b"]}
-TRACE = mt.RoutingTrace.from_arrays(IDS, num_experts=6, model="m", **LABELS)
+TRACE = mt.RoutingTrace.from_arrays(IDS, num_experts=EXPERTS, model="m", **LABELS)
 COUNTED = mt.RoutingStatistics.from_trace(TRACE, window=5)
 PLACEMENT = mt.Placement([[[0, 1, 2], [3, 4, 5]], [[5, 1, 2], [3, 4, 0]]], num_experts=6)
 HINTS = Hints(num_experts=EXPERTS, top_k=4)
@@ -56,7 +56,7 @@ ARCHIVES = {
         "expert_workload": np.arange(64).reshape(2, 2, 16),
         "current_expert_table": np.arange(64).reshape(2, 2, 16) % EXPERTS,
     },
-    "npz": {"expert_ids": IDS, "num_experts": 6, "model": "m", **LABELS},
+    "npz": {"expert_ids": IDS, "num_experts": EXPERTS, "model": "m", **LABELS},
     "load table": {"load": COUNTED.window_load, "group": [0, 1, 0], "group_names": ["a", "b"]},
 }
 BYTES = {

@@ -1,5 +1,6 @@
 """Maps of experts: what is written can be read, converted and checked, whatever the format."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ from moetuner.formats import WRITERS, form_of, read_placement, write_placement
 from moetuner.formats.eplb import eplb_maps
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout, faults
+from moetuner.report.recording import doubts
 
 # omni-infer's pattern knows no order of slots; it has tests of its own below.
 READ = sorted(name for name in WRITERS if name != "omni-infer")
@@ -145,3 +147,49 @@ def test_a_pattern_is_a_placement_and_no_recording(tmp_path):
     ids = tmp_path / "ids.npy"
     np.save(ids, np.array([[[0, 1]], [[1, 0]]], dtype=np.uint8))
     assert mt.open_input(ids, num_experts=4).tokens == 2
+
+
+ROWS = [[0, 4, 1, 5, 2, 6, 3, 7], [7, 6, 5, 4, 3, 2, 1, 0], [*range(8)]]
+FOUND = {
+    "lists": ROWS,
+    "arrays": {"physical_to_logical_map": ROWS, "logical_replica_count": [[1] * 8] * 3},
+    "hidden layers": {"physical_to_logical_map": [[0] * 8, *ROWS]},
+    "record": {
+        "record_type": "eplb_initial_mapping",
+        "num_slots": 8,
+        "initial_global_assignments": dict(zip(("1", "2", "5"), ROWS, strict=True)),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FOUND)
+def test_maps_are_taken_wherever_placements_are(ok, trace, tmp_path, form):
+    """Commands give the same of a map as of the placement that it is; EPLB's, vLLM's, SGLang's."""
+    as_map, as_placement = tmp_path / "found.map", tmp_path / "placement.json"
+    as_map.write_text(json.dumps(FOUND[form]))
+    placement = mt.read_placement(as_map, devices=4)
+    assert placement.slots.reshape(3, -1).tolist() == ROWS
+    placement.save(as_placement)
+    for command in (("evaluate", "{}", trace), ("audit", "{}", trace, "--baseline", "{}")):
+        texts = [
+            ok(*(str(word).format(of) for word in command), "--devices", 4).replace(
+                of.name, as_map.name
+            )
+            for of in (as_map, as_placement)
+        ]
+        assert texts[0] == texts[1]
+    out = tmp_path / "new.json"
+    ok("solve", trace, "--devices", 4, "--initial", as_map, "--move-budget", 0, "--out", out)
+    assert mt.Placement.load(out) == placement
+
+
+def test_maps_and_distributions_of_others(data):
+    """TensorRT-LLM's maps are placements; SGLang's distributions are loads, or nothing."""
+    for devices, name in ((4, "prefill-ep4"), (16, "decode-ep16")):
+        path = data / "maps" / f"trtllm-deepseek-v4-{name}.yaml"
+        assert mt.read_placement(path, devices=devices).slots_per_device * devices == 384
+    degenerate = mt.open_input(data / "maps" / "sglang-degenerate.pt")
+    assert degenerate.left_out == (61, (0, 1, 2))
+    assert "16 of 256 experts take" in doubts(degenerate)[0]
+    with pytest.raises(ValueError, match="every count is zero"):
+        mt.open_input(data / "maps" / "sglang-all-zero.pt")

@@ -19,7 +19,6 @@ from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
 from moetuner.formats.engines import ENGINES
-from moetuner.placement import Placement
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.values import Advice
@@ -81,7 +80,7 @@ def command(
                 f"must be a file, contiguous or round_robin, got '{initial:.60}'",
                 param_hint="'--initial'",
             )
-        how["initial"] = Placement.load(initial)
+        how["initial"] = source.load(Path(initial), topology)
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
     with working("advising") as report:

@@ -16,7 +16,7 @@ from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.options.placed import defaults_in, read_any
 from moetuner.cli.output import Output, working
 from moetuner.files import replacing
-from moetuner.formats import WRITERS, form_of, read_map, write_placement
+from moetuner.formats import WRITERS, form_of, read_map, read_placement, write_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import check_placement, faults
@@ -128,7 +128,8 @@ def _write_moves(
     """Write the moves from a running placement, and print how many they are."""
     if initial is None:
         raise click.UsageError("'--to moves' needs '--initial', the placement to move from.")
-    diff = Placement.load(initial).diff(placement, topology=topology)
+    running = read_placement(initial, devices=placement.devices, num_experts=placement.num_experts)
+    diff = running.diff(placement, topology=topology)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(diff.to_dict()) + "\n")
     output.say(f"{diff.experts_moved} experts move")

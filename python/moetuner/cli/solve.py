@@ -80,11 +80,14 @@ def command(
     certificate_file
         Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
     """
-    initial = moving.initial()
+    topology = machine.topology()
+    initial = moving.initial(source, topology)
+    if initial is not None:
+        moving = replace(moving, expert_bytes=source.expert_bytes(moving.expert_bytes))
     seen, judged_on = source.traffic, source.traffic
     if holdout:
         seen, judged_on = hold_out(seen, holdout, seed=nth_seed(search.seed, 0))
-    problem = wanted.problem(source, machine.topology(), seen)
+    problem = wanted.problem(source, topology, seen)
     if initial is not None:
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
@@ -127,7 +130,7 @@ def command(
             traffic=judged,
             judged=gain,
             trades=trades,
-            expert_bytes=moving.expert_bytes,
+            expert_bytes=source.expert_bytes(moving.expert_bytes),
         ),
     )
     output.finish(contents)

@@ -6,6 +6,7 @@ Nothing here imports an engine, and no engine's file imports these tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ from moetuner.formats import (
     csv,
     deepspeed,
     eplb,
+    loads,
     megatron,
     omni_infer,
     own,
@@ -63,6 +65,9 @@ class Writer(NamedTuple):
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "loads": Reader(
+        "load tables as CSV, JSON or .npy, or counters of Prometheus", loads.recognises, loads.read
+    ),
     "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
     "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
     "sglang-responses": Reader(
@@ -128,16 +133,20 @@ def reader_of(path: str | Path) -> str:
     """
     path = path_in(path)
     for name, reader in READERS.items():
+        if name == own.KINDS[0] and path.is_file():
+            _refuse_map(path)
         if reader.recognises(path):
-            if path.is_file() and name == "npy" and omni_infer.recognises_map(path):
-                rule = (
-                    "must be recorded routing, got a placement: 0 or 1 [devices, layers, experts]"
-                )
-                raise ValueError(f"{path}: {rule}")
             return name
     if path.is_dir():
         raise ValueError(f"{path}: folder must hold the files of a recording, got none")
     return kind_of(path)
+
+
+def _refuse_map(path: Path) -> None:
+    """Raise where a file that no engine recorded is a map of experts of one."""
+    for writer in WRITERS.values():
+        if writer.of is not own and writer.of.recognises_map(path):
+            raise ValueError(f"{path}: must be recorded routing, got a placement: {writer.title}")
 
 
 def open_input(
@@ -150,7 +159,7 @@ def open_input(
     dense_layers: Iterable[int] | None = None,
     reader: str | None = None,
 ) -> Traffic:
-    """Open recorded routing: moetuner's own files, or what an engine recorded.
+    """Open recorded routing: moetuner's own files, what an engine recorded, or a load table.
 
     Parameters
     ----------
@@ -286,7 +295,14 @@ def form_of(path: str | Path) -> str:
     for name, writer in WRITERS.items():
         if writer.of.recognises_map(path):
             return name
-    raise ValueError(f"{path}: not a placement: its content is none of {', '.join(WRITERS)}")
+    routing = ""
+    for name, reader in READERS.items():
+        with suppress(ValueError):
+            if name not in own.KINDS and reader.recognises(path):
+                routing = f" but recorded routing, to be given as INPUT ({reader.title})"
+    raise ValueError(
+        f"{path}: not a placement{routing}: its content is none of {', '.join(WRITERS)}"
+    )
 
 
 def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:

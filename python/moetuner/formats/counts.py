@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner.files import naming
 from moetuner.formats.hints import Hints
+from moetuner.statistics import RoutingStatistics
 
 # Tokens in one count of a file, excluded. Sums must stay below 2**63, as statistics must.
 COUNT_LIMIT = 1 << 48
@@ -18,7 +20,9 @@ COUNT_LIMIT = 1 << 48
 
 def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
     """Check whole counts of at least 0 and below 2**48; return them in 64 bits."""
-    if array.dtype.kind == "f" and not np.array_equal(array, np.floor(array)):
+    with np.errstate(invalid="ignore"):
+        is_whole = array.dtype.kind != "f" or np.array_equal(array, np.floor(array))
+    if not is_whole:
         raise ValueError(f"{name} must be whole numbers of tokens")
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be counts, got {array.dtype} {list(array.shape)}")
@@ -27,6 +31,34 @@ def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
             f"{name} must be counts from 0 to 2**48, got {array.min()} to {array.max()}"
         )
     return array.astype(np.int64, copy=False)
+
+
+def statistics_of(
+    table: NDArray[Any], hints: Hints, moe: list[int] | None = None
+) -> RoutingStatistics:
+    """Make statistics of counts [W,hidden,E] or [hidden,E]; ``moe`` as for ``without_dense``."""
+    if table.ndim not in (2, 3) or 0 in table.shape:
+        rule = "[layers, experts] or [windows, layers, experts]"
+        raise ValueError(f"counts must be {rule}, got {list(table.shape)}")
+    if not table.any():
+        raise ValueError(
+            "every count is zero, so nothing was recorded: send traffic while the recorder runs, "
+            "then dump it"
+        )
+    statistics = RoutingStatistics.from_load(counts_in("counts", table))
+    hints.check_experts(statistics.experts)
+    statistics = without_dense(statistics, moe)
+    hints.check_axes(statistics)
+    return statistics
+
+
+def without_dense(of: RoutingStatistics, moe: list[int] | None = None) -> RoutingStatistics:
+    """Leave out layers of a load table without experts: all but ``moe``, else those of zeros."""
+    if moe is None:
+        moe = np.flatnonzero(of.total_load.any(axis=1)).tolist() or [*range(of.layers)]
+    dense = tuple(sorted(set(range(of.layers)) - set(moe)))
+    left_out = (of.layers, dense) if dense else None
+    return replace(of, window_load=of.window_load[:, moe], left_out=left_out)
 
 
 def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:

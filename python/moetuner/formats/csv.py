@@ -1,7 +1,7 @@
 """CSV with a header that names ``layer`` and ``expert``: a trace with ``token``, else counts.
 
 See ``Choices`` for what the columns mean. Others are left out; the columns may be in any order,
-parted by commas, semicolons or tabs.
+parted by commas, semicolons or tabs. Of counts, ``ALIASES`` has further names.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from moetuner.formats.records import head
 from moetuner.formats.rows import LABELS, Add, Source
 
 SEPARATORS = (",", ";", "\t")
+# Other names of columns of counts.
+ALIASES = {"count": "weight", "counts": "weight", "load": "weight", "tokens": "weight"}
+ALIASES |= {"window": "sequence", "step": "sequence", "layer_id": "layer", "expert_id": "expert"}
 BLOCK = 1 << 21
 LONGEST_HEADER = 1 << 12
 
@@ -36,7 +39,11 @@ def recognises(path: Path) -> bool:
 def _header(line: str) -> tuple[str, list[str]]:
     """Return the separator of a header, and its names."""
     separator = max(SEPARATORS, key=line.count)
-    return separator, [name.strip().strip('"') for name in line.strip().split(separator)]
+    names = [name.strip().strip('"') for name in line.strip().split(separator)]
+    if "token" in names:
+        return separator, names
+    known = [ALIASES.get(name.lower(), name) for name in names]
+    return separator, known if len({*known}) == len(known) else names
 
 
 @contextmanager

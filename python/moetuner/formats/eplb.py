@@ -6,18 +6,22 @@ is on device ``p // (P / D)``.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import instance
-from moetuner.files import naming, npz, replacing
+from moetuner._checks import array_in, instance
+from moetuner.files import naming, npz, read_whole, replacing
+from moetuner.files.text import parse_json
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
-from moetuner.formats.records import head
+from moetuner.formats.records import head, looks_like_json
 from moetuner.placement import EMPTY, Placement
+
+MAP = "physical_to_logical_map"
 
 
 def eplb_maps(placement: Placement) -> dict[str, NDArray[np.int64]]:
@@ -66,19 +70,29 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
 
 
 def recognises_map(path: Path) -> bool:
-    """Whether a file is an archive with EPLB's map."""
-    if not head(path, 4).startswith(b"PK"):
+    """Whether a file is an archive with EPLB's map, or JSON with its arrays or a map alone."""
+    start = head(path)
+    if looks_like_json(start):
+        arrays = (b'"logical_replica_count"' in start, b'"logical_to_physical_map"' in start)
+        return any(arrays) or re.match(rb"\s*\[\s*\[\s*-?\d", start) is not None
+    if not start.startswith(b"PK"):
         return False
     with naming(path):
         return "physical_to_logical_map" in npz.names_in_npz(path)
 
 
 def read_map(path: Path, _: Hints) -> Layout:
-    """Read the map of the archive; what follows from it is not looked at."""
+    """Read the map of the archive, or of JSON; what follows from it is not looked at."""
     with naming(path):
-        arrays = npz.read_npz(path, ("physical_to_logical_map", "logical_replica_count"))
-        if "physical_to_logical_map" not in arrays:
-            raise ValueError("must hold an array 'physical_to_logical_map'")
+        if head(path, 2) == b"PK":
+            arrays = npz.read_npz(path, ("physical_to_logical_map", "logical_replica_count"))
+        else:
+            text = read_whole(path).decode("utf-8-sig").strip()
+            # Alone, as vLLM's proposed initial_expert_map_path has it (PR 49572).
+            arrays = parse_json(f'{{"{MAP}": {text}}}' if text.startswith("[") else text)
+        if MAP not in arrays:
+            raise ValueError(f"must hold an array {MAP!r}")
         count = arrays.get("logical_replica_count")
+        count = None if count is None else array_in("logical_replica_count", count)
         experts = None if count is None or count.ndim != 2 else count.shape[1]
-        return Layout.of(arrays["physical_to_logical_map"], num_experts=experts)
+        return Layout.of(arrays[MAP], num_experts=experts)

@@ -14,6 +14,9 @@ from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
 
+# No model has more.
+MOST_LAYERS = 200
+
 
 @dataclass(frozen=True, eq=False)
 class Hints:
@@ -66,6 +69,26 @@ class Hints:
         """Check that a file has as many experts as the user says."""
         if self.num_experts not in (None, experts):
             raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
+
+    def check_axes(self, traffic: Traffic) -> None:
+        """Check that axes are in their order, as far as sizes tell."""
+        layers, is_trace = traffic.layers, isinstance(traffic, RoutingTrace)
+        order = "[tokens, layers, top_k]" if is_trace else "[windows, layers, experts]"
+        got, most = f"{layers} layers", MOST_LAYERS
+        if isinstance(traffic, RoutingTrace):
+            got, most = f"{got} of {traffic.tokens} tokens", min(most, traffic.tokens or most)
+            try:
+                if traffic.top_k > layers:
+                    next(traffic.shards(1), None)
+            except ValueError as error:
+                if "appears twice" not in str(error):
+                    raise
+                got, most = f"{layers} layers of top-{traffic.top_k}, whose experts repeat", 0
+        if layers > most and layers != self.hidden_layers:
+            raise ValueError(
+                f"axes must be {order}, got {got}: swap axes, or if it is meant, say hidden_layers "
+                f"{layers}"
+            )
 
     def experts_needed(self) -> int:
         """Return the experts per layer of a file that does not say them."""

@@ -80,11 +80,28 @@ class Layout:
         device, slot = divmod(slot, width // self.devices)
         return f"{where}, device {device}: slot {slot}"
 
+    def _moe_rows(self, hints: Hints) -> list[int]:
+        """Return the rows of layers with experts: of dense ones all slots hold the same."""
+        rows = range(len(self.experts))
+        same = (self.experts == self.experts[:, :1]).all(axis=1)
+        if self.experts.shape[1] == 1 or 1 in (hints.num_experts, self.num_experts):
+            same[:] = False
+        moe = hints.moe_layers(len(rows)) if self.counts_dense else None
+        if moe is None:
+            dense = hints.dense_layers or ()
+            moe = [at for at in rows if self.layers is None or self.layers[at] not in dense]
+            if self.counts_dense and not same.all():
+                moe = np.flatnonzero(~same).tolist()
+        for at in (at for at in moe if same[at]):
+            raise ValueError(
+                f"{self.where(at)}: expert {self.experts[at, 0]} is in every slot, so nothing is "
+                "placed there"
+            )
+        return moe
+
     def placement(self, hints: Hints) -> Placement:
         """Return the placement of the layers with experts."""
-        rows = self.experts
-        moe = hints.moe_layers(len(rows)) if self.counts_dense else None
-        rows = rows if moe is None else rows[moe]
+        rows = self.experts[self._moe_rows(hints)]
         devices = self.devices or hints.devices
         if devices is None:
             raise ValueError("devices must be given: the file does not say how many there are")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moetuner.files import Kind, kind_of
+from moetuner.files import Kind, kind_of, naming
 from moetuner.files.contents import holds_statistics
+from moetuner.formats.counts import without_dense
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.sources import files_in, first_file
@@ -25,14 +26,24 @@ def recognises(kind: Kind, path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
-    return join(
-        [
-            RoutingStatistics.load(path)
-            if holds_statistics(path)
-            else RoutingTrace.load(path, num_experts=hints.num_experts)
-            for path in files_in(paths)
-        ]
-    )
+    return join([_traffic(path, hints) for path in files_in(paths)])
+
+
+def _traffic(path: Path, hints: Hints) -> Traffic:
+    """Read a file; experts that the user gives must be those of a file that says them."""
+    traffic: Traffic
+    try:
+        traffic = (RoutingStatistics if holds_statistics(path) else RoutingTrace).load(path)
+    except ValueError as error:
+        if hints.num_experts is None or "num_experts is needed" not in str(error):
+            raise
+        traffic = RoutingTrace.load(path, num_experts=hints.num_experts)
+    with naming(path):
+        hints.check_experts(traffic.num_experts)
+        if isinstance(traffic, RoutingStatistics) and kind_of(path) == "npz":
+            traffic = without_dense(traffic)
+        hints.check_axes(traffic)
+    return traffic
 
 
 def join(parts: Sequence[Traffic]) -> Traffic:

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import shown
-from moetuner.files import naming, read_whole, replacing
+from moetuner._checks import array_in, shown
+from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import added, by_expert, counts_in
+from moetuner.formats.counts import added, by_expert, counts_in, statistics_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
@@ -48,9 +48,11 @@ def recognises(path: Path) -> bool:
     """Whether a file or folder holds dumps of the recorder."""
     path = first_file(path)
     start = head(path, 1 << 16)
-    if not start.startswith(b"PK") or not pickled.is_pickled(path):
-        return False
-    return b"logical_count" in start or (b"records" in start and b"gatherer_key" in start)
+    if not start.startswith(b"PK"):
+        return looks_like_json(start) and f'"{COUNTS}"'.encode() in start
+    if COUNTS.encode() in start:
+        return True
+    return b"records" in start and b"gatherer_key" in start and pickled.is_pickled(path)
 
 
 def recognises_responses(path: Path) -> bool:
@@ -77,14 +79,12 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     passes: list[_Pass] = []
     files = files_in(paths)
     for path in files:
-        content = pickled.load(path)
+        content = _content(path)
         with naming(path):
             if not isinstance(content, dict) or not {COUNTS, "records"} & content.keys():
                 raise ValueError(f"must be a dump of SGLang's recorder, with {COUNTS} or records")
             if COUNTS in content:
-                count = counts_in(COUNTS, _tensor(content, COUNTS, 3).array())
-                # Of the buffer's steps, those that were used.
-                counts.append(count[count.any(axis=(1, 2))])
+                counts.append(_distribution(content[COUNTS]))
             else:
                 passes += _passes(path, content)
     with naming((files or paths)[0]):
@@ -110,6 +110,24 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         return trace_of(paths, arrays, hints, source="passes", sequence=labels)
 
 
+def _content(path: Path) -> Any:
+    """Read what a dump holds, or what people make of it: JSON or ``.npz``."""
+    if pickled.is_pickled(path):
+        return pickled.load(path)
+    if head(path, 2) == b"PK":
+        return npz.read_npz(path, [COUNTS])
+    with naming(path):
+        return parse_json(read_whole(path))
+
+
+def _distribution(value: Any) -> NDArray[np.int64]:
+    """Return counts [steps,hidden,E]: of the buffer's steps those that were used."""
+    table = value.array() if isinstance(value, pickled.Tensor) else array_in(COUNTS, value)
+    count = counts_in(COUNTS, table[None] if table.ndim == 2 else table)
+    used = count.reshape(len(count), -1).any(axis=1)
+    return count[used] if used.any() else count[:1]
+
+
 def _tensor(fields: dict[str, Any], name: str, dimensions: int) -> pickled.Tensor:
     """Return a field that must be a tensor of integers."""
     value = fields.get(name)
@@ -130,11 +148,7 @@ def _windows(counts: Sequence[NDArray[Any]], hints: Hints) -> RoutingStatistics:
     load = np.concatenate(counts) if counts else np.empty((0, 0, 0), int)
     if not len(load):
         raise ValueError("must have at least one step with tokens, got none")
-    hints.check_experts(load.shape[2])
-    moe = hints.moe_layers(load.shape[1])
-    if moe is None:
-        moe = np.flatnonzero(load.any(axis=(0, 2))).tolist()
-    return RoutingStatistics.from_load(load[:, moe])
+    return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
 
 
 def _passes(path: Path, content: dict[str, Any]) -> Iterator[_Pass]:

@@ -152,6 +152,8 @@ def _trace(
     return batches.trace(next(iter(dumps)).parent)
 
 
+# What vLLM's proposed initial_mapping_path holds beside the same keys (PR 41141).
+VLLM_RECORD = re.compile(r'^.*"eplb_initial_mapping".*$', re.MULTILINE)
 KEYS = ("num_slots", "initial_global_assignments", "layer_updates_per_iter")
 
 
@@ -176,7 +178,11 @@ def read_map(path: Path, hints: Hints) -> Layout:
     """Read the YAML, as this library or PyYAML writes it, or as JSON."""
     with naming(path):
         text = read_whole(path).decode("utf-8")
-        fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
+        proposed = VLLM_RECORD.search(text)
+        if proposed is not None:
+            fields = {key: of for key, of in parse_json(proposed[0]).items() if key in KEYS}
+        else:
+            fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
         unknown = sorted(fields.keys() - set(KEYS))
         if unknown:
             raise ValueError(f"keys must be {', '.join(KEYS)}, got {shown(unknown[0])}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moetuner.cost import CostModel
+from moetuner.cost import CostModel, assumed_model
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import FIGURES
@@ -246,7 +246,7 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
 
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
-    line = (
+    line = assumed_model(model.name) or (
         f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
         "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )

@@ -89,6 +89,11 @@ class Machine:
         TOPOLOGY, "FILE|NAME", group=MACHINE, flag="--topology"
     )
 
+    @property
+    def given(self) -> int | None:
+        """Number of devices, as far as options say it."""
+        return self.devices or (None if self.machine is None else self.machine[1].devices)
+
     def topology(self, devices: int | None = None, placed: Topology | None = None) -> Topology:
         """Return the topology.
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from moetuner.cli.options import IN_FILE, RUNNING, Number, expert_bytes_option, option
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
@@ -51,9 +52,9 @@ class Moving:
             flag = "--" + given[0].replace("_", "-")
             raise click.UsageError(f"'{flag}' needs '--initial', the placement to move from.")
 
-    def initial(self) -> Placement | None:
-        """Read the placement that runs."""
-        return None if self.initial_file is None else Placement.load(self.initial_file)
+    def initial(self, source: Source, topology: Topology) -> Placement | None:
+        """Read the placement that runs, moetuner's or a map of an engine."""
+        return None if self.initial_file is None else source.load(self.initial_file, topology)
 
     @property
     def unit_bytes(self) -> float:

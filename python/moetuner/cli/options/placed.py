@@ -90,7 +90,7 @@ def held_out(part: Traffic, whole: Traffic) -> str:
 def read_any(path: Path, machine: Machine, given: LayerHints) -> Placement:
     """Read a placement, or an engine's map; options say what that leaves out."""
     hints = {name: given.hints[name] for name in ("num_experts", "dense_layers")}
-    return read_placement(path, devices=machine.devices, **hints)
+    return read_placement(path, devices=machine.given, **hints)
 
 
 def with_input(
@@ -127,7 +127,7 @@ class Placed:
     @classmethod
     def read(cls, path: Path, source: Source, machine: Machine, serving: Serving) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
-        placement = source.load(path)
+        placement = source.load(path, devices=machine.given)
         settings = defaults_in(path, placement.settings)
         if source.window is None and isinstance(source.traffic, RoutingTrace):
             source = source.in_windows(settings.get("window"))

@@ -16,6 +16,7 @@ from moetuner.cli.options import (
     COUNT,
     IN_INPUT,
     FileHints,
+    Text,
     argument,
     layer_list,
     option,
@@ -23,14 +24,16 @@ from moetuner.cli.options import (
     threads_option,
 )
 from moetuner.cli.output import shares, working
+from moetuner.cost import bytes_of_expert, public_name, top_k_of
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
-from moetuner.formats import open_input
+from moetuner.formats import form_of, open_input, read_placement
 from moetuner.placement import Placement
+from moetuner.presets import MODELS
 from moetuner.problem import Problem
-from moetuner.problem.settings import GOAL
-from moetuner.report import outcome
+from moetuner.problem.settings import ENGINE, GOAL
+from moetuner.report import outcome, recording
 from moetuner.report.cells import counted
 from moetuner.report.outcome import Outcome
 from moetuner.solver import Method, Result, solve
@@ -79,7 +82,19 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
 
 def _left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
     """Return a model's hidden layers and its dense ones, where a recording left some out."""
-    return traffic.ids.left_out if isinstance(traffic, RoutingTrace) else None
+    return (traffic.ids if isinstance(traffic, RoutingTrace) else traffic).left_out
+
+
+def read_model(text: str) -> str:
+    """Return the name under which a model's sizes are known."""
+    public = public_name(text)
+    if public is None:
+        near = suggestion(text.rsplit("/", 1)[-1].lower(), MODELS)
+        raise click.BadParameter(
+            f"must be a model whose sizes are known, got '{text:.60}'{near or '.'} "
+            "For another one: --cost-model GPU:HIDDENxINTERMEDIATE."
+        )
+    return public
 
 
 def parse_files(
@@ -118,6 +133,12 @@ class Source(FileHints):
     window
         Tokens per window; load is balanced in every window. Statistics have windows of their own.
         [default: 512 for a trace]
+    tokens_per_step
+        Scale every window of a load table to a step of so many tokens, for counters that sum over
+        many steps.
+    model
+        Model of INPUT, such as deepseek-v3 or Qwen/Qwen3-30B-A3B: its experts' sizes, for predicted
+        times and bytes. [default: as INPUT says]
     """
 
     input_files: tuple[Path, ...] = argument(
@@ -125,6 +146,8 @@ class Source(FileHints):
     )
     only: tuple[str, ...] = option(str, "GROUP", (), multiple=True)
     window: int | None = option(COUNT, "TOKENS", group=GOAL)
+    tokens_per_step: int | None = option(COUNT, "N", group=GOAL)
+    model: str | None = option(Text(read_model, words=MODELS), "NAME", group=ENGINE)
     threads: int | None = threads_option()
 
     @cached_property
@@ -132,7 +155,19 @@ class Source(FileHints):
         """What INPUT holds, of all groups or of some."""
         with working(f"reading {self.input_files[0].name}"):
             traffic = open_input(self.input_files, window=self.window, **self.hints)
-        return only_groups(traffic, self.only) if self.only else traffic
+        if self.only:
+            traffic = only_groups(traffic, self.only)
+        if self.model is not None:
+            traffic = replace(traffic, model=self.model, expert_size=None)
+        if self.tokens_per_step is None:
+            return traffic
+        if isinstance(traffic, RoutingTrace) or traffic.window is not None:
+            size = WINDOW if isinstance(traffic, RoutingTrace) else traffic.window
+            raise click.UsageError(
+                f"'--tokens-per-step' is for load tables: a window of INPUT has {size} tokens."
+            )
+        top_k = self.top_k or top_k_of(traffic) or 1
+        return traffic.per_step(self.tokens_per_step, top_k=top_k)
 
     @property
     def counted(self) -> int | None:
@@ -183,10 +218,32 @@ class Source(FileHints):
             evaluations = outcome.judge(placements, problem, judged_on, **how)
         return [Outcome(problem, *pair) for pair in zip(results, evaluations, strict=True)]
 
-    def load(self, path: Path, topology: Topology | None = None) -> Placement:
-        """Read a placement, which must be of this traffic and of a machine."""
-        placement = Placement.load(path)
+    def load(
+        self, path: Path, topology: Topology | None = None, *, devices: int | None = None
+    ) -> Placement:
+        """Read a placement, or a map of an engine, which must be of this traffic and a machine.
+
+        ``devices`` are those of a map that does not say them, where there is no topology yet.
+        """
+        _, dense = _left_out(self.traffic) or (None, None)
+        try:
+            placement = read_placement(
+                path,
+                devices=devices if topology is None else topology.devices,
+                num_experts=self.traffic.num_experts,
+                dense_layers=dense if self.dense_layers is None else self.dense_layers,
+            )
+        except ValueError as error:
+            text = str(error).replace(" devices must be given", " --devices must be given")
+            raise ValueError(text.replace(" dense_layers", " --dense-layers")) from None
         with naming(path):
+            more = placement.layers - self.traffic.layers
+            if more > 0 and form_of(path) != "json":
+                raise ValueError(
+                    f"placement must have {self.traffic.layers} layers like INPUT, got "
+                    f"{placement.layers}: if {more} of them are not in INPUT, as they have no "
+                    f"experts or predict further tokens, --dense-layers names them"
+                )
             check_model(placement, self.traffic, topology or Topology(placement.devices))
         return placement
 
@@ -195,6 +252,8 @@ class Source(FileHints):
         hints = {**self.hints, "dense_layers": layer_list(self.dense_layers)}
         words = [(name, hint) for name, hint in hints.items() if hint is not None]
         words += [("only", shlex.quote(group)) for group in self.only]
+        given = {"model": self.model, "tokens_per_step": self.tokens_per_step}
+        words += [(name, value) for name, value in given.items() if value is not None]
         return "".join(f" --{name.replace('_', '-')} {word}" for name, word in words)
 
     def layer_words(self) -> tuple[str, str]:
@@ -204,8 +263,34 @@ class Source(FileHints):
 
     def facts(self) -> dict[str, Any]:
         """Return kind and sizes, for JSON."""
-        return facts(self.input_files, self.traffic)
+        return facts(self.input_files, self.traffic) | {"warnings": self.warnings}
 
     def describe(self) -> str:
-        """Describe INPUT in a line."""
-        return describe(self.input_files, self.traffic)
+        """Describe INPUT in a line; in further ones what was assumed of it, and warnings."""
+        return "\n".join([describe(self.input_files, self.traffic), *self._step(), *self.warnings])
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What makes INPUT worthless, or next to it."""
+        return recording.doubts(self.traffic)
+
+    def _step(self) -> list[str]:
+        """Write how many tokens a window of a load table is taken to have."""
+        traffic, top_k = self.traffic, self.top_k or top_k_of(self.traffic)
+        many = " (counted once per expert; --top-k K counts them once)" if top_k is None else ""
+        if self.tokens_per_step is not None:
+            return [f"Windows are scaled to steps of {self.tokens_per_step:,} tokens{many}."]
+        if isinstance(traffic, RoutingTrace) or traffic.window is not None:
+            return []
+        sums = traffic.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
+        size = counted(int(np.median(sums)) // (top_k or 1), "token")
+        window = "A window" if sums.max() == sums.min() else "The median window"
+        return [
+            f"{window} is {size}{many} and is taken as one step; counters that sum over many "
+            "steps: --tokens-per-step N."
+        ]
+
+    def expert_bytes(self, given: float | None) -> float | None:
+        """Return bytes of an expert: those given, else of ``--model`` in 8 bits."""
+        named = None if self.model is None else bytes_of_expert(None, self.model)
+        return named if given is None else given

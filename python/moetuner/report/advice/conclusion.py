@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from moetuner.cost import assumed_model
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
@@ -69,13 +70,15 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     if len(kinds) == 1:
         kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
         overruling.append(("not enough evidence", kind))
-    model = of.settings["cost_model"] or "your cost model"
-    warnings.append(
-        f"Times are predicted, not measured, with {model}."
-        if of.main.window is not None
-        else "Times are predicted, not measured; a load table does not tell which experts a token "
-        "chose together, so traffic is an upper bound."
-    )
+    model = of.settings["cost_model"]
+    assumed = assumed_model(model)
+    whose = f", with {model or 'your cost model'}." if assumed is None else f": {assumed}"
+    warnings.append(f"Times are predicted, not measured{whose}")
+    if of.main.window is None:
+        warnings.append(
+            "A load table does not tell which experts a token chose together, so traffic is an "
+            "upper bound."
+        )
     for overruled, reason in overruling:
         answer = overruled
         reasons.insert(0, reason)

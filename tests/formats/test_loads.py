@@ -1,0 +1,147 @@
+"""Load tables as people and servers write them: every form gives the same counts."""
+
+import json
+
+import numpy as np
+import pytest
+from engines_files import npy
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.report.recording import doubts
+
+RANDOM = np.random.default_rng(0)
+LOAD = RANDOM.multinomial(4096, RANDOM.dirichlet(np.ones(12), 4), (3, 4))
+NAMES = ",".join(f"expert_{expert}" for expert in range(12))
+ROWS = [(w, layer, e, LOAD[w, layer, e]) for w, layer, e in np.ndindex(LOAD.shape)]
+
+
+def csv(load=LOAD, *, head="", about=lambda window, layer: ()):
+    """Write a row for every layer; without a header, empty lines part windows."""
+    rows = [
+        [",".join(map(str, (*about(w, at), *row))) for at, row in enumerate(table)]
+        for w, table in enumerate(load)
+    ]
+    between = "\n" if head else "\n\n"
+    return head + between.join("\n".join(of) for of in rows) + "\n"
+
+
+def scrape(until):
+    """Give what a server has counted up to a window, half of it on each of two ranks."""
+    total = LOAD[: until + 1].sum(axis=0)
+    return "# TYPE moe_tokens counter\n" + "".join(
+        f'moe_tokens{{layer="{at}",expert="{e}",rank="{rank}"}} {(total[at, e] + rank) // 2}\n'
+        for at, e in np.ndindex(total.shape)
+        for rank in range(2)
+        if total[at, e]
+    )
+
+
+def record(load):
+    """Give what vLLM records: loads of slots, of which two hold copies."""
+    slots = np.concatenate([load, load[:, :2] // 2], axis=1)
+    slots[:, :2] -= load[:, :2] // 2
+    fields = {"record_type": "eplb_load_stats", "expert_load": slots.tolist()}
+    return json.dumps(fields | {"p2l_map": [[*range(12), 0, 1]] * 4}) + "\n"
+
+
+DENSE = np.pad(LOAD, ((0, 0), (1, 0), (0, 0)))
+WHOLE = {
+    "rows": csv(),
+    "windows": csv(head=f"step,layer,{NAMES}\n", about=lambda *at: at),
+    "layers": csv(head=f"layer,{NAMES}\n", about=lambda _, layer: (layer + 3,)),
+    "pandas": csv(head=f",{NAMES}\n", about=lambda _, layer: (layer,)),
+    "long": "window,layer,expert,count\n" + "".join(f"{','.join(map(str, r))}\n" for r in ROWS),
+    "json": json.dumps(LOAD.tolist()),
+    "sglang": json.dumps({"logical_count": DENSE.tolist()}),
+    "vllm": "".join(map(record, LOAD)),
+    "npy": npy(LOAD),
+    "floats": npy(LOAD.astype("f4")),
+    "large": npy(LOAD << 20),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_forms(tmp_path, form):
+    """The counts are those that were written, whatever the name of the file."""
+    path, content = tmp_path / "loads", WHOLE[form]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    actual = mt.open_input(path)
+    assert np.array_equal(actual.window_load, LOAD << 20 * (form == "large"))
+    assert actual.left_out == ((5, (0,)) if form == "sglang" else None)
+    if form != "long":  # which has a row for every count, so experts without any are not seen
+        with pytest.raises(ValueError, match="num_experts must be 12, got 13"):
+            mt.open_input(path, num_experts=13)
+
+
+def test_scrapes(tmp_path):
+    """One scrape is a window; of several the windows are what was counted in between."""
+    paths = [tmp_path / f"{number}.prom" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_text(scrape(number))
+    assert np.array_equal(mt.open_input(paths[0], num_experts=12).window_load, LOAD[:1])
+    assert np.array_equal(mt.open_input(paths).window_load, LOAD[1:])
+    with pytest.raises(ValueError, match="counters must grow"):
+        mt.open_input(paths[::-1])
+    paths[0].write_text('sglang:eplb_gpu_physical_count_bucket{layer="0",le="1.0"} 4\n')
+    with pytest.raises(ValueError, match="with labels layer and expert, got none: record experts"):
+        mt.open_input(paths[0])
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 4096), st.integers(1, 8))
+def test_steps(seed, tokens, top_k):
+    """Every layer keeps its total, every expert its share but for rounding, whatever the scale."""
+    load = np.random.default_rng(seed).poisson(np.random.default_rng(seed).pareto(1, (3, 2, 9)) * 9)
+    load[:, :, 0] += 1
+    whole = mt.RoutingStatistics.from_load(load * 32)
+    step = whole.per_step(tokens, top_k=top_k)
+    sums = load.sum(axis=2, keepdims=True)
+    wanted = np.rint(tokens * top_k * (sums / sums.max(axis=1, keepdims=True)))
+    actual = step.window_load.astype(int)
+    assert np.array_equal(actual.sum(axis=2, keepdims=True), wanted)
+    assert (np.abs(actual - load / sums * wanted) < 1).all()
+    assert step == mt.RoutingStatistics.from_load(load).per_step(tokens, top_k=top_k)
+    size = int(sums[0].max())
+    alone = mt.RoutingStatistics.from_load(load[:1])
+    assert np.array_equal(whole.per_step(size).window_load[0], alone.window_load[0])
+
+
+ONE = np.where(np.arange(32), 1, 1000) * np.ones((1, 4, 1), int)
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (LOAD, None),
+        (0 * LOAD, "every count is zero"),
+        (LOAD // 400, "choices per expert and layer are too few"),
+        (ONE + np.arange(4)[:, None], "2 of 32 experts take"),
+        (LOAD[:, [0, 1, 0]], "layer 2 has exactly what layer 0 has: record"),
+    ],
+)
+def test_worthless_recordings(load, words):
+    """What is wrong with a recording is said of counts and of a trace alike."""
+    warnings = doubts(mt.RoutingStatistics.from_load(load))
+    assert [words in line for line in warnings] == ([] if words is None else [True])
+    if load.any():
+        rows = [np.repeat(np.arange(of.size), of) for of in load[0]]
+        rows = [np.random.default_rng(len(row)).permutation(row) for row in rows]
+        ids = np.stack([row[: min(map(len, rows))] for row in rows], axis=1)[:, :, None]
+        trace = mt.RoutingTrace.from_arrays(ids, num_experts=load.shape[2])
+        assert [words in line for line in doubts(trace)] == ([] if words is None else [True])
+
+
+def test_counters_that_sum_over_steps_give_the_same(ok, as_json, tmp_path):
+    """Times are of one step of the model's tokens, however many steps a window has."""
+    times, common = [], ("--devices", 4, "--method", "lpt", "--out", tmp_path / "p.json")
+    for steps, more in ((1, ()), (32, ("--tokens-per-step", 512))):
+        path = tmp_path / f"{steps}.npz"
+        np.savez(path, load=DENSE * steps, model="deepseek-v3")
+        solved = as_json("solve", path, *common, *more)
+        times.append((solved["predicted_layer_us"], solved["imbalance"]))
+        assert "out; as options of export: --hidden-layers 5 --dense-layers 0" in ok(
+            "inspect", path
+        )
+        assert f"A window is {512 * steps:,} tokens and is taken as one" in ok("inspect", path)
+    assert times[0] == times[1]
