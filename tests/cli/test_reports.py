@@ -44,7 +44,7 @@ def test_what_is_not_worth_a_trial_is_not_turned_on(ok, skewed, tmp_path):
             "Not now",
             "moetuner advise NEWER --devices 4 --copies 0 --splits 1 --for vllm  # again, when",
         ),
-        (one, "Not enough evidence: there is one window", "moetuner collect MODEL"),
+        (one, "Not enough evidence: there is one window", "moetuner advise MORE --devices 4"),
     ):
         out = ok("advise", file, *FEW, "--for", "vllm")
         assert answer in out

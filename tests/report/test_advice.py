@@ -285,6 +285,8 @@ def test_the_knee_harms_no_window():
 
     assert knee_of((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
     assert knee_of((copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))) == 1
+    costly = copies(0, 0.0, 0.1), copies(1, -0.2, 0.4)
+    assert [knee_of(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
 
 
 def test_drift_is_seldom_told_of_one_kind():

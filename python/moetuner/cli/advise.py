@@ -177,7 +177,9 @@ def _show_figures(output: Output, judged: Judged, regime: str) -> None:
 
 
 def _time(us: float) -> str:
-    return f"{us:,.1f} us" if us < 1000 else f"{us / 1000:,.2f} ms"
+    if abs(us) >= 1e6:
+        return f"{us / 1e6:,.2f} s"
+    return f"{us:,.1f} us" if abs(us) < 1000 else f"{us / 1000:,.2f} ms"
 
 
 def _paid(advice: Advice) -> list[str]:
@@ -188,24 +190,19 @@ def _paid(advice: Advice) -> list[str]:
         for of in advice.judged
     ]
     layers = counted(advice.judged[0].layers, "layer")
-    lines = [f"Saved per step, over {layers}: {'; '.join(parts)}."]
+    lines = [f"Gain per step, over {layers}: {'; '.join(parts)}."]
     moving = advice.moving
     text = f"Moving there: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
     if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
         return [*lines, f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
     before, after = map(in_bytes, moving.device_bytes)
     lines.append(f"Memory of experts per device: {before} now, {after} with the placement.")
-    text += (
-        f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}, {moving.seconds:.3g} s at the "
-        "links' bandwidth"
-    )
+    text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
+    text += f", {_time(1e6 * (moving.seconds or 0))} at the links' bandwidth"
     if moving.steps is None:
         return [*lines, f"{text}, which does not pay."]
-    where = advice.main.where
-    return [
-        *lines,
-        f"{text}; paid back after {moving.steps:,.0f} steps in {where}, if serving stops for it.",
-    ]
+    steps = f"{counted(int(moving.steps), 'step')} in {advice.main.where}"
+    return [*lines, f"{text}; paid back after {steps}, if serving stops for it."]
 
 
 def next_commands(
@@ -214,9 +211,9 @@ def next_commands(
     """Return the commands that come next, each with every option that changes its answer."""
     typed, menu = options.typed(context), context.find_root().command
     assert isinstance(menu, click.Group)
-    reading = {name: typed.get(name) for name in (of.name for of in fields(Source))}
     for name in ("threads", "report_file", "figures", "json_file", "unseen"):
         typed.pop(name, None)
+    reading = {of.name: typed.get(of.name) for of in fields(Source)}
 
     def line(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
         text = f"moetuner {name} {file}{options.words(menu.commands[name], values)}"
@@ -229,10 +226,12 @@ def next_commands(
             line("inspect", file, reading, "what there is to win, layer by layer"),
             line("advise", "NEWER", typed, again),
         ]
+    if advice.answer != "worth a trial" and advice.main.window is None:
+        return [line("advise", "MORE", typed, "MORE: more windows, of all kinds of traffic")]
     if advice.answer != "worth a trial":
         return [
-            "moetuner collect MODEL --dataset FILE --out MORE  # record more, of all kinds; or as "
-            "the engine does, see docs/engines",
+            "moetuner collect MODEL --dataset FILE --out MORE  # more sequences, of all kinds; or "
+            "as the engine records them, see docs/engines",
             line("advise", "MORE", typed),
         ]
     problem, main, settings = advice.problem, advice.main, advice.settings

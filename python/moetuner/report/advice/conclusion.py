@@ -10,7 +10,7 @@ from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
-from moetuner.report.advice.values import Advice, Answer, Copies, Half, Judged
+from moetuner.report.advice.values import WINDOWS, Advice, Answer, Copies, Half, Judged
 from moetuner.report.cells import counted, listed, percent, signed, span
 from moetuner.topology import Regime
 
@@ -26,13 +26,21 @@ FEW_KINDS = 10
 CARRIED = 0.5
 
 
-def knee_of(swept: tuple[Copies, ...]) -> int:
+def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> int:
     """Return the fewest slots for copies whose gain comes near to the best that harms no window.
 
+    Where the share of prefill is known, what counts is the gain of decode and prefill together.
     Copies share tokens, and so have the weights of an expert read on several devices: in windows of
     few tokens that may cost more than balance saves.
     """
     plain = [each for each in swept if not each.shared]
+    if prefill_share is not None:
+        shares = dict(zip(WINDOWS, (1 - prefill_share, prefill_share), strict=True))
+        totals = {
+            each.per_device: sum(share * each.mean(of) for of, share in shares.items())
+            for each in plain
+        }
+        return min(of for of, gain in totals.items() if gain >= max(totals.values()) - KNEE)
     least = min(plain, key=lambda each: each.per_device)
     harmless = [
         each
@@ -68,6 +76,7 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
         )
     if of.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
+        reasons = []
     if len(kinds) == 1:
         one = f"all traffic is of one group, {name(kinds[0])}: record traffic of other groups, too"
         overruling.append(("not enough evidence", one))
@@ -98,7 +107,7 @@ CALLED = {
     "worth it": "worth a trial",
     "certain but small": "small",
     "no evidence": "no certain gain",
-    "too few": "not known",
+    "too few": "too little traffic to be sure",
     "worse": "slower",
 }
 
@@ -245,24 +254,22 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
         ]
     if units.name != "window":
         return []
-    how = "one by one, as neighbours are no more alike than others."
+    how = "windows count as independent, as neighbours are no more alike than others."
     if units.blocks.length > 1:
         how = (
-            f"in blocks of {units.blocks.length}, as neighbours are alike: they are worth "
-            f"{units.number} independent ones. With sequences fewer tokens tell as much."
+            f"windows count in blocks of {units.blocks.length}, as neighbours are alike, and are "
+            f"worth {units.number} independent ones. With sequences fewer tokens suffice."
         )
-    return [f"There are no sequence labels, so windows were judged {how}"]
+    return [f"INPUT has no sequences: {how}"]
 
 
 def _gains(of: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main, lines = of.main, []
-    if len(of.judged) > 1 or of.total is not None or not of.settings["held_out"]:
-        each = sorted(of.judged, key=lambda judged: -judged.gain.mean)
-        lines = [_line(of, judged, judged.phase * (len(each) > 1)) for judged in each]
+    main, each = of.main, sorted(of.judged, key=lambda judged: -judged.gain.mean)
+    lines = [_line(of, judged, judged.phase * (len(each) > 1)) for judged in each]
     if main.eplb:
         parts = []
-        for judged in of.judged:
+        for judged in each:
             gain = judged.eplb[judged.gain.measure]
             sure = interval(gain)
             parts.append(f"{_much(gain)} in {judged.where}{sure and f' ({sure})'}")
@@ -286,7 +293,7 @@ def _line(of: Advice, judged: Judged, phase: str = "") -> str:
     where = f"{phase}, {judged.where}: a" if phase else f"in {judged.where} a"
     return (
         f"{where} layer takes {_much(gain)} predicted time than with {running_name(of)}, "
-        f"{gain.before:.1f} to {gain.after:.1f} us{sure and f' ({sure})'}"
+        f"{gain.before:,.1f} to {gain.after:,.1f} us{sure and f' ({sure})'}"
     )
 
 
@@ -301,8 +308,8 @@ def _of_each_group(of: Advice) -> str:
         f"{len(gains) - len(few) - len(bad)} of {counted(len(gains), 'group')}"
     )
     if bad:
-        line += f"; none for {listed([texts[group] for group in bad], LOSERS)}"
-    return line + (f"; too little traffic to judge {listed(few, LOSERS)}" if few else "")
+        line += f"; none for {listed([texts[group] for group in bad], 2 * LOSERS)}"
+    return line + (f"; too little traffic to judge {listed(few, 2 * LOSERS)}" if few else "")
 
 
 def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:

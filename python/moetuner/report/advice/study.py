@@ -30,6 +30,7 @@ from moetuner.report.advice.values import (
     Judged,
     Moving,
     Phases,
+    main_of,
 )
 from moetuner.report.cells import counted
 from moetuner.report.outcome import judge
@@ -135,14 +136,14 @@ class Study:
         splits = splits if self.is_held_out and self.unseen is None else 1
         part = self.part(0)
         swept = self._swept(part)
-        knee = knee_of(swept)
+        knee = knee_of(swept, self.prefill_share)
         trials = []
         for number in range(splits):
             self.say(f"split {number + 1} of {splits}: solving and judging")
             trials.append(self.trial(self.part(number) if number else part, knee))
         first = trials[0]
         judged = tuple(self._judged(trials, window) for window in self.windows)
-        main = max(judged, key=lambda each: each.gain.mean)
+        main = main_of(judged)
         swept = tuple(
             replace(each, gains={of.window: (of.gain.mean,) for of in judged})
             if each.per_device == knee and not each.shared
@@ -256,9 +257,13 @@ class Study:
 
     def _halves(self, knee: int, window: Window) -> tuple[Half, ...]:
         """Judge a placement of each half of the recording on the other."""
-        parts = drift.halves(self.traffic)
-        groups = [tuple(name for name in members(half) if name is not None) for half in parts]
-        halves = []
+        parts, halves = drift.halves(self.traffic), []
+        sizes = [{name: len(rows) for name, rows in members(half).items()} for half in parts]
+        # A group that the middle cuts is of the half that has more of it.
+        groups = [
+            tuple(str(n) for n in own if n is not None and own[n] >= sizes[1 - place].get(n, 0))
+            for place, own in enumerate(sizes)
+        ]
         for number, name in enumerate(("first", "second")):
             self.say(f"a placement of the {name} half on the other")
             part = Part(self.seed, self.counted(parts[number]), parts[1 - number])

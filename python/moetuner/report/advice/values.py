@@ -94,6 +94,11 @@ class Judged(Frozen):
         }
 
 
+def main_of(judged: tuple[Judged, ...]) -> Judged:
+    """Return the windows where most is gained, for certain if in any."""
+    return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.mean))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Copies(Frozen):
     """What some slots for copies gain on unseen traffic, and what they cost.
@@ -302,8 +307,8 @@ class Advice(Frozen):
 
     @property
     def main(self) -> Judged:
-        """Both placements in the windows where most is gained."""
-        return max(self.judged, key=lambda each: each.gain.mean)
+        """Both placements in the windows where most is gained, for certain if in any."""
+        return main_of(self.judged)
 
     @property
     def verdicts(self) -> tuple[Comparison, ...]:
@@ -323,8 +328,13 @@ class Advice(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values, but for placements, the search and its problem."""
-        left_out = ("placements", "result", "problem")
+        left_out = ("placements", "result", "problem", "by_group")
         fields: dict[str, Any] = as_json(
             {name: value for name, value in vars(self).items() if name not in left_out}
         )
-        return {**fields, "carried": list(self.carried)}
+        by_group = [
+            {"group": group, "window": window, **gain.to_dict()}
+            for group, gains in self.by_group.items()
+            for window, gain in gains.items()
+        ]
+        return {**fields, "carried": list(self.carried), "by_group": by_group}
