@@ -13,7 +13,7 @@ from moetuner.cli.solve import command as solve
 CASES = """
 --devices 4
 --devices 4 --devices-per-node 2 --for vllm --copies 0,1 --seed 3 --initial eplb:4
---devices 4 --for sglang --initial round_robin --cost-model a100:1024x512 --any-order
+--devices 4 --for sglang --copies 0,1 --initial round_robin --cost-model a100:1024x512 --any-order
 --devices 4 --for megatron --only first --only second
 --devices 4 --regime follow --window 100 --initial running.json
 --topology machine.json --arrival mixed --copies 1 --cost-model a100:1024x512
@@ -50,7 +50,7 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, tmp_path, monkeyp
         np.savez("load.npz", load=counted.window_load)
         file = "load.npz"
     options = [word for word in case.split() if word not in ("--load", "--long")]
-    advice = as_json("advise", file, *options, "--splits", 1)
+    advice = as_json("advise", file, "--splits", 1, "--copies", 0, *options)
     assert advice["answer"] == "worth a trial", advice["reasons"]
     gains = [of["gains"]["predicted_layer_us"]["mean"] for of in advice["judged"]]
     assert f"# {100 * max(gains):+.1f} % in " in " ".join(advice["commands"])

@@ -275,12 +275,17 @@ def serving_commands(source: Source, advice: Advice) -> list[str]:
     export = "moetuner export placement.json --to"
     if engine is None:
         return [f"{export} eplb --out experts.npz"]
-    commands = []
-    layers = dict(zip(("hidden_layers", "dense_layers"), source.layer_words(), strict=True))
+    commands, why = [], ""
+    hidden, dense = source.layer_words()
+    if (hidden, dense) == ("N", "A-B"):
+        hidden, dense = str(problem.layers), "none"
+        why = "  # if all layers of the model have experts"
+    layers = {"hidden_layers": hidden, "dense_layers": dense}
     for name, writer in WRITERS.items():
         if writer.engine == engine:
             hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
-            commands.append(f"{export} {name}{hints} --out experts{writer.suffixes[0]}")
+            out = f"experts{writer.suffixes[0]}{why if hints else ''}"
+            commands.append(f"{export} {name}{hints} --out {out}")
     redundant = problem.devices * problem.slots - problem.experts
     of = ENGINES[engine]
     if of.serve:
