@@ -113,7 +113,11 @@ def test_groups_that_lose_are_named():
     group = np.where(np.arange(4000) // LENGTH % 5 < 4, 0, 1)
     scores = np.repeat(liked[group][:, None], LAYERS, axis=1)
     trace = routed(scores, group=group, group_names=["many", "few"])
-    advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    advice = advise(trace, TWO_NODES, copies=(0,), splits=1, by_group=True)
+    gains = {of: each[512] for of, each in advice.by_group.items()}
+    assert gains["few"].low < 0 < gains["many"].low
+    assert any(f"none for few ({100 * gains['few'].gain:+.1f} %)" in of for of in advice.reasons)
+    assert [of["group"] for of in advice.to_dict()["by_group"]] == [*gains]
     (loser,) = advice.audit.worse(measures=("predicted_layer_us",))
     much = f"few ({100 * loser.change.value:.1f} %)"
     line = f"Slower than before, beyond chance: {much}. See moetuner audit."
@@ -222,12 +226,74 @@ def test_a_running_placement_is_the_one_to_beat():
         ({"traffic": mt.RoutingStatistics.from_load([[[0, 0]]] * 9)}, "traffic must have tokens"),
         ({"copies": ()}, "at least one number of slots"),
         ({"initial": mt.Placement([[[0, 1], [2, 3]]])}, "initial must have 3 layers"),
+        ({"initial": "eplb:3"}, "8 experts and 3 redundant ones .* 4 devices; eplb:4 would do"),
+        ({"initial": "lpt"}, "initial must be contiguous, round_robin, eplb or eplb:N"),
+        ({"by_group": True}, "by_group needs traffic of two groups"),
+        ({"prefill_share": 0.5}, "prefill_share needs a trace of at least 32,768 tokens"),
+        ({"prefill_share": 2}, "prefill_share must be from 0 to 1"),
+        ({"unseen": mt.RoutingStatistics.from_load([[[1] * 8] * 3])}, "unseen must be"),
+        ({"unseen": mt.RoutingTrace.from_arrays([[[0, 1]]], num_experts=8)}, "got 1 of 8"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):
     """Each in one line, with what would be right."""
     with pytest.raises((ValueError, TypeError), match=words):
         advise(**{"traffic": routed(even(400)), "topology": TWO_NODES, **arguments})
+
+
+def test_eplb_may_run():
+    """It is computed from what was seen, with redundant experts, and is no row beside itself."""
+    trace = routed(skewed(2000))
+    how = {"copies": (0,), "splits": 1, "iterations": 50}
+    plain = advise(trace, TWO_NODES, **how, initial="eplb", objective="balance")
+    assert plain.judged[0].eplb == {}
+    assert plain.answer == "not now"
+    advice = advise(trace, TWO_NODES, **how, initial="eplb:4")
+    assert [of.per_device for of in advice.copies if not of.shared] == [0, 1]
+    assert advice.placements[0].slots_per_device == 3
+    seen, _ = trace.split(0.5, seed=0)
+    counted = mt.RoutingStatistics.from_trace(seen, window=512, sets=True)
+    problem = mt.Problem(counted, TWO_NODES, slots_per_device=3)
+    assert advice.placements[0] == mt.solve(problem, "eplb").placement
+
+
+def test_traffic_may_be_given_to_judge_on():
+    """What is proposed is computed from all of the one, and judged on all of the other, once."""
+    seen, unseen = routed(skewed(1000)), routed(skewed(1500), seed=1)
+    advice = advise(seen, TWO_NODES, copies=(0,), unseen=unseen)
+    assert advice.judged_on.startswith("1,500 tokens of 30 sequences that the placement was not")
+    assert advice.problem.load.sum() == 1000 * LAYERS * TOP_K
+    assert advice.proposed.tokens == 1500
+    assert len(advice.main.gain.splits) == 1
+
+
+def test_prefill_and_decode_have_an_answer_each():
+    """The headline has both; a share of prefill makes one of them."""
+    trace = routed(skewed(33_000))
+    both = advise(trace, TWO_NODES, copies=(0,), splits=2)
+    decode, prefill = (each.gain for each in both.judged)
+    head = f"Worth a trial for prefill (+{100 * prefill.mean:.1f} %) and decode "
+    assert both.sentence.startswith(head)
+    total = advise(trace, TWO_NODES, copies=(0,), splits=2, prefill_share=0.25, time_limit=None)
+    decode, prefill = (each.gain for each in total.judged)
+    for name in ("gain", "low", "high"):
+        weighed = 0.25 * getattr(prefill, name) + 0.75 * getattr(decode, name)
+        assert getattr(total.total, name) == pytest.approx(weighed)
+    assert "where 25 % of the time is prefill (95 % interval" in total.sentence
+
+
+def test_halves_of_other_groups_get_both_answers():
+    """A recording sorted by group says what a mix gains, and what one half does for the other."""
+    group = np.arange(4000) // 1000
+    trace = routed(shifted(), group=group, group_names=["books", "math", "news", "wiki"])
+    advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
+    worst, mix = min(of.gain.gain for of in advice.halves), advice.main.gain.gain
+    assert (
+        f"books, math; news, wiki. Trained on one, judged on the other: {100 * worst:+.1f} %"
+        in (advice.reasons[1])
+    )
+    assert f"If you serve a mix (--any-order): {100 * mix:+.1f} %" in advice.reasons[1]
+    assert advice.sentence.endswith("if you serve a mix of the groups.") == (worst < mix / 2)
 
 
 @pytest.mark.parametrize("load", [[[[1, 2, 3, 4]]], [[[90, 5, 5, 5]] * 3]])
