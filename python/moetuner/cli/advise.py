@@ -29,6 +29,7 @@ from moetuner.report.advice.study import slots_of_running
 from moetuner.report.advice.values import Advice, Judged
 from moetuner.report.cells import counted, in_bytes, percent, signed, span
 from moetuner.report.page.data import of_advice
+from moetuner.statistics import RoutingStatistics
 
 INITIAL = options.FileText(words=advising.RUNNING)
 COPIES = options.Text(
@@ -236,7 +237,12 @@ def next_commands(
         ]
     problem, main, settings = advice.problem, advice.main, advice.settings
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
-    solving |= {"window": settings["windows"][0], "holdout": None if unseen else HOLDOUT}
+    given = source.traffic
+    has_pairs = isinstance(given, RoutingStatistics) and (
+        given.transitions is not None or given.coactivation is not None
+    )
+    solving |= {"window": settings["windows"][0]}
+    solving["holdout"] = None if unseen or has_pairs else HOLDOUT
     if main.window is None and settings["engine"] is not None:
         solving["arrival"] = settings["arrival"]
 
@@ -247,7 +253,10 @@ def next_commands(
         return line("solve", file, values, why)
 
     why = "the placement that was judged"
-    why += "" if unseen else "; without --holdout from all of INPUT, for serving"
+    if has_pairs:
+        why = "from all of INPUT with its pairs, which cannot be held out and were not judged"
+    elif not unseen:
+        why += "; without --holdout from all of INPUT, for serving"
     commands = [solve(problem.slots, why, out_file="placement.json")]
     initial, baseline = settings["initial"], None
     if initial == "given":
@@ -263,7 +272,7 @@ def next_commands(
     judged_on = shlex.join(map(str, unseen)) if unseen else file
     values = {**reading, "expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
     values["window"] = None if main.window == settings["windows"][0] else main.window
-    figure = f"{signed(main.gain.mean)} in {main.where}"
+    figure = "" if has_pairs else f"{signed(main.gain.mean)} in {main.where}"
     values["report_file"] = "report.html"
     commands.append(line("report", f"placement.json {judged_on}", values, figure))
     return [*commands, *serving_commands(source, advice)]
