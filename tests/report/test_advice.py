@@ -232,7 +232,7 @@ def test_a_running_placement_is_the_one_to_beat():
         ({"prefill_share": 0.5}, "prefill_share needs a trace of at least 32,768 tokens"),
         ({"prefill_share": 2}, "prefill_share must be from 0 to 1"),
         ({"unseen": mt.RoutingStatistics.from_load([[[1] * 8] * 3])}, "unseen must be"),
-        ({"unseen": mt.RoutingTrace.from_arrays([[[0, 1]]], num_experts=8)}, "got 1 of 8"),
+        ({"unseen": mt.RoutingTrace.from_arrays([[[0, 1]]], num_experts=8)}, "got 1 layers of 8"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):

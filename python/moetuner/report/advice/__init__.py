@@ -161,7 +161,8 @@ def advise(
     windows: tuple[int | None, ...] = (window,)
     if isinstance(traffic, RoutingStatistics):
         # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
-        traffic, unseen = map(_without_pairs, (traffic, unseen))
+        pairs: dict[str, Any] = {"transitions": None, "coactivation": None, "sets": None}
+        traffic, unseen = replace(traffic, **pairs), unseen and replace(unseen, **pairs)
         arrival, windows = None, (None,)
     elif window is None:
         judged = unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
@@ -209,13 +210,9 @@ def _check_values(
 def _check_unseen(traffic: Traffic, unseen: Traffic) -> None:
     """Raise if traffic to judge on is of another kind or model, or holds nothing."""
     check.instance("unseen", unseen, type(traffic), hint=" as traffic is")
-    sizes, own = ((of.layers, of.num_experts) for of in (traffic, unseen))
-    if sizes != own:
-        raise ValueError(
-            "unseen must have {} layers of {} experts like traffic, got {} of {}".format(
-                *sizes, *own
-            )
-        )
+    wanted, got = (f"{of.layers} layers of {of.num_experts} experts" for of in (traffic, unseen))
+    if wanted != got:
+        raise ValueError(f"unseen must have {wanted} like traffic, got {got}")
     if not (unseen.tokens if isinstance(unseen, RoutingTrace) else unseen.total_load.any()):
         raise ValueError("unseen must have tokens, got none")
 
@@ -229,10 +226,3 @@ def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
             f"prefill_share needs a trace of at least {4 * WINDOWS[-1]:,} tokens and no window, so "
             "that both prefill and decode are judged"
         )
-
-
-def _without_pairs(traffic: Any) -> Any:
-    """Return statistics without what is counted over all windows."""
-    if traffic is None:
-        return None
-    return replace(traffic, transitions=None, coactivation=None, sets=None)

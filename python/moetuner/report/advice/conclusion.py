@@ -10,7 +10,7 @@ from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
-from moetuner.report.advice.values import WINDOWS, Advice, Answer, Copies, Half, Judged
+from moetuner.report.advice.values import WINDOWS, Advice, Answer, Copies, Judged
 from moetuner.report.cells import counted, listed, percent, signed, span
 from moetuner.topology import Regime
 
@@ -64,7 +64,7 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     if of.drift is not None and of.drift.is_beyond_chance:
         if of.halves and of.drift.is_of_groups:
             reasons.insert(0, _of_groups(of))
-            if min(of.halves, key=_worth).gain.mean < CARRIED * of.main.gain.mean:
+            if min(half.gain.mean for half in of.halves) < CARRIED * of.main.gain.mean:
                 mixed = ", if you serve a mix of the groups"
         else:
             overruling += _by_drift(of, of.drift, warnings)
@@ -95,11 +95,6 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     reasons = [head, *(reason for reason in reasons if reason not in head)]
     sentences = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in reasons)
     return replace(of, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
-
-
-def _worth(half: Half) -> float:
-    """Return the gain of a placement of one half on the other one."""
-    return half.gain.mean
 
 
 # What a gain is called in the headline, before the phase or the windows that it is of.
@@ -202,11 +197,11 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
 
 def _of_groups(of: Advice) -> str:
     """Write what halves that hold different groups gain from each other, and what a mix gains."""
-    worst = min(of.halves, key=_worth)
+    worst = min((half.gain for half in of.halves), key=lambda gain: gain.mean)
     names = "; ".join(listed([*map(name, of.halves[n].seen)], LOSERS) for n in range(2))
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
-        f"{_with_interval(worst.gain)}. If you serve a mix (--any-order): "
+        f"{_with_interval(worst)}. If you serve a mix (--any-order): "
         f"{signed(of.main.gain.mean)}. Both are in {of.main.where}"
     )
 

@@ -152,12 +152,10 @@ class Study:
         )
         units, of = self.units[main.window], first.evaluations[main.window]
         self.say("comparing the halves of the recording")
-        difference = None
-        if self.unseen is None:
-            difference = drift.drift_of(self.traffic, units, seed=self.seed)
-        halves: tuple[Half, ...] = ()
-        if self.in_order and difference is not None and difference.is_beyond_chance:
-            halves = self._halves(knee, main.window)
+        is_one = self.unseen is None
+        difference = drift.drift_of(self.traffic, units, seed=self.seed) if is_one else None
+        is_other = self.in_order and difference is not None and difference.is_beyond_chance
+        halves = self._halves(knee, main.window) if is_other else ()
         self.say("weighing what moves, and phases")
         phases = self._phases(part, knee)
         advice = Advice(
@@ -201,12 +199,13 @@ class Study:
         }
 
     def _judged_on(self, unseen: Traffic) -> str:
-        if isinstance(unseen, RoutingTrace):
-            text = counted(unseen.tokens, "token")
-            if unseen.sequence is not None:
-                text += f" of {counted(len(np.unique(unseen.sequence)), 'sequence')}"
-        else:
+        if isinstance(unseen, RoutingStatistics):
             text = counted(unseen.windows, "window")
+        elif unseen.sequence is None:
+            text = counted(unseen.tokens, "token")
+        else:
+            sequences = counted(len(np.unique(unseen.sequence)), "sequence")
+            text = f"{counted(unseen.tokens, 'token')} of {sequences}"
         return f"{text} that the placement was {'not ' * self.is_held_out}computed from"
 
     def _judged(self, trials: list[Trial], window: Window) -> Judged:
@@ -244,16 +243,12 @@ class Study:
         gain, low, high = weighed(decode.gain, prefill.gain), None, None
         if decode.interval is not None and prefill.interval is not None:
             low, high = map(weighed, decode.interval, prefill.interval)
-        return replace(
-            decode,
-            before=1.0,
-            after=1 - gain,
-            gain=gain,
-            low=low,
-            high=high,
-            units=min(decode.units, prefill.units),
-            splits=tuple(map(weighed, decode.splits, prefill.splits)),
+        splits, units = (
+            map(weighed, decode.splits, prefill.splits),
+            min(decode.units, prefill.units),
         )
+        of = replace(decode, before=1.0, after=1 - gain, gain=gain, low=low, high=high)
+        return replace(of, units=units, splits=tuple(splits))
 
     def _halves(self, knee: int, window: Window) -> tuple[Half, ...]:
         """Judge a placement of each half of the recording on the other."""
@@ -266,11 +261,11 @@ class Study:
         ]
         for number, name in enumerate(("first", "second")):
             self.say(f"a placement of the {name} half on the other")
-            part = Part(self.seed, self.counted(parts[number]), parts[1 - number])
-            gain = self._compared(
-                [self.trial(part, knee, [window])], RUNNING, window, self.units[window]
+            trial = self.trial(
+                Part(self.seed, self.counted(parts[number]), parts[1 - number]), knee
             )
-            halves.append(Half(groups[number], groups[1 - number], gain["predicted_layer_us"]))
+            gain = self._gain(trial, window, self.units[window])
+            halves.append(Half(groups[number], groups[1 - number], gain))
         return tuple(halves)
 
     def _by_group(self, knee: int) -> dict[str, dict[Window, Comparison]]:
@@ -280,19 +275,16 @@ class Study:
         rows = groups.pop(None)
         for group, mine in groups.items():
             self.say(f"a placement of all groups but {group}, on {group}")
-            is_mine = np.zeros(len(rows), dtype=np.bool_)
-            is_mine[mine] = True
-            own = some(self.traffic, is_mine)
-            trial = self.trial(
-                Part(self.seed, self.counted(some(self.traffic, ~is_mine)), own), knee
-            )
+            is_mine = np.isin(rows, mine)
+            own, others = some(self.traffic, is_mine), some(self.traffic, ~is_mine)
+            trial = self.trial(Part(self.seed, self.counted(others), own), knee)
             gains[str(group)] = {
-                window: self._compared([trial], RUNNING, window, self._units_of(own, window))[
-                    "predicted_layer_us"
-                ]
-                for window in self.windows
+                of: self._gain(trial, of, self._units_of(own, of)) for of in self.windows
             }
         return gains
+
+    def _gain(self, trial: Trial, window: Window, units: Units) -> Comparison:
+        return self._compared([trial], RUNNING, window, units)["predicted_layer_us"]
 
     def _units_of(self, traffic: Traffic, window: Window) -> Units:
         return units_of(traffic, window=window, threads=self.threads)
@@ -369,7 +361,7 @@ class Study:
         how |= {"seed": seed, "threads": self.threads, "time_limit": self.time_limit}
         return solve(problem, method, **how).uninterrupted()
 
-    def trial(self, part: Part, count: int, windows: Sequence[Window] = ()) -> Trial:
+    def trial(self, part: Part, count: int) -> Trial:
         """Place with some slots for copies, and judge that beside EPLB and what runs."""
         problem = self.problem(part.statistics, count)
         result = self.solved(problem, "joint", part.seed)
@@ -378,7 +370,7 @@ class Study:
             EPLB: self.solved(problem, "eplb", part.seed).placement,
             PROPOSED: result.placement,
         }
-        evaluations = self.evaluated(placements, problem, part.unseen, windows or self.windows)
+        evaluations = self.evaluated(placements, problem, part.unseen, self.windows)
         return Trial(result, problem, placements, evaluations)
 
     def running(self, part: Part) -> Placement:
