@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,10 @@ def command(
 ) -> None:
     """Advise whether a better placement is worth a trial.
 
-    Placements are computed from half of INPUT and judged on the other, over several splits. The
-    answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
-    experts would bring, what moving costs, and the commands that come next.
+    A placement is computed from half of INPUT and judged on the other half, in windows of 512
+    tokens (decode) and 8,192 (prefill) unless --window chooses; other splits show how far the gain
+    varies. The answer is "worth a trial", "not now" or "not enough evidence", with reasons, what
+    copies of experts would bring, what moving costs, and the commands that come next.
 
     Parameters
     ----------
@@ -214,7 +215,6 @@ def next_commands(
     assert isinstance(menu, click.Group)
     for name in ("threads", "report_file", "figures", "json_file", "unseen"):
         typed.pop(name, None)
-    reading = {of.name: typed.get(of.name) for of in fields(Source)}
 
     def line(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
         text = f"moetuner {name} {file}{options.words(menu.commands[name], values)}"
@@ -222,6 +222,7 @@ def next_commands(
 
     file = shlex.join(map(str, source.input_files))
     if advice.answer == "not now":
+        reading = {of.name: typed.get(of.name) for of in fields(Source)}
         again = "again, when traffic, engine or the number of devices has changed"
         return [
             line("inspect", file, reading, "what there is to win, layer by layer"),
@@ -235,47 +236,50 @@ def next_commands(
             "as the engine records them, see docs/engines",
             line("advise", "MORE", typed),
         ]
+    return [*_judging(source, advice, typed, line, unseen), *serving_commands(source, advice)]
+
+
+def _judging(
+    source: Source,
+    advice: Advice,
+    typed: dict[str, Any],
+    line: Callable[..., str],
+    unseen: Collection[Path],
+) -> list[str]:
+    """Return the commands that compute the placement, and show the figure that it was judged by."""
+    file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
     problem, main, settings = advice.problem, advice.main, advice.settings
-    solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
-    given = source.traffic
-    has_pairs = isinstance(given, RoutingStatistics) and (
+    initial, window, given = settings["initial"], settings["windows"][0], source.traffic
+    figure = f"{signed(main.gain.mean)} in {main.where}"
+    why = "the placement that was judged"
+    solving = {**typed, "expert_bytes": None, "seed": settings["seed"], "window": window}
+    if isinstance(given, RoutingStatistics) and (
         given.transitions is not None or given.coactivation is not None
-    )
-    solving |= {"window": settings["windows"][0]}
-    solving["holdout"] = None if unseen or has_pairs else HOLDOUT
-    if main.window is None and settings["engine"] is not None:
+    ):
+        figure, why = "", "from all of INPUT with its pairs, which cannot be held out"
+    elif not unseen:
+        why += "; without --holdout from all of INPUT, for serving"
+        solving["holdout"] = HOLDOUT
+    if window is None and settings["engine"] is not None:
         solving["arrival"] = settings["arrival"]
 
     def solve(slots: int, why: str, **others: Any) -> str:
         is_default = slots * problem.devices == problem.experts
         is_default &= problem.topology.slots_per_device is None
-        values = {**solving, "slots_per_device": None if is_default else slots, **others}
-        return line("solve", file, values, why)
+        solving["slots_per_device"] = None if is_default else slots
+        return line("solve", file, {**solving, **others}, why)
 
-    why = "the placement that was judged"
-    if has_pairs:
-        why = "from all of INPUT with its pairs, which cannot be held out and were not judged"
-    elif not unseen:
-        why += "; without --holdout from all of INPUT, for serving"
     commands = [solve(problem.slots, why, out_file="placement.json")]
-    initial, baseline = settings["initial"], None
-    if initial == "given":
-        baseline = typed["initial"]
-    elif initial != "contiguous":
-        slots, baseline = (
-            slots_of_running(initial, problem.experts, problem.devices),
-            "running.json",
-        )
-        method = initial.partition(":")[0]
-        runs = f"what runs: {running_name(advice)}"
-        commands.append(solve(slots, runs, method=method, out_file=baseline))
-    judged_on = shlex.join(map(str, unseen)) if unseen else file
-    values = {**reading, "expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
-    values["window"] = None if main.window == settings["windows"][0] else main.window
-    figure = "" if has_pairs else f"{signed(main.gain.mean)} in {main.where}"
-    values["report_file"] = "report.html"
-    commands.append(line("report", f"placement.json {judged_on}", values, figure))
-    return [*commands, *serving_commands(source, advice)]
+    baseline = typed["initial"] if initial == "given" else None
+    if initial not in ("given", "contiguous"):
+        slots = slots_of_running(initial, problem.experts, problem.devices)
+        how = {"method": initial.partition(":")[0], "out_file": (baseline := "running.json")}
+        commands.append(solve(slots, f"what runs: {running_name(advice)}", **how))
+    values = {of.name: typed.get(of.name) for of in fields(Source)}
+    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
+    values |= {"window": None if main.window == window else main.window}
+    values |= {"report_file": "report.html"}
+    return [*commands, line("report", f"placement.json {future or file}", values, figure)]
 
 
 def serving_commands(source: Source, advice: Advice) -> list[str]:
