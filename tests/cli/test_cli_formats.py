@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli.advise import next_commands
-from moetuner.cli.options.machine import Machine
+from moetuner.cli.advise import serving_commands
 from moetuner.cli.options.traffic import Source
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
@@ -64,7 +63,7 @@ def test_several_inputs_are_one(ok, run, tmp_path):
     of = json.loads(said.read_text())["input"]
     assert (of["file"], of["files"]) == (str(RANKS[0]), [str(path) for path in RANKS])
     advice = ok("advise", *RANKS, "--devices", 2, "--copies", 0)
-    assert "moetuner advise MORE --devices 2" in advice or f"solve {RANKS[0]} {RANKS[1]}" in advice
+    assert "moetuner advise MORE --devices 2" in advice
     status, _, error = run("inspect", RANKS[0], RANKS[0], "--devices", 2)
     assert status == 2
     assert "must name every file once" in error
@@ -137,15 +136,12 @@ SERVED = {
 
 @pytest.mark.parametrize(("engine", "words"), SERVED.items())
 def test_commands_that_come_next_run_as_they_are(engine, words):
-    """They read INPUT as it was read, and say what the engine's map needs."""
+    """They say what the engine's map needs, and how many copies there are."""
     source = Source(input_files=(GOLDEN / "vllm" / "completions.json",), num_experts=16)
     statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
-    problem = mt.Problem(statistics, mt.Topology(2))
-    advice = SimpleNamespace(answer="worth a trial", knee=1, problem=problem)
-    actual = next_commands(source, Machine(devices=2), advice, "contiguous", engine)
-    assert " --devices 2 --num-experts 16 --for " in actual[0]
-    assert actual[1].endswith("completions.json --num-experts 16 --out report.html")
-    assert any(words in line for line in actual[2:])
+    problem = mt.Problem(statistics, mt.Topology(2), slots_per_device=9)
+    advice = SimpleNamespace(problem=problem, settings={"engine": engine})
+    assert any(words in line for line in serving_commands(source, advice))
 
 
 def test_layers_that_nobody_numbers_are_said_to_start_at_0(ok, tmp_path):

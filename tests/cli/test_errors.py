@@ -85,7 +85,7 @@ solve TRACE --topology h100-nvl8-ib400:two | as in h100-nvl8-ib400:2, got 'two'
 solve TRACE --devices 4 --method jont | Did you mean joint?
 compare TRACE --devices 4 --methods ebpl | Did you mean eplb?
 advise TRACE --devices 4 --copies some | must be numbers as in 0,1,2,4
-advise TRACE --devices 4 --initial x.json | must be a file, contiguous or round_robin
+advise TRACE --devices 4 --initial x.json | must be a file, contiguous, round_robin, eplb or eplb:N
 advise TRACE --devices 4 --report page.pdf | must end in .html
 advise TRACE --devices 4 --report /nowhere/page.html | does not exist
 advise TRACE --devices 4 --devics 4 | Did you mean

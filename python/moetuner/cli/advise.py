@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Collection
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moetuner.cli import options
-from moetuner.cli.options import JUDGING, RUNNING, option
+from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import Serving, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, timed, working
 from moetuner.evaluation.comparison import PRICE
@@ -21,17 +23,21 @@ from moetuner.formats import WRITERS
 from moetuner.formats.engines import ENGINES
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
-from moetuner.report.advice.values import Advice
-from moetuner.report.cells import counted, in_bytes, signed, span
+from moetuner.report.advice.conclusion import running_name
+from moetuner.report.advice.study import slots_of_running
+from moetuner.report.advice.values import Advice, Judged
+from moetuner.report.cells import counted, in_bytes, percent, signed, span
 from moetuner.report.page.data import of_advice
+from moetuner.statistics import RoutingStatistics
 
-BASELINES = ("contiguous", "round_robin")
-INITIAL = options.FileText(words=BASELINES)
+INITIAL = options.FileText(words=advising.RUNNING)
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
     "numbers as in 0,1,2,4",
 )
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
+# Share that is held out, as of ``advise``.
+HOLDOUT = 0.5
 
 
 @options.command("advise", begin_with="--devices --devices-per-node --for --report")
@@ -39,54 +45,78 @@ def command(
     *,
     source: Source,
     machine: Machine,
+    unseen: tuple[Path, ...] = option(options.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
     copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
-    initial: str = option(INITIAL, "PLACEMENT|contiguous|round_robin", "contiguous", group=RUNNING),
+    initial: str = option(
+        INITIAL, "PLACEMENT|contiguous|round_robin|eplb[:N]", "contiguous", group=RUNNING
+    ),
     expert_bytes: float | None = options.expert_bytes_option(),
     price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
+    prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
+    by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
+    objective: str | None = setting_option("objective"),
     seed: int = options.seed_option(),
+    time_limit: float | None = option(
+        options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
+    ),
     serving: Serving,
     pages: Pages,
     output: Output,
 ) -> None:
     """Advise whether a better placement is worth a trial.
 
-    Placements are computed from half of INPUT and judged on the other, over several splits. The
-    answer is "worth a trial", "not now" or "not enough evidence", with reasons, what copies of
-    experts would bring, what moving costs, and the commands that come next.
+    A placement is computed from half of INPUT and judged on the other half, in windows of 512
+    tokens (decode) and 8,192 (prefill) unless --window chooses; other splits show how far the gain
+    varies. The answer is "worth a trial", "not now" or "not enough evidence", with reasons, what
+    copies of experts would bring, what moving costs, and the commands that come next.
 
     Parameters
     ----------
+    unseen
+        Traffic to judge on, instead of half of INPUT; may be repeated for several files.
     initial
-        The placement that runs.
+        The placement that runs; eplb:32 is EPLB's with 32 redundant experts over all devices.
     copies
         Extra slots per device and layer to try.
     expert_bytes
         Bytes of one expert of one layer. [default: of INPUT's model in 8 bits, if known]
     price
         Share of the predicted time that a change must save to be worth the trouble.
+    prefill_share
+        Share of the serving time that is prefill, for one answer on prefill and decode together.
     splits
         Ways to choose the half that placements are computed from.
+    by_group
+        Also judge, on each group of INPUT, a placement computed from all other groups.
     any_order
-        The order of INPUT is not that of serving: its kinds were recorded one after the other.
+        The order of INPUT is not that of serving: its groups were recorded one after the other.
+    time_limit
+        Time limit per solve, in seconds. Results then depend on the machine.
     """
     topology = machine.topology()
     how: dict[str, Any] = {"copies": copies, "expert_bytes": expert_bytes, "price": price}
-    how |= {"splits": splits, "in_order": not any_order, "seed": seed, "initial": initial}
-    if initial not in BASELINES:
+    how |= {"prefill_share": prefill_share, "splits": splits, "by_group": by_group}
+    how |= {"in_order": not any_order, "objective": objective, "time_limit": time_limit}
+    how |= {"seed": seed, "initial": initial}
+    if not advising.READ.fullmatch(initial):
         if not Path(initial).is_file():
             raise click.BadParameter(
-                f"must be a file, contiguous or round_robin, got '{initial:.60}'",
+                f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'",
                 param_hint="'--initial'",
             )
         how["initial"] = source.load(Path(initial), topology)
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
+    if unseen:
+        future = replace(source, input_files=unseen)
+        how["unseen"] = future.traffic
+        output.say(f"Judged on {future.describe()}")
     with working("advising") as report:
         how |= serving.arguments(source.traffic) | {"report": timed(report, str)}
         advice = advising.advise(source.traffic, topology, **how)
-    commands = next_commands(source, machine, advice, initial, serving.engine)
+    commands = next_commands(source, advice, click.get_current_context(), unseen)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
@@ -98,88 +128,178 @@ def _show(output: Output, advice: Advice) -> None:
     """Print the answer, what it rests on, and what copies and moving cost."""
     output.say("", advice.sentence, *(f"- {reason}" for reason in advice.reasons[1:]))
     output.say(*(f"! {warning}" for warning in advice.warnings), "")
-    seen = "unseen" if advice.settings["held_out"] else "all"
     for judged in advice.judged:
-        where = f"{seen} windows" if judged.window is None else f"windows of {judged.window:,}"
-        rows: list[tuple[str, ...]] = [
-            (
-                FIGURES[name].column,
-                FIGURES[name].text(gain.before),
-                FIGURES[name].text(gain.after),
-                signed(gain.mean),
-                span(min(gain.splits), max(gain.splits)) if len(gain.splits) > 1 else "-",
-                span(gain.low, gain.high),
-            )
-            for name, gain in judged.gains.items()
+        _show_figures(output, judged, advice.settings["regime"])
+    if advice.by_group:
+        windows = [judged.where for judged in advice.judged]
+        head = ["group, from all others", *(of for name in windows for of in (name, "95 %"))]
+        rows = [
+            (group, *(cell for gain in gains.values() for cell in _cells(gain)))
+            for group, gains in advice.by_group.items()
         ]
-        output.table((where, "running", "proposed", "gain", "splits", "95 %"), rows)
+        output.table(head, rows)
         output.say("")
     # Buffers of low-latency kernels grow with the slots.
     is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
     windows = [f"windows of {of:,}" if of else "gain" for of in advice.copies[0].gains]
-    head = ("slots for copies", *windows, "per device", *["DeepEP tokens"] * is_limited, "")
+    head = ["slots for copies", *windows, "per device", *["DeepEP tokens"] * is_limited, ""]
     rows = [
         (
             row.label,
             *(signed(row.mean(window)) for window in row.gains),
             "-" if row.bytes_per_device is None else in_bytes(row.bytes_per_device),
             *([f"{row.tokens_per_rank:,}"] if is_limited else []),
-            " <- knee" if row.per_device == advice.knee and not row.shared else "",
+            " <- proposed" if row.per_device == advice.knee and not row.shared else "",
         )
         for row in advice.copies
     ]
     output.table(head, rows)
-    output.say("", _moving(advice))
+    output.say("", *_paid(advice))
 
 
-def _moving(advice: Advice) -> str:
-    """Write what moving there costs, and after how long it pays."""
+def _cells(gain: Any) -> tuple[str, str]:
+    return signed(gain.mean), span(gain.low, gain.high)
+
+
+def _show_figures(output: Output, judged: Judged, regime: str) -> None:
+    """Print figures of what runs, of EPLB's placement and of the proposed one."""
+    rows = []
+    for name, gain in judged.gains.items():
+        if FIGURES[name].regime not in (None, regime):
+            continue
+        values = [gain.before, *([judged.eplb[name].before] if judged.eplb else []), gain.after]
+        several = len(gain.splits) > 1
+        splits = span(min(gain.splits), max(gain.splits)) if several else "-"
+        texts = map(FIGURES[name].text, values)
+        rows.append((FIGURES[name].column, *texts, signed(gain.mean), splits, _cells(gain)[1]))
+    columns = ("running", *["eplb"] * bool(judged.eplb), "proposed", "gain", "splits", "95 %")
+    output.table((judged.where.removesuffix(" tokens"), *columns), rows)
+    output.say("")
+
+
+def _time(us: float) -> str:
+    if abs(us) >= 1e6:
+        return f"{us / 1e6:,.2f} s"
+    return f"{us:,.1f} us" if abs(us) < 1000 else f"{us / 1000:,.2f} ms"
+
+
+def _paid(advice: Advice) -> list[str]:
+    """Write what a step gains, and what that takes: memory, and moving there."""
+    parts = [
+        f"{_time(of.saved_us)} of {_time(of.layers * of.gain.before)} ({percent(of.gain.mean)}) in "
+        f"{of.where}"
+        for of in advice.judged
+    ]
+    layers = counted(advice.judged[0].layers, "layer")
+    lines = [f"Gain per step, over {layers}: {'; '.join(parts)}."]
     moving = advice.moving
-    text = f"Moving there: {counted(moving.experts, 'expert')}"
-    if moving.bytes is None or moving.seconds is None:
-        return f"{text}. Pass --expert-bytes to see bytes and seconds."
-    text += f", {in_bytes(moving.bytes)}, {moving.seconds:.3g} s at the links' bandwidth"
+    text = f"Moving there: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
+    if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
+        return [*lines, f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
+    before, after = map(in_bytes, moving.device_bytes)
+    lines.append(f"Memory of experts per device: {before} now, {after} with the placement.")
+    text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
+    text += f", {_time(1e6 * (moving.seconds or 0))} at the links' bandwidth"
     if moving.steps is None:
-        return f"{text}, which does not pay."
-    return f"{text}; paid back after {moving.steps:,.0f} steps, if serving stops for it."
+        return [*lines, f"{text}, which does not pay."]
+    steps = f"{counted(int(moving.steps), 'step')} in {advice.main.where}"
+    return [*lines, f"{text}; paid back after {steps}, if serving stops for it."]
 
 
 def next_commands(
-    source: Source, machine: Machine, advice: Advice, initial: str, engine: str | None
+    source: Source, advice: Advice, context: click.Context, unseen: Collection[Path] = ()
 ) -> list[str]:
-    """Return the commands that come next."""
-    file, words = shlex.join(map(str, source.input_files)), source.words()
-    where = f"{machine.words()}{words}" + ("" if engine is None else f" --for {engine}")
+    """Return the commands that come next, each with every option that changes its answer."""
+    typed, menu = options.typed(context), context.find_root().command
+    assert isinstance(menu, click.Group)
+    for name in ("threads", "report_file", "figures", "json_file", "unseen"):
+        typed.pop(name, None)
+
+    def line(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
+        text = f"moetuner {name} {file}{options.words(menu.commands[name], values)}"
+        return text + (f"  # {why}" if why else "")
+
+    file = shlex.join(map(str, source.input_files))
     if advice.answer == "not now":
+        reading = {of.name: typed.get(of.name) for of in fields(Source)}
+        again = "again, when traffic, engine or the number of devices has changed"
         return [
-            f"moetuner inspect {file}{words}  # what there is to win, layer by layer",
-            f"moetuner advise NEWER {where}  # again, when traffic, engine or the number of "
-            "devices has changed",
+            line("inspect", file, reading, "what there is to win, layer by layer"),
+            line("advise", "NEWER", typed, again),
         ]
+    if advice.answer != "worth a trial" and advice.main.window is None:
+        return [line("advise", "MORE", typed, "MORE: more windows, of all kinds of traffic")]
     if advice.answer != "worth a trial":
         return [
-            "moetuner collect MODEL --dataset FILE --out MORE  # record more, of all kinds; or as "
-            "the engine does, see docs/engines",
-            f"moetuner advise MORE {where}",
+            "moetuner collect MODEL --dataset FILE --out MORE  # more sequences, of all kinds; or "
+            "as the engine records them, see docs/engines",
+            line("advise", "MORE", typed),
         ]
-    if advice.knee:
-        where += f" --slots-per-device {advice.problem.slots + advice.knee}"
-    if initial not in BASELINES:
-        where += f" --initial {shlex.quote(initial)}"
+    return [*_judging(source, advice, typed, line, unseen), *serving_commands(source, advice)]
+
+
+def _judging(
+    source: Source,
+    advice: Advice,
+    typed: dict[str, Any],
+    line: Callable[..., str],
+    unseen: Collection[Path],
+) -> list[str]:
+    """Return the commands that compute the placement, and show the figure that it was judged by."""
+    file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
+    problem, main, settings = advice.problem, advice.main, advice.settings
+    initial, window, given = settings["initial"], settings["windows"][0], source.traffic
+    figure = f"{signed(main.gain.mean)} in {main.where}"
+    why = "the placement that was judged"
+    solving = {**typed, "expert_bytes": None, "seed": settings["seed"], "window": window}
+    if isinstance(given, RoutingStatistics) and (
+        given.transitions is not None or given.coactivation is not None
+    ):
+        figure, why = "", "from all of INPUT with its pairs, which cannot be held out"
+    elif not unseen:
+        why += "; without --holdout from all of INPUT, for serving"
+        solving["holdout"] = HOLDOUT
+    if window is None and settings["engine"] is not None:
+        solving["arrival"] = settings["arrival"]
+
+    def solve(slots: int, why: str, **others: Any) -> str:
+        is_default = slots * problem.devices == problem.experts
+        is_default &= problem.topology.slots_per_device is None
+        solving["slots_per_device"] = None if is_default else slots
+        return line("solve", file, {**solving, **others}, why)
+
+    commands = [solve(problem.slots, why, out_file="placement.json")]
+    baseline = typed["initial"] if initial == "given" else None
+    if initial not in ("given", "contiguous"):
+        slots = slots_of_running(initial, problem.experts, problem.devices)
+        how = {"method": initial.partition(":")[0], "out_file": (baseline := "running.json")}
+        commands.append(solve(slots, f"what runs: {running_name(advice)}", **how))
+    values = {of.name: typed.get(of.name) for of in fields(Source)}
+    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
+    values |= {"window": None if main.window == window else main.window}
+    values |= {"report_file": "report.html"}
+    return [*commands, line("report", f"placement.json {future or file}", values, figure)]
+
+
+def serving_commands(source: Source, advice: Advice) -> list[str]:
+    """Return the commands that export the placement, and serve it."""
+    engine, problem = advice.settings["engine"], advice.problem
     export = "moetuner export placement.json --to"
-    commands = [
-        f"moetuner solve {file} {where} --out placement.json",
-        f"moetuner report placement.json {file}{words} --out report.html",
-    ]
     if engine is None:
-        return [*commands, f"{export} eplb --out experts.npz"]
-    layers = dict(zip(("hidden_layers", "dense_layers"), source.layer_words(), strict=True))
+        return [f"{export} eplb --out experts.npz"]
+    commands, why = [], ""
+    hidden, dense = source.layer_words()
+    if (hidden, dense) == ("N", "A-B"):
+        hidden, dense = str(problem.layers), "none"
+        why = "  # if all layers of the model have experts"
+    layers = {"hidden_layers": hidden, "dense_layers": dense}
     for name, writer in WRITERS.items():
         if writer.engine == engine:
             hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
-            commands.append(f"{export} {name}{hints} --out experts{writer.suffixes[0]}")
-    of, problem = ENGINES[engine], advice.problem
-    redundant = problem.devices * (problem.slots + advice.knee) - problem.experts
+            out = f"experts{writer.suffixes[0]}{why if hints else ''}"
+            commands.append(f"{export} {name}{hints} --out {out}")
+    redundant = problem.devices * problem.slots - problem.experts
+    of = ENGINES[engine]
     if of.serve:
         commands.append(of.serve.format(devices=problem.devices, redundant=redundant))
     if not of.may_copy:

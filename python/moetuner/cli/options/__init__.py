@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
@@ -24,6 +25,9 @@ from moetuner.solver import ALIASES, EFFORTS, METHODS
 BEGIN, OTHER = "Begin with", "Other"
 RUNNING, SEARCH, JUDGING = "The running placement", "The search", "The evaluation"
 GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
+
+
+TYPED = f"{__name__}.typed"
 
 
 class Option(click.Option):
@@ -133,6 +137,11 @@ class Command(click.Command):
         super().__init__(name, callback=call, params=params, **others)
         self.begin_with = {*begin_with.split()}
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep what was typed, for commands that come next."""
+        ctx.meta[TYPED] = [*args]
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for every group."""
         if not self.begin_with:
@@ -153,6 +162,23 @@ class Command(click.Command):
 def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]:
     """Return a decorator that makes a ``Command`` of a function."""
     return lambda run: Command(name, run, **others)
+
+
+def typed(context: click.Context) -> dict[str, Any]:
+    """Return the options of the running command as they were typed, by name."""
+    return context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
+
+
+def words(command: click.Command, values: dict[str, Any]) -> str:
+    """Write values of the options that a command has, by name, a space in front of each."""
+    text = ""
+    for of in command.params:
+        value = values.get(str(of.name))
+        if isinstance(of, click.Option) and value is not None and value is not False:
+            for each in value if isinstance(value, list) else [value]:
+                text += f" {max(of.opts, key=len)}"
+                text += "" if each is True else f" {shlex.quote(str(each))}"
+    return text
 
 
 class Number(click.FloatRange):

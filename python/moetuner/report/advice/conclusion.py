@@ -11,8 +11,8 @@ from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
-from moetuner.report.advice.values import Advice, Answer, Copies, Judged
-from moetuner.report.cells import counted, listed, percent
+from moetuner.report.advice.values import WINDOWS, Advice, Answer, Copies, Judged
+from moetuner.report.cells import counted, listed, percent, signed, span
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
@@ -27,13 +27,21 @@ FEW_KINDS = 10
 CARRIED = 0.5
 
 
-def knee_of(swept: tuple[Copies, ...]) -> int:
+def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> int:
     """Return the fewest slots for copies whose gain comes near to the best that harms no window.
 
+    Where the share of prefill is known, what counts is the gain of decode and prefill together.
     Copies share tokens, and so have the weights of an expert read on several devices: in windows of
     few tokens that may cost more than balance saves.
     """
     plain = [each for each in swept if not each.shared]
+    if prefill_share is not None:
+        shares = dict(zip(WINDOWS, (1 - prefill_share, prefill_share), strict=True))
+        totals = {
+            each.per_device: sum(share * each.mean(of) for of, share in shares.items())
+            for each in plain
+        }
+        return min(of for of, gain in totals.items() if gain >= max(totals.values()) - KNEE)
     least = min(plain, key=lambda each: each.per_device)
     harmless = [
         each
@@ -50,26 +58,29 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     ``kinds`` are the groups of the traffic that are no phases; ``notes`` are more reasons.
     """
     reasons, warnings = [*_gains(of), *notes], _of_units(of.units, held_out=of.settings["held_out"])
-    answer = _by_gains(of, reasons)
+    answer, why = _by_gains(of)
     # What comes later overrules what came before, with the first reason.
     overruling: list[tuple[Answer, str]] = []
-    if answer == "worth a trial" and any(each.gain.answer == "worse" for each in of.judged):
-        warnings.append("In windows of another size the proposed placement is slower; see above.")
+    mixed = ""
     if of.drift is not None and of.drift.is_beyond_chance:
-        overruling += _by_drift(of, of.drift, reasons, warnings)
+        if of.halves and of.drift.is_of_groups:
+            reasons.insert(0, _of_groups(of))
+            if min(half.gain.mean for half in of.halves) < CARRIED * of.main.gain.mean:
+                mixed = ", if you serve a mix of the groups"
+        else:
+            overruling += _by_drift(of, of.drift, warnings)
     losers = of.audit.worse(measures=(of.main.gain.measure,)) if of.audit.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
-        verb = "is" if len(names) == 1 else "are"
         warnings.append(
-            f"Beyond chance {listed(names, LOSERS)} {verb} served slower than before; audit tells "
-            "more."
+            f"Slower than before, beyond chance: {listed(names, LOSERS)}. See moetuner audit."
         )
     if of.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
+        reasons = []
     if len(kinds) == 1:
-        kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
-        overruling.append(("not enough evidence", kind))
+        one = f"all traffic is of one group, {name(kinds[0])}: record traffic of other groups, too"
+        overruling.append(("not enough evidence", one))
     model = of.settings["cost_model"]
     assumed = assumed_model(model)
     whose = f", with {model or 'your cost model'}." if assumed is None else f": {assumed}"
@@ -79,40 +90,94 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
             "A load table does not tell which experts a token chose together, so traffic is an "
             "upper bound."
         )
-    for overruled, reason in overruling:
-        answer = overruled
-        reasons.insert(0, reason)
+    if overruling:
+        answer, why = overruling[-1]
+        reasons = [*(reason for _, reason in overruling[-2::-1]), *reasons]
+    head = _headline(of, answer, why) + mixed * (answer == "worth a trial")
+    reasons = [head, *(reason for reason in reasons if reason not in head)]
     sentences = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in reasons)
     return replace(of, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
 
 
-def _by_gains(of: Advice, reasons: list[str]) -> Answer:
-    """Answer by the gains alone, and add to the reasons."""
+# What a gain is called in the headline, before the phase or the windows that it is of.
+CALLED = {
+    "worth it": "worth a trial",
+    "certain but small": "small",
+    "no evidence": "no certain gain",
+    "too few": "too little traffic to be sure",
+    "worse": "slower",
+}
+
+
+def _headline(of: Advice, answer: Answer, why: str) -> str:
+    """Write the sentence that stands alone with the answer: the gains, or why there is none."""
+    if answer == "not enough evidence" or (why and of.settings["devices"] == 1):
+        return why
+    tail = f"; {why}" if why else ""
+    each = sorted(of.judged, key=lambda judged: -judged.gain.mean)
+    if of.total is not None:
+        parts = ", ".join(f"{judged.phase} {signed(judged.gain.mean)}" for judged in each)
+        share = 100 * of.settings["prefill_share"]
+        return (
+            f"{of.total.much} predicted time than with {running_name(of)} where {share:g} % of "
+            f"the time is prefill ({interval(of.total)}): {parts}{tail}"
+        )
+    if len(each) == 1:
+        return f"{_line(of, each[0])}{tail}"
+    by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
+    for judged in each:
+        text = f"{judged.phase} ({signed(judged.gain.mean)})"
+        by_word[CALLED[judged.gain.answer]].append(text)
+    texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
+    return f"{', '.join(texts)}{tail}"
+
+
+def interval(gain: Comparison) -> str:
+    """Write the interval of a gain; empty if it has none, or nothing differs."""
+    return "" if gain.interval == (0, 0) else gain.sure.replace("95 %:", "95 % interval")
+
+
+def _with_interval(gain: Comparison) -> str:
+    """Write a gain with its interval, if it has one."""
+    ends = "" if gain.interval is None else f" (95 % interval {span(gain.low, gain.high)})"
+    return f"{signed(gain.mean)}{ends}"
+
+
+def running_name(of: Advice) -> str:
+    """Write what runs."""
+    running, _, redundant = of.settings["initial"].partition(":")
+    if running == "eplb":
+        number = int(redundant or 0)
+        return "EPLB's placement" + f" with {counted(number, 'redundant expert')}" * bool(number)
+    return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
+
+
+def _by_gains(of: Advice) -> tuple[Answer, str]:
+    """Answer by the gains alone, with the reason if they do not speak for themselves."""
     price: float = of.settings["price"]
-    answers = {each.gain.answer for each in of.judged}
+    answers = {gain.answer for gain in of.verdicts}
 
     def pays_nothing(gain: Comparison) -> bool:
         # More traffic is not worth recording where that is surely not far above the price.
-        is_low = gain.high is not None and gain.mean < price and gain.high <= NEAR * price
+        is_low = gain.high is not None and gain.mean <= price and gain.high <= NEAR * price
         return gain.answer in ("certain but small", "worse") or (
             gain.answer == "no evidence" and is_low
         )
 
     if not of.settings["held_out"]:
-        reasons.insert(
-            0,
+        return "not enough evidence", (
             "there is one window, so nothing is left to judge a placement on that it was not "
-            "computed from; count loads in windows, or record a trace.",
+            "computed from; count loads in windows, or record a trace."
         )
-    elif answers == {"too few"}:
+    if answers == {"too few"}:
         units, number, least = of.units, of.judged[0].gain.units, f"at least {FEWEST} are needed"
         line = (
             f"unseen {units.name}s are too few ({number}, and {least}) to say how sure a gain is."
         )
         if units.name == "kind":
             line = (
-                f"sequences are of {units.number} kinds only, {number} of them unseen, and {least} "
-                "to say how sure a gain is; record more different prompts."
+                f"sequences repeat {units.number} prompts only, {number} of them unseen, and "
+                f"{least} to say how sure a gain is; record more different prompts."
             )
         elif units.blocks.length > 1:
             line = (
@@ -120,47 +185,54 @@ def _by_gains(of: Advice, reasons: list[str]) -> Answer:
                 f"independent windows, and {least} to say how sure a gain is; record longer, or "
                 "with sequences."
             )
-        reasons.insert(0, line)
-    elif "worth it" in answers:
-        return "worth a trial"
-    elif all(pays_nothing(each.gain) for each in of.judged):
-        reasons.insert(1, f"that is less than the {100 * price:g} % that a change should gain")
-        return "not now"
-    else:
-        reasons.append("The interval allows both nothing and a gain that would pay: record more.")
-    return "not enough evidence"
+        return "not enough evidence", line
+    if "worth it" in answers:
+        return "worth a trial", ""
+    if all(pays_nothing(gain) for gain in of.verdicts):
+        return "not now", f"less than the {100 * price:g} % that a change should gain"
+    main = max(of.verdicts, key=lambda gain: gain.mean)
+    return "not enough evidence", (
+        f"the gain is {_with_interval(main)}, which allows both nothing and a gain that would pay: "
+        "record more"
+    )
 
 
-def _by_drift(
-    of: Advice, drift: Drift, reasons: list[str], warnings: list[str]
-) -> list[tuple[Answer, str]]:
+def _of_groups(of: Advice) -> str:
+    """Write what halves that hold different groups gain from each other, and what a mix gains."""
+    worst = min((half.gain for half in of.halves), key=lambda gain: gain.mean)
+    names = "; ".join(listed([*map(name, of.halves[n].seen)], LOSERS) for n in range(2))
+    return (
+        f"the halves hold different groups: {names}. Trained on one, judged on the other: "
+        f"{_with_interval(worst)}. If you serve a mix (--any-order): "
+        f"{signed(of.main.gain.mean)}. Both are in {of.main.where}"
+    )
+
+
+def _by_drift(of: Advice, drift: Drift, warnings: list[str]) -> list[tuple[Answer, str]]:
     """Take into account that the halves of the recording differ; return what that overrules."""
     change = (
         f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
         f"other experts than the first (by chance {100 * drift.expected:.0f} %)"
     )
     warning = f"T{change[1:]}"
-    least = min(of.carried, default=0.0)
-    if not of.carried:
-        warnings.append(f"{warning}; its order was said not to matter.")
-    elif drift.is_of_groups:
-        reasons.insert(
-            1,
-            f"the halves of the recording hold different groups: served mixed, the gain is "
-            f"{percent(of.main.gain.mean)}; served as recorded, a placement of one half gains "
-            f"{percent(least)} or more on the other (lower end of 95 %)",
-        )
-    elif least > 0 and least >= CARRIED * of.main.gain.mean:
+    if not of.halves:
+        warnings.append(f"{warning}; --any-order says that its order does not matter.")
+        return []
+    number = int(of.carried[1] < of.carried[0])
+    gain, halves = of.halves[number].gain, ("first", "second")[:: -1 if number else 1]
+    if min(of.carried) > 0 and min(of.carried) >= CARRIED * of.main.gain.mean:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
-    else:
-        warnings.append(
-            "The unseen half is of another kind than the seen one. Record traffic as it will be "
-            "served; if the order of the recording means nothing, say so (--any-order)."
-        )
-        verb = "is sure to gain only" if least >= 0 else "may lose up to"
-        reason = f"{change}, and a placement of one half {verb} {100 * abs(least):.1f} % on the "
-        return [("not enough evidence", f"{reason}other. What comes next is not known.")]
-    return []
+        return []
+    warnings.append(
+        "Record traffic as it will be served. If the order of the recording means nothing, pass "
+        "--any-order."
+    )
+    verb, sure = "gains" if gain.mean >= 0 else "loses", interval(gain)
+    reason = (
+        f"{change}, and a placement computed from the {halves[0]} half {verb} "
+        f"{100 * abs(gain.mean):.1f} % on the {halves[1]}{sure and f' ({sure})'}"
+    )
+    return [("not enough evidence", reason)]
 
 
 def _of_units(units: Units, *, held_out: bool) -> list[str]:
@@ -169,8 +241,8 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
         return []
     if units.name == "kind" and units.number < FEW_KINDS:
         return [
-            f"Sequences are of {units.number} kinds only, such as few prompts that are asked again "
-            "and again; of other kinds nothing is known. Whole kinds were held out."
+            f"Sequences repeat {units.number} prompts only, each of them seen or unseen as a "
+            "whole; the gain on other prompts is not known."
         ]
     if units.all_alike:
         return [
@@ -179,34 +251,62 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
         ]
     if units.name != "window":
         return []
-    how = "one by one, as neighbours are no more alike than others."
+    how = "windows count as independent, as neighbours are no more alike than others."
     if units.blocks.length > 1:
         how = (
-            f"in blocks of {units.blocks.length}, as neighbours are alike: they are worth "
-            f"{units.number} independent ones. With sequences fewer tokens tell as much."
+            f"windows count in blocks of {units.blocks.length}, as neighbours are alike, and are "
+            f"worth {units.number} independent ones. With sequences fewer tokens suffice."
         )
-    return [f"There are no sequence labels, so windows were judged {how}"]
+    return [f"INPUT has no sequences: {how}"]
 
 
 def _gains(of: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main, settings, lines = of.main, of.settings, []
-    where = "on unseen traffic"
-    if not settings["held_out"]:
-        where = "on the traffic that placements were computed from"
-    running = settings["initial"].replace("_", " ")
-    running = "running" if running == "given" else running
-    for judged in (main, *(each for each in of.judged if each is not main)):
-        gain = judged.gain
-        size = "" if judged.window is None else f"windows of {judged.window:,} tokens"
-        notes = ", ".join(filter(None, (gain.sure, size)))
-        much = gain.much if abs(gain.mean) >= 0.0005 else "no less"
+    main, each = of.main, sorted(of.judged, key=lambda judged: -judged.gain.mean)
+    lines = [_line(of, judged, judged.phase * (len(each) > 1)) for judged in each]
+    if main.eplb:
+        parts = []
+        for judged in each:
+            gain = judged.eplb[judged.gain.measure]
+            sure = interval(gain)
+            parts.append(f"{_much(gain)} in {judged.where}{sure and f' ({sure})'}")
         lines.append(
-            f"{where} a layer takes {much} predicted time than with the {running} placement, "
-            f"{gain.before:.1f} to {gain.after:.1f} us{notes and f' ({notes})'}"
+            f"predicted time compared with EPLB's placement in as many slots: {', '.join(parts)}"
         )
-    lines += _parts(main, settings["price"], settings["regime"])
+    lines.append(f"judged on {of.judged_on}")
+    lines += _parts(main, of.settings["price"], of.settings["regime"])
+    if of.by_group:
+        lines.append(_of_each_group(of))
     return [*lines, _of_copies(of.copies, of.knee)] if of.knee or len(of.copies) > 1 else lines
+
+
+def _much(gain: Comparison) -> str:
+    return gain.much if abs(gain.mean) >= 0.0005 else "no less"
+
+
+def _line(of: Advice, judged: Judged, phase: str = "") -> str:
+    """Write what a layer gains in windows of one size."""
+    gain, sure = judged.gain, interval(judged.gain)
+    where = f"{phase}, {judged.where}: a" if phase else f"in {judged.where} a"
+    return (
+        f"{where} layer takes {_much(gain)} predicted time than with {running_name(of)}, "
+        f"{gain.before:,.1f} to {gain.after:,.1f} us{sure and f' ({sure})'}"
+    )
+
+
+def _of_each_group(of: Advice) -> str:
+    """Write which groups a placement of all other groups serves, and which it does not."""
+    gains = {name(group): each[of.main.window] for group, each in of.by_group.items()}
+    texts = {group: f"{group} ({signed(gain.mean)})" for group, gain in gains.items()}
+    few = [group for group, gain in gains.items() if gain.is_too_few]
+    bad = [group for group in gains if group not in few and (gains[group].low or 0) <= 0]
+    line = (
+        f"placements computed from all other groups, in {of.main.where}: a certain gain for "
+        f"{len(gains) - len(few) - len(bad)} of {counted(len(gains), 'group')}"
+    )
+    if bad:
+        line += f"; none for {listed([texts[group] for group in bad], 2 * LOSERS)}"
+    return line + (f"; too little traffic to judge {listed(few, 2 * LOSERS)}" if few else "")
 
 
 def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:

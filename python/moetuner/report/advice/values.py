@@ -20,22 +20,37 @@ from moetuner.solver.result import Result
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 PHASES = ("prefill", "decode")
+# Tokens of a window as engines decode, and as they read prompts.
+WINDOWS = (512, 8192)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Judged(Frozen):
-    """The running placement and the proposed one in windows of one size, on unseen traffic.
+    """The proposed placement beside others in windows of one size, on unseen traffic.
+
+    Values and intervals are those of the first split; ``splits`` has the gains of all of them.
 
     Parameters
     ----------
     window
         Tokens whose load is balanced together; None where windows are given.
     figures
-        Both in every figure. The verdict is on ``predicted_layer_us``.
+        The running placement and the proposed one in every figure. The verdict is on
+        ``predicted_layer_us``.
+    eplb
+        The same with EPLB's placement in as many slots as the proposed one has, in place of the
+        running one; empty if EPLB's is what runs.
+    layers
+        Layers of a step, which the times of a step are of.
+    recorded
+        Tokens of a given window; None where that is not known.
     """
 
     window: int | None
     figures: dict[str, Comparison]
+    eplb: dict[str, Comparison] = field(default_factory=dict)
+    layers: int = 1
+    recorded: int | None = None
 
     @property
     def gain(self) -> Comparison:
@@ -47,6 +62,23 @@ class Judged(Frozen):
         """Figures of which there is something to save."""
         return {name: each for name, each in self.figures.items() if each.before}
 
+    @property
+    def where(self) -> str:
+        """The windows, in words."""
+        if self.window is not None:
+            return f"windows of {self.window:,} tokens"
+        return "recorded windows" + (f" of {self.recorded:,} tokens" if self.recorded else "")
+
+    @property
+    def phase(self) -> str:
+        """What engines have such windows in."""
+        return "decode" if self.window == WINDOWS[0] else "prefill"
+
+    @property
+    def saved_us(self) -> float:
+        """Predicted microseconds that a step saves over all layers."""
+        return self.layers * (self.gain.before - self.gain.after)
+
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""
         return {
@@ -55,7 +87,16 @@ class Judged(Frozen):
             "after": {name: each.after for name, each in self.figures.items()},
             "gains": as_json(self.gains),
             "answer": self.gain.answer,
+            "eplb": {name: each.before for name, each in self.eplb.items()},
+            "gains_over_eplb": as_json({name: of for name, of in self.eplb.items() if of.before}),
+            "saved_us_per_layer": self.saved_us / self.layers,
+            "saved_us_per_step": self.saved_us,
         }
+
+
+def main_of(judged: tuple[Judged, ...]) -> Judged:
+    """Return the windows where most is gained, for certain if in any."""
+    return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.mean))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,8 +110,8 @@ class Copies(Frozen):
     shared
         Whether the slots of all layers are one budget, which goes where copies help most.
     gains
-        Share of predicted time that is saved over the running placement, by window; of each split,
-        where layers share a budget of the first one.
+        Share of predicted time that is saved over the running placement in the first split, by
+        window: after a short search, but for the proposed number, which has the judged gain.
     bytes_per_device
         Memory that the copies take; None where the bytes of an expert are not known.
     tokens_per_rank
@@ -120,12 +161,31 @@ class Moving(NamedTuple):
     steps
         Steps of the model after which a stop of so many seconds has paid; None where nothing is
         gained, or the seconds are not known.
+    of_experts, of_bytes
+        What the proposed placement has on all devices.
+    device_bytes
+        Weights of experts on the fullest device, before and after; None where the bytes of an
+        expert are not known.
     """
 
     experts: int
     bytes: float | None
     seconds: float | None
     steps: float | None
+    of_experts: int
+    of_bytes: float | None
+    device_bytes: tuple[float, float] | None
+
+
+class Half(NamedTuple):
+    """A placement that was computed from one half of a recording, judged on the other half.
+
+    ``seen`` and ``unseen`` are the groups of both halves; ``gain`` is over what runs.
+    """
+
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+    gain: Comparison
 
 
 class Phases(NamedTuple):
@@ -193,14 +253,22 @@ class Advice(Frozen):
     drift
         How far the second half of the recording differs from the first; None where that is not
         known.
-    carried
-        Gains of a placement of the one half on the other, where the halves differ.
+    halves, carried
+        Placements of the one half on the other, where the halves differ, in the window where most
+        is gained; and the lower ends of their gains.
     running, proposed
         Evaluations on the unseen traffic of the first split, with the placements in ``placements``.
     result
         What the search found on the seen traffic of the first split.
     audit
         Of groups, in the first split.
+    judged_on
+        What that unseen traffic is, in words.
+    total
+        Gain over all of the serving time, where the share of prefill is known.
+    by_group
+        Gain of a placement that was computed from all other groups, by group and window; empty
+        unless asked for.
     units
         What is independent in the traffic, in the window where most is gained.
     settings
@@ -224,7 +292,7 @@ class Advice(Frozen):
     moving: Moving
     phases: Phases | None
     drift: Drift | None
-    carried: tuple[float, ...]
+    halves: tuple[Half, ...]
     running: Evaluation = field(repr=False)
     proposed: Evaluation = field(repr=False)
     placements: tuple[Placement, Placement] = field(repr=False)
@@ -232,23 +300,41 @@ class Advice(Frozen):
     audit: Audit = field(repr=False)
     units: Units = field(repr=False)
     problem: Problem = field(repr=False)
+    judged_on: str = ""
+    total: Comparison | None = None
+    by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def main(self) -> Judged:
-        """Both placements in the windows where most is gained."""
-        return max(self.judged, key=lambda each: each.gain.mean)
+        """Both placements in the windows where most is gained, for certain if in any."""
+        return main_of(self.judged)
+
+    @property
+    def verdicts(self) -> tuple[Comparison, ...]:
+        """The gains that the answer is on: in total if that is known, else in all windows."""
+        return (self.total,) if self.total else tuple(each.gain for each in self.judged)
+
+    @property
+    def carried(self) -> tuple[float, ...]:
+        """Lower ends of the gains of a placement of the one half on the other."""
+        return tuple(each.gain.low or 0.0 for each in self.halves)
 
     @property
     def sentence(self) -> str:
         """The answer and its first reason, which stand alone."""
-        first = self.reasons[0]
-        return f"{self.answer.capitalize()}: {first[0].lower()}{first[1:]}"
+        answer, first = self.answer.capitalize(), self.reasons[0]
+        return first if first.startswith(answer) else f"{answer}: {first[0].lower()}{first[1:]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values, but for placements, the search and its problem."""
-        left_out = ("placements", "result", "problem")
+        left_out = ("placements", "result", "problem", "by_group")
         fields: dict[str, Any] = as_json(
             {name: value for name, value in vars(self).items() if name not in left_out}
         )
-        return fields
+        by_group = [
+            {"group": group, "window": window, **gain.to_dict()}
+            for group, gains in self.by_group.items()
+            for window, gain in gains.items()
+        ]
+        return {**fields, "carried": list(self.carried), "by_group": by_group}

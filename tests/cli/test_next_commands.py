@@ -1,0 +1,69 @@
+"""What advise prints to be run next: every command runs, and shows the figure that was judged."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.cli.solve import command as solve
+
+# Options of advise, for a trace unless they name another input, and for its future if they say so.
+CASES = """
+--devices 4
+--devices 4 --devices-per-node 2 --for vllm --copies 0,1 --seed 3 --initial eplb:4
+--devices 4 --for sglang --copies 0,1 --initial round_robin --cost-model a100:1024x512 --any-order
+--devices 4 --for megatron --only first --only second
+--devices 4 --regime follow --window 100 --initial running.json
+--topology machine.json --arrival mixed --copies 1 --cost-model a100:1024x512
+--devices 3 --split round_robin --objective balance --cost-model a100:1024x512 --unseen FUTURE
+--devices 4 --for vllm --load
+--devices 4 --objective traffic --prefill-share 0.5 --long
+"""
+WAITING = ("MODEL", "MORE", "NEWER")
+
+
+def recorded(tokens, seed=0):
+    """Trace of two groups whose tokens choose one of four pairs of experts that lie apart."""
+    rng = np.random.default_rng(seed)
+    sequence = np.arange(tokens) // 50
+    pair = rng.choice(4, size=(tokens, 2), p=[0.4, 0.3, 0.2, 0.1])
+    pair[sequence % 2 == 1, 1] = 0
+    ids = np.stack([pair, pair + 4], axis=2)
+    labels = {"sequence": sequence, "group": sequence % 2, "group_names": ["first", "second"]}
+    return mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels)
+
+
+@pytest.mark.parametrize("case", CASES.strip().splitlines())
+def test_every_next_command_shows_what_was_judged(ok, as_json, tmp_path, monkeypatch, case):
+    """A report of the placement that the printed commands compute has the gain of the headline."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    monkeypatch.chdir(tmp_path)
+    file, tokens = "trace.safetensors", 33_000 if "--long" in case else 2000
+    recorded(tokens).save(file)
+    recorded(1000, seed=1).save("FUTURE")
+    mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4).save("running.json")
+    (tmp_path / "machine.json").write_text('{"devices": 4, "devices_per_node": 2}')
+    if "--load" in case:
+        load = mt.RoutingStatistics.from_trace(recorded(2000), window=50).window_load
+        file = "load.npz"
+        np.savez(file, load=20 * load)
+    options = [word for word in case.split() if word not in ("--load", "--long")]
+    advice = as_json("advise", file, "--splits", 1, "--copies", 0, *options)
+    assert advice["answer"] == "worth a trial", advice["reasons"]
+    gains = [of["gains"]["predicted_layer_us"]["mean"] for of in advice["judged"]]
+    assert f"# {100 * max(gains):+.1f} % in " in " ".join(advice["commands"])
+    commands = [shlex.split(line, comments=True) for line in advice["commands"]]
+    own = [words[1:] for words in commands if words[0] == "moetuner"]
+    assert {"solve", "report"} <= {words[0] for words in own}
+    if not any(of.name == "holdout" for of in solve.params):
+        pytest.skip("solve holds nothing out yet")
+    for words in own:
+        if words[0] == "report":
+            text = ok(*words, "--json", "report.json")
+            shown = json.loads((tmp_path / "report.json").read_text())
+            before, after = (shown[of]["predicted_layer_us"] for of in ("running", "proposed"))
+            assert 1 - after / before == pytest.approx(max(gains), abs=1e-9), text
+        elif not any(waiting in words for waiting in WAITING):
+            ok(*words)
