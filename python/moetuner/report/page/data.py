@@ -31,7 +31,7 @@ from moetuner.solver.result import Result
 from moetuner.topology import Topology
 
 TRY = "Try it: serve the same traffic with both placements, and compare the times you measure."
-KEEP = "Keep the placement {0}. Ask again when the traffic, the engine or the machine has changed."
+KEEP = "Keep what runs. Ask again when the traffic, the engine or the machine has changed."
 RECORD = "Record more traffic before you change anything, then ask again."
 # Colour and words of a verdict, and what to do.
 GAINED = {
@@ -229,7 +229,7 @@ class PageData:
             *(
                 (name.replace("_", " "), _fact(value))
                 for name, value in settings.items()
-                if value is not None and not isinstance(value, dict | list)
+                if value is not None and not isinstance(value, dict | list | tuple)
             ),
         )
 

@@ -105,7 +105,7 @@ def _layers(page: PageData) -> Panel | None:
     spec = draw.layout("layer", unit, whole=len(layers))
     return Panel(
         (Chart("layers", label, draw.only(data, spec), selects=("links", "boundary")),),
-        (Table(f"{measure} by layer, {unit}", ("layer", *page.names, "less"), rows),),
+        (Table(f"Layers, {unit}", ("layer", *page.names, "less"), rows),),
         words=f"{measure}.{click}",
     )
 
@@ -353,7 +353,7 @@ def _groups(page: PageData) -> Panel | None:
             "size": 10,
         },
     )
-    spec = draw.layout(f"change of {FIGURES[measure].label}, %")
+    spec = draw.layout("change, %")
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels, "zeroline": False}
     spec["xaxis"] |= {**draw.ZERO, "rangemode": "tozero"}
     rows = [
@@ -365,7 +365,7 @@ def _groups(page: PageData) -> Panel | None:
         for name, of in changes[:ROWS]
     ]
     judged = counted(len(changes) - len(few), "group")
-    notes = [f"Worse beyond chance: {len(losers)} of {judged}."] if len(changes) > len(few) else []
+    notes = [f"Change of {FIGURES[measure].label}. Worse beyond chance: {len(losers)} of {judged}."]
     if few:
         notes.append(f"Too few {audit.units[0]}s to judge: {counted(len(few), 'group')}, in grey.")
     label, height = "change of every group with its interval", 130 + 24 * len(drawn)
