@@ -95,7 +95,7 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
         ok(*words)
         actual.append(page.read_text())
     assert actual[0] == actual[1]
-    assert actual[0].count("<section") == 10
+    assert 5 <= actual[0].count("<section") <= 10
     assert re.search("<h1[^>]*>[^<]+</h1>", actual[0])
     assert actual[0].count("<strong>") >= 3
 

@@ -11,6 +11,26 @@ def number(value: float | None, decimals: int) -> str:
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
+def digits(value: float | None) -> str:
+    """Write a number with three significant digits, and never as a power of ten."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    rounded = float(f"{value:.3g}") + 0.0
+    places = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{rounded:,.{max(places, 0)}f}"
+
+
+def unit_of_time(us: float) -> tuple[str, float]:
+    """Return the unit in which a time is short, and its microseconds."""
+    return ("us", 1.0) if us < 1e3 else ("ms", 1e3) if us < 1e6 else ("s", 1e6)
+
+
+def duration(us: float) -> str:
+    """Write a time that is known in microseconds."""
+    unit, size = unit_of_time(us)
+    return f"{digits(us / size)} {unit}"
+
+
 def percent(value: float | None) -> str:
     """Write a share; no minus before nothing."""
     return "-" if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"

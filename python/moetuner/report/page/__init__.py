@@ -58,6 +58,8 @@ def render(data: PageData) -> str:
         chart.key: {
             "variants": [{"name": name, **spec} for name, spec in chart.variants.items()],
             "selects": chart.selects,
+            "height": chart.height,
+            "stacked": chart.stacked,
         }
         for panel in panels
         for chart in panel.charts

@@ -18,6 +18,7 @@ Spec = dict[str, Any]
 MOST_DEVICES = 16
 # Points of a line.
 POINTS = 1000
+ZERO: Spec = {"zeroline": True, "zerolinecolor": "var(--text)", "zerolinewidth": 1}
 RUNNING, PROPOSED = "var(--running)", "var(--proposed)"
 
 
@@ -39,6 +40,8 @@ class Chart:
         Charts whose choice number ``n + first`` a click on point n makes.
     wide
         Least width in pixels; a narrower screen scrolls.
+    stacked
+        Height and axes of its parts below each other, for narrow screens.
     """
 
     key: str
@@ -47,6 +50,7 @@ class Chart:
     height: int = 360
     selects: tuple[str, ...] = ()
     wide: int = 0
+    stacked: Spec | None = None
 
 
 def packed(values: ArrayLike, kind: str = "f4") -> Spec:
@@ -66,10 +70,10 @@ def plain(text: str, most: int = 40) -> str:
 
 def layout(x: str = "", y: str = "", *, whole: int = 0, **others: Any) -> Spec:
     """Return a layout with titles of the axes; few ``whole`` numbers of x get a label each."""
-    axis = {"automargin": True, "zeroline": False, "gridcolor": "var(--grid)"}
+    axis = {"automargin": True, "gridcolor": "var(--grid)"}
     return {
-        "xaxis": {"title": {"text": x}, **axis, **one_by_one(whole)},
-        "yaxis": {"title": {"text": y}, **axis},
+        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **one_by_one(whole)},
+        "yaxis": {"title": {"text": y}, **axis, **ZERO},
         "margin": {"l": 56, "r": 16, "t": 28, "b": 44},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -141,13 +145,23 @@ def heat_map(table: NDArray[Any], hover: str, **others: Any) -> Spec:
 
 def colours(unit: str, low: float, high: float, **others: Any) -> Spec:
     """Return a scale of colours, told bright from dark also by who sees none."""
-    key = {"title": {"text": unit}, **others, "thickness": 12}
+    key = {"title": {"text": unit, "side": "right"}, **others, "thickness": 12}
     return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": key}
 
 
 def outline(path: str, **where: str) -> Spec:
     """Draw lines over a heat map; one shape for all, as each has a price in the browser."""
     return {"type": "path", "path": path, **where, "line": {"color": "var(--border)", "width": 1}}
+
+
+def stacked(parts: int) -> Spec:
+    """Return height and axes of matrices below each other."""
+    axes: Spec = {}
+    for number in range(parts):
+        name = "" if number == 0 else str(number + 1)
+        ends = [1 - (number + 1) / parts + 0.12 * (number < parts - 1), 1 - number / parts]
+        axes |= {f"xaxis{name}": {"domain": [0, 1]}, f"yaxis{name}": {"domain": ends}}
+    return {"height": 340 * parts, "axes": axes}
 
 
 def matrices(
@@ -164,7 +178,7 @@ def matrices(
         low, side = number / len(tables), len(table)
         domain = [low + 0.04 * number, low + 1 / len(tables) - 0.04 * (1 - number)]
         ticks = {"dtick": 1} if side <= MOST_DEVICES else {}
-        common = {"showgrid": False, "constrain": "domain", **ticks}
+        common = {"showgrid": False, "zeroline": False, "constrain": "domain", **ticks}
         spec[f"xaxis{x[1:]}"] = {**axes[0], **common, "domain": domain, "anchor": y}
         spec[f"yaxis{y[1:]}"] = {
             **axes[1],
@@ -182,6 +196,6 @@ def matrices(
             ends = [(n - 0.5, n + node - 0.5) for n in range(0, side, node)]
             boxes = "".join(f"M{low},{low}H{high}V{high}H{low}Z" for low, high in ends)
             spec["shapes"].append(outline(boxes, xref=x, yref=y))
-        hover = f"{what} %{{y}} to %{{x}}: %{{z:.4g}} {unit}<extra></extra>"
+        hover = f"{what} %{{y}} to %{{x}}: %{{z:,.3r}} {unit}<extra></extra>"
         data.append(heat_map(table, hover, coloraxis="coloraxis", xaxis=x, yaxis=y))
     return {"data": data, "layout": spec}

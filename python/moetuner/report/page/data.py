@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,30 +13,48 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.cost import busiest_ports, size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit, audit_of
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
+from moetuner.formats import WRITERS
 from moetuner.placement import Placement, PlacementDiff
+from moetuner.report.advice import WINDOWS
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import counted, in_bytes, percent
+from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.report.outcome import Outcome, gain_of
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.topology import Topology
 
-Number = tuple[str, str, str]
-
-# Colour and words of a verdict.
+TRY = "Try it: serve the same traffic with both placements, and compare the times you measure."
+KEEP = "Keep what runs. Ask again when the traffic, the engine or the machine has changed."
+RECORD = "Record more traffic before you change anything, then ask again."
+# Colour and words of a verdict, and what to do.
 GAINED = {
-    "worth it": ("good", "The change is worth it"),
-    "certain but small": ("unsure", "The gain is certain but small"),
-    "worse": ("bad", "The change makes it worse"),
-    "no evidence": ("unsure", "There is no evidence of a gain"),
-    "too few": ("unsure", "There is too little traffic to say"),
+    "worth it": ("good", "The change is worth it", TRY),
+    "certain but small": ("unsure", "The gain is certain but small", KEEP),
+    "worse": ("bad", "The change makes it worse", KEEP),
+    "no evidence": ("unsure", "There is no evidence of a gain", RECORD),
+    "too few": ("unsure", "There is too little traffic to say", RECORD),
 }
+ADVISED = {
+    "worth a trial": ("good", TRY),
+    "not now": ("bad", KEEP),
+    "not enough evidence": ("unsure", RECORD),
+}
+
+
+class Tile(NamedTuple):
+    """A number of the first screen: its name, value, a note, and values that it is made of."""
+
+    label: str
+    value: str
+    note: str = ""
+    rows: Sequence[tuple[str, str]] = ()
 
 
 class Origin(NamedTuple):
@@ -54,15 +73,13 @@ class PageData:
     ----------
     title
         What the page is about.
-    sentence, reasons, warnings
-        The verdict, which stands alone; what it rests on; what to know first.
+    sentence, todo, reasons, warnings
+        The verdict, which stands alone; what to do now; what it rests on; what to know first.
     answer
         Which colour the verdict has: ``"good"``, ``"bad"`` or ``"unsure"``.
-    judged, note, others
-        What the numbers of the first screen are made of: the figure that the verdict is on, a note
-        on how sure it is, and others.
-    paid
-        A note on what has to move.
+    gains, others
+        Tiles of the first screen: what is gained in each window, and others than those of all
+        pages.
     names, evaluations
         Of the running and the proposed placement, on the same traffic.
     traffic
@@ -82,16 +99,15 @@ class PageData:
     title: str
     sentence: str
     answer: str
-    judged: Comparison
-    note: str
-    paid: str
+    todo: str
+    gains: tuple[Tile, ...]
     names: tuple[str, str]
     evaluations: tuple[Evaluation, Evaluation]
     traffic: str
     origin: Origin
     contents: dict[str, Any]
     load: NDArray[Any]
-    others: tuple[Number, ...] = ()
+    others: tuple[Tile, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     token_bytes: float | None = None
@@ -129,22 +145,56 @@ class PageData:
         return f"{self.origin.description}; {machine}"
 
     @property
-    def numbers(self) -> tuple[Number, ...]:
-        """Numbers of the first screen: name, value and a note."""
-        judged, figure = self.judged, FIGURES[self.judged.measure]
-        change = f"{judged.before:.4g} → {figure.with_unit(judged.after)}"
-        before, after = (each.imbalance for each in self.evaluations)
+    def tiles(self) -> tuple[Tile, ...]:
+        """Numbers of the first screen."""
+        first, ratios = self.names[0], [each.imbalance for each in self.evaluations]
         if self.advice is not None:
             both = self.advice.main.figures["imbalance"]
-            before, after = both.before, both.after
-        busiest = f"{before:.2f} → {after:.2f} x"
-        size = self.moves.bytes_moved
-        moved = counted(self.moves.experts_moved, "expert") if size is None else in_bytes(size)
+            ratios = [both.before, both.after]
+        before, after = (digits(ratio) for ratio in ratios)
+        busiest = Tile("Busiest device", f"{after} x the mean", f"{before} x with {first}")
+        tokens = self.evaluations[0].tokens
+        judged = counted(len(self.evaluations[0].imbalance_per_window), "window")
+        judged = judged if tokens is None else counted(tokens, "token")
+        memory, moving = self._memory(), self._moving()
         return (
-            (figure.label.capitalize(), change, self.note or "too few to say how sure"),
-            (FIGURES["imbalance"].title, busiest, "of the mean load"),
+            *self.gains,
+            busiest,
+            memory,
+            moving,
             *self.others,
-            ("To move", moved, self.paid),
+            Tile("Judged on", judged, self.traffic),
+        )
+
+    def _memory(self) -> Tile:
+        """Show what the experts of the fullest device take."""
+        before, after = (int((of.slots >= 0).sum(axis=(0, 2)).max()) for of in self.placements)
+        size = self.expert_bytes
+        had, has = (
+            f"{n:,} experts" if size is None else in_bytes(n * size) for n in (before, after)
+        )
+        note = f"{'as much as' if before == after else had} with {self.names[0]}"
+        return Tile("Expert memory per device", has, note)
+
+    def _moving(self) -> Tile:
+        """Show what has to move, of how much, for how long, and when that is paid back."""
+        moved, of_all = self.moves.experts_moved, int((self.placements[1].slots >= 0).sum())
+        size, model, advice = self.expert_bytes, self.settings[1].cost_model, self.advice
+        share = f"{moved:,} of {of_all:,} experts"
+        if size is None:
+            return Tile("To move", share, "bytes of an expert are not known")
+        notes = [share]
+        if moved and model is not None:
+            ports = busiest_ports(self.moves.pairs, self.topology)
+            us = float(model.ports_us(ports, self.topology, bytes_each=size))
+            notes.append(f"{duration(us)} at the bandwidth of the links")
+        if moved and advice is not None:
+            steps = advice.moving.steps
+            notes.append(
+                "does not pay" if steps is None else f"paid back in {counted(int(steps), 'step')}"
+            )
+        return Tile(
+            "To move", f"{in_bytes(moved * size)} of {in_bytes(of_all * size)}", "; ".join(notes)
         )
 
     @cached_property
@@ -154,9 +204,15 @@ class PageData:
         return before.diff(after, topology=self.topology, expert_bytes=self.expert_bytes)
 
     @property
-    def commands(self) -> tuple[str, ...]:
-        """What comes next."""
-        return tuple(self.contents.get("commands", ()))
+    def commands(self) -> tuple[tuple[str, str], ...]:
+        """What comes next: commands, each with what it is for."""
+        lines = (each.partition("  # ") for each in self.contents.get("commands", ()))
+        return tuple((command, why) for command, _, why in lines)
+
+    @property
+    def windows(self) -> str:
+        """Which windows the evaluations are of."""
+        return in_windows(self.settings[0].window, self.evaluations[0])
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
@@ -171,31 +227,34 @@ class PageData:
             ("Command", self.origin.command),
             ("SHA-256 of INPUT", digest.hexdigest() if are_files else "not a file"),
             *(
-                (name.replace("_", " "), str(value))
+                (name.replace("_", " "), _fact(value))
                 for name, value in settings.items()
-                if value is not None and not isinstance(value, dict | list)
+                if value is not None and not isinstance(value, dict | list | tuple)
             ),
         )
 
 
 def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
     """Make the data of an advice, with its JSON and the commands in it."""
-    main, moving, model = advice.main, advice.moving, advice.problem.cost_model
+    answer, todo = ADVISED[advice.answer]
     running = advice.settings["initial"].replace("_", " ")
-    paid = "bytes of an expert not known"
-    if moving.seconds is not None:
-        paid = "does not pay" if moving.steps is None else f"paid back in {moving.steps:,.0f} steps"
-    where = "unseen windows" if main.window is None else f"windows of {main.window:,} tokens"
+    names = ("running" if running == "given" else running, "proposed")
+    number, model = advice.settings["splits"], advice.problem.cost_model
+    traffic = "All of INPUT, which the placement was computed from; that flatters it."
+    if advice.settings["held_out"]:
+        traffic = f"Unseen: the placement was computed from the rest (split 1 of {number})."
     return PageData(
         title=f"moetuner: {advice.answer}",
         sentence=advice.sentence,
-        answer={"worth a trial": "good", "not now": "bad"}.get(advice.answer, "unsure"),
-        judged=main.gain,
-        note=main.gain.sure and f"{main.gain.much} ({main.gain.sure})",
-        paid=paid,
-        names=("running" if running == "given" else running, "proposed"),
+        answer=answer,
+        todo=todo,
+        gains=tuple(
+            gain_tile(replace(each.gain, names=names), each.window, advice.running)
+            for each in advice.judged
+        ),
+        names=names,
         evaluations=(advice.running, advice.proposed),
-        traffic=f"Unseen traffic of the first split, in {where}.",
+        traffic=traffic,
         origin=origin,
         contents=contents,
         load=advice.problem.load.astype(np.float64),
@@ -223,14 +282,10 @@ def of_outcomes(
     ``judged`` is the gain, where it was computed already; ``others`` are as for ``of_evaluations``.
     """
     worth, result, model = after.worth, after.result, after.problem.cost_model
-    numbers: tuple[Number, ...] = ()
-    if worth.is_known:
-        gap, note = "-", "no bound was proven"
-        if after.gap is not None:
-            gap, note = percent(after.gap), f"of the bound, by {result.bound_source}"
-        elif result.bound_is_of_loads:
-            note = "the bound is of loads alone"
-        numbers = (("The optimum is within", gap, note),)
+    near: tuple[Tile, ...] = ()
+    if worth.is_known and after.gap is not None:
+        note = f"proven by a lower bound ({result.bound_source})"
+        near = (Tile("Distance to the optimum", f"at most {percent(after.gap)}", note),)
     timed = contents["settings"]["time_limit"] is not None
     return of_evaluations(
         (before.result.method, result.method),
@@ -239,7 +294,7 @@ def of_outcomes(
         # All but the seconds that solves took is the same in every run.
         contents if timed else _timeless(contents),
         judged=judged or gain_of(before.evaluation, after.evaluation, worth.figure),
-        others=numbers,
+        others=near,
         result=result,
         timed=timed,
         token_bytes=None if model is None else model.token_bytes,
@@ -262,27 +317,32 @@ def of_evaluations(
     ``traffic`` is a sentence on that, and ``others`` are fields of the data.
     """
     judged = replace(judged or gain_of(*evaluations), names=names, splits=())
-    answer, words = GAINED[judged.answer]
+    answer, words, todo = GAINED[judged.answer]
     replayed = evaluations[1].replayed
     assert replayed is not None
     loads = loads_of(replayed.traffic, threads=replayed.setting.threads)
     if loads.group is not None and "audit" not in others:
         others["audit"] = audit_of(*evaluations)
-    warnings: tuple[str, ...] = (traffic,)
+    warnings: tuple[str, ...] = ()
     if judged.measure == "predicted_layer_us":
-        warnings += ("Times are predicted by a cost model, not measured.",)
+        warnings = ("Times are predicted by a cost model, not measured.",)
+    contents = {**contents, "verdict": judged.answer}
+    if answer == "good" and "commands" not in contents:
+        contents["commands"] = _exports(contents)
+    if others.get("expert_bytes") is None:
+        size = size_of_expert(replayed.traffic)
+        others["expert_bytes"] = None if size is None else 3.0 * size[0] * size[1]
     page = PageData(
         title=f"moetuner: {names[1]} against {names[0]}",
         sentence=f"{words}: {judged.sentence}",
         answer=answer,
-        judged=judged,
-        note=f"of {judged.units} sequences or windows",
-        paid=f"from {names[0]} to {names[1]}",
+        todo=todo,
+        gains=(gain_tile(judged, replayed.setting.window, evaluations[1]),),
         names=names,
         evaluations=evaluations,
         traffic=traffic,
         origin=origin,
-        contents={**contents, "verdict": judged.answer},
+        contents=contents,
         load=loads.total_load.astype(np.float64),
         warnings=warnings,
         **others,
@@ -291,7 +351,63 @@ def of_evaluations(
     if page.moves.experts_moved or before != after:
         return page
     nothing = f"There is nothing to gain: {names[0]} and {names[1]} place all experts alike."
-    return replace(page, sentence=nothing)
+    return replace(page, sentence=nothing, todo=KEEP)
+
+
+def gain_tile(
+    of: Comparison,
+    window: int | None,
+    evaluation: Evaluation,
+    others: Mapping[str, float] | None = None,
+) -> Tile:
+    """Show what a placement gains in windows of a size, and of how much.
+
+    ``others`` are the figure of more placements, by name.
+    """
+    figure, is_time = FIGURES[of.measure], of.measure == "predicted_layer_us"
+    values = {of.names[0]: of.before, **(others or {}), of.names[1]: of.after}
+    rows = [
+        (name, duration(value) if is_time else digits(value) + figure.unit)
+        for name, value in values.items()
+    ]
+    note = of.sure or "too few sequences or windows to say how sure"
+    if is_time:
+        layers = len(evaluation.imbalance_per_layer)
+        unit, scale = unit_of_time(max(of.before * layers, 1e3))
+        saved, whole = (
+            digits(us * layers / scale) for us in (abs(of.before - of.after), of.before)
+        )
+        verb, step = "saves" if of.gain >= 0 else "adds", "step" if window else "window"
+        note = f"{verb} {saved} of {whole} {unit} per {step} of {layers} layers; {note}"
+    label = f"{figure.label}, {in_windows(window, evaluation)}"
+    return Tile(f"{label[0].upper()}{label[1:]}", of.much, note, rows)
+
+
+def in_windows(window: int | None, evaluation: Evaluation) -> str:
+    """Write which windows are balanced together, and whose they are."""
+    if window is None:
+        is_trace = evaluation.tokens is not None
+        return "all tokens as one window" if is_trace else "windows as recorded"
+    phase = dict(zip(WINDOWS, ("decode", "prefill"), strict=True)).get(window)
+    return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
+
+
+def _exports(contents: dict[str, Any]) -> list[str]:
+    """Return the command that gives a written placement to its engine."""
+    settings = contents.get("settings", {})
+    file, engine = contents.get("placement") or settings.get("placement"), settings.get("for")
+    of_engine = (name for name, of in WRITERS.items() if of.engine == engine and not of.hints)
+    kind = "eplb" if engine is None else next(of_engine, "eplb")
+    out = f"experts{WRITERS[kind].suffixes[0]}"
+    line = f"moetuner export {shlex.quote(str(file))} --to {kind} --out {out}"
+    return [line] if file else []
+
+
+def _fact(value: Any) -> str:
+    """Write a setting."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
 
 
 def _timeless(contents: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,13 @@
   };
   const click = (id, act) => { const of = $(id); if (of) { of.hidden = false; of.addEventListener("click", act); } };
 
-  // Tables sort by the column that is clicked.
+  // Tables sort by the column whose name is pressed.
   for (const head of document.querySelectorAll("thead th")) {
-    head.addEventListener("click", () => {
+    const name = document.createElement("button");
+    name.type = "button";
+    name.append(...head.childNodes);
+    head.append(name);
+    name.addEventListener("click", () => {
       const body = head.closest("table").tBodies[0], column = head.cellIndex;
       const up = head.getAttribute("aria-sort") !== "ascending";
       for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
@@ -28,10 +32,19 @@
       body.append(...[...body.rows].sort((a, b) => (up ? 1 : -1) * compare(a, b)));
     });
   }
-  click("copy", async () => {
-    const text = $("commands").textContent;
-    try { await navigator.clipboard.writeText(text); } catch { getSelection().selectAllChildren($("commands")); }
-  });
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      const code = $(button.dataset.copy);
+      let done = true;
+      try { await navigator.clipboard.writeText(code.textContent); } catch {
+        getSelection().selectAllChildren(code);
+        done = document.execCommand("copy");
+      }
+      $("status").textContent = button.textContent = done ? "Copied" : "Press Ctrl+C";
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    });
+  }
   click("download", async () => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([await unpack("data-contents")], { type: "application/json" }));
@@ -54,15 +67,20 @@
     }
     return value;
   };
+  let printed = false;
+  const narrow = matchMedia("(max-width: 599px)");
   const draw = (key) => {
     const place = $("chart-" + key), chart = charts[key];
     if (!place || !chart) return;
-    const isSmall = innerWidth < 600, { data, layout } = coloured(chart.variants[chosen[key] || 0], getComputedStyle(root));
-    const zoom = isSmall ? { dragmode: false } : {};
-    Plotly.react(place, data, { autosize: true, ...layout, ...zoom }, {
-      responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: isSmall ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    const isSmall = narrow.matches && !printed, stacked = isSmall && chart.stacked;
+    const { data, layout } = coloured(chart.variants[chosen[key] || 0], getComputedStyle(root));
+    for (const [axis, part] of Object.entries(stacked ? stacked.axes : {})) layout[axis] = { ...layout[axis], ...part };
+    place.style.height = (stacked || chart).height + "px";
+    Plotly.react(place, data, { autosize: true, ...layout, ...(isSmall ? { dragmode: false } : {}) }, {
+      responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: false,
     });
+    // Who cannot see the drawing reads its label and the tables.
+    for (const drawing of place.children) drawing.setAttribute("aria-hidden", "true");
     if (!place.dataset.drawn && chart.selects.length) {
       place.on("plotly_click", (event) => {
         const point = event.points[0].x;
@@ -99,6 +117,19 @@
     root.dataset.ready = "yes";
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  narrow.addEventListener("change", again);
+  // Paper is white, and as wide as the style sheet says; charts that nobody saw are printed as well.
+  let theme;
+  const print = (begins) => {
+    if (printed === begins || !Object.keys(charts).length) return;
+    if (begins) theme = root.dataset.theme;
+    printed = begins;
+    root.classList.toggle("printed", begins);
+    if (begins || theme) root.dataset.theme = begins ? "light" : theme; else delete root.dataset.theme;
+    for (const place of document.querySelectorAll("[data-chart]")) draw(place.dataset.chart);
+  };
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
   click("theme", () => {
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";

@@ -13,17 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.evaluation.figures import FIGURES
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import listed, percent, signed
-from moetuner.report.outcome import loads_alone, within
+from moetuner.report.cells import counted, digits, in_bytes, percent, signed, unit_of_time
+from moetuner.report.outcome import within
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
-from moetuner.solver.result import Result
+from moetuner.statistics import RoutingStatistics
 
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
+# Symbol and colour of a group.
+JUDGED = {
+    "": ("circle", PROPOSED),
+    "worse": ("x", "var(--bad)"),
+    "few": ("circle-open", "var(--muted)"),
+}
 COLOURS, SYMBOLS = (RUNNING, PROPOSED), ("x", "circle")
 
 
@@ -47,8 +54,6 @@ class Panel:
         What is shown.
     words
         What completes the sentence on how to read it.
-    absent
-        Why there is no chart; empty where there is one.
     key
         The question, and its anchor.
     """
@@ -57,31 +62,29 @@ class Panel:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     words: str = ""
-    absent: str = ""
     key: str = ""
 
 
 def panels_of(page: PageData) -> tuple[Panel, ...]:
-    """Make the panels after the verdict, in the order of reading."""
-    panels = []
-    for key, panel_of in PANELS.items():
-        made = panel_of(page)
-        panels.append(replace(Panel(absent=made) if isinstance(made, str) else made, key=key))
-    return tuple(panels)
+    """Make the panels after the verdict, in the order of reading; empty ones are left out."""
+    made = ((key, panel_of(page)) for key, panel_of in PANELS.items())
+    return tuple(replace(panel, key=key) for key, panel in made if panel is not None)
 
 
-def _layers(page: PageData) -> Panel | str:
+def _layers(page: PageData) -> Panel | None:
     measure, unit = "imbalance", "busiest device / mean"
     values = [each.imbalance_per_layer for each in page.evaluations]
     times = [of for each in page.evaluations if (of := each.predicted_us_per_layer) is not None]
     if len(times) == 2:
-        measure, unit, values = "predicted time", "predicted us of the layer", times
+        name, size = unit_of_time(max(map(max, times)))
+        measure, unit = "predicted time", f"predicted {name} of the layer"
+        values = [tuple(us / size for us in of) for of in times]
     layers = np.arange(len(values[0]))
     gain = np.array(values[0]) - np.array(values[1])
     worst = np.argsort(-np.array(values[1]), kind="stable")[:3]
     data = [
         draw.scatter(
-            *(layers, height, "layer %{x}: %{y:.4g}"),
+            *(layers, height, "layer %{x}: %{y:,.3r}"),
             mode="markers",
             of=name,
             kind="i2",
@@ -92,7 +95,7 @@ def _layers(page: PageData) -> Panel | str:
     data[1] |= {"mode": "markers+text", "textposition": "top center"}
     data[1]["text"] = [str(each) if each in worst else "" for each in layers]
     rows = [
-        (str(layer), *(f"{each[layer]:.4g}" for each in values), f"{gain[layer]:+.4g}")
+        (str(layer), *map(digits, (*(each[layer] for each in values), gain[layer])))
         for layer in layers
     ]
     has_links = page.evaluations[0].traffic.get("dispatch") is not None
@@ -102,12 +105,12 @@ def _layers(page: PageData) -> Panel | str:
     spec = draw.layout("layer", unit, whole=len(layers))
     return Panel(
         (Chart("layers", label, draw.only(data, spec), selects=("links", "boundary")),),
-        (Table(f"{measure} by layer", ("layer", *page.names, "less"), rows),),
+        (Table(f"Layers, {unit}", ("layer", *page.names, "less"), rows),),
         words=f"{measure}.{click}",
     )
 
 
-def _experts(page: PageData) -> Panel | str:
+def _experts(page: PageData) -> Panel | None:
     relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
     variants, tables = {}, []
     for name, placement in reversed(list(zip(page.names, page.placements, strict=True))):
@@ -120,7 +123,7 @@ def _experts(page: PageData) -> Panel | str:
         for at in np.argsort(-busy, axis=None, kind="stable")[:20]:
             place = np.unravel_index(at, busy.shape)
             cells = (place[0], slots[place], place[1], copies[place])
-            rows.append((*map(str, cells), f"{busy[place]:.3g}"))
+            rows.append((*map(str, cells), digits(float(busy[place]))))
         head = ("layer", "expert", "device", "copies", "x mean")
         tables.append(Table(f"Hottest copies, {name}", head, rows, busy.size))
     layers, devices, width = page.placements[1].slots.shape
@@ -147,13 +150,13 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
         "ticktext": [f"{d}" for d in some],
         "showgrid": False,
     }
-    spec["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    spec["yaxis"] |= {"autorange": "reversed", "showgrid": False, "zeroline": False}
     spec["yaxis"] |= draw.one_by_one(placement.layers)
     ticks = {"tickvals": [*range(-3, 4)], "ticktext": ["⅛", "¼", "½", "1", "2", "4", "8"]}
     scale = draw.colours("x mean", -3, 3, **ticks)
     data = draw.heat_map(
         shade,
-        "layer %{y}, expert %{customdata[0]}: %{text:.2f} x the mean of an expert (copies: "
+        "layer %{y}, expert %{customdata[0]}: %{text:.3r} x the mean of an expert (copies: "
         "%{customdata[1]})<extra></extra>",
         customdata=draw.packed(np.stack([expert, number_of], axis=2), "i4"),
         text=draw.packed(np.maximum(share, 0)),
@@ -181,15 +184,10 @@ def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
     return summed, "node"
 
 
-def _links(page: PageData) -> Panel | str:
+def _links(page: PageData) -> Panel | None:
     rows = [of for each in page.evaluations if (of := each.traffic.get("dispatch")) is not None]
-    if len(rows) < 2:
-        return (
-            "A load table does not tell which experts a token chose together, so it does not tell "
-            "what crosses links."
-        )
-    if page.topology.devices == 1:
-        return "There is one device."
+    if len(rows) < 2 or page.topology.devices == 1:
+        return None
     tokens, layers = max(page.evaluations[0].tokens or 1, 1), len(rows[0])
     share = [table.sum(axis=0) / layers / tokens * 1000 for table in rows]
     units = {"": ("rows", share)}
@@ -209,7 +207,7 @@ def _links(page: PageData) -> Panel | str:
             page, [table / tokens * 1000 for table in rows], "rows of 1,000 tokens", "layer {}"
         )
     ports = [
-        (name, regime, str(tier), f"{out:.4g}", f"{into:.4g}")
+        (name, regime, str(tier), digits(out), digits(into))
         for name, each in zip(page.names, page.evaluations, strict=True)
         for regime, of in each.busiest_port.items()
         for tier, (out, into) in enumerate(zip(of["out"], of["in"], strict=True), start=1)
@@ -217,7 +215,7 @@ def _links(page: PageData) -> Panel | str:
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
     return Panel(
-        (Chart("links", label, variants, height=420, wide=560),),
+        (Chart("links", label, variants, height=420, wide=560, stacked=draw.stacked(2)),),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
 
@@ -233,12 +231,10 @@ def _by_layer(
     }
 
 
-def _next(page: PageData) -> Panel | str:
+def _next(page: PageData) -> Panel | None:
     tables = [of for each in page.evaluations if (of := each.traffic.get("follow")) is not None]
-    if len(tables) < 2 or not len(tables[0]):
-        if page.placements[0].layers == 1:
-            return "The model has one layer."
-        return "INPUT does not tell which experts follow on which."
+    if len(tables) < 2 or not len(tables[0]) or page.topology.devices == 1:
+        return None
     node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))
     lines: list[Spec] = []
     columns: dict[str, NDArray[Any]] = {}
@@ -251,7 +247,7 @@ def _next(page: PageData) -> Panel | str:
             columns[f"{name}, {tier}"] = share
             lines.append(
                 draw.scatter(
-                    *(boundaries, 100 * share, "layer %{x} to the next: %{y:.1f} %"),
+                    *(boundaries, 100 * share, "layer %{x} to the next: %{y:.3r} %"),
                     of=f"{name}, {tier}",
                     kind="i2",
                     line={"color": colour, "dash": "solid" if tier == "device" else "dot"},
@@ -269,40 +265,44 @@ def _next(page: PageData) -> Panel | str:
         ]
         variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
-        charts.append(Chart("boundary", label, variants, 400, wide=560))
+        charts.append(Chart("boundary", label, variants, 400, wide=560, stacked=draw.stacked(2)))
     rows = [
         (str(at), *(percent(float(share[at])) for share in columns.values())) for at in boundaries
     ]
     return Panel(tuple(charts), (Table("Share that leaves", ("boundary", *columns), rows),))
 
 
-def _over_time(page: PageData) -> Panel | str:
-    count = len(page.evaluations[0].imbalance_per_window)
-    if count < 2:
-        return "There is one window, so nothing to see over time."
+def _over_time(page: PageData) -> Panel | None:
+    at = np.flatnonzero(_are_whole(page))
+    if len(at) < 2:
+        return None
+    left_out = len(page.evaluations[0].imbalance_per_window) - len(at)
     lines, rows = [], []
     for name, each, colour, dash in zip(
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
     ):
+        values = np.array(each.imbalance_per_window)[at]
+        places, drawn = draw.thinned(values.tolist())
         lines.append(
             draw.scatter(
-                *(*draw.thinned(each.imbalance_per_window), "window %{x}: %{y:.3f}"),
+                *(at[places], drawn, "window %{x}: %{y:.3r}"),
                 mode="lines",
                 of=name,
                 kind="i4",
                 line={"color": colour, "dash": dash, "width": 1.5},
             )
         )
-        ends = np.percentile(each.imbalance_per_window, (5, 50, 95))
-        rows.append((name, *(f"{value:.3f}" for value in ends)))
-    notes = [page.traffic]
+        rows.append((name, *map(digits, np.percentile(values, (5, 50, 95)))))
+    windows = page.windows
+    rest = f"; {counted(left_out, 'partial one')} left out" if left_out else ""
+    notes = [f"{windows[0].upper()}{windows[1:]}{rest}."]
     drift = page.advice.drift if page.advice is not None else None
     if drift is not None:
         notes.append(
             f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
-    chart = draw.only(lines, draw.layout("window", "busiest / mean", whole=count))
+    chart = draw.only(lines, draw.layout("window", "busiest / mean", whole=len(at)))
     return Panel(
         (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
@@ -310,83 +310,95 @@ def _over_time(page: PageData) -> Panel | str:
     )
 
 
-def _groups(page: PageData) -> Panel | str:
+def _are_whole(page: PageData) -> NDArray[np.bool_]:
+    """Return which windows have all their tokens: of a load table, at least half of the median."""
+    replayed = page.evaluations[0].replayed
+    assert replayed is not None
+    traffic, window = replayed.traffic, replayed.setting.window
+    if isinstance(traffic, RoutingStatistics):
+        tokens = traffic.window_load.sum(axis=(1, 2), dtype=np.float64)
+        return np.asarray(tokens >= np.median(tokens) / 2)
+    starts = np.arange(len(page.evaluations[0].imbalance_per_window)) * (window or 0)
+    return np.asarray(starts + (window or 0) <= traffic.tokens)
+
+
+def _groups(page: PageData) -> Panel | None:
     audit = page.audit
     if audit is None or not audit.groups:
-        return "INPUT tells no groups (domains, languages, tenants, phases) apart."
+        return None
     measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
+    few = dict.fromkeys(audit.too_few, " (too few)")
     losers = {each.group for each in audit.worse(measures=(measure,))}
     every = ((name, of[measure].change) for name, of in audit.groups.items())
     changes = [(name, change) for name, change in every if change is not None]
-    changes.sort(key=lambda each: (-each[1].value, each[0]))
+    # Those that cannot be judged come last, which is on top.
+    changes.sort(key=lambda each: (each[0] in audit.too_few, -each[1].value, each[0]))
     drawn = changes
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
     # Without an interval there is the value alone.
     ends = [(of.value, *(of.interval or 2 * (of.value,))) for _, of in drawn]
     value, low, high = 100 * np.array(ends).reshape(-1, 3).T
-    labels, places = [draw.plain(name) for name, _ in drawn], list(range(len(drawn)))
-    is_worse = [name in losers for name, _ in drawn]
+    names, places = [name for name, _ in drawn], list(range(len(drawn)))
+    labels = [draw.plain(name) + few.get(name, "") for name in names]
+    looks = [JUDGED["few" if name in few else "worse" if name in losers else ""] for name in names]
     data = draw.scatter(
-        *(value, places, "%{customdata}: %{x:+.1f} %"),
+        *(value, places, "%{customdata}: %{x:+.3r} %"),
         mode="markers",
         customdata=labels,
         error_x=draw.whiskers(value, low, high, color="var(--muted)"),
         marker={
-            "symbol": ["x" if each else "circle" for each in is_worse],
-            "color": ["var(--bad)" if each else PROPOSED for each in is_worse],
+            "symbol": [symbol for symbol, _ in looks],
+            "color": [colour for _, colour in looks],
             "size": 10,
         },
     )
-    spec = draw.layout(f"change of {measure.replace('_', ' ')}, %")
-    spec["yaxis"] |= {"tickvals": places, "ticktext": labels}
-    spec["xaxis"] |= {"zeroline": True, "zerolinecolor": "var(--text)"}
+    spec = draw.layout("change, %")
+    spec["yaxis"] |= {"tickvals": places, "ticktext": labels, "zeroline": False}
+    spec["xaxis"] |= {**draw.ZERO, "rangemode": "tozero"}
     rows = [
         (
             draw.plain(name),
             *map(signed, (of.value, of.low, of.high)),
-            "worse" if name in losers else "",
+            "too few" if name in few else "worse" if name in losers else "",
         )
         for name, of in changes[:ROWS]
     ]
-    notes = [f"{len(losers)} of {len(changes)} groups are worse beyond chance."]
-    if audit.too_few:
-        few = listed([draw.plain(each) for each in audit.too_few], 10)
-        notes.append(f"Too few {audit.units[0]}s to judge: {few}.")
+    judged = counted(len(changes) - len(few), "group")
+    notes = [f"Change of {FIGURES[measure].label}. Worse beyond chance: {len(losers)} of {judged}."]
+    if few:
+        notes.append(f"Too few {audit.units[0]}s to judge: {counted(len(few), 'group')}, in grey.")
     label, height = "change of every group with its interval", 130 + 24 * len(drawn)
     return Panel(
         (Chart("groups", label, draw.only([data], spec), height),),
-        (Table("Groups", ("group", "change", "from", "to", ""), rows, len(changes)),),
+        (Table("Groups", ("group", "change", "from", "to", "judged"), rows, len(changes)),),
         tuple(notes),
     )
 
 
-def _search(page: PageData) -> Panel | str:
+def _search(page: PageData) -> Panel | None:
     result = page.result
     if result is None:
-        return (
-            "A page of a saved placement knows nothing of its search; moetuner solve --report "
-            "shows it."
-        )
-    gap = _gap(result, is_advice=page.advice is not None)
+        return None
     # When somebody looked depends on the clock; without a time limit nothing else does.
     history = [
         each
         for each in result.history
         if each.objective is not None and (page.timed or each.is_step)
     ]
-    if len(history) < 2:
-        return f"No progress was recorded. {gap}"
+    if len({each.objective for each in history}) < 2:
+        return None
     at = [max(each.seconds, 0.001) if page.timed else n for n, each in enumerate(history, 1)]
     data = [
         draw.scatter(
-            *(at, [each.objective or 0.0 for each in history], "%{customdata}: %{y:.6g}"),
+            *(at, [each.objective or 0.0 for each in history], "%{customdata}: %{y:,.3r}"),
             name="best so far",
             customdata=[each.phase for each in history],
             line={"shape": "hv", "color": PROPOSED},
         )
     ]
-    bounded = [(x, each.bound) for x, each in zip(at, history, strict=True) if each.bound]
+    says = result.bound is not None and result.bound > 0 and not result.bound_is_of_loads
+    bounded = [(x, of.bound) for x, of in zip(at, history, strict=True) if of.bound and says]
     if len(bounded) == 1:
         # Proven at the end, and true all the time.
         bounded.insert(0, (at[0], bounded[0][1]))
@@ -394,7 +406,8 @@ def _search(page: PageData) -> Panel | str:
         line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
         marker = {"symbol": "triangle-up"}
         x, y = zip(*bounded, strict=True)
-        data.append(draw.scatter(x, y, "bound: %{y:.6g}", name="bound", line=line, marker=marker))
+        data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
+    said = within(result, digits(result.bound))
     unit, when = "step", "after each step of the search"
     spec = draw.layout("step", "objective", whole=len(history))
     if page.timed:
@@ -403,32 +416,23 @@ def _search(page: PageData) -> Panel | str:
         spec["xaxis"]["type"] = "log"
     rows = [
         (
-            *(f"{x:.2f}" if page.timed else str(x), each.phase, f"{each.objective:.6g}"),
-            *("-" if each.bound is None else f"{each.bound:.6g}", percent(each.gap)),
+            *(digits(x) if page.timed else str(x), each.phase, digits(each.objective)),
+            *((digits(each.bound), percent(each.gap)) if says else ()),
         )
         for x, each in list(zip(at, history, strict=True))[-ROWS:]
     ]
     return Panel(
-        (Chart("search", f"best placement and bound {when}", draw.only(data, spec)),),
-        (Table("Progress", (unit, "phase", "best", "bound", "gap"), rows),),
-        (gap,),
+        (
+            Chart(
+                "search", f"best placement{' and bound' * bool(says)} {when}", draw.only(data, spec)
+            ),
+        ),
+        (Table("Progress", (unit, "phase", "best", *(("bound", "gap") if says else ())), rows),),
+        (f"{said[0].upper()}{said[1:]}.",) if says else (),
     )
 
 
-def _gap(result: Result, *, is_advice: bool) -> str:
-    """Write how far the optimum may be."""
-    if result.bound is not None:
-        bound = f"{result.bound:.6g}"
-        proven = loads_alone(bound) if result.bound_is_of_loads else within(result, bound)
-        return f"{result.method} reached {result.objective:.6g}; {proven}."
-    if is_advice:
-        return (
-            "Advice searches briefly and proves no bound of time; moetuner solve searches longer."
-        )
-    return "No bound was proven, so how far the optimum may be is not known."
-
-
-def _price(page: PageData) -> Panel | str:
+def _price(page: PageData) -> Panel | None:
     charts, tables = [], []
     if page.advice is not None and len(page.advice.copies) > 1:
         charts.append(_copies_chart(page.advice))
@@ -437,33 +441,28 @@ def _price(page: PageData) -> Panel | str:
         rows = [
             (
                 *(each.label, *(signed(each.mean(window)) for window in windows)),
-                "-" if each.bytes_per_device is None else f"{each.bytes_per_device / 1e9:.3g}",
+                "-" if each.bytes_per_device is None else in_bytes(each.bytes_per_device),
                 "knee" if each.per_device == page.advice.knee and not each.shared else "",
             )
             for each in page.advice.copies
         ]
-        tables.append(Table("Slots for copies", ("slots", *head, "GB per device", ""), rows))
+        tables.append(Table("Slots for copies", ("slots", *head, "per device", "chosen"), rows))
     if page.trades:
         unit = "experts moved" if page.expert_bytes is None else "bytes moved"
         data = draw.scatter(
             [each.experts_moved * (page.expert_bytes or 1) for each in page.trades],
             [each.gain for each in page.trades],
-            "%{x:.4g} " + unit + ": %{y:.4g} less",
+            "%{x:,.3r} " + unit + ": %{y:,.3r} less",
             line={"shape": "hv", "color": PROPOSED},
         )
         chart = draw.only([data], draw.layout(unit, "less of the objective"))
         charts.append(Chart("trades", "gain against what moves", chart))
         rows = [
-            (str(each.experts_moved), f"{each.objective:.6g}", f"{each.gain:.6g}")
+            (str(each.experts_moved), digits(each.objective), digits(each.gain))
             for each in page.trades
         ]
         tables.append(Table("Moves", ("experts moved", "objective", "gain"), rows))
-    if not charts:
-        return (
-            "Nobody asked for copies or for fewer moves: moetuner advise sweeps copies, "
-            "moetuner solve --initial ... --pareto weighs moves."
-        )
-    return Panel(tuple(charts), tuple(tables))
+    return Panel(tuple(charts), tuple(tables)) if charts else None
 
 
 def _copies_chart(advice: Advice) -> Chart:
@@ -484,7 +483,7 @@ def _copies_chart(advice: Advice) -> Chart:
                 draw.scatter(
                     [(each.bytes_per_device or 0) / 1e9 for each in mine] if by_size else slots,
                     mean,
-                    "%{customdata} slots: %{y:.1f} %",
+                    "%{customdata} slots: %{y:.3r} %",
                     name=name + (", shared budget" if shared else ""),
                     error_y=draw.whiskers(mean, low, high),
                     customdata=slots,
@@ -500,19 +499,21 @@ def _copies_chart(advice: Advice) -> Chart:
                 )
             )
     axis = "GB per device" if by_size else "slots for copies of a device in a layer"
-    chart = draw.only(data, draw.layout(axis, "gain on unseen traffic, %"))
-    return Chart("copies", "gain on unseen traffic against slots for copies", chart)
+    spec = draw.layout(axis, "gain on unseen traffic, %")
+    spec["yaxis"]["rangemode"] = "tozero"
+    label = "gain on unseen traffic against slots for copies"
+    return Chart("copies", label, draw.only(data, spec))
 
 
-def _moves(page: PageData) -> Panel | str:
+def _moves(page: PageData) -> Panel | None:
     diff = page.moves
     if not diff.experts_moved:
-        return "The placements hold the same experts on the same devices: nothing moves."
+        return None
     pairs, what = _by_node(diff.pairs, page)
     chart = {"": draw.matrices([pairs], ["experts"], what, "experts")}
     rows = [tuple(map(str, row)) for row in diff.moves[:ROWS].tolist()]
     head = ("layer", "expert", "from", "to")
-    size = f", {diff.bytes_moved / 1e9:.3g} GB" if diff.bytes_moved is not None else ""
+    size = "" if diff.bytes_moved is None else f", {in_bytes(diff.bytes_moved)}"
     return Panel(
         (Chart("moves", f"experts that go from {what} to {what}", chart, height=400),),
         (Table("Moves (all are in the JSON)", head, rows, diff.experts_moved),),
@@ -520,8 +521,8 @@ def _moves(page: PageData) -> Panel | str:
     )
 
 
-# What makes the panel of every question of the page, or says why there is none.
-PANELS: dict[str, Callable[[PageData], Panel | str]] = {
+# What makes the panel of every question of the page, or nothing.
+PANELS: dict[str, Callable[[PageData], Panel | None]] = {
     "layers": _layers,
     "experts": _experts,
     "links": _links,
