@@ -34,7 +34,7 @@ from moetuner.report.advice.values import (
 )
 from moetuner.report.cells import counted
 from moetuner.report.outcome import judge
-from moetuner.solver import solve
+from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -356,7 +356,7 @@ class Study:
             slots["fill_slots"] = settings["fill_slots"]
         return Problem(statistics, self.topology, **{**self.how, **slots, **others})
 
-    def solved(self, problem: Problem, method: str, seed: int, **how: Any) -> Result:
+    def solved(self, problem: Problem, method: Method, seed: int, **how: Any) -> Result:
         """Solve a problem; an interrupt ends the study."""
         how |= {"seed": seed, "threads": self.threads, "time_limit": self.time_limit}
         return solve(problem, method, **how).uninterrupted()

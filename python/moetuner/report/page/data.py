@@ -20,10 +20,10 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
+from moetuner.files import text
 from moetuner.formats import WRITERS
 from moetuner.placement import Placement, PlacementDiff
-from moetuner.report.advice import WINDOWS
-from moetuner.report.advice.values import Advice
+from moetuner.report.advice.values import WINDOWS, Advice
 from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.report.outcome import Outcome, gain_of
 from moetuner.solver import Trade
@@ -239,22 +239,27 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
     answer, todo = ADVISED[advice.answer]
     running = advice.settings["initial"].replace("_", " ")
     names = ("running" if running == "given" else running, "proposed")
-    number, model = advice.settings["splits"], advice.problem.cost_model
-    traffic = "All of INPUT, which the placement was computed from; that flatters it."
-    if advice.settings["held_out"]:
-        traffic = f"Unseen: the placement was computed from the rest (split 1 of {number})."
+    model, judged_on = advice.problem.cost_model, advice.judged_on
+    gains = []
+    for each in advice.judged:
+        eplb = {"EPLB": each.eplb[each.gain.measure].before} if each.eplb else {}
+        gain = replace(each.gain, names=names)
+        gains.append(gain_tile(gain, each.window, advice.running, eplb))
+    if advice.total is not None:
+        gains.append(Tile("Prefill and decode in total", advice.total.much, advice.total.sure))
+    for half in advice.halves if advice.drift is not None and advice.drift.is_of_groups else ():
+        groups = (", ".join(map(text.name, names)) for names in (half.seen, half.unseen))
+        label = "Computed from {}; judged on {}".format(*groups)
+        gains.append(Tile(label, half.gain.much, half.gain.sure))
     return PageData(
         title=f"moetuner: {advice.answer}",
         sentence=advice.sentence,
         answer=answer,
         todo=todo,
-        gains=tuple(
-            gain_tile(replace(each.gain, names=names), each.window, advice.running)
-            for each in advice.judged
-        ),
+        gains=tuple(gains),
         names=names,
         evaluations=(advice.running, advice.proposed),
-        traffic=traffic,
+        traffic=f"{judged_on[0].upper()}{judged_on[1:]}.",
         origin=origin,
         contents=contents,
         load=advice.problem.load.astype(np.float64),
