@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
+from moetuner._checks import suggestion
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, timed, working
+from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
@@ -78,14 +79,17 @@ def command(
     if initial not in BASELINES:
         if not Path(initial).is_file():
             raise click.BadParameter(
-                f"must be a file, contiguous or round_robin, got '{initial:.60}'",
+                f"must be a file, contiguous or round_robin, got '{initial:.60}'"
+                + suggestion(initial, BASELINES),
                 param_hint="'--initial'",
             )
         how["initial"] = Placement.load(initial)
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     output.say(source.describe())
+    # Each split counts, searches with every number of copies and judges; then all is compared.
+    tried = splits * (2 + len(copies)) + 6
     with working("advising") as report:
-        how |= serving.arguments(source.traffic) | {"report": timed(report, str)}
+        how |= serving.arguments(source.traffic) | {"report": steps(report, tried)}
         advice = advising.advise(source.traffic, topology, **how)
     commands = next_commands(source, machine, advice, initial, serving.engine)
     _show(output, advice)
@@ -97,7 +101,9 @@ def command(
 
 def _show(output: Output, advice: Advice) -> None:
     """Print the answer, what it rests on, and what copies and moving cost."""
-    output.say("", advice.sentence, *(f"- {reason}" for reason in advice.reasons[1:]))
+    output.say("")
+    output.verdict(advice.answer, advice.sentence)
+    output.say(*(f"- {reason}" for reason in advice.reasons[1:]))
     output.say(*(f"! {warning}" for warning in advice.warnings), "")
     seen = "unseen" if advice.settings["held_out"] else "all"
     for judged in advice.judged:

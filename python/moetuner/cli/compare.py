@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moetuner._checks import nth_seed
+from moetuner._checks import nth_seed, suggestion
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
@@ -60,7 +60,7 @@ def command(
     machine: Machine,
     wanted: ProblemOptions,
     methods: tuple[str, ...] = option(
-        options.Text(options.read_methods),
+        options.Text(options.read_methods, words=METHODS),
         "A,B,C",
         DEFAULT_METHODS,
         help=f"Out of {', '.join(METHODS)}.",
@@ -137,7 +137,8 @@ def _peer(
     over = ALIASES.get(over, over)
     if over not in methods:
         raise click.BadParameter(
-            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
+            f"must be one of the methods {','.join(methods)}, got {over!r:.40}"
+            + suggestion(over, methods),
             param_hint="'--baseline'",
         )
     if holdout == 0 and splits is not None and splits > 1:

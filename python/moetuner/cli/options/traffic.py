@@ -12,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 
+from moetuner._checks import suggestion
 from moetuner.cli.options import (
     COUNT,
     IN_INPUT,
@@ -19,10 +20,9 @@ from moetuner.cli.options import (
     argument,
     layer_list,
     option,
-    suggestion,
     threads_option,
 )
-from moetuner.cli.output import shares, working
+from moetuner.cli.output import working
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
@@ -159,12 +159,14 @@ class Source(FileHints):
             return traffic
         how |= {"window": self.window or WINDOW, "threads": self.threads}
         with working("counting") as report:
-            how["progress"] = shares(report, "of the tokens")
+            how["progress"] = report.share
             return RoutingStatistics.from_trace(traffic, **how)
 
     def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
         """Solve, and show how far that is; ``place`` is how far the whole is, ``how`` as for it."""
-        with working(f"solving, {method}{place and f' ({place})'}") as progress:
+        with working(
+            f"solving, {method}{place and f' ({place})'}", time_limit=how.get("time_limit")
+        ) as progress:
             return solve(problem, method, progress=progress, threads=self.threads, **how)
 
     def judge(
@@ -174,7 +176,7 @@ class Source(FileHints):
         placements = [result.placement for result in results]
         how: Any = {"window": self.replayed, "threads": self.threads}
         with working("replaying") as report:
-            how["progress"] = shares(report, "of the tokens")
+            how["progress"] = report.share
             evaluations = outcome.judge(placements, problem, judged_on, **how)
         return [Outcome(problem, *pair) for pair in zip(results, evaluations, strict=True)]
 

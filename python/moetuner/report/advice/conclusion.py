@@ -69,13 +69,13 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     if len(kinds) == 1:
         kind = f"all traffic is of one kind, {kinds[0]}; of others nothing is known."
         overruling.append(("not enough evidence", kind))
-    model = of.settings["cost_model"] or "your cost model"
-    warnings.append(
-        f"Times are predicted, not measured, with {model}."
-        if of.main.window is not None
-        else "Times are predicted, not measured; a load table does not tell which experts a token "
-        "chose together, so traffic is an upper bound."
-    )
+    assert of.problem.cost_model is not None
+    warnings.append(of.problem.cost_model.origin)
+    if of.main.window is None:
+        warnings[-1] += (
+            " A load table does not tell which experts a token chose together, so traffic is an "
+            "upper bound."
+        )
     for overruled, reason in overruling:
         answer = overruled
         reasons.insert(0, reason)

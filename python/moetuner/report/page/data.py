@@ -273,7 +273,10 @@ def of_evaluations(
         others["audit"] = audit_of(*evaluations)
     warnings: tuple[str, ...] = (traffic,)
     if judged.measure == "predicted_layer_us":
-        warnings += ("Times are predicted by a cost model, not measured.",)
+        model = replayed.setting.cost_model
+        is_measured = model is not None and model.measured is not None
+        unmeasured = "Times are predicted by a cost model, not measured."
+        warnings += (model.origin if model is not None and is_measured else unmeasured,)
     page = PageData(
         title=f"moetuner: {names[1]} against {names[0]}",
         sentence=f"{words}: {judged.sentence}",
