@@ -40,7 +40,7 @@ def test_what_is_done_at_once_shows_nothing_on_a_terminal(screen):
     """A bar is for what takes a second."""
     file = screen(terminal=True)
     with output.working("counting") as report:
-        report.share(0.5)
+        output.shares(report, "of the tokens")(0.5)
     assert file.getvalue() == ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
@@ -72,13 +73,14 @@ def command(
     """
     placement = source.load(placement_file)
     settings = getattr(placement, "settings", None) or {}
-    profile = replace(source, input_files=profile_files or _named(settings))
+    profile = replace(source, input_files=profile_files or _named(placement_file, settings))
     with working("comparing the expert shares"):
         drifted = measuring.drift(profile.traffic, source.traffic, seed=seed)
     topology = machine.topology(placement.devices)
     how: dict[str, Any] = {"threads": source.threads, **serving.arguments(source.traffic)}
     # A placement is flattered by what it was computed from.
-    _, unseen = hold_out(profile.traffic, settings.get("holdout") or 0, seed=seed)
+    split = nth_seed(settings.get("seed", 0), 0)
+    _, unseen = hold_out(profile.traffic, settings.get("holdout", 0), seed=split)
     with working("replaying"):
         rows = _replayed(placement, topology, (profile, unseen), (source, source.traffic), how)
     worst = max(rows, key=lambda row: row["change"])
@@ -147,16 +149,18 @@ def _replayed(
     return rows
 
 
-def _named(settings: dict[str, Any]) -> tuple[Path, ...]:
-    """Return the files that a placement names as its input; raise if they are not there."""
-    named = settings.get("input") or {}
-    files = tuple(Path(name) for name in named.get("files", ()))
-    if not files or not all(path.exists() for path in files):
-        raise click.UsageError(
-            "Missing option '--profile': the trace, statistics or load table that PLACEMENT was "
-            "computed from."
-        )
-    return files
+def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
+    """Return the files that a placement names as its input, here or beside it."""
+    names = settings.get("input", {}).get("files", ())
+    for folder in (Path(), placement_file.parent):
+        files = tuple(folder / name for name in names)
+        if files and all(path.exists() for path in files):
+            return files
+    where = f" ({', '.join(names)} is not here)" if names else ""
+    raise click.UsageError(
+        f"Missing option '--profile', what PLACEMENT was computed from{where}: a trace, statistics "
+        "or a load table."
+    )
 
 
 def _again(source: Source, placement: Placement, machine: Machine, serving: Serving) -> str:

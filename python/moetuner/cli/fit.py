@@ -13,7 +13,7 @@ import numpy as np
 from moetuner._checks import suggestion
 from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, shares, working
 from moetuner.cost import SIZES, CostModel, public_name
 from moetuner.files import naming, text
 from moetuner.report.cells import percent, signed
@@ -118,7 +118,9 @@ def _timed(hidden: int, intermediate: int, how: dict[str, Any]) -> tuple[Any, st
         if how["device"] == "cpu":
             click.echo("moetuner: warning: these will be times of a CPU, not of a GPU", err=True)
         with working("timing the experts") as report:
-            times, where = time_experts(hidden, intermediate, **how, progress=report.share)
+            times, where = time_experts(
+                hidden, intermediate, **how, progress=shares(report, "of the batches")
+            )
     except (ImportError, RuntimeError) as error:
         # A missing library or device is not a bug in moetuner.
         raise click.ClickException(str(error)) from error

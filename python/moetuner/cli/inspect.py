@@ -12,7 +12,7 @@ from moetuner.cli.options import option
 from moetuner.cli.options.machine import DEVICES
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.intervals import FEWEST
@@ -55,7 +55,7 @@ def command(
             max_imbalance=max_imbalance,
             seed=seed,
             threads=source.threads,
-            progress=report.share,
+            progress=shares(report, "read"),
         )
     output.say(source.describe(), "")
     _show_skew(output, measured)

@@ -114,17 +114,17 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Write both."""
         share = task.completed if task.total else None
-        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"]))
+        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["of"]))
 
 
-def time_left(seconds: float, share: float | None, at: float) -> str:
+def time_left(seconds: float, share: float | None, at: float, of: str) -> str:
     """Write the share of work that was done ``at`` some seconds, and the time left at that pace.
 
     Without a share, write the time so far.
     """
     if not share:
         return f"{seconds:.0f} s"
-    return f"{100 * share:.0f} %, about {max(at / share - seconds, 0):.0f} s left"
+    return f"{100 * share:.0f} %{of and f' {of}'}, about {max(at / share - seconds, 0):.0f} s left"
 
 
 class Report:
@@ -140,7 +140,7 @@ class Report:
         columns = (label_column, BarColumn(20), TimeLeft(Column(no_wrap=True)), text_column)
         quiet: Any = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
         self._bar = Bar(*columns, console=self._console, **quiet)
-        self._task = self._bar.add_task(self.label, total=None, text="", at=0.0)
+        self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, of="")
         self._began = self._last = time.monotonic()
 
     def begin(self) -> None:
@@ -161,24 +161,22 @@ class Report:
         share = min(progress.seconds / limit, 1.0) if limit else None
         self.show(_line(progress), share, progress.seconds)
 
-    def show(self, text: str, share: float | None = None, seconds: float | None = None) -> None:
-        """Show what is being done, and the share that is done if it is known."""
+    def show(
+        self, text: str, share: float | None = None, seconds: float | None = None, of: str = ""
+    ) -> None:
+        """Show what is being done, and the share ``of`` something that is done, if it is known."""
         now = time.monotonic()
         seconds = now - self._began if seconds is None else seconds
         if self._console.is_interactive:
             total = None if share is None else 1.0
-            fields: Any = {"text": printable(text), "at": seconds}
+            fields: Any = {"text": printable(text), "at": seconds, "of": of}
             self._bar.update(self._task, total=total, completed=share or 0.0, **fields)
             if now - self._began >= FIRST_S:
                 self._bar.start()
         elif now - self._last >= INTERVAL_S:
             self._last = now
-            parts = (f"{self.label}: {time_left(seconds, share, seconds)}", text)
+            parts = (f"{self.label}: {time_left(seconds, share, seconds, of)}", text)
             self._say(", ".join(filter(None, parts)))
-
-    def share(self, share: float) -> None:
-        """Show the share that is done."""
-        self.show("", share)
 
     def _say(self, text: str) -> None:
         self._console.print(f"moetuner: {text}", soft_wrap=True)
@@ -203,6 +201,11 @@ def steps(report: Report, total: int) -> Callable[[str], None]:
     """Return a callback that shows each step of about so many."""
     done = iter(range(total))
     return lambda text: report.show(text, next(done, total - 1) / total)
+
+
+def shares(report: Report, of: str) -> Callable[[float], None]:
+    """Return a callback that shows the share of work that is done."""
+    return lambda share: report.show("", share, of=of)
 
 
 def _line(progress: Progress) -> str:

@@ -11,7 +11,7 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import FOLDER, Pages, needs_report, origin_of, page_option
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
+from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.auditing import audit_of, contiguous
 from moetuner.files import text
@@ -59,7 +59,7 @@ def command(
     output.say(source.describe(), *serving.explain())
     with working("replaying") as report:
         replay: Any = {"window": source.replayed, "threads": source.threads, **how}
-        replay["progress"] = report.share
+        replay["progress"] = shares(report, "of the tokens")
         before, after = evaluate_each(
             [running, placement], traffic, topology, mixed=False, **replay
         )

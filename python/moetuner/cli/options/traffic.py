@@ -22,7 +22,7 @@ from moetuner.cli.options import (
     option,
     threads_option,
 )
-from moetuner.cli.output import working
+from moetuner.cli.output import shares, working
 from moetuner.evaluation.replay import check_model
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
@@ -159,7 +159,7 @@ class Source(FileHints):
             return traffic
         how |= {"window": self.window or WINDOW, "threads": self.threads}
         with working("counting") as report:
-            how["progress"] = report.share
+            how["progress"] = shares(report, "of the tokens")
             return RoutingStatistics.from_trace(traffic, **how)
 
     def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
@@ -176,7 +176,7 @@ class Source(FileHints):
         placements = [result.placement for result in results]
         how: Any = {"window": self.replayed, "threads": self.threads}
         with working("replaying") as report:
-            how["progress"] = report.share
+            how["progress"] = shares(report, "of the tokens")
             evaluations = outcome.judge(placements, problem, judged_on, **how)
         return [Outcome(problem, *pair) for pair in zip(results, evaluations, strict=True)]
 
