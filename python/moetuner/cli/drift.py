@@ -82,7 +82,8 @@ def command(
     split = nth_seed(settings.get("seed", 0), 0)
     _, unseen = hold_out(profile.traffic, settings.get("holdout", 0), seed=split)
     with working("replaying"):
-        rows = _replayed(placement, topology, (profile, unseen), (source, source.traffic), how)
+        now = source, source.traffic
+        rows = _replayed(placement, topology, source.window, (profile, unseen), now, how)
     worst = max(rows, key=lambda row: row["change"])
     output.say(f"profile: {profile.describe()}", f"now: {source.describe()}", *serving.explain())
     answer = "not left"
@@ -124,27 +125,30 @@ def command(
 def _replayed(
     placement: Placement,
     topology: Topology,
+    window: int | None,
     before: tuple[Source, Traffic],
     after: tuple[Source, Traffic],
     how: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return figures of a placement on two recordings, by window, and how much worse they got."""
-    parts = before[1], after[1]
-    windows: list[int | None] = [after[0].window]
-    if all(isinstance(part, RoutingTrace) for part in parts) and windows == [None]:
-        fewest = min(part.tokens for part in parts if isinstance(part, RoutingTrace))
-        windows = [of for of in WINDOWS if of == WINDOWS[0] or fewest >= 4 * of]
+    """Return figures of a placement on two recordings, by window, and how much worse they got.
+
+    Windows are the one that is given, else the placement's and those of prefill.
+    """
+    tokens = [of.tokens for _, of in (before, after) if isinstance(of, RoutingTrace)]
+    first, more = after[0].replayed, WINDOWS[-1]
+    windows = [first if len(tokens) == 2 else None]
+    if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
+        windows.append(more)
+    # Windows of counts are as long as they were recorded, and so are their times.
+    measure = SHOWN[len(tokens) == 2]
     rows = []
     for window in windows:
-        values = []
-        for (source, _), part in zip((before, after), parts, strict=True):
-            replayed = source.replayed and (window or source.replayed)
-            values.append(evaluate(placement, part, topology, window=replayed, **how))
-        figures = [{name: getattr(of, name) for name in SHOWN} for of in values]
-        # Windows of counts are as long as they were recorded, and so are their times.
-        measure = SHOWN[window is not None]
-        old, new = (of[measure] for of in figures)
-        row = {"window": window, "profile": figures[0], "now": figures[1], "measure": measure}
+        row: dict[str, Any] = {"window": window, "measure": measure}
+        for name, (source, part) in (("profile", before), ("now", after)):
+            replayed = window if window is not None else source.replayed
+            figures = evaluate(placement, part, topology, window=replayed, **how)
+            row[name] = {of: getattr(figures, of) for of in SHOWN}
+        old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
     return rows
 
