@@ -51,12 +51,11 @@ def test_a_layer_is_timed_on_this_machine(run, tmp_path, monkeypatch):
     times, _ = timing.time_experts(16, 8, 8, 2, device="cpu", progress=shares.append)
     tokens, active, us = np.array(times).T
     assert [*zip(tokens, active, strict=True)] == [
-        *((2, 1), (2, 2), (8, 2), (8, 8)),
-        *((32, 2), (32, 8), (128, 2), (128, 8)),
+        (count, some) for count in (2, 8, 32, 128) for some in (1, 4, 8) if some <= count
     ]
     assert us.min() > 0
     assert shares == [0, 0.25, 0.5, 0.75]
     sizes = ("--hidden", 16, "--intermediate", 8, "--experts", 8, "--top-k", 2)
     status, out, err = run("fit", *sizes, "--device", "cpu", "--out", tmp_path / "c.json")
-    assert "times of a CPU" in err
+    assert "times of one core of a CPU" in err
     assert "wrote" in out if status == 0 else re.search("error: .*regimes", err)

@@ -15,7 +15,8 @@ from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
 from moetuner.cli.output import Output, shares, working
 from moetuner.cost import SIZES, CostModel, public_name
-from moetuner.files import naming, text
+from moetuner.files import naming
+from moetuner.files.text import name
 from moetuner.report.cells import percent, signed
 
 COLUMNS = "tokens,experts,microseconds"
@@ -38,7 +39,7 @@ def command(
 ) -> None:
     """Measure one MoE layer, and write its cost model.
 
-    Times the experts of a layer at fourteen batch sizes on this machine (needs torch), or reads
+    Times the experts of a layer at a dozen batch sizes on this machine (needs torch), or reads
     times that were measured elsewhere, and fits the cost model for --cost-model.
 
     Parameters
@@ -61,7 +62,7 @@ def command(
     """
     hidden, intermediate = _sizes(model, hidden, intermediate, needs_both=times_file is None)
     if times_file is not None:
-        times, whose = read_times(times_file), f"in {text.name(times_file.name)}"
+        times, whose = read_times(times_file), f"in {name(times_file.name)}"
     else:
         how = {"experts": experts, "top_k": top_k, "device": device}
         times, whose = _timed(hidden, intermediate or 0, how)
@@ -116,7 +117,10 @@ def _timed(hidden: int, intermediate: int, how: dict[str, Any]) -> tuple[Any, st
 
         how["device"] = how["device"] or default_device()
         if how["device"] == "cpu":
-            click.echo("moetuner: warning: these will be times of a CPU, not of a GPU", err=True)
+            click.echo(
+                "moetuner: warning: these will be times of one core of a CPU, not of a GPU",
+                err=True,
+            )
         with working("timing the experts") as report:
             times, where = time_experts(
                 hidden, intermediate, **how, progress=shares(report, "of the batches")

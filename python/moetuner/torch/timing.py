@@ -15,11 +15,9 @@ from moetuner.torch.parallel.experts import GroupedExperts
 
 # Tokens of the batches; microseconds of a call after which no larger batch is timed, and of all
 # calls of a batch.
-BATCHES, LONGEST_US, ENOUGH_US = [2**n for n in range(14)], 1e6, 3e5
+BATCHES, LONGEST_US, ENOUGH_US = [2**n for n in range(12)], 5e5, 3e5
 # Bytes that are written before each call: more than the last-level cache of the device holds.
 SWEEP = {"cuda": 2**28, "cpu": 2**26}
-
-Times = list[tuple[int, int, float]]
 
 
 class Stopwatch:
@@ -59,23 +57,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def dtype_of(device: torch.device) -> torch.dtype:
-    """Return the type of weights: 16 bits, but 32 where few CPUs multiply 16."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def random_experts(
-    hidden: int, intermediate: int, experts: int, device: torch.device
-) -> GroupedExperts:
-    """Build gated experts with random weights, in bfloat16; float32 where that is slow."""
-    torch.manual_seed(0)
-    up, down = (
-        torch.randn(experts, *shape, device=device, dtype=dtype_of(device)) / hidden**0.5
-        for shape in ((2 * intermediate, hidden), (hidden, intermediate))
-    )
-    return GroupedExperts(up, down).requires_grad_(False)
-
-
 def time_experts(
     hidden: int,
     intermediate: int,
@@ -84,10 +65,11 @@ def time_experts(
     *,
     device: str | None = None,
     progress: Callable[[float], None] = lambda _: None,
-) -> tuple[Times, str]:
-    """Time the experts of a layer in batches of one token and more, evenly spread.
+) -> tuple[list[tuple[int, int, float]], str]:
+    """Time the gated experts of a layer in batches of one token and more, evenly spread.
 
-    Each batch is timed on as many experts as it can visit, and on a quarter of them.
+    Each batch is timed on 1, 4, 16, ... and on all experts, as far as it can visit so many. A CPU
+    is timed on one core, as others may be busy.
 
     Parameters
     ----------
@@ -109,13 +91,24 @@ def time_experts(
         the name of the device.
     """
     where = torch.device(device or default_device())
-    layer, watch = random_experts(hidden, intermediate, experts, where), Stopwatch(where)
-    times: Times = []
+    # Few CPUs multiply 16 bits fast.
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    up, down = (
+        torch.zeros(experts, *shape, device=where, dtype=dtype).uniform_(-0.01, 0.01)
+        for shape in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    layer, watch = GroupedExperts(up, down).requires_grad_(False), Stopwatch(where)
+    times: list[tuple[int, int, float]] = []
+    threads = torch.get_num_threads()
+    if where.type == "cpu":
+        torch.set_num_threads(1)
     for number, batch in enumerate(BATCHES):
         progress(number / len(BATCHES))
-        count, most = batch * top_k, min(batch * top_k, experts)
-        rows = torch.randn(count, hidden, device=where, dtype=dtype_of(where))
-        for active in sorted({max(most // 4, 1), most}):
+        count = batch * top_k
+        rows = torch.randn(count, hidden, device=where, dtype=dtype)
+        for active in sorted({experts, *(4**n for n in range(8) if 4**n < experts)}):
+            if active > count:
+                continue
             shares = torch.zeros(experts, dtype=torch.int64)
             shares[:active] = count // active
             shares[: count % active] += 1
@@ -124,4 +117,6 @@ def time_experts(
         if times[-1][2] > LONGEST_US:
             break
     is_gpu = where.type == "cuda"
-    return times, torch.cuda.get_device_name(where) if is_gpu else platform.processor() or "a CPU"
+    return times, torch.cuda.get_device_name(
+        where
+    ) if is_gpu else f"one core ({platform.machine()})"
