@@ -116,7 +116,7 @@ def time_experts(
             times.append((count, active, watch(partial(layer, rows, counts))))
         if times[-1][2] > LONGEST_US:
             break
-    is_gpu = where.type == "cuda"
-    return times, torch.cuda.get_device_name(
-        where
-    ) if is_gpu else f"one core ({platform.machine()})"
+    torch.set_num_threads(threads)
+    if where.type == "cuda":
+        return times, torch.cuda.get_device_name(where)
+    return times, f"one core ({platform.machine()})"
