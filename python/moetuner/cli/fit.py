@@ -68,7 +68,13 @@ def command(
         times, whose = _timed(hidden, intermediate or 0, how)
     tokens, active, measured = np.array(times, dtype=float).reshape(-1, 3).T
     sizes = {"token_bytes": BYTES * hidden, "name": f"measured {whose}"}
-    fitted = CostModel.fit(tokens, active, measured, **sizes)
+    try:
+        fitted = CostModel.fit(tokens, active, measured, **sizes)
+    except ValueError as error:
+        if times_file is not None or "one core" not in whose:
+            raise
+        hint = "a CPU reads weights and computes in turn, so fit on a GPU or pass --times"
+        raise ValueError(f"{error}; {hint}") from None
     predicted = fitted.compute_us(tokens, active)
     rows = [
         (f"{count:.0f}", f"{some:.0f}", f"{us:.1f}", f"{model_us:.1f}", signed(model_us / us - 1))
