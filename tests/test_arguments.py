@@ -23,6 +23,7 @@ IDS = random_ids(12, 1, 2, 4)
 TRACE = mt.RoutingTrace.from_arrays(
     IDS, num_experts=4, sequence=np.arange(12) // 3, group=np.arange(12) // 6
 )
+LONG = mt.RoutingTrace.from_arrays(np.tile(IDS, (8, 1, 1)), num_experts=4, sequence=np.arange(96))
 STATISTICS = mt.RoutingStatistics.from_trace(TRACE, window=3, by_group=True)
 TOPOLOGY = mt.Topology(2)
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
@@ -57,6 +58,7 @@ RIGHT = {
 }  # fmt: skip
 BY_CALL = {
     "RoutingStatistics.per_step": {"tokens": 5},
+    "drift": {"profile": LONG, "traffic": LONG},
     "ExpertSets": {"ids": SETS.ids, "counts": SETS.counts},
     "CostModel.fit": {
         "tokens": [1, 2, 3, 4, 500, 600, 700, 800, 900, 950],
@@ -74,7 +76,7 @@ FILES = {
 }  # fmt: skip
 # Values of their own classes are not made by users, and check nothing.
 VALUES = {"PlacementDiff", "Evaluation", "Audit", "Verdict", "Result", "Progress", "Trade",
-          "Advice", "Certificate"}  # fmt: skip
+          "Advice", "Drift", "Certificate"}  # fmt: skip
 # Methods of the objective that only the solver calls.
 INNER = {"Objective.window_cost", "Objective.imbalances", "Objective.layers_traffic"}
 OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
@@ -123,6 +125,7 @@ WRONG = {
     **dict.fromkeys(("before", "after"), others()),
     "statistics": others(mt.RoutingStatistics), "trace": others(mt.RoutingTrace),
     "traffic": others(mt.RoutingTrace, mt.RoutingStatistics),
+    "profile": others(mt.RoutingTrace, mt.RoutingStatistics),
     "topology": others(mt.Topology), "cost_model": others(mt.CostModel),
     "certificate": others(mt.Certificate),
     **dict.fromkeys(("threads", "window", "num_experts", "devices", "nodes", "max_bytes",

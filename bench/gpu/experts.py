@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +23,7 @@ import torch.distributed as dist
 
 import moetuner as mt
 from moetuner.torch import ExpertParallelMoE, GroupedExperts
-
-
-class Stopwatch:
-    """Median microseconds of a call, with caches as cold as between two layers."""
-
-    def __init__(self, device: torch.device, repeat: int) -> None:
-        self.device, self.repeat = device, repeat
-        # More than any last-level cache holds.
-        self.sweep = torch.empty(2**28 if device.type == "cuda" else 2**20, dtype=torch.uint8)
-        self.sweep = self.sweep.to(device)
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Call a few times to warm up, then ``repeat`` times."""
-        for _ in range(3):
-            call()
-        return statistics.median(self._once(call) for _ in range(self.repeat))
-
-    def _once(self, call: Callable[[], object]) -> float:
-        self.sweep.zero_()
-        if self.device.type != "cuda":
-            begin = time.perf_counter()
-            call()
-            return 1e6 * (time.perf_counter() - begin)
-        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin_event.record()
-        call()
-        end_event.record()
-        end_event.synchronize()
-        return 1e3 * begin_event.elapsed_time(end_event)
+from moetuner.torch.timing import Stopwatch
 
 
 def grid(

@@ -19,6 +19,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.report.advice import advise
+from moetuner.report.advice.drift import Drift, drift
 from moetuner.report.advice.values import Advice
 from moetuner.report.structure import structure
 from moetuner.solver import (
@@ -69,5 +70,7 @@ __all__ = [  # noqa: RUF022
     "balance",
     "advise",
     "Advice",
+    "drift",
+    "Drift",
     "__version__",
 ]

@@ -6,6 +6,7 @@ argument, the rule and the value.
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import os
@@ -73,7 +74,20 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     """Check a choice."""
     names = tuple(choices)
     if not (isinstance(value, str) and value in names):
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}")
+        near = suggestion(value, names)
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}{near}")
+
+
+def suggestion(value: object, choices: Iterable[str]) -> str:
+    """Return a question that names the nearest choice, in any case; empty if none comes near."""
+    if not isinstance(value, str):
+        return ""
+    names, begun = {choice.lower(): choice for choice in choices}, value.lower()
+    # Letters in another order, which difflib takes for far.
+    near = [name for name in names if sorted(name) == sorted(begun)]
+    near += difflib.get_close_matches(begun, names, n=1)
+    near += [name for name in names if begun and name.startswith(begun)]
+    return f". Did you mean {names[near[0]]}?" if near else ""
 
 
 def flag(name: str, value: object) -> None:

@@ -120,6 +120,17 @@ class CostModel(Frozen):
         """Bytes of what comes back from an expert in regime dispatch."""
         return self.token_bytes if self.combine_bytes is None else self.combine_bytes
 
+    @property
+    def origin(self) -> str:
+        """Sentence that says whether times are measured or predicted, and with what."""
+        name = self.name or "an unnamed cost model"
+        if self.measured is None:
+            return f"Times are predicted, not measured, with {name}."
+        name = name if name.startswith("measured") else f"measured ({name})"
+        error = self.residual if self.prediction_error is None else self.prediction_error
+        off = "" if error is None else f", with an error of {100 * error:.1f} %"
+        return f"Times of experts are {name}{off}; times of links are predicted."
+
     @classmethod
     def fit(
         cls, tokens: ArrayLike, experts: ArrayLike, microseconds: ArrayLike, **others: Any

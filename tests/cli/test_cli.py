@@ -54,16 +54,41 @@ def test_the_menu_lists_every_command(ok):
     assert ok("--version") == f"moetuner {mt.__version__}\n"
 
 
+def test_every_command_ends_its_help_with_an_example_that_runs(
+    ok, make_trace, tmp_path, monkeypatch
+):
+    """They run one after the other; those that need a model or a GPU have options that exist."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("trace", "newer")):
+        make_trace(800, seed=seed).save(f"{name}.safetensors")
+    certify = ("--max-imbalance", 2, "--objective", "traffic", "--certificate", "proof.json")
+    ok("solve", "trace.safetensors", "--devices", 8, *certify, "--out", "other.json")
+    main = re.findall(r"^    moetuner (.*)$", ok("--help"), re.MULTILINE)
+    assert len(main) == 4
+    for name in moetuner.commands:
+        words = ok(name, "--help").split("Example:")[1].split()
+        assert words[:2] == ["moetuner", name]
+        if name in ("collect", "fit"):
+            main.append(" ".join(words[1:]))
+        else:
+            ok(*words[1:])
+    for name, *words in map(str.split, main):
+        there = {flag for parameter in moetuner.commands[name].params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= there
+
+
 def test_demo_shows_the_whole_flow(ok, tmp_path):
-    """The demo fits a screen, and writes what it says."""
+    """The demo fits a screen and writes what it says; then comes what advise says of the trace."""
     out = ok("demo", "--out", tmp_path / "demo")
-    assert len(out.splitlines()) <= 40
-    assert max(map(len, out.replace(str(tmp_path / "demo"), "demo-output").splitlines())) <= 100
+    trace = tmp_path / "demo" / "trace.safetensors"
+    demo, advice = out.split(f"  moetuner advise {trace} --devices 4\n")
+    assert advice == ok("advise", trace, "--devices", 4)
+    assert len(demo.splitlines()) <= 24
+    assert max(map(len, demo.replace(str(tmp_path / "demo"), "demo-output").splitlines())) <= 100
     written = {path.name for path in (tmp_path / "demo").iterdir()}
     assert written == {"eplb.npz", "placement.json", "trace.safetensors"}
     placement = mt.Placement.load(tmp_path / "demo" / "placement.json")
     assert (placement.devices, placement.slots_per_device) == (4, 4)
-    assert "less" in out
 
 
 def test_inspect_shows_structure_beside_its_null(as_json, ok, trace):

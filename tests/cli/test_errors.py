@@ -18,6 +18,7 @@ inspect | Missing argument 'INPUT...'
 inspect ids.npy | --num-experts is needed
 inspect LOAD --only a | '--only' needs a trace with groups
 inspect TRACE --only 3 | '--only': INPUT has no group '3'
+solve TRACE --devices 2 --groups 11=1 | Did you mean 1?
 solve TRACE | Missing option '--devices'
 solve TRACE --devices 0 | 0 is not in the range 1<=x<=8192
 solve TRACE --devices 4 --devices-per-node 3 | must divide
@@ -28,7 +29,7 @@ solve TRACE --devices 4 --out . | is a directory
 solve TRACE --topology junk.txt | must be a JSON object or TOML
 compare TRACE --devices 4 --holdout nan | nan is not a number
 compare TRACE --devices 4 --methods '' | must be some of
-compare TRACE --devices 4 --baseline x | '--baseline'
+compare TRACE --devices 4 --baseline eblp | got 'eblp'. Did you mean eplb?
 compare TRACE --devices 4 --holdout 0 --splits 2 | must be 1 where nothing is held out, got 2
 compare LOAD --devices 4 --window 64 | window must be left out
 solve LOAD --devices 4 --slots-per-device 2,two | for every device as in 8,8,10,10, got '2,two'
@@ -57,9 +58,11 @@ inspect x-counts.json | every count is zero, so nothing was recorded
 export p.json --to moves --out m.json | '--to moves' needs '--initial'
 evaluate TRACE TRACE | not a placement
 evaluate p.json TRACE --cost-model tpu | must be a file or one of a100
+evaluate p.json TRACE --cost-model h10:64x64 | Did you mean h100?
 evaluate p.json TRACE --cost-model h100:big | sizes must be as in h100:4096x1024, got 'big'
 evaluate p.json TRACE --cost-model junk.txt | not a cost model
 audit p.json TRACE --measure node_fanout | must be of imbalance, predicted_layer_us, fanout for
+audit p.json TRACE --measure fanouts | Did you mean fanout?
 export junk.txt --to eplb --out x.npz | junk.txt: not a placement
 convert TRACE --out t.npz | must end in .safetensors, got 't.npz'
 convert --out t.safetensors | Missing argument 'SOURCE...'
@@ -75,6 +78,9 @@ solve TRACE --for vllm --devices 4 --router-groups 4 | vLLM does not
 solve TRACE --devices 4 --router-groups 4 | needs '--for'
 solve TRACE --for deepspeed --devices 4 --router-groups 8 | (moetuner.router_groups.merged
 solve TRACE --for nobody --devices 4 | 'nobody' is not one of
+solve TRACE --for SGLnag --devices 4 | Did you mean sglang?
+solve TRACE --devices 4 --arrival burst | Did you mean bursts?
+solve TRACE --devices 4 --topology h100 | Did you mean h100-nvl8-ib400?
 solve TRACE --devices 2 --slots-per-device 1 | --slots-per-device must be at least 4
 solve TRACE --devices 2 --groups none=1 | --groups names 'none'
 solve TRACE --devices 2 --pin 0:99:0 | --pin: expert must be from 0 to 7, got 99
@@ -86,10 +92,18 @@ solve TRACE --devices 4 --method jont | Did you mean joint?
 compare TRACE --devices 4 --methods ebpl | Did you mean eplb?
 advise TRACE --devices 4 --copies some | must be numbers as in 0,1,2,4
 advise TRACE --devices 4 --initial x.json | must be a file, contiguous, round_robin, eplb or eplb:N
+advise TRACE --devices 4 --initial roundrobin | Did you mean round_robin?
 advise TRACE --devices 4 --report page.pdf | must end in .html
 advise TRACE --devices 4 --report /nowhere/page.html | does not exist
 advise TRACE --devices 4 --devics 4 | Did you mean
-advis | advise
+advis | No such command 'advis'. Did you mean advise?
+drift p.json TRACE | Missing option '--profile'
+drift p.json TRACE --profile LOAD --seed 0 | more sequences or windows: profile has 6 independent
+drift other.json TRACE --profile LOAD | other.json: placement must have 3 layers
+fit --out c.json | Missing option '--model' (or '--hidden' and '--intermediate')
+fit --times z.csv --out c.json | Missing option '--model' (or '--hidden')
+fit --times z.csv --model mixtral-8x7 --out c.json | Did you mean mixtral-8x7b?
+fit --times z.csv --hidden 64 --out c.json | z.csv: line 2: must be tokens,experts,microseconds
 audit p.json TRACE --fail-if-worse nan | '--fail-if-worse'
 evaluate other.json TRACE | other.json: placement must have 3 layers
 audit p.json TRACE --baseline other.json | other.json: placement must have 3 layers
@@ -100,6 +114,7 @@ export --check p.json --out x.npz | '--check' takes neither
 export --to eplb --out x.npz | Missing argument 'PLACEMENT'
 export p.json --out x.npz | Missing option '--to'
 export p.json --to eplb | Missing option '--out'
+export p.json --to eblp --out x.npz | Did you mean eplb?
 """
 CASES = [tuple(line.split(" | ")) for line in WRONG.strip().splitlines()]
 

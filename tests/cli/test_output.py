@@ -23,15 +23,25 @@ def screen(monkeypatch):
     return console
 
 
-def test_a_terminal_sees_best_bound_gap_and_time(screen):
-    """The line is drawn anew, and gone in the end."""
+def test_a_terminal_sees_what_is_done_and_what_is_left(screen, monkeypatch):
+    """One line, drawn anew and gone in the end: a bar with the share, or best, bound and gap."""
+    monkeypatch.setattr(output, "FIRST_S", 0.0)
+    for limit, words in ((4.0, "75 %, about 4 s left"), (None, "0 s")):
+        file = screen(terminal=True)
+        with output.working("solving, joint", time_limit=limit) as report:
+            report(Progress(3.0, "bound", 0.5, 0.25))
+        text = file.getvalue()
+        assert "solving, joint " in text
+        assert f"{words} bound, best 0.5, bound 0.25, gap 50.0 %" in text
+        assert text.endswith("\x1b[2K")
+
+
+def test_what_is_done_at_once_shows_nothing_on_a_terminal(screen):
+    """A bar is for what takes a second."""
     file = screen(terminal=True)
-    with output.working("solving, joint") as report:
-        report(Progress(2.0, "search", 0.5))
-        report(Progress(3.0, "bound", 0.5, 0.25))
-    text = file.getvalue()
-    assert "solving, joint: 3 s, bound, best 0.5, bound 0.25, gap 50.0 %" in text
-    assert text.endswith("\x1b[2K")
+    with output.working("counting") as report:
+        output.shares(report, "of the tokens")(0.5)
+    assert file.getvalue() == ""
 
 
 def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
@@ -43,7 +53,41 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
     monkeypatch.setattr(output, "INTERVAL_S", 0.0)
     with output.working("solving, joint") as report:
         report(Progress(12.4, "bound", 0.5, 0.25))
-        output.timed(report, str)("split 1 of 3: counting")
-    line = "moetuner: solving, joint: {} s, {}\n"
-    bound = line.format(12, "bound, best 0.5, bound 0.25, gap 50.0 %")
-    assert file.getvalue() == bound + line.format(0, "split 1 of 3: counting")
+        step = output.steps(report, 2)
+        for name in ("counting", "solving", "judging"):
+            step(name)
+    line = "moetuner: solving, joint: {}, {}\n"
+    bound = line.format("12 s", "bound, best 0.5, bound 0.25, gap 50.0 %")
+    counting, *others = file.getvalue().removeprefix(bound).splitlines()
+    assert counting == line.format("0 s", "counting").strip()
+    assert [text.split(": ")[-1].split(" %")[0] for text in others] == ["50", "50"]
+
+
+SENTENCE = "Worth a trial: a layer takes 9.4 % less predicted time than with the contiguous one."
+
+
+@pytest.mark.parametrize("columns", [30, 50])
+def test_sentences_fit_a_terminal_and_commands_and_tables_stay_whole(columns, monkeypatch, capsys):
+    """A pipe gets whole lines without colours; NO_COLOR takes the verdict's away."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    command = "  moetuner solve trace.safetensors --devices 4 --out placement.json"
+
+    def printed():
+        of = output.Output()
+        of.verdict("worth a trial", SENTENCE)
+        of.say(f"- {SENTENCE}", command)
+        of.table(["a" * 40], [["b" * 59]])
+        return capsys.readouterr().out.splitlines()
+
+    whole = printed()
+    assert whole[:4] == [SENTENCE, f"- {SENTENCE}", command, "a" * 40 + " " * 19]
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    coloured = printed()
+    assert coloured[0].startswith("\x1b[32mWorth a trial\x1b[0m: ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    *rows, last, _, cell = printed()
+    assert (last, cell) == (command, "b" * 59)
+    assert max(map(len, rows)) <= columns
+    assert " ".join(row.strip() for row in rows) == f"{SENTENCE} - {SENTENCE}"
+    assert {row[:2] for row in rows[len(rows) // 2 + 1 :]} == {"  "}

@@ -362,6 +362,32 @@ def test_drift_is_seldom_told_of_one_kind():
     assert [of.is_beyond_chance for of in drifts] == [False] * 20 + [True]
 
 
+@pytest.mark.parametrize("form", ["sequences", "windows", "load tables"])
+def test_traffic_leaves_a_profile_if_its_kind_changes(form):
+    """Of twenty parts, a third as large, of one kind none has; the distance is as defined."""
+
+    def recorded(scores, seed):
+        trace = routed(scores, seed)
+        if form == "load tables":
+            return mt.RoutingStatistics.from_trace(trace, window=40)
+        return trace if form == "sequences" else replace(trace, sequence=None)
+
+    profile = recorded(skewed(12_000), 0)
+    parts = [recorded(skewed(), seed) for seed in range(1, 21)]
+    drifts = [mt.drift(profile, part) for part in (*parts, recorded(-skewed(), 0))]
+    assert [of.is_beyond_chance for of in drifts] == [False] * 20 + [True]
+    assert np.mean([of.chance <= 0.1 for of in drifts[:-1]]) <= 0.3
+    load, other = (
+        (of if form == "load tables" else mt.RoutingStatistics.from_trace(of)).total_load
+        for of in (profile, recorded(-skewed(), 0))
+    )
+    shares = [of / of.sum(axis=1, keepdims=True) for of in (load, other)]
+    by_layer = np.abs(shares[0] - shares[1]).sum(axis=1) / 2
+    assert drifts[-1].distance == pytest.approx(by_layer.mean())
+    assert drifts[-1].worst_distance == pytest.approx(by_layer[drifts[-1].worst_layer])
+    assert by_layer.argmax() == drifts[-1].worst_layer
+
+
 def test_intervals_of_several_splits_hold_the_truth():
     """The interval of the splits' mean has the gain on endless traffic in most of 30 recordings."""
     blocks, better = (

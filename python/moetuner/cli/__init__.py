@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from moetuner import _interrupts
+from moetuner._checks import suggestion
 from moetuner._core import __version__
 from moetuner.cli import (
     advise,
@@ -22,8 +23,10 @@ from moetuner.cli import (
     convert,
     demo,
     diff,
+    drift,
     evaluate,
     export,
+    fit,
     inspect,
     options,
     report,
@@ -52,6 +55,13 @@ class Menu(click.Group):
         """Return names in the order of the flow, not of the alphabet."""
         return list(self.commands)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Return the command; an error names the one that comes nearest."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            near = suggestion(args[0], self.commands)
+            raise click.UsageError(f"No such command '{args[0]:.60}'{near}", ctx)
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; arguments that it refuses are named as the options that gave them."""
         try:
@@ -63,22 +73,60 @@ class Menu(click.Group):
             raise ValueError(options.with_options(command, str(error))) from error
 
 
+HELP = """Decide which GPU each expert of a Mixture-of-Experts model lives on.
+
+INPUT is a recording of your model's routing, in one or more files:
+
+\b
+  trace       the experts of every token, from "moetuner collect" or an engine
+              (vLLM, SGLang, Megatron-Core): answers every question
+  statistics  a trace, counted: smaller, without sequences
+  load table  tokens of every expert by layer and window, from the counters
+              of an engine (EPLB, SGLang, TensorRT-LLM): answers for load
+
+Is it worth it? What does the engine load? Did the traffic move?
+
+\b
+  moetuner advise INPUT --devices 8
+  moetuner solve INPUT --devices 8 --for sglang --out placement.json
+  moetuner export placement.json --to sglang --hidden-layers 48 --out experts.json
+  moetuner drift placement.json NEWER
+
+"moetuner demo" shows it on a bundled trace.
+"""
+
+
 @click.group(
-    cls=Menu, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Menu,
+    help=HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="moetuner", message="%(prog)s %(version)s")
 def moetuner() -> None:
-    """Decide which GPU each expert of a Mixture-of-Experts model lives on.
-
-    INPUT is recorded routing: a trace, saved statistics or a load table. "moetuner demo" shows it
-    all on a bundled trace.
-    """
+    """Decide which GPU each expert of a Mixture-of-Experts model lives on."""
 
 
-for _module in (
-    *(demo, collect, inspect, advise, solve, compare, evaluate),
-    *(audit, report, show, diff, export, convert, verify),
-):
+# A line at the end of each command's help, in the order of the menu.
+EXAMPLES = {
+    demo: "",
+    collect: "MODEL --dataset texts.jsonl --out trace.safetensors",
+    inspect: "trace.safetensors",
+    advise: "trace.safetensors --devices 8 --for vllm --report page.html",
+    solve: "trace.safetensors --devices 8 --out placement.json",
+    compare: "trace.safetensors --devices 8 --methods eplb,joint --splits 1",
+    evaluate: "placement.json trace.safetensors",
+    audit: "placement.json trace.safetensors --fail-if-worse 5",
+    drift: "placement.json newer.safetensors",
+    report: "placement.json trace.safetensors --out page.html",
+    show: "placement.json",
+    diff: "running.json placement.json",
+    export: "placement.json --to eplb --out experts.npz",
+    convert: "trace.safetensors newer.safetensors --out both.safetensors",
+    fit: "--model qwen3-30b-a3b --out gpu.json",
+    verify: "proof.json trace.safetensors --devices 8",
+}
+for _module, _example in EXAMPLES.items():
+    _module.command.epilog = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
     moetuner.add_command(_module.command)
 
 

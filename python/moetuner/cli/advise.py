@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
+from moetuner._checks import suggestion
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving, setting_option
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, timed, working
+from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
@@ -103,7 +104,8 @@ def command(
     if not advising.READ.fullmatch(initial):
         if not Path(initial).is_file():
             raise click.BadParameter(
-                f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'",
+                f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'"
+                + suggestion(initial, advising.RUNNING),
                 param_hint="'--initial'",
             )
         how["initial"] = source.load(Path(initial), topology)
@@ -113,8 +115,9 @@ def command(
         future = replace(source, input_files=unseen)
         how["unseen"] = future.traffic
         output.say(f"Judged on {future.describe()}")
+    tried = splits + 2 * len(copies) + 4  # steps, about
     with working("advising") as report:
-        how |= serving.arguments(source.traffic) | {"report": timed(report, str)}
+        how |= serving.arguments(source.traffic) | {"report": steps(report, tried)}
         advice = advising.advise(source.traffic, topology, **how)
     commands = next_commands(source, advice, click.get_current_context(), unseen)
     _show(output, advice)
@@ -126,7 +129,9 @@ def command(
 
 def _show(output: Output, advice: Advice) -> None:
     """Print the answer, what it rests on, and what copies and moving cost."""
-    output.say("", advice.sentence, *(f"- {reason}" for reason in advice.reasons[1:]))
+    output.say("")
+    output.verdict(advice.answer, advice.sentence)
+    output.say(*(f"- {reason}" for reason in advice.reasons[1:]))
     output.say(*(f"! {warning}" for warning in advice.warnings), "")
     for judged in advice.judged:
         _show_figures(output, judged, advice.settings["regime"])

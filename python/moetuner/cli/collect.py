@@ -11,7 +11,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.traffic import describe, facts
-from moetuner.cli.output import Output, timed, working
+from moetuner.cli.output import Output, working
 
 
 @options.command("collect")
@@ -50,6 +50,10 @@ def command(
     """
     how: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "dtype": dtype}
     how |= {"sequence_length": sequence_length, "device": device}
+
+    def count(tokens: int) -> None:
+        report.show(f"{tokens:,} of {max_tokens:,} tokens", min(tokens / max_tokens, 1.0))
+
     with working(f"running {model}") as report, warnings.catch_warnings():
         # What was left out, or saved of a recording that was interrupted, is said in a line.
         warnings.simplefilter("always", RuntimeWarning)
@@ -61,7 +65,6 @@ def command(
         try:
             from moetuner.torch.collect import collect
 
-            count = timed(report, lambda n: f"{n:,} of {max_tokens:,} tokens")
             trace = collect(model, dataset, out_file, progress=count, **how)
         except (ImportError, RuntimeError) as error:
             # A missing library or device is not a bug in moetuner.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from moetuner._checks import nth_seed
+from moetuner._checks import nth_seed, suggestion
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
@@ -75,7 +75,7 @@ def command(
     machine: Machine,
     wanted: ProblemOptions,
     methods: tuple[str, ...] = option(
-        options.Text(options.read_methods),
+        options.Text(options.read_methods, words=METHODS),
         "A,B,C",
         DEFAULT_METHODS,
         help=f"Out of {', '.join(METHODS)}.",
@@ -174,7 +174,8 @@ def _baseline(
     over = running if baseline is None else ALIASES.get(baseline, baseline)
     if over not in methods:
         raise click.BadParameter(
-            f"must be one of the methods {','.join(methods)}, got {over!r:.40}",
+            f"must be one of the methods {','.join(methods)}, got {over!r:.40}"
+            + suggestion(over, methods),
             param_hint="'--baseline'",
         )
     return methods, over

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from moetuner.cli import options
+from moetuner.cli import advise, options
 from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
@@ -19,9 +19,7 @@ from moetuner.formats import eplb
 from moetuner.formats.hints import Hints
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.report.cells import percent
-from moetuner.report.outcome import Outcome, head, remarks
 from moetuner.report.structure import Structure, structure
-from moetuner.statistics import WINDOW
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -69,26 +67,36 @@ def command(
     results = [source.solve(method, problem, seed=0).uninterrupted() for method in METHODS]
     outcomes = dict(zip(METHODS, source.judge(results, problem, unseen), strict=True))
     output.say(
-        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.\n"
-        "imbalance: max / mean device load in windows (total: of all), 1 is perfect; crossing:\n"
-        "share of steps between devices; fanout: devices that a token visits in a layer.\n"
+        f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.",
+        "crossing: share of steps from layer to layer between devices, if tokens move on to their",
+        "next expert (regime follow); imbalance: max / mean device load of all unseen traffic.",
+        "",
     )
-    output.table(head(problem), [outcome.row() for outcome in outcomes.values()])
-    output.say(*remarks(list(outcomes.values()), problem), _gain(outcomes))
-
+    output.table(
+        ("method", "crossing", "imbalance"),
+        [
+            (name, percent(of.evaluation.crossing), f"{of.evaluation.imbalance_total:.2f}")
+            for name, of in outcomes.items()
+        ],
+    )
     best = outcomes["joint"].result.placement
     best.save(files[1])
     eplb.write_map(best, files[2], Hints())
     output.say(
-        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/\n"
-        "\n"
-        "Next, on this trace or your own (safetensors, .npz, .npy or JSON lines):\n"
-        f"  moetuner inspect {files[0]}\n"
-        f"  moetuner compare {files[0]} --devices 8 --devices-per-node 4\n"
-        f"  moetuner solve   {files[0]} --devices 8 --out placement.json"
+        "",
+        f"Wrote placement.json, eplb.npz and trace.safetensors into {directory}/",
+        "",
+        "Today's engines send every token back after each layer (regime dispatch). Is a better",
+        "placement worth it there? For this trace, or a recording of your own model:",
+        "",
+        f"  moetuner advise {files[0]} --devices {DEVICES}",
     )
     methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
     output.finish({"input": source.facts(), "structure": asdict(measured), "methods": methods})
+    if not output.quiet:
+        words = [str(files[0]), "--devices", str(DEVICES)]
+        words += [] if threads is None else ["--threads", str(threads)]
+        advise.command.main(words, standalone_mode=False)
 
 
 def _introduction(trace: RoutingTrace, of: Structure) -> str:
@@ -106,25 +114,4 @@ def _introduction(trace: RoutingTrace, of: Structure) -> str:
         "than the mix\n"
         f"Structure  a placement reaches crossing {of.crossing:.3f}; it would be "
         f"{of.crossing_independent:.3f} if layers routed independently\n"
-    )
-
-
-def _gain(outcomes: dict[str, Outcome]) -> str:
-    """Write what the best method gains, and what it costs."""
-    old, new = outcomes["contiguous"].evaluation, outcomes["joint"].evaluation
-    assert old.crossing is not None
-    assert new.crossing is not None
-    return (
-        "\n"
-        f"Won:  with experts in blocks, as engines load them, {percent(old.crossing)} of the steps "
-        "from layer to\n"
-        f"      layer cross devices; with moetuner's joint placement {percent(new.crossing)} do: "
-        f"{percent(1 - new.crossing / old.crossing)} less.\n"
-        f"Load: the busiest device has {new.imbalance_total:.2f} x the mean load over all unseen "
-        f"traffic ({old.imbalance_total:.2f} before), and\n"
-        f"      {new.imbalance:.2f} x in a window of {WINDOW} consecutive tokens "
-        f"({old.imbalance:.2f} before)."
-        + "\n      Experts that fire together now share a device: bursts of one kind of text pay."
-        * (new.imbalance > old.imbalance)
-        + "\n"
     )

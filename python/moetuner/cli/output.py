@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +15,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column, Table
 from rich.text import Text
 
 from moetuner.cli.options import OutFile, option
@@ -22,9 +26,12 @@ from moetuner.files.text import line, name, printable
 from moetuner.report.cells import finite
 from moetuner.solver import Progress
 
-# Output that goes to a file or another program is not fitted to any screen.
+# Tables, and all that goes to a file or another program, are not fitted to any screen.
 UNLIMITED = 1000
 STANDARD_OUTPUT = 1
+# Colours of answers on a terminal; NO_COLOR takes them away.
+COLOURS = {"worth a trial": "green", "not now": "bright_black", "not enough evidence": "yellow"}
+COLOURS |= {"not left": "green", "served": "yellow", "worse": "red"}
 
 
 @dataclass
@@ -42,17 +49,37 @@ class Output:
     def __post_init__(self) -> None:
         json_file = self.json_file
         # Other text between the braces would make it no JSON.
-        self._quiet = json_file is not None and (
+        self.quiet = json_file is not None and (
             str(json_file) == "-" or descriptor_of(json_file) == STANDARD_OUTPUT
         )
         self._console = Console(highlight=False, markup=False, emoji=False)
-        if not self._console.is_terminal:
-            self._console.width = UNLIMITED
+        # Where colours are forced into a pipe, the width is still nobody's.
+        is_terminal = self._console.is_terminal and sys.stdout.isatty()
+        self._width = self._console.width if is_terminal else UNLIMITED
+        self._console.width = UNLIMITED
 
     def say(self, *texts: str) -> None:
-        """Print lines; control characters in them are escaped."""
-        for row in "\n".join(texts).split("\n") if texts and not self._quiet else ():
-            self._console.print(line(row), soft_wrap=True)
+        """Print lines, wrapped on a terminal; control characters in them are escaped.
+
+        Lines that begin with a space are commands to copy or laid out already, and stay whole.
+        """
+        for row in "\n".join(texts).split("\n") if texts and not self.quiet else ():
+            self._console.print(self._fitted(row), soft_wrap=True)
+
+    def verdict(self, answer: str, sentence: str) -> None:
+        """Print a sentence; on a terminal its first words have the colour of the answer."""
+        if not self.quiet:
+            text = Text(self._fitted(sentence))
+            text.stylize(COLOURS.get(answer, ""), 0, len(sentence.partition(":")[0]))
+            self._console.print(text, soft_wrap=True)
+
+    def _fitted(self, row: str) -> str:
+        row = line(row)
+        if self._width == UNLIMITED or not row or row[0] == " ":
+            return row
+        hanging = "  " if row.startswith(("- ", "! ")) else ""
+        how: Any = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(row, self._width, subsequent_indent=hanging, **how)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
@@ -61,8 +88,8 @@ class Output:
             table.add_column(title, justify="right" if i else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(name, row))
-        if not self._quiet:
-            self._console.print(table)
+        if not self.quiet:
+            self._console.print(table, soft_wrap=True)
 
     def finish(self, contents: dict[str, Any]) -> None:
         """Write the JSON, if it is wanted."""
@@ -76,54 +103,109 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-# A log gets the first line after a second, the next ones rarely.
+# What takes longer is shown: a terminal gets a bar, a log a line and then one now and then.
 FIRST_S = 1.0
 INTERVAL_S = 10.0
 
 
+class TimeLeft(ProgressColumn):
+    """The share that is done and the time left; the time so far where no end is known."""
+
+    def render(self, task: Task) -> Text:
+        """Write both."""
+        share = task.completed if task.total else None
+        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["of"]))
+
+
+def time_left(seconds: float, share: float | None, at: float, of: str) -> str:
+    """Write the share of work that was done ``at`` some seconds, and the time left at that pace.
+
+    Without a share, write the time so far.
+    """
+    if not share:
+        return f"{seconds:.0f} s"
+    return f"{100 * share:.0f} %{of and f' {of}'}, about {max(at / share - seconds, 0):.0f} s left"
+
+
+class Report:
+    """Shows how far work is, once it has taken a second; a callback for ``solve``."""
+
+    def __init__(self, label: str, time_limit: float | None) -> None:
+        self.label, self.time_limit = printable(label), time_limit
+        self._console = Console(stderr=True, highlight=False, markup=False)
+        label_column, text_column = (
+            TextColumn(f"{{task.{name}}}", markup=False, table_column=Column(no_wrap=True))
+            for name in ("description", "fields[text]")
+        )
+        columns = (label_column, BarColumn(20), TimeLeft(Column(no_wrap=True)), text_column)
+        quiet: Any = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
+        self._bar = Bar(*columns, console=self._console, **quiet)
+        self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, of="")
+        self._began = self._last = time.monotonic()
+
+    def begin(self) -> None:
+        """Show that work goes on."""
+        if self._console.is_interactive:
+            self._bar.start()
+        else:
+            self._say(f"{self.label} ...")
+
+    def end(self) -> None:
+        """Take the bar away; a log would get an empty line."""
+        if self._console.is_interactive:
+            self._bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show a line of a solve; with a time limit the share of it that is gone."""
+        limit = self.time_limit
+        share = min(progress.seconds / limit, 1.0) if limit else None
+        self.show(_line(progress), share, progress.seconds)
+
+    def show(
+        self, text: str, share: float | None = None, seconds: float | None = None, of: str = ""
+    ) -> None:
+        """Show what is being done, and the share ``of`` something that is done, if it is known."""
+        now = time.monotonic()
+        seconds = now - self._began if seconds is None else seconds
+        if self._console.is_interactive:
+            total = None if share is None else 1.0
+            fields: Any = {"text": printable(text), "at": seconds, "of": of}
+            self._bar.update(self._task, total=total, completed=share or 0.0, **fields)
+            if now - self._began >= FIRST_S:
+                self._bar.start()
+        elif now - self._last >= INTERVAL_S:
+            self._last = now
+            parts = (f"{self.label}: {time_left(seconds, share, seconds, of)}", text)
+            self._say(", ".join(filter(None, parts)))
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"moetuner: {text}", soft_wrap=True)
+
+
 @contextmanager
-def working(label: str) -> Iterator[Callable[[Progress], None]]:
-    """Show what is being done while it takes long; yield a progress callback for ``solve``."""
-    label = printable(label)
-    console = Console(stderr=True, highlight=False, markup=False)
-
-    def text(progress: Progress) -> str:
-        return f"{label}: {progress.seconds:.0f} s, {_line(progress)}"
-
-    if console.is_terminal:
-        with console.status(Text(label)) as status:
-            yield lambda progress: status.update(Text(text(progress)))
-        return
-
-    def say(text: str) -> None:
-        console.print(f"moetuner: {text}", soft_wrap=True)
-
-    timer = threading.Timer(FIRST_S, say, [f"{label} ..."])
+def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
+    """Show what is being done while it takes long."""
+    report = Report(label, time_limit)
+    timer = threading.Timer(FIRST_S, report.begin)
     timer.daemon = True
-    last = time.monotonic()
-
-    def report(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= INTERVAL_S:
-            last = time.monotonic()
-            say(text(progress))
-
     timer.start()
     try:
         yield report
     finally:
         timer.cancel()
+        timer.join()
+        report.end()
 
 
-def timed(report: Callable[[Progress], None], text: Callable[[Any], str]) -> Callable[[Any], None]:
-    """Return a callback that shows what ``text`` says of its value, and the time so far."""
-    began = time.monotonic()
-    return lambda value: report(Progress(time.monotonic() - began, text(value)))
+def steps(report: Report, total: int) -> Callable[[str], None]:
+    """Return a callback that shows each step of about so many."""
+    done = iter(range(total))
+    return lambda text: report.show(text, next(done, total - 1) / total)
 
 
-def shares(report: Callable[[Progress], None], of: str) -> Callable[[float], None]:
+def shares(report: Report, of: str) -> Callable[[float], None]:
     """Return a callback that shows the share of work that is done."""
-    return timed(report, lambda share: f"{100 * share:.0f} % {of}")
+    return lambda share: report.show("", share, of=of)
 
 
 def _line(progress: Progress) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import is_number, shown
+from moetuner._checks import is_number, shown, suggestion
 from moetuner.evaluation.arrival import Arrival, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
@@ -254,7 +254,8 @@ def _group_weights(
     names = list(statistics.group_names)
     for name, value in groups.items():
         if name not in names:
-            raise ValueError(f"groups names {shown(name)}, which is none of {', '.join(names)}")
+            rule = f"groups names {shown(name)}, which is none of {', '.join(names)}"
+            raise ValueError(rule + suggestion(name, names))
         mine = statistics.group == names.index(name)
         if not statistics.window_load[mine].any():
             raise ValueError(f"groups names {shown(name)}, which has no tokens")

@@ -250,6 +250,8 @@ def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
         f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
         "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
+    if model.measured is not None:
+        line = model.origin
     if arrival != "bursts" and isinstance(traffic, RoutingStatistics):
         line += (
             " INPUT holds counts, so its windows are evaluated as recorded: which sequences would "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from moetuner._checks import suggestion
 from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.solver import ALIASES, EFFORTS, METHODS
@@ -36,6 +36,18 @@ class Option(click.Option):
     def __init__(self, *arguments: Any, group: str = OTHER, **others: Any) -> None:
         super().__init__(*arguments, **others)
         self.group = group
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return the value; an error names the choice that comes nearest."""
+        try:
+            return super().type_cast_value(ctx, value)
+        except click.BadParameter as error:
+            words = getattr(self.type, "choices", None) or getattr(self.type, "words", None)
+            words = words or re.findall(r"\b[a-z_]{3,}\b", self.metavar or "")
+            given = re.split("[,:= ]", value) if isinstance(value, str) else value
+            wrong = next((str(part) for part in given or () if part not in words), "")
+            text = error.message.rstrip(".") + suggestion(wrong, words)
+            raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
 
 
 def option(kind: Any = None, metavar: str | None = None, default: Any = None, **others: Any) -> Any:
@@ -238,8 +250,7 @@ def read_method(text: str, rule: str = f"one of {', '.join(METHODS)}") -> str:
     """Return the method of a name, or of another name of it; ``rule`` as for ``Text``."""
     name = ALIASES.get(text, text)
     if name not in METHODS:
-        near = suggestion(text, METHODS)
-        raise click.BadParameter(f"must be {rule}, got '{text:.60}'{near}")
+        raise click.BadParameter(f"must be {rule}, got '{text:.60}'")
     return name
 
 
@@ -373,12 +384,6 @@ def with_options(command: click.Command, text: str) -> str:
         words = " ".join(names.get(word, word) for word in first[0].split())
         text = words + text.removeprefix(first[0])
     return as_options(text) if " is needed" in text else text
-
-
-def suggestion(value: str, choices: Iterable[str]) -> str:
-    """Return a question that names the nearest choice; empty if none comes near."""
-    near = difflib.get_close_matches(value, list(choices), n=1)
-    return f". Did you mean {near[0]}?" if near else ""
 
 
 IN_FILE, IN_INPUT = InFile(), InFile(folders=True)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import click
 import numpy as np
 
+from moetuner._checks import suggestion
 from moetuner.cli.options import (
     COUNT,
     IN_INPUT,
@@ -20,7 +21,6 @@ from moetuner.cli.options import (
     argument,
     layer_list,
     option,
-    suggestion,
     threads_option,
 )
 from moetuner.cli.output import shares, working
@@ -202,10 +202,10 @@ class Source(FileHints):
 
     def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
         """Solve, and show how far that is; ``place`` is how far the whole is, ``how`` as for it."""
-        with working(f"solving, {method}{place and f' ({place})'}") as progress:
-            return solve(
-                problem, cast(Method, method), progress=progress, threads=self.threads, **how
-            )
+        label = f"solving, {method}{place and f' ({place})'}"
+        with working(label, time_limit=how.get("time_limit")) as progress:
+            how |= {"progress": progress, "threads": self.threads}
+            return solve(problem, cast(Method, method), **how)
 
     def judge(
         self, results: Sequence[Result], problem: Problem, judged_on: Traffic

@@ -81,10 +81,12 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     if len(kinds) == 1:
         one = f"all traffic is of one group, {name(kinds[0])}: record traffic of other groups, too"
         overruling.append(("not enough evidence", one))
-    model = of.settings["cost_model"]
-    assumed = assumed_model(model)
-    whose = f", with {model or 'your cost model'}." if assumed is None else f": {assumed}"
-    warnings.append(f"Times are predicted, not measured{whose}")
+    model = of.problem.cost_model
+    assert model is not None
+    assumed = assumed_model(model.name)
+    warnings.append(
+        model.origin if assumed is None else f"Times are predicted, not measured: {assumed}"
+    )
     if of.main.window is None:
         warnings.append(
             "A load table does not tell which experts a token chose together, so traffic is an "

@@ -1,14 +1,17 @@
-"""Whether traffic changes its kind while it is recorded, which a random split cannot show."""
+"""Whether traffic changes its kind, while it is recorded or since, beyond chance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import instance, seed_in
 from moetuner.evaluation.kinds import loads_by
-from moetuner.evaluation.units import Traffic, Units, some
+from moetuner.evaluation.units import Traffic, Units, some, units_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -21,63 +24,172 @@ HALVES, CHANCE = 400, 0.01
 LEAST = 0.05
 # Fewest blocks that can be halved in so many ways.
 FEWEST = 12
+# Most blocks of two recordings together, and tokens of a window of a trace without sequences.
+MOST, WINDOW = 128, 512
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the second half of a recording differs from the first.
+    """How far one part of some traffic differs from another.
+
+    Of ``drift`` these are the traffic and its profile, of ``advise`` the halves of a recording.
 
     Parameters
     ----------
     distance
-        Total variation distance of the halves' expert shares, averaged over layers: the part of the
+        Total variation distance of the parts' expert shares, averaged over layers: the share of the
         tokens that would have to go to other experts.
     expected
-        The same of halves that are chosen at random.
+        The same of parts that are chosen at random.
     chance
-        How many of the random halves differ as much.
+        How many of the random parts differ as much.
     is_of_groups
         Whether the halves differ as they hold different groups, and each group stays as it is.
+    worst_layer, worst_distance
+        Layer that differs most, and its distance.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load = np.random.default_rng(0).poisson([900, 100, 100, 100], (40, 1, 4))
+    >>> table, reverse = (mt.RoutingStatistics.from_load(of) for of in (load, load[..., ::-1]))
+    >>> drift = mt.drift(table, reverse)
+    >>> drift.is_beyond_chance, round(drift.distance, 2)
+    (True, 0.67)
     """
 
     distance: float
     expected: float
     chance: float
     is_of_groups: bool = False
+    worst_layer: int = 0
+    worst_distance: float = 0.0
 
     @property
     def is_beyond_chance(self) -> bool:
-        """Whether the halves differ beyond chance, and by more than would not matter."""
+        """Whether the parts differ beyond chance, and by more than would not matter."""
         return self.chance <= CHANCE and self.distance - self.expected >= LEAST
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields and properties as JSON values."""
+        return {**asdict(self), "is_beyond_chance": self.is_beyond_chance}
+
+
+def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
+    """Compute how far traffic has left a profile, such as that of a placement.
+
+    Both are cut into blocks of about as many tokens, of sequences, or of windows that are
+    independent. What differs by chance is what remains when blocks change sides at random.
+
+    Parameters
+    ----------
+    profile, traffic
+        Traces, statistics or load tables of one model.
+    seed
+        Seed of the random sides.
+
+    Raises
+    ------
+    ValueError
+        If the two are of different models, or have too few sequences or windows to tell.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> load = np.random.default_rng(0).poisson(100, (80, 1, 4))
+    >>> seen, later = (mt.RoutingStatistics.from_load(of) for of in (load[:40], load[40:]))
+    >>> mt.drift(seen, later).is_beyond_chance
+    False
+    """
+    sides = {"profile": profile, "traffic": traffic}
+    for name, side in sides.items():
+        instance(name, side, RoutingTrace, RoutingStatistics)
+    shapes = [[side.layers, side.num_experts] for side in sides.values()]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"traffic must be {shapes[0]} [layers, experts] as profile, got {shapes[1]}"
+        )
+    sizes = [_size(side) for side in sides.values()]
+    numbers = [_independent(side) for side in sides.values()]
+    rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
+    counts = [max(round(rate * size), 1) for size in sizes]
+    if math.comb(sum(counts), counts[0]) * CHANCE < 1:
+        few, most = sorted(zip(numbers, sides, strict=True))
+        raise ValueError(
+            f"drift needs more sequences or windows: {few[1]} has {few[0]} independent, "
+            f"{most[1]} {most[0]}; record {FEWEST} or more of both"
+        )
+    rng = np.random.default_rng(seed_in(seed))
+    parts = [_loads(*of, rng=rng) for of in zip(sides.values(), counts, strict=True)]
+    return _drift_of(np.concatenate(parts), len(parts[0]), seed)
+
+
+def _size(traffic: Traffic) -> int:
+    """Return how often experts were chosen, at least 1."""
+    if isinstance(traffic, RoutingTrace):
+        return max(traffic.tokens * traffic.layers * traffic.top_k, 1)
+    return max(int(traffic.total_load.sum()), 1)
+
+
+def _independent(traffic: Traffic) -> int:
+    """Return the number of sequences, else of windows as if they were independent; at least 1."""
+    if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
+        return max(len(np.unique(traffic.sequence)), 1)
+    return max(units_of(traffic, window=WINDOW).number, 1)
 
 
 def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
     # Blocks of neighbours are taken as independent, so none may be shorter than what is alike.
     blocks = min(BLOCKS, units.number) if units.name == "window" else BLOCKS
-    drift = None
+    whole = None
     for by_group in (False, True):
-        item, place = _in_order(traffic, by_group=by_group)
-        block = (place * blocks // len(place))[item]
-        if isinstance(traffic, RoutingTrace):
-            loads = loads_by(traffic, block, blocks)
-        else:
-            loads = np.zeros((blocks, traffic.layers, traffic.experts))
-            np.add.at(loads, block, traffic.window_load.astype(np.float64))
-        loads = loads[np.unique(block)]
+        loads = _loads(traffic, blocks, by_group=by_group)
         if len(loads) < FEWEST or not loads.sum():
-            return drift
-        first, rng = np.arange(len(loads)) < len(loads) // 2, np.random.default_rng(seed)
-        distance = _distance(loads, first)
-        others = np.array([_distance(loads, rng.permutation(first)) for _ in range(HALVES)])
-        chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
-        one = Drift(distance, float(others.mean()), chance)
-        if drift is not None:
-            return replace(drift, is_of_groups=not one.is_beyond_chance)
-        drift = one
+            return whole
+        one = _drift_of(loads, len(loads) // 2, seed)
+        if whole is not None:
+            return replace(whole, is_of_groups=not one.is_beyond_chance)
+        whole = one
         if not one.is_beyond_chance or traffic.group is None:
             break
-    return drift
+    return whole
+
+
+def _loads(
+    traffic: Traffic,
+    blocks: int,
+    *,
+    by_group: bool = False,
+    rng: np.random.Generator | None = None,
+) -> NDArray[np.float64]:
+    """Count load [B,L,E] of about so many blocks, in the order of recording.
+
+    With ``rng``, sequences are in random order, as they are independent of each other.
+    """
+    item, place = _in_order(traffic, by_group=by_group)
+    if rng is not None and isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
+        place = rng.permutation(place)
+    block = (place * blocks // len(place))[item]
+    if isinstance(traffic, RoutingTrace):
+        loads = loads_by(traffic, block, blocks)
+    else:
+        loads = np.zeros((blocks, traffic.layers, traffic.experts))
+        np.add.at(loads, block, traffic.window_load.astype(np.float64))
+    return loads[np.unique(block)]
+
+
+def _drift_of(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
+    """Compare the first blocks [B,L,E] with the rest, and with as many at random."""
+    first, rng = np.arange(len(loads)) < number, np.random.default_rng(seed)
+    by_layer = _distances(loads, first)
+    distance, worst = float(by_layer.mean()), int(by_layer.argmax())
+    others = np.array([_distances(loads, rng.permutation(first)).mean() for _ in range(HALVES)])
+    chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
+    most = float(by_layer[worst])
+    return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=most)
 
 
 def halves(traffic: Traffic) -> tuple[Traffic, Traffic]:
@@ -110,7 +222,9 @@ def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], N
     return item, place
 
 
-def _distance(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> float:
-    parts = np.stack([loads[first].sum(axis=0), loads[~first].sum(axis=0)])
+def _distances(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Compute how far shares of the first blocks are from those of the rest, by layer [L]."""
+    parts = np.tensordot(np.stack([first, ~first]).astype(np.float64), loads, axes=1)
     early, late = parts / np.maximum(parts.sum(axis=2, keepdims=True), 1)
-    return float(np.abs(early - late).sum(axis=1).mean() / 2)
+    distances: NDArray[np.float64] = np.abs(early - late).sum(axis=1) / 2
+    return distances

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -386,7 +386,7 @@ class Study:
             traffic = self.traffic
             return blocks(traffic.layers, traffic.num_experts, self.topology.devices)
         problem = self.problem(part.statistics, self.of_running)
-        return self.solved(problem, method, part.seed).placement
+        return self.solved(problem, cast(Method, method), part.seed).placement
 
     def evaluated(
         self,

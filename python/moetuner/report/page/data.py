@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.cost import busiest_ports, size_of_expert
+from moetuner.cost import busiest_ports, bytes_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit, audit_of
 from moetuner.evaluation.comparison import Comparison
@@ -330,13 +330,16 @@ def of_evaluations(
         others["audit"] = audit_of(*evaluations)
     warnings: tuple[str, ...] = ()
     if judged.measure == "predicted_layer_us":
-        warnings = ("Times are predicted by a cost model, not measured.",)
+        model = replayed.setting.cost_model
+        is_measured = model is not None and model.measured is not None
+        unmeasured = "Times are predicted by a cost model, not measured."
+        warnings = (model.origin if model is not None and is_measured else unmeasured,)
     contents = {**contents, "verdict": judged.answer}
     if answer == "good" and "commands" not in contents:
         contents["commands"] = _exports(contents)
     if others.get("expert_bytes") is None:
-        size = size_of_expert(replayed.traffic)
-        others["expert_bytes"] = None if size is None else 3.0 * size[0] * size[1]
+        of = replayed.traffic
+        others["expert_bytes"] = bytes_of_expert(of.expert_size, of.model)
     page = PageData(
         title=f"moetuner: {names[1]} against {names[0]}",
         sentence=f"{words}: {judged.sentence}",

@@ -1,0 +1,180 @@
+"""``moetuner drift``: whether traffic has left the profile that a placement was computed from."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moetuner._checks import nth_seed
+from moetuner.cli import options
+from moetuner.cli.options import argument, option
+from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.output import Output, working
+from moetuner.evaluation import evaluate
+from moetuner.evaluation.comparison import PRICE
+from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.units import hold_out
+from moetuner.files import text
+from moetuner.placement import Placement
+from moetuner.report.advice import drift as measuring
+from moetuner.report.advice.values import WINDOWS
+from moetuner.report.cells import percent, signed
+from moetuner.report.outcome import whose_times
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+# Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
+DRIFTED = 3
+SHOWN = ("imbalance", "predicted_layer_us")
+SENTENCES = {
+    "not left": "The traffic has not left the profile: keep the placement.",
+    "served": "The traffic has left the profile, and the placement still serves it: {change}.",
+    "worse": "The traffic has left the profile, and the placement serves it worse: {change}. "
+    "Solve again:",
+}
+
+
+@options.command("drift")
+def command(
+    *,
+    placement_file: Path = argument("PLACEMENT", options.IN_FILE),
+    source: Source,
+    profile_files: tuple[Path, ...] = option(
+        options.IN_INPUT, "FILE", (), flag="--profile", multiple=True
+    ),
+    machine: Machine,
+    serving: Serving,
+    fail_if_drift: bool = option(is_flag=True, default=False),
+    fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
+    seed: int = options.seed_option(),
+    output: Output,
+) -> int:
+    """Tell whether the traffic has left the profile of a placement.
+
+    INPUT is the traffic of now. Its experts' shares are compared with those of the profile, beside
+    what chance alone makes of the two; then the placement is replayed on both.
+
+    Parameters
+    ----------
+    profile_files
+        What PLACEMENT was computed from: a trace, statistics or a load table; may be repeated.
+        [default: the files that PLACEMENT names]
+    fail_if_drift
+        Exit with status 3 if the traffic has left the profile.
+    fail_if_worse
+        Exit with status 3 if it has, and the placement serves it worse by more than so many
+        percent.
+    """
+    placement = source.load(placement_file)
+    settings = getattr(placement, "settings", None) or {}
+    profile = replace(source, input_files=profile_files or _named(placement_file, settings))
+    with working("comparing the expert shares"):
+        drifted = measuring.drift(profile.traffic, source.traffic, seed=seed)
+    topology = machine.topology(placement.devices)
+    how: dict[str, Any] = {"threads": source.threads, **serving.arguments(source.traffic)}
+    # A placement is flattered by what it was computed from.
+    split = nth_seed(settings.get("seed", 0), 0)
+    _, unseen = hold_out(profile.traffic, settings.get("holdout", 0), seed=split)
+    with working("replaying"):
+        now = source, source.traffic
+        rows = _replayed(placement, topology, source.window, (profile, unseen), now, how)
+    worst = max(rows, key=lambda row: row["change"])
+    output.say(f"profile: {profile.describe()}", f"now: {source.describe()}", *serving.explain())
+    answer = "not left"
+    if drifted.is_beyond_chance:
+        answer = "worse" if worst["change"] > PRICE else "served"
+    output.say(
+        f"Of the tokens, {percent(drifted.distance)} go to other experts than in the profile; by "
+        f"chance alone it would be {percent(drifted.expected)} (means of layers; most in layer "
+        f"{drifted.worst_layer}: {percent(drifted.worst_distance)}).",
+        "",
+    )
+    cells = [
+        (
+            f"{name}, windows of {row['window']:,}" if row["window"] else f"{name}, its windows",
+            *(FIGURES[of].text(row[name][of]) for of in SHOWN),
+        )
+        for row in rows
+        for name in ("profile", "now")
+    ]
+    head = (text.name(placement_file.name), *(FIGURES[name].column for name in SHOWN))
+    output.table(head, cells)
+    output.say(whose_times(how["cost_model"], source.traffic, how["arrival"]), "")
+    change = f"{signed(worst['change'])} {FIGURES[worst['measure']].label}"
+    if worst["window"]:
+        change += f" in windows of {worst['window']:,} tokens"
+    output.verdict(answer, SENTENCES[answer].format(change=change))
+    again = _again(source, placement, machine, serving)
+    if answer == "worse":
+        output.say(f"  {again}")
+    is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
+    failed = answer != "not left" and (fail_if_drift or is_worse)
+    contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
+    contents |= {"placement": str(placement_file), "settings": serving.settings(topology, how)}
+    contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
+    output.finish(contents | {"command": again, "failed": failed})
+    return DRIFTED if failed else 0
+
+
+def _replayed(
+    placement: Placement,
+    topology: Topology,
+    window: int | None,
+    before: tuple[Source, Traffic],
+    after: tuple[Source, Traffic],
+    how: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return figures of a placement on two recordings, by window, and how much worse they got.
+
+    Windows are the one that is given, else the placement's and those of prefill.
+    """
+    tokens = [of.tokens for _, of in (before, after) if isinstance(of, RoutingTrace)]
+    first, more = after[0].replayed, WINDOWS[-1]
+    windows = [first if len(tokens) == 2 else None]
+    if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
+        windows.append(more)
+    # Windows of counts are as long as they were recorded, and so are their times.
+    measure = SHOWN[len(tokens) == 2]
+    rows = []
+    for window in windows:
+        row: dict[str, Any] = {"window": window, "measure": measure}
+        for name, (source, part) in (("profile", before), ("now", after)):
+            replayed = window if window is not None else source.replayed
+            figures = evaluate(placement, part, topology, window=replayed, **how)
+            row[name] = {of: getattr(figures, of) for of in SHOWN}
+        old, new = row["profile"][measure], row["now"][measure]
+        rows.append(row | {"change": new / old - 1 if old else 0.0})
+    return rows
+
+
+def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
+    """Return the files that a placement names as its input, here or beside it."""
+    names = settings.get("input", {}).get("files", ())
+    for folder in (Path(), placement_file.parent):
+        files = tuple(folder / name for name in names)
+        if files and all(path.exists() for path in files):
+            return files
+    where = f" ({', '.join(names)} is not here)" if names else ""
+    raise click.UsageError(
+        f"Missing option '--profile', what PLACEMENT was computed from{where}: a trace, statistics "
+        "or a load table."
+    )
+
+
+def _again(source: Source, placement: Placement, machine: Machine, serving: Serving) -> str:
+    """Write the command that computes the placement anew."""
+    where = machine.words() if machine.machine else f"--devices {placement.devices}"
+    if machine.machine is None and machine.devices_per_node:
+        where += f" --devices-per-node {machine.devices_per_node}"
+    if placement.has_copies:
+        where += f" --slots-per-device {placement.slots_per_device}"
+    if serving.engine is not None:
+        where += f" --for {serving.engine}"
+    files = shlex.join(map(str, source.input_files))
+    return f"moetuner solve {files} {where}{source.words()} --out placement.json"

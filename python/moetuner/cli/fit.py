@@ -1,0 +1,154 @@
+"""``moetuner fit``: a cost model from measured times of one MoE layer."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from moetuner._checks import suggestion
+from moetuner.cli import options
+from moetuner.cli.options import SIZE, option
+from moetuner.cli.output import Output, shares, working
+from moetuner.cost import CostModel, public_name
+from moetuner.files import naming
+from moetuner.files.text import name
+from moetuner.presets import MODELS
+from moetuner.report.cells import percent, signed
+
+COLUMNS = "tokens,experts,microseconds"
+# Bytes of a number of a token, in bfloat16.
+BYTES = 2
+
+
+@options.command("fit")
+def command(
+    *,
+    model: str | None = option(options.Text(words=MODELS), "NAME"),
+    hidden: int | None = option(SIZE, "H"),
+    intermediate: int | None = option(SIZE, "I"),
+    experts: int = option(SIZE, "E", 32),
+    top_k: int = option(SIZE, "K", 8),
+    device: str | None = option(str, "DEVICE"),
+    times_file: Path | None = option(options.IN_FILE, "FILE.csv"),
+    out_file: Path = option(options.OutFile(".json"), "FILE.json", required=True),
+    output: Output,
+) -> None:
+    """Measure one MoE layer, and write its cost model.
+
+    Times the experts of a layer at a dozen batch sizes on this machine (needs torch), or reads
+    times that were measured elsewhere, and fits the cost model for --cost-model.
+
+    Parameters
+    ----------
+    model
+        Model whose sizes of experts are taken, such as qwen3-30b-a3b.
+    hidden, intermediate
+        Hidden and intermediate size of an expert, instead of --model.
+    experts
+        Experts of the layer on one device.
+    top_k
+        Experts that a token visits.
+    device
+        Device to run on, such as cpu or cuda:1. [default: cuda, else cpu]
+    times_file
+        Measured times, one batch per line: tokens (each counted once per expert), active experts,
+        microseconds.
+    out_file
+        Write the cost model to this file.
+    """
+    hidden, intermediate = _sizes(model, hidden, intermediate, needs_both=times_file is None)
+    if times_file is not None:
+        times, whose = read_times(times_file), f"in {name(times_file.name)}"
+    else:
+        how = {"experts": experts, "top_k": top_k, "device": device}
+        times, whose = _timed(hidden, intermediate or 0, how)
+    tokens, active, measured = np.array(times, dtype=float).reshape(-1, 3).T
+    sizes = {"token_bytes": BYTES * hidden, "name": f"measured {whose}"}
+    try:
+        fitted = CostModel.fit(tokens, active, measured, **sizes)
+    except ValueError as error:
+        if times_file is not None or "one core" not in whose:
+            raise
+        hint = "a CPU reads weights and computes in turn, so fit on a GPU or pass --times"
+        raise ValueError(f"{error}; {hint}") from None
+    predicted = fitted.compute_us(tokens, active)
+    rows = [
+        (f"{count:.0f}", f"{some:.0f}", f"{us:.1f}", f"{model_us:.1f}", signed(model_us / us - 1))
+        for count, some, us, model_us in zip(tokens, active, measured, predicted, strict=True)
+    ]
+    output.table(("tokens", "active experts", "measured us", "model us", "off"), rows)
+    output.say(
+        "",
+        f"A device takes max({fitted.base_us:.4g} + {fitted.expert_us:.4g} x active experts, "
+        f"{fitted.start_us:.4g} + {fitted.token_us:.4g} x tokens) us.",
+        f"Error on batches that the fit has not seen: {percent(fitted.prediction_error)}.",
+    )
+    fitted.save(out_file)
+    output.say(
+        f"wrote {out_file}",
+        "Next:",
+        f"  moetuner advise INPUT --devices 8 --cost-model {out_file}",
+    )
+    output.finish({"times": times, "cost_model": asdict(fitted)})
+
+
+def _sizes(
+    model: str | None, hidden: int | None, intermediate: int | None, *, needs_both: bool
+) -> tuple[int, int | None]:
+    """Return the sizes of an expert, as given or of a public model."""
+    if model is not None:
+        public = public_name(model)
+        if public is None:
+            raise click.BadParameter(
+                f"must be a model whose sizes are known, got '{model:.60}'; give --hidden and "
+                f"--intermediate{suggestion(model, MODELS)}",
+                param_hint="'--model'",
+            )
+        sizes = MODELS[public][:2]
+        hidden, intermediate = hidden or sizes[0], intermediate or sizes[1]
+    if hidden is None or (needs_both and intermediate is None):
+        missing = "'--hidden' and '--intermediate'" if needs_both else "'--hidden'"
+        raise click.UsageError(f"Missing option '--model' (or {missing}).")
+    return hidden, intermediate
+
+
+def _timed(hidden: int, intermediate: int, how: dict[str, Any]) -> tuple[Any, str]:
+    """Time the experts on this machine; return the times and the name of the device."""
+    try:
+        from moetuner.torch.timing import default_device, time_experts
+
+        how["device"] = how["device"] or default_device()
+        if how["device"] == "cpu":
+            click.echo(
+                "moetuner: warning: these will be times of one core of a CPU, not of a GPU",
+                err=True,
+            )
+        with working("timing the experts") as report:
+            times, where = time_experts(
+                hidden, intermediate, **how, progress=shares(report, "of the batches")
+            )
+    except (ImportError, RuntimeError) as error:
+        # A missing library or device is not a bug in moetuner.
+        raise click.ClickException(str(error)) from error
+    return times, f"on {where}"
+
+
+def read_times(path: Path) -> list[tuple[float, ...]]:
+    """Read tokens, active experts and microseconds, a batch per line; a header may come first."""
+    times: list[tuple[float, ...]] = []
+    with path.open(newline="") as file, naming(path):
+        for number, row in enumerate(csv.reader(file), 1):
+            try:
+                tokens, experts, us = map(float, row)
+                times.append((tokens, experts, us))
+            except ValueError:
+                if row and number > 1:
+                    raise ValueError(
+                        f"line {number}: must be {COLUMNS} in numbers, got '{','.join(row):.60}'"
+                    ) from None
+    return times

@@ -1,0 +1,122 @@
+"""Timing the experts of one MoE layer where this runs, for a cost model."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from moetuner.torch.parallel.experts import GroupedExperts
+
+# Tokens of the batches; microseconds of a call after which no larger batch is timed, and of all
+# calls of a batch.
+BATCHES, LONGEST_US, ENOUGH_US = [2**n for n in range(12)], 5e5, 3e5
+# Bytes that are written before each call: more than the last-level cache of the device holds.
+SWEEP = {"cuda": 2**28, "cpu": 2**26}
+
+
+class Stopwatch:
+    """Microseconds of a call with caches as cold as between two layers.
+
+    The median of some calls; on a CPU, where others may run, the least.
+    """
+
+    def __init__(self, device: torch.device, repeat: int = 20) -> None:
+        self.device, self.repeat = device, repeat
+        self.sweep = torch.empty(SWEEP.get(device.type, 2**26), dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Call to warm up, then ``repeat`` times, fewer if a call takes long."""
+        fastest = min(self._once(call) for _ in range(3))
+        repeat = min(self.repeat, max(int(ENOUGH_US / fastest), 4))
+        times = [self._once(call) for _ in range(repeat)]
+        return statistics.median(times) if self.device.type == "cuda" else min(times)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        self.sweep.zero_()
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            call()
+            return 1e6 * (time.perf_counter() - begin)
+        events: Any = torch.cuda.Event
+        begin_event, end_event = (events(enable_timing=True) for _ in range(2))
+        begin_event.record()
+        call()
+        end_event.record()
+        end_event.synchronize()
+        return float(1e3 * begin_event.elapsed_time(end_event))
+
+
+def default_device() -> str:
+    """Return cuda where torch sees a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def time_experts(
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    *,
+    device: str | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> tuple[list[tuple[int, int, float]], str]:
+    """Time the gated experts of a layer in batches of one token and more, evenly spread.
+
+    Each batch is timed on 1, 4, 16, ... and on all experts, as far as it can visit so many. A CPU
+    is timed on one core, as others may be busy.
+
+    Parameters
+    ----------
+    hidden, intermediate
+        Sizes of an expert.
+    experts
+        Experts on the device.
+    top_k
+        Experts that a token visits.
+    device
+        As torch names it; by default cuda, else cpu.
+    progress
+        Called with the share of the batches that are timed.
+
+    Returns
+    -------
+    tuple
+        Tokens (each counted once per expert), active experts and microseconds of every batch, and
+        the name of the device.
+    """
+    where = torch.device(device or default_device())
+    # Few CPUs multiply 16 bits fast.
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    up, down = (
+        torch.zeros(experts, *shape, device=where, dtype=dtype).uniform_(-0.01, 0.01)
+        for shape in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    layer, watch = GroupedExperts(up, down).requires_grad_(False), Stopwatch(where)
+    times: list[tuple[int, int, float]] = []
+    threads = torch.get_num_threads()
+    if where.type == "cpu":
+        torch.set_num_threads(1)
+    for number, batch in enumerate(BATCHES):
+        progress(number / len(BATCHES))
+        count = batch * top_k
+        rows = torch.randn(count, hidden, device=where, dtype=dtype)
+        for active in sorted({experts, *(4**n for n in range(8) if 4**n < experts)}):
+            if active > count:
+                continue
+            shares = torch.zeros(experts, dtype=torch.int64)
+            shares[:active] = count // active
+            shares[: count % active] += 1
+            counts = shares.to(where)
+            times.append((count, active, watch(partial(layer, rows, counts))))
+        if times[-1][2] > LONGEST_US:
+            break
+    torch.set_num_threads(threads)
+    if where.type == "cuda":
+        return times, torch.cuda.get_device_name(where)
+    return times, f"one core ({platform.machine()})"

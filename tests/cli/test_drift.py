@@ -1,0 +1,61 @@
+"""drift: whether traffic has left the profile of a placement, and whether that matters."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+
+# Load of eight experts, two heavy ones: one among the first four, which share a device.
+PROFILE = [900, 100, 100, 100, 900, 100, 100, 100]
+TRAFFIC = {
+    "not left": PROFILE,
+    # Heavy experts change with others of their device.
+    "served": [100, 900, 100, 100, 100, 100, 900, 100],
+    "worse": [900, 900, 100, 100, 100, 100, 100, 100],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Folder with a placement, the load table that it suits, and one of each answer."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, load in {"profile": PROFILE, **TRAFFIC}.items():
+        np.savez(f"{name}.npz".replace(" ", "-"), load=rng.poisson(load, (40, 2, 8)))
+    mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 2, 2).save("p.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize("answer", TRAFFIC)
+def test_the_answer_is_of_the_traffic_and_of_the_placement(run, ok, folder, answer):
+    """Either status can be asked for; the printed command computes a placement that serves it."""
+    table = f"{answer}.npz".replace(" ", "-")
+    drift = ("drift", "p.json", table, "--profile", "profile.npz")
+    out = ok(*drift)
+    assert ("has not left" in out) == (answer == "not left")
+    assert ("still serves it" in out) == (answer == "served")
+    assert run(*drift, "--fail-if-drift")[0] == (0 if answer == "not left" else 3)
+    assert run(*drift, "--fail-if-worse", 5)[0] == (3 if answer == "worse" else 0)
+    command = re.search(r"^  moetuner (solve .+)$", out, re.MULTILINE)
+    assert (command is not None) == (answer == "worse")
+    if command is not None:
+        ok(*shlex.split(command[1]))
+        assert "has not left" in ok("drift", "placement.json", table, "--profile", table)
+
+
+def test_traces_are_replayed_in_windows_of_decode_and_prefill(as_json, make_trace, folder):
+    """As far as they are long enough, or in the windows that are asked for."""
+    make_trace(33000).save("trace.safetensors")
+    drift = ("drift", "p3.json", "trace.safetensors", "--profile", "trace.safetensors")
+    mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 3, 2).save("p3.json")
+    actual = as_json(*drift)
+    assert [row["window"] for row in actual["figures"]] == [512, 8192]
+    assert {row["change"] for row in actual["figures"]} == {0.0}
+    assert (actual["answer"], actual["drift"]["distance"]) == ("not left", 0.0)
+    (row,) = as_json(*drift, "--window", 64)["figures"]
+    trace = mt.RoutingTrace.load("trace.safetensors")
+    expected = mt.evaluate(mt.Placement.load("p3.json"), trace, window=64)
+    assert row["now"]["imbalance"] == expected.imbalance
