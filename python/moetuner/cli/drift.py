@@ -9,17 +9,16 @@ from typing import Any
 
 import click
 
-from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.units import hold_out
 from moetuner.files import text
 from moetuner.placement import Placement
 from moetuner.report.advice import drift as measuring
@@ -71,21 +70,23 @@ def command(
         Exit with status 3 if it has, and the placement serves it worse by more than so many
         percent.
     """
-    placement = source.load(placement_file)
-    settings = getattr(placement, "settings", None) or {}
-    profile = replace(source, input_files=profile_files or _named(placement_file, settings))
+    placed = Placed.read(placement_file, source, machine, serving)
+    files = profile_files or _named(placement_file, placed.settings)
+    only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))
+    profile = replace(placed.source, input_files=files, only=only or source.only)
     with working("comparing the expert shares"):
         drifted = measuring.drift(profile.traffic, source.traffic, seed=seed)
-    topology = machine.topology(placement.devices)
-    how: dict[str, Any] = {"threads": source.threads, **serving.arguments(source.traffic)}
-    # A placement is flattered by what it was computed from.
-    split = nth_seed(settings.get("seed", 0), 0)
-    _, unseen = hold_out(profile.traffic, settings.get("holdout", 0), seed=split)
+    # A placement is flattered by what it was computed from: what was held out is not that.
+    unseen, _, part = replace(placed, source=profile).judged
+    placement, topology = placed.placement, placed.topology
+    how: dict[str, Any] = {"threads": source.threads, **placed.how}
     with working("replaying"):
-        now = source, source.traffic
+        now = placed.source, source.traffic
         rows = _replayed(placement, topology, source.window, (profile, unseen), now, how)
     worst = max(rows, key=lambda row: row["change"])
-    output.say(f"profile: {profile.describe()}", f"now: {source.describe()}", *serving.explain())
+    output.say(f"profile: {profile.describe()}", f"now: {source.describe()}", *placed.differences())
+    if part["is_seen"] is False and "holdout" not in part:
+        output.say("Warning: the placement was not computed from this profile.")
     answer = "not left"
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
@@ -110,13 +111,14 @@ def command(
     if worst["window"]:
         change += f" in windows of {worst['window']:,} tokens"
     output.verdict(answer, SENTENCES[answer].format(change=change))
-    again = _again(source, placement, machine, serving)
+    again = _again(placed, machine)
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
     failed = answer != "not left" and (fail_if_drift or is_worse)
     contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
-    contents |= {"placement": str(placement_file), "settings": serving.settings(topology, how)}
+    served = placed.serving.settings(topology, placed.how)
+    contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
     output.finish(contents | {"command": again, "failed": failed})
     return DRIFTED if failed else 0
@@ -167,14 +169,15 @@ def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
     )
 
 
-def _again(source: Source, placement: Placement, machine: Machine, serving: Serving) -> str:
+def _again(placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    where = machine.words() if machine.machine else f"--devices {placement.devices}"
-    if machine.machine is None and machine.devices_per_node:
-        where += f" --devices-per-node {machine.devices_per_node}"
-    if placement.has_copies:
-        where += f" --slots-per-device {placement.slots_per_device}"
-    if serving.engine is not None:
-        where += f" --for {serving.engine}"
+    of, topology, source = placed.placement, placed.topology, placed.source
+    where = machine.words() if machine.machine else f"--devices {of.devices}"
+    if machine.machine is None and topology.nodes > 1:
+        where += f" --devices-per-node {topology.devices_per_node}"
+    if of.has_copies:
+        where += f" --slots-per-device {of.slots_per_device}"
+    if placed.serving.engine is not None:
+        where += f" --for {placed.serving.engine}"
     files = shlex.join(map(str, source.input_files))
     return f"moetuner solve {files} {where}{source.words()} --out placement.json"

@@ -213,11 +213,12 @@ class Placed:
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""
         yield self.source.describe()
-        yield from self.serving.explain()
-        yield from self._differences()
+        yield from self.differences()
         yield self.judged[1]
 
-    def _differences(self) -> Iterator[str]:
+    def differences(self) -> Iterator[str]:
+        """Write how traffic is served, and where options differ from the settings."""
+        yield from self.serving.explain()
         was, how = self.settings, self.how
         before, now = was.get("window"), self.source.counted
         if None not in (before, now) and before != now:
