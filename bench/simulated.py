@@ -95,7 +95,7 @@ def prompts(rng: np.random.Generator, number: int) -> NDArray[np.int64]:
 def advised(
     traffic: mt.RoutingTrace | mt.RoutingStatistics, seed: int, **options: int
 ) -> mt.Advice:
-    """Advise without copies, after a short search."""
+    """Advise without copies."""
     window = {} if isinstance(traffic, mt.RoutingStatistics) else {"window": WINDOW}
     return mt.advise(
         traffic,
