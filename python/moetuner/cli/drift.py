@@ -54,10 +54,10 @@ def command(
     seed: int = options.seed_option(),
     output: Output,
 ) -> int:
-    """Tell whether the traffic has left the profile of a placement.
+    """Check whether the traffic has left the profile of a placement.
 
-    INPUT is the traffic of now. Its experts' shares are compared with those of the profile, beside
-    what chance alone makes of the two; then the placement is replayed on both.
+    INPUT is recent traffic. The loads of its experts are compared with those of the profile, and
+    with what chance makes of the two; then the placement is replayed on both.
 
     Parameters
     ----------
@@ -91,8 +91,8 @@ def command(
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
     output.say(
-        f"Of the tokens, {percent(drifted.distance)} go to other experts than in the profile; by "
-        f"chance alone it would be {percent(drifted.expected)} (means of layers; most in layer "
+        f"{percent(drifted.distance)} of the tokens go to other experts than in the profile; by "
+        f"chance it would be {percent(drifted.expected)} (mean of layers; most in layer "
         f"{drifted.worst_layer}: {percent(drifted.worst_distance)}).",
         "",
     )

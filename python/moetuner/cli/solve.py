@@ -178,9 +178,9 @@ def _gain(source: Source, before: Outcome, after: Outcome) -> Comparison:
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     """Raise, before any work, where no bound that has a certificate will be found."""
     if problem.goal != "traffic":
-        why = f"bounds of {problem.goal} have none; ask for --objective traffic"
+        why = f"bounds of {problem.goal} have none; pass --objective traffic"
     elif method != "joint":
-        why = f"method {method} proves nothing; take joint"
+        why = f"method {method} has no bound; pass --method joint"
     elif moving:
         why = "nothing is proven of moves from --initial"
     elif problem.may_copy:

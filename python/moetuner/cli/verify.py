@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Recompute the bound that a certificate proves.
 
-    Nothing of the solver is trusted: the bound follows from INPUT's counts and the certificate's
+    The solver is not trusted: the bound follows from INPUT's counts and the certificate's
     numbers, whoever made them. INPUT and --window must be those of the solve.
 
     Parameters

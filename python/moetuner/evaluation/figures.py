@@ -187,8 +187,8 @@ FIGURES = {
         lambda of: float((of.setting.placement.slots >= 0).sum(axis=2).mean()),
     ),
     "predicted_layer_us": Figure(
-        *("layer us", 1, "predicted time of a layer", lambda of: mean(of.times)),
-        label="predicted time of a layer",
+        *("layer us", 1, "predicted layer time", lambda of: mean(of.times)),
+        label="predicted layer time",
         unit=US,
         per="window",
     ),
