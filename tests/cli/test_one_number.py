@@ -106,7 +106,7 @@ def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
     for words in (
         "a.json: 2 layers, 16 experts, 4 devices x 5 slots; 8 copies beyond one of each expert",
         f"Made by moetuner {mt.__version__}, method eplb, seed 0, effort default; file of ",
-        "For vLLM, objective time, windows of 512 tokens",
+        "Computed for vLLM, objective time, windows of 512 tokens",
         "on 2 nodes of 2 devices",
         "From trace.safetensors of small, 600 tokens, 50.0 % of it held out, ",
         "us per layer",

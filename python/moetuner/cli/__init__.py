@@ -126,7 +126,8 @@ EXAMPLES = {
     verify: "proof.json trace.safetensors --devices 8",
 }
 for _module, _example in EXAMPLES.items():
-    _module.command.epilog = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
+    _line = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
+    _module.command.epilog = "\n\n".join(filter(None, [_module.command.epilog, _line]))
     moetuner.add_command(_module.command)
 
 

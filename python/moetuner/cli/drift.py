@@ -63,7 +63,7 @@ def command(
     ----------
     profile_files
         What PLACEMENT was computed from: a trace, statistics or a load table; may be repeated.
-        [default: the files that PLACEMENT names]
+        [default: the files in its settings]
     fail_if_drift
         Exit with status 3 if the traffic has left the profile.
     fail_if_worse

@@ -73,7 +73,7 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     if settings.get("engine") in ENGINES:
         parts.insert(0, ENGINES[settings["engine"]].title)
     machine = f" on {described(settings['topology'])}" if "topology" in settings else ""
-    yield f"For {', '.join(parts)}{machine}"
+    yield f"Computed for {', '.join(parts)}{machine}"
     if "cost_model" in settings:
         yield f"Times are of {settings['cost_model'].name or 'an unnamed cost model'}"
     recorded = settings["input"]

@@ -145,8 +145,8 @@ FIGURES = {
     ),
     "imbalance_mixed": Figure(
         *("mixed", 3),
-        "of windows in which sequences are served together, the more the more INPUT has, so that "
-        "inputs of different size do not compare",
+        "of windows of many sequences at once, more for a larger INPUT, so that inputs of "
+        "different size cannot be compared",
         lambda of: None if of.mixed is None else float(of.imbalance(of.mixed).mean()),
     ),
     "imbalance_total": Figure(
