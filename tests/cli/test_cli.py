@@ -62,7 +62,7 @@ def test_every_command_ends_its_help_with_an_example_that_runs(
     for seed, name in enumerate(("trace", "newer")):
         make_trace(800, seed=seed).save(f"{name}.safetensors")
     certify = ("--max-imbalance", 2, "--objective", "traffic", "--certificate", "proof.json")
-    ok("solve", "trace.safetensors", "--devices", 8, *certify, "--out", "other.json")
+    ok("solve", "trace.safetensors", "--devices", 8, *certify, "--out", "running.json")
     main = re.findall(r"^    moetuner (.*)$", ok("--help"), re.MULTILINE)
     assert len(main) == 4
     for name in moetuner.commands:
@@ -302,7 +302,7 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
         r"^All traffic: two.json has [\d.]+ % more predicted layer time than contiguous "
         r"\(95 % interval [\d.]+ to [\d.]+ %\)\.$",
         r"^worse in predicted layer time, beyond chance: (even|odd) \+",
-        r"^To do: record more of (even|odd) and solve again, with --groups",
+        r"^To do: record more of (even|odd) and solve again. --groups",
         r"^failed: (even|odd) got worse by \+.* in predicted layer time, more than 5 %",
     ):
         assert re.search(line, text, re.M)

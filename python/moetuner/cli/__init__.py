@@ -126,8 +126,7 @@ EXAMPLES = {
     verify: "proof.json trace.safetensors --devices 8",
 }
 for _module, _example in EXAMPLES.items():
-    _line = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
-    _module.command.epilog = "\n\n".join(filter(None, [_module.command.epilog, _line]))
+    _module.command.epilog = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
     moetuner.add_command(_module.command)
 
 
