@@ -93,7 +93,7 @@ def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, 
     assert first != again == p.read_bytes()
     # Files of older versions say nothing of all this, and are judged as they were.
     mt.Placement.load(p).with_names(settings={}).save(p)
-    assert "is not known" in ok("evaluate", p, trace)
+    assert "does not say what it was computed from" in ok("evaluate", p, trace)
 
 
 def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):

@@ -241,11 +241,11 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
     if units.name == "kind" and units.number < FEW_KINDS:
         return [
             f"Sequences repeat {units.number} prompts only, each of them seen or unseen as a "
-            "whole; the gain on other prompts is not known."
+            "whole; the gain on other prompts is unknown."
         ]
     if units.all_alike:
         return [
-            "All sequences route alike, as far as their tokens tell: if they are one prompt, or "
+            "All sequences route alike: if they are one prompt, or "
             "random tokens, repeated, other text may gain nothing."
         ]
     if units.name != "window":
