@@ -130,17 +130,14 @@ def sentences(outcome: Outcome) -> list[str]:
     time = outcome.evaluation.predicted_layer_us
     if worth.cost_model is not None and time is not None:
         lines.append(f"Predicted time: {number(time, 1)} us per layer.")
-    if result.bound is not None and result.gap is not None:
-        less_time, source = f"{percent(result.gap)} less time", result.bound_source
+    # A bound of loads alone says little of the placement.
+    if result.bound is not None and result.gap is not None and not result.bound_is_of_loads:
         which = caps.SINGLE if problem.stays_single else ""
         if problem.max_imbalance is not None:
             raised = result.details.caps.raised
             which += " under the caps that it keeps" if raised else " under this cap"
-        # A bound of loads alone says little of the placement.
-        if result.bound_is_of_loads:
-            proven = ""
-        elif worth.is_predicted_time:
-            proven = f"by INPUT's counts no placement{which} takes {less_time} ({source})"
+        if worth.is_predicted_time:
+            proven = f"no placement{which} takes more than {percent(result.gap)} less time"
         else:
             proven = within(result, worth.text(result.bound), which)
     if worth.is_known:
@@ -159,15 +156,10 @@ def sentences(outcome: Outcome) -> list[str]:
     return lines
 
 
-def below(bound: str, which: str = "") -> str:
-    """Write what a bound proves of the placements that it is about."""
-    return f"no placement{which} is below {bound}"
-
-
 def within(result: Result, bound: str, which: str = "") -> str:
     """Write what a bound proves of a placement."""
     gap = percent(result.gap)
-    return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
+    return f"no placement{which} is below {bound}, so this one is within {gap} of the optimum"
 
 
 def running(problem: Problem, placement: Placement, name: str = "running") -> Result:
