@@ -198,7 +198,7 @@ def _paid(advice: Advice) -> list[str]:
     layers = counted(advice.judged[0].layers, "layer")
     lines = [f"Gain per step, over {layers}: {'; '.join(parts)}."]
     moving = advice.moving
-    text = f"Moving there: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
+    text = f"To move: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
     if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
         return [*lines, f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
     before, after = map(in_bytes, moving.device_bytes)

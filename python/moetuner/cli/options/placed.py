@@ -75,7 +75,7 @@ def size_of(traffic: Traffic) -> dict[str, int]:
 
 def windowed(sentence: str, source: Source) -> str:
     """Add to a sentence which windows INPUT is judged in."""
-    return f"{sentence} Windows are of {source.counted:,} tokens." if source.counted else sentence
+    return f"{sentence} Windows have {source.counted:,} tokens." if source.counted else sentence
 
 
 def held_out(part: Traffic, whole: Traffic) -> str:
