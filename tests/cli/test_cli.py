@@ -62,7 +62,7 @@ def test_every_command_ends_its_help_with_an_example_that_runs(
     for seed, name in enumerate(("trace", "newer")):
         make_trace(800, seed=seed).save(f"{name}.safetensors")
     certify = ("--max-imbalance", 2, "--objective", "traffic", "--certificate", "proof.json")
-    ok("solve", "trace.safetensors", "--devices", 8, *certify, "--out", "running.json")
+    ok("solve", "trace.safetensors", "--devices", 8, *certify, "--out", "other.json")
     main = re.findall(r"^    moetuner (.*)$", ok("--help"), re.MULTILINE)
     assert len(main) == 4
     for name in moetuner.commands:
