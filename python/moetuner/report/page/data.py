@@ -378,7 +378,7 @@ def gain_tile(
         (name, duration(value) if is_time else digits(value) + figure.unit)
         for name, value in values.items()
     ]
-    note = of.sure or "too few sequences or windows to say how sure"
+    note = of.sure or "too few sequences or windows for an interval"
     if is_time:
         layers = len(evaluation.imbalance_per_layer)
         unit, scale = unit_of_time(max(of.before * layers, 1e3))
