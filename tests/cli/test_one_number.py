@@ -79,8 +79,8 @@ def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, 
         "machine 2 nodes of 2 devices; judged with machine 1 node of 4 devices",
         "engine vLLM; judged with engine SGLang",
         "split even; judged with split nearest",
-        "cost model h100:7168x2048 (deepseek-v3, as INPUT's model is not known); judged with cost "
-        "model a100:7168x2048 (deepseek-v3, as INPUT's model is not known)",
+        "cost model h100:7168x2048 (deepseek-v3, as small is not known); judged with cost "
+        "model a100:7168x2048 (deepseek-v3, as small is not known)",
     ]
     assert "Judged on all of INPUT; the placement was computed from other traffic" in text
     first = p.read_bytes()
