@@ -76,7 +76,7 @@ class Files:
             if settings.profile is not None and settings.rebalance and not placements:
                 traffic = open_input(settings.profile)
                 if isinstance(traffic, RoutingTrace):
-                    traffic = RoutingStatistics.from_trace(traffic, transitions=False)
+                    traffic = RoutingStatistics.from_trace(traffic, window=None, transitions=False)
                 profile = traffic
         except OSError as error:
             return cls(

@@ -153,7 +153,8 @@ def structure(
         return result.uninterrupted().placement
 
     def crossing(placement: Placement, unseen: Traffic) -> float | None:
-        return evaluate(placement, unseen, mixed=False, threads=threads).crossing
+        how: Any = {"window": None, "cost_model": None, "mixed": False, "threads": threads}
+        return evaluate(placement, unseen, **how).crossing
 
     tables = whole.transitions_or_empty
     bits = chance = contiguous = searched = null = gain = None
@@ -207,7 +208,7 @@ def _pairs(
         return traffic
     share_of_both = None if progress is None else lambda share: progress((half + share) / 2)
     return RoutingStatistics.from_trace(
-        traffic, coactivation=False, threads=threads, progress=share_of_both
+        traffic, window=None, coactivation=False, threads=threads, progress=share_of_both
     )
 
 
