@@ -74,17 +74,21 @@ def command(
     files = profile_files or _named(placement_file, placed.settings)
     only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))
     profile = replace(placed.source, input_files=files, only=only or source.only)
+    profile = profile.as_placed(placed.settings)
     with working("comparing the expert shares"):
-        drifted = measuring.drift(profile.traffic, source.traffic, seed=seed)
+        # Counts as recorded: fewer of them would be less evidence.
+        drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
     # A placement is flattered by what it was computed from: what was held out is not that.
     unseen, _, part = replace(placed, source=profile).judged
     placement, topology = placed.placement, placed.topology
     how: dict[str, Any] = {"threads": source.threads, **placed.how}
     with working("replaying"):
-        now = placed.source, source.traffic
+        now = placed.source, placed.source.traffic
         rows = _replayed(placement, topology, source.window, (profile, unseen), now, how)
     worst = max(rows, key=lambda row: row["change"])
-    output.say(f"profile: {profile.describe()}", f"now: {source.describe()}", *placed.differences())
+    output.say(
+        f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
+    )
     if part["is_seen"] is False and "holdout" not in part:
         output.say("Warning: the placement was not computed from this profile.")
     answer = "not left"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moetuner import cost, topology
-from moetuner._checks import instance, nth_seed, seed_in, window_in
+from moetuner._checks import instance, nth_seed, seed_in, whole_number, window_in
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
@@ -52,7 +52,10 @@ def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
                 if values.get(name) is not None:
                     values[name] = build(values[name])
             window_in(values.get("window"))
-            instance("input", values.setdefault("input", {}), dict)
+            instance("input", of := values.setdefault("input", {}), dict)
+            instance("model", of.get("model", ""), str)
+            for name in ("tokens_per_step", "top_k"):
+                whole_number(name, of.get(name, 1))
             values["seed"] = seed_in(values.get("seed", 0))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"settings: {error}") from None
@@ -99,6 +102,8 @@ def with_input(
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
     files = [path.name for path in source.input_files]
     facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
+    given = {name: getattr(source, name) for name in ("model", "tokens_per_step", "top_k")}
+    facts |= {name: value for name, value in given.items() if value is not None}
     more = {"engine": engine, "holdout": holdout, "input": facts}
     return placement.with_names(settings={**placement.settings, **more})
 
@@ -129,10 +134,12 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         placement = source.load(path, devices=machine.given)
         settings = defaults_in(path, placement.settings)
-        if source.window is None and isinstance(source.traffic, RoutingTrace):
-            source = source.in_windows(settings.get("window"))
+        source, recorded = source.as_placed(settings), settings["input"].get("model")
         topology = machine.topology(placement.devices, settings.get("topology"))
-        serving, name = serving.with_defaults(settings), text.name(path.name)
+        # Times of another model than the placement's are that model's.
+        of_other = {"cost_model"} if source.model != recorded else set()
+        served = {name: value for name, value in settings.items() if name not in of_other}
+        serving, name = serving.with_defaults(served), text.name(path.name)
         return cls(placement, name, settings, source, topology, serving)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -151,12 +151,16 @@ class Source(FileHints):
     threads: int | None = threads_option()
 
     @cached_property
-    def traffic(self) -> Traffic:
+    def recorded(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
         with working(f"reading {self.input_files[0].name}"):
             traffic = open_input(self.input_files, window=self.window, **self.hints)
-        if self.only:
-            traffic = only_groups(traffic, self.only)
+        return only_groups(traffic, self.only) if self.only else traffic
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What INPUT holds, of the model and in the steps that options name."""
+        traffic = self.recorded
         if self.model is not None:
             traffic = replace(traffic, model=self.model, expert_size=None)
         if self.tokens_per_step is None:
@@ -181,10 +185,17 @@ class Source(FileHints):
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
 
-    def in_windows(self, window: int | None) -> Source:
-        """Return the same INPUT, read once, in windows of so many tokens; None for these."""
-        source = replace(self, window=window or self.window)
-        vars(source)["traffic"] = self.traffic
+    def as_placed(self, settings: Mapping[str, Any]) -> Source:
+        """Return the same INPUT, read once; a placement's settings replace options not given."""
+        recorded, of = self.recorded, settings.get("input", {})
+        defaults = {"model": of.get("model")}
+        if isinstance(recorded, RoutingTrace):
+            defaults["window"] = settings.get("window")
+        elif recorded.window is None:
+            defaults |= {name: of.get(name) for name in ("tokens_per_step", "top_k")}
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        source = replace(self, **missing)
+        vars(source)["recorded"] = recorded
         return source
 
     def count(self, traffic: Traffic | None = None, **how: Any) -> RoutingStatistics:
