@@ -101,20 +101,15 @@ def checkpoint(folder: Path, **sizes: int) -> None:
 
 
 def readme(folder: Path) -> dict[str, object]:
-    """Give a trace, a placement, one that runs, recordings of two engines, and a model."""
-    from moe_models import build, prompts
-
+    """Give the demo's trace, also as one of a server and as its load, a model, and texts."""
     assert main(["demo"]) == 0
-    recorded = trace(48, 128, 256)
-    recorded.save(folder / "TRACE")
-    blocks(48, 128, 8).save(folder / "running.json")
-    blocks(48, 128, 8).save(folder / "PLACEMENT")
-    responses(folder / "routed.jsonl", recorded)
-    recorder(folder / "dumps", trace(58, 256, 64), dense=3)
+    recorded = mt.RoutingTrace.load(BUNDLED)
+    for name in ("TRACE", "NEWER"):
+        recorded.save(folder / name)
+    np.savez(folder / "loads.npz", load=load_of(recorded))
     checkpoint(folder / "MODEL")
     words(folder)
-    batches = [{"input_ids": prompts(seed=n)} for n in range(3)]
-    return {"model": build("mixtral"), "batches": batches}
+    return {}
 
 
 def quickstart(folder: Path) -> dict[str, object]:
@@ -200,10 +195,12 @@ def deepspeed(folder: Path) -> dict[str, object]:
 
 
 def transformers(folder: Path) -> dict[str, object]:
-    """Give a model and texts."""
+    """Give a model, also in memory, its inputs, and texts."""
+    from moe_models import build, prompts
+
     quickstart(folder)
     (folder / "FILE").rename(folder / "texts.jsonl")
-    return {}
+    return {"model": build("mixtral"), "batches": [{"input_ids": prompts(seed=n)} for n in range(3)]}
 
 
 # By the document's path; the others take nothing for granted.

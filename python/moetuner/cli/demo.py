@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from moetuner.cli import advise, options
+from moetuner.cli import options
 from moetuner.cli.options import option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
@@ -96,9 +96,8 @@ def command(
     if not output.quiet:
         words = [str(files[0]), "--devices", str(DEVICES)]
         words += [] if threads is None else ["--threads", str(threads)]
-        advise.command.main(
-            words, "advise", standalone_mode=False, parent=click.get_current_context()
-        )
+        menu = click.get_current_context().find_root().command
+        menu.main(["advise", *words], standalone_mode=False)
 
 
 def _introduction(trace: RoutingTrace, of: Structure) -> str:
