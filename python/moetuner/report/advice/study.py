@@ -223,7 +223,7 @@ class Study:
         """Compare what is proposed with another placement, with the first split's intervals."""
         pairs = [(of[key], of[PROPOSED]) for of in (each.evaluations[window] for each in trials)]
         figures = {}
-        for name, of in compare(pairs[:1], units=units).items():
+        for name, of in compare(*pairs[0], units=units).items():
             values = ([getattr(each, name) or 0.0 for each in pair] for pair in pairs)
             splits = tuple(1 - after / before if before else 0.0 for before, after in values)
             names = ("running" if key == RUNNING else "EPLB", "proposed")
