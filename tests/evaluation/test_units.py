@@ -8,14 +8,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.evaluation.intervals import Sums, paired
-from moetuner.evaluation.units import (
-    Blocks,
-    alike_tokens,
-    blocks_of,
-    hold_out,
-    runs,
-    units_of,
-)
+from moetuner.evaluation.units import Blocks, alike_tokens, blocks_of, hold_out, runs, units_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 

@@ -25,15 +25,7 @@ from moetuner.evaluation.units import hold_out, units_of
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.cells import counted, signed, span
-from moetuner.report.outcome import (
-    Outcome,
-    gain_of,
-    head,
-    remarks,
-    running,
-    sentences,
-    slower,
-)
+from moetuner.report.outcome import Outcome, gain_of, head, remarks, running, sentences, slower
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
@@ -65,9 +57,7 @@ integer programmes can take minutes; all others end by themselves.
 
 
 @options.command(
-    "compare",
-    help=TEXT,
-    begin_with="--devices --devices-per-node --for --methods --report",
+    "compare", help=TEXT, begin_with="--devices --devices-per-node --for --methods --report"
 )
 def command(
     *,

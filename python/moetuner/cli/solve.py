@@ -148,11 +148,7 @@ def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Out
 
 
 def _judge(
-    result: Result,
-    initial: Placement | None,
-    source: Source,
-    problem: Problem,
-    judged_on: Traffic,
+    result: Result, initial: Placement | None, source: Source, problem: Problem, judged_on: Traffic
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay what runs, or would if nothing is done, and a result.
 
