@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -129,14 +129,17 @@ class Comparison(Frozen):
                 f"{line}; too few independent sequences or windows to say how sure that is "
                 f"({self.units}, below {FEWEST})."
             )
-        over = ""
-        if self.splits:
-            number = len(self.splits)
-            over = f", over {number} splits" if number > 1 else ", of this placement"
+        over = ", of this placement" if self.splits else ""
         chance = (
             ": not surely a difference, that may be chance" if self.answer == "no evidence" else ""
         )
         return f"{line} ({self.sure}{over}){chance}."
+
+    def with_splits(self, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
+        """Return it with the gains of evaluations before and after in every split."""
+        values = ([getattr(each, self.measure) or 0.0 for each in pair] for pair in splits)
+        gains = (1 - after / before if before else 0.0 for before, after in values)
+        return replace(self, splits=tuple(gains))
 
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"
