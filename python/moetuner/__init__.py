@@ -22,16 +22,7 @@ from moetuner.report.advice import advise
 from moetuner.report.advice.drift import Drift, drift
 from moetuner.report.advice.values import Advice
 from moetuner.report.structure import structure
-from moetuner.solver import (
-    Certificate,
-    Progress,
-    Result,
-    Trade,
-    balance,
-    pareto,
-    solve,
-    verify,
-)
+from moetuner.solver import Certificate, Progress, Result, Trade, balance, pareto, solve, verify
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace

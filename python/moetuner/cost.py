@@ -246,10 +246,7 @@ class CostModel(Frozen):
         )
 
     def compute_us(
-        self,
-        tokens: ArrayLike,
-        active: ArrayLike | None = None,
-        speed: ArrayLike | None = None,
+        self, tokens: ArrayLike, active: ArrayLike | None = None, speed: ArrayLike | None = None
     ) -> Floats:
         """Compute microseconds that devices [...,D] compute.
 

@@ -200,7 +200,10 @@ def transformers(folder: Path) -> dict[str, object]:
 
     quickstart(folder)
     (folder / "FILE").rename(folder / "texts.jsonl")
-    return {"model": build("mixtral"), "batches": [{"input_ids": prompts(seed=n)} for n in range(3)]}
+    return {
+        "model": build("mixtral"),
+        "batches": [{"input_ids": prompts(seed=n)} for n in range(3)],
+    }
 
 
 # By the document's path; the others take nothing for granted.

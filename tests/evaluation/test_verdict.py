@@ -45,11 +45,7 @@ def test_times_decide_where_they_are_known():
     model = mt.CostModel(0, 0, 10000, 1, token_bytes=0)
     before, after = (mt.evaluate(each, table(), cost_model=model) for each in (BAD, GOOD))
     gain = mt.verdict(before, after)
-    assert (gain.measure, gain.before, gain.after) == (
-        "predicted_layer_us",
-        10040.5,
-        10030.5,
-    )
+    assert (gain.measure, gain.before, gain.after) == ("predicted_layer_us", 10040.5, 10030.5)
     assert (gain.answer, gain.is_worth_it) == ("certain but small", False)
     # The price alone decides between the two.
     assert mt.verdict(before, after, price=0).is_worth_it

@@ -72,7 +72,7 @@ def command(
     (traffic, *_), served = placed.judged, placed.how
     drawn = {"resamples": resamples, "seed": seed}
     how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **drawn, **served}
-    how |= {"units": placed.units, "measures": placed.measures(measures)}
+    how |= {"units": placed.source.units, "measures": placed.measures(measures)}
     with working("auditing"):
         audited = audit(
             placed.placement, traffic, placed.topology, window=placed.source.counted or 1, **how

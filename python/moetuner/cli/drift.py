@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
+# Options that say how INPUT is read, and the machine.
+READING = [of.name for kind in (Source, Machine) for of in fields(kind)]
+READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
@@ -175,13 +178,13 @@ def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
 
 def _again(placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    of, topology, source = placed.placement, placed.topology, placed.source
-    where = machine.words() if machine.machine else f"--devices {of.devices}"
-    if machine.machine is None and topology.nodes > 1:
-        where += f" --devices-per-node {topology.devices_per_node}"
-    if of.has_copies:
-        where += f" --slots-per-device {of.slots_per_device}"
-    if placed.serving.engine is not None:
-        where += f" --for {placed.serving.engine}"
-    files = shlex.join(map(str, source.input_files))
-    return f"moetuner solve {files} {where}{source.words()} --out placement.json"
+    of, topology = placed.placement, placed.topology
+    typed = options.typed()
+    values = {name: typed.get(name) for name in READING}
+    if machine.machine is None:
+        values["devices"] = of.devices
+        values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
+    values["slots_per_device"] = of.slots_per_device if of.has_copies else None
+    values |= {"engine": placed.serving.engine, "out_file": "placement.json"}
+    files = shlex.join(map(str, placed.source.input_files))
+    return options.next_command("solve", files, values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,8 +13,8 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, shares, working
-from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.cli.output import Output
+from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
@@ -58,10 +57,7 @@ def command(
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
     seeds = {"mixed_seed": mixed_seed}
-    with working("replaying") as report:
-        replay: Any = {**placed.replay, **seeds, **how}
-        replay["progress"] = shares(report, "of the tokens")
-        before, evaluation = evaluate_each([running, placement], traffic, placed.topology, **replay)
+    before, evaluation = placed.replayed(running, **seeds)
     gain = placed.gain(before, evaluation, against)
     output.say(*placed.lines())
     windows = f", windows of {window} tokens" if window else ""

@@ -14,14 +14,7 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import Arrival, in_order, orders
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES, Replay, busiest_port
-from moetuner.evaluation.replay import (
-    Setting,
-    Traffic,
-    check_model,
-    members,
-    times_of,
-    topology_of,
-)
+from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement

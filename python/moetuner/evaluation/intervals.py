@@ -263,20 +263,6 @@ def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None)
     return Spread(value, wider * (finite - samples[-1]), freedom, number)
 
 
-def mean_interval(
-    splits: Sequence[Spread], likeness: float
-) -> tuple[float, float | None, float | None]:
-    """Return the mean over splits of a recording and its interval; errors have a correlation."""
-    value = float(np.mean([each.value for each in splits]))
-    ends = [each.interval for each in splits if each.interval is not None]
-    if len(ends) < len(splits):
-        return value, None, None
-    surer = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
-    widths = np.abs(np.array(ends) - [[each.value] for each in splits])
-    below, above = (surer * widths.mean(axis=0)).tolist()
-    return value, value - below, value + above
-
-
 def holm(chances: Sequence[float]) -> list[float]:
     """Adjust probabilities so that none falls below a level by chance, as often as the level says.
 

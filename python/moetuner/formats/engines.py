@@ -76,10 +76,7 @@ ENGINES: dict[str, Engine] = {
     ),
     "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
     "vllm-ascend": Engine(
-        "vllm-ascend",
-        "even",
-        "one for each device, in turns over devices",
-        repeated="refuses it",
+        "vllm-ascend", "even", "one for each device, in turns over devices", repeated="refuses it"
     ),
     "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False),
     "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False),

@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    DEVICE_LIMIT,
-    SLOT_LIMIT,
-    array_in,
-    at_least,
-    numbers_in,
-    whole_number,
-)
+from moetuner._checks import DEVICE_LIMIT, SLOT_LIMIT, array_in, at_least, numbers_in, whole_number
 from moetuner.placement import EMPTY, holders_of, keep_slots, moves_from
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,

@@ -119,7 +119,7 @@ def gain_of(
     figures = [of for of in (figure, "predicted_layer_us", "imbalance") if of in FIGURES]
     both = (before, after)
     measure = next(of for of in figures if None not in [getattr(each, of) for each in both])
-    gain = replace(compare([both], [measure], units=units)[measure], names=names)
+    gain = replace(compare(before, after, [measure], units=units)[measure], names=names)
     return replace(gain, low=None, high=None) if gain.is_too_few else gain
 
 

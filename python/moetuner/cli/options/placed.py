@@ -14,13 +14,13 @@ from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
-from moetuner.cli.output import working
+from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation import Evaluation
+from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.auditing import MEASURES, contiguous
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.units import Units, hold_out, units_of
+from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
 from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
@@ -189,15 +189,14 @@ class Placed:
                 traffic, window=self.settings.get("window"), threads=self.source.threads, **how
             ).fingerprint
 
-    @property
-    def replay(self) -> dict[str, Any]:
-        """Further arguments of ``evaluate``: windows and threads."""
-        return {"window": self.source.replayed, "threads": self.source.threads}
-
-    @cached_property
-    def units(self) -> Units:
-        """What is independent in the recording: parts of it are judged by the same units."""
-        return units_of(self.source.traffic, **self.replay)
+    def replayed(self, running: Placement, **more: Any) -> list[Evaluation]:
+        """Replay what runs and the placement; ``more`` are arguments of ``evaluate``."""
+        source = self.source
+        how: dict[str, Any] = {"window": source.replayed, "threads": source.threads}
+        with working("replaying") as report:
+            how |= {**self.how, **more, "progress": shares(report, "of the tokens")}
+            both = [running, self.placement]
+            return evaluate_each(both, self.judged[0], self.topology, **how)
 
     def measures(self, more: Iterable[str] = ()) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
@@ -215,7 +214,9 @@ class Placed:
         """Compare it with another placement, in the figure that it was computed for."""
         figure = self.settings.get("figure")
         with working("comparing"):
-            return gain_of(before, after, figure, units=self.units, names=(against, self.name))
+            return gain_of(
+                before, after, figure, units=self.source.units, names=(against, self.name)
+            )
 
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ from moetuner.cli.options import (
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of
 from moetuner.evaluation.replay import check_model
+from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import form_of, open_input, read_placement
@@ -185,6 +185,11 @@ class Source(FileHints):
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
 
+    @cached_property
+    def units(self) -> Units:
+        """What is independent in INPUT: parts of it are judged by the same units."""
+        return units_of(self.traffic, window=self.replayed, threads=self.threads)
+
     def as_placed(self, settings: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, of = self.recorded, settings.get("input", {})
@@ -257,15 +262,6 @@ class Source(FileHints):
                 )
             check_model(placement, self.traffic, topology or Topology(placement.devices))
         return placement
-
-    def words(self) -> str:
-        """Return the options that read INPUT the same, a space in front of each."""
-        hints = {**self.hints, "dense_layers": layer_list(self.dense_layers)}
-        words = [(name, hint) for name, hint in hints.items() if hint is not None]
-        words += [("only", shlex.quote(group)) for group in self.only]
-        given = {"model": self.model, "tokens_per_step": self.tokens_per_step}
-        words += [(name, value) for name, value in given.items() if value is not None]
-        return "".join(f" --{name.replace('_', '-')} {word}" for name, word in words)
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from moetuner import _checks as check
-from moetuner.cost import CostModel, cost_model_of, size_of_expert
+from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.copies import Split
@@ -157,7 +157,7 @@ def advise(
     counts = sorted({check.whole_number("copies", each, lowest=0) for each in given})
     if not counts:
         raise ValueError("copies must be at least one number of slots, got none")
-    window, size = check.window_in(window), size_of_expert(traffic)
+    window = check.window_in(window)
     windows: tuple[int | None, ...] = (window,)
     if isinstance(traffic, RoutingStatistics):
         # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
@@ -171,8 +171,8 @@ def advise(
         _check_share(prefill_share, windows)
     if expert_bytes is not None:
         check.positive("expert_bytes", expert_bytes, "number of bytes")
-    elif size is not None:
-        expert_bytes = 3.0 * size[0] * size[1]
+    else:
+        expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     how: dict[str, Any] = {
         "regime": regime,
         "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,

@@ -159,11 +159,7 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
 
 
 def _loads(
-    traffic: Traffic,
-    blocks: int,
-    *,
-    by_group: bool = False,
-    rng: np.random.Generator | None = None,
+    traffic: Traffic, blocks: int, *, by_group: bool = False, rng: np.random.Generator | None = None
 ) -> NDArray[np.float64]:
     """Count load [B,L,E] of about so many blocks, in the order of recording.
 

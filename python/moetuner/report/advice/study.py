@@ -222,13 +222,12 @@ class Study:
     ) -> dict[str, Comparison]:
         """Compare what is proposed with another placement, with the first split's intervals."""
         pairs = [(of[key], of[PROPOSED]) for of in (each.evaluations[window] for each in trials)]
-        figures = {}
-        for name, of in compare(pairs[:1], units=units).items():
-            values = ([getattr(each, name) or 0.0 for each in pair] for pair in pairs)
-            splits = tuple(1 - after / before if before else 0.0 for before, after in values)
-            names = ("running" if key == RUNNING else "EPLB", "proposed")
-            figures[name] = replace(of, price=self.price, names=names, splits=splits)
-        return figures
+        names = ("running" if key == RUNNING else "EPLB", "proposed")
+        figures = compare(*pairs[0], units=units).items()
+        return {
+            name: replace(of.with_splits(pairs), price=self.price, names=names)
+            for name, of in figures
+        }
 
     def _total(self, judged: tuple[Judged, ...]) -> Comparison | None:
         """Weigh the gains of decode and prefill by their shares of the serving time."""

@@ -471,10 +471,6 @@ def _copies_chart(advice: Advice) -> Chart:
     for number_of, window in enumerate(advice.copies[0].gains):
         for shared in sorted({each.shared for each in advice.copies}):
             mine = [each for each in advice.copies if each.shared == shared]
-            gains = [100 * np.array(each.gains[window]) for each in mine]
-            mean, low, high = (
-                np.array([of(each) for each in gains]) for of in (np.mean, np.min, np.max)
-            )
             slots = [each.per_device for each in mine]
             is_knee = [each == advice.knee and not shared for each in slots]
             name = "copies" if window is None else f"windows of {window:,}"
@@ -482,10 +478,9 @@ def _copies_chart(advice: Advice) -> Chart:
             data.append(
                 draw.scatter(
                     [(each.bytes_per_device or 0) / 1e9 for each in mine] if by_size else slots,
-                    mean,
+                    [100 * each.mean(window) for each in mine],
                     "%{customdata} slots: %{y:.3r} %",
                     name=name + (", shared budget" if shared else ""),
-                    error_y=draw.whiskers(mean, low, high),
                     customdata=slots,
                     line={"color": colour, "dash": "dot" if shared else "solid"},
                     marker={
