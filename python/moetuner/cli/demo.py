@@ -96,7 +96,8 @@ def command(
     if not output.quiet:
         words = [str(files[0]), "--devices", str(DEVICES)]
         words += [] if threads is None else ["--threads", str(threads)]
-        advise.command.main(words, standalone_mode=False)
+        parent = click.get_current_context()
+        advise.command.main(words, "advise", standalone_mode=False, parent=parent)
 
 
 def _introduction(trace: RoutingTrace, of: Structure) -> str:
