@@ -11,9 +11,9 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.machine import Machine, cost_model_for
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import evaluate
@@ -25,12 +25,15 @@ from moetuner.report.advice import drift as measuring
 from moetuner.report.advice.values import WINDOWS
 from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
+from moetuner.statistics import WINDOW
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
 SHOWN = ("imbalance", "predicted_layer_us")
+# Values of options that a command need not name.
+PLAIN = {"window": WINDOW, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -145,8 +148,8 @@ def _replayed(
     windows = [first if len(tokens) == 2 else None]
     if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
         windows.append(more)
-    # Windows of counts are as long as they were recorded, and so are their times.
-    measure = SHOWN[len(tokens) == 2]
+    # Windows of counts may be as long as they were recorded, and so are their times.
+    measure = SHOWN[before[0].counted == after[0].counted is not None]
     rows = []
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
@@ -183,5 +186,15 @@ def _again(placed: Placed, machine: Machine) -> str:
         where += f" --slots-per-device {of.slots_per_device}"
     if placed.serving.engine is not None:
         where += f" --for {placed.serving.engine}"
+    settings, given = placed.settings, placed.serving.given
+    more = {name: given.get(name) for name in SERVED}
+    more |= {"window": source.replayed, "objective": settings.get("objective")}
+    more |= {name: settings.get(name) for name in ("max_imbalance", "method", "seed")}
+    model = placed.how["cost_model"]
+    if model != cost_model_for(None, source.traffic) and model.name:
+        more["cost_model"] = shlex.quote(model.name.partition(" (")[0])
+    for name, value in more.items():
+        if value not in (None, PLAIN.get(name)):
+            where += f" --{name.replace('_', '-')} {value}"
     files = shlex.join(map(str, source.input_files))
     return f"moetuner solve {files} {where}{source.words()} --out placement.json"
