@@ -11,9 +11,9 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.machine import Machine, cost_model_for
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import evaluate
@@ -25,6 +25,7 @@ from moetuner.report.advice import drift as measuring
 from moetuner.report.advice.values import WINDOWS
 from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
+from moetuner.statistics import WINDOW
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -34,6 +35,8 @@ DRIFTED = 3
 READING = [of.name for kind in (Source, Machine) for of in fields(kind)]
 READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
+# Values of options that a command need not name.
+PLAIN = {"window": WINDOW, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -148,8 +151,8 @@ def _replayed(
     windows = [first if len(tokens) == 2 else None]
     if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
         windows.append(more)
-    # Windows of counts are as long as they were recorded, and so are their times.
-    measure = SHOWN[len(tokens) == 2]
+    # Windows of counts may be as long as they were recorded, and so are their times.
+    measure = SHOWN[before[0].counted == after[0].counted is not None]
     rows = []
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
@@ -178,13 +181,22 @@ def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
 
 def _again(placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    of, topology = placed.placement, placed.topology
+    of, topology, settings = placed.placement, placed.topology, placed.settings
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
     if machine.machine is None:
         values["devices"] = of.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
+    values |= {name: placed.serving.given.get(name) for name in SERVED}
+    values |= {
+        name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
+    }
+    values |= {"engine": placed.serving.engine, "window": placed.source.replayed}
+    model = placed.how["cost_model"]
+    if model != cost_model_for(None, placed.source.traffic) and model.name:
+        values["cost_model"] = model.name.partition(" (")[0]
+    values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
     values["slots_per_device"] = of.slots_per_device if of.has_copies else None
-    values |= {"engine": placed.serving.engine, "out_file": "placement.json"}
+    values["out_file"] = "placement.json"
     files = shlex.join(map(str, placed.source.input_files))
     return options.next_command("solve", files, values)

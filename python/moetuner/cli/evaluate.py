@@ -58,13 +58,13 @@ def command(
     running, against = placed.baseline(baseline_file)
     seeds = {"mixed_seed": mixed_seed}
     before, evaluation = placed.replayed(running, **seeds)
-    gain = placed.gain(before, evaluation, against)
+    gains = placed.gains(before, evaluation, against)
     output.say(*placed.lines())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}{windows}",
-        f"Gain: {gain.sentence}",
+        *(f"Gain: {gain.sentence}" for gain in gains),
         "",
     )
     _table(output, "traffic", OTHERS, evaluation)
@@ -74,7 +74,7 @@ def command(
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
     contents = placed.contents(**seeds) | {"placement": str(placement_file)}
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
-    output.finish(contents | evaluation.to_dict() | {"gain": gain.to_dict()})
+    output.finish(contents | evaluation.to_dict() | {"gain": gains[0].to_dict()})
 
 
 def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:

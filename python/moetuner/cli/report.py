@@ -54,25 +54,25 @@ def command(
     model, (traffic, judged_on, _) = placed.how["cost_model"], placed.judged
     output.say(*placed.lines())
     before, after = placed.replayed(running, mixed=False)
-    gain = replace(placed.gain(before, after, ""), names=names)
+    gains = [replace(of, names=names) for of in placed.gains(before, after, "")]
     audited, measures = None, placed.measures()
     if traffic.group is not None:
         with working("comparing groups"):
             audited = audit_of(before, after, source.units, measures)
-    output.say(f"Gain: {gain.sentence}")
+    output.say(*(f"Gain: {gain.sentence}" for gain in gains))
     contents = placed.contents(
         placement=str(placement_file),
         baseline=None if baseline_file is None else str(baseline_file),
         cost_model=model.name,
     )
     contents |= as_json({"running": before, "proposed": after, "audit": audited})
-    contents["gain"] = gain.to_dict()
+    contents["gain"] = gains[0].to_dict()
     Pages(report_file, figures).write(
         output,
         lambda: of_evaluations(
             *(names, (before, after), origin_of(source), contents),
             traffic=judged_on,
-            judged=gain,
+            judged=gains[0],
             token_bytes=model.token_bytes,
             expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
             audit=audited,

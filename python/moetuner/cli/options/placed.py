@@ -210,13 +210,14 @@ class Placed:
         size = self.settings.get("expert_size") or traffic.expert_size
         return bytes_of_expert(size, traffic.model)
 
-    def gain(self, before: Evaluation, after: Evaluation, against: str) -> Comparison:
-        """Compare it with another placement, in the figure that it was computed for."""
-        figure = self.settings.get("figure")
+    def gains(self, before: Evaluation, after: Evaluation, against: str) -> list[Comparison]:
+        """Compare it with another placement, in the figure it was computed for and in time."""
+        names = (against, self.name)
+        figures = dict.fromkeys((self.settings.get("figure"), "predicted_layer_us"))
         with working("comparing"):
-            return gain_of(
-                before, after, figure, units=self.source.units, names=(against, self.name)
-            )
+            units = self.source.units
+            gains = [gain_of(before, after, of, units=units, names=names) for of in figures]
+        return list({of.measure: of for of in gains}.values())
 
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""
