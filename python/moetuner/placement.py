@@ -58,11 +58,6 @@ class PlacementDiff(Frozen):
     moves: NDArray[np.int64]
     pairs: NDArray[np.int64]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return fields as JSON values."""
-        values: dict[str, Any] = as_json(vars(self))
-        return values
-
 
 def difference(
     before: NDArray[np.bool_],

@@ -1,7 +1,9 @@
 """Advise and report on the command line: what they say and write, and one line for mistakes."""
 
+import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
     assert 5 <= actual[0].count("<section") <= 10
     assert re.search("<h1[^>]*>[^<]+</h1>", actual[0])
     assert actual[0].count("<strong>") >= 3
+
+
+def test_python_writes_the_same_pages(tmp_path):
+    """Of an advice and of two evaluations, with the verdict and as many charts."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    load = np.random.default_rng(0).poisson(np.linspace(200, 20, 8), (40, 2, 8))
+    traffic, page = mt.RoutingStatistics.from_load(load), tmp_path / "page.html"
+    advice = mt.advise(traffic, mt.Topology(4), copies=(0,), splits=1, iterations=100)
+    both, names = (advice.running, advice.proposed), ("now", "then")
+    gain = replace(mt.verdict(*both), names=names)
+    for results, sentence in ((advice, advice.sentence), (both, gain.sentence)):
+        mt.write_report(page, results, names=names)
+        text = html.unescape(page.read_text())
+        assert sentence in text
+        assert "not a file" in text
+        assert 4 <= text.count("<section") <= 10
 
 
 def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):

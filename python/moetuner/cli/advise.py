@@ -117,7 +117,7 @@ def command(
         output.say(f"Judged on {future.describe()}")
     tried = splits + 2 * len(copies) + 4  # steps, about
     with working("advising") as report:
-        how |= serving.arguments(source.traffic) | {"report": steps(report, tried)}
+        how |= serving.arguments(source.traffic) | {"progress": steps(report, tried)}
         advice = advising.advise(source.traffic, topology, **how)
     commands = next_commands(source, advice, unseen)
     _show(output, advice)

@@ -161,7 +161,8 @@ def evaluate(
         A trace, replayed token by token; or statistics, which tell balance and crossing but not
         fanout.
     topology
-        Nodes and speeds of the devices; one node of equal devices by default.
+        Nodes and speeds of the devices; by default those that the placement was computed for, where
+        its settings have them, else one node of equal devices.
     window
         Tokens whose load is balanced together; None for the whole trace at once. Statistics bring
         their own windows.

@@ -132,8 +132,8 @@ class Audit(Frozen):
         """Return fields as JSON values; intervals are value, low and high."""
         fields: dict[str, Any] = as_json(
             {
-                "all": self.whole,
-                "by_group": self.groups,
+                **dict.fromkeys(("whole", "all"), self.whole),
+                **dict.fromkeys(("groups", "by_group"), self.groups),
                 "units": dict(zip(("kind", "number"), self.units, strict=True)),
                 "block_length": self.block_length,
                 "too_few": self.too_few,
@@ -178,7 +178,8 @@ def audit(
         A trace; or a load table, whose windows are resampled and which tells imbalance and time
         only.
     topology
-        Nodes and speeds of the devices; one node of equal devices by default.
+        Nodes and speeds of the devices; by default those that the placement was computed for, where
+        its settings have them, else one node of equal devices.
     baseline
         What to compare with; experts in blocks by default, as engines place them.
     window

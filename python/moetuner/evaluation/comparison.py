@@ -150,6 +150,8 @@ class Comparison(Frozen):
         if len(self.splits) > 1:
             low, high, kind = min(self.splits), max(self.splits), "range of splits"
         return {
+            "answer": self.answer,
+            "names": list(self.names),
             "over": self.names[0],
             "measure": self.measure,
             "before": self.before,
@@ -234,6 +236,9 @@ def compare(
 
 def _paired(both: Sequence[Replayed], units: Units | None) -> tuple[dict[str, Change], int]:
     """Resample two evaluations of the same traffic together; return how many units it has, too."""
+    machines = [replace(of.setting.topology, name=None) for of in both]
+    if machines[0] != machines[1]:
+        raise ValueError("before and after must be of one machine: give evaluate() its topology")
     if units is None:
         setting = both[1].setting
         units = units_of(both[1].traffic, window=setting.window, threads=setting.threads)

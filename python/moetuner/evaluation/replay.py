@@ -20,7 +20,7 @@ from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, sha
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
-from moetuner.topology import Regime, Topology
+from moetuner.topology import Regime, Topology, from_keys
 from moetuner.trace import RoutingTrace
 
 # Bytes of a trace that are replayed at once: under all placements while they are in the cache.
@@ -139,10 +139,13 @@ class Setting:
 
 
 def topology_of(placement: Placement, topology: Topology | None) -> Topology:
-    """Return the topology that was given, or one node of the placement's devices."""
+    """Return the topology that was given, else the placement's, else one node of its devices."""
     instance("placement", placement, Placement)
     if topology is None:
-        return Topology(placement.devices)
+        try:
+            return from_keys(placement.settings.get("topology") or {"devices": placement.devices})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"placement: settings: topology: {error}") from None
     instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     return topology
 

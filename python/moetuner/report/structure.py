@@ -20,7 +20,7 @@ from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, paired
 from moetuner.evaluation.replay import Setting, Traffic
 from moetuner.evaluation.units import hold_out, loads_of, units_of, with_runs
-from moetuner.frozen import Frozen, as_json, html_table
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import Method, solve
@@ -88,11 +88,6 @@ class Structure(Frozen):
     crossing_contiguous: float | None
     crossing_independent: float | None
     gain: tuple[float, float] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return fields as JSON values."""
-        values: dict[str, Any] = as_json(vars(self))
-        return values
 
     def _repr_html_(self) -> str:
         bits = ("", *(self.information or ("",) * (len(self.skew) - 1)))

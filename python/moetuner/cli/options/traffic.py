@@ -48,7 +48,8 @@ def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
     of: dict[str, Any] = {"file": str(paths[0]), "files": [*map(str, paths)]}
     of |= {"model": traffic.model, "layers": traffic.layers, "experts": traffic.num_experts}
-    of["groups"] = list(traffic.group_names) if traffic.group is not None else []
+    of["num_experts"] = traffic.num_experts
+    of["groups"] = of["group_names"] = [*traffic.group_names] if traffic.group is not None else []
     if isinstance(traffic, RoutingStatistics):
         kind = "load table" if traffic.transitions is None else "statistics"
         return of | {"kind": kind, "windows": traffic.windows}

@@ -58,6 +58,7 @@ def advise(
     time_limit: float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Advice:
     """Return whether a better placement is worth a trial on this traffic, and why.
@@ -118,7 +119,7 @@ def advise(
         Of splits and searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
-    report
+    progress
         Called with what is being done, a few words each time.
 
     Raises
@@ -140,7 +141,9 @@ def advise(
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     for name, value in (("in_order", in_order), ("by_group", by_group)):
         check.flag(name, value)
+    check.callable_or_none("progress", progress)
     check.callable_or_none("report", report)
+    progress = report if progress is None else progress  # by its former name
     if objective is not None:
         check.one_of("objective", objective, get_args(Goal))
     _check_values(traffic, topology, price, initial)
@@ -183,7 +186,7 @@ def advise(
     study = Study(
         *(traffic, unseen, topology, initial, engine, counts, windows, how, expert_bytes, price),
         *(prefill_share, by_group, in_order, iterations, time_limit),
-        *(check.seed_in(seed), threads, report or (lambda _: None)),
+        *(check.seed_in(seed), threads, progress or (lambda _: None)),
     )
     return study.advice(check.whole_number("splits", splits, highest=100))
 
