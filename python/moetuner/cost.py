@@ -571,4 +571,4 @@ def assumed_model(name: str | None) -> str | None:
     _, assumed, why = (name or "").partition(f"({ASSUMED}")
     if not assumed:
         return None
-    return f"{why[:-1]}; times are of DeepSeek-V3's experts: pass --model or --cost-model."
+    return f"{why[:-1]}, so times are of DeepSeek-V3's experts: pass --model or --cost-model."

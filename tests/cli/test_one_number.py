@@ -108,7 +108,7 @@ def test_what_a_placement_was_judged_on_is_said(as_json, ok, trace, make_trace, 
     assert first != again == p.read_bytes()
     # Files of older versions say nothing of all this, and are judged as they were.
     mt.Placement.load(p).with_names(settings={}).save(p)
-    assert "is not known" in ok("evaluate", p, trace)
+    assert "does not say what it was computed from" in ok("evaluate", p, trace)
 
 
 def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
@@ -121,7 +121,7 @@ def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
     for words in (
         "a.json: 2 layers, 16 experts, 4 devices x 5 slots; 8 copies beyond one of each expert",
         f"Made by moetuner {mt.__version__}, method eplb, seed 0, effort default; file of ",
-        "For vLLM, least time, windows of 512 tokens",
+        "Computed for vLLM, objective time, windows of 512 tokens",
         "on 2 nodes of 2 devices",
         "From trace.safetensors of small, 600 tokens, 50.0 % of it held out, ",
         "us per layer",

@@ -89,7 +89,7 @@ def test_a_placement_slower_than_blocks_is_said(ok, tmp_path, more):
     load, placement = tmp_path / "load.safetensors", tmp_path / "p.json"
     mt.RoutingStatistics.from_load(np.full((8, 2, 16), 64)).save(load)
     words = ("solve", load, "--devices", 4, "--method", "quick", "--out", placement)
-    wide, than = ("--for", "vllm", "--slots-per-device", 10), "experts in blocks"
+    wide, than = ("--for", "vllm", "--slots-per-device", 10), "contiguous"
     if "--initial" in more:
         ok(*words)
         than, words = "what runs", (*words[:4], "--out", tmp_path / "q.json")

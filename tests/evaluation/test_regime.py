@@ -22,17 +22,12 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("name", "model", "given", "whose"),
     [
-        ("solve", "gpt-oss-20b", [], "of h100:2880x2880 (gpt-oss-20b); for others: --cost-model"),
+        ("solve", "gpt-oss-20b", [], "with h100:2880x2880 (gpt-oss-20b); for others: --cost-model"),
         ("compare", "mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b"),
-        ("evaluate", "mine", ["--cost-model", "h100"], "mine is not known; times are of DeepSeek"),
-        (
-            "compare",
-            None,
-            [],
-            "INPUT names no model; times are of DeepSeek-V3's experts: pass --mo",
-        ),
+        ("evaluate", "mine", ["--cost-model", "h100"], "mine is not known, so times are of"),
+        ("compare", None, [], "INPUT names no model, so times are of DeepSeek-V3's experts: pass"),
         ("audit", "mine", ["--for", "vllm", "--model", "Qwen/Qwen3-30B-A3B"], "(qwen3-30b-a3b)"),
-        ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "of h200:64x32;"),
+        ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "with h200:64x32;"),
     ],
 )
 def test_times_say_whose_they_are(ok, make_trace, tmp_path, name, model, given, whose):

@@ -126,7 +126,7 @@ def test_few_sequences_are_not_enough_evidence():
     """Four unseen sequences tell nothing, however strong they are."""
     advice = advise(routed(skewed(8 * LENGTH)), TWO_NODES, copies=(0,), splits=2)
     assert advice.answer == "not enough evidence"
-    assert "too few (4, and at least 5 are needed)" in advice.reasons[0]
+    assert "Too few unseen sequences (4; at least 5 are needed)" in advice.reasons[0]
 
 
 def test_one_kind_is_not_enough_evidence():

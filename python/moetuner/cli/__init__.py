@@ -79,10 +79,10 @@ INPUT is a recording of your model's routing, in one or more files:
 
 \b
   trace       the experts of every token, from "moetuner collect" or an engine
-              (vLLM, SGLang, Megatron-Core): answers every question
+              (vLLM, SGLang, Megatron-Core): enough for every command
   statistics  a trace, counted: smaller, without sequences
   load table  tokens of every expert by layer and window, from the counters
-              of an engine (EPLB, SGLang, TensorRT-LLM): answers for load
+              of an engine (EPLB, SGLang, TensorRT-LLM): enough to balance loads
 
 Is it worth it? What does the engine load? Did the traffic move?
 

@@ -84,15 +84,15 @@ def command(
     expert_bytes
         Bytes of one expert of one layer. [default: of INPUT's model in 8 bits, if known]
     price
-        Share of the predicted time that a change must save to be worth the trouble.
+        Smallest gain, as a share of the predicted time, that is worth a change.
     prefill_share
-        Share of the serving time that is prefill, for one answer on prefill and decode together.
+        Share of the serving time that is prefill, for one gain of prefill and decode together.
     splits
-        Ways to choose the half that placements are computed from.
+        Number of splits of INPUT into a seen and an unseen half.
     by_group
-        Also judge, on each group of INPUT, a placement computed from all other groups.
+        Also evaluate, on each group of INPUT, a placement computed from all other groups.
     any_order
-        The order of INPUT is not that of serving: its groups were recorded one after the other.
+        The order of INPUT is not the order of serving: groups were recorded one after the other.
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
     """
@@ -137,7 +137,7 @@ def _show(output: Output, advice: Advice) -> None:
         _show_figures(output, judged, advice.settings["regime"])
     if advice.by_group:
         windows = [judged.where for judged in advice.judged]
-        head = ["group, from all others", *(of for name in windows for of in (name, "95 %"))]
+        head = ["group, unseen", *(of for name in windows for of in (name, "95 %"))]
         rows = [
             (group, *(cell for gain in gains.values() for cell in _cells(gain)))
             for group, gains in advice.by_group.items()
@@ -198,7 +198,7 @@ def _paid(advice: Advice) -> list[str]:
     layers = counted(advice.judged[0].layers, "layer")
     lines = [f"Gain per step, over {layers}: {'; '.join(parts)}."]
     moving = advice.moving
-    text = f"Moving there: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
+    text = f"To move: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
     if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
         return [*lines, f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
     before, after = map(in_bytes, moving.device_bytes)
@@ -251,7 +251,7 @@ def _judging(
     ):
         figure, why = "", "from all of INPUT with its pairs, which cannot be held out"
     elif not unseen:
-        why += "; without --holdout from all of INPUT, for serving"
+        why += "; leave out --holdout to use all of INPUT for serving"
         solving["holdout"] = HOLDOUT
     if window is None and settings["engine"] is not None:
         solving["arrival"] = settings["arrival"]

@@ -48,21 +48,19 @@ def command(
 ) -> int:
     """Show which groups a placement serves worse.
 
-    Lower is better for every measure. The predicted time is judged. Intervals are of each change by
-    itself: 95 %, over whole sequences (without sequence labels: over blocks of windows that are
-    alike). Beyond chance is what remains of all groups and measures together: where nothing is
-    worse or behind, 19 of 20 audits name nobody. Of fewer than five sequences, or blocks, nothing
-    is said.
+    Lower is better for every measure. Every change has its 95 % interval, over whole sequences
+    (without sequence labels: over blocks of windows that are alike). "Beyond chance" takes all
+    groups and measures together: if none is worse or behind, 19 of 20 audits name none. Groups of
+    fewer than five sequences, or blocks, are not judged.
 
     Parameters
     ----------
     baseline_file
         The placement that runs. [default: contiguous]
     fail_if_worse
-        Exit with status 3 if a group got worse by more than so many percent, and that it got worse
-        is beyond chance.
+        Exit with status 3 if a group got worse by more than so many percent, beyond chance.
     measures
-        Measures that --fail-if-worse judges, several times for several. [default: the predicted
+        Measure that --fail-if-worse judges; may be repeated. [default: the predicted
         time]
     resamples
         Resamples for the intervals.
@@ -178,8 +176,8 @@ def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[s
     elif worse:
         group = worse[0].group
         yield (
-            f"To do: record more of {group} and solve again, with --groups minimax for the sake of "
-            f'the worst served group, or --groups "{group}=3" to weigh it.'
+            f"To do: record more of {group} and solve again. --groups minimax minimises for the "
+            f'worst group; --groups "{group}=3" gives {group} three times its weight.'
         )
     if few:
         yield f"To do: record {FEWEST} {kind}s or more of every group that is to be judged."

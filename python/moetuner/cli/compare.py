@@ -47,12 +47,11 @@ TEXT = f"""Compare methods on traffic that they have not seen.
         *("imbalance", "imbalance_mixed", "imbalance_total", "crossing", "fanout", "node_fanout"),
         "predicted_layer_us",
     )
-}. objective and gap are the solver's, on what it saw: a time, an imbalance, or the crossing
-weighed by links (in regime dispatch: the fanout and, at what their links cost more, nodes; without
-expert sets, co-activations apart). The table and the gains with their intervals of 95 % are of the
-first split, on what was not seen, over what runs. Splits overlap, so that all of them agree is no
-evidence. Without --time-limit method paper gets {PAPER_SECONDS:.0f} seconds per solve, as its
-integer programmes can take minutes; all others end by themselves.
+}. objective and gap are the solver's, on the seen part: a time, an imbalance, or traffic
+weighed by the cost of links. The table and the gains, with 95 % intervals, are of the unseen part
+of the first split, compared with what runs. Splits overlap: that they agree is no evidence.
+Without --time-limit method paper gets {PAPER_SECONDS:.0f} seconds per solve; all others end by
+themselves.
 """
 
 
@@ -68,7 +67,7 @@ def command(
         options.Text(options.read_methods, words=METHODS),
         "A,B,C",
         DEFAULT_METHODS,
-        help=f"Out of {', '.join(METHODS)}.",
+        help=f"Methods to compare, out of {', '.join(METHODS)}.",
     ),
     holdout: float = option(options.Number(0, 1, max_open=True), "SHARE", 0.5, group=JUDGING),
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
@@ -83,10 +82,10 @@ def command(
     Parameters
     ----------
     holdout
-        Share of the sequences that methods do not see and are judged on (without sequence labels:
-        runs of windows); 0 judges on what they saw.
+        Share of the sequences that methods do not see and are evaluated on (without sequence
+        labels: runs of windows); 0 evaluates on what they saw.
     splits
-        Ways to choose what is held out; with several, gains come with their range too. [default: up
+        Number of splits into seen and unseen; with several, gains have a range. [default: up
         to 5, as many as fit into 60 seconds]
     baseline
         Method to compare against. [default: what runs, --initial or contiguous]
@@ -262,7 +261,9 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
     else:
         judged = counted(unseen.windows, "unseen window")
     judged = judged if holdout else "the same traffic"
-    return f"{machine}, {problem.regime}, least {problem.goal}{cap}{windows}, judged on {judged}"
+    return (
+        f"{machine}, {problem.regime}, objective {problem.goal}{cap}{windows}, judged on {judged}"
+    )
 
 
 def _show_gains(
@@ -284,4 +285,4 @@ def _show_gains(
     if best in gains:
         output.say(f"Gain: {where} {gains[best].sentence}")
     else:
-        output.say(f"Gain: no method has a smaller objective than {over} on what was seen.")
+        output.say(f"Gain: no method has a smaller objective than {over} on the seen part.")

@@ -60,16 +60,16 @@ def command(
     seed: int = options.seed_option(),
     output: Output,
 ) -> int:
-    """Tell whether the traffic has left the profile of a placement.
+    """Check whether the traffic has left the profile of a placement.
 
-    INPUT is the traffic of now. Its experts' shares are compared with those of the profile, beside
-    what chance alone makes of the two; then the placement is replayed on both.
+    INPUT is recent traffic. The loads of its experts are compared with those of the profile, and
+    with what chance makes of the two; then the placement is replayed on both.
 
     Parameters
     ----------
     profile_files
         What PLACEMENT was computed from: a trace, statistics or a load table; may be repeated.
-        [default: the files that PLACEMENT names]
+        [default: the files in its settings]
     fail_if_drift
         Exit with status 3 if the traffic has left the profile.
     fail_if_worse
@@ -101,8 +101,8 @@ def command(
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
     output.say(
-        f"Of the tokens, {percent(drifted.distance)} go to other experts than in the profile; by "
-        f"chance alone it would be {percent(drifted.expected)} (means of layers; most in layer "
+        f"{percent(drifted.distance)} of the tokens go to other experts than in the profile; by "
+        f"chance it would be {percent(drifted.expected)} (mean of layers; most in layer "
         f"{drifted.worst_layer}: {percent(drifted.worst_distance)}).",
         "",
     )

@@ -82,10 +82,10 @@ def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
     if isinstance(traffic, RoutingStatistics):
         return f"mixed: means of {min(traffic.windows, WINDOWS_MIXED)} windows, seed {seed}"
     if traffic.sequence is None:
-        return f"mixed: tokens in random order, as sequences are not known, seed {seed}"
+        return f"mixed: tokens in random order, as INPUT has no sequences, seed {seed}"
     sequences = _checks.distinct(traffic.sequence).size
     running = min(at_once(sequences), sequences)
-    return f"mixed: {running} of {sequences:,} sequences at once, groups fewer, seed {seed}"
+    return f"mixed: {running} of {sequences:,} sequences at once (fewer in a group), seed {seed}"
 
 
 def _table(output: Output, title: str, names: list[str], evaluation: Evaluation) -> None:
@@ -108,4 +108,4 @@ def _ports(regime: str, ports: dict[str, list[float]]) -> str:
         for tier, out, into in zip(tiers, ports["out"], ports["in"], strict=False)
         if out or into
     ]
-    return f"busiest port, {regime}, rows of a layer: {'; '.join(parts) or 'none'}"
+    return f"rows per layer at the busiest port, regime {regime}: {'; '.join(parts) or 'none'}"

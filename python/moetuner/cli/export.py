@@ -47,12 +47,12 @@ def command(
 ) -> None:
     """Write a placement as an engine loads it, or check one.
 
-    PLACEMENT is moetuner's own, or a map in any of the formats. What the engine could not load is
-    refused; the message names the option of "moetuner solve" that avoids it. Format eplb is for
-    many engines: it fills empty slots with further copies of experts. Format moves is JSON: layer,
-    expert, source and target device of every move from --initial, and counts by pair of devices.
-    Formats megatron, deepspeed and transformers need torch: they renumber experts and routers of
-    --checkpoint, so that engines with contiguous experts run the placement.
+    PLACEMENT is moetuner's own, or a map in any of the formats. A placement that the engine could
+    not load is refused; the message names the option of "moetuner solve" that avoids it. Format
+    eplb is for many engines: it fills empty slots with further copies of experts. Format moves is
+    JSON: layer, expert, source and target device of every move from --initial, and counts by pair
+    of devices. Formats megatron, deepspeed and transformers need torch: they renumber experts and
+    routers of --checkpoint, so that engines with contiguous experts run the placement.
 
     Parameters
     ----------

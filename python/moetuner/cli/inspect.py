@@ -37,15 +37,15 @@ def command(
 ) -> None:
     """Show what is in a trace: skew, groups, structure.
 
-    With --for, or another option that says how INPUT is served, also the predicted time of experts
-    in blocks, as engines load them: what "moetuner solve" names for contiguous.
+    With --for, --cost-model, --regime, --split or --arrival it also predicts the time of the
+    contiguous placement, as "moetuner solve" does.
 
     Parameters
     ----------
     devices
-        Devices for which inter-layer structure is measured.
+        Devices of the placements that measure structure between layers.
     max_imbalance
-        Load cap of the placements that measure it.
+        Load cap of those placements.
     """
     with working("looking for structure") as report:
         measured = structure(
@@ -77,7 +77,7 @@ def _show_served(
     output.say(
         "",
         *serving.explain(),
-        f"Experts in blocks: imbalance {number(of.imbalance, 3)}, predicted time "
+        f"Contiguous placement: imbalance {number(of.imbalance, 3)}, predicted time "
         f"{number(of.predicted_layer_us, 1)} us per layer.",
         whose_times(how["cost_model"], traffic, how["arrival"]),
     )
@@ -121,12 +121,12 @@ def _show_groups(output: Output, of: Structure) -> None:
 def _show_crossings(output: Output, of: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
     if of.crossing_contiguous is None:
-        output.say("No transitions: INPUT says nothing of inter-layer structure.")
+        output.say("INPUT has no transitions, so it shows no structure between layers.")
         return
     if of.crossing is None or of.crossing_independent is None:
         output.say(
-            "No sequences can be held out, so the gain by structure between layers is not "
-            "measured. Give the trace instead of its statistics."
+            "Statistics have no sequences to hold out, so structure between layers is not "
+            "measured. Give the trace instead."
         )
         return
     rows = {
@@ -136,20 +136,22 @@ def _show_crossings(output: Output, of: Structure) -> None:
     }
     head = ("crossing on held-out sequences", f"{of.devices} devices")
     output.table(head, [(name, number(crossing, 4)) for name, crossing in rows.items()])
-    between = "" if of.gain is None else f"{percent(of.gain[0])} to {percent(of.gain[1])}"
+    between = (
+        "" if of.gain is None else f"95 % interval {100 * of.gain[0]:.1f} to {percent(of.gain[1])}"
+    )
     if of.gain is None:
         line = (
-            f"Fewer than {FEWEST} independent sequences are held out, too few to tell structure "
-            "from chance. Record more, with sequence labels."
+            f"Fewer than {FEWEST} independent sequences are held out: structure may be chance. "
+            "Record more, with sequence labels."
         )
     elif of.gain[1] < LITTLE:
         line = "The null is about as good: neighbouring layers route almost independently."
     elif of.gain[0] <= 0:
-        line = f"The gap to the null, {between}, may be chance: it is no evidence of structure."
+        line = f"The gap to the null ({between}) may be chance."
     else:
         line = (
-            f"{percent(of.crossing_independent - of.crossing)} of the transitions "
-            f"({between}) stay on their device because neighbouring layers route together: that "
-            "gap to the null is what inter-layer placement can win here."
+            f"A placement can keep {percent(of.crossing_independent - of.crossing)} of the "
+            f"transitions ({between}) on their device because neighbouring layers route together: "
+            "the gap to the independence null."
         )
     output.say(line)

@@ -35,7 +35,7 @@ def command(
     """Write one page on what a placement does to traffic.
 
     The page opens offline in any browser and sends nothing. A placement of "moetuner solve
-    --holdout" is judged on what it has not seen of INPUT.
+    --holdout" is judged on the part of INPUT that was held out.
 
     Parameters
     ----------

@@ -57,14 +57,14 @@ def command(
 def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Iterator[str]:
     """Write who made it and when, for what, from what, and what it is worth."""
     if "method" not in settings:
-        yield f"File of {moment}; it does not say how, for what or from what it was computed."
+        yield f"File of {moment}, without settings of moetuner: an engine's map, or an older file."
         return
     made = f"moetuner {settings.get('version')}, method {settings['method']}"
     yield (
         f"Made by {made}, seed {settings['seed']}, effort {settings.get('effort')}; file of "
         f"{moment}"
     )
-    parts = [f"least {settings.get('objective')}"]
+    parts = [f"objective {settings.get('objective')}"]
     if (cap := settings.get("max_imbalance")) is not None:
         parts.append(f"load cap {cap}")
     if (window := settings.get("window")) is not None:
@@ -73,7 +73,7 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     if settings.get("engine") in ENGINES:
         parts.insert(0, ENGINES[settings["engine"]].title)
     machine = f" on {described(settings['topology'])}" if "topology" in settings else ""
-    yield f"For {', '.join(parts)}{machine}"
+    yield f"Computed for {', '.join(parts)}{machine}"
     if "cost_model" in settings:
         yield f"Times are of {settings['cost_model'].name or 'an unnamed cost model'}"
     recorded = settings["input"]
@@ -86,6 +86,6 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     model = "" if placement.model is None else f" of {text.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:
-        bound = "" if placement.bound is None else f"; bound {placement.bound:.6g}"
+        bound = "" if placement.bound is None else f"; lower bound {placement.bound:.6g}"
         scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
         yield f"Objective {placement.objective:.6g} {settings.get('unit', '')}{bound}{scope}"

@@ -66,19 +66,19 @@ def command(
 ) -> None:
     """Compute a placement and write it.
 
-    The placement is computed from all of INPUT, or from what --holdout leaves of it: then it is
-    judged on the other part, as "moetuner evaluate", "report" and "audit" will judge it. Ctrl-C
+    The placement is computed from all of INPUT. With --holdout it is computed from a part of INPUT
+    and judged on the other part, here and by "moetuner evaluate", "report" and "audit". Ctrl-C
     writes the best placement so far.
 
     Parameters
     ----------
     holdout
         Share of the sequences that the placement is not computed from and is judged on (without
-        sequence labels: runs of windows), as the first split of "moetuner compare". [default: none]
+        sequence labels: runs of windows), as in "moetuner advise" and "compare".
     out_file
         Write the placement to this file, as JSON.
     certificate_file
-        Write the proof of the bound, for "moetuner verify"; the command fails if there is none.
+        Write the proof of the bound, for "moetuner verify"; fails if the bound has no proof.
     """
     topology = machine.topology()
     initial = moving.initial(source, topology)
@@ -173,9 +173,9 @@ def _gain(source: Source, before: Outcome, after: Outcome) -> Comparison:
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     """Raise, before any work, where no bound that has a certificate will be found."""
     if problem.goal != "traffic":
-        why = f"bounds of {problem.goal} have none; ask for --objective traffic"
+        why = f"bounds of {problem.goal} have none; pass --objective traffic"
     elif method != "joint":
-        why = f"method {method} proves nothing; take joint"
+        why = f"method {method} has no bound; pass --method joint"
     elif moving:
         why = "nothing is proven of moves from --initial"
     elif problem.may_copy:
@@ -183,7 +183,7 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     elif not problem.is_plain:
         why = "nothing is proven if devices, slots or experts have rules of their own"
     elif not Objective(problem).has_traffic:
-        why = "INPUT has none of the pairs that traffic is made of"
+        why = "INPUT has no transitions and no co-activation to count traffic from"
     else:
         return
     raise click.UsageError(f"'--certificate' needs a bound with a proof to write: {why}.")

@@ -22,7 +22,6 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
 from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
-from moetuner.report.outcome import below
 from moetuner.solver import Certificate, verify
 
 # Sums of visits may be off by this part.
@@ -42,7 +41,7 @@ def command(
 ) -> None:
     """Recompute the bound that a certificate proves.
 
-    Nothing of the solver is trusted: the bound follows from INPUT's counts and the certificate's
+    The solver is not trusted: the bound follows from INPUT's counts and the certificate's
     numbers, whoever made them. INPUT and --window must be those of the solve.
 
     Parameters
@@ -70,7 +69,7 @@ def command(
     output.say(
         f"Proven by {proof} {certificate.method}: of {certificate.about}, with "
         f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, "
-        f"{below(f'an objective of {bound:.6f}')}."
+        f"none has an objective below {bound:.6f}."
     )
     contents: dict[str, Any] = {"bound": bound, "cost": cost, "scope": certificate.about}
     contents["bound_scope"] = certificate.about

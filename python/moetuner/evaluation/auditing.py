@@ -266,7 +266,7 @@ def _audited(
         for setting in settings
     )
     if not mine[None]:
-        raise ValueError(f"measures must be some that the traffic tells, got {','.join(measures)}")
+        raise ValueError(f"measures must be figures that the traffic has, got {','.join(measures)}")
     # Streams of their own, so that groups are resampled independently.
     resampled = {
         name: paired(

@@ -56,7 +56,7 @@ class Comparison(Frozen):
     >>> verdict.answer
     'worth it'
     >>> verdict.sentence
-    'after has 16.7 % less imbalance than before (95 %: 15.0 to 18.0 %).'
+    'after has 16.7 % less imbalance than before (95 % interval 15.0 to 18.0 %).'
     """
 
     measure: str
@@ -117,7 +117,7 @@ class Comparison(Frozen):
             return ""
         ends = self.interval if self.gain >= 0 else (-self.interval[1], -self.interval[0])
         low, high = (round(100 * end, 1) + 0.0 for end in ends)
-        return f"95 %: {low:.1f} to {high:.1f} %"
+        return f"95 % interval {low:.1f} to {high:.1f} %"
 
     @property
     def sentence(self) -> str:
@@ -126,14 +126,11 @@ class Comparison(Frozen):
         line = f"{after} has {self.much} {FIGURES[self.measure].label} than {before}"
         if self.is_too_few:
             return (
-                f"{line}; too few independent sequences or windows to say how sure that is "
-                f"({self.units}, below {FEWEST})."
+                f"{line}; too few independent sequences or windows for an interval ({self.units}, "
+                f"at least {FEWEST} are needed)."
             )
-        over = ", of this placement" if self.splits else ""
-        chance = (
-            ": not surely a difference, that may be chance" if self.answer == "no evidence" else ""
-        )
-        return f"{line} ({self.sure}{over}){chance}."
+        chance = "; that may be chance" if self.answer == "no evidence" else ""
+        return f"{line} ({self.sure}){chance}."
 
     def with_splits(self, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
         """Return it with the gains of evaluations before and after in every split."""

@@ -141,8 +141,8 @@ FIGURES = {
     ),
     "imbalance_mixed": Figure(
         *("mixed", 3),
-        "of windows in which sequences are served together, the more the more INPUT has, so that "
-        "inputs of different size do not compare",
+        "of windows of many sequences at once, more for a larger INPUT, so that inputs of "
+        "different size cannot be compared",
         lambda of: None if of.mixed is None else float(of.imbalance(of.mixed).mean()),
     ),
     "imbalance_total": Figure(
@@ -183,8 +183,8 @@ FIGURES = {
         lambda of: float((of.setting.placement.slots >= 0).sum(axis=2).mean()),
     ),
     "predicted_layer_us": Figure(
-        *("layer us", 1, "predicted time of a layer", lambda of: mean(of.times)),
-        label="predicted time of a layer",
+        *("layer us", 1, "predicted layer time", lambda of: mean(of.times)),
+        label="predicted layer time",
         unit=US,
         per="window",
     ),

@@ -66,13 +66,13 @@ class Problem(Frozen):
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows.
     objective
-        What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them; a
-        large problem is searched for what comes near it and adds up. balance: max / mean device
-        load, over windows. traffic: share of the traffic that leaves its device, under the cap. By
+        What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them
+        (large problems are searched for a sum that comes near). balance: max / mean device load,
+        over windows. traffic: share of the traffic that leaves its device, under the cap. By
         default traffic if there is a cap, else time.
     cost_model
-        Cost model of a layer's time. By default an H100's with the experts of the statistics'
-        model, or of DeepSeek-V3 if that is not known.
+        Cost model of a layer's time. By default an H100 and the experts of INPUT's model, or of
+        DeepSeek-V3 if INPUT's are unknown.
     split
         How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest (nearest,
         SGLang), or in turns (round_robin, TensorRT-LLM).
@@ -81,7 +81,7 @@ class Problem(Frozen):
         the layers where they help most. Every device gets as many over all layers, or one more.
     arrival
         Order in which traffic arrives: windows as recorded (bursts), windows of many sequences at
-        once (mixed), or both, with this weight of mixed ones from 0 to 1.
+        once (mixed), or both: a number from 0 to 1 is the weight of mixed windows.
     risk
         Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth (the
         conditional value at risk).

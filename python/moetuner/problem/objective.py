@@ -146,6 +146,8 @@ class Objective:
         node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
         if node:
             return f"fanout + {node:.3g} x node fanout = {value:.4f}"
+        if self._words is WORDS["follow"] and np.unique(self.link_cost).size > 2:
+            return f"cost of links {value:.4f} per transition"
         return self._words[1].format(value)
 
     @property

@@ -124,22 +124,20 @@ def gain_of(
 
 
 def sentences(outcome: Outcome) -> list[str]:
-    """Return what was reached, how far from the optimum it can be, and what was chosen."""
+    """Return what was reached, and how far from the optimum it can be."""
     result, worth, problem = outcome.result, outcome.worth, outcome.problem
     lines, proven = [], ""
     time = outcome.evaluation.predicted_layer_us
     if worth.cost_model is not None and time is not None:
         lines.append(f"Predicted time: {number(time, 1)} us per layer.")
-    if result.bound is not None and result.gap is not None:
-        less_time, source = f"{percent(result.gap)} less time", result.bound_source
+    # A bound of loads alone says little of the placement.
+    if result.bound is not None and result.gap is not None and not result.bound_is_of_loads:
         which = caps.SINGLE if problem.stays_single else ""
         if problem.max_imbalance is not None:
             raised = result.details.caps.raised
             which += " under the caps that it keeps" if raised else " under this cap"
-        if result.bound_is_of_loads:
-            proven = loads_alone(less_time if worth.is_predicted_time else worth.text(result.bound))
-        elif worth.is_predicted_time:
-            proven = f"by INPUT's counts no placement{which} takes {less_time} ({source})"
+        if worth.is_predicted_time:
+            proven = f"no placement{which} takes more than {percent(result.gap)} less time"
         else:
             proven = within(result, worth.text(result.bound), which)
     if worth.is_known:
@@ -147,9 +145,7 @@ def sentences(outcome: Outcome) -> list[str]:
         reached = "" if worth.is_predicted_time else f"Objective: {worth.text(result.objective)}"
         line = "; ".join(filter(None, (reached, proven)))
         lines += [f"{line[0].upper()}{line[1:]}."] if line else []
-    unseen, search = result.details.unseen, result.details.search
-    if unseen is not None:
-        lines.append(f"Chosen for unseen traffic: {unseen.chosen} ({unseen.reason}).")
+    search = result.details.search
     if search.windows_searched is not None:
         lines.append(
             f"Searched on {search.windows_searched:,} representative windows, evaluated on all "
@@ -160,15 +156,10 @@ def sentences(outcome: Outcome) -> list[str]:
     return lines
 
 
-def below(bound: str, which: str = "") -> str:
-    """Write what a bound proves of the placements that it is about."""
-    return f"no placement{which} is below {bound}"
-
-
 def within(result: Result, bound: str, which: str = "") -> str:
     """Write what a bound proves of a placement."""
     gap = percent(result.gap)
-    return f"{below(bound, which)} ({result.bound_source}), so this one is within {gap}"
+    return f"no placement{which} is below {bound}, so this one is within {gap} of the optimum"
 
 
 def running(problem: Problem, placement: Placement, name: str = "running") -> Result:
@@ -202,12 +193,12 @@ def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str
     time, less = (of.evaluation.predicted_layer_us for of in (outcome, before))
     if time is None or less is None or time <= less:
         return []
-    than = "experts in blocks" if before.result.method == "contiguous" else "what runs"
+    than = "contiguous" if before.result.method == "contiguous" else "what runs"
     problem, better = outcome.problem, f"keep {than}"
     fewest = -(-problem.experts // problem.devices)
     if problem.may_copy and problem.slots > fewest:
         better = (
-            f"slots for copies cost more than they bring here: try --slots-per-device {fewest}, or "
+            f"slots for copies cost more time than they save: try --slots-per-device {fewest}, or "
             '"moetuner advise", which tries several numbers'
         )
     if problem.goal != "time":
@@ -217,11 +208,6 @@ def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str
         f"Warning: {which} is predicted to be slower than {than}: "
         f"{number(time, 1)} against {number(less, 1)} us per layer; {better}."
     ]
-
-
-def loads_alone(bound: str) -> str:
-    """Return what a bound of loads alone says, and what it does not."""
-    return f"bound of loads alone: {bound}, which says little of how near this one is"
 
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
@@ -247,14 +233,11 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
     line = assumed_model(model.name) or (
-        f"Predicted times are of {model.name or 'an unnamed cost model'}; for others: "
+        f"Times are predicted with {model.name or 'an unnamed cost model'}; for others: "
         "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
     if model.measured is not None:
         line = model.origin
     if arrival != "bursts" and isinstance(traffic, RoutingStatistics):
-        line += (
-            " INPUT holds counts, so its windows are evaluated as recorded: which sequences would "
-            "be served together is not known."
-        )
+        line += " INPUT holds counts, so its windows are evaluated as recorded, not mixed."
     return line

@@ -74,7 +74,7 @@ class Machine:
     Parameters
     ----------
     devices
-        Number of devices. [required, unless --topology or a placement says it]
+        Number of devices. [required, unless --topology or a placement gives it]
     devices_per_node
         Devices per node.
     machine

@@ -39,7 +39,7 @@ SEEN = (
     '"moetuner solve --holdout 0.5" leaves a part to judge on.'
 )
 OTHER = "Judged on all of INPUT; the placement was computed from other traffic, or a part of it."
-ALL = "Judged on all of INPUT; which traffic the placement was computed from is not known."
+ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
 def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def size_of(traffic: Traffic) -> dict[str, int]:
 
 def windowed(sentence: str, source: Source) -> str:
     """Add to a sentence which windows INPUT is judged in."""
-    return f"{sentence} Windows are of {source.counted:,} tokens." if source.counted else sentence
+    return f"{sentence} Windows have {source.counted:,} tokens." if source.counted else sentence
 
 
 def held_out(part: Traffic, whole: Traffic) -> str:

@@ -294,8 +294,8 @@ class Source(FileHints):
         size = counted(int(np.median(sums)) // (top_k or 1), "token")
         window = "A window" if sums.max() == sums.min() else "The median window"
         return [
-            f"{window} is {size}{many} and is taken as one step; counters that sum over many "
-            "steps: --tokens-per-step N."
+            f"{window} is {size}{many} and is taken as one step; pass --tokens-per-step N if "
+            "the counters sum over many steps."
         ]
 
     def expert_bytes(self, given: float | None) -> float | None:

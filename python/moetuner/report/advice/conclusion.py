@@ -89,7 +89,7 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     )
     if of.main.window is None:
         warnings.append(
-            "A load table does not tell which experts a token chose together, so traffic is an "
+            "A load table does not say which experts a token chose together, so traffic is an "
             "upper bound."
         )
     if overruling:
@@ -136,7 +136,7 @@ def _headline(of: Advice, answer: Answer, why: str) -> str:
 
 def interval(gain: Comparison) -> str:
     """Write the interval of a gain; empty if it has none, or nothing differs."""
-    return "" if gain.interval == (0, 0) else gain.sure.replace("95 %:", "95 % interval")
+    return "" if gain.interval == (0, 0) else gain.sure
 
 
 def _with_interval(gain: Comparison) -> str:
@@ -173,18 +173,16 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
         )
     if answers == {"too few"}:
         units, number, least = of.units, of.judged[0].gain.units, f"at least {FEWEST} are needed"
-        line = (
-            f"unseen {units.name}s are too few ({number}, and {least}) to say how sure a gain is."
-        )
+        line = f"too few unseen {units.name}s ({number}; {least}) for an interval of the gain."
         if units.name == "kind":
             line = (
                 f"sequences repeat {units.number} prompts only, {number} of them unseen, and "
-                f"{least} to say how sure a gain is; record more different prompts."
+                f"{least} for an interval of the gain; record more different prompts."
             )
         elif units.blocks.length > 1:
             line = (
                 f"neighbouring windows are alike, so the unseen ones are worth {number} "
-                f"independent windows, and {least} to say how sure a gain is; record longer, or "
+                f"independent windows, and {least} for an interval of the gain; record longer, or "
                 "with sequences."
             )
         return "not enough evidence", line
@@ -194,8 +192,7 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
         return "not now", f"less than the {100 * price:g} % that a change should gain"
     main = max(of.verdicts, key=lambda gain: gain.mean)
     return "not enough evidence", (
-        f"the gain is {_with_interval(main)}, which allows both nothing and a gain that would pay: "
-        "record more"
+        f"the gain is {_with_interval(main)}: too uncertain to say whether it pays; record more"
     )
 
 
@@ -244,12 +241,12 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
     if units.name == "kind" and units.number < FEW_KINDS:
         return [
             f"Sequences repeat {units.number} prompts only, each of them seen or unseen as a "
-            "whole; the gain on other prompts is not known."
+            "whole; the gain on other prompts is unknown."
         ]
     if units.all_alike:
         return [
-            "All sequences route alike, as far as their tokens tell: if they are one prompt, or "
-            "random tokens, asked again and again, other text may gain nothing."
+            "All sequences route alike: if they are one prompt, or "
+            "random tokens, repeated, other text may gain nothing."
         ]
     if units.name != "window":
         return []
@@ -318,13 +315,13 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         gain = judged.gains.get(measure)
         if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
-        line = f"{figure.title}: {gain.before:.2f} to {gain.after:.2f}{figure.unit}"
+        line = f"{figure.title}: {gain.before:.2f}{figure.unit} now, {gain.after:.2f} proposed"
         if gain.mean <= -price:
             line += "; that is a cost"
         elif gain.mean < price:
             line += f"; {figure.nothing}"
         elif gain.low is None:
-            line += "; how surely is not known"
+            line += "; without an interval"
         elif gain.low <= 0:
             line += "; that may be chance"
         lines.append(line)

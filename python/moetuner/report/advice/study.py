@@ -301,10 +301,7 @@ class Study:
         if of is None:
             return tuple(notes)
         if self.how["arrival"] == "mixed":
-            notes.append(
-                f"Windows are of sequences that {of.title} serves together, not of the order of "
-                "the recording"
-            )
+            notes.append(f"Windows mix sequences of the recording, as {of.title} serves them")
         if not of.may_copy and max(self.copies):
             notes.append(
                 f"Copies were left out: {of.title} loads a placement as a renumbered checkpoint, "

@@ -193,7 +193,7 @@ class Half(NamedTuple):
 class Phases(NamedTuple):
     """One placement for prefill and decode, or two.
 
-    ``microseconds`` is the predicted time of a layer on the unseen traffic of a phase, by what the
+    ``microseconds`` is the predicted layer time on the unseen traffic of a phase, by what the
     placement was computed from (``"prefill"``, ``"decode"``, ``"both"``), then by phase.
     """
 

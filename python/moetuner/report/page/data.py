@@ -183,7 +183,7 @@ class PageData:
         size, model, advice = self.expert_bytes, self.settings[1].cost_model, self.advice
         share = f"{moved:,} of {of_all:,} experts"
         if size is None:
-            return Tile("To move", share, "bytes of an expert are not known")
+            return Tile("To move", share, "pass --expert-bytes to see bytes")
         notes = [share]
         if moved and model is not None:
             ports = busiest_ports(self.moves.pairs, self.topology)
