@@ -499,10 +499,7 @@ def _check_both_lines(
 
 
 def _cross_validate(tokens: Floats, experts: Floats, times: Floats) -> tuple[float, Floats]:
-    """Compute the error on measurements left out, and standard errors of the coefficients [4].
-
-    All repeats of a batch are left out at once.
-    """
+    """Compute the error on batches left out, and standard errors of the coefficients [4]."""
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
     # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS

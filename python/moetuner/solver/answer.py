@@ -14,6 +14,9 @@ from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Run, verdict_of
 
+# Options of counting, and the tables that they make.
+COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
+
 
 def result_of(run: Run, method: str, *, searched: bool) -> Result:
     """Build the result of a run; drop a bound that the placement itself refutes.
@@ -89,12 +92,7 @@ def _settings_of(problem: Problem) -> dict[str, Any]:
         "expert_size": statistics.expert_size,
         "window": statistics.window,
         # What makes the fingerprint of the same traffic another one.
-        "counted": {
-            "by_group": statistics.group is not None,
-            "sets": statistics.sets is not None,
-            "transitions": statistics.transitions is not None,
-            "coactivation": statistics.coactivation is not None,
-        },
+        "counted": {name: getattr(statistics, of) is not None for name, of in COUNTED.items()},
     }
 
 

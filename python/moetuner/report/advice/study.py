@@ -423,12 +423,9 @@ class Study:
         return results[best].placement
 
     def _swept(self, part: Part) -> tuple[Copies, ...]:
-        """Search shortly with every number of copies, and compute what they gain and cost.
-
-        A budget that layers share is not tried for engines, which have as many slots in every
-        layer.
-        """
+        """Search shortly with every number of copies, and compute what they gain and cost."""
         size, placements = self.expert_bytes, dict[Key, Placement]({RUNNING: self.running(part)})
+        # Engines have as many slots in every layer.
         may_share = self.traffic.layers > 1 and self.engine is None
         for count in self.counts:
             for shared in (False, True) if may_share and count else (False,):

@@ -137,10 +137,7 @@ def _least_compute(problem: Problem, load: Floats) -> Floats:
 
 
 def _least_rows_us(problem: Problem, load: Floats) -> Floats:
-    """Compute the least microseconds of rows to devices and back [W,L], of load [W,L,E].
-
-    The busiest port carries no less than the mean one.
-    """
+    """Compute the least microseconds of rows to devices and back [W,L], of load [W,L,E]."""
     model, topology = problem.cost_model, problem.topology
     assert model is not None
     tokens: Floats = load.sum(axis=2)
