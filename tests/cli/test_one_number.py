@@ -7,6 +7,7 @@ import re
 import pytest
 
 import moetuner as mt
+from moetuner.formats.engines import ENGINES
 
 # What is left to a command line, by engine: those that --for decides, and an option against it.
 HOW = {
@@ -18,6 +19,7 @@ HOW = {
 CASES = [
     *itertools.product(("eplb",), HOW, ("dispatch", "follow"), (0, 1)),
     *(("joint", "vllm", "dispatch", 1), ("joint", "none", "follow", 0)),
+    *(("eplb", engine, "dispatch", 0) for engine in ENGINES if engine not in HOW),
 ]
 
 
@@ -36,11 +38,16 @@ def test_every_command_tells_the_same_gain(
     pytest.importorskip("plotly", reason="the extra report is not installed")
     p, page = tmp_path / "p.json", tmp_path / "page.html"
     how = ("--devices", 4, "--devices-per-node", 2, "--window", 50, "--regime", regime)
-    how = (*how, *HOW[engine], *(("--slots-per-device", 4 + copies) * bool(copies)))
+    how = (
+        *how,
+        *HOW.get(engine, ("--for", engine)),
+        *(("--slots-per-device", 4 + copies) * bool(copies)),
+    )
+    again = () if copies else how  # options that repeat the settings change nothing
     how = (*how, "--seed", 3)
     solved = as_json("solve", trace, *how, "--method", method, "--holdout", 0.5, "--out", p)
     judging = ("report", p, trace, "--out", page), ("audit", p, trace), ("evaluate", p, trace)
-    actual = {words[0]: as_json(*words) for words in judging}
+    actual = {words[0]: as_json(*words, *again) for words in judging}
     methods = ("--methods", f"contiguous,{method}", "--splits", 1)
     compared = as_json("compare", trace, *how, *methods)["methods"][method]
     names, wanted = ("before", "after", "gain", "low", "high"), solved["gain"]
