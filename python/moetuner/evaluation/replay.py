@@ -76,13 +76,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``.
-
-    Raises
-    ------
-    ValueError
-        If one of them is out of its range.
-    """
+    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``."""
 
     placement: Placement
     topology: Topology

@@ -46,11 +46,6 @@ def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
         File to read.
     num_experts
         Experts per layer; overrides the header's.
-
-    Raises
-    ------
-    ValueError
-        Naming file and line of what is wrong.
     """
     path = path_in(path)
     size_of(path)

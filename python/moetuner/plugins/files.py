@@ -98,11 +98,6 @@ class Files:
             What the engine asks: it says how many layers, ranks, slots and experts there are.
         model
             Name of the model: it chooses where several placements have these sizes.
-
-        Raises
-        ------
-        ValueError
-            If no placement, or more than one, is of this model.
         """
         stored, rows = self._choose(case, model)
         layers, ranks, width = case.slots.shape

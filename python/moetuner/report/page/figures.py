@@ -43,13 +43,6 @@ def write_figures(
     -------
     int
         Files written, named after their charts.
-
-    Raises
-    ------
-    ImportError
-        If kaleido, or a browser for it, is not installed.
-    OSError
-        If a file cannot be written.
     """
     check_figures()
     import plotly.graph_objects as draw
