@@ -13,9 +13,7 @@ from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Run, verdict_of
-
-# Options of counting, and the tables that they make.
-COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
+from moetuner.statistics import COUNTED
 
 
 def result_of(run: Run, method: str, *, searched: bool) -> Result:

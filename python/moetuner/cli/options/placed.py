@@ -27,8 +27,7 @@ from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.report.cells import counted
 from moetuner.report.outcome import gain_of
-from moetuner.solver.answer import COUNTED
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
