@@ -242,12 +242,10 @@ class Study:
         gain, low, high = weighed(decode.gain, prefill.gain), None, None
         if decode.interval is not None and prefill.interval is not None:
             low, high = map(weighed, decode.interval, prefill.interval)
-        splits, units = (
-            map(weighed, decode.splits, prefill.splits),
-            min(decode.units, prefill.units),
-        )
+        splits = tuple(map(weighed, decode.splits, prefill.splits))
+        units = min(decode.units, prefill.units)
         of = replace(decode, before=1.0, after=1 - gain, gain=gain, low=low, high=high)
-        return replace(of, units=units, splits=tuple(splits))
+        return replace(of, units=units, splits=splits)
 
     def _halves(self, knee: int, window: Window) -> tuple[Half, ...]:
         """Judge a placement of each half of the recording on the other."""
