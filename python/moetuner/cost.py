@@ -529,10 +529,7 @@ def public_name(model: str | None) -> str | None:
 
 
 def size_of_expert(traffic: Any) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert: as recorded, else of the public model.
-
-    Of a trace or statistics; None where neither is known.
-    """
+    """Return hidden and intermediate size of an expert, recorded or published; None if unknown."""
     known = MODELS.get(public_name(traffic.model) or "")
     return traffic.expert_size or (None if known is None else known[:2])
 

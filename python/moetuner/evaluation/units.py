@@ -241,11 +241,6 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         whole.
     seed
         Of the choice.
-
-    Returns
-    -------
-    tuple
-        The seen part and the unseen part.
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     if not (is_number(share) and 0 <= share < 1):

@@ -45,10 +45,7 @@ def _prove(run: Run, budget: Budget) -> None:
 
 
 def proves_pairs(problem: Problem) -> bool:
-    """Return whether what pairs cost at least is proven, which takes time.
-
-    It is of one copy of each expert on equal devices only.
-    """
+    """Return whether what pairs cost at least is proven: of single copies on equal devices only."""
     alike = problem.topology.has_equal_devices and not problem.may_copy
     follows = problem.goal == "time" and problem.regime == "follow"
     return follows and alike and problem.devices > 1

@@ -245,10 +245,7 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def affordable(problem: Problem) -> float:
-    """Compute how many iterations a solve without a time limit makes.
-
-    One takes an eigenproblem of order 2P per pair of layers.
-    """
+    """Compute the iterations of a solve without a time limit: one takes L-1 eigenproblems."""
     layers = problem.layers if problem.regime == "follow" else 2 * problem.layers
     return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
