@@ -40,13 +40,11 @@ def test_what_is_not_worth_a_trial_is_not_turned_on(ok, skewed, tmp_path):
     np.savez(flat, load=np.full((40, 2, 8), 64))
     one = tmp_path / "one.npz"
     np.savez(one, load=np.arange(16).reshape(1, 2, 8))
+    again = "moetuner advise NEWER --devices 4 --copies 0 --splits 1 --for vllm  # again, when"
+    more = "moetuner advise MORE --devices 4"
     for file, answer, words in (
-        (
-            flat,
-            "Not now",
-            "moetuner advise NEWER --devices 4 --copies 0 --splits 1 --for vllm  # again, when",
-        ),
-        (one, "Not enough evidence: there is one window", "moetuner advise MORE --devices 4"),
+        (flat, "Not now", again),
+        (one, "Not enough evidence: there is one window", more),
     ):
         out = ok("advise", file, *FEW, "--for", "vllm")
         assert answer in out

@@ -153,10 +153,7 @@ def command(
 def _baseline(
     baseline: str | None, methods: tuple[str, ...], initial: Path | None
 ) -> tuple[tuple[str, ...], str]:
-    """Return the rows of the table, what runs among them, and which one others are compared with.
-
-    What runs is the given placement or, where no baseline is named, method contiguous.
-    """
+    """Return the rows of the table, what runs among them, and which one others are compared to."""
     running = RUNNING if initial is not None else BLOCKS
     if running not in methods and (baseline is None or initial is not None):
         methods = (running, *methods)
@@ -231,10 +228,7 @@ def _gain_facts(gain: Comparison) -> dict[str, Any]:
 
 
 def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[str, Comparison]:
-    """Compare all methods with one, in the figure nearest to the objective, if it is known.
-
-    Only splits count in which every method ran.
-    """
+    """Compare all methods with one in the objective's figure, on splits where all of them ran."""
     first = splits[0].get(over)
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}

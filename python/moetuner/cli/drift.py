@@ -142,13 +142,11 @@ def _replayed(
     after: tuple[Source, Traffic],
     how: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return figures of a placement on two recordings, by window, and how much worse they got.
-
-    Windows are the one that is given, else the placement's and those of prefill.
-    """
+    """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [of.tokens for _, of in (before, after) if isinstance(of, RoutingTrace)]
     first, more = after[0].replayed, WINDOWS[-1]
     windows = [first if len(tokens) == 2 else None]
+    # If no window is given, those of prefill too.
     if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
         windows.append(more)
     # Windows of counts may be as long as they were recorded, and so are their times.
@@ -184,6 +182,7 @@ def _again(placed: Placed, machine: Machine) -> str:
     of, topology, settings = placed.placement, placed.topology, placed.settings
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
+    values |= {name: getattr(placed.source, name) for name in ("model", "tokens_per_step")}
     if machine.machine is None:
         values["devices"] = of.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None

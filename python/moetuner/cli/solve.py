@@ -150,13 +150,7 @@ def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Out
 def _judge(
     result: Result, initial: Placement | None, source: Source, problem: Problem, judged_on: Traffic
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, or would if nothing is done, and a result.
-
-    Returns
-    -------
-    before, rows
-        What runs, a placement or else contiguous, and the rows of the table.
-    """
+    """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
     blocks = running(problem, contiguous(result.placement), "contiguous")
     before = [blocks] if initial is None else [blocks, running(problem, initial)]
     outcomes = source.judge([*before, result], problem, judged_on)

@@ -295,10 +295,7 @@ def contiguous(placement: Placement) -> Placement:
 
 
 def blocks(layers: int, experts: int, devices: int) -> Placement:
-    """Return experts in blocks on devices, one copy each, as engines load them.
-
-    The first devices take what is left over.
-    """
+    """Return experts in blocks, one copy each; the first devices take what is left over."""
     sizes = experts // devices + (np.arange(devices) < experts % devices)
     device_of = np.repeat(np.arange(devices), sizes)
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)

@@ -204,17 +204,10 @@ def compare(
     *,
     units: Units | None = None,
 ) -> dict[str, Comparison]:
-    """Compare two placements on the same traffic.
+    """Compare two placements on the same traffic in figures, by default all whose parts add up.
 
-    Parameters
-    ----------
-    before, after
-        What both do to the traffic.
-    measures
-        Names of figures; by default all whose parts add up. Those of mixed arrival, and those that
-        depend on given homes, have no interval.
-    units
-        What is independent in the whole recording; by default in the traffic itself.
+    Figures of mixed arrival, and those that depend on given homes, have no interval. ``units`` are
+    what is independent in the whole recording, by default in the traffic itself.
     """
     both = [each.replayed for each in (before, after) if each.replayed is not None]
     figures, number = ({}, 0) if len(both) < 2 else _paired(both, units)

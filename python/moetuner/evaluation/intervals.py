@@ -229,10 +229,7 @@ def paired(
 
 
 def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None) -> Spread:
-    """Return the spread of a figure out of its resamples, as wide as units deviate from the truth.
-
-    The last of the samples is of every unit once.
-    """
+    """Return the spread of a figure out of resamples, the last of which is of every unit once."""
     blocks, below = sums.blocks, sums.by_unit()[1]
     units = len(below)
     number = units if blocks.length == 1 else blocks.number(units)

@@ -76,13 +76,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``.
-
-    Raises
-    ------
-    ValueError
-        If one of them is out of its range.
-    """
+    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``."""
 
     placement: Placement
     topology: Topology
@@ -172,10 +166,7 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
 
 
 def members(traffic: Traffic) -> dict[str | None, NDArray[np.int64]]:
-    """Return the numbers of all tokens, or windows, and of those of every group that has some.
-
-    All are called None, as a group may have any name.
-    """
+    """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
     rows = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
     of: dict[str | None, NDArray[np.int64]] = {None: np.arange(rows)}
     if traffic.group is not None:

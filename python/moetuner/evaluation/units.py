@@ -241,17 +241,6 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         whole.
     seed
         Of the choice.
-
-    Returns
-    -------
-    tuple
-        The seen part and the unseen part.
-
-    Raises
-    ------
-    ValueError
-        If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
-        over all windows, and one window is not two.
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     if not (is_number(share) and 0 <= share < 1):

@@ -79,10 +79,7 @@ class Outcome:
 
 
 def head(problem: Problem) -> tuple[str, ...]:
-    """Return a table's columns: what says most of the objective, within 80 characters.
-
-    An objective that is a predicted time has a column as a figure.
-    """
+    """Return a table's columns, within 80 characters; a predicted time has one as a figure."""
     worth = Objective(problem)
     columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
     value = () if worth.is_predicted_time else ("objective",)

@@ -27,12 +27,10 @@ from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.report.cells import counted
 from moetuner.report.outcome import gain_of
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-# What decides the fingerprint of the same traffic.
-COUNTED = ("by_group", "sets", "transitions", "coactivation")
 # Sentences on what a placement is judged on, by what its fingerprint says.
 SEEN = (
     "The placement was computed from this very input, which flatters it: "

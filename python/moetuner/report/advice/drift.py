@@ -164,10 +164,7 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
 def _loads(
     traffic: Traffic, blocks: int, *, by_group: bool = False, rng: np.random.Generator | None = None
 ) -> NDArray[np.float64]:
-    """Count load [B,L,E] of about so many blocks, in the order of recording.
-
-    With ``rng``, sequences are in random order, as they are independent of each other.
-    """
+    """Count load [B,L,E] of about so many blocks, with ``rng`` of sequences in random order."""
     item, place = _in_order(traffic, by_group=by_group)
     if rng is not None and isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
         place = rng.permutation(place)

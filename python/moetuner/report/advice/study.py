@@ -242,12 +242,10 @@ class Study:
         gain, low, high = weighed(decode.gain, prefill.gain), None, None
         if decode.interval is not None and prefill.interval is not None:
             low, high = map(weighed, decode.interval, prefill.interval)
-        splits, units = (
-            map(weighed, decode.splits, prefill.splits),
-            min(decode.units, prefill.units),
-        )
+        splits = tuple(map(weighed, decode.splits, prefill.splits))
+        units = min(decode.units, prefill.units)
         of = replace(decode, before=1.0, after=1 - gain, gain=gain, low=low, high=high)
-        return replace(of, units=units, splits=tuple(splits))
+        return replace(of, units=units, splits=splits)
 
     def _halves(self, knee: int, window: Window) -> tuple[Half, ...]:
         """Judge a placement of each half of the recording on the other."""
@@ -420,12 +418,9 @@ class Study:
         return results[best].placement
 
     def _swept(self, part: Part) -> tuple[Copies, ...]:
-        """Search shortly with every number of copies, and compute what they gain and cost.
-
-        A budget that layers share is not tried for engines, which have as many slots in every
-        layer.
-        """
+        """Search shortly with every number of copies, and compute what they gain and cost."""
         size, placements = self.expert_bytes, dict[Key, Placement]({RUNNING: self.running(part)})
+        # Engines have as many slots in every layer.
         may_share = self.traffic.layers > 1 and self.engine is None
         for count in self.counts:
             for shared in (False, True) if may_share and count else (False,):

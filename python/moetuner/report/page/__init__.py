@@ -36,15 +36,7 @@ def check_libraries() -> None:
 
 
 def write_page(path: Path, data: PageData) -> None:
-    """Write a page; it appears whole or not at all, and is the same for the same results.
-
-    Raises
-    ------
-    ImportError
-        If plotly or jinja2 is not installed.
-    OSError
-        If the file cannot be written.
-    """
+    """Write a page; it appears whole or not at all, and is the same for the same results."""
     page = render(data)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
