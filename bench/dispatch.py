@@ -20,7 +20,9 @@ def main() -> None:
     row = Table("devices <7", "split 5d", "method <11", "fanout 7.4f", "node 7.4f", "seconds 8.2f")
     for split in range(given.seeds):
         seen, unseen = trace.split(0.5, seed=split)
-        statistics = mt.RoutingStatistics.from_trace(seen, transitions=False, sets=True)
+        statistics = mt.RoutingStatistics.from_trace(
+            seen, window=None, transitions=False, sets=True
+        )
         for devices, per_node in ((4, None), (8, None), (8, 4)):
             topology, flat = mt.Topology(devices, devices_per_node=per_node), mt.Topology(devices)
             pairs = replace(statistics, sets=None)

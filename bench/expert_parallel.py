@@ -48,7 +48,7 @@ def routing(ranks: int, tokens: int) -> np.ndarray:
 def placements(ids: np.ndarray, ranks: int) -> dict[str, mt.Placement]:
     """Contiguous; solved for co-activation; and with its devices named by the tokens' homes."""
     trace = mt.RoutingTrace.from_arrays(ids[:, None], num_experts=EXPERTS)
-    statistics = mt.RoutingStatistics.from_trace(trace)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=None)
     problem = mt.Problem(statistics, mt.Topology(ranks), regime="dispatch", max_imbalance=1.1)
     solved = mt.solve(problem).placement
 

@@ -69,7 +69,7 @@ def problem(
     all_layers, experts, top_k, devices = SIZES[name]
     trace = routing(layers or all_layers, experts, top_k, seed=seed)
     return mt.Problem(
-        mt.RoutingStatistics.from_trace(trace),
+        mt.RoutingStatistics.from_trace(trace, window=None),
         mt.Topology(devices, devices_per_node=devices_per_node),
         regime="follow",
         max_imbalance=max_imbalance,

@@ -30,18 +30,18 @@ def recorded(path: Path, *, quick: bool) -> None:
     )
     for devices in (4, 8):
         seen, unseen = trace.split(0.5, seed=0)
-        statistics = mt.RoutingStatistics.from_trace(seen, coactivation=False)
+        statistics = mt.RoutingStatistics.from_trace(seen, window=None, coactivation=False)
         half = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit in (1.0,) if quick else (1.0, 20.0):
             result = mt.solve(half, time_limit=limit)
-            crossing = mt.evaluate(result.placement, unseen).crossing
+            crossing = mt.evaluate(result.placement, unseen, window=None).crossing
             row(devices, result.seconds, result.objective, crossing, result.gap or 0.0)
 
     row = Table(
         *("\ndevices 7d", "search, s 9.1f", "crossing 9.5f", "bound, s 9.1f"),
         *("at least 9.5f", "gap 7.2%"),
     )
-    statistics = mt.RoutingStatistics.from_trace(trace, coactivation=False)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=None, coactivation=False)
     for devices in (4, 8):
         whole = mt.Problem(statistics, mt.Topology(devices), regime="follow", max_imbalance=1.05)
         for limit, share in ((5.0, 3.0),) if quick else ((5.0, 3.0), (20.0, 10.0)):

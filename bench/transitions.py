@@ -68,7 +68,9 @@ def main() -> None:
         trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
 
         def ours(trace: mt.RoutingTrace = trace) -> mt.RoutingStatistics:
-            return mt.RoutingStatistics.from_trace(trace, coactivation=False, threads=1)
+            return mt.RoutingStatistics.from_trace(
+                trace, window=None, coactivation=False, threads=1
+            )
 
         def peer(ids: NDArray[np.uint8] = ids, experts: int = experts) -> NDArray[np.int64]:
             return with_numpy(ids, experts)

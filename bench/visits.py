@@ -20,7 +20,7 @@ def main() -> None:
     """Print the table."""
     given = arguments(__doc__, {"trace": Path}, devices=[4, 8], cap=float, search=10.0)
     trace = mt.RoutingTrace.load(given.trace)
-    statistics = mt.RoutingStatistics.from_trace(trace, transitions=False, sets=True)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=None, transitions=False, sets=True)
     row = Table(
         *("devices 7d", "proof <8", "found 8.4f", "bound 8.4f", "gap 7.2%"),
         *("bound, CPU-s 12.1f", "verify, CPU-s 13.1f"),

@@ -41,7 +41,7 @@ def main() -> None:
     # What was routed yesterday, placed for today. Every rank solves alike.
     trace = mt.RoutingTrace.from_arrays(routed(0)[:, None].numpy(), num_experts=EXPERTS)
     problem = mt.Problem(
-        mt.RoutingStatistics.from_trace(trace), mt.Topology(ranks), regime="dispatch"
+        mt.RoutingStatistics.from_trace(trace, window=None), mt.Topology(ranks), regime="dispatch"
     )
     placement = mt.solve(problem, "lpt").placement
 

@@ -54,7 +54,7 @@ RIGHT = {
     "certificate": CERTIFICATE, "returns": True, "resamples": 2, "iterations": 1,
     "home": np.zeros(12, int), "ports": np.ones((2, 1)), "compute": np.ones((2, 2)),
     "communication": np.ones(2), "value": 1.0, "experts": 4, "tokens": np.ones((2, 2)),
-    "to": "json",
+    "to": "json", "results": (EVALUATION, EVALUATION),
 }  # fmt: skip
 BY_CALL = {
     "RoutingStatistics.per_step": {"tokens": 5},
@@ -122,7 +122,9 @@ def others(*kinds):
 WRONG = {
     **dict.fromkeys(("problem", "PlacementDiff.problem"), others(mt.Problem)),
     **dict.fromkeys(("placement", "initial", "baseline", "other"), others(mt.Placement)),
-    **dict.fromkeys(("before", "after"), others()),
+    **dict.fromkeys(("before", "after"), others()), "names": ("ab", 3, ["a"], [1, 2]),
+    "results": (*others(), [EVALUATION], (EVALUATION, PLACEMENT), (None, None),
+                [*EVALUATION.by_group.values()]),
     "statistics": others(mt.RoutingStatistics), "trace": others(mt.RoutingTrace),
     "traffic": others(mt.RoutingTrace, mt.RoutingStatistics),
     "profile": others(mt.RoutingTrace, mt.RoutingStatistics),
@@ -142,7 +144,8 @@ WRONG = {
     **dict.fromkeys(("transitions", "coactivation", "sets", "by_group", "mixed", "fill_slots",
                      "returns"), FLAG),
     **dict.fromkeys(("model", "name", "fingerprint", "bound_scope"), NO_TEXT),
-    "progress": CALLABLE, "path": PATH, "expert_bytes": (*AT_LEAST_0, INF), "share": (*SHARE, 1.0),
+    **dict.fromkeys(("progress", "report"), CALLABLE), "path": PATH,
+    "expert_bytes": (*AT_LEAST_0, INF), "share": (*SHARE, 1.0),
     "arrival": (*CHOICE, *SHARE), "risk": (*CHOICE, *SHARE, 1.0), "overlap": (*AMOUNT, 1.5),
     "max_imbalance": (*NO_NUMBER, 0, 0.5, -1, -INF), "bound": (*NO_NUMBER, INF),
     "slots_per_device": SLOTS, "speed": SPEED, "pinned": RULES, "forbidden": RULES,
@@ -326,7 +329,7 @@ def test_whatever_is_wrong_is_named(name, tmp_path, monkeypatch):
             item for item in inspect.signature(call).parameters.values() if item.kind not in kinds
         ]
         arguments = right_of(name, parameters) if is_public else {}
-        few = name in ("solve", "pareto", "advise", "structure", "audit")
+        few = name in ("solve", "pareto", "advise", "structure", "audit", "write_report")
         for parameter in parameters:
             mine = arguments | MOVING if parameter.name.startswith("move_") else arguments
             if is_public:

@@ -1,6 +1,7 @@
 """What importing the package does to the process that imports it: nothing."""
 
 import doctest
+import html
 import importlib.metadata
 import inspect
 import json
@@ -25,7 +26,7 @@ before = logging_state()
 import moetuner
 after = logging_state()
 import moetuner.plugins.vllm, moetuner.plugins.sglang
-heavy = ("torch", "vllm", "sglang", "rich", "highspy", "click", "matplotlib")
+heavy = ("torch", "vllm", "sglang", "rich", "highspy", "click", "plotly", "jinja2")
 print(json.dumps({
     "heavy": [name for name in heavy if name in sys.modules],
     "threads": threading.active_count(),
@@ -109,6 +110,21 @@ def test_values_are_equal_by_content_and_have_a_hash(values):
         assert (one == two) != isinstance(one, mt.RoutingTrace), one
         assert isinstance(one, mt.RoutingTrace) or hash(one) == hash(two)
         assert len({one, two, one}) == 1 + isinstance(one, mt.RoutingTrace)
+
+
+def test_results_are_json_and_a_table(values):
+    """Each has ``to_dict`` of JSON values and ``_repr_html_``; an advice has its answer in both."""
+    statistics, steps = values[0][0], []
+    how = {"copies": (0,), "splits": 1, "iterations": 10, "progress": steps.append}
+    advice = mt.advise(replace(statistics, sets=None), mt.Topology(4), **how)
+    assert steps
+    results = [*advice.judged, *advice.copies, advice, mt.drift(statistics, statistics)]
+    for value in (*results, *values[0][:-1]):
+        actual = value.to_dict()
+        assert json.loads(json.dumps(actual)).keys() == actual.keys() != set()
+        assert value._repr_html_().startswith("<table>")
+    assert advice.to_dict()["sentence"] == advice.sentence
+    assert advice.sentence in html.unescape(advice._repr_html_())
 
 
 def test_values_differ_where_a_number_does(values):

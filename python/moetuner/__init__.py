@@ -21,17 +21,9 @@ from moetuner.problem.objective import Objective
 from moetuner.report.advice import advise
 from moetuner.report.advice.drift import Drift, drift
 from moetuner.report.advice.values import Advice
+from moetuner.report.page import write_report
 from moetuner.report.structure import structure
-from moetuner.solver import (
-    Certificate,
-    Progress,
-    Result,
-    Trade,
-    balance,
-    pareto,
-    solve,
-    verify,
-)
+from moetuner.solver import Certificate, Progress, Result, Trade, balance, pareto, solve, verify
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
@@ -72,5 +64,6 @@ __all__ = [  # noqa: RUF022
     "Advice",
     "drift",
     "Drift",
+    "write_report",
     "__version__",
 ]

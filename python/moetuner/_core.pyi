@@ -48,11 +48,7 @@ def validate(
     """Check expert ids [T,L,K]; ``ValueError`` names the first fault, from ``first_token`` on."""
 
 def scan_lines(
-    text: bytes,
-    start: int,
-    arrays: list[tuple[str, int]],
-    integers: list[str],
-    texts: list[str],
+    text: bytes, start: int, arrays: list[tuple[str, int]], integers: list[str], texts: list[str]
 ) -> tuple[int, int, NDArray[np.uint16], NDArray[np.int64], list[str], str | None]:
     """Read JSON lines from byte ``start`` on, up to the first that breaks a rule.
 
@@ -160,11 +156,7 @@ class Layers:
         """
 
     def construct(
-        self,
-        *,
-        windows: bool = False,
-        threads: int | None = None,
-        alone: bool = False,
+        self, *, windows: bool = False, threads: int | None = None, alone: bool = False
     ) -> NDArray[np.int32]:
         """Build slots [L,D,S], balanced on the sum of windows, as by ``replicate_experts``.
 
@@ -245,10 +237,7 @@ def search(
 _Slots = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 def expected_load(
-    slots: _Slots,
-    load: NDArray[np.float64],
-    *,
-    threads: int | None = None,
+    slots: _Slots, load: NDArray[np.float64], *, threads: int | None = None
 ) -> NDArray[np.float64]:
     """Return tokens of every device [W,L,D], of those of experts [W,L,E]."""
 

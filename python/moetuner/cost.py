@@ -246,10 +246,7 @@ class CostModel(Frozen):
         )
 
     def compute_us(
-        self,
-        tokens: ArrayLike,
-        active: ArrayLike | None = None,
-        speed: ArrayLike | None = None,
+        self, tokens: ArrayLike, active: ArrayLike | None = None, speed: ArrayLike | None = None
     ) -> Floats:
         """Compute microseconds that devices [...,D] compute.
 
@@ -502,10 +499,7 @@ def _check_both_lines(
 
 
 def _cross_validate(tokens: Floats, experts: Floats, times: Floats) -> tuple[float, Floats]:
-    """Compute the error on measurements left out, and standard errors of the coefficients [4].
-
-    All repeats of a batch are left out at once.
-    """
+    """Compute the error on batches left out, and standard errors of the coefficients [4]."""
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
     # Folds are random, since batches are measured along a grid; the answer is always the same.
     fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
@@ -535,10 +529,7 @@ def public_name(model: str | None) -> str | None:
 
 
 def size_of_expert(traffic: Any) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert: as recorded, else of the public model.
-
-    Of a trace or statistics; None where neither is known.
-    """
+    """Return hidden and intermediate size of an expert, recorded or published; None if unknown."""
     known = MODELS.get(public_name(traffic.model) or "")
     return traffic.expert_size or (None if known is None else known[:2])
 

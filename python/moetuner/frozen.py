@@ -40,6 +40,10 @@ class Frozen:
     def __hash__(self) -> int:
         return hash(tuple(_hash(getattr(self, f.name)) for f in _fields(self) if f.compare))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields as JSON values."""
+        return {field.name: as_json(getattr(self, field.name)) for field in _fields(self)}
+
     def _repr_html_(self) -> str:
         names = [*(of.name for of in _fields(self) if of.repr), *self._also_shown]
         rows = [(name, short(getattr(self, name)).replace(BREAK, " ")) for name in names]

@@ -58,11 +58,6 @@ class PlacementDiff(Frozen):
     moves: NDArray[np.int64]
     pairs: NDArray[np.int64]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return fields as JSON values."""
-        values: dict[str, Any] = as_json(vars(self))
-        return values
-
 
 def difference(
     before: NDArray[np.bool_],
@@ -148,22 +143,10 @@ def fill(
 ) -> NDArray[np.int32]:
     """Fill slots [L,D,S] where they change least; no device gets two copies of one expert.
 
-    Parameters
-    ----------
-    slots
-        Expert ids, -1 for an empty slot.
-    experts
-        Experts per layer, E.
-    capacity
-        How many slots of every device are to be full [L,D]; all of them by default.
-    load
-        Tokens [L,E]: the copy that takes the fewest comes first. Without, experts of the fewest
-        copies come first.
-    forbidden
-        Where experts must not be [L,E,D].
-    holders
-        Which devices hold an expert already [L,D,E], so that nothing moves: it comes before all
-        else.
+    ``capacity`` [L,D] is how many slots of a device are to be full, by default all. Devices that
+    are ``holders`` [L,D,E] of an expert come first, so that nothing moves; then the copy that takes
+    the fewest tokens of ``load`` [L,E], without it of the experts with the fewest copies. Experts
+    must not be where they are ``forbidden`` [L,E,D].
     """
     full = slots.copy()
     wanted = np.full(slots.shape[:2], slots.shape[2]) if capacity is None else capacity

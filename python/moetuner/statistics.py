@@ -126,6 +126,8 @@ def from_tables(tables: Mapping[str, NDArray[Any]]) -> tuple[ExpertSets, ...] | 
 
 # Fields that are tables of pairs of experts [n,E,E], and by how much n is less than the layers.
 PAIRS = {"transitions": 1, "coactivation": 0}
+# Options of counting, and the fields that they make: these decide the fingerprint of traffic.
+COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
 # Fields that are no tables.
 ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 

@@ -331,14 +331,7 @@ HIGHEST_COST = (1 << 16) - 1
 
 
 def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
-    """Check a matrix of costs [D,D].
-
-    Raises
-    ------
-    ValueError
-        If it is not square, finite, non-negative and symmetric with a zero diagonal, naming the
-        first pair of devices that breaks a rule.
-    """
+    """Check a matrix of costs [D,D]."""
     array = check.array_in("link_cost", values)
     if array.shape != (devices, devices) or array.dtype.kind not in "iuf":
         raise ValueError(

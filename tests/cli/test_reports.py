@@ -1,7 +1,9 @@
 """Advise and report on the command line: what they say and write, and one line for mistakes."""
 
+import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,13 +40,11 @@ def test_what_is_not_worth_a_trial_is_not_turned_on(ok, skewed, tmp_path):
     np.savez(flat, load=np.full((40, 2, 8), 64))
     one = tmp_path / "one.npz"
     np.savez(one, load=np.arange(16).reshape(1, 2, 8))
+    again = "moetuner advise NEWER --devices 4 --copies 0 --splits 1 --for vllm  # again, when"
+    more = "moetuner advise MORE --devices 4"
     for file, answer, words in (
-        (
-            flat,
-            "Not now",
-            "moetuner advise NEWER --devices 4 --copies 0 --splits 1 --for vllm  # again, when",
-        ),
-        (one, "Not enough evidence: there is one window", "moetuner advise MORE --devices 4"),
+        (flat, "Not now", again),
+        (one, "Not enough evidence: there is one window", more),
     ):
         out = ok("advise", file, *FEW, "--for", "vllm")
         assert answer in out
@@ -98,6 +98,22 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
     assert 5 <= actual[0].count("<section") <= 10
     assert re.search("<h1[^>]*>[^<]+</h1>", actual[0])
     assert actual[0].count("<strong>") >= 3
+
+
+def test_python_writes_the_same_pages(tmp_path):
+    """Of an advice and of two evaluations, with the verdict and as many charts."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    load = np.random.default_rng(0).poisson(np.linspace(200, 20, 8), (40, 2, 8))
+    traffic, page = mt.RoutingStatistics.from_load(load), tmp_path / "page.html"
+    advice = mt.advise(traffic, mt.Topology(4), copies=(0,), splits=1, iterations=100)
+    both, names = (advice.running, advice.proposed), ("now", "then")
+    gain = replace(mt.verdict(*both), names=names)
+    for results, sentence in ((advice, advice.sentence), (both, gain.sentence)):
+        mt.write_report(page, results, names=names)
+        text = html.unescape(page.read_text())
+        assert sentence in text
+        assert "not a file" in text
+        assert 4 <= text.count("<section") <= 10
 
 
 def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import moetuner
-from moetuner.formats.engines import ENGINES
 
 SERVING = ("--for", "--cost-model", "--regime", "--split", "--arrival")
 
@@ -17,34 +16,6 @@ def trace(make_trace, tmp_path):
     """File of a trace whose windows in mixed order differ from those recorded."""
     make_trace(1200, experts=16).save(tmp_path / "trace.safetensors")
     return tmp_path / "trace.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("how", "slots"),
-    [
-        *((("--for", engine), ()) for engine in ENGINES),
-        (("--for", "vllm"), ("--slots-per-device", 5)),
-        (("--for", "sglang"), ("--extra-slots", 12)),
-        (("--for", "vllm", "--arrival", "bursts", "--split", "nearest"), ()),
-        (("--cost-model", "h100:512x256", "--arrival", 0.3, "--devices-per-node", 2), ()),
-    ],
-)
-def test_all_commands_name_the_time_that_solve_names(as_json, trace, tmp_path, how, slots):
-    """Under the same options evaluate, report, audit and compare predict the time of solve."""
-    p, page, model = tmp_path / "p.json", tmp_path / "page.html", "predicted_layer_us"
-
-    def run(*arguments):
-        return as_json(*arguments, "--devices", 4, "--window", 128, *how)
-
-    actual = {
-        "solve": run("solve", trace, "--method", "eplb", "--out", p, *slots)[model],
-        "evaluate": run("evaluate", p, trace)[model],
-        "report": run("report", p, trace, "--out", page)["proposed"][model],
-        "audit": run("audit", p, trace, "--resamples", 10)["all"][model]["value"]["value"],
-    }
-    compared = run("compare", trace, "--methods", "lpt,eplb", "--holdout", 0, *slots)
-    actual["compare"] = compared["methods"]["eplb"][model]
-    assert actual == pytest.approx(dict.fromkeys(actual, actual["solve"]), rel=1e-12)
 
 
 def test_solve_prints_the_time_that_evaluate_prints(as_json, ok, trace, tmp_path):

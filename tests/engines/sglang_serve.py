@@ -45,11 +45,7 @@ def main():
         engine.start_expert_distribution_record()
     answers = engine.generate(
         input_ids=options["prompts"],
-        sampling_params={
-            "temperature": 0,
-            "max_new_tokens": options["tokens"],
-            "ignore_eos": True,
-        },
+        sampling_params={"temperature": 0, "max_new_tokens": options["tokens"], "ignore_eos": True},
         return_routed_experts=True,
     )
     if records:

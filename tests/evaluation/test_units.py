@@ -7,17 +7,8 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.intervals import Spread, Sums, mean_interval, paired
-from moetuner.evaluation.units import (
-    Blocks,
-    Units,
-    alike_tokens,
-    blocks_of,
-    hold_out,
-    likeness,
-    runs,
-    units_of,
-)
+from moetuner.evaluation.intervals import Sums, paired
+from moetuner.evaluation.units import Blocks, alike_tokens, blocks_of, hold_out, runs, units_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
@@ -142,15 +133,3 @@ def test_blocks_widen_intervals_as_much_as_windows_are_alike():
     inside = 1 + 2 * (lag * lag).sum()
     blocks = Blocks(4.0, 4, float(np.sqrt(4 / inside)))
     assert width(4, blocks) == pytest.approx(width(1, Blocks()), rel=0.2)
-
-
-def test_the_mean_of_splits_is_surer_than_one():
-    """Halves have half in common: of three, the interval of the mean is a fifth narrower."""
-    alike = likeness(0.5, Units("sequence", 60))
-    assert alike == 0.5
-    one = Spread(1.0, np.linspace(-1, 1, 100), 1e9, 60)
-    value, low, high = mean_interval([one] * 3, alike)
-    assert value == 1.0
-    assert high - low == pytest.approx((one.high - one.low) * np.sqrt(2 / 3))
-    assert mean_interval([one] * 3, 1.0) == pytest.approx((1.0, one.low, one.high))
-    assert mean_interval([Spread(1.0, np.empty(0), 1.0, 1)], alike) == (1.0, None, None)

@@ -49,11 +49,7 @@ def test_times_decide_where_they_are_known():
     model = mt.CostModel(0, 0, 10000, 1, token_bytes=0)
     before, after = (mt.evaluate(each, table(), cost_model=model) for each in (BAD, GOOD))
     gain = mt.verdict(before, after)
-    assert (gain.measure, gain.before, gain.after) == (
-        "predicted_layer_us",
-        10040.5,
-        10030.5,
-    )
+    assert (gain.measure, gain.before, gain.after) == ("predicted_layer_us", 10040.5, 10030.5)
     assert (gain.answer, gain.is_worth_it) == ("certain but small", False)
     # The price alone decides between the two.
     assert mt.verdict(before, after, price=0).is_worth_it
@@ -85,6 +81,14 @@ def test_what_cannot_be_judged_is_refused():
     before, after = mt.evaluate(BAD, table(6)), mt.evaluate(GOOD, table(7))
     with pytest.raises(ValueError, match="must be of the same traffic, got 6 windows and 7"):
         mt.verdict(before, after)
+    there = mt.Topology(GOOD.devices, 1)
+    settings = {"topology": there.to_dict()}
+    apart = mt.evaluate(GOOD.with_names(settings=settings), table(6))
+    assert apart == mt.evaluate(GOOD, table(6), there)
+    with pytest.raises(ValueError, match="must be of one machine"):
+        mt.verdict(before, apart)
+    with pytest.raises(ValueError, match="settings: topology: keys must be out of"):
+        mt.audit(GOOD.with_names(settings={"topology": {"nodes": 2}}), table(6))
     with pytest.raises(ValueError, match="price must be a share of at least 0, got -1"):
         mt.verdict(before, before, price=-1)
 

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation import evaluate_each
-from moetuner.evaluation.comparison import compare
 from moetuner.evaluation.units import Units
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report.advice import drift
@@ -386,24 +384,3 @@ def test_traffic_leaves_a_profile_if_its_kind_changes(form):
     assert drifts[-1].distance == pytest.approx(by_layer.mean())
     assert drifts[-1].worst_distance == pytest.approx(by_layer[drifts[-1].worst_layer])
     assert by_layer.argmax() == drifts[-1].worst_layer
-
-
-def test_intervals_of_several_splits_hold_the_truth():
-    """The interval of the splits' mean has the gain on endless traffic in most of 30 recordings."""
-    blocks, better = (
-        mt.Placement.from_assignment([devices] * LAYERS, 4)
-        for devices in ([0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 3, 3, 2, 1, 0])
-    )
-
-    def gain(sequences, splits, seed):
-        # Tastes differ from sequence to sequence, so that the units matter.
-        liking = np.random.default_rng(seed).normal(size=(sequences, LAYERS, EXPERTS))
-        trace = routed(skewed(sequences * LENGTH) + liking.repeat(LENGTH, axis=0), seed)
-        parts = [trace.split(0.5, seed=of)[1] for of in range(splits)]
-        pairs = [evaluate_each([blocks, better], part, TWO_NODES, window=512) for part in parts]
-        units = Units("sequence", sequences)
-        return compare(pairs, ["imbalance"], units=units, share=0.5)["imbalance"]
-
-    truth = gain(1000, 1, 999).gain
-    intervals = [gain(40, 3, seed).interval for seed in range(30)]
-    assert sum(low <= truth <= high for low, high in intervals) >= 26

@@ -17,11 +17,7 @@ from moetuner.torch.record.capture import Recorder
         ("qwen3_moe", {}, (32, 16)),
         ("deepseek_v3_groups", {}, (32, 16)),
         ("gpt_oss", {}, (32, 24)),
-        (
-            "mixtral",
-            {"num_local_experts": 300, "intermediate_size": 4},
-            (32, 4),
-        ),
+        ("mixtral", {"num_local_experts": 300, "intermediate_size": 4}, (32, 4)),
     ],
 )
 def test_trace_is_what_the_routers_chose(name, changes, size):

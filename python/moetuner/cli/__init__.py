@@ -119,14 +119,15 @@ EXAMPLES = {
     drift: "placement.json newer.safetensors",
     report: "placement.json trace.safetensors --out page.html",
     show: "placement.json",
-    diff: "running.json placement.json",
+    diff: "placement.json other.json",
     export: "placement.json --to eplb --out experts.npz",
     convert: "trace.safetensors newer.safetensors --out both.safetensors",
     fit: "--model qwen3-30b-a3b --out gpu.json",
     verify: "proof.json trace.safetensors --devices 8",
 }
 for _module, _example in EXAMPLES.items():
-    _module.command.epilog = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
+    _line = f"Example:\n\n\b\n  moetuner {_module.command.name} {_example}"
+    _module.command.epilog = "\n\n".join(filter(None, (_module.command.epilog, _line)))
     moetuner.add_command(_module.command)
 
 

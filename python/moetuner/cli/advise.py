@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,9 @@ def command(
         output.say(f"Judged on {future.describe()}")
     tried = splits + 2 * len(copies) + 4  # steps, about
     with working("advising") as report:
-        how |= serving.arguments(source.traffic) | {"report": steps(report, tried)}
+        how |= serving.arguments(source.traffic) | {"progress": steps(report, tried)}
         advice = advising.advise(source.traffic, topology, **how)
-    commands = next_commands(source, advice, click.get_current_context(), unseen)
+    commands = next_commands(source, advice, unseen)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
@@ -211,18 +211,11 @@ def _paid(advice: Advice) -> list[str]:
     return [*lines, f"{text}; paid back after {steps}, if serving stops for it."]
 
 
-def next_commands(
-    source: Source, advice: Advice, context: click.Context, unseen: Collection[Path] = ()
-) -> list[str]:
+def next_commands(source: Source, advice: Advice, unseen: Collection[Path] = ()) -> list[str]:
     """Return the commands that come next, each with every option that changes its answer."""
-    typed, menu = options.typed(context), context.find_root().command
-    assert isinstance(menu, click.Group)
+    typed, line = options.typed(), options.next_command
     for name in ("threads", "report_file", "figures", "json_file", "unseen"):
         typed.pop(name, None)
-
-    def line(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
-        text = f"moetuner {name} {file}{options.words(menu.commands[name], values)}"
-        return text + (f"  # {why}" if why else "")
 
     file = shlex.join(map(str, source.input_files))
     if advice.answer == "not now":
@@ -240,15 +233,11 @@ def next_commands(
             "as the engine records them, see docs/engines",
             line("advise", "MORE", typed),
         ]
-    return [*_judging(source, advice, typed, line, unseen), *serving_commands(source, advice)]
+    return [*_judging(source, advice, typed, unseen), *serving_commands(source, advice)]
 
 
 def _judging(
-    source: Source,
-    advice: Advice,
-    typed: dict[str, Any],
-    line: Callable[..., str],
-    unseen: Collection[Path],
+    source: Source, advice: Advice, typed: dict[str, Any], unseen: Collection[Path]
 ) -> list[str]:
     """Return the commands that compute the placement, and show the figure that it was judged by."""
     file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
@@ -271,7 +260,7 @@ def _judging(
         is_default = slots * problem.devices == problem.experts
         is_default &= problem.topology.slots_per_device is None
         solving["slots_per_device"] = None if is_default else slots
-        return line("solve", file, {**solving, **others}, why)
+        return options.next_command("solve", file, {**solving, **others}, why)
 
     commands = [solve(problem.slots, why, out_file="placement.json")]
     baseline = typed["initial"] if initial == "given" else None
@@ -283,7 +272,8 @@ def _judging(
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
-    return [*commands, line("report", f"placement.json {future or file}", values, figure)]
+    report = options.next_command("report", f"placement.json {future or file}", values, figure)
+    return [*commands, report]
 
 
 def serving_commands(source: Source, advice: Advice) -> list[str]:

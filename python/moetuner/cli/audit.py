@@ -70,7 +70,7 @@ def command(
     (traffic, *_), served = placed.judged, placed.how
     drawn = {"resamples": resamples, "seed": seed}
     how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **drawn, **served}
-    how |= {"units": placed.units, "measures": placed.measures(measures)}
+    how |= {"units": placed.source.units, "measures": placed.measures(measures)}
     with working("auditing"):
         audited = audit(
             placed.placement, traffic, placed.topology, window=placed.source.counted or 1, **how
@@ -123,11 +123,9 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
         rows = []
         for group, of in (("all", audited.whole), *audited.groups.items()):
             row, change = of[measure], of[measure].change
-            ends = (
-                ("-", "-")
-                if change is None
-                else (signed(change.value), span(change.low, change.high))
-            )
+            ends = ("-", "-")
+            if change is not None:
+                ends = (signed(change.value), span(change.low, change.high))
             rows.append((group, number(row.baseline.value, 4), number(row.value.value, 4), *ends))
         output.say("")
         output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
@@ -21,19 +21,11 @@ from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import explain
-from moetuner.evaluation.units import hold_out, units_of
+from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.cells import counted, signed, span
-from moetuner.report.outcome import (
-    Outcome,
-    gain_of,
-    head,
-    remarks,
-    running,
-    sentences,
-    slower,
-)
+from moetuner.report.outcome import Outcome, gain_of, head, remarks, running, sentences, slower
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
@@ -64,9 +56,7 @@ themselves.
 
 
 @options.command(
-    "compare",
-    help=TEXT,
-    begin_with="--devices --devices-per-node --for --methods --report",
+    "compare", help=TEXT, begin_with="--devices --devices-per-node --for --methods --report"
 )
 def command(
     *,
@@ -143,14 +133,14 @@ def command(
     settings = wanted.problem_settings(problem) | about
     contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
     contents["methods"] = {
-        name: {**of.to_dict(), "gain": gains[name].to_dict() if name in gains else None}
+        name: {**of.to_dict(), "gain": _gain_facts(gains[name]) if name in gains else None}
         for name, of in outcomes.items()
     }
     rival = outcomes[over] if over in outcomes and over != best.result.method else rows[0]
     traffic = "Unseen traffic of the first split."
     if holdout == 0:
         traffic = "The traffic that the placements were computed from, which flatters them."
-    judged = gains[best.result.method].first if best.result.method in gains else None
+    judged = gains.get(best.result.method)
     pages.write(
         output,
         lambda: of_outcomes(
@@ -163,10 +153,7 @@ def command(
 def _baseline(
     baseline: str | None, methods: tuple[str, ...], initial: Path | None
 ) -> tuple[tuple[str, ...], str]:
-    """Return the rows of the table, what runs among them, and which one others are compared with.
-
-    What runs is the given placement or, where no baseline is named, method contiguous.
-    """
+    """Return the rows of the table, what runs among them, and which one others are compared to."""
     running = RUNNING if initial is not None else BLOCKS
     if running not in methods and (baseline is None or initial is not None):
         methods = (running, *methods)
@@ -233,37 +220,25 @@ def _run(
     return done
 
 
-class Gain(NamedTuple):
-    """What a method gains: on the first split, with its interval, and on every split."""
-
-    first: Comparison
-    splits: tuple[float, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the first split's gain as JSON values, and those of all splits beside it."""
-        of, ends = self.splits, [min(self.splits), max(self.splits)]
-        more = {"mean": sum(of) / len(of), "splits": of, "range": ends if len(of) > 1 else None}
-        return self.first.to_dict() | more
+def _gain_facts(gain: Comparison) -> dict[str, Any]:
+    """Return the first split's gain as JSON values, and those of all splits beside it."""
+    of, ends = gain.splits, [min(gain.splits), max(gain.splits)]
+    more = {"mean": sum(of) / len(of), "splits": of, "range": ends if len(of) > 1 else None}
+    return replace(gain, splits=of[:1]).to_dict() | more
 
 
-def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[str, Gain]:
-    """Compare all methods with one, in the figure nearest to the objective, if it is known.
-
-    Only splits count in which every method ran.
-    """
+def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[str, Comparison]:
+    """Compare all methods with one in the objective's figure, on splits where all of them ran."""
     first = splits[0].get(over)
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
     figure = first.worth.figure
-    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
     whole = [split for split in splits if list(split) == list(splits[0])]
     gains = {}
     for method in (method for method in splits[0] if method != over):
         pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
-        mine = gain_of(*pairs[0], figure, units=units, names=(over, method))
-        values = [[getattr(each, figure) for each in pair] for pair in pairs]
-        each = tuple(1 - after / before if before else 0.0 for before, after in values)
-        gains[method] = Gain(replace(mine, splits=each[:1]), each)
+        first_gain = gain_of(*pairs[0], figure, units=source.units, names=(over, method))
+        gains[method] = first_gain.with_splits(pairs)
     return gains
 
 
@@ -286,7 +261,7 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
 
 
 def _show_gains(
-    output: Output, gains: dict[str, Gain], over: str, best: str, *, held_out: bool
+    output: Output, gains: dict[str, Comparison], over: str, best: str, *, held_out: bool
 ) -> None:
     """Print the table, and the sentence of the method that is best by what it saw."""
     if not gains:
@@ -296,12 +271,12 @@ def _show_gains(
     if number > 1:
         columns.append(f"{number} splits")
     for method, of in gains.items():
-        cells = (signed(of.first.gain), span(of.first.low, of.first.high))
+        cells = (signed(of.gain), span(of.low, of.high))
         rows.append((method, *cells, *[span(min(of.splits), max(of.splits))] * (number > 1)))
     output.say("")
     output.table((f"gain over {over}", *columns), rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
     if best in gains:
-        output.say(f"Gain: {where} {gains[best].first.sentence}")
+        output.say(f"Gain: {where} {gains[best].sentence}")
     else:
         output.say(f"Gain: no method has a smaller objective than {over} on the seen part.")

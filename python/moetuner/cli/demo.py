@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def command(
         f"  moetuner advise {files[0]} --devices {DEVICES}",
     )
     methods = {method: outcome.to_dict() for method, outcome in outcomes.items()}
-    output.finish({"input": source.facts(), "structure": asdict(measured), "methods": methods})
+    output.finish({"input": source.facts(), "structure": measured.to_dict(), "methods": methods})
     if not output.quiet:
         words = [str(files[0]), "--devices", str(DEVICES)]
         words += [] if threads is None else ["--threads", str(threads)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.machine import Machine, cost_model_for
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import evaluate
@@ -25,12 +25,18 @@ from moetuner.report.advice import drift as measuring
 from moetuner.report.advice.values import WINDOWS
 from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
+from moetuner.statistics import WINDOW
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
+# Options that say how INPUT is read, and the machine.
+READING = [of.name for kind in (Source, Machine) for of in fields(kind)]
+READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
+# Values of options that a command need not name.
+PLAIN = {"window": WINDOW, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -74,17 +80,21 @@ def command(
     files = profile_files or _named(placement_file, placed.settings)
     only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))
     profile = replace(placed.source, input_files=files, only=only or source.only)
+    profile = profile.as_placed(placed.settings)
     with working("comparing the expert shares"):
-        drifted = measuring.drift(profile.traffic, source.traffic, seed=seed)
+        # Counts as recorded: fewer of them would be less evidence.
+        drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
     # A placement is flattered by what it was computed from: what was held out is not that.
     unseen, _, part = replace(placed, source=profile).judged
     placement, topology = placed.placement, placed.topology
     how: dict[str, Any] = {"threads": source.threads, **placed.how}
     with working("replaying"):
-        now = placed.source, source.traffic
+        now = placed.source, placed.source.traffic
         rows = _replayed(placement, topology, source.window, (profile, unseen), now, how)
     worst = max(rows, key=lambda row: row["change"])
-    output.say(f"profile: {profile.describe()}", f"now: {source.describe()}", *placed.differences())
+    output.say(
+        f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
+    )
     if part["is_seen"] is False and "holdout" not in part:
         output.say("Warning: the placement was not computed from this profile.")
     answer = "not left"
@@ -132,17 +142,15 @@ def _replayed(
     after: tuple[Source, Traffic],
     how: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return figures of a placement on two recordings, by window, and how much worse they got.
-
-    Windows are the one that is given, else the placement's and those of prefill.
-    """
+    """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [of.tokens for _, of in (before, after) if isinstance(of, RoutingTrace)]
     first, more = after[0].replayed, WINDOWS[-1]
     windows = [first if len(tokens) == 2 else None]
+    # If no window is given, those of prefill too.
     if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
         windows.append(more)
-    # Windows of counts are as long as they were recorded, and so are their times.
-    measure = SHOWN[len(tokens) == 2]
+    # Windows of counts may be as long as they were recorded, and so are their times.
+    measure = SHOWN[before[0].counted == after[0].counted is not None]
     rows = []
     for window in windows:
         row: dict[str, Any] = {"window": window, "measure": measure}
@@ -171,13 +179,23 @@ def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
 
 def _again(placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    of, topology, source = placed.placement, placed.topology, placed.source
-    where = machine.words() if machine.machine else f"--devices {of.devices}"
-    if machine.machine is None and topology.nodes > 1:
-        where += f" --devices-per-node {topology.devices_per_node}"
-    if of.has_copies:
-        where += f" --slots-per-device {of.slots_per_device}"
-    if placed.serving.engine is not None:
-        where += f" --for {placed.serving.engine}"
-    files = shlex.join(map(str, source.input_files))
-    return f"moetuner solve {files} {where}{source.words()} --out placement.json"
+    of, topology, settings = placed.placement, placed.topology, placed.settings
+    typed = options.typed()
+    values = {name: typed.get(name) for name in READING}
+    values |= {name: getattr(placed.source, name) for name in ("model", "tokens_per_step")}
+    if machine.machine is None:
+        values["devices"] = of.devices
+        values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
+    values |= {name: placed.serving.given.get(name) for name in SERVED}
+    values |= {
+        name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
+    }
+    values |= {"engine": placed.serving.engine, "window": placed.source.replayed}
+    model = placed.how["cost_model"]
+    if model != cost_model_for(None, placed.source.traffic) and model.name:
+        values["cost_model"] = model.name.partition(" (")[0]
+    values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
+    values["slots_per_device"] = of.slots_per_device if of.has_copies else None
+    values["out_file"] = "placement.json"
+    files = shlex.join(map(str, placed.source.input_files))
+    return options.next_command("solve", files, values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,8 +13,8 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, shares, working
-from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.cli.output import Output
+from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
@@ -58,17 +57,14 @@ def command(
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
     seeds = {"mixed_seed": mixed_seed}
-    with working("replaying") as report:
-        replay: Any = {**placed.replay, **seeds, **how}
-        replay["progress"] = shares(report, "of the tokens")
-        before, evaluation = evaluate_each([running, placement], traffic, placed.topology, **replay)
-    gain = placed.gain(before, evaluation, against)
+    before, evaluation = placed.replayed(running, **seeds)
+    gains = placed.gains(before, evaluation, against)
     output.say(*placed.lines())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}{windows}",
-        f"Gain: {gain.sentence}",
+        *(f"Gain: {gain.sentence}" for gain in gains),
         "",
     )
     _table(output, "traffic", OTHERS, evaluation)
@@ -78,7 +74,7 @@ def command(
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
     contents = placed.contents(**seeds) | {"placement": str(placement_file)}
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
-    output.finish(contents | evaluation.to_dict() | {"gain": gain.to_dict()})
+    output.finish(contents | evaluation.to_dict() | {"gain": gains[0].to_dict()})
 
 
 def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:

@@ -90,9 +90,7 @@ def command(
     )
     fitted.save(out_file)
     output.say(
-        f"wrote {out_file}",
-        "Next:",
-        f"  moetuner advise INPUT --devices 8 --cost-model {out_file}",
+        f"wrote {out_file}", "Next:", f"  moetuner advise INPUT --devices 8 --cost-model {out_file}"
     )
     output.finish({"times": times, "cost_model": asdict(fitted)})
 

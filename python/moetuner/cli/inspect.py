@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 
@@ -61,7 +60,7 @@ def command(
     _show_skew(output, measured)
     _show_groups(output, measured)
     _show_crossings(output, measured)
-    contents = {"input": source.facts(), **asdict(measured)}
+    contents = {"input": source.facts(), **measured.to_dict()}
     if serving.is_given:
         contents["contiguous"] = _show_served(output, source, serving, devices)
     output.finish(contents)

@@ -92,10 +92,11 @@ class Output:
             self._console.print(table, soft_wrap=True)
 
     def finish(self, contents: dict[str, Any]) -> None:
-        """Write the JSON, if it is wanted."""
+        """Write the JSON, if it is wanted; docs/json.md has its keys."""
         if self.json_file is None:
             return
-        text = json.dumps(finite(contents), indent=2, allow_nan=False)
+        schema = {"schema": f"moetuner.{click.get_current_context().command.name}/1"}
+        text = json.dumps(finite(schema | contents), indent=2, allow_nan=False)
         if str(self.json_file) == "-":
             click.echo(text)
         else:

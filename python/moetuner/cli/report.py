@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
@@ -13,8 +12,7 @@ from moetuner.cli.options.pages import FOLDER, Pages, needs_report, origin_of, p
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, shares, working
-from moetuner.evaluation import evaluate_each
+from moetuner.cli.output import Output, working
 from moetuner.evaluation.auditing import audit_of
 from moetuner.files import text
 from moetuner.frozen import as_json
@@ -53,33 +51,28 @@ def command(
     placed = Placed.read(placement_file, source, machine, serving)
     running, _ = placed.baseline(baseline_file)
     names = "contiguous" if baseline_file is None else "running", text.name(placement_file.stem)
-    how, (traffic, judged_on, _) = placed.how, placed.judged
-    model = how["cost_model"]
+    model, (traffic, judged_on, _) = placed.how["cost_model"], placed.judged
     output.say(*placed.lines())
-    with working("replaying") as report:
-        replay: Any = {**placed.replay, **how, "progress": shares(report, "of the tokens")}
-        before, after = evaluate_each(
-            [running, placed.placement], traffic, placed.topology, mixed=False, **replay
-        )
-    gain = replace(placed.gain(before, after, ""), names=names)
+    before, after = placed.replayed(running, mixed=False)
+    gains = [replace(of, names=names) for of in placed.gains(before, after, "")]
     audited, measures = None, placed.measures()
     if traffic.group is not None:
         with working("comparing groups"):
-            audited = audit_of(before, after, placed.units, measures)
-    output.say(f"Gain: {gain.sentence}")
+            audited = audit_of(before, after, source.units, measures)
+    output.say(*(f"Gain: {gain.sentence}" for gain in gains))
     contents = placed.contents(
         placement=str(placement_file),
         baseline=None if baseline_file is None else str(baseline_file),
         cost_model=model.name,
     )
     contents |= as_json({"running": before, "proposed": after, "audit": audited})
-    contents["gain"] = gain.to_dict()
+    contents["gain"] = gains[0].to_dict()
     Pages(report_file, figures).write(
         output,
         lambda: of_evaluations(
             *(names, (before, after), origin_of(source), contents),
             traffic=judged_on,
-            judged=gain,
+            judged=gains[0],
             token_bytes=model.token_bytes,
             expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
             audit=audited,

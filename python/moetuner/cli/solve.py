@@ -20,7 +20,7 @@ from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import contiguous
 from moetuner.evaluation.comparison import Comparison
-from moetuner.evaluation.units import hold_out, units_of
+from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -148,19 +148,9 @@ def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Out
 
 
 def _judge(
-    result: Result,
-    initial: Placement | None,
-    source: Source,
-    problem: Problem,
-    judged_on: Traffic,
+    result: Result, initial: Placement | None, source: Source, problem: Problem, judged_on: Traffic
 ) -> tuple[Outcome, list[Outcome]]:
-    """Replay what runs, or would if nothing is done, and a result.
-
-    Returns
-    -------
-    before, rows
-        What runs, a placement or else contiguous, and the rows of the table.
-    """
+    """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
     blocks = running(problem, contiguous(result.placement), "contiguous")
     before = [blocks] if initial is None else [blocks, running(problem, initial)]
     outcomes = source.judge([*before, result], problem, judged_on)
@@ -170,9 +160,8 @@ def _judge(
 
 def _gain(source: Source, before: Outcome, after: Outcome) -> Comparison:
     """Compare a result with what runs, on what was held out of INPUT."""
-    units = units_of(source.traffic, window=source.replayed, threads=source.threads)
     both, names = (before.evaluation, after.evaluation), (before.result.method, after.result.method)
-    return gain_of(*both, after.worth.figure, units=units, names=names)
+    return gain_of(*both, after.worth.figure, units=source.units, names=names)
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

@@ -72,6 +72,7 @@ def command(
         f"none has an objective below {bound:.6f}."
     )
     contents: dict[str, Any] = {"bound": bound, "cost": cost, "scope": certificate.about}
+    contents["bound_scope"] = certificate.about
     contents |= {"method": certificate.method, "regime": certificate.regime}
     contents["max_imbalance"] = imbalances if len(imbalances) > 1 else imbalances[0]
     contents["caps"] = certificate.caps.tolist()

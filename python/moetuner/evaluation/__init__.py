@@ -14,14 +14,7 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import Arrival, in_order, orders
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES, Replay, busiest_port
-from moetuner.evaluation.replay import (
-    Setting,
-    Traffic,
-    check_model,
-    members,
-    times_of,
-    topology_of,
-)
+from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
@@ -168,7 +161,8 @@ def evaluate(
         A trace, replayed token by token; or statistics, which tell balance and crossing but not
         fanout.
     topology
-        Nodes and speeds of the devices; one node of equal devices by default.
+        Nodes and speeds of the devices; by default those that the placement was computed for, where
+        its settings have them, else one node of equal devices.
     window
         Tokens whose load is balanced together; None for the whole trace at once. Statistics bring
         their own windows.

@@ -132,8 +132,8 @@ class Audit(Frozen):
         """Return fields as JSON values; intervals are value, low and high."""
         fields: dict[str, Any] = as_json(
             {
-                "all": self.whole,
-                "by_group": self.groups,
+                **dict.fromkeys(("whole", "all"), self.whole),
+                **dict.fromkeys(("groups", "by_group"), self.groups),
                 "units": dict(zip(("kind", "number"), self.units, strict=True)),
                 "block_length": self.block_length,
                 "too_few": self.too_few,
@@ -178,7 +178,8 @@ def audit(
         A trace; or a load table, whose windows are resampled and which tells imbalance and time
         only.
     topology
-        Nodes and speeds of the devices; one node of equal devices by default.
+        Nodes and speeds of the devices; by default those that the placement was computed for, where
+        its settings have them, else one node of equal devices.
     baseline
         What to compare with; experts in blocks by default, as engines place them.
     window
@@ -294,10 +295,7 @@ def contiguous(placement: Placement) -> Placement:
 
 
 def blocks(layers: int, experts: int, devices: int) -> Placement:
-    """Return experts in blocks on devices, one copy each, as engines load them.
-
-    The first devices take what is left over.
-    """
+    """Return experts in blocks, one copy each; the first devices take what is left over."""
     sizes = experts // devices + (np.arange(devices) < experts % devices)
     device_of = np.repeat(np.arange(devices), sizes)
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation, Replayed
 from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.intervals import FEWEST, Change, Spread, mean_interval, paired
-from moetuner.evaluation.units import Units, likeness, units_of
+from moetuner.evaluation.intervals import FEWEST, Change, paired
+from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
 
@@ -129,9 +129,14 @@ class Comparison(Frozen):
                 f"{line}; too few independent sequences or windows for an interval ({self.units}, "
                 f"at least {FEWEST} are needed)."
             )
-        over = f", over {len(self.splits)} splits" if len(self.splits) > 1 else ""
         chance = "; that may be chance" if self.answer == "no evidence" else ""
-        return f"{line} ({self.sure}{over}){chance}."
+        return f"{line} ({self.sure}){chance}."
+
+    def with_splits(self, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
+        """Return it with the gains of evaluations before and after in every split."""
+        values = ([getattr(each, self.measure) or 0.0 for each in pair] for pair in splits)
+        gains = (1 - after / before if before else 0.0 for before, after in values)
+        return replace(self, splits=tuple(gains))
 
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"
@@ -142,6 +147,8 @@ class Comparison(Frozen):
         if len(self.splits) > 1:
             low, high, kind = min(self.splits), max(self.splits), "range of splits"
         return {
+            "answer": self.answer,
+            "names": list(self.names),
             "over": self.names[0],
             "measure": self.measure,
             "before": self.before,
@@ -187,60 +194,41 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> C
     not_negative("price", price, "share")
     has_times = before.predicted_layer_us is not None and after.predicted_layer_us is not None
     measure = "predicted_layer_us" if has_times else "imbalance"
-    return replace(compare([(before, after)], [measure])[measure], price=price, splits=())
+    return replace(compare(before, after, [measure])[measure], price=price, splits=())
 
 
 def compare(
-    splits: Sequence[tuple[Evaluation, Evaluation]],
+    before: Evaluation,
+    after: Evaluation,
     measures: Sequence[str] = (),
     *,
     units: Units | None = None,
-    share: float = 0.0,
-    seed: int = 0,
 ) -> dict[str, Comparison]:
-    """Compare two placements on the traffic of every split of a recording.
+    """Compare two placements on the same traffic in figures, by default all whose parts add up.
 
-    Parameters
-    ----------
-    splits
-        What both do to the traffic of each split.
-    measures
-        Names of figures; by default all whose parts add up. Those of mixed arrival, and those that
-        depend on given homes, have no interval.
-    units
-        What is independent in the recording; by default in the traffic itself.
-    share
-        What each split holds out, on which depends how alike errors of splits are.
-    seed
-        Of the resamples.
+    Figures of mixed arrival, and those that depend on given homes, have no interval. ``units`` are
+    what is independent in the whole recording, by default in the traffic itself.
     """
-    resampled = []
-    for pair in splits:
-        both = [each.replayed for each in pair if each.replayed is not None]
-        resampled.append(({}, 0) if len(both) < 2 else _paired(both, units, seed))
+    both = [each.replayed for each in (before, after) if each.replayed is not None]
+    figures, number = ({}, 0) if len(both) < 2 else _paired(both, units)
     comparisons = {}
-    alike = 1.0 if units is None else likeness(share, units)
-    for measure in measures or resampled[0][0]:
-        values = [tuple(getattr(each, measure) for each in pair) for pair in splits]
-        spreads = []
-        for (before, after), (figures, number) in zip(values, resampled, strict=True):
-            change = figures[measure].change if measure in figures else None
-            spread = -change if change else Spread(0.0, np.empty(0), 1.0, number)
-            spreads.append(replace(spread, value=1 - after / before if before else 0.0))
-        gain, low, high = mean_interval(spreads, alike)
-        before, after = np.mean(values, axis=0).tolist()
-        comparisons[measure] = Comparison(
-            *(measure, before, after, gain, low, high),
-            units=min(each.units for each in spreads),
-            splits=tuple(each.value for each in spreads),
-        )
+    for measure in measures or figures:
+        old, new = getattr(before, measure), getattr(after, measure)
+        gain, interval, counted = 1 - new / old if old else 0.0, None, number
+        change = figures[measure].change if measure in figures else None
+        if change is not None:
+            interval, counted = replace(-change, value=gain).interval, change.units
+        low, high = interval or (None, None)
+        values = (measure, old, new, gain, low, high)
+        comparisons[measure] = Comparison(*values, units=counted, splits=(gain,))
     return comparisons
 
 
-def _paired(
-    both: Sequence[Replayed], units: Units | None, seed: int
-) -> tuple[dict[str, Change], int]:
+def _paired(both: Sequence[Replayed], units: Units | None) -> tuple[dict[str, Change], int]:
     """Resample two evaluations of the same traffic together; return how many units it has, too."""
+    machines = [replace(of.setting.topology, name=None) for of in both]
+    if machines[0] != machines[1]:
+        raise ValueError("before and after must be of one machine: give evaluate() its topology")
     if units is None:
         setting = both[1].setting
         units = units_of(both[1].traffic, window=setting.window, threads=setting.threads)
@@ -260,4 +248,4 @@ def _paired(
         raise ValueError(
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )
-    return paired(after, before, rng=np.random.default_rng(seed)), units.number
+    return paired(after, before, rng=np.random.default_rng(0)), units.number

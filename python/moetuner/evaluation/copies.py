@@ -39,10 +39,7 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
 
 
 def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
-    """Return tokens that every device serves [W,L,D], of those of experts [W,L,E].
-
-    Slots serve shares [L,D,S], as ``slot_shares`` has them.
-    """
+    """Return tokens that devices serve [W,L,D] by ``slot_shares`` [L,D,S], of experts' [W,L,E]."""
     slots = placement.slots, share
     return by_block(
         load, lambda some: _core.expected_load(slots, np.ascontiguousarray(some, np.float64))

@@ -120,10 +120,6 @@ class Figure:
         """Write a value as it stands in a table; a dash where it is not known."""
         return "-" if value is None else f"{value:,.{self.decimals}f}"
 
-    def with_unit(self, value: float) -> str:
-        """Write a value with its unit."""
-        return f"{value:.4g}{self.unit}"
-
 
 def mean(parts: Weighed) -> float | None:
     """Average over windows and layers, by weight; None of nothing."""

@@ -229,10 +229,7 @@ def paired(
 
 
 def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None) -> Spread:
-    """Return the spread of a figure out of its resamples, as wide as units deviate from the truth.
-
-    The last of the samples is of every unit once.
-    """
+    """Return the spread of a figure out of resamples, the last of which is of every unit once."""
     blocks, below = sums.blocks, sums.by_unit()[1]
     units = len(below)
     number = units if blocks.length == 1 else blocks.number(units)
@@ -261,20 +258,6 @@ def _spread(sums: Sums, value: float, samples: Floats, influence: Floats | None)
                 wider, freedom = wider * ratio, fewest
     finite = samples[:-1][np.isfinite(samples[:-1])]
     return Spread(value, wider * (finite - samples[-1]), freedom, number)
-
-
-def mean_interval(
-    splits: Sequence[Spread], likeness: float
-) -> tuple[float, float | None, float | None]:
-    """Return the mean over splits of a recording and its interval; errors have a correlation."""
-    value = float(np.mean([each.value for each in splits]))
-    ends = [each.interval for each in splits if each.interval is not None]
-    if len(ends) < len(splits):
-        return value, None, None
-    surer = math.sqrt((1 + (len(splits) - 1) * likeness) / len(splits))
-    widths = np.abs(np.array(ends) - [[each.value] for each in splits])
-    below, above = (surer * widths.mean(axis=0)).tolist()
-    return value, value - below, value + above
 
 
 def holm(chances: Sequence[float]) -> list[float]:

@@ -20,7 +20,7 @@ from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, sha
 from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
-from moetuner.topology import Regime, Topology
+from moetuner.topology import Regime, Topology, from_keys
 from moetuner.trace import RoutingTrace
 
 # Bytes of a trace that are replayed at once: under all placements while they are in the cache.
@@ -76,13 +76,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``.
-
-    Raises
-    ------
-    ValueError
-        If one of them is out of its range.
-    """
+    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``."""
 
     placement: Placement
     topology: Topology
@@ -139,10 +133,13 @@ class Setting:
 
 
 def topology_of(placement: Placement, topology: Topology | None) -> Topology:
-    """Return the topology that was given, or one node of the placement's devices."""
+    """Return the topology that was given, else the placement's, else one node of its devices."""
     instance("placement", placement, Placement)
     if topology is None:
-        return Topology(placement.devices)
+        try:
+            return from_keys(placement.settings.get("topology") or {"devices": placement.devices})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"placement: settings: topology: {error}") from None
     instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     return topology
 
@@ -169,10 +166,7 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
 
 
 def members(traffic: Traffic) -> dict[str | None, NDArray[np.int64]]:
-    """Return the numbers of all tokens, or windows, and of those of every group that has some.
-
-    All are called None, as a group may have any name.
-    """
+    """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
     rows = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
     of: dict[str | None, NDArray[np.int64]] = {None: np.arange(rows)}
     if traffic.group is not None:

@@ -42,8 +42,6 @@ FEW_PER_GROUP = 4
 PIECE, PIECES = 16, 2048
 # Part of the traffic that may be lost between what is seen and what is held out.
 LOST = 4
-# Correlation of the gains of two splits by runs, half of whose units are held out.
-RUNS = 0.65
 # Consecutive seeds begin the runs that they hold out at places far from each other.
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -243,17 +241,6 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         whole.
     seed
         Of the choice.
-
-    Returns
-    -------
-    tuple
-        The seen part and the unseen part.
-
-    Raises
-    ------
-    ValueError
-        If ``share`` is not from 0 to 1 (1 excluded), or counts cannot be split: pairs are summed
-        over all windows, and one window is not two.
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     if not (is_number(share) and 0 <= share < 1):
@@ -298,18 +285,6 @@ def some(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
         return replace(traffic, window_load=traffic.window_load[keep], group=group)
     chosen = replace(traffic, sequence=keep.astype(np.int32)).select(sequences=[1])
     return replace(chosen, sequence=None if traffic.sequence is None else traffic.sequence[keep])
-
-
-def likeness(share: float, units: Units) -> float:
-    """Compute how alike two splits judge that hold out a share: the correlation of their gains.
-
-    It has two parts. Units are unseen in both splits; and what a unit gains by another one that
-    was seen is, where nothing is to be learnt, what that gains by it, so two units count alike that
-    are on different sides in both. Halves that are drawn at random have half of either in common.
-    Runs begin at places that consecutive seeds spread, and have more of the second.
-    """
-    alike = max(share, 2 * share * (1 - share))
-    return alike if units.blocks.length == 1 and units.name != "window" else max(alike, RUNS)
 
 
 def alike_tokens(trace: RoutingTrace) -> int:

@@ -37,11 +37,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     A link stays, and what it points to is replaced. A file that is there keeps its mode. What is no
     regular file (a pipe, a device, an open descriptor such as ``/dev/stdout``) gets the bytes
     written to it in the end. Temporary files that killed processes left behind are deleted.
-
-    Raises
-    ------
-    OSError
-        Naming ``path``.
     """
     path = Path(path)
     temporary: Path | None = None

@@ -132,10 +132,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read saved statistics, or a load table: the tables, and what is said about them.
-
-    Nothing of it is checked but that it is there.
-    """
+    """Read saved statistics or a load table, unchecked: tables, and what is said about them."""
     kind = kind_of(path)
     with naming(path):
         if kind == "npz":

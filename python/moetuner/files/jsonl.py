@@ -38,20 +38,7 @@ KEYS = Keys([("experts", 2), ("tokens", 3)], ["sequence"], ["group"])
 
 
 def read(path: str | Path, *, num_experts: int | None = None) -> TraceContents:
-    """Read a trace in either form.
-
-    Parameters
-    ----------
-    path
-        File to read.
-    num_experts
-        Experts per layer; overrides the header's.
-
-    Raises
-    ------
-    ValueError
-        Naming file and line of what is wrong.
-    """
+    """Read a trace in either form; ``num_experts`` overrides the header's."""
     path = path_in(path)
     size_of(path)
     with naming(path):

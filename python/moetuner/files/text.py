@@ -20,11 +20,7 @@ def parse_json(content: bytes | str, *, allow_nan: bool = False) -> dict[str, An
     """Read an object of JSON as its standard has it: every key once, and no NaN.
 
     Python writes NaN, so what engines write with it may have some in fields that nobody reads.
-
-    Raises
-    ------
-    ValueError
-        If it is anything else: of two values of a key readers would take different ones.
+    Of two values of a key readers would take different ones.
     """
     try:
         refuse = None if allow_nan else _refuse

@@ -122,15 +122,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def reader_of(path: str | Path) -> str:
-    """Return the name of the reader of a file, or of a folder by its first files.
-
-    Raises
-    ------
-    ValueError
-        If none knows it.
-    OSError
-        If it cannot be read.
-    """
+    """Return the name of the reader of a file, or of a folder by its first files."""
     path = path_in(path)
     for name, reader in READERS.items():
         if name == own.KINDS[0] and path.is_file():

@@ -51,14 +51,8 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
 def by_step(path: Path, pattern: re.Pattern[str], like: str) -> dict[tuple[int, int], NDArray[Any]]:
     """Read all arrays of a file by the step and the layer in their names, in rising order.
 
-    Parameters
-    ----------
-    path
-        The file.
-    pattern
-        Whole names, with a group ``layer`` and, unless all are of step 0, a group ``step``.
-    like
-        A name that fits, for messages.
+    ``pattern`` is of whole names, with a group ``layer`` and, unless all are of step 0, a group
+    ``step``; ``like`` is a name that fits, for messages.
     """
     names: dict[tuple[int, int], str] = {}
     for name in names_in(path):

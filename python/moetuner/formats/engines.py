@@ -76,10 +76,7 @@ ENGINES: dict[str, Engine] = {
     ),
     "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
     "vllm-ascend": Engine(
-        "vllm-ascend",
-        "even",
-        "one for each device, in turns over devices",
-        repeated="refuses it",
+        "vllm-ascend", "even", "one for each device, in turns over devices", repeated="refuses it"
     ),
     "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False),
     "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False),
@@ -94,17 +91,10 @@ BUFFER = 16 * (2**31 - 1)
 def tokens_per_rank(hidden: int, slots: int) -> int:
     """Compute how many tokens a rank may send at once by DeepEP's low-latency kernels.
 
-    Each of two buffers sends and receives a message for every token and slot of all ranks: a row
-    in 16 bits, and the scales of its blocks of 128 (``LowLatencyLayout`` of DeepEP 1.2; vLLM's
-    ``max_num_batched_tokens`` and SGLang's ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK`` have
-    to stay within it).
-
-    Parameters
-    ----------
-    hidden
-        Size of a token's row.
-    slots
-        Of all ranks in a layer, those for copies included.
+    Each of two buffers sends and receives a message for every token and slot of all ranks (copies
+    too): a row of size ``hidden`` in 16 bits, and the scales of its blocks of 128
+    (``LowLatencyLayout`` of DeepEP 1.2; vLLM's ``max_num_batched_tokens`` and SGLang's
+    ``SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK`` have to stay within it).
     """
     message = 2 * hidden + 4 * (hidden // 128)
     signals = -(-4 * slots // 128) * 128

@@ -120,17 +120,7 @@ def check_placement(placement: Placement, engine: str) -> None:
 
 
 def faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
-    """List what is wrong with a map; empty if an engine could load it as far as is known.
-
-    Parameters
-    ----------
-    layout
-        The map as it stands.
-    engine
-        Name in ``ENGINES``; None for nobody's.
-    hints
-        What the user says of the model and of the devices.
-    """
+    """List what is wrong with a map; empty if the engine, None for any, could load it."""
     of = None if engine is None else ENGINES[engine]
     return [
         *layout.remarks,

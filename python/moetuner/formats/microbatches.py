@@ -39,18 +39,7 @@ class Microbatches:
         layers[layer] = ids.astype(id_type(np.dtype(np.int64), self.experts))
 
     def trace(self, where: Path) -> RoutingTrace:
-        """Join microbatches in the order of time, and of ranks within it.
-
-        Parameters
-        ----------
-        where
-            The file or folder, for messages.
-
-        Returns
-        -------
-        RoutingTrace
-            Every microbatch a sequence, every rank a group.
-        """
+        """Join microbatches by time, then rank: each is a sequence, and every rank a group."""
         numbers = sorted(set().union(*self.layers.values()))
         keys = sorted(self.layers)
         last = {rank: step for step, _, rank in keys}

@@ -37,10 +37,7 @@ def looks_like_json(start: bytes) -> bool:
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the objects of a file in order, each with its number in words, for messages.
-
-    Memory holds as many bytes as the longest object needs.
-    """
+    """Read the objects of a file in order, numbered in words; memory holds the longest object."""
     size_of(path)
     with path.open("rb") as file:
         buffer = file.read(max(CHUNK, 64)).decode("latin-1").removeprefix(MARK).lstrip()

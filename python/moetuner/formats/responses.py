@@ -50,23 +50,12 @@ def trace_of(
     source: str = "responses",
     sequence: Sequence[int] | NDArray[Any] | None = None,
 ) -> RoutingTrace:
-    """Join ids [t,R,K] to a trace, without the rows of dense layers.
+    """Join ids [t,R,K] of files, rows of dense layers too, to a trace without those.
 
     Engines fill the rows of layers without experts with zeros. A token never has the same expert
     twice in a layer, so with top-k above 1 one token tells; with top-1 a row must be zero for all.
-
-    Parameters
-    ----------
-    paths
-        All files, for messages.
-    arrays
-        Files and what is in them: tokens, rows (layers, dense ones too), experts of a token.
-    hints
-        Experts per layer, and the dense layers, if the user named them; else content tells.
-    source
-        What the arrays are, for messages.
-    sequence
-        Sequence of every token, read after all arrays are; by default an array is a sequence.
+    ``source`` says what the arrays are. The ``sequence`` of tokens is read after all arrays are; by
+    default an array is a sequence.
     """
     trace: TraceInParts | None = None
     count = 0

@@ -43,10 +43,7 @@ class Source:
 def read_tables(
     opened: Callable[[Path], AbstractContextManager[Source]], paths: Sequence[Path], hints: Hints
 ) -> Traffic:
-    """Read one table, or several of the same columns one after the other.
-
-    ``opened`` opens one.
-    """
+    """Read one table, or several of the same columns one after the other; ``opened`` opens one."""
     table: Any = None
     for path in paths:
         with naming(path), opened(path) as source:

@@ -212,10 +212,7 @@ def _tokens(
 
 
 def _translated(of: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
-    """Translate slots [hidden,t,K] to experts [t,hidden,K].
-
-    Rows without any slot become zero, as those of dense layers are elsewhere.
-    """
+    """Translate slots [hidden,t,K] to experts [t,hidden,K]; rows without any slot become zero."""
     count = of.slots.shape[1]
     if slots.max(initial=-1) >= count or slots.min(initial=-1) < -1:
         wrong = slots.max() if slots.max() >= count else slots.min()

@@ -31,28 +31,11 @@ def agree(
 
     Rank 0 judges when all have posted, or after ``wait`` seconds what there is. After twice that
     another rank judges, for which rank 0 is silent whatever it posts. A rank that comes later reads
-    the verdict without waiting.
+    the verdict without waiting. All ranks reach the store; ``key`` is the question, asked once;
+    ``judge`` takes the posts by rank, None of a silent one.
 
-    Parameters
-    ----------
-    store
-        A store that all ranks reach.
-    key
-        The question, the same on all ranks and asked once.
-    rank, size
-        This rank, from 0, and how many there are.
-    post
-        What it says.
-    judge
-        Makes the verdict of the posts by rank; None is a silent one.
-    wait
-        Seconds.
-
-    Returns
-    -------
-    tuple
-        The verdict, and whether this rank has seen the posts of all: they have then read the
-        verdicts on all earlier questions.
+    Returns the verdict, and whether this rank has seen the posts of all: they have then read the
+    verdicts on all earlier questions.
     """
     *posts, verdict = keys_of(key, size)
     store.set(posts[rank], post)

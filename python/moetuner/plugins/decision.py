@@ -12,14 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import (
-    DEVICE_LIMIT,
-    SLOT_LIMIT,
-    array_in,
-    at_least,
-    numbers_in,
-    whole_number,
-)
+from moetuner._checks import DEVICE_LIMIT, SLOT_LIMIT, array_in, at_least, numbers_in, whole_number
 from moetuner.placement import EMPTY, holders_of, keep_slots, moves_from
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
@@ -145,13 +138,7 @@ class Case:
         num_ranks: int,
         old_map: ArrayLike | None,
     ) -> Case:
-        """Check an engine's arguments, as those of ``rebalance_experts``.
-
-        Raises
-        ------
-        ValueError
-            If sizes do not fit one another, or a load makes no sense.
-        """
+        """Check an engine's arguments, as those of ``rebalance_experts``."""
         windows = numbers_in("weight", few_windows(array_in("weight", weight)))
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError("weight must be finite and at least 0")
@@ -303,13 +290,7 @@ class Case:
         )
 
     def pairs_of(self, profile: RoutingStatistics, traffic: float) -> Pairs:
-        """Return the pairs of a profile as they count for loads like these.
-
-        Raises
-        ------
-        ValueError
-            If the profile is of another model, or has no pairs.
-        """
+        """Return the pairs of a profile as they count for loads like these."""
         if profile.coactivation is None:
             raise ValueError("the profile has no co-activation: count it from a trace")
         if profile.experts != self.experts:
@@ -330,13 +311,7 @@ class Case:
         return Pairs(counts, cost)
 
     def rows_of(self, layers: int, what: str) -> NDArray[np.intp]:
-        """Tell which of the engine's layers have experts, where some of its are dense.
-
-        Raises
-        ------
-        ValueError
-            If they are not as many as ``what`` has.
-        """
+        """Tell which of the engine's layers have experts, where some of its are dense."""
         here = len(self.slots)
         if layers == here:
             return np.arange(here)
@@ -356,11 +331,6 @@ def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     """Return windows [W,L,E] of loads [L,E] or [W,L,E]: those with load, few enough to search on.
 
     Neighbours are added up where there are more. Of loads that are all zero one window is left.
-
-    Raises
-    ------
-    ValueError
-        If they have another number of dimensions, or none of something.
     """
     windows = weight[None] if weight.ndim == 2 else weight
     if windows.ndim != 3 or windows.size == 0:

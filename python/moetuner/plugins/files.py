@@ -76,7 +76,7 @@ class Files:
             if settings.profile is not None and settings.rebalance and not placements:
                 traffic = open_input(settings.profile)
                 if isinstance(traffic, RoutingTrace):
-                    traffic = RoutingStatistics.from_trace(traffic, transitions=False)
+                    traffic = RoutingStatistics.from_trace(traffic, window=None, transitions=False)
                 profile = traffic
         except OSError as error:
             return cls(
@@ -92,17 +92,7 @@ class Files:
     def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
         """Return the placement of a model and its slots [L,D,S]; what stays keeps its slot.
 
-        Parameters
-        ----------
-        case
-            What the engine asks: it says how many layers, ranks, slots and experts there are.
-        model
-            Name of the model: it chooses where several placements have these sizes.
-
-        Raises
-        ------
-        ValueError
-            If no placement, or more than one, is of this model.
+        The model's name chooses where several placements have the sizes of the case.
         """
         stored, rows = self._choose(case, model)
         layers, ranks, width = case.slots.shape

@@ -52,13 +52,7 @@ class Settings:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
-        """Read an environment, by default the process's; None if it asks for nothing.
-
-        Raises
-        ------
-        ValueError
-            If a variable makes no sense; the message names it.
-        """
+        """Read an environment, by default the process's; None if it asks for nothing."""
         given = os.environ if environment is None else environment
 
         def text(name: str) -> str:

@@ -14,13 +14,7 @@ from moetuner.plugins.agreement import Group
 
 
 def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any, ...]:
-    """Return experts of slots [L,P], slots of experts [L,E,X] and copies [L,E] as tensors.
-
-    Raises
-    ------
-    ValueError
-        If a rank holds two copies of one expert.
-    """
+    """Return experts of slots [L,P], slots of experts [L,E,X] and copies [L,E] as tensors."""
     import torch
 
     placement = Placement(

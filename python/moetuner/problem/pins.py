@@ -115,10 +115,7 @@ def _shortage(
 ) -> tuple[int, list[int], int] | None:
     """Find experts [E,D] that have fewer slots [D] than they are, by a matching (Hall, 1935).
 
-    Returns
-    -------
-    experts, devices, slots
-        How many they are, their devices and how many slots those have; None if all find one.
+    Returns how many they are, their devices, and how many slots those have; None if all find one.
     """
     hosted: list[list[int]] = [[] for _ in capacity]
     for expert in range(len(allowed)):

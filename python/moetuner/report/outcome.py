@@ -79,10 +79,7 @@ class Outcome:
 
 
 def head(problem: Problem) -> tuple[str, ...]:
-    """Return a table's columns: what says most of the objective, within 80 characters.
-
-    An objective that is a predicted time has a column as a figure.
-    """
+    """Return a table's columns, within 80 characters; a predicted time has one as a figure."""
     worth = Objective(problem)
     columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
     value = () if worth.is_predicted_time else ("objective",)
@@ -119,7 +116,7 @@ def gain_of(
     figures = [of for of in (figure, "predicted_layer_us", "imbalance") if of in FIGURES]
     both = (before, after)
     measure = next(of for of in figures if None not in [getattr(each, of) for each in both])
-    gain = replace(compare([both], [measure], units=units)[measure], names=names)
+    gain = replace(compare(before, after, [measure], units=units)[measure], names=names)
     return replace(gain, low=None, high=None) if gain.is_too_few else gain
 
 

@@ -20,7 +20,7 @@ from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.intervals import FEWEST, paired
 from moetuner.evaluation.replay import Setting, Traffic
 from moetuner.evaluation.units import hold_out, loads_of, units_of, with_runs
-from moetuner.frozen import Frozen, as_json, html_table
+from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import Method, solve
@@ -89,11 +89,6 @@ class Structure(Frozen):
     crossing_independent: float | None
     gain: tuple[float, float] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return fields as JSON values."""
-        values: dict[str, Any] = as_json(vars(self))
-        return values
-
     def _repr_html_(self) -> str:
         bits = ("", *(self.information or ("",) * (len(self.skew) - 1)))
         head = ("layer", "skew", "unused", "bits shared with the layer before")
@@ -153,7 +148,8 @@ def structure(
         return result.uninterrupted().placement
 
     def crossing(placement: Placement, unseen: Traffic) -> float | None:
-        return evaluate(placement, unseen, mixed=False, threads=threads).crossing
+        how: Any = {"window": None, "cost_model": None, "mixed": False, "threads": threads}
+        return evaluate(placement, unseen, **how).crossing
 
     tables = whole.transitions_or_empty
     bits = chance = contiguous = searched = null = gain = None
@@ -207,7 +203,7 @@ def _pairs(
         return traffic
     share_of_both = None if progress is None else lambda share: progress((half + share) / 2)
     return RoutingStatistics.from_trace(
-        traffic, coactivation=False, threads=threads, progress=share_of_both
+        traffic, window=None, coactivation=False, threads=threads, progress=share_of_both
     )
 
 

@@ -13,6 +13,7 @@ from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Run, verdict_of
+from moetuner.statistics import COUNTED
 
 
 def result_of(run: Run, method: str, *, searched: bool) -> Result:
@@ -89,12 +90,7 @@ def _settings_of(problem: Problem) -> dict[str, Any]:
         "expert_size": statistics.expert_size,
         "window": statistics.window,
         # What makes the fingerprint of the same traffic another one.
-        "counted": {
-            "by_group": statistics.group is not None,
-            "sets": statistics.sets is not None,
-            "transitions": statistics.transitions is not None,
-            "coactivation": statistics.coactivation is not None,
-        },
+        "counted": {name: getattr(statistics, of) is not None for name, of in COUNTED.items()},
     }
 
 

@@ -85,10 +85,7 @@ def terms_of(
 
 
 def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
-    """Compute the weighted tokens on the slowest device that make one unit of the objective.
-
-    Of windows of load [W,L,E] with these weights [W].
-    """
+    """Compute the weighted tokens on the slowest device that make one unit of the objective."""
     speed = problem.topology.speed_of_device
     if problem.goal == "time":
         assert problem.cost_model is not None
@@ -123,10 +120,7 @@ def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
 
 
 def _pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
-    """Return co-activated pairs and the price of one whose experts are apart.
-
-    Pairs stand for visits in regime dispatch where expert sets were not counted.
-    """
+    """Return co-activated pairs, for visits without expert sets, and the price of one apart."""
     objective = problem.objective_function
     pairs, tokens = objective.coactivation, float(problem.load.sum(dtype=np.float64))
     if pairs is None or not tokens:

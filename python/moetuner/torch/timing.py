@@ -69,26 +69,8 @@ def time_experts(
     """Time the gated experts of a layer in batches of one token and more, evenly spread.
 
     Each batch is timed on 1, 4, 16, ... and on all experts, as far as it can visit so many. A CPU
-    is timed on one core, as others may be busy.
-
-    Parameters
-    ----------
-    hidden, intermediate
-        Sizes of an expert.
-    experts
-        Experts on the device.
-    top_k
-        Experts that a token visits.
-    device
-        As torch names it; by default cuda, else cpu.
-    progress
-        Called with the share of the batches that are timed.
-
-    Returns
-    -------
-    tuple
-        Tokens (each counted once per expert), active experts and microseconds of every batch, and
-        the name of the device.
+    is timed on one core, as others may be busy. Returns tokens (each counted once per expert),
+    active experts and microseconds of every batch, and the name of the device.
     """
     where = torch.device(device or default_device())
     # Few CPUs multiply 16 bits fast.

@@ -176,8 +176,9 @@ def command(name: str, **others: Any) -> Callable[[Callable[..., Any]], Command]
     return lambda run: Command(name, run, **others)
 
 
-def typed(context: click.Context) -> dict[str, Any]:
+def typed() -> dict[str, Any]:
     """Return the options of the running command as they were typed, by name."""
+    context = click.get_current_context()
     return context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
 
 
@@ -191,6 +192,14 @@ def words(command: click.Command, values: dict[str, Any]) -> str:
                 text += f" {max(of.opts, key=len)}"
                 text += "" if each is True else f" {shlex.quote(str(each))}"
     return text
+
+
+def next_command(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
+    """Write another command on a file, with values of its options, and what it is for."""
+    menu = click.get_current_context().find_root().command
+    assert isinstance(menu, click.Group)
+    text = f"moetuner {name} {file}{words(menu.commands[name], values)}"
+    return text + (f"  # {why}" if why else "")
 
 
 class Number(click.FloatRange):

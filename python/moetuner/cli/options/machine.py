@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,10 +118,3 @@ class Machine:
                 f"'--devices' must be {topology.devices} as in '--topology', got {self.devices}."
             )
         return topology
-
-    def words(self) -> str:
-        """Write the options again."""
-        if self.machine is not None:
-            return f"--topology {shlex.quote(self.machine[0])}"
-        node = self.devices_per_node
-        return f"--devices {self.devices}" + (f" --devices-per-node {node}" if node else "")

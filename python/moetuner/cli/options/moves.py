@@ -82,13 +82,7 @@ class Moving:
         result: Result,
         **how: Any,
     ) -> tuple[dict[str, Any], tuple[Trade, ...]]:
-        """Print the moves to a result, and trades if they are wanted.
-
-        Returns
-        -------
-        contents, trades
-            What JSON says of both, and the trades; ``how`` are further arguments of ``solve``.
-        """
+        """Print the moves to a result, and trades if wanted; return their JSON, and the trades."""
         if initial is None:
             return {}, ()
         size = self.expert_bytes

@@ -9,30 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from moetuner import cost, topology
-from moetuner._checks import instance, nth_seed, seed_in, window_in
+from moetuner._checks import instance, nth_seed, seed_in, whole_number, window_in
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
-from moetuner.cli.output import working
+from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation import Evaluation
+from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.auditing import MEASURES, contiguous
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.units import Units, hold_out, units_of
+from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
 from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.report.cells import counted
 from moetuner.report.outcome import gain_of
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-# What decides the fingerprint of the same traffic.
-COUNTED = ("by_group", "sets", "transitions", "coactivation")
 # Sentences on what a placement is judged on, by what its fingerprint says.
 SEEN = (
     "The placement was computed from this very input, which flatters it: "
@@ -52,7 +50,10 @@ def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
                 if values.get(name) is not None:
                     values[name] = build(values[name])
             window_in(values.get("window"))
-            instance("input", values.setdefault("input", {}), dict)
+            instance("input", of := values.setdefault("input", {}), dict)
+            instance("model", of.get("model", ""), str)
+            for name in ("tokens_per_step", "top_k"):
+                whole_number(name, of.get(name, 1))
             values["seed"] = seed_in(values.get("seed", 0))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"settings: {error}") from None
@@ -99,6 +100,8 @@ def with_input(
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
     files = [path.name for path in source.input_files]
     facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
+    given = {name: getattr(source, name) for name in ("model", "tokens_per_step", "top_k")}
+    facts |= {name: value for name, value in given.items() if value is not None}
     more = {"engine": engine, "holdout": holdout, "input": facts}
     return placement.with_names(settings={**placement.settings, **more})
 
@@ -129,10 +132,12 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         placement = source.load(path, devices=machine.given)
         settings = defaults_in(path, placement.settings)
-        if source.window is None and isinstance(source.traffic, RoutingTrace):
-            source = source.in_windows(settings.get("window"))
+        source, recorded = source.as_placed(settings), settings["input"].get("model")
         topology = machine.topology(placement.devices, settings.get("topology"))
-        serving, name = serving.with_defaults(settings), text.name(path.name)
+        # Times of another model than the placement's are that model's.
+        of_other = {"cost_model"} if source.model != recorded else set()
+        served = {name: value for name, value in settings.items() if name not in of_other}
+        serving, name = serving.with_defaults(served), text.name(path.name)
         return cls(placement, name, settings, source, topology, serving)
 
     @cached_property
@@ -182,15 +187,14 @@ class Placed:
                 traffic, window=self.settings.get("window"), threads=self.source.threads, **how
             ).fingerprint
 
-    @property
-    def replay(self) -> dict[str, Any]:
-        """Further arguments of ``evaluate``: windows and threads."""
-        return {"window": self.source.replayed, "threads": self.source.threads}
-
-    @cached_property
-    def units(self) -> Units:
-        """What is independent in the recording: parts of it are judged by the same units."""
-        return units_of(self.source.traffic, **self.replay)
+    def replayed(self, running: Placement, **more: Any) -> list[Evaluation]:
+        """Replay what runs and the placement; ``more`` are arguments of ``evaluate``."""
+        source = self.source
+        how: dict[str, Any] = {"window": source.replayed, "threads": source.threads}
+        with working("replaying") as report:
+            how |= {**self.how, **more, "progress": shares(report, "of the tokens")}
+            both = [running, self.placement]
+            return evaluate_each(both, self.judged[0], self.topology, **how)
 
     def measures(self, more: Iterable[str] = ()) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
@@ -204,11 +208,14 @@ class Placed:
         size = self.settings.get("expert_size") or traffic.expert_size
         return bytes_of_expert(size, traffic.model)
 
-    def gain(self, before: Evaluation, after: Evaluation, against: str) -> Comparison:
-        """Compare it with another placement, in the figure that it was computed for."""
-        figure = self.settings.get("figure")
+    def gains(self, before: Evaluation, after: Evaluation, against: str) -> list[Comparison]:
+        """Compare it with another placement, in the figure it was computed for and in time."""
+        names = (against, self.name)
+        figures = dict.fromkeys((self.settings.get("figure"), "predicted_layer_us"))
         with working("comparing"):
-            return gain_of(before, after, figure, units=self.units, names=(against, self.name))
+            units = self.source.units
+            gains = [gain_of(before, after, of, units=units, names=names) for of in figures]
+        return list({of.measure: of for of in gains}.values())
 
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""

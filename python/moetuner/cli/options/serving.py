@@ -114,7 +114,7 @@ class Serving:
         """Return settings and the machine for JSON."""
         model = arguments["cost_model"]
         machine = {name: getattr(topology, name) for name in ("devices", "devices_per_node")}
-        machine |= {"topology": topology.name, "for": self.engine}
+        machine |= {"topology": topology.name, "for": self.engine, "engine": self.engine}
         return machine | arguments | {"cost_model": None if model is None else asdict(model)}
 
     def explain(self, more: Sequence[str] = ()) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +25,7 @@ from moetuner.cli.options import (
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of
 from moetuner.evaluation.replay import check_model
+from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
 from moetuner.formats import form_of, open_input, read_placement
@@ -48,7 +48,8 @@ def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
     of: dict[str, Any] = {"file": str(paths[0]), "files": [*map(str, paths)]}
     of |= {"model": traffic.model, "layers": traffic.layers, "experts": traffic.num_experts}
-    of["groups"] = list(traffic.group_names) if traffic.group is not None else []
+    of["num_experts"] = traffic.num_experts
+    of["groups"] = of["group_names"] = [*traffic.group_names] if traffic.group is not None else []
     if isinstance(traffic, RoutingStatistics):
         kind = "load table" if traffic.transitions is None else "statistics"
         return of | {"kind": kind, "windows": traffic.windows}
@@ -151,12 +152,16 @@ class Source(FileHints):
     threads: int | None = threads_option()
 
     @cached_property
-    def traffic(self) -> Traffic:
+    def recorded(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
         with working(f"reading {self.input_files[0].name}"):
             traffic = open_input(self.input_files, window=self.window, **self.hints)
-        if self.only:
-            traffic = only_groups(traffic, self.only)
+        return only_groups(traffic, self.only) if self.only else traffic
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What INPUT holds, of the model and in the steps that options name."""
+        traffic = self.recorded
         if self.model is not None:
             traffic = replace(traffic, model=self.model, expert_size=None)
         if self.tokens_per_step is None:
@@ -181,10 +186,22 @@ class Source(FileHints):
         """Tokens per window of a replay; None where windows are counted already."""
         return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
 
-    def in_windows(self, window: int | None) -> Source:
-        """Return the same INPUT, read once, in windows of so many tokens; None for these."""
-        source = replace(self, window=window or self.window)
-        vars(source)["traffic"] = self.traffic
+    @cached_property
+    def units(self) -> Units:
+        """What is independent in INPUT: parts of it are judged by the same units."""
+        return units_of(self.traffic, window=self.replayed, threads=self.threads)
+
+    def as_placed(self, settings: Mapping[str, Any]) -> Source:
+        """Return the same INPUT, read once; a placement's settings replace options not given."""
+        recorded, of = self.recorded, settings.get("input", {})
+        defaults = {"model": of.get("model")}
+        if isinstance(recorded, RoutingTrace):
+            defaults["window"] = settings.get("window")
+        elif recorded.window is None:
+            defaults |= {name: of.get(name) for name in ("tokens_per_step", "top_k")}
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        source = replace(self, **missing)
+        vars(source)["recorded"] = recorded
         return source
 
     def count(self, traffic: Traffic | None = None, **how: Any) -> RoutingStatistics:
@@ -246,15 +263,6 @@ class Source(FileHints):
                 )
             check_model(placement, self.traffic, topology or Topology(placement.devices))
         return placement
-
-    def words(self) -> str:
-        """Return the options that read INPUT the same, a space in front of each."""
-        hints = {**self.hints, "dense_layers": layer_list(self.dense_layers)}
-        words = [(name, hint) for name, hint in hints.items() if hint is not None]
-        words += [("only", shlex.quote(group)) for group in self.only]
-        given = {"model": self.model, "tokens_per_step": self.tokens_per_step}
-        words += [(name, value) for name, value in given.items() if value is not None]
-        return "".join(f" --{name.replace('_', '-')} {word}" for name, word in words)
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from moetuner import _checks as check
-from moetuner.cost import CostModel, cost_model_of, size_of_expert
+from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.copies import Split
@@ -58,6 +58,7 @@ def advise(
     time_limit: float | None = None,
     seed: int = 0,
     threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Advice:
     """Return whether a better placement is worth a trial on this traffic, and why.
@@ -118,7 +119,7 @@ def advise(
         Of splits and searches.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
-    report
+    progress
         Called with what is being done, a few words each time.
 
     Raises
@@ -140,7 +141,9 @@ def advise(
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     for name, value in (("in_order", in_order), ("by_group", by_group)):
         check.flag(name, value)
+    check.callable_or_none("progress", progress)
     check.callable_or_none("report", report)
+    progress = report if progress is None else progress  # by its former name
     if objective is not None:
         check.one_of("objective", objective, get_args(Goal))
     _check_values(traffic, topology, price, initial)
@@ -157,7 +160,7 @@ def advise(
     counts = sorted({check.whole_number("copies", each, lowest=0) for each in given})
     if not counts:
         raise ValueError("copies must be at least one number of slots, got none")
-    window, size = check.window_in(window), size_of_expert(traffic)
+    window = check.window_in(window)
     windows: tuple[int | None, ...] = (window,)
     if isinstance(traffic, RoutingStatistics):
         # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
@@ -171,8 +174,8 @@ def advise(
         _check_share(prefill_share, windows)
     if expert_bytes is not None:
         check.positive("expert_bytes", expert_bytes, "number of bytes")
-    elif size is not None:
-        expert_bytes = 3.0 * size[0] * size[1]
+    else:
+        expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     how: dict[str, Any] = {
         "regime": regime,
         "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
@@ -183,7 +186,7 @@ def advise(
     study = Study(
         *(traffic, unseen, topology, initial, engine, counts, windows, how, expert_bytes, price),
         *(prefill_share, by_group, in_order, iterations, time_limit),
-        *(check.seed_in(seed), threads, report or (lambda _: None)),
+        *(check.seed_in(seed), threads, progress or (lambda _: None)),
     )
     return study.advice(check.whole_number("splits", splits, highest=100))
 

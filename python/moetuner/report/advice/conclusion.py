@@ -119,10 +119,10 @@ def _headline(of: Advice, answer: Answer, why: str) -> str:
     each = sorted(of.judged, key=lambda judged: -judged.gain.mean)
     if of.total is not None:
         parts = ", ".join(f"{judged.phase} {signed(judged.gain.mean)}" for judged in each)
-        share = 100 * of.settings["prefill_share"]
+        share, sure = 100 * of.settings["prefill_share"], interval(of.total)
         return (
             f"{of.total.much} predicted time than with {running_name(of)} where {share:g} % of "
-            f"the time is prefill ({interval(of.total)}): {parts}{tail}"
+            f"the time is prefill{sure and f' ({sure})'}: {parts}{tail}"
         )
     if len(each) == 1:
         return f"{_line(of, each[0])}{tail}"

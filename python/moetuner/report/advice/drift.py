@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from moetuner._checks import instance, seed_in
 from moetuner.evaluation.kinds import loads_by
 from moetuner.evaluation.units import Traffic, Units, some, units_of
+from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -28,8 +29,8 @@ FEWEST = 12
 MOST, WINDOW = 128, 512
 
 
-@dataclass(frozen=True)
-class Drift:
+@dataclass(frozen=True, eq=False, repr=False)
+class Drift(Frozen):
     """How far one part of some traffic differs from another.
 
     Of ``drift`` these are the traffic and its profile, of ``advise`` the halves of a recording.
@@ -66,6 +67,8 @@ class Drift:
     worst_layer: int = 0
     worst_distance: float = 0.0
 
+    _also_shown = ("is_beyond_chance",)
+
     @property
     def is_beyond_chance(self) -> bool:
         """Whether the parts differ beyond chance, and by more than would not matter."""
@@ -73,7 +76,7 @@ class Drift:
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields and properties as JSON values."""
-        return {**asdict(self), "is_beyond_chance": self.is_beyond_chance}
+        return {**super().to_dict(), "is_beyond_chance": self.is_beyond_chance}
 
 
 def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
@@ -159,16 +162,9 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
 
 
 def _loads(
-    traffic: Traffic,
-    blocks: int,
-    *,
-    by_group: bool = False,
-    rng: np.random.Generator | None = None,
+    traffic: Traffic, blocks: int, *, by_group: bool = False, rng: np.random.Generator | None = None
 ) -> NDArray[np.float64]:
-    """Count load [B,L,E] of about so many blocks, in the order of recording.
-
-    With ``rng``, sequences are in random order, as they are independent of each other.
-    """
+    """Count load [B,L,E] of about so many blocks, with ``rng`` of sequences in random order."""
     item, place = _in_order(traffic, by_group=by_group)
     if rng is not None and isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
         place = rng.permutation(place)

@@ -222,13 +222,12 @@ class Study:
     ) -> dict[str, Comparison]:
         """Compare what is proposed with another placement, with the first split's intervals."""
         pairs = [(of[key], of[PROPOSED]) for of in (each.evaluations[window] for each in trials)]
-        figures = {}
-        for name, of in compare(pairs[:1], units=units).items():
-            values = ([getattr(each, name) or 0.0 for each in pair] for pair in pairs)
-            splits = tuple(1 - after / before if before else 0.0 for before, after in values)
-            names = ("running" if key == RUNNING else "EPLB", "proposed")
-            figures[name] = replace(of, price=self.price, names=names, splits=splits)
-        return figures
+        names = ("running" if key == RUNNING else "EPLB", "proposed")
+        figures = compare(*pairs[0], units=units).items()
+        return {
+            name: replace(of.with_splits(pairs), price=self.price, names=names)
+            for name, of in figures
+        }
 
     def _total(self, judged: tuple[Judged, ...]) -> Comparison | None:
         """Weigh the gains of decode and prefill by their shares of the serving time."""
@@ -243,12 +242,10 @@ class Study:
         gain, low, high = weighed(decode.gain, prefill.gain), None, None
         if decode.interval is not None and prefill.interval is not None:
             low, high = map(weighed, decode.interval, prefill.interval)
-        splits, units = (
-            map(weighed, decode.splits, prefill.splits),
-            min(decode.units, prefill.units),
-        )
+        splits = tuple(map(weighed, decode.splits, prefill.splits))
+        units = min(decode.units, prefill.units)
         of = replace(decode, before=1.0, after=1 - gain, gain=gain, low=low, high=high)
-        return replace(of, units=units, splits=tuple(splits))
+        return replace(of, units=units, splits=splits)
 
     def _halves(self, knee: int, window: Window) -> tuple[Half, ...]:
         """Judge a placement of each half of the recording on the other."""
@@ -421,12 +418,9 @@ class Study:
         return results[best].placement
 
     def _swept(self, part: Part) -> tuple[Copies, ...]:
-        """Search shortly with every number of copies, and compute what they gain and cost.
-
-        A budget that layers share is not tried for engines, which have as many slots in every
-        layer.
-        """
+        """Search shortly with every number of copies, and compute what they gain and cost."""
         size, placements = self.expert_bytes, dict[Key, Placement]({RUNNING: self.running(part)})
+        # Engines have as many slots in every layer.
         may_share = self.traffic.layers > 1 and self.engine is None
         for count in self.counts:
             for shared in (False, True) if may_share and count else (False,):

@@ -89,6 +89,8 @@ class Judged(Frozen):
             "answer": self.gain.answer,
             "eplb": {name: each.before for name, each in self.eplb.items()},
             "gains_over_eplb": as_json({name: of for name, of in self.eplb.items() if of.before}),
+            "layers": self.layers,
+            "saved_us": self.saved_us,
             "saved_us_per_layer": self.saved_us / self.layers,
             "saved_us_per_step": self.saved_us,
         }
@@ -305,6 +307,8 @@ class Advice(Frozen):
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    _also_shown = ("sentence",)
+
     @property
     def main(self) -> Judged:
         """Both placements in the windows where most is gained, for certain if in any."""
@@ -337,4 +341,5 @@ class Advice(Frozen):
             for group, gains in self.by_group.items()
             for window, gain in gains.items()
         ]
-        return {**fields, "carried": list(self.carried), "by_group": by_group}
+        also = {"sentence": self.sentence, "carried": list(self.carried), "by_group": by_group}
+        return fields | also

@@ -16,10 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moetuner._checks import path_in
 from moetuner._core import __version__
+from moetuner.evaluation import Evaluation
 from moetuner.files import replacing
+from moetuner.report.advice.values import Advice
 from moetuner.report.cells import finite
-from moetuner.report.page.data import PageData
+from moetuner.report.page.data import PageData, of_results
 from moetuner.report.page.panels import panels_of
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
@@ -33,18 +36,49 @@ def check_libraries() -> None:
 
 
 def write_page(path: Path, data: PageData) -> None:
-    """Write a page; it appears whole or not at all, and is the same for the same results.
+    """Write a page; it appears whole or not at all, and is the same for the same results."""
+    page = render(data)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def write_report(
+    path: str | Path,
+    results: Advice | tuple[Evaluation, Evaluation],
+    *,
+    names: tuple[str, str] = ("before", "after"),
+) -> None:
+    """Write one page on results, which opens offline: what ``moetuner report`` writes.
+
+    Parameters
+    ----------
+    path
+        HTML file to write; it appears whole or not at all.
+    results
+        What ``advise`` returned, or evaluations of two placements on the same traffic.
+    names
+        Of the two placements; an advice has its own.
 
     Raises
     ------
     ImportError
-        If plotly or jinja2 is not installed.
-    OSError
-        If the file cannot be written.
+        If plotly or jinja2 is not installed: ``pip install 'moetuner[report]'``.
+    ValueError
+        If the evaluations are not of the same traffic, or were pickled.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> placements = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> before, after = (mt.evaluate(each, traffic) for each in placements)
+    >>> mt.write_report("page.html", (before, after), names=("blocks", "better"))
+    >>> "better has 16.7 % less imbalance than blocks" in Path("page.html").read_text()
+    True
     """
-    page = render(data)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_page(path_in(path), of_results(results, names))
 
 
 def render(data: PageData) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _checks as check
 from moetuner.cost import busiest_ports, bytes_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import Audit, audit_of
@@ -218,7 +219,7 @@ class PageData:
     def facts(self) -> tuple[tuple[str, str], ...]:
         """Names and values: the command, the checksum of files, and settings."""
         digest, settings = hashlib.sha256(), self.contents.get("settings", {})
-        are_files = all(path.is_file() for path in self.origin.files)
+        are_files = bool(self.origin.files) and all(path.is_file() for path in self.origin.files)
         for path in self.origin.files if are_files else ():
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -229,7 +230,9 @@ class PageData:
             *(
                 (name.replace("_", " "), _fact(value))
                 for name, value in settings.items()
-                if value is not None and not isinstance(value, dict | list | tuple)
+                if name != "for"
+                and value is not None
+                and not isinstance(value, dict | list | tuple)
             ),
         )
 
@@ -270,6 +273,34 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
         result=advice.result,
         audit=advice.audit,
         advice=advice,
+    )
+
+
+def of_results(
+    results: Advice | tuple[Evaluation, Evaluation], names: tuple[str, str] = ("before", "after")
+) -> PageData:
+    """Make the data of what Python has: an advice, or two evaluations of the same traffic."""
+    what = "evaluations, two of them, or an Advice"
+    given = (results.running, results.proposed) if isinstance(results, Advice) else results
+    both, two = check.listed("results", given, what), check.listed("names", names, "texts")
+    for name, values, kind in (("results", both, Evaluation), ("names", two, str)):
+        if len(values) != 2:
+            raise ValueError(f"{name} must be two, got {len(values)}")
+        for each in values:
+            check.instance(name, each, kind)
+    if any(each.replayed is None or each.replayed.group is not None for each in both):
+        raise ValueError("results must be as returned: not pickled, and not of a group alone")
+    of, how = both[1].replayed.traffic, both[1].replayed.setting
+    model = f" of {text.name(of.model)}" if of.model else ""
+    sizes = f"{counted(of.layers, 'layer')} of {counted(of.num_experts, 'expert')}"
+    origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
+    if isinstance(results, Advice):
+        return of_advice(results, origin, results.to_dict())
+    settings = {name: getattr(how, name) for name in ("regime", "split", "arrival", "window")}
+    contents = {"settings": settings, "before": both[0].to_dict(), "after": both[1].to_dict()}
+    return of_evaluations(
+        *((two[0], two[1]), (both[0], both[1]), origin, contents),
+        traffic="The traffic that both were evaluated on.",
     )
 
 
@@ -403,7 +434,7 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
 def _exports(contents: dict[str, Any]) -> list[str]:
     """Return the command that gives a written placement to its engine."""
     settings = contents.get("settings", {})
-    file, engine = contents.get("placement") or settings.get("placement"), settings.get("for")
+    file, engine = contents.get("placement") or settings.get("placement"), settings.get("engine")
     of_engine = (name for name, of in WRITERS.items() if of.engine == engine and not of.hints)
     kind = "eplb" if engine is None else next(of_engine, "eplb")
     out = f"experts{WRITERS[kind].suffixes[0]}"

@@ -35,21 +35,9 @@ def check_figures() -> None:
 def write_figures(
     folder: Path, data: PageData, formats: tuple[Format, ...] = ("svg", "png")
 ) -> int:
-    """Write every chart as it first stands on the page, in its light colours.
+    """Write every chart as it first stands on the page, in light colours; return how many files.
 
-    Heat maps of an SVG are images in it.
-
-    Returns
-    -------
-    int
-        Files written, named after their charts.
-
-    Raises
-    ------
-    ImportError
-        If kaleido, or a browser for it, is not installed.
-    OSError
-        If a file cannot be written.
+    They are named after their charts. Heat maps of an SVG are images in it.
     """
     check_figures()
     import plotly.graph_objects as draw

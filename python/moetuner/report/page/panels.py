@@ -203,9 +203,8 @@ def _links(page: PageData) -> Panel | None:
         for name, (unit, table) in units.items()
     }
     if _sides(page) <= draw.MOST_DEVICES:
-        variants |= _by_layer(
-            page, [table / tokens * 1000 for table in rows], "rows of 1,000 tokens", "layer {}"
-        )
+        share = [table / tokens * 1000 for table in rows]
+        variants |= _by_layer(page, share, "rows of 1,000 tokens", "layer {}")
     ports = [
         (name, regime, str(tier), digits(out), digits(into))
         for name, each in zip(page.names, page.evaluations, strict=True)
@@ -260,9 +259,7 @@ def _next(page: PageData) -> Panel | None:
     selects = ("boundary",) if has_matrices else ()
     charts = [Chart("next", "share of steps that leave", draw.only(lines, spec), 320, selects)]
     if has_matrices:
-        shares = [
-            table / np.maximum(table.sum(axis=(1, 2)), 1)[:, None, None] * 100 for table in tables
-        ]
+        shares = [of / np.maximum(of.sum(axis=(1, 2)), 1)[:, None, None] * 100 for of in tables]
         variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
         charts.append(Chart("boundary", label, variants, 400, wide=560, stacked=draw.stacked(2)))
@@ -342,16 +339,13 @@ def _groups(page: PageData) -> Panel | None:
     names, places = [name for name, _ in drawn], list(range(len(drawn)))
     labels = [draw.plain(name) + few.get(name, "") for name in names]
     looks = [JUDGED["few" if name in few else "worse" if name in losers else ""] for name in names]
+    symbols, colours = ([look[at] for look in looks] for at in range(2))
     data = draw.scatter(
         *(value, places, "%{customdata}: %{x:+.3r} %"),
         mode="markers",
         customdata=labels,
         error_x=draw.whiskers(value, low, high, color="var(--muted)"),
-        marker={
-            "symbol": [symbol for symbol, _ in looks],
-            "color": [colour for _, colour in looks],
-            "size": 10,
-        },
+        marker={"symbol": symbols, "color": colours, "size": 10},
     )
     spec = draw.layout("change, %")
     spec["yaxis"] |= {"tickvals": places, "ticktext": labels, "zeroline": False}
@@ -381,11 +375,8 @@ def _search(page: PageData) -> Panel | None:
     if result is None:
         return None
     # When somebody looked depends on the clock; without a time limit nothing else does.
-    history = [
-        each
-        for each in result.history
-        if each.objective is not None and (page.timed or each.is_step)
-    ]
+    steps = (of for of in result.history if page.timed or of.is_step)
+    history = [each for each in steps if each.objective is not None]
     if len({each.objective for each in history}) < 2:
         return None
     at = [max(each.seconds, 0.001) if page.timed else n for n, each in enumerate(history, 1)]
@@ -421,12 +412,9 @@ def _search(page: PageData) -> Panel | None:
         )
         for x, each in list(zip(at, history, strict=True))[-ROWS:]
     ]
+    label = f"best placement{' and bound' * bool(says)} {when}"
     return Panel(
-        (
-            Chart(
-                "search", f"best placement{' and bound' * bool(says)} {when}", draw.only(data, spec)
-            ),
-        ),
+        (Chart("search", label, draw.only(data, spec)),),
         (Table("Progress", (unit, "phase", "best", *(("bound", "gap") if says else ())), rows),),
         (f"{said[0].upper()}{said[1:]}.",) if says else (),
     )
@@ -458,8 +446,7 @@ def _price(page: PageData) -> Panel | None:
         chart = draw.only([data], draw.layout(unit, "less of the objective"))
         charts.append(Chart("trades", "gain against what moves", chart))
         rows = [
-            (str(each.experts_moved), digits(each.objective), digits(each.gain))
-            for each in page.trades
+            (str(of.experts_moved), digits(of.objective), digits(of.gain)) for of in page.trades
         ]
         tables.append(Table("Moves", ("experts moved", "objective", "gain"), rows))
     return Panel(tuple(charts), tuple(tables)) if charts else None
@@ -471,31 +458,21 @@ def _copies_chart(advice: Advice) -> Chart:
     for number_of, window in enumerate(advice.copies[0].gains):
         for shared in sorted({each.shared for each in advice.copies}):
             mine = [each for each in advice.copies if each.shared == shared]
-            gains = [100 * np.array(each.gains[window]) for each in mine]
-            mean, low, high = (
-                np.array([of(each) for each in gains]) for of in (np.mean, np.min, np.max)
-            )
             slots = [each.per_device for each in mine]
             is_knee = [each == advice.knee and not shared for each in slots]
+            border = {"color": "var(--text)", "width": [3 * each for each in is_knee]}
+            sizes = [14 if each else 8 for each in is_knee]
             name = "copies" if window is None else f"windows of {window:,}"
             colour, symbol = ((PROPOSED, "circle"), (RUNNING, "square"))[number_of % 2]
             data.append(
                 draw.scatter(
                     [(each.bytes_per_device or 0) / 1e9 for each in mine] if by_size else slots,
-                    mean,
+                    [100 * each.mean(window) for each in mine],
                     "%{customdata} slots: %{y:.3r} %",
                     name=name + (", shared budget" if shared else ""),
-                    error_y=draw.whiskers(mean, low, high),
                     customdata=slots,
                     line={"color": colour, "dash": "dot" if shared else "solid"},
-                    marker={
-                        "symbol": symbol,
-                        "size": [14 if each else 8 for each in is_knee],
-                        "line": {
-                            "color": "var(--text)",
-                            "width": [3 if each else 0 for each in is_knee],
-                        },
-                    },
+                    marker={"symbol": symbol, "size": sizes, "line": border},
                 )
             )
     axis = "GB per device" if by_size else "slots for copies of a device in a layer"

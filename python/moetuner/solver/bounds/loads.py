@@ -45,10 +45,7 @@ def _prove(run: Run, budget: Budget) -> None:
 
 
 def proves_pairs(problem: Problem) -> bool:
-    """Return whether what pairs cost at least is proven, which takes time.
-
-    It is of one copy of each expert on equal devices only.
-    """
+    """Return whether what pairs cost at least is proven: of single copies on equal devices only."""
     alike = problem.topology.has_equal_devices and not problem.may_copy
     follows = problem.goal == "time" and problem.regime == "follow"
     return follows and alike and problem.devices > 1
@@ -137,10 +134,7 @@ def _least_compute(problem: Problem, load: Floats) -> Floats:
 
 
 def _least_rows_us(problem: Problem, load: Floats) -> Floats:
-    """Compute the least microseconds of rows to devices and back [W,L], of load [W,L,E].
-
-    The busiest port carries no less than the mean one.
-    """
+    """Compute the least microseconds of rows to devices and back [W,L], of load [W,L,E]."""
     model, topology = problem.cost_model, problem.topology
     assert model is not None
     tokens: Floats = load.sum(axis=2)

@@ -224,10 +224,7 @@ def _share(problem: Problem, price: int, crossing: int) -> float:
 
 
 def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
-    """Split the cost of a pair: what any two devices cost, and what different nodes cost on top.
-
-    Each level is a name, its price, and the number of parts between which a pair pays it.
-    """
+    """Split the cost of a pair by level: name, price, and the parts between which it is paid."""
     statistics = problem.statistics
     if problem.regime == "dispatch":
         some = statistics.coactivation is not None and problem.devices > 1
@@ -248,10 +245,7 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
 
 
 def affordable(problem: Problem) -> float:
-    """Compute how many iterations a solve without a time limit makes.
-
-    One takes an eigenproblem of order 2P per pair of layers.
-    """
+    """Compute the iterations of a solve without a time limit: one takes L-1 eigenproblems."""
     layers = problem.layers if problem.regime == "follow" else 2 * problem.layers
     return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 

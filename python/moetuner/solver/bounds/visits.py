@@ -203,10 +203,7 @@ def _tokens(sets: ExpertSets) -> int:
 def _by_prices(
     level: _Level, start: Counts, budget: Budget, report: pairs.Report
 ) -> _Proven | None:
-    """Bound visits by prices of experts; None where contents of a part are too many to try.
-
-    Or experts, for the programme that makes the prices.
-    """
+    """Bound visits by prices of experts; None if experts, or contents of a part, are too many."""
     layers, experts = level.problem.layers, level.problem.experts
     if experts > effort.PRICE_EXPERTS:
         return None

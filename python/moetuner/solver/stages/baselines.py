@@ -106,10 +106,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
 
 
 def exflow(run: Run, budget: Budget) -> None:
-    """Search for the least crossing, loads ignored: the objective of ExFlow (Yao et al., 2024).
-
-    One copy of each expert, as in the paper.
-    """
+    """Search for the least crossing of single copies, as ExFlow does (Yao et al., 2024)."""
     problem = replace(run.problem, regime="follow", max_imbalance=None, objective="traffic")
     inner = run.inner((FLOOR, SEARCH), budget.muted(), problem=problem.without_copies() or problem)
     run.details = inner.details

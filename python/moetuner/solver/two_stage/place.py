@@ -43,11 +43,7 @@ class PlacedClusters:
 def cluster_traffic(
     transitions: NDArray[np.uint64], cluster: Devices, clusters: int
 ) -> NDArray[np.uint64]:
-    """Return tokens from cluster to cluster of the next layer [L-1,D,D].
-
-    Takes transitions [L-1,E,E], which add up to less than 2**63, and the cluster of every expert
-    [L,E].
-    """
+    """Return tokens from cluster to cluster [L-1,D,D], by the cluster of every expert [L,E]."""
     traffic = np.zeros((len(transitions), clusters, clusters), dtype=np.uint64)
     for layer, table in enumerate(transitions):
         pair = cluster[layer][:, None] * clusters + cluster[layer + 1]

@@ -106,10 +106,7 @@ def by_expert(layer: Any) -> dict[str, Tensor]:
 
 
 def nested(weights: Mapping[str, Tensor]) -> SimpleNamespace:
-    """Return weights by names such as ``3.up`` as attributes: first ``3``, then ``up``.
-
-    So ``torch.distributed.checkpoint`` finds what the keys of a state name.
-    """
+    """Return weights named ``3.up`` as attributes, where torch.distributed.checkpoint looks."""
     root = SimpleNamespace()
     for key, weight in weights.items():
         *path, name = key.split(".")
