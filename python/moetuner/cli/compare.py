@@ -19,7 +19,7 @@ from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.auditing import blocks
-from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement
@@ -238,7 +238,7 @@ def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[
     for method in (method for method in splits[0] if method != over):
         pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
         first_gain = gain_of(*pairs[0], figure, units=source.units, names=(over, method))
-        gains[method] = first_gain.with_splits(pairs)
+        gains[method] = with_splits(first_gain, pairs)
     return gains
 
 

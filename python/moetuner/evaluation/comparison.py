@@ -132,12 +132,6 @@ class Comparison(Frozen):
         chance = "; that may be chance" if self.answer == "no evidence" else ""
         return f"{line} ({self.sure}){chance}."
 
-    def with_splits(self, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
-        """Return it with the gains of evaluations before and after in every split."""
-        values = ([getattr(each, self.measure) or 0.0 for each in pair] for pair in splits)
-        gains = (1 - after / before if before else 0.0 for before, after in values)
-        return replace(self, splits=tuple(gains))
-
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"
 
@@ -249,3 +243,10 @@ def _paired(both: Sequence[Replayed], units: Units | None) -> tuple[dict[str, Ch
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )
     return paired(after, before, rng=np.random.default_rng(0)), units.number
+
+
+def with_splits(gain: Comparison, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
+    """Return it with the gains of evaluations before and after in every split."""
+    values = ([getattr(each, gain.measure) or 0.0 for each in pair] for pair in splits)
+    gains = (1 - after / before if before else 0.0 for before, after in values)
+    return replace(gain, splits=tuple(gains))

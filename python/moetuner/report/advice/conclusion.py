@@ -202,7 +202,7 @@ def _of_groups(of: Advice) -> str:
     names = "; ".join(listed([*map(name, of.halves[n].seen)], LOSERS) for n in range(2))
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
-        f"{_with_interval(worst)}. If you serve a mix (--any-order): "
+        f"{_with_interval(worst)} at worst. If you serve a mix (--any-order): "
         f"{signed(of.main.gain.mean)}. Both are in {of.main.where}"
     )
 

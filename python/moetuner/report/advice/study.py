@@ -12,7 +12,7 @@ from moetuner import _checks as check
 from moetuner.cost import busiest_ports, size_of_expert
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.auditing import audit_of, blocks
-from moetuner.evaluation.comparison import Comparison, compare
+from moetuner.evaluation.comparison import Comparison, compare, with_splits
 from moetuner.evaluation.replay import Traffic, members
 from moetuner.evaluation.units import Units, hold_out, some, units_of
 from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
@@ -225,7 +225,7 @@ class Study:
         names = ("running" if key == RUNNING else "EPLB", "proposed")
         figures = compare(*pairs[0], units=units).items()
         return {
-            name: replace(of.with_splits(pairs), price=self.price, names=names)
+            name: replace(with_splits(of, pairs), price=self.price, names=names)
             for name, of in figures
         }
 
