@@ -62,6 +62,6 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, tmp_path, monkeyp
             shown = json.loads((tmp_path / "report.json").read_text())
             before, after = (shown[of]["predicted_layer_us"] for of in ("running", "proposed"))
             assert 1 - after / before == pytest.approx(max(gains), abs=1e-9), text
-            assert f"{100 * max(gains):.1f} % less predicted time" in text
+            assert f"{100 * max(gains):.1f} % less predicted layer time" in text
         elif not any(waiting in words for waiting in WAITING):
             ok(*words)

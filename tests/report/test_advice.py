@@ -316,7 +316,7 @@ def test_an_engine_decides_copies_and_order():
     assert time.value.value == pytest.approx(served.proposed.predicted_layer_us)
     assert time.baseline.value == pytest.approx(served.running.predicted_layer_us)
     assert (served.settings["arrival"], served.settings["split"]) == ("mixed", "nearest")
-    assert any("serves together" in each for each in served.reasons)
+    assert any("Windows mix sequences" in each for each in served.reasons)
     # The same tokens, in windows of others.
     plain = advise(trace, TWO_NODES, copies=(0,), splits=1)
     assert served.running.tokens == plain.running.tokens
