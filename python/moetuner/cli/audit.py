@@ -169,7 +169,7 @@ def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[s
     if few:
         yield f"too few {kind}s to judge (below {FEWEST}): {listed(few, NAMED)}"
     worse = audited.worse(measures=judged)
-    if worse and not audited.groups:
+    if worse and {of.group for of in worse} >= audited.groups.keys():
         yield f"To do: keep {against}, or solve again on traffic of this kind."
     elif worse:
         group = worse[0].group
