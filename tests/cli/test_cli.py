@@ -302,7 +302,7 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
         r"^All traffic: two.json has [\d.]+ % more predicted layer time than contiguous "
         r"\(95 % interval [\d.]+ to [\d.]+ %\)\.$",
         r"^worse in predicted layer time, beyond chance: (even|odd) \+",
-        r"^To do: record more of (even|odd) and solve again. --groups",
+        r"^To do: keep contiguous, or solve again",
         r"^failed: (even|odd) got worse by \+.* in predicted layer time, more than 5 %",
     ):
         assert re.search(line, text, re.M)
@@ -318,6 +318,18 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
     assert "that may be chance" in text
     assert "no group got worse beyond chance" in text
     assert "To do" not in text
+
+
+def test_audit_says_what_to_record_where_one_group_got_worse(ok, tmp_path):
+    """Two groups share expert 0, which moves away from the other expert of one of them."""
+    group = np.arange(800) // 400
+    ids = np.where(np.arange(800) % 2, np.where(group, 4, 1), 0)[:, None, None]
+    labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
+    mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
+    mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
+    text = ok("audit", tmp_path / "p.json", tmp_path / "t.safetensors", "--measure", "imbalance")
+    assert "worse in imbalance, beyond chance: loses +100.0 %" in text
+    assert "To do: record more of loses and solve again. --groups minimax" in text
 
 
 def test_audit_judges_nothing_of_few_windows(as_json, ok, solved, table, tmp_path):
