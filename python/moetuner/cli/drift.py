@@ -77,7 +77,7 @@ def command(
         percent.
     """
     placed = Placed.read(placement_file, source, machine, serving)
-    files = profile_files or _named(placement_file, placed.settings)
+    files = profile_files or _named(placed.settings, placement_file, *source.input_files)
     only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))
     profile = replace(placed.source, input_files=files, only=only or source.only)
     profile = profile.as_placed(placed.settings)
@@ -163,10 +163,10 @@ def _replayed(
     return rows
 
 
-def _named(placement_file: Path, settings: dict[str, Any]) -> tuple[Path, ...]:
-    """Return the files that a placement names as its input, here or beside it."""
+def _named(settings: dict[str, Any], *near: Path) -> tuple[Path, ...]:
+    """Return the files that a placement names as its input, here or beside others."""
     names = settings.get("input", {}).get("files", ())
-    for folder in (Path(), placement_file.parent):
+    for folder in (Path(), *(path.parent for path in near)):
         files = tuple(folder / name for name in names)
         if files and all(path.exists() for path in files):
             return files
