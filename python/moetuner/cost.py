@@ -530,14 +530,14 @@ def public_name(model: str | None) -> str | None:
 
 def size_of_expert(traffic: Any) -> tuple[int, int] | None:
     """Return hidden and intermediate size of an expert, recorded or published; None if unknown."""
-    known = MODELS.get(public_name(traffic.model) or "")
-    return traffic.expert_size or (None if known is None else known[:2])
+    public = MODELS.get(public_name(traffic.model) or "")
+    return traffic.expert_size or (None if public is None else public[:2])
 
 
 def top_k_of(traffic: Any) -> int | None:
     """Return experts per token of a trace, or of the public model of statistics; else None."""
-    known = MODELS.get(public_name(traffic.model) or "")
-    return getattr(traffic, "top_k", None if known is None else known[2])
+    public = MODELS.get(public_name(traffic.model) or "")
+    return getattr(traffic, "top_k", None if public is None else public[2])
 
 
 def bytes_of_expert(size: Sequence[int] | None, model: str | None) -> float | None:

@@ -354,9 +354,9 @@ class Placement(Frozen):
 
     def with_names(self, **names: Any) -> Placement:
         """Return the same slots with other names, figures or settings."""
-        known = (*TEXTS, *FIGURES, "settings")
-        if not names.keys() <= {*known}:
-            raise TypeError(f"names must be of {known}, got {sorted(names)}")
+        fields = (*TEXTS, *FIGURES, "settings")
+        if not names.keys() <= {*fields}:
+            raise TypeError(f"names must be of {fields}, got {sorted(names)}")
         named = copy(self)  # without another check: the slots cannot have changed
         vars(named).update(names)
         named._check_names()

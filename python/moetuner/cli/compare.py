@@ -40,6 +40,10 @@ BLOCKS, RUNNING = "contiguous", "running"
 PAPER_SECONDS = 30.0
 
 
+# What the page's figures are of.
+UNSEEN = "Unseen traffic of the first split."
+SEEN = "The traffic that the placements were computed from, which flatters them."
+
 TEXT = f"""Compare methods on traffic that they have not seen.
 
 {
@@ -93,10 +97,7 @@ def command(
         The placement that runs.
     """
     methods, over = _baseline(baseline, methods, initial_file)
-    if holdout == 0 and splits is not None and splits > 1:
-        raise click.BadParameter(
-            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
-        )
+    _check_splits(splits, holdout)
     initial = None if initial_file is None else source.load(initial_file, machine.topology())
 
     def split(number: int) -> Split:
@@ -115,39 +116,48 @@ def command(
         output,
     )
     outcomes = tries[0]
-    rows = list(outcomes.values())
-    output.table(head(problem), [outcome.row() for outcome in rows])
-    output.say(*remarks(rows, problem))
-    solved = [row for row in rows if row.result.method != RUNNING] or rows
-    best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
-    for line in sentences(best):
-        output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
-    output.say(
-        *(line for row in solved for line in slower(row, outcomes.get(over, rows[0]), name=True))
-    )
+    rival = outcomes.get(over, next(iter(outcomes.values())))
+    best = _show(output, list(outcomes.values()), rival)
     gains = _gains(tries, over, source)
     _show_gains(output, gains, over, best.result.method, held_out=holdout > 0)
     about = {**asdict(search), "window": source.counted, "threads": source.threads}
     about |= {"holdout": holdout, "splits": len(tries), "baseline": over}
     about["initial"] = None if initial_file is None else str(initial_file)
     settings = wanted.problem_settings(problem) | about
-    contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
-    contents["methods"] = {
+    compared = {
         name: {**of.to_dict(), "gain": _gain_facts(gains[name]) if name in gains else None}
         for name, of in outcomes.items()
     }
-    rival = outcomes[over] if over in outcomes and over != best.result.method else rows[0]
-    traffic = "Unseen traffic of the first split."
-    if holdout == 0:
-        traffic = "The traffic that the placements were computed from, which flatters them."
-    judged = gains.get(best.result.method)
-    pages.write(
-        output,
-        lambda: of_outcomes(
-            *(rival, best, origin_of(source), contents), traffic=traffic, judged=judged
-        ),
-    )
+    contents = {"input": source.facts(), "settings": settings, "methods": compared}
+    if rival is best:
+        rival = next(iter(outcomes.values()))
+    page: dict[str, Any] = {
+        "traffic": UNSEEN if holdout else SEEN,
+        "judged": gains.get(best.result.method),
+    }
+    pages.write(output, lambda: of_outcomes(rival, best, origin_of(source), contents, **page))
     output.finish(contents)
+
+
+def _show(output: Output, rows: list[Outcome], rival: Outcome) -> Outcome:
+    """Print a row for every method, and what the best of them comes to, which is returned."""
+    problem = rival.problem
+    output.table(head(problem), [outcome.row() for outcome in rows])
+    output.say(*remarks(rows, problem))
+    solved = [row for row in rows if row.result.method != RUNNING] or rows
+    best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
+    for line in sentences(best):
+        output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
+    output.say(*(line for row in solved for line in slower(row, rival, name=True)))
+    return best
+
+
+def _check_splits(splits: int | None, holdout: float) -> None:
+    """Raise for several splits where nothing is held out."""
+    if holdout == 0 and splits is not None and splits > 1:
+        raise click.BadParameter(
+            f"must be 1 where nothing is held out, got {splits}", param_hint="'--splits'"
+        )
 
 
 def _baseline(

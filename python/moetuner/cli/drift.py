@@ -100,22 +100,7 @@ def command(
     answer = "not left"
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
-    output.say(
-        f"{percent(drifted.distance)} of the tokens go to other experts than in the profile; by "
-        f"chance it would be {percent(drifted.expected)} (mean of layers; most in layer "
-        f"{drifted.worst_layer}: {percent(drifted.worst_distance)}).",
-        "",
-    )
-    cells = [
-        (
-            f"{name}, windows of {row['window']:,}" if row["window"] else f"{name}, its windows",
-            *(FIGURES[of].text(row[name][of]) for of in SHOWN),
-        )
-        for row in rows
-        for name in ("profile", "now")
-    ]
-    head = (text.name(placement_file.name), *(FIGURES[name].column for name in SHOWN))
-    output.table(head, cells)
+    _show(output, placement_file, drifted, rows)
     output.say(whose_times(how["cost_model"], source.traffic, how["arrival"]), "")
     change = f"{signed(worst['change'])} {FIGURES[worst['measure']].label}"
     if worst["window"]:
@@ -132,6 +117,28 @@ def command(
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
     output.finish(contents | {"command": again, "failed": failed})
     return DRIFTED if failed else 0
+
+
+def _show(
+    output: Output, placement_file: Path, drifted: measuring.Drift, rows: list[dict[str, Any]]
+) -> None:
+    """Print how far the traffic is from the profile, and the placement's figures on both."""
+    output.say(
+        f"{percent(drifted.distance)} of the tokens go to other experts than in the profile; by "
+        f"chance it would be {percent(drifted.expected)} (mean of layers; most in layer "
+        f"{drifted.worst_layer}: {percent(drifted.worst_distance)}).",
+        "",
+    )
+    cells = [
+        (
+            f"{name}, windows of {row['window']:,}" if row["window"] else f"{name}, its windows",
+            *(FIGURES[of].text(row[name][of]) for of in SHOWN),
+        )
+        for row in rows
+        for name in ("profile", "now")
+    ]
+    head = (text.name(placement_file.name), *(FIGURES[name].column for name in SHOWN))
+    output.table(head, cells)
 
 
 def _replayed(

@@ -84,9 +84,7 @@ def command(
     initial = moving.initial(source, topology)
     if initial is not None:
         moving = replace(moving, expert_bytes=source.expert_bytes(moving.expert_bytes))
-    seen, judged_on = source.traffic, source.traffic
-    if holdout:
-        seen, judged_on = hold_out(seen, holdout, seed=nth_seed(search.seed, 0))
+    seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
     problem = wanted.problem(source, topology, seen)
     if initial is not None:
         problem.check_running(initial)  # before anything is said
@@ -95,10 +93,9 @@ def command(
     how = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem))
     result = source.solve(method, problem, **how, **moving.arguments(initial))
-    placement = with_input(result.placement, source, wanted.engine, holdout)
-    result = replace(result, placement=placement)
+    result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
-    placement.save(out_file)
+    result.placement.save(out_file)
     output.say("")
     try:
         before, outcomes = _judge(result, initial, source, problem, judged_on)
@@ -107,35 +104,29 @@ def command(
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     _show(output, problem, outcomes, before)
-    judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
-    judged = windowed(judged, source)
+    judged = windowed(held_out(judged_on, source.traffic) if holdout else FLATTERED, source)
     output.say(*[f"Gain: {of.sentence}" for of in (gain,) if of is not None], judged)
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
-    failure = None
-    if certificate_file is not None:
-        failure = _prove(problem, result, certificate_file, output)
+    failure = certificate_file and _prove(problem, result, certificate_file, output)
     settings = wanted.problem_settings(problem) | moving.settings() | how
     settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
-    contents: dict[str, Any] = {"input": source.facts(), "settings": settings}
-    contents["placement"] = str(out_file)
-    contents |= {"method": method, **outcome.to_dict(), **moves}
-    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    contents["gain"] = None if gain is None else gain.to_dict()
-    contents["judged_on"] = part | size_of(judged_on)
-    pages.write(
-        output,
-        lambda: of_outcomes(
-            *(before, outcome, origin_of(source), contents),
-            traffic=judged,
-            judged=gain,
-            trades=trades,
-            expert_bytes=source.expert_bytes(moving.expert_bytes),
-        ),
-    )
+    about = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
+    about |= {"method": method, **outcome.to_dict(), **moves}
+    contents = about | _facts(gain, judged_on, holdout)
+    page: dict[str, Any] = {"traffic": judged, "judged": gain, "trades": trades}
+    page["expert_bytes"] = source.expert_bytes(moving.expert_bytes)
+    pages.write(output, lambda: of_outcomes(before, outcome, origin_of(source), contents, **page))
     output.finish(contents)
-    if failure is not None:
-        raise click.ClickException(failure)
+    if failure:
+        raise click.ClickException(str(failure))
+
+
+def _facts(gain: Comparison | None, judged_on: Traffic, holdout: float) -> dict[str, Any]:
+    """Return the gain, and what it was judged on, for JSON."""
+    part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
+    judged = None if gain is None else gain.to_dict()
+    return {"gain": judged, "judged_on": part | size_of(judged_on)}
 
 
 def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Outcome) -> None:

@@ -42,8 +42,8 @@ def _header(line: str) -> tuple[str, list[str]]:
     names = [name.strip().strip('"') for name in line.strip().split(separator)]
     if "token" in names:
         return separator, names
-    known = [ALIASES.get(name.lower(), name) for name in names]
-    return separator, known if len({*known}) == len(known) else names
+    renamed = [ALIASES.get(name.lower(), name) for name in names]
+    return separator, renamed if len({*renamed}) == len(renamed) else names
 
 
 @contextmanager

@@ -137,52 +137,32 @@ def advise(
     >>> advice.answer
     'worth a trial'
     """
-    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    for name, value in (("in_order", in_order), ("by_group", by_group)):
-        check.flag(name, value)
+    _check_values(traffic, topology, price, initial)
+    check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
     check.callable_or_none("report", report)
     progress = report if progress is None else progress  # by its former name
     if objective is not None:
         check.one_of("objective", objective, get_args(Goal))
-    _check_values(traffic, topology, price, initial)
     if unseen is not None:
         _check_unseen(traffic, unseen)
-    if by_group and len(members(traffic)) < 3:
-        raise ValueError("by_group needs traffic of two groups or more")
-    if engine is not None:
-        check.one_of("engine", engine, ENGINES)
-        split = ENGINES[engine].split if split is None else split
-        arrival = ENGINES[engine].arrival if arrival is None else arrival
-    share_mixed("bursts" if arrival is None else arrival)
-    given = check.listed("copies", copies, "whole numbers")
-    counts = sorted({check.whole_number("copies", each, lowest=0) for each in given})
-    if not counts:
-        raise ValueError("copies must be at least one number of slots, got none")
-    window = check.window_in(window)
-    windows: tuple[int | None, ...] = (window,)
+    _check_groups(traffic, by_group)
+    split, arrival = _served(engine, split, arrival)
+    counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
     if isinstance(traffic, RoutingStatistics):
-        # Statistics come in their windows. Pairs are of all of them, so they cannot be halved.
+        # Pairs are of all windows together, so they cannot be halved.
         pairs: dict[str, Any] = {"transitions": None, "coactivation": None, "sets": None}
         traffic, unseen = replace(traffic, **pairs), unseen and replace(unseen, **pairs)
-        arrival, windows = None, (None,)
-    elif window is None:
-        judged = unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
-        windows = tuple(of for of in WINDOWS if of == WINDOWS[0] or judged >= 2 * of)
+        arrival = "bursts"
     if prefill_share is not None:
         _check_share(prefill_share, windows)
     if expert_bytes is not None:
         check.positive("expert_bytes", expert_bytes, "number of bytes")
     else:
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
-    how: dict[str, Any] = {
-        "regime": regime,
-        "cost_model": cost_model_of(traffic) if cost_model is None else cost_model,
-        "split": "even" if split is None else split,
-        "arrival": "bursts" if arrival is None else arrival,
-        "objective": objective,
-    }
+    model = cost_model_of(traffic) if cost_model is None else cost_model
+    how: dict[str, Any] = {"regime": regime, "cost_model": model, "objective": objective}
+    how |= {"split": split, "arrival": arrival}
     study = Study(
         *(traffic, unseen, topology, initial, engine, counts, windows, how, expert_bytes, price),
         *(prefill_share, by_group, in_order, iterations, time_limit),
@@ -191,10 +171,53 @@ def advise(
     return study.advice(check.whole_number("splits", splits, highest=100))
 
 
+def _check_groups(traffic: Traffic, by_group: bool) -> None:
+    """Raise where groups are to be judged by themselves, and there are none."""
+    check.flag("by_group", by_group)
+    if by_group and len(members(traffic)) < 3:
+        raise ValueError("by_group needs traffic of two groups or more")
+
+
+def _served(
+    engine: str | None, split: Split | None, arrival: Arrival | None
+) -> tuple[Split, Arrival]:
+    """Return split and arrival: those given, else the engine's, else even and in bursts."""
+    if engine is not None:
+        check.one_of("engine", engine, ENGINES)
+        split = ENGINES[engine].split if split is None else split
+        arrival = ENGINES[engine].arrival if arrival is None else arrival
+    arrival = "bursts" if arrival is None else arrival
+    share_mixed(arrival)
+    return "even" if split is None else split, arrival
+
+
+def _counts(copies: Sequence[int]) -> list[int]:
+    """Return the numbers of slots for copies that are tried, in order."""
+    given = check.listed("copies", copies, "whole numbers")
+    counts = sorted({check.whole_number("copies", each, lowest=0) for each in given})
+    if not counts:
+        raise ValueError("copies must be at least one number of slots, got none")
+    return counts
+
+
+def _windows(
+    traffic: Traffic, unseen: Traffic | None, window: int | None
+) -> tuple[int | None, ...]:
+    """Return the windows that are judged: of both phases where one is not given."""
+    if isinstance(traffic, RoutingStatistics):
+        return (None,)  # statistics come in their windows
+    if window is not None:
+        return (window,)
+    judged = unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
+    return tuple(of for of in WINDOWS if of == WINDOWS[0] or judged >= 2 * of)
+
+
 def _check_values(
     traffic: Traffic, topology: Topology, price: float, initial: Placement | str
 ) -> None:
     """Raise for traffic of no tokens, a price that is none, and what cannot run."""
+    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     if isinstance(traffic, RoutingTrace):
         if traffic.tokens < 2:
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
