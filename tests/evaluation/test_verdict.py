@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,3 +103,10 @@ def test_evaluations_travel_without_their_traffic():
         gain = mt.verdict(before, other)
         assert (gain.answer, gain.low) == ("too few", None)
     assert "replayed" not in after.to_dict()
+
+
+def test_splits_that_disagree_are_no_evidence():
+    """An interval of one split does not outweigh another split that shows the contrary."""
+    gain = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, splits=(1 / 6, 0.1))
+    assert gain.answer == "worth it"
+    assert replace(gain, splits=(1 / 6, -0.05)).answer == "no evidence"

@@ -91,11 +91,13 @@ class Comparison(Frozen):
 
         ``"worth it"``: the gain is certain (its interval is above 0), and larger than the price.
         ``"certain but small"``: certain, but not larger. ``"worse"``: certainly a loss. ``"no
-        evidence"``: other traffic of the kind may show the contrary. ``"too few"``: below five
-        units.
+        evidence"``: other traffic of the kind may show the contrary, or another split does.
+        ``"too few"``: below five units.
         """
         if self.is_too_few or self.low is None or self.high is None:
             return "too few"
+        if any(each * self.gain < 0 for each in self.splits):
+            return "no evidence"
         if self.low > 0:
             return "worth it" if self.gain > self.price else "certain but small"
         return "worse" if self.high < 0 else "no evidence"
@@ -129,7 +131,9 @@ class Comparison(Frozen):
                 f"{line}; too few independent sequences or windows for an interval ({self.units}, "
                 f"at least {FEWEST} are needed)."
             )
-        chance = "; that may be chance" if self.answer == "no evidence" else ""
+        chance = (
+            "; not surely a difference: that may be chance" if self.answer == "no evidence" else ""
+        )
         return f"{line} ({self.sure}){chance}."
 
     def __str__(self) -> str:

@@ -30,8 +30,6 @@ RUNNING = ("contiguous", "round_robin", "eplb")
 READ = re.compile(rf"({'|'.join(RUNNING)})|eplb:\d{{1,5}}", re.ASCII)
 
 SPLITS, COPIES = 3, (0, 1, 2, 4)
-# Search steps of a start: enough to see what there is to win, in a second for a common model.
-ITERATIONS = 2000
 
 
 def advise(
@@ -54,7 +52,7 @@ def advise(
     split: Split | None = None,
     arrival: Arrival | None = None,
     in_order: bool = True,
-    iterations: int | None = ITERATIONS,
+    iterations: int | None = None,
     time_limit: float | None = None,
     seed: int = 0,
     threads: int | None = None,
@@ -111,8 +109,8 @@ def advise(
         Whether the order of the recording is that of serving. Where not, a change of kind between
         its halves is no matter.
     iterations
-        Search steps of each start in the short searches that choose the number of copies; None for
-        as many as ``solve`` takes.
+        Search steps of each start. By default short searches choose the number of copies, and the
+        proposed placement takes as many as ``solve``.
     time_limit
         Seconds of each solve; results then depend on the machine.
     seed

@@ -46,6 +46,9 @@ RUNNING, EPLB, PROPOSED = "running", "eplb", "proposed"
 Key = tuple[int, bool] | str
 Window = int | None
 
+# Search steps of a start: enough to see what there is to win, in a second for a common model.
+ITERATIONS = 2000
+
 
 @dataclass(frozen=True)
 class Part:
@@ -358,7 +361,7 @@ class Study:
     def trial(self, part: Part, count: int) -> Trial:
         """Place with some slots for copies, and judge that beside EPLB and what runs."""
         problem = self.problem(part.statistics, count)
-        result = self.solved(problem, "joint", part.seed)
+        result = self.solved(problem, "joint", part.seed, iterations=self.iterations)
         placements: dict[Key, Placement] = {
             RUNNING: self.running(part),
             EPLB: self.solved(problem, "eplb", part.seed).placement,
@@ -407,7 +410,8 @@ class Study:
             slots = {"slots_per_device": None, "extra_slots": statistics.layers * beyond}
         problem = self.problem(statistics, count, **slots)
         goals = ("balance",) if count and self.how["objective"] is None else self.goals
-        how: dict[str, Any] = {"seed": self.seed, "iterations": self.iterations}
+        steps = ITERATIONS if self.iterations is None else self.iterations
+        how: dict[str, Any] = {"seed": self.seed, "iterations": steps}
         results = {
             goal: self.solved(replace(problem, objective=goal), "heuristic", **how)
             for goal in goals
@@ -418,16 +422,24 @@ class Study:
         return results[best].placement
 
     def _swept(self, part: Part) -> tuple[Copies, ...]:
-        """Search shortly with every number of copies, and compute what they gain and cost."""
-        size, placements = self.expert_bytes, dict[Key, Placement]({RUNNING: self.running(part)})
+        """Search shortly with every number of copies."""
+        placements: dict[Key, Placement] = {RUNNING: self.running(part)}
         # Engines have as many slots in every layer.
         may_share = self.traffic.layers > 1 and self.engine is None
+        if len(self.counts) == 1 and not (may_share and self.counts[0]):
+            # There is nothing to choose: the proposed placement's own gain takes this one's place.
+            placements[self.counts[0], False] = placements[RUNNING]
+            return self._gains(part, placements)
         for count in self.counts:
             for shared in (False, True) if may_share and count else (False,):
                 what = f"{count} slots for copies" + (" on average" if shared else "")
                 self.say(f"searching with {what}")
                 placements[count, shared] = self._searched(part.statistics, count, shared=shared)
-        problem = self.problem(part.statistics, 0)
+        return self._gains(part, placements)
+
+    def _gains(self, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
+        """Compute what placements with copies gain over what runs, and the memory they take."""
+        size, problem = self.expert_bytes, self.problem(part.statistics, 0)
         evaluations = self.evaluated(placements, problem, part.unseen, self.windows)
         swept = []
         for count, shared in (key for key in placements if isinstance(key, tuple)):
