@@ -1,10 +1,22 @@
-"""What benchmarks share: arguments, clocks, tables, and skewed loads."""
+"""What benchmarks share: arguments, clocks, tables, records of runs, and skewed loads.
+
+A run with ``--record`` keeps its tables in bench/results, with its command, machine, commit and
+date; `python bench/harness.py` writes bench/RESULTS.md from all of them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
+
+HERE = Path(__file__).parent
+RECORDS, RESULTS = HERE / "results", HERE / "RESULTS.md"
+# Packages whose version a figure may depend on.
+PACKAGES = ("numpy", "torch", "highspy", "simgrid", "mtkahypar", "vllm", "sglang")
 
 
 def arguments(doc: str, positional: Mapping[str, Any] | None = None, **options: Any) -> Any:
@@ -64,17 +81,22 @@ def in_turns(
 
 
 class Table:
-    """Rows of aligned columns, printed as they come.
+    """Rows of aligned columns, printed as they come and kept.
 
     Parameters
     ----------
     columns
         Each a name and a format, such as ``"imbalance 9.4f"``: numbers stand on the right, and a
         format that begins with ``<`` is of words.
+    title
+        Of the table, printed above it.
     """
 
-    def __init__(self, *columns: str) -> None:
+    def __init__(self, *columns: str, title: str = "") -> None:
         names, self.formats = zip(*(column.rsplit(" ", 1) for column in columns), strict=True)
+        self.title, self.rows = title, list[list[str]]()
+        if title:
+            print(f"\n{title}")
         self(*names)
 
     def __call__(self, *values: Any) -> None:
@@ -85,6 +107,132 @@ class Table:
             words = f"{'<' if spec.startswith('<') else '>'}{width}"
             cells.append(format(value, words if isinstance(value, str) else spec))
         print(*cells, flush=True)
+        self.rows.append([cell.strip() for cell in cells])
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        names, *rows = self.rows
+        bar = ["---" if spec.startswith("<") else "---:" for spec in self.formats]
+        lines = [f"| {' | '.join(row)} |" for row in (names, bar, *rows)]
+        return "\n".join([*([f"**{self.title}**", ""] if self.title else []), *lines])
+
+
+def spread(values: Any, digits: int = 1) -> str:
+    """Return the median of some figures and, in brackets, their quartiles."""
+    low, middle, high = np.percentile(np.asarray(values, float), (25, 50, 75))
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+class Report:
+    """Tables and sentences of a run, in the order in which they were printed."""
+
+    def __init__(self) -> None:
+        self.parts: list[Table | str] = []
+
+    def table(self, title: str, *columns: str) -> Table:
+        """Begin a table."""
+        table = Table(*columns, title=title)
+        self.parts.append(table)
+        return table
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence, with figures of this run."""
+        print(f"\n{sentence}", flush=True)
+        self.parts.append(sentence)
+
+    def markdown(self) -> str:
+        """Return all parts as Markdown."""
+        parts = (part if isinstance(part, str) else part.markdown() for part in self.parts)
+        return "\n\n".join(parts)
+
+
+def machine() -> str:
+    """Return processor, memory, system and versions in a line."""
+    model = platform.processor() or platform.machine()
+    memory = 0.0
+    if Path("/proc/cpuinfo").exists():
+        named = [
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
+        model = named[0].split(":")[1].strip() if named else model
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    there = []
+    for package in PACKAGES:
+        try:
+            there.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    size = f"{os.cpu_count()} cores" + (f", {memory:.0f} GiB" if memory else "")
+    system = f"{platform.system()} {platform.release().split('-')[0]}"
+    python = f"Python {platform.python_version()}"
+    return ", ".join([model, size, system, python, *there])
+
+
+def commit() -> str:
+    """Return the commit that ran, and whether files differed from it."""
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "..", ":!results", ":!RESULTS.md"],
+        capture_output=True,
+        text=True,
+    )
+    return (head.stdout.strip() or "unknown") + (" and changes" if changed.stdout else "")
+
+
+@contextmanager
+def benchmark(
+    doc: str, positional: Mapping[str, Any] | None = None, **options: Any
+) -> Iterator[tuple[Any, Report]]:
+    """Parse the command line of a benchmark and give a report; keep it at the end of a whole run.
+
+    Parameters
+    ----------
+    doc, positional, options
+        As `arguments` has them; the first line of ``doc`` is the title.
+    """
+    given, report = arguments(doc, positional, record=False, **options), Report()
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    yield given, report
+    if not given.record:
+        return
+    title, _, about = doc.strip().partition("\n")
+    script = Path(sys.argv[0]).resolve().relative_to(HERE.parent)
+    # Folders are the reader's own: their names tell enough.
+    words = [word.rstrip("/").rsplit("/", 1)[-1] for word in sys.argv[1:] if word != "--record"]
+    record = {
+        "title": title.rstrip("."),
+        "about": "\n\n".join(part for part in about.strip().split("\n\n") if part[:1] != " "),
+        "command": " ".join(["python", str(script), *words]),
+        "machine": machine(),
+        "load": round(load, 1),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "seconds": round(time.perf_counter() - began),
+        "results": report.markdown(),
+    }
+    RECORDS.mkdir(exist_ok=True)
+    name = "-".join(script.with_suffix("").parts[1:])
+    (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    RESULTS.write_text(written())
+
+
+def written() -> str:
+    """Return the text of RESULTS.md, from all records."""
+    parts = [
+        "# Results",
+        "Every section is what one command printed, with its commit, its machine and its date.\n"
+        "`python bench/harness.py` writes this file from `bench/results`; nobody edits it.\n"
+        "[What was tried](../docs/experiments.md) on the way is told beside the design.",
+    ]
+    for path in sorted(RECORDS.glob("*.json")):
+        record = json.loads(path.read_text())
+        ran = (
+            f"`{record['command']}`: {record['seconds']} s on {record['date']}, commit "
+            f"{record['commit']}; {record['machine']}; load {record['load']} when it began."
+        )
+        parts += [f"## {record['title']}", ran, record["about"], record["results"]]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def skewed_loads(layers: int, experts: int, seed: int) -> NDArray[np.float64]:
@@ -105,3 +253,7 @@ def imbalance(load: NDArray[Any], slots: NDArray[Any]) -> NDArray[np.float64]:
         device = load[:, layer] @ (copies / copies.sum(axis=0)).T
         ratios.append(device.max(axis=1) / device.mean(axis=1))
     return np.stack(ratios, axis=1)
+
+
+if __name__ == "__main__":
+    RESULTS.write_text(written())

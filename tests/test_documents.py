@@ -14,6 +14,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
+import harness
 import pytest
 from given import GIVEN
 from sybil import Example, Region, Sybil
@@ -265,3 +266,8 @@ def test_every_list_is_followed():
     """The expression that reads the lists misses none of them."""
     page = (ROOT / "docs" / "architecture.md").read_text().partition("## To add")[2]
     assert len(ADDITIONS) == len(re.findall(r"^\*\*", page, re.MULTILINE)) >= 9
+
+
+def test_results_are_what_was_recorded():
+    """`bench/RESULTS.md` is what the harness writes from its records."""
+    assert harness.RESULTS.read_text() == harness.written()

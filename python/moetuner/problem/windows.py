@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
 # Windows that a search sees as they are. More are merged by likeness into so many (and one more for
-# every group at most), whatever their number is: its memory is bounded by them (bench/RESULTS.md,
+# every group at most), whatever their number is: its memory is bounded by them (docs/experiments.md,
 # "Long traces").
 MOST, MERGED = 512, 128
 # Numbers that windows are compared by, and rounds of the clustering.

@@ -1,6 +1,6 @@
 """How long to search: every constant that trades quality for time, by stage.
 
-Each stage names the table of bench/RESULTS.md that chose its constants, or that they were never
+Each stage names the table of docs/experiments.md that chose its constants, or that they were never
 measured. Constants that an algorithm is right or wrong with, whatever the time, stand where it
 does; those of the core's own searches stand in the core.
 """

@@ -3,7 +3,7 @@
 A search that minimises the largest device load of the windows it has seen fits their noise. Three
 things make it generalise: a norm over devices instead of the maximum, a part of experts' variance
 that no window tells of the next one, and, of large layers in many windows, the mean of all windows
-as one more, for traffic of all kinds at once. How much of each is fixed (bench/RESULTS.md).
+as one more, for traffic of all kinds at once. How much of each is fixed (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moetuner.solver.result import UnseenDetails
 Floats = NDArray[np.float64]
 
 # The norm that stands for the slowest device, and the part of experts' variance among windows that
-# no window tells of the next one (bench/RESULTS.md).
+# no window tells of the next one (docs/experiments.md).
 NORM, NOISE = 8, 0.25
 # Fewer windows are a table of what differs, not of what repeats.
 FEWEST_WINDOWS = 4
