@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from click.testing import CliRunner
-from harness import arguments
+from harness import Report, benchmark
 from numpy.typing import NDArray
 from simulated import DEVICES as FEW
 from simulated import WINDOW as LONG
@@ -229,31 +229,55 @@ def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
     return sure, agreed
 
 
-def main() -> None:
-    """Print the tables."""
-    options = arguments(__doc__, runs=150, audits=60, advices=40)
-    runs, audits = options.runs, options.audits
-    print(f"Of {options.advices} advices, percent: false, intervals that hold; found, of a gain of")
-    print("and of equally good placements, certain by: verdict, audit, compare, splits that agree")
+def claims(report: Report, advices_of_each: int) -> None:
+    """Print what advice, verdict, audit and compare claim, by recording."""
+    table = report.table(
+        f"Of {advices_of_each} advices and of as many pairs of equally good placements, percent",
+        "recording <26s",
+        "advice: false 14.1f",
+        "interval holds 15.1f",
+        "gain found 11.1f",
+        "of a gain of 13.1f",
+        "certain by verdict 19.1f",
+        "by audit 9.1f",
+        "by compare 11.1f",
+        "splits agree 13.1f",
+    )
     for name in RECORDINGS:
-        false, holding, _, _ = advices(name, options.advices)
-        *_, power, gain = advices(name, options.advices, 1.0)
-        others = (*certain(name, options.advices), *compared(name, options.advices))
-        shares = (false, holding, power, gain, *others)
-        print(f"{name:26}", *(f"{100 * share:6.1f}" for share in shares), flush=True)
-    print(f"Intervals of 95 % that miss, in percent of {runs} null audits")
-    print("sequences", *MEASURES, sep="  ")
+        false, holding, _, _ = advices(name, advices_of_each)
+        *_, power, gain = advices(name, advices_of_each, 1.0)
+        others = (*certain(name, advices_of_each), *compared(name, advices_of_each))
+        table(name, *(100 * share for share in (false, holding, power, gain, *others)))
+
+
+def audits_of(report: Report, runs: int, audits: int) -> None:
+    """Print what audits claim, by shape and number of sequences."""
+    table = report.table(
+        f"Intervals of 95 % that miss, percent of {runs} null audits",
+        "shape <18s",
+        "sequences 10d",
+        *(f"{name} {max(len(name), 9) + 1}.1f" for name in MEASURES),
+    )
     for shape in SHAPES:
-        print(shape)
         for sequences in (3, 5, 10, 20, 50):
-            shares = 100 * missed(sequences, shape, runs)
-            print(f"{sequences:9}", *(f"{share:9.1f}" for share in shares), flush=True)
-    print(f"Of {audits} null audits of seven groups, percent that name: worse, behind, either")
+            table(shape, sequences, *(100 * missed(sequences, shape, runs)))
+    table = report.table(
+        f"Groups that {audits} null audits of seven name, percent of audits",
+        "shape <18s",
+        "sequences 10d",
+        "worse 7.1f",
+        "behind 7.1f",
+        "either 7.1f",
+    )
     for shape in ("one window each", "crossing windows", "many in a window"):
         for sequences in (1, 3, 5, 10, 20):
-            shares = [100 * share for share in named(sequences, shape, audits)[:3]]
-            print(f"{shape:18}{sequences:4}", *(f"{share:6.1f}" for share in shares), flush=True)
-    print(f"Of {audits} audits of seven groups, percent that name the one that is served worse")
+            table(shape, sequences, *(100 * share for share in named(sequences, shape, audits)[:3]))
+    table = report.table(
+        f"The one group of seven that is served worse, named by so many percent of {audits} audits",
+        "change, % 10.1f",
+        "sequences 10d",
+        "named 7.1f",
+    )
     for liking in (0.5, 1.0):
         rng = np.random.default_rng(0)
         large = simulated(100, "crossing windows", rng, groups=7, served_worse=liking)
@@ -261,14 +285,23 @@ def main() -> None:
         assert change is not None
         for sequences in (5, 10, 20):
             share = named(sequences, "crossing windows", audits, served_worse=liking)[3]
-            print(
-                f"{100 * change.value:+.1f} %, {sequences:3} sequences {100 * share:6.1f}",
-                flush=True,
-            )
-    print(f"Of {runs} changes between equal placements, percent worth it: by verdict, by size")
-    for sequences in (3, 5, 10, 20, 50):
-        shares = [100 * share for share in verdicts(sequences, "crossing windows", runs)]
-        print(f"{sequences:3} sequences", *(f"{share:6.1f}" for share in shares), flush=True)
+            table(100 * change.value, sequences, 100 * share)
+
+
+def main() -> None:
+    """Print the tables."""
+    with benchmark(__doc__, runs=150, audits=60, advices=40) as (given, report):
+        claims(report, given.advices)
+        audits_of(report, given.runs, given.audits)
+        table = report.table(
+            f"Of {given.runs} changes between equal placements, percent that are worth it",
+            "sequences 10d",
+            "by verdict 11.1f",
+            "by size 8.1f",
+        )
+        for sequences in (3, 5, 10, 20, 50):
+            shares = verdicts(sequences, "crossing windows", given.runs)
+            table(sequences, *(100 * share for share in shares))
 
 
 if __name__ == "__main__":
