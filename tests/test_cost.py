@@ -1,5 +1,7 @@
 """CostModel: the formula, its fit to measurements, and the prices that it gives solvers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,17 +9,17 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.cost import busiest_ports
-from moetuner.presets import GPUS
+from moetuner.presets import GPUS, MEASURED
 
 MODEL = mt.CostModel(20, 3, 12, 0.05, token_bytes=1000, combine_bytes=3000)
 LINKS = {"intra_node_bandwidth": 100e9, "inter_node_bandwidth": 10e9}
 NODES = mt.Topology(4, 2, **LINKS, intra_node_latency=1e-6, inter_node_latency=5e-6)
 
 
-def fitted(tokens, experts, errors=1.0, *, seed=0, noise=0.03, outliers=0.0):
-    """Fit a cost model to times of MODEL with errors and noise, some three times as long."""
+def fitted(tokens, experts, errors=1.0, *, seed=0, noise=0.03, outliers=0.0, of=MODEL):
+    """Fit a cost model to times of another with errors and noise, some three times as long."""
     rng = np.random.default_rng(seed)
-    times = MODEL.compute_us(tokens, experts) * np.exp(rng.normal(0, noise, len(tokens))) * errors
+    times = of.compute_us(tokens, experts) * np.exp(rng.normal(0, noise, len(tokens))) * errors
     times = np.where(rng.random(len(tokens)) < outliers, 3 * times, times)
     return mt.CostModel.fit(tokens, experts, times, token_bytes=1)
 
@@ -33,6 +35,27 @@ def test_compute_is_the_larger_of_two_lines():
     assert MODEL.compute_us([10, 1000], [8, 8]).tolist() == [20 + 3 * 8, 12 + 50]
     assert MODEL.compute_us([1000, 1000], [8, 8], speed=[1, 2]).tolist() == [62, 31]
     assert MODEL.compute_us([0.0]).tolist() == [20]
+
+
+@given(st.floats(0, 1), st.floats(0, 1e6), st.floats(0, 500), st.floats(0.5, 2))
+def test_exposed_computing_adds_to_reading(exposed, tokens, active, speed):
+    """The formula, term by term; without a share it is the larger of two lines."""
+    model = replace(MODEL, exposed=exposed)
+    reading, computing = 20 + 3 * active, 0.05 * tokens
+    wanted = max(reading + exposed * computing, 12 + computing) / speed
+    actual = model.compute_us([tokens], [active], speed=[speed])
+    assert actual == pytest.approx([wanted])
+    assert MODEL.compute_us([tokens], [active], speed=[speed]) <= actual
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fit_recovers_the_share_that_is_exposed(seed):
+    """Of times with a share it is found; of times without one it stays at nothing."""
+    batches = grid()
+    actual = fitted(*batches, seed=seed, of=replace(MODEL, exposed=0.5))
+    assert actual.exposed == pytest.approx(0.5, abs=0.1)
+    assert actual.token_us == pytest.approx(MODEL.token_us, rel=0.05)
+    assert fitted(*batches, seed=seed).exposed == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -100,7 +123,7 @@ def test_errors_of_a_fit_are_what_they_are(noise):
     tokens, experts = (column[::3] for column in grid())
     fits = [fitted(tokens, experts, seed=seed, noise=noise) for seed in range(12)]
     made = np.std([[f.base_us, f.expert_us, f.start_us, f.token_us] for f in fits], axis=0)
-    said = np.median([f.parameter_errors for f in fits], axis=0)
+    said = np.median([f.parameter_errors for f in fits], axis=0)[:4]
     assert (said > made / 3).all()
     assert (said < made * 3).all()
     assert np.mean([f.prediction_error for f in fits]) == pytest.approx(noise, rel=0.4)
@@ -156,3 +179,18 @@ def test_presets_follow_the_roofline(gpu):
     # By default DeepSeek-V3's sizes, sent in 8 bits and returned in 16.
     model = mt.CostModel.preset(gpu, overlap=0.5)
     assert (model.token_bytes, model.combine_bytes, model.overlap) == (7168, 14336, 0.5)
+
+
+@pytest.mark.parametrize("gpu", MEASURED)
+def test_measured_presets_say_so_only_of_what_was_measured(gpu):
+    """Experts of other sizes take time by their weights, and are called scaled and predicted."""
+    own = mt.CostModel.preset(gpu, hidden=2048, intermediate=768)
+    assert (own.name, own.token_bytes) == (f"{gpu}:2048x768", 4096)
+    assert own.origin.startswith(f"Times of experts are measured ({gpu}:2048x768), with an error")
+    other = mt.CostModel.preset(gpu, hidden=4096, intermediate=1536, overlap=0.5)
+    assert other.origin.startswith("Times are predicted, not measured")
+    assert other.name == f"{gpu}:4096x1536 (scaled from 2048x768)"
+    assert (other.expert_us, other.token_us) == (4 * own.expert_us, 4 * own.token_us)
+    assert (other.base_us, other.exposed, other.overlap) == (own.base_us, own.exposed, 0.5)
+    with pytest.raises(ValueError, match="dtype_bytes must be 2, as measured, got 1"):
+        mt.CostModel.preset(gpu, dtype_bytes=1)

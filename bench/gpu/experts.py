@@ -65,8 +65,7 @@ def model_of(
     off = np.abs(predicted / taken - 1)
     worst = int(off.argmax())
     return [
-        f"`max({model.base_us:.1f} + {model.expert_us:.2f} * active, "
-        f"{model.start_us:.1f} + {model.token_us:.4f} * tokens)` microseconds; off by "
+        f"`{model.formula}`; off by "
         f"{100 * float(np.median(off)):.0f} % in the median, by {100 * off[worst]:.0f} % at most "
         f"({measured[worst][0]} tokens, {measured[worst][1]} active).",
     ]

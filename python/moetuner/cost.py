@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
-from moetuner.presets import GPUS, MODELS
+from moetuner.presets import GPUS, MEASURED, MODELS, Measured
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -39,8 +39,9 @@ AMOUNTS = ("base_us", "expert_us", "start_us", "token_us", "token_bytes", "combi
 class CostModel(Frozen):
     """Time of a layer: the slowest device, and the busiest port of every tier.
 
-    A device computes for ``max(base_us + expert_us * active experts, start_us + token_us * tokens)
-    / speed``: reading weights, or using them, whichever takes longer. Tokens count once per expert.
+    A device computes for ``max(base_us + expert_us * active experts + exposed * token_us * tokens,
+    start_us + token_us * tokens) / speed``: reading weights, or using them, whichever takes longer.
+    Tokens count once per expert.
     A tier of links takes its latency and the bytes of its busiest port, in or out, over its
     bandwidth; tiers are used one after the other. A layer is compute and communication, less the
     share ``overlap`` of the shorter of the two.
@@ -55,6 +56,8 @@ class CostModel(Frozen):
         Bytes of one token's state when it is sent to an expert.
     combine_bytes
         Bytes of what comes back, in regime dispatch; ``token_bytes`` by default.
+    exposed
+        Share of the computing that reading weights does not hide, 0 to 1.
     overlap
         Share of the shorter of compute and communication that is hidden behind the other, 0 to 1.
     once_per
@@ -68,7 +71,7 @@ class CostModel(Frozen):
         The same on measurements that the fit had not seen, by cross-validation: what to expect of
         batches between those measured, not beyond.
     parameter_errors
-        Standard errors of ``base_us``, ``expert_us``, ``start_us`` and ``token_us``.
+        Standard errors of ``base_us``, ``expert_us``, ``start_us``, ``token_us`` and ``exposed``.
     measured
         How many measurements were of each regime: reading weights, and computing.
 
@@ -92,6 +95,7 @@ class CostModel(Frozen):
     token_bytes: float
     _: KW_ONLY
     combine_bytes: float | None = None
+    exposed: float = 0.0
     overlap: float = 0.0
     once_per: Literal["device", "node"] = "device"
     name: str | None = None
@@ -105,8 +109,10 @@ class CostModel(Frozen):
             if name != "combine_bytes" or self.combine_bytes is not None:
                 unit = "number of microseconds" if name.endswith("_us") else "number of bytes"
                 vars(self)[name] = check.not_negative(name, getattr(self, name), unit)
-        if not (check.is_number(self.overlap) and 0 <= self.overlap <= 1):
-            raise ValueError(f"overlap must be from 0 to 1, got {check.shown(self.overlap)}")
+        for name in ("exposed", "overlap"):
+            share = getattr(self, name)
+            if not (check.is_number(share) and 0 <= share <= 1):
+                raise ValueError(f"{name} must be from 0 to 1, got {check.shown(share)}")
         for name in ("parameter_errors", "measured"):
             if isinstance(getattr(self, name), list):  # as JSON has it
                 vars(self)[name] = tuple(getattr(self, name))
@@ -119,6 +125,15 @@ class CostModel(Frozen):
     def bytes_back(self) -> float:
         """Bytes of what comes back from an expert in regime dispatch."""
         return self.token_bytes if self.combine_bytes is None else self.combine_bytes
+
+    @property
+    def formula(self) -> str:
+        """Microseconds of a device's experts, as they stand in a sentence."""
+        shown = f" + {self.exposed * self.token_us:.4g} x tokens" if self.exposed else ""
+        return (
+            f"max({self.base_us:.4g} + {self.expert_us:.4g} x active experts{shown}, "
+            f"{self.start_us:.4g} + {self.token_us:.4g} x tokens) us"
+        )
 
     @property
     def origin(self) -> str:
@@ -136,6 +151,8 @@ class CostModel(Frozen):
         cls, tokens: ArrayLike, experts: ArrayLike, microseconds: ArrayLike, **others: Any
     ) -> CostModel:
         """Fit the compute of a device to measurements.
+
+        Computing is ``exposed`` only where that tells more of batches that a fit has not seen.
 
         Parameters
         ----------
@@ -156,16 +173,25 @@ class CostModel(Frozen):
             and computing (many tokens on few).
         """
         columns = measurements(tokens, experts, microseconds)
-        lines = _fit(*columns)
-        residual = float(np.sqrt(np.mean(_errors(lines, *columns) ** 2)))
-        _check_both_lines(lines, residual, *columns)
-        prediction_error, spread = _cross_validate(*columns)
+        lines = _fit(*columns, exposes=False)
+        _check_both_lines(lines, *columns)
+        off, spread = cross_validate(*columns, exposes=False)
+        other, other_spread = cross_validate(*columns, exposes=True)
+        gain = np.array([np.mean(np.abs(a) - np.abs(b)) for a, b in zip(off, other, strict=True)])
+        # What is simpler unless the other is better by more than a standard error.
+        if gain.mean() > gain.std(ddof=1) / np.sqrt(FOLDS):
+            lines, off, spread = _fit(*columns, exposes=True), other, other_spread
         by_experts, by_tokens = _times(lines, *columns[:2])
         computing = int((by_tokens >= by_experts).sum())
-        evidence: dict[str, Any] = {"residual": residual, "prediction_error": prediction_error}
-        evidence["parameter_errors"] = tuple(spread.tolist())
-        evidence["measured"] = (len(by_tokens) - computing, computing)
-        return cls(*lines.tolist(), **{**evidence, **others})
+        *line, exposed = lines.tolist()
+        fields = {
+            "exposed": exposed,
+            "residual": _root_mean_square(_errors(lines, *columns)),
+            "prediction_error": _root_mean_square(np.concatenate(off)),
+            "parameter_errors": tuple(spread.tolist()),
+            "measured": (len(by_tokens) - computing, computing),
+        }
+        return cls(*line, **{**fields, **others})
 
     @classmethod
     def from_hardware(
@@ -223,18 +249,25 @@ class CostModel(Frozen):
         *,
         hidden: int = HIDDEN,
         intermediate: int = INTERMEDIATE,
-        dtype_bytes: float = 1,
+        dtype_bytes: float | None = None,
         **others: Any,
     ) -> CostModel:
-        """Return the roofline of a common GPU, such as ``"h100"``; sizes are DeepSeek-V3's.
+        """Return the roofline of a common GPU, such as ``"h100"``, or times that were measured.
+
+        Sizes are DeepSeek-V3's, in 8 bits. What was measured, such as ``"a800-measured"``, is of
+        other sizes in 16 bits; times of an expert and of a token are in proportion to the weights.
 
         Raises
         ------
         ValueError
-            If the GPU is not known; ``presets.py`` has the list and the sources.
+            If the GPU is not known, or was measured in other bits; ``presets.py`` has the list and
+            the sources.
         """
-        check.one_of("preset", gpu, GPUS)
-        dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
+        check.one_of("preset", gpu, (*GPUS, *MEASURED))
+        name = f"{gpu}:{hidden}x{intermediate}"
+        if gpu in MEASURED:
+            return cls._scaled(MEASURED[gpu], hidden, intermediate, dtype_bytes, name, others)
+        dtype_bytes = check.positive("dtype_bytes", 1 if dtype_bytes is None else dtype_bytes)
         peak = GPUS[gpu]
         return cls.from_hardware(
             hidden,
@@ -242,8 +275,32 @@ class CostModel(Frozen):
             flops=peak.flops_8bit if dtype_bytes == 1 else peak.flops_16bit,
             memory_bandwidth=peak.memory_bandwidth,
             dtype_bytes=dtype_bytes,
-            **{"name": f"{gpu}:{hidden}x{intermediate}", **others},
+            **{"name": name, **others},
         )
+
+    @classmethod
+    def _scaled(
+        cls,
+        of: Measured,
+        hidden: float,
+        intermediate: float,
+        dtype_bytes: float | None,
+        name: str,
+        others: dict[str, Any],
+    ) -> CostModel:
+        """Return what was measured, for other sizes of experts; it is no measurement then."""
+        hidden = check.positive("hidden", hidden)
+        weights = hidden * check.positive("intermediate", intermediate)
+        if check.positive("dtype_bytes", dtype_bytes or 2) != 2:
+            raise ValueError(f"dtype_bytes must be 2, as measured, got {dtype_bytes}")
+        factor = weights / (of.hidden * of.intermediate)
+        fields: dict[str, Any] = {"name": name, "token_bytes": 2 * hidden, "exposed": of.exposed}
+        if (hidden, intermediate) == (of.hidden, of.intermediate):
+            fields |= {"prediction_error": of.prediction_error, "measured": of.measured}
+        else:
+            fields["name"] += f" (scaled from {of.hidden}x{of.intermediate})"
+        line = (of.base_us, factor * of.expert_us, of.start_us, factor * of.token_us)
+        return cls(*line, **{**fields, **others})
 
     def compute_us(
         self, tokens: ArrayLike, active: ArrayLike | None = None, speed: ArrayLike | None = None
@@ -260,10 +317,12 @@ class CostModel(Frozen):
         speed
             Relative speed of every device [D].
         """
-        time = self.start_us + self.token_us * check.amounts_in("tokens", tokens)
+        computing = self.token_us * check.amounts_in("tokens", tokens)
+        time = self.start_us + computing
         experts = check.amounts_in("active", 0.0 if active is None else active)
         _check_shapes("active", experts, "tokens", time)
-        time = np.maximum(self.base_us + self.expert_us * experts, time)
+        reading = self.base_us + self.expert_us * experts + self.exposed * computing
+        time = np.maximum(reading, time)
         if speed is None:
             return time
         speeds = check.amounts_in("speed", speed)
@@ -409,9 +468,9 @@ def measurements(*values: ArrayLike) -> list[Floats]:
 
 
 def _times(lines: Floats, tokens: Floats, experts: Floats) -> tuple[Floats, Floats]:
-    """Compute the times [n] that the lines a + b experts and c + d tokens predict."""
-    a, b, c, d = lines
-    return a + b * experts, c + d * tokens
+    """Compute the times [n] that a + b experts + e d tokens and c + d tokens predict."""
+    a, b, c, d, e = lines
+    return a + b * experts + e * d * tokens, c + d * tokens
 
 
 def _errors(lines: Floats, tokens: Floats, experts: Floats, times: Floats) -> Floats:
@@ -419,22 +478,28 @@ def _errors(lines: Floats, tokens: Floats, experts: Floats, times: Floats) -> Fl
     return np.maximum(*_times(lines, tokens, experts)) / times - 1
 
 
-def _fit(tokens: Floats, experts: Floats, times: Floats) -> Floats:
-    """Fit two lines, a, b, c and d, by deciding which one a measurement is on and fitting anew."""
-    best, least = np.zeros(4), np.inf
+def _fit(tokens: Floats, experts: Floats, times: Floats, *, exposes: bool) -> Floats:
+    """Fit two lines, a to e, by deciding which one a measurement is on and fitting anew.
+
+    Unless it ``exposes`` computing, e is 0.
+    """
+    best, least = np.zeros(5), np.inf
+    columns = (np.stack([experts, tokens][: 1 + exposes]), tokens[None])
     # Tokens per expert decide which line is above.
     density = tokens / np.maximum(experts, 1)
     for cut in np.quantile(density, np.linspace(0, 1, FIRST_GUESSES)):
         on_tokens, weight = density >= cut, 1 / times
         for _ in range(ROUNDS):
-            parts = ((experts, ~on_tokens), (tokens, on_tokens))
-            lines = np.concatenate([_line(x[on], times[on], weight[on]) for x, on in parts])
+            parts = zip(columns, (~on_tokens, on_tokens), strict=True)
+            (a, b, *more), (c, d) = (_line(x[:, on], times[on], weight[on]) for x, on in parts)
+            exposed = min(sum(more) / d, 1.0) if d else 0.0
+            lines = np.array([a, b, c, d, exposed])
             error = np.abs(_errors(lines, tokens, experts, times))
             typical = 1.4826 * float(np.median(error)) + 1e-12
             softer = np.sqrt(np.minimum(1, OUTLIER * typical / np.maximum(error, 1e-300))) / times
             by_experts, by_tokens = _times(lines, tokens, experts)
             same = np.array_equal(by_tokens >= by_experts, on_tokens)
-            if same and np.allclose(softer, weight, rtol=1e-6):
+            if same and np.abs(softer - weight).max() <= 1e-4 * weight.max():
                 break
             on_tokens, weight = by_tokens >= by_experts, softer
         loss = _loss(error)
@@ -444,17 +509,18 @@ def _fit(tokens: Floats, experts: Floats, times: Floats) -> Floats:
 
 
 def _line(x: Floats, y: Floats, weight: Floats) -> Floats:
-    """Compute the weighted least squares of y on 1 and x, neither coefficient negative."""
-    columns, target = np.stack([weight, weight * x], axis=1), weight * y
-    lines = [np.zeros(2)]
-    for used in ([0, 1], [0], [1]):
-        line = np.zeros(2)
-        line[used] = np.linalg.lstsq(columns[:, used], target, rcond=None)[0]
-        if (line >= 0).all():
-            lines.append(line)
-            if len(used) == 2:
-                break  # no other is as near
-    return min(lines, key=lambda line: float(np.sum((columns @ line - target) ** 2)))
+    """Compute the weighted least squares of y [n] on 1 and x [k,n], no coefficient negative."""
+    columns, used = np.stack([weight, *(weight * x)], axis=1), np.arange(len(x) + 1)
+    line = np.zeros(len(used))
+    while used.size:
+        found = np.linalg.lstsq(columns[:, used], weight * y, rcond=None)[0]
+        if (found >= 0).all():
+            line[used] = found
+            break
+        # The only one that is negative is 0 in the answer, too.
+        size = np.sqrt(np.sum(columns[:, used] ** 2, axis=0))
+        used = np.delete(used, np.argmin(found * size))
+    return line
 
 
 def _loss(error: Floats) -> float:
@@ -463,9 +529,7 @@ def _loss(error: Floats) -> float:
     return float(np.where(size < 0.01, size**2 / 2, 0.01 * (size - 0.005)).sum())
 
 
-def _check_both_lines(
-    lines: Floats, residual: float, tokens: Floats, experts: Floats, times: Floats
-) -> None:
+def _check_both_lines(lines: Floats, tokens: Floats, experts: Floats, times: Floats) -> None:
     """Raise where measurements show one line only, or too few batches of one.
 
     Nothing is known of the other then, and predictions would be wrong wherever that one is above.
@@ -473,14 +537,15 @@ def _check_both_lines(
     by_experts, by_tokens = _times(lines, tokens, experts)
     above = (by_tokens - by_experts) / times
     # Where lines meet, a measurement is of both, and tells them apart as little as noise does.
-    clear = max(residual, 1e-6)
+    off = _errors(lines, tokens, experts, times)
+    clear = max(_root_mean_square(off), 1e-6)
     names = ("reading weights", "computing")
     missing = ("few tokens on many experts", "many tokens on few experts")
     alone = []
     for x in (experts, tokens):
-        start, slope = _line(x, times, 1 / times)
+        start, slope = _line(x[None], times, 1 / times)
         alone.append(_loss((start + slope * x) / times - 1))
-    both = _loss(_errors(lines, tokens, experts, times))
+    both = _loss(off)
     # Two lines have two coefficients more, and must earn them.
     odds = len(times) / 2 * np.log(max(min(alone), 1e-12) / max(both, 1e-12))
     if odds - np.log(len(times)) < SURE:
@@ -498,18 +563,30 @@ def _check_both_lines(
             )
 
 
-def _cross_validate(tokens: Floats, experts: Floats, times: Floats) -> tuple[float, Floats]:
-    """Compute the error on batches left out, and standard errors of the coefficients [4]."""
+def _root_mean_square(error: Floats) -> float:
+    return float(np.sqrt(np.mean(error**2)))
+
+
+def cross_validate(
+    tokens: Floats,
+    experts: Floats,
+    times: Floats,
+    *,
+    exposes: bool,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> tuple[list[Floats], Floats]:
+    """Compute the errors on batches left out, by fold, and standard errors of the lines [5]."""
     batches = np.unique(np.stack([tokens, experts]), axis=1, return_inverse=True)[1].ravel()
     # Folds are random, since batches are measured along a grid; the answer is always the same.
-    fold = np.random.default_rng(0).permutation(int(batches.max()) + 1)[batches] % FOLDS
-    error, parts = np.zeros(len(times)), []
-    for number in range(FOLDS):
+    fold = np.random.default_rng(seed).permutation(int(batches.max()) + 1)[batches] % folds
+    errors, parts = [], []
+    for number in range(folds):
         out = fold == number
-        parts.append(_fit(tokens[~out], experts[~out], times[~out]))
-        error[out] = _errors(parts[-1], tokens[out], experts[out], times[out])
+        parts.append(_fit(tokens[~out], experts[~out], times[~out], exposes=exposes))
+        errors.append(_errors(parts[-1], tokens[out], experts[out], times[out]))
     # The jackknife's: parts share most of what they were fitted to.
-    return float(np.sqrt(np.mean(error**2))), np.sqrt(FOLDS - 1) * np.std(parts, axis=0)
+    return errors, np.sqrt(folds - 1) * np.std(parts, axis=0)
 
 
 # Times are of this GPU when nobody names one.
@@ -556,8 +633,8 @@ def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:
     whose = public_name(traffic.model) or f"{ASSUMED}{why}"
     if traffic.expert_size is not None:
         whose = traffic.model or "as recorded"
-    name = f"{gpu}:{hidden}x{intermediate} ({whose})"
-    return CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, name=name)
+    model = CostModel.preset(gpu, hidden=hidden, intermediate=intermediate)
+    return replace(model, name=f"{model.name} ({whose})")
 
 
 def assumed_model(name: str | None) -> str | None:

@@ -71,6 +71,34 @@ GPUS = {
     "mi300x": Gpu(1307e12, 2615e12, 5.3e12),
 }
 
+
+class Measured(NamedTuple):
+    """Cost model fitted to times of one device, of experts of one size in 16 bits."""
+
+    base_us: float
+    expert_us: float
+    start_us: float
+    token_us: float
+    exposed: float
+    prediction_error: float
+    measured: tuple[int, int]
+    hidden: int
+    intermediate: int
+
+
+# Qwen3-30B-A3B's experts in bfloat16, timed by others, in files under the MIT licence; what
+# `bench/gpu/times.py` fits to them. Errors are root mean squares of batches left out.
+MEASURED = {
+    # casys-kaist/LLMServingSim at 5daddb2, profiler/perf/RTXPRO6000: 50 batches; on average off by
+    # 6.4 % on batches left out.
+    "rtx-pro-6000-measured": Measured(
+        4.92, 6.704, 54.56, 0.03289, 0.503, 0.093, (39, 11), 2048, 768
+    ),
+    # NetX-lab/Frontier at a4b22df, data/profiling/compute/a800: 2472 batches of tensor-parallel
+    # size 1, 32 to 128 experts on the device (vLLM's fused kernel); off by 4.4 %.
+    "a800-measured": Measured(83.3, 7.465, 192.6, 0.07697, 0.548, 0.092, (2013, 459), 2048, 768),
+}
+
 # Hidden and intermediate size of a routed expert, and experts per token: `hidden_size`,
 # `moe_intermediate_size` (where that is missing `intermediate_size`, of dbrx `d_model` and
 # `ffn_hidden_size`) and `num_experts_per_tok` of the config.json that models were published with.

@@ -199,7 +199,7 @@ def test_speeds_count_in_the_imbalance(speed, wanted):
     assert evaluation.imbalance == pytest.approx(wanted)
 
 
-MODEL = mt.CostModel(5, 2, 3, 0.25, token_bytes=1000, combine_bytes=2000, overlap=0.5)
+MODEL = mt.CostModel(5, 2, 3, 0.25, 1000, combine_bytes=2000, exposed=0.4, overlap=0.5)
 
 
 def test_times_are_the_cost_models(make_trace):

@@ -236,6 +236,7 @@ def timed(draw):
         draw(us),
         draw(us),
         draw(st.sampled_from([0.0, 1e6])),
+        exposed=draw(st.sampled_from([0.0, 0.5, 1.0])),
         overlap=draw(st.sampled_from([0.0, 0.4, 1.0])),
         once_per=draw(st.sampled_from(["device", "node"])),
     )

@@ -84,8 +84,7 @@ def command(
     output.table(("tokens", "active experts", "measured us", "model us", "off"), rows)
     output.say(
         "",
-        f"A device takes max({fitted.base_us:.4g} + {fitted.expert_us:.4g} x active experts, "
-        f"{fitted.start_us:.4g} + {fitted.token_us:.4g} x tokens) us.",
+        f"A device takes {fitted.formula}.",
         f"Error on batches that the fit has not seen: {percent(fitted.prediction_error)}.",
     )
     fitted.save(out_file)

@@ -13,7 +13,7 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli.options import FileText, option
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
-from moetuner.presets import GPUS, MACHINES
+from moetuner.presets import GPUS, MACHINES, MEASURED
 from moetuner.problem.settings import MACHINE
 from moetuner.topology import Topology
 
@@ -47,7 +47,7 @@ def read_cost_model(text: str) -> CostModel | str:
     if Path(text).exists():
         model = CostModel.load(text)
         return model if model.name else replace(model, name=Path(text).name)
-    name, size = _preset(text, GPUS)
+    name, size = _preset(text, (*GPUS, *MEASURED))
     if not size:
         return name
     match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
@@ -57,7 +57,7 @@ def read_cost_model(text: str) -> CostModel | str:
 
 
 TOPOLOGY = FileText(read_machine, words=MACHINES)
-COST_MODEL = FileText(read_cost_model, words=GPUS)
+COST_MODEL = FileText(read_cost_model, words=(*GPUS, *MEASURED))
 
 
 def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel:

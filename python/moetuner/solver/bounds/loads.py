@@ -125,7 +125,8 @@ def _least_compute(problem: Problem, load: Floats) -> Floats:
     # Copies of an expert are active in all at least as often as one would be, or have a token.
     active = np.minimum(load, 1.0) if problem.may_copy else load > 0
     count = active.sum(axis=2)
-    weights = (model.base_us * problem.devices + model.expert_us * count) / speed.sum()
+    shown = model.exposed * model.token_us * load.sum(axis=2)
+    weights = (model.base_us * problem.devices + model.expert_us * count + shown) / speed.sum()
     least_us: Floats = np.maximum(least, np.maximum(tokens, weights))
     if not problem.may_copy and np.ptp(speed) == 0:
         whole = (model.base_us + model.expert_us * np.ceil(count / problem.devices)) / speed[0]
