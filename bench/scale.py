@@ -78,6 +78,7 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Taken:
     not.
     """
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moetuner"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measured, work, arguments).result()
 

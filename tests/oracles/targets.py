@@ -538,12 +538,12 @@ def check_solve(rng: random.Random) -> str | None:
             given["initial"] = mt.solve(problem, "random").placement
             given["move_budget"] = drawn(rng, [None, 0, 1, 3.5, 1e9, np.inf])
             given["move_cost"] = drawn(rng, [0.0, 0.1, 1e9])
-        begin = time.perf_counter()
+        begin = time.process_time()
         result = mt.solve(problem, method, **given)
     except ValueError as error:
         text = str(error)
         return f"ValueError: {text!r}" if not text or "\n" in text or len(text) > 600 else None
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     what = f"{method}, {given}, {problem}"
     broken = [line for line in problem.violations(result.placement) if "max_imbalance" not in line]
     searched = method in ("joint", "heuristic")
@@ -557,9 +557,8 @@ def check_solve(rng: random.Random) -> str | None:
     if result.certificate is not None:
         mt.verify(result.certificate, problem)
     json.dumps(result.to_dict(), allow_nan=False)
-    # A busy machine may stretch a second; a hang takes longer.
-    if limit is not None and seconds > limit + 20:
-        return f"{seconds:.0f} s for a limit of {limit}: {what}"
+    if limit is not None and seconds > 2 * limit + 2:  # of two threads, and of imports
+        return f"{seconds:.1f} s of the processor for a limit of {limit}: {what}"
     return None
 
 
