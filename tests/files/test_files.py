@@ -134,6 +134,45 @@ def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
     assert {item.name for item in tmp_path.iterdir()} == {target, "other", other.name}
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import moetuner as mt
+ids = np.arange(24, dtype=np.uint8).reshape(4, 3, 2) % 5
+trace = mt.RoutingTrace.from_arrays(ids, num_experts=5)
+placement = mt.Placement([[[0, 1, 2], [3, 4, 5]]])
+for name, save in (
+    ("t.safetensors", trace.save),
+    ("s.safetensors", mt.RoutingStatistics.from_trace(trace).save),
+    ("p.json", placement.save),
+    ("p.npy", lambda path: mt.write_placement(placement, "omni-infer", path)),
+    ("p.npz", lambda path: mt.write_placement(placement, "eplb", path)),
+):
+    path = Path(name)
+    save(path)
+    content = path.read_bytes()
+    for most in {0, len(content) // 2, len(content) - 9, len(content) - 1}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        try:
+            save(path)
+            print(f"{name} of {len(content)} bytes was saved in {most}")
+        except OSError as error:
+            assert str(path) in str(error), error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert path.read_bytes() == content
+    assert [*Path().glob(".*")] == []
+"""
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+    """Whichever byte has no room, also the last one; the old file stays, and nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_temporary_in_use_is_not_deleted(tmp_path):
     """Two writers of one name do not touch each other's temporary files; the last one wins."""
     path = tmp_path / "target"

@@ -8,20 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_ids
 from damage import check_line, check_reading, damaged, survives
-from engines_files import (
-    GOLDEN,
-    megatron_lines,
-    npy,
-    save_table,
-    vllm_response,
-    write_tensorrt_about,
-)
+from engines_files import write_tensorrt_about
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import write_lines
-from safetensors.numpy import save_file
+from targets import (
+    ARCHIVES,
+    BYTES,
+    DUMPS,
+    EXPERTS,
+    HINTS,
+    IDS,
+    PLACEMENT,
+    TOP_K,
+    TRACE_LINES,
+    WRITTEN,
+    write,
+)
 
 import moetuner as mt
 from moetuner.formats import READERS, WRITERS, pickled, read_input, sglang
@@ -30,71 +33,6 @@ from moetuner.formats.layout import Layout, faults
 
 # Many more examples than elsewhere: most take a millisecond.
 MORE = 3
-EXPERTS, LAYERS, TOP_K = 16, 2, 2
-IDS = random_ids(12, LAYERS, TOP_K, 6)
-LABELS = {"sequence": np.arange(12) // 4, "group": np.arange(12) // 8, "group_names": ["a", "b"]}
-TRACE = mt.RoutingTrace.from_arrays(IDS, num_experts=EXPERTS, model="m", **LABELS)
-COUNTED = mt.RoutingStatistics.from_trace(TRACE, window=5)
-PLACEMENT = mt.Placement([[[0, 1, 2], [3, 4, 5]], [[5, 1, 2], [3, 4, 0]]], num_experts=6)
-HINTS = Hints(num_experts=EXPERTS, top_k=4)
-
-
-TRACE_LINES = [json.dumps(line) for line in megatron_lines(IDS, 0, 0, range(LAYERS))]
-RESPONSE = json.dumps(vllm_response(IDS))
-
-
-def csv_lines():
-    yield "token,layer,expert,sequence,group"
-    for token, layer, k in np.ndindex(*IDS.shape):
-        yield f"{token},{layer},{IDS[token, layer, k]},{token // 4},{'ab'[token // 8]}"
-
-
-ARCHIVES = {
-    "replay": dict(zip(["arr_0", "arr_1"], np.moveaxis(IDS, 1, 0).astype(int), strict=True)),
-    "deepspeed": {f"layers.{n}.tokens_per_expert": np.arange(16.0) for n in range(2)},
-    "vllm-ascend": {
-        "expert_workload": np.arange(64).reshape(2, 2, 16),
-        "current_expert_table": np.arange(64).reshape(2, 2, 16) % EXPERTS,
-    },
-    "npz": {"expert_ids": IDS, "num_experts": EXPERTS, "model": "m", **LABELS},
-    "load table": {"load": COUNTED.window_load, "group": [0, 1, 0], "group_names": ["a", "b"]},
-}
-BYTES = {
-    "megatron": lambda: "\n".join(TRACE_LINES).encode(),
-    "csv": lambda: "\n".join(csv_lines()).encode(),
-    "vllm": lambda: f"{RESPONSE}\n{RESPONSE}".encode(),
-    "npy": lambda: npy(IDS),
-    "npy wide": lambda: npy(IDS.astype(">i4")),
-    "npy columns": lambda: npy(np.asfortranarray(IDS)),
-}
-WRITTEN = {
-    "trace": TRACE.save,
-    "statistics": COUNTED.save,
-    "lines per token": lambda path: write_lines(TRACE, path),
-    "lines per sequence": lambda path: write_lines(TRACE, path, "sequence"),
-    "tensorrt-llm": lambda path: save_file(
-        {f"3_{layer}": np.arange(EXPERTS) for layer in range(LAYERS)}, path
-    ),
-    "ascend map": lambda path: WRITERS["vllm-ascend"].of.write_map(PLACEMENT, path, Hints()),
-}
-
-
-def write(name, path):
-    """Write a small valid file; meta_info.json is beside it."""
-    if name in ARCHIVES:
-        save = np.savez_compressed if name == "npz" else np.savez
-        with path.open("wb") as file:
-            save(file, **ARCHIVES[name])
-    elif name in BYTES:
-        path.write_bytes(BYTES[name]())
-    elif name in WRITTEN:
-        WRITTEN[name](path)
-    elif name in ("parquet", "arrow"):
-        saved = path.with_name(f"t.{name}")
-        save_table(saved, {"experts": IDS.tolist(), "sequence": range(12)})
-        saved.rename(path)
-    else:
-        path.write_bytes((GOLDEN / name).read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +49,6 @@ def check(path, content, reader=None):
 NAMED = {"replay": "megatron", "parquet": "arrow", "ascend map": "vllm-ascend"}
 LINE_FORMS = ("lines per token", "lines per sequence")
 GIVEN = ("tensorrt-llm", "deepspeed", "vllm-ascend", "arrow")
-DUMPS = ("sglang/one-rank-per_token-0.pt", "sglang/responses.json")
 
 
 @pytest.mark.parametrize("name", [*ARCHIVES, *BYTES, *WRITTEN, "parquet", "arrow", *DUMPS])

@@ -278,6 +278,14 @@ def test_a_recording_is_bounded_and_keeps_those_of_others(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_a_killed_recorder_left_is_deleted(tmp_path):
+    """By the next one, whose file has another name: that of its own process."""
+    left = tmp_path / f".load-{os.getpid() + 1}-2x3.npz.0123abcd.moetuner"
+    left.write_bytes(b"half")
+    path = LoadRecorder(tmp_path).add(np.ones((2, 3)))
+    assert [*tmp_path.iterdir()] == [path]
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -1, 2.0**62, "x", None])
 def test_what_cannot_be_recorded_is_one_warning(wrong, tmp_path, caplog):
     """Loads that make no sense, or (None) a folder that cannot be written: serving goes on."""

@@ -8,6 +8,8 @@ from brute_force import rank
 import moetuner as mt
 from moetuner.solver import budget
 from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run
+from moetuner.solver.stages import polish
 from moetuner.solver.stages.floor import balanced
 from moetuner.solver.stages.layers import LayerModel
 
@@ -53,6 +55,15 @@ def test_a_clock_says_what_is_left(tick):
     endless = Budget()
     assert (endless.left, endless.is_over()) == (None, False)
     assert endless.within(0.1, keep=5.0) == Budget()
+
+
+def test_a_pass_of_polish_ends_when_time_is_over(make_trace):
+    """Not all neighbours of a placement are judged first: thousands, where slots are many."""
+    problem = mt.Problem(mt.RoutingStatistics.from_trace(make_trace()), mt.Topology(4))
+    run = Run(problem, seed=0, budget=Budget())
+    start = run.offer(mt.solve(problem, "random").placement.slots, "start")
+    assert polish._better(run, start, Budget()) is not None
+    assert polish._better(run, start, Budget(0.0)) is None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

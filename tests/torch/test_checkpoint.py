@@ -222,6 +222,10 @@ def test_bad_folders(tmp_path):
     wrong(new, f"{file}: file must have")
     (source / "model.safetensors.index.json").write_text("{}")
     wrong(new, "index.json: must be an object with 'weight_map'")
+    (source / "model.safetensors.index.json").unlink()
+    header = b'{"x": {"dtype": [], "shape": [0], "data_offsets": [0, 0]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    wrong(new, "old: ")
     assert not new.exists()
 
 

@@ -139,7 +139,11 @@ def read_times(path: Path) -> list[tuple[float, ...]]:
     """Read tokens, active experts and microseconds, a batch per line; a header may come first."""
     times: list[tuple[float, ...]] = []
     with path.open(newline="") as file, naming(path):
-        for number, row in enumerate(csv.reader(file), 1):
+        try:
+            rows = [*csv.reader(file)]
+        except csv.Error as error:
+            raise ValueError(f"must be {COLUMNS} in numbers: {error}") from None
+        for number, row in enumerate(rows, 1):
             try:
                 tokens, experts, us = map(float, row)
                 times.append((tokens, experts, us))

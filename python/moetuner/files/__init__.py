@@ -51,7 +51,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         before = target.stat() if target.exists() else None
         if before is not None and stat.S_ISDIR(before.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        _delete_left_behind(target)
+        delete_left_behind(target.parent, glob.escape(target.name[:LONGEST_STEM]))
         temporary, lock = _make_beside(target, 0o666 if before is None else 0o600)
         try:
             yield temporary
@@ -135,11 +135,13 @@ def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
         return temporary, handle
 
 
-def _delete_left_behind(target: Path) -> None:
-    """Delete temporary files of this target whose processes are dead: nobody holds their locks."""
-    stem = glob.escape(target.name[:LONGEST_STEM])
+def delete_left_behind(folder: Path, names: str) -> None:
+    """Delete temporary files whose processes are dead: nobody holds their locks.
+
+    They are those of what has a name like ``names``, a pattern.
+    """
     with suppress(OSError):
-        for left in [*target.parent.glob(f".{stem}.{8 * '[0-9a-f]'}{TEMPORARY}")]:
+        for left in [*folder.glob(f".{names}.{8 * '[0-9a-f]'}{TEMPORARY}")]:
             with suppress(OSError):
                 handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:

@@ -121,6 +121,8 @@ def size_holding(path: Path, tensor: TensorInFile) -> int:
 
 def read(path: Path, tensor: TensorInFile) -> NDArray[Any]:
     """Read one whole tensor into memory, in native byte order."""
+    with naming(path):
+        size_holding(path, tensor)  # before memory is asked for
     with path.open("rb") as file:
         file.seek(tensor.offset)
         data = file.read(tensor.nbytes)
@@ -157,7 +159,7 @@ def write(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str]
         for name, (dtype, _, pieces) in tensors.items():
             little = dtype.newbyteorder("<")
             for piece in pieces:
-                np.ascontiguousarray(piece, dtype=little).tofile(file)
+                file.write(np.ascontiguousarray(piece, dtype=little))
             expected = 8 + len(header) + entries[name]["data_offsets"][1]
             if file.tell() != expected:
                 raise ValueError(f"{name}: pieces must fill its shape")

@@ -7,10 +7,12 @@ than two entries of 0 and 1 in a row are no expert ids, which differ from one an
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 
+from moetuner._checks import shown
 from moetuner.files import naming, npz, replacing
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout
@@ -23,8 +25,10 @@ LARGEST = 1 << 28
 
 def write_map(placement: Placement, path: Path, _: Hints) -> None:
     """Write the pattern; a device holds an expert once, whatever its slots are."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, placement.held.transpose(1, 0, 2).astype(np.int64))
+    content = io.BytesIO()  # numpy does not say that a disk is full where it writes a file itself
+    np.save(content, placement.held.transpose(1, 0, 2).astype(np.int64))
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def recognises_map(path: Path) -> bool:
@@ -46,7 +50,10 @@ def recognises_map(path: Path) -> bool:
 
 def read_map(path: Path, _: Hints) -> Layout:
     """Read a pattern: experts in rising order, -1 in slots that a device has less than others."""
-    has = npz.read_npy(path).astype(bool).transpose(1, 0, 2)
+    pattern = npz.read_npy(path)
+    if pattern.ndim != 3 or 0 in pattern.shape:
+        raise ValueError(f"must be a pattern [devices, layers, experts], got {shown(pattern)}")
+    has = pattern.astype(bool).transpose(1, 0, 2)
     layers, devices, experts = has.shape
     width = int(has.sum(axis=2).max())
     # Stable: experts that a device has come first, in rising order.

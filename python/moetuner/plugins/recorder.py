@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import numbers_in
-from moetuner.files import replacing
+from moetuner.files import delete_left_behind, replacing
 
 # Windows of a model that are recorded; beyond them neighbours are added up, two and two.
 MOST_WINDOWS = 256
@@ -57,6 +57,8 @@ class LoadRecorder:
             paths = (self.folder / f"{name}.npz" for name in names)
             recording = Recording(next(path for path in paths if not path.exists()))
             self._recordings[windows.shape[1:]] = recording
+            # No later process has the name of one that was killed while it wrote.
+            delete_left_behind(self.folder, "load-*.npz")
         for window in windows:
             recording.add(window)
         self.folder.mkdir(parents=True, exist_ok=True)

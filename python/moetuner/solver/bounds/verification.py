@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moetuner import _core
-from moetuner._checks import instance, threads_in
+from moetuner._checks import instance, shown, threads_in
 from moetuner.problem import Problem
 from moetuner.solver.bounds import pairs, visits
 from moetuner.solver.bounds.certificate import Certificate
@@ -46,7 +46,7 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
         ("caps of layers", problem.layers, len(certificate.caps)),
     ):
         if wanted != given:
-            raise ValueError(f"certificate must be of {what} {wanted}, got {given}")
+            raise ValueError(f"certificate must be of {what} {wanted}, got {shown(given)}")
     _refuse_vacuous(certificate, problem, threads)
     _refuse_uncovered(certificate, problem)
     if certificate.method == "complete dynamic programme":

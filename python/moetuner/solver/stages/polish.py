@@ -26,9 +26,9 @@ def _polish(run: Run, budget: Budget) -> None:
     starts = sorted(run.incumbents, key=lambda of: of.rank)[: effort.POLISHED]
     more = (run.judge(slots) for slots in _on_few_devices(run.problem))
     for start in (*starts, *(of for of in more if run.can_afford(of))):
-        now, better = start, _better(run, start)
+        now, better = start, _better(run, start, budget)
         while better is not None and not budget.is_over():
-            now, better = better, _better(run, better)
+            now, better = better, _better(run, better, budget)
         if now.rank < run.best.rank:
             run.offer(now.slots, "polish")
 
@@ -48,10 +48,12 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
             yield slots
 
 
-def _better(run: Run, incumbent: Incumbent) -> Incumbent | None:
+def _better(run: Run, incumbent: Incumbent, budget: Budget) -> Incumbent | None:
     """Return the first neighbour within the budget of moves that ranks before an incumbent."""
     problem = run.problem
     for slots in _neighbours(problem, incumbent.slots):
+        if budget.is_over():
+            break
         holders = holders_of(slots, problem.experts)
         # Of two copies on a device one is no holder.
         if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=1).all():

@@ -138,7 +138,7 @@ class _Folder:
                     raise ValueError(f"{file}: tensor {name} is in another file as well")
                 if not isinstance(shape, list) or not all(map(safetensors.is_size, shape)):
                     raise ValueError(f"{file}: {name}: shape must be sizes, got {shown(shape)}")
-                dtype = torch.int64 if entry.get("dtype") in whole else torch.float32
+                dtype = torch.int64 if str(entry.get("dtype")) in whole else torch.float32
                 self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
                 self.file_of[name] = file
 
@@ -165,7 +165,8 @@ class _Folder:
                 self._copy_file(file, temporary, changes, tables)
         for other in sorted(self.path.iterdir()):
             if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
-                shutil.copyfile(other, out / other.name)
+                with replacing(out / other.name) as temporary:
+                    shutil.copyfile(other, temporary)
         # Last: a folder without its index is not taken for a whole checkpoint.
         if self.index is not None:
             files = self.index["weight_map"].items()

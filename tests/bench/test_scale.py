@@ -1,0 +1,43 @@
+"""bench/scale.py: sizes double, limits are kept, and shards are counted alike by all."""
+
+from types import SimpleNamespace
+
+import pytest
+import scale
+from harness import Report
+
+
+def test_axes_have_slopes(monkeypatch):
+    """A row for every size, answers no worse than contiguous, and a slope of every axis."""
+    small = scale.Point(2, 16, 4, 2, 400, 2)
+    monkeypatch.setattr(scale, "BASE", small)
+    monkeypatch.setattr(scale, "AXES", {"layers": [2, 4], "experts": [16, 32]})
+    report = Report()
+    scale.axes(report, SimpleNamespace(doublings=1, goals=["crossing"], repeat=1))
+    points, slopes = report.parts
+    assert len(points.rows) == 5
+    assert all(float(row[5]) <= 1 for row in points.rows[1:])
+    assert [row[1] for row in slopes.rows[1:]] == ["layers", "experts"]
+
+
+def test_a_limit_is_kept():
+    """The answer is no worse than where every search starts."""
+    report = Report()
+    names = ["24x32 on 8, crossing"]
+    scale.limits(report, SimpleNamespace(names=names, limits=[0.05]))
+    (row,) = report.parts[0].rows[1:]
+    assert float(row[6]) <= float(row[7])
+    assert "worse" not in row[8]
+
+
+def test_shards_are_links_and_are_read_from_the_disk(tmp_path):
+    """Links are counted like files; Dask's workers find what one process does."""
+    pytest.importorskip("dask.bag", reason="needs dask")
+    paths, real = scale.shards(tmp_path, 3_000_000, 1_000_000)
+    assert len({path.stat().st_ino for path in paths}) == 1
+    assert len(paths) == 3
+    assert scale.from_disk(paths, scale.read_each)[0] == 3 * real
+    assert scale.count_as_one(paths) * 58 * 8 == pytest.approx(3 * real, rel=0.01)
+    report = Report()
+    scale.by_dask(report, None, paths, real)
+    assert report.parts[0].rows[-1][-1] == "yes"

@@ -1,0 +1,84 @@
+"""Every reader and solve, fed with damage: a result, or one line; bench/faults.py goes on for long.
+
+Seeds are fixed, so that the same files and problems come every time.
+"""
+
+import json
+import random
+
+import pytest
+from targets import check_solve, complaint, damaged, folder_for_targets, targets
+
+TARGETS = targets()
+CASES, PROBLEMS = 50, 6
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """Name for files in a folder, and the content of a valid one of every kind."""
+    path = folder_for_targets(tmp_path_factory.mktemp("fuzz"))
+    content = {}
+    for name, target in TARGETS.items():
+        target.make(path)
+        content[name] = path.read_bytes()
+    return path, content
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_readers_survive(valid, name):
+    """What is valid is read; what is damaged is read as something valid, or refused in a line."""
+    path, content = valid
+    rng, others = random.Random(name), [*content.values()]
+    path.write_bytes(content[name])
+    if name != "ascend map":  # which is no recording
+        TARGETS[name].read(path)
+    for _ in range(CASES // 10 if name == "times" else CASES):  # a fit takes a tenth of a second
+        case = damaged(content[name], rng, others)
+        path.write_bytes(case)
+        found = complaint(TARGETS[name], path)
+        assert found is None, (found, case[:2000])
+
+
+def header_of(shape, kind="<i4"):
+    """Give an .npy file of this shape, with the bytes of a small one."""
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + bytes(96)
+
+
+# What once ended in another error, by target.
+FOUND = [
+    ("npy", lambda _: header_of((12, 2**31, 2))),
+    ("npy", lambda _: header_of((12, 2**31, 2**31))),
+    ("map, omni-infer", lambda _: header_of((2**31 - 1, 2, 0), "<i8")[:-96]),
+    ("times", lambda valid: valid + b"1" * (1 << 18) + b",1,1\n"),
+    ("certificate", lambda valid: of_metadata(valid, "fingerprint", "a\nb")),
+    ("certificate", lambda valid: of_metadata(valid, "regime", "a\nb")),
+]
+
+
+def of_metadata(valid, key, value):
+    """Give a safetensors file with another text in its metadata."""
+    length = int.from_bytes(valid[:8], "little")
+    header = json.loads(valid[8 : 8 + length])
+    header["__metadata__"][key] = value
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + valid[8 + length :]
+
+
+@pytest.mark.parametrize(("name", "case"), FOUND)
+def test_what_was_found_is_refused(valid, name, case):
+    """In one line, and without the memory that a file only says it needs."""
+    path, content = valid
+    path.write_bytes(case(content[name]))
+    assert complaint(TARGETS[name], path) is None
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        TARGETS[name].read(path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_solve_survives(seed):
+    """Problems from the corners are solved truly, or refused in a line."""
+    rng = random.Random(seed)
+    for _ in range(PROBLEMS):
+        found = check_solve(rng)
+        assert found is None
