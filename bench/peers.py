@@ -209,20 +209,6 @@ def flashlb(wheels: Path, size: Size) -> Policy | str:
     return place
 
 
-def available(
-    peers: dict[str, Callable[[Path, Size], Policy | str]], wheels: Path, size: Size
-) -> dict[str, Policy]:
-    """Return the policies that can run, and print why the others cannot."""
-    policies: dict[str, Policy] = {}
-    for name, peer in peers.items():
-        policy = peer(wheels, size)
-        if isinstance(policy, str):
-            print(f"{name} is left out: {policy}")
-        else:
-            policies[name] = policy
-    return policies
-
-
 def copies_moved(size: Size, old: Map, new: Map) -> int:
     """Count copies that come to a rank which did not have them."""
     total = 0
