@@ -94,8 +94,6 @@ bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick
 	$(BIN)/python bench/statistics_file.py --bytes 200000000
 	$(BIN)/python bench/replay.py --repeat 3
 	$(BIN)/python bench/versus.py --quick
-	$(BIN)/python bench/stage_1.py --seeds 1
-	$(BIN)/python bench/joint.py --quick
 	$(BIN)/python bench/expert_parallel.py --quick
 
 bench-peers: $(CORE) $(TOOLS)  ## ours beside peers' released code (15 minutes); DATA=FOLDER has recorded traffic
