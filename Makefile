@@ -100,7 +100,7 @@ bench-peers: $(CORE) $(TOOLS)  ## ours beside peers' released code (15 minutes);
 	-@for package in $(PEERS); do $(BIN)/python -m pip install --quiet $$package; done
 	-@for wheel in $(WHEELS); do \
 		$(BIN)/python -m pip download --quiet --no-deps --dest build/wheels $$wheel; done
-	$(BIN)/python bench/versus.py $(if $(wildcard $(DATA)),--data $(DATA))
+	$(BIN)/python bench/versus.py --data $(DATA)
 
 scorecard: $(CORE) $(TOOLS)  ## some ninety answers beside those stored: what a change of the code changes
 	$(BIN)/python bench/scorecard.py

@@ -189,9 +189,18 @@ def in_domains(layers: int = 58, windows: int = 80) -> Instance:
     return Instance("domains", counts, mt.Topology(32, devices_per_node=8), 9, groups=8)
 
 
+# Files of traffic that was recorded from real models.
+RECORDED = (
+    "gpt-oss-20b.npz",
+    "qwen3-30b-a3b-languages.npz",
+    "mixtral-8x7b-mmlu.npz",
+    "deepseek-v3-phases.npz",
+)
+
+
 def recorded(data: Path) -> Iterator[Instance]:
-    """Return what was recorded of real models: every file that is in a folder."""
-    path = data / "gpt-oss-20b.npz"
+    """Give what was recorded of real models, of the files that are in a folder."""
+    path = data / RECORDED[0]
     if path.exists():
         trace = mt.RoutingTrace.load(path)
         for devices, per_node in ((4, None), (8, None), (8, 4)):
@@ -199,15 +208,15 @@ def recorded(data: Path) -> Iterator[Instance]:
             groups = 1 if per_node is None else 8
             width = trace.num_experts // devices
             yield Instance("gpt-oss-20b", trace, topology, width, groups)
-    for name, topology, width, groups, joined in (
-        ("qwen3-30b-a3b-languages", mt.Topology(16), 9, 1, 1),
-        ("mixtral-8x7b-mmlu", mt.Topology(4), 3, 1, 64),
-        ("deepseek-v3-phases", mt.Topology(32, devices_per_node=8), 9, 8, 1),
+    for file, topology, width, groups, joined in (
+        (RECORDED[1], mt.Topology(16), 9, 1, 1),
+        (RECORDED[2], mt.Topology(4), 3, 1, 64),
+        (RECORDED[3], mt.Topology(32, devices_per_node=8), 9, 8, 1),
     ):
-        path = data / f"{name}.npz"
+        path = data / file
         if path.exists():
-            counts = mt.RoutingStatistics.load(path)
-            yield Instance(name, _joined(counts, joined), topology, width, groups)
+            counts = _joined(mt.RoutingStatistics.load(path), joined)
+            yield Instance(path.stem, counts, topology, width, groups)
 
 
 def _joined(counts: mt.RoutingStatistics, windows: int) -> mt.RoutingStatistics:

@@ -26,7 +26,7 @@ def methods(instance: Instance) -> dict[str, versus.Method]:
 @pytest.mark.parametrize("instance", [SMALL, LOADS], ids=str)
 def test_nothing_is_below_the_bound_or_the_oracle(instance: Instance) -> None:
     """In the column of its goal: bound, oracle that is proven best, everybody else."""
-    figures, bounds = versus.figures_of(instance, methods(instance), 1, None)
+    figures, bounds = versus.figures_of(instance, methods(instance), 1)
     columns = versus.columns_of(instance)
     assert any(bounds.values())
     for goal in versus.FREE if instance is SMALL else ["balance"]:
