@@ -7,13 +7,17 @@ BASE   := $(VENV)/base.stamp
 TOOLS  := $(VENV)/tools.stamp
 CORE   := python/moetuner/_core.abi3.so
 RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
+# What bench-peers compares with; one that is not to be had is left out.
+PEERS  := mtkahypar numba scipy
+WHEELS := vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
+DATA   ?= ../shared/data
 # Only this venv, whatever else is active.
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport CONDA_PREFIX PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench scorecard wheel clean
+.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -89,10 +93,14 @@ bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick
 	$(BIN)/python bench/transitions.py --repeat 3
 	$(BIN)/python bench/statistics_file.py --bytes 200000000
 	$(BIN)/python bench/replay.py --repeat 3
-	$(BIN)/python bench/balance.py --seeds 2 --repeat 3
-	$(BIN)/python bench/stage_1.py --seeds 1
-	$(BIN)/python bench/joint.py --quick
+	$(BIN)/python bench/versus.py --quick
 	$(BIN)/python bench/expert_parallel.py --quick
+
+bench-peers: $(CORE) $(TOOLS)  ## ours beside peers' released code (15 minutes); DATA=FOLDER has recorded traffic
+	-@for package in $(PEERS); do $(BIN)/python -m pip install --quiet $$package; done
+	-@for wheel in $(WHEELS); do \
+		$(BIN)/python -m pip download --quiet --no-deps --dest build/wheels $$wheel; done
+	$(BIN)/python bench/versus.py --data $(DATA)
 
 scorecard: $(CORE) $(TOOLS)  ## some ninety answers beside those stored: what a change of the code changes
 	$(BIN)/python bench/scorecard.py

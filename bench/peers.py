@@ -1,10 +1,11 @@
-"""The released policies of engines, out of their wheels, without installing an engine.
+"""What others place with: policies of engines out of their released wheels, and Mt-KaHyPar.
 
     pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
-    pip install torch numba scipy
+    pip install torch numba scipy mtkahypar
 
-A policy takes windows of load and the running map, and returns the next one. vLLM's wheel for CPUs
-has the same files. A policy that cannot be loaded is the reason instead, in words.
+No engine is installed. A policy takes windows of load and the running map, and returns the next
+one. vLLM's wheel for CPUs has the same files. What cannot be loaded is the reason instead, in
+words.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+import moetuner as mt
 
 WHEELS = Path("build/wheels")
 
@@ -157,8 +160,7 @@ def swift_balancer(wheels: Path, size: Size) -> Policy | str:
         return f"no wheel of vllm-ascend in {wheels}"
     torch = torch_module()
     sys.modules["torch_npu"] = types.ModuleType("torch_npu")
-    if not hasattr(torch, "npu"):
-        torch.npu = types.SimpleNamespace(device_count=lambda: size.ranks)
+    torch.npu = types.SimpleNamespace(device_count=lambda: size.ranks // size.nodes)
     peer = policy_modules(
         wheel, "vllm_ascend.eplb.core.policy", "policy_abstract", "policy_swift_balancer"
     )
@@ -207,23 +209,126 @@ def flashlb(wheels: Path, size: Size) -> Policy | str:
     return place
 
 
-def available(
-    peers: dict[str, Callable[[Path, Size], Policy | str]], wheels: Path, size: Size
-) -> dict[str, Policy]:
-    """Return the policies that can run, and print why the others cannot."""
-    policies: dict[str, Policy] = {}
-    for name, peer in peers.items():
-        policy = peer(wheels, size)
-        if isinstance(policy, str):
-            print(f"{name} is left out: {policy}")
-        else:
-            policies[name] = policy
-    return policies
-
-
 def copies_moved(size: Size, old: Map, new: Map) -> int:
     """Count copies that come to a rank which did not have them."""
     total = 0
     for before, after in zip(old.reshape(-1, size.width), new.reshape(-1, size.width), strict=True):
         total += len(set(after.tolist()) - set(before.tolist()))
     return total
+
+
+class MtKaHyPar:
+    """Mt-KaHyPar, which parts a (hyper)graph in blocks of few cut edges, adapted to experts.
+
+    It knows one balance constraint, and no layers: left alone, a graph of all transitions would be
+    cut between layers, a block of whole layers for each device. So:
+
+    - ``sets``: every layer is a hypergraph of its own. Experts weigh one, blocks hold as many as a
+      device, and the distinct expert sets are hyperedges: KM1 is what tokens visit, exactly;
+    - ``pairs``: the same with a graph of co-activated experts, which is much faster;
+    - ``follow``: two neighbouring layers are a bipartite graph of their transitions, and the pairs
+      of layers are joined by naming blocks anew.
+
+    Where a block is too large for a device, experts go where the linear assignment problem with
+    the devices' capacities puts them; in ``follow`` it then places every layer between its
+    neighbours, again and again until nothing crosses less. Loads are not looked at. Each is a
+    function that returns devices [L,E] for a seed.
+    """
+
+    def __init__(self, counts: mt.RoutingStatistics, devices: int) -> None:
+        self.tool: Any = importlib.import_module("mtkahypar")
+        self.assign: Any = importlib.import_module("scipy.optimize").linear_sum_assignment
+        self.start = _started(self.tool)
+        self.context = self.start.context_from_preset(self.tool.PresetType.DETERMINISTIC)
+        self.context.logging = False
+        self.counts, self.devices, self.one = counts, devices, np.eye(devices, dtype=np.int64)
+
+    def blocks(self, graph: Any, nodes: int) -> Map:
+        """Part a graph of so many nodes into blocks of equal size."""
+        self.context.set_partitioning_parameters(self.devices, 0.0, self.tool.Objective.KM1)
+        self.context.set_individual_target_block_weights([nodes // self.devices] * self.devices)
+        return np.array(graph.partition(self.context).get_partition(), np.int64)
+
+    def graph(self, nodes: int, row: Map, column: Map, weight: Map) -> Any:
+        """Make a graph of edges with weights."""
+        edges = list(zip(row.tolist(), column.tolist(), strict=True))
+        weights = [1] * nodes, weight.tolist()
+        return self.start.create_graph(self.context, nodes, len(edges), edges, *weights)
+
+    def fitted(self, affinity: Map) -> Map:
+        """Return the device of every expert, as many on each, of the largest affinity [E,D]."""
+        width = len(affinity) // self.devices
+        return self.assign(-np.repeat(affinity, width, axis=1))[1] // width
+
+    def sets(self, seed: int) -> Map:
+        assert self.counts.sets is not None
+        experts, made = self.counts.experts, self.start.create_hypergraph
+        return self._layers(
+            seed,
+            [
+                made(
+                    *(self.context, experts, len(of), of.ids.tolist()),
+                    *([1] * experts, of.counts.tolist()),
+                )
+                for of in self.counts.sets
+            ],
+        )
+
+    def pairs(self, seed: int) -> Map:
+        graphs = []
+        for table in np.triu(self.counts.coactivation_or_empty.astype(np.int64), 1):
+            at = np.nonzero(table)
+            graphs.append(self.graph(self.counts.experts, *at, table[at]))
+        return self._layers(seed, graphs)
+
+    def _layers(self, seed: int, graphs: list[Any]) -> Map:
+        self.tool.set_seed(seed)
+        placed = np.stack([self.blocks(graph, self.counts.experts) for graph in graphs])
+        together = self.counts.coactivation_or_empty.astype(np.int64)
+        for layer, row in enumerate(placed):
+            if np.ptp(np.bincount(row, minlength=self.devices)):
+                placed[layer] = self.fitted(together[layer] @ self.one[row])
+        return placed
+
+    def follow(self, seed: int) -> Map:
+        self.tool.set_seed(seed)
+        layers, experts = self.counts.layers, self.counts.experts
+        between = self.counts.transitions_or_empty.astype(np.int64)
+        placed = np.tile(np.arange(experts) % self.devices, (layers, 1))
+        # Pairs of layers begin with the first one or, for every other seed, with the second.
+        for layer in range(seed % 2, layers - 1, 2):
+            row, column = np.nonzero(between[layer])
+            graph = self.graph(2 * experts, row, column + experts, between[layer][row, column])
+            pair = self.blocks(graph, 2 * experts)
+            if layer:
+                stays = (
+                    self.one[placed[layer - 1]].T @ between[layer - 1] @ self.one[pair[:experts]]
+                )
+                pair = np.argsort(self.assign(-stays)[1])[pair]
+            placed[layer : layer + 2] = pair.reshape(2, experts)
+        before, stay = -1, 0
+        while stay > before:
+            before, stay = stay, 0
+            for layer in range(layers):
+                affinity = np.zeros((experts, self.devices), np.int64)
+                if layer:
+                    affinity += between[layer - 1].T @ self.one[placed[layer - 1]]
+                if layer < layers - 1:
+                    affinity += between[layer] @ self.one[placed[layer + 1]]
+                placed[layer] = self.fitted(affinity)
+                stay += int(affinity[np.arange(experts), placed[layer]].sum())
+        return placed
+
+
+@cache
+def _started(tool: Any) -> Any:
+    return tool.initialize(1, False)
+
+
+def mt_kahypar() -> type[MtKaHyPar] | str:
+    """Return Mt-KaHyPar, on one thread; where it cannot run, the reason."""
+    try:
+        importlib.import_module("mtkahypar"), importlib.import_module("scipy.optimize")
+    except ImportError as error:
+        return str(error)
+    return MtKaHyPar

@@ -1,0 +1,91 @@
+"""The benchmark against peers, in small and without their wheels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import versus
+from instances import Instance, bundled, domains, routing
+from peers import MtKaHyPar
+
+import moetuner as mt
+
+SMALL = Instance("made", routing(2, 6, 2, tokens=500), mt.Topology(2), 3)
+# Copies: five slots of two devices for eight experts.
+LOADS = Instance(
+    "loads", mt.RoutingStatistics.from_load(domains(2, 20, 0, 8)), mt.Topology(2), width=5
+)
+
+
+def methods(instance: Instance) -> dict[str, versus.Method]:
+    return versus.others(instance, {}, None, Path("none"))
+
+
+@pytest.mark.parametrize("instance", [SMALL, LOADS], ids=str)
+def test_nothing_is_below_the_bound_or_the_oracle(instance: Instance) -> None:
+    """In the column of its goal: bound, oracle that is proven best, everybody else."""
+    figures, bounds = versus.figures_of(instance, methods(instance), 1)
+    columns = versus.columns_of(instance)
+    assert any(bounds.values())
+    for goal in versus.FREE if instance is SMALL else ["balance"]:
+        column = versus.GOALS[goal][1]
+        at = columns.index(column)
+        for name, rows in figures.items():
+            reached = np.array(rows)[:, at]
+            assert (reached >= bounds[column][0] - 1e-9).all(), (goal, name)
+            if goal in ("follow", "dispatch"):
+                assert (reached >= figures[f"oracle, {goal}"][0][at] - 1e-9).all(), (goal, name)
+
+
+@pytest.mark.parametrize("name", [*methods(SMALL), "ours, plugins"])
+def test_every_expert_is_placed_once(name: str) -> None:
+    """Where there is a slot for each, in every layer."""
+    method = (methods(SMALL) | {"ours, plugins": versus.plugin})[name]
+    slots = method(versus.counted(SMALL.traffic), SMALL, 0)
+    assert (np.sort(slots.reshape(2, -1), axis=1) == np.arange(6)).all()
+
+
+@pytest.mark.parametrize("way", ["follow", "pairs", "sets"])
+def test_mt_kahypar_keeps_capacities(way: str) -> None:
+    """Devices get as many experts of a layer as they have slots; the same seed, the same answer."""
+    pytest.importorskip("mtkahypar", reason="mtkahypar is not installed: make bench-peers")
+    pytest.importorskip("scipy", reason="scipy is not installed: make bench-peers")
+    instance = bundled()
+    counts = versus.counted(instance.traffic.select(groups=[0]))
+    device_of = getattr(MtKaHyPar(counts, 4), way)(1)
+    for row in device_of:
+        assert np.bincount(row, minlength=4).tolist() == [4] * 4
+    assert (getattr(MtKaHyPar(counts, 4), way)(1) == device_of).all()
+
+
+def test_what_takes_longer_has_no_cell() -> None:
+    """An answer counts from its time on, and the best one on what is seen stays."""
+    run = versus.EqualSeconds(SMALL, "follow", [1e-9, 1e9])
+    ways = [versus.solved("exflow", "follow"), versus.solved("contiguous", "follow")]
+    run.one_by_one("both", ways, 1e9)
+    run.one_by_one("first", ways[:1], 1e9)
+    assert run.cells["both"][1e-9] == []
+    assert run.cells["both"][1e9] == run.cells["first"][1e9] != []
+
+
+def test_budgets_are_kept_in_a_sequence() -> None:
+    """A decision brings no more copies than it may, and none where it may bring none."""
+    size = versus.Size(2, 16, 24, 4)
+    load = versus.drifting(2, 16, 2, 0.3, 0)
+    for most in (0, 1, 5):
+        new = versus.decide(size, load[0], size.initial(), most)
+        assert versus.copies_moved(size, size.initial(), new) <= most
+        assert 0 < versus.balancedness(size, load[1:], new) <= 1
+
+
+def test_without_wheels_the_rest_runs() -> None:
+    """A line for each peer that is missing, and the tables without them."""
+    script = Path(versus.__file__)
+    words = ["--quick", "--tables", "rebalances", "--wheels", "none"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in versus.POLICIES:
+        assert f"{name} is left out: " in done.stdout
+    assert "by itself" in done.stdout
