@@ -1,0 +1,570 @@
+"""The paper's table on an emulated cluster: what placements save, measured and predicted.
+
+    python bench/cluster [--recorded TRACE.npz] [--links 0 1000 500 200 100] [--quick]
+
+Ranks are processes in network namespaces: two nodes of two ranks, fast links inside a node, and a
+port of its own for each rank to the other node, shaped to so many Mbit/s and direction. They talk
+gloo. `dispatch` is `moetuner.torch.ExpertParallelMoE`: a token goes to every device of its experts
+and back. `follow` is the paper's setting: one expert a layer, and a token's state stays where that
+was. Routing is replayed: placements are computed from one half of the sequences, and run on the
+other. Results are compared with those of one process before anything is timed.
+
+Times are of all ranks' stamps on one clock. Processing tail: the slowest rank's experts. All-to-all
+tail and mean: from when the last rank has come until the slowest has left, or ranks on average.
+Layer: from when the last rank has done the layer before. They are means over layers and steps, in
+ms, but for p95 and p99; a step is all layers, its quartiles in brackets. Placements take turns. A
+cost model is fitted to a few seen steps of the contiguous placement, and `evaluate` predicts from
+the seen half alone: "saved" is the time of a step less than with contiguous, "predicted" what
+`evaluate` said, and "off" the ratio to contiguous predicted over that measured.
+
+What this says: which part of a time a placement saves, where links and experts take times in a
+given ratio, with real exchanges, real waiting for the slowest, and real routing. What it does not:
+times of GPUs, kernels or NICs; ranks are as fast as a part of a core (`worker.py` says how), rows
+are small, latency is that of processes on a few cores, and a port never meets other traffic. So a
+cluster is found by its ratio of all-to-all to processing, not by its Mbit/s. Without root, or
+without ip and tc, bytes are counted over loopback, and nothing is timed.
+
+Wanted: ratios predicted within 10 %, and a step of the joint method faster by more than the paper's
+17.5 % at some link. The paper (arXiv 2502.06643) compares with contiguous, on one node and on
+several.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from network import Network, cluster, undisturbed, why_not
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import Report, benchmark, spread
+
+import moetuner as mt
+from moetuner.cost import busiest_ports
+from moetuner.evaluation.units import hold_out
+
+METHODS = {"contiguous": "contiguous", "EPLB": "eplb", "paper": "paper", "joint": "joint"}
+# What the paper saved, in %: on one node, and on several.
+PAPER = {"processing tail": (36, 27), "all-to-all tail": (36.3, 30.5), "step": (9.3, 17.5)}
+Floats = NDArray[np.float64]
+NODES, RANKS = 2, 4
+HIDDEN, INNER = 256, 128
+
+
+@dataclass(frozen=True)
+class Work:
+    """Layers to run.
+
+    Parameters
+    ----------
+    name
+        Of the model.
+    regime
+        How tokens move.
+    seen, unseen
+        The halves of its sequences.
+    tokens
+        Of a step.
+    hidden, inner
+        Sizes of an expert.
+    """
+
+    name: str
+    regime: str
+    seen: mt.RoutingTrace
+    unseen: mt.RoutingTrace
+    tokens: int
+    hidden: int
+    inner: int
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row on its way out, with slots and weights or its number, and back."""
+        row = 4 * self.hidden
+        return (row + 4, 0) if self.regime == "follow" else (row + 8 * self.seen.top_k, row)
+
+    def steps(self, trace: mt.RoutingTrace, tokens: int, count: int) -> NDArray[Any]:
+        """Return experts of some steps, evenly spread over a half [W,T,L,K]."""
+        ids = trace.expert_ids
+        starts = np.linspace(0, len(ids) - tokens, count).astype(int)
+        return np.stack([ids[start : start + tokens] for start in starts])
+
+    def load(self, placement: mt.Placement, steps: NDArray[Any]) -> NDArray[np.int64]:
+        """Count tokens, once per expert, of every rank in each step [W,L,D]."""
+        at = placement.device_of[np.arange(placement.layers)[:, None], steps]
+        return (at[..., None] == np.arange(placement.devices)).sum(axis=(1, 3))
+
+    def ports(self, placement: mt.Placement, steps: NDArray[Any], topology: mt.Topology) -> Floats:
+        """Compute bytes there and back at the busiest port of each tier, of steps [W,L,2]."""
+        return busiest_ports(self.rows(placement, steps), topology) * sum(self.row_bytes)
+
+    def rows(self, placement: mt.Placement, steps: NDArray[Any]) -> NDArray[np.int64]:
+        """Count rows from rank to rank in each step [W,L,D,D], where tokens have homes in turns."""
+        home = np.arange(steps.shape[1]) % placement.devices
+        tables = []
+        for ids in steps:
+            trace = mt.RoutingTrace.from_arrays(ids, num_experts=self.seen.num_experts)
+            if self.regime == "follow":
+                pairs = mt.evaluate(placement, trace, mixed=False).traffic["follow"]
+                tables.append(np.concatenate([pairs, np.zeros_like(pairs[:1])]))
+            else:
+                tables.append(mt.dispatch_rows(placement, trace, home))
+        rows = np.stack(tables).astype(np.int64)
+        own = np.arange(placement.devices)
+        rows[..., own, own] = 0
+        return rows
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of steps, placements and layers [W,P,L]."""
+
+    processing: Floats
+    exchange: Floats
+    exchange_mean: Floats
+    layer: Floats
+
+    @classmethod
+    def of(cls, stamps: list[dict[str, Any]]) -> Times:
+        """Compute times of all ranks' stamps."""
+        exchanges, computed, ends = (
+            1e3 * np.stack([of[name] for of in stamps])
+            for name in ("exchanges", "computed", "ends")
+        )
+        # Nobody leaves an exchange before the last has come, but where nothing is exchanged.
+        spans = np.maximum(exchanges[..., 1] - exchanges[..., 0].max(axis=0), 0)
+        return cls(
+            (computed[..., 1] - computed[..., 0]).max(axis=0),
+            spans.max(axis=0).sum(axis=-1),
+            spans.mean(axis=0).sum(axis=-1),
+            np.diff(ends.max(axis=0), axis=-1),
+        )
+
+    @property
+    def step(self) -> Floats:
+        """Milliseconds of all layers [W,P]."""
+        return self.layer.sum(axis=-1)
+
+
+class Ranks:
+    """The processes of all ranks.
+
+    Parameters
+    ----------
+    network
+        Where they run.
+    folder
+        For what they are given and answer.
+    """
+
+    def __init__(self, network: Network, folder: Path) -> None:
+        self.network, self.folder, self.processes = network, folder, list[Any]()
+
+    def start(self, pace: float) -> None:
+        """Start every rank; its experts take ``pace`` seconds for each second of a core."""
+        environment = {"GLOO_SOCKET_IFNAME": self.network.interface, "OMP_NUM_THREADS": "1"}
+        worker = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+        for rank in range(self.network.ranks):
+            words = [rank, self.network.ranks, self.folder, pace]
+            with self._errors(rank).open("w") as errors:
+                process = subprocess.Popen(
+                    [*self.network.command(rank), *worker, *map(str, words)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=os.environ | environment,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C is for the benchmark, which ends them
+                )
+            self.processes.append(process)
+
+    def replay(
+        self, work: Work, steps: NDArray[Any], placements: list[mt.Placement], **more: Any
+    ) -> list[dict[str, Any]]:
+        """Run steps [W,T,L,K] under all placements in turns; gives every rank's answer."""
+        slots, path = np.stack([of.slots for of in placements]), self.folder / "task.npz"
+        np.savez(path, ids=steps, slots=slots, experts=work.seen.num_experts)
+        task = {"file": str(path), "regimes": [work.regime], "check": False}
+        task |= {"hidden": work.hidden, "inner": work.inner, **more}
+        for process in self.processes:
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+        for rank, process in enumerate(self.processes):
+            if process.stdout.readline() != "done\n":
+                raise RuntimeError(f"rank {rank}: {self._errors(rank).read_text()}")
+        answers = [self.folder / f"answer{rank}.npz" for rank in range(len(self.processes))]
+        return [dict(np.load(answer)) for answer in answers]
+
+    def stop(self) -> None:
+        """End all ranks."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.communicate()
+
+    def _errors(self, rank: int) -> Path:
+        return self.folder / f"errors{rank}"
+
+
+@contextmanager
+def ranks_in(network: Network, pace: float) -> Iterator[Ranks]:
+    """Give the ranks of a network, and end them."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks(network, Path(folder))
+        try:
+            ranks.start(pace)
+            yield ranks
+        finally:
+            with undisturbed():
+                ranks.stop()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a few seen steps of the contiguous placement tell.
+
+    Parameters
+    ----------
+    topology, cost_model
+        Of this machine at this link.
+    ms_per_byte
+        Of the links inside a node.
+    """
+
+    topology: mt.Topology
+    cost_model: mt.CostModel
+    ms_per_byte: float
+
+    @classmethod
+    def of(
+        cls, ranks: Ranks, work: Work, contiguous: mt.Placement, inside: float | None, count: int
+    ) -> Fit:
+        """Fit lines to steps of two sizes; ``inside`` is known but where no link is shaped."""
+        parts = []
+        network = ranks.network
+        plain = mt.Topology(network.ranks, network.devices_per_node)
+        for tokens in (work.tokens // 4, work.tokens):
+            steps = work.steps(work.seen, tokens, count)
+            answers = ranks.replay(work, steps, [contiguous])
+            times = Times.of(answers)
+            rest = (times.layer - times.processing - times.exchange)[:, 0]
+            each = np.stack([np.diff(of["computed"][:, 0])[..., 0] for of in answers], axis=-1)
+            load = work.load(contiguous, steps)
+            ports = work.ports(contiguous, steps, plain)
+            parts.append((load, 1e3 * each, ports, times.exchange[:, 0], rest))
+        load, each, ports, exchange, rest = (np.concatenate(of) for of in zip(*parts, strict=True))
+        token, start = np.polyfit(load.ravel(), each.ravel(), 1)
+        moved = ports.sum(axis=-1) > 0
+        x, y = ports.sum(axis=-1), exchange
+        if inside is not None:
+            x, y = ports[..., 1], exchange - inside * ports[..., 0]
+        slope, latency = np.polyfit(x[moved], y[moved], 1)
+        slope = max(slope, 1e-9)
+        inside = slope if inside is None else inside
+        times_paid = 2 if work.regime == "follow" else 4  # two tiers, there and back
+        out, back = work.row_bytes
+        seconds = max(latency, 0.0) / times_paid / 1e3
+        topology = replace(
+            plain,
+            intra_node_bandwidth=1e3 / inside,
+            inter_node_bandwidth=1e3 / slope,
+            intra_node_latency=seconds,
+            inter_node_latency=seconds,
+        )
+        fixed = 1e3 * max(start + rest[-count:].mean(), 0.0)
+        model = mt.CostModel(0, 0, fixed, 1e3 * max(token, 0.0), out, combine_bytes=back)
+        return cls(topology, model, inside)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured and predicted at one link.
+
+    Parameters
+    ----------
+    megabits
+        Of the link; 0 where it is not shaped.
+    placements
+        By name, the contiguous one first.
+    times
+        Measured on unseen steps.
+    predicted
+        Milliseconds of a step [P], from the seen half.
+    megabytes
+        Sent to other nodes in a step [P].
+    late
+        Share of the experts' calls that could not keep their pace.
+    """
+
+    megabits: int
+    placements: dict[str, mt.Placement]
+    times: Times
+    predicted: Floats
+    megabytes: Floats
+    late: float
+
+    @property
+    def measured_saved(self) -> Floats:
+        """Share of the time of a step that is less than with contiguous [P], in %."""
+        step = self.times.step.mean(axis=0)
+        return 100 * (1 - step / step[0])
+
+    @property
+    def predicted_saved(self) -> Floats:
+        """The same as predicted [P]."""
+        return 100 * (1 - self.predicted / self.predicted[0])
+
+    @property
+    def off(self) -> Floats:
+        """Ratio to contiguous predicted over that measured, less one [P], in %."""
+        return 100 * ((100 - self.predicted_saved) / (100 - self.measured_saved) - 1)
+
+
+def solved(work: Work, topology: mt.Topology, model: mt.CostModel) -> dict[str, mt.Placement]:
+    """Compute all placements from the seen half, for a machine and its cost model."""
+    statistics = mt.RoutingStatistics.from_trace(work.seen, window=work.tokens)
+    how: dict[str, Any] = {"regime": work.regime, "objective": "time", "cost_model": model}
+    problem = mt.Problem(statistics, topology, **how)
+    return {name: mt.solve(problem, method).placement for name, method in METHODS.items()}
+
+
+def predict(work: Work, placements: dict[str, mt.Placement], fit: Fit) -> Floats:
+    """Predict milliseconds of a step under all placements [P], from the seen half alone."""
+    how: dict[str, Any] = {"cost_model": fit.cost_model, "regime": work.regime, "mixed": False}
+    layer_us = [
+        mt.evaluate(of, work.seen, fit.topology, window=work.tokens, **how).predicted_layer_us
+        for of in placements.values()
+    ]
+    return np.array(layer_us) * work.seen.layers / 1e3
+
+
+def megabytes(
+    work: Work, answers: list[dict[str, Any]], placements: list[mt.Placement], steps: NDArray[Any]
+) -> Floats:
+    """Return what was sent to other nodes in a step [P], after a check of all that was sent."""
+    sent = np.stack([of["sent"] for of in answers], axis=2)
+    out, back = work.row_bytes
+    for number, placement in enumerate(placements):
+        rows = work.rows(placement, steps).sum(axis=1)
+        expected = rows * out + rows.transpose(0, 2, 1) * back
+        if not np.array_equal(sent[:, number], expected):
+            raise RuntimeError(f"sent {sent[:, number].sum()} bytes, expected {expected.sum()}")
+    node = np.arange(sent.shape[2]) // (sent.shape[2] // NODES)
+    return (sent * (node[:, None] != node)).sum(axis=(2, 3)).mean(axis=0) / 1e6
+
+
+def study(ranks: Ranks, work: Work, given: Any, report: Report) -> list[Outcome]:
+    """Measure and predict at every link, and print how the gain depends on it."""
+    steps = work.steps(work.unseen, work.tokens, given.steps)
+    columns = [f"{name}, predicted 17s" for name in list(METHODS)[1:]]
+    table = report.table(
+        f"{work.name}, {work.regime}: % of a step saved, by link",
+        *("Mbit/s <7s", "fitted, MB/s 12.1f", "all-to-all / processing 23.2f"),
+        *("contiguous, ms 14.1f", *columns),
+    )
+    outcomes: list[Outcome] = []
+    inside = None
+    slots = np.arange(work.seen.num_experts).reshape(1, RANKS, -1)
+    contiguous = mt.Placement(slots.repeat(work.seen.layers, axis=0))
+    for megabits in sorted(given.links, key=lambda of: -of or -np.inf):
+        ranks.network.shape(megabits)
+        fit = Fit.of(ranks, work, contiguous, inside, given.fitted)
+        inside = fit.ms_per_byte
+        placements = solved(work, fit.topology, fit.cost_model)
+        each = list(placements.values())
+        answers = ranks.replay(work, steps, each, check=not outcomes)
+        outcome = Outcome(
+            megabits,
+            placements,
+            Times.of(answers),
+            predict(work, placements, fit),
+            megabytes(work, answers, each, steps),
+            float(np.mean([of["late"] for of in answers])),
+        )
+        ratio = outcome.times.exchange[:, 0].mean() / outcome.times.processing[:, 0].mean()
+        pairs = zip(outcome.measured_saved[1:], outcome.predicted_saved[1:], strict=True)
+        cells = [f"{saved:.1f}, {predicted:.1f}" for saved, predicted in pairs]
+        rate = fit.topology.inter_node_bandwidth / 1e6
+        table(link(megabits), rate, ratio, outcome.times.step[:, 0].mean(), *cells)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def link(megabits: int) -> str:
+    """Write a link's speed."""
+    return f"{megabits}" if megabits else "as is"
+
+
+def details(work: Work, of: Outcome, report: Report) -> None:
+    """Print where the time of every placement goes at one link."""
+    table = report.table(
+        f"{work.name}, {work.regime}, {link(of.megabits)} Mbit/s: ms of a layer, and of a step",
+        *("placement <11s", "processing tail 15.2f", "all-to-all tail 15.2f", "mean 6.2f"),
+        *("layer 6.2f", "p95 6.2f", "p99 6.2f", "step <24s", "MB between nodes 16.2f"),
+        *("saved, % 8.1f", "predicted 9.1f", "off, % 6.1f"),
+    )
+    for number, name in enumerate(of.placements):
+        parts = (of.times.processing, of.times.exchange, of.times.exchange_mean, of.times.layer)
+        means = [part[:, number].mean() for part in parts]
+        tails = np.percentile(of.times.layer[:, number], (95, 99))
+        saved = (each[number] for each in (of.measured_saved, of.predicted_saved, of.off))
+        step = spread(of.times.step[:, number])
+        table(name, *means, *tails, step, of.megabytes[number], *saved)
+
+
+def rows_of_pairs(ranks: Ranks, work: Work, of: Outcome, given: Any, report: Report) -> None:
+    """Print what a row for each expert, in place of each device, adds to a step."""
+    ranks.network.shape(of.megabits)
+    placements = {name: of.placements[name] for name in ("contiguous", "joint")}
+    steps = work.steps(work.unseen, work.tokens, given.steps)
+    regimes, each = ["dispatch", "pairs"], list(placements.values())
+    answers = ranks.replay(work, steps, each, regimes=regimes)
+    sent = sum(answer["sent"].sum(axis=2).mean(axis=0) for answer in answers) / 1e6
+    step = np.median(Times.of(answers).step, axis=0)
+    table = report.table(
+        f"{work.name}, {link(of.megabits)} Mbit/s: a row for each device or expert of a token",
+        *("placement <11s", "device, ms 10.1f", "MB 6.2f", "expert, ms 10.1f", "MB 6.2f"),
+    )
+    for number, name in enumerate(placements):
+        other = number + len(placements)
+        table(name, step[number], sent[number], step[other], sent[other])
+
+
+def papers_table(rows: list[tuple[Work, Outcome]], report: Report) -> None:
+    """Print the paper's table: its figures, and ours of the joint method and of its own one."""
+    wholes = {"processing tail": "processing", "all-to-all tail": "exchange", "step": "layer"}
+    table = report.table(
+        "The paper's table: % less than with contiguous",
+        *("work <34s", "method <6s", *(f"{name} 15.1f" for name in PAPER)),
+    )
+    for number, where in enumerate(("one node", "several nodes")):
+        table(f"the paper's, {where}", "paper", *(of[number] for of in PAPER.values()))
+    for work, of in rows:
+        for number, method in enumerate(of.placements):
+            if method in ("paper", "joint"):
+                parts = (getattr(of.times, name).mean(axis=(0, 2)) for name in wholes.values())
+                saved = [100 * (1 - part[number] / part[0]) for part in parts]
+                table(f"{work.name}, {work.regime}, {link(of.megabits)}", method, *saved)
+
+
+def conclude(all_of: list[tuple[Work, Outcome]], late: float, report: Report) -> None:
+    """Say what was wanted, and what came."""
+    every = [(abs(off), work, of) for work, of in all_of for off in of.off[1:]]
+    within = sum(off <= 10 for off, _, _ in every)
+    worst, work, of = max(every, key=lambda each: each[0])
+    shaped = (
+        max(off for off, _, of in every if of.megabits)
+        if any(of.megabits for _, of in all_of)
+        else worst
+    )
+    report.say(
+        f"Of {len(every)} ratios to contiguous, {within} are predicted within 10 %; the worst is "
+        f"{worst:.1f} % off ({work.name}, {work.regime}, {link(of.megabits)}), {shaped:.1f} % "
+        "where links are shaped."
+    )
+    work, of = max(all_of, key=lambda each: each[1].measured_saved[-1])
+    report.say(
+        f"Joint saves at most {of.measured_saved[-1]:.1f} % of a step ({work.name}, {work.regime}, "
+        f"{link(of.megabits)} Mbit/s); the paper's is {PAPER['step'][1]} % on several nodes."
+    )
+    report.say(
+        f"{100 * late:.1f} % of the experts' calls took longer than their pace, since other "
+        "processes had the cores."
+    )
+
+
+def counted(ranks: Ranks, work: Work, given: Any, report: Report) -> None:
+    """Print bytes over loopback, where links cannot be shaped."""
+    topology = mt.Topology(RANKS, RANKS // NODES, inter_node_bandwidth=50e6)
+    out, back = work.row_bytes
+    placements = solved(work, topology, mt.CostModel(0, 0, 1e3, 10, out, combine_bytes=back))
+    steps, each = work.steps(work.unseen, work.tokens, given.steps), list(placements.values())
+    answers = ranks.replay(work, steps, each, check=True)
+    between = megabytes(work, answers, each, steps)
+    table = report.table(
+        f"{work.name}, {work.regime}: MB of a step",
+        *("placement <11s", "between nodes 13.2f", "of contiguous, % 15.1f"),
+    )
+    for name, size in zip(placements, between, strict=True):
+        table(name, size, 100 * size / between[0])
+
+
+def works_of(given: Any, report: Report) -> list[Work]:
+    """Return what to run: the bundled model's layers, and recorded ones if they are here."""
+    bundled = resources.files("moetuner") / "data" / "small-moe.safetensors"
+    with resources.as_file(bundled) as path:
+        named = {"bundled": mt.RoutingTrace.load(path)}
+    if given.quick:
+        named["bundled"] = named["bundled"].select(layers=range(2))
+    elif given.recorded.is_file():
+        trace = mt.RoutingTrace.load(given.recorded)
+        named[trace.model or given.recorded.stem] = trace
+    else:
+        report.say(f"No {given.recorded}: --recorded names a trace to replay beside the bundled.")
+    works = []
+    for name, trace in named.items():
+        shape = f"{name} {trace.layers} x {trace.num_experts}"
+        for regime in ("dispatch", "follow"):
+            if regime == "follow":
+                first = trace.expert_ids[:, :, :1]
+                labels = {of: getattr(trace, of) for of in ("sequence", "group", "group_names")}
+                trace = mt.RoutingTrace.from_arrays(first, num_experts=trace.num_experts, **labels)
+            seen, unseen = hold_out(trace, 0.5)
+            tokens = given.visits // trace.top_k
+            works.append(Work(shape, regime, seen, unseen, tokens, HIDDEN, INNER))
+    return works
+
+
+def main() -> None:
+    """Run all works at all links."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    options = {"recorded": Path("../shared/data/gpt-oss-20b.npz"), "quick": False}
+    sizes = {"links": [0, 1000, 500, 200, 100], "link": 500, "visits": 4096, "steps": 4}
+    with benchmark(__doc__, **options, **sizes, fitted=2, pace=0.0) as (given, report):
+        if given.quick:
+            given.links, given.link, given.visits, given.steps = [0, 200], 200, 1024, 2
+        works = works_of(given, report)
+        # With a quarter to spare, so that all ranks can keep it.
+        pace = given.pace or max(1.25 * RANKS / (os.cpu_count() or 1), 1.0)
+        reason = why_not()
+        if reason is not None:
+            report.say(f"Bytes are counted over loopback and nothing is timed: {reason}.")
+            with ranks_in(Network(NODES, RANKS // NODES), pace) as ranks:
+                for work in works:
+                    counted(ranks, work, given, report)
+            return
+        with cluster(NODES, RANKS // NODES) as network, ranks_in(network, pace) as ranks:
+            measure(ranks, works, given, report)
+
+
+def measure(ranks: Ranks, works: list[Work], given: Any, report: Report) -> None:
+    """Run all works at all links, and print every table."""
+    all_of, in_table = [], []
+    for work in works:
+        outcomes = study(ranks, work, given, report)
+        for of in outcomes:
+            if of.megabits == given.link:
+                details(work, of, report)
+                if work.regime == "dispatch":
+                    rows_of_pairs(ranks, work, of, given, report)
+            if of.megabits in (0, given.link):
+                in_table.append((work, of))
+        all_of += [(work, of) for of in outcomes]
+    papers_table(in_table, report)
+    conclude(all_of, float(np.mean([of.late for _, of in all_of])), report)
+
+
+if __name__ == "__main__":
+    main()
