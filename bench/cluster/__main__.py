@@ -60,7 +60,9 @@ METHODS = {"contiguous": "contiguous", "EPLB": "eplb", "paper": "paper", "joint"
 PAPER = {"processing tail": (36, 27), "all-to-all tail": (36.3, 30.5), "step": (9.3, 17.5)}
 Floats = NDArray[np.float64]
 NODES, RANKS = 2, 4
-HIDDEN, INNER = 256, 128
+HIDDEN, INNER = 256, 64
+# Seconds that a rank's experts take for each second of a core.
+PACE = 5.0
 
 
 @dataclass(frozen=True)
@@ -129,33 +131,44 @@ class Work:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of steps, placements and layers [W,P,L]."""
+    """Milliseconds of steps, placements and layers [W,P,L], the medians of repetitions.
+
+    Parameters
+    ----------
+    processing, exchange, exchange_mean, layer
+        As the benchmark's first lines say.
+    every
+        Milliseconds of all layers of every run [N,P].
+    """
 
     processing: Floats
     exchange: Floats
     exchange_mean: Floats
     layer: Floats
+    every: Floats
 
     @classmethod
-    def of(cls, stamps: list[dict[str, Any]]) -> Times:
-        """Compute times of all ranks' stamps."""
+    def of(cls, stamps: list[dict[str, Any]], repeat: int = 1) -> Times:
+        """Compute times of all ranks' stamps, of as many runs of all steps."""
         exchanges, computed, ends = (
             1e3 * np.stack([of[name] for of in stamps])
             for name in ("exchanges", "computed", "ends")
         )
         # Nobody leaves an exchange before the last has come, but where nothing is exchanged.
         spans = np.maximum(exchanges[..., 1] - exchanges[..., 0].max(axis=0), 0)
-        return cls(
+        parts = (
             (computed[..., 1] - computed[..., 0]).max(axis=0),
             spans.max(axis=0).sum(axis=-1),
             spans.mean(axis=0).sum(axis=-1),
             np.diff(ends.max(axis=0), axis=-1),
         )
+        medians = (np.median(of.reshape(repeat, -1, *of.shape[1:]), axis=0) for of in parts)
+        return cls(*medians, every=parts[-1].sum(axis=-1))
 
     @property
     def step(self) -> Floats:
-        """Milliseconds of all layers [W,P]."""
-        return self.layer.sum(axis=-1)
+        """Milliseconds of all layers [P]."""
+        return self.layer.sum(axis=-1).mean(axis=0)
 
 
 class Ranks:
@@ -172,12 +185,12 @@ class Ranks:
     def __init__(self, network: Network, folder: Path) -> None:
         self.network, self.folder, self.processes = network, folder, list[Any]()
 
-    def start(self, pace: float) -> None:
-        """Start every rank; its experts take ``pace`` seconds for each second of a core."""
+    def start(self) -> None:
+        """Start every rank."""
         environment = {"GLOO_SOCKET_IFNAME": self.network.interface, "OMP_NUM_THREADS": "1"}
         worker = [sys.executable, str(Path(__file__).with_name("worker.py"))]
         for rank in range(self.network.ranks):
-            words = [rank, self.network.ranks, self.folder, pace]
+            words = [rank, self.network.ranks, self.folder, PACE]
             with self._errors(rank).open("w") as errors:
                 process = subprocess.Popen(
                     [*self.network.command(rank), *worker, *map(str, words)],
@@ -219,16 +232,24 @@ class Ranks:
 
 
 @contextmanager
-def ranks_in(network: Network, pace: float) -> Iterator[Ranks]:
+def ranks_in(network: Network) -> Iterator[Ranks]:
     """Give the ranks of a network, and end them."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = Ranks(network, Path(folder))
         try:
-            ranks.start(pace)
+            ranks.start()
             yield ranks
         finally:
             with undisturbed():
                 ranks.stop()
+
+
+def line(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
+    """Return slope and start of a line through small and large measurements, by their medians."""
+    large = x > (x.min() + x.max()) / 2
+    (a, b), (c, d) = ((np.median(x[of]), np.median(y[of])) for of in (~large, large))
+    slope = max((d - b) / (c - a), 1e-9)
+    return slope, b - slope * a
 
 
 @dataclass(frozen=True)
@@ -265,13 +286,12 @@ class Fit:
             ports = work.ports(contiguous, steps, plain)
             parts.append((load, 1e3 * each, ports, times.exchange[:, 0], rest))
         load, each, ports, exchange, rest = (np.concatenate(of) for of in zip(*parts, strict=True))
-        token, start = np.polyfit(load.ravel(), each.ravel(), 1)
+        token, start = line(load.ravel(), each.ravel())
         moved = ports.sum(axis=-1) > 0
         x, y = ports.sum(axis=-1), exchange
         if inside is not None:
             x, y = ports[..., 1], exchange - inside * ports[..., 0]
-        slope, latency = np.polyfit(x[moved], y[moved], 1)
-        slope = max(slope, 1e-9)
+        slope, latency = line(x[moved], y[moved])
         inside = slope if inside is None else inside
         times_paid = 2 if work.regime == "follow" else 4  # two tiers, there and back
         out, back = work.row_bytes
@@ -283,8 +303,8 @@ class Fit:
             intra_node_latency=seconds,
             inter_node_latency=seconds,
         )
-        fixed = 1e3 * max(start + rest[-count:].mean(), 0.0)
-        model = mt.CostModel(0, 0, fixed, 1e3 * max(token, 0.0), out, combine_bytes=back)
+        fixed = 1e3 * max(start + np.median(rest[-count:]), 0.0)
+        model = mt.CostModel(0, 0, fixed, 1e3 * token, out, combine_bytes=back)
         return cls(topology, model, inside)
 
 
@@ -318,8 +338,7 @@ class Outcome:
     @property
     def measured_saved(self) -> Floats:
         """Share of the time of a step that is less than with contiguous [P], in %."""
-        step = self.times.step.mean(axis=0)
-        return 100 * (1 - step / step[0])
+        return 100 * (1 - self.times.step / self.times.step[0])
 
     @property
     def predicted_saved(self) -> Floats:
@@ -384,20 +403,21 @@ def study(ranks: Ranks, work: Work, given: Any, report: Report) -> list[Outcome]
         inside = fit.ms_per_byte
         placements = solved(work, fit.topology, fit.cost_model)
         each = list(placements.values())
-        answers = ranks.replay(work, steps, each, check=not outcomes)
+        again = np.concatenate([steps] * given.repeat)
+        answers = ranks.replay(work, again, each, check=not outcomes)
         outcome = Outcome(
             megabits,
             placements,
-            Times.of(answers),
+            Times.of(answers, given.repeat),
             predict(work, placements, fit),
-            megabytes(work, answers, each, steps),
+            megabytes(work, answers, each, again),
             float(np.mean([of["late"] for of in answers])),
         )
         ratio = outcome.times.exchange[:, 0].mean() / outcome.times.processing[:, 0].mean()
         pairs = zip(outcome.measured_saved[1:], outcome.predicted_saved[1:], strict=True)
         cells = [f"{saved:.1f}, {predicted:.1f}" for saved, predicted in pairs]
         rate = fit.topology.inter_node_bandwidth / 1e6
-        table(link(megabits), rate, ratio, outcome.times.step[:, 0].mean(), *cells)
+        table(link(megabits), rate, ratio, outcome.times.step[0], *cells)
         outcomes.append(outcome)
     return outcomes
 
@@ -420,7 +440,7 @@ def details(work: Work, of: Outcome, report: Report) -> None:
         means = [part[:, number].mean() for part in parts]
         tails = np.percentile(of.times.layer[:, number], (95, 99))
         saved = (each[number] for each in (of.measured_saved, of.predicted_saved, of.off))
-        step = spread(of.times.step[:, number])
+        step = spread(of.times.every[:, number])
         table(name, *means, *tails, step, of.megabytes[number], *saved)
 
 
@@ -432,7 +452,7 @@ def rows_of_pairs(ranks: Ranks, work: Work, of: Outcome, given: Any, report: Rep
     regimes, each = ["dispatch", "pairs"], list(placements.values())
     answers = ranks.replay(work, steps, each, regimes=regimes)
     sent = sum(answer["sent"].sum(axis=2).mean(axis=0) for answer in answers) / 1e6
-    step = np.median(Times.of(answers).step, axis=0)
+    step = np.median(Times.of(answers).every, axis=0)
     table = report.table(
         f"{work.name}, {link(of.megabits)} Mbit/s: a row for each device or expert of a token",
         *("placement <11s", "device, ms 10.1f", "MB 6.2f", "expert, ms 10.1f", "MB 6.2f"),
@@ -531,21 +551,25 @@ def main() -> None:
     """Run all works at all links."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = {"recorded": Path("../shared/data/gpt-oss-20b.npz"), "quick": False}
-    sizes = {"links": [0, 1000, 500, 200, 100], "link": 500, "visits": 4096, "steps": 4}
-    with benchmark(__doc__, **options, **sizes, fitted=2, pace=0.0) as (given, report):
+    sizes = {
+        "links": [0, 1000, 500, 200, 100],
+        "link": 500,
+        "visits": 4096,
+        "steps": 2,
+        "repeat": 3,
+    }
+    with benchmark(__doc__, **options, **sizes, fitted=2) as (given, report):
         if given.quick:
-            given.links, given.link, given.visits, given.steps = [0, 200], 200, 1024, 2
+            given.links, given.link, given.visits, given.steps = [0, 200], 200, 1024, 1
         works = works_of(given, report)
-        # With a quarter to spare, so that all ranks can keep it.
-        pace = given.pace or max(1.25 * RANKS / (os.cpu_count() or 1), 1.0)
         reason = why_not()
         if reason is not None:
             report.say(f"Bytes are counted over loopback and nothing is timed: {reason}.")
-            with ranks_in(Network(NODES, RANKS // NODES), pace) as ranks:
+            with ranks_in(Network(NODES, RANKS // NODES)) as ranks:
                 for work in works:
                     counted(ranks, work, given, report)
             return
-        with cluster(NODES, RANKS // NODES) as network, ranks_in(network, pace) as ranks:
+        with cluster(NODES, RANKS // NODES) as network, ranks_in(network) as ranks:
             measure(ranks, works, given, report)
 
 
