@@ -1,6 +1,6 @@
 """The paper's table on an emulated cluster: what placements save, measured and predicted.
 
-    python bench/cluster [--recorded TRACE.npz] [--links 0 1000 500 200 100] [--quick]
+    python bench/cluster [--recorded TRACE.npz] [--links 0 2000 1000 500 200] [--quick]
 
 Ranks are processes in network namespaces: two nodes of two ranks, fast links inside a node, and a
 port of its own for each rank to the other node, shaped to so many Mbit/s and direction. They talk
@@ -60,7 +60,7 @@ METHODS = {"contiguous": "contiguous", "EPLB": "eplb", "paper": "paper", "joint"
 PAPER = {"processing tail": (36, 27), "all-to-all tail": (36.3, 30.5), "step": (9.3, 17.5)}
 Floats = NDArray[np.float64]
 NODES, RANKS = 2, 4
-HIDDEN, INNER = 256, 64
+HIDDEN, INNER = 512, 32
 # Seconds that a rank's experts take for each second of a core.
 PACE = 5.0
 
@@ -103,6 +103,10 @@ class Work:
         starts = np.linspace(0, len(ids) - tokens, count).astype(int)
         return np.stack([ids[start : start + tokens] for start in starts])
 
+    def trace(self, ids: NDArray[Any]) -> mt.RoutingTrace:
+        """Return a step [T,L,K] as a trace."""
+        return mt.RoutingTrace.from_arrays(ids, num_experts=self.seen.num_experts)
+
     def load(self, placement: mt.Placement, steps: NDArray[Any]) -> NDArray[np.int64]:
         """Count tokens, once per expert, of every rank in each step [W,L,D]."""
         at = placement.device_of[np.arange(placement.layers)[:, None], steps]
@@ -117,7 +121,7 @@ class Work:
         home = np.arange(steps.shape[1]) % placement.devices
         tables = []
         for ids in steps:
-            trace = mt.RoutingTrace.from_arrays(ids, num_experts=self.seen.num_experts)
+            trace = self.trace(ids)
             if self.regime == "follow":
                 pairs = mt.evaluate(placement, trace, mixed=False).traffic["follow"]
                 tables.append(np.concatenate([pairs, np.zeros_like(pairs[:1])]))
@@ -303,7 +307,8 @@ class Fit:
             intra_node_latency=seconds,
             inter_node_latency=seconds,
         )
-        fixed = 1e3 * max(start + np.median(rest[-count:]), 0.0)
+        # What the ports let through in a burst makes the exchange's line start below zero.
+        fixed = 1e3 * max(start + np.median(rest[-count:]) + min(latency, 0.0), 0.0)
         model = mt.CostModel(0, 0, fixed, 1e3 * token, out, combine_bytes=back)
         return cls(topology, model, inside)
 
@@ -362,11 +367,18 @@ def solved(work: Work, topology: mt.Topology, model: mt.CostModel) -> dict[str, 
 def predict(work: Work, placements: dict[str, mt.Placement], fit: Fit) -> Floats:
     """Predict milliseconds of a step under all placements [P], from the seen half alone."""
     how: dict[str, Any] = {"cost_model": fit.cost_model, "regime": work.regime, "mixed": False}
+    if work.regime == "dispatch":
+        how["home"] = np.arange(work.tokens) % RANKS
+    count = work.seen.tokens // work.tokens
+    steps = [work.trace(ids) for ids in work.steps(work.seen, work.tokens, count)]
     layer_us = [
-        mt.evaluate(of, work.seen, fit.topology, window=work.tokens, **how).predicted_layer_us
+        [
+            mt.evaluate(of, step, fit.topology, window=None, **how).predicted_layer_us
+            for step in steps
+        ]
         for of in placements.values()
     ]
-    return np.array(layer_us) * work.seen.layers / 1e3
+    return np.mean(layer_us, axis=1) * work.seen.layers / 1e3
 
 
 def megabytes(
@@ -552,7 +564,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = {"recorded": Path("../shared/data/gpt-oss-20b.npz"), "quick": False}
     sizes = {
-        "links": [0, 1000, 500, 200, 100],
+        "links": [0, 2000, 1000, 500, 200],
         "link": 500,
         "visits": 4096,
         "steps": 2,

@@ -60,6 +60,11 @@ class Network:
                 _ip("-n", gpu, *made)
                 _ip("-n", fabric, "link", "set", peer, "master", bridge, "up")
                 _ip("-n", gpu, "link", "set", port, "up")
+            # So that a rank that waits for a core does not leave its port idle.
+            for buffer in ("rmem", "wmem"):
+                setting = f"/proc/sys/net/ipv4/tcp_{buffer}"
+                write = f"echo 4096 4194304 8388608 > {setting}"
+                _ip("netns", "exec", gpu, "sh", "-c", write)
             _ip("-n", gpu, "addr", "add", f"{_address(rank)}/32", "dev", "eth0")
             for other in range(self.ranks):
                 port = "eth0" if other // self.devices_per_node == node else "up0"
@@ -75,8 +80,8 @@ class Network:
             for space, port in ((f"gpu{rank}", "up0"), ("fabric", f"far{rank}")):
                 tc = ["tc", "-n", f"{self.prefix}{space}", "qdisc"]
                 if megabits:
-                    # A burst below a 64 KiB segment throttles oddly; with 4 MiB nothing is dropped.
-                    how = f"root tbf rate {megabits}mbit burst 72k limit 4m".split()
+                    # A burst makes up for what is sent late; with 4 MiB nothing is dropped.
+                    how = f"root tbf rate {megabits}mbit burst 128k limit 4m".split()
                     _run([*tc, "replace", "dev", port, *how])
                 else:
                     with suppress(RuntimeError):  # there may be none
