@@ -13,7 +13,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -89,18 +90,29 @@ class Network:
 
 
 def why_not() -> str | None:
-    """Return why there can be no namespaces here; None if there can."""
+    """Return why there can be no namespaces and shaped links here; None if there can."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"{' and '.join(missing)} of iproute2 must be installed"
-    return None if os.geteuid() == 0 else "network namespaces and tc need root"
+    if os.geteuid():
+        return "network namespaces and tc need root"
+    try:
+        with cluster(1, 1) as smallest:
+            smallest.shape(100)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def own_prefix() -> str:
+    """Return what the names of this process's namespaces and folders begin with."""
+    return NAME.format(os.getpid(), _started(os.getpid()))
 
 
 @contextmanager
 def cluster(nodes: int, devices_per_node: int) -> Iterator[Network]:
-    """Give a network of namespaces, and remove it; what earlier runs left behind goes first."""
-    remove_leftovers()
-    network = Network(nodes, devices_per_node, NAME.format(os.getpid(), _started(os.getpid())))
+    """Give a network of namespaces, and remove it."""
+    network = Network(nodes, devices_per_node, own_prefix())
     try:
         network.build()
         yield network
@@ -110,12 +122,16 @@ def cluster(nodes: int, devices_per_node: int) -> Iterator[Network]:
 
 
 def remove_leftovers() -> None:
-    """Remove the namespaces of runs that are gone, as after ``kill -9``, and what runs in them."""
-    owner = {name: OURS.fullmatch(name) for name in _names()}
-    gone = [
-        name for name, of in owner.items() if of and _started(int(of.group(1))) != int(of.group(2))
-    ]
-    _remove(gone)
+    """Remove what runs left that are gone, as after ``kill -9``: namespaces, processes, folders."""
+    temporary = Path(tempfile.gettempdir())
+    _remove(name for name in _names() if _is_left(name))
+    for folder in (path for path in temporary.glob("moetuner-*") if _is_left(path.name)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(name: str) -> bool:
+    of = OURS.fullmatch(name)
+    return of is not None and _started(int(of.group(1))) != int(of.group(2))
 
 
 @contextmanager
@@ -129,7 +145,7 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _remove(names: Iterator[str] | list[str]) -> None:
+def _remove(names: Iterable[str]) -> None:
     for name in list(names):
         with suppress(RuntimeError):
             for process in _ip("netns", "pids", name).split():
