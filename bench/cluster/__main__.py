@@ -45,7 +45,7 @@ from network import Network, cluster, remove_leftovers, why_not
 from numpy.typing import NDArray
 from ranks import Fit, Floats, Ranks, Times, Work, ranks_in, typical
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import Report, benchmark, spread
 
 import moetuner as mt
@@ -342,7 +342,7 @@ def main() -> None:
         "steps": 2,
         "repeat": 3,
     }
-    with benchmark(__doc__, **options, **sizes, fitted=2) as (given, report):
+    with benchmark(__doc__, **options, **sizes, fitted=3) as (given, report):
         if given.quick:
             given.links, given.link, given.visits, given.steps = [200], 200, 1024, 2
         works = works_of(given, report)
