@@ -335,13 +335,7 @@ def main() -> None:
         signal.signal(number, lambda of, _: sys.exit(128 + of))
     remove_leftovers()
     options = {"recorded": Path("../shared/data/gpt-oss-20b.npz"), "quick": False}
-    sizes = {
-        "links": [0, 2000, 1000, 500, 200],
-        "link": 500,
-        "visits": 4096,
-        "steps": 2,
-        "repeat": 3,
-    }
+    sizes = {"links": [0, 2000, 1000, 500, 200], "link": 500, "visits": 4096, "steps": 4}
     with benchmark(__doc__, **options, **sizes, fitted=3) as (given, report):
         if given.quick:
             given.links, given.link, given.visits, given.steps = [200], 200, 1024, 2

@@ -96,7 +96,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of steps, placements and layers [W,P,L], as the first lines of this file say."""
+    """Milliseconds of steps, placements and layers [W,P,L], as `__main__` explains them."""
 
     processing: Floats
     exchange: Floats
