@@ -209,7 +209,7 @@ def rows_of_pairs(ranks: Ranks, work: Work, of: Outcome, given: Any, report: Rep
     placements = {name: of.placements[name] for name in ("contiguous", "joint")}
     steps = work.steps(work.unseen, work.tokens, given.steps)
     regimes, each = ["dispatch", "pairs"], list(placements.values())
-    answers = ranks.replay(work, steps, each, regimes=regimes)
+    answers = ranks.replay(work, steps, each, regimes=regimes, check=True)
     sent = sum(answer["sent"].sum(axis=2).mean(axis=0) for answer in answers) / 1e6
     step = typical(Times.of(answers).layer) * work.seen.layers
     table = report.table(
@@ -336,7 +336,7 @@ def main() -> None:
     remove_leftovers()
     options = {"recorded": Path("../shared/data/gpt-oss-20b.npz"), "quick": False}
     sizes = {"links": [0, 2000, 1000, 500, 200], "link": 500, "visits": 4096, "steps": 4}
-    with benchmark(__doc__, **options, **sizes, fitted=3) as (given, report):
+    with benchmark(__doc__, **options, **sizes, fitted=4) as (given, report):
         if given.quick:
             given.links, given.link, given.visits, given.steps = [200], 200, 1024, 2
         works = works_of(given, report)

@@ -230,7 +230,8 @@ class Fit:
         parts = []
         network = ranks.network
         plain = mt.Topology(network.ranks, network.devices_per_node)
-        for tokens in (work.tokens // 4, work.tokens):
+        # Sizes far apart: what noise there is then bends the lines least.
+        for tokens in (work.tokens // 16, work.tokens):
             steps = work.steps(work.seen, tokens, count)
             answers = ranks.replay(work, steps, [contiguous])
             times = Times.of(answers)
