@@ -2,15 +2,16 @@
 
     git clone https://github.com/NetX-lab/Frontier
     pip install ddsketch fasteners pandas plotly pyyaml scikit-learn scipy tqdm
-    python bench/judge_serving.py FRONTIER LOADS [--ranks 4 8] [--copies 0 4] [--requests 64]
-        [--prefill 512] [--decode 32] [--rate 40] [--work build/frontier]
+    python bench/judge_serving.py FRONTIER LOADS... [--ranks 4 8] [--copies 0 4] [--requests 32]
+        [--prefill 512] [--decode 16] [--rate 16] [--work build/frontier]
 
 Frontier (MIT) simulates an engine event by event, with kernels' times learnt from its profile of
 Qwen3-30B-A3B on A800. Its random shares of experts are replaced, at run time, by those that slots
 have under a placement: placed on every second window of LOADS, judged on the others, of which each
-batch takes the next. Layers beyond the model's 48 are left out. Four ranks are a GPU each; eight
-are of four GPUs each, as the profile has them. The same requests for all placements, Poisson
-arrivals.
+batch takes the next. Layers beyond the model's 48 are left out, so DeepSeek-V3's loads, for whose
+sizes Frontier has no profile, are those of 256 experts of Qwen3's size. Four ranks are a GPU each,
+eight are four GPUs each, as the profile has them. Requests and their Poisson arrivals are the same
+for all placements.
 
 What it sees: in steps of decode the tokens of every rank's experts, and the wait for the slowest.
 A step with prefill it predicts for one rank, which has the mean of all; so that it sees placements
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,13 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import benchmark, imbalance
+from harness import Report, benchmark, imbalance
 from numpy.typing import NDArray
 
 import moetuner as mt
 
 MODEL, PROFILE = "qwen3-a3b-30b-moe", "data/profiling/compute/a800/qwen3-a3b-30b-moe"
 LAYERS, TOP_K = 48, 8
+RUN = "judged"
 # GPUs of a rank by the number of ranks, as experts were profiled.
 GPUS_OF_RANK = {4: 1, 8: 4}
 FORESTS = "random_forrest_execution_time_predictor_config"
@@ -108,8 +111,9 @@ def replace_loads(shares: Floats, ranks: int) -> None:
     predictor._get_moe_tokens_input = busiest_rank
 
 
-def command(work: Path, name: str, ranks: int, slots: int, given: Any) -> list[str]:
+def command(given: Any, ranks: int, slots: int) -> list[str]:
     """Return the arguments of Frontier's command line."""
+    work = given.work
     replica = {
         "model_name": MODEL,
         "device": "a800",
@@ -134,7 +138,7 @@ def command(work: Path, name: str, ranks: int, slots: int, given: Any) -> list[s
         "atten_input_file": work / "profile/attention.csv",
         "moe_input_file": work / "profile/moe.csv",
     }
-    metrics = {"output_dir": work / "runs", "cache_dir": work / "models", "run_id": name}
+    metrics = {"output_dir": work / "runs", "cache_dir": work / "models", "run_id": RUN}
     options = {
         "simulation_mode": "online",
         "sys_arch": "co-location",
@@ -174,18 +178,16 @@ def _simulate(checkout: Path, shares: Floats, ranks: int, words: Sequence[str]) 
         main()
 
 
-def simulated(
-    checkout: Path, work: Path, shares: Floats, ranks: int, slots: int, given: Any
-) -> list[float]:
+def simulated(given: Any, shares: Floats, ranks: int, slots: int) -> list[float]:
     """Return mean, 95th and 99th percentile of time to first token, then of time per token, ms."""
-    name = "run"
-    words = command(work, name, ranks, slots, given)
-    for old in work.glob(f"runs/**/{name}/system_metrics.json"):
+    found = f"runs/**/{RUN}/system_metrics.json"
+    for old in given.work.glob(found):
         old.unlink()
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        pool.submit(_simulate, checkout, shares, ranks, words).result()
-    (path,) = work.glob(f"runs/**/{name}/system_metrics.json")
+        words = command(given, ranks, slots)
+        pool.submit(_simulate, given.frontier, shares, ranks, words).result()
+    (path,) = given.work.glob(found)
     metrics = json.loads(path.read_text())
     assert metrics["simulation_metadata"]["completed_requests"] == given.requests
     kinds = [metrics[f"{kind}_statistics"] for kind in ("ttft", "tpot")]
@@ -201,44 +203,44 @@ def with_metadata(checkout: Path, work: Path) -> None:
     subprocess.run([*tool, *folders, *says], cwd=checkout, check=True, capture_output=True)
 
 
+def judged(report: Report, loads: Path, given: Any, ranks: int, copies: int) -> None:
+    """Print a table of placements of these loads."""
+    statistics = mt.open_input(loads)
+    load = statistics.window_load[:, :LAYERS]
+    slots = load.shape[2] // ranks + copies
+    table = report.table(
+        f"{statistics.model} on {ranks} ranks with {slots} slots each",
+        *("placement <12s", "load 7.3f", "TTFT mean 9.2f", "p95 8.2f", "p99 8.2f"),
+        *("TPOT mean 9.3f", "p95 8.3f", "p99 8.3f"),
+    )
+    figures = {}
+    for name, placed in placements(load[::2], ranks, slots).items():
+        unseen = load[1::2].astype(np.float64)
+        figures[name] = simulated(given, slot_shares(unseen, placed), ranks, slots)
+        table(name, imbalance(unseen, placed).mean(), *figures[name])
+    ours = np.array(figures["joint"])
+    first, beside = (100 * (1 - ours / figures[name]) for name in ("contiguous", "eplb"))
+    report.say(
+        f"Joint saves {first[0]:.1f} % of contiguous's mean time to the first token and "
+        f"{first[3]:.1f} % of its time per token, {beside[0]:.1f} and {beside[3]:.1f} % of EPLB's."
+    )
+
+
 def main() -> None:
-    """Print a table of placements for every number of ranks and copies."""
-    numbers = {"ranks": [4, 8], "copies": [0, 4], "requests": 64, "prefill": 512, "decode": 32}
-    files = {"frontier": Path, "loads": Path}
-    with benchmark(__doc__, files, **numbers, rate=40.0, work=Path("build/frontier")) as (
-        given,
-        report,
-    ):
+    """Print a table for every file of loads, number of ranks and of copies."""
+    files = {"frontier": Path, "loads": [Path()]}
+    numbers = {"ranks": [4, 8], "copies": [0, 4], "requests": 32, "prefill": 512, "decode": 16}
+    others = {"rate": 16.0, "work": Path("build/frontier")}
+    with benchmark(__doc__, files, **numbers, **others) as (given, report):
+        given.frontier, given.work = given.frontier.resolve(), given.work.resolve()
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        checkout, work = given.frontier.resolve(), given.work.resolve()
-        if missing or not (checkout / PROFILE / "moe.csv").exists():
-            what = f"pip install {' '.join(missing)}" if missing else f"{PROFILE} of Frontier"
+        if missing or not (given.frontier / PROFILE / "moe.csv").exists():
+            what = f"the packages {', '.join(missing)}" if missing else f"{PROFILE} in FRONTIER"
             print(f"Nothing can run: needs {what}", file=sys.stderr)
             raise SystemExit(2)
-        with_metadata(checkout, work)
-        statistics = mt.open_input(given.loads)
-        load = statistics.window_load[:, :LAYERS]
-        for ranks in given.ranks:
-            for copies in given.copies:
-                slots = load.shape[2] // ranks + copies
-                table = report.table(
-                    f"{statistics.model} on {ranks} ranks with {slots} slots each",
-                    *("placement <12s", "load 7.3f", "TTFT mean 9.2f", "p95 8.2f", "p99 8.2f"),
-                    *("TPOT mean 9.3f", "p95 8.3f", "p99 8.3f"),
-                )
-                figures = {}
-                for name, placed in placements(load[::2], ranks, slots).items():
-                    unseen = load[1::2].astype(np.float64)
-                    shares = slot_shares(unseen, placed)
-                    figures[name] = simulated(checkout, work, shares, ranks, slots, given)
-                    table(name, imbalance(unseen, placed).mean(), *figures[name])
-                ours, first = np.array(figures["joint"]), np.array(figures["contiguous"])
-                saved, beside = 100 * (1 - ours / first), 100 * (1 - ours / figures["eplb"])
-                report.say(
-                    f"Joint saves {saved[0]:.1f} % of the mean time to the first token and "
-                    f"{saved[3]:.1f} % of the mean time per token of contiguous, and "
-                    f"{beside[0]:.1f} and {beside[3]:.1f} % of EPLB's."
-                )
+        with_metadata(given.frontier, given.work)
+        for loads, ranks, copies in itertools.product(given.loads, given.ranks, given.copies):
+            judged(report, loads, given, ranks, copies)
 
 
 if __name__ == "__main__":
