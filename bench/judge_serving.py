@@ -180,7 +180,7 @@ def _simulate(checkout: Path, shares: Floats, ranks: int, words: Sequence[str]) 
 
 
 def simulated(given: Any, shares: Floats, ranks: int, slots: int) -> list[float]:
-    """Return percent of a step that experts take, and milliseconds to the first token and per token.
+    """Return the share of experts in all steps, and milliseconds to the first and per token.
 
     Milliseconds are mean, 95th and 99th percentile of either.
     """
