@@ -2,16 +2,16 @@
 
     git clone https://github.com/NetX-lab/Frontier
     pip install ddsketch fasteners pandas plotly pyyaml scikit-learn scipy tqdm
-    python bench/judge_serving.py FRONTIER LOADS... [--ranks 4 8] [--copies 0 4] [--requests 32]
-        [--prefill 1024] [--decode 16] [--rate 16] [--work build/frontier]
+    python bench/judge_serving.py FRONTIER LOADS... [--copies 0 4] [--requests 16] [--prefill 1024]
+        [--decode 8] [--rate 16] [--work build/frontier]
 
 Frontier (MIT) simulates an engine event by event, with kernels' times learnt from its profile of
 Qwen3-30B-A3B on A800. Its random shares of experts are replaced, at run time, by those that slots
 have under a placement: placed on every second window of LOADS, judged on the others, of which each
 batch takes the next. Layers beyond the model's 48 are left out, so DeepSeek-V3's loads, for whose
-sizes Frontier has no profile, are those of 256 experts of Qwen3's size. Four ranks are a GPU each,
-eight are four GPUs each, as the profile has them. Requests and their Poisson arrivals are the same
-for all placements.
+sizes Frontier has no profile, are those of 256 experts of Qwen3's size. Ranks are four, a GPU each,
+the most whose kernels are all in the profile; it knows 32 experts on a rank, so for 64 only the
+number of tokens counts. Requests and their Poisson arrivals are the same for all placements.
 
 What it sees: in steps of decode the tokens of every rank's experts, and the wait for the slowest.
 A step with prefill it predicts for one rank, which has the mean of all; so that it sees placements
@@ -48,10 +48,8 @@ from numpy.typing import NDArray
 import moetuner as mt
 
 MODEL, PROFILE = "qwen3-a3b-30b-moe", "data/profiling/compute/a800/qwen3-a3b-30b-moe"
-LAYERS, TOP_K = 48, 8
+LAYERS, TOP_K, RANKS = 48, 8, 4
 RUN = "judged"
-# GPUs of a rank by the number of ranks, as experts were profiled.
-GPUS_OF_RANK = {4: 1, 8: 4}
 FORESTS = "random_forrest_execution_time_predictor_config"
 NEEDED = ("ddsketch", "fasteners", "pandas", "plotly", "sklearn", "scipy", "tqdm", "yaml")
 
@@ -112,17 +110,17 @@ def replace_loads(shares: Floats, ranks: int) -> None:
     predictor._get_moe_tokens_input = busiest_rank
 
 
-def command(given: Any, ranks: int, slots: int) -> list[str]:
+def command(given: Any, slots: int) -> list[str]:
     """Return the arguments of Frontier's command line."""
     work = given.work
     replica = {
         "model_name": MODEL,
         "device": "a800",
-        "attn_tensor_parallel_size": GPUS_OF_RANK[ranks],
-        "attn_data_parallel_size": ranks,
-        "moe_tensor_parallel_size": GPUS_OF_RANK[ranks],
-        "moe_expert_parallel_size": ranks,
-        "total_expert_num": ranks * slots,
+        "attn_tensor_parallel_size": 1,
+        "attn_data_parallel_size": RANKS,
+        "moe_tensor_parallel_size": 1,
+        "moe_expert_parallel_size": RANKS,
+        "total_expert_num": RANKS * slots,
         "router_topk": TOP_K,
         "moe_routing_mode": "simulation",
     }
@@ -166,7 +164,7 @@ def command(given: Any, ranks: int, slots: int) -> list[str]:
     ]
 
 
-def _simulate(checkout: Path, shares: Floats, ranks: int, words: Sequence[str]) -> None:
+def _simulate(checkout: Path, shares: Floats, words: Sequence[str]) -> None:
     """Run Frontier in this process, quietly."""
     os.environ |= {"FRONTIER_LOG_LEVEL": "ERROR", "WANDB_DISABLED": "true"}
     os.chdir(checkout)
@@ -175,11 +173,11 @@ def _simulate(checkout: Path, shares: Floats, ranks: int, words: Sequence[str]) 
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         from frontier.main import main
 
-        replace_loads(shares, ranks)
+        replace_loads(shares, RANKS)
         main()
 
 
-def simulated(given: Any, shares: Floats, ranks: int, slots: int) -> list[float]:
+def simulated(given: Any, shares: Floats, slots: int) -> list[float]:
     """Return the share of experts in all steps, and milliseconds to the first and per token.
 
     Milliseconds are mean, 95th and 99th percentile of either.
@@ -188,8 +186,8 @@ def simulated(given: Any, shares: Floats, ranks: int, slots: int) -> list[float]
         old.unlink()
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        words = command(given, ranks, slots)
-        pool.submit(_simulate, given.frontier, shares, ranks, words).result()
+        words = command(given, slots)
+        pool.submit(_simulate, given.frontier, shares, words).result()
     (path,) = given.work.glob(f"runs/**/{RUN}/system_metrics.json")
     metrics = json.loads(path.read_text())
     assert metrics["simulation_metadata"]["completed_requests"] == given.requests
@@ -211,20 +209,20 @@ def with_metadata(checkout: Path, work: Path) -> None:
     subprocess.run([*tool, *folders, *says], cwd=checkout, check=True, capture_output=True)
 
 
-def judged(report: Report, loads: Path, given: Any, ranks: int, copies: int) -> None:
+def judged(report: Report, loads: Path, given: Any, copies: int) -> None:
     """Print a table of placements of these loads."""
     statistics = mt.open_input(loads)
     load = statistics.window_load[:, :LAYERS]
-    slots = load.shape[2] // ranks + copies
+    slots = load.shape[2] // RANKS + copies
     table = report.table(
-        f"{statistics.model} on {ranks} ranks with {slots} slots each",
+        f"{statistics.model} on {RANKS} ranks with {slots} slots each",
         *("placement <12s", "load 7.3f", "experts 8.1%", "TTFT mean 9.2f", "p95 8.2f", "p99 8.2f"),
         *("TPOT mean 9.3f", "p95 8.3f", "p99 8.3f"),
     )
     figures = {}
-    for name, placed in placements(load[::2], ranks, slots).items():
+    for name, placed in placements(load[::2], RANKS, slots).items():
         unseen = load[1::2].astype(np.float64)
-        figures[name] = simulated(given, slot_shares(unseen, placed), ranks, slots)
+        figures[name] = simulated(given, slot_shares(unseen, placed), slots)
         table(name, imbalance(unseen, placed).mean(), *figures[name])
     ours = np.array(figures["joint"])
     first, beside = (100 * (1 - ours / figures[name]) for name in ("contiguous", "eplb"))
@@ -235,9 +233,9 @@ def judged(report: Report, loads: Path, given: Any, ranks: int, copies: int) -> 
 
 
 def main() -> None:
-    """Print a table for every file of loads, number of ranks and of copies."""
+    """Print a table for every file of loads and number of copies."""
     files = {"frontier": Path, "loads": [Path()]}
-    numbers = {"ranks": [4, 8], "copies": [0, 4], "requests": 32, "prefill": 1024, "decode": 16}
+    numbers = {"copies": [0, 4], "requests": 16, "prefill": 1024, "decode": 8}
     others = {"rate": 16.0, "work": Path("build/frontier")}
     with benchmark(__doc__, files, **numbers, **others) as (given, report):
         given.frontier, given.work = given.frontier.resolve(), given.work.resolve()
@@ -247,8 +245,8 @@ def main() -> None:
             print(f"Nothing can run: needs {what}", file=sys.stderr)
             raise SystemExit(2)
         with_metadata(given.frontier, given.work)
-        for loads, ranks, copies in itertools.product(given.loads, given.ranks, given.copies):
-            judged(report, loads, given, ranks, copies)
+        for loads, copies in itertools.product(given.loads, given.copies):
+            judged(report, loads, given, copies)
 
 
 if __name__ == "__main__":
