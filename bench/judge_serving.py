@@ -36,7 +36,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ import moetuner as mt
 
 MODEL, PROFILE = "qwen3-a3b-30b-moe", "data/profiling/compute/a800/qwen3-a3b-30b-moe"
 LAYERS, TOP_K, RANKS = 48, 8, 4
-RUN = "judged"
 FORESTS = "random_forrest_execution_time_predictor_config"
 NEEDED = ("ddsketch", "fasteners", "pandas", "plotly", "sklearn", "scipy", "tqdm", "yaml")
 
@@ -110,7 +109,7 @@ def replace_loads(shares: Floats, ranks: int) -> None:
     predictor._get_moe_tokens_input = busiest_rank
 
 
-def command(given: Any, slots: int) -> list[str]:
+def command(given: Any, name: str, slots: int) -> list[str]:
     """Return the arguments of Frontier's command line."""
     work = given.work
     replica = {
@@ -137,7 +136,7 @@ def command(given: Any, slots: int) -> list[str]:
         "atten_input_file": work / "profile/attention.csv",
         "moe_input_file": work / "profile/moe.csv",
     }
-    metrics = {"output_dir": work / "runs", "cache_dir": work / "models", "run_id": RUN}
+    metrics = {"output_dir": work / "runs", "cache_dir": work / "models", "run_id": name}
     options = {
         "simulation_mode": "online",
         "sys_arch": "co-location",
@@ -177,18 +176,28 @@ def _simulate(checkout: Path, shares: Floats, words: Sequence[str]) -> None:
         main()
 
 
-def simulated(given: Any, shares: Floats, slots: int) -> list[float]:
+def simulated(given: Any, shares: Mapping[str, Floats], slots: int) -> dict[str, list[float]]:
     """Return the share of experts in all steps, and milliseconds to the first and per token.
 
-    Milliseconds are mean, 95th and 99th percentile of either.
+    Milliseconds are mean, 95th and 99th percentile of either. All simulations run at once, each in
+    a process of its own, in which nothing was replaced yet.
     """
-    for old in given.work.glob(f"runs/**/{RUN}/*.json*"):
+    for old in given.work.glob("runs/**/*.json*"):
         old.unlink()
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        words = command(given, slots)
-        pool.submit(_simulate, given.frontier, shares, words).result()
-    (path,) = given.work.glob(f"runs/**/{RUN}/system_metrics.json")
+    with contextlib.ExitStack() as stack:
+        works = []
+        for name, of in shares.items():
+            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=fresh))
+            works.append(pool.submit(_simulate, given.frontier, of, command(given, name, slots)))
+        for work in works:
+            work.result()
+    return {name: figures(given, name) for name in shares}
+
+
+def figures(given: Any, name: str) -> list[float]:
+    """Read what a simulation wrote."""
+    (path,) = given.work.glob(f"runs/**/{name}/system_metrics.json")
     metrics = json.loads(path.read_text())
     assert metrics["simulation_metadata"]["completed_requests"] == given.requests
     steps = path.with_name("frontier_stage_batch_ledger.jsonl").read_text().splitlines()
@@ -219,13 +228,14 @@ def judged(report: Report, loads: Path, given: Any, copies: int) -> None:
         *("placement <12s", "load 7.3f", "experts 8.1%", "TTFT mean 9.2f", "p95 8.2f", "p99 8.2f"),
         *("TPOT mean 9.3f", "p95 8.3f", "p99 8.3f"),
     )
-    figures = {}
-    for name, placed in placements(load[::2], RANKS, slots).items():
-        unseen = load[1::2].astype(np.float64)
-        figures[name] = simulated(given, slot_shares(unseen, placed), slots)
-        table(name, imbalance(unseen, placed).mean(), *figures[name])
-    ours = np.array(figures["joint"])
-    first, beside = (100 * (1 - ours / figures[name]) for name in ("contiguous", "eplb"))
+    unseen = load[1::2].astype(np.float64)
+    placed = placements(load[::2], RANKS, slots)
+    shares = {name: slot_shares(unseen, each) for name, each in placed.items()}
+    found = simulated(given, shares, slots)
+    for name, each in placed.items():
+        table(name, imbalance(unseen, each).mean(), *found[name])
+    ours = np.array(found["joint"])
+    first, beside = (100 * (1 - ours / found[name]) for name in ("contiguous", "eplb"))
     report.say(
         f"Joint saves {first[1]:.1f} % of contiguous's mean time to the first token and "
         f"{first[4]:.1f} % of its time per token, {beside[1]:.1f} and {beside[4]:.1f} % of EPLB's."
