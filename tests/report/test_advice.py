@@ -9,6 +9,7 @@ import pytest
 import moetuner as mt
 from moetuner.evaluation.units import Units
 from moetuner.formats.engines import tokens_per_rank
+from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import knee_of
 from moetuner.report.advice.values import Copies
@@ -129,12 +130,57 @@ def test_few_sequences_are_not_enough_evidence():
     assert "Too few unseen sequences (4; at least 5 are needed)" in advice.reasons[0]
 
 
+ONE_KIND = "so the figures hold for such traffic only; record a mix of what you serve"
+
+
 def test_one_kind_is_not_enough_evidence():
-    """Of other kinds nothing is known; phases are no kinds."""
+    """Of other groups nothing is known; of one phase the answer stands, for that phase only."""
     group = np.zeros(4000, dtype=int)
     for name, answer in (("code", "not enough evidence"), ("decode", "worth a trial")):
         trace = routed(skewed(), group=group, group_names=[name])
-        assert advise(trace, TWO_NODES, copies=(0,), splits=1).answer == answer
+        advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
+        assert advice.answer == answer
+        said = [of for of in (*advice.reasons, *advice.warnings) if ONE_KIND in of]
+        assert len(said) == 1
+        assert advice.one_kind in said[0].replace("All", "all")
+        assert advice.to_dict()["one_kind"] == advice.one_kind
+        several = replace(trace, group=np.arange(4000) // LENGTH % 2, group_names=(name, "more"))
+        advice = advise(several, TWO_NODES, copies=(0,), splits=1)
+        assert advice.one_kind is None
+        assert not any(ONE_KIND in of for of in (*advice.reasons, *advice.warnings))
+
+
+def windows(*shares, number=6, tokens=10**6, seed=0, **labels):
+    """Load table of windows that choose experts by shares [E] in turns."""
+    rng = np.random.default_rng(seed)
+    load = [[rng.multinomial(tokens, shares[n % len(shares)])] for n in range(number)]
+    return mt.RoutingStatistics.from_load(np.array(load), **labels)
+
+
+def test_a_recording_shows_one_kind_or_several():
+    """Windows that differ, groups and what is judged on are several; small windows do not tell."""
+    flat, tilted = np.full(EXPERTS, 1 / EXPERTS), np.linspace(1, 2, EXPERTS) / (1.5 * EXPERTS)
+    assert np.abs(flat - tilted).sum() / 2 > recording.ALIKE
+    alike, differ = windows(flat), windows(flat, tilted)
+    assert recording.one_kind(alike).startswith("all windows are alike, within 0.")
+    assert recording.one_kind(windows(flat, number=1)) == "there is one window"
+    assert recording.one_kind(differ) is None
+    assert recording.one_kind(windows(flat, tokens=100)) is None
+    # One window among many is another kind.
+    load = np.concatenate([windows(flat, number=40).window_load, differ.window_load[1:2]])
+    assert recording.one_kind(mt.RoutingStatistics.from_load(load)) is None
+    other = windows(tilted)
+    assert recording.one_kind(other).startswith("all windows are alike")
+    assert recording.one_kind(alike, other) is None
+    # Labels know better than windows.
+    group = np.arange(6) % 2
+    assert recording.one_kind(replace(alike, group=group, group_names=("en", "zh"))) is None
+    labelled = replace(differ, group=group * 0, group_names=("prefill", "decode"))
+    assert recording.one_kind(labelled) == "all traffic is prefill"
+    decode = replace(differ, group=group * 0 + 1, group_names=("prefill", "decode"))
+    assert recording.one_kind(labelled, decode) is None
+    assert recording.one_kind(labelled, alike) is None
+    assert recording.one_kind(routed(even(200))) is None
 
 
 def test_phases_are_placed_apart():

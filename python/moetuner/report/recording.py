@@ -1,4 +1,4 @@
-"""What makes a recording worthless, or next to it, in sentences that say what to record instead."""
+"""What makes a recording worthless, or good for one kind of traffic only, in sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cost import top_k_of
-from moetuner.evaluation.replay import Traffic
+from moetuner.evaluation.replay import Traffic, members
+from moetuner.files.text import name
+from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 # Of a trace the first tokens tell.
@@ -18,6 +20,13 @@ FEWEST_CHOICES = 10
 # Shares of the choices of the median layer, beyond which prompts must have been alike: of one
 # expert in sixteen, and of as many as a token chooses.
 FEW_TAKE, SAME_TAKE = 0.45, 0.9
+PHASES = ("prefill", "decode")
+# Share of its tokens that a window sends to other experts than the rest, below which it is of their
+# kind. Prompt lengths differ by 5 to 17 % in docs/mixing.md. Chance counts as a difference: windows
+# too small to tell are never called alike.
+ALIKE = 0.05
+# Windows that are compared; of more, evenly spaced ones are.
+COMPARED = 256
 
 
 def doubts(traffic: Traffic) -> list[str]:
@@ -58,3 +67,36 @@ def doubts(traffic: Traffic) -> list[str]:
             "record every layer by itself."
         )
     return lines
+
+
+def one_kind(traffic: Traffic, unseen: Traffic | None = None) -> str | None:
+    """Return what shows that a recording is of one kind of traffic, in words.
+
+    Labels tell: one group, or one phase. Without labels the windows of counts do: a single one, or
+    windows that are all alike, of one kind or of a mix that stays the same. None where there are
+    several kinds, or nothing is known. ``unseen`` is traffic to judge on, of kinds of its own.
+    """
+    parts = [traffic] if unseen is None else [traffic, unseen]
+    # What has no labels may be of any group.
+    labels = {label for of in parts for label in (members(of).keys() - {None} or {""})}
+    if labels != {""}:
+        label = labels.pop() or ""
+        kind = label if label in PHASES else f"of one group, {name(label)}"
+        return None if labels else f"all traffic is {kind}"
+    counts = [of.window_load for of in parts if isinstance(of, RoutingStatistics)]
+    load = np.concatenate(counts) if counts else np.empty(0)
+    if len(load) == 1:
+        return "there is one window"
+    if len(load) and (most := _furthest(load)) <= ALIKE:
+        return f"all windows are alike, within {max(100 * most, 0.1):.1f} % of their tokens"
+    return None
+
+
+def _furthest(load: NDArray[Any]) -> float:
+    """Compute the largest share of a window's tokens [W,L,E] that go where the rest's do not."""
+    total, most = load.sum(axis=0, dtype=np.float64), 0.0
+    for window in np.unique(np.linspace(0, len(load) - 1, min(len(load), COMPARED)).round()):
+        mine = load[int(window)].astype(np.float64)
+        shares = (of / np.maximum(of.sum(axis=1, keepdims=True), 1) for of in (mine, total - mine))
+        most = max(most, float(np.abs(np.subtract(*shares)).sum(axis=1).mean() / 2))
+    return most

@@ -13,6 +13,7 @@ from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.values import WINDOWS, Advice, Answer, Copies, Judged
 from moetuner.report.cells import counted, listed, percent, signed, span
+from moetuner.report.recording import PHASES
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
@@ -23,6 +24,8 @@ NEAR = 2
 LOSERS = 5
 # Kinds of sequences below which it is said how few they are.
 FEW_KINDS = 10
+# What to do where a recording shows one kind of traffic.
+MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
 # Part of the gain that must be left on the other half of a recording that changes its kind.
 CARRIED = 0.5
 
@@ -52,11 +55,8 @@ def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> in
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
-def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Advice:
-    """Return advice with its answer, reasons and warnings.
-
-    ``kinds`` are the groups of the traffic that are no phases; ``notes`` are more reasons.
-    """
+def concluded(of: Advice, notes: tuple[str, ...]) -> Advice:
+    """Return advice with its answer, reasons, of which ``notes`` are some, and warnings."""
     reasons, warnings = [*_gains(of), *notes], _of_units(of.units, held_out=of.settings["held_out"])
     answer, why = _by_gains(of)
     # What comes later overrules what came before, with the first reason.
@@ -78,9 +78,13 @@ def concluded(of: Advice, kinds: tuple[str, ...], notes: tuple[str, ...]) -> Adv
     if of.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
         reasons = []
-    if len(kinds) == 1:
-        one = f"all traffic is of one group, {name(kinds[0])}: record traffic of other groups, too"
-        overruling.append(("not enough evidence", one))
+    if of.one_kind is not None:
+        one = f"{of.one_kind}, so the figures hold for such traffic only; {MIX}"
+        is_of_group = of.audit.groups and not {*of.audit.groups} & {*PHASES}
+        if is_of_group:
+            overruling.append(("not enough evidence", one))
+        else:
+            warnings.append(f"{one[0].upper()}{one[1:]}.")
     model = of.problem.cost_model
     assert model is not None
     assumed = assumed_model(model.name)

@@ -22,7 +22,6 @@ from moetuner.problem.objective import Goal
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import concluded, knee_of
 from moetuner.report.advice.values import (
-    PHASES,
     WINDOWS,
     Advice,
     Copies,
@@ -34,6 +33,7 @@ from moetuner.report.advice.values import (
 )
 from moetuner.report.cells import counted
 from moetuner.report.outcome import judge
+from moetuner.report.recording import PHASES, one_kind
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -178,12 +178,12 @@ class Study:
             units=units,
             problem=first.problem,
             judged_on=self._judged_on(part.unseen),
+            one_kind=one_kind(self.traffic, self.unseen),
             total=self._total(judged),
             by_group=self._by_group(knee) if self.by_group else {},
             settings=self._settings(splits),
         )
-        kinds = tuple(name for name in members(self.traffic) if name and name not in PHASES)
-        return concluded(advice, kinds, self._notes(phases, knee))
+        return concluded(advice, self._notes(phases, knee))
 
     def _settings(self, splits: int) -> dict[str, Any]:
         own = ("engine", "price", "expert_bytes", "in_order", "seed", "time_limit", "prefill_share")

@@ -16,10 +16,10 @@ from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
 from moetuner.report.cells import signed
+from moetuner.report.recording import PHASES
 from moetuner.solver.result import Result
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
-PHASES = ("prefill", "decode")
 # Tokens of a window as engines decode, and as they read prompts.
 WINDOWS = (512, 8192)
 
@@ -266,6 +266,9 @@ class Advice(Frozen):
         Of groups, in the first split.
     judged_on
         What that unseen traffic is, in words.
+    one_kind
+        What shows that the recording is of one kind of traffic, in words: figures hold for such
+        traffic only. None where it has several kinds, or does not tell.
     total
         Gain over all of the serving time, where the share of prefill is known.
     by_group
@@ -303,6 +306,7 @@ class Advice(Frozen):
     units: Units = field(repr=False)
     problem: Problem = field(repr=False)
     judged_on: str = ""
+    one_kind: str | None = None
     total: Comparison | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
