@@ -90,11 +90,9 @@ engines: wheel  ## real engines on the CPU with moetuner inside (20 GB, an hour)
 	$(BIN)/python tests/engines/run.py --wheel dist/*.whl $(ENGINES)
 
 bench: $(CORE) $(TOOLS)  ## one file per question, each prints its answer (quick settings)
-	$(BIN)/python bench/transitions.py --repeat 3
-	$(BIN)/python bench/statistics_file.py --bytes 200000000
-	$(BIN)/python bench/replay.py --repeat 3
+	$(BIN)/python bench/counting.py --repeat 3 --bytes 200000000
 	$(BIN)/python bench/versus.py --quick
-	$(BIN)/python bench/expert_parallel.py --quick
+	$(BIN)/python bench/cluster --quick
 
 bench-peers: $(CORE) $(TOOLS)  ## ours beside peers' released code (15 minutes); DATA=FOLDER has recorded traffic
 	-@for package in $(PEERS); do $(BIN)/python -m pip install --quiet $$package; done
