@@ -202,7 +202,7 @@ def benchmark(
     words = [word.rstrip("/").rsplit("/", 1)[-1] for word in sys.argv[1:] if word != "--record"]
     record = {
         "title": title.rstrip("."),
-        "about": "\n\n".join(part for part in about.strip().split("\n\n") if part[:1] != " "),
+        "about": "\n\n".join(part for part in about.strip("\n").split("\n\n") if part[:1] != " "),
         "command": " ".join(["python", str(script), *words]),
         "machine": machine(),
         "load": round(load, 1),
