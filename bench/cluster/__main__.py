@@ -226,7 +226,7 @@ def papers_table(rows: list[tuple[Work, Outcome]], report: Report) -> None:
     wholes = {"processing tail": "processing", "all-to-all tail": "exchange", "step": "layer"}
     table = report.table(
         "The paper's table: % less than with contiguous",
-        *("work <34s", "method <6s", *(f"{name} 15.1f" for name in PAPER)),
+        *("work <37s", "method <6s", *(f"{name} 15.1f" for name in PAPER)),
     )
     for number, where in enumerate(("one node", "several nodes")):
         table(f"the paper's, {where}", "paper", *(of[number] for of in PAPER.values()))
@@ -269,10 +269,12 @@ def machines(work: Work, report: Report) -> None:
 def conclude(all_of: list[tuple[Work, Outcome]], late: float, report: Report) -> None:
     """Say what was wanted, and what came."""
     every = [(abs(off), work, of) for work, of in all_of for off in of.off[1:]]
-    within = sum(off <= 10 for off, _, _ in every)
+    within = [off <= 10 for off, _, _ in every]
+    shaped = [is_near for is_near, (_, _, of) in zip(within, every, strict=True) if of.megabits]
     worst, work, of = max(every, key=lambda each: each[0])
     report.say(
-        f"Of {len(every)} ratios to contiguous, {within} are predicted within 10 %; the median is "
+        f"Of {len(every)} ratios to contiguous, {sum(within)} are predicted within 10 %; where "
+        f"links are shaped, {sum(shaped)} of {len(shaped)}. The median is "
         f"{np.median([off for off, _, _ in every]):.1f} % off, the worst {worst:.1f} % "
         f"({work.name}, {work.regime}, {link(of.megabits)})."
     )
