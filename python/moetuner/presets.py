@@ -96,7 +96,7 @@ MEASURED = {
     ),
     # NetX-lab/Frontier at a4b22df, data/profiling/compute/a800: 2472 batches of tensor-parallel
     # size 1, 32 to 128 experts on the device (vLLM's fused kernel); off by 4.4 %.
-    "a800-measured": Measured(83.3, 7.465, 192.6, 0.07697, 0.548, 0.092, (2013, 459), 2048, 768),
+    "a800-measured": Measured(83.3, 7.465, 192.5, 0.07697, 0.548, 0.092, (2013, 459), 2048, 768),
 }
 
 # Hidden and intermediate size of a routed expert, and experts per token: `hidden_size`,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from staged import staged
 
 import moetuner as mt
-from moetuner.solver.bounds.loads import LOAD_BOUND, least_balance
+from moetuner.solver.bounds.loads import LOAD_BOUND, least_balance, least_time
 from moetuner.solver.stages.floor import balanced
 
 SPLITS = ("even", "nearest", "round_robin")
@@ -252,6 +252,21 @@ def timed(draw):
         split=draw(st.sampled_from(SPLITS)),
         risk=draw(st.sampled_from(["mean", 0.5])),
     )
+
+
+@given(loads(1, 4), st.floats(0, 1), st.sampled_from([None, [1.0, 2.0]]), st.integers(2, 3))
+def test_exposed_computing_is_bound(load, exposed, speed, slots):
+    """Where reading is longer no placement is below the bound; equal loads reach it."""
+    model = mt.CostModel(1, 100, 1, 1, 0, exposed=exposed)
+    topology = mt.Topology(2, speed=speed)
+    for of in (load, np.full_like(load, load.max())):
+        statistics = mt.RoutingStatistics.from_load(of)
+        problem = mt.Problem(
+            statistics, topology, slots_per_device=slots, objective="time", cost_model=model
+        )
+        least, best = least_time(problem), optimum(problem)
+        assert least <= best * (1 + 1e-9)
+    assert speed is not None or least == pytest.approx(best)
 
 
 @given(loads(2, 6, 3), st.integers(2, 4), st.integers(0, 12))
