@@ -22,7 +22,6 @@ cross-traffic); *default* its model of TCP. Wanted: ratios within 10 %.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import multiprocessing
 import sys
 import tempfile
@@ -217,41 +216,59 @@ def judged(
     return np.array(found)
 
 
+def judge(
+    report: Report, devices: int, parts: Sequence[mt.RoutingTrace], given: Any
+) -> Iterator[tuple[str, Floats]]:
+    """Yield, by fabric, what `judged` found of placements on a machine, a table for each window.
+
+    ``parts`` are the seen and the unseen half of a trace.
+    """
+    name, nodes = MACHINES[devices]
+    topology = mt.Topology.preset(name, nodes=nodes)
+    seen, unseen = parts
+    # An exchange of 72 devices has 5,112 flows, seconds of SimGrid's: one layer will do.
+    number = min(given.layers, seen.layers) if devices < 72 else 1
+    layers = np.linspace(0, seen.layers - 1, number).astype(int)
+    model, placed = cost_model_of(seen), placements(seen, topology)
+    for tokens in given.tokens:
+        some = list(windows(unseen, tokens, given.windows))
+        flows = [
+            one
+            for placement in placed.values()
+            for window in some
+            for layer in zip(*exchanged(placement, window, model)[:, layers], strict=True)
+            for one in layer
+        ]
+
+        def ours(topology: mt.Topology, some: Sequence[mt.RoutingTrace] = some) -> list[Floats]:
+            """Return our times of all placements [3,n]."""
+            return [
+                np.concatenate([links_us(of, each, topology, model)[:, layers] for each in some], 1)
+                for of in placed.values()
+            ]
+
+        plain = ours(topology)
+        for fabric, (options, factors) in FABRICS.items():
+            seconds = simulated(topology, flows, options).reshape(len(placed), -1, 2)
+            simgrid = dict(zip(placed, 1e6 * seconds.sum(axis=2), strict=True))
+            knowing = ours(told(topology, *factors)) if options != FABRICS["RDMA"][0] else plain
+            both = [np.concatenate([a, b[::2]]) for a, b in zip(plain, knowing, strict=True)]
+            title = f"{name}, {devices} devices, {tokens} tokens, {fabric}"
+            yield fabric, judged(report, title, simgrid, dict(zip(placed, both, strict=True)))
+
+
 def main() -> None:
     """Print a table per machine, window and fabric."""
     numbers = {"windows": 2, "layers": 8, "tokens": [512, 8192], "devices": [16, 32, 72]}
     with benchmark(__doc__, trace=BUNDLED, **numbers) as (given, report):
         if importlib.util.find_spec("simgrid") is None:
-            print("SimGrid is not installed: pip install simgrid", file=sys.stderr)
+            print("SimGrid is not installed: see the first lines of this file", file=sys.stderr)
             raise SystemExit(2)
-        seen, unseen = mt.RoutingTrace.load(given.trace).split(0.5, seed=0)
-        model, off = cost_model_of(seen), {fabric: list[Floats]() for fabric in FABRICS}
-        for devices, tokens in itertools.product(given.devices, given.tokens):
-            name, nodes = MACHINES[devices]
-            topology = mt.Topology.preset(name, nodes=nodes)
-            # An exchange of 72 devices has 5,112 flows, seconds of SimGrid's: one layer will do.
-            number = min(given.layers, seen.layers) if devices < 72 else 1
-            layers = np.linspace(0, seen.layers - 1, number).astype(int)
-            placed = placements(seen, topology)
-            some = list(windows(unseen, tokens, given.windows))
-            flows = [
-                one
-                for placement in placed.values()
-                for window in some
-                for layer in zip(*exchanged(placement, window, model)[:, layers], strict=True)
-                for one in layer
-            ]
-            for fabric, (options, factors) in FABRICS.items():
-                seconds = simulated(topology, flows, options).reshape(len(placed), -1, 2)
-                us = dict(zip(placed, 1e6 * seconds.sum(axis=2), strict=True))
-                same, ours = told(topology, *factors), {}
-                for of, at in placed.items():
-                    plain = [links_us(at, each, topology, model) for each in some]
-                    knowing = [links_us(at, each, same, model)[::2] for each in some]
-                    both = np.concatenate([plain, knowing], axis=1)[..., layers]
-                    ours[of] = np.concatenate([*both], axis=1)
-                title = f"{name}, {devices} devices, {tokens} tokens, {fabric}"
-                off[fabric].append(judged(report, title, us, ours))
+        parts = mt.RoutingTrace.load(given.trace).split(0.5, seed=0)
+        off = {fabric: list[Floats]() for fabric in FABRICS}
+        for devices in given.devices:
+            for fabric, found in judge(report, devices, parts, given):
+                off[fabric].append(found)
         for fabric, tables in off.items():
             # Ratios off and times off, each [tables,P,5]: by ports, evaluate, tiers at once, and
             # by ports and tiers at once if told.
