@@ -218,6 +218,8 @@ def partitioned(kahypar: type[MtKaHyPar], way: str) -> Method:
 
 def there(wheels: Path, report: Report) -> tuple[dict[str, Peer], type[MtKaHyPar] | None]:
     """Return what can run of the peers, and say why the others cannot."""
+    names = (" ".join(wheel.name.split("-")[:2]) for wheel in sorted(wheels.glob("*.whl")))
+    report.say(f"Wheels of engines: {', '.join(names) or 'none'}.")
     policies, kahypar = {}, mt_kahypar()
     for name, peer in POLICIES.items():
         size = Size(2, 16, 24, 4)
