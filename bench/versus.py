@@ -406,19 +406,11 @@ def equal_seconds(
         table(name, *(f"{np.median(of):.4f}" if of else "" for of in medians))
 
 
-def rank_loads(size: Size, load: Floats, experts: Slots) -> Floats:
-    """Return the load of every rank [W,L,D]; copies share evenly."""
-    of_slot = np.empty((len(load), size.layers, size.slots))
-    for layer, row in enumerate(experts):
-        of_slot[:, layer] = (load[:, layer] / np.bincount(row, minlength=size.experts))[:, row]
-    return of_slot.reshape(len(load), size.layers, size.ranks, size.width).sum(axis=3)
-
-
 def balancedness(size: Size, load: Floats, experts: Slots) -> float:
     """Mean / max rank load, the mean over windows and layers that have load."""
-    of_rank = rank_loads(size, load, experts)
-    most = of_rank.max(axis=2)
-    return float((of_rank.mean(axis=2)[most > 0] / most[most > 0]).mean())
+    shape = size.layers, size.ranks, size.width
+    with np.errstate(invalid="ignore"):
+        return float(np.nanmean(1 / imbalance(load, experts.reshape(shape))))
 
 
 def decide(size: Size, load: Floats, old: Slots, most: int | None, *, spend: bool = False) -> Slots:
