@@ -218,6 +218,8 @@ def partitioned(kahypar: type[MtKaHyPar], way: str) -> Method:
 
 def there(wheels: Path, report: Report) -> tuple[dict[str, Peer], type[MtKaHyPar] | None]:
     """Return what can run of the peers, and say why the others cannot."""
+    names = (" ".join(wheel.name.split("-")[:2]) for wheel in sorted(wheels.glob("*.whl")))
+    report.say(f"Wheels of engines: {', '.join(names) or 'none'}.")
     policies, kahypar = {}, mt_kahypar()
     for name, peer in POLICIES.items():
         size = Size(2, 16, 24, 4)
@@ -404,19 +406,11 @@ def equal_seconds(
         table(name, *(f"{np.median(of):.4f}" if of else "" for of in medians))
 
 
-def rank_loads(size: Size, load: Floats, experts: Slots) -> Floats:
-    """Return the load of every rank [W,L,D]; copies share evenly."""
-    of_slot = np.empty((len(load), size.layers, size.slots))
-    for layer, row in enumerate(experts):
-        of_slot[:, layer] = (load[:, layer] / np.bincount(row, minlength=size.experts))[:, row]
-    return of_slot.reshape(len(load), size.layers, size.ranks, size.width).sum(axis=3)
-
-
 def balancedness(size: Size, load: Floats, experts: Slots) -> float:
     """Mean / max rank load, the mean over windows and layers that have load."""
-    of_rank = rank_loads(size, load, experts)
-    most = of_rank.max(axis=2)
-    return float((of_rank.mean(axis=2)[most > 0] / most[most > 0]).mean())
+    shape = size.layers, size.ranks, size.width
+    with np.errstate(invalid="ignore"):
+        return float(np.nanmean(1 / imbalance(load, experts.reshape(shape))))
 
 
 def decide(size: Size, load: Floats, old: Slots, most: int | None, *, spend: bool = False) -> Slots:
@@ -450,7 +444,7 @@ class Sequence:
         return float(np.mean(balanced)), float(np.mean(moves)), float(np.median(took))
 
 
-def cases(given: Any) -> Iterator[tuple[str, Size, Floats, int]]:
+def cases(given: Any, real: list[Instance]) -> Iterator[tuple[str, Size, Floats, int]]:
     """Give sequences of windows: a name, the size, loads [W,L,E], and windows between decisions."""
     decisions = given.decisions + 1
     layers, experts, slots, ranks = (6, 64, 72, 8) if given.quick else (58, 256, 288, 32)
@@ -461,7 +455,7 @@ def cases(given: Any) -> Iterator[tuple[str, Size, Floats, int]]:
     load = drifting(layers, experts, decisions, 0.15, 1)
     yield "drift 15%, 8 groups", replace(size, groups=8, nodes=4), load, 1
     yield "domains, every 10", size, domains(layers, 10 * decisions, 0, experts), 10
-    for instance in recorded(given.data):
+    for instance in real:
         traffic, devices = instance.traffic, instance.topology.devices
         if isinstance(traffic, mt.RoutingTrace):
             if devices != 8 or instance.topology.nodes > 1:
@@ -475,7 +469,7 @@ def cases(given: Any) -> Iterator[tuple[str, Size, Floats, int]]:
             yield f"{instance.name}, every {every}", size, load, every
 
 
-def rebalances(report: Report, policies: dict[str, Peer], given: Any) -> None:
+def rebalances(report: Report, policies: dict[str, Peer], real: list[Instance], given: Any) -> None:
     """Print a row per sequence and peer, ours beside it at no more moves."""
     table = report.table(
         "Sequences of rebalances: balanced, moves a decision, milliseconds",
@@ -484,7 +478,7 @@ def rebalances(report: Report, policies: dict[str, Peer], given: Any) -> None:
         *("all moves 9.4f", "moves 6.0f", "ahead 8.4f"),
     )
     ahead: dict[str, tuple[float, float]] = {}
-    for name, size, load, every in cases(given):
+    for name, size, load, every in cases(given, real):
         calls = {
             of: peer(given.wheels, size)
             for of, peer in policies.items()
@@ -565,12 +559,11 @@ def main() -> None:
         policies, kahypar = there(given.wheels, report)
         traces = [bundled()]
         loads = [in_domains(6, 20) if given.quick else in_domains()]
-        for file in RECORDED:
+        real = [] if given.quick else list(recorded(given.data))
+        for file in () if given.quick else RECORDED:
             if not (given.data / file).exists():
-                report.say(
-                    f"{file} is left out: {given.data} has none; --data FOLDER names another."
-                )
-        for instance in recorded(given.data):
+                report.say(f"{file} is left out: it is not in the folder of --data.")
+        for instance in real:
             (traces if has_tokens(instance) else loads).append(instance)
         for instance in traces + loads if "static" in given.tables else ():
             methods = others(instance, policies, kahypar, given.wheels)
@@ -584,7 +577,7 @@ def main() -> None:
             ):
                 equal_seconds(report, instance, goal, policies, kahypar, given)
         if "rebalances" in given.tables:
-            rebalances(report, policies, given)
+            rebalances(report, policies, real, given)
         if "proven" in given.tables:
             proven(report, flat[-2:], GENERATED[:1] if given.quick else GENERATED)
 
