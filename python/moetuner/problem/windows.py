@@ -19,8 +19,8 @@ Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
 
 # Windows that a search sees as they are. More are merged by likeness into so many (and one more for
-# every group at most), whatever their number is: its memory is bounded by them (docs/experiments.md,
-# "Long traces").
+# every group at most), whatever their number is: its memory is bounded by them ("Long traces" in
+# docs/experiments.md).
 MOST, MERGED = 512, 128
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5

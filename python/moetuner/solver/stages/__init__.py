@@ -11,7 +11,7 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
-from moetuner.solver.stages.floor import FLOOR
+from moetuner.solver.stages.floor import FLOOR, LEVEL_START
 from moetuner.solver.stages.layers import ANNEAL, CHAIN_UNDER_CAPS, CONSTRUCT
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.ties import TIES
@@ -46,5 +46,8 @@ SINGLE_COPIES = Stage(
     least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
     share=_single_share,
 )
-SEARCHES = (SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, ANNEAL, POLISH, TIES)
+SEARCHES = (
+    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, LEVEL_START, CHAIN_UNDER_CAPS),
+    *(ANNEAL, POLISH, TIES),
+)
 SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))

@@ -74,6 +74,16 @@ def _floor(run: Run, _: Budget) -> None:
     run.offer(balanced(run.problem), "balance", is_start=True)
 
 
+def _windows_alone(run: Run) -> bool:
+    """Return whether several windows are all that the objective is about."""
+    problem = run.problem
+    alone = problem.goal == "balance" and not problem.caps.some and run.moves is None
+    return bool(alone and problem.may_copy and len(run.objective.windows) > 1)
+
+
 FLOOR = Stage(_floor)
 LEVEL = Stage(_level)
+# Annealing begins where single copies end and adds few copies: where windows alone count it must
+# better what the quick search finds, too.
+LEVEL_START = Stage(_level, applies=_windows_alone)
 FLOOR_OF_LEVEL = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)
