@@ -159,7 +159,7 @@ def write(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str]
         for name, (dtype, _, pieces) in tensors.items():
             little = dtype.newbyteorder("<")
             for piece in pieces:
-                file.write(np.ascontiguousarray(piece, dtype=little))
+                file.write(np.ascontiguousarray(piece, dtype=little).data)
             expected = 8 + len(header) + entries[name]["data_offsets"][1]
             if file.tell() != expected:
                 raise ValueError(f"{name}: pieces must fill its shape")
