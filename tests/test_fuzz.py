@@ -10,7 +10,7 @@ import pytest
 from targets import check_solve, complaint, damaged, folder_for_targets, targets
 
 TARGETS = targets()
-CASES, PROBLEMS = 50, 6
+CASES, PROBLEMS = 120, 10
 
 
 @pytest.fixture(scope="module")
