@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from importlib import resources
 
 import expectation
 import numpy as np
@@ -324,3 +325,16 @@ def test_loads_near_the_limit_are_solved(objective, cap):
     problem = mt.Problem(statistics, mt.Topology(3), objective=objective, max_imbalance=cap)
     result = mt.solve(problem, iterations=1000)
     assert result.bound is None or result.bound <= result.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("options", [{"slots_per_device": 6}, {"extra_slots": 8}])
+def test_slots_to_spare_make_no_placement_slower(options):
+    """Where weights take time, devices keep equal numbers of experts unless copies pay."""
+    with resources.as_file(resources.files(mt) / "data" / "small-moe.safetensors") as path:
+        seen, _ = mt.open_input(path).split(0.5)
+    statistics = mt.RoutingStatistics.from_trace(seen)
+    given = {"regime": "dispatch", "objective": "time"}
+    with_none, with_some = (
+        mt.Problem(statistics, mt.Topology(4), **given, **more) for more in ({}, options)
+    )
+    assert mt.solve(with_some).objective <= mt.solve(with_none).objective * (1 + 1e-9)

@@ -7,6 +7,10 @@ with one copy of each expert is a start: copies must better it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from moetuner.problem import Problem
+from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
@@ -20,14 +24,31 @@ from moetuner.solver.stages.visits import PAIRS, VISITS
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
 
 
+def _single(problem: Problem) -> Problem | None:
+    """Return the problem with one copy of each expert; None where it has no slots to spare.
+
+    A time is that of the slowest device, and the weights of an expert more take longer than what
+    loads differ by. So devices have equally many experts where nothing says otherwise: copies may
+    change that.
+    """
+    single = problem.without_copies()
+    alike = problem.topology.has_equal_devices and not (problem.pinned or problem.forbidden)
+    if single is None or problem.goal != "time" or not alike:
+        return single
+    return replace(single, slots_per_device=-(-single.experts // single.devices), extra_slots=None)
+
+
 def _single_copies(run: Run, budget: Budget) -> None:
     """Search the problem with one copy of each expert, and offer that as a start."""
-    single = run.problem.without_copies()
+    single = _single(run.problem)
     assert single is not None
     # With slots to fill, the values are not those of answers.
     part = budget.muted() if run.problem.fill_slots else budget
     inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
-    run.offer(inner.answer().slots, "single", is_start=True, interrupted=inner.interrupted)
+    slots, capacity = inner.answer().slots, run.problem.capacity
+    if single.capacity.sum() < capacity.sum():
+        slots = pad_slots(slots, capacity)
+    run.offer(slots, "single", is_start=True, interrupted=inner.interrupted)
 
 
 def _has_spare_slots(run: Run) -> bool:
