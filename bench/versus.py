@@ -20,7 +20,7 @@ of all windows added up, *worst* that of any layer and window. *Ours* has a row 
 can be made small, at default effort; *capped* ones keep every layer's load within 1.05 of the mean.
 The *oracle* is ours that saw the half that is judged. No placement is below the *bound*, which is
 proven for that half. Seconds are of the processor, medians. Wanted: in the column of its goal, ours
-is below all others.
+is below all others; between nodes, traffic counts at the cost of its links, which is no column.
 
 *Equal seconds*: the same figures, of what a method has after so many seconds of the clock, from
 counts to slots, on one thread: medians of three runs up to a second, one run beyond. A cell is
@@ -133,6 +133,13 @@ STAGE_1 = ((94, 128, 8), (58, 256, 32))
 def has_tokens(instance: Instance) -> bool:
     """Return whether traffic is a trace, and not loads alone."""
     return isinstance(instance.traffic, mt.RoutingTrace)
+
+
+def figured(instance: Instance) -> tuple[str, ...]:
+    """Name the goals that are a figure: not where a cap, or links of several costs, count too."""
+    if not has_tokens(instance):
+        return ("balance",)
+    return FREE if instance.topology.nodes == 1 else ("balance", "time")
 
 
 def columns_of(instance: Instance) -> list[str]:
@@ -272,8 +279,7 @@ def figures_of(
     goals = list(GOALS) if has_tokens(instance) else ["balance"]
     ours = {f"ours, {goal}": solved("heuristic", goal) for goal in goals}
     ours["ours, plugins"] = plugin
-    # Under a cap, or with links of several costs, what is proven is of something else.
-    bounded = FREE if instance.topology.nodes == 1 else ("balance", "time")
+    bounded = figured(instance)
     figures: dict[str, list[list[float]]] = {}
     bounds: dict[str, list[float]] = {column: [] for column in columns_of(instance)}
 
@@ -318,7 +324,7 @@ def against(
 ) -> str:
     """Say what ours and the best of the others reach in the figure of every goal."""
     parts = []
-    for goal in FREE if has_tokens(instance) else ("balance",):
+    for goal in figured(instance):
         column = GOALS[goal][1]
         at = columns_of(instance).index(column)
         means = {of: float(np.mean([row[at] for row in rows])) for of, rows in figures.items()}
