@@ -212,7 +212,12 @@ def benchmark(
         "results": report.markdown(),
     }
     RECORDS.mkdir(exist_ok=True)
-    name = "-".join(script.with_suffix("").parts[1:])
+    # A run of some parts is a record of its own.
+    lists = {key: kind for key, kind in (positional or {}).items() if isinstance(kind, list)}
+    parts = [
+        of for key, kind in lists.items() if vars(given)[key] != kind for of in vars(given)[key]
+    ]
+    name = "-".join([*script.with_suffix("").parts[1:], *parts])
     (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     RESULTS.write_text(written())
 
