@@ -9,7 +9,7 @@ from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Run, Stage
+from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.terms import core_layers
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
@@ -74,16 +74,19 @@ def _floor(run: Run, _: Budget) -> None:
     run.offer(balanced(run.problem), "balance", is_start=True)
 
 
-def _windows_alone(run: Run) -> bool:
-    """Return whether several windows are all that the objective is about."""
-    problem = run.problem
-    alone = problem.goal == "balance" and not problem.caps.some and run.moves is None
-    return bool(alone and problem.may_copy and len(run.objective.windows) > 1)
+def windows_alone(problem: Problem, moves: Moves | None) -> bool:
+    """Return whether windows are all that counts: balance, without caps and prices of moves."""
+    return bool(problem.goal == "balance" and not problem.caps.some and moves is None)
+
+
+def _levels_first(run: Run) -> bool:
+    alone = windows_alone(run.problem, run.moves)
+    return alone and run.problem.may_copy and len(run.objective.windows) > 1
 
 
 FLOOR = Stage(_floor)
 LEVEL = Stage(_level)
 # Annealing begins where single copies end and adds few copies: where windows alone count it must
 # better what the quick search finds, too.
-LEVEL_START = Stage(_level, applies=_windows_alone)
+LEVEL_START = Stage(_level, applies=_levels_first)
 FLOOR_OF_LEVEL = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)

@@ -21,7 +21,7 @@ from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
-from moetuner.solver.stages.floor import level_windows
+from moetuner.solver.stages.floor import level_windows, windows_alone
 from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
 from moetuner.solver.terms import core_layers, links_of, terms_of, tokens_per_unit
 from moetuner.solver.unseen import MIXED, SearchSetting, setting_for
@@ -74,13 +74,12 @@ class LayerModel:
         Of few slots or windows the search of all terms finds more.
         """
         problem = self.problem
-        windows_alone = problem.goal == "balance" and not problem.caps.some and moves is None
         even = problem.split != "nearest" or not problem.may_copy
         many = (
             problem.capacity.sum(axis=1).min() > effort.FEW_SLOTS
             and len(self.windows) >= effort.MANY_WINDOWS
         )
-        return bool(windows_alone and even and many)
+        return bool(windows_alone(problem, moves) and even and many)
 
     def reweight(self, slots: Slots) -> None:
         """Give more weight to the windows that a risk or the worst group is made of, next time."""
