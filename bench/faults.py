@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import HERE, Report, benchmark, skewed_loads
+from harness import HERE, Report, benchmark, imbalance, skewed_loads
 from instances import routing
 from scale import alone
 
@@ -216,7 +216,8 @@ def soaked(calls: int, drift: float = 0.05) -> dict[str, Any]:
             share = np.exp(spread)
             load = rng.poisson(65536 * share / share.sum(axis=1, keepdims=True)).astype(np.int64)
             if call % max(calls // 100, 1) == 0:
-                imbalances.append([slowest(load, of) for of in (initial, slots)])
+                maps = (of.reshape(LAYERS, RANKS, -1) for of in (initial, slots))
+                imbalances.append([imbalance(load[None], of).mean() for of in maps])
             begin = time.perf_counter()
             balancer.record(load)
             answer = balancer.decide(load, SLOTS, None, 1, RANKS, slots)
@@ -238,15 +239,6 @@ def soaked(calls: int, drift: float = 0.05) -> dict[str, Any]:
         "copies": copies / calls,
         "recorded": recorded.windows,
     }
-
-
-def slowest(load: Any, slots: Any) -> float:
-    """Return max / mean load of ranks, the mean over layers; copies share evenly."""
-    ratios = []
-    for tokens, row in zip(load, slots, strict=True):
-        of = (tokens / np.bincount(row, minlength=EXPERTS))[row].reshape(RANKS, -1).sum(axis=1)
-        ratios.append(of.max() / of.mean())
-    return float(np.mean(ratios))
 
 
 def soak(report: Report, given: Any) -> None:

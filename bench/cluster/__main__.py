@@ -36,7 +36,6 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from ranks import Fit, Floats, Ranks, Times, Work, ranks_in, typical
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import Report, benchmark, spread
+from instances import bundled
 
 import moetuner as mt
 from moetuner.cost import cost_model_of
@@ -307,9 +307,7 @@ def counted(ranks: Ranks, work: Work, given: Any, report: Report) -> None:
 
 def works_of(given: Any, report: Report) -> list[Work]:
     """Return what to run: the bundled model's layers, and recorded ones if they are here."""
-    bundled = resources.files("moetuner") / "data" / "small-moe.safetensors"
-    with resources.as_file(bundled) as path:
-        named = {"bundled": mt.RoutingTrace.load(path)}
+    named: dict[str, Any] = {"bundled": bundled().traffic}
     if given.quick:
         named["bundled"] = named["bundled"].select(layers=range(2))
     elif given.recorded.is_file():
