@@ -28,9 +28,8 @@ pub struct Effort {
 /// on the next load may be the slowest.
 const DOUBLINGS: u32 = 3;
 const NORM: f64 = (1 << DOUBLINGS) as f64;
-/// What a slot's load varies from window to window, beyond what the others there make up for: this times its square, in
-/// units of the mean slot's.
-const UNSTEADY: f64 = 0.03;
+/// Largest variance that is expected of the next window.
+const LARGEST_VARIANCE: f64 = 0.25;
 /// A copy moves to an expert whose copies are heavier by this part than those that it leaves will be.
 const HEAVIER: f64 = 0.05;
 /// What a copy must relieve, as a part of the mean device's time: before the heaviest experts get more copies, and after.
@@ -55,10 +54,12 @@ pub fn adapt_layers(
     effort: Effort,
 ) -> Result<Vec<(Vec<u16>, [Way; 2])>> {
     check(load, experts)?;
+    let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
+    let running: Vec<Slots> = slots.collect();
+    let variance = variance(load, experts, sites, &running);
     let all = load.chunks_exact(experts).zip(sites).zip(running).enumerate();
     let improved = all.map(|(layer, ((load, site), running))| {
-        let running = Slots::new(&site.capacity, experts, running);
-        improve(site, load, running, effort).map_err(|fault| fault.of(layer))
+        improve(site, load, running, effort, variance).map_err(|fault| fault.of(layer))
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
@@ -69,12 +70,39 @@ pub fn adapt_layers(
     Ok(all.iter().zip(chosen).map(end).collect())
 }
 
+/// Estimates the variance of an expert's load from window to window, as a part of its square.
+///
+/// What runs was even on the loads that it was chosen by. If each load has changed by a part of its own since, with this
+/// variance, a device's time has by the sum of the squares of what is in its slots.
+pub(super) fn variance(load: &[f64], experts: usize, sites: &[Site], running: &[Slots]) -> f64 {
+    let (mut seen, mut squares) = (0.0, 0.0);
+    for ((load, site), slots) in load.chunks_exact(experts).zip(sites).zip(running) {
+        let (times, loads) = slots.times_and_loads(site, load);
+        let mean = times.iter().sum::<f64>() / times.len() as f64;
+        if mean > 0.0 {
+            let square = |slot: usize| (loads[slot] * site.time[slots.device(slot)] / mean).powi(2);
+            squares += (0..loads.len()).map(square).sum::<f64>();
+            seen += times.iter().map(|time| (time / mean - 1.0).powi(2)).sum::<f64>();
+        }
+    }
+    if squares > 0.0 { (seen / squares).min(LARGEST_VARIANCE) } else { 0.0 }
+}
+
 /// Goes from running slots as far as steps gain; where nothing runs yet, a packing is all there is.
-fn improve<'a>(site: &'a Site, load: &'a [f64], running: Slots, effort: Effort) -> Placed<Steps<'a>> {
+fn improve<'a>(
+    site: &'a Site,
+    load: &'a [f64],
+    running: Slots,
+    effort: Effort,
+    variance: f64,
+) -> Placed<Steps<'a>> {
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
     let mut slots = if is_new { fill(site, load, effort.trials)? } else { running.clone() };
     complete(&mut slots, site, load, effort.full)?;
-    let loads = Loads::of(site, load, &slots, &running);
+    // Of a time that varies, the power's mean is larger by n (n - 1) / 2 variances: as if it took (n - 1) / 2 longer.
+    let unit = load.iter().sum::<f64>() / site.devices() as f64;
+    let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * variance / unit } else { 0.0 };
+    let loads = Loads::of(site, load, &slots, &running, square);
     let scan = Scan::new(slots.expert_in.len(), site.devices());
     let (ways, contents) = (vec![], vec![]);
     let mut steps = Steps { site, tokens: load, running, slots, loads, scan, ways, contents };
@@ -120,14 +148,12 @@ struct Loads {
     with_one_more: Vec<f64>,
     /// Whether what is in a slot was brought, 0 or 1 `[P]`.
     is_moved: Vec<f64>,
-    /// What the square of a slot's load counts.
+    /// What the square of a slot's load counts, as the next window's will differ.
     square: f64,
 }
 
 impl Loads {
-    fn of(site: &Site, tokens: &[f64], slots: &Slots, running: &Slots) -> Self {
-        let total: f64 = tokens.iter().sum();
-        let square = if total > 0.0 { UNSTEADY * slots.expert_in.len() as f64 / total } else { 0.0 };
+    fn of(site: &Site, tokens: &[f64], slots: &Slots, running: &Slots, square: f64) -> Self {
         let counts = |load: f64| load + square * load * load;
         let (plain, mut load_in) = slots.times_and_loads(site, tokens);
         for load in &mut load_in {
@@ -287,7 +313,7 @@ impl Steps<'_> {
         self.slots.apply(step);
         let (slots, loads) = (&self.slots, &mut self.loads);
         let Move::Swap(p, q) = step else {
-            *loads = Loads::of(self.site, self.tokens, slots, &self.running);
+            *loads = Loads::of(self.site, self.tokens, slots, &self.running, loads.square);
             return true;
         };
         let (g, h) = (slots.device(p), slots.device(q));

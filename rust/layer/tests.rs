@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::adapt::variance;
 use super::construct::{QUICK, by_windows, fill};
 use super::terms::Terms;
 use super::terms::balance::Balance;
@@ -232,6 +233,21 @@ proptest! {
         prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
         let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots);
         prop_assert!(close(all, windows + rest, 1e-9), "{} {}", all - windows, rest);
+    }
+
+    /// Where what runs was even, what has changed since is estimated from how devices differ, whatever loads and speeds are.
+    #[test]
+    fn the_variance_of_loads_is_seen(experts in 4usize..9, part in 0.0f64..0.5, unit in 1.0f64..1e6, seed: u64) {
+        let mut random = Random::new(seed, 0);
+        let (layers, devices) = (400, 2 * experts);
+        let even = |_| f64::from([-1, 1][random.below(2)]).mul_add(part, 1.0) * unit;
+        let load: Vec<f64> = (0..layers * devices * experts).map(even).collect();
+        let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
+        let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
+        let seen = variance(&load, devices * experts, &vec![site; layers], &vec![running; layers]);
+        let least = 1.0 - 1.0 / devices as f64;
+        let expected = part * part / (1.0 + part * part) * least;
+        prop_assert!((seen - expected).abs() <= 0.1 * expected + 1e-12, "{seen} {expected}");
     }
 
     /// What is placed keeps the rules; so does a quick search, which is no worse than its start by the slowest devices, nor

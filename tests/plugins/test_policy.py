@@ -176,17 +176,18 @@ def drifting(windows, drift, shape=(12, 256)):
 def test_as_good_on_the_next_window_as_packing_anew(drift):
     """Few moves end where EPLB's packing ends that moves all, judged on what comes next."""
     load = drifting(9, drift)
-    now, ours, anew, moved = INITIAL, [], [], 0
+    now, ours, anew, moved = INITIAL, [], [], []
     capacity = np.full((12, 32), 9)
     for seen, judged in pairwise(load):
         new = rebalance_experts(seen, 288, None, 1, 32, now)
-        moved += (copies_on(new, 32, 256) > copies_on(now, 32, 256)).sum()
+        moved.append((copies_on(new, 32, 256) > copies_on(now, 32, 256)).sum())
         now = new
         packed = _core.replicate_experts(seen, capacity, np.ones(32), trials=0)
         ours.append(slowest(judged, now, 32))
         anew.append(slowest(judged, packed.reshape(12, 288), 32))
     assert np.mean(1 / np.array(ours)) >= np.mean(1 / np.array(anew)) * 0.997
-    assert moved <= 8 * 12 * 288 * (31 / 32) / 5
+    # The first decision may bring all: no load has shaped the map that engines begin with.
+    assert np.mean(moved[1:]) <= 12 * 288 * (31 / 32) / 5
 
 
 def test_the_heaviest_experts_get_copies_from_the_initial_map():
