@@ -212,11 +212,10 @@ def benchmark(
         "results": report.markdown(),
     }
     RECORDS.mkdir(exist_ok=True)
-    # A run of some parts is a record of its own.
+    # A run of some parts is a record of its own; files are not parts.
     lists = {key: kind for key, kind in (positional or {}).items() if isinstance(kind, list)}
-    parts = [
-        of for key, kind in lists.items() if vars(given)[key] != kind for of in vars(given)[key]
-    ]
+    chosen = [vars(given)[key] for key, kind in lists.items() if vars(given)[key] != kind]
+    parts = [part for some in chosen for part in some if isinstance(part, str)]
     name = "-".join([*script.with_suffix("").parts[1:], *parts])
     (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     RESULTS.write_text(written())
