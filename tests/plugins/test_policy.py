@@ -11,7 +11,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.plugins import rebalance_experts
 from moetuner.plugins.decision import Case
-from moetuner.solver.rebalancing import recent
+from moetuner.solver.rebalancing import OLDER, weighted
 
 
 @st.composite
@@ -203,13 +203,16 @@ def test_the_heaviest_experts_get_copies_from_the_initial_map():
 
 
 def test_of_windows_the_last_ones_count_where_loads_drift():
-    """All windows of a steady load are used, and of one that changed those since."""
+    """All windows of a steady load count alike, and of one that changed those since count most."""
     random = np.random.default_rng(0)
     steady = random.poisson(100.0, (16, 2, 32)).astype(float)
-    assert len(recent(steady)) == 16
+    assert np.array_equal(weighted(steady), steady)
     changed = steady * np.where(np.arange(16) < 8, 1, 0)[:, None, None]
     changed[8:] = random.poisson(np.arange(1, 33) * 10.0, (8, 2, 32))
-    assert len(recent(changed)) <= 4
+    weight = weighted(changed)[8:] / changed[8:]
+    assert weight[:4] == pytest.approx(OLDER)
+    assert np.array_equal(weight[-1], np.ones((2, 32)))
+    assert np.array_equal(weighted(changed)[:8], OLDER * changed[:8])
 
 
 @given(cases())

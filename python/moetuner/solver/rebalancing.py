@@ -27,8 +27,9 @@ LARGEST_MOVE, FEW = 0.19, 8
 DEAD_ZONE = 0.005
 # Standard deviations of a count within which a gain is taken for chance.
 DEVIATIONS = 2.0
-# Layers by which the memory for windows is chosen, and what a longer one may forecast worse.
-MEMORY_LAYERS, LONGER = 8, 0.25
+# Layers by which the memory for windows is chosen, what a longer one may forecast worse, and what
+# older windows count: they still show which experts are busy together.
+MEMORY_LAYERS, LONGER, OLDER = 8, 0.25, 0.05
 # Counts of pairs are whole numbers in the core: what one is cut into.
 PARTS = 1024
 
@@ -94,7 +95,7 @@ def rebalance(
     ----------
     windows
         Tokens [L,E], or in windows [W,L,E], the last one last: finite, at least 0. Of windows as
-        many of the last ones count as forecast the next best.
+        many of the last ones count fully as forecast the next best.
     slots
         Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
         may be filled, whatever they bring. What stays on a device keeps its slot.
@@ -115,7 +116,7 @@ def rebalance(
     """
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
-    load = windows[None] if windows.ndim == 2 else recent(windows)
+    load = windows[None] if windows.ndim == 2 else weighted(windows)
     rules = {"dead_zone": dead_zone, "deviations": deviations}
     total, time = load.sum(axis=0), np.ones(slots.shape[1]) if time is None else time
 
@@ -154,11 +155,12 @@ def rebalance(
     )
 
 
-def recent(windows: Floats) -> Floats:
-    """Return as many of the last windows [W,L,E] as forecast the windows seen best.
+def weighted(windows: Floats) -> Floats:
+    """Return windows [W,L,E], less those before the last ones that forecast the windows seen best.
 
     Each window of the later half is forecast by the mean of so many windows before it, as far as
-    there are any; of memories that are nearly as good the longest one is taken.
+    there are any; of memories that are nearly as good the longest one is taken. What is older
+    counts a twentieth.
     """
     count = len(windows)
     if count < 3:
@@ -177,7 +179,10 @@ def recent(windows: Floats) -> Floats:
         forecast = (before[at] - before[first]) / (at - first)[:, None]
         errors.append(float(((share[at] - forecast) ** 2).sum()))
     good = [error <= min(errors) * (1 + LONGER) for error in errors]
-    return windows[-memories[good.index(True)] :]
+    memory = memories[good.index(True)]
+    if memory == count:
+        return windows
+    return np.concatenate([OLDER * windows[:-memory], windows[-memory:]])
 
 
 def _searched(
