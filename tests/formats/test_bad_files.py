@@ -226,6 +226,7 @@ jsonl | HEAD | {"model": 1}, LINE | line 1: model must be a text, got 1
 other | b'{"schema": "moetuner.placement/1"}' | line 1: must be a trace, got a file of schema 'moet
 other | {"weights": [1]} | must hold an array 'expert_ids' (or 'load', a load table)
 other | b"PK\x03\x04 and no more" | damaged .npz:
+other | {"load": LOAD, "model": np.array([1 << 21], "u4").view("U1")} | model.npy: texts must
 columns | {"experts": [[[0, 1]], [[2]]]} | experts must have lists of one length
 columns | {"experts": [[[0, 1]], None]} | experts must have no empty lists
 columns | {"experts": [[[0, 1]], [[2, None]]]} | experts must have no empty values

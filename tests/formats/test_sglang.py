@@ -83,6 +83,9 @@ def test_buffer(tmp_path):
     assert mt.open_input([path, path]).windows == 4
     with pytest.raises(ValueError, match="num_experts must be 4"):
         mt.open_input(path, num_experts=8)
+    dump(path, {"rank": 0, "logical_count": count[0, 0]})
+    with pytest.raises(ValueError, match=r"logical_count must be \[layers, experts\], or"):
+        mt.open_input(path)
     dump(path, {"rank": 0, "logical_count": count[:1]})
     with pytest.raises(ValueError, match="every count is zero, so nothing was recorded"):
         mt.open_input(path)

@@ -78,7 +78,9 @@ def test_prediction_layers_beyond_the_model_stay():
     tensors = checkpoint()
     text = "as many layers as the checkpoint has MoE layers, 3"
     refused(text, permute_state_dict, tensors, placement)
-    moved = permute_state_dict(tensors, placement, config={"num_hidden_layers": 2})
+    # A router without groups: configurations have none, or none of them.
+    config = {"num_hidden_layers": 2, "n_group": 0}
+    moved = permute_state_dict(tensors, placement, config=config)
     assert [expert_in(moved, layer) for layer in (1, 2)] == [12, 20]
     assert moved["model.layers.2.mlp.gate.weight"].equal(tensors["model.layers.2.mlp.gate.weight"])
 
@@ -126,6 +128,7 @@ ALIKE, TABLE = torch.tensor([[0.0], [1], [2], [1]]), torch.tensor([[0, 1], [3, 2
             "layer 0: its router chooses among 2 groups of 2 experts first",
             {"n_group": 2, "topk_group": 1},
         ),
+        (changed(**BIAS), "config's n_group must be an integer, got '2'", {"n_group": "2"}),
         ({"a.experts.down_proj": torch.zeros(5, 2)}, "MoE layers, 1, got 3", None),
         (changed(**{"1.mlp.gate.inner.weight": torch.ones(4, 3)}), "must be the only weight", {}),
         *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import struct
+import sys
 import warnings
 import zipfile
 import zlib
@@ -126,4 +127,8 @@ def array_in_npy(data: bytes) -> NDArray[Any]:
             f"{len(data) - tensor.offset}"
         )
     flat = np.frombuffer(data, dtype=tensor.dtype, offset=tensor.offset)
+    if flat.dtype.kind == "U" and flat.nbytes:
+        most = int(flat.view(np.dtype("u4").newbyteorder(flat.dtype.byteorder)).max())
+        if most > sys.maxunicode:
+            raise ValueError(f"texts must be of Unicode characters, got code {most}")
     return flat.reshape(tensor.shape, order="F" if fortran else "C")

@@ -124,6 +124,9 @@ def _distribution(value: Any) -> NDArray[np.int64]:
     """Return counts [steps,hidden,E]: of the buffer's steps those that were used."""
     table = value.array() if isinstance(value, pickled.Tensor) else array_in(COUNTS, value)
     count = counts_in(COUNTS, table[None] if table.ndim == 2 else table)
+    if count.ndim != 3:
+        got = list(count.shape)
+        raise ValueError(f"{COUNTS} must be [layers, experts], or of every step, got {got}")
     used = count.reshape(len(count), -1).any(axis=1)
     return count[used] if used.any() else count[:1]
 

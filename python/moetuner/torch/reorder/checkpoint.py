@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetuner._checks import flag, instance, shown
+from moetuner._checks import flag, instance, shown, whole_number
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
@@ -105,8 +105,11 @@ def _changes(tensors: Tensors, order: Order, config: Config, *, inverse: bool) -
         )
     # The settings of the language model, which those of a larger model hold.
     about = {} if config is None else config.get("text_config") or config
-    limits = (about.get(name) for name in ("n_group", "topk_group", "topk_method"))
-    groups = plan.groups_chosen(*limits)
+    groups, limit = (
+        None if about.get(name) is None else whole_number(f"config's {name}", about[name], lowest=0)
+        for name in ("n_group", "topk_group")
+    )
+    groups = plan.groups_chosen(groups, limit, about.get("topk_method"))
     for layer, positions in enumerate(order):
         plan.check_groups(positions, groups, f"layer {layer}")
     blocks = plan.blocks_of(tensors, len(order), about.get("num_hidden_layers"))

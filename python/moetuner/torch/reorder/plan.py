@@ -103,7 +103,8 @@ def order_of(placement: Placement) -> Order:
 
 def groups_chosen(groups: int | None, limit: int | None, method: object) -> int:
     """Count the groups among which a router chooses first; 1 if all experts compete at once."""
-    if groups is None or method == "greedy" or (limit is not None and limit >= groups):
+    # Configurations of models without groups say 0 as well.
+    if not groups or method == "greedy" or (limit is not None and limit >= groups):
         return 1
     return groups
 
