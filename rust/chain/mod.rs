@@ -33,6 +33,8 @@ const TIMED_ROUNDS: u64 = 30;
 const RUNS: u64 = 4;
 /// Of wide layers: swaps that all starts look at together, and half of those that rounds do.
 const WORK: f64 = 4e8;
+/// Share of a time limit for balancing the start, where nothing caps loads.
+const BALANCED_SHARE: f64 = 0.05;
 /// Share of a time limit for the first starts.
 const START_SHARE: f64 = 0.4;
 /// Temperatures between which a start cools, and a polishing run (measured: bench/RESULTS.md).
@@ -154,7 +156,12 @@ fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
     let (p, d) = (sizes.slots(), sizes.devices);
     let equal = Sizes { fewest: sizes.per_device, most: sizes.per_device };
     let mut expert_in = Vec::with_capacity(sizes.layers * p);
-    let improve = Improve { goal: Goal::Peak, is_over: &|| control.stopped() };
+    let loads = instance.load.chunks_exact(p).map(|load| load.iter().sum::<u64>());
+    let is_free = loads.zip(&instance.cap).all(|(load, &cap)| load <= cap);
+    let now = Instant::now();
+    let end = control.deadline.filter(|_| is_free).map(|end| now + (end - now).mul_f64(BALANCED_SHARE));
+    let is_over = || control.stopped() || end.is_some_and(|end| Instant::now() >= end);
+    let improve = Improve { goal: Goal::Peak, is_over: &is_over };
     for packing in pack(&instance.load, p, d, equal, Some(improve))? {
         let mut layer: Vec<u16> = (0..p as u16).collect();
         layer.sort_by_key(|&e| packing.cluster[usize::from(e)]);
