@@ -145,6 +145,16 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait meanwhile; a process that starts here never hears of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _remove(names: Iterable[str]) -> None:
     for name in list(names):
         with suppress(RuntimeError):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from network import Network, own_prefix, undisturbed
+from network import Network, own_prefix, postponed, undisturbed
 from numpy.typing import NDArray
 
 import moetuner as mt
@@ -145,7 +145,8 @@ class Ranks:
         worker = [sys.executable, str(Path(__file__).with_name("worker.py"))]
         for rank in range(self.network.ranks):
             words = [rank, self.network.ranks, self.folder, PACE]
-            with self._errors(rank).open("w") as errors:
+            # A signal within would leave a process that nobody knows.
+            with self._errors(rank).open("w") as errors, postponed():
                 process = subprocess.Popen(
                     [*self.network.command(rank), *worker, *map(str, words)],
                     stdin=subprocess.PIPE,
@@ -155,7 +156,7 @@ class Ranks:
                     text=True,
                     start_new_session=True,  # Ctrl-C is for the benchmark, which ends them
                 )
-            self.processes.append(process)
+                self.processes.append(process)
 
     def replay(
         self, work: Work, steps: NDArray[Any], placements: list[mt.Placement], **more: Any
