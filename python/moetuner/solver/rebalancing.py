@@ -156,7 +156,7 @@ def rebalance(
 
 
 def weighted(windows: Floats) -> Floats:
-    """Return windows [W,L,E], less those before the last ones that forecast the windows seen best.
+    """Return windows [W,L,E] as they count: fully within the memory that forecasts best.
 
     Each window of the later half is forecast by the mean of so many windows before it, as far as
     there are any; of memories that are nearly as good the longest one is taken. What is older
