@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BASE   := $(VENV)/base.stamp
 TOOLS  := $(VENV)/tools.stamp
+SPHINX := $(VENV)/docs.stamp
 CORE   := python/moetuner/_core.abi3.so
 RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
 # What bench-peers compares with; one that is not to be had is left out.
@@ -36,6 +37,10 @@ $(TOOLS): $(BASE)
 	$(BIN)/python -m pip install --quiet --group test
 	@touch $@
 
+$(SPHINX): $(BASE)
+	$(BIN)/python -m pip install --quiet --group docs
+	@touch $@
+
 $(CORE): $(BASE) $(RUST)
 	@echo 'building the core: about three minutes of one core, once'
 	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet --extras report
@@ -47,7 +52,7 @@ demo: $(CORE)  ## run the whole flow on the bundled trace
 	@$(BIN)/moetuner demo
 	@echo; echo 'moetuner is in $(BIN): ". $(BIN)/activate" puts it on the path of this shell.'
 
-test: lint types test-rust test-python test-wheel  ## everything that must be green
+test: lint types docs test-rust test-python test-wheel  ## everything that must be green
 
 lint: $(TOOLS)  ## ruff, rustfmt, clippy; public names against those of the last tag
 	$(BIN)/ruff check
@@ -75,9 +80,9 @@ test-rust:  ## tests of the core alone
 test-python: $(CORE) $(TOOLS)  ## tests of the package
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
-docs: $(CORE)  ## build docs/_build/html, and stop at dead links and unknown names
-	$(BIN)/python -m pip install --quiet --group docs
-	$(BIN)/python -m sphinx -n -W --keep-going -q docs docs/_build/html
+# Every page is read again: what the build before has read says nothing of a link that is dead by now.
+docs: $(CORE) $(SPHINX)  ## build docs/_build/html, and stop at dead links and unknown names
+	$(BIN)/python -m sphinx -n -W -E --keep-going -q docs docs/_build/html
 
 wheel: $(BASE)  ## build dist/*.whl
 	rm -rf dist
