@@ -1,13 +1,18 @@
 """Everything that goes wrong is one line: the option or file, and what would be right."""
 
 import json
+import os
 import re
 import shlex
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner import cli
+from moetuner.cli import audit, drift
 
 # A command, and what its error says. TRACE and LOAD are files of a small trace and a load table.
 WRONG = """
@@ -180,5 +185,14 @@ def test_unforeseen_errors_are_one_line_too(run, folder, monkeypatch, error, wor
 
     monkeypatch.setattr("moetuner.cli.inspect.structure", fail)
     status, out, err = run("inspect", folder / "trace.safetensors")
-    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert (status, out, err.count("\n")) == (os.EX_SOFTWARE, "", 1)
     assert f"{words}; this is a bug in moetuner" in err
+
+
+def test_every_status_has_a_row():
+    """docs/status.md has those that the command line gives, and no others."""
+    page = (Path(__file__).parents[2] / "docs" / "status.md").read_text()
+    rows = {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    own = {cli.WRONG, cli.BUG, cli.INTERRUPTED, cli.GONE, audit.WORSE, drift.DRIFTED}
+    # Done, Python's own, and the signal that is not Ctrl-C.
+    assert rows == own | {0, 1, 128 + signal.SIGTERM}

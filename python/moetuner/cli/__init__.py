@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -38,6 +39,8 @@ from moetuner.cli import (
 from moetuner.files.text import printable
 
 WRONG = 2
+# A bug of moetuner: nothing that whoever called it can mend.
+BUG = os.EX_SOFTWARE
 INTERRUPTED = 130
 # Nobody reads standard output any more: 128 + SIGPIPE.
 GONE = 141
@@ -134,9 +137,10 @@ for _module, _example in EXAMPLES.items():
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    An error is one line on standard error, with status 2. Ctrl-C ends with status 130 and SIGTERM
-    with 143, also if the best so far was written. A closed standard output changes nothing; if its
-    reader has gone, work goes on in silence and ends with status 141, as after SIGPIPE.
+    An error is one line on standard error, with status 2, or 70 where it is a bug of moetuner.
+    Ctrl-C ends with status 130 and SIGTERM with 143, also if the best so far was written. A closed
+    standard output changes nothing; if its reader has gone, work goes on in silence and ends with
+    status 141, as after SIGPIPE. docs/status.md has them all.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _share_memory()
@@ -192,7 +196,7 @@ def _run(arguments: Sequence[str]) -> int:
         if sys.flags.dev_mode or not isinstance(error, Exception):
             raise
         text = f"{type(error).__name__}: {error}; this is a bug in moetuner: please report it"
-        return _failed(f"{text} with the output of 'python -X dev -m moetuner ...'")
+        return _failed(f"{text} with the output of 'python -X dev -m moetuner ...'", BUG)
 
 
 def _failed(text: str, status: int = WRONG) -> int:
