@@ -196,3 +196,30 @@ def test_every_status_has_a_row():
     own = {cli.WRONG, cli.BUG, cli.INTERRUPTED, cli.GONE, audit.WORSE, drift.DRIFTED}
     # Done, Python's own, and the signal that is not Ctrl-C.
     assert rows == own | {0, 1, 128 + signal.SIGTERM}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("", "'--out': File 'placement.json' is a directory\n"),
+        ("--out p.json --report f/a.html", "'f' is not writable\n"),
+        ("--out p.json --report a.html", "is a directory\n"),
+        ("--out p.json --json a.html", "is a directory\n"),
+    ],
+)
+def test_what_cannot_be_written_is_no_choice(run, folder, tmp_path, monkeypatch, more, words):
+    """Where a file cannot be written, given or by default, no other name is proposed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("placement.json", "a.html", "f"):
+        (tmp_path / name).mkdir()
+    access = os.access
+
+    def refused(path, mode):  # root may write everywhere
+        return Path(path).name != "f" and access(path, mode)
+
+    monkeypatch.setattr("os.access", refused)
+    status, _, err = run(
+        "solve", folder / "trace.safetensors", "--devices", 2, *more.split(), "--method", "lpt"
+    )
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.endswith(words)

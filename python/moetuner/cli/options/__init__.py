@@ -42,12 +42,19 @@ class Option(click.Option):
         try:
             return super().type_cast_value(ctx, value)
         except click.BadParameter as error:
-            words = getattr(self.type, "choices", None) or getattr(self.type, "words", None)
-            words = words or re.findall(r"\b[a-z_]{3,}\b", self.metavar or "")
-            given = re.split("[,:= ]", value) if isinstance(value, str) else value
-            wrong = next((str(part) for part in given or () if part not in words), "")
-            text = error.message.rstrip(".") + suggestion(wrong, words)
+            text = error.message.rstrip(".") + self._suggestion(value)
             raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
+
+    def _suggestion(self, value: Any) -> str:
+        """Return a question that names the choice nearest to a value; empty where there is none."""
+        words = getattr(self.type, "choices", None) or getattr(self.type, "words", None)
+        metavar = self.metavar or ""
+        if not words and "|" in metavar:  # else words in it are no choices: FILE.html
+            words = re.findall(r"\b[a-z_]{3,}\b", metavar)
+        parts = re.split("[,:= ]", value) if isinstance(value, str) else value
+        if not words or not isinstance(parts, list | tuple):  # a path is a default
+            return ""
+        return suggestion(next((part for part in parts if part not in words), ""), words)
 
 
 def option(kind: Any = None, metavar: str | None = None, default: Any = None, **others: Any) -> Any:
