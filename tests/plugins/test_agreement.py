@@ -1,17 +1,21 @@
 """Ranks agree on a map, or all take the engine's own: processes with a store of torch's."""
 
+import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.plugins import agreement
 from moetuner.plugins.agreement import Agreement, Group, Post, judge
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
@@ -35,51 +39,59 @@ class Lines:
             self.lines.append(text % arguments)
 
 
-def work(rank, ranks, port, tasks, answers):
-    """Be one rank of a gloo world: run what comes, each with keys of its own in the store."""
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
-    )
-    store = distributed.distributed_c10d._get_default_store()
+def work(rank, port, tasks):
+    """Be one rank: run what comes, each with keys of its own in the store."""
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     while True:
-        number, size, what = tasks.get()
+        number, size, what = tasks.recv()
         group = Group(distributed.PrefixStore(str(number), store), tuple(range(size)), rank)
         try:
-            answers.put((rank, what(rank, lambda group=group: group)))
+            tasks.send(what(rank, lambda group=group: group))
         except Exception:
-            answers.put((rank, traceback.format_exc()))
+            tasks.send(traceback.format_exc())
 
 
 class World:
-    """Processes, one a rank, that live as long as the tests of this file."""
+    """Processes, one a rank, that live as long as the tests of this file, and their store."""
 
     def __init__(self, size):
-        self.answers = SPAWN.Queue()
-        self.tasks = [SPAWN.Queue() for _ in range(size)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.processes = [
-            SPAWN.Process(target=work, args=(rank, size, port, tasks, self.answers), daemon=True)
-            for rank, tasks in enumerate(self.tasks)
-        ]
-        for process in self.processes:
-            process.start()
+        self.store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.tasks, self.processes = {}, {}
+        for rank in range(size):
+            self.start(rank)
         self.number = 0
 
-    def run(self, what, size=2, *, killed=None):
-        """Run ``what(rank, group)`` on every rank; return what they answer, None of the killed."""
-        self.number += 1
-        for tasks in self.tasks[:size]:
-            tasks.put((self.number, size, what))
-        count = size - (killed is not None)
-        answers = dict(self.answers.get(timeout=120) for _ in range(count))
+    def start(self, rank):
+        """Start a process, in the place of the one that had its rank."""
+        if rank in self.processes:
+            self.processes[rank].kill()
+        self.tasks[rank], theirs = SPAWN.Pipe()
+        arguments = rank, self.store.port, theirs
+        self.processes[rank] = SPAWN.Process(target=work, args=arguments, daemon=True)
+        self.processes[rank].start()
+
+    def run(self, what, size=2, *, killed=None, ranks=None, again=False):
+        """Run ``what(rank, group)`` on ranks; return what they answer, None of who does not.
+
+        With ``again`` in the store of the call before, else in a new one.
+        """
+        self.number += not again
+        ranks = range(size) if ranks is None else ranks
+        for rank in ranks:
+            self.tasks[rank].send((self.number, size, what))
+        answers = dict.fromkeys(range(size))
+        for rank in ranks:
+            if rank != killed:
+                assert self.tasks[rank].poll(100), f"rank {rank} does not answer"
+                answers[rank] = self.tasks[rank].recv()
         assert not any(isinstance(answer, str) for answer in answers.values()), answers
-        return [answers.get(rank) for rank in range(size)]
+        if killed is not None:
+            self.start(killed)
+        return list(answers.values())
 
     def kill(self):
         """End the processes."""
-        for process in self.processes:
+        for process in self.processes.values():
             process.kill()
 
 
@@ -91,16 +103,74 @@ def world():
     processes.kill()
 
 
+# The balancer of a process that is asked again.
+KEPT = {}
+
+
+@contextmanager
+def speaking(how):
+    """Speak, or judge, as another version might, or one that is broken."""
+    inner = agreement.written
+
+    def written(said):
+        if isinstance(said, agreement.Verdict):
+            return inner(said)
+        more = {"since": "0.2"} if how == "more" else {"version": agreement.VERSION + 1}
+        return "{" if how == "junk" else json.dumps({**json.loads(inner(said)), **more})
+
+    def judge(posts, wait):
+        raise MemoryError("out of memory on purpose")
+
+    changes = {} if how is None else {"judge": judge} if how == "judge" else {"written": written}
+    with patch.multiple(agreement, **changes) if changes else nullcontext():
+        yield
+
+
+class Older:
+    """An agreement as the version before had it: posts have no version, rounds are its own.
+
+    As rank 0 it judges no post that has a field more.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def verdict(self, group, post, wait=None):
+        """Post, and return the verdict."""
+        ranks, content = group(), asdict(post)
+        key = f"moetuner/0-1/{self.number}"
+        self.number += 1
+        del content["version"]
+        ranks.store.set(f"{key}/{ranks.rank}", json.dumps(content))
+        if ranks.rank == 0:
+            return agreement.Verdict("own", "unexpected keyword argument 'version'")
+        ranks.store.wait([f"{key}/verdict"])
+        said = json.loads(ranks.store.get(f"{key}/verdict"))
+        assert set(said) <= {"do", "reason", "silent", "speaker", "speaks"}
+        return agreement.Verdict(**said)
+
+    def is_off(self, group):
+        """Return that what was off stays so."""
+        return True
+
+
 def serve(rank, group, *, files, wait=20.0, calls=2, **more):
     """Decide some times by ``files[rank]``; return maps, lines and the seconds it took.
 
     ``raises`` is a rank whose engine refuses the map, ``absent`` one without the plugin, ``dies``
-    one that is killed in its second call, ``reload`` a file for each rank, ``later`` their news.
+    one that is killed in its second call, ``reload`` a file for each rank, ``later`` their news;
+    ``strange`` is a rank and how it speaks, ``older`` one of the version before; ``keeps`` says
+    that the process decides as in the call before, with what it knows.
     """
     lines = Lines()
     path, reload = files[rank], more["reload"][rank] if "reload" in more else None
     settings = Settings(() if path is None else (path,), rebalance=path is None, reload=reload)
-    balancer = Balancer(settings, Log(lines), Agreement(wait))
+    agreement = Older() if more.get("older") == rank else Agreement(wait)
+    balancer = Balancer(settings, Log(lines), agreement)
+    if more.get("keeps"):
+        balancer = KEPT.setdefault("balancer", balancer)
+        balancer.log.logger = lines
+    strange, how = more.get("strange", (None, None))
     begin, maps = time.monotonic(), []
 
     def refuse(slots):
@@ -122,7 +192,10 @@ def serve(rank, group, *, files, wait=20.0, calls=2, **more):
             for name, content in more["later"][call].get(rank, {}).items():
                 name.write_text(content)
             balancer.look_again()
-        decided = balancer.decide(LOAD, 6, 1, 1, 2, group=lost, rank=rank, form=refuse)
+        with speaking(how if rank == strange else None):
+            decided = balancer.decide(
+                LOAD, 6, 1, 1, 2, group=lost, rank=rank, form=refuse, wait=wait
+            )
         maps.append(None if decided is None else decided.tolist())
     return maps, lines.lines, time.monotonic() - begin
 
@@ -175,6 +248,56 @@ def test_all_ranks_take_a_map_or_none_does(world, files, tmp_path, name):
             assert words in lines[0]
         elif words is not None:
             assert not lines
+
+
+# A rank, how it speaks, the maps that all get, and a line of the first of them.
+OFF = f"{OWN} from now on"
+VERSIONS = {
+    "more, rank 0": ({"strange": (0, "more")}, FIRST, "copies move"),
+    "more, rank 1": ({"strange": (1, "more")}, FIRST, "copies move"),
+    "version, rank 0": ({"strange": (0, "version")}, None, f"{OFF}: rank 1 and rank 0 agree by"),
+    "version, rank 1": ({"strange": (1, "version")}, None, f"{OFF}: rank 1 and rank 0 agree by"),
+    "junk, rank 0": ({"strange": (0, "junk")}, None, f"{OFF}: rank 0: its post cannot be read"),
+    "junk, rank 1": ({"strange": (1, "junk")}, None, f"{OFF}: rank 1: its post cannot be read"),
+    "judge": ({"strange": (0, "judge")}, None, f"{OFF}: out of memory on purpose"),
+    "older, rank 1": ({"older": 1}, None, f"{OFF}: rank 1 and rank 0 agree by"),
+    "older, rank 0": ({"older": 0}, None, "unexpected keyword argument"),
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_rank_of_another_version_is_not_waited_for(world, files, name):
+    """What goes wrong in a round is a verdict; a rank that waits would not be back in time."""
+    more, expected, words = VERSIONS[name]
+    done = world.run(partial(serve, files=[files[0]] * 2, wait=3600.0, calls=3, **more))
+    assert [maps for maps, *_ in done] == [[expected] * 3] * 2
+    assert any(words in line for line in done[0][1])
+
+
+def test_a_process_that_comes_back_agrees_again(world, files):
+    """In the store in which the others have counted on, and in a new one where they count anew."""
+    ask = partial(serve, files=[files[0]] * 2, wait=3600.0, keeps=True, calls=3)
+    done = [world.run(ask)]
+    world.start(1)
+    done.append(world.run(ask, again=True))
+    world.start(0)
+    done += [world.run(ask, again=True), world.run(ask)]
+    assert [[maps for maps, *_ in ranks] for ranks in done] == [[[FIRST] * 3] * 2] * 4
+
+
+def test_a_process_that_comes_back_after_all_gave_up_is_asked_again(world, files):
+    """While it was away the others fell silent; with it back all serve the map from then on."""
+    ask = partial(serve, files=[files[0]] * 3, keeps=True)
+    done = [world.run(partial(ask, wait=3600.0), 3)]
+    alone = world.run(partial(ask, wait=0.5, calls=4), 3, ranks=[0, 1], again=True)
+    world.start(2)
+    first = world.run(partial(ask, calls=1), 3, again=True)
+    done += [world.run(partial(ask, calls=3), 3, again=True)]
+    assert [maps for maps, *_ in done[0]] == [[FIRST] * 2] * 3
+    assert [maps for maps, *_ in alone[:2]] == [[None] * 4] * 2
+    assert any("from now on: rank 2 did not answer" in line for line in alone[0][1])
+    assert first[0][0] == first[1][0] == first[2][0]
+    assert [maps for maps, *_ in done[1]] == [[FIRST] * 3] * 3
 
 
 def test_files_are_read_again_by_all_or_none(world, files, tmp_path):

@@ -7,18 +7,25 @@ also where a rank has no plugin, or another thread of the engine is in a collect
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
-from moetuner.plugins.consensus import agree, keys_of
+from moetuner.plugins.consensus import agree
+from moetuner.plugins.rounds import Rounds
 
+Said = TypeVar("Said", "Post", "Verdict")
+
+# Counts up when posts mean something else than before. What posts and verdicts say of ``version``,
+# ``do`` and ``reason`` stays, so that ranks of two versions can tell each other that they differ.
+VERSION = 1
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
-# Rounds in which somebody was silent, after which this process asks no more.
+# Rounds one after another that failed, after which nobody asks any more.
 PATIENCE = 2
+# Seconds that a process which takes the place of another waits for ranks that ask no more.
+WAIT_TO_REOPEN = 1.0
 # Characters of an error that are passed on.
 LONGEST = 400
 # Ranks that a line names.
@@ -62,6 +69,8 @@ class Post:
         Checksum of files that were read again, empty where none were.
     reloads
         Whether files may be read again.
+    version
+        Version of the agreement, 0 where a post does not say it.
     """
 
     files: str = ""
@@ -70,6 +79,7 @@ class Post:
     unread: bool = False
     pending: str = ""
     reloads: bool = False
+    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -77,18 +87,30 @@ class Verdict:
     """What all ranks do: ``take`` the map, ``own`` (the engine's), ``reload``, or ``off``.
 
     ``off`` is the engine's own map, now and always; ``silent`` says that a rank did not answer, and
-    ``speaker`` is the first that did; ``speaks`` whether that is this one.
+    ``speaker`` is the first that did; ``speaks`` whether that is this one. ``map`` is the checksum
+    of what is taken, and ``failures`` counts rounds one after another that did not come to an end.
     """
 
-    do: str
+    do: str = "own"
     reason: str = ""
     silent: bool = False
     speaker: int = 0
     speaks: bool = True
+    map: str = ""
+    failures: int = 0
 
 
 def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     """Return the verdict on what ranks posted; None is a rank that did not."""
+    versions = {rank: post.version for rank, post in enumerate(posts) if post is not None}
+    first, *others = [rank for rank, version in versions.items()] or [0]
+    if strange := [rank for rank in others if versions[rank] != versions[first]]:
+        return Verdict(
+            "off",
+            f"{ranks_named(strange)} and rank {first} agree by other versions of moetuner "
+            f"({versions[strange[0]]} and {versions[first]}): install the same on all",
+            speaker=first,
+        )
     silent = [rank for rank, post in enumerate(posts) if post is None]
     if silent:
         return Verdict(
@@ -116,7 +138,7 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
             return Verdict(do, f"{where}{given[failed[0]].error}")
         if other:
             return Verdict(do, f"{ranks_named(other)} {what} than rank 0")
-    return Verdict("take")
+    return Verdict("take", map=first.map)
 
 
 def ranks_named(ranks: Sequence[int]) -> str:
@@ -131,16 +153,18 @@ class Agreement:
 
     def __init__(self, wait: float | None = None) -> None:
         self.wait = WAIT if wait is None else wait
-        self._rounds: dict[tuple[int, ...], int] = {}
-        self._silent = 0
+        self._rounds: dict[tuple[int, ...], Rounds] = {}
+        # Rounds one after another in which this process could not take part.
+        self._failures = 0
 
     def verdict(
         self, group: Callable[[], Group | None], post: Post, wait: float | None = None
     ) -> Verdict:
         """Return the verdict of all ranks on this rank's post and theirs; it never hangs.
 
-        It never raises either: without the store no rank gets an answer, and all take the engine's
-        own map.
+        It never raises either: what goes wrong for a rank is in its post, and what goes wrong with
+        a post is a verdict. Without the store no rank gets an answer, and all take the engine's own
+        map.
         """
         post = replace(post, error=post.error[:LONGEST])
         try:
@@ -149,36 +173,120 @@ class Agreement:
                 return judge([post])
             verdict = self._round(ranks, post, self.wait if wait is None else wait)
         except Exception as error:
-            return Verdict("own", f"ranks cannot compare their maps: {error!r}"[:LONGEST])
-        self._silent = self._silent + 1 if verdict.silent else 0
-        do = "off" if self._silent >= PATIENCE else verdict.do
-        return replace(verdict, do=do, speaks=verdict.speaker == ranks.rank)
+            self._failures += 1
+            do = "off" if self._failures >= PATIENCE else "own"
+            return Verdict(do, f"ranks cannot compare their maps: {error!r}"[:LONGEST])
+        self._failures = 0
+        return replace(verdict, speaks=verdict.speaker == ranks.rank)
+
+    def is_off(self, group: Callable[[], Group | None]) -> bool:
+        """Return whether the verdict ``off`` still holds; it never raises.
+
+        It does not in a new store, as engines make one for other ranks, nor where a process has
+        come in the place of another one and asks again.
+        """
+        try:
+            ranks = group()
+            if ranks is None or self._failures >= PATIENCE:
+                return True
+            rounds, store = self._rounds.get(ranks.ranks), ranks.store
+            if rounds is None:
+                return False
+            rounds.enter(store)
+            if read_verdict(rounds.verdict).do == "off":
+                rounds.catch_up(store)
+            return read_verdict(rounds.verdict).do == "off" and not rounds.is_open(store)
+        except Exception:
+            return True
 
     def _round(self, group: Group, post: Post, wait: float) -> Verdict:
-        number = self._rounds.get(group.ranks, 0)
-        self._rounds[group.ranks] = number + 1
-        name = "-".join(map(str, group.ranks))
         store, size = group.store, len(group.ranks)
-
-        def key(of: int) -> str:
-            return f"moetuner/{name}/{of}"
+        name = "moetuner/" + "-".join(map(str, group.ranks))
+        rounds = self._rounds.setdefault(group.ranks, Rounds(name, group.rank, size))
+        replaces = rounds.enter(store)
+        last = read_verdict(rounds.verdict)
+        if last.do == "off":
+            wait = min(wait, WAIT_TO_REOPEN)
+            if replaces:
+                rounds.open(store)
 
         def verdict_of(posts: Sequence[str | None]) -> str:
-            given = [None if said is None else Post(**json.loads(said)) for said in posts]
-            return json.dumps(asdict(judge(given, wait)))
+            try:
+                verdict = judge([_posted(rank, said) for rank, said in enumerate(posts)], wait)
+            except Exception as error:
+                speaker = next((rank for rank, said in enumerate(posts) if said is not None), 0)
+                reason = (str(error) or repr(error))[:LONGEST]
+                verdict = Verdict(reason=reason, speaker=speaker, failures=1)
+            if verdict.silent or verdict.failures:
+                failures = 1 if last.do == "off" else last.failures + 1
+                do = "off" if failures >= PATIENCE else verdict.do
+                verdict = replace(verdict, do=do, failures=failures)
+            return written(verdict)
 
-        verdict, complete = agree(
+        said, complete = agree(
             store,
-            key(number),
+            rounds.key,
             group.rank,
             size,
-            post=json.dumps(asdict(post)),
+            post=written(post),
             judge=verdict_of,
             wait=wait,
+            distrusts=_is_strange,
         )
-        if number and complete:
-            # All have read the verdict before this one. What is left over harms nobody.
-            with contextlib.suppress(Exception):
-                for old in keys_of(key(number - 1), size):
-                    store.delete_key(old)
-        return Verdict(**json.loads(verdict))
+        rounds.close(store, said, complete=complete)
+        verdict = read_verdict(said)
+        if verdict.do == "take" and verdict.map != post.map:
+            # The verdict is on the post of another process that had this rank.
+            return Verdict(reason="this rank came too late with another map")
+        return verdict
+
+
+def written(said: Post | Verdict) -> str:
+    """Return what a rank says in JSON, or in its place why it cannot say it."""
+    try:
+        content = asdict(said)
+        if isinstance(said, Verdict):
+            # Without the usual values, so that earlier versions can read as much as possible.
+            usual = asdict(Verdict(do=""))
+            content = {name: value for name, value in content.items() if value != usual[name]}
+        return json.dumps(content)
+    except Exception as error:
+        why = {"error": repr(error), "reason": repr(error)}
+        return json.dumps({**why, "files": getattr(said, "files", ""), "version": VERSION})
+
+
+def read(kind: type[Said], said: str) -> Said:
+    """Return what a rank said, without fields that this version does not know."""
+    content = json.loads(said)
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in content.items() if name in known})
+
+
+def read_verdict(said: str | None) -> Verdict:
+    """Return a verdict; one that makes no sense is the engine's own map."""
+    try:
+        verdict = Verdict() if said is None else read(Verdict, said)
+        if verdict.do in ("take", "own", "reload", "off"):
+            return verdict
+        reason = f"{verdict.do!r} is not a verdict"
+    except Exception as error:
+        reason = f"the verdict cannot be read: {error!r}"
+    return Verdict(reason=reason, failures=1)
+
+
+def _posted(rank: int, said: str | None) -> Post | None:
+    """Return the post of a rank."""
+    if said is None:
+        return None
+    try:
+        return replace(read(Post, said), version=json.loads(said).get("version", 0))
+    except Exception as error:
+        raise ValueError(f"rank {rank}: its post cannot be read: {error!r}") from error
+
+
+def _is_strange(said: str) -> bool:
+    """Whether a post is of another version, which may not know how to judge ours."""
+    try:
+        return bool(json.loads(said).get("version", 0) != VERSION)
+    except Exception:
+        return True

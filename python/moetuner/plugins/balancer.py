@@ -145,7 +145,7 @@ class Balancer:
         quiet
             Whether the same decision follows, and says what it does.
         """
-        if self._off or not self.settings.decides:
+        if not self.settings.decides or (self._off and self._agreement.is_off(group)):
             return None
         if self.settings.reload is not None and not self._looks:
             # In the process that decides, once.

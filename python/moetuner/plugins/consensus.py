@@ -25,12 +25,21 @@ def verdict_key(key: str) -> str:
 
 
 def agree(
-    store: Any, key: str, rank: int, size: int, *, post: str, judge: Judge, wait: float
+    store: Any,
+    key: str,
+    rank: int,
+    size: int,
+    *,
+    post: str,
+    judge: Judge,
+    wait: float,
+    distrusts: Callable[[str], bool] = lambda post: False,
 ) -> tuple[str, bool]:
     """Post what this rank says, and return the one verdict on what all ranks say.
 
     Rank 0 judges when all have posted, or after ``wait`` seconds what there is. After twice that
-    another rank judges, for which rank 0 is silent whatever it posts. A rank that comes later reads
+    another rank judges, for which rank 0 is silent whatever it posts; and at once where it
+    ``distrusts`` the post of rank 0, whose judgement it may not get. A rank that comes later reads
     the verdict without waiting. All ranks reach the store; ``key`` is the question, asked once;
     ``judge`` takes the posts by rank, None of a silent one.
 
@@ -39,12 +48,22 @@ def agree(
     """
     *posts, verdict = keys_of(key, size)
     store.set(posts[rank], post)
-    if rank and _until(lambda: store.check([verdict]), 2 * wait):
-        return store.get(verdict).decode(), False
-    complete = not rank and _until(lambda: store.check(posts), wait)
+    complete, heeded = False, posts
+    if not rank:
+        _until(lambda: store.check(posts) or store.check([verdict]), wait)
+        complete = store.check(posts)
+    else:
+        deadline = time.monotonic() + 2 * wait
+        _until(lambda: store.check([verdict]) or store.check(posts[:1]), 2 * wait)
+        heard = not store.check([verdict]) and store.check(posts[:1])
+        if not (heard and distrusts(store.get(posts[0]).decode())):
+            _until(lambda: store.check([verdict]), deadline - time.monotonic())
+            heeded = posts[1:]
+    if store.check([verdict]):
+        return store.get(verdict).decode(), complete
     said = [
-        store.get(of).decode() if complete or (bool(rank) <= number and store.check([of])) else None
-        for number, of in enumerate(posts)
+        store.get(name).decode() if name in heeded and store.check([name]) else None
+        for name in posts
     ]
     # What there is already holds.
     return store.compare_set(verdict, "", judge(said)).decode(), complete
