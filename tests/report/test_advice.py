@@ -11,7 +11,7 @@ from moetuner.evaluation.units import Units
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report import recording
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import knee_of
+from moetuner.report.advice.conclusion import _of_copies, knee_of
 from moetuner.report.advice.values import Copies
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -397,6 +397,21 @@ def test_the_knee_harms_no_window():
     assert knee_of((copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))) == 1
     costly = copies(0, 0.0, 0.1), copies(1, -0.2, 0.4)
     assert [knee_of(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
+
+
+def test_copies_that_a_short_search_overrates_have_a_sentence():
+    """Windows of a load table have no size to name; without a loss in one, none is told."""
+    gains = {0: 0.2, 2: 0.3, 4: 0.1}
+    swept = [Copies(count, False, {None: (gain,)}, None) for count, gain in gains.items()]
+    text = _of_copies(tuple(swept), knee=4)
+    assert text == (
+        "Copies: 4 more slots per device and layer gain 10.0 %, 20.0 % without; "
+        "2 more slots per device and layer would gain 30.0 % by a shorter search"
+    )
+    lossy = Copies(2, False, {512: (0.3,), 8192: (-0.05,)}, None)
+    assert "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer" in _of_copies(
+        (Copies(0, False, {512: (0.1,), 8192: (0.1,)}, None), lossy), knee=0
+    )
 
 
 def test_drift_is_seldom_told_of_one_kind():

@@ -11,7 +11,14 @@ from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.report.advice.drift import Drift
-from moetuner.report.advice.values import WINDOWS, Advice, Answer, Copies, Judged
+from moetuner.report.advice.values import (
+    WINDOWS,
+    Advice,
+    Answer,
+    Copies,
+    Judged,
+    words_of_window,
+)
 from moetuner.report.cells import counted, listed, percent, signed, span
 from moetuner.report.recording import PHASES
 from moetuner.topology import Regime
@@ -342,12 +349,15 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
         text = f"Copies: {_slots(chosen)} {verb} {percent(chosen.best)}"
     if knee and plain[0].per_device == 0:
         text += f", {percent(plain[0].best)} without"
-    if best.best > chosen.best + KNEE:
+    # What is gained without copies stands there already.
+    if best.best > chosen.best + KNEE and not (knee and best is plain[0]):
         worst = min(best.gains, key=best.mean)
-        text += (
-            f"; {_slots(best)} would gain {100 * best.best:.1f} %, but windows of {worst:,} tokens "
-            f"would take {-100 * best.mean(worst):.1f} % longer"
-        )
+        text += f"; {_slots(best)} would gain {percent(best.best)}"
+        if best.mean(worst) < 0:
+            longer = percent(-best.mean(worst))
+            text += f", but {words_of_window(worst)} would take {longer} longer"
+        else:
+            text += " by a shorter search"
     elif not knee:
         most = max(each.per_device for each in plain)
         text += (
@@ -355,7 +365,7 @@ def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
             "expert does"
         )
         if len(best.gains) == 1 and (window := next(iter(best.gains))) is not None:
-            text += f" in windows of {window:,} tokens"
+            text += f" in {words_of_window(window)}"
     return text
 
 

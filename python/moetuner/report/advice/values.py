@@ -24,6 +24,13 @@ Answer = Literal["worth a trial", "not now", "not enough evidence"]
 WINDOWS = (512, 8192)
 
 
+def words_of_window(window: int | None, recorded: int | None = None) -> str:
+    """Write windows of a size; those of a load table, which are given, by their tokens if known."""
+    if window is not None:
+        return f"windows of {window:,} tokens"
+    return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Judged(Frozen):
     """The proposed placement beside others in windows of one size, on unseen traffic.
@@ -65,9 +72,7 @@ class Judged(Frozen):
     @property
     def where(self) -> str:
         """The windows, in words."""
-        if self.window is not None:
-            return f"windows of {self.window:,} tokens"
-        return "recorded windows" + (f" of {self.recorded:,} tokens" if self.recorded else "")
+        return words_of_window(self.window, self.recorded)
 
     @property
     def phase(self) -> str:
