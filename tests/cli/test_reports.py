@@ -77,6 +77,7 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine, served):
     "arguments",
     [
         ("advise", *FEW),
+        ("advise", *FEW, "--by-group"),
         ("solve", "--devices", 4, "--objective", "balance", "--out", "/dev/null"),
         ("compare", "--devices", 4, "--methods", "contiguous,lpt", "--splits", 1),
         ("report",),

@@ -110,11 +110,13 @@ def command(
             )
         how["initial"] = source.load(Path(initial), topology)
     how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
-    output.say(source.describe())
+    described = [source.describe()]
     if unseen:
         future = replace(source, input_files=unseen)
+        advising.check_unseen(source.traffic, future.traffic)  # before anything is said
         how["unseen"] = future.traffic
-        output.say(f"Judged on {future.describe()}")
+        described.append(f"Judged on {future.describe()}")
+    output.say(*described)
     tried = splits + 2 * len(copies) + 4  # steps, about
     with working("advising") as report:
         how |= serving.arguments(source.traffic) | {"progress": steps(report, tried)}

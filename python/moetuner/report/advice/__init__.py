@@ -143,7 +143,7 @@ def advise(
     if objective is not None:
         check.one_of("objective", objective, get_args(Goal))
     if unseen is not None:
-        _check_unseen(traffic, unseen)
+        check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
     split, arrival = _served(engine, split, arrival)
     counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
@@ -231,9 +231,12 @@ def _check_values(
         check.instance("initial", initial, Placement)
 
 
-def _check_unseen(traffic: Traffic, unseen: Traffic) -> None:
+def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
     """Raise if traffic to judge on is of another kind or model, or holds nothing."""
-    check.instance("unseen", unseen, type(traffic), hint=" as traffic is")
+    check.instance("unseen", unseen, RoutingTrace, RoutingStatistics)
+    kinds = ["a trace" if isinstance(of, RoutingTrace) else "counts" for of in (traffic, unseen)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"unseen must be {kinds[0]} like traffic, got {kinds[1]}")
     wanted, got = (f"{of.layers} layers of {of.num_experts} experts" for of in (traffic, unseen))
     if wanted != got:
         raise ValueError(f"unseen must have {wanted} like traffic, got {got}")

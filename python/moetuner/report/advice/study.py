@@ -215,8 +215,9 @@ class Study:
         """Compare what is proposed with what runs, and with EPLB, in windows of a size."""
         units = self.units[window]
         figures, eplb = (self._compared(trials, key, window, units) for key in (RUNNING, EPLB))
-        first, traffic = trials[0].placements, self.traffic
+        first = trials[0].placements
         eplb = {} if first[EPLB] == first[RUNNING] else eplb
+        traffic = self.traffic if self.unseen is None else self.unseen
         recorded = None if isinstance(traffic, RoutingTrace) else traffic.window
         return Judged(window, figures, eplb, traffic.layers, recorded)
 

@@ -138,7 +138,9 @@ def _slim(contents: Any) -> Any:
     if not isinstance(contents, dict):
         return contents
     slim = {key: _slim(each) for key, each in contents.items()}
-    for each in (slim.get("by_group") or {}).values():
+    by_group = slim.get("by_group")
+    # An advice has a list of gains there, an evaluation a map of evaluations.
+    for each in by_group.values() if isinstance(by_group, dict) else ():
         each.pop("traffic", None)
     return slim
 
