@@ -138,3 +138,35 @@ def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
         status, out, err = run(*words)
         assert (status, out) == (2, "")
         assert re.search(r"a\.json: settings: devices must be an integer, got 'four'$", err)
+
+
+OTHER_TYPES = ("", "x", -1, 1.5, [], [5], ["x"], {}, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    "command", ["show FILE", "diff FILE FILE", "drift FILE TRACE", "audit FILE TRACE"]
+)
+def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, command):
+    """Each setting of a placement's file as each type: taken, or one line that names the file."""
+    make_trace(100).save(trace := tmp_path / "trace.safetensors")
+    path = tmp_path / "placement.json"
+    how = ("--method", "lpt", "--for", "vllm", "--holdout", 0.5, "--out", path)
+    assert run("solve", trace, "--devices", 2, *how)[0] == 0
+    values = json.loads(path.read_text())
+    settings, recorded = values["settings"], values["settings"]["input"]
+    recorded |= {"tokens": 100, "windows": 1, "tokens_per_step": 5, "top_k": 2, "model": "small"}
+    names = {"FILE": path, "TRACE": trace}
+    words = [names.get(word, word) for word in command.split()]
+    for holder in (settings, recorded):
+        for name, value in [*holder.items()]:
+            for other in OTHER_TYPES:
+                holder[name] = other
+                path.write_text(json.dumps(values))
+                status, out, err = run(*words)
+                why = f"{name} {other!r}: {err}"
+                assert "this is a bug" not in err, why
+                if status:
+                    lines = re.sub(r"^(moetuner: [^\n]+ \.\.\.\n)+", "", err)
+                    assert (status, out) == (2, ""), why
+                    assert re.fullmatch(r"moetuner: error: [^\n]+\n", lines), why
+            holder[name] = value

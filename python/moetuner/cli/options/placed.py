@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from moetuner import cost, topology
-from moetuner._checks import instance, nth_seed, seed_in, whole_number, window_in
+from moetuner._checks import (
+    expert_size,
+    instance,
+    is_number,
+    nth_seed,
+    number_or_none,
+    seed_in,
+    shown,
+    text_or_none,
+    whole_number,
+)
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
@@ -40,24 +50,57 @@ OTHER = "Judged on all of INPUT; the placement was computed from other traffic, 
 ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
+def _share_below_one(name: str, value: object) -> None:
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must be a share from 0 to below 1, got {shown(value)}")
+
+
+def _number_or_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        number_or_none(name, value)
+
+
+def _texts(name: str, value: object) -> None:
+    if not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
+        raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
+
+
+# What checks a setting of a placement's file, by its name; what is not here is used by no command.
+CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "seed": lambda name, value: seed_in(value, name),
+    "window": whole_number,
+    "holdout": _share_below_one,
+    "expert_size": lambda _, value: expert_size(value),
+    **dict.fromkeys(("max_imbalance", "arrival"), _number_or_text),
+    **dict.fromkeys(("version", "method", "effort", "engine", "regime", "split"), text_or_none),
+    **dict.fromkeys(("objective", "figure", "unit"), text_or_none),
+    "input.model": text_or_none,
+    **dict.fromkeys(("input.files", "input.only"), _texts),
+    **dict.fromkeys(("input.tokens", "input.windows"), partial(whole_number, lowest=0)),
+    **dict.fromkeys(("input.tokens_per_step", "input.top_k"), whole_number),
+}
+
+
 def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Read the settings in a placement's file: topology and cost model as values, and checked."""
-    values = dict(settings)
+    values = {name: value for name, value in settings.items() if value is not None}
     with naming(path):
         try:
             builders = {"topology": topology.from_keys, "cost_model": cost.from_keys}
             for name, build in builders.items():
-                if values.get(name) is not None:
+                if name in values:
                     values[name] = build(values[name])
-            window_in(values.get("window"))
-            instance("input", of := values.setdefault("input", {}), dict)
-            instance("model", of.get("model", ""), str)
-            for name in ("tokens_per_step", "top_k"):
-                whole_number(name, of.get(name, 1))
-            values["seed"] = seed_in(values.get("seed", 0))
+            recorded = values.setdefault("input", {})
+            instance("input", recorded, dict)
+            for name, check in CHECKS.items():
+                _, is_inner, key = name.partition("input.")
+                value = recorded.get(key) if is_inner else values.get(name)
+                if value is not None:
+                    check(name, value)
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"settings: {error}") from None
-    return {name: value for name, value in values.items() if value is not None}
+    values["input"] = {name: value for name, value in recorded.items() if value is not None}
+    return {"seed": 0, **values}
 
 
 def described(topology: Topology) -> str:
@@ -137,8 +180,9 @@ class Placed:
         # Times of another model than the placement's are that model's.
         of_other = {"cost_model"} if source.model != recorded else set()
         served = {name: value for name, value in settings.items() if name not in of_other}
-        serving, name = serving.with_defaults(served), text.name(path.name)
-        return cls(placement, name, settings, source, topology, serving)
+        with naming(path):
+            serving = serving.with_defaults(served)
+        return cls(placement, text.name(path.name), settings, source, topology, serving)
 
     @cached_property
     def how(self) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class Serving:
             given.setdefault("cost_model", settings["cost_model"])
         if engine is None:
             engine = settings.get("engine")
-            one_of("engine", engine or "none", ("none", *ENGINES))
+            if engine is not None:
+                one_of("settings: engine", engine, ENGINES)
             default = Serving(engine)
             for name in SERVED:
                 if settings.get(name, default.value(name)) != default.value(name):
