@@ -27,17 +27,19 @@ def cap_report(
     if not layers.size:
         return CapsDetails()
     load = problem.load[layers]
-    mean = load.sum(axis=1, dtype=np.float64) / problem.topology.speed_of_device.sum()
     alike = problem.topology.has_equal_devices and len(np.unique(problem.capacity)) == 1
     cap: NDArray[Any] = problem.caps.whole[layers]
     peaks: NDArray[Any] = problem.caps.raised_for(slots)[layers]
     reached: Any
     least: Any
     if alike and not placement.has_copies and not problem.rules.some and not problem.may_copy:
+        # In tokens, whatever the speed is that all devices share.
+        mean = load.sum(axis=1, dtype=np.float64) / problem.devices
         sizes = (problem.devices, problem.slots)
         enclosed = _core.smallest_peaks(load, *sizes, peaks, threads=threads)
         reached, least = zip(*enclosed, strict=True)
     else:
+        mean = load.sum(axis=1, dtype=np.float64) / problem.topology.speed_of_device.sum()
         cap = (problem.max_imbalance or 1.0) * (1 + ROUNDING) * mean
         reached = peaks = problem.caps.peaks(placement)[layers]
         least = least_slowest(problem, problem.load.astype(np.float64)[None])[0, layers]
