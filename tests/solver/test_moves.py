@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from brute_force import rank, small_problem
+from brute_force import every_layer, rank, small_problem
 
 import moetuner as mt
 from moetuner.solver import budget, effort
@@ -125,6 +125,62 @@ def test_rules_take_the_fewest_moves(seed):
         with pytest.raises(
             ValueError, match=f"too small: .* to keep all rules takes {fewest} moves"
         ):
+            mt.solve(problem, initial=initial, move_budget=fewest - 1)
+
+
+def drawn_full(random, experts, devices):
+    """Draw a problem whose slots, unlike on each device, are to be full, with pins and a ban."""
+    while True:
+        row = random.integers(1, 4, devices)
+        row[-1] += max(experts + 1 - row.sum(), 0)
+        draw = [(None, *(int(random.integers(n)) for n in (experts, devices))) for _ in range(3)]
+        try:
+            return mt.Problem(
+                statistics(0, layers=2, experts=experts),
+                mt.Topology(devices),
+                objective="balance",
+                slots_per_device=row.tolist(),
+                fill_slots=True,
+                pinned=draw[:2],
+                forbidden=draw[2:],
+            )
+        except ValueError:
+            continue
+
+
+def drawn_running(random, problem):
+    """Draw a placement with a copy of each expert, and some more, on devices with free slots."""
+    slots = np.full((*problem.capacity.shape, problem.slots), -1)
+    for layer, capacity in zip(slots, problem.capacity, strict=True):
+        for expert in [*range(problem.experts), *random.integers(problem.experts, size=2)]:
+            used = (layer >= 0).sum(axis=1)
+            free = np.flatnonzero((used < capacity) & ~(layer == expert).any(axis=1))
+            if free.size:
+                device = random.choice(free)
+                layer[device, used[device]] = expert
+    return mt.Placement(slots, num_experts=problem.experts)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_full_slots_take_the_fewest_moves(seed):
+    """Pins and bans where all slots are full: no placement that keeps them is nearer."""
+    random = np.random.default_rng([95, seed])
+    problem = drawn_full(random, 5, 4)
+    initial, capacity = drawn_running(random, problem), problem.capacity[0]
+    fewest = 0
+    for running in initial.held:
+        least = np.inf
+        for layer in every_layer(problem, capacity.tolist()):
+            holds = np.array([[e in experts for e in range(5)] for experts in layer])
+            kept = (holds >= problem.rules.pinned[0].T) & ~(problem.rules.forbidden[0].T & holds)
+            if kept.all() and (holds.sum(axis=1) == capacity).all():
+                least = min(least, int((holds & ~running).sum()))
+        fewest += least
+    result = mt.solve(problem, initial=initial, move_budget=fewest, iterations=50)
+    assert result.violations == ()
+    assert initial.diff(result.placement).experts_moved == fewest
+    if fewest:
+        with pytest.raises(ValueError, match=f"takes {fewest} moves"):
             mt.solve(problem, initial=initial, move_budget=fewest - 1)
 
 

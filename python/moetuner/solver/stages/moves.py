@@ -38,7 +38,8 @@ def repair(problem: Problem, initial: Placement) -> Slots:
 
     They are full where all slots are to be full. An expert without pins needs one device, which
     costs a move if it does not hold the expert yet: in a layer that breaks a rule that is a flow of
-    least cost. What else runs stays where there are slots.
+    least cost. Slots that something has to move to in any case, to be full, cost nothing more. What
+    else runs stays where there are slots.
     """
     slots = pad_slots(initial.slots, problem.capacity)
     rules = problem.rules
@@ -49,8 +50,16 @@ def repair(problem: Problem, initial: Placement) -> Slots:
             continue
         holds, capacity = pinned.copy(), problem.capacity[layer]
         others = np.flatnonzero(~pinned.any(axis=0))
+        stays = running & ~banned
         cost = np.where(banned, np.inf, np.where(running, 0.0, 1.0))
-        holds[_assign(cost[:, others], capacity - pinned.sum(axis=1)), others] = True
+        gaps = np.maximum(capacity - (pinned | stays).sum(axis=1), 0) * problem.fill_slots
+        # Every device twice: its gaps, and its other slots.
+        filling = np.where(banned | stays, np.inf, 0.0)
+        device_of = _assign(
+            np.concatenate([cost, filling])[:, others],
+            np.concatenate([capacity - pinned.sum(axis=1) - gaps, gaps]),
+        )
+        holds[device_of % problem.devices, others] = True
         for device in range(problem.devices):
             more = np.flatnonzero(running[device] & ~banned[device] & ~holds[device])
             if problem.may_copy:
