@@ -4,6 +4,7 @@ import itertools
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from brute_force import optimum, raised_caps, small_problem
 import moetuner as mt
 from moetuner.solver import METHODS
 from moetuner.solver.bounds import caps
+from moetuner.solver.run import Run
+from moetuner.solver.stages.ties import TIES
 
 
 @pytest.fixture
@@ -54,6 +57,48 @@ def test_every_method_gives_one_valid_placement(make_trace, method, name):
     assert name != "loads alone" or not one.details.search.trials
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_uneven_slots_are_kept(seed):
+    """Whatever the slots of devices are, copies or none, the goal time answers, and keeps them."""
+    random = np.random.default_rng([1, seed])
+    experts, devices = [(5, 3), (8, 4), (9, 4), (16, 6)][seed % 4]
+    row = random.integers(0, 2 * experts // devices + 1, devices)
+    row[random.integers(devices)] += max(experts + random.integers(4) - row.sum(), 0)
+    slots = [{"slots_per_device": row.tolist()}, {"extra_slots": int(random.integers(1, 6))}]
+    tables = random.integers(0, 30, (1, experts, experts)) if seed % 3 else None
+    load = random.integers(1, 30, (3, 2, experts)).astype(np.uint64)
+    problem = mt.Problem(
+        mt.RoutingStatistics(load, tables),
+        mt.Topology(devices),
+        regime="follow" if seed % 3 else "dispatch",
+        pinned=[(0, 1, int(row.argmax()))] if seed % 8 == 0 else [],
+        **slots[seed // 4 % 2],
+    )
+    for method in ("joint", "quick", "eplb"):
+        result = mt.solve(problem, method, iterations=50)
+        assert (result.violations, result.status) == ((), "feasible")
+
+
+def test_an_offer_beyond_slots_or_rules_is_no_answer():
+    """Whatever a stage offers, the answer keeps slots, pins and bans where anything does."""
+    load = mt.RoutingStatistics.from_load([[1, 1, 1, 90]])
+    kept = np.array([[[0, 3], [1, 2]]], dtype=np.int32)
+    offers = {
+        "slots": np.array([[[3, -1, -1], [0, 1, 2]]], dtype=np.int32),
+        "pinned": np.array([[[0, 1], [2, 3]]], dtype=np.int32),
+        "forbidden": np.array([[[1, 3], [0, 2]]], dtype=np.int32),
+    }
+    for objective, (name, slots) in itertools.product(("time", "balance"), offers.items()):
+        rule = {} if name == "slots" else {name: [(0, 3, 0) if name == "pinned" else (0, 0, 1)]}
+        problem = mt.Problem(load, mt.Topology(2), objective=objective, **rule)
+        run = Run(problem)
+        run.offer(kept, "kept", is_start=True)
+        run.offer(slots, "broken")
+        assert run.best.by == run.answer().by == "kept"
+        run.through([TIES])
+        assert (run.best.slots == kept).all()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("node", [None, 1])
 def test_heuristic_finds_the_optimum_of_tiny_problems(seed, node):
@@ -67,8 +112,10 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(seed, node):
 @pytest.mark.parametrize("method", ["joint", "heuristic"])
 @pytest.mark.parametrize("seed", range(6))
 def test_infeasible_caps_are_named(method, seed):
-    """Layers whose cap nothing keeps are named, with the smallest cap that something keeps."""
+    """Layers whose cap nothing keeps are named, with the smallest cap, whatever all speeds are."""
     problem = small_problem(seed, 3, 7, 3, max_imbalance=1.03)
+    speed = ((1.0, 1.5, 0.5)[seed % 3],) * 3
+    problem = replace(problem, topology=replace(problem.topology, speed=speed))
     result = mt.solve(problem, method, iterations=2000).details.caps
     least = {}
     for layer, load in enumerate(problem.load.astype(int)):

@@ -329,18 +329,29 @@ class Problem(Frozen):
             holders=None if running is None else running.held,
         )
 
-    def without_copies(self) -> Problem | None:
+    def without_copies(self, *, level: bool = False) -> Problem | None:
         """Return the problem of placements with one copy of each expert; None if this is one.
 
-        None too if pins ask for copies. Its placements are placements of this problem.
+        None too if pins ask for copies. Its placements are placements of this problem. ``level``
+        ones have equally many experts on all devices, as far as slots allow.
         """
         if not self.may_copy or self.rules.ask_for_copies:
             return None
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        return _SingleCopies(**{**arguments, "fill_slots": False})
+        kind = _LevelCopies if level else _SingleCopies
+        return kind(**{**arguments, "fill_slots": False})
 
 
 class _SingleCopies(Problem):
     """A problem whose slots to spare stay empty."""
 
     may_copy = False
+
+
+class _LevelCopies(_SingleCopies):
+    """A problem whose slots to spare stay empty, and are on no device more than must be."""
+
+    @cached_property
+    def capacity(self) -> NDArray[np.int64]:
+        """Slots of every device [L,D]: no more than experts need."""
+        return capacity.level(super().capacity, self.experts)

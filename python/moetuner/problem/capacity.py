@@ -96,10 +96,23 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
     return capacity
 
 
+def level(capacity: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
+    """Return the slots of a capacity [L,D] that experts take if devices get equally many of them.
+
+    Devices with fewer slots are full, and the others get as many as all experts need.
+    """
+    most = np.full((len(capacity), 1), -(-experts // capacity.shape[1]))
+    while (short := np.minimum(capacity, most).sum(axis=1) < experts).any():
+        most[short] += 1
+    taken: NDArray[np.int64] = np.minimum(capacity, most)
+    return taken
+
+
 def pad_slots(slots: NDArray[np.int32], capacity: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return slots [L,D,S] as wide as a capacity [L,D] that holds them; experts come first."""
-    padded = np.full((*capacity.shape, int(capacity.max())), EMPTY, dtype=np.int32)
-    width = min(slots.shape[2], padded.shape[2])
+    """Return slots [L,D,S] at least as wide as a capacity [L,D]; experts come first."""
+    widest = max(int(capacity.max()), int((slots != EMPTY).sum(axis=2).max()))
+    padded = np.full((*capacity.shape, widest), EMPTY, dtype=np.int32)
+    width = min(slots.shape[2], widest)
     # Full slots first: a device may have fewer than these are wide.
     order = np.argsort(slots == EMPTY, axis=2, kind="stable")
     padded[:, :, :width] = np.take_along_axis(slots, order, axis=2)[:, :, :width]

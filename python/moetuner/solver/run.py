@@ -2,7 +2,8 @@
 
 A method is a list of stages. A stage says whether it applies and how much time it needs, takes the
 problem and the best placement from the run, and offers what it finds. Whatever it offers is filled,
-judged and ranked here: load above the caps first, then the objective with moves at their price.
+judged and ranked here: slots, pins and bans first, then load above the caps, then the objective
+with moves at their price.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import at_least, not_negative
-from moetuner.placement import Placement, moves_from
+from moetuner.placement import EMPTY, Placement, moves_from
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
 from moetuner.solver import effort
@@ -83,7 +84,8 @@ class Incumbent:
     slots
         Expert ids [L,D,S].
     excess
-        By what part caps are exceeded, summed over layers.
+        By what part caps are exceeded, summed over layers; infinite where another rule is broken:
+        slots, pins or bans, which a stage may leave aside.
     value
         The objective in the windows that a search sees, with moves at their price.
     by
@@ -273,8 +275,12 @@ class Run:
         return incumbent
 
     def _rank(self, slots: Slots, moves: int, objective: Objective) -> tuple[float, float]:
-        placement = Placement(slots, num_experts=self.problem.experts)
-        excess = float(self.problem.caps.excess(placement).sum())
+        """Compute excess and value; slots that break a rule but the caps exceed all of them."""
+        placement, problem = Placement(slots, num_experts=self.problem.experts), self.problem
+        excess = float(problem.caps.excess(placement).sum())
+        over = ((slots != EMPTY).sum(axis=2) > problem.capacity).any()
+        if over or problem.rules.violations(placement):
+            excess = np.inf
         price = 0.0 if self.moves is None else self.moves.price * moves
         return excess, objective.value(placement) + price
 

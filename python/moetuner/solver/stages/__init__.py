@@ -7,8 +7,6 @@ with one copy of each expert is a start: copies must better it.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
@@ -31,11 +29,8 @@ def _single(problem: Problem) -> Problem | None:
     loads differ by. So devices have equally many experts where nothing says otherwise: copies may
     change that.
     """
-    single = problem.without_copies()
-    alike = problem.topology.has_equal_devices and not (problem.pinned or problem.forbidden)
-    if single is None or problem.goal != "time" or not alike:
-        return single
-    return replace(single, slots_per_device=-(-single.experts // single.devices), extra_slots=None)
+    alike = problem.topology.has_equal_devices and not problem.rules.some
+    return problem.without_copies(level=problem.goal == "time" and alike)
 
 
 def _single_copies(run: Run, budget: Budget) -> None:

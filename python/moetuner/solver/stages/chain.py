@@ -22,12 +22,12 @@ Slots = NDArray[np.int32]
 
 
 def search_traffic(
-    run: Run, problem: Problem, budget: Budget, fit: Callable[[Slots], Slots | None] | None = None
+    run: Run, problem: Problem, budget: Budget, fit: Callable[[Slots], Slots] | None = None
 ) -> None:
     """Search for the least traffic of pairs under the load cap, and offer what is found.
 
-    With ``fit``, which makes slots [L,D,S] of the run's problem of it, or nothing, the trials are
-    only a part of the search and are not told.
+    With ``fit``, which makes slots [L,D,S] of the run's problem of it, the trials are only a part
+    of the search and are not told.
     """
     objective = problem.objective_function
     report = budget.progress
@@ -50,9 +50,7 @@ def search_traffic(
     if fit is None:
         rounded = 1 << shift if shift else None
         run.details = run.details.searched(trials=trials, counts_rounded_to_multiples_of=rounded)
-    fitting = slots if fit is None else fit(slots)
-    if fitting is not None:
-        run.offer(fitting, "search")
+    run.offer(slots if fit is None else fit(slots), "search")
     if interrupted:
         raise KeyboardInterrupt
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import EMPTY, Placement
+from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
@@ -158,7 +158,8 @@ def _chain_under_caps(run: Run, budget: Budget) -> None:
         part = budget.within(1 / left, keep=left * run.judging).muted()
         if part.time_limit == 0:
             return
-        search_traffic(run, _of_traffic(problem, cap), part, lambda of: _padded(problem, of))
+        traffic = _of_traffic(problem, cap)
+        search_traffic(run, traffic, part, lambda of: pad_slots(of, problem.capacity))
 
 
 def _of_traffic(problem: Problem, cap: float) -> Problem:
@@ -174,15 +175,6 @@ def _of_traffic(problem: Problem, cap: float) -> Problem:
         forbidden=(),
         fill_slots=False,
     )
-
-
-def _padded(problem: Problem, slots: Slots) -> Slots | None:
-    """Return slots [L,D,S] as wide as the problem's; None where they break a rule."""
-    if ((slots != EMPTY).sum(axis=2) > problem.capacity).any():
-        return None
-    wide = pad_slots(slots, problem.capacity)
-    broken = problem.rules.violations(Placement(wide, num_experts=problem.experts))
-    return None if broken else wide
 
 
 def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
