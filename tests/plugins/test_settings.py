@@ -197,6 +197,150 @@ def test_models_of_one_engine_get_a_placement_each(stored, tmp_path, caplog):
     assert "more than one placement" in caplog.text
 
 
+NAMES = {
+    ("org/Model-A", "models/Model-A"): False,
+    ("org/Model-A", "MODEL-A (draft)"): False,
+    ("org/Model-A", "/cache/models--org--Model-A/snapshots/0123abcd"): False,
+    ("org/Model-A", "org/Model-B"): True,
+    ("org/Model-A", None): False,
+    (None, "org/Model-A"): False,
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_one_warning_of_a_placement_for_another_model(names, tmp_path, caplog):
+    """With both names, where both are known; it is served all the same."""
+    made_for, model = names
+    path = tmp_path / "placement.json"
+    mt.Placement([[[0, 1, 2], [3, 4, 0]]], model=made_for).save(path)
+    serve = balancer(PLACEMENT=path)
+    for _ in range(2):
+        assert serve.decide(np.ones((1, 5)), 6, 1, 1, 2, model=model) is not None
+    expected = f"moetuner: {path} was made for {made_for}, and the engine serves {model}"
+    assert caplog.messages.count(expected) == NAMES[names]
+
+
+# What the engine says of its layers, and of five which have load; the layers that are served.
+SPARSE = {
+    "MoE layers alone": (None, [1, 3, 4], None),
+    "its configuration": ([0, 2, 4], [], [0, 2, 4]),
+    "its configuration, more than have load": ([0, 2, 4], [0, 2], [0, 2, 4]),
+    "its configuration, another number": ([0, 2, 3, 4], [], None),
+    "its load": ((), [1, 3, 4], [1, 3, 4]),
+    "its load, another number": ((), [4], None),
+    "nothing": ((), [], None),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_fewer_layers_than_the_engines(name, stored, caplog):
+    """A placement of three layers goes to the three with experts of five, if the engine tells."""
+    sparse, loaded, expected = SPARSE[name]
+    load = np.zeros((5, 5))
+    load[loaded] = 1
+    serve = balancer(PLACEMENT=stored[0])
+    actual = serve.decide(load, 6, None, 1, 2, sparse=sparse)
+    if expected is None:
+        assert actual is None
+        assert f"{stored[0]}: the placement has 3 layers, but the engine has 5" in caplog.text
+    else:
+        assert np.array_equal(actual[expected], stored[1].slots.reshape(3, 6))
+        others = [layer for layer in range(5) if layer not in expected]
+        assert actual[others].tolist() == [[0, 1, 2, 3, 4, 0]] * 2
+
+
+@pytest.mark.parametrize("loaded", [0, 3])
+def test_one_layer_is_not_put_on_the_last_of_a_larger_model(loaded, tmp_path):
+    """Of a draft model, with load and without; the draft model itself gets it."""
+    path = tmp_path / "draft.json"
+    mt.Placement([[[0, 1, 2], [3, 4, 0]]]).save(path)
+    for sparse in (None, [1, 2, 3], ()):
+        serve = balancer(PLACEMENT=path)
+        load = np.zeros((4, 5))
+        load[4 - loaded :] = 1
+        assert serve.decide(load, 6, 1, 1, 2, sparse=sparse) is None
+        assert serve.decide(np.zeros((1, 5)), 6, 1, 1, 2, sparse=sparse) is not None
+
+
+CONFIGURATIONS = {
+    "dense first": ({"first_k_dense_replace": 2, "moe_layer_freq": 1}, [2, 3, 4, 5]),
+    "by a list": ({"first_k_dense_replace": 1, "moe_layer_freq": [0, 1, 0, 1, 0, 1]}, [1, 3, 5]),
+    "by kinds": ({"mlp_layer_types": ["dense", "sparse"] * 3}, [1, 3, 5]),
+    "by a step": ({"mlp_only_layers": [3], "decoder_sparse_step": 2}, [1, 5]),
+    "all": ({"mlp_only_layers": [], "decoder_sparse_step": 1}, list(range(6))),
+    "unknown step": ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, []),
+    "unknown": ({}, []),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("where", ["hf_text_config", "hf_config"])
+def test_sglang_layers_with_experts_come_from_the_configuration(name, where):
+    """Where it tells; else the first loads do."""
+    values, expected = CONFIGURATIONS[name]
+    config = SimpleNamespace(**{where: SimpleNamespace(**values)})
+    assert sglang.sparse_layers(config, 6) == expected
+
+
+# A new file, and words of why it is not taken; none where it is.
+RELOADED = {
+    "half written": (lambda text: text[:40], "not a placement"),
+    "empty": (lambda text: "", "not a placement"),
+    "deleted": (lambda text: None, "No such file or directory"),
+    "other ranks": ([[[0, 1], [2, 3], [4, 0]]] * 3, "3 devices x 2 slots for 5 experts"),
+    "other experts": ([[[0, 1, 2], [3, 4, 5]]] * 3, "2 devices x 3 slots for 6 experts"),
+    "other layers": ([[[0, 1, 2], [3, 4, 0]]] * 2, "has 2 layers, but the engine has 3"),
+    "served": ([[[4, 3, 2], [1, 0, 2]]] * 3, None),
+}
+
+
+@pytest.mark.parametrize("name", RELOADED)
+def test_what_cannot_be_served_here_is_not_taken(name, stored, tmp_path, caplog):
+    """What runs stays; one warning names the file and the whole cause, however long they are."""
+    new, words = RELOADED[name]
+    folder = tmp_path / "a-folder-with-a-long-name-as-there-are-on-clusters" / ("x" * 100)
+    folder.mkdir(parents=True)
+    path, flag = folder / "placement.json", tmp_path / "reload"
+    content = stored[0].read_text()
+    path.write_text(content)
+    serve = balancer(PLACEMENT=path, RELOAD=flag)
+    ask = (np.ones((3, 5)), 6, 1, 1, 2)
+    before = serve.decide(*ask, sparse=None)
+    if isinstance(new, list):
+        mt.Placement(new).save(path)
+    elif (text := new(content)) is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    for time in range(2):
+        flag.write_text(str(time) * (time + 1))
+        serve.look_again()
+        after = serve.decide(*ask, before, sparse=None)
+        assert np.array_equal(after, before) == (words is not None)
+    lines = [line for line in caplog.messages if "not taken" in line]
+    assert len(lines) == (words is not None)
+    assert words is None or (words in lines[0] and str(path) in lines[0])
+
+
+def test_a_file_is_taken_if_all_models_that_run_get_theirs(stored, tmp_path, caplog):
+    """Not where it has one for the draft model alone, which then would be all that is served."""
+    path, flag = tmp_path / "served.json", tmp_path / "reload"
+    draft = mt.Placement([[[4, 3, 2], [1, 0, 2]]])
+    draft.save(tmp_path / "draft.json")
+    path.write_text(stored[0].read_text() + (tmp_path / "draft.json").read_text())
+    serve = balancer(PLACEMENT=path, RELOAD=flag)
+
+    def decide():
+        return [serve.decide(np.ones((of, 5)), 6, 1, 1, 2, sparse=None) for of in (1, 3)]
+
+    before = decide()
+    path.write_text((tmp_path / "draft.json").read_text())
+    flag.write_text("1")
+    serve.look_again()
+    assert all(map(np.array_equal, decide(), before))
+    assert f"not taken: {path}: the placement has 1 layers, but the engine has 3" in caplog.text
+
+
 def test_says_one_line_when_something_changes(caplog, monkeypatch, tmp_path):
     """At INFO on rank 0 and at DEBUG elsewhere, and where nothing moves; in numbers as metrics."""
     client = importlib.import_module("prometheus_client")

@@ -103,13 +103,13 @@ class Verdict:
 def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     """Return the verdict on what ranks posted; None is a rank that did not."""
     versions = {rank: post.version for rank, post in enumerate(posts) if post is not None}
-    first, *others = [rank for rank, version in versions.items()] or [0]
-    if strange := [rank for rank in others if versions[rank] != versions[first]]:
+    speaker = min(versions, default=0)
+    if strange := [rank for rank in versions if versions[rank] != versions[speaker]]:
         return Verdict(
             "off",
-            f"{ranks_named(strange)} and rank {first} agree by other versions of moetuner "
-            f"({versions[strange[0]]} and {versions[first]}): install the same on all",
-            speaker=first,
+            f"{ranks_named(strange)} and rank {speaker} agree by other versions of moetuner "
+            f"({versions[strange[0]]} and {versions[speaker]}): install the same on all",
+            speaker=speaker,
         )
     silent = [rank for rank, post in enumerate(posts) if post is None]
     if silent:
@@ -118,7 +118,7 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
             f"{ranks_named(silent)} did not answer within {wait:.0f} s: is moetuner installed "
             "there, with the same MOETUNER_ variables?",
             silent=True,
-            speaker=next((rank for rank, post in enumerate(posts) if post is not None), 0),
+            speaker=speaker,
         )
     given = [post for post in posts if post is not None]
     first = given[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import shown
 from moetuner.plugins.agreement import Agreement, Group, Post
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, checksum_of
@@ -25,6 +24,8 @@ from moetuner.plugins.settings import Settings, complaints
 
 # Seconds between two looks at the file of MOETUNER_RELOAD.
 LOOK = 0.5
+# One thread reads files again at a time, so that who asks for it after another finds them read.
+READING = threading.Lock()
 
 
 class Balancer:
@@ -60,6 +61,9 @@ class Balancer:
         )
         self._background: ThreadPoolExecutor | None = None
         self._models: dict[int, set[str]] = {}
+        # The last case of every model, by its layers, experts and name.
+        self._cases: dict[tuple[int, int, str | None], Case] = {}
+        self._rank = 0
 
     @classmethod
     def of(cls, log: Log, engine: str) -> Balancer | None:
@@ -123,6 +127,7 @@ class Balancer:
         rank: int = 0,
         wait: float | None = None,
         quiet: bool = False,
+        sparse: Sequence[int] | None = (),
     ) -> Any:
         """Return the expert of every slot [L,P] in an engine's form, None for the engine's own map.
 
@@ -144,6 +149,9 @@ class Balancer:
             Seconds that the ranks wait for each other, if not the usual ones.
         quiet
             Whether the same decision follows, and says what it does.
+        sparse
+            Layers with experts of an engine that counts others too, empty where only their load
+            tells; None for an engine that does not count others.
         """
         if not self.settings.decides or (self._off and self._agreement.is_off(group)):
             return None
@@ -151,7 +159,8 @@ class Balancer:
             # In the process that decides, once.
             self._looks = True
             threading.Thread(target=self._watch, name="moetuner-reload", daemon=True).start()
-        arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
+        self._rank = rank
+        arguments = (weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse)
         while True:
             begin, pending = time.perf_counter(), self._pending
             decided, post = self._outcome(arguments, model, form, pending)
@@ -185,18 +194,20 @@ class Balancer:
     ) -> tuple[tuple[Any, Case, Slots, str] | None, Post]:
         """Decide by what was read: the answer, its case, slots and source, and what to post."""
         files = self.files
-        post = Post(
-            files.checksum,
-            pending="" if pending is None or pending.error else pending.checksum,
-            reloads=self.settings.reload is not None,
-        )
-        if files.error:
-            return None, replace(post, error=files.error, unread=True)
+        post = Post(files.checksum, reloads=self.settings.reload is not None)
         try:
             case, source = Case.of(*arguments), "live loads"
+            if pending is not None and self._serves(pending, case, model, form):
+                post = replace(post, pending=pending.checksum)
+            if files.error:
+                return None, replace(post, error=files.error, unread=True)
+            sizes = len(case.slots), case.experts, model
+            self._cases[sizes] = replace(case, windows=case.load[None])
             if files.placements:
                 stored, slots = files.slots(case, model)
                 source = f"{stored.path} ({stored.checksum})"
+                if text := stored.warning(model):
+                    self.log.warn(text, self._rank)
             else:
                 slots = case.rebalanced(self.settings.rules, files.profile).slots
             full = case.map_of(slots)
@@ -205,6 +216,34 @@ class Balancer:
             return None, replace(post, error=line_of(error))
         slots = full.astype(np.int32).reshape(case.slots.shape)
         return (answer, case, slots, source), replace(post, map=checksum_of(slots.tobytes()))
+
+    def _serves(
+        self,
+        pending: Files,
+        case: Case,
+        model: str | None,
+        form: Callable[[NDArray[np.int64]], Any],
+    ) -> bool:
+        """Whether files that were read again can serve what runs here; else say why not.
+
+        That is this model, and every other one that the files in use can serve.
+        """
+        rules = self.settings.rules
+        why = pending.fault(case, model, rules)
+        if pending.placements and not why:
+            try:
+                form(case.map_of(pending.slots(case, model)[1]))
+            except Exception as error:
+                why = line_of(error)
+        for (*_, name), other in self._cases.items():
+            if not why and not self.files.fault(other, name, rules):
+                why = pending.fault(other, name, rules)
+        if why:
+            self._not_taken(why)
+        return not why
+
+    def _not_taken(self, why: str) -> None:
+        self.log.warn(f"read again, not taken: {why}", self._rank)
 
     def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
         """Say what a map changes: where it changes nothing, only to who debugs."""
@@ -260,14 +299,15 @@ class Balancer:
 
     def look_again(self) -> None:
         """Read the files again if that of MOETUNER_RELOAD changed; the next decision agrees."""
-        seen = _signature(self.settings.reload)
-        if seen == self._seen:
-            return
-        self._seen = seen
-        files = Files.read(self.settings)
-        if files.error:
-            self.log.warn(f"read again, not taken: {shown(files.error)}")
-        self._pending = files
+        with READING:
+            seen = _signature(self.settings.reload)
+            if seen == self._seen:
+                return
+            self._seen = seen
+            files = Files.read(self.settings)
+            if files.error:
+                self._not_taken(files.error)
+            self._pending = files
 
 
 def _signature(path: Path | None) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ answer is a function of the arguments alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,7 +98,8 @@ def rebalance_experts(
     >>> rebalance_experts([[8, 1, 1, 2]], 6, None, 1, 2).tolist()
     [[0, 1, 3, 0, 2, 3]]
     """
-    case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map)
+    # Where a profile has fewer layers, those without load are dense.
+    case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
     rules = Rules(budget, dead_zone, deviations, traffic)
     return case.map_of(case.rebalanced(rules, profile).slots)
 
@@ -120,13 +122,18 @@ class Rules:
 
 @dataclass(frozen=True)
 class Case:
-    """What an engine asks, checked: loads [W,L,E], the slots that run [L,D,S], groups and nodes."""
+    """What an engine asks, checked: loads [W,L,E], the slots that run [L,D,S], groups and nodes.
+
+    ``sparse`` are the layers with experts of an engine that counts others too, empty where only
+    their load tells; None for an engine that does not count others.
+    """
 
     windows: NDArray[np.float64]
     slots: Slots
     runs: bool
     groups: int
     nodes: int
+    sparse: NDArray[np.intp] | None = None
 
     @classmethod
     def of(
@@ -137,6 +144,7 @@ class Case:
         num_nodes: int,
         num_ranks: int,
         old_map: ArrayLike | None,
+        sparse: Sequence[int] | None = None,
     ) -> Case:
         """Check an engine's arguments, as those of ``rebalance_experts``."""
         windows = numbers_in("weight", few_windows(array_in("weight", weight)))
@@ -157,7 +165,8 @@ class Case:
         groups = max(int(num_groups or 1), 1)
         whole = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
         nodes = num_nodes if whole and groups > 1 else 1
-        return cls(windows, slots, bool((slots >= 0).any()), groups, nodes)
+        layers_with_experts = None if sparse is None else np.array(sparse, dtype=np.intp)
+        return cls(windows, slots, bool((slots >= 0).any()), groups, nodes, layers_with_experts)
 
     @property
     def load(self) -> NDArray[np.float64]:
@@ -298,33 +307,35 @@ class Case:
                 f"the profile has {profile.experts} experts a layer, and the engine {self.experts}"
             )
         layers, ranks, _ = self.slots.shape
+        counts, cost = (
+            np.zeros((layers, self.experts, self.experts), dtype=np.uint64),
+            np.zeros(layers),
+        )
+        if not self.load.any():
+            return Pairs(counts, cost)
         rows = self.rows_of(profile.layers, "the profile")
         load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
         twice = pairs.sum(axis=(1, 2), dtype=np.float64)
         # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
         saved = load / np.maximum(load + twice, 1.0)
         live = self.load.sum(axis=1)[rows]
-        cost = np.zeros(layers)
         cost[rows] = traffic * 2 * saved / ranks * live / np.maximum(load, 1.0)
-        counts = np.zeros((layers, self.experts, self.experts), dtype=np.uint64)
         counts[rows] = pairs
         return Pairs(counts, cost)
 
     def rows_of(self, layers: int, what: str) -> NDArray[np.intp]:
-        """Tell which of the engine's layers have experts, where some of its are dense."""
+        """Tell which of the engine's layers have experts, where it counts dense ones too."""
         here = len(self.slots)
         if layers == here:
             return np.arange(here)
-        sparse = np.flatnonzero(self.load.any(axis=1))
-        if len(sparse) == layers:
-            return sparse
-        if sparse.size or here < layers:
-            raise ValueError(
-                f"{what} has {layers} layers, but the engine has {here}, of which {len(sparse)} "
-                "have load"
-            )
-        # Where there is no load to tell: dense layers come first in all models that have few.
-        return np.arange(here - layers, here)
+        text = f"{what} has {layers} layers, but the engine has {here}"
+        if self.sparse is None:
+            raise ValueError(text)
+        sparse = self.sparse if self.sparse.size else np.flatnonzero(self.load.any(axis=1))
+        if len(sparse) != layers:
+            known = f"{len(sparse)} have experts" if sparse.size else "no load tells which"
+            raise ValueError(f"{text}, of which {known}")
+        return sparse
 
 
 def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from moetuner.formats import open_input
 from moetuner.placement import Placement, keep_slots
-from moetuner.plugins.decision import Case, Slots
+from moetuner.plugins.decision import Case, Rules, Slots
 from moetuner.plugins.log import line_of
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics
@@ -33,6 +34,16 @@ class Stored:
     def checksum(self) -> str:
         """Eight hexadecimal digits of the slots."""
         return checksum_of(self.placement.slots.tobytes())
+
+    def warning(self, model: str | None) -> str:
+        """Return what to say where this was made for another model than the engine's, or nothing.
+
+        Names of which one is not known say nothing.
+        """
+        name = self.placement.model
+        if not (name and model) or _same(name, model):
+            return ""
+        return f"{self.path} was made for {name}, and the engine serves {model}"
 
     def __str__(self) -> str:
         of = self.placement
@@ -66,28 +77,37 @@ class Files:
     @classmethod
     def read(cls, settings: Settings) -> Files:
         """Read what the settings name. An error becomes the ``error`` of the result."""
+        path: Path | None = None
         try:
-            placements = tuple(
-                Stored(path, placement.filled())
-                for path in settings.placements
-                for placement in Placement.load_all(path)
-            )
-            profile = None
+            placements, profile = [], None
+            for path in settings.placements:
+                placements += [Stored(path, one.filled()) for one in Placement.load_all(path)]
             if settings.profile is not None and settings.rebalance and not placements:
-                traffic = open_input(settings.profile)
+                path = settings.profile
+                traffic = open_input(path)
                 if isinstance(traffic, RoutingTrace):
                     traffic = RoutingStatistics.from_trace(traffic, window=None, transitions=False)
                 profile = traffic
-        except OSError as error:
-            return cls(
-                error=f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
-            )
         except Exception as error:
-            return cls(error=line_of(error))
+            text = line_of(error)
+            if isinstance(error, OSError) and error.filename and error.strerror:
+                text = f"{error.filename}: {error.strerror}"
+            return cls(error=text if str(path) in text else f"{path}: {text}")
         content = [settings.rebalance, settings.rules, settings.reload is not None]
         content += [(of.checksum, of.placement.num_experts) for of in placements]
         content += [None if profile is None else profile.fingerprint]
-        return cls(placements, profile, checksum_of(repr(content).encode()))
+        return cls(tuple(placements), profile, checksum_of(repr(content).encode()))
+
+    def fault(self, case: Case, model: str | None, rules: Rules) -> str:
+        """Return why these files cannot serve a model, nothing where they can."""
+        try:
+            if self.placements:
+                self.slots(case, model)
+            elif self.profile is not None:
+                case.pairs_of(self.profile, rules.traffic)
+        except ValueError as error:
+            return self.error or line_of(error)
+        return self.error
 
     def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
         """Return the placement of a model and its slots [L,D,S]; what stays keeps its slot.
@@ -139,4 +159,11 @@ class Files:
 
 def _same(name: str | None, model: str | None) -> bool:
     """Whether a placement's model is the engine's, whose name is a path or a repository's."""
-    return bool(name and model) and Path(str(name)).name == Path(str(model)).name
+    return bool(name and model) and _short(str(name)) == _short(str(model))
+
+
+def _short(name: str) -> str:
+    """Return what names of one model have in common, whoever made it and wherever it lies."""
+    # The cache of Hugging Face: models--OWNER--NAME/snapshots/REVISION.
+    cached = re.search(r"models--(?:[^/]*--)?([^/]+)/snapshots/", name)
+    return (cached[1] if cached else Path(name.removesuffix(" (draft)")).name).casefold()

@@ -5,6 +5,7 @@ Tested with 0.5.23.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -29,42 +30,43 @@ def register() -> None:
     The name of ours is known in any case: without ``MOETUNER_`` variables, or with bad ones,
     SGLang's own algorithm answers to it. It would end the server at the first rebalance otherwise.
     """
-    balancer = Balancer.of(LOG, "SGLang")
-    hooks = Hooks(balancer)
-    targets: dict[str, Callable[..., Any]] = {
-        "eplb_algorithms.compute_algorithm": hooks.compute_algorithm
-    }
-    if balancer is not None:
-        targets["eplb_algorithms.rebalance_experts"] = hooks.rebalance_experts
-        targets["expert_location.ExpertLocationMetadata.init_trivial"] = hooks.init_trivial
+    asked = False
     try:
+        balancer = Balancer.of(LOG, "SGLang")
+        asked, hooks = balancer is not None, Hooks(balancer)
+        targets: dict[str, Callable[..., Any]] = {
+            "eplb_algorithms.compute_algorithm": hooks.compute_algorithm
+        }
+        if asked:
+            targets["eplb_algorithms.rebalance_experts"] = hooks.rebalance_experts
+            targets["expert_location.ExpertLocationMetadata.init_trivial"] = hooks.init_trivial
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
         for target, hook in targets.items():
             HookRegistry.register(EPLB + target, hook, HookType.AROUND)
     except Exception as error:
-        if balancer is not None:
+        # Another version: SGLang would not start if this were raised.
+        if asked:
             LOG.warn(f"SGLang keeps its own algorithms: {error!r}")
 
 
 class Hooks:
-    """What stands around SGLang's functions; other algorithms than ours pass through."""
+    """What stands around SGLang's functions; other algorithms than ours pass through.
+
+    Where a version of SGLang has other arguments, or other names, its own functions answer.
+    """
 
     def __init__(self, balancer: Balancer | None) -> None:
         self.balancer = balancer
         self._theirs: Callable[..., Any] | None = None
+        # Layers with experts, by how many the engine counts.
+        self._sparse: dict[int, list[int]] = {}
 
-    def compute_algorithm(
-        self,
-        original: Callable[..., Any],
-        raw_algorithm: str,
-        num_groups: int | None,
-        num_nodes: int,
-    ) -> Any:
+    def compute_algorithm(self, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Return the algorithm of a name, ours by its name."""
         self._theirs = original
-        if raw_algorithm != ALGORITHM:
-            return original(raw_algorithm, num_groups, num_nodes)
+        if ALGORITHM not in (*arguments, *named.values()):
+            return original(*arguments, **named)
         if self.balancer is not None:
             return ALGORITHM
         LOG.warn(
@@ -72,25 +74,43 @@ class Hooks:
             "decides",
             rank_of_process(),
         )
-        return original("auto", num_groups, num_nodes)
+        return original(
+            *("auto" if value == ALGORITHM else value for value in arguments),
+            **{name: "auto" if value == ALGORITHM else value for name, value in named.items()},
+        )
 
     def init_trivial(
-        self, original: Callable[..., Any], model_config: Any, moe_ep_rank: int
+        self, original: Callable[..., Any], model_config: Any, *arguments: Any, **named: Any
     ) -> Any:
         """Return where experts are when the model is loaded: as stored, if ranks agree."""
-        trivial = original(model_config, moe_ep_rank)
-        balancer, rank = self.balancer, rank_of_process()
-        if balancer is None or trivial is None:
+        trivial = original(model_config, *arguments, **named)
+        if self.balancer is None or trivial is None:
             return trivial
+        rank = rank_of_process()
+        try:
+            first = self._placed(self.balancer, model_config, trivial, rank)
+            if first is None:
+                return trivial
+            return type(trivial).init_by_mapping(model_config, first, *arguments, **named)
+        except Exception as error:
+            # Another version, on all ranks alike.
+            LOG.warn(f"serves from the first rebalance on, not from the load on: {error!r}", rank)
+            return trivial
+
+    def _placed(self, balancer: Balancer, model_config: Any, trivial: Any, rank: int) -> Any:
+        """Return the map [L,P] to load by, None for SGLang's first one."""
         LOG.say(f"in use: {balancer.purpose}", rank)
         chosen = chosen_algorithm()
         if chosen != ALGORITHM:
             if balancer.settings.decides and chosen is not None:
                 LOG.warn(f"does nothing without {OPTIONS}", rank)
-            return trivial
+            return None
         running = trivial.physical_to_logical_map_cpu.numpy()
         layers, slots = running.shape
         ranks, experts = int(trivial.ep_size), int(trivial.num_logical_experts)
+        name = getattr(model_config, "model_path", None)
+        self._sparse[layers] = sparse_layers(model_config, layers)
+        balancer.take_model(layers, name)
         first = balancer.decide(
             np.zeros((layers, experts), dtype=np.int64),
             slots,
@@ -99,59 +119,88 @@ class Hooks:
             ranks,
             running,
             group=lambda: group_of(coordinator),
+            model=name,
             rank=rank,
             wait=WAIT_AT_LOAD,
             form=lambda slots: three_maps(slots, ranks, experts)[0],
+            sparse=self._sparse[layers],
         )
-        if first is None or (first.numpy() == running).all():
-            return trivial
+        return None if first is None or (first.numpy() == running).all() else first
+
+    def rebalance_experts(self, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Return three tensors: experts of slots, slots of experts, and copies."""
+        named |= dict(zip(inspect.signature(original).parameters, arguments, strict=False))
         try:
-            return type(trivial).init_by_mapping(model_config, first, moe_ep_rank)
+            maps = self._rebalanced(**named)
         except Exception as error:
             # Another version, on all ranks alike.
-            LOG.warn(f"serves from the first rebalance on, not from the load on: {error!r}", rank)
-            return trivial
+            LOG.warn(f"SGLang's own algorithm decides: {error!r}", rank_of_process())
+            maps = None
+        if maps is not None:
+            return maps
+        if named.get("algorithm") == ALGORITHM:
+            assert self._theirs is not None
+            given = inspect.signature(self._theirs).parameters
+            # Its own choice takes what it knows of the model.
+            known = {name: value for name, value in named.items() if name in given}
+            named["algorithm"] = self._theirs("auto", **known)
+        return original(**named)
 
-    def rebalance_experts(
+    def _rebalanced(
         self,
-        original: Callable[..., Any],
         tokens_per_expert: Any,
         num_physical_experts: int,
         num_local_physical_experts: int,
         num_groups: int | None,
         num_nodes: int,
         algorithm: Any,
+        **more: Any,
     ) -> Any:
-        """Return three tensors: experts of slots, slots of experts, and copies."""
+        """Return our maps, None where SGLang's own algorithm decides."""
         assert self.balancer is not None
         loads, rank = tokens_per_expert.detach().cpu().numpy(), rank_of_process()
         self.balancer.record(loads, rank)
-        if algorithm == ALGORITHM:
-            ranks, experts = num_physical_experts // num_local_physical_experts, loads.shape[-1]
-            maps = self.balancer.decide(
-                loads,
-                num_physical_experts,
-                num_groups,
-                num_nodes,
-                ranks,
-                running_map(loads.shape[-2]),
-                group=lambda: group_of(coordinator),
-                rank=rank,
-                # Two copies of an expert on a rank are refused here: SGLang would fill only one.
-                form=lambda slots: three_maps(slots, ranks, experts),
-            )
-            if maps is not None:
-                return tuple(of.to(tokens_per_expert.device) for of in maps)
-            assert self._theirs is not None
-            algorithm = self._theirs("auto", num_groups, num_nodes)
-        return original(
-            tokens_per_expert=tokens_per_expert,
-            num_physical_experts=num_physical_experts,
-            num_local_physical_experts=num_local_physical_experts,
-            num_groups=num_groups,
-            num_nodes=num_nodes,
-            algorithm=algorithm,
+        if algorithm != ALGORITHM:
+            return None
+        ranks, experts = num_physical_experts // num_local_physical_experts, loads.shape[-1]
+        layers = loads.shape[-2]
+        maps = self.balancer.decide(
+            loads,
+            num_physical_experts,
+            num_groups,
+            num_nodes,
+            ranks,
+            running_map(layers),
+            group=lambda: group_of(coordinator),
+            model=self.balancer.model_of(layers),
+            rank=rank,
+            # Two copies of an expert on a rank are refused here: SGLang would fill only one.
+            form=lambda slots: three_maps(slots, ranks, experts),
+            sparse=self._sparse.get(layers, []),
         )
+        return None if maps is None else tuple(one.to(tokens_per_expert.device) for one in maps)
+
+
+def sparse_layers(model_config: Any, layers: int) -> list[int]:
+    """Return the layers with experts as a model's configuration tells, none where it does not."""
+    config: Any = getattr(model_config, "hf_text_config", None)
+    config = config or getattr(model_config, "hf_config", None)
+    first = getattr(config, "first_k_dense_replace", None)
+    every = getattr(config, "moe_layer_freq", None)
+    dense, step = (
+        getattr(config, "mlp_only_layers", None),
+        getattr(config, "decoder_sparse_step", 1),
+    )
+    kinds = getattr(config, "mlp_layer_types", None)
+    if isinstance(kinds, list):
+        return [layer for layer, kind in enumerate(kinds[:layers]) if kind == "sparse"]
+    if isinstance(every, list):
+        return [layer for layer, sparse in enumerate(every[:layers]) if sparse]
+    if isinstance(first, int) and every in (None, 1):
+        return list(range(first, layers))
+    if isinstance(dense, list) and isinstance(step, int) and step > 0:
+        return [at for at in range(layers) if at not in dense and (at + 1) % step == 0]
+    return []
 
 
 def coordinator() -> Any:

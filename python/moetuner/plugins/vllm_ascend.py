@@ -27,23 +27,28 @@ def register() -> None:
         settings = Settings.of()
     except ValueError:
         return  # vLLM's entry point has said it
-    if settings is None or importlib.util.find_spec("vllm_ascend") is None:
-        return
     try:
-        from vllm_ascend.eplb.core.policy.policy_factory import PolicyFactory
-
-        theirs = PolicyFactory.generate_policy
+        if settings is not None and importlib.util.find_spec("vllm_ascend") is not None:
+            replace_policies(settings)
     except Exception as error:
+        # Another version: vLLM would not start if this were raised.
         LOG.warn(f"vllm-ascend keeps its own policies: {error!r}")
+
+
+def replace_policies(settings: Settings) -> None:
+    """Put our policy around those of vllm-ascend, once."""
+    from vllm_ascend.eplb.core.policy.policy_factory import PolicyFactory
+
+    theirs = PolicyFactory.generate_policy
+    if hasattr(theirs, "moetuner"):
         return
-    if not hasattr(theirs, "moetuner"):
-        balancer = Balancer(settings, LOG)
+    balancer = Balancer(settings, LOG)
 
-        def generate_policy(policy_type: int) -> AscendPolicy:
-            return AscendPolicy(theirs(policy_type), balancer)
+    def generate_policy(*arguments: Any, **named: Any) -> AscendPolicy:
+        return AscendPolicy(theirs(*arguments, **named), balancer)
 
-        generate_policy.moetuner = True  # type: ignore[attr-defined]
-        PolicyFactory.generate_policy = staticmethod(generate_policy)
+    generate_policy.moetuner = True  # type: ignore[attr-defined]
+    PolicyFactory.generate_policy = staticmethod(generate_policy)
 
 
 class AscendPolicy:
@@ -71,7 +76,7 @@ class AscendPolicy:
         # This runs in a process beside each rank, which is in no group of torch's: ranks are given
         # the same loads and decide alike, but cannot compare what they read.
         full = self.balancer.decide(
-            windows, ranks * width, None, 1, ranks, slots.reshape(layers, -1)
+            windows, ranks * width, None, 1, ranks, slots.reshape(layers, -1), sparse=None
         )
         if full is None:
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
