@@ -101,6 +101,8 @@ class Balancer:
             parts.append(f"records loads in {settings.record}")
         if settings.reload:
             parts.append(f"reads its files again when {settings.reload} changes")
+        if not parts:
+            parts.append("has weights that change follow the engine's own moves of experts")
         return "; ".join(parts) + f"; checksum {files.checksum}"
 
     def take_model(self, layers: int, name: str | None) -> None:

@@ -17,7 +17,9 @@ NUMBERS = {
     "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field.name
     for field in fields(Rules)
 }
-NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", *NUMBERS)
+NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", "UPDATES", *NUMBERS)
+# What switches a variable on and off.
+ON, OFF = ("1", "true", "on"), ("0", "false", "off")
 # Variables of the package that are not the plugins'.
 OTHERS = ("COMPLETE",)
 
@@ -38,6 +40,9 @@ class Settings:
         Folder for windows of load: ``MOETUNER_RECORD``.
     reload
         File whose change has all others read again: ``MOETUNER_RELOAD``.
+    updates
+        Whether weights that change follow experts that move (vLLM): ``MOETUNER_UPDATES``, by
+        default where anything else is asked for.
     rules
         A variable for each, in capitals: ``MOETUNER_DEAD_ZONE``; the budget is
         ``MOETUNER_MOVE_BUDGET``.
@@ -48,6 +53,7 @@ class Settings:
     profile: Path | None = None
     record: Path | None = None
     reload: Path | None = None
+    updates: bool = True
     rules: Rules = field(default_factory=Rules)
 
     @classmethod
@@ -61,9 +67,13 @@ class Settings:
         def path(name: str) -> Path | None:
             return Path(text(name)) if text(name) else None
 
-        switch = text("REBALANCE").lower()
-        if switch not in ("", "0", "1", "true", "false", "on", "off"):
-            raise ValueError(f"{PREFIX}REBALANCE must be 0 or 1, got {shown(switch)}")
+        def switch(name: str) -> bool | None:
+            value = text(name).lower()
+            if value not in ("", *ON, *OFF):
+                raise ValueError(f"{PREFIX}{name} must be 0 or 1, got {shown(value)}")
+            return value in ON if value else None
+
+        updates = switch("UPDATES")
         numbers = {}
         for name, argument in NUMBERS.items():
             number = _number(name, text(name)) if text(name) else getattr(Rules, argument)
@@ -71,13 +81,14 @@ class Settings:
             numbers[argument] = int(number) if whole else number
         settings = cls(
             tuple(Path(part) for part in text("PLACEMENT").split(os.pathsep) if part.strip()),
-            switch in ("1", "true", "on"),
+            bool(switch("REBALANCE")),
             path("PROFILE"),
             path("RECORD"),
             path("RELOAD"),
+            updates is not False,
             Rules(**numbers),  # type: ignore[arg-type]
         )
-        return settings if settings.decides or settings.record else None
+        return settings if settings.decides or settings.record or updates else None
 
     @property
     def decides(self) -> bool:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import multiprocessing
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.tensors import group_of, rank_of_process, three_maps
+from moetuner.plugins.updates import follow_updates, wrap
 
 # A child of vLLM's logger, so that lines appear among its own.
 LOG = Log(logging.getLogger("vllm.moetuner"))
@@ -27,45 +30,96 @@ WAIT_AT_LOAD = 120.0
 def register() -> None:
     """Put our policy in the place of vLLM's default; nothing without ``MOETUNER_`` variables.
 
-    vLLM calls this in every process, some of them several times.
+    vLLM calls this in every process, some of them several times, and would not start if it raised.
     """
-    loaded = sys.modules.get(POLICIES)
-    if loaded is not None and hasattr(loaded.EPLB_POLICIES["default"], "moetuner"):
-        return
-    balancer = Balancer.of(LOG, "vLLM")
-    if balancer is None:
-        return
     try:
-        from vllm.distributed.eplb.policy import EPLB_POLICIES
-
-        EPLB_POLICIES["default"] = policy_class(EPLB_POLICIES["default"], balancer)
-        if balancer.settings.decides:
-            from vllm.distributed.eplb.eplb_state import EplbState
-
-            place_at_load(EplbState, balancer)
-        from vllm.config import VllmConfig
-
-        announce(VllmConfig, balancer)
+        if _is_registered() or (balancer := Balancer.of(LOG, "vLLM")) is None:
+            return
+        replaced = attempt("vLLM keeps its own policy", replace_policy, balancer)
+        if replaced and balancer.settings.decides:
+            lost = "serves from the first rearrangement on, not from the load on"
+            attempt(lost, place_models, balancer)
+        if balancer.settings.updates:
+            attempt("weights that change do not follow experts that move", follow, balancer)
+        attempt("does not say what is in use", announce_models, balancer)
     except Exception as error:
-        # Another version: vLLM would not start if this were raised.
         LOG.warn(f"vLLM keeps its own policy: {error!r}")
+
+
+def attempt(lost: str, step: Callable[[Balancer], None], balancer: Balancer) -> bool:
+    """Take a step of the registration; return whether this version of vLLM has a place for it."""
+    try:
+        step(balancer)
+    except Exception as error:
+        LOG.warn(f"{lost}: {error!r}")
+        return False
+    return True
+
+
+def _is_registered() -> bool:
+    with contextlib.suppress(Exception):
+        return hasattr(sys.modules[POLICIES].EPLB_POLICIES["default"], "moetuner")
+    return False
+
+
+def replace_policy(balancer: Balancer) -> None:
+    """Put our policy in the place of vLLM's default."""
+    from vllm.distributed.eplb.policy import EPLB_POLICIES
+
+    if "default" not in EPLB_POLICIES:
+        raise LookupError(f"it has none named default, but {', '.join(map(str, EPLB_POLICIES))}")
+    EPLB_POLICIES["default"] = policy_class(EPLB_POLICIES["default"], balancer)
+
+
+def place_models(balancer: Balancer) -> None:
+    """Serve stored placements from the load of a model on."""
+    from vllm.distributed.eplb.eplb_state import EplbState
+
+    place_at_load(EplbState, balancer)
+
+
+def follow(balancer: Balancer) -> None:
+    """Have weights that change follow the experts."""
+    from vllm.distributed.eplb.eplb_state import EplbState
+
+    layers = _find("vllm.model_executor.layers.fused_moe.routed_experts", "RoutedExperts")
+    worker = _find("vllm.v1.worker.gpu_worker", "Worker")
+    settings = balancer.settings
+    rearranges = not settings.placements or settings.reload is not None
+    follow_updates(EplbState, layers, worker, LOG, rearranges=rearranges)
+
+
+def _find(module: str, name: str) -> Any:
+    """Return what a module of vLLM has by a name, None where this version does not have it."""
+    with contextlib.suppress(Exception):
+        return getattr(importlib.import_module(module), name, None)
+    return None
+
+
+def announce_models(balancer: Balancer) -> None:
+    """Say what is in use."""
+    from vllm.config import VllmConfig
+
+    announce(VllmConfig, balancer)
 
 
 def announce(configurations: Any, balancer: Balancer) -> None:
     """Say what is in use when the engine has its configuration (``VllmConfig``), and its log."""
-    post_init = configurations.__post_init__
     # Engines have many processes; the first speaks for all that start as it does.
     rank = int(multiprocessing.parent_process() is not None)
 
-    @functools.wraps(post_init)
-    def announced(self: Any, *args: Any, **named: Any) -> None:
-        post_init(self, *args, **named)
-        if self.parallel_config.enable_eplb:
-            LOG.say(f"in use: {balancer.purpose}", rank, once=True)
-        else:
-            LOG.warn("does nothing without --enable-eplb", rank)
+    def around(post_init: Any) -> Any:
+        def announced(self: Any, *arguments: Any, **named: Any) -> None:
+            post_init(self, *arguments, **named)
+            with contextlib.suppress(AttributeError):
+                if self.parallel_config.enable_eplb:
+                    LOG.say(f"in use: {balancer.purpose}", rank, once=True)
+                else:
+                    LOG.warn("does nothing without --enable-eplb", rank)
 
-    configurations.__post_init__ = announced
+        return announced
+
+    wrap(configurations, "__post_init__", "announces", around)
 
 
 def coordinator() -> Any:
@@ -110,6 +164,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
                 group=lambda: group_of(coordinator),
                 model=balancer.model_of(len(loads)),
                 rank=rank,
+                sparse=None,
                 form=lambda slots: (
                     three_maps(slots, num_ranks, loads.shape[1])
                     if returns_three
@@ -130,48 +185,57 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
     rearrangement moves the weights. With elastic expert parallelism ranks may come alone; there the
     first rearrangement does it.
     """
-    add_model = states.add_model
+    wrap(states, "add_model", "places", functools.partial(_placing, balancer))
 
-    @functools.wraps(add_model)
-    def add_and_place(self: Any, model: Any, model_config: Any, *args: Any, **named: Any) -> None:
-        add_model(self, model, model_config, *args, **named)
+
+def _placing(balancer: Balancer, add_model: Any) -> Any:
+    def add_and_place(self: Any, *arguments: Any, **named: Any) -> Any:
+        added = add_model(self, *arguments, **named)
+        given = dict(zip(("model", "model_config"), arguments, strict=False)) | named
         with contextlib.suppress(Exception):
-            warn_of_traps(model, model_config, self.parallel_config)
-        if getattr(self.parallel_config, "enable_elastic_ep", False):
-            return
-        try:
-            state = list(self.model_states.values())[-1]
-            running = state.physical_to_logical_map.cpu().numpy()
-            name = getattr(state, "model_name", None)
-            load = running[:, : model.num_logical_experts] * 0
-            ranks = model.num_physical_experts // model.num_local_physical_experts
-            sizes = (model.num_physical_experts, model.num_expert_groups, 1, ranks)
-        except Exception as error:
-            # Another version, on all ranks alike.
-            LOG.warn(f"serves from the first rearrangement on, not from the load on: {error!r}")
-            return
-        balancer.take_model(len(running), name)
-        # Ranks that follow live loads take part as well: here all compare what they read.
-        maps = balancer.decide(
-            load,
-            *sizes,
-            running,
-            group=lambda: group_of(coordinator),
-            model=name,
-            rank=rank_of_process(),
-            wait=WAIT_AT_LOAD,
-            quiet=True,
-        )
-        if maps is None or (maps == running).all():
-            return
-        # The way of the synchronous balancer, which is there in the asynchronous one as well.
-        asynchronous, self.is_async = self.is_async, False
-        try:
-            self.rearrange()
-        finally:
-            self.is_async = asynchronous
+            warn_of_traps(given["model"], given["model_config"], self.parallel_config)
+        if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
+            place(self, given.get("model"), balancer)
+        return added
 
-    states.add_model = add_and_place
+    return add_and_place
+
+
+def place(states: Any, model: Any, balancer: Balancer) -> None:
+    """Put a stored placement in force for the model that an ``EplbState`` has just taken."""
+    try:
+        state = list(states.model_states.values())[-1]
+        running = state.physical_to_logical_map.cpu().numpy()
+        name = getattr(state, "model_name", None)
+        load = running[:, : model.num_logical_experts] * 0
+        ranks = model.num_physical_experts // model.num_local_physical_experts
+        sizes = (model.num_physical_experts, model.num_expert_groups, 1, ranks)
+        rearrange, asynchronous = states.rearrange, states.is_async
+    except Exception as error:
+        # Another version, on all ranks alike.
+        LOG.warn(f"serves from the first rearrangement on, not from the load on: {error!r}")
+        return
+    balancer.take_model(len(running), name)
+    # Ranks that follow live loads take part as well: here all compare what they read.
+    maps = balancer.decide(
+        load,
+        *sizes,
+        running,
+        group=lambda: group_of(coordinator),
+        model=name,
+        rank=rank_of_process(),
+        wait=WAIT_AT_LOAD,
+        quiet=True,
+        sparse=None,
+    )
+    if maps is None or (maps == running).all():
+        return
+    # The way of the synchronous balancer, which is there in the asynchronous one as well.
+    states.is_async = False
+    try:
+        rearrange()
+    finally:
+        states.is_async = asynchronous
 
 
 def warn_of_traps(model: Any, model_config: Any, parallel_config: Any) -> None:

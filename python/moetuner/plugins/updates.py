@@ -1,0 +1,341 @@
+"""Weights that change while vLLM serves: an expert's go to the slots that hold it now.
+
+All updates in the checkpoint's format end in ``RoutedExperts.weight_loader``, and its callers go
+through the slots of vLLM's first map. Once experts have moved, that writes an expert's weights into
+the slots of others, and nothing is said (vLLM issue 55228). Here the loader reads the map in force.
+No rank waits for another in it. What cannot be followed is refused, if experts have moved.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from moetuner.plugins.log import Log
+from moetuner.plugins.tensors import rank_of_process
+
+# What a layer of experts, an `EplbState` and a worker remember.
+PLACED, MODELS, KEPT = "moetuner_placed", "moetuner_models", "moetuner_kept"
+# What `RoutedExperts.weight_loader` takes.
+TENSOR = ["param", "loaded_weight", "weight_name", "shard_id"]
+ARGUMENTS = ["self", *TENSOR, "expert_id", "return_success"]
+# Methods of a worker that load weights.
+LOADS = "reload_weights", "start_weight_update", "start_draft_weight_update"
+# Base class of methods that compute scales when weights are loaded.
+ONLINE = "OnlineMoEMethodBase"
+# Tensors of a model's state that a sleep of level 2 would lose.
+MAPS = (
+    "physical_to_logical_map_buffer",
+    "physical_to_logical_map",
+    "logical_to_physical_map",
+    "logical_replica_count",
+    "last_expert_load",
+)
+
+
+def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> None:
+    """Put a function around one of an engine's, once for each purpose."""
+    inner, mark = getattr(owner, name), f"moetuner_{purpose}"
+    if not hasattr(inner, mark):
+        outer = functools.wraps(inner)(around(inner))
+        setattr(outer, mark, True)
+        setattr(owner, name, outer)
+
+
+class Placed:
+    """Where the experts of one model are, and whether updates of its weights can follow them.
+
+    Parameters
+    ----------
+    state
+        vLLM's ``EplbModelState``.
+    experts
+        Number of experts, without their copies.
+    parallel_config
+        vLLM's, which counts the workers of this engine.
+    log
+        Where warnings are said.
+    """
+
+    def __init__(self, state: Any, experts: int, parallel_config: Any, log: Log) -> None:
+        self.state, self.experts = state, experts
+        self.parallel_config, self.log = parallel_config, log
+        # Why updates cannot follow, nothing where they can.
+        self.unfollowed = ""
+        # Whether scales are computed at the load, which a later move would not take along.
+        self.computes_scales = False
+        # Whether weights were loaded after others were staged to be moved.
+        self.stale = False
+        self._mark: Any = None
+        self._slots: list[dict[int, list[int]]] = []
+        self._moved = False
+
+    def _read(self) -> None:
+        """Read the map in force, if it changed: on a GPU every look waits for the device."""
+        running = self.state.physical_to_logical_map
+        mark = None
+        with suppress(RuntimeError):  # Tensors made in inference mode do not count their changes.
+            mark = running.data_ptr(), tuple(running.shape), running._version
+        if mark is not None and mark == self._mark:
+            return
+        self._mark, self._slots, self._moved = mark, [], False
+        for row in running.tolist():
+            slots: dict[int, list[int]] = defaultdict(list)
+            for slot, expert in enumerate(row):
+                slots[expert].append(slot)
+                self._moved |= expert >= 0 and expert != slot % self.experts
+            self._slots.append(slots)
+
+    @property
+    def moved(self) -> bool:
+        """Whether experts are elsewhere than where vLLM loads them."""
+        self._read()
+        return self._moved
+
+    def load(self, layer: int, expert: int, whole: bool, into: Callable[[int], Any]) -> bool:
+        """Load a tensor of an expert ``into`` the slots of a layer; return whether one is local.
+
+        A ``whole`` tensor has the experts of all slots, in the order of the first map.
+        """
+        self.stale |= bool(getattr(self.state, "rebalanced", False))
+        if self.computes_scales:
+            self.log.warn(
+                "scales that are computed when weights are loaded do not move with their expert "
+                "after an update: right until the next rearrangement, not after it",
+                rank_of_process(),
+            )
+        unfollowed = self.unfollowed or ("a tensor of all experts" if whole else "")
+        if unfollowed and self.moved:
+            return self.refuse("load_weights", unfollowed, rank_of_process())
+        if unfollowed:
+            return bool(into(expert))
+        self._read()
+        # vLLM's caller goes through the slots of the first map, where the first of an expert has
+        # its number, and the others are copies, which are loaded here with the first.
+        if expert >= self.experts:
+            return False
+        done = [bool(into(slot)) for slot in self._slots[layer].get(expert, [])]
+        return any(done)
+
+    def refuse(self, what: str, why: str, rank: int) -> bool:
+        """Raise an error on the last worker of the engine; on the others do nothing.
+
+        vLLM's executor reads the answers of its workers up to the first error, and leaves those
+        behind it to the next call.
+        """
+        workers = getattr(self.parallel_config, "world_size", 1)
+        if rank % workers < workers - 1:
+            return False
+        name = getattr(self.state, "model_name", "the model")
+        raise RuntimeError(
+            f"moetuner: {what} is refused: experts of {name} have moved since they were loaded, "
+            f"and {why} would go to the slots of others; start the engine with the new weights"
+        )
+
+
+def follow_updates(
+    states: Any, layers: Any, worker: Any, log: Log, *, rearranges: bool = True
+) -> str:
+    """Have updates of weights follow the experts; return why they cannot, nothing where they do.
+
+    Before a model is built, as its parameters keep their loader. ``states`` is ``EplbState``,
+    ``layers`` ``RoutedExperts`` and ``worker`` ``Worker``; None for one that this version of vLLM
+    does not have. ``rearranges`` says whether experts move while the engine serves.
+    """
+    missing = _missing(layers)
+    if not missing:
+        wrap(layers, "weight_loader", "follows", _loader)
+    wrap(
+        states, "add_model", "follows", functools.partial(_adding, layers, missing, log, rearranges)
+    )
+    if hasattr(states, "drain_async"):
+        wrap(states, "step", "follows", _stepping)
+    for name in LOADS:
+        if hasattr(worker, name):
+            wrap(worker, name, "follows", functools.partial(_refusing, name))
+    for name, around in (("sleep", _sleeping), ("discard", _discarding), ("wake_up", _waking)):
+        if hasattr(worker, name):
+            wrap(worker, name, "follows", functools.partial(around, log))
+    return missing
+
+
+def _missing(layers: Any) -> str:
+    loader = getattr(layers, "weight_loader", None)
+    if loader is None:
+        return "this version of vLLM has no RoutedExperts.weight_loader"
+    if list(inspect.signature(loader).parameters) != ARGUMENTS:
+        return "RoutedExperts.weight_loader takes other arguments in this version of vLLM"
+    return ""
+
+
+def _loader(load: Any) -> Any:
+    def load_where_it_is(
+        self: Any,
+        param: Any,
+        loaded_weight: Any,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        tensor = param, loaded_weight, weight_name, shard_id
+        if (placed := vars(self).get(PLACED)) is None:  # the first load
+            return load(self, *tensor, expert_id, return_success)  # type: ignore[no-any-return]
+        model, layer = placed
+        whole = loaded_weight.dim() >= max(2, param.dim())
+        done = model.load(layer, expert_id, whole, lambda slot: load(self, *tensor, slot, True))
+        return bool(done) if return_success else None
+
+    return load_where_it_is
+
+
+def _adding(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
+    def add(self: Any, *arguments: Any, **named: Any) -> Any:
+        added = add_model(self, *arguments, **named)
+        model = named.get("model", arguments[0] if arguments else None)
+        try:
+            placed = note(self, model, layers, missing, log)
+            placed.computes_scales &= rearranges
+        except Exception as error:
+            log.warn(f"weight updates cannot follow experts: {error!r}", rank_of_process())
+        return added
+
+    return add
+
+
+def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed:
+    """Tell every layer of a model that vLLM has taken where its experts are."""
+    every = list(states.model_states.values())
+    state = next((of for of in every if getattr(of, "model", None) is model), every[-1])
+    parallel_config = getattr(states, "parallel_config", None)
+    placed = Placed(state, model.num_logical_experts, parallel_config, log)
+    placed.unfollowed = missing
+    if getattr(states, "is_async", False) and not hasattr(states, "drain_async"):
+        placed.unfollowed = "weights beside an asynchronous rearrangement"
+    experts = [getattr(layer, "routed_experts", layer) for layer in model.moe_layers]
+    for layer in experts:
+        placed.unfollowed = placed.unfollowed or _own_loader(layer, layers)
+        kinds = type(getattr(layer, "quant_method", None)).__mro__
+        placed.computes_scales |= any(kind.__name__ == ONLINE for kind in kinds)
+    if placed.unfollowed:
+        log.warn(
+            f"weights that change do not follow experts that move ({placed.unfollowed}): "
+            f"{' and '.join(LOADS[:2])} are refused from then on",
+            rank_of_process(),
+        )
+    others = [of for of in models_of(states) if any(of.state is other for other in every)]
+    vars(states)[MODELS] = [of for of in others if of.state is not state] + [placed]
+    for number, layer in enumerate(experts):
+        vars(layer)[PLACED] = placed, number
+    return placed
+
+
+def _own_loader(experts: Any, layers: Any) -> str:
+    """Return what loads these experts in a way that cannot be followed, nothing if nothing does."""
+    kind = type(experts)
+    if not isinstance(experts, layers) or kind.weight_loader is not layers.weight_loader:
+        return f"weights of {kind.__name__}, which loads them by code of its own,"
+    manager = getattr(experts, "expert_map_manager", experts)
+    if getattr(manager, "num_fused_shared_experts", 0):
+        return "weights of shared experts that are fused with the others"
+    return ""
+
+
+def models_of(states: Any) -> list[Placed]:
+    """Return the models of an ``EplbState``."""
+    return list(getattr(states, "__dict__", {}).get(MODELS, []))
+
+
+def models_of_worker(worker: Any) -> list[Placed]:
+    """Return the models of a worker."""
+    return models_of(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
+
+
+def _stepping(step: Any) -> Any:
+    def step_after_update(self: Any, *arguments: Any, **named: Any) -> Any:
+        # What an asynchronous rearrangement has staged is older than the update. All ranks took the
+        # update between the same two steps, so all are here.
+        if any(model.stale for model in models_of(self)):
+            self.drain_async()
+            for model in models_of(self):
+                model.stale = False
+        return step(self, *arguments, **named)
+
+    return step_after_update
+
+
+def _refusing(name: str, call: Any) -> Any:
+    def guarded(self: Any, *arguments: Any, **named: Any) -> Any:
+        checkpoint = named.get("is_checkpoint_format", len(arguments) < 3 or arguments[2])
+        kernel = name == "reload_weights" and not checkpoint
+        for model in models_of_worker(self):
+            why = "weights in the kernel's format" if kernel else model.unfollowed
+            if why and model.moved:
+                return model.refuse(name, why, self.rank) or None
+        return call(self, *arguments, **named)
+
+    return guarded
+
+
+def _sleeping(log: Log, sleep: Any) -> Any:
+    def sleep_with_maps(self: Any, level: int = 1, *arguments: Any, **named: Any) -> Any:
+        if level == 2:
+            keep_maps(self, log)
+        return sleep(self, level, *arguments, **named)
+
+    return sleep_with_maps
+
+
+def _discarding(log: Log, discard: Any) -> Any:
+    def discard_without_maps(self: Any, tags: Any, *arguments: Any, **named: Any) -> Any:
+        if "weights" in tags:
+            keep_maps(self, log)
+        return discard(self, tags, *arguments, **named)
+
+    return discard_without_maps
+
+
+def _waking(log: Log, wake_up: Any) -> Any:
+    def wake_up_with_maps(self: Any, tags: Any = None, *arguments: Any, **named: Any) -> Any:
+        woken = wake_up(self, tags, *arguments, **named)
+        if tags is None or "weights" in tags:
+            bring_maps(self)
+        return woken
+
+    return wake_up_with_maps
+
+
+def keep_maps(worker: Any, log: Log) -> None:
+    """Keep the maps on the host: they were allocated with the weights, and go with them."""
+    if KEPT in vars(worker):
+        return
+    try:
+        kept = []
+        for model in models_of_worker(worker):
+            maps = {name: getattr(model.state, name, None) for name in MAPS}
+            kept.append(
+                (
+                    model.state,
+                    {name: of.cpu().clone() for name, of in maps.items() if of is not None},
+                )
+            )
+        vars(worker)[KEPT] = kept
+    except Exception as error:
+        log.warn(f"a sleep of level 2 loses where experts are: {error!r}", rank_of_process())
+
+
+def bring_maps(worker: Any) -> None:
+    """Bring the maps back; what counts loads begins anew."""
+    for state, kept in vars(worker).pop(KEPT, []):
+        for name, tensor in kept.items():
+            getattr(state, name).copy_(tensor)
+        for name in ("expert_load_pass_buffer", "expert_load_pass", "expert_load_window"):
+            if (counts := getattr(state, name, None)) is not None:
+                counts.zero_()
+    states = getattr(getattr(worker, "model_runner", None), "eplb_state", None)
+    if (records := getattr(states, "should_record_tensor", None)) is not None:
+        records.fill_(True)

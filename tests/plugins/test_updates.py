@@ -1,0 +1,391 @@
+"""Weights that change in vLLM follow the experts: a stand-in for its loader, states and workers."""
+
+import logging
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetuner.plugins.log import Log
+from moetuner.plugins.updates import bring_maps, follow_updates, keep_maps
+
+torch = pytest.importorskip("torch")
+
+LOG = logging.getLogger("moetuner.plugins")
+WIDTH = 2  # numbers of an expert
+
+
+def engine():
+    """Make vLLM's classes, as far as updates touch them."""
+
+    class RoutedExperts:
+        """One layer on one rank: slots of so many experts, and what loads them."""
+
+        def __init__(self, local, first):
+            self.weight = torch.zeros(local, WIDTH)
+            self.first = first
+
+        def weight_loader(
+            self,
+            param,
+            loaded_weight,
+            weight_name,
+            shard_id,
+            expert_id,
+            return_success=False,
+        ):
+            """Load a slot, if it is here; or all of them."""
+            local = expert_id - self.first
+            here = 0 <= local < len(param)
+            if loaded_weight.dim() == param.dim():
+                param.copy_(loaded_weight)
+            elif here:
+                param[local] = loaded_weight
+            return here if return_success else None
+
+    class EplbState:
+        """Models by their hash, and what was drained before which step."""
+
+        def __init__(self, rank=0, workers=1):
+            self.model_states, self.is_async, self.done = {}, False, []
+            self.parallel_config = SimpleNamespace(world_size=workers, rank=rank)
+
+        def add_model(self, model, model_config, model_name=None):
+            """Take a model, its experts in order."""
+            slots = torch.arange(model.num_physical_experts) % model.num_logical_experts
+            running = slots.repeat(len(model.moe_layers), 1)
+            self.model_states[id(model)] = SimpleNamespace(
+                model=model, model_name="tiny", physical_to_logical_map=running, rebalanced=False
+            )
+
+        def step(self, is_dummy=False):
+            """Note a step."""
+            self.done.append("step")
+
+        def drain_async(self):
+            """Note that what is staged is dropped."""
+            self.done.append("drain")
+
+        def rearrange(self):
+            """Be there."""
+
+    class Worker:
+        """Loads weights, sleeps and wakes up."""
+
+        def __init__(self, states, rank=0):
+            self.model_runner, self.rank = SimpleNamespace(eplb_state=states), rank
+            self.did = []
+
+        def reload_weights(self, *arguments, **named):
+            """Note it."""
+            self.did.append("reload")
+            return "reloaded"
+
+        def start_weight_update(self):
+            """Note it."""
+            self.did.append("start")
+
+        def sleep(self, level=1):
+            """Lose all that was allocated at the load."""
+            for state in self.model_runner.eplb_state.model_states.values():
+                if level == 2:
+                    state.physical_to_logical_map.zero_()
+
+        def wake_up(self, tags=None):
+            """Note it."""
+            self.did.append("wake")
+
+    return SimpleNamespace(RoutedExperts=RoutedExperts, EplbState=EplbState, Worker=Worker)
+
+
+class Served:
+    """Models of an engine on all of its ranks, with the updates followed."""
+
+    def __init__(self, experts, slots, ranks=2, layers=2, *, kinds=None, log=None, **more):
+        self.classes = kinds or engine()
+        layers_of = more.pop("loader", self.classes.RoutedExperts)
+        self.missing = follow_updates(
+            self.classes.EplbState, layers_of, self.classes.Worker, log or Log(LOG), **more
+        )
+        self.experts, self.slots, self.width = experts, slots, slots // ranks
+        self.layers = [
+            [self.classes.RoutedExperts(self.width, rank * self.width) for _ in range(layers)]
+            for rank in range(ranks)
+        ]
+        self.states = [self.classes.EplbState(rank, ranks) for rank in range(ranks)]
+        self.load(range(experts), 0)
+        for moe_layers, states in zip(self.layers, self.states, strict=True):
+            states.add_model(
+                SimpleNamespace(
+                    moe_layers=moe_layers, num_logical_experts=experts, num_physical_experts=slots
+                ),
+                None,
+            )
+        self.workers = [
+            self.classes.Worker(states, rank) for rank, states in enumerate(self.states)
+        ]
+
+    def place(self, running):
+        """Have the experts of slots [L,P] there, with their weights."""
+        for rank, states in enumerate(self.states):
+            (state,) = states.model_states.values()
+            state.physical_to_logical_map.copy_(torch.from_numpy(running))
+            for layer, experts in enumerate(self.layers[rank]):
+                row = running[layer, rank * self.width : (rank + 1) * self.width]
+                experts.weight.copy_(torch.from_numpy(row)[:, None].float().expand(-1, WIDTH))
+
+    def load(self, experts, step):
+        """Load experts as vLLM's models do: through the slots of the first map.
+
+        The first time through all of them, later up to the first success, as some models do. The
+        weights of an expert are its number, and a hundred more for each step.
+        """
+        for layer in (layer for moe_layers in self.layers for layer in moe_layers):
+            for expert in experts:
+                tensor = torch.full((WIDTH,), expert + 100.0 * step), "w1_weight", "w1"
+                for slot in range(expert, self.slots, self.experts):
+                    if layer.weight_loader(layer.weight, *tensor, slot, True) and step:
+                        break
+
+    def held(self):
+        """Return the weights of every slot [L,P]."""
+        rows = [[layer.weight[:, 0].tolist() for layer in of] for of in self.layers]
+        return np.concatenate(rows, axis=1)
+
+
+@st.composite
+def maps(draw):
+    """Draw experts, slots, and a map [L,P] with copies and empty slots, all experts somewhere."""
+    experts, spare = draw(st.integers(1, 9)), draw(st.integers(0, 6))
+    slots = (experts + spare + 1) // 2 * 2
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    rows = []
+    for _ in range(2):
+        others = random.integers(-1, experts, slots - experts)
+        rows.append(random.permutation([*range(experts), *others]))
+    return experts, slots, np.array(rows), random
+
+
+@given(maps())
+def test_an_update_goes_to_the_slots_that_hold_the_expert(case):
+    """Every copy of every expert, of all or of some, however often the map changes; no other."""
+    experts, slots, running, random = case
+    served = Served(experts, slots)
+    for step in (1, 2):
+        served.place(running)
+        some = random.permutation(experts)[: random.integers(0, experts + 1)]
+        served.load(some, step)
+        expected = np.where(np.isin(running, some), running + 100 * step, running)
+        assert np.array_equal(served.held(), expected)
+        running = random.permuted(running, axis=1)
+
+
+def test_without_moves_all_is_loaded_as_ever():
+    """Before the engine has taken the model, and after; copies of the first map too."""
+    served = Served(3, 4)
+    assert served.missing == ""
+    assert served.held().tolist() == [[0, 1, 2, 0]] * 2
+    served.load(range(3), 1)
+    assert served.held().tolist() == [[100, 101, 102, 100]] * 2
+
+
+def test_success_is_said_where_a_slot_is_local():
+    """Of the first slot of an expert; where nobody asks there is no answer, as in vLLM."""
+    served = Served(3, 4)
+    served.place(np.array([[2, 1, 0, 2]] * 2))
+    tensor = torch.ones(WIDTH), "w1_weight", "w1"
+    for rank, expected in enumerate([[False, True, True], [True, False, True]]):
+        layer = served.layers[rank][0]
+        load = partial(layer.weight_loader, layer.weight, *tensor)
+        assert [load(expert, True) for expert in range(3)] == expected
+        assert load(3, True) is False
+        assert load(0) is None
+
+
+@pytest.mark.parametrize("rebalanced", [False, True])
+def test_what_was_staged_before_an_update_is_dropped_before_the_next_step(rebalanced):
+    """Once, on every rank, if a rearrangement was under way when weights were loaded."""
+    served = Served(3, 4)
+    for states in served.states:
+        (state,) = states.model_states.values()
+        state.rebalanced = rebalanced
+        states.step()
+    served.load([1], 1)
+    for states in served.states:
+        states.step()
+        states.step(is_dummy=True)
+        assert states.done == ["step", *["drain"] * rebalanced, "step", "step"]
+
+
+MOVED = np.array([[2, 1, 0, 2]] * 2)
+
+
+def a_loader_of_its_own():
+    """Return classes whose layers load by code of their own."""
+    kinds = engine()
+
+    class Other(kinds.RoutedExperts):
+        """Loads as it likes."""
+
+        def weight_loader(self, *arguments, **named):
+            """Do nothing."""
+
+    return SimpleNamespace(**{**vars(kinds), "RoutedExperts": Other})
+
+
+def fused_shared_experts():
+    """Return classes whose layers have shared experts among the others."""
+    kinds = engine()
+    kinds.RoutedExperts.expert_map_manager = SimpleNamespace(num_fused_shared_experts=1)
+    return kinds
+
+
+def no_drain():
+    """Return classes that move weights in the background and cannot drop them."""
+    kinds = engine()
+    del kinds.EplbState.drain_async
+    add_model = kinds.EplbState.add_model
+
+    def asynchronous(self, model, model_config):
+        add_model(self, model, model_config)
+        self.is_async = True
+
+    kinds.EplbState.add_model = asynchronous
+    return kinds
+
+
+def other_arguments():
+    """Return classes whose loader takes something else."""
+    kinds = engine()
+    kinds.RoutedExperts.weight_loader = lambda self, param, weight, expert_id: None
+    return kinds
+
+
+# Classes, the loader's class that is found, what cannot be followed, and how it is reloaded.
+UNFOLLOWED = {
+    "own loader": (a_loader_of_its_own, "own", "code of its own", {}),
+    "shared": (fused_shared_experts, "same", "shared experts that are fused", {}),
+    "no drain": (no_drain, "same", "beside an asynchronous rearrangement", {}),
+    "no loader": (engine, None, "has no RoutedExperts.weight_loader", {}),
+    "kernel": (engine, "same", "the kernel's format", {"is_checkpoint_format": False}),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWED)
+def test_what_cannot_be_followed_is_refused_once_experts_have_moved(name, caplog):
+    """On the last worker alone, as vLLM reads no answer behind an error; before, it is done."""
+    make, found, words, named = UNFOLLOWED[name]
+    kinds = make()
+    base = {"own": kinds.RoutedExperts.__mro__[1], "same": kinds.RoutedExperts, None: None}[found]
+    served = Served(3, 4, kinds=kinds, loader=base)
+    for worker in served.workers:
+        assert worker.reload_weights(**named) == "reloaded"
+    served.place(MOVED)
+    first, last = served.workers
+    assert first.reload_weights(**named) is None
+    with pytest.raises(RuntimeError, match=f"reload_weights is refused: experts of tiny.*{words}"):
+        last.reload_weights(**named)
+    if name != "kernel":
+        assert first.start_weight_update() is None
+        with pytest.raises(RuntimeError, match="start_weight_update is refused"):
+            last.start_weight_update()
+        assert caplog.text.count("weights that change do not follow experts that move") == 1
+    assert [worker.did for worker in served.workers] == [["reload"]] * 2
+
+
+def test_followed_updates_are_not_refused():
+    """In the checkpoint's format, by position or by name; and a session starts."""
+    served = Served(3, 4)
+    served.place(MOVED)
+    for worker in served.workers:
+        assert worker.reload_weights(None, "path", True) == "reloaded"
+        worker.start_weight_update()
+        assert worker.did == ["reload", "start"]
+    with pytest.raises(RuntimeError, match="kernel's format"):
+        served.workers[1].reload_weights(None, None, False)
+
+
+@pytest.mark.parametrize("kinds", [engine, fused_shared_experts])
+def test_a_load_that_cannot_be_followed_is_refused(kinds, monkeypatch):
+    """Of all experts in one tensor, in the order of the first map, and of fused shared experts."""
+    served = Served(3, 4, kinds=kinds())
+    whole = torch.ones(2, WIDTH) if kinds is engine else torch.ones(WIDTH)
+    for moved in (False, True):
+        for rank in (0, 1):
+            layer = served.layers[rank][0]
+            monkeypatch.setattr("moetuner.plugins.updates.rank_of_process", lambda rank=rank: rank)
+            load = partial(layer.weight_loader, layer.weight, whole, "w1_weight", "w1", 2 * rank)
+            before = layer.weight.clone()
+            if moved and rank:
+                with pytest.raises(RuntimeError, match="load_weights is refused"):
+                    load(return_success=True)
+            else:
+                assert load(return_success=True) is not moved
+            assert torch.equal(layer.weight, before) == moved
+        served.place(MOVED)
+
+
+def test_where_the_loader_takes_other_arguments_nothing_is_wrapped():
+    """Updates are refused instead."""
+    kinds = other_arguments()
+    before = kinds.RoutedExperts.weight_loader
+    reason = follow_updates(kinds.EplbState, kinds.RoutedExperts, kinds.Worker, Log(LOG))
+    assert "takes other arguments" in reason
+    assert kinds.RoutedExperts.weight_loader is before
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleep_keeps_where_experts_are(level):
+    """Also the one that discards all that was allocated when the model was loaded."""
+    served = Served(3, 4)
+    served.place(MOVED)
+    for worker in served.workers:
+        worker.sleep(level)
+        worker.wake_up(["kv_cache"])
+        worker.wake_up(["weights"])
+    served.load(range(3), 1)
+    assert np.array_equal(served.held(), MOVED + 100)
+
+
+def test_maps_that_are_brought_back_are_brought_once():
+    """What was kept before a second sleep is not taken for the map of the third."""
+    served = Served(3, 4)
+    worker, log = served.workers[0], Log(LOG)
+    (state,) = served.states[0].model_states.values()
+    for expected in (MOVED, MOVED[:, ::-1].copy()):
+        served.place(expected)
+        keep_maps(worker, log)
+        state.physical_to_logical_map.zero_()
+        keep_maps(worker, log)
+        bring_maps(worker)
+        bring_maps(worker)
+        assert state.physical_to_logical_map.tolist() == expected.tolist()
+
+
+class OnlineMoEMethodBase:
+    """vLLM's name for what computes scales when weights are loaded."""
+
+
+@pytest.mark.parametrize("rearranges", [True, False])
+def test_scales_that_are_computed_at_a_load_are_warned_of(rearranges, caplog):
+    """Once, where experts move later, by whoever moves them."""
+    kinds = engine()
+    kinds.RoutedExperts.quant_method = OnlineMoEMethodBase()
+    served = Served(3, 4, kinds=kinds, rearranges=rearranges)
+    served.load(range(3), 1)
+    assert caplog.text.count("scales that are computed") == rearranges
+
+
+def test_following_twice_is_following_once():
+    """Plugins are registered in every process, in some of them several times."""
+    kinds = engine()
+    served = Served(3, 4, kinds=kinds)
+    before = {name: vars(kinds.Worker)[name] for name in ("sleep", "reload_weights")}
+    follow_updates(kinds.EplbState, kinds.RoutedExperts, kinds.Worker, Log(LOG))
+    assert {name: vars(kinds.Worker)[name] for name in before} == before
+    served.place(MOVED)
+    served.load(range(3), 1)
+    assert np.array_equal(served.held(), MOVED + 100)
