@@ -111,8 +111,8 @@ mt.Topology(2, link_cost=[[0, 1], [2, 0]]) | in both directions, got 1 from devi
 mt.Topology(2, link_cost=[[0, 0], [0, 0]]) | link_cost must be above 0 for some pair of devices
 fit([1, 2, 3], [1, 1, 1], [1, 2, 3]) | fit needs at least 8 different pairs of tokens and experts
 fit([1, 2, 3, 4], [1, 1, 1], [1, 2, 3]) | must be [n] each, got [[4], [3]
-fit([1, 2, 3, -4], [1] * 4, [1] * 4) | tokens must be finite and at least 0, got -4.0 at 3
-fit([1] * 4, [1] * 4, [1, 0, 1, 1]) | microseconds must be finite and positive, got 0.0 at 1
+fit([1, 2, 3, -4], [1] * 4, [1] * 4) | tokens must be from 0 to 1e+30, got -4.0 at 3
+fit([1] * 4, [1] * 4, [1, 0, 1, 1]) | microseconds must be from 1e-30 to 1e+30, got 0.0 at 1
 mt.Placement([[[0, 1], [2, 2]]]) | layer 0, device 1: expert 2 has two slots
 mt.Placement([[[0, 1], [2, 3]], [[0, 1], [2, -1]]]) | layer 1: expert 3 has no slot
 mt.Placement([[[0, 1], [2, -2]]]) | layer 0, device 1: expert id -2

@@ -455,10 +455,10 @@ def measurements(*values: ArrayLike) -> list[Floats]:
     if columns[0].ndim != 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"tokens, experts and microseconds must be [n] each, got {shapes}")
     for name, column in zip(names, columns, strict=True):
-        is_time = name == "microseconds"
-        for at in np.flatnonzero(~((column > 0 if is_time else column >= 0) & (column < np.inf))):
-            rule = "positive" if is_time else "at least 0"
-            raise ValueError(f"{name} must be finite and {rule}, got {column[at]} at {at}")
+        lowest = check.SMALLEST if name == "microseconds" else 0
+        for at in np.flatnonzero(~((column >= lowest) & (column <= check.LARGEST))):
+            rule = f"from {lowest:g} to {check.LARGEST:g}"
+            raise ValueError(f"{name} must be {rule}, got {column[at]} at {at}")
     different = len(set(zip(*columns[:2], strict=True)))
     if different < FEWEST:
         raise ValueError(
@@ -496,7 +496,8 @@ def _fit(tokens: Floats, experts: Floats, times: Floats, *, exposes: bool) -> Fl
             lines = np.array([a, b, c, d, exposed])
             error = np.abs(_errors(lines, tokens, experts, times))
             typical = 1.4826 * float(np.median(error)) + 1e-12
-            softer = np.sqrt(np.minimum(1, OUTLIER * typical / np.maximum(error, 1e-300))) / times
+            tiny = 1e-300 * typical
+            softer = np.sqrt(np.minimum(1, OUTLIER * typical / np.maximum(error, tiny))) / times
             by_experts, by_tokens = _times(lines, tokens, experts)
             same = np.array_equal(by_tokens >= by_experts, on_tokens)
             if same and np.abs(softer - weight).max() <= 1e-4 * weight.max():

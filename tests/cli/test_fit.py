@@ -59,3 +59,24 @@ def test_a_layer_is_timed_on_this_machine(run, tmp_path, monkeypatch):
     status, out, err = run("fit", *sizes, "--device", "cpu", "--out", tmp_path / "c.json")
     assert "times of one core of a CPU" in err
     assert "wrote" in out if status == 0 else re.search("error: .*regimes", err)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("nan", "experts must be from 0 to 1e+30, got nan at 19"),
+        ("1e-320", "microseconds must be from 1e-30 to 1e+30, got 1e-320 at 19"),
+        (None, "must be a regular file"),
+    ],
+)
+def test_errors_name_the_file_of_times(run, times, tmp_path, change, words):
+    """One line: neither an option that has a column's name, nor a device read without end."""
+    path = times if change is not None else "/dev/zero"
+    if change is not None:
+        row = "9,nan,9" if change == "nan" else f"9,9,{change}"
+        rows = times.read_text().splitlines()[:20]
+        times.write_text("\n".join([*rows, row]) + "\n")
+        words = words.replace("at 19", f"at {len(rows) - 1}")
+    status, out, err = run("fit", "--times", path, "--hidden", 64, "--out", tmp_path / "c.json")
+    assert (status, out) == (2, "")
+    assert err == f"moetuner: error: {path}: {words}\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from moetuner.cli import options
 from moetuner.cli.options import SIZE, option
 from moetuner.cli.output import Output, shares, working
 from moetuner.cost import CostModel, public_name
-from moetuner.files import naming
+from moetuner.files import naming, read_whole
 from moetuner.files.text import name
 from moetuner.presets import MODELS
 from moetuner.report.cells import percent, signed
@@ -23,6 +25,8 @@ from moetuner.report.cells import percent, signed
 COLUMNS = "tokens,experts,microseconds"
 # Bytes of a number of a token, in bfloat16.
 BYTES = 2
+# Bytes of a file of times: more than ten times those of a quarter of a million batches.
+LONGEST = 1 << 26
 
 
 @options.command("fit")
@@ -70,7 +74,9 @@ def command(
     tokens, active, measured = np.array(times, dtype=float).reshape(-1, 3).T
     sizes = {"token_bytes": BYTES * hidden, "name": f"measured {whose}"}
     try:
-        fitted = CostModel.fit(tokens, active, measured, **sizes)
+        # What is wrong with a file is not said of options.
+        with nullcontext() if times_file is None else naming(times_file):
+            fitted = CostModel.fit(tokens, active, measured, **sizes)
     except ValueError as error:
         if times_file is not None or "one core" not in whose:
             raise
@@ -138,9 +144,10 @@ def _timed(hidden: int, intermediate: int, how: dict[str, Any]) -> tuple[Any, st
 def read_times(path: Path) -> list[tuple[float, ...]]:
     """Read tokens, active experts and microseconds, a batch per line; a header may come first."""
     times: list[tuple[float, ...]] = []
-    with path.open(newline="") as file, naming(path):
+    with naming(path):
+        text = read_whole(path, LONGEST).decode("utf-8-sig")
         try:
-            rows = [*csv.reader(file)]
+            rows = [*csv.reader(io.StringIO(text, newline=""))]
         except csv.Error as error:
             raise ValueError(f"must be {COLUMNS} in numbers: {error}") from None
         for number, row in enumerate(rows, 1):
