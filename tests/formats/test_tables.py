@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
-from moetuner.formats import csv, reader_of
+from moetuner.formats import arrow, csv, reader_of
 
 LAYERS = (2, 5, 7)
 
@@ -156,6 +156,90 @@ def test_bombs(tmp_path, form):
     assert pool.max_memory() < 1 << 30
 
 
+def varint(number):
+    """Write an integer of at least 0 as Thrift's compact protocol does."""
+    number, written = number << 1, b""
+    while number > 127:
+        written, number = written + bytes([number & 127 | 128]), number >> 7
+    return written + bytes([number])
+
+
+def one_in(length):
+    """Write 1 so in as many bytes as a larger integer has."""
+    return bytes([0x82] + [0x80] * (length - 2) + [0])
+
+
+def with_footer(path, old, new):
+    """Replace bytes in the footer of a Parquet file, as often as they occur, by as many others."""
+    data = path.read_bytes()
+    at = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    assert len(old) == len(new)
+    assert old in data[at:]
+    path.write_bytes(data[:at] + data[at:].replace(old, new))
+
+
+@pytest.mark.parametrize("lie", ["name", "values", "size"])
+def test_a_footer_that_lies(tmp_path, lie):
+    """What the pages unpack to counts: lists of any name, and sizes that the footer hides."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, number = tmp_path / "t.parquet", 1 << 25
+    if lie == "size":
+        texts = [letter * (1 << 22) for letter in "abcdefghijklmnopqrstuvwxyz"]
+        table = pyarrow.table({"experts": [[[0, 1]]] * len(texts), "group": texts})
+        how = {"use_dictionary": False, "write_statistics": False}
+        parquet.write_table(table, path, compression="zstd", **how)
+        size = parquet.read_metadata(path).row_group(0).column(1).total_uncompressed_size
+        with_footer(path, varint(size), one_in(len(varint(size))))
+    else:
+        # One token with a list of many equal experts.
+        column = pyarrow.array(np.zeros(number, np.int32))
+        for length in (number, 1):
+            ends = pyarrow.array([0, length], pyarrow.int32())
+            column = pyarrow.ListArray.from_arrays(ends, column)
+        parquet.write_table(pyarrow.table({"experts": column}), path, compression="zstd")
+        del column
+        if lie == "name":
+            with_footer(path, b"\x04list", b"\x04bags")
+        else:
+            with_footer(path, varint(number), one_in(len(varint(number))))
+    before = pyarrow.default_memory_pool().max_memory()
+    with pytest.raises(ValueError, match="write it without compression"):
+        mt.open_input(path, num_experts=16)
+    assert pyarrow.default_memory_pool().max_memory() <= max(before, 1 << 28)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_pages_have_what_an_honest_footer_says(tmp_path, version):
+    """Of every column: as many values, and as many bytes but for the headers."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    ids = random_ids(5000, 3, 2, 8)
+    columns = {"experts": ids.tolist(), "group": [f"g{n % 7}" for n in range(5000)]}
+    columns["sequence"] = np.arange(5000) // 10
+    path = tmp_path / "t.parquet"
+    how = {"data_page_version": version, "data_page_size": 4096, "row_group_size": 2000}
+    parquet.write_table(pyarrow.table(columns), path, compression="zstd", **how)
+    about, size = parquet.read_metadata(path), path.stat().st_size
+    with path.open("rb") as file:
+        for group in map(about.row_group, range(about.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                pages = [*arrow._pages(file, column, size)]
+                assert sum(page.values for page in pages) == column.num_values
+                unpacked = sum(page.unpacked for page in pages)
+                assert 0 < column.total_uncompressed_size - unpacked < 200 * len(pages)
+    assert np.array_equal(mt.open_input(path, num_experts=8).expert_ids, ids)
+
+
+def test_texts_that_repeat_the_one_before(tmp_path):
+    """They unpack to any length from few bytes, so they are refused by name."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    table = pyarrow.table({"experts": [[[0, 1]]] * 4, "group": ["x" * 99] * 4})
+    how = {"use_dictionary": False, "column_encoding": {"group": "DELTA_BYTE_ARRAY"}}
+    parquet.write_table(table, path, **how)
+    with pytest.raises(ValueError, match="column group must have another encoding than DELTA_BYTE"):
+        mt.open_input(path, num_experts=8)
+
+
 def test_without_pyarrow(tmp_path, monkeypatch):
     """The message names the extra to install."""
     path = tmp_path / "t.parquet"
@@ -196,3 +280,14 @@ def test_real_files(data):
     assert mt.open_input(data / "switch-base-8.npz").top_k == 1
     with pytest.raises(ValueError, match="holds a load table"):
         mt.RoutingTrace.load(data / "mixtral-8x7b-mmlu.npz")
+
+
+def test_recordings_of_few_tokens_are_read(tmp_path):
+    """A trace of moetuner's own has named axes, however many layers there are to a token."""
+    path = tmp_path / "t.safetensors"
+    for tokens in (0, 1, 3, 5):
+        mt.RoutingTrace.from_arrays(random_ids(tokens, 4, 3, 12), num_experts=12).save(path)
+        assert mt.open_input(path).tokens == tokens
+    np.save(tmp_path / "t.npy", random_ids(3, 4, 3, 12))
+    with pytest.raises(ValueError, match="axes must be"):
+        mt.open_input(tmp_path / "t.npy", num_experts=12)

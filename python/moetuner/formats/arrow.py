@@ -11,13 +11,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import experts_in
 from moetuner.files import size_of
+from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, pages_of
 from moetuner.formats.records import head
 from moetuner.formats.rows import LABELS, Add, Source
 
@@ -71,7 +72,7 @@ def opened(path: Path) -> Iterator[Source]:
             batches = _parquet_batches if is_parquet else _arrow_batches
 
             def add_to(names: Sequence[str], add: Add) -> None:
-                for batch in batches(reader, size, list(names)):
+                for batch in batches(reader, file, size, list(names)):
                     # Offsets that point outside would be followed.
                     batch.validate(full=True)
                     add({name: _values(name, batch.column(name)) for name in names})
@@ -85,21 +86,39 @@ def opened(path: Path) -> Iterator[Source]:
         raise ValueError(f"damaged file: {error}") from None
 
 
-def _parquet_batches(reader: Any, size: int, names: list[str]) -> Iterator[Any]:
+def _parquet_batches(reader: Any, file: BinaryIO, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
     about = reader.metadata
     values, unpacked = about.num_rows, 0
     for number in range(about.num_row_groups):
-        group = about.row_group(number)
-        columns = [group.column(at) for at in range(group.num_columns)]
-        mine = [of for of in columns if of.path_in_schema.split(".list.")[0] in names]
-        unpacked += sum(of.total_uncompressed_size for of in mine)
-        values = max(values, sum(of.num_values for of in mine))
-    _check_size(size, values, unpacked)
+        group, of_group = about.row_group(number), 0
+        for column in map(group.column, range(group.num_columns)):
+            # Lists have names inside, which differ from writer to writer.
+            if column.path_in_schema.split(".", 1)[0] not in names:
+                continue
+            for page in _pages(file, column, size):
+                unpacked += page.unpacked
+                of_group += page.values
+        values = max(values, of_group)
+        _check_size(size, values, unpacked)
     yield from reader.iter_batches(BATCH, columns=names)
 
 
-def _arrow_batches(reader: Any, size: int, names: list[str]) -> Iterator[Any]:
+def _pages(file: BinaryIO, column: Any, size: int) -> Iterator[Page]:
+    """Read the headers of the pages of a column, where the footer says that it is."""
+    begin = column.data_page_offset
+    if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < begin:
+        begin = column.dictionary_page_offset
+    for page in pages_of(file, begin, min(begin + column.total_compressed_size, size)):
+        if page.encoding == DELTA_BYTE_ARRAY:
+            raise ValueError(
+                f"column {column.path_in_schema} must have another encoding than DELTA_BYTE_ARRAY: "
+                "write it plain or with a dictionary"
+            )
+        yield page
+
+
+def _arrow_batches(reader: Any, _: BinaryIO, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
     rows = 0
     for batch in reader:

@@ -1,0 +1,135 @@
+"""What the pages of a Parquet file unpack to, by the headers that a reader goes by.
+
+The footer says it too, but nothing holds a reader to that: it unpacks what the header of each page
+says, however small the footer calls it. Headers are Thrift's compact protocol; their fields are in
+``parquet.thrift`` of the format's specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+# Bytes that are read of a header at first, and the most, as Arrow has them.
+FIRST, LONGEST = 1 << 12, 1 << 24
+# Structures inside each other, of which real headers have three.
+DEEPEST = 8
+# What each value is a part of the one before, so that few bytes may be texts of any length.
+DELTA_BYTE_ARRAY = 7
+
+TRUE, FALSE, BYTE, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
+SIZE, STORED, DICTIONARY, VALUES = 2, 3, 7, 1
+# Number of the encoding among the fields of a header of data (5), of a dictionary (7) and of data
+# in version 2 (8); the number of values is always the first.
+ENCODING = {5: 2, DICTIONARY: 2, 8: 4}
+
+
+class Page(NamedTuple):
+    """A page: its unpacked bytes, its values (none of a dictionary), and how they are encoded."""
+
+    unpacked: int
+    values: int
+    encoding: int
+
+
+def pages_of(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
+    """Read the headers of the pages from one place in a file to another."""
+    while begin < end:
+        fields, length = _header(file, begin)
+        kind = next((number for number in ENCODING if number in fields), DICTIONARY)
+        about = fields.get(kind, {})
+        if not isinstance(about, dict):
+            raise ValueError("damaged file: the header of a page is none")
+        numbers = (fields.get(SIZE, 0), about.get(VALUES, 0), about.get(ENCODING[kind], 0))
+        stored = fields.get(STORED, 0)
+        if not all(isinstance(number, int) and number >= 0 for number in (*numbers, stored)):
+            raise ValueError("damaged file: a page has a size that is none")
+        unpacked, values, encoding = numbers
+        yield Page(unpacked, 0 if kind == DICTIONARY else values, encoding)
+        begin += length + stored
+
+
+def _header(file: BinaryIO, begin: int) -> tuple[dict[int, Any], int]:
+    """Read the header at a place, and return its fields by number, and its length."""
+    most = FIRST
+    while True:
+        file.seek(begin)
+        data = file.read(most)
+        reader = _Compact(data)
+        try:
+            return reader.struct(), reader.at
+        except IndexError:
+            if len(data) < most or most >= LONGEST:
+                raise ValueError("damaged file: the header of a page is cut off") from None
+            most *= 16
+
+
+class _Compact:
+    """A reader of Thrift's compact protocol; IndexError where bytes end."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        """Read the fields of a structure by their numbers."""
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():
+            kind, step = head & 15, head >> 4
+            number = number + step if step else self._integer()
+            fields[number] = self._value(kind, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int, *, in_list: bool = False) -> Any:
+        if kind in (TRUE, FALSE):
+            return self._byte() == TRUE if in_list else kind == TRUE
+        if kind == BYTE:
+            return self._byte()
+        if BYTE < kind < DOUBLE:
+            return self._integer()
+        if kind == DOUBLE:
+            return self._skip(8)
+        if kind == BINARY:
+            return self._skip(self._varint())
+        if depth >= DEEPEST:
+            raise ValueError("damaged file: the header of a page is too deep")
+        if kind == STRUCT:
+            return self.struct(depth + 1)
+        if kind in (LIST, SET):
+            head = self._byte()
+            length = self._varint() if head >> 4 == 15 else head >> 4
+            return self._skip_each(length, [head & 15], depth)
+        if kind == MAP:
+            length = self._varint()
+            kinds = self._byte() if length else 0
+            return self._skip_each(length, [kinds >> 4, kinds & 15], depth)
+        raise ValueError(f"damaged file: a page's header has a field of unknown kind {kind}")
+
+    def _skip_each(self, length: int, kinds: list[int], depth: int) -> None:
+        for _ in range(length):
+            for kind in kinds:
+                self._value(kind, depth + 1, in_list=True)
+
+    def _skip(self, length: int) -> None:
+        self.at += length
+        if self.at > len(self.data):
+            raise IndexError
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("damaged file: a page's header has an integer without end")
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
