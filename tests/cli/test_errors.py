@@ -51,6 +51,7 @@ solve TRACE --devices 2 --tokens-per-step 8 | a window of INPUT has 512 tokens
 inspect TRACE --num-experts 9 | num_experts must be 8, got 9
 inspect x-table.npy | or counts [layers, experts], all layers alike; got [8, 2] with
 inspect x-axes.npy --num-experts 8 | axes must be [tokens, layers, top_k], got 300 layers
+inspect x-axes.npy --num-experts 8 | or if it is meant, say --hidden-layers 300
 inspect x-last.npy --num-experts 8 | got 2 layers of top-3, whose experts repeat: swap axes
 inspect x-eplb.log | this log says how balanced GPUs are, not experts' loads: record experts
 inspect x-map.yaml | must be recorded routing, got a placement: the YAML of TensorRT-LLM

@@ -131,6 +131,14 @@ def holds_statistics(path: Path) -> bool:
     return False
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file says that moetuner wrote it, so that nobody need guess its axes."""
+    if kind_of(path) != "safetensors":
+        return False
+    form = safetensors.read_header(path).metadata.get("format")
+    return form in (TRACE_FORMAT, STATISTICS_FORMAT)
+
+
 def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Read saved statistics or a load table, unchecked: tables, and what is said about them."""
     kind = kind_of(path)

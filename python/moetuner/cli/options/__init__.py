@@ -399,6 +399,8 @@ def with_options(command: click.Command, text: str) -> str:
     if first is not None:
         words = " ".join(names.get(word, word) for word in first[0].split())
         text = words + text.removeprefix(first[0])
+    # Axes have names that are arguments, too.
+    text = text.replace("if it is meant, say hidden_layers", "if it is meant, say --hidden-layers")
     return as_options(text) if " is needed" in text else text
 
 
