@@ -123,6 +123,20 @@ def test_a_placement_of_another_model_is_refused(rank, folder):
 
 
 @on(2)
+def test_weights_outside_the_parameters_are_refused(rank, folder):
+    """Quantisers keep them there, nobody could send them: an error on every rank names them."""
+    for outside in (lambda weight: weight, lambda weight: {"scales": [weight]}):
+        model, *_ = loaded(folder, "gpt_oss")
+        for module in model.modules():
+            if type(module).__name__ == "GptOssExperts":
+                weight = module._parameters.pop("down_proj").detach()
+                module.packed = outside(weight.to_local())
+        error = message(ValueError, model, TOKENS)
+        assert "MoE layer 0: the weights of GptOssExperts must be its own parameters" in error
+        assert "packed" in error
+
+
+@on(2)
 def test_a_placed_model_is_not_saved_but_changes_its_type(rank, folder):
     """Saving and loading are refused on every rank, no weights are written; experts move along."""
     model, *_ = loaded(folder, "mixtral", spare=0)

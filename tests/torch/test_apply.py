@@ -128,3 +128,176 @@ def test_lists_and_blocks():
     assert torch.allclose(model(x), before, rtol=0, atol=1e-4)
     other.experts = block.experts
     unchanged(model, mt.Placement(placement.slots[:1]), "must not share memory with 0.experts.")
+
+
+class Held:
+    """What holds a tensor, as those of Triton do."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data):
+        self.data = data
+
+
+def take_out(hold):
+    """Return what takes a weight of the last layer out of the parameters, as quantisers do."""
+
+    def change(model):
+        experts = moe_layers(model)[2].experts
+        experts.packed = hold(experts._parameters.pop("down_proj").detach())
+
+    return change
+
+
+def scale(model):
+    """Give a weight a tensor of its own."""
+    moe_layers(model)[2].experts.down_proj.scales = torch.ones(8, 4)
+
+
+def count(model):
+    """Let a router hold a tensor that is no buffer."""
+    moe_layers(model)[2].router.favours = torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (take_out(lambda weight: weight), "experts.packed: weights must be parameters or buffers"),
+        (take_out(lambda weight: [{"w": Held(weight)}]), "experts.packed.0.w.data: weights must"),
+        (take_out(lambda weight: weight.numpy()), "experts.packed: weights must be parameters"),
+        (take_out(lambda _: [torch.nn.Linear(4, 4)]), "experts.packed.0.weight: weights must be"),
+        (scale, "experts.down_proj.scales: weights must be parameters or buffers"),
+        (count, ".favours: weights must be parameters or buffers"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_weights_outside_the_parameters_are_refused(name, change, what):
+    """What a quantiser keeps as an attribute cannot be moved; the message names it."""
+    model = build(name)
+    change(model)
+    unchanged(model, placement_for(model), what)
+
+
+def test_attributes_that_do_not_depend_on_the_order_are_no_reason():
+    """A view of a parameter moves with it, shared experts compute the same for every order."""
+    model = build("qwen2_moe")
+    layer = moe_layers(model)[0]
+    layer.experts.turned = layer.experts.down_proj.data.mT
+    layer.block.shared_expert.up_proj.scales = torch.ones(8, 4)
+    before = outputs(model)
+    apply_placement(model, placement_for(model))
+    assert torch.allclose(outputs(model), before, rtol=0, atol=1e-4)
+
+
+class Wrapped(torch.Tensor):
+    """A quantised tensor: it has another one in it, and no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        how = {"strides": inner.stride(), "dtype": inner.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **how)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, _, args=(), kwargs=None):
+        plain = [of.inner if isinstance(of, Wrapped) else of for of in args]
+        return cls(function(*plain, **(kwargs or {})))
+
+
+def test_tensors_without_memory_of_their_own():
+    """Those of experts are refused; where they do not move they are no reason, nor the same one."""
+    model = build("qwen3_moe")
+    layers = moe_layers(model)
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj"):
+        weight = torch.nn.Parameter(Wrapped(torch.ones(2, 2)), requires_grad=False)
+        getattr(attention, name).weight = weight
+    apply_placement(model, placement_for(model))
+    for layer in layers:
+        inner = Wrapped(layer.experts.down_proj.detach().clone())
+        layer.experts.down_proj = torch.nn.Parameter(inner, requires_grad=False)
+    same = mt.Placement([[[3, 1, 7, 5], [0, 2, 4, 6]]] * len(layers))
+    text = "experts.down_proj: must be a tensor with memory of its own, row by row, got Wrapped"
+    before = [layer.experts.down_proj.inner.clone() for layer in layers]
+    router = layers[0].router.weight.clone()
+    refused(text, apply_placement, model, same)
+    after = [layer.experts.down_proj.inner for layer in layers]
+    assert all(a.equal(b) for a, b in zip(before, after, strict=True))
+    assert layers[0].router.weight.equal(router)
+
+
+def test_rows_that_share_memory_are_refused():
+    """An expanded weight has one row for all experts, and cannot be written row by row."""
+    model = build("mixtral")
+    experts = moe_layers(model)[1].experts
+    one = experts.down_proj.data[:1].expand(8, -1, -1)
+    experts.down_proj = torch.nn.Parameter(one, requires_grad=False)
+    unchanged(model, placement_for(model), "experts.down_proj: its elements must not share memory")
+
+
+def test_weights_of_inference_mode():
+    """What was loaded in inference mode is moved like any other, all of it or a part."""
+    placement = mt.Placement([[[3, 1, 7, 5], [0, 2, 4, 6]]] * 3)
+    with torch.inference_mode():
+        whole = build("mixtral")
+    part = build("mixtral")
+    with torch.inference_mode():
+        weight = moe_layers(part)[2].experts.down_proj.detach().clone()
+    moe_layers(part)[2].experts.down_proj = torch.nn.Parameter(weight, requires_grad=False)
+    for model in (whole, part):
+        before = outputs(model)
+        apply_placement(model, placement)
+        assert torch.allclose(outputs(model), before, rtol=0, atol=1e-4)
+
+
+class Stacked(torch.nn.Module):
+    """MoE block of four experts in one tensor, with a table of experts by token."""
+
+    def __init__(self):
+        super().__init__()
+        self.top_k, self.gate, self.experts = 2, torch.nn.Linear(6, 4), torch.nn.Module()
+        self.experts.up = torch.nn.Parameter(torch.randn(4, 3, 2))
+        self.gate.register_buffer("tid2eid", torch.tensor([[0, 1], [3, 2]]))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("writes", [False, True])
+def test_an_error_in_the_middle_undoes_everything(error, writes, monkeypatch):
+    """Wherever a write fails, before or after it wrote, every weight and expert is as before."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Block(), Stacked(), Block())
+    placement = mt.Placement([[[3, 1], [0, 2]], [[2, 0], [3, 1]], [[1, 2], [0, 3]]])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = list(model.modules())
+    copy, put = torch.Tensor.copy_, torch.nn.ModuleList.__setitem__
+    left = 0
+
+    def failing(write):
+        def call(*arguments):
+            nonlocal left
+            left -= 1
+            if left == 0 and not writes:
+                raise error
+            result = write(*arguments)
+            if left == 0:
+                raise error
+            return result
+
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "copy_", failing(copy))
+    monkeypatch.setattr(torch.nn.ModuleList, "__setitem__", failing(put))
+    for number in range(1, 100):
+        left = number
+        try:
+            apply_placement(model, placement)
+        except error:
+            state = model.state_dict()
+            assert all(tensor.equal(before[name]) for name, tensor in state.items())
+            assert [id(of) for of in model.modules()] == [id(of) for of in modules]
+        else:
+            break
+    assert 20 < number < 99
+    assert not model.state_dict()["1.experts.up"].equal(before["1.experts.up"])

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moetuner._checks import instance, listed, shown
-from moetuner.torch.reorder.plan import ROUTER_NAMES, groups_chosen
+from moetuner.torch.reorder.plan import ROUTER_NAMES, groups_in
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")
@@ -153,10 +153,18 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
             f"{name}: the number of {missing} must be an attribute {' or '.join(names)} of the "
             f"router or its block, {type(router).__name__} has none"
         )
-    groups, limit = _number([router], ("num_group", "n_group")), _number([router], ("topk_group",))
-    groups = groups_chosen(groups, limit, getattr(router, "topk_method", None))
     choices = size + (_number(holders, ("zero_expert_num",)) or 0)
-    return MoELayer(name, block, router, experts, size, choices, top_k, groups)
+    return MoELayer(name, block, router, experts, size, choices, top_k, _groups(router, block))
+
+
+def _groups(router: nn.Module, block: nn.Module) -> int:
+    """Count the groups among which a router chooses first, by its own settings or its model's."""
+    configs = [getattr(of, "config", None) for of in (router, block)]
+    names = ("n_group", "topk_group", "topk_method")
+    own = [vars(of).items() for of in (router, block)]
+    settings: list[dict[str, Any]] = [{k: v for k, v in of if type(v) in (int, str)} for of in own]
+    settings += [{name: getattr(of, name, None) for name in names} for of in configs if of]
+    return next((groups for of in settings if (groups := groups_in(of)) > 1), 1)
 
 
 def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:

@@ -21,6 +21,7 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from moetuner.evaluation.rows import LayerSplit
 from moetuner.placement import Placement
+from moetuner.torch.outside import Registered, has_memory
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 from moetuner.torch.parallel.migrate import Spares, moves
 
@@ -63,6 +64,9 @@ def register_placement(
         if len(parts) != placement.layers:
             given = placement.layers
             raise ValueError(f"placement must have {len(parts)} layers like the model, got {given}")
+        # Of all layers, before anything is sent.
+        for number, part in enumerate(parts):
+            part.check(number)
         options: dict[str, Any] = {"devices_per_node": devices_per_node, "split": split}
         for number, part in enumerate(parts):
             layers.append(part.load(placement, number, timeout, **options))
@@ -91,6 +95,24 @@ class _PlacedExperts(EPImplementation):
         self.owned: int = experts.num_experts  # type: ignore[assignment]
         self.layer: ExpertParallelMoE | None = None
         self.served = 0  # tokens of this rank's batches so far
+
+    def check(self, number: int) -> None:
+        """Check that the weights of this layer can be sent: they are parameters, row by row."""
+        inside = {id(tensor) for tensor in self.module.parameters(recurse=False)}
+        others = [*self.module.named_parameters(), *self.module.named_buffers()]
+        outside = [name for name, of in others if id(of) not in inside and of.numel() > 1]
+        registered = Registered(self.module)
+        for path, module in self.module.named_modules():
+            outside += [f"{path}.{name}".strip(".") for name, _ in registered.outside(module)]
+        parameters = self.module.named_parameters(recurse=False)
+        local = ((name, w.to_local() if isinstance(w, DTensor) else w) for name, w in parameters)
+        outside += [name for name, weight in local if not has_memory(weight)]
+        if outside:
+            raise ValueError(
+                f"MoE layer {number}: the weights of {type(self.module).__name__} must be its own "
+                f"parameters to go to their slots, {outside[0]} is not: a model that a quantiser "
+                "has changed can run a placement as a checkpoint renumbered by permute_state_dict"
+            )
 
     def load(
         self, placement: Placement, number: int, timeout: float, **options: Any

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moetuner._checks import flag, instance, shown, whole_number
+from moetuner._checks import flag, instance, shown
 from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.plan import Changes, Order, TensorChange, Tensors
+from moetuner.torch.reorder.names import blocks_of
+from moetuner.torch.reorder.plan import Changes, Order, Plan, TensorChange, Tensors
+from moetuner.torch.reorder.settings import Config, settings_of
 
 Tables = Mapping[str, bytes]
-Config = Mapping[str, Any] | None
 
 INDEX = "model.safetensors.index.json"
 PIECE = 16 << 20
@@ -103,18 +104,11 @@ def _changes(tensors: Tensors, order: Order, config: Config, *, inverse: bool) -
             "config is needed: a router with e_score_correction_bias may be limited to groups "
             "(config={'n_group': 1} if it is not)"
         )
-    # The settings of the language model, which those of a larger model hold.
-    about = {} if config is None else config.get("text_config") or config
-    groups, limit = (
-        None if about.get(name) is None else whole_number(f"config's {name}", about[name], lowest=0)
-        for name in ("n_group", "topk_group")
-    )
-    groups = plan.groups_chosen(groups, limit, about.get("topk_method"))
-    for layer, positions in enumerate(order):
-        plan.check_groups(positions, groups, f"layer {layer}")
-    blocks = plan.blocks_of(tensors, len(order), about.get("num_hidden_layers"))
+    settings = settings_of(config)
+    settings.check_order(order)
+    blocks = blocks_of(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
-    return plan.changes_of(tensors, order, dict.fromkeys(blocks))
+    return plan.changes_of(tensors, Plan.of(tensors, order, dict.fromkeys(blocks)))
 
 
 class _Folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
 from moetuner.torch.models import MoELayer, moe_layers
+from moetuner.torch.outside import Registered, has_memory, is_plain
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.plan import Changes, Order, TensorChange, Tensors
+from moetuner.torch.reorder.plan import Changes, Order, Plan, TensorChange, Tensors, is_under
+from moetuner.torch.reorder.steps import Exchange, carry_out, exchanges
+
+INSTEAD = "renumber the checkpoint with permute_state_dict before it is loaded"
 
 
 def apply_placement(
@@ -53,7 +58,8 @@ def apply_placement(
     Raises
     ------
     ValueError
-        If the result could not be exact, with the reason; the model is then unchanged.
+        If the result could not be exact, with the reason. Whatever error ends this, the model is
+        then unchanged.
     """
     instance("placement", placement, Placement)
     flag("inverse", inverse)
@@ -71,25 +77,28 @@ def apply_placement(
         plan.check_groups(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
-    changes = plan.changes_of(tensors, order, {_block(layer): layer.name for layer in layers})
+    blocks: dict[str, str | None] = {_block(layer): layer.name for layer in layers}
+    changes = plan.changes_of(tensors, Plan.of(tensors, order, blocks))
+    registered = Registered(model)
     for layer in layers:
-        _check_weights(layer, changes, tensors)
+        _check_weights(layer, changes, tensors, registered)
     plan.check_ties(changes, lambda name, experts: plan.bits_of(tensors[name], experts))
-    moving = [changes[name] for name in _once(changes, tensors)]
+    steps: list[Exchange] = []
     # All tables are read before anything moves.
-    numbered = [of for of in moving if of.ids is not None]
-    tables = {of.name: plan.moved(of.name, tensors[of.name].detach(), of) for of in numbered}
-    with torch.no_grad():
-        for change in moving:
-            if change.order is not None:
-                _permute(tensors[change.name].detach(), change.order)
-            else:
-                tensors[change.name].copy_(tables[change.name])
+    for change in [changes[name] for name in _once(changes, tensors)]:
+        tensor = tensors[change.name].detach()
+        if change.order is not None:
+            is_first = len(tensor) == len(change.order)
+            steps += exchanges(tensor if is_first else tensor[0], change.order)
+        else:
+            steps.append(Exchange([tensor, plan.moved(change.name, tensor, change)], 0, 1))
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
-            reordered = [layer.experts[old] for old in positions.tolist()]
-            for position, module in enumerate(reordered):
-                layer.experts[position] = module
+            steps += exchanges(layer.experts, positions)
+    # What was loaded in inference mode can be written to in it alone, and all else as well.
+    is_inference = any(tensors[name].is_inference() for name in changes)
+    with torch.inference_mode() if is_inference else torch.no_grad():
+        carry_out(steps)
     return order
 
 
@@ -103,21 +112,57 @@ def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor
     return {name: tensor for name, tensor in named if not name.startswith(again)}
 
 
-def _check_weights(layer: MoELayer, changes: Changes, tensors: Tensors) -> None:
-    """Check that a layer's weights are in memory, and those of experts stacked or in a list."""
-    is_list, has_experts = isinstance(layer.experts, nn.ModuleList), False
+def _check_weights(
+    layer: MoELayer, changes: Changes, tensors: Tensors, registered: Registered
+) -> None:
+    """Check that a layer's weights can be moved, and those of experts are stacked or in a list."""
+    is_list, has_weights = isinstance(layer.experts, nn.ModuleList), False
     for name, change in changes.items():
         if change.block != _block(layer):
             continue
         tensor = tensors[name]
-        if not _is_in_memory(tensor):
+        if tensor.is_meta or hasattr(tensor, "placements"):
             what = "on the meta device" if tensor.is_meta else "spread over devices"
             raise ValueError(f"{layer.name}: weights must be in memory, some are {what}")
-        if not (_moves(change) or tensor.numel() <= 1 or is_list):
+        is_norm = tensor.dim() == 1 and "norm" in name  # one for all experts
+        if not (_moves(change) or tensor.numel() <= 1 or is_list or is_norm):
             raise ValueError(f"{name}: must be of all experts [experts, ..]")
-        has_experts |= change.order is not None and not change.is_router
-    if not (is_list or has_experts):
-        raise ValueError(f"{layer.name}: experts must hold weights [experts, ..], they hold none")
+        if _moves(change):
+            _check_rows(name, tensor)
+        has_weights |= change.order is not None and not change.is_router and tensor.dim() > 2
+    _check_outside(layer, registered)
+    if not (is_list or has_weights):
+        rule = "experts must hold weights [experts, .., ..]"
+        raise ValueError(f"{layer.name}: {rule}, they hold none as parameters")
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    """Check that the rows of a tensor can be written one by one."""
+    if not has_memory(tensor):
+        kind = type(tensor).__name__ if not is_plain(tensor) else str(tensor.layout)
+        rule = "must be a tensor with memory of its own, row by row"
+        raise ValueError(f"{name}: {rule}, got {kind}: {INSTEAD}")
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(size > 1 and step == 0 for size, step in sizes):
+        raise ValueError(f"{name}: its elements must not share memory, as those of an expanded one")
+
+
+def _check_outside(layer: MoELayer, registered: Registered) -> None:
+    """Check that the weights of a layer are parameters and buffers, which are all that move."""
+    block = _block(layer)
+    for path, module in layer.block.named_modules(prefix=block):
+        part = path.removeprefix(block).removeprefix(".")
+        # The experts of a list move as they are, and what computes the same for every order stays.
+        is_expert = re.fullmatch(r"experts\.\d+(\..*)?", part) is not None
+        is_routing = module is layer.block or is_under(f"{path}.", layer.name) or "experts" in part
+        if (isinstance(layer.experts, nn.ModuleList) and is_expert) or plan.is_apart(part):
+            continue
+        for name, shape in registered.outside(module):
+            if is_routing or layer.num_experts in shape:
+                raise ValueError(
+                    f"{path}.{name}: weights must be parameters or buffers to change places, "
+                    f"these are an attribute, as quantisers set them: {INSTEAD}"
+                )
 
 
 def _once(changes: Changes, tensors: Tensors) -> list[str]:
@@ -130,47 +175,33 @@ def _once(changes: Changes, tensors: Tensors) -> list[str]:
         new_name = change.name if change.name != name else None
         if orders == [None, None] and new_name is None:
             return None
-        return tensor.data_ptr(), tensor.shape, tensor.stride(), *orders, new_name
+        return _span(tensor), tensor.shape, *orders, new_name
 
-    spans = []
-    for name, tensor in tensors.items():
-        if _is_in_memory(tensor) and tensor.numel():
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            size = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
-            where, begin = str(tensor.device), tensor.data_ptr()
-            spans.append(((where, begin), (where, begin + size), name))
+    spans = sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel())
     once, end, owner = [], ("", 0), ""
     # Sorted by where they begin, whatever overlaps follows at once.
-    for begins, ends, name in sorted(spans, key=lambda of: of[:2]):
-        if begins >= end:
+    for where, begin, size, _, name in spans:
+        if (where, begin) >= end:
             once += [name] if _moves(changes[name]) else []
         elif move(name) != move(owner):
             raise ValueError(f"{name}: must not share memory with {owner}, which moves otherwise")
-        if ends > end:
-            end, owner = ends, name
+        if (where, begin + size) > end:
+            end, owner = (where, begin + size), name
     return once
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int, tuple[int, ...]]:
+    """Return in what memory a tensor is, where it begins, its bytes, and its steps."""
+    if not has_memory(tensor):
+        return "", id(tensor), 1, ()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    size = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+    return str(tensor.device), tensor.data_ptr(), size, tensor.stride()
 
 
 def _moves(change: TensorChange) -> bool:
     return change.order is not None or change.ids is not None
 
 
-def _is_in_memory(tensor: Tensor) -> bool:
-    return not (tensor.is_meta or hasattr(tensor, "placements"))
-
-
 def _block(layer: MoELayer) -> str:
     return layer.name.rpartition(".")[0]
-
-
-def _permute(tensor: Tensor, order: Order) -> None:
-    """Move rows along the cycles of the order, with one row to spare."""
-    rows = tensor if len(tensor) == len(order) else tensor[0]
-    left = set(range(len(order)))
-    while left:
-        first = here = left.pop()
-        spare = rows[first].clone()
-        while (following := int(order[here])) != first:
-            rows[here].copy_(rows[following])
-            left.discard(here := following)
-        rows[here].copy_(spare)

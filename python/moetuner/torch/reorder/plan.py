@@ -1,10 +1,9 @@
 """What becomes of every tensor of a model when its experts change places: new name, rows or ids.
 
-One plan for models in memory and checkpoints. Names and shapes are all there is to tell by: those
-of transformers and of the original checkpoints (one tensor per expert, or all experts stacked), and
-Megatron's (``local_experts.3``, ``linear_fc1.weight3``). What is known to depend on the order moves
-with the experts, what is known not to stays, and whatever else could is refused: a model that
-chooses other experts without a word is worse than none.
+One plan for models in memory, checkpoints and single tensors. Names and shapes are all there is to
+tell by. What is known to depend on the order moves with the experts, what is known not to stays,
+and whatever else could is refused: a model that chooses other experts without a word is worse than
+none.
 """
 
 from __future__ import annotations
@@ -12,29 +11,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moetuner._checks import whole_number
 from moetuner.placement import EMPTY, Placement
+from moetuner.torch.reorder.names import UP_TO_LAYER, Part, parts_of, widths_of
 
 Order = NDArray[np.int64]
 Tensors = Mapping[str, Tensor]
 Routers = Mapping[str, str | None]
 
 ROUTER_NAMES = {"gate", "router"}
-
-# Tensors of experts: of one of them, by its number, or of all.
-EXPERT = re.compile(
-    r"(?P<head>(?:(?P<block>.+)\.)?experts\.(?:(?:local_experts\.)?(?=\d+\.)"
-    r"|linear_fc[12]\.(?:weight|bias)(?=\d+$)))(?P<expert>\d+)(?P<tail>.*)"
-)
-STACKED = re.compile(r"(?:(?P<block>.+)\.)?experts\.(?P<rest>.+)")
-LAYER = re.compile(r"layers?\.(\d+)\.")
 
 # What a router holds per expert, experts first.
 BIASES = ("bias", "e_score_correction_bias", "expert_bias", "router_bias")
@@ -54,8 +48,16 @@ DENSE = re.compile(r"norm|embed|(^|\.)(mlp|ffn|feed_forward|dense)\.")
 # Whole numbers that come with quantised weights and with positions.
 PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)|position|quant")
 
-# Up to the last number in the name of a block: its layer.
-UP_TO_LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
+# Settings of the groups of experts among which a router chooses first, and of how many it may
+# choose. Attention heads, convolutions and quantised weights have groups as well.
+GROUPS = re.compile(
+    r"(n|num)_group|(?!.*(top_?k|limit|size|use))((.*_)?(expert|router|moe)s?_.*groups?(_.*)?"
+    r"|(n|num)_expert_?groups?)"
+)
+LIMIT = re.compile(r"(?=.*(top_?k|limit)).*groups?(_.*)?")
+
+# Adapters (LoRA): of a matrix of rows by expert the first factor has none, the second has them.
+ADAPTER, FIRST_FACTOR = re.compile(r"(^|[._])lora_"), re.compile(r"(^|\.)lora_A(\.|$)")
 
 
 def bits_of(tensor: Tensor, experts: int) -> Tensor:
@@ -101,12 +103,18 @@ def order_of(placement: Placement) -> Order:
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
 
 
-def groups_chosen(groups: int | None, limit: int | None, method: object) -> int:
+def groups_in(settings: Mapping[str, Any]) -> int:
     """Count the groups among which a router chooses first; 1 if all experts compete at once."""
+
+    def numbers(names: re.Pattern[str]) -> list[int]:
+        named = {name: of for name, of in settings.items() if names.fullmatch(str(name))}
+        counts = {k: v for k, v in named.items() if v is not None and not isinstance(v, bool)}
+        return [whole_number(f"config's {k}", v, lowest=0) for k, v in counts.items()]
+
     # Configurations of models without groups say 0 as well.
-    if not groups or method == "greedy" or (limit is not None and limit >= groups):
-        return 1
-    return groups
+    groups = max(numbers(GROUPS), default=0) or 1
+    is_greedy = settings.get("topk_method") == "greedy"
+    return 1 if is_greedy or any(limit >= groups for limit in numbers(LIMIT)) else groups
 
 
 def check_groups(order: Order, groups: int, layer: str) -> None:
@@ -127,69 +135,145 @@ def check_groups(order: Order, groups: int, layer: str) -> None:
             )
 
 
-def changes_of(tensors: Tensors, order: Order, routers: Routers) -> Changes:
-    """Return what becomes of every tensor.
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the tensors of a model, one by one.
 
-    ``tensors`` are those of a model by name; of a checkpoint on the meta device, of their kind of
-    number. ``order`` [L,E] has the old expert at every new position. ``routers`` are the MoE blocks
-    to put in order, by layer, with the names of their routers; None if the router is a child with a
-    usual name. Other blocks keep their order.
+    Attributes
+    ----------
+    order
+        Old expert at every new position [L,E].
+    rows
+        Row of ``order`` by MoE block; blocks of one row are one block by two names.
+    routers
+        Names of the routers of these blocks; None if it is a child with a usual name.
+    resting
+        MoE blocks that keep their order.
+    widths
+        Digits of experts' numbers where they have leading zeros, by the name before the number.
     """
-    parts, order_in = _parts(tensors), dict(zip(routers, order, strict=True))
-    for block in routers:
-        own = {of.expert for of in parts.values() if of.block == block and of.expert is not None}
+
+    order: Order
+    rows: Mapping[str, int]
+    routers: Routers
+    resting: frozenset[str] = frozenset()
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(names: Iterable[str], order: Order, routers: Routers) -> Plan:
+        """Return the plan for a model of these tensors, whose ``routers`` are by layer."""
+        parts = parts_of(names).values()
+        resting = frozenset(part.block for part in parts) - set(routers)
+        rows = {block: row for row, block in enumerate(routers)}
+        return Plan(order, rows, routers, resting, widths_of(parts))
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer, E."""
+        return int(self.order.shape[1])
+
+    @cached_property
+    def _blocks(self) -> list[str]:
+        """All MoE blocks, those within others first."""
+        return sorted({*self.routers, *self.resting}, key=len, reverse=True)
+
+    @cached_property
+    def _layers(self) -> dict[str, str]:
+        """Return what names of tensors of a block's layer begin with, by block."""
+        layers = {block: UP_TO_LAYER.match(block) for block in self.routers}
+        return {block: f"{layer[0]}." for block, layer in layers.items() if layer}
+
+    def change(self, name: str, tensor: Tensor, part: Part | None) -> TensorChange:
+        """Return what becomes of a tensor, ``part`` of the experts or not.
+
+        Of a checkpoint it may be on the meta device, of its kind of number.
+        """
+        if part is not None:
+            row = self.rows.get(part.block)
+            if row is None:
+                return TensorChange(name)
+            return self._of_experts(name, tuple(tensor.shape), part, self.order[row])
+        block, kind = self._dependence(name, tensor)
+        if kind == "ids":
+            return TensorChange(name, block, ids=np.argsort(self.order[self.rows[block]]))
+        if kind == "rows":
+            return TensorChange(name, block, self.order[self.rows[block]], is_router=True)
+        return TensorChange(name)
+
+    def _of_experts(
+        self, name: str, shape: tuple[int, ...], part: Part, order: Order
+    ) -> TensorChange:
+        """Return the change of a tensor of experts."""
+        if part.expert is not None:
+            (new,) = np.flatnonzero(order == int(part.expert)).tolist() or (None,)
+            if new is None:
+                rule = f"must be of an expert from 0 to {len(order) - 1}"
+                raise ValueError(f"{name}: {rule}, as the placement has")
+            number = str(new).zfill(self.widths.get(part.head, 0))
+            return TensorChange(f"{part.head}{number}{part.tail}", part.block)
+        if ADAPTER.search(name):
+            raise ValueError(f"{name}: an adapter of stacked experts, whose rows are of no expert")
+        is_norm = "norm" in part.tail and len(shape) == 1 and shape[0] != len(order)
+        if shape in ((), (1,)) or is_norm:
+            return TensorChange(name, part.block)
+        if "norm" in part.tail and len(shape) == 1:
+            rule = "must not have as many numbers as there are experts: it may be one for each"
+            raise ValueError(f"{name}: {rule}, or one for all")
+        if shape[0] != len(order):
+            rule = f"must be [{len(order)}, ..], experts first as in the placement"
+            raise ValueError(f"{name}: {rule}, got {list(shape)}")
+        return TensorChange(name, part.block, order)
+
+    def _dependence(self, name: str, tensor: Tensor) -> tuple[str, str]:
+        """Return the block of a tensor outside experts, and "rows", "ids" or "" as ``_kind``."""
+        block = next((block for block in self._blocks if is_under(name, block)), None)
+        if math.prod(tensor.shape) <= 1 or block in self.resting:
+            return "", ""
+        if block is not None:
+            path, router = name[len(block) + 1 :] if block else name, self.routers[block]
+            is_usual = not ROUTER_NAMES.isdisjoint(path.split("."))
+            routes = is_usual if router is None else is_under(name, router)
+            kind = _kind(path, tensor, self.experts, "router" if routes else "block")
+        else:
+            # Beside a block, in its layer: state of its router under another name.
+            beside = [block for block, start in self._layers.items() if name.startswith(start)]
+            block = beside[0] if beside else ""
+            path = name.removeprefix(self._layers.get(block, ""))
+            kind = _kind(path, tensor, self.experts, "layer" if beside else "model")
+            kind = None if kind and len({self.rows[of] for of in beside}) > 1 else kind
+        if kind is None:
+            what = "may depend on the order of experts in a way that is not known"
+            raise ValueError(f"{name}: {list(tensor.shape)} {what}")
+        return block, kind
+
+
+def changes_of(tensors: Tensors, plan: Plan) -> Changes:
+    """Return what becomes of every tensor of a model or checkpoint that is all there."""
+    parts, order = parts_of(tensors), plan.order
+    for block in plan.routers:
+        numbers = (of.expert for of in parts.values() if of.block == block)
+        own = {int(number) for number in numbers if number is not None}
         if own and own != set(range(order.shape[1])):
             rule = f"must have experts 0 to {order.shape[1] - 1} as the placement has"
             raise ValueError(f"{block}: {rule}, got {len(own)} from {min(own)} to {max(own)}")
-    blocks = sorted({*routers, *(part.block for part in parts.values())}, key=len, reverse=True)
     changes: Changes = {}
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
-        changes[name] = TensorChange(name)
-        if name in parts:
-            if (positions := order_in.get(parts[name].block)) is not None:
-                changes[name] = _of_experts(name, tensor.shape, parts[name], positions)
-            continue
-        block, kind = _dependence(name, tensor, blocks, routers, order.shape[1])
+        change = changes[name] = plan.change(name, tensor, parts.get(name))
         # Of two matrices in a row one has rows per expert, and nobody can say which.
-        is_weight = kind == "rows" and name.endswith("weight")
-        if is_weight and weights.setdefault(block, name) != name:
+        is_weight = change.is_router and name.endswith("weight") and not ADAPTER.search(name)
+        if is_weight and weights.setdefault(change.block or "", name) != name:
             raise ValueError(
                 f"{name}: {list(tensor.shape)} must be the only weight of its router with "
-                f"{order.shape[1]} rows, {weights[block]} is another"
+                f"{order.shape[1]} rows, {weights[change.block or '']} is another"
             )
-        if kind == "ids":
-            changes[name] = TensorChange(name, block, ids=np.argsort(order_in[block]))
-        elif kind == "rows":
-            changes[name] = TensorChange(name, block, order_in[block], is_router=True)
     routed = {change.block for change in changes.values() if change.is_router}
-    for block in routers:
+    for block in plan.routers:
         if block not in routed:
             raise ValueError(f"{block}: must have the weights of its router beside its experts")
+    if len({change.name for change in changes.values()}) < len(changes):
+        raise ValueError("experts must have one name each, with or without leading zeros")
     return changes
-
-
-def blocks_of(names: Iterable[str], layers: int, num_hidden_layers: int | None) -> list[str]:
-    """Return the MoE blocks of a checkpoint that a placement is about, by layer.
-
-    Of the model's layers dense ones count too; what a checkpoint holds beyond them (multi-token
-    prediction) keeps its order if the placement does not speak of it.
-    """
-
-    def number(block: str) -> int:
-        layer = LAYER.search(block + ".")
-        numbers = [part for part in block.split(".") if part.isdigit()]
-        return int(layer[1]) if layer else int(numbers[-1]) if numbers else 0
-
-    blocks = {part.block for part in _parts(names).values()}
-    ordered = sorted(blocks, key=lambda block: (number(block), block))
-    if len(ordered) > layers:
-        limit = num_hidden_layers if num_hidden_layers is not None else 1 << 62
-        ordered = [b for b in ordered if number(b) < limit and "mtp." not in b]
-    if len(ordered) != layers:
-        rule = f"as many layers as the checkpoint has MoE layers, {len(ordered)}"
-        raise ValueError(f"placement must have {rule}, got {layers}")
-    return ordered
 
 
 def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
@@ -229,65 +313,6 @@ def moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
     return rows.view(tensor.dtype).reshape(tensor.shape)
 
 
-class _Part(NamedTuple):
-    """A tensor of experts: its block, and of one expert its number and the name around that."""
-
-    block: str
-    head: str = ""
-    expert: int | None = None
-    tail: str = ""
-
-
-def _parts(names: Iterable[str]) -> dict[str, _Part]:
-    """Return the tensors of experts."""
-    parts = {}
-    for name in names:
-        if (one := EXPERT.fullmatch(name)) is not None:
-            parts[name] = _Part(one["block"] or "", one["head"], int(one["expert"]), one["tail"])
-        elif (stacked := STACKED.fullmatch(name)) is not None:
-            parts[name] = _Part(stacked["block"] or "")
-    return parts
-
-
-def _of_experts(name: str, shape: tuple[int, ...], part: _Part, order: Order) -> TensorChange:
-    """Return the change of a tensor of experts."""
-    if part.expert is not None:
-        new = np.flatnonzero(order == part.expert)[0]
-        return TensorChange(f"{part.head}{new}{part.tail}", part.block)
-    if shape in ((), (1,)):
-        return TensorChange(name, part.block)
-    if shape[0] != len(order):
-        rule = f"must be [{len(order)}, ..], experts first as in the placement"
-        raise ValueError(f"{name}: {rule}, got {list(shape)}")
-    return TensorChange(name, part.block, order)
-
-
-def _dependence(
-    name: str, tensor: Tensor, blocks: Iterable[str], routers: Routers, experts: int
-) -> tuple[str, str]:
-    """Return the block of a tensor outside its experts, and "rows", "ids" or "" as ``_kind``."""
-    block = next((block for block in blocks if _is_under(name, block)), None)
-    if math.prod(tensor.shape) <= 1 or (block is not None and block not in routers):
-        return "", ""
-    if block is not None:
-        path, router = name[len(block) + 1 :] if block else name, routers[block]
-        is_usual = not ROUTER_NAMES.isdisjoint(path.split("."))
-        routes = is_usual if router is None else _is_under(name, router)
-        kind = _kind(path, tensor, experts, "router" if routes else "block")
-    else:
-        # Beside a block, in its layer: state of its router under another name.
-        matches = {block: UP_TO_LAYER.match(block) for block in routers}
-        starts = {block: f"{layer[0]}." for block, layer in matches.items() if layer}
-        beside = [block for block, start in starts.items() if name.startswith(start)]
-        block, path = (beside[0], name.removeprefix(starts[beside[0]])) if beside else ("", name)
-        kind = _kind(path, tensor, experts, "layer" if beside else "model")
-        kind = None if kind and len(beside) > 1 else kind
-    if kind is None:
-        what = "may depend on the order of experts in a way that is not known"
-        raise ValueError(f"{name}: {list(tensor.shape)} {what}")
-    return block, kind
-
-
 def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
     """Return "rows" or "ids" of what depends on the order, "" of what does not, None if unknown.
 
@@ -297,7 +322,7 @@ def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
     fractions = tensor.is_floating_point() or tensor.is_complex()
     is_whole = not fractions and tensor.element_size() > 1
     speaks = CHOOSES.search(path) is not None
-    if APART.search(path):
+    if is_apart(path) or (where == "router" and FIRST_FACTOR.search(path)):
         return ""
     if where == "model":
         return None if speaks and (has_experts or is_whole) else ""
@@ -319,5 +344,11 @@ def _kind(path: str, tensor: Tensor, experts: int, where: str) -> str | None:
     return None if has_experts or is_whole else ""
 
 
-def _is_under(name: str, module: str) -> bool:
+def is_apart(path: str) -> bool:
+    """Whether what stands at a path within a layer computes the same for every order."""
+    return APART.search(path) is not None
+
+
+def is_under(name: str, module: str) -> bool:
+    """Whether a tensor is a module's or of what is in it."""
     return not module or name.startswith(f"{module}.")

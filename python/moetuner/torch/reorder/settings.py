@@ -1,0 +1,146 @@
+"""What a model's configuration says about the order of its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moetuner._checks import whole_number
+from moetuner.torch.models import SIZE_NAMES
+from moetuner.torch.reorder.plan import Order, check_groups, groups_in
+
+Config = Any
+"""Settings as ``config.json`` has them, or a configuration of transformers; None if unknown."""
+
+SIZES, LAYERS = (*SIZE_NAMES, "moe_num_experts"), ("num_hidden_layers", "num_layers")
+
+# Settings of how weights are stored, which have groups of their own.
+STORED = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a configuration says.
+
+    Attributes
+    ----------
+    groups
+        Numbers of groups among which routers choose first.
+    hidden_layers
+        Layers of the language model, dense ones included; None if it does not say.
+    """
+
+    groups: tuple[int, ...] = ()
+    hidden_layers: int | None = None
+
+    def check_order(self, order: Order) -> None:
+        """Check that an order [L,E] keeps the groups of every layer whole."""
+        for groups in self.groups:
+            for layer, positions in enumerate(order):
+                check_groups(positions, groups, f"layer {layer}")
+
+
+def settings_of(config: Config) -> Settings:
+    """Read a configuration, with the models in it: any of them may have the experts."""
+    if config is None:
+        return Settings()
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"config must be a configuration or its settings, got {type(config)}")
+    parts = list(_parts(fields))
+    # Files leave out what is the default of a model within another one.
+    full = config if hasattr(config, "to_dict") else configuration_of(fields)
+    parts += [] if full is None else _parts_of_configuration(full)
+    groups = {groups_in(part) for part in parts} - {1}
+    of_experts = [part for part in parts if any(part.get(name) for name in SIZES)]
+    layers = (part.get(name) for part in (*of_experts, *parts) for name in LAYERS)
+    hidden = (whole_number("config's num_hidden_layers", n) for n in layers if n is not None)
+    return Settings(tuple(sorted(groups)), next(hidden, None))
+
+
+def configuration_of(fields: Mapping[str, Any]) -> Any:
+    """Return the configuration of transformers with these settings; None if it has none."""
+    try:
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ImportError:
+        return None
+    kind = str(fields.get("model_type"))
+    made = [getattr(transformers, str(name), None) for name in fields.get("architectures") or ()]
+    kinds = [getattr(of, "config_class", None) for of in made]
+    kinds += [CONFIG_MAPPING[kind]] if kind in CONFIG_MAPPING else []
+    with _quiet(transformers):
+        for of in kinds:
+            try:
+                if of is not None and of.model_type == kind:
+                    return of.from_dict(dict(fields))
+            except Exception:  # code of others may have other settings by the same name
+                continue
+    return None
+
+
+def empty_model_of(config: Config) -> Any:
+    """Return the model of transformers with this configuration, without memory."""
+    full = config if hasattr(config, "to_dict") else configuration_of(config)
+    made = None if full is None else _class_of(full)
+    if made is None:
+        raise ValueError(
+            "names is needed, the names of all tensors of the checkpoint: this transformers has no "
+            "model for config"
+        )
+    import transformers
+
+    with _quiet(transformers), torch.device("meta"):
+        model: nn.Module = made(full)
+    return model
+
+
+def _class_of(config: Any) -> Any:
+    """Return the class of a model; None if transformers has none."""
+    import transformers
+
+    library: Any = transformers
+    for name in getattr(config, "architectures", None) or ():
+        if (made := getattr(library, str(name), None)) is not None:
+            return made
+    for kind in ("CausalLM", "ImageTextToText", "Seq2SeqLM", ""):
+        mapping = getattr(library, f"AutoModel{'For' * bool(kind)}{kind}")._model_mapping
+        if type(config) in mapping:
+            made = mapping[type(config)]
+            return made[0] if isinstance(made, tuple) else made
+    return None
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep what transformers has to say of configurations from the terminal."""
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _parts(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield settings and those within them."""
+    yield fields
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and name not in STORED:
+            yield from _parts(value)
+
+
+def _parts_of_configuration(config: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield settings by all their names, and those of the models within."""
+    fields = config.to_dict()
+    names = dict(config.attribute_map)
+    yield fields | {name: fields[real] for name, real in names.items() if real in fields}
+    for name in config.sub_configs:
+        if hasattr(part := getattr(config, name, None), "to_dict"):
+            yield from _parts_of_configuration(part)
