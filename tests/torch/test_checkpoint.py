@@ -1,10 +1,11 @@
 """permute_state_dict: the same for weights on disk as apply_placement for a model in memory."""
 
 import json
+import re
 
 import numpy as np
 import pytest
-from moe_models import build, placement_for, refused, same, tensors_of, torch
+from moe_models import build, placement_for, refused, same, tensors_of, torch, transformers
 from safetensors.torch import load_file, save_file
 
 import moetuner as mt
@@ -103,6 +104,47 @@ def test_names_of_megatron(before, after):
     assert moved[f"{block}.{after}"].tolist() == [1, 3, 0, 2]
 
 
+@pytest.mark.parametrize("prefix", ["mtp", "model.mtp", "model.nextn_predict"])
+def test_prediction_layers_of_their_own_numbers_are_last(prefix):
+    """Blocks named mtp.layers.0 get the last rows, or none; config need not count layers."""
+    tensors = checkpoint() | checkpoint((0, 1), prefix=f"{prefix}.layers")
+    slots = np.stack([np.roll(np.arange(4), number) for number in range(5)]).reshape(5, 2, 2)
+    slots = np.sort(slots, axis=2)
+    names = [("model.layers", n) for n in range(3)] + [(f"{prefix}.layers", n) for n in range(2)]
+    moved = permute_state_dict(tensors, mt.Placement(slots))
+    for row, (stack, number) in enumerate(names):
+        expected = 10 * number + slots[row, 0, 0]
+        assert expert_in(moved, number, prefix=stack) == expected, (stack, number)
+    moved = permute_state_dict(tensors, mt.Placement(slots[2:]))
+    assert expert_in(moved, 0) == slots[2, 0, 0]
+    assert expert_in(moved, 1, prefix=f"{prefix}.layers") == 10
+
+
+def test_two_stacks_of_layers_are_refused():
+    """An encoder and a decoder have layers of the same numbers, and no order by their names."""
+    tensors = checkpoint((0,), prefix="decoder.layers") | checkpoint((0,), prefix="encoder.layers")
+    text = "must be about one stack of layers, got decoder.layers.0.mlp and encoder.layers.0.mlp"
+    refused(text, permute_state_dict, tensors, mt.Placement(ORDER.slots[:2]))
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+def test_numbers_with_leading_zeros_keep_them(digits):
+    """Experts named 007 stay so, and are taken for the same numbers as 7."""
+    tensors = checkpoint(experts=12)
+    padded = {
+        re.sub(r"experts\.(\d+)", lambda of: f"experts.{int(of[1]):0{digits}}", name): tensor
+        for name, tensor in tensors.items()
+    }
+    placement = mt.Placement(
+        np.stack([np.random.default_rng(0).permutation(12)] * 3).reshape(3, 2, 6)
+    )
+    expected, moved = (permute_state_dict(of, placement) for of in (tensors, padded))
+    assert padded.keys() == moved.keys()
+    assert all(moved[old].equal(expected[new]) for new, old in zip(tensors, padded, strict=True))
+    assert same(permute_state_dict(moved, placement, inverse=True), padded)
+    refused("one name each", permute_state_dict, tensors | padded, placement)
+
+
 def changed(**tensors):
     """Give a checkpoint with other tensors in its layers, or without those that are None."""
     tensors = checkpoint() | {f"model.layers.{name}": of for name, of in tensors.items()}
@@ -153,6 +195,47 @@ def test_bad_checkpoints(tensors, text, config, tmp_path):
     refused(text, permute_state_dict, tensors, ORDER, config=config)
     refused(text, permute_state_dict, old, ORDER, new, config=config)
     assert not new.exists()
+
+
+GROUPS = {"n_group": 2, "topk_group": 1}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GROUPS,
+        {"text_config": GROUPS},
+        {"thinker_config": {"text_config": GROUPS, "n_group": 1}},
+        {"language_config": {"num_expert_group": 2, "topk_group": 1}},
+        {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+        {"n_expert_groups": 2, "n_limited_groups": 1},
+        transformers.BailingHybridConfig(n_group=2, topk_group=1),
+        transformers.BailingHybridConfig(n_group=2, topk_group=1).to_diff_dict(),
+        # Files leave out defaults, here of two groups.
+        {"text_config": {"model_type": "axk1", "topk_group": 1, "n_routed_experts": 4}},
+    ],
+)
+def test_groups_by_any_name(config):
+    """A router's groups stay whole under whatever names and wherever a configuration has them."""
+    text = "groups of 2 experts first" if "axk1" not in str(config) else "groups must divide"
+    refused(text, permute_state_dict, changed(**BIAS), ORDER, config=config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"n_group": 2, "topk_group": 2},
+        {"num_expert_group": 4, "topk_method": "greedy"},
+        {"mamba_n_groups": 2, "n_groups": 2, "num_key_value_groups": 2, "layer_group_size": 2},
+        {"quantization_config": {"n_group": 2, "group_size": 2}},
+        {"use_expert_group": True, "n_group": None},
+    ],
+)
+def test_other_groups_are_no_reason(config):
+    """Groups that are all chosen, and those of heads, convolutions and quantised weights."""
+    tensors = changed(**BIAS)
+    moved = permute_state_dict(tensors, ORDER, config=config)
+    assert expert_in(moved, 0) == 1
 
 
 FOUR, BLOCKS = torch.arange(4.0), torch.arange(24.0).reshape(4, 2, 3)

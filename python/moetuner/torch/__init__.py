@@ -1,9 +1,9 @@
 """What moetuner does inside PyTorch: record and count routing; apply, run and change placements.
 
 ``capture`` records what the routers of a running model choose, ``RoutingCounters`` counts it on the
-device; ``apply_placement`` and ``permute_state_dict`` put experts in the order that engines with
-contiguous experts understand; ``ExpertParallelMoE`` runs any placement, ``Rebalancer`` changes it
-while serving. ``import moetuner`` never imports this package.
+device; ``apply_placement``, ``permute_state_dict`` and ``Renumbering`` put experts in the order of
+a placement, for engines with contiguous experts; ``ExpertParallelMoE`` runs any placement,
+``Rebalancer`` changes it while serving. ``import moetuner`` never imports this package.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from moetuner.torch.record.capture import Recorder, capture
 from moetuner.torch.record.counters import RoutingCounters
 from moetuner.torch.reorder.checkpoint import permute_state_dict
 from moetuner.torch.reorder.model import apply_placement
+from moetuner.torch.reorder.renumbering import Renumbering
 
 # Modules of experts that move, by the names that they had: programs of others reach into them.
 migration = migrate
@@ -41,6 +42,7 @@ __all__ = [
     "MoveError",
     "Rebalancer",
     "Recorder",
+    "Renumbering",
     "RoutingCounters",
     "TrafficCounters",
     "apply_placement",

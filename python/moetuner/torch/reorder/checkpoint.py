@@ -99,12 +99,7 @@ def permute_state_dict(
 
 def _changes(tensors: Tensors, order: Order, config: Config, *, inverse: bool) -> Changes:
     """Return what becomes of every tensor, if that is exact."""
-    if config is None and any(name.endswith("e_score_correction_bias") for name in tensors):
-        raise ValueError(
-            "config is needed: a router with e_score_correction_bias may be limited to groups "
-            "(config={'n_group': 1} if it is not)"
-        )
-    settings = settings_of(config)
+    settings = settings_of(config, tensors)
     settings.check_order(order)
     blocks = blocks_of(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order

@@ -36,6 +36,11 @@ class Part(NamedTuple):
     expert: str | None = None
     tail: str = ""
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether the number has leading zeros."""
+        return self.expert is not None and len(self.expert) > 1 and self.expert.startswith("0")
+
 
 def part_of(name: str) -> Part | None:
     """Return what a name says of experts; None if it is of none."""
@@ -53,8 +58,7 @@ def parts_of(names: Iterable[str]) -> dict[str, Part]:
 
 def widths_of(parts: Iterable[Part]) -> dict[str, int]:
     """Return the digits of experts' numbers with leading zeros, by the name before the number."""
-    padded = (of for of in parts if of.expert is not None and of.expert.startswith("0"))
-    return {of.head: len(of.expert or "") for of in padded if of.expert != "0"}
+    return {of.head: len(of.expert or "") for of in parts if of.is_padded}
 
 
 def layer_number(block: str) -> int:

@@ -173,7 +173,7 @@ class Plan:
         return int(self.order.shape[1])
 
     @cached_property
-    def _blocks(self) -> list[str]:
+    def blocks(self) -> list[str]:
         """All MoE blocks, those within others first."""
         return sorted({*self.routers, *self.resting}, key=len, reverse=True)
 
@@ -182,6 +182,16 @@ class Plan:
         """Return what names of tensors of a block's layer begin with, by block."""
         layers = {block: UP_TO_LAYER.match(block) for block in self.routers}
         return {block: f"{layer[0]}." for block, layer in layers.items() if layer}
+
+    def has(self, name: str, part: Part | None) -> bool:
+        """Whether a tensor, ``part`` of the experts or not, is of one of the MoE blocks."""
+        if part is not None:
+            return part.block in self.routers or part.block in self.resting
+        return any(is_under(name, block) for block in self.blocks)
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor is in the layer of a block that moves."""
+        return name.startswith(tuple(self._layers.values()))
 
     def change(self, name: str, tensor: Tensor, part: Part | None) -> TensorChange:
         """Return what becomes of a tensor, ``part`` of the experts or not.
@@ -226,7 +236,7 @@ class Plan:
 
     def _dependence(self, name: str, tensor: Tensor) -> tuple[str, str]:
         """Return the block of a tensor outside experts, and "rows", "ids" or "" as ``_kind``."""
-        block = next((block for block in self._blocks if is_under(name, block)), None)
+        block = next((block for block in self.blocks if is_under(name, block)), None)
         if math.prod(tensor.shape) <= 1 or block in self.resting:
             return "", ""
         if block is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,17 +45,25 @@ class Settings:
                 check_groups(positions, groups, f"layer {layer}")
 
 
-def settings_of(config: Config) -> Settings:
-    """Read a configuration, with the models in it: any of them may have the experts."""
+def settings_of(config: Config, names: Iterable[str]) -> Settings:
+    """Read a configuration, with the models in it: any of them may have the experts.
+
+    ``names`` are of tensors, which may show that it is needed.
+    """
     if config is None:
+        if any(name.endswith("e_score_correction_bias") for name in names):
+            raise ValueError(
+                "config is needed: a router with e_score_correction_bias may be limited to groups "
+                "(config={'n_group': 1} if it is not)"
+            )
         return Settings()
     fields = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(fields, Mapping):
         raise TypeError(f"config must be a configuration or its settings, got {type(config)}")
     parts = list(_parts(fields))
     # Files leave out what is the default of a model within another one.
-    full = config if hasattr(config, "to_dict") else configuration_of(fields)
-    parts += [] if full is None else _parts_of_configuration(full)
+    known = [configuration_of(part) for part in parts if "model_type" in part]
+    parts += [part for of in known if of is not None for part in _parts_of_configuration(of)]
     groups = {groups_in(part) for part in parts} - {1}
     of_experts = [part for part in parts if any(part.get(name) for name in SIZES)]
     layers = (part.get(name) for part in (*of_experts, *parts) for name in LAYERS)
@@ -78,7 +86,7 @@ def configuration_of(fields: Mapping[str, Any]) -> Any:
         for of in kinds:
             try:
                 if of is not None and of.model_type == kind:
-                    return of.from_dict(dict(fields))
+                    return of.from_dict(_decoded(fields))
             except Exception:  # code of others may have other settings by the same name
                 continue
     return None
@@ -98,6 +106,16 @@ def empty_model_of(config: Config) -> Any:
     with _quiet(transformers), torch.device("meta"):
         model: nn.Module = made(full)
     return model
+
+
+def _decoded(value: Any) -> Any:
+    """Return settings with the numbers that JSON has no words for."""
+    if isinstance(value, Mapping):
+        is_number = value.keys() == {"__float__"}
+        return (
+            float(value["__float__"]) if is_number else {k: _decoded(v) for k, v in value.items()}
+        )
+    return [_decoded(of) for of in value] if isinstance(value, list) else value
 
 
 def _class_of(config: Any) -> Any:

@@ -1,0 +1,139 @@
+"""Putting tensors into the order of a placement one by one, as trainers send them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from moetuner._checks import flag, instance, listed
+from moetuner.placement import Placement
+from moetuner.torch.models import moe_layers
+from moetuner.torch.outside import has_memory
+from moetuner.torch.reorder import plan
+from moetuner.torch.reorder.names import blocks_of, part_of, predicts
+from moetuner.torch.reorder.plan import ROUTER_NAMES, Order, Plan
+from moetuner.torch.reorder.settings import Config, empty_model_of, settings_of
+
+# Before all names of an adapter, as PEFT writes it.
+ADAPTED = "base_model.model."
+
+
+class Renumbering:
+    """Renumbers one named tensor after the other, so that contiguous experts are the placement.
+
+    ``renumber(name, tensor)`` gives the new name and tensor: those that ``permute_state_dict``
+    gives for the whole checkpoint. A trainer that updates an engine whose checkpoint was renumbered
+    sends each tensor through it, whatever it sends: all weights, some of them, or adapters of
+    single experts and of routers. Nothing is kept between calls, and a tensor that does not change
+    is returned as it is.
+
+    Parameters
+    ----------
+    placement
+        One copy of each expert, equally many on every device.
+    config
+        The model's configuration, or the settings of its ``config.json``.
+    names
+        Names of all tensors of the checkpoint, as its index has them; by default those that the
+        model of transformers with this configuration has, in memory and in its checkpoints.
+    inverse
+        Give tensors of a renumbered checkpoint their old names and rows.
+
+    Raises
+    ------
+    ValueError
+        If the result could not be exact, with the reason: here where the configuration tells, else
+        for the tensor. That two experts have equal router rows, which ``permute_state_dict``
+        refuses, a single tensor does not tell.
+
+    Examples
+    --------
+    >>> renumber = Renumbering(placement, model.config)  # doctest: +SKIP
+    >>> engine.load_weights(renumber(*named) for named in weights)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        config: Config,
+        *,
+        names: Iterable[str] | None = None,
+        inverse: bool = False,
+    ) -> None:
+        instance("placement", placement, Placement)
+        flag("inverse", inverse)
+        names = None if names is None else listed("names", names, "names")
+        settings = settings_of(config, names or ())
+        order = plan.order_of(placement)
+        settings.check_order(order)
+        order = np.argsort(order, axis=1) if inverse else order
+        self._hidden_layers = settings.hidden_layers
+        if names is None:
+            self._plans = _plans_of(config, order, self._hidden_layers)
+        else:
+            blocks = blocks_of(names, len(order), self._hidden_layers)
+            self._plans = [Plan.of(names, order, dict.fromkeys(blocks))]
+
+    def __call__(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """Return the new name and the new tensor."""
+        start = ADAPTED if name.startswith(ADAPTED) else ""
+        name = name.removeprefix(start)
+        part = part_of(name)
+        known = next((of for of in self._plans if of.has(name, part)), None)
+        if known is None and predicts(part.block if part else name, self._hidden_layers):
+            return start + name, tensor
+        beside = next((of for of in self._plans if of.is_beside(name)), None)
+        is_strange = part is not None or (beside is None and self._routes(name, tensor))
+        if known is None and is_strange:
+            raise ValueError(
+                f"{start}{name}: must be of one of the model's MoE layers, such as "
+                f"{next(iter(self._plans[0].routers))}: if its names are others, give them in names"
+            )
+        chosen = known or beside or self._plans[0]
+        if part is not None and part.is_padded and part.head not in chosen.widths:
+            raise ValueError(f"{start}{name}: names with leading zeros must be given in names")
+        change = chosen.change(name, tensor, part)
+        if (change.order is not None or change.ids is not None) and not has_memory(tensor):
+            rule = "must be a whole tensor in memory, in which its elements are as they are"
+            raise ValueError(f"{start}{name}: {rule}, got {type(tensor).__name__}")
+        return start + change.name, plan.moved(name, tensor, change)
+
+    def _routes(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor may be a router's that has another name than those known."""
+        experts = self._plans[0].experts
+        return experts in tensor.shape and not ROUTER_NAMES.isdisjoint(name.split("."))
+
+
+def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[Plan]:
+    """Return the plans for a model of transformers, with its names on disk and in memory."""
+    model = empty_model_of(config)
+    layers = moe_layers(model)
+    if len(layers) != len(order):
+        text = f"placement must have {len(layers)} layers as the model has, got {len(order)}"
+        raise ValueError(
+            f"{text}: with layers beyond it, give all names of the checkpoint in names"
+        )
+    tensors = model.state_dict()
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # versions whose names are the same in both places
+        stored = tensors
+    else:
+        stored = revert_weight_conversion(model, dict(tensors))
+    plans = [_checked(stored, order, hidden_layers)]
+    if stored.keys() != tensors.keys():
+        with suppress(ValueError):  # where only the checkpoint can be renumbered
+            plans.append(_checked(tensors, order, hidden_layers))
+    return plans
+
+
+def _checked(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> Plan:
+    """Return the plan for tensors of a whole model, if it could be exact."""
+    blocks = blocks_of(tensors, len(order), hidden_layers)
+    made = Plan.of(tensors, order, dict.fromkeys(blocks))
+    plan.changes_of(tensors, made)
+    return made
