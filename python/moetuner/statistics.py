@@ -406,6 +406,32 @@ class RoutingStatistics(Frozen):
         """Number of windows, W."""
         return int(self.window_load.shape[0])
 
+    @cached_property
+    def is_step(self) -> NDArray[np.bool_]:
+        """Whether windows count in means over windows [W]: all but a trace's last piece.
+
+        A window is one step. The tokens that are left over behind whole windows are none: what they
+        take says nothing of a step. Windows of unknown length are what they are.
+        """
+        is_step = np.ones(self.windows, dtype=bool)
+        if self.window is None:
+            return is_step
+        tokens = self.window_load.sum(axis=(1, 2), dtype=np.uint64)
+        label = np.zeros(self.windows, dtype=np.int64) if self.group is None else self.group
+        order = np.argsort(label, kind="stable")
+        is_full, label = (tokens == tokens.max())[order], label[order]
+        is_rest = ~is_full[1:] & is_full[:-1] & (label[1:] == label[:-1])
+        is_step[order[1:][is_rest]] = False
+        return is_step
+
+    @cached_property
+    def steps(self) -> float:
+        """Windows, of which a trace's last piece counts by its part of one."""
+        if self.is_step.all():
+            return float(self.windows)
+        total = self.window_load.sum(axis=(1, 2), dtype=np.float64)
+        return float(total.sum() / total[self.is_step].mean())
+
     @property
     def layers(self) -> int:
         """Number of MoE layers, L."""

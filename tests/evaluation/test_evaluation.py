@@ -63,10 +63,12 @@ def test_replay_is_the_plain_loop(case, split, cut):
     assert of.crossing == pytest.approx((total - stays) / total if total else 0.0)
     assert of.fanout == pytest.approx(visits.sum() / per_token)
     assert of.node_fanout == pytest.approx(node_visits.sum() / per_token)
-    assert of.imbalance == pytest.approx(ratios(load).mean())
-    assert of.imbalance_worst == pytest.approx(ratios(load).max())
     assert of.imbalance_total == pytest.approx(ratios(load.sum(axis=0)).mean())
-    assert of.imbalance_per_layer == pytest.approx(ratios(load).mean(axis=0))
+    # Tokens that are left over behind whole windows are no step.
+    steps = load[: max(len(ids) // window, 1)] if window else load
+    assert of.imbalance == pytest.approx(ratios(steps).mean())
+    assert of.imbalance_worst == pytest.approx(ratios(steps).max())
+    assert of.imbalance_per_layer == pytest.approx(ratios(steps).mean(axis=0))
 
 
 def test_too_many_windows_are_refused(make_trace, monkeypatch):
@@ -314,3 +316,48 @@ def test_slots_in_use_are_counted():
         slots[0, 0, 2] = last
         of = mt.evaluate(mt.Placement(slots, num_experts=8), trace)
         assert of.slots_used == of.to_dict()["slots_used"] == used
+
+
+@pytest.mark.parametrize("window", [64, 150, 199])
+def test_tokens_left_over_are_no_step(make_trace, window):
+    """Means over windows are those of whole windows: replayed, counted, by group, as objective."""
+    rest = 37
+    trace = make_trace(3 * window + rest)
+    whole = mt.RoutingTrace.from_arrays(trace.expert_ids[: 3 * window], num_experts=8)
+    model = mt.CostModel(1, 2, 3, 0.5, token_bytes=0)
+    how = {"window": window, "cost_model": model, "mixed": False}
+    expected = mt.evaluate(IN_BLOCKS, whole, **how)
+    counted = mt.RoutingStatistics.from_trace(trace, window=window, sets=True)
+    by_group = mt.RoutingStatistics.from_trace(trace, window=window, by_group=True)
+    alone = replace(by_group, group=None, group_names=())
+    assert counted.is_step.tolist() == [True] * 3 + [False]
+    assert counted.steps == pytest.approx(3 + rest / window)
+    names = [name for name in mt.evaluation.figures.FIGURES if "predicted" in name]
+    for traffic in (trace, counted):
+        actual = mt.evaluate(IN_BLOCKS, traffic, **how)
+        for name in ("imbalance", "imbalance_worst", "imbalance_per_window", *names):
+            assert getattr(actual, name) == pytest.approx(getattr(expected, name)), name
+    three = replace(counted, window_load=counted.window_load[:3])
+    mixed, expected_mixed = (mt.evaluate(IN_BLOCKS, of).imbalance_mixed for of in (counted, three))
+    assert mixed == expected_mixed
+    goals = {"balance": expected.imbalance, "time": expected.predicted_layer_us}
+    for goal, value in goals.items():
+        problem = mt.Problem(counted, mt.Topology(4), objective=goal, cost_model=model)
+        assert problem.value(IN_BLOCKS) == pytest.approx(value)
+    assert by_group.is_step.sum() == sum(np.bincount(trace.group) // window)
+    assert alone.is_step.sum() == by_group.is_step.sum()
+
+
+def test_windows_that_are_all_there_is_count():
+    """A trace below one window is one; windows of unknown length, and short ones first, count."""
+    load = np.array([[[8, 0]], [[8, 8]], [[4, 0]], [[1, 1]], [[8, 8]], [[2, 2]]])
+    group = np.array([0, 0, 1, 1, 0, 0])
+
+    def steps(**fields):
+        return mt.RoutingStatistics.from_load(load, **fields).is_step.tolist()
+
+    assert steps() == [True] * 6
+    assert steps(window=16) == [True, True, False, True, True, False]
+    named = {"group": group, "group_names": ("long", "short")}
+    assert steps(window=16, **named) == [True, True, True, True, True, False]
+    assert mt.RoutingStatistics.from_load(load[2:3], window=16).steps == 1

@@ -104,7 +104,8 @@ def command(
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     _show(output, problem, outcomes, before)
-    judged = windowed(held_out(judged_on, source.traffic) if holdout else FLATTERED, source)
+    judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
+    judged = windowed(judged, source, judged_on)
     output.say(*[f"Gain: {of.sentence}" for of in (gain,) if of is not None], judged)
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")

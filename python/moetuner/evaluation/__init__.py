@@ -46,7 +46,7 @@ class Evaluation(Frozen):
         Largest / mean device load in a layer and window, averaged over layers and windows; 1 is
         perfect. Where devices differ in speed, the slowest device's time over that of loads in
         proportion to speeds. Windows are those of the order in which traffic arrives, as are those
-        of predicted times.
+        of predicted times; the tokens that are left over behind whole windows are in none of them.
     imbalance_mixed
         The same if sequences are served together, as by continuous batching: in windows of the same
         tokens in mixed order, or for counts, in means of 16 windows drawn at random. It depends on
@@ -267,7 +267,9 @@ def _evaluated(
         by_group = {}
         for group in counted[0]:
             parts = [of[group] for of in counted]
-            mixed = parts[-1].load if common.mixed and is_mixed else parts[0].mixed
+            mixed = parts[0].mixed
+            if common.mixed and is_mixed:
+                mixed = parts[-1].load[parts[-1].is_step]
             if homes is not None and isinstance(traffic, RoutingTrace):
                 mine = traffic if group is None else traffic.select(groups=group)
                 rows = dispatch_rows(setting.placement, mine, homes[numbers[group]])

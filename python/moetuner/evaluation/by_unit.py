@@ -186,16 +186,17 @@ class _Part:
         # Homes are known of all windows together, and stay what they are.
         of_all = np.maximum(whole.visits.sum(axis=0, dtype=np.float64), 1e-300)
         rows = whole.dispatch * (tables["visits"].sum(axis=0) / of_all)[:, None, :]
-        return replace(counts, dispatch=rows, **tables)
+        return replace(counts, dispatch=rows, is_step=whole.is_step[window], **tables)
 
 
 def of_windows(counts: Counts, setting: Setting) -> Measures:
-    """Return what waits for the slowest; it counts every window alike, as ``evaluate`` does."""
-    ones = np.ones(len(counts.load))
+    """Return what waits for the slowest; it counts every step alike, as ``evaluate`` does."""
+    step = counts.is_step.astype(np.float64)
     ratios = figures.ratios(counts.load, setting.topology.speed_of_device)
-    measures = {"imbalance": (ratios.mean(axis=1), ones)}
+    measures = {"imbalance": (ratios.mean(axis=1) * step, step)}
     if setting.cost_model is not None:
-        measures["predicted_layer_us"] = (figures.layer_us(counts, setting).mean(axis=1), ones)
+        us = figures.layer_us(counts, setting).mean(axis=1)
+        measures["predicted_layer_us"] = (us * step, step)
     return measures
 
 

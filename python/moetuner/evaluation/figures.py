@@ -18,7 +18,7 @@ from moetuner.topology import Regime, Topology
 
 Floats = NDArray[np.float64]
 US = " us"
-# Windows and layers [W,L] in each order of arrival, by its weight.
+# Windows that are steps, and layers [W,L], in each order of arrival, by its weight.
 Weighed = list[tuple[float, Floats]]
 
 
@@ -49,14 +49,14 @@ class Replay:
     @cached_property
     def imbalances(self) -> Weighed:
         """Imbalance of every window and layer."""
-        return [(weight, self.imbalance(each.load)) for weight, each in self.parts]
+        return [(weight, self.imbalance(each.load)[each.is_step]) for weight, each in self.parts]
 
     @cached_property
     def times(self) -> Weighed:
         """Predicted microseconds of every window and layer; none without a cost model."""
         if self.setting.cost_model is None:
             return []
-        return [(weight, layer_us(each, self.setting)) for weight, each in self.parts]
+        return [(weight, layer_us(each, self.setting)[each.is_step]) for weight, each in self.parts]
 
     def imbalance(self, load: NDArray[Any]) -> Floats:
         """Compute the imbalance [...] of device loads [...,D] on this machine."""
@@ -131,7 +131,7 @@ FIGURES = {
     "tokens": Figure("tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
     "imbalance": Figure(
         *("imbalance", 3),
-        "max / mean device load, averaged over layers and windows as they arrive (--arrival)",
+        "max / mean device load, averaged over layers and whole windows as they arrive (--arrival)",
         lambda of: mean(of.imbalances),
         label="imbalance",
         unit=" x the mean",

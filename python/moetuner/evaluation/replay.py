@@ -42,7 +42,7 @@ class Counts:
     load
         Tokens of every device, once per expert [W,L,D].
     mixed
-        The same in windows of mixed arrival [W,L,D]; None if not asked for.
+        The same in windows of mixed arrival, those that are steps; None if not asked for.
     visits
         Tokens with an expert on the device [W,L,D]; ``load`` where experts of one token are not
         known, which is an upper bound.
@@ -54,6 +54,8 @@ class Counts:
         Rows from home to device of work [L,D,D], zero on the diagonal.
     active
         Experts of a device that have a token [W,L,D]; None if not asked for.
+    is_step
+        Whether windows count in means over windows [W], as ``RoutingStatistics.is_step`` has it.
     """
 
     tokens: int | None
@@ -64,6 +66,7 @@ class Counts:
     follow: Numbers | None
     dispatch: Numbers
     active: Numbers | None
+    is_step: NDArray[np.bool_]
 
     def run(self, windows: slice) -> Counts:
         """Return the counts of some windows; what is of all windows together stays."""
@@ -71,7 +74,7 @@ class Counts:
         some: dict[str, Any] = {
             name: of[windows] for name in names if (of := getattr(self, name)) is not None
         }
-        return replace(self, mixed=None, **some)
+        return replace(self, mixed=None, is_step=self.is_step[windows], **some)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def counts_of(
     if isinstance(traffic, RoutingStatistics):
         for expected in (Expected(traffic, setting) for setting in settings):
             counts = {
-                name: expected.counts(traffic.window_load[mine])
+                name: expected.counts(traffic.window_load[mine], is_step=traffic.is_step[mine])
                 for name, mine in members(traffic).items()
             }
             # Which experts meet, in which layers, is only known of all windows together.
@@ -278,9 +281,11 @@ class _Part:
         if self._mixed:
             mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
             mixed = _in_turns(setting.placement, mixed) if setting.takes_turns else mixed
+        steps = max(tokens // self._window, 1)
         return Counts(
-            *(tokens, load, mixed, visits, node_visits, follow),
+            *(tokens, load, None if mixed is None else mixed[:steps], visits, node_visits, follow),
             *_of_experts(setting, setting.slot_shares, visits, self._expert_load),
+            is_step=np.arange(len(load)) < steps,
         )
 
 
@@ -355,17 +360,24 @@ class Expected:
             self._met = _ratio(of_devices, load)
             self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
 
-    def counts(self, window_load: Numbers, total: Numbers | None = None) -> Counts:
-        """Compute the expected counts of windows of load [W,L,E].
+    def counts(
+        self,
+        window_load: Numbers,
+        total: Numbers | None = None,
+        is_step: NDArray[np.bool_] | None = None,
+    ) -> Counts:
+        """Compute the expected counts of windows of load [W,L,E], all of them steps by default.
 
         Where these are a part of all windows, ``total`` has the load of all [1,L,E].
         """
         setting, topology = self._setting, self._setting.topology
         load = copies.served(setting.placement, self._share, window_load)
+        is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
         mixed = None
         if setting.mixed:
-            mixed = np.empty_like(load)
-            for place, windows in mixed_windows(load, seed=setting.mixed_seed):
+            steps = load if is_step.all() else load[is_step]
+            mixed = np.empty_like(steps)
+            for place, windows in mixed_windows(steps, seed=setting.mixed_seed):
                 mixed[place] = windows
         visits, node_visits = load, None
         if self._tokens is not None:
@@ -373,6 +385,7 @@ class Expected:
         return Counts(
             *(self._tokens, load, mixed, visits, node_visits, self._follow),
             *_of_experts(setting, self._share, visits, window_load, total),
+            is_step=is_step,
         )
 
 

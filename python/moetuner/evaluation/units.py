@@ -118,9 +118,9 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
     if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
         loads = loads_of(traffic, window=window, threads=threads)
         blocks = blocks_of(loads.window_load, loads.group)
-        windows = loads.windows
+        windows = int(loads.is_step.sum())
         if isinstance(traffic, RoutingTrace):
-            windows = 1 if window is None else -(-traffic.tokens // window)
+            windows = 1 if window is None else max(traffic.tokens // window, 1)
         return Units("window", blocks.number(windows), blocks)
     labels = np.unique(traffic.sequence)
     kinds, all_alike = kinds_of(traffic, labels)

@@ -154,14 +154,15 @@ def windows_of(
     share = share_mixed(arrival)
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
         raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}")
-    weight, group = np.ones(statistics.windows), statistics.group
+    weight, group = statistics.is_step.astype(np.float64), statistics.group
     if groups is not None:
-        weight = _group_weights(statistics, groups)
+        weight *= _group_weights(statistics, groups)
     kind, many = (risk, groups == "minimax"), statistics.windows > MOST
     load = statistics.window_load if many else statistics.window_load.astype(np.float64)
     if share == 0 or len(load) < 2:
         return Windows(load, weight, group, *kind)
-    drawn = mixed_windows(load, weight, MOST if many else len(load))
+    steps = slice(None) if statistics.is_step.all() else statistics.is_step
+    drawn = mixed_windows(load[steps], weight[steps], MOST if many else None)
     mixed = np.concatenate([part for _, part in drawn])
     mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
     weights = np.concatenate([weight * (1 - share), mixed_weight])

@@ -15,7 +15,7 @@ from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import number, percent
+from moetuner.report.cells import counted, number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -97,6 +97,17 @@ def judge(
     names = ("split", "regime", "arrival", "cost_model")
     how = {**{name: getattr(problem, name) for name in names}, **options}
     return evaluate_each(placements, traffic, problem.topology, **how)
+
+
+def left_over(traffic: Traffic, window: int | None) -> str:
+    """Write what of some traffic is no step, so that no mean over windows has it; "" if nothing."""
+    if isinstance(traffic, RoutingStatistics):
+        short = int((~traffic.is_step).sum())
+        return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
+    rest = traffic.tokens % (window or max(traffic.tokens, 1))
+    if rest in (0, traffic.tokens):
+        return ""
+    return f"imbalance and time leave out the last {counted(rest, 'token')}, which fill none"
 
 
 def gain_of(

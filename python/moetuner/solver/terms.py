@@ -115,7 +115,7 @@ def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
         return {}
     tokens = float(sets[0].counts.sum())
     if problem.goal == "time":
-        unit *= visit_us(problem) * (tokens / problem.statistics.windows)
+        unit *= visit_us(problem) * (tokens / problem.statistics.steps)
     return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
 
 
@@ -130,7 +130,7 @@ def _pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
     # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
     # together, and has k (k - 1) / 2 pairs apart.
     top = float(pairs.sum(dtype=np.float64)) / tokens + 1
-    price = visit_us(problem) * 2 / top / (problem.layers * problem.statistics.windows)
+    price = visit_us(problem) * 2 / top / (problem.layers * problem.statistics.steps)
     return {"pairs": pairs, "pair_cost": unit * price}
 
 
@@ -147,7 +147,7 @@ def link_prices(problem: Problem, unit: float) -> Floats:
     objective = problem.objective_function
     if problem.goal == "traffic":
         return problem.topology.cost.astype(np.float64) * (unit / objective.scale)
-    return objective.link_us * (unit / (problem.layers * problem.statistics.windows))
+    return objective.link_us * (unit / (problem.layers * problem.statistics.steps))
 
 
 def visit_us(problem: Problem) -> float:

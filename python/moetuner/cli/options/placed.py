@@ -36,7 +36,7 @@ from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.report.cells import counted
-from moetuner.report.outcome import gain_of
+from moetuner.report.outcome import gain_of, left_over
 from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -117,9 +117,12 @@ def size_of(traffic: Traffic) -> dict[str, int]:
     return {"windows": traffic.windows}
 
 
-def windowed(sentence: str, source: Source) -> str:
-    """Add to a sentence which windows INPUT is judged in."""
-    return f"{sentence} Windows have {source.counted:,} tokens." if source.counted else sentence
+def windowed(sentence: str, source: Source, judged_on: Traffic) -> str:
+    """Add to a sentence which windows INPUT is judged in, and what is in none."""
+    if not source.counted:
+        return sentence
+    rest = left_over(judged_on, source.replayed)
+    return f"{sentence} Windows have {source.counted:,} tokens{rest and f'; {rest}'}."
 
 
 def held_out(part: Traffic, whole: Traffic) -> str:
@@ -213,7 +216,7 @@ class Placed:
         if is_seen and share:
             part, sentence = unseen, held_out(unseen, whole)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
-        return part, windowed(sentence, self.source), facts
+        return part, windowed(sentence, self.source, part), facts
 
     def _fingerprint(self, traffic: Traffic) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""

@@ -32,7 +32,7 @@ from moetuner.report.advice.values import (
     main_of,
 )
 from moetuner.report.cells import counted
-from moetuner.report.outcome import judge
+from moetuner.report.outcome import judge, left_over
 from moetuner.report.recording import PHASES, one_kind
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
@@ -209,7 +209,11 @@ class Study:
         else:
             sequences = counted(len(np.unique(unseen.sequence)), "sequence")
             text = f"{counted(unseen.tokens, 'token')} of {sequences}"
-        return f"{text} that the placement was {'not ' * self.is_held_out}computed from"
+        # The longest windows leave most over.
+        rest = left_over(unseen, self.windows[-1])
+        where = "" if self.windows[-1] is None else f"in windows of {self.windows[-1]:,} "
+        text += f" that the placement was {'not ' * self.is_held_out}computed from"
+        return f"{text}; {where}{rest}" if rest else text
 
     def _judged(self, trials: list[Trial], window: Window) -> Judged:
         """Compare what is proposed with what runs, and with EPLB, in windows of a size."""

@@ -17,11 +17,10 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, digits, in_bytes, percent, signed, unit_of_time
-from moetuner.report.outcome import within
+from moetuner.report.outcome import left_over, within
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
-from moetuner.statistics import RoutingStatistics
 
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
@@ -270,19 +269,20 @@ def _next(page: PageData) -> Panel | None:
 
 
 def _over_time(page: PageData) -> Panel | None:
-    at = np.flatnonzero(_are_whole(page))
-    if len(at) < 2:
+    number = len(page.evaluations[0].imbalance_per_window)
+    if number < 2:
         return None
-    left_out = len(page.evaluations[0].imbalance_per_window) - len(at)
+    replayed = page.evaluations[0].replayed
+    assert replayed is not None
     lines, rows = [], []
     for name, each, colour, dash in zip(
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
     ):
-        values = np.array(each.imbalance_per_window)[at]
-        places, drawn = draw.thinned(values.tolist())
+        values = each.imbalance_per_window
+        places, drawn = draw.thinned(list(values))
         lines.append(
             draw.scatter(
-                *(at[places], drawn, "window %{x}: %{y:.3r}"),
+                *(places, drawn, "window %{x}: %{y:.3r}"),
                 mode="lines",
                 of=name,
                 kind="i4",
@@ -290,33 +290,20 @@ def _over_time(page: PageData) -> Panel | None:
             )
         )
         rows.append((name, *map(digits, np.percentile(values, (5, 50, 95)))))
-    windows = page.windows
-    rest = f"; {counted(left_out, 'partial one')} left out" if left_out else ""
-    notes = [f"{windows[0].upper()}{windows[1:]}{rest}."]
+    windows, rest = page.windows, left_over(replayed.traffic, replayed.setting.window)
+    notes = [f"{windows[0].upper()}{windows[1:]}{rest and f'; {rest}'}."]
     drift = page.advice.drift if page.advice is not None else None
     if drift is not None:
         notes.append(
             f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
-    chart = draw.only(lines, draw.layout("window", "busiest / mean", whole=len(at)))
+    chart = draw.only(lines, draw.layout("window", "busiest / mean", whole=number))
     return Panel(
         (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
         tuple(notes),
     )
-
-
-def _are_whole(page: PageData) -> NDArray[np.bool_]:
-    """Return which windows have all their tokens: of a load table, at least half of the median."""
-    replayed = page.evaluations[0].replayed
-    assert replayed is not None
-    traffic, window = replayed.traffic, replayed.setting.window
-    if isinstance(traffic, RoutingStatistics):
-        tokens = traffic.window_load.sum(axis=(1, 2), dtype=np.float64)
-        return np.asarray(tokens >= np.median(tokens) / 2)
-    starts = np.arange(len(page.evaluations[0].imbalance_per_window)) * (window or 0)
-    return np.asarray(starts + (window or 0) <= traffic.tokens)
 
 
 def _groups(page: PageData) -> Panel | None:
