@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from moetuner.cost import busiest_ports
 Floats = NDArray[np.float64]
 # Seconds that a rank's experts take for each second of a core.
 PACE = 5.0
+# Seconds in which a rank whose peer is gone ends.
+ENDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -167,20 +169,36 @@ class Ranks:
         task = {"file": str(path), "regimes": [work.regime], "check": False}
         task |= {"hidden": work.hidden, "inner": work.inner, **more}
         for process in self.processes:
-            process.stdin.write(json.dumps(task) + "\n")
-            process.stdin.flush()
-        for rank, process in enumerate(self.processes):
-            if process.stdout.readline() != "done\n":
-                raise RuntimeError(f"rank {rank}: {self._errors(rank).read_text()}")
+            with suppress(BrokenPipeError):  # one that has ended does not answer, either
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+        if any(process.stdout.readline() != "done\n" for process in self.processes):
+            raise RuntimeError(self._first_failure())
         answers = [self.folder / f"answer{rank}.npz" for rank in range(len(self.processes))]
         return [dict(np.load(answer)) for answer in answers]
+
+    def _first_failure(self) -> str:
+        """Write which rank failed first, and its own error: the others only lost a peer."""
+        failed = {}
+        for rank, process in enumerate(self.processes):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDS)  # one that waits for another rank may not end
+            path = self.folder / f"failed{rank}"
+            if path.exists():
+                failed[rank] = json.loads(path.read_text())
+            elif process.returncode is not None:  # killed, which no rank survives
+                about = f"ended with status {process.returncode} {self._errors(rank).read_text()}"
+                failed[rank] = {"at": 0.0, "error": about.strip()}
+        first = min(failed, key=lambda rank: failed[rank]["at"])
+        return f"rank {first} failed first: {failed[first]['error']}"
 
     def stop(self) -> None:
         """End all ranks."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.communicate()
+            with suppress(BrokenPipeError):
+                process.communicate()
 
     def _errors(self, rank: int) -> Path:
         return self.folder / f"errors{rank}"

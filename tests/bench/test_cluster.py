@@ -1,5 +1,6 @@
 """The emulated cluster: it runs, its results are right, and it leaves nothing behind."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -8,17 +9,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from conftest import random_ids
 
-pytest.importorskip("torch", reason="torch is not installed")
+import moetuner as mt
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+# Two threads would only wait for each other.
+torch.set_num_threads(1)
 
 BENCH = Path(__file__).parents[2] / "bench" / "cluster"
 COMMAND = [sys.executable, str(BENCH), "--quick"]
 
 sys.path.insert(0, str(BENCH))
-from network import why_not  # noqa: E402
+from network import Network, why_not  # noqa: E402
 
 REFUSAL = why_not()
 shaped = pytest.mark.skipif(REFUSAL is not None, reason=f"no emulated links: {REFUSAL}")
@@ -98,3 +107,67 @@ def test_without_tools_bytes_are_counted_over_loopback(tmp_path):
         assert set(rows) == {"contiguous", "EPLB", "paper", "joint"}
         assert float(rows["joint"]) > 0
     assert not left_of(run.pid)
+
+
+def loaded(name: str) -> Any:
+    """Import a module of the bench; tests have others that are called ranks."""
+    specification = importlib.util.spec_from_file_location(f"cluster_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small() -> Iterator[Any]:
+    """Give two ranks over loopback, and what replays a step of so many layers on them."""
+    ranks = loaded("ranks")
+
+    def replay(running: Any, regime: str, layers: int, **more: Any) -> list[dict[str, Any]]:
+        top_k = 1 if regime == "follow" else 2
+        ids = random_ids(96, layers, top_k, 8)
+        trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+        work = ranks.Work("made", regime, trace, trace, 96, 64, 8)
+        placement = mt.Placement(np.arange(8).reshape(1, 2, 4).repeat(layers, axis=0))
+        return running.replay(work, ids[None], [placement], **more)
+
+    with ranks.ranks_in(Network(2, 1)) as running:
+        yield running, replay
+
+
+def test_results_of_many_layers_are_those_of_one_process(small):
+    """Rounding grows from layer to layer, and is not taken for a difference."""
+    running, replay = small
+    for regime, more in (("follow", {}), ("dispatch", {"regimes": ["dispatch", "pairs"]})):
+        answers = replay(running, regime, 60, check=True, **more)
+        assert [answer["sent"].shape for answer in answers] == [(1, 1 + len(more), 2)] * 2
+
+
+def test_an_expert_that_is_another_one_is_a_difference():
+    """However many layers there are, and also if it is one token's in the last layer alone."""
+    worker, layers = loaded("worker"), 94
+    numbers = torch.Generator().manual_seed(0)
+    sizes = ((24, 64), (4, 16, 64), (4, 64, 8))
+    x, up, down = (torch.randn(size, generator=numbers).double() for size in sizes)
+    up, down, weights = up / 8, down / 8**0.5, torch.ones(24, 1).double()
+    ids = torch.from_numpy(random_ids(24, layers, 1, 4)).long()
+    expected = worker.alone(x, ids, weights, up, down)
+    worker.compare(expected.clone(), expected, layers)
+    ids[5, -1] = (ids[5, -1] + 1) % 4
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        worker.compare(worker.alone(x, ids, weights, up, down), expected, layers)
+
+
+@pytest.mark.parametrize("how", ["its own error", "killed"])
+def test_the_rank_that_failed_first_is_named(small, how):
+    """With its own error: that of the others, who lose their peer, says nothing."""
+    running, replay = small
+    replay(running, "dispatch", 2)
+    if how == "killed":
+        running.processes[1].kill()
+        words = "rank 1 failed first: ended with status -9"
+    else:
+        running.processes[1].stdin.write("no task\n")
+        words = "rank 1 failed first: JSONDecodeError: Expecting value"
+    with pytest.raises(RuntimeError, match=f"^{words}"):
+        replay(running, "dispatch", 2)
