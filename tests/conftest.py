@@ -73,8 +73,11 @@ def trace(make_trace, tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Run the command line in this process: status, standard output and standard error."""
+    # On a busy machine progress may be due at any time.
+    monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
 
     def run(*arguments):
         status = main([str(argument) for argument in arguments])
@@ -93,11 +96,8 @@ def data() -> Path:
 
 
 @pytest.fixture
-def ok(run, monkeypatch):
+def ok(run):
     """Run a command that must succeed in silence, and give its output."""
-    # On a busy machine progress may be due at any time.
-    monkeypatch.setattr(output, "FIRST_S", 3600.0)
-    monkeypatch.setattr(output, "INTERVAL_S", 3600.0)
 
     def ok(*arguments):
         status, out, err = run(*arguments)

@@ -154,7 +154,6 @@ def read(page, run, capsys, names):
     assert not reader.unneeded
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES)
 def test_what_is_shown_is_so(page, ok, capsys, tmp_path, monkeypatch):
     """Blocks and commands run, in order, and print what stands below them."""

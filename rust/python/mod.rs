@@ -85,6 +85,8 @@ fn deadline(time_limit: Option<f64>) -> Option<Instant> {
 
 /// Runs long `work` on other threads while this one looks for signals and reports progress.
 ///
+/// Progress is reported at once, so that whoever listens hears of all work, and then now and then.
+///
 /// An interrupt (Ctrl-C) sets `control.cancelled`; the work then ends soon with the best it has, and the second value is
 /// true. Any other error, of `progress` or of a signal's handler (a timer's, say), stops the work and is raised.
 fn watched<T: Send>(
@@ -107,7 +109,7 @@ fn watched<T: Send>(
                 let _done = send;
                 *place = Some(work());
             });
-            let mut reported = Duration::ZERO;
+            let mut due = Duration::ZERO;
             let receive = Mutex::new(receive);
             let wait = || {
                 let receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
@@ -122,18 +124,21 @@ fn watched<T: Send>(
                     failed.get_or_insert(error);
                 }
             };
-            while py.detach(wait) {
+            loop {
                 if let Err(error) = py.check_signals() {
                     end(error);
                 }
                 let now = begin.elapsed();
-                if let (Some(progress), true) = (progress, now >= reported + Duration::from_millis(200)) {
-                    reported = now;
+                if let (Some(progress), true) = (progress, now >= due) {
+                    due = now + Duration::from_millis(200);
                     let best = control.best.load(Ordering::Relaxed);
                     let best = (best != i64::MAX).then_some(best);
                     if let Err(error) = progress.call1((now.as_secs_f64(), best)) {
                         end(error);
                     }
+                }
+                if !py.detach(wait) {
+                    break;
                 }
             }
         });

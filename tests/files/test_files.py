@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -121,7 +120,7 @@ def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
         "    os.kill(os.getpid(), 9)\n"
     )
     path = tmp_path / target
-    subprocess.run([sys.executable, "-c", program, path], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", program, path], check=False)
     left = list(tmp_path.iterdir())
     assert len(left) == 1
     other = tmp_path / f".{target}.notes"
@@ -242,7 +241,7 @@ def test_json_on_a_descriptor_of_standard_output(trace, tmp_path):
     """--json /dev/fd/1 is --json -: only JSON goes to standard output, and it stays a pipe."""
     command = [sys.executable, "-m", "moetuner", "solve", trace, "--devices", "2"]
     command += ["--method", "contiguous", "--out", tmp_path / "p.json", "--json", "/dev/fd/1"]
-    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, check=True)
     assert json.loads(done.stdout)["method"] == "contiguous"
 
 
@@ -260,16 +259,11 @@ READERS = {
 @pytest.mark.parametrize("what", READERS)
 @pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "/dev/null"])
 def test_readers_refuse_what_is_no_regular_file(what, kind, tmp_path):
-    """A pipe would block and a device never end; a timer ends the test if it does."""
+    """A pipe would block, and a device never end."""
     os.mkfifo(tmp_path / "fifo")
     path = tmp_path / kind
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the reader waits"))
-    signal.alarm(20)
-    try:
-        with pytest.raises(ValueError, match="must be a regular file") as caught:
-            READERS[what](path)
-    finally:
-        signal.alarm(0)
+    with pytest.raises(ValueError, match="must be a regular file") as caught:
+        READERS[what](path)
     assert str(path) in str(caught.value)
 
 
@@ -343,7 +337,7 @@ def test_paths_of_any_bytes(trace, tmp_path, encoding):
     environment = {**ASCII, "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-m", "moetuner", "solve", source, "--devices", "2"]
     command += ["--method", "contiguous", "--out", out, "--json", folder + b"/j\xff.json"]
-    done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert mt.Placement.load(os.fsdecode(out)).devices == 2
     assert json.loads((tmp_path / os.fsdecode(b"j\xff.json")).read_text())["method"] == "contiguous"
@@ -355,5 +349,5 @@ def test_json_files_are_utf8_in_any_locale(tmp_path):
     machine.write_text('{"devices": 2, "name": "bücher"}', encoding="utf-8")
     program = "import moetuner, sys; print(ascii(moetuner.Topology.load(sys.argv[1]).name))"
     command = [sys.executable, "-c", program, machine]
-    done = subprocess.run(command, capture_output=True, timeout=60, env=ASCII, check=True)
+    done = subprocess.run(command, capture_output=True, env=ASCII, check=True)
     assert done.stdout.strip() == b"'b\\xfccher'"

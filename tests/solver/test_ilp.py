@@ -86,7 +86,7 @@ def test_progress_is_called_here_and_may_stop_it() -> None:
 
     def progress(objective: float | None, bound: float) -> None:
         seen.append((threading.get_ident(), objective, bound))
-        if len(seen) == 2:
+        if objective is not None:  # on a busy machine the start is not yet taken
             raise RuntimeError("enough")
 
     ilp, start = hard()
@@ -98,12 +98,9 @@ def test_progress_is_called_here_and_may_stop_it() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "kill") or os.name == "nt", reason="needs POSIX signals")
 def test_an_interrupt_returns_the_incumbent() -> None:
-    """Ctrl-C during a long search gives the best values so far."""
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    """Ctrl-C during a search gives the best values so far."""
     ilp, start = hard()
-    timer.start()
-    solution = ilp.solve(start)
-    timer.join()
+    solution = ilp.solve(start, progress=lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert solution.status == "interrupted"
     assert broken(ilp, solution.values) is None
 

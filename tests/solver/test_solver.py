@@ -3,7 +3,6 @@
 import itertools
 import signal
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -144,13 +143,12 @@ def test_no_time_gives_a_placement(problem):
         assert (result.placement.replicas == 1).all()
 
 
-def test_time_limit_holds(make_trace):
-    """A long search ends near its limit."""
+def test_a_time_limit_ends_a_search(make_trace):
+    """Also one of more steps than anybody would wait for."""
     stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
     problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
-    begin = time.perf_counter()
-    mt.solve(problem, "heuristic", time_limit=0.3)
-    assert time.perf_counter() - begin < 3
+    result = mt.solve(problem, "heuristic", iterations=1 << 50, time_limit=0.3)
+    assert result.details.search.trials < 1 << 40
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
@@ -162,12 +160,15 @@ def test_what_a_handler_of_signals_raises_is_raised(make_trace):
     def late(number, frame):
         raise TimeoutError("late")
 
+    def begin(progress):
+        if progress.phase == "search":  # which goes on until the timer ends it
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+
     # The limit of the whole test is a timer too: it is put back.
     before, handler = signal.getitimer(signal.ITIMER_REAL), signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
         with pytest.raises(TimeoutError, match="late"):
-            mt.solve(problem, "heuristic", time_limit=20)
+            mt.solve(problem, "heuristic", time_limit=1e6, progress=begin)
     finally:
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *before)
@@ -177,7 +178,10 @@ def test_what_a_handler_of_signals_raises_is_raised(make_trace):
 @pytest.mark.parametrize("error", [None, RuntimeError])
 @pytest.mark.parametrize("phase", ["search", "bound"])
 def test_interrupt_in_every_phase(make_trace, phase, error):
-    """Ctrl-C in search or bound ends it with the best, bound and all; an error there is raised."""
+    """Ctrl-C in search or bound ends it with the best, bound and all; an error there is raised.
+
+    Both phases are heard of as soon as they begin.
+    """
     stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=32))
     problem = mt.Problem(
         stats, mt.Topology(4), regime="follow", max_imbalance=1.3, objective="traffic"
@@ -193,9 +197,9 @@ def test_interrupt_in_every_phase(make_trace, phase, error):
 
     if error is not None:
         with pytest.raises(error, match=phase):
-            mt.solve(problem, time_limit=10, progress=interrupt)
+            mt.solve(problem, iterations=1000, progress=interrupt)
         return
-    result = mt.solve(problem, time_limit=10, progress=interrupt)
+    result = mt.solve(problem, iterations=1000, progress=interrupt)
     assert (result.placement.replicas == 1).all()
     assert phase in seen
     assert result.status == "interrupted"
@@ -204,7 +208,7 @@ def test_interrupt_in_every_phase(make_trace, phase, error):
 
 def test_progress_tells_the_seconds_of_all_phases(make_trace):
     """Time goes on from phase to phase, and lines come from the calling thread."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=32))
+    stats = mt.RoutingStatistics.from_trace(make_trace(600, layers=3, experts=16))
     problem = mt.Problem(stats, mt.Topology(4), max_imbalance=1.3, objective="traffic")
     seen, threads = [], set()
 
@@ -212,7 +216,7 @@ def test_progress_tells_the_seconds_of_all_phases(make_trace):
         seen.append(line)
         threads.add(threading.get_ident())
 
-    result = mt.solve(problem, time_limit=4, progress=listen)
+    result = mt.solve(problem, iterations=1000, progress=listen)
     assert threads == {threading.get_ident()}
     assert {"search", "bound"} <= {line.phase for line in seen}
     seconds = [line.seconds for line in seen]
