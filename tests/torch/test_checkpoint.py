@@ -22,7 +22,8 @@ def test_a_folder_of_many_files(tmp_path):
     # Weights in other formats, and files that the index does not name.
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"old")
     saved(tmp_path / "old", other={"layers.0.feed_forward.experts.w1": torch.zeros(2)})
-    out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
+    with pytest.warns(UserWarning, match="not copied: other.safetensors, pytorch_model.bin "):
+        out = permute_state_dict(tmp_path / "old", placement, tmp_path / "new")
     apply_placement(model, placement)
     model.save_pretrained(tmp_path / "expected", max_shard_size="20KB")
     assert same(tensors_of(out), tensors_of(tmp_path / "expected"))
@@ -315,6 +316,108 @@ def test_bad_folders(tmp_path):
     assert not new.exists()
 
 
+def test_files_in_folders(tmp_path):
+    """Shards stay in the folders that the index names, other folders are copied whole."""
+    old, new = tmp_path / "old", tmp_path / "old" / "placed"
+    tensors, files = checkpoint(), {}
+    for layer in range(3):
+        part = {name: of for name, of in tensors.items() if f"layers.{layer}." in name}
+        (old / f"part-{layer}").mkdir(parents=True)
+        save_file(part, old / f"part-{layer}" / "model.safetensors")
+        files |= dict.fromkeys(part, f"part-{layer}/model.safetensors")
+    (old / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (old / "part-1" / "notes.txt").write_text("beside")
+    (old / "code" / "inner").mkdir(parents=True)
+    (old / "code" / "inner" / "model.py").write_text("code")
+    (old / "original").mkdir()
+    for name in ("original/model.pth", "original/params.json", "part-2/model.bin"):
+        (old / name).write_text("{}")
+    (old / "model.bin.index.json").write_text("{}")
+    (old / "model.bin").write_text("")
+    (old / ".git").mkdir()
+    (old / "there").symlink_to(tmp_path)
+    text = re.escape("not copied: .git/, model.bin, original/, part-2/model.bin, there/ (hidden")
+    with pytest.warns(UserWarning, match=text):
+        permute_state_dict(old, ORDER, new)
+    moved, index = permute_state_dict(tensors, ORDER), "model.safetensors.index.json"
+    assert json.loads((new / index).read_text())["weight_map"].keys() == files.keys()
+    for layer in range(3):
+        part = load_file(new / f"part-{layer}" / "model.safetensors")
+        assert same(part, {name: moved[name] for name in part})
+    found = {str(file.relative_to(new)) for file in new.rglob("*") if file.is_file()}
+    shards = {f"part-{layer}/model.safetensors" for layer in range(3)}
+    assert found == {index, "part-1/notes.txt", "code/inner/model.py", *shards}
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "a/../../b"])
+def test_files_outside_the_folder_are_refused(name, tmp_path):
+    """An index that names files elsewhere would have them written elsewhere."""
+    old = saved(tmp_path / "old", model=checkpoint())
+    (old / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    text = "files of weight_map must be in the folder"
+    refused(text, permute_state_dict, old, ORDER, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+ONE = "model.layers.1.mlp.experts."
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # By the placement the experts 3, 1, 0, 2 are now 1, 0, 2, 3.
+        (f"{ONE}3.w", f"{ONE}1.w"),
+        (f"{ONE}0", f"{ONE}2"),
+        ("layers.1.mlp.experts.2.w", "layers.1.mlp.experts.3.w"),
+        (
+            r"re:^model\.layers\.1\.mlp\.experts\.3\..*",
+            r"re:^model\.layers\.1\.mlp\.experts\.1\..*",
+        ),
+        (r"+:model.layers.1.mlp.experts.3\..*", r"+:model.layers.1.mlp.experts.1\..*"),
+        *(
+            (name, name)
+            for name in ("lm_head", "expert", "re:.*experts.*", "*.experts.*", "w", "3")
+        ),
+        *((name, name) for name in (r"re:.*\.experts\.\d+\.w", "-:[", "a-experts-8b")),
+        (r"re:.*\.experts\.[0-3]\.w", r"re:.*\.experts\.[0-3]\.w"),
+        (r"re:.*\.experts\.(0|3)\..*", None),
+        ("*.experts.3.*", None),
+        (r"re:.*experts.*[02]\.w", None),
+        ("model.layers.9.mlp.experts.3.w", None),
+        (f"{ONE}4", None),
+    ],
+)
+def test_settings_that_name_experts(before, after, stacked, tmp_path):
+    """Names of single experts get the new numbers, patterns that tell experts apart are refused."""
+    tensors = checkpoint()
+    if stacked:
+        for layer in range(3):
+            names = [f"model.layers.{layer}.mlp.experts.{expert}.w" for expert in range(4)]
+            stack = torch.stack([tensors.pop(name) for name in names])
+            tensors[f"model.layers.{layer}.mlp.experts.w"] = stack
+    old = saved(tmp_path / "old", model=tensors)
+    settings = {"quantization_config": {"ignore": ["a", before], "bits": {before: {"bits": 4}}}}
+    for name in ("config.json", "hf_quant_config.json"):
+        (old / name).write_text(json.dumps(settings))
+    if after is None:
+        refused(
+            ": must " if before[:5] == "model" else "must not tell",
+            permute_state_dict,
+            old,
+            ORDER,
+            tmp_path / "new",
+        )
+        assert not (tmp_path / "new").exists()
+        return
+    new = permute_state_dict(old, ORDER, tmp_path / "new")
+    for name in ("config.json", "hf_quant_config.json"):
+        text = (new / name).read_text()
+        about = json.loads(text)["quantization_config"]
+        assert about == {"ignore": ["a", after], "bits": {after: {"bits": 4}}}
+        assert before != after or text == json.dumps(settings)
+
+
 def test_export_of_the_command_line(tmp_path, run):
     """Engines without files for placements get a renumbered checkpoint, and only what they run."""
     model = build("mixtral")
@@ -322,7 +425,11 @@ def test_export_of_the_command_line(tmp_path, run):
     placement = placement_for(model)
     placement.save(tmp_path / "p.json")
     arguments = ("export", tmp_path / "p.json", "--to", "megatron", "--out", tmp_path / "new")
-    assert run(*arguments, "--checkpoint", tmp_path / "old")[0] == 0
+    (tmp_path / "old" / "pytorch_model.bin").write_text("")
+    status, text, _ = run(*arguments, "--checkpoint", tmp_path / "old")
+    assert status == 0
+    assert "not copied: pytorch_model.bin (hidden folders" in text
+    (tmp_path / "old" / "pytorch_model.bin").unlink()
     expected = permute_state_dict(tmp_path / "old", placement, tmp_path / "expected")
     assert same(tensors_of(tmp_path / "new"), tensors_of(expected))
     mt.Placement(np.arange(8).reshape(1, 1, 8).repeat(2, 1).repeat(3, 0)).save(tmp_path / "p.json")

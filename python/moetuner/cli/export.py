@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def command(
             topology = machine.topology(placement.devices, settings.get("topology"))
             _write_moves(placement, initial_file, topology, out_file, output)
         elif form in RENUMBERING:
-            _renumber(placement, form, checkpoint, out_file)
+            _renumber(placement, form, checkpoint, out_file, output)
         else:
             empty = int((placement.slots == EMPTY).sum())
             if form == "eplb" and empty:
@@ -136,8 +137,10 @@ def _write_moves(
     show_pairs(output, diff)
 
 
-def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path) -> None:
-    """Write a checkpoint with its experts in the order of a placement."""
+def _renumber(
+    placement: Placement, engine: str, checkpoint: Path | None, out_folder: Path, output: Output
+) -> None:
+    """Write a checkpoint with its experts in the order of a placement, print what is left out."""
     if checkpoint is None or not checkpoint.is_dir():
         raise click.UsageError(
             f"'--to {engine}' needs '--checkpoint', a folder as transformers writes it: "
@@ -147,8 +150,10 @@ def _renumber(placement: Placement, engine: str, checkpoint: Path | None, out_fo
     check_placement(placement, engine)
     from moetuner.torch import permute_state_dict
 
-    with working(f"writing {out_folder}"):
+    with working(f"writing {out_folder}"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
         permute_state_dict(checkpoint, placement, out_folder)
+    output.say(*(str(warning.message) for warning in caught))
 
 
 def _check(path: Path, form: str | None, engine: str | None, hints: Hints, output: Output) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,20 @@ from moetuner.files import naming, read_whole, replacing, safetensors
 from moetuner.files.safetensors import DTYPES, TensorInFile
 from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
+from moetuner.torch.reorder.mentions import Mentions
 from moetuner.torch.reorder.names import blocks_of
 from moetuner.torch.reorder.plan import Changes, Order, Plan, TensorChange, Tensors
 from moetuner.torch.reorder.settings import Config, settings_of
 
 Tables = Mapping[str, bytes]
 
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 PIECE = 16 << 20
 
 # The same weights in another format would stay in their old order, and be taken for the new ones.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+# Where files of weights are listed; those of files that are not copied are not either.
+INDEXES = ".index.json"
 
 
 def permute_state_dict(
@@ -51,8 +56,10 @@ def permute_state_dict(
     placement
         One copy of each expert, equally many on every device.
     out
-        Folder to write, which must be new or empty: weights file by file, and other files as they
-        are, except for weights in other formats. None for tensors by name.
+        Folder to write, which must be new or empty: weights file by file, and other files and
+        folders as they are. Settings that name single experts, as those of quantised weights do,
+        get the new numbers. A warning names what is not copied, such as weights in other formats.
+        None for tensors by name.
     config
         The model's configuration; by default the ``config.json`` of the folder. Says whether the
         router is limited to groups (``n_group``) and how many layers the model has.
@@ -77,7 +84,10 @@ def permute_state_dict(
     if isinstance(source, Mapping):
         if out is not None:
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
-        changes = _changes(source, order, config, inverse=inverse)
+        _, changes = _changes(source, order, config, inverse=inverse)
+        for name, change in changes.items():
+            if change.order is not None or change.ids is not None:
+                plan.check_memory(name, source[name])
         plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
         moved = ((of.name, plan.moved(name, source[name], of)) for name, of in changes.items())
         return dict(moved)
@@ -86,24 +96,36 @@ def permute_state_dict(
     folder, out = _Folder(Path(source)), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: must be a new or an empty folder")
-    config = _json_in(folder.path / "config.json") if config is None else config
+    config = _json_in(folder.path / CONFIG) if config is None else config
     with naming(source):
-        changes = _changes(folder.tensors, order, config, inverse=inverse)
+        made, changes = _changes(folder.tensors, order, config, inverse=inverse)
         plan.check_ties(changes, folder.bits)
         # Before anything is written.
         numbered = [name for name, change in changes.items() if change.ids is not None]
         tables = {name: folder.table(name, changes[name]) for name in numbered}
-    folder.copy(out, changes, tables)
+        settings = folder.settings(Mentions(made, changes))
+    others, left_out = folder.others()
+    folder.copy(out, changes, tables, others, settings)
+    if left_out:
+        warnings.warn(
+            f"not copied: {', '.join(left_out)} (hidden folders, links to folders, and other "
+            "weights than the checkpoint's own, whose experts are in the old order)",
+            UserWarning,
+            stacklevel=2,
+        )
     return out
 
 
-def _changes(tensors: Tensors, order: Order, config: Config, *, inverse: bool) -> Changes:
+def _changes(
+    tensors: Tensors, order: Order, config: Config, *, inverse: bool
+) -> tuple[Plan, Changes]:
     """Return what becomes of every tensor, if that is exact."""
     settings = settings_of(config, tensors)
     settings.check_order(order)
     blocks = blocks_of(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
-    return plan.changes_of(tensors, Plan.of(tensors, order, dict.fromkeys(blocks)))
+    made = Plan.of(tensors, order, dict.fromkeys(blocks))
+    return made, plan.changes_of(tensors, made)
 
 
 class _Folder:
@@ -115,7 +137,12 @@ class _Folder:
         if self.index is not None:
             if not isinstance(self.index.get("weight_map"), dict):
                 raise ValueError(f"{path / INDEX}: must be an object with 'weight_map'")
-            files = {path / str(name) for name in self.index["weight_map"].values()}
+            names = {str(name) for name in self.index["weight_map"].values()}
+            for name in names:
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    rule = "files of weight_map must be in the folder"
+                    raise ValueError(f"{path / INDEX}: {rule}, got {shown(name)}")
+            files = {path / name for name in names}
         if not files:
             raise ValueError(f"{path}: must hold .safetensors files, got none")
         self.headers = {file: safetensors.read_header(file) for file in sorted(files)}
@@ -149,16 +176,60 @@ class _Folder:
         new = plan.moved(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
         return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
-    def copy(self, out: Path, changes: Changes, tables: Tables) -> None:
-        """Write the folder anew, but for weights in other formats."""
-        out.mkdir(parents=True, exist_ok=True)
-        for file in self.headers:
-            with replacing(out / file.name) as temporary:
-                self._copy_file(file, temporary, changes, tables)
-        for other in sorted(self.path.iterdir()):
-            if other.is_file() and other.suffix not in WEIGHTS and other.name != INDEX:
-                with replacing(out / other.name) as temporary:
-                    shutil.copyfile(other, temporary)
+    def settings(self, mentions: Mentions) -> dict[Path, str]:
+        """Return the new text of each file of settings that names single experts."""
+        texts = {}
+        for file in sorted(self.path.glob("*.json")):
+            is_about_storage = file.name == CONFIG or "quant" in file.name
+            old = _json_in(file) if is_about_storage and file.name != INDEX else None
+            with naming(file):
+                new = mentions.renamed(old)
+            if new != old:
+                texts[file] = json.dumps(new, indent=2) + "\n"
+        return texts
+
+    def others(self) -> tuple[list[Path], list[str]]:
+        """Return the files beside the weights, and what is not to be copied."""
+        files, left_out = [], []
+        for root, folders, names in os.walk(self.path):
+            at = Path(root)
+            part = at.relative_to(self.path)
+            for name in sorted(folders):
+                if name.startswith(".") or (at / name).is_symlink():
+                    left_out.append(f"{part / name}/")
+                    folders.remove(name)
+            folders.sort()
+            beside = [at / name for name in sorted(names) if at / name not in self.headers]
+            weights = [file for file in beside if file.suffix in WEIGHTS or not file.is_file()]
+            if weights and at != self.path and len(beside) == len(names):
+                # Nothing of the checkpoint is there: the same model in another form.
+                left_out.append(f"{part}/")
+                folders.clear()
+                continue
+            left_out += [str(file.relative_to(self.path)) for file in weights]
+            lists = (INDEXES,) if weights else (INDEX,)
+            files += [of for of in beside if of not in weights and not of.name.endswith(lists)]
+        return files, sorted(left_out)
+
+    def copy(
+        self,
+        out: Path,
+        changes: Changes,
+        tables: Tables,
+        others: Iterable[Path],
+        settings: Mapping[Path, str],
+    ) -> None:
+        """Write the folder anew: weights, the files beside them, and settings by their new text."""
+        for file in (*self.headers, *others):
+            target = out / file.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as temporary:
+                if file in self.headers:
+                    self._copy_file(file, temporary, changes, tables)
+                elif file in settings:
+                    temporary.write_text(settings[file])
+                else:
+                    shutil.copyfile(file, temporary)
         # Last: a folder without its index is not taken for a whole checkpoint.
         if self.index is not None:
             files = self.index["weight_map"].items()

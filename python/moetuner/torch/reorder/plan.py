@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moetuner._checks import whole_number
 from moetuner.placement import EMPTY, Placement
+from moetuner.torch.outside import has_memory, is_plain
 from moetuner.torch.reorder.names import UP_TO_LAYER, Part, parts_of, widths_of
 
 Order = NDArray[np.int64]
@@ -305,6 +306,14 @@ def check_ties(changes: Changes, rows: Callable[[str, int], Tensor]) -> None:
                     f"{block}: experts {first[row.tobytes()]} and {expert} have the same router "
                     "rows, so their order decides between them and must not change"
                 )
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Check that what a tensor shows is what lies in its memory, so that rows can be taken."""
+    if not has_memory(tensor):
+        kind = type(tensor).__name__ if not is_plain(tensor) else "one without memory"
+        rule = "must be a whole tensor in memory, in which its elements are as it shows them"
+        raise ValueError(f"{name}: {rule}, got {kind}")
 
 
 def moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:

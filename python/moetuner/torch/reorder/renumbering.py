@@ -12,7 +12,6 @@ from torch import Tensor
 from moetuner._checks import flag, instance, listed
 from moetuner.placement import Placement
 from moetuner.torch.models import moe_layers
-from moetuner.torch.outside import has_memory
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.names import blocks_of, part_of, predicts
 from moetuner.torch.reorder.plan import ROUTER_NAMES, Order, Plan
@@ -97,9 +96,8 @@ class Renumbering:
         if part is not None and part.is_padded and part.head not in chosen.widths:
             raise ValueError(f"{start}{name}: names with leading zeros must be given in names")
         change = chosen.change(name, tensor, part)
-        if (change.order is not None or change.ids is not None) and not has_memory(tensor):
-            rule = "must be a whole tensor in memory, in which its elements are as they are"
-            raise ValueError(f"{start}{name}: {rule}, got {type(tensor).__name__}")
+        if change.order is not None or change.ids is not None:
+            plan.check_memory(f"{start}{name}", tensor)
         return start + change.name, plan.moved(name, tensor, change)
 
     def _routes(self, name: str, tensor: Tensor) -> bool:

@@ -1,0 +1,106 @@
+"""Names of single experts in settings beside a checkpoint, which say how their weights are stored.
+
+compressed-tensors names modules or has regular expressions of them, ModelOpt globs, GPTQModel and
+AutoRound either as keys.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable
+from typing import Any
+
+from moetuner._checks import shown
+from moetuner.torch.reorder.plan import Changes, Plan
+
+# The name of one expert's module, maybe as a regular expression that has its dots escaped, between
+# what says which kind of pattern it is and the name within the expert.
+MODULE = re.compile(
+    r"(?P<start>(?:re:|[+-]:)?\^?(?P<block>[\w\\.-]+?)\\?\.experts\\?\.(?:local_experts\\?\.)?)"
+    r"(?P<expert>\d+)(?P<end>(?:\\?[.$].*)?)"
+)
+KIND = re.compile(r"re:|[+-]:")
+# An expert's number in whatever pattern.
+NUMBER = re.compile(r"experts?[].\\()[*?^]{1,5}\d")
+
+
+class Mentions:
+    """Renames experts in settings as their tensors are renamed."""
+
+    def __init__(self, plan: Plan, changes: Changes) -> None:
+        self.plan = plan
+        pairs = {(name, change.name) for name, change in changes.items() if name != change.name}
+        pairs |= {(old.rpartition(".")[0], new.rpartition(".")[0]) for old, new in pairs}
+        # Settings may name experts whose weights are stacked.
+        for block, row in plan.rows.items():
+            for new, old in enumerate(plan.order[row].tolist()):
+                for end in ("", ".w"):
+                    pairs.add((f"{block}.experts.{old}{end}", f"{block}.experts.{new}{end}"))
+        # Names of experts before and after: of tensors and of the modules that hold them.
+        self.pairs = sorted((old, new) for old, new in pairs if old != new)
+
+    def renamed(self, value: Any) -> Any:
+        """Return settings with the new names of experts, in texts and in keys."""
+        if isinstance(value, dict):
+            return {self._text(name): self.renamed(of) for name, of in value.items()}
+        if isinstance(value, list):
+            return [self.renamed(of) for of in value]
+        return self._text(value) if isinstance(value, str) else value
+
+    def _text(self, text: str) -> str:
+        if (module := MODULE.fullmatch(text)) is not None:
+            number = self._number(module["block"].replace("\\", ""), module["expert"], text)
+            return f"{module['start']}{number}{module['end']}"
+        speaks = NUMBER.search(text) is not None
+        if speaks or "expert" in text or "*" in text:
+            matching = [self._is_free(matches) for matches in _readings(text)]
+            # What is about experts by number must match some, to be known for what it is.
+            if not all(free for free, _ in matching) or (
+                speaks and not any(matched for _, matched in matching)
+            ):
+                rule = "must not tell experts apart where their numbers change"
+                raise ValueError(f"{shown(text)}: a pattern of modules {rule}")
+        return text
+
+    def _number(self, block: str, expert: str, text: str) -> str:
+        """Return the new number of an expert of a block, by its whole name or the end of it."""
+        blocks = {of for of in self.plan.blocks if of == block or of.endswith(f".{block}")}
+        blocks = {block} if block in blocks else blocks
+        if len(blocks) != 1:
+            raise ValueError(f"{shown(text)}: must be an expert of one of the MoE blocks")
+        row = self.plan.rows.get(blocks.pop())
+        if row is None:
+            return expert
+        order = self.plan.order[row].tolist()
+        if int(expert) not in order:
+            raise ValueError(f"{shown(text)}: must be an expert from 0 to {len(order) - 1}")
+        width = len(expert) if expert.startswith("0") else 0
+        return str(order.index(int(expert))).zfill(width)
+
+    def _is_free(self, matches: Callable[[str], bool]) -> tuple[bool, bool]:
+        """Whether a pattern matches experts before and after alike, and whether it matches any."""
+        any_matched = False
+        for old, new in self.pairs:
+            matched = matches(old)
+            any_matched |= matched
+            if matched != matches(new):
+                return False, any_matched
+        return True, any_matched
+
+
+def _readings(text: str) -> list[Callable[[str], bool]]:
+    """Return the ways to read a pattern: as a part of a name, a glob, a regular expression."""
+    body = KIND.sub("", text, count=1) if KIND.match(text) else text
+    readings: list[Callable[[str], bool]] = [lambda name: body in name]
+    patterns = [fnmatch.translate(body), body]
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except re.error:
+            continue
+        readings += [
+            lambda name, of=compiled: of.search(name) is not None,  # type: ignore[misc]
+            lambda name, of=compiled: of.fullmatch(name) is not None,  # type: ignore[misc]
+        ]
+    return readings
