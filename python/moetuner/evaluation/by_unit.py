@@ -137,7 +137,8 @@ class _Part:
             blocks = Blocks(inflation=CUT) if units.name == "window" else INDEPENDENT
         return {
             name: Sums(
-                float(whole[name][0].sum() / whole[name][1].sum()),
+                # Of no tokens there is no figure, and no interval either.
+                float(whole[name][0].sum() / (whole[name][1].sum() or 1.0)),
                 *(above, below, blocks, unit_of_cut),
                 None if sequence is None else window_of_cut,
             )
