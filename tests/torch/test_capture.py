@@ -50,6 +50,84 @@ def test_padding_is_left_out(where):
     assert trace.sequence.tolist() == [0] * 4 + [1] * 7 + [2] * 5
 
 
+class Wrapper(torch.nn.Module):
+    """What has a model in it, beside a module of its own, and calls it in some way."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, torch.nn.Linear(2, 2)
+
+
+class Passes(Wrapper):
+    """Passes on what it is given, as DistributedDataParallel does."""
+
+    def forward(self, *inputs, **kwargs):
+        return self.model(*inputs, **kwargs)
+
+
+class Renames(Wrapper):
+    """Has names of its own, in an order of its own."""
+
+    def forward(self, padding, input_ids):
+        return self.model(input_ids, padding)
+
+
+class Bypasses(Wrapper):
+    """Calls past the hooks of the model, as PEFT does."""
+
+    def forward(self, *inputs, **kwargs):
+        return self.model.forward(*inputs, **kwargs)
+
+
+@WATCHERS
+@pytest.mark.parametrize(
+    ("wrap", "calls"),
+    [
+        (Passes, ("position", "keyword", "mixed")),
+        (Bypasses, ("position", "keyword", "mixed")),
+        (lambda model: Passes(Bypasses(model)), ("position", "mixed")),
+        (lambda model: Passes(torch.compile(model, backend="eager")), ("position", "keyword")),
+        (torch.nn.DataParallel, ("position", "mixed")),
+        (Renames, ("renamed",)),
+        (lambda model: Passes(Renames(model)), ("renamed",)),
+    ],
+)
+def test_padding_is_left_out_behind_a_wrapper(wrap, calls, observe):
+    """Whatever stands between the caller and the model, the mask that it gets counts."""
+    model, tokens = build("mixtral"), prompts()
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = mask[2, 5:] = 0
+    expected = choices(model, tokens, mask)[mask.bool().numpy()]
+    load = np.stack([np.bincount(ids.ravel(), minlength=8) for ids in expected.swapaxes(0, 1)])
+    wrapper = wrap(model)
+    ways = {
+        "position": lambda: wrapper(tokens, mask),
+        "keyword": lambda: wrapper(input_ids=tokens, attention_mask=mask),
+        "mixed": lambda: wrapper(tokens, attention_mask=mask),
+        "renamed": lambda: wrapper(mask, tokens),
+    }
+    for call in calls:
+        watcher = recorded(wrapper, ways[call], observe=observe)
+        if observe is capture:
+            assert np.array_equal(watcher.trace().expert_ids, expected), call
+        else:
+            assert np.array_equal(watcher.statistics().total_load, load), call
+        assert watcher.dropped == 0
+
+
+def test_an_error_in_a_wrapper_is_no_pass():
+    """After a pass that failed before its model ran, the next one is recorded as it is."""
+    model, tokens = build("mixtral"), prompts()
+    wrapper = Passes(model)
+
+    def fails():
+        with pytest.raises(TypeError):
+            wrapper(tokens, nothing=model, input_ids=tokens)
+
+    recorder = recorded(wrapper, fails, lambda: wrapper(tokens, torch.ones_like(tokens)))
+    assert (recorder.trace().tokens, recorder.dropped) == (21, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [

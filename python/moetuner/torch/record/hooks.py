@@ -239,10 +239,11 @@ class StepHooks:
         # What torch.compile gives only calls the model that it was given.
         self._called, self._model = model, getattr(model, "_orig_mod", model)
         self._layers, self._receive, self._mask = layers, receive, mask
+        self._describing = _describing(self._model, layers)
         self._attached, self._generations = ExitStack(), Generations()
         self._step: Step | None = None  # the pass at hand, if it is recorded
         self._routed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._is_dropped = self._has_recorded = False
+        self._is_running = self._is_dropped = self._has_recorded = False
         self._faults: Tensor | None = None
 
     def attach(self) -> None:
@@ -255,6 +256,9 @@ class StepHooks:
             self._generations = attached.enter_context(generations_of(model))
             begin, end = self._safe(model, self._begin), self._safe(model, self._end)
             handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+            for module in self._describing:
+                take_in = self._safe(module, functools.partial(self._describe, module))
+                handles.append(module.register_forward_pre_hook(take_in, with_kwargs=True))
             handles.append(model.register_forward_hook(end))
             for number, layer in enumerate(self._layers):
                 take = self._safe(layer.router, functools.partial(self._take, number))
@@ -309,12 +313,17 @@ class StepHooks:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take what the model is called with."""
-        # A pass that failed half-way has left its layers behind.
-        self._routed, self._step, self._is_dropped = {}, None, False
-        names = inspect.signature(self._model.forward).parameters
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._step = step_of(self._model, given, self._mask(), self._generations.of(given))
+        """Begin a pass, and take what the model is called with if it names that."""
+        # One that failed half-way has left its layers behind.
+        self._routed, self._step, self._is_dropped, self._is_running = {}, None, False, True
+        if not self._describing:
+            self._describe(self._model, args, kwargs)
+
+    def _describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take what the model, or the first module in it that names it, is called with."""
+        if self._is_running and self._step is None and not self._is_dropped:
+            given = {**dict(zip(_arguments_of(module), args, strict=False)), **kwargs}
+            self._step = step_of(module, given, self._mask(), self._generations.of(given))
 
     def _take(self, number: int, _inputs: Any, output: Any) -> None:
         """Take what a router returned."""
@@ -343,11 +352,11 @@ class StepHooks:
 
     def _end(self, _inputs: Any, output: Any) -> None:
         """Hand over a pass, without the tokens whose ids or scores are wrong."""
-        step, self._step = self._step, None
-        if step is None:
+        step, self._step, self._is_running = self._step, None, False
+        if self._is_dropped:
             return
         missing = [layer.name for n, layer in enumerate(self._layers) if n not in self._routed]
-        if missing:
+        if step is None or missing:
             raise ValueError(
                 f"every router must run in a forward pass, {missing[0]} did not "
                 "(what torch.compile or a CUDA graph runs is not heard: give the compiled model)"
@@ -372,6 +381,35 @@ class StepHooks:
         made = (getattr(output, name) for name in CACHE_NAMES if hasattr(output, name))
         step.following = next(made, None)
         self._receive(step)
+
+
+def _describing(model: nn.Module, layers: tuple[MoELayer, ...]) -> list[nn.Module]:
+    """Return the modules that are called with tokens and their mask by name; none if the model is.
+
+    A wrapper (DistributedDataParallel, one of PEFT, one's own) has other names for its arguments,
+    or none; what is in it and has all routers in it tells. That may be called past its hooks, then
+    the next one in it tells.
+    """
+    way, routers = [model], {layer.router for layer in layers}
+    while True:
+        inner = [of for of in way[-1].children() if routers <= set(of.modules()) - {of}]
+        if len(inner) != 1:
+            break
+        way += inner
+
+    def tells(module: nn.Module) -> int:
+        parameters = _arguments_of(module)
+        kinds = [parameter.kind for parameter in parameters.values()]
+        has_tokens = not parameters.keys().isdisjoint(TOKEN_NAMES)
+        named = inspect.Parameter.VAR_POSITIONAL not in kinds
+        return 4 * ("attention_mask" in parameters) + 2 * has_tokens + named
+
+    most = max(map(tells, way))
+    return [] if tells(model) == most else [of for of in way if tells(of) == most]
+
+
+def _arguments_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
 
 
 # The stance of those who record compiled models, which then run eagerly in the whole process.
