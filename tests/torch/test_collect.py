@@ -1,6 +1,7 @@
 """moetuner collect: from a folder and a file of texts to a trace."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -75,6 +76,8 @@ def test_texts_of_a_file(tmp_path):
     path = tmp_path / "texts"
     path.write_text("\ufeff a b \n\n  \n{c\n", encoding="utf-8")
     assert list(read_texts(path)) == [Text("a b", None), Text("{c", None)]
+    path.write_bytes(rb'{"text": "\ud83d\ude00"}')  # both halves of one
+    assert list(read_texts(path)) == [Text("\U0001f600", None)]
     path.write_text('{"text": "a\\nb", "id": 3}\n{"text": " "}\n\n{"text": "c", "group": "g"}')
     assert list(read_texts(path)) == [Text("a\nb", None), Text("c", "g")]
 
@@ -84,6 +87,11 @@ def test_texts_of_a_file(tmp_path):
         (b'{"text": "a"}\n{"group": "b"}', 'must be an object with "text" and perhaps "group"'),
         (b'{"text": "a"}\n{"text": "b", "group": 1}', "line 2: must be an object with"),
         (b"a\n\xff", f"{path}: line 2: must be UTF-8: invalid start byte"),
+        (rb'{"text": "a\ud800b"}', "line 1: must be whole letters, got half of a letter (\\ud800)"),
+        (
+            rb'{"text": "a", "group": "\udfff"}',
+            "line 1: must be whole letters, got half of a letter",
+        ),
     ):
         path.write_bytes(content)
         refused(text, lambda: list(read_texts(path)))
@@ -137,6 +145,29 @@ def test_errors_are_one_line(model_folder, lines, tmp_path, run, monkeypatch):
     refused(text, collect, str(model_folder), lines, out, dtype="int8")
     monkeypatch.setitem(sys.modules, "transformers", None)
     fails("collecting needs transformers: pip install transformers", model_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("model.safetensors", 0),
+        ("model.safetensors", 100),
+        ("model.safetensors", -1),
+        ("config.json", 50),
+        ("tokenizer.json", 50),
+        ("tokenizer_config.json", 1),
+    ],
+)
+def test_a_model_that_is_cut_off(name, size, model_folder, lines, tmp_path, run):
+    """Files of the model that end too early are said in one line that names the model, no bug."""
+    folder, out = tmp_path / "cut", tmp_path / "trace.safetensors"
+    shutil.copytree(model_folder, folder)
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    status, printed, error = run("collect", folder, "--dataset", lines, "--out", out)
+    assert (status, printed) == (2, "")
+    assert str(folder) in error.splitlines()[-1]
+    assert "bug" not in error
+    assert not out.exists()
 
 
 def test_without_torch(lines, tmp_path, run, monkeypatch):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import inspect
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,9 @@ from moetuner.files import LONGEST_TEXT, naming, size_of
 from moetuner.files.lines import fields_of
 from moetuner.torch.record.capture import UNNAMED, capture
 from moetuner.trace import RoutingTrace
+
+# Halves of letters of UTF-16, which JSON can say alone, and no encoding has.
+LONE = re.compile("[\ud800-\udfff]")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -52,8 +57,24 @@ def read_texts(path: str | Path) -> Iterator[Text]:
             if not isinstance(text, str) or not (group is None or isinstance(group, str)):
                 rule = 'an object with "text" and perhaps "group", both texts'
                 raise ValueError(f"line {number}: must be {rule}, got {shown(fields)}")
+            for part in filter(None, (text, group)):
+                if (lone := LONE.search(part)) is not None:
+                    letter = f"half of a letter (\\u{ord(lone[0]):x})"
+                    raise ValueError(f"line {number}: must be whole letters, got {letter}")
             if text.strip():
                 yield Text(text, group)
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Name the model in whatever error its files end in: libraries have kinds of their own."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, RuntimeError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{model}: cannot be loaded: {type(error).__name__}: {text}") from error
 
 
 def collect(
@@ -96,7 +117,7 @@ def collect(
     ImportError
         If transformers is missing.
     ValueError
-        If the model has no MoE layers, or the dataset no texts.
+        If the model has no MoE layers or is damaged, or the dataset has no texts.
     OSError
         If model, tokenizer or dataset cannot be read.
     """
@@ -111,9 +132,10 @@ def collect(
     batch = list(islice(texts, batch_size))
     if not batch:
         raise ValueError(f"{dataset}: must hold at least one text")
-    tokenizer = library.AutoTokenizer.from_pretrained(model)
     spread = {"device_map": "auto"} if device == "auto" else {}
-    network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
+    with _loading(model):
+        tokenizer = library.AutoTokenizer.from_pretrained(model)
+        network = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **spread)
     if not spread:
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Logits of every token would take more memory than the model's own work.
