@@ -57,7 +57,10 @@ RIGHT = {
     "to": "json", "results": (EVALUATION, EVALUATION),
 }  # fmt: skip
 BY_CALL = {
-    "RoutingStatistics.per_step": {"tokens": 5},
+    **{
+        f"RoutingStatistics.{of}": {"tokens": by}
+        for of, by in (("per_step", 5), ("joined", 6), ("runs", 6))
+    },
     "drift": {"profile": LONG, "traffic": LONG},
     "ExpertSets": {"ids": SETS.ids, "counts": SETS.counts},
     "CostModel.fit": {
@@ -78,7 +81,7 @@ FILES = {
 VALUES = {"PlacementDiff", "Evaluation", "Audit", "Verdict", "Result", "Progress", "Trade",
           "Advice", "Drift", "Certificate"}  # fmt: skip
 # Methods of the objective that only the solver calls.
-INNER = {"Objective.window_cost", "Objective.imbalances", "Objective.layers_traffic"}
+INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
 OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
 OTHER_WORDS["share"] = "share|holdout"
 
@@ -172,6 +175,7 @@ WRONG = {
     "RoutingTrace.select.groups": (3, "z", ["z"], [9], [-1], [1.0], [None], [True], [HUGE], [b"0"]),
     "RoutingStatistics.transitions": PAIRS, "RoutingStatistics.coactivation": PAIRS,
     "RoutingStatistics.per_step.tokens": COUNT, "top_k": COUNT,
+    "RoutingStatistics.joined.tokens": (*COUNT, 7), "RoutingStatistics.runs.tokens": (*COUNT, 7),
     "RoutingStatistics.sets": (3, "ab", [3], [None, None], [], {}),
     "RoutingStatistics.group": (3, [0, 1], [0, 9], [0, -1], ["a"] * 2, [0.0] * 2, [[0, 0]]),
     "Placement.num_experts": (*INDEX, 5, 1 << 40), "Placement.topology": NO_TEXT,

@@ -424,14 +424,6 @@ class RoutingStatistics(Frozen):
         is_step[order[1:][is_rest]] = False
         return is_step
 
-    @cached_property
-    def steps(self) -> float:
-        """Windows, of which a trace's last piece counts by its part of one."""
-        if self.is_step.all():
-            return float(self.windows)
-        total = self.window_load.sum(axis=(1, 2), dtype=np.float64)
-        return float(total.sum() / total[self.is_step].mean())
-
     @property
     def layers(self) -> int:
         """Number of MoE layers, L."""
@@ -585,6 +577,50 @@ class RoutingStatistics(Frozen):
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
         fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
         return replace(self, window_load=cast(Any, scaled), **fields)
+
+    def joined(self, tokens: int) -> RoutingStatistics:
+        """Join consecutive windows of each group to longer ones, as of a prefill beside a decode.
+
+        Windows that are left over, too few for one more, are left out; pairs and sets are not kept.
+
+        Parameters
+        ----------
+        tokens
+            Tokens of a longer window, a multiple of ``window``.
+
+        Raises
+        ------
+        ValueError
+            If they are no multiple, or more than there are in a row.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> statistics = mt.RoutingStatistics.from_load([[[1, 0]], [[0, 1]], [[1, 0]]], window=1)
+        >>> statistics.joined(2).window_load.tolist()
+        [[[1, 1]]]
+        """
+        runs = self.runs(tokens)
+        if not len(runs):
+            raise ValueError(f"tokens must be those of windows that INPUT fills, got {tokens:,}")
+        load = np.stack([self.window_load[run].sum(axis=0, dtype=np.uint64) for run in runs])
+        group = None if self.group is None else self.group[runs[:, 0]]
+        fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
+        return replace(self, window_load=cast(Any, load), window=tokens, group=group, **fields)
+
+    def runs(self, tokens: int) -> NDArray[np.int64]:
+        """Return the windows that make longer ones of so many tokens [W,n], in their order."""
+        tokens, window = check.whole_number("tokens", tokens, highest=1 << 40), self.window
+        if window is None or tokens % window:
+            length = "of unknown length" if window is None else f"of {window:,} tokens"
+            raise ValueError(f"tokens must be a multiple of windows {length}, got {tokens:,}")
+        label = np.zeros(self.windows, np.int64) if self.group is None else self.group
+        size, runs = tokens // window, []
+        for number in np.unique(label):
+            own = np.flatnonzero(self.is_step & (label == number))
+            runs.append(own[: len(own) // size * size].reshape(-1, size))
+        joined = np.concatenate(runs)
+        return joined[np.argsort(joined[:, 0], kind="stable")]
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""

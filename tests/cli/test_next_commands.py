@@ -19,6 +19,8 @@ CASES = """
 --devices 3 --split round_robin --objective balance --cost-model a100:1024x512 --unseen FUTURE
 --devices 4 --for vllm --load
 --devices 4 --objective traffic --prefill-share 0.5 --long
+--devices 4 --long
+--devices 4 --window 512 --long
 """
 WAITING = ("MODEL", "MORE", "NEWER")
 

@@ -62,6 +62,43 @@ def test_every_command_tells_the_same_gain(
         assert of["judged_on"]["part"] == "unseen"
 
 
+@pytest.mark.parametrize("share", [None, 0.2])
+def test_both_phases_have_the_same_gain_everywhere(as_json, ok, make_trace, tmp_path, share):
+    """What solve tells of windows of decode and prefill is what evaluate and compare tell."""
+    trace, p = tmp_path / "trace.safetensors", tmp_path / "p.json"
+    make_trace(40_000, layers=1, experts=8).save(trace)
+    how = ("--devices", 4, *(("--prefill-share", share) if share else ()))
+    solved = as_json("solve", trace, *how, "--method", "lpt", "--holdout", 0.5, "--out", p)
+    weighed = {"512": 1 - (share or 0.5), "8192": share or 0.5}
+    assert solved["settings"]["phases"] == mt.Placement.load(p).settings["phases"] == weighed
+    methods = ("--methods", "contiguous,lpt", "--splits", 1)
+    compared = as_json("compare", trace, *how, *methods)["methods"]["lpt"]
+    assert [gain["window"] for gain in solved["gains"]] == [512, 8192]
+    for gain, other in zip(solved["gains"], compared["gains"], strict=True):
+        judged = as_json("evaluate", p, trace, "--window", gain["window"])["gain"]
+        for of in (judged, other):
+            assert [of[name] for name in ("before", "after", "gain")] == pytest.approx(
+                [gain[name] for name in ("before", "after", "gain")], rel=1e-9
+            )
+    words = f"windows of 512 tokens ({100 * weighed['512']:g} % of the time) and of 8,192"
+    assert words in ok("show", p)
+    assert "was computed for" not in ok("evaluate", p, trace, "--window", 8192)
+    assert f"computed for {words}" in ok("evaluate", p, trace, "--window", 256)
+
+
+def test_one_window_and_a_share_of_prefill_exclude_each_other(run, trace, tmp_path):
+    """A line each: for both options, and for a trace that fills no window of prefill."""
+    how = ("solve", trace, "--devices", 4, "--prefill-share", 0.5, "--out", tmp_path / "p.json")
+    for more, words in (
+        (("--window", 512), "Give either '--window' or '--prefill-share', not both."),
+        ((), "--prefill-share needs traffic that fills windows of 8,192 tokens"),
+    ):
+        status, out, err = run(*how, *more)
+        assert (status, out) == (2, "")
+        assert words in err
+        assert len(err.strip().splitlines()) == 1
+
+
 def test_a_scaled_table_is_judged_as_it_was_scaled(as_json, tmp_path):
     """Model and tokens per step of solve are defaults; another model's times are that model's."""
     table, p = tmp_path / "table.npz", tmp_path / "p.json"

@@ -22,6 +22,7 @@ from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import WRITERS
 from moetuner.formats.engines import ENGINES
+from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name
@@ -86,7 +87,8 @@ def command(
     price
         Smallest gain, as a share of the predicted time, that is worth a change.
     prefill_share
-        Share of the serving time that is prefill, for one gain of prefill and decode together.
+        Share of the serving time that is prefill: placements are computed for it, and one gain is
+        told of prefill and decode together. [default: half, and a gain for each]
     splits
         Number of splits of INPUT into a seen and an unseen half.
     by_group
@@ -247,7 +249,12 @@ def _judging(
     initial, window, given = settings["initial"], settings["windows"][0], source.traffic
     figure = f"{signed(main.gain.mean)} in {main.where}"
     why = "the placement that was judged"
-    solving = {**typed, "expert_bytes": None, "seed": settings["seed"], "window": window}
+    solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
+    # The windows that were searched for, which INPUT's own would not all be.
+    if {*problem.shares} == {window}:
+        solving["window"] = window
+    else:
+        solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
     if isinstance(given, RoutingStatistics) and (
         given.transitions is not None or given.coactivation is not None
     ):

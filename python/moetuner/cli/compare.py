@@ -23,9 +23,18 @@ from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement
-from moetuner.problem import Problem
+from moetuner.problem import Problem, phases
 from moetuner.report.cells import counted, signed, span
-from moetuner.report.outcome import Outcome, gain_of, head, remarks, running, sentences, slower
+from moetuner.report.outcome import (
+    Outcome,
+    gain_of,
+    head,
+    remarks,
+    running,
+    sentences,
+    slower,
+    windows_of,
+)
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
@@ -118,14 +127,25 @@ def command(
     outcomes = tries[0]
     rival = outcomes.get(over, next(iter(outcomes.values())))
     best = _show(output, list(outcomes.values()), rival)
-    gains = _gains(tries, over, source)
-    _show_gains(output, gains, over, best.result.method, held_out=holdout > 0)
+    by_windows = {tokens: _gains(tries, over, source, tokens) for tokens in best.phases}
+    for tokens, gains in by_windows.items():
+        where = windows_of(tokens, best)
+        _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
+    gains = next(iter(by_windows.values()))
     about = {**asdict(search), "window": source.counted, "threads": source.threads}
     about |= {"holdout": holdout, "splits": len(tries), "baseline": over}
     about["initial"] = None if initial_file is None else str(initial_file)
     settings = wanted.problem_settings(problem) | about
     compared = {
-        name: {**of.to_dict(), "gain": _gain_facts(gains[name]) if name in gains else None}
+        name: {
+            **of.to_dict(),
+            "gain": _gain_facts(gains[name]) if name in gains else None,
+            "gains": [
+                {"window": tokens, **_gain_facts(each[name])}
+                for tokens, each in by_windows.items()
+                if name in each
+            ],
+        }
         for name, of in outcomes.items()
     }
     contents = {"input": source.facts(), "settings": settings, "methods": compared}
@@ -237,8 +257,13 @@ def _gain_facts(gain: Comparison) -> dict[str, Any]:
     return replace(gain, splits=of[:1]).to_dict() | more
 
 
-def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[str, Comparison]:
-    """Compare all methods with one in the objective's figure, on splits where all of them ran."""
+def _gains(
+    splits: list[dict[str, Outcome]], over: str, source: Source, window: int | None
+) -> dict[str, Comparison]:
+    """Compare all methods with one in the objective's figure, on splits where all of them ran.
+
+    In windows of so many tokens.
+    """
     first = splits[0].get(over)
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
@@ -246,8 +271,13 @@ def _gains(splits: list[dict[str, Outcome]], over: str, source: Source) -> dict[
     whole = [split for split in splits if list(split) == list(splits[0])]
     gains = {}
     for method in (method for method in splits[0] if method != over):
-        pairs = [(split[over].evaluation, split[method].evaluation) for split in whole]
-        first_gain = gain_of(*pairs[0], figure, units=source.units, names=(over, method))
+        pairs = [
+            (split[over].phases[window], split[method].phases[window])
+            for split in whole
+            if window in split[over].phases
+        ]
+        how: Any = {"units": source.units_in(window), "names": (over, method)}
+        first_gain = gain_of(*pairs[0], figure, **how)
         gains[method] = with_splits(first_gain, pairs)
     return gains
 
@@ -260,6 +290,7 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
         machine += f" in {problem.topology.nodes} nodes"
     cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window} tokens" if window else ""
+    windows = f", {phases.words(problem.shares)}" if len(problem.shares) > 1 else windows
     if isinstance(unseen, RoutingTrace):
         judged = counted(unseen.tokens, "unseen token")
     else:
@@ -271,7 +302,13 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
 
 
 def _show_gains(
-    output: Output, gains: dict[str, Comparison], over: str, best: str, *, held_out: bool
+    output: Output,
+    gains: dict[str, Comparison],
+    over: str,
+    best: str,
+    windows: str,
+    *,
+    held_out: bool,
 ) -> None:
     """Print the table, and the sentence of the method that is best by what it saw."""
     if not gains:
@@ -287,6 +324,8 @@ def _show_gains(
     output.table((f"gain over {over}", *columns), rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
     if best in gains:
-        output.say(f"Gain: {where} {gains[best].sentence}")
+        output.say(f"Gain{windows}: {where} {gains[best].sentence}")
     else:
-        output.say(f"Gain: no method has a smaller objective than {over} on the seen part.")
+        output.say(
+            f"Gain{windows}: no method has a smaller objective than {over} on the seen part."
+        )

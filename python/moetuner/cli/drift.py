@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine, cost_model_for
-from moetuner.cli.options.placed import Placed
+from moetuner.cli.options.placed import Placed, phases_in
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
@@ -21,11 +21,10 @@ from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files import text
 from moetuner.placement import Placement
+from moetuner.problem.phases import PREFILL_SHARE, WINDOWS
 from moetuner.report.advice import drift as measuring
-from moetuner.report.advice.values import WINDOWS
 from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
-from moetuner.statistics import WINDOW
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -36,7 +35,7 @@ READING = [of.name for kind in (Source, Machine) for of in fields(kind)]
 READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
 # Values of options that a command need not name.
-PLAIN = {"window": WINDOW, "objective": "time", "method": "joint", "seed": 0}
+PLAIN = {"phases": PREFILL_SHARE, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -170,6 +169,14 @@ def _replayed(
     return rows
 
 
+def _phases(placed: Placed) -> dict[str, Any]:
+    """Return the options that say which windows the placement was computed for."""
+    sizes = phases_in(placed.settings)
+    if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
+        return {"window": None, "phases": sizes[WINDOWS[1]]}
+    return {"window": placed.source.replayed}
+
+
 def _named(settings: dict[str, Any], *near: Path) -> tuple[Path, ...]:
     """Return the files that a placement names as its input, here or beside others."""
     names = settings.get("input", {}).get("files", ())
@@ -197,7 +204,7 @@ def _again(placed: Placed, machine: Machine) -> str:
     values |= {
         name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
     }
-    values |= {"engine": placed.serving.engine, "window": placed.source.replayed}
+    values |= {"engine": placed.serving.engine, **_phases(placed)}
     model = placed.how["cost_model"]
     if model != cost_model_for(None, placed.source.traffic) and model.name:
         values["cost_model"] = model.name.partition(" (")[0]

@@ -10,11 +10,12 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import argument
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import defaults_in, described, read_any
+from moetuner.cli.options.placed import defaults_in, described, phases_in, read_any
 from moetuner.cli.output import Output
 from moetuner.files import text
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import EMPTY, Placement
+from moetuner.problem import phases
 from moetuner.report.cells import counted, listed, percent
 
 # Files of INPUT that a line names.
@@ -67,8 +68,8 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     parts = [f"objective {settings.get('objective')}"]
     if (cap := settings.get("max_imbalance")) is not None:
         parts.append(f"load cap {cap}")
-    if (window := settings.get("window")) is not None:
-        parts.append(f"windows of {window:,} tokens")
+    if counting := phases_in(settings):
+        parts.append(phases.words(counting) or f"windows of {next(iter(counting)):,} tokens")
     parts += [f"{name} {settings.get(name)}" for name in ("regime", "split", "arrival")]
     if settings.get("engine") in ENGINES:
         parts.insert(0, ENGINES[settings["engine"]].title)

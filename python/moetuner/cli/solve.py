@@ -33,6 +33,7 @@ from moetuner.report.outcome import (
     running,
     sentences,
     slower,
+    windows_of,
 )
 from moetuner.report.page.data import of_outcomes
 from moetuner.solver import METHODS, Result
@@ -99,14 +100,16 @@ def command(
     output.say("")
     try:
         before, outcomes = _judge(result, initial, source, problem, judged_on)
-        gain = _gain(source, before, outcomes[-1]) if holdout else None
+        gains = _gains(source, before, outcomes[-1]) if holdout else {}
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     _show(output, problem, outcomes, before)
     judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
     judged = windowed(judged, source, judged_on)
-    output.say(*[f"Gain: {of.sentence}" for of in (gain,) if of is not None], judged)
+    for tokens, gain in gains.items():
+        output.say(f"Gain{windows_of(tokens, outcome)}: {gain.sentence}")
+    output.say(judged)
     moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
     output.say(f"wrote {out_file}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
@@ -114,8 +117,9 @@ def command(
     settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
     about = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     about |= {"method": method, **outcome.to_dict(), **moves}
-    contents = about | _facts(gain, judged_on, holdout)
-    page: dict[str, Any] = {"traffic": judged, "judged": gain, "trades": trades}
+    contents = about | _facts(gains, judged_on, holdout)
+    page: dict[str, Any] = {"traffic": judged, "trades": trades}
+    page["judged"] = next(iter(gains.values()), None)
     page["expert_bytes"] = source.expert_bytes(moving.expert_bytes)
     pages.write(output, lambda: of_outcomes(before, outcome, origin_of(source), contents, **page))
     output.finish(contents)
@@ -123,11 +127,15 @@ def command(
         raise click.ClickException(str(failure))
 
 
-def _facts(gain: Comparison | None, judged_on: Traffic, holdout: float) -> dict[str, Any]:
-    """Return the gain, and what it was judged on, for JSON."""
+def _facts(
+    gains: dict[int | None, Comparison], judged_on: Traffic, holdout: float
+) -> dict[str, Any]:
+    """Return the gains, and what they were judged on, for JSON."""
     part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    judged = None if gain is None else gain.to_dict()
-    return {"gain": judged, "judged_on": part | size_of(judged_on)}
+    judged = [{"window": tokens, **gain.to_dict()} for tokens, gain in gains.items()]
+    first = next(iter(gains.values()), None)
+    facts = {"gain": None if first is None else first.to_dict(), "gains": judged}
+    return facts | {"judged_on": part | size_of(judged_on)}
 
 
 def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Outcome) -> None:
@@ -150,10 +158,15 @@ def _judge(
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
 
 
-def _gain(source: Source, before: Outcome, after: Outcome) -> Comparison:
-    """Compare a result with what runs, on what was held out of INPUT."""
-    both, names = (before.evaluation, after.evaluation), (before.result.method, after.result.method)
-    return gain_of(*both, after.worth.figure, units=source.units, names=names)
+def _gains(source: Source, before: Outcome, after: Outcome) -> dict[int | None, Comparison]:
+    """Compare a result with what runs, on what was held out of INPUT, by tokens of a window."""
+    names, figure = (before.result.method, after.result.method), after.worth.figure
+    return {
+        tokens: gain_of(
+            *(before.phases[tokens], each, figure), units=source.units_in(tokens), names=names
+        )
+        for tokens, each in after.phases.items()
+    }
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

@@ -16,7 +16,7 @@ from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
-from moetuner.problem import capacity
+from moetuner.problem import capacity, phases
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective
 from moetuner.problem.pins import Pin, Rules, rules_of
@@ -29,11 +29,12 @@ from moetuner.problem.settings import (
     read_cap,
     read_count,
     read_groups,
+    read_prefill_share,
     read_risk,
     read_slots,
     setting,
 )
-from moetuner.problem.windows import Risk, Windows, windows_of
+from moetuner.problem.windows import Risk, Windows, weighed, windows_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 
@@ -88,6 +89,12 @@ class Problem(Frozen):
     groups
         Minimise for the worst group of the traffic (minimax), or weigh groups by name. A group that
         is not named has weight 1 per token.
+    phases
+        Shares of the serving time, by tokens of a window: ``{512: 0.8, 8192: 0.2}`` for a fifth of
+        prefill. Longer windows are sums of the statistics' own. The objective is a mean over steps
+        that take such shares of the time, if experts are placed in blocks. By default half of 512
+        tokens (decode) and half of 8192 (prefill) for statistics of a trace that has enough tokens,
+        counted in windows of 512; else the statistics' windows alone.
     pinned
         Put a copy of the expert on the device: (layer, expert, device), with None or * for all
         layers.
@@ -141,6 +148,14 @@ class Problem(Frozen):
     groups: Mapping[str, float] | Literal["minimax"] | None = setting(
         None, GOAL, read=read_groups, metavar="minimax|NAME=W,..."
     )
+    phases: phases.Phases | None = setting(
+        *(None, GOAL, f"{phases.PREFILL_SHARE:g} for a trace of enough tokens, without --window"),
+        read=read_prefill_share,
+        flag="--prefill-share",
+        metavar="SHARE",
+        help="Share of the serving time that is prefill (windows of "
+        f"{phases.WINDOWS[1]:,} tokens); the rest is decode ({phases.WINDOWS[0]}).",
+    )
     pinned: Iterable[Pin] = setting((), ENGINE, flag="--pin", **PIN)
     forbidden: Iterable[Pin] = setting((), ENGINE, flag="--forbid", **PIN)
     fill_slots: bool = setting(False, MACHINE)
@@ -168,6 +183,8 @@ class Problem(Frozen):
             for group, weight in self.groups.items():
                 check.not_negative(f"groups: weight of {check.shown(group)}", weight, "number")
             vars(self)["groups"] = dict(self.groups)
+        if self.phases is not None:
+            vars(self)["phases"] = phases.checked(self.phases)
         # Slots, rules and windows are checked by being made.
         if isinstance(self.slots_per_device, Sequence | np.ndarray):
             slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
@@ -194,9 +211,23 @@ class Problem(Frozen):
         return Caps(self.load, self.max_imbalance, self.topology, self.split)
 
     @cached_property
+    def shares(self) -> dict[int | None, float]:
+        """Share of the serving time of each size of windows that counts, by its tokens."""
+        return phases.shares_of(self.statistics, self.phases)
+
+    @cached_property
     def windows(self) -> Windows:
         """Windows of load that count, and how much each does."""
-        return windows_of(self.statistics, self.arrival, self.risk, self.groups)
+        rules = (self.arrival, self.risk, self.groups)
+        parts = {
+            tokens: part
+            for tokens in self.shares
+            if (part := windows_of(self.statistics, *rules, tokens)).weight.any()
+        }
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        costs = [Objective(self, part).cost_in_blocks for part in parts.values()]
+        return weighed([*parts.values()], [self.shares[tokens] for tokens in parts], costs)
 
     @property
     def goal(self) -> Goal:

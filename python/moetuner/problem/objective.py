@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, wraps
 from typing import Any, Literal, TypeVar, cast
 
@@ -14,8 +14,10 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, replay
+from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.copies import Split
 from moetuner.placement import Placement
+from moetuner.problem import phases
 from moetuner.problem.caps import slowest
 from moetuner.problem.windows import Windows
 from moetuner.statistics import ExpertSets, RoutingStatistics
@@ -89,7 +91,7 @@ class Objective:
     """
 
     def __init__(self, problem: Any, windows: Windows | None = None) -> None:
-        if not isinstance(getattr(problem, "windows", None), Windows):
+        if not isinstance(getattr(problem, "statistics", None), RoutingStatistics):
             raise TypeError(f"problem must be a Problem, got {check.shown(problem)}")
         if windows is not None:
             check.instance("windows", windows, Windows)
@@ -99,6 +101,7 @@ class Objective:
         self.regime: Regime = problem.regime
         self.split: Split = problem.split
         self.windows: Windows = problem.windows if windows is None else windows
+        self.shares: Mapping[int | None, float] = problem.shares
         self._model: CostModel | None = problem.cost_model
         self._by_groups = problem.groups is not None
         self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
@@ -118,8 +121,11 @@ class Objective:
         check.instance("placement", placement, Placement)
         if self.goal == "traffic":
             return self.traffic(placement)
-        cost = self.window_cost(placement).sum(axis=1)
-        return self.windows.value(cost, self.reference)
+        return float(self.worth(self.window_cost(placement).sum(axis=1)))
+
+    def worth(self, costs: Floats) -> Floats:
+        """Compute the value of each of several costs of windows [...,W], in ``unit``."""
+        return self.windows.values(costs, self.reference) * self._mean_reference
 
     @property
     def is_known(self) -> bool:
@@ -148,7 +154,8 @@ class Objective:
             return f"fanout + {node:.3g} x node fanout = {value:.4f}"
         if self._words is WORDS["follow"] and np.unique(self.link_cost).size > 2:
             return f"cost of links {value:.4f} per transition"
-        return self._words[1].format(value)
+        where = phases.words(self.shares) if self.goal != "traffic" else ""
+        return self._words[1].format(value) + (f", in {where}" if where else "")
 
     @property
     def decimals(self) -> int:
@@ -158,7 +165,8 @@ class Objective:
     @property
     def is_predicted_time(self) -> bool:
         """Whether it is the predicted time that ``evaluate`` replays, as far as counts tell it."""
-        return self.goal == "time" and self.windows.risk == "mean" and not self._by_groups
+        plain = self.windows.risk == "mean" and not self._by_groups
+        return self.goal == "time" and plain and len(self.shares) == 1
 
     @property
     def figure(self) -> str:
@@ -229,10 +237,35 @@ class Objective:
 
     @cached_property
     def reference(self) -> Floats:
-        """What a window's costs are measured by [W]: 1 for time, else load over speed if even."""
+        """What a window's costs are measured by [W].
+
+        For time what a step of its size takes, or 1 where all are of one; else load over speed if
+        even.
+        """
+        if self.goal != "time":
+            return self._even
+        reference = self.windows.reference
+        return np.ones(len(self.windows)) if reference is None else reference
+
+    @cached_property
+    def _mean_reference(self) -> float:
+        """What a value is times its reference: of time the mean over windows, else nothing."""
+        if self.goal != "time" or self.windows.reference is None:
+            return 1.0
+        weight = self.windows.weight
+        return float((weight * self.windows.reference).sum() / weight.sum())
+
+    @property
+    def cost_in_blocks(self) -> float:
+        """What a window costs on average if experts are placed in blocks, or evenly.
+
+        By this the time of several sizes of windows is shared.
+        """
+        cost, weight = self._even, self.windows.weight
         if self.goal == "time":
-            return np.ones(len(self.windows))
-        return self._even
+            sizes = self.statistics.layers, self.statistics.experts, self.topology.devices
+            cost = self.window_cost(blocks(*sizes)).sum(axis=1)
+        return float((weight * cost).sum() / weight.sum())
 
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
@@ -243,7 +276,7 @@ class Objective:
     def _even(self) -> Floats:
         """Load over speed of every window's layers [W], if every device had its part."""
         speed = self.topology.speed_of_device
-        mean: Floats = self.windows.map(lambda load: load.sum(axis=(1, 2))) / speed.sum()
+        mean: Floats = self.windows.tokens / speed.sum()
         return mean
 
     def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:

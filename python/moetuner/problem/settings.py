@@ -9,6 +9,7 @@ from dataclasses import field, fields
 from typing import Any
 
 from moetuner.evaluation.arrival import share_mixed
+from moetuner.problem.phases import prefill
 from moetuner.problem.pins import Pin
 
 # Groups of the help that settings are in.
@@ -27,7 +28,8 @@ def setting(default: Any, group: str, default_text: str = "", **how: Any) -> Any
     how
         ``choices``, or ``read``, which gives its value, or raises ValueError, and says in its
         docstring what it reads; without both it is a flag. ``metavar``, ``flag``, its option, by
-        default its name, and ``multiple``, if the option may be given several times.
+        default its name, ``help``, by default what the docstring says, and ``multiple``, if the
+        option may be given several times.
     """
     return field(default=default, metadata={"group": group, "default_text": default_text, **how})
 
@@ -38,7 +40,8 @@ def settings_of(kind: Any) -> dict[str, dict[str, Any]]:
     settings = {of.name: dict(of.metadata) for of in fields(kind) if of.metadata}
     for name, how in settings.items():
         default = how.pop("default_text")
-        how["help"] = texts.get(name, "") + (f"  [default: {default}]" if default else "")
+        text = how.get("help", texts.get(name, ""))
+        how["help"] = text + (f"  [default: {default}]" if default else "")
     return settings
 
 
@@ -89,6 +92,14 @@ def read_arrival(text: str) -> str | float:
 def read_risk(text: str) -> str | float:
     """Read mean, or a level from 0 to below 1."""
     return text if text == "mean" else float(text)  # the problem checks the level
+
+
+def read_prefill_share(text: str) -> dict[int, float]:
+    """Read a number from 0 to 1."""
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError(text)
+    return prefill(share)
 
 
 def read_groups(text: str) -> str | dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -45,8 +45,13 @@ class Windows:
         ``"mean"``, or the level of the conditional value at risk.
     minimax
         Whether the worst group counts.
-    mixed
-        More windows, behind those of ``load`` [M,L,E]; None for none.
+    more
+        More windows, behind those of ``load`` [M,L,E]: of mixed arrival, or longer ones; None for
+        none.
+    reference
+        What a step takes by whose time all others are weighed [W]; None where all are alike.
+    parts
+        The same, by size, where windows are of several.
     """
 
     load: NDArray[Any]
@@ -54,7 +59,9 @@ class Windows:
     group: NDArray[np.int64] | None
     risk: Risk
     minimax: bool
-    mixed: Floats | None = None
+    more: Floats | None = None
+    reference: Floats | None = None
+    parts: tuple[Windows, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of windows, W."""
@@ -72,19 +79,31 @@ class Windows:
         else:
             for run in blocks(len(self.load), self.load[0].size):
                 yield self.load[run].astype(np.float64)
-        if self.mixed is not None:
-            yield self.mixed
+        if self.more is not None:
+            yield self.more
 
     @cached_property
     def total(self) -> Floats:
         """Tokens of all windows together [L,E], each counted once."""
         total: Floats = self.load.sum(axis=0, dtype=np.float64)
-        return total if self.mixed is None else total + self.mixed.sum(axis=0)
+        return total if self.more is None else total + self.more.sum(axis=0)
+
+    @cached_property
+    def tokens(self) -> Floats:
+        """Tokens of every window, over all layers and once per expert [W]."""
+        return self.map(lambda load: load.sum(axis=(1, 2)))
+
+    @cached_property
+    def mean_tokens(self) -> float:
+        """Tokens of a window, likewise, on average by weight."""
+        return float((self.weight * self.tokens).sum() / self.weight.sum())
 
     @cached_property
     def searched(self) -> Windows:
         """Windows that a search sees instead of these: these, or where they are many, means."""
-        return self if self.load.dtype == np.float64 else _representatives(self)
+        if self.load.dtype == np.float64:
+            return self
+        return _joined([of.searched for of in self.parts]) if self.parts else _representatives(self)
 
     @property
     def is_mean(self) -> bool:
@@ -145,8 +164,9 @@ def windows_of(
     arrival: Arrival,
     risk: Risk,
     groups: Mapping[str, float] | Literal["minimax"] | None,
+    tokens: int | None = None,
 ) -> Windows:
-    """Return the windows that count, with their weights.
+    """Return the windows that count, with their weights: as counted, or longer ones of ``tokens``.
 
     Of more windows than searches see the recorded ones stay as they are, and at most as many mixed
     ones as searches see stand behind them.
@@ -154,9 +174,12 @@ def windows_of(
     share = share_mixed(arrival)
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
         raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}")
+    by_group = None if groups is None else _group_weights(statistics, groups)
+    if tokens != statistics.window and tokens is not None:
+        statistics = statistics.joined(tokens)
     weight, group = statistics.is_step.astype(np.float64), statistics.group
-    if groups is not None:
-        weight *= _group_weights(statistics, groups)
+    if by_group is not None and group is not None:
+        weight *= by_group[group]
     kind, many = (risk, groups == "minimax"), statistics.windows > MOST
     load = statistics.window_load if many else statistics.window_load.astype(np.float64)
     if share == 0 or len(load) < 2:
@@ -194,16 +217,64 @@ def _representatives(windows: Windows) -> Windows:
             weights.append(recorded[some].sum())
             groups.append(label)
     merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
-    if windows.mixed is not None:
+    if windows.more is not None:
         # They are drawn at random: some say what all of them do.
         few = slice(len(load), len(load) + MERGED)
         part = weight[len(load) :].sum() / max(weight[few].sum(), 1e-300)
-        merged = np.concatenate([merged, windows.mixed[:MERGED]])
+        merged = np.concatenate([merged, windows.more[:MERGED]])
         merged_weight = np.concatenate([merged_weight, weight[few] * part])
         if group is not None:
             of_merged = np.concatenate([of_merged, group[few]])
     of = None if group is None else of_merged
-    return Windows(merged, merged_weight, of, windows.risk, windows.minimax)
+    reference = None
+    if windows.reference is not None:
+        reference = np.full(len(merged), windows.reference[0])
+    rules = (windows.risk, windows.minimax)
+    return Windows(merged, merged_weight, of, *rules, reference=reference)
+
+
+def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[float]) -> Windows:
+    """Join windows of several sizes, so that each size has its share of the time.
+
+    Of its steps each takes a cost on average. The weights are as many as there are windows.
+    """
+    scale = [
+        share / max(cost * part.weight.sum(), 1e-300)
+        for part, share, cost in zip(parts, shares, costs, strict=True)
+    ]
+    unit = sum(map(len, parts)) / sum(
+        by * part.weight.sum() for by, part in zip(scale, parts, strict=True)
+    )
+    return _joined(
+        [
+            replace(part, weight=by * unit * part.weight, reference=np.full(len(part), cost))
+            for part, by, cost in zip(parts, scale, costs, strict=True)
+        ]
+    )
+
+
+def _joined(parts: Sequence[Windows]) -> Windows:
+    """Return the windows of all parts as one list."""
+    first, *others = parts
+    behind = [] if first.more is None else [first.more]
+    more: Floats | None = np.concatenate(
+        [*behind, *(block for part in others for block in part.blocks())]
+    )
+    load = first.load
+    if load.dtype == np.float64:
+        load, more = np.concatenate([load, more]), None
+    groups = [part.group for part in parts if part.group is not None]
+    references = [part.reference for part in parts if part.reference is not None]
+    return Windows(
+        load,
+        np.concatenate([part.weight for part in parts]),
+        np.concatenate(groups) if groups else None,
+        first.risk,
+        first.minimax,
+        more,
+        np.concatenate(references) if references else None,
+        tuple(parts),
+    )
 
 
 def _features(load: NDArray[Any]) -> Floats:
@@ -245,22 +316,23 @@ def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
 def _group_weights(
     statistics: RoutingStatistics, groups: Mapping[str, float] | Literal["minimax"]
 ) -> Floats:
+    """Return what a window of every group counts [G]."""
     if statistics.group is None:
         raise ValueError("groups needs windows with groups; these statistics have none")
-    weight = np.ones(statistics.windows)
+    names = list(statistics.group_names)
+    weight = np.ones(len(names))
     if isinstance(groups, str):
         if groups != "minimax":
             raise ValueError(f"groups must be 'minimax' or weights by name, got {shown(groups)}")
         return weight
-    names = list(statistics.group_names)
     for name, value in groups.items():
         if name not in names:
             rule = f"groups names {shown(name)}, which is none of {', '.join(names)}"
             raise ValueError(rule + suggestion(name, names))
-        mine = statistics.group == names.index(name)
-        if not statistics.window_load[mine].any():
+        number = names.index(name)
+        if not statistics.window_load[statistics.group == number].any():
             raise ValueError(f"groups names {shown(name)}, which has no tokens")
-        weight[mine] = value
-    if not weight.any():
+        weight[number] = value
+    if not weight[statistics.group].any():
         raise ValueError("groups leaves no window with a weight above 0")
     return weight

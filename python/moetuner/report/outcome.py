@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetuner.cost import CostModel, assumed_model
@@ -26,11 +26,25 @@ MIXED = ("imbalance", "imbalance_mixed")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method found on the traffic it saw, and what that does to the traffic it did not."""
+    """What one method found on the traffic it saw, and what that does to the traffic it did not.
+
+    ``longer`` has the evaluations in other windows that the problem is about, by their tokens.
+    """
 
     problem: Problem
     result: Result
     evaluation: Evaluation
+    longer: Mapping[int | None, Evaluation] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> dict[int | None, Evaluation]:
+        """All evaluations, by the tokens of a window."""
+        replayed = self.evaluation.replayed
+        window = None if replayed is None else replayed.setting.window
+        return {
+            window: self.evaluation,
+            **self.longer,
+        }
 
     @property
     def worth(self) -> Objective:
@@ -53,6 +67,10 @@ class Outcome:
         has_value = self.worth.is_known
         return {
             **self.evaluation.to_dict(),
+            "phases": [
+                {"window": tokens, "predicted_layer_us": each.predicted_layer_us}
+                for tokens, each in self.phases.items()
+            ],
             "objective": self.result.objective if has_value else None,
             "unit": self.worth.unit,
             "bound": self.result.bound if has_value else None,
@@ -135,9 +153,13 @@ def sentences(outcome: Outcome) -> list[str]:
     """Return what was reached, and how far from the optimum it can be."""
     result, worth, problem = outcome.result, outcome.worth, outcome.problem
     lines, proven = [], ""
-    time = outcome.evaluation.predicted_layer_us
-    if worth.cost_model is not None and time is not None:
-        lines.append(f"Predicted time: {number(time, 1)} us per layer.")
+    if worth.cost_model is not None and outcome.evaluation.predicted_layer_us is not None:
+        times = [
+            f"{number(each.predicted_layer_us, 1)} us{windows_of(tokens, outcome)}"
+            for tokens, each in outcome.phases.items()
+        ]
+        times[0] = times[0].replace(" us", " us per layer", 1)
+        lines.append(f"Predicted time: {', '.join(times)}.")
     # A bound of loads alone says little of the placement.
     if result.bound is not None and result.gap is not None and not result.bound_is_of_loads:
         which = caps.SINGLE if problem.stays_single else ""
@@ -162,6 +184,11 @@ def sentences(outcome: Outcome) -> list[str]:
     if search.set_tokens is not None:
         lines.append(f"Expert sets were counted on a sample of {search.set_tokens:,} tokens.")
     return lines
+
+
+def windows_of(tokens: int | None, outcome: Outcome) -> str:
+    """Write in which windows a figure of an outcome is, if it has figures in several."""
+    return f" in windows of {tokens:,} tokens" if outcome.longer and tokens else ""
 
 
 def within(result: Result, bound: str, which: str = "") -> str:
@@ -198,9 +225,16 @@ def empty_slots(outcome: Outcome) -> list[str]:
 
 def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str]:
     """Return a warning where a placement is predicted to take longer than one that may run."""
-    time, less = (of.evaluation.predicted_layer_us for of in (outcome, before))
-    if time is None or less is None or time <= less:
+    slowed = [
+        (tokens, time, less)
+        for tokens, each in outcome.phases.items()
+        if (time := each.predicted_layer_us) is not None
+        and (less := before.phases[tokens].predicted_layer_us) is not None
+        and time > less
+    ]
+    if not slowed:
         return []
+    tokens, time, less = slowed[0]
     than = "contiguous" if before.result.method == "contiguous" else "what runs"
     problem, better = outcome.problem, f"keep {than}"
     fewest = -(-problem.experts // problem.devices)
@@ -214,7 +248,8 @@ def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str
     which = f"the placement of {outcome.result.method}" if name else "this placement"
     return [
         f"Warning: {which} is predicted to be slower than {than}: "
-        f"{number(time, 1)} against {number(less, 1)} us per layer; {better}."
+        f"{number(time, 1)} against {number(less, 1)} us per layer{windows_of(tokens, outcome)}; "
+        f"{better}."
     ]
 
 

@@ -89,6 +89,8 @@ def _settings_of(problem: Problem) -> dict[str, Any]:
         "cost_model": asdict(problem.cost_model),
         "expert_size": statistics.expert_size,
         "window": statistics.window,
+        "phases": {str(tokens): share for tokens, share in problem.shares.items() if tokens}
+        or None,
         # What makes the fingerprint of the same traffic another one.
         "counted": {name: getattr(statistics, of) is not None for name, of in COUNTED.items()},
     }

@@ -96,6 +96,11 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
     return float(speed.min() * (weight * load.sum(axis=(1, 2))).sum() / speed.sum())
 
 
+def windows_in_all(problem: Problem) -> float:
+    """Compute how many windows all tokens make, if each has as many as the mean by weight."""
+    return float(problem.load.sum(dtype=np.float64)) / max(problem.windows.mean_tokens, 1e-300)
+
+
 def visit_costs(problem: Problem, unit: float = 1.0) -> dict[str, Any]:
     """Return expert sets and the costs of a visit, of a device and of a node on top."""
     objective = problem.objective_function
@@ -115,7 +120,7 @@ def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
         return {}
     tokens = float(sets[0].counts.sum())
     if problem.goal == "time":
-        unit *= visit_us(problem) * (tokens / problem.statistics.steps)
+        unit *= visit_us(problem) * (tokens / windows_in_all(problem))
     return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
 
 
@@ -130,7 +135,7 @@ def _pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
     # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
     # together, and has k (k - 1) / 2 pairs apart.
     top = float(pairs.sum(dtype=np.float64)) / tokens + 1
-    price = visit_us(problem) * 2 / top / (problem.layers * problem.statistics.steps)
+    price = visit_us(problem) * 2 / top / (problem.layers * windows_in_all(problem))
     return {"pairs": pairs, "pair_cost": unit * price}
 
 
@@ -147,7 +152,7 @@ def link_prices(problem: Problem, unit: float) -> Floats:
     objective = problem.objective_function
     if problem.goal == "traffic":
         return problem.topology.cost.astype(np.float64) * (unit / objective.scale)
-    return objective.link_us * (unit / (problem.layers * problem.statistics.steps))
+    return objective.link_us * (unit / (problem.layers * windows_in_all(problem)))
 
 
 def visit_us(problem: Problem) -> float:

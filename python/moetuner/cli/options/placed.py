@@ -35,6 +35,7 @@ from moetuner.files import naming, text
 from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
+from moetuner.problem import phases
 from moetuner.report.cells import counted
 from moetuner.report.outcome import gain_of, left_over
 from moetuner.statistics import COUNTED, RoutingStatistics
@@ -86,7 +87,11 @@ def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value for name, value in settings.items() if value is not None}
     with naming(path):
         try:
-            builders = {"topology": topology.from_keys, "cost_model": cost.from_keys}
+            builders: dict[str, Callable[[Any], Any]] = {
+                "topology": topology.from_keys,
+                "cost_model": cost.from_keys,
+                "phases": phases.from_keys,
+            }
             for name, build in builders.items():
                 if name in values:
                     values[name] = build(values[name])
@@ -101,6 +106,12 @@ def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"settings: {error}") from None
     values["input"] = {name: value for name, value in recorded.items() if value is not None}
     return {"seed": 0, **values}
+
+
+def phases_in(settings: Mapping[str, Any]) -> dict[int | None, float]:
+    """Return the sizes of windows that a placement was computed for, and their shares of time."""
+    window = settings.get("window")
+    return settings.get("phases") or ({} if window is None else {window: 1.0})
 
 
 def described(topology: Topology) -> str:
@@ -274,12 +285,10 @@ class Placed:
         """Write how traffic is served, and where options differ from the settings."""
         yield from self.serving.explain()
         was, how = self.settings, self.how
-        before, now = was.get("window"), self.source.counted
-        if None not in (before, now) and before != now:
-            yield (
-                f"The placement was computed for windows of {before:,} tokens; judged in windows "
-                f"of {now:,}."
-            )
+        now, sizes = self.source.counted, phases_in(was)
+        if now is not None and sizes and now not in sizes:
+            where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
+            yield f"The placement was computed for {where}; judged in windows of {now:,}."
         pairs: dict[str, tuple[Any, Any]] = {}
         if was.get("topology", self.topology) != self.topology:
             machines = described(was["topology"]), described(self.topology)

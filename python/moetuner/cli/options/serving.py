@@ -19,6 +19,7 @@ from moetuner.problem.objective import Objective
 from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
 
 SETTINGS = settings_of(Problem)
 DEFAULTS = {of.name: of.default for of in fields(Problem) if of.name in SETTINGS}
@@ -165,6 +166,10 @@ class ProblemOptions(Serving):
         statistics = source.count(traffic, sets=sets, by_group="groups" in given)
         settings = given | {name: self.value(name) for name in SERVED}
         settings["cost_model"] = cost_model_for(given.get("cost_model"), statistics)
+        if source.window is not None and isinstance(source.traffic, RoutingTrace):
+            if "phases" in given:
+                raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
+            settings["phases"] = {source.window: 1.0}
         if goal == "traffic":
             settings.setdefault("max_imbalance", TRAFFIC_CAP)
         if self.engine is not None or self.router_groups is not None:
@@ -213,6 +218,7 @@ class ProblemOptions(Serving):
         """Return the settings of a problem for JSON: defaults resolved."""
         settings = {name: getattr(problem, name) for name in SETTINGS}
         settings |= {"objective": problem.goal, "cost_model": Objective(problem).cost_model}
+        settings["phases"] = {size: share for size, share in problem.shares.items() if size} or None
         if problem.slots_per_device is None and problem.extra_slots is None:
             settings["slots_per_device"] = problem.slots
         return self.settings(problem.topology, settings)

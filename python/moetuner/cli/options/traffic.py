@@ -24,6 +24,7 @@ from moetuner.cli.options import (
 )
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of
+from moetuner.evaluation import Evaluation
 from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
@@ -191,6 +192,13 @@ class Source(FileHints):
         """What is independent in INPUT: parts of it are judged by the same units."""
         return units_of(self.traffic, window=self.replayed, threads=self.threads)
 
+    def units_in(self, window: int | None) -> Units:
+        """Return the same in windows of so many tokens: sequences do not depend on them."""
+        traffic = self.traffic
+        if window == self.replayed or getattr(traffic, "sequence", None) is not None:
+            return self.units
+        return units_of(traffic, window=window, threads=self.threads)
+
     def as_placed(self, settings: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, of = self.recorded, settings.get("input", {})
@@ -227,13 +235,29 @@ class Source(FileHints):
     def judge(
         self, results: Sequence[Result], problem: Problem, judged_on: Traffic
     ) -> list[Outcome]:
-        """Evaluate placements on other traffic, which is read once for all of them."""
+        """Evaluate placements on other traffic, which is read once for all of them.
+
+        In the windows of INPUT, and in all others that the problem is about.
+        """
         placements = [result.placement for result in results]
-        how: Any = {"window": self.replayed, "threads": self.threads}
+        windows: list[int | None] = [self.replayed]
+        if isinstance(judged_on, RoutingTrace):
+            windows += [
+                tokens
+                for tokens in problem.shares
+                if tokens not in (None, self.replayed) and tokens <= judged_on.tokens
+            ]
+        evaluations: dict[int | None, list[Evaluation]] = {}
         with working("replaying") as report:
-            how["progress"] = shares(report, "of the tokens")
-            evaluations = outcome.judge(placements, problem, judged_on, **how)
-        return [Outcome(problem, *pair) for pair in zip(results, evaluations, strict=True)]
+            for window in windows:
+                how: Any = {"window": window, "threads": self.threads, "mixed": not evaluations}
+                how["progress"] = shares(report, "of the tokens")
+                evaluations[window] = outcome.judge(placements, problem, judged_on, **how)
+        first = evaluations.pop(self.replayed)
+        return [
+            Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})
+            for at, pair in enumerate(zip(results, first, strict=True))
+        ]
 
     def load(
         self, path: Path, topology: Topology | None = None, *, devices: int | None = None

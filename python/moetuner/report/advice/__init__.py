@@ -19,8 +19,9 @@ from moetuner.evaluation.replay import Traffic, members
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
+from moetuner.problem.phases import WINDOWS, prefill
 from moetuner.report.advice.study import Study, slots_of_running
-from moetuner.report.advice.values import WINDOWS, Advice
+from moetuner.report.advice.values import Advice
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -95,8 +96,9 @@ def advise(
     price
         Share of the predicted time that a change must save to be worth the trouble.
     prefill_share
-        Share of the serving time that is prefill. The answer is then on prefill and decode
-        together, instead of on the better one of them.
+        Share of the serving time that is prefill. Placements are computed for it, and the answer is
+        then on prefill and decode together, instead of on the better one of them. By default half
+        of the time counts for each in the search.
     by_group
         Whether to judge also, on each group, a placement that was computed from all other groups.
     objective
@@ -160,6 +162,9 @@ def advise(
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     model = cost_model_of(traffic) if cost_model is None else cost_model
     how: dict[str, Any] = {"regime": regime, "cost_model": model, "objective": objective}
+    how["phases"] = None if prefill_share is None else prefill(prefill_share)
+    if isinstance(traffic, RoutingTrace) and window is not None:
+        how["phases"] = {window: 1.0}
     how |= {"split": split, "arrival": arrival}
     study = Study(
         *(traffic, unseen, topology, initial, engine, counts, windows, how, expert_bytes, price),

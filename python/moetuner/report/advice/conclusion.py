@@ -10,9 +10,9 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
+from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.values import (
-    WINDOWS,
     Advice,
     Answer,
     Copies,

@@ -19,10 +19,10 @@ from moetuner.formats.engines import ENGINES, engine_settings, tokens_per_rank
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Goal
+from moetuner.problem.phases import WINDOWS, has_windows
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import concluded, knee_of
 from moetuner.report.advice.values import (
-    WINDOWS,
     Advice,
     Copies,
     Half,
@@ -181,11 +181,11 @@ class Study:
             one_kind=one_kind(self.traffic, self.unseen),
             total=self._total(judged),
             by_group=self._by_group(knee) if self.by_group else {},
-            settings=self._settings(splits),
+            settings=self._settings(splits, first.problem.shares),
         )
         return concluded(advice, self._notes(phases, knee))
 
-    def _settings(self, splits: int) -> dict[str, Any]:
+    def _settings(self, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:
         own = ("engine", "price", "expert_bytes", "in_order", "seed", "time_limit", "prefill_share")
         return {
             **{name: getattr(self, name) for name in own},
@@ -196,6 +196,7 @@ class Study:
             "initial": self.initial if isinstance(self.initial, str) else "given",
             "copies": self.counts,
             "windows": list(self.windows),
+            "phases": phases,
             "splits": splits,
             "held_out": self.is_held_out,
             "cost_model": self.how["cost_model"].name,
@@ -356,7 +357,10 @@ class Study:
         if self.engine is not None:
             settings = engine_settings(self.engine, statistics, self.topology, **slots)
             slots["fill_slots"] = settings["fill_slots"]
-        return Problem(statistics, self.topology, **{**self.how, **slots, **others})
+        how = {**self.how, **slots, **others}
+        if not all(has_windows(statistics, tokens) for tokens in how["phases"] or ()):
+            how["phases"] = None  # of a part that is too short for windows of prefill
+        return Problem(statistics, self.topology, **how)
 
     def solved(self, problem: Problem, method: Method, seed: int, **how: Any) -> Result:
         """Solve a problem; an interrupt ends the study."""
@@ -406,13 +410,23 @@ class Study:
         }
 
     def _searched(
-        self, statistics: RoutingStatistics, count: int, *, shared: bool = False
+        self,
+        statistics: RoutingStatistics,
+        count: int,
+        *,
+        shared: bool = False,
+        window: Window = None,
     ) -> Placement:
-        """Search shortly: for what was asked for, else for what is better for time."""
+        """Search shortly: for what was asked for, else for what is better for time.
+
+        For the windows that count, or for those of one phase.
+        """
         slots: dict[str, Any] = {}
         if shared:
             beyond = self.topology.devices * (self.fewest + count) - statistics.experts
             slots = {"slots_per_device": None, "extra_slots": statistics.layers * beyond}
+        if window is not None:
+            slots["phases"] = {window: 1.0}
         problem = self.problem(statistics, count, **slots)
         goals = ("balance",) if count and self.how["objective"] is None else self.goals
         steps = ITERATIONS if self.iterations is None else self.iterations
@@ -482,12 +496,13 @@ class Study:
         if not all(set(PHASES) <= members(each).keys() for each in (seen, unseen)):
             return None
         placements: dict[Key, Placement] = {"both": self._searched(part.statistics, knee)}
-        for phase in PHASES:
-            placements[phase] = self._searched(self.counted(seen.select(groups=phase)), knee)
+        windows = {of: self.windows[-1 if of == "prefill" else 0] for of in PHASES}
+        for phase, window in windows.items():
+            counts = self.counted(seen.select(groups=phase))
+            placements[phase] = self._searched(counts, knee, window=window)
         times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
         problem = self.problem(part.statistics, knee)
-        for phase in PHASES:
-            window = self.windows[-1 if phase == "prefill" else 0]
+        for phase, window in windows.items():
             own = unseen.select(groups=phase)
             judged = self.evaluated(placements, problem, own, [window])[window]
             for name, of in times.items():

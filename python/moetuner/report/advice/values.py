@@ -14,14 +14,13 @@ from moetuner.evaluation.units import Units
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.drift import Drift
 from moetuner.report.cells import signed
 from moetuner.report.recording import PHASES
 from moetuner.solver.result import Result
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
-# Tokens of a window as engines decode, and as they read prompts.
-WINDOWS = (512, 8192)
 
 
 def words_of_window(window: int | None, recorded: int | None = None) -> str:

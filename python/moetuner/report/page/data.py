@@ -24,7 +24,8 @@ from moetuner.evaluation.units import loads_of
 from moetuner.files import text
 from moetuner.formats import WRITERS
 from moetuner.placement import Placement, PlacementDiff
-from moetuner.report.advice.values import WINDOWS, Advice
+from moetuner.problem.phases import WINDOWS
+from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.report.outcome import Outcome, gain_of
 from moetuner.solver import Trade

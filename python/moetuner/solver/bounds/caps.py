@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import Placement
-from moetuner.problem import Problem
+from moetuner.problem import Problem, phases
 from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.loads import least_slowest
 from moetuner.solver.result import CapsDetails
@@ -65,6 +65,8 @@ def are_least(caps: CapsDetails) -> bool:
 def scope(problem: Problem, caps: CapsDetails) -> str:
     """Return of which placements a bound on a solved problem, with such caps, is one."""
     which = "placements" + (", copies included" if problem.may_copy else SINGLE)
+    if problem.goal != "traffic" and (where := phases.words(problem.shares)):
+        which += f" in {where}"
     if not problem.caps.some:
         return which
     which += f" under the load cap {problem.max_imbalance:g}"

@@ -54,7 +54,7 @@ def proves_pairs(problem: Problem) -> bool:
 def least_balance(problem: Problem) -> float:
     """Compute what no placement's balance is below."""
     least = problem.windows.map(lambda load: least_slowest(problem, load).sum(axis=1))
-    return problem.windows.value(least, problem.objective_function.reference)
+    return float(problem.objective_function.worth(least))
 
 
 def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
@@ -70,7 +70,7 @@ def least_time(problem: Problem, pairs_us: float = 0.0) -> float:
     else:
         moved = pairs_us * _least_part(problem) / problem.layers
     times = problem.cost_model.layer_us(compute[:, None], moved)
-    return problem.windows.value(times, np.ones(len(times)))
+    return float(problem.objective_function.worth(times))
 
 
 def least_slowest(problem: Problem, load: Floats) -> Floats:
@@ -82,7 +82,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
     spare = problem.capacity.sum(axis=1) - problem.experts
-    few = problem.statistics.windows * problem.layers * problem.experts <= MOST_SORTED
+    few = len(problem.windows) * problem.layers * problem.experts <= MOST_SORTED
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
         mine = load[:, layer]

@@ -50,13 +50,7 @@ def _by_layer(run: Run, limit: float) -> Slots:
     problem, objective = run.problem, run.objective
     pool = [of.slots for of in run.incumbents if of.excess == 0]
     placements = [Placement(slots, num_experts=problem.experts) for slots in pool]
-    windows = objective.windows
-    times = np.array(
-        [
-            [windows.value(cost, objective.reference) for cost in objective.window_cost(of).T]
-            for of in placements
-        ]
-    )
+    times = np.array([objective.worth(objective.window_cost(of).T) for of in placements])
     chosen = times.argmin(axis=0)
     layers = np.arange(problem.layers)
     least = float(times[chosen, layers].sum())

@@ -1,0 +1,91 @@
+"""Phases of serving: windows of several sizes, each with its share of the time.
+
+An engine decodes in steps of some hundred tokens and reads prompts in steps of thousands. What a
+placement is worth in one says little of the other: few tokens wait for weights, many for the
+busiest device. So both count, by the share of the serving time that each takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moetuner import _checks as check
+from moetuner.statistics import WINDOW, RoutingStatistics
+
+# Tokens of a window, by size, and the share of the time, where nobody says more.
+Phases = Mapping[int, float]
+
+# Tokens of a step as engines decode, and as they read prompts.
+WINDOWS = (WINDOW, 8192)
+# Share of the time that is prefill, and the fewest of its windows to judge by, if nobody says more.
+PREFILL_SHARE, FEWEST = 0.5, 2
+
+
+def prefill(share: float) -> dict[int, float]:
+    """Return both phases, of whose time so much is prefill."""
+    return dict(zip(WINDOWS, (1 - share, share), strict=True))
+
+
+def checked(phases: object) -> dict[int, float]:
+    """Return phases as a dict, the shortest windows first; raise for what makes no sense."""
+    check.instance("phases", phases, Mapping, hint=" of shares by tokens of a window")
+    assert isinstance(phases, Mapping)
+    for tokens, share in phases.items():
+        check.whole_number("phases: tokens of a window", tokens, highest=1 << 40)
+        check.not_negative(f"phases: share of windows of {tokens:,} tokens", share, "number")
+    if not any(phases.values()):
+        raise ValueError(f"phases must have a share above 0, got {check.shown(dict(phases))}")
+    return {int(tokens): float(phases[tokens]) for tokens in sorted(phases)}
+
+
+def from_keys(values: object) -> dict[int, float]:
+    """Return phases as a placement's file has them: tokens are keys of JSON, so texts."""
+    check.instance("phases", values, Mapping, hint=" of shares by tokens of a window")
+    assert isinstance(values, Mapping)
+    for tokens in values:
+        if not (isinstance(tokens, str) and tokens.isascii() and tokens.isdigit()):
+            raise ValueError(f"phases must be shares by tokens, got {check.shown(tokens)}")
+    return checked({int(tokens): share for tokens, share in values.items()})
+
+
+def shares_of(statistics: RoutingStatistics, phases: Phases | None) -> dict[int | None, float]:
+    """Return the shares of the time, by tokens of a window, that count for some statistics.
+
+    Without phases, those that were counted from a trace in windows as engines decode have both, if
+    they have enough tokens for windows of prefill. All others are in one phase.
+    """
+    if phases is None:
+        of_trace = statistics.window == WINDOW and statistics.transitions is not None
+        if not of_trace or len(statistics.runs(WINDOWS[1])) < FEWEST:
+            return {statistics.window: 1.0}
+        phases = prefill(PREFILL_SHARE)
+    total = sum(phases.values())
+    shares: dict[int | None, float] = {
+        tokens: share / total for tokens, share in phases.items() if share
+    }
+    for tokens in shares:
+        if tokens != statistics.window and not has_windows(statistics, tokens):
+            size = statistics.window
+            own = "of unknown length" if size is None else f"of {size:,} tokens"
+            raise ValueError(
+                f"phases needs traffic that fills windows of {tokens:,} tokens, got "
+                f"{statistics.windows:,} windows {own}"
+            )
+    return shares
+
+
+def has_windows(statistics: RoutingStatistics, tokens: int | None) -> bool:
+    """Return whether statistics fill at least one window of so many tokens."""
+    size = statistics.window
+    if size is None or tokens is None or tokens % size:
+        return size == tokens
+    return len(statistics.runs(tokens)) > 0
+
+
+def words(shares: Mapping[int | None, float]) -> str:
+    """Write in which windows a mean is, and how much each counts; nothing of a single size."""
+    if len(shares) < 2:
+        return ""
+    (first, share), *more = shares.items()
+    parts = [f"{tokens:,} ({100 * part:g} %)" for tokens, part in more]
+    return f"windows of {first:,} tokens ({100 * share:g} % of the time) and of {', '.join(parts)}"
