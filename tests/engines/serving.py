@@ -150,12 +150,33 @@ def program(
     return text
 
 
-def specify(folder: Path, checkpoint: Path, arguments: dict[str, Any]) -> Path:
+def specify(folder: Path, checkpoint: Path, arguments: dict[str, Any], **more: Any) -> Path:
     """Write what an engine is to serve."""
     prompts = {"prompts": tiny_models.prompts(), "tokens": TOKENS}
+    content = {"model": str(checkpoint), "arguments": arguments, **prompts, **more}
     path = folder / "specification.json"
-    path.write_text(json.dumps({"model": str(checkpoint), "arguments": arguments, **prompts}))
+    path.write_text(json.dumps(content))
     return path
+
+
+def acted(
+    engine: str,
+    name: str,
+    checkpoint: Path,
+    arguments: dict[str, Any],
+    variables: dict[str, str],
+    actions: list[list[Any]],
+) -> tuple[list[Any], str]:
+    """Do actions in turn in an engine on two ranks; return what came of each, and the log."""
+    folder = BELOW / "runs" / name
+    if not (os.environ.get("ENGINES_REUSE") == "1" and (folder / "actions.json").exists()):
+        folder = folder_of(name)
+        options = {**TWO[engine], **arguments}
+        path = specify(folder, checkpoint, options, actions=actions)
+        environment = {**DEFAULTS[engine], **RANKS, "ENGINES_MAPS": str(folder / "maps")}
+        program(f"{engine}_serve.py", [path, folder], {**environment, **variables}, folder)
+    log = (folder / "log.txt").read_text(errors="replace")
+    return json.loads((folder / "actions.json").read_text()), log
 
 
 def kill_a_rank(

@@ -119,7 +119,8 @@ def test_http_responses_say_what_offline_arrays_say():
 def test_commands_of_the_page_work_as_printed():
     """docs/engines/vllm.md, typed from its first line to its last."""
     sizes = {"RANKS": 2, "EXPERTS": EXPERTS, "LAYERS": tiny_models.LAYERS, "SLOTS": SLOTS}
-    folder, typed = type_page("vllm", {**sizes, "MODEL": model("qwen3_moe"), "COPIES": COPIES})
+    values = {"MODEL": model("qwen3_moe"), "DENSE": "none", "COPIES": COPIES}
+    folder, typed = type_page("vllm", {**sizes, **values})
     servers = [of.output for of in typed if "vllm serve" in of.command]
     assert len(servers) == 2
     assert (folder / "routed.jsonl").read_bytes().count(b"\n") == 2

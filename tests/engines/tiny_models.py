@@ -6,6 +6,7 @@ the 256 bytes. Hidden sizes are multiples of 32, as vLLM's CPU kernels want.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -107,6 +108,26 @@ def build(name: str, folder: Path) -> Path:
                 weight.normal_(0, 0.4 if key.endswith("gate.weight") else 0.15)
     model.save_pretrained(target)
     tokenizer().save_pretrained(target)
+    return target
+
+
+def trained(checkpoint: Path, name: str, pattern: str = "") -> Path:
+    """Write a checkpoint beside another, with the weights that match far from where they were."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    target = checkpoint.with_name(name)
+    if (target / "tokenizer.json").exists():
+        return target
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("tokenizer.json"))
+    tensors, random = load_file(checkpoint / "model.safetensors"), torch.Generator().manual_seed(7)
+    for key, weight in sorted(tensors.items()):
+        step = 0.5 * weight.std() * torch.randn(weight.shape, generator=random)
+        if weight.dim() > 1 and re.search(pattern, key):
+            tensors[key] = (weight + step).contiguous()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(checkpoint / "tokenizer.json", target)
     return target
 
 

@@ -115,9 +115,7 @@ class Placed:
             return bool(into(expert))
         self._read()
         # vLLM's caller goes through the slots of the first map, where the first of an expert has
-        # its number, and the others are copies, which are loaded here with the first.
-        if expert >= self.experts:
-            return False
+        # its number. The others are copies: no expert has their number, and all are loaded here.
         done = [bool(into(slot)) for slot in self._slots[layer].get(expert, [])]
         return any(done)
 

@@ -3,9 +3,11 @@
 A general plugin, so that every process of the engine loads it. It takes away what only a GPU has;
 routing, counting, the rearrangement and the move of weights are vLLM's own. A name that is gone
 raises here, at start. `ENGINES_MAPS=folder` writes the maps in force, one file per rank;
-`ENGINES_KEEP_WEIGHTS=1` breaks EPLB on purpose: its maps change and no weight moves.
+`ENGINES_KEEP_WEIGHTS=1` breaks EPLB on purpose: its maps change and no weight moves;
+`ENGINES_PLAIN=1` keeps weights as they are in the checkpoint, so that they can be loaded again.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import broken_rank  # noqa: F401
 import torch
+import weights
 
 
 class Gpu:
@@ -94,6 +97,9 @@ def register():
     if isinstance(parallel.current_platform, Gpu):
         return
     parallel.current_platform = Gpu(parallel.current_platform)  # or it refuses enable_eplb
+    if os.environ.get("ENGINES_PLAIN"):
+        weights.register()
+        _plain_weights()
     if os.environ.get("ENGINES_MAPS") is None:
         return
     _experts_of_this_rank()
@@ -105,6 +111,41 @@ def register():
 
         assert callable(eplb_state.rearrange_expert_weights_inplace)
         eplb_state.rearrange_expert_weights_inplace = lambda *args, **kwargs: None
+
+
+def _plain_weights():
+    """Compute on weights in the checkpoint's layout, as a GPU's unquantised kernels do.
+
+    The CPU's pack them away, experts at the first load alone: a reload is wrong there without any
+    placement.
+    """
+    from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    assert callable(utils.dispatch_cpu_unquantized_gemm)
+    for module in (utils, linear, vocab_parallel_embedding):
+        if hasattr(module, "dispatch_cpu_unquantized_gemm"):
+            module.dispatch_cpu_unquantized_gemm = plain
+    inner = CPUUnquantizedExperts.apply
+    signature = inspect.signature(inner)
+
+    @functools.wraps(inner)
+    def apply(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        hidden, ids = given["hidden_states"], given["topk_ids"].long()
+        given["output"].zero_()
+        for expert, (first, second) in enumerate(zip(given["w1"], given["w2"], strict=True)):
+            token, choice = (ids == expert).nonzero(as_tuple=True)
+            gate, up = (hidden[token] @ first.T).chunk(2, dim=-1)
+            answer = (torch.nn.functional.silu(gate) * up) @ second.T
+            share = given["topk_weights"][token, choice, None].to(answer.dtype)
+            given["output"].index_add_(0, token, answer * share)
+
+    CPUUnquantizedExperts.apply = apply
+    CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None
 
 
 def _experts_of_this_rank():
