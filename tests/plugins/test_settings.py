@@ -493,6 +493,27 @@ def test_vllm_gets_one_tensor_or_three():
             assert copies[layer, expert] == len(here)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "int32"])
+def test_loads_of_any_type(kind):
+    """Engines' loads may be of types that NumPy does not have: all give the map of the numbers."""
+    torch = pytest.importorskip("torch")
+    load = torch.tensor([[90, 132, 40, 61], [20, 107, 104, 64]])
+    given = load.to(getattr(torch, kind))
+    ours = vllm.policy_class(type("Own", (Theirs,), {}), balancer(REBALANCE=1))
+    expected = rebalance_experts(load.numpy(), 6, 1, 1, 2)
+    assert ours.rebalance_experts(given, 6, 1, 1, 2).tolist() == expected.tolist()
+    hooks = sglang.Hooks(balancer(REBALANCE=1))
+    sizes = {"num_physical_experts": 6, "num_local_physical_experts": 3}
+    sizes |= {"num_groups": None, "num_nodes": 1, "algorithm": sglang.ALGORITHM}
+    slots, *_ = hooks.rebalance_experts(lambda **_: [None], tokens_per_expert=given[None], **sizes)
+    assert slots.tolist() == expected.tolist()
+    table = np.array([[[0, 1, 2], [3, 0, 1]]] * 2)
+    policy = vllm_ascend.AscendPolicy(None, balancer(REBALANCE=1))
+    of_slots = given[:, table[0].ravel()].reshape(2, 2, 3)
+    answers = [policy.rebalance_experts(table, of) for of in (of_slots, of_slots.double().numpy())]
+    assert answers[0][2] == answers[1][2]
+
+
 def test_vllm_falls_back_with_one_warning(tmp_path, caplog):
     """A placement that is not there, or sizes that do not divide: vLLM's policy decides."""
     torch = pytest.importorskip("torch")

@@ -14,7 +14,7 @@ import numpy as np
 
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import group_of, rank_of_process, three_maps
+from moetuner.plugins.tensors import array_of, group_of, rank_of_process, three_maps
 
 LOG = Log(logging.getLogger("moetuner.plugins"))
 ALGORITHM = "moetuner"
@@ -158,7 +158,7 @@ class Hooks:
     ) -> Any:
         """Return our maps, None where SGLang's own algorithm decides."""
         assert self.balancer is not None
-        loads, rank = tokens_per_expert.detach().cpu().numpy(), rank_of_process()
+        loads, rank = array_of(tokens_per_expert), rank_of_process()
         self.balancer.record(loads, rank)
         if algorithm != ALGORITHM:
             return None

@@ -23,6 +23,16 @@ def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any,
     return tuple(torch.from_numpy(of) for of in eplb_maps(placement).values())
 
 
+def array_of(values: Any) -> NDArray[Any]:
+    """Return the array of a tensor, wherever it is; NumPy has no types such as bfloat16."""
+    if not hasattr(values, "detach"):
+        return np.asarray(values)
+    tensor = values.detach().cpu()
+    narrow = tensor.is_floating_point() and tensor.element_size() < 4
+    array: NDArray[Any] = (tensor.float() if narrow else tensor).numpy()
+    return array
+
+
 def rank_of_process() -> int:
     """Return the rank of this process in the whole job, 0 where there is none."""
     return int(torch_distributed().get_rank()) if torch_distributed() else 0

@@ -17,7 +17,7 @@ from typing import Any
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import group_of, rank_of_process, three_maps
+from moetuner.plugins.tensors import array_of, group_of, rank_of_process, three_maps
 from moetuner.plugins.updates import follow_updates, wrap
 
 # A child of vLLM's logger, so that lines appear among its own.
@@ -153,7 +153,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
             old_global_expert_indices: Any = None,
         ) -> Any:
             sizes = (num_replicas, num_groups, num_nodes, num_ranks)
-            loads = weight.detach().cpu().numpy()
+            loads = array_of(weight)
             rank = rank_of_process()
             balancer.record(loads, rank)
             old = old_global_expert_indices

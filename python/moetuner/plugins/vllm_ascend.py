@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
+from moetuner.plugins.tensors import array_of
 from moetuner.solver.rebalancing import slowest
 
 LOG = Log(logging.getLogger("vllm.moetuner"))
@@ -66,8 +67,8 @@ class AscendPolicy:
         Takes experts [L,D,S] and the load of every slot [L,D,S], or [W,L,D,S] in windows.
         """
         try:
-            slots = np.asarray(current_expert_table)
-            windows = loads_of(slots, np.asarray(expert_workload))
+            slots = array_of(current_expert_table)
+            windows = loads_of(slots, array_of(expert_workload))
         except Exception as error:
             self.balancer.failed("vllm-ascend's own policy decides", error)
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
