@@ -59,3 +59,28 @@ def test_traces_are_replayed_in_windows_of_decode_and_prefill(as_json, make_trac
     trace = mt.RoutingTrace.load("trace.safetensors")
     expected = mt.evaluate(mt.Placement.load("p3.json"), trace, window=64)
     assert row["now"]["imbalance"] == expected.imbalance
+
+
+@pytest.mark.parametrize("options", [(), ("--window", "2000")])
+def test_the_same_tokens_once_and_more_often_are_told_alike(as_json, folder, options):
+    """Windows are of as many tokens on both sides, and what is left over is none of them."""
+    rng = np.random.default_rng(1)
+    mt.Placement.from_assignment([[0, 0, 0, 0, 1, 1, 1, 1]] * 2, 2).save("p2.json")
+
+    def save(name, tokens, times=1):
+        liking = np.log([9, 1, 1, 1, 9, 1, 1, 1])
+        ids = np.argpartition(-(liking + rng.gumbel(size=(tokens, 2, 8))), 2, axis=2)[..., :2]
+        ids = np.concatenate([ids] * times)
+        sequence = np.arange(len(ids)) // 50
+        mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence).save(name)
+
+    save("old.safetensors", 40_300)
+    changes = []
+    for times in (1, 2, 4):
+        rng = np.random.default_rng(2)
+        save("new.safetensors", 1330, times)
+        rows = as_json(
+            "drift", "p2.json", "new.safetensors", "--profile", "old.safetensors", *options
+        )
+        changes.append(max((row["change"] for row in rows["figures"]), key=abs))
+    assert np.abs(changes).max() < 0.04

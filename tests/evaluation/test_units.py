@@ -1,6 +1,7 @@
 """Units: what is independent in traffic, how much there is, and how it is held out."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import moetuner as mt
 from moetuner.evaluation.intervals import Sums, paired
 from moetuner.evaluation.units import Blocks, alike_tokens, blocks_of, hold_out, runs, units_of
+from moetuner.formats import open_input
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
@@ -53,16 +55,11 @@ def test_runs_are_held_out_with_a_gap(seed):
     """No window that is seen is within a block of one that is held out; few are lost."""
     load = table(32, 4, seed)
     length = blocks_of(load.window_load).length
-    numbered = mt.RoutingStatistics.from_load(
-        load.window_load, group=np.zeros(128, int), group_names=("all",)
-    )
     seen, unseen = runs(128, 0.5, length, seed)
     assert not (seen & unseen).any()
     apart = np.abs(np.flatnonzero(seen)[:, None] - np.flatnonzero(unseen))
     assert np.minimum(apart, 128 - apart).min() > length
     assert seen.sum() + unseen.sum() >= 0.7 * 128
-    parts = hold_out(numbered, 0.5, seed=seed)
-    assert [part.windows for part in parts] == [seen.sum(), unseen.sum()]
 
 
 @pytest.mark.parametrize("gap", [1, 3, 50, 1000])
@@ -72,7 +69,7 @@ def test_both_parts_have_something_of_every_group(number, gap):
     for share in (0.01, 0.5, 0.99):
         assert all(part.any() for part in runs(number, share, gap, 3))
     group = np.arange(400) // 100
-    assert all(set(group[part]) == {0, 1, 2, 3} for part in runs(400, 0.5, 5, 0, group))
+    assert all(set(group[part]) == {0, 1, 2, 3} for part in runs(400, 0.5, 5, 0))
 
 
 def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
@@ -133,3 +130,111 @@ def test_blocks_widen_intervals_as_much_as_windows_are_alike():
     inside = 1 + 2 * (lag * lag).sum()
     blocks = Blocks(4.0, 4, float(np.sqrt(4 / inside)))
     assert width(4, blocks) == pytest.approx(width(1, Blocks()), rel=0.2)
+
+
+# In which order kinds of windows come, of so many windows.
+PATTERNS = {
+    "turns of two": lambda n, rng: np.arange(n) // 8 * 2 + np.arange(n) % 2,
+    "turns of three": lambda n, rng: np.arange(n) // 12 * 3 + np.arange(n) % 3,
+    "turns of eight": lambda n, rng: np.arange(n) // 32 * 8 + np.arange(n) % 8,
+    "random returns": lambda n, rng: rng.integers(0, 12, n),
+    "bursts": lambda n, rng: np.repeat(rng.integers(0, 12, n // 4), 4),
+}
+
+
+def windows(kinds, rng, changed=0.0):
+    """Load table of windows of such kinds [W], each changed by so much."""
+    laws = np.array([LAW.kind(rng) for _ in range(kinds.max() + 1)])[kinds]
+    laws = laws * np.exp(changed * rng.normal(size=laws.shape))
+    load = [
+        [rng.multinomial(1024, layer) for layer in law]
+        for law in laws / laws.sum(axis=2, keepdims=True)
+    ]
+    return mt.RoutingStatistics.from_load(np.array(load).astype(np.uint64))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kinds_of_windows_that_come_again_are_counted_and_on_one_side(pattern, groups):
+    """Whichever turns they take, and whatever groups they are of."""
+    rng = np.random.default_rng(len(pattern))
+    kinds = PATTERNS[pattern](96, rng)
+    table = windows(kinds, rng)
+    group = {"group": np.arange(96) % groups, "group_names": ("prefill", "decode")[:groups]}
+    numbered = mt.RoutingStatistics.from_load(table.window_load, **group)
+    units = units_of(numbered)
+    assert (units.name, units.number) == ("kind", pytest.approx(len(np.unique(kinds)), abs=1))
+    parts = hold_out(numbered, 0.5, seed=1)
+    place = {load.tobytes(): number for number, load in enumerate(numbered.window_load)}
+    seen, unseen = ({kinds[place[load.tobytes()]] for load in part.window_load} for part in parts)
+    assert not seen & unseen
+
+
+@pytest.mark.parametrize("pattern", ["turns of two", "turns of three"])
+def test_windows_that_take_turns_are_alike_beyond_lag_one(pattern):
+    """Windows that differ by more than noise count by all lags at which they are alike."""
+    rng = np.random.default_rng(7)
+    kinds = PATTERNS[pattern](192, rng)
+    table = windows(kinds, rng, changed=0.5)
+    blocks = blocks_of(table.window_load)
+    assert 4 <= blocks.length <= 14
+    assert blocks.number(192) <= 80
+
+
+def test_groups_are_held_out_at_the_same_times():
+    """Where groups take turns, none of them is seen while another one is not."""
+    group, number = np.arange(120) % 2, np.arange(120)
+    seen, unseen = runs(120, 0.5, 5, 0)
+    apart = np.abs(number[seen & (group == 0)][:, None] - number[unseen & (group == 1)])
+    assert np.minimum(apart, 120 - apart).min() > 5
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_repeated_text_is_one_kind_whatever_its_length(cut, together):
+    """Eight prompts, short and long, asked ten times, cut off anywhere, or served together."""
+    rng = np.random.default_rng(3)
+    lengths = np.array([12, 20, 30, 60, 100, 200, 400, 900])
+    prompts = [LAW.trace(rng, np.array([n])).expert_ids for n in lengths]
+    which = rng.permutation(np.repeat(np.arange(8), 10))
+    texts = [prompts[kind] for kind in which]
+    if cut:
+        texts = [text[: rng.integers(len(text) // 2, len(text)) + 1] for text in texts]
+    sequence = np.repeat(np.arange(80), [*map(len, texts)])
+    ids = np.concatenate(texts)
+    if together:
+        within = np.concatenate([np.arange(len(text)) for text in texts])
+        order = np.lexsort((sequence, within, sequence // 16))
+        ids, sequence = ids[order], sequence[order]
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=simulated.EXPERTS, sequence=sequence)
+    units = units_of(trace)
+    assert (units.name, units.number) == ("kind", 8)
+    kinds = units.of_tokens(np.arange(80, dtype=np.int32))
+    assert len(set(zip(which, kinds, strict=True))) == 8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_with_small_changes_are_kinds(seed):
+    """Fifty prompts in 120 sequences, each changed a little, are far fewer units than sequences."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 50, 120)
+    laws = np.array([LAW.kind(rng) for _ in range(50)])[kinds]
+    ids = []
+    for law, length in zip(laws, simulated.prompts(rng, 120), strict=True):
+        near = rng.standard_gamma(law * 300 + 1e-6) + 1e-9
+        noise = rng.gumbel(size=(length, *law.shape))
+        ids.append(np.argpartition(-(np.log(near) + noise), 2, axis=2)[..., :2])
+    sequence = np.repeat(np.arange(120), [*map(len, ids)])
+    trace = mt.RoutingTrace.from_arrays(np.concatenate(ids), num_experts=16, sequence=sequence)
+    units = units_of(trace)
+    assert units.name == "kind"
+    assert 35 <= units.number <= 60
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_subjects_of_real_prompts_are_no_kinds(data, grouped):
+    """Sequences of a real model are alike within subjects, and each is a unit all the same."""
+    trace = open_input([data / "gpt-oss-20b.npz"])
+    trace = trace if grouped else replace(trace, group=None, group_names=())
+    units = units_of(trace)
+    assert (units.name, units.number) == ("sequence", 283)

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import chance
 import simulated
 
+import moetuner as mt
+
 RUNS = 3
 
 
@@ -29,9 +31,23 @@ def test_a_gain_is_found_without_labels():
     assert chance.advices("40 topics of 4 windows", 2, 2.0)[2] == 1
 
 
-def test_what_is_too_little_without_labels_is_told():
-    """Eight topics are three independent unseen windows, and the reason says so."""
+def test_few_kinds_of_windows_are_told():
+    """Eight topics of eight windows are eight kinds, four unseen, and the reason says so."""
     table = simulated.Law(2.0).table(np.random.default_rng(0), 8, 8)
+    advice = simulated.advised(table, 0, splits=1)
+    assert advice.answer == "not enough evidence"
+    assert advice.reasons[0].startswith("Windows are of 8 kinds of traffic only, 4 of them unseen")
+    assert any("gain on other kinds is unknown" in each for each in advice.warnings)
+
+
+def test_what_is_too_little_without_labels_is_told():
+    """Windows that change little by little are few independent ones, and the reason says so."""
+    rng, law = np.random.default_rng(0), simulated.Law(2.0)
+    laws = np.repeat([law.kind(rng) for _ in range(8)], 8, axis=0)
+    laws = laws * np.exp(0.6 * rng.normal(size=laws.shape))
+    laws /= laws.sum(axis=2, keepdims=True)
+    load = np.array([[rng.multinomial(1024, layer) for layer in each] for each in laws])
+    table = mt.RoutingStatistics.from_load(load.astype(np.uint64))
     advice = simulated.advised(table, 0, splits=1)
     assert advice.answer == "not enough evidence"
     assert advice.reasons[0].startswith("Neighbouring windows are alike")
@@ -75,3 +91,15 @@ def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
     (sentence,) = (each for each in advice.reasons if "hold different groups" in each)
     assert "judged on the other: +" in sentence
     assert "serve a mix (--any-order): +" in sentence
+
+
+def test_drift_counts_kinds():
+    """Other prompts of one law, each asked many times, are few units and no change of traffic."""
+    law, beyond = simulated.Law(), 0
+    for seed in range(8):
+        rng = np.random.default_rng([9, seed])
+        sides = [law.trace(rng, np.full(90, 150), kinds=9) for _ in range(2)]
+        beyond += mt.drift(*sides).is_beyond_chance
+        tables = [law.table(rng, 9, 10) for _ in range(2)]
+        beyond += mt.drift(*tables).is_beyond_chance
+    assert beyond <= 1

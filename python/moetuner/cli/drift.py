@@ -34,6 +34,8 @@ DRIFTED = 3
 READING = [of.name for kind in (Source, Machine) for of in fields(kind)]
 READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
+# Windows of prefill that both sides have, and how many times as long as others they must be.
+LEAST_WINDOWS = 4
 # Values of options that a command need not name.
 PLAIN = {"phases": PREFILL_SHARE, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
@@ -150,11 +152,14 @@ def _replayed(
 ) -> list[dict[str, Any]]:
     """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [of.tokens for _, of in (before, after) if isinstance(of, RoutingTrace)]
-    first, more = after[0].replayed, WINDOWS[-1]
-    windows = [first if len(tokens) == 2 else None]
-    # If no window is given, those of prefill too.
-    if window is None and first != more and len(tokens) == 2 and min(tokens) >= 4 * more:
-        windows.append(more)
+    first, windows = after[0].replayed, list[int | None]([None])
+    if len(tokens) == 2 and first is not None:
+        # Windows are of as many tokens on both sides: a short recording is one window by itself.
+        windows = [min(first, *tokens)]
+        # If no window is given, those of prefill too, as long as both sides have four.
+        longer = min(WINDOWS[-1], min(tokens) // LEAST_WINDOWS)
+        if window is None and longer >= LEAST_WINDOWS * first:
+            windows.append(longer)
     # Windows of counts may be as long as they were recorded, and so are their times.
     measure = SHOWN[before[0].counted == after[0].counted is not None]
     rows = []

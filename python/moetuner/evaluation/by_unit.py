@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from moetuner.evaluation import figures
 from moetuner.evaluation.arrival import in_order, orders
 from moetuner.evaluation.intervals import Sums
+from moetuner.evaluation.kinds import kinds_of_windows
 from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of, members
 from moetuner.evaluation.units import INDEPENDENT, Blocks, Units, with_runs
 from moetuner.statistics import RoutingStatistics
@@ -73,15 +74,24 @@ def _in_one_order(traffic: Traffic, setting: Setting, units: Units, only_whole: 
     """Return the figures of traffic in the order in which it stands."""
     [counted] = counts_of(traffic, [setting])
     groups = {name: of for name, of in counted.items() if name is None or not only_whole}
+    tokens = members(traffic)
     if isinstance(traffic, RoutingStatistics):
+        # A part of a recording has windows of fewer kinds.
+        kinds = None if units.kinds is None else kinds_of_windows(traffic)[0]
         return {
             group: {
-                name: Sums(float(above.sum() / below.sum()), above, below, units.blocks)
+                name: Sums(
+                    float(above.sum() / below.sum()),
+                    *(above, below, units.blocks),
+                    None
+                    if kinds is None
+                    else np.unique(kinds[tokens[group]], return_inverse=True)[1],
+                )
                 for name, (above, below) in of_windows(counts, setting).items()
             }
             for group, counts in groups.items()
         }
-    crossing, tokens = crossings(setting, traffic), members(traffic)
+    crossing = crossings(setting, traffic)
     return {
         name: _Part(traffic, tokens[name], counts, setting).sums(units, crossing)
         for name, counts in groups.items()

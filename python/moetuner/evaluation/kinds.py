@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
+from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
@@ -25,60 +26,168 @@ LAYERS = 8
 MOST = 256
 # Standard deviations of its noise by which a sequence may be from its kind.
 NEAR = 4.0
+# Part of what sequences differ by, in their squared distance, that is a small change of a prompt;
+# how much further the next kind must be, and sequences that are compared two by two for that.
+CHANGED, SEPARATE, COMPARED = 0.3, 5.0, 4096
 # How much kinds must differ, in terms of the noise of a sequence, for anything to be said.
 APART = 3.0
 # Kinds are few if there is one for so many sequences or more.
 EACH = 2
+# First tokens by which repeated text is looked for, and the part of the shorter of two texts that
+# the longer one must begin with: generations that were cut off, or went on, are repeated text.
+BEGIN, SAME = 4, 0.9
+# Part of the windows that are of one kind, above which traffic is steady but for some windows.
+STEADY = 0.75
+# Part of the windows that are of kinds of other groups, where kinds are not those of a group each.
+SHARED = 0.1
+# Groups of fewer windows on average have no level of their own.
+FEW_PER_GROUP = 4
 
 
 def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> tuple[Integers | None, bool]:
-    """Find the kinds of the sequences in ``labels`` [S], numbered; None where kinds are not few.
+    """Find the kinds of the sequences in ``labels`` [S], numbered; None where each is its own.
 
     Also return whether no group has sequences that differ by more than the noise of their tokens.
     Groups are kinds that are known, so each is looked at by itself.
     """
     number = len(labels)
-    layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
-    if number < 2 * EACH or layers < 1:
-        return None, False
     assert trace.sequence is not None
     label, of_sequence = np.searchsorted(labels, trace.sequence), np.zeros(number, dtype=np.int64)
-    count = loads_by(trace, label, number, layers)
     if trace.group is not None:
         of_sequence[label] = trace.group
-    kind, total, all_alike = np.arange(number), 0, True
-    for group in np.unique(of_sequence):
-        mine = np.flatnonzero(of_sequence == group)
-        mine_of = _few_kinds(count[mine])
-        all_alike = all_alike and mine_of is not None and not mine_of.any()
-        if mine_of is None or not mine_of.any():
-            mine_of = np.arange(len(mine))
-        kind[mine] = total + mine_of
-        total = int(kind[mine].max()) + 1
-    return (kind if total * EACH <= number else None), all_alike
+    text = repeated(trace, label, number)
+    texts, first = np.unique(text, return_index=True)
+    layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
+    if layers < 1:
+        return (text if len(texts) < number else None), False
+    count = loads_by(trace, label, number, layers)[first]
+    kind, all_alike = _kinds_by_group(count, of_sequence[first])
+    if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
+        kind = np.arange(len(texts))
+    return (kind[text] if int(kind.max(initial=-1)) + 1 < number else None), all_alike
 
 
-def _few_kinds(count: Floats) -> Integers | None:
+def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
+    """Find the kinds of the windows of loads [W], as ``kinds_of`` those of sequences."""
+    number = statistics.windows
+    layers = min(LAYERS, statistics.layers, CELLS // max(number * statistics.experts, 1))
+    used = statistics.window_load.any(axis=(1, 2))
+    if layers < 1 or not used.all():
+        return None, False
+    chosen = np.unique(np.linspace(0, statistics.layers - 1, layers).round().astype(np.int64))
+    count = statistics.window_load[:, chosen].astype(np.float64)
+    joint, group = _few_kinds(count), statistics.group
+    if joint is not None and np.bincount(joint).max() > STEADY * number:
+        return None, not joint.any()
+    if group is None or (joint is not None and _are_shared(joint, group)):
+        return joint, False
+    if int(np.diff(group).astype(bool).sum()) >= 2 * len(np.unique(group)):
+        # What takes turns may be of one kind at a time, at the level of each group.
+        joint = _few_kinds(count, group)
+        if joint is not None and _are_shared(joint, group):
+            return (joint if np.bincount(joint).max() <= STEADY * number else None), False
+    kind, all_alike = _kinds_by_group(count, group)
+    return (kind if EACH * (int(kind.max()) + 1) <= number else None), all_alike
+
+
+def _are_shared(kind: Integers, group: Integers) -> bool:
+    """Return whether kinds [W] are not those of one group each: of ten windows, one is of more."""
+    size = np.zeros((int(kind.max()) + 1, int(group.max()) + 1))
+    np.add.at(size, (kind, group), 1)
+    return bool(size.max(axis=1).sum() < (1 - SHARED) * len(kind)) or size.shape[1] == 1
+
+
+def repeated(trace: RoutingTrace, label: Integers, number: int) -> Integers:
+    """Return numbers of texts of sequences [S]: the same where one begins with what another is.
+
+    ``label`` is the sequence of every token [T]. Experts of all layers tell tokens apart.
+    """
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 1 << 63, (trace.layers, trace.num_experts), dtype=np.uint64)
+    token, first = np.empty(trace.tokens, dtype=np.uint64), 0
+    for shard in trace.shards():
+        code = np.zeros(len(shard), dtype=np.uint64)
+        for layer in range(trace.layers):
+            code += table[layer][shard[:, layer]].sum(axis=1, dtype=np.uint64)
+        token[first : first + len(shard)] = code
+        first += len(shard)
+    order = np.argsort(label, kind="stable")
+    length = np.bincount(label, minlength=number)
+    texts = np.split(token[order], np.cumsum(length)[:-1])
+    of_begin: dict[bytes, list[int]] = {}
+    text = np.empty(number, dtype=np.int64)
+    for one in np.argsort(-length, kind="stable").tolist():
+        others = of_begin.setdefault(texts[one][:BEGIN].tobytes(), [])
+        size = max(int(SAME * length[one]), min(int(length[one]), BEGIN))
+        same = (of for of in others if np.array_equal(texts[of][:size], texts[one][:size]))
+        text[one] = next(same, one)
+        if text[one] == one:
+            others.append(one)
+    return np.unique(text, return_inverse=True)[1].astype(np.int64)
+
+
+def _kinds_by_group(count: Floats, group: Integers) -> tuple[Integers, bool]:
+    """Return the kinds of counts [S,L,E], in every group by itself, and whether all are alike."""
+    kind, total, all_alike = np.arange(len(count)), 0, True
+    for number in np.unique(group):
+        members = np.flatnonzero(group == number)
+        found = _few_kinds(count[members])
+        all_alike = all_alike and found is not None and not found.any()
+        if found is None or not found.any():
+            found = np.arange(len(members))
+        kind[members] = total + found
+        total += int(found.max()) + 1
+    return kind, all_alike
+
+
+def _few_kinds(count: Floats, group: Integers | None = None) -> Integers | None:
     """Return the kind of sequences with counts [S,L,E], all 0 if alike; None if kinds are not few.
 
-    Longest first, a sequence joins the kind whose mean its expert shares are nearest to, or begins
-    one if they are further from all than noise explains.
+    Those of a kind differ by no more than noise; or else by a small part of what kinds differ by.
+    Groups [S] have levels of their own.
     """
-    number, layers, experts = count.shape
+    number = len(count)
+    if number < 2 * EACH:
+        return None
     tokens = count[:, 0].sum(axis=1)
-    share = (count / tokens[:, None, None]).reshape(number, -1)
+    share = (count / np.maximum(count.sum(axis=2, keepdims=True), 1)).reshape(number, -1)
     # Tokens choose distinct experts, so their counts vary less than a multinomial's.
-    spread = 1 - (share.reshape(count.shape) ** 2).sum(axis=2)
+    spread = share * (1 - share)
     noise = spread.sum(axis=1) / np.maximum(tokens, 1)
-    far = 1 + NEAR * np.sqrt(2 / max(layers * (experts - 1), 1))
+    # How much the noise itself varies: the fewer experts have most tokens, the more.
+    vary = 2 * (spread**2).sum(axis=1) / np.maximum(spread.sum(axis=1) ** 2, 1e-300)
+    far = 1 + NEAR * np.sqrt(vary)
+    share = less_levels(share, group)
+    kind = _joined(share, tokens, noise, far)
+    if kind is not None or number > COMPARED:
+        return kind
+    products = share @ share.T
+    square = products.diagonal() - noise
+    distance = square[:, None] + square - 2 * products
+    typical = float(distance[~np.eye(number, dtype=bool)].mean())
+    kind = _joined(share, tokens, noise, far, CHANGED * typical)
+    return kind if kind is not None and _are_apart(distance, kind) else None
+
+
+def _joined(
+    share: Floats, tokens: Floats, noise: Floats, far: Floats, changed: float = 0.0
+) -> Integers | None:
+    """Return the kind of sequences of shares [S,F], noise and its limit [S]; None if many.
+
+    Longest first, a sequence joins the kind whose mean it is nearest to, or begins one if it is
+    further from all than noise explains, or noise and what may have changed.
+    """
+    number = len(share)
     means, weight = np.empty((MOST, share.shape[1])), np.zeros(MOST)
     kind, used = np.empty(number, dtype=np.int64), 0
     for one in np.argsort(-tokens, kind="stable"):
         distance = ((means[:used] - share[one]) ** 2).sum(axis=1)
         # A kind's mean has noise too, that of all its tokens.
-        ratio = distance / (noise[one] * (1 + tokens[one] / weight[:used]))
+        explained = noise[one] * (1 + tokens[one] / weight[:used])
+        limit = np.maximum(explained * far[one], explained + changed)
+        ratio = distance / np.maximum(limit, 1e-300)  # one expert alone has no noise
         nearest = int(ratio.argmin()) if used else 0
-        if not used or ratio[nearest] > far:
+        if not used or ratio[nearest] > 1:
             if used == min(MOST, number // EACH):
                 return None
             nearest, used = used, used + 1
@@ -91,6 +200,38 @@ def _few_kinds(count: Floats) -> Integers | None:
     between = ((means[:used, None] - means[None, :used]) ** 2).sum(axis=2)
     typical = float(between[~np.eye(used, dtype=bool)].mean())
     return kind if typical >= APART * 2 * float(np.median(noise)) else None
+
+
+def _are_apart(distance: Floats, kind: Integers) -> bool:
+    """Return whether kinds are far from each other, for what their members [S,S] differ by.
+
+    Subjects of many prompts go over into each other; prompts that were changed a little do not.
+    """
+    size = np.bincount(kind)
+    member = np.equal.outer(kind, np.arange(len(size))).astype(np.float64)
+    totals = member.T @ distance @ member
+    several = size > 1
+    if len(size) < 2 or not several.any():
+        return False
+    # What a sequence differs from itself by is less than nothing: the noise that was taken off.
+    within = totals.diagonal() - member.T @ distance.diagonal()
+    within = within[several] / (size * (size - 1))[several]
+    others = totals / np.outer(size, size)
+    np.fill_diagonal(others, np.inf)
+    return bool(np.median(others.min(axis=1)[several]) > SEPARATE * max(np.median(within), 0.0))
+
+
+def less_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
+    """Return shares [W,F] less the mean of their group, where groups have enough windows."""
+    label = np.zeros(len(share), dtype=np.int64)
+    if group is not None:
+        names, label = np.unique(group, return_inverse=True)
+        if len(share) < FEW_PER_GROUP * len(names):
+            label[:] = 0
+    levelled = share.copy()
+    for number in range(int(label.max(initial=0)) + 1):
+        levelled[label == number] -= share[label == number].mean(axis=0)
+    return levelled
 
 
 def loads_by(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import instance, is_number, seed_in, shown
-from moetuner.evaluation.kinds import kinds_of
+from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, less_levels
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -26,18 +26,18 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Name = Literal["sequence", "kind", "window"]
 
-# Lags that are looked at, before windows are taken two by two to look further.
-LAGS = 16
-# Standard errors, of lags in random order, from which windows are alike beyond chance.
-ALIKE = 2.0
-# Random orders that say how far lags differ by chance.
-ORDERS = 8
-# Cells of shares [W,L,E] that are looked at; of more, evenly spaced layers are.
-CELLS = 1 << 23
+# Windows that are compared with each other; more are taken two by two.
+WINDOWS = 4096
+# Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
+# and beyond doubt, where it is the only one of many.
+ALIKE, SURE = 2.0, 4.0
+# Windows that are alike at a lag beyond this part of all come back for ever.
+RECURS = 3
+# Cells of shares [W,L,E] that are looked at, and products of two of them; of more, evenly spaced
+# layers are.
+CELLS, PRODUCTS = 1 << 23, 1 << 34
 # Shares are rounded to this part, so that sums of their products are exact in any order.
 PART = 1 << 16
-# Groups of fewer windows have no level of their own.
-FEW_PER_GROUP = 4
 # Tokens of the shortest piece, and the most pieces, of a trace whose autocorrelation is measured.
 PIECE, PIECES = 16, 2048
 # Part of the traffic that may be lost between what is seen and what is held out.
@@ -117,6 +117,10 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
     if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
         loads = loads_of(traffic, window=window, threads=threads)
+        if isinstance(traffic, RoutingStatistics):
+            kinds, all_alike = kinds_of_windows(traffic)
+            if kinds is not None:
+                return Units("kind", int(kinds.max()) + 1, kinds=kinds)
         blocks = blocks_of(loads.window_load, loads.group)
         windows = int(loads.is_step.sum())
         if isinstance(traffic, RoutingTrace):
@@ -150,80 +154,75 @@ def blocks_of(
 ) -> Blocks:
     """Compute how far windows are alike from their loads [W,L,E], each group around its own mean.
 
-    The autocovariance of expert shares, summed over experts and layers, is compared with that of
-    the same windows in random order, lag by lag, up to the first that is no larger. Noise of few
-    tokens has none. The integrated autocorrelation time is the sum of what is left over its value
-    at lag 0, which noise hides and a line through the next two tells.
+    The autocovariance of expert shares, summed over experts and layers, is compared with what any
+    two windows have. Lags count in neighbouring pairs, as kinds that take turns are alike at every
+    second lag only (Geyer 1992), up to the first pair that is no larger; and up to the furthest lag
+    that is larger beyond doubt, as those that take longer turns are. Noise of few tokens has none.
+    The integrated autocorrelation time is the sum of what is left over its value at lag 0, which
+    noise hides and a line through the next two tells.
     """
-    share, label = _shares(load, group)
-    times = 1
-    while True:
-        lags, noisy = _lags(share, label)
-        if len(lags) < LAGS or len(share) <= 4 * LAGS:
-            break
+    share, times = _shares(load, group), 1
+    while len(share) > WINDOWS:
         half = len(share) // 2
-        share, label = share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2, label[: 2 * half : 2]
-        share, times = np.round(share), 2 * times
+        share, times = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2), 2 * times
+    lags, noisy = _lags(share)
     if not len(lags):
         return INDEPENDENT
     next_one = lags[1] if len(lags) > 1 else 0.0
-    first = min(max(2 * lags[0] - next_one, lags[0]), max(noisy, lags[0]))
-    correlation = np.minimum(lags / first, 1.0)
-    lag = np.arange(1, len(lags) + 1)
-    time = 1 + 2 * float(correlation.sum())
-    length = math.ceil(time)
-    inside = 1 + 2 * float((correlation * np.maximum(1 - lag / length, 0)).sum())
-    return Blocks(times * time, times * length, math.sqrt(time / inside))
+    highest = max(2 * lags[0] - next_one, float(lags.max()))
+    first = min(highest, max(noisy, float(lags.max())))
+    correlation, lag = np.clip(lags / first, -1.0, 1.0), np.arange(1, len(lags) + 1)
+    time = 1 + 2 * max(float(correlation.sum()), 0.0)
+    if len(lags) > len(share) / RECURS:
+        # What comes back to the end is no more than comes before it is back.
+        time = max(time, float(len(lags)))
+    length = max(math.ceil(time), len(lags))
+    inside = 1 + 2 * max(float((correlation * np.maximum(1 - lag / length, 0)).sum()), 0.0)
+    return Blocks(times * time, times * length, max(math.sqrt(time / inside), 1.0))
 
 
 def _shares(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None
-) -> tuple[Floats, Integers]:
-    """Return shares [W,L*E] less the mean of their group, as whole numbers, and groups in order."""
+) -> Floats:
+    """Return shares [W,L*E] less the mean of their group, as whole numbers, in order of time."""
     windows, layers, experts = load.shape
-    some = max(min(CELLS // max(windows * experts, 1), layers), 1)
-    chosen = np.unique(np.linspace(0, layers - 1, some).round().astype(np.int64))
+    compared = min(windows, WINDOWS)
+    fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
+    chosen = np.unique(np.linspace(0, layers - 1, max(fits, 1)).round().astype(np.int64))
     part = load[:, chosen].astype(np.float64)
     total = part.sum(axis=2, keepdims=True)
     share = np.divide(part, total, out=np.zeros_like(part), where=total > 0).reshape(windows, -1)
-    label = np.zeros(windows, dtype=np.int64)
-    if group is not None:
-        _, label = np.unique(group, return_inverse=True)
-        if windows < FEW_PER_GROUP * (int(label.max()) + 1):
-            label = np.zeros(windows, dtype=np.int64)
-    order = np.argsort(label, kind="stable")
-    share, label = share[order], label[order]
-    for number in range(int(label.max(initial=0)) + 1):
-        mine = label == number
-        share[mine] -= share[mine].mean(axis=0)
+    share = less_levels(share, group)
     # Unused windows say nothing.
-    share[total.sum(axis=(1, 2))[order] == 0] = 0
-    return np.round(share * PART), label
+    share[total.sum(axis=(1, 2)) == 0] = 0
+    return np.round(share * PART)
 
 
-def _lags(share: Floats, label: Integers) -> tuple[Floats, float]:
-    """Compute autocovariances of windows [W,F] beyond chance, and at lag 0 with its noise."""
+def _lags(share: Floats) -> tuple[Floats, float]:
+    """Compute autocovariances of windows [W,F] as far as these are alike, and at lag 0 with noise.
+
+    None where windows are no more alike than any two.
+    """
     windows = len(share)
     if windows < 3 or not share.any():
         return np.empty(0), 0.0
-    rng = np.random.default_rng(0)
-    by_chance = []
-    for _ in range(ORDERS):
-        order = rng.permutation(windows)
-        by_chance.append(np.einsum("wf,wf->w", share[order], share[np.roll(order, 1)]))
-    products = np.concatenate(by_chance)
-    mean, error = float(products.mean()), float(products.std())
-    covariances: list[float] = []
-    for lag in range(1, min(LAGS, windows - 2) + 1):
-        same = label[lag:] == label[:-lag]
-        pairs = int(same.sum())
-        if pairs < 2:
+    products = share @ share.T
+    apart = products[~np.eye(windows, dtype=bool)]
+    mean, error = float(apart.mean()), float(apart.std())
+    most = max(windows // 2, 1)
+    covariances, pairs = np.empty(most), windows - np.arange(1, most + 1)
+    for lag in range(1, most + 1):
+        covariances[lag - 1] = np.diagonal(products, lag).mean() - mean
+    sure = covariances * np.sqrt(pairs) / max(error, 1e-300)
+    reach = 0
+    for first in range(0, most, 2):
+        two = slice(first, first + 2)
+        chance = ALIKE * error * math.sqrt((1 / pairs[two]).sum())
+        if covariances[two].sum() <= chance and sure[first] <= ALIKE:
             break
-        product = np.einsum("wf,wf->w", share[lag:], share[:-lag])[same].mean() - mean
-        if product <= ALIKE * error / math.sqrt(pairs):
-            break
-        covariances.append(float(product))
-    return np.array(covariances), float((share**2).sum() / windows) - mean
+        reach = first + 1 + int((sure[first + 1 : first + 2] > ALIKE).sum())
+    reach = max(reach, int(np.flatnonzero(sure > SURE).max(initial=-1)) + 1)
+    return covariances[:reach], float((share**2).sum() / windows) - mean
 
 
 def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic, Traffic]:
@@ -255,10 +254,7 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
                 f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
             )
         if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
-            unit = units_of(traffic).of_tokens(traffic.sequence)
-            labels = np.unique(unit)
-            count = min(max(round((1 - share) * labels.size), 1), labels.size - 1)
-            seen = np.isin(unit, rng.permutation(labels)[:count])
+            seen = _drawn(units_of(traffic).of_tokens(traffic.sequence), 1 - share, rng)
             return some(traffic, seen), some(traffic, ~seen)
         number, gap = traffic.tokens, alike_tokens(traffic)
     else:
@@ -267,15 +263,28 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
                 f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are "
                 "counted over all windows; give the trace to judge on unseen sequences"
             )
-        number, gap = traffic.windows, blocks_of(traffic.window_load, traffic.group).length
+        number, units = traffic.windows, units_of(traffic)
         if number < 2:
             raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
+        gap = units.blocks.length
+        if units.kinds is not None:
+            seen = _drawn(units.kinds, 1 - share, rng)
+            return some(traffic, seen), some(traffic, ~seen)
         if gap == 1:
             count = min(max(round(share * number), 1), number - 1)
             unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
             return some(traffic, ~unseen), some(traffic, unseen)
-    seen, unseen = runs(number, share, gap, seed, traffic.group)
+    seen, unseen = runs(number, share, gap, seed)
     return some(traffic, seen), some(traffic, unseen)
+
+
+def _drawn(
+    unit: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Draw a share of the units; return whose items [n] those are."""
+    labels = np.unique(unit)
+    count = min(max(round(share * labels.size), 1), labels.size - 1)
+    return np.isin(unit, rng.permutation(labels)[:count])
 
 
 def some(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
@@ -303,13 +312,13 @@ def with_runs(trace: RoutingTrace) -> RoutingTrace:
 
 
 def runs(
-    number: int, share: float, gap: int, seed: int, group: NDArray[np.integer[Any]] | None = None
+    number: int, share: float, gap: int, seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Choose runs of windows or tokens to hold out, and what is seen, apart from them by a gap.
 
     Runs are as many as lose no more than a quarter of all to their gaps, and one at least; both
-    parts have something where there are two. Groups [W] are taken one after the other, so that
-    each is split.
+    parts have something where there are two. They are runs in time: of all groups at once, as what
+    two groups do at the same time may be alike.
     """
     periods = max(number // (2 * LOST * gap), 1)
     length = number / periods
@@ -317,8 +326,6 @@ def runs(
     of_unseen = min(max(round(share * (length - 2 * gap)), 1), max(int(length) - 2 * gap - 1, 1))
     start = int(length * ((seed * GOLDEN) % 1.0))
     place = (np.arange(number) - start) % number % length
-    if group is not None:
-        place[np.argsort(group, kind="stable")] = place.copy()
     unseen = place < of_unseen
     seen = (place >= of_unseen + gap) & (place < length - gap)
     return seen, unseen

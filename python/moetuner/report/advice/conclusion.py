@@ -190,6 +190,11 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
                 f"sequences repeat {units.number} prompts only, {number} of them unseen, and "
                 f"{least} for an interval of the gain; record more different prompts."
             )
+            if units.sequences is None:
+                line = (
+                    f"windows are of {units.number} kinds of traffic only, {number} of them "
+                    f"unseen, and {least} for an interval of the gain; record more kinds."
+                )
         elif units.blocks.length > 1:
             line = (
                 f"neighbouring windows are alike, so the unseen ones are worth {number} "
@@ -249,11 +254,13 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
     """Write what was taken for independent, where that is not each of many sequences."""
     if not held_out:
         return []
-    if units.name == "kind" and units.number < FEW_KINDS:
-        return [
-            f"Sequences repeat {units.number} prompts only, each of them seen or unseen as a "
-            "whole; the gain on other prompts is unknown."
-        ]
+    if units.name == "kind":
+        only = " only" * (units.number < FEW_KINDS)
+        whose = f"Sequences repeat {units.number} prompts{only}, each of them", "prompts"
+        if units.sequences is None:
+            whose = f"Windows are of {units.number} kinds of traffic{only}, each of them", "kinds"
+        rest = f"; the gain on other {whose[1]} is unknown" * bool(only)
+        return [f"{whose[0]} seen or unseen as a whole{rest}."]
     if units.all_alike:
         return [
             "All sequences route alike: if they are one prompt, or "

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import instance, seed_in
 from moetuner.evaluation.kinds import loads_by
-from moetuner.evaluation.units import Traffic, Units, some, units_of
+from moetuner.evaluation.units import Traffic, Units, blocks_of, some, units_of
 from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -115,7 +115,8 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
             f"traffic must be {shapes[0]} [layers, experts] as profile, got {shapes[1]}"
         )
     sizes = [_size(side) for side in sides.values()]
-    numbers = [_independent(side) for side in sides.values()]
+    units = [_units_of(side) for side in sides.values()]
+    numbers = [max(of.number, 1) for of in units]
     rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
     counts = [max(round(rate * size), 1) for size in sizes]
     if math.comb(sum(counts), counts[0]) * CHANCE < 1:
@@ -125,7 +126,10 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
             f"{most[1]} {most[0]}; record {FEWEST} or more of both"
         )
     rng = np.random.default_rng(seed_in(seed))
-    parts = [_loads(*of, rng=rng) for of in zip(sides.values(), counts, strict=True)]
+    parts = [
+        _loads(side, count, units=of, rng=rng)
+        for side, count, of in zip(sides.values(), counts, units, strict=True)
+    ]
     return _drift_of(np.concatenate(parts), len(parts[0]), seed)
 
 
@@ -136,17 +140,18 @@ def _size(traffic: Traffic) -> int:
     return max(int(traffic.total_load.sum()), 1)
 
 
-def _independent(traffic: Traffic) -> int:
-    """Return the number of sequences, else of windows as if they were independent; at least 1."""
-    if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
-        return max(len(np.unique(traffic.sequence)), 1)
-    return max(units_of(traffic, window=WINDOW).number, 1)
+def _units_of(traffic: Traffic) -> Units:
+    """Return what is independent, as ``advise`` counts it."""
+    return units_of(traffic, window=WINDOW)
 
 
 def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
     # Blocks of neighbours are taken as independent, so none may be shorter than what is alike.
     blocks = min(BLOCKS, units.number) if units.name == "window" else BLOCKS
+    if isinstance(traffic, RoutingStatistics) and units.name == "kind":
+        alike = blocks_of(traffic.window_load, traffic.group).length
+        blocks = min(BLOCKS, units.number, traffic.windows // alike)
     whole = None
     for by_group in (False, True):
         loads = _loads(traffic, blocks, by_group=by_group)
@@ -162,11 +167,25 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
 
 
 def _loads(
-    traffic: Traffic, blocks: int, *, by_group: bool = False, rng: np.random.Generator | None = None
+    traffic: Traffic,
+    blocks: int,
+    *,
+    by_group: bool = False,
+    units: Units | None = None,
+    rng: np.random.Generator | None = None,
 ) -> NDArray[np.float64]:
-    """Count load [B,L,E] of about so many blocks, with ``rng`` of sequences in random order."""
+    """Count load [B,L,E] of about so many blocks.
+
+    With ``rng`` those are of sequences in random order, or of whole kinds as ``units`` knows them.
+    """
     item, place = _in_order(traffic, by_group=by_group)
-    if rng is not None and isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
+    is_ordered = isinstance(traffic, RoutingStatistics) or traffic.sequence is None
+    if units is not None and units.kinds is not None:
+        item, is_ordered = units.kinds, False
+        if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
+            item = units.of_tokens(traffic.sequence).astype(np.int64)
+        place = np.arange(units.number)
+    if rng is not None and not is_ordered:
         place = rng.permutation(place)
     block = (place * blocks // len(place))[item]
     if isinstance(traffic, RoutingTrace):
