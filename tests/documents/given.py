@@ -195,13 +195,14 @@ def deepspeed(folder: Path) -> dict[str, object]:
 
 
 def transformers(folder: Path) -> dict[str, object]:
-    """Give a model, also in memory, its inputs, and texts."""
+    """Give a model, also in memory, the same as a trainer has it, its inputs, and texts."""
     from moe_models import build, prompts
 
     quickstart(folder)
     (folder / "FILE").rename(folder / "texts.jsonl")
     return {
         "model": build("mixtral"),
+        "trained": build("mixtral"),
         "batches": [{"input_ids": prompts(seed=n)} for n in range(3)],
     }
 
