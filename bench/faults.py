@@ -113,7 +113,10 @@ def some_cases(name: str, target: Any, path: Path, valid: dict[str, bytes], seed
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     for number in range(CASES if target else CASES // 10):
         if target is None:
-            case, found = f"random.Random({seed!r}), problem {number}".encode(), check_solve(rng)
+            case, found = (
+                f"random.Random({seed!r}), problem {number}".encode(),
+                check_solve(rng, timed=True),
+            )
         else:
             case = damaged(valid[name], rng, others)
             path.write_bytes(case)

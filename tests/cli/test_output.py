@@ -1,6 +1,7 @@
 """What is shown while something takes long: on a screen, and in a log."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,13 +12,14 @@ from moetuner.solver import Progress
 
 @pytest.fixture
 def screen(monkeypatch):
-    """Give what a terminal, or a log, is sent."""
+    """Give what a terminal, or a log, is sent, while the clock stands still."""
     file = io.StringIO()
+    monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def console(*, terminal):
-        monkeypatch.setattr(
-            output, "Console", lambda **_: Console(file=file, force_terminal=terminal, width=200)
-        )
+        how = {"force_terminal": terminal, "width": 200, "get_time": lambda: 0.0}
+        monkeypatch.setattr(output, "Console", lambda **_: Console(file=file, **how))
         return file
 
     return console

@@ -269,12 +269,11 @@ def test_a_search_is_shown_by_its_steps(made):
 
 def opened(context, file):
     """Open a page, and wait until all of it is drawn."""
+    context.set_default_timeout(0)
     tab = context.new_page()
     tab.goto(file.as_uri())
-    for _ in range(600):
-        if tab.evaluate("document.documentElement.dataset.ready"):
-            break
-        tab.wait_for_timeout(100)
+    while not tab.evaluate("document.documentElement.dataset.ready"):
+        tab.wait_for_timeout(20)
     return tab
 
 
@@ -288,13 +287,13 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
     contents = {"commands": [f"{command}  # why"]}
     page.write_page(file, replace(made, contents=contents, reasons=("<b>why",)))
     with driver.sync_playwright() as playing:
-        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
         how = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
         context = browser.new_context(offline=True, bypass_csp=True, **how)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         tab = opened(context, file)
         tab.get_by_role("button", name="Copy command 1").click()
-        driver.expect(tab.get_by_role("status")).to_have_text("Copied")
+        driver.expect(tab.get_by_role("status")).to_have_text("Copied", timeout=1_200_000)
         assert tab.evaluate("navigator.clipboard.readText()") == command
         images = tab.locator("#chart-links .heatmaplayer image").all()
         first, second = (image.bounding_box() for image in images)
@@ -325,7 +324,7 @@ def test_a_reader_sees_what_numpy_says(made, tmp_path):
     page.write_page(file, made)
     heard = []
     with driver.sync_playwright() as playing:
-        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
         context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900})
         context.on("console", lambda message: heard.append(message.text))
         context.on("weberror", lambda error: heard.append(str(error.error)))
@@ -366,11 +365,8 @@ def test_a_reader_sees_what_numpy_says(made, tmp_path):
             )
             wanted = f"layer {layer}, expert {expert}: {digits(share[expert])} x the mean"
             hover = tab.locator("#chart-experts .hoverlayer text").first
-            for _ in range(100):
-                if hover.count() and wanted in hover.text_content():
-                    break
-                tab.wait_for_timeout(50)
-            assert wanted in hover.text_content()
+            while not (hover.count() and wanted in hover.text_content()):
+                tab.wait_for_timeout(20)
         rows = tab.evaluate(
             "[...document.querySelectorAll('#layers tbody tr')]"
             ".map(row => [...row.cells].map(cell => cell.textContent))"
