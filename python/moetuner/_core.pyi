@@ -299,6 +299,7 @@ class Replay:
         window: int | None = None,
         split: str = "even",
         pairs: bool = True,
+        of_slots: bool = False,
     ) -> Replay: ...
     def push(
         self, expert_ids: _ExpertIds, threads: int | None = None, *, checked: bool = False
@@ -313,8 +314,9 @@ class Replay:
         NDArray[np.uint64],
         NDArray[np.unsignedinteger[Any]],
         NDArray[np.unsignedinteger[Any]],
+        NDArray[np.unsignedinteger[Any]],
     ]:
-        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D] and node visits [W,L,N]."""
+        """Tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], [W,L,N], slots [W,L,P]."""
 
 @final
 class LabelledReplay:

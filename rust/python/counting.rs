@@ -235,17 +235,25 @@ pub(super) struct Replay {
     routing: Routing,
     devices: usize,
     nodes: usize,
+    slots: usize,
     replay: Option<crate::replay::Replay>,
 }
 
-/// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N]
-type Tallied<'py> = (u64, Bound<'py, PyAny>, Bound<'py, PyArray3<u64>>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+/// tokens, load [W,L,D], traffic [L-1,D,D], visits [W,L,D], node visits [W,L,N], load of slots [W,L,P]
+type Tallied<'py> = (
+    u64,
+    Bound<'py, PyAny>,
+    Bound<'py, PyArray3<u64>>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+);
 
 #[pymethods]
 impl Replay {
     #[new]
     #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, window = None, split = "even",
-                        pairs = true))]
+                        pairs = true, of_slots = false))]
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,
@@ -254,11 +262,14 @@ impl Replay {
         window: Option<NonZeroU64>,
         split: &str,
         pairs: bool,
+        of_slots: bool,
     ) -> PyResult<Self> {
         let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
         let (devices, nodes) = (copies.devices, copies.nodes());
-        let replay = Some(crate::replay::Replay::new(routing, copies, window.map(NonZeroU64::get), pairs)?);
-        Ok(Self { routing, devices, nodes, replay })
+        let slots = if of_slots { slots.as_slice()?.len() / routing.layers } else { 0 };
+        let window = window.map(NonZeroU64::get);
+        let replay = Some(crate::replay::Replay::new(routing, copies, window, pairs, of_slots)?);
+        Ok(Self { routing, devices, nodes, slots, replay })
     }
 
     #[pyo3(signature = (expert_ids, threads = None, *, checked = false))]
@@ -284,6 +295,7 @@ impl Replay {
             array3(py, (layers - 1, d, d), tally.traffic)?,
             narrow3(py, (tally.windows, layers, d), tally.visits)?,
             narrow3(py, (tally.windows, layers, self.nodes), tally.node_visits)?,
+            narrow3(py, (tally.windows, layers, self.slots), tally.slots)?,
         ))
     }
 }

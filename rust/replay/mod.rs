@@ -165,7 +165,7 @@ impl Copies {
     }
 
     /// Adds what tokens do that these slots serve, each in its row of a table `[rows, size]`: load of devices and, where
-    /// a row has places for them, visits of devices and visits of nodes.
+    /// a row has places for them, visits of devices, visits of nodes and load of slots.
     fn count<T: Copy + AddAssign + From<bool>>(
         &self,
         slots: &[u16],
@@ -185,12 +185,18 @@ impl Copies {
             return;
         }
         // Which token visited a device or, behind them, a node last; tokens are numbered from 1.
-        let mut last = vec![0; size - self.devices];
+        let places = self.devices + self.nodes();
+        let mut last = vec![0; places];
         for (token, slots) in slots.chunks_exact(top_k).enumerate() {
             let (load, visits) = table[row_of(token) * size..][..size].split_at_mut(self.devices);
+            let (visits, of_slots) = visits.split_at_mut(places);
             let token = token as u32 + 1;
-            for device in slots.iter().map(|&slot| device_of(slot)) {
+            for &slot in slots {
+                let device = device_of(slot);
                 load[device] += true.into();
+                if let Some(load) = of_slots.get_mut(usize::from(slot)) {
+                    *load += true.into();
+                }
                 for place in [device, self.devices + usize::from(self.node_of_device[device])] {
                     visits[place] += (std::mem::replace(&mut last[place], token) != token).into();
                 }
@@ -239,6 +245,8 @@ pub struct Tally {
     pub visits: Narrow,
     /// Tokens with at least one expert on the node `[W, L, N]`.
     pub node_visits: Narrow,
+    /// Tokens of every slot `[W, L, P]`; none where they were not wanted.
+    pub slots: Narrow,
 }
 
 /// Replays a trace shard by shard. Push its shards in order, then [`Replay::finish`].
@@ -247,8 +255,9 @@ pub struct Replay {
     routing: Routing,
     copies: Copies,
     planes: Option<Planes>,
-    /// Load of every device, visits of every device, visits of every node.
+    /// Load of every device, visits of every device, visits of every node and, where wanted, load of every slot.
     windows: WindowCounts,
+    size: usize,
     /// For every layer the pairs of columns, bits of the planes or slots, of the layer before and of this one; empty in
     /// the first layer.
     pairs: Vec<Vec<u64>>,
@@ -256,21 +265,24 @@ pub struct Replay {
 
 impl Replay {
     /// Nothing replayed yet; `window` tokens make a window, the whole trace where there is no number. Without `with_pairs`
-    /// no traffic is counted.
-    pub fn new(routing: Routing, copies: Copies, window: Option<u64>, with_pairs: bool) -> Result<Self> {
-        let planes = Planes::new(&copies, routing);
+    /// no traffic is counted, and with `with_slots` the load of slots is.
+    pub fn new(
+        routing: Routing,
+        copies: Copies,
+        window: Option<u64>,
+        with_pairs: bool,
+        with_slots: bool,
+    ) -> Result<Self> {
+        let planes = if with_slots { None } else { Planes::new(&copies, routing) };
+        let size = 2 * copies.devices + copies.nodes() + if with_slots { copies.slots } else { 0 };
         let columns = planes.as_ref().map_or(copies.slots, Planes::columns);
         let table = if with_pairs { columns * columns } else { 0 };
         let layers = routing.layers - 1;
         room_for("traffic", &[layers, table.saturating_add(copies.devices * copies.devices), 8])?;
         Ok(Self {
             pairs: (0..routing.layers).map(|l| vec![0; if l > 0 { table } else { 0 }]).collect(),
-            windows: WindowCounts::new(
-                routing.layers,
-                2 * copies.devices + copies.nodes(),
-                window,
-                routing.top_k,
-            ),
+            windows: WindowCounts::new(routing.layers, size, window, routing.top_k),
+            size,
             planes,
             routing,
             copies,
@@ -283,10 +295,10 @@ impl Replay {
         if !checked {
             validate(ids, self.routing, self.windows.tokens)?;
         }
-        let Self { routing, copies, planes, windows, pairs } = self;
+        let Self { routing, copies, planes, windows, size, pairs } = self;
         windows.room_for(ids.len() / routing.row())?;
         let (top_k, planes) = (routing.top_k, planes.as_ref());
-        let size = 2 * copies.devices + copies.nodes();
+        let size = *size;
         let columns = planes.map_or(copies.slots, Planes::columns);
         let tokens = if planes.is_some() { SHORT_BLOCK } else { block(copies.slots, top_k) };
         let length = windows.length;
@@ -331,7 +343,7 @@ impl Replay {
     /// What was counted.
     #[must_use]
     pub fn finish(self) -> Tally {
-        let Self { routing, copies, planes, windows, pairs } = self;
+        let Self { routing, copies, planes, windows, size, pairs } = self;
         let d = copies.devices;
         let of_slot = || copies.device_of_slot.iter().map(|&device| (usize::from(device), 1)).collect();
         // The device of every column, and how much one in it counts.
@@ -345,9 +357,9 @@ impl Replay {
             }
         }
         let (tokens, number) = (windows.tokens, windows.number());
-        let size = 2 * d + copies.nodes();
-        let columns = [0..d, d..2 * d, 2 * d..size];
-        let [load, visits, node_visits] = Narrow::columns(vec![windows.finish()], size, &columns);
-        Tally { tokens, windows: number, load, traffic, visits, node_visits }
+        let nodes = 2 * d..2 * d + copies.nodes();
+        let columns = [0..d, d..2 * d, nodes.clone(), nodes.end..size];
+        let [load, visits, node_visits, slots] = Narrow::columns(vec![windows.finish()], size, &columns);
+        Tally { tokens, windows: number, load, traffic, visits, node_visits, slots }
     }
 }

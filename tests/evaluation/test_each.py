@@ -76,7 +76,7 @@ def test_rows_are_replays_of_their_tokens(split, spare, seed):
     # Windows of one token each are the tokens' own counts.
     replay = _core.Replay(*how, window=1, split=split)
     replay.push(ids)
-    _, load, follow, visits, node_visits = replay.finish()
+    _, load, follow, visits, node_visits, _ = replay.finish()
     for mine, each in zip(tables, (load, visits, node_visits), strict=True):
         for row in range(5):
             assert mine[row].tolist() == each[rows == row].sum(axis=0).tolist()

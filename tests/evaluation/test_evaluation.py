@@ -8,7 +8,7 @@ from conftest import random_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import random_slots
-from served import replayed
+from served import replayed, serving
 
 import moetuner as mt
 from moetuner import _core
@@ -51,7 +51,8 @@ def test_replay_is_the_plain_loop(case, split, cut):
     )
     for shard in (ids[:cut], ids[cut:]):
         counter.push(np.ascontiguousarray(shard, dtype=np.uint16))
-    tokens, *counted = counter.finish()
+    tokens, *counted, of_slots = counter.finish()
+    assert not of_slots.size
     assert tokens == len(ids)
     assert [mine.tolist() for mine in counted] == [theirs.tolist() for theirs in wanted]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
@@ -362,3 +363,39 @@ def test_windows_that_are_all_there_is_count():
     named = {"group": group, "group_names": ("long", "short")}
     assert steps(window=16, **named) == [True, True, True, True, True, False]
     assert mt.RoutingStatistics.from_load(load[2:3], window=16).is_step.tolist() == [True]
+
+
+@pytest.mark.parametrize("arrival", ["mixed", 0.5])
+def test_mixed_windows_of_a_group_are_of_its_own_sequences(make_trace, arrival):
+    """Whatever the arrival: imbalance_mixed of a group, and of all, is one number."""
+    trace = make_trace(1000)
+    bursts, other = (
+        mt.evaluate(IN_BLOCKS, trace, window=64, arrival=each) for each in ("bursts", arrival)
+    )
+    assert other.imbalance_mixed == bursts.imbalance_mixed
+    for name, group in bursts.by_group.items():
+        assert other.by_group[name].imbalance_mixed == group.imbalance_mixed
+
+
+@pytest.mark.parametrize("window", [1, 5, 40, None])
+@pytest.mark.parametrize("split", ["even", "nearest", "round_robin"])
+def test_copies_are_read_where_the_replay_has_a_token(split, window):
+    """How many experts a device reads in a window is counted, of copies too."""
+    tokens, size, nodes = 130, window or 130, mt.Topology(4, 2).node_of_device.tolist()
+    slots = np.array([[[(2 * device + slot) % 8 for slot in range(3)] for device in range(4)]] * 2)
+    ids, turn = random_ids(tokens, 2, 2, 8, seed=5), np.zeros((2, 8), dtype=int)
+    read = [[[set() for _ in range(4)] for _ in range(2)] for _ in range(tokens // size)]
+    for token, layer, choice in np.ndindex(tokens // size * size, 2, 2):
+        expert = int(ids[token, layer, choice])
+        how = {"turn": turn[layer, expert]}
+        device = serving(slots[layer], expert, nodes, token, split, **how)
+        turn[layer, expert] += 1
+        read[token // size][layer][device].add(expert)
+    times = [3 + 5 * max(map(len, devices)) for layers in read for devices in layers]
+    model = mt.CostModel(3, 5, 0, 0, token_bytes=0)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8)
+    placement = mt.Placement(slots, num_experts=8)
+    actual = mt.evaluate(
+        placement, trace, mt.Topology(4, 2), window=window, split=split, cost_model=model
+    )
+    assert actual.predicted_layer_us == pytest.approx(np.mean(times))

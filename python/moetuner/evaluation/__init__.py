@@ -251,9 +251,11 @@ def _evaluated(
             )
         homes = homes_of(home, traffic.tokens, common.placement.devices)
     served = orders(traffic, common.arrival, seed=common.mixed_seed)
-    # Where tokens are replayed in mixed order anyway, their windows are not counted once more.
+    # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
+    # the sequences of a group are mixed with each other, not with those of others.
     is_mixed = any(order is not None for _, order in served)
-    counting = [replace(each, mixed=common.mixed and not is_mixed) for each in settings]
+    counts_mixed = common.mixed and (not is_mixed or len(numbers) > 1)
+    counting = [replace(each, mixed=counts_mixed) for each in settings]
 
     def progress_of(number: int) -> Callable[[float], None] | None:
         return progress and (lambda share: progress((number + share) / len(served)))
@@ -268,7 +270,7 @@ def _evaluated(
         for group in counted[0]:
             parts = [of[group] for of in counted]
             mixed = parts[0].mixed
-            if common.mixed and is_mixed:
+            if common.mixed and is_mixed and group is None:
                 mixed = parts[-1].load[parts[-1].is_step]
             if homes is not None and isinstance(traffic, RoutingTrace):
                 mine = traffic if group is None else traffic.select(groups=group)

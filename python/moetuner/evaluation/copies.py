@@ -131,6 +131,15 @@ def dispatched(
     return rows
 
 
+def busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
+    """Count slots of every device that have a token [W,L,D], of tokens of slots [W,L,D*S]."""
+    sizes = (placement.layers, placement.devices, placement.slots_per_device)
+    return by_block(
+        of_slots,
+        lambda some: (some > 0).reshape(len(some), *sizes).sum(axis=3, dtype=np.uint16),
+    )
+
+
 def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
     """Return experts of every device that have a token, or are expected to [W,L,D].
 

@@ -110,6 +110,11 @@ class Setting:
         return self.cost_model is not None and self.cost_model.expert_us > 0
 
     @property
+    def counts_slots(self) -> bool:
+        """Whether a replay counts the tokens of every slot: which copies have any is seen there."""
+        return self.with_active and self.placement.has_copies
+
+    @property
     def takes_turns(self) -> bool:
         """Whether the copy that serves a token depends on the tokens before."""
         return self.split == "round_robin" and self.placement.has_copies
@@ -228,12 +233,14 @@ class _Part:
                 *(each.placement.slots, *sizes, each.topology.node_of_device.tolist()),
                 window=one.window,
                 split=each.split,
+                of_slots=each.counts_slots,
             )
             for each in settings
         ]
         self._experts: _core.StatisticsCounter | None = None
         self._expert_load: Numbers | None = None
-        if one.with_active or one.split == "nearest":
+        counts_all = all(each.counts_slots for each in settings)
+        if (one.with_active and not counts_all) or one.split == "nearest":
             self._experts = _core.StatisticsCounter(
                 trace.layers, *sizes, window=one.window, transitions=False, coactivation=False
             )
@@ -274,17 +281,18 @@ class _Part:
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
         setting = self._settings[number]
-        tokens, load, follow, visits, node_visits = self._replays[number].finish()
+        tokens, load, follow, visits, node_visits, of_slots = self._replays[number].finish()
         if self._experts is not None:
             self._expert_load, self._experts = self._experts.finish(setting.threads)[1], None
         mixed = load if setting.mixed else None
         if self._mixed:
             mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
             mixed = _in_turns(setting.placement, mixed) if setting.takes_turns else mixed
-        steps = max(tokens // self._window, 1)
+        steps, experts = max(tokens // self._window, 1), self._expert_load
+        of_experts = _of_experts(setting, setting.slot_shares, visits, experts, of_slots=of_slots)
         return Counts(
             *(tokens, load, None if mixed is None else mixed[:steps], visits, node_visits, follow),
-            *_of_experts(setting, setting.slot_shares, visits, self._expert_load),
+            *of_experts,
             is_step=np.arange(len(load)) < steps,
         )
 
@@ -315,15 +323,18 @@ def _of_experts(
     visits: Numbers,
     load: Numbers | None,
     total: Numbers | None = None,
+    of_slots: Numbers | None = None,
 ) -> tuple[Floats, Numbers | None]:
     """Return rows from homes [L,D,D] and active experts [W,L,D], which loads of experts decide.
 
     Homes are of all windows together: their load is ``total`` [1,L,E] where ``load`` [W,L,E] is of
-    some of them.
+    some of them. Which copies are active is seen where ``of_slots`` [W,L,D*S] were replayed.
     """
     placement, topology, split = setting.placement, setting.topology, setting.split
     of_all = load if total is None else total
     rows = copies.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
+    if of_slots is not None and setting.counts_slots:
+        return rows, copies.busy(placement, of_slots)
     if not setting.with_active or load is None:
         return rows, None
     return rows, copies.active(placement, share, load)
@@ -407,6 +418,7 @@ def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None
     # Load and visits of devices, visits of nodes, and load in mixed order; while they are put
     # together, some of it twice.
     columns = len(settings) * 2 * (2 * topology.devices + topology.nodes) + 2 * trace.num_experts
+    columns += sum(each.placement.slots[0].size for each in settings if each.counts_slots)
     # Once more for groups, whose windows add up to the trace's.
     size = width * windows * trace.layers * columns * (1 if trace.group is None else 2)
     if size > TABLE_LIMIT:
