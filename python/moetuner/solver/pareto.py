@@ -19,7 +19,8 @@ from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
 from moetuner.solver.methods import METHODS, SEARCHES, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import descend, from_running, moves_of, repair
+from moetuner.solver.stages.moves import AT_PRICES, descend, from_running, moves_of, repair
+from moetuner.solver.stages.polish import POLISH
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +138,14 @@ def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
 
     def at(price: float, left: int) -> Incumbent:
         moves = Moves(initial, cost=price)
-        inner = run.inner(from_running(stages), budget.within(1 / left), moves=moves)
+        how, start = from_running(stages), None
+        if price:
+            # The steps from what runs are known: only those that are worth the price are taken.
+            how = (AT_PRICES, POLISH)
+            start = min(
+                run.incumbents, key=lambda of: (of.excess, of.value + price * of.moves)
+            ).slots
+        inner = run.inner(how, budget.within(1 / left), moves=moves, start=start)
         return run.offer(inner.answer().slots, "prices", interrupted=inner.interrupted)
 
     free = at(0.0, left + 1)
