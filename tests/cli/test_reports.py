@@ -128,3 +128,30 @@ def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkey
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert "pip install 'moetuner[report]'" in err
+
+
+@pytest.mark.parametrize(
+    ("engine", "lines"),
+    [
+        ("vllm", ["MOETUNER_PLACEMENT=p.json vllm serve MODEL --tensor-parallel-size 4"]),
+        (
+            "sglang",
+            [
+                "moetuner export p.json --to sglang --hidden-layers N --dense-layers A-B",
+                "python -m sglang.launch_server",
+            ],
+        ),
+        (None, ["moetuner export p.json --to eplb --out experts.npz"]),
+    ],
+)
+def test_a_page_says_how_its_engine_is_served(ok, skewed, tmp_path, monkeypatch, engine, lines):
+    """The commands are those of the engine that the placement is for, as advise prints them."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    monkeypatch.chdir(tmp_path)
+    how = ("--for", engine) if engine else ()
+    ok("solve", skewed, "--devices", 4, "--method", "lpt", *how, "--out", "p.json")
+    ok("report", "p.json", skewed, "--out", "page.html")
+    page = html.unescape((tmp_path / "page.html").read_text())
+    for line in lines:
+        assert line in page
+    assert ("--to eplb" in page) == (engine is None)

@@ -20,8 +20,7 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
-from moetuner.formats import WRITERS
-from moetuner.formats.engines import ENGINES
+from moetuner.formats import serving_commands
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
@@ -237,7 +236,7 @@ def next_commands(source: Source, advice: Advice, unseen: Collection[Path] = ())
             "as the engine records them, see docs/engines",
             line("advise", "MORE", typed),
         ]
-    return [*_judging(source, advice, typed, unseen), *serving_commands(source, advice)]
+    return [*_judging(source, advice, typed, unseen), *_serving(source, advice)]
 
 
 def _judging(
@@ -285,27 +284,19 @@ def _judging(
     return [*commands, report]
 
 
-def serving_commands(source: Source, advice: Advice) -> list[str]:
+def _serving(source: Source, advice: Advice) -> list[str]:
     """Return the commands that export the placement, and serve it."""
-    engine, problem = advice.settings["engine"], advice.problem
-    export = "moetuner export placement.json --to"
-    if engine is None:
-        return [f"{export} eplb --out experts.npz"]
-    commands, why = [], ""
+    problem, why = advice.problem, ""
     hidden, dense = source.layer_words()
     if (hidden, dense) == ("N", "A-B"):
         hidden, dense = str(problem.layers), "none"
         why = "  # if all layers of the model have experts"
-    layers = {"hidden_layers": hidden, "dense_layers": dense}
-    for name, writer in WRITERS.items():
-        if writer.engine == engine:
-            hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
-            out = f"experts{writer.suffixes[0]}{why if hints else ''}"
-            commands.append(f"{export} {name}{hints} --out {out}")
     redundant = problem.devices * problem.slots - problem.experts
-    of = ENGINES[engine]
-    if of.serve:
-        commands.append(of.serve.format(devices=problem.devices, redundant=redundant))
-    if not of.may_copy:
-        commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
-    return commands
+    return serving_commands(
+        advice.settings["engine"],
+        devices=problem.devices,
+        redundant=redundant,
+        hidden_layers=hidden,
+        dense_layers=dense,
+        note=why,
+    )

@@ -5,6 +5,7 @@ Nothing here imports an engine, and no engine's file imports these tables.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,7 @@ from moetuner.formats import (
     vllm,
     vllm_ascend,
 )
+from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout, check_placement
 from moetuner.formats.rows import read_tables
@@ -119,6 +121,40 @@ WRITERS: dict[str, Writer] = {
     ),
     "omni-infer": Writer("the pattern of omni-infer's placement", (".npy",), omni_infer),
 }
+
+
+def serving_commands(
+    engine: str | None,
+    *,
+    devices: int,
+    redundant: int,
+    placement: str = "placement.json",
+    hidden_layers: str = "N",
+    dense_layers: str = "A-B",
+    note: str = "",
+) -> list[str]:
+    """Return the commands that export a placement to an engine, and serve it there.
+
+    Layers are those of the model as options of export have them; ``note`` follows where they stand.
+    """
+    file = shlex.quote(placement)
+    export = f"moetuner export {file} --to"
+    if engine is None:
+        return [f"{export} eplb --out experts.npz"]
+    layers = {"hidden_layers": hidden_layers, "dense_layers": dense_layers}
+    commands = []
+    for name, writer in WRITERS.items():
+        if writer.engine == engine:
+            hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
+            out = f"experts{writer.suffixes[0]}{note if hints else ''}"
+            commands.append(f"{export} {name}{hints} --out {out}")
+    of = ENGINES[engine]
+    if of.serve:
+        line = of.serve.format(devices=devices, redundant=redundant)
+        commands.append(line.replace("placement.json", file))
+    if not of.may_copy:
+        commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
+    return commands
 
 
 def reader_of(path: str | Path) -> str:

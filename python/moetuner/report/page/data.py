@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
 from moetuner.files import text
-from moetuner.formats import WRITERS
+from moetuner.formats import serving_commands
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.values import Advice
@@ -368,7 +367,7 @@ def of_evaluations(
         warnings = (model.origin if model is not None and is_measured else unmeasured,)
     contents = {**contents, "verdict": judged.answer}
     if answer == "good" and "commands" not in contents:
-        contents["commands"] = _exports(contents)
+        contents["commands"] = _serving(contents, replayed.setting.placement)
     if others.get("expert_bytes") is None:
         of = replayed.traffic
         others["expert_bytes"] = bytes_of_expert(of.expert_size, of.model)
@@ -432,15 +431,13 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
     return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
 
 
-def _exports(contents: dict[str, Any]) -> list[str]:
-    """Return the command that gives a written placement to its engine."""
+def _serving(contents: dict[str, Any], placement: Placement) -> list[str]:
+    """Return the commands that give a written placement to its engine, and serve it there."""
     settings = contents.get("settings", {})
-    file, engine = contents.get("placement") or settings.get("placement"), settings.get("engine")
-    of_engine = (name for name, of in WRITERS.items() if of.engine == engine and not of.hints)
-    kind = "eplb" if engine is None else next(of_engine, "eplb")
-    out = f"experts{WRITERS[kind].suffixes[0]}"
-    line = f"moetuner export {shlex.quote(str(file))} --to {kind} --out {out}"
-    return [line] if file else []
+    file = contents.get("placement") or settings.get("placement")
+    redundant = placement.devices * placement.slots_per_device - placement.num_experts
+    how: dict[str, Any] = {"devices": placement.devices, "redundant": redundant}
+    return serving_commands(settings.get("engine"), placement=str(file), **how) if file else []
 
 
 def _fact(value: Any) -> str:
