@@ -92,3 +92,38 @@ def test_compare_is_over_what_runs(as_json, ok, trace, tmp_path):
         before = of["methods"]["eplb"]["gain"]["before"]
         assert before == of["methods"][over]["predicted_layer_us"]
     assert "gain over running" in ok(*words, "--initial", p)
+
+
+def test_an_engine_has_no_order_for_counts(as_json, ok, tmp_path):
+    """Windows of a table are searched as they were recorded, as they are judged."""
+    np.savez(tmp_path / "load.npz", load=np.random.default_rng(0).integers(0, 99, (40, 2, 16)))
+    words = ("solve", tmp_path / "load.npz", "--devices", 4, "--method", "quick", "--out")
+    own = as_json(*words, tmp_path / "a.json", "--for", "sglang")
+    assert own["settings"]["arrival"] == "bursts"
+    given = as_json(*words, tmp_path / "b.json", "--for", "sglang", "--arrival", "bursts")
+    assert own["predicted_layer_us"] == given["predicted_layer_us"]
+    text = ok(*words, tmp_path / "c.json", "--for", "sglang")
+    assert "arrival bursts (windows of counts, as recorded)" in text
+    mixed = as_json(*words, tmp_path / "d.json", "--for", "sglang", "--arrival", "mixed")
+    assert mixed["settings"]["arrival"] == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (("3.7",), "Move budget: 3 experts, as the bytes of one are not known (--expert-bytes)."),
+        (("3.7", "--expert-bytes", 1), "Move budget: 3.7 B, 3 experts of 1 B."),
+        (("9e6", "--model", "qwen3-30b-a3b"), "Move budget: 9 MB, 1 expert of 4.72 MB."),
+        (
+            ("4", "--model", "qwen3-30b-a3b"),
+            "Move budget: 4 B, less than one expert (4.72 MB), so none may move.",
+        ),
+    ],
+)
+def test_a_budget_has_one_unit(ok, trace, tmp_path, budget, words):
+    """Bytes where those of an expert are known, by the model too, else experts; that is said."""
+    running = tmp_path / "running.json"
+    mt.Placement.from_assignment(np.tile(np.arange(16) % 4, (3, 1)), 4).save(running)
+    how = ("--devices", 4, "--initial", running, "--out", tmp_path / "p.json")
+    how = (*how, "--time-limit", 0.05, "--move-budget", *budget)
+    assert words in ok("solve", trace, *how)

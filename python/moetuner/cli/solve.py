@@ -92,7 +92,7 @@ def command(
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     how = asdict(search)
-    output.say(source.describe(), *wanted.explain_problem(problem))
+    output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
     result = source.solve(method, problem, **how, **moving.arguments(initial))
     result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.

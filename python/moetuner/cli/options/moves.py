@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ class Moving:
     initial_file
         The running placement, to be improved by few moves.
     move_budget
-        Bytes that may move between devices; experts, if --expert-bytes is not given.
+        Bytes that may move between devices; experts, if the bytes of one are not known.
     move_cost
         Cost of moving a byte, in units of the objective.
     expert_bytes
-        Bytes of one expert of one layer.
+        Bytes of one expert of one layer. [default: of INPUT's model, if known]
     pareto
         Also show what fewer or more moves would gain.
     """
@@ -68,6 +69,20 @@ class Moving:
         moves = {"move_budget": self.move_budget, "move_cost": self.move_cost}
         return {"initial": initial, "expert_bytes": self.unit_bytes, **moves}
 
+    def explain(self) -> list[str]:
+        """Write the budget in a line, with its unit and what it is in experts."""
+        budget, size = self.move_budget, self.expert_bytes
+        if budget is None or math.isinf(budget):
+            return []
+        if size is None:
+            experts = counted(math.floor(budget), "expert")
+            return [f"Move budget: {experts}, as the bytes of one are not known (--expert-bytes)."]
+        number, each = math.floor(budget / size), in_bytes(size)
+        experts = f"{counted(number, 'expert')} of {each}"
+        if not number:
+            experts = f"less than one expert ({each}), so none may move"
+        return [f"Move budget: {in_bytes(budget)}, {experts}."]
+
     def settings(self) -> dict[str, Any]:
         """Return the options for JSON."""
         initial = None if self.initial_file is None else str(self.initial_file)
@@ -99,11 +114,12 @@ class Moving:
             "experts moved": [str(of.experts_moved) for of in trades],
             "bytes": ["-" if size is None else in_bytes(of.experts_moved * size) for of in trades],
             "objective": [worth.text(of.objective) for of in trades],
-            "gain": [percent(of.gain / before if before else 0.0) for of in trades],
+            "gain, seen": [percent(of.gain / before if before else 0.0) for of in trades],
         }
         if worth.is_predicted_time:
             # Times by counts would stand beside the replayed one; gains say what moves bring.
             del columns["objective"]
+        output.say("Gains of more and fewer moves, on the traffic that they were computed from:")
         output.table([*columns], zip(*columns.values(), strict=True))
         no_bytes = {"bytes_moved": None} if size is None else {}
         return contents | {"pareto": [trade.to_dict() | no_bytes for trade in trades]}, (*trades,)

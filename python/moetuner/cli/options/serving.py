@@ -76,6 +76,8 @@ class Serving:
     def __init__(self, engine: str | None = None, **given: Any) -> None:
         self.engine = engine
         self.given = {name: of for name, of in given.items() if of or (of == 0 and of is not False)}
+        # Counts have windows of their own: no order of arrival can be made of them.
+        self.is_of_counts = False
 
     @property
     def is_given(self) -> bool:
@@ -95,7 +97,10 @@ class Serving:
             if engine is not None:
                 one_of("settings: engine", engine, ENGINES)
             default = Serving(engine)
-            for name in SERVED:
+            # Of a table nobody chose that its windows come as they were recorded.
+            of_counts = "windows" in settings.get("input", {})
+            is_chosen = not of_counts or settings.get("arrival") != DEFAULTS["arrival"]
+            for name in SERVED if is_chosen else SERVED[:-1]:
                 if settings.get(name, default.value(name)) != default.value(name):
                     given.setdefault(name, settings[name])
         return Serving(engine, **given)
@@ -105,10 +110,13 @@ class Serving:
         if name in self.given:
             return self.given[name]
         default = DEFAULTS[name]
+        if name == "arrival" and self.is_of_counts:
+            return default
         return default if self.engine is None else getattr(ENGINES[self.engine], name, default)
 
     def arguments(self, traffic: Traffic) -> dict[str, Any]:
         """Return the arguments of ``evaluate`` and ``audit`` that say the same."""
+        self.is_of_counts = isinstance(traffic, RoutingStatistics)
         model = cost_model_for(self.given.get("cost_model"), traffic)
         return {"cost_model": model, **{name: self.value(name) for name in SERVED}}
 
@@ -129,6 +137,8 @@ class Serving:
             del texts["split"]
         elif "split" not in self.given:
             texts["split"] += f" ({engine.how_split})"
+        if self.is_of_counts and "arrival" not in self.given:
+            texts["arrival"] += " (windows of counts, as recorded)"
         by_options = [text for name, text in texts.items() if name in self.given]
         by_engine = [text for name, text in texts.items() if name not in self.given]
         line = f"For {engine.title}: {', '.join([*by_engine, *more])}"
@@ -161,6 +171,7 @@ class ProblemOptions(Serving):
     ) -> Problem:
         """Count INPUT, or a part of it, and make the problem."""
         given, goal = self.given, self.given.get("objective")
+        self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
         # Visits are no part of balance, and sets take memory.
         sets = given.get("regime") != "follow" and goal != "balance"
         statistics = source.count(traffic, sets=sets, by_group="groups" in given)

@@ -323,6 +323,7 @@ class Source(FileHints):
         ]
 
     def expert_bytes(self, given: float | None) -> float | None:
-        """Return bytes of an expert: those given, else of ``--model`` in 8 bits."""
-        named = None if self.model is None else bytes_of_expert(None, self.model)
-        return named if given is None else given
+        """Return bytes of an expert: those given, else of INPUT's model in 8 bits, if known."""
+        if given is not None:
+            return given
+        return bytes_of_expert(self.traffic.expert_size, self.traffic.model)
