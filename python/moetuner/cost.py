@@ -136,11 +136,20 @@ class CostModel(Frozen):
         )
 
     @property
+    def weights(self) -> str:
+        """In how many bits weights are read, to follow a preset's name; else empty."""
+        sizes = re.search(r":(\d+)x\d+\b", self.name or "")
+        if sizes is None or self.measured is not None or not int(sizes[1]):
+            return ""
+        # A preset's tokens are sent in the type that its weights have.
+        return f", weights in {8 * self.token_bytes / int(sizes[1]):g} bits"
+
+    @property
     def origin(self) -> str:
         """Sentence that says whether times are measured or predicted, and with what."""
         name = self.name or "an unnamed cost model"
         if self.measured is None:
-            return f"Times are predicted, not measured, with {name}."
+            return f"Times are predicted, not measured, with {name}{self.weights}."
         name = name if name.startswith("measured") else f"measured ({name})"
         error = self.residual if self.prediction_error is None else self.prediction_error
         off = "" if error is None else f", with an error of {100 * error:.1f} %"
@@ -643,4 +652,5 @@ def assumed_model(name: str | None) -> str | None:
     _, assumed, why = (name or "").partition(f"({ASSUMED}")
     if not assumed:
         return None
-    return f"{why[:-1]}, so times are of DeepSeek-V3's experts: pass --model or --cost-model."
+    whose = "times are of DeepSeek-V3's experts in 8 bits"
+    return f"{why[:-1]}, so {whose}: pass --model or --cost-model."

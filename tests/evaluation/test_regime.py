@@ -22,12 +22,22 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("name", "model", "given", "whose"),
     [
-        ("solve", "gpt-oss-20b", [], "with h100:2880x2880 (gpt-oss-20b); for others: --cost-model"),
+        ("solve", "gpt-oss-20b", [], "(gpt-oss-20b), weights in 8 bits; for others: --cost-model"),
         ("compare", "mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b"),
         ("evaluate", "mine", ["--cost-model", "h100"], "mine is not known, so times are of"),
-        ("compare", None, [], "INPUT names no model, so times are of DeepSeek-V3's experts: pass"),
+        (
+            "compare",
+            None,
+            [],
+            "so times are of DeepSeek-V3's experts in 8 bits: pass",
+        ),
         ("audit", "mine", ["--for", "vllm", "--model", "Qwen/Qwen3-30B-A3B"], "(qwen3-30b-a3b)"),
-        ("audit", "gpt-oss-20b", ["--cost-model", "h200:64x32"], "with h200:64x32;"),
+        (
+            "audit",
+            "gpt-oss-20b",
+            ["--cost-model", "h200:64x32"],
+            "with h200:64x32, weights in 8 bits;",
+        ),
     ],
 )
 def test_times_say_whose_they_are(ok, make_trace, tmp_path, name, model, given, whose):

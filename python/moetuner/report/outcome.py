@@ -276,8 +276,8 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
     line = assumed_model(model.name) or (
-        f"Times are predicted with {model.name or 'an unnamed cost model'}; for others: "
-        "--cost-model FILE or GPU:HIDDENxINTERMEDIATE."
+        f"Times are predicted with {model.name or 'an unnamed cost model'}{model.weights}; "
+        "for others: --cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
     if model.measured is not None:
         line = model.origin

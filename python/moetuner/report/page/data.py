@@ -363,7 +363,8 @@ def of_evaluations(
     if judged.measure == "predicted_layer_us":
         model = replayed.setting.cost_model
         is_measured = model is not None and model.measured is not None
-        unmeasured = "Times are predicted by a cost model, not measured."
+        weights = "" if model is None else model.weights
+        unmeasured = f"Times are predicted by a cost model, not measured{weights}."
         warnings = (model.origin if model is not None and is_measured else unmeasured,)
     contents = {**contents, "verdict": judged.answer}
     if answer == "good" and "commands" not in contents:
