@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from moe_models import Block, build, outputs, placement_for, refused, torch
+from moe_models import Block, build, outputs, placement_for, prompts, refused, torch
 from transformers import MixtralForCausalLM
 
 import moetuner as mt
@@ -250,6 +250,19 @@ def test_weights_of_inference_mode():
         before = outputs(model)
         apply_placement(model, placement)
         assert torch.allclose(outputs(model), before, rtol=0, atol=1e-4)
+
+
+def test_gradients_move_with_their_weights():
+    """The next step of an optimizer changes the experts that the gradients are of."""
+    model, other = build("mixtral"), build("mixtral")
+    for of in (model, other):
+        of(input_ids=prompts()).logits.square().sum().backward()
+    apply_placement(model, placement_for(model))
+    for of in (model, other):
+        torch.optim.SGD(of.parameters(), lr=1e-3).step()
+    assert torch.allclose(outputs(model), outputs(other), rtol=0, atol=1e-4)
+    before = outputs(build("mixtral"))
+    assert not torch.allclose(outputs(other), before, rtol=0, atol=1e-2)
 
 
 class Stacked(torch.nn.Module):

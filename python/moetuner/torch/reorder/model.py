@@ -88,8 +88,11 @@ def apply_placement(
     for change in [changes[name] for name in _once(changes, tensors)]:
         tensor = tensors[change.name].detach()
         if change.order is not None:
-            is_first = len(tensor) == len(change.order)
-            steps += exchanges(tensor if is_first else tensor[0], change.order)
+            # Gradients that wait for an optimizer's step are of the same experts.
+            gradient = tensors[change.name].grad
+            for rows in [tensor] if gradient is None else [tensor, gradient]:
+                is_first = len(rows) == len(change.order)
+                steps += exchanges(rows if is_first else rows[0], change.order)
         else:
             steps.append(Exchange([tensor, plan.moved(change.name, tensor, change)], 0, 1))
     for layer, positions in zip(layers, order, strict=True):
