@@ -26,9 +26,10 @@ LAYERS = 8
 MOST = 256
 # Standard deviations of its noise by which a sequence may be from its kind.
 NEAR = 4.0
-# Part of what sequences differ by, in their squared distance, that is a small change of a prompt;
-# how much further the next kind must be, and sequences that are compared two by two for that.
-CHANGED, SEPARATE, COMPARED = 0.3, 5.0, 4096
+# Part of what sequences differ by, in their squared distance, that is a small change of a prompt:
+# of what one pair in ten differs by at most, as most pairs may be of two subjects. How much further
+# the next kind must be, and sequences that are compared two by two for that.
+CHANGED, LOCAL, SEPARATE, COMPARED = 0.45, 0.1, 5.0, 4096
 # How much kinds must differ, in terms of the noise of a sequence, for anything to be said.
 APART = 3.0
 # Kinds are few if there is one for so many sequences or more.
@@ -76,17 +77,17 @@ def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bo
         return None, False
     chosen = np.unique(np.linspace(0, statistics.layers - 1, layers).round().astype(np.int64))
     count = statistics.window_load[:, chosen].astype(np.float64)
-    joint, group = _few_kinds(count), statistics.group
+    joint, group = _few_kinds(count, are_windows=True), statistics.group
     if joint is not None and np.bincount(joint).max() > STEADY * number:
         return None, not joint.any()
     if group is None or (joint is not None and _are_shared(joint, group)):
         return joint, False
     if int(np.diff(group).astype(bool).sum()) >= 2 * len(np.unique(group)):
         # What takes turns may be of one kind at a time, at the level of each group.
-        joint = _few_kinds(count, group)
+        joint = _few_kinds(count, group, are_windows=True)
         if joint is not None and _are_shared(joint, group):
             return (joint if np.bincount(joint).max() <= STEADY * number else None), False
-    kind, all_alike = _kinds_by_group(count, group)
+    kind, all_alike = _kinds_by_group(count, group, are_windows=True)
     return (kind if EACH * (int(kind.max()) + 1) <= number else None), all_alike
 
 
@@ -126,12 +127,14 @@ def repeated(trace: RoutingTrace, label: Integers, number: int) -> Integers:
     return np.unique(text, return_inverse=True)[1].astype(np.int64)
 
 
-def _kinds_by_group(count: Floats, group: Integers) -> tuple[Integers, bool]:
+def _kinds_by_group(
+    count: Floats, group: Integers, *, are_windows: bool = False
+) -> tuple[Integers, bool]:
     """Return the kinds of counts [S,L,E], in every group by itself, and whether all are alike."""
     kind, total, all_alike = np.arange(len(count)), 0, True
     for number in np.unique(group):
         members = np.flatnonzero(group == number)
-        found = _few_kinds(count[members])
+        found = _few_kinds(count[members], are_windows=are_windows)
         all_alike = all_alike and found is not None and not found.any()
         if found is None or not found.any():
             found = np.arange(len(members))
@@ -140,7 +143,9 @@ def _kinds_by_group(count: Floats, group: Integers) -> tuple[Integers, bool]:
     return kind, all_alike
 
 
-def _few_kinds(count: Floats, group: Integers | None = None) -> Integers | None:
+def _few_kinds(
+    count: Floats, group: Integers | None = None, *, are_windows: bool = False
+) -> Integers | None:
     """Return the kind of sequences with counts [S,L,E], all 0 if alike; None if kinds are not few.
 
     Those of a kind differ by no more than noise; or else by a small part of what kinds differ by.
@@ -154,8 +159,10 @@ def _few_kinds(count: Floats, group: Integers | None = None) -> Integers | None:
     # Tokens choose distinct experts, so their counts vary less than a multinomial's.
     spread = share * (1 - share)
     noise = spread.sum(axis=1) / np.maximum(tokens, 1)
-    # How much the noise itself varies: the fewer experts have most tokens, the more.
-    vary = 2 * (spread**2).sum(axis=1) / np.maximum(spread.sum(axis=1) ** 2, 1e-300)
+    vary = np.full(number, 2 / max(count.shape[1] * (count.shape[2] - 1), 1))
+    if are_windows:
+        # The fewer experts have most of many tokens, the more the noise itself varies.
+        vary = 2 * (spread**2).sum(axis=1) / np.maximum(spread.sum(axis=1) ** 2, 1e-300)
     far = 1 + NEAR * np.sqrt(vary)
     share = less_levels(share, group)
     kind = _joined(share, tokens, noise, far)
@@ -164,8 +171,8 @@ def _few_kinds(count: Floats, group: Integers | None = None) -> Integers | None:
     products = share @ share.T
     square = products.diagonal() - noise
     distance = square[:, None] + square - 2 * products
-    typical = float(distance[~np.eye(number, dtype=bool)].mean())
-    kind = _joined(share, tokens, noise, far, CHANGED * typical)
+    nearby = float(np.quantile(distance[~np.eye(number, dtype=bool)], LOCAL))
+    kind = _joined(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
     return kind if kind is not None and _are_apart(distance, kind) else None
 
 
