@@ -3,7 +3,8 @@
 The specification has `model`, `arguments` of Engine, `prompts` and `tokens`. With a recorder's mode
 among the arguments the recorder runs while the prompts are served, and its dump stays in the
 folder RESULT. `tokens.json` and `routed-<i>.npy` come from the answers, which are kept as they
-are in `responses.json`.
+are in `responses.json`. With `actions` it does those in turn instead, and `actions.json` has what
+came of each: `["generate", TOKENS]`, `["disk", FOLDER]`, or `["tensors", FOLDER, PATTERN]`.
 """
 
 import base64
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import weights
 
 
 def main():
@@ -40,6 +42,14 @@ def main():
             **options["arguments"],
         }
     )
+    if "actions" in options:
+        done = []
+        for action in options["actions"]:
+            done.append(act(engine, options["prompts"], *action))
+            (result / "actions.json").write_text(json.dumps(done))
+            print("ACTION", action, str(done[-1])[:200], flush=True)
+        engine.shutdown()
+        return
     records = "expert_distribution_recorder_mode" in options["arguments"]
     if records:
         engine.start_expert_distribution_record()
@@ -59,6 +69,21 @@ def main():
     (result / "responses.json").write_text(json.dumps(answers))
     (result / "tokens.json").write_text(json.dumps([answer["output_ids"] for answer in answers]))
     engine.shutdown()
+
+
+def act(engine, prompts, name, *arguments):
+    """Do an action; return what came of it."""
+    if name == "generate":
+        sampling = {"temperature": 0, "max_new_tokens": arguments[0], "ignore_eos": True}
+        answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+        return [answer["output_ids"] for answer in answers]
+    if name == "disk":
+        return engine.update_weights_from_disk(*arguments)[0]
+    # Without a beginning and an end, 0.5.23 changes nothing.
+    engine.begin_weight_update()
+    succeeded = engine.update_weights_from_tensor(list(weights.tensors(*arguments)))[0]
+    engine.end_weight_update()
+    return succeeded
 
 
 if __name__ == "__main__":  # the engine's processes are spawned and import this file

@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import trainer
 from serving import (
     BELOW,
     COPIES,
     EXPERTS,
     SLOTS,
+    TOKENS,
     Served,
+    acted,
     any_placement,
     by_rank,
     experts_on_ranks,
@@ -180,6 +183,30 @@ def test_stored_placement_comes_into_force_and_tokens_stay():
     served.check_same(one_rank())
 
 
+@pytest.mark.parametrize("way", ["placement", "live"])
+def test_weights_that_change_go_to_where_the_experts_are(way):
+    """SGLang's own loader follows its map: from a file, from tensors, of two experts alone."""
+    variables = LIVE if way == "live" else {"MOETUNER_PLACEMENT": trainer.placement()}
+    actions, expected = [], []
+    for action, after in (
+        ((), "base"),
+        (("disk", trainer.checkpoint("step")), "step"),
+        (("tensors", trainer.checkpoint("base"), ""), "base"),
+        (("tensors", trainer.checkpoint("step"), trainer.TWO_EXPERTS), "part"),
+        (("disk", trainer.checkpoint("base")), "base"),
+    ):
+        if action:
+            actions.append(list(map(str, action)))
+            expected.append(True)
+        actions.append(["generate", TOKENS])
+        expected.append(trainer.tokens_of(after))
+    texts = {key: str(value) for key, value in variables.items()}
+    options = {**BALANCED, "enable_return_routed_experts": False}
+    actual, _ = acted("sglang", f"sglang-updates-{way}", model(MODEL), options, texts, actions)
+    for action, came, right in zip(actions, actual, expected, strict=True):
+        assert came == right, action
+
+
 def test_live_rebalancing_agrees_on_all_ranks_and_tokens_stay():
     """`MOETUNER_REBALANCE`: the map in force is our policy's answer to the loads it saw."""
     record = BELOW / "runs" / "sglang-live" / "loads"
@@ -288,3 +315,8 @@ def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
     assert by_rank(after.maps()[0][0][1:], 2) == experts_on_ranks(answer)
     actual = read(after)
     assert (actual.window_load.sum(axis=0) == 2 * loads(expected)).all()
+    # By the plugin as well, from the load on: the configuration tells which layer is dense.
+    options = {**BALANCED, "ep_num_redundant_experts": 0, "disable_shared_experts_fusion": True}
+    plugged = on_two_ranks("sglang-dense-plugin", options, DENSE, MOETUNER_PLACEMENT=answer)
+    assert plugged.tokens == before.tokens
+    assert by_rank(plugged.maps()[0][0][1:], 2) == experts_on_ranks(answer)

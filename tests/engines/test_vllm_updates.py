@@ -1,48 +1,16 @@
-"""Weights that change in vLLM while experts are elsewhere than where it loads them.
-
-Checkpoints of a trainer: `base`, `step`, which has all weights elsewhere, and `part`, which is
-`base` with two experts of one layer from `step`. Their tokens are transformers'; all differ.
-"""
+"""Weights that change in vLLM while experts are elsewhere than where it loads them."""
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from serving import COPIES, EXPERTS, SLOTS, TOKENS, acted, any_placement, model
+from serving import COPIES, TOKENS, acted
+from trainer import TWO_EXPERTS, checkpoint, placement, tokens_of
 
-BASE = "qwen3_moe"
-TWO_EXPERTS = r"layers\.1\.mlp\.experts\.(3|4)\."
 # A session sends the checkpoint in these parts.
 PARTS = [r"layers\.[01]\.", r"layers\.[23]\.", r"^(?!.*layers\.)"]
 ALL_SLOTS = 0  # wrong slots of each of two ranks
-
-
-@cache
-def checkpoint(name: str) -> Path:
-    """Return a trainer's checkpoint."""
-    if name == "base":
-        return model(BASE)
-    pattern = "" if name == "step" else TWO_EXPERTS
-    return tiny_models.trained(model(BASE), f"{BASE}_{name}", pattern)
-
-
-@cache
-def tokens_of(name: str, count: int = TOKENS) -> list[list[int]]:
-    """Return the tokens of a checkpoint as transformers computes them."""
-    return [tiny_models.greedy(checkpoint(name), prompt, count) for prompt in tiny_models.prompts()]
-
-
-def test_the_checkpoints_say_different_tokens():
-    """Or nothing below would show anything."""
-    first, second, third = map(tokens_of, ("base", "step", "part"))
-    for prompt in range(len(first)):
-        assert first[prompt] != second[prompt]
-        assert second[prompt] != third[prompt]
-    assert first != third
 
 
 def arguments(interval: int, asynchronous: bool = False) -> dict[str, Any]:
@@ -108,12 +76,7 @@ class Plan:
         """Do all of it; return what came of each action, and the log."""
         environment = {key: str(value) for key, value in variables.items()}
         environment["ENGINES_PLAIN"] = "1"
-        return acted("vllm", name, model(BASE), options, environment, self.actions)
-
-
-def placement() -> Path:
-    """Return a placement unlike vLLM's own, with copies."""
-    return any_placement("vllm-updates", tiny_models.LAYERS, EXPERTS, SLOTS)
+        return acted("vllm", name, checkpoint("base"), options, environment, self.actions)
 
 
 # How often vLLM rearranges, and what the plugin is asked for.
