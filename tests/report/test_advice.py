@@ -47,7 +47,7 @@ def shifted(tokens=4000, seed=1):
 
 def advise(traffic, topology, **options):
     """Advise after short searches."""
-    return mt.advise(traffic, topology, **{"iterations": 200, "time_limit": 0.1, **options})
+    return mt.advise(traffic, topology, **{"iterations": 200, **options})
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def joined(store, rank, ranks, work, arguments):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    limit = timedelta(seconds=30)
+    limit = timedelta(hours=1)
     where = f"file://{store}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=limit)
     try:

@@ -13,13 +13,76 @@ from placements import random_slots
 from rank_layer import in_slots, message, on, single
 
 import moetuner as mt
+from moetuner.plugins import consensus
 from moetuner.solver.rebalancing import rebalance
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu
 from moetuner.torch.parallel.agreement import Agreement
 from moetuner.torch.parallel.migrate import Spares
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
-PATIENCE = 2.0
+# Ranks that are there are waited for as long as it takes.
+PATIENCE = 3600.0
+# Not so for weights of a rank that is away, which do not come.
+SHORT = 0.5
+
+
+class Absence:
+    """Which ranks are away in which step, and time for those that wait for them.
+
+    Time stands still until somebody is away and all others have posted: then it is over. So nobody
+    gives up on a rank that is only slow, as on a busy machine, and nobody waits in vain.
+    """
+
+    def __init__(self, rank):
+        self.rank, self.ranks = rank, dist.get_world_size()
+        self.store = dist.distributed_c10d._get_default_store()
+        self.step, self.is_over, self.asked = 0, False, None
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Let ranks wait by this time."""
+
+        def agree(store, key, rank, size, **more):
+            self.is_over = False
+            self.asked = lambda others: store.check(
+                [consensus.keys_of(key, size)[of] for of in others]
+            )
+            return consensus.agree(store, key, rank, size, **more)
+
+        with (
+            mock.patch.object(consensus, "time", self),
+            mock.patch("moetuner.torch.parallel.agreement.agree", agree),
+        ):
+            yield
+
+    def monotonic(self):
+        return 1e9 if self.is_over else 0.0
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        away = [of for of in range(self.ranks) if self._is(f"away/{self.step}/{of}")]
+        others = [of for of in range(self.ranks) if of not in away]
+        # Rank 0 judges; only where it is away do the others.
+        if away and self.rank in (0, *((self.rank,) if 0 in away else ())):
+            self.is_over = self.asked(others)
+
+    def begin(self, *steps):
+        """Be away in these steps."""
+        for step in steps:
+            self.store.set(f"away/{step}/{self.rank}", "")
+
+    def end(self):
+        """Be back, once all others have given up in this step."""
+        others = [of for of in range(self.ranks) if of != self.rank]
+        while not all(self._is(f"gave up/{self.step}/{of}") for of in others):
+            time.sleep(0.01)
+
+    def give_up(self):
+        """Note that this rank waits no more in this step."""
+        self.store.set(f"gave up/{self.step}/{self.rank}", "")
+
+    def _is(self, key):
+        return self.store.check([key])
 
 
 def linear(token_us):
@@ -125,32 +188,37 @@ def test_rebalancing_does_not_change_outputs(rank):
 
 def lost_rank(rank, how):
     """Rank 2 is killed, or hangs, in the middle of a move."""
-    model = Model(rank)
+    model, absence = Model(rank), Absence(rank)
     model.unbalance()
     fill, calls = Spares.fill, []
 
-    def broken(self, *arguments):
+    def broken(self, group, timeout):
         calls.append(self)
         if rank == 2 and len(calls) == 2:
+            absence.begin(0)
             if how == "killed":
                 os._exit(3)
-            time.sleep(3 * PATIENCE)
-        fill(self, *arguments)
+            absence.end()
+        fill(self, group, SHORT if rank != 2 and len(calls) == 2 else timeout)
 
-    begin = time.monotonic()
-    with mock.patch.object(Spares, "fill", broken):
+    with absence.watched(), mock.patch.object(Spares, "fill", broken):
         error = message(MoveError, model.rebalancer.step)
-    return error, time.monotonic() - begin, model.unchanged()
+    absence.give_up()
+    return error, model.unchanged()
 
 
-def fault(name, rank):
+def fault(name, absence=None):
     """Make this rank fail, or be late, at a phase of a move."""
     broken = ValueError("broken")
     fill, put = Spares.fill, Spares.put
 
     def late(self, *arguments):
-        time.sleep(1.5 * PATIENCE)
-        fill(self, *arguments)
+        absence.begin(absence.step)
+        absence.end()
+        fill(self, *arguments)  # which meets what the others have begun
+
+    def in_vain(self, group, timeout):
+        fill(self, group, SHORT)
 
     def half_filled(self, *arguments):
         self.weights = dict(reversed(self.weights.items())) | {"down": None}
@@ -166,6 +234,7 @@ def fault(name, rank):
         "judge": lambda: mock.patch.object(Rebalancer, "_move_us", side_effect=broken),
         "half a fill": lambda: mock.patch.object(Spares, "fill", half_filled),
         "late fill": lambda: mock.patch.object(Spares, "fill", late),
+        "late fill of another": lambda: mock.patch.object(Spares, "fill", in_vain),
         "put": lambda: mock.patch.object(Spares, "put", side_effect=broken),
         "half a put": lambda: mock.patch.object(Spares, "put", half_put),
     }.get(name, contextlib.nullcontext)()
@@ -189,7 +258,7 @@ def test_a_rank_that_fails_or_differs(rank):
         model.unbalance()
         if how == "counts":
             model.rebalancer._halves[0, 0, 0] += rank == 1
-        with fault(how if rank == 1 else "none", rank):
+        with fault(how if rank == 1 else "none"):
             error = message(MoveError, model.rebalancer.step)
         assert text in error
         assert "the old placement stays in force" in error
@@ -204,27 +273,33 @@ def test_a_rank_that_fails_or_differs(rank):
 
 def faulty(rank, faults):
     """Take steps with faults (name, rank), four without after each: what became of them."""
-    model = Model(rank)
+    model, absence = Model(rank), Absence(rank)
     steps = []
     for name, where in [step for at in faults for step in (at, *[("none", 0)] * 4)]:
+        absence.step = len(steps)
         model.shift()
         right = max(model.step() for _ in range(4)) == 0.0
-        name = name if where == rank else "none"
+        name = name if where == rank else f"{name} of another"
         load, model.load = model.load, np.zeros_like(model.load)
         with contextlib.suppress(ValueError):
             if name != "unobserved":
                 wrong = {"miscounted": 1, "not a number": float("nan")}.get(name, 0)
                 model.rebalancer.observe(load + wrong, steps=4)
         if name == "late":
-            time.sleep(1.5 * PATIENCE)
+            absence.begin(absence.step)
+            absence.end()
         outcome = "skipped"
-        if name != "skipped":
-            with fault(name, rank):
+        if name == "skipped":
+            # In the next step it finds what it has missed.
+            absence.begin(absence.step, absence.step + 1)
+        else:
+            with absence.watched(), fault(name, absence):
                 try:
                     decision = model.rebalancer.step()
                     outcome = f"{decision.moved} {decision.reason}"
                 except MoveError:
                     outcome = "MoveError"
+        absence.give_up()
         steps.append((outcome, model.rebalancer.placement.slots.tobytes(), right))
     model.unbalance()
     return steps, model.rebalancer.step().moved and model.step() == 0.0

@@ -8,7 +8,7 @@ import importlib
 import multiprocessing as mp
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from multiprocessing import forkserver
@@ -19,21 +19,27 @@ from unittest import mock
 
 # What the processes import by name: the work of the ranks, and the oracles.
 IMPORTED = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "oracles")]
+# Seconds after which ranks hang: less than a test may take, so that they are named and ended.
+LONGEST = 1500.0
 IMPORTED += filter(None, [os.environ.get("PYTHONPATH")])
 
 
-def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[Any]:
-    """Call ``module.function(rank, *arguments)``: by rank what it gave, or the error, or a kill."""
-    results, deadline = [], time.monotonic() + timeout
+def answers(ranks: int, work: str, *arguments: Any) -> list[Any]:
+    """Call ``module.function(rank, *arguments)``: by rank what it gave, or the error, or a kill.
+
+    Once one has raised, the others, which may wait for it, are ended.
+    """
+    results = []
     # A pool for every rank: with one for all, the loss of one rank would be that of all.
     pools = [ProcessPoolExecutor(1, _context()) for _ in range(ranks)]
     with TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         given = (ranks, work, arguments)
         jobs = [pool.submit(_work, store, rank, *given) for rank, pool in enumerate(pools)]
+        _wait(jobs)
         for pool, job in zip(pools, jobs, strict=True):
             try:
-                results.append((job.result(max(deadline - time.monotonic(), 0)), None))
+                results.append((job.result(0), None))
             except Exception as error:
                 killed = isinstance(error, BrokenProcessPool)
                 why = "killed" if killed else f"{type(error).__name__}: {error}"
@@ -44,11 +50,22 @@ def answers(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list
     return results
 
 
-def values(ranks: int, work: str, *arguments: Any, timeout: float = 60) -> list[Any]:
-    """Give what every rank returned; fails on the first error."""
-    results = answers(ranks, work, *arguments, timeout=timeout)
-    for rank, (_, error) in enumerate(results):
-        assert error is None, f"rank {rank}: {error}"
+def _wait(jobs: list[Future[Any]]) -> None:
+    """Wait until all have ended, or one has raised, or the time is over."""
+    deadline, running = time.monotonic() + LONGEST, set(jobs)
+    while running:
+        left = max(deadline - time.monotonic(), 0)
+        ended, running = wait(running, left, FIRST_COMPLETED)
+        errors = [job.exception() for job in ended]
+        if not ended or any(error and not isinstance(error, BrokenProcessPool) for error in errors):
+            break
+
+
+def values(ranks: int, work: str, *arguments: Any) -> list[Any]:
+    """Give what every rank returned; fails with the errors of all that raised."""
+    results = answers(ranks, work, *arguments)
+    errors = {rank: error for rank, (_, error) in enumerate(results) if error is not None}
+    assert not errors, errors
     return [value for value, _ in results]
 
 

@@ -78,8 +78,12 @@ class Spares:
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
-        """Send and receive; every rank takes part, also one that has nothing to move or fails."""
-        deadline, failures = time.monotonic() + timeout, []
+        """Send and receive; every rank takes part, also one that has nothing to move or fails.
+
+        All exchanges are begun before one is waited for: on a rank that is late they then meet
+        those of the others, which have given up, and not what the others exchange next.
+        """
+        deadline, failures, begun = time.monotonic() + timeout, [], []
         slots, ranks = [move.source_slot for move in self._go], range(dist.get_world_size(group))
         come, go = Counter(m.source for m in self._come), Counter(m.target for m in self._go)
         splits = [come[rank] for rank in ranks], [go[rank] for rank in ranks]
@@ -95,6 +99,8 @@ class Spares:
             )
             work = dist.all_to_all_single(out, rows, *splits, group=group, async_op=True)
             assert work is not None
+            begun.append((work, out))
+        for work, out in begun:
             # Waiting with NCCL only queues on the stream and would not notice the time.
             while out.is_cuda and not work.is_completed():
                 if time.monotonic() > deadline:
