@@ -221,7 +221,9 @@ def _lags(share: Floats) -> tuple[Floats, float]:
         if covariances[two].sum() <= chance and sure[first] <= ALIKE:
             break
         reach = first + 1 + int((sure[first + 1 : first + 2] > ALIKE).sum())
-    reach = max(reach, int(np.flatnonzero(sure > SURE).max(initial=-1)) + 1)
+    # Pairs of windows that are alike as neighbours are tell less than so many.
+    far = np.flatnonzero(sure > SURE * math.sqrt(1 + reach))
+    reach = max(reach, int(far.max(initial=-1)) + 1)
     return covariances[:reach], float((share**2).sum() / windows) - mean
 
 
