@@ -106,8 +106,7 @@ class Study:
     seed: int
     threads: int | None
     say: Callable[[str], None]
-    # What is searched for with single copies: both, until the sweep has shown which of them brings
-    # time down further, on what it saw.
+    # What short searches with single copies are for: the better of both, on what they saw.
     goals: tuple[Goal, ...] = field(default=("balance", "time"), init=False)
 
     def __post_init__(self) -> None:
@@ -138,21 +137,20 @@ class Study:
         # The whole, seen twice, is the same every time, and so is traffic that was given apart.
         splits = splits if self.is_held_out and self.unseen is None else 1
         part = self.part(0)
-        swept = self._swept(part)
-        knee = knee_of(swept, self.prefill_share)
+        results, swept = self._swept(part)
+        # More memory is no gain of a placement: what is proposed takes no more than what runs.
+        as_now = tuple(row for row in swept if row.per_device <= max(self.of_running, 0))
+        knee, best = (knee_of(rows, self.prefill_share) for rows in (as_now or swept, swept))
         trials = []
         for number in range(splits):
             self.say(f"split {number + 1} of {splits}: solving and judging")
-            trials.append(self.trial(self.part(number) if number else part, knee))
+            if number:
+                trials.append(self.trial(self.part(number), knee))
+            else:
+                trials.append(self.trial(part, knee, results[knee]))
         first = trials[0]
         judged = tuple(self._judged(trials, window) for window in self.windows)
         main = main_of(judged)
-        swept = tuple(
-            replace(each, gains={of.window: (of.gain.mean,) for of in judged})
-            if each.per_device == knee and not each.shared
-            else each
-            for each in swept
-        )
         units, of = self.units[main.window], first.evaluations[main.window]
         self.say("comparing the halves of the recording")
         is_one = self.unseen is None
@@ -166,6 +164,7 @@ class Study:
             judged=judged,
             copies=swept,
             knee=knee,
+            more=best if best > knee else None,
             moving=self._moving(first, main),
             phases=phases,
             drift=difference,
@@ -367,10 +366,11 @@ class Study:
         how |= {"seed": seed, "threads": self.threads, "time_limit": self.time_limit}
         return solve(problem, method, **how).uninterrupted()
 
-    def trial(self, part: Part, count: int) -> Trial:
+    def trial(self, part: Part, count: int, result: Result | None = None) -> Trial:
         """Place with some slots for copies, and judge that beside EPLB and what runs."""
         problem = self.problem(part.statistics, count)
-        result = self.solved(problem, "joint", part.seed, iterations=self.iterations)
+        if result is None:
+            result = self.solved(problem, "joint", part.seed, iterations=self.iterations)
         placements: dict[Key, Placement] = {
             RUNNING: self.running(part),
             EPLB: self.solved(problem, "eplb", part.seed).placement,
@@ -409,25 +409,13 @@ class Study:
             for of in windows
         }
 
-    def _searched(
-        self,
-        statistics: RoutingStatistics,
-        count: int,
-        *,
-        shared: bool = False,
-        window: Window = None,
-    ) -> Placement:
+    def _searched(self, statistics: RoutingStatistics, count: int, window: Window) -> Placement:
         """Search shortly: for what was asked for, else for what is better for time.
 
-        For the windows that count, or for those of one phase.
+        For the windows that count, or where one is named for those of one phase.
         """
-        slots: dict[str, Any] = {}
-        if shared:
-            beyond = self.topology.devices * (self.fewest + count) - statistics.experts
-            slots = {"slots_per_device": None, "extra_slots": statistics.layers * beyond}
-        if window is not None:
-            slots["phases"] = {window: 1.0}
-        problem = self.problem(statistics, count, **slots)
+        phases = {} if window is None else {"phases": {window: 1.0}}
+        problem = self.problem(statistics, count, **phases)
         goals = ("balance",) if count and self.how["objective"] is None else self.goals
         steps = ITERATIONS if self.iterations is None else self.iterations
         how: dict[str, Any] = {"seed": self.seed, "iterations": steps}
@@ -436,25 +424,33 @@ class Study:
             for goal in goals
         }
         best = min(results, key=lambda goal: problem.value(results[goal].placement))
-        if not count:
-            self.goals = (best,)
         return results[best].placement
 
-    def _swept(self, part: Part) -> tuple[Copies, ...]:
-        """Search shortly with every number of copies."""
-        placements: dict[Key, Placement] = {RUNNING: self.running(part)}
-        # Engines have as many slots in every layer.
-        may_share = self.traffic.layers > 1 and self.engine is None
-        if len(self.counts) == 1 and not (may_share and self.counts[0]):
-            # There is nothing to choose: the proposed placement's own gain takes this one's place.
-            placements[self.counts[0], False] = placements[RUNNING]
-            return self._gains(part, placements)
+    def _swept(self, part: Part) -> tuple[dict[int, Result], tuple[Copies, ...]]:
+        """Solve with every number of copies, all with the effort of what is proposed.
+
+        The best number once more as a budget of all layers, where engines allow it.
+        """
+        how: dict[str, Any] = {"iterations": self.iterations}
+        results: dict[int, Result] = {}
         for count in self.counts:
-            for shared in (False, True) if may_share and count else (False,):
-                what = f"{count} slots for copies" + (" on average" if shared else "")
-                self.say(f"searching with {what}")
-                placements[count, shared] = self._searched(part.statistics, count, shared=shared)
-        return self._gains(part, placements)
+            self.say(f"solving with {counted(count, 'slot')} for copies")
+            problem = self.problem(part.statistics, count)
+            results[count] = self.solved(problem, "joint", part.seed, **how)
+        placements: dict[Key, Placement] = {RUNNING: self.running(part)}
+        placements |= {(count, False): of.placement for count, of in results.items()}
+        rows = self._gains(part, placements)
+        best = max(rows, key=lambda row: row.best).per_device
+        # Engines have as many slots in every layer.
+        if self.traffic.layers < 2 or self.engine is not None or not best:
+            return results, rows
+        self.say(f"solving with {counted(best, 'slot')} for copies on average")
+        beyond = self.topology.devices * (self.fewest + best) - part.statistics.experts
+        budget = {"slots_per_device": None, "extra_slots": part.statistics.layers * beyond}
+        problem = self.problem(part.statistics, best, **budget)
+        shared = self.solved(problem, "joint", part.seed, **how).placement
+        more = self._gains(part, {RUNNING: placements[RUNNING], (best, True): shared})
+        return results, tuple(sorted((*rows, *more), key=lambda row: (row.per_device, row.shared)))
 
     def _gains(self, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
         """Compute what placements with copies gain over what runs, and the memory they take."""
@@ -495,11 +491,11 @@ class Study:
             return None
         if not all(set(PHASES) <= members(each).keys() for each in (seen, unseen)):
             return None
-        placements: dict[Key, Placement] = {"both": self._searched(part.statistics, knee)}
+        placements: dict[Key, Placement] = {"both": self._searched(part.statistics, knee, None)}
         windows = {of: self.windows[-1 if of == "prefill" else 0] for of in PHASES}
         for phase, window in windows.items():
             counts = self.counted(seen.select(groups=phase))
-            placements[phase] = self._searched(counts, knee, window=window)
+            placements[phase] = self._searched(counts, knee, window)
         times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
         problem = self.problem(part.statistics, knee)
         for phase, window in windows.items():
