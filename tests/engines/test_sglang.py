@@ -315,8 +315,10 @@ def test_dense_layers_have_rows_in_the_file_and_none_in_the_trace():
     assert by_rank(after.maps()[0][0][1:], 2) == experts_on_ranks(answer)
     actual = read(after)
     assert (actual.window_load.sum(axis=0) == 2 * loads(expected)).all()
-    # By the plugin as well, from the load on: the configuration tells which layer is dense.
+    # By the plugin as well, from the load on: the configuration tells which layer is dense. It is
+    # not to rebalance, for which SGLang 0.5.23 lacks a name in this model.
     options = {**BALANCED, "ep_num_redundant_experts": 0, "disable_shared_experts_fusion": True}
+    options["eplb_rebalance_num_iterations"] = 1000
     plugged = on_two_ranks("sglang-dense-plugin", options, DENSE, MOETUNER_PLACEMENT=answer)
     assert plugged.tokens == before.tokens
     assert by_rank(plugged.maps()[0][0][1:], 2) == experts_on_ranks(answer)

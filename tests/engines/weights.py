@@ -78,9 +78,10 @@ class Workers:
         with torch.no_grad():
             for parameter in self.model_runner.get_model().parameters():
                 parameter.zero_()
-        for state in self.model_runner.eplb_state.model_states.values():
-            for name in MAPS:
-                getattr(state, name).zero_()
+        with torch.inference_mode():  # Some were made while the engine served.
+            for state in self.model_runner.eplb_state.model_states.values():
+                for name in MAPS:
+                    getattr(state, name).zero_()
         bring_maps(self)
 
 

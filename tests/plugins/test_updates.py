@@ -365,6 +365,24 @@ def test_maps_that_are_brought_back_are_brought_once():
         assert state.physical_to_logical_map.tolist() == expected.tolist()
 
 
+def test_tensors_that_were_made_while_serving_are_brought_back():
+    """Torch's inference mode made them, and nothing may change them in place outside it."""
+    served = Served(3, 4)
+    worker = served.workers[0]
+    (state,) = served.states[0].model_states.values()
+    with torch.inference_mode():
+        state.last_expert_load = torch.full((2, 3), 7)
+        state.physical_to_logical_map = torch.from_numpy(MOVED.copy())
+    worker.sleep(level=1)
+    keep_maps(worker, Log(LOG))
+    with torch.inference_mode():
+        state.last_expert_load.zero_()
+        state.physical_to_logical_map.zero_()
+    worker.wake_up()
+    assert state.last_expert_load.tolist() == [[7] * 3] * 2
+    assert state.physical_to_logical_map.tolist() == MOVED.tolist()
+
+
 class OnlineMoEMethodBase:
     """vLLM's name for what computes scales when weights are loaded."""
 

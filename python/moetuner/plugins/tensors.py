@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,16 @@ def array_of(values: Any) -> NDArray[Any]:
     narrow = tensor.is_floating_point() and tensor.element_size() < 4
     array: NDArray[Any] = (tensor.float() if narrow else tensor).numpy()
     return array
+
+
+def changing_in_place() -> AbstractContextManager[Any]:
+    """Return what tensors may be changed in that an engine made while it served.
+
+    Those are of torch's inference mode, and outside it refuse to be changed.
+    """
+    import torch
+
+    return torch.inference_mode()
 
 
 def rank_of_process() -> int:

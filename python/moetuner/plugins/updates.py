@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import rank_of_process
+from moetuner.plugins.tensors import changing_in_place, rank_of_process
 
 # What a layer of experts, an `EplbState` and a worker remember.
 PLACED, MODELS, KEPT = "moetuner_placed", "moetuner_models", "moetuner_kept"
@@ -328,12 +328,15 @@ def keep_maps(worker: Any, log: Log) -> None:
 
 def bring_maps(worker: Any) -> None:
     """Bring the maps back; what counts loads begins anew."""
-    for state, kept in vars(worker).pop(KEPT, []):
-        for name, tensor in kept.items():
-            getattr(state, name).copy_(tensor)
-        for name in ("expert_load_pass_buffer", "expert_load_pass", "expert_load_window"):
-            if (counts := getattr(state, name, None)) is not None:
-                counts.zero_()
-    states = getattr(getattr(worker, "model_runner", None), "eplb_state", None)
-    if (records := getattr(states, "should_record_tensor", None)) is not None:
-        records.fill_(True)
+    if (maps := vars(worker).pop(KEPT, None)) is None:
+        return
+    with changing_in_place():
+        for state, kept in maps:
+            for name, tensor in kept.items():
+                getattr(state, name).copy_(tensor)
+            for name in ("expert_load_pass_buffer", "expert_load_pass", "expert_load_window"):
+                if (counts := getattr(state, name, None)) is not None:
+                    counts.zero_()
+        states = getattr(getattr(worker, "model_runner", None), "eplb_state", None)
+        if (records := getattr(states, "should_record_tensor", None)) is not None:
+            records.fill_(True)
