@@ -294,9 +294,7 @@ def _gains(of: Advice) -> list[str]:
     lines += _parts(main, of.settings["price"], of.settings["regime"])
     if of.by_group:
         lines.append(_of_each_group(of))
-    if of.knee or len(of.copies) > 1:
-        lines.append(_of_copies(of.copies, of.knee, of.more))
-    return lines
+    return [*lines, _of_copies(of.copies, of.knee)] if of.knee or len(of.copies) > 1 else lines
 
 
 def _much(gain: Comparison) -> str:
@@ -348,35 +346,30 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
     return lines
 
 
-def _of_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
-    """Write what slots for copies gain that run already, and what more of them would."""
-    plain = {each.per_device: each for each in swept if not each.shared}
-    chosen, least = plain[knee], min(plain)
-    best = max(plain.values(), key=lambda each: each.best)
+def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
+    plain = [each for each in swept if not each.shared]
+    (chosen,) = (each for each in plain if each.per_device == knee)
+    best = max(plain, key=lambda each: each.best)
     text = "Copies: none"
     if knee:
         verb = "gains" if knee == 1 else "gain"
         text = f"Copies: {_slots(chosen)} {verb} {percent(chosen.best)}"
-    if knee and least == 0:
+    if knee and plain[0].per_device == 0:
         text += f", {percent(plain[0].best)} without"
-    if more is not None:
-        gains = plain[more].gains
-        parts = [
-            percent(plain[more].mean(of)) + f" in {words_of_window(of)}" * (len(gains) > 1)
-            for of in sorted(gains, key=plain[more].mean, reverse=True)
-        ]
-        text += f". With more memory than now: {_slots(plain[more])} would gain {', '.join(parts)}"
     # What is gained without copies stands there already.
-    elif best.best > chosen.best + KNEE and not (knee and best is plain[least]):
+    if best.best > chosen.best + KNEE and not (knee and best is plain[0]):
         worst = min(best.gains, key=best.mean)
         text += f"; {_slots(best)} would gain {percent(best.best)}"
         if best.mean(worst) < 0:
             longer = percent(-best.mean(worst))
             text += f", but {words_of_window(worst)} would take {longer} longer"
+        else:
+            text += " by a shorter search"
     elif not knee:
+        most = max(each.per_device for each in plain)
         text += (
-            f"; up to {max(plain)} more slots per device and layer bring no more than one copy of "
-            "each expert does"
+            f"; up to {most} more slots per device and layer bring no more than one copy of each "
+            "expert does"
         )
         if len(best.gains) == 1 and (window := next(iter(best.gains))) is not None:
             text += f" in {words_of_window(window)}"

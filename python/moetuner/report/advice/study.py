@@ -106,7 +106,8 @@ class Study:
     seed: int
     threads: int | None
     say: Callable[[str], None]
-    # What short searches with single copies are for: the better of both, on what they saw.
+    # What is searched for with single copies: both, until the sweep has shown which of them brings
+    # time down further, on what it saw.
     goals: tuple[Goal, ...] = field(default=("balance", "time"), init=False)
 
     def __post_init__(self) -> None:
@@ -137,20 +138,21 @@ class Study:
         # The whole, seen twice, is the same every time, and so is traffic that was given apart.
         splits = splits if self.is_held_out and self.unseen is None else 1
         part = self.part(0)
-        results, swept = self._swept(part)
-        # More memory is no gain of a placement: what is proposed takes no more than what runs.
-        as_now = tuple(row for row in swept if row.per_device <= max(self.of_running, 0))
-        knee, best = (knee_of(rows, self.prefill_share) for rows in (as_now or swept, swept))
+        swept = self._swept(part)
+        knee = knee_of(swept, self.prefill_share)
         trials = []
         for number in range(splits):
             self.say(f"split {number + 1} of {splits}: solving and judging")
-            if number:
-                trials.append(self.trial(self.part(number), knee))
-            else:
-                trials.append(self.trial(part, knee, results[knee]))
+            trials.append(self.trial(self.part(number) if number else part, knee))
         first = trials[0]
         judged = tuple(self._judged(trials, window) for window in self.windows)
         main = main_of(judged)
+        swept = tuple(
+            replace(each, gains={of.window: (of.gain.mean,) for of in judged})
+            if each.per_device == knee and not each.shared
+            else each
+            for each in swept
+        )
         units, of = self.units[main.window], first.evaluations[main.window]
         self.say("comparing the halves of the recording")
         is_one = self.unseen is None
@@ -164,7 +166,6 @@ class Study:
             judged=judged,
             copies=swept,
             knee=knee,
-            more=best if best > knee else None,
             moving=self._moving(first, main),
             phases=phases,
             drift=difference,
@@ -366,11 +367,10 @@ class Study:
         how |= {"seed": seed, "threads": self.threads, "time_limit": self.time_limit}
         return solve(problem, method, **how).uninterrupted()
 
-    def trial(self, part: Part, count: int, result: Result | None = None) -> Trial:
+    def trial(self, part: Part, count: int) -> Trial:
         """Place with some slots for copies, and judge that beside EPLB and what runs."""
         problem = self.problem(part.statistics, count)
-        if result is None:
-            result = self.solved(problem, "joint", part.seed, iterations=self.iterations)
+        result = self.solved(problem, "joint", part.seed, iterations=self.iterations)
         placements: dict[Key, Placement] = {
             RUNNING: self.running(part),
             EPLB: self.solved(problem, "eplb", part.seed).placement,
@@ -409,13 +409,25 @@ class Study:
             for of in windows
         }
 
-    def _searched(self, statistics: RoutingStatistics, count: int, window: Window) -> Placement:
+    def _searched(
+        self,
+        statistics: RoutingStatistics,
+        count: int,
+        *,
+        shared: bool = False,
+        window: Window = None,
+    ) -> Placement:
         """Search shortly: for what was asked for, else for what is better for time.
 
-        For the windows that count, or where one is named for those of one phase.
+        For the windows that count, or for those of one phase.
         """
-        phases = {} if window is None else {"phases": {window: 1.0}}
-        problem = self.problem(statistics, count, **phases)
+        slots: dict[str, Any] = {}
+        if shared:
+            beyond = self.topology.devices * (self.fewest + count) - statistics.experts
+            slots = {"slots_per_device": None, "extra_slots": statistics.layers * beyond}
+        if window is not None:
+            slots["phases"] = {window: 1.0}
+        problem = self.problem(statistics, count, **slots)
         goals = ("balance",) if count and self.how["objective"] is None else self.goals
         steps = ITERATIONS if self.iterations is None else self.iterations
         how: dict[str, Any] = {"seed": self.seed, "iterations": steps}
@@ -424,33 +436,25 @@ class Study:
             for goal in goals
         }
         best = min(results, key=lambda goal: problem.value(results[goal].placement))
+        if not count:
+            self.goals = (best,)
         return results[best].placement
 
-    def _swept(self, part: Part) -> tuple[dict[int, Result], tuple[Copies, ...]]:
-        """Solve with every number of copies, all with the effort of what is proposed.
-
-        The best number once more as a budget of all layers, where engines allow it.
-        """
-        how: dict[str, Any] = {"iterations": self.iterations}
-        results: dict[int, Result] = {}
-        for count in self.counts:
-            self.say(f"solving with {counted(count, 'slot')} for copies")
-            problem = self.problem(part.statistics, count)
-            results[count] = self.solved(problem, "joint", part.seed, **how)
+    def _swept(self, part: Part) -> tuple[Copies, ...]:
+        """Search shortly with every number of copies."""
         placements: dict[Key, Placement] = {RUNNING: self.running(part)}
-        placements |= {(count, False): of.placement for count, of in results.items()}
-        rows = self._gains(part, placements)
-        best = max(rows, key=lambda row: row.best).per_device
         # Engines have as many slots in every layer.
-        if self.traffic.layers < 2 or self.engine is not None or not best:
-            return results, rows
-        self.say(f"solving with {counted(best, 'slot')} for copies on average")
-        beyond = self.topology.devices * (self.fewest + best) - part.statistics.experts
-        budget = {"slots_per_device": None, "extra_slots": part.statistics.layers * beyond}
-        problem = self.problem(part.statistics, best, **budget)
-        shared = self.solved(problem, "joint", part.seed, **how).placement
-        more = self._gains(part, {RUNNING: placements[RUNNING], (best, True): shared})
-        return results, tuple(sorted((*rows, *more), key=lambda row: (row.per_device, row.shared)))
+        may_share = self.traffic.layers > 1 and self.engine is None
+        if len(self.counts) == 1 and not (may_share and self.counts[0]):
+            # There is nothing to choose: the proposed placement's own gain takes this one's place.
+            placements[self.counts[0], False] = placements[RUNNING]
+            return self._gains(part, placements)
+        for count in self.counts:
+            for shared in (False, True) if may_share and count else (False,):
+                what = f"{count} slots for copies" + (" on average" if shared else "")
+                self.say(f"searching with {what}")
+                placements[count, shared] = self._searched(part.statistics, count, shared=shared)
+        return self._gains(part, placements)
 
     def _gains(self, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
         """Compute what placements with copies gain over what runs, and the memory they take."""
@@ -491,11 +495,11 @@ class Study:
             return None
         if not all(set(PHASES) <= members(each).keys() for each in (seen, unseen)):
             return None
-        placements: dict[Key, Placement] = {"both": self._searched(part.statistics, knee, None)}
+        placements: dict[Key, Placement] = {"both": self._searched(part.statistics, knee)}
         windows = {of: self.windows[-1 if of == "prefill" else 0] for of in PHASES}
         for phase, window in windows.items():
             counts = self.counted(seen.select(groups=phase))
-            placements[phase] = self._searched(counts, knee, window)
+            placements[phase] = self._searched(counts, knee, window=window)
         times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
         problem = self.problem(part.statistics, knee)
         for phase, window in windows.items():
