@@ -322,8 +322,10 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
 
 def test_audit_says_what_to_record_where_one_group_got_worse(ok, tmp_path):
     """Two groups share expert 0, which moves away from the other expert of one of them."""
-    group = np.arange(800) // 400
-    ids = np.where(np.arange(800) % 2, np.where(group, 4, 1), 0)[:, None, None]
+    group, random = np.arange(800) // 400, np.random.default_rng(0)
+    # Half of each group's tokens in random order, so that no sequence repeats another.
+    is_shared = np.concatenate([random.permutation(400) < 200 for _ in range(2)])
+    ids = np.where(is_shared, 0, np.where(group, 4, 1))[:, None, None]
     labels = {"sequence": np.arange(800) // 20, "group": group, "group_names": ("gains", "loses")}
     mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save(tmp_path / "t.safetensors")
     mt.Placement([[[0, 4, 2, 3], [1, 5, 6, 7]]]).save(tmp_path / "p.json")
