@@ -47,7 +47,8 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, tmp_path, monkeyp
     mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4).save("running.json")
     (tmp_path / "machine.json").write_text('{"devices": 4, "devices_per_node": 2}')
     if "--load" in case:
-        load = mt.RoutingStatistics.from_trace(recorded(2000), window=50).window_load
+        # A sequence of each group in every window: windows of one group would take turns.
+        load = mt.RoutingStatistics.from_trace(recorded(4000), window=100).window_load
         file = "load.npz"
         np.savez(file, load=20 * load)
     options = [word for word in case.split() if word not in ("--load", "--long")]

@@ -97,8 +97,12 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
 
 
 def windows_in_all(problem: Problem) -> float:
-    """Compute how many windows all tokens make, if each has as many as the mean by weight."""
-    return float(problem.load.sum(dtype=np.float64)) / max(problem.windows.mean_tokens, 1e-300)
+    """Compute how many windows all tokens make, if each has as many as the mean by weight.
+
+    No tokens are one window, in which nothing has a price.
+    """
+    tokens = float(problem.load.sum(dtype=np.float64))
+    return tokens / problem.windows.mean_tokens if tokens else 1.0
 
 
 def visit_costs(problem: Problem, unit: float = 1.0) -> dict[str, Any]:
