@@ -7,7 +7,7 @@
 //! microseconds.
 
 use super::budget::{Rules, Way, choose, per_copy};
-use super::construct::{Placed, check, complete, fill};
+use super::construct::{LEAST, Placed, check, complete, fill};
 use super::{EMPTY, Move, Site, Slots};
 use crate::error::Result;
 
@@ -54,10 +54,12 @@ pub fn adapt_layers(
     effort: Effort,
 ) -> Result<Vec<(Vec<u16>, [Way; 2])>> {
     check(load, experts)?;
+    let idle = vec![0.0; experts];
+    let layers = || load.chunks_exact(experts).map(|load| if is_idle(load) { &idle[..] } else { load });
     let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
     let running: Vec<Slots> = slots.collect();
-    let variance = variance(load, experts, sites, &running);
-    let all = load.chunks_exact(experts).zip(sites).zip(running).enumerate();
+    let variance = variance(layers(), sites, &running);
+    let all = layers().zip(sites).zip(running).enumerate();
     let improved = all.map(|(layer, ((load, site), running))| {
         improve(site, load, running, effort, variance).map_err(|fault| fault.of(layer))
     });
@@ -70,13 +72,22 @@ pub fn adapt_layers(
     Ok(all.iter().zip(chosen).map(end).collect())
 }
 
+/// Whether a layer's loads are none, or too small to be divided by.
+fn is_idle(load: &[f64]) -> bool {
+    load.iter().sum::<f64>() < LEAST
+}
+
 /// Estimates the variance of an expert's load from window to window, as a part of its square.
 ///
 /// What runs was even on the loads that it was chosen by. If each load has changed by a part of its own since, with this
 /// variance, a device's time has by the sum of the squares of what is in its slots.
-pub(super) fn variance(load: &[f64], experts: usize, sites: &[Site], running: &[Slots]) -> f64 {
+pub(super) fn variance<'a>(
+    layers: impl Iterator<Item = &'a [f64]>,
+    sites: &[Site],
+    running: &[Slots],
+) -> f64 {
     let (mut seen, mut squares) = (0.0, 0.0);
-    for ((load, site), slots) in load.chunks_exact(experts).zip(sites).zip(running) {
+    for ((load, site), slots) in layers.zip(sites).zip(running) {
         let (times, loads) = slots.times_and_loads(site, load);
         let mean = times.iter().sum::<f64>() / times.len() as f64;
         if mean > 0.0 {

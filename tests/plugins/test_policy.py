@@ -114,6 +114,16 @@ def test_never_slower_within_the_budget_and_settles(case, budget, paired):
     assert np.array_equal(rebalance_experts(0 * load, slots, 1, 1, ranks, actual), actual)
 
 
+@given(cases(), st.sampled_from([0.0, 5e-324, 1e-310]))
+def test_an_idle_window_changes_nothing(case, token):
+    """Whatever the groups and nodes: loads of zero, or as good as zero, leave what runs."""
+    load, (slots, groups, nodes, ranks), random = case
+    sizes = slots, groups, nodes, ranks
+    now = rebalance_experts(1 + random.random(load.shape[1:]), *sizes)
+    idle = token * random.integers(0, 2, load.shape)
+    assert np.array_equal(rebalance_experts(idle, *sizes, now), now)
+
+
 def test_a_profile_brings_together_what_is_chosen_together():
     """Loads alone cannot tell pairs apart; with a profile each pair is on one rank."""
     pairs = np.zeros((2, 8, 8), dtype=np.int64)

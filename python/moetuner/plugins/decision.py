@@ -253,10 +253,10 @@ class Case:
     def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
         chance: dict[str, Any] = {"dead_zone": rules.dead_zone, "deviations": rules.deviations}
         if self.nodes > 1:
-            return self._whole_groups(budget, pairs, chance)
+            return self._whole_groups(budget, pairs, rules)
         return rebalance(self.windows, self.slots, budget=budget, pairs=pairs, **chance)
 
-    def _whole_groups(self, budget: int, pairs: Pairs | None, chance: dict[str, Any]) -> Rebalanced:
+    def _whole_groups(self, budget: int, pairs: Pairs | None, rules: Rules) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
         nodes, size = self.nodes, self.experts // self.groups
@@ -265,7 +265,12 @@ class Case:
         idle = ~self.load.any(axis=1) & np.all(holders.any(axis=1), axis=1)
         idle &= np.all(holders.sum(axis=2) >= min(width, self.experts // nodes), axis=1)
         idle &= np.all(self.slots != EMPTY, axis=(1, 2))
-        node_of = _nodes_of_groups(self.load, self.slots, self.groups, nodes, budget)
+        if idle.all():
+            none = np.zeros(layers)
+            return Rebalanced(self.slots, none, none, none.astype(np.int64))
+        node_of = _nodes_of_groups(
+            self.load, self.slots, self.groups, nodes, budget, rules.deviations
+        )
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
         experts = (order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
@@ -283,8 +288,9 @@ class Case:
             np.ascontiguousarray(self.windows[:, row[:, None], experts]),
             local[number[:, :, None], slots[busy]],
             budget=budget,
+            dead_zone=rules.dead_zone,
+            deviations=rules.deviations,
             pairs=pairs,
-            **chance,
         )
         slots, there = slots.copy(), experts[number[:, :, None], balanced.slots]
         slots[busy] = np.where(balanced.slots == EMPTY, EMPTY, there)
@@ -375,12 +381,18 @@ def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: in
 
 
 def _nodes_of_groups(
-    load: NDArray[np.float64], slots: Slots, groups: int, nodes: int, budget: int
+    load: NDArray[np.float64],
+    slots: Slots,
+    groups: int,
+    nodes: int,
+    budget: int,
+    deviations: float,
 ) -> NDArray[np.int64]:
     """Return the node of every group [L,G], as many groups on each.
 
     Groups go where most of them is, then the heaviest first to the node with the least load. In
-    layers where that relieves the heaviest node, two groups change places, within half the budget.
+    layers where that relieves the heaviest node by more than chance, two groups change places,
+    within half the budget.
     """
     layers, ranks, _ = slots.shape
     row, size = np.arange(layers), load.shape[1] // groups
@@ -409,10 +421,12 @@ def _nodes_of_groups(
     here = node_of == worst[:, None]
     rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
     best = rest.reshape(layers, -1).argmin(axis=1)
-    gain = 1 - rest.reshape(layers, -1)[row, best] / np.maximum(heavy[row, worst], 1)
+    before, after = heavy[row, worst], rest.reshape(layers, -1)[row, best]
+    least = np.maximum(GROUP_GAIN * before, deviations * np.sqrt(before + after))
+    gain = np.where(before - after > least, 1 - after / np.maximum(before, 1), 0)
     most = budget // (4 * size)
     for layer in np.argsort(-gain, kind="stable")[:most]:
-        if gain[layer] > GROUP_GAIN:
+        if gain[layer] > 0:
             pair = list(divmod(int(best[layer]), groups))
             node_of[layer, pair] = node_of[layer, pair[::-1]]
     return node_of

@@ -38,7 +38,7 @@ impl NoSlot {
 pub const QUICK: usize = 14;
 
 /// A load that stands for none.
-const LEAST: f64 = 1e-200;
+pub(super) const LEAST: f64 = 1e-200;
 
 /// Slots for loads `[E]` that are finite and not negative; `trials` of polish at most.
 ///
