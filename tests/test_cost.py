@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner import cost
 from moetuner.cost import busiest_ports
 from moetuner.presets import GPUS, MEASURED
 
@@ -186,7 +187,7 @@ def test_measured_presets_say_so_only_of_what_was_measured(gpu):
     """Experts of other sizes take time by their weights, and are called scaled and predicted."""
     own = mt.CostModel.preset(gpu, hidden=2048, intermediate=768)
     assert (own.name, own.token_bytes) == (f"{gpu}:2048x768", 4096)
-    assert own.origin.startswith(f"Times of experts are measured ({gpu}:2048x768), with an error")
+    assert own.origin.startswith(f"Times of experts are measured ({gpu}:2048x768), weights in 16")
     other = mt.CostModel.preset(gpu, hidden=4096, intermediate=1536, overlap=0.5)
     assert other.origin.startswith("Times are predicted, not measured")
     assert other.name == f"{gpu}:4096x1536 (scaled from 2048x768)"
@@ -194,3 +195,48 @@ def test_measured_presets_say_so_only_of_what_was_measured(gpu):
     assert (other.base_us, other.exposed, other.overlap) == (own.base_us, own.exposed, 0.5)
     with pytest.raises(ValueError, match="dtype_bytes must be 2, as measured, got 1"):
         mt.CostModel.preset(gpu, dtype_bytes=1)
+    with pytest.raises(ValueError, match="weight_bits must be 16, as measured, got 8"):
+        mt.CostModel.preset(gpu, weight_bits=8)
+
+
+@pytest.mark.parametrize("bits", [4.25, 8, 16])
+def test_weights_have_bits_of_their_own(bits):
+    """Reading takes the time of the weights' bits; tokens are of 8 bits where weights are."""
+    peak, dtype_bytes = GPUS["h100"], 1 if bits == 8 else 2
+    model = mt.CostModel.preset("h100", hidden=4096, intermediate=1024, weight_bits=bits)
+    flops = peak.flops_8bit if bits == 8 else peak.flops_16bit
+    expected = (3 * 4096 * 1024 * bits / 8 / peak.memory_bandwidth, 6 * 4096 * 1024 / flops)
+    assert (model.expert_us, model.token_us) == pytest.approx(np.array(expected) / 0.6 * 1e6)
+    assert (model.token_bytes, model.weight_bits) == (4096 * dtype_bytes, bits)
+    assert f"h100:4096x1024, weights in {bits:g} bits" in model.origin
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("mistralai/Mixtral-8x7B-v0.1", 16),
+        ("Qwen/Qwen3-30B-A3B", 16),
+        ("Qwen/Qwen3-30B-A3B-FP8", 8),
+        ("zai-org/GLM-4.6", 16),
+        ("databricks/dbrx-instruct", 16),
+        ("deepseek-ai/DeepSeek-V3-0324", 8),
+        ("deepseek-ai/DeepSeek-V2-Lite", 16),
+        ("unsloth/DeepSeek-R1-BF16", 16),
+        ("moonshotai/Kimi-K2-Instruct", 8),
+        ("moonshotai/Kimi-K2-Thinking", 4.5),
+        ("MiniMaxAI/MiniMax-M2", 8),
+        ("openai/gpt-oss-120b", 4.25),
+        ("mine", 8),
+        (None, 8),
+    ],
+)
+def test_models_have_the_bits_they_were_published_in(name, bits):
+    """Unless their name says other ones; times and bytes are of as many bits."""
+    traffic = mt.RoutingStatistics.from_load(np.ones((1, 1, 8), int), model=name)
+    model = cost.cost_model_of(traffic)
+    assert model.weight_bits == bits
+    hidden, intermediate = cost.size_of_expert(traffic) or (7168, 2048)
+    read = 3 * hidden * intermediate * bits / 8
+    assert cost.bytes_of_expert((hidden, intermediate), name) == read
+    # No expert is read faster than the memory gives its bytes.
+    assert model.expert_us == pytest.approx(read / GPUS["h100"].memory_bandwidth / 0.6 * 1e6)

@@ -16,13 +16,15 @@ from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
-from moetuner.presets import GPUS, MEASURED, MODELS, Measured
+from moetuner.presets import BITS_IN_NAMES, GPUS, MEASURED, MODELS, Measured
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
 
-# The sizes of DeepSeek-V3's experts, for presets that are not told any (its config.json).
+# The sizes of DeepSeek-V3's experts, for presets that are not told any (its config.json), and the
+# bits of a weight where nothing tells them.
 HIDDEN, INTERMEDIATE = 7168, 2048
+WEIGHT_BITS = 8.0
 
 # Share of the peak that grouped matrix products and weight reads reach. DeepGEMM reports 1550 of
 # 1979 TFLOP/s at best and half of that on small groups; a rough middle. Measure, and use `fit`.
@@ -74,6 +76,8 @@ class CostModel(Frozen):
         Standard errors of ``base_us``, ``expert_us``, ``start_us``, ``token_us`` and ``exposed``.
     measured
         How many measurements were of each regime: reading weights, and computing.
+    weight_bits
+        Bits of a weight as it is read, with its share of scales, where that is known.
 
     Raises
     ------
@@ -103,6 +107,7 @@ class CostModel(Frozen):
     prediction_error: float | None = None
     parameter_errors: tuple[float, ...] | None = None
     measured: tuple[int, ...] | None = None
+    weight_bits: float | None = None
 
     def __post_init__(self) -> None:
         for name in AMOUNTS:
@@ -120,6 +125,8 @@ class CostModel(Frozen):
         check.text_or_none("name", self.name)
         if self.residual is not None:
             check.not_negative("residual", self.residual, "number")
+        if self.weight_bits is not None:
+            check.positive("weight_bits", self.weight_bits)
 
     @property
     def bytes_back(self) -> float:
@@ -137,12 +144,8 @@ class CostModel(Frozen):
 
     @property
     def weights(self) -> str:
-        """In how many bits weights are read, to follow a preset's name; else empty."""
-        sizes = re.search(r":(\d+)x\d+\b", self.name or "")
-        if sizes is None or self.measured is not None or not int(sizes[1]):
-            return ""
-        # A preset's tokens are sent in the type that its weights have.
-        return f", weights in {8 * self.token_bytes / int(sizes[1]):g} bits"
+        """In how many bits weights are read, to follow a name; empty where that is not known."""
+        return "" if self.weight_bits is None else f", weights in {self.weight_bits:g} bits"
 
     @property
     def origin(self) -> str:
@@ -153,7 +156,7 @@ class CostModel(Frozen):
         name = name if name.startswith("measured") else f"measured ({name})"
         error = self.residual if self.prediction_error is None else self.prediction_error
         off = "" if error is None else f", with an error of {100 * error:.1f} %"
-        return f"Times of experts are {name}{off}; times of links are predicted."
+        return f"Times of experts are {name}{self.weights}{off}; times of links are predicted."
 
     @classmethod
     def fit(
@@ -211,6 +214,7 @@ class CostModel(Frozen):
         flops: float,
         memory_bandwidth: float,
         dtype_bytes: float = 2,
+        weight_bits: float | None = None,
         efficiency: float = EFFICIENCY,
         launch_us: float = LAUNCH_US,
         **others: Any,
@@ -224,8 +228,9 @@ class CostModel(Frozen):
         flops, memory_bandwidth
             Peak operations and bytes per second of a device.
         dtype_bytes
-            Bytes of a weight, and of each number of a token that is sent out; results come back in
-            two bytes.
+            Bytes of each number of a token that is sent out; results come back in two bytes.
+        weight_bits
+            Bits of a weight; by default those of ``dtype_bytes``.
         efficiency
             Share of the peaks that is reached.
         launch_us
@@ -239,14 +244,17 @@ class CostModel(Frozen):
         flops = check.positive("flops", flops) * efficiency
         memory_bandwidth = check.positive("memory_bandwidth", memory_bandwidth) * efficiency
         dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
+        weight_bits = 8 * dtype_bytes if weight_bits is None else weight_bits
+        bits = float(check.positive("weight_bits", weight_bits))
         launch_us = check.not_negative("launch_us", launch_us, "number of microseconds")
         fields = {
             "base_us": launch_us,
-            "expert_us": 1e6 * weights * dtype_bytes / memory_bandwidth,
+            "expert_us": 1e6 * weights * bits / 8 / memory_bandwidth,
             "start_us": launch_us,
             "token_us": 1e6 * 2 * weights / flops,
             "token_bytes": hidden * dtype_bytes,
             "combine_bytes": hidden * 2.0,
+            "weight_bits": bits,
         }
         return cls(**{**fields, **others})
 
@@ -259,12 +267,15 @@ class CostModel(Frozen):
         hidden: int = HIDDEN,
         intermediate: int = INTERMEDIATE,
         dtype_bytes: float | None = None,
+        weight_bits: float | None = None,
         **others: Any,
     ) -> CostModel:
         """Return the roofline of a common GPU, such as ``"h100"``, or times that were measured.
 
-        Sizes are DeepSeek-V3's, in 8 bits. What was measured, such as ``"a800-measured"``, is of
-        other sizes in 16 bits; times of an expert and of a token are in proportion to the weights.
+        Sizes are DeepSeek-V3's, in 8 bits. Weights of 8 bits meet tokens that are sent and computed
+        in 8 bits; weights of other bits meet tokens in 16, unless ``dtype_bytes`` says otherwise.
+        What was measured, such as ``"a800-measured"``, is of other sizes in 16 bits; times of an
+        expert and of a token are in proportion to the weights.
 
         Raises
         ------
@@ -275,8 +286,12 @@ class CostModel(Frozen):
         check.one_of("preset", gpu, (*GPUS, *MEASURED))
         name = f"{gpu}:{hidden}x{intermediate}"
         if gpu in MEASURED:
+            if weight_bits not in (None, 16):
+                raise ValueError(f"weight_bits must be 16, as measured, got {weight_bits}")
             return cls._scaled(MEASURED[gpu], hidden, intermediate, dtype_bytes, name, others)
-        dtype_bytes = check.positive("dtype_bytes", 1 if dtype_bytes is None else dtype_bytes)
+        if dtype_bytes is None:
+            dtype_bytes = 1 if weight_bits in (None, WEIGHT_BITS) else 2
+        dtype_bytes = check.positive("dtype_bytes", dtype_bytes)
         peak = GPUS[gpu]
         return cls.from_hardware(
             hidden,
@@ -284,6 +299,7 @@ class CostModel(Frozen):
             flops=peak.flops_8bit if dtype_bytes == 1 else peak.flops_16bit,
             memory_bandwidth=peak.memory_bandwidth,
             dtype_bytes=dtype_bytes,
+            weight_bits=weight_bits,
             **{"name": name, **others},
         )
 
@@ -304,6 +320,7 @@ class CostModel(Frozen):
             raise ValueError(f"dtype_bytes must be 2, as measured, got {dtype_bytes}")
         factor = weights / (of.hidden * of.intermediate)
         fields: dict[str, Any] = {"name": name, "token_bytes": 2 * hidden, "exposed": of.exposed}
+        fields["weight_bits"] = 16.0
         if (hidden, intermediate) == (of.hidden, of.intermediate):
             fields |= {"prediction_error": of.prediction_error, "measured": of.measured}
         else:
@@ -621,36 +638,62 @@ def size_of_expert(traffic: Any) -> tuple[int, int] | None:
     return traffic.expert_size or (None if public is None else public[:2])
 
 
+def type_in_name(model: str | None) -> str | None:
+    """Return the type of weights that a checkpoint's name says, such as "fp8"; None for none."""
+    words = re.split(r"[^a-z0-9]+", (model or "").lower())
+    return next((word for word in words if word in BITS_IN_NAMES), None)
+
+
+def weight_bits_of(model: str | None) -> float:
+    """Return the bits of a model's weights: by its name, else as published, else 8."""
+    type_of_weights, public = type_in_name(model), public_name(model)
+    if type_of_weights is not None:
+        return BITS_IN_NAMES[type_of_weights]
+    return WEIGHT_BITS if public is None else MODELS[public].weight_bits
+
+
 def top_k_of(traffic: Any) -> int | None:
     """Return experts per token of a trace, or of the public model of statistics; else None."""
     public = MODELS.get(public_name(traffic.model) or "")
-    return getattr(traffic, "top_k", None if public is None else public[2])
+    return getattr(traffic, "top_k", None if public is None else public.top_k)
 
 
-def bytes_of_expert(size: Sequence[int] | None, model: str | None) -> float | None:
-    """Return the bytes of an expert of one layer in 8 bits; None where its size is not known."""
-    size = size or MODELS.get(public_name(model) or "")
-    return None if size is None else 3.0 * size[0] * size[1]
+def bytes_of_expert(
+    size: Sequence[int] | None, model: str | None, weight_bits: float | None = None
+) -> float | None:
+    """Return the bytes of an expert of one layer; None where its size is not known.
+
+    Its weights have ``weight_bits``, by default those of the model.
+    """
+    public = MODELS.get(public_name(model) or "")
+    size = size or (None if public is None else public[:2])
+    bits = weight_bits_of(model) if weight_bits is None else weight_bits
+    return None if size is None else 3.0 * size[0] * size[1] * bits / 8
 
 
-def cost_model_of(traffic: Any, gpu: str = DEFAULT_GPU) -> CostModel:
+def cost_model_of(
+    traffic: Any, gpu: str = DEFAULT_GPU, weight_bits: float | None = None
+) -> CostModel:
     """Return the roofline of a GPU with the experts of the model of a trace or statistics.
 
-    Where their size is not known they are DeepSeek-V3's. The name says whose they are.
+    Where their size is not known they are DeepSeek-V3's, and weights have ``weight_bits``, by
+    default those of the model. The name says whose they are.
     """
+    if weight_bits is None and gpu not in MEASURED:
+        weight_bits = weight_bits_of(traffic.model)
     hidden, intermediate = size_of_expert(traffic) or (HIDDEN, INTERMEDIATE)
     why = "INPUT names no model" if traffic.model is None else f"{traffic.model:.40} is not known"
     whose = public_name(traffic.model) or f"{ASSUMED}{why}"
     if traffic.expert_size is not None:
         whose = traffic.model or "as recorded"
-    model = CostModel.preset(gpu, hidden=hidden, intermediate=intermediate)
+    model = CostModel.preset(gpu, hidden=hidden, intermediate=intermediate, weight_bits=weight_bits)
     return replace(model, name=f"{model.name} ({whose})")
 
 
-def assumed_model(name: str | None) -> str | None:
-    """Return a sentence where a cost model of this name is of experts that nobody named."""
-    _, assumed, why = (name or "").partition(f"({ASSUMED}")
+def assumed_model(model: CostModel) -> str | None:
+    """Return a sentence where a cost model is of experts that nobody named."""
+    _, assumed, why = (model.name or "").partition(f"({ASSUMED}")
     if not assumed:
         return None
-    whose = "times are of DeepSeek-V3's experts in 8 bits"
+    whose = f"times are of DeepSeek-V3's experts{model.weights.replace(', weights', '')}"
     return f"{why[:-1]}, so {whose}: pass --model or --cost-model."

@@ -99,6 +99,16 @@ MEASURED = {
     "a800-measured": Measured(83.3, 7.465, 192.5, 0.07697, 0.548, 0.092, (2013, 459), 2048, 768),
 }
 
+
+class Model(NamedTuple):
+    """A published model: its routed experts' sizes, experts per token, and bits of a weight."""
+
+    hidden: int
+    intermediate: int
+    top_k: int
+    weight_bits: float
+
+
 # Hidden and intermediate size of a routed expert, and experts per token: `hidden_size`,
 # `moe_intermediate_size` (where that is missing `intermediate_size`, of dbrx `d_model` and
 # `ffn_hidden_size`) and `num_experts_per_tok` of the config.json that models were published with.
@@ -108,7 +118,7 @@ SIZES = {
     (6144, 10752, 4): "dbrx",
     (5120, 1536, 6): "deepseek-coder-v2 deepseek-v2",
     (2048, 1408, 6): "deepseek-coder-v2-lite deepseek-moe-16b deepseek-v2-lite moonlight-16b-a3b",
-    (7168, 2048, 8): "deepseek-r1 deepseek-v3 kimi-k2",
+    (7168, 2048, 8): "deepseek-r1 deepseek-v3 kimi-k2 kimi-k2-thinking",
     (4096, 1408, 6): "dots.llm1",
     (2560, 1536, 6): "ernie-4.5-21b-a3b",
     (8192, 3584, 8): "ernie-4.5-300b-a47b",
@@ -130,4 +140,32 @@ SIZES = {
     (6144, 2560, 8): "qwen3-coder-480b-a35b",
     (2048, 512, 10): "qwen3-next-80b-a3b",
 }
-MODELS = {name: size for size, names in SIZES.items() for name in names.split()}
+
+# Bits of a routed expert's weight, as published: `torch_dtype` is bfloat16 but where a
+# `quantization_config` says fp8 (blocks of 128 x 128 have one scale, which is nothing), mxfp4 (a
+# scale of 8 bits for 32 weights) or int4 in groups of 32 (a scale of 16 bits); grok-1's own
+# checkpoint has weights in int8.
+PUBLISHED_BITS = {
+    8: "deepseek-r1 deepseek-v3 kimi-k2 minimax-m2 grok-1",
+    4.25: "gpt-oss-120b gpt-oss-20b",
+    4.5: "kimi-k2-thinking",
+}
+_BITS = {name: bits for bits, names in PUBLISHED_BITS.items() for name in names.split()}
+MODELS = {
+    name: Model(*size, _BITS.get(name, 16.0))
+    for size, names in SIZES.items()
+    for name in names.split()
+}
+
+# Bits of a weight that the name of a checkpoint says, whatever its model was published in; with
+# the scales of groups of 32 (MXFP4), 16 (NVFP4) and 128 weights (int4 and AWQ, with a zero, too).
+BITS_IN_NAMES = {
+    "bf16": 16.0,
+    "fp16": 16.0,
+    "fp8": 8.0,
+    "int8": 8.0,
+    "mxfp4": 4.25,
+    "nvfp4": 4.5,
+    "int4": 4.16,
+    "awq": 4.16,
+}

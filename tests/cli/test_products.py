@@ -36,6 +36,7 @@ READING = """
 --arrival mixed
 --arrival 0.5
 --model mixtral-8x7b
+--weight-bits 4.25
 --window 64
 --tokens-per-step 16 --top-k 2
 --only a

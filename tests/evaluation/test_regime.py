@@ -22,7 +22,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("name", "model", "given", "whose"),
     [
-        ("solve", "gpt-oss-20b", [], "(gpt-oss-20b), weights in 8 bits; for others: --cost-model"),
+        ("solve", "gpt-oss-20b", [], "(gpt-oss-20b), weights in 4.25 bits; for others:"),
         ("compare", "mixtral-8x7B-v0.1", ["--cost-model", "a100"], "a100:4096x14336 (mixtral-8x7b"),
         ("evaluate", "mine", ["--cost-model", "h100"], "mine is not known, so times are of"),
         (
@@ -31,12 +31,21 @@ COMMANDS = {
             [],
             "so times are of DeepSeek-V3's experts in 8 bits: pass",
         ),
+        ("solve", "mine", ["--weight-bits", 16], "of DeepSeek-V3's experts in 16 bits: pass"),
+        ("evaluate", "Mixtral-8x7B", [], "(mixtral-8x7b), weights in 16 bits;"),
+        ("compare", None, ["--model", "Qwen/Qwen3-30B-A3B-FP8"], "weights in 8 bits;"),
         ("audit", "mine", ["--for", "vllm", "--model", "Qwen/Qwen3-30B-A3B"], "(qwen3-30b-a3b)"),
         (
             "audit",
             "gpt-oss-20b",
             ["--cost-model", "h200:64x32"],
             "with h200:64x32, weights in 8 bits;",
+        ),
+        (
+            "audit",
+            "gpt-oss-20b",
+            ["--cost-model", "h200:64x32", "--weight-bits", 4],
+            "with h200:64x32, weights in 4 bits;",
         ),
     ],
 )
@@ -49,6 +58,24 @@ def test_times_say_whose_they_are(ok, make_trace, tmp_path, name, model, given, 
     assert json.loads(ok(*words, "--json", "-"))["settings"]["regime"] == "dispatch"
     text = ok(*words)
     assert whose in text
+
+
+def test_bits_of_weights_go_with_a_placement(ok, make_trace, tmp_path):
+    """They make its times and bytes, which whoever judges it takes unless told others."""
+    trace, placement = tmp_path / "t.safetensors", tmp_path / "p.json"
+    replace(make_trace(60), model="mixtral-8x7b").save(trace)
+    bits, size = ["--weight-bits", 4], 3 * 4096 * 14336
+    mt.Placement([[[0, 1, 2, 3], [4, 5, 6, 7]]] * 3).save(tmp_path / "running.json")
+    moving = ["--initial", tmp_path / "running.json"]
+    out = ["--out", placement, "--method", "heuristic", "--json", "-"]
+    solved = json.loads(ok("solve", trace, "--devices", 2, *moving, *bits, *out))
+    assert solved["settings"]["expert_bytes"] == size / 2
+    assert solved["settings"]["cost_model"]["weight_bits"] == 4
+    assert json.loads(ok("diff", placement, placement, "--json", "-"))["expert_bytes"] == size / 2
+    for given, wanted in (([], 4), (["--weight-bits", 8], 8)):
+        shown = json.loads(ok("evaluate", placement, trace, *given, "--json", "-"))
+        assert shown["settings"]["cost_model"]["weight_bits"] == wanted
+    assert shown["predicted_layer_us"] != solved["predicted_layer_us"]
 
 
 @pytest.mark.parametrize("counted", ["transitions", "coactivation"])
@@ -109,7 +136,8 @@ def test_sizes_are_recorded_or_those_of_the_model(make_trace):
     for size, wanted in (((64, 32), "h100:64x32"), (None, "h100:2880x2880")):
         counted = mt.RoutingStatistics.from_trace(replace(trace, expert_size=size))
         hidden, intermediate = size or (2880, 2880)
-        model = mt.CostModel.preset("h100", hidden=hidden, intermediate=intermediate)
+        how = {"hidden": hidden, "intermediate": intermediate, "weight_bits": 4.25}
+        model = mt.CostModel.preset("h100", **how)
         expected = replace(model, name=f"{wanted} (gpt-oss-20b)")
         assert cost.cost_model_of(counted) == expected
         assert mt.Problem(counted, mt.Topology(2)).cost_model == expected

@@ -82,7 +82,7 @@ def command(
     copies
         Extra slots per device and layer to try.
     expert_bytes
-        Bytes of one expert of one layer. [default: of INPUT's model in 8 bits, if known]
+        Bytes of one expert of one layer. [default: of INPUT's model, if known]
     price
         Smallest gain, as a share of the predicted time, that is worth a change.
     prefill_share
@@ -98,10 +98,10 @@ def command(
         Time limit per solve, in seconds. Results then depend on the machine.
     """
     topology = machine.topology()
-    how: dict[str, Any] = {"copies": copies, "expert_bytes": expert_bytes, "price": price}
+    how: dict[str, Any] = {"copies": copies, "price": price}
     how |= {"prefill_share": prefill_share, "splits": splits, "by_group": by_group}
     how |= {"in_order": not any_order, "objective": objective, "time_limit": time_limit}
-    how |= {"seed": seed, "initial": initial}
+    how |= {"seed": seed, "initial": initial, "expert_bytes": source.expert_bytes(expert_bytes)}
     if not advising.READ.fullmatch(initial):
         if not Path(initial).is_file():
             raise click.BadParameter(
@@ -120,7 +120,7 @@ def command(
     output.say(*described)
     tried = splits + 2 * len(copies) + 4  # steps, about
     with working("advising") as report:
-        how |= serving.arguments(source.traffic) | {"progress": steps(report, tried)}
+        how |= serving.arguments(source) | {"progress": steps(report, tried)}
         advice = advising.advise(source.traffic, topology, **how)
     commands = next_commands(source, advice, unseen)
     _show(output, advice)

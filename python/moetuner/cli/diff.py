@@ -33,13 +33,14 @@ def command(
     Parameters
     ----------
     expert_bytes
-        Bytes of one expert of one layer. [default: of the model's experts in 8 bits, if known]
+        Bytes of one expert of one layer. [default: of the model's experts, if known]
     """
     before, after = (read_any(path, machine, given) for path in (before_file, after_file))
     settings = defaults_in(before_file, before.settings) | defaults_in(after_file, after.settings)
     topology = machine.topology(after.devices, settings.get("topology"))
     if expert_bytes is None:
-        expert_bytes = bytes_of_expert(settings.get("expert_size"), after.model or before.model)
+        model, bits = after.model or before.model, settings["input"].get("weight_bits")
+        expert_bytes = bytes_of_expert(settings.get("expert_size"), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
     output.say(moves_sentence(diff, topology))
     if expert_bytes is None:

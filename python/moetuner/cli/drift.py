@@ -201,7 +201,9 @@ def _again(placed: Placed, machine: Machine) -> str:
     of, topology, settings = placed.placement, placed.topology, placed.settings
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
-    values |= {name: getattr(placed.source, name) for name in ("model", "tokens_per_step")}
+    values |= {
+        name: getattr(placed.source, name) for name in ("model", "weight_bits", "tokens_per_step")
+    }
     if machine.machine is None:
         values["devices"] = of.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
@@ -211,7 +213,8 @@ def _again(placed: Placed, machine: Machine) -> str:
     }
     values |= {"engine": placed.serving.engine, **_phases(placed)}
     model = placed.how["cost_model"]
-    if model != cost_model_for(None, placed.source.traffic) and model.name:
+    usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
+    if model != usual and model.name:
         values["cost_model"] = model.name.partition(" (")[0]
     values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
     values["slots_per_device"] = of.slots_per_device if of.has_copies else None

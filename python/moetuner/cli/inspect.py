@@ -70,7 +70,7 @@ def _show_served(
     output: Output, source: Source, serving: Serving, devices: int
 ) -> dict[str, float | None]:
     """Print and return the figures of experts in blocks for the traffic as it is served."""
-    traffic, how = source.traffic, serving.arguments(source.traffic)
+    traffic, how = source.traffic, serving.arguments(source)
     placement = blocks(traffic.layers, traffic.num_experts, devices)
     with working("replaying"):
         of = evaluate(placement, traffic, window=source.replayed, **how, threads=source.threads)

@@ -44,7 +44,7 @@ def command(
     report_file
         Page to write.
     expert_bytes
-        Bytes of one expert of one layer. [default: of INPUT's model in 8 bits, if known]
+        Bytes of one expert of one layer. [default: of INPUT's model, if known]
     figures
         Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """

@@ -275,7 +275,7 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
 
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
-    line = assumed_model(model.name) or (
+    line = assumed_model(model) or (
         f"Times are predicted with {model.name or 'an unnamed cost model'}{model.weights}; "
         "for others: --cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,7 +43,7 @@ def read_machine(text: str) -> tuple[str, Topology]:
 def read_cost_model(text: str) -> CostModel | str:
     """Read a file, whose name it gets if it has none, or a GPU and the size of its experts.
 
-    Of a GPU without a size its name is returned: INPUT's model has it.
+    Of a GPU its text is returned: bits of weights, and sizes that it lacks, are of INPUT's model.
     """
     if Path(text).exists():
         model = CostModel.load(text)
@@ -53,18 +54,30 @@ def read_cost_model(text: str) -> CostModel | str:
     match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
     if match is None:
         raise click.BadParameter(f"sizes must be as in {name}:4096x1024, got '{size:.20}'")
-    return CostModel.preset(name, hidden=int(match[1]), intermediate=int(match[2]))
+    _roofline(text)
+    return text
+
+
+def _roofline(text: str, weight_bits: float | None = None) -> CostModel:
+    """Return the cost model of a GPU and the size of its experts."""
+    name, hidden, intermediate = re.split("[:x](?=[0-9]+(?:x|$))", text)
+    how: dict[str, Any] = {"hidden": int(hidden), "intermediate": int(intermediate)}
+    return CostModel.preset(name, **how, weight_bits=weight_bits)
 
 
 TOPOLOGY = FileText(read_machine, words=MACHINES)
 COST_MODEL = FileText(read_cost_model, words=(*GPUS, *MEASURED))
 
 
-def cost_model_for(given: CostModel | str | None, traffic: Traffic) -> CostModel:
+def cost_model_for(
+    given: CostModel | str | None, traffic: Traffic, weight_bits: float | None = None
+) -> CostModel:
     """Return the cost model that was given, or that of a GPU with the experts of INPUT's model."""
     if isinstance(given, CostModel):
         return given
-    return cost_model_of(traffic, given or DEFAULT_GPU)
+    if given is not None and ":" in given:
+        return _roofline(given, weight_bits)
+    return cost_model_of(traffic, given or DEFAULT_GPU, weight_bits)
 
 
 @dataclass(frozen=True)

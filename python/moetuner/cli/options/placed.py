@@ -15,6 +15,7 @@ from moetuner._checks import (
     is_number,
     nth_seed,
     number_or_none,
+    positive,
     seed_in,
     shown,
     text_or_none,
@@ -76,6 +77,7 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("version", "method", "effort", "engine", "regime", "split"), text_or_none),
     **dict.fromkeys(("objective", "figure", "unit"), text_or_none),
     "input.model": text_or_none,
+    "input.weight_bits": positive,
     **dict.fromkeys(("input.files", "input.only"), _texts),
     **dict.fromkeys(("input.tokens", "input.windows"), partial(whole_number, lowest=0)),
     **dict.fromkeys(("input.tokens_per_step", "input.top_k"), whole_number),
@@ -157,7 +159,8 @@ def with_input(
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
     files = [path.name for path in source.input_files]
     facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
-    given = {name: getattr(source, name) for name in ("model", "tokens_per_step", "top_k")}
+    names = ("model", "weight_bits", "tokens_per_step", "top_k")
+    given = {name: getattr(source, name) for name in names}
     facts |= {name: value for name, value in given.items() if value is not None}
     more = {"engine": engine, "holdout": holdout, "input": facts}
     return placement.with_names(settings={**placement.settings, **more})
@@ -189,10 +192,11 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         placement = source.load(path, devices=machine.given)
         settings = defaults_in(path, placement.settings)
-        source, recorded = source.as_placed(settings), settings["input"].get("model")
+        source, recorded = source.as_placed(settings), settings["input"]
         topology = machine.topology(placement.devices, settings.get("topology"))
-        # Times of another model than the placement's are that model's.
-        of_other = {"cost_model"} if source.model != recorded else set()
+        # Times of another model than the placement's, or of other bits, are that model's.
+        is_other = any(getattr(source, of) != recorded.get(of) for of in ("model", "weight_bits"))
+        of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in settings.items() if name not in of_other}
         with naming(path):
             serving = serving.with_defaults(served)
@@ -201,7 +205,7 @@ class Placed:
     @cached_property
     def how(self) -> dict[str, Any]:
         """Arguments of ``evaluate`` and ``audit`` that say how traffic is served."""
-        return self.serving.arguments(self.source.traffic)
+        return self.serving.arguments(self.source)
 
     @cached_property
     def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
@@ -261,10 +265,10 @@ class Placed:
 
     @property
     def expert_bytes(self) -> float | None:
-        """Bytes of an expert of one layer in 8 bits; None where its size is not known."""
+        """Bytes of an expert of one layer; None where its size is not known."""
         traffic = self.source.traffic
         size = self.settings.get("expert_size") or traffic.expert_size
-        return bytes_of_expert(size, traffic.model)
+        return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, before: Evaluation, after: Evaluation, against: str) -> list[Comparison]:
         """Compare it with another placement, in the figure it was computed for and in time."""

@@ -114,10 +114,11 @@ class Serving:
             return default
         return default if self.engine is None else getattr(ENGINES[self.engine], name, default)
 
-    def arguments(self, traffic: Traffic) -> dict[str, Any]:
-        """Return the arguments of ``evaluate`` and ``audit`` that say the same."""
-        self.is_of_counts = isinstance(traffic, RoutingStatistics)
-        model = cost_model_for(self.given.get("cost_model"), traffic)
+    def arguments(self, source: Source) -> dict[str, Any]:
+        """Return the arguments of ``evaluate`` and ``audit`` that say the same of INPUT."""
+        self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
+        given = self.given.get("cost_model")
+        model = cost_model_for(given, source.traffic, source.weight_bits)
         return {"cost_model": model, **{name: self.value(name) for name in SERVED}}
 
     def settings(self, topology: Topology, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +177,9 @@ class ProblemOptions(Serving):
         sets = given.get("regime") != "follow" and goal != "balance"
         statistics = source.count(traffic, sets=sets, by_group="groups" in given)
         settings = given | {name: self.value(name) for name in SERVED}
-        settings["cost_model"] = cost_model_for(given.get("cost_model"), statistics)
+        settings["cost_model"] = cost_model_for(
+            given.get("cost_model"), statistics, source.weight_bits
+        )
         if source.window is not None and isinstance(source.traffic, RoutingTrace):
             if "phases" in given:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")

@@ -16,6 +16,7 @@ from moetuner.cli.options import (
     COUNT,
     IN_INPUT,
     FileHints,
+    Number,
     Text,
     argument,
     layer_list,
@@ -23,7 +24,7 @@ from moetuner.cli.options import (
     threads_option,
 )
 from moetuner.cli.output import shares, working
-from moetuner.cost import bytes_of_expert, public_name, top_k_of
+from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
@@ -88,7 +89,7 @@ def _left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
 
 
 def read_model(text: str) -> str:
-    """Return the name under which a model's sizes are known."""
+    """Return the name under which a model's sizes are known, and of its weights' type."""
     public = public_name(text)
     if public is None:
         near = suggestion(text.rsplit("/", 1)[-1].lower(), MODELS)
@@ -96,7 +97,8 @@ def read_model(text: str) -> str:
             f"must be a model whose sizes are known, got '{text:.60}'{near or '.'} "
             "For another one: --cost-model GPU:HIDDENxINTERMEDIATE."
         )
-    return public
+    type_of_weights = type_in_name(text)
+    return public if type_of_weights is None else f"{public}-{type_of_weights}"
 
 
 def parse_files(
@@ -141,6 +143,9 @@ class Source(FileHints):
     model
         Model of INPUT, such as deepseek-v3 or Qwen/Qwen3-30B-A3B: its experts' sizes, for predicted
         times and bytes. [default: as INPUT says]
+    weight_bits
+        Bits of an expert's weight as it is read, for predicted times and bytes; 8 for fp8, 16 for
+        bf16, 4.25 for MXFP4. [default: as --model was published; 8 if it is not known]
     """
 
     input_files: tuple[Path, ...] = argument(
@@ -150,6 +155,7 @@ class Source(FileHints):
     window: int | None = option(COUNT, "TOKENS", group=GOAL)
     tokens_per_step: int | None = option(COUNT, "N", group=GOAL)
     model: str | None = option(Text(read_model, words=MODELS), "NAME", group=ENGINE)
+    weight_bits: float | None = option(Number(1, 64), "BITS", group=ENGINE)
     threads: int | None = threads_option()
 
     @cached_property
@@ -202,7 +208,7 @@ class Source(FileHints):
     def as_placed(self, settings: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, of = self.recorded, settings.get("input", {})
-        defaults = {"model": of.get("model")}
+        defaults = {name: of.get(name) for name in ("model", "weight_bits")}
         if isinstance(recorded, RoutingTrace):
             defaults["window"] = settings.get("window")
         elif recorded.window is None:
@@ -323,7 +329,7 @@ class Source(FileHints):
         ]
 
     def expert_bytes(self, given: float | None) -> float | None:
-        """Return bytes of an expert: those given, else of INPUT's model in 8 bits, if known."""
+        """Return bytes of an expert: those given, else of INPUT's model, if known."""
         if given is not None:
             return given
-        return bytes_of_expert(self.traffic.expert_size, self.traffic.model)
+        return bytes_of_expert(self.traffic.expert_size, self.traffic.model, self.weight_bits)

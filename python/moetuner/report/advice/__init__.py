@@ -104,7 +104,7 @@ def advise(
     objective
         As for ``Problem``; time by default.
     expert_bytes
-        Bytes of one expert of one layer; by default of the model's experts in 8 bits, where known.
+        Bytes of one expert of one layer; by default of the model's experts, where known.
     cost_model, regime, split, arrival
         As for ``Problem``; split and arrival by default the engine's, else even and in bursts.
     in_order

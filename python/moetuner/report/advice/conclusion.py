@@ -94,7 +94,7 @@ def concluded(of: Advice, notes: tuple[str, ...]) -> Advice:
             warnings.append(f"{one[0].upper()}{one[1:]}.")
     model = of.problem.cost_model
     assert model is not None
-    assumed = assumed_model(model.name)
+    assumed = assumed_model(model)
     warnings.append(
         model.origin if assumed is None else f"Times are predicted, not measured: {assumed}"
     )
