@@ -135,7 +135,7 @@ def read(path: Path) -> Profiles:
     if not 2 <= len(loads) <= MOST:
         raise ValueError(f"{path}: must have 2 to {MOST} profiles, got {len(loads)}")
     together = mt.RoutingStatistics.from_load(np.stack([*loads.values()]))
-    scaled = together.per_step(CHOICES).window_load.astype(np.int64)
+    scaled = together.per_step(CHOICES, drawn=False).window_load.astype(np.int64)
     if len(scaled) < len(loads):
         raise ValueError(f"{path}: every profile must have a count above 0")
     return Profiles(tuple(loads), scaled)

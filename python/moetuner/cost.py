@@ -284,6 +284,8 @@ class CostModel(Frozen):
             the sources.
         """
         check.one_of("preset", gpu, (*GPUS, *MEASURED))
+        if weight_bits is not None:
+            weight_bits = check.positive("weight_bits", weight_bits)
         name = f"{gpu}:{hidden}x{intermediate}"
         if gpu in MEASURED:
             if weight_bits not in (None, 16):

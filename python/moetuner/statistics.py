@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, reduce
@@ -139,6 +140,9 @@ TABLE_LIMIT = 16 << 30
 
 # Distinct expert sets of all layers, beyond which a sample of the tokens has to do.
 MOST_SETS = 1 << 22
+
+# Steps that are drawn from few windows of counters, at least.
+STEPS = 32
 
 # Loads that take more in 64 bits are held in fewer: of thousands of windows.
 NARROW_BYTES = 64 << 20
@@ -539,11 +543,16 @@ class RoutingStatistics(Frozen):
         total: RoutingStatistics = reduce(operator.add, members)
         return total
 
-    def per_step(self, tokens: int, *, top_k: int = 1) -> RoutingStatistics:
-        """Scale the load of every window to one step, for counters that sum over many.
+    def per_step(
+        self, tokens: int, *, top_k: int = 1, drawn: bool = True, seed: int = 0
+    ) -> RoutingStatistics:
+        """Draw single steps from the loads of windows, for counters that sum over many steps.
 
-        Shares are kept, and so are the totals of layers to one another; rounding is by the largest
-        remainder. Windows without load are left out, pairs and sets are not kept.
+        A mean of many steps is more even than each of them. So the choices of every step are drawn
+        by chance, in proportion to its window's loads; the totals of layers keep their proportions.
+        Every window becomes one step, of few windows as many as make 32 in all; but a single window
+        is scaled, as chance alone would tell its steps apart. Windows without load are left out,
+        pairs and sets are not kept.
 
         Parameters
         ----------
@@ -552,31 +561,39 @@ class RoutingStatistics(Frozen):
         top_k
             Experts per token and layer; 1 where load counts tokens once, or ``tokens`` counts each
             token once per expert.
+        drawn
+            Whether steps are drawn; else every window is scaled to the mean of its steps, rounded
+            by the largest remainder.
+        seed
+            Of the steps that are drawn, which depend on the loads, too.
 
         Examples
         --------
         >>> import moetuner as mt
-        >>> mt.RoutingStatistics.from_load([[600, 300, 100]]).per_step(5).window_load.tolist()
-        [[[3, 2, 0]]]
+        >>> counters = mt.RoutingStatistics.from_load(40 * [[[600, 300, 100]]])
+        >>> counters.per_step(5).window_load[:3].tolist()
+        [[[3, 1, 1]], [[3, 2, 0]], [[5, 0, 0]]]
+        >>> counters.per_step(5, drawn=False).window_load[0].tolist()
+        [[3, 2, 0]]
         """
         tokens = check.whole_number("tokens", tokens, highest=1 << 40)
         choices = tokens * check.whole_number("top_k", top_k, highest=1 << 12)
+        check.flag("drawn", drawn)
+        check.seed_in(seed)
         used = np.flatnonzero(self.window_load.any(axis=(1, 2)))
         if not used.size:
             raise ValueError("load must have a count above 0 to be scaled, got only zeros")
-        scaled = np.empty((len(used), *self.window_load.shape[1:]), dtype=np.int64)
-        for at, window in enumerate(used):
-            load = self.window_load[window].astype(np.float64)
-            total = load.sum(axis=1, keepdims=True)
-            wanted = np.rint(choices * (total / total.max()))
-            exact = load / np.maximum(total, 1) * wanted
-            scaled[at] = np.floor(exact)
-            missing = wanted[:, 0].astype(np.int64) - scaled[at].sum(axis=1)
-            rank = np.argsort(np.argsort(scaled[at] - exact, axis=1, kind="stable"), axis=1)
-            scaled[at] += rank < missing[:, None]
+        if not drawn or len(used) == 1:
+            scaled = [_scaled_to(self.window_load[window], choices) for window in used]
+        else:
+            used = np.repeat(used, -(-STEPS // len(used)))
+            scaled = [
+                _drawn_from(self.window_load[window], choices, [seed, number])
+                for number, window in enumerate(used)
+            ]
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
         fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
-        return replace(self, window_load=cast(Any, scaled), **fields)
+        return replace(self, window_load=cast(Any, np.stack(scaled)), **fields)
 
     def joined(self, tokens: int) -> RoutingStatistics:
         """Join consecutive windows of each group to longer ones, as of a prefill beside a decode.
@@ -667,6 +684,36 @@ def _counts(name: str, table: Any, dimensions: str) -> Loads:
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {highest}")
     unsigned = table.dtype.newbyteorder("=") if table.dtype.kind == "u" else np.dtype(np.uint64)
     return np.ascontiguousarray(table, dtype=unsigned)
+
+
+def _scaled_to(load: Loads, choices: int) -> Loads:
+    """Scale a window [L,E] to so many choices in its busiest layer, by the largest remainder."""
+    shares, wanted = _shares_in(load, choices)
+    exact = shares * wanted[:, None]
+    scaled = np.floor(exact).astype(np.int64)
+    rank = np.argsort(np.argsort(scaled - exact, axis=1, kind="stable"), axis=1)
+    scaled += rank < (wanted - scaled.sum(axis=1))[:, None]
+    return scaled.astype(np.uint64)
+
+
+def _drawn_from(load: Loads, choices: int, seeds: list[int]) -> Loads:
+    """Draw so many choices, in the busiest layer, in proportion to the load of a window [L,E]."""
+    shares, wanted = _shares_in(load, choices)
+    # Other windows of the same number, as those of a newer file, have a chance of their own.
+    rng = np.random.default_rng([*seeds, zlib.crc32(shares.tobytes())])
+    return np.stack(
+        [
+            rng.multinomial(count, share) if count else np.zeros(share.size, np.int64)
+            for share, count in zip(shares, wanted.tolist(), strict=True)
+        ]
+    ).astype(np.uint64)
+
+
+def _shares_in(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return shares [L,E] of experts, and how many choices [L] layers have; most have all."""
+    total = load.astype(np.float64).sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = load / np.maximum(total, 1)
+    return shares, np.rint(choices * (total / total.max()))[:, 0].astype(np.int64)
 
 
 def _narrowest(table: Loads) -> Loads:

@@ -138,8 +138,8 @@ class Source(FileHints):
         Tokens per window; load is balanced in every window. Statistics have windows of their own.
         [default: 512 for a trace]
     tokens_per_step
-        Scale every window of a load table to a step of so many tokens, for counters that sum over
-        many steps.
+        Take single steps of so many tokens from the windows of a load table, for counters that sum
+        over many steps.
     model
         Model of INPUT, such as deepseek-v3 or Qwen/Qwen3-30B-A3B: its experts' sizes, for predicted
         times and bytes. [default: as INPUT says]
@@ -316,9 +316,15 @@ class Source(FileHints):
         """Write how many tokens a window of a load table is taken to have."""
         traffic, top_k = self.traffic, self.top_k or top_k_of(self.traffic)
         many = " (counted once per expert; --top-k K counts them once)" if top_k is None else ""
+        if isinstance(traffic, RoutingTrace):
+            return []
         if self.tokens_per_step is not None:
-            return [f"Windows are scaled to steps of {self.tokens_per_step:,} tokens{many}."]
-        if isinstance(traffic, RoutingTrace) or traffic.window is not None:
+            each = f"of {self.tokens_per_step:,} tokens{many}"
+            if traffic.windows == 1:
+                return [f"The window is scaled to a step {each}."]
+            steps = counted(traffic.windows, "single step")
+            return [f"Windows are taken as {steps} {each}, drawn by chance from their loads."]
+        if traffic.window is not None:
             return []
         sums = traffic.window_load.sum(axis=2, dtype=np.int64).max(axis=1)
         size = counted(int(np.median(sums)) // (top_k or 1), "token")
