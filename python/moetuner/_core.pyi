@@ -379,6 +379,7 @@ def adapt_slots(
     load: NDArray[np.float64],
     slots: NDArray[np.int32],
     time: NDArray[np.float64],
+    fresh: NDArray[np.bool_],
     *,
     most: int,
     dead_zone: float,
@@ -390,11 +391,13 @@ def adapt_slots(
 ) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
     """Relieve the slowest devices of running slots by few copies.
 
-    Takes load [L,E], slots [L,D,S] with -1 for an empty one, and the time of every device per token
-    as a share of the slowest one's [D]. At most ``most`` copies are brought, where they gain most,
-    and each more than ``price`` tokens.
+    Takes load [L,E], slots [L,D,S] with -1 for an empty one, the time of every device per token
+    as a share of the slowest one's [D], and the layers that no load has shaped [L]: these are
+    packed anew if ``most`` suffices for all slots. At most ``most`` copies are brought, where they
+    gain most, and each more than ``price`` tokens.
     A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
-    and by more than ``deviations`` standard deviations of counts as large; ``steps`` is for each
+    and by more than ``deviations`` standard deviations of counts as large, times sqrt(ln(D) / 2):
+    so the slowest of D devices has them by chance. ``steps`` is for each
     device of a layer, and ``trials`` as in ``replicate_experts``. Experts without a slot get
     one, and with ``full`` empty slots are filled, unless a device holds all experts already. What
     stays on a device keeps its slot.
@@ -410,11 +413,13 @@ def spend_budget(
     most: int,
     dead_zone: float,
     deviations: float,
+    devices: int,
+    price: float = ...,
 ) -> list[int]:
     """Choose a way for every layer [L]: ways have costs and copies that move [N,L].
 
-    Way 0 is to stay. At most ``most`` copies move, where they gain most; ``dead_zone`` and
-    ``deviations`` are as in ``adapt_slots``.
+    Way 0 is to stay. At most ``most`` copies move, where they gain most and each more than
+    ``price``; ``dead_zone`` and ``deviations`` are as in ``adapt_slots``.
     """
 
 def pack(

@@ -3,12 +3,14 @@
 //! What a balancer does that is called again and again while it serves: it starts where it is, relieves the slowest
 //! device by the step that gains most for a copy brought, and notes after every step what was brought and how slow the
 //! slowest device still is. A [budget](super::budget) is then spent on the steps of those layers where it gains most.
-//! [`super::descend`] does the same by all terms of a cost; on one load, exchanges of a slot with all others at once take
-//! microseconds.
+//! Packing anew is one more way for every layer, and where no load has shaped what runs it is all that is looked at.
+//! [`super::descend`] does the same by all terms of a cost; on one load, exchanges of a slot with all others at once
+//! take microseconds.
 
 use super::budget::{Rules, Way, choose, per_copy};
 use super::construct::{LEAST, Placed, check, complete, fill};
 use super::{EMPTY, Move, Site, Slots};
+use crate::assignment::assign_max;
 use crate::error::Result;
 
 /// How far running slots are changed.
@@ -35,6 +37,8 @@ const HEAVIER: f64 = 0.05;
 /// What a copy must relieve, as a part of the mean device's time: before the heaviest experts get more copies, and after.
 const COARSE: f64 = 1e-3;
 const FINE: f64 = 2e-6;
+/// What packing anew must gain over steps, as a part of the cost, where loads have shaped what runs.
+const ANEW: f64 = 0.01;
 /// Devices that are looked at, the slowest first, until a step is found.
 const SLOWEST: usize = 3;
 /// The slowest exchange slots with the fastest, of all devices so many quarters.
@@ -42,7 +46,7 @@ const QUARTERS: usize = 3;
 
 /// Goes from running slots `[L][P]` to better ones on loads `[L, E]`: of every layer what is then in its slots, and what
 /// it was and became. Experts without a slot get one and empty slots are filled, whatever they bring; what stays on a
-/// device keeps its slot.
+/// device keeps its slot. In a layer that is `fresh` `[L]` no load has shaped what runs.
 ///
 /// # Errors
 /// If sizes or loads make no sense, or the rules leave an expert no slot.
@@ -51,6 +55,7 @@ pub fn adapt_layers(
     experts: usize,
     sites: &[Site],
     running: &[Vec<u16>],
+    fresh: &[bool],
     effort: Effort,
 ) -> Result<Vec<(Vec<u16>, [Way; 2])>> {
     check(load, experts)?;
@@ -58,10 +63,12 @@ pub fn adapt_layers(
     let layers = || load.chunks_exact(experts).map(|load| if is_idle(load) { &idle[..] } else { load });
     let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
     let running: Vec<Slots> = slots.collect();
-    let variance = variance(layers(), sites, &running);
-    let all = layers().zip(sites).zip(running).enumerate();
-    let improved = all.map(|(layer, ((load, site), running))| {
-        improve(site, load, running, effort, variance).map_err(|fault| fault.of(layer))
+    let variance = variance(layers().zip(sites).zip(&running).zip(fresh).filter(|of| !of.1).map(|of| of.0));
+    let is_bounded = effort.rules.most < running.iter().map(|slots| slots.expert_in.len()).sum();
+    let all = layers().zip(sites).zip(running).zip(fresh).enumerate();
+    let improved = all.map(|(layer, (((load, site), running), &fresh))| {
+        let start = Start { is_fresh: fresh, is_bounded, variance };
+        improve(site, load, running, start, effort).map_err(|fault| fault.of(layer))
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
@@ -81,13 +88,9 @@ fn is_idle(load: &[f64]) -> bool {
 ///
 /// What runs was even on the loads that it was chosen by. If each load has changed by a part of its own since, with this
 /// variance, a device's time has by the sum of the squares of what is in its slots.
-pub(super) fn variance<'a>(
-    layers: impl Iterator<Item = &'a [f64]>,
-    sites: &[Site],
-    running: &[Slots],
-) -> f64 {
+pub(super) fn variance<'a>(layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>) -> f64 {
     let (mut seen, mut squares) = (0.0, 0.0);
-    for ((load, site), slots) in layers.zip(sites).zip(running) {
+    for ((load, site), slots) in layers {
         let (times, loads) = slots.times_and_loads(site, load);
         let mean = times.iter().sum::<f64>() / times.len() as f64;
         if mean > 0.0 {
@@ -99,35 +102,75 @@ pub(super) fn variance<'a>(
     if squares > 0.0 { (seen / squares).min(LARGEST_VARIANCE) } else { 0.0 }
 }
 
-/// Goes from running slots as far as steps gain; where nothing runs yet, a packing is all there is.
+/// Where a layer starts.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    /// Whether no load has shaped what runs.
+    is_fresh: bool,
+    /// Whether the budget may not suffice for all slots of all layers.
+    is_bounded: bool,
+    /// Variance of loads from window to window.
+    variance: f64,
+}
+
+/// Goes from running slots as far as steps gain, and packs anew; where nothing runs yet, a packing is all there is.
 fn improve<'a>(
     site: &'a Site,
     load: &'a [f64],
     running: Slots,
+    start: Start,
     effort: Effort,
-    variance: f64,
 ) -> Placed<Steps<'a>> {
+    let (slots, devices) = (running.expert_in.len(), site.devices());
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
-    let mut slots = if is_new { fill(site, load, effort.trials)? } else { running.clone() };
-    complete(&mut slots, site, load, effort.full)?;
+    let mut packed = None;
+    if is_new || effort.steps > 0 && are_alike(site) {
+        packed = Some(fill(site, load, effort.trials)?);
+    }
+    let mut first = packed.take_if(|_| is_new).unwrap_or_else(|| running.clone());
+    complete(&mut first, site, load, effort.full)?;
     // Of a time that varies, the power's mean is larger by n (n - 1) / 2 variances: as if it took (n - 1) / 2 longer.
-    let unit = load.iter().sum::<f64>() / site.devices() as f64;
-    let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * variance / unit } else { 0.0 };
-    let loads = Loads::of(site, load, &slots, &running, square);
-    let scan = Scan::new(slots.expert_in.len(), site.devices());
-    let (ways, contents) = (vec![], vec![]);
-    let mut steps = Steps { site, tokens: load, running, slots, loads, scan, ways, contents };
+    let unit = load.iter().sum::<f64>() / devices as f64;
+    let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * start.variance / unit } else { 0.0 };
+    let loads = Loads::of(site, load, &first, &running, square);
+    let (ways, contents, scan) = (vec![], vec![], Scan::new(slots, devices));
+    let mut steps = Steps { site, tokens: load, running, slots: first, loads, scan, ways, contents };
     steps.note();
-    let mut left = if is_new { 0 } else { effort.steps * site.devices() };
-    let phases: [fn(&mut Steps<'a>) -> bool; 3] =
-        [|steps| steps.relieve(COARSE), Steps::copy_heaviest, |steps| steps.relieve(FINE)];
-    for phase in phases {
-        while left > 0 && phase(&mut steps) {
-            steps.note();
-            left -= 1;
-        }
+    // What no load has shaped is left at once, if moves are not bounded: experts that are neighbours there are often
+    // busy together, which a single load does not show.
+    let is_left = start.is_fresh && !start.is_bounded && packed.is_some();
+    if !is_new && !is_left {
+        steps.descend(effort.steps * devices);
+    }
+    if let Some(packed) = packed {
+        steps.offer(&packed, if start.is_fresh { 0.0 } else { ANEW }, effort.full)?;
     }
     Ok(steps)
+}
+
+/// Whether all devices of a layer take as long and have as many slots.
+fn are_alike(site: &Site) -> bool {
+    let is_first =
+        |g: usize| site.time[g].total_cmp(&site.time[0]).is_eq() && site.capacity[g] == site.capacity[0];
+    (0..site.devices()).all(is_first)
+}
+
+/// Gives what was packed for a device to one that holds much of it, of devices that are alike: fewest copies move.
+fn keep_devices(packed: &Slots, running: &Slots, site: &Site) -> Slots {
+    let devices = site.devices();
+    let mut same = vec![0; devices * devices];
+    for (slot, &e) in packed.expert_in.iter().enumerate().filter(|(_, e)| **e != EMPTY) {
+        for device in running.devices(e) {
+            same[packed.device(slot) * devices + usize::from(device)] += 1;
+        }
+    }
+    let mut slots = Slots::empty(&site.capacity, packed.copies.len());
+    for (from, to) in assign_max(&same, devices).into_iter().enumerate() {
+        for (slot, there) in packed.of(from).zip(slots.of(to)) {
+            slots.put(there, packed.expert_in[slot]);
+        }
+    }
+    slots
 }
 
 /// A layer and the steps that were taken: what is so after every one, and the contents of slots `[P]` then.
@@ -263,6 +306,31 @@ impl Steps<'_> {
         self.contents.push(self.slots.expert_in.clone());
     }
 
+    /// Makes so many steps at the most, as long as they gain.
+    fn descend(&mut self, mut left: usize) {
+        let phases: [fn(&mut Self) -> bool; 3] =
+            [|steps| steps.relieve(COARSE), Self::copy_heaviest, |steps| steps.relieve(FINE)];
+        for phase in phases {
+            while left > 0 && phase(self) {
+                self.note();
+                left -= 1;
+            }
+        }
+    }
+
+    /// Notes a packing as the last way, if it costs less than all others by more than a part.
+    fn offer(&mut self, packed: &Slots, part: f64, full: bool) -> Placed<()> {
+        let least = self.ways.iter().map(|way| way.cost).fold(f64::INFINITY, f64::min);
+        self.slots = keep_devices(packed, &self.running, self.site);
+        complete(&mut self.slots, self.site, self.tokens, full)?;
+        self.loads = Loads::of(self.site, self.tokens, &self.slots, &self.running, self.loads.square);
+        self.note();
+        if self.ways.pop_if(|way| way.cost >= least * (1.0 - part)).is_some() {
+            self.contents.pop();
+        }
+        Ok(())
+    }
+
     /// Gives the expert with the heaviest copies one more, in place of one whose expert has the lightest without it; false
     /// where none is heavier by enough.
     fn copy_heaviest(&mut self) -> bool {
@@ -306,12 +374,13 @@ impl Steps<'_> {
         order.sort_by(|&g, &h| self.loads.times[h].total_cmp(&self.loads.times[g]));
         let fastest = &order[order.len() - (order.len() * QUARTERS).div_ceil(4)..];
         let mut best: Best = (self.total() * NORM * price, None);
+        let leaving = Leaving::of(self);
         for &slow in order.iter().take(SLOWEST) {
             if self.loads.times[slow] <= 1.0 {
                 break;
             }
-            self.look_per_copy(slow, &mut best);
             self.look_for_swaps(slow, fastest, &mut best);
+            self.look_per_copy(slow, &leaving, &mut best);
             if best.1.is_some() {
                 break;
             }
@@ -403,7 +472,7 @@ impl Steps<'_> {
     /// Looks at copies of what is on the slowest device in slots elsewhere, and of others there.
     ///
     /// That other copies of an expert get less when there is one more is left out, so that a step may turn out better.
-    fn look_per_copy(&self, slow: usize, best: &mut Best) {
+    fn look_per_copy(&self, slow: usize, leaving: &Leaving, best: &mut Best) {
         let (slots, site, tokens) = (&self.slots, self.site, self.tokens);
         let is_moved = |e: u16, g: usize| one_if(self.running.lacks(e, g));
         let (t, now) = (self.loads.per_token[slow], self.loads.times[slow]);
@@ -419,22 +488,23 @@ impl Steps<'_> {
         here.sort_by(|a, b| b.2.total_cmp(&a.2));
         for (q, &gone) in slots.expert_in.iter().enumerate().filter(|(_, gone)| slots.copies(**gone) != 1) {
             let g = slots.device(q);
-            let (without, beside, also) = self.leaves(q, slow);
-            if beside >= now_power {
-                continue;
-            }
+            let (beside, also) = leaving.to_others(self, q, slow);
             let less = is_moved(gone, g);
             let rest = self.loads.times[g] - self.loads.load_in[q] * self.loads.per_token[g];
             // What is left of it gets no heavier than what comes.
             let offer = |e: u16, gain: f64, best: &mut Best| {
-                if slots.takes(site, e, g) && slots.part(tokens, e) >= without {
-                    let worth = gain * per_copy(is_moved(e, g) - less);
-                    if worth > best.0 {
-                        *best = (worth, Some(Move::Put(q, e)));
-                    }
+                let worth = gain * per_copy(is_moved(e, g) - less);
+                let fits = || slots.takes(site, e, g) && slots.part(tokens, e) >= leaving.without[q];
+                if worth > best.0 && fits() {
+                    *best = (worth, Some(Move::Put(q, e)));
                 }
             };
+            // What is gained at the most, were what comes light.
+            let (was, light) = (power(self.loads.times[g]), power(rest));
             if g == slow {
+                if (now_power - light - beside) * per_copy(1.0 - less) <= best.0 {
+                    continue;
+                }
                 for (e, &more) in (0..).zip(&self.loads.with_one_more) {
                     let gain = now_power - power(rest + more * t) - beside;
                     if gain * per_copy(1.0 - less) > best.0 {
@@ -443,39 +513,61 @@ impl Steps<'_> {
                 }
                 continue;
             }
-            let was = power(self.loads.times[g]);
             for &(e, more, relief) in &here {
-                let relieved = now_power - power(now - relief + also) - beside;
+                let relieved = now_power - power(now - relief + also) - beside + was;
                 // No step relieves more for a copy, nor do those behind.
-                if less == 0.0 && relieved + was <= best.0 {
+                if less == 0.0 && relieved - light <= best.0 {
                     break;
                 }
-                let gain = relieved + was - power(rest + more * self.loads.per_token[g]);
+                let gain = relieved - power(rest + more * self.loads.per_token[g]);
                 if gain > 0.0 {
                     offer(e, gain, best);
                 }
             }
         }
     }
+}
 
-    /// What each other copy serves when a slot's content leaves, what that adds to the powers of devices other than
-    /// `slow`, and to the time of that one.
-    fn leaves(&self, q: usize, slow: usize) -> (f64, f64, f64) {
-        let (slots, gone) = (&self.slots, self.slots.expert_in[q]);
+/// What happens to others when the content of a slot leaves it.
+struct Leaving {
+    /// Tokens of every other copy then `[P]`.
+    without: Vec<f64>,
+    /// What each of them has to do more `[P]`.
+    more: Vec<f64>,
+    /// What that adds to the power of the slot's own device, were it another's `[P]`, and to those of all `[E]`.
+    lifted: Vec<f64>,
+    all: Vec<f64>,
+}
+
+impl Leaving {
+    fn of(steps: &Steps<'_>) -> Self {
+        let (slots, loads) = (&steps.slots, &steps.loads);
+        let [mut without, mut more, mut lifted] = std::array::from_fn(|_| vec![0.0; slots.expert_in.len()]);
+        let mut all = vec![0.0; steps.tokens.len()];
+        for (slot, &e) in slots.expert_in.iter().enumerate().filter(|(_, e)| slots.copies(**e) > 1) {
+            let (tokens, g) =
+                (steps.tokens[usize::from(e)] / f64::from(slots.copies(e) - 1), slots.device(slot));
+            without[slot] = tokens;
+            more[slot] = tokens + loads.square * tokens * tokens - loads.load_in[slot];
+            lifted[slot] = power(loads.times[g] + more[slot] * loads.per_token[g]) - power(loads.times[g]);
+            all[usize::from(e)] += lifted[slot];
+        }
+        Self { without, more, lifted, all }
+    }
+
+    /// What the leave of a slot's content adds to the powers of devices other than `slow`, and to the time of that one.
+    fn to_others(&self, steps: &Steps<'_>, slot: usize, slow: usize) -> (f64, f64) {
+        let (slots, gone) = (&steps.slots, steps.slots.expert_in[slot]);
         if gone == EMPTY {
-            return (0.0, 0.0, 0.0);
+            return (0.0, 0.0);
         }
-        let without = self.tokens[usize::from(gone)] / f64::from(slots.copies(gone) - 1);
-        let more = without + self.loads.square * without * without - self.loads.load_in[q];
-        let (mut beside, mut also) = (0.0, 0.0);
-        for h in slots.devices(gone).map(usize::from).filter(|&h| h != slots.device(q)) {
-            if h == slow {
-                also = more * self.loads.per_token[slow];
-            } else {
-                beside +=
-                    power(self.loads.times[h] + more * self.loads.per_token[h]) - power(self.loads.times[h]);
-            }
+        let beside = self.all[usize::from(gone)] - self.lifted[slot];
+        let other = (slots.device(slot) != slow && slots.holds(gone, slow))
+            .then(|| slots.of(slow).find(|&p| slots.expert_in[p] == gone))
+            .flatten();
+        match other {
+            Some(p) => (beside - self.lifted[p], self.more[slot] * steps.loads.per_token[slow]),
+            None => (beside, 0.0),
         }
-        (without, beside, also)
     }
 }

@@ -20,8 +20,22 @@ pub struct Rules {
     pub price: f64,
     /// A layer stays as it is unless the time of its slowest device falls by more than this part,
     pub dead_zone: f64,
-    /// and by more than so many standard deviations of counts as large.
+    /// and by more than chance: so many standard deviations of counts as large, as the slowest of all devices has them.
     pub deviations: f64,
+    /// Devices of a layer.
+    pub devices: usize,
+}
+
+impl Rules {
+    /// Whether a layer's slowest device gains enough.
+    ///
+    /// The slowest of D devices that differ by chance alone is sqrt(2 ln D) standard deviations above their mean.
+    fn is_enough(&self, before: f64, after: f64) -> bool {
+        // In single precision, as logarithms end in other bits elsewhere and every rank must choose alike.
+        let slowest = f64::from(((self.devices as f64).ln() / 2.0) as f32).sqrt();
+        let chance = self.deviations * slowest * (before + after).sqrt();
+        before - after > (self.dead_zone * before).max(chance)
+    }
 }
 
 /// Copies that a move counts as which brings none, or takes some back.
@@ -60,9 +74,7 @@ pub fn choose(layers: &[&[Way]], rules: Rules) -> Vec<usize> {
         }
     }
     for (ways, way) in layers.iter().zip(&mut chosen) {
-        let (before, after) = (ways[0].slowest, ways[*way].slowest);
-        let chance = rules.deviations * (before + after).sqrt();
-        if before - after <= (rules.dead_zone * before).max(chance) {
+        if !rules.is_enough(ways[0].slowest, ways[*way].slowest) {
             *way = 0;
         }
     }

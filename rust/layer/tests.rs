@@ -244,7 +244,7 @@ proptest! {
         let load: Vec<f64> = (0..layers * devices * experts).map(even).collect();
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
-        let seen = variance(load.chunks_exact(devices * experts), &vec![site; layers], &vec![running; layers]);
+        let seen = variance(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)));
         let least = 1.0 - 1.0 / devices as f64;
         let expected = part * part / (1.0 + part * part) * least;
         prop_assert!((seen - expected).abs() <= 0.1 * expected + 1e-12, "{seen} {expected}");

@@ -360,12 +360,13 @@ pub(super) fn replicate_experts<'py>(
 type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
 
 #[pyfunction]
-#[pyo3(signature = (load, slots, time, *, most, dead_zone, deviations, steps, trials = QUICK, full = true, price = 0.0))]
+#[pyo3(signature = (load, slots, time, fresh, *, most, dead_zone, deviations, steps, trials = QUICK, full = true, price = 0.0))]
 pub(super) fn adapt_slots<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     slots: PyReadonlyArray3<'py, i32>,
     time: PyReadonlyArray1<'py, f64>,
+    fresh: PyReadonlyArray1<'py, bool>,
     most: usize,
     dead_zone: f64,
     deviations: f64,
@@ -377,14 +378,17 @@ pub(super) fn adapt_slots<'py>(
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (d, per_device) = (time.shape()[0], slots.shape()[2]);
     shaped("slots", slots.shape(), &[l, d, per_device])?;
+    shaped("fresh", fresh.shape(), &[l])?;
     fits("slots", d, per_device)?;
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
+    let fresh = contiguous(fresh.as_slice().ok())?;
     let capacity = vec![per_device; d];
     let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
     let rows = contiguous(slots.as_slice().ok())?.chunks_exact((d * per_device).max(1));
     let running: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
-    let effort = adapt::Effort { rules: Rules { most, price, dead_zone, deviations }, steps, trials, full };
-    let all = alone(py, || adapt_layers(load, e, &sites, &running, effort))??;
+    let rules = Rules { most, price, dead_zone, deviations, devices: d };
+    let effort = adapt::Effort { rules, steps, trials, full };
+    let all = alone(py, || adapt_layers(load, e, &sites, &running, fresh, effort))??;
     let contents = all.iter().zip(&sites).map(|((contents, _), site)| (&contents[..], site));
     let slots = slots_of(py, contents, [d, per_device])?;
     let (before, after) = all.iter().map(|(_, [before, after])| (before.slowest, after.slowest)).unzip();
@@ -392,13 +396,15 @@ pub(super) fn adapt_slots<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (cost, moves, *, most, dead_zone, deviations))]
+#[pyo3(signature = (cost, moves, *, most, dead_zone, deviations, devices, price = 0.0))]
 pub(super) fn spend_budget(
     cost: PyReadonlyArray2<'_, f64>,
     moves: PyReadonlyArray2<'_, i64>,
     most: usize,
     dead_zone: f64,
     deviations: f64,
+    devices: usize,
+    price: f64,
 ) -> PyResult<Vec<usize>> {
     let (cost, moves) = (cost.as_array(), moves.as_array());
     let way = |(&cost, &moves): (&f64, &i64)| Way {
@@ -409,5 +415,5 @@ pub(super) fn spend_budget(
     let layers = cost.columns().into_iter().zip(moves.columns());
     let ways: Vec<Vec<Way>> = layers.map(|(cost, moves)| cost.iter().zip(moves).map(way).collect()).collect();
     let ways: Vec<&[Way]> = ways.iter().map(|ways| &ways[..]).collect();
-    caught(|| choose(&ways, Rules { most, price: 0.0, dead_zone, deviations }))
+    caught(|| choose(&ways, Rules { most, price, dead_zone, deviations, devices }))
 }

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import moetuner as mt
@@ -167,6 +167,25 @@ def test_groups_change_places_where_a_node_is_too_heavy():
     assert np.array_equal(actual[1], old[1])
 
 
+def test_several_pairs_of_groups_change_places():
+    """Loads that all changed: groups go on until no two relieve the heaviest node."""
+    random = np.random.default_rng(1)
+    groups, nodes = 16, 4
+    old = rebalance_experts(random.integers(900, 1100, (1, 64)), 72, groups, nodes, 8)
+    load = np.repeat(random.integers(10**5, 2 * 10**6, (1, groups)), 4, axis=1)
+    actual = rebalance_experts(load, 72, groups, nodes, 8, old)
+    node = np.arange(72) // 18
+    home = np.array([node[actual[0] // 4 == group][0] for group in range(groups)])
+    total = 4 * load[0, ::4]
+    heavy = np.bincount(home, total)
+    before = np.bincount([node[old[0] // 4 == group][0] for group in range(groups)], total)
+    assert heavy.max() < before.max()
+    for one, other in np.argwhere((home == heavy.argmax())[:, None] & (home != heavy.argmax())):
+        after = heavy.copy()
+        after[[home[one], home[other]]] += (total[other] - total[one]) * np.array([1, -1])
+        assert after.max() >= heavy.max() * (1 - 0.003)
+
+
 # The map with which engines begin.
 INITIAL = np.tile(np.arange(288) % 256, (12, 1))
 
@@ -200,6 +219,62 @@ def test_as_good_on_the_next_window_as_packing_anew(drift):
     assert np.mean(moved[1:]) <= 12 * 288 * (31 / 32) / 5
 
 
+@pytest.mark.parametrize("budget", [None, 10**6])
+@pytest.mark.parametrize(("tokens", "ranks"), [(2**13, 8), (2**17, 32), (2**14, 128)])
+def test_chance_moves_a_twentieth_at_most(tokens, ranks, budget):
+    """Steady traffic's noise, whatever may move: what is slowest by chance is left in peace."""
+    random = np.random.default_rng(ranks)
+    share = random.lognormal(0, 0.8, (8, 256))
+    share /= share.sum(axis=1, keepdims=True)
+    slots = 256 + ranks
+    now = np.tile(np.arange(slots) % 256, (8, 1))
+    for decision in range(5):
+        load = random.poisson(tokens * share)
+        new = rebalance_experts(load, slots, 1, 1, ranks, now, budget=budget)
+        moved = (copies_on(new, ranks, 256) > copies_on(now, ranks, 256)).sum()
+        assert decision == 0 or moved <= now.size / 20
+        now = new
+
+
+@given(cases(), st.sampled_from([None, 10**6]))
+def test_a_dead_zone_holds_with_any_budget(case, budget):
+    """A shaped map stays at the first decision too, if nothing may gain as much as is asked for."""
+    load, (slots, groups, nodes, ranks), random = case
+    sizes = slots, groups, nodes, ranks
+    now = rebalance_experts(1 + random.integers(0, 9, load.shape[1:]), *sizes)
+    assume(not np.array_equal(now[0], np.arange(slots) % load.shape[2]))
+    for rules in ({"dead_zone": 1.0}, {"deviations": 1e9}):
+        assert np.array_equal(rebalance_experts(load, *sizes, now, budget=budget, **rules), now)
+
+
+@pytest.mark.parametrize("before", [16, 20, 32])
+def test_ranks_that_change_are_packed_anew(before):
+    """The first decision of other ranks is as even as a packing from nothing, and keeps copies."""
+    load = drifting(2, 0.15)
+    old = rebalance_experts(load[0], 18 * before, 1, 1, before)
+    ranks = 24
+    actual, anew = (
+        rebalance_experts(load[1], 18 * ranks, 1, 1, ranks, start) for start in (old, None)
+    )
+    even, best = (slowest(load[1], slots, ranks).mean() for slots in (actual, anew))
+    assert even <= best * 1.001
+    kept = (copies_on(actual, ranks, 256)[:, :16] & copies_on(old, before, 256)[:, :16]).sum()
+    by_chance = (copies_on(anew, ranks, 256)[:, :16] & copies_on(old, before, 256)[:, :16]).sum()
+    assert kept > by_chance
+
+
+@given(st.integers(0, 2**32))
+def test_a_packing_goes_to_the_ranks_that_hold_it(seed):
+    """What was packed for the same loads, its ranks in another order and a slot empty, stays."""
+    random = np.random.default_rng(seed)
+    load = np.floor(random.lognormal(6, 1, (2, 24)))
+    packed = rebalance_experts(load, 30, 1, 1, 6).reshape(2, 6, 5)
+    running = packed[:, random.permutation(6)].reshape(2, 30)
+    running[:, random.integers(30)] = -1
+    actual = rebalance_experts(load, 30, 1, 1, 6, running)
+    assert (copies_on(actual, 6, 24) > copies_on(running, 6, 24)).sum() <= 2
+
+
 def test_the_heaviest_experts_get_copies_from_the_initial_map():
     """Its copies follow no load; one decision later, no copy is heavier than it must be."""
     load = drifting(1, 0.0)[0]
@@ -216,13 +291,17 @@ def test_of_windows_the_last_ones_count_where_loads_drift():
     """All windows of a steady load count alike, and of one that changed those since count most."""
     random = np.random.default_rng(0)
     steady = random.poisson(100.0, (16, 2, 32)).astype(float)
-    assert np.array_equal(weighted(steady), steady)
+    load, lasts = weighted(steady)
+    assert lasts
+    assert np.array_equal(load, steady)
     changed = steady * np.where(np.arange(16) < 8, 1, 0)[:, None, None]
     changed[8:] = random.poisson(np.arange(1, 33) * 10.0, (8, 2, 32))
-    weight = weighted(changed)[8:] / changed[8:]
+    load, lasts = weighted(changed)
+    weight = load[8:] / changed[8:]
+    assert not lasts
     assert weight[:4] == pytest.approx(OLDER)
     assert np.array_equal(weight[-1], np.ones((2, 32)))
-    assert np.array_equal(weighted(changed)[:8], OLDER * changed[:8])
+    assert np.array_equal(load[:8], OLDER * changed[:8])
 
 
 @given(cases())

@@ -129,8 +129,8 @@ def test_a_budget_goes_where_a_copy_gains_most(price):
     moves[0] = 0
     best = (cost + price * moves).argmin(axis=0)
     budget = int(moves[best, np.arange(9)].sum())
-    chosen = _core.spend_budget(cost, moves, most=budget, dead_zone=0.0, deviations=0.0)
+    chosen = _core.spend_budget(cost, moves, most=budget, dead_zone=0.0, deviations=0.0, devices=4)
     assert chosen == best.tolist()
     least = 1 - cost[chosen, np.arange(9)] / cost[0]
-    wary = _core.spend_budget(cost, moves, most=budget, dead_zone=0.5, deviations=0.0)
+    wary = _core.spend_budget(cost, moves, most=budget, dead_zone=0.5, deviations=0.0, devices=4)
     assert wary == np.where(least > 0.5, best, 0).tolist()

@@ -7,33 +7,27 @@ answer is a function of the arguments alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import DEVICE_LIMIT, SLOT_LIMIT, array_in, at_least, numbers_in, whole_number
-from moetuner.placement import EMPTY, holders_of, keep_slots, moves_from
+from moetuner.placement import EMPTY, holders_of
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
     Pairs,
     Rebalanced,
-    largest_move,
     rebalance,
-    renumbered,
     slowest,
 )
 from moetuner.statistics import RoutingStatistics
 
 Slots = NDArray[np.int32]
 
-# What the heaviest node must gain for two groups to change places, as a part of its load.
-GROUP_GAIN = 0.01
-# What packing a layer anew must gain over steps, as a part of its time: of an engine's first map,
-# and of any map where a budget is given.
-ANEW_GAIN, ANEW_GAIN_IN_BUDGET = 0.005, 0.002
+# Pairs of groups that change places in a layer at most; each of them must gain half the dead zone.
+GROUP_PAIRS = 8
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
 TRAFFIC = 0.2
 # Windows that a decision looks at.
@@ -76,12 +70,12 @@ def rebalance_experts(
         Experts in the slots now [L,P]; -1 is an empty slot. Of another width, ranks were added or
         left at the end. By default nothing is anywhere yet.
     budget
-        Copies that come to a rank at most; by default 0.19 of what packing anew would bring, or 8
-        for a rank.
+        Copies that come to a rank at most; by default as many as are worth their gain.
     dead_zone
         A layer stays as it is unless its slowest rank gains more than this share of its time,
     deviations
-        and more than so many standard deviations of counts as large.
+        and more than so many standard deviations of counts as large, as the slowest of so many
+        ranks has them by chance.
     profile
         Statistics with co-activation, of traffic like this: then a token's visits count as well.
     traffic
@@ -124,13 +118,16 @@ class Rules:
 class Case:
     """What an engine asks, checked: loads [W,L,E], the slots that run [L,D,S], groups and nodes.
 
-    ``sparse`` are the layers with experts of an engine that counts others too, empty where only
-    their load tells; None for an engine that does not count others.
+    In ``fresh`` layers [L] no load has shaped what runs: an engine's initial map, one of other
+    ranks, or one with an empty slot. ``sparse`` are the layers with experts of an engine that
+    counts others too, empty where only their load tells; None for an engine that does not count
+    others.
     """
 
     windows: NDArray[np.float64]
     slots: Slots
     runs: bool
+    fresh: NDArray[np.bool_]
     groups: int
     nodes: int
     sparse: NDArray[np.intp] | None = None
@@ -160,13 +157,14 @@ class Case:
                 f"{experts} experts, got {num_replicas}"
             )
         shape = (layers, num_ranks, num_replicas // num_ranks)
-        slots = _running(old_map, shape, experts)
+        slots, fresh = _running(old_map, shape, experts)
         # Configurations of models without groups say 0 as well.
         groups = max(int(num_groups or 1), 1)
         whole = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
         nodes = num_nodes if whole and groups > 1 else 1
         layers_with_experts = None if sparse is None else np.array(sparse, dtype=np.intp)
-        return cls(windows, slots, bool((slots >= 0).any()), groups, nodes, layers_with_experts)
+        runs = bool((slots >= 0).any())
+        return cls(windows, slots, runs, fresh, groups, nodes, layers_with_experts)
 
     @property
     def load(self) -> NDArray[np.float64]:
@@ -207,54 +205,19 @@ class Case:
 
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
-        layers, ranks, _ = self.slots.shape
         pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
-        if rules.budget is not None:
-            return self._packed_or_next(rules.budget, ANEW_GAIN_IN_BUDGET, rules, pairs)
-        # The map that engines begin with, which no load has shaped.
-        initial = np.arange(self.slots[0].size) % self.experts
-        if (self.slots.reshape(layers, -1) == initial).all():
-            return self._packed_or_next(self.slots.size, ANEW_GAIN, rules, pairs)
-        return self._next(largest_move(layers, self.slots[0].size, ranks), rules, pairs)
-
-    def _packed_or_next(
-        self, budget: int, gain: float, rules: Rules, pairs: Pairs | None
-    ) -> Rebalanced:
-        """Take steps from what runs, or pack layers anew where that gains more and copies suffice.
-
-        Ranks of packed layers are renumbered so that much of what they hold stays.
-        """
-        layers, ranks, width = self.slots.shape
-        steps = self._next(budget, rules, pairs)
-        left = budget - int(steps.moves.sum())
-        if left <= 0:
-            return steps
-        nothing = replace(self, slots=np.full_like(self.slots, EMPTY))
-        packed = nothing._next(self.slots.size, rules, pairs)
-        by_node = (layers * self.nodes, ranks // self.nodes, width)
-        slots = renumbered(packed.slots.reshape(by_node), self.slots.reshape(by_node), self.experts)
-        slots = keep_slots(
-            self.slots, slots.reshape(self.slots.shape), np.full((layers, ranks), width)
-        )
-        moves = moves_from(holders_of(self.slots, self.experts), slots)
-        # The layers that gain most come first, as far as the budget goes.
-        share = np.where(steps.after > 0, 1 - packed.after / np.maximum(steps.after, 1e-300), 0)
-        order = np.argsort(-share, kind="stable")
-        more = np.maximum(moves - steps.moves, 0)[order].cumsum()
-        anew = np.zeros(layers, dtype=bool)
-        anew[order] = (more <= left) & (share[order] > gain)
-        return Rebalanced(
-            np.where(anew[:, None, None], slots, steps.slots),
-            steps.before,
-            np.where(anew, packed.after, steps.after),
-            np.where(anew, moves, steps.moves),
-        )
-
-    def _next(self, budget: int, rules: Rules, pairs: Pairs | None) -> Rebalanced:
-        chance: dict[str, Any] = {"dead_zone": rules.dead_zone, "deviations": rules.deviations}
+        budget = self.slots.size if rules.budget is None else min(rules.budget, self.slots.size)
         if self.nodes > 1:
             return self._whole_groups(budget, pairs, rules)
-        return rebalance(self.windows, self.slots, budget=budget, pairs=pairs, **chance)
+        return rebalance(
+            self.windows,
+            self.slots,
+            budget=budget,
+            dead_zone=rules.dead_zone,
+            deviations=rules.deviations,
+            fresh=self.fresh,
+            pairs=pairs,
+        )
 
     def _whole_groups(self, budget: int, pairs: Pairs | None, rules: Rules) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
@@ -268,9 +231,9 @@ class Case:
         if idle.all():
             none = np.zeros(layers)
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
-        node_of = _nodes_of_groups(
-            self.load, self.slots, self.groups, nodes, budget, rules.deviations
-        )
+        left = self.fresh if budget == self.slots.size else np.zeros(layers, dtype=bool)
+        homes = np.where(left[:, None, None], EMPTY, self.slots)
+        node_of = _nodes_of_groups(self.load, homes, self.groups, nodes, budget, rules)
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
         experts = (order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
@@ -290,6 +253,7 @@ class Case:
             budget=budget,
             dead_zone=rules.dead_zone,
             deviations=rules.deviations,
+            fresh=left[row],
             pairs=pairs,
         )
         slots, there = slots.copy(), experts[number[:, :, None], balanced.slots]
@@ -366,8 +330,13 @@ def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     return joined
 
 
-def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int) -> Slots:
-    """Return the slots that run [L,D,S] as ranks are now, -1 where there is nothing of use."""
+def _running(
+    old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int
+) -> tuple[Slots, NDArray[np.bool_]]:
+    """Return the slots that run [L,D,S] as ranks are now, -1 where there is nothing of use.
+
+    And the layers [L] of which no load has shaped what runs.
+    """
     layers, slots = shape[0], np.full((shape[0], shape[1] * shape[2]), EMPTY, dtype=np.int32)
     old = slots if old_map is None else np.asarray(old_map)
     if old.ndim != 2 or len(old) != layers or old.dtype.kind not in "iu":
@@ -377,22 +346,19 @@ def _running(old_map: ArrayLike | None, shape: tuple[int, int, int], experts: in
     # Ranks come and leave at the end, so slots that are left keep their numbers.
     same = min(old.shape[1], slots.shape[1])
     slots[:, :same] = np.where((old >= 0) & (old < experts), old, EMPTY)[:, :same]
-    return slots.reshape(shape)
+    in_order = np.all(slots == np.arange(slots.shape[1]) % experts, axis=1)
+    fresh = in_order | np.any(slots == EMPTY, axis=1) | (old.shape[1] != slots.shape[1])
+    return slots.reshape(shape), fresh
 
 
 def _nodes_of_groups(
-    load: NDArray[np.float64],
-    slots: Slots,
-    groups: int,
-    nodes: int,
-    budget: int,
-    deviations: float,
+    load: NDArray[np.float64], slots: Slots, groups: int, nodes: int, budget: int, rules: Rules
 ) -> NDArray[np.int64]:
     """Return the node of every group [L,G], as many groups on each.
 
     Groups go where most of them is, then the heaviest first to the node with the least load. In
-    layers where that relieves the heaviest node by more than chance, two groups change places,
-    within half the budget.
+    layers where that relieves the heaviest node, two groups change places, and again, within half
+    the budget.
     """
     layers, ranks, _ = slots.shape
     row, size = np.arange(layers), load.shape[1] // groups
@@ -410,23 +376,43 @@ def _nodes_of_groups(
         node_of[row, group] = node
         free[row, node] -= 1
         heavy[row, node] += of_group[row, group]
-    if not there.any():
-        return node_of
-    # What the heaviest node gains if one of its groups changes places with another one's.
-    worst = heavy.argmax(axis=1)
-    second = np.sort(heavy, axis=1)[:, -2]
+    left = budget // (4 * size)
+    for _ in range(GROUP_PAIRS):
+        gain, pairs = _pairs_of_groups(of_group, node_of, heavy, rules)
+        change = np.argsort(-gain, kind="stable")[:left]
+        change = change[gain[change] > 0]
+        if not change.size:
+            break
+        left -= change.size
+        for layer in change:
+            pair = pairs[layer]
+            moved = of_group[layer, pair] @ (1, -1)
+            heavy[layer, node_of[layer, pair]] += (-moved, moved)
+            node_of[layer, pair] = node_of[layer, pair[::-1]]
+    return node_of
+
+
+def _pairs_of_groups(
+    of_group: NDArray[np.float64],
+    node_of: NDArray[np.int64],
+    heavy: NDArray[np.float64],
+    rules: Rules,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return what the heaviest node of every layer gains by a change of two groups, and which.
+
+    As a part of its load [L], 0 where that is too little or may be chance; pairs of groups [L,2].
+    """
+    layers, groups = of_group.shape
+    row, worst = np.arange(layers), heavy.argmax(axis=1)
+    before, second = heavy[row, worst], np.sort(heavy, axis=1)[:, -2]
     moved = of_group[:, :, None] - of_group[:, None, :]
-    rest = np.maximum(heavy[row, worst][:, None, None] - moved, second[:, None, None])
+    rest = np.maximum(before[:, None, None] - moved, second[:, None, None])
     rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
     here = node_of == worst[:, None]
     rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
     best = rest.reshape(layers, -1).argmin(axis=1)
-    before, after = heavy[row, worst], rest.reshape(layers, -1)[row, best]
-    least = np.maximum(GROUP_GAIN * before, deviations * np.sqrt(before + after))
+    after = rest.reshape(layers, -1)[row, best]
+    chance = rules.deviations * np.sqrt(before + after)
+    least = np.maximum(rules.dead_zone / 2 * before, chance)
     gain = np.where(before - after > least, 1 - after / np.maximum(before, 1), 0)
-    most = budget // (4 * size)
-    for layer in np.argsort(-gain, kind="stable")[:most]:
-        if gain[layer] > 0:
-            pair = list(divmod(int(best[layer]), groups))
-            node_of[layer, pair] = node_of[layer, pair[::-1]]
-    return node_of
+    return gain, np.stack(np.divmod(best, groups), axis=1)

@@ -132,8 +132,9 @@ PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 QUICK, PATIENT = 14, 10_000
 # From running slots ("The plugins' policy"): steps of a layer at most, for each device.
 ADAPT_STEPS = 8
-# What a copy must gain in windows, as a share of all tokens of a device (not measured).
-LIVE_PRICE = 1e-3
+# What a copy must gain in windows, as a share of all tokens of a device ("The live policy on the
+# next window"): where all windows forecast the next one, and where only the last ones do.
+LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
 # Where pairs count: trials for a slot.
 LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the

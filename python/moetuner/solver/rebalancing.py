@@ -20,8 +20,9 @@ from moetuner.solver.unseen import NOISE, NORM
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
 
-# Largest share of what packing a model anew would bring to other devices that one decision brings,
-# if nobody says more, and copies for every device that are never too many, in a small model.
+# Where arriving copies need memory beside what runs: the largest share of what packing a model anew
+# would bring to other devices, and copies for every device that are never too many, in a small
+# model.
 LARGEST_MOVE, FEW = 0.19, 8
 # Smallest share of the slowest device's time that is worth moving a layer's experts.
 DEAD_ZONE = 0.005
@@ -35,7 +36,7 @@ PARTS = 1024
 
 
 def largest_move(layers: int, slots: int, devices: int) -> int:
-    """Return how many copies one decision brings at most, if nobody says more.
+    """Return how many copies one decision brings at most where all of them are held in memory.
 
     Of a layer's slots that are packed anew, one for each device has by chance what it had before.
     """
@@ -82,6 +83,7 @@ def rebalance(
     time: Floats | None = None,
     dead_zone: float = DEAD_ZONE,
     deviations: float = DEVIATIONS,
+    fresh: NDArray[np.bool_] | None = None,
     pairs: Pairs | None = None,
     full: bool = True,
     price: float = 0.0,
@@ -106,7 +108,11 @@ def rebalance(
     dead_zone
         A layer stays unless its slowest device gains more than this share of its time.
     deviations
-        And more than so many standard deviations of counts as large, which are by chance.
+        And more than so many standard deviations of counts as large, as the slowest of so many
+        devices has them by chance.
+    fresh
+        Layers [L] of which no load has shaped what runs: packed anew where the budget suffices. By
+        default none.
     pairs
         What else counts, besides load.
     full
@@ -116,47 +122,103 @@ def rebalance(
     """
     if not slots.size:
         raise ValueError(f"no slots in a layer: {list(slots.shape)}")
-    load = windows[None] if windows.ndim == 2 else weighted(windows)
-    rules = {"dead_zone": dead_zone, "deviations": deviations}
-    total, time = load.sum(axis=0), np.ones(slots.shape[1]) if time is None else time
+    windows = windows[None] if windows.ndim == 2 else windows
+    load, lasts = weighted(windows)
+    devices, budget = slots.shape[1], min(budget, slots.size)
+    live = _Live(
+        load,
+        slots,
+        np.ones(devices) if time is None else time,
+        np.zeros(len(slots), dtype=bool) if fresh is None else fresh,
+        dead_zone,
+        deviations,
+    )
+    if len(load) == 1 and pairs is None:
+        return live.relieved(budget, full=full, price=price)
+    if pairs is not None:
+        # Pairs are counted as often as loads are.
+        counted = load.sum(axis=(0, 2)) / np.maximum(windows.sum(axis=(0, 2)), 1e-300)
+        pairs = Pairs(pairs.counts, pairs.cost * counted)
+    return live.searched(budget, effort.LASTING_PRICE if lasts else effort.LIVE_PRICE, pairs)
 
-    def relieved(budget: int, steps: int = effort.ADAPT_STEPS) -> Rebalanced:
-        slots_after, before, after, moved = _core.adapt_slots(
-            np.ascontiguousarray(total),
-            np.ascontiguousarray(slots),
-            time,
-            most=min(budget, slots.size),
+
+@dataclass(frozen=True)
+class _Live:
+    """Loads as they count [W,L,E], the slots that run [L,D,S], and when a layer changes."""
+
+    load: Floats
+    slots: Slots
+    time: Floats
+    fresh: NDArray[np.bool_]
+    dead_zone: float
+    deviations: float
+
+    def relieved(
+        self, budget: int, *, steps: int = effort.ADAPT_STEPS, full: bool = True, price: float = 0.0
+    ) -> Rebalanced:
+        """Take steps on the sum of windows, or pack anew what no load has shaped."""
+        slots, before, after, moves = _core.adapt_slots(
+            np.ascontiguousarray(self.load.sum(axis=0)),
+            np.ascontiguousarray(self.slots),
+            self.time,
+            self.fresh,
+            most=budget,
             steps=steps,
             trials=effort.QUICK,
             full=full,
             price=price,
-            **rules,
+            dead_zone=self.dead_zone,
+            deviations=self.deviations,
         )
-        return Rebalanced(slots_after, np.array(before), np.array(after), np.array(moved, np.int64))
+        return Rebalanced(slots, np.array(before), np.array(after), np.array(moves, np.int64))
 
-    if len(load) == 1 and pairs is None:
-        return relieved(budget)
-    running = holders_of(slots, load.shape[2])
-    if not running.any():
-        packed = _searched(load, None, slots, time, pairs)
-        cost = slowest(load, packed, time=time, pairs=pairs)
-        return Rebalanced(packed, cost, cost, moves_from(running, packed))
-    # Every layer stays, moves by few steps, or is searched from there. Experts that had no slot get
-    # one whatever that gains.
-    stay, few = relieved(0, steps=0).slots, relieved(budget).slots
-    searched = _searched(load, few, slots, time, pairs)
-    ways = [stay, few, keep_slots(slots, searched, np.full(slots.shape[:2], slots.shape[2]))]
-    costs = np.stack([slowest(load, way, time=time, pairs=pairs) for way in ways])
-    moves = np.stack([moves_from(running, way) for way in ways])
-    layer = np.arange(len(slots))
-    chosen = np.array(_core.spend_budget(costs, moves, most=budget, **rules), dtype=np.int64)
-    return Rebalanced(
-        np.stack(ways)[chosen, layer], costs[0], costs[chosen, layer], moves[chosen, layer]
-    )
+    def searched(self, budget: int, share: float, pairs: Pairs | None) -> Rebalanced:
+        """Search for what suits every window; a copy must gain a share of a device's tokens.
+
+        Every layer stays, takes steps, or is searched from the better one of both. What no load has
+        shaped is searched from nothing, if the budget suffices for all slots. Experts that had no
+        slot get one whatever that gains.
+        """
+        load, slots = self.load, self.slots
+        running, layer = holders_of(slots, load.shape[2]), np.arange(len(slots))
+        rate = math.fsum((1 / self.time).tolist())
+        price = float(_rounded(share * load.sum() / len(slots) / rate))
+        is_new = ~running.any(axis=(1, 2))
+        free = self.fresh | is_new if budget == slots.size else is_new
+
+        def chosen(ways: list[Slots], dead_zone: float, deviations: float) -> Rebalanced:
+            costs = np.stack([slowest(load, way, time=self.time, pairs=pairs) for way in ways])
+            moves = np.stack([moves_from(running, way) for way in ways])
+            best = _core.spend_budget(
+                costs,
+                # Where all may move, copies have no price.
+                np.where(free, 0, moves),
+                most=budget,
+                dead_zone=dead_zone,
+                deviations=deviations,
+                devices=slots.shape[1],
+                price=price,
+            )
+            way = np.where(is_new, costs.argmin(axis=0), np.array(best, dtype=np.int64))
+            figures = costs[0], costs[way, layer], moves[way, layer]
+            return Rebalanced(np.stack(ways)[way, layer], *figures)
+
+        ways = [self.relieved(0, steps=0).slots, self.relieved(budget).slots]
+        start = chosen(ways, 0.0, 0.0).slots
+        if free.any():
+            search = _search_of(load[:, free], slots[free].shape, self.time)
+            packed = search.construct(windows=True, alone=True)
+            start[free] = renumbered(packed, slots[free], load.shape[2])
+        prices = _copy_prices(slots, load, self.time, np.where(free, 0.0, share))
+        end = _place(load, start, prices, self.time, pairs)
+        ways.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
+        return chosen(ways, self.dead_zone, self.deviations)
 
 
-def weighted(windows: Floats) -> Floats:
-    """Return windows [W,L,E] as they count: fully within the memory that forecasts best.
+def weighted(windows: Floats) -> tuple[Floats, bool]:
+    """Return windows [W,L,E] as they count, fully within the memory that forecasts best.
+
+    And whether that is known to be all of them.
 
     Each window of the later half is forecast by the mean of so many windows before it, as far as
     there are any; of memories that are nearly as good the longest one is taken. What is older
@@ -164,7 +226,7 @@ def weighted(windows: Floats) -> Floats:
     """
     count = len(windows)
     if count < 3:
-        return windows
+        return windows, False
     some = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
     share = some / np.maximum(some.sum(axis=2, keepdims=True), 1e-300)
     share = share.reshape(count, -1)
@@ -181,21 +243,14 @@ def weighted(windows: Floats) -> Floats:
     good = [error <= min(errors) * (1 + LONGER) for error in errors]
     memory = memories[good.index(True)]
     if memory == count:
-        return windows
-    return np.concatenate([OLDER * windows[:-memory], windows[-memory:]])
+        return windows, True
+    return np.concatenate([OLDER * windows[:-memory], windows[-memory:]]), False
 
 
-def _searched(
-    windows: Floats, start: Slots | None, running: Slots, time: Floats, pairs: Pairs | None
-) -> Slots:
-    """Search for what suits every window, and pairs, not the sum of windows alone.
-
-    From a start, where a copy that comes has its price, or from nothing: then no worse than a
-    packing of the sum. The slowest devices of the windows take no longer than at the start. All
-    work is done in the calling thread.
-    """
-    layers, devices, width = running.shape
-    search = _core.Layers(
+def _search_of(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:
+    """Return the core's search for windows [W,L,E] and slots of a shape [L,D,S]."""
+    layers, devices, width = shape
+    return _core.Layers(
         np.ascontiguousarray(windows),
         np.ones(len(windows)),
         np.full((layers, devices), width, dtype=np.int64),
@@ -205,29 +260,37 @@ def _searched(
         norm=NORM,
         noise=NOISE,
     )
-    # Ranks on different processors must find the same: sums that do not depend on them.
-    price = effort.LIVE_PRICE * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist())
-    if start is not None:
-        search.hold(_copy_prices(start, windows.shape[2], price))
-        begin = np.ascontiguousarray(start)
-    else:
-        begin = search.construct(windows=True, alone=True)
-    trials = effort.quick_trials(devices * width, len(windows))
-    slots = search.place(begin, trials=trials, empties=False, quick=True, alone=True)[0]
+
+
+def _place(
+    windows: Floats, start: Slots, prices: Floats, time: Floats, pairs: Pairs | None
+) -> Slots:
+    """Search from a start for what suits every window, and pairs, not the sum of windows alone.
+
+    No worse than the start by the slowest devices of the windows and the prices of copies [L,E,D].
+    All work is done in the calling thread.
+    """
+    search, per_layer = _search_of(windows, start.shape, time), start[0].size
+    search.hold(prices)
+    trials = effort.quick_trials(per_layer, len(windows))
+    begin = np.ascontiguousarray(start)
+    slots: Slots = search.place(begin, trials=trials, empties=False, quick=True, alone=True)[0]
     if pairs is None:
         return slots
     unit = pairs.cost.max()
     scaled = pairs.counts * (PARTS * pairs.cost / max(unit, 1e-300))[:, None, None]
     search.price_pairs(np.rint(scaled).astype(np.uint64), float(unit) / PARTS)
-    if start is not None:
-        search.hold(_copy_prices(running, windows.shape[2], price))
-    trials = effort.LIVE_TRIALS * devices * width
-    return search.place(slots, trials=trials, empties=False, alone=True)[0]
+    trials = effort.LIVE_TRIALS * per_layer
+    return np.asarray(search.place(slots, trials=trials, empties=False, alone=True)[0])
 
 
-def _copy_prices(slots: Slots, experts: int, price: Floats) -> Floats:
-    """Compute what a copy costs [L,E,D]: ``price`` [L] where a device does not hold its expert."""
-    holds = holders_of(slots, experts).transpose(0, 2, 1)
+def _copy_prices(slots: Slots, windows: Floats, time: Floats, share: Floats) -> Floats:
+    """Compute what a copy costs [L,E,D] where a device does not hold its expert.
+
+    Shares [L] of a device's tokens.
+    """
+    price = _rounded(share * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist()))
+    holds = holders_of(slots, windows.shape[2]).transpose(0, 2, 1)
     return np.ascontiguousarray(np.where(holds, 0.0, price[:, None, None]))
 
 
@@ -272,7 +335,11 @@ def slowest(
         all_pairs = pairs.counts.sum(axis=(1, 2), dtype=np.float64)
         together = ((part @ pairs.counts.astype(np.float64)) * part).sum(axis=(1, 2))
         cost += pairs.cost * (all_pairs - together) / 2
-    # Sums of floats end in other bits on another processor, and every rank must choose alike.
-    digits, power = np.frexp(cost)
+    return _rounded(cost)
+
+
+def _rounded(sums: Floats) -> Floats:
+    """Round sums of floats: they end in other bits elsewhere, and every rank must choose alike."""
+    digits, power = np.frexp(sums)
     rounded: Floats = np.ldexp(np.rint(np.ldexp(digits, 30)), power - 30)
     return rounded

@@ -222,18 +222,18 @@ pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool)
     }
     while full && slots.expert_in.contains(&EMPTY) {
         let times = slots.times_and_loads(site, load).0;
-        let best = (0..times.len())
-            .filter_map(|g| {
-                let slot = vacant(slots, g)?;
-                let copy = (0..load.len() as u16).filter(|&e| slots.takes(site, e, g));
-                // Of equal shares the expert with the fewest copies.
-                let rank = |e: u16| (slots.part(load, e), std::cmp::Reverse(slots.copies(e)));
-                let expert = copy.reduce(|a, b| if rank(b) > rank(a) { b } else { a })?;
-                Some((g, slot, expert))
-            })
-            .min_by(|a, b| times[a.0].total_cmp(&times[b.0]));
-        let Some((_, slot, expert)) = best else { break };
+        let mut open: Vec<usize> = (0..times.len()).filter(|&g| vacant(slots, g).is_some()).collect();
+        open.sort_by(|&g, &h| times[g].total_cmp(&times[h]));
+        let mut copies = open.into_iter().map(|g| vacant(slots, g).zip(heaviest_copy(slots, site, load, g)));
+        let Some((slot, expert)) = copies.find_map(|copy| copy) else { break };
         slots.put(slot, expert);
     }
     Ok(())
+}
+
+/// The expert whose copies are the heaviest of those that a device lacks; of equals the one with the fewest copies.
+fn heaviest_copy(slots: &Slots, site: &Site, load: &[f64], device: usize) -> Option<u16> {
+    let rank = |e: u16| (slots.part(load, e), std::cmp::Reverse(slots.copies(e)));
+    let lacking = (0..load.len() as u16).filter(|&e| slots.takes(site, e, device));
+    lacking.reduce(|a, b| if rank(b) > rank(a) { b } else { a })
 }
