@@ -89,3 +89,23 @@ def test_without_wheels_the_rest_runs() -> None:
     for name in versus.POLICIES:
         assert f"{name} is left out: " in done.stdout
     assert "by itself" in done.stdout
+
+
+def test_a_sequence_counts_once_against_the_best_of_the_others() -> None:
+    """Whatever the peers and draws: each begins with the initial map, and one of them is best."""
+    policies: dict[str, versus.Peer] = {
+        "stays": lambda wheels, size: lambda load, old: old,
+        "anew": lambda wheels, size: lambda load, old: versus.decide(size, load, old * 0 - 1, None),
+    }
+    contest = versus.Contest(versus.Size(2, 16, 24, 4), policies, Path("none"))
+    load = versus.drifting(2, 16, 4, 0.3, 0)
+    for _ in range(2):
+        contest.play(load, 1)
+    for sequence in (contest.alone, *contest.runs["anew"]):
+        balanced = [figures[0] for figures in sequence.figures]
+        assert balanced[:3] == balanced[3:]
+    assert contest.best == "anew"
+    assert [gain >= 0 for gain, _ in contest.gains("stays")] == [True, True]
+    for line in versus.summed({"one": contest, "two": contest}):
+        assert "of 2 sequences" in line
+        assert "anew" in line
