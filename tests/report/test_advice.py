@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.units import Units
+from moetuner import _checks as check
+from moetuner.evaluation.units import Blocks, Units, hold_out
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report import recording
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import _of_copies, knee_of
+from moetuner.report.advice.conclusion import KNEE, _of_copies, _of_units, concluded, knee_of
+from moetuner.report.advice.study import ITERATIONS
 from moetuner.report.advice.values import Copies
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -399,19 +401,98 @@ def test_the_knee_harms_no_window():
     assert [knee_of(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
 
 
-def test_copies_that_a_short_search_overrates_have_a_sentence():
-    """Windows of a load table have no size to name; without a loss in one, none is told."""
-    gains = {0: 0.2, 2: 0.3, 4: 0.1}
-    swept = [Copies(count, False, {None: (gain,)}, None) for count, gain in gains.items()]
-    text = _of_copies(tuple(swept), knee=4)
-    assert text == (
-        "Copies: 4 more slots per device and layer gain 10.0 %, 20.0 % without; "
-        "2 more slots per device and layer would gain 30.0 % by a shorter search"
+SHORT = "Copies, numbers compared by short searches: "
+
+
+def test_what_copies_gain_is_said_beside_what_they_cost():
+    """Windows of a load table have no size to name; memory beyond what runs has a sentence."""
+
+    def row(count, *gains, windows=(None,)):
+        of = {window: (gain,) for window, gain in zip(windows, gains, strict=True)}
+        return Copies(count, False, of, count * 1e9)
+
+    swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
+    assert _of_copies(swept, 2, None) == (
+        f"{SHORT}2 more slots per device and layer (2.00 GB per device) gain 30.0 %, 20.0 % without"
     )
-    lossy = Copies(2, False, {512: (0.3,), 8192: (-0.05,)}, None)
-    assert "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer" in _of_copies(
-        (Copies(0, False, {512: (0.1,), 8192: (0.1,)}, None), lossy), knee=0
+    assert _of_copies(swept, 0, 2) == (
+        f"{SHORT}none. With more memory than now: 2 more slots per device and layer (2.00 GB per "
+        "device) would gain 30.0 %"
     )
+    sizes = {"windows": (512, 8192)}
+    both = (row(0, 0.1, 0.1, **sizes), row(2, 0.12, 0.3, **sizes))
+    text = "would gain 30.0 % in windows of 8,192 tokens, 12.0 % in windows of 512 tokens"
+    assert text in _of_copies(both, 0, 2)
+    lossy = (row(0, 0.1, 0.1, **sizes), row(2, 0.3, -0.05, **sizes))
+    text = "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer"
+    assert text in _of_copies(lossy, 0, None)
+
+
+def heavy():
+    """Load table in which one expert has half of the tokens: copies of it pay."""
+    share = np.array([0.5, *[0.5 / (EXPERTS - 1)] * (EXPERTS - 1)])
+    load = np.random.default_rng(0).multinomial(100_000, share, (40, 2))
+    return mt.RoutingStatistics.from_load(load)
+
+
+@pytest.mark.parametrize("initial", ["contiguous", f"eplb:{EXPERTS // 2}"])
+def test_more_memory_is_no_gain_of_the_placement(initial):
+    """What is proposed takes no more slots than what runs; what more would gain stands apart."""
+    topology = mt.Topology(4)
+    running = EXPERTS // 8 if initial != "contiguous" else 0
+    more = running + 2
+    how = {"copies": (0, more), "splits": 1, "time_limit": None, "expert_bytes": 1e6}
+    advice = advise(heavy(), topology, initial=initial, **how)
+    before, after = advice.placements
+    assert after.slots_per_device <= max(before.slots_per_device, EXPERTS // 4)
+    assert advice.knee <= running
+    plain = {row.per_device: row.best for row in advice.copies if not row.shared}
+    is_more = plain[more] > plain[advice.knee] + KNEE
+    assert (advice.more == more) == is_more
+    assert any("With more memory than now" in reason for reason in advice.reasons) == is_more
+    if initial == "contiguous":
+        assert is_more
+
+
+def test_all_rows_of_copies_are_of_searches_as_short():
+    """Each is the better of the same searches, judged on the same half; the proposed one's too."""
+    topology, table = mt.Topology(4), heavy()
+    how = {"copies": (0, 1), "splits": 1, "time_limit": None, "iterations": None}
+    advice = advise(table, topology, **how)
+    seen, unseen = hold_out(table, 0.5, seed=check.nth_seed(0, 0))
+    model = mt.cost.cost_model_of(table)
+    gains = []
+    for slots in (EXPERTS // 4, EXPERTS // 4 + 1):
+        problem = mt.Problem(seen, topology, slots_per_device=slots, cost_model=model)
+        found = [
+            mt.solve(replace(problem, objective=goal), "heuristic", iterations=ITERATIONS).placement
+            for goal in ("balance", "time")
+        ]
+        best = min(found, key=problem.value)
+        time = mt.evaluate(best, unseen, topology, cost_model=model).predicted_layer_us
+        gains.append(1 - time / advice.running.predicted_layer_us)
+    assert [(of.per_device, of.shared) for of in advice.copies] == [
+        (0, False),
+        (1, False),
+        (1, True),
+    ]
+    plain = [row.best for row in advice.copies if not row.shared]
+    assert plain == pytest.approx(gains)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_windows_that_are_too_alike_are_called_so(number):
+    """Nothing is worth no windows: where none is independent, the words say why none is."""
+    units = Units("window", number, Blocks(60.0, 20))
+    advice = advise(heavy(), mt.Topology(4), copies=(0,), splits=1)
+    (judged,) = advice.judged
+    gain = replace(judged.gain, low=None, high=None, units=number)
+    judged = replace(judged, figures=judged.figures | {"predicted_layer_us": gain})
+    advice = concluded(replace(advice, judged=(judged,), units=units), ())
+    assert advice.answer == "not enough evidence"
+    texts = [advice.reasons[0], *_of_units(units, held_out=True)]
+    assert all(("too alike" in text) == (number == 0) for text in texts), texts
+    assert all((f"worth {number} independent" in text) == (number > 0) for text in texts), texts
 
 
 def test_drift_is_seldom_told_of_one_kind():

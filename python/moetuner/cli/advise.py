@@ -281,7 +281,11 @@ def _judging(
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     report = options.next_command("report", f"placement.json {future or file}", values, figure)
-    return [*commands, report]
+    commands.append(report)
+    if advice.more is not None:
+        slots = problem.slots + advice.more - advice.knee
+        commands.append(solve(slots, "the one with more memory", out_file="more.json"))
+    return commands
 
 
 def _serving(source: Source, advice: Advice) -> list[str]:

@@ -201,6 +201,11 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
                 f"independent windows, and {least} for an interval of the gain; record longer, or "
                 "with sequences."
             )
+            if number < 2:
+                line = (
+                    "the windows are too alike to tell what is chance: even distant ones resemble "
+                    "each other; record longer, or with sequences."
+                )
         return "not enough evidence", line
     if "worth it" in answers:
         return "worth a trial", ""
@@ -270,9 +275,12 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
         return []
     how = "windows count as independent, as neighbours are no more alike than others."
     if units.blocks.length > 1:
+        worth = f"are worth {units.number} independent ones"
+        if units.number < 2:
+            worth = "are too alike to tell apart"
         how = (
-            f"windows count in blocks of {units.blocks.length}, as neighbours are alike, and are "
-            f"worth {units.number} independent ones. With sequences fewer tokens suffice."
+            f"windows count in blocks of {units.blocks.length}, as neighbours are alike, and "
+            f"{worth}. With sequences fewer tokens suffice."
         )
     return [f"INPUT has no sequences: {how}"]
 
@@ -294,7 +302,9 @@ def _gains(of: Advice) -> list[str]:
     lines += _parts(main, of.settings["price"], of.settings["regime"])
     if of.by_group:
         lines.append(_of_each_group(of))
-    return [*lines, _of_copies(of.copies, of.knee)] if of.knee or len(of.copies) > 1 else lines
+    if of.knee or len(of.copies) > 1:
+        lines.append(_of_copies(of.copies, of.knee, of.more))
+    return lines
 
 
 def _much(gain: Comparison) -> str:
@@ -346,30 +356,37 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
     return lines
 
 
-def _of_copies(swept: tuple[Copies, ...], knee: int) -> str:
-    plain = [each for each in swept if not each.shared]
-    (chosen,) = (each for each in plain if each.per_device == knee)
-    best = max(plain, key=lambda each: each.best)
-    text = "Copies: none"
+def _of_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
+    """Write what slots for copies gain that run already, and what more of them would."""
+    plain = {each.per_device: each for each in swept if not each.shared}
+    chosen, least = plain[knee], min(plain)
+    best = max(plain.values(), key=lambda each: each.best)
+    text = "Copies, numbers compared by short searches: " if len(swept) > 1 else "Copies: "
     if knee:
         verb = "gains" if knee == 1 else "gain"
-        text = f"Copies: {_slots(chosen)} {verb} {percent(chosen.best)}"
-    if knee and plain[0].per_device == 0:
+        text += f"{_slots(chosen)} {verb} {percent(chosen.best)}"
+    else:
+        text += "none"
+    if knee and least == 0:
         text += f", {percent(plain[0].best)} without"
+    if more is not None:
+        gains = plain[more].gains
+        parts = [
+            percent(plain[more].mean(of)) + f" in {words_of_window(of)}" * (len(gains) > 1)
+            for of in sorted(gains, key=plain[more].mean, reverse=True)
+        ]
+        text += f". With more memory than now: {_slots(plain[more])} would gain {', '.join(parts)}"
     # What is gained without copies stands there already.
-    if best.best > chosen.best + KNEE and not (knee and best is plain[0]):
+    elif best.best > chosen.best + KNEE and not (knee and best is plain[least]):
         worst = min(best.gains, key=best.mean)
         text += f"; {_slots(best)} would gain {percent(best.best)}"
         if best.mean(worst) < 0:
             longer = percent(-best.mean(worst))
             text += f", but {words_of_window(worst)} would take {longer} longer"
-        else:
-            text += " by a shorter search"
     elif not knee:
-        most = max(each.per_device for each in plain)
         text += (
-            f"; up to {most} more slots per device and layer bring no more than one copy of each "
-            "expert does"
+            f"; up to {max(plain)} more slots per device and layer bring no more than one copy of "
+            "each expert does"
         )
         if len(best.gains) == 1 and (window := next(iter(best.gains))) is not None:
             text += f" in {words_of_window(window)}"

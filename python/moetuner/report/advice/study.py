@@ -47,7 +47,7 @@ Key = tuple[int, bool] | str
 Window = int | None
 
 # Search steps of a start: enough to see what there is to win, in a second for a common model.
-ITERATIONS = 2000
+ITERATIONS = 500
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class Study:
     seed: int
     threads: int | None
     say: Callable[[str], None]
-    # What is searched for with single copies: both, until the sweep has shown which of them brings
-    # time down further, on what it saw.
+    # What short searches are for: the better of both, on what they saw.
     goals: tuple[Goal, ...] = field(default=("balance", "time"), init=False)
 
     def __post_init__(self) -> None:
@@ -139,7 +138,9 @@ class Study:
         splits = splits if self.is_held_out and self.unseen is None else 1
         part = self.part(0)
         swept = self._swept(part)
-        knee = knee_of(swept, self.prefill_share)
+        # More memory is no gain of a placement: what is proposed takes no more than what runs.
+        as_now = tuple(row for row in swept if row.per_device <= max(self.of_running, 0))
+        knee, best = (knee_of(rows, self.prefill_share) for rows in (as_now or swept, swept))
         trials = []
         for number in range(splits):
             self.say(f"split {number + 1} of {splits}: solving and judging")
@@ -147,12 +148,10 @@ class Study:
         first = trials[0]
         judged = tuple(self._judged(trials, window) for window in self.windows)
         main = main_of(judged)
-        swept = tuple(
-            replace(each, gains={of.window: (of.gain.mean,) for of in judged})
-            if each.per_device == knee and not each.shared
-            else each
-            for each in swept
-        )
+        if len(swept) == 1:  # which was not searched for
+            as_judged: dict[Window, tuple[float, ...]]
+            as_judged = {of.window: (of.gain.mean,) for of in judged}
+            swept = (replace(swept[0], gains=as_judged),)
         units, of = self.units[main.window], first.evaluations[main.window]
         self.say("comparing the halves of the recording")
         is_one = self.unseen is None
@@ -166,6 +165,7 @@ class Study:
             judged=judged,
             copies=swept,
             knee=knee,
+            more=best if best > knee else None,
             moving=self._moving(first, main),
             phases=phases,
             drift=difference,
@@ -428,20 +428,17 @@ class Study:
         if window is not None:
             slots["phases"] = {window: 1.0}
         problem = self.problem(statistics, count, **slots)
-        goals = ("balance",) if count and self.how["objective"] is None else self.goals
         steps = ITERATIONS if self.iterations is None else self.iterations
         how: dict[str, Any] = {"seed": self.seed, "iterations": steps}
         results = {
             goal: self.solved(replace(problem, objective=goal), "heuristic", **how)
-            for goal in goals
+            for goal in self.goals
         }
         best = min(results, key=lambda goal: problem.value(results[goal].placement))
-        if not count:
-            self.goals = (best,)
         return results[best].placement
 
     def _swept(self, part: Part) -> tuple[Copies, ...]:
-        """Search shortly with every number of copies."""
+        """Search with every number of copies, all as shortly: what differs is the copies' merit."""
         placements: dict[Key, Placement] = {RUNNING: self.running(part)}
         # Engines have as many slots in every layer.
         may_share = self.traffic.layers > 1 and self.engine is None

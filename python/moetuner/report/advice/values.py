@@ -117,7 +117,8 @@ class Copies(Frozen):
         Whether the slots of all layers are one budget, which goes where copies help most.
     gains
         Share of predicted time that is saved over the running placement in the first split, by
-        window: after a short search, but for the proposed number, which has the judged gain.
+        window, after a search as short as that of all others; where no other number was tried, as
+        judged.
     bytes_per_device
         Memory that the copies take; None where the bytes of an expert are not known.
     tokens_per_rank
@@ -250,8 +251,12 @@ class Advice(Frozen):
     judged
         Both placements on unseen traffic, for each size of windows.
     copies, knee
-        What slots for copies would bring, and how many of a device the proposed placement has: the
+        What slots for copies would bring, all by searches of the same length, and how many of a
+        device the proposed placement has: of those that take no more memory than what runs the
         fewest that are nearly as good as the best.
+    more
+        The fewest that are nearly as good as the best of all, where that is more memory than runs;
+        None where it is not.
     moving
         From the running placement to the proposed one.
     phases
@@ -298,6 +303,7 @@ class Advice(Frozen):
     judged: tuple[Judged, ...]
     copies: tuple[Copies, ...]
     knee: int
+    more: int | None
     moving: Moving
     phases: Phases | None
     drift: Drift | None
