@@ -26,6 +26,7 @@ __all__ = [
     "expected_load",
     "expected_visits",
     "forget_pools",
+    "match_devices",
     "merge_sets",
     "pack",
     "pair_cost",
@@ -404,6 +405,14 @@ def adapt_slots(
 
     Returns slots [L,D,S], and of every layer the time of the slowest device before (once all slots
     were filled) and after, and the copies brought.
+    """
+
+def match_devices(
+    packed: NDArray[np.int32], running: NDArray[np.int32], experts: int
+) -> NDArray[np.int32]:
+    """Give what was packed for a device to one that holds much of it [L,D,S]: fewest copies move.
+
+    All devices are alike; -1 is an empty slot.
     """
 
 def spend_budget(

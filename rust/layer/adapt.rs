@@ -63,7 +63,8 @@ pub fn adapt_layers(
     let layers = || load.chunks_exact(experts).map(|load| if is_idle(load) { &idle[..] } else { load });
     let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
     let running: Vec<Slots> = slots.collect();
-    let variance = variance(layers().zip(sites).zip(&running).zip(fresh).filter(|of| !of.1).map(|of| of.0));
+    let shaped = layers().zip(sites).zip(&running).zip(fresh).filter(|(_, fresh)| !**fresh);
+    let variance = variance(shaped.map(|(layer, _)| layer));
     let is_bounded = effort.rules.most < running.iter().map(|slots| slots.expert_in.len()).sum();
     let all = layers().zip(sites).zip(running).zip(fresh).enumerate();
     let improved = all.map(|(layer, (((load, site), running), &fresh))| {
@@ -156,15 +157,16 @@ fn are_alike(site: &Site) -> bool {
 }
 
 /// Gives what was packed for a device to one that holds much of it, of devices that are alike: fewest copies move.
-fn keep_devices(packed: &Slots, running: &Slots, site: &Site) -> Slots {
-    let devices = site.devices();
+#[must_use]
+pub fn keep_devices(packed: &Slots, running: &Slots, capacity: &[usize]) -> Slots {
+    let devices = capacity.len();
     let mut same = vec![0; devices * devices];
     for (slot, &e) in packed.expert_in.iter().enumerate().filter(|(_, e)| **e != EMPTY) {
         for device in running.devices(e) {
             same[packed.device(slot) * devices + usize::from(device)] += 1;
         }
     }
-    let mut slots = Slots::empty(&site.capacity, packed.copies.len());
+    let mut slots = Slots::empty(capacity, packed.copies.len());
     for (from, to) in assign_max(&same, devices).into_iter().enumerate() {
         for (slot, there) in packed.of(from).zip(slots.of(to)) {
             slots.put(there, packed.expert_in[slot]);
@@ -321,7 +323,7 @@ impl Steps<'_> {
     /// Notes a packing as the last way, if it costs less than all others by more than a part.
     fn offer(&mut self, packed: &Slots, part: f64, full: bool) -> Placed<()> {
         let least = self.ways.iter().map(|way| way.cost).fold(f64::INFINITY, f64::min);
-        self.slots = keep_devices(packed, &self.running, self.site);
+        self.slots = keep_devices(packed, &self.running, &self.site.capacity);
         complete(&mut self.slots, self.site, self.tokens, full)?;
         self.loads = Loads::of(self.site, self.tokens, &self.slots, &self.running, self.loads.square);
         self.note();

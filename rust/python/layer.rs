@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice, watched};
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
-use crate::layer::adapt::{self, adapt_layers};
+use crate::layer::adapt::{self, adapt_layers, keep_devices};
 use crate::layer::construct::{QUICK, by_windows, fill, fill_layers};
 use crate::layer::descend::descend;
 use crate::layer::terms::fanout;
@@ -393,6 +393,26 @@ pub(super) fn adapt_slots<'py>(
     let slots = slots_of(py, contents, [d, per_device])?;
     let (before, after) = all.iter().map(|(_, [before, after])| (before.slowest, after.slowest)).unzip();
     Ok((slots, before, after, all.iter().map(|(_, [_, after])| after.moves).collect()))
+}
+
+#[pyfunction]
+pub(super) fn match_devices<'py>(
+    py: Python<'py>,
+    packed: PyReadonlyArray3<'py, i32>,
+    running: PyReadonlyArray3<'py, i32>,
+    experts: usize,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let &[_, d, per_device] = packed.shape() else { unreachable!("the array has three dimensions") };
+    shaped("running", running.shape(), packed.shape())?;
+    fits("packed", d, per_device)?;
+    let site = Site::plain(vec![per_device; d], vec![1.0; d]);
+    let (packed, running) = (contiguous(packed.as_slice().ok())?, contiguous(running.as_slice().ok())?);
+    let slots = |rows| Slots::new(&site.capacity, experts, &contents_of(rows, per_device, &site.capacity));
+    let size = (d * per_device).max(1);
+    let layers = packed.chunks_exact(size).zip(running.chunks_exact(size));
+    let matched = |(packed, running)| keep_devices(&slots(packed), &slots(running), &site.capacity);
+    let all = alone(py, || layers.map(matched).collect::<Vec<_>>())?;
+    slots_of(py, all.iter().map(|slots| (&slots.expert_in[..], &site)), [d, per_device])
 }
 
 #[pyfunction]

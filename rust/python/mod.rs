@@ -196,7 +196,7 @@ mod _core {
         busiest_rows, expected_apart, expected_followed, expected_load, expected_visits, pair_cost,
     };
     #[pymodule_export]
-    use super::layer::{Layers, adapt_slots, replicate_experts, spend_budget};
+    use super::layer::{Layers, adapt_slots, match_devices, replicate_experts, spend_budget};
     #[pymodule_export]
     use super::lines::scan_lines;
     #[pymodule_export]

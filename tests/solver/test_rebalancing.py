@@ -1,5 +1,7 @@
 """rebalance(): rules of live decisions that plugins and the rebalancer of layers share."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -118,6 +120,28 @@ def test_steps_on_one_load_are_those_of_the_descent(seed):
         assert fast.moves.sum() <= budget
         assert figures[-1, 0] <= budget
         assert fast.after.sum() <= slow * 1.03
+
+
+@given(st.integers(0, 2**32))
+def test_packings_go_to_the_devices_that_hold_most(seed):
+    """No other order of what was packed for alike devices brings fewer copies."""
+    random = np.random.default_rng(seed)
+    packed, held = (
+        random.permuted(np.tile(np.arange(-1, 11, dtype=np.int32), (2, 4, 1)), axis=2)[..., :3]
+        for _ in range(2)
+    )
+    packed, held = np.ascontiguousarray(packed), np.ascontiguousarray(held)
+    matched = _core.match_devices(packed, held, 12)
+    there, orders = holders_of(held, 12), list(permutations(range(4)))
+    for layer in range(2):
+        moved = [
+            (holders_of(packed[layer : layer + 1, list(order)], 12) & ~there[layer]).sum()
+            for order in orders
+        ]
+        assert (holders_of(matched, 12)[layer] & ~there[layer]).sum() == min(moved)
+        assert sorted(map(sorted, matched[layer].tolist())) == sorted(
+            map(sorted, packed[layer].tolist())
+        )
 
 
 @pytest.mark.parametrize("price", [0.5, 3.0, 10.0, 30.0])

@@ -208,7 +208,8 @@ class _Live:
         if free.any():
             search = _search_of(load[:, free], slots[free].shape, self.time)
             packed = search.construct(windows=True, alone=True)
-            start[free] = renumbered(packed, slots[free], load.shape[2])
+            running_there = np.ascontiguousarray(slots[free])
+            start[free] = _core.match_devices(packed, running_there, load.shape[2])
         prices = _copy_prices(slots, load, self.time, np.where(free, 0.0, share))
         end = _place(load, start, prices, self.time, pairs)
         ways.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
@@ -292,25 +293,6 @@ def _copy_prices(slots: Slots, windows: Floats, time: Floats, share: Floats) -> 
     price = _rounded(share * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist()))
     holds = holders_of(slots, windows.shape[2]).transpose(0, 2, 1)
     return np.ascontiguousarray(np.where(holds, 0.0, price[:, None, None]))
-
-
-def renumbered(slots: Slots, running: Slots, experts: int) -> Slots:
-    """Compute slots [L,D,S] in which alike devices get what was packed for one of them.
-
-    The one that holds most of it already, as far as another does not hold more.
-    """
-    layers, devices, _ = slots.shape
-    same = holders_of(slots, experts).astype(np.float32)
-    overlap = same @ holders_of(running, experts).transpose(0, 2, 1).astype(np.float32)
-    order = np.empty((layers, devices), dtype=np.int64)
-    row = np.arange(layers)
-    for _ in range(devices):
-        best = overlap.reshape(layers, -1).argmax(axis=1)
-        packed, device = np.divmod(best, devices)
-        order[row, device] = packed
-        overlap[row, packed] = -1
-        overlap[row, :, device] = -1
-    return np.take_along_axis(slots, order[:, :, None], axis=1)
 
 
 def slowest(
