@@ -53,15 +53,30 @@ def test_each_rule_is_named_with_its_first_case():
     assert ruled(max_imbalance=1.3).violations(keeps) == ()
 
 
-def test_a_cap_that_had_to_be_raised_is_told_without_another_status():
-    """Who raises a cap says so in ``details.caps``; who ignores it violates rules."""
-    load = np.array([[[90, 10, 10, 10]]])
-    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(2), max_imbalance=1.1)
-    searched, plain = mt.solve(problem), mt.solve(problem, "contiguous")
-    assert searched.details.caps.raised
-    assert searched.status != "violates rules"
-    assert searched.violations
-    assert plain.status == "violates rules"
+@pytest.mark.parametrize("seed", range(3))
+def test_caps_are_raised_for_all_methods_alike(seed):
+    """A cap that none can keep is no rule that a method breaks, but as far as it goes beyond."""
+    rng = np.random.default_rng(seed)
+    load = rng.integers(5, 20, (1, 3, 16))
+    load[0, 1, 3] = 300  # more than a device may carry, wherever it is
+    load[0, 2] = np.where(np.arange(16) < 4, 300, 5)  # together under contiguous
+    problem = mt.Problem(mt.RoutingStatistics(load), mt.Topology(4), max_imbalance=1.2)
+    cap = 1.2 * load[0].sum(axis=1) / 4
+    results = {name: mt.solve(problem, name) for name in ("joint", "paper", "lpt", "contiguous")}
+    over = {
+        name: [
+            layer
+            for layer, slots in enumerate(result.placement.slots)
+            if max(load[0, layer, row].sum() for row in slots) > cap[layer] * (1 + 1e-9)
+        ]
+        for name, result in results.items()
+    }
+    assert [over[name] for name in ("joint", "paper", "lpt")] == [[1]] * 3
+    for name, result in results.items():
+        assert bool(result.violations) == bool(over[name])
+        is_broken = name == "contiguous"
+        assert (result.status == "violates rules") == is_broken, name
+        assert [*result.details.caps.raised] == ([] if is_broken else [1])
 
 
 def test_compare_marks_methods_that_break_rules(run, make_trace, tmp_path):

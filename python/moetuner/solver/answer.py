@@ -6,20 +6,25 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from moetuner._core import __version__
 from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
+from moetuner.problem.caps import ROUNDING
 from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Run, verdict_of
+from moetuner.solver.stages.floor import balanced
 from moetuner.statistics import COUNTED
 
 
 def result_of(run: Run, method: str, *, searched: bool) -> Result:
     """Build the result of a run; drop a bound that the placement itself refutes.
 
-    Of what ``searched`` it is said which caps it exceeds, and which windows it has seen.
+    Of what ``searched`` it is said which windows it has seen, and which caps it exceeds; of other
+    methods, too, where they exceed them no further than balance does.
     """
     problem, incumbent = run.problem, run.answer()
     slots = incumbent.slots
@@ -102,10 +107,24 @@ def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: 
         details = details.searched(experts_moved=incumbent.moves)
     elif searched and run.problem.is_plain and incumbent.by == "balance":
         details = details.searched(found_by="balance")
-    if not searched:
+    if not searched and not _raises_as_balance(run.problem, placement):
         return details
     caps = cap_report(run.problem, placement.slots, threads=run.budget.threads)
-    return replace(details, caps=caps).searched(**sampling_facts(run.problem))
+    details = replace(details, caps=caps)
+    return details.searched(**sampling_facts(run.problem)) if searched else details
+
+
+def _raises_as_balance(problem: Problem, placement: Placement) -> bool:
+    """Return whether a placement exceeds load caps no further than balance alone does.
+
+    That is where the search begins, so such caps had to be raised for all methods alike.
+    """
+    caps = problem.caps
+    if caps.over_speed is None or not caps.excess(placement).any():
+        return False
+    balance = Placement(balanced(problem), num_experts=problem.experts)
+    limits = np.maximum(caps.over_speed, caps.peaks(balance))
+    return bool((caps.peaks(placement) <= limits * (1 + ROUNDING)).all())
 
 
 def sampling_facts(problem: Problem) -> dict[str, int]:
