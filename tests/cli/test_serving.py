@@ -7,6 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import moetuner
+from moetuner.report.cells import distinct
 
 SERVING = ("--for", "--cost-model", "--regime", "--split", "--arrival")
 
@@ -66,9 +67,17 @@ def test_a_placement_slower_than_blocks_is_said(ok, tmp_path, more):
         than, words = "what runs", (*words[:4], "--out", tmp_path / "q.json")
         more = (*more, placement)
     text = ok(*words, *wide, *more)
-    assert re.search(rf"slower than {than}: \d+\.\d against \d+\.\d us per layer", text)
+    assert re.search(rf"slower than {than}: \d+\.\d+ against \d+\.\d+ us per layer", text)
     assert "try --slots-per-device 4, or" in text
     assert "slower than experts" not in ok(*words)
+
+
+@pytest.mark.parametrize("by", [1.0, 1e-1, 1e-3, 1e-6, 0.0])
+def test_times_that_differ_are_written_apart(by):
+    """A warning that one time is longer shows by what, however little; equal ones are alike."""
+    one, other = distinct(62.24 + by, 62.24, 1)
+    assert (float(one) > float(other)) == (by > 0)
+    assert len(one) == len(other) <= 4 + max(0, round(-np.log10(by or 1)))
 
 
 def test_empty_slots_are_said(ok, trace, tmp_path):
@@ -113,10 +122,10 @@ def test_an_engine_has_no_order_for_counts(as_json, ok, tmp_path):
     [
         (("3.7",), "Move budget: 3 experts, as the bytes of one are not known (--expert-bytes)."),
         (("3.7", "--expert-bytes", 1), "Move budget: 3.7 B, 3 experts of 1 B."),
-        (("9e6", "--model", "qwen3-30b-a3b"), "Move budget: 9 MB, 1 expert of 4.72 MB."),
+        (("1e7", "--model", "qwen3-30b-a3b"), "Move budget: 10 MB, 1 expert of 9.44 MB."),
         (
             ("4", "--model", "qwen3-30b-a3b"),
-            "Move budget: 4 B, less than one expert (4.72 MB), so none may move.",
+            "Move budget: 4 B, less than one expert (9.44 MB), so none may move.",
         ),
     ],
 )

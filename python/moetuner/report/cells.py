@@ -11,6 +11,16 @@ def number(value: float | None, decimals: int) -> str:
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
+def distinct(value: float, other: float, decimals: int) -> tuple[str, str]:
+    """Write two numbers with so many decimals, or as many more as tell them apart."""
+    while decimals < 12 and value != other:
+        texts = number(value, decimals), number(other, decimals)
+        if texts[0] != texts[1]:
+            return texts
+        decimals += 1
+    return number(value, decimals), number(other, decimals)
+
+
 def digits(value: float | None) -> str:
     """Write a number with three significant digits, and never as a power of ten."""
     if value is None or not math.isfinite(value):

@@ -15,7 +15,7 @@ from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import counted, number, percent
+from moetuner.report.cells import counted, distinct, number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -246,9 +246,10 @@ def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str
     if problem.goal != "time":
         better += ", or solve for --objective time"
     which = f"the placement of {outcome.result.method}" if name else "this placement"
+    times = " against ".join(distinct(time, less, 1))
     return [
         f"Warning: {which} is predicted to be slower than {than}: "
-        f"{number(time, 1)} against {number(less, 1)} us per layer{windows_of(tokens, outcome)}; "
+        f"{times} us per layer{windows_of(tokens, outcome)}; "
         f"{better}."
     ]
 
