@@ -65,11 +65,9 @@ pub fn adapt_layers(
     let running: Vec<Slots> = slots.collect();
     let shaped = layers().zip(sites).zip(&running).zip(fresh).filter(|(_, fresh)| !**fresh);
     let variance = variance(shaped.map(|(layer, _)| layer));
-    let is_bounded = effort.rules.most < running.iter().map(|slots| slots.expert_in.len()).sum();
     let all = layers().zip(sites).zip(running).zip(fresh).enumerate();
     let improved = all.map(|(layer, (((load, site), running), &fresh))| {
-        let start = Start { is_fresh: fresh, is_bounded, variance };
-        improve(site, load, running, start, effort).map_err(|fault| fault.of(layer))
+        improve(site, load, running, fresh, variance, effort).map_err(|fault| fault.of(layer))
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
@@ -103,23 +101,13 @@ pub(super) fn variance<'a>(layers: impl Iterator<Item = ((&'a [f64], &'a Site), 
     if squares > 0.0 { (seen / squares).min(LARGEST_VARIANCE) } else { 0.0 }
 }
 
-/// Where a layer starts.
-#[derive(Debug, Clone, Copy)]
-struct Start {
-    /// Whether no load has shaped what runs.
-    is_fresh: bool,
-    /// Whether the budget may not suffice for all slots of all layers.
-    is_bounded: bool,
-    /// Variance of loads from window to window.
-    variance: f64,
-}
-
 /// Goes from running slots as far as steps gain, and packs anew; where nothing runs yet, a packing is all there is.
 fn improve<'a>(
     site: &'a Site,
     load: &'a [f64],
     running: Slots,
-    start: Start,
+    is_fresh: bool,
+    variance: f64,
     effort: Effort,
 ) -> Placed<Steps<'a>> {
     let (slots, devices) = (running.expert_in.len(), site.devices());
@@ -132,19 +120,19 @@ fn improve<'a>(
     complete(&mut first, site, load, effort.full)?;
     // Of a time that varies, the power's mean is larger by n (n - 1) / 2 variances: as if it took (n - 1) / 2 longer.
     let unit = load.iter().sum::<f64>() / devices as f64;
-    let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * start.variance / unit } else { 0.0 };
+    let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * variance / unit } else { 0.0 };
     let loads = Loads::of(site, load, &first, &running, square);
     let (ways, contents, scan) = (vec![], vec![], Scan::new(slots, devices));
     let mut steps = Steps { site, tokens: load, running, slots: first, loads, scan, ways, contents };
     steps.note();
-    // What no load has shaped is left at once, if moves are not bounded: experts that are neighbours there are often
-    // busy together, which a single load does not show.
-    let is_left = start.is_fresh && !start.is_bounded && packed.is_some();
+    // What no load has shaped is left at once: experts that are neighbours there are often busy together, which a single
+    // load does not show.
+    let is_left = is_fresh && packed.is_some();
     if !is_new && !is_left {
         steps.descend(effort.steps * devices);
     }
     if let Some(packed) = packed {
-        steps.offer(&packed, if start.is_fresh { 0.0 } else { ANEW }, effort.full)?;
+        steps.offer(&packed, if is_fresh { 0.0 } else { ANEW }, effort.full)?;
     }
     Ok(steps)
 }

@@ -275,6 +275,20 @@ def test_a_packing_goes_to_the_ranks_that_hold_it(seed):
     assert (copies_on(actual, 6, 24) > copies_on(running, 6, 24)).sum() <= 2
 
 
+@pytest.mark.parametrize("windows", [1, 4])
+def test_a_budget_packs_the_layers_that_it_suffices_for(windows):
+    """Of a map that no load has shaped, if those are most of its layers; never more copies."""
+    load = drifting(windows, 0.15)
+    freely = rebalance_experts(load, 288, 1, 1, 32, INITIAL)
+    before = copies_on(INITIAL, 32, 256)
+    for layers in (3, 6, 10, 12):
+        budget = layers * 288
+        actual = rebalance_experts(load, 288, 1, 1, 32, INITIAL, budget=budget)
+        assert (copies_on(actual, 32, 256) > before).sum() <= budget
+        if layers >= 9:
+            assert np.array_equal(actual[:layers], freely[:layers])
+
+
 def test_the_heaviest_experts_get_copies_from_the_initial_map():
     """Its copies follow no load; one decision later, no copy is heavier than it must be."""
     load = drifting(1, 0.0)[0]

@@ -19,6 +19,7 @@ from moetuner.solver.rebalancing import (
     DEVIATIONS,
     Pairs,
     Rebalanced,
+    packed_anew,
     rebalance,
     slowest,
 )
@@ -231,8 +232,8 @@ class Case:
         if idle.all():
             none = np.zeros(layers)
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
-        left = self.fresh if budget == self.slots.size else np.zeros(layers, dtype=bool)
-        homes = np.where(left[:, None, None], EMPTY, self.slots)
+        anew = packed_anew(self.fresh, self.slots, budget)
+        homes = np.where(anew[:, None, None], EMPTY, self.slots)
         node_of = _nodes_of_groups(self.load, homes, self.groups, nodes, budget, rules)
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
@@ -253,7 +254,7 @@ class Case:
             budget=budget,
             dead_zone=rules.dead_zone,
             deviations=rules.deviations,
-            fresh=left[row],
+            fresh=anew[row],
             pairs=pairs,
         )
         slots, there = slots.copy(), experts[number[:, :, None], balanced.slots]

@@ -111,8 +111,8 @@ def rebalance(
         And more than so many standard deviations of counts as large, as the slowest of so many
         devices has them by chance.
     fresh
-        Layers [L] of which no load has shaped what runs: packed anew where the budget suffices. By
-        default none.
+        Layers [L] of which no load has shaped what runs: packed anew as far as the budget suffices.
+        By default none.
     pairs
         What else counts, besides load.
     full
@@ -129,7 +129,7 @@ def rebalance(
         load,
         slots,
         np.ones(devices) if time is None else time,
-        np.zeros(len(slots), dtype=bool) if fresh is None else fresh,
+        packed_anew(np.zeros(len(slots), dtype=bool) if fresh is None else fresh, slots, budget),
         dead_zone,
         deviations,
     )
@@ -142,14 +142,27 @@ def rebalance(
     return live.searched(budget, effort.LASTING_PRICE if lasts else effort.LIVE_PRICE, pairs)
 
 
+def packed_anew(fresh: NDArray[np.bool_], slots: Slots, budget: int) -> NDArray[np.bool_]:
+    """Return which layers [L] a budget packs anew, of those that no load has shaped.
+
+    The first ones for all of whose slots it suffices, if these are three quarters of them: fewer
+    copies gain more where every layer gets its part.
+    """
+    fits: NDArray[np.bool_] = fresh & (np.cumsum(fresh) * slots[0].size <= budget)
+    return fits if 4 * fits.sum() >= 3 * fresh.sum() else np.zeros_like(fresh)
+
+
 @dataclass(frozen=True)
 class _Live:
-    """Loads as they count [W,L,E], the slots that run [L,D,S], and when a layer changes."""
+    """Loads as they count [W,L,E], slots that run [L,D,S], and when a layer changes.
+
+    ``anew`` are the layers that are packed anew [L].
+    """
 
     load: Floats
     slots: Slots
     time: Floats
-    fresh: NDArray[np.bool_]
+    anew: NDArray[np.bool_]
     dead_zone: float
     deviations: float
 
@@ -161,7 +174,7 @@ class _Live:
             np.ascontiguousarray(self.load.sum(axis=0)),
             np.ascontiguousarray(self.slots),
             self.time,
-            self.fresh,
+            self.anew,
             most=budget,
             steps=steps,
             trials=effort.QUICK,
@@ -175,16 +188,16 @@ class _Live:
     def searched(self, budget: int, share: float, pairs: Pairs | None) -> Rebalanced:
         """Search for what suits every window; a copy must gain a share of a device's tokens.
 
-        Every layer stays, takes steps, or is searched from the better one of both. What no load has
-        shaped is searched from nothing, if the budget suffices for all slots. Experts that had no
-        slot get one whatever that gains.
+        Every layer stays, takes steps, or is searched from the better one of both; what is packed
+        anew is searched from nothing. Experts that had no slot get one whatever that gains.
         """
         load, slots = self.load, self.slots
         running, layer = holders_of(slots, load.shape[2]), np.arange(len(slots))
         rate = math.fsum((1 / self.time).tolist())
         price = float(_rounded(share * load.sum() / len(slots) / rate))
         is_new = ~running.any(axis=(1, 2))
-        free = self.fresh | is_new if budget == slots.size else is_new
+        free = self.anew | is_new
+        left = budget - int((self.anew & ~is_new).sum()) * slots[0].size
 
         def chosen(ways: list[Slots], dead_zone: float, deviations: float) -> Rebalanced:
             costs = np.stack([slowest(load, way, time=self.time, pairs=pairs) for way in ways])
@@ -193,7 +206,7 @@ class _Live:
                 costs,
                 # Where all may move, copies have no price.
                 np.where(free, 0, moves),
-                most=budget,
+                most=max(left, 0),
                 dead_zone=dead_zone,
                 deviations=deviations,
                 devices=slots.shape[1],
