@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.cli.advise import serving_commands
+from moetuner.cli.advise import _serving
 from moetuner.cli.options.traffic import Source
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
@@ -141,7 +141,7 @@ def test_commands_that_come_next_run_as_they_are(engine, words):
     statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
     problem = mt.Problem(statistics, mt.Topology(2), slots_per_device=9)
     advice = SimpleNamespace(problem=problem, settings={"engine": engine})
-    assert any(words in line for line in serving_commands(source, advice))
+    assert any(words in line for line in _serving(source, advice))
 
 
 def test_layers_that_nobody_numbers_are_said_to_start_at_0(ok, tmp_path):
