@@ -106,6 +106,23 @@ class Layers:
         Takes every layer's distinct expert sets: ids [N,K], all below E, and their tokens [N].
         """
 
+    def price_time(
+        self,
+        *,
+        base: float,
+        expert: float,
+        exposed: float,
+        start: float,
+        row: float,
+        counted: bool,
+    ) -> None:
+        """Charge reading weights, and rows at the busiest port, in tokens; before other prices.
+
+        A device takes the longer of ``base + expert * active experts + exposed * tokens`` and of
+        its tokens, and ``start`` to begin. A row at the busiest port costs ``row``: as many as
+        visits of expert sets where these are ``counted``, else as tokens.
+        """
+
     def price_pairs(self, pairs: NDArray[np.uint64], pair_cost: float) -> None:
         """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device."""
 

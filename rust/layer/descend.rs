@@ -90,7 +90,8 @@ impl<'a> Descent<'a> {
     fn is_bounded(&self) -> bool {
         let layer = &*self.layer;
         let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
-        let peaks = self.terms.balance.as_ref().is_some_and(|balance| balance.peak().is_some());
+        let of_tokens = |balance: &Balance| balance.peak().is_some() && balance.is_of_tokens();
+        let peaks = self.terms.balance.as_ref().is_some_and(of_tokens);
         let alone = layer.sets.is_none() && layer.pairs.is_none();
         shares && peaks && alone && self.terms.caps.peak_excess(layer) == 0.0
     }

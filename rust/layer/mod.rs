@@ -20,6 +20,7 @@ pub mod turns;
 pub use crate::replay::Split;
 pub use budget::{Rules, Way, choose};
 pub use slots::{EMPTY, Move, Slots};
+use terms::reading::Reading;
 use terms::windows::Windows;
 
 /// Numbers that are looked at together, in vectors of single precision.
@@ -102,6 +103,10 @@ pub struct Layer {
     pub site: Site,
     /// Load in windows.
     pub windows: Windows,
+    /// Weights that are read in these windows, where that may take longer than the tokens.
+    pub reading: Option<Reading>,
+    /// What a row at the busiest port costs, in tokens; 0 for nothing.
+    pub row: f64,
     /// Tokens of every expert over all windows `[E]`.
     pub load: Vec<f64>,
     /// Most of them on a device, in time of the slowest device; infinite for no cap.
@@ -124,6 +129,8 @@ impl Layer {
             experts: load.len(),
             site,
             windows,
+            reading: None,
+            row: 0.0,
             load,
             cap: f64::INFINITY,
             hold: vec![],

@@ -7,6 +7,7 @@ use super::construct::{QUICK, by_windows, fill};
 use super::terms::Terms;
 use super::terms::balance::Balance;
 use super::terms::fanout;
+use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
 use super::turns::{Effort, Links, place};
@@ -129,9 +130,56 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     (bursts + mixed * of(&mean)) / (1.0 + mixed)
 }
 
-/// What visits cost by definition, part by part of every set's tokens.
-fn of_sets(layer: &Layer, slots: &Slots, Traffic { ids, counts, .. }: &Traffic) -> f64 {
-    let sets = layer.sets.as_ref().expect("visits are priced");
+/// The largest of some amounts of devices, or the norm of order 8 that stands for it.
+fn largest(layer: &Layer, amounts: &[f64]) -> f64 {
+    match layer.windows.measure {
+        Measure::Peak => amounts.iter().copied().fold(0.0, f64::max),
+        Measure::Norm { .. } => amounts.iter().map(|x| x.powi(8)).sum::<f64>().powf(0.125),
+    }
+}
+
+/// What windows cost by definition where weights are read and rows have a price, without noise, in weighted tokens.
+fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -> f64 {
+    let (experts, devices) = (layer.experts, layer.devices());
+    let parts: Vec<Vec<f64>> =
+        (0..devices).map(|g| (0..experts).map(|e| share(layer, slots, e, g)).collect()).collect();
+    let mut visits = vec![0.0; devices];
+    for_parts(layer, slots, traffic, |met, count| met.iter().for_each(|&g| visits[usize::from(g)] += count));
+    let mut served = vec![0.0; devices];
+    let k = traffic.ids.len() / traffic.counts.len().max(1);
+    for (ids, &count) in traffic.ids.chunks_exact(k.max(1)).zip(&traffic.counts) {
+        for (served, part) in served.iter_mut().zip(&parts) {
+            *served += ids.iter().map(|&e| part[usize::from(e)]).sum::<f64>() * count as f64;
+        }
+    }
+    let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
+    let mut cost = 0.0;
+    for (row, weight) in traffic.load.chunks(experts).zip(&traffic.weight) {
+        if row.iter().sum::<f64>() * weight == 0.0 {
+            continue;
+        }
+        let tokens = |g: usize| parts[g].iter().zip(row).map(|(part, tokens)| part * tokens).sum::<f64>();
+        let time = |g: usize| {
+            let busy = |(&part, &tokens): (&f64, &f64)| 1.0 - (1.0 - part).powf(tokens);
+            let active: f64 = parts[g].iter().zip(row).filter(|of| *of.1 > 0.0).map(busy).sum();
+            let read = weights.base + weights.expert * active + weights.exposed * tokens(g);
+            tokens(g).max(read) * layer.site.time[g] + weights.start * (layer.site.time[g] - least)
+        };
+        let rows = |g: usize| if served[g] > 0.0 { tokens(g) * visits[g] / served[g] } else { 0.0 };
+        let [times, rows]: [Vec<f64>; 2] =
+            [(0..devices).map(time).collect(), (0..devices).map(rows).collect()];
+        cost += weight * (largest(layer, &times) + layer.row * largest(layer, &rows));
+    }
+    cost
+}
+
+/// Calls for every part of every set's tokens, with the devices that it visits and its tokens.
+fn for_parts(
+    layer: &Layer,
+    slots: &Slots,
+    Traffic { ids, counts, .. }: &Traffic,
+    mut visit: impl FnMut(&[u16], f64),
+) {
     let mut parts = Vec::new();
     for (set, &count) in counts.iter().enumerate() {
         let cut = if layer.slots() > layer.experts { 12.min(count) } else { count.min(1) };
@@ -139,17 +187,24 @@ fn of_sets(layer: &Layer, slots: &Slots, Traffic { ids, counts, .. }: &Traffic) 
     }
     parts.sort_by_key(|&(_, count)| std::cmp::Reverse(count));
     let k = ids.len() / counts.len().max(1);
-    let mut cost = 0.0;
     for (n, (set, count)) in parts.into_iter().enumerate() {
         let serves = |&e: &u16| slots.devices(e).nth(n % slots.copies(e) as usize).unwrap_or_default();
         let mut devices: Vec<u16> = ids[set * k..][..k].iter().map(serves).collect();
         devices.sort_unstable();
         devices.dedup();
+        visit(&devices, count as f64);
+    }
+}
+
+/// What visits cost by definition, part by part of every set's tokens.
+fn of_sets(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
+    let (sets, mut cost) = (layer.sets.as_ref().expect("visits are priced"), 0.0);
+    for_parts(layer, slots, traffic, |devices, count| {
         let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.site.node[usize::from(g)]).collect();
         nodes.dedup();
         let per_token = devices.len() as f64 * sets.device_cost + nodes.len() as f64 * sets.node_cost;
-        cost += per_token * count as f64;
-    }
+        cost += per_token * count;
+    });
     cost
 }
 
@@ -233,6 +288,60 @@ proptest! {
         prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
         let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots);
         prop_assert!(close(all, windows + rest, 1e-9), "{} {}", all - windows, rest);
+    }
+
+    /// What reading weights and the busiest port cost is their definition; and what is said of a move is what a fresh count
+    /// says; for a norm, no less.
+    #[test]
+    fn times_are_as_defined(experts in 1usize..9, devices in 1usize..6, norm: bool, counted: bool, seed: u64) {
+        let mut random = Random::new(seed, 0);
+        let (site, traffic) = (site(&mut random, experts, devices, false), traffic(&mut random, experts));
+        let measure = if norm { Measure::Norm { noise: 0.0, mixed: 0.0 } } else { Measure::Peak };
+        let mut layer = layer(site, &traffic, experts, measure);
+        let weights = Weights {
+            base: [-50.0, 0.0, 300.0][random.below(3)],
+            expert: [0.0, 40.0, 700.0][random.below(3)],
+            exposed: [0.0, 0.4][random.below(2)],
+            start: [0.0, 200.0][random.below(2)],
+        };
+        layer.row = [0.0, 0.7][random.below(2)];
+        layer.reading = Reading::new(weights, &layer.windows, experts, &layer.site);
+        let is_read = layer.reading.is_some();
+        let copies = layer.slots() > experts;
+        if counted {
+            let sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
+            layer.sets = Some(fanout::Sets::later(move || sets));
+        }
+        let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
+        let mut terms = Terms::new(&layer, &slots);
+        let close = |a: f64, b: f64, part: f64| (a - b).abs() <= part * a.abs().max(b.abs()).max(1.0);
+        for _ in 0..40 {
+            let step = any_move(&mut random, layer.slots(), experts);
+            if !slots.allows(&layer.site, step) {
+                continue;
+            }
+            let (before, change) = (terms.cost(&layer), terms.change(&layer, &slots, step).expect("no cap"));
+            terms.apply(&layer, &mut slots, step);
+            let fresh = Terms::new(&layer, &slots).cost(&layer);
+            prop_assert!(close(terms.cost(&layer), fresh, 1e-9), "{} {fresh}", terms.cost(&layer));
+            let exact = if norm { 1e-3 } else { 1e-6 };
+            prop_assert!(fresh <= before + change + exact * fresh.abs().max(1.0), "{} {fresh}", before + change);
+            prop_assert!(norm || close(before + change, fresh, exact), "{} {fresh}", before + change);
+        }
+        if counted || layer.row == 0.0 {
+            let nothing = Weights { base: 0.0, expert: 0.0, exposed: 0.0, start: 0.0 };
+            let defined = of_times(&layer, &slots, &traffic, if is_read { weights } else { nothing });
+            let cost = terms.cost(&layer) / layer.windows.scale;
+            prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
+        }
+        // Where reading is left out, the slowest device is what it is with it.
+        if !is_read && !norm && layer.row == 0.0 {
+            let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
+            if least >= 1.0 {
+                let (cost, defined) = (terms.cost(&layer) / layer.windows.scale, of_times(&layer, &slots, &traffic, weights));
+                prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
+            }
+        }
     }
 
     /// Where what runs was even, what has changed since is estimated from how devices differ, whatever loads and speeds are.

@@ -13,6 +13,7 @@ use crate::layer::adapt::{self, adapt_layers, keep_devices};
 use crate::layer::construct::{QUICK, by_windows, fill, fill_layers};
 use crate::layer::descend::descend;
 use crate::layer::terms::fanout;
+use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
 use crate::layer::turns::{Effort, Links, place};
@@ -220,6 +221,22 @@ impl Layers {
             }));
         }
         Ok(())
+    }
+
+    /// Prices weights and rows at the busiest port, in tokens; where visits are `counted`, they are the rows.
+    #[pyo3(signature = (*, base, expert, exposed, start, row, counted))]
+    fn price_time(&mut self, base: f64, expert: f64, exposed: f64, start: f64, row: f64, counted: bool) {
+        let weights = Weights { base, expert, exposed, start };
+        for layer in &mut self.layers {
+            layer.reading = Reading::new(weights, &layer.windows, layer.experts, &layer.site);
+            let alike = layer.site.time.windows(2).all(|pair| pair[0].to_bits() == pair[1].to_bits());
+            if counted || layer.reading.is_some() || !alike {
+                layer.row = row;
+            } else {
+                // The slowest device has the busiest port, too: a token costs its row as well.
+                layer.windows.scale /= 1.0 + row;
+            }
+        }
     }
 
     /// Prices pairs [L,E,E] that are apart.

@@ -34,7 +34,7 @@ class Effort:
 
 # Chosen by "Effort": what an effort takes and reaches. Under a time limit the time decides.
 EFFORTS = {
-    "default": Effort(layer_work=2e9, chain_trials=1000, traffic_caps=(1.08, math.inf)),
+    "default": Effort(layer_work=1.5e9, chain_trials=1000, traffic_caps=(1.08, math.inf)),
     "thorough": Effort(math.inf, chain_trials=2600, traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf)),
 }
 
@@ -64,8 +64,11 @@ ROUNDS, LINKED_TRIALS, LEAST_LINKED = 3, 600, 60_000
 # Placements that are judged on all windows, where a search has seen some that stand for them.
 JUDGED = 3
 # Slots of all layers up to which a placement is polished by the objective itself, and the best
-# placements from which that begins.
-POLISHED_SLOTS, POLISHED = 18, 4
+# placements from which that begins; then the best is changed at random so many times, by so many
+# changes, and polished again (not measured).
+POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
+# Contents of a layer, and placements, of which all are tried (not measured).
+FEW_CONTENTS, FEW_PLACEMENTS = 1000, 2500
 # Layers of few slots are searched several times: they have valleys that one descent does not leave.
 FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
@@ -140,8 +143,9 @@ LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
 # least of a layer, and the most for a slot times LANES windows.
 LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK = 10, 2500, 400
-# Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used.
-LEVEL_FULL, MANY_WINDOWS = 4000, 17
+# Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
+# and those of a start, from which all that counts is searched.
+LEVEL_FULL, MANY_WINDOWS, LEVEL_START = 4000, 17, 400
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000
 
@@ -154,6 +158,11 @@ def trials_of(slots: int, windows: int | None) -> int:
     few = (trials for some, trials in TRIALS_OF_FEW.items() if windows in some)
     per_slot = next(few, SLOT_WORK // lanes)
     return min(max(per_slot * slots, LEAST_TRIALS, LEAST_WORK // lanes), MOST_TRIALS)
+
+
+def level_trials(slots: int, windows: int) -> int:
+    """Return the trials of a layer of slots in windows where a search begins."""
+    return max(LEVEL_START * slots // -(-windows // LANES), LEAST_LEVEL)
 
 
 def quick_trials(slots: int, windows: int) -> int:

@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 
 # Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
 TRAFFIC_FIRST = 1e3
+# A token that takes no time takes this: all else is counted in tokens.
+LEAST_TOKEN_US = 1e-9
 
 
 def core_layers(
@@ -30,6 +32,7 @@ def core_layers(
     *,
     setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
     nearest: bool | None = None,
+    times: Mapping[str, Any] | None = None,
     caps: list[float] | None = None,
     prices: Floats | None = None,
     visits: Mapping[str, Any] | None = None,
@@ -38,8 +41,8 @@ def core_layers(
     """Build the core's layers of a problem for windows of load [W,L,E] with weights [W].
 
     By default the nearest copy serves as the problem says. Caps [L] are of load over time per token
-    of a device, and prices [L,E,D] of a copy on it; visits and pairs are arguments of
-    ``Layers.price_visits`` and ``Layers.price_pairs``.
+    of a device, and prices [L,E,D] of a copy on it; times, visits and pairs are arguments of
+    ``Layers.price_time``, ``Layers.price_visits`` and ``Layers.price_pairs``.
     """
     layers = _core.Layers(
         np.ascontiguousarray(load),
@@ -55,6 +58,8 @@ def core_layers(
         forbidden=problem.rules.forbidden,
         pinned=problem.rules.pinned,
     )
+    if times:
+        layers.price_time(**times)
     if caps is not None:
         layers.limit(caps, problem.load.astype(np.float64))
     if prices is not None:
@@ -66,21 +71,19 @@ def core_layers(
     return layers
 
 
-def terms_of(
-    problem: Problem, unit: float, *, traffic: float = 1.0, prices: Floats | None = None
-) -> dict[str, Any]:
+def terms_of(problem: Problem, unit: float, *, prices: Floats | None = None) -> dict[str, Any]:
     """Return the terms of a problem's objective, as arguments of ``core_layers``.
 
-    The unit is ``tokens_per_unit``. Visits' traffic counts so many times its cost, and copies have
-    prices [L,D,E] in units of the objective.
+    The unit is ``tokens_per_unit``; copies have prices [L,D,E] in units of the objective.
     """
     caps = problem.caps.over_speed
     slowest = problem.topology.speed_of_device.min()
     return {
+        "times": _time_prices(problem),
         "caps": None if caps is None else (caps * slowest).tolist(),
         "prices": None if prices is None else prices.transpose(0, 2, 1) * unit,
-        "visits": _visit_prices(problem, unit * traffic),
-        "pairs": _pair_prices(problem, unit * traffic),
+        "visits": _visit_prices(problem, unit),
+        "pairs": _pair_prices(problem, unit),
     }
 
 
@@ -89,7 +92,7 @@ def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
     speed = problem.topology.speed_of_device
     if problem.goal == "time":
         assert problem.cost_model is not None
-        token_us = max(problem.cost_model.token_us, 1e-12)
+        token_us = max(problem.cost_model.token_us, LEAST_TOKEN_US)
         return float(speed.min() * weight.sum() * problem.layers / token_us)
     if problem.goal == "traffic":
         return TRAFFIC_FIRST * problem.objective_function.scale
@@ -117,6 +120,23 @@ def visit_costs(problem: Problem, unit: float = 1.0) -> dict[str, Any]:
     }
 
 
+def _time_prices(problem: Problem) -> dict[str, Any]:
+    """Return what weights and rows take, in tokens; nothing where time is not the goal."""
+    model = problem.objective_function.cost_model
+    if model is None:
+        return {}
+    token_us = max(model.token_us, LEAST_TOKEN_US)
+    speed, dispatched = problem.topology.speed_of_device, problem.regime == "dispatch"
+    return {
+        "base": (model.base_us - model.start_us) / token_us,
+        "expert": model.expert_us / token_us,
+        "exposed": model.exposed,
+        "start": model.start_us / token_us,
+        "row": row_us(problem) * float(speed.min()) / token_us if dispatched else 0.0,
+        "counted": problem.objective_function.sets is not None,
+    }
+
+
 def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     """Return the visits of expert sets at their price; nothing where visits do not count."""
     sets = problem.objective_function.sets
@@ -124,7 +144,8 @@ def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
         return {}
     tokens = float(sets[0].counts.sum())
     if problem.goal == "time":
-        unit *= visit_us(problem) * (tokens / windows_in_all(problem))
+        # The busiest port has a price of its own.
+        return {**visit_costs(problem), "device_cost": 0.0, "node_cost": 0.0}
     return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
 
 
@@ -157,6 +178,17 @@ def link_prices(problem: Problem, unit: float) -> Floats:
     if problem.goal == "traffic":
         return problem.topology.cost.astype(np.float64) * (unit / objective.scale)
     return objective.link_us * (unit / (problem.layers * windows_in_all(problem)))
+
+
+def row_us(problem: Problem) -> float:
+    """Compute microseconds of one more visit of the device that most tokens visit.
+
+    Of D devices that are visited alike, a token is at home on one.
+    """
+    model, topology = problem.cost_model, problem.topology
+    assert model is not None
+    crossing = model.crossing_us(topology, returns=True)
+    return float(crossing[topology.tier].sum(axis=0).max())
 
 
 def visit_us(problem: Problem) -> float:

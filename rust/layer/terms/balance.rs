@@ -1,11 +1,14 @@
-//! The balance term: over windows, how long the slowest device takes, which all others wait for.
+//! The balance term: over windows, how long the slowest device takes, which all others wait for, and the busiest port.
 //!
 //! A window costs what its [`Peak`] is, the largest time, or what the norm of order P over devices is that stands for it
-//! ([`Norm`]): `(sum_d time[d]^p)^(1/p)`.
+//! ([`Norm`]): `(sum_d time[d]^p)^(1/p)`. A device takes as long as its tokens or, where weights are read, as what takes
+//! longer ([`Busy`]).
 
 use super::loads::{Loads, Pair};
 use super::norm::{Norm, entered, exchanged};
 use super::peak::Peak;
+use super::ports::Ports;
+use super::reading::Busy;
 use super::windows::{Measure, add};
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Move, Slots, Split};
@@ -16,24 +19,46 @@ pub(crate) struct Balance {
     loads: Loads,
     peak: Option<Peak>,
     norm: Option<Norm>,
+    /// None where reading weights takes no longer than tokens.
+    busy: Option<Busy>,
+    /// None where rows cost nothing.
+    ports: Option<Ports>,
     /// What devices have that a move touches: tokens `[touched, width]`, and own variances.
     rows: Vec<f32>,
     touched: Vec<(u16, i64)>,
 }
 
 impl Balance {
-    /// Builds the term for slots; `copies` says of how many each expert's copies are, or will be.
+    /// Builds the term of tokens for slots; `copies` says of how many each expert's copies are, or will be.
     pub(crate) fn new(layer: &Layer, slots: &Slots, copies: &[u32]) -> Self {
         let (d, width) = (layer.devices(), layer.windows.width);
         let is_norm = layer.windows.measure != Measure::Peak;
         let mut balance = Self {
             loads: Loads::new(layer, slots, copies),
             peak: (!is_norm).then(|| Peak::new(width)),
-            norm: is_norm.then(|| Norm::new(layer)),
+            norm: is_norm.then(|| Norm::new(d, &layer.windows.per_mean)),
+            busy: None,
+            ports: None,
             rows: vec![0.0; d * width],
             touched: Vec::new(),
         };
         balance.follow(layer, 0..d);
+        balance
+    }
+
+    /// Builds the term of all that takes time, where devices are met by so many tokens for each of their load `[D]`.
+    pub(super) fn of_time(layer: &Layer, slots: &Slots, met: Option<Vec<f32>>) -> Self {
+        let mut balance = Self::new(layer, slots, &slots.copies);
+        let (d, is_norm) = (layer.devices(), balance.norm.is_some());
+        if let Some(reading) = &layer.reading {
+            balance.busy = Some(Busy::new(layer, reading, slots, &balance.loads));
+            balance.norm = is_norm.then(|| Norm::new(d, &reading.per_mean));
+            balance.follow(layer, 0..d);
+        }
+        if layer.row > 0.0 {
+            let met = met.unwrap_or_else(|| vec![1.0; d]);
+            balance.ports = Some(Ports::new(layer, &balance.loads, met, is_norm));
+        }
         balance
     }
 
@@ -42,9 +67,15 @@ impl Balance {
         self.peak.as_ref()
     }
 
+    /// Whether tokens of devices are all that takes time.
+    pub(in crate::layer) fn is_of_tokens(&self) -> bool {
+        self.busy.is_none() && self.ports.is_none()
+    }
+
     /// Of the placement as it stands.
     pub(crate) fn cost(&self) -> f64 {
-        self.peak.as_ref().map_or(0.0, Peak::cost) + self.norm.as_ref().map_or(0.0, Norm::cost)
+        let devices = self.peak.as_ref().map_or(0.0, Peak::cost) + self.norm.as_ref().map_or(0.0, Norm::cost);
+        devices + self.ports.as_ref().map_or(0.0, Ports::cost)
     }
 
     /// What the slowest devices cost, whatever stands for them.
@@ -55,22 +86,46 @@ impl Balance {
         peak.times().zip(counts).map(|(time, (per, price))| f64::from(time * per) * f64::from(*price)).sum()
     }
 
-    /// What a move would add to the cost, given the shares that it changes.
-    pub(crate) fn change(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share]) -> f64 {
-        if let (Some(norm), Some(pair)) = (&self.norm, exchange(layer, slots, step)) {
+    /// What a move would add to the cost, given the shares that it changes and how much devices are met then.
+    pub(crate) fn change(
+        &mut self,
+        layer: &Layer,
+        slots: &Slots,
+        step: Move,
+        shares: &[Share],
+        met: &[(u16, f32)],
+    ) -> f64 {
+        if self.is_of_tokens()
+            && let (Some(norm), Some(pair)) = (&self.norm, exchange(layer, slots, step))
+        {
             return exchanged(norm, &self.loads, pair);
         }
-        self.stage(layer, slots, step, shares);
-        if let Some(peak) = &self.peak {
-            let Loads { load, time, .. } = &self.loads;
-            return peak.cost_of(load, &self.rows, &self.touched, time) - peak.cost();
-        }
-        self.norm.as_ref().map_or(0.0, |norm| norm.change(&self.rows, &self.touched, &self.loads))
+        self.stage(layer, slots, step, shares, met);
+        let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
+        let ports = self.ports.as_mut().map_or(0.0, |ports| ports.change(loads, staged, met));
+        let (times, of_one, rows, is_busy) = match &self.busy {
+            Some(busy) => (&busy.time, &busy.alike, &busy.time_then, true),
+            None => (&loads.load, &loads.time, &self.rows, false),
+        };
+        let unit = |device: u16, own: i64| {
+            // Times have their deviation already.
+            if is_busy { (1.0, 0.0) } else { loads.unit(usize::from(device), own) }
+        };
+        let norm = self.norm.as_ref().map_or(0.0, |norm| norm.change(rows, &self.touched, unit));
+        let peak = |peak: &Peak| peak.cost_of(times, rows, &self.touched, of_one) - peak.cost();
+        ports + norm + self.peak.as_ref().map_or(0.0, peak)
     }
 
-    /// Follows a move that is to be made, given the shares that it changes.
-    pub(crate) fn apply(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share]) {
-        self.stage(layer, slots, step, shares);
+    /// Follows a move that is to be made, given the shares that it changes and how much devices are met then.
+    pub(crate) fn apply(
+        &mut self,
+        layer: &Layer,
+        slots: &Slots,
+        step: Move,
+        shares: &[Share],
+        met: &[(u16, f32)],
+    ) {
+        self.stage(layer, slots, step, shares, met);
         let width = self.loads.width;
         for (row, &(device, own)) in self.rows.chunks_exact(width).zip(&self.touched) {
             self.loads.load[usize::from(device) * width..][..width].copy_from_slice(row);
@@ -81,6 +136,12 @@ impl Balance {
                 let copies = slots.copies(edit.expert);
                 self.loads.serve(layer, edit.expert, if edit.to.is_some() { copies + 1 } else { copies - 1 });
             }
+        }
+        if let Some(busy) = &mut self.busy {
+            busy.apply(&self.touched, width);
+        }
+        if let Some(ports) = &mut self.ports {
+            ports.apply(layer, &self.loads, &self.touched, met);
         }
         let touched: Vec<usize> = self.touched.iter().map(|&(device, _)| usize::from(device)).collect();
         self.follow(layer, touched);
@@ -96,22 +157,49 @@ impl Balance {
     pub(in crate::layer) fn enter(&mut self, device: usize, expert: u16) {
         self.loads.enter(device, usize::from(expert));
         if let Some(norm) = &mut self.norm {
-            norm.raise(device, &self.loads);
+            let loads = &self.loads;
+            norm.raise(device, loads.rows(device, 0).0, loads.unit(device, loads.own[device]));
         }
     }
 
+    /// Counts the devices that a move has touched anew, and what the slowest cost.
     fn follow(&mut self, layer: &Layer, touched: impl IntoIterator<Item = usize>) {
+        let (loads, width) = (&self.loads, self.loads.width);
         if let Some(peak) = &mut self.peak {
-            peak.refresh(&self.loads.load, &self.loads.time);
+            match &self.busy {
+                Some(busy) => peak.refresh(&busy.time, &busy.alike),
+                None => peak.refresh(&loads.load, &loads.time),
+            }
         }
         if let Some(norm) = &mut self.norm {
-            touched.into_iter().for_each(|device| norm.raise(device, &self.loads));
-            norm.refresh(&layer.windows.price);
+            for g in touched {
+                match &self.busy {
+                    Some(busy) => norm.raise(g, &busy.time[g * width..][..width], (1.0, 0.0)),
+                    None => norm.raise(g, loads.rows(g, 0).0, loads.unit(g, loads.own[g])),
+                }
+            }
+            norm.refresh(layer.reading.as_ref().map_or(&layer.windows.price, |reading| &reading.price));
         }
     }
 
-    /// Puts the loads of all devices that a move touches into `rows`.
-    fn stage(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share]) {
+    /// Puts the loads of all devices that a move touches, or that are met otherwise then, into `rows`.
+    fn stage(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share], met: &[(u16, f32)]) {
+        self.stage_loads(layer, slots, step, shares);
+        let (loads, width) = (&self.loads, self.loads.width);
+        for &(device, _) in met {
+            let g = usize::from(device);
+            if self.touched.iter().all(|of| of.0 != device) {
+                let at = self.touched.len();
+                self.touched.push((device, loads.own[g]));
+                self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);
+            }
+        }
+        if let (Some(busy), Some(reading)) = (&mut self.busy, &layer.reading) {
+            busy.stage(layer, reading, loads, (&self.rows, &self.touched), shares);
+        }
+    }
+
+    fn stage_loads(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share]) {
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(Pair { devices: [g, h], rows: [a, b] }) = exchange(layer, slots, step) {

@@ -11,6 +11,7 @@
 
 use std::sync::{Arc, LazyLock};
 
+use crate::layer::slots::Share;
 use crate::layer::{EMPTY, Layer, Move, Slots};
 
 /// Bits in a word.
@@ -19,6 +20,8 @@ const WORD: usize = 64;
 const WORDS: usize = 8;
 /// Parts that a set's tokens are cut into where experts have copies: divisible by most numbers of copies.
 const PARTS: u64 = 12;
+/// Parts of a token that loads are counted in: sums are whole numbers.
+const PER_TOKEN: f64 = 4096.0;
 /// A number of tokens that is not known yet.
 const UNKNOWN: i64 = -1;
 
@@ -35,6 +38,8 @@ pub struct Sets {
     /// Sets whose count of tokens has a bit, bit by bit. Sets are in the order of falling counts, so that those with
     /// a high bit are few and come first.
     planes: Vec<Vec<u64>>,
+    /// Tokens of every expert `[E]`.
+    tokens_of: Vec<f64>,
     /// Cost of a token's visit of a device, and of a node.
     pub device_cost: f64,
     /// See `device_cost`.
@@ -72,7 +77,11 @@ impl Sets {
                 }
             }
         }
-        Self { words, rows, planes, device_cost: 0.0, node_cost: 0.0 }
+        let mut tokens_of = vec![0.0; experts];
+        for (ids, &count) in ids.chunks_exact(k.max(1)).zip(counts) {
+            ids.iter().for_each(|&e| tokens_of[usize::from(e)] += count as f64);
+        }
+        Self { words, rows, planes, tokens_of, device_cost: 0.0, node_cost: 0.0 }
     }
 
     /// The same, made when it is first asked for.
@@ -84,6 +93,11 @@ impl Sets {
     fn row(&self, expert: u16) -> &[u64] {
         let e = if expert == EMPTY { self.rows.len() / self.words - 1 } else { usize::from(expert) };
         &self.rows[e * self.words..][..self.words]
+    }
+
+    /// A share of an expert's tokens, as a whole number.
+    fn load(&self, expert: u16, share: f64) -> i64 {
+        libm::rint(self.tokens_of[usize::from(expert)] * share * PER_TOKEN) as i64
     }
 
     /// Tokens of the sets that are in any of some rows.
@@ -125,6 +139,12 @@ pub(crate) struct Fanout {
     visits: Vec<i64>,
     /// Tokens that visit a node `[N]`; empty where nodes cost nothing.
     node_visits: Vec<i64>,
+    /// Tokens that a device serves, each once per expert, in parts `[D]`.
+    load: Vec<i64>,
+    /// Devices whose visits the move changes that was looked at last, with the visits then.
+    visits_then: Vec<(u16, i64)>,
+    /// Devices that are met otherwise then, with the visits for each token of load.
+    met_then: Vec<(u16, f32)>,
     /// Tokens that would visit a slot's device if the slot held an expert, or nobody, who is the last `[P, E + 1]`;
     /// [`UNKNOWN`] where nobody has asked since the others there changed. A cold search asks the same again and again.
     would: Vec<i64>,
@@ -146,7 +166,16 @@ impl Fanout {
             beside: vec![0; if tiers { d * words } else { 0 }],
             visits: vec![0; d],
             node_visits: vec![0; if tiers { nodes } else { 0 }],
+            load: vec![0; d],
+            visits_then: Vec::new(),
+            met_then: Vec::new(),
         };
+        for e in 0..layer.experts as u16 {
+            let devices: Vec<u16> = slots.devices(e).collect();
+            for &device in &devices {
+                fanout.load[usize::from(device)] += sets.load(e, layer.site.share(&devices, device));
+            }
+        }
         let all: Vec<u16> = (0..d as u16).collect();
         fanout.refresh(layer, sets, slots, &all);
         fanout
@@ -155,6 +184,37 @@ impl Fanout {
     /// Of the placement as it stands.
     pub(crate) fn cost(&self, sets: &Sets) -> f64 {
         price(sets, self.visits.iter().sum(), self.node_visits.iter().sum())
+    }
+
+    /// Visits of every device for each token of its load `[D]`.
+    pub(crate) fn met(&self) -> Vec<f32> {
+        self.visits.iter().zip(&self.load).map(|(&visits, &load)| ratio(visits, load)).collect()
+    }
+
+    /// Notes how much devices are met after the move that was looked at last, given the shares that it changes.
+    pub(crate) fn meet(&mut self, layer: &Layer, sets: &Sets, shares: &[Share]) {
+        self.met_then.clear();
+        if layer.row == 0.0 {
+            return;
+        }
+        for &(device, visits) in &self.visits_then {
+            let more = |of: &Share| sets.load(of.expert, of.after) - sets.load(of.expert, of.before);
+            let more: i64 = shares.iter().filter(|of| of.device == device).map(more).sum();
+            self.met_then.push((device, ratio(visits, self.load[usize::from(device)] + more)));
+        }
+    }
+
+    /// See [`Self::meet`].
+    pub(crate) fn met_then(&self) -> &[(u16, f32)] {
+        &self.met_then
+    }
+
+    /// Follows the shares that a move changes.
+    pub(crate) fn serve(&mut self, sets: &Sets, shares: &[Share]) {
+        for of in shares {
+            self.load[usize::from(of.device)] +=
+                sets.load(of.expert, of.after) - sets.load(of.expert, of.before);
+        }
     }
 
     /// What a move would add to the cost.
@@ -171,8 +231,11 @@ impl Fanout {
         let (mut devices, mut nodes) = (0, 0);
         let touched = touched(slots, step);
         let rows: Vec<Vec<u64>> = touched.iter().map(|&g| self.row(sets, slots, &after, g, step)).collect();
+        self.visits_then.clear();
         for (row, &device) in rows.iter().zip(&touched) {
-            devices += sets.tokens([row]) - self.visits[usize::from(device)];
+            let then = sets.tokens([row]);
+            self.visits_then.push((device, then));
+            devices += then - self.visits[usize::from(device)];
         }
         for node in self.nodes_of(layer, &touched) {
             let mut sum = vec![0; self.words];
@@ -255,6 +318,7 @@ impl Fanout {
         let (mut devices, mut nodes) = (0, 0);
         let [here, there] = new.map(|(slot, _)| slots.device(slot));
         let apart = layer.site.node[here] != layer.site.node[there] && !self.beside.is_empty();
+        self.visits_then.clear();
         for (slot, expert) in new {
             let g = slots.device(slot);
             let (others, row) = (&self.others[slot * words..][..words], sets.row(expert));
@@ -262,6 +326,7 @@ impl Fanout {
             if *would == UNKNOWN {
                 *would = sets.tokens([others, row]);
             }
+            self.visits_then.push((g as u16, *would));
             devices += *would - self.visits[g];
             // Within a node, an exchange changes nothing for it.
             if apart {
@@ -284,6 +349,11 @@ pub(crate) fn touched(slots: &Slots, step: Move) -> Vec<u16> {
     touched.sort_unstable();
     touched.dedup();
     touched
+}
+
+/// Visits for each token of a load in parts.
+fn ratio(visits: i64, load: i64) -> f32 {
+    if load > 0 { (visits as f64 * PER_TOKEN / load as f64) as f32 } else { 0.0 }
 }
 
 fn price(sets: &Sets, devices: i64, nodes: i64) -> f64 {

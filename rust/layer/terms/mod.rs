@@ -7,6 +7,8 @@ pub(super) mod linear;
 mod loads;
 mod norm;
 mod peak;
+mod ports;
+pub mod reading;
 pub mod together;
 pub mod windows;
 
@@ -37,9 +39,11 @@ pub(super) struct Terms {
 impl Terms {
     pub(super) fn new(layer: &Layer, slots: &Slots) -> Self {
         let weightless = layer.windows.is_weightless();
+        let fanout = layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots));
+        let met = || fanout.as_ref().map(Fanout::met);
         Self {
-            balance: (!weightless).then(|| Balance::new(layer, slots, &slots.copies)),
-            fanout: layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots)),
+            balance: (!weightless).then(|| Balance::of_time(layer, slots, met())),
+            fanout,
             together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
             caps: Caps::new(layer, slots),
             linear: linear::cost(layer, slots),
@@ -66,7 +70,9 @@ impl Terms {
     /// Notes which shares a move changes, unless no term asks.
     #[inline(always)]
     fn look(&mut self, layer: &Layer, slots: &Slots, step: Move) {
-        let by_share = layer.cap < f64::INFINITY || !layer.serve.is_empty() || layer.pairs.is_some();
+        let of_time = layer.reading.is_some() || layer.row > 0.0;
+        let by_share =
+            of_time || layer.cap < f64::INFINITY || !layer.serve.is_empty() || layer.pairs.is_some();
         if by_share || balance::exchange(layer, slots, step).is_none() {
             slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         }
@@ -87,11 +93,13 @@ impl Terms {
     fn added(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
         let shares = &self.shares;
         let mut change = linear::change(layer, slots, step, shares);
-        if let Some(balance) = &mut self.balance {
-            change += balance.change(layer, slots, step, shares);
-        }
         if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets) {
             change += fanout.change(layer, sets, slots, step);
+            fanout.meet(layer, sets, shares);
+        }
+        if let Some(balance) = &mut self.balance {
+            let met = self.fanout.as_ref().map_or(&[][..], Fanout::met_then);
+            change += balance.change(layer, slots, step, shares, met);
         }
         if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
             change += together.change(pairs, shares);
@@ -104,11 +112,22 @@ impl Terms {
         slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         self.caps.apply(layer, &self.shares);
         self.linear += linear::change(layer, slots, step, &self.shares);
+        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets)
+            && layer.row > 0.0
+        {
+            // Which visits there are then: what a move adds was asked for some moves ago.
+            fanout.change(layer, sets, slots, step);
+            fanout.meet(layer, sets, &self.shares);
+        }
         if let Some(balance) = &mut self.balance {
-            balance.apply(layer, slots, step, &self.shares);
+            let met = self.fanout.as_ref().map_or(&[][..], Fanout::met_then);
+            balance.apply(layer, slots, step, &self.shares, met);
         }
         if let (Some(together), Some(pairs)) = (&mut self.together, &layer.pairs) {
             together.apply(pairs, &self.shares);
+        }
+        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets) {
+            fanout.serve(sets, &self.shares);
         }
         let touched = self.fanout.is_some().then(|| fanout::touched(slots, step));
         slots.apply(step);

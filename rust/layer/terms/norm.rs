@@ -13,7 +13,7 @@
 
 use super::loads::{Loads, Pair};
 use super::windows::{chunks, lanes, total};
-use crate::layer::{LANES, Layer};
+use crate::layer::LANES;
 
 /// Order of the norm.
 const ORDER: f32 = 8.0;
@@ -33,10 +33,11 @@ pub(super) struct Norm {
 }
 
 impl Norm {
-    pub(super) fn new(layer: &Layer) -> Self {
-        let (per_mean, width) = (layer.windows.per_mean.clone(), layer.windows.width);
-        let power = vec![0.0; layer.devices() * width];
-        Self { per_mean, power, slope: vec![0.0; width], cost: 0.0 }
+    /// Of so many devices, with one over the mean of every window `[width]`.
+    pub(super) fn new(devices: usize, per_mean: &[f32]) -> Self {
+        let width = per_mean.len();
+        let power = vec![0.0; devices * width];
+        Self { per_mean: per_mean.to_vec(), power, slope: vec![0.0; width], cost: 0.0 }
     }
 
     pub(super) fn cost(&self) -> f64 {
@@ -48,21 +49,26 @@ impl Norm {
         &self.power[device * self.slope.len()..][..self.slope.len()]
     }
 
-    /// What it adds to the cost when devices have rows of tokens and own variances instead.
-    pub(super) fn change(&self, rows: &[f32], touched: &[(u16, i64)], loads: &Loads) -> f64 {
+    /// What it adds to the cost when devices have rows of tokens and own variances instead; `unit` is a device's time per
+    /// token and its deviation.
+    pub(super) fn change(
+        &self,
+        rows: &[f32],
+        touched: &[(u16, i64)],
+        unit: impl Fn(u16, i64) -> (f32, f32),
+    ) -> f64 {
         let mut sums = [0.0; LANES];
         for (row, &(device, own)) in rows.chunks_exact(self.slope.len()).zip(touched) {
-            let g = usize::from(device);
-            risen(&mut sums, row, [self.of(g), &self.per_mean, &self.slope], loads.unit(g, own));
+            let power = self.of(usize::from(device));
+            risen(&mut sums, row, [power, &self.per_mean, &self.slope], unit(device, own));
         }
         f64::from(total(sums))
     }
 
-    /// Counts a device's powers anew.
-    pub(super) fn raise(&mut self, device: usize, loads: &Loads) {
-        let (load, _) = loads.rows(device, 0);
+    /// Counts a device's powers anew, of its tokens, its time per token and its deviation.
+    pub(super) fn raise(&mut self, device: usize, load: &[f32], unit: (f32, f32)) {
         let power = &mut self.power[device * load.len()..][..load.len()];
-        raised(power, load, &self.per_mean, loads.unit(device, loads.own[device]));
+        raised(power, load, &self.per_mean, unit);
     }
 
     /// Counts slopes and cost anew.

@@ -41,6 +41,8 @@ pub struct Windows {
     experts: usize,
     /// Units per weighted token.
     pub scale: f64,
+    /// Units of a token in every window; zero in windows that weigh nothing `[width]`.
+    pub(in crate::layer) unit: Vec<f32>,
     /// What stands for the largest load.
     pub(in crate::layer) measure: Measure,
     /// One over what a device has to do in a window where all are done at once; zero in empty ones `[width]`.
@@ -62,6 +64,7 @@ impl Windows {
             Measure::Norm { noise, mixed } => (noise, if count < 2 { 0.0 } else { mixed }),
             Measure::Peak => (0.0, 0.0),
         };
+        let mut weights = weight.to_vec();
         let weighted = load.chunks_exact(experts).zip(weight);
         let mut rows: Vec<f64> = weighted.flat_map(|(row, w)| row.iter().map(move |x| x * w)).collect();
         let mut counts: Vec<f64> = vec![1.0 / (1.0 + mixed); count];
@@ -71,6 +74,7 @@ impl Windows {
             let mean = |e: usize| rows[e..].iter().step_by(experts).sum::<f64>() / count as f64;
             let mean: Vec<f64> = (0..experts).map(mean).collect();
             rows.extend(mean);
+            weights.push(weight.iter().sum::<f64>() / count as f64);
             counts.push(mixed / (1.0 + mixed) * count as f64);
         }
         let width = counts.len().next_multiple_of(LANES).max(LANES);
@@ -84,12 +88,14 @@ impl Windows {
                 *value = (row[e] * scale) as u32 as f32;
             }
         }
+        let mut unit: Vec<f32> = weights.iter().map(|weight| (weight * scale) as f32).collect();
+        unit.resize(width, 0.0);
         let (mut per_mean, mut price) = (vec![0.0; width], vec![0.0; width]);
         for (w, (&total, counts)) in totals.iter().zip(&counts).enumerate().filter(|(_, of)| *of.0 > 0.0) {
             per_mean[w] = (rate / (total * scale)) as f32;
             price[w] = (total * scale / rate * counts) as f32;
         }
-        Self { count, width, values, experts, scale, measure, per_mean, price, own, heaviness }
+        Self { count, width, values, experts, scale, unit, measure, per_mean, price, own, heaviness }
     }
 
     /// Loads of an expert in all windows; none where a slot is empty.

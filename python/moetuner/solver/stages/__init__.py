@@ -13,8 +13,9 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
-from moetuner.solver.stages.floor import FLOOR, LEVEL_START
-from moetuner.solver.stages.layers import ANNEAL, CHAIN_UNDER_CAPS, CONSTRUCT
+from moetuner.solver.stages.descent import SETTLE
+from moetuner.solver.stages.floor import FLOOR
+from moetuner.solver.stages.layers import ANNEAL, CHAIN_UNDER_CAPS, COMBINE, CONSTRUCT
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.ties import TIES
 from moetuner.solver.stages.visits import PAIRS, VISITS
@@ -63,7 +64,7 @@ SINGLE_COPIES = Stage(
     share=_single_share,
 )
 SEARCHES = (
-    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, LEVEL_START, CHAIN_UNDER_CAPS),
-    *(ANNEAL, POLISH, TIES),
+    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, COMBINE),
+    *(ANNEAL, COMBINE, SETTLE, POLISH, TIES),
 )
 SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))

@@ -52,11 +52,17 @@ def level_windows(
 
 def _level(run: Run, budget: Budget) -> None:
     """Balance every window within milliseconds, as the plugins do, and look at nothing else."""
-    windows, trials = run.objective.windows, budget.iterations
-    if trials is None:
-        trials = effort.quick_trials(int(run.problem.capacity.sum(axis=1).max()), len(windows))
-    slots, interrupted = level_windows(run, budget, windows.weight, trials)
+    weight = run.objective.windows.weight
+    slots, interrupted = level_windows(run, budget, weight, quick_trials(run, budget))
     run.offer(slots, "layers", interrupted=interrupted)
+
+
+def quick_trials(run: Run, budget: Budget) -> int:
+    """Return the trials of a layer in the search that takes milliseconds."""
+    if budget.iterations is not None:
+        return budget.iterations
+    slots = int(run.problem.capacity.sum(axis=1).max())
+    return effort.quick_trials(slots, len(run.objective.windows))
 
 
 def _may_be_behind(run: Run) -> bool:
@@ -79,14 +85,6 @@ def windows_alone(problem: Problem, moves: Moves | None) -> bool:
     return bool(problem.goal == "balance" and not problem.caps.some and moves is None)
 
 
-def _levels_first(run: Run) -> bool:
-    alone = windows_alone(run.problem, run.moves)
-    return alone and run.problem.may_copy and len(run.objective.windows) > 1
-
-
 FLOOR = Stage(_floor)
 LEVEL = Stage(_level)
-# Annealing begins where single copies end and adds few copies: where windows alone count it must
-# better what the quick search finds, too.
-LEVEL_START = Stage(_level, applies=_levels_first)
 FLOOR_OF_LEVEL = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)

@@ -6,6 +6,7 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,19 +20,15 @@ from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
-from moetuner.solver.stages.floor import level_windows, windows_alone
+from moetuner.solver.stages.floor import level_windows, quick_trials, windows_alone
 from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
 from moetuner.solver.terms import core_layers, links_of, terms_of, tokens_per_unit
 from moetuner.solver.unseen import MIXED, SearchSetting, setting_for
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
-
-# Among times that are as good traffic decides. To have some to choose from, layers are annealed
-# once more with traffic this many times as costly.
-TRAFFIC_WEIGHT = 4.0
 
 
 class LayerModel:
@@ -57,12 +54,10 @@ class LayerModel:
         """Slots of the largest layer."""
         return int(self.problem.capacity.sum(axis=1).max())
 
-    def core(
-        self, moves: Moves | None = None, traffic: float = 1.0
-    ) -> tuple[_core.Layers, dict[str, Any]]:
+    def core(self, moves: Moves | None = None) -> tuple[_core.Layers, dict[str, Any]]:
         """Build the core's layers, and the arguments for what joins them."""
         prices = None if moves is None else moves.prices
-        terms = terms_of(self.problem, self.unit, traffic=traffic, prices=prices)
+        terms = terms_of(self.problem, self.unit, prices=prices)
         layers = core_layers(
             self.problem, self.windows.load, self.weight, setting=self.setting, **terms
         )
@@ -91,9 +86,7 @@ class LayerModel:
         self.weights.append(windows.reweight(cost, self.objective.reference))
         self.weight = windows.weight * np.mean(self.weights, axis=0)
 
-    def improve(
-        self, run: Run, slots: Slots, budget: Budget, turns: int, traffic: float = 1.0
-    ) -> tuple[Slots, bool]:
+    def improve(self, run: Run, slots: Slots, budget: Budget, turns: int) -> tuple[Slots, bool]:
         """Anneal every layer from slots [L,D,S] in one of the ``turns``; say if interrupted."""
         if self.levels(run.moves):
             # On the windows and on their mean, for traffic of all kinds at once.
@@ -103,7 +96,7 @@ class LayerModel:
                 trials = effort.LEVEL_FULL * self.slots_of_layer // lanes
             return level_windows(run, budget, self.weight, trials, mixed=MIXED)
         problem = self.problem
-        layers, links = self.core(run.moves, traffic)
+        layers, links = self.core(run.moves)
         restarts = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1
         return layers.place(
             np.ascontiguousarray(slots),
@@ -135,18 +128,50 @@ def is_of_layers(run: Run) -> bool:
     return not is_of_pairs(run) and not is_of_visits(run)
 
 
-def _starts_anew(run: Run) -> bool:
+def is_searched_anew(run: Run) -> bool:
     """Return whether a search may begin anywhere: it may not where moving has a price."""
     return is_of_layers(run) and run.moves is None
 
 
 def _construct(run: Run, budget: Budget) -> None:
+    """Offer what takes milliseconds: balanced on the sum of windows, and on every one of them."""
     layers, _ = LayerModel(run).core()
     run.offer(layers.construct(threads=budget.threads), "construct", is_start=True)
+    if run.problem.goal == "traffic":
+        return
+    windows, slots = run.objective.windows, int(run.problem.capacity.sum(axis=1).max())
+    for trials in (quick_trials(run, budget), effort.level_trials(slots, len(windows))):
+        if not budget.is_over():
+            level, interrupted = level_windows(run, budget, windows.weight, trials)
+            run.offer(level, "windows", is_start=True, interrupted=interrupted)
+
+
+def quickest(run: Run, incumbents: Sequence[Incumbent]) -> tuple[NDArray[np.int64], Floats]:
+    """Return which of some incumbents is the quickest in every layer [L], and their times [N,L]."""
+    placements = [Placement(of.slots, num_experts=run.problem.experts) for of in incumbents]
+    objective = run.objective
+    times = np.array([objective.worth(objective.window_cost(of).T) for of in placements])
+    return times.argmin(axis=0), times
+
+
+def mixes(run: Run) -> bool:
+    """Return whether layers of several placements can be put together: nothing joins them."""
+    problem = run.problem
+    joined = problem.regime == "follow" and problem.goal == "time" and problem.layers > 1
+    return problem.goal != "traffic" and problem.windows.is_mean and not joined
+
+
+def _combine(run: Run, _: Budget) -> None:
+    """Offer the best contents of every layer that were offered in any placement."""
+    pool = [of for of in run.incumbents if of.excess == 0]
+    if len(pool) > 1:
+        chosen, _ = quickest(run, pool)
+        slots = np.stack([of.slots for of in pool])[chosen, np.arange(run.problem.layers)]
+        run.offer(slots, "combined", is_start=True)
 
 
 def _joins_layers(run: Run) -> bool:
-    return _starts_anew(run) and run.objective.transitions is not None
+    return is_searched_anew(run) and run.objective.transitions is not None
 
 
 def _chain_under_caps(run: Run, budget: Budget) -> None:
@@ -191,27 +216,20 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
         large = model.levels(run.moves)
         model.setting = setting_for(windows.load, windows.weight, large=large)
     run.details = replace(run.details, unseen=model.setting.details)
-    traffic = [1.0] * turns + [TRAFFIC_WEIGHT] * _prices_visits(run)
-    for turn, multiple in enumerate(traffic):
-        left = len(traffic) - turn
+    for turn in range(turns):
+        left = turns - turn
         part = budget.within(1 / left, keep=left * run.judging)
         if part.time_limit == 0:
             run.cut = run.cut or not turn
             return
-        slots, interrupted = model.improve(run, run.best.slots, part, len(traffic), multiple)
+        slots, interrupted = model.improve(run, run.best.slots, part, turns)
         model.reweight(slots)
         run.offer(slots, "layers", interrupted=interrupted)
 
 
-def _prices_visits(run: Run) -> bool:
-    """Return whether a time is searched for in which visits have a price, or pairs for them."""
-    problem = run.problem
-    dispatched = problem.goal == "time" and problem.regime == "dispatch" and run.moves is None
-    return dispatched and problem.devices > 1 and run.objective.has_traffic
-
-
-CONSTRUCT = Stage(_construct, applies=_starts_anew)
+CONSTRUCT = Stage(_construct, applies=is_searched_anew)
 CHAIN_UNDER_CAPS = Stage(
     _chain_under_caps, applies=_joins_layers, share=lambda _: effort.TRAFFIC_SHARE
 )
 ANNEAL = Stage(anneal, applies=is_of_layers)
+COMBINE = Stage(_combine, applies=lambda run: is_searched_anew(run) and mixes(run))

@@ -6,7 +6,6 @@ A running placement is a start, and its moves are a term of the rank: no answer 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import Details
 from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
 from moetuner.solver.stages.polish import POLISH
@@ -113,85 +113,6 @@ def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
     return device_of
 
 
-@dataclass(frozen=True)
-class Path:
-    """Steps from one placement to better ones.
-
-    Parameters
-    ----------
-    start
-        Slots [L,D,S].
-    places, experts
-        Where in the flat slots a step writes and what, twice [N,2].
-    moves
-        Copies that have to move in all, at the start and after every step [N+1].
-    excess
-        By what part layers exceed their caps, likewise.
-    value
-        The objective, as the search counts it, less that of the start, likewise.
-    """
-
-    start: Slots
-    places: NDArray[np.int64]
-    experts: Slots
-    moves: NDArray[np.int64]
-    excess: Floats
-    value: Floats
-
-    def after(self, steps: int) -> Slots:
-        """Return slots [L,D,S] after so many steps."""
-        slots = self.start.copy()
-        slots.reshape(-1)[self.places[:steps].ravel()] = self.experts[:steps].ravel()
-        return slots
-
-    def lengths(self, most: float, price: float, count: int) -> list[int]:
-        """Choose numbers of steps that are worth a look: the best, then some up to the most."""
-        last = len(np.flatnonzero(self.moves[1:] <= most))
-        evenly = np.linspace(0, last, count + 1)[1:].astype(int)
-        return [n for n in dict.fromkeys([self.best(most, price), *evenly.tolist()]) if n]
-
-    def spread(self, count: int) -> list[int]:
-        """Choose numbers of steps whose moves are about evenly spread in their logarithm."""
-        if len(self.moves) < 2:
-            return []
-        moves = self.moves - self.moves[0]
-        wanted = np.geomspace(1, max(int(moves.max()), 2), count)
-        ends = {int(np.flatnonzero(moves <= most)[-1]) for most in wanted}
-        return sorted(ends | {self.best(np.inf, 0.0)} - {0})
-
-    def slope(self, most: float) -> float:
-        """Return what the last steps within a budget gain for a move."""
-        end = self.best(most, 0.0)
-        begin = end * 3 // 4
-        moves = self.moves[end] - self.moves[begin]
-        return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
-
-    def best(self, most: float, price: float) -> int:
-        """Choose how many steps to take, with at most so many moves at such a price."""
-        allowed = np.flatnonzero(self.moves <= most)
-        worth = self.value[allowed] + price * self.moves[allowed]
-        return int(allowed[np.lexsort((worth, self.excess[allowed]))[0]])
-
-
-def descend(
-    run: Run, model: LayerModel, moves: Moves, start: Slots, most: float, budget: Budget
-) -> tuple[Path, bool]:
-    """Go down from slots [L,D,S] by the steps that gain most for a move, and say if interrupted."""
-    problem, (layers, links) = run.problem, model.core()
-    places, experts, figures, interrupted = layers.descend(
-        np.ascontiguousarray(start),
-        pad_slots(moves.initial.slots, problem.capacity),
-        most=int(most) if most < problem.capacity.sum() else None,
-        **links,
-        time_limit=budget.left,
-        threads=budget.threads,
-    )
-    excess = problem.caps.excess(Placement(start, num_experts=problem.experts)).sum()
-    begin = [[moves.count(start), excess, 0.0]]
-    moved, over, value = np.concatenate([begin, figures / [1.0, 1.0, model.unit]]).T
-    return Path(start, places, experts, moved.astype(np.int64), over, value), interrupted
-
-
 def moves_of(run: Run) -> Moves:
     """Return the moves of a run that has a running placement."""
     assert run.moves is not None
@@ -242,7 +163,7 @@ def _descend(run: Run, budget: Budget) -> None:
     """Take the steps that gain most for a move, and offer the best that are passed."""
     moves, model, start = moves_of(run), LayerModel(run), run.best.slots
     for _ in range(1 if run.problem.windows.is_mean else effort.STEP_REWEIGHTINGS):
-        path, interrupted = descend(run, model, moves, start, moves.most, budget.within())
+        path, interrupted = descend(run, model, start, moves.initial, moves.most, budget.within())
         run.slope = path.slope(moves.most)
         for steps in path.lengths(moves.most, moves.price, effort.LENGTHS):
             run.offer(path.after(steps), "moves")

@@ -6,7 +6,10 @@ search of layers knows prices of these. Few slots can be tried one by one on the
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +19,72 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Incumbent, Run, Stage
-from moetuner.solver.stages.layers import is_of_layers
 
 Slots = NDArray[np.int32]
 
 
 def _polish(run: Run, budget: Budget) -> None:
-    """Take the first change that ranks before the best until there is none, from a few starts."""
+    """Take the first change that ranks before the best until there is none, from a few starts.
+
+    Of few placements all are tried.
+    """
+    if _try_all(run, budget):
+        return
     starts = sorted(run.incumbents, key=lambda of: of.rank)[: effort.POLISHED]
     more = (run.judge(slots) for slots in _on_few_devices(run.problem))
     for start in (*starts, *(of for of in more if run.can_afford(of))):
-        now, better = start, _better(run, start, budget)
-        while better is not None and not budget.is_over():
-            now, better = better, _better(run, better, budget)
-        if now.rank < run.best.rank:
-            run.offer(now.slots, "polish")
+        _descend(run, start, budget)
+    # Traffic alone is whole numbers, of which searches leave little.
+    kicks = 0 if run.problem.goal == "traffic" or budget.iterations is not None else effort.KICKS
+    random = np.random.default_rng(run.seed)
+    for _ in range(kicks):
+        if budget.is_over():
+            return
+        kicked = _kick(run, run.best, random)
+        if kicked is not None:
+            _descend(run, kicked, budget)
+
+
+def _try_all(run: Run, budget: Budget) -> bool:
+    """Try all placements that keep the rules, if they are few; return whether they were."""
+    problem, every = run.problem, []
+    for layer, capacity in enumerate(problem.capacity):
+        contents = _contents(problem, capacity)
+        if contents is None:
+            return False
+        every.append([of for of in contents if _is_kept(problem, layer, of)])
+    if math.prod(map(len, every)) > effort.FEW_PLACEMENTS or budget.iterations is not None:
+        return False
+    best = run.best
+    for slots in map(np.stack, itertools.product(*every)):
+        if budget.is_over():
+            break
+        judged = run.judge(slots, "polish")
+        if judged.rank < best.rank and run.can_afford(judged):
+            best = judged
+    if best is not run.best:
+        run.offer(best.slots, "polish")
+    return True
+
+
+def _descend(run: Run, start: Incumbent, budget: Budget) -> None:
+    """Change slots while that ranks before what they were, and offer what is better than all."""
+    now, better = start, _better(run, start, budget)
+    while better is not None and not budget.is_over():
+        now, better = better, _better(run, better, budget)
+    if now.rank < run.best.rank:
+        run.offer(now.slots, "polish")
+
+
+def _kick(run: Run, incumbent: Incumbent, random: np.random.Generator) -> Incumbent | None:
+    """Return an incumbent after a few changes at random, or None where moves do not suffice."""
+    slots = incumbent.slots
+    for _ in range(effort.KICKED):
+        near = list(_neighbours(run.problem, slots))
+        if near:
+            slots = near[random.integers(len(near))]
+    kicked = run.judge(slots)
+    return kicked if run.can_afford(kicked) else None
 
 
 def _on_few_devices(problem: Problem) -> Iterator[Slots]:
@@ -54,32 +108,76 @@ def _better(run: Run, incumbent: Incumbent, budget: Budget) -> Incumbent | None:
     for slots in _neighbours(problem, incumbent.slots):
         if budget.is_over():
             break
-        holders = holders_of(slots, problem.experts)
-        # Of two copies on a device one is no holder.
-        if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=1).all():
-            continue
-        if not problem.rules.violations(Placement(slots, num_experts=problem.experts)):
-            judged = run.judge(slots, "polish")
-            if judged.rank < incumbent.rank and run.can_afford(judged):
-                return judged
+        judged = run.judge(slots, "polish")
+        if judged.rank < incumbent.rank and run.can_afford(judged):
+            return judged
     return None
 
 
+def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
+    """Return whether slots [D,S] of a layer have every expert, none twice on a device, by rule."""
+    holders = holders_of(slots[None], problem.experts)[0]
+    # Of two copies on a device one is no holder.
+    if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=0).all():
+        return False
+    if not problem.may_copy and holders.sum() > problem.experts:
+        return False
+    rules = problem.rules
+    banned = rules.forbidden is not None and (rules.forbidden[layer].T & holders).any()
+    pinned = rules.pinned is not None and (rules.pinned[layer].T & ~holders).any()
+    return not banned and not pinned
+
+
 def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
-    """Iterate over slots [L,D,S] with one changed or two exchanged, whatever becomes of them."""
-    layers, devices, _ = slots.shape
-    for layer in range(layers):
-        free = [(d, s) for d in range(devices) for s in range(problem.capacity[layer, d])]
-        for number, at in enumerate(free):
-            for other in free[number + 1 :]:
-                if at[0] != other[0] and slots[layer][at] != slots[layer][other]:
-                    near = slots.copy()
-                    near[layer][at], near[layer][other] = slots[layer][other], slots[layer][at]
-                    yield near
-            for expert in range(problem.experts if problem.may_copy else 0):
+    """Iterate over slots [L,D,S] with one layer changed, which keep the rules but the caps.
+
+    To all that it may hold where that is little, else in one slot or by one exchange.
+    """
+    for layer, capacity in enumerate(problem.capacity):
+        changed = _contents(problem, capacity)
+        if changed is None:
+            changed = _steps(problem, capacity, slots[layer])
+        for content in changed:
+            if _is_kept(problem, layer, content):
                 near = slots.copy()
-                near[layer][at] = expert
+                near[layer] = content
                 yield near
+
+
+def _contents(problem: Problem, capacity: NDArray[np.int64]) -> Iterator[Slots] | None:
+    """Iterate over all contents [D,S] of a layer that have every expert; None if they are many."""
+    choices = [_subsets(problem.experts, int(slots)) for slots in capacity]
+    if math.prod(map(len, choices)) > effort.FEW_CONTENTS:
+        return None
+    padded = (
+        np.array([[*held, *[EMPTY] * (problem.slots - len(held))] for held in chosen])
+        for chosen in itertools.product(*choices)
+        if len(set().union(*chosen)) == problem.experts
+    )
+    return (content.astype(np.int32) for content in padded)
+
+
+@lru_cache(maxsize=64)
+def _subsets(experts: int, most: int) -> tuple[tuple[int, ...], ...]:
+    """Return all sets of at most so many experts."""
+    sizes = (itertools.combinations(range(experts), size) for size in range(most + 1))
+    return tuple(itertools.chain.from_iterable(sizes))
+
+
+def _steps(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Iterator[Slots]:
+    """Iterate over slots [D,S] of a layer with one changed, or two exchanged."""
+    free = [(d, s) for d, most in enumerate(capacity) for s in range(most)]
+    for number, at in enumerate(free):
+        for other in free[number + 1 :]:
+            if at[0] != other[0] and slots[at] != slots[other]:
+                near = slots.copy()
+                near[at], near[other] = slots[other], slots[at]
+                yield near
+        # EMPTY, too: a copy that saves nothing takes time to be read.
+        for expert in range(EMPTY, problem.experts if problem.may_copy else EMPTY):
+            near = slots.copy()
+            near[at] = expert
+            yield near
 
 
 def _is_small(run: Run) -> bool:
@@ -88,9 +186,9 @@ def _is_small(run: Run) -> bool:
     So do steps under a budget of moves: the one that gains most for a move need not be the best.
     """
     problem = run.problem
-    stands_for = problem.goal == "time" or not problem.windows.is_mean or problem.max_imbalance
+    stands_for = problem.goal != "balance" or not problem.windows.is_mean or problem.max_imbalance
     # Where moves are free, what was solved from nothing is polished.
-    of_search = run.moves is None and bool(stands_for) and is_of_layers(run)
+    of_search = run.moves is None and bool(stands_for)
     return problem.capacity.sum() <= effort.POLISHED_SLOTS and (run.is_priced or of_search)
 
 

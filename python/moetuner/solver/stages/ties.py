@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moetuner.placement import Placement
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import ROUNDING, TIE, Run, Stage
-from moetuner.solver.stages.layers import is_of_layers
+from moetuner.solver.stages.layers import is_of_layers, mixes, quickest
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -29,14 +29,13 @@ def _break_ties(run: Run, _: Budget) -> None:
     floor = min((of for of in incumbents if of.is_start), key=lambda of: of.rank)
     best = min(incumbents, key=lambda of: of.rank)
     limit = (floor.excess, floor.value * (1 + ROUNDING))
-    joined = problem.regime == "follow" and problem.layers > 1
 
     def cost(slots: Slots) -> tuple[float, float]:
         placement = Placement(slots, num_experts=problem.experts)
         return run.objective.traffic(placement), float(run.objective.imbalances(placement).sum())
 
     # Layers add up in the mean; excess that only some placements have does not mix.
-    if not joined and problem.windows.is_mean and best.excess == 0:
+    if mixes(run) and best.excess == 0:
         slots = _by_layer(run, limit[1] if limit[0] == 0 else np.inf)
     else:
         most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
@@ -48,10 +47,9 @@ def _break_ties(run: Run, _: Budget) -> None:
 def _by_layer(run: Run, limit: float) -> Slots:
     """Take the quickest contents of every layer, then less traffic where that costs least."""
     problem, objective = run.problem, run.objective
-    pool = [of.slots for of in run.incumbents if of.excess == 0]
-    placements = [Placement(slots, num_experts=problem.experts) for slots in pool]
-    times = np.array([objective.worth(objective.window_cost(of).T) for of in placements])
-    chosen = times.argmin(axis=0)
+    pool = [of for of in run.incumbents if of.excess == 0]
+    placements = [Placement(of.slots, num_experts=problem.experts) for of in pool]
+    chosen, times = quickest(run, pool)
     layers = np.arange(problem.layers)
     least = float(times[chosen, layers].sum())
     most = max(min(least * (1 + TIE), limit), least)
@@ -61,7 +59,7 @@ def _by_layer(run: Run, limit: float) -> Slots:
     # Less imbalance must not bring the traffic back.
     allowed = np.where(traffic <= traffic[chosen, layers], imbalance, np.inf)
     _exchange(times, allowed, chosen, most)
-    slots: Slots = np.stack(pool)[chosen, layers]
+    slots: Slots = np.stack([of.slots for of in pool])[chosen, layers]
     return slots
 
 

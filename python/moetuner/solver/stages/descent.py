@@ -1,0 +1,120 @@
+"""Down from a placement, always by the step that gains most for a copy that it brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import Placement, moves_from
+from moetuner.problem.capacity import pad_slots
+from moetuner.solver.budget import Budget
+from moetuner.solver.run import Run, Stage
+from moetuner.solver.stages.layers import LayerModel, is_searched_anew
+
+Floats = NDArray[np.float64]
+Slots = NDArray[np.int32]
+
+# The part of what steps down could gain after which they end: the last ones fit what was seen.
+SETTLED = 0.5
+
+
+@dataclass(frozen=True)
+class Path:
+    """Steps from one placement to better ones.
+
+    Parameters
+    ----------
+    start
+        Slots [L,D,S].
+    places, experts
+        Where in the flat slots a step writes and what, twice [N,2].
+    moves
+        Copies that have to move in all, at the start and after every step [N+1].
+    excess
+        By what part layers exceed their caps, likewise.
+    value
+        The objective, as the search counts it, less that of the start, likewise.
+    """
+
+    start: Slots
+    places: NDArray[np.int64]
+    experts: Slots
+    moves: NDArray[np.int64]
+    excess: Floats
+    value: Floats
+
+    def after(self, steps: int) -> Slots:
+        """Return slots [L,D,S] after so many steps."""
+        slots = self.start.copy()
+        slots.reshape(-1)[self.places[:steps].ravel()] = self.experts[:steps].ravel()
+        return slots
+
+    def lengths(self, most: float, price: float, count: int) -> list[int]:
+        """Choose numbers of steps that are worth a look: the best, then some up to the most."""
+        last = len(np.flatnonzero(self.moves[1:] <= most))
+        evenly = np.linspace(0, last, count + 1)[1:].astype(int)
+        return [n for n in dict.fromkeys([self.best(most, price), *evenly.tolist()]) if n]
+
+    def spread(self, count: int) -> list[int]:
+        """Choose numbers of steps whose moves are about evenly spread in their logarithm."""
+        if len(self.moves) < 2:
+            return []
+        moves = self.moves - self.moves[0]
+        wanted = np.geomspace(1, max(int(moves.max()), 2), count)
+        ends = {int(np.flatnonzero(moves <= most)[-1]) for most in wanted}
+        return sorted(ends | {self.best(np.inf, 0.0)} - {0})
+
+    def slope(self, most: float) -> float:
+        """Return what the last steps within a budget gain for a move."""
+        end = self.best(most, 0.0)
+        begin = end * 3 // 4
+        moves = self.moves[end] - self.moves[begin]
+        return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
+
+    def best(self, most: float, price: float) -> int:
+        """Choose how many steps to take, with at most so many moves at such a price."""
+        allowed = np.flatnonzero(self.moves <= most)
+        worth = self.value[allowed] + price * self.moves[allowed]
+        return int(allowed[np.lexsort((worth, self.excess[allowed]))[0]])
+
+
+def descend(
+    run: Run, model: LayerModel, start: Slots, running: Placement, most: float, budget: Budget
+) -> tuple[Path, bool]:
+    """Go down from slots [L,D,S] by the steps that gain most for a move; say if interrupted.
+
+    Moves are counted from what is running, at the most ``most``.
+    """
+    problem, (layers, links) = run.problem, model.core()
+    places, experts, figures, interrupted = layers.descend(
+        np.ascontiguousarray(start),
+        pad_slots(running.slots, problem.capacity),
+        most=int(most) if most < problem.capacity.sum() else None,
+        **links,
+        time_limit=budget.left,
+        threads=budget.threads,
+    )
+    excess = problem.caps.excess(Placement(start, num_experts=problem.experts)).sum()
+    moves = int(moves_from(running.held, start).sum())
+    begin = [[moves, excess, 0.0]]
+    moved, over, value = np.concatenate([begin, figures / [1.0, 1.0, model.unit]]).T
+    return Path(start, places, experts, moved.astype(np.int64), over, value), interrupted
+
+
+def _settle(run: Run, budget: Budget) -> None:
+    """Take the steps that bring half of what steps down from the best can gain.
+
+    A search for what generalises ends a little behind those that fit the windows they see. By the
+    first steps nothing is lost on other traffic; by the last ones there is.
+    """
+    start = run.best.slots
+    running = Placement(start, num_experts=run.problem.experts)
+    path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget.within())
+    if len(path.value) > 1:
+        enough = np.flatnonzero(path.value <= SETTLED * path.value[-1])[0]
+        run.offer(path.after(int(enough)), "layers", is_start=True, interrupted=interrupted)
+
+
+SETTLE = Stage(_settle, applies=is_searched_anew)
