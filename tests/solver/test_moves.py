@@ -10,10 +10,11 @@ from brute_force import every_layer, rank, small_problem
 import moetuner as mt
 from moetuner.solver import budget, effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Moves, Run
+from moetuner.solver.run import Run
 from moetuner.solver.stages import moves
+from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import descend, repair
+from moetuner.solver.stages.moves import repair
 
 
 def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):
@@ -33,7 +34,7 @@ def contiguous(layers, experts, devices):
 def steps(problem, initial, start=None, most=np.inf, threads=None):
     """List the steps that gain most for a move, from what runs or from slots [L,D,S]."""
     run, start = Run(problem), repair(problem, initial) if start is None else start
-    return descend(run, LayerModel(run), Moves(initial), start, most, Budget(threads=threads))[0]
+    return descend(run, LayerModel(run), start, initial, most, Budget(threads=threads))[0]
 
 
 GOALS = [

@@ -18,8 +18,8 @@ from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
 from moetuner.solver.methods import METHODS, SEARCHES, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
-from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.descent import descend
+from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.moves import AT_PRICES, from_running, moves_of, repair
 from moetuner.solver.stages.polish import POLISH
 
@@ -127,7 +127,6 @@ def _descend(run: Run, budget: Budget) -> None:
     """Offer the ends of some of the steps that gain most for a move."""
     start, running = run.incumbents[0].slots, moves_of(run).initial
     path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget)
-
     for steps in path.spread(PARETO_STEPS):
         run.offer(path.after(steps), "moves")
     if interrupted:

@@ -165,7 +165,7 @@ def _combine(run: Run, _: Budget) -> None:
     """Offer the best contents of every layer that were offered in any placement."""
     pool = [of for of in run.incumbents if of.excess == 0]
     if len(pool) > 1:
-        chosen, _ = quickest(run, pool)
+        chosen = quickest(run, pool)[0]
         slots = np.stack([of.slots for of in pool])[chosen, np.arange(run.problem.layers)]
         run.offer(slots, "combined", is_start=True)
 
