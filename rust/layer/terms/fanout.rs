@@ -79,7 +79,9 @@ impl Sets {
         }
         let mut tokens_of = vec![0.0; experts];
         for (ids, &count) in ids.chunks_exact(k.max(1)).zip(counts) {
-            ids.iter().for_each(|&e| tokens_of[usize::from(e)] += count as f64);
+            for &e in ids {
+                tokens_of[usize::from(e)] += count as f64;
+            }
         }
         Self { words, rows, planes, tokens_of, device_cost: 0.0, node_cost: 0.0 }
     }
