@@ -20,8 +20,8 @@ Floats = NDArray[np.float64]
 # The norm that stands for the slowest device, and the part of experts' variance among windows that
 # no window tells of the next one (docs/experiments.md).
 NORM, NOISE = 8, 0.25
-# Fewer windows are a table of what differs, not of what repeats.
-FEWEST_WINDOWS = 4
+# One window is what it is: nothing tells what of it repeats.
+FEWEST_WINDOWS = 2
 # How much the mean of all windows counts, as a part of what they all count.
 MIXED = 1.0
 

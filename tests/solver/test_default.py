@@ -1,0 +1,47 @@
+"""The default is never behind cheaper methods, other goals or the plugins by its own objective."""
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.plugins import rebalance_experts
+
+# Sums of floats in another order; and what a full search for the other goal may find by chance.
+ROUNDING, CHANCE = 1 + 1e-9, 1.002
+
+
+def drawn_loads(windows, seed):
+    """Draw a load table [W,2,16] of two kinds of traffic that take turns."""
+    random = np.random.default_rng(seed)
+    popular = random.lognormal(0, 1, (2, 2, 16))
+    tokens = 4000 * popular / popular.sum(axis=2, keepdims=True)
+    return random.poisson(tokens[np.arange(windows) % 2]).astype(np.uint64)
+
+
+def plugin_slots(problem):
+    """Return what the engines' plugins make of the problem's windows, from the first map on."""
+    devices, slots = problem.devices, problem.slots
+    first = np.tile(np.arange(devices * slots) % problem.experts, (problem.layers, 1))
+    loads = problem.statistics.window_load.astype(float)
+    packed = rebalance_experts(loads, devices * slots, 1, 1, devices, first)
+    return mt.Placement(packed.reshape(problem.layers, devices, slots), num_experts=problem.experts)
+
+
+@pytest.mark.parametrize("machine", [mt.Topology(4), mt.Topology(4, devices_per_node=2)], ids=str)
+@pytest.mark.parametrize("slots", [4, 5])
+@pytest.mark.parametrize("windows", [1, 3, 12])
+@pytest.mark.parametrize("goal", ["time", "balance"])
+def test_no_other_method_is_better_by_the_goal_of_the_default(machine, slots, windows, goal):
+    """What cheaper methods, the other goal and the plugins find is never better than the answer."""
+    statistics = mt.RoutingStatistics.from_load(drawn_loads(windows, seed=windows + slots))
+    problem = mt.Problem(statistics, machine, slots_per_device=slots, objective=goal)
+    answer = mt.solve(problem)
+    others = {
+        method: mt.solve(problem, method).placement for method in ("quick", "eplb", "lpt", "paper")
+    }
+    other_goal = "balance" if goal == "time" else "time"
+    other = mt.Problem(statistics, machine, slots_per_device=slots, objective=other_goal)
+    others["plugins"] = plugin_slots(problem)
+    for name, placement in others.items():
+        assert answer.objective <= problem.value(placement) * ROUNDING, name
+    assert answer.objective <= problem.value(mt.solve(other).placement) * CHANCE
