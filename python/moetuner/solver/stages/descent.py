@@ -119,7 +119,7 @@ def _settle(run: Run, budget: Budget) -> None:
 
 
 def _may_settle(run: Run) -> bool:
-    used = np.count_nonzero(run.objective.windows.weight)
+    used = int(np.count_nonzero(run.objective.windows.weight))
     return is_searched_anew(run) and used >= FEWEST_WINDOWS
 
 
