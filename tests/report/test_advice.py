@@ -110,7 +110,7 @@ def test_one_device_needs_no_evidence():
 
 def test_groups_that_lose_are_named():
     """Who decides on the mean hears of those that pay for it."""
-    liked = np.stack([np.linspace(2, 0, EXPERTS), np.tile([1.2, 0], EXPERTS // 2)])
+    liked = np.stack([np.linspace(2, 0, EXPERTS), np.tile([2.0, 0], EXPERTS // 2)])
     group = np.where(np.arange(4000) // LENGTH % 5 < 4, 0, 1)
     scores = np.repeat(liked[group][:, None], LAYERS, axis=1)
     trace = routed(scores, group=group, group_names=["many", "few"])

@@ -181,15 +181,13 @@ def _steps(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Itera
 
 
 def _is_small(run: Run) -> bool:
-    """Return whether slots are few, and the search so far only stands for the objective.
+    """Return whether slots are few: then the objective itself is tried, not what stands for it.
 
-    So do steps under a budget of moves: the one that gains most for a move need not be the best.
+    Steps under a budget of moves are polished, too: the one that gains most for a move need not be
+    the best. Where moves are free, what was solved from nothing is.
     """
-    problem = run.problem
-    stands_for = problem.goal != "balance" or not problem.windows.is_mean or problem.max_imbalance
-    # Where moves are free, what was solved from nothing is polished.
-    of_search = run.moves is None and bool(stands_for)
-    return problem.capacity.sum() <= effort.POLISHED_SLOTS and (run.is_priced or of_search)
+    is_few = run.problem.capacity.sum() <= effort.POLISHED_SLOTS
+    return bool(is_few) and (run.is_priced or run.moves is None)
 
 
 POLISH = Stage(_polish, applies=_is_small)
