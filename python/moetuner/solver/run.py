@@ -222,7 +222,7 @@ class Run:
         A stage is left out if it does not apply or cannot end in time; the first one is not.
         """
         budget = self.budget if budget is None else budget
-        self.slack = max(self.slack, *(of.slack for of in stages if of.applies(self)), 0.0)
+        self.slack = max(self.slack, *(stage.slack for stage in stages if stage.applies(self)), 0.0)
         try:
             for number, stage in enumerate(stages):
                 if self.interrupted or self.is_proven:
@@ -235,7 +235,7 @@ class Run:
     def _begin(self, stage: Stage, later: Sequence[Stage], budget: Budget) -> None:
         left, reserved = budget.left, 0.0
         if left is not None:
-            reserves = [of.reserve(self, left) for of in later if of.applies(self)]
+            reserves = [stage.reserve(self, left) for stage in later if stage.applies(self)]
             reserved = max(reserves, default=0.0)
         # What the stage finds is judged, and in the end the best and a start on all windows.
         keep = self.judging + 2 * self.judging_all if self.incumbents else 0.0
@@ -325,7 +325,9 @@ class Run:
         """The incumbent of the lowest rank; of equal ones not the floor, then the first."""
         if self.preferred is not None:
             return self.preferred
-        return min(self.incumbents, key=lambda of: (of.rank, of.by == "balance"))
+        return min(
+            self.incumbents, key=lambda incumbent: (incumbent.rank, incumbent.by == "balance")
+        )
 
     def answer(self) -> Incumbent:
         """Return the best incumbent by all windows, where a search has seen some of them.
@@ -334,16 +336,20 @@ class Run:
         where it is as good as the best by more than chance can tell.
         """
         best = self.best
-        starts = [of for of in self.incumbents if of.is_start]
+        starts = [incumbent for incumbent in self.incumbents if incumbent.is_start]
         if self.sees_all or not starts:
             return best
-        floor = min(starts, key=lambda of: of.rank)
-        few = [floor, best, *sorted(self.incumbents, key=lambda of: of.rank)[: effort.JUDGED]]
+        floor = min(starts, key=lambda incumbent: incumbent.rank)
+        few = [
+            floor,
+            best,
+            *sorted(self.incumbents, key=lambda incumbent: incumbent.rank)[: effort.JUDGED],
+        ]
         ranks: dict[bytes, tuple[float, float]] = {}
-        slots = {of.slots.tobytes(): of for of in few}
-        for key, of in slots.items():
+        slots = {incumbent.slots.tobytes(): incumbent for incumbent in few}
+        for key, incumbent in slots.items():
             if not ranks or not self.budget.is_over():
-                ranks[key] = self.rank_of_all(of)
+                ranks[key] = self.rank_of_all(incumbent)
         first = min(ranks, key=ranks.__getitem__)
         excess, value = ranks[first]
         mine, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
@@ -351,10 +357,10 @@ class Run:
             return best
         return slots[first]
 
-    def rank_of_all(self, of: Incumbent) -> tuple[float, float]:
+    def rank_of_all(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows."""
         begin = self.budget.gone
-        rank = self._rank(of.slots, of.moves, self.problem.objective_function)
+        rank = self._rank(incumbent.slots, incumbent.moves, self.problem.objective_function)
         self.judging_all = max(self.judging_all, self.budget.gone - begin)
         return rank
 

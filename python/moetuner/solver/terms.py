@@ -114,7 +114,7 @@ def visit_costs(problem: Problem, unit: float = 1.0) -> dict[str, Any]:
     device_cost, node_cost = objective.visit_costs
     assert objective.sets is not None
     return {
-        "sets": [(of.ids, of.counts) for of in objective.sets],
+        "sets": [(layer_sets.ids, layer_sets.counts) for layer_sets in objective.sets],
         "device_cost": device_cost * unit,
         "node_cost": node_cost * unit,
     }

@@ -148,9 +148,13 @@ def _construct(run: Run, budget: Budget) -> None:
 
 def quickest(run: Run, incumbents: Sequence[Incumbent]) -> tuple[NDArray[np.int64], Floats]:
     """Return which of some incumbents is the quickest in every layer [L], and their times [N,L]."""
-    placements = [Placement(of.slots, num_experts=run.problem.experts) for of in incumbents]
+    placements = [
+        Placement(incumbent.slots, num_experts=run.problem.experts) for incumbent in incumbents
+    ]
     objective = run.objective
-    times = np.array([objective.worth(objective.window_cost(of).T) for of in placements])
+    times = np.array(
+        [objective.worth(objective.window_cost(placement).T) for placement in placements]
+    )
     return times.argmin(axis=0), times
 
 
@@ -163,10 +167,12 @@ def mixes(run: Run) -> bool:
 
 def _combine(run: Run, _: Budget) -> None:
     """Offer the best contents of every layer that were offered in any placement."""
-    pool = [of for of in run.incumbents if of.excess == 0]
+    pool = [incumbent for incumbent in run.incumbents if incumbent.excess == 0]
     if len(pool) > 1:
         chosen = quickest(run, pool)[0]
-        slots = np.stack([of.slots for of in pool])[chosen, np.arange(run.problem.layers)]
+        slots = np.stack([incumbent.slots for incumbent in pool])[
+            chosen, np.arange(run.problem.layers)
+        ]
         run.offer(slots, "combined", is_start=True)
 
 
@@ -184,7 +190,7 @@ def _chain_under_caps(run: Run, budget: Budget) -> None:
         if part.time_limit == 0:
             return
         traffic = _of_traffic(problem, cap)
-        search_traffic(run, traffic, part, lambda of: pad_slots(of, problem.capacity))
+        search_traffic(run, traffic, part, lambda slots: pad_slots(slots, problem.capacity))
 
 
 def _of_traffic(problem: Problem, cap: float) -> Problem:

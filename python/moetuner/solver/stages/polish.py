@@ -30,9 +30,9 @@ def _polish(run: Run, budget: Budget) -> None:
     """
     if _try_all(run, budget):
         return
-    starts = sorted(run.incumbents, key=lambda of: of.rank)[: effort.POLISHED]
+    starts = sorted(run.incumbents, key=lambda incumbent: incumbent.rank)[: effort.POLISHED]
     more = (run.judge(slots) for slots in _on_few_devices(run.problem))
-    for start in (*starts, *(of for of in more if run.can_afford(of))):
+    for start in (*starts, *(judged for judged in more if run.can_afford(judged))):
         _descend(run, start, budget)
     # Traffic alone is whole numbers, of which searches leave little.
     kicks = 0 if run.problem.goal == "traffic" or budget.iterations is not None else effort.KICKS
@@ -52,7 +52,7 @@ def _try_all(run: Run, budget: Budget) -> bool:
         contents = _contents(problem, capacity)
         if contents is None:
             return False
-        every.append([of for of in contents if _is_kept(problem, layer, of)])
+        every.append([content for content in contents if _is_kept(problem, layer, content)])
     if math.prod(map(len, every)) > effort.FEW_PLACEMENTS or budget.iterations is not None:
         return False
     best = run.best

@@ -26,8 +26,11 @@ def _break_ties(run: Run, _: Budget) -> None:
     best start.
     """
     problem, incumbents = run.problem, run.incumbents
-    floor = min((of for of in incumbents if of.is_start), key=lambda of: of.rank)
-    best = min(incumbents, key=lambda of: of.rank)
+    floor = min(
+        (incumbent for incumbent in incumbents if incumbent.is_start),
+        key=lambda incumbent: incumbent.rank,
+    )
+    best = min(incumbents, key=lambda incumbent: incumbent.rank)
     limit = (floor.excess, floor.value * (1 + ROUNDING))
 
     def cost(slots: Slots) -> tuple[float, float]:
@@ -39,7 +42,11 @@ def _break_ties(run: Run, _: Budget) -> None:
         slots = _by_layer(run, limit[1] if limit[0] == 0 else np.inf)
     else:
         most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
-        equals = [of.slots for of in incumbents if of.excess == best.excess and of.rank <= most]
+        equals = [
+            incumbent.slots
+            for incumbent in incumbents
+            if incumbent.excess == best.excess and incumbent.rank <= most
+        ]
         slots = min(equals, key=cost)
     run.prefer(slots, "ties")
 
@@ -47,19 +54,19 @@ def _break_ties(run: Run, _: Budget) -> None:
 def _by_layer(run: Run, limit: float) -> Slots:
     """Take the quickest contents of every layer, then less traffic where that costs least."""
     problem, objective = run.problem, run.objective
-    pool = [of for of in run.incumbents if of.excess == 0]
-    placements = [Placement(of.slots, num_experts=problem.experts) for of in pool]
+    pool = [incumbent for incumbent in run.incumbents if incumbent.excess == 0]
+    placements = [Placement(incumbent.slots, num_experts=problem.experts) for incumbent in pool]
     chosen, times = quickest(run, pool)
     layers = np.arange(problem.layers)
     least = float(times[chosen, layers].sum())
     most = max(min(least * (1 + TIE), limit), least)
-    traffic = np.array([objective.layers_traffic(of) for of in placements])
-    imbalance = np.array([objective.imbalances(of) for of in placements])
+    traffic = np.array([objective.layers_traffic(placement) for placement in placements])
+    imbalance = np.array([objective.imbalances(placement) for placement in placements])
     _exchange(times, traffic, chosen, most)
     # Less imbalance must not bring the traffic back.
     allowed = np.where(traffic <= traffic[chosen, layers], imbalance, np.inf)
     _exchange(times, allowed, chosen, most)
-    slots: Slots = np.stack([of.slots for of in pool])[chosen, layers]
+    slots: Slots = np.stack([incumbent.slots for incumbent in pool])[chosen, layers]
     return slots
 
 
