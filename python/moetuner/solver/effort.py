@@ -57,6 +57,8 @@ TRIALS_OF_FEW = {range(1, 4): 1000, range(4, 17): 10_000}
 SLOT_WORK, LANES = 60_000, 16
 # Trials of a layer: the least, also as work, and the most.
 LEAST_TRIALS, LEAST_WORK, MOST_TRIALS = 20_000, 1_600_000, 1_500_000
+# How many times as many units a trial of times takes, which follows active experts and ports.
+TIME_UNITS = 2
 # Trials of a start of the search of traffic: the least and the most.
 CHAIN_LEAST, CHAIN_MOST = 200_000, 16_000_000
 # Turns of all layers, trials for a slot, and the least of a layer, where neighbouring layers count.

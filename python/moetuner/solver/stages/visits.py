@@ -29,7 +29,9 @@ def units_of_trial(run: Run) -> float:
     sets, copies = run.objective.sets or (), run.problem.may_copy
     parts = effort.SET_PARTS if copies else 1
     words = sum(float(np.minimum(of.counts, parts).sum()) for of in sets) / 64
-    units = run.problem.layers * (effort.UNITS_PER_TRIAL + len(run.objective.windows)) + words
+    looks = effort.UNITS_PER_TRIAL + len(run.objective.windows)
+    times = effort.TIME_UNITS if run.problem.goal == "time" else 1
+    units = run.problem.layers * looks * times + words
     return units * (effort.COPY_UNITS if copies and sets else 1)
 
 
