@@ -252,6 +252,37 @@ fn any_move(random: &mut Random, slots: usize, experts: usize) -> Move {
     Move::Put(random.below(slots), if e == experts { EMPTY } else { e as u16 })
 }
 
+fn close(a: f64, b: f64, part: f64) -> bool {
+    (a - b).abs() <= part * a.abs().max(b.abs()).max(1.0)
+}
+
+/// Makes moves at random: what terms say of a move is what a fresh count says, to so small a part; for a norm, no less.
+fn follow(
+    random: &mut Random,
+    layer: &Layer,
+    slots: &mut Slots,
+    terms: &mut Terms,
+    exact: Option<f64>,
+) -> Result<(), TestCaseError> {
+    for _ in 0..40 {
+        let step = any_move(random, layer.slots(), layer.experts);
+        if !slots.allows(&layer.site, step) {
+            continue;
+        }
+        let (before, change) = (terms.cost(layer), terms.change(layer, slots, step).expect("no cap"));
+        terms.apply(layer, slots, step);
+        let fresh = Terms::new(layer, slots).cost(layer);
+        prop_assert!(close(terms.cost(layer), fresh, 1e-9), "{} {fresh}", terms.cost(layer));
+        if let Some(part) = exact {
+            prop_assert!(close(before + change, fresh, part), "{} {fresh}", before + change);
+        } else {
+            // The powers are single precision.
+            prop_assert!(fresh <= before + change + 1e-3 * fresh.abs(), "{} {fresh}", before + change);
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     /// What every term says of slots is its definition; and what it says of a move is what a fresh count says; for a
     /// norm, no less.
@@ -265,23 +296,7 @@ proptest! {
         let layer = priced(&mut random, plain.clone(), &traffic);
         let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
         let mut terms = Terms::new(&layer, &slots);
-        let close = |a: f64, b: f64, part: f64| (a - b).abs() <= part * a.abs().max(b.abs()).max(1.0);
-        for _ in 0..40 {
-            let step = any_move(&mut random, layer.slots(), experts);
-            if !slots.allows(&layer.site, step) {
-                continue;
-            }
-            let (before, change) = (terms.cost(&layer), terms.change(&layer, &slots, step).expect("no cap"));
-            terms.apply(&layer, &mut slots, step);
-            let fresh = Terms::new(&layer, &slots).cost(&layer);
-            prop_assert!(close(terms.cost(&layer), fresh, 1e-9));
-            if norm {
-                // The powers are single precision.
-                prop_assert!(fresh <= before + change + 1e-3 * fresh.abs());
-            } else {
-                prop_assert!(close(before + change, fresh, 1e-9), "{} {}", before + change, fresh);
-            }
-        }
+        follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-9) })?;
         let (all, windows) = (terms.cost(&layer), Terms::new(&plain, &slots).cost(&plain));
         let (of_windows, scale) = (of_windows(&plain, &slots, &traffic), plain.windows.scale);
         let exact = if norm { 1e-3 } else { 1e-5 };
@@ -314,20 +329,7 @@ proptest! {
         }
         let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
         let mut terms = Terms::new(&layer, &slots);
-        let close = |a: f64, b: f64, part: f64| (a - b).abs() <= part * a.abs().max(b.abs()).max(1.0);
-        for _ in 0..40 {
-            let step = any_move(&mut random, layer.slots(), experts);
-            if !slots.allows(&layer.site, step) {
-                continue;
-            }
-            let (before, change) = (terms.cost(&layer), terms.change(&layer, &slots, step).expect("no cap"));
-            terms.apply(&layer, &mut slots, step);
-            let fresh = Terms::new(&layer, &slots).cost(&layer);
-            prop_assert!(close(terms.cost(&layer), fresh, 1e-9), "{} {fresh}", terms.cost(&layer));
-            let exact = if norm { 1e-3 } else { 1e-6 };
-            prop_assert!(fresh <= before + change + exact * fresh.abs().max(1.0), "{} {fresh}", before + change);
-            prop_assert!(norm || close(before + change, fresh, exact), "{} {fresh}", before + change);
-        }
+        follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-6) })?;
         if counted || layer.row == 0.0 {
             let nothing = Weights { base: 0.0, expert: 0.0, exposed: 0.0, start: 0.0 };
             let defined = of_times(&layer, &slots, &traffic, if is_read { weights } else { nothing });
