@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -51,8 +50,7 @@ def read_cost_model(text: str) -> CostModel | str:
     name, size = _preset(text, (*GPUS, *MEASURED))
     if not size:
         return name
-    match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", size, re.ASCII)
-    if match is None:
+    if re.fullmatch(r"\d{1,7}x\d{1,7}", size, re.ASCII) is None:
         raise click.BadParameter(f"sizes must be as in {name}:4096x1024, got '{size:.20}'")
     _roofline(text)
     return text
@@ -60,9 +58,9 @@ def read_cost_model(text: str) -> CostModel | str:
 
 def _roofline(text: str, weight_bits: float | None = None) -> CostModel:
     """Return the cost model of a GPU and the size of its experts."""
-    name, hidden, intermediate = re.split("[:x](?=[0-9]+(?:x|$))", text)
-    how: dict[str, Any] = {"hidden": int(hidden), "intermediate": int(intermediate)}
-    return CostModel.preset(name, **how, weight_bits=weight_bits)
+    name, _, size = text.partition(":")
+    hidden, intermediate = map(int, size.split("x"))
+    return CostModel.preset(name, hidden=hidden, intermediate=intermediate, weight_bits=weight_bits)
 
 
 TOPOLOGY = FileText(read_machine, words=MACHINES)
