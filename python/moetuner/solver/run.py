@@ -194,6 +194,11 @@ class Run:
         # Seconds that judging a placement takes, and that the judgement on all windows will take.
         self.judging = self.judging_all = 0.0
 
+    @property
+    def slots_of_layer(self) -> int:
+        """Slots of the largest layer."""
+        return int(self.problem.capacity.sum(axis=1).max())
+
     # Stages.
 
     def finish(

@@ -1,8 +1,8 @@
 """The one builder of the core's ``Layers``: what its search adds up, in weighted tokens.
 
-All costs are in weighted tokens on the slowest device. A predicted time waits for the busiest port
-and the slower of two lines, which do not add up. Here a token costs ``token_us``, and a row what it
-costs if ports are evenly used.
+All costs are in weighted tokens on the slowest device, where a token costs ``token_us``. Weights
+that are read and the busiest port count as they do in a predicted time; a link costs what it does
+if ports are evenly used, and so does a pair that stands for visits.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     sets = problem.objective_function.sets
     if sets is None:
         return {}
-    tokens = float(sets[0].counts.sum())
     if problem.goal == "time":
         # The busiest port has a price of its own.
-        return {**visit_costs(problem), "device_cost": 0.0, "node_cost": 0.0}
+        return visit_costs(problem, unit=0.0)
+    tokens = float(sets[0].counts.sum())
     return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
 
 
@@ -183,7 +183,7 @@ def link_prices(problem: Problem, unit: float) -> Floats:
 def row_us(problem: Problem) -> float:
     """Compute microseconds of one more visit of the device that most tokens visit.
 
-    Of D devices that are visited alike, a token is at home on one.
+    Tokens come from all devices alike, and those at home there cross no link.
     """
     model, topology = problem.cost_model, problem.topology
     assert model is not None

@@ -61,8 +61,7 @@ def quick_trials(run: Run, budget: Budget) -> int:
     """Return the trials of a layer in the search that takes milliseconds."""
     if budget.iterations is not None:
         return budget.iterations
-    slots = int(run.problem.capacity.sum(axis=1).max())
-    return effort.quick_trials(slots, len(run.objective.windows))
+    return effort.quick_trials(run.slots_of_layer, len(run.objective.windows))
 
 
 def _may_be_behind(run: Run) -> bool:

@@ -20,7 +20,7 @@ from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Incumbent, Moves, Run, Stage
+from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.stages.floor import level_windows, quick_trials, windows_alone
 from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
@@ -38,7 +38,7 @@ class LayerModel:
     """
 
     def __init__(self, run: Run, parts: int = 1) -> None:
-        self.parts = parts
+        self.parts, self.slots_of_layer = parts, run.slots_of_layer
         self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
         self.windows = run.objective.windows
         self.weight, self.setting = self.windows.weight, SearchSetting()
@@ -48,11 +48,6 @@ class LayerModel:
     def unit(self) -> float:
         """Weighted tokens of one unit of the objective."""
         return tokens_per_unit(self.problem, self.windows.load, self.weight)
-
-    @property
-    def slots_of_layer(self) -> int:
-        """Slots of the largest layer."""
-        return int(self.problem.capacity.sum(axis=1).max())
 
     def core(self, moves: Moves | None = None) -> tuple[_core.Layers, dict[str, Any]]:
         """Build the core's layers, and the arguments for what joins them."""
@@ -139,18 +134,16 @@ def _construct(run: Run, budget: Budget) -> None:
     run.offer(layers.construct(threads=budget.threads), "construct", is_start=True)
     if run.problem.goal == "traffic":
         return
-    windows, slots = run.objective.windows, int(run.problem.capacity.sum(axis=1).max())
-    for trials in (quick_trials(run, budget), effort.level_trials(slots, len(windows))):
+    windows = run.objective.windows
+    longer = effort.level_trials(run.slots_of_layer, len(windows))
+    for trials in (quick_trials(run, budget), longer):
         if not budget.is_over():
             level, interrupted = level_windows(run, budget, windows.weight, trials)
             run.offer(level, "windows", is_start=True, interrupted=interrupted)
 
 
-def quickest(run: Run, incumbents: Sequence[Incumbent]) -> tuple[NDArray[np.int64], Floats]:
-    """Return which of some incumbents is the quickest in every layer [L], and their times [N,L]."""
-    placements = [
-        Placement(incumbent.slots, num_experts=run.problem.experts) for incumbent in incumbents
-    ]
+def quickest(run: Run, placements: Sequence[Placement]) -> tuple[NDArray[np.int64], Floats]:
+    """Return which placement is the quickest in every layer [L], and the times of all [N,L]."""
     objective = run.objective
     times = np.array(
         [objective.worth(objective.window_cost(placement).T) for placement in placements]
@@ -167,12 +160,11 @@ def mixes(run: Run) -> bool:
 
 def _combine(run: Run, _: Budget) -> None:
     """Offer the best contents of every layer that were offered in any placement."""
-    pool = [incumbent for incumbent in run.incumbents if incumbent.excess == 0]
+    pool = [incumbent.slots for incumbent in run.incumbents if incumbent.excess == 0]
     if len(pool) > 1:
-        chosen = quickest(run, pool)[0]
-        slots = np.stack([incumbent.slots for incumbent in pool])[
-            chosen, np.arange(run.problem.layers)
-        ]
+        experts = run.problem.experts
+        chosen = quickest(run, [Placement(slots, num_experts=experts) for slots in pool])[0]
+        slots = np.stack(pool)[chosen, np.arange(run.problem.layers)]
         run.offer(slots, "combined", is_start=True)
 
 

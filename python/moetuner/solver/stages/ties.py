@@ -54,9 +54,9 @@ def _break_ties(run: Run, _: Budget) -> None:
 def _by_layer(run: Run, limit: float) -> Slots:
     """Take the quickest contents of every layer, then less traffic where that costs least."""
     problem, objective = run.problem, run.objective
-    pool = [incumbent for incumbent in run.incumbents if incumbent.excess == 0]
-    placements = [Placement(incumbent.slots, num_experts=problem.experts) for incumbent in pool]
-    chosen, times = quickest(run, pool)
+    pool = [incumbent.slots for incumbent in run.incumbents if incumbent.excess == 0]
+    placements = [Placement(slots, num_experts=problem.experts) for slots in pool]
+    chosen, times = quickest(run, placements)
     layers = np.arange(problem.layers)
     least = float(times[chosen, layers].sum())
     most = max(min(least * (1 + TIE), limit), least)
@@ -66,7 +66,7 @@ def _by_layer(run: Run, limit: float) -> Slots:
     # Less imbalance must not bring the traffic back.
     allowed = np.where(traffic <= traffic[chosen, layers], imbalance, np.inf)
     _exchange(times, allowed, chosen, most)
-    slots: Slots = np.stack([incumbent.slots for incumbent in pool])[chosen, layers]
+    slots: Slots = np.stack(pool)[chosen, layers]
     return slots
 
 
