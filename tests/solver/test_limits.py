@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from brute_force import rank
 
@@ -9,7 +10,7 @@ import moetuner as mt
 from moetuner.solver import budget
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run
-from moetuner.solver.stages import polish
+from moetuner.solver.stages import descent, polish
 from moetuner.solver.stages.floor import balanced
 from moetuner.solver.stages.layers import LayerModel
 
@@ -90,3 +91,16 @@ def test_time_that_is_over_ends_every_search(tick, make_trace, monkeypatch, name
     assert rank(given, result.placement) <= rank(given, floor)
     if not limit:
         assert not begun
+
+
+def test_an_interrupt_before_the_first_step_down_is_not_lost(make_trace, monkeypatch):
+    """Ctrl-C ends a solve although the steps down have found nothing by then."""
+    problem = mt.Problem(mt.RoutingStatistics.from_trace(make_trace()), mt.Topology(4))
+    run = Run(problem, seed=0, budget=Budget())
+    slots = run.offer(mt.solve(problem, "random").placement.slots, "start").slots
+    none = np.zeros((0, 2), dtype=np.int64)
+    start = np.zeros(1)
+    path = descent.Path(slots, none, none.astype(np.int32), start.astype(int), start, start)
+    monkeypatch.setattr(descent, "descend", lambda *_: (path, True))
+    with pytest.raises(KeyboardInterrupt):
+        descent._settle(run, Budget())

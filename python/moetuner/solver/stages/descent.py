@@ -19,7 +19,7 @@ Slots = NDArray[np.int32]
 
 # The part of what steps down could gain after which they end: the last ones fit what was seen. Of
 # fewer windows all of them do ("The default and cheaper methods").
-SETTLED, FEWEST_WINDOWS = 0.5, 4
+SETTLED, SETTLED_WINDOWS = 0.5, 4
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ def _settle(run: Run, budget: Budget) -> None:
     path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget.within())
     if len(path.value) > 1:
         enough = np.flatnonzero(path.value <= SETTLED * path.value[-1])[0]
-        run.offer(path.after(int(enough)), "layers", is_start=True, interrupted=interrupted)
+        run.offer(path.after(int(enough)), "layers", is_start=True)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _may_settle(run: Run) -> bool:
@@ -125,8 +127,8 @@ def _may_settle(run: Run) -> bool:
     Of large layers all exchanges take longer than the search (24 s after 8 s for 58 x 256).
     """
     used = int(np.count_nonzero(run.objective.windows.weight))
-    is_few = bool(run.problem.capacity.sum(axis=1).max() <= effort.FEW_SLOTS)
-    return is_searched_anew(run) and is_few and used >= FEWEST_WINDOWS
+    is_few = run.slots_of_layer <= effort.FEW_SLOTS
+    return is_searched_anew(run) and is_few and used >= SETTLED_WINDOWS
 
 
 SETTLE = Stage(_settle, applies=_may_settle)
