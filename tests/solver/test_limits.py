@@ -63,8 +63,9 @@ def test_a_pass_of_polish_ends_when_time_is_over(make_trace):
     problem = mt.Problem(mt.RoutingStatistics.from_trace(make_trace()), mt.Topology(4))
     run = Run(problem, seed=0, budget=Budget())
     start = run.offer(mt.solve(problem, "random").placement.slots, "start")
-    assert polish._better(run, start, Budget()) is not None
-    assert polish._better(run, start, Budget(0.0)) is None
+    contents = [None] * problem.layers
+    assert polish._better(run, start, contents, Budget()) is not None
+    assert polish._better(run, start, contents, Budget(0.0)) is None
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -33,6 +33,12 @@ class Rules:
         """Whether an expert is pinned to several devices of a layer."""
         return self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
 
+    def are_broken(self, layer: int, held: NDArray[np.bool_]) -> bool:
+        """Return whether what devices hold of a layer [D,E] breaks a pin or a ban."""
+        lacks = self.pinned is not None and (self.pinned[layer].T & ~held).any()
+        banned = self.forbidden is not None and (self.forbidden[layer].T & held).any()
+        return bool(lacks or banned)
+
     def violations(self, placement: Placement) -> list[str]:
         """Return in words which pins and bans a placement breaks."""
         hosts, lines = placement.held.transpose(0, 2, 1), []

@@ -44,10 +44,10 @@ def repair(problem: Problem, initial: Placement) -> Slots:
     slots = pad_slots(initial.slots, problem.capacity)
     rules = problem.rules
     for layer, running in enumerate(initial.held):
+        if not rules.are_broken(layer, running):
+            continue
         pinned = np.zeros_like(running) if rules.pinned is None else rules.pinned[layer].T
         banned = np.zeros_like(running) if rules.forbidden is None else rules.forbidden[layer].T
-        if not (pinned & ~running | banned & running).any():
-            continue
         holds, capacity = pinned.copy(), problem.capacity[layer]
         others = np.flatnonzero(~pinned.any(axis=0))
         stays = running & ~banned

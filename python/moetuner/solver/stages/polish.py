@@ -1,7 +1,7 @@
 """Polish small problems by the objective itself, where what a search adds up only stands for it.
 
-A time waits for the busiest port, a risk for the worst windows, and caps for the sum of all: the
-search of layers knows prices of these. Few slots can be tried one by one on the objective itself.
+A search makes a norm of devices small, prices links as if ports were evenly used, and weighs
+windows for a risk. Few slots can be tried one by one on the objective itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,37 +22,38 @@ from moetuner.solver.run import Incumbent, Run, Stage
 Slots = NDArray[np.int32]
 
 
+# Contents [D,S] that a layer may have, for every layer; None where they are many.
+Contents = list[list[Slots] | None]
+
+
 def _polish(run: Run, budget: Budget) -> None:
     """Take the first change that ranks before the best until there is none, from a few starts.
 
     Of few placements all are tried.
     """
-    if _try_all(run, budget):
+    contents = [_contents(run.problem, layer) for layer in range(run.problem.layers)]
+    if _try_all(run, contents, budget):
         return
     starts = sorted(run.incumbents, key=lambda incumbent: incumbent.rank)[: effort.POLISHED]
     more = (run.judge(slots) for slots in _on_few_devices(run.problem))
     for start in (*starts, *(judged for judged in more if run.can_afford(judged))):
-        _descend(run, start, budget)
+        _descend(run, start, contents, budget)
     # Traffic alone is whole numbers, of which searches leave little.
     kicks = 0 if run.problem.goal == "traffic" or budget.iterations is not None else effort.KICKS
     random = np.random.default_rng(run.seed)
     for _ in range(kicks):
         if budget.is_over():
             return
-        kicked = _kick(run, run.best, random)
+        kicked = _kick(run, run.best, contents, random)
         if kicked is not None:
-            _descend(run, kicked, budget)
+            _descend(run, kicked, contents, budget)
 
 
-def _try_all(run: Run, budget: Budget) -> bool:
+def _try_all(run: Run, contents: Contents, budget: Budget) -> bool:
     """Try all placements that keep the rules, if they are few; return whether they were."""
-    problem, every = run.problem, []
-    for layer, capacity in enumerate(problem.capacity):
-        contents = _contents(problem, capacity)
-        if contents is None:
-            return False
-        every.append([content for content in contents if _is_kept(problem, layer, content)])
-    if math.prod(map(len, every)) > effort.FEW_PLACEMENTS or budget.iterations is not None:
+    every = [content for content in contents if content is not None]
+    are_many = len(every) < len(contents) or math.prod(map(len, every)) > effort.FEW_PLACEMENTS
+    if are_many or budget.iterations is not None:
         return False
     best = run.best
     for slots in map(np.stack, itertools.product(*every)):
@@ -67,20 +67,22 @@ def _try_all(run: Run, budget: Budget) -> bool:
     return True
 
 
-def _descend(run: Run, start: Incumbent, budget: Budget) -> None:
+def _descend(run: Run, start: Incumbent, contents: Contents, budget: Budget) -> None:
     """Change slots while that ranks before what they were, and offer what is better than all."""
-    now, better = start, _better(run, start, budget)
+    now, better = start, _better(run, start, contents, budget)
     while better is not None and not budget.is_over():
-        now, better = better, _better(run, better, budget)
+        now, better = better, _better(run, better, contents, budget)
     if now.rank < run.best.rank:
         run.offer(now.slots, "polish")
 
 
-def _kick(run: Run, incumbent: Incumbent, random: np.random.Generator) -> Incumbent | None:
+def _kick(
+    run: Run, incumbent: Incumbent, contents: Contents, random: np.random.Generator
+) -> Incumbent | None:
     """Return an incumbent after a few changes at random, or None where moves do not suffice."""
     slots = incumbent.slots
     for _ in range(effort.KICKED):
-        near = list(_neighbours(run.problem, slots))
+        near = list(_neighbours(run.problem, slots, contents))
         if near:
             slots = near[random.integers(len(near))]
     kicked = run.judge(slots)
@@ -102,16 +104,45 @@ def _on_few_devices(problem: Problem) -> Iterator[Slots]:
             yield slots
 
 
-def _better(run: Run, incumbent: Incumbent, budget: Budget) -> Incumbent | None:
+def _better(run: Run, incumbent: Incumbent, contents: Contents, budget: Budget) -> Incumbent | None:
     """Return the first neighbour within the budget of moves that ranks before an incumbent."""
-    problem = run.problem
-    for slots in _neighbours(problem, incumbent.slots):
+    for slots in _neighbours(run.problem, incumbent.slots, contents):
         if budget.is_over():
             break
         judged = run.judge(slots, "polish")
         if judged.rank < incumbent.rank and run.can_afford(judged):
             return judged
     return None
+
+
+def _neighbours(problem: Problem, slots: Slots, contents: Contents) -> Iterator[Slots]:
+    """Iterate over slots [L,D,S] with one layer changed, which keep the rules but the caps.
+
+    To all that it may hold where that is little, else in one slot or by one exchange.
+    """
+    for layer, every in enumerate(contents):
+        for content in _steps(problem, layer, slots[layer]) if every is None else every:
+            near = slots.copy()
+            near[layer] = content
+            yield near
+
+
+def _contents(problem: Problem, layer: int) -> list[Slots] | None:
+    """Return all contents [D,S] of a layer that keep the rules; None if they may be many."""
+    choices = [_subsets(problem.experts, int(slots)) for slots in problem.capacity[layer]]
+    if math.prod(map(len, choices)) > effort.FEW_CONTENTS:
+        return None
+    padded = (
+        np.array([[*held, *[EMPTY] * (problem.slots - len(held))] for held in chosen], np.int32)
+        for chosen in itertools.product(*choices)
+    )
+    return [content for content in padded if _is_kept(problem, layer, content)]
+
+
+def _subsets(experts: int, most: int) -> list[tuple[int, ...]]:
+    """Return all sets of at most so many experts."""
+    sizes = (itertools.combinations(range(experts), size) for size in range(most + 1))
+    return list(itertools.chain.from_iterable(sizes))
 
 
 def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
@@ -122,50 +153,18 @@ def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
         return False
     if not problem.may_copy and holders.sum() > problem.experts:
         return False
-    rules = problem.rules
-    banned = rules.forbidden is not None and (rules.forbidden[layer].T & holders).any()
-    pinned = rules.pinned is not None and (rules.pinned[layer].T & ~holders).any()
-    return not banned and not pinned
+    return not problem.rules.are_broken(layer, holders)
 
 
-def _neighbours(problem: Problem, slots: Slots) -> Iterator[Slots]:
-    """Iterate over slots [L,D,S] with one layer changed, which keep the rules but the caps.
-
-    To all that it may hold where that is little, else in one slot or by one exchange.
-    """
-    for layer, capacity in enumerate(problem.capacity):
-        changed = _contents(problem, capacity)
-        if changed is None:
-            changed = _steps(problem, capacity, slots[layer])
-        for content in changed:
-            if _is_kept(problem, layer, content):
-                near = slots.copy()
-                near[layer] = content
-                yield near
+def _steps(problem: Problem, layer: int, slots: Slots) -> Iterator[Slots]:
+    """Iterate over slots [D,S] of a layer with one changed, or two exchanged, by rule."""
+    for near in _changed(problem, problem.capacity[layer], slots):
+        if _is_kept(problem, layer, near):
+            yield near
 
 
-def _contents(problem: Problem, capacity: NDArray[np.int64]) -> Iterator[Slots] | None:
-    """Iterate over all contents [D,S] of a layer that have every expert; None if they are many."""
-    choices = [_subsets(problem.experts, int(slots)) for slots in capacity]
-    if math.prod(map(len, choices)) > effort.FEW_CONTENTS:
-        return None
-    padded = (
-        np.array([[*held, *[EMPTY] * (problem.slots - len(held))] for held in chosen])
-        for chosen in itertools.product(*choices)
-        if len(set().union(*chosen)) == problem.experts
-    )
-    return (content.astype(np.int32) for content in padded)
-
-
-@lru_cache(maxsize=64)
-def _subsets(experts: int, most: int) -> tuple[tuple[int, ...], ...]:
-    """Return all sets of at most so many experts."""
-    sizes = (itertools.combinations(range(experts), size) for size in range(most + 1))
-    return tuple(itertools.chain.from_iterable(sizes))
-
-
-def _steps(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Iterator[Slots]:
-    """Iterate over slots [D,S] of a layer with one changed, or two exchanged."""
+def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Iterator[Slots]:
+    """Iterate over slots [D,S] with one changed or two exchanged, whatever becomes of them."""
     free = [(d, s) for d, most in enumerate(capacity) for s in range(most)]
     for number, at in enumerate(free):
         for other in free[number + 1 :]:
