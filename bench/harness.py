@@ -1,7 +1,7 @@
 """What benchmarks share: arguments, clocks, tables, records of runs, and skewed loads.
 
 A run with ``--record`` keeps its tables in bench/results, with its command, machine, commit and
-date; `python bench/harness.py` writes bench/RESULTS.md from all of them.
+date; `python bench/harness.py` writes the headlines of all of them into bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -29,6 +29,45 @@ HERE = Path(__file__).parent
 RECORDS, RESULTS = HERE / "results", HERE / "RESULTS.md"
 # Packages whose version a figure may depend on.
 PACKAGES = ("numpy", "torch", "highspy", "simgrid", "mtkahypar", "vllm", "sglang")
+
+# What RESULTS.md shows of a record: words of a table's title or of a sentence, and a cell that a
+# table's rows must have, or none. A record that is not named here is shown whole.
+HEADLINES: dict[str, dict[str, str]] = {
+    "cluster": {
+        "gpt-oss-20b 24 x 32, dispatch: % of a step saved": "",
+        "gpt-oss-20b 24 x 32, follow: % of a step saved": "",
+        "The paper's table": "joint",
+        "ratios to contiguous": "",
+        "Joint saves at most": "",
+    },
+    "counting": {
+        "Transitions": "",
+        "All statistics of a file": "",
+        "Text of": "",
+        "Replay of a placement": "1",
+    },
+    "deepseek": {"32 ranks of 9 slots": "", "72 ranks of 4 slots, fitted": ""},
+    "faults": {
+        "kinds of findings": "",
+        "10000 rebalances": "",
+        "processes were killed": "",
+        "writes had no room": "",
+    },
+    "gpu-times": {"Mean error": "", "Preset": ""},
+    "judge_traffic": {"32 devices, 8192 tokens, RDMA": "", "RDMA:": "", "default:": ""},
+    "scale": {
+        "Solve for": "largest",
+        "Slopes of the logarithms": "",
+        "Solves under a limit": "*",
+    },
+    "versus": {
+        "Ours against the best": "",
+        "after so many seconds": "",
+        "Sequences of rebalances": "vLLM",
+        "Deciding": "",
+        "Proven": "",
+    },
+}
 
 
 def arguments(doc: str, positional: Mapping[str, Any] | None = None, **options: Any) -> Any:
@@ -222,12 +261,13 @@ def benchmark(
 
 
 def written() -> str:
-    """Return the text of RESULTS.md, from all records."""
-    parts = [
+    """Return the text of RESULTS.md: of every record its headlines, a screen for each question."""
+    sections = [
         "# Results",
-        "Every section is what one command printed, with its commit, its machine and its date.\n"
-        "`python bench/harness.py` writes this file from `bench/results`; nobody edits it.\n"
-        "[What was tried](../docs/experiments.md) on the way is told beside the design.",
+        "Each section has the headlines of one command, with its commit, its machine and its date;\n"
+        "its record in `bench/results` has all tables and says how they were made.\n"
+        "`python bench/harness.py` writes this file from the records; nobody edits it.\n"
+        "[What was tried](../docs/experiments.md) says why constants are what they are.",
     ]
     for path in sorted(RECORDS.glob("*.json")):
         record = json.loads(path.read_text())
@@ -235,8 +275,42 @@ def written() -> str:
             f"`{record['command']}`: {record['seconds']} s on {record['date']}, commit "
             f"{record['commit']}; {record['machine']}; load {record['load']} when it began."
         )
-        parts += [f"## {record['title']}", ran, record["about"], record["results"]]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        first = record["about"].split("\n\n")[0]
+        # Parts of one benchmark that ran apart are explained once.
+        summary = first if first not in sections else ""
+        parts = parts_of(record["results"])
+        headlines = HEADLINES.get(path.stem, {"": ""})
+        shown = [
+            shortened(part, cell)
+            for part in parts
+            for words, cell in headlines.items()
+            if words in part.splitlines()[0]
+        ]
+        tables = sum(part.startswith("**") for part in parts)
+        link = f"Tables in [the record](../bench/results/{path.name}): {tables}."
+        sections += [f"## {record['title']}", ran, summary, *shown, link]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def parts_of(results: str) -> list[str]:
+    """Split the Markdown of a record into sentences, and tables with their titles."""
+    parts: list[str] = []
+    for block in results.split("\n\n"):
+        if block.startswith("|"):
+            parts[-1] += f"\n\n{block}"
+        else:
+            parts.append(block)
+    return parts
+
+
+def shortened(part: str, cell: str) -> str:
+    """Return a part of a record; of a table only the rows that have the cell, if there is one."""
+    title, _, table = part.partition("\n\n")
+    if not cell or not table:
+        return part
+    names, bar, *rows = table.splitlines()
+    chosen = [row for row in rows if cell in (words.strip() for words in row.split("|"))]
+    return "\n".join([f"{title} (rows: {cell})", "", names, bar, *chosen])
 
 
 def skewed_loads(layers: int, experts: int, seed: int) -> NDArray[np.float64]:

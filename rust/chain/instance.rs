@@ -36,7 +36,7 @@ impl Sizes {
     }
 }
 
-/// Slots of a layer from which on all swaps of an expert are looked at at once (measured: bench/RESULTS.md).
+/// Slots of a layer from which on all swaps of an expert are looked at at once (measured: docs/experiments.md).
 const WIDE: usize = 100;
 
 /// A placement problem with one copy of each expert.

@@ -37,7 +37,7 @@ const WORK: f64 = 4e8;
 const BALANCED_SHARE: f64 = 0.05;
 /// Share of a time limit for the first starts.
 const START_SHARE: f64 = 0.4;
-/// Temperatures between which a start cools, and a polishing run (measured: bench/RESULTS.md).
+/// Temperatures between which a start cools, and a polishing run (measured: docs/experiments.md).
 const START: (f64, f64) = (12.0, 0.35);
 const WIDE_START: (f64, f64) = (4.0, 0.35);
 const POLISH: (f64, f64) = (3.0, 0.2);

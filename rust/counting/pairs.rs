@@ -49,7 +49,7 @@ impl Kernel {
     fn choose(size: usize, top_k: usize) -> Self {
         // Per token: bits costs (size / 8)^2 / 64 vector operations; lists some per left id, whatever the size, and for
         // each list what it takes to begin one; rows one addition per left id and 64 counters, and the flush
-        // of the table every 255 tokens; cells one increment per pair (measured: bench/RESULTS.md).
+        // of the table every 255 tokens; cells one increment per pair (measured: docs/experiments.md).
         let rows = size.div_ceil(64) * (top_k + 1) * 3 + size * size / 4096;
         match size {
             0..=64 => Self::Bits,

@@ -9,7 +9,7 @@ use super::Copies;
 use crate::counting::pairs::{MOST_UNITS, NO_UNIT, Side, Units};
 use crate::trace::{ExpertId, Routing};
 
-/// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: bench/RESULTS.md, Replay).
+/// Rows at the most: for more, counting pairs of slots is as fast or faster (measured: docs/experiments.md, Counting and replay).
 const ROWS: usize = 256;
 
 /// Where the counts are.

@@ -1,4 +1,4 @@
-"""What a recorded run is called, and what its record says."""
+"""What a recorded run is called, what its record says, and which of it RESULTS.md shows."""
 
 import json
 import sys
@@ -34,3 +34,29 @@ def test_a_record(positional, words, name, monkeypatch, tmp_path):
     assert record["about"] == "About."
     assert "| 3 |" in record["results"]
     assert record["results"] in harness.RESULTS.read_text()
+
+
+@pytest.mark.parametrize("name", sorted(harness.HEADLINES))
+def test_headlines_are_in_their_record(name):
+    """All words of a headline are in the first line of some part; a cell leaves some rows."""
+    record = json.loads((harness.HERE / "results" / f"{name}.json").read_text())
+    parts = harness.parts_of(record["results"])
+    for words, cell in harness.HEADLINES[name].items():
+        shown = [part for part in parts if words in part.splitlines()[0]]
+        assert shown, f"{name}: no table or sentence has {words!r}"
+        for part in shown:
+            table = harness.shortened(part, cell)
+            assert not part.startswith("**") or table.count("\n|") > 2, (
+                f"{name}: no row of {cell!r}"
+            )
+
+
+def test_a_table_is_shortened_to_the_rows_of_a_cell():
+    """Rows without the cell are left out, which the title says; sentences stay as they are."""
+    parts = harness.parts_of(
+        "**Of two**\n\n| x | y |\n| --- | ---: |\n| a | 1 |\n| b | 2 |\n\nA word."
+    )
+    assert parts[1:] == ["A word."]
+    shown = "**Of two** (rows: b)\n\n| x | y |\n| --- | ---: |\n| b | 2 |"
+    assert harness.shortened(parts[0], "b") == shown
+    assert harness.shortened(parts[1], "b") == "A word."

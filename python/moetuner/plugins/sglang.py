@@ -17,6 +17,7 @@ from moetuner.plugins.log import Log
 from moetuner.plugins.tensors import array_of, group_of, rank_of_process, three_maps
 
 LOG = Log(logging.getLogger("moetuner.plugins"))
+LATE = "the placement takes effect at the first rebalance, not at model load"
 ALGORITHM = "moetuner"
 OPTIONS = f"--enable-eplb --eplb-algorithm {ALGORITHM}"
 EPLB = "sglang.srt.eplb."
@@ -94,7 +95,7 @@ class Hooks:
             return type(trivial).init_by_mapping(model_config, first, *arguments, **named)
         except Exception as error:
             # Another version, on all ranks alike.
-            LOG.warn(f"serves from the first rebalance on, not from the load on: {error!r}", rank)
+            LOG.warn(f"{LATE}: {error!r}", rank)
             return trivial
 
     def _placed(self, balancer: Balancer, model_config: Any, trivial: Any, rank: int) -> Any:
@@ -226,7 +227,7 @@ def chosen_algorithm() -> str | None:
 
         return str(get_exec().moe.eplb_algorithm)
     except Exception as error:
-        LOG.warn(f"serves from the first rebalance on, not from the load on: {error!r}")
+        LOG.warn(f"{LATE}: {error!r}")
         return None
 
 

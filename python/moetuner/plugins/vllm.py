@@ -22,6 +22,7 @@ from moetuner.plugins.updates import follow_updates, wrap
 
 # A child of vLLM's logger, so that lines appear among its own.
 LOG = Log(logging.getLogger("vllm.moetuner"))
+LATE = "the placement takes effect at the first rearrangement, not at model load"
 POLICIES = "vllm.distributed.eplb.policy"
 # Seconds that a rank waits for others at the load, which takes some longer than others.
 WAIT_AT_LOAD = 120.0
@@ -37,8 +38,7 @@ def register() -> None:
             return
         replaced = attempt("vLLM keeps its own policy", replace_policy, balancer)
         if replaced and balancer.settings.decides:
-            lost = "serves from the first rearrangement on, not from the load on"
-            attempt(lost, place_models, balancer)
+            attempt(LATE, place_models, balancer)
         if balancer.settings.updates:
             attempt("weights that change do not follow experts that move", follow, balancer)
         attempt("does not say what is in use", announce_models, balancer)
@@ -213,7 +213,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         rearrange, asynchronous = states.rearrange, states.is_async
     except Exception as error:
         # Another version, on all ranks alike.
-        LOG.warn(f"serves from the first rearrangement on, not from the load on: {error!r}")
+        LOG.warn(f"{LATE}: {error!r}")
         return
     balancer.take_model(len(running), name)
     # Ranks that follow live loads take part as well: here all compare what they read.

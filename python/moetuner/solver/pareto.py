@@ -26,7 +26,7 @@ from moetuner.solver.stages.polish import POLISH
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trade(Frozen):
-    """A placement that no other one found betters at as few moves.
+    """A point on the Pareto front of value and moves.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a search makes small, so that it generalises to traffic that nobody has seen.
+"""Regularisation of the search for unseen traffic.
 
 A search that minimises the largest device load of the windows it has seen fits their noise. Three
 things make it generalise: a norm over devices instead of the maximum, a part of experts' variance
