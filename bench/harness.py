@@ -264,7 +264,7 @@ def written() -> str:
     """Return the text of RESULTS.md: of every record its headlines, a screen for each question."""
     sections = [
         "# Results",
-        "Each section has the headlines of one command, with its commit, its machine and its date;\n"
+        "Each section has the headlines of one command, with its commit, machine and date;\n"
         "its record in `bench/results` has all tables and says how they were made.\n"
         "`python bench/harness.py` writes this file from the records; nobody edits it.\n"
         "[What was tried](../docs/experiments.md) says why constants are what they are.",

@@ -7,11 +7,13 @@ before its fence: ``<!-- not run: vllm, curl: they need a GPU -->``. What comman
 name is run where they name files, and else only known.
 """
 
+import ast
 import doctest
 import importlib
 import re
 import shlex
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import harness
@@ -223,41 +225,68 @@ def prose(page):
             yield number, line
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "bench/README.md"])
 def test_prose_can_be_reviewed(page):
     """Lines have at most 120 characters, so that a diff shows what is different."""
     assert [number for number, line in prose(page) if len(line) > 120] == []
 
 
 ADDITIONS = re.findall(
-    r"^\*\*([^*]+)\*\*([^:]*):\n\n((?:- .*\n(?:  .*\n)*)+)",
+    r"^\*\*([^*]+)\*\*((?:.|\n)*?):\n\n((?:- .*\n(?:  .*\n)*)+)",
     (ROOT / "docs" / "architecture.md").read_text().partition("## To add")[2],
     re.MULTILINE,
 )
 CODE = [
     path
-    for folder, pattern in (("python/moetuner", "*.py"), ("rust", "*.rs"))
+    for folder, pattern in (
+        ("python/moetuner", "*.py"),
+        ("python/moetuner", "*.pyi"),
+        ("rust", "*.rs"),
+    )
     for path in sorted((ROOT / folder).rglob(pattern))
-]
+] + [ROOT / "pyproject.toml"]
+
+
+@cache
+def code_of(path):
+    """Text of a file without comments and docstrings, in which a word names nothing."""
+    text = path.read_text()
+    if path.suffix == ".rs":
+        return re.sub(r"//.*", "", text)
+    lines = text.splitlines()
+    if path.suffix in (".py", ".pyi"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (
+                    node.end_lineno - node.lineno + 1
+                )
+    return re.sub("#.*", "", "\n".join(lines))
+
+
+def examples_of(title, about):
+    """Names of the example of a list, of which no other file may name any."""
+    sentence = re.search(r"such\s+as\s+(.+), which no other\s+file names", about, re.DOTALL)
+    assert sentence, f"{title} has no example"
+    return re.findall(r"`([^`]+)`", sentence[1])
 
 
 @pytest.mark.parametrize(("title", "about", "bullets"), ADDITIONS)
 def test_lists_of_what_to_add_are_followed(title, about, bullets):
-    """Files and names in them exist; no file but those has the name of the example."""
-    example = re.search(r"such as `([^`]+)`, which no other\s+file names", about)
+    """Files and names in them exist; the code of no other file has a name of the example."""
+    examples = examples_of(title, about)
     files = set()
     for bullet in re.split(r"^- ", bullets, flags=re.MULTILINE)[1:]:
-        named, text = re.match(r"`([^`]+)`:(.*)", bullet, re.DOTALL).groups()
-        place = ROOT / (named.replace("<name>", example[1]) if example else named)
-        assert place.exists(), f"{title}: {named}"
-        inside = [path for path in CODE if path.is_relative_to(place)] or [place]
-        files.update(inside)
+        for named in re.match(r"(`[^`]+`(?:[^:`]+`[^`]+`)*):", bullet)[1].split("`")[1::2]:
+            place = ROOT / named.replace("<name>", examples[0])
+            assert place.exists(), f"{title}: {named}"
+            inside = [path for path in CODE if path.is_relative_to(place)] or [place]
+            files.update(inside)
         content = "".join(path.read_text() for path in inside if path.is_file())
-        for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", text):
+        for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", bullet.partition(":")[2]):
             assert re.search(rf"\b{name}\b", content), f"{title}: {name} in {named}"
-    if example:
-        actual = {path for path in CODE if re.search(rf"\b{example[1]}\b", path.read_text())}
-        assert actual, f"{title}: {example[1]}"
+    for example in examples:
+        actual = {path for path in CODE if re.search(rf"\b{example}\b", code_of(path))}
+        assert actual, f"{title}: {example}"
         assert actual <= files, f"{title}: {actual - files}"
 
 

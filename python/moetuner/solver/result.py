@@ -164,7 +164,7 @@ class Result(Frozen):
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
     is a load cap that had to be raised, as ``details.caps.raised`` says. ``history`` records each
-    improvement: the phases, and every change of the best objective and the bound, the answer's last.
+    improvement: phases, and every change of the best objective and the bound, the answer's last.
 
     Examples
     --------
