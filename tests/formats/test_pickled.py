@@ -109,6 +109,18 @@ tensor((1,), (1,)), {} | must have an entry a/data/0
 tensor((1,), (1,)), FOUR, b"little", zipfile.ZIP_DEFLATED | compressed
 tensor((1,), (1,)), FOUR, b"big" | byteorder must be
 b"\x80\x02]q\0h\0a." | must not hold itself
+b"\x80\x02]K\x01K\x02s." | only dicts take keys
+b"\x80\x02](K\x01K\x02u." | only dicts take keys
+b"\x80\x02}(K\x01u." | only dicts take keys
+b"\x80\x02})\x85K\x01s." | keys must be texts or numbers
+b"\x80\x02}]K\x01s." | keys must be texts or numbers
+b"\x80\x02K\x01K\x02." | must leave one value
+b"\x80\x02(K\x01." | must leave one value
+b"\x80\x02]r\0\0\0\x7f." | one after the other
+b"\x80\x02h\x05." | damaged description
+b"\x80\x02]" | damaged description
+tensor((1,), (1,))[:-1] + b"}b." | asks to change an object
+tensor((1,), (1,))[:-1] + b"K\x01K\x02s." | only dicts take keys
 """
 
 
@@ -119,6 +131,23 @@ def test_what_is_no_plain_content_is_refused(tmp_path, case):
     given = eval(given, globals())
     path = archive(tmp_path / "a.pt", *(given if isinstance(given, tuple) else (given,)))
     refused(words, path, lambda: pickled.load(path))
+
+
+def test_a_key_that_takes_for_ever_to_hash_is_refused(tmp_path):
+    """Tuples of the same tuple twice, forty deep, are no key, although they take few bytes."""
+    text = b"".join(b"h%ch%c\x86q%c" % (level, level, level + 1) for level in range(40))
+    path = archive(tmp_path / "a.pt", b"\x80\x02]()q\0" + text + b"e}h\x28K\x01s\x86.")
+    refused("keys must be texts or numbers", path, lambda: pickled.load(path))
+
+
+def test_attributes_of_ordered_dicts_are_dropped(tmp_path):
+    """A state dict's versions, which are attributes of it, are no content."""
+    torch = pytest.importorskip("torch")
+    saved = tmp_path / "a.pt"
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), saved)
+    actual = pickled.load(saved)
+    assert list(actual) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert actual["weight"].array().tolist() == [1, 1]
 
 
 def test_every_instruction_is_known_or_refused(tmp_path):

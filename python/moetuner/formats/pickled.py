@@ -1,19 +1,21 @@
 """Files of ``torch.save``, opened without torch and without running anything that is in them.
 
 Such a file is a zip archive: ``data.pkl`` describes containers and tensors, and every storage has
-an entry of raw bytes. The description is a programme for pickle's stack machine. Python's own
-carries it out here without the instructions that could call or change anything: what is left makes
-plain containers, numbers, texts and tensors, and a file that names anything else is refused by that
-name. Tensors stay in the file until their ``array`` is read.
+an entry of raw bytes. The description is a programme for pickle's stack machine. Its instructions
+are looked through first: those that could call or change anything are refused, and so is what would
+take far more memory than the file has bytes. Then Python's own unpickler carries it out, which gets
+plain containers, numbers, texts and tensors for what torch.save names, and no other name. Tensors
+stay in the file until their ``array`` is read.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -113,7 +115,7 @@ def load(path: Path) -> Any:
 @lru_cache(maxsize=1)
 def _load(path: Path, *_: int) -> Any:
     with naming(path), npz.opened(path, "archive of torch.save") as archive:
-        return _Machine(path, archive).content()
+        return _Content(path, archive).read()
 
 
 def _stored(dtype: str) -> np.dtype[Any]:
@@ -139,10 +141,135 @@ NAMES |= {"torch._utils._rebuild_tensor_v3", "collections.OrderedDict", "torch.d
 NAMES |= {f"torch.{name}" for name in (*STORAGES, *UNSIGNED)}
 
 # Instructions that are carried out, and bytes of memory of what each makes, beside its text.
-COSTS = dict.fromkeys(map(ord, "NK\x88\x89)hjqr\x94"), POINTER)
-COSTS |= dict.fromkeys(map(ord, "MJG\x8aX\x8cBC"), OBJECT)
-COSTS |= dict.fromkeys(map(ord, "(}]tl\x85\x86\x87RQc\x93"), CONTAINER)
-COSTS |= dict.fromkeys(map(ord, "\x80\x95baesu."), 0)
+COSTS = dict.fromkeys(("NONE", "BININT1", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE"), POINTER)
+COSTS |= dict.fromkeys(("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE"), POINTER)
+COSTS |= dict.fromkeys(("BININT2", "BININT", "BINFLOAT", "LONG1"), OBJECT)
+COSTS |= dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"), OBJECT)
+COSTS |= dict.fromkeys(("MARK", "EMPTY_DICT", "EMPTY_LIST", "LIST"), CONTAINER)
+COSTS |= dict.fromkeys(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), CONTAINER)
+COSTS |= dict.fromkeys(("REDUCE", "BINPERSID", "GLOBAL", "STACK_GLOBAL"), CONTAINER)
+COSTS |= dict.fromkeys(("PROTO", "FRAME", "BUILD", "APPEND", "APPENDS"), 0)
+COSTS |= dict.fromkeys(("SETITEM", "SETITEMS", "STOP"), 0)
+
+# Kinds of values, as far as it matters what may be done with them: what a dict takes as a key, flat
+# tuples of that, dicts, and what makes a dict. The texts that name that maker are their own kinds.
+KEY, FLAT, DICT, MAKER, OTHER = "key", "flat", "dict", "maker", "other"
+MAKER_NAME = ("collections", "OrderedDict")
+KINDS = {
+    **dict.fromkeys(("NONE", "BININT1", "BININT2", "BININT", "LONG1"), KEY),
+    **dict.fromkeys(("NEWTRUE", "NEWFALSE", "BINFLOAT"), KEY),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "EMPTY_LIST"), OTHER),
+    "EMPTY_DICT": DICT,
+    "EMPTY_TUPLE": FLAT,
+}
+IS_KEY = {KEY, *MAKER_NAME}
+SIZES_OF_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _instructions(description: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    try:
+        yield from pickletools.genops(description)
+    except ValueError as error:
+        raise ValueError(f"damaged description: {error}") from None
+
+
+class _Outline:
+    """What the instructions of a description would do, in kinds of values: nothing is made."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.stack: list[str] = []
+        self.below: list[list[str]] = []  # stacks below marks
+        self.memo: list[str] = []
+
+    def check(self, description: bytes) -> None:
+        """Follow instruction after instruction, up to the last."""
+        for opcode, argument, _ in _instructions(description):
+            if opcode.name not in COSTS:
+                code = ord(opcode.code)
+                raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
+            self.spend(COSTS[opcode.name])
+            self.follow(opcode.name, argument)
+        if len(self.stack) != 1 or self.below:
+            raise ValueError("damaged description: it must leave one value")
+
+    def follow(self, name: str, argument: Any) -> None:
+        """Follow an instruction."""
+        if name in KINDS:
+            self.stack.append(KINDS[name])
+        elif name in ("BINUNICODE", "SHORT_BINUNICODE"):
+            self.stack.append(argument if argument in MAKER_NAME else KEY)
+        elif name == "MARK":
+            self.below.append(self.stack)
+            self.stack = []
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.remember(len(self.memo) if name == "MEMOIZE" else argument)
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name in ("TUPLE", "LIST", "APPENDS", "SETITEMS"):
+            self.collect(name, self.pop_mark())
+        elif name in SIZES_OF_TUPLES:
+            self.collect("TUPLE", [self.stack.pop() for _ in range(SIZES_OF_TUPLES[name])])
+        elif name == "SETITEM":
+            self.set([self.stack.pop(), self.stack.pop()][::-1])
+        elif name == "APPEND":
+            self.stack.pop()
+        elif name == "BUILD":
+            self.stack.pop()
+            if self.stack[-1] != DICT:
+                raise ValueError("asks to change an object that is no dict")
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            self.make(name, argument)
+
+    def make(self, name: str, argument: Any) -> None:
+        """Follow what names something, or makes what a name stands for."""
+        if name == "GLOBAL":
+            self.stack.append(MAKER if argument == " ".join(MAKER_NAME) else OTHER)
+        elif name == "STACK_GLOBAL":
+            pair = self.stack.pop(), self.stack.pop()
+            self.stack.append(MAKER if pair[::-1] == MAKER_NAME else OTHER)
+        elif name == "REDUCE":
+            self.stack.pop()
+            self.stack.append(DICT if self.stack.pop() == MAKER else OTHER)
+        else:  # BINPERSID
+            self.stack.pop()
+            self.stack.append(OTHER)
+
+    def spend(self, size: int) -> None:
+        """Count memory of what would be made."""
+        self.memory -= size
+        if self.memory < 0:
+            raise ValueError("description makes far more than it has bytes")
+
+    def remember(self, number: int) -> None:
+        """Remember the value on top by a number: the next one, as picklers do, or a known one."""
+        if number > len(self.memo):
+            raise ValueError(f"must number its parts one after the other, got {number}")
+        self.memo[number : number + 1] = [self.stack[-1]]
+
+    def pop_mark(self) -> list[str]:
+        """Pop everything down to the last mark, which was a container."""
+        values, self.stack = self.stack, self.below.pop()
+        self.spend(POINTER * len(values) - CONTAINER)
+        return values
+
+    def collect(self, name: str, values: list[str]) -> None:
+        """Follow what makes or fills a container."""
+        if name == "SETITEMS":
+            self.set(values)
+        elif name == "TUPLE":
+            self.stack.append(FLAT if IS_KEY.issuperset(values) else OTHER)
+        elif name == "LIST":
+            self.stack.append(OTHER)
+
+    def set(self, pairs: list[str]) -> None:
+        """Follow what sets keys of the dict on top."""
+        if self.stack[-1] != DICT or len(pairs) % 2:
+            raise TypeError("only dicts take keys")
+        self.spend(CONTAINER * (len(pairs) // 2))
+        # The hash of a tuple of tuples could take for ever.
+        if not {FLAT, *IS_KEY}.issuperset(pairs[::2]):
+            raise TypeError("keys must be texts or numbers, or tuples of them")
 
 
 @dataclass(frozen=True)
@@ -150,44 +277,45 @@ class _Name:
     """What a description may name: it stands for no more than its name, and for what that makes."""
 
     text: str
-    machine: _Machine
+    content: _Content
 
     def __call__(self, *arguments: Any) -> Any:
         """Make the container or tensor that a name and its arguments stand for."""
         match (self.text, *arguments):
             case ("collections.OrderedDict",):
-                return {}
+                return _Dict()
             case ("torch.Size", tuple(sizes)):
                 return sizes
             case ("torch.device", *parts):
                 return ":".join(str(part) for part in parts if isinstance(part, str | int))
             case ("torch._utils._rebuild_parameter", Tensor() as tensor, *_):
                 return tensor
-            case ("torch._utils._rebuild_tensor_v2", _Storage() as of, start, shape, strides, *_):
-                return self.machine.tensor(of, start, shape, strides)
-            case ("torch._utils._rebuild_tensor_v3", _Storage(key=key), *args):
-                start, shape, strides, _, _, dtype, *_ = args
+            case (
+                "torch._utils._rebuild_tensor_v2",
+                _Storage() as storage,
+                start,
+                shape,
+                strides,
+                *_,
+            ):
+                return self.content.tensor(storage, start, shape, strides)
+            case ("torch._utils._rebuild_tensor_v3", _Storage(key=key), *rest):
+                start, shape, strides, _, _, dtype, *_ = rest
                 if dtype.text.removeprefix("torch.") in UNSIGNED:
-                    of = _Storage(key, dtype.text.removeprefix("torch."))
-                    return self.machine.tensor(of, start, shape, strides)
+                    storage = _Storage(key, dtype.text.removeprefix("torch."))
+                    return self.content.tensor(storage, start, shape, strides)
         raise ValueError(f"asks for a call of {self.text} that torch.save does not write")
 
 
-class _Memo(list[Any]):
-    """Parts by number, as picklers number them: from 0 on, so that no number is large."""
+class _Dict(dict[Any, Any]):
+    """An ordered dict of torch.save, without attributes, such as the versions of a state dict."""
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        if index > len(self):
-            raise ValueError(f"must number its parts one after the other, got {index}")
-        super().__setitem__(slice(index, index + 1), [value])
+    def __setstate__(self, state: object) -> None:
+        """Drop attributes."""
 
 
-class _Machine(pickle._Unpickler):
-    """Pickle's stack machine, as far as plain content needs it, over the entries of an archive."""
-
-    # Pickle's own: what is above the last mark, and what is below it.
-    stack: list[Any]
-    metastack: list[list[Any]]
+class _Content(pickle.Unpickler):
+    """The content of an archive: its description, which the outline has let through, unpickled."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self.path, self.size, self.archive = path, size_of(path), archive
@@ -202,19 +330,16 @@ class _Machine(pickle._Unpickler):
             raise ValueError("byteorder must be little: write it anew on such a machine")
         text = self.entry(DESCRIPTION, LONGEST_PICKLE)
         super().__init__(io.BytesIO(text))
-        self.memo = _Memo()
-        self.memory = max(FREE_BYTES, BYTES_PER_BYTE * len(text))
-        self.most = max(1 << 16, EXPANSION * len(text))
+        self.text = text
 
-    def content(self) -> Any:
-        """Carry out instruction after instruction, up to the last."""
+    def read(self) -> Any:
+        """Look through the description, and then carry it out."""
         try:
+            _Outline(max(FREE_BYTES, BYTES_PER_BYTE * len(self.text))).check(self.text)
             content = self.load()
         except (*DAMAGE, pickle.UnpicklingError) as error:
             raise ValueError(f"damaged description: {error or 'it is cut off'}") from None
-        if self.stack or self.metastack:
-            raise ValueError("damaged description: it must leave one value")
-        _check_unfolded(content, self.most)
+        _check_unfolded(content, max(1 << 16, EXPANSION * len(self.text)))
         return content
 
     def place(self, name: str) -> tuple[int, int]:
@@ -259,43 +384,6 @@ class _Machine(pickle._Unpickler):
             )
         return Tensor(self.path, dtype, shape, strides, begin + offset * width)
 
-    @property
-    def dispatch(self) -> _Machine:  # type: ignore[override]
-        """What says how an instruction is carried out."""
-        return self
-
-    def __getitem__(self, code: int) -> Callable[[_Machine], object]:
-        """Count the memory of an instruction; return how it is carried out."""
-        if code not in COSTS:
-            raise ValueError(f"must be plain content, got pickle instruction {code:#04x}")
-        self.spend(COSTS[code])
-        return OURS.get(code) or cast(Any, pickle._Unpickler.dispatch[code])
-
-    def spend(self, size: int) -> None:
-        """Count memory of what is made."""
-        self.memory -= size
-        if self.memory < 0:
-            raise ValueError("description makes far more than it has bytes")
-
-    def pop_mark(self) -> list[Any]:
-        """Pop everything down to the last mark, which was a container."""
-        values: list[Any] = super().pop_mark()  # type: ignore[misc]
-        self.spend(POINTER * len(values) - CONTAINER)
-        return values
-
-    def set(self, pairs: list[Any]) -> None:
-        """Set keys of the dict on top."""
-        target = self.stack[-1]
-        if type(target) is not dict or len(pairs) % 2:
-            raise TypeError("only dicts take keys")
-        self.spend(CONTAINER * (len(pairs) // 2))
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # The hash of a tuple of tuples could take for ever.
-            parts = key if isinstance(key, tuple) else (key,)
-            if not all(isinstance(part, str | int | float | None) for part in parts):
-                raise TypeError(f"keys must be texts or numbers, got a {type(key).__name__}")
-            target[key] = value
-
     def find_class(self, module: str, name: str) -> _Name:
         """Return what stands for a name, if it is harmless."""
         text = f"{module}.{name}"
@@ -314,20 +402,6 @@ class _Machine(pickle._Unpickler):
                 if dtype is not None:
                     return _Storage(key, dtype)
         raise ValueError("persistent ids must be storages with a type and a key")
-
-    def build(self) -> None:
-        """Drop attributes of a dict, such as the versions of a state dict; nothing else has any."""
-        self.stack.pop()
-        if type(self.stack[-1]) is not dict:
-            raise ValueError("asks to change an object that is no dict")
-
-
-# Instructions that are carried out otherwise than by pickle.
-OURS: dict[int, Callable[[_Machine], object]] = {
-    ord("s"): lambda machine: machine.set([machine.stack.pop(), machine.stack.pop()][::-1]),
-    ord("u"): lambda machine: machine.set(machine.pop_mark()),
-    ord("b"): _Machine.build,
-}
 
 
 def _check_unfolded(content: Any, most: int) -> None:
