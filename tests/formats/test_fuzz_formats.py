@@ -114,8 +114,8 @@ def check_map(path, content, name):
     path.write_bytes(content)
     writer, within = WRITERS[name], path if name in TEXTS else ""
     try:
-        writer.of.recognises_map(path)
-        layout = writer.of.read_map(path, Hints())
+        writer.module.recognises_map(path)
+        layout = writer.module.read_map(path, Hints())
         assert isinstance(layout, Layout)
         assert layout.experts.dtype == np.int64
         hints = Hints(devices=2, hidden_layers=3, dense_layers=(0,))
@@ -224,7 +224,7 @@ def test_random_npy_headers(folder, descr, fortran, shape, size):
 def test_damaged_maps(folder, name):
     """A map as it stands, or one line that says what is wrong with it."""
     path = folder / "map"
-    WRITERS[name].of.write_map(PLACEMENT, path, Hints(dense_layers=()))
+    WRITERS[name].module.write_map(PLACEMENT, path, Hints(dense_layers=()))
     survives(path.read_bytes(), lambda content: check_map(path, content, name), times=MORE)
 
 

@@ -44,7 +44,7 @@ def test_what_is_written_is_read(tmp_path_factory, seed, dense):
         assert form_of(path) == name
         assert read(path) == placement
         writer = WRITERS[name]
-        layout = writer.of.read_map(path, hints)
+        layout = writer.module.read_map(path, hints)
         assert faults(layout, writer.engine, hints) == []
         before = path.rename(folder / f"before{path.suffix}")
 
@@ -125,7 +125,7 @@ def test_patterns_come_back(tmp_path_factory, seed, kind):
     slots, experts = full_slots(seed)
     placement = mt.Placement(slots, num_experts=experts)
     path = tmp_path_factory.getbasetemp() / "pattern.npy"
-    WRITERS["omni-infer"].of.write_map(placement, path, Hints())
+    WRITERS["omni-infer"].module.write_map(placement, path, Hints())
     pattern = np.load(path)
     assert (pattern == placement.held.transpose(1, 0, 2)).all()
     np.save(path, pattern.astype(kind))

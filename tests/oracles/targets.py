@@ -94,7 +94,7 @@ WRITTEN = {
     "tensorrt-llm": lambda path: save_file(
         {f"3_{layer}": np.arange(EXPERTS) for layer in range(LAYERS)}, path
     ),
-    "ascend map": lambda path: WRITERS["vllm-ascend"].of.write_map(PLACEMENT, path, Hints()),
+    "ascend map": lambda path: WRITERS["vllm-ascend"].module.write_map(PLACEMENT, path, Hints()),
 }
 # Load tables, as text.
 TABLES = {
@@ -266,7 +266,9 @@ def targets() -> dict[str, Target]:
     for name, writer in WRITERS.items():
         hints = Hints(dense_layers=())
         found[f"map, {name}"] = Target(
-            lambda path, of=writer.of, hints=hints: of.write_map(PLACEMENT, path, hints),
+            lambda path, module=writer.module, hints=hints: module.write_map(
+                PLACEMENT, path, hints
+            ),
             read_form(name),
         )
     problem = problem_of_certificate()

@@ -86,11 +86,11 @@ def same_file(a: str | Path, b: str | Path) -> bool:
 
 def descriptor_of(path: str | Path) -> int | None:
     """Open descriptor of this process that a path stands for, as ``/dev/stdout`` does."""
-    mine = f"/proc/{os.getpid()}/fd"
+    own = f"/proc/{os.getpid()}/fd"
     at = Path.cwd() / path
     for _ in range(40):  # as many links as Linux follows
         folder = Path(os.path.realpath(at.parent))
-        if str(folder) == mine and at.name.isdigit():
+        if str(folder) == own and at.name.isdigit():
             return int(at.name)
         at = folder / at.name
         if not at.is_symlink():
@@ -184,12 +184,12 @@ def size_of(path: Path) -> int:
     return status.st_size
 
 
-def read_whole(path: str | Path, most: int = LONGEST_TEXT) -> bytes:
+def read_whole(path: str | Path, longest: int = LONGEST_TEXT) -> bytes:
     """Read a small file into memory."""
     path = Path(path)
     size = size_of(path)
-    if size > most:
-        raise ValueError(f"{path}: must have at most {most} bytes, got {size}")
+    if size > longest:
+        raise ValueError(f"{path}: must have at most {longest} bytes, got {size}")
     with path.open("rb") as file:
         return file.read(size)
 

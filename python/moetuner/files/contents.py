@@ -62,7 +62,7 @@ class TraceInParts:
         for name, values in labels.items():
             self.labels.setdefault(name, []).append(values)
 
-    def contents(self, **about: Any) -> TraceContents:
+    def contents(self, **more: Any) -> TraceContents:
         """Return the trace, and forget its parts, of which there must be one."""
         ids: Any = np.empty((self.tokens, *self.ids[0].shape[1:]), self.ids[0].dtype)
         end = self.tokens
@@ -71,36 +71,36 @@ class TraceInParts:
             ids[end - len(part) : end] = part
             end -= len(part)
         labels = {name: np.concatenate(parts) for name, parts in self.labels.items()}
-        return TraceContents(in_memory(ids), self.num_experts, **{**labels, **about})
+        return TraceContents(in_memory(ids), self.num_experts, **{**labels, **more})
 
 
 def read_trace(path: Path, kind: Kind, num_experts: int | None) -> TraceContents:
     """Read a file of a known kind."""
     with naming(path):
         arrays: dict[str, NDArray[Any]] = {}
-        about: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         if kind == "npy":
             with path.open("rb") as file:
                 place, fortran = npz.read_npy_header(file)
             # Column-major, a token's ids are spread over the whole file.
             values = npz.read_npy(path) if fortran else None
         elif kind == "npz":
-            arrays, about = _archive(path, "expert_ids")
+            arrays, metadata = _archive(path, "expert_ids")
             values = arrays["expert_ids"]
         else:
             header, values = safetensors.read_header(path), None
-            about = _about(
+            metadata = _about(
                 {"format": TRACE_FORMAT, "version": VERSION, **header.metadata}, TRACE_FORMAT
             )
             place = header.tensor("expert_ids")
             arrays = _tables(path, header, ("sequence", "group"))
-        experts = _experts(num_experts, about.pop("num_experts", None))
+        experts = _experts(num_experts, metadata.pop("num_experts", None))
         return TraceContents(
             Ids.in_file(path, place, experts) if values is None else Ids.of(values, experts),
             experts,
             arrays.get("sequence"),
             arrays.get("group"),
-            **about,
+            **metadata,
         )
 
 
@@ -115,8 +115,8 @@ def write_trace(contents: TraceContents, path: Path, source: str | None, shard_b
     }
     tensors["expert_ids"] = (ids.dtype, ids.shape, ids.shards(shard_bytes))
     names = ("num_experts", "group_names", "model", "expert_size")
-    about = {name: getattr(contents, name) for name in names}
-    _write(path, tensors, {"format": TRACE_FORMAT, **about, "source": source})
+    labels = {name: getattr(contents, name) for name in names}
+    _write(path, tensors, {"format": TRACE_FORMAT, **labels, "source": source})
 
 
 def holds_statistics(path: Path) -> bool:
@@ -144,37 +144,37 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
     kind = kind_of(path)
     with naming(path):
         if kind == "npz":
-            arrays, about = _archive(path, "load")
-            if about["group_names"] is None and "group" in arrays:
-                about["group_names"] = _checks.numbered(arrays["group"])
-            del about["num_experts"]
-            return {name: arrays[name] for name in arrays if name in TABLES}, about
+            arrays, metadata = _archive(path, "load")
+            if metadata["group_names"] is None and "group" in arrays:
+                metadata["group_names"] = _checks.numbered(arrays["group"])
+            del metadata["num_experts"]
+            return {name: arrays[name] for name in arrays if name in TABLES}, metadata
         if kind != "safetensors":
             raise ValueError("must be saved statistics (safetensors) or a load table (.npz)")
         header = safetensors.read_header(path)
-        about = _about(header.metadata, STATISTICS_FORMAT)
+        metadata = _about(header.metadata, STATISTICS_FORMAT)
         header.tensor("load")
-        del about["num_experts"]
+        del metadata["num_experts"]
         for name in ("window", "set_tokens"):
-            about[name] = None if (text := header.metadata.get(name)) is None else int(text)
-        return _tables(path, header, TABLES), about
+            metadata[name] = None if (text := header.metadata.get(name)) is None else int(text)
+        return _tables(path, header, TABLES), metadata
 
 
 def write_statistics(
-    path: Path, tables: Mapping[str, NDArray[Any] | None], about: Mapping[str, Any]
+    path: Path, tables: Mapping[str, NDArray[Any] | None], metadata: Mapping[str, Any]
 ) -> None:
     """Write as safetensors; the file appears whole or not at all."""
-    pieces = {name: safetensors.whole(of) for name, of in tables.items() if of is not None}
-    _write(path, pieces, {"format": STATISTICS_FORMAT, **about})
+    pieces = {name: safetensors.whole(table) for name, table in tables.items() if table is not None}
+    _write(path, pieces, {"format": STATISTICS_FORMAT, **metadata})
 
 
-def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], about: dict[str, Any]) -> None:
+def _write(path: Path, tensors: Mapping[str, safetensors.Pieces], metadata: dict[str, Any]) -> None:
     """Write tensors, and as metadata what is not None."""
-    about |= {
-        "group_names": json.dumps(about["group_names"]),
-        "expert_size": _checks.size_text(about["expert_size"]),
+    metadata |= {
+        "group_names": json.dumps(metadata["group_names"]),
+        "expert_size": _checks.size_text(metadata["expert_size"]),
     }
-    metadata = {key: str(value) for key, value in about.items() if value is not None}
+    metadata = {key: str(value) for key, value in metadata.items() if value is not None}
     with replacing(path) as temporary:
         safetensors.write(temporary, tensors, {"version": VERSION, **metadata})
 
@@ -188,10 +188,10 @@ def _tables(
 
 def _about(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     """Check what a file says that it is; return what it says about its arrays."""
-    given = metadata.get("format"), metadata.get("version")
-    if given != (name, VERSION):
+    version = metadata.get("format"), metadata.get("version")
+    if version != (name, VERSION):
         raise ValueError(
-            f"format must be {name} version {VERSION}, got {given[0]} version {given[1]}"
+            f"format must be {name} version {VERSION}, got {version[0]} version {version[1]}"
         )
     return {
         "num_experts": metadata.get("num_experts"),
@@ -211,21 +211,21 @@ def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str
             loader = "RoutingTrace" if other == "expert_ids" else "RoutingStatistics"
             raise ValueError(f"holds {kinds[other]}, not {kinds[wanted]}; {loader}.load reads it")
         raise ValueError(f"must hold an array '{wanted}' (or '{other}', {kinds[other]})")
-    about = {}
+    values = {}
     for name, (kinds_of, axes, rule) in ABOUT.items():
         array = arrays.pop(name, None)
-        about[name] = None if array is None else array.tolist()
+        values[name] = None if array is None else array.tolist()
         if array is not None and (
             array.ndim != axes or (array.size and array.dtype.kind not in kinds_of)
         ):
             raise ValueError(f"{name} must be {rule}, got {shown(array)}")
-    return arrays, about
+    return arrays, values
 
 
-def _experts(given: int | None, in_file: int | str | None) -> int:
+def _experts(asked: int | None, in_file: int | str | None) -> int:
     """Return experts per layer: as the caller says, else as the file says."""
-    if given is not None:
-        return experts_in(given)
+    if asked is not None:
+        return experts_in(asked)
     if in_file is None:
         raise ValueError("num_experts is needed: the file does not say it")
     try:

@@ -114,7 +114,7 @@ class _Reader:
         trace = self.trace or TraceInParts(self.experts)
         tokens = lines.sizes[:, 0]
         ids = lines.ids.reshape(-1, *form[3:])
-        trace.add(ids, **{name: np.repeat(of, tokens) for name, of in labels.items()})
+        trace.add(ids, **{name: np.repeat(label, tokens) for name, label in labels.items()})
         self.form, self.trace = form, trace
         self.lines += len(lines)
 

@@ -128,7 +128,7 @@ def array_in_npy(data: bytes) -> NDArray[Any]:
         )
     flat = np.frombuffer(data, dtype=tensor.dtype, offset=tensor.offset)
     if flat.dtype.kind == "U" and flat.nbytes:
-        most = int(flat.view(np.dtype("u4").newbyteorder(flat.dtype.byteorder)).max())
-        if most > sys.maxunicode:
-            raise ValueError(f"texts must be of Unicode characters, got code {most}")
+        highest = int(flat.view(np.dtype("u4").newbyteorder(flat.dtype.byteorder)).max())
+        if highest > sys.maxunicode:
+            raise ValueError(f"texts must be of Unicode characters, got code {highest}")
     return flat.reshape(tensor.shape, order="F" if fortran else "C")

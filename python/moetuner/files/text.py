@@ -52,13 +52,13 @@ def _refuse(constant: str) -> None:
 DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
 
 
-def printable(text: str, most: int = LONGEST) -> str:
-    """Return text as one line without control characters, cut where it is longer than ``most``.
+def printable(text: str, longest: int = LONGEST) -> str:
+    """Return text as one line without control characters, cut where it is longer than ``longest``.
 
     Escape sequences would be obeyed by a terminal, and line ends would break an error's one line.
     """
     shown = line(" ".join(text.split()))
-    return shown if len(shown) <= most else shown[:most] + "..."
+    return shown if len(shown) <= longest else shown[:longest] + "..."
 
 
 def line(text: str) -> str:
@@ -66,10 +66,10 @@ def line(text: str) -> str:
     return name(LONG_WORD.sub(lambda word: name(word[0]), text), LONGEST_LINE)
 
 
-def name(text: str, most: int = LONGEST_NAME) -> str:
+def name(text: str, longest: int = LONGEST_NAME) -> str:
     """Return a name as it fits into a line: the beginning and the end of a long one."""
-    if len(text) > most:
-        half = (most - 3) // 2
+    if len(text) > longest:
+        half = (longest - 3) // 2
         text = f"{text[:half]}...{text[-half:]}"
     return clean(text)
 

@@ -52,7 +52,7 @@ class Reader(NamedTuple):
 class Writer(NamedTuple):
     """How placements are written, and read again.
 
-    ``of`` is the module that does it, with ``write_map(placement, path, hints)``,
+    ``module`` does it, with ``write_map(placement, path, hints)``,
     ``recognises_map(path)`` and ``read_map(path, hints)``, which gives a ``Layout``. All raise
     ValueError as readers do. Names end in one of ``suffixes``; ``engine``, if it is one's, is its
     name in ``ENGINES``; ``hints`` are those that writing needs.
@@ -60,7 +60,7 @@ class Writer(NamedTuple):
 
     title: str
     suffixes: tuple[str, ...]
-    of: Any
+    module: Any
     engine: str | None = None
     hints: tuple[str, ...] = ()
 
@@ -148,11 +148,11 @@ def serving_commands(
             hints = "".join(f" --{hint.replace('_', '-')} {layers[hint]}" for hint in writer.hints)
             out = f"experts{writer.suffixes[0]}{note if hints else ''}"
             commands.append(f"{export} {name}{hints} --out {out}")
-    of = ENGINES[engine]
-    if of.serve:
-        line = of.serve.format(devices=devices, redundant=redundant)
+    capabilities = ENGINES[engine]
+    if capabilities.serve:
+        line = capabilities.serve.format(devices=devices, redundant=redundant)
         commands.append(line.replace("placement.json", file))
-    if not of.may_copy:
+    if not capabilities.may_copy:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands
 
@@ -173,7 +173,7 @@ def reader_of(path: str | Path) -> str:
 def _refuse_map(path: Path) -> None:
     """Raise where a file that no engine recorded is a map of experts of one."""
     for writer in WRITERS.values():
-        if writer.of is not own and writer.of.recognises_map(path):
+        if writer.module is not own and writer.module.recognises_map(path):
             raise ValueError(f"{path}: must be recorded routing, got a placement: {writer.title}")
 
 
@@ -238,10 +238,10 @@ def open_input(
         with naming(", ".join(map(str, paths))):
             hints.check_experts(traffic.experts)
             if window not in (None, traffic.window):
-                given = f"{traffic.window} tokens" if traffic.window else "those of its table"
+                windows = f"{traffic.window} tokens" if traffic.window else "those of its table"
                 raise ValueError(
                     "window must be left out: the file holds counts in windows already "
-                    f"({given}), got {window}"
+                    f"({windows}), got {window}"
                 )
     return traffic
 
@@ -256,7 +256,7 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
             raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
     recordings = groupby(zip(names, paths, strict=True), key=lambda pair: pair[0])
     return own.join(
-        [READERS[str(name)].read([path for _, path in of], hints) for name, of in recordings]
+        [READERS[str(name)].read([path for _, path in files], hints) for name, files in recordings]
     )
 
 
@@ -313,7 +313,7 @@ def write_placement(
             )
     if writer.engine is not None:
         check_placement(placement, writer.engine)
-    writer.of.write_map(placement, path, hints)
+    writer.module.write_map(placement, path, hints)
 
 
 def form_of(path: str | Path) -> str:
@@ -321,7 +321,7 @@ def form_of(path: str | Path) -> str:
     path = path_in(path)
     size_of(path)
     for name, writer in WRITERS.items():
-        if writer.of.recognises_map(path):
+        if writer.module.recognises_map(path):
             return name
     routing = ""
     for name, reader in READERS.items():
@@ -337,7 +337,7 @@ def read_map(path: str | Path, hints: Hints, form: str | None = None) -> Layout:
     """Read a map of experts as it stands; its content decides of which format, if none is given."""
     path = path_in(path)
     with naming(path):
-        layout: Layout = WRITERS[form or form_of(path)].of.read_map(path, hints)
+        layout: Layout = WRITERS[form or form_of(path)].module.read_map(path, hints)
     return layout
 
 
@@ -382,7 +382,7 @@ def read_placement(
     if form is not None:
         one_of("form", form, WRITERS)
     form = form or form_of(path)
-    if WRITERS[form].of is own:
+    if WRITERS[form].module is own:
         return Placement.load(path)
     hints = Hints(num_experts, devices=devices, dense_layers=_numbers(dense_layers))
     layout = read_map(path, hints, form)

@@ -53,10 +53,10 @@ def opened(path: Path) -> Iterator[Source]:
             is_parquet = file.read(4) == PARQUET
             file.seek(0)
             if is_parquet:
-                about = pyarrow.parquet.read_metadata(file)
-                schema = about.schema.to_arrow_schema()
+                metadata = pyarrow.parquet.read_metadata(file)
+                schema = metadata.schema.to_arrow_schema()
                 texts = [name for name in LABELS if name in schema.names]
-                reader = pyarrow.parquet.ParquetFile(file, metadata=about, read_dictionary=texts)
+                reader = pyarrow.parquet.ParquetFile(file, metadata=metadata, read_dictionary=texts)
             else:
                 # Behind its first bytes a file is a stream, which has no places to point outside.
                 file.seek(len(ARROW))
@@ -88,10 +88,10 @@ def opened(path: Path) -> Iterator[Source]:
 
 def _parquet_batches(reader: Any, file: BinaryIO, size: int, names: list[str]) -> Iterator[Any]:
     """Read the columns of these names."""
-    about = reader.metadata
-    values, unpacked = about.num_rows, 0
-    for number in range(about.num_row_groups):
-        group, of_group = about.row_group(number), 0
+    metadata = reader.metadata
+    values, unpacked = metadata.num_rows, 0
+    for number in range(metadata.num_row_groups):
+        group, of_group = metadata.row_group(number), 0
         for column in map(group.column, range(group.num_columns)):
             # Lists have names inside, which differ from writer to writer.
             if column.path_in_schema.split(".", 1)[0] not in names:
@@ -158,7 +158,8 @@ def _unpacked_bytes(message: Any) -> int:
     end = buffers + 4 + 16 * struct.unpack_from("<I", data, buffers)[0]
     places = struct.iter_unpack("<qq", data[buffers + 4 : end])
     begins = [message.body.slice(at, 8) for at, stored in places if stored > 0 <= at]
-    return sum(max(int.from_bytes(of.to_pybytes(), "little", signed=True), 0) for of in begins)
+    sizes = (int.from_bytes(begin.to_pybytes(), "little", signed=True) for begin in begins)
+    return sum(max(size, 0) for size in sizes)
 
 
 def _field(data: bytes, table: int, number: int) -> int:

@@ -52,13 +52,14 @@ def statistics_of(
     return statistics
 
 
-def without_dense(of: RoutingStatistics, moe: list[int] | None = None) -> RoutingStatistics:
+def without_dense(statistics: RoutingStatistics, moe: list[int] | None = None) -> RoutingStatistics:
     """Leave out layers of a load table without experts: all but ``moe``, else those of zeros."""
     if moe is None:
-        moe = np.flatnonzero(of.total_load.any(axis=1)).tolist() or [*range(of.layers)]
-    dense = tuple(sorted(set(range(of.layers)) - set(moe)))
-    left_out = (of.layers, dense) if dense else None
-    return replace(of, window_load=of.window_load[:, moe], left_out=left_out)
+        moe = np.flatnonzero(statistics.total_load.any(axis=1)).tolist()
+        moe = moe or [*range(statistics.layers)]
+    dense = tuple(sorted(set(range(statistics.layers)) - set(moe)))
+    left_out = (statistics.layers, dense) if dense else None
+    return replace(statistics, window_load=statistics.window_load[:, moe], left_out=left_out)
 
 
 def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:

@@ -145,15 +145,17 @@ def engine_settings(
     one_of("engine", engine, ENGINES)
     instance("statistics", statistics, RoutingStatistics)
     instance("topology", topology, Topology)
-    of = ENGINES[engine]
+    capabilities = ENGINES[engine]
     settings: dict[str, Any] = {
         "regime": "dispatch",  # tokens fan out from their home device and come back, in all of them
-        "split": of.split,
-        "arrival": of.arrival,
-        "slots_per_device": _slots(of, statistics, topology, slots_per_device, extra_slots),
-        "fill_slots": of.may_copy,
+        "split": capabilities.split,
+        "arrival": capabilities.arrival,
+        "slots_per_device": _slots(
+            capabilities, statistics, topology, slots_per_device, extra_slots
+        ),
+        "fill_slots": capabilities.may_copy,
     }
-    if router_groups is not None and not of.may_copy:
+    if router_groups is not None and not capabilities.may_copy:
         if topology.devices % whole_number("router_groups", router_groups):
             raise ValueError(
                 f"router_groups must divide {topology.devices} devices, got {router_groups}: with "
@@ -167,7 +169,7 @@ def engine_settings(
 
 
 def _slots(
-    of: Engine,
+    engine: Engine,
     statistics: RoutingStatistics,
     topology: Topology,
     slots_per_device: Any,
@@ -176,13 +178,14 @@ def _slots(
     """Return the slots of every device in every layer."""
     experts, devices = statistics.experts, topology.devices
     fewest = -(-experts // devices)
-    most = experts if of.may_copy else fewest
-    if not of.may_copy and experts % devices:
+    limit = experts if engine.may_copy else fewest
+    if not engine.may_copy and experts % devices:
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
-        near = [max(n for n in divisors if n < devices), *(n for n in divisors if n > devices)]
+        larger = [n for n in divisors if n > devices]
+        alternatives = [max(n for n in divisors if n < devices), *larger]
         raise ValueError(
-            f"devices must divide {experts} experts, as {of.title} has no copies of experts, got "
-            f"{devices}: {' or '.join(map(str, near[:2]))} would"
+            f"devices must divide {experts} experts, as {engine.title} has no copies of experts, "
+            f"got {devices}: {' or '.join(map(str, alternatives[:2]))} would"
         )
     if extra_slots is not None:
         if slots_per_device is not None:
@@ -194,8 +197,9 @@ def _slots(
         if rest:
             fit = [n * step - needed for n in (slots_per_device, slots_per_device + 1)]
             raise ValueError(
-                f"extra_slots must give every device as many slots in every layer, as {of.title} "
-                f"has them, got {extra_slots}: {' or '.join(str(n) for n in fit if n >= 0)} would"
+                f"extra_slots must give every device as many slots in every layer, as "
+                f"{engine.title} has them, got {extra_slots}: "
+                f"{' or '.join(str(n) for n in fit if n >= 0)} would"
             )
     if slots_per_device is None:
         slots_per_device = topology.slots_per_device or fewest
@@ -205,13 +209,13 @@ def _slots(
         )
         if others and others[-1] != slots_per_device:
             raise ValueError(
-                f"slots_per_device must be the same on every device, as {of.title} has them, got "
-                f"{slots_per_device} to {others[-1]}: {others[-1]} on every device would do"
+                f"slots_per_device must be the same on every device, as {engine.title} has them, "
+                f"got {slots_per_device} to {others[-1]}: {others[-1]} on every device would do"
             )
     slots = whole_number("slots_per_device", slots_per_device)
-    if not fewest <= slots <= most:
+    if not fewest <= slots <= limit:
         raise ValueError(
-            f"slots_per_device must be from {fewest} to {most} for {experts} experts on {devices} "
-            f"devices of {of.title}, got {slots}"
+            f"slots_per_device must be from {fewest} to {limit} for {experts} experts on {devices} "
+            f"devices of {engine.title}, got {slots}"
         )
     return slots

@@ -74,17 +74,17 @@ class Hints:
         """Check that axes are in their order, as far as sizes tell."""
         layers, is_trace = traffic.layers, isinstance(traffic, RoutingTrace)
         order = "[tokens, layers, top_k]" if is_trace else "[windows, layers, experts]"
-        got, most = f"{layers} layers", MOST_LAYERS
+        got, bound = f"{layers} layers", MOST_LAYERS
         if isinstance(traffic, RoutingTrace):
-            got, most = f"{got} of {traffic.tokens} tokens", min(most, traffic.tokens or most)
+            got, bound = f"{got} of {traffic.tokens} tokens", min(bound, traffic.tokens or bound)
             try:
                 if traffic.top_k > layers:
                     next(traffic.shards(1), None)
             except ValueError as error:
                 if "appears twice" not in str(error):
                     raise
-                got, most = f"{layers} layers of top-{traffic.top_k}, whose experts repeat", 0
-        if layers > most and layers != self.hidden_layers:
+                got, bound = f"{layers} layers of top-{traffic.top_k}, whose experts repeat", 0
+        if layers > bound and layers != self.hidden_layers:
             raise ValueError(
                 f"axes must be {order}, got {got}: swap axes, or if it is meant, say hidden_layers "
                 f"{layers}"

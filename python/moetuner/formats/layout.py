@@ -121,12 +121,12 @@ def check_placement(placement: Placement, engine: str) -> None:
 
 def faults(layout: Layout, engine: str | None, hints: Hints) -> list[str]:
     """List what is wrong with a map; empty if the engine, None for any, could load it."""
-    of = None if engine is None else ENGINES[engine]
+    row = None if engine is None else ENGINES[engine]
     return [
         *layout.remarks,
         *_layer_faults(layout, hints),
-        *_device_faults(layout, of, hints),
-        *_expert_faults(layout, of, hints),
+        *_device_faults(layout, row, hints),
+        *_expert_faults(layout, row, hints),
     ]
 
 
@@ -151,7 +151,7 @@ def _layer_faults(layout: Layout, hints: Hints) -> list[str]:
     return [f"{rule}: of another model{unknown}"]
 
 
-def _device_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]:
+def _device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
     rows, slots = layout.experts.shape
     devices = layout.devices or hints.devices
     if layout.devices and hints.devices and layout.devices != hints.devices:
@@ -164,18 +164,18 @@ def _device_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
             f"must have a multiple of {devices} slots, as many on every device, got {slots}: "
             f"{' or '.join(map(str, fit))} would fit"
         ]
-    if of is None or not of.repeated:
+    if engine is None or not engine.repeated:
         return []
     experts = np.sort(layout.experts.reshape(rows, devices, -1), axis=2)
     twice = np.argwhere((experts[:, :, 1:] == experts[:, :, :-1]) & (experts[:, :, 1:] != EMPTY))
     return [
         f"{layout.where(row)}, device {device}: expert {experts[row, device, slot]} is there twice"
-        f"{_more(len(twice))}: {of.title} {of.repeated}"
+        f"{_more(len(twice))}: {engine.title} {engine.repeated}"
         for row, device, slot in twice[:1]
     ]
 
 
-def _expert_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]:
+def _expert_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[str]:
     table = layout.experts
     experts = hints.num_experts or layout.num_experts or int(table.max(initial=0)) + 1
     if layout.num_experts and layout.num_experts != experts:
@@ -201,9 +201,9 @@ def _expert_faults(layout: Layout, of: Engine | None, hints: Hints) -> list[str]
                 "every expert must have at least one"
             )
             break
-    if of is not None and not of.may_copy and table.shape[1] > experts:
+    if engine is not None and not engine.may_copy and table.shape[1] > experts:
         messages.append(
-            f"must have {experts} slots, as {of.title} has no copies, got {table.shape[1]}"
+            f"must have {experts} slots, as {engine.title} has no copies, got {table.shape[1]}"
         )
     return messages
 

@@ -134,7 +134,7 @@ def _records(path: Path) -> Counts:
         if RECORD in line:
             with naming(f"line {number}"):
                 fields = parse_json(line)
-                load, slots = (np.asarray(fields.get(of)) for of in ("expert_load", "p2l_map"))
+                load, slots = (np.asarray(fields.get(key)) for key in ("expert_load", "p2l_map"))
                 if slots.ndim != 2 or slots.dtype.kind not in "iu":
                     raise ValueError("p2l_map must be lists of experts, one for every layer")
                 windows.append(by_expert(counts_in("expert_load", load), slots, None))
@@ -148,13 +148,13 @@ def _log(_: Path) -> Counts:
 def _scrapes(paths: Sequence[Path], hints: Hints) -> NDArray[Any]:
     """Read scrapes of Prometheus; experts without a counter were never chosen."""
     scrapes = [_samples(read_whole(path).decode("utf-8")) for path in paths]
-    layers, experts = (sorted({key[at] for of in scrapes for key in of}) for at in range(2))
+    layers, experts = (sorted({key[at] for counts in scrapes for key in counts}) for at in range(2))
     width = hints.num_experts or experts[-1] + 1
     if not 0 <= experts[0] <= experts[-1] < min(width, EXPERT_LIMIT):
         raise ValueError(f"experts must be from 0 to {width - 1}, got {experts[-1]}")
     total = np.zeros((len(scrapes), len(layers), width))
-    for scrape, of in zip(total, scrapes, strict=True):
-        for (layer, expert), value in of.items():
+    for scrape, counts in zip(total, scrapes, strict=True):
+        for (layer, expert), value in counts.items():
             scrape[layers.index(layer), expert] = value
     load = np.diff(total, axis=0) if len(total) > 1 else total
     if load.min() < 0:
@@ -167,8 +167,8 @@ def _samples(text: str) -> dict[tuple[int, int], float]:
     metrics: dict[str, dict[tuple[int, int], float]] = {}
     for name, parts, value in SAMPLE.findall(text):
         labels = LABEL.findall(parts)
-        layer = [of for key, of in labels if KINDS["layer"].fullmatch(key)]
-        expert = [of for key, of in labels if EXPERT.fullmatch(key)]
+        layer = [value for key, value in labels if KINDS["layer"].fullmatch(key)]
+        expert = [value for key, value in labels if EXPERT.fullmatch(key)]
         if layer and expert and not name.endswith(("_created", "_bucket")):
             key, cells = (int(layer[0]), int(expert[0])), metrics.setdefault(name, {})
             cells[key] = cells.get(key, 0.0) + float(value)
@@ -189,33 +189,37 @@ def _columns(text: str) -> tuple[bool, dict[str, int], list[int]] | None:
     names, row = (_cells(line)[1] for line in (lines[0], lines[-1]))
     if len(names) > 1 and all(map(NUMBER.fullmatch, names)):
         return False, {}, [*range(len(names))]
-    experts = sorted((int(of[0]), at) for at, of in enumerate(map(LAST.search, names)) if of)
-    about = {k: at for at, n in enumerate(names) for k, of in KINDS.items() if of.fullmatch(n)}
-    is_table = experts and len(about) + len(experts) == len(names) == len(row)
+    experts = sorted(
+        (int(number[0]), at) for at, number in enumerate(map(LAST.search, names)) if number
+    )
+    columns = {
+        k: at for at, n in enumerate(names) for k, pattern in KINDS.items() if pattern.fullmatch(n)
+    }
+    is_table = experts and len(columns) + len(experts) == len(names) == len(row)
     if not is_table or not all(map(NUMBER.fullmatch, row)):
         return None
-    return True, about, [at for _, at in experts]
+    return True, columns, [at for _, at in experts]
 
 
 def _csv(path: Path) -> NDArray[Any]:
     """Read rows of counts: a row is a layer, and an empty line or a column begins a window."""
     text = read_whole(path).decode("utf-8-sig").strip()
-    has_names, about, experts = _columns(text) or (False, {}, [])
+    has_names, columns, experts = _columns(text) or (False, {}, [])
     lines = text.split("\n")[has_names:]
     rows = [line.replace('"', "") for line in lines if line.strip()]
     if not rows or not experts:
         raise ValueError("must have rows of counts, got none")
     table = np.loadtxt(rows, delimiter=_cells(rows[0])[0], ndmin=2, comments=None)
-    window, layer = (table[:, about[of]].tolist() if of in about else [] for of in KINDS)
-    if not about:
+    window, layer = (table[:, columns[kind]].tolist() if kind in columns else [] for kind in KINDS)
+    if not columns:
         empty = np.array([not line.strip() for line in lines])
         window = np.cumsum(empty)[~empty].tolist()
         if len(rows) > 2 and (np.diff(table[:, 0]) == 1).all():
             raise ValueError("the first column counts rows: name the columns, as in layer,0,1,2")
     numbers = (window or _seen(layer), layer or _seen(window))
-    (windows, at), (layers, of) = (np.unique(part, return_inverse=True) for part in numbers)
+    (windows, at), (layers, at_layer) = (np.unique(part, return_inverse=True) for part in numbers)
     load = np.full((len(windows), len(layers), len(experts)), -1.0)
-    load[at, of] = table[:, experts]
+    load[at, at_layer] = table[:, experts]
     if len(rows) != len(windows) * len(layers) or load.min() < 0:
         rule = f"one row of counts for each of {len(windows)} windows and {len(layers)} layers"
         raise ValueError(f"must have {rule}, got {len(rows)}")

@@ -37,10 +37,10 @@ def pages_of(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
     while begin < end:
         fields, length = _header(file, begin)
         kind = next((number for number in ENCODING if number in fields), DICTIONARY)
-        about = fields.get(kind, {})
-        if not isinstance(about, dict):
+        sizes = fields.get(kind, {})
+        if not isinstance(sizes, dict):
             raise ValueError("damaged file: the header of a page is none")
-        numbers = (fields.get(SIZE, 0), about.get(VALUES, 0), about.get(ENCODING[kind], 0))
+        numbers = (fields.get(SIZE, 0), sizes.get(VALUES, 0), sizes.get(ENCODING[kind], 0))
         stored = fields.get(STORED, 0)
         if not all(isinstance(number, int) and number >= 0 for number in (*numbers, stored)):
             raise ValueError("damaged file: a page has a size that is none")
@@ -51,17 +51,17 @@ def pages_of(file: BinaryIO, begin: int, end: int) -> Iterator[Page]:
 
 def _header(file: BinaryIO, begin: int) -> tuple[dict[int, Any], int]:
     """Read the header at a place, and return its fields by number, and its length."""
-    most = FIRST
+    length = FIRST
     while True:
         file.seek(begin)
-        data = file.read(most)
+        data = file.read(length)
         reader = _Compact(data)
         try:
             return reader.struct(), reader.at
         except IndexError:
-            if len(data) < most or most >= LONGEST:
+            if len(data) < length or length >= LONGEST:
                 raise ValueError("damaged file: the header of a page is cut off") from None
-            most *= 16
+            length *= 16
 
 
 class _Compact:

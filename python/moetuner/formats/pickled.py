@@ -359,11 +359,11 @@ class _Content(pickle.Unpickler):
             )
         return begin, info.file_size
 
-    def entry(self, name: str, most: int) -> bytes:
+    def entry(self, name: str, longest: int) -> bytes:
         """Read an entry."""
         begin, size = self.place(name)
-        if size > most:
-            raise ValueError(f"{self.root}{name}: must have at most {most} bytes, got {size}")
+        if size > longest:
+            raise ValueError(f"{self.root}{name}: must have at most {longest} bytes, got {size}")
         return safetensors.read(self.path, TensorInFile(np.dtype("u1"), (size,), begin)).tobytes()
 
     def tensor(self, storage: _Storage, offset: Any, shape: Any, strides: Any) -> Tensor:
@@ -404,7 +404,7 @@ class _Content(pickle.Unpickler):
         raise ValueError("persistent ids must be storages with a type and a key")
 
 
-def _check_unfolded(content: Any, most: int) -> None:
+def _check_unfolded(content: Any, limit: int) -> None:
     """Check how many values there are if each is counted as often as containers hold it."""
     counts: dict[int, int] = {}  # by identity; 0 until the members are counted
     stack: list[Any] = [[content]]
@@ -419,6 +419,6 @@ def _check_unfolded(content: Any, most: int) -> None:
             stack.extend(member for member in members if id(member) not in counts)
             continue
         counts[id(node)] = 1 + len(node) + sum(counts[id(member)] for member in members)
-        if counts[id(node)] > most:
+        if counts[id(node)] > limit:
             raise ValueError("description names the same parts too often")
         stack.pop()

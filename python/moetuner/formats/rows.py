@@ -87,16 +87,16 @@ class Table:
 
     def labels_in(self, columns: Columns) -> dict[str, NDArray[np.int32]]:
         """Return the numbers of the labels of some rows."""
-        return {name: of.of(columns[name]) for name, of in self.labels.items()}
+        return {name: label.of(columns[name]) for name, label in self.labels.items()}
 
     def about(self, numbers: dict[str, Any]) -> dict[str, Any]:
         """Return what a trace is told of the labels of its tokens, by their numbers."""
-        about = {name: numbers[name] for name in self.labels}
-        if "sequence" in about:
-            about["sequence"] = self.labels["sequence"].as_integers(about["sequence"])
-        if "group" in about:
-            about["group_names"] = tuple(self.labels["group"])
-        return about
+        labels = {name: numbers[name] for name in self.labels}
+        if "sequence" in labels:
+            labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])
+        if "group" in labels:
+            labels["group_names"] = tuple(self.labels["group"])
+        return labels
 
 
 class Tokens(Table):

@@ -88,15 +88,15 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
             else:
                 passes += _passes(path, content)
     with naming((files or paths)[0]):
-        modes = {"per_token" if IDS in of.fields else "per_pass" for of in passes}
+        modes = {"per_token" if IDS in step.fields else "per_pass" for step in passes}
         modes |= {"stat"} if counts else set()
         if len(modes) != 1:
             got = " and ".join(sorted(modes)) or "no pass"
             raise ValueError(f"dumps must be of one mode, got {got}")
         if counts:
             return _windows(counts, hints)
-        passes.sort(key=lambda of: (of.number, of.rank))
-        experts = {int(of.slots.max(initial=0)) + 1 for of in passes}
+        passes.sort(key=lambda step: (step.number, step.rank))
+        experts = {int(step.slots.max(initial=0)) + 1 for step in passes}
         if len(experts) > 1:
             both = f"{min(experts)} and {max(experts)}"
             raise ValueError(f"dumps must be of one model, got {both} experts")
@@ -175,13 +175,13 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
     """Add up the ranks of every pass: [1,hidden,E]."""
     sums: dict[tuple[int, int], NDArray[Any]] = {}
     seen: Counter[tuple[int, int]] = Counter()
-    for of in passes:
-        with naming(of.path):
-            count = counts_in(COUNT, _tensor(of.fields, COUNT, 2).array())
-            load = by_expert(count, of.slots, experts)
+    for step in passes:
+        with naming(step.path):
+            count = counts_in(COUNT, _tensor(step.fields, COUNT, 2).array())
+            load = by_expert(count, step.slots, experts)
             # A rank has a pass once; again, it is another run of the engine.
-            key = (of.number, seen[of.number, of.rank])
-            seen[of.number, of.rank] += 1
+            key = (step.number, seen[step.number, step.rank])
+            seen[step.number, step.rank] += 1
             sums[key] = added(sums.get(key), load)
     return [load[None] for load in sums.values() if load.any()]
 
@@ -193,60 +193,60 @@ def _tokens(
     sequences = _Sequences()
     before: list[tuple[int, Any, Any]] = []
     top_k = hints.top_k
-    for of in passes:
-        with naming(of.path):
-            tensor = _tensor(of.fields, IDS, 3)
-            ids, positions, lengths = _tokens_of(of, tensor.shape)
+    for step in passes:
+        with naming(step.path):
+            tensor = _tensor(step.fields, IDS, 3)
+            ids, positions, lengths = _tokens_of(step, tensor.shape)
             # With tensor parallelism as the expert group, all ranks record the same tokens.
-            before = [tokens for tokens in before if tokens[0] == of.number]
-            if not ids or (of.number, ids, positions) in before:
+            before = [tokens for tokens in before if tokens[0] == step.number]
+            if not ids or (step.number, ids, positions) in before:
                 continue
-            before.append((of.number, ids, positions))
+            before.append((step.number, ids, positions))
             slots = tensor.array()
             top_k = top_k or int((slots >= 0).any(axis=(0, 1)).sum())
             if not 1 <= top_k <= tensor.shape[2]:
                 raise ValueError(f"top_k must be from 1 to {tensor.shape[2]}, got {top_k}")
             slots, left_out = np.split(slots[:, : len(ids)], [top_k], axis=2)
-            if ((left_out >= 0) & (left_out < of.slots.shape[1])).any():
+            if ((left_out >= 0) & (left_out < step.slots.shape[1])).any():
                 raise ValueError(f"top_k must be above {top_k}: tokens have more experts")
-            experts = _translated(of, slots, hints.experts_needed())
+            experts = _translated(step, slots, hints.experts_needed())
             labels += sequences.of(positions, lengths)
-        yield of.path, experts
+        yield step.path, experts
 
 
-def _translated(of: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
+def _translated(step: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
     """Translate slots [hidden,t,K] to experts [t,hidden,K]; rows without any slot become zero."""
-    count = of.slots.shape[1]
+    count = step.slots.shape[1]
     if slots.max(initial=-1) >= count or slots.min(initial=-1) < -1:
         wrong = slots.max() if slots.max() >= count else slots.min()
-        raise ValueError(f"pass {of.number}: slots must be below {count}, got {wrong}")
+        raise ValueError(f"pass {step.number}: slots must be below {count}, got {wrong}")
     # Expert of every slot; -1, the last entry, is no expert that there is.
-    expert_of = np.pad(of.slots, ((0, 0), (0, 1)), constant_values=num_experts)
+    expert_of = np.pad(step.slots, ((0, 0), (0, 1)), constant_values=num_experts)
     expert_of = expert_of.astype(np.min_scalar_type(num_experts))
     experts = expert_of[np.arange(len(slots))[:, None, None], slots]
     experts[~(slots >= 0).any(axis=(1, 2))] = 0
     return np.ascontiguousarray(experts.transpose(1, 0, 2))
 
 
-def _tokens_of(of: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+def _tokens_of(step: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
     """Return input ids, positions and the lengths of the prompts of a pass."""
     names = ("input_ids", "positions", "extend_seq_lens")
-    lists: list[Any] = [of.fields.get(name) for name in names]
+    lists: list[Any] = [step.fields.get(name) for name in names]
     lists[2] = [] if lists[2] is None else lists[2]
     ids, positions, lengths = lists
     for name, numbers in zip(names, lists, strict=True):
         if not isinstance(numbers, list) or not all(isinstance(value, int) for value in numbers):
             raise ValueError(f"{name} must be a list of numbers, got {shown(numbers)}")
     layers, padded, _ = shape
-    if layers != len(of.slots):
-        raise ValueError(f"{IDS} must have {len(of.slots)} layers like the map, got {layers}")
+    if layers != len(step.slots):
+        raise ValueError(f"{IDS} must have {len(step.slots)} layers like the map, got {layers}")
     if len(ids) > padded or len(positions) != len(ids):
         raise ValueError(
-            f"pass {of.number}: must have positions and ids of {len(ids)} tokens, "
+            f"pass {step.number}: must have positions and ids of {len(ids)} tokens, "
             f"got {len(positions)} and {padded}"
         )
     if lengths and (sum(lengths) != len(ids) or min(lengths) < 0):
-        raise ValueError(f"pass {of.number}: extend_seq_lens must add up to {len(ids)} tokens")
+        raise ValueError(f"pass {step.number}: extend_seq_lens must add up to {len(ids)} tokens")
     return ids, positions, lengths
 
 
@@ -293,13 +293,13 @@ def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
         parts = [(fields.get("meta_info"), fields.get("meta_info")), (fields.get("sglext"), usage)]
         for choice in choices if isinstance(choices, list) else []:
             parts.append((choice.get("sglext") if isinstance(choice, dict) else None, usage))
-        for number, (part, of) in enumerate(parts):
+        for number, (part, item) in enumerate(parts):
             text = part.get("routed_experts") if isinstance(part, dict) else None
             if text is not None:
                 where = response if number < 2 else f"{response}, choice {number - 2}"
                 data = decoded(text, where)
                 with naming(where):
-                    shape = _shape(len(data), of if isinstance(of, dict) else {}, hints)
+                    shape = _shape(len(data), item if isinstance(item, dict) else {}, hints)
                 yield np.frombuffer(data, INT32).reshape(shape)
 
 

@@ -93,9 +93,9 @@ def _about(file: Path) -> tuple[int, int]:
     if not path.exists():
         raise ValueError(f"{path}: must be beside {file.name}: it says how many experts count")
     with naming(path):
-        about = parse_json(read_whole(path, 1 << 16))
+        config = parse_json(read_whole(path, 1 << 16))
         names = ("num_experts", "num_experts_per_token")
-        experts, top_k = (experts_in(about.get(name), name) for name in names)
+        experts, top_k = (experts_in(config.get(name), name) for name in names)
         return experts, top_k
 
 
@@ -180,7 +180,7 @@ def read_map(path: Path, hints: Hints) -> Layout:
         text = read_whole(path).decode("utf-8")
         proposed = VLLM_RECORD.search(text)
         if proposed is not None:
-            fields = {key: of for key, of in parse_json(proposed[0]).items() if key in KEYS}
+            fields = {key: value for key, value in parse_json(proposed[0]).items() if key in KEYS}
         else:
             fields = parse_json(text) if text.lstrip()[:1] == "{" else _yaml(text)
         unknown = sorted(fields.keys() - set(KEYS))
@@ -219,7 +219,7 @@ LAYER = re.compile(r"\n[ ]+['\"]?(\d{1,5})['\"]?:", re.ASCII)
 def _yaml(text: str) -> dict[str, Any]:
     """Read numbers, and lists of numbers by layer, of keys: as JSON, which they become."""
     text = COMMENT.sub("", text)
-    text = ITEMS.sub(lambda of: f" [{', '.join(re.findall(r'[0-9]+', of[0]))}]\n", text)
+    text = ITEMS.sub(lambda match: f" [{', '.join(re.findall(r'[0-9]+', match[0]))}]\n", text)
     members = []
     for member in re.split(r"^(?=\S)", text.rstrip(), flags=re.MULTILINE):
         key, colon, value = member.rstrip().partition(":")

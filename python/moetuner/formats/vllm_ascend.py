@@ -48,7 +48,8 @@ def _names(path: Path) -> tuple[str | None, str | None]:
     """Return the names of workload and table in a file; that of a bare array is empty."""
     names = names_in(path)
     load, table = (
-        next((name for name in of if name in names), None) for of in ((*LOADS, ""), TABLES)
+        next((name for name in choices if name in names), None)
+        for choices in ((*LOADS, ""), TABLES)
     )
     return load, table
 
@@ -109,7 +110,7 @@ def write_map(placement: Placement, path: Path, _: Hints) -> None:
     """Write the expert map."""
     layers = []
     for number, devices in enumerate(placement.slots.tolist()):
-        lists = [{"device_id": at, "device_expert": of} for at, of in enumerate(devices)]
+        lists = [{"device_id": at, "device_expert": experts} for at, experts in enumerate(devices)]
         of_layer = {"layer_id": number, "device_count": len(lists), "device_list": lists}
         layers.append(of_layer)
     with replacing(path) as temporary:
