@@ -140,7 +140,7 @@ def collect(
         network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Logits of every token would take more memory than the model's own work.
     arguments = inspect.signature(network.forward).parameters
-    few = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
     where = next(network.parameters()).device
     done, name = 0, Path(model).resolve().name
     with torch.inference_mode(), capture(network.eval(), path=out, name=name) as recorder:
@@ -156,7 +156,7 @@ def collect(
                 padded = pad_sequence(rows, batch_first=True, padding_value=-1).to(where)
                 mask, tokens = (padded >= 0).long(), padded.clamp(min=0)
                 with recorder.group(groups):
-                    network(input_ids=tokens, attention_mask=mask, use_cache=False, **few)
+                    network(input_ids=tokens, attention_mask=mask, use_cache=False, **last_only)
             if progress is not None:
                 progress(done)
             batch = list(islice(texts, batch_size))

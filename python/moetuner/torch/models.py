@@ -81,8 +81,8 @@ def moe_layers(
             )
     else:
         name_of = {id(module): name for name, module in modules.items()}
-        given = listed("routers", routers, "names")
-        names = [name_of.get(id(router), router) for router in given]
+        chosen = listed("routers", routers, "names")
+        names = [name_of.get(id(router), router) for router in chosen]
         for name in names:
             if not isinstance(name, str) or name not in modules:
                 raise ValueError(f"routers must be modules of the model, got {shown(name)}")
@@ -139,13 +139,13 @@ def _beside(name: str, sibling: str) -> str:
 def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
     router, block = modules[name], modules[name.rpartition(".")[0]]
     experts = modules.get(_beside(name, "experts"))
-    holders: list[Any] = [of for of in (router, experts, block) if of is not None]
+    holders: list[Any] = [holder for holder in (router, experts, block) if holder is not None]
     size, weight = _number(holders, SIZE_NAMES), getattr(router, "weight", None)
     if size is None and isinstance(experts, nn.ModuleList):
         size = len(experts)
     if size is None and isinstance(weight, Tensor) and weight.dim() == 2:
         size = weight.shape[0]
-    holders += [of.config for of in holders if hasattr(of, "config")]
+    holders += [holder.config for holder in holders if hasattr(holder, "config")]
     top_k = _number(holders, TOP_K_NAMES)
     if size is None or top_k is None:
         missing, names = ("experts", SIZE_NAMES) if size is None else ("top-k", TOP_K_NAMES)
@@ -159,12 +159,16 @@ def _layer(name: str, modules: dict[str, nn.Module]) -> MoELayer:
 
 def _groups(router: nn.Module, block: nn.Module) -> int:
     """Count the groups among which a router chooses first, by its own settings or its model's."""
-    configs = [getattr(of, "config", None) for of in (router, block)]
+    configs = [getattr(module, "config", None) for module in (router, block)]
     names = ("n_group", "topk_group", "topk_method")
-    own = [vars(of).items() for of in (router, block)]
-    settings: list[dict[str, Any]] = [{k: v for k, v in of if type(v) in (int, str)} for of in own]
-    settings += [{name: getattr(of, name, None) for name in names} for of in configs if of]
-    return next((groups for of in settings if (groups := groups_in(of)) > 1), 1)
+    own = [vars(module).items() for module in (router, block)]
+    settings: list[dict[str, Any]] = [
+        {k: v for k, v in attributes if type(v) in (int, str)} for attributes in own
+    ]
+    settings += [
+        {name: getattr(config, name, None) for name in names} for config in configs if config
+    ]
+    return next((groups for setting in settings if (groups := groups_in(setting)) > 1), 1)
 
 
 def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:

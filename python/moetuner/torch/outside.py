@@ -79,7 +79,7 @@ class Registered:
         elif isinstance(value, list | tuple | set | frozenset):
             parts = enumerate(value)
         else:
-            slots = [slot for of in kind.__mro__ for slot in getattr(of, "__slots__", ())]
+            slots = [slot for cls in kind.__mro__ for slot in getattr(cls, "__slots__", ())]
             held = {slot: getattr(value, slot, None) for slot in slots if isinstance(slot, str)}
             parts = {**held, **getattr(value, "__dict__", {})}.items()
         for inner, part in list(parts):

@@ -69,13 +69,13 @@ class Agreement:
             self._round, missed = self._round + missed, 0
         self._missed = missed
 
-    def exchange(self, about: str, value: Any = None, failure: Failure = None) -> list[Any]:
-        """Return the values of all ranks, which JSON holds; ``about`` is for messages.
+    def exchange(self, subject: str, value: Any = None, failure: Failure = None) -> list[Any]:
+        """Return the values of all ranks, which JSON holds; ``subject`` is for messages.
 
         Every rank raises a ``MoveError`` if one has a ``failure``, is gone or is late.
         """
         key, self._turn = f"{self._round}.{self._turn}", self._turn + 1
-        post, judge = json.dumps([value, failure and str(failure)]), partial(self._judge, about)
+        post, judge = json.dumps([value, failure and str(failure)]), partial(self._judge, subject)
         ranks, wait = (self.rank, self.ranks), self.timeout
         try:
             if self._stands_for_all:
@@ -87,11 +87,11 @@ class Agreement:
             values, problem = json.loads(verdict)
         except RuntimeError as error:
             # The process that serves the store is gone.
-            values, problem, complete = [], f"no agreement on {about}: {failure or error}", False
+            values, problem, complete = [], f"no agreement on {subject}: {failure or error}", False
         if complete and key.endswith(".0"):
             # All are in this round, so nobody has to read what became of earlier ones.
             with suppress(RuntimeError):
-                for name in (of for old in self._old for of in keys_of(old, self.ranks)):
+                for name in (old_key for old in self._old for old_key in keys_of(old, self.ranks)):
                     self._store.delete_key(name)
             self._old.clear()
         self._old.append(key)
@@ -99,24 +99,24 @@ class Agreement:
             raise MoveError(f"{problem}; the old placement stays in force") from failure
         return list(values)
 
-    def _judge(self, about: str, posts: Sequence[str | None]) -> str:
+    def _judge(self, subject: str, posts: Sequence[str | None]) -> str:
         """Return the values of all ranks, and what is wrong with them."""
         silent = [rank for rank, post in enumerate(posts) if post is None]
-        given = [json.loads(post) for post in posts if post is not None]
-        failed = {rank: why for rank, (_, why) in enumerate(given) if why is not None}
+        answers = [json.loads(post) for post in posts if post is not None]
+        failed = {rank: why for rank, (_, why) in enumerate(answers) if why is not None}
         problem = ""
         if silent:
-            problem = f"ranks {silent} did not answer on {about} within {self.timeout:g} s"
+            problem = f"ranks {silent} did not answer on {subject} within {self.timeout:g} s"
         elif failed:
-            problem = f"ranks {list(failed)} failed at {about}: {next(iter(failed.values()))}"
-        return json.dumps([[value for value, _ in given], problem])
+            problem = f"ranks {list(failed)} failed at {subject}: {next(iter(failed.values()))}"
+        return json.dumps([[value for value, _ in answers], problem])
 
-    def reach(self, about: str, value: Any = None, failure: Failure = None) -> None:
+    def reach(self, subject: str, value: Any = None, failure: Failure = None) -> None:
         """Check that every rank means the same value; parameters as of ``exchange``."""
-        values = self.exchange(about, value, failure)
+        values = self.exchange(subject, value, failure)
         others = [rank for rank, other in enumerate(values) if other != value]
         if others:
-            text = f"ranks {others} do not agree with rank {self.rank} on {about}"
+            text = f"ranks {others} do not agree with rank {self.rank} on {subject}"
             raise DisagreementError(f"{text}; the old placement stays in force")
 
 

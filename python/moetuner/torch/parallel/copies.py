@@ -12,19 +12,19 @@ LOW = 0xFFFFFFFF  # the low 32 bits
 
 
 def copies(
-    slots: NDArray[np.int32], experts: int, *, near: int | None = None, node: int = 1
+    slots: NDArray[np.int32], experts: int, *, home: int | None = None, node: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """List the slots that may serve each expert of a layer.
 
-    ``slots`` [D,S] are experts, -1 for none. Device ``near`` prefers its own copy, then those of
+    ``slots`` [D,S] are experts, -1 for none. Device ``home`` prefers its own copy, then those of
     its ``node`` devices. Returns slots ``device * S + slot`` in ascending order [E,R], and how many
     of them count [E]: a token at a position takes number ``mixed(position) % count``.
     """
     flat = slots.reshape(-1)
     slot = np.flatnonzero(flat != EMPTY)
-    if near is not None:
+    if home is not None:
         device = slot // slots.shape[1]
-        distance = np.where(device == near, 0, 1 + (device // node != near // node))
+        distance = np.where(device == home, 0, 1 + (device // node != home // node))
         least = np.full(experts, 2)
         np.minimum.at(least, flat[slot], distance)
         slot = slot[distance == least[flat[slot]]]

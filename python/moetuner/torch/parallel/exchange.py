@@ -94,15 +94,15 @@ def _check(came: Table, sent: Table, me: int, experts: int) -> bool:
     """
     bits = [row[4] for row in came]
     for bit, message in FAULTS.items():
-        faulty = [rank for rank, of in enumerate(bits) if of & bit]
+        faulty = [rank for rank, flags in enumerate(bits) if flags & bit]
         if faulty:
             raise ValueError(f"rank {faulty[0]}: {message.format(experts=experts)}")
     for what, column in (("other placements", 2), ("rows of another size or type", 3)):
         others = [rank for rank, row in enumerate(came) if row[column] != sent[rank][column]]
         if others:
             raise RuntimeError(f"ranks {others} have {what} than rank {me}: nothing was sent")
-    learning = [rank for rank, of in enumerate(bits) if of & LEARN]
-    others = [rank for rank, of in enumerate(bits) if of & NO_GRADIENTS]
+    learning = [rank for rank, flags in enumerate(bits) if flags & LEARN]
+    others = [rank for rank, flags in enumerate(bits) if flags & NO_GRADIENTS]
     if learning and others:
         what = f"ranks {learning} need gradients and ranks {others} disable them"
         raise RuntimeError(f"{what}: nothing was sent")
@@ -153,8 +153,8 @@ def _swap(group: Group, splits: Splits, tensors: Sequence[Tensor]) -> list[Tenso
         return [arrived]
     parts = torch.split(arrived, [t.shape[1] * t.element_size() for t in tensors], dim=1)
     # Copies, even of a single row: only they are aligned for their type.
-    whole = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return [part.view(tensor.dtype) for part, tensor in zip(whole, tensors, strict=True)]
+    contiguous = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return [part.view(tensor.dtype) for part, tensor in zip(contiguous, tensors, strict=True)]
 
 
 class TrafficCounters:

@@ -57,8 +57,8 @@ class GroupedExperts(nn.Module):
             rule = "up must be [slots, up, hidden] and down [slots, hidden, inner]"
             raise ValueError(f"{rule}, got {list(up.shape)} and {list(down.shape)}")
         if up.dtype != down.dtype or up.device != down.device:
-            given = [f"{of.dtype} on {of.device}" for of in (up, down)]
-            raise ValueError(f"up and down must be of one type on one device, got {given}")
+            types = [f"{weight.dtype} on {weight.device}" for weight in (up, down)]
+            raise ValueError(f"up and down must be of one type on one device, got {types}")
         self.up = nn.Parameter(up)
         self.down = nn.Parameter(down)
         self.activation = activation

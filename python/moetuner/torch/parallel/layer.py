@@ -105,8 +105,8 @@ class ExpertParallelMoE(nn.Module):
         """Make tables of the copies of every expert, where the experts' weights are."""
         experts, device = placement.num_experts, self.device
         # As many copies as an expert can have in slots of this number, whatever the placement.
-        most = placement.slots[0].size - experts + 1
-        self._table = torch.zeros(experts, most, dtype=torch.int32, device=device)
+        most_copies = placement.slots[0].size - experts + 1
+        self._table = torch.zeros(experts, most_copies, dtype=torch.int32, device=device)
         self._count = torch.ones(experts, dtype=torch.int64, device=device)
         # A number that ranks with the same slots and rules share, and others do not.
         self._fingerprint = torch.zeros((), dtype=torch.int64, device=device)
@@ -116,15 +116,15 @@ class ExpertParallelMoE(nn.Module):
         """Put another placement in force; the experts' weights must be in its slots already."""
         width, experts = placement.slots_per_device, placement.num_experts
         if placement.devices != self.ranks:
-            rule, given = f"{self.ranks} devices, the ranks of the group", placement.devices
-            raise ValueError(f"placement must have {rule}, got {given}")
+            rule = f"{self.ranks} devices, the ranks of the group"
+            raise ValueError(f"placement must have {rule}, got {placement.devices}")
         for name, weight in self.experts.weights().items():
             if len(weight) != width:
                 rule = f"{name} must have the placement's {width} slots"
                 raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
         slots = placement.slots[self.layer]
-        near = self.rank if self.split == "nearest" else None
-        table, count = copies(slots, experts, near=near, node=self.node_size)
+        home = self.rank if self.split == "nearest" else None
+        table, count = copies(slots, experts, home=home, node=self.node_size)
         rules = (slots.shape, experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
         # Tables stay where they are, so that captured CUDA graphs follow.
@@ -178,24 +178,28 @@ class ExpertParallelMoE(nn.Module):
         self, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *reports: list[str]
     ) -> None:
         missing_keys, unexpected_keys, error_msgs = reports
-        mine, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
-        keys = [key for key in state if key.startswith(mine)]
-        given = {key.removeprefix(mine): state.pop(key) for key in keys}
+        own, weights, names = f"{prefix}expert.", self.experts.weights(), self._names()
+        keys = [key for key in state if key.startswith(own)]
+        stored = {key.removeprefix(own): state.pop(key) for key in keys}
         old = [key for key in state if key.startswith(f"{prefix}experts.")]
         error_msgs += [f"{key} is of slots, and must be of experts one by one" for key in old[:1]]
         for name, weight in weights.items():
-            whole, missing, wrong = _states().stacked(name, weight, self._slots(), given)
-            missing_keys += [mine + key for key in missing]
-            error_msgs += [mine + message for message in wrong]
+            full, missing, wrong = _states().stacked(name, weight, self._slots(), stored)
+            missing_keys += [own + key for key in missing]
+            error_msgs += [own + message for message in wrong]
             key = names.get(id(weight))
             if key is None:
                 with torch.no_grad():
-                    weight.copy_(whole)
-                key, whole = names.get(id(weight._base)), weight._base
+                    weight.copy_(full)
+                key, full = names.get(id(weight._base)), weight._base
             if key is not None:  # the experts load what is theirs
-                state[prefix + key] = whole
-        every = {f"{expert}.{of}" for expert in range(self.placement.num_experts) for of in weights}
-        unexpected_keys += [mine + key for key in sorted(given) if strict and key not in every]
+                state[prefix + key] = full
+        every = {
+            f"{expert}.{weight_name}"
+            for expert in range(self.placement.num_experts)
+            for weight_name in weights
+        }
+        unexpected_keys += [own + key for key in sorted(stored) if strict and key not in every]
         super()._load_from_state_dict(state, prefix, metadata, strict, *reports)
 
     def forward(
@@ -263,15 +267,15 @@ class ExpertParallelMoE(nn.Module):
         """Send rows to the ranks of their slots, compute there, and sum what comes back."""
         width, hops = self.placement.slots_per_device, []
         row, top_k = rows.shape[1] * rows.element_size(), weights.shape[1]
-        whole = row + top_k * (4 + weights.element_size())
+        row_bytes = row + top_k * (4 + weights.element_size())
         # Rows of equal length could still be cut differently.
-        header = self._header(whole | top_k << 40, bits)
+        header = self._header(row_bytes | top_k << 40, bits)
         for size in (self.node_size, 1) if self.devices_per_node else (1,):
             # First to the rank with this one's number in each node, then to each device.
             target = slots.long() // (width * size) * size + self.rank % size
             target = torch.where(slots < 0, -1, target)
             hop = exchange.Hop(target, header, self.group, experts=self.placement.num_experts)
-            self.traffic.count(self.rank, hop.splits, dispatch_row=whole, combine_row=row)
+            self.traffic.count(self.rank, hop.splits, dispatch_row=row_bytes, combine_row=row)
             rows, slots, weights = hop.send(rows, slots, weights)
             here = slots.long() // (width * size) == self.rank // size
             slots = torch.where(here, slots, -1)
@@ -334,14 +338,14 @@ class ExpertParallelMoE(nn.Module):
             return f"{rule}, got {index.dtype} and {weights.dtype}"
         devices = {tensor.device for tensor in (hidden, index, weights)}
         if devices != {self.device}:
-            given = ", ".join(sorted(map(str, devices)))
-            return f"hidden_states must be on {self.device} like the experts, got {given}"
+            places = ", ".join(sorted(map(str, devices)))
+            return f"hidden_states must be on {self.device} like the experts, got {places}"
         if isinstance(position, Tensor):
             rule = f"an integer or integers [{len(hidden)}] on {self.device}"
-            given = f"{position.dtype} {list(position.shape)} on {position.device}"
+            shape = f"{position.dtype} {list(position.shape)} on {position.device}"
             is_right = position.shape == hidden.shape[:1] and position.device == self.device
             if position.is_floating_point() or not is_right:
-                return f"first_token must be {rule}, got {given}"
+                return f"first_token must be {rule}, got {shape}"
         return None
 
     def _shared(self) -> str | None:
@@ -378,8 +382,8 @@ class ExpertParallelMoE(nn.Module):
 
     def _others(self, ranks: Sequence[int]) -> bool:
         """Whether other ranks of the group are among global ranks."""
-        mine = dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        return len(set(mine) & set(ranks)) > 1
+        own_ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        return len(set(own_ranks) & set(ranks)) > 1
 
 
 def _states() -> Any:

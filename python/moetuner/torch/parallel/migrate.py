@@ -74,7 +74,7 @@ class Spares:
         self._come = sorted((m for m in plan if m.target == rank), key=lambda move: move.source)
         self._go = sorted((m for m in plan if m.source == rank), key=lambda move: move.target)
         rows = len(self._come)
-        self.buffers = {of: w.new_empty(rows, *w.shape[1:]) for of, w in self.weights.items()}
+        self.buffers = {name: w.new_empty(rows, *w.shape[1:]) for name, w in self.weights.items()}
         self._exchanged: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -95,7 +95,8 @@ class Spares:
                 sent = buffer.new_empty(len(slots), *buffer.shape[1:])
             # As bytes, which every backend can send. Tensors are kept alive by the operation.
             out, rows = (
-                of.view(len(of), math.prod(of.shape[1:])).view(torch.uint8) for of in (buffer, sent)
+                rows.view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
+                for rows in (buffer, sent)
             )
             work = dist.all_to_all_single(out, rows, *splits, group=group, async_op=True)
             assert work is not None

@@ -189,8 +189,8 @@ class Rebalancer:
         sizes = self._halves.shape[1:]
         check.whole_number("steps", steps, lowest=0)
         if windows.shape[1:] != sizes:
-            given = list(windows.shape[1:])
-            raise ValueError(f"counts must be [layers, experts] {list(sizes)}, got {given}")
+            shape = list(windows.shape[1:])
+            raise ValueError(f"counts must be [layers, experts] {list(sizes)}, got {shape}")
         load, unseen = windows.sum(axis=0), windows[1::2].sum(axis=0)
         if len(windows) < FEWEST_WINDOWS:
             # With equal counts every rank deals alike.
@@ -214,7 +214,9 @@ class Rebalancer:
         agreement.begin()
         observed = (self._halves, np.array([self._steps]), current.slots)
         try:
-            agreement.reach("what was observed", fingerprint(*(of.tobytes() for of in observed)))
+            agreement.reach(
+                "what was observed", fingerprint(*(part.tobytes() for part in observed))
+            )
         except DisagreementError as error:
             # Their counts would differ for ever, as old ones only fade.
             self.reset()
@@ -261,7 +263,9 @@ class Rebalancer:
         current, load = self.placement, self._load_of(1)
 
         def figures() -> list[float]:
-            now, then = (float(self._busiest(of, load)[1].sum()) for of in (current, target))
+            now, then = (
+                float(self._busiest(placement, load)[1].sum()) for placement in (current, target)
+            )
             return [then - now, now, self._move_us(target), 1e6 * (time.perf_counter() - begin)]
 
         posts = self._agreement.exchange("what a move brings", *attempt(figures))
@@ -281,8 +285,8 @@ class Rebalancer:
         """Return tokens per step of a half of the counts [L,E], as many in a layer as of both."""
         own = self._halves[half]
         sizes = own.sum(axis=1, keepdims=True)
-        whole = self.load.sum(axis=1, keepdims=True)
-        scaled: Floats = own * np.divide(whole, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+        both = self.load.sum(axis=1, keepdims=True)
+        scaled: Floats = own * np.divide(both, sizes, out=np.zeros_like(sizes), where=sizes > 0)
         return scaled
 
     def _busiest(self, placement: Placement, load: Floats) -> tuple[Floats, Floats]:

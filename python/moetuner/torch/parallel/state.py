@@ -37,8 +37,8 @@ class ExpertTensor(DTensor):
         # No placement of torch says this. A partial one is refused by checkpoints, if by some
         # operation only that is left.
         sizes: Any = {"shape": like.shape, "stride": like.stride()}
-        whole = DTensor.from_local(local, mesh, [Partial()], run_check=False, **sizes)
-        return ExpertTensor._made(whole._local_tensor, whole._spec, ranks)
+        full = DTensor.from_local(local, mesh, [Partial()], run_check=False, **sizes)
+        return ExpertTensor._made(full._local_tensor, full._spec, ranks)
 
     @staticmethod
     def _made(local: Tensor, spec: Any, ranks: list[int]) -> ExpertTensor:
@@ -67,9 +67,9 @@ class ExpertTensor(DTensor):
         """Return the whole weight on every rank, which all take part in."""
         group = self.device_mesh.get_group()
         local = self._local_tensor if self._is_here() else self._local_tensor.new_empty(self.shape)
-        whole = local.contiguous()
-        dist.broadcast(whole, dist.get_global_rank(group, self.ranks[0]), group=group)
-        return DTensor.from_local(whole, self.device_mesh, [Replicate()], run_check=False)
+        full = local.contiguous()
+        dist.broadcast(full, dist.get_global_rank(group, self.ranks[0]), group=group)
+        return DTensor.from_local(full, self.device_mesh, [Replicate()], run_check=False)
 
     def full_tensor(self, *_: Any, **__: Any) -> Tensor:
         """Return the whole weight on every rank, which all take part in."""
@@ -118,7 +118,7 @@ def nested(weights: Mapping[str, Tensor]) -> SimpleNamespace:
 
 
 def stacked(
-    name: str, weight: Tensor, slots: Sequence[int], given: Mapping[str, Any]
+    name: str, weight: Tensor, slots: Sequence[int], stored: Mapping[str, Any]
 ) -> tuple[Tensor, list[str], list[str]]:
     """Put given weights of experts, by names such as ``3.up``, in the order of slots [S].
 
@@ -129,7 +129,7 @@ def stacked(
     rows: dict[int, Tensor] = {}
     for slot, expert in enumerate(slots):
         key = f"{expert}.{name}"
-        value: Any = given.get(key)
+        value: Any = stored.get(key)
         value = value.to_local() if hasattr(value, "to_local") else value
         if value is None:
             missing += [key] if expert != EMPTY else []
@@ -138,11 +138,11 @@ def stacked(
         else:
             rows[slot] = value
     like = next(iter(rows.values()), weight)
-    whole = like.new_zeros(weight.shape)
+    full = like.new_zeros(weight.shape)
     for slot in range(len(slots)):
         if slot in rows or not weight.is_meta:
-            whole[slot] = rows.get(slot, weight[slot].detach())
-    return whole, missing, wrong
+            full[slot] = rows.get(slot, weight[slot].detach())
+    return full, missing, wrong
 
 
 _mesh = cache(DeviceMesh.from_group)

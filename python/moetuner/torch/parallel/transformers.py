@@ -62,8 +62,8 @@ def register_placement(
 
     def place() -> None:
         if len(parts) != placement.layers:
-            given = placement.layers
-            raise ValueError(f"placement must have {len(parts)} layers like the model, got {given}")
+            count = placement.layers
+            raise ValueError(f"placement must have {len(parts)} layers like the model, got {count}")
         # Of all layers, before anything is sent.
         for number, part in enumerate(parts):
             part.check(number)
@@ -100,7 +100,11 @@ class _PlacedExperts(EPImplementation):
         """Check that the weights of this layer can be sent: they are parameters, row by row."""
         inside = {id(tensor) for tensor in self.module.parameters(recurse=False)}
         others = [*self.module.named_parameters(), *self.module.named_buffers()]
-        outside = [name for name, of in others if id(of) not in inside and of.numel() > 1]
+        outside = [
+            name
+            for name, parameter in others
+            if id(parameter) not in inside and parameter.numel() > 1
+        ]
         registered = Registered(self.module)
         for path, module in self.module.named_modules():
             outside += [f"{path}.{name}".strip(".") for name, _ in registered.outside(module)]
@@ -123,8 +127,8 @@ class _PlacedExperts(EPImplementation):
         rank, local = self.ep_mesh.get_local_rank(), self.owned
         if (placement.devices, placement.num_experts) != (ranks, ranks * local):
             rule = f"{ranks} devices and {ranks * local} experts like the model"
-            given = f"{placement.devices} and {placement.num_experts}"
-            raise ValueError(f"placement must have {rule}, got {given}")
+            sizes = f"{placement.devices} and {placement.num_experts}"
+            raise ValueError(f"placement must have {rule}, got {sizes}")
         named: list[tuple[str, Any]] = list(self.module.named_parameters(recurse=False))
         named = [(name, w.to_local() if isinstance(w, DTensor) else w) for name, w in named]
         loaded = {name: weight.detach() for name, weight in named}
@@ -156,14 +160,14 @@ class _PlacedExperts(EPImplementation):
         sharing, tokens = self.tp_mesh.size(), len(hidden_states)
         # Ranks that share a batch take a run of tokens each, the first ones a token more.
         lengths = [(tokens + sharing - 1 - rank) // sharing for rank in range(sharing)]
-        mine = self.tp_mesh.get_local_rank()
-        first = sum(lengths[:mine])
-        part = slice(first, first + lengths[mine])
+        local_rank = self.tp_mesh.get_local_rank()
+        first = sum(lengths[:local_rank])
+        part = slice(first, first + lengths[local_rank])
         # Positions run on from step to step as in the layer, but by whole batches.
         batches, batch = self.layer.ranks // sharing, self.layer.rank // sharing
         position = self.served * batches + batch * tokens + first
-        given = hidden_states[part], top_k_index[part], top_k_weights[part]
-        results: Tensor = self.layer(*given, first_token=position)
+        inputs = hidden_states[part], top_k_index[part], top_k_weights[part]
+        results: Tensor = self.layer(*inputs, first_token=position)
         self.served += tokens
         if sharing == 1:
             return results

@@ -116,7 +116,7 @@ class Recorder:
             text_or_none("group", label)
         if attention_mask is not None:
             instance("attention_mask", attention_mask, Tensor)
-        most = whole_number("buffer_bytes", buffer_bytes)
+        buffer_limit = whole_number("buffer_bytes", buffer_bytes)
         self._path = None if path is None else path_in(path)
         self.layers = moe_layers(model, routers)
         if self._path is not None and self._path.suffix != ".safetensors":
@@ -127,7 +127,7 @@ class Recorder:
         experts, self._sizes = self._hooks.num_experts, (len(self.layers), self._hooks.top_k)
         self._id_type = torch.uint8 if experts <= 256 else torch.uint16
         # Tokens that wait at most for the device, beside the last step.
-        self._capacity = max(1, most // (math.prod(self._sizes) * self._id_type.itemsize))
+        self._capacity = max(1, buffer_limit // (math.prod(self._sizes) * self._id_type.itemsize))
         self._waiting: deque[tuple[Tensor, Tensor, Labels, torch.cuda.Event | None]] = deque()
         self._waiting_tokens = 0
         # What has arrived, in the order in which it was served: ids on disk, and labels.
@@ -226,18 +226,18 @@ class Recorder:
     def _finish(self, path: Path | None) -> None:
         """Make the trace, and write it if there is a path."""
         experts, labels = self._hooks.num_experts, np.concatenate([*self._labels.values()])
-        about: dict[str, Any] = {"sequence": labels["sequence"], **self._about}
+        labelled: dict[str, Any] = {"sequence": labels["sequence"], **self._about}
         # Groups are only kept if there are any.
         if set(self._group_numbers) - {UNNAMED}:
-            about |= {"group": labels["group"], "group_names": tuple(self._group_numbers)}
+            labelled |= {"group": labels["group"], "group_names": tuple(self._group_numbers)}
         dtype = np.dtype(f"<u{self._id_type.itemsize}")
         place = TensorInFile(dtype, (self._tokens, *self._sizes), 0)
         ids = Ids.in_file(self._raw, place, experts)
         if path is None:
-            self._trace = RoutingTrace(Ids.of(ids.array(), experts), experts, **about)
+            self._trace = RoutingTrace(Ids.of(ids.array(), experts), experts, **labelled)
         else:
-            whole = RoutingTrace(ids, experts, **about)
-            whole.save(path, source="moetuner.torch.record.capture")
+            trace = RoutingTrace(ids, experts, **labelled)
+            trace.save(path, source="moetuner.torch.record.capture")
             self._trace = RoutingTrace.load(path)
         self._raw.unlink(missing_ok=True)
 
@@ -269,7 +269,7 @@ class Recorder:
         labels["sequence"], labels["group"] = self._sequence_of(step), self._group_of(step.rows)
         # On CUDA to pinned memory, behind the work of the step.
         copies = (step.ids.to(self._id_type), step.keep)
-        ids, keep = (of.to("cpu", non_blocking=True) for of in copies)
+        ids, keep = (copy.to("cpu", non_blocking=True) for copy in copies)
         is_cuda = step.ids.is_cuda
         copied = torch.cuda.current_stream(step.ids.device).record_event() if is_cuda else None
         self._waiting.append((ids, keep, np.repeat(labels, step.length), copied))
@@ -315,8 +315,8 @@ class Recorder:
 
     def _group_of(self, rows: int) -> list[int]:
         """Return the groups of the sequences of a batch [B]."""
-        given = UNNAMED if self._group is None else self._group
-        names = [given] * rows if isinstance(given, str) else list(given)
+        group = UNNAMED if self._group is None else self._group
+        names = [group] * rows if isinstance(group, str) else list(group)
         if len(names) != rows or not all(isinstance(name, str) for name in names):
             raise ValueError(f"group must be a name, or one for each of {rows} sequences: {names}")
         numbers = self._group_numbers

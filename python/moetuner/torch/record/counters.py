@@ -125,8 +125,8 @@ class RoutingCounters:
         pairs = [name for name in PAIRS if self._pairs[name]]
         sizes |= {name: (self.layers - PAIRS[name], rows, rows) for name in pairs}
         sizes |= {"tokens": (), "wrong": ()}
-        how: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
-        self._tables = {name: torch.zeros(size, **how) for name, size in sizes.items()}
+        options: dict[str, Any] = {"dtype": torch.int64, "device": self.device}
+        self._tables = {name: torch.zeros(size, **options) for name, size in sizes.items()}
         if self._hooks is not None:
             self._hooks.forget()
         self._most_tokens = 0  # with padding: counted without asking the device
@@ -193,10 +193,10 @@ class RoutingCounters:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             dist.all_gather_object(posts, (settings, len(self._tables["load"])), group)
         for name in settings:
-            values = sorted({of[name] or 0 for of, _ in posts})
+            values = sorted({sizes[name] or 0 for sizes, _ in posts})
             if len(values) > 1:
-                few, most = values[0], values[-1]
-                raise ValueError(f"ranks must count alike, got {name} from {few} to {most}")
+                lowest, highest = values[0], values[-1]
+                raise ValueError(f"ranks must count alike, got {name} from {lowest} to {highest}")
         total = copy.copy(self)
         total._hooks, total._ranks = None, len(posts) * self._ranks
         with torch.inference_mode(False):
@@ -231,7 +231,9 @@ class RoutingCounters:
         if (table := tables.get("coactivation")) is not None:
             tables["coactivation"] = both = table + table.transpose(0, 2, 1)
             np.einsum("lee->le", both)[:] = 0  # of a router that has named an expert twice
-        pairs: dict[str, Any] = {of: tables[of][:, real, real] for of in PAIRS if of in tables}
+        pairs: dict[str, Any] = {
+            name: tables[name][:, real, real] for name in PAIRS if name in tables
+        }
         load = tables["load"][: used.max(initial=0) + 1, :, real]
         window = None if self.window is None else self.window * self._ranks
         return RoutingStatistics(load, window=window, model=model, **pairs)

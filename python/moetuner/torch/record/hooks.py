@@ -57,11 +57,11 @@ class Generations:
         # What generate holds is gone when it returns.
         self._calls: list[Callable[[], Generation | None]] = []
 
-    def of(self, given: Mapping[str, Any]) -> Generation | None:
+    def of(self, arguments: Mapping[str, Any]) -> Generation | None:
         """Return the call that has prepared the arguments of a forward pass."""
         generation = self._innermost()
         tokens = None if generation is None else generation.tokens()
-        same = tokens is not None and any(given.get(name) is tokens for name in TOKEN_NAMES)
+        same = tokens is not None and any(arguments.get(name) is tokens for name in TOKEN_NAMES)
         return generation if same else None
 
     def _innermost(self) -> Generation | None:
@@ -92,7 +92,9 @@ class Generations:
     def prepare(self, inputs: Any, arguments: Mapping[str, Any]) -> Any:
         """Take what the next pass will be given, and return it."""
         if (generation := self._innermost()) is not None:
-            tokens = next((inputs[of] for of in TOKEN_NAMES if inputs.get(of) is not None), None)
+            tokens = next(
+                (inputs[name] for name in TOKEN_NAMES if inputs.get(name) is not None), None
+            )
             mask = arguments.get("attention_mask")
             generation.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
             generation.repeated = generation.length
@@ -131,9 +133,9 @@ def _listen(model: nn.Module, name: str, change: Callable[[Any, Mapping[str, Any
     function = getattr(method, "__func__", None)
 
     @functools.wraps(method)
-    def call(of: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs) if function is None else function(of, *args, **kwargs)
-        return change(result, kwargs) if of is model_of() else result
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs) if function is None else function(model, *args, **kwargs)
+        return change(result, kwargs) if model is model_of() else result
 
     call.own = model.__dict__.get(name)  # type: ignore[attr-defined]
     model.__dict__[name] = MethodType(call, model)
@@ -164,15 +166,18 @@ class Step:
 
 
 def step_of(
-    model: nn.Module, given: Mapping[str, Any], mask: object | None, generation: Generation | None
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    mask: object | None,
+    generation: Generation | None,
 ) -> Step:
     """Read the arguments of a forward pass; ``mask`` replaces that of its arguments."""
-    tokens = _tokens(model, given)
+    tokens = _tokens(model, arguments)
     rows, length = tokens.shape[:2]
-    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-    packed, column, marks = given.get(PACKED), torch.arange(length, device=tokens.device), []
+    cache = next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+    packed, column, marks = arguments.get(PACKED), torch.arange(length, device=tokens.device), []
     if mask is None:
-        mask = given.get("attention_mask")
+        mask = arguments.get("attention_mask")
         if generation is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             mask = generation.mask
     if isinstance(packed, Tensor) and rows == 1:
@@ -190,27 +195,27 @@ def step_of(
     return Step(rows, length, marks, cache, paged)
 
 
-def _tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+def _tokens(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
     """Return the argument that is tokens [B,S,..]."""
-    for tokens in [*(given.get(name) for name in TOKEN_NAMES), *given.values()]:
+    for tokens in [*(arguments.get(name) for name in TOKEN_NAMES), *arguments.values()]:
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             # A matrix of numbers is tokens by features, without a batch.
             return tokens[None] if tokens.dim() == 2 and tokens.is_floating_point() else tokens
     rule = f"{type(model).__name__} must be called with input_ids [batch, tokens] or inputs_embeds"
-    raise ValueError(f"{rule}, got {sorted(given)}")
+    raise ValueError(f"{rule}, got {sorted(arguments)}")
 
 
 def _marked(mask: object, rows: int, length: int) -> Tensor:
     """Return the last ``length`` columns of a mask: others are tokens of earlier steps."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows:
-        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask must be [batch, tokens] with a batch of {rows}, got {given}; where "
+            f"attention_mask must be [batch, tokens] with a batch of {rows}, got {shape}; where "
             "the model is called with another, set the recorder's attention_mask"
         )
     if mask.shape[1] < length:
-        given = list(mask.shape)
-        raise ValueError(f"attention_mask must have at least {length} tokens, got {given}")
+        shape = list(mask.shape)
+        raise ValueError(f"attention_mask must have at least {length} tokens, got {shape}")
     return (mask[:, mask.shape[1] - length :] != 0).reshape(-1)
 
 
@@ -278,11 +283,11 @@ class StepHooks:
         it holds.
         """
 
-        def hook(of: nn.Module, given: Any, more: Any) -> None:
-            if of is module:
+        def hook(called: nn.Module, inputs: Any, more: Any) -> None:
+            if called is module:
                 try:
                     with torch.no_grad():
-                        call(given, more)
+                        call(inputs, more)
                 except Exception as error:
                     self._drop(error)
 
@@ -322,8 +327,8 @@ class StepHooks:
     def _describe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take what the model, or the first module in it that names it, is called with."""
         if self._is_running and self._step is None and not self._is_dropped:
-            given = {**dict(zip(_arguments_of(module), args, strict=False)), **kwargs}
-            self._step = step_of(module, given, self._mask(), self._generations.of(given))
+            arguments = {**dict(zip(_arguments_of(module), args, strict=False)), **kwargs}
+            self._step = step_of(module, arguments, self._mask(), self._generations.of(arguments))
 
     def _take(self, number: int, _inputs: Any, output: Any) -> None:
         """Take what a router returned."""
@@ -366,7 +371,7 @@ class StepHooks:
         device = routed[0][0].device
         columns = zip(*routed, strict=True)
         parts = [[part.to(device, non_blocking=True) for part in column] for column in columns]
-        ids, scores = (torch.stack(of, dim=1) for of in parts)
+        ids, scores = (torch.stack(part, dim=1) for part in parts)
         ids = ids.long()
         # Ids are checked before they become one or two bytes, in which they would be others.
         outside = (ids < 0) | (ids >= self.choices)
@@ -392,7 +397,7 @@ def _describing(model: nn.Module, layers: tuple[MoELayer, ...]) -> list[nn.Modul
     """
     way, routers = [model], {layer.router for layer in layers}
     while True:
-        inner = [of for of in way[-1].children() if routers <= set(of.modules()) - {of}]
+        inner = [child for child in way[-1].children() if routers <= set(child.modules()) - {child}]
         if len(inner) != 1:
             break
         way += inner
@@ -404,8 +409,8 @@ def _describing(model: nn.Module, layers: tuple[MoELayer, ...]) -> list[nn.Modul
         named = inspect.Parameter.VAR_POSITIONAL not in kinds
         return 4 * ("attention_mask" in parameters) + 2 * has_tokens + named
 
-    most = max(map(tells, way))
-    return [] if tells(model) == most else [of for of in way if tells(of) == most]
+    highest = max(map(tells, way))
+    return [] if tells(model) == highest else [module for module in way if tells(module) == highest]
 
 
 def _arguments_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:

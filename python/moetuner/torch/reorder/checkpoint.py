@@ -89,7 +89,10 @@ def permute_state_dict(
             if change.order is not None or change.ids is not None:
                 plan.check_memory(name, source[name])
         plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
-        moved = ((of.name, plan.moved(name, source[name], of)) for name, of in changes.items())
+        moved = (
+            (change.name, plan.moved(name, source[name], change))
+            for name, change in changes.items()
+        )
         return dict(moved)
     if out is None:
         raise ValueError("out must be a folder to write where source is a folder, got None")
@@ -149,7 +152,9 @@ class _Folder:
         self.file_of: dict[str, Path] = {}
         # Of the same shapes and kinds of numbers, without memory.
         self.tensors: dict[str, Tensor] = {}
-        whole = {code for code, of in DTYPES.items() if of.kind in "iu" and of.itemsize > 1}
+        integer_codes = {
+            code for code, dtype in DTYPES.items() if dtype.kind in "iu" and dtype.itemsize > 1
+        }
         for file, header in self.headers.items():
             for name, entry in header.entries.items():
                 shape = entry.get("shape")
@@ -157,7 +162,7 @@ class _Folder:
                     raise ValueError(f"{file}: tensor {name} is in another file as well")
                 if not isinstance(shape, list) or not all(map(safetensors.is_size, shape)):
                     raise ValueError(f"{file}: {name}: shape must be sizes, got {shown(shape)}")
-                dtype = torch.int64 if str(entry.get("dtype")) in whole else torch.float32
+                dtype = torch.int64 if str(entry.get("dtype")) in integer_codes else torch.float32
                 self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
                 self.file_of[name] = file
 
@@ -208,7 +213,9 @@ class _Folder:
                 continue
             left_out += [str(file.relative_to(self.path)) for file in weights]
             lists = (INDEXES,) if weights else (INDEX,)
-            files += [of for of in beside if of not in weights and not of.name.endswith(lists)]
+            files += [
+                file for file in beside if file not in weights and not file.name.endswith(lists)
+            ]
         return files, sorted(left_out)
 
     def copy(

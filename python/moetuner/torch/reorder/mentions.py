@@ -43,9 +43,9 @@ class Mentions:
     def renamed(self, value: Any) -> Any:
         """Return settings with the new names of experts, in texts and in keys."""
         if isinstance(value, dict):
-            return {self._text(name): self.renamed(of) for name, of in value.items()}
+            return {self._text(name): self.renamed(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.renamed(of) for of in value]
+            return [self.renamed(item) for item in value]
         return self._text(value) if isinstance(value, str) else value
 
     def _text(self, text: str) -> str:
@@ -65,7 +65,9 @@ class Mentions:
 
     def _number(self, block: str, expert: str, text: str) -> str:
         """Return the new number of an expert of a block, by its whole name or the end of it."""
-        blocks = {of for of in self.plan.blocks if of == block or of.endswith(f".{block}")}
+        blocks = {
+            other for other in self.plan.blocks if other == block or other.endswith(f".{block}")
+        }
         blocks = {block} if block in blocks else blocks
         if len(blocks) != 1:
             raise ValueError(f"{shown(text)}: must be an expert of one of the MoE blocks")
@@ -100,7 +102,7 @@ def _readings(text: str) -> list[Callable[[str], bool]]:
         except re.error:
             continue
         readings += [
-            lambda name, of=compiled: of.search(name) is not None,  # type: ignore[misc]
-            lambda name, of=compiled: of.fullmatch(name) is not None,  # type: ignore[misc]
+            lambda name, pattern=compiled: pattern.search(name) is not None,  # type: ignore[misc]
+            lambda name, pattern=compiled: pattern.fullmatch(name) is not None,  # type: ignore[misc]
         ]
     return readings

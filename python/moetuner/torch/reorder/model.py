@@ -67,8 +67,8 @@ def apply_placement(
     sizes = (len(layers), layers[0].num_experts)
     if sizes != (placement.layers, placement.num_experts):
         rule = f"{sizes[0]} layers of {sizes[1]} experts as the model has"
-        given = f"{placement.layers} of {placement.num_experts}"
-        raise ValueError(f"placement must have {rule}, got {given}")
+        found = f"{placement.layers} of {placement.num_experts}"
+        raise ValueError(f"placement must have {rule}, got {found}")
     order = plan.order_of(placement)
     for layer, positions in zip(layers, order, strict=True):
         if layer.num_experts != len(positions):
@@ -109,7 +109,7 @@ def _tensors(model: nn.Module, layers: tuple[MoELayer, ...]) -> dict[str, Tensor
     """Return all tensors of a model by all their names; blocks that run twice have one."""
     blocks = {id(layer.block): _block(layer) for layer in layers}
     modules = model.named_modules(remove_duplicate=False)
-    again = tuple(f"{name}." for name, of in modules if blocks.get(id(of), name) != name)
+    again = tuple(f"{name}." for name, module in modules if blocks.get(id(module), name) != name)
     kinds = (model.named_parameters, model.named_buffers)
     named = itertools.chain(*(kind(remove_duplicate=False) for kind in kinds))
     return {name: tensor for name, tensor in named if not name.startswith(again)}
@@ -173,7 +173,9 @@ def _once(changes: Changes, tensors: Tensors) -> list[str]:
 
     def move(name: str) -> object:
         tensor, change = tensors[name], changes[name]
-        orders = [None if of is None else of.tobytes() for of in (change.order, change.ids)]
+        orders = [
+            None if order is None else order.tobytes() for order in (change.order, change.ids)
+        ]
         # An expert of a list moves as a module, which has another name then.
         new_name = change.name if change.name != name else None
         if orders == [None, None] and new_name is None:

@@ -58,7 +58,7 @@ def parts_of(names: Iterable[str]) -> dict[str, Part]:
 
 def widths_of(parts: Iterable[Part]) -> dict[str, int]:
     """Return the digits of experts' numbers with leading zeros, by the name before the number."""
-    return {of.head: len(of.expert or "") for of in parts if of.is_padded}
+    return {part.head: len(part.expert or "") for part in parts if part.is_padded}
 
 
 def layer_number(block: str) -> int:
@@ -82,7 +82,7 @@ def blocks_of(names: Iterable[str], layers: int, hidden_layers: int | None) -> l
     """
 
     def place(block: str) -> tuple[bool, int, list[tuple[int, str]]]:
-        parts = [(int(of), "") if of.isdigit() else (-1, of) for of in block.split(".")]
+        parts = [(int(word), "") if word.isdigit() else (-1, word) for word in block.split(".")]
         return predicts(block, hidden_layers), layer_number(block), parts
 
     ordered = sorted({part.block for part in parts_of(names).values()}, key=place)

@@ -98,9 +98,9 @@ def order_of(placement: Placement) -> Order:
         ),
     ):
         for layer, number in np.argwhere(wrong)[:1]:
-            given = f"{counts[layer, number]} {which} {number} in layer {layer}"
+            found = f"{counts[layer, number]} {which} {number} in layer {layer}"
             rule = f"placement must have {rule} to become an order of experts"
-            raise ValueError(f"{rule}, got {given}")
+            raise ValueError(f"{rule}, got {found}")
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
 
 
@@ -108,7 +108,7 @@ def groups_in(settings: Mapping[str, Any]) -> int:
     """Count the groups among which a router chooses first; 1 if all experts compete at once."""
 
     def numbers(names: re.Pattern[str]) -> list[int]:
-        named = {name: of for name, of in settings.items() if names.fullmatch(str(name))}
+        named = {name: value for name, value in settings.items() if names.fullmatch(str(name))}
         counts = {k: v for k, v in named.items() if v is not None and not isinstance(v, bool)}
         return [whole_number(f"config's {k}", v, lowest=0) for k, v in counts.items()]
 
@@ -251,7 +251,7 @@ class Plan:
             block = beside[0] if beside else ""
             path = name.removeprefix(self._layers.get(block, ""))
             kind = _kind(path, tensor, self.experts, "layer" if beside else "model")
-            kind = None if kind and len({self.rows[of] for of in beside}) > 1 else kind
+            kind = None if kind and len({self.rows[name] for name in beside}) > 1 else kind
         if kind is None:
             what = "may depend on the order of experts in a way that is not known"
             raise ValueError(f"{name}: {list(tensor.shape)} {what}")
@@ -262,7 +262,7 @@ def changes_of(tensors: Tensors, plan: Plan) -> Changes:
     """Return what becomes of every tensor of a model or checkpoint that is all there."""
     parts, order = parts_of(tensors), plan.order
     for block in plan.routers:
-        numbers = (of.expert for of in parts.values() if of.block == block)
+        numbers = (part.expert for part in parts.values() if part.block == block)
         own = {int(number) for number in numbers if number is not None}
         if own and own != set(range(order.shape[1])):
             rule = f"must have experts 0 to {order.shape[1] - 1} as the placement has"

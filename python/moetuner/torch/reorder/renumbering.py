@@ -82,10 +82,10 @@ class Renumbering:
         start = ADAPTED if name.startswith(ADAPTED) else ""
         name = name.removeprefix(start)
         part = part_of(name)
-        known = next((of for of in self._plans if of.has(name, part)), None)
+        known = next((made for made in self._plans if made.has(name, part)), None)
         if known is None and predicts(part.block if part else name, self._hidden_layers):
             return start + name, tensor
-        beside = next((of for of in self._plans if of.is_beside(name)), None)
+        beside = next((made for made in self._plans if made.is_beside(name)), None)
         is_strange = part is not None or (beside is None and self._routes(name, tensor))
         if known is None and is_strange:
             raise ValueError(

@@ -63,7 +63,12 @@ def settings_of(config: Config, names: Iterable[str]) -> Settings:
     parts = list(_parts(fields))
     # Files leave out what is the default of a model within another one.
     known = [configuration_of(part) for part in parts if "model_type" in part]
-    parts += [part for of in known if of is not None for part in _parts_of_configuration(of)]
+    parts += [
+        part
+        for configuration in known
+        if configuration is not None
+        for part in _parts_of_configuration(configuration)
+    ]
     groups = {groups_in(part) for part in parts} - {1}
     of_experts = [part for part in parts if any(part.get(name) for name in SIZES)]
     layers = (part.get(name) for part in (*of_experts, *parts) for name in LAYERS)
@@ -80,13 +85,13 @@ def configuration_of(fields: Mapping[str, Any]) -> Any:
         return None
     kind = str(fields.get("model_type"))
     made = [getattr(transformers, str(name), None) for name in fields.get("architectures") or ()]
-    kinds = [getattr(of, "config_class", None) for of in made]
+    kinds = [getattr(maker, "config_class", None) for maker in made]
     kinds += [CONFIG_MAPPING[kind]] if kind in CONFIG_MAPPING else []
     with _quiet(transformers):
-        for of in kinds:
+        for configuration in kinds:
             try:
-                if of is not None and of.model_type == kind:
-                    return of.from_dict(_decoded(fields))
+                if configuration is not None and configuration.model_type == kind:
+                    return configuration.from_dict(_decoded(fields))
             except Exception:  # code of others may have other settings by the same name
                 continue
     return None
@@ -115,7 +120,7 @@ def _decoded(value: Any) -> Any:
         return (
             float(value["__float__"]) if is_number else {k: _decoded(v) for k, v in value.items()}
         )
-    return [_decoded(of) for of in value] if isinstance(value, list) else value
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _class_of(config: Any) -> Any:
