@@ -74,8 +74,8 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     """Check a choice."""
     names = tuple(choices)
     if not (isinstance(value, str) and value in names):
-        near = suggestion(value, names)
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}{near}")
+        hint = suggestion(value, names)
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
 
 
 def suggestion(value: object, choices: Iterable[str]) -> str:
@@ -84,10 +84,10 @@ def suggestion(value: object, choices: Iterable[str]) -> str:
         return ""
     names, begun = {choice.lower(): choice for choice in choices}, value.lower()
     # Letters in another order, which difflib takes for far.
-    near = [name for name in names if sorted(name) == sorted(begun)]
-    near += difflib.get_close_matches(begun, names, n=1)
-    near += [name for name in names if begun and name.startswith(begun)]
-    return f". Did you mean {names[near[0]]}?" if near else ""
+    similar = [name for name in names if sorted(name) == sorted(begun)]
+    similar += difflib.get_close_matches(begun, names, n=1)
+    similar += [name for name in names if begun and name.startswith(begun)]
+    return f". Did you mean {names[similar[0]]}?" if similar else ""
 
 
 def flag(name: str, value: object) -> None:
@@ -372,15 +372,17 @@ def numbered(group: ArrayLike) -> list[str]:
 
 def joined_sequences(parts: list[NDArray[np.int32] | None]) -> NDArray[np.int64] | None:
     """Join the sequence labels of traces; where one would come back all are numbered anew."""
-    given = [part for part in parts if part is not None]
-    if len(given) < len(parts):
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
         return None
-    labels = [distinct(part) for part in given]
-    ends = np.cumsum([len(of) for of in labels])
+    labels = [distinct(part) for part in present]
+    ends = np.cumsum([len(values) for values in labels])
     if len(distinct(np.concatenate(labels))) == ends[-1]:
-        return np.concatenate(given).astype(np.int64)
-    rows = zip(given, labels, ends, strict=True)
-    return np.concatenate([np.searchsorted(of, part) + end - len(of) for part, of, end in rows])
+        return np.concatenate(present).astype(np.int64)
+    rows = zip(present, labels, ends, strict=True)
+    return np.concatenate(
+        [np.searchsorted(values, part) + end - len(values) for part, values, end in rows]
+    )
 
 
 def joined_groups(parts: Iterable[Any]) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
@@ -400,13 +402,13 @@ def frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
     return view
 
 
-def expert_size(given: Any) -> tuple[int, int] | None:
+def expert_size(sizes: Any) -> tuple[int, int] | None:
     """Return hidden and intermediate size of an expert, checked; None as it is."""
-    if given is None:
+    if sizes is None:
         return None
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(given)}")
-    hidden, intermediate = (whole_number("expert_size", size, highest=1 << 24) for size in given)
+    if not isinstance(sizes, tuple | list) or len(sizes) != 2:
+        raise ValueError(f"expert_size must be (hidden, intermediate), got {shown(sizes)}")
+    hidden, intermediate = (whole_number("expert_size", size, highest=1 << 24) for size in sizes)
     return hidden, intermediate
 
 

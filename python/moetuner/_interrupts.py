@@ -47,8 +47,8 @@ def heard() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
     # One that is ignored, or somebody else's, stays so.
-    mine = (_end, signal.SIG_DFL, signal.default_int_handler)
-    taken = [number for number in numbers if before[number] in mine]
+    ours = (_end, signal.SIG_DFL, signal.default_int_handler)
+    taken = [number for number in numbers if before[number] in ours]
     with suppress(ValueError):  # not the main thread
         for number in taken:
             signal.signal(number, _interrupt)

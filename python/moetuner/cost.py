@@ -308,7 +308,7 @@ class CostModel(Frozen):
     @classmethod
     def _scaled(
         cls,
-        of: Measured,
+        preset: Measured,
         hidden: float,
         intermediate: float,
         dtype_bytes: float | None,
@@ -320,14 +320,23 @@ class CostModel(Frozen):
         weights = hidden * check.positive("intermediate", intermediate)
         if check.positive("dtype_bytes", dtype_bytes or 2) != 2:
             raise ValueError(f"dtype_bytes must be 2, as measured, got {dtype_bytes}")
-        factor = weights / (of.hidden * of.intermediate)
-        fields: dict[str, Any] = {"name": name, "token_bytes": 2 * hidden, "exposed": of.exposed}
+        factor = weights / (preset.hidden * preset.intermediate)
+        fields: dict[str, Any] = {
+            "name": name,
+            "token_bytes": 2 * hidden,
+            "exposed": preset.exposed,
+        }
         fields["weight_bits"] = 16.0
-        if (hidden, intermediate) == (of.hidden, of.intermediate):
-            fields |= {"prediction_error": of.prediction_error, "measured": of.measured}
+        if (hidden, intermediate) == (preset.hidden, preset.intermediate):
+            fields |= {"prediction_error": preset.prediction_error, "measured": preset.measured}
         else:
-            fields["name"] += f" (scaled from {of.hidden}x{of.intermediate})"
-        line = (of.base_us, factor * of.expert_us, of.start_us, factor * of.token_us)
+            fields["name"] += f" (scaled from {preset.hidden}x{preset.intermediate})"
+        line = (
+            preset.base_us,
+            factor * preset.expert_us,
+            preset.start_us,
+            factor * preset.token_us,
+        )
         return cls(*line, **{**fields, **others})
 
     def compute_us(
@@ -376,7 +385,9 @@ class CostModel(Frozen):
                 f"ports must be rows [..,{len(topology.levels)}], one for each tier of the "
                 f"topology, got {list(rows.shape)}"
             )
-        bandwidth, latency = np.array([(of.bandwidth, of.latency) for of in topology.levels]).T
+        bandwidth, latency = np.array(
+            [(level.bandwidth, level.latency) for level in topology.levels]
+        ).T
         time: Floats = ((rows > 0) * latency + rows * row_bytes / bandwidth).sum(axis=-1) * 1e6
         return time
 

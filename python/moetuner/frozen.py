@@ -45,7 +45,7 @@ class Frozen:
         return {field.name: as_json(getattr(self, field.name)) for field in _fields(self)}
 
     def _repr_html_(self) -> str:
-        names = [*(of.name for of in _fields(self) if of.repr), *self._also_shown]
+        names = [*(field.name for field in _fields(self) if field.repr), *self._also_shown]
         rows = [(name, short(getattr(self, name)).replace(BREAK, " ")) for name in names]
         return html_table(("", type(self).__name__), rows)
 
@@ -87,10 +87,10 @@ def as_json(value: Any) -> Any:
     elif is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {key: as_json(of) for key, of in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    return [as_json(of) for of in value] if isinstance(value, (tuple, list)) else value
+    return [as_json(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -229,15 +229,15 @@ class Placement(Frozen):
             )
         check.check_slots(*slots.shape[1:])
         experts = check.whole_number("num_experts", self.num_experts, lowest=0)
-        most, highest = slots[0].size, int(slots.max())
-        if not experts and highest >= most:
+        capacity, highest = slots[0].size, int(slots.max())
+        if not experts and highest >= capacity:
             raise ValueError(
-                f"slots must have expert ids below {most}, the slots of a layer, got {highest}"
+                f"slots must have expert ids below {capacity}, the slots of a layer, got {highest}"
             )
         experts = experts or max(highest + 1, 1)
-        if experts > most:
+        if experts > capacity:
             raise ValueError(
-                f"num_experts must be from 1 to {most}, a slot for each, got {experts}"
+                f"num_experts must be from 1 to {capacity}, a slot for each, got {experts}"
             )
         _check(slots, experts)
         slots = np.array(slots, dtype=np.int32, order="C")  # a copy of its own
@@ -458,10 +458,13 @@ class Placement(Frozen):
         check.instance("other", other, Placement)
         if expert_bytes is not None:
             check.not_negative("expert_bytes", expert_bytes, "number of bytes")
-        mine, theirs = ((of.layers, of.devices, of.num_experts) for of in (self, other))
-        if mine != theirs:
+        own, theirs = (
+            (placement.layers, placement.devices, placement.num_experts)
+            for placement in (self, other)
+        )
+        if own != theirs:
             raise ValueError(
-                f"other must have the same layers, devices and experts, got {mine} and {theirs}"
+                f"other must have the same layers, devices and experts, got {own} and {theirs}"
             )
         if topology is not None:
             check.instance("topology", topology, Topology)

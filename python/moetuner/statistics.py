@@ -103,7 +103,7 @@ def to_tables(sets: tuple[ExpertSets, ...] | None) -> dict[str, NDArray[Any] | N
     if sets is None:
         return dict.fromkeys(SET_TABLES)
     ids, counts = (
-        np.concatenate(of) for of in zip(*((s.ids, s.counts) for s in sets), strict=True)
+        np.concatenate(arrays) for arrays in zip(*((s.ids, s.counts) for s in sets), strict=True)
     )
     return dict(zip(SET_TABLES, (ids, counts, np.array([*map(len, sets)], np.uint64)), strict=True))
 
@@ -228,10 +228,10 @@ class RoutingStatistics(Frozen):
         for name, table in self._pairs.items():
             if table is not None:
                 shape = (layers - PAIRS[name], experts, experts)
-                whole = _counts(name, table, "[.., experts, experts]").astype(np.uint64, copy=False)
-                if whole.shape != shape:
-                    raise ValueError(f"{name} must be {list(shape)}, got {list(whole.shape)}")
-                vars(self)[name] = whole
+                pairs = _counts(name, table, "[.., experts, experts]").astype("u8", copy=False)
+                if pairs.shape != shape:
+                    raise ValueError(f"{name} must be {list(shape)}, got {list(pairs.shape)}")
+                vars(self)[name] = pairs
         for layer, counts in enumerate(self.coactivation if self.coactivation is not None else ()):
             if counts.diagonal().any() or not np.array_equal(counts, counts.T):
                 rule = "symmetric with a zero diagonal"
@@ -252,9 +252,9 @@ class RoutingStatistics(Frozen):
         sets = check.listed("sets", self.sets, "expert sets")
         if len(sets) != self.layers:
             raise ValueError(f"sets must be those of {self.layers} layers, got {len(sets)}")
-        for layer, of in enumerate(sets):
-            check.instance(f"sets of layer {layer}", of, ExpertSets)
-            highest = int(of.ids.max(initial=0))
+        for layer, layer_sets in enumerate(sets):
+            check.instance(f"sets of layer {layer}", layer_sets, ExpertSets)
+            highest = int(layer_sets.ids.max(initial=0))
             if highest >= self.experts:
                 raise ValueError(
                     f"sets must have expert ids below {self.experts}, layer {layer} has {highest}"
@@ -314,15 +314,19 @@ class RoutingStatistics(Frozen):
         check.callable_or_none("progress", progress)
         report = progress or (lambda _: None)
         every = _sampling(trace) if sets else 1
-        how: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
+        options: Any = {"window": window, "every": every, "threads": threads, "tables": tables}
         if not by_group:
-            return cls._counted(trace, report, **how)
+            return cls._counted(trace, report, **options)
         if trace.group is None:
             raise ValueError("by_group needs a trace with groups; this one has none")
         parts, numbers = [], np.unique(trace.group).tolist()
         for at, number in enumerate(numbers):
-            mine = trace.select(groups=[number])
-            part = cls._counted(mine, lambda of: report((at + of) / len(numbers)), **how)  # noqa: B023
+            group_trace = trace.select(groups=[number])
+
+            def report_part(done: float, at: int = at) -> None:
+                report((at + done) / len(numbers))
+
+            part = cls._counted(group_trace, report_part, **options)
             group = np.full(part.windows, number)
             parts.append(replace(part, group=group, group_names=trace.group_names))
         return cls.sum(parts)
@@ -384,24 +388,24 @@ class RoutingStatistics(Frozen):
             If ``share`` is not between 0 and 1, or there is one window.
         """
         if not (check.is_number(share) and 0 < share < 1) or self.windows == 1:
-            of = " of two windows or more" if self.windows == 1 else ""
-            raise ValueError(f"share must be between 0 and 1{of}, got {check.shown(share)}")
+            condition = " of two windows or more" if self.windows == 1 else ""
+            raise ValueError(f"share must be between 0 and 1{condition}, got {check.shown(share)}")
         check.seed_in(seed)
         group = np.zeros(self.windows, np.int64) if self.group is None else self.group
         first = np.zeros(self.windows, dtype=bool)
         for number in np.unique(group):
-            mine = np.flatnonzero(group == number)
-            first[mine[: max(round(share * len(mine)), 1)]] = True
+            members = np.flatnonzero(group == number)
+            first[members[: max(round(share * len(members)), 1)]] = True
         first[-1] &= not first.all()
         without: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
         parts = [
             replace(
                 self,
-                window_load=self.window_load[of],
-                group=None if self.group is None else group[of],
+                window_load=self.window_load[chosen],
+                group=None if self.group is None else group[chosen],
                 **without,
             )
-            for of in (first, ~first)
+            for chosen in (first, ~first)
         ]
         return parts[0], parts[1]
 
@@ -454,7 +458,7 @@ class RoutingStatistics(Frozen):
         """Load over all windows [L,E], by the expert sets where those are of a sample."""
         if self.sets is None or self.set_tokens is None:
             return self.total_load
-        return np.stack([of.load(self.experts) for of in self.sets])
+        return np.stack([layer_sets.load(self.experts) for layer_sets in self.sets])
 
     @property
     def _pairs(self) -> dict[str, NDArray[np.uint64] | None]:
@@ -519,15 +523,15 @@ class RoutingStatistics(Frozen):
         for name in ("model", "expert_size"):
             fields[name] = getattr(self, name) and getattr(other, name)
         fields["left_out"] = self.left_out if self.left_out == other.left_out else None
-        for name, mine in self._pairs.items():
+        for name, own in self._pairs.items():
             theirs = other._pairs[name]
-            fields[name] = None if mine is None or theirs is None else mine + theirs
+            fields[name] = None if own is None or theirs is None else own + theirs
         if self.sets is not None and other.sets is not None:
             fields["sets"] = tuple(map(operator.add, self.sets, other.sets))
             if self.set_tokens or other.set_tokens:
                 sides = ((self.sets, self.set_tokens), (other.sets, other.set_tokens))
                 fields["set_tokens"] = sum(
-                    sample or int(of[0].counts.sum()) for of, sample in sides
+                    sample or int(sets[0].counts.sum()) for sets, sample in sides
                 )
         load = np.concatenate([self.window_load, other.window_load])
         return RoutingStatistics(load, **fields)
@@ -642,8 +646,8 @@ class RoutingStatistics(Frozen):
     def save(self, path: str | Path) -> None:
         """Write as safetensors; the file appears whole or not at all."""
         pairs = {"load": self.window_load, **self._pairs, "group": self.group}
-        about: Any = {name: getattr(self, name) for name in ABOUT}
-        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), about)
+        metadata: Any = {name: getattr(self, name) for name in ABOUT}
+        contents.write_statistics(check.path_in(path), pairs | to_tables(self.sets), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingStatistics:
@@ -659,10 +663,10 @@ class RoutingStatistics(Frozen):
         OSError
             If it cannot be read.
         """
-        tables, about = contents.read_statistics(check.path_in(path))
+        tables, metadata = contents.read_statistics(check.path_in(path))
         with naming(path):
-            about |= {name: tables.get(name) for name in (*PAIRS, "group")}
-            return cls.from_load(tables["load"], sets=from_tables(tables), **about)
+            metadata |= {name: tables.get(name) for name in (*PAIRS, "group")}
+            return cls.from_load(tables["load"], sets=from_tables(tables), **metadata)
 
 
 def _counts(name: str, table: Any, dimensions: str) -> Loads:

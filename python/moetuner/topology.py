@@ -60,11 +60,11 @@ class Tier(Frozen):
         _set_link(self, "bandwidth", "latency")
 
 
-def _set_link(of: Any, bandwidth: str, latency: str) -> None:
+def _set_link(link: Any, bandwidth: str, latency: str) -> None:
     """Check the numbers of a link, which are fields of a frozen value, and set them."""
-    rate = check.positive(bandwidth, getattr(of, bandwidth), "number of bytes per second")
-    seconds = check.not_negative(latency, getattr(of, latency), "number of seconds")
-    vars(of).update({bandwidth: rate, latency: seconds})
+    rate = check.positive(bandwidth, getattr(link, bandwidth), "number of bytes per second")
+    seconds = check.not_negative(latency, getattr(link, latency), "number of seconds")
+    vars(link).update({bandwidth: rate, latency: seconds})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,15 +144,18 @@ class Topology(Frozen):
         if self.speed is not None:
             speeds = enumerate(check.per_device("speed", self.speed, self.devices))
             vars(self)["speed"] = tuple(
-                float(check.positive(f"speed of device {device}", of)) for device, of in speeds
+                float(check.positive(f"speed of device {device}", value))
+                for device, value in speeds
             )
         if self.slots_per_device is not None:
             slots = enumerate(
                 check.per_device("slots_per_device", self.slots_per_device, self.devices)
             )
             vars(self)["slots_per_device"] = tuple(
-                check.whole_number(f"slots_per_device of device {d}", of, highest=check.SLOT_LIMIT)
-                for d, of in slots
+                check.whole_number(
+                    f"slots_per_device of device {d}", value, highest=check.SLOT_LIMIT
+                )
+                for d, value in slots
             )
 
     def _set_from_tiers(self) -> None:
@@ -275,9 +278,12 @@ class Topology(Frozen):
         check.one_of("preset", machine, MACHINES)
         nodes = check.whole_number("nodes", nodes, highest=check.DEVICE_LIMIT)
         numbers = MACHINES[machine]
-        about: dict[str, Any] = {"devices": numbers.devices_per_node * nodes, **numbers._asdict()}
-        about["name"] = machine if nodes == 1 else f"{machine}:{nodes}"
-        return cls(**(about | others))
+        arguments: dict[str, Any] = {
+            "devices": numbers.devices_per_node * nodes,
+            **numbers._asdict(),
+        }
+        arguments["name"] = machine if nodes == 1 else f"{machine}:{nodes}"
+        return cls(**(arguments | others))
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
@@ -299,18 +305,18 @@ class Topology(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parameters that differ from the defaults, as ``from_keys`` reads them."""
-        given: dict[str, Any] = {
-            of.name: as_json(getattr(self, of.name))
-            for of in fields(self)
-            if getattr(self, of.name) != of.default
-            and not (self.tiers and of.name.startswith(LINKS))
+        changed: dict[str, Any] = {
+            parameter.name: as_json(getattr(self, parameter.name))
+            for parameter in fields(self)
+            if getattr(self, parameter.name) != parameter.default
+            and not (self.tiers and parameter.name.startswith(LINKS))
         }
-        return given
+        return changed
 
 
 def from_keys(values: Mapping[str, Any]) -> Topology:
     """Build a topology from the keys that a file has; see ``Topology.load``."""
-    values, keys = dict(values), [of.name for of in fields(Topology)]
+    values, keys = dict(values), [parameter.name for parameter in fields(Topology)]
     keys += ["preset", "nodes"] if "preset" in values else []
     for key in (key for key in values if key not in keys):
         hint = " (nodes needs preset)" if key == "nodes" else ""
@@ -358,10 +364,10 @@ def checked(values: ArrayLike, devices: int) -> NDArray[np.float64]:
 def in_integers(cost: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return lowest terms of whole numbers; others scaled until the largest is ``HIGHEST_COST``."""
     if (cost == np.floor(cost)).all() and cost.max() < 2.0**53:
-        whole = cost.astype(np.int64)
-        whole //= max(np.gcd.reduce(whole, axis=None), 1)  # one device has no links
-        if whole.max() <= HIGHEST_COST:
-            return whole
+        integers = cost.astype(np.int64)
+        integers //= max(np.gcd.reduce(integers, axis=None), 1)  # one device has no links
+        if integers.max() <= HIGHEST_COST:
+            return integers
     scaled = np.rint(cost * (HIGHEST_COST / cost.max())).astype(np.int64)
     return np.where(cost > 0, np.maximum(scaled, 1), 0)
 

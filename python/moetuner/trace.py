@@ -73,10 +73,10 @@ class RoutingTrace:
                 f"got {check.shown(self.ids)}"
             )
         tokens = self.ids.shape[0]
-        given: Any = self.group_names
-        if given is None and self.group is not None:
-            given = check.numbered(self.group)
-        names = check.names(given)
+        names_given: Any = self.group_names
+        if names_given is None and self.group is not None:
+            names_given = check.numbered(self.group)
+        names = check.names(names_given)
         vars(self).update(
             num_experts=check.experts_in(self.num_experts),
             group_names=names,
@@ -280,8 +280,8 @@ class RoutingTrace:
         if layers is None:
             return self._taken(tokens)
         limits = {"lowest": 0, "highest": self.layers - 1}
-        given = check.listed("layers", layers, "numbers")
-        numbers = [check.whole_number("layers", layer, **limits) for layer in given]
+        listed = check.listed("layers", layers, "numbers")
+        numbers = [check.whole_number("layers", layer, **limits) for layer in listed]
         if not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(f"layers must be at least one and differ, got {numbers}")
         return self._taken(tokens, np.asarray(numbers, dtype=np.intp))
@@ -300,8 +300,8 @@ class RoutingTrace:
         if self.sequence is None:
             raise ValueError("sequences: the trace has no sequences")
         limits = {"lowest": -(1 << 31), "highest": (1 << 31) - 1}
-        given = check.listed("sequences", sequences, "labels")
-        labels = [check.whole_number("sequences", label, **limits) for label in given]
+        listed = check.listed("sequences", sequences, "labels")
+        labels = [check.whole_number("sequences", label, **limits) for label in listed]
         unknown = np.setdiff1d(np.array(labels, np.int64), check.distinct(self.sequence))
         if unknown.size:
             raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
@@ -341,12 +341,12 @@ class RoutingTrace:
         return RoutingTrace(ids, traces[0].num_experts, **labels)
 
     def __repr__(self) -> str:
-        about = [
+        parts = [
             f"{name}={getattr(self, name)}" for name in ("tokens", "layers", "top_k", "num_experts")
         ]
-        about += [f"groups={len(self.group_names)}"] if self.group is not None else []
-        about += [f"model={self.model!r}"] if self.model is not None else []
-        return f"RoutingTrace({', '.join(about)})"
+        parts += [f"groups={len(self.group_names)}"] if self.group is not None else []
+        parts += [f"model={self.model!r}"] if self.model is not None else []
+        return f"RoutingTrace({', '.join(parts)})"
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None = None
@@ -355,7 +355,8 @@ class RoutingTrace:
         labels: dict[str, Any] = {"sequence": self.sequence, "group": self.group}
         if tokens is not None:
             labels = {
-                n: None if of is None else check.frozen(of[tokens]) for n, of in labels.items()
+                n: None if values is None else check.frozen(values[tokens])
+                for n, values in labels.items()
             }
         return replace(self, ids=self.ids.select(tokens, layers), **labels)
 

@@ -120,13 +120,13 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
             silent=True,
             speaker=speaker,
         )
-    given = [post for post in posts if post is not None]
-    first = given[0]
-    if first.pending and all(post.pending == first.pending for post in given):
+    answers = [post for post in posts if post is not None]
+    first = answers[0]
+    if first.pending and all(post.pending == first.pending for post in answers):
         return Verdict("reload")
-    never = "own" if all(post.reloads for post in given) else "off"
-    read = [post.files for post in given], [post.unread for post in given]
-    decided = [post.map for post in given], [bool(post.error) for post in given]
+    never = "own" if all(post.reloads for post in answers) else "off"
+    read = [post.files for post in answers], [post.unread for post in answers]
+    decided = [post.map for post in answers], [bool(post.error) for post in answers]
     for do, what, (values, failures) in (
         (never, "read other files or variables", read),
         ("own", "decided another map", decided),
@@ -134,8 +134,8 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
         failed = [rank for rank, failure in enumerate(failures) if failure]
         other = [rank for rank, value in enumerate(values) if value != values[0]]
         if failed:
-            where = "" if len(failed) == len(given) else f"{ranks_named(failed)}: "
-            return Verdict(do, f"{where}{given[failed[0]].error}")
+            where = "" if len(failed) == len(answers) else f"{ranks_named(failed)}: "
+            return Verdict(do, f"{where}{answers[failed[0]].error}")
         if other:
             return Verdict(do, f"{ranks_named(other)} {what} than rank 0")
     return Verdict("take", map=first.map)

@@ -316,6 +316,6 @@ def _signature(path: Path | None) -> tuple[int, ...] | None:
     """Return what changes when a file does; None for one that is not there."""
     if path is not None:
         with suppress(OSError):
-            of = path.stat()
-            return (of.st_mtime_ns, of.st_size, of.st_ino)
+            status = path.stat()
+            return (status.st_mtime_ns, status.st_size, status.st_ino)
     return None

@@ -161,8 +161,8 @@ class Case:
         slots, fresh = _running(old_map, shape, experts)
         # Configurations of models without groups say 0 as well.
         groups = max(int(num_groups or 1), 1)
-        whole = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
-        nodes = num_nodes if whole and groups > 1 else 1
+        divides = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
+        nodes = num_nodes if divides and groups > 1 else 1
         layers_with_experts = None if sparse is None else np.array(sparse, dtype=np.intp)
         runs = bool((slots >= 0).any())
         return cls(windows, slots, runs, fresh, groups, nodes, layers_with_experts)
@@ -201,7 +201,7 @@ class Case:
 
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
-        before, after = (holders_of(of, self.experts) for of in (self.slots, slots))
+        before, after = (holders_of(table, self.experts) for table in (self.slots, slots))
         return int(np.count_nonzero(after & ~before))
 
     def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:

@@ -46,10 +46,11 @@ class Stored:
         return f"{self.path} was made for {name}, and the engine serves {model}"
 
     def __str__(self) -> str:
-        of = self.placement
+        placement = self.placement
         return (
-            f"{self.path} ({self.checksum}: {of.layers} layers x {of.slots_per_device} slots on "
-            f"{of.devices} ranks, {of.num_experts} experts)"
+            f"{self.path} ({self.checksum}: {placement.layers} layers x "
+            f"{placement.slots_per_device} slots on {placement.devices} ranks, "
+            f"{placement.num_experts} experts)"
         )
 
 
@@ -94,7 +95,7 @@ class Files:
                 text = f"{error.filename}: {error.strerror}"
             return cls(error=text if str(path) in text else f"{path}: {text}")
         content = [settings.rebalance, settings.rules, settings.reload is not None]
-        content += [(of.checksum, of.placement.num_experts) for of in placements]
+        content += [(stored.checksum, stored.placement.num_experts) for stored in placements]
         content += [None if profile is None else profile.fingerprint]
         return cls(tuple(placements), profile, checksum_of(repr(content).encode()))
 
@@ -129,25 +130,25 @@ class Files:
         layers, ranks, width = case.slots.shape
         fitting, reasons = [], []
         for stored in self.placements:
-            of = stored.placement
+            placement = stored.placement
             try:
-                if (of.devices, of.slots_per_device, of.num_experts) != (
-                    ranks,
-                    width,
-                    case.experts,
-                ):
+                sizes = placement.devices, placement.slots_per_device, placement.num_experts
+                if sizes != (ranks, width, case.experts):
                     raise ValueError(
-                        f"{stored.path}: {of.devices} devices x {of.slots_per_device} slots for "
-                        f"{of.num_experts} experts, but the engine has {ranks} ranks x {width} "
-                        f"slots for {case.experts} experts"
+                        f"{stored.path}: {sizes[0]} devices x {sizes[1]} slots for {sizes[2]} "
+                        f"experts, but the engine has {ranks} ranks x {width} slots for "
+                        f"{case.experts} experts"
                     )
-                fitting.append((stored, case.rows_of(of.layers, f"{stored.path}: the placement")))
+                rows = case.rows_of(placement.layers, f"{stored.path}: the placement")
+                fitting.append((stored, rows))
             except ValueError as error:
                 reasons.append(str(error))
         if not fitting:
             raise ValueError("; ".join(reasons))
-        fitting = [of for of in fitting if of[0].placement.layers == layers] or fitting
-        fitting = [of for of in fitting if _same(of[0].placement.model, model)] or fitting
+        as_deep = [pair for pair in fitting if pair[0].placement.layers == layers]
+        fitting = as_deep or fitting
+        of_model = [pair for pair in fitting if _same(pair[0].placement.model, model)]
+        fitting = of_model or fitting
         if len(fitting) > 1:
             files = ", ".join(str(stored.path) for stored, _ in fitting)
             raise ValueError(

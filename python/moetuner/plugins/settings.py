@@ -59,10 +59,10 @@ class Settings:
     @classmethod
     def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
         """Read an environment, by default the process's; None if it asks for nothing."""
-        given = os.environ if environment is None else environment
+        variables = os.environ if environment is None else environment
 
         def text(name: str) -> str:
-            return given.get(PREFIX + name, "").strip()
+            return variables.get(PREFIX + name, "").strip()
 
         def path(name: str) -> Path | None:
             return Path(text(name)) if text(name) else None
@@ -77,8 +77,8 @@ class Settings:
         numbers = {}
         for name, argument in NUMBERS.items():
             number = _number(name, text(name)) if text(name) else getattr(Rules, argument)
-            whole = name == "MOVE_BUDGET" and number is not None
-            numbers[argument] = int(number) if whole else number
+            is_whole = name == "MOVE_BUDGET" and number is not None
+            numbers[argument] = int(number) if is_whole else number
         settings = cls(
             tuple(Path(part) for part in text("PLACEMENT").split(os.pathsep) if part.strip()),
             bool(switch("REBALANCE")),
@@ -108,27 +108,27 @@ def _number(name: str, value: str) -> float:
 
 def complaints(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return a line for every variable that does nothing: its name is unknown, or others win."""
-    given = os.environ if environment is None else environment
-    names = [name.removeprefix(PREFIX) for name in sorted(given) if name.startswith(PREFIX)]
+    variables = os.environ if environment is None else environment
+    names = [name.removeprefix(PREFIX) for name in sorted(variables) if name.startswith(PREFIX)]
     lines = []
     for name in names:
         if name in NAMES or name.strip("_").startswith(OTHERS):
             continue
-        near = difflib.get_close_matches(name, NAMES, 1)
-        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(NAMES)}"
+        similar = difflib.get_close_matches(name, NAMES, 1)
+        hint = f"did you mean {PREFIX}{similar[0]}?" if similar else f"known are {', '.join(NAMES)}"
         lines.append(f"{PREFIX}{name} is not a variable of moetuner: {hint}")
     try:
-        settings = Settings.of(given)
+        settings = Settings.of(variables)
     except ValueError:
         return lines
     placement = settings is not None and bool(settings.placements)
     rebalance = settings is not None and settings.rebalance
     if placement and rebalance:
         lines.append("MOETUNER_PLACEMENT is served, so MOETUNER_REBALANCE does nothing")
-    if given.get(PREFIX + "PROFILE") and (placement or not rebalance):
+    if variables.get(PREFIX + "PROFILE") and (placement or not rebalance):
         because = "with MOETUNER_PLACEMENT" if placement else "without MOETUNER_REBALANCE=1"
         lines.append(f"MOETUNER_PROFILE does nothing {because}")
-    if given.get(PREFIX + "RELOAD") and not (settings is not None and settings.decides):
+    if variables.get(PREFIX + "RELOAD") and not (settings is not None and settings.decides):
         lines.append(
             "MOETUNER_RELOAD does nothing without MOETUNER_PLACEMENT or MOETUNER_REBALANCE=1"
         )

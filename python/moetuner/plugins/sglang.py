@@ -141,9 +141,9 @@ class Hooks:
             return maps
         if named.get("algorithm") == ALGORITHM:
             assert self._theirs is not None
-            given = inspect.signature(self._theirs).parameters
+            parameters = inspect.signature(self._theirs).parameters
             # Its own choice takes what it knows of the model.
-            known = {name: value for name, value in named.items() if name in given}
+            known = {name: value for name, value in named.items() if name in parameters}
             named["algorithm"] = self._theirs("auto", **known)
         return original(**named)
 

@@ -21,7 +21,7 @@ def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any,
     placement = Placement(
         slots.reshape(len(slots), ranks, -1).astype(np.int32), num_experts=experts
     )
-    return tuple(torch.from_numpy(of) for of in eplb_maps(placement).values())
+    return tuple(torch.from_numpy(array) for array in eplb_maps(placement).values())
 
 
 def array_of(values: Any) -> NDArray[Any]:

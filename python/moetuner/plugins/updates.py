@@ -96,10 +96,10 @@ class Placed:
         self._read()
         return self._moved
 
-    def load(self, layer: int, expert: int, whole: bool, into: Callable[[int], Any]) -> bool:
+    def load(self, layer: int, expert: int, is_whole: bool, into: Callable[[int], Any]) -> bool:
         """Load a tensor of an expert ``into`` the slots of a layer; return whether one is local.
 
-        A ``whole`` tensor has the experts of all slots, in the order of the first map.
+        A tensor that ``is_whole`` has the experts of all slots, in the order of the first map.
         """
         self.stale |= bool(getattr(self.state, "rebalanced", False))
         if self.computes_scales:
@@ -108,7 +108,7 @@ class Placed:
                 "after an update: right until the next rearrangement, not after it",
                 rank_of_process(),
             )
-        unfollowed = self.unfollowed or ("a tensor of all experts" if whole else "")
+        unfollowed = self.unfollowed or ("a tensor of all experts" if is_whole else "")
         if unfollowed and self.moved:
             return self.refuse("load_weights", unfollowed, rank_of_process())
         if unfollowed:
@@ -184,8 +184,8 @@ def _loader(load: Any) -> Any:
         if (placed := vars(self).get(PLACED)) is None:  # the first load
             return load(self, *tensor, expert_id, return_success)  # type: ignore[no-any-return]
         model, layer = placed
-        whole = loaded_weight.dim() >= max(2, param.dim())
-        done = model.load(layer, expert_id, whole, lambda slot: load(self, *tensor, slot, True))
+        is_whole = loaded_weight.dim() >= max(2, param.dim())
+        done = model.load(layer, expert_id, is_whole, lambda slot: load(self, *tensor, slot, True))
         return bool(done) if return_success else None
 
     return load_where_it_is
@@ -208,7 +208,7 @@ def _adding(layers: Any, missing: str, log: Log, rearranges: bool, add_model: An
 def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed:
     """Tell every layer of a model that vLLM has taken where its experts are."""
     every = list(states.model_states.values())
-    state = next((of for of in every if getattr(of, "model", None) is model), every[-1])
+    state = next((placed for placed in every if getattr(placed, "model", None) is model), every[-1])
     parallel_config = getattr(states, "parallel_config", None)
     placed = Placed(state, model.num_logical_experts, parallel_config, log)
     placed.unfollowed = missing
@@ -225,8 +225,8 @@ def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed
             f"{' and '.join(LOADS[:2])} are refused from then on",
             rank_of_process(),
         )
-    others = [of for of in models_of(states) if any(of.state is other for other in every)]
-    vars(states)[MODELS] = [of for of in others if of.state is not state] + [placed]
+    known = [model for model in models_of(states) if any(model.state is other for other in every)]
+    vars(states)[MODELS] = [*(model for model in known if model.state is not state), placed]
     for number, layer in enumerate(experts):
         vars(layer)[PLACED] = placed, number
     return placed
@@ -318,7 +318,11 @@ def keep_maps(worker: Any, log: Log) -> None:
             kept.append(
                 (
                     model.state,
-                    {name: of.cpu().clone() for name, of in maps.items() if of is not None},
+                    {
+                        name: tensor.cpu().clone()
+                        for name, tensor in maps.items()
+                        if tensor is not None
+                    },
                 )
             )
         vars(worker)[KEPT] = kept

@@ -191,11 +191,13 @@ def place_at_load(states: Any, balancer: Balancer) -> None:
 def _placing(balancer: Balancer, add_model: Any) -> Any:
     def add_and_place(self: Any, *arguments: Any, **named: Any) -> Any:
         added = add_model(self, *arguments, **named)
-        given = dict(zip(("model", "model_config"), arguments, strict=False)) | named
+        arguments_by_name = dict(zip(("model", "model_config"), arguments, strict=False)) | named
         with contextlib.suppress(Exception):
-            warn_of_traps(given["model"], given["model_config"], self.parallel_config)
+            warn_of_traps(
+                arguments_by_name["model"], arguments_by_name["model_config"], self.parallel_config
+            )
         if not getattr(getattr(self, "parallel_config", None), "enable_elastic_ep", False):
-            place(self, given.get("model"), balancer)
+            place(self, arguments_by_name.get("model"), balancer)
         return added
 
     return add_and_place
@@ -258,8 +260,8 @@ def warn_of_traps(model: Any, model_config: Any, parallel_config: Any) -> None:
     slots = model.num_physical_experts
     backend = getattr(parallel_config, "all2all_backend", "")
     if slots > model.num_logical_experts and backend == "deepep_low_latency":
-        most = tokens_per_rank(model_config.get_hidden_size(), slots)
+        most_tokens = tokens_per_rank(model_config.get_hidden_size(), slots)
         LOG.warn(
-            f"deepep_low_latency: with {slots} slots its buffer of 32 GiB takes {most} tokens a "
-            "rank at most, and vLLM does not check it (issue 57894)"
+            f"deepep_low_latency: with {slots} slots its buffer of 32 GiB takes {most_tokens} "
+            "tokens a rank at most, and vLLM does not check it (issue 57894)"
         )
