@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "solver.milp": ("solver.result", *EFFORT, *SOLVER),
     "solver.two_stage": ("solver.milp", "solver.run", "solver.result", *EFFORT, *SOLVER),
     "solver.balancing": ("solver.effort", "problem.capacity", "placement", "topology"),
-    "solver.rebalancing": ("solver.effort", "solver.unseen", "placement"),
+    "solver.rebalancing": ("solver.effort", "solver.unseen", "solver.terms", "placement"),
     # No stage knows a method.
     "solver.stages": ("solver.rebalancing", *STAGES, *EFFORT, *SOLVER),
     "solver": SOLVER,
@@ -160,6 +160,45 @@ def test_the_solver_has_one_clock():
     """The budget alone reads the time; HiGHS polls its own thread."""
     clocks = {name(p) for p in MODULES if is_in(name(p), ("solver",)) and "time" in imports(p)}
     assert clocks <= {"solver.budget", "solver.milp.highs"}
+
+
+@pytest.mark.parametrize(
+    ("value", "builder"), [("Layers", "solver.terms"), ("Rules", "problem")], ids=str
+)
+def test_what_the_core_searches_has_one_builder(value, builder):
+    """The core's layers are made in one place, and so are the rules that all searches keep."""
+    makers = [
+        name(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"_core.{value}"
+    ]
+    assert makers == [builder]
+
+
+def test_names_of_the_core_are_called_by_its_name():
+    """No module imports a class out of the core: who makes what is seen where it is called."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "moetuner._core":
+                assert not [alias.name for alias in node.names if alias.name.istitle()], path
+            elif isinstance(node, ast.ImportFrom) and node.module == "moetuner":
+                assert not [alias for alias in node.names if alias.name == "_core" and alias.asname]
+            elif isinstance(node, ast.Import):
+                assert "moetuner._core" not in {alias.name for alias in node.names}, path
+
+
+SEARCHES_OF_LAYERS = ["adapt", "anneal", "descend", "turns", "construct"]
+
+
+@pytest.mark.parametrize("search", SEARCHES_OF_LAYERS)
+def test_searches_know_no_rule(search):
+    """What a device may hold, and what may leave it, the core's searches ask the slots alone."""
+    files = [RUST_FILES[m] for m in RUST_FILES if m[:2] == ("layer", search)]
+    assert files
+    for path in files:
+        text = re.sub(r"//.*", "", path.read_text())
+        assert not re.search(r"\brules\s*\.(forbidden|pinned|fewest|allow)\b", text), path
 
 
 def circle(arrows):

@@ -178,11 +178,11 @@ def layers():
 def test_panics_are_runtime_errors(layers, capfd, monkeypatch):
     """A panic in this thread or in a pool's says what and where in a RuntimeError, and no more."""
     monkeypatch.delenv("RUST_BACKTRACE", raising=False)
-    few = {"transitions": np.ones((1, 1, 1), dtype=np.uint64), "link_cost": np.ones((2, 2))}
+    few = (np.ones((1, 1, 1), dtype=np.uint64), np.ones((2, 2)))
     start = np.array([[[0, 1], [2, 3]]] * 2, dtype=np.int32)
     for threads in (1, 2):
         with pytest.raises(RuntimeError, match=r"the core panicked at rust/.*\.rs:\d+"):
-            layers.place(start, trials=10, threads=threads, **few)
+            layers.place(start, trials=10, threads=threads, links=few)
     slots, _ = layers.place(start, trials=10)
     assert sorted(slots[0].ravel()) == [0, 1, 2, 3]
     assert capfd.readouterr().err == ""

@@ -14,6 +14,7 @@ __all__ = [
     "LabelledReplay",
     "Layers",
     "Replay",
+    "Rules",
     "StatisticsCounter",
     "__version__",
     "adapt_slots",
@@ -59,6 +60,25 @@ def scan_lines(
     """
 
 @final
+class Rules:
+    """What every placement of all layers keeps, in all of the core's searches.
+
+    Experts are kept away from devices where they are ``forbidden`` [L,E,D], and there where they
+    are ``pinned`` [L,E,D]. Without ``copies`` no expert gets more of them than are pinned, or one.
+    ``caps`` [L] are on sums of ``load`` [L,E] of a device, in time of the slowest.
+    """
+
+    def __new__(
+        cls,
+        *,
+        copies: bool = True,
+        forbidden: NDArray[np.bool_] | None = None,
+        pinned: NDArray[np.bool_] | None = None,
+        caps: list[float] | None = None,
+        load: NDArray[np.float64] | None = None,
+    ) -> Rules: ...
+
+@final
 class Layers:
     """Layers with copies of experts, in windows, on devices that may differ.
 
@@ -66,10 +86,8 @@ class Layers:
     of every device [D] and its time per token as a share of the slowest one's [D]. ``norm`` 8
     stands for the largest device load of a window, 0 is that load itself. With the norm, ``noise``
     is the part of an expert's variance among windows that counts as its own, and ``mixed`` how much
-    the mean of all windows counts besides them, as a part of what they all count. Experts are kept
-    away from devices where they are ``forbidden`` [L,E,D], and there where they are ``pinned``.
-    Without ``copies`` no expert gets more or fewer of them than are pinned, or one. All costs are
-    in weighted tokens.
+    the mean of all windows counts besides them, as a part of what they all count. Without
+    ``rules`` every expert is somewhere, and no more is asked. All costs are in weighted tokens.
     """
 
     def __new__(
@@ -84,14 +102,9 @@ class Layers:
         norm: int,
         noise: float = 0.0,
         mixed: float = 0.0,
-        copies: bool = True,
-        forbidden: NDArray[np.bool_] | None = None,
-        pinned: NDArray[np.bool_] | None = None,
+        rules: Rules | None = None,
     ) -> Layers: ...
-    def limit(self, cap: list[float], total: NDArray[np.float64]) -> None:
-        """Cap the loads of devices [L]: sums of ``total`` [L,E]."""
-
-    def hold(self, price: NDArray[np.float64]) -> None:
+    def price_copies(self, cost: NDArray[np.float64]) -> None:
         """Charge a copy of an expert on a device [L,E,D]."""
 
     def price_visits(
@@ -135,8 +148,7 @@ class Layers:
         restarts: int = 1,
         rounds: int = 1,
         quick: bool = False,
-        transitions: NDArray[np.uint64] | None = None,
-        link_cost: NDArray[np.float64] | None = None,
+        links: tuple[NDArray[np.uint64], NDArray[np.float64]] | None = None,
         seed: int = 0,
         time_limit: float | None = None,
         threads: int | None = None,
@@ -145,8 +157,8 @@ class Layers:
     ) -> tuple[NDArray[np.int32], bool]:
         """Improve slots [L,D,S] by the best of some searches, and say whether it was interrupted.
 
-        With transitions [L-1,E,E] and the cost of one between devices [D,D], in weighted tokens,
-        layers are placed in turns, ``rounds`` times, given their neighbours. Without ``empties`` no
+        With ``links``, transitions [L-1,E,E] and the cost of one between devices [D,D], layers are
+        placed in turns, ``rounds`` times, given their neighbours. Without ``empties`` no
         slot that holds an expert is emptied.
         A ``quick`` search stays near a good start, and ends no worse than that by the slowest
         devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
@@ -158,8 +170,7 @@ class Layers:
         running: NDArray[np.int32],
         *,
         most: int | None = None,
-        transitions: NDArray[np.uint64] | None = None,
-        link_cost: NDArray[np.float64] | None = None,
+        links: tuple[NDArray[np.uint64], NDArray[np.float64]] | None = None,
         time_limit: float | None = None,
         threads: int | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
@@ -380,16 +391,14 @@ def replicate_experts(
     time: NDArray[np.float64],
     *,
     trials: int = ...,
-    copies: bool = ...,
-    forbidden: NDArray[np.bool_] | None = ...,
-    pinned: NDArray[np.bool_] | None = ...,
+    rules: Rules | None = ...,
 ) -> NDArray[np.int32]:
     """Copy the heaviest experts, and place the heaviest copies first on the device done first.
 
     Takes load [L,E], the slots of every device [L,D] and its time per token as a share of the
     slowest one's [D]. ``trials`` pairs of devices are then looked at for exchanges and other copies
     that lower the time of the slowest; with 0 this is DeepSeek's balancer, less second copies on a
-    device. ``forbidden`` and ``pinned`` [L,E,D] are kept; without ``copies`` only pins make any.
+    device. ``rules`` are kept, all but caps.
     Returns slots [L,D,S], -1 for an empty one.
     """
 

@@ -7,7 +7,7 @@
 //! [`super::descend`] does the same by all terms of a cost; on one load, exchanges of a slot with all others at once
 //! take microseconds.
 
-use super::budget::{Rules, Way, choose, per_copy};
+use super::budget::{Spending, Way, choose, per_copy};
 use super::construct::{LEAST, Placed, check, complete, fill};
 use super::{EMPTY, Move, Site, Slots};
 use crate::assignment::assign_max;
@@ -17,7 +17,7 @@ use crate::error::Result;
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     /// Which steps are taken in the end.
-    pub rules: Rules,
+    pub spending: Spending,
     /// Steps of a layer at the most, for each of its devices.
     pub steps: usize,
     /// Trials of the polish where nothing runs yet.
@@ -71,7 +71,7 @@ pub fn adapt_layers(
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
-    let chosen = choose(&ways, effort.rules);
+    let chosen = choose(&ways, effort.spending);
     let end = |(steps, at): (&Steps<'_>, usize)| {
         (steps.running.keep_slots(&steps.contents[at]), [steps.ways[0], steps.ways[at]])
     };
@@ -338,7 +338,8 @@ impl Steps<'_> {
             let most = part(e) / (1.0 + HEAVIER);
             let open = |&q: &usize| {
                 let f = slots.expert_in[q];
-                f != EMPTY && without[usize::from(f)] < most && slots.takes(site, e, slots.device(q))
+                let gives = f != EMPTY && without[usize::from(f)] < most && slots.may_lose(site, q);
+                gives && slots.may_take(site, e, slots.device(q))
             };
             let key = |q: usize| {
                 let (g, f) = (slots.device(q), slots.expert_in[q]);
@@ -476,7 +477,7 @@ impl Steps<'_> {
             .map(|(e, more, load)| (e, more, (load - more) * t))
             .collect();
         here.sort_by(|a, b| b.2.total_cmp(&a.2));
-        for (q, &gone) in slots.expert_in.iter().enumerate().filter(|(_, gone)| slots.copies(**gone) != 1) {
+        for (q, &gone) in slots.expert_in.iter().enumerate().filter(|(q, _)| slots.may_lose(site, *q)) {
             let g = slots.device(q);
             let (beside, also) = leaving.to_others(self, q, slow);
             let less = is_moved(gone, g);
@@ -484,7 +485,7 @@ impl Steps<'_> {
             // What is left of it gets no heavier than what comes.
             let offer = |e: u16, gain: f64, best: &mut Best| {
                 let worth = gain * per_copy(is_moved(e, g) - less);
-                let fits = || slots.takes(site, e, g) && slots.part(tokens, e) >= leaving.without[q];
+                let fits = || slots.may_take(site, e, g) && slots.part(tokens, e) >= leaving.without[q];
                 if worth > best.0 && fits() {
                     *best = (worth, Some(Move::Put(q, e)));
                 }

@@ -13,7 +13,7 @@ pub struct Way {
 
 /// When a budget is spent.
 #[derive(Debug, Clone, Copy)]
-pub struct Rules {
+pub struct Spending {
     /// Copies that are brought at the most, in all layers.
     pub most: usize,
     /// What a copy must gain, in cost.
@@ -26,7 +26,7 @@ pub struct Rules {
     pub devices: usize,
 }
 
-impl Rules {
+impl Spending {
     /// Whether a layer's slowest device gains enough.
     ///
     /// The slowest of D devices that differ by chance alone is sqrt(2 ln D) standard deviations above their mean.
@@ -57,10 +57,10 @@ pub(super) fn per_copy(copies: f64) -> f64 {
 
 /// The way of every layer with which a budget gains most; the first of a layer's ways is to stay.
 #[must_use]
-pub fn choose(layers: &[&[Way]], rules: Rules) -> Vec<usize> {
+pub fn choose(layers: &[&[Way]], spending: Spending) -> Vec<usize> {
     let mut chosen = vec![0; layers.len()];
-    let mut left = rules.most.saturating_sub(layers.iter().map(|ways| ways[0].moves).sum());
-    let mut offers: Vec<_> = layers.iter().map(|ways| next(ways, 0, rules.price)).collect();
+    let mut left = spending.most.saturating_sub(layers.iter().map(|ways| ways[0].moves).sum());
+    let mut offers: Vec<_> = layers.iter().map(|ways| next(ways, 0, spending.price)).collect();
     let best = |offers: &[Option<(f64, usize)>]| {
         let open = offers.iter().enumerate().filter_map(|(layer, offer)| Some((layer, (*offer)?)));
         open.reduce(|best, other| if other.1.0 > best.1.0 { other } else { best })
@@ -70,11 +70,11 @@ pub fn choose(layers: &[&[Way]], rules: Rules) -> Vec<usize> {
         let needs = ways[to].moves.saturating_sub(ways[chosen[layer]].moves);
         offers[layer] = None;
         if needs <= left {
-            (left, chosen[layer], offers[layer]) = (left - needs, to, next(ways, to, rules.price));
+            (left, chosen[layer], offers[layer]) = (left - needs, to, next(ways, to, spending.price));
         }
     }
     for (ways, way) in layers.iter().zip(&mut chosen) {
-        if !rules.is_enough(ways[0].slowest, ways[*way].slowest) {
+        if !spending.is_enough(ways[0].slowest, ways[*way].slowest) {
             *way = 0;
         }
     }

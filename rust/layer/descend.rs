@@ -156,7 +156,7 @@ impl<'a> Descent<'a> {
     }
 
     fn is_linear(&self) -> bool {
-        !(self.layer.serve.is_empty() && self.layer.hold.is_empty())
+        !(self.layer.serve_cost.is_empty() && self.layer.copy_cost.is_empty())
     }
 
     /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
@@ -173,7 +173,7 @@ impl<'a> Descent<'a> {
                     self.slots
                         .of(h)
                         .for_each(|q| self.try_step(Move::Swap(p, q), bounded.then_some(most), &mut best));
-                } else if self.slots.copies(self.slots.expert_in[p]) != 1 {
+                } else if self.slots.may_lose(&self.layer.site, p) {
                     for e in 0..self.layer.experts as u16 {
                         self.try_step(Move::Put(p, e), bounded.then_some(most), &mut best);
                     }
@@ -259,7 +259,7 @@ pub fn descend(
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
     for l in (0..layers.len()).filter(|_| linked && !control.stopped()) {
-        layers[l].serve = prices(&layers[l], beside(&start, l), links, l);
+        layers[l].serve_cost = prices(&layers[l], beside(&start, l), links, l);
     }
     let mut moved: i64 = start.iter().zip(running).map(|(slots, running)| slots.moved_from(running)).sum();
     let begin = |((layer, slots), running)| {
@@ -305,7 +305,7 @@ pub fn descend(
         steps.push(Step { layer: l, written, moved, excess, change });
     }
     for layer in layers.iter_mut() {
-        layer.serve = vec![];
+        layer.serve_cost = vec![];
     }
     steps
 }
@@ -313,6 +313,6 @@ pub fn descend(
 /// Prices serving in a layer, given its neighbours.
 fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
     let neighbours = beside(all, l).map(|of| of.map(|descent| &descent.slots));
-    all[l].layer.serve = prices(all[l].layer, neighbours, links, l);
+    all[l].layer.serve_cost = prices(all[l].layer, neighbours, links, l);
     all[l].terms.linear = linear::cost(all[l].layer, &all[l].slots);
 }

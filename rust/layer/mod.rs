@@ -11,6 +11,7 @@ mod anneal;
 mod budget;
 pub mod construct;
 pub mod descend;
+mod rules;
 mod slots;
 pub mod terms;
 #[cfg(test)]
@@ -18,7 +19,8 @@ mod tests;
 pub mod turns;
 
 pub use crate::replay::Split;
-pub use budget::{Rules, Way, choose};
+pub use budget::{Spending, Way, choose};
+pub use rules::Rules;
 pub use slots::{EMPTY, Move, Slots};
 use terms::reading::Reading;
 use terms::windows::Windows;
@@ -37,12 +39,8 @@ pub struct Site {
     pub time: Vec<f64>,
     /// How copies share tokens; [`Split::RoundRobin`] is [`Split::Even`] here.
     pub split: Split,
-    /// Devices where an expert must not be `[E, D]`; empty for none.
-    pub forbidden: Vec<bool>,
-    /// Devices where an expert must have a copy `[E, D]`; empty for none.
-    pub pinned: Vec<bool>,
-    /// Whether slots to spare get more copies than there must be.
-    pub copies: bool,
+    /// What every placement keeps.
+    pub rules: Rules,
 }
 
 impl Site {
@@ -50,8 +48,7 @@ impl Site {
     #[must_use]
     pub fn plain(capacity: Vec<usize>, time: Vec<f64>) -> Self {
         let node = vec![0; capacity.len()];
-        let (forbidden, pinned) = (vec![], vec![]);
-        Self { capacity, node, time, split: Split::Even, forbidden, pinned, copies: true }
+        Self { capacity, node, time, split: Split::Even, rules: Rules::default() }
     }
 
     /// Devices, D.
@@ -64,16 +61,6 @@ impl Site {
     pub(crate) fn rate(&self) -> f64 {
         let used = self.time.iter().zip(&self.capacity).filter(|(_, slots)| **slots > 0);
         used.map(|(time, _)| 1.0 / time).sum()
-    }
-
-    /// Whether an expert must not be on a device.
-    pub(crate) fn forbids(&self, expert: u16, device: usize) -> bool {
-        !self.forbidden.is_empty() && self.forbidden[usize::from(expert) * self.devices() + device]
-    }
-
-    /// Whether an expert's copy must stay on a device.
-    pub(crate) fn pins(&self, expert: u16, device: usize) -> bool {
-        !self.pinned.is_empty() && self.pinned[usize::from(expert) * self.devices() + device]
     }
 
     /// The share of an expert's tokens that its copy on `device` serves, when its copies are on `devices`.
@@ -109,12 +96,10 @@ pub struct Layer {
     pub row: f64,
     /// Tokens of every expert over all windows `[E]`.
     pub load: Vec<f64>,
-    /// Most of them on a device, in time of the slowest device; infinite for no cap.
-    pub cap: f64,
     /// Cost of a copy of an expert on a device, whatever it serves `[E, D]`; empty for none.
-    pub hold: Vec<f64>,
+    pub copy_cost: Vec<f64>,
     /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
-    pub serve: Vec<f64>,
+    pub serve_cost: Vec<f64>,
     /// Expert sets, where visits of devices and nodes cost.
     pub sets: Option<terms::fanout::Lazy>,
     /// Co-activated pairs, where those that are apart cost.
@@ -132,9 +117,8 @@ impl Layer {
             reading: None,
             row: 0.0,
             load,
-            cap: f64::INFINITY,
-            hold: vec![],
-            serve: vec![],
+            copy_cost: vec![],
+            serve_cost: vec![],
             sets: None,
             pairs: None,
         }
@@ -154,6 +138,6 @@ impl Layer {
 
     /// Whether slots to spare may hold other copies.
     pub(crate) fn has_spare(&self) -> bool {
-        self.site.copies && self.slots() > self.experts
+        self.site.rules.most > 1 && self.slots() > self.experts
     }
 }

@@ -114,16 +114,37 @@ impl Slots {
         })
     }
 
-    /// Whether a device may take a copy of an expert, if it has a slot for it.
+    /// Whether an edit keeps the rules of a layer, and leaves no second copy on a device.
     #[inline(always)]
-    pub(crate) fn takes(&self, site: &Site, expert: u16, device: usize) -> bool {
-        !self.holds(expert, device) && !site.forbids(expert, device)
+    fn may(&self, site: &Site, edit: Edit) -> bool {
+        let is_new = edit.to.is_none_or(|device| !self.holds(edit.expert, usize::from(device)));
+        is_new && site.rules.allow(edit, self.copies(edit.expert), site.devices())
     }
 
-    /// Whether a slot's content, an expert or nothing, may leave it.
+    /// Whether a device may take one more copy of an expert, if it has a slot for it.
     #[inline(always)]
-    pub(crate) fn releases(&self, site: &Site, slot: usize) -> bool {
-        self.expert_in[slot] == EMPTY || !site.pins(self.expert_in[slot], self.device(slot))
+    pub(crate) fn may_take(&self, site: &Site, expert: u16, device: usize) -> bool {
+        self.may(site, Edit { expert, from: None, to: Some(device as u16) })
+    }
+
+    /// Whether an expert has fewer copies than it must have.
+    #[inline(always)]
+    pub(crate) fn is_short(&self, site: &Site, expert: u16) -> bool {
+        self.copies(expert) < site.rules.fewest
+    }
+
+    /// Whether a slot's content, an expert's copy or nothing, may be given up.
+    #[inline(always)]
+    pub(crate) fn may_lose(&self, site: &Site, slot: usize) -> bool {
+        let expert = self.expert_in[slot];
+        expert == EMPTY || self.may(site, Edit { expert, from: Some(self.device_of[slot]), to: None })
+    }
+
+    /// Whether a slot's content, an expert's copy or nothing, may go to another device, if that has a slot for it.
+    #[inline(always)]
+    pub(crate) fn may_move(&self, site: &Site, slot: usize, device: usize) -> bool {
+        let (expert, from) = (self.expert_in[slot], Some(self.device_of[slot]));
+        expert == EMPTY || self.may(site, Edit { expert, from, to: Some(device as u16) })
     }
 
     /// Replaces what a slot holds, by an expert or by nothing.
@@ -159,23 +180,19 @@ impl Slots {
         edits.into_iter().filter(|edit| edit.expert != EMPTY)
     }
 
-    /// Whether a move changes something and keeps the rules: a device holds an expert once, an expert is somewhere,
-    /// pins and bans hold.
+    /// Whether a move changes something and keeps the rules, all but the cap.
     #[inline(always)]
     #[must_use]
     pub fn allows(&self, site: &Site, step: Move) -> bool {
-        let enters = |expert: u16, device: usize| expert == EMPTY || self.takes(site, expert, device);
         match step {
             Move::Swap(p, q) => {
-                let (a, b) = (self.expert_in[p], self.expert_in[q]);
                 let (g, h) = (self.device(p), self.device(q));
-                let changes = g != h && a != b;
-                changes && enters(a, h) && enters(b, g) && self.releases(site, p) && self.releases(site, q)
+                let changes = g != h && self.expert_in[p] != self.expert_in[q];
+                changes && self.may_move(site, p, h) && self.may_move(site, q, g)
             }
             Move::Put(p, b) => {
-                let a = self.expert_in[p];
-                let changes = a != b && (a == EMPTY || self.copies(a) > 1);
-                changes && enters(b, self.device(p)) && self.releases(site, p)
+                let changes = self.expert_in[p] != b;
+                changes && self.may_lose(site, p) && (b == EMPTY || self.may_take(site, b, self.device(p)))
             }
         }
     }

@@ -11,7 +11,7 @@ use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
 use super::turns::{Effort, Links, place};
-use super::{EMPTY, Layer, Move, Site, Slots, Split};
+use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
 use crate::control::Control;
 use crate::random::Random;
 
@@ -33,11 +33,11 @@ fn site(random: &mut Random, experts: usize, devices: usize, rules: bool) -> Sit
         let some = rules && random.below(2) == 0;
         (0..experts * devices).map(|_| some && random.below(one_in) == 0).collect()
     };
-    let (forbidden, pinned) = (rule(3), rule(12));
+    let rules = Rules { forbidden: rule(3), pinned: rule(12), ..Rules::default() };
     let time = (0..devices).map(|_| [1.0, 0.5][random.below(2)]).collect();
     let split = [Split::Even, Split::Nearest][random.below(2)];
     let node = (0..devices as u16).map(|device| device / 2).collect();
-    Site { node, split, forbidden, pinned, ..Site::plain(capacity, time) }
+    Site { node, split, rules, ..Site::plain(capacity, time) }
 }
 
 fn traffic(random: &mut Random, experts: usize) -> Traffic {
@@ -65,7 +65,7 @@ fn layer(site: Site, traffic: &Traffic, experts: usize, measure: Measure) -> Lay
 fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let (experts, cells) = (layer.experts, layer.experts * layer.devices());
     let mut table = |n: usize| -> Vec<f64> { (0..n).map(|_| random.below(1000) as f64).collect() };
-    let (hold, serve, upper) = (table(cells), table(cells), table(experts * experts));
+    let (copy_cost, serve_cost, upper) = (table(cells), table(cells), table(experts * experts));
     let mut counts = vec![0.0; experts * experts];
     for (e, f) in (0..experts).flat_map(|e| (0..e).map(move |f| (e, f))) {
         counts[e * experts + f] = upper[e * experts + f] as f32;
@@ -75,7 +75,7 @@ fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let mut sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
     (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
     let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
-    Layer { hold, serve, sets, pairs, ..layer }
+    Layer { copy_cost, serve_cost, sets, pairs, ..layer }
 }
 
 /// The share of an expert's tokens that a device serves.
@@ -220,8 +220,8 @@ fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
         }
         for g in 0..devices {
             let at = e * devices + g;
-            cost += if slots.holds(e as u16, g) { layer.hold[at] } else { 0.0 };
-            cost += share(layer, slots, e, g) * layer.serve[at];
+            cost += if slots.holds(e as u16, g) { layer.copy_cost[at] } else { 0.0 };
+            cost += share(layer, slots, e, g) * layer.serve_cost[at];
         }
     }
     cost
@@ -229,14 +229,17 @@ fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
 
 /// Every expert has a slot where it may be, and stays where it must; no device has two copies.
 fn keeps_rules(site: &Site, slots: &Slots) -> bool {
-    let experts = slots.copies.len();
+    let (experts, devices) = (slots.copies.len(), site.devices());
+    let rule =
+        |table: &[bool], e: u16, g: usize| table.get(usize::from(e) * devices + g).copied().unwrap_or(false);
     let is_once = |e: u16, g: usize| {
         let here = slots.expert_in[slots.of(g)].iter().filter(|&&of| of == e).count();
         here == usize::from(slots.holds(e, g))
-            && !(here == 1 && site.forbids(e, g))
-            && (here == 1 || !site.pins(e, g))
+            && (here == 0 || !rule(&site.rules.forbidden, e, g))
+            && (here == 1 || !rule(&site.rules.pinned, e, g))
     };
-    (0..experts as u16).all(|e| slots.copies(e) > 0 && (0..site.devices()).all(|g| is_once(e, g)))
+    (0..experts as u16)
+        .all(|e| slots.copies(e) >= site.rules.fewest && (0..site.devices()).all(|g| is_once(e, g)))
 }
 
 /// The slowest device's time of all windows.
@@ -366,10 +369,13 @@ proptest! {
     #[test]
     fn starts_and_searches_keep_their_promises(
         experts in 1usize..16, devices in 1usize..6, trials in prop::sample::select(vec![0u64, 300, 3000]),
-        copies: bool, seed: u64,
+        copies: bool, fewest in 1u32..3, seed: u64,
     ) {
         let mut random = Random::new(seed, 0);
-        let site = Site { copies, split: Split::Even, ..site(&mut random, experts, devices, true) };
+        let mut site = Site { split: Split::Even, ..site(&mut random, experts, devices, true) };
+        site.rules.fewest = fewest;
+        site.capacity.iter_mut().for_each(|slots| *slots *= fewest as usize);
+        site.rules.most = if copies { u32::MAX } else { fewest };
         let traffic = traffic(&mut random, experts);
         let mut layer = layer(site.clone(), &traffic, experts, Measure::Norm { noise: 0.25, mixed: 0.0 });
         let packed = fill(&site, &layer.load, random.below(40));
@@ -377,15 +383,15 @@ proptest! {
         prop_assert_eq!(started.is_ok(), packed.is_ok());
         let (Ok(packed), Ok(start)) = (packed, started) else { return Ok(()) };
         prop_assert!(keeps_rules(&site, &packed) && keeps_rules(&site, &start));
-        let pins = |e: usize| (0..devices).filter(|&g| site.pins(e as u16, g)).count() as u32;
-        prop_assert!(copies || (0..experts).all(|e| packed.copies[e] == pins(e).max(1)));
+        let pins = |e: usize| (0..devices).filter(|&g| site.rules.pinned.get(e * devices + g).copied().unwrap_or(false)).count() as u32;
+        prop_assert!(copies || (0..experts).all(|e| packed.copies[e] == pins(e).max(fewest)));
         let summed = fill(&site, &layer.load, QUICK).expect("slots suffice");
         if !summed.expert_in.contains(&EMPTY) {
             prop_assert!(slowest(&layer, &start) <= slowest(&layer, &summed));
         }
         let price = 0.01 * layer.load.iter().sum::<f64>() * layer.windows.scale;
         let cells = (0..experts as u16).flat_map(|e| (0..devices).map(move |g| (e, g)));
-        layer.hold = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
+        layer.copy_cost = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
         let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let layers = std::slice::from_mut(&mut layer);

@@ -6,7 +6,8 @@ use numpy::{
 use pyo3::prelude::*;
 use rayon::prelude::*;
 
-use super::{alone, array2, array3, caught, contiguous, deadline, detached, slice, watched};
+use super::rules::LayerRules;
+use super::{alone, array2, array3, caught, contiguous, deadline, detached, shaped, slice, watched};
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
@@ -17,7 +18,7 @@ use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
 use crate::layer::turns::{Effort, Links, place};
-use crate::layer::{EMPTY, LANES, Layer, Rules, Site, Slots, Split, Way, choose};
+use crate::layer::{EMPTY, LANES, Layer, Site, Slots, Spending, Split, Way, choose};
 
 /// The id of a slot's content, -1 for none.
 fn expert_id(expert: u16) -> i32 {
@@ -49,13 +50,13 @@ fn slots_of<'py, 'a>(
     array3(py, (l, devices, per_device), slots)
 }
 
-/// What joins layers: transitions [L-1,E,E] and the cost of one between devices [D,D]; nothing, where none are given.
-fn links_of<'a>(
-    transitions: Option<&'a PyReadonlyArray3<'_, u64>>,
-    cost: Option<&'a PyReadonlyArray2<'_, f64>>,
-) -> PyResult<Links<'a>> {
-    let cost = cost.map_or(Ok(&[][..]), |cost| contiguous(cost.as_slice().ok()))?;
-    Ok(Links { transitions: slice(transitions)?, cost })
+/// Transitions [L-1,E,E] and the cost of one between devices [D,D].
+type Joined<'py> = (PyReadonlyArray3<'py, u64>, PyReadonlyArray2<'py, f64>);
+
+/// What joins layers; nothing, where none is given.
+fn links_of<'a>(joined: Option<&'a Joined<'_>>) -> PyResult<Links<'a>> {
+    let Some((transitions, cost)) = joined else { return Ok(Links { transitions: &[], cost: &[] }) };
+    Ok(Links { transitions: slice(Some(transitions))?, cost: contiguous(cost.as_slice().ok())? })
 }
 
 /// Layers with copies: their windows and devices; all else that counts has a method of its own.
@@ -65,33 +66,18 @@ pub(super) struct Layers {
     per_device: usize,
 }
 
-/// Checks the shape of an argument.
-fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<()> {
-    let rule = || format!("shape {expected:?}");
-    (shape == expected)
-        .then_some(())
-        .ok_or_else(|| Error::Shape { what, rule: rule(), got: format!("{shape:?}") }.into())
-}
-
 /// Sites of layers with slots [L,D], of devices in one node, and the widest device.
 fn sites_of(
     capacity: &PyReadonlyArray2<'_, i64>,
     time: &[f64],
-    copies: bool,
-    rules: [Option<&PyReadonlyArray3<'_, bool>>; 2],
+    rules: &LayerRules,
     [l, e]: [usize; 2],
 ) -> PyResult<(Vec<Site>, usize)> {
     let d = time.len();
-    let [forbidden, pinned] = [slice(rules[0])?, slice(rules[1])?];
-    let of = |table: &[bool], l: usize| table.get(l * e * d..(l + 1) * e * d).unwrap_or(&[]).to_vec();
+    rules.check([l, e, d])?;
     let site = |l: usize| {
         let slots = capacity.as_array().row(l).iter().map(|&slots| slots.max(0) as usize).collect();
-        Site {
-            forbidden: of(forbidden, l),
-            pinned: of(pinned, l),
-            copies,
-            ..Site::plain(slots, time.to_vec())
-        }
+        Site { rules: rules.of_layer(l, [e, d]), ..Site::plain(slots, time.to_vec()) }
     };
     let sites: Vec<Site> = (0..l).map(site).collect();
     let widest = sites.iter().flat_map(|site| &site.capacity).copied().max().unwrap_or(0);
@@ -146,7 +132,7 @@ impl Layers {
 #[pymethods]
 impl Layers {
     #[new]
-    #[pyo3(signature = (load, weight, capacity, node, time, *, nearest, norm, noise = 0.0, mixed = 0.0, copies = true, forbidden = None, pinned = None))]
+    #[pyo3(signature = (load, weight, capacity, node, time, *, nearest, norm, noise = 0.0, mixed = 0.0, rules = None))]
     fn new(
         load: PyReadonlyArray3<'_, f64>,
         weight: PyReadonlyArray1<'_, f64>,
@@ -157,14 +143,13 @@ impl Layers {
         norm: u32,
         noise: f64,
         mixed: f64,
-        copies: bool,
-        forbidden: Option<PyReadonlyArray3<'_, bool>>,
-        pinned: Option<PyReadonlyArray3<'_, bool>>,
+        rules: Option<PyRef<'_, LayerRules>>,
     ) -> PyResult<Self> {
+        let free = LayerRules::default();
+        let rules = rules.as_deref().unwrap_or(&free);
         let &[w, layers, e] = load.shape() else { unreachable!("the array has three dimensions") };
         let (load, weight, d) = (contiguous(load.as_slice().ok())?, weight.as_array().to_vec(), node.len());
-        let (sites, per_device) =
-            sites_of(&capacity, &time, copies, [forbidden.as_ref(), pinned.as_ref()], [layers, e])?;
+        let (sites, per_device) = sites_of(&capacity, &time, rules, [layers, e])?;
         // Copied tables, and windows in the form of the search, of experts and of devices.
         room_for("windows", &[layers, w.next_multiple_of(LANES) + LANES, e + d, 4 * size_of::<f64>()])?;
         let measure = if norm == 0 { Measure::Peak } else { Measure::Norm { noise, mixed } };
@@ -177,26 +162,18 @@ impl Layers {
                 total.iter_mut().zip(row).for_each(|(total, tokens)| *total += tokens);
             }
             let windows = Windows::new(&rows, &weight, e, &site, measure);
-            Layer::plain(site, total, windows)
+            let load = rules.capped_load(l, e).map_or(total, <[f64]>::to_vec);
+            Layer::plain(site, load, windows)
         };
         let layers = caught(|| sites.into_iter().enumerate().map(layer).collect())?;
         Ok(Self { layers, per_device })
     }
 
-    /// Caps loads `total` [L,E] of devices.
-    fn limit(&mut self, cap: Vec<f64>, total: PyReadonlyArray2<'_, f64>) -> PyResult<()> {
-        let total = contiguous(total.as_slice().ok())?.chunks_exact(self.sizes()[1].max(1));
-        for ((layer, cap), total) in self.layers.iter_mut().zip(cap).zip(total) {
-            (layer.cap, layer.load) = (cap, total.to_vec());
-        }
-        Ok(())
-    }
-
     /// Prices copies [L,E,D].
-    fn hold(&mut self, price: PyReadonlyArray3<'_, f64>) -> PyResult<()> {
-        room_for("hold", &[price.len(), size_of::<f64>()])?;
-        for (layer, price) in self.with(contiguous(price.as_slice().ok())?) {
-            layer.hold = price.iter().map(|price| price * layer.windows.scale).collect();
+    fn price_copies(&mut self, cost: PyReadonlyArray3<'_, f64>) -> PyResult<()> {
+        room_for("copy costs", &[cost.len(), size_of::<f64>()])?;
+        for (layer, cost) in self.with(contiguous(cost.as_slice().ok())?) {
+            layer.copy_cost = cost.iter().map(|cost| cost * layer.windows.scale).collect();
         }
         Ok(())
     }
@@ -250,7 +227,7 @@ impl Layers {
 
     /// Improves slots [L,D,S].
     #[allow(clippy::fn_params_excessive_bools)]
-    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, transitions = None, link_cost = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
+    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -260,8 +237,7 @@ impl Layers {
         restarts: u64,
         rounds: u64,
         quick: bool,
-        transitions: Option<PyReadonlyArray3<'py, u64>>,
-        link_cost: Option<PyReadonlyArray2<'py, f64>>,
+        links: Option<Joined<'py>>,
         seed: u64,
         time_limit: Option<f64>,
         threads: Option<usize>,
@@ -269,7 +245,7 @@ impl Layers {
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<(Bound<'py, PyArray3<i32>>, bool)> {
         let begin = self.begin(&start)?;
-        let links = links_of(transitions.as_ref(), link_cost.as_ref())?;
+        let links = links_of(links.as_ref())?;
         let control = Control::new(deadline(time_limit));
         let effort = Effort { trials, empties, restarts, rounds, quick, parallel: !alone };
         let layers = &mut self.layers;
@@ -286,21 +262,20 @@ impl Layers {
     ///
     /// What each writes, twice: where in the flat slots and which expert [N,2]; copies brought, excess and change of the cost after
     /// it [N,3]; and whether it was interrupted.
-    #[pyo3(signature = (start, running, *, most = None, transitions = None, link_cost = None, time_limit = None, threads = None))]
+    #[pyo3(signature = (start, running, *, most = None, links = None, time_limit = None, threads = None))]
     fn descend<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         running: PyReadonlyArray3<'py, i32>,
         most: Option<u32>,
-        transitions: Option<PyReadonlyArray3<'py, u64>>,
-        link_cost: Option<PyReadonlyArray2<'py, f64>>,
+        links: Option<Joined<'py>>,
         time_limit: Option<f64>,
         threads: Option<usize>,
     ) -> PyResult<Descent<'py>> {
         let begin = self.begin(&start)?;
         let running = self.begin(&running)?;
-        let links = links_of(transitions.as_ref(), link_cost.as_ref())?;
+        let links = links_of(links.as_ref())?;
         let most = most.map_or(i64::MAX / 2, i64::from);
         let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
@@ -351,23 +326,22 @@ impl Layers {
 type Descent<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray2<i32>>, Bound<'py, PyArray2<f64>>, bool);
 
 #[pyfunction]
-#[pyo3(signature = (load, capacity, time, *, trials = QUICK, copies = true, forbidden = None, pinned = None))]
+#[pyo3(signature = (load, capacity, time, *, trials = QUICK, rules = None))]
 pub(super) fn replicate_experts<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     capacity: PyReadonlyArray2<'py, i64>,
     time: PyReadonlyArray1<'py, f64>,
     trials: usize,
-    copies: bool,
-    forbidden: Option<PyReadonlyArray3<'py, bool>>,
-    pinned: Option<PyReadonlyArray3<'py, bool>>,
+    rules: Option<PyRef<'py, LayerRules>>,
 ) -> PyResult<Bound<'py, PyArray3<i32>>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (load, time) = (contiguous(load.as_slice().ok())?, contiguous(time.as_slice().ok())?);
     let widest = capacity.as_array().iter().copied().max().unwrap_or(0).max(0) as usize;
     room_for("slots and devices of layers", &[l, time.len(), widest + 4, size_of::<u64>()])?;
-    let rules = [forbidden.as_ref(), pinned.as_ref()];
-    let (sites, per_device) = sites_of(&capacity, time, copies, rules, [l, e])?;
+    let free = LayerRules::default();
+    let rules = rules.as_deref().unwrap_or(&free);
+    let (sites, per_device) = sites_of(&capacity, time, rules, [l, e])?;
     let placements = alone(py, || fill_layers(load, e, &sites, trials))??;
     let all = placements.iter().zip(&sites).map(|(slots, site)| (&slots.expert_in[..], site));
     slots_of(py, all, [time.len(), per_device])
@@ -403,8 +377,8 @@ pub(super) fn adapt_slots<'py>(
     let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
     let rows = contiguous(slots.as_slice().ok())?.chunks_exact((d * per_device).max(1));
     let running: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
-    let rules = Rules { most, price, dead_zone, deviations, devices: d };
-    let effort = adapt::Effort { rules, steps, trials, full };
+    let spending = Spending { most, price, dead_zone, deviations, devices: d };
+    let effort = adapt::Effort { spending, steps, trials, full };
     let all = alone(py, || adapt_layers(load, e, &sites, &running, fresh, effort))??;
     let contents = all.iter().zip(&sites).map(|((contents, _), site)| (&contents[..], site));
     let slots = slots_of(py, contents, [d, per_device])?;
@@ -452,5 +426,5 @@ pub(super) fn spend_budget(
     let layers = cost.columns().into_iter().zip(moves.columns());
     let ways: Vec<Vec<Way>> = layers.map(|(cost, moves)| cost.iter().zip(moves).map(way).collect()).collect();
     let ways: Vec<&[Way]> = ways.iter().map(|ways| &ways[..]).collect();
-    caught(|| choose(&ways, Rules { most, price, dead_zone, deviations, devices }))
+    caught(|| choose(&ways, Spending { most, price, dead_zone, deviations, devices }))
 }

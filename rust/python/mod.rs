@@ -11,6 +11,7 @@ mod layer;
 mod lines;
 mod packing;
 mod pools;
+mod rules;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
@@ -38,6 +39,14 @@ impl From<Error> for PyErr {
 
 fn contiguous<T>(slice: Option<&[T]>) -> PyResult<&[T]> {
     slice.ok_or_else(|| PyTypeError::new_err("array must be C-contiguous"))
+}
+
+/// Checks the shape of an argument.
+fn shaped(what: &'static str, shape: &[usize], expected: &[usize]) -> PyResult<()> {
+    let rule = || format!("shape {expected:?}");
+    (shape == expected)
+        .then_some(())
+        .ok_or_else(|| Error::Shape { what, rule: rule(), got: format!("{shape:?}") }.into())
 }
 
 /// Where the last panic was; its message travels by itself.
@@ -203,6 +212,8 @@ mod _core {
     use super::packing::{pack, place_clusters, smallest_peaks};
     #[pymodule_export]
     use super::pools::forget_pools;
+    #[pymodule_export]
+    use super::rules::LayerRules;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

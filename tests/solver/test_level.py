@@ -93,9 +93,11 @@ def test_experts_are_placed_wherever_rules_allow_it(experts, devices, more, seed
     except ValueError:
         feasible = False
     capacity = np.full((1, devices), width)
-    given = {"forbidden": forbidden, "pinned": pinned}
+    core_rules = _core.Rules(forbidden=forbidden, pinned=pinned)
     try:
-        slots = _core.replicate_experts(load.astype(float), capacity, np.ones(devices), **given)
+        slots = _core.replicate_experts(
+            load.astype(float), capacity, np.ones(devices), rules=core_rules
+        )
     except ValueError:
         assert not feasible
         return

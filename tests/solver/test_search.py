@@ -10,7 +10,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.problem.caps import device_load
-from moetuner.solver.terms import link_prices
+from moetuner.solver.terms import link_costs
 
 
 def planted_homes(random, layers, experts, devices):
@@ -218,6 +218,6 @@ def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
     )
     device_of = np.tile(np.arange(devices * top_k) // top_k, (2, 1))
     placement = mt.Placement.from_assignment(device_of, devices)
-    prices = link_prices(problem, 1.0)[np.ix_(*device_of)]
+    prices = link_costs(problem, 1.0)[np.ix_(*device_of)]
     paid = (problem.statistics.transitions[0] * prices).sum()
     assert paid == pytest.approx(mt.Objective(problem).value(placement))

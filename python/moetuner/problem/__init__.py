@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks as check
+from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
@@ -209,6 +210,19 @@ class Problem(Frozen):
     def caps(self) -> Caps:
         """The load cap in every layer."""
         return Caps(self.load, self.max_imbalance, self.topology, self.split)
+
+    def core_rules(self, caps: NDArray[np.float64] | None = None) -> _core.Rules:
+        """Return the rules as all of the core's searches keep them: pins, bans, copies, and caps.
+
+        These are on the load of a device in every layer [L], in time of the slowest device.
+        """
+        return _core.Rules(
+            copies=self.may_copy,
+            forbidden=self.rules.forbidden,
+            pinned=self.rules.pinned,
+            caps=None if caps is None else caps.tolist(),
+            load=None if caps is None else self.load.astype(np.float64),
+        )
 
     @cached_property
     def shares(self) -> dict[int | None, float]:

@@ -70,6 +70,12 @@ class Caps:
             caps: Floats = self.max_imbalance * total / self.topology.speed_of_device.sum()
         return caps
 
+    @property
+    def in_slowest_time(self) -> Floats | None:
+        """``over_speed`` as load in time of the slowest device [L]; None without a cap."""
+        caps = self.over_speed
+        return None if caps is None else caps * self.topology.speed_of_device.min()
+
     def raised_for(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
         """Return ``whole``, raised where slots [L,D,S] with one copy of each expert break it."""
         load = device_load(slots, self.load)

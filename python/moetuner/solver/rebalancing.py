@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.placement import holders_of, keep_slots, moves_from
 from moetuner.solver import effort
-from moetuner.solver.unseen import NOISE, NORM
+from moetuner.solver.terms import Site, core_layers
+from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -264,16 +265,8 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
 def _search_of(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:
     """Return the core's search for windows [W,L,E] and slots of a shape [L,D,S]."""
     layers, devices, width = shape
-    return _core.Layers(
-        np.ascontiguousarray(windows),
-        np.ones(len(windows)),
-        np.full((layers, devices), width, dtype=np.int64),
-        [0] * devices,
-        time.tolist(),
-        nearest=False,
-        norm=NORM,
-        noise=NOISE,
-    )
+    site = Site(np.full((layers, devices), width), [0] * devices, time.tolist())
+    return core_layers(windows, np.ones(len(windows)), site, setting=SearchSetting(NORM, NOISE))
 
 
 def _place(
@@ -285,7 +278,7 @@ def _place(
     All work is done in the calling thread.
     """
     search, per_layer = _search_of(windows, start.shape, time), start[0].size
-    search.hold(prices)
+    search.price_copies(prices)
     trials = effort.quick_trials(per_layer, len(windows))
     begin = np.ascontiguousarray(start)
     slots: Slots = search.place(begin, trials=trials, empties=False, quick=True, alone=True)[0]

@@ -66,8 +66,8 @@ class Moves:
         return self.initial.held
 
     @property
-    def prices(self) -> NDArray[np.float64]:
-        """Price of a copy on a device [L,D,E]."""
+    def copy_costs(self) -> NDArray[np.float64]:
+        """What a copy on a device costs [L,D,E]."""
         return np.where(self.running, 0.0, self.price)
 
     def count(self, slots: Slots) -> int:

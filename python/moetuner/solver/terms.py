@@ -7,8 +7,7 @@ if ports are evenly used, and so does a pair that stands for visits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,8 @@ from moetuner.problem import Problem
 from moetuner.solver.unseen import SearchSetting
 
 Floats = NDArray[np.float64]
+# Transitions [L-1,E,E], and what one costs between devices [D,D].
+Links = tuple[NDArray[np.uint64], Floats]
 
 # Tokens of balance that a unit of traffic outweighs: balance only decides between equals.
 TRAFFIC_FIRST = 1e3
@@ -25,66 +26,135 @@ TRAFFIC_FIRST = 1e3
 LEAST_TOKEN_US = 1e-9
 
 
-def core_layers(
-    problem: Problem,
-    load: Floats,
-    weight: Floats,
-    *,
-    setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
-    nearest: bool | None = None,
-    times: Mapping[str, Any] | None = None,
-    caps: list[float] | None = None,
-    prices: Floats | None = None,
-    visits: Mapping[str, Any] | None = None,
-    pairs: Mapping[str, Any] | None = None,
-) -> _core.Layers:
-    """Build the core's layers of a problem for windows of load [W,L,E] with weights [W].
+@dataclass(frozen=True)
+class Site:
+    """The devices of all layers, as the core's searches see them.
 
-    By default the nearest copy serves as the problem says. Caps [L] are of load over time per token
-    of a device, and prices [L,E,D] of a copy on it; times, visits and pairs are arguments of
-    ``Layers.price_time``, ``Layers.price_visits`` and ``Layers.price_pairs``.
+    Parameters
+    ----------
+    capacity
+        Slots [L,D].
+    node, time
+        Node of every device [D], and its time per token as a share of the slowest one's [D].
+    nearest
+        Whether the nearest copy serves.
+    rules
+        What every placement keeps; None where every expert is somewhere and no more is asked.
     """
-    layers = _core.Layers(
-        np.ascontiguousarray(load),
-        weight,
+
+    capacity: NDArray[np.int64]
+    node: list[int]
+    time: list[float]
+    nearest: bool = False
+    rules: _core.Rules | None = None
+
+
+def site_of(problem: Problem, *, caps: Floats | None = None, nearest: bool | None = None) -> Site:
+    """Return the devices of a problem with its rules, and caps [L] on load in time of the slowest.
+
+    By default the nearest copy serves as the problem says.
+    """
+    return Site(
         problem.capacity,
         problem.topology.node_of_device.tolist(),
         problem.topology.time_of_device.tolist(),
-        nearest=problem.split == "nearest" if nearest is None else nearest,
+        problem.split == "nearest" if nearest is None else nearest,
+        problem.core_rules(caps),
+    )
+
+
+@dataclass(frozen=True)
+class TimeCosts:
+    """What weights and rows take, in tokens: arguments of ``Layers.price_time``."""
+
+    base: float
+    expert: float
+    exposed: float
+    start: float
+    row: float
+    counted: bool
+
+
+@dataclass(frozen=True)
+class VisitCosts:
+    """Expert sets of every layer, and what a visit costs: of a device and, on top, of a node."""
+
+    sets: list[tuple[NDArray[np.uint16], NDArray[np.uint64]]]
+    device_cost: float
+    node_cost: float
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """Co-activated pairs [L,E,E], and what one costs whose experts are on no common device."""
+
+    pairs: NDArray[np.uint64]
+    pair_cost: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a search adds up besides windows; None for what costs nothing.
+
+    Copies have costs [L,E,D]. All are in weighted tokens, but those of time, in tokens.
+    """
+
+    times: TimeCosts | None = None
+    copies: Floats | None = None
+    visits: VisitCosts | None = None
+    pairs: PairCosts | None = None
+
+
+def core_layers(
+    load: Floats,
+    weight: Floats,
+    site: Site,
+    *,
+    setting: SearchSetting = SearchSetting(),  # noqa: B008 - frozen
+    terms: Terms = Terms(),
+) -> _core.Layers:
+    """Build the core's layers for windows of load [W,L,E] with weights [W]."""
+    layers = _core.Layers(
+        np.ascontiguousarray(load),
+        weight,
+        site.capacity,
+        site.node,
+        site.time,
+        nearest=site.nearest,
         norm=setting.norm,
         noise=setting.noise,
         mixed=setting.mixed,
-        copies=problem.may_copy,
-        forbidden=problem.rules.forbidden,
-        pinned=problem.rules.pinned,
+        rules=site.rules,
     )
-    if times:
-        layers.price_time(**times)
-    if caps is not None:
-        layers.limit(caps, problem.load.astype(np.float64))
-    if prices is not None:
-        layers.hold(np.ascontiguousarray(prices))
-    if visits:
-        layers.price_visits(**visits)
-    if pairs:
-        layers.price_pairs(**pairs)
+    # The time first: it may change what a token costs.
+    times, visits, pairs = terms.times, terms.visits, terms.pairs
+    if times is not None:
+        layers.price_time(
+            base=times.base,
+            expert=times.expert,
+            exposed=times.exposed,
+            start=times.start,
+            row=times.row,
+            counted=times.counted,
+        )
+    if terms.copies is not None:
+        layers.price_copies(np.ascontiguousarray(terms.copies))
+    if visits is not None:
+        layers.price_visits(visits.sets, device_cost=visits.device_cost, node_cost=visits.node_cost)
+    if pairs is not None:
+        layers.price_pairs(pairs.pairs, pairs.pair_cost)
     return layers
 
 
-def terms_of(problem: Problem, unit: float, *, prices: Floats | None = None) -> dict[str, Any]:
-    """Return the terms of a problem's objective, as arguments of ``core_layers``.
+def terms_of(problem: Problem, unit: float, *, copy_costs: Floats | None = None) -> Terms:
+    """Return the terms of a problem's objective.
 
-    The unit is ``tokens_per_unit``; copies have prices [L,D,E] in units of the objective.
+    The unit is ``tokens_per_unit``; copies have costs [L,D,E] in units of the objective.
     """
-    caps = problem.caps.over_speed
-    slowest = problem.topology.speed_of_device.min()
-    return {
-        "times": _time_prices(problem),
-        "caps": None if caps is None else (caps * slowest).tolist(),
-        "prices": None if prices is None else prices.transpose(0, 2, 1) * unit,
-        "visits": _visit_prices(problem, unit),
-        "pairs": _pair_prices(problem, unit),
-    }
+    copies = None if copy_costs is None else copy_costs.transpose(0, 2, 1) * unit
+    return Terms(
+        _time_costs(problem), copies, _visit_costs(problem, unit), _pair_costs(problem, unit)
+    )
 
 
 def tokens_per_unit(problem: Problem, load: Floats, weight: Floats) -> float:
@@ -108,40 +178,37 @@ def windows_in_all(problem: Problem) -> float:
     return tokens / problem.windows.mean_tokens if tokens else 1.0
 
 
-def visit_costs(problem: Problem, unit: float = 1.0) -> dict[str, Any]:
+def visit_costs(problem: Problem, unit: float = 1.0) -> VisitCosts:
     """Return expert sets and the costs of a visit, of a device and of a node on top."""
     objective = problem.objective_function
     device_cost, node_cost = objective.visit_costs
     assert objective.sets is not None
-    return {
-        "sets": [(layer_sets.ids, layer_sets.counts) for layer_sets in objective.sets],
-        "device_cost": device_cost * unit,
-        "node_cost": node_cost * unit,
-    }
+    sets = [(layer_sets.ids, layer_sets.counts) for layer_sets in objective.sets]
+    return VisitCosts(sets, device_cost * unit, node_cost * unit)
 
 
-def _time_prices(problem: Problem) -> dict[str, Any]:
-    """Return what weights and rows take, in tokens; nothing where time is not the goal."""
+def _time_costs(problem: Problem) -> TimeCosts | None:
+    """Return what weights and rows take, in tokens; None where time is not the goal."""
     model = problem.objective_function.cost_model
     if model is None:
-        return {}
+        return None
     token_us = max(model.token_us, LEAST_TOKEN_US)
     speed, dispatched = problem.topology.speed_of_device, problem.regime == "dispatch"
-    return {
-        "base": (model.base_us - model.start_us) / token_us,
-        "expert": model.expert_us / token_us,
-        "exposed": model.exposed,
-        "start": model.start_us / token_us,
-        "row": row_us(problem) * float(speed.min()) / token_us if dispatched else 0.0,
-        "counted": problem.objective_function.sets is not None,
-    }
+    return TimeCosts(
+        base=(model.base_us - model.start_us) / token_us,
+        expert=model.expert_us / token_us,
+        exposed=model.exposed,
+        start=model.start_us / token_us,
+        row=row_us(problem) * float(speed.min()) / token_us if dispatched else 0.0,
+        counted=problem.objective_function.sets is not None,
+    )
 
 
-def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
-    """Return the visits of expert sets at their price; nothing where visits do not count."""
+def _visit_costs(problem: Problem, unit: float) -> VisitCosts | None:
+    """Return what visits of expert sets cost; None where visits do not count."""
     sets = problem.objective_function.sets
     if sets is None:
-        return {}
+        return None
     if problem.goal == "time":
         # The busiest port has a price of its own.
         return visit_costs(problem, unit=0.0)
@@ -149,31 +216,29 @@ def _visit_prices(problem: Problem, unit: float) -> dict[str, Any]:
     return visit_costs(problem, unit / (problem.layers * max(tokens, 1)))
 
 
-def _pair_prices(problem: Problem, unit: float) -> dict[str, Any]:
-    """Return co-activated pairs, for visits without expert sets, and the price of one apart."""
+def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
+    """Return co-activated pairs, for visits without expert sets, and the cost of one apart."""
     objective = problem.objective_function
     pairs, tokens = objective.coactivation, float(problem.load.sum(dtype=np.float64))
     if pairs is None or not tokens:
-        return {}
+        return None
     if problem.goal != "time":
-        return {"pairs": pairs, "pair_cost": unit / objective.scale}
+        return PairCosts(pairs, unit / objective.scale)
     # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
     # together, and has k (k - 1) / 2 pairs apart.
     top = float(pairs.sum(dtype=np.float64)) / tokens + 1
-    price = visit_us(problem) * 2 / top / (problem.layers * windows_in_all(problem))
-    return {"pairs": pairs, "pair_cost": unit * price}
+    pair_us = visit_us(problem) * 2 / top / (problem.layers * windows_in_all(problem))
+    return PairCosts(pairs, unit * pair_us)
 
 
-def links_of(problem: Problem, unit: float) -> dict[str, Any]:
-    """Return transitions and the price of one over a link [D,D], as ``Layers.place`` takes them."""
+def links_of(problem: Problem, unit: float) -> Links | None:
+    """Return what joins layers: transitions, and what one costs over a link [D,D]."""
     transitions = problem.objective_function.transitions
-    if transitions is None:
-        return {}
-    return {"transitions": transitions, "link_cost": link_prices(problem, unit)}
+    return None if transitions is None else (transitions, link_costs(problem, unit))
 
 
-def link_prices(problem: Problem, unit: float) -> Floats:
-    """Compute the price of a pair over a link [D,D]."""
+def link_costs(problem: Problem, unit: float) -> Floats:
+    """Compute the cost of a pair over a link [D,D]."""
     objective = problem.objective_function
     if problem.goal == "traffic":
         return problem.topology.cost.astype(np.float64) * (unit / objective.scale)

@@ -11,7 +11,7 @@ use crate::layer::{EMPTY, Layer, Slots};
 pub fn by_windows(layer: &Layer) -> Placed<Slots> {
     let levelled = heaviest_first(layer)?;
     let mut packed = fill(&layer.site, &layer.load, QUICK)?;
-    complete(&mut packed, &layer.site, &layer.windows.heaviness, layer.site.copies)?;
+    complete(&mut packed, &layer.site, &layer.windows.heaviness, true)?;
     let slowest = |slots: &Slots| Balance::new(layer, slots, &slots.copies).slowest(layer);
     Ok(if slowest(&levelled) <= slowest(&packed) { levelled } else { packed })
 }
@@ -32,13 +32,13 @@ fn heaviest_first(layer: &Layer) -> Placed<Slots> {
         let e = item.expert() as u16;
         while slots.copies(e) < copies[usize::from(e)] {
             for (g, may) in may.iter_mut().enumerate() {
-                *may = !empty[g].is_empty() && slots.takes(site, e, g);
+                *may = !empty[g].is_empty() && slots.may_take(site, e, g);
             }
             let Some(device) = balance.best_device(layer, e, &may) else { break };
             slots.put(empty[device].pop().unwrap_or_default(), e);
             balance.enter(device, e);
         }
-        if slots.copies(e) == 0 {
+        while slots.is_short(site, e) {
             if !squeeze(&mut slots, site, e) {
                 return Err(NoSlot(usize::from(e)));
             }
@@ -46,6 +46,6 @@ fn heaviest_first(layer: &Layer) -> Placed<Slots> {
             empty = vacant(&slots);
         }
     }
-    complete(&mut slots, site, weight, site.copies)?;
+    complete(&mut slots, site, weight, true)?;
     Ok(slots)
 }

@@ -84,12 +84,10 @@ pub(super) fn check(load: &[f64], experts: usize) -> Result<()> {
 
 /// Puts experts where they must be.
 fn pin(slots: &mut Slots, site: &Site) -> Placed<()> {
-    let d = site.devices();
-    for at in (0..site.pinned.len()).filter(|&at| site.pinned[at]) {
-        let (e, g) = (at / d, at % d);
+    for (e, g) in site.rules.pins(site.devices()) {
         match slots.of(g).find(|&slot| slots.expert_in[slot] == EMPTY) {
-            Some(slot) if !site.forbids(e as u16, g) => slots.put(slot, e as u16),
-            _ => return Err(NoSlot(e)),
+            Some(slot) if slots.may_take(site, e, g) => slots.put(slot, e),
+            _ => return Err(NoSlot(usize::from(e))),
         }
     }
     Ok(())
@@ -114,15 +112,8 @@ impl Item {
 
 /// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
 fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u32>)> {
-    let filled = site.capacity.iter().filter(|&&slots| slots > 0).count() as u32;
-    let most = |e: usize| -> u32 {
-        if site.forbidden.is_empty() {
-            return filled;
-        }
-        let takes = |&g: &usize| site.capacity[g] > 0 && !site.forbids(e as u16, g);
-        (0..site.devices()).filter(takes).count() as u32
-    };
-    let mut copies: Vec<u32> = slots.copies.iter().map(|&pinned| pinned.max(1)).collect();
+    let most = site.rules.most_copies(&site.capacity);
+    let mut copies: Vec<u32> = slots.copies.iter().map(|&pinned| site.rules.least_copies(pinned)).collect();
     let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
     let Some(mut spare) = slots.expert_in.len().checked_sub(taken) else {
         return Err(NoSlot(slots.copies.iter().rposition(|&pinned| pinned == 0).unwrap_or(0)));
@@ -130,7 +121,7 @@ fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u3
     let items: Vec<Item> = (0..copies.len()).map(|e| Item::new(load[e], copies[e], e)).collect();
     let mut full = Vec::with_capacity(items.len());
     let mut heap = BinaryHeap::from(items);
-    while site.copies && spare > 0 {
+    while spare > 0 {
         let Some(mut top) = heap.peek_mut() else { break };
         let e = top.expert();
         if copies[e] < most(e) {
@@ -178,7 +169,7 @@ fn pack(slots: &mut Slots, site: &Site, load: &[f64], order: &[Item], copies: &[
                 break;
             }
             let g = (key & 0xffff) as usize;
-            if !slots.takes(site, e as u16, g) {
+            if !slots.may_take(site, e as u16, g) {
                 aside.push(key);
                 open_devices.set(g, u64::MAX);
                 continue;
@@ -192,7 +183,7 @@ fn pack(slots: &mut Slots, site: &Site, load: &[f64], order: &[Item], copies: &[
         for key in aside.drain(..) {
             open_devices.set((key & 0xffff) as usize, key);
         }
-        if slots.copies[e] == 0 {
+        while slots.is_short(site, e as u16) {
             if !squeeze(slots, site, e as u16) {
                 return Err(NoSlot(e));
             }
@@ -205,19 +196,20 @@ fn pack(slots: &mut Slots, site: &Site, load: &[f64], order: &[Item], copies: &[
 /// Gives experts that have no slot one, the heaviest first, and may fill empty slots with copies that take most.
 pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Placed<()> {
     let vacant = |slots: &Slots, g: usize| slots.of(g).find(|&slot| slots.expert_in[slot] == EMPTY);
-    let mut missing: Vec<u16> =
-        (0..load.len() as u16).filter(|&e| slots.copies[usize::from(e)] == 0).collect();
+    let mut missing: Vec<u16> = (0..load.len() as u16).filter(|&e| slots.is_short(site, e)).collect();
     missing.sort_by(|&a, &b| load[usize::from(b)].total_cmp(&load[usize::from(a)]));
     for e in missing {
-        let times = slots.times_and_loads(site, load).0;
-        let open = (0..times.len())
-            .filter(|&g| slots.takes(site, e, g))
-            .filter_map(|g| vacant(slots, g).map(|slot| (g, slot)))
-            .min_by(|a, b| times[a.0].total_cmp(&times[b.0]));
-        match open {
-            Some((_, slot)) => slots.put(slot, e),
-            None if squeeze(slots, site, e) => {}
-            None => return Err(NoSlot(usize::from(e))),
+        while slots.is_short(site, e) {
+            let times = slots.times_and_loads(site, load).0;
+            let open = (0..times.len())
+                .filter(|&g| slots.may_take(site, e, g))
+                .filter_map(|g| vacant(slots, g).map(|slot| (g, slot)))
+                .min_by(|a, b| times[a.0].total_cmp(&times[b.0]));
+            match open {
+                Some((_, slot)) => slots.put(slot, e),
+                None if squeeze(slots, site, e) => {}
+                None => return Err(NoSlot(usize::from(e))),
+            }
         }
     }
     while full && slots.expert_in.contains(&EMPTY) {
@@ -234,6 +226,6 @@ pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool)
 /// The expert whose copies are the heaviest of those that a device lacks; of equals the one with the fewest copies.
 fn heaviest_copy(slots: &Slots, site: &Site, load: &[f64], device: usize) -> Option<u16> {
     let rank = |e: u16| (slots.part(load, e), std::cmp::Reverse(slots.copies(e)));
-    let lacking = (0..load.len() as u16).filter(|&e| slots.takes(site, e, device));
+    let lacking = (0..load.len() as u16).filter(|&e| slots.may_take(site, e, device));
     lacking.reduce(|a, b| if rank(b) > rank(a) { b } else { a })
 }

@@ -31,8 +31,7 @@ pub(super) fn polish(slots: &mut Slots, site: &Site, load: &[f64], trials: usize
         if close || polish.trials == 0 {
             return;
         }
-        let gained =
-            polish.exchange(slow, goal) || polish.drop(slow, goal) || site.copies && polish.copy(slow, goal);
+        let gained = polish.exchange(slow, goal) || polish.drop(slow, goal) || polish.copy(slow, goal);
         if !gained && polish.trials > 0 {
             return;
         }
@@ -111,9 +110,9 @@ impl Polish<'_> {
     fn drop(&mut self, slow: usize, goal: f64) -> bool {
         let slots = &*self.slots;
         let mut best = (goal, None);
-        for p in slots.of(slow).filter(|&p| slots.releases(self.site, p)) {
+        for p in slots.of(slow).filter(|&p| slots.may_lose(self.site, p)) {
             let e = slots.expert_in[p];
-            if slots.copies(e) < 2 || self.trials == 0 {
+            if e == EMPTY || self.trials == 0 {
                 continue;
             }
             self.trials -= 1;
@@ -139,19 +138,16 @@ impl Polish<'_> {
             if e == EMPTY {
                 continue;
             }
-            for g in (0..self.times.len()).filter(|&g| slots.takes(self.site, e, g)) {
+            for g in (0..self.times.len()).filter(|&g| slots.may_take(self.site, e, g)) {
                 if self.trials == 0 {
                     break;
                 }
                 self.trials -= 1;
-                for q in slots.of(g).filter(|&q| slots.releases(self.site, q)) {
-                    let f = slots.expert_in[q];
-                    if f == EMPTY || slots.copies(f) > 1 {
-                        let longest = self.changes(e, (q, g)).map(|(h, by)| self.times[h] + by);
-                        let longest = longest.fold(0.0, f64::max);
-                        if longest < best.0 {
-                            best = (longest, Some((e, q)));
-                        }
+                for q in slots.of(g).filter(|&q| slots.may_lose(self.site, q)) {
+                    let longest = self.changes(e, (q, g)).map(|(h, by)| self.times[h] + by);
+                    let longest = longest.fold(0.0, f64::max);
+                    if longest < best.0 {
+                        best = (longest, Some((e, q)));
                     }
                 }
             }

@@ -4,30 +4,30 @@ use std::collections::VecDeque;
 
 use crate::layer::{EMPTY, Site, Slots};
 
-/// Finds an expert its first slot, or says that the rules leave none.
+/// Finds an expert a slot that it lacks, or says that the rules leave none.
 ///
-/// Others move only to where they may be, and only copies that are not their expert's last are given up; so where this
+/// Others move only to where they may be, and only copies that their expert can do without are given up; so where this
 /// fails, the devices that it looked at are full of experts that may be nowhere else.
 pub(in crate::layer) fn squeeze(slots: &mut Slots, site: &Site, expert: u16) -> bool {
     let d = site.devices();
     // The slot whose expert would move to a device, with its own device; none for where `expert` itself would go.
     let mut mover: Vec<Option<(usize, usize)>> = vec![None; d];
-    let mut queue: VecDeque<usize> = (0..d).filter(|&g| slots.takes(site, expert, g)).collect();
+    let mut queue: VecDeque<usize> = (0..d).filter(|&g| slots.may_take(site, expert, g)).collect();
     let mut seen = vec![false; d];
     for &g in &queue {
         seen[g] = true;
     }
     while let Some(g) = queue.pop_front() {
         let free = |slot: &usize| slots.expert_in[*slot] == EMPTY;
-        let spare = |slot: &usize| slots.releases(site, *slot) && slots.copies(slots.expert_in[*slot]) > 1;
+        let spare = |slot: &usize| slots.may_lose(site, *slot);
         // The first empty slot: filled ones come first on every device.
         let vacant = slots.of(g).find(free).or_else(|| slots.of(g).find(spare));
         if let Some(slot) = vacant {
             shift(slots, &mover, (slot, g), expert);
             return true;
         }
-        for slot in slots.of(g).filter(|&slot| slots.releases(site, slot)) {
-            for h in (0..d).filter(|&h| slots.takes(site, slots.expert_in[slot], h)) {
+        for slot in slots.of(g) {
+            for h in (0..d).filter(|&h| slots.may_move(site, slot, h)) {
                 if !seen[h] {
                     seen[h] = true;
                     mover[h] = Some((slot, g));

@@ -15,7 +15,7 @@ const ROUNDING: f64 = 1e-9;
 impl Caps {
     pub(crate) fn new(layer: &Layer, slots: &Slots) -> Self {
         let mut load = vec![0.0; layer.devices()];
-        let experts = if layer.cap < f64::INFINITY { layer.experts as u16 } else { 0 };
+        let experts = if layer.site.rules.cap < f64::INFINITY { layer.experts as u16 } else { 0 };
         for e in 0..experts {
             let devices: Vec<u16> = slots.devices(e).collect();
             for &device in &devices {
@@ -44,14 +44,14 @@ impl Caps {
 
     /// Whether every device that a move gives load to stays within the cap, or the worst of them gets less.
     pub(crate) fn allows(&self, layer: &Layer, shares: &[Share]) -> bool {
-        if layer.cap == f64::INFINITY {
+        if layer.site.rules.cap == f64::INFINITY {
             return true;
         }
         let (mut before, mut worst) = (0.0f64, 0.0f64);
         for (load, then) in self.changes(layer, shares) {
             (before, worst) = (before.max(load), worst.max(then));
         }
-        worst <= layer.cap * (1.0 + ROUNDING) || worst < before
+        worst <= layer.site.rules.cap * (1.0 + ROUNDING) || worst < before
     }
 
     /// By what part the worst device exceeds the cap.
@@ -61,7 +61,7 @@ impl Caps {
 
     /// What a move adds to the parts of the cap that devices exceed it by, summed.
     pub(crate) fn rise(&self, layer: &Layer, shares: &[Share]) -> f64 {
-        if layer.cap == f64::INFINITY {
+        if layer.site.rules.cap == f64::INFINITY {
             return 0.0;
         }
         self.changes(layer, shares).map(|(load, then)| above(layer, then) - above(layer, load)).sum()
@@ -77,6 +77,6 @@ impl Caps {
 
 /// By what part a load exceeds the cap, if by more than rounding.
 fn above(layer: &Layer, load: f64) -> f64 {
-    let excess = load / layer.cap.max(f64::MIN_POSITIVE) - 1.0;
+    let excess = load / layer.site.rules.cap.max(f64::MIN_POSITIVE) - 1.0;
     if excess > ROUNDING { excess } else { 0.0 }
 }

@@ -71,8 +71,10 @@ impl Terms {
     #[inline(always)]
     fn look(&mut self, layer: &Layer, slots: &Slots, step: Move) {
         let of_time = layer.reading.is_some() || layer.row > 0.0;
-        let by_share =
-            of_time || layer.cap < f64::INFINITY || !layer.serve.is_empty() || layer.pairs.is_some();
+        let by_share = of_time
+            || layer.site.rules.cap < f64::INFINITY
+            || !layer.serve_cost.is_empty()
+            || layer.pairs.is_some();
         if by_share || balance::exchange(layer, slots, step).is_none() {
             slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         }

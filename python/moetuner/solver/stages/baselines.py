@@ -20,7 +20,7 @@ from moetuner.solver.rebalancing import slowest
 from moetuner.solver.run import Run
 from moetuner.solver.stages import SEARCH
 from moetuner.solver.stages.floor import FLOOR, balanced
-from moetuner.solver.terms import core_layers
+from moetuner.solver.terms import core_layers, site_of
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
@@ -100,7 +100,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
     statistics = RoutingStatistics.from_load(problem.load[layers])
     few = Problem(statistics, problem.topology, slots_per_device=problem.slots)
     load = few.load[None].astype(np.float64)
-    search = core_layers(few, load, np.ones(1), nearest=False)
+    search = core_layers(load, np.ones(1), site_of(few, nearest=False))
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 

@@ -94,7 +94,7 @@ def descend(
         np.ascontiguousarray(start),
         pad_slots(running.slots, problem.capacity),
         most=int(most) if most < problem.capacity.sum() else None,
-        **links,
+        links=links,
         time_limit=budget.left,
         threads=budget.threads,
     )

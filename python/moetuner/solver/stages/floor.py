@@ -10,7 +10,7 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
-from moetuner.solver.terms import core_layers
+from moetuner.solver.terms import core_layers, site_of
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
 Floats = NDArray[np.float64]
@@ -24,9 +24,7 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
         problem.capacity,
         problem.topology.time_of_device,
         trials=trials,
-        copies=problem.may_copy,
-        forbidden=problem.rules.forbidden,
-        pinned=problem.rules.pinned,
+        rules=problem.core_rules(),
     )
 
 
@@ -36,7 +34,7 @@ def level_windows(
     """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
     setting = SearchSetting(NORM, NOISE, mixed)
-    layers = core_layers(problem, load, weight, setting=setting, nearest=False)
+    layers = core_layers(load, weight, site_of(problem, nearest=False), setting=setting)
     start = layers.construct(windows=True, threads=budget.threads)
     return layers.place(
         start,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,14 @@ from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.stages.floor import level_windows, quick_trials, windows_alone
 from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
-from moetuner.solver.terms import core_layers, links_of, terms_of, tokens_per_unit
+from moetuner.solver.terms import (
+    Links,
+    core_layers,
+    links_of,
+    site_of,
+    terms_of,
+    tokens_per_unit,
+)
 from moetuner.solver.unseen import MIXED, SearchSetting, setting_for
 
 Floats = NDArray[np.float64]
@@ -49,14 +55,15 @@ class LayerModel:
         """Weighted tokens of one unit of the objective."""
         return tokens_per_unit(self.problem, self.windows.load, self.weight)
 
-    def core(self, moves: Moves | None = None) -> tuple[_core.Layers, dict[str, Any]]:
-        """Build the core's layers, and the arguments for what joins them."""
-        prices = None if moves is None else moves.prices
-        terms = terms_of(self.problem, self.unit, prices=prices)
+    def core(self, moves: Moves | None = None) -> tuple[_core.Layers, Links | None]:
+        """Build the core's layers, and what joins them."""
+        problem = self.problem
+        terms = terms_of(problem, self.unit, copy_costs=None if moves is None else moves.copy_costs)
+        site = site_of(problem, caps=problem.caps.in_slowest_time)
         layers = core_layers(
-            self.problem, self.windows.load, self.weight, setting=self.setting, **terms
+            self.windows.load, self.weight, site, setting=self.setting, terms=terms
         )
-        return layers, links_of(self.problem, self.unit)
+        return layers, links_of(problem, self.unit)
 
     def levels(self, moves: Moves | None) -> bool:
         """Return whether the quick search of windows is best: windows alone count, and are many.
@@ -99,7 +106,7 @@ class LayerModel:
             restarts=restarts,
             empties=not problem.fill_slots,
             rounds=effort.ROUNDS,
-            **links,
+            links=links,
             seed=self.seed,
             time_limit=budget.left,
             threads=budget.threads,

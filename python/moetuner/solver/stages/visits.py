@@ -15,7 +15,7 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
 from moetuner.solver.stages.chain import search_traffic
-from moetuner.solver.terms import core_layers, visit_costs
+from moetuner.solver.terms import Terms, core_layers, site_of, visit_costs
 from moetuner.statistics import ExpertSets
 
 
@@ -56,8 +56,7 @@ def _visits(run: Run, budget: Budget) -> None:
     sets, slots_of_layer = run.objective.sets, problem.devices * problem.slots
     assert sets is not None
     costs = visit_costs(problem)
-    names = ("device_cost", "node_cost")
-    run.details = run.details.searched(**{name: costs[name] for name in names})
+    run.details = run.details.searched(device_cost=costs.device_cost, node_cost=costs.node_cost)
     if problem.devices < 2:
         return
     trials = budget.iterations
@@ -67,8 +66,9 @@ def _visits(run: Run, budget: Budget) -> None:
     run.details = run.details.searched(trials=trials)
     # A window that weighs nothing: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
-    caps = problem.caps.raised_for(start).astype(np.float64).tolist()
-    layers = core_layers(problem, load, np.zeros(1), caps=caps, visits=costs, nearest=False)
+    caps = problem.caps.raised_for(start).astype(np.float64)
+    site = site_of(problem, caps=caps, nearest=False)
+    layers = core_layers(load, np.zeros(1), site, terms=Terms(visits=costs))
     # Layers of few slots have valleys that one descent does not leave, and descents that agree.
     restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1
     slots, interrupted = layers.place(

@@ -1,0 +1,76 @@
+//! What a placement of a layer keeps, whatever it costs: what a device may hold, what may leave it, how many copies there
+//! must and may be, and the cap on a device's load.
+//!
+//! Searches know no rule: they ask [`super::Slots`], by `may_take`, `may_lose` and `may_move`, which ask [`Rules::allow`].
+
+use super::slots::Edit;
+
+/// The rules of a layer.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    /// Devices where an expert must not be `[E, D]`; empty for none.
+    pub forbidden: Vec<bool>,
+    /// Devices where an expert must have a copy `[E, D]`; empty for none.
+    pub pinned: Vec<bool>,
+    /// Copies that every expert must have.
+    pub fewest: u32,
+    /// Copies that an expert may have at the most, besides those that are pinned.
+    pub most: u32,
+    /// Largest load of a device, in time of the slowest device; infinite for none.
+    pub cap: f64,
+}
+
+impl Default for Rules {
+    /// Every expert is somewhere; else nothing is asked.
+    fn default() -> Self {
+        Self { forbidden: vec![], pinned: vec![], fewest: 1, most: u32::MAX, cap: f64::INFINITY }
+    }
+}
+
+/// The value of a table of experts and devices; false in an empty one.
+#[inline(always)]
+fn at(table: &[bool], expert: u16, [device, devices]: [usize; 2]) -> bool {
+    !table.is_empty() && table[usize::from(expert) * devices + device]
+}
+
+impl Rules {
+    /// Whether a change of an expert with so many copies keeps the rules of where it may be and of how many they are.
+    ///
+    /// That no device holds an expert twice, and loads under the cap, are seen elsewhere.
+    #[inline(always)]
+    pub(super) fn allow(&self, Edit { expert, from, to }: Edit, copies: u32, devices: usize) -> bool {
+        let is_in = |table: &[bool], device: u16| at(table, expert, [usize::from(device), devices]);
+        let may_leave = from.is_none_or(|device| !is_in(&self.pinned, device));
+        let may_enter = to.is_none_or(|device| !is_in(&self.forbidden, device));
+        let may_count = match (from, to) {
+            (Some(_), None) => copies > self.fewest,
+            (None, Some(device)) => copies < self.most || is_in(&self.pinned, device),
+            _ => true,
+        };
+        may_leave && may_enter && may_count
+    }
+
+    /// Experts and devices where they must be.
+    pub(super) fn pins(&self, devices: usize) -> impl Iterator<Item = (u16, usize)> + '_ {
+        let pinned = (0..self.pinned.len()).filter(|&at| self.pinned[at]);
+        pinned.map(move |at| ((at / devices) as u16, at % devices))
+    }
+
+    /// Copies that an expert must have, of which so many are pinned.
+    pub(super) fn least_copies(&self, pinned: u32) -> u32 {
+        pinned.max(self.fewest)
+    }
+
+    /// How many copies each expert may have, besides those that are pinned, on devices of so many slots `[D]`.
+    pub(super) fn most_copies<'a>(&'a self, capacity: &'a [usize]) -> impl Fn(usize) -> u32 + use<'a> {
+        let devices = capacity.len();
+        let used = capacity.iter().filter(|&&slots| slots > 0).count() as u32;
+        move |expert| {
+            if self.forbidden.is_empty() {
+                return used.min(self.most);
+            }
+            let may_hold = |&g: &usize| capacity[g] > 0 && !at(&self.forbidden, expert as u16, [g, devices]);
+            ((0..devices).filter(may_hold).count() as u32).min(self.most)
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! What placements of layers keep, as Python hands it over: one object for all layers.
+
+use numpy::{PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+
+use super::{contiguous, shaped, slice};
+use crate::layer::Rules;
+
+/// The rules of all layers; what a placement may be, whatever it costs.
+#[pyclass(module = "moetuner._core", name = "Rules", frozen)]
+#[derive(Default)]
+pub(super) struct LayerRules {
+    shape: Option<[usize; 3]>,
+    forbidden: Vec<bool>,
+    pinned: Vec<bool>,
+    is_single: bool,
+    /// Largest load of a device in every layer [L], of the loads [L,E] that count for it.
+    caps: Vec<f64>,
+    load: Vec<f64>,
+}
+
+#[pymethods]
+impl LayerRules {
+    #[new]
+    #[pyo3(signature = (*, copies = true, forbidden = None, pinned = None, caps = None, load = None))]
+    fn new(
+        copies: bool,
+        forbidden: Option<PyReadonlyArray3<'_, bool>>,
+        pinned: Option<PyReadonlyArray3<'_, bool>>,
+        caps: Option<Vec<f64>>,
+        load: Option<PyReadonlyArray2<'_, f64>>,
+    ) -> PyResult<Self> {
+        let mut shape = None;
+        for (what, table) in [("forbidden", &forbidden), ("pinned", &pinned)] {
+            let Some(&[l, e, d]) = table.as_ref().map(|table| table.shape()) else { continue };
+            shaped(what, &[l, e, d], shape.get_or_insert([l, e, d]))?;
+        }
+        let caps = caps.unwrap_or_default();
+        let load = load.as_ref().map_or(Ok(&[][..]), |load| contiguous(load.as_slice().ok()))?.to_vec();
+        Ok(Self {
+            shape,
+            forbidden: slice(forbidden.as_ref())?.to_vec(),
+            pinned: slice(pinned.as_ref())?.to_vec(),
+            is_single: !copies,
+            caps,
+            load,
+        })
+    }
+}
+
+impl LayerRules {
+    /// Refuses layers, experts and devices that the tables are not of.
+    pub(super) fn check(&self, sizes: [usize; 3]) -> PyResult<()> {
+        self.shape.map_or(Ok(()), |shape| shaped("rules", &shape, &sizes))?;
+        let capped = sizes[0] * usize::from(!self.caps.is_empty());
+        shaped("caps", &[self.caps.len(), self.load.len()], &[capped, capped * sizes[1]])
+    }
+
+    /// The rules of a layer.
+    pub(super) fn of_layer(&self, layer: usize, [experts, devices]: [usize; 2]) -> Rules {
+        let size = experts * devices;
+        let table =
+            |of_all: &[bool]| of_all.get(layer * size..(layer + 1) * size).unwrap_or_default().to_vec();
+        let plain = Rules::default();
+        Rules {
+            forbidden: table(&self.forbidden),
+            pinned: table(&self.pinned),
+            most: if self.is_single { 1 } else { plain.most },
+            cap: self.caps.get(layer).copied().unwrap_or(plain.cap),
+            ..plain
+        }
+    }
+
+    /// Loads of a layer `[E]` that count for its cap, if it has one.
+    pub(super) fn capped_load(&self, layer: usize, experts: usize) -> Option<&[f64]> {
+        self.load.get(layer * experts..(layer + 1) * experts)
+    }
+}
