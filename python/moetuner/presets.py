@@ -15,7 +15,7 @@ PCIE_LATENCY = 1.0e-6
 NETWORK_LATENCY = 5.0e-6
 
 
-class Machine(NamedTuple):
+class MachinePreset(NamedTuple):
     """One kind of node, and what connects several of them."""
 
     devices_per_node: int
@@ -27,27 +27,27 @@ class Machine(NamedTuple):
 
 MACHINES = {
     # DGX A100 data sheet: NVLink 3, 600 GB/s both ways; one 200 Gbit/s ConnectX-6 per GPU.
-    "a100-nvl8-ib200": Machine(8, 300e9, 25e9),
+    "a100-nvl8-ib200": MachinePreset(8, 300e9, 25e9),
     # H800: NVLink cut to 400 GB/s both ways, 400 Gbit/s per GPU (DeepSeek-V3 report, section 3.1).
-    "h800-nvl8-ib400": Machine(8, 200e9, 50e9),
+    "h800-nvl8-ib400": MachinePreset(8, 200e9, 50e9),
     # DGX H100 and H200 data sheets: NVLink 4, 900 GB/s both ways; one 400 Gbit/s ConnectX-7 per
     # GPU. H200 differs in memory only.
-    "h100-nvl8-ib400": Machine(8, 450e9, 50e9),
-    "h200-nvl8-ib400": Machine(8, 450e9, 50e9),
+    "h100-nvl8-ib400": MachinePreset(8, 450e9, 50e9),
+    "h200-nvl8-ib400": MachinePreset(8, 450e9, 50e9),
     # DGX B200 data sheet: NVLink 5, 1.8 TB/s both ways; one 400 Gbit/s ConnectX-7 per GPU.
-    "b200-nvl8-ib400": Machine(8, 900e9, 50e9),
+    "b200-nvl8-ib400": MachinePreset(8, 900e9, 50e9),
     # DGX B300 data sheet: as B200 with one 800 Gbit/s ConnectX-8 per GPU.
-    "b300-nvl8-ib800": Machine(8, 900e9, 100e9),
+    "b300-nvl8-ib800": MachinePreset(8, 900e9, 100e9),
     # NVL72 data sheets: 72 GPUs on one NVLink 5 switch fabric; ConnectX-7 (GB200) or -8 (GB300).
-    "gb200-nvl72": Machine(72, 900e9, 50e9),
-    "gb300-nvl72": Machine(72, 900e9, 100e9),
+    "gb200-nvl72": MachinePreset(72, 900e9, 50e9),
+    "gb300-nvl72": MachinePreset(72, 900e9, 100e9),
     # MI300X data sheet: seven Infinity Fabric links of 128 GB/s both ways make a full mesh of
     # eight, so 448 GB/s leave a GPU if all peers are talked to; one 400 Gbit/s port per GPU.
-    "mi300x-if8-roce400": Machine(8, 448e9, 50e9),
+    "mi300x-if8-roce400": MachinePreset(8, 448e9, 50e9),
     # Boxes without NVLink: x16 slots after line coding, 31.5 (PCIe 4) and 63 GB/s (PCIe 5) per
     # direction. Four GPUs and 100 Gbit/s Ethernet for each two, eight GPUs and 400 Gbit/s each.
-    "pcie4-box4-eth100": Machine(4, 31.5e9, 6.25e9, PCIE_LATENCY),
-    "pcie5-box8-ib400": Machine(8, 63e9, 50e9, PCIE_LATENCY),
+    "pcie4-box4-eth100": MachinePreset(4, 31.5e9, 6.25e9, PCIE_LATENCY),
+    "pcie5-box8-ib400": MachinePreset(8, 63e9, 50e9, PCIE_LATENCY),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from moe_models import build, choices, refused, torch, transformers
 
 import moetuner as mt
-from moetuner.torch.collect import Text, collect, read_texts
+from moetuner.torch.collect import Document, collect, read_texts
 from moetuner.torch.record.capture import Recorder
 
 TEXTS = ["one two three", "four", "one one one one one two", "three three"]
@@ -75,11 +75,11 @@ def test_texts_of_a_file(tmp_path):
     """Lines or JSON lines, told apart by the first; empty ones are no texts."""
     path = tmp_path / "texts"
     path.write_text("\ufeff a b \n\n  \n{c\n", encoding="utf-8")
-    assert list(read_texts(path)) == [Text("a b", None), Text("{c", None)]
+    assert list(read_texts(path)) == [Document("a b", None), Document("{c", None)]
     path.write_bytes(rb'{"text": "\ud83d\ude00"}')  # both halves of one
-    assert list(read_texts(path)) == [Text("\U0001f600", None)]
+    assert list(read_texts(path)) == [Document("\U0001f600", None)]
     path.write_text('{"text": "a\\nb", "id": 3}\n{"text": " "}\n\n{"text": "c", "group": "g"}')
-    assert list(read_texts(path)) == [Text("a\nb", None), Text("c", "g")]
+    assert list(read_texts(path)) == [Document("a\nb", None), Document("c", "g")]
 
     for content, text in (
         (b'{"text": "a"}\nb', "line 2: "),

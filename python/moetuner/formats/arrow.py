@@ -20,7 +20,7 @@ from moetuner._checks import experts_in
 from moetuner.files import size_of
 from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, pages_of
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, Source
+from moetuner.formats.rows import LABELS, Add, OpenTable
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 BATCH = 1 << 16
@@ -38,7 +38,7 @@ def recognises(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Iterator[OpenTable]:
     """Open a file."""
     try:
         import pyarrow
@@ -77,7 +77,7 @@ def opened(path: Path) -> Iterator[Source]:
                     batch.validate(full=True)
                     add({name: _values(name, batch.column(name)) for name in names})
 
-            yield Source(list(schema.names), experts, add_to)
+            yield OpenTable(list(schema.names), experts, add_to)
     except (pyarrow.ArrowException, MemoryError) as error:
         raise ValueError(f"damaged file: {error}") from None
     except OSError as error:

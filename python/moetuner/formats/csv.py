@@ -17,7 +17,7 @@ import numpy as np
 
 from moetuner.files import naming, size_of
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, Source
+from moetuner.formats.rows import LABELS, Add, OpenTable
 
 SEPARATORS = (",", ";", "\t")
 # Other names of columns of counts.
@@ -47,12 +47,12 @@ def _header(line: str) -> tuple[str, list[str]]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Source]:
+def opened(path: Path) -> Iterator[OpenTable]:
     """Open a file."""
     size_of(path)
     with path.open(encoding="utf-8-sig") as file:
         separator, names = _header(file.readline(LONGEST_HEADER))
-        yield Source(names, None, partial(_add_lines, file, separator, names))
+        yield OpenTable(names, None, partial(_add_lines, file, separator, names))
 
 
 def _add_lines(

@@ -46,7 +46,7 @@ RECORD_EXPERTS = (
     "plugin, or --enable-return-routed-experts (docs/loads.md)"
 )
 
-Counts = NDArray[np.int64]
+LoadCounts = NDArray[np.int64]
 
 
 def recognises(path: Path) -> bool:
@@ -115,7 +115,7 @@ def _holds_counts(path: Path) -> bool:
     return bool(repeats and (first.shape[2] > MOST_CHOSEN or alike))
 
 
-def _array(path: Path) -> Counts:
+def _array(path: Path) -> LoadCounts:
     """Read a bare array; of one without windows, layers must have about as many choices."""
     table = counts_in("load", npz.read_npy(path))
     sums = table.sum(axis=-1)
@@ -127,9 +127,9 @@ def _array(path: Path) -> Counts:
     return table
 
 
-def _records(path: Path) -> Counts:
+def _records(path: Path) -> LoadCounts:
     """Read what vLLM's expert_load_stats_path gets (PR 41141): loads of slots, a window a line."""
-    windows: list[Counts] = []
+    windows: list[LoadCounts] = []
     for number, line in enumerate(read_whole(path).decode("utf-8").splitlines(), 1):
         if RECORD in line:
             with naming(f"line {number}"):
@@ -141,7 +141,7 @@ def _records(path: Path) -> Counts:
     return np.stack(windows)
 
 
-def _log(_: Path) -> Counts:
+def _log(_: Path) -> LoadCounts:
     raise ValueError(f"this log says how balanced GPUs are, not experts' loads: {RECORD_EXPERTS}")
 
 

@@ -32,7 +32,7 @@ Add = Callable[[Columns], None]
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenTable:
     """An open file: its columns, the experts that it names, and what hands over some columns."""
 
     names: list[str]
@@ -41,7 +41,7 @@ class Source:
 
 
 def read_tables(
-    opened: Callable[[Path], AbstractContextManager[Source]], paths: Sequence[Path], hints: Hints
+    opened: Callable[[Path], AbstractContextManager[OpenTable]], paths: Sequence[Path], hints: Hints
 ) -> Traffic:
     """Read one table, or several of the same columns one after the other; ``opened`` opens one."""
     table: Any = None
@@ -78,7 +78,7 @@ class Labels(dict[str, int]):
         return np.asarray(names, dtype=np.int32)[numbers]
 
 
-class Table:
+class TokenRows:
     """Rows so far: columns of numbers, and labels."""
 
     def __init__(self, numbers: list[str], names: list[str], hints: Hints) -> None:
@@ -99,7 +99,7 @@ class Table:
         return labels
 
 
-class Tokens(Table):
+class Tokens(TokenRows):
     """A row is a token, with a column of ids [L][K]."""
 
     def __init__(self, names: list[str], hints: Hints) -> None:
@@ -131,7 +131,7 @@ class Tokens(Table):
         return RoutingTrace(**vars(contents) | self.about(vars(contents)))
 
 
-class Choices(Table):
+class Choices(TokenRows):
     """A row is one choice of a token, or a count.
 
     With a column ``token`` the rows are a trace: those of one token (of one sequence, where there

@@ -95,12 +95,12 @@ def rebalance_experts(
     """
     # Where a profile has fewer layers, those without load are dense.
     case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
-    rules = Rules(budget, dead_zone, deviations, traffic)
-    return case.map_of(case.rebalanced(rules, profile).slots)
+    limits = MoveLimits(budget, dead_zone, deviations, traffic)
+    return case.map_of(case.rebalanced(limits, profile).slots)
 
 
 @dataclass(frozen=True)
-class Rules:
+class MoveLimits:
     """How far live loads change what runs; as the arguments of ``rebalance_experts``."""
 
     budget: int | None = None
@@ -204,23 +204,25 @@ class Case:
         before, after = (holders_of(table, self.experts) for table in (self.slots, slots))
         return int(np.count_nonzero(after & ~before))
 
-    def rebalanced(self, rules: Rules, profile: RoutingStatistics | None = None) -> Rebalanced:
+    def rebalanced(
+        self, limits: MoveLimits, profile: RoutingStatistics | None = None
+    ) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
-        pairs = None if profile is None else self.pairs_of(profile, rules.traffic)
-        budget = self.slots.size if rules.budget is None else min(rules.budget, self.slots.size)
+        pairs = None if profile is None else self.pairs_of(profile, limits.traffic)
+        budget = self.slots.size if limits.budget is None else min(limits.budget, self.slots.size)
         if self.nodes > 1:
-            return self._whole_groups(budget, pairs, rules)
+            return self._whole_groups(budget, pairs, limits)
         return rebalance(
             self.windows,
             self.slots,
             budget=budget,
-            dead_zone=rules.dead_zone,
-            deviations=rules.deviations,
+            dead_zone=limits.dead_zone,
+            deviations=limits.deviations,
             fresh=self.fresh,
             pairs=pairs,
         )
 
-    def _whole_groups(self, budget: int, pairs: Pairs | None, rules: Rules) -> Rebalanced:
+    def _whole_groups(self, budget: int, pairs: Pairs | None, limits: MoveLimits) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
         nodes, size = self.nodes, self.experts // self.groups
@@ -234,7 +236,7 @@ class Case:
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
         anew = packed_anew(self.fresh, self.slots, budget)
         homes = np.where(anew[:, None, None], EMPTY, self.slots)
-        node_of = _nodes_of_groups(self.load, homes, self.groups, nodes, budget, rules)
+        node_of = _nodes_of_groups(self.load, homes, self.groups, nodes, budget, limits)
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
         experts = (order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
@@ -252,8 +254,8 @@ class Case:
             np.ascontiguousarray(self.windows[:, row[:, None], experts]),
             local[number[:, :, None], slots[busy]],
             budget=budget,
-            dead_zone=rules.dead_zone,
-            deviations=rules.deviations,
+            dead_zone=limits.dead_zone,
+            deviations=limits.deviations,
             fresh=anew[row],
             pairs=pairs,
         )
@@ -353,7 +355,12 @@ def _running(
 
 
 def _nodes_of_groups(
-    load: NDArray[np.float64], slots: Slots, groups: int, nodes: int, budget: int, rules: Rules
+    load: NDArray[np.float64],
+    slots: Slots,
+    groups: int,
+    nodes: int,
+    budget: int,
+    limits: MoveLimits,
 ) -> NDArray[np.int64]:
     """Return the node of every group [L,G], as many groups on each.
 
@@ -379,7 +386,7 @@ def _nodes_of_groups(
         heavy[row, node] += of_group[row, group]
     left = budget // (4 * size)
     for _ in range(GROUP_PAIRS):
-        gain, pairs = _pairs_of_groups(of_group, node_of, heavy, rules)
+        gain, pairs = _pairs_of_groups(of_group, node_of, heavy, limits)
         change = np.argsort(-gain, kind="stable")[:left]
         change = change[gain[change] > 0]
         if not change.size:
@@ -397,7 +404,7 @@ def _pairs_of_groups(
     of_group: NDArray[np.float64],
     node_of: NDArray[np.int64],
     heavy: NDArray[np.float64],
-    rules: Rules,
+    limits: MoveLimits,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return what the heaviest node of every layer gains by a change of two groups, and which.
 
@@ -413,7 +420,7 @@ def _pairs_of_groups(
     rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
     best = rest.reshape(layers, -1).argmin(axis=1)
     after = rest.reshape(layers, -1)[row, best]
-    chance = rules.deviations * np.sqrt(before + after)
-    least = np.maximum(rules.dead_zone / 2 * before, chance)
+    chance = limits.deviations * np.sqrt(before + after)
+    least = np.maximum(limits.dead_zone / 2 * before, chance)
     gain = np.where(before - after > least, 1 - after / np.maximum(before, 1), 0)
     return gain, np.stack(np.divmod(best, groups), axis=1)

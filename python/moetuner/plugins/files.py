@@ -11,7 +11,7 @@ import numpy as np
 
 from moetuner.formats import open_input
 from moetuner.placement import Placement, keep_slots
-from moetuner.plugins.decision import Case, Rules, Slots
+from moetuner.plugins.decision import Case, MoveLimits, Slots
 from moetuner.plugins.log import line_of
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics
@@ -99,7 +99,7 @@ class Files:
         content += [None if profile is None else profile.fingerprint]
         return cls(tuple(placements), profile, checksum_of(repr(content).encode()))
 
-    def fault(self, case: Case, model: str | None, rules: Rules) -> str:
+    def fault(self, case: Case, model: str | None, rules: MoveLimits) -> str:
         """Return why these files cannot serve a model, nothing where they can."""
         try:
             if self.placements:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from moetuner._checks import is_number, shown
-from moetuner.plugins.decision import Rules
+from moetuner.plugins.decision import MoveLimits
 
 PREFIX = "MOETUNER_"
-# Variables that are numbers, and the arguments of ``Rules`` that they set.
+# Variables that are numbers, and the arguments of ``MoveLimits`` that they set.
 NUMBERS = {
     "MOVE_BUDGET" if field.name == "budget" else field.name.upper(): field.name
-    for field in fields(Rules)
+    for field in fields(MoveLimits)
 }
 NAMES = ("PLACEMENT", "REBALANCE", "PROFILE", "RECORD", "RELOAD", "UPDATES", *NUMBERS)
 # What switches a variable on and off.
@@ -54,7 +54,7 @@ class Settings:
     record: Path | None = None
     reload: Path | None = None
     updates: bool = True
-    rules: Rules = field(default_factory=Rules)
+    rules: MoveLimits = field(default_factory=MoveLimits)
 
     @classmethod
     def of(cls, environment: Mapping[str, str] | None = None) -> Settings | None:
@@ -76,7 +76,7 @@ class Settings:
         updates = switch("UPDATES")
         numbers = {}
         for name, argument in NUMBERS.items():
-            number = _number(name, text(name)) if text(name) else getattr(Rules, argument)
+            number = _number(name, text(name)) if text(name) else getattr(MoveLimits, argument)
             is_whole = name == "MOVE_BUDGET" and number is not None
             numbers[argument] = int(number) if is_whole else number
         settings = cls(
@@ -86,7 +86,7 @@ class Settings:
             path("RECORD"),
             path("RELOAD"),
             updates is not False,
-            Rules(**numbers),  # type: ignore[arg-type]
+            MoveLimits(**numbers),  # type: ignore[arg-type]
         )
         return settings if settings.decides or settings.record or updates else None
 

@@ -46,7 +46,7 @@ def wrap(owner: Any, name: str, purpose: str, around: Callable[[Any], Any]) -> N
         setattr(owner, name, outer)
 
 
-class Placed:
+class PlacedModel:
     """Where the experts of one model are, and whether updates of its weights can follow them.
 
     Parameters
@@ -205,12 +205,12 @@ def _adding(layers: Any, missing: str, log: Log, rearranges: bool, add_model: An
     return add
 
 
-def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed:
+def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> PlacedModel:
     """Tell every layer of a model that vLLM has taken where its experts are."""
     every = list(states.model_states.values())
     state = next((placed for placed in every if getattr(placed, "model", None) is model), every[-1])
     parallel_config = getattr(states, "parallel_config", None)
-    placed = Placed(state, model.num_logical_experts, parallel_config, log)
+    placed = PlacedModel(state, model.num_logical_experts, parallel_config, log)
     placed.unfollowed = missing
     if getattr(states, "is_async", False) and not hasattr(states, "drain_async"):
         placed.unfollowed = "weights beside an asynchronous rearrangement"
@@ -243,12 +243,12 @@ def _own_loader(experts: Any, layers: Any) -> str:
     return ""
 
 
-def models_of(states: Any) -> list[Placed]:
+def models_of(states: Any) -> list[PlacedModel]:
     """Return the models of an ``EplbState``."""
     return list(getattr(states, "__dict__", {}).get(MODELS, []))
 
 
-def models_of_worker(worker: Any) -> list[Placed]:
+def models_of_worker(worker: Any) -> list[PlacedModel]:
     """Return the models of a worker."""
     return models_of(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
 

@@ -26,14 +26,14 @@ LONE = re.compile("[\ud800-\udfff]")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Text(NamedTuple):
+class Document(NamedTuple):
     """One document and the group that it belongs to, if any."""
 
     text: str
     group: str | None
 
 
-def read_texts(path: str | Path) -> Iterator[Text]:
+def read_texts(path: str | Path) -> Iterator[Document]:
     """Yield the texts of a file: one per line, or JSON objects with "text", maybe "group".
 
     The first line tells which: JSON lines begin with a brace. Empty lines and texts are left out.
@@ -62,7 +62,7 @@ def read_texts(path: str | Path) -> Iterator[Text]:
                     letter = f"half of a letter (\\u{ord(lone[0]):x})"
                     raise ValueError(f"line {number}: must be whole letters, got {letter}")
             if text.strip():
-                yield Text(text, group)
+                yield Document(text, group)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ PREDICTS = re.compile(r"(^|[._])(mtp|nextn|multi_token)", re.IGNORECASE)
 UP_TO_LAYER = re.compile(r"(?:.*\.)?\d+(?=\.|$)")
 
 
-class Part(NamedTuple):
+class ExpertName(NamedTuple):
     """A tensor of experts: its block, and of one expert its number and the name around that.
 
     Of all experts ``tail`` is the name within them.
@@ -42,21 +42,21 @@ class Part(NamedTuple):
         return self.expert is not None and len(self.expert) > 1 and self.expert.startswith("0")
 
 
-def part_of(name: str) -> Part | None:
+def part_of(name: str) -> ExpertName | None:
     """Return what a name says of experts; None if it is of none."""
     if (one := EXPERT.fullmatch(name)) is not None:
-        return Part(one["block"] or "", one["head"], one["expert"], one["tail"])
+        return ExpertName(one["block"] or "", one["head"], one["expert"], one["tail"])
     stacked = STACKED.fullmatch(name)
-    return None if stacked is None else Part(stacked["block"] or "", tail=stacked["rest"])
+    return None if stacked is None else ExpertName(stacked["block"] or "", tail=stacked["rest"])
 
 
-def parts_of(names: Iterable[str]) -> dict[str, Part]:
+def parts_of(names: Iterable[str]) -> dict[str, ExpertName]:
     """Return the tensors of experts."""
     parts = ((name, part_of(name)) for name in names)
     return {name: part for name, part in parts if part is not None}
 
 
-def widths_of(parts: Iterable[Part]) -> dict[str, int]:
+def widths_of(parts: Iterable[ExpertName]) -> dict[str, int]:
     """Return the digits of experts' numbers with leading zeros, by the name before the number."""
     return {part.head: len(part.expert or "") for part in parts if part.is_padded}
 

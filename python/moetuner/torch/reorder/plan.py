@@ -23,7 +23,7 @@ from torch import Tensor
 from moetuner._checks import whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.outside import has_memory, is_plain
-from moetuner.torch.reorder.names import UP_TO_LAYER, Part, parts_of, widths_of
+from moetuner.torch.reorder.names import UP_TO_LAYER, ExpertName, parts_of, widths_of
 
 Order = NDArray[np.int64]
 Tensors = Mapping[str, Tensor]
@@ -184,7 +184,7 @@ class Plan:
         layers = {block: UP_TO_LAYER.match(block) for block in self.routers}
         return {block: f"{layer[0]}." for block, layer in layers.items() if layer}
 
-    def has(self, name: str, part: Part | None) -> bool:
+    def has(self, name: str, part: ExpertName | None) -> bool:
         """Whether a tensor, ``part`` of the experts or not, is of one of the MoE blocks."""
         if part is not None:
             return part.block in self.routers or part.block in self.resting
@@ -194,7 +194,7 @@ class Plan:
         """Whether a tensor is in the layer of a block that moves."""
         return name.startswith(tuple(self._layers.values()))
 
-    def change(self, name: str, tensor: Tensor, part: Part | None) -> TensorChange:
+    def change(self, name: str, tensor: Tensor, part: ExpertName | None) -> TensorChange:
         """Return what becomes of a tensor, ``part`` of the experts or not.
 
         Of a checkpoint it may be on the meta device, of its kind of number.
@@ -212,7 +212,7 @@ class Plan:
         return TensorChange(name)
 
     def _of_experts(
-        self, name: str, shape: tuple[int, ...], part: Part, order: Order
+        self, name: str, shape: tuple[int, ...], part: ExpertName, order: Order
     ) -> TensorChange:
         """Return the change of a tensor of experts."""
         if part.expert is not None:

@@ -24,7 +24,7 @@ STORED = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelSettings:
     """What a configuration says.
 
     Attributes
@@ -45,7 +45,7 @@ class Settings:
                 check_groups(positions, groups, f"layer {layer}")
 
 
-def settings_of(config: Config, names: Iterable[str]) -> Settings:
+def settings_of(config: Config, names: Iterable[str]) -> ModelSettings:
     """Read a configuration, with the models in it: any of them may have the experts.
 
     ``names`` are of tensors, which may show that it is needed.
@@ -56,7 +56,7 @@ def settings_of(config: Config, names: Iterable[str]) -> Settings:
                 "config is needed: a router with e_score_correction_bias may be limited to groups "
                 "(config={'n_group': 1} if it is not)"
             )
-        return Settings()
+        return ModelSettings()
     fields = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(fields, Mapping):
         raise TypeError(f"config must be a configuration or its settings, got {type(config)}")
@@ -73,7 +73,7 @@ def settings_of(config: Config, names: Iterable[str]) -> Settings:
     of_experts = [part for part in parts if any(part.get(name) for name in SIZES)]
     layers = (part.get(name) for part in (*of_experts, *parts) for name in LAYERS)
     hidden = (whole_number("config's num_hidden_layers", n) for n in layers if n is not None)
-    return Settings(tuple(sorted(groups)), next(hidden, None))
+    return ModelSettings(tuple(sorted(groups)), next(hidden, None))
 
 
 def configuration_of(fields: Mapping[str, Any]) -> Any:
