@@ -53,9 +53,9 @@ MAY_IMPORT = {
     "solver.stages": ("solver.rebalancing", *STAGES, *EFFORT, *SOLVER),
     "solver": SOLVER,
     "report": ("solver", "formats", "files", *SOLVER),
-    "plugins": ("solver", "formats", "files", *VALUES),
+    "plugins": ("solver", "formats", "files", "router_groups", *VALUES),
     # Ranks agree in one way, whoever places their experts.
-    "torch": ("plugins.consensus", "solver", "files", *SOLVER),
+    "torch": ("plugins.consensus", "solver", "files", "router_groups", *SOLVER),
     "cli": (*COMMANDS, *SOLVER),
 }
 # Rooms where a foreign library is known.

@@ -1,4 +1,4 @@
-"""Placements for routers that first choose among groups of neighbouring experts.
+"""Routers that first choose among groups of neighbouring experts: all that is known of groups.
 
 Renumbering experts is exact for such a router (DeepSeek-V3) only if its groups stay whole. With no
 more devices than groups, place the groups; with more, keep every group on devices of its own::
@@ -12,6 +12,8 @@ more devices than groups, place the groups; with more, keep every group on devic
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,16 @@ from numpy.typing import NDArray
 from moetuner._checks import DEVICE_LIMIT, experts_in, instance, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import RoutingStatistics
+
+# Pairs of groups that change places in a layer at most; each of them must gain half the dead zone.
+GROUP_PAIRS = 8
+# Settings of the groups of experts among which a router chooses first, and of how many it may
+# choose. Attention heads, convolutions and quantised weights have groups as well.
+GROUPS = re.compile(
+    r"(n|num)_group|(?!.*(top_?k|limit|size|use))((.*_)?(expert|router|moe)s?_.*groups?(_.*)?"
+    r"|(n|num)_expert_?groups?)"
+)
+LIMIT = re.compile(r"(?=.*(top_?k|limit)).*groups?(_.*)?")
 
 
 def merged(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
@@ -81,6 +93,113 @@ def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, 
         for device in range(devices)
         if expert // size != device // per_group
     ]
+
+
+def count_groups(settings: Mapping[str, Any]) -> int:
+    """Count the groups among which a router chooses first; 1 if all experts compete at once."""
+
+    def numbers(names: re.Pattern[str]) -> list[int]:
+        named = {name: value for name, value in settings.items() if names.fullmatch(str(name))}
+        counts = {k: v for k, v in named.items() if v is not None and not isinstance(v, bool)}
+        return [whole_number(f"config's {k}", v, lowest=0) for k, v in counts.items()]
+
+    # Configurations of models without groups say 0 as well.
+    groups = max(numbers(GROUPS), default=0) or 1
+    is_greedy = settings.get("topk_method") == "greedy"
+    return 1 if is_greedy or any(limit >= groups for limit in numbers(LIMIT)) else groups
+
+
+def check_whole(order: NDArray[np.int64], groups: int, layer: str) -> None:
+    """Check that the order [E] keeps the router's groups of experts whole.
+
+    It chooses groups by their positions: of mixed ones others would win, and other experts.
+    """
+    size, rest = divmod(len(order), groups)
+    if rest:
+        raise ValueError(f"{layer}: {groups} groups must divide {len(order)} experts")
+    for run, members in enumerate((order // size).reshape(groups, size) if groups > 1 else ()):
+        mixed = sorted(set(members.tolist()))
+        if len(mixed) > 1:
+            raise ValueError(
+                f"{layer}: its router chooses among {groups} groups of {size} experts first, so "
+                f"groups must stay whole, but positions {run * size} to {(run + 1) * size - 1} "
+                f"would hold experts of groups {mixed}; moetuner.router_groups places them whole"
+            )
+
+
+def assign_nodes(
+    load: NDArray[np.float64],
+    slots: NDArray[np.int32],
+    groups: int,
+    nodes: int,
+    *,
+    budget: int,
+    dead_zone: float,
+    deviations: float,
+) -> NDArray[np.int64]:
+    """Return the node of every group [L,G], as many groups on each.
+
+    Groups go where most of them is, then the heaviest first to the node with the least load. In
+    layers where that relieves the heaviest node, two groups change places, and again, within half
+    the budget.
+    """
+    layers, ranks, _ = slots.shape
+    row, size = np.arange(layers), load.shape[1] // groups
+    of_group = load.reshape(layers, groups, size).sum(axis=2)
+    node_of_rank = np.arange(ranks) // (ranks // nodes)
+    group_of_slot = np.where(slots >= 0, slots // size, groups)
+    cell = (row[:, None, None] * (groups + 1) + group_of_slot) * nodes + node_of_rank[:, None]
+    there = np.bincount(cell.ravel(), minlength=layers * (groups + 1) * nodes)
+    there = there.reshape(layers, groups + 1, nodes)[:, :groups]
+    node_of = np.zeros((layers, groups), dtype=np.int64)
+    free = np.full((layers, nodes), groups // nodes)
+    heavy = np.zeros((layers, nodes))
+    for group in np.lexsort((-of_group, -there.max(axis=2)), axis=1).T:
+        node = np.lexsort((heavy, -there[row, group], free == 0), axis=1)[:, 0]
+        node_of[row, group] = node
+        free[row, node] -= 1
+        heavy[row, node] += of_group[row, group]
+    left = budget // (4 * size)
+    for _ in range(GROUP_PAIRS):
+        gain, pairs = _best_exchange(of_group, node_of, heavy, dead_zone, deviations)
+        change = np.argsort(-gain, kind="stable")[:left]
+        change = change[gain[change] > 0]
+        if not change.size:
+            break
+        left -= change.size
+        for layer in change:
+            pair = pairs[layer]
+            moved = of_group[layer, pair] @ (1, -1)
+            heavy[layer, node_of[layer, pair]] += (-moved, moved)
+            node_of[layer, pair] = node_of[layer, pair[::-1]]
+    return node_of
+
+
+def _best_exchange(
+    of_group: NDArray[np.float64],
+    node_of: NDArray[np.int64],
+    heavy: NDArray[np.float64],
+    dead_zone: float,
+    deviations: float,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return what the heaviest node of every layer gains by a change of two groups, and which.
+
+    As a part of its load [L], 0 where that is too little or may be chance; pairs of groups [L,2].
+    """
+    layers, groups = of_group.shape
+    row, worst = np.arange(layers), heavy.argmax(axis=1)
+    before, second = heavy[row, worst], np.sort(heavy, axis=1)[:, -2]
+    moved = of_group[:, :, None] - of_group[:, None, :]
+    rest = np.maximum(before[:, None, None] - moved, second[:, None, None])
+    rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
+    here = node_of == worst[:, None]
+    rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
+    best = rest.reshape(layers, -1).argmin(axis=1)
+    after = rest.reshape(layers, -1)[row, best]
+    chance = deviations * np.sqrt(before + after)
+    least = np.maximum(dead_zone / 2 * before, chance)
+    gain = np.where(before - after > least, 1 - after / np.maximum(before, 1), 0)
+    return gain, np.stack(np.divmod(best, groups), axis=1)
 
 
 def _size(experts: int, groups: int) -> int:

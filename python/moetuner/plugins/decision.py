@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import DEVICE_LIMIT, SLOT_LIMIT, array_in, at_least, numbers_in, whole_number
-from moetuner.placement import EMPTY, holders_of
+from moetuner.placement import EMPTY, difference, holders_of
+from moetuner.router_groups import assign_nodes
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
@@ -27,8 +28,6 @@ from moetuner.statistics import RoutingStatistics
 
 Slots = NDArray[np.int32]
 
-# Pairs of groups that change places in a layer at most; each of them must gain half the dead zone.
-GROUP_PAIRS = 8
 # Time of a token's visit of a rank, as a part of what an expert takes for a token.
 TRAFFIC = 0.2
 # Windows that a decision looks at.
@@ -202,7 +201,7 @@ class Case:
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
         before, after = (holders_of(table, self.experts) for table in (self.slots, slots))
-        return int(np.count_nonzero(after & ~before))
+        return difference(before, after, None, None).experts_moved
 
     def rebalanced(
         self, limits: MoveLimits, profile: RoutingStatistics | None = None
@@ -236,7 +235,15 @@ class Case:
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
         anew = packed_anew(self.fresh, self.slots, budget)
         homes = np.where(anew[:, None, None], EMPTY, self.slots)
-        node_of = _nodes_of_groups(self.load, homes, self.groups, nodes, budget, limits)
+        node_of = assign_nodes(
+            self.load,
+            homes,
+            self.groups,
+            nodes,
+            budget=budget,
+            dead_zone=limits.dead_zone,
+            deviations=limits.deviations,
+        )
         # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
         order = np.argsort(node_of, axis=1, kind="stable")
         experts = (order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
@@ -352,75 +359,3 @@ def _running(
     in_order = np.all(slots == np.arange(slots.shape[1]) % experts, axis=1)
     fresh = in_order | np.any(slots == EMPTY, axis=1) | (old.shape[1] != slots.shape[1])
     return slots.reshape(shape), fresh
-
-
-def _nodes_of_groups(
-    load: NDArray[np.float64],
-    slots: Slots,
-    groups: int,
-    nodes: int,
-    budget: int,
-    limits: MoveLimits,
-) -> NDArray[np.int64]:
-    """Return the node of every group [L,G], as many groups on each.
-
-    Groups go where most of them is, then the heaviest first to the node with the least load. In
-    layers where that relieves the heaviest node, two groups change places, and again, within half
-    the budget.
-    """
-    layers, ranks, _ = slots.shape
-    row, size = np.arange(layers), load.shape[1] // groups
-    of_group = load.reshape(layers, groups, size).sum(axis=2)
-    node_of_rank = np.arange(ranks) // (ranks // nodes)
-    group_of_slot = np.where(slots >= 0, slots // size, groups)
-    cell = (row[:, None, None] * (groups + 1) + group_of_slot) * nodes + node_of_rank[:, None]
-    there = np.bincount(cell.ravel(), minlength=layers * (groups + 1) * nodes)
-    there = there.reshape(layers, groups + 1, nodes)[:, :groups]
-    node_of = np.zeros((layers, groups), dtype=np.int64)
-    free = np.full((layers, nodes), groups // nodes)
-    heavy = np.zeros((layers, nodes))
-    for group in np.lexsort((-of_group, -there.max(axis=2)), axis=1).T:
-        node = np.lexsort((heavy, -there[row, group], free == 0), axis=1)[:, 0]
-        node_of[row, group] = node
-        free[row, node] -= 1
-        heavy[row, node] += of_group[row, group]
-    left = budget // (4 * size)
-    for _ in range(GROUP_PAIRS):
-        gain, pairs = _pairs_of_groups(of_group, node_of, heavy, limits)
-        change = np.argsort(-gain, kind="stable")[:left]
-        change = change[gain[change] > 0]
-        if not change.size:
-            break
-        left -= change.size
-        for layer in change:
-            pair = pairs[layer]
-            moved = of_group[layer, pair] @ (1, -1)
-            heavy[layer, node_of[layer, pair]] += (-moved, moved)
-            node_of[layer, pair] = node_of[layer, pair[::-1]]
-    return node_of
-
-
-def _pairs_of_groups(
-    of_group: NDArray[np.float64],
-    node_of: NDArray[np.int64],
-    heavy: NDArray[np.float64],
-    limits: MoveLimits,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return what the heaviest node of every layer gains by a change of two groups, and which.
-
-    As a part of its load [L], 0 where that is too little or may be chance; pairs of groups [L,2].
-    """
-    layers, groups = of_group.shape
-    row, worst = np.arange(layers), heavy.argmax(axis=1)
-    before, second = heavy[row, worst], np.sort(heavy, axis=1)[:, -2]
-    moved = of_group[:, :, None] - of_group[:, None, :]
-    rest = np.maximum(before[:, None, None] - moved, second[:, None, None])
-    rest = np.maximum(rest, np.take_along_axis(heavy, node_of, axis=1)[:, None, :] + moved)
-    here = node_of == worst[:, None]
-    rest[~(here[:, :, None] & ~here[:, None, :])] = np.inf
-    best = rest.reshape(layers, -1).argmin(axis=1)
-    after = rest.reshape(layers, -1)[row, best]
-    chance = limits.deviations * np.sqrt(before + after)
-    least = np.maximum(limits.dead_zone / 2 * before, chance)
-    gain = np.where(before - after > least, 1 - after / np.maximum(before, 1), 0)
-    return gain, np.stack(np.divmod(best, groups), axis=1)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from moetuner._checks import instance, listed, shown
-from moetuner.torch.reorder.plan import ROUTER_NAMES, groups_in
+from moetuner.router_groups import count_groups
+from moetuner.torch.reorder.plan import ROUTER_NAMES
 
 SIZE_NAMES = ("num_experts", "n_routed_experts", "num_local_experts")
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "top_k_experts")
@@ -168,7 +169,7 @@ def _groups(router: nn.Module, block: nn.Module) -> int:
     settings += [
         {name: getattr(config, name, None) for name in names} for config in configs if config
     ]
-    return next((groups for setting in settings if (groups := groups_in(setting)) > 1), 1)
+    return next((groups for setting in settings if (groups := count_groups(setting)) > 1), 1)
 
 
 def _number(holders: Iterable[object], names: Iterable[str]) -> int | None:

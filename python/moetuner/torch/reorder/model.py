@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moetuner._checks import flag, instance
 from moetuner.placement import Placement
+from moetuner.router_groups import check_whole
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.outside import Registered, has_memory, is_plain
 from moetuner.torch.reorder import plan
@@ -74,7 +75,7 @@ def apply_placement(
         if layer.num_experts != len(positions):
             rule = f"must have {len(positions)} experts like the first MoE layer"
             raise ValueError(f"{layer.name}: {rule}, got {layer.num_experts}")
-        plan.check_groups(positions, layer.expert_groups, layer.name)
+        check_whole(positions, layer.expert_groups, layer.name)
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
     blocks: dict[str, str | None] = {_block(layer): layer.name for layer in layers}

@@ -13,14 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetuner._checks import whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.outside import has_memory, is_plain
 from moetuner.torch.reorder.names import UP_TO_LAYER, ExpertName, parts_of, widths_of
@@ -49,13 +47,6 @@ DENSE = re.compile(r"norm|embed|(^|\.)(mlp|ffn|feed_forward|dense)\.")
 # Whole numbers that come with quantised weights and with positions.
 PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)|position|quant")
 
-# Settings of the groups of experts among which a router chooses first, and of how many it may
-# choose. Attention heads, convolutions and quantised weights have groups as well.
-GROUPS = re.compile(
-    r"(n|num)_group|(?!.*(top_?k|limit|size|use))((.*_)?(expert|router|moe)s?_.*groups?(_.*)?"
-    r"|(n|num)_expert_?groups?)"
-)
-LIMIT = re.compile(r"(?=.*(top_?k|limit)).*groups?(_.*)?")
 
 # Adapters (LoRA): of a matrix of rows by expert the first factor has none, the second has them.
 ADAPTER, FIRST_FACTOR = re.compile(r"(^|[._])lora_"), re.compile(r"(^|\.)lora_A(\.|$)")
@@ -102,38 +93,6 @@ def order_of(placement: Placement) -> Order:
             rule = f"placement must have {rule} to become an order of experts"
             raise ValueError(f"{rule}, got {found}")
     return np.argsort(placement.device_of, axis=1, kind="stable").reshape(layers, -1)
-
-
-def groups_in(settings: Mapping[str, Any]) -> int:
-    """Count the groups among which a router chooses first; 1 if all experts compete at once."""
-
-    def numbers(names: re.Pattern[str]) -> list[int]:
-        named = {name: value for name, value in settings.items() if names.fullmatch(str(name))}
-        counts = {k: v for k, v in named.items() if v is not None and not isinstance(v, bool)}
-        return [whole_number(f"config's {k}", v, lowest=0) for k, v in counts.items()]
-
-    # Configurations of models without groups say 0 as well.
-    groups = max(numbers(GROUPS), default=0) or 1
-    is_greedy = settings.get("topk_method") == "greedy"
-    return 1 if is_greedy or any(limit >= groups for limit in numbers(LIMIT)) else groups
-
-
-def check_groups(order: Order, groups: int, layer: str) -> None:
-    """Check that the order [E] keeps the router's groups of experts whole.
-
-    It chooses groups by their positions: of mixed ones others would win, and other experts.
-    """
-    size, rest = divmod(len(order), groups)
-    if rest:
-        raise ValueError(f"{layer}: {groups} groups must divide {len(order)} experts")
-    for run, members in enumerate((order // size).reshape(groups, size) if groups > 1 else ()):
-        mixed = sorted(set(members.tolist()))
-        if len(mixed) > 1:
-            raise ValueError(
-                f"{layer}: its router chooses among {groups} groups of {size} experts first, so "
-                f"groups must stay whole, but positions {run * size} to {(run + 1) * size - 1} "
-                f"would hold experts of groups {mixed}; moetuner.router_groups places them whole"
-            )
 
 
 @dataclass(frozen=True)

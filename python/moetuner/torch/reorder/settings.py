@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from moetuner._checks import whole_number
+from moetuner.router_groups import check_whole, count_groups
 from moetuner.torch.models import SIZE_NAMES
-from moetuner.torch.reorder.plan import Order, check_groups, groups_in
+from moetuner.torch.reorder.plan import Order
 
 Config = Any
 """Settings as ``config.json`` has them, or a configuration of transformers; None if unknown."""
@@ -42,7 +43,7 @@ class ModelSettings:
         """Check that an order [L,E] keeps the groups of every layer whole."""
         for groups in self.groups:
             for layer, positions in enumerate(order):
-                check_groups(positions, groups, f"layer {layer}")
+                check_whole(positions, groups, f"layer {layer}")
 
 
 def settings_of(config: Config, names: Iterable[str]) -> ModelSettings:
@@ -69,7 +70,7 @@ def settings_of(config: Config, names: Iterable[str]) -> ModelSettings:
         if configuration is not None
         for part in _parts_of_configuration(configuration)
     ]
-    groups = {groups_in(part) for part in parts} - {1}
+    groups = {count_groups(part) for part in parts} - {1}
     of_experts = [part for part in parts if any(part.get(name) for name in SIZES)]
     layers = (part.get(name) for part in (*of_experts, *parts) for name in LAYERS)
     hidden = (whole_number("config's num_hidden_layers", n) for n in layers if n is not None)
