@@ -201,6 +201,18 @@ def test_searches_know_no_rule(search):
         assert not re.search(r"\brules\s*\.(forbidden|pinned|fewest|allow)\b", text), path
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if is_in(name(p), ("solver",))], ids=name)
+def test_what_found_a_placement_decides_nothing(path):
+    """The text that tells what found an incumbent is shown; stages ask for its role."""
+    asked = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        and any(isinstance(n, ast.Attribute) and n.attr == "by" for n in ast.walk(node))
+    ]
+    assert asked == []
+
+
 def circle(arrows):
     """Return the modules that reach themselves: those without arrows to any left are taken away."""
     while free := [module for module, to in arrows.items() if not to & arrows.keys()]:

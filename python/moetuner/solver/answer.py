@@ -12,10 +12,10 @@ from moetuner._core import __version__
 from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
-from moetuner.problem.objective import Objective
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
-from moetuner.solver.run import Incumbent, Run, verdict_of
+from moetuner.problem.objective import Objective
+from moetuner.solver.run import Incumbent, Role, Run, verdict_of
 from moetuner.solver.stages.floor import balanced
 from moetuner.statistics import COUNTED
 
@@ -105,7 +105,7 @@ def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: 
     details = run.details
     if run.moves is not None:
         details = details.searched(experts_moved=incumbent.moves)
-    elif searched and run.problem.is_plain and incumbent.by == "balance":
+    elif searched and run.problem.is_plain and incumbent.role is Role.FLOOR:
         details = details.searched(found_by="balance")
     if not searched and not _raises_as_balance(run.problem, placement):
         return details

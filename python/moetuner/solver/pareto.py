@@ -17,7 +17,7 @@ from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
 from moetuner.solver.methods import METHODS, SEARCHES, Method
-from moetuner.solver.run import Incumbent, Moves, Run, Stage
+from moetuner.solver.run import Incumbent, Moves, Role, Run, Stage
 from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.moves import AT_PRICES, from_running, moves_of, repair
@@ -118,7 +118,7 @@ def pareto(
     if progress is not None:
         budget = replace(budget, progress=History(progress).add)
     run = Run(problem, seed=seed, budget=budget, moves=Moves(initial, expert_bytes=expert_bytes))
-    run.offer(repair(problem, initial), "running", is_start=True)
+    run.offer(repair(problem, initial), "running", role=Role.RUNNING, is_start=True)
     run.through((Stage(_descend), Stage(lambda run, part: _at_prices(run, METHODS[method], part))))
     return [_trade(run, initial, of, run.rank_of_all(of)[1]) for of in _undominated(run)]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -75,6 +76,17 @@ class Moves:
         return int(moves_from(self.running, slots).sum())
 
 
+class Role(Enum):
+    """What an incumbent is to those that come after it, whatever found it."""
+
+    FOUND = "what a search found"
+    # Of equals any other one is the answer.
+    FLOOR = "the load balanced, and nothing else"
+    # Copies have to better it.
+    SINGLE = "the best with one copy of each expert"
+    RUNNING = "what runs, or the nearest that keeps the rules"
+
+
 @dataclass(frozen=True)
 class Incumbent:
     """A placement that a stage offered.
@@ -89,7 +101,9 @@ class Incumbent:
     value
         The objective in the windows that a search sees, with moves at their price.
     by
-        What found it.
+        What found it, in words.
+    role
+        What it is to stages that come later.
     is_start
         Whether a search began with it: no answer is behind any of these.
     moves
@@ -100,6 +114,7 @@ class Incumbent:
     excess: float
     value: float
     by: str
+    role: Role = Role.FOUND
     is_start: bool = False
     moves: int = 0
 
@@ -218,7 +233,7 @@ class Run:
             self.interrupted = True
         # What is known is not lost: this takes no longer than what was interrupted.
         if not self.incumbents:
-            self.offer(floor(), "balance", is_start=True)
+            self.offer(floor(), "balance", role=Role.FLOOR, is_start=True)
         return result()
 
     def through(self, stages: Sequence[Stage], budget: Budget | None = None) -> None:
@@ -270,12 +285,20 @@ class Run:
 
     # Placements.
 
-    def judge(self, slots: Slots, by: str = "", *, is_start: bool = False) -> Incumbent:
+    def judge(
+        self,
+        slots: Slots,
+        by: str = "",
+        *,
+        role: Role = Role.FOUND,
+        is_start: bool = False,
+    ) -> Incumbent:
         """Compute the rank of slots [L,D,S], whose slots are filled if the problem wants that."""
         begin = self.budget.gone
         slots = self.problem.filled(slots, None if self.moves is None else self.moves.initial)
         moves = 0 if self.moves is None else self.moves.count(slots)
-        incumbent = Incumbent(slots, *self._rank(slots, moves, self.objective), by, is_start, moves)
+        excess, value = self._rank(slots, moves, self.objective)
+        incumbent = Incumbent(slots, excess, value, by, role, is_start, moves)
         self.judging = max(self.judging, self.budget.gone - begin)
         return incumbent
 
@@ -290,7 +313,13 @@ class Run:
         return excess, objective.value(placement) + price
 
     def offer(
-        self, slots: Slots, by: str, *, is_start: bool = False, interrupted: bool = False
+        self,
+        slots: Slots,
+        by: str,
+        *,
+        role: Role = Role.FOUND,
+        is_start: bool = False,
+        interrupted: bool = False,
     ) -> Incumbent:
         """Judge slots [L,D,S]; they are an incumbent if their moves are within the budget.
 
@@ -298,7 +327,7 @@ class Run:
         that it is not behind. What an interrupted search found is offered as well, before
         KeyboardInterrupt goes on.
         """
-        incumbent = self.judge(slots, by, is_start=is_start)
+        incumbent = self.judge(slots, by, role=role, is_start=is_start)
         if self.can_afford(incumbent):
             self.incumbents.append(incumbent)
             best, report = self.best, self.budget.progress
@@ -331,7 +360,8 @@ class Run:
         if self.preferred is not None:
             return self.preferred
         return min(
-            self.incumbents, key=lambda incumbent: (incumbent.rank, incumbent.by == "balance")
+            self.incumbents,
+            key=lambda incumbent: (incumbent.rank, incumbent.role is Role.FLOOR),
         )
 
     def answer(self) -> Incumbent:

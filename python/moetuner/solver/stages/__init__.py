@@ -11,7 +11,7 @@ from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Run, Stage
+from moetuner.solver.run import Role, Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
 from moetuner.solver.stages.descent import SETTLE
 from moetuner.solver.stages.floor import FLOOR
@@ -44,7 +44,7 @@ def _single_copies(run: Run, budget: Budget) -> None:
     slots, capacity = inner.answer().slots, run.problem.capacity
     if single.capacity.sum() < capacity.sum():
         slots = pad_slots(slots, capacity)
-    run.offer(slots, "single", is_start=True, interrupted=inner.interrupted)
+    run.offer(slots, "single", role=Role.SINGLE, is_start=True, interrupted=inner.interrupted)
 
 
 def _has_spare_slots(run: Run) -> bool:

@@ -16,7 +16,7 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.bounds.pairs import COMPLETE, certified, chain_of, complete, is_of_pairs
 from moetuner.solver.budget import Budget, Progress
-from moetuner.solver.run import Bound, Run, Stage
+from moetuner.solver.run import Bound, Role, Run, Stage
 
 Slots = NDArray[np.int32]
 
@@ -50,7 +50,7 @@ def search_traffic(
     if fit is None:
         rounded = 1 << shift if shift else None
         run.details = run.details.searched(trials=trials, counts_rounded_to_multiples_of=rounded)
-    run.offer(slots if fit is None else fit(slots), "search")
+    run.offer(slots if fit is None else fit(slots), "search", role=Role.SINGLE)
     if interrupted:
         raise KeyboardInterrupt
 

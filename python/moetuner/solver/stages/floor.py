@@ -9,7 +9,7 @@ from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.run import Moves, Role, Run, Stage
 from moetuner.solver.terms import core_layers, site_of
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
@@ -74,7 +74,7 @@ def _may_be_behind(run: Run) -> bool:
 
 
 def _floor(run: Run, _: Budget) -> None:
-    run.offer(balanced(run.problem), "balance", is_start=True)
+    run.offer(balanced(run.problem), "balance", role=Role.FLOOR, is_start=True)
 
 
 def windows_alone(problem: Problem, moves: Moves | None) -> bool:

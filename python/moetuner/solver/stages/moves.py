@@ -16,7 +16,7 @@ from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import Details
-from moetuner.solver.run import Moves, Run, Stage
+from moetuner.solver.run import Moves, Role, Run, Stage
 from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
@@ -122,7 +122,7 @@ def moves_of(run: Run) -> Moves:
 def _repair(run: Run, _: Budget) -> None:
     """Offer what runs, or the nearest placement that keeps the rules, if moves suffice for it."""
     problem, moves = run.problem, moves_of(run)
-    start = run.offer(repair(problem, moves.initial), "running", is_start=True)
+    start = run.offer(repair(problem, moves.initial), "running", role=Role.RUNNING, is_start=True)
     if start.moves > moves.most:
         raise ValueError(
             f"move_budget {moves.budget:g} is too small: "
@@ -139,7 +139,7 @@ def _take(run: Run, inner: Run) -> None:
     """Offer the best of an inner run, and take over what it proved and learned."""
     best = inner.answer()
     is_ahead = best.rank <= run.best.rank
-    run.offer(best.slots, best.by)
+    run.offer(best.slots, best.by, role=best.role)
     if run.details == Details():
         run.details = inner.details
     run.cut |= inner.cut
@@ -150,7 +150,7 @@ def _take(run: Run, inner: Run) -> None:
 
 
 def _is_ahead(run: Run) -> bool:
-    return not run.is_priced and bool(run.incumbents) and run.best.by == "running"
+    return not run.is_priced and bool(run.incumbents) and run.best.role is Role.RUNNING
 
 
 def _continue(run: Run, budget: Budget) -> None:
@@ -178,7 +178,7 @@ def _at_prices(run: Run, budget: Budget) -> None:
     """Search at prices of a move, from the best there is, to come nearer to the budget."""
     problem, moves, model = run.problem, moves_of(run), LayerModel(run, effort.PRICES_TRIED)
     if moves.most >= problem.capacity.sum():
-        run.offer(balanced(problem), "balance")
+        run.offer(balanced(problem), "balance", role=Role.FLOOR)
         _at_price(run, budget, model, moves.price)
         return
     slope = max(run.slope, CHEAPEST * abs(run.best.value))

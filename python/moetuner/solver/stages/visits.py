@@ -13,7 +13,7 @@ import numpy as np
 
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Run, Stage
+from moetuner.solver.run import Role, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
 from moetuner.solver.terms import Terms, core_layers, site_of, visit_costs
 from moetuner.statistics import ExpertSets
@@ -85,12 +85,13 @@ def _visits(run: Run, budget: Budget) -> None:
 
 def _start(run: Run) -> np.ndarray:
     """Return what single copies or pairs gave [L,D,S], else the floor."""
-    starts = [of.slots for of in run.incumbents if of.by in ("single", "search")]
+    starts = [start.slots for start in run.incumbents if start.role is Role.SINGLE]
     return starts[-1] if starts else run.best.slots
 
 
 def _has_no_start(run: Run) -> bool:
-    return is_of_visits(run) and not any(of.by == "single" for of in run.incumbents)
+    is_begun = any(start.role is Role.SINGLE for start in run.incumbents)
+    return is_of_visits(run) and not is_begun
 
 
 PAIRS = Stage(_pairs, applies=_has_no_start, share=lambda _: effort.PAIR_SHARE)
