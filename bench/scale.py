@@ -278,7 +278,7 @@ def limited(name: str, path: Path, limit: float) -> dict[str, Any]:
     watch.cancel()
     start = mt.Placement(balanced(problem), num_experts=problem.experts)
     excess = [float(problem.caps.excess(of).sum()) for of in (result.placement, start)]
-    value = mt.Objective(problem).value(start)
+    value = problem.objective_function.value(start)
     worse = method == "joint" and (excess[0], result.objective) > (excess[1], value)
     return {
         "seconds": seconds,

@@ -362,7 +362,7 @@ class EqualSeconds:
 
     def one_by_one(self, name: str, methods: Iterable[Method], most: float) -> None:
         """Run methods until time is up; of their answers the best on what is seen counts."""
-        value = mt.Objective(problem_of(self.counts, self.instance, self.goal)).value
+        value = problem_of(self.counts, self.instance, self.goal).objective_function.value
         left, used, best = [budget for budget in self.budgets if budget <= most], 0.0, None
         for seed, method in enumerate(methods):
             slots, seconds, _ = timed(lambda: method(self.counts, self.instance, seed))

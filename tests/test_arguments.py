@@ -38,7 +38,7 @@ MODEL = mt.CostModel.preset("h100")
 INSTANCES = (
     TRACE, STATISTICS, SETS, TOPOLOGY, mt.Tier(2, 1e9), MODEL, PLACEMENT,
     PLACEMENT.diff(PLACEMENT), EVALUATION, mt.verdict(EVALUATION, EVALUATION),
-    mt.audit(PLACEMENT, TRACE, window=3, resamples=2), PROBLEM, mt.Objective(PROBLEM), RESULT,
+    mt.audit(PLACEMENT, TRACE, window=3, resamples=2), PROBLEM, PROBLEM.objective_function, RESULT,
     CERTIFICATE,
 )  # fmt: skip
 # What is right, by the name of a parameter, and where a call means something else by it.
@@ -79,9 +79,10 @@ FILES = {
 }  # fmt: skip
 # Values of their own classes are not made by users, and check nothing.
 VALUES = {"PlacementDiff", "Evaluation", "Audit", "Verdict", "Result", "Progress", "Trade",
-          "Advice", "Drift", "Certificate"}  # fmt: skip
-# Methods of the objective that only the solver calls.
+          "Advice", "Drift", "Certificate", "Objective"}  # fmt: skip
+# Methods of problems and objectives that only the solver calls.
 INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
+INNER |= {"Problem.core_rules", "Problem.objective_in"}
 OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
 OTHER_WORDS["share"] = "share|holdout"
 

@@ -35,8 +35,10 @@ def test_a_placement_of_groups_is_worth_the_same_as_one_of_experts(devices):
     result = mt.solve(groups, iterations=1000)
     placement = router_groups.expanded(result.placement, EXPERTS)
     fine = mt.Problem(counted, topology, **rules)
-    assert mt.Objective(fine).cost(placement) == mt.Objective(groups).cost(result.placement)
-    assert mt.Objective(fine).value(placement) == result.objective
+    assert fine.objective_function.cost(placement) == groups.objective_function.cost(
+        result.placement
+    )
+    assert fine.objective_function.value(placement) == result.objective
     device_of = placement.device_of.reshape(-1, 4, 4)
     assert (device_of == device_of[:, :, :1]).all()
 

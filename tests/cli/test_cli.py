@@ -176,7 +176,7 @@ def test_solve_takes_every_term(solved, recorded):
     how |= {"pinned": [(None, 3, 0)], "forbidden": [(1, 2, 3), (0, 2, 3)]}
     problem = mt.Problem(statistics, mt.Topology(4), **how)
     assert placement == mt.solve(problem).placement
-    value = mt.Objective(problem).value(placement)
+    value = problem.objective_function.value(placement)
     assert (actual["unit"], actual["objective"]) == ("max / mean load", value)
     assert actual["settings"]["pinned"] == [[None, 3, 0]]
     assert f"Objective: imbalance {value:.4f}." in text

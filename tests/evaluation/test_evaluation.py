@@ -173,7 +173,7 @@ def test_nearest_pairs_have_one_home():
     problem = mt.Problem(
         statistics, mt.Topology(2), slots_per_device=2, split="nearest", objective="traffic"
     )
-    assert mt.Objective(problem).value(placement) == 0
+    assert problem.objective_function.value(placement) == 0
 
 
 def test_mixed_arrival_balances_bursts():

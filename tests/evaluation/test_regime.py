@@ -205,5 +205,7 @@ def test_equal_times_prefer_less_traffic(sets):
         mt.solve(problem, method, iterations=5000) for method in ("heuristic", "contiguous")
     )
     assert result.objective <= (1 + TIE) * contiguous.objective
-    apart, before = (mt.Objective(problem).traffic(of.placement) for of in (result, contiguous))
+    apart, before = (
+        problem.objective_function.traffic(of.placement) for of in (result, contiguous)
+    )
     assert apart < 0.8 * before

@@ -39,7 +39,7 @@ def test_cost_is_the_plain_sum(seed, top, node):
             dispatch += int(stats.coactivation[layer, e, f])
     for regime, cost in (("follow", follow), ("dispatch", dispatch)):
         problem = mt.Problem(stats, topology, slots_per_device=6, regime=regime)
-        assert mt.Objective(problem).cost(placement) == cost
+        assert problem.objective_function.cost(placement) == cost
 
 
 @given(st.integers(0, 10**6), st.fractions(1, 4, max_denominator=100))
@@ -89,7 +89,8 @@ def test_the_objective_says_what_it_counts(make_trace, line):
     goal, regime, counted = of.split()
     sets = counted == "sets"
     stats = mt.RoutingStatistics.from_trace(make_trace(), sets=sets)
-    objective = mt.Objective(mt.Problem(stats, mt.Topology(2), regime=regime, objective=goal))
+    problem = mt.Problem(stats, mt.Topology(2), regime=regime, objective=goal)
+    objective = problem.objective_function
     assert repr(objective) == f"Objective({goal!r}, regime={regime!r})"
     assert (objective.unit, objective.text(1.23456), objective.figure) == (unit, text, figure)
     assert objective.is_known
@@ -106,9 +107,8 @@ def test_the_objective_says_what_statistics_lack():
     for goal, has_value in (("traffic", False), ("time", True), ("balance", True)):
         table = mt.RoutingStatistics.from_load(np.ones((1, 2, 4), np.int64))
         for regime, pairs in (("follow", "transitions"), ("dispatch", "co-activation")):
-            objective = mt.Objective(
-                mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
-            )
+            problem = mt.Problem(table, mt.Topology(2), regime=regime, objective=goal)
+            objective = problem.objective_function
             assert objective.is_known == has_value
             said = objective.lacks
             assert said is None if goal == "balance" else said.startswith(f"no {pairs}: methods")

@@ -46,7 +46,7 @@ def test_joint_is_optimal_and_bounds_are_below(
     caps = raised_caps(problem, result.placement.slots)
     best = optimum(problem, caps)
     assert (result.status, result.bound_source, result.gap) == ("optimal", COMPLETE, 0)
-    assert mt.Objective(problem).cost(result.placement) == result.certificate.cost == best
+    assert problem.objective_function.cost(result.placement) == result.certificate.cost == best
     proven = bound(problem, caps, budget=BUDGET)
     assert (proven is None) == (regime == "follow" and layers == 1)
     if proven is not None:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 import moetuner as mt
 from moetuner import _core
 from moetuner.plugins import rebalance_experts
-from moetuner.problem.objective import Objective
 from moetuner.solver.rebalancing import rebalance
 
 
@@ -56,7 +55,7 @@ def test_never_behind_the_packing(windows, layers, experts, devices, more, optio
     answer = mt.solve(given, "quick")
     packed = mt.Placement(of_balance(load, devices, width), num_experts=experts)
     behind, ahead = (float(given.caps.excess(one).sum()) for one in (answer.placement, packed))
-    least = Objective(given).value(packed) * (1 + 1e-5)
+    least = given.objective_function.value(packed) * (1 + 1e-5)
     assert (behind, answer.objective) <= (ahead * (1 + 1e-9), least)
 
 

@@ -77,7 +77,7 @@ def test_the_objective_is_of_all_windows(goal, regime, split, monkeypatch):
     monkeypatch.setattr("moetuner.evaluation.blocks.BLOCK_BYTES", 8 * 16 * 100)
     result = mt.solve(problem, iterations=300)
     dense = replace(problem.windows, load=statistics.window_load.astype(np.float64))
-    expected = mt.Objective(problem, dense).value(result.placement)
+    expected = problem.objective_in(dense).value(result.placement)
     assert result.objective == pytest.approx(expected, rel=1e-12)
     judged = mt.evaluate(
         result.placement,

@@ -36,13 +36,13 @@ def loads(windows, experts, layers=1):
 def optimum(problem):
     """Least ``Objective.value`` of all placements that keep the rules."""
     every = (of for of in every_placement(problem) if not problem.rules.violations(of))
-    return min(map(mt.Objective(problem).value, every))
+    return min(map(problem.objective_function.value, every))
 
 
 def solved(problem, **arguments):
     """Objective of the search, after checking what must hold of every answer."""
     result = mt.solve(problem, **arguments)
-    assert result.objective == mt.Objective(problem).value(result.placement)
+    assert result.objective == problem.objective_function.value(result.placement)
     holds = (result.placement.slots >= 0).sum(axis=2)
     assert (holds <= problem.capacity).all()
     if result.bound is not None:
@@ -180,7 +180,7 @@ def test_caps_hold_or_are_said_to_be_in_the_way(problem, cap, goal):
     mine = problem.caps.peaks(result.placement)[0] / mean
     assert mine <= max(cap, peaks.min()) * NEAR
     within = [of for of, peak in zip(every, peaks, strict=True) if peak <= mine * (1 + 1e-8)]
-    assert result.objective >= min(map(mt.Objective(problem).value, within)) * (1 - 1e-9)
+    assert result.objective >= min(map(problem.objective_function.value, within)) * (1 - 1e-9)
     for low, high in result.details.caps.infeasible.values():
         assert cap < low <= peaks.min() * (1 + 1e-9)
         assert high == pytest.approx(mine)
@@ -209,11 +209,13 @@ def test_time_is_not_below_its_bound(data):
         split=problem.split,
     )
     if problem.risk == "mean":
-        assert mt.Objective(problem).value(placement) == pytest.approx(
+        assert problem.objective_function.value(placement) == pytest.approx(
             result.predicted_layer_us, rel=1e-12
         )
     else:
-        assert mt.Objective(problem).value(placement) >= result.predicted_layer_us * (1 - 1e-12)
+        assert problem.objective_function.value(placement) >= result.predicted_layer_us * (
+            1 - 1e-12
+        )
 
 
 @st.composite
@@ -297,7 +299,7 @@ def test_budgets_are_used_to_the_optimum(problem, data):
         within = [of for of, moves in zip(every, moved, strict=True) if moves <= budget]
         result = mt.solve(problem, initial=initial, move_budget=budget, iterations=500)
         assert result.details.search.experts_moved <= budget
-        assert result.objective <= min(map(mt.Objective(problem).value, within)) * (1 + 1e-9)
+        assert result.objective <= min(map(problem.objective_function.value, within)) * (1 + 1e-9)
 
 
 def test_copies_are_left_out_where_reading_weights_takes_time():

@@ -108,7 +108,7 @@ def test_no_placement_refutes_a_claim(seed):
         needs = imbalances(problem, placement)
         least = np.minimum(least, needs)
         if (needs <= allowed).all():
-            best = min(best, mt.Objective(problem).value(placement))
+            best = min(best, problem.objective_function.value(placement))
     slack = 1e-9 * max(best, 1)
     assert result.bound is None or result.bound <= best + slack
     assert (result.bound is None) == (result.bound_scope is None)
@@ -118,7 +118,7 @@ def test_no_placement_refutes_a_claim(seed):
     for layer in result.details.caps.infeasible:
         assert least[layer] > cap[layer]
     if result.certificate is not None:
-        objective = mt.Objective(problem)
+        objective = problem.objective_function
         scale = objective.tokens if objective.counts_visits else objective.scale
         assert verify(result.certificate, problem) / scale == pytest.approx(result.bound, rel=1e-12)
 
@@ -183,7 +183,7 @@ def test_false_claims_are_taken_back(monkeypatch, claim):
     def stage(run, _):
         run.offer(slots, "claim")
         if claim != "none":
-            cost = mt.Objective(problem).cost(mt.Placement(slots))
+            cost = problem.objective_function.cost(mt.Placement(slots))
             run.prove(Bound(10**9 if above else cost, "false"))
 
     monkeypatch.setitem(solver.METHODS, "joint", (Stage(stage),))

@@ -131,7 +131,7 @@ def test_experts_that_are_chosen_together_are_together():
     """Where every token's experts fit one device, each token visits one."""
     problem = visits_problem(None)
     placement = mt.solve(problem, "heuristic", iterations=20_000).placement
-    assert mt.Objective(problem).value(placement) == pytest.approx(1, abs=1e-12)
+    assert problem.objective_function.value(placement) == pytest.approx(1, abs=1e-12)
 
 
 # Limits that hold.
@@ -220,4 +220,4 @@ def test_price_of_links_is_what_evaluate_predicts(top_k, devices):
     placement = mt.Placement.from_assignment(device_of, devices)
     prices = link_costs(problem, 1.0)[np.ix_(*device_of)]
     paid = (problem.statistics.transitions[0] * prices).sum()
-    assert paid == pytest.approx(mt.Objective(problem).value(placement))
+    assert paid == pytest.approx(problem.objective_function.value(placement))

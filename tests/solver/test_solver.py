@@ -105,7 +105,7 @@ def test_heuristic_finds_the_optimum_of_tiny_problems(seed, node):
     problem = small_problem(seed, 3, 4 + seed % 3, 2, devices_per_node=node, max_imbalance=1.1)
     placement = mt.solve(problem, "heuristic").placement
     caps = raised_caps(problem, placement.slots)
-    assert mt.Objective(problem).cost(placement) == optimum(problem, caps)
+    assert problem.objective_function.cost(placement) == optimum(problem, caps)
 
 
 @pytest.mark.parametrize("method", ["joint", "heuristic"])

@@ -48,7 +48,7 @@ def problem_of(seed, layers, size, top_k, cap=None, slots=None) -> mt.Problem:
 def fewest(problem: mt.Problem, caps: np.ndarray) -> float:
     """Fewest visits of all placements under caps [L], by trying every one."""
     ways = np.array(list(itertools.product(range(problem.devices), repeat=problem.experts)))
-    node, price = problem.topology.node_of_device, mt.Objective(problem).visit_costs
+    node, price = problem.topology.node_of_device, problem.objective_function.visit_costs
     total = 0.0
     for layer, of in enumerate(problem.statistics.sets):
         members = [(ways == d) for d in range(problem.devices)]
@@ -99,7 +99,7 @@ def test_bound_is_below_every_placement(seed, layers, size, top_k, cap, slots, b
     problem = problem_of(seed, layers, size, top_k, cap, slots)
     placed, caps = searched(problem)
     proven = proven_by(problem, placed, caps, by_tangents=by_tangents)
-    best, tokens = fewest(problem, caps), mt.Objective(problem).tokens
+    best, tokens = fewest(problem, caps), problem.objective_function.tokens
     assert np.floor(visits.least_visits(problem) * tokens * 0.999999) <= proven.value
     assert proven.value <= best * (1 + 1e-12)
     if slots is None:
@@ -207,7 +207,7 @@ def test_bound_of_real_routing(data):
     assert mt.verify(one.certificate, problem) == one.certificate.cost
     slots, caps = one.placement.slots, problem.caps.whole
     weaker = proven_by(problem, slots, caps, by_tangents=True, steps=effort.TANGENT_STEPS)
-    assert one.objective * 0.8 < weaker.value / mt.Objective(problem).tokens <= one.bound
+    assert one.objective * 0.8 < weaker.value / problem.objective_function.tokens <= one.bound
 
 
 def test_heavy_experts_share_a_device():

@@ -23,7 +23,6 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
 from moetuner.report.outcome import (
     Outcome,
     empty_slots,
@@ -181,7 +180,7 @@ def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
         why = "nothing is proven if slots may hold copies of experts"
     elif not problem.is_plain:
         why = "nothing is proven if devices, slots or experts have rules of their own"
-    elif not Objective(problem).has_traffic:
+    elif not problem.objective_function.has_traffic:
         why = "INPUT has no transitions and no co-activation to count traffic from"
     else:
         return
@@ -199,7 +198,7 @@ def _prove(problem: Problem, result: Result, path: Path, output: Output) -> str 
             "bound that has one; the placement was written"
         )
     certificate.save(path)
-    worth = Objective(problem)
+    worth = problem.objective_function
     proven = certificate.cost / (worth.tokens if certificate.method == "visits" else worth.scale)
     line = f"wrote {path}"
     if result.bound is not None and proven < result.bound:

@@ -20,7 +20,6 @@ from moetuner.files import naming
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
-from moetuner.problem.objective import Objective
 from moetuner.report.cells import percent
 from moetuner.solver import Certificate, verify
 
@@ -63,7 +62,7 @@ def command(
         max_imbalance=max(min(imbalances), 1.0),
     )
     cost = verify(certificate, problem, threads=source.threads)
-    worth = Objective(problem)
+    worth = problem.objective_function
     bound = cost / (worth.tokens if of_visits else worth.scale)
     proof = "prices or tangents of" if of_visits else "a"
     output.say(
@@ -85,7 +84,7 @@ def _compare(
     path: Path, certificate: Certificate, cost: int, bound: float, problem: Problem, output: Output
 ) -> dict[str, float | None]:
     """Compare a placement with the bound; print and return its objective and gap."""
-    placement, worth = Placement.load(path), Objective(problem)
+    placement, worth = Placement.load(path), problem.objective_function
     with naming(path):
         problem.check_shape(placement)
     if placement.has_copies:

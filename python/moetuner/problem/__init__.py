@@ -240,7 +240,7 @@ class Problem(Frozen):
         }
         if len(parts) == 1:
             return next(iter(parts.values()))
-        costs = [Objective(self, part).cost_in_blocks for part in parts.values()]
+        costs = [self.objective_in(part).cost_in_blocks for part in parts.values()]
         return weighed([*parts.values()], [self.shares[tokens] for tokens in parts], costs)
 
     @property
@@ -309,7 +309,21 @@ class Problem(Frozen):
     @cached_property
     def objective_function(self) -> Objective:
         """The objective as a function of a placement, over all windows."""
-        return Objective(self)
+        return self.objective_in(self.windows)
+
+    def objective_in(self, windows: Windows) -> Objective:
+        """Return the objective as a function of a placement, over other windows of load."""
+        return Objective(
+            self.statistics,
+            self.topology,
+            goal=self.goal,
+            regime=self.regime,
+            split=self.split,
+            windows=windows,
+            shares=self.shares,
+            cost_model=self.cost_model,
+            by_groups=self.groups is not None,
+        )
 
     @property
     def load(self) -> NDArray[np.uint64]:
@@ -317,7 +331,7 @@ class Problem(Frozen):
         return self.statistics.total_load
 
     def value(self, placement: Placement) -> float:
-        """Return the objective of a placement, as ``Objective(problem).value`` does."""
+        """Return the objective of a placement, as ``objective_function.value`` does."""
         return self.objective_function.value(placement)
 
     def violations(self, placement: Placement) -> tuple[str, ...]:

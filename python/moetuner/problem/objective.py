@@ -62,7 +62,7 @@ WORDS = {
 
 
 class Objective:
-    """What a problem makes small, as numbers: the lower, the better.
+    """What a problem makes small, as numbers: the lower, the better. The problem makes it.
 
     ``time`` is microseconds of a layer, as ``evaluate`` predicts them for the problem's own
     statistics, cost model, split and regime. ``balance`` is max / mean load of devices, each over
@@ -75,35 +75,46 @@ class Objective:
 
     Parameters
     ----------
-    problem
-        What is to be placed.
+    statistics, topology
+        Counts of the traffic, and the devices and links.
+    goal, regime, split
+        What is made small, what tokens do after a layer, and which copy serves one.
     windows
-        Windows of load that are judged; all of the problem's by default.
+        Windows of load that are judged.
+    shares
+        Share of the serving time of each size of windows that counts, by its tokens.
+    cost_model
+        What a layer's time is made of; None where time is not the goal.
+    by_groups
+        Whether groups of the traffic are weighed.
 
     Examples
     --------
     >>> import moetuner as mt
     >>> statistics = mt.RoutingStatistics.from_load([[[6, 2, 2, 2]]])
     >>> problem = mt.Problem(statistics, mt.Topology(devices=2), objective="balance")
-    >>> objective = mt.Objective(problem)
+    >>> objective = problem.objective_function
     >>> objective.text(objective.value(mt.solve(problem).placement))
     'imbalance 1.3333'
     """
 
-    def __init__(self, problem: Any, windows: Windows | None = None) -> None:
-        if not isinstance(getattr(problem, "statistics", None), RoutingStatistics):
-            raise TypeError(f"problem must be a Problem, got {check.shown(problem)}")
-        if windows is not None:
-            check.instance("windows", windows, Windows)
-        self.statistics: RoutingStatistics = problem.statistics
-        self.topology: Topology = problem.topology
-        self.goal: Goal = problem.goal
-        self.regime: Regime = problem.regime
-        self.split: Split = problem.split
-        self.windows: Windows = problem.windows if windows is None else windows
-        self.shares: Mapping[int | None, float] = problem.shares
-        self._model: CostModel | None = problem.cost_model
-        self._by_groups = problem.groups is not None
+    def __init__(
+        self,
+        statistics: RoutingStatistics,
+        topology: Topology,
+        *,
+        goal: Goal,
+        regime: Regime,
+        split: Split,
+        windows: Windows,
+        shares: Mapping[int | None, float],
+        cost_model: CostModel | None,
+        by_groups: bool,
+    ) -> None:
+        self.statistics, self.topology = statistics, topology
+        self.goal, self.regime, self.split = goal, regime, split
+        self.windows, self.shares = windows, shares
+        self._model, self._by_groups = cost_model, by_groups
         self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Outcome:
     @property
     def worth(self) -> Objective:
         """What the placement is worth to the problem."""
-        return Objective(self.problem)
+        return self.problem.objective_function
 
     @property
     def breaks_rules(self) -> bool:
@@ -98,7 +98,7 @@ class Outcome:
 
 def head(problem: Problem) -> tuple[str, ...]:
     """Return a table's columns, within 80 characters; a predicted time has one as a figure."""
-    worth = Objective(problem)
+    worth = problem.objective_function
     columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
     value = () if worth.is_predicted_time else ("objective",)
     return ("method", *columns, *value, "gap", "seconds")
@@ -256,7 +256,7 @@ def slower(outcome: Outcome, before: Outcome, *, name: bool = False) -> list[str
 
 def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     """Return what a reader of the table must know."""
-    lines, worth = [], Objective(problem)
+    lines, worth = [], problem.objective_function
     if worth.cost_model is not None:
         replayed = outcomes[0].evaluation.replayed
         traffic = None if replayed is None else replayed.traffic

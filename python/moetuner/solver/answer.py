@@ -14,7 +14,6 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
-from moetuner.problem.objective import Objective
 from moetuner.solver.run import Incumbent, Role, Run, verdict_of
 from moetuner.solver.stages.floor import balanced
 from moetuner.statistics import COUNTED
@@ -80,7 +79,7 @@ def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placem
 
 def _settings_of(problem: Problem) -> dict[str, Any]:
     """Return what a placement is computed for, as JSON values."""
-    statistics, worth = problem.statistics, Objective(problem)
+    statistics, worth = problem.statistics, problem.objective_function
     names = ("regime", "split", "arrival", "risk", "groups", "slots_per_device", "extra_slots")
     settings = {name: getattr(problem, name) for name in (*names, "fill_slots")}
     cap = problem.max_imbalance

@@ -196,7 +196,7 @@ class Run:
         self.sees_all = problem.windows.searched is problem.windows
         self.objective = problem.objective_function
         if not self.sees_all:
-            self.objective = Objective(problem, problem.windows.searched)
+            self.objective = problem.objective_in(problem.windows.searched)
         self.incumbents: list[Incumbent] = []
         self.preferred: Incumbent | None = None
         self.bound: Bound | None = None

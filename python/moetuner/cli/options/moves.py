@@ -14,7 +14,6 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
-from moetuner.problem.objective import Objective
 from moetuner.report.cells import counted, in_bytes, percent
 from moetuner.solver import Result, Trade, pareto
 from moetuner.topology import Topology
@@ -109,7 +108,7 @@ class Moving:
             return contents, ()
         with working("weighing moves"):
             trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **how)
-        before, worth = trades[0].objective, Objective(problem)
+        before, worth = trades[0].objective, problem.objective_function
         columns = {
             "experts moved": [str(of.experts_moved) for of in trades],
             "bytes": ["-" if size is None else in_bytes(of.experts_moved * size) for of in trades],

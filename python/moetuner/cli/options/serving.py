@@ -15,7 +15,6 @@ from moetuner.cli.options.machine import COST_MODEL, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import Objective
 from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -231,7 +230,7 @@ class ProblemOptions(Serving):
     def problem_settings(self, problem: Problem) -> dict[str, Any]:
         """Return the settings of a problem for JSON: defaults resolved."""
         settings = {name: getattr(problem, name) for name in SETTINGS}
-        settings |= {"objective": problem.goal, "cost_model": Objective(problem).cost_model}
+        settings |= {"objective": problem.goal, "cost_model": problem.objective_function.cost_model}
         settings["phases"] = {size: share for size, share in problem.shares.items() if size} or None
         if problem.slots_per_device is None and problem.extra_slots is None:
             settings["slots_per_device"] = problem.slots
