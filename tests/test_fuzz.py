@@ -5,9 +5,16 @@ Seeds are fixed, so that the same files and problems come every time.
 
 import json
 import random
+import struct
 
+import numpy as np
 import pytest
-from targets import check_solve, complaint, damaged, folder_for_targets, targets
+from damage import check_reading
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from targets import HINTS, IDS, check_solve, complaint, damaged, folder_for_targets, targets
+
+from moetuner.formats import read_input
 
 TARGETS = targets()
 CASES, PROBLEMS = 120, 10
@@ -37,6 +44,34 @@ def test_readers_survive(valid, name):
         path.write_bytes(case)
         found = complaint(TARGETS[name], path)
         assert found is None, (found, case[:2000])
+
+
+RECORDINGS = ("megatron", "csv", "vllm", "npy", "npy wide", "npy columns", "replay", "npz", "trace")
+
+
+@pytest.mark.parametrize("name", [*RECORDINGS, "lines per token", "lines per sequence"])
+def test_what_is_valid_has_its_ids(valid, name):
+    """Every form of a recording has the same ids, whatever order a token's experts are in."""
+    path, content = valid
+    path.write_bytes(content[name])
+    trace = read_input([path], HINTS, "megatron" if name == "replay" else None)
+    ids = np.concatenate([IDS] * (trace.tokens // len(IDS)))
+    assert np.array_equal(np.sort(trace.expert_ids), np.sort(ids))
+
+
+@settings(max_examples=settings().max_examples * 4)
+@given(
+    st.sampled_from(["|u1", "<u2", ">i4", "<f8", "|b1", "<U3", "|O", "|V8", "<c16", "|S3", "<m8"]),
+    st.booleans(),
+    st.lists(st.integers(0, 6) | st.sampled_from([1 << 40, 1 << 62, 10**30]), max_size=5),
+    st.integers(0, 300),
+)
+def test_headers_of_arrays_that_make_no_sense(valid, descr, fortran, shape, size):
+    """Any element type and shape over any number of bytes."""
+    text = f"{{'descr': '{descr}', 'fortran_order': {fortran}, 'shape': {tuple(shape)}, }}".encode()
+    start = b"\x93NUMPY\1\0" + struct.pack("<H", len(text))
+    path, content = valid[0], start + text + bytes(i % 7 for i in range(size))
+    check_reading(path, content, lambda path: read_input([path], HINTS))
 
 
 def header_of(shape, kind="<i4"):

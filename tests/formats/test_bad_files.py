@@ -19,9 +19,10 @@ from engines_files import (
     write_tensorrt_about,
 )
 from engines_files import vllm_response as answer  # noqa: F401 - for the table
+from targets import HINTS
 
 import moetuner as mt
-from moetuner.formats import tensorrt_llm, vllm_ascend
+from moetuner.formats import READERS, read_input, tensorrt_llm, vllm_ascend
 from moetuner.formats.hints import Hints
 
 COUNTS = np.arange(24, dtype=np.float32).reshape(2, 3, 4)  # ranks, layers, experts
@@ -297,3 +298,14 @@ def test_what_is_wrong_is_said(tmp_path, reader, case):
     given = eval(given, globals())
     given = given if isinstance(given, tuple) else (given,)
     refused(words, tmp_path, lambda: globals()[reader](tmp_path, *given))
+
+
+@pytest.mark.parametrize("reader", [None, *sorted(READERS)])
+def test_readers_refuse_what_is_no_file(tmp_path, reader):
+    """An empty folder, an empty file, a file that is not there: one line names it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing").touch()
+    for path in (tmp_path / "empty", tmp_path / "nothing", tmp_path / "absent"):
+        with pytest.raises((ValueError, OSError), match=r"^[^\n]+$") as caught:
+            read_input([path], HINTS, reader)
+        assert str(tmp_path) in str(caught.value)

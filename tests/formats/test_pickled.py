@@ -1,17 +1,20 @@
 """Files of torch.save: what torch wrote is read without it, and nothing in them is run."""
 
 import contextlib
+import pickle
 import pickletools
 import struct
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
 from damage import check_line, refused
+from targets import HINTS
 
-from moetuner.formats import pickled
+from moetuner.formats import pickled, read_input
 
 FOUR = {"0": np.arange(4, dtype="<i8").tobytes()}
 
@@ -198,3 +201,27 @@ def test_other_files(tmp_path):
         path = tmp_path / name
         assert not pickled.is_pickled(path)
         refused(words, path, lambda path=path: pickled.load(path))
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("reader", [None, "megatron", "deepspeed", "vllm-ascend"])
+def test_pickles_that_run_code_are_refused(tmp_path, reader):
+    """Neither telling a file's format nor reading it runs what is in it."""
+    path, mark = tmp_path / "counts_rank0.pt", tmp_path / "ran"
+    for content in (Evil(mark), {"layers.0.tokens_per_expert": Evil(mark)}, [Evil(mark)]):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
+            archive.writestr("archive/version", "3\n")
+        for source in (path, tmp_path):
+            with pytest.raises((ValueError, IsADirectoryError), match=r"^[^\n]+$"):
+                read_input([source], HINTS, reader)
+        assert not mark.exists()

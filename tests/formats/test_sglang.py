@@ -6,10 +6,14 @@ import json
 import numpy as np
 import pytest
 from conftest import random_ids
+from damage import check_reading
 from engines_files import GOLDEN as OF_ALL
 from engines_files import save_torch as dump
 from engines_files import sglang_pass as of_tokens
 from engines_files import truth, write_sglang
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from targets import HINTS
 
 import moetuner as mt
 from moetuner.formats import pickled, reader_of, sglang, write_placement
@@ -207,3 +211,39 @@ def test_dumps_of_two_models_are_not_joined(tmp_path):
     with pytest.raises(ValueError, match="must be of one model, got 4 and 6 experts"):
         mt.open_input(tmp_path)
     assert mt.open_input(tmp_path / "1.pt").experts == 6
+
+
+scalars = st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=3)
+scalars |= st.integers() | st.sampled_from(["AAAA", "=", "k05VTVBZAQB2AHsn"])
+
+
+def tensors(path):
+    """Tensors of small sizes and any types, whose numbers are where the file begins."""
+    sizes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+    def make(dtype, shape):
+        steps = tuple(int(np.prod(shape[i + 1 :], dtype=int)) for i in range(len(shape)))
+        return pickled.Tensor(path, dtype, shape, steps, 0)
+
+    return st.builds(make, st.sampled_from(sorted(pickled.STORAGES.values())), sizes)
+
+
+def test_nonsense_of_dumps(tmp_path, monkeypatch):
+    """Dumps of SGLang with the right keys and any values."""
+    path = tmp_path / "d.pt"
+    value = scalars | tensors(path) | st.lists(st.integers(-1, 5), max_size=4)
+    keys = ["forward_pass_id", "rank", "gatherer_key", "global_physical_count", "positions"]
+    keys += ["input_ids", "extend_seq_lens", "topk_ids_of_layer"]
+    record = st.dictionaries(st.sampled_from(keys), value, max_size=8).map(
+        lambda fields: {"forward_pass_id": 0, "rank": 0, **fields}
+    )
+    records = st.lists(record, max_size=3) | value
+    fields = {"logical_count": value, "records": records, sglang.LAST_MAP: value}
+
+    @settings(max_examples=settings().max_examples * 5)
+    @given(st.fixed_dictionaries({}, optional=fields) | value)
+    def run(content):
+        monkeypatch.setattr(pickled, "load", lambda _: content)
+        check_reading(path, bytes(4096), lambda path: sglang.read([path], HINTS))
+
+    run()
