@@ -82,7 +82,7 @@ def started(work: Callable[[], Any], most_bytes: int | None = None) -> tuple[int
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(says, 2)
         faulthandler.disable()
-        sys.stdout, sys.stderr = (open(of, "w", closefd=False) for of in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
         if most_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
         status = work() or 0
@@ -139,12 +139,12 @@ def watched(work: Callable[[], None]) -> tuple[list[list[str]], float]:
     found = [json.loads(line) for line in said.splitlines() if line.startswith('["')]
     if status:
         words = said.strip().splitlines()[-1:] or [""]
-        how = f"no end after {HANG:.0f} s" if status == -signal.SIGKILL else f"status {status}"
-        found.append([f"{how}: {words[0]:.200}", ""])
+        ending = f"no end after {HANG:.0f} s" if status == -signal.SIGKILL else f"status {status}"
+        found.append([f"{ending}: {words[0]:.200}", ""])
     return found, peak
 
 
-def fuzz(report: Report, given: Any) -> None:
+def fuzz(report: Report, asked: Any) -> None:
     """Print cases and findings of every target."""
     try:
         from targets import folder_for_targets, targets
@@ -152,8 +152,11 @@ def fuzz(report: Report, given: Any) -> None:
         report.say(f"Nothing is fuzzed: {error} (pip install --group test).")
         return
     row = report.table(
-        f"Fuzz, {given.seconds:.0f} s",
-        *("target <42", "cases 8d", "findings 9d", "peak, MiB 10.0f"),
+        f"Fuzz, {asked.seconds:.0f} s",
+        "target <42",
+        "cases 8d",
+        "findings 9d",
+        "peak, MiB 10.0f",
     )
     with tempfile.TemporaryDirectory() as made:
         path, everything = folder_for_targets(Path(made)), {**targets(), "solve": None}
@@ -164,10 +167,10 @@ def fuzz(report: Report, given: Any) -> None:
                 valid[name] = path.read_bytes()
         counts = {name: [0, 0, 0.0] for name in everything}
         kinds: dict[str, tuple[str, bytes]] = {}
-        until, turn = time.monotonic() + given.seconds, 0
+        until, turn = time.monotonic() + asked.seconds, 0
         while time.monotonic() < until:
             for name, target in everything.items():
-                seed = f"{given.seed}-{turn}-{name}"
+                seed = f"{asked.seed}-{turn}-{name}"
                 found, peak = watched(
                     lambda name=name, target=target, seed=seed: some_cases(
                         name, target, path, valid, seed
@@ -184,8 +187,8 @@ def fuzz(report: Report, given: Any) -> None:
             turn += 1
     for name, (cases, findings, peak) in counts.items():
         row(name, cases, findings, peak)
-    total = [sum(of[at] for of in counts.values()) for at in range(2)]
-    row("all", *total, max(of[2] for of in counts.values()))
+    total = [sum(tally[at] for tally in counts.values()) for at in range(2)]
+    row("all", *total, max(tally[2] for tally in counts.values()))
     for number, (kind, (text, content)) in enumerate(kinds.items()):
         saved = Path(tempfile.gettempdir()) / f"moetuner-finding-{number}"
         saved.write_bytes(content)
@@ -219,8 +222,8 @@ def soaked(calls: int, drift: float = 0.05) -> dict[str, Any]:
             share = np.exp(spread)
             load = rng.poisson(65536 * share / share.sum(axis=1, keepdims=True)).astype(np.int64)
             if call % max(calls // 100, 1) == 0:
-                maps = (of.reshape(LAYERS, RANKS, -1) for of in (initial, slots))
-                imbalances.append([imbalance(load[None], of).mean() for of in maps])
+                maps = (table.reshape(LAYERS, RANKS, -1) for table in (initial, slots))
+                imbalances.append([imbalance(load[None], table).mean() for table in maps])
             begin = time.perf_counter()
             balancer.record(load)
             answer = balancer.decide(load, SLOTS, None, 1, RANKS, slots)
@@ -244,18 +247,25 @@ def soaked(calls: int, drift: float = 0.05) -> dict[str, Any]:
     }
 
 
-def soak(report: Report, given: Any) -> None:
+def soak(report: Report, asked: Any) -> None:
     """Print what so many decisions took, and what memory they left."""
-    of = alone(soaked, given.calls).result
-    (early, before), (late, after) = of["memory"].items()
+    outcome = alone(soaked, asked.calls).result
+    (early, before), (late, after) = outcome["memory"].items()
     row = report.table(
         f"{late} rebalances, {LAYERS} layers x {EXPERTS} experts in {SLOTS} slots on {RANKS} ranks",
-        *("ms, median 10.2f", "95 % 8.2f", "99 % 8.2f", "most 8.2f"),
-        *(f"MiB after {early} 16.1f", "at the end 10.1f", "growth, KiB 11d"),
-        *("imbalance, initial map 22.3f", "map in force 12.3f", "copies a call 13.1f"),
+        "ms, median 10.2f",
+        "95 % 8.2f",
+        "99 % 8.2f",
+        "most 8.2f",
+        f"MiB after {early} 16.1f",
+        "at the end 10.1f",
+        "growth, KiB 11d",
+        "imbalance, initial map 22.3f",
+        "map in force 12.3f",
+        "copies a call 13.1f",
     )
-    figures = *of["imbalance"], of["copies"]
-    row(*of["milliseconds"], before / 1024, after / 1024, after - before, *figures)
+    figures = *outcome["imbalance"], outcome["copies"]
+    row(*outcome["milliseconds"], before / 1024, after / 1024, after - before, *figures)
 
 
 # --- kill and disk
@@ -286,9 +296,9 @@ def made(folder: Path) -> Path:
     problem = mt.Problem(mt.RoutingStatistics.from_trace(trace), mt.Topology(4))
     for name, method in (("p.json", "lpt"), ("q.json", "contiguous")):
         mt.solve(problem, method).placement.save(folder / name)
-    few = "".join(f"{n},{min(n, 16)},{20 + min(n, 16)}\n" for n in (1, 2, 4, 8, 16, 32))
+    small = "".join(f"{n},{min(n, 16)},{20 + min(n, 16)}\n" for n in (1, 2, 4, 8, 16, 32))
     many = "".join(f"{n},16,{n / 64:g}\n" for n in (4096, 8192, 16384, 32768))
-    (folder / "times.csv").write_text("tokens,experts,us\n" + few + many)
+    (folder / "times.csv").write_text("tokens,experts,us\n" + small + many)
     return folder
 
 
@@ -376,7 +386,7 @@ def whole(path: Path) -> bool:
             return mt.read_placement(path, devices=4, dense_layers=()).layers == 6
         header = int.from_bytes(content[:8], "little")
         ends = json.loads(content[8 : 8 + header]).items()
-        last = max(of["data_offsets"][1] for name, of in ends if name != "__metadata__")
+        last = max(tensor["data_offsets"][1] for name, tensor in ends if name != "__metadata__")
         return len(content) == 8 + header + last
     except (ValueError, KeyError, OSError):
         return False
@@ -400,26 +410,32 @@ def broken(folder: Path) -> int:
     return sum(not whole(path) for path in folder.iterdir() if not path.name.endswith(TEMPORARY))
 
 
-def kill(report: Report, given: Any) -> None:
+def kill(report: Report, asked: Any) -> None:
     """Print what SIGKILL left behind of everything that writes."""
     row = report.table(
-        f"kill -9: {given.kills} times each command, {5 * given.kills} times each function",
-        *("what <24", "killed 7d", "writing 8d", "old 6d", "new 6d", "broken 7d", "left over 9d"),
+        f"kill -9: {asked.kills} times each command, {5 * asked.kills} times each function",
+        "what <24",
+        "killed 7d",
+        "writing 8d",
+        "old 6d",
+        "new 6d",
+        "broken 7d",
+        "left over 9d",
     )
-    rng, totals = random.Random(given.seed), np.zeros(6, int)
+    rng, totals = random.Random(asked.seed), np.zeros(6, int)
     with tempfile.TemporaryDirectory() as folder:
         inputs, out = made(Path(folder)), Path(folder) / "out"
         out.mkdir()
         for writes in (*functions(inputs), *commands(inputs)):
             begin = time.perf_counter()
-            first = ended(*started(lambda of=writes: of.act(out)))
+            first = ended(*started(lambda writer=writes: writer.act(out)))
             seconds = time.perf_counter() - begin
             if first.status:
                 raise SystemExit(f"{writes.name}: {first.said}")
             counts = np.zeros(6, int)
-            for number in range(given.kills * (5 if writes.repeats else 1)):
+            for number in range(asked.kills * (5 if writes.repeats else 1)):
                 renewed(out, writes)
-                pid, hears = started(lambda of=writes: repeated(of, out))
+                pid, hears = started(lambda writer=writes: repeated(writer, out))
                 wait(out, seconds, rng, writing=number % 2 == 1)
                 writing = bool(temporaries(out))
                 os.kill(pid, signal.SIGKILL)
@@ -428,7 +444,7 @@ def kill(report: Report, given: Any) -> None:
                 new = sum(not path.name.endswith(TEMPORARY) for path in out.iterdir()) - old
                 bad = broken(out)
                 counts += [done.status == -signal.SIGKILL, writing, old, new - bad, bad, 0]
-            last = ended(*started(lambda of=writes: of.act(out)))
+            last = ended(*started(lambda writer=writes: writer.act(out)))
             counts[5] = len(temporaries(out)) + (last.status != 0)
             row(writes.name, *counts.tolist())
             totals += counts
@@ -441,8 +457,8 @@ def kill(report: Report, given: Any) -> None:
 
 def wait(out: Path, seconds: float, rng: random.Random, *, writing: bool) -> None:
     """Wait for a random part of the time that something takes, or until it writes."""
-    most = 3 * seconds + 1 if writing else rng.random() * max(seconds, 0.05)
-    until = time.perf_counter() + most
+    longest = 3 * seconds + 1 if writing else rng.random() * max(seconds, 0.05)
+    until = time.perf_counter() + longest
     while time.perf_counter() < until:
         if writing and temporaries(out):
             # A temporary file lives for some milliseconds.
@@ -465,24 +481,29 @@ def small_disk(folder: Path, size: int) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def filled(out: Path, writes: Writes, full: str, most: int) -> Ended:
+def filled(out: Path, writes: Writes, full: str, room: int) -> Ended:
     """Do something where there is room for so many bytes more."""
     if full == "limit":
-        return ended(*started(lambda: writes.act(out), most))
+        return ended(*started(lambda: writes.act(out), room))
     free = os.statvfs(out)
     filler = out.parent / "filler"
-    filler.write_bytes(bytes(max(free.f_bavail * free.f_frsize - most, 0)))
+    filler.write_bytes(bytes(max(free.f_bavail * free.f_frsize - room, 0)))
     return ended(*started(lambda: writes.act(out)))
 
 
-def disk(report: Report, given: Any) -> None:
+def disk(report: Report, asked: Any) -> None:
     """Print how everything that writes ends where the disk is full."""
     row = report.table(
-        f"Full disks, {given.fills} times each",
-        *("what <24", "how <8", "refused 8d", "fit 5d", "not one line 12d", "broken 7d"),
+        f"Full disks, {asked.fills} times each",
+        "what <24",
+        "how <8",
+        "refused 8d",
+        "fit 5d",
+        "not one line 12d",
+        "broken 7d",
         "temporary 9d",
     )
-    rng, totals = random.Random(given.seed), np.zeros(5, int)
+    rng, totals = random.Random(asked.seed), np.zeros(5, int)
     with tempfile.TemporaryDirectory() as folder:
         inputs, mounted = made(Path(folder)), Path(folder) / "disk"
         mounted.mkdir()
@@ -494,14 +515,18 @@ def disk(report: Report, given: Any) -> None:
                     out = mounted / "out" if full == "tmpfs" else Path(folder) / "out"
                     out.mkdir(exist_ok=True)
                     renewed(out, writes)
-                    assert ended(*started(lambda of=writes, out=out: of.act(out))).status == 0
+                    assert (
+                        ended(*started(lambda writer=writes, out=out: writer.act(out))).status == 0
+                    )
                     largest = max((out / name).stat().st_size for name in writes.files)
                     counts = np.zeros(5, int)
-                    for _ in range(given.fills):
+                    for _ in range(asked.fills):
                         (mounted / "filler").unlink(missing_ok=True)
                         renewed(out, writes)
                         done = filled(out, writes, full, rng.randrange(largest))
-                        lines = [of for of in done.said.splitlines() if not of.endswith("...")]
+                        lines = [
+                            line for line in done.said.splitlines() if not line.endswith("...")
+                        ]
                         is_line = len(lines) == 1 and lines[0].startswith("moetuner: error: ")
                         refused = done.status == 2
                         unlike = not (refused and is_line) and (done.status != 0 or bool(lines))
@@ -524,11 +549,11 @@ def main() -> None:
     # As Ctrl-C, so that nothing stays mounted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parts = {"fuzz": fuzz, "soak": soak, "kill": kill, "disk": disk}
-    how = {"seconds": 60.0, "seed": 0, "calls": 10_000, "kills": 8, "fills": 6}
-    with benchmark(__doc__, {"parts": list(parts)}, **how) as (given, report):
+    options = {"seconds": 60.0, "seed": 0, "calls": 10_000, "kills": 8, "fills": 6}
+    with benchmark(__doc__, {"parts": list(parts)}, **options) as (asked, report):
         for name, part in parts.items():
-            if name in given.parts:
-                part(report, given)
+            if name in asked.parts:
+                part(report, asked)
 
 
 if __name__ == "__main__":

@@ -86,18 +86,21 @@ def arguments(doc: str, positional: Mapping[str, Any] | None = None, **options: 
     )
     named = [(name, kind, {}) for name, kind in (positional or {}).items()]
     named += [(f"--{name.replace('_', '-')}", kind, {}) for name, kind in options.items()]
-    for name, kind, how in named:
+    for name, kind, keywords in named:
         if isinstance(kind, type):
-            how |= {"type": kind}
+            keywords |= {"type": kind}
         elif isinstance(kind, tuple):
-            how |= {"choices": kind}
+            keywords |= {"choices": kind}
         elif isinstance(kind, list):
-            how |= {"nargs": "*", "default": kind, "type": type(kind[0]) if kind else str}
+            keywords |= {"nargs": "*", "default": kind, "type": type(kind[0]) if kind else str}
         elif isinstance(kind, bool):
-            how |= {"action": "store_true"}
+            keywords |= {"action": "store_true"}
         else:
-            how |= {"default": kind, "type": type(kind) if not isinstance(kind, Path) else Path}
-        parser.add_argument(name, **how)
+            keywords |= {
+                "default": kind,
+                "type": type(kind) if not isinstance(kind, Path) else Path,
+            }
+        parser.add_argument(name, **keywords)
     return parser.parse_args()
 
 
@@ -230,18 +233,20 @@ def benchmark(
     doc, positional, options
         As `arguments` has them; the first line of ``doc`` is the title.
     """
-    given, report = arguments(doc, positional, record=False, **options), Report()
+    asked, report = arguments(doc, positional, record=False, **options), Report()
     began, load = time.perf_counter(), os.getloadavg()[0]
-    yield given, report
-    if not given.record:
+    yield asked, report
+    if not asked.record:
         return
-    title, _, about = doc.strip().partition("\n")
+    title, _, description = doc.strip().partition("\n")
     script = Path(sys.argv[0]).resolve().relative_to(HERE.parent)
     # Folders are the reader's own: their names tell enough.
     words = [word.rstrip("/").rsplit("/", 1)[-1] for word in sys.argv[1:] if word != "--record"]
     record = {
         "title": title.rstrip("."),
-        "about": "\n\n".join(part for part in about.strip("\n").split("\n\n") if part[:1] != " "),
+        "about": "\n\n".join(
+            part for part in description.strip("\n").split("\n\n") if part[:1] != " "
+        ),
         "command": " ".join(["python", str(script), *words]),
         "machine": machine(),
         "load": round(load, 1),
@@ -253,8 +258,8 @@ def benchmark(
     RECORDS.mkdir(exist_ok=True)
     # A run of some parts is a record of its own; files are not parts.
     lists = {key: kind for key, kind in (positional or {}).items() if isinstance(kind, list)}
-    chosen = [vars(given)[key] for key, kind in lists.items() if vars(given)[key] != kind]
-    parts = [part for some in chosen for part in some if isinstance(part, str)]
+    chosen = [vars(asked)[key] for key, kind in lists.items() if vars(asked)[key] != kind]
+    parts = [part for values in chosen for part in values if isinstance(part, str)]
     name = "-".join([*script.with_suffix("").parts[1:], *parts])
     (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     RESULTS.write_text(written())

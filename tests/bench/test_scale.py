@@ -1,10 +1,22 @@
-"""bench/scale.py: sizes double, limits are kept, and shards are counted alike by all."""
+"""bench/scale.py: peers find the same, sizes double, limits are kept, and shards are links."""
 
 from types import SimpleNamespace
 
 import pytest
 import scale
 from harness import Report
+
+
+def test_speeds_are_of_equal_answers():
+    """Every table has its rows; peers are held against ours before they are timed."""
+    report, asked = Report(), SimpleNamespace(turns=1, share=0.005, megabytes=1)
+    scale.transitions(report, asked)
+    scale.replay(report, asked)
+    scale.text(report, asked)
+    transitions, replay, text = report.parts
+    assert len(transitions.rows) == 1 + len(scale.TRANSITIONS)
+    assert len(replay.rows) == 1 + 2 * len(scale.REPLAYS)
+    assert [row[0] for row in text.rows[1:]][-1] == "CSV"
 
 
 def test_axes_have_slopes(monkeypatch):
@@ -31,13 +43,14 @@ def test_a_limit_is_kept():
 
 
 def test_shards_are_links_and_are_read_from_the_disk(tmp_path):
-    """Links are counted like files; Dask's workers find what one process does."""
-    pytest.importorskip("dask.bag", reason="needs dask")
-    paths, real = scale.shards(tmp_path, 3_000_000, 1_000_000)
+    """Links are counted like files, in memory far below their size and what the imports take."""
+    paths, real = scale.shards(tmp_path, 60_000_000, 20_000_000)
     assert len({path.stat().st_ino for path in paths}) == 1
     assert len(paths) == 3
     assert scale.from_disk(paths, scale.read_each)[0] == 3 * real
     assert scale.count_as_one(paths) * 58 * 8 == pytest.approx(3 * real, rel=0.01)
     report = Report()
-    scale.by_dask(report, None, paths, real)
-    assert report.parts[0].rows[-1][-1] == "yes"
+    scale.count_shards(report, paths, real)
+    table, said = report.parts
+    assert 30 < float(table.rows[2][4]) < 512
+    assert "2 of 3 shards are links" in said
