@@ -299,3 +299,13 @@ def test_every_list_is_followed():
 def test_results_are_what_was_recorded():
     """`bench/RESULTS.md` is what the harness writes from its records."""
     assert harness.RESULTS.read_text() == harness.written()
+
+
+def test_constants_name_tables_that_are_there():
+    """Every table of docs/experiments.md that effort.py names is a heading there."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    headings = set(re.findall(r"^##+ (.*)$", page, re.MULTILINE))
+    comments = re.findall(r"^# (.*)$", (PACKAGE / "moetuner/solver/effort.py").read_text(), re.M)
+    named = set(re.findall(r'"([A-Z][^"]*)"', " ".join(comments)))
+    assert len(named) >= 12
+    assert named <= headings, named - headings

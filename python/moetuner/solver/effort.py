@@ -50,7 +50,7 @@ SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").
 PARTITION_STEPS, PARTITION_STEPS_PER_SECOND = 4_000_000_000, 500_000_000
 
-# Layer by layer ("Windows that nobody has seen", its "Schedule" and "Time of a whole solve").
+# Layer by layer ("Unseen windows", its "Schedule" and "Time of a whole solve").
 # Trials for a slot: of few windows more search brings more, and is cheap; one or two are soon
 # level. Of many, the work is bounded: trials times windows, which are looked at LANES at a time.
 TRIALS_OF_FEW = {range(1, 4): 1000, range(4, 17): 10_000}
