@@ -45,6 +45,8 @@ SEARCH_SHARE = 0.55
 # balance, which copies seldom make worse; if a time limit is at least so many times what judging an
 # answer takes (not measured).
 SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
+# Share of a time limit for a search for balance that a search for time begins with (not measured).
+BALANCE_SHARE = 0.15
 
 # Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").

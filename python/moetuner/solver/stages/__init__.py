@@ -7,6 +7,8 @@ with one copy of each expert is a start: copies must better it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
@@ -15,7 +17,14 @@ from moetuner.solver.run import Role, Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
 from moetuner.solver.stages.descent import SETTLE
 from moetuner.solver.stages.floor import FLOOR
-from moetuner.solver.stages.layers import ANNEAL, CHAIN_UNDER_CAPS, COMBINE, CONSTRUCT
+from moetuner.solver.stages.layers import (
+    ANNEAL,
+    CHAIN_UNDER_CAPS,
+    COMBINE,
+    CONSTRUCT,
+    is_searched_anew,
+    mixes,
+)
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.ties import TIES
 from moetuner.solver.stages.visits import PAIRS, VISITS
@@ -63,8 +72,26 @@ SINGLE_COPIES = Stage(
     least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
     share=_single_share,
 )
+
+
+def _balance(run: Run, budget: Budget) -> None:
+    """Search for balance alone, and offer that as a start: a search by time seldom finds it."""
+    problem = replace(run.problem, objective="balance")
+    inner = run.inner(
+        (FLOOR, CONSTRUCT, COMBINE, ANNEAL, COMBINE, SETTLE), budget.muted(), problem=problem
+    )
+    run.offer(inner.answer().slots, "balance", is_start=True, interrupted=inner.interrupted)
+
+
+def _may_be_balanced(run: Run) -> bool:
+    """Return whether a search for balance first is worth its time: in layers of few slots."""
+    is_few = run.slots_of_layer <= effort.FEW_SLOTS
+    return run.problem.goal == "time" and is_few and is_searched_anew(run) and mixes(run)
+
+
+BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BALANCE_SHARE)
 SEARCHES = (
-    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, COMBINE),
+    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, BALANCE, COMBINE),
     *(ANNEAL, COMBINE, SETTLE, POLISH, TIES),
 )
 SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))
