@@ -87,7 +87,7 @@ def command(
         Smallest gain, as a share of the predicted time, that is worth a change.
     prefill_share
         Share of the serving time that is prefill: placements are computed for it, and one gain is
-        told of prefill and decode together. [default: half, and a gain for each]
+        told of prefill and decode together. [default: 0.2, and a gain for each]
     splits
         Number of splits of INPUT into a seen and an unseen half.
     by_group

@@ -93,9 +93,9 @@ class Problem(Frozen):
     phases
         Shares of the serving time, by tokens of a window: ``{512: 0.8, 8192: 0.2}`` for a fifth of
         prefill. Longer windows are sums of the statistics' own. The objective is a mean over steps
-        that take such shares of the time, if experts are placed in blocks. By default half of 512
-        tokens (decode) and half of 8192 (prefill) for statistics of a trace that has enough tokens,
-        counted in windows of 512; else the statistics' windows alone.
+        that take such shares of the time, if experts are placed in blocks. By default four fifths
+        of 512 tokens (decode) and one of 8192 (prefill) for statistics of a trace that has enough
+        tokens, counted in windows of 512; else the statistics' windows alone.
     pinned
         Put a copy of the expert on the device: (layer, expert, device), with None or * for all
         layers.

@@ -97,8 +97,8 @@ def advise(
         Share of the predicted time that a change must save to be worth the trouble.
     prefill_share
         Share of the serving time that is prefill. Placements are computed for it, and the answer is
-        then on prefill and decode together, instead of on the better one of them. By default half
-        of the time counts for each in the search.
+        then on prefill and decode together, instead of on the better one of them. By default
+        a fifth of the time is prefill in the search.
     by_group
         Whether to judge also, on each group, a placement that was computed from all other groups.
     objective
