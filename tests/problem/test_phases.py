@@ -75,7 +75,7 @@ def test_imbalance_is_the_mean_of_both_phases_by_their_shares(share):
 
 def test_a_trace_of_enough_tokens_has_both_phases():
     """Two windows of prefill are enough; one, loads alone, and other windows are as counted."""
-    both = dict.fromkeys(WINDOWS, 0.5)
+    both = dict(zip(WINDOWS, (0.8, 0.2), strict=True))
     enough = 2 * WINDOWS[1]
     alone = {"transitions": False, "coactivation": False}
     cases = [

@@ -47,7 +47,7 @@ CASES = [
 @pytest.mark.parametrize("settings", CASES)
 @pytest.mark.parametrize("work", [1e5, 1e7])
 def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work):
-    """Single copies, copies and visits are searched with so much work each, whatever the size."""
+    """Single copies and copies are searched with so much work each, and a quarter for balance."""
     works = []
 
     def counted(problem, *arguments, **others):
@@ -58,7 +58,7 @@ def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work)
     monkeypatch.setattr(visits, "core_layers", counted)
     monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=work))
     mt.solve(problem_of(make_trace, **settings), "heuristic")
-    assert 0 < sum(works) <= 2 * work
+    assert 0 < sum(works) <= 2.5 * work
 
 
 @pytest.mark.parametrize("settings", CASES)

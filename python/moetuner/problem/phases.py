@@ -17,9 +17,10 @@ Phases = Mapping[int, float]
 
 # Tokens of a step as engines decode, and as they read prompts.
 WINDOWS = (WINDOW, 8192)
-# Share of the time that is prefill, if nobody says more. A recording has a sixteenth as many windows
-# of prefill, which a search fits the more easily. On unseen halves of gpt-oss-20b's prompts (8 and
-# 2 x 4 devices, two splits), in us of decode and prefill, and beside the search for that phase alone:
+# Share of the time that is prefill, if nobody says more. A recording has a sixteenth as many
+# windows of prefill, which a search fits the more easily. On unseen halves of gpt-oss-20b's prompts
+# (8 and 2 x 4 devices, two splits), us of decode and of prefill, with how much more that is than
+# by the search for that phase alone:
 #   share 0.5  48.97 (+1.0 %), 513.3 (-0.4 %)   83.38 (+1.1 %), 957.8 (-0.5 %)
 #   share 0.3  48.70 (+0.4 %), 518.8 (+0.6 %)   82.99 (+0.6 %), 963.6 (+0.1 %)
 #   share 0.2  48.60 (+0.2 %), 516.7 (+0.2 %)   82.66 (+0.2 %), 964.6 (+0.2 %)

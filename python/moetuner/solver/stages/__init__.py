@@ -22,6 +22,8 @@ from moetuner.solver.stages.layers import (
     CHAIN_UNDER_CAPS,
     COMBINE,
     CONSTRUCT,
+    LayerModel,
+    anneal,
     is_searched_anew,
     mixes,
 )
@@ -76,10 +78,13 @@ SINGLE_COPIES = Stage(
 
 def _balance(run: Run, budget: Budget) -> None:
     """Search for balance alone, and offer that as a start: a search by time seldom finds it."""
+
+    def search(inner: Run, part: Budget) -> None:
+        anneal(inner, part, LayerModel(inner, effort.BALANCE_PART))
+
+    stages = (FLOOR, CONSTRUCT, COMBINE, Stage(search), COMBINE, SETTLE)
     problem = replace(run.problem, objective="balance")
-    inner = run.inner(
-        (FLOOR, CONSTRUCT, COMBINE, ANNEAL, COMBINE, SETTLE), budget.muted(), problem=problem
-    )
+    inner = run.inner(stages, budget.muted(), problem=problem)
     run.offer(inner.answer().slots, "balance", is_start=True, interrupted=inner.interrupted)
 
 
