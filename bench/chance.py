@@ -84,7 +84,7 @@ def simulated(
     return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=sequence, group=group)
 
 
-def audited(trace: mt.RoutingTrace, seed: int, resamples: int = 1000) -> mt.Audit:
+def audited(trace: mt.RoutingTrace) -> mt.Audit:
     """Audit blocks against turns."""
     return mt.audit(
         BLOCKS,
@@ -92,18 +92,16 @@ def audited(trace: mt.RoutingTrace, seed: int, resamples: int = 1000) -> mt.Audi
         baseline=TURNS,
         window=WINDOW,
         cost_model=MODEL,
-        resamples=resamples,
-        seed=seed,
         threads=1,
     )
 
 
-def missed(sequences: int, shape: str, runs: int, *, resamples: int = 1000) -> NDArray[np.float64]:
+def missed(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
     """Share of null audits whose interval of the change does not hold 0, by measure."""
     count = np.zeros(len(MEASURES))
     for run in range(runs):
         rng = np.random.default_rng([sequences, run])
-        answer = audited(simulated(sequences, shape, rng), run, resamples).whole
+        answer = audited(simulated(sequences, shape, rng)).whole
         for place, name in enumerate(MEASURES):
             change = answer[name].change
             assert change is not None
@@ -114,14 +112,14 @@ def missed(sequences: int, shape: str, runs: int, *, resamples: int = 1000) -> N
 
 
 def named(
-    sequences: int, shape: str, runs: int, *, served_worse: float = 0.0, resamples: int = 1000
+    sequences: int, shape: str, runs: int, *, served_worse: float = 0.0
 ) -> tuple[float, float, float, float]:
     """Shares of audits of seven groups: of any worse, any behind, either, and the first worse."""
     count = np.zeros(4)
     for run in range(runs):
         rng = np.random.default_rng([7, sequences, run])
         trace = simulated(sequences, shape, rng, groups=7, served_worse=served_worse)
-        answer = audited(trace, run, resamples)
+        answer = audited(trace)
         worse, behind = answer.worse(), answer.behind()
         first = any(each.group == "0" for each in worse)
         count += [bool(worse), bool(behind), bool(worse or behind), first]
@@ -281,7 +279,7 @@ def audits_of(report: Report, runs: int, audits: int) -> None:
     for liking in (0.5, 1.0):
         rng = np.random.default_rng(0)
         large = simulated(100, "crossing windows", rng, groups=7, served_worse=liking)
-        change = audited(large, 0, 2).groups["0"]["imbalance"].change
+        change = audited(large).groups["0"]["imbalance"].change
         assert change is not None
         for sequences in (5, 10, 20):
             share = named(sequences, "crossing windows", audits, served_worse=liking)[3]

@@ -38,7 +38,7 @@ MODEL = mt.CostModel.preset("h100")
 INSTANCES = (
     TRACE, STATISTICS, SETS, TOPOLOGY, mt.Tier(2, 1e9), MODEL, PLACEMENT,
     PLACEMENT.diff(PLACEMENT), EVALUATION, mt.verdict(EVALUATION, EVALUATION),
-    mt.audit(PLACEMENT, TRACE, window=3, resamples=2), PROBLEM, PROBLEM.objective_function, RESULT,
+    mt.audit(PLACEMENT, TRACE, window=3), PROBLEM, PROBLEM.objective_function, RESULT,
     CERTIFICATE,
 )  # fmt: skip
 # What is right, by the name of a parameter, and where a call means something else by it.
@@ -51,7 +51,7 @@ RIGHT = {
     "share": 0.5, "parts": [STATISTICS], "base_us": 1, "expert_us": 1, "start_us": 1,
     "token_us": 1, "token_bytes": 1, "hidden": 8, "intermediate": 8, "flops": 1e12,
     "memory_bandwidth": 1e9, "gpu": "h100", "machine": "h100-nvl8-ib400", "other": PLACEMENT,
-    "certificate": CERTIFICATE, "returns": True, "resamples": 2, "iterations": 1,
+    "certificate": CERTIFICATE, "returns": True, "iterations": 1,
     "home": np.zeros(12, int), "ports": np.ones((2, 1)), "compute": np.ones((2, 2)),
     "communication": np.ones(2), "value": 1.0, "experts": 4, "tokens": np.ones((2, 2)),
     "to": "json", "results": (EVALUATION, EVALUATION),
@@ -135,7 +135,7 @@ WRONG = {
     "topology": others(mt.Topology), "cost_model": others(mt.CostModel),
     "certificate": others(mt.Certificate),
     **dict.fromkeys(("threads", "window", "num_experts", "devices", "nodes", "max_bytes",
-                     "resamples", "experts", "devices_per_node"), COUNT),
+                     "experts", "devices_per_node"), COUNT),
     **dict.fromkeys(("seed", "iterations", "mixed_seed", "extra_slots"), INDEX),
     **dict.fromkeys(("bandwidth", "intra_node_bandwidth", "inter_node_bandwidth", "hidden",
                      "intermediate", "flops", "memory_bandwidth", "dtype_bytes", "efficiency"),
@@ -277,9 +277,7 @@ def right_of(name, parameters):
     (path.write_text if isinstance(of, str) else lambda _: of.save(path))(of)
     own = RIGHT | {"path": path} | BY_CALL.get(name, {})
     wanted = [of for of in parameters if of.default is of.empty]
-    wanted += [
-        of for of in parameters if of not in wanted and of.name in ("iterations", "resamples")
-    ]
+    wanted += [of for of in parameters if of not in wanted and of.name == "iterations"]
     return {of.name: own[of.name] for of in wanted}
 
 

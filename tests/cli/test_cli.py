@@ -461,7 +461,7 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
     path, p = tmp_path / "t.safetensors", tmp_path / "p.json"
     mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, model=long, **labels).save(path)
     solved("--devices", 2, "--method", "lpt", of=path)
-    for line in (("inspect", path), ("audit", p, path, "--resamples", 9), ("evaluate", p, path)):
+    for line in (("inspect", path), ("audit", p, path), ("evaluate", p, path)):
         assert max(map(len, ok(*line).splitlines())) < 5000
 
 

@@ -120,7 +120,7 @@ BEGIN = {
     "solve": "solve INPUT --devices 4 --out out.json",
     "compare": "compare INPUT --devices 4 --methods lpt,joint --splits 1",
     "evaluate": "evaluate PLACEMENT INPUT",
-    "audit": "audit PLACEMENT INPUT --resamples 20",
+    "audit": "audit PLACEMENT INPUT",
     "drift": "drift PLACEMENT INPUT --profile TRACE",
     "report": "report PLACEMENT INPUT --out page.html",
     "convert": "convert INPUT --out joined.safetensors",

@@ -9,10 +9,9 @@ from conftest import random_ids
 import moetuner as mt
 from moetuner.evaluation import intervals
 from moetuner.evaluation.auditing import _judged, blocks
-from moetuner.evaluation.by_unit import crossings, of_traffic
-from moetuner.evaluation.intervals import Change, Spread, Sums, holm, paired
+from moetuner.evaluation.halves import crossings
+from moetuner.evaluation.intervals import Change, Spread, holm
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import Units
 
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
 IN_BLOCKS = blocks(3, 8, 4)
@@ -41,7 +40,7 @@ def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devi
     trace, topology = two_kinds(), mt.Topology(4, devices_per_node=devices_per_node)
     trace = trace if labelled else replace(trace, sequence=None)
     how = {"window": 100, "split": split, "cost_model": MODEL, "arrival": arrival}
-    audited = mt.audit(placement, trace, topology, baseline=IN_BLOCKS, resamples=5, **how)
+    audited = mt.audit(placement, trace, topology, baseline=IN_BLOCKS, **how)
     both = [mt.evaluate(of, trace, topology, **how) for of in (placement, IN_BLOCKS)]
     nodes = {"node_fanout"} if topology.nodes > 1 else set()
     assert set(audited.whole) == {"imbalance", "crossing", "fanout", "predicted_layer_us", *nodes}
@@ -62,7 +61,7 @@ def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devi
 
 
 def test_a_placement_is_no_worse_than_itself():
-    """Both see the same resamples: no change, and an interval of nothing."""
+    """Both have the same halves: no change, and an interval of nothing."""
     trace = two_kinds()
     audited = mt.audit(IN_BLOCKS, trace, window=100)
     assert audited.worse() == []
@@ -87,7 +86,7 @@ def test_other_text_is_served_worse_than_what_was_solved_for():
     assert audited.worse(worse[0].change.value, measures=("imbalance",)) == []
 
 
-def test_load_tables_resample_windows():
+def test_windows_of_load_tables_are_independent():
     """Windows of a group are the units; what needs tokens is left out."""
     load = np.random.default_rng(1).integers(1, 100, (20, 3, 8))
     table = mt.RoutingStatistics.from_load(load, group=np.arange(20) % 2, group_names=("a", "b"))
@@ -114,38 +113,7 @@ def test_fewer_than_five_windows_are_too_few(windows):
     assert [each.group for each in audited.behind()] == named
 
 
-def figures(trace, *, window=40, model=None, devices=4):
-    """Figures of experts in blocks, and what each sequence adds to them."""
-    placement = blocks(trace.layers, trace.num_experts, devices)
-    setting = Setting(placement, mt.Topology(devices, 2), window, cost_model=model)
-    return of_traffic(trace, setting, Units("sequence", len(np.unique(trace.sequence))))[None]
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_units_are_whole_sequences_and_add_up_to_the_figure(together):
-    """However sequences lie in windows, each is one unit, and all parts are shared out."""
-    trace = two_kinds()
-    sequence = trace.sequence.copy()
-    if together:
-        np.random.default_rng(0).shuffle(sequence)
-    trace = mt.RoutingTrace.from_arrays(trace.expert_ids, num_experts=8, sequence=sequence)
-    for name, sums in figures(trace, model=MODEL).items():
-        assert len(sums.by_unit()[0]) == len(np.unique(sequence))
-        # First order: where two devices are equally slow, one more of either counts.
-        assert sums.above.sum() / sums.below.sum() == pytest.approx(sums.value, rel=0.02), name
-
-
-def test_a_sequence_gets_its_part_of_the_slowest_devices_load():
-    """Of a window of 8 tokens, the slowest device has 6: one sequence brings 4 of them, one 2."""
-    ids = np.array([0, 0, 0, 0, 1, 1, 0, 0])[:, None, None]
-    trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 5 + [1] * 3)
-    sums = figures(trace, window=8, devices=2)["imbalance"]
-    assert sums.value == 1.5
-    assert sums.above.tolist() == pytest.approx([1.5 * 4 / 6, 1.5 * 2 / 6])
-    assert sums.below.tolist() == [5 / 8, 3 / 8]
-
-
-def test_a_sequence_of_many_windows_is_drawn_as_a_whole():
+def test_a_sequence_of_many_windows_is_one_unit():
     """Forty windows of two sequences have the interval of two units, not of forty."""
     ids = np.repeat(random_ids(2, 1, 1, 8, seed=3), 400, axis=0)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(800) // 400)
@@ -154,21 +122,30 @@ def test_a_sequence_of_many_windows_is_drawn_as_a_whole():
     assert audited.too_few == {"all": 2}
 
 
-def test_students_quantiles_and_holm_are_those_of_the_tables():
-    """Two sides of 95 % of 1, 4 and 30 degrees of freedom; the textbook's example of four."""
-    for freedom, wanted in ((1, 12.7062), (4, 2.7764), (30, 2.0423), (1e7, 1.95996)):
-        actual = intervals.quantile(0.025, freedom)
-        assert actual == pytest.approx(wanted, abs=1e-4)
-        assert intervals.tail(actual, freedom) == pytest.approx(0.025)
-        assert intervals.tail(-actual, freedom) == pytest.approx(0.975)
+@pytest.mark.parametrize("freedom", range(1, len(intervals.QUANTILES) + 1))
+def test_students_quantiles_are_exceeded_as_often_as_they_say(freedom):
+    """By 2.5 % on either side, of every number of degrees of freedom in the table."""
+    quantile = float(intervals.QUANTILES[freedom - 1])
+    assert intervals.tail(quantile, freedom) == pytest.approx(0.025, rel=1e-4)
+    assert intervals.tail(-quantile, freedom) == pytest.approx(0.975, rel=1e-4)
+
+
+def test_students_tail_is_that_of_the_tables():
+    """0.1 % of 1, 4 and 30 degrees of freedom; all of it below and none above what is infinite."""
+    for freedom, wanted in ((1, 318.309), (4, 7.1732), (30, 3.3852)):
+        assert intervals.tail(wanted, freedom) == pytest.approx(0.001, rel=1e-3)
+    assert (intervals.tail(np.inf, 3), intervals.tail(-np.inf, 3)) == (0, 1)
+
+
+def test_holms_adjustment_is_the_textbooks():
+    """Of four probabilities, of none, and of two that are large."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert (holm([]), holm([0.9, 0.8])) == ([], [1.0, 1.0])
 
 
 def judged_of(**values):
     """Judge groups whose changes are known, with their errors, and return these, too."""
-    rng = np.random.default_rng(0)
-    spread = {name: Spread(of, rng.normal(0, e, 500), 9, 10) for name, (of, e) in values.items()}
+    spread = {name: Spread(value, error, 9, 10) for name, (value, error) in values.items()}
     judged = _judged({name: {"x": Change(of, of, of)} for name, of in spread.items()})
     return {name: of["x"] for name, of in judged.items()}, spread
 
@@ -193,39 +170,21 @@ def test_the_best_group_is_the_one_that_gains_most_surely():
     assert judged["none"].behind_chance < 0.05 < judged["few"].behind_chance
 
 
-@pytest.mark.parametrize(("number", "most"), [(3, 0.09), (5, 0.09), (10, 0.09), (50, 0.08)])
-def test_intervals_of_few_units_hold_the_truth(number, most):
-    """Of means of so many normal variates, about 95 of 100 intervals hold the mean."""
-    rng = np.random.default_rng(1)
-    missed = 0
-    for _ in range(300):
-        drawn = rng.normal(10, 1, (2, number))
-        ones = np.ones(number)
-        one, two = ({"x": Sums(row.mean(), row, ones)} for row in drawn)
-        actual = paired(one, two, resamples=400, rng=rng)["x"].change
-        missed += not actual.low <= 0 <= actual.high
-    assert missed / 300 <= most
-
-
 def test_the_difference_of_independent_figures_is_as_uncertain_as_both():
-    """Variances add, and degrees of freedom are Welch's."""
-    rng = np.random.default_rng(0)
-    one = Spread(2.0, rng.normal(0, 3, 4000), 9.0, 10)
-    two = Spread(1.0, rng.normal(0, 4, 4000), 4.0, 5)
-    actual = one - two
+    """Variances add, and degrees of freedom are Welch's, rounded down."""
+    actual = Spread(2.0, 3.0, 9, 10) - Spread(1.0, 4.0, 4, 5)
     assert (actual.value, actual.units) == (1.0, 5)
-    assert actual.deviations.std() == pytest.approx(5, rel=0.05)
-    assert actual.freedom == pytest.approx(25**2 / (9**2 / 9 + 16**2 / 4), rel=0.1)
+    assert actual.error == pytest.approx(5)
+    assert actual.freedom == int(25**2 / (9**2 / 9 + 16**2 / 4))
 
 
 def test_what_cannot_be_audited_is_refused():
-    """A baseline of another model, no window, no tokens, no resamples: one line."""
+    """A baseline of another model, no window, no tokens: one line."""
     empty = mt.RoutingTrace.from_arrays(np.empty((0, 3, 2), dtype=np.uint8), num_experts=8)
     for trace, wrong, message in (
         (two_kinds(), {"baseline": blocks(3, 9, 4)}, "must have 3 layers, 8 experts and 4 devices"),
         (two_kinds(), {"window": 0}, "window must be from 1"),
         (empty, {}, "traffic must have tokens to audit, got a trace of 0"),
-        (two_kinds(), {"resamples": 0}, "resamples must be from 1"),
     ):
         with pytest.raises(ValueError, match=message):
             mt.audit(IN_BLOCKS, trace, **wrong)

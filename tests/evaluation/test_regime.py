@@ -15,7 +15,7 @@ COMMANDS = {
     "solve": ["trace", "--devices", 2, "--method", "lpt", "--out", "new"],
     "compare": ["trace", "--devices", 2, "--methods", "lpt"],
     "evaluate": ["placement", "trace"],
-    "audit": ["placement", "trace", "--resamples", 10],
+    "audit": ["placement", "trace"],
 }
 
 

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.intervals import Sums, paired
-from moetuner.evaluation.units import Blocks, alike_tokens, blocks_of, hold_out, runs, units_of
+from moetuner.evaluation.units import (
+    Blocks,
+    Units,
+    alike_tokens,
+    blocks_of,
+    hold_out,
+    runs,
+    units_of,
+)
 from moetuner.formats import open_input
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -113,23 +120,37 @@ def test_one_kind_is_told():
     assert (units.name, units.number, units.all_alike) == ("sequence", 40, True)
 
 
-def test_blocks_widen_intervals_as_much_as_windows_are_alike():
-    """The interval of windows that come four times is that of four times fewer."""
-    rng = np.random.default_rng(6)
-    each = 1 + 0.1 * rng.normal(size=60)
+def test_runs_are_longer_than_windows_are_alike():
+    """Folds of windows without labels follow one another, of two units each and of equal size."""
+    dealt = Units("window", 16, Blocks(4.0, 4)).deal(table(16, 4, 0), np.arange(64), None)
+    assert (dealt.number, dealt.units) == (8, 16)
+    assert dealt.fold.tolist() == [window // 8 for window in range(64)]
 
-    def width(repeat, blocks):
-        above, ones = each.repeat(repeat), np.ones(60 * repeat)
-        flat = Sums(1.0, ones, ones, blocks)
-        sums = Sums(float(above.mean()), above, ones, blocks)
-        change = paired({"x": sums}, {"x": flat}, rng=np.random.default_rng(0))["x"].change
-        assert change.units == 60
-        return change.high - change.low
 
-    lag = 1 - np.arange(1, 4) / 4
-    inside = 1 + 2 * (lag * lag).sum()
-    blocks = Blocks(4.0, 4, float(np.sqrt(4 / inside)))
-    assert width(4, blocks) == pytest.approx(width(1, Blocks()), rel=0.2)
+@pytest.mark.parametrize("sequences", [1, 5, 19, 20, 21, 200])
+def test_sequences_are_dealt_whole_and_evenly(sequences):
+    """Each is in one fold, at most twenty have any, and none has a sequence more than the others.
+
+    Where sequences differ in length, folds differ by no more than the longest.
+    """
+    rng = np.random.default_rng(sequences)
+    trace = LAW.trace(rng, rng.integers(5, 40, sequences))
+    dealt = Units("sequence", sequences).deal(trace, np.arange(trace.tokens), 256)
+    assert (dealt.number, dealt.units) == (min(sequences, 20), sequences)
+    folds = {number: set(dealt.fold[trace.sequence == number]) for number in range(sequences)}
+    assert all(len(fold) == 1 for fold in folds.values())
+    sizes = np.bincount(dealt.fold, minlength=dealt.number)
+    assert sizes.max() - sizes.min() <= np.bincount(trace.sequence).max()
+
+
+def test_names_of_sequences_do_not_matter_to_folds():
+    """Sequences by other numbers, in another order of them, are in the same folds."""
+    rng = np.random.default_rng(0)
+    trace = LAW.trace(rng, np.full(30, 9))
+    renamed = replace(trace, sequence=rng.permutation(30).astype(np.int32)[trace.sequence])
+    units = Units("sequence", 30)
+    one, other = (units.deal(each, np.arange(trace.tokens), 64) for each in (trace, renamed))
+    assert one.fold.tolist() == other.fold.tolist()
 
 
 # In which order kinds of windows come, of so many windows.

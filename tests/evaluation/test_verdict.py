@@ -34,11 +34,11 @@ def test_balance_decides_without_times():
     assert gain.is_worth_it
     assert str(gain) == f"worth it: {gain.sentence}"
     assert gain.sentence.endswith(
-        "24.7 % less imbalance than before (95 % interval 24.4 to 25.0 %)."
+        "24.7 % less imbalance than before (95 % interval 24.3 to 25.1 %)."
     )
     back = judged(GOOD, BAD, table())
     assert back.sentence.endswith(
-        "32.8 % more imbalance than before (95 % interval 32.3 to 33.3 %)."
+        "32.8 % more imbalance than before (95 % interval 32.1 to 33.4 %)."
     )
     assert (back.answer, back.is_worth_it) == ("worse", False)
     same = judged(BAD, BAD, table())

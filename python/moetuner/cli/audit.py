@@ -18,7 +18,7 @@ from moetuner.cli.output import Output, working
 from moetuner.evaluation.auditing import MEASURES, Audit, audit
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.intervals import FEWEST, RESAMPLES
+from moetuner.evaluation.intervals import FEWEST
 from moetuner.files import text
 from moetuner.report.cells import counted, listed, number, signed, span
 from moetuner.report.outcome import whose_times
@@ -42,16 +42,14 @@ def command(
     measures: tuple[str, ...] = option(
         click.Choice(MEASURES), default=(), flag="--measure", multiple=True
     ),
-    resamples: int = option(click.IntRange(1, 1 << 20), "N", RESAMPLES),
-    seed: int = options.seed_option(),
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
 
     Lower is better for every measure. Every change has its 95 % interval, over whole sequences
-    (without sequence labels: over blocks of windows that are alike). "Beyond chance" takes all
+    (without sequence labels: over runs of windows). "Beyond chance" takes all
     groups and measures together: if none is worse or behind, 19 of 20 audits name none. Groups of
-    fewer than five sequences, or blocks, are not judged.
+    fewer than five sequences, or independent windows, are not judged.
 
     Parameters
     ----------
@@ -62,14 +60,11 @@ def command(
     measures
         Measure that --fail-if-worse judges; may be repeated. [default: the predicted
         time]
-    resamples
-        Resamples for the intervals.
     """
     placed = Placed.read(placement_file, source, machine, serving)
     baseline, against = placed.baseline(baseline_file)
     (traffic, *_), served = placed.judged, placed.how
-    drawn = {"resamples": resamples, "seed": seed}
-    how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **drawn, **served}
+    how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **served}
     how |= {"units": placed.source.units, "measures": placed.measures(measures)}
     with working("auditing"):
         audited = audit(
@@ -87,7 +82,7 @@ def command(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
             f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
-    contents = placed.contents(judged=judged, fail_if_worse=limit, **drawn)
+    contents = placed.contents(judged=judged, fail_if_worse=limit)
     contents |= {
         "placement": str(placement_file),
         "baseline": None if baseline_file is None else str(baseline_file),
@@ -116,8 +111,8 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
     output.say(f"{name} against {against}, 95 % intervals over {judged_over}")
     if in_blocks:
         output.say(
-            "No sequence labels: neighbouring windows are alike, so they were resampled in blocks "
-            f"of {audited.block_length}."
+            "No sequence labels: neighbouring windows are alike, over "
+            f"{audited.block_length} windows, so runs that are longer are compared."
         )
     for measure in audited.whole:
         rows = []

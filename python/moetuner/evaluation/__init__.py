@@ -286,7 +286,7 @@ def _evaluated(
 def _evaluation(of: Replay, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = of.setting.topology, of.rows()
-    values: dict[str, Any] = {name: figure.compute(of) for name, figure in FIGURES.items()}
+    values: dict[str, Any] = {name: figure.value(of) for name, figure in FIGURES.items()}
     per_layer = [
         tuple(np.sum([weight * each.mean(axis=0) for weight, each in windowed], axis=0).tolist())
         for windowed in (of.imbalances, of.times)

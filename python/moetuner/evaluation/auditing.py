@@ -17,18 +17,10 @@ from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.intervals import (
-    CONFIDENCE,
-    FEWEST,
-    RESAMPLES,
-    Change,
-    Spread,
-    holm,
-    paired,
-)
+from moetuner.evaluation.halves import halved
+from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Change, Spread, holm, paired
 from moetuner.evaluation.replay import Setting, Traffic, check_model, times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
@@ -38,7 +30,7 @@ from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 # Figures whose parts add up, so that groups have them.
-MEASURES = tuple(name for name, figure in FIGURES.items() if figure.per is not None)
+MEASURES = tuple(name for name, figure in FIGURES.items() if figure.windows is not None)
 
 
 class Finding(NamedTuple):
@@ -61,10 +53,10 @@ class Audit(Frozen):
     groups
         The same of every group that has tokens or windows.
     units
-        What was resampled for the intervals, sequences, or windows where those are not known, and
-        how many independent ones there are in all traffic.
+        What is independent, sequences, or windows where those are not known, and how many there are
+        in all traffic.
     block_length
-        Windows that were resampled together, as neighbours are alike; 1 where they are not.
+        Windows over which neighbours are alike; 1 where they are not.
     too_few
         Groups of which nothing is said, as they have fewer than five units, and how many they have;
         without groups all traffic, called ``"all"``.
@@ -155,8 +147,6 @@ def audit(
     regime: Regime = "dispatch",
     split: Split = "even",
     arrival: Arrival = "bursts",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
     threads: int | None = None,
     units: Units | None = None,
     measures: Collection[str] = (),
@@ -164,19 +154,17 @@ def audit(
     """Compare a placement with a baseline for every group of the traffic.
 
     Every group is replayed by itself, in windows of its own tokens, under both placements.
-    Intervals are of a bootstrap over whole sequences; what several have in one window is shared out
-    among them. Where sequences are not known, they are over blocks of windows, as long as
-    neighbours are alike. Both placements see the same resamples, so what they have in common does
-    not blur the change. What is named is corrected for the number of groups and measures (Holm's
-    way).
+    Intervals tell how far halves of the whole sequences are apart; where these are not known,
+    halves of runs of windows that are longer than neighbours are alike. Both placements have the
+    same halves, so what they have in common does not blur the change. What is named is corrected
+    for the number of groups and measures (Holm's way).
 
     Parameters
     ----------
     placement
         What to audit.
     traffic
-        A trace; or a load table, whose windows are resampled and which tells imbalance and time
-        only.
+        A trace; or a load table, which tells imbalance and time only.
     topology
         Nodes and speeds of the devices; by default those that the placement was computed for, where
         its settings have them, else one node of equal devices.
@@ -186,10 +174,6 @@ def audit(
         Tokens per window of a trace.
     cost_model, regime, split, arrival
         As in ``evaluate``.
-    resamples
-        Number of resamples.
-    seed
-        Of the resamples.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
     units
@@ -225,13 +209,12 @@ def audit(
         check_model(setting.placement, traffic, topology)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
-    check.whole_number("resamples", resamples, highest=1 << 20)
     if units is not None:
         check.instance("units", units, Units)
     measures = check.listed("measures", measures, "names")
     for measure in measures:
         check.one_of("measures", measure, MEASURES)
-    return _audited(traffic, settings, units, resamples, check.seed_in(seed), measures)
+    return _audited(traffic, settings, units, measures)
 
 
 def audit_of(
@@ -244,40 +227,29 @@ def audit_of(
     first, second = before.replayed, after.replayed
     assert first is not None
     assert second is not None
-    return _audited(first.traffic, [second.setting, first.setting], units, RESAMPLES, 0, measures)
+    return _audited(first.traffic, [second.setting, first.setting], units, measures)
 
 
 def _audited(
     traffic: Traffic,
     settings: list[Setting],
     units: Units | None,
-    resamples: int,
-    seed: int,
     measures: Collection[str],
 ) -> Audit:
     """Audit the first of two placements against the second one."""
     if units is None:
         units = units_of(traffic, window=settings[0].window, threads=settings[0].threads)
-    mine, theirs = (
-        {
-            group: {name: of for name, of in figures.items() if name in measures or not measures}
-            for group, figures in of_traffic(traffic, setting, units).items()
+    after, before = (halved(traffic, setting, units) for setting in settings)
+    compared = {}
+    for group, figures in after.items():
+        changes = paired(figures, before[group]).items()
+        compared[group] = {
+            name: change for name, change in changes if name in measures or not measures
         }
-        for setting in settings
-    )
-    if not mine[None]:
+    whole = compared.pop(None)
+    if not whole:
         raise ValueError(f"measures must be figures that the traffic has, got {','.join(measures)}")
-    # Streams of their own, so that groups are resampled independently.
-    resampled = {
-        name: paired(
-            *(mine[name], theirs[name]),
-            resamples=resamples,
-            rng=np.random.default_rng([seed, number]),
-        )
-        for number, name in enumerate(mine)
-    }
-    whole = resampled.pop(None)
-    groups = {name: of for name, of in resampled.items() if name is not None}
+    groups = {group: changes for group, changes in compared.items() if group is not None}
     judged = _judged(groups or {"all": whole})
     numbers = {name: next(iter(of.values())).value.units for name, of in judged.items()}
     return Audit(

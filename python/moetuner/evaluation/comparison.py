@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation, Replayed
-from moetuner.evaluation.by_unit import of_traffic
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.halves import halved
 from moetuner.evaluation.intervals import FEWEST, Change, paired
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen
@@ -38,8 +36,8 @@ class Comparison(Frozen):
     gain
         Share that is saved, the mean over splits; negative where the change makes things worse.
     low, high
-        Its interval of 95 %, both placements on the same resamples of the traffic's sequences, or
-        of blocks of windows where those are not known; None of a single one.
+        Its interval of 95 %, both placements on the same halves of the traffic's sequences, or of
+        runs of windows where those are not known; None of a single one.
     units
         How many independent ones there are in a split; nothing is concluded from fewer than five.
     price
@@ -207,8 +205,10 @@ def compare(
     Figures of mixed arrival, and those that depend on given homes, have no interval. ``units`` are
     what is independent in the whole recording, by default in the traffic itself.
     """
-    both = [each.replayed for each in (before, after) if each.replayed is not None]
-    figures, number = ({}, 0) if len(both) < 2 else _paired(both, units)
+    figures: dict[str, Change] = {}
+    number = 0
+    if before.replayed is not None and after.replayed is not None:
+        figures, number = _paired(before.replayed, after.replayed, units)
     comparisons = {}
     for measure in measures or figures:
         old, new = getattr(before, measure), getattr(after, measure)
@@ -222,31 +222,33 @@ def compare(
     return comparisons
 
 
-def _paired(both: Sequence[Replayed], units: Units | None) -> tuple[dict[str, Change], int]:
-    """Resample two evaluations of the same traffic together; return how many units it has, too."""
-    machines = [replace(of.setting.topology, name=None) for of in both]
+def _paired(
+    before: Replayed, after: Replayed, units: Units | None
+) -> tuple[dict[str, Change], int]:
+    """Compare halves of two evaluations of the same traffic; return how many units it has, too."""
+    machines = [replace(each.setting.topology, name=None) for each in (before, after)]
     if machines[0] != machines[1]:
         raise ValueError("before and after must be of one machine: give evaluate() its topology")
-    if units is None:
-        setting = both[1].setting
-        units = units_of(both[1].traffic, window=setting.window, threads=setting.threads)
-    # A group alone would be all of its traffic, but copies look at a token's place in all.
-    before, after = (
-        of_traffic(of.traffic, of.setting, units, only_whole=of.group is None)[of.group]
-        for of in both
-    )
     sizes = [
-        f"{of.traffic.tokens} tokens"
-        if isinstance(of.traffic, RoutingTrace)
-        else f"{of.traffic.windows} windows"
-        for of in both
+        f"{each.traffic.tokens} tokens"
+        if isinstance(each.traffic, RoutingTrace)
+        else f"{each.traffic.windows} windows"
+        for each in (before, after)
     ]
-    number, other = (len(of["imbalance"].by_unit()[0]) for of in (before, after))
-    if sizes[0] != sizes[1] or number != other:
+    if units is None:
+        setting = after.setting
+        units = units_of(after.traffic, window=setting.window, threads=setting.threads)
+    # A group alone would be all of its traffic, but copies look at a token's place in all.
+    first, second = (
+        halved(each.traffic, each.setting, units, only_whole=each.group is None)[each.group]
+        for each in (before, after)
+    )
+    numbers = [figures["imbalance"].folds.units for figures in (first, second)]
+    if sizes[0] != sizes[1] or numbers[0] != numbers[1]:
         raise ValueError(
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )
-    return paired(after, before, rng=np.random.default_rng(0)), units.number
+    return paired(second, first), units.number
 
 
 def with_splits(gain: Comparison, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:

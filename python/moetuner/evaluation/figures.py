@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,9 @@ Floats = NDArray[np.float64]
 US = " us"
 # Windows that are steps, and layers [W,L], in each order of arrival, by its weight.
 Weighed = list[tuple[float, Floats]]
+# What windows have of a figure, out of their counts: a value of every window and layer [W,L], or
+# counts that are added up over the rest [W,L,...]; None where these do not tell it.
+Windows = Callable[[Counts, Setting], NDArray[Any] | None]
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,31 @@ class Replay:
     parts: list[tuple[float, Counts]]
     mixed: NDArray[Any] | None
     setting: Setting
+    _known: dict[Windows, Weighed] = field(default_factory=dict, repr=False)
 
     @property
     def counts(self) -> Counts:
         """Counts in the first order."""
         return self.parts[0][1]
 
-    @cached_property
+    def steps(self, windows: Windows) -> Weighed:
+        """Return what steps have of a figure; none where counts do not tell it."""
+        if windows not in self._known:
+            tables = [(weight, each, windows(each, self.setting)) for weight, each in self.parts]
+            self._known[windows] = [
+                (weight, table[each.is_step]) for weight, each, table in tables if table is not None
+            ]
+        return self._known[windows]
+
+    @property
     def imbalances(self) -> Weighed:
         """Imbalance of every window and layer."""
-        return [(weight, self.imbalance(each.load)[each.is_step]) for weight, each in self.parts]
+        return self.steps(imbalance_of)
 
-    @cached_property
+    @property
     def times(self) -> Weighed:
         """Predicted microseconds of every window and layer; none without a cost model."""
-        if self.setting.cost_model is None:
-            return []
-        return [(weight, layer_us(each, self.setting)[each.is_step]) for weight, each in self.parts]
+        return self.steps(us_of)
 
     def imbalance(self, load: NDArray[Any]) -> Floats:
         """Compute the imbalance [...] of device loads [...,D] on this machine."""
@@ -95,11 +106,15 @@ class Figure:
     meaning
         What help says it is.
     compute
-        From what was counted; None where that does not tell it.
+        From what was counted; None where that does not tell it. Without it the figure is the mean
+        of what windows have.
+    windows
+        What every window has of it. A figure that has this has intervals too: those of halves of
+        the traffic, each in windows of its own.
+    per
+        What it is a mean over: windows that are steps count alike, or tokens do.
     label
         What a sentence calls it, "less ..."; figures that have one are compared.
-    per
-        What it is a mean over, so that parts of traffic add up to it; None where they do not.
     title, regime, nothing
         What a conclusion calls it, the regime in which it matters (None for all), and what is said
         where a placement saves nothing of it.
@@ -108,13 +123,23 @@ class Figure:
     column: str
     decimals: int
     meaning: str
-    compute: Callable[[Replay], float | None]
+    compute: Callable[[Replay], float | None] | None = None
+    windows: Windows | None = None
+    per: Literal["window", "token"] = "window"
     label: str = ""
     unit: str = ""
-    per: Literal["window", "token", "pair"] | None = None
     title: str = ""
     regime: Regime | None = None
     nothing: str = "nothing to win in traffic"
+
+    def value(self, replay: Replay) -> float | None:
+        """Compute the figure of what was counted; None where that does not tell it."""
+        if self.compute is not None:
+            return self.compute(replay)
+        assert self.windows is not None
+        if self.per == "window":
+            return mean(replay.steps(self.windows))
+        return replay.per_token(self.windows(replay.counts, replay.setting))
 
     def text(self, value: float | None) -> str:
         """Write a value as it stands in a table; a dash where it is not known."""
@@ -124,84 +149,6 @@ class Figure:
 def mean(parts: Weighed) -> float | None:
     """Average over windows and layers, by weight; None of nothing."""
     return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
-
-
-# Every figure by its field of an evaluation, which is its key in JSON; in the order of tables.
-FIGURES = {
-    "tokens": Figure("tokens", 0, "tokens replayed", lambda of: of.counts.tokens),
-    "imbalance": Figure(
-        *("imbalance", 3),
-        "max / mean device load, averaged over layers and whole windows as they arrive (--arrival)",
-        lambda of: mean(of.imbalances),
-        label="imbalance",
-        unit=" x the mean",
-        per="window",
-        title="Busiest device",
-        nothing="nothing to balance",
-    ),
-    "imbalance_mixed": Figure(
-        *("mixed", 3),
-        "of windows of many sequences at once, more for a larger INPUT, so that inputs of "
-        "different size cannot be compared",
-        lambda of: None if of.mixed is None else float(of.imbalance(of.mixed).mean()),
-    ),
-    "imbalance_total": Figure(
-        *("total", 3, "of the sum of all windows"),
-        lambda of: float(of.imbalance(of.counts.load.sum(axis=0)).mean()),
-    ),
-    "imbalance_worst": Figure(
-        *("worst", 2, "of any layer and window"),
-        lambda of: max(float(each.max()) for _, each in of.imbalances),
-    ),
-    "crossing": Figure(
-        *("crossing", 4, "share of transitions between devices"),
-        lambda of: of.crossing,
-        label="crossing",
-        per="pair",
-        title="Steps that leave the device",
-        regime="follow",
-    ),
-    "fanout": Figure(
-        *("fanout", 3, "devices that a token visits in a layer"),
-        lambda of: of.per_token(of.counts.visits),
-        label="fanout",
-        per="token",
-        title="Devices that a token visits",
-        regime="dispatch",
-    ),
-    "node_fanout": Figure(
-        *("nodes", 3, "nodes that a token visits in a layer"),
-        lambda of: of.per_token(of.counts.node_visits),
-        label="node fanout",
-        per="token",
-        title="Nodes that a token visits",
-        regime="dispatch",
-        nothing="nothing to win between nodes",
-    ),
-    "slots_used": Figure(
-        *("slots", 2, "slots of a device that hold an expert, on average over layers and devices"),
-        lambda of: float((of.setting.placement.slots >= 0).sum(axis=2).mean()),
-    ),
-    "predicted_layer_us": Figure(
-        *("layer us", 1, "predicted layer time", lambda of: mean(of.times)),
-        label="predicted layer time",
-        unit=US,
-        per="window",
-    ),
-    **{
-        f"predicted_layer_us_p{share}": Figure(
-            *(f"p{share}", 1, f"time that {share} percent of layers and windows do not exceed"),
-            partial(lambda share, of: percentile(of.times, share) if of.times else None, share),
-            unit=US,
-        )
-        for share in (50, 95, 99)
-    },
-}
-
-
-def explain(*names: str) -> str:
-    """Write what columns of a table mean, for help."""
-    return "; ".join(f"{FIGURES[name].column}: {FIGURES[name].meaning}" for name in names)
 
 
 def ratios(load: NDArray[Any], speed: Floats) -> Floats:
@@ -306,3 +253,130 @@ def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
     busiest = busiest_ports(counts.follow, topology)
     time[:, :-1] = model.ports_us(part[:, :, None] * busiest, topology)
     return time
+
+
+def imbalance_of(counts: Counts, setting: Setting) -> Floats:
+    """Compute the imbalance of every window and layer [W,L]."""
+    return ratios(counts.load, setting.topology.speed_of_device)
+
+
+def us_of(counts: Counts, setting: Setting) -> Floats | None:
+    """Compute the predicted microseconds of every window and layer [W,L]; None without a model."""
+    return None if setting.cost_model is None else layer_us(counts, setting)
+
+
+def visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:
+    """Return tokens by the device that they visit [W,L,D]; None where tokens are not known."""
+    return None if counts.tokens is None else counts.visits
+
+
+def node_visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:
+    """Return tokens by the node that they visit [W,L,N]; None where there is one or none known."""
+    return None if counts.tokens is None or setting.topology.nodes < 2 else counts.node_visits
+
+
+def crossed_of(counts: Counts, setting: Setting) -> Floats | None:
+    """Return the tokens of windows by the share of their pairs that cross [W,1]."""
+    return None if counts.crossed is None else counts.crossed[:, None]
+
+
+# Every figure by its field of an evaluation, which is its key in JSON; in the order of tables.
+FIGURES = {
+    "tokens": Figure("tokens", 0, "tokens replayed", lambda replay: replay.counts.tokens),
+    "imbalance": Figure(
+        "imbalance",
+        3,
+        "max / mean device load, averaged over layers and whole windows as they arrive (--arrival)",
+        windows=imbalance_of,
+        label="imbalance",
+        unit=" x the mean",
+        title="Busiest device",
+        nothing="nothing to balance",
+    ),
+    "imbalance_mixed": Figure(
+        "mixed",
+        3,
+        "of windows of many sequences at once, more for a larger INPUT, so that inputs of "
+        "different size cannot be compared",
+        lambda replay: (
+            None if replay.mixed is None else float(replay.imbalance(replay.mixed).mean())
+        ),
+    ),
+    "imbalance_total": Figure(
+        "total",
+        3,
+        "of the sum of all windows",
+        lambda replay: float(replay.imbalance(replay.counts.load.sum(axis=0)).mean()),
+    ),
+    "imbalance_worst": Figure(
+        "worst",
+        2,
+        "of any layer and window",
+        lambda replay: max(float(each.max()) for _, each in replay.imbalances),
+    ),
+    "crossing": Figure(
+        "crossing",
+        4,
+        "share of transitions between devices",
+        lambda replay: replay.crossing,
+        windows=crossed_of,
+        per="token",
+        label="crossing",
+        title="Steps that leave the device",
+        regime="follow",
+    ),
+    "fanout": Figure(
+        "fanout",
+        3,
+        "devices that a token visits in a layer",
+        windows=visits_of,
+        per="token",
+        label="fanout",
+        title="Devices that a token visits",
+        regime="dispatch",
+    ),
+    "node_fanout": Figure(
+        "nodes",
+        3,
+        "nodes that a token visits in a layer",
+        lambda replay: replay.per_token(replay.counts.node_visits),
+        windows=node_visits_of,
+        per="token",
+        label="node fanout",
+        title="Nodes that a token visits",
+        regime="dispatch",
+        nothing="nothing to win between nodes",
+    ),
+    "slots_used": Figure(
+        "slots",
+        2,
+        "slots of a device that hold an expert, on average over layers and devices",
+        lambda replay: float((replay.setting.placement.slots >= 0).sum(axis=2).mean()),
+    ),
+    "predicted_layer_us": Figure(
+        "layer us",
+        1,
+        "predicted layer time",
+        windows=us_of,
+        label="predicted layer time",
+        unit=US,
+    ),
+    **{
+        f"predicted_layer_us_p{share}": Figure(
+            f"p{share}",
+            1,
+            f"time that {share} percent of layers and windows do not exceed",
+            partial(
+                lambda percent, replay: percentile(replay.times, percent) if replay.times else None,
+                share,
+            ),
+            unit=US,
+        )
+        for share in (50, 95, 99)
+    },
+}
+
+
+def explain(*names: str) -> str:
+    """Write what columns of a table mean, for help."""
+    return "; ".join(f"{FIGURES[name].column}: {FIGURES[name].meaning}" for name in names)

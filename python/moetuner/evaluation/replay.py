@@ -56,6 +56,9 @@ class Counts:
         Experts of a device that have a token [W,L,D]; None if not asked for.
     is_step
         Whether windows count in means over windows [W], as ``RoutingStatistics.is_step`` has it.
+    crossed
+        Sums over the tokens of a window of the share of each one's pairs of neighbouring layers'
+        experts that are on different devices [W]; None where not asked for.
     """
 
     tokens: int | None
@@ -67,6 +70,7 @@ class Counts:
     dispatch: Numbers
     active: Numbers | None
     is_step: NDArray[np.bool_]
+    crossed: Floats | None = None
 
     def run(self, windows: slice) -> Counts:
         """Return the counts of some windows; what is of all windows together stays."""

@@ -3,15 +3,16 @@
 Sequences are, where they are labelled: tokens of one request route alike, those of two do not know
 of each other. Where many sequences repeat few prompts, kinds of them are. Without labels all that
 is there is the order: windows whose expert shares are alike are not independent, and how far that
-reaches is what their autocorrelation tells. Blocks of so many windows are resampled (Kuensch 1989),
+reaches is what their autocorrelation tells. Runs that are longer than that are independent, nearly,
 and what is held out keeps as far from what is seen.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Name = Literal["sequence", "kind", "window"]
 
+# Folds that traffic is dealt into, where it has as many units.
+FOLDS = 20
+# Folds that are runs of windows that are alike have so many units each, as the ends of neighbouring
+# runs are alike; but there are no fewer than so many folds, where there are as many units.
+RUN, FEWEST_RUNS = 2, 5
 # Windows that are compared with each other; more are taken two by two.
 WINDOWS = 4096
 # Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
@@ -55,14 +61,11 @@ class Blocks:
     correlation
         Integrated autocorrelation time in windows: as many are worth one independent window.
     length
-        Windows of a block that is resampled, 1 where neighbours are no more alike than others.
-    inflation
-        Factor by which resamples of such blocks deviate too little, as they cut what is alike.
+        Windows over which neighbours are alike, 1 where they are no more alike than others.
     """
 
     correlation: float = 1.0
     length: int = 1
-    inflation: float = 1.0
 
     def number(self, windows: int) -> int:
         """Compute how many independent windows so many windows are worth."""
@@ -70,6 +73,30 @@ class Blocks:
 
 
 INDEPENDENT = Blocks()
+
+
+class Folds(NamedTuple):
+    """Some traffic in parts of about equal size that are independent of each other.
+
+    Parameters
+    ----------
+    fold
+        The fold of every token, or window [n].
+    number
+        How many there are.
+    units
+        How many independent units were dealt into them.
+    """
+
+    fold: Integers
+    number: int
+    units: int
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of what folds tell: one less than equal folds that tell as much."""
+        sizes = np.bincount(self.fold, minlength=1).astype(np.float64)
+        return max(round(float(sizes.sum() ** 2 / max((sizes**2).sum(), 1))) - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,40 @@ class Units:
             "all_alike": self.all_alike,
         }
 
+    def deal(self, traffic: Traffic, rows: Integers, window: int | None) -> Folds:
+        """Deal some tokens of a trace, or windows of a table [n], into folds.
+
+        Whole sequences, or kinds, are dealt, the longest first to the shortest fold; where neither
+        is known, runs are folds.
+        """
+        if isinstance(traffic, RoutingStatistics):
+            # A part of a recording has windows of fewer kinds.
+            label: NDArray[Any] | None = None
+            if self.kinds is not None:
+                label = kinds_of_windows(traffic)[0]
+        else:
+            label = None if traffic.sequence is None else self.of_tokens(traffic.sequence)
+        if label is None:
+            windows = len(rows)
+            if isinstance(traffic, RoutingTrace):
+                windows = max(windows // (window or piece_of(traffic)), 1)
+            units = self.blocks.number(windows)
+            number = units
+            if self.blocks.length > 1:
+                number = max(units // RUN, min(units, FEWEST_RUNS))
+            number = min(max(number, 1), FOLDS)
+            return Folds(np.arange(len(rows)) * number // max(len(rows), 1), number, units)
+        _, first, unit, sizes = np.unique(
+            label[rows], return_index=True, return_inverse=True, return_counts=True
+        )
+        number = min(max(len(sizes), 1), FOLDS)
+        fold, shortest = np.empty(len(sizes), dtype=np.int64), [(0, own) for own in range(number)]
+        for place in np.lexsort((first, -sizes)).tolist():
+            size, own = heapq.heappop(shortest)
+            fold[place] = own
+            heapq.heappush(shortest, (size + int(sizes[place]), own))
+        return Folds(fold[unit], number, len(sizes))
+
     def of_tokens(self, sequence: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return the unit of tokens of sequences [t]."""
         if self.sequences is None or self.kinds is None:
@@ -116,6 +177,8 @@ class Units:
 def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
     if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
+        if window is None and isinstance(traffic, RoutingTrace):
+            window = piece_of(traffic)
         loads = loads_of(traffic, window=window, threads=threads)
         if isinstance(traffic, RoutingStatistics):
             kinds, all_alike = kinds_of_windows(traffic)
@@ -124,7 +187,7 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
         blocks = blocks_of(loads.window_load, loads.group)
         windows = int(loads.is_step.sum())
         if isinstance(traffic, RoutingTrace):
-            windows = 1 if window is None else max(traffic.tokens // window, 1)
+            windows = max(traffic.tokens // (window or 1), 1)
         return Units("window", blocks.number(windows), blocks)
     labels = np.unique(traffic.sequence)
     kinds, all_alike = kinds_of(traffic, labels)
@@ -171,14 +234,12 @@ def blocks_of(
     next_one = lags[1] if len(lags) > 1 else 0.0
     highest = max(2 * lags[0] - next_one, float(lags.max()))
     first = min(highest, max(noisy, float(lags.max())))
-    correlation, lag = np.clip(lags / first, -1.0, 1.0), np.arange(1, len(lags) + 1)
+    correlation = np.clip(lags / first, -1.0, 1.0)
     time = 1 + 2 * max(float(correlation.sum()), 0.0)
     if len(lags) > len(share) / RECURS:
         # What comes back to the end is no more than comes before it is back.
         time = max(time, float(len(lags)))
-    length = max(math.ceil(time), len(lags))
-    inside = 1 + 2 * max(float((correlation * np.maximum(1 - lag / length, 0)).sum()), 0.0)
-    return Blocks(times * time, times * length, max(math.sqrt(time / inside), 1.0))
+    return Blocks(times * time, times * max(math.ceil(time), len(lags)))
 
 
 def _shares(
@@ -300,17 +361,13 @@ def some(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
 
 def alike_tokens(trace: RoutingTrace) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
-    piece = max(PIECE, -(-trace.tokens // PIECES))
-    loads = loads_of(trace, window=piece)
-    return piece * blocks_of(loads.window_load, loads.group).length
+    loads = loads_of(trace, window=piece_of(trace))
+    return piece_of(trace) * blocks_of(loads.window_load, loads.group).length
 
 
-def with_runs(trace: RoutingTrace) -> RoutingTrace:
-    """Return a trace with runs of tokens that are alike for the sequences that it has not."""
-    if trace.sequence is not None:
-        return trace
-    run = np.arange(trace.tokens) // alike_tokens(trace)
-    return replace(trace, sequence=run.astype(np.int32))
+def piece_of(trace: RoutingTrace) -> int:
+    """Return the tokens of a piece of a trace whose autocorrelation is measured."""
+    return max(PIECE, -(-trace.tokens // PIECES))
 
 
 def runs(

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
 from moetuner.evaluation import evaluate
-from moetuner.evaluation.by_unit import of_traffic
-from moetuner.evaluation.intervals import FEWEST, paired
+from moetuner.evaluation.halves import halved
+from moetuner.evaluation.intervals import FEWEST, spread
 from moetuner.evaluation.replay import Setting, Traffic
-from moetuner.evaluation.units import hold_out, loads_of, units_of, with_runs
+from moetuner.evaluation.units import hold_out, loads_of, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
@@ -186,13 +186,10 @@ def _gain(
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic, by its units."""
     units = units_of(traffic, threads=setting.threads)
-    assert isinstance(unseen, RoutingTrace)
-    crossing = of_traffic(with_runs(unseen), setting, units, only_whole=True)[None]["crossing"]
-    both = {"crossing": crossing}
-    spread = paired(both, both, rng=np.random.default_rng(0))["crossing"].value
-    if null is None or spread.interval is None or spread.units < FEWEST:
+    crossing = spread(*halved(unseen, setting, units, only_whole=True)[None]["crossing"])
+    if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None
-    return null - spread.interval[1], null - spread.interval[0]
+    return null - crossing.interval[1], null - crossing.interval[0]
 
 
 def _pairs(

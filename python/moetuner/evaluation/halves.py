@@ -1,0 +1,301 @@
+"""Figures of the halves of some traffic: how far they are apart tells how sure a figure is.
+
+What is independent is dealt into folds, and folds into halves. What a half has in a window is
+scaled to all tokens of the window and weighed by those of the half, and its figures are computed by
+the functions that compute those of all traffic. Both placements of a comparison have the same
+halves, so what they have in common does not blur it.
+
+Halves are balanced: any two folds are on one side as often as not (McCarthy 1969), by the quadratic
+residues of a prime (Paley 1933). So about as many halves as folds tell what all of them would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.evaluation.arrival import in_order, orders
+from moetuner.evaluation.figures import FIGURES, Figure, Replay
+from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of, members
+from moetuner.evaluation.units import Folds, Units
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+# Primes that are 3 modulo 4: folds that each can halve are one more.
+PRIMES = (3, 7, 11, 19)
+# Counts of halves of windows that are in memory at once.
+CELLS = 1 << 20
+
+
+class Halved(NamedTuple):
+    """A figure of some traffic and of its halves.
+
+    Parameters
+    ----------
+    value
+        The figure.
+    sides
+        The same of both sides of every halving [2,H]; none of a single fold.
+    folds
+        What was halved.
+    """
+
+    value: float
+    sides: Floats
+    folds: Folds
+
+
+ByGroup = dict[str | None, dict[str, Halved]]
+
+
+def halvings(folds: int) -> NDArray[np.bool_]:
+    """Return which folds are on the first side of every halving [H,F]; none of a single fold."""
+    prime = next(prime for prime in PRIMES if prime + 1 >= folds)
+    squares = np.arange(1, prime) ** 2 % prime
+    first = np.ones((prime, prime + 1), dtype=bool)
+    first[:, :prime] = np.isin((np.arange(prime)[:, None] - np.arange(prime)) % prime, squares)
+    first = first[:, :folds]
+    return first[first.any(axis=1) & ~first.all(axis=1)]
+
+
+def halved(
+    traffic: Traffic, setting: Setting, units: Units, *, only_whole: bool = False
+) -> ByGroup:
+    """Return figures of all traffic (None), of every group that has some, and of their halves."""
+    setting = replace(setting, mixed=False)
+    rows = members(traffic)
+    if only_whole:
+        rows = {None: rows[None]}
+    folds = {group: units.deal(traffic, own, setting.window) for group, own in rows.items()}
+    weights, parts = [], []
+    for weight, order in orders(traffic, setting.arrival, seed=setting.mixed_seed):
+        weights.append(weight)
+        parts.append(_in_one_order(traffic, order, setting, folds))
+    if len(parts) == 1:
+        return parts[0]
+    weighed: ByGroup = {}
+    for group, figures in parts[0].items():
+        weighed[group] = {}
+        for name, figure in figures.items():
+            value = float(np.dot(weights, [part[group][name].value for part in parts]))
+            sides = np.tensordot(weights, [part[group][name].sides for part in parts], axes=1)
+            weighed[group][name] = Halved(value, sides, figure.folds)
+    return weighed
+
+
+def _in_one_order(
+    traffic: Traffic,
+    order: Integers | None,
+    setting: Setting,
+    folds: dict[str | None, Folds],
+) -> ByGroup:
+    """Return the figures of traffic that arrives in an order, of folds as it was recorded."""
+    ordered = in_order(traffic, order)
+    recorded, rows = members(traffic), members(ordered)
+    [counted] = counts_of(ordered, [setting])
+    crossed = crossings(setting, ordered)
+    figures: ByGroup = {}
+    for group, dealt in folds.items():
+        fold = np.zeros(len(rows[None]), dtype=np.int64)
+        fold[recorded[group]] = dealt.fold
+        fold = fold if order is None else fold[order]
+        items = rows[group]
+        own = None if crossed is None else crossed[items]
+        part = _Part(ordered, items, fold[items], own, counted[group], setting)
+        figures[group] = part.figures(dealt)
+    return figures
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some tokens of a trace, or windows of a load table, and what was counted of them.
+
+    Parameters
+    ----------
+    traffic
+        The trace, or the table.
+    items
+        Which tokens of the trace these are, or windows of the table [n].
+    fold
+        The fold of each of them [n].
+    crossed
+        The share of the pairs of each token that cross [n]; None where that is not known.
+    counts
+        Counts of all of them, in windows of their own.
+    setting
+        How they were replayed.
+    """
+
+    traffic: Traffic
+    items: Integers
+    fold: Integers
+    crossed: Floats | None
+    counts: Counts
+    setting: Setting
+
+    @cached_property
+    def window(self) -> Integers:
+        """The window of every item [n]; a window of a table is an item."""
+        is_table = isinstance(self.traffic, RoutingStatistics)
+        length = 1 if is_table else self.setting.window or max(len(self.items), 1)
+        return np.arange(len(self.items)) // length
+
+    def figures(self, folds: Folds) -> dict[str, Halved]:
+        """Compute all figures that have halves."""
+        counts = self.counts
+        if self.crossed is not None:
+            counts = replace(counts, crossed=self._by_fold(folds.number, self.crossed).sum(axis=1))
+        replay, known = Replay([(1.0, counts)], None, self.setting), {}
+        for name, figure in FIGURES.items():
+            # Of a table, which experts tokens meet is known of all windows together only.
+            is_known = figure.per == "window" or isinstance(self.traffic, RoutingTrace)
+            if figure.windows is not None and is_known and replay.steps(figure.windows):
+                known[name] = figure
+        first = halvings(folds.number)
+        sides = self._sides(np.concatenate([first, ~first]), known)
+        values = {name: figure.value(replay) or 0.0 for name, figure in known.items()}
+        return {name: Halved(values[name], sides[name].reshape(2, -1), folds) for name in known}
+
+    def _sides(self, sides: NDArray[np.bool_], figures: dict[str, Figure]) -> dict[str, Floats]:
+        """Compute figures of every side [S,F] of halves [S]."""
+        tokens = self._by_fold(sides.shape[1])
+        crossed = None if self.crossed is None else self._by_fold(sides.shape[1], self.crossed)
+        above, below = (
+            {name: np.zeros(len(sides)) for name in figures} for _ in ("above", "below")
+        )
+        for rows in _rows_of(tokens, sides, self.counts.load[0].size):
+            counts, scale = self._counts_of(rows), rows.length / np.maximum(rows.tokens, 1)
+            if crossed is not None:
+                of_rows = (rows.has * crossed[rows.window]).sum(axis=1) * scale
+                counts = replace(counts, crossed=of_rows)
+            is_step = self.counts.is_step[rows.window]
+            for name, figure in figures.items():
+                assert figure.windows is not None
+                table = figure.windows(counts, self.setting)
+                assert table is not None
+                value = table.reshape(*table.shape[:2], -1).sum(axis=2).mean(axis=1)
+                weight = rows.tokens / rows.length * is_step
+                if figure.per == "token":
+                    value, weight = value / rows.length, rows.tokens
+                above[name] += (weight * value)[rows.of_side].sum(axis=0)
+                below[name] += weight[rows.of_side].sum(axis=0)
+        with np.errstate(invalid="ignore"):
+            return {name: above[name] / below[name] for name in figures}
+
+    def _by_fold(self, folds: int, weights: Floats | None = None) -> Floats:
+        """Add up items, or their weights, by window and fold [W,F]."""
+        windows = len(self.counts.load)
+        sums = np.bincount(self.window * folds + self.fold, weights, windows * folds)
+        return sums.reshape(windows, folds).astype(np.float64)
+
+    def _counts_of(self, rows: _Rows) -> Counts:
+        """Count what is in rows, each scaled to all tokens of its window."""
+        whole, window = self.counts, rows.window
+        tables: dict[str, Any] = {
+            name: table[window].astype(np.float64)
+            for name in ("load", "visits", "node_visits")
+            if (table := getattr(whole, name)) is not None
+        }
+        partly = np.flatnonzero((rows.tokens > 0) & (rows.tokens < rows.length))
+        if partly.size:
+            # Rows are in the order of their windows.
+            own = np.split(partly, np.flatnonzero(np.diff(window[partly])) + 1)
+            shared = self._shared(np.unique(window[partly]), rows.has.shape[1])
+            for name, of_folds in zip(("load", "visits", "node_visits"), shared, strict=True):
+                for some, each in zip(own, of_folds, strict=True):
+                    scale = (rows.length[some] / rows.tokens[some])[:, None]
+                    part = rows.has[some] @ each.reshape(len(each), -1).astype(np.float64)
+                    tables[name][some] = (part * scale).reshape(-1, *each.shape[1:])
+        if whole.active is not None:
+            # An expert is idle if each of its device's tokens is of another one.
+            experts = (self.setting.placement.slots >= 0).sum(axis=2)
+            idle = np.clip(1 - whole.active[window] / np.maximum(experts, 1), 0, 1)
+            grown = tables["load"] / np.maximum(whole.load[window], 1)
+            tables["active"] = experts * (1 - idle**grown)
+        # Homes are known of all windows together, and stay what they are.
+        visits = np.maximum(whole.visits.sum(axis=0, dtype=np.float64), 1e-300)
+        dispatch = whole.dispatch * (tables["visits"].sum(axis=0) / visits)[:, None, :]
+        return replace(whole, dispatch=dispatch, is_step=whole.is_step[window], **tables)
+
+    def _shared(self, windows: Integers, folds: int) -> Iterator[NDArray[Any]]:
+        """Yield load, visits and node visits of so many windows by fold [w,F,L,D]."""
+        assert isinstance(self.traffic, RoutingTrace)
+        place = np.searchsorted(windows, self.window)
+        is_in = windows[np.minimum(place, len(windows) - 1)] == self.window
+        items = self.items[is_in]
+        rows = (place[is_in] * folds + self.fold[is_in]).astype(np.uint32)
+        replay = by_position(self.setting).labelled(
+            self.traffic, len(windows) * folds, int(np.bincount(rows).max())
+        )
+        ids = np.ascontiguousarray(self.traffic.expert_ids[items])
+        replay.push(ids, rows, self.setting.threads, positions=items.astype(np.uint64))
+        for table in replay.finish():
+            yield table.transpose(1, 0, 2).reshape(len(windows), folds, len(table), -1)
+
+
+class _Rows(NamedTuple):
+    """What sides have of some windows: where several have the same of one, it is one row.
+
+    Parameters
+    ----------
+    window
+        The window of every row [R].
+    has
+        Whether a fold is in it [R,F].
+    tokens, length
+        How many tokens are in it, and in all of its window [R].
+    of_side
+        The row of every window and side [w,S].
+    """
+
+    window: Integers
+    has: Floats
+    tokens: Floats
+    length: Floats
+    of_side: Integers
+
+
+def _rows_of(tokens: Floats, sides: NDArray[np.bool_], cells: int) -> Iterator[_Rows]:
+    """Yield what sides [S,F] have of windows of tokens by fold [W,F], some windows at a time.
+
+    What a row has is in so many cells.
+    """
+    folds = sides.shape[1]
+    bit = 1 << np.arange(folds)
+    # Which folds of a window are on a side, as bits [W,S].
+    chosen = ((tokens > 0) @ bit)[:, None] & (sides @ bit)
+    different = 1 + (np.diff(np.sort(chosen, axis=1), axis=1) > 0).sum(axis=1).max(initial=0)
+    step = max(CELLS // int(different * cells), 1)
+    for first in range(0, len(tokens) if len(sides) else 0, step):
+        own = chosen[first : first + step]
+        key = (np.arange(len(own))[:, None] << folds) | own
+        key, of_side = np.unique(key, return_inverse=True)
+        window = first + (key >> folds)
+        has = ((key[:, None] & bit) > 0).astype(np.float64)
+        counted, length = (has * tokens[window]).sum(axis=1), tokens[window].sum(axis=1)
+        yield _Rows(window, has, counted, length, of_side.reshape(own.shape))
+
+
+def by_position(setting: Setting) -> Setting:
+    """Return a setting whose copies serve by position: as evenly as those that take turns."""
+    return replace(setting, split="even") if setting.split == "round_robin" else setting
+
+
+def crossings(setting: Setting, traffic: Traffic) -> Floats | None:
+    """Compute the share of every token's pairs of neighbouring layers that cross [T], if any."""
+    if isinstance(traffic, RoutingStatistics) or traffic.layers < 2:
+        return None
+    replay, pairs, first = by_position(setting).labelled(traffic, 1, 1), np.empty(traffic.tokens), 0
+    for shard in traffic.shards():
+        pairs[first : first + len(shard)] = replay.apart(shard, first, setting.threads)
+        first += len(shard)
+    share: Floats = pairs / ((traffic.layers - 1) * traffic.top_k**2)
+    return share

@@ -1,0 +1,149 @@
+"""Halves: their figures are those of their own traffic, and tell how sure a figure is."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.evaluation import halves
+from moetuner.evaluation.auditing import MEASURES, blocks
+from moetuner.evaluation.figures import FIGURES, Figure
+from moetuner.evaluation.halves import halved, halvings
+from moetuner.evaluation.intervals import QUANTILES, spread
+from moetuner.evaluation.replay import Setting
+from moetuner.evaluation.units import Folds, Units, units_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import simulated
+
+IN_BLOCKS = blocks(simulated.LAYERS, simulated.EXPERTS, simulated.DEVICES)
+COPIES = mt.Placement(
+    [[[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12], [12, 13, 14, 15, 0]]] * 2
+)
+
+
+def setting(placement=IN_BLOCKS, window=64, **options):
+    """Return how to replay, on two nodes, with predicted times."""
+    model = mt.CostModel(0, 0.5, 5, 1.0, token_bytes=1000.0)
+    return Setting(placement, mt.Topology(4, 2), window, cost_model=model, **options)
+
+
+def traffic(lengths, seed=0):
+    """Draw sequences of such lengths."""
+    return simulated.Law().trace(np.random.default_rng(seed), np.asarray(lengths))
+
+
+@pytest.mark.parametrize("folds", range(1, 21))
+def test_any_two_folds_are_parted_about_as_often_as_not(folds):
+    """And none is always on one side; exactly so of 4, 8, 12 and 20 folds."""
+    side = np.where(halvings(folds), 1, -1)
+    assert len(side) == 0 if folds == 1 else len(side) >= folds - 1
+    together = (side.T @ side)[~np.eye(folds, dtype=bool)] / max(len(side), 1)
+    limit = 1 / max(len(side), 1)
+    assert (np.abs(together) <= limit + 1e-12).all() or folds in (2, 3)
+    assert folds not in (4, 8, 12, 20) or together == pytest.approx(-limit)
+
+
+@pytest.mark.parametrize("topics", [1, 4])
+def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
+    """Where sequences fill whole windows, a half's figures are what evaluate says of it alone."""
+    trace, how = traffic([64 * topics] * 12), setting()
+    actual = halved(trace, how, units_of(trace))[None]
+    folds = actual["imbalance"].folds
+    for number, first in enumerate(halvings(folds.number)):
+        for side, chosen in enumerate((first, ~first)):
+            part = trace.select(sequences=np.unique(trace.sequence[chosen[folds.fold]]))
+            alone = mt.evaluate(
+                IN_BLOCKS, part, how.topology, window=64, cost_model=how.cost_model, mixed=False
+            )
+            for name, figure in actual.items():
+                assert figure.sides[side, number] == pytest.approx(getattr(alone, name)), name
+
+
+@pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
+@pytest.mark.parametrize("split", ["even", "nearest", "round_robin"])
+def test_copies_are_halved_with_every_split(split, arrival):
+    """All figures have all halves, and each half is near the whole."""
+    trace = traffic([50] * 40)
+    actual = halved(trace, setting(COPIES, split=split, arrival=arrival), units_of(trace))[None]
+    assert set(actual) == {*MEASURES}
+    for figure in actual.values():
+        assert figure.sides.shape == (2, 19)
+        assert figure.sides == pytest.approx(figure.value, rel=0.25)
+
+
+def test_what_a_half_has_of_a_window_is_scaled_to_all_of_it():
+    """Of a window of 8 tokens one sequence has 4 on a device of two, the other 3 and 1."""
+    ids = np.array([0, 0, 0, 0, 1, 1, 1, 0])[:, None, None]
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 4 + [1] * 4)
+    how = Setting(blocks(1, 2, 2), mt.Topology(2), 8)
+    actual = halved(trace, how, Units("sequence", 2))[None]["imbalance"]
+    assert actual.value == pytest.approx(5 / 4)
+    assert sorted(actual.sides[:, 0].tolist()) == [3 / 2, 2]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_sides_add_up_to_the_figure_of_all(together):
+    """Of what counts every token: weighed by their tokens, sides of every halving are the whole."""
+    trace = traffic(np.random.default_rng(1).integers(10, 90, 30))
+    if together:
+        sequence = np.random.default_rng(2).permutation(trace.sequence)
+        trace = replace(trace, sequence=sequence)
+    actual = halved(trace, setting(), Units("sequence", 30))[None]
+    for name in ("fanout", "node_fanout", "crossing"):
+        figure = actual[name]
+        first = halvings(figure.folds.number)
+        sizes = np.bincount(figure.folds.fold) / trace.tokens
+        weights = np.stack([first @ sizes, ~first @ sizes])
+        assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
+
+
+@pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
+def test_blocks_of_windows_change_no_half(monkeypatch, arrival):
+    """However few windows are looked at in one go."""
+    trace = traffic(np.random.default_rng(1).integers(10, 90, 30))
+    how = setting(COPIES, arrival=arrival)
+    wanted = halved(trace, how, units_of(trace))[None]
+    monkeypatch.setattr(halves, "CELLS", 1)
+    actual = halved(trace, how, units_of(trace))[None]
+    for name, figure in wanted.items():
+        assert actual[name].sides == pytest.approx(figure.sides, rel=1e-12)
+
+
+def test_a_new_figure_of_windows_has_an_interval(monkeypatch):
+    """Whatever it computes of counts: declared once, it has a value and halves."""
+    busy = Figure("busy", 2, "devices with tokens", windows=lambda counts, _: counts.load > 5)
+    monkeypatch.setitem(FIGURES, "busy", busy)
+    trace = traffic([40] * 20)
+    figure = halved(trace, setting(), units_of(trace))[None]["busy"]
+    assert 0 < figure.value <= 4
+    assert spread(*figure).error > 0
+
+
+@pytest.mark.parametrize("units", [2, 3, 5, 7, 10, 50])
+def test_intervals_of_means_hold_the_truth(units):
+    """Of means of so many normal variates, about 95 of 100 intervals hold the mean."""
+    rng = np.random.default_rng(units)
+    number = min(units, 20)
+    first = halvings(number)
+    folds = Folds(np.arange(units) % number, number, units)
+    member = np.equal.outer(folds.fold, np.arange(number)) @ np.stack([first, ~first]).transpose(
+        0, 2, 1
+    )
+    missed = 0
+    for drawn in rng.normal(10, 1, (1000, units)):
+        actual = spread(drawn.mean(), (drawn @ member) / member.sum(axis=1), folds)
+        missed += not actual.low <= 10 <= actual.high
+    assert 0.03 <= missed / 1000 <= 0.07
+
+
+def test_an_interval_is_as_wide_as_students_t_says():
+    """Of two sides of three halvings that are 2 apart, the error is 1, with as many less one."""
+    folds = Folds(np.arange(4), 4, 4)
+    actual = spread(5.0, np.array([[6.0, 4.0, 6.0], [4.0, 6.0, 4.0]]), folds)
+    assert (actual.error, actual.freedom) == (1, 3)
+    assert actual.interval == pytest.approx((5 - QUANTILES[2], 5 + QUANTILES[2]))
