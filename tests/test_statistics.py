@@ -15,6 +15,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.evaluation.units import hold_out
 from moetuner.files import safetensors
+from moetuner.statistics import measure_distance
 
 TABLES = ("window_load", "transitions", "coactivation")
 
@@ -286,3 +287,10 @@ def test_a_load_table_is_split_in_time():
         assert first.windows + rest.windows == whole.windows
         assert first.group.tolist() == whole.group[numbers].tolist()
         assert first.sets is first.transitions is rest.coactivation is None
+
+
+def test_loads_of_the_same_shares_are_no_distance_apart_and_of_other_experts_one():
+    """However many tokens there are; half of the tokens that go elsewhere are half apart."""
+    one = np.array([[3, 1, 0, 0], [2, 2, 0, 0], [4, 4, 0, 0]])
+    other = np.array([[300, 100, 0, 0], [0, 0, 7, 0], [5, 0, 5, 0]])
+    assert measure_distance(one, other).tolist() == [0, 1, 0.5]

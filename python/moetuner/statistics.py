@@ -669,6 +669,17 @@ class RoutingStatistics(Frozen):
             return cls.from_load(tables["load"], sets=from_tables(tables), **metadata)
 
 
+def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """Compute how far two loads [...,E] are apart, as the total variation distance of their shares.
+
+    That is the part of one's tokens that would have to go to other experts to look like the other.
+    """
+    loads = (one.astype(np.float64), other.astype(np.float64))
+    shares = [load / np.maximum(load.sum(axis=-1, keepdims=True), 1) for load in loads]
+    apart: NDArray[np.float64] = np.abs(shares[0] - shares[1]).sum(axis=-1) / 2
+    return apart
+
+
 def _counts(name: str, table: Any, dimensions: str) -> Loads:
     """Turn a table of counts into unsigned numbers, or say what is wrong with it."""
     table = check.array_in(name, table)

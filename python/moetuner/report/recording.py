@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moetuner.cost import top_k_of
 from moetuner.evaluation.replay import Traffic, members
 from moetuner.files.text import name
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import RoutingTrace
 
 # Of a trace the first tokens tell.
@@ -94,9 +94,8 @@ def one_kind(traffic: Traffic, unseen: Traffic | None = None) -> str | None:
 
 def _furthest(load: NDArray[Any]) -> float:
     """Compute the largest share of a window's tokens [W,L,E] that go where the rest's do not."""
-    total, most = load.sum(axis=0, dtype=np.float64), 0.0
+    total, furthest = load.sum(axis=0, dtype=np.float64), 0.0
     for window in np.unique(np.linspace(0, len(load) - 1, min(len(load), COMPARED)).round()):
-        mine = load[int(window)].astype(np.float64)
-        shares = (of / np.maximum(of.sum(axis=1, keepdims=True), 1) for of in (mine, total - mine))
-        most = max(most, float(np.abs(np.subtract(*shares)).sum(axis=1).mean() / 2))
-    return most
+        own = load[int(window)].astype(np.float64)
+        furthest = max(furthest, float(measure_distance(own, total - own).mean()))
+    return furthest

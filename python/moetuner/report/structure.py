@@ -24,7 +24,7 @@ from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver import Method, solve
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -229,14 +229,13 @@ def _groups(
         return {}, {}
     traffic = loads_of(traffic, threads=threads)
     assert traffic.group is not None
-    total, mix = load.sum(dtype=np.float64), _shares(load)
+    total = load.sum(dtype=np.float64)
     share, distance = {}, {}
     for number, name in enumerate(traffic.group_names):
         of_group = traffic.window_load[traffic.group == number].sum(axis=0, dtype=np.uint64)
         if of_group.any():
             share[name] = float(of_group.sum(dtype=np.float64) / total)
-            apart = np.abs(_shares(of_group) - mix).sum(axis=1) / 2
-            distance[name] = float(apart.mean())
+            distance[name] = float(measure_distance(of_group, load).mean())
     return share, distance
 
 

@@ -13,7 +13,7 @@ from moetuner._checks import instance, seed_in
 from moetuner.evaluation.kinds import loads_by
 from moetuner.evaluation.units import Traffic, Units, blocks_of, some, units_of
 from moetuner.frozen import Frozen
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import RoutingTrace
 
 # Parts of equal numbers of sequences, in the order of the recording, that are permuted.
@@ -240,6 +240,4 @@ def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], N
 def _distances(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Compute how far shares of the first blocks are from those of the rest, by layer [L]."""
     parts = np.tensordot(np.stack([first, ~first]).astype(np.float64), loads, axes=1)
-    early, late = parts / np.maximum(parts.sum(axis=2, keepdims=True), 1)
-    distances: NDArray[np.float64] = np.abs(early - late).sum(axis=1) / 2
-    return distances
+    return measure_distance(parts[0], parts[1])
