@@ -133,11 +133,14 @@ class Units:
             "all_alike": self.all_alike,
         }
 
-    def deal(self, traffic: Traffic, rows: Integers, window: int | None) -> Folds:
+    def deal(
+        self, traffic: Traffic, rows: Integers, window: int | None, *, folds: int | None = None
+    ) -> Folds:
         """Deal some tokens of a trace, or windows of a table [n], into folds.
 
         Whole sequences, or kinds, are dealt, the longest first to the shortest fold; where neither
-        is known, runs are folds.
+        is known, runs are folds. There are no more than units, and as many as are asked for, or as
+        intervals need.
         """
         if isinstance(traffic, RoutingStatistics):
             # A part of a recording has windows of fewer kinds.
@@ -151,15 +154,14 @@ class Units:
             if isinstance(traffic, RoutingTrace):
                 windows = max(windows // (window or piece_of(traffic)), 1)
             units = self.blocks.number(windows)
-            number = units
-            if self.blocks.length > 1:
-                number = max(units // RUN, min(units, FEWEST_RUNS))
-            number = min(max(number, 1), FOLDS)
+            number = max(min(units, folds or FOLDS), 1)
+            if self.blocks.length > 1 and folds is None:
+                number = max(min(units // RUN, FOLDS), min(units, FEWEST_RUNS), 1)
             return Folds(np.arange(len(rows)) * number // max(len(rows), 1), number, units)
         _, first, unit, sizes = np.unique(
             label[rows], return_index=True, return_inverse=True, return_counts=True
         )
-        number = min(max(len(sizes), 1), FOLDS)
+        number = max(min(len(sizes), folds or FOLDS), 1)
         fold, shortest = np.empty(len(sizes), dtype=np.int64), [(0, own) for own in range(number)]
         for place in np.lexsort((first, -sizes)).tolist():
             size, own = heapq.heappop(shortest)

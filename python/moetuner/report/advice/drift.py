@@ -125,11 +125,12 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
             f"drift needs more sequences or windows: {few[1]} has {few[0]} independent, "
             f"{most[1]} {most[0]}; record {FEWEST} or more of both"
         )
-    rng = np.random.default_rng(seed_in(seed))
-    parts = [
-        _loads(side, count, units=of, rng=rng)
-        for side, count, of in zip(sides.values(), counts, units, strict=True)
-    ]
+    seed = seed_in(seed)
+    parts = []
+    for side, count, own in zip(sides.values(), counts, units, strict=True):
+        rows = side.tokens if isinstance(side, RoutingTrace) else side.windows
+        folds = own.deal(side, np.arange(rows), WINDOW, folds=count)
+        parts.append(_loads(side, folds.fold, folds.number))
     return _drift_of(np.concatenate(parts), len(parts[0]), seed)
 
 
@@ -154,7 +155,8 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
         blocks = min(BLOCKS, units.number, traffic.windows // alike)
     whole = None
     for by_group in (False, True):
-        loads = _loads(traffic, blocks, by_group=by_group)
+        item, place = _in_order(traffic, by_group=by_group)
+        loads = _loads(traffic, (place * blocks // len(place))[item], blocks)
         if len(loads) < FEWEST or not loads.sum():
             return whole
         one = _drift_of(loads, len(loads) // 2, seed)
@@ -166,28 +168,8 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     return whole
 
 
-def _loads(
-    traffic: Traffic,
-    blocks: int,
-    *,
-    by_group: bool = False,
-    units: Units | None = None,
-    rng: np.random.Generator | None = None,
-) -> NDArray[np.float64]:
-    """Count load [B,L,E] of about so many blocks.
-
-    With ``rng`` those are of sequences in random order, or of whole kinds as ``units`` knows them.
-    """
-    item, place = _in_order(traffic, by_group=by_group)
-    is_ordered = isinstance(traffic, RoutingStatistics) or traffic.sequence is None
-    if units is not None and units.kinds is not None:
-        item, is_ordered = units.kinds, False
-        if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
-            item = units.of_tokens(traffic.sequence).astype(np.int64)
-        place = np.arange(units.number)
-    if rng is not None and not is_ordered:
-        place = rng.permutation(place)
-    block = (place * blocks // len(place))[item]
+def _loads(traffic: Traffic, block: NDArray[np.int64], blocks: int) -> NDArray[np.float64]:
+    """Count load [B,L,E] of the blocks that tokens, or windows, are in; those that have some."""
     if isinstance(traffic, RoutingTrace):
         loads = loads_by(traffic, block, blocks)
     else:
