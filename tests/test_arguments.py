@@ -239,13 +239,13 @@ def calls():
 
 # What is not public, or hides its arguments behind a mapping; `hostile` values are not for these.
 EXTRA = {
-    "router_groups.merged": lambda statistics=STATISTICS, groups=2: router_groups.merged(
+    "router_groups.merge": lambda statistics=STATISTICS, groups=2: router_groups.merge(
         statistics, groups
     ),
-    "router_groups.expanded": lambda placement=PLACEMENT, experts=8: router_groups.expanded(
+    "router_groups.expand": lambda placement=PLACEMENT, experts=8: router_groups.expand(
         placement, experts
     ),
-    "router_groups.forbidden": lambda experts=8, groups=2, devices=4: router_groups.forbidden(
+    "router_groups.forbid": lambda experts=8, groups=2, devices=4: router_groups.forbid(
         experts, groups, devices
     ),
     "hold_out": lambda traffic=TRACE, share=0.5, seed=0: hold_out(traffic, share, seed=seed),
@@ -260,7 +260,7 @@ EXTRA = {
         mt.RoutingStatistics.from_load(LOAD, group_names=group_names, model=model, window=window)
     ),
 }
-WRONG |= {"router_groups.merged.groups": (*COUNT, 3), "router_groups.forbidden.groups": (*COUNT, 3)}
+WRONG |= {"router_groups.merge.groups": (*COUNT, 3), "router_groups.forbid.groups": (*COUNT, 3)}
 CALLS = {name: call for name, call in calls() if name not in INNER}
 MOVING = {"initial": PLACEMENT}
 # Slow ones get some of the values, drawn anew for each parameter.

@@ -3,10 +3,10 @@
 Renumbering experts is exact for such a router (DeepSeek-V3) only if its groups stay whole. With no
 more devices than groups, place the groups; with more, keep every group on devices of its own::
 
-    groups = mt.Problem(router_groups.merged(statistics, 8), topology)
-    placement = router_groups.expanded(mt.solve(groups).placement, statistics.experts)
+    groups = mt.Problem(router_groups.merge(statistics, 8), topology)
+    placement = router_groups.expand(mt.solve(groups).placement, statistics.experts)
 
-    apart = router_groups.forbidden(statistics.experts, 8, topology.devices)
+    apart = router_groups.forbid(statistics.experts, 8, topology.devices)
     placement = mt.solve(mt.Problem(statistics, topology, forbidden=apart)).placement
 """
 
@@ -34,7 +34,7 @@ GROUPS = re.compile(
 LIMIT = re.compile(r"(?=.*(top_?k|limit)).*groups?(_.*)?")
 
 
-def merged(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
+def merge(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
     """Count as if every group were one expert.
 
     Expert sets are dropped: how often two experts of a group met is not a matter of placing groups.
@@ -58,7 +58,7 @@ def merged(statistics: RoutingStatistics, groups: int) -> RoutingStatistics:
     )
 
 
-def expanded(placement: Placement, experts: int) -> Placement:
+def expand(placement: Placement, experts: int) -> Placement:
     """Put the experts in the place of their groups: a placement of groups becomes one of experts.
 
     Raises
@@ -74,7 +74,7 @@ def expanded(placement: Placement, experts: int) -> Placement:
     return Placement(slots.reshape(*slots.shape[:2], -1), num_experts=experts, **names)
 
 
-def forbidden(experts: int, groups: int, devices: int) -> list[tuple[None, int, int]]:
+def forbid(experts: int, groups: int, devices: int) -> list[tuple[None, int, int]]:
     """Return rules for ``Problem`` that keep group after group on the same number of devices.
 
     Raises

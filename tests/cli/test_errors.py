@@ -82,7 +82,7 @@ solve TRACE --for vllm --devices 4 --slots-per-device 1 | --slots-per-device mus
 solve TRACE --for vllm --devices 2 --slots-per-device 4,5 | 5 on every device would
 solve TRACE --for vllm --devices 4 --router-groups 4 | vLLM does not
 solve TRACE --devices 4 --router-groups 4 | needs '--for'
-solve TRACE --for deepspeed --devices 4 --router-groups 8 | (moetuner.router_groups.merged
+solve TRACE --for deepspeed --devices 4 --router-groups 8 | (moetuner.router_groups.merge
 solve TRACE --for nobody --devices 4 | 'nobody' is not one of
 solve TRACE --for SGLnag --devices 4 | Did you mean sglang?
 solve TRACE --devices 4 --arrival burst | Did you mean bursts?

@@ -52,17 +52,17 @@ def apply():
         for name in [name for name in os.environ if name.startswith("MOETUNER_")]:
             del os.environ[name]
     elif how == "raise":
-        balancer.Case.map_of = fail
+        balancer.Case.make_map = fail
     elif how.startswith("kill-"):
-        calls, inner = [], balancer.Case.map_of
+        calls, inner = [], balancer.Case.make_map
 
-        def map_of(*arguments):
+        def make_map(*arguments):
             calls.append(1)
             if len(calls) == int(how.removeprefix("kill-")):
                 os.kill(os.getpid(), signal.SIGKILL)
             return inner(*arguments)
 
-        balancer.Case.map_of = map_of
+        balancer.Case.make_map = make_map
 
 
 apply()

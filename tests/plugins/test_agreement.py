@@ -109,7 +109,7 @@ KEPT = {}
 @contextmanager
 def speaking(how):
     """Speak, or judge, as another version might, or one that is broken."""
-    inner = agreement.written
+    inner = agreement.to_json
 
     def written(said):
         if isinstance(said, agreement.Verdict):
@@ -120,7 +120,7 @@ def speaking(how):
     def judge(posts, wait):
         raise MemoryError("out of memory on purpose")
 
-    changes = {} if how is None else {"judge": judge} if how == "judge" else {"written": written}
+    changes = {} if how is None else {"judge": judge} if how == "judge" else {"to_json": written}
     with patch.multiple(agreement, **changes) if changes else nullcontext():
         yield
 

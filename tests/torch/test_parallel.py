@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from placements import murmur
 from ranks import answers, values
 
-from moetuner.torch.parallel.copies import mixed
+from moetuner.torch.parallel.copies import hash_positions
 
 MODULES = [rank_layer, rank_state, rank_rebalance]
 if find_spec("transformers"):
@@ -93,9 +93,9 @@ def test_any_faults_are_lived_through(faults):
 def test_positions_are_mixed_in_all_bits():
     """Equal to plain integers, and even for any number of copies and any stride of positions."""
     places = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
-    assert mixed(places).tolist() == [murmur(place % 2**32) for place in places.tolist()]
+    assert hash_positions(places).tolist() == [murmur(place % 2**32) for place in places.tolist()]
     for stride, copies in itertools.product((1, 2, 4, 12, 64, 1 << 20), (2, 3, 4, 5, 8)):
-        served = mixed(torch.arange(4800) * stride).numpy() % copies
+        served = hash_positions(torch.arange(4800) * stride).numpy() % copies
         assert np.bincount(served, minlength=copies).min() > 0.85 * 4800 / copies
         pairs = np.bincount(served[:-1] * copies + served[1:])
         assert pairs.min() > 0.4 * 4800 / copies**2

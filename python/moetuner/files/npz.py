@@ -65,14 +65,14 @@ def read_npy(path: Path) -> NDArray[Any]:
 
 def names_in_npz(path: Path) -> set[str]:
     """Return the names of an archive's arrays; none is read."""
-    with opened(path) as archive:
+    with open_archive(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Read those of these arrays that an archive has; others are not looked at."""
     size = size_of(path)
-    with naming(path), opened(path) as archive:
+    with naming(path), open_archive(path) as archive:
         members = {
             name: info
             for info in archive.infolist()
@@ -88,7 +88,7 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
 
 
 @contextmanager
-def opened(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
+def open_archive(path: Path, what: str = ".npz") -> Iterator[zipfile.ZipFile]:
     """Open an archive; what zipfile raises of a damaged one becomes a ValueError."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -89,9 +89,9 @@ READERS: dict[str, Reader] = {
     "vllm-ascend": Reader(
         "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
     ),
-    "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.opened)),
+    "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.open_table)),
     "csv": Reader(
-        "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.opened)
+        "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.open_table)
     ),
     **{
         kind: Reader(f"moetuner's own, as {kind}", partial(own.recognises, kind), own.read)

@@ -38,7 +38,7 @@ def recognises(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[OpenTable]:
+def open_table(path: Path) -> Iterator[OpenTable]:
     """Open a file."""
     try:
         import pyarrow

@@ -36,7 +36,7 @@ def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
 def statistics_of(
     table: NDArray[Any], hints: Hints, moe: list[int] | None = None
 ) -> RoutingStatistics:
-    """Make statistics of counts [W,hidden,E] or [hidden,E]; ``moe`` as for ``without_dense``."""
+    """Make statistics of counts [W,hidden,E] or [hidden,E], of the layers ``moe`` alone."""
     if table.ndim not in (2, 3) or 0 in table.shape:
         rule = "[layers, experts] or [windows, layers, experts]"
         raise ValueError(f"counts must be {rule}, got {list(table.shape)}")
@@ -47,12 +47,14 @@ def statistics_of(
         )
     statistics = RoutingStatistics.from_load(counts_in("counts", table))
     hints.check_experts(statistics.experts)
-    statistics = without_dense(statistics, moe)
+    statistics = drop_dense_layers(statistics, moe)
     hints.check_axes(statistics)
     return statistics
 
 
-def without_dense(statistics: RoutingStatistics, moe: list[int] | None = None) -> RoutingStatistics:
+def drop_dense_layers(
+    statistics: RoutingStatistics, moe: list[int] | None = None
+) -> RoutingStatistics:
     """Leave out layers of a load table without experts: all but ``moe``, else those of zeros."""
     if moe is None:
         moe = np.flatnonzero(statistics.total_load.any(axis=1)).tolist()
@@ -62,7 +64,7 @@ def without_dense(statistics: RoutingStatistics, moe: list[int] | None = None) -
     return replace(statistics, window_load=statistics.window_load[:, moe], left_out=left_out)
 
 
-def added(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:
+def add_up(total: NDArray[Any] | None, counts: NDArray[Any]) -> NDArray[np.int64]:
     """Add counts to what was added before, of which there may be nothing yet."""
     if total is None:
         return counts.astype(np.int64)
@@ -84,7 +86,7 @@ def sum_of_ranks(
         with naming(path):
             load = counts_in("counts", load_of(path))
             hints.check_experts(load.shape[2])
-            total = added(total, load)
+            total = add_up(total, load)
     return cast("NDArray[np.int64]", total)
 
 

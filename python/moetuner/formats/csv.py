@@ -47,7 +47,7 @@ def _header(line: str) -> tuple[str, list[str]]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[OpenTable]:
+def open_table(path: Path) -> Iterator[OpenTable]:
     """Open a file."""
     size_of(path)
     with path.open(encoding="utf-8-sig") as file:

@@ -160,9 +160,9 @@ def engine_settings(
             raise ValueError(
                 f"router_groups must divide {topology.devices} devices, got {router_groups}: with "
                 "fewer devices than groups, place the groups themselves, in Python "
-                "(moetuner.router_groups.merged and expanded)"
+                "(moetuner.router_groups.merge and expand)"
             )
-        settings["forbidden"] = whole_groups.forbidden(
+        settings["forbidden"] = whole_groups.forbid(
             statistics.experts, router_groups, topology.devices
         )
     return settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moetuner.files import Kind, kind_of, naming
 from moetuner.files.contents import holds_statistics, is_own
-from moetuner.formats.counts import without_dense
+from moetuner.formats.counts import drop_dense_layers
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.sources import files_in, first_file
@@ -41,7 +41,7 @@ def _traffic(path: Path, hints: Hints) -> Traffic:
     with naming(path):
         hints.check_experts(traffic.num_experts)
         if isinstance(traffic, RoutingStatistics) and kind_of(path) == "npz":
-            traffic = without_dense(traffic)
+            traffic = drop_dense_layers(traffic)
         if not is_own(path):
             hints.check_axes(traffic)
     return traffic

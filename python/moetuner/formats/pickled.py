@@ -114,7 +114,7 @@ def load(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _load(path: Path, *_: int) -> Any:
-    with naming(path), npz.opened(path, "archive of torch.save") as archive:
+    with naming(path), npz.open_archive(path, "archive of torch.save") as archive:
         return _Content(path, archive).read()
 
 

@@ -19,7 +19,7 @@ from moetuner.formats.sources import files_in
 from moetuner.trace import RoutingTrace
 
 
-def decoded(text: object, where: str) -> bytes:
+def decode(text: object, where: str) -> bytes:
     """Decode base64."""
     try:
         return base64.b64decode(cast(str, text), validate=True)

@@ -27,11 +27,11 @@ from moetuner._checks import array_in, shown
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
-from moetuner.formats.counts import added, by_expert, counts_in, statistics_of
+from moetuner.formats.counts import add_up, by_expert, counts_in, statistics_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import arrays_in, decoded, trace_of
+from moetuner.formats.responses import arrays_in, decode, trace_of
 from moetuner.formats.sources import files_in, first_file
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -182,7 +182,7 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
             # A rank has a pass once; again, it is another run of the engine.
             key = (step.number, seen[step.number, step.rank])
             seen[step.number, step.rank] += 1
-            sums[key] = added(sums.get(key), load)
+            sums[key] = add_up(sums.get(key), load)
     return [load[None] for load in sums.values() if load.any()]
 
 
@@ -196,7 +196,7 @@ def _tokens(
     for step in passes:
         with naming(step.path):
             tensor = _tensor(step.fields, IDS, 3)
-            ids, positions, lengths = _tokens_of(step, tensor.shape)
+            ids, positions, lengths = _read_tokens(step, tensor.shape)
             # With tensor parallelism as the expert group, all ranks record the same tokens.
             before = [tokens for tokens in before if tokens[0] == step.number]
             if not ids or (step.number, ids, positions) in before:
@@ -209,12 +209,12 @@ def _tokens(
             slots, left_out = np.split(slots[:, : len(ids)], [top_k], axis=2)
             if ((left_out >= 0) & (left_out < step.slots.shape[1])).any():
                 raise ValueError(f"top_k must be above {top_k}: tokens have more experts")
-            experts = _translated(step, slots, hints.experts_needed())
+            experts = _translate(step, slots, hints.experts_needed())
             labels += sequences.of(positions, lengths)
         yield step.path, experts
 
 
-def _translated(step: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
+def _translate(step: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
     """Translate slots [hidden,t,K] to experts [t,hidden,K]; rows without any slot become zero."""
     count = step.slots.shape[1]
     if slots.max(initial=-1) >= count or slots.min(initial=-1) < -1:
@@ -228,7 +228,7 @@ def _translated(step: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[A
     return np.ascontiguousarray(experts.transpose(1, 0, 2))
 
 
-def _tokens_of(step: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+def _read_tokens(step: _Pass, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
     """Return input ids, positions and the lengths of the prompts of a pass."""
     names = ("input_ids", "positions", "extend_seq_lens")
     lists: list[Any] = [step.fields.get(name) for name in names]
@@ -297,7 +297,7 @@ def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
             text = part.get("routed_experts") if isinstance(part, dict) else None
             if text is not None:
                 where = response if number < 2 else f"{response}, choice {number - 2}"
-                data = decoded(text, where)
+                data = decode(text, where)
                 with naming(where):
                     shape = _shape(len(data), item if isinstance(item, dict) else {}, hints)
                 yield np.frombuffer(data, INT32).reshape(shape)

@@ -21,7 +21,7 @@ from moetuner.formats.arrays import names_in, read_arrays
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import arrays_in, decoded, trace_of
+from moetuner.formats.responses import arrays_in, decode, trace_of
 from moetuner.formats.sources import first_file
 
 Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
@@ -83,7 +83,7 @@ def _arrays(path: Path) -> Iterator[NDArray[Any]]:
         for number, choice in enumerate(choices):
             text = choice.get("routed_experts") if isinstance(choice, dict) else None
             if text is not None:
-                data = decoded(text, f"{where}, choice {number}")
+                data = decode(text, f"{where}, choice {number}")
                 with naming(f"{where}, choice {number}: routed_experts must be an array as .npy"):
                     array = _check_ids(npz.array_in_npy(data))
                 yield array

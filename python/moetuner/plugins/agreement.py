@@ -107,7 +107,7 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     if strange := [rank for rank in versions if versions[rank] != versions[speaker]]:
         return Verdict(
             "off",
-            f"{ranks_named(strange)} and rank {speaker} agree by other versions of moetuner "
+            f"{name_ranks(strange)} and rank {speaker} agree by other versions of moetuner "
             f"({versions[strange[0]]} and {versions[speaker]}): install the same on all",
             speaker=speaker,
         )
@@ -115,7 +115,7 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
     if silent:
         return Verdict(
             "own",
-            f"{ranks_named(silent)} did not answer within {wait:.0f} s: is moetuner installed "
+            f"{name_ranks(silent)} did not answer within {wait:.0f} s: is moetuner installed "
             "there, with the same MOETUNER_ variables?",
             silent=True,
             speaker=speaker,
@@ -134,14 +134,14 @@ def judge(posts: Sequence[Post | None], wait: float = WAIT) -> Verdict:
         failed = [rank for rank, failure in enumerate(failures) if failure]
         other = [rank for rank, value in enumerate(values) if value != values[0]]
         if failed:
-            where = "" if len(failed) == len(answers) else f"{ranks_named(failed)}: "
+            where = "" if len(failed) == len(answers) else f"{name_ranks(failed)}: "
             return Verdict(do, f"{where}{answers[failed[0]].error}")
         if other:
-            return Verdict(do, f"{ranks_named(other)} {what} than rank 0")
+            return Verdict(do, f"{name_ranks(other)} {what} than rank 0")
     return Verdict("take", map=first.map)
 
 
-def ranks_named(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """Name ranks in a line: ``rank 1``, or ``ranks 1, 2, 5``."""
     named = ", ".join(map(str, ranks[:MOST_NAMED]))
     more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
@@ -212,7 +212,7 @@ class Agreement:
 
         def verdict_of(posts: Sequence[str | None]) -> str:
             try:
-                verdict = judge([_posted(rank, said) for rank, said in enumerate(posts)], wait)
+                verdict = judge([_read_post(rank, said) for rank, said in enumerate(posts)], wait)
             except Exception as error:
                 speaker = next((rank for rank, said in enumerate(posts) if said is not None), 0)
                 reason = (str(error) or repr(error))[:LONGEST]
@@ -221,14 +221,14 @@ class Agreement:
                 failures = 1 if last.do == "off" else last.failures + 1
                 do = "off" if failures >= PATIENCE else verdict.do
                 verdict = replace(verdict, do=do, failures=failures)
-            return written(verdict)
+            return to_json(verdict)
 
         said, complete = agree(
             store,
             rounds.key,
             group.rank,
             size,
-            post=written(post),
+            post=to_json(post),
             judge=verdict_of,
             wait=wait,
             distrusts=_is_strange,
@@ -241,7 +241,7 @@ class Agreement:
         return verdict
 
 
-def written(said: Post | Verdict) -> str:
+def to_json(said: Post | Verdict) -> str:
     """Return what a rank says in JSON, or in its place why it cannot say it."""
     try:
         content = asdict(said)
@@ -274,7 +274,7 @@ def read_verdict(said: str | None) -> Verdict:
     return Verdict(reason=reason, failures=1)
 
 
-def _posted(rank: int, said: str | None) -> Post | None:
+def _read_post(rank: int, said: str | None) -> Post | None:
     """Return the post of a rank."""
     if said is None:
         return None

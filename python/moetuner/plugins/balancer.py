@@ -211,8 +211,8 @@ class Balancer:
                 if text := stored.warning(model):
                     self.log.warn(text, self._rank)
             else:
-                slots = case.rebalanced(self.settings.rules, files.profile).slots
-            full = case.map_of(slots)
+                slots = case.rebalance(self.settings.rules, files.profile).slots
+            full = case.make_map(slots)
             answer = form(full)
         except Exception as error:
             return None, replace(post, error=line_of(error))
@@ -234,7 +234,7 @@ class Balancer:
         why = pending.fault(case, model, rules)
         if pending.placements and not why:
             try:
-                form(case.map_of(pending.slots(case, model)[1]))
+                form(case.make_map(pending.slots(case, model)[1]))
             except Exception as error:
                 why = line_of(error)
         for (*_, name), other in self._cases.items():

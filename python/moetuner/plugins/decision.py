@@ -95,7 +95,7 @@ def rebalance_experts(
     # Where a profile has fewer layers, those without load are dense.
     case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
     limits = MoveLimits(budget, dead_zone, deviations, traffic)
-    return case.map_of(case.rebalanced(limits, profile).slots)
+    return case.make_map(case.rebalance(limits, profile).slots)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Case:
         sparse: Sequence[int] | None = None,
     ) -> Case:
         """Check an engine's arguments, as those of ``rebalance_experts``."""
-        windows = numbers_in("weight", few_windows(array_in("weight", weight)))
+        windows = numbers_in("weight", join_windows(array_in("weight", weight)))
         if not (np.isfinite(windows).all() and (windows >= 0).all()):
             raise ValueError("weight must be finite and at least 0")
         whole_number("num_replicas", num_replicas, highest=SLOT_LIMIT)
@@ -157,7 +157,7 @@ class Case:
                 f"{experts} experts, got {num_replicas}"
             )
         shape = (layers, num_ranks, num_replicas // num_ranks)
-        slots, fresh = _running(old_map, shape, experts)
+        slots, fresh = _read_running(old_map, shape, experts)
         # Configurations of models without groups say 0 as well.
         groups = max(int(num_groups or 1), 1)
         divides = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
@@ -177,7 +177,7 @@ class Case:
         """Number of experts of a layer."""
         return int(self.windows.shape[2])
 
-    def map_of(self, slots: Slots) -> NDArray[np.int64]:
+    def make_map(self, slots: Slots) -> NDArray[np.int64]:
         """Turn slots [L,D,S] into what engines take [L,P], with no slot empty."""
         full = slots.reshape(len(slots), -1).astype(np.int64)
         old, width = self.slots.reshape(full.shape), slots.shape[2]
@@ -203,9 +203,7 @@ class Case:
         before, after = (holders_of(table, self.experts) for table in (self.slots, slots))
         return difference(before, after, None, None).experts_moved
 
-    def rebalanced(
-        self, limits: MoveLimits, profile: RoutingStatistics | None = None
-    ) -> Rebalanced:
+    def rebalance(self, limits: MoveLimits, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
         pairs = None if profile is None else self.pairs_of(profile, limits.traffic)
         budget = self.slots.size if limits.budget is None else min(limits.budget, self.slots.size)
@@ -318,7 +316,7 @@ class Case:
         return sparse
 
 
-def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
+def join_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     """Return windows [W,L,E] of loads [L,E] or [W,L,E]: those with load, few enough to search on.
 
     Neighbours are added up where there are more. Of loads that are all zero one window is left.
@@ -340,7 +338,7 @@ def few_windows(weight: NDArray[np.generic]) -> NDArray[np.generic]:
     return joined
 
 
-def _running(
+def _read_running(
     old_map: ArrayLike | None, shape: tuple[int, int, int], experts: int
 ) -> tuple[Slots, NDArray[np.bool_]]:
     """Return the slots that run [L,D,S] as ranks are now, -1 where there is nothing of use.

@@ -132,7 +132,7 @@ class Hooks:
         """Return three tensors: experts of slots, slots of experts, and copies."""
         named |= dict(zip(inspect.signature(original).parameters, arguments, strict=False))
         try:
-            maps = self._rebalanced(**named)
+            maps = self._rebalance(**named)
         except Exception as error:
             # Another version, on all ranks alike.
             LOG.warn(f"SGLang's own algorithm decides: {error!r}", rank_of_process())
@@ -147,7 +147,7 @@ class Hooks:
             named["algorithm"] = self._theirs("auto", **known)
         return original(**named)
 
-    def _rebalanced(
+    def _rebalance(
         self,
         tokens_per_expert: Any,
         num_physical_experts: int,

@@ -11,14 +11,14 @@ from moetuner.placement import EMPTY
 LOW = 0xFFFFFFFF  # the low 32 bits
 
 
-def copies(
+def list_copies(
     slots: NDArray[np.int32], experts: int, *, home: int | None = None, node: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """List the slots that may serve each expert of a layer.
 
     ``slots`` [D,S] are experts, -1 for none. Device ``home`` prefers its own copy, then those of
     its ``node`` devices. Returns slots ``device * S + slot`` in ascending order [E,R], and how many
-    of them count [E]: a token at a position takes number ``mixed(position) % count``.
+    of them count [E]: a token at a position takes number ``hash_positions(position) % count``.
     """
     flat = slots.reshape(-1)
     slot = np.flatnonzero(flat != EMPTY)
@@ -35,7 +35,7 @@ def copies(
     return table, count
 
 
-def mixed(position: Tensor) -> Tensor:
+def hash_positions(position: Tensor) -> Tensor:
     """Compute the 32 bits that choose between copies at a position, of int64.
 
     The last step of MurmurHash3: neighbouring positions differ in every bit, the low ones and the

@@ -21,7 +21,7 @@ from moetuner._checks import whole_number
 from moetuner.evaluation.rows import LayerSplit, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
 from moetuner.torch.parallel import exchange
-from moetuner.torch.parallel.copies import copies, mixed
+from moetuner.torch.parallel.copies import hash_positions, list_copies
 from moetuner.torch.parallel.experts import Experts
 
 
@@ -124,7 +124,7 @@ class ExpertParallelMoE(nn.Module):
                 raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
         slots = placement.slots[self.layer]
         home = self.rank if self.split == "nearest" else None
-        table, count = copies(slots, experts, home=home, node=self.node_size)
+        table, count = list_copies(slots, experts, home=home, node=self.node_size)
         rules = (slots.shape, experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()
         # Tables stay where they are, so that captured CUDA graphs follow.
@@ -153,7 +153,7 @@ class ExpertParallelMoE(nn.Module):
     @property
     def expert(self) -> Any:
         """The weights of all experts one by one, as the state names them."""
-        return _states().nested(_states().by_expert(self))
+        return _states().nest(_states().by_expert(self))
 
     def _names(self) -> dict[int, str]:
         """Return names in the state by tensor, where experts are a module."""
@@ -184,7 +184,7 @@ class ExpertParallelMoE(nn.Module):
         old = [key for key in state if key.startswith(f"{prefix}experts.")]
         error_msgs += [f"{key} is of slots, and must be of experts one by one" for key in old[:1]]
         for name, weight in weights.items():
-            full, missing, wrong = _states().stacked(name, weight, self._slots(), stored)
+            full, missing, wrong = _states().stack(name, weight, self._slots(), stored)
             missing_keys += [own + key for key in missing]
             error_msgs += [own + message for message in wrong]
             key = names.get(id(weight))
@@ -256,14 +256,14 @@ class ExpertParallelMoE(nn.Module):
         # Slots travel as 32 bits beside their row.
         slots = self._table[:, 0][chosen]
         if self._table.shape[1] > 1:
-            hashed = mixed(first_token.long())[:, None]
+            hashed = hash_positions(first_token.long())[:, None]
             slots = self._table[chosen, hashed % self._count[chosen]]
-        results = self._exchanged(rows, slots, weights, bits)
+        results = self._exchange_rows(rows, slots, weights, bits)
         self.traffic.steps += 1
         self._served += len(rows)
         return results
 
-    def _exchanged(self, rows: Tensor, slots: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
+    def _exchange_rows(self, rows: Tensor, slots: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
         """Send rows to the ranks of their slots, compute there, and sum what comes back."""
         width, hops = self.placement.slots_per_device, []
         row, top_k = rows.shape[1] * rows.element_size(), weights.shape[1]

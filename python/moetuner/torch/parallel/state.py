@@ -105,7 +105,7 @@ def by_expert(layer: Any) -> dict[str, Tensor]:
     return views
 
 
-def nested(weights: Mapping[str, Tensor]) -> SimpleNamespace:
+def nest(weights: Mapping[str, Tensor]) -> SimpleNamespace:
     """Return weights named ``3.up`` as attributes, where torch.distributed.checkpoint looks."""
     root = SimpleNamespace()
     for key, weight in weights.items():
@@ -117,7 +117,7 @@ def nested(weights: Mapping[str, Tensor]) -> SimpleNamespace:
     return root
 
 
-def stacked(
+def stack(
     name: str, weight: Tensor, slots: Sequence[int], stored: Mapping[str, Any]
 ) -> tuple[Tensor, list[str], list[str]]:
     """Put given weights of experts, by names such as ``3.up``, in the order of slots [S].

@@ -80,7 +80,7 @@ def permute_state_dict(
     """
     instance("placement", placement, Placement)
     flag("inverse", inverse)
-    order = plan.order_of(placement)
+    order = plan.order_experts(placement)
     if isinstance(source, Mapping):
         if out is not None:
             raise ValueError(f"out must be left out where source is not a folder, got {out}")
@@ -88,9 +88,9 @@ def permute_state_dict(
         for name, change in changes.items():
             if change.order is not None or change.ids is not None:
                 plan.check_memory(name, source[name])
-        plan.check_ties(changes, lambda name, experts: plan.bits_of(source[name], experts))
+        plan.check_ties(changes, lambda name, experts: plan.view_bytes(source[name], experts))
         moved = (
-            (change.name, plan.moved(name, source[name], change))
+            (change.name, plan.reorder(name, source[name], change))
             for name, change in changes.items()
         )
         return dict(moved)
@@ -128,7 +128,7 @@ def _changes(
     blocks = blocks_of(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
     made = Plan.of(tensors, order, dict.fromkeys(blocks))
-    return made, plan.changes_of(tensors, made)
+    return made, plan.plan_changes(tensors, made)
 
 
 class _Folder:
@@ -178,7 +178,7 @@ class _Folder:
         """Return a table of experts' ids with their new numbers."""
         file = self.file_of[name]
         old = safetensors.read(file, self.headers[file].tensor(name))
-        new = plan.moved(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
+        new = plan.reorder(name, torch.from_numpy(old.astype(np.int64)), change).numpy()
         return new.astype(old.dtype.newbyteorder("<")).tobytes()
 
     def settings(self, mentions: Mentions) -> dict[Path, str]:
@@ -188,7 +188,7 @@ class _Folder:
             is_about_storage = file.name == CONFIG or "quant" in file.name
             old = _json_in(file) if is_about_storage and file.name != INDEX else None
             with naming(file):
-                new = mentions.renamed(old)
+                new = mentions.rename(old)
             if new != old:
                 texts[file] = json.dumps(new, indent=2) + "\n"
         return texts

@@ -40,12 +40,12 @@ class Mentions:
         # Names of experts before and after: of tensors and of the modules that hold them.
         self.pairs = sorted((old, new) for old, new in pairs if old != new)
 
-    def renamed(self, value: Any) -> Any:
+    def rename(self, value: Any) -> Any:
         """Return settings with the new names of experts, in texts and in keys."""
         if isinstance(value, dict):
-            return {self._text(name): self.renamed(item) for name, item in value.items()}
+            return {self._text(name): self.rename(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.renamed(item) for item in value]
+            return [self.rename(item) for item in value]
         return self._text(value) if isinstance(value, str) else value
 
     def _text(self, text: str) -> str:

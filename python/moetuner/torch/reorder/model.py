@@ -70,7 +70,7 @@ def apply_placement(
         rule = f"{sizes[0]} layers of {sizes[1]} experts as the model has"
         found = f"{placement.layers} of {placement.num_experts}"
         raise ValueError(f"placement must have {rule}, got {found}")
-    order = plan.order_of(placement)
+    order = plan.order_experts(placement)
     for layer, positions in zip(layers, order, strict=True):
         if layer.num_experts != len(positions):
             rule = f"must have {len(positions)} experts like the first MoE layer"
@@ -79,11 +79,11 @@ def apply_placement(
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
     blocks: dict[str, str | None] = {_block(layer): layer.name for layer in layers}
-    changes = plan.changes_of(tensors, Plan.of(tensors, order, blocks))
+    changes = plan.plan_changes(tensors, Plan.of(tensors, order, blocks))
     registered = Registered(model)
     for layer in layers:
         _check_weights(layer, changes, tensors, registered)
-    plan.check_ties(changes, lambda name, experts: plan.bits_of(tensors[name], experts))
+    plan.check_ties(changes, lambda name, experts: plan.view_bytes(tensors[name], experts))
     steps: list[Exchange] = []
     # All tables are read before anything moves.
     for change in [changes[name] for name in _once(changes, tensors)]:
@@ -95,7 +95,7 @@ def apply_placement(
                 is_first = len(rows) == len(change.order)
                 steps += exchanges(rows if is_first else rows[0], change.order)
         else:
-            steps.append(Exchange([tensor, plan.moved(change.name, tensor, change)], 0, 1))
+            steps.append(Exchange([tensor, plan.reorder(change.name, tensor, change)], 0, 1))
     for layer, positions in zip(layers, order, strict=True):
         if isinstance(layer.experts, nn.ModuleList):
             steps += exchanges(layer.experts, positions)

@@ -52,7 +52,7 @@ PACKED = re.compile(r"qweight|qzeros|g_idx|perm|weight_(shape|packed|zero_point)
 ADAPTER, FIRST_FACTOR = re.compile(r"(^|[._])lora_"), re.compile(r"(^|\.)lora_A(\.|$)")
 
 
-def bits_of(tensor: Tensor, experts: int) -> Tensor:
+def view_bytes(tensor: Tensor, experts: int) -> Tensor:
     """Return the bytes of a tensor for each expert [E,..]: not every type can be indexed."""
     return tensor.detach().reshape(experts, -1).contiguous().view(torch.uint8)
 
@@ -75,7 +75,7 @@ class TensorChange:
 Changes = dict[str, TensorChange]
 
 
-def order_of(placement: Placement) -> Order:
+def order_experts(placement: Placement) -> Order:
     """Return the old expert at every new position [L,E]: by device, ascending within one."""
     layers, devices, _ = placement.slots.shape
     experts, on_device = placement.num_experts, (placement.slots != EMPTY).sum(axis=2)
@@ -217,7 +217,7 @@ class Plan:
         return block, kind
 
 
-def changes_of(tensors: Tensors, plan: Plan) -> Changes:
+def plan_changes(tensors: Tensors, plan: Plan) -> Changes:
     """Return what becomes of every tensor of a model or checkpoint that is all there."""
     parts, order = parts_of(tensors), plan.order
     for block in plan.routers:
@@ -275,7 +275,7 @@ def check_memory(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: {rule}, got {kind}")
 
 
-def moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
+def reorder(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
     """Return a tensor with its rows in order, or with the new numbers of experts."""
     if (new := change.ids) is not None:
         old = tensor.long()
@@ -286,7 +286,7 @@ def moved(name: str, tensor: Tensor, change: TensorChange) -> Tensor:
         return torch.from_numpy(new).to(old.device)[old].to(tensor.dtype)
     if change.order is None:
         return tensor
-    rows = bits_of(tensor, len(change.order))
+    rows = view_bytes(tensor, len(change.order))
     rows = rows[torch.from_numpy(change.order).to(rows.device)]
     return rows.view(tensor.dtype).reshape(tensor.shape)
 

@@ -67,7 +67,7 @@ class Renumbering:
         flag("inverse", inverse)
         names = None if names is None else listed("names", names, "names")
         settings = settings_of(config, names or ())
-        order = plan.order_of(placement)
+        order = plan.order_experts(placement)
         settings.check_order(order)
         order = np.argsort(order, axis=1) if inverse else order
         self._hidden_layers = settings.hidden_layers
@@ -98,7 +98,7 @@ class Renumbering:
         change = chosen.change(name, tensor, part)
         if change.order is not None or change.ids is not None:
             plan.check_memory(f"{start}{name}", tensor)
-        return start + change.name, plan.moved(name, tensor, change)
+        return start + change.name, plan.reorder(name, tensor, change)
 
     def _routes(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor may be a router's that has another name than those known."""
@@ -122,16 +122,16 @@ def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[Plan
         stored = tensors
     else:
         stored = revert_weight_conversion(model, dict(tensors))
-    plans = [_checked(stored, order, hidden_layers)]
+    plans = [_check_plan(stored, order, hidden_layers)]
     if stored.keys() != tensors.keys():
         with suppress(ValueError):  # where only the checkpoint can be renumbered
-            plans.append(_checked(tensors, order, hidden_layers))
+            plans.append(_check_plan(tensors, order, hidden_layers))
     return plans
 
 
-def _checked(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> Plan:
+def _check_plan(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> Plan:
     """Return the plan for tensors of a whole model, if it could be exact."""
     blocks = blocks_of(tensors, len(order), hidden_layers)
     made = Plan.of(tensors, order, dict.fromkeys(blocks))
-    plan.changes_of(tensors, made)
+    plan.plan_changes(tensors, made)
     return made

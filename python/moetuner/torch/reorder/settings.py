@@ -92,7 +92,7 @@ def configuration_of(fields: Mapping[str, Any]) -> Any:
         for configuration in kinds:
             try:
                 if configuration is not None and configuration.model_type == kind:
-                    return configuration.from_dict(_decoded(fields))
+                    return configuration.from_dict(_decode(fields))
             except Exception:  # code of others may have other settings by the same name
                 continue
     return None
@@ -114,14 +114,12 @@ def empty_model_of(config: Config) -> Any:
     return model
 
 
-def _decoded(value: Any) -> Any:
+def _decode(value: Any) -> Any:
     """Return settings with the numbers that JSON has no words for."""
     if isinstance(value, Mapping):
         is_number = value.keys() == {"__float__"}
-        return (
-            float(value["__float__"]) if is_number else {k: _decoded(v) for k, v in value.items()}
-        )
-    return [_decoded(item) for item in value] if isinstance(value, list) else value
+        return float(value["__float__"]) if is_number else {k: _decode(v) for k, v in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value
 
 
 def _class_of(config: Any) -> Any:
