@@ -66,12 +66,12 @@ def command(
     bound = cost / (worth.tokens if of_visits else worth.scale)
     proof = "prices or tangents of" if of_visits else "a"
     output.say(
-        f"Proven by {proof} {certificate.method}: of {certificate.about}, with "
+        f"Proven by {proof} {certificate.method}: of {certificate.scope}, with "
         f"{certificate.slots} slots per device and no device load above {_caps(imbalances)}, "
         f"none has an objective below {bound:.6f}."
     )
-    contents: dict[str, Any] = {"bound": bound, "cost": cost, "scope": certificate.about}
-    contents["bound_scope"] = certificate.about
+    contents: dict[str, Any] = {"bound": bound, "cost": cost, "scope": certificate.scope}
+    contents["bound_scope"] = certificate.scope
     contents |= {"method": certificate.method, "regime": certificate.regime}
     contents["max_imbalance"] = imbalances if len(imbalances) > 1 else imbalances[0]
     contents["caps"] = certificate.caps.tolist()

@@ -150,7 +150,9 @@ class Problem(Frozen):
         None, GOAL, read=read_groups, metavar="minimax|NAME=W,..."
     )
     phases: phases.Phases | None = setting(
-        *(None, GOAL, f"{phases.PREFILL_SHARE:g} for a trace of enough tokens, without --window"),
+        None,
+        GOAL,
+        f"{phases.PREFILL_SHARE:g} for a trace of enough tokens, without --window",
         read=read_prefill_share,
         flag="--prefill-share",
         metavar="SHARE",
@@ -268,8 +270,8 @@ class Problem(Frozen):
         Those that are left over only because experts do not divide by devices stay empty, unless
         all are to be full, or an expert is pinned to several devices.
         """
-        given = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
-        wanted = self.fill_slots or any(slots is not None for slots in given)
+        counts = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
+        wanted = self.fill_slots or any(slots is not None for slots in counts)
         spare = (self.capacity.sum(axis=1) > self.experts).any()
         return bool(spare) and (wanted or self.rules.ask_for_copies)
 

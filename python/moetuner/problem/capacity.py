@@ -35,11 +35,11 @@ def capacity_of(
                 "the slots of a device follow from the extra slots"
             )
         return _spread(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
-    given = topology.slots_per_device if slots_per_device is None else slots_per_device
-    if isinstance(given, Sequence | np.ndarray):
+    wanted = topology.slots_per_device if slots_per_device is None else slots_per_device
+    if isinstance(wanted, Sequence | np.ndarray):
         row = [
             whole_number(f"slots_per_device of device {device}", n, lowest=0, highest=SLOT_LIMIT)
-            for device, n in enumerate(per_device("slots_per_device", given, devices))
+            for device, n in enumerate(per_device("slots_per_device", wanted, devices))
         ]
         if sum(row) < experts:
             raise ValueError(
@@ -48,7 +48,7 @@ def capacity_of(
             )
     else:
         fewest = -(-experts // devices)
-        slots = fewest if given is None else given
+        slots = fewest if wanted is None else wanted
         slots = whole_number("slots_per_device", slots, highest=SLOT_LIMIT)
         if slots < fewest:
             raise ValueError(
@@ -73,7 +73,7 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
             f"has every expert, got {extra}"
         )
     copies = np.ones((layers, experts), dtype=np.int64)
-    given = np.zeros(layers, dtype=np.int64)
+    extra_of = np.zeros(layers, dtype=np.int64)
     weight = load.astype(np.float64)
 
     def benefit(layer: int) -> tuple[float, int, int]:
@@ -87,10 +87,10 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
     for _ in range(extra):
         _, layer, e = heap[0]
         copies[layer, e] += 1
-        given[layer] += 1
+        extra_of[layer] += 1
         heapq.heapreplace(heap, benefit(layer))
     # Device after device over all layers, so that memory is even: no device has two slots more.
-    slots = experts + given[:, None]
+    slots = experts + extra_of[:, None]
     before = (np.arange(devices) - (np.cumsum(slots, axis=0) - slots)) % devices
     capacity: NDArray[np.int64] = slots // devices + (before < slots % devices)
     return capacity
@@ -101,10 +101,10 @@ def level(capacity: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
 
     Devices with fewer slots are full, and the others get as many as all experts need.
     """
-    most = np.full((len(capacity), 1), -(-experts // capacity.shape[1]))
-    while (short := np.minimum(capacity, most).sum(axis=1) < experts).any():
-        most[short] += 1
-    taken: NDArray[np.int64] = np.minimum(capacity, most)
+    limit = np.full((len(capacity), 1), -(-experts // capacity.shape[1]))
+    while (short := np.minimum(capacity, limit).sum(axis=1) < experts).any():
+        limit[short] += 1
+    taken: NDArray[np.int64] = np.minimum(capacity, limit)
     return taken
 
 

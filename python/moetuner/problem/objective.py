@@ -281,7 +281,7 @@ class Objective:
     def imbalances(self, placement: Placement) -> Floats:
         """Compute what every layer [L] adds to max / mean load, whatever the goal is."""
         served = self.windows.map(self._slowest(placement))
-        return np.array([self.windows.value(of, self._even) for of in served.T])
+        return np.array([self.windows.value(costs, self._even) for costs in served.T])
 
     @cached_property
     def _even(self) -> Floats:
@@ -296,8 +296,14 @@ class Objective:
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
-        how: Any = {"split": self.split, "cost_model": self.cost_model, "regime": self.regime}
-        setting = replay.Setting(placement, self.topology, mixed=False, **how)
+        setting = replay.Setting(
+            placement,
+            self.topology,
+            mixed=False,
+            split=self.split,
+            cost_model=self.cost_model,
+            regime=self.regime,
+        )
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
@@ -325,8 +331,8 @@ class Objective:
     @property
     def pairs(self) -> NDArray[np.uint64] | None:
         """Counts [L-1,E,E] or [L,E,E] of what the regime pays for; None where not counted."""
-        of = self.statistics
-        return of.transitions if self.regime == "follow" else of.coactivation
+        statistics = self.statistics
+        return statistics.transitions if self.regime == "follow" else statistics.coactivation
 
     @property
     def has_traffic(self) -> bool:
@@ -399,7 +405,7 @@ class Objective:
     def tokens(self) -> int:
         """Tokens of all layers, whose visits are counted; 0 where expert sets are not known."""
         sets = self.statistics.sets or ()
-        return sum(int(of.counts.sum(dtype=np.uint64)) for of in sets)
+        return sum(int(layer_sets.counts.sum(dtype=np.uint64)) for layer_sets in sets)
 
     @cached_property
     def visit_costs(self) -> tuple[float, float]:

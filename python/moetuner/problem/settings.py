@@ -16,7 +16,7 @@ from moetuner.problem.pins import Pin
 MACHINE, GOAL, ENGINE = "The machine", "The goal", "The engine"
 
 
-def setting(default: Any, group: str, default_text: str = "", **how: Any) -> Any:
+def setting(default: Any, group: str, default_text: str = "", **metadata: Any) -> Any:
     """Return a field of a dataclass that text can give; its help is what the docstring says of it.
 
     Parameters
@@ -31,17 +31,19 @@ def setting(default: Any, group: str, default_text: str = "", **how: Any) -> Any
         default its name, ``help``, by default what the docstring says, and ``multiple``, if the
         option may be given several times.
     """
-    return field(default=default, metadata={"group": group, "default_text": default_text, **how})
+    return field(
+        default=default, metadata={"group": group, "default_text": default_text, **metadata}
+    )
 
 
 def settings_of(kind: Any) -> dict[str, dict[str, Any]]:
     """Return of the settings among a dataclass's fields, by name, how they are given, and help."""
     texts = parameters_of(kind)
-    settings = {of.name: dict(of.metadata) for of in fields(kind) if of.metadata}
-    for name, how in settings.items():
-        default = how.pop("default_text")
-        text = how.get("help", texts.get(name, ""))
-        how["help"] = text + (f"  [default: {default}]" if default else "")
+    settings = {own.name: dict(own.metadata) for own in fields(kind) if own.metadata}
+    for name, entry in settings.items():
+        default = entry.pop("default_text")
+        text = entry.get("help", texts.get(name, ""))
+        entry["help"] = text + (f"  [default: {default}]" if default else "")
     return settings
 
 

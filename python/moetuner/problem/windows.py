@@ -103,7 +103,11 @@ class Windows:
         """Windows that a search sees instead of these: these, or where they are many, means."""
         if self.load.dtype == np.float64:
             return self
-        return _joined([of.searched for of in self.parts]) if self.parts else _representatives(self)
+        return (
+            _joined([part.searched for part in self.parts])
+            if self.parts
+            else _representatives(self)
+        )
 
     @property
     def is_mean(self) -> bool:
@@ -116,13 +120,13 @@ class Windows:
 
     def values(self, costs: Floats, reference: Floats) -> Floats:
         """Compute the ``value`` [...] of each of several costs [...,W] over one reference."""
-        parts = [self._value(costs, reference, mine) for mine in self._parts()]
+        parts = [self._value(costs, reference, counted) for counted in self._parts()]
         worst: Floats = np.max(parts, axis=0)
         return worst
 
     def reweight(self, cost: Floats, reference: Floats) -> Floats:
         """Return weights [W] under which the mean over windows is what the value is made of."""
-        worst = max(self._parts(), key=lambda mine: float(self._value(cost, reference, mine)))
+        worst = max(self._parts(), key=lambda counted: float(self._value(cost, reference, counted)))
         weight = np.zeros(len(self.weight))
         weight[worst] = self.tail(cost[worst], reference[worst], self.weight[worst])
         mass = self.weight * reference
@@ -135,8 +139,8 @@ class Windows:
             return [np.ones(len(self.weight), dtype=bool)]
         return [self.group == number for number in np.unique(self.group)]
 
-    def _value(self, cost: Floats, reference: Floats, mine: NDArray[np.bool_]) -> Floats:
-        cost, reference, weight = cost[..., mine], reference[mine], self.weight[mine]
+    def _value(self, cost: Floats, reference: Floats, counted: NDArray[np.bool_]) -> Floats:
+        cost, reference, weight = cost[..., counted], reference[counted], self.weight[counted]
         part = self.tail(cost, reference, weight) * weight
         total = (part * reference).sum(axis=-1)
         ones = np.ones_like(total)
@@ -209,28 +213,28 @@ def _representatives(windows: Windows) -> Windows:
     used = np.flatnonzero(recorded > 0)
     labels = np.zeros(len(load), dtype=np.int64) if group is None else group[: len(load)]
     for label in np.unique(labels[used]):
-        mine = used[labels[used] == label]
-        cluster = _clusters(features[mine], max(len(mine) * MERGED // len(used), 1))
-        for some in (mine[cluster == number] for number in np.unique(cluster)):
-            runs = [load[some[run]] for run in blocks(len(some), load[0].size)]
-            means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(some))
-            weights.append(recorded[some].sum())
+        of_label = used[labels[used] == label]
+        cluster = _clusters(features[of_label], max(len(of_label) * MERGED // len(used), 1))
+        for members in (of_label[cluster == number] for number in np.unique(cluster)):
+            runs = [load[members[run]] for run in blocks(len(members), load[0].size)]
+            means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(members))
+            weights.append(recorded[members].sum())
             groups.append(label)
     merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
     if windows.more is not None:
         # They are drawn at random: some say what all of them do.
-        few = slice(len(load), len(load) + MERGED)
-        part = weight[len(load) :].sum() / max(weight[few].sum(), 1e-300)
+        added = slice(len(load), len(load) + MERGED)
+        part = weight[len(load) :].sum() / max(weight[added].sum(), 1e-300)
         merged = np.concatenate([merged, windows.more[:MERGED]])
-        merged_weight = np.concatenate([merged_weight, weight[few] * part])
+        merged_weight = np.concatenate([merged_weight, weight[added] * part])
         if group is not None:
-            of_merged = np.concatenate([of_merged, group[few]])
-    of = None if group is None else of_merged
+            of_merged = np.concatenate([of_merged, group[added]])
+    origins = None if group is None else of_merged
     reference = None
     if windows.reference is not None:
         reference = np.full(len(merged), windows.reference[0])
     rules = (windows.risk, windows.minimax)
-    return Windows(merged, merged_weight, of, *rules, reference=reference)
+    return Windows(merged, merged_weight, origins, *rules, reference=reference)
 
 
 def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[float]) -> Windows:
@@ -287,11 +291,11 @@ def _features(load: NDArray[Any]) -> Floats:
     signs = np.random.default_rng(0).integers(0, 2, (size, COMPARED)) * 2.0 - 1
     features = np.empty((len(load), COMPARED))
     for run in blocks(len(load), size):
-        some = load[run].reshape(-1, size)
-        total = some.sum(axis=1, dtype=np.float64)
+        rows = load[run].reshape(-1, size)
+        total = rows.sum(axis=1, dtype=np.float64)
         # Sums of whole numbers below 2^24 are exact in single precision, in any order.
         kind = np.float32 if total.max(initial=0) < 1 << 24 else np.float64
-        features[run] = some.astype(kind) @ signs.astype(kind)
+        features[run] = rows.astype(kind) @ signs.astype(kind)
         features[run] /= np.maximum(total, 1)[:, None]
     scale = LARGEST / max(float(np.abs(features).max()), 1e-300)
     return np.rint(features * scale)
@@ -305,9 +309,11 @@ def _clusters(points: Floats, count: int) -> NDArray[np.int64]:
     centre = points[np.linspace(0, len(points) - 1, count).round().astype(np.int64)]
     for _ in range(ROUNDS):
         square = (centre**2).sum(axis=1)
-        nearest = by_block(points, lambda some: (square - 2 * some @ centre.T).argmin(axis=1))  # noqa: B023
+        nearest = by_block(points, lambda rows: (square - 2 * rows @ centre.T).argmin(axis=1))  # noqa: B023
         size = np.bincount(nearest, minlength=count)
-        total = np.stack([np.bincount(nearest, of, minlength=count) for of in points.T], axis=1)
+        total = np.stack(
+            [np.bincount(nearest, column, minlength=count) for column in points.T], axis=1
+        )
         mean = np.rint(total / np.maximum(size, 1)[:, None])
         centre = np.where(size[:, None] > 0, mean, centre)
     return nearest

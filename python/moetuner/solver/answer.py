@@ -39,11 +39,11 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
         refuted = replace(details.bound, refuted=bound.source)
         details, bound, verdict = replace(details, bound=refuted), None, None
     value = None if bound is None else bound.value / run.scale
-    about = None if bound is None else scope(problem, details.caps)
+    subject = None if bound is None else scope(problem, details.caps)
     violations = problem.violations(placement)
     return Result(
         placement=named(
-            run, placement, method, objective=objective, bound=value, bound_scope=about
+            run, placement, method, objective=objective, bound=value, bound_scope=subject
         ),
         method=method,
         status=_status(run, placement, details, violations, verdict),
@@ -53,7 +53,7 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
         seconds=run.budget.gone,
         details=details,
         certificate=None if bound is None else bound.certificate,
-        bound_scope=about,
+        bound_scope=subject,
         violations=violations,
     )
 
@@ -96,7 +96,9 @@ def _settings_of(problem: Problem) -> dict[str, Any]:
         "phases": {str(tokens): share for tokens, share in problem.shares.items() if tokens}
         or None,
         # What makes the fingerprint of the same traffic another one.
-        "counted": {name: getattr(statistics, of) is not None for name, of in COUNTED.items()},
+        "counted": {
+            name: getattr(statistics, table) is not None for name, table in COUNTED.items()
+        },
     }
 
 

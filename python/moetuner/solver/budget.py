@@ -164,8 +164,8 @@ class History:
         line, is_new = replace(line, seconds=time.monotonic() - self.begin), True
         if self.lines:
             last = self.lines[-1]
-            objectives = [of.objective for of in (line, last) if of.objective is not None]
-            bounds = [of.bound for of in (line, last) if of.bound is not None]
+            objectives = [told.objective for told in (line, last) if told.objective is not None]
+            bounds = [told.bound for told in (line, last) if told.bound is not None]
             line = replace(
                 line, objective=min(objectives, default=None), bound=max(bounds, default=None)
             )

@@ -162,8 +162,8 @@ def trials_of(slots: int, windows: int | None) -> int:
     if windows is None:
         return min(max(LINKED_TRIALS * slots, LEAST_LINKED), MOST_TRIALS)
     lanes = -(-windows // LANES) * LANES
-    few = (trials for some, trials in TRIALS_OF_FEW.items() if windows in some)
-    per_slot = next(few, SLOT_WORK // lanes)
+    trials_of = (trials for counts, trials in TRIALS_OF_FEW.items() if windows in counts)
+    per_slot = next(trials_of, SLOT_WORK // lanes)
     return min(max(per_slot * slots, LEAST_TRIALS, LEAST_WORK // lanes), MOST_TRIALS)
 
 

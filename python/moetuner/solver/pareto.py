@@ -59,7 +59,11 @@ class Trade(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return figures as JSON values."""
-        return {of.name: getattr(self, of.name) for of in fields(self) if of.name != "placement"}
+        return {
+            figure.name: getattr(self, figure.name)
+            for figure in fields(self)
+            if figure.name != "placement"
+        }
 
 
 def pareto(
@@ -120,7 +124,10 @@ def pareto(
     run = Run(problem, seed=seed, budget=budget, moves=Moves(initial, expert_bytes=expert_bytes))
     run.offer(repair(problem, initial), "running", role=Role.RUNNING, is_start=True)
     run.through((Stage(_descend), Stage(lambda run, part: _at_prices(run, METHODS[method], part))))
-    return [_trade(run, initial, of, run.rank_of_all(of)[1]) for of in _undominated(run)]
+    return [
+        _trade(run, initial, incumbent, run.rank_of_all(incumbent)[1])
+        for incumbent in _undominated(run)
+    ]
 
 
 def _descend(run: Run, budget: Budget) -> None:
@@ -139,14 +146,15 @@ def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
 
     def at(price: float, left: int) -> Incumbent:
         moves = Moves(initial, cost=price)
-        how, start = from_running(stages), None
+        ways, start = from_running(stages), None
         if price:
             # The steps from what runs are known: only those that are worth the price are taken.
-            how = (AT_PRICES, POLISH)
+            ways = (AT_PRICES, POLISH)
             start = min(
-                run.incumbents, key=lambda of: (of.excess, of.value + price * of.moves)
+                run.incumbents,
+                key=lambda incumbent: (incumbent.excess, incumbent.value + price * incumbent.moves),
             ).slots
-        inner = run.inner(how, budget.within(1 / left), moves=moves, start=start)
+        inner = run.inner(ways, budget.within(1 / left), moves=moves, start=start)
         return run.offer(inner.answer().slots, "prices", interrupted=inner.interrupted)
 
     free = at(0.0, left + 1)
@@ -158,7 +166,7 @@ def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
 
 def _undominated(run: Run) -> list[Incumbent]:
     """Return incumbents that none equals or betters in moves, and in excess and objective."""
-    ranks = [run.rank_of_all(of) for of in run.incumbents]
+    ranks = [run.rank_of_all(incumbent) for incumbent in run.incumbents]
     front: list[int] = []
     for at in sorted(range(len(ranks)), key=lambda at: (run.incumbents[at].moves, *ranks[at])):
         if not front or ranks[at] < ranks[front[-1]]:
@@ -166,17 +174,17 @@ def _undominated(run: Run) -> list[Incumbent]:
     return [run.incumbents[at] for at in front]
 
 
-def _trade(run: Run, initial: Placement, of: Incumbent, objective: float) -> Trade:
+def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:
     """Build the trade of an incumbent; experts that stay keep their slots."""
     problem, placement = run.problem, initial
-    if of.moves or (holders_of(of.slots, problem.experts) != initial.held).any():
-        slots = keep_slots(initial.slots, of.slots, problem.capacity)
+    if incumbent.moves or (holders_of(incumbent.slots, problem.experts) != initial.held).any():
+        slots = keep_slots(initial.slots, incumbent.slots, problem.capacity)
         placement = Placement(slots, num_experts=problem.experts)
     return Trade(
         named(run, placement, "pareto", objective=objective),
         objective,
         gain=problem.value(initial) - objective,
-        experts_moved=of.moves,
-        bytes_moved=of.moves * moves_of(run).expert_bytes,
+        experts_moved=incumbent.moves,
+        bytes_moved=incumbent.moves * moves_of(run).expert_bytes,
         caps_raised=dict(cap_report(problem, placement.slots).raised),
     )

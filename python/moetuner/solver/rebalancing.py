@@ -242,8 +242,8 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     count = len(windows)
     if count < 3:
         return windows, False
-    some = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
-    share = some / np.maximum(some.sum(axis=2, keepdims=True), 1e-300)
+    sample = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
+    share = sample / np.maximum(sample.sum(axis=2, keepdims=True), 1e-300)
     share = share.reshape(count, -1)
     before = np.concatenate([np.zeros((1, share.shape[1])), share.cumsum(axis=0)])
     at = np.arange(count // 2 + count % 2, count)

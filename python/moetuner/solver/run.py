@@ -375,20 +375,20 @@ class Run:
         if self.sees_all or not starts:
             return best
         floor = min(starts, key=lambda incumbent: incumbent.rank)
-        few = [
+        judged = [
             floor,
             best,
             *sorted(self.incumbents, key=lambda incumbent: incumbent.rank)[: effort.JUDGED],
         ]
         ranks: dict[bytes, tuple[float, float]] = {}
-        slots = {incumbent.slots.tobytes(): incumbent for incumbent in few}
+        slots = {incumbent.slots.tobytes(): incumbent for incumbent in judged}
         for key, incumbent in slots.items():
             if not ranks or not self.budget.is_over():
                 ranks[key] = self.rank_of_all(incumbent)
         first = min(ranks, key=ranks.__getitem__)
         excess, value = ranks[first]
-        mine, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
-        if mine is not None and mine <= min((excess, value * (1 + TIE)), least):
+        rank_of_best, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
+        if rank_of_best is not None and rank_of_best <= min((excess, value * (1 + TIE)), least):
             return best
         return slots[first]
 

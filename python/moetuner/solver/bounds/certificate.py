@@ -95,7 +95,7 @@ class Certificate(Frozen):
     True
     """
 
-    about: ClassVar[str] = "placements with one copy of each expert"
+    scope: ClassVar[str] = "placements with one copy of each expert"
 
     fingerprint: str
     regime: Regime
@@ -113,14 +113,14 @@ class Certificate(Frozen):
             tensors |= {f"{number}.{name}": getattr(proof, name) for name in ARRAYS}
         for number, level in enumerate(self.visits):
             of_pairs = () if level.pairs is None else [(level.pairs, name) for name in ARRAYS]
-            for of, name in ((level, "prices"), (level, "slopes"), *of_pairs):
-                tensors[f"visits.{number}.{name}"] = getattr(of, name)
+            for part, name in ((level, "prices"), (level, "slopes"), *of_pairs):
+                tensors[f"visits.{number}.{name}"] = getattr(part, name)
         # The widest type first: then all tensors are aligned.
         tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
         metadata = {
             "format": FORMAT,
             "version": VERSION,
-            "about": self.about,
+            "about": self.scope,
             "fingerprint": self.fingerprint,
             "regime": self.regime,
             "slots": str(self.slots),
@@ -130,8 +130,8 @@ class Certificate(Frozen):
             "visits": json.dumps([[level.parts, level.pairs is not None] for level in self.visits]),
         }
         with replacing(path_in(path)) as temporary:
-            whole = {name: safetensors.whole(array) for name, array in tensors.items()}
-            safetensors.write(temporary, whole, metadata)
+            arrays = {name: safetensors.whole(array) for name, array in tensors.items()}
+            safetensors.write(temporary, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
@@ -154,7 +154,7 @@ class Certificate(Frozen):
     def _read(cls, path: Path) -> Certificate:
         header = safetensors.read_header(path)
         metadata: dict[str, Any] = dict(header.metadata)
-        for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.about)):
+        for name, wanted in (("format", FORMAT), ("version", VERSION), ("about", cls.scope)):
             if metadata.get(name) != wanted:
                 raise ValueError(f"{name} must be {wanted!r}, got {shown(metadata.get(name))}")
         for name, allowed in (("regime", get_args(Regime)), ("method", get_args(Method))):

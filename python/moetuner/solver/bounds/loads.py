@@ -82,21 +82,23 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
     speed = np.sort(problem.topology.speed_of_device)[::-1]
     devices = int((problem.capacity > 0).sum(axis=1).min())
     spare = problem.capacity.sum(axis=1) - problem.experts
-    few = len(problem.windows) * problem.layers * problem.experts <= MOST_SORTED
+    is_small = len(problem.windows) * problem.layers * problem.experts <= MOST_SORTED
     least = np.empty(load.shape[:2])
     for layer in range(problem.layers):
-        mine = load[:, layer]
+        layer_load = load[:, layer]
         more = int(spare[layer]) if problem.may_copy else 0
         copies = min(more + 1, devices)
-        heaviest = mine.max(axis=1)
+        heaviest = layer_load.max(axis=1)
         if problem.split == "nearest":
             # Uneven parts are at least those that make all copies equally slow.
             one = heaviest / speed[:copies].sum()
         else:
             one = heaviest / copies / speed[0]
-        least[:, layer] = np.maximum(mine.sum(axis=1) / speed.sum(), one)
-        if few and more < problem.experts:
-            together = least_shared(mine, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
+        least[:, layer] = np.maximum(layer_load.sum(axis=1) / speed.sum(), one)
+        if is_small and more < problem.experts:
+            together = (
+                least_shared(layer_load, int((problem.capacity[layer] > 0).sum()), more) / speed[0]
+            )
             least[:, layer] = np.maximum(least[:, layer], together)
     return least
 
@@ -129,8 +131,8 @@ def _least_compute(problem: Problem, load: Floats) -> Floats:
     weights = (model.base_us * problem.devices + model.expert_us * count + shown) / speed.sum()
     least_us: Floats = np.maximum(least, np.maximum(tokens, weights))
     if not problem.may_copy and np.ptp(speed) == 0:
-        whole = (model.base_us + model.expert_us * np.ceil(count / problem.devices)) / speed[0]
-        least_us = np.maximum(least_us, whole)
+        rounded_us = (model.base_us + model.expert_us * np.ceil(count / problem.devices)) / speed[0]
+        least_us = np.maximum(least_us, rounded_us)
     return least_us
 
 

@@ -115,8 +115,8 @@ def certified(
     visits: tuple[Visits, ...] = (),
 ) -> Certificate:
     """Make the certificate of a bound on a problem under caps [L]."""
-    about = (problem.statistics.fingerprint, problem.regime, problem.slots)
-    return Certificate(*about, caps, method, cost, proofs, visits)
+    subject = (problem.statistics.fingerprint, problem.regime, problem.slots)
+    return Certificate(*subject, caps, method, cost, proofs, visits)
 
 
 def chain_of(
@@ -161,9 +161,9 @@ def verified(
     """Recompute what dual points, with true cuts, prove of a problem's cost under caps [L]."""
     levels = _levels(problem)
     wanted = None if levels is None else [(parts, price) for _, price, parts in levels]
-    given = [(proof.parts, proof.price) for proof in proofs]
-    if wanted != given:
-        raise ValueError(f"certificate must be for parts and prices {wanted}, got {given}")
+    proven = [(proof.parts, proof.price) for proof in proofs]
+    if wanted != proven:
+        raise ValueError(f"certificate must be for parts and prices {wanted}, got {proven}")
     total = 0
     for proof in proofs:
         total += proof.price * _core.verify_bound(
@@ -209,8 +209,8 @@ def padded(
 def joined_caps(problem: Problem, caps: NDArray[np.uint64], devices: int) -> NDArray[np.uint64]:
     """Return caps [L] of so many devices together: no more than all load, so that none wraps."""
     total = problem.load.sum(axis=1, dtype=np.uint64).tolist()
-    most = [min(int(cap) * devices, load) for cap, load in zip(caps, total, strict=True)]
-    return np.array(most, dtype=np.uint64)
+    joined = [min(int(cap) * devices, load) for cap, load in zip(caps, total, strict=True)]
+    return np.array(joined, dtype=np.uint64)
 
 
 def _of_count(problem: Problem, cost: int) -> int:
@@ -227,18 +227,18 @@ def _levels(problem: Problem) -> list[tuple[str, int, int]] | None:
     """Split the cost of a pair by level: name, price, and the parts between which it is paid."""
     statistics = problem.statistics
     if problem.regime == "dispatch":
-        some = statistics.coactivation is not None and problem.devices > 1
-        return [("devices", 1, problem.devices)] if some else None
+        apart = statistics.coactivation is not None and problem.devices > 1
+        return [("devices", 1, problem.devices)] if apart else None
     if statistics.transitions is None or problem.layers < 2 or problem.devices < 2:
         return None
     cost, topology = problem.topology.cost, problem.topology
-    near = int(cost[~np.eye(topology.devices, dtype=bool)].min())
-    if near == 0:  # a given link cost may be, and then any pair may move for nothing
+    cheapest = int(cost[~np.eye(topology.devices, dtype=bool)].min())
+    if cheapest == 0:  # a given link cost may be, and then any pair may move for nothing
         return None
-    levels = [("devices", near, topology.devices)]
+    levels = [("devices", cheapest, topology.devices)]
     between_nodes = topology.node_of_device[:, None] != topology.node_of_device[None, :]
     if topology.nodes > 1 and topology.nodes < topology.devices:
-        extra = int(cost[between_nodes].min()) - near
+        extra = int(cost[between_nodes].min()) - cheapest
         if extra > 0:
             levels.append(("nodes", extra, topology.nodes))
     return levels
@@ -250,14 +250,14 @@ def affordable(problem: Problem) -> float:
     return effort.BOUND_WORK / (float(layers - 1) * (2 * problem.devices * problem.slots) ** 3)
 
 
-def reporter(budget: Budget, value: Callable[..., float], *about: Any) -> Report:
+def reporter(budget: Budget, value: Callable[..., float], *extra: Any) -> Report:
     """Return what reports bounds of the core by their ``value``; None if nobody listens."""
     progress = budget.progress
     if progress is None:
         return None
 
     def report(seconds: float, negated: int | None) -> None:
-        proven = None if negated is None else value(*about, -negated)
+        proven = None if negated is None else value(*extra, -negated)
         progress(Progress(seconds, "bound", None, proven))
 
     return report

@@ -39,14 +39,14 @@ def verify(certificate: Certificate, problem: Problem, *, threads: int | None = 
     instance("certificate", certificate, Certificate, hint=", such as Certificate.load(path)")
     instance("problem", problem, Problem, hint=", such as Problem(statistics, topology)")
     threads = threads_in(threads)
-    for what, wanted, given in (
+    for what, wanted, stored in (
         ("regime", problem.regime, certificate.regime),
         ("these statistics,", problem.statistics.fingerprint, certificate.fingerprint),
         ("slots per device", problem.slots, certificate.slots),
         ("caps of layers", problem.layers, len(certificate.caps)),
     ):
-        if wanted != given:
-            raise ValueError(f"certificate must be of {what} {wanted}, got {shown(given)}")
+        if wanted != stored:
+            raise ValueError(f"certificate must be of {what} {wanted}, got {shown(stored)}")
     _refuse_vacuous(certificate, problem, threads)
     _refuse_uncovered(certificate, problem)
     if certificate.method == "complete dynamic programme":
@@ -74,7 +74,7 @@ def _refuse_uncovered(certificate: Certificate, problem: Problem) -> None:
     """Raise if the problem has placements that the certificate proves nothing about."""
     if problem.may_copy:
         raise ValueError(
-            f"problem must have {certificate.about}, which certificate is about, got one with "
+            f"problem must have {certificate.scope}, which certificate is about, got one with "
             "slots for further copies"
         )
     if not problem.topology.has_equal_devices and problem.caps.some:

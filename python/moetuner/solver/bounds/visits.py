@@ -67,24 +67,27 @@ class _Level:
     def least(self) -> int:
         """The visits that capacity alone asks for."""
         rows = zip(self.sets, self.capacity, strict=True)
-        return sum(_tokens(of) * -(-of.top_k // int(slots.max())) for of, slots in rows)
+        return sum(
+            _tokens(layer_sets) * -(-layer_sets.top_k // int(slots.max()))
+            for layer_sets, slots in rows
+        )
 
     @property
     def seen(self) -> tuple[Any, Any, Any, Any]:
         """What the core sees of it: sets, load [L,E], caps [L], and slots [L,parts]."""
-        kinds = [(of.ids, of.counts) for of in self.sets]
+        kinds = [(layer_sets.ids, layer_sets.counts) for layer_sets in self.sets]
         return kinds, self.problem.load, self.caps, self.capacity.astype(np.uintp)
 
     @property
     def corners(self) -> list[tuple[Counts, Counts]]:
         """The `hull` of every layer."""
         rows = zip(self.sets, self.capacity, strict=True)
-        return [hull(of.top_k, int(slots.max()), self.parts) for of, slots in rows]
+        return [hull(layer_sets.top_k, int(slots.max()), self.parts) for layer_sets, slots in rows]
 
     @property
     def weighing_seconds(self) -> float:
         """The seconds that weighing the pairs of all sets takes."""
-        pairs_of = (len(of) * math.comb(of.top_k, 2) for of in self.sets)
+        pairs_of = (len(layer_sets) * math.comb(layer_sets.top_k, 2) for layer_sets in self.sets)
         return effort.TANGENT_SECONDS * sum(pairs_of)
 
 
@@ -111,7 +114,7 @@ def least_seconds(problem: Problem) -> float:
         return len(levels) * (levels[0].weighing_seconds + pairs.least_seconds(problem))
     slots = [int(capacity.max()) for level in levels for capacity in level.capacity]
     contents = [math.comb(problem.experts, capacity) for capacity in slots]
-    orders = max(of.top_k for of in levels[0].sets)
+    orders = max(layer_sets.top_k for layer_sets in levels[0].sets)
     return effort.PRICE_SECONDS * orders * sum(n for n in contents if n <= effort.PRICE_CONTENTS)
 
 
@@ -141,9 +144,9 @@ def bound(
         cost += level.price * proven.visits
         sources.append(proven.source if len(levels) == 1 else f"{proven.source} ({level.name})")
         proofs.append(proven.proof)
-    whole = math.floor(cost)
-    certificate = pairs.certified(problem, caps, "visits", whole, visits=tuple(proofs))
-    return Bound(whole, " + ".join(sources), certificate, interrupted=interrupted)
+    whole_cost = math.floor(cost)
+    certificate = pairs.certified(problem, caps, "visits", whole_cost, visits=tuple(proofs))
+    return Bound(whole_cost, " + ".join(sources), certificate, interrupted=interrupted)
 
 
 def _share(price: float, before: float, visits: int) -> float:
@@ -162,9 +165,9 @@ def verified(
     if problem.statistics.sets is None:
         raise ValueError("certificate must have a proof of pairs, as INPUT has no expert sets")
     levels = _levels(problem, caps)
-    wanted, given = [level.parts for level in levels], [proof.parts for proof in proofs]
-    if wanted != given:
-        raise ValueError(f"certificate must be for parts {wanted}, got {given}")
+    wanted, proven = [level.parts for level in levels], [proof.parts for proof in proofs]
+    if wanted != proven:
+        raise ValueError(f"certificate must be for parts {wanted}, got {proven}")
     cost = 0.0
     for level, proof in zip(levels, proofs, strict=True):
         visits = level.least
@@ -173,8 +176,8 @@ def verified(
             visits = max(visits, int(by_layer.sum()))
         weighed = _weighed(level, proof.slopes) if len(proof.slopes) else None
         if weighed is not None and proof.pairs is not None:
-            whole = weighed[0].caps.whole
-            apart = pairs.verified(weighed[0], whole, (proof.pairs,), threads=threads)
+            whole_caps = weighed[0].caps.whole
+            apart = pairs.verified(weighed[0], whole_caps, (proof.pairs,), threads=threads)
             visits = max(visits, -(-(weighed[1] + apart) // UNIT))
         cost += level.price * visits
     return math.floor(cost)
@@ -188,8 +191,8 @@ def _levels(problem: Problem, caps: NDArray[np.uint64]) -> list[_Level]:
     if node_cost > 0:
         capacity = np.zeros((problem.layers, problem.topology.nodes), dtype=np.int64)
         np.add.at(capacity.T, node, problem.capacity.T)
-        most = pairs.joined_caps(problem, caps, int(np.bincount(node).max()))
-        levels.append(_Level(problem, "nodes", node_cost, node, capacity, most))
+        node_caps = pairs.joined_caps(problem, caps, int(np.bincount(node).max()))
+        levels.append(_Level(problem, "nodes", node_cost, node, capacity, node_caps))
     return levels
 
 
@@ -255,17 +258,23 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
     Returns the pairs as a problem of their own, and what visits, times ``UNIT``, are more than the
     weighted pairs apart. None where sums would be rounded.
     """
-    sets, experts, lengths = level.sets, level.problem.experts, [len(of) for of in level.sets]
+    sets, experts, lengths = (
+        level.sets,
+        level.problem.experts,
+        [len(layer_sets) for layer_sets in level.sets],
+    )
     if len(slopes) != sum(lengths):
         raise ValueError(f"certificate must have {sum(lengths)} slopes, got {len(slopes)}")
-    most = max(_tokens(of) * of.top_k**2 for of in sets)
-    if UNIT * most * len(sets) >= EXACT:
+    largest = max(_tokens(layer_sets) * layer_sets.top_k**2 for layer_sets in sets)
+    if UNIT * largest * len(sets) >= EXACT:
         return None
     tables = np.zeros((len(sets), experts, experts), dtype=np.uint64)
     by_layer = np.split(slopes.astype(np.int64), np.cumsum(lengths)[:-1])
     more = 0
-    for table, of, slope, corners in zip(tables, sets, by_layer, level.corners, strict=True):
-        counts, ids = of.counts.astype(np.int64), of.ids.astype(np.int64)
+    for table, layer_sets, slope, corners in zip(
+        tables, sets, by_layer, level.corners, strict=True
+    ):
+        counts, ids = layer_sets.counts.astype(np.int64), layer_sets.ids.astype(np.int64)
         more += int(touching(slope, corners)[0] @ counts)
         weights = (counts * slope).astype(np.float64)
         half = np.zeros(experts * experts)
@@ -277,7 +286,8 @@ def _weighed(level: _Level, slopes: NDArray[Any]) -> tuple[Problem, int] | None:
     statistics = RoutingStatistics(level.problem.load[None], coactivation=tables)
     # Parts that are all as large as the largest are bounded: they can hold whatever these can.
     weighed = Problem(
-        *(statistics, Topology(level.parts)),
+        statistics,
+        Topology(level.parts),
         slots_per_device=int(level.capacity.max()),
         regime="dispatch",
         objective="traffic",
@@ -299,7 +309,7 @@ def _by_tangents(
 ) -> _Proven | None:
     """Bound visits by tangents; they move towards what the pairs that they weigh prefer."""
     timed = budget.time_limit is not None
-    if any(len(of[0]) < 2 for of in level.corners):
+    if any(len(corner[0]) < 2 for corner in level.corners):
         return None  # capacity says it all
     finishing = level.weighing_seconds + pairs.least_seconds(level.problem)
     if budget.time_limit is not None and budget.time_limit < finishing:
@@ -334,9 +344,9 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
     sets, corners, interrupted = level.sets, level.corners, False
     edges = [-np.diff(spread) / np.diff(together) * UNIT for together, spread in corners]
     slopes: list[Floats] = []
-    for of, parts, (vertices, _), edge in zip(sets, start, corners, edges, strict=True):
+    for layer_sets, parts, (vertices, _), edge in zip(sets, start, corners, edges, strict=True):
         # Tangents touch where the placement is: at a vertex, between those of its edges.
-        at = _together(of, parts)
+        at = _together(layer_sets, parts)
         right, left = (
             np.searchsorted(vertices, at, side).clip(1, len(edge)) - 1 for side in ("right", "left")
         )
@@ -365,9 +375,9 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
         if interrupted or budget.is_over():
             break
         part_of = Placement(slots, num_experts=level.problem.experts).device_of
-        for layer, (of, corner, edge) in enumerate(zip(sets, corners, edges, strict=True)):
+        for layer, (layer_sets, corner, edge) in enumerate(zip(sets, corners, edges, strict=True)):
             vertex = touching(np.rint(slopes[layer]).astype(np.int64), corner)[1]
-            ahead = corner[0][vertex] - _together(of, part_of[layer])
+            ahead = corner[0][vertex] - _together(layer_sets, part_of[layer])
             ahead = ahead.clip(-FARTHEST, FARTHEST)
             size = effort.TANGENT_STEP * (edge[0] - edge[-1]) / math.sqrt(step + 1)
             slopes[layer] = (slopes[layer] + size * ahead).clip(edge[-1], edge[0])

@@ -70,7 +70,7 @@ class Ilp:
         A ``row`` counts from the first of the new ones; all broadcast, to [rows] or [entries].
         """
         low, high = np.broadcast_arrays(np.atleast_1d(lower), upper)
-        rows, columns, values = (of.ravel() for of in np.broadcast_arrays(row, column, value))
+        rows, columns, values = (array.ravel() for array in np.broadcast_arrays(row, column, value))
         self._bounds.append((low, high))
         self._entries.append((rows + self.rows, columns, values))
         self.rows += len(low)
@@ -148,9 +148,17 @@ class Ilp:
         order = np.lexsort((column, row))
         start = np.r_[0, np.cumsum(np.bincount(row, minlength=self.rows))].astype(np.int32)
         status = highs.passModel(
-            *(self.columns, self.rows, len(row)),
-            *(MatrixFormat.kRowwise.value, ObjSense.kMinimize.value, 0.0),
-            *(self.cost, np.zeros(self.columns), self.upper, lower, upper),
+            self.columns,
+            self.rows,
+            len(row),
+            MatrixFormat.kRowwise.value,
+            ObjSense.kMinimize.value,
+            0.0,
+            self.cost,
+            np.zeros(self.columns),
+            self.upper,
+            lower,
+            upper,
             start,
             column[order].astype(np.int32),
             value[order].astype(np.float64),

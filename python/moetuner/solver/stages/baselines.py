@@ -98,9 +98,9 @@ def eplb(run: Run, budget: Budget) -> None:
 def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None) -> Slots:
     """Search some layers for the least load of the heaviest device, from what ``balance`` finds."""
     statistics = RoutingStatistics.from_load(problem.load[layers])
-    few = Problem(statistics, problem.topology, slots_per_device=problem.slots)
-    load = few.load[None].astype(np.float64)
-    search = core_layers(load, np.ones(1), site_of(few, nearest=False))
+    part = Problem(statistics, problem.topology, slots_per_device=problem.slots)
+    load = part.load[None].astype(np.float64)
+    search = core_layers(load, np.ones(1), site_of(part, nearest=False))
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 
@@ -124,9 +124,9 @@ def deepseek_peaks(load: NDArray[np.uint64], devices: int, slots: int) -> Floats
     copies = np.ones_like(weight)
     expert = np.tile(np.arange(weight.shape[1]), (len(weight), 1))
     for _ in range(devices * slots - weight.shape[1]):
-        most = (weight / copies).argmax(axis=1)
-        copies[layer, most] += 1
-        expert = np.column_stack([expert, most])
+        heaviest = (weight / copies).argmax(axis=1)
+        copies[layer, heaviest] += 1
+        expert = np.column_stack([expert, heaviest])
     per_copy = np.take_along_axis(weight / copies, expert, axis=1)
     per_copy = -np.sort(-per_copy, axis=1)
     sums, free = np.zeros((len(weight), devices)), np.full((len(weight), devices), slots)

@@ -53,11 +53,11 @@ class Path:
         slots.reshape(-1)[self.places[:steps].ravel()] = self.experts[:steps].ravel()
         return slots
 
-    def lengths(self, most: float, price: float, count: int) -> list[int]:
+    def lengths(self, most_moves: float, price: float, count: int) -> list[int]:
         """Choose numbers of steps that are worth a look: the best, then some up to the most."""
-        last = len(np.flatnonzero(self.moves[1:] <= most))
+        last = len(np.flatnonzero(self.moves[1:] <= most_moves))
         evenly = np.linspace(0, last, count + 1)[1:].astype(int)
-        return [n for n in dict.fromkeys([self.best(most, price), *evenly.tolist()]) if n]
+        return [n for n in dict.fromkeys([self.best(most_moves, price), *evenly.tolist()]) if n]
 
     def spread(self, count: int) -> list[int]:
         """Choose numbers of steps whose moves are about evenly spread in their logarithm."""
@@ -65,25 +65,25 @@ class Path:
             return []
         moves = self.moves - self.moves[0]
         wanted = np.geomspace(1, max(int(moves.max()), 2), count)
-        ends = {int(np.flatnonzero(moves <= most)[-1]) for most in wanted}
+        ends = {int(np.flatnonzero(moves <= limit)[-1]) for limit in wanted}
         return sorted(ends | {self.best(np.inf, 0.0)} - {0})
 
-    def slope(self, most: float) -> float:
+    def slope(self, most_moves: float) -> float:
         """Return what the last steps within a budget gain for a move."""
-        end = self.best(most, 0.0)
+        end = self.best(most_moves, 0.0)
         begin = end * 3 // 4
         moves = self.moves[end] - self.moves[begin]
         return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
 
-    def best(self, most: float, price: float) -> int:
+    def best(self, most_moves: float, price: float) -> int:
         """Choose how many steps to take, with at most so many moves at such a price."""
-        allowed = np.flatnonzero(self.moves <= most)
+        allowed = np.flatnonzero(self.moves <= most_moves)
         worth = self.value[allowed] + price * self.moves[allowed]
         return int(allowed[np.lexsort((worth, self.excess[allowed]))[0]])
 
 
 def descend(
-    run: Run, model: LayerModel, start: Slots, running: Placement, most: float, budget: Budget
+    run: Run, model: LayerModel, start: Slots, running: Placement, most_moves: float, budget: Budget
 ) -> tuple[Path, bool]:
     """Go down from slots [L,D,S] by the steps that gain most for a move; say if interrupted.
 
@@ -93,7 +93,7 @@ def descend(
     places, experts, figures, interrupted = layers.descend(
         np.ascontiguousarray(start),
         pad_slots(running.slots, problem.capacity),
-        most=int(most) if most < problem.capacity.sum() else None,
+        most=int(most_moves) if most_moves < problem.capacity.sum() else None,
         links=links,
         time_limit=budget.left,
         threads=budget.threads,

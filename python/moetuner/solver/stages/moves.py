@@ -64,9 +64,9 @@ def repair(problem: Problem, initial: Placement) -> Slots:
             more = np.flatnonzero(running[device] & ~banned[device] & ~holds[device])
             if problem.may_copy:
                 holds[device, more[: capacity[device] - holds[device].sum()]] = True
-            mine = np.flatnonzero(holds[device])
+            held = np.flatnonzero(holds[device])
             slots[layer, device] = EMPTY
-            slots[layer, device, : len(mine)] = mine
+            slots[layer, device, : len(held)] = held
     return problem.filled(slots, initial)
 
 
@@ -89,10 +89,10 @@ def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
         onward = np.full((devices, devices), np.inf)
         handed = np.zeros((devices, devices), dtype=np.int64)
         for device in range(devices):
-            mine = np.flatnonzero(device_of == device)
-            if mine.size:
-                change = cost[:, mine] - cost[device, mine]
-                handed[device] = mine[change.argmin(axis=1)]
+            held = np.flatnonzero(device_of == device)
+            if held.size:
+                change = cost[:, held] - cost[device, held]
+                handed[device] = held[change.argmin(axis=1)]
                 onward[device] = change.min(axis=1)
         least, via = cost[:, expert].copy(), np.full(devices, -1)
         for _ in range(devices):

@@ -82,9 +82,9 @@ def _kick(
     """Return an incumbent after a few changes at random, or None where moves do not suffice."""
     slots = incumbent.slots
     for _ in range(effort.KICKED):
-        near = list(_neighbours(run.problem, slots, contents))
-        if near:
-            slots = near[random.integers(len(near))]
+        neighbours = list(_neighbours(run.problem, slots, contents))
+        if neighbours:
+            slots = neighbours[random.integers(len(neighbours))]
     kicked = run.judge(slots)
     return kicked if run.can_afford(kicked) else None
 
@@ -122,9 +122,9 @@ def _neighbours(problem: Problem, slots: Slots, contents: Contents) -> Iterator[
     """
     for layer, every in enumerate(contents):
         for content in _steps(problem, layer, slots[layer]) if every is None else every:
-            near = slots.copy()
-            near[layer] = content
-            yield near
+            changed = slots.copy()
+            changed[layer] = content
+            yield changed
 
 
 def _contents(problem: Problem, layer: int) -> list[Slots] | None:
@@ -139,9 +139,9 @@ def _contents(problem: Problem, layer: int) -> list[Slots] | None:
     return [content for content in padded if _is_kept(problem, layer, content)]
 
 
-def _subsets(experts: int, most: int) -> list[tuple[int, ...]]:
+def _subsets(experts: int, largest: int) -> list[tuple[int, ...]]:
     """Return all sets of at most so many experts."""
-    sizes = (itertools.combinations(range(experts), size) for size in range(most + 1))
+    sizes = (itertools.combinations(range(experts), size) for size in range(largest + 1))
     return list(itertools.chain.from_iterable(sizes))
 
 
@@ -158,25 +158,25 @@ def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
 
 def _steps(problem: Problem, layer: int, slots: Slots) -> Iterator[Slots]:
     """Iterate over slots [D,S] of a layer with one changed, or two exchanged, by rule."""
-    for near in _changed(problem, problem.capacity[layer], slots):
-        if _is_kept(problem, layer, near):
-            yield near
+    for changed in _changed(problem, problem.capacity[layer], slots):
+        if _is_kept(problem, layer, changed):
+            yield changed
 
 
 def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Iterator[Slots]:
     """Iterate over slots [D,S] with one changed or two exchanged, whatever becomes of them."""
-    free = [(d, s) for d, most in enumerate(capacity) for s in range(most)]
+    free = [(d, s) for d, count in enumerate(capacity) for s in range(count)]
     for number, at in enumerate(free):
         for other in free[number + 1 :]:
             if at[0] != other[0] and slots[at] != slots[other]:
-                near = slots.copy()
-                near[at], near[other] = slots[other], slots[at]
-                yield near
+                changed = slots.copy()
+                changed[at], changed[other] = slots[other], slots[at]
+                yield changed
         # EMPTY, too: a copy that saves nothing takes time to be read.
         for expert in range(EMPTY, problem.experts if problem.may_copy else EMPTY):
-            near = slots.copy()
-            near[at] = expert
-            yield near
+            changed = slots.copy()
+            changed[at] = expert
+            yield changed
 
 
 def _is_small(run: Run) -> bool:

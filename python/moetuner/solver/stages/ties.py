@@ -41,11 +41,11 @@ def _break_ties(run: Run, _: Budget) -> None:
     if mixes(run) and best.excess == 0:
         slots = _by_layer(run, limit[1] if limit[0] == 0 else np.inf)
     else:
-        most = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
+        ceiling = max(min((best.excess, best.value * (1 + TIE)), limit), best.rank)
         equals = [
             incumbent.slots
             for incumbent in incumbents
-            if incumbent.excess == best.excess and incumbent.rank <= most
+            if incumbent.excess == best.excess and incumbent.rank <= ceiling
         ]
         slots = min(equals, key=cost)
     run.prefer(slots, "ties")
@@ -59,18 +59,18 @@ def _by_layer(run: Run, limit: float) -> Slots:
     chosen, times = quickest(run, placements)
     layers = np.arange(problem.layers)
     least = float(times[chosen, layers].sum())
-    most = max(min(least * (1 + TIE), limit), least)
+    limit_of_all = max(min(least * (1 + TIE), limit), least)
     traffic = np.array([objective.layers_traffic(placement) for placement in placements])
     imbalance = np.array([objective.imbalances(placement) for placement in placements])
-    _exchange(times, traffic, chosen, most)
+    _exchange(times, traffic, chosen, limit_of_all)
     # Less imbalance must not bring the traffic back.
     allowed = np.where(traffic <= traffic[chosen, layers], imbalance, np.inf)
-    _exchange(times, allowed, chosen, most)
+    _exchange(times, allowed, chosen, limit_of_all)
     slots: Slots = np.stack(pool)[chosen, layers]
     return slots
 
 
-def _exchange(times: Floats, cost: Floats, chosen: NDArray[np.int64], most: float) -> None:
+def _exchange(times: Floats, cost: Floats, chosen: NDArray[np.int64], limit: float) -> None:
     """Change the ``chosen`` of [N,L] for less of ``cost``, the least time for it first.
 
     As long as the times do not add up to more than ``most``.
@@ -79,7 +79,7 @@ def _exchange(times: Floats, cost: Floats, chosen: NDArray[np.int64], most: floa
     while True:
         slower = times - times[chosen, layers]
         gain = cost[chosen, layers] - cost
-        fits = (gain > 1e-12) & (times[chosen, layers].sum() + slower <= most)
+        fits = (gain > 1e-12) & (times[chosen, layers].sum() + slower <= limit)
         if not fits.any():
             return
         price = np.where(fits, slower / np.where(fits, gain, 1.0), np.inf)

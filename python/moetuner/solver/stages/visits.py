@@ -21,14 +21,17 @@ from moetuner.statistics import ExpertSets
 
 def most_trials(sets: tuple[ExpertSets, ...]) -> int:
     """Return how many trials of every layer are affordable: each looks at the layer's sets."""
-    return int(effort.MOST_VISIT_WORK / sum(len(of) / 64 + effort.UNITS_PER_TRIAL for of in sets))
+    return int(
+        effort.MOST_VISIT_WORK
+        / sum(len(layer_sets) / 64 + effort.UNITS_PER_TRIAL for layer_sets in sets)
+    )
 
 
 def units_of_trial(run: Run) -> float:
     """Return the work of one trial of every layer: its windows, and its sets in words of bits."""
     sets, copies = run.objective.sets or (), run.problem.may_copy
     parts = effort.SET_PARTS if copies else 1
-    words = sum(float(np.minimum(of.counts, parts).sum()) for of in sets) / 64
+    words = sum(float(np.minimum(layer_sets.counts, parts).sum()) for layer_sets in sets) / 64
     looks = effort.UNITS_PER_TRIAL + len(run.objective.windows)
     times = effort.TIME_UNITS if run.problem.goal == "time" else 1
     units = run.problem.layers * looks * times + words
@@ -46,8 +49,8 @@ def _pairs(run: Run, budget: Budget) -> None:
     trials = effort.WIDE_PAIR_TRIALS if wide else effort.PAIR_TRIALS
     if budget.iterations is not None:
         trials = min(trials, budget.iterations)
-    few = replace(budget.muted(), iterations=trials)
-    search_traffic(run, run.problem, few)
+    short = replace(budget.muted(), iterations=trials)
+    search_traffic(run, run.problem, short)
 
 
 def _visits(run: Run, budget: Budget) -> None:

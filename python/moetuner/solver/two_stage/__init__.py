@@ -89,7 +89,7 @@ PAPER = Stage(_solve)
 def _clustering(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> ClusterStage:
     """Return how stage 1 went."""
     experts, devices = problem.experts, problem.devices
-    few = f"{experts} experts on {devices} devices: some stay empty"
+    text = f"{experts} experts on {devices} devices: some stay empty"
     return ClusterStage(
         sizes="equal" if equal_sizes else "free",
         layers_proven_without_search=int((~clusters.searched).sum()),
@@ -97,7 +97,7 @@ def _clustering(problem: Problem, clusters: Clusters, *, equal_sizes: bool) -> C
         largest_gap=float(clusters.gap.max()),
         largest_deviation=float(clusters.deviation.max()),
         tolerance=TOLERANCE,
-        note=few if experts < devices else None,
+        note=text if experts < devices else None,
     )
 
 

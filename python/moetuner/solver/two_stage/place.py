@@ -185,8 +185,8 @@ def solve_stage(
         ilp.add_rows(np.full(n, totals.min()), totals.max(), np.indices(y.shape)[2], y, count)
     l, c, c2, d, d2 = (index.ravel() for index in np.indices(w.shape))  # noqa: E741
     # sum_d' w[l,c,c',d,d'] = y[l,c,d] and sum_d w[l,c,c',d,d'] = y[l+1,c',d'].
-    for factor, of in ((y[l, c, d], d), (y[l + 1, c2, d2], d2)):
-        row = ((l * n + c) * n + c2) * n + of
+    for factor, device in ((y[l, c, d], d), (y[l + 1, c2, d2], d2)):
+        row = ((l * n + c) * n + c2) * n + device
         rows, at = np.unique(row, return_index=True)
         entries = np.r_[row, rows], np.r_[w.ravel(), factor[at]]
         ilp.add_rows(np.zeros(len(rows)), 0, *entries, np.r_[np.ones(w.size), -np.ones(len(rows))])
