@@ -113,7 +113,7 @@ fn improve<'a>(
     let (slots, devices) = (running.expert_in.len(), site.devices());
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
     let mut packed = None;
-    if is_new || effort.steps > 0 && are_alike(site) {
+    if is_new || effort.steps > 0 && site.has_equal_devices() {
         packed = Some(fill(site, load, effort.trials)?);
     }
     let mut first = packed.take_if(|_| is_new).unwrap_or_else(|| running.clone());
@@ -135,13 +135,6 @@ fn improve<'a>(
         steps.offer(&packed, if is_fresh { 0.0 } else { ANEW }, effort.full)?;
     }
     Ok(steps)
-}
-
-/// Whether all devices of a layer take as long and have as many slots.
-fn are_alike(site: &Site) -> bool {
-    let is_first =
-        |g: usize| site.time[g].total_cmp(&site.time[0]).is_eq() && site.capacity[g] == site.capacity[0];
-    (0..site.devices()).all(is_first)
 }
 
 /// Gives what was packed for a device to one that holds much of it, of devices that are alike: fewest copies move.

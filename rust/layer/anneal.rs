@@ -86,7 +86,7 @@ pub(super) fn search(
     let ramp = Ramp { first: schedule.first * typical, change: last / schedule.first };
     anneal::anneal(length, BLOCKS, [ramp], control, |[temperature]| {
         for trial in 0..BLOCKS.trials {
-            if trial % BETWEEN == BETWEEN - 1 && layer.sets.is_some() && control.stopped() {
+            if trial % BETWEEN == BETWEEN - 1 && layer.costs.sets.is_some() && control.stopped() {
                 break;
             }
             let step = proposal(layer, &slots, kinds, schedule.put, random);

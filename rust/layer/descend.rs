@@ -90,10 +90,7 @@ impl<'a> Descent<'a> {
     fn is_bounded(&self) -> bool {
         let layer = &*self.layer;
         let shares = layer.site.split != Split::Nearest || layer.slots() == layer.experts;
-        let of_tokens = |balance: &Balance| balance.peak().is_some() && balance.is_of_tokens();
-        let peaks = self.terms.balance.as_ref().is_some_and(of_tokens);
-        let alone = layer.sets.is_none() && layer.pairs.is_none();
-        shares && peaks && alone && self.terms.caps.peak_excess(layer) == 0.0
+        shares && self.terms.are_of_slowest() && self.terms.caps.peak_excess(layer) == 0.0
     }
 
     /// What a step gains at the most where a device is the slowest: there, the largest load falls by no more than that
@@ -156,7 +153,7 @@ impl<'a> Descent<'a> {
     }
 
     fn is_linear(&self) -> bool {
-        !(self.layer.serve_cost.is_empty() && self.layer.copy_cost.is_empty())
+        self.layer.costs.has_linear()
     }
 
     /// Looks at all exchanges of two devices, or (of one) at all contents of its slots.
@@ -259,7 +256,7 @@ pub fn descend(
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
     for l in (0..layers.len()).filter(|_| linked && !control.stopped()) {
-        layers[l].serve_cost = prices(&layers[l], beside(&start, l), links, l);
+        layers[l].costs.serve_cost = prices(&layers[l], beside(&start, l), links, l);
     }
     let mut moved: i64 = start.iter().zip(running).map(|(slots, running)| slots.moved_from(running)).sum();
     let begin = |((layer, slots), running)| {
@@ -305,7 +302,7 @@ pub fn descend(
         steps.push(Step { layer: l, written, moved, excess, change });
     }
     for layer in layers.iter_mut() {
-        layer.serve_cost = vec![];
+        layer.costs.serve_cost = vec![];
     }
     steps
 }
@@ -313,6 +310,6 @@ pub fn descend(
 /// Prices serving in a layer, given its neighbours.
 fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
     let neighbours = beside(all, l).map(|of| of.map(|descent| &descent.slots));
-    all[l].layer.serve_cost = prices(all[l].layer, neighbours, links, l);
+    all[l].layer.costs.serve_cost = prices(all[l].layer, neighbours, links, l);
     all[l].terms.linear = linear::cost(all[l].layer, &all[l].slots);
 }

@@ -22,7 +22,7 @@ pub use crate::replay::Split;
 pub use budget::{Spending, Way, choose};
 pub use rules::Rules;
 pub use slots::{EMPTY, Move, Slots};
-use terms::reading::Reading;
+use terms::Costs;
 use terms::windows::Windows;
 
 /// Numbers that are looked at together, in vectors of single precision.
@@ -55,6 +55,16 @@ impl Site {
     #[must_use]
     pub fn devices(&self) -> usize {
         self.capacity.len()
+    }
+
+    /// Whether all devices take as long for a token.
+    pub(crate) fn has_equal_speeds(&self) -> bool {
+        self.time.iter().all(|time| time.to_bits() == self.time[0].to_bits())
+    }
+
+    /// Whether all devices take as long and have as many slots.
+    pub(crate) fn has_equal_devices(&self) -> bool {
+        self.has_equal_speeds() && self.capacity.iter().all(|slots| *slots == self.capacity[0])
     }
 
     /// Tokens that all devices together serve while the slowest serves one.
@@ -90,38 +100,17 @@ pub struct Layer {
     pub site: Site,
     /// Load in windows.
     pub windows: Windows,
-    /// Weights that are read in these windows, where that may take longer than the tokens.
-    pub reading: Option<Reading>,
-    /// What a row at the busiest port costs, in tokens; 0 for nothing.
-    pub row: f64,
     /// Tokens of every expert over all windows `[E]`.
     pub load: Vec<f64>,
-    /// Cost of a copy of an expert on a device, whatever it serves `[E, D]`; empty for none.
-    pub copy_cost: Vec<f64>,
-    /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
-    pub serve_cost: Vec<f64>,
-    /// Expert sets, where visits of devices and nodes cost.
-    pub sets: Option<terms::fanout::Lazy>,
-    /// Co-activated pairs, where those that are apart cost.
-    pub pairs: Option<terms::together::Pairs>,
+    /// What else costs.
+    pub costs: Costs,
 }
 
 impl Layer {
     /// A layer of which nothing but the windows costs.
     #[must_use]
     pub fn plain(site: Site, load: Vec<f64>, windows: Windows) -> Self {
-        Self {
-            experts: load.len(),
-            site,
-            windows,
-            reading: None,
-            row: 0.0,
-            load,
-            copy_cost: vec![],
-            serve_cost: vec![],
-            sets: None,
-            pairs: None,
-        }
+        Self { experts: load.len(), site, windows, load, costs: Costs::default() }
     }
 
     /// Devices, D.

@@ -4,12 +4,12 @@ use proptest::prelude::*;
 
 use super::adapt::variance;
 use super::construct::{QUICK, by_windows, fill};
-use super::terms::Terms;
 use super::terms::balance::Balance;
 use super::terms::fanout;
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
+use super::terms::{Costs, Terms};
 use super::turns::{Effort, Links, place};
 use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
 use crate::control::Control;
@@ -75,7 +75,8 @@ fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let mut sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
     (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
     let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
-    Layer { copy_cost, serve_cost, sets, pairs, ..layer }
+    let costs = Costs { copy_cost, serve_cost, sets, pairs, ..layer.costs };
+    Layer { costs, ..layer }
 }
 
 /// The share of an expert's tokens that a device serves.
@@ -168,7 +169,7 @@ fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -
         let rows = |g: usize| if served[g] > 0.0 { tokens(g) * visits[g] / served[g] } else { 0.0 };
         let [times, rows]: [Vec<f64>; 2] =
             [(0..devices).map(time).collect(), (0..devices).map(rows).collect()];
-        cost += weight * (largest(layer, &times) + layer.row * largest(layer, &rows));
+        cost += weight * (largest(layer, &times) + layer.costs.row * largest(layer, &rows));
     }
     cost
 }
@@ -198,7 +199,7 @@ fn for_parts(
 
 /// What visits cost by definition, part by part of every set's tokens.
 fn of_sets(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
-    let (sets, mut cost) = (layer.sets.as_ref().expect("visits are priced"), 0.0);
+    let (sets, mut cost) = (layer.costs.sets.as_ref().expect("visits are priced"), 0.0);
     for_parts(layer, slots, traffic, |devices, count| {
         let mut nodes: Vec<u16> = devices.iter().map(|&g| layer.site.node[usize::from(g)]).collect();
         nodes.dedup();
@@ -211,7 +212,7 @@ fn of_sets(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
 /// What pairs and places cost by definition.
 fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
     let (experts, devices) = (layer.experts, layer.devices());
-    let pairs = layer.pairs.as_ref().expect("pairs are priced");
+    let pairs = layer.costs.pairs.as_ref().expect("pairs are priced");
     let mut cost = 0.0;
     for e in 0..experts {
         for f in 0..e {
@@ -220,8 +221,8 @@ fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
         }
         for g in 0..devices {
             let at = e * devices + g;
-            cost += if slots.holds(e as u16, g) { layer.copy_cost[at] } else { 0.0 };
-            cost += share(layer, slots, e, g) * layer.serve_cost[at];
+            cost += if slots.holds(e as u16, g) { layer.costs.copy_cost[at] } else { 0.0 };
+            cost += share(layer, slots, e, g) * layer.costs.serve_cost[at];
         }
     }
     cost
@@ -322,25 +323,25 @@ proptest! {
             exposed: [0.0, 0.4][random.below(2)],
             start: [0.0, 200.0][random.below(2)],
         };
-        layer.row = [0.0, 0.7][random.below(2)];
-        layer.reading = Reading::new(weights, &layer.windows, experts, &layer.site);
-        let is_read = layer.reading.is_some();
+        layer.costs.row = [0.0, 0.7][random.below(2)];
+        layer.costs.reading = Reading::new(weights, &layer.windows, experts, &layer.site);
+        let is_read = layer.costs.reading.is_some();
         let copies = layer.slots() > experts;
         if counted {
             let sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
-            layer.sets = Some(fanout::Sets::later(move || sets));
+            layer.costs.sets = Some(fanout::Sets::later(move || sets));
         }
         let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
         let mut terms = Terms::new(&layer, &slots);
         follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-6) })?;
-        if counted || layer.row == 0.0 {
+        if counted || layer.costs.row == 0.0 {
             let nothing = Weights { base: 0.0, expert: 0.0, exposed: 0.0, start: 0.0 };
             let defined = of_times(&layer, &slots, &traffic, if is_read { weights } else { nothing });
             let cost = terms.cost(&layer) / layer.windows.scale;
             prop_assert!(close(cost, defined, 1e-3), "{cost} {defined}");
         }
         // Where reading is left out, the slowest device is what it is with it.
-        if !is_read && !norm && layer.row == 0.0 {
+        if !is_read && !norm && layer.costs.row == 0.0 {
             let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
             if least >= 1.0 {
                 let (cost, defined) = (terms.cost(&layer) / layer.windows.scale, of_times(&layer, &slots, &traffic, weights));
@@ -391,7 +392,7 @@ proptest! {
         }
         let price = 0.01 * layer.load.iter().sum::<f64>() * layer.windows.scale;
         let cells = (0..experts as u16).flat_map(|e| (0..devices).map(move |g| (e, g)));
-        layer.copy_cost = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
+        layer.costs.copy_cost = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
         let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let layers = std::slice::from_mut(&mut layer);

@@ -53,7 +53,7 @@ pub fn place(
         let price = |&l: &usize| (!control.stopped()).then(|| prices(&layers[l], beside(&now, l), links, l));
         let Some(priced) = these.par_iter().map(price).collect::<Option<Vec<_>>>() else { break };
         for (&l, price) in these.iter().zip(priced) {
-            layers[l].serve_cost = price;
+            layers[l].costs.serve_cost = price;
         }
         let stream = (round / 2 + 1) * layers.len() as u64;
         let turned = turn(layers, &these, &now, effort, 2 * effort.rounds - round, seed, stream, control);

@@ -173,7 +173,7 @@ impl Layers {
     fn price_copies(&mut self, cost: PyReadonlyArray3<'_, f64>) -> PyResult<()> {
         room_for("copy costs", &[cost.len(), size_of::<f64>()])?;
         for (layer, cost) in self.with(contiguous(cost.as_slice().ok())?) {
-            layer.copy_cost = cost.iter().map(|cost| cost * layer.windows.scale).collect();
+            layer.costs.copy_cost = cost.iter().map(|cost| cost * layer.windows.scale).collect();
         }
         Ok(())
     }
@@ -190,7 +190,7 @@ impl Layers {
             let (e, copies) = (layer.experts, layer.slots() > layer.experts);
             let (ids, counts) = (contiguous(ids.as_slice().ok())?, contiguous(counts.as_slice().ok())?);
             let (ids, counts, scale) = (ids.to_vec(), counts.to_vec(), layer.windows.scale);
-            layer.sets = Some(fanout::Sets::later(move || {
+            layer.costs.sets = Some(fanout::Sets::later(move || {
                 let mut sets = fanout::Sets::new(&ids, &counts, e, copies);
                 sets.device_cost = device_cost * scale;
                 sets.node_cost = node_cost * scale;
@@ -205,10 +205,9 @@ impl Layers {
     fn price_time(&mut self, base: f64, expert: f64, exposed: f64, start: f64, row: f64, counted: bool) {
         let weights = Weights { base, expert, exposed, start };
         for layer in &mut self.layers {
-            layer.reading = Reading::new(weights, &layer.windows, layer.experts, &layer.site);
-            let alike = layer.site.time.windows(2).all(|pair| pair[0].to_bits() == pair[1].to_bits());
-            if counted || layer.reading.is_some() || !alike {
-                layer.row = row;
+            layer.costs.reading = Reading::new(weights, &layer.windows, layer.experts, &layer.site);
+            if counted || layer.costs.reading.is_some() || !layer.site.has_equal_speeds() {
+                layer.costs.row = row;
             } else {
                 // The slowest device has the busiest port, too: a token costs its row as well.
                 layer.windows.scale /= 1.0 + row;
@@ -220,7 +219,7 @@ impl Layers {
     fn price_pairs(&mut self, pairs: PyReadonlyArray3<'_, u64>, pair_cost: f64) -> PyResult<()> {
         for (layer, pairs) in self.with(contiguous(pairs.as_slice().ok())?) {
             let counts = pairs.iter().map(|&count| count as f32).collect();
-            layer.pairs = Some(Pairs { counts, cost: pair_cost * layer.windows.scale });
+            layer.costs.pairs = Some(Pairs { counts, cost: pair_cost * layer.windows.scale });
         }
         Ok(())
     }

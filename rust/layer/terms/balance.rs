@@ -10,7 +10,7 @@ use super::peak::Peak;
 use super::ports::Ports;
 use super::reading::Busy;
 use super::windows::{Measure, add};
-use crate::layer::slots::Share;
+use crate::layer::slots::{Looked, Share};
 use crate::layer::{Layer, Move, Slots, Split};
 
 /// Loads of devices, and what they cost.
@@ -50,12 +50,12 @@ impl Balance {
     pub(super) fn of_time(layer: &Layer, slots: &Slots, met: Option<Vec<f32>>) -> Self {
         let mut balance = Self::new(layer, slots, &slots.copies);
         let (d, is_norm) = (layer.devices(), balance.norm.is_some());
-        if let Some(reading) = &layer.reading {
+        if let Some(reading) = &layer.costs.reading {
             balance.busy = Some(Busy::new(layer, reading, slots, &balance.loads));
             balance.norm = is_norm.then(|| Norm::new(d, &reading.per_mean));
             balance.follow(layer, 0..d);
         }
-        if layer.row > 0.0 {
+        if layer.costs.row > 0.0 {
             let met = met.unwrap_or_else(|| vec![1.0; d]);
             balance.ports = Some(Ports::new(layer, &balance.loads, met, is_norm));
         }
@@ -86,21 +86,14 @@ impl Balance {
         peak.times().zip(counts).map(|(time, (per, price))| f64::from(time * per) * f64::from(*price)).sum()
     }
 
-    /// What a move would add to the cost, given the shares that it changes and how much devices are met then.
-    pub(crate) fn change(
-        &mut self,
-        layer: &Layer,
-        slots: &Slots,
-        step: Move,
-        shares: &[Share],
-        met: &[(u16, f32)],
-    ) -> f64 {
+    /// What a move would add to the cost, given how much devices are met then.
+    pub(crate) fn change(&mut self, layer: &Layer, looked: Looked<'_>, met: &[(u16, f32)]) -> f64 {
         if self.is_of_tokens()
-            && let (Some(norm), Some(pair)) = (&self.norm, exchange(layer, slots, step))
+            && let (Some(norm), Some(pair)) = (&self.norm, exchange(layer, looked.slots, looked.step))
         {
             return exchanged(norm, &self.loads, pair);
         }
-        self.stage(layer, slots, step, shares, met);
+        self.stage(layer, looked, met);
         let (loads, staged) = (&self.loads, (&self.rows[..], &self.touched[..]));
         let ports = self.ports.as_mut().map_or(0.0, |ports| ports.change(loads, staged, met));
         let (times, of_one, rows, is_busy) = match &self.busy {
@@ -116,16 +109,10 @@ impl Balance {
         ports + norm + self.peak.as_ref().map_or(0.0, peak)
     }
 
-    /// Follows a move that is to be made, given the shares that it changes and how much devices are met then.
-    pub(crate) fn apply(
-        &mut self,
-        layer: &Layer,
-        slots: &Slots,
-        step: Move,
-        shares: &[Share],
-        met: &[(u16, f32)],
-    ) {
-        self.stage(layer, slots, step, shares, met);
+    /// Follows a move that is to be made, given how much devices are met then.
+    pub(crate) fn apply(&mut self, layer: &Layer, looked: Looked<'_>, met: &[(u16, f32)]) {
+        self.stage(layer, looked, met);
+        let Looked { slots, step, .. } = looked;
         let width = self.loads.width;
         for (row, &(device, own)) in self.rows.chunks_exact(width).zip(&self.touched) {
             self.loads.load[usize::from(device) * width..][..width].copy_from_slice(row);
@@ -178,13 +165,13 @@ impl Balance {
                     None => norm.raise(g, loads.rows(g, 0).0, loads.unit(g, loads.own[g])),
                 }
             }
-            norm.refresh(layer.reading.as_ref().map_or(&layer.windows.price, |reading| &reading.price));
+            norm.refresh(layer.costs.reading.as_ref().map_or(&layer.windows.price, |reading| &reading.price));
         }
     }
 
     /// Puts the loads of all devices that a move touches, or that are met otherwise then, into `rows`.
-    fn stage(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share], met: &[(u16, f32)]) {
-        self.stage_loads(layer, slots, step, shares);
+    fn stage(&mut self, layer: &Layer, looked: Looked<'_>, met: &[(u16, f32)]) {
+        self.stage_loads(layer, looked);
         let (loads, width) = (&self.loads, self.loads.width);
         for &(device, _) in met {
             let g = usize::from(device);
@@ -194,12 +181,12 @@ impl Balance {
                 self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);
             }
         }
-        if let (Some(busy), Some(reading)) = (&mut self.busy, &layer.reading) {
-            busy.stage(layer, reading, loads, (&self.rows, &self.touched), shares);
+        if let (Some(busy), Some(reading)) = (&mut self.busy, &layer.costs.reading) {
+            busy.stage(layer, reading, loads, (&self.rows, &self.touched), looked.shares);
         }
     }
 
-    fn stage_loads(&mut self, layer: &Layer, slots: &Slots, step: Move, shares: &[Share]) {
+    fn stage_loads(&mut self, layer: &Layer, Looked { slots, step, shares }: Looked<'_>) {
         self.touched.clear();
         let (loads, width) = (&self.loads, self.loads.width);
         if let Some(Pair { devices: [g, h], rows: [a, b] }) = exchange(layer, slots, step) {

@@ -196,7 +196,7 @@ impl Fanout {
     /// Notes how much devices are met after the move that was looked at last, given the shares that it changes.
     pub(crate) fn meet(&mut self, layer: &Layer, sets: &Sets, shares: &[Share]) {
         self.met_then.clear();
-        if layer.row == 0.0 {
+        if layer.costs.row == 0.0 {
             return;
         }
         for &(device, visits) in &self.visits_then {

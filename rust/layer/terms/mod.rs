@@ -12,12 +12,46 @@ pub mod reading;
 pub mod together;
 pub mod windows;
 
-use super::slots::Share;
+use super::slots::{Looked, Share};
 use crate::layer::{Layer, Move, Slots};
 use balance::Balance;
 use caps::Caps;
 use fanout::Fanout;
-use together::Together;
+use reading::Reading;
+use together::{Pairs, Together};
+
+/// What costs in a layer besides its windows.
+#[derive(Debug, Clone, Default)]
+pub struct Costs {
+    /// Weights that are read in the windows, where that may take longer than the tokens.
+    pub reading: Option<Reading>,
+    /// What a row at the busiest port costs, in tokens; 0 for nothing.
+    pub row: f64,
+    /// Cost of a copy of an expert on a device, whatever it serves `[E, D]`; empty for none.
+    pub copy_cost: Vec<f64>,
+    /// Cost of serving all of an expert's tokens from a device; a copy pays its share `[E, D]`; empty for none.
+    pub serve_cost: Vec<f64>,
+    /// Expert sets, where visits of devices and nodes cost.
+    pub sets: Option<fanout::Lazy>,
+    /// Co-activated pairs, where those that are apart cost.
+    pub pairs: Option<Pairs>,
+}
+
+impl Costs {
+    /// Whether a cost is asked which shares of tokens a move changes, even if copies exchange places and keep them.
+    ///
+    /// All are named: a new one does not compile until it is said here what it asks.
+    #[inline(always)]
+    fn ask_for_shares(&self) -> bool {
+        let Self { reading, row, copy_cost: _, serve_cost, sets: _, pairs } = self;
+        reading.is_some() || *row > 0.0 || !serve_cost.is_empty() || pairs.is_some()
+    }
+
+    /// Whether something is linear: a copy costs what it does, whoever else is there.
+    pub(super) fn has_linear(&self) -> bool {
+        !(self.serve_cost.is_empty() && self.copy_cost.is_empty())
+    }
+}
 
 /// The terms of a layer's cost, for the slots as they stand.
 #[derive(Debug)]
@@ -39,12 +73,12 @@ pub(super) struct Terms {
 impl Terms {
     pub(super) fn new(layer: &Layer, slots: &Slots) -> Self {
         let weightless = layer.windows.is_weightless();
-        let fanout = layer.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots));
+        let fanout = layer.costs.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots));
         let met = || fanout.as_ref().map(Fanout::met);
         Self {
             balance: (!weightless).then(|| Balance::of_time(layer, slots, met())),
             fanout,
-            together: layer.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
+            together: layer.costs.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
             caps: Caps::new(layer, slots),
             linear: linear::cost(layer, slots),
             shares: Vec::new(),
@@ -52,12 +86,27 @@ impl Terms {
         }
     }
 
+    /// Whether tokens of the slowest devices, and what is linear, are all that costs: those bound what a move gains.
+    ///
+    /// All terms are named: a new one does not compile until it is said here whether it may cost then.
+    pub(super) fn are_of_slowest(&self) -> bool {
+        let Self { balance, fanout, together, caps: _, linear: _, shares: _, devices: _ } = self;
+        let of_tokens = |balance: &Balance| balance.peak().is_some() && balance.is_of_tokens();
+        balance.as_ref().is_some_and(of_tokens) && fanout.is_none() && together.is_none()
+    }
+
     pub(super) fn cost(&self, layer: &Layer) -> f64 {
         let balance = self.balance.as_ref().map_or(0.0, Balance::cost);
-        let fanout =
-            self.fanout.as_ref().zip(layer.sets.as_ref()).map_or(0.0, |(fanout, sets)| fanout.cost(sets));
-        let together =
-            self.together.as_ref().zip(layer.pairs.as_ref()).map_or(0.0, |(pairs, of)| pairs.cost(of));
+        let fanout = self
+            .fanout
+            .as_ref()
+            .zip(layer.costs.sets.as_ref())
+            .map_or(0.0, |(fanout, sets)| fanout.cost(sets));
+        let together = self
+            .together
+            .as_ref()
+            .zip(layer.costs.pairs.as_ref())
+            .map_or(0.0, |(together, pairs)| together.cost(pairs));
         balance + fanout + together + self.linear
     }
 
@@ -70,11 +119,7 @@ impl Terms {
     /// Notes which shares a move changes, unless no term asks.
     #[inline(always)]
     fn look(&mut self, layer: &Layer, slots: &Slots, step: Move) {
-        let of_time = layer.reading.is_some() || layer.row > 0.0;
-        let by_share = of_time
-            || layer.site.rules.cap < f64::INFINITY
-            || !layer.serve_cost.is_empty()
-            || layer.pairs.is_some();
+        let by_share = layer.site.rules.cap < f64::INFINITY || layer.costs.ask_for_shares();
         if by_share || balance::exchange(layer, slots, step).is_none() {
             slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         }
@@ -89,22 +134,22 @@ impl Terms {
     /// What a move would add to the linear costs alone.
     pub(super) fn linear_change(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
         self.look(layer, slots, step);
-        linear::change(layer, slots, step, &self.shares)
+        linear::change(layer, Looked { slots, step, shares: &self.shares })
     }
 
     fn added(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
-        let shares = &self.shares;
-        let mut change = linear::change(layer, slots, step, shares);
-        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets) {
+        let looked = Looked { slots, step, shares: &self.shares };
+        let mut change = linear::change(layer, looked);
+        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
             change += fanout.change(layer, sets, slots, step);
-            fanout.meet(layer, sets, shares);
+            fanout.meet(layer, sets, looked.shares);
         }
         if let Some(balance) = &mut self.balance {
             let met = self.fanout.as_ref().map_or(&[][..], Fanout::met_then);
-            change += balance.change(layer, slots, step, shares, met);
+            change += balance.change(layer, looked, met);
         }
-        if let (Some(together), Some(pairs)) = (&self.together, &layer.pairs) {
-            change += together.change(pairs, shares);
+        if let (Some(together), Some(pairs)) = (&self.together, &layer.costs.pairs) {
+            change += together.change(pairs, looked.shares);
         }
         change
     }
@@ -113,9 +158,9 @@ impl Terms {
     pub(super) fn apply(&mut self, layer: &Layer, slots: &mut Slots, step: Move) {
         slots.shares(&layer.site, step, &mut self.shares, &mut self.devices);
         self.caps.apply(layer, &self.shares);
-        self.linear += linear::change(layer, slots, step, &self.shares);
-        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets)
-            && layer.row > 0.0
+        self.linear += linear::change(layer, Looked { slots, step, shares: &self.shares });
+        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets)
+            && layer.costs.row > 0.0
         {
             // Which visits there are then: what a move adds was asked for some moves ago.
             fanout.change(layer, sets, slots, step);
@@ -123,17 +168,17 @@ impl Terms {
         }
         if let Some(balance) = &mut self.balance {
             let met = self.fanout.as_ref().map_or(&[][..], Fanout::met_then);
-            balance.apply(layer, slots, step, &self.shares, met);
+            balance.apply(layer, Looked { slots, step, shares: &self.shares }, met);
         }
-        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.pairs) {
+        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
             together.apply(pairs, &self.shares);
         }
-        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.sets) {
+        if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
             fanout.serve(sets, &self.shares);
         }
         let touched = self.fanout.is_some().then(|| fanout::touched(slots, step));
         slots.apply(step);
-        if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.sets, touched) {
+        if let (Some(fanout), Some(sets), Some(touched)) = (&mut self.fanout, &layer.costs.sets, touched) {
             fanout.refresh(layer, sets, slots, &touched);
         }
     }

@@ -27,7 +27,7 @@ impl Ports {
     pub(super) fn new(layer: &Layer, loads: &Loads, met: Vec<f32>, is_norm: bool) -> Self {
         let windows = &layer.windows;
         let mut ports = Self {
-            row: layer.row,
+            row: layer.costs.row,
             met_then: met.clone(),
             met,
             peak: (!is_norm).then(|| Peak::new(windows.width)),
