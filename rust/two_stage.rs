@@ -55,8 +55,8 @@ impl Chain<'_> {
     pub fn place(&self, control: &Control) -> Placed {
         // Counts so huge that sums could overflow lose their lowest bits.
         let dearest = u128::from(self.cost.iter().copied().max().unwrap_or(0));
-        let most = self.traffic.iter().map(|&t| u128::from(t)).sum::<u128>() * dearest.max(1);
-        let shift = (128 - most.leading_zeros()).saturating_sub(62);
+        let dearest_of_all = self.traffic.iter().map(|&t| u128::from(t)).sum::<u128>() * dearest.max(1);
+        let shift = (128 - dearest_of_all.leading_zeros()).saturating_sub(62);
         let traffic: Vec<u64> = self.traffic.iter().map(|&t| t >> shift).collect();
         let chain = Chain { traffic: &traffic, ..*self };
         let alone = chain.independent();
@@ -200,8 +200,8 @@ impl<'a> Local<'a> {
             let pairs = (0..layers).flat_map(|l| (l + 1..layers).map(move |m| (l, m)));
             let sized = self.chain.sizes.is_some();
             for (l, m) in pairs.filter(|_| sized) {
-                let given = self.more(i, j, l) + self.more(i, j, m);
-                if given == 0 || self.spread(i, j, given) < 0 {
+                let moved = self.more(i, j, l) + self.more(i, j, m);
+                if moved == 0 || self.spread(i, j, moved) < 0 {
                     improved |= self.attempt(i, j, &[l, m], &[l.wrapping_sub(1), l, m - 1, m]);
                 }
             }
@@ -221,15 +221,15 @@ impl<'a> Local<'a> {
     }
 
     /// How much further apart the totals of two devices are if the first gives the other so many experts.
-    fn spread(&self, i: usize, j: usize, given: i64) -> i64 {
+    fn spread(&self, i: usize, j: usize, moved: i64) -> i64 {
         let apart = self.totals[i] as i64 - self.totals[j] as i64;
-        (apart - 2 * given).abs() - apart.abs()
+        (apart - 2 * moved).abs() - apart.abs()
     }
 
     /// Exchanges devices `i` and `j` in some layers, which changes some boundaries; undone unless that is better.
     fn attempt(&mut self, i: usize, j: usize, layers: &[usize], boundaries: &[usize]) -> bool {
-        let given: i64 = layers.iter().map(|&l| self.more(i, j, l)).sum();
-        let spread = self.spread(i, j, given);
+        let moved: i64 = layers.iter().map(|&l| self.more(i, j, l)).sum();
+        let spread = self.spread(i, j, moved);
         if spread > 0 || (spread == 0 && self.work == 0) {
             return false;
         }
@@ -242,8 +242,8 @@ impl<'a> Local<'a> {
         let costs: Vec<Cost> = touched.iter().map(|&l| self.chain.boundary_cost(l, &self.device)).collect();
         if spread < 0 || costs.iter().sum::<Cost>() < before {
             touched.iter().zip(costs).for_each(|(&l, cost)| self.costs[l] = cost);
-            self.totals[i] = self.totals[i].wrapping_add_signed(-given);
-            self.totals[j] = self.totals[j].wrapping_add_signed(given);
+            self.totals[i] = self.totals[i].wrapping_add_signed(-moved);
+            self.totals[j] = self.totals[j].wrapping_add_signed(moved);
             return true;
         }
         self.exchange(i, j, layers);

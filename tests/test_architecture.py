@@ -367,3 +367,29 @@ def test_rust_rooms_import_what_they_may(module):
     allowed = CORE_MAY_IMPORT.get(module[0], set()) | TOOLS | {module[0]}
     for to in rust_arrows(module):
         assert set(to[:1]) & allowed, f"{'::'.join(module)} imports {'::'.join(to)}"
+
+
+def core_bindings(text):
+    """Words of Rust that could stand for any value, with their lines; calls and paths are none."""
+    words = re.compile(rf"(?<![\w.:])(?<!fn )({'|'.join(sorted(NO_NAMES))})\b(?!\s*\()")
+    for line, code in enumerate(text.splitlines(), 1):
+        bare = re.sub(r'"(?:\\.|[^"\\])*"', '""', code.partition("//")[0])
+        yield from ((word, line) for word in words.findall(bare))
+
+
+@pytest.mark.parametrize("module", sorted(RUST_FILES), ids="::".join)
+def test_names_of_the_core_say_what_a_value_is(module):
+    """In the core, too, no value is called by a word that could stand for any."""
+    bound = core_bindings(RUST_FILES[module].read_text())
+    assert [f"{word}, line {line}" for word, line in bound] == []
+
+
+def test_bindings_of_the_core_are_found():
+    """The check of the core's names sees variables, parameters, fields and patterns."""
+    code = """
+let of = |some: &f64, (mine, given)| some + mine;
+fn how(about: u16) { Rules { most, whole: 1 } }
+for few in near {}  // of comments it sees nothing
+slots.of(g); how(1); Layer::most; "of"
+"""
+    assert {word for word, _ in core_bindings(code)} == NO_NAMES - {"how"}

@@ -169,16 +169,16 @@ class Layers:
         start: NDArray[np.int32],
         running: NDArray[np.int32],
         *,
-        most: int | None = None,
+        max_moves: int | None = None,
         links: tuple[NDArray[np.uint64], NDArray[np.float64]] | None = None,
         time_limit: float | None = None,
         threads: int | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64], bool]:
         """Go down from slots [L,D,S] by steps, that which gains most for a copy moved first.
 
-        A copy moves to a device that does not have it in ``running`` [L,D,S]; at most ``most``
-        do. Load above caps comes before all else. Every step writes twice: where in the
-        flat slots and which expert [N,2]. After it, so many copies have moved in all, caps are
+        A copy moves to a device that does not have it in ``running`` [L,D,S]; at most
+        ``max_moves`` do. Load above caps comes before all else. Every step writes twice: where in
+        the flat slots and which expert [N,2]. After it, so many copies have moved in all, caps are
         exceeded by a part of them (of the worst device, summed over layers), and the cost in
         weighted tokens has changed since the start [N,3]. The last value says whether it was
         interrupted.
@@ -359,7 +359,7 @@ class LabelledReplay:
         node_of_device: list[int],
         *,
         rows: int,
-        most: int,
+        most_tokens: int,
         split: str = "even",
         visits: bool = True,
     ) -> LabelledReplay:
@@ -408,20 +408,20 @@ def adapt_slots(
     time: NDArray[np.float64],
     fresh: NDArray[np.bool_],
     *,
-    most: int,
+    max_moves: int,
     dead_zone: float,
     deviations: float,
     steps: int,
     trials: int = ...,
     full: bool = ...,
-    price: float = ...,
+    min_gain: float = ...,
 ) -> tuple[NDArray[np.int32], list[float], list[float], list[int]]:
     """Relieve the slowest devices of running slots by few copies.
 
     Takes load [L,E], slots [L,D,S] with -1 for an empty one, the time of every device per token
     as a share of the slowest one's [D], and the layers that no load has shaped [L]: these are
-    packed anew if ``most`` suffices for all slots. At most ``most`` copies are brought, where they
-    gain most, and each more than ``price`` tokens.
+    packed anew if ``max_moves`` suffice for all slots. At most ``max_moves`` copies are brought,
+    where they gain most, and each more than ``min_gain`` tokens.
     A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
     and by more than ``deviations`` standard deviations of counts as large, times sqrt(ln(D) / 2):
     so the slowest of D devices has them by chance. ``steps`` is for each
@@ -445,16 +445,16 @@ def spend_budget(
     cost: NDArray[np.float64],
     moves: NDArray[np.int64],
     *,
-    most: int,
+    max_moves: int,
     dead_zone: float,
     deviations: float,
     devices: int,
-    price: float = ...,
+    min_gain: float = ...,
 ) -> list[int]:
     """Choose a way for every layer [L]: ways have costs and copies that move [N,L].
 
-    Way 0 is to stay. At most ``most`` copies move, where they gain most and each more than
-    ``price``; ``dead_zone`` and ``deviations`` are as in ``adapt_slots``.
+    Way 0 is to stay. At most ``max_moves`` copies move, where they gain most and each more than
+    ``min_gain``; ``dead_zone`` and ``deviations`` are as in ``adapt_slots``.
     """
 
 def pack(

@@ -167,9 +167,9 @@ impl<'a> DepthFirst<'a> {
             }
             let hope = self.hopes[depth][a];
             // With a, the best that is left out is the least.
-            let most = base + if hope < least { sum - least + hope } else { sum };
+            let hope_of_sum = base + if hope < least { sum - least + hope } else { sum };
             let load = load + self.load[a];
-            if most > self.floor && load <= self.contents.upper {
+            if hope_of_sum > self.floor && load <= self.contents.upper {
                 self.chosen[depth] = a;
                 let (before, after) = self.gains.split_at_mut(depth + 1);
                 let row = &self.g[a * self.e..][..self.e];
@@ -201,10 +201,10 @@ impl<'a> DepthFirst<'a> {
         }
         // The largest gain behind each expert.
         let behind = &mut rest[0];
-        let mut most = f64::NEG_INFINITY;
+        let mut largest = f64::NEG_INFINITY;
         for a in (start..e).rev() {
-            behind[a] = most;
-            most = most.max(gains[a]);
+            behind[a] = largest;
+            largest = largest.max(gains[a]);
         }
         for a in start..e - 1 {
             let needed = self.floor - value - gains[a];

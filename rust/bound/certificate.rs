@@ -171,8 +171,8 @@ pub(super) fn dual_value(relaxation: &Relaxation, dual: &Dual, hints: Option<&Hi
     // No number passes through more roundings than this: a coefficient, its multiplier, the cuts of its variable,
     // the longest sum of a pair, the sum over pairs.
     let e = relaxation.experts;
-    let most = by_pair.iter().map(|side| side.terms).max().unwrap_or(0) as usize;
-    let roundings = (2 * most + 4 * e * e + 2 * e + 8 * pairs + 64) as f64;
+    let terms = by_pair.iter().map(|side| side.terms).max().unwrap_or(0) as usize;
+    let roundings = (2 * terms + 4 * e * e + 2 * e + 8 * pairs + 64) as f64;
     sum.value - roundings * f64::EPSILON * sum.magnitude
 }
 

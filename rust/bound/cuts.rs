@@ -155,8 +155,8 @@ impl Cut {
                         term(y(a + i * e, b + i * e), 2.0 * w[a] * w[b]);
                     }
                 }
-                let (most, product) = ((upper + lower) * total, relaxation.devices as f64 * upper * lower);
-                Sum { value: most - product - diagonal, magnitude: most + product + diagonal }
+                let (bound, product) = ((upper + lower) * total, relaxation.devices as f64 * upper * lower);
+                Sum { value: bound - product - diagonal, magnitude: bound + product + diagonal }
             }
             Kind::CoverTwo => {
                 term(y(i, j), 1.0);

@@ -323,15 +323,15 @@ impl Pair {
         centre(target, n);
         work.copy_from_slice(target);
         eigen.decompose(work);
-        let most = 2.0 * slots as f64;
+        let largest = 2.0 * slots as f64;
         let inside = eigen.values.iter().filter(|&&x| x > 0.0).count();
-        let outside = eigen.values.iter().filter(|&&x| !(0.0..=most).contains(&x)).count();
+        let outside = eigen.values.iter().filter(|&&x| !(0.0..=largest).contains(&x)).count();
         // R is the part inside, or the whole less the part outside: whichever needs fewer vectors.
         if inside <= outside {
-            weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x.clamp(0.0, most));
+            weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x.clamp(0.0, largest));
             target.fill(0.0);
         } else {
-            weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x.clamp(0.0, most) - x);
+            weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x.clamp(0.0, largest) - x);
         }
         eigen.add_weighted(weights, target);
         let share = 1.0 / devices as f64;
@@ -344,7 +344,7 @@ impl Pair {
             *q = new;
         }
         self.residual = residual;
-        weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x - x.clamp(0.0, most));
+        weights.iter_mut().zip(&eigen.values).for_each(|(w, x)| *w = x - x.clamp(0.0, largest));
         weights.sort_unstable_by(|a, b| b.total_cmp(a));
         self.largest = weights[..devices - 1].iter().sum();
     }

@@ -62,16 +62,16 @@ pub(super) fn separate(relaxation: &Relaxation, y: &[f64], pools: &mut [Pool]) {
     triangles.sort_unstable_by(by_place);
     rows.sort_unstable_by(by_place);
     pools.par_iter_mut().enumerate().for_each(|(l, pool)| {
-        let of = |broken: &'_ [Broken]| {
+        let violations = |broken: &'_ [Broken]| {
             let start = broken.partition_point(|f| (f.pair as usize) < l);
             start..broken.partition_point(|f| f.pair as usize <= l)
         };
-        for f in &triangles[of(&triangles)] {
+        for f in &triangles[violations(&triangles)] {
             pool.add_triangle(relaxation, f.items);
         }
-        if !rows[of(&rows)].is_empty() {
+        if !rows[violations(&rows)].is_empty() {
             let point = Point::new(relaxation, l, &y[2 * l * square..][..3 * square]);
-            for f in &rows[of(&rows)] {
+            for f in &rows[violations(&rows)] {
                 pool.add_row(relaxation, point.cut(f));
             }
         }

@@ -90,11 +90,11 @@ fn block(state: &mut State<'_>, temperature: f64, price: Option<f64>, worth: &[f
         let Some(swap) = state.swap_with_slot(layer, expert, slot) else { continue };
         let change = state.change(swap) as f64;
         // The low bits hardly matter for the slot: they are free to choose the threshold.
-        let most = temperature * thresholds[(bits & 4095) as usize];
+        let allowed = temperature * thresholds[(bits & 4095) as usize];
         let accepted = if let Some(price) = price {
-            change + price * worth[layer] * state.rise(swap) as f64 <= most
+            change + price * worth[layer] * state.rise(swap) as f64 <= allowed
         } else {
-            change <= most && state.fits(swap)
+            change <= allowed && state.fits(swap)
         };
         if accepted {
             state.apply(swap);

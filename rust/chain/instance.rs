@@ -288,7 +288,7 @@ fn check_sizes(sizes: Sizes, transitions: &[u64], coactivation: &[u64]) -> Resul
 
 /// Largest sum of a row plus a column of any table: no expert can cost more.
 fn heaviest(tables: &[u64], experts: usize) -> u128 {
-    let mut most = 0;
+    let mut largest = 0;
     for table in tables.chunks_exact((experts * experts).max(1)) {
         let mut sums = vec![0u128; experts];
         for (e, row) in table.chunks_exact(experts).enumerate() {
@@ -297,10 +297,10 @@ fn heaviest(tables: &[u64], experts: usize) -> u128 {
                 sums[f] += u128::from(count);
             }
         }
-        most = sums.into_iter().fold(most, u128::max);
+        largest = sums.into_iter().fold(largest, u128::max);
     }
     // A layer has two neighbours.
-    2 * most
+    2 * largest
 }
 
 /// Where costs to `h` and to `g` differ and by how much, from what is nearer to each: both in order, and short.
@@ -330,9 +330,9 @@ fn exchanges(devices: usize, cost: &[i64], changes: &Differences) -> Vec<Vec<(u1
     distances.dedup();
     // The largest joins all devices to one node.
     distances.pop();
-    for most in distances {
+    for reach in distances {
         let members = |g: usize| -> Vec<usize> {
-            (0..devices).filter(|&h| h == g || cost[g * devices + h] <= most).collect()
+            (0..devices).filter(|&h| h == g || cost[g * devices + h] <= reach).collect()
         };
         let blocks: Vec<Vec<usize>> = (0..devices).map(members).collect();
         if blocks.iter().any(|block| block.iter().any(|&g| blocks[g] != *block)) {

@@ -154,7 +154,7 @@ fn lift(
 fn balanced(instance: &Instance, control: &Control) -> Result<Vec<u16>> {
     let sizes = instance.sizes;
     let (p, d) = (sizes.slots(), sizes.devices);
-    let equal = Sizes { fewest: sizes.per_device, most: sizes.per_device };
+    let equal = Sizes { smallest: sizes.per_device, largest: sizes.per_device };
     let mut expert_in = Vec::with_capacity(sizes.layers * p);
     let loads = instance.load.chunks_exact(p).map(|load| load.iter().sum::<u64>());
     let is_free = loads.zip(&instance.cap).all(|(load, &cap)| load <= cap);
@@ -225,18 +225,18 @@ impl Effort {
                 let per_trial = seconds_per_trial(instance, balanced);
                 let limit = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
                 // A run is worth this long; where the time does not suffice for many, few take what there is.
-                let whole = if wide {
+                let seconds = if wide {
                     (places * 60).clamp(100_000, 1_600_000)
                 } else {
                     (places * 5000).clamp(400_000, 32_000_000)
                 };
-                let whole = whole as f64 * per_trial;
+                let seconds = seconds as f64 * per_trial;
                 let starts =
-                    (limit * START_SHARE * threads as f64 / whole).clamp(threads as f64, STARTS as f64);
+                    (limit * START_SHARE * threads as f64 / seconds).clamp(threads as f64, STARTS as f64);
                 let waves = (starts as usize).div_ceil(threads) as f64;
                 let polish_waves = (ROUNDS * RUNS.div_ceil(threads as u64)) as f64;
                 let time = |share: f64, waves: f64| {
-                    Length::time(Duration::from_secs_f64(whole.min(limit * share / waves)))
+                    Length::time(Duration::from_secs_f64(seconds.min(limit * share / waves)))
                 };
                 (
                     starts as u64,

@@ -237,9 +237,9 @@ fn extend(
             continue;
         }
         groups[device].push(expert as u16);
-        let few = extend(sizes, expert + 1, size, groups, all);
+        let is_within = extend(sizes, expert + 1, size, groups, all);
         groups[device].pop();
-        if !few {
+        if !is_within {
             return false;
         }
     }
@@ -417,7 +417,7 @@ mod tests {
             let mixture = |number: usize| -> Vec<u16> {
                 let digit = |l: usize| number / (members * 6).pow(l as u32) % (members * 6);
                 let group = |l: usize, group: usize| pool[digit(l) % members][l * 6 + group * 2..][..2].to_vec();
-                let layer = |l: usize| orders[digit(l) / members].into_iter().flat_map(move |of| group(l, of));
+                let layer = |l: usize| orders[digit(l) / members].into_iter().flat_map(move |place| group(l, place));
                 (0..layers).flat_map(layer).collect()
             };
             let least = (0..(members * 6).pow(layers as u32)).map(|number| cost(mixture(number))).min();

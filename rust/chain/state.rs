@@ -108,10 +108,10 @@ impl<'a> State<'a> {
         let p = self.instance.sizes.slots();
         let here = usize::from(self.device_of[l * p + expert]);
         self.judge_swaps(l, expert, here);
-        let mine = self.instance.load[l * p + expert] as i64;
+        let own = self.instance.load[l * p + expert] as i64;
         let spare_load = |g: usize| self.instance.cap[l] as i64 - self.load[l * d + g] as i64;
         let free = spare_load(here);
-        let most = free + mine;
+        let room = free + own;
         let stay = -heat * noise[p];
         let mut best = stay;
         let loads = self.load_in[l * p..][..p].chunks_exact(s).zip(noise.chunks_exact(s));
@@ -126,14 +126,14 @@ impl<'a> State<'a> {
             if let Some(price) = price {
                 let above = (-free).max(0) + (-space).max(0);
                 for (((&load, &noise), &changed), score) in entries {
-                    let rise = (load - most).max(0) + (mine - load - space).max(0) - above;
+                    let rise = (load - room).max(0) + (own - load - space).max(0) - above;
                     *score = changed as f32 + price * rise as f32 - heat * noise;
                     best = best.min(*score);
                 }
             } else {
-                let least = mine - space;
+                let least = own - space;
                 for (((&load, &noise), &changed), score) in entries {
-                    let fits = (load > mine || load >= least) && (load <= mine || load <= most);
+                    let fits = (load > own || load >= least) && (load <= own || load <= room);
                     *score = if fits { changed as f32 - heat * noise } else { f32::INFINITY };
                     best = best.min(*score);
                 }
@@ -235,13 +235,13 @@ impl<'a> State<'a> {
         let (p, d) = (self.instance.sizes.slots(), self.instance.sizes.devices);
         let row = swap.layer * p;
         let (a, b) = (self.instance.load[row + swap.expert], self.instance.load[row + swap.other]);
-        let of = |expert: usize, leaves: u64, enters: u64| {
+        let change = |expert: usize, leaves: u64, enters: u64| {
             let device = swap.layer * d + usize::from(self.device_of[row + expert]);
             let (load, cap) = (self.load[device], self.instance.cap[swap.layer]);
             let above = |load: u64| i128::from(load.saturating_sub(cap));
             above(load - leaves + enters) - above(load)
         };
-        of(swap.expert, a, b) + of(swap.other, b, a)
+        change(swap.expert, a, b) + change(swap.other, b, a)
     }
 
     /// Tokens above caps, in all layers.

@@ -160,8 +160,8 @@ impl Lists {
                 tokens[id] += usize::from(chunk.lengths[id]);
             }
         }
-        let most = tokens[..size].iter().max().copied().unwrap_or(0);
-        if most < 1 << FEW_PLANES { FEW_PLANES } else { PLANES }
+        let largest = tokens[..size].iter().max().copied().unwrap_or(0);
+        if largest < 1 << FEW_PLANES { FEW_PLANES } else { PLANES }
     }
 }
 

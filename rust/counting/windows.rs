@@ -35,8 +35,8 @@ pub(crate) use of_any_type;
 
 impl Narrow {
     /// So many zeros, of a type that holds counts up to `most`.
-    pub(crate) fn zeros(most: u64, len: usize) -> Self {
-        match most {
+    pub(crate) fn zeros(largest: u64, len: usize) -> Self {
+        match largest {
             0..=0xFF => Self::U8(vec![0; len]),
             0x100..=0xFFFF => Self::U16(vec![0; len]),
             0x1_0000..=0xFFFF_FFFF => Self::U32(vec![0; len]),
@@ -111,12 +111,12 @@ pub(crate) struct WindowCounts {
 impl WindowCounts {
     /// No tokens yet, each of which will add at most `per_token` to a count.
     pub(crate) fn new(layers: usize, size: usize, length: Option<u64>, per_token: usize) -> Self {
-        let most = length.map_or(u64::MAX, |length| length.saturating_mul(per_token as u64));
+        let largest = length.map_or(u64::MAX, |length| length.saturating_mul(per_token as u64));
         Self {
             length,
             tokens: 0,
             size,
-            full: Narrow::zeros(most, 0),
+            full: Narrow::zeros(largest, 0),
             closed: 0,
             counts: vec![Vec::new(); layers],
         }

@@ -254,7 +254,7 @@ impl Scan {
 
 /// Looks at exchanges of a slot of load `given` on a device of time `before`; the most that one is worth.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64) -> f64 {
+fn look(scan: &mut Scan, load_here: f64, before: f64, per_token: f64) -> f64 {
     // Rows beyond the slots are infinitely slow, as far as they are looked at.
     let row = scan.slot.len().next_multiple_of(LANES);
     scan.worth[row..].fill(0.0);
@@ -263,18 +263,18 @@ fn look(scan: &mut Scan, given: f64, before: f64, per_token: f64) -> f64 {
     let (comes, goes, worth) = (&scan.comes[..row], &scan.goes[..row], &mut scan.worth[..row]);
     let now = power(before);
     for q in 0..row {
-        let moved = given - load[q];
+        let moved = load_here - load[q];
         let (here, there) = (before - moved * per_token, time[q] + moved * per[q]);
         let gain = (now - power(here)) + (powers[q] - power(there));
         worth[q] = gain * per_copy(comes[q] + goes[q]);
     }
-    let mut most = [0.0; LANES];
+    let mut best = [0.0; LANES];
     for worth in worth.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            most[lane] = if worth[lane] > most[lane] { worth[lane] } else { most[lane] };
+            best[lane] = if worth[lane] > best[lane] { worth[lane] } else { best[lane] };
         }
     }
-    most.into_iter().fold(0.0, f64::max)
+    best.into_iter().fold(0.0, f64::max)
 }
 
 impl Steps<'_> {
@@ -328,10 +328,10 @@ impl Steps<'_> {
         let mut heavy: Vec<u16> = (0..tokens.len() as u16).filter(|&e| part(e) > least).collect();
         heavy.sort_by(|&e, &f| part(f).total_cmp(&part(e)));
         let best = heavy.into_iter().find_map(|e| {
-            let most = part(e) / (1.0 + HEAVIER);
+            let limit = part(e) / (1.0 + HEAVIER);
             let open = |&q: &usize| {
                 let f = slots.expert_in[q];
-                let gives = f != EMPTY && without[usize::from(f)] < most && slots.may_lose(site, q);
+                let gives = f != EMPTY && without[usize::from(f)] < limit && slots.may_lose(site, q);
                 gives && slots.may_take(site, e, slots.device(q))
             };
             let key = |q: usize| {
@@ -352,12 +352,12 @@ impl Steps<'_> {
     }
 
     /// Makes the step that relieves one of the slowest devices most for a copy that it brings; false where none is worth
-    /// the price.
-    fn relieve(&mut self, price: f64) -> bool {
+    /// as much.
+    fn relieve(&mut self, min_gain: f64) -> bool {
         let mut order: Vec<usize> = (0..self.loads.times.len()).collect();
         order.sort_by(|&g, &h| self.loads.times[h].total_cmp(&self.loads.times[g]));
         let fastest = &order[order.len() - (order.len() * QUARTERS).div_ceil(4)..];
-        let mut best: Best = (self.total() * NORM * price, None);
+        let mut best: Best = (self.total() * NORM * min_gain, None);
         let leaving = Leaving::of(self);
         for &slow in order.iter().take(SLOWEST) {
             if self.loads.times[slow] <= 1.0 {
@@ -398,14 +398,14 @@ impl Steps<'_> {
         let scan = &mut self.scan;
         scan.slot.clear();
         for &g in fastest.iter().filter(|&&g| g != slow) {
-            let (begin, of) = (scan.slot.len(), slots.of(g));
-            let rows = begin..begin + of.len();
-            scan.slot.extend(of.clone());
+            let (begin, from) = (scan.slot.len(), slots.of(g));
+            let rows = begin..begin + from.len();
+            scan.slot.extend(from.clone());
             scan.time[rows.clone()].fill(self.loads.times[g]);
             scan.power[rows.clone()].fill(power(self.loads.times[g]));
             scan.per_token[rows.clone()].fill(self.loads.per_token[g]);
-            scan.load[rows.clone()].copy_from_slice(&self.loads.load_in[of.clone()]);
-            for (row, q) in rows.clone().zip(of) {
+            scan.load[rows.clone()].copy_from_slice(&self.loads.load_in[from.clone()]);
+            for (row, q) in rows.clone().zip(from) {
                 let e = slots.expert_in[q];
                 let new = running.lacks(e, slow);
                 scan.comes[row] = one_if(new) - self.loads.is_moved[q];
@@ -437,7 +437,7 @@ impl Steps<'_> {
                 if worth <= best.0 {
                     break;
                 }
-                let row = scan.worth.iter().position(|&of| of >= worth).unwrap_or_default();
+                let row = scan.worth.iter().position(|&each| each >= worth).unwrap_or_default();
                 let q = scan.slot[row];
                 if slots.allows(self.site, Move::Swap(p, q)) {
                     *best = (worth, Some(Move::Swap(p, q)));

@@ -74,12 +74,14 @@ pub(super) fn search(
     let begin = Instant::now();
     let mut slots = start.clone();
     let mut terms = Terms::new(layer, &slots);
-    let slowest = |terms: &Terms| terms.balance.as_ref().map_or(0.0, |of| of.slowest(layer)) + terms.linear;
+    let slowest =
+        |terms: &Terms| terms.balance.as_ref().map_or(0.0, |balance| balance.slowest(layer)) + terms.linear;
     let mut best = (if effort.quick { slowest(&terms) } else { terms.cost(layer) }, slots.expert_in.clone());
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };
-    let few = layer.windows.count <= FEW_WINDOWS && terms.balance.as_ref().and_then(Balance::peak).is_some();
-    let last = if few { COLDEST } else { schedule.last };
+    let has_few_windows =
+        layer.windows.count <= FEW_WINDOWS && terms.balance.as_ref().and_then(Balance::peak).is_some();
+    let last = if has_few_windows { COLDEST } else { schedule.last };
     let typical = typical_change(layer, &mut terms, &slots, kinds, schedule, random, control);
     let time = time.map(|time| time.saturating_sub(begin.elapsed()));
     let length = Length { trials: effort.trials, least: effort.trials / LEAST, time };

@@ -15,9 +15,9 @@ pub struct Way {
 #[derive(Debug, Clone, Copy)]
 pub struct Spending {
     /// Copies that are brought at the most, in all layers.
-    pub most: usize,
+    pub max_moves: usize,
     /// What a copy must gain, in cost.
-    pub price: f64,
+    pub min_gain: f64,
     /// A layer stays as it is unless the time of its slowest device falls by more than this part,
     pub dead_zone: f64,
     /// and by more than chance: so many standard deviations of counts as large, as the slowest of all devices has them.
@@ -59,8 +59,8 @@ pub(super) fn per_copy(copies: f64) -> f64 {
 #[must_use]
 pub fn choose(layers: &[&[Way]], spending: Spending) -> Vec<usize> {
     let mut chosen = vec![0; layers.len()];
-    let mut left = spending.most.saturating_sub(layers.iter().map(|ways| ways[0].moves).sum());
-    let mut offers: Vec<_> = layers.iter().map(|ways| next(ways, 0, spending.price)).collect();
+    let mut left = spending.max_moves.saturating_sub(layers.iter().map(|ways| ways[0].moves).sum());
+    let mut offers: Vec<_> = layers.iter().map(|ways| next(ways, 0, spending.min_gain)).collect();
     let best = |offers: &[Option<(f64, usize)>]| {
         let open = offers.iter().enumerate().filter_map(|(layer, offer)| Some((layer, (*offer)?)));
         open.reduce(|best, other| if other.1.0 > best.1.0 { other } else { best })
@@ -70,7 +70,7 @@ pub fn choose(layers: &[&[Way]], spending: Spending) -> Vec<usize> {
         let needs = ways[to].moves.saturating_sub(ways[chosen[layer]].moves);
         offers[layer] = None;
         if needs <= left {
-            (left, chosen[layer], offers[layer]) = (left - needs, to, next(ways, to, spending.price));
+            (left, chosen[layer], offers[layer]) = (left - needs, to, next(ways, to, spending.min_gain));
         }
     }
     for (ways, way) in layers.iter().zip(&mut chosen) {
@@ -83,9 +83,9 @@ pub fn choose(layers: &[&[Way]], spending: Spending) -> Vec<usize> {
 
 /// What a copy gains on the way from one of a layer's ways on which it gains most, and where that leads: the farthest of
 /// equals, none slower than to stay.
-fn next(ways: &[Way], from: usize, price: f64) -> Option<(f64, usize)> {
-    let (most, Way { moves, cost, .. }) = (ways[0].slowest * (1.0 + ROUNDING), ways[from]);
-    let open = (0..ways.len()).filter(|&to| ways[to].slowest <= most && ways[to].cost < cost);
+fn next(ways: &[Way], from: usize, min_gain: f64) -> Option<(f64, usize)> {
+    let (limit, Way { moves, cost, .. }) = (ways[0].slowest * (1.0 + ROUNDING), ways[from]);
+    let open = (0..ways.len()).filter(|&to| ways[to].slowest <= limit && ways[to].cost < cost);
     let (mut best, mut top) = (None, (0.0, 0));
     for to in open {
         let Way { moves: then, cost: less, .. } = ways[to];
@@ -94,5 +94,5 @@ fn next(ways: &[Way], from: usize, price: f64) -> Option<(f64, usize)> {
             (best, top) = (Some((gain / copies.max(1.0), to)), (gain / copies.max(FREE), then));
         }
     }
-    best.filter(|&(gain, _)| gain > price)
+    best.filter(|&(gain, _)| gain > min_gain)
 }

@@ -99,10 +99,10 @@ impl<'a> Descent<'a> {
         let mut shares = Vec::with_capacity(4);
         self.slots.shares(&self.layer.site, step, &mut shares, &mut vec![]);
         // Load of an expert in the windows in which a device is the slowest, as the time that the device takes for it.
-        let less = |of: &Share| {
-            let (load, g) = (self.layer.windows.of(of.expert), usize::from(of.device));
+        let less = |share: &Share| {
+            let (load, g) = (self.layer.windows.of(share.expert), usize::from(share.device));
             let all: f64 = self.slow[g].0.iter().map(|&window| f64::from(load[window])).sum();
-            (of.before - of.after) * (all * self.layer.site.time[g])
+            (share.before - share.after) * (all * self.layer.site.time[g])
         };
         let relief = shares.iter().map(less).sum::<f64>();
         // Parts of loads are rounded to whole numbers, in every window.
@@ -130,12 +130,12 @@ impl<'a> Descent<'a> {
     }
 
     /// Judges a step, unless it gains less than the best; `most` is what the slowest devices gain at the most.
-    fn try_step(&mut self, step: Move, most: Option<f64>, best: &mut Option<Choice>) {
+    fn try_step(&mut self, step: Move, relief: Option<f64>, best: &mut Option<Choice>) {
         if !self.slots.allows(&self.layer.site, step) {
             return;
         }
-        if let Some(most) = most {
-            let mut gain = most.min(self.relieves(step));
+        if let Some(relief) = relief {
+            let mut gain = relief.min(self.relieves(step));
             if self.is_linear() {
                 gain -= self.terms.linear_change(self.layer, &self.slots, step);
             }
@@ -160,8 +160,8 @@ impl<'a> Descent<'a> {
     fn look(&mut self, g: usize, h: usize) {
         let mut best: Option<Choice> = None;
         let bounded = self.is_bounded();
-        let most = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
-        if !bounded || most > 0.0 || self.is_linear() {
+        let relief = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
+        if !bounded || relief > 0.0 || self.is_linear() {
             for p in self.slots.of(g) {
                 if self.control.stopped() {
                     return;
@@ -169,10 +169,10 @@ impl<'a> Descent<'a> {
                 if g != h {
                     self.slots
                         .of(h)
-                        .for_each(|q| self.try_step(Move::Swap(p, q), bounded.then_some(most), &mut best));
+                        .for_each(|q| self.try_step(Move::Swap(p, q), bounded.then_some(relief), &mut best));
                 } else if self.slots.may_lose(&self.layer.site, p) {
                     for e in 0..self.layer.experts as u16 {
-                        self.try_step(Move::Put(p, e), bounded.then_some(most), &mut best);
+                        self.try_step(Move::Put(p, e), bounded.then_some(relief), &mut best);
                     }
                 }
             }
@@ -251,7 +251,7 @@ pub fn descend(
     start: Vec<Slots>,
     running: &[Slots],
     links: Links<'_>,
-    most: i64,
+    max_moves: i64,
     control: &Control,
 ) -> Vec<Step> {
     let linked = !links.transitions.is_empty();
@@ -264,7 +264,7 @@ pub fn descend(
             return None;
         }
         let mut descent = Descent::new(layer, slots, running, control);
-        descent.choose(most - moved);
+        descent.choose(max_moves - moved);
         Some(descent)
     };
     let all: Option<Vec<Descent<'_>>> = layers.par_iter_mut().zip(start).zip(running).map(begin).collect();
@@ -273,12 +273,12 @@ pub fn descend(
     let mut all = all.unwrap_or_default();
     while !control.stopped() {
         for descent in &mut all {
-            if descent.top.is_some_and(|top| top.moves > most - moved) {
-                descent.choose(most - moved);
+            if descent.top.is_some_and(|top| top.moves > max_moves - moved) {
+                descent.choose(max_moves - moved);
             }
         }
         let tops = all.iter().enumerate().filter_map(|(l, descent)| descent.top.map(|top| (l, top)));
-        let best = tops.reduce(|best, of| if of.1.worth > best.1.worth { of } else { best });
+        let best = tops.reduce(|best, other| if other.1.worth > best.1.worth { other } else { best });
         let Some((l, Choice { step, moves, gain, .. })) = best else { break };
         control.count(1);
         moved += moves;
@@ -296,7 +296,7 @@ pub fn descend(
         for descent in &mut all[neighbours] {
             descent.fresh = false;
             descent.look_at(|g| touched.contains(&(g as u16)));
-            descent.choose(most - moved);
+            descent.choose(max_moves - moved);
         }
         let excess = all.iter().map(|descent| descent.terms.caps.peak_excess(descent.layer)).sum();
         steps.push(Step { layer: l, written, moved, excess, change });
@@ -309,7 +309,7 @@ pub fn descend(
 
 /// Prices serving in a layer, given its neighbours.
 fn price(all: &mut [Descent<'_>], links: Links<'_>, l: usize) {
-    let neighbours = beside(all, l).map(|of| of.map(|descent| &descent.slots));
+    let neighbours = beside(all, l).map(|neighbour| neighbour.map(|descent| &descent.slots));
     all[l].layer.costs.serve_cost = prices(all[l].layer, neighbours, links, l);
     all[l].terms.linear = linear::cost(all[l].layer, &all[l].slots);
 }

@@ -127,6 +127,6 @@ impl Layer {
 
     /// Whether slots to spare may hold other copies.
     pub(crate) fn has_spare(&self) -> bool {
-        self.site.rules.most > 1 && self.slots() > self.experts
+        self.site.rules.max_copies > 1 && self.slots() > self.experts
     }
 }

@@ -13,9 +13,9 @@ pub struct Rules {
     /// Devices where an expert must have a copy `[E, D]`; empty for none.
     pub pinned: Vec<bool>,
     /// Copies that every expert must have.
-    pub fewest: u32,
+    pub min_copies: u32,
     /// Copies that an expert may have at the most, besides those that are pinned.
-    pub most: u32,
+    pub max_copies: u32,
     /// Largest load of a device, in time of the slowest device; infinite for none.
     pub cap: f64,
 }
@@ -23,7 +23,7 @@ pub struct Rules {
 impl Default for Rules {
     /// Every expert is somewhere; else nothing is asked.
     fn default() -> Self {
-        Self { forbidden: vec![], pinned: vec![], fewest: 1, most: u32::MAX, cap: f64::INFINITY }
+        Self { forbidden: vec![], pinned: vec![], min_copies: 1, max_copies: u32::MAX, cap: f64::INFINITY }
     }
 }
 
@@ -43,8 +43,8 @@ impl Rules {
         let may_leave = from.is_none_or(|device| !is_in(&self.pinned, device));
         let may_enter = to.is_none_or(|device| !is_in(&self.forbidden, device));
         let may_count = match (from, to) {
-            (Some(_), None) => copies > self.fewest,
-            (None, Some(device)) => copies < self.most || is_in(&self.pinned, device),
+            (Some(_), None) => copies > self.min_copies,
+            (None, Some(device)) => copies < self.max_copies || is_in(&self.pinned, device),
             _ => true,
         };
         may_leave && may_enter && may_count
@@ -58,19 +58,19 @@ impl Rules {
 
     /// Copies that an expert must have, of which so many are pinned.
     pub(super) fn least_copies(&self, pinned: u32) -> u32 {
-        pinned.max(self.fewest)
+        pinned.max(self.min_copies)
     }
 
     /// How many copies each expert may have, besides those that are pinned, on devices of so many slots `[D]`.
-    pub(super) fn most_copies<'a>(&'a self, capacity: &'a [usize]) -> impl Fn(usize) -> u32 + use<'a> {
+    pub(super) fn max_copies_of<'a>(&'a self, capacity: &'a [usize]) -> impl Fn(usize) -> u32 + use<'a> {
         let devices = capacity.len();
         let used = capacity.iter().filter(|&&slots| slots > 0).count() as u32;
         move |expert| {
             if self.forbidden.is_empty() {
-                return used.min(self.most);
+                return used.min(self.max_copies);
             }
             let may_hold = |&g: &usize| capacity[g] > 0 && !at(&self.forbidden, expert as u16, [g, devices]);
-            ((0..devices).filter(may_hold).count() as u32).min(self.most)
+            ((0..devices).filter(may_hold).count() as u32).min(self.max_copies)
         }
     }
 }

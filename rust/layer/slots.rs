@@ -138,7 +138,7 @@ impl Slots {
     /// Whether an expert has fewer copies than it must have.
     #[inline(always)]
     pub(crate) fn is_short(&self, site: &Site, expert: u16) -> bool {
-        self.copies(expert) < site.rules.fewest
+        self.copies(expert) < site.rules.min_copies
     }
 
     /// Whether a slot's content, an expert's copy or nothing, may be given up.

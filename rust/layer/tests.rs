@@ -30,8 +30,8 @@ fn site(random: &mut Random, experts: usize, devices: usize, rules: bool) -> Sit
         capacity[random.below(devices)] += 1;
     }
     let mut rule = |one_in: usize| -> Vec<bool> {
-        let some = rules && random.below(2) == 0;
-        (0..experts * devices).map(|_| some && random.below(one_in) == 0).collect()
+        let is_ruled = rules && random.below(2) == 0;
+        (0..experts * devices).map(|_| is_ruled && random.below(one_in) == 0).collect()
     };
     let rules = Rules { forbidden: rule(3), pinned: rule(12), ..Rules::default() };
     let time = (0..devices).map(|_| [1.0, 0.5][random.below(2)]).collect();
@@ -110,7 +110,7 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
     // Of what never varies it is a rounding, and may be below nothing.
     let variance: Vec<f64> = (0..experts).map(|e| (moment(e, 2) - moment(e, 1).powi(2)).max(0.0)).collect();
     let pooled = total(&variance) / experts as f64 * 4.0 / used.len().max(1) as f64;
-    let of = |row: &[f64]| -> f64 {
+    let norm_of = |row: &[f64]| -> f64 {
         let mean = total(row) / rate;
         let deviation = |g: usize| {
             let own = |(part, variance): (&f64, &f64)| part * part * noise * (variance + pooled);
@@ -123,12 +123,12 @@ fn of_windows(layer: &Layer, slots: &Slots, traffic: &Traffic) -> f64 {
             0.0
         }
     };
-    let bursts: f64 = rows.iter().map(|row| of(row)).sum();
+    let bursts: f64 = rows.iter().map(|row| norm_of(row)).sum();
     if rows.len() < 2 {
         return bursts;
     }
     let mean: Vec<f64> = (0..experts).map(|e| rows.iter().map(|row| row[e]).sum()).collect();
-    (bursts + mixed * of(&mean)) / (1.0 + mixed)
+    (bursts + mixed * norm_of(&mean)) / (1.0 + mixed)
 }
 
 /// The largest of some amounts of devices, or the norm of order 8 that stands for it.
@@ -162,7 +162,7 @@ fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -
         let tokens = |g: usize| parts[g].iter().zip(row).map(|(part, tokens)| part * tokens).sum::<f64>();
         let time = |g: usize| {
             let busy = |(&part, &tokens): (&f64, &f64)| 1.0 - (1.0 - part).powf(tokens);
-            let active: f64 = parts[g].iter().zip(row).filter(|of| *of.1 > 0.0).map(busy).sum();
+            let active: f64 = parts[g].iter().zip(row).filter(|expert| *expert.1 > 0.0).map(busy).sum();
             let read = weights.base + weights.expert * active + weights.exposed * tokens(g);
             tokens(g).max(read) * layer.site.time[g] + weights.start * (layer.site.time[g] - least)
         };
@@ -234,13 +234,13 @@ fn keeps_rules(site: &Site, slots: &Slots) -> bool {
     let rule =
         |table: &[bool], e: u16, g: usize| table.get(usize::from(e) * devices + g).copied().unwrap_or(false);
     let is_once = |e: u16, g: usize| {
-        let here = slots.expert_in[slots.of(g)].iter().filter(|&&of| of == e).count();
+        let here = slots.expert_in[slots.of(g)].iter().filter(|&&held| held == e).count();
         here == usize::from(slots.holds(e, g))
             && (here == 0 || !rule(&site.rules.forbidden, e, g))
             && (here == 1 || !rule(&site.rules.pinned, e, g))
     };
     (0..experts as u16)
-        .all(|e| slots.copies(e) >= site.rules.fewest && (0..site.devices()).all(|g| is_once(e, g)))
+        .all(|e| slots.copies(e) >= site.rules.min_copies && (0..site.devices()).all(|g| is_once(e, g)))
 }
 
 /// The slowest device's time of all windows.
@@ -374,9 +374,9 @@ proptest! {
     ) {
         let mut random = Random::new(seed, 0);
         let mut site = Site { split: Split::Even, ..site(&mut random, experts, devices, true) };
-        site.rules.fewest = fewest;
+        site.rules.min_copies = fewest;
         site.capacity.iter_mut().for_each(|slots| *slots *= fewest as usize);
-        site.rules.most = if copies { u32::MAX } else { fewest };
+        site.rules.max_copies = if copies { u32::MAX } else { fewest };
         let traffic = traffic(&mut random, experts);
         let mut layer = layer(site.clone(), &traffic, experts, Measure::Norm { noise: 0.25, mixed: 0.0 });
         let packed = fill(&site, &layer.load, random.below(40));

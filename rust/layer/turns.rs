@@ -108,8 +108,8 @@ fn turn(
     };
     let mut costs: Vec<Vec<f64>> = best.iter().map(|(cost, _)| vec![*cost]).collect();
     let visits_alone = these.iter().all(|&l| layers[l].windows.is_weightless());
-    let few = if visits_alone { 2 } else { SURE }.min(effort.restarts);
-    let (mut from, mut to) = (1, few);
+    let first_searches = if visits_alone { 2 } else { SURE }.min(effort.restarts);
+    let (mut from, mut to) = (1, first_searches);
     while from < effort.restarts {
         let open = (from..to).flat_map(|restart| (0..these.len()).map(move |i| (i, restart)));
         let open: Vec<(usize, u64)> = open.filter(|(i, _)| !agree(&costs[*i], visits_alone)).collect();
@@ -142,8 +142,8 @@ fn agree(costs: &[f64], visits_alone: bool) -> bool {
 }
 
 /// What is before and after a layer, if anything.
-pub(super) fn beside<T>(of: &[T], l: usize) -> [Option<&T>; 2] {
-    [l.checked_sub(1).map(|l| &of[l]), of.get(l + 1)]
+pub(super) fn beside<T>(layers: &[T], l: usize) -> [Option<&T>; 2] {
+    [l.checked_sub(1).map(|l| &layers[l]), layers.get(l + 1)]
 }
 
 /// What serving an expert of layer `l` costs on a device `[E, D]`, given where the neighbours' experts are: copies of

@@ -41,8 +41,9 @@ impl Bounds {
             // What those clusters carry above the mean, the others lack.
             let mut least_peak = u128::MAX;
             let mut least_excess = u128::MAX;
-            for a in j.div_ceil(sizes.most)..=j {
-                let count = j.max(a * sizes.fewest).max(experts.saturating_sub((clusters - a) * sizes.most));
+            for a in j.div_ceil(sizes.largest)..=j {
+                let count =
+                    j.max(a * sizes.smallest).max(experts.saturating_sub((clusters - a) * sizes.largest));
                 let carried = heaviest[j] + lightest[(count - j).min(experts - j)];
                 least_peak = least_peak.min(carried.div_ceil(a as u128));
                 least_excess = least_excess.min((carried * d).saturating_sub(total * a as u128));
@@ -55,7 +56,7 @@ impl Bounds {
             let last = (together - 1) * clusters + 1;
             if last <= experts {
                 let shared = heaviest[last] - heaviest[last - together];
-                let beside = sizes.fewest.saturating_sub(together).min(experts - last);
+                let beside = sizes.smallest.saturating_sub(together).min(experts - last);
                 peak = peak.max(shared + lightest[beside]);
             }
         }

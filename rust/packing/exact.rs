@@ -38,7 +38,7 @@ impl Tree<'_> {
             let (sum, size) = (self.sums[c], self.used[c]);
             let new = sum + self.load[e];
             let again = (0..c).any(|b| self.sums[b] == sum && self.used[b] == size);
-            if again || size == self.sizes.most || new >= self.best {
+            if again || size == self.sizes.largest || new >= self.best {
                 continue;
             }
             self.steps += 1;

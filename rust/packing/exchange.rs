@@ -25,7 +25,7 @@ struct Cluster {
     experts: Vec<u16>,
     load: i64,
     /// None, one or two of the experts, by load.
-    few: [Vec<Few>; 3],
+    small: [Vec<Few>; 3],
 }
 
 /// A packing that is being improved.
@@ -99,8 +99,8 @@ impl<'a> Exchanges<'a> {
             self.open.clear();
         }
         let mut cluster = vec![0; self.load.len()];
-        for (c, of) in best.iter().enumerate() {
-            of.experts.iter().for_each(|&e| cluster[usize::from(e)] = c as u16);
+        for (c, half) in best.iter().enumerate() {
+            half.experts.iter().for_each(|&e| cluster[usize::from(e)] = c as u16);
         }
         cluster
     }
@@ -109,22 +109,24 @@ impl<'a> Exchanges<'a> {
     fn refresh(&mut self, c: usize) {
         let cluster = &mut self.clusters[c];
         let load = &self.load;
-        let of = |e: u16| load[usize::from(e)];
-        cluster.load = cluster.experts.iter().map(|&e| of(e)).sum();
-        let [none, one, two] = &mut cluster.few;
+        let load_of = |e: u16| load[usize::from(e)];
+        cluster.load = cluster.experts.iter().map(|&e| load_of(e)).sum();
+        let [none, one, two] = &mut cluster.small;
         *none = vec![Few { load: 0, experts: [0, 0] }];
         one.clear();
         two.clear();
         for (i, &e) in cluster.experts.iter().enumerate() {
-            one.push(Few { load: of(e), experts: [e, 0] });
+            one.push(Few { load: load_of(e), experts: [e, 0] });
             if cluster.experts.len() <= PAIRED {
                 two.extend(
-                    cluster.experts[..i].iter().map(|&f| Few { load: of(e) + of(f), experts: [e, f] }),
+                    cluster.experts[..i]
+                        .iter()
+                        .map(|&f| Few { load: load_of(e) + load_of(f), experts: [e, f] }),
                 );
             }
         }
-        one.sort_unstable_by_key(|few| (few.load, few.experts));
-        two.sort_unstable_by_key(|few| (few.load, few.experts));
+        one.sort_unstable_by_key(|group| (group.load, group.experts));
+        two.sort_unstable_by_key(|group| (group.load, group.experts));
         if !self.open.contains(&c) {
             self.open.push(c);
         }
@@ -175,11 +177,11 @@ impl<'a> Exchanges<'a> {
         for i in 0..3 {
             for j in 0..3 {
                 let experts = [from.experts.len() + j, to.experts.len() + i];
-                let allowed = |size: usize, given: usize| {
-                    size >= given && (self.sizes.fewest..=self.sizes.most).contains(&(size - given))
+                let allowed = |size: usize, leaving: usize| {
+                    size >= leaving && (self.sizes.smallest..=self.sizes.largest).contains(&(size - leaving))
                 };
                 if i + j > 0 && (i == j || (allowed(experts[0], i) && allowed(experts[1], j))) {
-                    nearest(&from.few[i], &to.few[j], apart, (i, j), &mut best);
+                    nearest(&from.small[i], &to.small[j], apart, (i, j), &mut best);
                 }
             }
         }

@@ -20,9 +20,9 @@ use exchange::Exchanges;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sizes {
     /// At least.
-    pub fewest: usize,
+    pub smallest: usize,
     /// At most.
-    pub most: usize,
+    pub largest: usize,
 }
 
 /// What makes one packing better than another; the other of the two decides between equals.
@@ -93,12 +93,12 @@ fn checked(experts: usize, clusters: usize, sizes: Sizes) -> Result<Sizes> {
     if clusters == 0 || clusters > usize::from(u16::MAX) {
         return Err(Error::shape("devices", "from 1 to 65535 devices", &clusters));
     }
-    if sizes.most.saturating_mul(clusters) < experts {
+    if sizes.largest.saturating_mul(clusters) < experts {
         let least = experts.div_ceil(clusters);
         let rule = format!("at least {least} slots for {experts} experts on {clusters} devices");
-        return Err(Error::shape("slots", rule, &sizes.most));
+        return Err(Error::shape("slots", rule, &sizes.largest));
     }
-    Ok(Sizes { most: sizes.most.min(experts), ..sizes })
+    Ok(Sizes { largest: sizes.largest.min(experts), ..sizes })
 }
 
 fn pack_layer(load: &[u64], clusters: usize, sizes: Sizes, improve: Option<Improve<'_>>) -> Packing {
@@ -117,7 +117,7 @@ fn pack_layer(load: &[u64], clusters: usize, sizes: Sizes, improve: Option<Impro
 /// # Errors
 /// When `slots` per cluster do not hold all experts.
 pub fn smallest_peak(load: &[u64], clusters: usize, slots: usize, peak: u128) -> Result<(u128, u128)> {
-    let sizes = Sizes { fewest: 0, most: slots.min(load.len()) };
+    let sizes = Sizes { smallest: 0, largest: slots.min(load.len()) };
     let reached = pack(load, load.len(), clusters, sizes, None)?[0].peak;
     let peak = peak.min(reached.0);
     Ok(exact::tighten(&falling(load), clusters, sizes, reached.1, peak))
@@ -135,19 +135,19 @@ fn longest_first(load: &[u64], clusters: usize, sizes: Sizes) -> Vec<u16> {
     order.sort_unstable();
     let mut open = Tournament::new((0..clusters).map(|c| c as u64), u64::MAX);
     let mut used = vec![0; clusters];
-    let mut missing = clusters * sizes.fewest;
+    let mut missing = clusters * sizes.smallest;
     let mut cluster = vec![0; load.len()];
     for (placed, e) in order.iter().map(|&key| usize::from(key as u16)).enumerate() {
         // The last experts go where the fewest are not reached yet.
-        let most = if order.len() - placed > missing { sizes.most } else { sizes.fewest };
+        let limit = if order.len() - placed > missing { sizes.largest } else { sizes.smallest };
         let mut c = open.get() as u16;
-        while used[usize::from(c)] >= most {
+        while used[usize::from(c)] >= limit {
             open.set(usize::from(c), u64::MAX);
             c = open.get() as u16;
         }
         open.set(usize::from(c), open.get() + (load[e] >> shift << u16::BITS));
         let size = &mut used[usize::from(c)];
-        missing -= usize::from(*size < sizes.fewest);
+        missing -= usize::from(*size < sizes.smallest);
         *size += 1;
         cluster[e] = c;
     }

@@ -312,7 +312,7 @@ pub(super) struct LabelledReplay {
 #[pymethods]
 impl LabelledReplay {
     #[new]
-    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, rows, most, split = "even",
+    #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, rows, most_tokens, split = "even",
                         visits = true))]
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
@@ -320,14 +320,14 @@ impl LabelledReplay {
         top_k: usize,
         node_of_device: Vec<u16>,
         rows: usize,
-        most: u64,
+        most_tokens: u64,
         split: &str,
         visits: bool,
     ) -> PyResult<Self> {
         let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
         let of_visits = if visits { [copies.devices, copies.nodes()] } else { [0, 0] };
         let sizes = [copies.devices, of_visits[0], of_visits[1]];
-        let replay = Some(Labelled::new(routing, copies, rows, most, visits)?);
+        let replay = Some(Labelled::new(routing, copies, rows, most_tokens, visits)?);
         Ok(Self { routing, sizes, rows, replay })
     }
 
@@ -344,8 +344,8 @@ impl LabelledReplay {
         checked: bool,
     ) -> PyResult<()> {
         expert_ids.check(self.routing)?;
-        let position = positions.as_ref().map(|of| of.as_slice()).transpose()?;
-        let home = homes.as_ref().map(|of| of.as_slice()).transpose()?;
+        let position = positions.as_ref().map(|numbers| numbers.as_slice()).transpose()?;
+        let home = homes.as_ref().map(|numbers| numbers.as_slice()).transpose()?;
         let labels = Labels { row: rows.as_slice()?, position, home };
         let replay = self.replay.as_mut().ok_or_else(finished)?;
         with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids, labels, checked))??))

@@ -68,7 +68,7 @@ pub(super) fn expected_visits<'py>(
     let slices =
         sets.iter().map(|(ids, counts)| Ok(Sets { ids: ids.as_slice()?, counts: counts.as_slice()? }));
     let slices = slices.collect::<PyResult<Vec<_>>>()?;
-    let steps = slices.iter().map(|of| of.ids.len()).sum();
+    let steps = slices.iter().map(|slice| slice.ids.len()).sum();
     let work = |shared: &Shared| shared.visits(&node_of_device, &slices, hashed);
     let (of_devices, of_nodes) = shared(py, &slots, num_experts, (steps, threads), work)?;
     let [layers, devices, _] = sizes(slots.0.shape());

@@ -114,11 +114,11 @@ impl Layers {
         let per_device = self.per_device;
         shaped("start", start.shape(), &[l, d, per_device])?;
         let start = contiguous(start.as_slice().ok())?;
-        let of = |(layer, rows): (&mut Layer, &[i32])| {
+        let slots_of = |(layer, rows): (&mut Layer, &[i32])| {
             let capacity = &layer.site.capacity;
             Slots::new(capacity, e, &contents_of(rows, per_device, capacity))
         };
-        caught(|| self.with(start).map(of).collect())
+        caught(|| self.with(start).map(slots_of).collect())
     }
 
     /// Slots [L,D,S] of placements.
@@ -261,13 +261,13 @@ impl Layers {
     ///
     /// What each writes, twice: where in the flat slots and which expert [N,2]; copies brought, excess and change of the cost after
     /// it [N,3]; and whether it was interrupted.
-    #[pyo3(signature = (start, running, *, most = None, links = None, time_limit = None, threads = None))]
+    #[pyo3(signature = (start, running, *, max_moves = None, links = None, time_limit = None, threads = None))]
     fn descend<'py>(
         &mut self,
         py: Python<'py>,
         start: PyReadonlyArray3<'py, i32>,
         running: PyReadonlyArray3<'py, i32>,
-        most: Option<u32>,
+        max_moves: Option<u32>,
         links: Option<Joined<'py>>,
         time_limit: Option<f64>,
         threads: Option<usize>,
@@ -275,11 +275,11 @@ impl Layers {
         let begin = self.begin(&start)?;
         let running = self.begin(&running)?;
         let links = links_of(links.as_ref())?;
-        let most = most.map_or(i64::MAX / 2, i64::from);
+        let max_moves = max_moves.map_or(i64::MAX / 2, i64::from);
         let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
         let (steps, interrupted) = watched(py, threads, &control, None, || {
-            descend(layers, begin.clone(), &running, links, most, &control)
+            descend(layers, begin.clone(), &running, links, max_moves, &control)
         })?;
         let (mut places, mut experts, mut figures) = (Vec::new(), Vec::new(), Vec::new());
         for step in &steps {
@@ -350,20 +350,20 @@ pub(super) fn replicate_experts<'py>(
 type Adapted<'py> = (Bound<'py, PyArray3<i32>>, Vec<f64>, Vec<f64>, Vec<usize>);
 
 #[pyfunction]
-#[pyo3(signature = (load, slots, time, fresh, *, most, dead_zone, deviations, steps, trials = QUICK, full = true, price = 0.0))]
+#[pyo3(signature = (load, slots, time, fresh, *, max_moves, dead_zone, deviations, steps, trials = QUICK, full = true, min_gain = 0.0))]
 pub(super) fn adapt_slots<'py>(
     py: Python<'py>,
     load: PyReadonlyArray2<'py, f64>,
     slots: PyReadonlyArray3<'py, i32>,
     time: PyReadonlyArray1<'py, f64>,
     fresh: PyReadonlyArray1<'py, bool>,
-    most: usize,
+    max_moves: usize,
     dead_zone: f64,
     deviations: f64,
     steps: usize,
     trials: usize,
     full: bool,
-    price: f64,
+    min_gain: f64,
 ) -> PyResult<Adapted<'py>> {
     let &[l, e] = load.shape() else { unreachable!("the array has two dimensions") };
     let (d, per_device) = (time.shape()[0], slots.shape()[2]);
@@ -376,7 +376,7 @@ pub(super) fn adapt_slots<'py>(
     let sites = vec![Site::plain(capacity.clone(), time.to_vec()); l];
     let rows = contiguous(slots.as_slice().ok())?.chunks_exact((d * per_device).max(1));
     let running: Vec<Vec<u16>> = rows.map(|rows| contents_of(rows, per_device, &capacity)).collect();
-    let spending = Spending { most, price, dead_zone, deviations, devices: d };
+    let spending = Spending { max_moves, min_gain, dead_zone, deviations, devices: d };
     let effort = adapt::Effort { spending, steps, trials, full };
     let all = alone(py, || adapt_layers(load, e, &sites, &running, fresh, effort))??;
     let contents = all.iter().zip(&sites).map(|((contents, _), site)| (&contents[..], site));
@@ -406,15 +406,15 @@ pub(super) fn match_devices<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (cost, moves, *, most, dead_zone, deviations, devices, price = 0.0))]
+#[pyo3(signature = (cost, moves, *, max_moves, dead_zone, deviations, devices, min_gain = 0.0))]
 pub(super) fn spend_budget(
     cost: PyReadonlyArray2<'_, f64>,
     moves: PyReadonlyArray2<'_, i64>,
-    most: usize,
+    max_moves: usize,
     dead_zone: f64,
     deviations: f64,
     devices: usize,
-    price: f64,
+    min_gain: f64,
 ) -> PyResult<Vec<usize>> {
     let (cost, moves) = (cost.as_array(), moves.as_array());
     let way = |(&cost, &moves): (&f64, &i64)| Way {
@@ -425,5 +425,5 @@ pub(super) fn spend_budget(
     let layers = cost.columns().into_iter().zip(moves.columns());
     let ways: Vec<Vec<Way>> = layers.map(|(cost, moves)| cost.iter().zip(moves).map(way).collect()).collect();
     let ways: Vec<&[Way]> = ways.iter().map(|ways| &ways[..]).collect();
-    caught(|| choose(&ways, Spending { most, price, dead_zone, deviations, devices }))
+    caught(|| choose(&ways, Spending { max_moves, min_gain, dead_zone, deviations, devices }))
 }

@@ -26,7 +26,7 @@ pub(super) fn pack<'py>(
     threads: Option<usize>,
 ) -> PyResult<Packed<'py>> {
     let ([layers, experts], load) = (super::sizes(load.shape()), load.as_slice()?);
-    let sizes = Sizes { fewest: sizes.0, most: sizes.1 };
+    let sizes = Sizes { smallest: sizes.0, largest: sizes.1 };
     let goal = tolerance.map_or(Goal::Peak, |tolerance| Goal::Deviation { tolerance });
     let control = Control::new(deadline(time_limit));
     let improve = Improve { goal, is_over: &|| control.stopped() };

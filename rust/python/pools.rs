@@ -44,8 +44,8 @@ pub(super) fn with_pool<T>(
     threads: Option<usize>,
     work: impl FnOnce(&ThreadPool) -> PyResult<T>,
 ) -> PyResult<T> {
-    let most = || std::thread::available_parallelism().map_or(1, NonZero::get) * PER_CORE;
-    let wanted = threads.map_or(0, |threads| threads.clamp(1, most()));
+    let largest = || std::thread::available_parallelism().map_or(1, NonZero::get) * PER_CORE;
+    let wanted = threads.map_or(0, |threads| threads.clamp(1, largest()));
     let process = std::process::id();
     let idle_pool = {
         let mut idle = idle(py);

@@ -65,7 +65,7 @@ impl LayerRules {
         Rules {
             forbidden: table(&self.forbidden),
             pinned: table(&self.pinned),
-            most: if self.is_single { 1 } else { plain.most },
+            max_copies: if self.is_single { 1 } else { plain.max_copies },
             cap: self.caps.get(layer).copied().unwrap_or(plain.cap),
             ..plain
         }

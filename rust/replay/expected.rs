@@ -29,8 +29,8 @@ struct Holders {
 
 impl Holders {
     fn of(&self, expert: usize) -> impl Iterator<Item = (usize, f64)> + Clone + '_ {
-        let mine = self.first[expert] as usize..self.first[expert + 1] as usize;
-        self.unit[mine.clone()].iter().map(|&unit| unit as usize).zip(self.share[mine].iter().copied())
+        let range = self.first[expert] as usize..self.first[expert + 1] as usize;
+        self.unit[range.clone()].iter().map(|&unit| unit as usize).zip(self.share[range].iter().copied())
     }
 
     /// The unit of every expert, where each has one that takes all of it.
@@ -43,10 +43,10 @@ impl Holders {
 
     /// The copies of an expert, with their units.
     fn copies(&self, expert: usize) -> impl Iterator<Item = (usize, Holder)> + '_ {
-        let of = self.first[expert + 1] - self.first[expert];
+        let copies = self.first[expert + 1] - self.first[expert];
         (0..)
             .zip(self.of(expert))
-            .map(move |(number, (unit, share))| (unit, Holder { expert, of, number, share }))
+            .map(move |(number, (unit, share))| (unit, Holder { expert, copies, number, share }))
     }
 
     /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
@@ -68,7 +68,7 @@ impl Holders {
 #[derive(Debug, Clone, Copy)]
 struct Holder {
     expert: usize,
-    of: u32,
+    copies: u32,
     number: u32,
     share: f64,
 }
@@ -127,21 +127,21 @@ fn missed_independently(copies: &mut Vec<Holder>) -> f64 {
 
 /// The same where one hash of the token chooses for all experts, each by its remainder.
 fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
-    copies.sort_unstable_by_key(|copy| (copy.of, copy.number));
-    copies.dedup_by_key(|copy| (copy.of, copy.number));
+    copies.sort_unstable_by_key(|copy| (copy.copies, copy.number));
+    copies.dedup_by_key(|copy| (copy.copies, copy.number));
     let mut missed = 1.0;
-    while let Some(&Holder { of: first, .. }) = copies.first() {
+    while let Some(&Holder { copies: first, .. }) = copies.first() {
         // Divisors without a common factor are independent; those with one are tried together, up to their period.
         let mut period = first;
         for copy in copies.iter() {
-            let common = gcd(period, copy.of);
-            let both = period / common * copy.of;
+            let common = gcd(period, copy.copies);
+            let both = period / common * copy.copies;
             if common > 1 && both <= PERIOD {
                 period = both;
             }
         }
-        let is_tried = |copy: &Holder| period.is_multiple_of(copy.of);
-        let hit = |hash: u32| copies.iter().any(|copy| is_tried(copy) && hash % copy.of == copy.number);
+        let is_tried = |copy: &Holder| period.is_multiple_of(copy.copies);
+        let hit = |hash: u32| copies.iter().any(|copy| is_tried(copy) && hash % copy.copies == copy.number);
         let none = (0..period).filter(|&hash| !hit(hash)).count();
         missed *= none as f64 / f64::from(period);
         copies.retain(|copy| !is_tried(copy));
@@ -169,7 +169,7 @@ fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) 
             }
         }
     }
-    let tokens = |of: Vec<(u32, u64)>| of.into_iter().map(|(_, tokens)| tokens as f64).collect();
+    let tokens = |parts: Vec<(u32, u64)>| parts.into_iter().map(|(_, tokens)| tokens as f64).collect();
     (tokens(devices), tokens(of_nodes))
 }
 
@@ -308,9 +308,9 @@ pub fn cost(here: &[u16], there: &[u16], pairs: &[u64], cost: &[u64], experts: u
         let [here, there] = [here, there].map(|all| &all[l * experts..][..experts]);
         let row = |(row, &here): (&[u64], &u16)| -> u128 {
             let cost = &cost[usize::from(here) * devices..][..devices];
-            let of =
+            let product =
                 |(&count, &there): (&u64, &u16)| u128::from(count) * u128::from(cost[usize::from(there)]);
-            row.iter().zip(there).map(of).sum()
+            row.iter().zip(there).map(product).sum()
         };
         pairs[l * experts * experts..][..experts * experts].chunks_exact(experts).zip(here).map(row).sum()
     };

@@ -40,13 +40,19 @@ const BLOCK: usize = 1 << 10;
 impl Labelled {
     /// Nothing counted yet in so many `rows`, none of which gets more than `most` tokens. Where copies take turns, whose
     /// turn it is depends on all tokens before: that is an error.
-    pub fn new(routing: Routing, copies: Copies, rows: usize, most: u64, visits: bool) -> Result<Self> {
+    pub fn new(
+        routing: Routing,
+        copies: Copies,
+        rows: usize,
+        most_tokens: u64,
+        visits: bool,
+    ) -> Result<Self> {
         if copies.split == Split::RoundRobin && (0..routing.layers).any(|l| !copies.is_single(l)) {
             let rule = "one slot of every expert where copies take turns";
             return Err(Error::shape("slots", rule, &"copies"));
         }
         let size = copies.devices + if visits { copies.devices + copies.nodes() } else { 0 };
-        let count = Narrow::zeros(most.saturating_mul(routing.top_k as u64), 1);
+        let count = Narrow::zeros(most_tokens.saturating_mul(routing.top_k as u64), 1);
         room_for("rows", &[rows, routing.layers, size, count.width()])?;
         let tables = (0..routing.layers).map(|_| count.zeros_like(rows * size)).collect();
         Ok(Self { routing, copies, size, tokens: 0, tables })
@@ -60,7 +66,7 @@ impl Labelled {
             validate(ids, *routing, *first)?;
         }
         let from = *first;
-        let position = |at: usize| labels.position.map_or(from + at as u64, |of| of[at]);
+        let position = |at: usize| labels.position.map_or(from + at as u64, |numbers| numbers[at]);
         by_layers(
             &mut tables.iter_mut().collect::<Vec<_>>(),
             ids,
@@ -70,7 +76,7 @@ impl Labelled {
             |l, at, ids: &mut Vec<I>, slots: &mut Vec<u16>| {
                 let at = at as usize;
                 let positions = (at..at + ids.len() / top_k).map(position);
-                *slots = copies.route(l, ids, top_k, positions, labels.home.map(|of| &of[at..]));
+                *slots = copies.route(l, ids, top_k, positions, labels.home.map(|numbers| &numbers[at..]));
             },
             |table, at, _, slots| {
                 let row_of = |token: usize| labels.row[at as usize + token] as usize;

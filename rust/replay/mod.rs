@@ -115,13 +115,13 @@ impl Copies {
         if self.is_single(l) {
             return ids.iter().map(|id| copies[id.index()]).collect();
         }
-        let of = |id: &I| &copies[begin[id.index()] as usize..begin[id.index() + 1] as usize];
+        let devices_of = |id: &I| &copies[begin[id.index()] as usize..begin[id.index() + 1] as usize];
         if self.split == Split::RoundRobin {
             let mut served = self.served[l].clone();
             let turn = |id: &I| {
                 let turn = served[id.index()];
                 served[id.index()] += 1;
-                of(id)[(turn % of(id).len() as u64) as usize]
+                devices_of(id)[(turn % devices_of(id).len() as u64) as usize]
             };
             return ids.iter().map(turn).collect();
         }
@@ -129,10 +129,11 @@ impl Copies {
         for (token, (position, ids)) in positions.zip(ids.chunks_exact(top_k)).enumerate() {
             let hash = mixed(position as u32);
             if self.split == Split::Even {
-                slots.extend(ids.iter().map(|id| of(id)[hash as usize % of(id).len()]));
+                slots.extend(ids.iter().map(|id| devices_of(id)[hash as usize % devices_of(id).len()]));
             } else {
-                let home = homes.map_or_else(|| scale(hash.into(), self.devices), |of| of[token].into());
-                slots.extend(ids.iter().map(|id| self.nearest(of(id), home, hash as usize)));
+                let home =
+                    homes.map_or_else(|| scale(hash.into(), self.devices), |homes| homes[token].into());
+                slots.extend(ids.iter().map(|id| self.nearest(devices_of(id), home, hash as usize)));
             }
         }
         slots
@@ -148,7 +149,7 @@ impl Copies {
         let is_near = |slot: &&u16| self.node_of_device[device(**slot)] == node;
         match slots.iter().filter(is_near).count() {
             0 => slots[hash % slots.len()],
-            near => *slots.iter().filter(is_near).nth(hash % near).expect("a number below their count"),
+            count => *slots.iter().filter(is_near).nth(hash % count).expect("a number below their count"),
         }
     }
 

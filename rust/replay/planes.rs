@@ -27,8 +27,8 @@ pub(super) struct Planes {
 impl Planes {
     /// None where there would be too many rows or ids.
     pub(super) fn new(copies: &Copies, routing: Routing) -> Option<Self> {
-        let most = routing.top_k.min(copies.slots / copies.devices);
-        let bits = (usize::BITS - most.leading_zeros()) as usize;
+        let largest = routing.top_k.min(copies.slots / copies.devices);
+        let bits = (usize::BITS - largest.leading_zeros()) as usize;
         let mut planes = Self { devices: copies.devices, bits, per_word: 64 / bits, units: Vec::new() };
         if planes.columns() > ROWS || routing.experts.max(copies.slots) > MOST_UNITS {
             return None;

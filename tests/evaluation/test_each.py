@@ -58,7 +58,7 @@ def test_turns_have_no_rows():
     """Where copies take turns, what a token does depends on all before it: an error."""
     slots = np.array([[[0, 1], [1, -1]]], dtype=np.int32)
     with pytest.raises(ValueError, match="take turns"):
-        _core.LabelledReplay(slots, 2, 1, [0, 0], rows=3, most=2, split="round_robin")
+        _core.LabelledReplay(slots, 2, 1, [0, 0], rows=3, most_tokens=2, split="round_robin")
 
 
 @given(st.sampled_from(["even", "nearest"]), st.integers(0, 2), st.integers(0, 99))
@@ -69,7 +69,7 @@ def test_rows_are_replays_of_their_tokens(split, spare, seed):
     slots = mt.Placement(random_slots(rng, 3, 4, 8, spare=spare), num_experts=8).slots
     how = (slots, 8, 2, [0, 0, 1, 1])
     rows, cut = rng.integers(0, 5, 60).astype(np.uint32), rng.integers(0, 61)
-    labelled = _core.LabelledReplay(*how, rows=5, most=60, split=split)
+    labelled = _core.LabelledReplay(*how, rows=5, most_tokens=60, split=split)
     for part in (slice(0, cut), slice(cut, 60)):
         labelled.push(ids[part], rows[part], positions=np.arange(60, dtype=np.uint64)[part])
     tables = [table.transpose(1, 0, 2) for table in labelled.finish()]
@@ -80,7 +80,7 @@ def test_rows_are_replays_of_their_tokens(split, spare, seed):
     for mine, each in zip(tables, (load, visits, node_visits), strict=True):
         for row in range(5):
             assert mine[row].tolist() == each[rows == row].sum(axis=0).tolist()
-    apart = _core.LabelledReplay(*how, rows=1, most=1, split=split).apart(ids, 0)
+    apart = _core.LabelledReplay(*how, rows=1, most_tokens=1, split=split).apart(ids, 0)
     assert apart.sum() == follow.sum() - np.einsum("ldd->", follow)
 
 

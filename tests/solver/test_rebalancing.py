@@ -32,7 +32,7 @@ def test_a_copy_gains_more_than_its_price():
     slots = running(3, 4, 4)
     moved = []
     for price in (0.0, 10.0, 100.0, 300.0, 1e9):
-        answer = decide(load, slots, price=price)
+        answer = decide(load, slots, min_gain=price)
         moved.append(int(answer.moves.sum()))
         assert ((answer.before - answer.after) >= price * answer.moves).all()
     assert moved == sorted(moved, reverse=True)
@@ -115,7 +115,7 @@ def test_steps_on_one_load_are_those_of_the_descent(seed):
         layers = _core.Layers(
             load[None], np.ones(1), np.full((4, 8), 4), [0] * 8, [1.0] * 8, nearest=False, norm=0
         )
-        *_, figures, _ = layers.descend(slots, slots, most=budget)
+        *_, figures, _ = layers.descend(slots, slots, max_moves=budget)
         slow = fast.before.sum() + figures[-1, 2]
         assert fast.moves.sum() <= budget
         assert figures[-1, 0] <= budget
@@ -153,8 +153,12 @@ def test_a_budget_goes_where_a_copy_gains_most(price):
     moves[0] = 0
     best = (cost + price * moves).argmin(axis=0)
     budget = int(moves[best, np.arange(9)].sum())
-    chosen = _core.spend_budget(cost, moves, most=budget, dead_zone=0.0, deviations=0.0, devices=4)
+    chosen = _core.spend_budget(
+        cost, moves, max_moves=budget, dead_zone=0.0, deviations=0.0, devices=4
+    )
     assert chosen == best.tolist()
     least = 1 - cost[chosen, np.arange(9)] / cost[0]
-    wary = _core.spend_budget(cost, moves, most=budget, dead_zone=0.5, deviations=0.0, devices=4)
+    wary = _core.spend_budget(
+        cost, moves, max_moves=budget, dead_zone=0.5, deviations=0.0, devices=4
+    )
     assert wary == np.where(least > 0.5, best, 0).tolist()

@@ -312,9 +312,9 @@ def slow(self, about, value, *arguments, exchange=RankExchange.exchange):
     return exchange(self, about, value, *arguments)
 
 
-def unpriced(*arguments, price, **more):
+def unpriced(*arguments, min_gain, **more):
     """Stand for a solver that does not know the price."""
-    return rebalance(*arguments, price=0.0, **more)
+    return rebalance(*arguments, min_gain=0.0, **more)
 
 
 def by_rank(name, *values):

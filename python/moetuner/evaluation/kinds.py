@@ -251,7 +251,7 @@ def loads_by(
         np.tile(np.arange(trace.num_experts, dtype=np.int32)[:, None], (len(chosen), 1, 1)),
         *(trace.num_experts, trace.top_k, [0] * trace.num_experts),
         rows=number,
-        most=int(np.bincount(label).max(initial=1)),
+        most_tokens=int(np.bincount(label).max(initial=1)),
         visits=False,
     )
     first = 0

@@ -138,7 +138,7 @@ class Setting:
             trace.top_k,
             self.topology.node_of_device.tolist(),
             rows=rows,
-            most=most,
+            most_tokens=most,
             split=self.split,
             visits=visits,
         )

@@ -82,7 +82,7 @@ def dispatch_rows(
         trace.top_k,
         (device // size).tolist(),
         rows=placement.devices,
-        most=max(trace.tokens, 1),
+        most_tokens=max(trace.tokens, 1),
         split=split_rule(split),
     )
     first = 0

@@ -87,7 +87,7 @@ def rebalance(
     fresh: NDArray[np.bool_] | None = None,
     pairs: Pairs | None = None,
     full: bool = True,
-    price: float = 0.0,
+    min_gain: float = 0.0,
 ) -> Rebalanced:
     """Relieve the slowest devices of running slots by few copies that come to a device.
 
@@ -118,7 +118,7 @@ def rebalance(
         What else counts, besides load.
     full
         Whether empty slots are filled; on one load alone they may stay.
-    price
+    min_gain
         Tokens that a copy must gain at least, on one load.
     """
     if not slots.size:
@@ -135,7 +135,7 @@ def rebalance(
         deviations,
     )
     if len(load) == 1 and pairs is None:
-        return live.relieved(budget, full=full, price=price)
+        return live.relieved(budget, full=full, min_gain=min_gain)
     if pairs is not None:
         # Pairs are counted as often as loads are.
         counted = load.sum(axis=(0, 2)) / np.maximum(windows.sum(axis=(0, 2)), 1e-300)
@@ -168,7 +168,12 @@ class _Live:
     deviations: float
 
     def relieved(
-        self, budget: int, *, steps: int = effort.ADAPT_STEPS, full: bool = True, price: float = 0.0
+        self,
+        budget: int,
+        *,
+        steps: int = effort.ADAPT_STEPS,
+        full: bool = True,
+        min_gain: float = 0.0,
     ) -> Rebalanced:
         """Take steps on the sum of windows, or pack anew what no load has shaped."""
         slots, before, after, moves = _core.adapt_slots(
@@ -176,11 +181,11 @@ class _Live:
             np.ascontiguousarray(self.slots),
             self.time,
             self.anew,
-            most=budget,
+            max_moves=budget,
             steps=steps,
             trials=effort.QUICK,
             full=full,
-            price=price,
+            min_gain=min_gain,
             dead_zone=self.dead_zone,
             deviations=self.deviations,
         )
@@ -195,7 +200,7 @@ class _Live:
         load, slots = self.load, self.slots
         running, layer = holders_of(slots, load.shape[2]), np.arange(len(slots))
         rate = math.fsum((1 / self.time).tolist())
-        price = float(_rounded(share * load.sum() / len(slots) / rate))
+        min_gain = float(_rounded(share * load.sum() / len(slots) / rate))
         is_new = ~running.any(axis=(1, 2))
         free = self.anew | is_new
         left = budget - int((self.anew & ~is_new).sum()) * slots[0].size
@@ -205,13 +210,13 @@ class _Live:
             moves = np.stack([moves_from(running, way) for way in ways])
             best = _core.spend_budget(
                 costs,
-                # Where all may move, copies have no price.
+                # Where all may move, copies need no gain.
                 np.where(free, 0, moves),
-                most=max(left, 0),
+                max_moves=max(left, 0),
                 dead_zone=dead_zone,
                 deviations=deviations,
                 devices=slots.shape[1],
-                price=price,
+                min_gain=min_gain,
             )
             way = np.where(is_new, costs.argmin(axis=0), np.array(best, dtype=np.int64))
             figures = costs[0], costs[way, layer], moves[way, layer]
@@ -224,8 +229,8 @@ class _Live:
             packed = search.construct(windows=True, alone=True)
             running_there = np.ascontiguousarray(slots[free])
             start[free] = _core.match_devices(packed, running_there, load.shape[2])
-        prices = _copy_prices(slots, load, self.time, np.where(free, 0.0, share))
-        end = _place(load, start, prices, self.time, pairs)
+        copy_costs = _copy_costs(slots, load, self.time, np.where(free, 0.0, share))
+        end = _place(load, start, copy_costs, self.time, pairs)
         ways.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
         return chosen(ways, self.dead_zone, self.deviations)
 
@@ -270,15 +275,15 @@ def _search_of(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.L
 
 
 def _place(
-    windows: Floats, start: Slots, prices: Floats, time: Floats, pairs: Pairs | None
+    windows: Floats, start: Slots, copy_costs: Floats, time: Floats, pairs: Pairs | None
 ) -> Slots:
     """Search from a start for what suits every window, and pairs, not the sum of windows alone.
 
-    No worse than the start by the slowest devices of the windows and the prices of copies [L,E,D].
+    No worse than the start by the slowest devices of the windows and the costs of copies [L,E,D].
     All work is done in the calling thread.
     """
     search, per_layer = _search_of(windows, start.shape, time), start[0].size
-    search.price_copies(prices)
+    search.price_copies(copy_costs)
     trials = effort.quick_trials(per_layer, len(windows))
     begin = np.ascontiguousarray(start)
     slots: Slots = search.place(begin, trials=trials, empties=False, quick=True, alone=True)[0]
@@ -291,14 +296,14 @@ def _place(
     return np.asarray(search.place(slots, trials=trials, empties=False, alone=True)[0])
 
 
-def _copy_prices(slots: Slots, windows: Floats, time: Floats, share: Floats) -> Floats:
+def _copy_costs(slots: Slots, windows: Floats, time: Floats, share: Floats) -> Floats:
     """Compute what a copy costs [L,E,D] where a device does not hold its expert.
 
     Shares [L] of a device's tokens.
     """
-    price = _rounded(share * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist()))
+    cost = _rounded(share * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist()))
     holds = holders_of(slots, windows.shape[2]).transpose(0, 2, 1)
-    return np.ascontiguousarray(np.where(holds, 0.0, price[:, None, None]))
+    return np.ascontiguousarray(np.where(holds, 0.0, cost[:, None, None]))
 
 
 def slowest(

@@ -44,11 +44,11 @@ pub(super) type Priced = (f64, Vec<u16>);
 impl Table {
     pub(super) fn new(layer: &Layer<'_>) -> Self {
         let experts = layer.experts();
-        let (first, most) = layer.range();
+        let (first, last) = layer.range();
         let tables: Vec<Vec<i32>> =
-            (1..=most.min(layer.top_k)).map(|size| count_subsets(layer, size)).collect();
+            (1..=last.min(layer.top_k)).map(|size| count_subsets(layer, size)).collect();
         let counts: Counts<'_> = tables.iter().map(Vec::as_slice).collect();
-        let mut visits: Vec<Vec<i32>> = (first..=most).map(|size| cover(size, experts, &counts)).collect();
+        let mut visits: Vec<Vec<i32>> = (first..=last).map(|size| cover(size, experts, &counts)).collect();
         let total: u128 = layer.load.iter().map(|&load| u128::from(load)).sum();
         if u128::from(layer.cap) < total {
             let others = layer.slots.len().saturating_sub(1) as u128;
@@ -70,7 +70,7 @@ impl Table {
 
     /// The least visits less prices of a content, by size, and up to `harvest` contents below 0, the least first.
     pub(super) fn price(&self, prices: &[f64], harvest: usize) -> (Vec<f64>, Vec<Priced>) {
-        let mut harvest = Harvest { most: harvest, limit: 0.0, best: Vec::new() };
+        let mut harvest = Harvest { size: harvest, limit: 0.0, best: Vec::new() };
         let least = (self.first..)
             .zip(&self.visits)
             .map(|(size, visits)| self.price_size(size, visits, prices, &mut harvest))
@@ -90,7 +90,7 @@ impl Table {
             for (part, (visits, others)) in row.chunks(PART).zip(others[..length].chunks(PART)).enumerate() {
                 let lowest = lowest(visits, others) - prices[x];
                 least = least.min(lowest);
-                if lowest < harvest.limit && harvest.most > 0 {
+                if lowest < harvest.limit && harvest.size > 0 {
                     for (i, (&visits, &others)) in visits.iter().zip(others).enumerate() {
                         let value = f64::from(visits) * UNIT - others - prices[x];
                         if value < harvest.limit && visits != NEVER {
@@ -132,7 +132,7 @@ fn lowest(visits: &[i32], prices: &[f64]) -> f64 {
 
 /// The best contents met so far: twice as many as are kept, at the most.
 struct Harvest {
-    most: usize,
+    size: usize,
     limit: f64,
     best: Vec<(f64, usize, usize)>,
 }
@@ -140,7 +140,7 @@ struct Harvest {
 impl Harvest {
     fn take(&mut self, value: f64, size: usize, number: usize) {
         self.best.push((value, size, number));
-        if self.best.len() >= 2 * self.most {
+        if self.best.len() >= 2 * self.size {
             self.cut();
             self.limit = self.best.last().map_or(0.0, |best| best.0);
         }
@@ -148,7 +148,7 @@ impl Harvest {
 
     fn cut(&mut self) {
         self.best.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
-        self.best.truncate(self.most);
+        self.best.truncate(self.size);
     }
 
     fn finish(mut self) -> Vec<Priced> {
@@ -263,11 +263,11 @@ fn exclude(layer: &Layer<'_>, size: usize, lower: u128, visits: &mut [i32]) {
 }
 
 /// Contents spread over all experts: the first ones, but of each expert no more than `most` for its own sake.
-pub(super) fn spread(contents: Vec<Priced>, experts: usize, most: usize) -> Vec<Vec<u16>> {
+pub(super) fn spread(contents: Vec<Priced>, experts: usize, times: usize) -> Vec<Vec<u16>> {
     let mut taken = vec![0; experts];
     let mut chosen = Vec::new();
     for (_, content) in contents {
-        if content.iter().any(|&e| taken[usize::from(e)] < most) {
+        if content.iter().any(|&e| taken[usize::from(e)] < times) {
             for &e in &content {
                 taken[usize::from(e)] += 1;
             }

@@ -91,28 +91,29 @@ impl Layer<'_> {
 
     /// How many contents there are.
     fn contents(&self) -> f64 {
-        let (least, most) = self.range();
-        (least..=most).map(|size| contents::binomial_f64(self.experts(), size)).sum()
+        let (least, largest) = self.range();
+        (least..=largest).map(|size| contents::binomial_f64(self.experts(), size)).sum()
     }
 
     /// Whether all contents can be tried: few, of few tokens.
     fn is_tractable(&self) -> bool {
-        let (_, most) = self.range();
-        most <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
+        let (_, largest) = self.range();
+        largest <= MOST_SLOTS && self.contents() <= MOST_CONTENTS && self.tokens() < 1 << 31
     }
 
     /// Visits that capacity alone asks for.
     fn least(&self) -> u128 {
-        let (_, most) = self.range();
-        self.tokens() * self.top_k.div_ceil(most.max(1)) as u128
+        let (_, largest) = self.range();
+        self.tokens() * self.top_k.div_ceil(largest.max(1)) as u128
     }
 
     /// What prices prove, in visits; `least_of` has the least `f(C) - p(C)` by size of C, in units.
     fn proven(&self, prices: &[f64], least_of: &[f64]) -> u64 {
         let mut sum: i128 = prices.iter().map(|&price| price as i128).sum();
         let (first, _) = self.range();
-        for (least, most) in self.sizes() {
-            let best = least_of[least - first..=most - first].iter().copied().fold(f64::INFINITY, f64::min);
+        for (least, largest) in self.sizes() {
+            let best =
+                least_of[least - first..=largest - first].iter().copied().fold(f64::INFINITY, f64::min);
             if best == f64::INFINITY {
                 return self.least() as u64; // nothing keeps the cap: whatever is said is true
             }
@@ -202,7 +203,7 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
         return Err(Error::shape("certificate", format!("{experts} prices"), &prices.len()));
     }
     let proven = |(prices, layer): (&[f64], &Layer<'_>)| {
-        let prices: Vec<f64> = prices.iter().map(|&price| whole(price * UNIT)).collect();
+        let prices: Vec<f64> = prices.iter().map(|&price| rounded(price * UNIT)).collect();
         if prices.iter().all(|&price| price == 0.0) {
             return layer.least() as u64;
         }
@@ -217,7 +218,7 @@ pub fn verify(layers: &[Layer<'_>], prices: &[f64]) -> Result<Vec<u64>> {
 }
 
 /// A price in units: whole, and near enough to 0.
-fn whole(price: f64) -> f64 {
+fn rounded(price: f64) -> f64 {
     if price.is_nan() { 0.0 } else { price.clamp(-LARGEST_PRICE * UNIT, LARGEST_PRICE * UNIT).floor() }
 }
 

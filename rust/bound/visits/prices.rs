@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::contents::{Table, spread};
 use super::programme::Programme;
-use super::{Layer, Limits, UNIT, whole};
+use super::{Layer, Limits, UNIT, rounded};
 
 /// Contents that a look at all of them brings, and how many of them may hold an expert.
 const HARVEST: usize = 600;
@@ -45,7 +45,7 @@ pub(super) fn search(
     let good = target.map_or(u64::MAX, |target| (target as f64 * (1.0 - budget.limits.gap)).ceil() as u64);
 
     // A visit is shared among the experts that it is for: the prices of what a device holds are its visits.
-    let mut best: Vec<f64> = shares(layer, start).into_iter().map(|price| whole(price * UNIT)).collect();
+    let mut best: Vec<f64> = shares(layer, start).into_iter().map(|price| rounded(price * UNIT)).collect();
     let mut begin = Instant::now();
     let (least, mut new) = table.price(&best, HARVEST);
     let mut proven = layer.proven(&best, &least);
@@ -65,7 +65,7 @@ pub(super) fn search(
         programme.add_contents(table, spread(new, experts, PER_EXPERT));
         let centre: Vec<f64> = best.iter().map(|price| price / UNIT).collect();
         let (hoped, prices, inside) = programme.solve(&centre, width);
-        let prices: Vec<f64> = prices.iter().map(|price| whole(price * UNIT)).collect();
+        let prices: Vec<f64> = prices.iter().map(|price| rounded(price * UNIT)).collect();
         let (least, more) = table.price(&prices, HARVEST);
         rounds += 1;
         let value = layer.proven(&prices, &least);

@@ -60,8 +60,8 @@ impl Programme {
         };
         let right: Vec<f64> = (0..rows)
             .map(|row| {
-                let whole = if row < self.experts { 1.0 } else { self.devices };
-                whole + PERTURBATION * (1.0 + (row as f64 * 0.618_033_988_75).fract())
+                let limit = if row < self.experts { 1.0 } else { self.devices };
+                limit + PERTURBATION * (1.0 + (row as f64 * 0.618_033_988_75).fract())
             })
             .collect();
         let mut basis: Vec<Column> = (0..rows).map(|row| Column::Slack(row, 1.0)).collect();

@@ -23,8 +23,8 @@ fn heaviest_first(layer: &Layer) -> Placed<Slots> {
     let (order, copies) = copies(&slots, site, weight)?;
     let mut balance = Balance::new(layer, &slots, &copies);
     let vacant = |slots: &Slots| -> Vec<Vec<usize>> {
-        let of = |g| slots.of(g).rev().filter(|&slot| slots.expert_in[slot] == EMPTY).collect();
-        (0..site.devices()).map(of).collect()
+        let empty_slots = |g| slots.of(g).rev().filter(|&slot| slots.expert_in[slot] == EMPTY).collect();
+        (0..site.devices()).map(empty_slots).collect()
     };
     let mut empty = vacant(&slots);
     let mut may = vec![false; site.devices()];

@@ -112,7 +112,7 @@ impl Item {
 
 /// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
 fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u32>)> {
-    let most = site.rules.most_copies(&site.capacity);
+    let max_copies = site.rules.max_copies_of(&site.capacity);
     let mut copies: Vec<u32> = slots.copies.iter().map(|&pinned| site.rules.least_copies(pinned)).collect();
     let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
     let Some(mut spare) = slots.expert_in.len().checked_sub(taken) else {
@@ -124,7 +124,7 @@ fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u3
     while spare > 0 {
         let Some(mut top) = heap.peek_mut() else { break };
         let e = top.expert();
-        if copies[e] < most(e) {
+        if copies[e] < max_copies(e) {
             copies[e] += 1;
             spare -= 1;
             *top = Item::new(load[e], copies[e], e);

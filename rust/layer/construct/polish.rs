@@ -83,9 +83,9 @@ impl Polish<'_> {
         let [before, beside] = [self.times[slow], self.times[other]];
         let (mut least, mut best) = (goal, None);
         for p in slots.of(slow) {
-            let given = self.load_in[p];
+            let leaving = self.load_in[p];
             for (&taken, q) in loads.iter().zip(theirs.clone()) {
-                let moved = given - taken;
+                let moved = leaving - taken;
                 let longest = f64::max(before - moved * t, beside + moved * u);
                 if longest < least && slots.allows(self.site, Move::Swap(p, q)) {
                     (least, best) = (longest, Some((p, q)));

@@ -175,7 +175,7 @@ impl Balance {
         let (loads, width) = (&self.loads, self.loads.width);
         for &(device, _) in met {
             let g = usize::from(device);
-            if self.touched.iter().all(|of| of.0 != device) {
+            if self.touched.iter().all(|touched| touched.0 != device) {
                 let at = self.touched.len();
                 self.touched.push((device, loads.own[g]));
                 self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);
@@ -199,7 +199,7 @@ impl Balance {
         }
         for &Share { expert, device, before, after } in shares {
             let g = usize::from(device);
-            let at = self.touched.iter().position(|of| of.0 == device).unwrap_or_else(|| {
+            let at = self.touched.iter().position(|touched| touched.0 == device).unwrap_or_else(|| {
                 self.touched.push((device, loads.own[g]));
                 let at = self.touched.len() - 1;
                 self.rows[at * width..][..width].copy_from_slice(loads.rows(g, 0).0);

@@ -28,15 +28,15 @@ impl Caps {
 
     /// Loads of the devices that a move touches, before and after it.
     fn changes<'a>(&'a self, layer: &'a Layer, shares: &'a [Share]) -> impl Iterator<Item = (f64, f64)> + 'a {
-        let by = |of: &Share| {
-            let part = (of.after - of.before) * layer.site.time[usize::from(of.device)];
-            layer.load[usize::from(of.expert)] * part
+        let by = |share: &Share| {
+            let part = (share.after - share.before) * layer.site.time[usize::from(share.device)];
+            layer.load[usize::from(share.expert)] * part
         };
-        let first = |(i, of): (usize, &'a Share)| {
-            shares[..i].iter().all(|earlier| earlier.device != of.device).then_some(of.device)
+        let first = |(i, share): (usize, &'a Share)| {
+            shares[..i].iter().all(|earlier| earlier.device != share.device).then_some(share.device)
         };
         shares.iter().enumerate().filter_map(first).map(move |device| {
-            let more: f64 = shares.iter().filter(|of| of.device == device).map(by).sum();
+            let more: f64 = shares.iter().filter(|share| share.device == device).map(by).sum();
             let load = self.load[usize::from(device)];
             (load, load + more)
         })
@@ -68,9 +68,10 @@ impl Caps {
     }
 
     pub(crate) fn apply(&mut self, layer: &Layer, shares: &[Share]) {
-        for of in shares {
-            let g = usize::from(of.device);
-            self.load[g] += layer.load[usize::from(of.expert)] * (of.after - of.before) * layer.site.time[g];
+        for share in shares {
+            let g = usize::from(share.device);
+            self.load[g] +=
+                layer.load[usize::from(share.expert)] * (share.after - share.before) * layer.site.time[g];
         }
     }
 }

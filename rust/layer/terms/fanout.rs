@@ -200,8 +200,9 @@ impl Fanout {
             return;
         }
         for &(device, visits) in &self.visits_then {
-            let more = |of: &Share| sets.load(of.expert, of.after) - sets.load(of.expert, of.before);
-            let more: i64 = shares.iter().filter(|of| of.device == device).map(more).sum();
+            let more =
+                |share: &Share| sets.load(share.expert, share.after) - sets.load(share.expert, share.before);
+            let more: i64 = shares.iter().filter(|share| share.device == device).map(more).sum();
             self.met_then.push((device, ratio(visits, self.load[usize::from(device)] + more)));
         }
     }
@@ -213,9 +214,9 @@ impl Fanout {
 
     /// Follows the shares that a move changes.
     pub(crate) fn serve(&mut self, sets: &Sets, shares: &[Share]) {
-        for of in shares {
-            self.load[usize::from(of.device)] +=
-                sets.load(of.expert, of.after) - sets.load(of.expert, of.before);
+        for share in shares {
+            self.load[usize::from(share.device)] +=
+                sets.load(share.expert, share.after) - sets.load(share.expert, share.before);
         }
     }
 
@@ -271,8 +272,9 @@ impl Fanout {
 
     /// Nodes of devices, where they cost something.
     fn nodes_of(&self, layer: &Layer, devices: &[u16]) -> Vec<u16> {
-        let some = if self.beside.is_empty() { &[] } else { devices };
-        let mut nodes: Vec<u16> = some.iter().map(|&device| layer.site.node[usize::from(device)]).collect();
+        let visited = if self.beside.is_empty() { &[] } else { devices };
+        let mut nodes: Vec<u16> =
+            visited.iter().map(|&device| layer.site.node[usize::from(device)]).collect();
         nodes.sort_unstable();
         nodes.dedup();
         nodes

@@ -18,10 +18,10 @@ pub(crate) fn change(layer: &Layer, Looked { slots, step, shares }: Looked<'_>) 
         }
     }
     if !layer.costs.serve_cost.is_empty() {
-        let of = |share: &Share| {
+        let added = |share: &Share| {
             (share.after - share.before) * layer.costs.serve_cost[at(share.expert, share.device)]
         };
-        change += shares.iter().map(of).sum::<f64>();
+        change += shares.iter().map(added).sum::<f64>();
     }
     change
 }

@@ -51,21 +51,21 @@ impl Peak {
     /// Cost when devices `touched` have `rows` instead.
     pub(super) fn cost_of(&self, load: &[f32], rows: &[f32], touched: &[(u16, i64)], time: &[f32]) -> f64 {
         let width = self.first.len();
-        let of = |at: usize| {
+        let time_at = |at: usize| {
             let device = touched[at].0;
             (&rows[at * width..][..width], f32::from(device), time[usize::from(device)])
         };
         match touched.len() {
             // A device that changes twice is one.
-            1 => two_changed(self, of(0), of(0)),
-            2 => two_changed(self, of(0), of(1)),
+            1 => two_changed(self, time_at(0), time_at(0)),
+            2 => two_changed(self, time_at(0), time_at(1)),
             _ => {
-                let mut most = vec![0.0; width];
+                let mut largest = vec![0.0; width];
                 for (device, (row, &time)) in load.chunks_exact(width).zip(time).enumerate() {
-                    let at = touched.iter().position(|of| usize::from(of.0) == device);
-                    raise(&mut most, at.map_or(row, |at| &rows[at * width..][..width]), time);
+                    let at = touched.iter().position(|row_of| usize::from(row_of.0) == device);
+                    raise(&mut largest, at.map_or(row, |at| &rows[at * width..][..width]), time);
                 }
-                sum(&most)
+                sum(&largest)
             }
         }
     }
@@ -89,17 +89,17 @@ fn two_changed(peak: &Peak, one: (&[f32], f32, f32), other: (&[f32], f32, f32)) 
     let (first_device, second_device) = (lanes(&peak.first_device, n), lanes(&peak.second_device, n));
     let mut sums = [0.0f64; LANES];
     for at in 0..n {
-        let mut most = [0.0f32; LANES];
+        let mut largest = [0.0f32; LANES];
         for k in 0..LANES {
             let (f, s) = (first_device[at][k], second_device[at][k]);
             let rest = if s != g && s != h { second[at][k] } else { third[at][k] };
             let rest = if f != g && f != h { first[at][k] } else { rest };
             let (here, there) = (here[at][k] * time_g, there[at][k] * time_h);
             let new = if here > there { here } else { there };
-            most[k] = if new > rest { new } else { rest };
+            largest[k] = if new > rest { new } else { rest };
         }
         for k in 0..LANES {
-            sums[k] += f64::from(most[k]);
+            sums[k] += f64::from(largest[k]);
         }
     }
     total(sums)

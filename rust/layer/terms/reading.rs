@@ -51,7 +51,7 @@ impl Reading {
         let Weights { base, expert, exposed, start } = weights;
         let (width, rate) = (windows.width, site.rate());
         let used = site.capacity.iter().filter(|&&slots| slots > 0).count().max(1) as f64;
-        let most = site.capacity.iter().copied().max().unwrap_or(0).min(experts) as f64;
+        let largest = site.capacity.iter().copied().max().unwrap_or(0).min(experts) as f64;
         let least = site.time.iter().copied().fold(f64::INFINITY, f64::min);
         let mut reading = Self {
             exposed: exposed as f32,
@@ -67,7 +67,7 @@ impl Reading {
         for w in (0..width).filter(|&w| windows.per_mean[w] > 0.0 && windows.unit[w] > 0.0) {
             let (unit, mean) = (f64::from(windows.unit[w]), 1.0 / f64::from(windows.per_mean[w]));
             let active = (0..experts as u16).filter(|&e| windows.of(e)[w] > 0.0).count() as f64;
-            matters |= (base + expert * most) * unit > (1.0 - exposed) * mean;
+            matters |= (base + expert * largest) * unit > (1.0 - exposed) * mean;
             reading.unit[w] = windows.unit[w];
             reading.base[w] = (base * unit) as f32;
             reading.expert[w] = (expert * unit / f64::from(ACTIVE)) as f32;
@@ -131,9 +131,9 @@ impl Busy {
             let g = usize::from(device);
             let active = &mut self.active_then[at * width..][..width];
             active.copy_from_slice(&self.active[g * width..][..width]);
-            for of in shares.iter().filter(|of| of.device == device) {
-                add_active(active, &layer.windows, of.expert, of.before, -1.0);
-                add_active(active, &layer.windows, of.expert, of.after, 1.0);
+            for share in shares.iter().filter(|share| share.device == device) {
+                add_active(active, &layer.windows, share.expert, share.before, -1.0);
+                add_active(active, &layer.windows, share.expert, share.after, 1.0);
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
             longer(time, load, active, reading, (g, loads.time[g], own));
@@ -157,7 +157,9 @@ fn add_active(to: &mut [f32], windows: &Windows, expert: u16, share: f64, sign: 
         add_present(to, load, sign * ACTIVE);
     } else if share > 0.0 {
         let idle = libm::log1p(-share);
-        for ((to, &load), &unit) in to.iter_mut().zip(load).zip(&windows.unit).filter(|of| *of.0.1 > 0.0) {
+        for ((to, &load), &unit) in
+            to.iter_mut().zip(load).zip(&windows.unit).filter(|entry| *entry.0.1 > 0.0)
+        {
             let tokens = f64::from(load) / f64::from(unit);
             let busy = if tokens * share > CERTAIN { 1.0 } else { 1.0 - libm::exp(tokens * idle) };
             *to += sign * libm::rint(busy * f64::from(ACTIVE)) as f32;

@@ -61,11 +61,11 @@ impl Together {
     /// Follows changes of shares.
     pub(crate) fn apply(&mut self, pairs: &Pairs, shares: &[Share]) {
         self.apart -= self.joined(pairs, shares);
-        for of in shares {
-            let row = pairs.row(of.expert);
-            let affinity = &mut self.affinity[usize::from(of.device) * row.len()..][..row.len()];
+        for share in shares {
+            let row = pairs.row(share.expert);
+            let affinity = &mut self.affinity[usize::from(share.device) * row.len()..][..row.len()];
             for (affinity, &count) in affinity.iter_mut().zip(row) {
-                *affinity += (of.after - of.before) * f64::from(count);
+                *affinity += (share.after - share.before) * f64::from(count);
             }
         }
     }
@@ -73,13 +73,13 @@ impl Together {
     /// Pairs that changes of shares bring together: each with what is there, and with each other.
     fn joined(&self, pairs: &Pairs, shares: &[Share]) -> f64 {
         let mut joined = 0.0;
-        for (n, of) in shares.iter().enumerate() {
-            let row = pairs.row(of.expert);
-            let mut met = self.affinity[usize::from(of.device) * row.len() + usize::from(of.expert)];
-            for other in shares[..n].iter().filter(|other| other.device == of.device) {
+        for (n, share) in shares.iter().enumerate() {
+            let row = pairs.row(share.expert);
+            let mut met = self.affinity[usize::from(share.device) * row.len() + usize::from(share.expert)];
+            for other in shares[..n].iter().filter(|other| other.device == share.device) {
                 met += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
             }
-            joined += (of.after - of.before) * met;
+            joined += (share.after - share.before) * met;
         }
         joined
     }

@@ -91,7 +91,9 @@ impl Windows {
         let mut unit: Vec<f32> = weights.iter().map(|weight| (weight * scale) as f32).collect();
         unit.resize(width, 0.0);
         let (mut per_mean, mut price) = (vec![0.0; width], vec![0.0; width]);
-        for (w, (&total, counts)) in totals.iter().zip(&counts).enumerate().filter(|(_, of)| *of.0 > 0.0) {
+        for (w, (&total, counts)) in
+            totals.iter().zip(&counts).enumerate().filter(|(_, window)| *window.0 > 0.0)
+        {
             per_mean[w] = (rate / (total * scale)) as f32;
             price[w] = (total * scale / rate * counts) as f32;
         }

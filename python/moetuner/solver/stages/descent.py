@@ -93,7 +93,7 @@ def descend(
     places, experts, figures, interrupted = layers.descend(
         np.ascontiguousarray(start),
         pad_slots(running.slots, problem.capacity),
-        most=int(most_moves) if most_moves < problem.capacity.sum() else None,
+        max_moves=int(most_moves) if most_moves < problem.capacity.sum() else None,
         links=links,
         time_limit=budget.left,
         threads=budget.threads,

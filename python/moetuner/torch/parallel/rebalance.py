@@ -253,7 +253,7 @@ class Rebalancer:
         tokens_per_us = float(tokens.sum() / times.sum())
         price = self.hysteresis * link_us / current.devices * tokens_per_us / self.steps_ahead
         # The gain is judged by counts that the search has not seen: no deviations.
-        limits: dict[str, Any] = {"budget": budget, "price": price, "dead_zone": self.dead_zone}
+        limits: dict[str, Any] = {"budget": budget, "min_gain": price, "dead_zone": self.dead_zone}
         limits |= {"deviations": 0.0, "full": False, "time": self.topology.time_of_device}
         better = rebalance(load, current.slots, **limits).slots
         return Placement(better, num_experts=current.num_experts)
