@@ -72,23 +72,23 @@ class Profiles:
     def phases(self) -> list[str]:
         """Phase of every profile; its name where that does not say."""
         found = [re.search("prefill|decode", name.lower()) for name in self.names]
-        return [of[0] if of else name for of, name in zip(found, self.names, strict=True)]
+        return [match[0] if match else name for match, name in zip(found, self.names, strict=True)]
 
     @property
     def lengths(self) -> list[str]:
         """Length of the prompts of every profile; its name where that does not say."""
         found = [re.search(r"in(\d+)", name.lower()) for name in self.names]
-        return [of[1] if of else name for of, name in zip(found, self.names, strict=True)]
+        return [match[1] if match else name for match, name in zip(found, self.names, strict=True)]
 
     def cases(self) -> dict[str, list[Case]]:
         """Return what is judged on what, by table column; a column may have nothing."""
         every, phases, lengths = range(len(self.names)), self.phases, self.lengths
         cases: dict[str, list[Case]] = {OWN: [((one,), (one,)) for one in every]}
         for one in every:
-            is_other = [of != phases[one] for of in phases]
+            is_other = [phase != phases[one] for phase in phases]
             of_length = [n for n in every if not is_other[n] and lengths[n] != lengths[one]]
-            for column, of in ((LENGTH, of_length), (PHASE, np.flatnonzero(is_other).tolist())):
-                cases.setdefault(column, []).extend([((one,), tuple(of))] if of else [])
+            for column, others in ((LENGTH, of_length), (PHASE, np.flatnonzero(is_other).tolist())):
+                cases.setdefault(column, []).extend([((one,), tuple(others))] if others else [])
         cases[ALL] = []
         for phase in dict.fromkeys(phases):
             seen = tuple(n for n in every if phases[n] == phase)
@@ -183,7 +183,9 @@ class Placer:
 
 def lost(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
     """Count the experts that have no copy left when a device of slots [L,D,S] is lost [L,D]."""
-    has = np.stack([[np.bincount(of[of >= 0], minlength=experts) > 0 for of in d] for d in slots])
+    has = np.stack(
+        [[np.bincount(row[row >= 0], minlength=experts) > 0 for row in d] for d in slots]
+    )
     return (has & (has.sum(axis=1, keepdims=True) == 1)).sum(axis=2)
 
 
@@ -206,30 +208,34 @@ def judge(placer: Placer, profiles: Profiles, mixes: list[Case], report: Report)
     title = f"{placer.devices} ranks of {placer.slots} slots"
     figures: dict[str, Any] = {column: {} for column in (OWN, LENGTH, PHASE, ALL, MIX)}
     cases = profiles.cases()
-    names = (f"{of} 8.4f" for column in (OWN, LENGTH, PHASE) for of in (column, "worst"))
+    names = (f"{heading} 8.4f" for column in (OWN, LENGTH, PHASE) for heading in (column, "worst"))
     table = report.table(f"{title}: fitted to one recording, judged on", "placement <16", *names)
     for method in ONE:
         for column in (OWN, LENGTH, PHASE):
-            figures[column][method] = summary(placer.judged(method, of) for of in cases[column])
+            figures[column][method] = summary(placer.judged(method, case) for case in cases[column])
         table(
             method, *(value for column in (OWN, LENGTH, PHASE) for value in figures[column][method])
         )
     table = report.table(
         f"{title}: fitted to several recordings",
-        *("placement <24", f"{ALL} 14.4f", "worst 8.4f", "mix 8.4f", "worst 8.4f"),
+        "placement <24",
+        f"{ALL} 14.4f",
+        "worst 8.4f",
+        "mix 8.4f",
+        "worst 8.4f",
         "mean of a split: median (quartiles) <30",
     )
     for method in METHODS:
-        for column, of in ((ALL, cases[ALL]), (MIX, mixes)):
-            figures[column][method] = summary(placer.judged(method, case) for case in of)
+        for column, chosen in ((ALL, cases[ALL]), (MIX, mixes)):
+            figures[column][method] = summary(placer.judged(method, case) for case in chosen)
         means = [placer.judged(method, case).mean() for case in mixes]
         table(method, *figures[ALL][method], *figures[MIX][method], spread(means, 4))
-    for column, of in ((ALL, cases[ALL]), (MIX, mixes)):
-        figures[column]["oracle"] = summary(placer.oracle(case[1]) for case in of)
-        bounds = [placer.bound(case[1]) for case in of]
+    for column, chosen in ((ALL, cases[ALL]), (MIX, mixes)):
+        figures[column]["oracle"] = summary(placer.oracle(case[1]) for case in chosen)
+        bounds = [placer.bound(case[1]) for case in chosen]
         figures[column]["bound"] = (float(np.mean(bounds)) if bounds else "-", "-")
-        own = {n: placer.oracle((n,)) for case in of for n in case[1]}
-        figures[column]["each"] = summary(own[n] for case in of for n in case[1])
+        own = {n: placer.oracle((n,)) for case in chosen for n in case[1]}
+        figures[column]["each"] = summary(own[n] for case in chosen for n in case[1])
     for name, key in (
         ("saw what is judged", "oracle"),
         ("no placement is below", "bound"),
@@ -242,8 +248,10 @@ def judge(placer: Placer, profiles: Profiles, mixes: list[Case], report: Report)
 def conclude(placer: Placer, figures: dict[str, Any], report: Report) -> None:
     """Say what the tables of one size amount to."""
     mix, phase = figures[MIX], figures[PHASE]
-    text = ", ".join(f"{of} {mix[of][0]:.3f} and {mix[of][1]:.3f}" for of in ("EPLB", *OURS))
-    alone = [phase[of][0] for of in ("EPLB", *OURS) if phase[of][0] != "-"]
+    text = ", ".join(
+        f"{method} {mix[method][0]:.3f} and {mix[method][1]:.3f}" for method in ("EPLB", *OURS)
+    )
+    alone = [phase[method][0] for method in ("EPLB", *OURS) if phase[method][0] != "-"]
     other = f", {min(alone):.3f} to {max(alone):.3f} on average" if alone else ": none"
     report.say(
         f"{placer.devices} ranks of {placer.slots} slots, fitted to a mix and judged on the other "
@@ -256,8 +264,12 @@ def losses(placers: list[Placer], case: Case, experts: int, report: Report) -> N
     """Print what the loss of a rank takes, under placements of a mix."""
     table = report.table(
         "Losing one rank: is the last copy of an expert lost?",
-        *("ranks/slots <12", "placement <12", "copies in a layer 17.0f", "of ranks 9.1%"),
-        *("of layers 9.1%", "experts lost in a layer 23.2f"),
+        "ranks/slots <12",
+        "placement <12",
+        "copies in a layer 17.0f",
+        "of ranks 9.1%",
+        "of layers 9.1%",
+        "experts lost in a layer 23.2f",
     )
     for placer in placers:
         for method in ONE:
@@ -283,13 +295,13 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
     }
     colours = {"EPLB": "#c44e52", "joint": "#4c72b0", "quick": "#55a868"}
     figure = Figure(figsize=(3.6 * len(figures), 3.8), layout="constrained")
-    for panel, (title, of) in zip(
+    for panel, (title, profiles) in zip(
         np.atleast_1d(figure.subplots(1, len(figures), sharey=True)), figures.items(), strict=True
     ):
-        columns = [column for column in names if of[column]["EPLB"][0] != "-"]
+        columns = [column for column in names if profiles[column]["EPLB"][0] != "-"]
         for number, (method, colour) in enumerate(colours.items()):
             x = np.arange(len(columns)) + (number - 1) * 0.2
-            mean, worst = zip(*(of[column][method] for column in columns), strict=True)
+            mean, worst = zip(*(profiles[column][method] for column in columns), strict=True)
             panel.vlines(x, mean, worst, color=colour, linewidth=1.5, alpha=0.6)
             panel.plot(x, mean, "o", color=colour, markersize=6, label=method)
             panel.plot(x, worst, "_", color=colour, markersize=7)
@@ -305,11 +317,11 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Print all tables."""
-    how: dict[str, Any] = {"devices": [32, 72], "splits": 4, "seed": 0, "plot": Path}
-    how["iterations"] = 0  # of joint, for a quick look; 0 is what `solve` takes
-    with benchmark(__doc__, {"folder": Path}, **how) as (given, report):
+    options: dict[str, Any] = {"devices": [32, 72], "splits": 4, "seed": 0, "plot": Path}
+    options["iterations"] = 0  # of joint, for a quick look; 0 is what `solve` takes
+    with benchmark(__doc__, {"folder": Path}, **options) as (asked, report):
         try:
-            profiles = read(given.folder)
+            profiles = read(asked.folder)
         except (ValueError, OSError) as error:
             print(f"{error}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -318,30 +330,34 @@ def main() -> None:
         far = np.abs(share[:, None] - share[None]).sum(axis=3).mean(axis=2) / 2
         kinds = report.table(
             f"{len(load)} profiles of {load.shape[1]} layers of {experts} experts",
-            *("profile <26", "phase <26", "length <26", "furthest from <26", "tokens apart 12.1%"),
+            "profile <26",
+            "phase <26",
+            "length <26",
+            "furthest from <26",
+            "tokens apart 12.1%",
         )
         named = zip(profiles.names, profiles.phases, profiles.lengths, far, strict=True)
-        for name, phase, length, of in named:
-            kinds(name, phase, length, profiles.names[int(of.argmax())], of.max())
-        mixes = profiles.mixes(given.splits, given.seed)
-        searched = (given.seed, given.iterations or None)
+        for name, phase, length, figure in named:
+            kinds(name, phase, length, profiles.names[int(figure.argmax())], figure.max())
+        mixes = profiles.mixes(asked.splits, asked.seed)
+        searched = (asked.seed, asked.iterations or None)
         placers, figures = [], {}
-        for devices in given.devices:
+        for devices in asked.devices:
             for slots in sizes_of(experts, devices):
                 placers.append(Placer(load, devices, slots, *searched))
                 figures[f"{devices} ranks of {slots} slots"] = judge(
                     placers[-1], profiles, mixes, report
                 )
-        for placer, of in zip(placers, figures.values(), strict=True):
-            conclude(placer, of, report)
+        for placer, figure in zip(placers, figures.values(), strict=True):
+            conclude(placer, figure, report)
         # As many slots as two copies of every expert take.
         twice = [
             Placer(load, devices, -(-2 * experts // devices), *searched)
-            for devices in given.devices
+            for devices in asked.devices
         ]
         losses([*placers, *twice], mixes[0], experts, report)
-        if given.plot:
-            draw(figures, given.plot)
+        if asked.plot:
+            draw(figures, asked.plot)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def domains(layers: int, windows: int, seed: int, experts: int = 256) -> Floats:
     direction = rng.normal(0, DIRECTION, (DOMAINS, DIRECTIONS, *size))
     load = np.empty((windows, *size))
     for window in range(windows):
-        mine = window % DOMAINS
-        log = expert + DOMAIN * tails[mine] + rng.normal(0, WINDOW, size)
-        for directions in (shared, direction[mine]):
+        domain = window % DOMAINS
+        log = expert + DOMAIN * tails[domain] + rng.normal(0, WINDOW, size)
+        for directions in (shared, direction[domain]):
             log += np.einsum("k,kle->le", rng.normal(0, 1, len(directions)), directions)
         share = np.exp(log)
         share = np.minimum(share / share.sum(axis=1, keepdims=True), LARGEST_SHARE)
@@ -225,8 +225,8 @@ def _joined(counts: mt.RoutingStatistics, windows: int) -> mt.RoutingStatistics:
         return counts
     load, group = [], []
     for number in np.unique(counts.group):
-        mine = np.flatnonzero(counts.group == number)
-        whole = mine[: len(mine) // windows * windows].reshape(-1, windows)
-        load += [counts.window_load[some].sum(axis=0) for some in whole]
-        group += [number] * len(whole)
+        members = np.flatnonzero(counts.group == number)
+        runs = members[: len(members) // windows * windows].reshape(-1, windows)
+        load += [counts.window_load[run].sum(axis=0) for run in runs]
+        group += [number] * len(runs)
     return replace(counts, window_load=np.stack(load), group=np.array(group))

@@ -109,9 +109,9 @@ def replace_loads(shares: Floats, ranks: int) -> None:
     predictor._get_moe_tokens_input = busiest_rank
 
 
-def command(given: Any, name: str, slots: int) -> list[str]:
+def command(asked: Any, name: str, slots: int) -> list[str]:
     """Return the arguments of Frontier's command line."""
-    work = given.work
+    work = asked.work
     replica = {
         "model_name": MODEL,
         "device": "a800",
@@ -146,19 +146,20 @@ def command(given: Any, name: str, slots: int) -> list[str]:
         "replica_scheduler_config_type": "vllm",
         "decode_cuda_graph_mode": "none",
         "request_generator_config_type": "synthetic",
-        "synthetic_request_generator_config_num_requests": given.requests,
+        "synthetic_request_generator_config_num_requests": asked.requests,
         "length_generator_config_type": "fixed",
-        "fixed_request_length_generator_config_prefill_tokens": given.prefill,
-        "fixed_request_length_generator_config_decode_tokens": given.decode,
+        "fixed_request_length_generator_config_prefill_tokens": asked.prefill,
+        "fixed_request_length_generator_config_decode_tokens": asked.decode,
         "interval_generator_config_type": "poisson",
-        "poisson_request_interval_generator_config_qps": given.rate,
+        "poisson_request_interval_generator_config_qps": asked.rate,
         **{f"metrics_config_{key}": value for key, value in metrics.items()},
         **{f"{FORESTS}_{key}": value for key, value in forests.items()},
     }
     off = ("store_plots", "enable_chrome_trace", "write_json_trace")
     return [
         *(word for key, value in options.items() for word in (f"--{key}", str(value))),
-        *("--metrics_config_write_metrics", "--metrics_config_store_request_metrics"),
+        "--metrics_config_write_metrics",
+        "--metrics_config_store_request_metrics",
         *(f"--no-metrics_config_{name}" for name in off),
     ]
 
@@ -176,34 +177,34 @@ def _simulate(checkout: Path, shares: Floats, words: Sequence[str]) -> None:
         main()
 
 
-def simulated(given: Any, shares: Mapping[str, Floats], slots: int) -> dict[str, list[float]]:
+def simulated(asked: Any, shares: Mapping[str, Floats], slots: int) -> dict[str, list[float]]:
     """Return the share of experts in all steps, and milliseconds to the first and per token.
 
     Milliseconds are mean, 95th and 99th percentile of either. All simulations run at once, each in
     a process of its own, in which nothing was replaced yet.
     """
-    for old in given.work.glob("runs/**/*.json*"):
+    for old in asked.work.glob("runs/**/*.json*"):
         old.unlink()
     fresh = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         works = []
-        for name, of in shares.items():
+        for name, share in shares.items():
             pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=fresh))
-            works.append(pool.submit(_simulate, given.frontier, of, command(given, name, slots)))
+            works.append(pool.submit(_simulate, asked.frontier, share, command(asked, name, slots)))
         for work in works:
             work.result()
-    return {name: figures(given, name) for name in shares}
+    return {name: figures(asked, name) for name in shares}
 
 
-def figures(given: Any, name: str) -> list[float]:
+def figures(asked: Any, name: str) -> list[float]:
     """Read what a simulation wrote."""
-    (path,) = given.work.glob(f"runs/**/{name}/system_metrics.json")
+    (path,) = asked.work.glob(f"runs/**/{name}/system_metrics.json")
     metrics = json.loads(path.read_text())
-    assert metrics["simulation_metadata"]["completed_requests"] == given.requests
+    assert metrics["simulation_metadata"]["completed_requests"] == asked.requests
     steps = path.with_name("frontier_stage_batch_ledger.jsonl").read_text().splitlines()
     parts = [json.loads(step)["execution_time"]["component_ledger_ms"] for step in steps]
-    experts = sum(of["moe_grouped_gemm_time"] for of in parts) / sum(
-        sum(of.values()) for of in parts
+    experts = sum(step["moe_grouped_gemm_time"] for step in parts) / sum(
+        sum(step.values()) for step in parts
     )
     kinds = [metrics[f"{kind}_statistics"] for kind in ("ttft", "tpot")]
     return [experts, *(kind[figure] for kind in kinds for figure in ("mean", "p95", "p99"))]
@@ -218,20 +219,27 @@ def with_metadata(checkout: Path, work: Path) -> None:
     subprocess.run([*tool, *folders, *says], cwd=checkout, check=True, capture_output=True)
 
 
-def judged(report: Report, loads: Path, given: Any, copies: int) -> None:
+def judged(report: Report, loads: Path, asked: Any, copies: int) -> None:
     """Print a table of placements of these loads."""
     statistics = mt.open_input(loads)
     load = statistics.window_load[:, :LAYERS]
     slots = load.shape[2] // RANKS + copies
     table = report.table(
         f"{statistics.model} on {RANKS} ranks with {slots} slots each",
-        *("placement <12s", "load 7.3f", "experts 8.1%", "TTFT mean 9.2f", "p95 8.2f", "p99 8.2f"),
-        *("TPOT mean 9.3f", "p95 8.3f", "p99 8.3f"),
+        "placement <12s",
+        "load 7.3f",
+        "experts 8.1%",
+        "TTFT mean 9.2f",
+        "p95 8.2f",
+        "p99 8.2f",
+        "TPOT mean 9.3f",
+        "p95 8.3f",
+        "p99 8.3f",
     )
     unseen = load[1::2].astype(np.float64)
     placed = placements(load[::2], RANKS, slots)
     shares = {name: slot_shares(unseen, each) for name, each in placed.items()}
-    found = simulated(given, shares, slots)
+    found = simulated(asked, shares, slots)
     for name, each in placed.items():
         table(name, imbalance(unseen, each).mean(), *found[name])
     ours = np.array(found["joint"])
@@ -247,16 +255,16 @@ def main() -> None:
     files = {"frontier": Path, "loads": [Path()]}
     numbers = {"copies": [0, 4], "requests": 16, "prefill": 1024, "decode": 8}
     others = {"rate": 16.0, "work": Path("build/frontier")}
-    with benchmark(__doc__, files, **numbers, **others) as (given, report):
-        given.frontier, given.work = given.frontier.resolve(), given.work.resolve()
+    with benchmark(__doc__, files, **numbers, **others) as (asked, report):
+        asked.frontier, asked.work = asked.frontier.resolve(), asked.work.resolve()
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing or not (given.frontier / PROFILE / "moe.csv").exists():
+        if missing or not (asked.frontier / PROFILE / "moe.csv").exists():
             what = f"the packages {', '.join(missing)}" if missing else f"{PROFILE} in FRONTIER"
             print(f"Nothing can run: needs {what}", file=sys.stderr)
             raise SystemExit(2)
-        with_metadata(given.frontier, given.work)
-        for loads, copies in itertools.product(given.loads, given.copies):
-            judged(report, loads, given, copies)
+        with_metadata(asked.frontier, asked.work)
+        for loads, copies in itertools.product(asked.loads, asked.copies):
+            judged(report, loads, asked, copies)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,12 @@ PLACEMENTS = ("contiguous", "random", "eplb", "paper", "joint")
 FABRICS = {
     "RDMA": (
         (
-            *("network/model:CM02", "network/TCP-gamma:0", "network/crosstraffic:0"),
-            *("network/bandwidth-factor:1", "network/latency-factor:1", "network/weight-S:0"),
+            "network/model:CM02",
+            "network/TCP-gamma:0",
+            "network/crosstraffic:0",
+            "network/bandwidth-factor:1",
+            "network/latency-factor:1",
+            "network/weight-S:0",
         ),
         (1.0, 1.0),
     ),
@@ -65,9 +69,9 @@ def platform(topology: mt.Topology) -> str:
     lines = [f'<host id="{device}" speed="1Gf"/>' for device in devices]
     for number, level in enumerate(topology.levels, start=1):
         # A route has two links, which share the latency of the way.
-        how = f'bandwidth="{level.bandwidth:.0f}Bps" latency="{level.latency / 2:.3e}s"'
+        link = f'bandwidth="{level.bandwidth:.0f}Bps" latency="{level.latency / 2:.3e}s"'
         for device in devices:
-            lines += [f'<link id="{way}{number}-{device}" {how}/>' for way in ("out", "in")]
+            lines += [f'<link id="{way}{number}-{device}" {link}/>' for way in ("out", "in")]
     for a, b in zip(*np.nonzero(tier), strict=True):
         links = f'<link_ctn id="out{tier[a, b]}-{a}"/><link_ctn id="in{tier[a, b]}-{b}"/>'
         lines.append(f'<route src="{a}" dst="{b}" symmetrical="NO">{links}</route>')
@@ -165,13 +169,13 @@ def links_us(
     # Every tier by itself [tiers,L].
     tiers = [ports * tier for tier in np.eye(len(topology.levels))]
     ways = [
-        np.stack([model.ports_us(of, topology, bytes_each=carried) for of in tiers])
+        np.stack([model.ports_us(rows, topology, bytes_each=carried) for rows in tiers])
         for carried in (model.token_bytes, model.bytes_back)
     ]
     # A model whose experts take no time has only links.
     only = mt.CostModel(0, 0, 0, 0, model.token_bytes, combine_bytes=model.bytes_back)
-    how: dict[str, Any] = {"window": None, "mixed": False, "cost_model": only}
-    evaluated = mt.evaluate(placement, window, topology, **how)
+    options: dict[str, Any] = {"window": None, "mixed": False, "cost_model": only}
+    evaluated = mt.evaluate(placement, window, topology, **options)
     return np.stack(
         [
             np.sum([way.sum(axis=0) for way in ways], axis=0),
@@ -198,26 +202,30 @@ def judged(
     Returns how far our ratios to contiguous are off SimGrid's, and our times off its times [P,2,5].
     """
     table = report.table(
-        *(title, "placement <12s", "SimGrid, us 11.1f", "ports, us 9.1f", "evaluate, us 12.1f"),
-        *(
-            "ratio, SimGrid 14.3f",
-            "ports 7.3f",
-            "evaluate 8.3f",
-            "off, ports 10.1%",
-            "evaluate 8.1%",
-        ),
+        title,
+        "placement <12s",
+        "SimGrid, us 11.1f",
+        "ports, us 9.1f",
+        "evaluate, us 12.1f",
+        "ratio, SimGrid 14.3f",
+        "ports 7.3f",
+        "evaluate 8.3f",
+        "off, ports 10.1%",
+        "evaluate 8.1%",
     )
-    us = {name: np.array([of.mean(), *ours[name].mean(axis=1)]) for name, of in simgrid.items()}
+    us = {
+        name: np.array([times.mean(), *ours[name].mean(axis=1)]) for name, times in simgrid.items()
+    }
     found = []
-    for name, of in us.items():
-        ratio = of / us["contiguous"]
-        found.append([ratio[1:] / ratio[0] - 1, of[1:] / of[0] - 1])
-        table(name, *of[:3], *ratio[:3], *found[-1][0][:2])
+    for name, values in us.items():
+        ratio = values / us["contiguous"]
+        found.append([ratio[1:] / ratio[0] - 1, values[1:] / values[0] - 1])
+        table(name, *values[:3], *ratio[:3], *found[-1][0][:2])
     return np.array(found)
 
 
 def judge(
-    report: Report, devices: int, parts: Sequence[mt.RoutingTrace], given: Any
+    report: Report, devices: int, parts: Sequence[mt.RoutingTrace], asked: Any
 ) -> Iterator[tuple[str, Floats]]:
     """Yield, by fabric, what `judged` found of placements on a machine, a table for each window.
 
@@ -227,24 +235,32 @@ def judge(
     topology = mt.Topology.preset(name, nodes=nodes)
     seen, unseen = parts
     # An exchange of 72 devices has 5,112 flows, seconds of SimGrid's: one layer will do.
-    number = min(given.layers, seen.layers) if devices < 72 else 1
+    number = min(asked.layers, seen.layers) if devices < 72 else 1
     layers = np.linspace(0, seen.layers - 1, number).astype(int)
     model, placed = cost_model_of(seen), placements(seen, topology)
-    for tokens in given.tokens:
-        some = list(windows(unseen, tokens, given.windows))
+    for tokens in asked.tokens:
+        sent_windows = list(windows(unseen, tokens, asked.windows))
         flows = [
             one
             for placement in placed.values()
-            for window in some
+            for window in sent_windows
             for layer in zip(*exchanged(placement, window, model)[:, layers], strict=True)
             for one in layer
         ]
 
-        def ours(topology: mt.Topology, some: Sequence[mt.RoutingTrace] = some) -> list[Floats]:
+        def ours(
+            topology: mt.Topology, sent_windows: Sequence[mt.RoutingTrace] = sent_windows
+        ) -> list[Floats]:
             """Return our times of all placements [3,n]."""
             return [
-                np.concatenate([links_us(of, each, topology, model)[:, layers] for each in some], 1)
-                for of in placed.values()
+                np.concatenate(
+                    [
+                        links_us(placement, each, topology, model)[:, layers]
+                        for each in sent_windows
+                    ],
+                    1,
+                )
+                for placement in placed.values()
             ]
 
         plain = ours(topology)
@@ -260,14 +276,14 @@ def judge(
 def main() -> None:
     """Print a table per machine, window and fabric."""
     numbers = {"windows": 2, "layers": 8, "tokens": [512, 8192], "devices": [16, 32, 72]}
-    with benchmark(__doc__, trace=BUNDLED, **numbers) as (given, report):
+    with benchmark(__doc__, trace=BUNDLED, **numbers) as (asked, report):
         if importlib.util.find_spec("simgrid") is None:
             print("SimGrid is not installed: see the first lines of this file", file=sys.stderr)
             raise SystemExit(2)
-        parts = mt.RoutingTrace.load(given.trace).split(0.5, seed=0)
+        parts = mt.RoutingTrace.load(asked.trace).split(0.5, seed=0)
         off = {fabric: list[Floats]() for fabric in FABRICS}
-        for devices in given.devices:
-            for fabric, found in judge(report, devices, parts, given):
+        for devices in asked.devices:
+            for fabric, found in judge(report, devices, parts, asked):
                 off[fabric].append(found)
         for fabric, tables in off.items():
             # Ratios off and times off, each [tables,P,5]: by ports, evaluate, tiers at once, and

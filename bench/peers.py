@@ -127,15 +127,15 @@ def vllm(wheels: Path, size: Size) -> Policy | str:
 
 def sglang(wheels: Path, size: Size) -> Policy | str:
     """Return DeepSeek's published policy as SGLang calls it: on the sum of its windows."""
-    whole = size.groups > 1 and size.groups % size.nodes == 0
-    sizes = (size.slots, size.groups, size.nodes, size.ranks, whole)
+    divides = size.groups > 1 and size.groups % size.nodes == 0
+    sizes = (size.slots, size.groups, size.nodes, size.ranks, divides)
     return _of_sglang(wheels, "deepseek", lambda load: (load.sum(axis=0), *sizes))
 
 
 def sglang_windows(wheels: Path, size: Size) -> Policy | str:
     """Return SGLang's ``deepseek_vec``, which sees every window."""
-    whole = size.groups > 1 and size.groups % size.nodes == 0
-    sizes = (size.slots, size.width, size.groups if whole else None, size.nodes, whole)
+    divides = size.groups > 1 and size.groups % size.nodes == 0
+    sizes = (size.slots, size.width, size.groups if divides else None, size.nodes, divides)
     return _of_sglang(wheels, "deepseek_vec", lambda load: (load.astype(np.float32), *sizes))
 
 
@@ -267,10 +267,14 @@ class MtKaHyPar:
             seed,
             [
                 made(
-                    *(self.context, experts, len(of), of.ids.tolist()),
-                    *([1] * experts, of.counts.tolist()),
+                    self.context,
+                    experts,
+                    len(layer_sets),
+                    layer_sets.ids.tolist(),
+                    [1] * experts,
+                    layer_sets.counts.tolist(),
                 )
-                for of in self.counts.sets
+                for layer_sets in self.counts.sets
             ],
         )
 

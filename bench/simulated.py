@@ -48,7 +48,7 @@ class Law:
     ) -> mt.RoutingStatistics:
         """Draw a load table of topics of so many windows each."""
         load = [
-            [[rng.multinomial(tokens * TOP_K, of) for of in kind] for _ in range(windows)]
+            [[rng.multinomial(tokens * TOP_K, shares) for shares in kind] for _ in range(windows)]
             for kind in (self.kind(rng) for _ in range(topics))
         ]
         return mt.RoutingStatistics.from_load(np.concatenate(load).astype(np.uint64))
@@ -82,9 +82,9 @@ class Law:
             group=np.repeat(group, lengths) if groups else None,
         )
 
-    def fresh(self, rng: np.random.Generator, number: int, **how: int) -> mt.RoutingTrace:
+    def fresh(self, rng: np.random.Generator, number: int, **sizes: int) -> mt.RoutingTrace:
         """Draw many short sequences of kinds of their own."""
-        return self.trace(rng, prompts(rng, number), **how)
+        return self.trace(rng, prompts(rng, number), **sizes)
 
 
 def prompts(rng: np.random.Generator, number: int) -> NDArray[np.int64]:

@@ -165,23 +165,23 @@ def judged(instance: Instance, slots: Slots, traffic: Any) -> list[float]:
         windows, total = imbalance(load, slots), imbalance(load.sum(axis=0, keepdims=True), slots)
         return [float(windows.mean()), float(total.mean()), float(windows.max())]
     placement = mt.Placement(slots, num_experts=traffic.num_experts)
-    how = {"cost_model": cost_model_of(traffic), "threads": 1}
-    figures = mt.evaluate(placement, traffic, instance.topology, **how)
+    options = {"cost_model": cost_model_of(traffic), "threads": 1}
+    figures = mt.evaluate(placement, traffic, instance.topology, **options)
     return [getattr(figures, OF_TRACE[name]) for name in columns_of(instance)]
 
 
 def problem_of(counts: Counts, instance: Instance, goal: str) -> mt.Problem:
     """Make the problem of a goal."""
-    how = GOALS[goal][0]
-    return mt.Problem(counts, instance.topology, slots_per_device=instance.width, **how)
+    rules = GOALS[goal][0]
+    return mt.Problem(counts, instance.topology, slots_per_device=instance.width, **rules)
 
 
 def solved(method: Any, goal: str, limit: float | None = None) -> Method:
     """Return a method of this package: with a time limit on one thread, else as users call it."""
 
     def place(counts: Counts, instance: Instance, seed: int) -> Slots:
-        how = {"seed": seed, "time_limit": limit, "threads": None if limit is None else 1}
-        return mt.solve(problem_of(counts, instance, goal), method, **how).placement.slots
+        options = {"seed": seed, "time_limit": limit, "threads": None if limit is None else 1}
+        return mt.solve(problem_of(counts, instance, goal), method, **options).placement.slots
 
     return place
 
@@ -296,19 +296,19 @@ def figures_of(
                 slots, _, seconds = timed(lambda: method(counts, instance, draw))
                 add(name, slots, unseen, seconds)
         for goal in goals:
-            of, searched = problem_of(judging, instance, goal), goal not in bounded
-            best = mt.solve(of, "heuristic" if searched else "joint")
+            posed, searched = problem_of(judging, instance, goal), goal not in bounded
+            best = mt.solve(posed, "heuristic" if searched else "joint")
             add(f"oracle, {goal}", best.placement.slots, unseen, np.nan)
             if best.bound is not None:
                 bounds[GOALS[goal][1]].append(best.bound)
     return figures, bounds
 
 
-def static(report: Report, instance: Instance, methods: dict[str, Method], given: Any) -> None:
+def static(report: Report, instance: Instance, methods: dict[str, Method], asked: Any) -> None:
     """Print a row per method, and how ours compare in the columns of their goals."""
     columns = columns_of(instance)
-    figures, bounds = figures_of(instance, methods, given.seeds)
-    title = f"{instance}, halves unseen: {given.seeds}"
+    figures, bounds = figures_of(instance, methods, asked.seeds)
+    title = f"{instance}, halves unseen: {asked.seeds}"
     table = report.table(
         title, "method <24", *(f"{column} 14s" for column in columns), "seconds 8.2f"
     )
@@ -317,7 +317,14 @@ def static(report: Report, instance: Instance, methods: dict[str, Method], given
         *cells, seconds = zip(*rows, strict=True)
         took = "" if name.startswith("oracle") else float(np.median(seconds))
         table(name, *map(of_halves, cells, digits.values()), took)
-    table("bound", *(of_halves(bounds[of], digits[of]) if bounds[of] else "" for of in columns), "")
+    table(
+        "bound",
+        *(
+            of_halves(bounds[column], digits[column]) if bounds[column] else ""
+            for column in columns
+        ),
+        "",
+    )
     report.say(against(instance, figures, methods))
 
 
@@ -329,7 +336,9 @@ def against(
     for goal in figured(instance):
         column = GOALS[goal][1]
         at = columns_of(instance).index(column)
-        means = {of: float(np.mean([row[at] for row in rows])) for of, rows in figures.items()}
+        means = {
+            method: float(np.mean([row[at] for row in rows])) for method, rows in figures.items()
+        }
         best, ours = min(methods, key=means.__getitem__), means[f"ours, {goal}"]
         change = 100 * (ours / means[best] - 1)
         parts.append(f"{column} {ours:.3f} against {means[best]:.3f} ({best}, {change:+.1f} %)")
@@ -352,18 +361,18 @@ class EqualSeconds:
             at = columns_of(self.instance).index(GOALS[self.goal][1])
             cell.append(judged(self.instance, slots, self.unseen)[at])
 
-    def limited(self, name: str, method: str, most: float, seed: int) -> None:
+    def limited(self, name: str, method: str, longest: float, seed: int) -> None:
         """Solve within every budget; what overruns it by a tenth has no cell."""
         for budget in self.budgets:
-            if budget <= most:
+            if budget <= longest:
                 place = solved(method, self.goal, budget)
                 slots, seconds, _ = timed(lambda: place(self.counts, self.instance, seed))
                 self.add(name, budget, slots if seconds <= 1.1 * budget else None)
 
-    def one_by_one(self, name: str, methods: Iterable[Method], most: float) -> None:
+    def one_by_one(self, name: str, methods: Iterable[Method], longest: float) -> None:
         """Run methods until time is up; of their answers the best on what is seen counts."""
         value = problem_of(self.counts, self.instance, self.goal).objective_function.value
-        left, used, best = [budget for budget in self.budgets if budget <= most], 0.0, None
+        left, used, best = [budget for budget in self.budgets if budget <= longest], 0.0, None
         for seed, method in enumerate(methods):
             slots, seconds, _ = timed(lambda: method(self.counts, self.instance, seed))
             used += seconds
@@ -383,10 +392,10 @@ def equal_seconds(
     goal: str,
     policies: dict[str, Peer],
     kahypar: type[MtKaHyPar] | None,
-    given: Any,
+    asked: Any,
 ) -> None:
     """Print a row per method, a column per budget; methods take turns."""
-    run = EqualSeconds(instance, goal, given.budgets)
+    run = EqualSeconds(instance, goal, asked.budgets)
     limited, others = {"ours": "heuristic"}, dict[str, Callable[[], Iterable[Method]]]()
     if has_tokens(instance):
         limited["the paper's two stages"] = "paper"
@@ -399,19 +408,19 @@ def equal_seconds(
     else:
         others["ours, plugins"] = lambda: [plugin]
         for name, peer in policies.items():
-            others[name] = lambda peer=peer: [of_policy(peer, given.wheels)]
+            others[name] = lambda peer=peer: [of_policy(peer, asked.wheels)]
     for turn in range(3):
-        most = 1.0 if turn else max(given.budgets)
+        longest = 1.0 if turn else max(asked.budgets)
         for name, method in limited.items():
-            run.limited(name, method, most, turn)
+            run.limited(name, method, longest, turn)
         for name, methods in others.items():
-            run.one_by_one(name, methods(), most)
+            run.one_by_one(name, methods(), longest)
     columns = (f"{budget:g}s 9s" for budget in run.budgets)
     title = f"{GOALS[goal][1]} on unseen traffic after so many seconds, {instance}"
     table = report.table(title, "method <24", *columns)
     for name, cells in run.cells.items():
         medians = (cells[budget] for budget in run.budgets)
-        table(name, *(f"{np.median(of):.4f}" if of else "" for of in medians))
+        table(name, *(f"{np.median(values):.4f}" if values else "" for values in medians))
 
 
 def balancedness(size: Size, load: Floats, experts: Slots) -> float:
@@ -421,14 +430,16 @@ def balancedness(size: Size, load: Floats, experts: Slots) -> float:
         return float(np.nanmean(1 / imbalance(load, experts.reshape(shape))))
 
 
-def decide(size: Size, load: Floats, old: Slots, most: int | None, *, spend: bool = False) -> Slots:
+def decide(
+    size: Size, load: Floats, old: Slots, budget: int | None, *, spend: bool = False
+) -> Slots:
     """Decide as the plugins do, with a budget where they would move more, or in any case."""
     sizes = size.slots, size.groups, size.nodes, size.ranks
     if not spend:
         new = rebalance_experts(load, *sizes, old)
-        if most is None or copies_moved(size, old, new) <= most:
+        if budget is None or copies_moved(size, old, new) <= budget:
             return new
-    return rebalance_experts(load, *sizes, old, budget=most)
+    return rebalance_experts(load, *sizes, old, budget=budget)
 
 
 class Sequence:
@@ -463,10 +474,10 @@ class Sequence:
         return float(np.mean(balanced)), float(np.mean(moves)), float(np.median(took))
 
 
-def cases(given: Any, real: list[Instance], seed: int) -> Iterator[tuple[str, Size, Floats, int]]:
+def cases(asked: Any, real: list[Instance], seed: int) -> Iterator[tuple[str, Size, Floats, int]]:
     """Give sequences of windows: a name, the size, loads [W,L,E], and windows between decisions."""
-    decisions = given.decisions + 1
-    layers, experts, slots, ranks = (6, 64, 72, 8) if given.quick else (58, 256, 288, 32)
+    decisions = asked.decisions + 1
+    layers, experts, slots, ranks = (6, 64, 72, 8) if asked.quick else (58, 256, 288, 32)
     size = Size(layers, experts, slots, ranks)
     for drift, every in ((0.05, 1), (0.15, 1), (0.15, 4), (0.3, 1)):
         load = drifting(layers, experts, decisions * every, drift, seed)
@@ -483,7 +494,7 @@ def cases(given: Any, real: list[Instance], seed: int) -> Iterator[tuple[str, Si
         # A slot to spare on every rank.
         width = traffic.experts // devices + 1
         load = traffic.window_load.astype(np.float64)
-        load = np.roll(load, -(seed * len(load) // given.seeds), axis=0)[: 10 * decisions]
+        load = np.roll(load, -(seed * len(load) // asked.seeds), axis=0)[: 10 * decisions]
         size = Size(traffic.layers, traffic.experts, devices * width, devices)
         for every in (1, 4) if len(load) > 16 else (1,):
             yield f"{instance.name}, every {every}", size, load, every
@@ -525,19 +536,28 @@ class Contest:
         return max(self.runs, key=lambda name: self.runs[name][0].means[0])
 
 
-def rebalances(report: Report, policies: dict[str, Peer], real: list[Instance], given: Any) -> None:
+def rebalances(report: Report, policies: dict[str, Peer], real: list[Instance], asked: Any) -> None:
     """Print a row per sequence and peer, ours beside it at no more moves."""
     table = report.table(
         "Sequences of rebalances: balanced, moves a decision, milliseconds",
-        *("sequence <32", "peer <14", "balanced 8.4f", "moves 6.0f", "ms 7.1f"),
-        *("ours 8.4f", "moves 6.0f", "ms 7.1f", "ahead 16s"),
-        *("all moves 9.4f", "moves 6.0f", "ahead 16s"),
+        "sequence <32",
+        "peer <14",
+        "balanced 8.4f",
+        "moves 6.0f",
+        "ms 7.1f",
+        "ours 8.4f",
+        "moves 6.0f",
+        "ms 7.1f",
+        "ahead 16s",
+        "all moves 9.4f",
+        "moves 6.0f",
+        "ahead 16s",
     )
     contests: dict[str, Contest] = {}
-    for seed in range(given.seeds):
-        for name, size, load, every in cases(given, real, seed):
+    for seed in range(asked.seeds):
+        for name, size, load, every in cases(asked, real, seed):
             if name not in contests:
-                contests[name] = Contest(size, policies, given.wheels)
+                contests[name] = Contest(size, policies, asked.wheels)
             contests[name].play(load, every)
     for name, contest in contests.items():
         for peer, (theirs, ours, spending) in contest.runs.items():
@@ -570,24 +590,31 @@ def proven(report: Report, traces: list[Instance], generated: tuple[str, ...]) -
     """Print what is found on all traffic, what is proven, and what the check of the proof takes."""
     table = report.table(
         "Proven: what is found, and what no placement is below",
-        *("problem <66", "found 9.4f", "at least 9.4f", "gap 7.2%", "status <12"),
-        *("seconds 8.1f", "verify 8.1f"),
+        "problem <66",
+        "found 9.4f",
+        "at least 9.4f",
+        "gap 7.2%",
+        "status <12",
+        "seconds 8.1f",
+        "verify 8.1f",
     )
     problems = {f"{name}, generated, follow, capped": problem(name) for name in generated}
     for instance in traces:
         counts = counted(instance.traffic)
         for goal in ("follow, capped", "dispatch", "dispatch, capped"):
             problems[f"{instance}, {goal}"] = problem_of(counts, instance, goal)
-    for name, of in problems.items():
-        best, _, seconds = timed(lambda: mt.solve(of))
+    for name, posed in problems.items():
+        best, _, seconds = timed(lambda: mt.solve(posed))
         checking = ""
         if best.certificate is not None:
-            checking = timed(lambda: mt.verify(best.certificate, of))[2]
+            checking = timed(lambda: mt.verify(best.certificate, posed))[2]
         found = best.objective, best.bound, best.gap, best.status
         table(name, *("" if value is None else value for value in found), seconds, checking)
     packed = report.table(
         "The paper's stage 1, which packs the experts of a layer into clusters of equal size",
-        *("layers x experts, clusters <28", "largest load / bound 20.5f", "proven 8s"),
+        "layers x experts, clusters <28",
+        "largest load / bound 20.5f",
+        "proven 8s",
         "seconds 8.2f",
     )
     for layers, experts, clusters in STAGE_1:
@@ -608,34 +635,34 @@ def main() -> None:
         budgets=[0.001, 0.01, 0.1, 1.0, 5.0, 20.0],
         decisions=12,
         quick=False,
-    ) as (given, report):
-        if given.quick:
-            given.seeds, given.decisions = 1, 3
-            given.budgets = [budget for budget in given.budgets if budget <= 1]
-        policies, kahypar = there(given.wheels, report)
+    ) as (asked, report):
+        if asked.quick:
+            asked.seeds, asked.decisions = 1, 3
+            asked.budgets = [budget for budget in asked.budgets if budget <= 1]
+        policies, kahypar = there(asked.wheels, report)
         traces = [bundled()]
-        loads = [in_domains(6, 20) if given.quick else in_domains()]
-        real = [] if given.quick else list(recorded(given.data))
-        for file in () if given.quick else RECORDED:
-            if not (given.data / file).exists():
+        loads = [in_domains(6, 20) if asked.quick else in_domains()]
+        real = [] if asked.quick else list(recorded(asked.data))
+        for file in () if asked.quick else RECORDED:
+            if not (asked.data / file).exists():
                 report.say(f"{file} is left out: it is not in the folder of --data.")
         for instance in real:
             (traces if has_tokens(instance) else loads).append(instance)
-        for instance in traces + loads if "static" in given.tables else ():
-            methods = others(instance, policies, kahypar, given.wheels)
-            static(report, instance, methods, given)
-        flat = [of for of in traces if of.topology.nodes == 1]
-        if "seconds" in given.tables:
+        for instance in traces + loads if "static" in asked.tables else ():
+            methods = others(instance, policies, kahypar, asked.wheels)
+            static(report, instance, methods, asked)
+        flat = [instance for instance in traces if instance.topology.nodes == 1]
+        if "seconds" in asked.tables:
             for instance, goal in (
                 (flat[-1], "follow"),
                 (flat[-1], "dispatch"),
                 (loads[0], "balance"),
             ):
-                equal_seconds(report, instance, goal, policies, kahypar, given)
-        if "rebalances" in given.tables:
-            rebalances(report, policies, real, given)
-        if "proven" in given.tables:
-            proven(report, flat[-2:], GENERATED[:1] if given.quick else GENERATED)
+                equal_seconds(report, instance, goal, policies, kahypar, asked)
+        if "rebalances" in asked.tables:
+            rebalances(report, policies, real, asked)
+        if "proven" in asked.tables:
+            proven(report, flat[-2:], GENERATED[:1] if asked.quick else GENERATED)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ class Network:
                 tc = ["tc", "-n", f"{self.prefix}{space}", "qdisc"]
                 if megabits:
                     # A burst makes up for what is sent late; with 4 MiB nothing is dropped.
-                    how = f"root tbf rate {megabits}mbit burst 128k limit 4m".split()
-                    _run([*tc, "replace", "dev", port, *how])
+                    shaping = f"root tbf rate {megabits}mbit burst 128k limit 4m".split()
+                    _run([*tc, "replace", "dev", port, *shaping])
                 else:
                     with suppress(RuntimeError):  # there may be none
                         _run([*tc, "delete", "dev", port, "root"])
@@ -130,14 +130,16 @@ def remove_leftovers() -> None:
 
 
 def _is_left(name: str) -> bool:
-    of = OURS.fullmatch(name)
-    return of is not None and _started(int(of.group(1))) != int(of.group(2))
+    match = OURS.fullmatch(name)
+    return match is not None and _started(int(match.group(1))) != int(match.group(2))
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignore Ctrl-C and SIGTERM meanwhile."""
-    before = {of: signal.signal(of, signal.SIG_IGN) for of in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:

@@ -109,7 +109,7 @@ class Times:
     def of(cls, stamps: list[dict[str, Any]]) -> Times:
         """Compute times of all ranks' stamps."""
         exchanges, computed, ends = (
-            1e3 * np.stack([of[name] for of in stamps])
+            1e3 * np.stack([stamp[name] for stamp in stamps])
             for name in ("exchanges", "computed", "ends")
         )
         # Nobody leaves an exchange before the last has come, but where nothing is exchanged.
@@ -164,7 +164,10 @@ class Ranks:
         self, work: Work, steps: NDArray[Any], placements: list[mt.Placement], **more: Any
     ) -> list[dict[str, Any]]:
         """Run steps [W,T,L,K] under all placements in turns; gives every rank's answer."""
-        slots, path = np.stack([of.slots for of in placements]), self.folder / "task.npz"
+        slots, path = (
+            np.stack([placement.slots for placement in placements]),
+            self.folder / "task.npz",
+        )
         np.savez(path, ids=steps, slots=slots, experts=work.seen.num_experts)
         task = {"file": str(path), "regimes": [work.regime], "check": False}
         task |= {"hidden": work.hidden, "inner": work.inner, **more}
@@ -187,8 +190,8 @@ class Ranks:
             if path.exists():
                 failed[rank] = json.loads(path.read_text())
             elif process.returncode is not None:  # killed, which no rank survives
-                about = f"ended with status {process.returncode} {self._errors(rank).read_text()}"
-                failed[rank] = {"at": 0.0, "error": about.strip()}
+                message = f"ended with status {process.returncode} {self._errors(rank).read_text()}"
+                failed[rank] = {"at": 0.0, "error": message.strip()}
         first = min(failed, key=lambda rank: failed[rank]["at"])
         return f"rank {first} failed first: {failed[first]['error']}"
 
@@ -220,7 +223,7 @@ def ranks_in(network: Network) -> Iterator[Ranks]:
 def line(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
     """Return slope and start of a line through small and large measurements, by their medians."""
     large = x > (x.min() + x.max()) / 2
-    (a, b), (c, d) = ((np.median(x[of]), np.median(y[of])) for of in (~large, large))
+    (a, b), (c, d) = ((np.median(x[half]), np.median(y[half])) for half in (~large, large))
     slope = max((d - b) / (c - a), 1e-9)
     return slope, b - slope * a
 
@@ -255,11 +258,15 @@ class Fit:
             answers = ranks.replay(work, steps, [contiguous])
             times = Times.of(answers)
             rest = (times.layer - times.processing - times.exchange)[:, 0]
-            each = np.stack([np.diff(of["computed"][:, 0])[..., 0] for of in answers], axis=-1)
+            each = np.stack(
+                [np.diff(answer["computed"][:, 0])[..., 0] for answer in answers], axis=-1
+            )
             load = work.load(contiguous, steps)
             ports = work.ports(contiguous, steps, plain)
             parts.append((load, 1e3 * each, ports, times.exchange[:, 0], rest))
-        load, each, ports, exchange, rest = (np.concatenate(of) for of in zip(*parts, strict=True))
+        load, each, ports, exchange, rest = (
+            np.concatenate(arrays) for arrays in zip(*parts, strict=True)
+        )
         token, start = line(load.ravel(), each.ravel())
         moved = ports.sum(axis=-1) > 0
         x, y = ports.sum(axis=-1), exchange

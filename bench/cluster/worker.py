@@ -115,9 +115,15 @@ class Layers:
     ) -> None:
         self.placement = placement
         self.clock, self.ranks, self.rank = clock, dist.get_world_size(), dist.get_rank()
-        slots = [torch.from_numpy(of[self.rank].astype(np.int64)) for of in placement.slots]
-        grouped = (GroupedExperts(up[of], down[of]).requires_grad_(False) for of in slots)
-        self.experts = [PacedExperts(of, clock, pace) for of in grouped]
+        slots = [
+            torch.from_numpy(layer_slots[self.rank].astype(np.int64))
+            for layer_slots in placement.slots
+        ]
+        grouped = (
+            GroupedExperts(up[layer_slots], down[layer_slots]).requires_grad_(False)
+            for layer_slots in slots
+        )
+        self.experts = [PacedExperts(grouped_experts, clock, pace) for grouped_experts in grouped]
         every = range(placement.layers)
         self.layers = [ExpertParallelMoE(self.experts[n], placement, n) for n in every]
         flat = torch.from_numpy(placement.slots.reshape(placement.layers, -1).astype(np.int64))
@@ -145,14 +151,14 @@ class Layers:
 
     def follow(self, x: Tensor, ids: Tensor, weights: Tensor, ends: list[float]) -> Any:
         """Run tokens [T,H] of one expert a layer [T,L,1], whose states stay where it was."""
-        slot = torch.stack([of[ids[:, n, 0]] for n, of in enumerate(self.slot_of)])
+        slot = torch.stack([table[ids[:, n, 0]] for n, table in enumerate(self.slot_of)])
         token = torch.nonzero(slot[0] // self.width == self.rank)[:, 0]
         state = x[token]
         for number, experts in enumerate(self.experts):
-            mine = slot[number, token] - self.rank * self.width
-            order = mine.argsort(stable=True)
+            own = slot[number, token] - self.rank * self.width
+            order = own.argsort(stable=True)
             state, token = state[order], token[order]
-            out = experts(state, mine.bincount(minlength=self.width))
+            out = experts(state, own.bincount(minlength=self.width))
             state = normal(state + weights[token] * out)
             if number + 1 < len(self.experts):
                 state, token = self._move(state, token, slot[number + 1, token] // self.width)
@@ -164,12 +170,12 @@ class Layers:
         order, send = target.argsort(stable=True), target.bincount(minlength=self.ranks)
         came = torch.empty_like(send)
         dist.all_to_all_single(came, send)
-        whole = torch.int32 if state.dtype == torch.float32 else torch.int64
-        numbers = token.to(whole)[:, None].view(state.dtype)
+        integer = torch.int32 if state.dtype == torch.float32 else torch.int64
+        numbers = token.to(integer)[:, None].view(state.dtype)
         rows = torch.cat([state, numbers], dim=1)[order]
         arrived = rows.new_empty(int(came.sum()), rows.shape[1])
         dist.all_to_all_single(arrived, rows, came.tolist(), send.tolist())
-        return arrived[:, :-1], arrived[:, -1:].clone().view(whole)[:, 0].long()
+        return arrived[:, :-1], arrived[:, -1:].clone().view(integer)[:, 0].long()
 
 
 def normal(state: Tensor) -> Tensor:
@@ -197,8 +203,8 @@ def replay(task: dict[str, Any], clock: Clock, pace: float) -> dict[str, Any]:
     ``regimes``, the size of ``hidden`` and ``inner``, and whether to ``check`` the results of the
     first step against those of one process. Regimes count as placements: one after the other.
     """
-    given = np.load(task["file"])
-    steps, experts = torch.from_numpy(given["ids"]).long(), int(given["experts"])
+    task_arrays = np.load(task["file"])
+    steps, experts = torch.from_numpy(task_arrays["ids"]).long(), int(task_arrays["experts"])
     hidden, inner = task["hidden"], task["inner"]
     generator = torch.Generator().manual_seed(0)
     up = torch.randn(experts, 2 * inner, hidden, generator=generator) / hidden**0.5
@@ -206,7 +212,7 @@ def replay(task: dict[str, Any], clock: Clock, pace: float) -> dict[str, Any]:
     x = torch.randn(steps.shape[1], hidden, generator=generator)
     weights = torch.full((steps.shape[1], steps.shape[3]), 1 / steps.shape[3])
     models = []
-    for slots in given["slots"]:
+    for slots in task_arrays["slots"]:
         placement = mt.Placement(slots, num_experts=experts)
         models.append(Layers(up, down, placement, clock, pace))
     runs = [getattr(model, regime) for regime in task["regimes"] for model in models]
@@ -215,12 +221,12 @@ def replay(task: dict[str, Any], clock: Clock, pace: float) -> dict[str, Any]:
             for model in models:
                 check(model, regime, x, steps[0], weights, up, down)
     clock.late = 0
-    stamps = [stamped(partial(run, x, of, weights), clock) for of in steps for run in runs]
+    stamps = [stamped(partial(run, x, step, weights), clock) for step in steps for run in runs]
     names = ("exchanges", "computed", "ends", "sent")
-    parts = (np.array(of) for of in zip(*stamps, strict=True))
+    parts = (np.array(arrays) for arrays in zip(*stamps, strict=True))
     named = zip(names, parts, strict=True)
     shape = (len(steps), len(runs))
-    late = np.array(clock.late / (len(stamps) * given["slots"].shape[1]))
+    late = np.array(clock.late / (len(stamps) * task_arrays["slots"].shape[1]))
     return {"late": late, **{name: part.reshape(*shape, *part.shape[1:]) for name, part in named}}
 
 
@@ -236,7 +242,7 @@ def check(
     """
     exact = Layers(up.double(), down.double(), model.placement, model.clock, 0.0)
     token = getattr(model, regime)(x, ids, weights, [])[1]
-    x, weights, up, down = (of.double() for of in (x, weights, up, down))
+    x, weights, up, down = (tensor.double() for tensor in (x, weights, up, down))
     state, expected = getattr(exact, regime)(x, ids, weights, [])
     torch.testing.assert_close(token, expected)
     compare(state, alone(x[token], ids[token], weights[token], up, down), ids.shape[1])
@@ -267,23 +273,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, kind in (("rank", int), ("ranks", int), ("folder", Path), ("pace", float)):
         parser.add_argument(name, type=kind)
-    given = parser.parse_args()
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    where, limit = f"file://{given.folder / 'store'}", timedelta(seconds=120)
+    where, limit = f"file://{asked.folder / 'store'}", timedelta(seconds=120)
     dist.init_process_group(
-        "gloo", init_method=where, rank=given.rank, world_size=given.ranks, timeout=limit
+        "gloo", init_method=where, rank=asked.rank, world_size=asked.ranks, timeout=limit
     )
     clock = Clock()
     with mock.patch.object(dist, "all_to_all_single", clock.exchange), torch.no_grad():
         try:
             for line in sys.stdin:
-                answer = replay(json.loads(line), clock, given.pace)
-                np.savez(given.folder / f"answer{given.rank}.npz", **answer)
+                answer = replay(json.loads(line), clock, asked.pace)
+                np.savez(asked.folder / f"answer{asked.rank}.npz", **answer)
                 print("done", flush=True)
         except Exception as error:
             # Before its connections close: what other ranks say of that comes later.
-            about = {"at": time.perf_counter(), "error": f"{type(error).__name__}: {error}"}
-            (given.folder / f"failed{given.rank}").write_text(json.dumps(about))
+            failure = {"at": time.perf_counter(), "error": f"{type(error).__name__}: {error}"}
+            (asked.folder / f"failed{asked.rank}").write_text(json.dumps(failure))
             raise
 
 

@@ -103,7 +103,7 @@ def overheads(
             return experts(x[order // top_k], counts)
 
         plain = watch(routed) + watch(grouped)
-        whole = watch(lambda x=x, i=index, w=weights: layer(x, i, w))
+        layer_us = watch(lambda x=x, i=index, w=weights: layer(x, i, w))
         counted = float("nan")
         if RoutingCounters is not None:
             counters = RoutingCounters(depth, slots, top_k, device=device)
@@ -111,7 +111,7 @@ def overheads(
             counted = watch(lambda c=counters, i=ids: c.update(i)) / depth
         lines.append(
             f"| {count} | {plain:.1f} us | {counted:.1f} us | {100 * counted / plain:.2f} % "
-            f"| {whole - watch(grouped):.1f} us |"
+            f"| {layer_us - watch(grouped):.1f} us |"
         )
     if RoutingCounters is None:
         lines.append("\nNo `RoutingCounters` in this version: nothing counted.")

@@ -52,12 +52,12 @@ def of_a800(path: Path) -> dict[tuple[str, int], Columns]:
     active = np.round(table["expert_utilization"] * held)
     columns = (table["total_routed_tokens"].astype(float), active, 1e3 * table["grouped_gemm_ms"])
     groups = {
-        (str(few), int(size)): (held == few) & (parallel == size)
-        for few, size in sorted(set(zip(held.tolist(), parallel.tolist(), strict=True)))
+        (str(experts_held), int(size)): (held == experts_held) & (parallel == size)
+        for experts_held, size in sorted(set(zip(held.tolist(), parallel.tolist(), strict=True)))
     }
     groups["any", 1] = parallel == 1
     tokens, experts, times = columns
-    return {name: (tokens[of], experts[of], times[of]) for name, of in groups.items()}
+    return {name: (tokens[rows], experts[rows], times[rows]) for name, rows in groups.items()}
 
 
 def errors(columns: Columns, folds: int, seeds: int = 1) -> list[float]:
@@ -87,42 +87,48 @@ def fitted(columns: Columns) -> tuple[str, float]:
 
 def main() -> None:
     """Print the errors of both forms, what `fit` makes of each group, and the presets."""
-    with benchmark(__doc__, {"folder": Path}, folds=10, seeds=5) as (given, report):
-        there = [name for name in WANTED if (given.folder / name).exists()]
+    with benchmark(__doc__, {"folder": Path}, folds=10, seeds=5) as (asked, report):
+        there = [name for name in WANTED if (asked.folder / name).exists()]
         for name in WANTED:
             if name not in there:
-                print(f"{given.folder / name} is missing", file=sys.stderr)
+                print(f"{asked.folder / name} is missing", file=sys.stderr)
         if not there:
             sys.exit(2)
         reached, fits = {}, {}
         if RTX in there:
-            columns = of_rtx(given.folder / RTX)
-            reached[RTX] = errors(columns, given.folds, given.seeds)
+            columns = of_rtx(asked.folder / RTX)
+            reached[RTX] = errors(columns, asked.folds, asked.seeds)
             fits["rtx-pro-6000-measured"] = fitted(columns)
         if A800 in there:
             table = report.table(
                 "A800: error on batches left out [%]",
-                *("experts <8", "tensor-parallel 4d", "measurements 5d"),
-                *("two lines .2f", "exposed .2f"),
+                "experts <8",
+                "tensor-parallel 4d",
+                "measurements 5d",
+                "two lines .2f",
+                "exposed .2f",
             )
             rows = []
-            for (held, size), columns in of_a800(given.folder / A800).items():
-                rows.append((len(columns[0]), *errors(columns, given.folds)))
+            for (held, size), columns in of_a800(asked.folder / A800).items():
+                rows.append((len(columns[0]), *errors(columns, asked.folds)))
                 table(held, size, *rows[-1])
             fits["a800-measured"] = fitted(columns)
             # The last row is of all of tensor-parallel size 1 again.
             count, *both = np.array(rows[:-1]).T
-            reached[A800] = [float(np.average(of, weights=count)) for of in both]
+            reached[A800] = [float(np.average(errors, weights=count)) for errors in both]
         table = report.table(
             "Mean error on batches left out [%]",
-            *("times <30", "two lines .2f", "exposed .2f", "wanted .1f"),
+            "times <30",
+            "two lines .2f",
+            "exposed .2f",
+            "wanted .1f",
         )
         for name, both in reached.items():
             table(name, *both, WANTED[name])
         for name, (formula, off) in fits.items():
-            of = MEASURED[name]
+            measured = MEASURED[name]
             report.say(f"CostModel.fit, off by {off:.1f} % on what it was fitted to: {formula}.")
-            shape = {"hidden": of.hidden, "intermediate": of.intermediate}
+            shape = {"hidden": measured.hidden, "intermediate": measured.intermediate}
             report.say(f"Preset {name}: {mt.CostModel.preset(name, **shape).formula}.")
 
 
