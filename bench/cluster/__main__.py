@@ -158,7 +158,8 @@ def study(ranks: Ranks, work: Work, asked: Any, report: Report) -> list[Outcome]
         "Mbit/s <7s",
         "fitted, MB/s 12.1f",
         "all-to-all / processing 23.2f",
-        *("contiguous, ms 14.1f", *columns),
+        "contiguous, ms 14.1f",
+        *columns,
     )
     outcomes: list[Outcome] = []
     slots = np.arange(work.seen.num_experts).reshape(1, RANKS, -1)
