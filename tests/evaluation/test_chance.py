@@ -34,3 +34,11 @@ def test_a_group_that_is_served_much_worse_is_named():
     """Of five audits, four or more name the one of seven groups whose experts share a device."""
     *_, actual = chance.named(8, "crossing windows", 5, served_worse=2.0)
     assert actual >= 4 / 5
+
+
+def test_sequences_of_one_window_hold_the_truth():
+    """Of forty intervals at most five miss, where ten sequences are in a window and a rest."""
+    missed = chance.missed(10, "many in a window", 40)
+    assert dict(zip(chance.MEASURES, missed, strict=True)) == pytest.approx(
+        dict.fromkeys(chance.MEASURES, 0.0), abs=5 / 40
+    )

@@ -116,8 +116,8 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
         )
     for measure in audited.whole:
         rows = []
-        for group, of in (("all", audited.whole), *audited.groups.items()):
-            row, change = of[measure], of[measure].change
+        for group, changes in (("all", audited.whole), *audited.groups.items()):
+            row, change = changes[measure], changes[measure].change
             ends = ("-", "-")
             if change is not None:
                 ends = (signed(change.value), span(change.low, change.high))
@@ -150,8 +150,11 @@ def _summary(
         ("behind the group that gains most in {}", audited.behind()),
     ):
         for measure in audited.whole:
-            of_measure = [of for of in findings if of.measure == measure]
-            groups = [f"{text.name(of.group)} {signed(of.change.value)}" for of in of_measure]
+            groups = [
+                f"{text.name(finding.group)} {signed(finding.change.value)}"
+                for finding in findings
+                if finding.measure == measure
+            ]
             if groups:
                 yield f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}"
         if findings is worse and not worse:
@@ -160,11 +163,12 @@ def _summary(
 
 def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[str]:
     """Write what to do about groups that got worse, or could not be judged."""
-    kind, few = audited.units[0], [f"{of} ({units})" for of, units in audited.too_few.items()]
-    if few:
-        yield f"too few {kind}s to judge (below {FEWEST}): {listed(few, NAMED)}"
+    kind = audited.units[0]
+    too_few = [f"{group} ({units})" for group, units in audited.too_few.items()]
+    if too_few:
+        yield f"too few {kind}s to judge (below {FEWEST}): {listed(too_few, NAMED)}"
     worse = audited.worse(measures=judged)
-    if worse and {of.group for of in worse} >= audited.groups.keys():
+    if worse and {finding.group for finding in worse} >= audited.groups.keys():
         yield f"To do: keep {against}, or solve again on traffic of this kind."
     elif worse:
         group = worse[0].group
@@ -172,5 +176,5 @@ def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[s
             f"To do: record more of {group} and solve again. --groups minimax minimises for the "
             f'worst group; --groups "{group}=3" gives {group} three times its weight.'
         )
-    if few:
+    if too_few:
         yield f"To do: record {FEWEST} {kind}s or more of every group that is to be judged."

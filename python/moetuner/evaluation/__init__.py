@@ -125,7 +125,8 @@ class Evaluation(Frozen):
         names = [name for name in FIGURES if getattr(self, name) is not None]
         rows = [("all", self), *self.by_group.items()]
         return html_table(
-            ("group", *names), [(of, *(getattr(each, name) for name in names)) for of, each in rows]
+            ("group", *names),
+            [(group, *(getattr(each, name) for name in names)) for group, each in rows],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,8 +209,19 @@ def evaluate(
     """
     topology = topology_of(placement, topology)
     cost_model = times_of(traffic, cost_model)
-    how = (window, split, cost_model, regime, arrival, mixed, mixed_seed, threads)
-    return _evaluated([Setting(placement, topology, *how)], traffic, home)[0]
+    setting = Setting(
+        placement,
+        topology,
+        window=window,
+        split=split,
+        cost_model=cost_model,
+        regime=regime,
+        arrival=arrival,
+        mixed=mixed,
+        mixed_seed=mixed_seed,
+        threads=threads,
+    )
+    return _evaluated([setting], traffic, home)[0]
 
 
 def evaluate_each(
@@ -268,36 +280,36 @@ def _evaluated(
     for setting, *counted in zip(settings, *runs, strict=True):
         by_group = {}
         for group in counted[0]:
-            parts = [of[group] for of in counted]
+            parts = [counts[group] for counts in counted]
             mixed = parts[0].mixed
             if common.mixed and is_mixed and group is None:
                 mixed = parts[-1].load[parts[-1].is_step]
             if homes is not None and isinstance(traffic, RoutingTrace):
-                mine = traffic if group is None else traffic.select(groups=group)
-                rows = dispatch_rows(setting.placement, mine, homes[numbers[group]])
-                parts = [replace(of, dispatch=rows) for of in parts]
-            weighed = [(weight, of) for (weight, _), of in zip(served, parts, strict=True)]
+                own = traffic if group is None else traffic.select(groups=group)
+                rows = dispatch_rows(setting.placement, own, homes[numbers[group]])
+                parts = [replace(counts, dispatch=rows) for counts in parts]
+            weighed = [(weight, counts) for (weight, _), counts in zip(served, parts, strict=True)]
             by_group[group] = _evaluation(Replay(weighed, mixed, setting), traffic, group)
-        whole = by_group.pop(None)
-        evaluated.append(replace(whole, by_group=by_group))
+        of_all = by_group.pop(None)
+        evaluated.append(replace(of_all, by_group=by_group))
     return evaluated
 
 
-def _evaluation(of: Replay, traffic: Traffic, group: str | None) -> Evaluation:
+def _evaluation(counted: Replay, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
-    topology, rows = of.setting.topology, of.rows()
-    values: dict[str, Any] = {name: figure.value(of) for name, figure in FIGURES.items()}
+    topology, rows = counted.setting.topology, counted.rows()
+    values: dict[str, Any] = {name: figure.value(counted) for name, figure in FIGURES.items()}
     per_layer = [
         tuple(np.sum([weight * each.mean(axis=0) for weight, each in windowed], axis=0).tolist())
-        for windowed in (of.imbalances, of.times)
+        for windowed in (counted.imbalances, counted.times)
         if windowed
     ]
     return Evaluation(
         **values,
         imbalance_per_layer=per_layer[0],
-        imbalance_per_window=tuple(of.imbalances[0][1].mean(axis=1).tolist()),
-        predicted_us_per_layer=per_layer[1] if of.times else None,
+        imbalance_per_window=tuple(counted.imbalances[0][1].mean(axis=1).tolist()),
+        predicted_us_per_layer=per_layer[1] if counted.times else None,
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
-        replayed=Replayed(traffic, of.setting, group),
+        replayed=Replayed(traffic, counted.setting, group),
     )

@@ -203,8 +203,20 @@ def audit(
     check.instance("baseline", baseline, Placement)
     check.whole_number("window", window)
     cost_model = times_of(traffic, cost_model)
-    how = (window, split, cost_model, regime, arrival, False, 0, threads)
-    settings = [Setting(each, topology, *how) for each in (placement, baseline)]
+    settings = [
+        Setting(
+            each,
+            topology,
+            window=window,
+            split=split,
+            cost_model=cost_model,
+            regime=regime,
+            arrival=arrival,
+            mixed=False,
+            threads=threads,
+        )
+        for each in (placement, baseline)
+    ]
     for setting in settings:
         check_model(setting.placement, traffic, topology)
     if isinstance(traffic, RoutingTrace) and not traffic.tokens:
@@ -251,7 +263,7 @@ def _audited(
         raise ValueError(f"measures must be figures that the traffic has, got {','.join(measures)}")
     groups = {group: changes for group, changes in compared.items() if group is not None}
     judged = _judged(groups or {"all": whole})
-    numbers = {name: next(iter(of.values())).value.units for name, of in judged.items()}
+    numbers = {name: next(iter(each.values())).value.units for name, each in judged.items()}
     return Audit(
         whole if groups else judged["all"],
         judged if groups else {},
@@ -275,14 +287,14 @@ def blocks(layers: int, experts: int, devices: int) -> Placement:
 
 def _judged(groups: dict[str, dict[str, Change]]) -> dict[str, dict[str, Change]]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
-    judged = {group: dict(of) for group, of in groups.items()}
+    judged = {group: dict(changes) for group, changes in groups.items()}
     questions: list[tuple[str, str, str]] = []
     chances: list[float] = []
     for measure in next(iter(groups.values())):
         enough = {
             group: change
-            for group, of in groups.items()
-            if (change := of[measure].change) is not None and change.is_enough
+            for group, changes in groups.items()
+            if (change := changes[measure].change) is not None and change.is_enough
         }
         # Best is whose gain is surest: a small group may seem to gain most by chance.
         best = min(enough, key=lambda group: enough[group].high or 0.0, default="")

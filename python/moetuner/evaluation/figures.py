@@ -158,11 +158,11 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
     load count as balanced.
     """
 
-    def compute(some: NDArray[Any]) -> Floats:
+    def compute(loads: NDArray[Any]) -> Floats:
         # Devices first: numpy is slow on a short last axis. Counts add up the same in any order.
-        by_device = np.ascontiguousarray(np.moveaxis(some, -1, 0))
-        is_count = some.dtype.kind in "ui"
-        total = by_device.sum(axis=0) if is_count else some.sum(axis=-1, dtype=np.float64)
+        by_device = np.ascontiguousarray(np.moveaxis(loads, -1, 0))
+        is_count = loads.dtype.kind in "ui"
+        total = by_device.sum(axis=0) if is_count else loads.sum(axis=-1, dtype=np.float64)
         total = np.asarray(total, dtype=np.float64)
         slowest = (by_device.T / speed).T.max(axis=0) * speed.sum()
         imbalance: Floats = np.ones_like(total)
@@ -188,9 +188,9 @@ def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float
     """Compute rows out of and into the busiest port of every tier, of rows [L,D,D], by layer."""
     busiest: dict[str, list[float]] = {"out": [], "in": []}
     for tier in range(1, len(topology.levels) + 1):
-        mine = rows * (topology.tier == tier)
+        of_tier = rows * (topology.tier == tier)
         for way, axis in (("out", 2), ("in", 1)):
-            rows_at = mine.sum(axis=axis).max(axis=1)
+            rows_at = of_tier.sum(axis=axis).max(axis=1)
             busiest[way].append(float(rows_at.mean()) if rows_at.size else 0.0)
     return busiest
 
@@ -205,15 +205,15 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
     tier, tiers = topology.tier.astype(np.uint16), len(topology.levels)
     times = []
     for run in blocks(len(counts.load), counts.load[0].size):
-        some = counts.run(run)
-        compute = model.compute_us(some.load, some.active, topology.speed_of_device)
+        part = counts.run(run)
+        compute = model.compute_us(part.load, part.active, topology.speed_of_device)
         if setting.regime == "follow":
-            moved = _followed(some, topology, model)
+            moved = _followed(part, topology, model)
         else:
-            if model.once_per == "node" and some.node_visits is not None and tiers == 2:
-                busiest = _by_node(some, some.node_visits, topology)
+            if model.once_per == "node" and part.node_visits is not None and tiers == 2:
+                busiest = _by_node(part, part.node_visits, topology)
             else:
-                visits = np.ascontiguousarray(some.visits, dtype=np.float64)
+                visits = np.ascontiguousarray(part.visits, dtype=np.float64)
                 busiest = _core.busiest_rows(visits, from_home, tier, tiers)
             moved = model.ports_us(busiest, topology)
             moved = moved + model.ports_us(busiest, topology, bytes_each=model.bytes_back)

@@ -198,11 +198,11 @@ class _Part:
 
     def _counts_of(self, rows: _Rows) -> Counts:
         """Count what is in rows, each scaled to all tokens of its window."""
-        whole, window = self.counts, rows.window
+        counted, window = self.counts, rows.window
         tables: dict[str, Any] = {
             name: table[window].astype(np.float64)
             for name in ("load", "visits", "node_visits")
-            if (table := getattr(whole, name)) is not None
+            if (table := getattr(counted, name)) is not None
         }
         partly = np.flatnonzero((rows.tokens > 0) & (rows.tokens < rows.length))
         if partly.size:
@@ -210,20 +210,20 @@ class _Part:
             own = np.split(partly, np.flatnonzero(np.diff(window[partly])) + 1)
             shared = self._shared(np.unique(window[partly]), rows.has.shape[1])
             for name, of_folds in zip(("load", "visits", "node_visits"), shared, strict=True):
-                for some, each in zip(own, of_folds, strict=True):
-                    scale = (rows.length[some] / rows.tokens[some])[:, None]
-                    part = rows.has[some] @ each.reshape(len(each), -1).astype(np.float64)
-                    tables[name][some] = (part * scale).reshape(-1, *each.shape[1:])
-        if whole.active is not None:
+                for one, each in zip(own, of_folds, strict=True):
+                    scale = (rows.length[one] / rows.tokens[one])[:, None]
+                    scaled = rows.has[one] @ each.reshape(len(each), -1).astype(np.float64)
+                    tables[name][one] = (scaled * scale).reshape(-1, *each.shape[1:])
+        if counted.active is not None:
             # An expert is idle if each of its device's tokens is of another one.
             experts = (self.setting.placement.slots >= 0).sum(axis=2)
-            idle = np.clip(1 - whole.active[window] / np.maximum(experts, 1), 0, 1)
-            grown = tables["load"] / np.maximum(whole.load[window], 1)
+            idle = np.clip(1 - counted.active[window] / np.maximum(experts, 1), 0, 1)
+            grown = tables["load"] / np.maximum(counted.load[window], 1)
             tables["active"] = experts * (1 - idle**grown)
         # Homes are known of all windows together, and stay what they are.
-        visits = np.maximum(whole.visits.sum(axis=0, dtype=np.float64), 1e-300)
-        dispatch = whole.dispatch * (tables["visits"].sum(axis=0) / visits)[:, None, :]
-        return replace(whole, dispatch=dispatch, is_step=whole.is_step[window], **tables)
+        visits = np.maximum(counted.visits.sum(axis=0, dtype=np.float64), 1e-300)
+        dispatch = counted.dispatch * (tables["visits"].sum(axis=0) / visits)[:, None, :]
+        return replace(counted, dispatch=dispatch, is_step=counted.is_step[window], **tables)
 
     def _shared(self, windows: Integers, folds: int) -> Iterator[NDArray[Any]]:
         """Yield load, visits and node visits of so many windows by fold [w,F,L,D]."""

@@ -272,13 +272,13 @@ def _lags(share: Floats) -> tuple[Floats, float]:
     products = share @ share.T
     apart = products[~np.eye(windows, dtype=bool)]
     mean, error = float(apart.mean()), float(apart.std())
-    most = max(windows // 2, 1)
-    covariances, pairs = np.empty(most), windows - np.arange(1, most + 1)
-    for lag in range(1, most + 1):
+    furthest = max(windows // 2, 1)
+    covariances, pairs = np.empty(furthest), windows - np.arange(1, furthest + 1)
+    for lag in range(1, furthest + 1):
         covariances[lag - 1] = np.diagonal(products, lag).mean() - mean
     sure = covariances * np.sqrt(pairs) / max(error, 1e-300)
     reach = 0
-    for first in range(0, most, 2):
+    for first in range(0, furthest, 2):
         two = slice(first, first + 2)
         chance = ALIKE * error * math.sqrt((1 / pairs[two]).sum())
         if covariances[two].sum() <= chance and sure[first] <= ALIKE:

@@ -36,7 +36,7 @@ def doubts(traffic: Traffic) -> list[str]:
     if isinstance(traffic, RoutingTrace):
         ids = next(traffic.shards(SAMPLE_BYTES), np.empty((0, traffic.layers, traffic.top_k), int))
         layers = [ids[:, layer].ravel() for layer in range(traffic.layers)]
-        load = np.stack([np.bincount(of, minlength=experts) for of in layers])
+        load = np.stack([np.bincount(layer, minlength=experts) for layer in layers])
         choices = traffic.tokens * traffic.top_k
     else:
         load = traffic.total_load.astype(np.int64)
@@ -51,14 +51,14 @@ def doubts(traffic: Traffic) -> list[str]:
         ]
     lines: list[str] = []
     busiest = -np.sort(-load, axis=1) / np.maximum(load.sum(axis=1, keepdims=True), 1)
-    for few, limit in ((max(1, experts // 16), FEW_TAKE), (top_k_of(traffic) or 2, SAME_TAKE)):
-        share = float(np.median(busiest[:, :few].sum(axis=1)))
-        if share > limit and few < experts and not lines:
+    for number, limit in ((max(1, experts // 16), FEW_TAKE), (top_k_of(traffic) or 2, SAME_TAKE)):
+        share = float(np.median(busiest[:, :number].sum(axis=1)))
+        if share > limit and number < experts and not lines:
             lines = [
-                f"Warning: {few} of {experts} experts take {share:.0%} of the choices of the "
+                f"Warning: {number} of {experts} experts take {share:.0%} of the choices of the "
                 "median layer, as prompts do that are alike: record the prompts of real users."
             ]
-    texts = [of.tobytes() for of in layers]
+    texts = [each.tobytes() for each in layers]
     copied = [layer for layer, text in enumerate(texts) if texts.index(text) < layer]
     for layer in copied[:1]:
         more = f", and {len(copied) - 1} more repeat others" if len(copied) > 1 else ""
@@ -78,17 +78,17 @@ def one_kind(traffic: Traffic, unseen: Traffic | None = None) -> str | None:
     """
     parts = [traffic] if unseen is None else [traffic, unseen]
     # What has no labels may be of any group.
-    labels = {label for of in parts for label in (members(of).keys() - {None} or {""})}
+    labels = {label for part in parts for label in (members(part).keys() - {None} or {""})}
     if labels != {""}:
         label = labels.pop() or ""
         kind = label if label in PHASES else f"of one group, {name(label)}"
         return None if labels else f"all traffic is {kind}"
-    counts = [of.window_load for of in parts if isinstance(of, RoutingStatistics)]
+    counts = [part.window_load for part in parts if isinstance(part, RoutingStatistics)]
     load = np.concatenate(counts) if counts else np.empty(0)
     if len(load) == 1:
         return "there is one window"
-    if len(load) and (most := _furthest(load)) <= ALIKE:
-        return f"all windows are alike, within {max(100 * most, 0.1):.1f} % of their tokens"
+    if len(load) and (apart := _furthest(load)) <= ALIKE:
+        return f"all windows are alike, within {max(100 * apart, 0.1):.1f} % of their tokens"
     return None
 
 

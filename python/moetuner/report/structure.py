@@ -138,8 +138,8 @@ def structure(
     held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
     seen, unseen = (_pairs(part, threads, progress, at) for at, part in enumerate(parts))
-    whole = seen + unseen if held_out else seen
-    load = whole.total_load
+    statistics = seen + unseen if held_out else seen
+    load = statistics.total_load
     share, distance = _groups(traffic, load, threads)
 
     def placed(method: Method, seen: RoutingStatistics) -> Placement:
@@ -148,10 +148,12 @@ def structure(
         return result.uninterrupted().placement
 
     def crossing(placement: Placement, unseen: Traffic) -> float | None:
-        how: Any = {"window": None, "cost_model": None, "mixed": False, "threads": threads}
-        return evaluate(placement, unseen, **how).crossing
+        evaluation = evaluate(
+            placement, unseen, window=None, cost_model=None, mixed=False, threads=threads
+        )
+        return evaluation.crossing
 
-    tables = whole.transitions_or_empty
+    tables = statistics.transitions_or_empty
     bits = chance = contiguous = searched = null = gain = None
     if tables.any():
         rng = np.random.default_rng(seed)

@@ -54,7 +54,7 @@ class Drift(Frozen):
     >>> import moetuner as mt
     >>> import numpy as np
     >>> load = np.random.default_rng(0).poisson([900, 100, 100, 100], (40, 1, 4))
-    >>> table, reverse = (mt.RoutingStatistics.from_load(of) for of in (load, load[..., ::-1]))
+    >>> table, reverse = (mt.RoutingStatistics.from_load(each) for each in (load, load[..., ::-1]))
     >>> drift = mt.drift(table, reverse)
     >>> drift.is_beyond_chance, round(drift.distance, 2)
     (True, 0.67)
@@ -102,7 +102,7 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
     >>> import moetuner as mt
     >>> import numpy as np
     >>> load = np.random.default_rng(0).poisson(100, (80, 1, 4))
-    >>> seen, later = (mt.RoutingStatistics.from_load(of) for of in (load[:40], load[40:]))
+    >>> seen, later = (mt.RoutingStatistics.from_load(each) for each in (load[:40], load[40:]))
     >>> mt.drift(seen, later).is_beyond_chance
     False
     """
@@ -116,14 +116,14 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
         )
     sizes = [_size(side) for side in sides.values()]
     units = [_units_of(side) for side in sides.values()]
-    numbers = [max(of.number, 1) for of in units]
+    numbers = [max(each.number, 1) for each in units]
     rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
     counts = [max(round(rate * size), 1) for size in sizes]
     if math.comb(sum(counts), counts[0]) * CHANCE < 1:
-        few, most = sorted(zip(numbers, sides, strict=True))
+        fewer, more = sorted(zip(numbers, sides, strict=True))
         raise ValueError(
-            f"drift needs more sequences or windows: {few[1]} has {few[0]} independent, "
-            f"{most[1]} {most[0]}; record {FEWEST} or more of both"
+            f"drift needs more sequences or windows: {fewer[1]} has {fewer[0]} independent, "
+            f"{more[1]} {more[0]}; record {FEWEST} or more of both"
         )
     seed = seed_in(seed)
     parts = []
@@ -153,19 +153,19 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     if isinstance(traffic, RoutingStatistics) and units.name == "kind":
         alike = blocks_of(traffic.window_load, traffic.group).length
         blocks = min(BLOCKS, units.number, traffic.windows // alike)
-    whole = None
+    first = None
     for by_group in (False, True):
         item, place = _in_order(traffic, by_group=by_group)
         loads = _loads(traffic, (place * blocks // len(place))[item], blocks)
         if len(loads) < FEWEST or not loads.sum():
-            return whole
+            return first
         one = _drift_of(loads, len(loads) // 2, seed)
-        if whole is not None:
-            return replace(whole, is_of_groups=not one.is_beyond_chance)
-        whole = one
+        if first is not None:
+            return replace(first, is_of_groups=not one.is_beyond_chance)
+        first = one
         if not one.is_beyond_chance or traffic.group is None:
             break
-    return whole
+    return first
 
 
 def _loads(traffic: Traffic, block: NDArray[np.int64], blocks: int) -> NDArray[np.float64]:
@@ -185,8 +185,8 @@ def _drift_of(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
     distance, worst = float(by_layer.mean()), int(by_layer.argmax())
     others = np.array([_distances(loads, rng.permutation(first)).mean() for _ in range(HALVES)])
     chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
-    most = float(by_layer[worst])
-    return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=most)
+    furthest = float(by_layer[worst])
+    return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=furthest)
 
 
 def halves(traffic: Traffic) -> tuple[Traffic, Traffic]:
