@@ -12,8 +12,8 @@ from moetuner.evaluation.units import Blocks, Units, hold_out
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report import recording
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import KNEE, _of_copies, _of_units, concluded, knee_of
-from moetuner.report.advice.study import ITERATIONS
+from moetuner.report.advice.conclusion import KNEE, _of_copies, _of_units, conclude, knee_of
+from moetuner.report.advice.sweep import ITERATIONS
 from moetuner.report.advice.values import Copies
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
@@ -488,7 +488,7 @@ def test_windows_that_are_too_alike_are_called_so(number):
     (judged,) = advice.judged
     gain = replace(judged.gain, low=None, high=None, units=number)
     judged = replace(judged, figures=judged.figures | {"predicted_layer_us": gain})
-    advice = concluded(replace(advice, judged=(judged,), units=units), ())
+    advice = conclude(replace(advice, judged=(judged,), units=units), ())
     assert advice.answer == "not enough evidence"
     texts = [advice.reasons[0], *_of_units(units, held_out=True)]
     assert all(("too alike" in text) == (number == 0) for text in texts), texts

@@ -25,13 +25,13 @@ from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name
-from moetuner.report.advice.study import slots_of_running
+from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, Judged
 from moetuner.report.cells import counted, in_bytes, percent, signed, span
 from moetuner.report.page.data import of_advice
 from moetuner.statistics import RoutingStatistics
 
-INITIAL = options.FileText(words=advising.RUNNING)
+INITIAL = options.FileText(words=advising.STARTS)
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
     "numbers as in 0,1,2,4",
@@ -106,7 +106,7 @@ def command(
         if not Path(initial).is_file():
             raise click.BadParameter(
                 f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'"
-                + suggestion(initial, advising.RUNNING),
+                + suggestion(initial, advising.STARTS),
                 param_hint="'--initial'",
             )
         how["initial"] = source.load(Path(initial), topology)

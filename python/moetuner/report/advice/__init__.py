@@ -13,6 +13,7 @@ from typing import Any, get_args
 from moetuner import _checks as check
 from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
+from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic, members
@@ -20,15 +21,28 @@ from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
 from moetuner.problem.phases import WINDOWS, prefill
-from moetuner.report.advice.study import Study, slots_of_running
-from moetuner.report.advice.values import Advice
+from moetuner.report.advice.conclusion import conclude, knee_of, notes_of, words_of_judged
+from moetuner.report.advice.drift import drift_of
+from moetuner.report.advice.judging import (
+    judge_groups,
+    judge_halves,
+    judge_phases,
+    judge_windows,
+    weigh_move,
+    weigh_phases,
+)
+from moetuner.report.advice.request import Request, slots_of_running, split_of
+from moetuner.report.advice.sweep import sweep
+from moetuner.report.advice.trial import PROPOSED, RUNNING, try_out
+from moetuner.report.advice.values import Advice, main_of
+from moetuner.report.recording import one_kind
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
 # What engines begin with, and EPLB's placement, which may have redundant experts.
-RUNNING = ("contiguous", "round_robin", "eplb")
-READ = re.compile(rf"({'|'.join(RUNNING)})|eplb:\d{{1,5}}", re.ASCII)
+STARTS = ("contiguous", "round_robin", "eplb")
+READ = re.compile(rf"({'|'.join(STARTS)})|eplb:\d{{1,5}}", re.ASCII)
 
 SPLITS, COPIES = 3, (0, 1, 2, 4)
 
@@ -58,7 +72,6 @@ def advise(
     seed: int = 0,
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
-    report: Callable[[str], None] | None = None,
 ) -> Advice:
     """Return whether a better placement is worth a trial on this traffic, and why.
 
@@ -140,8 +153,6 @@ def advise(
     _check_values(traffic, topology, price, initial)
     check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
-    check.callable_or_none("report", report)
-    progress = report if progress is None else progress  # by its former name
     if objective is not None:
         check.one_of("objective", objective, get_args(Goal))
     if unseen is not None:
@@ -149,29 +160,133 @@ def advise(
     _check_groups(traffic, by_group)
     split, arrival = _served(engine, split, arrival)
     counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
-    if isinstance(traffic, RoutingStatistics):
-        # Pairs are of all windows together, so they cannot be halved.
-        pairs: dict[str, Any] = {"transitions": None, "coactivation": None, "sets": None}
-        traffic, unseen = replace(traffic, **pairs), unseen and replace(unseen, **pairs)
-        arrival = "bursts"
+    splits = check.whole_number("splits", splits, highest=100)
+    phases = None if prefill_share is None else prefill(prefill_share)
+    if isinstance(traffic, RoutingTrace):
+        if window is not None:
+            phases = {window: 1.0}
+    else:
+        traffic, arrival = _without_pairs(traffic), "bursts"
+        unseen = _without_pairs(unseen) if isinstance(unseen, RoutingStatistics) else unseen
     if prefill_share is not None:
         _check_share(prefill_share, windows)
-    if expert_bytes is not None:
-        check.positive("expert_bytes", expert_bytes, "number of bytes")
-    else:
+    if expert_bytes is None:
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
-    model = cost_model_of(traffic) if cost_model is None else cost_model
-    how: dict[str, Any] = {"regime": regime, "cost_model": model, "objective": objective}
-    how["phases"] = None if prefill_share is None else prefill(prefill_share)
-    if isinstance(traffic, RoutingTrace) and window is not None:
-        how["phases"] = {window: 1.0}
-    how |= {"split": split, "arrival": arrival}
-    study = Study(
-        *(traffic, unseen, topology, initial, engine, counts, windows, how, expert_bytes, price),
-        *(prefill_share, by_group, in_order, iterations, time_limit),
-        *(check.seed_in(seed), threads, progress or (lambda _: None)),
+    else:
+        check.positive("expert_bytes", expert_bytes, "number of bytes")
+    request = Request(
+        traffic=traffic,
+        unseen=unseen,
+        topology=topology,
+        initial=initial,
+        engine_name=engine,
+        copies=tuple(counts),
+        windows=windows,
+        regime=regime,
+        split=split,
+        arrival=arrival,
+        cost_model=cost_model_of(traffic) if cost_model is None else cost_model,
+        objective=objective,
+        phases=phases,
+        expert_bytes=expert_bytes,
+        price=price,
+        prefill_share=prefill_share,
+        by_group=by_group,
+        in_order=in_order,
+        iterations=iterations,
+        time_limit=time_limit,
+        seed=check.seed_in(seed),
+        threads=threads,
+        progress=progress or (lambda _: None),
     )
-    return study.advice(check.whole_number("splits", splits, highest=100))
+    return _advise(request, splits)
+
+
+def _advise(request: Request, splits: int) -> Advice:
+    """Split the traffic, sweep numbers of copies, judge on every split, and conclude."""
+    # The whole, seen twice, is the same every time, and so is traffic that was given apart.
+    splits = splits if request.is_held_out and request.unseen is None else 1
+    part = split_of(request, check.nth_seed(request.seed, 0))
+    swept = sweep(request, part)
+    # More memory is no gain of a placement: what is proposed takes no more than what runs.
+    as_now = tuple(row for row in swept if row.per_device <= request.running_copies)
+    knee, best = (knee_of(rows, request.prefill_share) for rows in (as_now or swept, swept))
+    trials = []
+    for number in range(splits):
+        request.progress(f"split {number + 1} of {splits}: solving and judging")
+        of_split = split_of(request, check.nth_seed(request.seed, number)) if number else part
+        trials.append(try_out(request, of_split, knee))
+    first = trials[0]
+    judged = tuple(judge_windows(request, trials, window) for window in request.windows)
+    main = main_of(judged)
+    if len(swept) == 1:  # which was not searched for
+        swept = (replace(swept[0], gains={each.window: (each.gain.mean,) for each in judged}),)
+    units, evaluated = request.units[main.window], first.evaluations[main.window]
+    request.progress("comparing the halves of the recording")
+    change = drift_of(request.traffic, units, seed=request.seed) if request.unseen is None else None
+    is_other = request.in_order and change is not None and change.is_beyond_chance
+    halves = judge_halves(request, knee, main.window) if is_other else ()
+    request.progress("weighing what moves, and phases")
+    phases = judge_phases(request, part, knee)
+    advice = Advice(
+        answer="not enough evidence",
+        reasons=(),
+        warnings=(),
+        judged=judged,
+        copies=swept,
+        knee=knee,
+        more=best if best > knee else None,
+        moving=weigh_move(request, first, main.saved_us),
+        phases=phases,
+        drift=change,
+        halves=halves,
+        running=evaluated[RUNNING],
+        proposed=evaluated[PROPOSED],
+        placements=(first.placements[RUNNING], first.placements[PROPOSED]),
+        result=first.result,
+        audit=audit_of(evaluated[RUNNING], evaluated[PROPOSED], units),
+        units=units,
+        problem=first.problem,
+        judged_on=words_of_judged(request, part.unseen),
+        one_kind=one_kind(request.traffic, request.unseen),
+        total=weigh_phases(request, judged),
+        by_group=judge_groups(request, knee) if request.by_group else {},
+        settings=_settings(request, splits, first.problem.shares),
+    )
+    return conclude(advice, notes_of(request, phases, knee))
+
+
+def _settings(request: Request, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:
+    """Return what was asked for as JSON values."""
+    initial, topology = request.initial, request.topology
+    return {
+        "engine": request.engine_name,
+        "price": request.price,
+        "expert_bytes": request.expert_bytes,
+        "in_order": request.in_order,
+        "seed": request.seed,
+        "time_limit": request.time_limit,
+        "prefill_share": request.prefill_share,
+        "regime": request.regime,
+        "split": request.split,
+        "arrival": request.arrival,
+        "objective": request.objective,
+        "devices": topology.devices,
+        "devices_per_node": topology.devices_per_node,
+        "topology": topology.name,
+        "initial": initial if isinstance(initial, str) else "given",
+        "copies": list(request.tried_copies),
+        "windows": list(request.windows),
+        "phases": phases,
+        "splits": splits,
+        "held_out": request.is_held_out,
+        "cost_model": request.cost_model.name,
+    }
+
+
+def _without_pairs(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Return loads alone: pairs are of all windows together, so they cannot be halved."""
+    return replace(statistics, transitions=None, coactivation=None, sets=None)
 
 
 def _check_groups(traffic: Traffic, by_group: bool) -> None:
@@ -196,8 +311,8 @@ def _served(
 
 def _counts(copies: Sequence[int]) -> list[int]:
     """Return the numbers of slots for copies that are tried, in order."""
-    given = check.listed("copies", copies, "whole numbers")
-    counts = sorted({check.whole_number("copies", each, lowest=0) for each in given})
+    listed = check.listed("copies", copies, "whole numbers")
+    counts = sorted({check.whole_number("copies", each, lowest=0) for each in listed})
     if not counts:
         raise ValueError("copies must be at least one number of slots, got none")
     return counts
@@ -212,7 +327,7 @@ def _windows(
     if window is not None:
         return (window,)
     judged = unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
-    return tuple(of for of in WINDOWS if of == WINDOWS[0] or judged >= 2 * of)
+    return tuple(size for size in WINDOWS if size == WINDOWS[0] or judged >= 2 * size)
 
 
 def _check_values(
@@ -229,7 +344,7 @@ def _check_values(
     check.not_negative("price", price, "share")
     if isinstance(initial, str):
         if not READ.fullmatch(initial):
-            names = ", ".join(RUNNING)
+            names = ", ".join(STARTS)
             raise ValueError(f"initial must be {names} or eplb:N, got {check.shown(initial)}")
         slots_of_running(initial, traffic.num_experts, topology.devices)
     else:
@@ -239,10 +354,11 @@ def _check_values(
 def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
     """Raise if traffic to judge on is of another kind or model, or holds nothing."""
     check.instance("unseen", unseen, RoutingTrace, RoutingStatistics)
-    kinds = ["a trace" if isinstance(of, RoutingTrace) else "counts" for of in (traffic, unseen)]
+    both = (traffic, unseen)
+    kinds = ["a trace" if isinstance(each, RoutingTrace) else "counts" for each in both]
     if kinds[0] != kinds[1]:
         raise ValueError(f"unseen must be {kinds[0]} like traffic, got {kinds[1]}")
-    wanted, got = (f"{of.layers} layers of {of.num_experts} experts" for of in (traffic, unseen))
+    wanted, got = (f"{each.layers} layers of {each.num_experts} experts" for each in both)
     if wanted != got:
         raise ValueError(f"unseen must have {wanted} like traffic, got {got}")
     if not (unseen.tokens if isinstance(unseen, RoutingTrace) else unseen.total_load.any()):

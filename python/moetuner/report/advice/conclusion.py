@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from moetuner.cost import assumed_model
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.drift import Drift
+from moetuner.report.advice.request import Request
+from moetuner.report.advice.sweep import tokens_at_once
 from moetuner.report.advice.values import (
     Advice,
     Answer,
     Copies,
     Judged,
+    Phases,
     words_of_window,
 )
 from moetuner.report.cells import counted, listed, percent, signed, span
+from moetuner.report.outcome import left_over
 from moetuner.report.recording import PHASES
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime
+from moetuner.trace import RoutingTrace
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
 KNEE = 0.005
@@ -62,7 +71,53 @@ def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> in
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
-def concluded(of: Advice, notes: tuple[str, ...]) -> Advice:
+def words_of_judged(request: Request, unseen: Traffic) -> str:
+    """Write what placements are judged on, and what of it is in no window."""
+    if isinstance(unseen, RoutingStatistics):
+        text = counted(unseen.windows, "window")
+    elif unseen.sequence is None:
+        text = counted(unseen.tokens, "token")
+    else:
+        sequences = counted(len(np.unique(unseen.sequence)), "sequence")
+        text = f"{counted(unseen.tokens, 'token')} of {sequences}"
+    # The longest windows leave most over.
+    longest = request.windows[-1]
+    rest = left_over(unseen, longest)
+    where = "" if longest is None else f"in windows of {longest:,} "
+    text += f" that the placement was {'not ' * request.is_held_out}computed from"
+    return f"{text}; {where}{rest}" if rest else text
+
+
+def notes_of(request: Request, phases: Phases | None, copies: int) -> tuple[str, ...]:
+    """Write what phases cost each other, and what the engine cannot do."""
+    notes = [] if phases is None else [phases.sentence(request.price)]
+    traffic, engine = request.traffic, request.engine
+    is_short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
+    if is_short and request.windows == WINDOWS[:1]:
+        notes.append(
+            f"Windows of {WINDOWS[-1]:,} tokens, as in prefill, were not judged: those need "
+            f"{4 * WINDOWS[-1]:,} tokens"
+        )
+    if engine is None:
+        return tuple(notes)
+    if request.arrival == "mixed":
+        notes.append(f"Windows mix sequences of the recording, as {engine.title} serves them")
+    if not engine.may_copy and max(request.copies):
+        notes.append(
+            f"Copies were left out: {engine.title} loads a placement as a renumbered checkpoint, "
+            "which has every expert once"
+        )
+    tokens, without_copies = tokens_at_once(request, copies), tokens_at_once(request, 0)
+    if tokens is not None and tokens < WINDOWS[-1]:
+        without = f" ({without_copies:,} without copies)" if copies else ""
+        notes.append(
+            f"{engine.title} with DeepEP's low-latency kernels: a rank may send at most {tokens:,} "
+            f"tokens at once, as their buffer of 32 GiB grows with the slots{without}"
+        )
+    return tuple(notes)
+
+
+def conclude(of: Advice, notes: tuple[str, ...]) -> Advice:
     """Return advice with its answer, reasons, of which ``notes`` are some, and warnings."""
     reasons, warnings = [*_gains(of), *notes], _of_units(of.units, held_out=of.settings["held_out"])
     answer, why = _by_gains(of)

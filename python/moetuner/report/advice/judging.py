@@ -1,0 +1,163 @@
+"""Trials judged: the proposed placement beside what runs, in windows, halves, groups and phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moetuner.cost import busiest_ports
+from moetuner.evaluation.comparison import Comparison, compare, with_splits
+from moetuner.evaluation.replay import members
+from moetuner.evaluation.units import Units, some
+from moetuner.placement import EMPTY, Placement
+from moetuner.report.advice import drift
+from moetuner.report.advice.request import (
+    Part,
+    Request,
+    Window,
+    count,
+    halve,
+    problem_of,
+    search_shortly,
+)
+from moetuner.report.advice.sweep import ITERATIONS
+from moetuner.report.advice.trial import EPLB, PROPOSED, RUNNING, Key, Trial, evaluate_all, try_out
+from moetuner.report.advice.values import Half, Judged, Moving, Phases
+from moetuner.report.recording import PHASES
+from moetuner.trace import RoutingTrace
+
+
+def judge_windows(request: Request, trials: Sequence[Trial], window: Window) -> Judged:
+    """Compare what is proposed with what runs, and with EPLB, in windows of a size."""
+    units, traffic = request.units[window], request.judged_on
+    figures = _compare(request, trials, RUNNING, window, units)
+    first, eplb = trials[0].placements, {}
+    if first[EPLB] != first[RUNNING]:
+        eplb = _compare(request, trials, EPLB, window, units)
+    recorded = None if isinstance(traffic, RoutingTrace) else traffic.window
+    return Judged(window, figures, eplb, traffic.layers, recorded)
+
+
+def _compare(
+    request: Request, trials: Sequence[Trial], key: Key, window: Window, units: Units
+) -> dict[str, Comparison]:
+    """Compare what is proposed with another placement, with the first split's intervals."""
+    evaluations = [trial.evaluations[window] for trial in trials]
+    pairs = [(evaluated[key], evaluated[PROPOSED]) for evaluated in evaluations]
+    names = ("running" if key == RUNNING else "EPLB", "proposed")
+    before, after = pairs[0]
+    return {
+        measure: replace(with_splits(gain, pairs), price=request.price, names=names)
+        for measure, gain in compare(before, after, units=units).items()
+    }
+
+
+def _gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
+    return _compare(request, [trial], RUNNING, window, units)["predicted_layer_us"]
+
+
+def weigh_phases(request: Request, judged: Sequence[Judged]) -> Comparison | None:
+    """Weigh the gains of decode and prefill by their shares of the serving time, if known."""
+    if request.prefill_share is None:
+        return None
+    share, (decode, prefill) = request.prefill_share, (each.gain for each in judged)
+
+    def weigh(of_decode: float, of_prefill: float) -> float:
+        return share * of_prefill + (1 - share) * of_decode
+
+    gain, low, high = weigh(decode.gain, prefill.gain), None, None
+    if decode.interval is not None and prefill.interval is not None:
+        low, high = map(weigh, decode.interval, prefill.interval)
+    return replace(
+        decode,
+        before=1.0,
+        after=1 - gain,
+        gain=gain,
+        low=low,
+        high=high,
+        units=min(decode.units, prefill.units),
+        splits=tuple(map(weigh, decode.splits, prefill.splits)),
+    )
+
+
+def judge_halves(request: Request, copies: int, window: Window) -> tuple[Half, ...]:
+    """Judge a placement of each half of the recording on the other."""
+    parts, halves = drift.halves(request.traffic), []
+    sizes = [{name: len(rows) for name, rows in members(half).items()} for half in parts]
+    # A group that the middle cuts is of the half that has more of it.
+    groups = [
+        tuple(str(n) for n in own if n is not None and own[n] >= sizes[1 - place].get(n, 0))
+        for place, own in enumerate(sizes)
+    ]
+    for number, name in enumerate(("first", "second")):
+        request.progress(f"a placement of the {name} half on the other")
+        part = Part(request.seed, count(request, parts[number]), parts[1 - number])
+        trial = try_out(request, part, copies)
+        gain = _gain(request, trial, window, request.units[window])
+        halves.append(Half(groups[number], groups[1 - number], gain))
+    return tuple(halves)
+
+
+def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Comparison]]:
+    """Judge a placement of all other groups on each group."""
+    gains: dict[str, dict[Window, Comparison]] = {}
+    groups = members(request.traffic)
+    rows = groups.pop(None)
+    for group, own_rows in groups.items():
+        request.progress(f"a placement of all groups but {group}, on {group}")
+        is_own = np.isin(rows, own_rows)
+        own, others = some(request.traffic, is_own), some(request.traffic, ~is_own)
+        trial = try_out(request, Part(request.seed, count(request, others), own), copies)
+        gains[str(group)] = {
+            window: _gain(request, trial, window, request.units_of(own, window))
+            for window in request.windows
+        }
+    return gains
+
+
+def judge_phases(request: Request, part: Part, copies: int) -> Phases | None:
+    """Search shortly for prefill, for decode and for both, and predict each on each."""
+    seen, unseen = halve(request, request.seed)
+    if not isinstance(seen, RoutingTrace) or not isinstance(unseen, RoutingTrace):
+        return None
+    if not all(set(PHASES) <= members(each).keys() for each in (seen, unseen)):
+        return None
+    problem = problem_of(request, part.statistics, copies)
+    placements: dict[Key, Placement] = {"both": search_shortly(request, problem, ITERATIONS)}
+    windows = {phase: request.windows[-1 if phase == "prefill" else 0] for phase in PHASES}
+    for phase, window in windows.items():
+        counted = count(request, seen.select(groups=phase))
+        phases = None if window is None else {window: 1.0}
+        of_phase = problem_of(request, counted, copies, phases=phases)
+        placements[phase] = search_shortly(request, of_phase, ITERATIONS)
+    times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
+    for phase, window in windows.items():
+        own = unseen.select(groups=phase)
+        evaluated = evaluate_all(request, placements, problem, own, [window])[window]
+        for name, by_phase in times.items():
+            by_phase[phase] = evaluated[name].predicted_layer_us or 0.0
+    return Phases(times)
+
+
+def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
+    """Compute what it costs to leave what runs, and what memory experts take then."""
+    size, topology = request.expert_bytes, request.topology
+    running, proposed = trial.placements[RUNNING], trial.placements[PROPOSED]
+    diff = running.diff(proposed, topology=topology, expert_bytes=size)
+    copies = [(each.slots != EMPTY).sum(axis=(0, 2)) for each in (running, proposed)]
+    total = int(copies[1].sum())
+    if size is None:
+        return Moving(diff.experts_moved, None, None, None, total, None, None)
+    ports = busiest_ports(diff.pairs, topology)
+    us = float(request.cost_model.ports_us(ports, topology, bytes_each=size))
+    return Moving(
+        experts=diff.experts_moved,
+        bytes=diff.bytes_moved,
+        seconds=us / 1e6,
+        steps=float(np.ceil(us / saved_us)) if saved_us > 0 else None,
+        of_experts=total,
+        of_bytes=total * size,
+        device_bytes=(size * int(copies[0].max()), size * int(copies[1].max())),
+    )

@@ -1,0 +1,226 @@
+"""What advise() is asked: values that are the same for all splits, and the problems they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from moetuner.cost import CostModel
+from moetuner.evaluation.arrival import Arrival
+from moetuner.evaluation.copies import Split
+from moetuner.evaluation.replay import Traffic
+from moetuner.evaluation.units import Units, hold_out, units_of
+from moetuner.formats.engines import ENGINES, Engine, engine_settings
+from moetuner.placement import Placement
+from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem.objective import Goal
+from moetuner.problem.phases import Phases, has_windows
+from moetuner.solver import Method, solve
+from moetuner.solver.result import Result
+from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Regime, Topology
+from moetuner.trace import RoutingTrace
+
+Window = int | None
+
+
+def slots_of_running(initial: Placement | str, experts: int, devices: int) -> int:
+    """Return the slots of a device in a layer under what runs, which EPLB has to fill."""
+    if isinstance(initial, Placement):
+        return initial.slots_per_device
+    redundant = int(initial.partition(":")[2] or 0)
+    slots = -(-(experts + redundant) // devices)
+    if initial.startswith("eplb") and slots * devices != experts + redundant:
+        raise ValueError(
+            f"initial {initial} must fill all devices evenly: {experts} experts and {redundant} "
+            f"redundant ones are no multiple of {devices} devices; "
+            f"eplb:{slots * devices - experts} would do"
+        )
+    return slots
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The arguments of ``advise``, checked, with their defaults resolved.
+
+    ``windows`` are the sizes that are judged, and ``progress`` is called with what is being done.
+    """
+
+    traffic: Traffic
+    unseen: Traffic | None
+    topology: Topology
+    initial: Placement | str
+    engine_name: str | None
+    copies: tuple[int, ...]
+    windows: tuple[Window, ...]
+    regime: Regime
+    split: Split
+    arrival: Arrival
+    cost_model: CostModel
+    objective: Goal | None
+    phases: Phases | None
+    expert_bytes: float | None
+    price: float
+    prefill_share: float | None
+    by_group: bool
+    in_order: bool
+    iterations: int | None
+    time_limit: float | None
+    seed: int
+    threads: int | None
+    progress: Callable[[str], None]
+
+    @property
+    def engine(self) -> Engine | None:
+        """What is known of the engine."""
+        return None if self.engine_name is None else ENGINES[self.engine_name]
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """What short searches are for: the better of both, on what they saw."""
+        return ("balance", "time") if self.objective is None else (self.objective,)
+
+    @property
+    def single_slots(self) -> int:
+        """Slots of a device that hold each expert once."""
+        return -(-self.traffic.num_experts // self.topology.devices)
+
+    @property
+    def running_copies(self) -> int:
+        """Slots for copies of a device in a layer that run already, whose memory costs nothing."""
+        experts, devices = self.traffic.num_experts, self.topology.devices
+        return max(slots_of_running(self.initial, experts, devices) - self.single_slots, 0)
+
+    @property
+    def tried_copies(self) -> tuple[int, ...]:
+        """Slots for copies that are tried: those that engine and model allow, and what runs."""
+        may_copy = self.engine is None or self.engine.may_copy
+        highest = self.traffic.num_experts - self.single_slots if may_copy else 0
+        wanted = sorted({*self.copies, self.running_copies})
+        return tuple(count for count in wanted if count <= highest) or (0,)
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether placements are judged on what they were not computed from.
+
+        One window cannot be halved.
+        """
+        can_split = isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
+        return can_split or self.unseen is not None
+
+    @property
+    def judged_on(self) -> Traffic:
+        """The traffic of which a part, or all, is judged on."""
+        return self.traffic if self.unseen is None else self.unseen
+
+    @cached_property
+    def units(self) -> dict[Window, Units]:
+        """What is independent in the traffic that is judged on, by window."""
+        return {window: self.units_of(self.judged_on, window) for window in self.windows}
+
+    def units_of(self, traffic: Traffic, window: Window) -> Units:
+        """Return what is independent in traffic."""
+        return units_of(traffic, window=window, threads=self.threads)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What placements are computed from, and what they are judged on."""
+
+    seed: int
+    statistics: RoutingStatistics
+    unseen: Traffic
+
+
+def split_of(request: Request, seed: int) -> Part:
+    """Return what placements are computed from, and judged on, with a seed of the choice."""
+    seen, unseen = halve(request, seed)
+    return Part(seed, count(request, seen), unseen)
+
+
+def halve(request: Request, seed: int) -> tuple[Traffic, Traffic]:
+    """Return the seen and the unseen part of the traffic; those that were given apart, as such."""
+    if request.unseen is not None:
+        return request.traffic, request.unseen
+    return hold_out(request.traffic, 0.5 if request.is_held_out else 0.0, seed=seed)
+
+
+def count(request: Request, seen: Traffic) -> RoutingStatistics:
+    """Count traffic as ``moetuner solve`` does."""
+    if isinstance(seen, RoutingStatistics):
+        return seen
+    has_sets = request.regime != "follow" and request.objective != "balance"
+    return RoutingStatistics.from_trace(
+        seen, window=request.windows[0], sets=has_sets, threads=request.threads
+    )
+
+
+def problem_of(
+    request: Request,
+    statistics: RoutingStatistics,
+    copies: int,
+    *,
+    are_shared: bool = False,
+    phases: Phases | None = None,
+) -> Problem:
+    """Return the problem of so many slots for copies on a device, as ``moetuner solve`` has it.
+
+    Slots that ``are_shared`` are one budget of all layers. ``phases`` take the place of those that
+    were asked for.
+    """
+    slots, extra, fill_slots = request.single_slots + copies, None, False
+    if request.engine_name is not None:
+        settings = engine_settings(
+            request.engine_name, statistics, request.topology, slots_per_device=slots
+        )
+        fill_slots = settings["fill_slots"]
+    if are_shared:
+        extra = statistics.layers * (request.topology.devices * slots - statistics.experts)
+    phases = request.phases if phases is None else phases
+    if not all(has_windows(statistics, tokens) for tokens in phases or ()):
+        phases = None  # of a part that is too short for windows of prefill
+    return Problem(
+        statistics,
+        request.topology,
+        slots_per_device=None if are_shared else slots,
+        extra_slots=extra,
+        fill_slots=fill_slots,
+        phases=phases,
+        regime=request.regime,
+        split=request.split,
+        arrival=request.arrival,
+        cost_model=request.cost_model,
+        objective=request.objective,
+        max_imbalance=TRAFFIC_CAP if request.objective == "traffic" else None,
+    )
+
+
+def search(
+    request: Request, problem: Problem, method: Method, seed: int, *, iterations: int | None = None
+) -> Result:
+    """Solve a problem; an interrupt ends the advice."""
+    return solve(
+        problem,
+        method,
+        seed=seed,
+        iterations=iterations,
+        threads=request.threads,
+        time_limit=request.time_limit,
+    ).uninterrupted()
+
+
+def search_shortly(request: Request, problem: Problem, steps: int) -> Placement:
+    """Search in so many steps: for what was asked for, else for what is better for time."""
+    steps = steps if request.iterations is None else request.iterations
+    placements = [
+        search(
+            request,
+            replace(problem, objective=goal),
+            "heuristic",
+            request.seed,
+            iterations=steps,
+        ).placement
+        for goal in request.goals
+    ]
+    return min(placements, key=problem.value)

@@ -1,0 +1,81 @@
+"""A trial: placements computed from one part of some traffic, and evaluated on another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from moetuner.evaluation import Evaluation
+from moetuner.evaluation.auditing import blocks
+from moetuner.evaluation.replay import Traffic
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.report.advice.request import Part, Request, Window, problem_of, search
+from moetuner.report.outcome import judge
+from moetuner.solver import Method
+from moetuner.solver.result import Result
+
+# Placements that are judged: what runs, EPLB's in as many slots as the proposed one, and that one;
+# or by slots for copies, and whether they are shared by the layers; or by the phase they are for.
+RUNNING, EPLB, PROPOSED = "running", "eplb", "proposed"
+Key = tuple[int, bool] | str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The placements of a part, and their evaluations by window."""
+
+    result: Result
+    problem: Problem
+    placements: dict[Key, Placement]
+    evaluations: dict[Window, dict[Key, Evaluation]]
+
+
+def try_out(request: Request, part: Part, copies: int) -> Trial:
+    """Place with some slots for copies, and evaluate that beside EPLB's and what runs."""
+    problem = problem_of(request, part.statistics, copies)
+    result = search(request, problem, "joint", part.seed, iterations=request.iterations)
+    placements: dict[Key, Placement] = {
+        RUNNING: running_placement(request, part),
+        EPLB: search(request, problem, "eplb", part.seed).placement,
+        PROPOSED: result.placement,
+    }
+    evaluations = evaluate_all(request, placements, problem, part.unseen, request.windows)
+    return Trial(result, problem, placements, evaluations)
+
+
+def running_placement(request: Request, part: Part) -> Placement:
+    """Return what runs; EPLB's placement is that of what was seen."""
+    if request.initial == "contiguous":
+        traffic = request.traffic
+        return blocks(traffic.layers, traffic.num_experts, request.topology.devices)
+    problem = problem_of(request, part.statistics, request.running_copies)
+    if isinstance(request.initial, Placement):
+        problem.check_running(request.initial)
+        return request.initial
+    method = request.initial.partition(":")[0]
+    return search(request, problem, cast(Method, method), part.seed).placement
+
+
+def evaluate_all(
+    request: Request,
+    placements: dict[Key, Placement],
+    problem: Problem,
+    unseen: Traffic,
+    windows: Sequence[Window],
+) -> dict[Window, dict[Key, Evaluation]]:
+    """Evaluate placements on other traffic, by window."""
+    evaluations = {}
+    for window in windows:
+        evaluated = judge(
+            list(placements.values()),
+            problem,
+            unseen,
+            window=window,
+            mixed=False,
+            threads=request.threads,
+            cost_model=request.cost_model,
+        )
+        evaluations[window] = dict(zip(placements, evaluated, strict=True))
+    return evaluations
