@@ -21,8 +21,8 @@ from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
 
-# The sizes of DeepSeek-V3's experts, for presets that are not told any (its config.json), and the
-# bits of a weight where nothing tells them.
+# The sizes of DeepSeek-V3's experts, for presets without sizes (its config.json), and the
+# bits of a weight where they are not known.
 HIDDEN, INTERMEDIATE = 7168, 2048
 WEIGHT_BITS = 8.0
 
@@ -164,7 +164,7 @@ class CostModel(Frozen):
     ) -> CostModel:
         """Fit the compute of a device to measurements.
 
-        Computing is ``exposed`` only where that tells more of batches that a fit has not seen.
+        Computing is ``exposed`` only where that predicts unseen batches better.
 
         Parameters
         ----------
@@ -629,7 +629,7 @@ def cross_validate(
     return errors, np.sqrt(folds - 1) * np.std(parts, axis=0)
 
 
-# Times are of this GPU when nobody names one.
+# Times are of this GPU by default.
 DEFAULT_GPU = "h100"
 
 ASSUMED = "deepseek-v3, as "
@@ -704,7 +704,7 @@ def cost_model_of(
 
 
 def assumed_model(model: CostModel) -> str | None:
-    """Return a sentence where a cost model is of experts that nobody named."""
+    """Return a sentence where a cost model is of assumed experts."""
     _, assumed, why = (model.name or "").partition(f"({ASSUMED}")
     if not assumed:
         return None

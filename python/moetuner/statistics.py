@@ -132,7 +132,7 @@ COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions"
 # Fields that are no tables.
 ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
 
-# Tokens of a window, where nobody says: about what an engine decodes in a step.
+# Tokens of a window by default: about what an engine decodes in a step.
 WINDOW = 512
 
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
@@ -555,7 +555,7 @@ class RoutingStatistics(Frozen):
         A mean of many steps is more even than each of them. So the choices of every step are drawn
         by chance, in proportion to its window's loads; the totals of layers keep their proportions.
         Every window becomes one step, of few windows as many as make 32 in all; but a single window
-        is scaled, as chance alone would tell its steps apart. Windows without load are left out,
+        is scaled, as its steps would differ by chance alone. Windows without load are left out,
         pairs and sets are not kept.
 
         Parameters
@@ -693,7 +693,7 @@ def _counts(name: str, table: Any, dimensions: str) -> Loads:
             raise ValueError(
                 f"{name} must be whole counts of at least 0, got {table[at]} at {list(at)}"
             )
-    # The largest mostly tells that all add up, and is found faster.
+    # The largest mostly shows that all add up, and is found faster.
     highest = int(table.max(initial=0))
     if highest * table.size >= 2**63 and not float(table.sum(dtype=np.float64)) < 2.0**63:
         raise ValueError(f"{name} must add up to less than 2**63, got a count of {highest}")

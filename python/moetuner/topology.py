@@ -379,7 +379,7 @@ else:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """Read JSON or TOML, told apart by the first character: no TOML file begins with a brace."""
+    """Read JSON or TOML, recognised by the first character: no TOML file begins with a brace."""
     try:
         text = content.decode()
         return parse_json(text) if text.lstrip()[:1] == "{" else tomllib.loads(text)

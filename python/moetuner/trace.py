@@ -125,7 +125,7 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path, *, num_experts: int | None = None) -> RoutingTrace:
-        """Open a trace: safetensors, ``.npz``, ``.npy`` or JSON lines, told apart by content.
+        """Open a trace: safetensors, ``.npz``, ``.npy`` or JSON lines, recognised by content.
 
         Of a safetensors or ``.npy`` file only the header, the size and the labels are checked here;
         its ids are validated as ``shards`` reads them.

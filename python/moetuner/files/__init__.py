@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, told apart by content, named in their errors."""
+"""Files: written whole or not at all, recognised by content, named in their errors."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
 
 
 def delete_left_behind(folder: Path, names: str) -> None:
-    """Delete temporary files whose processes are dead: nobody holds their locks.
+    """Delete temporary files whose processes are dead: their locks are free.
 
     They are those of what has a name like ``names``, a pattern.
     """

@@ -132,7 +132,7 @@ def holds_statistics(path: Path) -> bool:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file says that moetuner wrote it, so that nobody need guess its axes."""
+    """Whether a file says that moetuner wrote it, so that its axes are known."""
     if kind_of(path) != "safetensors":
         return False
     form = safetensors.read_header(path).metadata.get("format")

@@ -75,7 +75,7 @@ class Ids:
 
     @property
     def fresh(self) -> bool:
-        """Whether shards are validated when they are read, so that nobody has changed them."""
+        """Whether shards are validated when they are read, so that they cannot have changed."""
         return all(not isinstance(part, np.ndarray) and part.fresh for part in self.parts)
 
     @property

@@ -4,8 +4,8 @@ Each line is one JSON object in UTF-8; blank lines are skipped. The first line m
 
     {"num_experts": 32, "model": "gpt-oss-20b", "group_names": ["math", "code"]}
 
-Only ``num_experts`` is needed there, and not if the reader is told. All other lines have one of two
-forms, the same form throughout the file. One token per line, ids by layer, [L,K]::
+Only ``num_experts`` is needed there, and not if the caller passes it. All other lines have one of
+two forms, the same form throughout the file. One token per line, ids by layer, [L,K]::
 
     {"experts": [[3, 17, 4, 30], [8, 1, 22, 5]], "sequence": 0, "group": "math"}
 

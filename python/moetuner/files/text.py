@@ -19,7 +19,7 @@ LONG_WORD = re.compile(r"\S{241,}")
 def parse_json(content: bytes | str, *, allow_nan: bool = False) -> dict[str, Any]:
     """Read an object of JSON as its standard has it: every key once, and no NaN.
 
-    Python writes NaN, so what engines write with it may have some in fields that nobody reads.
+    Python writes NaN, so what engines write with it may have some in unused fields.
     Of two values of a key readers would take different ones.
     """
     try:

@@ -71,7 +71,7 @@ class Hints:
             raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
 
     def check_axes(self, traffic: Traffic) -> None:
-        """Check that axes are in their order, as far as sizes tell."""
+        """Check that axes are in their order, as far as sizes show it."""
         layers, is_trace = traffic.layers, isinstance(traffic, RoutingTrace)
         order = "[tokens, layers, top_k]" if is_trace else "[windows, layers, experts]"
         got, bound = f"{layers} layers", MOST_LAYERS

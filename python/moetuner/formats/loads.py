@@ -26,7 +26,7 @@ from moetuner.statistics import RoutingStatistics
 
 # No model chooses more experts per token: longer rows that name one twice are counts.
 MOST_CHOSEN = 32
-# Windows of an array that tell ids from counts, and how far sums of their layers may be apart.
+# Windows that distinguish ids from counts, and how far sums of their layers may be apart.
 FIRST, ALIKE = 64, 1.1
 
 RECORD = '"eplb_load_stats"'

@@ -1,7 +1,7 @@
 """omni-infer's placement patterns: whether a device holds an expert, 0 or 1 [D,L,E], as ``.npy``.
 
 ``omni_placement`` names them ``pattern_path``; layers are those with experts. The file is a bare
-array of three dimensions, as recorded expert ids [T,L,K] are, so it is told by its content: more
+array of three dimensions, as recorded expert ids [T,L,K] are, so its content decides: more
 than two entries of 0 and 1 in a row are no expert ids, which differ from one another.
 """
 
@@ -40,7 +40,7 @@ def recognises_map(path: Path) -> bool:
         shape, size = place.shape, place.nbytes
         if fortran or len(shape) != 3 or place.dtype.kind not in "iub" or not 0 < size <= LARGEST:
             return False
-        # Of recordings the first entries tell, so that nothing more of them is read.
+        # The first entries show a recording, so that nothing more of it is read.
         first = np.frombuffer(file.read(shape[2] * place.dtype.itemsize), place.dtype)
         if shape[2] < 3 or first.size < shape[2] or not ((first == 0) | (first == 1)).all():
             return False

@@ -100,7 +100,7 @@ def is_pickled(path: Path) -> bool:
 
 
 def peek(path: Path) -> Any:
-    """Read what was saved, to tell what it is; ``load`` will not read it again."""
+    """Read what was saved, to see what it is; ``load`` will not read it again."""
     stat = path.stat()
     return _load(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
@@ -267,7 +267,7 @@ class _Outline:
         if self.stack[-1] != DICT or len(pairs) % 2:
             raise TypeError("only dicts take keys")
         self.spend(CONTAINER * (len(pairs) // 2))
-        # The hash of a tuple of tuples could take for ever.
+        # The hash of a tuple of tuples could take forever.
         if not {FLAT, *IS_KEY}.issuperset(pairs[::2]):
             raise TypeError("keys must be texts or numbers, or tuples of them")
 

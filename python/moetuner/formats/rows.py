@@ -90,7 +90,7 @@ class TokenRows:
         return {name: label.of(columns[name]) for name, label in self.labels.items()}
 
     def about(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """Return what a trace is told of the labels of its tokens, by their numbers."""
+        """Return the labels of a trace's tokens, as its arguments, by their numbers."""
         labels = {name: numbers[name] for name in self.labels}
         if "sequence" in labels:
             labels["sequence"] = self.labels["sequence"].as_integers(labels["sequence"])

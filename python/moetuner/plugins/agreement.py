@@ -1,6 +1,6 @@
 """Ranks agree on a map, or all of them take the engine's own.
 
-Ranks that serve different maps wait for each other's weights for ever. So before a map is returned
+Ranks that serve different maps wait for each other's weights forever. So before a map is returned
 every rank posts what it decided from which files, and one verdict holds for all (``consensus``):
 also where a rank has no plugin, or another thread of the engine is in a collective.
 """
@@ -22,7 +22,7 @@ Said = TypeVar("Said", "Post", "Verdict")
 VERSION = 1
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
-# Rounds one after another that failed, after which nobody asks any more.
+# Rounds one after another that failed, after which no rank asks any more.
 PATIENCE = 2
 # Seconds that a process which takes the place of another waits for ranks that ask no more.
 WAIT_TO_REOPEN = 1.0

@@ -38,7 +38,7 @@ class Balancer:
     settings
         What is asked for, or why that makes no sense.
     log
-        Where it is said.
+        Where lines are logged.
     agreement
         How ranks agree; by default with the usual patience.
     """
@@ -248,7 +248,7 @@ class Balancer:
         self.log.warn(f"read again, not taken: {why}", self._rank)
 
     def _describe(self, case: Case, slots: Slots, source: str, rank: int, seconds: float) -> None:
-        """Say what a map changes: where it changes nothing, only to who debugs."""
+        """Say what a map changes: at DEBUG where it changes nothing."""
         layers, ranks, width = slots.shape
         changed = int((slots != case.slots).any(axis=(1, 2)).sum())
         before, after = case.balancedness(case.slots), case.balancedness(slots)
@@ -276,7 +276,7 @@ class Balancer:
             self._later("loads are not recorded", self._recorder.add, np.array(weight))
 
     def flush(self) -> None:
-        """Wait until all windows are in the file, and all lines are said."""
+        """Wait until all windows are in the file, and all lines are logged."""
         if self._background is not None:
             self._background.shutdown()
             self._background = None

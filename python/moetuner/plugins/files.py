@@ -164,7 +164,7 @@ def _same(name: str | None, model: str | None) -> bool:
 
 
 def _short(name: str) -> str:
-    """Return what names of one model have in common, whoever made it and wherever it lies."""
+    """Return what names of one model have in common, wherever it lies."""
     # The cache of Hugging Face: models--OWNER--NAME/snapshots/REVISION.
     cached = re.search(r"models--(?:[^/]*--)?([^/]+)/snapshots/", name)
     return (cached[1] if cached else Path(name.removesuffix(" (draft)")).name).casefold()

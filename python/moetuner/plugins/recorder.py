@@ -15,7 +15,7 @@ from moetuner.files import delete_left_behind, replacing
 
 # Windows of a model that are recorded; beyond them neighbours are added up, two and two.
 MOST_WINDOWS = 256
-# Tokens of an expert in a window that can be added up for ever.
+# Tokens of an expert in a window that can be added up without end.
 LARGEST = 2**40
 
 

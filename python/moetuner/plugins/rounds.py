@@ -81,7 +81,7 @@ class Rounds:
         """Note the verdict of this round; where all took part, forget the one before it."""
         number, size = self.number, self.size
         if complete and number:
-            # All have read the verdict before this one. What is left over harms nobody.
+            # All have read the verdict before this one. What is left over does no harm.
             with suppress(Exception):
                 for old in keys_of(f"{self.name}/{number - 1}", size):
                     store.delete_key(old)

@@ -183,7 +183,7 @@ class Hooks:
 
 
 def sparse_layers(model_config: Any, layers: int) -> list[int]:
-    """Return the layers with experts as a model's configuration tells, none where it does not."""
+    """Return the layers with experts that a model's configuration names, or none."""
     config: Any = getattr(model_config, "hf_text_config", None)
     config = config or getattr(model_config, "hf_config", None)
     first = getattr(config, "first_k_dense_replace", None)

@@ -2,7 +2,7 @@
 
 All updates in the checkpoint's format end in ``RoutedExperts.weight_loader``, and its callers go
 through the slots of vLLM's first map. Once experts have moved, that writes an expert's weights into
-the slots of others, and nothing is said (vLLM issue 55228). Here the loader reads the map in force.
+the slots of others, without a message (vLLM issue 55228). Here the loader reads the map in force.
 No rank waits for another in it. What cannot be followed is refused, if experts have moved.
 """
 
@@ -58,7 +58,7 @@ class PlacedModel:
     parallel_config
         vLLM's, which counts the workers of this engine.
     log
-        Where warnings are said.
+        Where warnings are logged.
     """
 
     def __init__(self, state: Any, experts: int, parallel_config: Any, log: Log) -> None:

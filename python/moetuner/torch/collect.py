@@ -36,7 +36,7 @@ class Document(NamedTuple):
 def read_texts(path: str | Path) -> Iterator[Document]:
     """Yield the texts of a file: one per line, or JSON objects with "text", maybe "group".
 
-    The first line tells which: JSON lines begin with a brace. Empty lines and texts are left out.
+    The first line decides: JSON lines begin with a brace. Empty lines and texts are left out.
     An error names file and line.
     """
     is_json: bool | None = None

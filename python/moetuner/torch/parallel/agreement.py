@@ -89,7 +89,7 @@ class RankExchange:
             # The process that serves the store is gone.
             values, problem, complete = [], f"no agreement on {subject}: {failure or error}", False
         if complete and key.endswith(".0"):
-            # All are in this round, so nobody has to read what became of earlier ones.
+            # All are in this round, so no rank needs the verdicts on earlier ones.
             with suppress(RuntimeError):
                 for name in (old_key for old in self._old for old_key in keys_of(old, self.ranks)):
                     self._store.delete_key(name)
@@ -121,7 +121,7 @@ class RankExchange:
 
 
 def attempt(call: Callable[..., T], *arguments: Any) -> tuple[T | None, Failure]:
-    """Return what a call gives, and what went wrong, so that other ranks can be told of it."""
+    """Return what a call gives, and what went wrong, so that other ranks can learn of it."""
     try:
         return call(*arguments), None
     except Exception as error:

@@ -37,7 +37,7 @@ Group = dist.ProcessGroup | None
 class Hop:
     """One exchange: row r to each distinct rank among its targets [R,K]; -1 is none.
 
-    ``header`` [3] is what every rank tells every other one: a fingerprint of placement and rules,
+    ``header`` [3] is what every rank sends to all others: a fingerprint of placement and rules,
     how a row with its slots and weights is made up, and bits of faults and of gradients. ``splits``
     are how many rows go to and come from every rank, ``visits`` is the number of targets of those
     that come. ``experts`` are those of the placement, for messages.

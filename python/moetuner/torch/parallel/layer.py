@@ -324,7 +324,7 @@ class ExpertParallelMoE(nn.Module):
     def _misfit(
         self, hidden: Tensor, index: Tensor, weights: Tensor, position: int | Tensor | None
     ) -> str | None:
-        """Return what is wrong with the input, as far as sizes and types tell."""
+        """Return what is wrong with the input, as far as sizes and types show it."""
         dtype = next(iter(self.experts.weights().values())).dtype
         shapes = [list(tensor.shape) for tensor in (hidden, index, weights)]
         tokens = len(hidden) if hidden.ndim == 2 else -1

@@ -140,7 +140,7 @@ def free_bytes(device: torch.device, sharing: int) -> float:
     """Return the free bytes of a device; of a host's memory, which some ranks share, one part."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # Memory that torch has set aside and nobody uses.
+        # Memory that torch has reserved and does not use.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     facts = Path("/proc/meminfo")
     available = re.search(r"MemAvailable:\s*(\d+)", facts.read_text() if facts.exists() else "")

@@ -218,7 +218,7 @@ class Rebalancer:
                 "what was observed", fingerprint(*(part.tobytes() for part in observed))
             )
         except DisagreementError as error:
-            # Their counts would differ for ever, as old ones only fade.
+            # Their counts would differ forever, as old ones only fade.
             self.reset()
             raise MoveError(f"{error}, and all ranks forget what they observed") from None
         budget = self.move_budget

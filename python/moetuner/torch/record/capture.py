@@ -39,7 +39,7 @@ SEQUENCE_LIMIT = 1 << 31
 
 
 def expert_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Return hidden and intermediate size of an expert, as a model's configuration tells them."""
+    """Return hidden and intermediate size of an expert, as a model's configuration has them."""
     config = getattr(model, "config", None)
     # Models of several kinds of input have one for text.
     config = getattr(config, "text_config", None) or config

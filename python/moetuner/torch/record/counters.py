@@ -96,7 +96,7 @@ class RoutingCounters:
         layers = moe_layers(model, routers)
         sizes = (len(layers), *same_sizes(layers))
         pairs = {"transitions": transitions, "coactivation": coactivation}
-        # Weights that are offloaded have no device; the first pass tells.
+        # Weights that are offloaded have no device; the first pass shows it.
         weights = next(layers[0].router.parameters(), torch.empty(0))
         device = "cpu" if weights.is_meta else weights.device
         counters = cls(*sizes, window=window, device=device, **pairs)
@@ -240,7 +240,7 @@ class RoutingCounters:
 
     def _step(self, step: Step) -> None:
         if step.ids.device != self.device:
-            # The model was moved, or its weights did not tell.
+            # The model was moved, or its weights have no device.
             self.device = step.ids.device
             self._tables = {name: table.to(self.device) for name, table in self._tables.items()}
         self.update(step.ids, step.keep)

@@ -1,6 +1,6 @@
 """Hooks on a model's routers: each forward pass becomes one step of expert ids on the device.
 
-What ``generate`` of transformers knows, and does not tell the pass that it calls, is listened to.
+What ``generate`` of transformers knows, and does not pass on to the model, is recorded by hooks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Generation:
 class Generations:
     """The calls of ``generate`` of a model that run, for all that record the model.
 
-    No argument of ``generate`` tells which sequences its criteria have ended, and none keeps the
+    No argument of ``generate`` shows which sequences its criteria have ended, and none keeps the
     padding where a pass gets a mask of pairs. So two methods that it calls are listened to: the
     one that makes the criteria, and ``prepare_inputs_for_generation``.
     """
@@ -70,7 +70,7 @@ class Generations:
         return self._calls[-1]() if self._calls else None
 
     def begin(self, criteria: Any, arguments: Mapping[str, Any]) -> Any:
-        """Return the criteria of a new call, which tell what they end."""
+        """Return the criteria of a new call, which report what they end."""
         generation = Generation()
         self._calls.append(ref(generation))
         # A pass that generate compiles for a static cache would run past the hooks.
@@ -147,7 +147,7 @@ class Step:
 
     It has ``rows`` sequences, B, of ``length`` tokens, S, padding included, and is ``paged`` if
     tokens of many sequences, each with a past, stand in one row. ``marks`` [B*S] say which tokens
-    count: those of all marks. A key-value cache tells a later step of the same sequences: ``cache``
+    count: those of all marks. A key-value cache marks a later step of the same sequences: ``cache``
     was passed in, or is the generation that goes without one, ``following`` was returned.
 
     ``ids`` [B*S,L,K] are the chosen rows of the routers, int64 on the device of the first router;

@@ -230,7 +230,7 @@ def plan_changes(tensors: Tensors, plan: Plan) -> Changes:
     weights: dict[str, str] = {}
     for name, tensor in tensors.items():
         change = changes[name] = plan.change(name, tensor, parts.get(name))
-        # Of two matrices in a row one has rows per expert, and nobody can say which.
+        # Of two matrices in a row one has rows per expert, and nothing shows which.
         is_weight = change.is_router and name.endswith("weight") and not ADAPTER.search(name)
         if is_weight and weights.setdefault(change.block or "", name) != name:
             raise ValueError(

@@ -45,9 +45,9 @@ class Renumbering:
     Raises
     ------
     ValueError
-        If the result could not be exact, with the reason: here where the configuration tells, else
+        If the result could not be exact, with the reason: here if the configuration shows it, else
         for the tensor. That two experts have equal router rows, which ``permute_state_dict``
-        refuses, a single tensor does not tell.
+        refuses, a single tensor does not show.
 
     Examples
     --------
