@@ -3,7 +3,8 @@
 //!
 //! Searches know no rule: they ask [`super::Slots`], by `may_take`, `may_lose` and `may_move`, which ask [`Rules::allow`].
 
-use super::slots::Edit;
+use super::Site;
+use super::slots::{Edit, Slots};
 
 /// The rules of a layer.
 #[derive(Debug, Clone)]
@@ -34,11 +35,12 @@ fn at(table: &[bool], expert: u16, [device, devices]: [usize; 2]) -> bool {
 }
 
 impl Rules {
-    /// Whether a change of an expert with so many copies keeps the rules of where it may be and of how many they are.
+    /// Whether a change of slots keeps the rules of where an expert may be, and of how many copies it has.
     ///
     /// That no device holds an expert twice, and loads under the cap, are seen elsewhere.
     #[inline(always)]
-    pub(super) fn allow(&self, Edit { expert, from, to }: Edit, copies: u32, devices: usize) -> bool {
+    pub(super) fn allow(&self, Edit { expert, from, to }: Edit, slots: &Slots, site: &Site) -> bool {
+        let (copies, devices) = (slots.copies(expert), site.devices());
         let is_in = |table: &[bool], device: u16| at(table, expert, [usize::from(device), devices]);
         let may_leave = from.is_none_or(|device| !is_in(&self.pinned, device));
         let may_enter = to.is_none_or(|device| !is_in(&self.forbidden, device));
@@ -48,6 +50,12 @@ impl Rules {
             _ => true,
         };
         may_leave && may_enter && may_count
+    }
+
+    /// Whether an expert lacks a copy that it must have.
+    #[inline(always)]
+    pub(super) fn lack(&self, expert: u16, slots: &Slots) -> bool {
+        slots.copies(expert) < self.min_copies
     }
 
     /// Experts and devices where they must be.

@@ -126,7 +126,7 @@ impl Slots {
     #[inline(always)]
     fn may(&self, site: &Site, edit: Edit) -> bool {
         let is_new = edit.to.is_none_or(|device| !self.holds(edit.expert, usize::from(device)));
-        is_new && site.rules.allow(edit, self.copies(edit.expert), site.devices())
+        is_new && site.rules.allow(edit, self, site)
     }
 
     /// Whether a device may take one more copy of an expert, if it has a slot for it.
@@ -135,10 +135,10 @@ impl Slots {
         self.may(site, Edit { expert, from: None, to: Some(device as u16) })
     }
 
-    /// Whether an expert has fewer copies than it must have.
+    /// Whether an expert lacks a copy that it must have.
     #[inline(always)]
     pub(crate) fn is_short(&self, site: &Site, expert: u16) -> bool {
-        self.copies(expert) < site.rules.min_copies
+        site.rules.lack(expert, self)
     }
 
     /// Whether a slot's content, an expert's copy or nothing, may be given up.

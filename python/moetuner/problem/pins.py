@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,15 @@ from moetuner.problem.capacity import and_more
 
 # (layer, expert, device); layer None for all.
 Pin = tuple[int | None, int, int]
+
+
+class _Arguments(TypedDict):
+    pinned: Iterable[Pin]
+    forbidden: Iterable[Pin]
+
+
+# Of a problem whose placements may be anywhere: what relaxes one takes these.
+NO_RULES: _Arguments = {"pinned": (), "forbidden": ()}
 
 
 @dataclass(frozen=True)

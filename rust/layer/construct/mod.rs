@@ -113,10 +113,10 @@ impl Item {
 /// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
 fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u32>)> {
     let max_copies = site.rules.max_copies_of(&site.capacity);
-    let mut copies: Vec<u32> = slots.copies.iter().map(|&pinned| site.rules.least_copies(pinned)).collect();
+    let mut copies: Vec<u32> = slots.copies.iter().map(|&placed| site.rules.least_copies(placed)).collect();
     let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
     let Some(mut spare) = slots.expert_in.len().checked_sub(taken) else {
-        return Err(NoSlot(slots.copies.iter().rposition(|&pinned| pinned == 0).unwrap_or(0)));
+        return Err(NoSlot(slots.copies.iter().rposition(|&placed| placed == 0).unwrap_or(0)));
     };
     let items: Vec<Item> = (0..copies.len()).map(|e| Item::new(load[e], copies[e], e)).collect();
     let mut full = Vec::with_capacity(items.len());

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.pins import NO_RULES
 from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import LOADS
@@ -176,8 +177,7 @@ def _least_pairs_us(problem: Problem, budget: Budget) -> tuple[float, str] | Non
         problem,
         objective="traffic",
         max_imbalance=None,
-        pinned=(),
-        forbidden=(),
+        **NO_RULES,
         # What overlaps is taken off the sum of both parts.
         cost_model=replace(problem.cost_model, overlap=0.0),
     )

@@ -16,6 +16,7 @@ from moetuner import _core
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
+from moetuner.problem.pins import NO_RULES
 from moetuner.solver import effort
 from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
@@ -201,8 +202,7 @@ def _of_traffic(problem: Problem, cap: float) -> Problem:
         extra_slots=None,
         max_imbalance=cap,
         objective="traffic",
-        pinned=(),
-        forbidden=(),
+        **NO_RULES,
         fill_slots=False,
     )
 
