@@ -143,6 +143,14 @@ def test_sequences_are_dealt_whole_and_evenly(sequences):
     assert sizes.max() - sizes.min() <= np.bincount(trace.sequence).max()
 
 
+def test_folds_are_not_alike_in_the_lengths_of_their_sequences():
+    """Where lengths tell subjects, halves differ by them: one of 20 folds has several of the 20."""
+    trace = LAW.trace(np.random.default_rng(0), np.arange(10, 50))
+    dealt = Units("sequence", 40).deal(trace, np.arange(trace.tokens), 64)
+    longest = dealt.fold[np.flatnonzero(trace.sequence >= 20)]
+    assert len(np.unique(longest)) < 20
+
+
 def test_names_of_sequences_do_not_matter_to_folds():
     """Sequences by other numbers, in another order of them, are in the same folds."""
     rng = np.random.default_rng(0)

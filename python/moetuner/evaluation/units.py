@@ -138,9 +138,9 @@ class Units:
     ) -> Folds:
         """Deal some tokens of a trace, or windows of a table [n], into folds.
 
-        Whole sequences, or kinds, are dealt, the longest first to the shortest fold; where neither
-        is known, runs are folds. There are no more than units, and as many as are asked for, or as
-        intervals need.
+        Whole sequences, or kinds, are dealt in random order, each to the shortest fold; where
+        neither is known, runs are folds. There are no more than units, and as many as are asked
+        for, or as intervals need.
         """
         if isinstance(traffic, RoutingStatistics):
             # A part of a recording has windows of fewer kinds.
@@ -163,7 +163,9 @@ class Units:
         )
         number = max(min(len(sizes), folds or FOLDS), 1)
         fold, shortest = np.empty(len(sizes), dtype=np.int64), [(0, own) for own in range(number)]
-        for place in np.lexsort((first, -sizes)).tolist():
+        # By length, folds would be more alike than samples are, where lengths tell subjects.
+        order = np.random.default_rng(0).permutation(len(sizes))
+        for place in np.argsort(first)[order].tolist():
             size, own = heapq.heappop(shortest)
             fold[place] = own
             heapq.heappush(shortest, (size + int(sizes[place]), own))
