@@ -16,7 +16,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.plugins import agreement
-from moetuner.plugins.agreement import Agreement, Group, Post, judge
+from moetuner.plugins.agreement import Group, MapAgreement, Post, judge
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
@@ -165,7 +165,7 @@ def serve(rank, group, *, files, wait=3600.0, calls=2, **more):
     lines = Lines()
     path, reload = files[rank], more["reload"][rank] if "reload" in more else None
     settings = Settings(() if path is None else (path,), rebalance=path is None, reload=reload)
-    agreement = Older() if more.get("older") == rank else Agreement(wait)
+    agreement = Older() if more.get("older") == rank else MapAgreement(wait)
     balancer = Balancer(settings, Log(lines), agreement)
     if more.get("keeps"):
         balancer = KEPT.setdefault("balancer", balancer)
@@ -336,7 +336,7 @@ def test_the_verdict_is_the_same_for_all_who_give_up():
     store = distributed.HashStore()
     for rank in (1, 0):
         group = Group(store, (0, 1), rank)
-        assert Agreement(0.0).verdict(lambda group=group: group, Post("a", "b")).do == "own"
+        assert MapAgreement(0.0).verdict(lambda group=group: group, Post("a", "b")).do == "own"
 
 
 @pytest.mark.parametrize(

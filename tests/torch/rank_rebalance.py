@@ -16,7 +16,7 @@ import moetuner as mt
 from moetuner.plugins import consensus
 from moetuner.solver.rebalancing import rebalance
 from moetuner.torch import ExpertParallelMoE, GroupedExperts, MoveError, Rebalancer, swiglu
-from moetuner.torch.parallel.agreement import RankExchange
+from moetuner.torch.parallel.agreement import Agreement
 from moetuner.torch.parallel.migrate import Spares
 
 LAYERS, EXPERTS, HIDDEN, INNER, TOP_K = 3, 8, 6, 5, 2
@@ -305,7 +305,7 @@ def faulty(rank, faults):
     return steps, model.rebalancer.step().moved and model.step() == 0.0
 
 
-def slow(self, about, value, *arguments, exchange=RankExchange.exchange):
+def slow(self, about, value, *arguments, exchange=Agreement.exchange):
     """Post for rank 1 that it took long to decide."""
     if about == "what a move brings" and dist.get_rank() == 1:
         value[3] = 1e18
@@ -336,7 +336,7 @@ LIMITS = {
     "none": ({"move_budget": 0}, None, "balanced"),
     "slow": (
         {},
-        lambda: mock.patch.object(RankExchange, "exchange", slow),
+        lambda: mock.patch.object(Agreement, "exchange", slow),
         "longer than it brings",
     ),
     "other prices": ({}, by_rank(MOVE_US, 0.0, 1e30), "longer than it brings in"),

@@ -148,7 +148,7 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {named}{more}"
 
 
-class Agreement:
+class MapAgreement:
     """Rounds of posts and verdicts of one process: one for each of its decisions."""
 
     def __init__(self, wait: float | None = None) -> None:

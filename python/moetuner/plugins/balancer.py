@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner.plugins.agreement import Agreement, Group, Post
+from moetuner.plugins.agreement import Group, MapAgreement, Post
 from moetuner.plugins.decision import Case, Slots
 from moetuner.plugins.files import Files, checksum_of
 from moetuner.plugins.log import Log, line_of
@@ -44,14 +44,14 @@ class Balancer:
     """
 
     def __init__(
-        self, settings: Settings | str, log: Log, agreement: Agreement | None = None
+        self, settings: Settings | str, log: Log, agreement: MapAgreement | None = None
     ) -> None:
         self.log = log
         self.settings = Settings(rebalance=True) if isinstance(settings, str) else settings
         self.files = (
             Files(error=settings) if isinstance(settings, str) else Files.read(self.settings)
         )
-        self._agreement = agreement or Agreement()
+        self._agreement = agreement or MapAgreement()
         self._off = False
         self._pending: Files | None = None
         self._seen = _signature(self.settings.reload)

@@ -33,13 +33,13 @@ class DisagreementError(MoveError):
     """Ranks mean different values; all ranks are there and know it."""
 
 
-class RankExchange:
+class Agreement:
     """Exchange values between all ranks of a group, through the store that they joined by.
 
     Every exchange ends with one verdict, by which all ranks go; so none goes on where another has
     given up. A late rank reads it without waiting, and the next round of exchanges starts afresh.
     It waits ``timeout`` seconds for the slowest rank of ``group``, where None is all ranks. All of
-    them make as many ``RankExchange`` as the others.
+    them make as many ``Agreement`` as the others.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:

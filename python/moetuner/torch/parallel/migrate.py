@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moetuner.placement import EMPTY, Placement, difference, holders_of
 from moetuner.topology import Topology
-from moetuner.torch.parallel.agreement import NoMemoryError, RankExchange, attempt, fingerprint
+from moetuner.torch.parallel.agreement import Agreement, NoMemoryError, attempt, fingerprint
 from moetuner.torch.parallel.layer import ExpertParallelMoE
 
 # Share of the free memory that buffers may take; the rest is for the model itself.
@@ -147,9 +147,7 @@ def free_bytes(device: torch.device, sharing: int) -> float:
     return int(available[1]) * 1024 / sharing if available else math.inf
 
 
-def migrate(
-    layers: Sequence[ExpertParallelMoE], target: Placement, agreement: RankExchange
-) -> None:
+def migrate(layers: Sequence[ExpertParallelMoE], target: Placement, agreement: Agreement) -> None:
     """Move weights and switch; every rank calls it between two steps, with the same target.
 
     Where one fails, differs or is lost, all that are left raise a ``MoveError`` and have the old

@@ -16,10 +16,10 @@ from moetuner.solver.rebalancing import largest_move, rebalance
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.torch.parallel.agreement import (
+    Agreement,
     DisagreementError,
     MoveError,
     NoMemoryError,
-    RankExchange,
     attempt,
     fingerprint,
 )
@@ -151,7 +151,7 @@ class Rebalancer:
             raise TypeError(f"cost_model must be a CostModel, got {check.shown(cost_model)}")
         self.cost_model, self.decay, self.seed = cost_model, decay, check.seed_in(seed)
         timeout = check.not_negative("timeout", timeout, "number")
-        self._agreement = RankExchange(self.layers[0].group, timeout)
+        self._agreement = Agreement(self.layers[0].group, timeout)
         self.reset()
 
     @property
