@@ -82,7 +82,7 @@ VALUES = {"PlacementDiff", "Evaluation", "Audit", "Verdict", "Result", "Progress
           "Advice", "Drift", "Certificate", "Objective"}  # fmt: skip
 # Methods of problems and objectives that only the solver calls.
 INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
-INNER |= {"Problem.core_rules", "Problem.objective_in"}
+INNER |= {"Problem.core_rules", "Problem.objective_in", "CostModel.least_compute_us"}
 OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
 OTHER_WORDS["share"] = "share|holdout"
 

@@ -49,6 +49,28 @@ def test_exposed_computing_adds_to_reading(exposed, tokens, active, speed):
     assert MODEL.compute_us([tokens], [active], speed=[speed]) <= actual
 
 
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+    st.floats(0, 500),
+)
+def test_no_placement_computes_faster_than_the_least(seed, devices, exposed, are_even, base_us):
+    """Wherever single experts are, the slowest device takes at least the least of all."""
+    rng = np.random.default_rng(seed)
+    model = replace(MODEL, exposed=exposed, base_us=base_us)
+    speed = np.ones(devices) if are_even else rng.choice([0.5, 1.0, 2.0], devices)
+    load = rng.integers(0, 40, 12) * rng.integers(0, 40, 12).astype(float)
+    device_of = rng.integers(0, devices, 12)
+    tokens = np.bincount(device_of, load, devices)
+    active = np.bincount(device_of, load > 0, devices)
+    least = model.least_compute_us(
+        (tokens / speed).max(), np.float64(active.sum()), load.sum(), speed, are_single=True
+    )
+    assert least <= model.compute_us(tokens, active, speed).max() * (1 + 1e-12)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_fit_recovers_the_share_that_is_exposed(seed):
     """Of times with a share it is found; of times without one it stays at nothing."""

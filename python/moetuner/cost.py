@@ -368,6 +368,33 @@ class CostModel(Frozen):
         _check_shapes("speed", speeds, "tokens", time)
         return time / speeds
 
+    def least_compute_us(
+        self, slowest: Floats, active: Floats, tokens: Floats, speed: Floats, *, are_single: bool
+    ) -> Floats:
+        """Compute the least microseconds [...] of the slowest device, wherever experts are.
+
+        Parameters
+        ----------
+        slowest
+            Tokens over speed [...] that the slowest device has at least.
+        active, tokens
+            Experts that have a token, on all devices together, and tokens of all of them [...].
+        speed
+            Relative speed of every device [D].
+        are_single
+            Whether every expert has one copy: a device then reads whole experts.
+        """
+        # An idle device starts as well.
+        least = max(self.base_us, self.start_us) / speed.min()
+        serving = self.start_us / speed.max() + self.token_us * slowest
+        shown = self.exposed * self.token_us * tokens
+        reading = (self.base_us * len(speed) + self.expert_us * active + shown) / speed.sum()
+        least_us: Floats = np.maximum(least, np.maximum(serving, reading))
+        if are_single and np.ptp(speed) == 0:
+            experts = np.ceil(active / len(speed))
+            least_us = np.maximum(least_us, (self.base_us + self.expert_us * experts) / speed[0])
+        return least_us
+
     def ports_us(
         self, ports: ArrayLike, topology: Topology, *, bytes_each: float | None = None
     ) -> Floats:

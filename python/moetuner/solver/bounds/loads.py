@@ -120,21 +120,16 @@ def least_shared(load: Floats, devices: int, copied: int) -> Floats:
 
 def _least_compute(problem: Problem, load: Floats) -> Floats:
     """Compute the least microseconds of the slowest device [W,L], of windows of load [W,L,E]."""
-    model, speed = problem.cost_model, problem.topology.speed_of_device
-    assert model is not None
-    # An idle device starts as well.
-    least = max(model.base_us, model.start_us) / speed.min()
-    tokens = model.start_us / speed.max() + model.token_us * least_slowest(problem, load)
+    assert problem.cost_model is not None
     # Copies of an expert are active in all at least as often as one would be, or have a token.
     active = np.minimum(load, 1.0) if problem.may_copy else load > 0
-    count = active.sum(axis=2)
-    shown = model.exposed * model.token_us * load.sum(axis=2)
-    weights = (model.base_us * problem.devices + model.expert_us * count + shown) / speed.sum()
-    least_us: Floats = np.maximum(least, np.maximum(tokens, weights))
-    if not problem.may_copy and np.ptp(speed) == 0:
-        rounded_us = (model.base_us + model.expert_us * np.ceil(count / problem.devices)) / speed[0]
-        least_us = np.maximum(least_us, rounded_us)
-    return least_us
+    return problem.cost_model.least_compute_us(
+        least_slowest(problem, load),
+        active.sum(axis=2),
+        load.sum(axis=2),
+        problem.topology.speed_of_device,
+        are_single=not problem.may_copy,
+    )
 
 
 def _least_rows_us(problem: Problem, load: Floats) -> Floats:
