@@ -1,7 +1,7 @@
 """The rules for what callers give: kinds, choices, numbers, arrays, and expert ids.
 
-What breaks one raises ValueError, or TypeError where it is of the wrong kind; the message names the
-argument, the rule and the value.
+What breaks one raises ArgumentError, a ValueError, or TypeError where it is of the wrong kind; the
+message names the argument, the rule and the value.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -49,6 +49,37 @@ SHORT.maxlist = SHORT.maxtuple = SHORT.maxset = SHORT.maxdict = SHOWN // 2
 SHORT.maxlevel = 4
 
 
+class ArgumentError(ValueError):
+    """What is wrong with arguments, whose names the message has.
+
+    Parameters
+    ----------
+    text
+        The message.
+    arguments
+        Names that it has of arguments, in their order: who took them by other names, as the options
+        of a command, says those, see ``renamed``.
+    place
+        The file that it is about, in front of the message.
+    """
+
+    def __init__(self, text: str, *arguments: str, place: str = "") -> None:
+        super().__init__(f"{place}: {text}" if place else text)
+        self.text, self.arguments, self.place = text, arguments, place
+
+    def renamed(self, names: Mapping[str, str]) -> str:
+        """Return the message with other names of its arguments, each where it is next named."""
+        text = self.text
+        for argument in self.arguments:
+            name = argument.partition(":")[0]  # of "pinned: expert", a part of an argument
+            text = re.sub(rf"\b{name}\b", names.get(name, name), text, count=1)
+        return f"{self.place}: {text}" if self.place else text
+
+
+class MissingArgumentError(ArgumentError):
+    """What a file does not say, and an argument has to."""
+
+
 def shown(value: object) -> str:
     """Return what a message says of a value: one short line."""
     if isinstance(value, np.ndarray):
@@ -75,7 +106,9 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     names = tuple(choices)
     if not (isinstance(value, str) and value in names):
         hint = suggestion(value, names)
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {shown(value)}{hint}")
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(names)}, got {shown(value)}{hint}", name
+        )
 
 
 def suggestion(value: object, choices: Iterable[str]) -> str:
@@ -99,7 +132,7 @@ def flag(name: str, value: object) -> None:
 def text_or_none(name: str, value: object) -> None:
     """Check a name for people."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, got {shown(value)}")
+        raise ArgumentError(f"{name} must be a text, got {shown(value)}", name)
 
 
 def path_in(path: object) -> Path:
@@ -119,7 +152,7 @@ def listed(name: str, values: object, what: str) -> list[Any]:
     try:
         return list(cast(Any, None if isinstance(values, str | bytes) else values))
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a list of {what}, got {shown(values)}") from None
+        raise ArgumentError(f"{name} must be a list of {what}, got {shown(values)}", name) from None
 
 
 def callable_or_none(name: str, value: object) -> None:
@@ -131,18 +164,18 @@ def callable_or_none(name: str, value: object) -> None:
 def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
     """Return an array of whatever type."""
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
-        raise ValueError(f"{name} must have no masked values, got {shown(values)}")
+        raise ArgumentError(f"{name} must have no masked values, got {shown(values)}", name)
     try:
         return np.asarray(values)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{name} must be an array, got {shown(values)}") from None
+        raise ArgumentError(f"{name} must be an array, got {shown(values)}", name) from None
 
 
 def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:
     """Return an array of floats, of numbers whatever their type."""
     array = array_in(name, values)
     if array.dtype.kind not in "iuf" and array.size:
-        raise ValueError(f"{name} must be numbers, got {shown(array)}")
+        raise ArgumentError(f"{name} must be numbers, got {shown(array)}", name)
     with np.errstate(over="ignore"):
         return array.astype(np.float64, copy=False)
 
@@ -151,10 +184,12 @@ def amounts_in(name: str, values: ArrayLike, axes: int = 0) -> NDArray[np.float6
     """Return an array of finite floats of at least 0, of so many axes or more."""
     array = numbers_in(name, values)
     if array.ndim < axes:
-        raise ValueError(f"{name} must be an array of {axes} axes or more, got {array.ndim}")
+        raise ArgumentError(
+            f"{name} must be an array of {axes} axes or more, got {array.ndim}", name
+        )
     if not ((array >= 0) & (array < np.inf)).all():
         ends = f"{array.min():g} to {array.max():g}"
-        raise ValueError(f"{name} must be finite numbers of at least 0, got {ends}")
+        raise ArgumentError(f"{name} must be finite numbers of at least 0, got {ends}", name)
     return array
 
 
@@ -189,9 +224,9 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
         # An array has the method, whatever is in it.
         number = operator.index(cast(Any, None if isinstance(value, bool | np.ndarray) else value))
     except TypeError:
-        raise ValueError(f"{name} must be an integer, got {shown(value)}") from None
+        raise ArgumentError(f"{name} must be an integer, got {shown(value)}", name) from None
     if not lowest <= number <= highest:
-        raise ValueError(f"{name} must be from {lowest} to {highest}, got {shown(number)}")
+        raise ArgumentError(f"{name} must be from {lowest} to {highest}, got {shown(number)}", name)
     return number
 
 
@@ -200,9 +235,10 @@ def check_slots(devices: int, slots_per_device: int, layers: int = 1) -> None:
     for count, limit, where in ((layers, CELL_LIMIT, ""), (1, SLOT_LIMIT, " in a layer")):
         if count * devices * slots_per_device > limit:
             of_layers = f" in {layers} layers" if not where else ""
-            raise ValueError(
+            raise ArgumentError(
                 f"slots_per_device must make at most {limit} slots{where}, "
-                f"got {slots_per_device} on {devices} devices{of_layers}"
+                f"got {slots_per_device} on {devices} devices{of_layers}",
+                "slots_per_device",
             )
 
 
@@ -248,7 +284,9 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
     """Check that there is one number for every device."""
     array = array_in(name, values)
     if array.shape != (devices,) or array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must be numbers [{devices}], one per device, got {shown(array)}")
+        raise ArgumentError(
+            f"{name} must be numbers [{devices}], one per device, got {shown(array)}", name
+        )
     numbers: list[Any] = array.tolist()
     return numbers
 
@@ -256,18 +294,22 @@ def per_device(name: str, values: Any, devices: int) -> list[Any]:
 def positive(name: str, value: object, what: str = "number") -> float:
     """Return a number above 0, as Python has it; ``what`` says its unit."""
     if not (is_number(value) and value > 0):
-        raise ValueError(f"{name} must be a positive {what}, got {shown(value)}")
+        raise ArgumentError(f"{name} must be a positive {what}, got {shown(value)}", name)
     if not SMALLEST <= float(value) <= LARGEST:
-        raise ValueError(f"{name} must be a {what} from 1e-30 to 1e+30, got {shown(value)}")
+        raise ArgumentError(
+            f"{name} must be a {what} from 1e-30 to 1e+30, got {shown(value)}", name
+        )
     return float(value) if isinstance(value, np.generic) else value
 
 
 def not_negative(name: str, value: object, what: str) -> float:
     """Return a number of at least 0, as Python has it; ``what`` says its unit."""
     if not (is_number(value) and value >= 0):
-        raise ValueError(f"{name} must be a {what} of at least 0, got {shown(value)}")
+        raise ArgumentError(f"{name} must be a {what} of at least 0, got {shown(value)}", name)
     if float(value) > LARGEST:
-        raise ValueError(f"{name} must be a {what} of at most {LARGEST:g}, got {shown(value)}")
+        raise ArgumentError(
+            f"{name} must be a {what} of at most {LARGEST:g}, got {shown(value)}", name
+        )
     return float(value) if isinstance(value, np.generic) else value
 
 
@@ -275,13 +317,13 @@ def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:
     """Check a number that may be infinite."""
     endless = isinstance(value, float | np.floating) and value == math.inf
     if not (endless or (is_number(value) and value >= lowest)):
-        raise ValueError(f"{name} must be at least {lowest:g}{unit}, got {shown(value)}")
+        raise ArgumentError(f"{name} must be at least {lowest:g}{unit}, got {shown(value)}", name)
 
 
 def number_or_none(name: str, value: object) -> None:
     """Check a finite number."""
     if value is not None and not is_number(value):
-        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+        raise ArgumentError(f"{name} must be a finite number, got {shown(value)}", name)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -307,11 +349,12 @@ def labels(name: str, values: ArrayLike, length: int, dtype: type[Integer]) -> N
     """Check one integer label per token or window [length] and hold it as ``dtype``, read-only."""
     array = array_in(name, values)
     if array.shape != (length,) or (array.dtype.kind not in "iu" and length):
-        raise ValueError(f"{name} must be integers [{length}], got {shown(array)}")
+        raise ArgumentError(f"{name} must be integers [{length}], got {shown(array)}", name)
     limits = np.iinfo(dtype)
     if length and not (limits.min <= int(array.min()) and int(array.max()) <= limits.max):
-        raise ValueError(
-            f"{name} must be from {limits.min} to {limits.max}, got {array.min()} to {array.max()}"
+        raise ArgumentError(
+            f"{name} must be from {limits.min} to {limits.max}, got {array.min()} to {array.max()}",
+            name,
         )
     return frozen(np.ascontiguousarray(array, dtype=dtype))
 

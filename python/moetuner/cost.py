@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
+from moetuner._checks import ArgumentError
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
@@ -289,7 +290,9 @@ class CostModel(Frozen):
         name = f"{gpu}:{hidden}x{intermediate}"
         if gpu in MEASURED:
             if weight_bits not in (None, 16):
-                raise ValueError(f"weight_bits must be 16, as measured, got {weight_bits}")
+                raise ArgumentError(
+                    f"weight_bits must be 16, as measured, got {weight_bits}", "weight_bits"
+                )
             return cls._scaled(MEASURED[gpu], hidden, intermediate, dtype_bytes, name, others)
         if dtype_bytes is None:
             dtype_bytes = 1 if weight_bits in (None, WEIGHT_BITS) else 2

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
+from moetuner._checks import ArgumentError
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
 from moetuner.frozen import Frozen, as_json
@@ -236,8 +237,9 @@ class Placement(Frozen):
             )
         experts = experts or max(highest + 1, 1)
         if experts > capacity:
-            raise ValueError(
-                f"num_experts must be from 1 to {capacity}, a slot for each, got {experts}"
+            raise ArgumentError(
+                f"num_experts must be from 1 to {capacity}, a slot for each, got {experts}",
+                "num_experts",
             )
         _check(slots, experts)
         slots = np.array(slots, dtype=np.int32, order="C")  # a copy of its own
@@ -292,9 +294,10 @@ class Placement(Frozen):
         width = least if slots_per_device is None else slots_per_device
         check.whole_number("slots_per_device", width, highest=check.SLOT_LIMIT)
         if width < least:
-            raise ValueError(
+            raise ArgumentError(
                 f"slots_per_device must be at least {least}, got {width}: "
-                "a device holds that many experts in one layer"
+                "a device holds that many experts in one layer",
+                "slots_per_device",
             )
         check.check_slots(devices, width, layers)
         # Devices are as narrow as they can be: numpy sorts 8 and 16 bits by radix.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import DEVICE_LIMIT, experts_in, instance, whole_number
+from moetuner._checks import DEVICE_LIMIT, ArgumentError, experts_in, instance, whole_number
 from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import RoutingStatistics
 
@@ -85,7 +85,7 @@ def forbid(experts: int, groups: int, devices: int) -> list[tuple[None, int, int
     size = _size(experts, groups)
     whole_number("devices", devices, highest=DEVICE_LIMIT)
     if devices % groups:
-        raise ValueError(f"groups must divide {devices} devices, got {groups}")
+        raise ArgumentError(f"groups must divide {devices} devices, got {groups}", "groups")
     per_group = devices // groups
     return [
         (None, expert, device)
@@ -206,7 +206,7 @@ def _size(experts: int, groups: int) -> int:
     experts_in(experts, "experts")
     whole_number("groups", groups)
     if experts % groups:
-        raise ValueError(f"groups must divide {experts} experts, got {groups}")
+        raise ArgumentError(f"groups must divide {experts} experts, got {groups}", "groups")
     return experts // groups
 
 

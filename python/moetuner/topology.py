@@ -131,9 +131,10 @@ class Topology(Frozen):
             vars(self)["devices_per_node"] = self.devices
         check.whole_number("devices_per_node", self.devices_per_node, highest=check.DEVICE_LIMIT)
         if self.devices % self.node_size:
-            raise ValueError(
+            raise check.ArgumentError(
                 f"devices_per_node must divide devices ({self.devices}), "
-                f"got {self.devices_per_node}"
+                f"got {self.devices_per_node}",
+                "devices_per_node",
             )
         for end in ("intra_node", "inter_node"):
             _set_link(self, f"{end}_bandwidth", f"{end}_latency")

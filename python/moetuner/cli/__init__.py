@@ -29,7 +29,6 @@ from moetuner.cli import (
     export,
     fit,
     inspect,
-    options,
     report,
     show,
     solve,
@@ -64,16 +63,6 @@ class Menu(click.Group):
             near = suggestion(args[0], self.commands)
             raise click.UsageError(f"No such command '{args[0]:.60}'{near}", ctx)
         return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; arguments that it refuses are named as the options that gave them."""
-        try:
-            return super().invoke(ctx)
-        except ValueError as error:
-            if ctx.invoked_subcommand is None:
-                raise
-            command = self.commands[ctx.invoked_subcommand]
-            raise ValueError(options.with_options(command, str(error))) from error
 
 
 HELP = """Decide which GPU each expert of a Mixture-of-Experts model lives on.

@@ -107,8 +107,8 @@ def command(
                     "layers are numbered from 0; if the model has dense ones, --dense-layers "
                     "names them"
                 )
-    except (ImportError, ValueError) as error:
-        raise click.ClickException(options.as_options(str(error))) from None
+    except ImportError as error:
+        raise click.ClickException(str(error)) from None
     output.say(f"wrote {out_file}")
     output.finish(contents)
 
@@ -166,7 +166,7 @@ def _check(path: Path, form: str | None, engine: str | None, hints: Hints, outpu
     engine = engine or writer.engine
     rows, slots = layout.experts.shape
     output.say(f"{path.name}: {writer.title}, {rows} rows of {slots} slots")
-    wrong = [options.as_options(fault) for fault in faults(layout, engine, hints)]
+    wrong = faults(layout, engine, hints)
     output.say(*(f"- {fault}" for fault in wrong))
     title = "an engine" if engine is None else ENGINES[engine].title
     if not wrong:

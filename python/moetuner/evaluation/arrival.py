@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import is_number, shown
+from moetuner._checks import ArgumentError, is_number, shown
 from moetuner.evaluation.blocks import blocks
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -38,8 +38,9 @@ def share_mixed(arrival: object) -> float:
     """Check an arrival; return the weight of mixed windows, from 0 (bursts) to 1."""
     share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
     if not (is_number(share) and 0 <= share <= 1):
-        raise ValueError(
-            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}"
+        raise ArgumentError(
+            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}",
+            "arrival",
         )
     return float(share)
 

@@ -260,7 +260,9 @@ def _audited(
         }
     whole = compared.pop(None)
     if not whole:
-        raise ValueError(f"measures must be figures that the traffic has, got {','.join(measures)}")
+        raise check.ArgumentError(
+            f"measures must be figures that the traffic has, got {','.join(measures)}", "measures"
+        )
     groups = {group: changes for group, changes in compared.items() if group is not None}
     judged = _judged(groups or {"all": whole})
     numbers = {name: next(iter(each.values())).value.units for name, each in judged.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _core
-from moetuner._checks import array_in, instance, one_of, shown, whole_number
+from moetuner._checks import ArgumentError, array_in, instance, one_of, shown, whole_number
 from moetuner.placement import Placement
 from moetuner.trace import RoutingTrace
 
@@ -129,8 +129,9 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
     size = devices if devices_per_node is None else devices_per_node
     whole_number("devices_per_node", size)
     if devices % size:
-        raise ValueError(
-            f"devices_per_node must divide the devices ({devices}), got {devices_per_node}"
+        raise ArgumentError(
+            f"devices_per_node must divide the devices ({devices}), got {devices_per_node}",
+            "devices_per_node",
         )
     return size
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import instance, is_number, seed_in, shown
+from moetuner._checks import ArgumentError, instance, is_number, seed_in, shown
 from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, less_levels
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -310,15 +310,17 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     if not (is_number(share) and 0 <= share < 1):
-        raise ValueError(f"holdout must be at least 0 and below 1, got {shown(share)}")
+        raise ArgumentError(
+            f"holdout must be at least 0 and below 1, got {shown(share)}", "holdout"
+        )
     seed = seed_in(seed)
     if share == 0:
         return traffic, traffic
     rng = np.random.default_rng(seed)
     if isinstance(traffic, RoutingTrace):
         if traffic.tokens < 2:
-            raise ValueError(
-                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}"
+            raise ArgumentError(
+                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}", "holdout"
             )
         if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
             seen = _drawn(units_of(traffic).of_tokens(traffic.sequence), 1 - share, rng)
@@ -326,13 +328,16 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         number, gap = traffic.tokens, alike_tokens(traffic)
     else:
         if traffic.transitions is not None or traffic.coactivation is not None:
-            raise ValueError(
+            raise ArgumentError(
                 f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are "
-                "counted over all windows; give the trace to judge on unseen sequences"
+                "counted over all windows; give the trace to judge on unseen sequences",
+                "holdout",
             )
         number, units = traffic.windows, units_of(traffic)
         if number < 2:
-            raise ValueError(f"holdout must be 0 for a load table of one window, got {share}")
+            raise ArgumentError(
+                f"holdout must be 0 for a load table of one window, got {share}", "holdout"
+            )
         gap = units.blocks.length
         if units.kinds is not None:
             seen = _drawn(units.kinds, 1 - share, rng)

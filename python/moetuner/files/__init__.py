@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from moetuner._checks import MissingArgumentError
 from moetuner.files.text import line, printable
 
 Kind = Literal["safetensors", "npz", "npy", "jsonl"]
@@ -171,6 +172,9 @@ def naming(path: str | Path) -> Iterator[None]:
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, EOFError) as error:
         text = str(error).removeprefix(f"{path}: ") or type(error).__name__
         # Some of it may be the content of the file, of any length and with any control character.
+        if isinstance(error, MissingArgumentError):  # all others are of the file's own fields
+            names = error.arguments
+            raise MissingArgumentError(printable(text), *names, place=line(str(path))) from None
         raise ValueError(f"{line(str(path))}: {printable(text)}") from None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _checks
-from moetuner._checks import experts_in, shown
+from moetuner._checks import ArgumentError, MissingArgumentError, experts_in, shown
 from moetuner.files import Kind, kind_of, naming, npz, replacing, safetensors
 from moetuner.files.ids import Ids, in_memory
 
@@ -227,8 +227,10 @@ def _experts(asked: int | None, in_file: int | str | None) -> int:
     if asked is not None:
         return experts_in(asked)
     if in_file is None:
-        raise ValueError("num_experts is needed: the file does not say it")
+        raise MissingArgumentError("num_experts is needed: the file does not say it", "num_experts")
     try:
         return experts_in(int(in_file))
     except ValueError:
-        raise ValueError(f"num_experts must be from 1 to 65536, got {shown(in_file)}") from None
+        raise ArgumentError(
+            f"num_experts must be from 1 to 65536, got {shown(in_file)}", "num_experts"
+        ) from None

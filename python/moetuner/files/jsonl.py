@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import expert_size, experts_in, names, path_in, shown
+from moetuner._checks import MissingArgumentError, expert_size, experts_in, names, path_in, shown
 from moetuner.files import naming, size_of
 from moetuner.files.contents import TraceContents, TraceInParts
 from moetuner.files.lines import NO_INTEGER, NO_TEXT, Keys, Lines, batches
@@ -84,8 +84,9 @@ class _Reader:
     def add(self, lines: Lines) -> None:
         """Take in lines, or none of them."""
         if self.experts is None:
-            raise ValueError(
-                'num_experts is needed: in a first line {"num_experts": N}, or from you'
+            raise MissingArgumentError(
+                'num_experts is needed: in a first line {"num_experts": N}, or from you',
+                "num_experts",
             )
         sequence, group = lines.columns["sequence"], lines.columns["group"]
         has = [lines.array, sequence != NO_INTEGER, group != NO_TEXT]

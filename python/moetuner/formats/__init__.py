@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moetuner._checks import instance, listed, one_of, path_in, window_in
+from moetuner._checks import ArgumentError, instance, listed, one_of, path_in, window_in
 from moetuner.files import is_stream, kind_of, naming, size_of
 from moetuner.formats import (
     arrow,
@@ -239,9 +239,10 @@ def open_input(
             hints.check_experts(traffic.experts)
             if window not in (None, traffic.window):
                 windows = f"{traffic.window} tokens" if traffic.window else "those of its table"
-                raise ValueError(
+                raise ArgumentError(
                     "window must be left out: the file holds counts in windows already "
-                    f"({windows}), got {window}"
+                    f"({windows}), got {window}",
+                    "window",
                 )
     return traffic
 

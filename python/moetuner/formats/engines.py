@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moetuner import router_groups as whole_groups
-from moetuner._checks import instance, one_of, per_device, whole_number
+from moetuner._checks import ArgumentError, instance, one_of, per_device, whole_number
 from moetuner.evaluation.copies import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -157,10 +157,11 @@ def engine_settings(
     }
     if router_groups is not None and not capabilities.may_copy:
         if topology.devices % whole_number("router_groups", router_groups):
-            raise ValueError(
+            raise ArgumentError(
                 f"router_groups must divide {topology.devices} devices, got {router_groups}: with "
                 "fewer devices than groups, place the groups themselves, in Python "
-                "(moetuner.router_groups.merge and expand)"
+                "(moetuner.router_groups.merge and expand)",
+                "router_groups",
             )
         settings["forbidden"] = whole_groups.forbid(
             statistics.experts, router_groups, topology.devices
@@ -183,23 +184,29 @@ def _slots(
         divisors = [n for n in range(1, experts + 1) if experts % n == 0]
         larger = [n for n in divisors if n > devices]
         alternatives = [max(n for n in divisors if n < devices), *larger]
-        raise ValueError(
+        raise ArgumentError(
             f"devices must divide {experts} experts, as {engine.title} has no copies of experts, "
-            f"got {devices}: {' or '.join(map(str, alternatives[:2]))} would"
+            f"got {devices}: {' or '.join(map(str, alternatives[:2]))} would",
+            "devices",
         )
     if extra_slots is not None:
         if slots_per_device is not None:
-            raise ValueError("slots_per_device and extra_slots cannot both be given")
+            raise ArgumentError(
+                "slots_per_device and extra_slots cannot both be given",
+                "slots_per_device",
+                "extra_slots",
+            )
         step, needed = statistics.layers * devices, statistics.layers * experts
         slots_per_device, rest = divmod(
             needed + whole_number("extra_slots", extra_slots, lowest=0), step
         )
         if rest:
             fit = [n * step - needed for n in (slots_per_device, slots_per_device + 1)]
-            raise ValueError(
+            raise ArgumentError(
                 f"extra_slots must give every device as many slots in every layer, as "
                 f"{engine.title} has them, got {extra_slots}: "
-                f"{' or '.join(str(n) for n in fit if n >= 0)} would"
+                f"{' or '.join(str(n) for n in fit if n >= 0)} would",
+                "extra_slots",
             )
     if slots_per_device is None:
         slots_per_device = topology.slots_per_device or fewest
@@ -208,14 +215,16 @@ def _slots(
             per_device("slots_per_device", slots_per_device, devices)
         )
         if others and others[-1] != slots_per_device:
-            raise ValueError(
+            raise ArgumentError(
                 f"slots_per_device must be the same on every device, as {engine.title} has them, "
-                f"got {slots_per_device} to {others[-1]}: {others[-1]} on every device would do"
+                f"got {slots_per_device} to {others[-1]}: {others[-1]} on every device would do",
+                "slots_per_device",
             )
     slots = whole_number("slots_per_device", slots_per_device)
     if not fewest <= slots <= limit:
-        raise ValueError(
+        raise ArgumentError(
             f"slots_per_device must be from {fewest} to {limit} for {experts} experts on {devices} "
-            f"devices of {engine.title}, got {slots}"
+            f"devices of {engine.title}, got {slots}",
+            "slots_per_device",
         )
     return slots

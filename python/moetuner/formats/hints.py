@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import DEVICE_LIMIT, LAYER_LIMIT, experts_in, listed, whole_number
+from moetuner._checks import (
+    DEVICE_LIMIT,
+    LAYER_LIMIT,
+    ArgumentError,
+    MissingArgumentError,
+    experts_in,
+    listed,
+    whole_number,
+)
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -68,7 +76,9 @@ class Hints:
     def check_experts(self, experts: int) -> None:
         """Check that a file has as many experts as the user says."""
         if self.num_experts not in (None, experts):
-            raise ValueError(f"num_experts must be {experts}, got {self.num_experts}")
+            raise ArgumentError(
+                f"num_experts must be {experts}, got {self.num_experts}", "num_experts"
+            )
 
     def check_axes(self, traffic: Traffic) -> None:
         """Check that axes are in their order, as far as sizes show it."""
@@ -85,15 +95,18 @@ class Hints:
                     raise
                 got, bound = f"{layers} layers of top-{traffic.top_k}, whose experts repeat", 0
         if layers > bound and layers != self.hidden_layers:
-            raise ValueError(
+            raise MissingArgumentError(
                 f"axes must be {order}, got {got}: swap axes, or if it is meant, say hidden_layers "
-                f"{layers}"
+                f"{layers}",
+                "hidden_layers",
             )
 
     def experts_needed(self) -> int:
         """Return the experts per layer of a file that does not say them."""
         if self.num_experts is None:
-            raise ValueError("num_experts is needed: the file does not say it")
+            raise MissingArgumentError(
+                "num_experts is needed: the file does not say it", "num_experts"
+            )
         return self.num_experts
 
     def check_have_experts(self, layers: Iterable[int]) -> None:
@@ -107,20 +120,24 @@ class Hints:
     def moe_layers(self, hidden: int) -> list[int] | None:
         """Return the layers with experts, of so many hidden ones; None if they are not known."""
         if self.hidden_layers not in (None, hidden):
-            raise ValueError(
+            raise ArgumentError(
                 f"hidden_layers must be {hidden}, the layers that the file has, "
-                f"got {self.hidden_layers}"
+                f"got {self.hidden_layers}",
+                "hidden_layers",
             )
         if self.dense_layers is None:
             return None
         if self.dense_layers and self.dense_layers[-1] >= hidden:
-            raise ValueError(
+            raise ArgumentError(
                 f"dense_layers must be below {hidden}, the layers that the file has, "
-                f"got {self.dense_layers[-1]}"
+                f"got {self.dense_layers[-1]}",
+                "dense_layers",
             )
         layers = sorted(set(range(hidden)) - set(self.dense_layers))
         if not layers:
-            raise ValueError(f"dense_layers must leave a layer with experts, got all {hidden}")
+            raise ArgumentError(
+                f"dense_layers must leave a layer with experts, got all {hidden}", "dense_layers"
+            )
         return layers
 
     def moe_numbers(self, layers: int) -> list[int]:
@@ -129,8 +146,10 @@ class Hints:
         hidden = layers + len(dense) if self.hidden_layers is None else self.hidden_layers
         numbers = [layer for layer in range(hidden) if layer not in dense]
         if len(numbers) != layers:
-            raise ValueError(
+            raise ArgumentError(
                 f"hidden_layers and dense_layers must leave {layers} layers, as the placement has, "
-                f"got {len(numbers)}"
+                f"got {len(numbers)}",
+                "hidden_layers",
+                "dense_layers",
             )
         return numbers

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, array_in, shown
+from moetuner._checks import EXPERT_LIMIT, MissingArgumentError, array_in, shown
 from moetuner.formats.engines import ENGINES, Engine
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
@@ -104,7 +104,9 @@ class Layout:
         rows = self.experts[self._moe_rows(hints)]
         devices = self.devices or hints.devices
         if devices is None:
-            raise ValueError("devices must be given: the file does not say how many there are")
+            raise MissingArgumentError(
+                "devices must be given: the file does not say how many there are", "devices"
+            )
         for fault in _device_faults(self, None, hints):
             raise ValueError(fault)
         experts = hints.num_experts or self.num_experts or int(rows.max(initial=EMPTY)) + 1

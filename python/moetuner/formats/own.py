@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from moetuner._checks import MissingArgumentError
 from moetuner.files import Kind, kind_of, naming
 from moetuner.files.contents import holds_statistics, is_own
 from moetuner.formats.counts import drop_dense_layers
@@ -34,8 +35,8 @@ def _traffic(path: Path, hints: Hints) -> Traffic:
     traffic: Traffic
     try:
         traffic = (RoutingStatistics if holds_statistics(path) else RoutingTrace).load(path)
-    except ValueError as error:
-        if hints.num_experts is None or "num_experts is needed" not in str(error):
+    except MissingArgumentError:
+        if hints.num_experts is None:
             raise
         traffic = RoutingTrace.load(path, num_experts=hints.num_experts)
     with naming(path):

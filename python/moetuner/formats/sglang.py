@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import array_in, shown
+from moetuner._checks import ArgumentError, MissingArgumentError, array_in, shown
 from moetuner.files import naming, npz, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats import pickled
@@ -205,10 +205,14 @@ def _tokens(
             slots = tensor.array()
             top_k = top_k or int((slots >= 0).any(axis=(0, 1)).sum())
             if not 1 <= top_k <= tensor.shape[2]:
-                raise ValueError(f"top_k must be from 1 to {tensor.shape[2]}, got {top_k}")
+                raise ArgumentError(
+                    f"top_k must be from 1 to {tensor.shape[2]}, got {top_k}", "top_k"
+                )
             slots, left_out = np.split(slots[:, : len(ids)], [top_k], axis=2)
             if ((left_out >= 0) & (left_out < step.slots.shape[1])).any():
-                raise ValueError(f"top_k must be above {top_k}: tokens have more experts")
+                raise ArgumentError(
+                    f"top_k must be above {top_k}: tokens have more experts", "top_k"
+                )
             experts = _translate(step, slots, hints.experts_needed())
             labels += sequences.of(positions, lengths)
         yield step.path, experts
@@ -309,19 +313,22 @@ def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, in
     if rest:
         raise ValueError(f"routed_experts must be 32-bit integers, got {size} bytes")
     if hints.top_k is None:
-        raise ValueError("top_k is needed: responses hold bytes without a shape")
+        raise MissingArgumentError("top_k is needed: responses hold bytes without a shape", "top_k")
     rows, rest = divmod(count, hints.top_k)
     layers = hints.hidden_layers
     if layers is None:
         prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if not isinstance(prompt, int) or not isinstance(answer, int) or min(prompt, answer) < 0:
-            raise ValueError("hidden_layers is needed: the response does not say its tokens")
+            raise MissingArgumentError(
+                "hidden_layers is needed: the response does not say its tokens", "hidden_layers"
+            )
         layers = rows // max(prompt + answer - 1, 1)
     if rest or not rows or not layers or rows % layers:
-        raise ValueError(
+        raise MissingArgumentError(
             f"routed_experts must fill tokens x layers x top-k, got {count} numbers "
             f"for top-k {hints.top_k} and {layers} layers; with a start in the request, "
-            "hidden_layers must be given"
+            "hidden_layers must be given",
+            "hidden_layers",
         )
     return rows // layers, layers, hints.top_k
 
@@ -330,14 +337,17 @@ def write_map(placement: Placement, path: Path, hints: Hints) -> None:
     """Write a map for ``--init-expert-location``."""
     dense, hidden, layers = hints.dense_layers, hints.hidden_layers, placement.layers
     if dense is None and hidden is None:
-        raise ValueError(
+        raise MissingArgumentError(
             "hidden_layers is needed: SGLang's map has a row for every hidden layer, dense ones "
-            f"too; where all have experts, hidden_layers {layers}"
+            f"too; where all have experts, hidden_layers {layers}",
+            "hidden_layers",
+            "hidden_layers",
         )
     if dense is None and hidden is not None and hidden > layers:
-        raise ValueError(
+        raise MissingArgumentError(
             f"dense_layers is needed: which {hidden - layers} of {hidden} hidden layers "
-            f"have no experts, as the placement has {layers} layers"
+            f"have no experts, as the placement has {layers} layers",
+            "dense_layers",
         )
     moe = hints.moe_numbers(layers)
     hidden = hidden or layers + len(dense or ())

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
+from moetuner._checks import ArgumentError
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
@@ -360,9 +361,10 @@ class Problem(Frozen):
         wants = (self.layers, self.experts, self.devices)
         if has != wants:
             sizes = "{} layers, {} experts and {} devices"
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must have {sizes.format(*wants)} like the problem, "
-                f"got {'{}, {} and {}'.format(*has)}"
+                f"got {'{}, {} and {}'.format(*has)}",
+                name,
             )
 
     def check_running(self, initial: Placement) -> None:
@@ -370,9 +372,10 @@ class Problem(Frozen):
         self.check_shape(initial, "initial")
         count = (initial.slots != EMPTY).sum(axis=2)
         for layer, device in np.argwhere(count > self.capacity):
-            raise ValueError(
+            raise ArgumentError(
                 f"initial has {count[layer, device]} experts of layer {layer} on device {device}, "
-                f"which has {self.capacity[layer, device]} slots"
+                f"which has {self.capacity[layer, device]} slots",
+                "initial",
             )
 
     def filled(

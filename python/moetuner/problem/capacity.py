@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import CELL_LIMIT, SLOT_LIMIT, check_slots, per_device, whole_number
+from moetuner._checks import (
+    CELL_LIMIT,
+    SLOT_LIMIT,
+    ArgumentError,
+    check_slots,
+    per_device,
+    whole_number,
+)
 from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
@@ -30,9 +37,11 @@ def capacity_of(
         )
     if extra_slots is not None:
         if slots_per_device is not None:
-            raise ValueError(
+            raise ArgumentError(
                 "slots_per_device and extra_slots cannot both be given: "
-                "the slots of a device follow from the extra slots"
+                "the slots of a device follow from the extra slots",
+                "slots_per_device",
+                "extra_slots",
             )
         return _spread(load, devices, whole_number("extra_slots", extra_slots, lowest=0))
     wanted = topology.slots_per_device if slots_per_device is None else slots_per_device
@@ -42,18 +51,20 @@ def capacity_of(
             for device, n in enumerate(per_device("slots_per_device", wanted, devices))
         ]
         if sum(row) < experts:
-            raise ValueError(
+            raise ArgumentError(
                 f"slots_per_device must add up to at least {experts}, a slot for each expert, "
-                f"got {sum(row)}"
+                f"got {sum(row)}",
+                "slots_per_device",
             )
     else:
         fewest = -(-experts // devices)
         slots = fewest if wanted is None else wanted
         slots = whole_number("slots_per_device", slots, highest=SLOT_LIMIT)
         if slots < fewest:
-            raise ValueError(
+            raise ArgumentError(
                 f"slots_per_device must be at least {fewest} for {experts} experts on "
-                f"{devices} devices, got {slots}"
+                f"{devices} devices, got {slots}",
+                "slots_per_device",
             )
         row = [slots] * devices
     check_slots(devices, max(row), layers)
@@ -68,9 +79,10 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
     """
     layers, experts = load.shape
     if extra > layers * experts * (devices - 1):
-        raise ValueError(
+        raise ArgumentError(
             f"extra_slots must be at most {layers * experts * (devices - 1)}, where every device "
-            f"has every expert, got {extra}"
+            f"has every expert, got {extra}",
+            "extra_slots",
         )
     copies = np.ones((layers, experts), dtype=np.int64)
     extra_of = np.zeros(layers, dtype=np.int64)
@@ -142,9 +154,10 @@ def check_filling(
     if forbidden is not None:
         may_be -= forbidden.sum(axis=1)
     for layer, device in np.argwhere(capacity > may_be):
-        raise ValueError(
+        raise ArgumentError(
             f"fill_slots cannot fill the {capacity[layer, device]} slots of device {device} in "
-            f"layer {layer}: of {experts} experts {may_be[layer, device]} may be there, each once"
+            f"layer {layer}: of {experts} experts {may_be[layer, device]} may be there, each once",
+            "fill_slots",
         )
 
 

@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import shown, whole_number
+from moetuner._checks import ArgumentError, shown, whole_number
 from moetuner.placement import Placement
 from moetuner.problem.capacity import and_more
 
@@ -84,22 +84,26 @@ def _check_pins(
     """Raise if pins contradict bans, or leave too few slots [L,D]."""
     if forbidden is not None:
         for layer, expert, device in np.argwhere(pinned & forbidden):
-            raise ValueError(
+            raise ArgumentError(
                 f"pinned and forbidden contradict each other: expert {expert} of layer {layer} "
-                f"on device {device}"
+                f"on device {device}",
+                "pinned",
+                "forbidden",
             )
     by_device = pinned.sum(axis=1)
     for layer, device in np.argwhere(by_device > capacity):
-        raise ValueError(
+        raise ArgumentError(
             f"pinned puts {by_device[layer, device]} experts of layer {layer} on device {device}, "
-            f"which has {capacity[layer, device]} slots"
+            f"which has {capacity[layer, device]} slots",
+            "pinned",
         )
     unpinned = (~pinned.any(axis=2)).sum(axis=1)
     left = (capacity - by_device).sum(axis=1)
     for layer in np.flatnonzero(left < unpinned):
-        raise ValueError(
+        raise ArgumentError(
             f"pinned leaves {left[layer]} slots of layer {layer} for the {unpinned[layer]} "
-            "experts that are not pinned"
+            "experts that are not pinned",
+            "pinned",
         )
 
 
@@ -108,7 +112,9 @@ def _check_bans(
 ) -> None:
     """Raise if bans leave an expert no device, or some experts of a layer too few slots [L,D]."""
     for layer, expert in np.argwhere(forbidden.all(axis=2)):
-        raise ValueError(f"forbidden leaves no device for expert {expert} of layer {layer}")
+        raise ArgumentError(
+            f"forbidden leaves no device for expert {expert} of layer {layer}", "forbidden"
+        )
     checked = set()
     for layer, ban in enumerate(forbidden):
         fixed = np.zeros_like(ban) if pinned is None else pinned[layer]
@@ -119,10 +125,11 @@ def _check_bans(
         shortage = _shortage(~ban[~fixed.any(axis=1)], capacity[layer] - fixed.sum(axis=0))
         if shortage is not None:
             experts, devices, slots = shortage
-            raise ValueError(
+            raise ArgumentError(
                 f"forbidden leaves {slots} slots in layer {layer}, on "
                 f"{', '.join(map(str, devices)) or 'no device'}, for {experts} experts that may be "
-                "nowhere else"
+                "nowhere else",
+                "forbidden",
             )
 
 
@@ -170,7 +177,9 @@ def _table(
         try:
             layer, expert, device = rule
         except (TypeError, ValueError):
-            raise ValueError(f"{name} must be (layer, expert, device), got {shown(rule)}") from None
+            raise ArgumentError(
+                f"{name} must be (layer, expert, device), got {shown(rule)}", name
+            ) from None
         for what, value, count in (("expert", expert, shape[1]), ("device", device, shape[2])):
             whole_number(f"{name}: {what}", value, lowest=0, highest=count - 1)
         if layer is not None:

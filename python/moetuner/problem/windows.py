@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import is_number, shown, suggestion
+from moetuner._checks import ArgumentError, is_number, shown, suggestion
 from moetuner.evaluation.arrival import Arrival, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
@@ -177,7 +177,9 @@ def windows_of(
     """
     share = share_mixed(arrival)
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
-        raise ValueError(f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}")
+        raise ArgumentError(
+            f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}", "risk"
+        )
     by_group = None if groups is None else _group_weights(statistics, groups)
     if tokens != statistics.window and tokens is not None:
         statistics = statistics.joined(tokens)
@@ -324,21 +326,25 @@ def _group_weights(
 ) -> Floats:
     """Return what a window of every group counts [G]."""
     if statistics.group is None:
-        raise ValueError("groups needs windows with groups; these statistics have none")
+        raise ArgumentError(
+            "groups needs windows with groups; these statistics have none", "groups"
+        )
     names = list(statistics.group_names)
     weight = np.ones(len(names))
     if isinstance(groups, str):
         if groups != "minimax":
-            raise ValueError(f"groups must be 'minimax' or weights by name, got {shown(groups)}")
+            raise ArgumentError(
+                f"groups must be 'minimax' or weights by name, got {shown(groups)}", "groups"
+            )
         return weight
     for name, value in groups.items():
         if name not in names:
             rule = f"groups names {shown(name)}, which is none of {', '.join(names)}"
-            raise ValueError(rule + suggestion(name, names))
+            raise ArgumentError(rule + suggestion(name, names), "groups")
         number = names.index(name)
         if not statistics.window_load[statistics.group == number].any():
-            raise ValueError(f"groups names {shown(name)}, which has no tokens")
+            raise ArgumentError(f"groups names {shown(name)}, which has no tokens", "groups")
         weight[number] = value
     if not weight[statistics.group].any():
-        raise ValueError("groups leaves no window with a weight above 0")
+        raise ArgumentError("groups leaves no window with a weight above 0", "groups")
     return weight

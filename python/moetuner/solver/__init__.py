@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moetuner._checks import instance, not_negative, one_of, seed_in
+from moetuner._checks import ArgumentError, instance, not_negative, one_of, seed_in
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.solver.answer import result_of
@@ -123,11 +123,15 @@ def solve(
     not_negative("expert_bytes", expert_bytes, "number of bytes")
     if initial is None:
         if move_cost or (move_budget is not None and move_budget < np.inf):
-            raise ValueError("move_budget and move_cost need initial, the placement to move from")
+            raise ArgumentError(
+                "move_budget and move_cost need initial, the placement to move from",
+                "move_budget",
+                "move_cost",
+            )
     else:
         moves = Moves(initial, move_budget, move_cost, expert_bytes)
         if not searched:
-            raise ValueError(f"initial needs method joint or heuristic, got {name!r}")
+            raise ArgumentError(f"initial needs method joint or heuristic, got {name!r}", "initial")
         problem.check_running(initial)
         stages = from_running(stages)
     history = History(progress)

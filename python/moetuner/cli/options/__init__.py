@@ -16,7 +16,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from moetuner._checks import suggestion
+from moetuner._checks import ArgumentError, suggestion
 from moetuner.files import same_file
 from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.solver import ALIASES, EFFORTS, METHODS
@@ -155,6 +155,13 @@ class Command(click.Command):
         params = [*options_of(run).values()]
         super().__init__(name, callback=call, params=params, **others)
         self.begin_with = {*begin_with.split()}
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; arguments that are refused are named as the options that gave them."""
+        try:
+            return super().invoke(ctx)
+        except ArgumentError as error:
+            raise click.ClickException(error.renamed(flags())) from error
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep what was typed, for commands that come next."""
@@ -380,28 +387,11 @@ def layer_list(layers: Sequence[int] | None) -> str | None:
     return ",".join(map(str, layers)) or "none"
 
 
-ARGUMENTS = re.compile(
-    r"(?<![-.'\"])\b(slots_per_device|extra_slots|router_groups|hidden_layers|dense_layers|num_experts|"
-    r"top_k)\b"
-)
-
-
-def as_options(text: str) -> str:
-    """Write the arguments that a message names as the options that give them."""
-    return ARGUMENTS.sub(lambda match: "--" + match[0].replace("_", "-"), text)
-
-
-def with_options(command: click.Command, text: str) -> str:
-    """Write the argument that a message begins with, or needs, as the option of a command."""
-    options = (of for of in command.params if isinstance(of, click.Option))
-    names = {str(of.name): max(of.opts, key=len) for of in options}
-    first = re.match(r"\w+( and \w+)?(?=:? )", text)
-    if first is not None:
-        words = " ".join(names.get(word, word) for word in first[0].split())
-        text = words + text.removeprefix(first[0])
-    # Axes have names that are arguments, too.
-    text = text.replace("if it is meant, say hidden_layers", "if it is meant, say --hidden-layers")
-    return as_options(text) if " is needed" in text else text
+def flags() -> dict[str, str]:
+    """Return the options of the running command, as they are typed, by the arguments they give."""
+    command = click.get_current_context().command
+    options = (option for option in command.params if isinstance(option, click.Option))
+    return {str(option.name): max(option.opts, key=len) for option in options}
 
 
 IN_FILE, IN_INPUT = InFile(), InFile(folders=True)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import click
 
-from moetuner._checks import one_of
-from moetuner.cli.options import SIZE, Text, as_options, option
+from moetuner._checks import ArgumentError, one_of
+from moetuner.cli.options import SIZE, Text, flags, option
 from moetuner.cli.options.machine import COST_MODEL, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
@@ -212,9 +212,8 @@ class ProblemOptions(Serving):
         how = {**slots, "router_groups": self.router_groups}
         try:
             return engine_settings(self.engine, statistics, topology, **how)
-        except ValueError as error:
-            text = as_options(str(error)).replace("devices must", "--devices must")
-            raise click.UsageError(f"'--for {self.engine}': {text}.") from None
+        except ArgumentError as error:
+            raise click.UsageError(f"'--for {self.engine}': {error.renamed(flags())}.") from None
 
     def explain_problem(self, problem: Problem) -> list[str]:
         """Write in a line what ``--for`` has set of a problem; in none without an engine."""

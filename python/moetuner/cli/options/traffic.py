@@ -273,16 +273,12 @@ class Source(FileHints):
         ``devices`` are those of a map that does not say them, where there is no topology yet.
         """
         _, dense = _left_out(self.traffic) or (None, None)
-        try:
-            placement = read_placement(
-                path,
-                devices=devices if topology is None else topology.devices,
-                num_experts=self.traffic.num_experts,
-                dense_layers=dense if self.dense_layers is None else self.dense_layers,
-            )
-        except ValueError as error:
-            text = str(error).replace(" devices must be given", " --devices must be given")
-            raise ValueError(text.replace(" dense_layers", " --dense-layers")) from None
+        placement = read_placement(
+            path,
+            devices=devices if topology is None else topology.devices,
+            num_experts=self.traffic.num_experts,
+            dense_layers=dense if self.dense_layers is None else self.dense_layers,
+        )
         with naming(path):
             more = placement.layers - self.traffic.layers
             if more > 0 and form_of(path) != "json":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from moetuner._checks import ArgumentError
 from moetuner.cost import CostModel
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import Split
@@ -32,10 +33,11 @@ def slots_of_running(initial: Placement | str, experts: int, devices: int) -> in
     redundant = int(initial.partition(":")[2] or 0)
     slots = -(-(experts + redundant) // devices)
     if initial.startswith("eplb") and slots * devices != experts + redundant:
-        raise ValueError(
+        raise ArgumentError(
             f"initial {initial} must fill all devices evenly: {experts} experts and {redundant} "
             f"redundant ones are no multiple of {devices} devices; "
-            f"eplb:{slots * devices - experts} would do"
+            f"eplb:{slots * devices - experts} would do",
+            "initial",
         )
     return slots
 

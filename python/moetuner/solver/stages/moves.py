@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import ArgumentError
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
@@ -124,10 +125,11 @@ def _repair(run: Run, _: Budget) -> None:
     problem, moves = run.problem, moves_of(run)
     start = run.offer(repair(problem, moves.initial), "running", role=Role.RUNNING, is_start=True)
     if start.moves > moves.most:
-        raise ValueError(
+        raise ArgumentError(
             f"move_budget {moves.budget:g} is too small: "
             f"initial breaks a rule ({problem.violations(moves.initial)[0]}), and to keep "
-            f"all rules takes {start.moves} moves"
+            f"all rules takes {start.moves} moves",
+            "move_budget",
         )
 
 
