@@ -67,7 +67,7 @@ evaluate p.json TRACE --cost-model tpu | must be a file or one of a100
 evaluate p.json TRACE --cost-model h10:64x64 | Did you mean h100?
 evaluate p.json TRACE --cost-model h100:big | sizes must be as in h100:4096x1024, got 'big'
 evaluate p.json TRACE --cost-model junk.txt | not a cost model
-audit p.json TRACE --measure node_fanout | must be of imbalance, predicted_layer_us, fanout for
+audit p.json TRACE --measure node_fanout | must be of imbalance, fanout, predicted_layer_us for
 audit p.json TRACE --measure fanouts | Did you mean fanout?
 export junk.txt --to eplb --out x.npz | junk.txt: not a placement
 convert TRACE --out t.npz | must end in .safetensors, got 't.npz'

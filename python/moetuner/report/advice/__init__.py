@@ -162,6 +162,8 @@ def advise(
     split, arrival = _served(engine, split, arrival)
     counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
     splits = check.whole_number("splits", splits, highest=100)
+    if prefill_share is not None:
+        _check_share(prefill_share, windows)
     phases = None if prefill_share is None else prefill(prefill_share)
     if isinstance(traffic, RoutingTrace):
         if window is not None:
@@ -169,8 +171,6 @@ def advise(
     else:
         traffic, arrival = _without_pairs(traffic), "bursts"
         unseen = _without_pairs(unseen) if isinstance(unseen, RoutingStatistics) else unseen
-    if prefill_share is not None:
-        _check_share(prefill_share, windows)
     if expert_bytes is None:
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     else:
