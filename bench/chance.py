@@ -101,7 +101,7 @@ def missed(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
     count = np.zeros(len(MEASURES))
     for run in range(runs):
         rng = np.random.default_rng([sequences, run])
-        answer = audited(simulated(sequences, shape, rng)).whole
+        answer = audited(simulated(sequences, shape, rng)).overall
         for place, name in enumerate(MEASURES):
             change = answer[name].change
             assert change is not None
@@ -199,7 +199,7 @@ def certain(name: str, runs: int) -> tuple[float, float]:
         )
         answer = mt.verdict(before, after).answer
         audit = mt.audit(other, traffic, baseline=one, window=LONG, threads=1)
-        change = audit.whole["imbalance"].change
+        change = audit.overall["imbalance"].change
         assert change is not None
         ends = (change.low or 0.0, change.high or 0.0)
         is_sure = not audit.too_few.get("all") and (ends[0] > 0 or ends[1] < 0)

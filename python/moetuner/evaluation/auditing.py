@@ -48,7 +48,7 @@ class Audit(Frozen):
 
     Parameters
     ----------
-    whole
+    overall
         Measures of all traffic, by name.
     groups
         The same of every group that has tokens or windows.
@@ -66,13 +66,13 @@ class Audit(Frozen):
     >>> import moetuner as mt
     >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
     >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), statistics)
-    >>> audited.whole["imbalance"].baseline.value, audited.whole["imbalance"].value.value
+    >>> audited.overall["imbalance"].baseline.value, audited.overall["imbalance"].value.value
     (1.5, 1.25)
     >>> audited.too_few
     {'all': 1}
     """
 
-    whole: dict[str, Change]
+    overall: dict[str, Change]
     groups: dict[str, dict[str, Change]]
     units: tuple[str, int]
     too_few: dict[str, int] = field(default_factory=dict)
@@ -97,10 +97,10 @@ class Audit(Frozen):
             raise ValueError(f"than must be a finite number, got {check.shown(than)}")
         measures = tuple(check.listed("measures", measures, "names"))
         for measure in measures:
-            check.one_of("measures", measure, self.whole)
+            check.one_of("measures", measure, self.overall)
         findings = []
-        for group, changes in (self.groups or {"all": self.whole}).items():
-            for measure in measures or self.whole:
+        for group, changes in (self.groups or {"all": self.overall}).items():
+            for measure in measures or self.overall:
                 change: Spread | None = getattr(changes[measure], which)
                 surely = getattr(changes[measure], chance)
                 if change is None or change.low is None or surely > 1 - CONFIDENCE:
@@ -111,9 +111,9 @@ class Audit(Frozen):
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", "baseline", "placement", "change", "from", "to")
-        by_group = {"all": self.whole, **self.groups}
+        by_group = {"all": self.overall, **self.groups}
         rows: list[tuple[Any, ...]] = []
-        for measure in self.whole:
+        for measure in self.overall:
             for group, changes in by_group.items():
                 value, baseline, change = changes[measure][:3]
                 ends = (None, None, None) if change is None else change.to_dict().values()
@@ -124,7 +124,7 @@ class Audit(Frozen):
         """Return fields as JSON values; intervals are value, low and high."""
         fields: dict[str, Any] = as_json(
             {
-                **dict.fromkeys(("whole", "all"), self.whole),
+                **dict.fromkeys(("whole", "all"), self.overall),
                 **dict.fromkeys(("groups", "by_group"), self.groups),
                 "units": dict(zip(("kind", "number"), self.units, strict=True)),
                 "block_length": self.block_length,
@@ -195,7 +195,7 @@ def audit(
     >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
     >>> audited.worse()
     []
-    >>> round(audited.whole["imbalance"].change.value, 3)
+    >>> round(audited.overall["imbalance"].change.value, 3)
     -0.167
     """
     topology = topology_of(placement, topology)
@@ -258,18 +258,18 @@ def _audited(
         compared[group] = {
             name: change for name, change in changes if name in measures or not measures
         }
-    whole = compared.pop(None)
-    if not whole:
+    overall = compared.pop(None)
+    if not overall:
         raise check.ArgumentError(
             f"measures must be figures that the traffic has, got {','.join(measures)}", "measures"
         )
     groups = {group: changes for group, changes in compared.items() if group is not None}
-    judged = _judged(groups or {"all": whole})
+    judged = _judged(groups or {"all": overall})
     numbers = {name: next(iter(each.values())).value.units for name, each in judged.items()}
     return Audit(
-        whole if groups else judged["all"],
+        overall if groups else judged["all"],
         judged if groups else {},
-        (units.name, next(iter(whole.values())).value.units),
+        (units.name, next(iter(overall.values())).value.units),
         {name: number for name, number in numbers.items() if number < FEWEST},
         units.blocks.length,
     )

@@ -34,7 +34,7 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
         number = placement.replicas[layer, expert]
         return np.divide(1.0, number, out=np.zeros(slots.shape), where=slots != EMPTY)
     device = np.arange(placement.devices)[None, :, None]
-    share = np.stack([of.mean(axis=0) for of in by_home(placement, topology)])
+    share = np.stack([shares.mean(axis=0) for shares in by_home(placement, topology)])
     return np.where(slots == EMPTY, 0.0, share[layer, device, expert])
 
 
@@ -42,7 +42,7 @@ def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
     """Return tokens that devices serve [W,L,D] by ``slot_shares`` [L,D,S], of experts' [W,L,E]."""
     slots = placement.slots, share
     return by_block(
-        load, lambda some: _core.expected_load(slots, np.ascontiguousarray(some, np.float64))
+        load, lambda windows: _core.expected_load(slots, np.ascontiguousarray(windows, np.float64))
     )
 
 
@@ -50,9 +50,9 @@ def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
     """Yield the shares of nearest copies of every home [home,D,E], layer by layer."""
     node = topology.node_of_device
     for holders in placement.held.astype(np.float64):
-        near = (node[:, None] == node[None, :])[:, :, None] * holders
+        on_node = (node[:, None] == node[None, :])[:, :, None] * holders
         # Copies that a home may use: those of its node if there are any.
-        usable = np.where(near.sum(axis=1, keepdims=True) > 0, near, holders)
+        usable = np.where(on_node.sum(axis=1, keepdims=True) > 0, on_node, holders)
         share: Floats = usable / usable.sum(axis=1, keepdims=True)
         home, expert = np.nonzero(holders)
         share[home, :, expert] = 0
@@ -73,7 +73,7 @@ def visits(
     engines have it: two experts with equally many copies take the same one. With others, copies are
     taken to be chosen independently of each other.
     """
-    tables = [(of.ids, of.counts) for of in sets]
+    tables = [(layer_sets.ids, layer_sets.counts) for layer_sets in sets]
     slots = (placement.slots, slot_shares(placement, topology, split))
     return _core.expected_visits(
         slots,
@@ -136,7 +136,7 @@ def busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
     sizes = (placement.layers, placement.devices, placement.slots_per_device)
     return by_block(
         of_slots,
-        lambda some: (some > 0).reshape(len(some), *sizes).sum(axis=3, dtype=np.uint16),
+        lambda windows: (windows > 0).reshape(len(windows), *sizes).sum(axis=3, dtype=np.uint16),
     )
 
 

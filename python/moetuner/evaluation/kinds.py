@@ -115,12 +115,12 @@ def repeated(trace: RoutingTrace, label: Integers, number: int) -> Integers:
     order = np.argsort(label, kind="stable")
     length = np.bincount(label, minlength=number)
     texts = np.split(token[order], np.cumsum(length)[:-1])
-    of_begin: dict[bytes, list[int]] = {}
+    by_beginning: dict[bytes, list[int]] = {}
     text = np.empty(number, dtype=np.int64)
     for one in np.argsort(-length, kind="stable").tolist():
-        others = of_begin.setdefault(texts[one][:BEGIN].tobytes(), [])
+        others = by_beginning.setdefault(texts[one][:BEGIN].tobytes(), [])
         size = max(int(SAME * length[one]), min(int(length[one]), BEGIN))
-        same = (of for of in others if np.array_equal(texts[of][:size], texts[one][:size]))
+        same = (other for other in others if np.array_equal(texts[other][:size], texts[one][:size]))
         text[one] = next(same, one)
         if text[one] == one:
             others.append(one)
@@ -249,14 +249,16 @@ def loads_by(
     chosen = np.unique(np.linspace(0, trace.layers - 1, layers).round().astype(np.int64))
     counter = _core.LabelledReplay(
         np.tile(np.arange(trace.num_experts, dtype=np.int32)[:, None], (len(chosen), 1, 1)),
-        *(trace.num_experts, trace.top_k, [0] * trace.num_experts),
+        trace.num_experts,
+        trace.top_k,
+        [0] * trace.num_experts,
         rows=number,
         most_tokens=int(np.bincount(label).max(initial=1)),
         visits=False,
     )
     first = 0
     for shard in trace.shards():
-        of = label[first : first + len(shard)].astype(np.uint32)
-        counter.push(shard.take(chosen, axis=1), of)
+        labels = label[first : first + len(shard)].astype(np.uint32)
+        counter.push(shard.take(chosen, axis=1), labels)
         first += len(shard)
     return counter.finish()[0].transpose(1, 0, 2).astype(np.float64)

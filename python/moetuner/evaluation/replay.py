@@ -74,11 +74,15 @@ class Counts:
 
     def run(self, windows: slice) -> Counts:
         """Return the counts of some windows; what is of all windows together stays."""
-        names = ("load", "visits", "node_visits", "active")
-        some: dict[str, Any] = {
-            name: of[windows] for name in names if (of := getattr(self, name)) is not None
-        }
-        return replace(self, mixed=None, is_step=self.is_step[windows], **some)
+        return replace(
+            self,
+            load=self.load[windows],
+            mixed=None,
+            visits=self.visits[windows],
+            node_visits=None if self.node_visits is None else self.node_visits[windows],
+            active=None if self.active is None else self.active[windows],
+            is_step=self.is_step[windows],
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Setting:
         return copies.slot_shares(self.placement, self.topology, self.split)
 
     def labelled(
-        self, trace: RoutingTrace, rows: int, most: int, *, visits: bool = True
+        self, trace: RoutingTrace, rows: int, most_tokens: int, *, visits: bool = True
     ) -> _core.LabelledReplay:
         """Begin to replay tokens of a trace like this one in rows of at most so many tokens."""
         return _core.LabelledReplay(
@@ -138,7 +142,7 @@ class Setting:
             trace.top_k,
             self.topology.node_of_device.tolist(),
             rows=rows,
-            most_tokens=most,
+            most_tokens=most_tokens,
             split=self.split,
             visits=visits,
         )
@@ -168,25 +172,25 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
     """Raise unless placement, traffic and topology are of one model and machine."""
     instance("placement", placement, Placement)
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    shape = (traffic.layers, traffic.num_experts, topology.devices)
-    given = (placement.layers, placement.num_experts, placement.devices)
-    if shape != given:
+    expected = (traffic.layers, traffic.num_experts, topology.devices)
+    actual = (placement.layers, placement.num_experts, placement.devices)
+    if actual != expected:
         raise ValueError(
-            f"placement must have {shape[0]} layers, {shape[1]} experts and {shape[2]} devices "
-            f"like the input and topology, got {given[0]}, {given[1]} and {given[2]}"
+            f"placement must have {expected[0]} layers, {expected[1]} experts and {expected[2]} "
+            f"devices like the input and topology, got {actual[0]}, {actual[1]} and {actual[2]}"
         )
 
 
 def members(traffic: Traffic) -> dict[str | None, NDArray[np.int64]]:
     """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
-    rows = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
-    of: dict[str | None, NDArray[np.int64]] = {None: np.arange(rows)}
+    count = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
+    rows: dict[str | None, NDArray[np.int64]] = {None: np.arange(count)}
     if traffic.group is not None:
-        for number, name in enumerate(traffic.group_names):
-            mine = np.flatnonzero(traffic.group == number)
-            if mine.size:
-                of[name] = mine
-    return of
+        for number, group in enumerate(traffic.group_names):
+            in_group = np.flatnonzero(traffic.group == number)
+            if in_group.size:
+                rows[group] = in_group
+    return rows
 
 
 def counts_of(
@@ -199,18 +203,18 @@ def counts_of(
     """
     if isinstance(traffic, RoutingStatistics):
         for expected in (Expected(traffic, setting) for setting in settings):
-            counts = {
-                name: expected.counts(traffic.window_load[mine], is_step=traffic.is_step[mine])
-                for name, mine in members(traffic).items()
+            by_group = {
+                group: expected.counts(traffic.window_load[rows], is_step=traffic.is_step[rows])
+                for group, rows in members(traffic).items()
             }
             # Which experts meet, in which layers, is only known of all windows together.
             yield {
-                name: of if name is None else replace(of, tokens=None, follow=None)
-                for name, of in counts.items()
+                group: counts if group is None else replace(counts, tokens=None, follow=None)
+                for group, counts in by_group.items()
             }
         return
     _check_table_bytes(traffic, settings)
-    parts = {name: _Part(traffic, settings, mine) for name, mine in members(traffic).items()}
+    parts = {group: _Part(traffic, settings, rows) for group, rows in members(traffic).items()}
     first = 0
     for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
         for part in parts.values():
@@ -220,7 +224,7 @@ def counts_of(
             progress(first / traffic.tokens)
         del shard  # else the next shard is read while this one is still in memory
     for number in range(len(settings)):
-        yield {name: part.finish(number) for name, part in parts.items()}
+        yield {group: part.finish(number) for group, part in parts.items()}
 
 
 class _Part:
@@ -230,11 +234,14 @@ class _Part:
         self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
     ) -> None:
         self._trace, self._settings, self._tokens = trace, settings, tokens
-        one, sizes = settings[0], (trace.num_experts, trace.top_k)
+        one = settings[0]
         self._window = one.window or max(len(tokens), 1)
         self._replays = [
             _core.Replay(
-                *(each.placement.slots, *sizes, each.topology.node_of_device.tolist()),
+                each.placement.slots,
+                trace.num_experts,
+                trace.top_k,
+                each.topology.node_of_device.tolist(),
                 window=one.window,
                 split=each.split,
                 of_slots=each.counts_slots,
@@ -246,7 +253,12 @@ class _Part:
         counts_all = all(each.counts_slots for each in settings)
         if (one.with_active and not counts_all) or one.split == "nearest":
             self._experts = _core.StatisticsCounter(
-                trace.layers, *sizes, window=one.window, transitions=False, coactivation=False
+                trace.layers,
+                trace.num_experts,
+                trace.top_k,
+                window=one.window,
+                transitions=False,
+                coactivation=False,
             )
         self._place, self._mixed = np.empty(len(tokens), dtype=np.uint64), []
         if one.mixed and len(tokens) > self._window:  # one window is the same in any order
@@ -270,17 +282,17 @@ class _Part:
         begin, end = np.searchsorted(self._tokens, [first, first + len(shard)])
         if begin == end:
             return
-        mine = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
+        ids = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
         threads, checked = self._settings[0].threads, self._trace.ids.fresh
         for replay in self._replays:
-            replay.push(mine, threads, checked=checked)
+            replay.push(ids, threads, checked=checked)
             checked = True
         if self._experts is not None:
-            self._experts.push(mine, threads, checked=True)
+            self._experts.push(ids, threads, checked=True)
         place = self._place[begin:end]
         for mixed in self._mixed:
             window = (place // self._window).astype(np.uint32)
-            mixed.push(mine, window, threads, positions=place, checked=True)
+            mixed.push(ids, window, threads, positions=place, checked=True)
 
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
@@ -293,10 +305,18 @@ class _Part:
             mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
             mixed = _in_turns(setting.placement, mixed) if setting.takes_turns else mixed
         steps, experts = max(tokens // self._window, 1), self._expert_load
-        of_experts = _of_experts(setting, setting.slot_shares, visits, experts, of_slots=of_slots)
+        dispatch, active = _of_experts(
+            setting, setting.slot_shares, visits, experts, of_slots=of_slots
+        )
         return Counts(
-            *(tokens, load, None if mixed is None else mixed[:steps], visits, node_visits, follow),
-            *of_experts,
+            tokens=tokens,
+            load=load,
+            mixed=None if mixed is None else mixed[:steps],
+            visits=visits,
+            node_visits=node_visits,
+            follow=follow,
+            dispatch=dispatch,
+            active=active,
             is_step=np.arange(len(load)) < steps,
         )
 
@@ -314,9 +334,9 @@ def _in_turns(placement: Placement, load: Numbers) -> Numbers:
         turn_of = np.zeros(placement.num_experts, dtype=np.int64)
         for device, slot in np.argwhere(slots != EMPTY):
             expert = slots[device, slot]
-            turn, of = turn_of[expert], placement.replicas[layer, expert]
+            turn, replicas = turn_of[expert], placement.replicas[layer, expert]
             turn_of[expert] += 1
-            ends = [(tokens[:, expert] - 1 - turn) // of for tokens in (after, before)]
+            ends = [(tokens[:, expert] - 1 - turn) // replicas for tokens in (after, before)]
             served[:, layer, device] += ends[0] - ends[1]
     return served
 
@@ -372,8 +392,8 @@ class Expected:
             )
             load = copies.served(placement, self._share, statistics.set_load[None])[0]
             # Visits for each token of load: in every window as in all.
-            self._met = _ratio(of_devices, load)
-            self._met_nodes = _ratio(of_nodes, _of_nodes(load, topology))
+            self._met = _divide(of_devices, load)
+            self._met_nodes = _divide(of_nodes, _of_nodes(load, topology))
 
     def counts(
         self,
@@ -397,9 +417,16 @@ class Expected:
         visits, node_visits = load, None
         if self._tokens is not None:
             visits, node_visits = load * self._met, _of_nodes(load, topology) * self._met_nodes
+        dispatch, active = _of_experts(setting, self._share, visits, window_load, total)
         return Counts(
-            *(self._tokens, load, mixed, visits, node_visits, self._follow),
-            *_of_experts(setting, self._share, visits, window_load, total),
+            tokens=self._tokens,
+            load=load,
+            mixed=mixed,
+            visits=visits,
+            node_visits=node_visits,
+            follow=self._follow,
+            dispatch=dispatch,
+            active=active,
             is_step=is_step,
         )
 
@@ -411,8 +438,9 @@ def _of_nodes(load: Floats, topology: Topology) -> Floats:
     return total
 
 
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+def _divide(part: Floats, total: Floats) -> Floats:
+    """Divide where the total is above 0; elsewhere the quotient is 0."""
+    return np.divide(part, total, out=np.zeros_like(part), where=total > 0)
 
 
 def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None:

@@ -66,11 +66,12 @@ def dispatch_rows(
     """
     instance("placement", placement, Placement)
     instance("trace", trace, RoutingTrace)
-    sizes, given = (trace.layers, trace.num_experts), (placement.layers, placement.num_experts)
-    if sizes != given:
+    expected = (trace.layers, trace.num_experts)
+    actual = (placement.layers, placement.num_experts)
+    if actual != expected:
         raise ValueError(
-            f"placement must have {sizes[0]} layers and {sizes[1]} experts like the trace, "
-            f"got {given[0]} and {given[1]}"
+            f"placement must have {expected[0]} layers and {expected[1]} experts like the trace, "
+            f"got {actual[0]} and {actual[1]}"
         )
     size = node_size(placement.devices, devices_per_node)
     homes = homes_of(home, trace.tokens, placement.devices)
@@ -87,12 +88,12 @@ def dispatch_rows(
     )
     first = 0
     for shard in trace.shards():
-        some = slice(first, first + len(shard))
+        tokens = slice(first, first + len(shard))
         replay.push(
             shard,
-            homes[some].astype(np.uint32),
-            positions=places[some].astype(np.uint64),
-            homes=homes[some].astype(np.uint16),
+            homes[tokens].astype(np.uint32),
+            positions=places[tokens].astype(np.uint64),
+            homes=homes[tokens].astype(np.uint16),
             checked=trace.ids.fresh,
         )
         first += len(shard)
@@ -142,9 +143,9 @@ def split_rule(split: str) -> LayerSplit:
     return "even" if split == "even" else "nearest"
 
 
-def _positions(given: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:
+def _positions(values: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:
     """Check whole numbers of tokens, and return them [T]."""
-    numbers = array_in(name, given)
+    numbers = array_in(name, values)
     if numbers.shape != (tokens,) or numbers.dtype.kind not in "iu":
         raise ValueError(
             f"{name} must be integers [{tokens}], got {numbers.dtype} {list(numbers.shape)}"

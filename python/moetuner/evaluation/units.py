@@ -324,7 +324,7 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
             )
         if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
             seen = _drawn(units_of(traffic).of_tokens(traffic.sequence), 1 - share, rng)
-            return some(traffic, seen), some(traffic, ~seen)
+            return select(traffic, seen), select(traffic, ~seen)
         number, gap = traffic.tokens, alike_tokens(traffic)
     else:
         if traffic.transitions is not None or traffic.coactivation is not None:
@@ -341,13 +341,13 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         gap = units.blocks.length
         if units.kinds is not None:
             seen = _drawn(units.kinds, 1 - share, rng)
-            return some(traffic, seen), some(traffic, ~seen)
+            return select(traffic, seen), select(traffic, ~seen)
         if gap == 1:
             count = min(max(round(share * number), 1), number - 1)
             unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
-            return some(traffic, ~unseen), some(traffic, unseen)
+            return select(traffic, ~unseen), select(traffic, unseen)
     seen, unseen = runs(number, share, gap, seed)
-    return some(traffic, seen), some(traffic, unseen)
+    return select(traffic, seen), select(traffic, unseen)
 
 
 def _drawn(
@@ -359,7 +359,7 @@ def _drawn(
     return np.isin(unit, rng.permutation(labels)[:count])
 
 
-def some(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
+def select(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
     """Return some tokens [T] of a trace, or windows [W] of a load table."""
     if isinstance(traffic, RoutingStatistics):
         group = None if traffic.group is None else traffic.group[keep]

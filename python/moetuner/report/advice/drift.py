@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import instance, seed_in
 from moetuner.evaluation.kinds import loads_by
-from moetuner.evaluation.units import Traffic, Units, blocks_of, some, units_of
+from moetuner.evaluation.units import Traffic, Units, blocks_of, select, units_of
 from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.trace import RoutingTrace
@@ -193,7 +193,7 @@ def halves(traffic: Traffic) -> tuple[Traffic, Traffic]:
     """Cut a recording in the middle of its sequences, or of its windows or tokens without them."""
     item, place = _in_order(traffic, by_group=False)
     is_early = place[item] < len(place) // 2
-    return some(traffic, is_early), some(traffic, ~is_early)
+    return select(traffic, is_early), select(traffic, ~is_early)
 
 
 def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

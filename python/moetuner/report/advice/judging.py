@@ -10,7 +10,7 @@ import numpy as np
 from moetuner.cost import busiest_ports
 from moetuner.evaluation.comparison import Comparison, compare, with_splits
 from moetuner.evaluation.replay import members
-from moetuner.evaluation.units import Units, some
+from moetuner.evaluation.units import Units, select
 from moetuner.placement import EMPTY, Placement
 from moetuner.report.advice import drift
 from moetuner.report.advice.request import (
@@ -108,7 +108,7 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
     for group, own_rows in groups.items():
         request.progress(f"a placement of all groups but {group}, on {group}")
         is_own = np.isin(rows, own_rows)
-        own, others = some(request.traffic, is_own), some(request.traffic, ~is_own)
+        own, others = select(request.traffic, is_own), select(request.traffic, ~is_own)
         trial = try_out(request, Part(request.seed, count(request, others), own), copies)
         gains[str(group)] = {
             window: _gain(request, trial, window, request.units_of(own, window))

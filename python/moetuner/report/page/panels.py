@@ -310,7 +310,7 @@ def _groups(page: PageData) -> Panel | None:
     audit = page.audit
     if audit is None or not audit.groups:
         return None
-    measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
+    measure = "predicted_layer_us" if "predicted_layer_us" in audit.overall else "imbalance"
     few = dict.fromkeys(audit.too_few, " (too few)")
     losers = {each.group for each in audit.worse(measures=(measure,))}
     every = ((name, of[measure].change) for name, of in audit.groups.items())
