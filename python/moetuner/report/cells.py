@@ -72,10 +72,10 @@ def in_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def listed(names: list[str], most: int) -> str:
+def listed(names: list[str], limit: int) -> str:
     """Write the first of several names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
 
 
 def finite(value: Any) -> Any:

@@ -85,11 +85,11 @@ class Outcome:
 
     def row(self) -> tuple[str, ...]:
         """Return the cells of a table under ``head``."""
-        of, worth = self.evaluation, self.worth
+        evaluation, worth = self.evaluation, self.worth
         value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            *(FIGURES[name].text(getattr(of, name)) for name in (*MIXED, *worth.figures)),
+            *(FIGURES[name].text(getattr(evaluation, name)) for name in (*MIXED, *worth.figures)),
             *(() if worth.is_predicted_time else (number(value, worth.decimals),)),
             percent(self.gap),
             number(self.result.seconds, 2),
@@ -112,9 +112,9 @@ def judge(
     ``options`` are as for ``evaluate_each``; those that the problem has are the problem's. Times
     are predicted whatever the objective is.
     """
-    names = ("split", "regime", "arrival", "cost_model")
-    how = {**{name: getattr(problem, name) for name in names}, **options}
-    return evaluate_each(placements, traffic, problem.topology, **how)
+    for name in ("split", "regime", "arrival", "cost_model"):
+        options.setdefault(name, getattr(problem, name))
+    return evaluate_each(placements, traffic, problem.topology, **options)
 
 
 def left_over(traffic: Traffic, window: int | None) -> str:
@@ -142,9 +142,9 @@ def gain_of(
     not tell that, in the predicted time or, without one, the imbalance. ``units`` are what is
     independent in the whole recording, by default in this traffic.
     """
-    figures = [of for of in (figure, "predicted_layer_us", "imbalance") if of in FIGURES]
+    figures = [name for name in (figure, "predicted_layer_us", "imbalance") if name in FIGURES]
     both = (before, after)
-    measure = next(of for of in figures if None not in [getattr(each, of) for each in both])
+    measure = next(name for name in figures if None not in [getattr(each, name) for each in both])
     gain = replace(compare(before, after, [measure], units=units)[measure], names=names)
     return replace(gain, low=None, high=None) if gain.is_too_few else gain
 

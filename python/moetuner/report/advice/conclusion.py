@@ -57,15 +57,15 @@ def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> in
     if prefill_share is not None:
         shares = dict(zip(WINDOWS, (1 - prefill_share, prefill_share), strict=True))
         totals = {
-            each.per_device: sum(share * each.mean(of) for of, share in shares.items())
+            each.per_device: sum(share * each.mean(window) for window, share in shares.items())
             for each in plain
         }
-        return min(of for of, gain in totals.items() if gain >= max(totals.values()) - KNEE)
+        return min(slots for slots, gain in totals.items() if gain >= max(totals.values()) - KNEE)
     least = min(plain, key=lambda each: each.per_device)
     harmless = [
         each
         for each in plain
-        if all(each.mean(of) >= min(0.0, least.mean(of)) - KNEE for of in each.gains)
+        if all(each.mean(window) >= min(0.0, least.mean(window)) - KNEE for window in each.gains)
     ]
     best = max(each.best for each in harmless)
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
@@ -117,43 +117,44 @@ def notes_of(request: Request, phases: Phases | None, copies: int) -> tuple[str,
     return tuple(notes)
 
 
-def conclude(of: Advice, notes: tuple[str, ...]) -> Advice:
-    """Return advice with its answer, reasons, of which ``notes`` are some, and warnings."""
-    reasons, warnings = [*_gains(of), *notes], _of_units(of.units, held_out=of.settings["held_out"])
-    answer, why = _by_gains(of)
+def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
+    """Return advice with its answer, its reasons, ``notes`` among them, and its warnings."""
+    reasons = [*_gains(advice), *notes]
+    warnings = _of_units(advice.units, held_out=advice.settings["held_out"])
+    answer, why = _by_gains(advice)
     # What comes later overrules what came before, with the first reason.
     overruling: list[tuple[Answer, str]] = []
     mixed = ""
-    if of.drift is not None and of.drift.is_beyond_chance:
-        if of.halves and of.drift.is_of_groups:
-            reasons.insert(0, _of_groups(of))
-            if min(half.gain.mean for half in of.halves) < CARRIED * of.main.gain.mean:
+    if advice.drift is not None and advice.drift.is_beyond_chance:
+        if advice.halves and advice.drift.is_of_groups:
+            reasons.insert(0, _of_groups(advice))
+            if min(half.gain.mean for half in advice.halves) < CARRIED * advice.main.gain.mean:
                 mixed = ", if you serve a mix of the groups"
         else:
-            overruling += _by_drift(of, of.drift, warnings)
-    losers = of.audit.worse(measures=(of.main.gain.measure,)) if of.audit.groups else []
+            overruling += _by_drift(advice, advice.drift, warnings)
+    losers = advice.audit.worse(measures=(advice.main.gain.measure,)) if advice.audit.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
         warnings.append(
             f"Slower than before, beyond chance: {listed(names, LOSERS)}. See moetuner audit."
         )
-    if of.settings["devices"] == 1:
+    if advice.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
         reasons = []
-    if of.one_kind is not None:
-        one = f"{of.one_kind}, so the figures hold for such traffic only; {MIX}"
-        is_of_group = of.audit.groups and not {*of.audit.groups} & {*PHASES}
+    if advice.one_kind is not None:
+        one = f"{advice.one_kind}, so the figures hold for such traffic only; {MIX}"
+        is_of_group = advice.audit.groups and not {*advice.audit.groups} & {*PHASES}
         if is_of_group:
             overruling.append(("not enough evidence", one))
         else:
             warnings.append(f"{one[0].upper()}{one[1:]}.")
-    model = of.problem.cost_model
+    model = advice.problem.cost_model
     assert model is not None
     assumed = assumed_model(model)
     warnings.append(
         model.origin if assumed is None else f"Times are predicted, not measured: {assumed}"
     )
-    if of.main.window is None:
+    if advice.main.window is None:
         warnings.append(
             "A load table does not say which experts a token chose together, so traffic is an "
             "upper bound."
@@ -161,10 +162,10 @@ def conclude(of: Advice, notes: tuple[str, ...]) -> Advice:
     if overruling:
         answer, why = overruling[-1]
         reasons = [*(reason for _, reason in overruling[-2::-1]), *reasons]
-    head = _headline(of, answer, why) + mixed * (answer == "worth a trial")
+    head = _headline(advice, answer, why) + mixed * (answer == "worth a trial")
     reasons = [head, *(reason for reason in reasons if reason not in head)]
     sentences = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in reasons)
-    return replace(of, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
+    return replace(advice, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
 
 
 # What a gain is called in the headline, before the phase or the windows that it is of.
@@ -177,23 +178,23 @@ CALLED = {
 }
 
 
-def _headline(of: Advice, answer: Answer, why: str) -> str:
+def _headline(advice: Advice, answer: Answer, why: str) -> str:
     """Write the sentence that stands alone with the answer: the gains, or why there is none."""
-    if answer == "not enough evidence" or (why and of.settings["devices"] == 1):
+    if answer == "not enough evidence" or (why and advice.settings["devices"] == 1):
         return why
     tail = f"; {why}" if why else ""
-    each = sorted(of.judged, key=lambda judged: -judged.gain.mean)
-    if of.total is not None:
-        parts = ", ".join(f"{judged.phase} {signed(judged.gain.mean)}" for judged in each)
-        share, sure = 100 * of.settings["prefill_share"], interval(of.total)
+    ordered = sorted(advice.judged, key=lambda judged: -judged.gain.mean)
+    if advice.total is not None:
+        parts = ", ".join(f"{judged.phase} {signed(judged.gain.mean)}" for judged in ordered)
+        share, sure = 100 * advice.settings["prefill_share"], interval(advice.total)
         return (
-            f"{of.total.much} predicted time than with {running_name(of)} where {share:g} % of "
-            f"the time is prefill{sure and f' ({sure})'}: {parts}{tail}"
+            f"{advice.total.much} predicted time than with {running_name(advice)} where {share:g} "
+            f"% of the time is prefill{sure and f' ({sure})'}: {parts}{tail}"
         )
-    if len(each) == 1:
-        return f"{_line(of, each[0])}{tail}"
+    if len(ordered) == 1:
+        return f"{_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
-    for judged in each:
+    for judged in ordered:
         text = f"{judged.phase} ({signed(judged.gain.mean)})"
         by_word[CALLED[judged.gain.answer]].append(text)
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
@@ -211,19 +212,19 @@ def _with_interval(gain: Comparison) -> str:
     return f"{signed(gain.mean)}{ends}"
 
 
-def running_name(of: Advice) -> str:
+def running_name(advice: Advice) -> str:
     """Write what runs."""
-    running, _, redundant = of.settings["initial"].partition(":")
+    running, _, redundant = advice.settings["initial"].partition(":")
     if running == "eplb":
         number = int(redundant or 0)
         return "EPLB's placement" + f" with {counted(number, 'redundant expert')}" * bool(number)
     return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
 
 
-def _by_gains(of: Advice) -> tuple[Answer, str]:
+def _by_gains(advice: Advice) -> tuple[Answer, str]:
     """Answer by the gains alone, with the reason if they do not speak for themselves."""
-    price: float = of.settings["price"]
-    answers = {gain.answer for gain in of.verdicts}
+    price: float = advice.settings["price"]
+    answers = {gain.answer for gain in advice.verdicts}
 
     def pays_nothing(gain: Comparison) -> bool:
         # More traffic is not worth recording where that is surely not far above the price.
@@ -232,13 +233,14 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
             gain.answer == "no evidence" and is_low
         )
 
-    if not of.settings["held_out"]:
+    if not advice.settings["held_out"]:
         return "not enough evidence", (
             "there is one window, so nothing is left to judge a placement on that it was not "
             "computed from; count loads in windows, or record a trace."
         )
     if answers == {"too few"}:
-        units, number, least = of.units, of.judged[0].gain.units, f"at least {FEWEST} are needed"
+        units, number = advice.units, advice.judged[0].gain.units
+        least = f"at least {FEWEST} are needed"
         line = f"too few unseen {units.name}s ({number}; {least}) for an interval of the gain."
         if units.name == "kind":
             line = (
@@ -264,38 +266,38 @@ def _by_gains(of: Advice) -> tuple[Answer, str]:
         return "not enough evidence", line
     if "worth it" in answers:
         return "worth a trial", ""
-    if all(pays_nothing(gain) for gain in of.verdicts):
+    if all(pays_nothing(gain) for gain in advice.verdicts):
         return "not now", f"less than the {100 * price:g} % that a change should gain"
-    main = max(of.verdicts, key=lambda gain: gain.mean)
+    main = max(advice.verdicts, key=lambda gain: gain.mean)
     return "not enough evidence", (
         f"the gain is {_with_interval(main)}: too uncertain to say whether it pays; record more"
     )
 
 
-def _of_groups(of: Advice) -> str:
+def _of_groups(advice: Advice) -> str:
     """Write what halves that hold different groups gain from each other, and what a mix gains."""
-    worst = min((half.gain for half in of.halves), key=lambda gain: gain.mean)
-    names = "; ".join(listed([*map(name, of.halves[n].seen)], LOSERS) for n in range(2))
+    worst = min((half.gain for half in advice.halves), key=lambda gain: gain.mean)
+    names = "; ".join(listed([*map(name, advice.halves[n].seen)], LOSERS) for n in range(2))
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
         f"{_with_interval(worst)} at worst. If you serve a mix (--any-order): "
-        f"{signed(of.main.gain.mean)}. Both are in {of.main.where}"
+        f"{signed(advice.main.gain.mean)}. Both are in {advice.main.where}"
     )
 
 
-def _by_drift(of: Advice, drift: Drift, warnings: list[str]) -> list[tuple[Answer, str]]:
+def _by_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tuple[Answer, str]]:
     """Take into account that the halves of the recording differ; return what that overrules."""
     change = (
         f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
         f"other experts than the first (by chance {100 * drift.expected:.0f} %)"
     )
     warning = f"T{change[1:]}"
-    if not of.halves:
+    if not advice.halves:
         warnings.append(f"{warning}; --any-order says that its order does not matter.")
         return []
-    number = int(of.carried[1] < of.carried[0])
-    gain, halves = of.halves[number].gain, ("first", "second")[:: -1 if number else 1]
-    if min(of.carried) > 0 and min(of.carried) >= CARRIED * of.main.gain.mean:
+    number = int(advice.carried[1] < advice.carried[0])
+    gain, halves = advice.halves[number].gain, ("first", "second")[:: -1 if number else 1]
+    if min(advice.carried) > 0 and min(advice.carried) >= CARRIED * advice.main.gain.mean:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
         return []
     warnings.append(
@@ -328,37 +330,37 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
         ]
     if units.name != "window":
         return []
-    how = "windows count as independent, as neighbours are no more alike than others."
+    counting = "windows count as independent, as neighbours are no more alike than others."
     if units.blocks.length > 1:
         worth = f"are worth {units.number} independent ones"
         if units.number < 2:
             worth = "are too alike to tell apart"
-        how = (
+        counting = (
             f"windows count in blocks of {units.blocks.length}, as neighbours are alike, and "
             f"{worth}. With sequences fewer tokens suffice."
         )
-    return [f"INPUT has no sequences: {how}"]
+    return [f"INPUT has no sequences: {counting}"]
 
 
-def _gains(of: Advice) -> list[str]:
+def _gains(advice: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main, each = of.main, sorted(of.judged, key=lambda judged: -judged.gain.mean)
-    lines = [_line(of, judged, judged.phase * (len(each) > 1)) for judged in each]
+    main, ordered = advice.main, sorted(advice.judged, key=lambda judged: -judged.gain.mean)
+    lines = [_line(advice, judged, judged.phase * (len(ordered) > 1)) for judged in ordered]
     if main.eplb:
         parts = []
-        for judged in each:
+        for judged in ordered:
             gain = judged.eplb[judged.gain.measure]
             sure = interval(gain)
             parts.append(f"{_much(gain)} in {judged.where}{sure and f' ({sure})'}")
         lines.append(
             f"predicted time compared with EPLB's placement in as many slots: {', '.join(parts)}"
         )
-    lines.append(f"judged on {of.judged_on}")
-    lines += _parts(main, of.settings["price"], of.settings["regime"])
-    if of.by_group:
-        lines.append(_of_each_group(of))
-    if of.knee or len(of.copies) > 1:
-        lines.append(_of_copies(of.copies, of.knee, of.more))
+    lines.append(f"judged on {advice.judged_on}")
+    lines += _parts(main, advice.settings["price"], advice.settings["regime"])
+    if advice.by_group:
+        lines.append(_of_each_group(advice))
+    if advice.knee or len(advice.copies) > 1:
+        lines.append(_of_copies(advice.copies, advice.knee, advice.more))
     return lines
 
 
@@ -366,29 +368,31 @@ def _much(gain: Comparison) -> str:
     return gain.much if abs(gain.mean) >= 0.0005 else "no less"
 
 
-def _line(of: Advice, judged: Judged, phase: str = "") -> str:
+def _line(advice: Advice, judged: Judged, phase: str = "") -> str:
     """Write what a layer gains in windows of one size."""
     gain, sure = judged.gain, interval(judged.gain)
     where = f"{phase}, {judged.where}: a" if phase else f"in {judged.where} a"
     return (
-        f"{where} layer takes {_much(gain)} predicted time than with {running_name(of)}, "
+        f"{where} layer takes {_much(gain)} predicted time than with {running_name(advice)}, "
         f"{gain.before:,.1f} to {gain.after:,.1f} us{sure and f' ({sure})'}"
     )
 
 
-def _of_each_group(of: Advice) -> str:
+def _of_each_group(advice: Advice) -> str:
     """Write which groups a placement of all other groups serves, and which it does not."""
-    gains = {name(group): each[of.main.window] for group, each in of.by_group.items()}
+    gains = {name(group): each[advice.main.window] for group, each in advice.by_group.items()}
     texts = {group: f"{group} ({signed(gain.mean)})" for group, gain in gains.items()}
-    few = [group for group, gain in gains.items() if gain.is_too_few]
-    bad = [group for group in gains if group not in few and (gains[group].low or 0) <= 0]
+    unclear = [group for group, gain in gains.items() if gain.is_too_few]
+    bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
     line = (
-        f"placements computed from all other groups, in {of.main.where}: a certain gain for "
-        f"{len(gains) - len(few) - len(bad)} of {counted(len(gains), 'group')}"
+        f"placements computed from all other groups, in {advice.main.where}: a certain gain for "
+        f"{len(gains) - len(unclear) - len(bad)} of {counted(len(gains), 'group')}"
     )
     if bad:
         line += f"; none for {listed([texts[group] for group in bad], 2 * LOSERS)}"
-    return line + (f"; too little traffic to judge {listed(few, 2 * LOSERS)}" if few else "")
+    return line + (
+        f"; too little traffic to judge {listed(unclear, 2 * LOSERS)}" if unclear else ""
+    )
 
 
 def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
@@ -427,8 +431,8 @@ def _of_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
     if more is not None:
         gains = plain[more].gains
         parts = [
-            percent(plain[more].mean(of)) + f" in {words_of_window(of)}" * (len(gains) > 1)
-            for of in sorted(gains, key=plain[more].mean, reverse=True)
+            percent(plain[more].mean(window)) + f" in {words_of_window(window)}" * (len(gains) > 1)
+            for window in sorted(gains, key=plain[more].mean, reverse=True)
         ]
         text += f". With more memory than now: {_slots(plain[more])} would gain {', '.join(parts)}"
     # What is gained without copies stands there already.

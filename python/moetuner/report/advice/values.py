@@ -92,7 +92,9 @@ class Judged(Frozen):
             "gains": as_json(self.gains),
             "answer": self.gain.answer,
             "eplb": {name: each.before for name, each in self.eplb.items()},
-            "gains_over_eplb": as_json({name: of for name, of in self.eplb.items() if of.before}),
+            "gains_over_eplb": as_json(
+                {name: gain for name, gain in self.eplb.items() if gain.before}
+            ),
             "layers": self.layers,
             "saved_us": self.saved_us,
             "saved_us_per_layer": self.saved_us / self.layers,
@@ -207,7 +209,8 @@ class Phases(NamedTuple):
     @property
     def costs(self) -> dict[str, float]:
         """By how much a phase is slower under the other phase's placement than under its own."""
-        return {of: self._cost(of, other) for of, other in zip(PHASES, PHASES[::-1], strict=True)}
+        pairs = zip(PHASES, PHASES[::-1], strict=True)
+        return {phase: self._cost(phase, other) for phase, other in pairs}
 
     @property
     def costs_of_one(self) -> dict[str, float]:

@@ -62,17 +62,20 @@ def packed(values: ArrayLike, kind: str = "f4") -> Spec:
     return spec
 
 
-def plain(text: str, most: int = 40) -> str:
+def plain(text: str, limit: int = 40) -> str:
     """Return a name that is nothing but text: plotly reads some tags."""
     text = one_line(text).replace("<", "\u2039").replace(">", "\u203a").replace("&", "\uff06")
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def layout(x: str = "", y: str = "", *, whole: int = 0, **others: Any) -> Spec:
-    """Return a layout with titles of the axes; few ``whole`` numbers of x get a label each."""
+def layout(x: str = "", y: str = "", *, count: int = 0, **others: Any) -> Spec:
+    """Return a layout with titles of the axes.
+
+    Where x numbers ``count`` things, and these are few, every number has a label.
+    """
     axis = {"automargin": True, "gridcolor": "var(--grid)"}
     return {
-        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **one_by_one(whole)},
+        "xaxis": {"title": {"text": x}, **axis, "zeroline": False, **one_by_one(count)},
         "yaxis": {"title": {"text": y}, **axis, **ZERO},
         "margin": {"l": 56, "r": 16, "t": 28, "b": 44},
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -100,15 +103,15 @@ def scatter(
     hover: str,
     *,
     mode: str = "lines+markers",
-    of: str | None = None,
+    legend: str | None = None,
     kind: str = "f4",
     **others: Any,
 ) -> Spec:
     """Draw points, or a line through them.
 
-    ``of`` names them in the legend and under the pointer, ``kind`` is that of x.
+    ``legend`` is their name there and under the pointer; ``kind`` is the type of x.
     """
-    named = {} if of is None else {"name": plain(of)}
+    named = {} if legend is None else {"name": plain(legend)}
     return {
         "type": "scatter",
         "mode": mode,
@@ -168,10 +171,10 @@ def matrices(
     tables: Sequence[NDArray[Any]], names: Sequence[str], what: str, unit: str, node: int = 0
 ) -> Spec:
     """Draw square matrices side by side on one scale of colours, with boxes around nodes."""
-    most = max(float(table.max(initial=0)) for table in tables) or 1.0
+    highest = max(float(table.max(initial=0)) for table in tables) or 1.0
     spec = layout(f"to {what}", f"from {what}", margin={"l": 56, "r": 16, "t": 40, "b": 44})
     axes = spec.pop("xaxis"), spec.pop("yaxis")
-    spec |= {"coloraxis": colours(unit, 0, most), "annotations": [], "shapes": []}
+    spec |= {"coloraxis": colours(unit, 0, highest), "annotations": [], "shapes": []}
     data = []
     for number, (table, name) in enumerate(zip(tables, names, strict=True)):
         x, y = (f"{axis}{number + 1 if number else ''}" for axis in "xy")

@@ -169,7 +169,7 @@ class PageData:
 
     def _memory(self) -> Tile:
         """Show what the experts of the fullest device take."""
-        before, after = (int((of.slots >= 0).sum(axis=(0, 2)).max()) for of in self.placements)
+        before, after = (int((each.slots >= 0).sum(axis=(0, 2)).max()) for each in self.placements)
         size = self.expert_bytes
         had, has = (
             f"{n:,} experts" if size is None else in_bytes(n * size) for n in (before, after)
@@ -281,8 +281,8 @@ def of_results(
 ) -> PageData:
     """Make the data of what Python has: an advice, or two evaluations of the same traffic."""
     what = "evaluations, two of them, or an Advice"
-    given = (results.running, results.proposed) if isinstance(results, Advice) else results
-    both, two = check.listed("results", given, what), check.listed("names", names, "texts")
+    pair = (results.running, results.proposed) if isinstance(results, Advice) else results
+    both, two = check.listed("results", pair, what), check.listed("names", names, "texts")
     for name, values, kind in (("results", both, Evaluation), ("names", two, str)):
         if len(values) != 2:
             raise ValueError(f"{name} must be two, got {len(values)}")
@@ -290,16 +290,19 @@ def of_results(
             check.instance(name, each, kind)
     if any(each.replayed is None or each.replayed.group is not None for each in both):
         raise ValueError("results must be as returned: not pickled, and not of a group alone")
-    of, how = both[1].replayed.traffic, both[1].replayed.setting
-    model = f" of {text.name(of.model)}" if of.model else ""
-    sizes = f"{counted(of.layers, 'layer')} of {counted(of.num_experts, 'expert')}"
+    traffic, setting = both[1].replayed.traffic, both[1].replayed.setting
+    model = f" of {text.name(traffic.model)}" if traffic.model else ""
+    sizes = f"{counted(traffic.layers, 'layer')} of {counted(traffic.num_experts, 'expert')}"
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
         return of_advice(results, origin, results.to_dict())
-    settings = {name: getattr(how, name) for name in ("regime", "split", "arrival", "window")}
+    settings = {name: getattr(setting, name) for name in ("regime", "split", "arrival", "window")}
     contents = {"settings": settings, "before": both[0].to_dict(), "after": both[1].to_dict()}
     return of_evaluations(
-        *((two[0], two[1]), (both[0], both[1]), origin, contents),
+        (two[0], two[1]),
+        (both[0], both[1]),
+        origin,
+        contents,
         traffic="The traffic that both were evaluated on.",
     )
 
@@ -318,10 +321,10 @@ def of_outcomes(
     ``judged`` is the gain, where it was computed already; ``others`` are as for ``of_evaluations``.
     """
     worth, result, model = after.worth, after.result, after.problem.cost_model
-    near: tuple[Tile, ...] = ()
+    distance: tuple[Tile, ...] = ()
     if worth.is_known and after.gap is not None:
         note = f"proven by a lower bound ({result.bound_source})"
-        near = (Tile("Distance to the optimum", f"at most {percent(after.gap)}", note),)
+        distance = (Tile("Distance to the optimum", f"at most {percent(after.gap)}", note),)
     timed = contents["settings"]["time_limit"] is not None
     return of_evaluations(
         (before.result.method, result.method),
@@ -330,7 +333,7 @@ def of_outcomes(
         # All but the seconds that solves took is the same in every run.
         contents if timed else _timeless(contents),
         judged=judged or gain_of(before.evaluation, after.evaluation, worth.figure),
-        others=near,
+        others=distance,
         result=result,
         timed=timed,
         token_bytes=None if model is None else model.token_bytes,
@@ -370,8 +373,8 @@ def of_evaluations(
     if answer == "good" and "commands" not in contents:
         contents["commands"] = _serving(contents, replayed.setting.placement)
     if others.get("expert_bytes") is None:
-        of = replayed.traffic
-        others["expert_bytes"] = bytes_of_expert(of.expert_size, of.model)
+        recorded = replayed.traffic
+        others["expert_bytes"] = bytes_of_expert(recorded.expert_size, recorded.model)
     page = PageData(
         title=f"moetuner: {names[1]} against {names[0]}",
         sentence=f"{words}: {judged.sentence}",
@@ -395,7 +398,7 @@ def of_evaluations(
 
 
 def gain_tile(
-    of: Comparison,
+    gain: Comparison,
     window: int | None,
     evaluation: Evaluation,
     others: Mapping[str, float] | None = None,
@@ -404,23 +407,23 @@ def gain_tile(
 
     ``others`` are the figure of more placements, by name.
     """
-    figure, is_time = FIGURES[of.measure], of.measure == "predicted_layer_us"
-    values = {of.names[0]: of.before, **(others or {}), of.names[1]: of.after}
+    figure, is_time = FIGURES[gain.measure], gain.measure == "predicted_layer_us"
+    values = {gain.names[0]: gain.before, **(others or {}), gain.names[1]: gain.after}
     rows = [
         (name, duration(value) if is_time else digits(value) + figure.unit)
         for name, value in values.items()
     ]
-    note = of.sure or "too few sequences or windows for an interval"
+    note = gain.sure or "too few sequences or windows for an interval"
     if is_time:
         layers = len(evaluation.imbalance_per_layer)
-        unit, scale = unit_of_time(max(of.before * layers, 1e3))
-        saved, whole = (
-            digits(us * layers / scale) for us in (abs(of.before - of.after), of.before)
+        unit, scale = unit_of_time(max(gain.before * layers, 1e3))
+        saved, step_time = (
+            digits(us * layers / scale) for us in (abs(gain.before - gain.after), gain.before)
         )
-        verb, step = "saves" if of.gain >= 0 else "adds", "step" if window else "window"
-        note = f"{verb} {saved} of {whole} {unit} per {step} of {layers} layers; {note}"
+        verb, step = "saves" if gain.gain >= 0 else "adds", "step" if window else "window"
+        note = f"{verb} {saved} of {step_time} {unit} per {step} of {layers} layers; {note}"
     label = f"{figure.label}, {in_windows(window, evaluation)}"
-    return Tile(f"{label[0].upper()}{label[1:]}", of.much, note, rows)
+    return Tile(f"{label[0].upper()}{label[1:]}", gain.much, note, rows)
 
 
 def in_windows(window: int | None, evaluation: Evaluation) -> str:
@@ -437,8 +440,14 @@ def _serving(contents: dict[str, Any], placement: Placement) -> list[str]:
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
     redundant = placement.devices * placement.slots_per_device - placement.num_experts
-    how: dict[str, Any] = {"devices": placement.devices, "redundant": redundant}
-    return serving_commands(settings.get("engine"), placement=str(file), **how) if file else []
+    if not file:
+        return []
+    return serving_commands(
+        settings.get("engine"),
+        devices=placement.devices,
+        redundant=redundant,
+        placement=str(file),
+    )
 
 
 def _fact(value: Any) -> str:

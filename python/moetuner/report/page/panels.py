@@ -35,12 +35,12 @@ COLOURS, SYMBOLS = (RUNNING, PROPOSED), ("x", "circle")
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers of a chart; ``of`` is how many rows there are in all."""
+    """Numbers of a chart; ``total_rows`` is how many rows there are in all."""
 
     title: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
-    of: int | None = None
+    total_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,22 @@ def panels_of(page: PageData) -> tuple[Panel, ...]:
 def _layers(page: PageData) -> Panel | None:
     measure, unit = "imbalance", "busiest device / mean"
     values = [each.imbalance_per_layer for each in page.evaluations]
-    times = [of for each in page.evaluations if (of := each.predicted_us_per_layer) is not None]
+    predicted = [each.predicted_us_per_layer for each in page.evaluations]
+    times = [by_layer for by_layer in predicted if by_layer is not None]
     if len(times) == 2:
         name, size = unit_of_time(max(map(max, times)))
         measure, unit = "predicted time", f"predicted {name} of the layer"
-        values = [tuple(us / size for us in of) for of in times]
+        values = [tuple(us / size for us in by_layer) for by_layer in times]
     layers = np.arange(len(values[0]))
     gain = np.array(values[0]) - np.array(values[1])
     worst = np.argsort(-np.array(values[1]), kind="stable")[:3]
     data = [
         draw.scatter(
-            *(layers, height, "layer %{x}: %{y:,.3r}"),
+            layers,
+            height,
+            "layer %{x}: %{y:,.3r}",
             mode="markers",
-            of=name,
+            legend=name,
             kind="i2",
             marker={"symbol": symbol, "color": colour, "size": 9},
         )
@@ -101,7 +104,7 @@ def _layers(page: PageData) -> Panel | None:
     is_linked = len(layers) > 1 and has_links and 1 < _sides(page) <= draw.MOST_DEVICES
     click = " Click a layer to see its links below." if is_linked else ""
     label = f"{measure} of every layer under both placements"
-    spec = draw.layout("layer", unit, whole=len(layers))
+    spec = draw.layout("layer", unit, count=len(layers))
     return Panel(
         (Chart("layers", label, draw.only(data, spec), selects=("links", "boundary")),),
         (Table(f"Layers, {unit}", ("layer", *page.names, "less"), rows),),
@@ -140,13 +143,13 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
     )
     shade = np.where(share > 0, np.log2(np.maximum(share, 2**-6)), np.nan)
     devices, slots = placement.devices, placement.slots_per_device
-    some = range(0, devices, max(1, -(-devices // LABELLED)))
+    labelled = range(0, devices, max(1, -(-devices // LABELLED)))
     lines = "".join(f"M{slots * d - 0.5},0V1" for d in range(1, devices))
     borders = [draw.outline(lines, yref="paper")] if lines else []
     spec = draw.layout("slots, by device", "layer", shapes=borders)
     spec["xaxis"] |= {
-        "tickvals": [slots * d + (slots - 1) / 2 for d in some],
-        "ticktext": [f"{d}" for d in some],
+        "tickvals": [slots * d + (slots - 1) / 2 for d in labelled],
+        "ticktext": [f"{d}" for d in labelled],
         "showgrid": False,
     }
     spec["yaxis"] |= {"autorange": "reversed", "showgrid": False, "zeroline": False}
@@ -170,8 +173,8 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
 def _sides(page: PageData) -> int:
     """Count the rows of a layer's matrix."""
     topology = page.topology
-    few = topology.devices <= draw.MOST_DEVICES or topology.nodes == 1
-    return topology.devices if few else topology.nodes
+    has_devices = topology.devices <= draw.MOST_DEVICES or topology.nodes == 1
+    return topology.devices if has_devices else topology.nodes
 
 
 def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
@@ -183,8 +186,14 @@ def _by_node(table: NDArray[Any], page: PageData) -> tuple[NDArray[Any], str]:
     return summed, "node"
 
 
+def _tables(page: PageData, regime: str) -> list[NDArray[Any]]:
+    """Return what both placements move in a regime; fewer tables where that is not known."""
+    tables = (each.traffic.get(regime) for each in page.evaluations)
+    return [table for table in tables if table is not None]
+
+
 def _links(page: PageData) -> Panel | None:
-    rows = [of for each in page.evaluations if (of := each.traffic.get("dispatch")) is not None]
+    rows = _tables(page, "dispatch")
     if len(rows) < 2 or page.topology.devices == 1:
         return None
     tokens, layers = max(page.evaluations[0].tokens or 1, 1), len(rows[0])
@@ -207,8 +216,8 @@ def _links(page: PageData) -> Panel | None:
     ports = [
         (name, regime, str(tier), digits(out), digits(into))
         for name, each in zip(page.names, page.evaluations, strict=True)
-        for regime, of in each.busiest_port.items()
-        for tier, (out, into) in enumerate(zip(of["out"], of["in"], strict=True), start=1)
+        for regime, port in each.busiest_port.items()
+        for tier, (out, into) in enumerate(zip(port["out"], port["in"], strict=True), start=1)
     ]
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
@@ -230,7 +239,7 @@ def _by_layer(
 
 
 def _next(page: PageData) -> Panel | None:
-    tables = [of for each in page.evaluations if (of := each.traffic.get("follow")) is not None]
+    tables = _tables(page, "follow")
     if len(tables) < 2 or not len(tables[0]) or page.topology.devices == 1:
         return None
     node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))
@@ -245,20 +254,23 @@ def _next(page: PageData) -> Panel | None:
             columns[f"{name}, {tier}"] = share
             lines.append(
                 draw.scatter(
-                    *(boundaries, 100 * share, "layer %{x} to the next: %{y:.3r} %"),
-                    of=f"{name}, {tier}",
+                    boundaries,
+                    100 * share,
+                    "layer %{x} to the next: %{y:.3r} %",
+                    legend=f"{name}, {tier}",
                     kind="i2",
                     line={"color": colour, "dash": "solid" if tier == "device" else "dot"},
                     marker={"symbol": symbol, "color": colour},
                 )
             )
-    spec = draw.layout("layer", "leaves, %", whole=len(boundaries))
+    spec = draw.layout("layer", "leaves, %", count=len(boundaries))
     spec["yaxis"]["rangemode"] = "tozero"
     has_matrices = _sides(page) <= draw.MOST_DEVICES
     selects = ("boundary",) if has_matrices else ()
     charts = [Chart("next", "share of steps that leave", draw.only(lines, spec), 320, selects)]
     if has_matrices:
-        shares = [of / np.maximum(of.sum(axis=(1, 2)), 1)[:, None, None] * 100 for of in tables]
+        totals = [np.maximum(pairs.sum(axis=(1, 2)), 1)[:, None, None] for pairs in tables]
+        shares = [pairs / total * 100 for pairs, total in zip(tables, totals, strict=True)]
         variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
         charts.append(Chart("boundary", label, variants, 400, wide=560, stacked=draw.stacked(2)))
@@ -282,9 +294,11 @@ def _over_time(page: PageData) -> Panel | None:
         places, drawn = draw.thinned(list(values))
         lines.append(
             draw.scatter(
-                *(places, drawn, "window %{x}: %{y:.3r}"),
+                places,
+                drawn,
+                "window %{x}: %{y:.3r}",
                 mode="lines",
-                of=name,
+                legend=name,
                 kind="i4",
                 line={"color": colour, "dash": dash, "width": 1.5},
             )
@@ -298,7 +312,7 @@ def _over_time(page: PageData) -> Panel | None:
             f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
-    chart = draw.only(lines, draw.layout("window", "busiest / mean", whole=number))
+    chart = draw.only(lines, draw.layout("window", "busiest / mean", count=number))
     return Panel(
         (Chart("time", "imbalance of every window", chart, 340),),
         (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
@@ -311,9 +325,9 @@ def _groups(page: PageData) -> Panel | None:
     if audit is None or not audit.groups:
         return None
     measure = "predicted_layer_us" if "predicted_layer_us" in audit.overall else "imbalance"
-    few = dict.fromkeys(audit.too_few, " (too few)")
+    unclear = dict.fromkeys(audit.too_few, " (too few)")
     losers = {each.group for each in audit.worse(measures=(measure,))}
-    every = ((name, of[measure].change) for name, of in audit.groups.items())
+    every = ((name, figures[measure].change) for name, figures in audit.groups.items())
     changes = [(name, change) for name, change in every if change is not None]
     # Those that cannot be judged come last, which is on top.
     changes.sort(key=lambda each: (each[0] in audit.too_few, -each[1].value, each[0]))
@@ -321,14 +335,18 @@ def _groups(page: PageData) -> Panel | None:
     if len(changes) > GROUPS:
         drawn = [*changes[: GROUPS // 2], *changes[-GROUPS // 2 :]]
     # Without an interval there is the value alone.
-    ends = [(of.value, *(of.interval or 2 * (of.value,))) for _, of in drawn]
+    ends = [(change.value, *(change.interval or 2 * (change.value,))) for _, change in drawn]
     value, low, high = 100 * np.array(ends).reshape(-1, 3).T
     names, places = [name for name, _ in drawn], list(range(len(drawn)))
-    labels = [draw.plain(name) + few.get(name, "") for name in names]
-    looks = [JUDGED["few" if name in few else "worse" if name in losers else ""] for name in names]
+    labels = [draw.plain(name) + unclear.get(name, "") for name in names]
+    looks = [
+        JUDGED["few" if name in unclear else "worse" if name in losers else ""] for name in names
+    ]
     symbols, colours = ([look[at] for look in looks] for at in range(2))
     data = draw.scatter(
-        *(value, places, "%{customdata}: %{x:+.3r} %"),
+        value,
+        places,
+        "%{customdata}: %{x:+.3r} %",
         mode="markers",
         customdata=labels,
         error_x=draw.whiskers(value, low, high, color="var(--muted)"),
@@ -340,15 +358,17 @@ def _groups(page: PageData) -> Panel | None:
     rows = [
         (
             draw.plain(name),
-            *map(signed, (of.value, of.low, of.high)),
-            "too few" if name in few else "worse" if name in losers else "",
+            *map(signed, (change.value, change.low, change.high)),
+            "too few" if name in unclear else "worse" if name in losers else "",
         )
-        for name, of in changes[:ROWS]
+        for name, change in changes[:ROWS]
     ]
-    judged = counted(len(changes) - len(few), "group")
+    judged = counted(len(changes) - len(unclear), "group")
     notes = [f"Change of {FIGURES[measure].label}. Worse beyond chance: {len(losers)} of {judged}."]
-    if few:
-        notes.append(f"Too few {audit.units[0]}s to judge: {counted(len(few), 'group')}, in grey.")
+    if unclear:
+        notes.append(
+            f"Too few {audit.units[0]}s to judge: {counted(len(unclear), 'group')}, in grey."
+        )
     label, height = "change of every group with its interval", 130 + 24 * len(drawn)
     return Panel(
         (Chart("groups", label, draw.only([data], spec), height),),
@@ -362,21 +382,23 @@ def _search(page: PageData) -> Panel | None:
     if result is None:
         return None
     # When somebody looked depends on the clock; without a time limit nothing else does.
-    steps = (of for of in result.history if page.timed or of.is_step)
+    steps = (each for each in result.history if page.timed or each.is_step)
     history = [each for each in steps if each.objective is not None]
     if len({each.objective for each in history}) < 2:
         return None
     at = [max(each.seconds, 0.001) if page.timed else n for n, each in enumerate(history, 1)]
     data = [
         draw.scatter(
-            *(at, [each.objective or 0.0 for each in history], "%{customdata}: %{y:,.3r}"),
+            at,
+            [each.objective or 0.0 for each in history],
+            "%{customdata}: %{y:,.3r}",
             name="best so far",
             customdata=[each.phase for each in history],
             line={"shape": "hv", "color": PROPOSED},
         )
     ]
     says = result.bound is not None and result.bound > 0 and not result.bound_is_of_loads
-    bounded = [(x, of.bound) for x, of in zip(at, history, strict=True) if of.bound and says]
+    bounded = [(x, each.bound) for x, each in zip(at, history, strict=True) if each.bound and says]
     if len(bounded) == 1:
         # Proven at the end, and true all the time.
         bounded.insert(0, (at[0], bounded[0][1]))
@@ -387,7 +409,7 @@ def _search(page: PageData) -> Panel | None:
         data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
     said = within(result, digits(result.bound))
     unit, when = "step", "after each step of the search"
-    spec = draw.layout("step", "objective", whole=len(history))
+    spec = draw.layout("step", "objective", count=len(history))
     if page.timed:
         unit, when = "seconds", "over the seconds of the search"
         spec = draw.layout("seconds", "objective")
@@ -415,7 +437,8 @@ def _price(page: PageData) -> Panel | None:
         head = [f"windows of {window:,}" if window else "gain" for window in windows]
         rows = [
             (
-                *(each.label, *(signed(each.mean(window)) for window in windows)),
+                each.label,
+                *(signed(each.mean(window)) for window in windows),
                 "-" if each.bytes_per_device is None else in_bytes(each.bytes_per_device),
                 "knee" if each.per_device == page.advice.knee and not each.shared else "",
             )
@@ -433,7 +456,8 @@ def _price(page: PageData) -> Panel | None:
         chart = draw.only([data], draw.layout(unit, "less of the objective"))
         charts.append(Chart("trades", "gain against what moves", chart))
         rows = [
-            (str(of.experts_moved), digits(of.objective), digits(of.gain)) for of in page.trades
+            (str(each.experts_moved), digits(each.objective), digits(each.gain))
+            for each in page.trades
         ]
         tables.append(Table("Moves", ("experts moved", "objective", "gain"), rows))
     return Panel(tuple(charts), tuple(tables)) if charts else None
@@ -444,8 +468,8 @@ def _copies_chart(advice: Advice) -> Chart:
     data = []
     for number_of, window in enumerate(advice.copies[0].gains):
         for shared in sorted({each.shared for each in advice.copies}):
-            mine = [each for each in advice.copies if each.shared == shared]
-            slots = [each.per_device for each in mine]
+            choices = [each for each in advice.copies if each.shared == shared]
+            slots = [each.per_device for each in choices]
             is_knee = [each == advice.knee and not shared for each in slots]
             border = {"color": "var(--text)", "width": [3 * each for each in is_knee]}
             sizes = [14 if each else 8 for each in is_knee]
@@ -453,8 +477,8 @@ def _copies_chart(advice: Advice) -> Chart:
             colour, symbol = ((PROPOSED, "circle"), (RUNNING, "square"))[number_of % 2]
             data.append(
                 draw.scatter(
-                    [(each.bytes_per_device or 0) / 1e9 for each in mine] if by_size else slots,
-                    [100 * each.mean(window) for each in mine],
+                    [(each.bytes_per_device or 0) / 1e9 for each in choices] if by_size else slots,
+                    [100 * each.mean(window) for each in choices],
                     "%{customdata} slots: %{y:.3r} %",
                     name=name + (", shared budget" if shared else ""),
                     customdata=slots,
