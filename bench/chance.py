@@ -70,9 +70,9 @@ def simulated(
     All tokens of the first group like the first two experts more, by ``served_worse``, which is bad
     for blocks and does not matter in turns.
     """
-    (least, most), together = SHAPES[shape]
+    (shortest, longest), together = SHAPES[shape]
     number = sequences * groups
-    length = np.maximum(np.round(rng.uniform(least, most, number) * WINDOW), 1).astype(int)
+    length = np.maximum(np.round(rng.uniform(shortest, longest, number) * WINDOW), 1).astype(int)
     sequence = np.repeat(np.arange(number), length)
     if together:
         sequence = rng.permutation(sequence)
@@ -97,7 +97,7 @@ def audited(trace: mt.RoutingTrace) -> mt.Audit:
 
 
 def missed(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
-    """Share of null audits whose interval of the change does not hold 0, by measure."""
+    """Return the share of null audits whose interval of the change does not hold 0, by measure."""
     count = np.zeros(len(MEASURES))
     for run in range(runs):
         rng = np.random.default_rng([sequences, run])
@@ -114,7 +114,7 @@ def missed(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
 def named(
     sequences: int, shape: str, runs: int, *, served_worse: float = 0.0
 ) -> tuple[float, float, float, float]:
-    """Shares of audits of seven groups: of any worse, any behind, either, and the first worse."""
+    """Return shares of audits of seven groups: any worse, any behind, either, first one worse."""
     count = np.zeros(4)
     for run in range(runs):
         rng = np.random.default_rng([7, sequences, run])
@@ -128,7 +128,7 @@ def named(
 
 
 def verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
-    """Shares of changes that are worth it, by verdict, and if only the size of the gain counted."""
+    """Return shares of changes that are worth it: by verdict, and by the size of the gain alone."""
     count = np.zeros(2)
     for run in range(runs):
         trace = simulated(sequences, shape, np.random.default_rng([2, sequences, run]))
@@ -216,10 +216,10 @@ def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
         file, written = Path(folder) / "traffic.safetensors", Path(folder) / "found.json"
         for run in range(runs):
             recorded(Law(), np.random.default_rng([7, run])).save(file)
-            how = f"--devices {FEW} --objective balance --methods contiguous,eplb --threads 1"
-            how += f" --baseline contiguous --splits {splits} --seed {run} --json {written}"
-            how += f" --window {LONG}" if "windows" not in name else ""
-            CliRunner().invoke(command_line, ["compare", str(file), *how.split()])
+            options = f"--devices {FEW} --objective balance --methods contiguous,eplb --threads 1"
+            options += f" --baseline contiguous --splits {splits} --seed {run} --json {written}"
+            options += f" --window {LONG}" if "windows" not in name else ""
+            CliRunner().invoke(command_line, ["compare", str(file), *options.split()])
             gain = json.loads(written.read_text())["methods"]["eplb"]["gain"]
             low, high = gain["interval"] or (-1, 1)
             count += [low > 0 or high < 0, min(gain["splits"]) > 0 or max(gain["splits"]) < 0]
@@ -288,17 +288,17 @@ def audits_of(report: Report, runs: int, audits: int) -> None:
 
 def main() -> None:
     """Print the tables."""
-    with benchmark(__doc__, runs=150, audits=60, advices=40) as (given, report):
-        claims(report, given.advices)
-        audits_of(report, given.runs, given.audits)
+    with benchmark(__doc__, runs=150, audits=60, advices=40) as (options, report):
+        claims(report, options.advices)
+        audits_of(report, options.runs, options.audits)
         table = report.table(
-            f"Of {given.runs} changes between equal placements, percent that are worth it",
+            f"Of {options.runs} changes between equal placements, percent that are worth it",
             "sequences 10d",
             "by verdict 11.1f",
             "by size 8.1f",
         )
         for sequences in (3, 5, 10, 20, 50):
-            shares = verdicts(sequences, "crossing windows", given.runs)
+            shares = verdicts(sequences, "crossing windows", options.runs)
             table(sequences, *(100 * share for share in shares))
 
 

@@ -621,11 +621,19 @@ def effort(report: Report, asked: Any) -> None:
         if not searches or (asked.names and not any(part in name for part in asked.names)):
             continue
         rules = {key: value for key, value in rest.items() if key != "iterations"}
-        problem, moving = instance(counts, nodes, per_node, **rules)
+        problem, moves = instance(counts, nodes, per_node, **rules)
         cells: list[float] = []
         for level in ("default",) if asked.default_only else ("default", "thorough"):
-            options = {**moving, "effort": level, "threads": 2}
-            solve = partial(mt.solve, problem, method, **options)
+            solve = partial(
+                mt.solve,
+                problem,
+                method,
+                initial=moves.initial,
+                move_budget=moves.budget,
+                move_cost=moves.cost,
+                effort=level,
+                threads=2,
+            )
             result, _, seconds = timed(solve)
             cells += [seconds, result.objective]
         if not asked.default_only:

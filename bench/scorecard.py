@@ -23,10 +23,10 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from instances import routing
@@ -89,6 +89,24 @@ def counted(name: str, *, sets: bool = True, by_group: bool = False) -> mt.Routi
     return mt.RoutingStatistics.from_trace(seen, window=window, sets=sets, by_group=by_group)
 
 
+class Moves(NamedTuple):
+    """A running placement, and what ``solve`` lets a move from it cost.
+
+    Parameters
+    ----------
+    initial
+        The running placement; None for none.
+    budget
+        Most experts that may move; None for any.
+    cost
+        Cost of a move.
+    """
+
+    initial: mt.Placement | None
+    budget: float | None
+    cost: float
+
+
 def instance(
     traffic: str,
     nodes: int,
@@ -100,8 +118,8 @@ def instance(
     speeds: list[float] | None = None,
     sets: bool = True,
     **arguments: Any,
-) -> tuple[mt.Problem, Answer]:
-    """Return the problem of a case, and what ``solve`` is given of a running placement."""
+) -> tuple[mt.Problem, Moves]:
+    """Return the problem of a case, and how far a placement may be from the running one."""
     devices = nodes * per_node
     topology = mt.Topology(devices, devices_per_node=per_node)
     if speeds is not None:
@@ -109,8 +127,8 @@ def instance(
     statistics = counted(traffic, sets=sets, by_group="groups" in arguments)
     problem = mt.Problem(statistics, topology, **arguments)
     running = None if initial is None else mt.solve(problem, initial).placement
-    most = None if budget is None else budget * problem.layers * problem.experts
-    return problem, {"initial": running, "move_budget": most, "move_cost": price}
+    experts = None if budget is None else budget * problem.layers * problem.experts
+    return problem, Moves(running, experts, price)
 
 
 def solved(
@@ -124,9 +142,16 @@ def solved(
     **arguments: Any,
 ) -> Answer:
     """Solve one problem and judge the placement on the unseen half."""
-    problem, moving = instance(traffic, nodes, per_node, **arguments)
-    result = mt.solve(problem, method, iterations=iterations, effort=effort, **moving)
-    running = moving["initial"]
+    problem, moves = instance(traffic, nodes, per_node, **arguments)
+    result = mt.solve(
+        problem,
+        method,
+        iterations=iterations,
+        effort=effort,
+        initial=moves.initial,
+        move_budget=moves.budget,
+        move_cost=moves.cost,
+    )
     _, unseen, window = halves(traffic)
     judged = mt.evaluate(
         result.placement,
@@ -146,7 +171,9 @@ def solved(
         "excess": float(problem.caps.excess(result.placement).max())
         if problem.max_imbalance
         else 0.0,
-        "moves": None if running is None else running.diff(result.placement).experts_moved,
+        "moves": None
+        if moves.initial is None
+        else moves.initial.diff(result.placement).experts_moved,
         "violations": list(result.violations),
         **{name: getattr(judged, name) for name in FIGURES},
     }
@@ -325,8 +352,8 @@ def judged() -> Iterator[tuple[str, Case]]:
         def compared(name: str = name, topology: mt.Topology = topology) -> Answer:
             _, unseen, window = halves(name)
             pair = [
-                mt.evaluate(of, unseen, topology, window=window)
-                for of in placements(name, topology)
+                mt.evaluate(placement, unseen, topology, window=window)
+                for placement in placements(name, topology)
             ]
             result = mt.verdict(*pair)
             return {
@@ -461,9 +488,7 @@ def cases(*, quick: bool) -> dict[str, Case]:
     rows = QUICK if quick else QUICK | SLOW
     result: dict[str, Case] = {}
     for name, (traffic, nodes, per_node, method, arguments) in rows.items():
-        result[name] = lambda row=(traffic, nodes, per_node, method), of=arguments: solved(
-            *row, **of
-        )
+        result[name] = partial(solved, traffic, nodes, per_node, method, **arguments)
     result |= {name: case for name, case in judged() if not (quick and "24x32" in name)}
     result |= dict(decided())
     result |= {name: case for name, case in commands() if not (quick and "advise" in name)}
@@ -480,16 +505,16 @@ def flat(answer: Any, at: str = "") -> Answer:
     if isinstance(answer, np.ndarray | np.generic | tuple):
         answer = answer.tolist() if isinstance(answer, np.ndarray | np.generic) else list(answer)
     if isinstance(answer, dict):
-        parts = [(str(name), of) for name, of in answer.items() if name not in UNSTABLE]
+        parts = [(str(name), part) for name, part in answer.items() if name not in UNSTABLE]
     elif isinstance(answer, list):
-        parts = [(str(number), of) for number, of in enumerate(answer)]
+        parts = [(str(number), part) for number, part in enumerate(answer)]
     elif isinstance(answer, float):
         return {at: float(f"{answer:.{DIGITS}g}")}
     else:
         return {at: answer}
     fields: Answer = {}
-    for name, of in parts:
-        fields |= flat(of, f"{at}.{name}" if at else name)
+    for name, part in parts:
+        fields |= flat(part, f"{at}.{name}" if at else name)
     if (isinstance(answer, list) and len(fields) > LISTED) or not parts:
         return {at: f"{len(answer)} entries, {zlib.crc32(json.dumps(fields).encode()):08x}"}
     return fields
@@ -503,7 +528,7 @@ def differences(before: Answer, after: Answer) -> list[tuple[str, Any, Any, str]
         if old == new:
             continue
         meaning = ""
-        if all(isinstance(of, int | float) and not isinstance(of, bool) for of in (old, new)):
+        if all(isinstance(one, int | float) and not isinstance(one, bool) for one in (old, new)):
             change = new / old - 1 if old else float("inf")
             meaning = f"{100 * change:+.3f} %"
             if (field in ("objective", "excess") and new > old) or (field == "bound" and new < old):
@@ -520,12 +545,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="the cases that end within seconds")
     parser.add_argument("--write", action="store_true", help="store what comes out")
-    given = parser.parse_args()
+    options = parser.parse_args()
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     chosen = {
         name: case
-        for name, case in cases(quick=given.quick).items()
-        if not given.names or any(part in name for part in given.names)
+        for name, case in cases(quick=options.quick).items()
+        if not options.names or any(part in name for part in options.names)
     }
     changed, begin = 0, time.perf_counter()
     for name, case in chosen.items():
@@ -542,12 +567,12 @@ def main() -> int:
             for field, old, new, meaning in rows:
                 print(f"    {field:40} {old!s:>24.24} {new!s:>24.24}  {meaning}")
         stored[name] = after
-    if given.write:
+    if options.write:
         names = cases(quick=False)
         present = {name: stored[name] for name in names if name in stored}
         STORED.write_text(json.dumps(present, indent=1, sort_keys=True) + "\n")
     print(f"{len(chosen)} cases, {changed} differ, {time.perf_counter() - begin:.0f} s")
-    return int(changed > 0 and not given.write)
+    return int(changed > 0 and not options.write)
 
 
 if __name__ == "__main__":
