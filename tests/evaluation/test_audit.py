@@ -8,8 +8,8 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner.evaluation import intervals
-from moetuner.evaluation.auditing import _judged, blocks
-from moetuner.evaluation.halves import crossings
+from moetuner.evaluation.auditing import _judge, blocks
+from moetuner.evaluation.halves import measure_crossings
 from moetuner.evaluation.intervals import Change, Spread, holm
 from moetuner.evaluation.replay import Setting
 
@@ -55,9 +55,9 @@ def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devi
             assert change.value.value == pytest.approx(mine)
             assert change.baseline.value == pytest.approx(theirs)
             assert change.change.value == pytest.approx(mine / theirs - 1)
-    assert crossings(Setting(placement, topology, 512, split), trace).mean() == pytest.approx(
-        mt.evaluate(placement, trace, topology, split=split).crossing
-    )
+    crossing = measure_crossings(Setting(placement, topology, 512, split), trace).mean()
+    evaluated = mt.evaluate(placement, trace, topology, split=split)
+    assert crossing == pytest.approx(evaluated.crossing)
 
 
 def test_a_placement_is_no_worse_than_itself():
@@ -146,7 +146,7 @@ def test_holms_adjustment_is_the_textbooks():
 def judged_of(**values):
     """Judge groups whose changes are known, with their errors, and return these, too."""
     spread = {name: Spread(value, error, 9, 10) for name, (value, error) in values.items()}
-    judged = _judged({name: {"x": Change(of, of, of)} for name, of in spread.items()})
+    judged = _judge({name: {"x": Change(of, of, of)} for name, of in spread.items()})
     return {name: of["x"] for name, of in judged.items()}, spread
 
 

@@ -51,7 +51,7 @@ def test_loads_and_pairs_are_plain_sums(case, kind):
         assert each[layer, device, slot] == pytest.approx(wanted)
     layers, experts = placement.layers, placement.num_experts
     load = rng.integers(0, 1000, (int(rng.integers(1, 4)), layers, experts)).astype(kind)
-    close(copies.served(placement, each, load), oracle.load(share, load.astype(float)))
+    close(copies.serve(placement, each, load), oracle.load(share, load.astype(float)))
     pairs = rng.integers(0, 1000, (layers, experts, experts)).astype(np.uint64)
     slots = placement.slots, each
     close(_core.expected_apart(slots, pairs), oracle.apart(share, pairs.astype(float)))
@@ -65,9 +65,9 @@ def test_many_windows_have_the_loads_of_each():
     placement = mt.Placement(random_slots(rng, 3, 4, 40, 2), num_experts=40)
     share = copies.slot_shares(placement, mt.Topology(4), "even")
     load = rng.random((3000, 3, 40))
-    actual = copies.served(placement, share, load)
+    actual = copies.serve(placement, share, load)
     for window in (0, 1, 1500, 2999):
-        alone = copies.served(placement, share, load[window : window + 1])
+        alone = copies.serve(placement, share, load[window : window + 1])
         assert actual[window].tolist() == alone[0].tolist()
 
 
@@ -76,7 +76,7 @@ def test_visits_are_those_of_the_plain_loop(case):
     """With copies on any devices; exactly so where every expert has one."""
     placement, topology, split, share, _, rng = case
     sets, node = some_sets(placement, rng), topology.node_of_device
-    actual = copies.visits(placement, topology, split, sets)
+    actual = copies.count_visits(placement, topology, split, sets)
     if split == "even":
         expectation = oracle.hashed_visits(placement.slots, sets, node)
     else:
@@ -85,7 +85,9 @@ def test_visits_are_those_of_the_plain_loop(case):
         close(mine, plain)
         assert placement.has_copies or mine.tolist() == plain.tolist()
     # Sums of every layer are in the order of its sets.
-    one, two = (copies.visits(placement, topology, split, sets, threads) for threads in (1, 2))
+    one, two = (
+        copies.count_visits(placement, topology, split, sets, threads) for threads in (1, 2)
+    )
     assert [mine.tolist() for mine in one] == [mine.tolist() for mine in two]
 
 

@@ -11,7 +11,7 @@ import moetuner as mt
 from moetuner.evaluation import halves
 from moetuner.evaluation.auditing import MEASURES, blocks
 from moetuner.evaluation.figures import FIGURES, Figure
-from moetuner.evaluation.halves import halved, halvings
+from moetuner.evaluation.halves import halve, halvings
 from moetuner.evaluation.intervals import QUANTILES, spread
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import Folds, Units, units_of
@@ -52,7 +52,7 @@ def test_any_two_folds_are_parted_about_as_often_as_not(folds):
 def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
     """Where sequences fill whole windows, a half's figures are what evaluate says of it alone."""
     trace, how = traffic([64 * topics] * 12), setting()
-    actual = halved(trace, how, units_of(trace))[None]
+    actual = halve(trace, how, units_of(trace))[None]
     folds = actual["imbalance"].folds
     for number, first in enumerate(halvings(folds.number)):
         for side, chosen in enumerate((first, ~first)):
@@ -69,7 +69,7 @@ def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
 def test_copies_are_halved_with_every_split(split, arrival):
     """All figures have all halves, and each half is near the whole."""
     trace = traffic([50] * 40)
-    actual = halved(trace, setting(COPIES, split=split, arrival=arrival), units_of(trace))[None]
+    actual = halve(trace, setting(COPIES, split=split, arrival=arrival), units_of(trace))[None]
     assert set(actual) == {*MEASURES}
     for figure in actual.values():
         assert figure.sides.shape == (2, 19)
@@ -81,7 +81,7 @@ def test_what_a_half_has_of_a_window_is_scaled_to_all_of_it():
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 0])[:, None, None]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 4 + [1] * 4)
     how = Setting(blocks(1, 2, 2), mt.Topology(2), 8)
-    actual = halved(trace, how, Units("sequence", 2))[None]["imbalance"]
+    actual = halve(trace, how, Units("sequence", 2))[None]["imbalance"]
     assert actual.value == pytest.approx(5 / 4)
     assert sorted(actual.sides[:, 0].tolist()) == [3 / 2, 2]
 
@@ -93,7 +93,7 @@ def test_sides_add_up_to_the_figure_of_all(together):
     if together:
         sequence = np.random.default_rng(2).permutation(trace.sequence)
         trace = replace(trace, sequence=sequence)
-    actual = halved(trace, setting(), Units("sequence", 30))[None]
+    actual = halve(trace, setting(), Units("sequence", 30))[None]
     for name in ("fanout", "node_fanout", "crossing"):
         figure = actual[name]
         first = halvings(figure.folds.number)
@@ -107,9 +107,9 @@ def test_blocks_of_windows_change_no_half(monkeypatch, arrival):
     """However few windows are looked at in one go."""
     trace = traffic(np.random.default_rng(1).integers(10, 90, 30))
     how = setting(COPIES, arrival=arrival)
-    wanted = halved(trace, how, units_of(trace))[None]
+    wanted = halve(trace, how, units_of(trace))[None]
     monkeypatch.setattr(halves, "CELLS", 1)
-    actual = halved(trace, how, units_of(trace))[None]
+    actual = halve(trace, how, units_of(trace))[None]
     for name, figure in wanted.items():
         assert actual[name].sides == pytest.approx(figure.sides, rel=1e-12)
 
@@ -119,7 +119,7 @@ def test_a_new_figure_of_windows_has_an_interval(monkeypatch):
     busy = Figure("busy", 2, "devices with tokens", windows=lambda counts, _: counts.load > 5)
     monkeypatch.setitem(FIGURES, "busy", busy)
     trace = traffic([40] * 20)
-    figure = halved(trace, setting(), units_of(trace))[None]["busy"]
+    figure = halve(trace, setting(), units_of(trace))[None]["busy"]
     assert 0 < figure.value <= 4
     assert spread(*figure).error > 0
 

@@ -13,8 +13,8 @@ from moetuner.evaluation.units import (
     Units,
     alike_tokens,
     blocks_of,
+    choose_runs,
     hold_out,
-    runs,
     units_of,
 )
 from moetuner.formats import open_input
@@ -62,7 +62,7 @@ def test_runs_are_held_out_with_a_gap(seed):
     """No window that is seen is within a block of one that is held out; few are lost."""
     load = table(32, 4, seed)
     length = blocks_of(load.window_load).length
-    seen, unseen = runs(128, 0.5, length, seed)
+    seen, unseen = choose_runs(128, 0.5, length, seed)
     assert not (seen & unseen).any()
     apart = np.abs(np.flatnonzero(seen)[:, None] - np.flatnonzero(unseen))
     assert np.minimum(apart, 128 - apart).min() > length
@@ -74,9 +74,9 @@ def test_runs_are_held_out_with_a_gap(seed):
 def test_both_parts_have_something_of_every_group(number, gap):
     """However long the gap, and however few there are, though groups follow one another."""
     for share in (0.01, 0.5, 0.99):
-        assert all(part.any() for part in runs(number, share, gap, 3))
+        assert all(part.any() for part in choose_runs(number, share, gap, 3))
     group = np.arange(400) // 100
-    assert all(set(group[part]) == {0, 1, 2, 3} for part in runs(400, 0.5, 5, 0))
+    assert all(set(group[part]) == {0, 1, 2, 3} for part in choose_runs(400, 0.5, 5, 0))
 
 
 def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
@@ -85,7 +85,7 @@ def test_an_unlabelled_trace_is_held_out_further_than_its_sequences_reach():
     labelled = LAW.trace(rng, np.full(40, 300))
     trace = mt.RoutingTrace.from_arrays(labelled.expert_ids, num_experts=simulated.EXPERTS)
     assert 200 <= alike_tokens(trace) <= 600
-    seen, unseen = runs(trace.tokens, 0.5, alike_tokens(trace), 0)
+    seen, unseen = choose_runs(trace.tokens, 0.5, alike_tokens(trace), 0)
     both = set(labelled.sequence[seen]) & set(labelled.sequence[unseen])
     assert len(both) <= 2
     parts = hold_out(trace, 0.5)
@@ -213,7 +213,7 @@ def test_windows_that_take_turns_are_alike_beyond_lag_one(pattern):
 def test_groups_are_held_out_at_the_same_times():
     """Where groups take turns, none of them is seen while another one is not."""
     group, number = np.arange(120) % 2, np.arange(120)
-    seen, unseen = runs(120, 0.5, 5, 0)
+    seen, unseen = choose_runs(120, 0.5, 5, 0)
     apart = np.abs(number[seen & (group == 0)][:, None] - number[unseen & (group == 1)])
     assert np.minimum(apart, 120 - apart).min() > 5
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
-from moetuner.evaluation.arrival import Arrival, in_order, orders
+from moetuner.evaluation.arrival import Arrival, orders, put_in_order
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES, Replay, busiest_port
 from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
@@ -221,7 +221,7 @@ def evaluate(
         mixed_seed=mixed_seed,
         threads=threads,
     )
-    return _evaluated([setting], traffic, home)[0]
+    return _evaluate([setting], traffic, home)[0]
 
 
 def evaluate_each(
@@ -242,10 +242,10 @@ def evaluate_each(
         return []
     topology = topology_of(placements[0], topology)
     settings = [Setting(placement, topology, **options) for placement in placements]
-    return _evaluated(settings, traffic, home, progress)
+    return _evaluate(settings, traffic, home, progress)
 
 
-def _evaluated(
+def _evaluate(
     settings: Sequence[Setting],
     traffic: Traffic,
     home: ArrayLike | Literal["blocks"] | None,
@@ -273,7 +273,7 @@ def _evaluated(
         return progress and (lambda share: progress((number + share) / len(served)))
 
     runs = [
-        replay.counts_of(in_order(traffic, order), counting, progress_of(number))
+        replay.counts_of(put_in_order(traffic, order), counting, progress_of(number))
         for number, (_, order) in enumerate(served)
     ]
     evaluated = []
@@ -289,13 +289,13 @@ def _evaluated(
                 rows = dispatch_rows(setting.placement, own, homes[numbers[group]])
                 parts = [replace(counts, dispatch=rows) for counts in parts]
             weighed = [(weight, counts) for (weight, _), counts in zip(served, parts, strict=True)]
-            by_group[group] = _evaluation(Replay(weighed, mixed, setting), traffic, group)
+            by_group[group] = _compute_figures(Replay(weighed, mixed, setting), traffic, group)
         of_all = by_group.pop(None)
         evaluated.append(replace(of_all, by_group=by_group))
     return evaluated
 
 
-def _evaluation(counted: Replay, traffic: Traffic, group: str | None) -> Evaluation:
+def _compute_figures(counted: Replay, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = counted.setting.topology, counted.rows()
     values: dict[str, Any] = {name: figure.value(counted) for name, figure in FIGURES.items()}

@@ -59,7 +59,7 @@ def orders(
     return [mixed] if share == 1 else [(1 - share, None), mixed]
 
 
-def in_order(trace: Traffic, order: Order | None) -> Traffic:
+def put_in_order(trace: Traffic, order: Order | None) -> Traffic:
     """Return a trace with its tokens, and their labels, in an order [T]."""
     if order is None or isinstance(trace, RoutingStatistics):
         return trace

@@ -19,8 +19,8 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.halves import halved
-from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Change, Spread, holm, paired
+from moetuner.evaluation.halves import halve
+from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Change, Spread, compare_halves, holm
 from moetuner.evaluation.replay import Setting, Traffic, check_model, times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
@@ -226,7 +226,7 @@ def audit(
     measures = check.listed("measures", measures, "names")
     for measure in measures:
         check.one_of("measures", measure, MEASURES)
-    return _audited(traffic, settings, units, measures)
+    return _audit(traffic, settings, units, measures)
 
 
 def audit_of(
@@ -239,10 +239,10 @@ def audit_of(
     first, second = before.replayed, after.replayed
     assert first is not None
     assert second is not None
-    return _audited(first.traffic, [second.setting, first.setting], units, measures)
+    return _audit(first.traffic, [second.setting, first.setting], units, measures)
 
 
-def _audited(
+def _audit(
     traffic: Traffic,
     settings: list[Setting],
     units: Units | None,
@@ -251,10 +251,10 @@ def _audited(
     """Audit the first of two placements against the second one."""
     if units is None:
         units = units_of(traffic, window=settings[0].window, threads=settings[0].threads)
-    after, before = (halved(traffic, setting, units) for setting in settings)
+    after, before = (halve(traffic, setting, units) for setting in settings)
     compared = {}
     for group, figures in after.items():
-        changes = paired(figures, before[group]).items()
+        changes = compare_halves(figures, before[group]).items()
         compared[group] = {
             name: change for name, change in changes if name in measures or not measures
         }
@@ -264,7 +264,7 @@ def _audited(
             f"measures must be figures that the traffic has, got {','.join(measures)}", "measures"
         )
     groups = {group: changes for group, changes in compared.items() if group is not None}
-    judged = _judged(groups or {"all": overall})
+    judged = _judge(groups or {"all": overall})
     numbers = {name: next(iter(each.values())).value.units for name, each in judged.items()}
     return Audit(
         overall if groups else judged["all"],
@@ -287,7 +287,7 @@ def blocks(layers: int, experts: int, devices: int) -> Placement:
     return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
 
 
-def _judged(groups: dict[str, dict[str, Change]]) -> dict[str, dict[str, Change]]:
+def _judge(groups: dict[str, dict[str, Change]]) -> dict[str, dict[str, Change]]:
     """Judge all changes of all groups, and how far each is behind the best, as one family."""
     judged = {group: dict(changes) for group, changes in groups.items()}
     questions: list[tuple[str, str, str]] = []

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from moetuner._checks import instance, not_negative
 from moetuner.evaluation import Evaluation, Replayed
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.halves import halved
-from moetuner.evaluation.intervals import FEWEST, Change, paired
+from moetuner.evaluation.halves import halve
+from moetuner.evaluation.intervals import FEWEST, Change, compare_halves
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen
 from moetuner.trace import RoutingTrace
@@ -208,7 +208,7 @@ def compare(
     figures: dict[str, Change] = {}
     number = 0
     if before.replayed is not None and after.replayed is not None:
-        figures, number = _paired(before.replayed, after.replayed, units)
+        figures, number = _compare_figures(before.replayed, after.replayed, units)
     comparisons = {}
     for measure in measures or figures:
         old, new = getattr(before, measure), getattr(after, measure)
@@ -222,7 +222,7 @@ def compare(
     return comparisons
 
 
-def _paired(
+def _compare_figures(
     before: Replayed, after: Replayed, units: Units | None
 ) -> tuple[dict[str, Change], int]:
     """Compare halves of two evaluations of the same traffic; return how many units it has, too."""
@@ -240,7 +240,7 @@ def _paired(
         units = units_of(after.traffic, window=setting.window, threads=setting.threads)
     # A group alone would be all of its traffic, but copies look at a token's place in all.
     first, second = (
-        halved(each.traffic, each.setting, units, only_whole=each.group is None)[each.group]
+        halve(each.traffic, each.setting, units, only_whole=each.group is None)[each.group]
         for each in (before, after)
     )
     numbers = [figures["imbalance"].folds.units for figures in (first, second)]
@@ -248,7 +248,7 @@ def _paired(
         raise ValueError(
             f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
         )
-    return paired(second, first), units.number
+    return compare_halves(second, first), units.number
 
 
 def with_splits(gain: Comparison, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:

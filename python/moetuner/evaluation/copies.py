@@ -34,11 +34,11 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
         number = placement.replicas[layer, expert]
         return np.divide(1.0, number, out=np.zeros(slots.shape), where=slots != EMPTY)
     device = np.arange(placement.devices)[None, :, None]
-    share = np.stack([shares.mean(axis=0) for shares in by_home(placement, topology)])
+    share = np.stack([shares.mean(axis=0) for shares in split_by_home(placement, topology)])
     return np.where(slots == EMPTY, 0.0, share[layer, device, expert])
 
 
-def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
+def serve(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
     """Return tokens that devices serve [W,L,D] by ``slot_shares`` [L,D,S], of experts' [W,L,E]."""
     slots = placement.slots, share
     return by_block(
@@ -46,7 +46,7 @@ def served(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
     )
 
 
-def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
+def split_by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
     """Yield the shares of nearest copies of every home [home,D,E], layer by layer."""
     node = topology.node_of_device
     for holders in placement.held.astype(np.float64):
@@ -60,7 +60,7 @@ def by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:
         yield share
 
 
-def visits(
+def count_visits(
     placement: Placement,
     topology: Topology,
     split: Split,
@@ -85,7 +85,7 @@ def visits(
     )
 
 
-def followed(
+def count_pairs(
     placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
 ) -> Floats:
     """Return pairs of neighbouring layers' experts by their devices [L-1,D,D].
@@ -98,13 +98,13 @@ def followed(
         return _core.expected_followed((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
     pairs = np.empty((len(tables), placement.devices, placement.devices))
-    for layer, (here, there) in enumerate(pairwise(by_home(placement, topology))):
+    for layer, (here, there) in enumerate(pairwise(split_by_home(placement, topology))):
         moved = np.matmul(np.matmul(here, tables[layer]), there.transpose(0, 2, 1))
         pairs[layer] = moved.mean(axis=0)
     return pairs
 
 
-def dispatched(
+def count_rows(
     placement: Placement,
     topology: Topology,
     split: Split,
@@ -123,7 +123,7 @@ def dispatched(
         assert expert_load is not None
         of_expert = expert_load.sum(axis=0, dtype=np.float64) / devices
         rows = np.empty((placement.layers, devices, devices))
-        for layer, share in enumerate(by_home(placement, topology)):
+        for layer, share in enumerate(split_by_home(placement, topology)):
             pairs = share @ of_expert[layer]
             served = np.maximum(pairs.sum(axis=0), 1e-300)
             rows[layer] = pairs * (visits[layer] / served)
@@ -131,7 +131,7 @@ def dispatched(
     return rows
 
 
-def busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
+def count_busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
     """Count slots of every device that have a token [W,L,D], of tokens of slots [W,L,D*S]."""
     sizes = (placement.layers, placement.devices, placement.slots_per_device)
     return by_block(
@@ -140,7 +140,7 @@ def busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
+def count_active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
     """Return experts of every device that have a token, or are expected to [W,L,D].
 
     Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them. Whole
@@ -148,7 +148,7 @@ def active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> ND
     """
 
     def counted(load: NDArray[Any]) -> NDArray[Any]:
-        return served(placement, share, load > 0).astype(np.uint16)
+        return serve(placement, share, load > 0).astype(np.uint16)
 
     def by_chance(load: NDArray[Any]) -> NDArray[Any]:
         experts = np.empty((len(load), placement.layers, placement.devices))

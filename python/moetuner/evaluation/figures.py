@@ -208,10 +208,10 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
         part = counts.run(run)
         compute = model.compute_us(part.load, part.active, topology.speed_of_device)
         if setting.regime == "follow":
-            moved = _followed(part, topology, model)
+            moved = _compute_follow_us(part, topology, model)
         else:
             if model.once_per == "node" and part.node_visits is not None and tiers == 2:
-                busiest = _by_node(part, part.node_visits, topology)
+                busiest = _count_rows_by_node(part, part.node_visits, topology)
             else:
                 visits = np.ascontiguousarray(part.visits, dtype=np.float64)
                 busiest = _core.busiest_rows(visits, from_home, tier, tiers)
@@ -221,7 +221,7 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
     return times[0] if len(times) == 1 else np.concatenate(times)
 
 
-def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:
+def _count_rows_by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> Floats:
     """Compute rows at the busiest port [W,L,2] if a row crosses to a node once, for even homes.
 
     It arrives at the device with its home's number in the node, which hands it on. So every device
@@ -238,7 +238,7 @@ def _by_node(counts: Counts, node_visits: NDArray[Any], topology: Topology) -> F
     return np.stack([np.maximum(into, out), np.maximum(into_node, out_of_node)], axis=-1)
 
 
-def _followed(counts: Counts, topology: Topology, model: CostModel) -> Floats:
+def _compute_follow_us(counts: Counts, topology: Topology, model: CostModel) -> Floats:
     """Compute microseconds of rows that go on to the next layer, in each window as in all.
 
     A token with K experts in both layers makes K * K pairs, and its state goes to K experts.

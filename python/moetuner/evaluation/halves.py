@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.arrival import in_order, orders
+from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, Figure, Replay
 from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of, members
 from moetuner.evaluation.units import Folds, Units
@@ -66,9 +66,7 @@ def halvings(folds: int) -> NDArray[np.bool_]:
     return first[first.any(axis=1) & ~first.all(axis=1)]
 
 
-def halved(
-    traffic: Traffic, setting: Setting, units: Units, *, only_whole: bool = False
-) -> ByGroup:
+def halve(traffic: Traffic, setting: Setting, units: Units, *, only_whole: bool = False) -> ByGroup:
     """Return figures of all traffic (None), of every group that has some, and of their halves."""
     setting = replace(setting, mixed=False)
     rows = members(traffic)
@@ -98,10 +96,10 @@ def _in_one_order(
     folds: dict[str | None, Folds],
 ) -> ByGroup:
     """Return the figures of traffic that arrives in an order, of folds as it was recorded."""
-    ordered = in_order(traffic, order)
+    ordered = put_in_order(traffic, order)
     recorded, rows = members(traffic), members(ordered)
     [counted] = counts_of(ordered, [setting])
-    crossed = crossings(setting, ordered)
+    crossed = measure_crossings(setting, ordered)
     figures: ByGroup = {}
     for group, dealt in folds.items():
         fold = np.zeros(len(rows[None]), dtype=np.int64)
@@ -199,7 +197,7 @@ class _Part:
     def _counts_of(self, rows: _Rows) -> Counts:
         """Count what is in rows, each scaled to all tokens of its window."""
         counted, window = self.counts, rows.window
-        tables: dict[str, Any] = {
+        tables: dict[str, Floats] = {
             name: table[window].astype(np.float64)
             for name in ("load", "visits", "node_visits")
             if (table := getattr(counted, name)) is not None
@@ -223,7 +221,15 @@ class _Part:
         # Homes are known of all windows together, and stay what they are.
         visits = np.maximum(counted.visits.sum(axis=0, dtype=np.float64), 1e-300)
         dispatch = counted.dispatch * (tables["visits"].sum(axis=0) / visits)[:, None, :]
-        return replace(counted, dispatch=dispatch, is_step=counted.is_step[window], **tables)
+        return replace(
+            counted,
+            load=tables["load"],
+            visits=tables["visits"],
+            node_visits=tables.get("node_visits"),
+            dispatch=dispatch,
+            active=tables.get("active"),
+            is_step=counted.is_step[window],
+        )
 
     def _shared(self, windows: Integers, folds: int) -> Iterator[NDArray[Any]]:
         """Yield load, visits and node visits of so many windows by fold [w,F,L,D]."""
@@ -232,7 +238,7 @@ class _Part:
         is_in = windows[np.minimum(place, len(windows) - 1)] == self.window
         items = self.items[is_in]
         rows = (place[is_in] * folds + self.fold[is_in]).astype(np.uint32)
-        replay = by_position(self.setting).labelled(
+        replay = by_position(self.setting).begin_replay(
             self.traffic, len(windows) * folds, int(np.bincount(rows).max())
         )
         ids = np.ascontiguousarray(self.traffic.expert_ids[items])
@@ -289,11 +295,12 @@ def by_position(setting: Setting) -> Setting:
     return replace(setting, split="even") if setting.split == "round_robin" else setting
 
 
-def crossings(setting: Setting, traffic: Traffic) -> Floats | None:
+def measure_crossings(setting: Setting, traffic: Traffic) -> Floats | None:
     """Compute the share of every token's pairs of neighbouring layers that cross [T], if any."""
     if isinstance(traffic, RoutingStatistics) or traffic.layers < 2:
         return None
-    replay, pairs, first = by_position(setting).labelled(traffic, 1, 1), np.empty(traffic.tokens), 0
+    replay = by_position(setting).begin_replay(traffic, 1, 1)
+    pairs, first = np.empty(traffic.tokens), 0
     for shard in traffic.shards():
         pairs[first : first + len(shard)] = replay.apart(shard, first, setting.threads)
         first += len(shard)

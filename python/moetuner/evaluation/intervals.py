@@ -132,7 +132,7 @@ class Change(NamedTuple):
     behind_chance: float = 1.0
 
 
-def paired(placement: dict[str, Halved], baseline: dict[str, Halved]) -> dict[str, Change]:
+def compare_halves(placement: dict[str, Halved], baseline: dict[str, Halved]) -> dict[str, Change]:
     """Compare every figure of two placements on the same halves."""
     changes = {}
     for name, after in placement.items():

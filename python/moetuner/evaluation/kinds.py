@@ -56,13 +56,13 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> tuple[Integers |
     label, of_sequence = np.searchsorted(labels, trace.sequence), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
         of_sequence[label] = trace.group
-    text = repeated(trace, label, number)
+    text = number_texts(trace, label, number)
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
         return (text if len(texts) < number else None), False
     count = loads_by(trace, label, number, layers)[first]
-    kind, all_alike = _kinds_by_group(count, of_sequence[first])
+    kind, all_alike = _find_kinds_by_group(count, of_sequence[first])
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
         kind = np.arange(len(texts))
     return (kind[text] if int(kind.max(initial=-1)) + 1 < number else None), all_alike
@@ -77,17 +77,17 @@ def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bo
         return None, False
     chosen = np.unique(np.linspace(0, statistics.layers - 1, layers).round().astype(np.int64))
     count = statistics.window_load[:, chosen].astype(np.float64)
-    joint, group = _few_kinds(count, are_windows=True), statistics.group
+    joint, group = _find_few_kinds(count, are_windows=True), statistics.group
     if joint is not None and np.bincount(joint).max() > STEADY * number:
         return None, not joint.any()
     if group is None or (joint is not None and _are_shared(joint, group)):
         return joint, False
     if int(np.diff(group).astype(bool).sum()) >= 2 * len(np.unique(group)):
         # What takes turns may be of one kind at a time, at the level of each group.
-        joint = _few_kinds(count, group, are_windows=True)
+        joint = _find_few_kinds(count, group, are_windows=True)
         if joint is not None and _are_shared(joint, group):
             return (joint if np.bincount(joint).max() <= STEADY * number else None), False
-    kind, all_alike = _kinds_by_group(count, group, are_windows=True)
+    kind, all_alike = _find_kinds_by_group(count, group, are_windows=True)
     return (kind if EACH * (int(kind.max()) + 1) <= number else None), all_alike
 
 
@@ -98,7 +98,7 @@ def _are_shared(kind: Integers, group: Integers) -> bool:
     return bool(size.max(axis=1).sum() < (1 - SHARED) * len(kind)) or size.shape[1] == 1
 
 
-def repeated(trace: RoutingTrace, label: Integers, number: int) -> Integers:
+def number_texts(trace: RoutingTrace, label: Integers, number: int) -> Integers:
     """Return numbers of texts of sequences [S]: the same where one begins with what another is.
 
     ``label`` is the sequence of every token [T]. Experts of all layers tell tokens apart.
@@ -127,14 +127,14 @@ def repeated(trace: RoutingTrace, label: Integers, number: int) -> Integers:
     return np.unique(text, return_inverse=True)[1].astype(np.int64)
 
 
-def _kinds_by_group(
+def _find_kinds_by_group(
     count: Floats, group: Integers, *, are_windows: bool = False
 ) -> tuple[Integers, bool]:
     """Return the kinds of counts [S,L,E], in every group by itself, and whether all are alike."""
     kind, total, all_alike = np.arange(len(count)), 0, True
     for number in np.unique(group):
         members = np.flatnonzero(group == number)
-        found = _few_kinds(count[members], are_windows=are_windows)
+        found = _find_few_kinds(count[members], are_windows=are_windows)
         all_alike = all_alike and found is not None and not found.any()
         if found is None or not found.any():
             found = np.arange(len(members))
@@ -143,7 +143,7 @@ def _kinds_by_group(
     return kind, all_alike
 
 
-def _few_kinds(
+def _find_few_kinds(
     count: Floats, group: Integers | None = None, *, are_windows: bool = False
 ) -> Integers | None:
     """Return the kind of sequences with counts [S,L,E], all 0 if alike; None if kinds are not few.
@@ -164,19 +164,19 @@ def _few_kinds(
         # The fewer experts have most of many tokens, the more the noise itself varies.
         vary = 2 * (spread**2).sum(axis=1) / np.maximum(spread.sum(axis=1) ** 2, 1e-300)
     far = 1 + NEAR * np.sqrt(vary)
-    share = less_levels(share, group)
-    kind = _joined(share, tokens, noise, far)
+    share = subtract_levels(share, group)
+    kind = _join(share, tokens, noise, far)
     if kind is not None or number > COMPARED:
         return kind
     products = share @ share.T
     square = products.diagonal() - noise
     distance = square[:, None] + square - 2 * products
     nearby = float(np.quantile(distance[~np.eye(number, dtype=bool)], LOCAL))
-    kind = _joined(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
+    kind = _join(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
     return kind if kind is not None and _are_apart(distance, kind) else None
 
 
-def _joined(
+def _join(
     share: Floats, tokens: Floats, noise: Floats, far: Floats, changed: float = 0.0
 ) -> Integers | None:
     """Return the kind of sequences of shares [S,F], noise and its limit [S]; None if many.
@@ -228,7 +228,7 @@ def _are_apart(distance: Floats, kind: Integers) -> bool:
     return bool(np.median(others.min(axis=1)[several]) > SEPARATE * max(np.median(within), 0.0))
 
 
-def less_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
+def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
     """Return shares [W,F] less the mean of their group, where groups have enough windows."""
     label = np.zeros(len(share), dtype=np.int64)
     if group is not None:

@@ -132,7 +132,7 @@ class Setting:
         """The share of its expert's tokens that every slot serves [L,D,S]."""
         return copies.slot_shares(self.placement, self.topology, self.split)
 
-    def labelled(
+    def begin_replay(
         self, trace: RoutingTrace, rows: int, most_tokens: int, *, visits: bool = True
     ) -> _core.LabelledReplay:
         """Begin to replay tokens of a trace like this one in rows of at most so many tokens."""
@@ -275,7 +275,7 @@ class _Part:
             apart = Placement.from_assignment(device_of, experts)
             setting = replace(setting, placement=apart, topology=Topology(experts))
         windows = -(-len(self._tokens) // self._window)
-        return setting.labelled(trace, windows, self._window, visits=False)
+        return setting.begin_replay(trace, windows, self._window, visits=False)
 
     def push(self, shard: IdArray, first: int) -> None:
         """Replay those of a shard's tokens that are of this part."""
@@ -303,9 +303,9 @@ class _Part:
         mixed = load if setting.mixed else None
         if self._mixed:
             mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
-            mixed = _in_turns(setting.placement, mixed) if setting.takes_turns else mixed
+            mixed = _take_turns(setting.placement, mixed) if setting.takes_turns else mixed
         steps, experts = max(tokens // self._window, 1), self._expert_load
-        dispatch, active = _of_experts(
+        dispatch, active = _count_by_experts(
             setting, setting.slot_shares, visits, experts, of_slots=of_slots
         )
         return Counts(
@@ -321,7 +321,7 @@ class _Part:
         )
 
 
-def _in_turns(placement: Placement, load: Numbers) -> Numbers:
+def _take_turns(placement: Placement, load: Numbers) -> Numbers:
     """Return loads of devices [W,L,D] whose copies take turns, of loads of experts [W,L,E].
 
     Of the n tokens of a window that come after s others, the j-th of c copies serves those whose
@@ -341,7 +341,7 @@ def _in_turns(placement: Placement, load: Numbers) -> Numbers:
     return served
 
 
-def _of_experts(
+def _count_by_experts(
     setting: Setting,
     share: Floats,
     visits: Numbers,
@@ -356,12 +356,12 @@ def _of_experts(
     """
     placement, topology, split = setting.placement, setting.topology, setting.split
     of_all = load if total is None else total
-    rows = copies.dispatched(placement, topology, split, visits.sum(axis=0), of_all)
+    rows = copies.count_rows(placement, topology, split, visits.sum(axis=0), of_all)
     if of_slots is not None and setting.counts_slots:
-        return rows, copies.busy(placement, of_slots)
+        return rows, copies.count_busy(placement, of_slots)
     if not setting.with_active or load is None:
         return rows, None
-    return rows, copies.active(placement, share, load)
+    return rows, copies.count_active(placement, share, load)
 
 
 class Expected:
@@ -383,17 +383,17 @@ class Expected:
         placement, topology, split = setting.placement, setting.topology, setting.split
         self._follow: Floats | None = None
         if follows and statistics.transitions is not None:
-            self._follow = copies.followed(placement, topology, split, statistics.transitions)
+            self._follow = copies.count_pairs(placement, topology, split, statistics.transitions)
         self._tokens: int | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
-            of_devices, of_nodes = visits or copies.visits(
+            of_devices, of_nodes = visits or copies.count_visits(
                 placement, topology, split, statistics.sets, setting.threads
             )
-            load = copies.served(placement, self._share, statistics.set_load[None])[0]
+            load = copies.serve(placement, self._share, statistics.set_load[None])[0]
             # Visits for each token of load: in every window as in all.
             self._met = _divide(of_devices, load)
-            self._met_nodes = _divide(of_nodes, _of_nodes(load, topology))
+            self._met_nodes = _divide(of_nodes, _sum_by_node(load, topology))
 
     def counts(
         self,
@@ -406,7 +406,7 @@ class Expected:
         Where these are a part of all windows, ``total`` has the load of all [1,L,E].
         """
         setting, topology = self._setting, self._setting.topology
-        load = copies.served(setting.placement, self._share, window_load)
+        load = copies.serve(setting.placement, self._share, window_load)
         is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
         mixed = None
         if setting.mixed:
@@ -416,8 +416,8 @@ class Expected:
                 mixed[place] = windows
         visits, node_visits = load, None
         if self._tokens is not None:
-            visits, node_visits = load * self._met, _of_nodes(load, topology) * self._met_nodes
-        dispatch, active = _of_experts(setting, self._share, visits, window_load, total)
+            visits, node_visits = load * self._met, _sum_by_node(load, topology) * self._met_nodes
+        dispatch, active = _count_by_experts(setting, self._share, visits, window_load, total)
         return Counts(
             tokens=self._tokens,
             load=load,
@@ -431,8 +431,8 @@ class Expected:
         )
 
 
-def _of_nodes(load: Floats, topology: Topology) -> Floats:
-    """Load of nodes [...,N] of that of devices [...,D]."""
+def _sum_by_node(load: Floats, topology: Topology) -> Floats:
+    """Add up the load of nodes [...,N] from that of devices [...,D]."""
     parts = load.reshape(*load.shape[:-1], topology.nodes, topology.node_size)
     total: Floats = parts.sum(axis=-1)
     return total

@@ -75,7 +75,9 @@ def dispatch_rows(
         )
     size = node_size(placement.devices, devices_per_node)
     homes = homes_of(home, trace.tokens, placement.devices)
-    places = np.arange(trace.tokens) if position is None else _positions(position, trace.tokens)
+    places = (
+        np.arange(trace.tokens) if position is None else _check_positions(position, trace.tokens)
+    )
     device = np.arange(placement.devices)
     replay = _core.LabelledReplay(
         placement.slots,
@@ -117,7 +119,7 @@ def homes_of(home: ArrayLike | str, tokens: int, devices: int) -> NDArray[np.int
             raise ValueError(f"home must be devices [tokens] or 'blocks', got {shown(home)}")
         share, more = divmod(tokens, devices)
         return np.repeat(np.arange(devices), share + (np.arange(devices) < more))
-    homes = _positions(home, tokens, "home")
+    homes = _check_positions(home, tokens, "home")
     if tokens and not (homes.min() >= 0 and homes.max() < devices):
         raise ValueError(
             f"home must be from 0 to {devices - 1}, got {homes.min()} to {homes.max()}"
@@ -143,7 +145,7 @@ def split_rule(split: str) -> LayerSplit:
     return "even" if split == "even" else "nearest"
 
 
-def _positions(values: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:
+def _check_positions(values: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:
     """Check whole numbers of tokens, and return them [T]."""
     numbers = array_in(name, values)
     if numbers.shape != (tokens,) or numbers.dtype.kind not in "iu":

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, instance, is_number, seed_in, shown
-from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, less_levels
+from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, subtract_levels
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -228,11 +228,11 @@ def blocks_of(
     The integrated autocorrelation time is the sum of what is left over its value at lag 0, which
     noise hides and a line through the next two tells.
     """
-    share, times = _shares(load, group), 1
+    share, times = _compute_shares(load, group), 1
     while len(share) > WINDOWS:
         half = len(share) // 2
         share, times = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2), 2 * times
-    lags, noisy = _lags(share)
+    lags, noisy = _measure_lags(share)
     if not len(lags):
         return INDEPENDENT
     next_one = lags[1] if len(lags) > 1 else 0.0
@@ -246,7 +246,7 @@ def blocks_of(
     return Blocks(times * time, times * max(math.ceil(time), len(lags)))
 
 
-def _shares(
+def _compute_shares(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None
 ) -> Floats:
     """Return shares [W,L*E] less the mean of their group, as whole numbers, in order of time."""
@@ -257,13 +257,13 @@ def _shares(
     part = load[:, chosen].astype(np.float64)
     total = part.sum(axis=2, keepdims=True)
     share = np.divide(part, total, out=np.zeros_like(part), where=total > 0).reshape(windows, -1)
-    share = less_levels(share, group)
+    share = subtract_levels(share, group)
     # Unused windows say nothing.
     share[total.sum(axis=(1, 2)) == 0] = 0
     return np.round(share * PART)
 
 
-def _lags(share: Floats) -> tuple[Floats, float]:
+def _measure_lags(share: Floats) -> tuple[Floats, float]:
     """Compute autocovariances of windows [W,F] as far as these are alike, and at lag 0 with noise.
 
     None where windows are no more alike than any two.
@@ -323,7 +323,7 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
                 f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}", "holdout"
             )
         if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
-            seen = _drawn(units_of(traffic).of_tokens(traffic.sequence), 1 - share, rng)
+            seen = _draw(units_of(traffic).of_tokens(traffic.sequence), 1 - share, rng)
             return select(traffic, seen), select(traffic, ~seen)
         number, gap = traffic.tokens, alike_tokens(traffic)
     else:
@@ -340,17 +340,17 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
             )
         gap = units.blocks.length
         if units.kinds is not None:
-            seen = _drawn(units.kinds, 1 - share, rng)
+            seen = _draw(units.kinds, 1 - share, rng)
             return select(traffic, seen), select(traffic, ~seen)
         if gap == 1:
             count = min(max(round(share * number), 1), number - 1)
             unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
             return select(traffic, ~unseen), select(traffic, unseen)
-    seen, unseen = runs(number, share, gap, seed)
+    seen, unseen = choose_runs(number, share, gap, seed)
     return select(traffic, seen), select(traffic, unseen)
 
 
-def _drawn(
+def _draw(
     unit: NDArray[np.integer[Any]], share: float, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Draw a share of the units; return whose items [n] those are."""
@@ -379,7 +379,7 @@ def piece_of(trace: RoutingTrace) -> int:
     return max(PIECE, -(-trace.tokens // PIECES))
 
 
-def runs(
+def choose_runs(
     number: int, share: float, gap: int, seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Choose runs of windows or tokens to hold out, and what is seen, apart from them by a gap.

@@ -354,7 +354,7 @@ class Objective:
         if self.regime == "dispatch":
             return float(self._apart(placement).sum())
         topology = self.topology
-        moved = copies.followed(placement, topology, self.split, self.pairs)
+        moved = copies.count_pairs(placement, topology, self.split, self.pairs)
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
@@ -448,7 +448,7 @@ class Objective:
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
     def _visits(self, placement: Placement) -> Floats:
-        """Compute what every layer [L] adds to a token's visits, as ``copies.visits`` does."""
+        """Compute what every layer [L] adds to a token's visits, by ``copies.count_visits``."""
         device_cost, node_cost = self.visit_costs
         devices, nodes = self._count_visits(placement)
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
@@ -458,4 +458,4 @@ class Objective:
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None
-        return copies.visits(placement, self.topology, self.split, self.statistics.sets)
+        return copies.count_visits(placement, self.topology, self.split, self.statistics.sets)

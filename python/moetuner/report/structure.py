@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
 from moetuner.evaluation import evaluate
-from moetuner.evaluation.halves import halved
+from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
 from moetuner.evaluation.replay import Setting, Traffic
 from moetuner.evaluation.units import hold_out, loads_of, units_of
@@ -188,7 +188,7 @@ def _gain(
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic, by its units."""
     units = units_of(traffic, threads=setting.threads)
-    crossing = spread(*halved(unseen, setting, units, only_whole=True)[None]["crossing"])
+    crossing = spread(*halve(unseen, setting, units, only_whole=True)[None]["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None
     return null - crossing.interval[1], null - crossing.interval[0]
