@@ -263,7 +263,7 @@ def test_evaluate_tells_groups(as_json, ok, solved, trace, recorded, tmp_path):
     whole = actual["by_group"]["odd"]
     alone = as_json("evaluate", out, trace, "--window", 64, "--only", "odd")
     assert (alone["tokens"], alone["crossing"]) == (whole["tokens"], whole["crossing"])
-    assert (alone["input"]["groups"], list(alone["by_group"])) == (["odd"], ["odd"])
+    assert (alone["input"]["group_names"], list(alone["by_group"])) == (["odd"], ["odd"])
     both = as_json("inspect", trace, "--only", "odd", "--only", "even")
     assert both["input"]["tokens"] == 800
 

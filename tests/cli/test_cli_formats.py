@@ -61,7 +61,7 @@ def test_several_inputs_are_one(ok, run, tmp_path):
     assert "two-ranks-per_token-0.pt and 1 more file: trace, 95 tokens" in text
     assert "95 tokens" in ok("evaluate", placement, *RANKS, "--json", said)
     of = json.loads(said.read_text())["input"]
-    assert (of["file"], of["files"]) == (str(RANKS[0]), [str(path) for path in RANKS])
+    assert of["files"] == [str(path) for path in RANKS]
     advice = ok("advise", *RANKS, "--devices", 2, "--copies", 0)
     assert "moetuner advise MORE --devices 2" in advice
     status, _, error = run("inspect", RANKS[0], RANKS[0], "--devices", 2)

@@ -60,8 +60,8 @@ class Menu(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Return the command; an error names the one that comes nearest."""
         if args[0] not in self.commands and not args[0].startswith("-"):
-            near = suggestion(args[0], self.commands)
-            raise click.UsageError(f"No such command '{args[0]:.60}'{near}", ctx)
+            nearest = suggestion(args[0], self.commands)
+            raise click.UsageError(f"No such command '{args[0]:.60}'{nearest}", ctx)
         return super().resolve_command(ctx, args)
 
 

@@ -98,10 +98,14 @@ def command(
         Time limit per solve, in seconds. Results then depend on the machine.
     """
     topology = machine.topology()
-    how: dict[str, Any] = {"copies": copies, "price": price}
-    how |= {"prefill_share": prefill_share, "splits": splits, "by_group": by_group}
-    how |= {"in_order": not any_order, "objective": objective, "time_limit": time_limit}
-    how |= {"seed": seed, "initial": initial, "expert_bytes": source.expert_bytes(expert_bytes)}
+    arguments: dict[str, Any] = {"copies": copies, "price": price}
+    arguments |= {"prefill_share": prefill_share, "splits": splits, "by_group": by_group}
+    arguments |= {"in_order": not any_order, "objective": objective, "time_limit": time_limit}
+    arguments |= {
+        "seed": seed,
+        "initial": initial,
+        "expert_bytes": source.expert_bytes(expert_bytes),
+    }
     if not advising.READ.fullmatch(initial):
         if not Path(initial).is_file():
             raise click.BadParameter(
@@ -109,19 +113,19 @@ def command(
                 + suggestion(initial, advising.STARTS),
                 param_hint="'--initial'",
             )
-        how["initial"] = source.load(Path(initial), topology)
-    how |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
+        arguments["initial"] = source.load(Path(initial), topology)
+    arguments |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     described = [source.describe()]
     if unseen:
         future = replace(source, input_files=unseen)
         advising.check_unseen(source.traffic, future.traffic)  # before anything is said
-        how["unseen"] = future.traffic
+        arguments["unseen"] = future.traffic
         described.append(f"Judged on {future.describe()}")
     output.say(*described)
     tried = splits + 2 * len(copies) + 4  # steps, about
     with working("advising") as report:
-        how |= serving.arguments(source) | {"progress": steps(report, tried)}
-        advice = advising.advise(source.traffic, topology, **how)
+        arguments |= serving.arguments(source) | {"progress": steps(report, tried)}
+        advice = advising.advise(source.traffic, topology, **arguments)
     commands = next_commands(source, advice, unseen)
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
@@ -140,7 +144,7 @@ def _show(output: Output, advice: Advice) -> None:
         _show_figures(output, judged, advice.settings["regime"])
     if advice.by_group:
         windows = [judged.where for judged in advice.judged]
-        head = ["group, unseen", *(of for name in windows for of in (name, "95 %"))]
+        head = ["group, unseen", *(column for name in windows for column in (name, "95 %"))]
         rows = [
             (group, *(cell for gain in gains.values() for cell in _cells(gain)))
             for group, gains in advice.by_group.items()
@@ -149,7 +153,7 @@ def _show(output: Output, advice: Advice) -> None:
         output.say("")
     # Buffers of low-latency kernels grow with the slots.
     is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
-    windows = [f"windows of {of:,}" if of else "gain" for of in advice.copies[0].gains]
+    windows = [f"windows of {tokens:,}" if tokens else "gain" for tokens in advice.copies[0].gains]
     head = ["slots for copies", *windows, "per device", *["DeepEP tokens"] * is_limited, ""]
     rows = [
         (
@@ -194,9 +198,10 @@ def _time(us: float) -> str:
 def _paid(advice: Advice) -> list[str]:
     """Write what a step gains, and what that takes: memory, and moving there."""
     parts = [
-        f"{_time(of.saved_us)} of {_time(of.layers * of.gain.before)} ({percent(of.gain.mean)}) in "
-        f"{of.where}"
-        for of in advice.judged
+        f"{_time(judged.saved_us)} of {_time(judged.layers * judged.gain.before)} "
+        f"({percent(judged.gain.mean)}) in "
+        f"{judged.where}"
+        for judged in advice.judged
     ]
     layers = counted(advice.judged[0].layers, "layer")
     lines = [f"Gain per step, over {layers}: {'; '.join(parts)}."]
@@ -222,7 +227,7 @@ def next_commands(source: Source, advice: Advice, unseen: Collection[Path] = ())
 
     file = shlex.join(map(str, source.input_files))
     if advice.answer == "not now":
-        reading = {of.name: typed.get(of.name) for of in fields(Source)}
+        reading = {field.name: typed.get(field.name) for field in fields(Source)}
         again = "again, when traffic, engine or the number of devices has changed"
         return [
             line("inspect", file, reading, "what there is to win, layer by layer"),
@@ -245,7 +250,7 @@ def _judging(
     """Return the commands that compute the placement, and show the figure that it was judged by."""
     file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
     problem, main, settings = advice.problem, advice.main, advice.settings
-    initial, window, given = settings["initial"], settings["windows"][0], source.traffic
+    initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
     figure = f"{signed(main.gain.mean)} in {main.where}"
     why = "the placement that was judged"
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
@@ -254,8 +259,8 @@ def _judging(
         solving["window"] = window
     else:
         solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
-    if isinstance(given, RoutingStatistics) and (
-        given.transitions is not None or given.coactivation is not None
+    if isinstance(traffic, RoutingStatistics) and (
+        traffic.transitions is not None or traffic.coactivation is not None
     ):
         figure, why = "", "from all of INPUT with its pairs, which cannot be held out"
     elif not unseen:
@@ -274,9 +279,12 @@ def _judging(
     baseline = typed["initial"] if initial == "given" else None
     if initial not in ("given", "contiguous"):
         slots = slots_of_running(initial, problem.experts, problem.devices)
-        how = {"method": initial.partition(":")[0], "out_file": (baseline := "running.json")}
-        commands.append(solve(slots, f"what runs: {running_name(advice)}", **how))
-    values = {of.name: typed.get(of.name) for of in fields(Source)}
+        method_and_file = {
+            "method": initial.partition(":")[0],
+            "out_file": (baseline := "running.json"),
+        }
+        commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
+    values = {field.name: typed.get(field.name) for field in fields(Source)}
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}

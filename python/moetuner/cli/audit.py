@@ -63,12 +63,16 @@ def command(
     """
     placed = Placed.read(placement_file, source, machine, serving)
     baseline, against = placed.baseline(baseline_file)
-    (traffic, *_), served = placed.judged, placed.how
-    how: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **served}
-    how |= {"units": placed.source.units, "measures": placed.measures(measures)}
+    (traffic, *_), served = placed.judged, placed.arguments
+    arguments: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **served}
+    arguments |= {"units": placed.source.units, "measures": placed.measures(measures)}
     with working("auditing"):
         audited = audit(
-            placed.placement, traffic, placed.topology, window=placed.source.counted or 1, **how
+            placed.placement,
+            traffic,
+            placed.topology,
+            window=placed.source.counted or 1,
+            **arguments,
         )
     judged, limit = _judged(measures, audited), fail_if_worse
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)

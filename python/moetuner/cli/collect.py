@@ -48,8 +48,8 @@ def command(
         Device to run on, such as cpu or cuda:1; "auto" spreads the model over all devices.
         [default: cuda, else cpu]
     """
-    how: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "dtype": dtype}
-    how |= {"sequence_length": sequence_length, "device": device}
+    arguments: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "dtype": dtype}
+    arguments |= {"sequence_length": sequence_length, "device": device}
 
     def count(tokens: int) -> None:
         report.show(f"{tokens:,} of {max_tokens:,} tokens", min(tokens / max_tokens, 1.0))
@@ -65,7 +65,7 @@ def command(
         try:
             from moetuner.torch.collect import collect
 
-            trace = collect(model, dataset, out_file, progress=count, **how)
+            trace = collect(model, dataset, out_file, progress=count, **arguments)
         except (ImportError, RuntimeError) as error:
             # A missing library or device is not a bug in moetuner.
             raise click.ClickException(str(error)) from error

@@ -57,14 +57,19 @@ TEXT = f"""Compare methods on traffic that they have not seen.
 
 {
     explain(
-        *("imbalance", "imbalance_mixed", "imbalance_total", "crossing", "fanout", "node_fanout"),
+        "imbalance",
+        "imbalance_mixed",
+        "imbalance_total",
+        "crossing",
+        "fanout",
+        "node_fanout",
         "predicted_layer_us",
     )
 }. objective and gap are the solver's, on the seen part: a time, an imbalance, or traffic
 weighed by the cost of links. The table and the gains, with 95 % intervals, are of the unseen part
-of the first split, compared with what runs. Splits overlap: that they agree is no evidence.
-Without --time-limit method paper gets {PAPER_SECONDS:.0f} seconds per solve; all others end by
-themselves.
+of the first split, compared with what runs. Splits overlap, so their agreement is not independent
+evidence. Without --time-limit method paper gets {PAPER_SECONDS:.0f} seconds per solve; all others
+end by themselves.
 """
 
 
@@ -132,13 +137,13 @@ def command(
         where = windows_of(tokens, best)
         _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
     gains = next(iter(by_windows.values()))
-    about = {**asdict(search), "window": source.counted, "threads": source.threads}
-    about |= {"holdout": holdout, "splits": len(tries), "baseline": over}
-    about["initial"] = None if initial_file is None else str(initial_file)
-    settings = wanted.problem_settings(problem) | about
+    run_settings = {**asdict(search), "window": source.counted, "threads": source.threads}
+    run_settings |= {"holdout": holdout, "splits": len(tries), "baseline": over}
+    run_settings["initial"] = None if initial_file is None else str(initial_file)
+    settings = wanted.problem_settings(problem) | run_settings
     compared = {
         name: {
-            **of.to_dict(),
+            **outcome.to_dict(),
             "gain": _gain_facts(gains[name]) if name in gains else None,
             "gains": [
                 {"window": tokens, **_gain_facts(each[name])}
@@ -146,7 +151,7 @@ def command(
                 if name in each
             ],
         }
-        for name, of in outcomes.items()
+        for name, outcome in outcomes.items()
     }
     contents = {"input": source.facts(), "settings": settings, "methods": compared}
     if rival is best:
@@ -222,10 +227,13 @@ class Split:
             if (runs := self._runs(method)) is not None:
                 results.append(running(self.problem, runs, method))
                 continue
-            where, how = f"{place} of {len(methods)}, split {self.number + 1}", asdict(self.search)
-            if method == "paper" and how["time_limit"] is None:
-                how["time_limit"] = PAPER_SECONDS
-            result = source.solve(method, self.problem, place=where, **how)
+            where, arguments = (
+                f"{place} of {len(methods)}, split {self.number + 1}",
+                asdict(self.search),
+            )
+            if method == "paper" and arguments["time_limit"] is None:
+                arguments["time_limit"] = PAPER_SECONDS
+            result = source.solve(method, self.problem, place=where, **arguments)
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
@@ -233,14 +241,14 @@ class Split:
 
 
 def _run(
-    solve: Callable[[int], dict[str, Outcome]], most: int | None, output: Output
+    solve: Callable[[int], dict[str, Outcome]], splits: int | None, output: Output
 ) -> list[dict[str, Outcome]]:
     """Try all methods on so many splits, or as time allows, or until somebody interrupts."""
     began, done = time.monotonic(), [solve(0)]
     # Only the first split shows the best so far: gains are of whole splits.
     is_whole = list(done[0].values())[-1].result.status != "interrupted"
-    while is_whole and len(done) < (most or SPLITS):
-        if most is None and (time.monotonic() - began) * (len(done) + 1) / len(done) > SECONDS:
+    while is_whole and len(done) < (splits or SPLITS):
+        if splits is None and (time.monotonic() - began) * (len(done) + 1) / len(done) > SECONDS:
             break
         try:
             done.append(solve(len(done)))
@@ -252,9 +260,13 @@ def _run(
 
 def _gain_facts(gain: Comparison) -> dict[str, Any]:
     """Return the first split's gain as JSON values, and those of all splits beside it."""
-    of, ends = gain.splits, [min(gain.splits), max(gain.splits)]
-    more = {"mean": sum(of) / len(of), "splits": of, "range": ends if len(of) > 1 else None}
-    return replace(gain, splits=of[:1]).to_dict() | more
+    gains, ends = gain.splits, [min(gain.splits), max(gain.splits)]
+    more = {
+        "mean": sum(gains) / len(gains),
+        "splits": gains,
+        "range": ends if len(gains) > 1 else None,
+    }
+    return replace(gain, splits=gains[:1]).to_dict() | more
 
 
 def _gains(
@@ -268,16 +280,16 @@ def _gains(
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
     figure = first.worth.figure
-    whole = [split for split in splits if list(split) == list(splits[0])]
+    complete = [split for split in splits if list(split) == list(splits[0])]
     gains = {}
     for method in (method for method in splits[0] if method != over):
         pairs = [
             (split[over].phases[window], split[method].phases[window])
-            for split in whole
+            for split in complete
             if window in split[over].phases
         ]
-        how: Any = {"units": source.units_in(window), "names": (over, method)}
-        first_gain = gain_of(*pairs[0], figure, **how)
+        arguments: Any = {"units": source.units_in(window), "names": (over, method)}
+        first_gain = gain_of(*pairs[0], figure, **arguments)
         gains[method] = with_splits(first_gain, pairs)
     return gains
 
@@ -317,9 +329,9 @@ def _show_gains(
     columns, rows = ["gain", "95 %"], []
     if number > 1:
         columns.append(f"{number} splits")
-    for method, of in gains.items():
-        cells = (signed(of.gain), span(of.low, of.high))
-        rows.append((method, *cells, *[span(min(of.splits), max(of.splits))] * (number > 1)))
+    for method, gain in gains.items():
+        cells = (signed(gain.gain), span(gain.low, gain.high))
+        rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
     output.say("")
     output.table((f"gain over {over}", *columns), rows)
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"

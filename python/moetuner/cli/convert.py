@@ -26,7 +26,7 @@ def command(
     form: str = option(click.Choice([AUTO, *READERS]), default=AUTO, flag="--from"),
     out_file: Path = options.trace_option(),
     running_file: Path | None = option(options.IN_FILE, "MAP"),
-    given: options.FileHints,
+    file_hints: options.FileHints,
     output: Output,
 ) -> None:
     """Join recordings into one trace.
@@ -43,7 +43,7 @@ def command(
         Map of experts that ran, in any format of export, if a source counts slots (TensorRT-LLM's
         and vllm-ascend's balancers).
     """
-    hints = Hints(**given.hints)
+    hints = Hints(**file_hints.hints)
     if running_file is not None:
         hints = replace(hints, running=read_map(running_file, hints).experts)
     with working(f"reading {len(sources)} sources"):

@@ -74,8 +74,12 @@ def command(
     output.table(
         ("method", "crossing", "imbalance"),
         [
-            (name, percent(of.evaluation.crossing), f"{of.evaluation.imbalance_total:.2f}")
-            for name, of in outcomes.items()
+            (
+                name,
+                percent(outcome.evaluation.crossing),
+                f"{outcome.evaluation.imbalance_total:.2f}",
+            )
+            for name, outcome in outcomes.items()
         ],
     )
     best = outcomes["joint"].result.placement
@@ -99,19 +103,19 @@ def command(
         menu.main(["advise", *words], standalone_mode=False)
 
 
-def _introduction(trace: RoutingTrace, of: Structure) -> str:
+def _introduction(trace: RoutingTrace, measured: Structure) -> str:
     """Write what the trace is, and what is in it."""
-    far = max(of.group_distance, key=lambda name: of.group_distance[name])
-    assert of.crossing is not None
-    assert of.crossing_independent is not None
+    far = max(measured.group_distance, key=lambda name: measured.group_distance[name])
+    assert measured.crossing is not None
+    assert measured.crossing_independent is not None
     return (
         f"A small Mixture-of-Experts language model ({trace.layers} MoE layers, "
         f"{trace.num_experts} experts, top-{trace.top_k}) read {trace.tokens:,}\n"
         f"tokens of {', '.join(trace.group_names)}; its routing was recorded.\n"
         "\n"
-        f"Skew       a layer's busiest expert gets up to {max(of.skew):.1f} x the mean load\n"
-        f"Groups     {far} sends {percent(of.group_distance[far])} of its tokens to other experts "
-        "than the mix\n"
-        f"Structure  a placement reaches crossing {of.crossing:.3f}; it would be "
-        f"{of.crossing_independent:.3f} if layers routed independently\n"
+        f"Skew       a layer's busiest expert gets up to {max(measured.skew):.1f} x the mean load\n"
+        f"Groups     {far} sends {percent(measured.group_distance[far])} of its tokens to other "
+        "experts than the mix\n"
+        f"Structure  a placement reaches crossing {measured.crossing:.3f}; it would be "
+        f"{measured.crossing_independent:.3f} if layers routed independently\n"
     )

@@ -20,7 +20,7 @@ def command(
     before_file: Path = argument("BEFORE", options.IN_FILE),
     after_file: Path = argument("AFTER", options.IN_FILE),
     machine: Machine,
-    given: options.LayerHints,
+    layer_hints: options.LayerHints,
     expert_bytes: float | None = options.expert_bytes_option(),
     output: Output,
 ) -> None:
@@ -35,7 +35,7 @@ def command(
     expert_bytes
         Bytes of one expert of one layer. [default: of the model's experts, if known]
     """
-    before, after = (read_any(path, machine, given) for path in (before_file, after_file))
+    before, after = (read_any(path, machine, layer_hints) for path in (before_file, after_file))
     settings = defaults_in(before_file, before.settings) | defaults_in(after_file, after.settings)
     topology = machine.topology(after.devices, settings.get("topology"))
     if expert_bytes is None:

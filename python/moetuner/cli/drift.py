@@ -31,7 +31,7 @@ from moetuner.trace import RoutingTrace
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
 DRIFTED = 3
 # Options that say how INPUT is read, and the machine.
-READING = [of.name for kind in (Source, Machine) for of in fields(kind)]
+READING = [field.name for kind in (Source, Machine) for field in fields(kind)]
 READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
 # Windows of prefill that both sides have, and how many times as long as others they must be.
@@ -88,10 +88,10 @@ def command(
     # A placement is flattered by what it was computed from: what was held out is not that.
     unseen, _, part = replace(placed, source=profile).judged
     placement, topology = placed.placement, placed.topology
-    how: dict[str, Any] = {"threads": source.threads, **placed.how}
+    arguments: dict[str, Any] = {"threads": source.threads, **placed.arguments}
     with working("replaying"):
         now = placed.source, placed.source.traffic
-        rows = _replayed(placement, topology, source.window, (profile, unseen), now, how)
+        rows = _replayed(placement, topology, source.window, (profile, unseen), now, arguments)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
@@ -102,7 +102,7 @@ def command(
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
     _show(output, placement_file, drifted, rows)
-    output.say(whose_times(how["cost_model"], source.traffic, how["arrival"]), "")
+    output.say(whose_times(arguments["cost_model"], source.traffic, arguments["arrival"]), "")
     change = f"{signed(worst['change'])} {FIGURES[worst['measure']].label}"
     if worst["window"]:
         change += f" in windows of {worst['window']:,} tokens"
@@ -113,7 +113,7 @@ def command(
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
     failed = answer != "not left" and (fail_if_drift or is_worse)
     contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
-    served = placed.serving.settings(topology, placed.how)
+    served = placed.serving.settings(topology, placed.arguments)
     contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
     output.finish(contents | {"command": again, "failed": failed})
@@ -133,7 +133,7 @@ def _show(
     cells = [
         (
             f"{name}, windows of {row['window']:,}" if row["window"] else f"{name}, its windows",
-            *(FIGURES[of].text(row[name][of]) for of in SHOWN),
+            *(FIGURES[measure].text(row[name][measure]) for measure in SHOWN),
         )
         for row in rows
         for name in ("profile", "now")
@@ -148,10 +148,10 @@ def _replayed(
     window: int | None,
     before: tuple[Source, Traffic],
     after: tuple[Source, Traffic],
-    how: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Return figures of a placement on two recordings, by window, and how much worse they got."""
-    tokens = [of.tokens for _, of in (before, after) if isinstance(of, RoutingTrace)]
+    tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
     first, windows = after[0].replayed, list[int | None]([None])
     if len(tokens) == 2 and first is not None:
         # Windows are of as many tokens on both sides: a short recording is one window by itself.
@@ -167,8 +167,8 @@ def _replayed(
         row: dict[str, Any] = {"window": window, "measure": measure}
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
-            figures = evaluate(placement, part, topology, window=replayed, **how)
-            row[name] = {of: getattr(figures, of) for of in SHOWN}
+            figures = evaluate(placement, part, topology, window=replayed, **arguments)
+            row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
     return rows
@@ -182,10 +182,10 @@ def _phases(placed: Placed) -> dict[str, Any]:
     return {"window": placed.source.replayed}
 
 
-def _named(settings: dict[str, Any], *near: Path) -> tuple[Path, ...]:
+def _named(settings: dict[str, Any], *beside: Path) -> tuple[Path, ...]:
     """Return the files that a placement names as its input, here or beside others."""
     names = settings.get("input", {}).get("files", ())
-    for folder in (Path(), *(path.parent for path in near)):
+    for folder in (Path(), *(path.parent for path in beside)):
         files = tuple(folder / name for name in names)
         if files and all(path.exists() for path in files):
             return files
@@ -198,26 +198,26 @@ def _named(settings: dict[str, Any], *near: Path) -> tuple[Path, ...]:
 
 def _again(placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    of, topology, settings = placed.placement, placed.topology, placed.settings
+    placement, topology, settings = placed.placement, placed.topology, placed.settings
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
     values |= {
         name: getattr(placed.source, name) for name in ("model", "weight_bits", "tokens_per_step")
     }
     if machine.machine is None:
-        values["devices"] = of.devices
+        values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
     values |= {name: placed.serving.given.get(name) for name in SERVED}
     values |= {
         name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
     }
     values |= {"engine": placed.serving.engine, **_phases(placed)}
-    model = placed.how["cost_model"]
+    model = placed.arguments["cost_model"]
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
     if model != usual and model.name:
         values["cost_model"] = model.name.partition(" (")[0]
     values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
-    values["slots_per_device"] = of.slots_per_device if of.has_copies else None
+    values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
     values["out_file"] = "placement.json"
     files = shlex.join(map(str, placed.source.input_files))
     return options.next_command("solve", files, values)

@@ -53,7 +53,7 @@ def command(
         Seed of the order in which sequences, or windows of statistics, are mixed.
     """
     placed = Placed.read(placement_file, source, machine, serving)
-    placement, how, (traffic, *_) = placed.placement, placed.how, placed.judged
+    placement, arguments, (traffic, *_) = placed.placement, placed.arguments, placed.judged
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
     seeds = {"mixed_seed": mixed_seed}
@@ -70,7 +70,7 @@ def command(
     _table(output, "traffic", OTHERS, evaluation)
     output.say(_mixed(traffic, mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
-    output.say(whose_times(how["cost_model"], traffic, how["arrival"]), "")
+    output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
     contents = placed.contents(**seeds) | {"placement": str(placement_file)}
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
@@ -94,8 +94,8 @@ def _table(output: Output, title: str, names: list[str], evaluation: Evaluation)
     head[0] = "mean" if names is TIMES else head[0]
     rows = {"all": evaluation, **evaluation.by_group}
     cells = [
-        (group, *(FIGURES[name].text(getattr(of, name)) for name in names))
-        for group, of in rows.items()
+        (group, *(FIGURES[name].text(getattr(figures, name)) for name in names))
+        for group, figures in rows.items()
     ]
     output.table((title, *head), cells)
 

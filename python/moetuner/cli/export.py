@@ -40,7 +40,7 @@ def command(
     out_file: Path | None = option(options.OutFile(), "FILE"),
     check_file: Path | None = option(options.IN_FILE, "FILE"),
     engine: str | None = option(click.Choice(list(ENGINES)), flag="--for"),
-    given: options.LayerHints,
+    layer_hints: options.LayerHints,
     checkpoint: Path | None = option(options.IN_INPUT, "FOLDER"),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
     machine: Machine,
@@ -71,7 +71,7 @@ def command(
     initial_file
         The running placement, for moves.
     """
-    hints = Hints(**given.hints, devices=machine.devices)
+    hints = Hints(**layer_hints.hints, devices=machine.devices)
     if check_file is not None:
         if placement_file is not None or out_file is not None:
             raise click.UsageError("'--check' takes neither PLACEMENT nor '--out'.")
@@ -82,7 +82,7 @@ def command(
         raise click.UsageError(f"Missing {missing} (or '--check').")
     if out_file is None:
         raise click.UsageError("Missing option '--out'.")
-    placement = read_any(placement_file, machine, given)
+    placement = read_any(placement_file, machine, layer_hints)
     settings = defaults_in(placement_file, placement.settings)
     output.say(*_differences(settings, WRITERS[form].engine if form in WRITERS else form))
     contents: dict[str, Any] = {"placement": str(placement_file), "format": form}

@@ -69,8 +69,8 @@ def command(
     if times_file is not None:
         times, whose = read_times(times_file), f"in {name(times_file.name)}"
     else:
-        how = {"experts": experts, "top_k": top_k, "device": device}
-        times, whose = _timed(hidden, intermediate or 0, how)
+        batch = {"experts": experts, "top_k": top_k, "device": device}
+        times, whose = _timed(hidden, intermediate or 0, batch)
     tokens, active, measured = np.array(times, dtype=float).reshape(-1, 3).T
     sizes = {"token_bytes": BYTES * hidden, "name": f"measured {whose}"}
     try:
@@ -84,8 +84,16 @@ def command(
         raise ValueError(f"{error}; {hint}") from None
     predicted = fitted.compute_us(tokens, active)
     rows = [
-        (f"{count:.0f}", f"{some:.0f}", f"{us:.1f}", f"{model_us:.1f}", signed(model_us / us - 1))
-        for count, some, us, model_us in zip(tokens, active, measured, predicted, strict=True)
+        (
+            f"{count:.0f}",
+            f"{experts_read:.0f}",
+            f"{us:.1f}",
+            f"{model_us:.1f}",
+            signed(model_us / us - 1),
+        )
+        for count, experts_read, us, model_us in zip(
+            tokens, active, measured, predicted, strict=True
+        )
     ]
     output.table(("tokens", "active experts", "measured us", "model us", "off"), rows)
     output.say(
@@ -120,20 +128,20 @@ def _sizes(
     return hidden, intermediate
 
 
-def _timed(hidden: int, intermediate: int, how: dict[str, Any]) -> tuple[Any, str]:
+def _timed(hidden: int, intermediate: int, batch: dict[str, Any]) -> tuple[Any, str]:
     """Time the experts on this machine; return the times and the name of the device."""
     try:
         from moetuner.torch.timing import default_device, time_experts
 
-        how["device"] = how["device"] or default_device()
-        if how["device"] == "cpu":
+        batch["device"] = batch["device"] or default_device()
+        if batch["device"] == "cpu":
             click.echo(
                 "moetuner: warning: these will be times of one core of a CPU, not of a GPU",
                 err=True,
             )
         with working("timing the experts") as report:
             times, where = time_experts(
-                hidden, intermediate, **how, progress=shares(report, "of the batches")
+                hidden, intermediate, **batch, progress=shares(report, "of the batches")
             )
     except (ImportError, RuntimeError) as error:
         # A missing library or device is not a bug in moetuner.

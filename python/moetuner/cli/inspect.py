@@ -70,30 +70,32 @@ def _show_served(
     output: Output, source: Source, serving: Serving, devices: int
 ) -> dict[str, float | None]:
     """Print and return the figures of experts in blocks for the traffic as it is served."""
-    traffic, how = source.traffic, serving.arguments(source)
+    traffic, arguments = source.traffic, serving.arguments(source)
     placement = blocks(traffic.layers, traffic.num_experts, devices)
     with working("replaying"):
-        of = evaluate(placement, traffic, window=source.replayed, **how, threads=source.threads)
+        evaluation = evaluate(
+            placement, traffic, window=source.replayed, **arguments, threads=source.threads
+        )
     output.say(
         "",
         *serving.explain(),
-        f"Contiguous placement: imbalance {number(of.imbalance, 3)}, predicted time "
-        f"{number(of.predicted_layer_us, 1)} us per layer.",
-        whose_times(how["cost_model"], traffic, how["arrival"]),
+        f"Contiguous placement: imbalance {number(evaluation.imbalance, 3)}, predicted time "
+        f"{number(evaluation.predicted_layer_us, 1)} us per layer.",
+        whose_times(arguments["cost_model"], traffic, arguments["arrival"]),
     )
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
-    return {name: getattr(of, name) for name in names}
+    return {name: getattr(evaluation, name) for name in names}
 
 
-def _show_skew(output: Output, of: Structure) -> None:
+def _show_skew(output: Output, structure: Structure) -> None:
     """Print what differs from layer to layer: its least, median and most, and where that is."""
     values: dict[str, tuple[Sequence[float], int]] = {
-        "busiest expert / mean load": (of.skew, 2),
-        "experts never used": (of.unused, 0),
+        "busiest expert / mean load": (structure.skew, 2),
+        "experts never used": (structure.unused, 0),
     }
-    if of.information and of.information_chance:
-        values["information on next layer, bits"] = (of.information, 2)
-        values["  in addition, expected by chance"] = (of.information_chance, 2)
+    if structure.information and structure.information_chance:
+        values["information on next layer, bits"] = (structure.information, 2)
+        values["  in addition, expected by chance"] = (structure.information_chance, 2)
     rows = []
     for name, (layers, decimals) in values.items():
         spread = [number(float(part), decimals) for part in np.quantile(layers, (0, 0.5, 1))]
@@ -102,14 +104,14 @@ def _show_skew(output: Output, of: Structure) -> None:
     output.say("")
 
 
-def _show_groups(output: Output, of: Structure) -> None:
+def _show_groups(output: Output, structure: Structure) -> None:
     """Print how far groups are from the mix; those that differ most, where there are many."""
-    if not of.group_share:
+    if not structure.group_share:
         output.say("INPUT has no groups to compare.", "")
         return
-    names = sorted(of.group_share, key=lambda name: -of.group_distance[name])
+    names = sorted(structure.group_share, key=lambda name: -structure.group_distance[name])
     rows = [
-        (name, percent(of.group_share[name]), number(of.group_distance[name], 3))
+        (name, percent(structure.group_share[name]), number(structure.group_distance[name], 3))
         for name in names[:MOST_GROUPS]
     ]
     output.table(("group", "share", "distance"), rows)
@@ -118,39 +120,42 @@ def _show_groups(output: Output, of: Structure) -> None:
     output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)", "")
 
 
-def _show_crossings(output: Output, of: Structure) -> None:
+def _show_crossings(output: Output, structure: Structure) -> None:
     """Print the crossing reached beside the independence null, and what their gap means."""
-    if of.crossing_contiguous is None:
+    if structure.crossing_contiguous is None:
         output.say("INPUT has no transitions, so it shows no structure between layers.")
         return
-    if of.crossing is None or of.crossing_independent is None:
+    if structure.crossing is None or structure.crossing_independent is None:
         output.say(
             "Statistics have no sequences to hold out, so structure between layers is not "
             "measured. Give the trace instead."
         )
         return
     rows = {
-        "contiguous": of.crossing_contiguous,
-        "independence null": of.crossing_independent,
-        f"searched, load cap {of.max_imbalance:g}": of.crossing,
+        "contiguous": structure.crossing_contiguous,
+        "independence null": structure.crossing_independent,
+        f"searched, load cap {structure.max_imbalance:g}": structure.crossing,
     }
-    head = ("crossing on held-out sequences", f"{of.devices} devices")
+    head = ("crossing on held-out sequences", f"{structure.devices} devices")
     output.table(head, [(name, number(crossing, 4)) for name, crossing in rows.items()])
     between = (
-        "" if of.gain is None else f"95 % interval {100 * of.gain[0]:.1f} to {percent(of.gain[1])}"
+        ""
+        if structure.gain is None
+        else f"95 % interval {100 * structure.gain[0]:.1f} to {percent(structure.gain[1])}"
     )
-    if of.gain is None:
+    if structure.gain is None:
         line = (
             f"Fewer than {FEWEST} independent sequences are held out: structure may be chance. "
             "Record more, with sequence labels."
         )
-    elif of.gain[1] < LITTLE:
+    elif structure.gain[1] < LITTLE:
         line = "The null is about as good: neighbouring layers route almost independently."
-    elif of.gain[0] <= 0:
+    elif structure.gain[0] <= 0:
         line = f"The gap to the null ({between}) may be chance."
     else:
         line = (
-            f"A placement can keep {percent(of.crossing_independent - of.crossing)} of the "
+            f"A placement can keep "
+            f"{percent(structure.crossing_independent - structure.crossing)} of the "
             f"transitions ({between}) on their device because neighbouring layers route together: "
             "the gap to the independence null."
         )

@@ -78,8 +78,8 @@ class Output:
         if self._width == UNLIMITED or not row or row[0] == " ":
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""
-        how: Any = {"break_long_words": False, "break_on_hyphens": False}
-        return textwrap.fill(row, self._width, subsequent_indent=hanging, **how)
+        rules: Any = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(row, self._width, subsequent_indent=hanging, **rules)
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
@@ -115,17 +115,19 @@ class TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Write both."""
         share = task.completed if task.total else None
-        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["of"]))
+        return Text(time_left(task.elapsed or 0.0, share, task.fields["at"], task.fields["what"]))
 
 
-def time_left(seconds: float, share: float | None, at: float, of: str) -> str:
+def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
     """Write the share of work that was done ``at`` some seconds, and the time left at that pace.
 
     Without a share, write the time so far.
     """
     if not share:
         return f"{seconds:.0f} s"
-    return f"{100 * share:.0f} %{of and f' {of}'}, about {max(at / share - seconds, 0):.0f} s left"
+    return (
+        f"{100 * share:.0f} %{what and f' {what}'}, about {max(at / share - seconds, 0):.0f} s left"
+    )
 
 
 class Report:
@@ -141,7 +143,7 @@ class Report:
         columns = (label_column, BarColumn(20), TimeLeft(Column(no_wrap=True)), text_column)
         quiet: Any = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
         self._bar = Bar(*columns, console=self._console, **quiet)
-        self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, of="")
+        self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, what="")
         self._began = self._last = time.monotonic()
 
     def begin(self) -> None:
@@ -163,20 +165,20 @@ class Report:
         self.show(_line(progress), share, progress.seconds)
 
     def show(
-        self, text: str, share: float | None = None, seconds: float | None = None, of: str = ""
+        self, text: str, share: float | None = None, seconds: float | None = None, what: str = ""
     ) -> None:
         """Show what is being done, and the share ``of`` something that is done, if it is known."""
         now = time.monotonic()
         seconds = now - self._began if seconds is None else seconds
         if self._console.is_interactive:
             total = None if share is None else 1.0
-            fields: Any = {"text": printable(text), "at": seconds, "of": of}
+            fields: Any = {"text": printable(text), "at": seconds, "what": what}
             self._bar.update(self._task, total=total, completed=share or 0.0, **fields)
             if now - self._began >= FIRST_S:
                 self._bar.start()
         elif now - self._last >= INTERVAL_S:
             self._last = now
-            parts = (f"{self.label}: {time_left(seconds, share, seconds, of)}", text)
+            parts = (f"{self.label}: {time_left(seconds, share, seconds, what)}", text)
             self._say(", ".join(filter(None, parts)))
 
     def _say(self, text: str) -> None:
@@ -204,9 +206,9 @@ def steps(report: Report, total: int) -> Callable[[str], None]:
     return lambda text: report.show(text, next(done, total - 1) / total)
 
 
-def shares(report: Report, of: str) -> Callable[[float], None]:
+def shares(report: Report, what: str) -> Callable[[float], None]:
     """Return a callback that shows the share of work that is done."""
-    return lambda share: report.show("", share, of=of)
+    return lambda share: report.show("", share, what=what)
 
 
 def _line(progress: Progress) -> str:

@@ -51,10 +51,10 @@ def command(
     placed = Placed.read(placement_file, source, machine, serving)
     running, _ = placed.baseline(baseline_file)
     names = "contiguous" if baseline_file is None else "running", text.name(placement_file.stem)
-    model, (traffic, judged_on, _) = placed.how["cost_model"], placed.judged
+    model, (traffic, judged_on, _) = placed.arguments["cost_model"], placed.judged
     output.say(*placed.lines())
     before, after = placed.replayed(running, mixed=False)
-    gains = [replace(of, names=names) for of in placed.gains(before, after, "")]
+    gains = [replace(gain, names=names) for gain in placed.gains(before, after, "")]
     audited, measures = None, placed.measures()
     if traffic.group is not None:
         with working("comparing groups"):
@@ -70,7 +70,10 @@ def command(
     Pages(report_file, figures).write(
         output,
         lambda: of_evaluations(
-            *(names, (before, after), origin_of(source), contents),
+            names,
+            (before, after),
+            origin_of(source),
+            contents,
             traffic=judged_on,
             judged=gains[0],
             token_bytes=model.token_bytes,

@@ -28,14 +28,14 @@ def command(
     *,
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     machine: Machine,
-    given: options.LayerHints,
+    layer_hints: options.LayerHints,
     output: Output,
 ) -> None:
     """Show what a placement is, and what it was computed for.
 
     PLACEMENT is moetuner's own, or a map in any format of "moetuner export".
     """
-    placement = read_any(placement_file, machine, given)
+    placement = read_any(placement_file, machine, layer_hints)
     settings = defaults_in(placement_file, placement.settings)
     sizes = {name: int(getattr(placement, name)) for name in SIZES}
     sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
@@ -79,7 +79,9 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
         yield f"Times are of {settings['cost_model'].name or 'an unnamed cost model'}"
     recorded = settings["input"]
     source = listed(list(recorded.get("files", ["traffic of no name"])), NAMED)
-    sizes = [counted(recorded[of], of[:-1]) for of in ("tokens", "windows") if of in recorded]
+    sizes = [
+        counted(recorded[size], size[:-1]) for size in ("tokens", "windows") if size in recorded
+    ]
     if recorded.get("only"):
         sizes.append(f"of {listed(list(recorded['only']), NAMED)} alone")
     if settings.get("holdout"):

@@ -90,9 +90,9 @@ def command(
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
-    how = asdict(search)
+    arguments = asdict(search)
     output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
-    result = source.solve(method, problem, **how, **moving.arguments(initial))
+    result = source.solve(method, problem, **arguments, **moving.arguments(initial))
     result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
     result.placement.save(out_file)
@@ -109,14 +109,16 @@ def command(
     for tokens, gain in gains.items():
         output.say(f"Gain{windows_of(tokens, outcome)}: {gain.sentence}")
     output.say(judged)
-    moves, trades = moving.show(output, problem, initial, result, threads=source.threads, **how)
+    moves, trades = moving.show(
+        output, problem, initial, result, threads=source.threads, **arguments
+    )
     output.say(f"wrote {out_file}")
     failure = certificate_file and _prove(problem, result, certificate_file, output)
-    settings = wanted.problem_settings(problem) | moving.settings() | how
+    settings = wanted.problem_settings(problem) | moving.settings() | arguments
     settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
-    about = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
-    about |= {"method": method, **outcome.to_dict(), **moves}
-    contents = about | _facts(gains, judged_on, holdout)
+    answer = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
+    answer |= {"method": method, **outcome.to_dict(), **moves}
+    contents = answer | _facts(gains, judged_on, holdout)
     page: dict[str, Any] = {"traffic": judged, "trades": trades}
     page["judged"] = next(iter(gains.values()), None)
     page["expert_bytes"] = source.expert_bytes(moving.expert_bytes)
@@ -162,7 +164,11 @@ def _gains(source: Source, before: Outcome, after: Outcome) -> dict[int | None, 
     names, figure = (before.result.method, after.result.method), after.worth.figure
     return {
         tokens: gain_of(
-            *(before.phases[tokens], each, figure), units=source.units_in(tokens), names=names
+            before.phases[tokens],
+            each,
+            figure,
+            units=source.units_in(tokens),
+            names=names,
         )
         for tokens, each in after.phases.items()
     }

@@ -147,6 +147,6 @@ def _caps(imbalances: list[float]) -> str:
         return f"{imbalances[0]:.{DECIMALS}f} of the mean"
     usual = max(imbalances, key=imbalances.count)
     others = [(layer, cap) for layer, cap in enumerate(imbalances) if cap != usual]
-    few = ", ".join(f"{cap:.{DECIMALS}f} in layer {layer}" for layer, cap in others[:FEW])
+    named = ", ".join(f"{cap:.{DECIMALS}f} in layer {layer}" for layer, cap in others[:FEW])
     more = f" and others in {len(others) - FEW} layers more, see --json" * (len(others) > FEW)
-    return f"the cap of its layer ({few}{more}; elsewhere {usual:.{DECIMALS}f} of the mean)"
+    return f"the cap of its layer ({named}{more}; elsewhere {usual:.{DECIMALS}f} of the mean)"

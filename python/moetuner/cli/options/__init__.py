@@ -86,19 +86,20 @@ def options_of(kind: Any) -> dict[str, click.Parameter]:
     """
     members: dict[str, Any] = getattr(kind, "OPTIONS", {})
     if is_dataclass(kind):
-        members = {of.name: of for of in fields(kind)}
+        members = {member.name: member for member in fields(kind)}
     elif not members:
-        members = {name: of.default for name, of in inspect.signature(kind).parameters.items()}
+        signature = inspect.signature(kind)
+        members = {name: each.default for name, each in signature.parameters.items()}
     texts: dict[str, str] = {}
-    for of in reversed(getattr(kind, "__mro__", (kind,))):
-        texts |= parameters_of(of)
+    for base in reversed(getattr(kind, "__mro__", (kind,))):
+        texts |= parameters_of(base)
     groups = groups_of(kind)
     options: dict[str, click.Parameter] = {}
     for name, member in members.items():
         if name in groups:
             options |= options_of(groups[name])
         elif isinstance(member, Field) and member.metadata:
-            options[name] = _made(member, name, texts.get(name, ""))
+            options[name] = _make_option(member, name, texts.get(name, ""))
     return options
 
 
@@ -108,22 +109,24 @@ def groups_of(kind: Any) -> dict[str, type]:
         return {}
     types = inspect.get_annotations(kind, eval_str=True)
     return {
-        name: of
-        for name, of in types.items()
-        if isinstance(of, type) and (is_dataclass(of) or hasattr(of, "OPTIONS"))
+        name: group
+        for name, group in types.items()
+        if isinstance(group, type) and (is_dataclass(group) or hasattr(group, "OPTIONS"))
     }
 
 
-def _made(of: Field[Any], name: str, text: str) -> click.Parameter:
+def _make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
     """Return the option that a field is; its help is what the docstring says of it."""
-    how = dict(of.metadata)
-    if how.pop("is_argument", False):
-        return click.Argument([name], **how)
-    flag = how.pop("flag", "--" + name.removesuffix("_file").replace("_", "-"))
-    default = None if of.default is MISSING else of.default
-    text = re.sub(r"(?<! ) \[(?=default|required)", "  [", how.pop("help", text))
+    keywords = dict(member.metadata)
+    if keywords.pop("is_argument", False):
+        return click.Argument([name], **keywords)
+    flag = keywords.pop("flag", "--" + name.removesuffix("_file").replace("_", "-"))
+    default = None if member.default is MISSING else member.default
+    text = re.sub(r"(?<! ) \[(?=default|required)", "  [", keywords.pop("help", text))
     shows = not any(default is none for none in (None, False, ()))
-    return Option([flag, name], **{"default": default, **how, "help": text, "show_default": shows})
+    return Option(
+        [flag, name], **{"default": default, **keywords, "help": text, "show_default": shows}
+    )
 
 
 class Command(click.Command):
@@ -144,11 +147,11 @@ class Command(click.Command):
     def __init__(
         self, name: str, run: Callable[..., Any], *, begin_with: str = "", **others: Any
     ) -> None:
-        groups = {of: (kind, [*options_of(kind)]) for of, kind in groups_of(run).items()}
+        groups = {group: (kind, [*options_of(kind)]) for group, kind in groups_of(run).items()}
 
         def call(**values: Any) -> Any:
-            for of, (kind, keys) in groups.items():
-                values[of] = kind(**{key: values.pop(key) for key in keys})
+            for group, (kind, keys) in groups.items():
+                values[group] = kind(**{key: values.pop(key) for key in keys})
             return run(**values)
 
         others.setdefault("help", (inspect.getdoc(run) or "").partition("\n\nParameters\n")[0])
@@ -199,11 +202,11 @@ def typed() -> dict[str, Any]:
 def words(command: click.Command, values: dict[str, Any]) -> str:
     """Write values of the options that a command has, by name, a space in front of each."""
     text = ""
-    for of in command.params:
-        value = values.get(str(of.name))
-        if isinstance(of, click.Option) and value is not None and value is not False:
+    for parameter in command.params:
+        value = values.get(str(parameter.name))
+        if isinstance(parameter, click.Option) and value is not None and value is not False:
             for each in value if isinstance(value, list) else [value]:
-                text += f" {max(of.opts, key=len)}"
+                text += f" {max(parameter.opts, key=len)}"
                 text += "" if each is True else f" {shlex.quote(str(each))}"
     return text
 

@@ -68,14 +68,14 @@ COST_MODEL = FileText(read_cost_model, words=(*GPUS, *MEASURED))
 
 
 def cost_model_for(
-    given: CostModel | str | None, traffic: Traffic, weight_bits: float | None = None
+    model: CostModel | str | None, traffic: Traffic, weight_bits: float | None = None
 ) -> CostModel:
     """Return the cost model that was given, or that of a GPU with the experts of INPUT's model."""
-    if isinstance(given, CostModel):
-        return given
-    if given is not None and ":" in given:
-        return _roofline(given, weight_bits)
-    return cost_model_of(traffic, given or DEFAULT_GPU, weight_bits)
+    if isinstance(model, CostModel):
+        return model
+    if model is not None and ":" in model:
+        return _roofline(model, weight_bits)
+    return cost_model_of(traffic, model or DEFAULT_GPU, weight_bits)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ class Moving:
     pareto: bool = option(group=RUNNING, is_flag=True, default=False)
 
     def __post_init__(self) -> None:
-        given = [of.name for of in fields(self) if getattr(self, of.name) != of.default]
-        if self.initial_file is None and given:
-            flag = "--" + given[0].replace("_", "-")
+        typed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        if self.initial_file is None and typed:
+            flag = "--" + typed[0].replace("_", "-")
             raise click.UsageError(f"'{flag}' needs '--initial', the placement to move from.")
 
     def initial(self, source: Source, topology: Topology) -> Placement | None:
@@ -94,7 +94,7 @@ class Moving:
         problem: Problem,
         initial: Placement | None,
         result: Result,
-        **how: Any,
+        **arguments: Any,
     ) -> tuple[dict[str, Any], tuple[Trade, ...]]:
         """Print the moves to a result, and trades if wanted; return their JSON, and the trades."""
         if initial is None:
@@ -107,13 +107,15 @@ class Moving:
         if not self.pareto or result.status == "interrupted":
             return contents, ()
         with working("weighing moves"):
-            trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **how)
+            trades = pareto(problem, initial, expert_bytes=self.unit_bytes, **arguments)
         before, worth = trades[0].objective, problem.objective_function
         columns = {
-            "experts moved": [str(of.experts_moved) for of in trades],
-            "bytes": ["-" if size is None else in_bytes(of.experts_moved * size) for of in trades],
-            "objective": [worth.text(of.objective) for of in trades],
-            "gain, seen": [percent(of.gain / before if before else 0.0) for of in trades],
+            "experts moved": [str(trade.experts_moved) for trade in trades],
+            "bytes": [
+                "-" if size is None else in_bytes(trade.experts_moved * size) for trade in trades
+            ],
+            "objective": [worth.text(trade.objective) for trade in trades],
+            "gain, seen": [percent(trade.gain / before if before else 0.0) for trade in trades],
         }
         if worth.is_predicted_time:
             # Times by counts would stand beside the replayed one; gains say what moves bring.

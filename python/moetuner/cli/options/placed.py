@@ -138,19 +138,19 @@ def windowed(sentence: str, source: Source, judged_on: Traffic) -> str:
     return f"{sentence} Windows have {source.counted:,} tokens{rest and f'; {rest}'}."
 
 
-def held_out(part: Traffic, whole: Traffic) -> str:
+def held_out(part: Traffic, traffic: Traffic) -> str:
     """Write on which part of INPUT a placement is judged that was computed from the rest."""
-    (name, mine), (_, total) = (*size_of(part).items(), *size_of(whole).items())
+    (name, judged), (_, total) = (*size_of(part).items(), *size_of(traffic).items())
     return (
-        f"Judged on {mine:,} of {total:,} {name}, which were held out when the placement was "
+        f"Judged on {judged:,} of {total:,} {name}, which were held out when the placement was "
         "computed."
     )
 
 
-def read_any(path: Path, machine: Machine, given: LayerHints) -> Placement:
+def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
     """Read a placement, or an engine's map; options say what that leaves out."""
-    hints = {name: given.hints[name] for name in ("num_experts", "dense_layers")}
-    return read_placement(path, devices=machine.given, **hints)
+    known = {name: hints.hints[name] for name in ("num_experts", "dense_layers")}
+    return read_placement(path, devices=machine.given, **known)
 
 
 def with_input(
@@ -160,8 +160,8 @@ def with_input(
     files = [path.name for path in source.input_files]
     facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
     names = ("model", "weight_bits", "tokens_per_step", "top_k")
-    given = {name: getattr(source, name) for name in names}
-    facts |= {name: value for name, value in given.items() if value is not None}
+    read = {name: getattr(source, name) for name in names}
+    facts |= {name: value for name, value in read.items() if value is not None}
     more = {"engine": engine, "holdout": holdout, "input": facts}
     return placement.with_names(settings={**placement.settings, **more})
 
@@ -195,7 +195,9 @@ class Placed:
         source, recorded = source.as_placed(settings), settings["input"]
         topology = machine.topology(placement.devices, settings.get("topology"))
         # Times of another model than the placement's, or of other bits, are that model's.
-        is_other = any(getattr(source, of) != recorded.get(of) for of in ("model", "weight_bits"))
+        is_other = any(
+            getattr(source, name) != recorded.get(name) for name in ("model", "weight_bits")
+        )
         of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in settings.items() if name not in of_other}
         with naming(path):
@@ -203,7 +205,7 @@ class Placed:
         return cls(placement, text.name(path.name), settings, source, topology, serving)
 
     @cached_property
-    def how(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Arguments of ``evaluate`` and ``audit`` that say how traffic is served."""
         return self.serving.arguments(self.source)
 
@@ -213,23 +215,23 @@ class Placed:
 
         It was held out if the rest of INPUT has the fingerprint of the placement.
         """
-        whole, settings = self.source.traffic, self.settings
+        traffic, settings = self.source.traffic, self.settings
         share, recorded = settings.get("holdout", 0), settings.get("input", {})
-        is_other = any(recorded.get(of, size) != size for of, size in size_of(whole).items())
-        seen, unseen = whole, whole
+        is_other = any(recorded.get(name, size) != size for name, size in size_of(traffic).items())
+        seen, unseen = traffic, traffic
         if share and not is_other:
             try:
-                seen, unseen = hold_out(whole, share, seed=nth_seed(settings["seed"], 0))
+                seen, unseen = hold_out(traffic, share, seed=nth_seed(settings["seed"], 0))
             except ValueError:  # of other traffic, from which nothing can be held out
                 is_other = True
         fingerprint = "" if is_other else self._fingerprint(seen)
-        part, sentence, is_seen = whole, ALL, None
+        part, sentence, is_seen = traffic, ALL, None
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
         facts = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
-            part, sentence = unseen, held_out(unseen, whole)
+            part, sentence = unseen, held_out(unseen, traffic)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
         return part, windowed(sentence, self.source, part), facts
 
@@ -242,26 +244,29 @@ class Placed:
         tables = self.settings.get("counted")
         if not isinstance(tables, Mapping):
             return None
-        how: dict[str, Any] = {name: tables.get(name) is True for name in COUNTED}
-        how["by_group"] &= traffic.group is not None
+        tables_counted: dict[str, Any] = {name: tables.get(name) is True for name in COUNTED}
+        tables_counted["by_group"] &= traffic.group is not None
         with working("counting"):
             return RoutingStatistics.from_trace(
-                traffic, window=self.settings.get("window"), threads=self.source.threads, **how
+                traffic,
+                window=self.settings.get("window"),
+                threads=self.source.threads,
+                **tables_counted,
             ).fingerprint
 
     def replayed(self, running: Placement, **more: Any) -> list[Evaluation]:
         """Replay what runs and the placement; ``more`` are arguments of ``evaluate``."""
         source = self.source
-        how: dict[str, Any] = {"window": source.replayed, "threads": source.threads}
+        arguments: dict[str, Any] = {"window": source.replayed, "threads": source.threads}
         with working("replaying") as report:
-            how |= {**self.how, **more, "progress": shares(report, "of the tokens")}
+            arguments |= {**self.arguments, **more, "progress": shares(report, "of the tokens")}
             both = [running, self.placement]
-            return evaluate_each(both, self.judged[0], self.topology, **how)
+            return evaluate_each(both, self.judged[0], self.topology, **arguments)
 
     def measures(self, more: Iterable[str] = ()) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
-        mine = (None, self.how["regime"])
-        return tuple(name for name in MEASURES if FIGURES[name].regime in mine or name in more)
+        regimes = (None, self.arguments["regime"])
+        return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in more)
 
     @property
     def expert_bytes(self) -> float | None:
@@ -276,8 +281,8 @@ class Placed:
         figures = dict.fromkeys((self.settings.get("figure"), "predicted_layer_us"))
         with working("comparing"):
             units = self.source.units
-            gains = [gain_of(before, after, of, units=units, names=names) for of in figures]
-        return list({of.measure: of for of in gains}.values())
+            gains = [gain_of(before, after, figure, units=units, names=names) for figure in figures]
+        return list({gain.measure: gain for gain in gains}.values())
 
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""
@@ -288,7 +293,7 @@ class Placed:
     def differences(self) -> Iterator[str]:
         """Write how traffic is served, and where options differ from the settings."""
         yield from self.serving.explain()
-        was, how = self.settings, self.how
+        was, arguments = self.settings, self.arguments
         now, sizes = self.source.counted, phases_in(was)
         if now is not None and sizes and now not in sizes:
             where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
@@ -299,18 +304,27 @@ class Placed:
             pairs["machine"] = machines if len({*machines}) > 1 else (machines[0], "of other links")
         if was.get("engine") in ENGINES and was["engine"] != self.serving.engine:
             engines = was["engine"], self.serving.engine
-            then, today = ("none" if of is None else ENGINES[of].title for of in engines)
+            then, today = (
+                "none" if engine is None else ENGINES[engine].title for engine in engines
+            )
             pairs["engine"] = then, today
-        mine, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
-        if mine != recorded:
-            names = (", ".join(map(str, of)) or "of all kinds" for of in (recorded, mine))
+        groups, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
+        if groups != recorded:
+            names = (", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups))
             pairs["groups"] = (next(names), next(names))
-        pairs |= {of: (was[of], how[of]) for of in SERVED if was.get(of, how[of]) != how[of]}
+        pairs |= {
+            name: (was[name], arguments[name])
+            for name in SERVED
+            if was.get(name, arguments[name]) != arguments[name]
+        }
         model = was.get("cost_model")
-        if model is not None and model != how["cost_model"]:
-            pairs["cost model"] = (model.name or "unnamed", how["cost_model"].name or "unnamed")
-        for of, (then, today) in pairs.items():
-            yield f"The placement was computed for {of} {then}; judged with {of} {today}."
+        if model is not None and model != arguments["cost_model"]:
+            pairs["cost model"] = (
+                model.name or "unnamed",
+                arguments["cost_model"].name or "unnamed",
+            )
+        for thing, (then, today) in pairs.items():
+            yield f"The placement was computed for {thing} {then}; judged with {thing} {today}."
 
     def baseline(self, path: Path | None) -> tuple[Placement, str]:
         """Read the placement that runs, contiguous where there is none, and return its name."""
@@ -320,9 +334,11 @@ class Placed:
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with more of them, and what was judged on, for JSON."""
-        mine = self.serving.settings(self.topology, self.how) | {"window": self.source.counted}
+        current = self.serving.settings(self.topology, self.arguments) | {
+            "window": self.source.counted
+        }
         return {
             "input": self.source.facts(),
-            "settings": mine | settings,
+            "settings": current | settings,
             "judged_on": self.judged[2] | size_of(self.judged[0]),
         }

@@ -21,16 +21,16 @@ from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 SETTINGS = settings_of(Problem)
-DEFAULTS = {of.name: of.default for of in fields(Problem) if of.name in SETTINGS}
+DEFAULTS = {field.name: field.default for field in fields(Problem) if field.name in SETTINGS}
 # Settings that an engine decides unless an option does.
 SERVED = ("regime", "split", "arrival")
 
 
 def setting_option(name: str) -> Any:
     """Return the option of a setting; its value is None or empty if it is not given."""
-    how = dict(SETTINGS[name])
+    keywords = dict(SETTINGS[name])
     kind: Any = None
-    read, choices = how.pop("read", None), how.pop("choices", None)
+    read, choices = keywords.pop("read", None), keywords.pop("choices", None)
     if name == "cost_model":  # its files and presets are read as those of --topology are
         kind = COST_MODEL
     elif choices:
@@ -38,7 +38,7 @@ def setting_option(name: str) -> Any:
     elif read:
         rule = (inspect.getdoc(read) or "").removeprefix("Read ").removesuffix(".")
         kind = Text(read, rule)
-    return option(kind, is_flag=kind is None, **how)
+    return option(kind, is_flag=kind is None, **keywords)
 
 
 ENGINE_OPTION = option(
@@ -63,8 +63,8 @@ class Serving:
     ----------
     engine
         Of ``ENGINES``; None for none.
-    given
-        Values of settings by name; None, False and empty ones are not given.
+    values
+        Of settings by name; None, False and empty ones are not given.
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {
@@ -72,9 +72,13 @@ class Serving:
         **{name: setting_option(name) for name in ("cost_model", *SERVED)},
     }
 
-    def __init__(self, engine: str | None = None, **given: Any) -> None:
+    def __init__(self, engine: str | None = None, **values: Any) -> None:
         self.engine = engine
-        self.given = {name: of for name, of in given.items() if of or (of == 0 and of is not False)}
+        self.given = {
+            name: value
+            for name, value in values.items()
+            if value or (value == 0 and value is not False)
+        }
         # Counts have windows of their own: no order of arrival can be made of them.
         self.is_of_counts = False
 
@@ -88,9 +92,9 @@ class Serving:
 
         An engine that an option names decides what it decides, whatever the placement was for.
         """
-        given, engine = dict(self.given), self.engine
+        chosen, engine = dict(self.given), self.engine
         if "cost_model" in settings:
-            given.setdefault("cost_model", settings["cost_model"])
+            chosen.setdefault("cost_model", settings["cost_model"])
         if engine is None:
             engine = settings.get("engine")
             if engine is not None:
@@ -101,8 +105,8 @@ class Serving:
             is_chosen = not of_counts or settings.get("arrival") != DEFAULTS["arrival"]
             for name in SERVED if is_chosen else SERVED[:-1]:
                 if settings.get(name, default.value(name)) != default.value(name):
-                    given.setdefault(name, settings[name])
-        return Serving(engine, **given)
+                    chosen.setdefault(name, settings[name])
+        return Serving(engine, **chosen)
 
     def value(self, name: str) -> Any:
         """Return a setting: the one given, else the engine's, else the default."""
@@ -116,15 +120,15 @@ class Serving:
     def arguments(self, source: Source) -> dict[str, Any]:
         """Return the arguments of ``evaluate`` and ``audit`` that say the same of INPUT."""
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
-        given = self.given.get("cost_model")
-        model = cost_model_for(given, source.traffic, source.weight_bits)
+        model_given = self.given.get("cost_model")
+        model = cost_model_for(model_given, source.traffic, source.weight_bits)
         return {"cost_model": model, **{name: self.value(name) for name in SERVED}}
 
     def settings(self, topology: Topology, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return settings and the machine for JSON."""
         model = arguments["cost_model"]
         machine = {name: getattr(topology, name) for name in ("devices", "devices_per_node")}
-        machine |= {"topology": topology.name, "for": self.engine, "engine": self.engine}
+        machine |= {"topology": topology.name, "engine": self.engine}
         return machine | arguments | {"cost_model": None if model is None else asdict(model)}
 
     def explain(self, more: Sequence[str] = ()) -> list[str]:
@@ -152,7 +156,7 @@ class ProblemOptions(Serving):
     ----------
     router_groups
         Groups of the router that are to stay whole.
-    given
+    values
         As for ``Serving``.
     """
 
@@ -162,25 +166,25 @@ class ProblemOptions(Serving):
         **{name: setting_option(name) for name in SETTINGS},
     }
 
-    def __init__(self, router_groups: int | None = None, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, router_groups: int | None = None, **values: Any) -> None:
+        super().__init__(**values)
         self.router_groups = router_groups
 
     def problem(
         self, source: Source, topology: Topology, traffic: Traffic | None = None
     ) -> Problem:
         """Count INPUT, or a part of it, and make the problem."""
-        given, goal = self.given, self.given.get("objective")
+        chosen, goal = self.given, self.given.get("objective")
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
         # Visits are no part of balance, and sets take memory.
-        sets = given.get("regime") != "follow" and goal != "balance"
-        statistics = source.count(traffic, sets=sets, by_group="groups" in given)
-        settings = given | {name: self.value(name) for name in SERVED}
+        sets = chosen.get("regime") != "follow" and goal != "balance"
+        statistics = source.count(traffic, sets=sets, by_group="groups" in chosen)
+        settings = chosen | {name: self.value(name) for name in SERVED}
         settings["cost_model"] = cost_model_for(
-            given.get("cost_model"), statistics, source.weight_bits
+            chosen.get("cost_model"), statistics, source.weight_bits
         )
         if source.window is not None and isinstance(source.traffic, RoutingTrace):
-            if "phases" in given:
+            if "phases" in chosen:
                 raise click.UsageError("Give either '--window' or '--prefill-share', not both.")
             settings["phases"] = {source.window: 1.0}
         if goal == "traffic":
@@ -188,10 +192,10 @@ class ProblemOptions(Serving):
         if self.engine is not None or self.router_groups is not None:
             by_engine = self._by_engine(statistics, topology)
             settings |= {"slots_per_device": by_engine["slots_per_device"], "extra_slots": None}
-            bans = (*given.get("forbidden", ()), *by_engine.get("forbidden", ()))
-            fill_slots = "fill_slots" in given or by_engine["fill_slots"]
+            bans = (*chosen.get("forbidden", ()), *by_engine.get("forbidden", ()))
+            fill_slots = "fill_slots" in chosen or by_engine["fill_slots"]
             settings |= {"forbidden": bans, "fill_slots": fill_slots}
-        elif "regime" not in given and goal in (None, "traffic") and "max_imbalance" in settings:
+        elif "regime" not in chosen and goal in (None, "traffic") and "max_imbalance" in settings:
             # Visits cannot be counted from transitions alone.
             no_visits = statistics.sets is None and statistics.coactivation is None
             if no_visits and statistics.transitions is not None:
@@ -209,9 +213,9 @@ class ProblemOptions(Serving):
                 f"{engine.title} does not, and its groups may be divided."
             )
         slots = {name: self.given.get(name) for name in ("slots_per_device", "extra_slots")}
-        how = {**slots, "router_groups": self.router_groups}
+        slots_and_groups = {**slots, "router_groups": self.router_groups}
         try:
-            return engine_settings(self.engine, statistics, topology, **how)
+            return engine_settings(self.engine, statistics, topology, **slots_and_groups)
         except ArgumentError as error:
             raise click.UsageError(f"'--for {self.engine}': {error.renamed(flags())}.") from None
 

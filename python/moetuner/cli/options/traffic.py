@@ -48,31 +48,31 @@ Traffic = RoutingTrace | RoutingStatistics
 
 def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
-    of: dict[str, Any] = {"file": str(paths[0]), "files": [*map(str, paths)]}
-    of |= {"model": traffic.model, "layers": traffic.layers, "experts": traffic.num_experts}
-    of["num_experts"] = traffic.num_experts
-    of["groups"] = of["group_names"] = [*traffic.group_names] if traffic.group is not None else []
+    described: dict[str, Any] = {"files": [*map(str, paths)], "model": traffic.model}
+    described |= {"layers": traffic.layers, "num_experts": traffic.num_experts}
+    described["group_names"] = [] if traffic.group is None else [*traffic.group_names]
     if isinstance(traffic, RoutingStatistics):
         kind = "load table" if traffic.transitions is None else "statistics"
-        return of | {"kind": kind, "windows": traffic.windows}
+        return described | {"kind": kind, "windows": traffic.windows}
     sequences = None if traffic.sequence is None else len(set(traffic.sequence.tolist()))
-    of |= {"kind": "trace", "top_k": traffic.top_k, "tokens": traffic.tokens}
-    return of | {"sequences": sequences}
+    described |= {"kind": "trace", "top_k": traffic.top_k, "tokens": traffic.tokens}
+    return described | {"sequences": sequences}
 
 
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
-    of = facts(paths, traffic)
-    sizes = {**of, "groups": len(of["groups"])}
+    described = facts(paths, traffic)
+    sizes = {**described, "groups": len(described["group_names"])}
+    sizes["experts"] = described["num_experts"]
     names_of_sizes = ("tokens", "windows", "layers", "experts", "top_k", "sequences", "groups")
     parts = [
         f"top-{sizes[size]}" if size == "top_k" else counted(sizes[size], size[:-1])
         for size in names_of_sizes
         if sizes.get(size)
     ]
-    model = f" of {name(of['model'])}" if of["model"] else ""
+    model = f" of {name(described['model'])}" if described["model"] else ""
     more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
-    line = f"{name(paths[0].name)}{more}: {of['kind']}{model}, {', '.join(parts)}"
+    line = f"{name(paths[0].name)}{more}: {described['kind']}{model}, {', '.join(parts)}"
     left_out = _left_out(traffic)
     if left_out is not None:
         hidden, dense = left_out
@@ -92,9 +92,9 @@ def read_model(text: str) -> str:
     """Return the name under which a model's sizes are known, and of its weights' type."""
     public = public_name(text)
     if public is None:
-        near = suggestion(text.rsplit("/", 1)[-1].lower(), MODELS)
+        nearest = suggestion(text.rsplit("/", 1)[-1].lower(), MODELS)
         raise click.BadParameter(
-            f"must be a model whose sizes are known, got '{text:.60}'{near or '.'} "
+            f"must be a model whose sizes are known, got '{text:.60}'{nearest or '.'} "
             "For another one: --cost-model GPU:HIDDENxINTERMEDIATE."
         )
     type_of_weights = type_in_name(text)
@@ -117,8 +117,8 @@ def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
         raise click.UsageError("'--only' needs a trace with groups.")
     for group in names:
         if group not in traffic.group_names:
-            near = suggestion(group, traffic.group_names)
-            raise click.UsageError(f"'--only': INPUT has no group '{group:.60}'{near}")
+            nearest = suggestion(group, traffic.group_names)
+            raise click.UsageError(f"'--only': INPUT has no group '{group:.60}'{nearest}")
     chosen = traffic.select(groups=names)
     assert chosen.group is not None
     present, group_of = np.unique(chosen.group, return_inverse=True)
@@ -207,36 +207,39 @@ class Source(FileHints):
 
     def as_placed(self, settings: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
-        recorded, of = self.recorded, settings.get("input", {})
-        defaults = {name: of.get(name) for name in ("model", "weight_bits")}
+        recorded, of_input = self.recorded, settings.get("input", {})
+        defaults = {name: of_input.get(name) for name in ("model", "weight_bits")}
         if isinstance(recorded, RoutingTrace):
             defaults["window"] = settings.get("window")
         elif recorded.window is None:
-            defaults |= {name: of.get(name) for name in ("tokens_per_step", "top_k")}
+            defaults |= {name: of_input.get(name) for name in ("tokens_per_step", "top_k")}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         source = replace(self, **missing)
         vars(source)["recorded"] = recorded
         return source
 
-    def count(self, traffic: Traffic | None = None, **how: Any) -> RoutingStatistics:
+    def count(self, traffic: Traffic | None = None, **tables: Any) -> RoutingStatistics:
         """Count INPUT, or a part of it, in windows; statistics are counted already.
 
-        ``how`` as for ``RoutingStatistics.from_trace``.
+        ``tables`` as for ``RoutingStatistics.from_trace``.
         """
         traffic = self.traffic if traffic is None else traffic
         if isinstance(traffic, RoutingStatistics):
             return traffic
-        how |= {"window": self.window or WINDOW, "threads": self.threads}
+        tables |= {"window": self.window or WINDOW, "threads": self.threads}
         with working("counting") as report:
-            how["progress"] = shares(report, "of the tokens")
-            return RoutingStatistics.from_trace(traffic, **how)
+            tables["progress"] = shares(report, "of the tokens")
+            return RoutingStatistics.from_trace(traffic, **tables)
 
-    def solve(self, method: str, problem: Problem, *, place: str = "", **how: Any) -> Result:
-        """Solve, and show how far that is; ``place`` is how far the whole is, ``how`` as for it."""
+    def solve(self, method: str, problem: Problem, *, place: str = "", **arguments: Any) -> Result:
+        """Solve, and show how far that is.
+
+        ``place`` is how far all solves are, and ``arguments`` are as for ``solve``.
+        """
         label = f"solving, {method}{place and f' ({place})'}"
-        with working(label, time_limit=how.get("time_limit")) as progress:
-            how |= {"progress": progress, "threads": self.threads}
-            return solve(problem, cast(Method, method), **how)
+        with working(label, time_limit=arguments.get("time_limit")) as progress:
+            arguments |= {"progress": progress, "threads": self.threads}
+            return solve(problem, cast(Method, method), **arguments)
 
     def judge(
         self, results: Sequence[Result], problem: Problem, judged_on: Traffic
@@ -256,9 +259,13 @@ class Source(FileHints):
         evaluations: dict[int | None, list[Evaluation]] = {}
         with working("replaying") as report:
             for window in windows:
-                how: Any = {"window": window, "threads": self.threads, "mixed": not evaluations}
-                how["progress"] = shares(report, "of the tokens")
-                evaluations[window] = outcome.judge(placements, problem, judged_on, **how)
+                arguments: Any = {
+                    "window": window,
+                    "threads": self.threads,
+                    "mixed": not evaluations,
+                }
+                arguments["progress"] = shares(report, "of the tokens")
+                evaluations[window] = outcome.judge(placements, problem, judged_on, **arguments)
         first = evaluations.pop(self.replayed)
         return [
             Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})
@@ -330,8 +337,8 @@ class Source(FileHints):
             "the counters sum over many steps."
         ]
 
-    def expert_bytes(self, given: float | None) -> float | None:
+    def expert_bytes(self, bytes_given: float | None) -> float | None:
         """Return bytes of an expert: those given, else of INPUT's model, if known."""
-        if given is not None:
-            return given
+        if bytes_given is not None:
+            return bytes_given
         return bytes_of_expert(self.traffic.expert_size, self.traffic.model, self.weight_bits)
