@@ -80,7 +80,7 @@ def test_engine_is_a_default(ok, make_trace, tmp_path):
         actual = json.loads(said.read_text())["settings"]
         return [actual[name] for name in names]
 
-    assert settings("", "for", "split", "arrival") == [None, "even", "bursts"]
+    assert settings("", "engine", "split", "arrival") == [None, "even", "bursts"]
     engine = "--for tensorrt-llm"
     wanted = ["round_robin", "mixed", True]
     assert settings(engine, "split", "arrival", "fill_slots") == wanted

@@ -230,9 +230,7 @@ class PageData:
             *(
                 (name.replace("_", " "), _fact(value))
                 for name, value in settings.items()
-                if name != "for"
-                and value is not None
-                and not isinstance(value, dict | list | tuple)
+                if value is not None and not isinstance(value, dict | list | tuple)
             ),
         )
 
