@@ -57,7 +57,7 @@ SHAPES = {
 }
 
 
-def simulated(
+def draw_trace(
     sequences: int,
     shape: str,
     rng: np.random.Generator,
@@ -84,7 +84,7 @@ def simulated(
     return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=sequence, group=group)
 
 
-def audited(trace: mt.RoutingTrace) -> mt.Audit:
+def audit_blocks(trace: mt.RoutingTrace) -> mt.Audit:
     """Audit blocks against turns."""
     return mt.audit(
         BLOCKS,
@@ -96,12 +96,12 @@ def audited(trace: mt.RoutingTrace) -> mt.Audit:
     )
 
 
-def missed(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
+def measure_misses(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
     """Return the share of null audits whose interval of the change does not hold 0, by measure."""
     count = np.zeros(len(MEASURES))
     for run in range(runs):
         rng = np.random.default_rng([sequences, run])
-        answer = audited(simulated(sequences, shape, rng)).overall
+        answer = audit_blocks(draw_trace(sequences, shape, rng)).overall
         for place, name in enumerate(MEASURES):
             change = answer[name].change
             assert change is not None
@@ -111,15 +111,15 @@ def missed(sequences: int, shape: str, runs: int) -> NDArray[np.float64]:
     return count / runs
 
 
-def named(
+def measure_alarms(
     sequences: int, shape: str, runs: int, *, served_worse: float = 0.0
 ) -> tuple[float, float, float, float]:
     """Return shares of audits of seven groups: any worse, any behind, either, first one worse."""
     count = np.zeros(4)
     for run in range(runs):
         rng = np.random.default_rng([7, sequences, run])
-        trace = simulated(sequences, shape, rng, groups=7, served_worse=served_worse)
-        answer = audited(trace)
+        trace = draw_trace(sequences, shape, rng, groups=7, served_worse=served_worse)
+        answer = audit_blocks(trace)
         worse, behind = answer.worse(), answer.behind()
         first = any(each.group == "0" for each in worse)
         count += [bool(worse), bool(behind), bool(worse or behind), first]
@@ -127,11 +127,11 @@ def named(
     return worse_share, behind_share, either, first_share
 
 
-def verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
+def measure_verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
     """Return shares of changes that are worth it: by verdict, and by the size of the gain alone."""
     count = np.zeros(2)
     for run in range(runs):
-        trace = simulated(sequences, shape, np.random.default_rng([2, sequences, run]))
+        trace = draw_trace(sequences, shape, np.random.default_rng([2, sequences, run]))
         before, after = (
             mt.evaluate(each, trace, window=WINDOW, mixed=False, threads=1)
             for each in (TURNS, BLOCKS)
@@ -142,33 +142,33 @@ def verdicts(sequences: int, shape: str, runs: int) -> tuple[float, float]:
     return worth_it, by_size
 
 
-def _labelled(law: Law, rng: Rng) -> Traffic:
+def _draw_labelled(law: Law, rng: Rng) -> Traffic:
     return law.trace(rng, prompts(rng, 60))
 
 
-def _unlabelled(law: Law, rng: Rng) -> Traffic:
+def _draw_unlabelled(law: Law, rng: Rng) -> Traffic:
     return law.trace(rng, np.full(40, 1000), labels=False)
 
 
-def _grouped(law: Law, rng: Rng) -> Traffic:
+def _draw_grouped(law: Law, rng: Rng) -> Traffic:
     return law.trace(rng, prompts(rng, 84), groups=7)
 
 
 # Recordings by name, with what fresh traffic of the same law has of groups.
 RECORDINGS: dict[str, tuple[Callable[[Law, Rng], Traffic], int]] = {
-    "60 sequences": (_labelled, 0),
-    "sequences without labels": (_unlabelled, 0),
+    "60 sequences": (_draw_labelled, 0),
+    "sequences without labels": (_draw_unlabelled, 0),
     "60 of 5 kinds": (lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=5), 0),
     "60 of 20 kinds": (lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=20), 0),
     "64 windows": (lambda law, rng: law.table(rng, 64, 1), 0),
     "16 topics of 4 windows": (lambda law, rng: law.table(rng, 16, 4), 0),
     "8 topics of 8 windows": (lambda law, rng: law.table(rng, 8, 8), 0),
     "40 topics of 4 windows": (lambda law, rng: law.table(rng, 40, 4), 0),
-    "7 groups, one by one": (_grouped, 7),
+    "7 groups, one by one": (_draw_grouped, 7),
 }
 
 
-def advices(name: str, runs: int, skew: float = 0.0) -> tuple[float, float, float, float]:
+def measure_advice(name: str, runs: int, skew: float = 0.0) -> tuple[float, float, float, float]:
     """Return shares of advice: false claims, intervals that hold the truth, trials; and the truth.
 
     An interval is of the placement that is proposed. A claim is false if the advice is worth a
@@ -187,7 +187,7 @@ def advices(name: str, runs: int, skew: float = 0.0) -> tuple[float, float, floa
     return false, holding, trials, truth
 
 
-def certain(name: str, runs: int) -> tuple[float, float]:
+def measure_certainty(name: str, runs: int) -> tuple[float, float]:
     """Return shares of verdicts and of audits that are certain, of equally good placements."""
     recorded, _ = RECORDINGS[name]
     count = np.zeros(2)
@@ -208,7 +208,7 @@ def certain(name: str, runs: int) -> tuple[float, float]:
     return by_verdict, by_audit
 
 
-def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
+def measure_compare(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
     """Return shares of comparisons: sure that eplb differs from blocks, and all splits agree."""
     recorded, _ = RECORDINGS[name]
     count = np.zeros(2)
@@ -227,7 +227,7 @@ def compared(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
     return sure, agreed
 
 
-def claims(report: Report, advices_of_each: int) -> None:
+def print_claims(report: Report, advices_of_each: int) -> None:
     """Print what advice, verdict, audit and compare claim, by recording."""
     table = report.table(
         f"Of {advices_of_each} advices and of as many pairs of equally good placements, percent",
@@ -242,13 +242,16 @@ def claims(report: Report, advices_of_each: int) -> None:
         "splits agree 13.1f",
     )
     for name in RECORDINGS:
-        false, holding, _, _ = advices(name, advices_of_each)
-        *_, power, gain = advices(name, advices_of_each, 1.0)
-        others = (*certain(name, advices_of_each), *compared(name, advices_of_each))
+        false, holding, _, _ = measure_advice(name, advices_of_each)
+        *_, power, gain = measure_advice(name, advices_of_each, 1.0)
+        others = (
+            *measure_certainty(name, advices_of_each),
+            *measure_compare(name, advices_of_each),
+        )
         table(name, *(100 * share for share in (false, holding, power, gain, *others)))
 
 
-def audits_of(report: Report, runs: int, audits: int) -> None:
+def print_audits(report: Report, runs: int, audits: int) -> None:
     """Print what audits claim, by shape and number of sequences."""
     table = report.table(
         f"Intervals of 95 % that miss, percent of {runs} null audits",
@@ -258,7 +261,7 @@ def audits_of(report: Report, runs: int, audits: int) -> None:
     )
     for shape in SHAPES:
         for sequences in (3, 5, 10, 20, 50):
-            table(shape, sequences, *(100 * missed(sequences, shape, runs)))
+            table(shape, sequences, *(100 * measure_misses(sequences, shape, runs)))
     table = report.table(
         f"Groups that {audits} null audits of seven name, percent of audits",
         "shape <18s",
@@ -269,7 +272,8 @@ def audits_of(report: Report, runs: int, audits: int) -> None:
     )
     for shape in ("one window each", "crossing windows", "many in a window"):
         for sequences in (1, 3, 5, 10, 20):
-            table(shape, sequences, *(100 * share for share in named(sequences, shape, audits)[:3]))
+            *shares, _ = measure_alarms(sequences, shape, audits)
+            table(shape, sequences, *(100 * share for share in shares))
     table = report.table(
         f"The one group of seven that is served worse, named by so many percent of {audits} audits",
         "change, % 10.1f",
@@ -278,19 +282,19 @@ def audits_of(report: Report, runs: int, audits: int) -> None:
     )
     for liking in (0.5, 1.0):
         rng = np.random.default_rng(0)
-        large = simulated(100, "crossing windows", rng, groups=7, served_worse=liking)
-        change = audited(large).groups["0"]["imbalance"].change
+        large = draw_trace(100, "crossing windows", rng, groups=7, served_worse=liking)
+        change = audit_blocks(large).groups["0"]["imbalance"].change
         assert change is not None
         for sequences in (5, 10, 20):
-            share = named(sequences, "crossing windows", audits, served_worse=liking)[3]
+            share = measure_alarms(sequences, "crossing windows", audits, served_worse=liking)[3]
             table(100 * change.value, sequences, 100 * share)
 
 
 def main() -> None:
     """Print the tables."""
     with benchmark(__doc__, runs=150, audits=60, advices=40) as (options, report):
-        claims(report, options.advices)
-        audits_of(report, options.runs, options.audits)
+        print_claims(report, options.advices)
+        print_audits(report, options.runs, options.audits)
         table = report.table(
             f"Of {options.runs} changes between equal placements, percent that are worth it",
             "sequences 10d",
@@ -298,7 +302,7 @@ def main() -> None:
             "by size 8.1f",
         )
         for sequences in (3, 5, 10, 20, 50):
-            shares = verdicts(sequences, "crossing windows", options.runs)
+            shares = measure_verdicts(sequences, "crossing windows", options.runs)
             table(sequences, *(100 * share for share in shares))
 
 

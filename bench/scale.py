@@ -604,7 +604,7 @@ def limits(report: Report, asked: Any) -> None:
 def effort(report: Report, asked: Any) -> None:
     """Print what default and thorough effort take and reach, on two threads."""
     from scorecard import FOLLOW as CROSSING
-    from scorecard import QUICK, SLOW, instance
+    from scorecard import QUICK, SLOW, make_problem
 
     large = {"58x256, joint, crossing": ("58x256", 1, 32, "joint", {**CROSSING, "sets": False})}
     row = report.table(
@@ -621,7 +621,7 @@ def effort(report: Report, asked: Any) -> None:
         if not searches or (asked.names and not any(part in name for part in asked.names)):
             continue
         rules = {key: value for key, value in rest.items() if key != "iterations"}
-        problem, moves = instance(counts, nodes, per_node, **rules)
+        problem, moves = make_problem(counts, nodes, per_node, **rules)
         cells: list[float] = []
         for level in ("default",) if asked.default_only else ("default", "thorough"):
             solve = partial(

@@ -60,7 +60,7 @@ SIZES = {
 
 
 @cache
-def halves(name: str) -> tuple[mt.RoutingTrace, mt.RoutingTrace, int]:
+def split_traffic(name: str) -> tuple[mt.RoutingTrace, mt.RoutingTrace, int]:
     """Return the seen and the unseen half of some traffic, and the tokens of a window."""
     if name == "bundled":
         with resources.as_file(
@@ -83,9 +83,9 @@ def halves(name: str) -> tuple[mt.RoutingTrace, mt.RoutingTrace, int]:
 
 
 @cache
-def counted(name: str, *, sets: bool = True, by_group: bool = False) -> mt.RoutingStatistics:
+def count(name: str, *, sets: bool = True, by_group: bool = False) -> mt.RoutingStatistics:
     """Count the seen half."""
-    seen, _, window = halves(name)
+    seen, _, window = split_traffic(name)
     return mt.RoutingStatistics.from_trace(seen, window=window, sets=sets, by_group=by_group)
 
 
@@ -107,7 +107,7 @@ class Moves(NamedTuple):
     cost: float
 
 
-def instance(
+def make_problem(
     traffic: str,
     nodes: int,
     per_node: int,
@@ -124,14 +124,14 @@ def instance(
     topology = mt.Topology(devices, devices_per_node=per_node)
     if speeds is not None:
         topology = mt.Topology(devices, devices_per_node=per_node, speed=speeds)
-    statistics = counted(traffic, sets=sets, by_group="groups" in arguments)
+    statistics = count(traffic, sets=sets, by_group="groups" in arguments)
     problem = mt.Problem(statistics, topology, **arguments)
     running = None if initial is None else mt.solve(problem, initial).placement
     experts = None if budget is None else budget * problem.layers * problem.experts
     return problem, Moves(running, experts, price)
 
 
-def solved(
+def solve_case(
     traffic: str,
     nodes: int,
     per_node: int,
@@ -142,7 +142,7 @@ def solved(
     **arguments: Any,
 ) -> Answer:
     """Solve one problem and judge the placement on the unseen half."""
-    problem, moves = instance(traffic, nodes, per_node, **arguments)
+    problem, moves = make_problem(traffic, nodes, per_node, **arguments)
     result = mt.solve(
         problem,
         method,
@@ -152,7 +152,7 @@ def solved(
         move_budget=moves.budget,
         move_cost=moves.cost,
     )
-    _, unseen, window = halves(traffic)
+    _, unseen, window = split_traffic(traffic)
     judged = mt.evaluate(
         result.placement,
         unseen,
@@ -318,7 +318,7 @@ SLOW: dict[str, Row] = {
 }
 
 
-def judged() -> Iterator[tuple[str, Case]]:
+def list_judgements() -> Iterator[tuple[str, Case]]:
     """Yield what judges placements: on the bundled trace, and on a generated one."""
     for name, devices in (("bundled", 4), ("24x32", 8)):
         topology = mt.Topology(devices, devices_per_node=devices // 2)
@@ -326,7 +326,7 @@ def judged() -> Iterator[tuple[str, Case]]:
         def placements(
             name: str = name, topology: mt.Topology = topology
         ) -> tuple[mt.Placement, ...]:
-            problem = mt.Problem(counted(name), topology, objective="balance")
+            problem = mt.Problem(count(name), topology, objective="balance")
             return tuple(mt.solve(problem, method).placement for method in ("contiguous", "lpt"))
 
         for regime in ("dispatch", "follow"):
@@ -334,7 +334,7 @@ def judged() -> Iterator[tuple[str, Case]]:
             def evaluated(
                 name: str = name, topology: mt.Topology = topology, regime: Any = regime
             ) -> Answer:
-                _, unseen, window = halves(name)
+                _, unseen, window = split_traffic(name)
                 placement = placements(name, topology)[1]
                 return mt.evaluate(
                     placement, unseen, topology, window=window, regime=regime
@@ -343,14 +343,14 @@ def judged() -> Iterator[tuple[str, Case]]:
             yield f"evaluate {name}, {regime}", evaluated
 
         def audited(name: str = name, topology: mt.Topology = topology) -> Answer:
-            _, unseen, window = halves(name)
+            _, unseen, window = split_traffic(name)
             before, after = placements(name, topology)
             return mt.audit(after, unseen, topology, baseline=before, window=window).to_dict()
 
         yield f"audit {name}", audited
 
         def compared(name: str = name, topology: mt.Topology = topology) -> Answer:
-            _, unseen, window = halves(name)
+            _, unseen, window = split_traffic(name)
             pair = [
                 mt.evaluate(placement, unseen, topology, window=window)
                 for placement in placements(name, topology)
@@ -366,7 +366,7 @@ def judged() -> Iterator[tuple[str, Case]]:
         yield f"verdict {name}", compared
 
         def advised(name: str = name, topology: mt.Topology = topology) -> Answer:
-            trace, _, window = halves(name)
+            trace, _, window = split_traffic(name)
             return mt.advise(
                 trace, topology, copies=(0, 1), window=window, splits=2, iterations=200
             ).to_dict()
@@ -374,7 +374,7 @@ def judged() -> Iterator[tuple[str, Case]]:
         yield f"advise {name}", advised
 
 
-def decided() -> Iterator[tuple[str, Case]]:
+def list_decisions() -> Iterator[tuple[str, Case]]:
     """Yield decisions of the plugins' policy: from nothing, from what runs, and in windows."""
     shape = (58, 256, 288, 32)
 
@@ -410,7 +410,7 @@ def decided() -> Iterator[tuple[str, Case]]:
     yield "policy, windows", lambda: decide(loads(1, 16), initial)
 
 
-def commands() -> Iterator[tuple[str, Case]]:
+def list_commands() -> Iterator[tuple[str, Case]]:
     """Yield every command with ``--json`` on the bundled trace, in a folder made for it."""
     machine = ("--devices", "4")
     rows: dict[str, tuple[str, ...]] = {
@@ -437,11 +437,11 @@ def commands() -> Iterator[tuple[str, Case]]:
         "report": ("report", "placement.json", "trace", "--out", "page.html"),
     }
     for name, words in rows.items():
-        yield f"moetuner {name}", lambda words=words: printed(words)
+        yield f"moetuner {name}", lambda words=words: run_command(words)
 
 
 @cache
-def folder() -> Path:
+def make_folder() -> Path:
     """Make the files that commands read: a trace, a placement and its certificate."""
     path = Path(tempfile.mkdtemp(prefix="scorecard-"))
     with resources.as_file(
@@ -450,11 +450,11 @@ def folder() -> Path:
         (path / "trace").write_bytes(bundled.read_bytes())
     words = ("--regime", "follow", "--max-imbalance", "1.05", "--devices", "4")
     made = ("--out", path / "placement.json", "--certificate", path / "certificate.json")
-    status(["solve", path / "trace", *words, *made])
+    run_quietly(["solve", path / "trace", *words, *made])
     return path
 
 
-def status(words: list[Any]) -> None:
+def run_quietly(words: list[Any]) -> None:
     """Run a command in silence; it must succeed."""
     import contextlib
     import io
@@ -470,28 +470,28 @@ def status(words: list[Any]) -> None:
         )
 
 
-def printed(words: tuple[str, ...]) -> Answer:
+def run_command(words: tuple[str, ...]) -> Answer:
     """Run a command and return what its ``--json`` says."""
     files = ("trace", "placement.json", "certificate.json", "other.json", "map.npz")
     files += ("again.safetensors", "page.html")
-    at = folder()
+    at = make_folder()
     named = [at / word if word in files else word for word in words]
     path = at / "out.json"
     path.unlink(missing_ok=True)
-    status([*named, "--json", path])
+    run_quietly([*named, "--json", path])
     answer: Answer = json.loads(path.read_text().replace(str(at), "."))
     return answer
 
 
-def cases(*, quick: bool) -> dict[str, Case]:
+def list_cases(*, quick: bool) -> dict[str, Case]:
     """Return all cases by name, or those that end within seconds."""
     rows = QUICK if quick else QUICK | SLOW
     result: dict[str, Case] = {}
     for name, (traffic, nodes, per_node, method, arguments) in rows.items():
-        result[name] = partial(solved, traffic, nodes, per_node, method, **arguments)
-    result |= {name: case for name, case in judged() if not (quick and "24x32" in name)}
-    result |= dict(decided())
-    result |= {name: case for name, case in commands() if not (quick and "advise" in name)}
+        result[name] = partial(solve_case, traffic, nodes, per_node, method, **arguments)
+    result |= {name: case for name, case in list_judgements() if not (quick and "24x32" in name)}
+    result |= dict(list_decisions())
+    result |= {name: case for name, case in list_commands() if not (quick and "advise" in name)}
     return result
 
 
@@ -500,7 +500,7 @@ def checksum(array: Any) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(array).tobytes()):08x}"
 
 
-def flat(answer: Any, at: str = "") -> Answer:
+def flatten(answer: Any, at: str = "") -> Answer:
     """Write nested fields side by side, by dotted names; floats shortened, long lists summed up."""
     if isinstance(answer, np.ndarray | np.generic | tuple):
         answer = answer.tolist() if isinstance(answer, np.ndarray | np.generic) else list(answer)
@@ -514,13 +514,13 @@ def flat(answer: Any, at: str = "") -> Answer:
         return {at: answer}
     fields: Answer = {}
     for name, part in parts:
-        fields |= flat(part, f"{at}.{name}" if at else name)
+        fields |= flatten(part, f"{at}.{name}" if at else name)
     if (isinstance(answer, list) and len(fields) > LISTED) or not parts:
         return {at: f"{len(answer)} entries, {zlib.crc32(json.dumps(fields).encode()):08x}"}
     return fields
 
 
-def differences(before: Answer, after: Answer) -> list[tuple[str, Any, Any, str]]:
+def find_differences(before: Answer, after: Answer) -> list[tuple[str, Any, Any, str]]:
     """Return fields that differ: name, stored, now, and what that means."""
     rows = []
     for field in sorted(before.keys() | after.keys()):
@@ -549,14 +549,14 @@ def main() -> int:
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     chosen = {
         name: case
-        for name, case in cases(quick=options.quick).items()
+        for name, case in list_cases(quick=options.quick).items()
         if not options.names or any(part in name for part in options.names)
     }
     changed, begin = 0, time.perf_counter()
     for name, case in chosen.items():
         since = time.perf_counter()
-        after = flat(case())
-        rows = differences(stored.get(name, {}), after)
+        after = flatten(case())
+        rows = find_differences(stored.get(name, {}), after)
         changed += bool(rows)
         took = time.perf_counter() - since
         print(
@@ -568,7 +568,7 @@ def main() -> int:
                 print(f"    {field:40} {old!s:>24.24} {new!s:>24.24}  {meaning}")
         stored[name] = after
     if options.write:
-        names = cases(quick=False)
+        names = list_cases(quick=False)
         present = {name: stored[name] for name in names if name in stored}
         STORED.write_text(json.dumps(present, indent=1, sort_keys=True) + "\n")
     print(f"{len(chosen)} cases, {changed} differ, {time.perf_counter() - begin:.0f} s")

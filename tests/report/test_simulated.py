@@ -21,14 +21,14 @@ RUNS = 3
 )
 def test_no_gain_is_claimed_where_there_is_none(name):
     """Of traffic that is alike where it was recorded, and gains nothing elsewhere."""
-    false, certain, trials, _ = chance.advices(name, RUNS)
+    false, certain, trials, _ = chance.measure_advice(name, RUNS)
     assert false == trials == 0
     assert round(certain * RUNS) >= RUNS - 1
 
 
 def test_a_gain_is_found_without_labels():
     """Windows that are alike hide no gain that all text has."""
-    assert chance.advices("40 topics of 4 windows", 2, 2.0)[2] == 1
+    assert chance.measure_advice("40 topics of 4 windows", 2, 2.0)[2] == 1
 
 
 def test_few_kinds_of_windows_are_told():
@@ -69,12 +69,12 @@ def test_few_kinds_are_told():
 @pytest.mark.parametrize("name", ["64 windows", "16 topics of 4 windows"])
 def test_equally_good_placements_are_seldom_certain(name):
     """Of 24 tables at most three seem to tell them apart; of windows alone every third would."""
-    assert max(chance.certain(name, 24)) <= 3 / 24
+    assert max(chance.measure_certainty(name, 24)) <= 3 / 24
 
 
 def test_splits_that_agree_are_no_evidence():
     """The sentence of compare is by the interval; all splits agree more often."""
-    sure, agreed = chance.compared("60 sequences", 5)
+    sure, agreed = chance.measure_compare("60 sequences", 5)
     assert sure <= 1 / 5
     assert sure <= agreed
 
