@@ -24,7 +24,7 @@ from moetuner.trace import RoutingTrace
 
 
 class Replayed(NamedTuple):
-    """What was evaluated and how, for those who ask what other sequences would have brought.
+    """Traffic and setting of an evaluation: what its intervals are computed from.
 
     ``group`` is the group of the traffic; None for all.
     """
@@ -189,7 +189,7 @@ def evaluate(
     mixed
         Whether to replay a trace once more in mixed order; where not, ``imbalance_mixed`` is None.
     mixed_seed
-        Of the mixed order: which sequences, or windows of statistics, meet.
+        Seed of the mixed order: it decides which sequences, or windows of statistics, meet.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
 
@@ -229,19 +229,41 @@ def evaluate_each(
     traffic: Traffic,
     topology: Topology | None = None,
     *,
+    window: int | None = None,
+    split: Split = "even",
+    cost_model: CostModel | None = None,
+    regime: Regime = "dispatch",
+    arrival: Arrival = "bursts",
     home: ArrayLike | Literal["blocks"] | None = None,
+    mixed: bool = True,
+    mixed_seed: int = 0,
+    threads: int | None = None,
     progress: Callable[[float], None] | None = None,
-    **options: Any,
 ) -> list[Evaluation]:
     """Replay several placements of one model and machine, and read the trace once for all.
 
-    Takes what ``evaluate`` takes, and returns what it returns for each of them. ``progress`` gets
-    the share of a trace that has been replayed.
+    Takes what ``evaluate`` takes, but by default one window of all tokens and no cost model, and
+    returns what it returns for each placement. ``progress`` gets the share of a trace that has been
+    replayed.
     """
     if not placements:
         return []
     topology = topology_of(placements[0], topology)
-    settings = [Setting(placement, topology, **options) for placement in placements]
+    settings = [
+        Setting(
+            placement,
+            topology,
+            window=window,
+            split=split,
+            cost_model=cost_model,
+            regime=regime,
+            arrival=arrival,
+            mixed=mixed,
+            mixed_seed=mixed_seed,
+            threads=threads,
+        )
+        for placement in placements
+    ]
     return _evaluate(settings, traffic, home, progress)
 
 

@@ -45,7 +45,7 @@ class Comparison(Frozen):
     splits
         Gain in every split of a recording; empty where it was not split.
     names
-        Of the two placements.
+        Names of the two placements.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class Comparison(Frozen):
 
     @property
     def answer(self) -> Answer:
-        """One of five words.
+        """The conclusion, in one of five words.
 
         ``"worth it"``: the gain is certain (its interval is above 0), and larger than the price.
         ``"certain but small"``: certain, but not larger. ``"worse"``: certainly a loss. ``"no
@@ -252,7 +252,7 @@ def _compare_figures(
 
 
 def with_splits(gain: Comparison, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
-    """Return it with the gains of evaluations before and after in every split."""
+    """Return a comparison with its gain in every split, from the evaluations before and after."""
     values = ([getattr(each, gain.measure) or 0.0 for each in pair] for pair in splits)
     gains = (1 - after / before if before else 0.0 for before, after in values)
     return replace(gain, splits=tuple(gains))

@@ -1,4 +1,4 @@
-"""What is expected where tokens are not replayed: shares of copies, and what follows of them.
+"""Expected counts, where tokens are not replayed, from the share of tokens that each copy serves.
 
 Engines differ: ``even`` hashes the token's position (vLLM), ``nearest`` takes the copy on the
 token's home device, else those of its node, else all, evenly (SGLang's static dispatch),
@@ -113,8 +113,8 @@ def count_rows(
 ) -> Floats:
     """Compute rows [L,D,D] from homes that are spread evenly, given visits [L,D].
 
-    Where a home has preferences the rows of a device come from homes in proportion to the tokens
-    that they send to its experts, of which there are so many in every window [W,L,E].
+    With split ``nearest`` the rows of a device come from homes in proportion to the tokens that
+    they send to its experts, of which windows have ``expert_load`` [W,L,E].
     """
     devices = placement.devices
     if split != "nearest":
@@ -141,16 +141,16 @@ def count_busy(placement: Placement, of_slots: NDArray[Any]) -> NDArray[Any]:
 
 
 def count_active(placement: Placement, share: Floats, expert_load: NDArray[Any]) -> NDArray[Any]:
-    """Return experts of every device that have a token, or are expected to [W,L,D].
+    """Count the experts of every device that have a token, or are expected to [W,L,D].
 
-    Of every window's tokens [W,L,E]; slots serve shares [L,D,S], as ``slot_shares`` has them. Whole
-    numbers take as few bytes as hold them.
+    Windows have tokens by expert [W,L,E], of which slots serve shares [L,D,S] (``slot_shares``).
+    Where no expert has copies, the counts are whole numbers of two bytes.
     """
 
-    def counted(load: NDArray[Any]) -> NDArray[Any]:
+    def count(load: NDArray[Any]) -> NDArray[Any]:
         return serve(placement, share, load > 0).astype(np.uint16)
 
-    def by_chance(load: NDArray[Any]) -> NDArray[Any]:
+    def expect(load: NDArray[Any]) -> NDArray[Any]:
         experts = np.empty((len(load), placement.layers, placement.devices))
         for layer, slots in enumerate(placement.slots):
             device, slot = np.nonzero(slots != EMPTY)
@@ -162,4 +162,4 @@ def count_active(placement: Placement, share: Floats, expert_load: NDArray[Any])
             experts[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
         return experts
 
-    return by_block(expert_load, by_chance if placement.has_copies else counted)
+    return by_block(expert_load, expect if placement.has_copies else count)

@@ -147,7 +147,7 @@ class Figure:
 
 
 def mean(parts: Weighed) -> float | None:
-    """Average over windows and layers, by weight; None of nothing."""
+    """Average over windows and layers, by weight; None where there are no parts."""
     return sum(weight * float(each.mean()) for weight, each in parts) if parts else None
 
 
@@ -173,7 +173,7 @@ def ratios(load: NDArray[Any], speed: Floats) -> Floats:
 
 
 def percentile(parts: Weighed, percent: float) -> float:
-    """Compute what so many percent of values [...] do not exceed, each part's by its weight."""
+    """Compute the percentile of values [...], each part's by its weight."""
     if len(parts) == 1:
         return float(np.percentile(parts[0][1], percent))
     values = np.concatenate([each.ravel() for _, each in parts])

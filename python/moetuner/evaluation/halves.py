@@ -272,7 +272,7 @@ class _Rows(NamedTuple):
 def _rows_of(tokens: Floats, sides: NDArray[np.bool_], cells: int) -> Iterator[_Rows]:
     """Yield what sides [S,F] have of windows of tokens by fold [W,F], some windows at a time.
 
-    What a row has is in so many cells.
+    The counts of a row fill ``cells`` numbers, which limits how many windows are taken at once.
     """
     folds = sides.shape[1]
     bit = 1 << np.arange(folds)

@@ -1,8 +1,8 @@
-"""Whether sequences repeat few prompts: kinds of sequences that route alike, as far as tokens tell.
+"""Kinds of sequences that route alike, which show that traffic repeats few prompts.
 
-Two sequences of one kind differ by the noise of their tokens alone. Kinds are looked for among
-sequences that differ by much more than that: where all do, each is of its own kind, and where none
-does, all traffic routes alike and nothing tells prompts apart.
+Two sequences of one kind differ by the noise of their tokens alone. Where all sequences differ by
+much more than that, each is of its own kind; where none does, all traffic routes alike and nothing
+tells prompts apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Integers = NDArray[np.int64]
 # Cells of counts [S,L,E] that are held; of more, fewer layers are looked at, and none of too many.
 CELLS = 1 << 24
 LAYERS = 8
-# Kinds from which nobody asks how many there are.
+# Most kinds that are looked for.
 MOST = 256
 # Standard deviations of its noise by which a sequence may be from its kind.
 NEAR = 4.0

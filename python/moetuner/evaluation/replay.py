@@ -1,4 +1,4 @@
-"""What a placement makes of traffic, in counts per window: replayed from a trace, or expected.
+"""Counts of a placement on traffic, by window: replayed from a trace, or expected of statistics.
 
 ``figures`` turns these into figures.
 """
@@ -73,7 +73,7 @@ class Counts:
     crossed: Floats | None = None
 
     def run(self, windows: slice) -> Counts:
-        """Return the counts of some windows; what is of all windows together stays."""
+        """Return the counts of a run of windows; counts of all windows together stay."""
         return replace(
             self,
             load=self.load[windows],
@@ -135,7 +135,7 @@ class Setting:
     def begin_replay(
         self, trace: RoutingTrace, rows: int, most_tokens: int, *, visits: bool = True
     ) -> _core.LabelledReplay:
-        """Begin to replay tokens of a trace like this one in rows of at most so many tokens."""
+        """Begin to replay tokens of a trace in rows of at most ``most_tokens`` tokens each."""
         return _core.LabelledReplay(
             self.placement.slots,
             trace.num_experts,
@@ -149,7 +149,7 @@ class Setting:
 
 
 def topology_of(placement: Placement, topology: Topology | None) -> Topology:
-    """Return the topology that was given, else the placement's, else one node of its devices."""
+    """Return the topology if there is one, else the placement's, else one node of its devices."""
     instance("placement", placement, Placement)
     if topology is None:
         try:
@@ -161,7 +161,7 @@ def topology_of(placement: Placement, topology: Topology | None) -> Topology:
 
 
 def times_of(traffic: Traffic, cost_model: CostModel | str | None) -> CostModel | None:
-    """Return the cost model that was given; of "model" that of the traffic's model, if known."""
+    """Return the cost model; for "model" that of the traffic's model, None if it is not known."""
     if not (isinstance(cost_model, str) and cost_model == "model"):
         return cost_model  # type: ignore[return-value]  # Setting checks it
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)

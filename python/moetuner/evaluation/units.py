@@ -1,10 +1,10 @@
-"""What of some traffic is independent of the rest, how much of it there is, and how to hold it out.
+"""Independent units of traffic: what they are, how many there are, and how to hold some out.
 
-Sequences are, where they are labelled: tokens of one request route alike, those of two do not know
-of each other. Where many sequences repeat few prompts, kinds of them are. Without labels all that
-is there is the order: windows whose expert shares are alike are not independent, and how far that
-reaches is what their autocorrelation tells. Runs that are longer than that are independent, nearly,
-and what is held out keeps as far from what is seen.
+Sequences are independent, where they are labelled: tokens of one request route alike, those of two
+do not. Where many sequences repeat few prompts, the units are kinds of sequences. Without labels
+only the order is known: windows with similar expert shares are not independent, and their
+autocorrelation tells over how many windows they are alike. Longer runs are nearly independent, and
+held-out runs keep that distance from what the solver sees.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Blocks:
-    """Windows that are alike, as far as that reaches.
+    """How far neighbouring windows are alike.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class Units:
     all_alike: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what there is as JSON values."""
+        """Return the fields that reports show, as JSON values."""
         return {
             "kind": self.name,
             "number": self.number,
@@ -139,8 +139,8 @@ class Units:
         """Deal some tokens of a trace, or windows of a table [n], into folds.
 
         Whole sequences, or kinds, are dealt in random order, each to the shortest fold; where
-        neither is known, runs are folds. There are no more than units, and as many as are asked
-        for, or as intervals need.
+        neither is known, runs are folds. There are ``folds`` of them, or as many as intervals need,
+        but no more than units.
         """
         if isinstance(traffic, RoutingStatistics):
             # A part of a recording has windows of fewer kinds.
@@ -293,7 +293,7 @@ def _measure_lags(share: Floats) -> tuple[Floats, float]:
 
 
 def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic, Traffic]:
-    """Split traffic into what the solver sees and what it does not.
+    """Split traffic into a part that the solver sees and a part that is held out.
 
     Parameters
     ----------
@@ -303,10 +303,10 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         others; else runs of them are held out, and what is as near to these as neighbours are
         alike is left out of both parts.
     share
-        Share of the sequences or windows that is held out. 0 holds nothing out: both parts are the
-        whole.
+        Share of the sequences or windows that is held out. 0 holds nothing out: both parts are all
+        of the traffic.
     seed
-        Of the choice.
+        Random seed.
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     if not (is_number(share) and 0 <= share < 1):
