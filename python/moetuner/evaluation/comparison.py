@@ -240,7 +240,7 @@ def _compare_figures(
         units = units_of(after.traffic, window=setting.window, threads=setting.threads)
     # A group alone would be all of its traffic, but copies look at a token's place in all.
     first, second = (
-        halve(each.traffic, each.setting, units, only_whole=each.group is None)[each.group]
+        halve(each.traffic, each.setting, units, by_group=each.group is not None)[each.group]
         for each in (before, after)
     )
     numbers = [figures["imbalance"].folds.units for figures in (first, second)]

@@ -66,11 +66,11 @@ def halvings(folds: int) -> NDArray[np.bool_]:
     return first[first.any(axis=1) & ~first.all(axis=1)]
 
 
-def halve(traffic: Traffic, setting: Setting, units: Units, *, only_whole: bool = False) -> ByGroup:
-    """Return figures of all traffic (None), of every group that has some, and of their halves."""
+def halve(traffic: Traffic, setting: Setting, units: Units, *, by_group: bool = True) -> ByGroup:
+    """Compute figures of all traffic (None), of every group that has some, and of their halves."""
     setting = replace(setting, mixed=False)
     rows = members(traffic)
-    if only_whole:
+    if not by_group:
         rows = {None: rows[None]}
     folds = {group: units.deal(traffic, own, setting.window) for group, own in rows.items()}
     weights, parts = [], []

@@ -188,7 +188,7 @@ def _gain(
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic, by its units."""
     units = units_of(traffic, threads=setting.threads)
-    crossing = spread(*halve(unseen, setting, units, only_whole=True)[None]["crossing"])
+    crossing = spread(*halve(unseen, setting, units, by_group=False)[None]["crossing"])
     if null is None or crossing.interval is None or crossing.units < FEWEST:
         return None
     return null - crossing.interval[1], null - crossing.interval[0]
