@@ -63,7 +63,7 @@ def test_a_strong_skew_is_worth_a_trial(strong):
     gain = strong.judged[0].gain
     assert strong.answer == "worth a trial"
     assert gain.interval[0] > 0.02
-    assert gain.interval[0] <= gain.mean <= gain.interval[1]
+    assert gain.interval[0] <= gain.gain <= gain.interval[1]
     assert strong.sentence.startswith("Worth a trial: in windows of 512 tokens a layer takes ")
     assert "predicted" in strong.sentence
     assert strong.main.figures["imbalance"].gain > 0
@@ -88,7 +88,7 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
     options = {"copies": (0,), "splits": 1, "iterations": 50, "engine": engine}
     flat = advise(routed(even(3000), seed), TWO_NODES, **options)
     assert flat.answer == "not now"
-    assert abs(flat.judged[0].gain.mean) < 0.02
+    assert abs(flat.judged[0].gain.gain) < 0.02
     assert not flat.drift.is_beyond_chance
     assert {"nothing to balance", "nothing to win in traffic"} <= {
         each.rstrip(".").rsplit("; ", 1)[-1] for each in flat.reasons
@@ -97,7 +97,7 @@ def test_known_answers_are_given_for_every_seed(seed, engine):
     advice = advise(routed(shifted(3000, seed), seed), TWO_NODES, **options)
     assert advice.drift.is_beyond_chance
     # With few experts a placement may happen to suit both halves, which is then said.
-    carries = min(advice.carried) >= 0.5 * advice.judged[0].gain.mean > 0
+    carries = min(advice.carried) >= 0.5 * advice.judged[0].gain.gain > 0
     assert advice.answer == ("worth a trial" if carries else "not enough evidence")
     assert any("second half" in each for each in (*advice.reasons, *advice.warnings))
 
@@ -318,7 +318,7 @@ def test_prefill_and_decode_have_an_answer_each():
     trace = routed(skewed(33_000))
     both = advise(trace, TWO_NODES, copies=(0,), splits=2)
     decode, prefill = (each.gain for each in both.judged)
-    head = f"Worth a trial for prefill (+{100 * prefill.mean:.1f} %) and decode "
+    head = f"Worth a trial for prefill (+{100 * prefill.gain:.1f} %) and decode "
     assert both.sentence.startswith(head)
     total = advise(trace, TWO_NODES, copies=(0,), splits=2, prefill_share=0.25, time_limit=None)
     decode, prefill = (each.gain for each in total.judged)

@@ -170,7 +170,7 @@ def _show(output: Output, advice: Advice) -> None:
 
 
 def _cells(gain: Any) -> tuple[str, str]:
-    return signed(gain.mean), span(gain.low, gain.high)
+    return signed(gain.gain), span(gain.low, gain.high)
 
 
 def _show_figures(output: Output, judged: Judged, regime: str) -> None:
@@ -183,7 +183,7 @@ def _show_figures(output: Output, judged: Judged, regime: str) -> None:
         several = len(gain.splits) > 1
         splits = span(min(gain.splits), max(gain.splits)) if several else "-"
         texts = map(FIGURES[name].text, values)
-        rows.append((FIGURES[name].column, *texts, signed(gain.mean), splits, _cells(gain)[1]))
+        rows.append((FIGURES[name].column, *texts, signed(gain.gain), splits, _cells(gain)[1]))
     columns = ("running", *["eplb"] * bool(judged.eplb), "proposed", "gain", "splits", "95 %")
     output.table((judged.where.removesuffix(" tokens"), *columns), rows)
     output.say("")
@@ -199,7 +199,7 @@ def _paid(advice: Advice) -> list[str]:
     """Write what a step gains, and what that takes: memory, and moving there."""
     parts = [
         f"{_time(judged.saved_us)} of {_time(judged.layers * judged.gain.before)} "
-        f"({percent(judged.gain.mean)}) in "
+        f"({percent(judged.gain.gain)}) in "
         f"{judged.where}"
         for judged in advice.judged
     ]
@@ -251,7 +251,7 @@ def _judging(
     file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
     problem, main, settings = advice.problem, advice.main, advice.settings
     initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
-    figure = f"{signed(main.gain.mean)} in {main.where}"
+    figure = f"{signed(main.gain.gain)} in {main.where}"
     why = "the placement that was judged"
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
     # The windows that were searched for, which INPUT's own would not all be.

@@ -69,11 +69,6 @@ class Comparison(Frozen):
     names: tuple[str, str] = ("before", "after")
 
     @property
-    def mean(self) -> float:
-        """Mean gain over splits."""
-        return self.gain
-
-    @property
     def interval(self) -> tuple[float, float] | None:
         """Interval of the gain; None where it has none."""
         return None if self.low is None or self.high is None else (self.low, self.high)
@@ -150,7 +145,6 @@ class Comparison(Frozen):
             "before": self.before,
             "after": self.after,
             "gain": self.gain,
-            "mean": self.gain,
             "low": low,
             "high": high,
             "kind": kind,

@@ -221,7 +221,7 @@ def _advise(request: Request, splits: int) -> Advice:
     judged = tuple(judge_windows(request, trials, window) for window in request.windows)
     main = main_of(judged)
     if len(swept) == 1:  # which was not searched for
-        swept = (replace(swept[0], gains={each.window: (each.gain.mean,) for each in judged}),)
+        swept = (replace(swept[0], gains={each.window: (each.gain.gain,) for each in judged}),)
     units, evaluated = request.units[main.window], first.evaluations[main.window]
     request.progress("comparing the halves of the recording")
     change = drift_of(request.traffic, units, seed=request.seed) if request.unseen is None else None

@@ -128,7 +128,7 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     if advice.drift is not None and advice.drift.is_beyond_chance:
         if advice.halves and advice.drift.is_of_groups:
             reasons.insert(0, _of_groups(advice))
-            if min(half.gain.mean for half in advice.halves) < CARRIED * advice.main.gain.mean:
+            if min(half.gain.gain for half in advice.halves) < CARRIED * advice.main.gain.gain:
                 mixed = ", if you serve a mix of the groups"
         else:
             overruling += _by_drift(advice, advice.drift, warnings)
@@ -183,9 +183,9 @@ def _headline(advice: Advice, answer: Answer, why: str) -> str:
     if answer == "not enough evidence" or (why and advice.settings["devices"] == 1):
         return why
     tail = f"; {why}" if why else ""
-    ordered = sorted(advice.judged, key=lambda judged: -judged.gain.mean)
+    ordered = sorted(advice.judged, key=lambda judged: -judged.gain.gain)
     if advice.total is not None:
-        parts = ", ".join(f"{judged.phase} {signed(judged.gain.mean)}" for judged in ordered)
+        parts = ", ".join(f"{judged.phase} {signed(judged.gain.gain)}" for judged in ordered)
         share, sure = 100 * advice.settings["prefill_share"], interval(advice.total)
         return (
             f"{advice.total.much} predicted time than with {running_name(advice)} where {share:g} "
@@ -195,7 +195,7 @@ def _headline(advice: Advice, answer: Answer, why: str) -> str:
         return f"{_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
     for judged in ordered:
-        text = f"{judged.phase} ({signed(judged.gain.mean)})"
+        text = f"{judged.phase} ({signed(judged.gain.gain)})"
         by_word[CALLED[judged.gain.answer]].append(text)
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
     return f"{', '.join(texts)}{tail}"
@@ -209,7 +209,7 @@ def interval(gain: Comparison) -> str:
 def _with_interval(gain: Comparison) -> str:
     """Write a gain with its interval, if it has one."""
     ends = "" if gain.interval is None else f" (95 % interval {span(gain.low, gain.high)})"
-    return f"{signed(gain.mean)}{ends}"
+    return f"{signed(gain.gain)}{ends}"
 
 
 def running_name(advice: Advice) -> str:
@@ -228,7 +228,7 @@ def _by_gains(advice: Advice) -> tuple[Answer, str]:
 
     def pays_nothing(gain: Comparison) -> bool:
         # More traffic is not worth recording where that is surely not far above the price.
-        is_low = gain.high is not None and gain.mean <= price and gain.high <= NEAR * price
+        is_low = gain.high is not None and gain.gain <= price and gain.high <= NEAR * price
         return gain.answer in ("certain but small", "worse") or (
             gain.answer == "no evidence" and is_low
         )
@@ -268,7 +268,7 @@ def _by_gains(advice: Advice) -> tuple[Answer, str]:
         return "worth a trial", ""
     if all(pays_nothing(gain) for gain in advice.verdicts):
         return "not now", f"less than the {100 * price:g} % that a change should gain"
-    main = max(advice.verdicts, key=lambda gain: gain.mean)
+    main = max(advice.verdicts, key=lambda gain: gain.gain)
     return "not enough evidence", (
         f"the gain is {_with_interval(main)}: too uncertain to say whether it pays; record more"
     )
@@ -276,12 +276,12 @@ def _by_gains(advice: Advice) -> tuple[Answer, str]:
 
 def _of_groups(advice: Advice) -> str:
     """Write what halves that hold different groups gain from each other, and what a mix gains."""
-    worst = min((half.gain for half in advice.halves), key=lambda gain: gain.mean)
+    worst = min((half.gain for half in advice.halves), key=lambda gain: gain.gain)
     names = "; ".join(listed([*map(name, advice.halves[n].seen)], LOSERS) for n in range(2))
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
         f"{_with_interval(worst)} at worst. If you serve a mix (--any-order): "
-        f"{signed(advice.main.gain.mean)}. Both are in {advice.main.where}"
+        f"{signed(advice.main.gain.gain)}. Both are in {advice.main.where}"
     )
 
 
@@ -297,17 +297,17 @@ def _by_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tuple[A
         return []
     number = int(advice.carried[1] < advice.carried[0])
     gain, halves = advice.halves[number].gain, ("first", "second")[:: -1 if number else 1]
-    if min(advice.carried) > 0 and min(advice.carried) >= CARRIED * advice.main.gain.mean:
+    if min(advice.carried) > 0 and min(advice.carried) >= CARRIED * advice.main.gain.gain:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
         return []
     warnings.append(
         "Record traffic as it will be served. If the order of the recording means nothing, pass "
         "--any-order."
     )
-    verb, sure = "gains" if gain.mean >= 0 else "loses", interval(gain)
+    verb, sure = "gains" if gain.gain >= 0 else "loses", interval(gain)
     reason = (
         f"{change}, and a placement computed from the {halves[0]} half {verb} "
-        f"{100 * abs(gain.mean):.1f} % on the {halves[1]}{sure and f' ({sure})'}"
+        f"{100 * abs(gain.gain):.1f} % on the {halves[1]}{sure and f' ({sure})'}"
     )
     return [("not enough evidence", reason)]
 
@@ -344,7 +344,7 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
 
 def _gains(advice: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main, ordered = advice.main, sorted(advice.judged, key=lambda judged: -judged.gain.mean)
+    main, ordered = advice.main, sorted(advice.judged, key=lambda judged: -judged.gain.gain)
     lines = [_line(advice, judged, judged.phase * (len(ordered) > 1)) for judged in ordered]
     if main.eplb:
         parts = []
@@ -365,7 +365,7 @@ def _gains(advice: Advice) -> list[str]:
 
 
 def _much(gain: Comparison) -> str:
-    return gain.much if abs(gain.mean) >= 0.0005 else "no less"
+    return gain.much if abs(gain.gain) >= 0.0005 else "no less"
 
 
 def _line(advice: Advice, judged: Judged, phase: str = "") -> str:
@@ -381,7 +381,7 @@ def _line(advice: Advice, judged: Judged, phase: str = "") -> str:
 def _of_each_group(advice: Advice) -> str:
     """Write which groups a placement of all other groups serves, and which it does not."""
     gains = {name(group): each[advice.main.window] for group, each in advice.by_group.items()}
-    texts = {group: f"{group} ({signed(gain.mean)})" for group, gain in gains.items()}
+    texts = {group: f"{group} ({signed(gain.gain)})" for group, gain in gains.items()}
     unclear = [group for group, gain in gains.items() if gain.is_too_few]
     bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
     line = (
@@ -403,9 +403,9 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
         if gain is None or not figure.title or figure.regime not in (None, regime):
             continue
         line = f"{figure.title}: {gain.before:.2f}{figure.unit} now, {gain.after:.2f} proposed"
-        if gain.mean <= -price:
+        if gain.gain <= -price:
             line += "; that is a cost"
-        elif gain.mean < price:
+        elif gain.gain < price:
             line += f"; {figure.nothing}"
         elif gain.low is None:
             line += "; without an interval"

@@ -104,7 +104,7 @@ class Judged(Frozen):
 
 def main_of(judged: tuple[Judged, ...]) -> Judged:
     """Return the windows where most is gained, for certain if in any."""
-    return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.mean))
+    return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.gain))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
