@@ -57,7 +57,10 @@ ROUTER_GROUPS_HELP = (
 
 
 class Serving:
-    """Settings of a problem as options give them; what they leave open is the engine's.
+    """How traffic is served.
+
+    A setting is what its option says, else what the engine of ``--for`` decides, else what the
+    placement was computed for, else the default.
 
     Parameters
     ----------
@@ -88,10 +91,7 @@ class Serving:
         return self.engine is not None or bool(self.given)
 
     def with_defaults(self, settings: Mapping[str, Any]) -> Serving:
-        """Return these settings and, where no option gives them, those of a placement.
-
-        An engine that an option names decides what it decides, whatever the placement was for.
-        """
+        """Return these settings and, where no option gives them, those of a placement."""
         chosen, engine = dict(self.given), self.engine
         if "cost_model" in settings:
             chosen.setdefault("cost_model", settings["cost_model"])
@@ -109,7 +109,7 @@ class Serving:
         return Serving(engine, **chosen)
 
     def value(self, name: str) -> Any:
-        """Return a setting: the one given, else the engine's, else the default."""
+        """Return a setting, in the order of the class."""
         if name in self.given:
             return self.given[name]
         default = DEFAULTS[name]
