@@ -110,3 +110,10 @@ def test_splits_that_disagree_are_no_evidence():
     gain = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, splits=(1 / 6, 0.1))
     assert gain.answer == "worth it"
     assert replace(gain, splits=(1 / 6, -0.05)).answer == "no evidence"
+
+
+def test_python_reads_a_gain_by_its_old_name_and_json_has_one():
+    """Programs that read ``mean`` get the gain; JSON has it as ``gain`` alone."""
+    gain = mt.verdict(mt.evaluate(BAD, table()), mt.evaluate(GOOD, table()))
+    assert gain.mean == gain.gain
+    assert "mean" not in gain.to_dict()

@@ -68,6 +68,12 @@ class Comparison(Frozen):
     splits: tuple[float, ...] = ()
     names: tuple[str, str] = ("before", "after")
 
+    # Programs outside the package read the gain by this name.
+    @property
+    def mean(self) -> float:
+        """Mean gain over splits, which is ``gain``."""
+        return self.gain
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """Interval of the gain; None where it has none."""
