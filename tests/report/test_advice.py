@@ -12,7 +12,7 @@ from moetuner.evaluation.units import Blocks, Units, hold_out
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.report import recording
 from moetuner.report.advice import drift
-from moetuner.report.advice.conclusion import KNEE, _of_copies, _of_units, conclude, knee_of
+from moetuner.report.advice.conclusion import KNEE, _write_copies, _write_units, conclude, find_knee
 from moetuner.report.advice.sweep import ITERATIONS
 from moetuner.report.advice.values import Copies
 
@@ -395,10 +395,10 @@ def test_the_knee_harms_no_window():
     def copies(number, small, large):
         return Copies(number, False, {512: (small,), 8192: (large,)}, None)
 
-    assert knee_of((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
-    assert knee_of((copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))) == 1
+    assert find_knee((copies(0, 0.0, 0.1), copies(1, -0.2, 0.3))) == 0
+    assert find_knee((copies(0, 0.0, 0.1), copies(1, 0.0, 0.3), copies(2, 0.0, 0.302))) == 1
     costly = copies(0, 0.0, 0.1), copies(1, -0.2, 0.4)
-    assert [knee_of(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
+    assert [find_knee(costly, share) for share in (0.3, 0.5, 1.0)] == [0, 1, 1]
 
 
 SHORT = "Copies, numbers compared by short searches: "
@@ -412,20 +412,20 @@ def test_what_copies_gain_is_said_beside_what_they_cost():
         return Copies(count, False, of, count * 1e9)
 
     swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
-    assert _of_copies(swept, 2, None) == (
+    assert _write_copies(swept, 2, None) == (
         f"{SHORT}2 more slots per device and layer (2.00 GB per device) gain 30.0 %, 20.0 % without"
     )
-    assert _of_copies(swept, 0, 2) == (
+    assert _write_copies(swept, 0, 2) == (
         f"{SHORT}none. With more memory than now: 2 more slots per device and layer (2.00 GB per "
         "device) would gain 30.0 %"
     )
     sizes = {"windows": (512, 8192)}
     both = (row(0, 0.1, 0.1, **sizes), row(2, 0.12, 0.3, **sizes))
     text = "would gain 30.0 % in windows of 8,192 tokens, 12.0 % in windows of 512 tokens"
-    assert text in _of_copies(both, 0, 2)
+    assert text in _write_copies(both, 0, 2)
     lossy = (row(0, 0.1, 0.1, **sizes), row(2, 0.3, -0.05, **sizes))
     text = "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer"
-    assert text in _of_copies(lossy, 0, None)
+    assert text in _write_copies(lossy, 0, None)
 
 
 def heavy():
@@ -490,7 +490,7 @@ def test_windows_that_are_too_alike_are_called_so(number):
     judged = replace(judged, figures=judged.figures | {"predicted_layer_us": gain})
     advice = conclude(replace(advice, judged=(judged,), units=units), ())
     assert advice.answer == "not enough evidence"
-    texts = [advice.reasons[0], *_of_units(units, held_out=True)]
+    texts = [advice.reasons[0], *_write_units(units, held_out=True)]
     assert all(("too alike" in text) == (number == 0) for text in texts), texts
     assert all((f"worth {number} independent" in text) == (number > 0) for text in texts), texts
 

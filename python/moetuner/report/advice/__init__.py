@@ -22,7 +22,7 @@ from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
 from moetuner.problem.phases import WINDOWS, prefill
-from moetuner.report.advice.conclusion import conclude, knee_of, notes_of, words_of_judged
+from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
 from moetuner.report.advice.drift import drift_of
 from moetuner.report.advice.judging import (
     judge_groups,
@@ -35,7 +35,7 @@ from moetuner.report.advice.judging import (
 from moetuner.report.advice.request import Request, slots_of_running, split_of
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, try_out
-from moetuner.report.advice.values import Advice, main_of
+from moetuner.report.advice.values import Advice, choose_main
 from moetuner.report.recording import one_kind
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
@@ -211,7 +211,7 @@ def _advise(request: Request, splits: int) -> Advice:
     swept = sweep(request, part)
     # More memory is no gain of a placement: what is proposed takes no more than what runs.
     as_now = tuple(row for row in swept if row.per_device <= request.running_copies)
-    knee, best = (knee_of(rows, request.prefill_share) for rows in (as_now or swept, swept))
+    knee, best = (find_knee(rows, request.prefill_share) for rows in (as_now or swept, swept))
     trials = []
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
@@ -219,7 +219,7 @@ def _advise(request: Request, splits: int) -> Advice:
         trials.append(try_out(request, of_split, knee))
     first = trials[0]
     judged = tuple(judge_windows(request, trials, window) for window in request.windows)
-    main = main_of(judged)
+    main = choose_main(judged)
     if len(swept) == 1:  # which was not searched for
         swept = (replace(swept[0], gains={each.window: (each.gain.gain,) for each in judged}),)
     units, evaluated = request.units[main.window], first.evaluations[main.window]
@@ -248,13 +248,13 @@ def _advise(request: Request, splits: int) -> Advice:
         audit=audit_of(evaluated[RUNNING], evaluated[PROPOSED], units),
         units=units,
         problem=first.problem,
-        judged_on=words_of_judged(request, part.unseen),
+        judged_on=write_judged_on(request, part.unseen),
         one_kind=one_kind(request.traffic, request.unseen),
         total=weigh_phases(request, judged),
         by_group=judge_groups(request, knee) if request.by_group else {},
         settings=_settings(request, splits, first.problem.shares),
     )
-    return conclude(advice, notes_of(request, phases, knee))
+    return conclude(advice, write_notes(request, phases, knee))
 
 
 def _settings(request: Request, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from moetuner.report.advice.values import (
     Copies,
     Judged,
     Phases,
-    words_of_window,
+    write_window,
 )
 from moetuner.report.cells import counted, listed, percent, signed, span
 from moetuner.report.outcome import left_over
@@ -46,7 +46,7 @@ MIX = "record a mix of what you serve: prefill and decode, several lengths, subj
 CARRIED = 0.5
 
 
-def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> int:
+def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> int:
     """Return the fewest slots for copies whose gain comes near to the best that harms no window.
 
     Where the share of prefill is known, what counts is the gain of decode and prefill together.
@@ -71,7 +71,7 @@ def knee_of(swept: tuple[Copies, ...], prefill_share: float | None = None) -> in
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
-def words_of_judged(request: Request, unseen: Traffic) -> str:
+def write_judged_on(request: Request, unseen: Traffic) -> str:
     """Write what placements are judged on, and what of it is in no window."""
     if isinstance(unseen, RoutingStatistics):
         text = counted(unseen.windows, "window")
@@ -88,7 +88,7 @@ def words_of_judged(request: Request, unseen: Traffic) -> str:
     return f"{text}; {where}{rest}" if rest else text
 
 
-def notes_of(request: Request, phases: Phases | None, copies: int) -> tuple[str, ...]:
+def write_notes(request: Request, phases: Phases | None, copies: int) -> tuple[str, ...]:
     """Write what phases cost each other, and what the engine cannot do."""
     notes = [] if phases is None else [phases.sentence(request.price)]
     traffic, engine = request.traffic, request.engine
@@ -119,19 +119,19 @@ def notes_of(request: Request, phases: Phases | None, copies: int) -> tuple[str,
 
 def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     """Return advice with its answer, its reasons, ``notes`` among them, and its warnings."""
-    reasons = [*_gains(advice), *notes]
-    warnings = _of_units(advice.units, held_out=advice.settings["held_out"])
-    answer, why = _by_gains(advice)
+    reasons = [*_write_gains(advice), *notes]
+    warnings = _write_units(advice.units, held_out=advice.settings["held_out"])
+    answer, why = _answer_by_gains(advice)
     # What comes later overrules what came before, with the first reason.
     overruling: list[tuple[Answer, str]] = []
     mixed = ""
     if advice.drift is not None and advice.drift.is_beyond_chance:
         if advice.halves and advice.drift.is_of_groups:
-            reasons.insert(0, _of_groups(advice))
+            reasons.insert(0, _write_groups(advice))
             if min(half.gain.gain for half in advice.halves) < CARRIED * advice.main.gain.gain:
                 mixed = ", if you serve a mix of the groups"
         else:
-            overruling += _by_drift(advice, advice.drift, warnings)
+            overruling += _weigh_drift(advice, advice.drift, warnings)
     losers = advice.audit.worse(measures=(advice.main.gain.measure,)) if advice.audit.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
@@ -162,7 +162,7 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     if overruling:
         answer, why = overruling[-1]
         reasons = [*(reason for _, reason in overruling[-2::-1]), *reasons]
-    head = _headline(advice, answer, why) + mixed * (answer == "worth a trial")
+    head = _write_headline(advice, answer, why) + mixed * (answer == "worth a trial")
     reasons = [head, *(reason for reason in reasons if reason not in head)]
     sentences = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in reasons)
     return replace(advice, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
@@ -178,7 +178,7 @@ CALLED = {
 }
 
 
-def _headline(advice: Advice, answer: Answer, why: str) -> str:
+def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
     """Write the sentence that stands alone with the answer: the gains, or why there is none."""
     if answer == "not enough evidence" or (why and advice.settings["devices"] == 1):
         return why
@@ -192,7 +192,7 @@ def _headline(advice: Advice, answer: Answer, why: str) -> str:
             f"% of the time is prefill{sure and f' ({sure})'}: {parts}{tail}"
         )
     if len(ordered) == 1:
-        return f"{_line(advice, ordered[0])}{tail}"
+        return f"{_write_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
     for judged in ordered:
         text = f"{judged.phase} ({signed(judged.gain.gain)})"
@@ -206,7 +206,7 @@ def interval(gain: Comparison) -> str:
     return "" if gain.interval == (0, 0) else gain.sure
 
 
-def _with_interval(gain: Comparison) -> str:
+def _write_with_interval(gain: Comparison) -> str:
     """Write a gain with its interval, if it has one."""
     ends = "" if gain.interval is None else f" (95 % interval {span(gain.low, gain.high)})"
     return f"{signed(gain.gain)}{ends}"
@@ -221,7 +221,7 @@ def running_name(advice: Advice) -> str:
     return f"the {'running' if running == 'given' else running.replace('_', '-')} placement"
 
 
-def _by_gains(advice: Advice) -> tuple[Answer, str]:
+def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
     """Answer by the gains alone, with the reason if they do not speak for themselves."""
     price: float = advice.settings["price"]
     answers = {gain.answer for gain in advice.verdicts}
@@ -270,22 +270,23 @@ def _by_gains(advice: Advice) -> tuple[Answer, str]:
         return "not now", f"less than the {100 * price:g} % that a change should gain"
     main = max(advice.verdicts, key=lambda gain: gain.gain)
     return "not enough evidence", (
-        f"the gain is {_with_interval(main)}: too uncertain to say whether it pays; record more"
+        f"the gain is {_write_with_interval(main)}: too uncertain to say whether it pays; "
+        "record more"
     )
 
 
-def _of_groups(advice: Advice) -> str:
+def _write_groups(advice: Advice) -> str:
     """Write what halves that hold different groups gain from each other, and what a mix gains."""
     worst = min((half.gain for half in advice.halves), key=lambda gain: gain.gain)
     names = "; ".join(listed([*map(name, advice.halves[n].seen)], LOSERS) for n in range(2))
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
-        f"{_with_interval(worst)} at worst. If you serve a mix (--any-order): "
+        f"{_write_with_interval(worst)} at worst. If you serve a mix (--any-order): "
         f"{signed(advice.main.gain.gain)}. Both are in {advice.main.where}"
     )
 
 
-def _by_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tuple[Answer, str]]:
+def _weigh_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tuple[Answer, str]]:
     """Take into account that the halves of the recording differ; return what that overrules."""
     change = (
         f"the second half of the recording sends {100 * drift.distance:.0f} % of its tokens to "
@@ -312,7 +313,7 @@ def _by_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tuple[A
     return [("not enough evidence", reason)]
 
 
-def _of_units(units: Units, *, held_out: bool) -> list[str]:
+def _write_units(units: Units, *, held_out: bool) -> list[str]:
     """Write what was taken for independent, where that is not each of many sequences."""
     if not held_out:
         return []
@@ -342,43 +343,44 @@ def _of_units(units: Units, *, held_out: bool) -> list[str]:
     return [f"INPUT has no sequences: {counting}"]
 
 
-def _gains(advice: Advice) -> list[str]:
+def _write_gains(advice: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
     main, ordered = advice.main, sorted(advice.judged, key=lambda judged: -judged.gain.gain)
-    lines = [_line(advice, judged, judged.phase * (len(ordered) > 1)) for judged in ordered]
+    lines = [_write_line(advice, judged, judged.phase * (len(ordered) > 1)) for judged in ordered]
     if main.eplb:
         parts = []
         for judged in ordered:
             gain = judged.eplb[judged.gain.measure]
             sure = interval(gain)
-            parts.append(f"{_much(gain)} in {judged.where}{sure and f' ({sure})'}")
+            parts.append(f"{_write_amount(gain)} in {judged.where}{sure and f' ({sure})'}")
         lines.append(
             f"predicted time compared with EPLB's placement in as many slots: {', '.join(parts)}"
         )
     lines.append(f"judged on {advice.judged_on}")
-    lines += _parts(main, advice.settings["price"], advice.settings["regime"])
+    lines += _write_parts(main, advice.settings["price"], advice.settings["regime"])
     if advice.by_group:
-        lines.append(_of_each_group(advice))
+        lines.append(_write_each_group(advice))
     if advice.knee or len(advice.copies) > 1:
-        lines.append(_of_copies(advice.copies, advice.knee, advice.more))
+        lines.append(_write_copies(advice.copies, advice.knee, advice.more))
     return lines
 
 
-def _much(gain: Comparison) -> str:
+def _write_amount(gain: Comparison) -> str:
     return gain.much if abs(gain.gain) >= 0.0005 else "no less"
 
 
-def _line(advice: Advice, judged: Judged, phase: str = "") -> str:
+def _write_line(advice: Advice, judged: Judged, phase: str = "") -> str:
     """Write what a layer gains in windows of one size."""
     gain, sure = judged.gain, interval(judged.gain)
     where = f"{phase}, {judged.where}: a" if phase else f"in {judged.where} a"
     return (
-        f"{where} layer takes {_much(gain)} predicted time than with {running_name(advice)}, "
+        f"{where} layer takes {_write_amount(gain)} predicted time than with "
+        f"{running_name(advice)}, "
         f"{gain.before:,.1f} to {gain.after:,.1f} us{sure and f' ({sure})'}"
     )
 
 
-def _of_each_group(advice: Advice) -> str:
+def _write_each_group(advice: Advice) -> str:
     """Write which groups a placement of all other groups serves, and which it does not."""
     gains = {name(group): each[advice.main.window] for group, each in advice.by_group.items()}
     texts = {group: f"{group} ({signed(gain.gain)})" for group, gain in gains.items()}
@@ -395,7 +397,7 @@ def _of_each_group(advice: Advice) -> str:
     )
 
 
-def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
+def _write_parts(judged: Judged, price: float, regime: Regime) -> list[str]:
     """Write what balance and traffic have to do with it."""
     lines = []
     for measure, figure in FIGURES.items():
@@ -415,7 +417,7 @@ def _parts(judged: Judged, price: float, regime: Regime) -> list[str]:
     return lines
 
 
-def _of_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
+def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
     """Write what slots for copies gain that run already, and what more of them would."""
     plain = {each.per_device: each for each in swept if not each.shared}
     chosen, least = plain[knee], min(plain)
@@ -423,7 +425,7 @@ def _of_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
     text = "Copies, numbers compared by short searches: " if len(swept) > 1 else "Copies: "
     if knee:
         verb = "gains" if knee == 1 else "gain"
-        text += f"{_slots(chosen)} {verb} {percent(chosen.best)}"
+        text += f"{_write_slots(chosen)} {verb} {percent(chosen.best)}"
     else:
         text += "none"
     if knee and least == 0:
@@ -431,28 +433,29 @@ def _of_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
     if more is not None:
         gains = plain[more].gains
         parts = [
-            percent(plain[more].mean(window)) + f" in {words_of_window(window)}" * (len(gains) > 1)
+            percent(plain[more].mean(window)) + f" in {write_window(window)}" * (len(gains) > 1)
             for window in sorted(gains, key=plain[more].mean, reverse=True)
         ]
-        text += f". With more memory than now: {_slots(plain[more])} would gain {', '.join(parts)}"
+        text += f". With more memory than now: {_write_slots(plain[more])} would gain "
+        text += ", ".join(parts)
     # What is gained without copies stands there already.
     elif best.best > chosen.best + KNEE and not (knee and best is plain[least]):
         worst = min(best.gains, key=best.mean)
-        text += f"; {_slots(best)} would gain {percent(best.best)}"
+        text += f"; {_write_slots(best)} would gain {percent(best.best)}"
         if best.mean(worst) < 0:
             longer = percent(-best.mean(worst))
-            text += f", but {words_of_window(worst)} would take {longer} longer"
+            text += f", but {write_window(worst)} would take {longer} longer"
     elif not knee:
         text += (
             f"; up to {max(plain)} more slots per device and layer bring no more than one copy of "
             "each expert does"
         )
         if len(best.gains) == 1 and (window := next(iter(best.gains))) is not None:
-            text += f" in {words_of_window(window)}"
+            text += f" in {write_window(window)}"
     return text
 
 
-def _slots(copies: Copies) -> str:
+def _write_slots(copies: Copies) -> str:
     text = f"{counted(copies.per_device, 'more slot')} per device and layer"
     if copies.bytes_per_device is not None:
         text += f" ({copies.bytes_per_device / 1e9:.2f} GB per device)"

@@ -23,7 +23,7 @@ from moetuner.solver.result import Result
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 
 
-def words_of_window(window: int | None, recorded: int | None = None) -> str:
+def write_window(window: int | None, recorded: int | None = None) -> str:
     """Write windows of a size; those of a load table, which are given, by their tokens if known."""
     if window is not None:
         return f"windows of {window:,} tokens"
@@ -71,7 +71,7 @@ class Judged(Frozen):
     @property
     def where(self) -> str:
         """The windows, in words."""
-        return words_of_window(self.window, self.recorded)
+        return write_window(self.window, self.recorded)
 
     @property
     def phase(self) -> str:
@@ -102,7 +102,7 @@ class Judged(Frozen):
         }
 
 
-def main_of(judged: tuple[Judged, ...]) -> Judged:
+def choose_main(judged: tuple[Judged, ...]) -> Judged:
     """Return the windows where most is gained, for certain if in any."""
     return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.gain))
 
@@ -329,7 +329,7 @@ class Advice(Frozen):
     @property
     def main(self) -> Judged:
         """Both placements in the windows where most is gained, for certain if in any."""
-        return main_of(self.judged)
+        return choose_main(self.judged)
 
     @property
     def verdicts(self) -> tuple[Comparison, ...]:
