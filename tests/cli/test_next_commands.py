@@ -41,7 +41,7 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, tmp_path, monkeyp
     """A report of the placement that the printed commands compute has the gain of the headline."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     monkeypatch.chdir(tmp_path)
-    file, tokens = "trace.safetensors", 33_000 if "--long" in case else 2000
+    file, tokens = "trace.safetensors", 33_000 if "--long" in case else 4000
     recorded(tokens).save(file)
     recorded(1000, seed=1).save("FUTURE")
     mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4).save("running.json")
