@@ -101,7 +101,7 @@ def measure_misses(sequences: int, shape: str, runs: int) -> NDArray[np.float64]
     count = np.zeros(len(MEASURES))
     for run in range(runs):
         rng = np.random.default_rng([sequences, run])
-        answer = audit_blocks(draw_trace(sequences, shape, rng)).overall
+        answer = audit_blocks(draw_trace(sequences, shape, rng)).whole
         for place, name in enumerate(MEASURES):
             change = answer[name].change
             assert change is not None
@@ -199,7 +199,7 @@ def measure_certainty(name: str, runs: int) -> tuple[float, float]:
         )
         answer = mt.verdict(before, after).answer
         audit = mt.audit(other, traffic, baseline=one, window=LONG, threads=1)
-        change = audit.overall["imbalance"].change
+        change = audit.whole["imbalance"].change
         assert change is not None
         ends = (change.low or 0.0, change.high or 0.0)
         is_sure = not audit.too_few.get("all") and (ends[0] > 0 or ends[1] < 0)

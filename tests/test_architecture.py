@@ -247,7 +247,16 @@ NO_NAMES = {"of", "some", "mine", "given", "how", "about", "most", "whole", "few
 
 def bindings(tree):
     """Names that code binds, with their lines: variables, parameters, and what a match binds."""
+    fields = {
+        member.target
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for member in node.body
+        if isinstance(member, ast.AnnAssign)
+    }
     for node in ast.walk(tree):
+        if node in fields:
+            continue  # a field stands behind the name of its value
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
         elif isinstance(node, ast.arg):

@@ -310,8 +310,8 @@ def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace,
     assert (actual["failed"], actual["settings"]["judged"]) == (False, ["crossing"])
     # Crossing matters in the other regime alone: it is there where it is asked for.
     assert {of["measure"] for of in actual["worse"]} == {"imbalance", "predicted_layer_us"}
-    assert "crossing" not in as_json(*arguments[:3])["all"]
-    assert set(actual["by_group"]) == {"even", "odd"}
+    assert "crossing" not in as_json(*arguments[:3])["whole"]
+    assert set(actual["groups"]) == {"even", "odd"}
     # Judged by itself nothing is worse.
     text = ok("audit", blocks, trace, "--baseline", blocks, "--fail-if-worse", 0)
     assert "All traffic: p.json has 0.0 % less predicted layer time than p.json" in text

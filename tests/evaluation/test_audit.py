@@ -43,14 +43,14 @@ def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devi
     audited = mt.audit(placement, trace, topology, baseline=IN_BLOCKS, **how)
     both = [mt.evaluate(of, trace, topology, **how) for of in (placement, IN_BLOCKS)]
     nodes = {"node_fanout"} if topology.nodes > 1 else set()
-    assert set(audited.overall) == {"imbalance", "crossing", "fanout", "predicted_layer_us", *nodes}
+    assert set(audited.whole) == {"imbalance", "crossing", "fanout", "predicted_layer_us", *nodes}
     # Which copy serves a token of a group depends on its place in all traffic.
     alone = () if placement.has_copies and arrival != "mixed" else ("first", "second")
-    for name in audited.overall:
+    for name in audited.whole:
         if arrival != "bursts" and name not in ("imbalance", "predicted_layer_us"):
             continue
         for group in (None, *alone):
-            change = (audited.overall if group is None else audited.groups[group])[name]
+            change = (audited.whole if group is None else audited.groups[group])[name]
             mine, theirs = (getattr(of.by_group.get(group, of), name) for of in both)
             assert change.value.value == pytest.approx(mine)
             assert change.baseline.value == pytest.approx(theirs)
@@ -66,7 +66,7 @@ def test_a_placement_is_no_worse_than_itself():
     audited = mt.audit(IN_BLOCKS, trace, window=100)
     assert audited.worse() == []
     assert audited.behind() == []
-    change = audited.overall["imbalance"].change
+    change = audited.whole["imbalance"].change
     assert (change.value, change.low, change.high) == (0, 0, 0)
     assert audited.units == ("sequence", 80)
     assert audited.to_dict()["units"] == {"kind": "sequence", "number": 80}

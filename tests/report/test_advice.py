@@ -360,7 +360,7 @@ def test_an_engine_decides_copies_and_order():
     assert any("Copies were left out: Megatron-Core" in each for each in advice.reasons)
     assert advice.settings["arrival"] == "bursts"
     served = advise(trace, TWO_NODES, copies=(0,), splits=1, engine="sglang")
-    time = served.audit.overall["predicted_layer_us"]
+    time = served.audit.whole["predicted_layer_us"]
     assert time.value.value == pytest.approx(served.proposed.predicted_layer_us)
     assert time.baseline.value == pytest.approx(served.running.predicted_layer_us)
     assert (served.settings["arrival"], served.settings["split"]) == ("mixed", "nearest")

@@ -99,9 +99,9 @@ def command(
 def _judged(measures: tuple[str, ...], audited: Audit) -> tuple[str, ...]:
     """Return the measures that are judged: those given, else the time."""
     for measure in measures:
-        if measure not in audited.overall:
+        if measure not in audited.whole:
             raise click.BadParameter(
-                f"must be of {', '.join(audited.overall)} for this input, got {measure}",
+                f"must be of {', '.join(audited.whole)} for this input, got {measure}",
                 param_hint="'--measure'",
             )
     return measures or ("predicted_layer_us",)
@@ -118,9 +118,9 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
             "No sequence labels: neighbouring windows are alike, over "
             f"{audited.block_length} windows, so runs that are longer are compared."
         )
-    for measure in audited.overall:
+    for measure in audited.whole:
         rows = []
-        for group, changes in (("all", audited.overall), *audited.groups.items()):
+        for group, changes in (("all", audited.whole), *audited.groups.items()):
             row, change = changes[measure], changes[measure].change
             ends = ("-", "-")
             if change is not None:
@@ -133,7 +133,7 @@ def _show(output: Output, audited: Audit, name: str, against: str) -> None:
 
 def _gain(audited: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
     """Return what all traffic gains; None where nothing was to be gained."""
-    after, before, change, *_ = audited.overall[measure]
+    after, before, change, *_ = audited.whole[measure]
     if change is None:
         return None
     values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
@@ -153,7 +153,7 @@ def _summary(
         ("worse in {}, beyond chance", worse),
         ("behind the group that gains most in {}", audited.behind()),
     ):
-        for measure in audited.overall:
+        for measure in audited.whole:
             groups = [
                 f"{text.name(finding.group)} {signed(finding.change.value)}"
                 for finding in findings

@@ -48,7 +48,7 @@ class Audit(Frozen):
 
     Parameters
     ----------
-    overall
+    whole
         Measures of all traffic, by name.
     groups
         The same of every group that has tokens or windows.
@@ -66,13 +66,13 @@ class Audit(Frozen):
     >>> import moetuner as mt
     >>> statistics = mt.RoutingStatistics.from_load([[8, 4, 2, 2]])
     >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), statistics)
-    >>> audited.overall["imbalance"].baseline.value, audited.overall["imbalance"].value.value
+    >>> audited.whole["imbalance"].baseline.value, audited.whole["imbalance"].value.value
     (1.5, 1.25)
     >>> audited.too_few
     {'all': 1}
     """
 
-    overall: dict[str, Change]
+    whole: dict[str, Change]
     groups: dict[str, dict[str, Change]]
     units: tuple[str, int]
     too_few: dict[str, int] = field(default_factory=dict)
@@ -97,10 +97,10 @@ class Audit(Frozen):
             raise ValueError(f"than must be a finite number, got {check.shown(than)}")
         measures = tuple(check.listed("measures", measures, "names"))
         for measure in measures:
-            check.one_of("measures", measure, self.overall)
+            check.one_of("measures", measure, self.whole)
         findings = []
-        for group, changes in (self.groups or {"all": self.overall}).items():
-            for measure in measures or self.overall:
+        for group, changes in (self.groups or {"all": self.whole}).items():
+            for measure in measures or self.whole:
                 change: Spread | None = getattr(changes[measure], which)
                 surely = getattr(changes[measure], chance)
                 if change is None or change.low is None or surely > 1 - CONFIDENCE:
@@ -111,9 +111,9 @@ class Audit(Frozen):
 
     def _repr_html_(self) -> str:
         head = ("measure", "group", "baseline", "placement", "change", "from", "to")
-        by_group = {"all": self.overall, **self.groups}
+        by_group = {"all": self.whole, **self.groups}
         rows: list[tuple[Any, ...]] = []
-        for measure in self.overall:
+        for measure in self.whole:
             for group, changes in by_group.items():
                 value, baseline, change = changes[measure][:3]
                 ends = (None, None, None) if change is None else change.to_dict().values()
@@ -124,8 +124,8 @@ class Audit(Frozen):
         """Return fields as JSON values; intervals are value, low and high."""
         fields: dict[str, Any] = as_json(
             {
-                **dict.fromkeys(("whole", "all"), self.overall),
-                **dict.fromkeys(("groups", "by_group"), self.groups),
+                "whole": self.whole,
+                "groups": self.groups,
                 "units": dict(zip(("kind", "number"), self.units, strict=True)),
                 "block_length": self.block_length,
                 "too_few": self.too_few,
@@ -195,7 +195,7 @@ def audit(
     >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
     >>> audited.worse()
     []
-    >>> round(audited.overall["imbalance"].change.value, 3)
+    >>> round(audited.whole["imbalance"].change.value, 3)
     -0.167
     """
     topology = topology_of(placement, topology)

@@ -324,7 +324,7 @@ def _groups(page: PageData) -> Panel | None:
     audit = page.audit
     if audit is None or not audit.groups:
         return None
-    measure = "predicted_layer_us" if "predicted_layer_us" in audit.overall else "imbalance"
+    measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
     unclear = dict.fromkeys(audit.too_few, " (too few)")
     losers = {each.group for each in audit.worse(measures=(measure,))}
     every = ((name, figures[measure].change) for name, figures in audit.groups.items())
