@@ -15,16 +15,16 @@ from moetuner.solver.stages import layers, visits
 class Counted:
     """The core's layers, whose searches are counted in work and not made."""
 
-    def __init__(self, of, problem, works):
-        self.of, self.works = of, works
+    def __init__(self, core, problem, works):
+        self.core, self.works = core, works
         self.units = visits.units_of_trial(Run(problem))
 
     def __getattr__(self, name):
-        return getattr(self.of, name)
+        return getattr(self.core, name)
 
-    def place(self, start, *, trials, restarts=1, rounds=1, transitions=None, **_):
+    def place(self, start, *, trials, restarts=1, rounds=1, links=None, **_):
         """Return the start, and count the trials of every layer in all turns and restarts."""
-        searches = restarts * (1 if transitions is None else 2 * rounds)
+        searches = restarts * (1 if links is None else 2 * rounds)
         self.works.append(trials * searches * self.units)
         return start, False
 
@@ -48,14 +48,19 @@ CASES = [
 @pytest.mark.parametrize("work", [1e5, 1e7])
 def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work):
     """Single copies and copies are searched with so much work each, and a quarter for balance."""
-    works = []
+    works, problems = [], []
 
-    def counted(problem, *arguments, **others):
-        return Counted(core_layers(problem, *arguments, **others), problem, works)
+    def note_problem(problem, **others):
+        problems.append(problem)
+        return site_of(problem, **others)
 
-    core_layers = layers.core_layers
-    monkeypatch.setattr(layers, "core_layers", counted)
-    monkeypatch.setattr(visits, "core_layers", counted)
+    def count(*arguments, **others):
+        return Counted(core_layers(*arguments, **others), problems[-1], works)
+
+    core_layers, site_of = layers.core_layers, layers.site_of
+    for stage in (layers, visits):
+        monkeypatch.setattr(stage, "site_of", note_problem)
+        monkeypatch.setattr(stage, "core_layers", count)
     monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=work))
     mt.solve(problem_of(make_trace, **settings), "heuristic")
     assert 0 < sum(works) <= 2.5 * work

@@ -45,8 +45,8 @@ def test_the_command(model_folder, lines, tmp_path, run):
     status, text, _ = run("collect", model_folder, "--dataset", lines, *how)
     assert status == 0
     trace = mt.RoutingTrace.load(out)
-    about = {"model": "tiny-moe", "layers": 3, "kind": "trace", "experts": 8, "top_k": 2}
-    about |= {"file": str(out), "files": [str(out)], "tokens": 12, "sequences": 4, "groups": []}
+    about = {"model": "tiny-moe", "layers": 3, "kind": "trace", "top_k": 2}
+    about |= {"files": [str(out)], "tokens": 12, "sequences": 4}
     about |= {"num_experts": 8, "group_names": []}
     assert json.loads(text)["trace"] == about
     assert trace.sequence.tolist() == [0] * 3 + [1] + [2] * 6 + [3] * 2
