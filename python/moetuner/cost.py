@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
-from moetuner._checks import ArgumentError
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
@@ -290,7 +289,7 @@ class CostModel(Frozen):
         name = f"{gpu}:{hidden}x{intermediate}"
         if gpu in MEASURED:
             if weight_bits not in (None, 16):
-                raise ArgumentError(
+                raise check.ArgumentError(
                     f"weight_bits must be 16, as measured, got {weight_bits}", "weight_bits"
                 )
             return cls._scaled(MEASURED[gpu], hidden, intermediate, dtype_bytes, name, others)

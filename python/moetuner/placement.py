@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
-from moetuner._checks import ArgumentError
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
 from moetuner.frozen import Frozen, as_json
@@ -237,7 +236,7 @@ class Placement(Frozen):
             )
         experts = experts or max(highest + 1, 1)
         if experts > capacity:
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"num_experts must be from 1 to {capacity}, a slot for each, got {experts}",
                 "num_experts",
             )
@@ -294,7 +293,7 @@ class Placement(Frozen):
         width = least if slots_per_device is None else slots_per_device
         check.whole_number("slots_per_device", width, highest=check.SLOT_LIMIT)
         if width < least:
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"slots_per_device must be at least {least}, got {width}: "
                 "a device holds that many experts in one layer",
                 "slots_per_device",

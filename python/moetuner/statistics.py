@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
-from moetuner._checks import ArgumentError
 from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
@@ -319,7 +318,9 @@ class RoutingStatistics(Frozen):
         if not by_group:
             return cls._counted(trace, report, **options)
         if trace.group is None:
-            raise ArgumentError("by_group needs a trace with groups; this one has none", "by_group")
+            raise check.ArgumentError(
+                "by_group needs a trace with groups; this one has none", "by_group"
+            )
         parts, numbers = [], np.unique(trace.group).tolist()
         for at, number in enumerate(numbers):
             group_trace = trace.select(groups=[number])

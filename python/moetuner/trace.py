@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
-from moetuner._checks import ArgumentError
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, joined
@@ -290,7 +289,7 @@ class RoutingTrace:
     def _of_groups(self, groups: Iterable[str | SupportsIndex] | str) -> NDArray[np.bool_]:
         """Return whether tokens [T] are of some groups."""
         if self.group is None:
-            raise ArgumentError("groups: the trace has no groups", "groups")
+            raise check.ArgumentError("groups: the trace has no groups", "groups")
         names: list[Any] = [groups]
         if not isinstance(groups, str):
             names = check.listed("groups", groups, "names or numbers")
@@ -365,7 +364,7 @@ class RoutingTrace:
         if isinstance(group, str):
             if group not in self.group_names:
                 names = check.shown(list(self.group_names))
-                raise ArgumentError(
+                raise check.ArgumentError(
                     f"groups must be of {names}, got {check.shown(group)}", "groups"
                 )
             return self.group_names.index(group)

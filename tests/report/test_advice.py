@@ -13,7 +13,7 @@ from moetuner.formats.engines import tokens_per_rank
 from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import KNEE, _write_copies, _write_units, conclude, find_knee
-from moetuner.report.advice.sweep import ITERATIONS
+from moetuner.report.advice.request import ITERATIONS
 from moetuner.report.advice.values import Copies
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50

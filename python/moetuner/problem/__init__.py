@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner import _core
-from moetuner._checks import ArgumentError
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
@@ -361,7 +360,7 @@ class Problem(Frozen):
         wants = (self.layers, self.experts, self.devices)
         if has != wants:
             sizes = "{} layers, {} experts and {} devices"
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"{name} must have {sizes.format(*wants)} like the problem, "
                 f"got {'{}, {} and {}'.format(*has)}",
                 name,
@@ -372,7 +371,7 @@ class Problem(Frozen):
         self.check_shape(initial, "initial")
         count = (initial.slots != EMPTY).sum(axis=2)
         for layer, device in np.argwhere(count > self.capacity):
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"initial has {count[layer, device]} experts of layer {layer} on device {device}, "
                 f"which has {self.capacity[layer, device]} slots",
                 "initial",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moetuner import _checks as check
-from moetuner._checks import ArgumentError
 from moetuner.statistics import WINDOW, RoutingStatistics
 
 # Tokens of a window, by size, and the share of the time, where nobody says more.
@@ -44,7 +43,7 @@ def checked(phases: object) -> dict[int, float]:
         check.whole_number("phases: tokens of a window", tokens, highest=1 << 40)
         check.not_negative(f"phases: share of windows of {tokens:,} tokens", share, "number")
     if not any(phases.values()):
-        raise ArgumentError(
+        raise check.ArgumentError(
             f"phases must have a share above 0, got {check.shown(dict(phases))}", "phases"
         )
     return {int(tokens): float(phases[tokens]) for tokens in sorted(phases)}
@@ -56,7 +55,7 @@ def from_keys(values: object) -> dict[int, float]:
     assert isinstance(values, Mapping)
     for tokens in values:
         if not (isinstance(tokens, str) and tokens.isascii() and tokens.isdigit()):
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"phases must be shares by tokens, got {check.shown(tokens)}", "phases"
             )
     return checked({int(tokens): share for tokens, share in values.items()})
@@ -81,7 +80,7 @@ def shares_of(statistics: RoutingStatistics, phases: Phases | None) -> dict[int 
         if tokens != statistics.window and not has_windows(statistics, tokens):
             size = statistics.window
             own = "of unknown length" if size is None else f"of {size:,} tokens"
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"phases needs traffic that fills windows of {tokens:,} tokens, got "
                 f"{statistics.windows:,} windows {own}",
                 "phases",

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from moetuner import _checks as check
-from moetuner._checks import ArgumentError
 from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.auditing import audit_of
@@ -294,7 +293,7 @@ def _check_groups(traffic: Traffic, by_group: bool) -> None:
     """Raise where groups are to be judged by themselves, and there are none."""
     check.flag("by_group", by_group)
     if by_group and len(members(traffic)) < 3:
-        raise ArgumentError("by_group needs traffic of two groups or more", "by_group")
+        raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
 
 
 def _served(
@@ -315,7 +314,7 @@ def _counts(copies: Sequence[int]) -> list[int]:
     listed = check.listed("copies", copies, "whole numbers")
     counts = sorted({check.whole_number("copies", each, lowest=0) for each in listed})
     if not counts:
-        raise ArgumentError("copies must be at least one number of slots, got none", "copies")
+        raise check.ArgumentError("copies must be at least one number of slots, got none", "copies")
     return counts
 
 
@@ -346,7 +345,7 @@ def _check_values(
     if isinstance(initial, str):
         if not READ.fullmatch(initial):
             names = ", ".join(STARTS)
-            raise ArgumentError(
+            raise check.ArgumentError(
                 f"initial must be {names} or eplb:N, got {check.shown(initial)}", "initial"
             )
         slots_of_running(initial, traffic.num_experts, topology.devices)
@@ -360,22 +359,24 @@ def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
     both = (traffic, unseen)
     kinds = ["a trace" if isinstance(each, RoutingTrace) else "counts" for each in both]
     if kinds[0] != kinds[1]:
-        raise ArgumentError(f"unseen must be {kinds[0]} like traffic, got {kinds[1]}", "unseen")
+        raise check.ArgumentError(
+            f"unseen must be {kinds[0]} like traffic, got {kinds[1]}", "unseen"
+        )
     wanted, got = (f"{each.layers} layers of {each.num_experts} experts" for each in both)
     if wanted != got:
-        raise ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
+        raise check.ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
     if not (unseen.tokens if isinstance(unseen, RoutingTrace) else unseen.total_load.any()):
-        raise ArgumentError("unseen must have tokens, got none", "unseen")
+        raise check.ArgumentError("unseen must have tokens, got none", "unseen")
 
 
 def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
     """Raise for a share of prefill that is none, and where only one phase is judged."""
     if not (check.is_number(share) and 0 <= share <= 1):
-        raise ArgumentError(
+        raise check.ArgumentError(
             f"prefill_share must be from 0 to 1, got {check.shown(share)}", "prefill_share"
         )
     if windows != WINDOWS:
-        raise ArgumentError(
+        raise check.ArgumentError(
             f"prefill_share needs a trace of at least {4 * WINDOWS[-1]:,} tokens and no window, so "
             "that both prefill and decode are judged",
             "prefill_share",

@@ -22,7 +22,6 @@ from moetuner.report.advice.request import (
     problem_of,
     search_shortly,
 )
-from moetuner.report.advice.sweep import ITERATIONS
 from moetuner.report.advice.trial import EPLB, PROPOSED, RUNNING, Key, Trial, evaluate_all, try_out
 from moetuner.report.advice.values import Half, Judged, Moving, Phases
 from moetuner.report.recording import PHASES
@@ -125,13 +124,13 @@ def judge_phases(request: Request, part: Part, copies: int) -> Phases | None:
     if not all(set(PHASES) <= members(each).keys() for each in (seen, unseen)):
         return None
     problem = problem_of(request, part.statistics, copies)
-    placements: dict[Key, Placement] = {"both": search_shortly(request, problem, ITERATIONS)}
+    placements: dict[Key, Placement] = {"both": search_shortly(request, problem)}
     windows = {phase: request.windows[-1 if phase == "prefill" else 0] for phase in PHASES}
     for phase, window in windows.items():
         counted = count(request, seen.select(groups=phase))
         phases = None if window is None else {window: 1.0}
         of_phase = problem_of(request, counted, copies, phases=phases)
-        placements[phase] = search_shortly(request, of_phase, ITERATIONS)
+        placements[phase] = search_shortly(request, of_phase)
     times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
     for phase, window in windows.items():
         own = unseen.select(groups=phase)

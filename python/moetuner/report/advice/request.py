@@ -25,6 +25,10 @@ from moetuner.trace import RoutingTrace
 
 Window = int | None
 
+# Steps of a short search from each start: enough to see what there is to win, in a second for a
+# common model.
+ITERATIONS = 500
+
 
 def slots_of_running(initial: Placement | str, experts: int, devices: int) -> int:
     """Return the slots of a device in a layer under what runs, which EPLB has to fill."""
@@ -212,9 +216,9 @@ def search(
     ).uninterrupted()
 
 
-def search_shortly(request: Request, problem: Problem, steps: int) -> Placement:
-    """Search in so many steps: for what was asked for, else for what is better for time."""
-    steps = steps if request.iterations is None else request.iterations
+def search_shortly(request: Request, problem: Problem) -> Placement:
+    """Search in few steps: for what was asked for, else for what is better for time."""
+    steps = ITERATIONS if request.iterations is None else request.iterations
     placements = [
         search(
             request,

@@ -9,9 +9,6 @@ from moetuner.report.advice.request import Part, Request, Window, problem_of, se
 from moetuner.report.advice.trial import RUNNING, Key, evaluate_all, running_placement
 from moetuner.report.advice.values import Copies
 
-# Search steps of a start: enough to see what there is to win, in a second for a common model.
-ITERATIONS = 500
-
 
 def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
     """Return what each number of copies gains on the unseen traffic of a part.
@@ -31,7 +28,7 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
             average = " on average" if are_shared else ""
             request.progress(f"searching with {copies} slots for copies{average}")
             problem = problem_of(request, part.statistics, copies, are_shared=are_shared)
-            placements[copies, are_shared] = search_shortly(request, problem, ITERATIONS)
+            placements[copies, are_shared] = search_shortly(request, problem)
     return _gains(request, part, placements)
 
 

@@ -24,6 +24,7 @@ from moetuner.solver.stages.layers import (
     CONSTRUCT,
     LayerModel,
     anneal,
+    has_few_slots,
     is_searched_anew,
     mixes,
 )
@@ -90,8 +91,8 @@ def _balance(run: Run, budget: Budget) -> None:
 
 def _may_be_balanced(run: Run) -> bool:
     """Return whether a search for balance first is worth its time: in layers of few slots."""
-    is_few = run.slots_of_layer <= effort.FEW_SLOTS
-    return run.problem.goal == "time" and is_few and is_searched_anew(run) and mixes(run)
+    is_time = run.problem.goal == "time"
+    return is_time and has_few_slots(run) and is_searched_anew(run) and mixes(run)
 
 
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BALANCE_SHARE)

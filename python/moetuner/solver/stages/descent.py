@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement, moves_from
 from moetuner.problem.capacity import pad_slots
-from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
-from moetuner.solver.stages.layers import LayerModel, is_searched_anew
+from moetuner.solver.stages.layers import LayerModel, has_few_slots, is_searched_anew
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -127,8 +126,7 @@ def _may_settle(run: Run) -> bool:
     Of large layers all exchanges take longer than the search (24 s after 8 s for 58 x 256).
     """
     used = int(np.count_nonzero(run.objective.windows.weight))
-    is_few = run.slots_of_layer <= effort.FEW_SLOTS
-    return is_searched_anew(run) and is_few and used >= SETTLED_WINDOWS
+    return is_searched_anew(run) and has_few_slots(run) and used >= SETTLED_WINDOWS
 
 
 SETTLE = Stage(_settle, applies=_may_settle)

@@ -131,6 +131,11 @@ def is_of_layers(run: Run) -> bool:
     return not is_of_pairs(run) and not is_of_visits(run)
 
 
+def has_few_slots(run: Run) -> bool:
+    """Return whether layers are small enough for searches whose work grows faster than slots."""
+    return run.slots_of_layer <= effort.FEW_SLOTS
+
+
 def is_searched_anew(run: Run) -> bool:
     """Return whether a search may begin anywhere: it may not where moving has a price."""
     return is_of_layers(run) and run.moves is None
