@@ -86,10 +86,27 @@ NAMES = {name(path) for path in MODULES} | {"_core"}
 
 
 @cache
+def tree_of(path):
+    """Syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes_of(path):
+    """All nodes of a file's syntax tree."""
+    return tuple(ast.walk(tree_of(path)))
+
+
+def in_rooms(*rooms):
+    """Files of the package that are one of the rooms, or inside one."""
+    return [path for path in MODULES if is_in(name(path), rooms)]
+
+
+@cache
 def imports(path):
     """Modules that a file imports: at the top, in functions, and for type checkers alike."""
     actual = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             actual.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -122,35 +139,34 @@ def is_in(module, rooms):
     return any(module == r or module.startswith(f"{r}.") for r in rooms)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_imports_go_down_the_flow(path):
+def test_imports_go_down_the_flow():
     """Every import of a module, wherever it stands, is of a room that its own may import."""
-    room = place(name(path))
-    if name(path) in ("", "__main__"):
-        return
-    assert room, f"{name(path)} is in no room of MAY_IMPORT"
-    allowed = (room, "_checks", "frozen", "_core", *MAY_IMPORT[room])
-    for module in own_imports(path):
-        assert module, f"{name(path)} imports the package itself; import the module"
-        assert is_in(module, allowed), f"{name(path)} imports {module}"
+    for path in MODULES:
+        if name(path) in ("", "__main__"):
+            continue
+        room = place(name(path))
+        assert room, f"{name(path)} is in no room of MAY_IMPORT"
+        allowed = (room, "_checks", "frozen", "_core", *MAY_IMPORT[room])
+        for module in own_imports(path):
+            assert module, f"{name(path)} imports the package itself; import the module"
+            assert is_in(module, allowed), f"{name(path)} imports {module}"
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if is_in(name(p), ("cli",))], ids=name)
-def test_the_command_line_takes_what_the_solver_exports(path):
+def test_the_command_line_takes_what_the_solver_exports():
     """Of the solver, cli imports names of ``solver.__all__`` alone, and none of its modules."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and is_in(node.module, ("moetuner.solver",)):
-            assert node.module == "moetuner.solver", f"{name(path)} imports {node.module}"
-            assert {alias.name for alias in node.names} <= set(moetuner.solver.__all__)
+    for path in in_rooms("cli"):
+        for node in nodes_of(path):
+            if isinstance(node, ast.ImportFrom) and is_in(node.module, ("moetuner.solver",)):
+                assert node.module == "moetuner.solver", f"{name(path)} imports {node.module}"
+                assert {alias.name for alias in node.names} <= set(moetuner.solver.__all__), path
 
 
 def test_ctrl_c_is_caught_in_one_place():
     """In the solver only the run, and HiGHS's own loop, catch KeyboardInterrupt."""
     catches = {
         name(path)
-        for path in MODULES
-        if is_in(name(path), ("solver",))
-        for node in ast.walk(ast.parse(path.read_text()))
+        for path in in_rooms("solver")
+        for node in nodes_of(path)
         if isinstance(node, ast.ExceptHandler) and "KeyboardInterrupt" in ast.dump(node.type)
     }
     assert catches <= {"solver.run", "solver.milp.highs"}
@@ -158,7 +174,7 @@ def test_ctrl_c_is_caught_in_one_place():
 
 def test_the_solver_has_one_clock():
     """The budget alone reads the time; HiGHS polls its own thread."""
-    clocks = {name(p) for p in MODULES if is_in(name(p), ("solver",)) and "time" in imports(p)}
+    clocks = {name(path) for path in in_rooms("solver") if "time" in imports(path)}
     assert clocks <= {"solver.budget", "solver.milp.highs"}
 
 
@@ -170,7 +186,7 @@ def test_what_the_core_searches_has_one_builder(value, builder):
     makers = [
         name(path)
         for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes_of(path)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == f"_core.{value}"
     ]
     assert makers == [builder]
@@ -179,7 +195,7 @@ def test_what_the_core_searches_has_one_builder(value, builder):
 def test_names_of_the_core_are_called_by_its_name():
     """No module imports a class out of the core: who makes what is seen where it is called."""
     for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.ImportFrom) and node.module == "moetuner._core":
                 assert not [alias.name for alias in node.names if alias.name.istitle()], path
             elif isinstance(node, ast.ImportFrom) and node.module == "moetuner":
@@ -191,22 +207,22 @@ def test_names_of_the_core_are_called_by_its_name():
 SEARCHES_OF_LAYERS = ["adapt", "anneal", "descend", "turns", "construct"]
 
 
-@pytest.mark.parametrize("search", SEARCHES_OF_LAYERS)
-def test_searches_know_no_rule(search):
+def test_searches_know_no_rule():
     """What a device may hold, and what may leave it, the core's searches ask the slots alone."""
-    files = [RUST_FILES[m] for m in RUST_FILES if m[:2] == ("layer", search)]
-    assert files
-    for path in files:
+    searches = [("layer", search) for search in SEARCHES_OF_LAYERS]
+    files = {module: path for module, path in RUST_FILES.items() if module[:2] in searches}
+    assert {module[:2] for module in files} == set(searches)
+    for path in files.values():
         text = re.sub(r"//.*", "", path.read_text())
         assert not re.search(r"\brules\s*\.(forbidden|pinned|fewest|allow)\b", text), path
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if is_in(name(p), ("solver",))], ids=name)
-def test_what_found_a_placement_decides_nothing(path):
+def test_what_found_a_placement_decides_nothing():
     """The text that tells what found an incumbent is shown; stages ask for its role."""
     asked = [
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text()))
+        f"{name(path)}, line {node.lineno}"
+        for path in in_rooms("solver")
+        for node in nodes_of(path)
         if isinstance(node, ast.Compare)
         and any(isinstance(n, ast.Attribute) and n.attr == "by" for n in ast.walk(node))
     ]
@@ -233,28 +249,28 @@ def test_the_top_level_is_short():
     assert [stem for stem in top if stem.startswith("_")] == ["_checks", "_interrupts"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_foreign_libraries_have_their_place(path):
+def test_foreign_libraries_have_their_place():
     """Torch, HiGHS, click and rich are each known to one part."""
-    for module in imports(path):
-        places = PLACES.get(module.split(".")[0])
-        assert places is None or is_in(name(path), places), f"{name(path)} imports {module}"
+    for path in MODULES:
+        for module in imports(path):
+            places = PLACES.get(module.split(".")[0])
+            assert places is None or is_in(name(path), places), f"{name(path)} imports {module}"
 
 
 # Words that name no value: what is it of, how many are most, who has given it?
 NO_NAMES = {"of", "some", "mine", "given", "how", "about", "most", "whole", "few", "near"}
 
 
-def bindings(tree):
+def bindings(nodes):
     """Names that code binds, with their lines: variables, parameters, and what a match binds."""
     fields = {
         member.target
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.ClassDef)
         for member in node.body
         if isinstance(member, ast.AnnAssign)
     }
-    for node in ast.walk(tree):
+    for node in nodes:
         if node in fields:
             continue  # a field stands behind the name of its value
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -265,20 +281,24 @@ def bindings(tree):
             yield node.name, node.lineno
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_names_say_what_a_value_is(path):
+def test_names_say_what_a_value_is():
     """No value is called by a word that could stand for any."""
-    bound = bindings(ast.parse(path.read_text()))
-    assert [f"{word}, line {line}" for word, line in bound if word in NO_NAMES] == []
+    vague = [
+        f"{name(path)}, line {line}: {word}"
+        for path in MODULES
+        for word, line in bindings(nodes_of(path))
+        if word in NO_NAMES
+    ]
+    assert vague == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_calls_have_their_arguments_one_by_one(path):
+def test_calls_have_their_arguments_one_by_one():
     """No call unpacks a tuple or list that is written out in it, which only saves lines."""
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     unpacked = [
-        argument.lineno
-        for call in calls
+        f"{name(path)}, line {argument.lineno}"
+        for path in MODULES
+        for call in nodes_of(path)
+        if isinstance(call, ast.Call)
         for argument in call.args
         if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Tuple | ast.List)
     ]
@@ -296,26 +316,17 @@ def f(of, *some, mine=1, **given):
         case [few, *near]:
             pass
 """
-    assert {word for word, _ in bindings(ast.parse(code))} == NO_NAMES
+    assert {word for word, _ in bindings([*ast.walk(ast.parse(code))])} == NO_NAMES
 
 
-PLUGINS = [path for path in MODULES if name(path).startswith("plugins")]
-
-
-@pytest.mark.parametrize("path", PLUGINS, ids=name)
-def test_plugins_import_engines_and_torch_inside_functions(path):
+def test_plugins_import_engines_and_torch_inside_functions():
     """Importing the plugins loads neither an engine nor torch."""
-    body = ast.parse(path.read_text()).body
-    top = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-    for node in ast.walk(top):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert not {module.split(".")[0] for module in names} & {
-            "torch",
-            "vllm",
-            "sglang",
-            "vllm_ascend",
-        }
+    for path in in_rooms("plugins"):
+        for node in tree_of(path).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            roots = {module.split(".")[0] for module in names}
+            assert not roots & {"torch", "vllm", "sglang", "vllm_ascend"}, name(path)
 
 
 RUST = PACKAGE.parents[1] / "rust"
@@ -364,15 +375,15 @@ def test_no_circle_of_rust_modules():
     assert circle(arrows) == []
 
 
-@pytest.mark.parametrize("module", sorted(RUST_FILES), ids="::".join)
-def test_rust_rooms_import_what_they_may(module):
+def test_rust_rooms_import_what_they_may():
     """Rooms of the core know tools and few others; only rust/python knows Python."""
-    if not module or module[0] == "python":
-        return
-    assert "pyo3" not in RUST_FILES[module].read_text()
-    allowed = CORE_MAY_IMPORT.get(module[0], set()) | TOOLS | {module[0]}
-    for to in rust_arrows(module):
-        assert set(to[:1]) & allowed, f"{'::'.join(module)} imports {'::'.join(to)}"
+    for module in RUST_FILES:
+        if not module or module[0] == "python":
+            continue
+        assert "pyo3" not in RUST_FILES[module].read_text(), module
+        allowed = CORE_MAY_IMPORT.get(module[0], set()) | TOOLS | {module[0]}
+        for to in rust_arrows(module):
+            assert set(to[:1]) & allowed, f"{'::'.join(module)} imports {'::'.join(to)}"
 
 
 def core_bindings(text):
@@ -383,11 +394,14 @@ def core_bindings(text):
         yield from ((word, line) for word in words.findall(bare))
 
 
-@pytest.mark.parametrize("module", sorted(RUST_FILES), ids="::".join)
-def test_names_of_the_core_say_what_a_value_is(module):
+def test_names_of_the_core_say_what_a_value_is():
     """In the core, too, no value is called by a word that could stand for any."""
-    bound = core_bindings(RUST_FILES[module].read_text())
-    assert [f"{word}, line {line}" for word, line in bound] == []
+    vague = [
+        f"{'::'.join(module)}, line {line}: {word}"
+        for module, path in RUST_FILES.items()
+        for word, line in core_bindings(path.read_text())
+    ]
+    assert vague == []
 
 
 def test_bindings_of_the_core_are_found():
