@@ -167,8 +167,6 @@ class Stage:
         Share of the seconds left that it may use at most.
     reserve
         Share of so many seconds left that is kept back for it while earlier stages run.
-    slack
-        By what share of the best value it may make the answer worse, for the sake of other figures.
     """
 
     run: Callable[[Run, Budget], None]
@@ -176,7 +174,6 @@ class Stage:
     least: Callable[[Run], float] = lambda _: 0.0
     share: Callable[[Run], float] = lambda _: 1.0
     reserve: Callable[[Run, float], float] = lambda _, __: 0.0
-    slack: float = 0.0
 
 
 class Run:
@@ -198,14 +195,11 @@ class Run:
         if not self.sees_all:
             self.objective = problem.objective_in(problem.windows.searched)
         self.incumbents: list[Incumbent] = []
-        self.preferred: Incumbent | None = None
         self.bound: Bound | None = None
         self.details = Details()
         self.interrupted = self.cut = False
         # What the last steps of a descent gain for a move.
         self.slope = 0.0
-        # By what share the answer may be worse than the best incumbent: stages to come say it.
-        self.slack = 0.0
         # Seconds that judging a placement takes, and that the judgement on all windows will take.
         self.judging = self.judging_all = 0.0
 
@@ -242,7 +236,6 @@ class Run:
         A stage is left out if it does not apply or cannot end in time; the first one is not.
         """
         budget = self.budget if budget is None else budget
-        self.slack = max(self.slack, *(stage.slack for stage in stages if stage.applies(self)), 0.0)
         try:
             for number, stage in enumerate(stages):
                 if self.interrupted or self.is_proven:
@@ -333,7 +326,7 @@ class Run:
             best, report = self.best, self.budget.progress
             is_objective = self.sees_all and (self.moves is None or not self.moves.price)
             if report is not None and is_objective and not best.excess:
-                report(Progress(0.0, by, best.value * (1 + self.slack), is_step=True))
+                report(Progress(0.0, by, best.value, is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
             self.rank_of_all(incumbent)
         if interrupted:
@@ -350,15 +343,9 @@ class Run:
         """Return whether the moves of an incumbent are within the budget."""
         return self.moves is None or incumbent.moves <= self.moves.most
 
-    def prefer(self, slots: Slots, by: str) -> None:
-        """Make slots [L,D,S] the answer although an incumbent may rank before them by a hair."""
-        self.preferred = self.judge(slots, by)
-
     @property
     def best(self) -> Incumbent:
         """The incumbent of the lowest rank; of equal ones not the floor, then the first."""
-        if self.preferred is not None:
-            return self.preferred
         return min(
             self.incumbents,
             key=lambda incumbent: (incumbent.rank, incumbent.role is Role.FLOOR),

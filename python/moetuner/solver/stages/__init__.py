@@ -29,7 +29,6 @@ from moetuner.solver.stages.layers import (
     mixes,
 )
 from moetuner.solver.stages.polish import POLISH
-from moetuner.solver.stages.ties import TIES
 from moetuner.solver.stages.visits import PAIRS, VISITS
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
@@ -98,6 +97,6 @@ def _may_be_balanced(run: Run) -> bool:
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BALANCE_SHARE)
 SEARCHES = (
     *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, BALANCE, COMBINE),
-    *(ANNEAL, COMBINE, SETTLE, POLISH, TIES),
+    *(ANNEAL, COMBINE, SETTLE, POLISH),
 )
 SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))

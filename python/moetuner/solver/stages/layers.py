@@ -6,7 +6,6 @@ layers, in turns, each given its neighbours, from a start that the search for tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -155,15 +154,6 @@ def _construct(run: Run, budget: Budget) -> None:
             run.offer(level, "windows", is_start=True, interrupted=interrupted)
 
 
-def quickest(run: Run, placements: Sequence[Placement]) -> tuple[NDArray[np.int64], Floats]:
-    """Return which placement is the quickest in every layer [L], and the times of all [N,L]."""
-    objective = run.objective
-    times = np.array(
-        [objective.worth(objective.window_cost(placement).T) for placement in placements]
-    )
-    return times.argmin(axis=0), times
-
-
 def mixes(run: Run) -> bool:
     """Return whether layers of several placements can be put together: nothing joins them."""
     problem = run.problem
@@ -175,9 +165,11 @@ def _combine(run: Run, _: Budget) -> None:
     """Offer the best contents of every layer that were offered in any placement."""
     pool = [incumbent.slots for incumbent in run.incumbents if incumbent.excess == 0]
     if len(pool) > 1:
-        experts = run.problem.experts
-        chosen = quickest(run, [Placement(slots, num_experts=experts) for slots in pool])[0]
-        slots = np.stack(pool)[chosen, np.arange(run.problem.layers)]
+        experts, objective = run.problem.experts, run.objective
+        placements = [Placement(slots, num_experts=experts) for slots in pool]
+        costs = [objective.worth(objective.window_cost(each).T) for each in placements]
+        layers = np.arange(run.problem.layers)
+        slots = np.stack(pool)[np.argmin(costs, axis=0), layers]
         run.offer(slots, "combined", is_start=True)
 
 

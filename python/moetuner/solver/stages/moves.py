@@ -22,7 +22,6 @@ from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.floor import FLOOR, balanced
 from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
 from moetuner.solver.stages.polish import POLISH
-from moetuner.solver.stages.ties import TIES
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -157,7 +156,7 @@ def _is_ahead(run: Run) -> bool:
 
 def _continue(run: Run, budget: Budget) -> None:
     """Search all layers from what runs, where moves are free and nothing better was found."""
-    stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), POLISH, TIES)
+    stages = (FLOOR, CONSTRUCT, CHAIN_UNDER_CAPS, Stage(anneal), POLISH)
     _take(run, run.inner(stages, budget, start=run.best.slots))
 
 
