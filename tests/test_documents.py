@@ -43,7 +43,7 @@ LINK = re.compile(r"\]\((?!http)([^)#]+)[^)]*\)")
 # Neither run nor printed by anything.
 TEXT = {"text", "yaml"}
 # Searches whose answers no document shows are cut short.
-SEARCHES, SHORT = {"solve", "compare"}, ["--time-limit", "0.1"]
+SEARCHES, SHORT = {"solve", "compare", "advise"}, ["--time-limit", "0.1"]
 
 
 class Reader:
