@@ -53,6 +53,13 @@ pub fn mixed(mut bits: u32) -> u32 {
     bits ^ (bits >> 16)
 }
 
+/// Which of so many copies of an expert serves a token, by the token's [`mixed`] bits: the same rule for all experts.
+#[inline]
+#[must_use]
+pub fn choose_copy(bits: usize, copies: usize) -> usize {
+    bits % copies
+}
+
 /// Maps 32 random bits to a number below `n`.
 #[inline]
 #[must_use]

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::by_expert;
 use crate::error::Result;
+use crate::random::choose_copy;
 
 /// Makes something of every number from 0: by threads within a pool, else in the calling one.
 fn made_of<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
@@ -141,8 +142,9 @@ fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
             }
         }
         let is_tried = |copy: &Holder| period.is_multiple_of(copy.copies);
-        let hit = |hash: u32| copies.iter().any(|copy| is_tried(copy) && hash % copy.copies == copy.number);
-        let none = (0..period).filter(|&hash| !hit(hash)).count();
+        let takes = |copy: &Holder, hash| choose_copy(hash, copy.copies as usize) == copy.number as usize;
+        let hit = |hash| copies.iter().any(|copy| is_tried(copy) && takes(copy, hash));
+        let none = (0..period as usize).filter(|&hash| !hit(hash)).count();
         missed *= none as f64 / f64::from(period);
         copies.retain(|copy| !is_tried(copy));
     }

@@ -16,7 +16,7 @@ use crate::counting::by_layers;
 use crate::counting::pairs::{Cuts, SHORT_BLOCK, Side, block};
 use crate::counting::windows::{Narrow, WindowCounts, by_window};
 use crate::error::{Error, Result, SLOTS, room_for};
-use crate::random::{mixed, scale};
+use crate::random::{choose_copy, mixed, scale};
 use crate::trace::{ExpertId, Routing, validate};
 
 /// Which copy of an expert serves a token.
@@ -127,13 +127,13 @@ impl Copies {
         }
         let mut slots = Vec::with_capacity(ids.len());
         for (token, (position, ids)) in positions.zip(ids.chunks_exact(top_k)).enumerate() {
-            let hash = mixed(position as u32);
+            let hash = mixed(position as u32) as usize;
             if self.split == Split::Even {
-                slots.extend(ids.iter().map(|id| devices_of(id)[hash as usize % devices_of(id).len()]));
+                slots.extend(ids.iter().map(|id| devices_of(id)[choose_copy(hash, devices_of(id).len())]));
             } else {
                 let home =
-                    homes.map_or_else(|| scale(hash.into(), self.devices), |homes| homes[token].into());
-                slots.extend(ids.iter().map(|id| self.nearest(devices_of(id), home, hash as usize)));
+                    homes.map_or_else(|| scale(hash as u64, self.devices), |homes| homes[token].into());
+                slots.extend(ids.iter().map(|id| self.nearest(devices_of(id), home, hash)));
             }
         }
         slots
@@ -148,8 +148,12 @@ impl Copies {
         let node = self.node_of_device[home];
         let is_near = |slot: &&u16| self.node_of_device[device(**slot)] == node;
         match slots.iter().filter(is_near).count() {
-            0 => slots[hash % slots.len()],
-            count => *slots.iter().filter(is_near).nth(hash % count).expect("a number below their count"),
+            0 => slots[choose_copy(hash, slots.len())],
+            count => *slots
+                .iter()
+                .filter(is_near)
+                .nth(choose_copy(hash, count))
+                .expect("a number below their count"),
         }
     }
 

@@ -13,6 +13,7 @@ use std::sync::{Arc, LazyLock};
 
 use crate::layer::slots::Share;
 use crate::layer::{EMPTY, Layer, Move, Slots};
+use crate::random::choose_copy;
 
 /// Bits in a word.
 const WORD: usize = 64;
@@ -116,8 +117,8 @@ impl Sets {
         }
         let copy = slots.devices(expert).filter(|&other| usize::from(other) < slots.device(slot)).count();
         // Bit n of a word that begins with part `first` is part `first + n`: a pattern that depends on `first % copies`.
-        let pattern =
-            |from: usize| (0..WORD).filter(|n| (from + n) % copies == copy).fold(0u64, |p, n| p | 1 << n);
+        let is_served = |part: usize| choose_copy(part, copies) == copy;
+        let pattern = |from: usize| (0..WORD).filter(|n| is_served(from + n)).fold(0u64, |p, n| p | 1 << n);
         let patterns: Vec<u64> = (0..copies).map(pattern).collect();
         for (word, (to, row)) in to.iter_mut().zip(row).enumerate() {
             *to |= row & patterns[word * WORD % copies];
