@@ -26,7 +26,9 @@ __all__ = [
     "expected_followed",
     "expected_load",
     "expected_visits",
+    "find_shortage",
     "forget_pools",
+    "keep_slots",
     "match_devices",
     "merge_sets",
     "pack",
@@ -439,6 +441,22 @@ def match_devices(
     """Give what was packed for a device to one that holds much of it [L,D,S]: fewest copies move.
 
     All devices are alike; -1 is an empty slot.
+    """
+
+def keep_slots(
+    running: NDArray[np.int32], slots: NDArray[np.int32], experts: int
+) -> NDArray[np.int32]:
+    """Order slots [L,D,S] so that what stays on a device keeps the slot that it has in ``running``.
+
+    What comes takes the first free slots of its device in its order; -1 is an empty slot.
+    """
+
+def find_shortage(
+    forbidden: NDArray[np.bool_], capacity: list[int]
+) -> tuple[int, list[int]] | None:
+    """Find experts [E,D] that have fewer slots [D] than they are (Hall, 1935).
+
+    Returns how many they are, and the devices that they may be on; None if all find a slot.
     """
 
 def spend_budget(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner import _checks as check
+from moetuner import _core
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import DECODER
 from moetuner.frozen import Frozen, as_json
@@ -111,25 +112,12 @@ def keep_slots(
     Only those that a device has itself [L,D]: tables are as wide as the widest device.
     """
     width = slots.shape[2]
-    absent = np.arange(width) >= capacity[:, :, None]
-    before = np.full(slots.shape, EMPTY, dtype=np.int64)
+    before = np.full(slots.shape, EMPTY, dtype=np.int32)
     same = min(running.shape[2], width)
     before[:, :, :same] = running[:, :, :same]
-    before[absent] = EMPTY
-    matches = (slots[:, :, :, None] == before[:, :, None, :]) & (slots != EMPTY)[:, :, :, None]
-    stays, place = matches.any(axis=3), matches.argmax(axis=3)
-    layer, device, at = np.nonzero(stays)
-    # The first slot of an expert alone: engines' own maps may have it twice on a device.
-    taken = np.broadcast_to(absent, slots.shape).copy()
-    taken[layer, device, place[layer, device, at]] = True
-    ordered = np.full_like(slots, EMPTY)
-    # Those that come, in their order, go into free slots in theirs; empty ones are last.
-    comes = np.argsort(np.where(stays, 2, slots == EMPTY), axis=2, kind="stable")
-    free = np.argsort(taken, axis=2, kind="stable")
-    arrivals = np.take_along_axis(np.where(stays, EMPTY, slots), comes, axis=2)
-    np.put_along_axis(ordered, free, arrivals, axis=2)
-    ordered[layer, device, place[layer, device, at]] = slots[layer, device, at]
-    return ordered
+    before[np.arange(width) >= capacity[:, :, None]] = EMPTY
+    experts = int(max(before.max(), slots.max())) + 1
+    return _core.keep_slots(before, np.ascontiguousarray(slots, np.int32), experts)
 
 
 def fill(
@@ -329,7 +317,7 @@ class Placement(Frozen):
     @property
     def replicas(self) -> NDArray[np.int64]:
         """Copies of every expert [L,E]."""
-        return _copies(self.slots, self.num_experts)
+        return count_copies(self.slots, self.num_experts)
 
     @property
     def held(self) -> NDArray[np.bool_]:
@@ -486,7 +474,7 @@ class Placement(Frozen):
         return hash((self.num_experts, self.slots.shape, self.slots.tobytes()))
 
 
-def _copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
+def count_copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
     """Count the slots of every expert [L,E]; those of no expert come first, and are left out."""
     columns = slots.reshape(len(slots), -1).astype(np.int64) - EMPTY
     return np.stack([np.bincount(row, minlength=experts + 1)[1:] for row in columns])
@@ -500,7 +488,7 @@ def _check(slots: NDArray[Any], experts: int) -> None:
             f"slots: layer {layer}, device {device}: expert id {slots[layer, device, slot]} "
             f"is not from -1 to {experts - 1}, below num_experts"
         )
-    copies = _copies(slots, experts)
+    copies = count_copies(slots, experts)
     for layer, expert in np.argwhere(copies == 0)[:1]:
         raise ValueError(f"slots: layer {layer}: expert {expert} has no slot")
     if copies.max() == 1:

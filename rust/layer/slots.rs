@@ -285,7 +285,8 @@ impl Slots {
     }
 
     /// New contents of slots `[P]`, ordered so that what stays on a device keeps the slot that it has here.
-    pub(crate) fn keep_slots(&self, contents: &[u16]) -> Vec<u16> {
+    #[must_use]
+    pub fn keep_slots(&self, contents: &[u16]) -> Vec<u16> {
         let mut ordered = vec![EMPTY; contents.len()];
         for slots in self.first.windows(2).map(|ends| ends[0]..ends[1]) {
             let mut arrivals = vec![];

@@ -15,14 +15,14 @@ type Slots<'py> = (PyReadonlyArray3<'py, i32>, PyReadonlyArray3<'py, f64>);
 /// Steps from which threads are worth waking.
 const LARGE: usize = 1 << 18;
 
-/// Makes `work` of so many steps, on other threads where they are many.
+/// Makes `work` of so many steps, on other threads where they are many and more than one may be used.
 fn made<T: Send>(
     py: Python<'_>,
     steps: usize,
     threads: Option<usize>,
     work: impl FnOnce() -> T + Send,
 ) -> PyResult<T> {
-    if steps < LARGE { alone(py, work) } else { detached(py, threads, work) }
+    if steps < LARGE || threads == Some(1) { alone(py, work) } else { detached(py, threads, work) }
 }
 
 /// Makes `work` of what the slots share.

@@ -406,6 +406,28 @@ pub(super) fn match_devices<'py>(
 }
 
 #[pyfunction]
+pub(super) fn keep_slots<'py>(
+    py: Python<'py>,
+    running: PyReadonlyArray3<'py, i32>,
+    slots: PyReadonlyArray3<'py, i32>,
+    experts: usize,
+) -> PyResult<Bound<'py, PyArray3<i32>>> {
+    let &[_, d, per_device] = slots.shape() else { unreachable!("the array has three dimensions") };
+    shaped("running", running.shape(), slots.shape())?;
+    fits("slots", d, per_device)?;
+    let site = Site::plain(vec![per_device; d], vec![1.0; d]);
+    let (running, slots) = (contiguous(running.as_slice().ok())?, contiguous(slots.as_slice().ok())?);
+    let contents = |rows| contents_of(rows, per_device, &site.capacity);
+    let size = (d * per_device).max(1);
+    let layers = running.chunks_exact(size).zip(slots.chunks_exact(size));
+    let keep = |(running, slots)| {
+        Slots::new(&site.capacity, experts, &contents(running)).keep_slots(&contents(slots))
+    };
+    let all = alone(py, || layers.map(keep).collect::<Vec<_>>())?;
+    slots_of(py, all.iter().map(|contents| (&contents[..], &site)), [d, per_device])
+}
+
+#[pyfunction]
 #[pyo3(signature = (cost, moves, *, max_moves, dead_zone, deviations, devices, min_gain = 0.0))]
 pub(super) fn spend_budget(
     cost: PyReadonlyArray2<'_, f64>,

@@ -205,7 +205,7 @@ mod _core {
         busiest_rows, expected_apart, expected_followed, expected_load, expected_visits, pair_cost,
     };
     #[pymodule_export]
-    use super::layer::{Layers, adapt_slots, match_devices, replicate_experts, spend_budget};
+    use super::layer::{Layers, adapt_slots, keep_slots, match_devices, replicate_experts, spend_budget};
     #[pymodule_export]
     use super::lines::scan_lines;
     #[pymodule_export]
@@ -213,7 +213,7 @@ mod _core {
     #[pymodule_export]
     use super::pools::forget_pools;
     #[pymodule_export]
-    use super::rules::LayerRules;
+    use super::rules::{LayerRules, find_shortage};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

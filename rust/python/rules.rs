@@ -4,7 +4,8 @@ use numpy::{PyReadonlyArray2, PyReadonlyArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use super::{contiguous, shaped, slice};
-use crate::layer::Rules;
+use crate::layer::construct;
+use crate::layer::{Rules, Site};
 
 /// The rules of all layers; what a placement may be, whatever it costs.
 #[pyclass(module = "moetuner._core", name = "Rules", frozen)]
@@ -46,6 +47,19 @@ impl LayerRules {
             load,
         })
     }
+}
+
+#[pyfunction]
+pub(super) fn find_shortage(
+    forbidden: PyReadonlyArray2<'_, bool>,
+    capacity: Vec<usize>,
+) -> PyResult<Option<(usize, Vec<usize>)>> {
+    let &[experts, devices] = forbidden.shape() else { unreachable!("the array has two dimensions") };
+    shaped("forbidden", &[experts, devices], &[experts, capacity.len()])?;
+    let table = contiguous(forbidden.as_slice().ok())?.to_vec();
+    let rules = Rules { forbidden: table, ..Rules::default() };
+    let site = Site { rules, ..Site::plain(capacity, vec![1.0; devices]) };
+    Ok(construct::find_shortage(&site, experts))
 }
 
 impl LayerRules {

@@ -1,12 +1,13 @@
 """What a placement breaks is said: by the problem, by solve, and on the command line."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner import solver
+from moetuner import _core, solver
 
 SLOTS = (7, 7, 9, 9)
 PINNED = [(0, 0, 3), (0, 9, 0), (2, 30, 1)]
@@ -127,3 +128,25 @@ def test_tables_without_traffic_are_no_reason_to_fail(regime):
         statistics = mt.RoutingStatistics([[[3, 4, 5, 6]]], np.zeros((0, 4, 4), dtype=np.int64))
     problem = mt.Problem(statistics, mt.Topology(2), regime=regime, objective="time")
     assert mt.solve(problem, iterations=100).violations == ()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_experts_short_of_slots_are_found(seed):
+    """Experts that may be nowhere else are named with their devices, if any lack slots (Hall)."""
+    random = np.random.default_rng([34, seed])
+    experts, devices = int(random.integers(1, 7)), int(random.integers(1, 4))
+    forbidden = random.random((experts, devices)) < random.choice([0.2, 0.5, 0.7])
+    capacity = random.integers(0, 4, devices)
+    shortage = _core.find_shortage(forbidden, capacity.tolist())
+    # Devices to which so many experts are confined that slots do not suffice.
+    subsets = [np.array(subset) for subset in itertools.product((False, True), repeat=devices)]
+    short = [
+        subset
+        for subset in subsets
+        if (forbidden | subset).all(axis=1).sum() > capacity[subset].sum()
+    ]
+    assert (shortage is not None) == bool(short)
+    if shortage is not None:
+        count, found = shortage
+        confined = forbidden[:, np.setdiff1d(np.arange(devices), found)].all(axis=1)
+        assert count == capacity[found].sum() + 1 <= confined.sum()

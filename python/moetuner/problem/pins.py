@@ -9,6 +9,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner import _core
 from moetuner._checks import ArgumentError, shown, whole_number
 from moetuner.placement import Placement
 from moetuner.problem.capacity import and_more
@@ -122,51 +123,17 @@ def _check_bans(
         if key in checked or not ban.any():
             continue
         checked.add(key)
-        shortage = _shortage(~ban[~fixed.any(axis=1)], capacity[layer] - fixed.sum(axis=0))
+        left = capacity[layer] - fixed.sum(axis=0)
+        shortage = _core.find_shortage(ban[~fixed.any(axis=1)], left.tolist())
         if shortage is not None:
-            experts, devices, slots = shortage
+            experts, devices = shortage
+            slots = left[devices].sum()
             raise ArgumentError(
                 f"forbidden leaves {slots} slots in layer {layer}, on "
                 f"{', '.join(map(str, devices)) or 'no device'}, for {experts} experts that may be "
                 "nowhere else",
                 "forbidden",
             )
-
-
-def _shortage(
-    allowed: NDArray[np.bool_], capacity: NDArray[np.int64]
-) -> tuple[int, list[int], int] | None:
-    """Find experts [E,D] that have fewer slots [D] than they are, by a matching (Hall, 1935).
-
-    Returns how many they are, their devices, and how many slots those have; None if all find one.
-    """
-    hosted: list[list[int]] = [[] for _ in capacity]
-    for expert in range(len(allowed)):
-        # Breadth first, over devices that could hand an expert on, until one has a free slot.
-        source: dict[int, tuple[int, int]] = {}
-        queue, free = [(expert, -1)], -1
-        for mover, origin in queue:
-            for device in np.flatnonzero(allowed[mover]).tolist():
-                if device in source:
-                    continue
-                source[device] = (mover, origin)
-                if len(hosted[device]) < capacity[device]:
-                    free = device
-                    break
-                queue.extend((other, device) for other in hosted[device])
-            if free >= 0:
-                break
-        if free < 0:
-            devices = sorted(source)
-            count = 1 + sum(len(hosted[device]) for device in devices)
-            return count, devices, int(capacity[devices].sum())
-        while free >= 0:
-            mover, origin = source[free]
-            hosted[free].append(mover)
-            if origin >= 0:
-                hosted[origin].remove(mover)
-            free = origin
-    return None
 
 
 def _table(

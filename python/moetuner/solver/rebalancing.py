@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import holders_of, keep_slots, moves_from
+from moetuner.placement import count_copies, holders_of, keep_slots, moves_from
 from moetuner.solver import effort
 from moetuner.solver.terms import Site, core_layers
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
@@ -314,20 +314,17 @@ def slowest(
     Copies share evenly, also those on one device; ``time`` is each device's per token [D], alike by
     default. What pairs cost that are apart is added.
     """
-    layers, devices, _ = slots.shape
-    layer, device = np.arange(layers)[:, None, None], np.arange(devices)[:, None]
-    part = np.zeros((layers, devices, windows.shape[2] + 1))
-    # An empty slot, -1, counts in a column of its own at the end.
-    np.add.at(part, (layer, device, slots), 1.0)
-    part = part[:, :, :-1] / np.maximum(part[:, :, :-1].sum(axis=1, keepdims=True), 1.0)
-    load = part @ windows.transpose(1, 2, 0)
+    experts = windows.shape[2]
+    share = 1 / np.maximum(count_copies(slots, experts), 1)
+    layer = np.arange(len(slots))[:, None, None]
+    # An empty slot, -1, takes the last expert's share, which is not asked for.
+    shared = np.ascontiguousarray(slots, np.int32), share[layer, slots]
+    load = _core.expected_load(shared, np.ascontiguousarray(windows, np.float64), threads=1)
     if time is not None:
-        load *= time[:, None]
-    cost = load.max(axis=1).sum(axis=1)
+        load *= time
+    cost = load.max(axis=2).sum(axis=0)
     if pairs is not None:
-        all_pairs = pairs.counts.sum(axis=(1, 2), dtype=np.float64)
-        together = ((part @ pairs.counts.astype(np.float64)) * part).sum(axis=(1, 2))
-        cost += pairs.cost * (all_pairs - together) / 2
+        cost += pairs.cost * _core.expected_apart(shared, pairs.counts, threads=1)
     return _rounded(cost)
 
 

@@ -39,7 +39,7 @@ fn heaviest_first(layer: &Layer) -> Placed<Slots> {
             balance.enter(device, e);
         }
         while slots.is_short(site, e) {
-            if !squeeze(&mut slots, site, e) {
+            if squeeze(&mut slots, site, e).is_err() {
                 return Err(NoSlot(usize::from(e)));
             }
             balance = Balance::new(layer, &slots, &copies);

@@ -17,6 +17,7 @@ use crate::layer::{EMPTY, Site, Slots};
 use crate::tournament::Tournament;
 pub use level::by_windows;
 use polish::polish;
+pub use squeeze::find_shortage;
 use squeeze::squeeze;
 
 /// An expert for which the rules leave no slot.
@@ -184,7 +185,7 @@ fn pack(slots: &mut Slots, site: &Site, load: &[f64], order: &[Item], copies: &[
             open_devices.set((key & 0xffff) as usize, key);
         }
         while slots.is_short(site, e as u16) {
-            if !squeeze(slots, site, e as u16) {
+            if squeeze(slots, site, e as u16).is_err() {
                 return Err(NoSlot(e));
             }
             (used, open_devices) = open(slots, site, load);
@@ -207,7 +208,7 @@ pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool)
                 .min_by(|a, b| times[a.0].total_cmp(&times[b.0]));
             match open {
                 Some((_, slot)) => slots.put(slot, e),
-                None if squeeze(slots, site, e) => {}
+                None if squeeze(slots, site, e).is_ok() => {}
                 None => return Err(NoSlot(usize::from(e))),
             }
         }

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 
 use crate::layer::{EMPTY, Site, Slots};
 
-/// Finds an expert a slot that it lacks, or says that the rules leave none.
+/// Finds an expert a slot that it lacks, or returns the devices that it looked at: the rules leave it none.
 ///
-/// Others move only to where they may be, and only copies that their expert can do without are given up; so where this
-/// fails, the devices that it looked at are full of experts that may be nowhere else.
-pub(in crate::layer) fn squeeze(slots: &mut Slots, site: &Site, expert: u16) -> bool {
+/// Others move only to where they may be, and only copies that their expert can do without are given up; so these
+/// devices are full of experts that may be nowhere else.
+pub(in crate::layer) fn squeeze(slots: &mut Slots, site: &Site, expert: u16) -> Result<(), Vec<usize>> {
     let d = site.devices();
     // The slot whose expert would move to a device, with its own device; none for where `expert` itself would go.
     let mut mover: Vec<Option<(usize, usize)>> = vec![None; d];
@@ -24,7 +24,7 @@ pub(in crate::layer) fn squeeze(slots: &mut Slots, site: &Site, expert: u16) -> 
         let vacant = slots.of(g).find(free).or_else(|| slots.of(g).find(spare));
         if let Some(slot) = vacant {
             shift(slots, &mover, (slot, g), expert);
-            return true;
+            return Ok(());
         }
         for slot in slots.of(g) {
             for h in (0..d).filter(|&h| slots.may_move(site, slot, h)) {
@@ -36,7 +36,16 @@ pub(in crate::layer) fn squeeze(slots: &mut Slots, site: &Site, expert: u16) -> 
             }
         }
     }
-    false
+    Err((0..d).filter(|&g| seen[g]).collect())
+}
+
+/// Finds experts that have fewer slots than they are (Hall, 1935): how many they are, and the devices that they may be on.
+#[must_use]
+pub fn find_shortage(site: &Site, experts: usize) -> Option<(usize, Vec<usize>)> {
+    let mut slots = Slots::empty(&site.capacity, experts);
+    let devices = (0..experts as u16).find_map(|e| squeeze(&mut slots, site, e).err())?;
+    let hosted = devices.iter().map(|&g| slots.of(g).len()).sum::<usize>();
+    Some((hosted + 1, devices))
 }
 
 /// Moves every expert of a path one device on, from its end: the vacant slot.
