@@ -1,6 +1,7 @@
 """Fixtures of several test modules, and how long hypothesis searches."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, settings
 
 import moetuner as mt
 from moetuner.cli import main, output
+from moetuner.report import structure
+from moetuner.solver import effort
 
 # Deterministic by default; HYPOTHESIS_PROFILE=thorough searches longer and anew each time.
 quiet = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -85,6 +88,23 @@ def run(capsys, monkeypatch):
         return status, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Search as shortly as searches can, without a clock."""
+    monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,)))
+    monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf)))
+    monkeypatch.setattr(structure, "ITERATIONS", 50)
+    few = {"TRIALS_OF_FEW": {}, "SLOT_WORK": 1600, "LEAST_WORK": 100, "LEAST_TRIALS": 50}
+    few |= dict.fromkeys(("MOST_TRIALS", "CHAIN_LEAST", "CHAIN_MOST", "LEAST_LINKED"), 50)
+    few |= dict.fromkeys(("PAIR_TRIALS", "TANGENT_TRIALS", "CATCH_UP"), 50)
+    few |= dict.fromkeys(("LINKED_TRIALS", "VISIT_TRIALS", "LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
+    few |= dict.fromkeys(("ROUNDS", "RESTARTS", "VISIT_RESTARTS", "PRICE_ROUNDS"), 1)
+    few |= dict.fromkeys(("TANGENT_STEPS", "CLUSTER_NODES", "LEVEL_NODES", "PLACE_NODES"), 1)
+    few |= {"POLISHED_SLOTS": 0, "PRICES_TRIED": 1, "LENGTHS": 2}
+    for name, value in few.items():
+        monkeypatch.setattr(effort, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def check_keys(value, section, where, seen):
 
 
 @pytest.fixture
-def folder(make_trace, tmp_path, monkeypatch):
+def folder(make_trace, brief, tmp_path, monkeypatch):
     """Folder with what the commands read."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     monkeypatch.chdir(tmp_path)

@@ -37,7 +37,7 @@ def recorded(tokens, seed=0):
 
 
 @pytest.mark.parametrize("case", CASES.strip().splitlines())
-def test_every_next_command_shows_what_was_judged(ok, as_json, tmp_path, monkeypatch, case):
+def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, monkeypatch, case):
     """A report of the placement that the printed commands compute has the gain of the headline."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,7 @@ CASES = [
 
 
 @pytest.fixture
-def trace(make_trace, tmp_path):
+def trace(make_trace, brief, tmp_path):
     """File of a small trace of sixteen experts."""
     make_trace(600, layers=2, experts=16).save(tmp_path / "trace.safetensors")
     return tmp_path / "trace.safetensors"

@@ -4,7 +4,6 @@ Each run ends well, or in one line that says what does not go together: never in
 or a word that only a program says. Searches are short, as they are not what is asked about.
 """
 
-import math
 import os
 import re
 import warnings
@@ -16,8 +15,7 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner.cli import moetuner
-from moetuner.report import structure
-from moetuner.solver import METHODS, effort
+from moetuner.solver import METHODS
 
 # How the traffic is served and read: options of every command that takes INPUT.
 READING = """
@@ -193,23 +191,6 @@ NAMES = {
     "LOADS": "later.npz",
     "STATISTICS": "counted-trace.safetensors",
 }
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    """Search as shortly as searches can, without a clock."""
-    monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,)))
-    monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf)))
-    monkeypatch.setattr(structure, "ITERATIONS", 50)
-    few = {"TRIALS_OF_FEW": {}, "SLOT_WORK": 1600, "LEAST_WORK": 100, "LEAST_TRIALS": 50}
-    few |= dict.fromkeys(("MOST_TRIALS", "CHAIN_LEAST", "CHAIN_MOST", "LEAST_LINKED"), 50)
-    few |= dict.fromkeys(("PAIR_TRIALS", "TANGENT_TRIALS", "CATCH_UP"), 50)
-    few |= dict.fromkeys(("LINKED_TRIALS", "VISIT_TRIALS", "LIVE_TRIALS", "BOUND_ITERATIONS"), 4)
-    few |= dict.fromkeys(("ROUNDS", "RESTARTS", "VISIT_RESTARTS", "PRICE_ROUNDS"), 1)
-    few |= dict.fromkeys(("TANGENT_STEPS", "CLUSTER_NODES", "LEVEL_NODES", "PLACE_NODES"), 1)
-    few |= {"POLISHED_SLOTS": 0, "PRICES_TRIED": 1, "LENGTHS": 2}
-    for name, value in few.items():
-        monkeypatch.setattr(effort, name, value)
 
 
 @pytest.fixture
