@@ -11,6 +11,9 @@ import moetuner as mt
 from moetuner.cli import moetuner, options
 from moetuner.problem.settings import settings_of
 
+# Searches are short, as they are not what is asked about.
+pytestmark = pytest.mark.usefixtures("brief")
+
 METHODS = "contiguous,lpt,joint"
 # Where the number of splits does not matter.
 ONCE = ("--splits", 1)
@@ -59,7 +62,7 @@ def test_every_command_ends_its_help_with_an_example_that_runs(
 ):
     """They run one after the other; those that need a model or a GPU have options that exist.
 
-    Searches are short. The demo runs in the next test.
+    The demo runs in the next test.
     """
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("trace", "newer")):
@@ -74,8 +77,7 @@ def test_every_command_ends_its_help_with_an_example_that_runs(
         if name in ("collect", "demo", "fit"):
             main.append(" ".join(words[1:]))
         else:
-            searches = name in ("advise", "compare", "solve")
-            ok(*words[1:], *(("--time-limit", 0.1) if searches else ()))
+            ok(*words[1:])
     for name, *words in map(str.split, main):
         there = {flag for parameter in moetuner.commands[name].params for flag in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= there

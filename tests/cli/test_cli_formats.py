@@ -11,6 +11,9 @@ import moetuner as mt
 from moetuner.cli.advise import _serving
 from moetuner.cli.options.traffic import Source
 
+# Searches are short, as they are not what is asked about.
+pytestmark = pytest.mark.usefixtures("brief")
+
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 RANKS = [GOLDEN / "sglang" / f"two-ranks-per_token-{rank}.pt" for rank in range(2)]
 

@@ -11,6 +11,9 @@ import pytest
 import moetuner as mt
 from moetuner.cli.options import pages
 
+# Searches are short, as they are not what is asked about.
+pytestmark = pytest.mark.usefixtures("brief")
+
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
 
 
@@ -83,7 +86,7 @@ def test_advise_for_an_engine(ok, skewed, tmp_path, engine, served):
         ("report",),
     ],
 )
-def test_every_page_opens_and_is_the_same_every_time(ok, brief, trace, tmp_path, arguments):
+def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, arguments):
     """No time that anything took is in it, as long as nobody limits it."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     (command, *others), page, actual = arguments, tmp_path / "page.html", []

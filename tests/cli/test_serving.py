@@ -9,6 +9,9 @@ import moetuner as mt
 from moetuner.cli import moetuner
 from moetuner.report.cells import distinct
 
+# Searches are short, as they are not what is asked about.
+pytestmark = pytest.mark.usefixtures("brief")
+
 SERVING = ("--for", "--cost-model", "--regime", "--split", "--arrival")
 
 
