@@ -322,7 +322,7 @@ def wrong(name, parameter):
 
 
 @pytest.mark.parametrize("name", sorted({*CALLS, *EXTRA}))
-def test_whatever_is_wrong_is_named(name, tmp_path, monkeypatch):
+def test_whatever_is_wrong_is_named(name, brief, tmp_path, monkeypatch):
     """TypeError, ValueError or OSError in one line with the argument's name; no warning."""
     monkeypatch.chdir(tmp_path)
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -29,7 +29,7 @@ def example(tmp_path, monkeypatch, capsys):
     return example
 
 
-def test_quick_start(make_trace, tmp_path, example):
+def test_quick_start(make_trace, brief, tmp_path, example):
     """It answers, bounds, judges, and writes a placement that the engine can load."""
     make_trace(800).save(tmp_path / "trace.safetensors")
     arguments = ("trace.safetensors", "--devices", 4, "--engine", "vllm", "--out", "p.json")

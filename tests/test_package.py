@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.report import structure
 
 CHECK = """
 import json, logging, os, sys, threading
@@ -100,7 +101,9 @@ def values():
             *(mt.structure(trace), mt.Progress(1.0, "search"), trace),
         ]
 
-    return make(), make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structure, "ITERATIONS", 50)  # else it searches for seconds
+        return make(), make()
 
 
 def test_values_are_equal_by_content_and_have_a_hash(values):
