@@ -84,7 +84,7 @@ def draw_trace(
     return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=sequence, group=group)
 
 
-def audit_blocks(trace: mt.RoutingTrace) -> mt.Audit:
+def audit_blocks(trace: mt.RoutingTrace) -> mt.Judgement:
     """Audit blocks against turns."""
     return mt.audit(
         BLOCKS,

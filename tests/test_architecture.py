@@ -413,3 +413,32 @@ for few in near {}  // of comments it sees nothing
 slots.of(g); how(1); Layer::most; "of"
 """
     assert {word for word, _ in core_bindings(code)} == NO_NAMES - {"how"}
+
+
+def test_values_between_a_placement_and_a_sentence_are_nine():
+    """The document's table has them all, with their parts; a new class of these rooms fails it."""
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    section = text.partition("## From a placement to a sentence")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    values = {row[0].strip().strip("`") for row in rows}
+    parts = {name for row in rows for name in re.findall(r"`([A-Z]\w+)`", row[3])}
+    classes = {
+        node.name
+        for path in MODULES
+        if name(path).split(".")[0] in ("evaluation", "report")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    }
+    assert len(values) == 9
+    assert classes == values | parts | {"Structure"}
+
+
+def test_no_two_classes_have_one_name():
+    """A name means one thing in the whole package; private ones count too."""
+    names = [
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted(names) == sorted(set(names))

@@ -78,7 +78,7 @@ FILES = {
     "CostModel.load": MODEL, "CostModel.save": MODEL, "Certificate.load": CERTIFICATE,
 }  # fmt: skip
 # Values of their own classes are not made by users, and check nothing.
-VALUES = {"PlacementDiff", "Evaluation", "Audit", "Verdict", "Result", "Progress", "Trade",
+VALUES = {"PlacementDiff", "Evaluation", "Judgement", "Comparison", "Result", "Progress", "Trade",
           "Advice", "Drift", "Certificate", "Objective"}  # fmt: skip
 # Methods of problems and objectives that only the solver calls.
 INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}

@@ -9,9 +9,8 @@ from moetuner import _interrupts as _interrupts  # isort: skip - before what tak
 from moetuner._core import __version__
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, evaluate
-from moetuner.evaluation.auditing import Audit, audit
-from moetuner.evaluation.comparison import Comparison as Verdict
-from moetuner.evaluation.comparison import verdict
+from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.judgement import Judgement, audit, judge, verdict
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.formats import open_input, read_placement, write_placement
 from moetuner.formats.engines import engine_settings
@@ -45,9 +44,10 @@ __all__ = [  # noqa: RUF022
     "Evaluation",
     "evaluate",
     "dispatch_rows",
-    "Audit",
+    "Judgement",
+    "judge",
     "audit",
-    "Verdict",
+    "Comparison",
     "verdict",
     "Problem",
     "engine_settings",

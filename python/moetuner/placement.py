@@ -474,6 +474,18 @@ class Placement(Frozen):
         return hash((self.num_experts, self.slots.shape, self.slots.tobytes()))
 
 
+def blocks(layers: int, experts: int, devices: int) -> Placement:
+    """Return experts in blocks, one copy each; the first devices take what is left over."""
+    sizes = experts // devices + (np.arange(devices) < experts % devices)
+    device_of = np.repeat(np.arange(devices), sizes)
+    return Placement.from_assignment(np.tile(device_of, (layers, 1)), devices)
+
+
+def contiguous(placement: Placement) -> Placement:
+    """Return experts in blocks on the devices of a placement, one copy each."""
+    return blocks(placement.layers, placement.num_experts, placement.devices)
+
+
 def count_copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
     """Count the slots of every expert [L,E]; those of no expert come first, and are left out."""
     columns = slots.reshape(len(slots), -1).astype(np.int64) - EMPTY

@@ -388,7 +388,7 @@ def test_compare_tells_gains_over_splits(as_json, ok, trace):
     assert gain["splits"] == pytest.approx(wanted)
     assert len(set(wanted)) == 3
     assert (gain["mean"], gain["range"]) == (np.mean(wanted), [min(wanted), max(wanted)])
-    assert (gain["measure"], gain["over"]) == ("imbalance", "contiguous")
+    assert (gain["measure"], gain["names"][0]) == ("imbalance", "contiguous")
     alike = one.keys() - {"mean", "splits", "range"}
     assert {of: gain[of] for of in alike} == {of: one[of] for of in alike}
     assert (actual["settings"]["splits"], actual["methods"]["contiguous"]["gain"]) == (3, None)

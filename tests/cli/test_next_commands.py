@@ -54,7 +54,7 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
     options = [word for word in case.split() if word not in ("--load", "--long")]
     advice = as_json("advise", file, "--splits", 1, "--copies", 0, *options)
     assert advice["answer"] == "worth a trial", advice["reasons"]
-    gains = [of["gains"]["predicted_layer_us"]["gain"] for of in advice["judged"]]
+    gains = [of["whole"]["predicted_layer_us"]["gain"] for of in advice["judged"]]
     assert f"# {100 * max(gains):+.1f} % in " in " ".join(advice["commands"])
     commands = [shlex.split(line, comments=True) for line in advice["commands"]]
     own = [words[1:] for words in commands if words[0] == "moetuner"]

@@ -100,7 +100,7 @@ def test_compare_is_over_what_runs(as_json, ok, trace, tmp_path):
     assert list(plain["methods"]) == ["contiguous", "lpt", "eplb"]
     assert list(running["methods"]) == ["running", "lpt", "eplb"]
     for of, over in ((plain, "contiguous"), (running, "running")):
-        assert {of["methods"][name]["gain"]["over"] for name in ("lpt", "eplb")} == {over}
+        assert {of["methods"][name]["gain"]["names"][0] for name in ("lpt", "eplb")} == {over}
         before = of["methods"]["eplb"]["gain"]["before"]
         assert before == of["methods"][over]["predicted_layer_us"]
     assert "gain over running" in ok(*words, "--initial", p)

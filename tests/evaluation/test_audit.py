@@ -8,10 +8,12 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner.evaluation import intervals
-from moetuner.evaluation.auditing import _judge, blocks
+from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.halves import measure_crossings
-from moetuner.evaluation.intervals import Change, Spread, holm
+from moetuner.evaluation.intervals import Spread, holm
+from moetuner.evaluation.judgement import _weigh_groups
 from moetuner.evaluation.replay import Setting
+from moetuner.placement import blocks
 
 MODEL = mt.CostModel.preset("h100", hidden=1024, intermediate=512)
 IN_BLOCKS = blocks(3, 8, 4)
@@ -52,8 +54,7 @@ def test_figures_are_those_of_evaluate(placement, split, arrival, labelled, devi
         for group in (None, *alone):
             change = (audited.whole if group is None else audited.groups[group])[name]
             mine, theirs = (getattr(of.by_group.get(group, of), name) for of in both)
-            assert change.value.value == pytest.approx(mine)
-            assert change.baseline.value == pytest.approx(theirs)
+            assert (change.after, change.before) == pytest.approx((mine, theirs))
             assert change.change.value == pytest.approx(mine / theirs - 1)
     crossing = measure_crossings(Setting(placement, topology, 512, split), trace).mean()
     evaluated = mt.evaluate(placement, trace, topology, split=split)
@@ -68,8 +69,7 @@ def test_a_placement_is_no_worse_than_itself():
     assert audited.behind() == []
     change = audited.whole["imbalance"].change
     assert (change.value, change.low, change.high) == (0, 0, 0)
-    assert audited.units == ("sequence", 80)
-    assert audited.to_dict()["units"] == {"kind": "sequence", "number": 80}
+    assert audited.to_dict()["units"] == {"kind": "sequence", "number": 80, "block_length": 1}
 
 
 def test_other_text_is_served_worse_than_what_was_solved_for():
@@ -91,7 +91,7 @@ def test_windows_of_load_tables_are_independent():
     load = np.random.default_rng(1).integers(1, 100, (20, 3, 8))
     table = mt.RoutingStatistics.from_load(load, group=np.arange(20) % 2, group_names=("a", "b"))
     audited = mt.audit(TURNS, table, cost_model=MODEL)
-    assert audited.units == ("window", 20)
+    assert (audited.units.name, audited.gain.units) == ("window", 20)
     assert list(audited.groups["b"]) == ["imbalance", "predicted_layer_us"]
     change = audited.groups["b"]["imbalance"].change
     assert change.low < change.value < change.high
@@ -118,7 +118,7 @@ def test_a_sequence_of_many_windows_is_one_unit():
     ids = np.repeat(random_ids(2, 1, 1, 8, seed=3), 400, axis=0)
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(800) // 400)
     audited = mt.audit(blocks(1, 8, 4), trace, window=20)
-    assert audited.units == ("sequence", 2)
+    assert (audited.units.name, audited.gain.units) == ("sequence", 2)
     assert audited.too_few == {"all": 2}
 
 
@@ -146,8 +146,9 @@ def test_holms_adjustment_is_the_textbooks():
 def judged_of(**values):
     """Judge groups whose changes are known, with their errors, and return these, too."""
     spread = {name: Spread(value, error, 9, 10) for name, (value, error) in values.items()}
-    judged = _judge({name: {"x": Change(of, of, of)} for name, of in spread.items()})
-    return {name: of["x"] for name, of in judged.items()}, spread
+    compared = {name: Comparison("imbalance", 1.0, 1.0, change) for name, change in spread.items()}
+    judged = _weigh_groups({name: {"x": each} for name, each in compared.items()})
+    return {name: own["x"] for name, own in judged.items()}, spread
 
 
 def test_the_best_group_was_picked_and_that_counts():

@@ -14,7 +14,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.cost import busiest_ports
 from moetuner.evaluation import replay
-from moetuner.evaluation.auditing import blocks
+from moetuner.placement import blocks
 
 IN_BLOCKS = blocks(3, 8, 4)
 

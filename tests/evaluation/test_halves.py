@@ -9,12 +9,13 @@ import pytest
 
 import moetuner as mt
 from moetuner.evaluation import halves
-from moetuner.evaluation.auditing import MEASURES, blocks
 from moetuner.evaluation.figures import FIGURES, Figure
 from moetuner.evaluation.halves import halve, halvings
 from moetuner.evaluation.intervals import QUANTILES, spread
+from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import Folds, Units, units_of
+from moetuner.placement import blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.evaluation.intervals import Spread
 
 BAD = mt.Placement.from_assignment([[0, 0, 1, 1]], 2)
 GOOD = mt.Placement.from_assignment([[0, 1, 1, 1]], 2)
@@ -107,7 +108,8 @@ def test_evaluations_travel_without_their_traffic():
 
 def test_splits_that_disagree_are_no_evidence():
     """An interval of one split does not outweigh another split that shows the contrary."""
-    gain = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, splits=(1 / 6, 0.1))
+    change = Spread(-1 / 6, 0.01, 39, 40)
+    gain = mt.Comparison("imbalance", 1.5, 1.25, change, splits=(1 / 6, 0.1))
     assert gain.answer == "worth it"
     assert replace(gain, splits=(1 / 6, -0.05)).answer == "no evidence"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.auditing import blocks
+from moetuner.placement import blocks
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.windows import MOST
 

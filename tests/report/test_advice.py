@@ -14,7 +14,7 @@ from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import KNEE, _write_copies, _write_units, conclude, find_knee
 from moetuner.report.advice.request import ITERATIONS
-from moetuner.report.advice.values import Copies
+from moetuner.report.advice.values import Copies, compute_saved_us
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
 TWO_NODES = mt.Topology(4, devices_per_node=2)
@@ -66,7 +66,7 @@ def test_a_strong_skew_is_worth_a_trial(strong):
     assert gain.interval[0] <= gain.gain <= gain.interval[1]
     assert strong.sentence.startswith("Worth a trial: in windows of 512 tokens a layer takes ")
     assert "predicted" in strong.sentence
-    assert strong.main.figures["imbalance"].gain > 0
+    assert strong.main.whole["imbalance"].gain > 0
 
 
 def test_a_change_of_kind_is_not_enough_evidence():
@@ -119,7 +119,7 @@ def test_groups_that_lose_are_named():
     assert gains["few"].low < 0 < gains["many"].low
     assert any(f"none for few ({100 * gains['few'].gain:+.1f} %)" in of for of in advice.reasons)
     assert [of["group"] for of in advice.to_dict()["by_group"]] == [*gains]
-    (loser,) = advice.audit.worse(measures=("predicted_layer_us",))
+    (loser,) = advice.main.worse(measures=("predicted_layer_us",))
     much = f"few ({100 * loser.change.value:.1f} %)"
     line = f"Slower than before, beyond chance: {much}. See moetuner audit."
     assert [of for of in advice.warnings if "Slower than before" in of] == [line]
@@ -224,7 +224,7 @@ def test_figures_are_those_of_evaluate(strong):
         slowest += max(rows.sum(axis=0).max(), rows.sum(axis=1).max()) * 1e6 / links
     assert strong.moving.seconds == pytest.approx(slowest, rel=0.2)
     saved = LAYERS * (strong.main.gain.before - strong.main.gain.after)
-    assert strong.main.saved_us == pytest.approx(saved)
+    assert compute_saved_us(strong.main) == pytest.approx(saved)
     assert strong.moving.steps == np.ceil(strong.moving.seconds * 1e6 / saved)
 
 
@@ -292,7 +292,7 @@ def test_eplb_may_run():
     trace = routed(skewed(2000))
     how = {"copies": (0,), "splits": 1, "iterations": 50}
     plain = advise(trace, TWO_NODES, **how, initial="eplb", objective="balance")
-    assert plain.judged[0].eplb == {}
+    assert plain.over_eplb == {}
     assert plain.answer == "not now"
     advice = advise(trace, TWO_NODES, **how, initial="eplb:4")
     assert [of.per_device for of in advice.copies if not of.shared] == [0, 1]
@@ -333,7 +333,7 @@ def test_halves_of_other_groups_get_both_answers():
     group = np.arange(4000) // 1000
     trace = routed(shifted(), group=group, group_names=["books", "math", "news", "wiki"])
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
-    worst, mix = min(of.gain.gain for of in advice.halves), advice.main.gain.gain
+    worst, mix = min(gain.gain for gain in advice.halves), advice.main.gain.gain
     assert (
         f"books, math; news, wiki. Trained on one, judged on the other: {100 * worst:+.1f} %"
         in (advice.reasons[1])
@@ -360,9 +360,8 @@ def test_an_engine_decides_copies_and_order():
     assert any("Copies were left out: Megatron-Core" in each for each in advice.reasons)
     assert advice.settings["arrival"] == "bursts"
     served = advise(trace, TWO_NODES, copies=(0,), splits=1, engine="sglang")
-    time = served.audit.whole["predicted_layer_us"]
-    assert time.value.value == pytest.approx(served.proposed.predicted_layer_us)
-    assert time.baseline.value == pytest.approx(served.running.predicted_layer_us)
+    assert served.main.gain.before == served.running.predicted_layer_us
+    assert served.main.gain.after == served.proposed.predicted_layer_us
     assert (served.settings["arrival"], served.settings["split"]) == ("mixed", "nearest")
     assert any("Windows mix sequences" in each for each in served.reasons)
     # The same tokens, in windows of others.
@@ -486,8 +485,8 @@ def test_windows_that_are_too_alike_are_called_so(number):
     units = Units("window", number, Blocks(60.0, 20))
     advice = advise(heavy(), mt.Topology(4), copies=(0,), splits=1)
     (judged,) = advice.judged
-    gain = replace(judged.gain, low=None, high=None, units=number)
-    judged = replace(judged, figures=judged.figures | {"predicted_layer_us": gain})
+    gain = replace(judged.gain, change=replace(judged.gain.change, error=None, units=number))
+    judged = replace(judged, whole=judged.whole | {"predicted_layer_us": gain})
     advice = conclude(replace(advice, judged=(judged,), units=units), ())
     assert advice.answer == "not enough evidence"
     texts = [advice.reasons[0], *_write_units(units, held_out=True)]

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.evaluation.auditing import contiguous as blocks_of
+from moetuner.placement import contiguous as blocks_of
 from moetuner.report import page
 from moetuner.report.cells import digits
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thinned
-from moetuner.report.page.data import Origin, of_evaluations
+from moetuner.report.page.data import Origin, make_data
 from moetuner.solver import Progress
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -34,9 +34,10 @@ def shown(trace, placement, topology, **others):
     options |= {"window": None} if isinstance(trace, mt.RoutingStatistics) else {}
     evaluations = tuple(mt.evaluate(each, trace, topology, **options) for each in placements)
     contents = {"proposed": evaluations[1].to_dict()}
-    made = of_evaluations(
-        *(("contiguous", "proposed"), evaluations),
-        *(Origin(HOSTILE[0], [], "moetuner report"), contents),
+    made = make_data(
+        mt.judge(*evaluations, by_group=True, names=("contiguous", "proposed")),
+        Origin(HOSTILE[0], [], "moetuner report"),
+        contents,
         traffic="<script>alert(2)</script>",
     )
     return replace(made, **others)
@@ -67,8 +68,7 @@ def made(trace):
     placement = mt.balance(
         mt.RoutingStatistics.from_trace(trace).total_load, devices=8, slots_per_device=3
     )
-    audit = mt.audit(placement, trace, topology, window=100, cost_model=MODEL)
-    return shown(trace, placement, topology, audit=audit)
+    return shown(trace, placement, topology)
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +178,7 @@ def test_what_is_not_known_is_left_out(load, devices):
     """One layer, one window, one device, no transitions, no groups, no load: still a page."""
     table = mt.RoutingStatistics.from_load(load)
     placement = mt.Placement.from_assignment([np.arange(4) % devices] * len(load[0]), devices)
-    audit = mt.audit(placement, table, cost_model=MODEL) if np.any(load) else None
-    made = shown(table, placement, mt.Topology(devices), audit=audit)
+    made = shown(table, placement, mt.Topology(devices))
     html = page.render(made)
     assert not any(f'"{key}"' in html for key in ("links", "next", "groups", "search", "price"))
     assert 'id="layers"' in html
@@ -232,7 +231,7 @@ def test_figures_are_the_charts_of_the_page(made, tmp_path):
     """One SVG for each chart, heat maps as images in it; the names are those of the page."""
     pytest.importorskip("kaleido", reason="the extra figures is not installed")
     folder = tmp_path / "new" / "figures"
-    few = replace(made, audit=None)
+    few = replace(made, judgement=replace(made.judgement, groups={}))
     number = figures.write_figures(folder, few, ("svg",))
     keys = {chart.key for panel in drawing.panels_of(few) for chart in panel.charts}
     assert {file.name for file in folder.iterdir()} == {f"{key}.svg" for key in keys}

@@ -20,15 +20,16 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.judgement import Judgement
 from moetuner.formats import serving_commands
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name
 from moetuner.report.advice.request import slots_of_running
-from moetuner.report.advice.values import Advice, Judged
+from moetuner.report.advice.values import Advice, compute_saved_us, write_windows_of
 from moetuner.report.cells import counted, in_bytes, percent, signed, span
-from moetuner.report.page.data import of_advice
+from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
 
 INITIAL = options.FileText(words=advising.STARTS)
@@ -130,7 +131,7 @@ def command(
     _show(output, advice)
     output.say("Next:", *(f"  {line}" for line in commands))
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
-    pages.write(output, lambda: of_advice(advice, origin_of(source), contents))
+    pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents))
     output.finish(contents)
 
 
@@ -141,9 +142,10 @@ def _show(output: Output, advice: Advice) -> None:
     output.say(*(f"- {reason}" for reason in advice.reasons[1:]))
     output.say(*(f"! {warning}" for warning in advice.warnings), "")
     for judged in advice.judged:
-        _show_figures(output, judged, advice.settings["regime"])
+        over_eplb = advice.over_eplb.get(judged.window)
+        _show_figures(output, judged, over_eplb, advice.settings["regime"])
     if advice.by_group:
-        windows = [judged.where for judged in advice.judged]
+        windows = [write_windows_of(judged) for judged in advice.judged]
         head = ["group, unseen", *(column for name in windows for column in (name, "95 %"))]
         rows = [
             (group, *(cell for gain in gains.values() for cell in _cells(gain)))
@@ -173,19 +175,22 @@ def _cells(gain: Any) -> tuple[str, str]:
     return signed(gain.gain), span(gain.low, gain.high)
 
 
-def _show_figures(output: Output, judged: Judged, regime: str) -> None:
+def _show_figures(
+    output: Output, judged: Judgement, over_eplb: Judgement | None, regime: str
+) -> None:
     """Print figures of what runs, of EPLB's placement and of the proposed one."""
     rows = []
     for name, gain in judged.gains.items():
         if FIGURES[name].regime not in (None, regime):
             continue
-        values = [gain.before, *([judged.eplb[name].before] if judged.eplb else []), gain.after]
+        eplb = [] if over_eplb is None else [over_eplb.whole[name].before]
+        values = [gain.before, *eplb, gain.after]
         several = len(gain.splits) > 1
         splits = span(min(gain.splits), max(gain.splits)) if several else "-"
         texts = map(FIGURES[name].text, values)
         rows.append((FIGURES[name].column, *texts, signed(gain.gain), splits, _cells(gain)[1]))
-    columns = ("running", *["eplb"] * bool(judged.eplb), "proposed", "gain", "splits", "95 %")
-    output.table((judged.where.removesuffix(" tokens"), *columns), rows)
+    columns = ("running", *["eplb"] * (over_eplb is not None), "proposed", "gain", "splits", "95 %")
+    output.table((write_windows_of(judged).removesuffix(" tokens"), *columns), rows)
     output.say("")
 
 
@@ -198,9 +203,9 @@ def _time(us: float) -> str:
 def _paid(advice: Advice) -> list[str]:
     """Write what a step gains, and what that takes: memory, and moving there."""
     parts = [
-        f"{_time(judged.saved_us)} of {_time(judged.layers * judged.gain.before)} "
+        f"{_time(compute_saved_us(judged))} of {_time(judged.layers * judged.gain.before)} "
         f"({percent(judged.gain.gain)}) in "
-        f"{judged.where}"
+        f"{write_windows_of(judged)}"
         for judged in advice.judged
     ]
     layers = counted(advice.judged[0].layers, "layer")
@@ -215,7 +220,7 @@ def _paid(advice: Advice) -> list[str]:
     text += f", {_time(1e6 * (moving.seconds or 0))} at the links' bandwidth"
     if moving.steps is None:
         return [*lines, f"{text}, which does not pay."]
-    steps = f"{counted(int(moving.steps), 'step')} in {advice.main.where}"
+    steps = f"{counted(int(moving.steps), 'step')} in {write_windows_of(advice.main)}"
     return [*lines, f"{text}; paid back after {steps}, if serving stops for it."]
 
 
@@ -251,7 +256,7 @@ def _judging(
     file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
     problem, main, settings = advice.problem, advice.main, advice.settings
     initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
-    figure = f"{signed(main.gain.gain)} in {main.where}"
+    figure = f"{signed(main.gain.gain)} in {write_windows_of(main)}"
     why = "the placement that was judged"
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
     # The windows that were searched for, which INPUT's own would not all be.

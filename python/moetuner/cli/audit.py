@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,11 +14,10 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import MEASURES, Audit, audit
-from moetuner.evaluation.comparison import Comparison
+from moetuner.cli.output import Output
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.judgement import MEASURES, Judgement
 from moetuner.files import text
 from moetuner.report.cells import counted, listed, number, signed, span
 from moetuner.report.outcome import whose_times
@@ -64,23 +63,22 @@ def command(
     placed = Placed.read(placement_file, source, machine, serving)
     baseline, against = placed.baseline(baseline_file)
     (traffic, *_), served = placed.judged, placed.arguments
-    arguments: dict[str, Any] = {"threads": source.threads, "baseline": baseline, **served}
-    arguments |= {"units": placed.source.units, "measures": placed.measures(measures)}
-    with working("auditing"):
-        audited = audit(
-            placed.placement,
-            traffic,
-            placed.topology,
-            window=placed.source.counted or 1,
-            **arguments,
-        )
-    judged, limit = _judged(measures, audited), fail_if_worse
+    judged, limit = measures or ("predicted_layer_us",), fail_if_worse
+    judgement = placed.judge(
+        baseline,
+        (against, placed.name),
+        figure="predicted_layer_us",
+        measures=measures,
+        by_group=True,
+        mixed=False,
+    )
+    _check_measures(measures, judgement)
+    audited = replace(judgement, measure=judged[0])
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
     output.say(*placed.lines())
     _show(output, audited, placed.name, against)
     output.say(whose_times(served["cost_model"], traffic, served["arrival"]))
-    gain = _gain(audited, judged[0], (against, placed.name))
-    output.say(*_summary(audited, judged, gain, against), *_advice(audited, judged, against))
+    output.say(*_summary(audited, against), *_advice(audited, judged, against))
     for worst in failures[:1]:
         output.say(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
@@ -90,89 +88,85 @@ def command(
     contents |= {
         "placement": str(placement_file),
         "baseline": None if baseline_file is None else str(baseline_file),
-        "gain": None if gain is None else gain.to_dict(),
+        "gain": audited.gain.to_dict() if audited.gain.before else None,
     }
     output.finish({**contents, **audited.to_dict(), "failed": bool(failures)})
     return WORSE if failures else 0
 
 
-def _judged(measures: tuple[str, ...], audited: Audit) -> tuple[str, ...]:
-    """Return the measures that are judged: those given, else the time."""
+def _check_measures(measures: tuple[str, ...], audited: Judgement) -> None:
+    """Raise for a measure that the traffic does not tell."""
     for measure in measures:
         if measure not in audited.whole:
             raise click.BadParameter(
                 f"must be of {', '.join(audited.whole)} for this input, got {measure}",
                 param_hint="'--measure'",
             )
-    return measures or ("predicted_layer_us",)
 
 
-def _show(output: Output, audited: Audit, name: str, against: str) -> None:
+def _show(output: Output, audited: Judgement, name: str, against: str) -> None:
     """Print a table of every measure."""
-    kind, units = audited.units
-    in_blocks = audited.block_length > 1
-    judged_over = counted(units, f"independent {kind}" if in_blocks else kind)
+    assert audited.units is not None
+    kind, length = audited.units.name, audited.units.blocks.length
+    in_blocks = length > 1
+    judged_over = counted(audited.gain.units, f"independent {kind}" if in_blocks else kind)
     output.say(f"{name} against {against}, 95 % intervals over {judged_over}")
     if in_blocks:
         output.say(
             "No sequence labels: neighbouring windows are alike, over "
-            f"{audited.block_length} windows, so runs that are longer are compared."
+            f"{length} windows, so runs that are longer are compared."
         )
     for measure in audited.whole:
         rows = []
         for group, changes in (("all", audited.whole), *audited.groups.items()):
             row, change = changes[measure], changes[measure].change
             ends = ("-", "-")
-            if change is not None:
+            if row.before:
                 ends = (signed(change.value), span(change.low, change.high))
-            rows.append((group, number(row.baseline.value, 4), number(row.value.value, 4), *ends))
+            rows.append((group, number(row.before, 4), number(row.after, 4), *ends))
         output.say("")
         output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
     output.say("")
 
 
-def _gain(audited: Audit, measure: str, names: tuple[str, str]) -> Comparison | None:
-    """Return what all traffic gains; None where nothing was to be gained."""
-    after, before, change, *_ = audited.whole[measure]
-    if change is None:
-        return None
-    values = (before.value, after.value, (gain := -change).value, gain.low, gain.high)
-    return Comparison(measure, *values, units=audited.units[1], names=names)
-
-
-def _summary(
-    audited: Audit, judged: tuple[str, ...], gain: Comparison | None, against: str
-) -> Iterator[str]:
+def _summary(audited: Judgement, against: str) -> Iterator[str]:
     """Write what all traffic gains, and which groups got worse or gained less."""
-    if gain is None:
-        yield f"All traffic: {FIGURES[judged[0]].label} is 0 under {against}."
+    if audited.gain.before:
+        yield f"All traffic: {audited.gain.sentence}"
     else:
-        yield f"All traffic: {gain.sentence}"
+        yield f"All traffic: {FIGURES[audited.measure].label} is 0 under {against}."
     worse = audited.worse()
     for line, findings in (
-        ("worse in {}, beyond chance", worse),
-        ("behind the group that gains most in {}", audited.behind()),
+        (
+            "worse in {}, beyond chance",
+            [(each, each.change) for each in worse],
+        ),
+        (
+            "behind the group that gains most in {}",
+            [(each, each.behind) for each in audited.behind()],
+        ),
     ):
         for measure in audited.whole:
             groups = [
-                f"{text.name(finding.group)} {signed(finding.change.value)}"
-                for finding in findings
-                if finding.measure == measure
+                f"{text.name(each.group)} {signed(None if change is None else change.value)}"
+                for each, change in findings
+                if each.measure == measure
             ]
             if groups:
                 yield f"{line.format(FIGURES[measure].label)}: {listed(groups, NAMED)}"
-        if findings is worse and not worse:
-            yield "no group got worse beyond chance"
+    if not worse:
+        yield "no group got worse beyond chance"
 
 
-def _advice(audited: Audit, judged: tuple[str, ...], against: str) -> Iterator[str]:
+def _advice(audited: Judgement, judged: tuple[str, ...], against: str) -> Iterator[str]:
     """Write what to do about groups that got worse, or could not be judged."""
-    kind = audited.units[0]
+    assert audited.units is not None
+    kind = audited.units.name
     too_few = [f"{group} ({units})" for group, units in audited.too_few.items()]
     if too_few:
         yield f"too few {kind}s to judge (below {FEWEST}): {listed(too_few, NAMED)}"
     worse = audited.worse(measures=judged)
-    if worse and {finding.group for finding in worse} >= audited.groups.keys():
+    if worse and {each.group for each in worse} >= audited.groups.keys():
         yield f"To do: keep {against}, or solve again on traffic of this kind."
     elif worse:
         group = worse[0].group

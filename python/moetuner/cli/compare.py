@@ -18,24 +18,24 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
+from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
-from moetuner.placement import Placement
+from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem, phases
 from moetuner.report.cells import counted, signed, span
 from moetuner.report.outcome import (
     Outcome,
-    gain_of,
     head,
+    judge_outcomes,
     remarks,
     running,
     sentences,
     slower,
     windows_of,
 )
-from moetuner.report.page.data import of_outcomes
+from moetuner.report.page.data import PageData, data_of_outcome
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
 
@@ -132,7 +132,9 @@ def command(
     outcomes = tries[0]
     rival = outcomes.get(over, next(iter(outcomes.values())))
     best = _show(output, list(outcomes.values()), rival)
-    by_windows = {tokens: _gains(tries, over, source, tokens) for tokens in best.phases}
+    compared_with = rival if rival is not best else next(iter(outcomes.values()))
+    judged = _judge(tries, over, source)
+    by_windows = {tokens: _gains(tries, over, judged, tokens) for tokens in best.phases}
     for tokens, gains in by_windows.items():
         where = windows_of(tokens, best)
         _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
@@ -154,13 +156,18 @@ def command(
         for name, outcome in outcomes.items()
     }
     contents = {"input": source.facts(), "settings": settings, "methods": compared}
-    if rival is best:
-        rival = next(iter(outcomes.values()))
-    page: dict[str, Any] = {
-        "traffic": UNSEEN if holdout else SEEN,
-        "judged": gains.get(best.result.method),
-    }
-    pages.write(output, lambda: of_outcomes(rival, best, origin_of(source), contents, **page))
+
+    def page() -> PageData:
+        judgements = judge_outcomes(compared_with, best, source.units_in, by_group=True)
+        return data_of_outcome(
+            next(iter(judgements.values())),
+            best,
+            origin_of(source),
+            contents,
+            traffic=UNSEEN if holdout else SEEN,
+        )
+
+    pages.write(output, page)
     output.finish(contents)
 
 
@@ -237,7 +244,7 @@ class Split:
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        return dict(zip(methods, source.judge(results, self.problem, self.unseen), strict=False))
+        return dict(zip(methods, source.replay(results, self.problem, self.unseen), strict=False))
 
 
 def _run(
@@ -269,28 +276,47 @@ def _gain_facts(gain: Comparison) -> dict[str, Any]:
     return replace(gain, splits=gains[:1]).to_dict() | more
 
 
-def _gains(
-    splits: list[dict[str, Outcome]], over: str, source: Source, window: int | None
-) -> dict[str, Comparison]:
-    """Compare all methods with one in the objective's figure, on splits where all of them ran.
-
-    In windows of so many tokens.
-    """
-    first = splits[0].get(over)
+def _judge(
+    splits: list[dict[str, Outcome]], over: str, source: Source
+) -> dict[str, dict[int | None, Judgement]]:
+    """Judge all methods of the first split beside one, in the objective's figure, by window."""
+    outcomes = splits[0]
+    first = outcomes.get(over)
     if first is None or getattr(first.evaluation, first.worth.figure) is None:
         return {}
-    figure = first.worth.figure
+    return {
+        name: judge_outcomes(first, outcome, source.units_in)
+        for name, outcome in outcomes.items()
+        if name != over
+    }
+
+
+def _gains(
+    splits: list[dict[str, Outcome]],
+    over: str,
+    judged: dict[str, dict[int | None, Judgement]],
+    window: int | None,
+) -> dict[str, Comparison]:
+    """Return the gains of all methods in windows of so many tokens, with those of all splits.
+
+    Splits count where all methods ran.
+    """
     complete = [split for split in splits if list(split) == list(splits[0])]
     gains = {}
-    for method in (method for method in splits[0] if method != over):
+    for method, by_window in judged.items():
+        gain = by_window[window].gain
         pairs = [
             (split[over].phases[window], split[method].phases[window])
             for split in complete
             if window in split[over].phases
         ]
-        arguments: Any = {"units": source.units_in(window), "names": (over, method)}
-        first_gain = gain_of(*pairs[0], figure, **arguments)
-        gains[method] = with_splits(first_gain, pairs)
+        gains[method] = with_splits(
+            gain,
+            (
+                (getattr(before, gain.measure) or 0.0, getattr(after, gain.measure) or 0.0)
+                for before, after in pairs
+            ),
+        )
     return gains
 
 

@@ -64,7 +64,7 @@ def command(
         source.count(seen), Topology(DEVICES), regime="follow", max_imbalance=TRAFFIC_CAP
     )
     results = [source.solve(method, problem, seed=0).uninterrupted() for method in METHODS]
-    outcomes = dict(zip(METHODS, source.judge(results, problem, unseen), strict=True))
+    outcomes = dict(zip(METHODS, source.replay(results, problem, unseen), strict=True))
     output.say(
         f"Placements on {DEVICES} devices, computed from half of the texts, judged on the other.",
         "crossing: share of steps from layer to layer between devices, if tokens move on to their",

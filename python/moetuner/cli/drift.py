@@ -207,7 +207,7 @@ def _again(placed: Placed, machine: Machine) -> str:
     if machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
-    values |= {name: placed.serving.given.get(name) for name in SERVED}
+    values |= {name: placed.serving.chosen(name) for name in SERVED}
     values |= {
         name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
     }

@@ -56,15 +56,14 @@ def command(
     placement, arguments, (traffic, *_) = placed.placement, placed.arguments, placed.judged
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
-    seeds = {"mixed_seed": mixed_seed}
-    before, evaluation = placed.replayed(running, **seeds)
-    gains = placed.gains(before, evaluation, against)
+    judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
+    evaluation = judgement.after
     output.say(*placed.lines())
     windows = f", windows of {window} tokens" if window else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}{windows}",
-        *(f"Gain: {gain.sentence}" for gain in gains),
+        *(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)),
         "",
     )
     _table(output, "traffic", OTHERS, evaluation)
@@ -72,9 +71,9 @@ def command(
     _table(output, "layer, us", TIMES, evaluation)
     output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
-    contents = placed.contents(**seeds) | {"placement": str(placement_file)}
+    contents = placed.contents(mixed_seed=mixed_seed) | {"placement": str(placement_file)}
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
-    output.finish(contents | evaluation.to_dict() | {"gain": gains[0].to_dict()})
+    output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 
 
 def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:

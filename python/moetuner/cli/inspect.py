@@ -13,8 +13,8 @@ from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
-from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.placement import blocks
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.report.cells import number, percent
 from moetuner.report.outcome import whose_times

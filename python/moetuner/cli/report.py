@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from moetuner.cli import options
@@ -12,11 +11,10 @@ from moetuner.cli.options.pages import FOLDER, Pages, needs_report, origin_of, p
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
-from moetuner.cli.output import Output, working
-from moetuner.evaluation.auditing import audit_of
+from moetuner.cli.output import Output
 from moetuner.files import text
 from moetuner.frozen import as_json
-from moetuner.report.page.data import of_evaluations
+from moetuner.report.page.data import make_data
 
 
 @options.command("report")
@@ -53,32 +51,25 @@ def command(
     names = "contiguous" if baseline_file is None else "running", text.name(placement_file.stem)
     model, (traffic, judged_on, _) = placed.arguments["cost_model"], placed.judged
     output.say(*placed.lines())
-    before, after = placed.replayed(running, mixed=False)
-    gains = [replace(gain, names=names) for gain in placed.gains(before, after, "")]
-    audited, measures = None, placed.measures()
-    if traffic.group is not None:
-        with working("comparing groups"):
-            audited = audit_of(before, after, source.units, measures)
-    output.say(*(f"Gain: {gain.sentence}" for gain in gains))
+    judgement = placed.judge(running, names, by_group=traffic.group is not None, mixed=False)
+    output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))
     contents = placed.contents(
         placement=str(placement_file),
         baseline=None if baseline_file is None else str(baseline_file),
         cost_model=model.name,
     )
-    contents |= as_json({"running": before, "proposed": after, "audit": audited})
-    contents["gain"] = gains[0].to_dict()
+    contents |= as_json({"running": judgement.before, "proposed": judgement.after})
+    contents["audit"] = judgement.to_dict() if judgement.groups else None
+    contents["gain"] = judgement.gain.to_dict()
     Pages(report_file, figures).write(
         output,
-        lambda: of_evaluations(
-            names,
-            (before, after),
+        lambda: make_data(
+            judgement,
             origin_of(source),
             contents,
             traffic=judged_on,
-            judged=gains[0],
             token_bytes=model.token_bytes,
             expert_bytes=placed.expert_bytes if expert_bytes is None else expert_bytes,
-            audit=audited,
         ),
     )
     output.finish(contents)

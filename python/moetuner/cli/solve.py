@@ -12,29 +12,28 @@ from moetuner._checks import nth_seed
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.moves import Moving
+from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.placed import held_out, size_of, windowed, with_input
 from moetuner.cli.options.serving import ProblemOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
-from moetuner.evaluation.auditing import contiguous
-from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
-from moetuner.placement import Placement
+from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
 from moetuner.report.outcome import (
     Outcome,
     empty_slots,
-    gain_of,
     head,
+    judge_outcomes,
     remarks,
     running,
     sentences,
     slower,
     windows_of,
 )
-from moetuner.report.page.data import of_outcomes
+from moetuner.report.page.data import data_of_outcome
 from moetuner.solver import METHODS, Result
 
 FLATTERED = (
@@ -49,7 +48,7 @@ def command(
     source: Source,
     machine: Machine,
     wanted: ProblemOptions,
-    moving: Moving,
+    moving: MoveOptions,
     method: str = option(
         options.Text(options.read_method, words=METHODS),
         "METHOD",
@@ -98,16 +97,20 @@ def command(
     result.placement.save(out_file)
     output.say("")
     try:
-        before, outcomes = _judge(result, initial, source, problem, judged_on)
-        gains = _gains(source, before, outcomes[-1]) if holdout else {}
+        before, outcomes = _replay(result, initial, source, problem, judged_on)
+        judgements = {}
+        if holdout or pages.wanted:
+            judgements = judge_outcomes(
+                before, outcomes[-1], source.units_in, by_group=pages.wanted
+            )
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     _show(output, problem, outcomes, before)
     judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
     judged = windowed(judged, source, judged_on)
-    for tokens, gain in gains.items():
-        output.say(f"Gain{windows_of(tokens, outcome)}: {gain.sentence}")
+    for tokens, judgement in judgements.items() if holdout else ():
+        output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")
     output.say(judged)
     moves, trades = moving.show(
         output, problem, initial, result, threads=source.threads, **arguments
@@ -118,24 +121,32 @@ def command(
     settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
     answer = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     answer |= {"method": method, **outcome.to_dict(), **moves}
-    contents = answer | _facts(gains, judged_on, holdout)
-    page: dict[str, Any] = {"traffic": judged, "trades": trades}
-    page["judged"] = next(iter(gains.values()), None)
-    page["expert_bytes"] = source.expert_bytes(moving.expert_bytes)
-    pages.write(output, lambda: of_outcomes(before, outcome, origin_of(source), contents, **page))
+    contents = answer | _facts(judgements if holdout else {}, judged_on, holdout)
+    pages.write(
+        output,
+        lambda: data_of_outcome(
+            next(iter(judgements.values())),
+            outcome,
+            origin_of(source),
+            contents,
+            traffic=judged,
+            trades=trades,
+            expert_bytes=source.expert_bytes(moving.expert_bytes),
+        ),
+    )
     output.finish(contents)
     if failure:
         raise click.ClickException(str(failure))
 
 
 def _facts(
-    gains: dict[int | None, Comparison], judged_on: Traffic, holdout: float
+    judgements: dict[int | None, Judgement], judged_on: Traffic, holdout: float
 ) -> dict[str, Any]:
     """Return the gains, and what they were judged on, for JSON."""
     part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
-    judged = [{"window": tokens, **gain.to_dict()} for tokens, gain in gains.items()]
-    first = next(iter(gains.values()), None)
-    facts = {"gain": None if first is None else first.to_dict(), "gains": judged}
+    gains = [{"window": tokens, **each.gain.to_dict()} for tokens, each in judgements.items()]
+    first = next(iter(judgements.values()), None)
+    facts = {"gain": None if first is None else first.gain.to_dict(), "gains": gains}
     return facts | {"judged_on": part | size_of(judged_on)}
 
 
@@ -148,30 +159,15 @@ def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Out
     output.say(*dict.fromkeys(warned[:1]), *empty_slots(outcome))
 
 
-def _judge(
+def _replay(
     result: Result, initial: Placement | None, source: Source, problem: Problem, judged_on: Traffic
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
     blocks = running(problem, contiguous(result.placement), "contiguous")
     before = [blocks] if initial is None else [blocks, running(problem, initial)]
-    outcomes = source.judge([*before, result], problem, judged_on)
+    outcomes = source.replay([*before, result], problem, judged_on)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
-
-
-def _gains(source: Source, before: Outcome, after: Outcome) -> dict[int | None, Comparison]:
-    """Compare a result with what runs, on what was held out of INPUT, by tokens of a window."""
-    names, figure = (before.result.method, after.result.method), after.worth.figure
-    return {
-        tokens: gain_of(
-            before.phases[tokens],
-            each,
-            figure,
-            units=source.units_in(tokens),
-            names=names,
-        )
-        for tokens, each in after.phases.items()
-    }
 
 
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:

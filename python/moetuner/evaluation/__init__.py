@@ -13,7 +13,7 @@ from moetuner.cost import CostModel
 from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import Arrival, orders, put_in_order
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.figures import FIGURES, Replay, busiest_port
+from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
@@ -152,7 +152,7 @@ def evaluate(
     mixed_seed: int = 0,
     threads: int | None = None,
 ) -> Evaluation:
-    """Replay a placement.
+    """CountsByOrder a placement.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def evaluate_each(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
-    """Replay several placements of one model and machine, and read the trace once for all.
+    """CountsByOrder several placements of one model and machine, and read the trace once for all.
 
     Takes what ``evaluate`` takes, but by default one window of all tokens and no cost model, and
     returns what it returns for each placement. ``progress`` gets the share of a trace that has been
@@ -311,13 +311,15 @@ def _evaluate(
                 rows = dispatch_rows(setting.placement, own, homes[numbers[group]])
                 parts = [replace(counts, dispatch=rows) for counts in parts]
             weighed = [(weight, counts) for (weight, _), counts in zip(served, parts, strict=True)]
-            by_group[group] = _compute_figures(Replay(weighed, mixed, setting), traffic, group)
+            by_group[group] = _compute_figures(
+                CountsByOrder(weighed, mixed, setting), traffic, group
+            )
         of_all = by_group.pop(None)
         evaluated.append(replace(of_all, by_group=by_group))
     return evaluated
 
 
-def _compute_figures(counted: Replay, traffic: Traffic, group: str | None) -> Evaluation:
+def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = counted.setting.topology, counted.rows()
     values: dict[str, Any] = {name: figure.value(counted) for name, figure in FIGURES.items()}

@@ -1,19 +1,14 @@
-"""Comparison: how much less a placement takes than another one, and how sure that is."""
+"""Comparison: one figure under two placements, what that gains, and how sure it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from moetuner._checks import instance, not_negative
-from moetuner.evaluation import Evaluation, Replayed
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.halves import halve
-from moetuner.evaluation.intervals import FEWEST, Change, compare_halves
-from moetuner.evaluation.units import Units, units_of
+from moetuner.evaluation.intervals import FEWEST, Spread
 from moetuner.frozen import Frozen
-from moetuner.trace import RoutingTrace
 
 # What a gain must be, to be worth moving weights for. Engines that ask before they rebalance draw
 # the line at about the same place (vLLM on ROCm: 5 %).
@@ -24,65 +19,100 @@ Answer = Literal["worth it", "certain but small", "no evidence", "too few", "wor
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Frozen):
-    """What changing from one placement to another brings, in one figure.
+    """A figure of some traffic under two placements.
 
     Parameters
     ----------
     measure
-        Name of the figure. A verdict is on ``predicted_layer_us``, or on ``imbalance`` where no
-        times were predicted.
+        Name of the figure; lower is better for all of them.
     before, after
-        The figure under both placements; means over splits.
-    gain
-        Share that is saved, the mean over splits; negative where the change makes things worse.
-    low, high
-        Its interval of 95 %, both placements on the same halves of the traffic's sequences, or of
-        runs of windows where those are not known; None of a single one.
-    units
-        How many independent ones there are in a split; nothing is concluded from fewer than five.
+        The figure under both placements.
+    change
+        Relative: 0.1 is ten percent worse. Both placements have the same halves of the traffic's
+        sequences, or of runs of windows where those are not known. Without an interval where the
+        figure was 0 before.
     price
         Gain from which a change is worth the trouble.
     splits
         Gain in every split of a recording; empty where it was not split.
     names
         Names of the two placements.
+    group
+        Group of the traffic that it is of.
+    behind
+        How much less of an improvement this is than that of the group which gains most surely (by
+        the upper end of its interval): the difference of their changes. None for that group itself,
+        without groups, and where either has too few units.
+    chance, behind_chance
+        How likely a judgement is to name anything at all that got worse, or is behind, as surely as
+        this, if nothing really is: corrected for everything that could have been named. 1 where the
+        change is none, or there are too few units.
 
     Examples
     --------
     >>> import moetuner as mt
-    >>> verdict = mt.Verdict("imbalance", 1.5, 1.25, 1 / 6, 0.15, 0.18, units=40, price=0.02)
-    >>> verdict.answer
+    >>> import numpy as np
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
+    >>> gain = mt.verdict(mt.evaluate(blocks, traffic), mt.evaluate(better, traffic))
+    >>> gain.answer
     'worth it'
-    >>> verdict.sentence
-    'after has 16.7 % less imbalance than before (95 % interval 15.0 to 18.0 %).'
+    >>> gain.sentence
+    'after has 16.7 % less imbalance than before (95 % interval 16.7 to 16.7 %).'
     """
 
     measure: str
     before: float
     after: float
-    gain: float
-    low: float | None
-    high: float | None
-    units: int
+    change: Spread
     price: float = PRICE
     splits: tuple[float, ...] = ()
     names: tuple[str, str] = ("before", "after")
+    group: str = "all"
+    behind: Spread | None = None
+    chance: float = 1.0
+    behind_chance: float = 1.0
+
+    _also_shown = ("gain", "interval")
+
+    @property
+    def gain(self) -> float:
+        """Share that is saved; negative where the change makes things worse."""
+        return 0.0 - self.change.value
 
     # Programs outside the package read the gain by this name.
     @property
     def mean(self) -> float:
-        """Mean gain over splits, which is ``gain``."""
+        """The gain."""
         return self.gain
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Interval of the gain; None where it has none."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
+        """Interval of 95 % of the gain; None where there are too few units for one."""
+        if self.is_too_few or self.change.interval is None:
+            return None
+        low, high = self.change.interval
+        return 0.0 - high, 0.0 - low
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval."""
+        return self.interval and self.interval[0]
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval."""
+        return self.interval and self.interval[1]
+
+    @property
+    def units(self) -> int:
+        """How many independent sequences, or windows, the traffic has."""
+        return self.change.units
 
     @property
     def is_too_few(self) -> bool:
         """Whether there are too few units to conclude anything."""
-        return self.units < FEWEST or self.interval is None
+        return not self.change.is_enough
 
     @property
     def answer(self) -> Answer:
@@ -93,13 +123,14 @@ class Comparison(Frozen):
         evidence"``: other traffic of the kind may show the contrary, or another split does.
         ``"too few"``: below five units.
         """
-        if self.is_too_few or self.low is None or self.high is None:
+        if self.interval is None:
             return "too few"
         if any(each * self.gain < 0 for each in self.splits):
             return "no evidence"
-        if self.low > 0:
+        low, high = self.interval
+        if low > 0:
             return "worth it" if self.gain > self.price else "certain but small"
-        return "worse" if self.high < 0 else "no evidence"
+        return "worse" if high < 0 else "no evidence"
 
     @property
     def is_worth_it(self) -> bool:
@@ -146,7 +177,6 @@ class Comparison(Frozen):
         return {
             "answer": self.answer,
             "names": list(self.names),
-            "over": self.names[0],
             "measure": self.measure,
             "before": self.before,
             "after": self.after,
@@ -157,102 +187,14 @@ class Comparison(Frozen):
             "splits": list(self.splits),
             "interval": None if self.interval is None else list(self.interval),
             "units": self.units,
+            "group": self.group,
+            "behind": None if self.behind is None else self.behind.to_dict(),
+            "chance": self.chance,
+            "behind_chance": self.behind_chance,
         }
 
 
-def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> Comparison:
-    """Judge a change of placement by what both do to the same traffic.
-
-    Parameters
-    ----------
-    before, after
-        What ``evaluate`` said of the same traffic.
-    price
-        Share up to which a gain is not worth the trouble of a change.
-
-    Raises
-    ------
-    ValueError
-        If ``price`` is negative, or the evaluations are not of the same traffic.
-
-    Examples
-    --------
-    >>> import moetuner as mt
-    >>> import numpy as np
-    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
-    >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
-    >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
-    >>> mt.verdict(before, after).answer
-    'worth it'
-    """
-    for name, each in (("before", before), ("after", after)):
-        instance(name, each, Evaluation, hint=", such as evaluate(placement, trace)")
-    not_negative("price", price, "share")
-    has_times = before.predicted_layer_us is not None and after.predicted_layer_us is not None
-    measure = "predicted_layer_us" if has_times else "imbalance"
-    return replace(compare(before, after, [measure])[measure], price=price, splits=())
-
-
-def compare(
-    before: Evaluation,
-    after: Evaluation,
-    measures: Sequence[str] = (),
-    *,
-    units: Units | None = None,
-) -> dict[str, Comparison]:
-    """Compare two placements on the same traffic in figures, by default all whose parts add up.
-
-    Figures of mixed arrival, and those that depend on given homes, have no interval. ``units`` are
-    what is independent in the whole recording, by default in the traffic itself.
-    """
-    figures: dict[str, Change] = {}
-    number = 0
-    if before.replayed is not None and after.replayed is not None:
-        figures, number = _compare_figures(before.replayed, after.replayed, units)
-    comparisons = {}
-    for measure in measures or figures:
-        old, new = getattr(before, measure), getattr(after, measure)
-        gain, interval, counted = 1 - new / old if old else 0.0, None, number
-        change = figures[measure].change if measure in figures else None
-        if change is not None:
-            interval, counted = replace(-change, value=gain).interval, change.units
-        low, high = interval or (None, None)
-        values = (measure, old, new, gain, low, high)
-        comparisons[measure] = Comparison(*values, units=counted, splits=(gain,))
-    return comparisons
-
-
-def _compare_figures(
-    before: Replayed, after: Replayed, units: Units | None
-) -> tuple[dict[str, Change], int]:
-    """Compare halves of two evaluations of the same traffic; return how many units it has, too."""
-    machines = [replace(each.setting.topology, name=None) for each in (before, after)]
-    if machines[0] != machines[1]:
-        raise ValueError("before and after must be of one machine: give evaluate() its topology")
-    sizes = [
-        f"{each.traffic.tokens} tokens"
-        if isinstance(each.traffic, RoutingTrace)
-        else f"{each.traffic.windows} windows"
-        for each in (before, after)
-    ]
-    if units is None:
-        setting = after.setting
-        units = units_of(after.traffic, window=setting.window, threads=setting.threads)
-    # A group alone would be all of its traffic, but copies look at a token's place in all.
-    first, second = (
-        halve(each.traffic, each.setting, units, by_group=each.group is not None)[each.group]
-        for each in (before, after)
-    )
-    numbers = [figures["imbalance"].folds.units for figures in (first, second)]
-    if sizes[0] != sizes[1] or numbers[0] != numbers[1]:
-        raise ValueError(
-            f"before and after must be of the same traffic, got {sizes[0]} and {sizes[1]}"
-        )
-    return compare_halves(second, first), units.number
-
-
-def with_splits(gain: Comparison, splits: Iterable[tuple[Evaluation, Evaluation]]) -> Comparison:
-    """Return a comparison with its gain in every split, from the evaluations before and after."""
-    values = ([getattr(each, gain.measure) or 0.0 for each in pair] for pair in splits)
-    gains = (1 - after / before if before else 0.0 for before, after in values)
-    return replace(gain, splits=tuple(gains))
+def with_splits(comparison: Comparison, pairs: Iterable[tuple[float, float]]) -> Comparison:
+    """Return a comparison with its gain in every split, from the figure before and after."""
+    gains = (1 - after / before if before else 0.0 for before, after in pairs)
+    return replace(comparison, splits=tuple(gains))

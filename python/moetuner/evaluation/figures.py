@@ -26,7 +26,7 @@ Windows = Callable[[Counts, Setting], NDArray[Any] | None]
 
 
 @dataclass(frozen=True)
-class Replay:
+class CountsByOrder:
     """What was counted of a placement.
 
     Parameters
@@ -123,7 +123,7 @@ class Figure:
     column: str
     decimals: int
     meaning: str
-    compute: Callable[[Replay], float | None] | None = None
+    compute: Callable[[CountsByOrder], float | None] | None = None
     windows: Windows | None = None
     per: Literal["window", "token"] = "window"
     label: str = ""
@@ -132,7 +132,7 @@ class Figure:
     regime: Regime | None = None
     nothing: str = "nothing to win in traffic"
 
-    def value(self, replay: Replay) -> float | None:
+    def value(self, replay: CountsByOrder) -> float | None:
         """Compute the figure of what was counted; None where that does not tell it."""
         if self.compute is not None:
             return self.compute(replay)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation.arrival import orders, put_in_order
-from moetuner.evaluation.figures import FIGURES, Figure, Replay
+from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure
 from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of, members
 from moetuner.evaluation.units import Folds, Units
 from moetuner.statistics import RoutingStatistics
@@ -107,13 +107,13 @@ def _in_one_order(
         fold = fold if order is None else fold[order]
         items = rows[group]
         own = None if crossed is None else crossed[items]
-        part = _Part(ordered, items, fold[items], own, counted[group], setting)
+        part = _Halving(ordered, items, fold[items], own, counted[group], setting)
         figures[group] = part.figures(dealt)
     return figures
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Halving:
     """Some tokens of a trace, or windows of a load table, and what was counted of them.
 
     Parameters
@@ -151,7 +151,7 @@ class _Part:
         counts = self.counts
         if self.crossed is not None:
             counts = replace(counts, crossed=self._by_fold(folds.number, self.crossed).sum(axis=1))
-        replay, known = Replay([(1.0, counts)], None, self.setting), {}
+        replay, known = CountsByOrder([(1.0, counts)], None, self.setting), {}
         for name, figure in FIGURES.items():
             # Of a table, which experts tokens meet is known of all windows together only.
             is_known = figure.per == "window" or isinstance(self.traffic, RoutingTrace)

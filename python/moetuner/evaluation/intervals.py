@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,47 +105,13 @@ def spread(value: float, sides: NDArray[np.float64], folds: Folds) -> Spread:
     return Spread(value, error, folds.freedom, folds.units)
 
 
-class Change(NamedTuple):
-    """A figure under a placement and under a baseline, on the same halves.
-
-    Parameters
-    ----------
-    value, baseline
-        The figure under both; lower is better for all of them.
-    change
-        Relative: 0.1 is ten percent worse. None where the baseline is 0.
-    behind
-        Of a group, how much less of an improvement this is than that of the group which gains most
-        surely (by the upper end of its interval): the difference of their changes. None for that
-        group itself, without groups, and where either has too few units.
-    chance, behind_chance
-        How likely an audit is to name anything at all that got worse, or is behind, as surely as
-        this, if nothing really is: corrected for everything that could have been named. 1 where
-        the change is none, or there are too few units.
-    """
-
-    value: Spread
-    baseline: Spread
-    change: Spread | None
-    behind: Spread | None = None
-    chance: float = 1.0
-    behind_chance: float = 1.0
-
-
-def compare_halves(placement: dict[str, Halved], baseline: dict[str, Halved]) -> dict[str, Change]:
-    """Compare every figure of two placements on the same halves."""
-    changes = {}
-    for name, after in placement.items():
-        if name not in baseline:
-            continue
-        before, change = baseline[name], None
-        if before.value > 0:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                sides = after.sides / before.sides - 1
-            change = spread(after.value / before.value - 1, sides, after.folds)
-        now, was = (spread(*each) for each in (after, before))
-        changes[name] = Change(now, was, change)
-    return changes
+def compute_change(before: Halved, after: Halved) -> Spread:
+    """Return how much a figure changes, relative, by the same halves; none of what was 0."""
+    if before.value <= 0:
+        return Spread(0.0, None, 1, after.folds.units)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sides = after.sides / before.sides - 1
+    return spread(after.value / before.value - 1, sides, after.folds)
 
 
 def holm(chances: Sequence[float]) -> list[float]:

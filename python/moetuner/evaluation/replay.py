@@ -214,7 +214,7 @@ def counts_of(
             }
         return
     _check_table_bytes(traffic, settings)
-    parts = {group: _Part(traffic, settings, rows) for group, rows in members(traffic).items()}
+    parts = {group: _Group(traffic, settings, rows) for group, rows in members(traffic).items()}
     first = 0
     for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
         for part in parts.values():
@@ -227,7 +227,7 @@ def counts_of(
         yield {group: part.finish(number) for group, part in parts.items()}
 
 
-class _Part:
+class _Group:
     """Some tokens of a trace under replay, for all settings."""
 
     def __init__(

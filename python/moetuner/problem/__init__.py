@@ -20,7 +20,7 @@ from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity, phases
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective
-from moetuner.problem.pins import Pin, Rules, rules_of
+from moetuner.problem.pins import Pin, SlotRules, rules_of
 from moetuner.problem.settings import (
     ENGINE,
     GOAL,
@@ -204,7 +204,7 @@ class Problem(Frozen):
         )
 
     @cached_property
-    def rules(self) -> Rules:
+    def rules(self) -> SlotRules:
         """Where experts must and must not be."""
         return rules_of(self.pinned, self.forbidden, self.experts, self.capacity)
 

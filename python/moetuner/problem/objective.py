@@ -14,9 +14,8 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, replay
-from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.copies import Split
-from moetuner.placement import Placement
+from moetuner.placement import Placement, blocks
 from moetuner.problem import phases
 from moetuner.problem.caps import slowest
 from moetuner.problem.windows import Windows

@@ -28,7 +28,7 @@ NO_RULES: _Arguments = {"pinned": (), "forbidden": ()}
 
 
 @dataclass(frozen=True)
-class Rules:
+class SlotRules:
     """Tables [L,E,D]; None where nothing is said."""
 
     pinned: NDArray[np.bool_] | None
@@ -68,7 +68,7 @@ class Rules:
 
 def rules_of(
     pinned: Iterable[Pin], forbidden: Iterable[Pin], experts: int, capacity: NDArray[np.int64]
-) -> Rules:
+) -> SlotRules:
     """Return tables of rules for so many experts in slots [L,D], checked."""
     shape = (len(capacity), experts, capacity.shape[1])
     must, must_not = _table("pinned", pinned, shape), _table("forbidden", forbidden, shape)
@@ -76,7 +76,7 @@ def rules_of(
         _check_pins(must, must_not, capacity)
     if must_not is not None:
         _check_bans(must_not, must, capacity)
-    return Rules(must, must_not)
+    return SlotRules(must, must_not)
 
 
 def _check_pins(

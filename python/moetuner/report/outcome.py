@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moetuner.cost import CostModel, assumed_model
 from moetuner.evaluation import Evaluation, evaluate_each
-from moetuner.evaluation.comparison import Comparison, compare
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
@@ -104,7 +104,7 @@ def head(problem: Problem) -> tuple[str, ...]:
     return ("method", *columns, *value, "gap", "seconds")
 
 
-def judge(
+def replay(
     placements: Sequence[Placement], problem: Problem, traffic: Traffic, **options: Any
 ) -> list[Evaluation]:
     """Evaluate placements of a problem on other traffic, which is read once for all of them.
@@ -128,25 +128,32 @@ def left_over(traffic: Traffic, window: int | None) -> str:
     return f"imbalance and time leave out the last {counted(rest, 'token')}, which fill none"
 
 
-def gain_of(
-    before: Evaluation,
-    after: Evaluation,
-    figure: str | None = None,
+def judge_outcomes(
+    before: Outcome,
+    after: Outcome,
+    units_in: Callable[[int | None], Units],
     *,
-    units: Units | None = None,
-    names: tuple[str, str] = ("before", "after"),
-) -> Comparison:
-    """Compare two placements on the same traffic: the one number that every command repeats.
+    by_group: bool = False,
+) -> dict[int | None, Judgement]:
+    """Judge the change from one outcome to another, by the tokens of a window.
 
-    It is in the figure that the placement was computed for; by default, and where the traffic does
-    not tell that, in the predicted time or, without one, the imbalance. ``units`` are what is
-    independent in the whole recording, by default in this traffic.
+    The verdict is on the figure that the placement was computed for. ``units_in`` gives what is
+    independent in the whole recording, in windows of so many tokens; groups are judged in the first
+    windows alone.
     """
-    figures = [name for name in (figure, "predicted_layer_us", "imbalance") if name in FIGURES]
-    both = (before, after)
-    measure = next(name for name in figures if None not in [getattr(each, name) for each in both])
-    gain = replace(compare(before, after, [measure], units=units)[measure], names=names)
-    return replace(gain, low=None, high=None) if gain.is_too_few else gain
+    first = next(iter(after.phases))
+    return {
+        tokens: judge(
+            before.phases[tokens],
+            evaluation,
+            figure=after.worth.figure,
+            by_group=by_group and tokens == first,
+            units=units_in(tokens),
+            names=(before.result.method, after.result.method),
+        )
+        for tokens, evaluation in after.phases.items()
+        if tokens in before.phases
+    }
 
 
 def sentences(outcome: Outcome) -> list[str]:

@@ -20,7 +20,7 @@ Status = Literal[
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Part(Frozen):
+class _Facts(Frozen):
     """Facts that a method knows; those that it does not are None or empty."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -31,7 +31,7 @@ class _Part(Frozen):
 
 def _plain(value: Any) -> Any:
     """Return a value of a part as JSON has it."""
-    if isinstance(value, _Part):
+    if isinstance(value, _Facts):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -39,7 +39,7 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClusterStage(_Part):
+class ClusterStage(_Facts):
     """How the paper's first stage went, which clusters the experts of every layer."""
 
     sizes: str
@@ -52,7 +52,7 @@ class ClusterStage(_Part):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PlaceStage(_Part):
+class PlaceStage(_Facts):
     """How the paper's second stage went, which places the clusters; its bound is of its own sum."""
 
     way: str
@@ -63,7 +63,7 @@ class PlaceStage(_Part):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SearchDetails(_Part):
+class SearchDetails(_Facts):
     """How the placement was found.
 
     Of many windows, ``windows``, a search sees means that stand for them, ``windows_searched``. Of
@@ -85,7 +85,7 @@ class SearchDetails(_Part):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CapsDetails(_Part):
+class CapsDetails(_Facts):
     """Load caps that were not kept, as imbalances by layer.
 
     ``raised`` has what was settled for. ``infeasible``, for layers where it is proven that no
@@ -98,7 +98,7 @@ class CapsDetails(_Part):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class UnseenDetails(_Part):
+class UnseenDetails(_Facts):
     """What the search made small so that it generalises to unseen traffic, and why."""
 
     chosen: str
@@ -106,7 +106,7 @@ class UnseenDetails(_Part):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LevelBound(_Part):
+class LevelBound(_Facts):
     """What was proven of one level of the topology: pairs that cross at least."""
 
     crossing_pairs: int
@@ -115,7 +115,7 @@ class LevelBound(_Part):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BoundDetails(_Part):
+class BoundDetails(_Facts):
     """How the bound was found, by level, and which one the answer itself ``refuted``."""
 
     levels: Mapping[str, LevelBound] = field(default_factory=dict)

@@ -23,7 +23,7 @@ MOST_DEVICES = 16
 
 
 @dataclass(frozen=True)
-class Moving:
+class MoveOptions:
     """The placement that a solve starts from, and what moving may cost.
 
     Parameters

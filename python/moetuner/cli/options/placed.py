@@ -27,18 +27,18 @@ from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
-from moetuner.evaluation import Evaluation, evaluate_each
-from moetuner.evaluation.auditing import MEASURES, contiguous
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
 from moetuner.formats import read_placement
 from moetuner.formats.engines import ENGINES
-from moetuner.placement import Placement
+from moetuner.placement import Placement, contiguous
 from moetuner.problem import phases
 from moetuner.report.cells import counted
-from moetuner.report.outcome import gain_of, left_over
+from moetuner.report.outcome import left_over
 from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -201,7 +201,7 @@ class Placed:
         of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in settings.items() if name not in of_other}
         with naming(path):
-            serving = serving.with_defaults(served)
+            serving = serving.as_placed(served)
         return cls(placement, text.name(path.name), settings, source, topology, serving)
 
     @cached_property
@@ -254,16 +254,45 @@ class Placed:
                 **tables_counted,
             ).fingerprint
 
-    def replayed(self, running: Placement, **more: Any) -> list[Evaluation]:
-        """Replay what runs and the placement; ``more`` are arguments of ``evaluate``."""
-        source = self.source
-        arguments: dict[str, Any] = {"window": source.replayed, "threads": source.threads}
-        with working("replaying") as report:
-            arguments |= {**self.arguments, **more, "progress": shares(report, "of the tokens")}
-            both = [running, self.placement]
-            return evaluate_each(both, self.judged[0], self.topology, **arguments)
+    def judge(
+        self,
+        running: Placement,
+        names: tuple[str, str],
+        *,
+        figure: str | None = None,
+        measures: Iterable[str] = (),
+        by_group: bool = False,
+        mixed: bool = True,
+        mixed_seed: int = 0,
+    ) -> Judgement:
+        """Replay what runs and the placement, and judge the change.
 
-    def measures(self, more: Iterable[str] = ()) -> tuple[str, ...]:
+        The verdict is on ``figure``, by default the one that the placement was computed for.
+        """
+        with working("replaying") as report:
+            before, after = evaluate_each(
+                [running, self.placement],
+                self.judged[0],
+                self.topology,
+                window=self.source.replayed,
+                mixed=mixed,
+                mixed_seed=mixed_seed,
+                threads=self.source.threads,
+                progress=shares(report, "of the tokens"),
+                **self.arguments,
+            )
+        with working("comparing"):
+            return judge(
+                before,
+                after,
+                figure=figure or self.settings.get("figure"),
+                measures=self._measures(measures),
+                by_group=by_group,
+                units=self.source.units,
+                names=names,
+            )
+
+    def _measures(self, more: Iterable[str]) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
         regimes = (None, self.arguments["regime"])
         return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in more)
@@ -275,14 +304,10 @@ class Placed:
         size = self.settings.get("expert_size") or traffic.expert_size
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
-    def gains(self, before: Evaluation, after: Evaluation, against: str) -> list[Comparison]:
-        """Compare it with another placement, in the figure it was computed for and in time."""
-        names = (against, self.name)
-        figures = dict.fromkeys((self.settings.get("figure"), "predicted_layer_us"))
-        with working("comparing"):
-            units = self.source.units
-            gains = [gain_of(before, after, figure, units=units, names=names) for figure in figures]
-        return list({gain.measure: gain for gain in gains}.values())
+    def gains(self, judgement: Judgement) -> list[Comparison]:
+        """Return what is gained in the figure that it was computed for, and in predicted time."""
+        figures = dict.fromkeys((judgement.measure, "predicted_layer_us"))
+        return [judgement.whole[name] for name in figures if name in judgement.whole]
 
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import click
 
@@ -56,6 +56,17 @@ ROUTER_GROUPS_HELP = (
 )
 
 
+# What says a setting.
+Origin = Literal["option", "engine", "placement", "default"]
+
+
+def _decided_by(engine: str | None) -> dict[str, Any]:
+    """Return the settings that an engine decides."""
+    if engine is None:
+        return {}
+    return {name: getattr(ENGINES[engine], name, DEFAULTS[name]) for name in SERVED}
+
+
 class Serving:
     """How traffic is served.
 
@@ -76,52 +87,73 @@ class Serving:
     }
 
     def __init__(self, engine: str | None = None, **values: Any) -> None:
-        self.engine = engine
+        self.engine_given = engine
         self.given = {
             name: value
             for name, value in values.items()
             if value or (value == 0 and value is not False)
         }
+        # Of a placement that is judged: its settings, which options replace.
+        self.recorded: dict[str, Any] = {}
         # Counts have windows of their own: no order of arrival can be made of them.
         self.is_of_counts = False
 
     @property
+    def engine(self) -> str | None:
+        """The engine of ``--for``, else the one that the placement was computed for."""
+        return self.engine_given or self.recorded.get("engine")
+
+    @property
     def is_given(self) -> bool:
         """Whether any option says how traffic is served."""
-        return self.engine is not None or bool(self.given)
+        return self.engine_given is not None or bool(self.given)
 
-    def with_defaults(self, settings: Mapping[str, Any]) -> Serving:
-        """Return these settings and, where no option gives them, those of a placement."""
-        chosen, engine = dict(self.given), self.engine
-        if "cost_model" in settings:
-            chosen.setdefault("cost_model", settings["cost_model"])
-        if engine is None:
-            engine = settings.get("engine")
-            if engine is not None:
-                one_of("settings: engine", engine, ENGINES)
-            default = Serving(engine)
-            # Of a table nobody chose that its windows come as they were recorded.
-            of_counts = "windows" in settings.get("input", {})
-            is_chosen = not of_counts or settings.get("arrival") != DEFAULTS["arrival"]
-            for name in SERVED if is_chosen else SERVED[:-1]:
-                if settings.get(name, default.value(name)) != default.value(name):
-                    chosen.setdefault(name, settings[name])
-        return Serving(engine, **chosen)
+    def as_placed(self, settings: Mapping[str, Any]) -> Serving:
+        """Return the same options, with what a placement chose beyond its engine behind them."""
+        placed, names = Serving(self.engine_given, **self.given), list(SERVED)
+        if settings.get("engine") is not None:
+            one_of("settings: engine", settings["engine"], ENGINES)
+            names.append("engine")
+        # Of a table nobody chose that its windows come as they were recorded.
+        of_counts = "windows" in settings.get("input", {})
+        if of_counts and settings.get("arrival") == DEFAULTS["arrival"]:
+            names.remove("arrival")
+        by_engine = _decided_by(settings.get("engine"))
+        placed.recorded = {
+            name: settings[name]
+            for name in ("cost_model", *names)
+            if name in settings and settings[name] != by_engine.get(name, DEFAULTS.get(name))
+        }
+        return placed
+
+    def resolve(self, name: str) -> tuple[Any, Origin]:
+        """Return a setting and what says it, in the order of the class."""
+        says: list[tuple[Origin, Mapping[str, Any]]] = [
+            ("option", self.given),
+            ("engine", _decided_by(self.engine_given)),
+            ("placement", self.recorded),
+            ("engine", _decided_by(self.engine)),
+        ]
+        for origin, values in says:
+            # Without an order of arrival there is none that an engine could decide.
+            is_known = origin != "engine" or name != "arrival" or not self.is_of_counts
+            if name in values and is_known:
+                return values[name], origin
+        return DEFAULTS[name], "default"
 
     def value(self, name: str) -> Any:
-        """Return a setting, in the order of the class."""
-        if name in self.given:
-            return self.given[name]
-        default = DEFAULTS[name]
-        if name == "arrival" and self.is_of_counts:
-            return default
-        return default if self.engine is None else getattr(ENGINES[self.engine], name, default)
+        """Return a setting."""
+        return self.resolve(name)[0]
+
+    def chosen(self, name: str) -> Any:
+        """Return a setting that an option or the placement says; None where neither does."""
+        value, origin = self.resolve(name)
+        return value if origin in ("option", "placement") else None
 
     def arguments(self, source: Source) -> dict[str, Any]:
         """Return the arguments of ``evaluate`` and ``audit`` that say the same of INPUT."""
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
-        model_given = self.given.get("cost_model")
-        model = cost_model_for(model_given, source.traffic, source.weight_bits)
+        model = cost_model_for(self.value("cost_model"), source.traffic, source.weight_bits)
         return {"cost_model": model, **{name: self.value(name) for name in SERVED}}
 
     def settings(self, topology: Topology, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -139,14 +171,20 @@ class Serving:
         texts = {name: f"{name} {self.value(name)}" for name in SERVED}
         if not engine.may_copy:
             del texts["split"]
-        elif "split" not in self.given:
+        elif self.resolve("split")[1] == "engine":
             texts["split"] += f" ({engine.how_split})"
-        if self.is_of_counts and "arrival" not in self.given:
+        if self.is_of_counts and self.resolve("arrival")[1] == "default":
             texts["arrival"] += " (windows of counts, as recorded)"
-        by_options = [text for name, text in texts.items() if name in self.given]
-        by_engine = [text for name, text in texts.items() if name not in self.given]
-        line = f"For {engine.title}: {', '.join([*by_engine, *more])}"
-        return [line + (f"; from your options: {', '.join(by_options)}." if by_options else ".")]
+        said: dict[Origin, list[str]] = {"option": [], "placement": [], "engine": []}
+        for name, text in texts.items():
+            origin = self.resolve(name)[1]
+            said["engine" if origin == "default" else origin].append(text)
+        line = f"For {engine.title}: {', '.join([*said['engine'], *more])}"
+        if said["option"]:
+            line += f"; from your options: {', '.join(said['option'])}"
+        if said["placement"]:
+            line += f"; from the placement: {', '.join(said['placement'])}"
+        return [f"{line}."]
 
 
 class ProblemOptions(Serving):

@@ -241,7 +241,7 @@ class Source(FileHints):
             arguments |= {"progress": progress, "threads": self.threads}
             return solve(problem, cast(Method, method), **arguments)
 
-    def judge(
+    def replay(
         self, results: Sequence[Result], problem: Problem, judged_on: Traffic
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
@@ -265,7 +265,7 @@ class Source(FileHints):
                     "mixed": not evaluations,
                 }
                 arguments["progress"] = shares(report, "of the tokens")
-                evaluations[window] = outcome.judge(placements, problem, judged_on, **arguments)
+                evaluations[window] = outcome.replay(placements, problem, judged_on, **arguments)
         first = evaluations.pop(self.replayed)
         return [
             Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})

@@ -13,7 +13,6 @@ from typing import Any, get_args
 from moetuner import _checks as check
 from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
-from moetuner.evaluation.auditing import audit_of
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic, members
@@ -26,15 +25,17 @@ from moetuner.report.advice.drift import drift_of
 from moetuner.report.advice.judging import (
     judge_groups,
     judge_halves,
+    judge_over_eplb,
     judge_phases,
-    judge_windows,
+    judge_trials,
+    name_groups_of_halves,
     weigh_move,
     weigh_phases,
 )
 from moetuner.report.advice.request import Request, slots_of_running, split_of
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, try_out
-from moetuner.report.advice.values import Advice, choose_main
+from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
 from moetuner.report.recording import one_kind
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
@@ -217,11 +218,14 @@ def _advise(request: Request, splits: int) -> Advice:
         of_split = split_of(request, check.nth_seed(request.seed, number)) if number else part
         trials.append(try_out(request, of_split, knee))
     first = trials[0]
-    judged = tuple(judge_windows(request, trials, window) for window in request.windows)
+    judged = tuple(
+        judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)
+        for window in request.windows
+    )
     main = choose_main(judged)
     if len(swept) == 1:  # which was not searched for
         swept = (replace(swept[0], gains={each.window: (each.gain.gain,) for each in judged}),)
-    units, evaluated = request.units[main.window], first.evaluations[main.window]
+    units = request.units[main.window]
     request.progress("comparing the halves of the recording")
     change = drift_of(request.traffic, units, seed=request.seed) if request.unseen is None else None
     is_other = request.in_order and change is not None and change.is_beyond_chance
@@ -233,18 +237,17 @@ def _advise(request: Request, splits: int) -> Advice:
         reasons=(),
         warnings=(),
         judged=judged,
+        over_eplb=judge_over_eplb(request, trials),
         copies=swept,
         knee=knee,
         more=best if best > knee else None,
-        moving=weigh_move(request, first, main.saved_us),
+        moving=weigh_move(request, first, compute_saved_us(main)),
         phases=phases,
         drift=change,
         halves=halves,
-        running=evaluated[RUNNING],
-        proposed=evaluated[PROPOSED],
+        groups_of_halves=name_groups_of_halves(request) if halves else (),
         placements=(first.placements[RUNNING], first.placements[PROPOSED]),
         result=first.result,
-        audit=audit_of(evaluated[RUNNING], evaluated[PROPOSED], units),
         units=units,
         problem=first.problem,
         judged_on=write_judged_on(request, part.unseen),

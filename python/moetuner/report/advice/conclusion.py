@@ -10,6 +10,7 @@ from moetuner.cost import assumed_model
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
@@ -21,9 +22,10 @@ from moetuner.report.advice.values import (
     Advice,
     Answer,
     Copies,
-    Judged,
-    Phases,
+    PhaseTimes,
+    name_phase,
     write_window,
+    write_windows_of,
 )
 from moetuner.report.cells import counted, listed, percent, signed, span
 from moetuner.report.outcome import left_over
@@ -88,7 +90,7 @@ def write_judged_on(request: Request, unseen: Traffic) -> str:
     return f"{text}; {where}{rest}" if rest else text
 
 
-def write_notes(request: Request, phases: Phases | None, copies: int) -> tuple[str, ...]:
+def write_notes(request: Request, phases: PhaseTimes | None, copies: int) -> tuple[str, ...]:
     """Write what phases cost each other, and what the engine cannot do."""
     notes = [] if phases is None else [phases.sentence(request.price)]
     traffic, engine = request.traffic, request.engine
@@ -128,11 +130,12 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     if advice.drift is not None and advice.drift.is_beyond_chance:
         if advice.halves and advice.drift.is_of_groups:
             reasons.insert(0, _write_groups(advice))
-            if min(half.gain.gain for half in advice.halves) < CARRIED * advice.main.gain.gain:
+            if min(gain.gain for gain in advice.halves) < CARRIED * advice.main.gain.gain:
                 mixed = ", if you serve a mix of the groups"
         else:
             overruling += _weigh_drift(advice, advice.drift, warnings)
-    losers = advice.audit.worse(measures=(advice.main.gain.measure,)) if advice.audit.groups else []
+    main = advice.main
+    losers = main.worse(measures=(main.measure,)) if main.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
         warnings.append(
@@ -143,7 +146,7 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
         reasons = []
     if advice.one_kind is not None:
         one = f"{advice.one_kind}, so the figures hold for such traffic only; {MIX}"
-        is_of_group = advice.audit.groups and not {*advice.audit.groups} & {*PHASES}
+        is_of_group = main.groups and not {*main.groups} & {*PHASES}
         if is_of_group:
             overruling.append(("not enough evidence", one))
         else:
@@ -154,7 +157,7 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     warnings.append(
         model.origin if assumed is None else f"Times are predicted, not measured: {assumed}"
     )
-    if advice.main.window is None:
+    if main.window is None:
         warnings.append(
             "A load table does not say which experts a token chose together, so traffic is an "
             "upper bound."
@@ -185,7 +188,7 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
     tail = f"; {why}" if why else ""
     ordered = sorted(advice.judged, key=lambda judged: -judged.gain.gain)
     if advice.total is not None:
-        parts = ", ".join(f"{judged.phase} {signed(judged.gain.gain)}" for judged in ordered)
+        parts = ", ".join(f"{name_phase(judged)} {signed(judged.gain.gain)}" for judged in ordered)
         share, sure = 100 * advice.settings["prefill_share"], interval(advice.total)
         return (
             f"{advice.total.much} predicted time than with {running_name(advice)} where {share:g} "
@@ -195,7 +198,7 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
         return f"{_write_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
     for judged in ordered:
-        text = f"{judged.phase} ({signed(judged.gain.gain)})"
+        text = f"{name_phase(judged)} ({signed(judged.gain.gain)})"
         by_word[CALLED[judged.gain.answer]].append(text)
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
     return f"{', '.join(texts)}{tail}"
@@ -277,12 +280,12 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
 
 def _write_groups(advice: Advice) -> str:
     """Write what halves that hold different groups gain from each other, and what a mix gains."""
-    worst = min((half.gain for half in advice.halves), key=lambda gain: gain.gain)
-    names = "; ".join(listed([*map(name, advice.halves[n].seen)], LOSERS) for n in range(2))
+    worst = min(advice.halves, key=lambda gain: gain.gain)
+    names = "; ".join(listed([*map(name, own)], LOSERS) for own in advice.groups_of_halves)
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
         f"{_write_with_interval(worst)} at worst. If you serve a mix (--any-order): "
-        f"{signed(advice.main.gain.gain)}. Both are in {advice.main.where}"
+        f"{signed(advice.main.gain.gain)}. Both are in {write_windows_of(advice.main)}"
     )
 
 
@@ -297,7 +300,7 @@ def _weigh_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tupl
         warnings.append(f"{warning}; --any-order says that its order does not matter.")
         return []
     number = int(advice.carried[1] < advice.carried[0])
-    gain, halves = advice.halves[number].gain, ("first", "second")[:: -1 if number else 1]
+    gain, halves = advice.halves[number], ("first", "second")[:: -1 if number else 1]
     if min(advice.carried) > 0 and min(advice.carried) >= CARRIED * advice.main.gain.gain:
         warnings.append(f"{warning}; a placement of either half gains on the other.")
         return []
@@ -346,13 +349,15 @@ def _write_units(units: Units, *, held_out: bool) -> list[str]:
 def _write_gains(advice: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
     main, ordered = advice.main, sorted(advice.judged, key=lambda judged: -judged.gain.gain)
-    lines = [_write_line(advice, judged, judged.phase * (len(ordered) > 1)) for judged in ordered]
-    if main.eplb:
+    lines = [
+        _write_line(advice, judged, name_phase(judged) * (len(ordered) > 1)) for judged in ordered
+    ]
+    if advice.over_eplb:
         parts = []
         for judged in ordered:
-            gain = judged.eplb[judged.gain.measure]
+            gain, where = advice.over_eplb[judged.window].gain, write_windows_of(judged)
             sure = interval(gain)
-            parts.append(f"{_write_amount(gain)} in {judged.where}{sure and f' ({sure})'}")
+            parts.append(f"{_write_amount(gain)} in {where}{sure and f' ({sure})'}")
         lines.append(
             f"predicted time compared with EPLB's placement in as many slots: {', '.join(parts)}"
         )
@@ -369,10 +374,10 @@ def _write_amount(gain: Comparison) -> str:
     return gain.much if abs(gain.gain) >= 0.0005 else "no less"
 
 
-def _write_line(advice: Advice, judged: Judged, phase: str = "") -> str:
+def _write_line(advice: Advice, judged: Judgement, phase: str = "") -> str:
     """Write what a layer gains in windows of one size."""
-    gain, sure = judged.gain, interval(judged.gain)
-    where = f"{phase}, {judged.where}: a" if phase else f"in {judged.where} a"
+    gain, sure, windows = judged.gain, interval(judged.gain), write_windows_of(judged)
+    where = f"{phase}, {windows}: a" if phase else f"in {windows} a"
     return (
         f"{where} layer takes {_write_amount(gain)} predicted time than with "
         f"{running_name(advice)}, "
@@ -387,8 +392,8 @@ def _write_each_group(advice: Advice) -> str:
     unclear = [group for group, gain in gains.items() if gain.is_too_few]
     bad = [group for group in gains if group not in unclear and (gains[group].low or 0) <= 0]
     line = (
-        f"placements computed from all other groups, in {advice.main.where}: a certain gain for "
-        f"{len(gains) - len(unclear) - len(bad)} of {counted(len(gains), 'group')}"
+        f"placements computed from all other groups, in {write_windows_of(advice.main)}: a certain "
+        f"gain for {len(gains) - len(unclear) - len(bad)} of {counted(len(gains), 'group')}"
     )
     if bad:
         line += f"; none for {listed([texts[group] for group in bad], 2 * LOSERS)}"
@@ -397,7 +402,7 @@ def _write_each_group(advice: Advice) -> str:
     )
 
 
-def _write_parts(judged: Judged, price: float, regime: Regime) -> list[str]:
+def _write_parts(judged: Judgement, price: float, regime: Regime) -> list[str]:
     """Write what balance and traffic have to do with it."""
     lines = []
     for measure, figure in FIGURES.items():

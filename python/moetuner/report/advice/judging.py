@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from moetuner.cost import busiest_ports
-from moetuner.evaluation.comparison import Comparison, compare, with_splits
+from moetuner.evaluation.comparison import Comparison, with_splits
+from moetuner.evaluation.intervals import Spread
+from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import members
 from moetuner.evaluation.units import Units, select
 from moetuner.placement import EMPTY, Placement
@@ -23,42 +25,60 @@ from moetuner.report.advice.request import (
     search_shortly,
 )
 from moetuner.report.advice.trial import EPLB, PROPOSED, RUNNING, Key, Trial, evaluate_all, try_out
-from moetuner.report.advice.values import Half, Judged, Moving, Phases
+from moetuner.report.advice.values import Moving, PhaseTimes
 from moetuner.report.recording import PHASES
 from moetuner.trace import RoutingTrace
 
 
-def judge_windows(request: Request, trials: Sequence[Trial], window: Window) -> Judged:
-    """Compare what is proposed with what runs, and with EPLB, in windows of a size."""
-    units, traffic = request.units[window], request.judged_on
-    figures = _compare(request, trials, RUNNING, window, units)
-    first, eplb = trials[0].placements, {}
-    if first[EPLB] != first[RUNNING]:
-        eplb = _compare(request, trials, EPLB, window, units)
-    recorded = None if isinstance(traffic, RoutingTrace) else traffic.window
-    return Judged(window, figures, eplb, traffic.layers, recorded)
-
-
-def _compare(
-    request: Request, trials: Sequence[Trial], key: Key, window: Window, units: Units
-) -> dict[str, Comparison]:
-    """Compare what is proposed with another placement, with the first split's intervals."""
+def judge_trials(
+    request: Request,
+    trials: Sequence[Trial],
+    key: Key,
+    window: Window,
+    units: Units,
+    *,
+    by_group: bool = False,
+) -> Judgement:
+    """Judge what is proposed beside another placement, with the first split's intervals."""
     evaluations = [trial.evaluations[window] for trial in trials]
-    pairs = [(evaluated[key], evaluated[PROPOSED]) for evaluated in evaluations]
-    names = ("running" if key == RUNNING else "EPLB", "proposed")
-    before, after = pairs[0]
+    judgement = judge(
+        evaluations[0][key],
+        evaluations[0][PROPOSED],
+        by_group=by_group,
+        units=units,
+        price=request.price,
+        names=("running" if key == RUNNING else "EPLB", "proposed"),
+    )
+    comparisons = {}
+    for name, comparison in judgement.whole.items():
+        figures = [
+            (getattr(each[key], name) or 0.0, getattr(each[PROPOSED], name) or 0.0)
+            for each in evaluations
+        ]
+        comparisons[name] = with_splits(comparison, figures)
+    return replace(judgement, whole=comparisons)
+
+
+def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, Judgement]:
+    """Judge what is proposed beside EPLB's placement, by window; nothing if that is what runs."""
+    first = trials[0].placements
+    if first[EPLB] == first[RUNNING]:
+        return {}
     return {
-        measure: replace(with_splits(gain, pairs), price=request.price, names=names)
-        for measure, gain in compare(before, after, units=units).items()
+        window: judge_trials(request, trials, EPLB, window, request.units[window])
+        for window in request.windows
     }
 
 
 def _gain(request: Request, trial: Trial, window: Window, units: Units) -> Comparison:
-    return _compare(request, [trial], RUNNING, window, units)["predicted_layer_us"]
+    return judge_trials(request, [trial], RUNNING, window, units).gain
 
 
-def weigh_phases(request: Request, judged: Sequence[Judged]) -> Comparison | None:
-    """Weigh the gains of decode and prefill by their shares of the serving time, if known."""
+def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | None:
+    """Weigh the gains of decode and prefill by their shares of the serving time, if known.
+
+    Both are of the same sequences, so their errors add up.
+    """
     if request.prefill_share is None:
         return None
     share, (decode, prefill) = request.prefill_share, (each.gain for each in judged)
@@ -66,37 +86,48 @@ def weigh_phases(request: Request, judged: Sequence[Judged]) -> Comparison | Non
     def weigh(of_decode: float, of_prefill: float) -> float:
         return share * of_prefill + (1 - share) * of_decode
 
-    gain, low, high = weigh(decode.gain, prefill.gain), None, None
-    if decode.interval is not None and prefill.interval is not None:
-        low, high = map(weigh, decode.interval, prefill.interval)
+    both = (decode.change, prefill.change)
+    errors = [change.error for change in both if change.error is not None]
+    change = Spread(
+        weigh(decode.change.value, prefill.change.value),
+        weigh(errors[0], errors[1]) if len(errors) == len(both) else None,
+        min(each.freedom for each in both),
+        min(each.units for each in both),
+    )
     return replace(
         decode,
         before=1.0,
-        after=1 - gain,
-        gain=gain,
-        low=low,
-        high=high,
-        units=min(decode.units, prefill.units),
+        after=1 + change.value,
+        change=change,
         splits=tuple(map(weigh, decode.splits, prefill.splits)),
     )
 
 
-def judge_halves(request: Request, copies: int, window: Window) -> tuple[Half, ...]:
-    """Judge a placement of each half of the recording on the other."""
-    parts, halves = drift.halves(request.traffic), []
-    sizes = [{name: len(rows) for name, rows in members(half).items()} for half in parts]
-    # A group that the middle cuts is of the half that has more of it.
-    groups = [
-        tuple(str(n) for n in own if n is not None and own[n] >= sizes[1 - place].get(n, 0))
-        for place, own in enumerate(sizes)
+def name_groups_of_halves(request: Request) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of both halves; one that the middle cuts is where most of it is."""
+    sizes = [
+        {name: len(rows) for name, rows in members(half).items()}
+        for half in drift.halves(request.traffic)
     ]
+    return tuple(
+        tuple(
+            str(name)
+            for name in own
+            if name is not None and own[name] >= sizes[1 - place].get(name, 0)
+        )
+        for place, own in enumerate(sizes)
+    )
+
+
+def judge_halves(request: Request, copies: int, window: Window) -> tuple[Comparison, ...]:
+    """Judge a placement of each half of the recording on the other."""
+    parts, gains = drift.halves(request.traffic), []
     for number, name in enumerate(("first", "second")):
         request.progress(f"a placement of the {name} half on the other")
         part = Part(request.seed, count(request, parts[number]), parts[1 - number])
         trial = try_out(request, part, copies)
-        gain = _gain(request, trial, window, request.units[window])
-        halves.append(Half(groups[number], groups[1 - number], gain))
-    return tuple(halves)
+        gains.append(_gain(request, trial, window, request.units[window]))
+    return tuple(gains)
 
 
 def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Comparison]]:
@@ -116,7 +147,7 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
     return gains
 
 
-def judge_phases(request: Request, part: Part, copies: int) -> Phases | None:
+def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None:
     """Search shortly for prefill, for decode and for both, and predict each on each."""
     seen, unseen = halve(request, request.seed)
     if not isinstance(seen, RoutingTrace) or not isinstance(unseen, RoutingTrace):
@@ -137,7 +168,7 @@ def judge_phases(request: Request, part: Part, copies: int) -> Phases | None:
         evaluated = evaluate_all(request, placements, problem, own, [window])[window]
         for name, by_phase in times.items():
             by_phase[phase] = evaluated[name].predicted_layer_us or 0.0
-    return Phases(times)
+    return PhaseTimes(times)
 
 
 def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import cast
 
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import blocks
 from moetuner.evaluation.replay import Traffic
-from moetuner.placement import Placement
+from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search
-from moetuner.report.outcome import judge
+from moetuner.report.outcome import replay
 from moetuner.solver import Method
 from moetuner.solver.result import Result
 
@@ -68,7 +67,7 @@ def evaluate_all(
     """Evaluate placements on other traffic, by window."""
     evaluations = {}
     for window in windows:
-        evaluated = judge(
+        evaluated = replay(
             list(placements.values()),
             problem,
             unseen,

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import Audit
 from moetuner.evaluation.comparison import Comparison
+from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import Units
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
@@ -19,6 +19,7 @@ from moetuner.report.advice.drift import Drift
 from moetuner.report.cells import signed
 from moetuner.report.recording import PHASES
 from moetuner.solver.result import Result
+from moetuner.statistics import RoutingStatistics
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 
@@ -30,79 +31,26 @@ def write_window(window: int | None, recorded: int | None = None) -> str:
     return "recorded windows" + (f" of {recorded:,} tokens" if recorded else "")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Judged(Frozen):
-    """The proposed placement beside others in windows of one size, on unseen traffic.
-
-    Values and intervals are those of the first split; ``splits`` has the gains of all of them.
-
-    Parameters
-    ----------
-    window
-        Tokens whose load is balanced together; None where windows are given.
-    figures
-        The running placement and the proposed one in every figure. The verdict is on
-        ``predicted_layer_us``.
-    eplb
-        The same with EPLB's placement in as many slots as the proposed one has, in place of the
-        running one; empty if EPLB's is what runs.
-    layers
-        Layers of a step, which the times of a step are of.
-    recorded
-        Tokens of a given window; None where that is not known.
-    """
-
-    window: int | None
-    figures: dict[str, Comparison]
-    eplb: dict[str, Comparison] = field(default_factory=dict)
-    layers: int = 1
-    recorded: int | None = None
-
-    @property
-    def gain(self) -> Comparison:
-        """In the figure that the verdict is on."""
-        return self.figures["predicted_layer_us"]
-
-    @property
-    def gains(self) -> dict[str, Comparison]:
-        """Figures of which there is something to save."""
-        return {name: each for name, each in self.figures.items() if each.before}
-
-    @property
-    def where(self) -> str:
-        """The windows, in words."""
-        return write_window(self.window, self.recorded)
-
-    @property
-    def phase(self) -> str:
-        """What engines have such windows in."""
-        return "decode" if self.window == WINDOWS[0] else "prefill"
-
-    @property
-    def saved_us(self) -> float:
-        """Predicted microseconds that a step saves over all layers."""
-        return self.layers * (self.gain.before - self.gain.after)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return fields as JSON values."""
-        return {
-            "window": self.window,
-            "before": {name: each.before for name, each in self.figures.items()},
-            "after": {name: each.after for name, each in self.figures.items()},
-            "gains": as_json(self.gains),
-            "answer": self.gain.answer,
-            "eplb": {name: each.before for name, each in self.eplb.items()},
-            "gains_over_eplb": as_json(
-                {name: gain for name, gain in self.eplb.items() if gain.before}
-            ),
-            "layers": self.layers,
-            "saved_us": self.saved_us,
-            "saved_us_per_layer": self.saved_us / self.layers,
-            "saved_us_per_step": self.saved_us,
-        }
+def write_windows_of(judgement: Judgement) -> str:
+    """Write which windows a judgement is in."""
+    replayed = judgement.after.replayed
+    recorded = None
+    if replayed is not None and isinstance(replayed.traffic, RoutingStatistics):
+        recorded = replayed.traffic.window
+    return write_window(judgement.window, recorded)
 
 
-def choose_main(judged: tuple[Judged, ...]) -> Judged:
+def name_phase(judgement: Judgement) -> str:
+    """Return what engines have windows of that size in."""
+    return "decode" if judgement.window == WINDOWS[0] else "prefill"
+
+
+def compute_saved_us(judgement: Judgement) -> float:
+    """Compute the predicted microseconds that a step saves over all layers."""
+    return judgement.layers * (judgement.gain.before - judgement.gain.after)
+
+
+def choose_main(judged: tuple[Judgement, ...]) -> Judgement:
     """Return the windows where most is gained, for certain if in any."""
     return max(judged, key=lambda each: (each.gain.is_worth_it, each.gain.gain))
 
@@ -186,18 +134,7 @@ class Moving(NamedTuple):
     device_bytes: tuple[float, float] | None
 
 
-class Half(NamedTuple):
-    """A placement that was computed from one half of a recording, judged on the other half.
-
-    ``seen`` and ``unseen`` are the groups of both halves; ``gain`` is over what runs.
-    """
-
-    seen: tuple[str, ...]
-    unseen: tuple[str, ...]
-    gain: Comparison
-
-
-class Phases(NamedTuple):
+class PhaseTimes(NamedTuple):
     """One placement for prefill and decode, or two.
 
     ``microseconds`` is the predicted layer time on the unseen traffic of a phase, by what the
@@ -252,7 +189,11 @@ class Advice(Frozen):
     reasons, warnings
         Why, and what to know before relying on it, in sentences.
     judged
-        Both placements on unseen traffic, for each size of windows.
+        What runs and what is proposed on unseen traffic of the first split, in each size of
+        windows, with their groups; gains of all splits beside them.
+    over_eplb
+        The same with EPLB's placement, in as many slots as the proposed one has, in place of what
+        runs, by window; empty if EPLB's is what runs.
     copies, knee
         What slots for copies would bring, all by searches of the same length, and how many of a
         device the proposed placement has: of those that take no more memory than what runs the
@@ -267,15 +208,13 @@ class Advice(Frozen):
     drift
         How far the second half of the recording differs from the first; None where that is not
         known.
-    halves, carried
-        Placements of the one half on the other, where the halves differ, in the window where most
-        is gained; and the lower ends of their gains.
-    running, proposed
-        Evaluations on the unseen traffic of the first split, with the placements in ``placements``.
+    halves, groups_of_halves
+        Gains of a placement of the first half on the second, and the other way round, where the
+        halves differ, in the window where most is gained; and the groups of both halves.
+    placements
+        What runs and what is proposed, of the first split.
     result
         What the search found on the seen traffic of the first split.
-    audit
-        Of groups, in the first split.
     judged_on
         What that unseen traffic is, in words.
     one_kind
@@ -303,19 +242,18 @@ class Advice(Frozen):
     answer: Answer
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
-    judged: tuple[Judged, ...]
+    judged: tuple[Judgement, ...]
+    over_eplb: dict[int | None, Judgement] = field(repr=False)
     copies: tuple[Copies, ...]
     knee: int
     more: int | None
     moving: Moving
-    phases: Phases | None
+    phases: PhaseTimes | None
     drift: Drift | None
-    halves: tuple[Half, ...]
-    running: Evaluation = field(repr=False)
-    proposed: Evaluation = field(repr=False)
+    halves: tuple[Comparison, ...]
+    groups_of_halves: tuple[tuple[str, ...], ...]
     placements: tuple[Placement, Placement] = field(repr=False)
     result: Result = field(repr=False)
-    audit: Audit = field(repr=False)
     units: Units = field(repr=False)
     problem: Problem = field(repr=False)
     judged_on: str = ""
@@ -327,9 +265,19 @@ class Advice(Frozen):
     _also_shown = ("sentence",)
 
     @property
-    def main(self) -> Judged:
-        """Both placements in the windows where most is gained, for certain if in any."""
+    def main(self) -> Judgement:
+        """The judgement in the windows where most is gained, for certain if in any."""
         return choose_main(self.judged)
+
+    @property
+    def running(self) -> Evaluation:
+        """What the running placement does to unseen traffic, in these windows."""
+        return self.main.before
+
+    @property
+    def proposed(self) -> Evaluation:
+        """What the proposed placement does to it."""
+        return self.main.after
 
     @property
     def verdicts(self) -> tuple[Comparison, ...]:
@@ -339,7 +287,7 @@ class Advice(Frozen):
     @property
     def carried(self) -> tuple[float, ...]:
         """Lower ends of the gains of a placement of the one half on the other."""
-        return tuple(each.gain.low or 0.0 for each in self.halves)
+        return tuple(gain.low or 0.0 for gain in self.halves)
 
     @property
     def sentence(self) -> str:
@@ -349,14 +297,38 @@ class Advice(Frozen):
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values, but for placements, the search and its problem."""
-        left_out = ("placements", "result", "problem", "by_group")
+        left_out = {"placements", "result", "problem", "groups_of_halves"}
+        left_out |= {"by_group", "judged", "over_eplb", "halves"}
         fields: dict[str, Any] = as_json(
             {name: value for name, value in vars(self).items() if name not in left_out}
         )
         by_group = [
-            {"group": group, "window": window, **gain.to_dict()}
+            gain.to_dict() | {"group": group, "window": window}
             for group, gains in self.by_group.items()
             for window, gain in gains.items()
         ]
-        also = {"sentence": self.sentence, "carried": list(self.carried), "by_group": by_group}
-        return fields | also
+        groups = [list(names) for names in self.groups_of_halves]
+        halves = [
+            {"seen": groups[seen], "unseen": groups[1 - seen], "gain": gain.to_dict()}
+            for seen, gain in enumerate(self.halves)
+        ]
+        return fields | {
+            "sentence": self.sentence,
+            "judged": [self._describe(judgement) for judgement in self.judged],
+            "running": self.running.to_dict(),
+            "proposed": self.proposed.to_dict(),
+            "halves": halves,
+            "carried": list(self.carried),
+            "by_group": by_group,
+        }
+
+    def _describe(self, judgement: Judgement) -> dict[str, Any]:
+        """Return a judgement, the one over EPLB, and what a step saves, as JSON values."""
+        over_eplb, saved = self.over_eplb.get(judgement.window), compute_saved_us(judgement)
+        return {
+            **judgement.to_dict(),
+            "over_eplb": None if over_eplb is None else over_eplb.to_dict(),
+            "layers": judgement.layers,
+            "saved_us_per_layer": saved / judgement.layers,
+            "saved_us_per_step": saved,
+        }

@@ -22,7 +22,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.files import replacing
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import finite
-from moetuner.report.page.data import PageData, of_results
+from moetuner.report.page.data import PageData, data_of_results
 from moetuner.report.page.panels import panels_of
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
@@ -78,7 +78,7 @@ def write_report(
     >>> "better has 16.7 % less imbalance than blocks" in Path("page.html").read_text()
     True
     """
-    write_page(path_in(path), of_results(results, names))
+    write_page(path_in(path), data_of_results(results, names))
 
 
 def render(data: PageData) -> str:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner.cost import busiest_ports, bytes_of_expert
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.auditing import Audit, audit_of
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
+from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
 from moetuner.files import text
@@ -26,7 +26,7 @@ from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
-from moetuner.report.outcome import Outcome, gain_of
+from moetuner.report.outcome import Outcome
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.topology import Topology
@@ -81,17 +81,17 @@ class PageData:
     gains, others
         Tiles of the first screen: what is gained in each window, and others than those of all
         pages.
-    names, evaluations
-        Of the running and the proposed placement, on the same traffic.
+    names, judgement
+        Of the running and the proposed placement, and what changing from one to the other does.
     traffic
-        A sentence on what traffic the evaluations are of.
+        A sentence on what traffic that was judged on.
     origin, contents
         Where it comes from, and the JSON that the page carries, with its settings.
     load
         Tokens of every expert in that traffic [L,E].
     token_bytes, expert_bytes
         Bytes of a row and of an expert; None where not known.
-    result, audit, advice, trades
+    result, advice, trades
         What else there is to show.
     timed
         Whether the search had a time limit, so that its answer depends on the clock anyway.
@@ -103,7 +103,7 @@ class PageData:
     todo: str
     gains: tuple[Tile, ...]
     names: tuple[str, str]
-    evaluations: tuple[Evaluation, Evaluation]
+    judgement: Judgement
     traffic: str
     origin: Origin
     contents: dict[str, Any]
@@ -114,10 +114,14 @@ class PageData:
     token_bytes: float | None = None
     expert_bytes: float | None = None
     result: Result | None = None
-    audit: Audit | None = None
     advice: Advice | None = None
     trades: tuple[Trade, ...] = ()
     timed: bool = False
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, Evaluation]:
+        """What the running and the proposed placement do to the traffic."""
+        return self.judgement.before, self.judgement.after
 
     @property
     def settings(self) -> list[Setting]:
@@ -150,7 +154,7 @@ class PageData:
         """Numbers of the first screen."""
         first, ratios = self.names[0], [each.imbalance for each in self.evaluations]
         if self.advice is not None:
-            both = self.advice.main.figures["imbalance"]
+            both = self.advice.main.whole["imbalance"]
             ratios = [both.before, both.after]
         before, after = (digits(ratio) for ratio in ratios)
         busiest = Tile("Busiest device", f"{after} x the mean", f"{before} x with {first}")
@@ -235,23 +239,24 @@ class PageData:
         )
 
 
-def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
+def data_of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageData:
     """Make the data of an advice, with its JSON and the commands in it."""
     answer, todo = ADVISED[advice.answer]
     running = advice.settings["initial"].replace("_", " ")
     names = ("running" if running == "given" else running, "proposed")
     model, judged_on = advice.problem.cost_model, advice.judged_on
     gains = []
-    for each in advice.judged:
-        eplb = {"EPLB": each.eplb[each.gain.measure].before} if each.eplb else {}
-        gain = replace(each.gain, names=names)
-        gains.append(gain_tile(gain, each.window, advice.running, eplb))
+    for judgement in advice.judged:
+        over_eplb = advice.over_eplb.get(judgement.window)
+        eplb = {} if over_eplb is None else {"EPLB": over_eplb.gain.before}
+        gains.append(gain_tile(replace(judgement.gain, names=names), judgement, eplb))
     if advice.total is not None:
         gains.append(Tile("Prefill and decode in total", advice.total.much, advice.total.sure))
-    for half in advice.halves if advice.drift is not None and advice.drift.is_of_groups else ():
-        groups = (", ".join(map(text.name, names)) for names in (half.seen, half.unseen))
-        label = "Computed from {}; judged on {}".format(*groups)
-        gains.append(Tile(label, half.gain.much, half.gain.sure))
+    if advice.drift is not None and advice.drift.is_of_groups:
+        groups = [", ".join(map(text.name, names)) for names in advice.groups_of_halves]
+        for seen, gain in enumerate(advice.halves):
+            label = f"Computed from {groups[seen]}; judged on {groups[1 - seen]}"
+            gains.append(Tile(label, gain.much, gain.sure))
     return PageData(
         title=f"moetuner: {advice.answer}",
         sentence=advice.sentence,
@@ -259,7 +264,7 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
         todo=todo,
         gains=tuple(gains),
         names=names,
-        evaluations=(advice.running, advice.proposed),
+        judgement=advice.main,
         traffic=f"{judged_on[0].upper()}{judged_on[1:]}.",
         origin=origin,
         contents=contents,
@@ -269,12 +274,11 @@ def of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> PageD
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=advice.settings["expert_bytes"],
         result=advice.result,
-        audit=advice.audit,
         advice=advice,
     )
 
 
-def of_results(
+def data_of_results(
     results: Advice | tuple[Evaluation, Evaluation], names: tuple[str, str] = ("before", "after")
 ) -> PageData:
     """Make the data of what Python has: an advice, or two evaluations of the same traffic."""
@@ -293,118 +297,104 @@ def of_results(
     sizes = f"{counted(traffic.layers, 'layer')} of {counted(traffic.num_experts, 'expert')}"
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
-        return of_advice(results, origin, results.to_dict())
+        return data_of_advice(results, origin, results.to_dict())
     settings = {name: getattr(setting, name) for name in ("regime", "split", "arrival", "window")}
     contents = {"settings": settings, "before": both[0].to_dict(), "after": both[1].to_dict()}
-    return of_evaluations(
-        (two[0], two[1]),
-        (both[0], both[1]),
-        origin,
-        contents,
-        traffic="The traffic that both were evaluated on.",
+    judgement = judge(both[0], both[1], by_group=True, names=(two[0], two[1]))
+    return make_data(
+        judgement, origin, contents, traffic="The traffic that both were evaluated on."
     )
 
 
-def of_outcomes(
-    before: Outcome,
-    after: Outcome,
-    origin: Origin,
-    contents: dict[str, Any],
-    *,
-    judged: Comparison | None = None,
-    **others: Any,
-) -> PageData:
-    """Make the data of two outcomes of one problem, judged on the same traffic.
-
-    ``judged`` is the gain, where it was computed already; ``others`` are as for ``of_evaluations``.
-    """
-    worth, result, model = after.worth, after.result, after.problem.cost_model
-    distance: tuple[Tile, ...] = ()
-    if worth.is_known and after.gap is not None:
-        note = f"proven by a lower bound ({result.bound_source})"
-        distance = (Tile("Distance to the optimum", f"at most {percent(after.gap)}", note),)
-    timed = contents["settings"]["time_limit"] is not None
-    return of_evaluations(
-        (before.result.method, result.method),
-        (before.evaluation, after.evaluation),
-        origin,
-        # All but the seconds that solves took is the same in every run.
-        contents if timed else _timeless(contents),
-        judged=judged or gain_of(before.evaluation, after.evaluation, worth.figure),
-        others=distance,
-        result=result,
-        timed=timed,
-        token_bytes=None if model is None else model.token_bytes,
-        **others,
-    )
-
-
-def of_evaluations(
-    names: tuple[str, str],
-    evaluations: tuple[Evaluation, Evaluation],
+def data_of_outcome(
+    judgement: Judgement,
+    outcome: Outcome,
     origin: Origin,
     contents: dict[str, Any],
     *,
     traffic: str,
-    judged: Comparison | None = None,
-    **others: Any,
+    trades: tuple[Trade, ...] = (),
+    expert_bytes: float | None = None,
 ) -> PageData:
-    """Make the data of two evaluations of the same traffic, judged by a figure of them.
+    """Make the data of the outcome of a problem, judged beside another one."""
+    worth, result, model = outcome.worth, outcome.result, outcome.problem.cost_model
+    distance: tuple[Tile, ...] = ()
+    if worth.is_known and outcome.gap is not None:
+        note = f"proven by a lower bound ({result.bound_source})"
+        distance = (Tile("Distance to the optimum", f"at most {percent(outcome.gap)}", note),)
+    timed = contents["settings"]["time_limit"] is not None
+    # All but the seconds that solves took is the same in every run.
+    data = make_data(
+        judgement,
+        origin,
+        contents if timed else _timeless(contents),
+        traffic=traffic,
+        token_bytes=None if model is None else model.token_bytes,
+        expert_bytes=expert_bytes,
+    )
+    return replace(data, others=distance, result=result, trades=trades, timed=timed)
 
-    ``traffic`` is a sentence on that, and ``others`` are fields of the data.
-    """
-    judged = replace(judged or gain_of(*evaluations), names=names, splits=())
-    answer, words, todo = GAINED[judged.answer]
-    replayed = evaluations[1].replayed
+
+def make_data(
+    judgement: Judgement,
+    origin: Origin,
+    contents: dict[str, Any],
+    *,
+    traffic: str,
+    token_bytes: float | None = None,
+    expert_bytes: float | None = None,
+) -> PageData:
+    """Make the data of a judgement; ``traffic`` is a sentence on what it was judged on."""
+    gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
+    answer, words, todo = GAINED[gain.answer]
     loads = loads_of(replayed.traffic, threads=replayed.setting.threads)
-    if loads.group is not None and "audit" not in others:
-        others["audit"] = audit_of(*evaluations)
     warnings: tuple[str, ...] = ()
-    if judged.measure == "predicted_layer_us":
+    if gain.measure == "predicted_layer_us":
         model = replayed.setting.cost_model
         is_measured = model is not None and model.measured is not None
         weights = "" if model is None else model.weights
         unmeasured = f"Times are predicted by a cost model, not measured{weights}."
         warnings = (model.origin if model is not None and is_measured else unmeasured,)
-    contents = {**contents, "verdict": judged.answer}
+    contents = {**contents, "verdict": gain.answer}
     if answer == "good" and "commands" not in contents:
         contents["commands"] = _serving(contents, replayed.setting.placement)
-    if others.get("expert_bytes") is None:
+    if expert_bytes is None:
         recorded = replayed.traffic
-        others["expert_bytes"] = bytes_of_expert(recorded.expert_size, recorded.model)
+        expert_bytes = bytes_of_expert(recorded.expert_size, recorded.model)
     page = PageData(
-        title=f"moetuner: {names[1]} against {names[0]}",
-        sentence=f"{words}: {judged.sentence}",
+        title=f"moetuner: {gain.names[1]} against {gain.names[0]}",
+        sentence=f"{words}: {gain.sentence}",
         answer=answer,
         todo=todo,
-        gains=(gain_tile(judged, replayed.setting.window, evaluations[1]),),
-        names=names,
-        evaluations=evaluations,
+        gains=(gain_tile(gain, judgement),),
+        names=gain.names,
+        judgement=judgement,
         traffic=traffic,
         origin=origin,
         contents=contents,
         load=loads.total_load.astype(np.float64),
         warnings=warnings,
-        **others,
+        token_bytes=token_bytes,
+        expert_bytes=expert_bytes,
     )
-    before, after = (each.imbalance for each in evaluations)
-    if page.moves.experts_moved or before != after:
+    if page.moves.experts_moved or judgement.before.imbalance != judgement.after.imbalance:
         return page
-    nothing = f"There is nothing to gain: {names[0]} and {names[1]} place all experts alike."
+    before, after = gain.names
+    nothing = f"There is nothing to gain: {before} and {after} place all experts alike."
     return replace(page, sentence=nothing, todo=KEEP)
 
 
 def gain_tile(
     gain: Comparison,
-    window: int | None,
-    evaluation: Evaluation,
+    judgement: Judgement,
     others: Mapping[str, float] | None = None,
 ) -> Tile:
-    """Show what a placement gains in windows of a size, and of how much.
+    """Show a gain of a judgement, and of how much it is.
 
     ``others`` are the figure of more placements, by name.
     """
+    window, evaluation = judgement.window, judgement.after
     figure, is_time = FIGURES[gain.measure], gain.measure == "predicted_layer_us"
     values = {gain.names[0]: gain.before, **(others or {}), gain.names[1]: gain.after}
     rows = [
@@ -413,7 +403,7 @@ def gain_tile(
     ]
     note = gain.sure or "too few sequences or windows for an interval"
     if is_time:
-        layers = len(evaluation.imbalance_per_layer)
+        layers = judgement.layers
         unit, scale = unit_of_time(max(gain.before * layers, 1e3))
         saved, step_time = (
             digits(us * layers / scale) for us in (abs(gain.before - gain.after), gain.before)

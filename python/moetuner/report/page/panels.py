@@ -321,14 +321,15 @@ def _over_time(page: PageData) -> Panel | None:
 
 
 def _groups(page: PageData) -> Panel | None:
-    audit = page.audit
-    if audit is None or not audit.groups:
+    audit = page.judgement
+    if not audit.groups:
         return None
+    assert audit.units is not None
     measure = "predicted_layer_us" if "predicted_layer_us" in audit.whole else "imbalance"
     unclear = dict.fromkeys(audit.too_few, " (too few)")
     losers = {each.group for each in audit.worse(measures=(measure,))}
-    every = ((name, figures[measure].change) for name, figures in audit.groups.items())
-    changes = [(name, change) for name, change in every if change is not None]
+    every = ((name, figures[measure]) for name, figures in audit.groups.items())
+    changes = [(name, each.change) for name, each in every if each.before]
     # Those that cannot be judged come last, which is on top.
     changes.sort(key=lambda each: (each[0] in audit.too_few, -each[1].value, each[0]))
     drawn = changes
@@ -367,7 +368,7 @@ def _groups(page: PageData) -> Panel | None:
     notes = [f"Change of {FIGURES[measure].label}. Worse beyond chance: {len(losers)} of {judged}."]
     if unclear:
         notes.append(
-            f"Too few {audit.units[0]}s to judge: {counted(len(unclear), 'group')}, in grey."
+            f"Too few {audit.units.name}s to judge: {counted(len(unclear), 'group')}, in grey."
         )
     label, height = "change of every group with its interval", 130 + 24 * len(drawn)
     return Panel(
