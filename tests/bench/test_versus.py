@@ -24,7 +24,7 @@ def methods(instance: Instance) -> dict[str, versus.Method]:
 
 
 @pytest.mark.parametrize("instance", [SMALL, LOADS], ids=str)
-def test_nothing_is_below_the_bound_or_the_oracle(instance: Instance) -> None:
+def test_nothing_is_below_the_bound_or_the_oracle(brief: None, instance: Instance) -> None:
     """In the column of its goal: bound, oracle that is proven best, everybody else."""
     figures, bounds = versus.figures_of(instance, methods(instance), 1)
     columns = versus.columns_of(instance)
