@@ -162,14 +162,14 @@ impl<'a> Exchanges<'a> {
             for b in 0..self.clusters.len() {
                 // A change opens both again.
                 if a != b {
-                    self.level(a, b);
+                    self.bring_closer(a, b);
                 }
             }
         }
     }
 
     /// The exchange that brings the loads of two clusters closest, if there is one that brings them closer.
-    fn level(&mut self, a: usize, b: usize) {
+    fn bring_closer(&mut self, a: usize, b: usize) {
         let (a, b) = if self.clusters[a].load >= self.clusters[b].load { (a, b) } else { (b, a) };
         let (from, to) = (&self.clusters[a], &self.clusters[b]);
         let apart = from.load - to.load;

@@ -5,9 +5,9 @@
 //! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
 //! microseconds.
 
-mod level;
 mod polish;
 mod squeeze;
+mod windows;
 
 use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
@@ -15,10 +15,10 @@ use std::collections::binary_heap::PeekMut;
 use crate::error::{Error, Result};
 use crate::layer::{EMPTY, Site, Slots};
 use crate::tournament::Tournament;
-pub use level::by_windows;
 use polish::polish;
 pub use squeeze::find_shortage;
 use squeeze::squeeze;
+pub use windows::by_windows;
 
 /// An expert for which the rules leave no slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,8 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
     let (order, copies) = copies(&slots, site, load)?;
-    pack(&mut slots, site, load, &order, &copies)?;
+    let mut devices = ByTime::new(&slots, site, load, &copies);
+    longest_first(&mut slots, site, &order, &mut devices)?;
     polish(&mut slots, site, load, trials);
     Ok(slots)
 }
@@ -138,6 +139,78 @@ fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u3
     Ok((full, copies))
 }
 
+/// What a way of packing knows of devices.
+trait Devices {
+    /// Gives an expert its copies, as far as rules and slots allow.
+    fn put(&mut self, slots: &mut Slots, expert: u16);
+    /// Looks at the slots anew, after experts have made room.
+    fn refresh(&mut self, slots: &Slots);
+}
+
+/// Gives every expert its copies, in an order that has the heaviest first, where `devices` say.
+fn longest_first(slots: &mut Slots, site: &Site, order: &[Item], devices: &mut impl Devices) -> Placed<()> {
+    for e in order.iter().map(|item| item.expert()) {
+        devices.put(slots, e as u16);
+        while slots.is_short(site, e as u16) {
+            squeeze(slots, site, e as u16).map_err(|_| NoSlot(e))?;
+            devices.refresh(slots);
+        }
+    }
+    Ok(())
+}
+
+/// Devices by when they are done with what they have, on one load of every expert.
+struct ByTime<'a> {
+    site: &'a Site,
+    load: &'a [f64],
+    /// Copies that every expert is to have `[E]`.
+    copies: &'a [u32],
+    /// Slots that are filled, from the first on `[D]`.
+    used: Vec<usize>,
+    /// Devices with free slots.
+    open: Tournament<u64>,
+    /// Devices that have the expert at hand, or must not have it.
+    aside: Vec<u64>,
+}
+
+impl<'a> ByTime<'a> {
+    fn new(slots: &Slots, site: &'a Site, load: &'a [f64], copies: &'a [u32]) -> Self {
+        let (used, open) = open(slots, site, load);
+        Self { site, load, copies, used, open, aside: Vec::new() }
+    }
+}
+
+impl Devices for ByTime<'_> {
+    fn put(&mut self, slots: &mut Slots, expert: u16) {
+        let e = usize::from(expert);
+        let weight = self.load[e] / f64::from(self.copies[e]);
+        while slots.copies[e] < self.copies[e] {
+            let key = self.open.get();
+            if key == u64::MAX {
+                break;
+            }
+            let g = (key & 0xffff) as usize;
+            if !slots.may_take(self.site, expert, g) {
+                self.aside.push(key);
+                self.open.set(g, u64::MAX);
+                continue;
+            }
+            slots.put(slots.of(g).start + self.used[g], expert);
+            self.used[g] += 1;
+            let is_open = self.used[g] < self.site.capacity[g];
+            let then = done(f64::from_bits(key) + weight * self.site.time[g], g);
+            self.open.set(g, if is_open { then } else { u64::MAX });
+        }
+        for key in self.aside.drain(..) {
+            self.open.set((key & 0xffff) as usize, key);
+        }
+    }
+
+    fn refresh(&mut self, slots: &Slots) {
+        (self.used, self.open) = open(slots, self.site, self.load);
+    }
+}
+
 /// Slots that are filled, from the first on `[D]`, and devices with free ones by when they are done with what they have.
 fn open(slots: &Slots, site: &Site, load: &[f64]) -> (Vec<usize>, Tournament<u64>) {
     let filled = |g| slots.of(g).take_while(|&slot| slots.expert_in[slot] != EMPTY).count();
@@ -154,44 +227,6 @@ fn open(slots: &Slots, site: &Site, load: &[f64]) -> (Vec<usize>, Tournament<u64
 /// A time above a device, as in [`Item`].
 fn done(time: f64, device: usize) -> u64 {
     time.to_bits() & !0xffff | device as u64
-}
-
-/// Gives every expert its copies, as far as rules and slots allow.
-fn pack(slots: &mut Slots, site: &Site, load: &[f64], order: &[Item], copies: &[u32]) -> Placed<()> {
-    let (mut used, mut open_devices) = open(slots, site, load);
-    // Devices that have the expert, or must not have it.
-    let mut aside = Vec::new();
-    for item in order {
-        let e = item.expert();
-        let weight = load[e] / f64::from(copies[e]);
-        while slots.copies[e] < copies[e] {
-            let key = open_devices.get();
-            if key == u64::MAX {
-                break;
-            }
-            let g = (key & 0xffff) as usize;
-            if !slots.may_take(site, e as u16, g) {
-                aside.push(key);
-                open_devices.set(g, u64::MAX);
-                continue;
-            }
-            slots.put(slots.of(g).start + used[g], e as u16);
-            used[g] += 1;
-            let is_open = used[g] < site.capacity[g];
-            let then = done(f64::from_bits(key) + weight * site.time[g], g);
-            open_devices.set(g, if is_open { then } else { u64::MAX });
-        }
-        for key in aside.drain(..) {
-            open_devices.set((key & 0xffff) as usize, key);
-        }
-        while slots.is_short(site, e as u16) {
-            if squeeze(slots, site, e as u16).is_err() {
-                return Err(NoSlot(e));
-            }
-            (used, open_devices) = open(slots, site, load);
-        }
-    }
-    Ok(())
 }
 
 /// Gives experts that have no slot one, the heaviest first, and may fill empty slots with copies that take most.
