@@ -89,7 +89,7 @@ def difference(
     )
 
 
-def holders_of(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
+def find_holders(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
     """Return whether a device holds an expert [L,D,E], of slots [L,D,S]."""
     # An empty slot, -1, writes into a column of its own at the end.
     holders = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
@@ -322,7 +322,7 @@ class Placement(Frozen):
     @property
     def held(self) -> NDArray[np.bool_]:
         """Whether a device holds an expert [L,D,E]."""
-        return holders_of(self.slots, self.num_experts)
+        return find_holders(self.slots, self.num_experts)
 
     @property
     def device_of(self) -> NDArray[np.int64]:

@@ -127,6 +127,15 @@ def check_whole(order: NDArray[np.int64], groups: int, layer: str) -> None:
             )
 
 
+def count_nodes(groups: int, experts: int, nodes: int, ranks: int) -> int:
+    """Count the nodes of a model's ranks that keep router groups whole; 1 where none has to.
+
+    They do where they divide the groups and the ranks, as in engines' hierarchical policies.
+    """
+    divides = ranks % nodes == 0 and groups % nodes == 0 and experts % groups == 0
+    return nodes if divides and groups > 1 else 1
+
+
 def assign_nodes(
     load: NDArray[np.float64],
     slots: NDArray[np.int32],
@@ -137,7 +146,7 @@ def assign_nodes(
     dead_zone: float,
     deviations: float,
 ) -> NDArray[np.int64]:
-    """Return the node of every group [L,G], as many groups on each.
+    """Return the experts of every node [L,N,E/N], whole groups, as many on each.
 
     Groups go where most of them is, then the heaviest first to the node with the least load. In
     layers where that relieves the heaviest node, two groups change places, and again, within half
@@ -172,7 +181,9 @@ def assign_nodes(
             moved = of_group[layer, pair] @ (1, -1)
             heavy[layer, node_of[layer, pair]] += (-moved, moved)
             node_of[layer, pair] = node_of[layer, pair[::-1]]
-    return node_of
+    order = np.argsort(node_of, axis=1, kind="stable")
+    experts: NDArray[np.int64] = order[:, :, None] * size + np.arange(size)
+    return experts.reshape(layers, nodes, -1)
 
 
 def _best_exchange(

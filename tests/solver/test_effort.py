@@ -52,14 +52,14 @@ def test_default_effort_is_bounded_work(make_trace, monkeypatch, settings, work)
 
     def note_problem(problem, **others):
         problems.append(problem)
-        return site_of(problem, **others)
+        return make_site(problem, **others)
 
     def count(*arguments, **others):
         return Counted(core_layers(*arguments, **others), problems[-1], works)
 
-    core_layers, site_of = layers.core_layers, layers.site_of
+    core_layers, make_site = layers.core_layers, layers.make_site
     for stage in (layers, visits):
-        monkeypatch.setattr(stage, "site_of", note_problem)
+        monkeypatch.setattr(stage, "make_site", note_problem)
         monkeypatch.setattr(stage, "core_layers", count)
     monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=work))
     mt.solve(problem_of(make_trace, **settings), "heuristic")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.placement import holders_of
+from moetuner.placement import find_holders
 from moetuner.solver.rebalancing import rebalance, slowest
 
 
@@ -92,7 +92,7 @@ def test_figures_of_steps_are_true(experts, ranks, more, budget, full):
     slots = random.integers(-1, experts, (2, ranks, width), dtype=np.int32)
     answer = decide(load, slots, budget=budget, full=full)
     placement = mt.Placement(answer.slots, num_experts=experts)  # refuses what is no placement
-    before = holders_of(slots, experts)
+    before = find_holders(slots, experts)
     assert np.array_equal(answer.moves, (placement.held & ~before).sum(axis=(1, 2)))
     needed = decide(load, slots, budget=0, full=full).moves.sum()
     assert answer.moves.sum() <= max(needed, budget)
@@ -132,13 +132,13 @@ def test_packings_go_to_the_devices_that_hold_most(seed):
     )
     packed, held = np.ascontiguousarray(packed), np.ascontiguousarray(held)
     matched = _core.match_devices(packed, held, 12)
-    there, orders = holders_of(held, 12), list(permutations(range(4)))
+    there, orders = find_holders(held, 12), list(permutations(range(4)))
     for layer in range(2):
         moved = [
-            (holders_of(packed[layer : layer + 1, list(order)], 12) & ~there[layer]).sum()
+            (find_holders(packed[layer : layer + 1, list(order)], 12) & ~there[layer]).sum()
             for order in orders
         ]
-        assert (holders_of(matched, 12)[layer] & ~there[layer]).sum() == min(moved)
+        assert (find_holders(matched, 12)[layer] & ~there[layer]).sum() == min(moved)
         assert sorted(map(sorted, matched[layer].tolist())) == sorted(
             map(sorted, packed[layer].tolist())
         )

@@ -45,7 +45,7 @@ class Absence:
         def agree(store, key, rank, size, **more):
             self.is_over = False
             self.asked = lambda others: store.check(
-                [consensus.keys_of(key, size)[of] for of in others]
+                [consensus.list_keys(key, size)[of] for of in others]
             )
             return consensus.agree(store, key, rank, size, **more)
 

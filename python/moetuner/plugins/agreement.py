@@ -210,7 +210,7 @@ class MapAgreement:
             if replaces:
                 rounds.open(store)
 
-        def verdict_of(posts: Sequence[str | None]) -> str:
+        def write_verdict(posts: Sequence[str | None]) -> str:
             try:
                 verdict = judge([_read_post(rank, said) for rank, said in enumerate(posts)], wait)
             except Exception as error:
@@ -229,7 +229,7 @@ class MapAgreement:
             group.rank,
             size,
             post=to_json(post),
-            judge=verdict_of,
+            judge=write_verdict,
             wait=wait,
             distrusts=_is_strange,
         )

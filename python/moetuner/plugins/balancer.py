@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner.plugins.agreement import Group, MapAgreement, Post
 from moetuner.plugins.decision import Case, Slots
-from moetuner.plugins.files import Files, checksum_of
-from moetuner.plugins.log import Log, line_of
+from moetuner.plugins.files import Files, compute_checksum
+from moetuner.plugins.log import Log, quote_error
 from moetuner.plugins.recorder import LoadRecorder
 from moetuner.plugins.settings import Settings, complaints
 
@@ -109,7 +109,7 @@ class Balancer:
         """Note the name of a model that the engine has."""
         self._models.setdefault(layers, set()).update([name] if name else [])
 
-    def model_of(self, layers: int) -> str | None:
+    def name_model(self, layers: int) -> str | None:
         """Return the name of the one model with so many layers, None where there are more."""
         names = self._models.get(layers, set())
         return next(iter(names)) if len(names) == 1 else None
@@ -215,9 +215,9 @@ class Balancer:
             full = case.make_map(slots)
             answer = form(full)
         except Exception as error:
-            return None, replace(post, error=line_of(error))
+            return None, replace(post, error=quote_error(error))
         slots = full.astype(np.int32).reshape(case.slots.shape)
-        return (answer, case, slots, source), replace(post, map=checksum_of(slots.tobytes()))
+        return (answer, case, slots, source), replace(post, map=compute_checksum(slots.tobytes()))
 
     def _serves(
         self,
@@ -236,7 +236,7 @@ class Balancer:
             try:
                 form(case.make_map(pending.slots(case, model)[1]))
             except Exception as error:
-                why = line_of(error)
+                why = quote_error(error)
         for (*_, name), other in self._cases.items():
             if not why and not self.files.fault(other, name, rules):
                 why = pending.fault(other, name, rules)
@@ -259,7 +259,7 @@ class Balancer:
             gain = f"balancedness {was}{after:.3f}"
         self.log.say(
             f"{source}: {gain}, {changed} layers change, {moved} copies move; map "
-            f"{checksum_of(slots.tobytes())} of {layers} layers x {ranks * width} slots on "
+            f"{compute_checksum(slots.tobytes())} of {layers} layers x {ranks * width} slots on "
             f"{ranks} ranks, {1e3 * seconds:.1f} ms",
             rank if changed else 1,
         )
@@ -268,7 +268,7 @@ class Balancer:
 
     def failed(self, what: str, error: BaseException) -> None:
         """Warn of an error, once of each kind."""
-        self.log.warn(f"{what}: {line_of(error)}")
+        self.log.warn(f"{what}: {quote_error(error)}")
 
     def record(self, weight: ArrayLike, rank: int = 0) -> None:
         """Keep windows of load [L,E] or [W,L,E] on rank 0, where asked for; never fails."""

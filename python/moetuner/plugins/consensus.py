@@ -14,7 +14,7 @@ from typing import Any
 Judge = Callable[[Sequence[str | None]], str]
 
 
-def keys_of(key: str, size: int) -> list[str]:
+def list_keys(key: str, size: int) -> list[str]:
     """Return what a question leaves in the store: a post of every rank, and the verdict."""
     return [*(f"{key}/{rank}" for rank in range(size)), verdict_key(key)]
 
@@ -46,7 +46,7 @@ def agree(
     Returns the verdict, and whether this rank has seen the posts of all: they have then read the
     verdicts on all earlier questions.
     """
-    *posts, verdict = keys_of(key, size)
+    *posts, verdict = list_keys(key, size)
     store.set(posts[rank], post)
     complete, heeded = False, posts
     if not rank:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moetuner._checks import DEVICE_LIMIT, SLOT_LIMIT, array_in, at_least, numbers_in, whole_number
-from moetuner.placement import EMPTY, difference, holders_of
-from moetuner.router_groups import assign_nodes
+from moetuner.placement import EMPTY, difference, find_holders
+from moetuner.router_groups import assign_nodes, count_nodes
 from moetuner.solver.rebalancing import (
     DEAD_ZONE,
     DEVIATIONS,
@@ -160,8 +160,7 @@ class Case:
         slots, fresh = _read_running(old_map, shape, experts)
         # Configurations of models without groups say 0 as well.
         groups = max(int(num_groups or 1), 1)
-        divides = num_ranks % num_nodes == 0 and groups % num_nodes == 0 and experts % groups == 0
-        nodes = num_nodes if divides and groups > 1 else 1
+        nodes = count_nodes(groups, experts, num_nodes, num_ranks)
         layers_with_experts = None if sparse is None else np.array(sparse, dtype=np.intp)
         runs = bool((slots >= 0).any())
         return cls(windows, slots, runs, fresh, groups, nodes, layers_with_experts)
@@ -194,18 +193,18 @@ class Case:
     def balancedness(self, slots: Slots) -> float | None:
         """Return mean over slowest rank of these loads, layers added up; None without any."""
         busiest = slowest(self.load[None], slots).sum()
-        if busiest == 0 or not holders_of(slots, self.experts).any(axis=1).all():
+        if busiest == 0 or not find_holders(slots, self.experts).any(axis=1).all():
             return None
         return float(self.load.sum() / (slots.shape[1] * busiest))
 
     def copies_moved(self, slots: Slots) -> int:
         """Count experts that come to a rank which does not hold them yet."""
-        before, after = (holders_of(table, self.experts) for table in (self.slots, slots))
+        before, after = (find_holders(table, self.experts) for table in (self.slots, slots))
         return difference(before, after, None, None).experts_moved
 
     def rebalance(self, limits: MoveLimits, profile: RoutingStatistics | None = None) -> Rebalanced:
         """Relieve the slowest ranks, and keep together what a profile has seen together."""
-        pairs = None if profile is None else self.pairs_of(profile, limits.traffic)
+        pairs = None if profile is None else self.weigh_pairs(profile, limits.traffic)
         budget = self.slots.size if limits.budget is None else min(limits.budget, self.slots.size)
         if self.nodes > 1:
             return self._whole_groups(budget, pairs, limits)
@@ -222,9 +221,9 @@ class Case:
     def _whole_groups(self, budget: int, pairs: Pairs | None, limits: MoveLimits) -> Rebalanced:
         """Rebalance every node by itself, on the groups that it has."""
         layers, ranks, width = self.slots.shape
-        nodes, size = self.nodes, self.experts // self.groups
+        nodes = self.nodes
         # Without load nothing moves, if all experts are there, and no rank lacks what it may hold.
-        holders = holders_of(self.slots, self.experts)
+        holders = find_holders(self.slots, self.experts)
         idle = ~self.load.any(axis=1) & np.all(holders.any(axis=1), axis=1)
         idle &= np.all(holders.sum(axis=2) >= min(width, self.experts // nodes), axis=1)
         idle &= np.all(self.slots != EMPTY, axis=(1, 2))
@@ -233,7 +232,7 @@ class Case:
             return Rebalanced(self.slots, none, none, none.astype(np.int64))
         anew = packed_anew(self.fresh, self.slots, budget)
         homes = np.where(anew[:, None, None], EMPTY, self.slots)
-        node_of = assign_nodes(
+        experts = assign_nodes(
             self.load,
             homes,
             self.groups,
@@ -242,11 +241,10 @@ class Case:
             dead_zone=limits.dead_zone,
             deviations=limits.deviations,
         )
-        # Groups in the order of their nodes, as many on each: the experts of every node [L*N,E/N].
-        order = np.argsort(node_of, axis=1, kind="stable")
-        experts = (order[:, :, None] * size + np.arange(size)).reshape(layers * nodes, -1)
+        # The experts of every node [L*N,E/N], where there is load.
         busy = np.repeat(~idle, nodes)
-        experts, row = experts[busy], np.repeat(np.arange(layers), nodes)[busy]
+        experts = experts.reshape(layers * nodes, -1)[busy]
+        row = np.repeat(np.arange(layers), nodes)[busy]
         number = np.arange(len(experts))[:, None]
         # Numbers of experts on their node; what lies elsewhere, and what is empty, has none.
         local = np.full((len(experts), self.experts + 1), EMPTY, dtype=np.int32)
@@ -276,7 +274,7 @@ class Case:
             moves.sum(axis=1).astype(np.int64),
         )
 
-    def pairs_of(self, profile: RoutingStatistics, traffic: float) -> Pairs:
+    def weigh_pairs(self, profile: RoutingStatistics, traffic: float) -> Pairs:
         """Return the pairs of a profile as they count for loads like these."""
         if profile.coactivation is None:
             raise ValueError("the profile has no co-activation: count it from a trace")
@@ -291,7 +289,7 @@ class Case:
         )
         if not self.load.any():
             return Pairs(counts, cost)
-        rows = self.rows_of(profile.layers, "the profile")
+        rows = self.find_rows(profile.layers, "the profile")
         load, pairs = profile.total_load.sum(axis=1, dtype=np.float64), profile.coactivation
         twice = pairs.sum(axis=(1, 2), dtype=np.float64)
         # Of K experts on one rank instead of K, K (K - 1) / 2 pairs save K - 1 visits.
@@ -301,7 +299,7 @@ class Case:
         counts[rows] = pairs
         return Pairs(counts, cost)
 
-    def rows_of(self, layers: int, what: str) -> NDArray[np.intp]:
+    def find_rows(self, layers: int, what: str) -> NDArray[np.intp]:
         """Tell which of the engine's layers have experts, where it counts dense ones too."""
         here = len(self.slots)
         if layers == here:

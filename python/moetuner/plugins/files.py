@@ -12,13 +12,13 @@ import numpy as np
 from moetuner.formats import open_input
 from moetuner.placement import Placement, keep_slots
 from moetuner.plugins.decision import Case, MoveLimits, Slots
-from moetuner.plugins.log import line_of
+from moetuner.plugins.log import quote_error
 from moetuner.plugins.settings import Settings
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 
-def checksum_of(content: bytes) -> str:
+def compute_checksum(content: bytes) -> str:
     """Return eight hexadecimal digits that change when the content does."""
     return f"{zlib.crc32(content):08x}"
 
@@ -33,7 +33,7 @@ class Stored:
     @property
     def checksum(self) -> str:
         """Eight hexadecimal digits of the slots."""
-        return checksum_of(self.placement.slots.tobytes())
+        return compute_checksum(self.placement.slots.tobytes())
 
     def warning(self, model: str | None) -> str:
         """Return what to say where this was made for another model than the engine's, or nothing.
@@ -90,14 +90,14 @@ class Files:
                     traffic = RoutingStatistics.from_trace(traffic, window=None, transitions=False)
                 profile = traffic
         except Exception as error:
-            text = line_of(error)
+            text = quote_error(error)
             if isinstance(error, OSError) and error.filename and error.strerror:
                 text = f"{error.filename}: {error.strerror}"
             return cls(error=text if str(path) in text else f"{path}: {text}")
         content = [settings.rebalance, settings.rules, settings.reload is not None]
         content += [(stored.checksum, stored.placement.num_experts) for stored in placements]
         content += [None if profile is None else profile.fingerprint]
-        return cls(tuple(placements), profile, checksum_of(repr(content).encode()))
+        return cls(tuple(placements), profile, compute_checksum(repr(content).encode()))
 
     def fault(self, case: Case, model: str | None, rules: MoveLimits) -> str:
         """Return why these files cannot serve a model, nothing where they can."""
@@ -105,9 +105,9 @@ class Files:
             if self.placements:
                 self.slots(case, model)
             elif self.profile is not None:
-                case.pairs_of(self.profile, rules.traffic)
+                case.weigh_pairs(self.profile, rules.traffic)
         except ValueError as error:
-            return self.error or line_of(error)
+            return self.error or quote_error(error)
         return self.error
 
     def slots(self, case: Case, model: str | None = None) -> tuple[Stored, Slots]:
@@ -139,7 +139,7 @@ class Files:
                         f"experts, but the engine has {ranks} ranks x {width} slots for "
                         f"{case.experts} experts"
                     )
-                rows = case.rows_of(placement.layers, f"{stored.path}: the placement")
+                rows = case.find_rows(placement.layers, f"{stored.path}: the placement")
                 fitting.append((stored, rows))
             except ValueError as error:
                 reasons.append(str(error))

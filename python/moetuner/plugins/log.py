@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 
-def line_of(error: BaseException) -> str:
+def quote_error(error: BaseException) -> str:
     """Return what an error says, in one line."""
     return " ".join(str(error).split()) or repr(error)
 

@@ -6,7 +6,7 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from moetuner.plugins.consensus import keys_of, verdict_key
+from moetuner.plugins.consensus import list_keys, verdict_key
 
 
 class Rounds:
@@ -83,7 +83,7 @@ class Rounds:
         if complete and number:
             # All have read the verdict before this one. What is left over does no harm.
             with suppress(Exception):
-                for old in keys_of(f"{self.name}/{number - 1}", size):
+                for old in list_keys(f"{self.name}/{number - 1}", size):
                     store.delete_key(old)
         self.number, self.verdict = number + 1, verdict
         store.compare_set(self._next, str(number), str(number + 1))

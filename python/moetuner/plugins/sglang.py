@@ -14,7 +14,7 @@ import numpy as np
 
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import array_of, group_of, rank_of_process, three_maps
+from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
 
 LOG = Log(logging.getLogger("moetuner.plugins"))
 LATE = "the placement takes effect at the first rebalance, not at model load"
@@ -119,7 +119,7 @@ class Hooks:
             1,
             ranks,
             running,
-            group=lambda: group_of(coordinator),
+            group=lambda: find_group(coordinator),
             model=name,
             rank=rank,
             wait=WAIT_AT_LOAD,
@@ -159,7 +159,7 @@ class Hooks:
     ) -> Any:
         """Return our maps, None where SGLang's own algorithm decides."""
         assert self.balancer is not None
-        loads, rank = array_of(tokens_per_expert), rank_of_process()
+        loads, rank = read_array(tokens_per_expert), rank_of_process()
         self.balancer.record(loads, rank)
         if algorithm != ALGORITHM:
             return None
@@ -172,8 +172,8 @@ class Hooks:
             num_nodes,
             ranks,
             running_map(layers),
-            group=lambda: group_of(coordinator),
-            model=self.balancer.model_of(layers),
+            group=lambda: find_group(coordinator),
+            model=self.balancer.name_model(layers),
             rank=rank,
             # Two copies of an expert on a rank are refused here: SGLang would fill only one.
             form=lambda slots: three_maps(slots, ranks, experts),

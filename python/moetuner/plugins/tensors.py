@@ -24,7 +24,7 @@ def three_maps(slots: NDArray[np.int64], ranks: int, experts: int) -> tuple[Any,
     return tuple(torch.from_numpy(array) for array in eplb_maps(placement).values())
 
 
-def array_of(values: Any) -> NDArray[Any]:
+def read_array(values: Any) -> NDArray[Any]:
     """Return the array of a tensor, wherever it is; NumPy has no types such as bfloat16."""
     if not hasattr(values, "detach"):
         return np.asarray(values)
@@ -56,7 +56,7 @@ def torch_distributed() -> Any:
     return distributed if distributed.is_available() and distributed.is_initialized() else None
 
 
-def group_of(coordinator_of: Callable[[], Any]) -> Group | None:
+def find_group(coordinator_of: Callable[[], Any]) -> Group | None:
     """Return the ranks of an engine's group, None where this process is alone.
 
     ``coordinator_of`` gets a ``GroupCoordinator`` of vLLM or SGLang; None where one rank decides.

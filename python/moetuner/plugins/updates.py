@@ -225,7 +225,7 @@ def note(states: Any, model: Any, layers: Any, missing: str, log: Log) -> Placed
             f"{' and '.join(LOADS[:2])} are refused from then on",
             rank_of_process(),
         )
-    known = [model for model in models_of(states) if any(model.state is other for other in every)]
+    known = [model for model in find_models(states) if any(model.state is other for other in every)]
     vars(states)[MODELS] = [*(model for model in known if model.state is not state), placed]
     for number, layer in enumerate(experts):
         vars(layer)[PLACED] = placed, number
@@ -243,23 +243,23 @@ def _own_loader(experts: Any, layers: Any) -> str:
     return ""
 
 
-def models_of(states: Any) -> list[PlacedModel]:
+def find_models(states: Any) -> list[PlacedModel]:
     """Return the models of an ``EplbState``."""
     return list(getattr(states, "__dict__", {}).get(MODELS, []))
 
 
 def models_of_worker(worker: Any) -> list[PlacedModel]:
     """Return the models of a worker."""
-    return models_of(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
+    return find_models(getattr(getattr(worker, "model_runner", None), "eplb_state", None))
 
 
 def _stepping(step: Any) -> Any:
     def step_after_update(self: Any, *arguments: Any, **named: Any) -> Any:
         # What an asynchronous rearrangement has staged is older than the update. All ranks took the
         # update between the same two steps, so all are here.
-        if any(model.stale for model in models_of(self)):
+        if any(model.stale for model in find_models(self)):
             self.drain_async()
-            for model in models_of(self):
+            for model in find_models(self):
                 model.stale = False
         return step(self, *arguments, **named)
 

@@ -17,7 +17,7 @@ from typing import Any
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
-from moetuner.plugins.tensors import array_of, group_of, rank_of_process, three_maps
+from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
 from moetuner.plugins.updates import follow_updates, wrap
 
 # A child of vLLM's logger, so that lines appear among its own.
@@ -153,7 +153,7 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
             old_global_expert_indices: Any = None,
         ) -> Any:
             sizes = (num_replicas, num_groups, num_nodes, num_ranks)
-            loads = array_of(weight)
+            loads = read_array(weight)
             rank = rank_of_process()
             balancer.record(loads, rank)
             old = old_global_expert_indices
@@ -161,8 +161,8 @@ def policy_class(theirs: Any, balancer: Balancer) -> Any:
                 loads,
                 *sizes,
                 None if old is None else old.cpu().numpy(),
-                group=lambda: group_of(coordinator),
-                model=balancer.model_of(len(loads)),
+                group=lambda: find_group(coordinator),
+                model=balancer.name_model(len(loads)),
                 rank=rank,
                 sparse=None,
                 form=lambda slots: (
@@ -223,7 +223,7 @@ def place(states: Any, model: Any, balancer: Balancer) -> None:
         load,
         *sizes,
         running,
-        group=lambda: group_of(coordinator),
+        group=lambda: find_group(coordinator),
         model=name,
         rank=rank_of_process(),
         wait=WAIT_AT_LOAD,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.settings import Settings
-from moetuner.plugins.tensors import array_of
+from moetuner.plugins.tensors import read_array
 from moetuner.solver.rebalancing import slowest
 
 LOG = Log(logging.getLogger("vllm.moetuner"))
@@ -67,8 +67,8 @@ class AscendPolicy:
         Takes experts [L,D,S] and the load of every slot [L,D,S], or [W,L,D,S] in windows.
         """
         try:
-            slots = array_of(current_expert_table)
-            windows = loads_of(slots, array_of(expert_workload))
+            slots = read_array(current_expert_table)
+            windows = count_loads(slots, read_array(expert_workload))
         except Exception as error:
             self.balancer.failed("vllm-ascend's own policy decides", error)
             return self.theirs.rebalance_experts(current_expert_table, expert_workload)
@@ -87,7 +87,7 @@ class AscendPolicy:
         return int((placed != slots).any()), order, placed.tolist()
 
 
-def loads_of(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray[np.float64]:
+def count_loads(slots: NDArray[np.integer[Any]], workload: NDArray[Any]) -> NDArray[np.float64]:
     """Add up the loads of slots [..., L,D,S] by their experts: windows [W,L,E]."""
     layers, largest = len(slots), int(slots.max())
     if largest >= slots[0].size:

@@ -20,7 +20,7 @@ from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity, phases
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective
-from moetuner.problem.pins import Pin, SlotRules, rules_of
+from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
     ENGINE,
     GOAL,
@@ -199,14 +199,14 @@ class Problem(Frozen):
     @cached_property
     def capacity(self) -> NDArray[np.int64]:
         """Slots of every device [L,D]."""
-        return capacity.capacity_of(
+        return capacity.compute_capacity(
             self.load, self.topology, self.slots_per_device, self.extra_slots
         )
 
     @cached_property
     def rules(self) -> SlotRules:
         """Where experts must and must not be."""
-        return rules_of(self.pinned, self.forbidden, self.experts, self.capacity)
+        return make_rules(self.pinned, self.forbidden, self.experts, self.capacity)
 
     @cached_property
     def caps(self) -> Caps:
@@ -229,7 +229,7 @@ class Problem(Frozen):
     @cached_property
     def shares(self) -> dict[int | None, float]:
         """Share of the serving time of each size of windows that counts, by its tokens."""
-        return phases.shares_of(self.statistics, self.phases)
+        return phases.weigh_phases(self.statistics, self.phases)
 
     @cached_property
     def windows(self) -> Windows:
@@ -392,16 +392,16 @@ class Problem(Frozen):
             holders=None if running is None else running.held,
         )
 
-    def without_copies(self, *, level: bool = False) -> Problem | None:
+    def without_copies(self, *, even: bool = False) -> Problem | None:
         """Return the problem of placements with one copy of each expert; None if this is one.
 
-        None too if pins ask for copies. Its placements are placements of this problem. ``level``
+        None too if pins ask for copies. Its placements are placements of this problem. ``even``
         ones have equally many experts on all devices, as far as slots allow.
         """
         if not self.may_copy or self.rules.ask_for_copies:
             return None
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        kind = _LevelCopies if level else _SingleCopies
+        kind = _EvenCopies if even else _SingleCopies
         return kind(**{**arguments, "fill_slots": False})
 
 
@@ -411,10 +411,10 @@ class _SingleCopies(Problem):
     may_copy = False
 
 
-class _LevelCopies(_SingleCopies):
+class _EvenCopies(_SingleCopies):
     """A problem whose slots to spare stay empty, and are on no device more than must be."""
 
     @cached_property
     def capacity(self) -> NDArray[np.int64]:
         """Slots of every device [L,D]: no more than experts need."""
-        return capacity.level(super().capacity, self.experts)
+        return capacity.even_slots(super().capacity, self.experts)

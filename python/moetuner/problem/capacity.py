@@ -21,7 +21,7 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
 
-def capacity_of(
+def compute_capacity(
     load: NDArray[Any],
     topology: Topology,
     slots_per_device: int | Sequence[int] | None,
@@ -108,7 +108,7 @@ def _spread(load: NDArray[np.uint64], devices: int, extra: int) -> NDArray[np.in
     return capacity
 
 
-def level(capacity: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
+def even_slots(capacity: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
     """Return the slots of a capacity [L,D] that experts take if devices get equally many of them.
 
     Devices with fewer slots are full, and the others get as many as all experts need.

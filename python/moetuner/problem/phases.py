@@ -61,7 +61,7 @@ def from_keys(values: object) -> dict[int, float]:
     return checked({int(tokens): share for tokens, share in values.items()})
 
 
-def shares_of(statistics: RoutingStatistics, phases: Phases | None) -> dict[int | None, float]:
+def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[int | None, float]:
     """Return the shares of the time, by tokens of a window, that count for some statistics.
 
     Without phases, those that were counted from a trace in windows as engines decode have both, if

@@ -66,7 +66,7 @@ class SlotRules:
         return lines
 
 
-def rules_of(
+def make_rules(
     pinned: Iterable[Pin], forbidden: Iterable[Pin], experts: int, capacity: NDArray[np.int64]
 ) -> SlotRules:
     """Return tables of rules for so many experts in slots [L,D], checked."""

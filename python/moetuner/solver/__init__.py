@@ -10,7 +10,7 @@ import numpy as np
 from moetuner._checks import ArgumentError, instance, not_negative, one_of, seed_in
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.solver.answer import result_of
+from moetuner.solver.answer import build_result
 from moetuner.solver.balancing import balance
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.bounds.verification import verify
@@ -139,6 +139,6 @@ def solve(
     result = run.finish(
         stages,
         lambda: balanced(problem) if initial is None else repair(problem, initial),
-        lambda: result_of(run, name, searched=searched),
+        lambda: build_result(run, name, searched=searched),
     )
     return replace(result, history=history.ended(result.objective, result.bound))

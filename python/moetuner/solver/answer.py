@@ -14,12 +14,12 @@ from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
-from moetuner.solver.run import Incumbent, Role, Run, verdict_of
+from moetuner.solver.run import Incumbent, Role, Run, judge_bound
 from moetuner.solver.stages.floor import balanced
 from moetuner.statistics import COUNTED
 
 
-def result_of(run: Run, method: str, *, searched: bool) -> Result:
+def build_result(run: Run, method: str, *, searched: bool) -> Result:
     """Build the result of a run; drop a bound that the placement itself refutes.
 
     Of what ``searched`` it is said which windows it has seen, and which caps it exceeds; of other
@@ -33,7 +33,7 @@ def result_of(run: Run, method: str, *, searched: bool) -> Result:
     placement = Placement(slots, num_experts=problem.experts)
     details = _details(run, incumbent, placement, searched=searched)
     objective, bound = problem.objective_function.value(placement), run.bound
-    verdict = None if bound is None else verdict_of(run, placement.slots, bound)
+    verdict = None if bound is None else judge_bound(run, placement.slots, bound)
     if verdict == "refuted":
         assert bound is not None
         refuted = replace(details.bound, refuted=bound.source)
@@ -71,13 +71,13 @@ def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placem
             "version": __version__,
             **search,
             **{name: limit for name, limit in limits.items() if limit is not None},
-            **_settings_of(run.problem),
+            **_record_settings(run.problem),
         },
         **figures,
     )
 
 
-def _settings_of(problem: Problem) -> dict[str, Any]:
+def _record_settings(problem: Problem) -> dict[str, Any]:
     """Return what a placement is computed for, as JSON values."""
     statistics, worth = problem.statistics, problem.objective_function
     names = ("regime", "split", "arrival", "risk", "groups", "slots_per_device", "extra_slots")

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from moetuner import _core
 from moetuner._checks import numbers_in
 from moetuner.placement import Placement
-from moetuner.problem.capacity import capacity_of
+from moetuner.problem.capacity import compute_capacity
 from moetuner.solver import effort
 from moetuner.topology import Topology
 
@@ -70,7 +70,7 @@ def balance(
     topology = Topology(devices, speed=speed)
     slots = _core.replicate_experts(
         np.ascontiguousarray(tokens),
-        capacity_of(tokens, topology, slots_per_device, None),
+        compute_capacity(tokens, topology, slots_per_device, None),
         topology.time_of_device,
         trials=effort.QUICK if speed is None else effort.PATIENT,
     )

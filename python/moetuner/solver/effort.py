@@ -121,7 +121,7 @@ TANGENT_SECONDS = 3e-8
 # The paper's two stages ("Stage 1 and the paper's method"): nodes of HiGHS's search tree, so that
 # no call can run for ever. One core: half a second for a layer of 32 experts on 16 devices, seven
 # seconds to place 16 layers on 4 devices.
-CLUSTER_NODES, LEVEL_NODES, PLACE_NODES = 200, 200, 20
+CLUSTER_NODES, TOTALS_NODES, PLACE_NODES = 200, 200, 20
 # Products y[l,c,d] * y[l+1,c',d'] that HiGHS is given at most: with 6480 it took a minute.
 MOST_PRODUCTS = 4096
 
@@ -149,30 +149,30 @@ LASTING_PRICE, LIVE_PRICE = 2e-3, 5e-5
 LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
 # least of a layer, and the most for a slot times LANES windows.
-LEVEL_TRIALS, LEAST_LEVEL, LEVEL_WORK = 10, 2500, 400
+BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
 # and those of a start, from which all that counts is searched.
-LEVEL_FULL, MANY_WINDOWS, LEVEL_START = 4000, 17, 400
+BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000
 
 
-def trials_of(slots: int, windows: int | None) -> int:
+def count_trials(slots: int, windows: int | None) -> int:
     """Return the trials of a layer of slots in windows, or (None) where neighbours count."""
     if windows is None:
         return min(max(LINKED_TRIALS * slots, LEAST_LINKED), MOST_TRIALS)
     lanes = -(-windows // LANES) * LANES
-    trials_of = (trials for counts, trials in TRIALS_OF_FEW.items() if windows in counts)
-    per_slot = next(trials_of, SLOT_WORK // lanes)
+    known = (trials for counts, trials in TRIALS_OF_FEW.items() if windows in counts)
+    per_slot = next(known, SLOT_WORK // lanes)
     return min(max(per_slot * slots, LEAST_TRIALS, LEAST_WORK // lanes), MOST_TRIALS)
 
 
-def level_trials(slots: int, windows: int) -> int:
+def start_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer of slots in windows where a search begins."""
-    return max(LEVEL_START * slots // -(-windows // LANES), LEAST_LEVEL)
+    return max(BALANCING_START * slots // -(-windows // LANES), LEAST_BALANCING)
 
 
 def quick_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer of slots in windows where milliseconds count."""
-    trials = max(LEVEL_TRIALS * slots, LEAST_LEVEL)
-    return min(trials, LEVEL_WORK * slots // -(-windows // LANES))
+    trials = max(BALANCING_TRIALS * slots, LEAST_BALANCING)
+    return min(trials, BALANCING_WORK * slots // -(-windows // LANES))

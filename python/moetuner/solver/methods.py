@@ -9,7 +9,7 @@ from moetuner.solver.bounds.pairs import PAIR_BOUND
 from moetuner.solver.bounds.visits import VISIT_BOUND
 from moetuner.solver.run import Stage
 from moetuner.solver.stages import PARTITIONS, SEARCH, baselines
-from moetuner.solver.stages.floor import FLOOR, FLOOR_OF_LEVEL, LEVEL
+from moetuner.solver.stages.floor import BALANCE_WINDOWS, FLOOR, FLOOR_OF_WINDOWS
 from moetuner.solver.two_stage import PAPER
 
 Method = Literal[
@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[Stage, ...]] = {
     "joint": (FLOOR, PARTITIONS, SEARCH, PAIR_BOUND, VISIT_BOUND, LOAD_BOUND),
     "paper": (PAPER,),
     "heuristic": (FLOOR, SEARCH),
-    "quick": (LEVEL, FLOOR_OF_LEVEL),
+    "quick": (BALANCE_WINDOWS, FLOOR_OF_WINDOWS),
     "contiguous": (Stage(baselines.contiguous),),
     "round_robin": (Stage(baselines.round_robin),),
     "random": (Stage(baselines.random),),

@@ -10,7 +10,7 @@ import numpy as np
 
 from moetuner._checks import instance, one_of, positive, seed_in
 from moetuner.frozen import Frozen
-from moetuner.placement import Placement, holders_of, keep_slots
+from moetuner.placement import Placement, find_holders, keep_slots
 from moetuner.problem import Problem
 from moetuner.solver.answer import named
 from moetuner.solver.bounds.caps import cap_report
@@ -20,7 +20,7 @@ from moetuner.solver.methods import METHODS, SEARCHES, Method
 from moetuner.solver.run import Incumbent, Moves, Role, Run, Stage
 from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import AT_PRICES, from_running, moves_of, repair
+from moetuner.solver.stages.moves import AT_PRICES, from_running, repair, require_moves
 from moetuner.solver.stages.polish import POLISH
 
 
@@ -132,7 +132,7 @@ def pareto(
 
 def _descend(run: Run, budget: Budget) -> None:
     """Offer the ends of some of the steps that gain most for a move."""
-    start, running = run.incumbents[0].slots, moves_of(run).initial
+    start, running = run.incumbents[0].slots, require_moves(run).initial
     path, interrupted = descend(run, LayerModel(run), start, running, np.inf, budget)
     for steps in path.spread(PARETO_STEPS):
         run.offer(path.after(steps), "moves")
@@ -142,7 +142,7 @@ def _descend(run: Run, budget: Budget) -> None:
 
 def _at_prices(run: Run, stages: Sequence[Stage], budget: Budget) -> None:
     """Offer what a method solves at several prices of a move, beginning with none."""
-    initial, left = moves_of(run).initial, len(PARETO_PRICES)
+    initial, left = require_moves(run).initial, len(PARETO_PRICES)
 
     def at(price: float, left: int) -> Incumbent:
         moves = Moves(initial, cost=price)
@@ -177,7 +177,7 @@ def _undominated(run: Run) -> list[Incumbent]:
 def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float) -> Trade:
     """Build the trade of an incumbent; experts that stay keep their slots."""
     problem, placement = run.problem, initial
-    if incumbent.moves or (holders_of(incumbent.slots, problem.experts) != initial.held).any():
+    if incumbent.moves or (find_holders(incumbent.slots, problem.experts) != initial.held).any():
         slots = keep_slots(initial.slots, incumbent.slots, problem.capacity)
         placement = Placement(slots, num_experts=problem.experts)
     return Trade(
@@ -185,6 +185,6 @@ def _trade(run: Run, initial: Placement, incumbent: Incumbent, objective: float)
         objective,
         gain=problem.value(initial) - objective,
         experts_moved=incumbent.moves,
-        bytes_moved=incumbent.moves * moves_of(run).expert_bytes,
+        bytes_moved=incumbent.moves * require_moves(run).expert_bytes,
         caps_raised=dict(cap_report(problem, placement.slots).raised),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.placement import count_copies, holders_of, keep_slots, moves_from
+from moetuner.placement import count_copies, find_holders, keep_slots, moves_from
 from moetuner.solver import effort
 from moetuner.solver.terms import Site, core_layers
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
@@ -198,7 +198,7 @@ class _Live:
         anew is searched from nothing. Experts that had no slot get one whatever that gains.
         """
         load, slots = self.load, self.slots
-        running, layer = holders_of(slots, load.shape[2]), np.arange(len(slots))
+        running, layer = find_holders(slots, load.shape[2]), np.arange(len(slots))
         rate = math.fsum((1 / self.time).tolist())
         min_gain = float(_rounded(share * load.sum() / len(slots) / rate))
         is_new = ~running.any(axis=(1, 2))
@@ -225,7 +225,7 @@ class _Live:
         ways = [self.relieved(0, steps=0).slots, self.relieved(budget).slots]
         start = chosen(ways, 0.0, 0.0).slots
         if free.any():
-            search = _search_of(load[:, free], slots[free].shape, self.time)
+            search = _make_search(load[:, free], slots[free].shape, self.time)
             packed = search.construct(windows=True, alone=True)
             running_there = np.ascontiguousarray(slots[free])
             start[free] = _core.match_devices(packed, running_there, load.shape[2])
@@ -267,7 +267,7 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     return np.concatenate([OLDER * windows[:-memory], windows[-memory:]]), False
 
 
-def _search_of(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:
+def _make_search(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:
     """Return the core's search for windows [W,L,E] and slots of a shape [L,D,S]."""
     layers, devices, width = shape
     site = Site(np.full((layers, devices), width), [0] * devices, time.tolist())
@@ -282,7 +282,7 @@ def _place(
     No worse than the start by the slowest devices of the windows and the costs of copies [L,E,D].
     All work is done in the calling thread.
     """
-    search, per_layer = _search_of(windows, start.shape, time), start[0].size
+    search, per_layer = _make_search(windows, start.shape, time), start[0].size
     search.price_copies(copy_costs)
     trials = effort.quick_trials(per_layer, len(windows))
     begin = np.ascontiguousarray(start)
@@ -302,7 +302,7 @@ def _copy_costs(slots: Slots, windows: Floats, time: Floats, share: Floats) -> F
     Shares [L] of a device's tokens.
     """
     cost = _rounded(share * windows.sum(axis=(0, 2)) / math.fsum((1 / time).tolist()))
-    holds = holders_of(slots, windows.shape[2]).transpose(0, 2, 1)
+    holds = find_holders(slots, windows.shape[2]).transpose(0, 2, 1)
     return np.ascontiguousarray(np.where(holds, 0.0, cost[:, None, None]))
 
 

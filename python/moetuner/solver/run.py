@@ -407,14 +407,14 @@ class Run:
     def is_proven(self) -> bool:
         """Whether the bound proves the best placement, to be the optimum or within the gap."""
         bound = self.bound
-        return bound is not None and verdict_of(self, self.best.slots, bound) is not None
+        return bound is not None and judge_bound(self, self.best.slots, bound) is not None
 
 
 # Sums of floats may be off by this part.
 ROUNDING = 1e-9
 
 
-def verdict_of(run: Run, slots: Slots, bound: Bound) -> Status | Literal["refuted"] | None:
+def judge_bound(run: Run, slots: Slots, bound: Bound) -> Status | Literal["refuted"] | None:
     """Return what a bound proves of slots [L,D,S]: the optimum, or the gap that was given.
 
     A bound above their own value is refuted. Costs of single copies are whole and exact.

@@ -49,7 +49,7 @@ class Site:
     rules: _core.Rules | None = None
 
 
-def site_of(problem: Problem, *, caps: Floats | None = None, nearest: bool | None = None) -> Site:
+def make_site(problem: Problem, *, caps: Floats | None = None, nearest: bool | None = None) -> Site:
     """Return the devices of a problem with its rules, and caps [L] on load in time of the slowest.
 
     By default the nearest copy serves as the problem says.
@@ -146,7 +146,7 @@ def core_layers(
     return layers
 
 
-def terms_of(problem: Problem, unit: float, *, copy_costs: Floats | None = None) -> Terms:
+def make_terms(problem: Problem, unit: float, *, copy_costs: Floats | None = None) -> Terms:
     """Return the terms of a problem's objective.
 
     The unit is ``tokens_per_unit``; copies have costs [L,D,E] in units of the objective.
@@ -231,7 +231,7 @@ def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
     return PairCosts(pairs, unit * pair_us)
 
 
-def links_of(problem: Problem, unit: float) -> Links | None:
+def make_links(problem: Problem, unit: float) -> Links | None:
     """Return what joins layers: transitions, and what one costs over a link [D,D]."""
     transitions = problem.objective_function.transitions
     return None if transitions is None else (transitions, link_costs(problem, unit))

@@ -119,7 +119,7 @@ def certified(
     return Certificate(*subject, caps, method, cost, proofs, visits)
 
 
-def chain_of(
+def make_chain(
     problem: Problem, caps: NDArray[np.uint64], cost: NDArray[np.int64] | None = None
 ) -> tuple[Any, ...]:
     """Return what the core's chain is about, of single copies under caps [L], at costs [D,D]."""
@@ -147,7 +147,7 @@ def complete(
     devices are few.
     """
     return _core.exact_chain(
-        chain_of(problem, caps), work=steps, time_limit=time_limit, threads=threads
+        make_chain(problem, caps), work=steps, time_limit=time_limit, threads=threads
     )
 
 

@@ -366,7 +366,7 @@ def _moved_slopes(level: _Level, start: Counts, budget: Budget) -> tuple[Counts,
             break
         # What the weighted pairs prefer.
         slots, _, interrupted, _ = _core.search(
-            pairs.chain_of(weighed[0], weighed[0].caps.whole),
+            pairs.make_chain(weighed[0], weighed[0].caps.whole),
             seed=step,
             trials=effort.TANGENT_TRIALS,
             time_limit=part.left,

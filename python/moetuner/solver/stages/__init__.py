@@ -42,7 +42,7 @@ def _single(problem: Problem) -> Problem | None:
     change that.
     """
     alike = problem.topology.has_equal_devices and not problem.rules.some
-    return problem.without_copies(level=problem.goal == "time" and alike)
+    return problem.without_copies(even=problem.goal == "time" and alike)
 
 
 def _single_copies(run: Run, budget: Budget) -> None:

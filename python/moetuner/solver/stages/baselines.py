@@ -20,7 +20,7 @@ from moetuner.solver.rebalancing import slowest
 from moetuner.solver.run import Run
 from moetuner.solver.stages import SEARCH
 from moetuner.solver.stages.floor import FLOOR, balanced
-from moetuner.solver.terms import core_layers, site_of
+from moetuner.solver.terms import core_layers, make_site
 from moetuner.statistics import RoutingStatistics
 
 Floats = NDArray[np.float64]
@@ -100,7 +100,7 @@ def _annealed(problem: Problem, layers: Integers, seed: int, threads: int | None
     statistics = RoutingStatistics.from_load(problem.load[layers])
     part = Problem(statistics, problem.topology, slots_per_device=problem.slots)
     load = part.load[None].astype(np.float64)
-    search = core_layers(load, np.ones(1), site_of(part, nearest=False))
+    search = core_layers(load, np.ones(1), make_site(part, nearest=False))
     start = balanced(problem)[layers]
     return search.place(start, trials=effort.CATCH_UP, restarts=2, seed=seed, threads=threads)[0]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.problem import Problem
 from moetuner.solver import effort
-from moetuner.solver.bounds.pairs import COMPLETE, certified, chain_of, complete, is_of_pairs
+from moetuner.solver.bounds.pairs import COMPLETE, certified, complete, is_of_pairs, make_chain
 from moetuner.solver.budget import Budget, Progress
 from moetuner.solver.run import Bound, Role, Run, Stage
 
@@ -40,7 +40,7 @@ def search_traffic(
     cost = problem.topology.cost if objective.counts_visits else None
     # Without pairs all placements cost nothing: the balanced one that it starts from is the answer.
     slots, trials, interrupted, shift = _core.search(
-        chain_of(problem, problem.caps.whole, cost),
+        make_chain(problem, problem.caps.whole, cost),
         seed=run.seed,
         trials=_trials(problem, budget),
         time_limit=budget.left,

@@ -10,7 +10,7 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Role, Run, Stage
-from moetuner.solver.terms import core_layers, site_of
+from moetuner.solver.terms import core_layers, make_site
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
 Floats = NDArray[np.float64]
@@ -28,13 +28,13 @@ def balanced(problem: Problem, *, trials: int = effort.PATIENT) -> Slots:
     )
 
 
-def level_windows(
+def balance_windows(
     run: Run, budget: Budget, weight: Floats, trials: int, *, mixed: float = 0.0
 ) -> tuple[Slots, bool]:
     """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
     setting = SearchSetting(NORM, NOISE, mixed)
-    layers = core_layers(load, weight, site_of(problem, nearest=False), setting=setting)
+    layers = core_layers(load, weight, make_site(problem, nearest=False), setting=setting)
     start = layers.construct(windows=True, threads=budget.threads)
     return layers.place(
         start,
@@ -48,10 +48,10 @@ def level_windows(
     )
 
 
-def _level(run: Run, budget: Budget) -> None:
+def _balance_windows(run: Run, budget: Budget) -> None:
     """Balance every window within milliseconds, as the plugins do, and look at nothing else."""
     weight = run.objective.windows.weight
-    slots, interrupted = level_windows(run, budget, weight, quick_trials(run, budget))
+    slots, interrupted = balance_windows(run, budget, weight, quick_trials(run, budget))
     run.offer(slots, "layers", interrupted=interrupted)
 
 
@@ -83,5 +83,5 @@ def windows_alone(problem: Problem, moves: Moves | None) -> bool:
 
 
 FLOOR = Stage(_floor)
-LEVEL = Stage(_level)
-FLOOR_OF_LEVEL = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)
+BALANCE_WINDOWS = Stage(_balance_windows)
+FLOOR_OF_WINDOWS = Stage(FLOOR.run, applies=_may_be_behind, least=lambda _: -1.0)

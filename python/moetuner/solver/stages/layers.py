@@ -21,14 +21,14 @@ from moetuner.solver.bounds.pairs import is_of_pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
-from moetuner.solver.stages.floor import level_windows, quick_trials, windows_alone
+from moetuner.solver.stages.floor import balance_windows, quick_trials, windows_alone
 from moetuner.solver.stages.visits import is_of_visits, most_trials, units_of_trial
 from moetuner.solver.terms import (
     Links,
     core_layers,
-    links_of,
-    site_of,
-    terms_of,
+    make_links,
+    make_site,
+    make_terms,
     tokens_per_unit,
 )
 from moetuner.solver.unseen import MIXED, SearchSetting, setting_for
@@ -58,14 +58,16 @@ class LayerModel:
     def core(self, moves: Moves | None = None) -> tuple[_core.Layers, Links | None]:
         """Build the core's layers, and what joins them."""
         problem = self.problem
-        terms = terms_of(problem, self.unit, copy_costs=None if moves is None else moves.copy_costs)
-        site = site_of(problem, caps=problem.caps.in_slowest_time)
+        terms = make_terms(
+            problem, self.unit, copy_costs=None if moves is None else moves.copy_costs
+        )
+        site = make_site(problem, caps=problem.caps.in_slowest_time)
         layers = core_layers(
             self.windows.load, self.weight, site, setting=self.setting, terms=terms
         )
-        return layers, links_of(problem, self.unit)
+        return layers, make_links(problem, self.unit)
 
-    def levels(self, moves: Moves | None) -> bool:
+    def is_of_windows(self, moves: Moves | None) -> bool:
         """Return whether the quick search of windows is best: windows alone count, and are many.
 
         Of few slots or windows the search of all terms finds more.
@@ -90,13 +92,13 @@ class LayerModel:
 
     def improve(self, run: Run, slots: Slots, budget: Budget, turns: int) -> tuple[Slots, bool]:
         """Anneal every layer from slots [L,D,S] in one of the ``turns``; say if interrupted."""
-        if self.levels(run.moves):
+        if self.is_of_windows(run.moves):
             # On the windows and on their mean, for traffic of all kinds at once.
             trials = budget.iterations
             if trials is None:
                 lanes = -(-(len(self.windows) + 1) // effort.LANES)
-                trials = effort.LEVEL_FULL * self.slots_of_layer // lanes
-            return level_windows(run, budget, self.weight, trials, mixed=MIXED)
+                trials = effort.BALANCING_FULL * self.slots_of_layer // lanes
+            return balance_windows(run, budget, self.weight, trials, mixed=MIXED)
         problem = self.problem
         layers, links = self.core(run.moves)
         restarts = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1
@@ -118,7 +120,7 @@ class LayerModel:
         if budget.iterations is not None:
             return budget.iterations
         linked, sets = self.objective.transitions is not None, self.objective.sets
-        trials = effort.trials_of(self.slots_of_layer, None if linked else len(self.windows))
+        trials = effort.count_trials(self.slots_of_layer, None if linked else len(self.windows))
         if sets is not None:
             trials = min(trials, most_trials(sets))
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
@@ -147,11 +149,11 @@ def _construct(run: Run, budget: Budget) -> None:
     if run.problem.goal == "traffic":
         return
     windows = run.objective.windows
-    longer = effort.level_trials(run.slots_of_layer, len(windows))
+    longer = effort.start_trials(run.slots_of_layer, len(windows))
     for trials in (quick_trials(run, budget), longer):
         if not budget.is_over():
-            level, interrupted = level_windows(run, budget, windows.weight, trials)
-            run.offer(level, "windows", is_start=True, interrupted=interrupted)
+            slots, interrupted = balance_windows(run, budget, windows.weight, trials)
+            run.offer(slots, "windows", is_start=True, interrupted=interrupted)
 
 
 def mixes(run: Run) -> bool:
@@ -215,7 +217,7 @@ def anneal(run: Run, budget: Budget, model: LayerModel | None = None) -> None:
     if not model.weights:
         windows = model.windows
         model.weights = [np.ones(len(windows))]
-        large = model.levels(run.moves)
+        large = model.is_of_windows(run.moves)
         model.setting = setting_for(windows.load, windows.weight, large=large)
     run.details = replace(run.details, unseen=model.setting.details)
     for turn in range(turns):

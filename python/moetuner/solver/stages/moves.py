@@ -113,7 +113,7 @@ def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
     return device_of
 
 
-def moves_of(run: Run) -> Moves:
+def require_moves(run: Run) -> Moves:
     """Return the moves of a run that has a running placement."""
     assert run.moves is not None
     return run.moves
@@ -121,7 +121,7 @@ def moves_of(run: Run) -> Moves:
 
 def _repair(run: Run, _: Budget) -> None:
     """Offer what runs, or the nearest placement that keeps the rules, if moves suffice for it."""
-    problem, moves = run.problem, moves_of(run)
+    problem, moves = run.problem, require_moves(run)
     start = run.offer(repair(problem, moves.initial), "running", role=Role.RUNNING, is_start=True)
     if start.moves > moves.most:
         raise ArgumentError(
@@ -133,7 +133,7 @@ def _repair(run: Run, _: Budget) -> None:
 
 
 def _are_few(run: Run) -> bool:
-    return run.is_priced and moves_of(run).most > 0
+    return run.is_priced and require_moves(run).most > 0
 
 
 def _take(run: Run, inner: Run) -> None:
@@ -162,7 +162,7 @@ def _continue(run: Run, budget: Budget) -> None:
 
 def _descend(run: Run, budget: Budget) -> None:
     """Take the steps that gain most for a move, and offer the best that are passed."""
-    moves, model, start = moves_of(run), LayerModel(run), run.best.slots
+    moves, model, start = require_moves(run), LayerModel(run), run.best.slots
     for _ in range(1 if run.problem.windows.is_mean else effort.STEP_REWEIGHTINGS):
         path, interrupted = descend(run, model, start, moves.initial, moves.most, budget.within())
         run.slope = path.slope(moves.most)
@@ -177,7 +177,7 @@ def _descend(run: Run, budget: Budget) -> None:
 
 def _at_prices(run: Run, budget: Budget) -> None:
     """Search at prices of a move, from the best there is, to come nearer to the budget."""
-    problem, moves, model = run.problem, moves_of(run), LayerModel(run, effort.PRICES_TRIED)
+    problem, moves, model = run.problem, require_moves(run), LayerModel(run, effort.PRICES_TRIED)
     if moves.most >= problem.capacity.sum():
         run.offer(balanced(problem), "balance", role=Role.FLOOR)
         _at_price(run, budget, model, moves.price)
@@ -194,7 +194,7 @@ def _at_prices(run: Run, budget: Budget) -> None:
 
 def _at_price(run: Run, budget: Budget, model: LayerModel, price: float) -> int:
     """Search at a price of a move from the best there is, and return the moves of what it found."""
-    moves = Moves(moves_of(run).initial, cost=price)
+    moves = Moves(require_moves(run).initial, cost=price)
     stage = Stage(lambda inner, part: anneal(inner, part, model))
     inner = run.inner((stage,), budget, moves=moves, start=run.best.slots)
     _take(run, inner)

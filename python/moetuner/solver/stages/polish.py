@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import EMPTY, Placement, holders_of
+from moetuner.placement import EMPTY, Placement, find_holders
 from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
@@ -147,7 +147,7 @@ def _subsets(experts: int, largest: int) -> list[tuple[int, ...]]:
 
 def _is_kept(problem: Problem, layer: int, slots: Slots) -> bool:
     """Return whether slots [D,S] of a layer have every expert, none twice on a device, by rule."""
-    holders = holders_of(slots[None], problem.experts)[0]
+    holders = find_holders(slots[None], problem.experts)[0]
     # Of two copies on a device one is no holder.
     if holders.sum() < (slots != EMPTY).sum() or not holders.any(axis=0).all():
         return False

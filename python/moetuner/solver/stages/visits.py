@@ -15,7 +15,7 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Role, Run, Stage
 from moetuner.solver.stages.chain import search_traffic
-from moetuner.solver.terms import Terms, core_layers, site_of, visit_costs
+from moetuner.solver.terms import Terms, core_layers, make_site, visit_costs
 from moetuner.statistics import ExpertSets
 
 
@@ -70,7 +70,7 @@ def _visits(run: Run, budget: Budget) -> None:
     # A window that weighs nothing: balance is a cap here, not a cost.
     load = problem.load[None].astype(np.float64)
     caps = problem.caps.raised_for(start).astype(np.float64)
-    site = site_of(problem, caps=caps, nearest=False)
+    site = make_site(problem, caps=caps, nearest=False)
     layers = core_layers(load, np.zeros(1), site, terms=Terms(visits=costs))
     # Layers of few slots have valleys that one descent does not leave, and descents that agree.
     restarts = effort.VISIT_RESTARTS if slots_of_layer <= effort.VISIT_FEW_SLOTS else 1

@@ -81,8 +81,8 @@ def place_clusters(
         totals = np.bincount(placed.ravel(), counts.ravel().astype(np.float64))
         if totals.max() - totals.min() > (totals.sum() % len(totals) != 0):
             # Exchanges do not level the totals: from a start that does they are no longer touched.
-            level = _level(counts, placed.astype(np.int64), seed=seed, budget=budget)
-            start = level.astype(np.uint16)
+            evened = _even_totals(counts, placed.astype(np.int64), seed=seed, budget=budget)
+            start = evened.astype(np.uint16)
             placed, way, bound, interrupted = search(start=start, time_limit=budget.left)
     device = placed.astype(np.int64)
     bottleneck, total = _times(traffic, cost, device)
@@ -122,7 +122,9 @@ def _times(traffic: NDArray[np.uint64], cost: Devices, device: Devices) -> tuple
     return bottleneck, total
 
 
-def _level(sizes: NDArray[np.uint64], start: Devices, *, seed: int, budget: Budget) -> Devices:
+def _even_totals(
+    sizes: NDArray[np.uint64], start: Devices, *, seed: int, budget: Budget
+) -> Devices:
     """Place clusters for totals of experts per device as equal as can be, whatever the traffic.
 
     Takes the experts of every cluster [L,D] and a start; returns the device of every cluster [L,D].
@@ -144,7 +146,7 @@ def _level(sizes: NDArray[np.uint64], start: Devices, *, seed: int, budget: Budg
     placed = start[:, :, None] == np.arange(n)
     spread = np.abs((placed * count.reshape(y.shape)).sum(axis=(0, 1)) - total / n)
     values = np.r_[placed.ravel(), spread]
-    solution = ilp.solve(values, seed=seed, nodes=effort.LEVEL_NODES, time_limit=budget.left)
+    solution = ilp.solve(values, seed=seed, nodes=effort.TOTALS_NODES, time_limit=budget.left)
     device: Devices = solution.values[y].argmax(axis=2)
     return device
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from moetuner.plugins.consensus import agree, keys_of, verdict_key
+from moetuner.plugins.consensus import agree, list_keys, verdict_key
 
 T = TypeVar("T")
 Failure = Exception | None
@@ -91,7 +91,9 @@ class Agreement:
         if complete and key.endswith(".0"):
             # All are in this round, so no rank needs the verdicts on earlier ones.
             with suppress(RuntimeError):
-                for name in (old_key for old in self._old for old_key in keys_of(old, self.ranks)):
+                for name in (
+                    old_key for old in self._old for old_key in list_keys(old, self.ranks)
+                ):
                     self._store.delete_key(name)
             self._old.clear()
         self._old.append(key)
