@@ -20,7 +20,7 @@ def times(tmp_path):
     return path
 
 
-def test_times_become_a_cost_model_that_everybody_calls_measured(ok, trace, times, tmp_path):
+def test_times_become_a_cost_model_that_everybody_calls_measured(ok, trace, times, tmp_path, brief):
     """What made the times comes back; pages and lines no longer say that they are predicted."""
     out = ok("fit", "--times", times, "--model", "Mixtral-8x7B-v0.1", "--out", tmp_path / "c.json")
     assert "Error on batches that the fit has not seen: 0.0 %" in out

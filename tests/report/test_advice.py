@@ -342,6 +342,7 @@ def test_halves_of_other_groups_get_both_answers():
     assert advice.sentence.endswith("if you serve a mix of the groups.") == (worst < mix / 2)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("load", [[[[1, 2, 3, 4]]], [[[90, 5, 5, 5]] * 3]])
 def test_one_window_is_not_enough_evidence(load):
     """However strong: nothing is left to judge on, and that is the reason."""
@@ -434,6 +435,7 @@ def heavy():
     return mt.RoutingStatistics.from_load(load)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("initial", ["contiguous", f"eplb:{EXPERTS // 2}"])
 def test_more_memory_is_no_gain_of_the_placement(initial):
     """What is proposed takes no more slots than what runs; what more would gain stands apart."""
