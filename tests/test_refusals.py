@@ -18,7 +18,7 @@ import moetuner as mt
 from moetuner import router_groups  # noqa: F401 - for the table
 from moetuner.evaluation.units import hold_out  # noqa: F401 - for the table
 from moetuner.plugins import rebalance_experts  # noqa: F401 - for the table
-from moetuner.plugins.vllm_ascend import loads_of  # noqa: F401 - for the table
+from moetuner.plugins.vllm_ascend import count_loads  # noqa: F401 - for the table
 
 IDS = random_ids(50, 3, 2, 8)
 NAN = float("nan")
@@ -151,7 +151,7 @@ rebalance_experts([[1, 2]], 2, 1, 1, 2, [[0.5, 1.5]]) | old_map must be integers
 rebalance_experts([[1, 2]], 2, 1, 1, 2, [[0, 1], [1, 0]]) | old_map must be integers [1, slots], got
 rebalance_experts([[8, 1]], 1 << 40, None, 1, 1) | num_replicas must be
 rebalance_experts([[8, 1]], 1 << 40, None, 1, 1 << 38) | num_replicas must be
-loads_of(np.array([[[0, 1], [2, 1 << 40]]]), ONES) | must hold experts below the 4 slots
+count_loads(np.array([[[0, 1], [2, 1 << 40]]]), ONES) | must hold experts below the 4 slots
 mt.balance([1, 2], devices=2, slots_per_device=1) | load must be [layers, experts]
 mt.balance([[1, -2]], devices=2, slots_per_device=1) | of at least 0, got -2 in layer 0
 mt.balance([[1, 2]], devices=2, slots_per_device=[1, 0]) | must add up to at least 2, a slot for
