@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import random_ids
 
 import moetuner as mt
 from moetuner.formats.engines import ENGINES
@@ -63,10 +64,11 @@ def test_every_command_tells_the_same_gain(
 
 
 @pytest.mark.parametrize("share", [None, 0.2])
-def test_both_phases_have_the_same_gain_everywhere(as_json, ok, make_trace, tmp_path, share):
+def test_both_phases_have_the_same_gain_everywhere(as_json, ok, tmp_path, share):
     """What solve tells of windows of decode and prefill is what evaluate and compare tell."""
     trace, p = tmp_path / "trace.safetensors", tmp_path / "p.json"
-    make_trace(40_000, layers=1, experts=8).save(trace)
+    ids, sequence = random_ids(40_000, 1, 2, 8), np.arange(40_000) // 200
+    mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=sequence).save(trace)
     how = ("--devices", 4, *(("--prefill-share", share) if share else ()))
     solved = as_json("solve", trace, *how, "--method", "lpt", "--holdout", 0.5, "--out", p)
     weighed = {"512": 1 - (share or 0.2), "8192": share or 0.2}
