@@ -303,7 +303,7 @@ def test_control_characters_are_not_shown():
     assert (len(name("x" * 500)), name("a" * 100 + "z")[-1]) == (59, "z")
 
 
-def test_names_do_nothing_to_a_terminal(run, tmp_path, monkeypatch):
+def test_names_do_nothing_to_a_terminal(run, brief, tmp_path, monkeypatch):
     """Escape sequences in names of files, groups and models reach neither output."""
     monkeypatch.chdir(tmp_path)
     path, sequence, seen = f"t{ESCAPE}.safetensors", np.arange(80) // 4, ""
