@@ -41,7 +41,7 @@ def test_quick_start(make_trace, brief, tmp_path, example):
     assert mt.Placement.load(tmp_path / "p.json").slots.shape == (3, 4, 2)
 
 
-def test_placed_model_is_the_same(tmp_path, example):
+def test_placed_model_is_the_same(tmp_path, brief, example):
     """The model is recorded, renumbered and saved; its logits do not change."""
     import moe_models  # noqa: F401 - one thread, no network; skips without transformers
 
@@ -81,7 +81,7 @@ def test_merged_shards_are_the_serial_sum(make_trace, tmp_path):
     assert done.stdout == f"wrote {out}: {expected}\n"
 
 
-def test_notebook(tmp_path, monkeypatch):
+def test_notebook(brief, tmp_path, monkeypatch):
     """Every cell runs, every figure shows what was computed, and no output is committed."""
     figures = pytest.importorskip("plotly.graph_objects", reason="needs plotly")
     monkeypatch.chdir(tmp_path)
