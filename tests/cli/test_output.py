@@ -1,11 +1,15 @@
 """What is shown while something takes long: on a screen, and in a log."""
 
 import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+import moetuner
+from moetuner import cli
 from moetuner.cli import output
 from moetuner.solver import Progress
 
@@ -93,3 +97,24 @@ def test_sentences_fit_a_terminal_and_commands_and_tables_stay_whole(columns, mo
     assert max(map(len, rows)) <= columns
     assert " ".join(row.strip() for row in rows) == f"{SENTENCE} - {SENTENCE}"
     assert {row[:2] for row in rows[len(rows) // 2 + 1 :]} == {"  "}
+
+
+@pytest.mark.usefixtures("brief")
+def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
+    """Verdict, phases, reasons, one table without empty columns, and next steps, of two nodes."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    trace = Path(moetuner.__file__).parent / "data" / "small-moe.safetensors"
+    words = ["advise", str(trace), "--devices", "8", "--devices-per-node", "4", "--splits", "1"]
+    cli.moetuner.main(words, standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 25
+    commands = lines.index("Next:")
+    said = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in lines[:commands]]
+    assert [line for line in said if len(line) > 100] == []
+    assert not any(cell == "-" for line in said for cell in line.split("  ")[1:])
+    remarks = [number for number, line in enumerate(lines) if line.startswith("  # ")]
+    assert remarks
+    assert all(lines[number + 1].startswith("  moetuner ") for number in remarks)

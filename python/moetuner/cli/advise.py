@@ -18,17 +18,16 @@ from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
-from moetuner.evaluation.comparison import PRICE
+from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.judgement import Judgement
 from moetuner.formats import serving_commands
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name
 from moetuner.report.advice.request import slots_of_running
-from moetuner.report.advice.values import Advice, compute_saved_us, write_windows_of
-from moetuner.report.cells import counted, in_bytes, percent, signed, span
+from moetuner.report.advice.values import Advice, write_windows_of
+from moetuner.report.cells import counted, in_bytes, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
 
@@ -129,21 +128,18 @@ def command(
         advice = advising.advise(source.traffic, topology, **arguments)
     commands = next_commands(source, advice, unseen)
     _show(output, advice)
-    output.say("Next:", *(f"  {line}" for line in commands))
+    output.next_commands(commands)
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
     pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents))
     output.finish(contents)
 
 
 def _show(output: Output, advice: Advice) -> None:
-    """Print the answer, what it rests on, and what copies and moving cost."""
-    output.say("")
+    """Print the answer, why, the figures it rests on, and copies where they pay."""
     output.verdict(advice.answer, advice.sentence)
-    output.say(*(f"- {reason}" for reason in advice.reasons[1:]))
+    output.say(*(f"- {reason}" for reason in (*advice.reasons[1:], *_write_moving(advice))))
     output.say(*(f"! {warning}" for warning in advice.warnings), "")
-    for judged in advice.judged:
-        over_eplb = advice.over_eplb.get(judged.window)
-        _show_figures(output, judged, over_eplb, advice.settings["regime"])
+    _show_figures(output, advice)
     if advice.by_group:
         windows = [write_windows_of(judged) for judged in advice.judged]
         head = ["group, unseen", *(column for name in windows for column in (name, "95 %"))]
@@ -151,47 +147,74 @@ def _show(output: Output, advice: Advice) -> None:
             (group, *(cell for gain in gains.values() for cell in _cells(gain)))
             for group, gains in advice.by_group.items()
         ]
-        output.table(head, rows)
         output.say("")
+        output.table(*with_values(head, rows))
+    if advice.knee or advice.more is not None:
+        output.say("")
+        _show_copies(output, advice)
+
+
+def _show_copies(output: Output, advice: Advice) -> None:
+    """Print what numbers of slots for copies gain, each in every layer."""
+    names = [f"windows of {tokens:,}" if tokens else "gain" for tokens in advice.copies[0].gains]
     # Buffers of low-latency kernels grow with the slots.
-    is_limited = all(row.tokens_per_rank is not None for row in advice.copies)
-    windows = [f"windows of {tokens:,}" if tokens else "gain" for tokens in advice.copies[0].gains]
-    head = ["slots for copies", *windows, "per device", *["DeepEP tokens"] * is_limited, ""]
+    head = ["slots for copies", *names, "per device", "DeepEP tokens", ""]
+    notes = {advice.knee: " <- proposed", advice.more: " <- with more memory"}
     rows = [
         (
             row.label,
             *(signed(row.mean(window)) for window in row.gains),
             "-" if row.bytes_per_device is None else in_bytes(row.bytes_per_device),
-            *([f"{row.tokens_per_rank:,}"] if is_limited else []),
-            " <- proposed" if row.per_device == advice.knee and not row.shared else "",
+            "-" if row.tokens_per_rank is None else f"{row.tokens_per_rank:,}",
+            notes.get(row.per_device, ""),
         )
         for row in advice.copies
+        if not row.shared
     ]
-    output.table(head, rows)
-    output.say("", *_paid(advice))
+    output.table(*with_values(head, rows))
 
 
-def _cells(gain: Any) -> tuple[str, str]:
+def _cells(gain: Comparison) -> tuple[str, str]:
     return signed(gain.gain), span(gain.low, gain.high)
 
 
-def _show_figures(
-    output: Output, judged: Judgement, over_eplb: Judgement | None, regime: str
-) -> None:
-    """Print figures of what runs, of EPLB's placement and of the proposed one."""
-    rows = []
-    for name, gain in judged.gains.items():
-        if FIGURES[name].regime not in (None, regime):
-            continue
-        eplb = [] if over_eplb is None else [over_eplb.whole[name].before]
-        values = [gain.before, *eplb, gain.after]
-        several = len(gain.splits) > 1
-        splits = span(min(gain.splits), max(gain.splits)) if several else "-"
-        texts = map(FIGURES[name].text, values)
-        rows.append((FIGURES[name].column, *texts, signed(gain.gain), splits, _cells(gain)[1]))
-    columns = ("running", *["eplb"] * (over_eplb is not None), "proposed", "gain", "splits", "95 %")
-    output.table((write_windows_of(judged).removesuffix(" tokens"), *columns), rows)
-    output.say("")
+def _show_figures(output: Output, advice: Advice) -> None:
+    """Print figures of what runs, of EPLB's placement and of the proposed one, by window."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    order = [*advice.judged[0].gains]
+    for judged in advice.judged:
+        over_eplb = advice.over_eplb.get(judged.window)
+        for measure, gain in judged.gains.items():
+            figure = FIGURES[measure]
+            if figure.regime not in (None, advice.settings["regime"]):
+                continue
+            values = [
+                gain.before,
+                *([] if over_eplb is None else [over_eplb.whole[measure].before]),
+            ]
+            texts = map(figure.text, [*values, gain.after])
+            # What a token visits is the same in windows of all sizes.
+            cells = (str(order.index(measure)), figure.column, *texts, *_cells(gain))
+            rows.setdefault(cells, []).append(f"{judged.window:,}" if judged.window else "-")
+    running = advice.settings["initial"].partition(":")[0].replace("_", "-")
+    columns = ["running" if running == "given" else running]
+    columns += ["EPLB"] * bool(advice.over_eplb) + ["proposed", "gain", "95 %"]
+    head = [_name_unseen(advice), "window", *columns]
+    table = [
+        (column, "all" if len(windows) > 1 else windows[0], *cells)
+        for (_, column, *cells), windows in sorted(rows.items(), key=lambda row: int(row[0][0]))
+    ]
+    output.table(*with_values(head, table))
+
+
+def _name_unseen(advice: Advice) -> str:
+    """Write on how much traffic the figures are."""
+    replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
+    assert replayed is not None
+    traffic = replayed.traffic
+    if isinstance(traffic, RoutingStatistics):
+        return f"on {counted(traffic.windows, f'{kind}window')}"
+    return f"on {counted(traffic.tokens, f'{kind}token')}"
 
 
 def _time(us: float) -> str:
@@ -200,28 +223,23 @@ def _time(us: float) -> str:
     return f"{us:,.1f} us" if abs(us) < 1000 else f"{us / 1000:,.2f} ms"
 
 
-def _paid(advice: Advice) -> list[str]:
-    """Write what a step gains, and what that takes: memory, and moving there."""
-    parts = [
-        f"{_time(compute_saved_us(judged))} of {_time(judged.layers * judged.gain.before)} "
-        f"({percent(judged.gain.gain)}) in "
-        f"{write_windows_of(judged)}"
-        for judged in advice.judged
-    ]
-    layers = counted(advice.judged[0].layers, "layer")
-    lines = [f"Gain per step, over {layers}: {'; '.join(parts)}."]
+def _write_moving(advice: Advice) -> list[str]:
+    """Write what has to be moved, and when that has paid."""
     moving = advice.moving
+    if not moving.experts:
+        return []
     text = f"To move: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
     if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
-        return [*lines, f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
+        return [f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
     before, after = map(in_bytes, moving.device_bytes)
-    lines.append(f"Memory of experts per device: {before} now, {after} with the placement.")
     text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
     text += f", {_time(1e6 * (moving.seconds or 0))} at the links' bandwidth"
+    text += f"; experts take {before} per device"
+    text += f" now, {after} then" * (before != after)
     if moving.steps is None:
-        return [*lines, f"{text}, which does not pay."]
+        return [f"{text}. Moving does not pay."]
     steps = f"{counted(int(moving.steps), 'step')} in {write_windows_of(advice.main)}"
-    return [*lines, f"{text}; paid back after {steps}, if serving stops for it."]
+    return [f"{text}. Paid back after {steps}, if serving stops for it."]
 
 
 def next_commands(source: Source, advice: Advice, unseen: Collection[Path] = ()) -> list[str]:

@@ -66,6 +66,15 @@ class Output:
         for row in "\n".join(texts).split("\n") if texts and not self.quiet else ():
             self._console.print(self._fitted(row), soft_wrap=True)
 
+    def next_commands(self, commands: Iterable[str]) -> None:
+        """Print commands to copy, each below its remark; ``"COMMAND  # REMARK"`` has one."""
+        self.say("Next:")
+        for text in commands:
+            command, _, remark = text.partition("  # ")
+            if remark:
+                self.say(f"  # {remark}")
+            self.say(f"  {command}")
+
     def verdict(self, answer: str, sentence: str) -> None:
         """Print a sentence; on a terminal its first words have the colour of the answer."""
         if not self.quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -76,6 +77,18 @@ def listed(names: list[str], limit: int) -> str:
     """Write the first of several names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(names[:limit])}{more}"
+
+
+def with_values(
+    head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return a table without the columns in which every row has a dash or nothing."""
+    kept = [
+        column
+        for column in range(len(head))
+        if not column or any(row[column] not in ("-", "") for row in rows)
+    ]
+    return [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
 
 def finite(value: Any) -> Any:

@@ -348,39 +348,52 @@ def _write_units(units: Units, *, held_out: bool) -> list[str]:
 
 def _write_gains(advice: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
-    main, ordered = advice.main, sorted(advice.judged, key=lambda judged: -judged.gain.gain)
-    lines = [
-        _write_line(advice, judged, name_phase(judged) * (len(ordered) > 1)) for judged in ordered
-    ]
+    ordered = sorted(advice.judged, key=lambda judged: -judged.gain.gain)
+    lines = [_write_line(advice, ordered[0])]
+    if len(ordered) > 1:
+        lines = [_write_phase(judged) for judged in ordered]
     if advice.over_eplb:
-        parts = []
-        for judged in ordered:
-            gain, where = advice.over_eplb[judged.window].gain, write_windows_of(judged)
-            sure = interval(gain)
-            parts.append(f"{_write_amount(gain)} in {where}{sure and f' ({sure})'}")
-        lines.append(
-            f"predicted time compared with EPLB's placement in as many slots: {', '.join(parts)}"
-        )
-    lines.append(f"judged on {advice.judged_on}")
-    lines += _write_parts(main, advice.settings["price"], advice.settings["regime"])
+        lines.append(_write_over_eplb([advice.over_eplb[judged.window] for judged in ordered]))
+    nothing = _name_nothing(advice.main, advice.settings["price"], advice.settings["regime"])
+    if len(advice.copies) > 1 and not _copies_pay(advice):
+        slots = counted(max(row.per_device for row in advice.copies), "more slot")
+        nothing.append(f"nothing to win with copies ({slots} per device and layer)")
+    lines += ["; ".join(nothing)] * bool(nothing)
     if advice.by_group:
         lines.append(_write_each_group(advice))
-    if advice.knee or len(advice.copies) > 1:
+    if _copies_pay(advice):
         lines.append(_write_copies(advice.copies, advice.knee, advice.more))
     return lines
+
+
+def _write_over_eplb(judged: list[Judgement]) -> str:
+    """Write what the proposed placement gains over EPLB's, by phase where there are two."""
+    gains = [judgement.gain for judgement in judged]
+    intervals = [f" ({span(*gain.interval)})" if gain.interval else "" for gain in gains]
+    parts = [
+        f"{name_phase(judgement)} " * (len(judged) > 1) + signed(judgement.gain.gain) + ends
+        for judgement, ends in zip(judged, intervals, strict=True)
+    ]
+    return f"against EPLB{' (95 % interval)' if any(intervals) else ''}: {', '.join(parts)}"
 
 
 def _write_amount(gain: Comparison) -> str:
     return gain.much if abs(gain.gain) >= 0.0005 else "no less"
 
 
-def _write_line(advice: Advice, judged: Judgement, phase: str = "") -> str:
+def _write_phase(judged: Judgement) -> str:
+    """Write what a phase gains; its table has the times."""
+    gain, sure = judged.gain, interval(judged.gain)
+    where = f"{name_phase(judged)}, {write_windows_of(judged)}"
+    return f"{where}: {_write_amount(gain)} predicted time{sure and f' ({sure})'}"
+
+
+def _write_line(advice: Advice, judged: Judgement) -> str:
     """Write what a layer gains in windows of one size."""
-    gain, sure, windows = judged.gain, interval(judged.gain), write_windows_of(judged)
-    where = f"{phase}, {windows}: a" if phase else f"in {windows} a"
+    gain, sure = judged.gain, interval(judged.gain)
     return (
-        f"{where} layer takes {_write_amount(gain)} predicted time than with "
-        f"{running_name(advice)}, "
+        f"in {write_windows_of(judged)} a layer takes {_write_amount(gain)} predicted time than "
+        f"with {running_name(advice)}, "
         f"{gain.before:,.1f} to {gain.after:,.1f} us{sure and f' ({sure})'}"
     )
 
@@ -402,24 +415,21 @@ def _write_each_group(advice: Advice) -> str:
     )
 
 
-def _write_parts(judged: Judgement, price: float, regime: Regime) -> list[str]:
-    """Write what balance and traffic have to do with it."""
-    lines = []
+def _copies_pay(advice: Advice) -> bool:
+    """Return whether any number of copies gains more than the fewest."""
+    best = max(row.best for row in advice.copies if not row.shared)
+    chosen = next(row for row in advice.copies if row.per_device == advice.knee and not row.shared)
+    return bool(advice.knee or advice.more is not None or best > chosen.best + KNEE)
+
+
+def _name_nothing(judged: Judgement, price: float, regime: Regime) -> list[str]:
+    """Return in what there is nothing to win: balance, traffic."""
+    gains: dict[str, list[float]] = {}
     for measure, figure in FIGURES.items():
         gain = judged.gains.get(measure)
-        if gain is None or not figure.title or figure.regime not in (None, regime):
-            continue
-        line = f"{figure.title}: {gain.before:.2f}{figure.unit} now, {gain.after:.2f} proposed"
-        if gain.gain <= -price:
-            line += "; that is a cost"
-        elif gain.gain < price:
-            line += f"; {figure.nothing}"
-        elif gain.low is None:
-            line += "; without an interval"
-        elif gain.low <= 0:
-            line += "; that may be chance"
-        lines.append(line)
-    return lines
+        if gain is not None and figure.title and figure.regime in (None, regime):
+            gains.setdefault(figure.nothing, []).append(gain.gain)
+    return [nothing for nothing, values in gains.items() if max(map(abs, values)) < price]
 
 
 def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
@@ -450,13 +460,6 @@ def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str
         if best.mean(worst) < 0:
             longer = percent(-best.mean(worst))
             text += f", but {write_window(worst)} would take {longer} longer"
-    elif not knee:
-        text += (
-            f"; up to {max(plain)} more slots per device and layer bring no more than one copy of "
-            "each expert does"
-        )
-        if len(best.gains) == 1 and (window := next(iter(best.gains))) is not None:
-            text += f" in {write_window(window)}"
     return text
 
 
