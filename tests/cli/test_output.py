@@ -38,7 +38,7 @@ def test_a_terminal_sees_what_is_done_and_what_is_left(screen, monkeypatch):
             report(Progress(3.0, "bound", 0.5, 0.25))
         text = file.getvalue()
         assert "solving, joint " in text
-        assert f"{words} bound, best 0.5, bound 0.25, gap 50.0 %" in text
+        assert f"{words} bound, best 0.5 (seen), bound 0.25, gap 50.0 %" in text
         assert text.endswith("\x1b[2K")
 
 
@@ -63,7 +63,7 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
         for name in ("counting", "solving", "judging"):
             step(name)
     line = "moetuner: solving, joint: {}, {}\n"
-    bound = line.format("12 s", "bound, best 0.5, bound 0.25, gap 50.0 %")
+    bound = line.format("12 s", "bound, best 0.5 (seen), bound 0.25, gap 50.0 %")
     counting, *others = file.getvalue().removeprefix(bound).splitlines()
     assert counting == line.format("0 s", "counting").strip()
     assert [text.split(": ")[-1].split(" %")[0] for text in others] == ["50", "50"]

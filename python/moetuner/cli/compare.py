@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem, phases
-from moetuner.report.cells import counted, signed, span
+from moetuner.report.advice import SPLITS
+from moetuner.report.cells import counted, signed, span, with_values
 from moetuner.report.outcome import (
     Outcome,
     head,
@@ -40,8 +40,6 @@ from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
-# Splits where nobody says how many: so counted, as long as another one ends within so many seconds.
-SPLITS, SECONDS = 5, 60
 # What runs where nobody says it, and the name of a placement that does.
 BLOCKS, RUNNING = "contiguous", "running"
 # Seconds of the paper's method where nobody limits it: its integer programmes can take minutes. All
@@ -103,8 +101,8 @@ def command(
         Share of the sequences that methods do not see and are evaluated on (without sequence
         labels: runs of windows); 0 evaluates on what they saw.
     splits
-        Number of splits into seen and unseen; with several, gains have a range. [default: up
-        to 5, as many as fit into 60 seconds]
+        Number of splits into seen and unseen; with several, gains have a range. [default:
+        3; 1 where nothing is held out]
     baseline
         Method to compare against. [default: what runs, --initial or contiguous]
     initial_file
@@ -126,12 +124,12 @@ def command(
     output.say(_setting(first, source.counted, holdout), "")
     tries = _run(
         lambda number: (split(number) if number else first).outcomes(methods, source),
-        splits if splits is not None or holdout else 1,
+        splits or (SPLITS if holdout else 1),
         output,
     )
     outcomes = tries[0]
     rival = outcomes.get(over, next(iter(outcomes.values())))
-    best = _show(output, list(outcomes.values()), rival)
+    best = _show(output, list(outcomes.values()), rival, held_out=holdout > 0)
     compared_with = rival if rival is not best else next(iter(outcomes.values()))
     judged = _judge(tries, over, source)
     by_windows = {tokens: _gains(tries, over, judged, tokens) for tokens in best.phases}
@@ -171,14 +169,15 @@ def command(
     output.finish(contents)
 
 
-def _show(output: Output, rows: list[Outcome], rival: Outcome) -> Outcome:
+def _show(output: Output, rows: list[Outcome], rival: Outcome, *, held_out: bool) -> Outcome:
     """Print a row for every method, and what the best of them comes to, which is returned."""
     problem = rival.problem
-    output.table(head(problem), [outcome.row() for outcome in rows])
+    cells = [outcome.row() for outcome in rows]
+    output.table(*with_values(head(problem, held_out=held_out), cells, unlike=True))
     output.say(*remarks(rows, problem))
     solved = [row for row in rows if row.result.method != RUNNING] or rows
     best = min(solved, key=lambda outcome: (outcome.breaks_rules, outcome.result.objective))
-    for line in sentences(best):
+    for line in sentences(best, held_out=held_out):
         output.say(f"{best.result.method}: {line[0].lower()}{line[1:]}")
     output.say(*(line for row in solved for line in slower(row, rival, name=True)))
     return best
@@ -248,15 +247,13 @@ class Split:
 
 
 def _run(
-    solve: Callable[[int], dict[str, Outcome]], splits: int | None, output: Output
+    solve: Callable[[int], dict[str, Outcome]], splits: int, output: Output
 ) -> list[dict[str, Outcome]]:
-    """Try all methods on so many splits, or as time allows, or until somebody interrupts."""
-    began, done = time.monotonic(), [solve(0)]
+    """Try all methods on so many splits, or until somebody interrupts."""
+    done = [solve(0)]
     # Only the first split shows the best so far: gains are of whole splits.
     is_whole = list(done[0].values())[-1].result.status != "interrupted"
-    while is_whole and len(done) < (splits or SPLITS):
-        if splits is None and (time.monotonic() - began) * (len(done) + 1) / len(done) > SECONDS:
-            break
+    while is_whole and len(done) < splits:
         try:
             done.append(solve(len(done)))
         except KeyboardInterrupt:
@@ -359,7 +356,7 @@ def _show_gains(
         cells = (signed(gain.gain), span(gain.low, gain.high))
         rows.append((method, *cells, *[span(min(gain.splits), max(gain.splits))] * (number > 1)))
     output.say("")
-    output.table((f"gain over {over}", *columns), rows)
+    output.table(*with_values((f"gain over {over}", *columns), rows))
     where = "on unseen traffic" if held_out else "on the traffic that it was computed from"
     if best in gains:
         output.say(f"Gain{windows}: {where} {gains[best].sentence}")

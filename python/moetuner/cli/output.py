@@ -223,7 +223,7 @@ def shares(report: Report, what: str) -> Callable[[float], None]:
 def _line(progress: Progress) -> str:
     gap = None if progress.gap is None else 100 * progress.gap
     values = {
-        "best {:.6g}": progress.objective,
+        "best {:.6g} (seen)": progress.objective,
         "bound {:.6g}": progress.bound,
         "gap {:.1f} %": gap,
     }

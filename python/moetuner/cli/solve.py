@@ -22,6 +22,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
+from moetuner.report.cells import with_values
 from moetuner.report.outcome import (
     Outcome,
     empty_slots,
@@ -106,7 +107,7 @@ def command(
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
-    _show(output, problem, outcomes, before)
+    _show(output, problem, outcomes, before, held_out=holdout > 0)
     judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
     judged = windowed(judged, source, judged_on)
     for tokens, judgement in judgements.items() if holdout else ():
@@ -150,11 +151,19 @@ def _facts(
     return facts | {"judged_on": part | size_of(judged_on)}
 
 
-def _show(output: Output, problem: Problem, outcomes: list[Outcome], before: Outcome) -> None:
+def _show(
+    output: Output,
+    problem: Problem,
+    outcomes: list[Outcome],
+    before: Outcome,
+    *,
+    held_out: bool,
+) -> None:
     """Print the table and what the result is worth; warn where what runs, or blocks, are faster."""
     outcome = outcomes[-1]
-    output.table(head(problem), [row.row() for row in outcomes])
-    output.say(*remarks([outcome], problem), *sentences(outcome))
+    rows = [row.row() for row in outcomes]
+    output.table(*with_values(head(problem, held_out=held_out), rows))
+    output.say(*remarks([outcome], problem), *sentences(outcome, held_out=held_out))
     warned = [line for row in (before, *outcomes[:-1]) for line in slower(outcome, row)]
     output.say(*dict.fromkeys(warned[:1]), *empty_slots(outcome))
 

@@ -80,14 +80,17 @@ def listed(names: list[str], limit: int) -> str:
 
 
 def with_values(
-    head: Sequence[str], rows: Sequence[Sequence[str]]
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, unlike: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """Return a table without the columns in which every row has a dash or nothing."""
-    kept = [
-        column
-        for column in range(len(head))
-        if not column or any(row[column] not in ("-", "") for row in rows)
-    ]
+    """Return a table without the columns in which every row has a dash or nothing.
+
+    With ``unlike`` columns in which several rows are all alike are left out too.
+    """
+    kept = [0]
+    for column in range(1, len(head)):
+        texts = {row[column] for row in rows}
+        if texts - {"-", ""} and not (unlike and len(rows) > 1 and len(texts) == 1):
+            kept.append(column)
     return [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
 
 

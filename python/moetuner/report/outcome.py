@@ -96,11 +96,14 @@ class Outcome:
         )
 
 
-def head(problem: Problem) -> tuple[str, ...]:
-    """Return a table's columns, within 80 characters; a predicted time has one as a figure."""
+def head(problem: Problem, *, held_out: bool = False) -> tuple[str, ...]:
+    """Return a table's columns, within 80 characters; a predicted time has one as a figure.
+
+    The objective is of what was seen, which is said where the figures are of other traffic.
+    """
     worth = problem.objective_function
     columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
-    value = () if worth.is_predicted_time else ("objective",)
+    value = () if worth.is_predicted_time else ("objective" + ", seen" * held_out,)
     return ("method", *columns, *value, "gap", "seconds")
 
 
@@ -156,7 +159,7 @@ def judge_outcomes(
     }
 
 
-def sentences(outcome: Outcome) -> list[str]:
+def sentences(outcome: Outcome, *, held_out: bool = False) -> list[str]:
     """Return what was reached, and how far from the optimum it can be."""
     result, worth, problem = outcome.result, outcome.worth, outcome.problem
     lines, proven = [], ""
@@ -179,7 +182,9 @@ def sentences(outcome: Outcome) -> list[str]:
             proven = within(result, worth.text(result.bound), which)
     if worth.is_known:
         # A time that is predicted by counts would be a second one beside that of the replay.
-        reached = "" if worth.is_predicted_time else f"Objective: {worth.text(result.objective)}"
+        seen = " on the seen part" * held_out
+        reached = f"Objective{seen}: {worth.text(result.objective)}"
+        reached = "" if worth.is_predicted_time else reached
         line = "; ".join(filter(None, (reached, proven)))
         lines += [f"{line[0].upper()}{line[1:]}."] if line else []
     search = result.details.search
