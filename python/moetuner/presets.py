@@ -101,12 +101,13 @@ MEASURED = {
 
 
 class Model(NamedTuple):
-    """A published model: its routed experts' sizes, experts per token, and bits of a weight."""
+    """A published model: its routed experts' sizes and number, experts per token, weight bits."""
 
     hidden: int
     intermediate: int
     top_k: int
     weight_bits: float
+    experts: int
 
 
 # Hidden and intermediate size of a routed expert, and experts per token: `hidden_size`,
@@ -122,6 +123,10 @@ SIZES = {
     (4096, 1408, 6): "dots.llm1",
     (2560, 1536, 6): "ernie-4.5-21b-a3b",
     (8192, 3584, 8): "ernie-4.5-300b-a47b",
+    # As read by deepseek-ai/DeepSeek-V4-Flash's loaders in NeMo AutoModel (top-6 of 256).
+    (4096, 2048, 6): "deepseek-v4-flash",
+    # zai-org/GLM-5.2, as GLM-5 in THUDM/slime's scripts/models and jd-opensource/xllm's glm5.h.
+    (6144, 2048, 8): "glm-5.2",
     (5120, 1536, 8): "glm-4.5 glm-4.6",
     (4096, 1408, 8): "glm-4.5-air",
     (2880, 2880, 4): "gpt-oss-120b gpt-oss-20b",
@@ -139,7 +144,28 @@ SIZES = {
     (2048, 768, 8): "qwen3-30b-a3b qwen3-coder-30b-a3b qwen3-vl-30b-a3b",
     (6144, 2560, 8): "qwen3-coder-480b-a35b",
     (2048, 512, 10): "qwen3-next-80b-a3b",
+    # THUDM/slime, scripts/models/qwen3.5-35B-A3B.sh, qwen36-35B-A3B.sh, qwen3.5-397B-A17B.sh.
+    (2048, 512, 8): "qwen3.5-35b-a3b qwen3.6-35b-a3b",
+    (4096, 1024, 10): "qwen3.5-397b-a17b",
 }
+
+# Routed experts of a layer: `n_routed_experts`, `num_experts` or `num_local_experts` there.
+EXPERTS = {
+    8: "grok-1 mixtral-8x22b mixtral-8x7b",
+    16: "dbrx llama-4-scout phi-3.5-moe",
+    32: "gpt-oss-20b minimax-text-01",
+    60: "qwen1.5-moe-a2.7b",
+    64: "deepseek-coder-v2-lite deepseek-moe-16b deepseek-v2-lite moonlight-16b-a3b olmoe-1b-7b "
+    "ernie-4.5-21b-a3b ernie-4.5-300b-a47b qwen2-57b-a14b",
+    128: "snowflake-arctic dots.llm1 glm-4.5-air gpt-oss-120b llama-4-maverick qwen3-235b-a22b "
+    "qwen3-vl-235b-a22b qwen3-30b-a3b qwen3-coder-30b-a3b qwen3-vl-30b-a3b",
+    160: "deepseek-coder-v2 deepseek-v2 glm-4.5 glm-4.6 qwen3-coder-480b-a35b",
+    256: "deepseek-r1 deepseek-v3 deepseek-v4-flash glm-5.2 minimax-m2 qwen3.5-35b-a3b "
+    "qwen3.6-35b-a3b",
+    384: "kimi-k2 kimi-k2-thinking",
+    512: "qwen3-next-80b-a3b qwen3.5-397b-a17b",
+}
+_EXPERTS = {name: number for number, names in EXPERTS.items() for name in names.split()}
 
 # Bits of a routed expert's weight, as published: `torch_dtype` is bfloat16 but where a
 # `quantization_config` says fp8 (blocks of 128 x 128 have one scale, which is nothing), mxfp4 (a
@@ -147,12 +173,12 @@ SIZES = {
 # checkpoint has weights in int8.
 PUBLISHED_BITS = {
     8: "deepseek-r1 deepseek-v3 kimi-k2 minimax-m2 grok-1",
-    4.25: "gpt-oss-120b gpt-oss-20b",
+    4.25: "gpt-oss-120b gpt-oss-20b deepseek-v4-flash",
     4.5: "kimi-k2-thinking",
 }
 _BITS = {name: bits for bits, names in PUBLISHED_BITS.items() for name in names.split()}
 MODELS = {
-    name: Model(*size, _BITS.get(name, 16.0))
+    name: Model(*size, _BITS.get(name, 16.0), _EXPERTS[name])
     for size, names in SIZES.items()
     for name in names.split()
 }

@@ -125,11 +125,12 @@ def test_an_engine_has_no_order_for_counts(as_json, ok, tmp_path):
     [
         (("3.7",), "Move budget: 3 experts, as the bytes of one are not known (--expert-bytes)."),
         (("3.7", "--expert-bytes", 1), "Move budget: 3.7 B, 3 experts of 1 B."),
-        (("1e7", "--model", "qwen3-30b-a3b"), "Move budget: 10 MB, 1 expert of 9.44 MB."),
+        (("2e8", "--model", "phi-3.5-moe"), "Move budget: 200 MB, 1 expert of 157 MB."),
         (
-            ("4", "--model", "qwen3-30b-a3b"),
-            "Move budget: 4 B, less than one expert (9.44 MB), so none may move.",
+            ("4", "--model", "phi-3.5-moe"),
+            "Move budget: 4 B, less than one expert (157 MB), so none may move.",
         ),
+        (("4e7", "--cost-model", "h100:4096x1024"), "Move budget: 40 MB, 3 experts of 12.6 MB."),
     ],
 )
 def test_a_budget_has_one_unit(ok, trace, tmp_path, budget, words):
@@ -139,3 +140,27 @@ def test_a_budget_has_one_unit(ok, trace, tmp_path, budget, words):
     how = ("--devices", 4, "--initial", running, "--out", tmp_path / "p.json")
     how = (*how, "--time-limit", 0.05, "--move-budget", *budget)
     assert words in ok("solve", trace, *how)
+
+
+def test_solve_starts_from_what_engines_begin_with(as_json, run, trace, tmp_path):
+    """EPLB's placement with redundant experts is that of method eplb in as many slots."""
+    out, running = tmp_path / "p.json", tmp_path / "running.json"
+    words = ("solve", trace, "--devices", 4, "--slots-per-device", 5, "--time-limit", 0.05)
+    as_json(*words, "--method", "eplb", "--out", running)
+    moves = [
+        as_json(*words, "--move-budget", 0, "--initial", initial, "--out", out)["moves"]
+        for initial in ("eplb:4", running)
+    ]
+    assert mt.Placement.load(out) == mt.Placement.load(running)
+    assert moves[0] == moves[1]
+    status, _, err = run(*words, "--initial", "epbl:4", "--out", out)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "Did you mean eplb?" in err
+
+
+def test_a_model_with_another_number_of_experts_is_refused(run, trace, tmp_path):
+    """One line names both numbers, and what to pass for a model that is not known."""
+    words = ("solve", trace, "--devices", 4, "--model", "deepseek-v3", "--out", tmp_path / "p.json")
+    status, out, err = run(*words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "deepseek-v3 has 256 experts in a layer, INPUT has 16" in err

@@ -32,8 +32,8 @@ COMMANDS = {
         ),
         ("solve", "mine", ["--weight-bits", 16], "of DeepSeek-V3's experts in 16 bits: pass"),
         ("evaluate", "Mixtral-8x7B", [], "(mixtral-8x7b), weights in 16 bits;"),
-        ("compare", None, ["--model", "Qwen/Qwen3-30B-A3B-FP8"], "weights in 8 bits;"),
-        ("audit", "mine", ["--for", "vllm", "--model", "Qwen/Qwen3-30B-A3B"], "(qwen3-30b-a3b)"),
+        ("compare", None, ["--model", "mistralai/Mixtral-8x7B-FP8"], "weights in 8 bits;"),
+        ("audit", "mine", ["--for", "vllm", "--model", "mistralai/Mixtral-8x7B"], "(mixtral-8x7b)"),
         (
             "audit",
             "gpt-oss-20b",

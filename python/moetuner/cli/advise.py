@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from moetuner._checks import suggestion
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import initial_option, is_start
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.serving import Serving, setting_option
 from moetuner.cli.options.traffic import Source
@@ -31,7 +31,6 @@ from moetuner.report.cells import counted, in_bytes, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
 
-INITIAL = options.FileText(words=advising.STARTS)
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
     "numbers as in 0,1,2,4",
@@ -48,9 +47,7 @@ def command(
     machine: Machine,
     unseen: tuple[Path, ...] = option(options.IN_INPUT, "FUTURE", (), multiple=True, group=JUDGING),
     copies: tuple[int, ...] = option(COPIES, "N,N,...", DEFAULT_COPIES, group=RUNNING),
-    initial: str = option(
-        INITIAL, "PLACEMENT|contiguous|round_robin|eplb[:N]", "contiguous", group=RUNNING
-    ),
+    initial: str = initial_option(default="contiguous"),
     expert_bytes: float | None = options.expert_bytes_option(),
     price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
     prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
@@ -104,15 +101,9 @@ def command(
     arguments |= {
         "seed": seed,
         "initial": initial,
-        "expert_bytes": source.expert_bytes(expert_bytes),
+        "expert_bytes": serving.expert_bytes(source, expert_bytes),
     }
-    if not advising.READ.fullmatch(initial):
-        if not Path(initial).is_file():
-            raise click.BadParameter(
-                f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'"
-                + suggestion(initial, advising.STARTS),
-                param_hint="'--initial'",
-            )
+    if not is_start(initial):
         arguments["initial"] = source.load(Path(initial), topology)
     arguments |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     described = [source.describe()]

@@ -81,12 +81,12 @@ def command(
         Write the proof of the bound, for "moetuner verify"; fails if the bound has no proof.
     """
     topology = machine.topology()
-    initial = moving.initial(source, topology)
-    if initial is not None:
-        moving = replace(moving, expert_bytes=source.expert_bytes(moving.expert_bytes))
     seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
     problem = wanted.problem(source, topology, seen)
+    initial = moving.initial(source, problem, nth_seed(search.seed, 0))
+    size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
+        moving = replace(moving, expert_bytes=size)
         problem.check_running(initial)  # before anything is said
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
@@ -132,7 +132,7 @@ def command(
             contents,
             traffic=judged,
             trades=trades,
-            expert_bytes=source.expert_bytes(moving.expert_bytes),
+            expert_bytes=size,
         ),
     )
     output.finish(contents)

@@ -12,7 +12,7 @@ import click
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli.options import FileText, option
 from moetuner.cli.options.traffic import Traffic
-from moetuner.cost import DEFAULT_GPU, CostModel, cost_model_of
+from moetuner.cost import DEFAULT_GPU, CostModel, bytes_of_expert, cost_model_of
 from moetuner.presets import GPUS, MACHINES, MEASURED
 from moetuner.problem.settings import MACHINE
 from moetuner.topology import Topology
@@ -58,9 +58,27 @@ def read_cost_model(text: str) -> CostModel | str:
 
 def _roofline(text: str, weight_bits: float | None = None) -> CostModel:
     """Return the cost model of a GPU and the size of its experts."""
+    name, hidden, intermediate = _split_roofline(text)
+    return CostModel.preset(name, hidden=hidden, intermediate=intermediate, weight_bits=weight_bits)
+
+
+def _split_roofline(text: str) -> tuple[str, int, int]:
+    """Return the GPU, and the sizes of its experts."""
     name, _, size = text.partition(":")
     hidden, intermediate = map(int, size.split("x"))
-    return CostModel.preset(name, hidden=hidden, intermediate=intermediate, weight_bits=weight_bits)
+    return name, hidden, intermediate
+
+
+def bytes_in_cost_model(
+    model: CostModel | str | None, weight_bits: float | None = None
+) -> float | None:
+    """Return the bytes of an expert of the sizes that ``--cost-model`` names; None for none."""
+    if not isinstance(model, str) or ":" not in model:
+        return None
+    name, hidden, intermediate = _split_roofline(model)
+    if name in MEASURED:
+        weight_bits = 16.0
+    return bytes_of_expert((hidden, intermediate), None, weight_bits)
 
 
 TOPOLOGY = FileText(read_machine, words=MACHINES)

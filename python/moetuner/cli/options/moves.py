@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
-from moetuner.cli.options import IN_FILE, RUNNING, Number, expert_bytes_option, option
+from moetuner._checks import suggestion
+from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.placement import Placement, PlacementDiff
+from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
+from moetuner.report.advice import READ, STARTS
+from moetuner.report.advice.request import slots_of_running
 from moetuner.report.cells import counted, in_bytes, percent
-from moetuner.solver import Result, Trade, pareto
+from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
 MOST_DEVICES = 16
+
+
+initial_option = partial(
+    option,
+    FileText(words=STARTS),
+    "PLACEMENT|contiguous|round_robin|eplb[:N]",
+    group=RUNNING,
+)
+
+
+def is_start(initial: str) -> bool:
+    """Return whether a text names what engines begin with; raise unless it names a file then."""
+    if READ.fullmatch(initial):
+        return True
+    if not Path(initial).is_file():
+        raise click.BadParameter(
+            f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'"
+            + suggestion(initial, STARTS),
+            param_hint="'--initial'",
+        )
+    return False
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,8 @@ class MoveOptions:
     Parameters
     ----------
     initial_file
-        The running placement, to be improved by few moves.
+        The running placement, to be improved by few moves; eplb:32 is EPLB's with 32 redundant
+        experts over all devices.
     move_budget
         Bytes that may move between devices; experts, if the bytes of one are not known.
     move_cost
@@ -40,7 +66,7 @@ class MoveOptions:
         Also show what fewer or more moves would gain.
     """
 
-    initial_file: Path | None = option(IN_FILE, "PLACEMENT", group=RUNNING)
+    initial_file: str | None = initial_option()
     move_budget: float | None = option(Number(min=0, infinite=True), "BYTES", group=RUNNING)
     move_cost: float = option(Number(min=0), "COST", 0.0, group=RUNNING)
     expert_bytes: float | None = expert_bytes_option()
@@ -52,9 +78,19 @@ class MoveOptions:
             flag = "--" + typed[0].replace("_", "-")
             raise click.UsageError(f"'{flag}' needs '--initial', the placement to move from.")
 
-    def initial(self, source: Source, topology: Topology) -> Placement | None:
-        """Read the placement that runs, moetuner's or a map of an engine."""
-        return None if self.initial_file is None else source.load(self.initial_file, topology)
+    def initial(self, source: Source, problem: Problem, seed: int) -> Placement | None:
+        """Return the placement that runs: of a file, or what engines begin with."""
+        initial, topology = self.initial_file, problem.topology
+        if initial is None:
+            return None
+        if not is_start(initial):
+            return source.load(Path(initial), topology)
+        if initial == "contiguous":
+            return blocks(problem.layers, problem.experts, problem.devices)
+        slots = slots_of_running(initial, problem.experts, problem.devices)
+        running = Problem(problem.statistics, topology, slots_per_device=slots)
+        method = cast(Method, initial.partition(":")[0])
+        return solve(running, method, seed=seed, threads=source.threads).placement
 
     @property
     def unit_bytes(self) -> float:

@@ -11,7 +11,7 @@ import click
 
 from moetuner._checks import ArgumentError, one_of
 from moetuner.cli.options import SIZE, Text, flags, option
-from moetuner.cli.options.machine import COST_MODEL, cost_model_for
+from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
@@ -155,6 +155,12 @@ class Serving:
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
         model = cost_model_for(self.value("cost_model"), source.traffic, source.weight_bits)
         return {"cost_model": model, **{name: self.value(name) for name in SERVED}}
+
+    def expert_bytes(self, source: Source, bytes_given: float | None) -> float | None:
+        """Return bytes of an expert: those given, else of --cost-model's sizes or INPUT's model."""
+        if bytes_given is None:
+            bytes_given = bytes_in_cost_model(self.value("cost_model"), source.weight_bits)
+        return source.expert_bytes(bytes_given)
 
     def settings(self, topology: Topology, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return settings and the machine for JSON."""

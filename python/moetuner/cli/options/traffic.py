@@ -163,7 +163,17 @@ class Source(FileHints):
         """What INPUT holds, of all groups or of some."""
         with working(f"reading {self.input_files[0].name}"):
             traffic = open_input(self.input_files, window=self.window, **self.hints)
+        self._check_model(traffic)
         return only_groups(traffic, self.only) if self.only else traffic
+
+    def _check_model(self, traffic: Traffic) -> None:
+        """Refuse a model that has another number of experts."""
+        public = MODELS.get(public_name(self.model) or "")
+        if public is not None and public.experts != traffic.num_experts:
+            raise click.UsageError(
+                f"'--model': {self.model} has {public.experts} experts in a layer, INPUT has "
+                f"{traffic.num_experts}; for another model: --cost-model GPU:HIDDENxINTERMEDIATE."
+            )
 
     @cached_property
     def traffic(self) -> Traffic:
