@@ -138,7 +138,9 @@ fn watched<T: Send>(
                     end(error);
                 }
                 let now = begin.elapsed();
-                if let (Some(progress), true) = (progress, now >= due) {
+                // Who has raised is not called again, however long the work takes to stop.
+                let is_due = now >= due && !control.cancelled.load(Ordering::Relaxed);
+                if let (Some(progress), true) = (progress, is_due) {
                     due = now + Duration::from_millis(200);
                     let best = control.best.load(Ordering::Relaxed);
                     let best = (best != i64::MAX).then_some(best);
