@@ -67,6 +67,7 @@ class Rules:
 
     Experts are kept away from devices where they are ``forbidden`` [L,E,D], and there where they
     are ``pinned`` [L,E,D]. Without ``copies`` no expert gets more of them than are pinned, or one.
+    Every expert has ``min_copies``, of devices in two of the failure domains ``domain`` [D] if any.
     ``caps`` [L] are on sums of ``load`` [L,E] of a device, in time of the slowest.
     """
 
@@ -74,6 +75,8 @@ class Rules:
         cls,
         *,
         copies: bool = True,
+        min_copies: int = 1,
+        domain: list[int] = ...,
         forbidden: NDArray[np.bool_] | None = None,
         pinned: NDArray[np.bool_] | None = None,
         caps: list[float] | None = None,
@@ -140,6 +143,9 @@ class Layers:
 
     def price_pairs(self, pairs: NDArray[np.uint64], pair_cost: float) -> None:
         """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device."""
+
+    def price_losses(self, domain: list[int], loss_cost: float) -> None:
+        """Charge the square of what a lost domain of devices [D] leaves to a device, in mean loads."""
 
     def place(
         self,

@@ -17,6 +17,8 @@ pub struct Rules {
     pub min_copies: u32,
     /// Copies that an expert may have at the most, besides those that are pinned.
     pub max_copies: u32,
+    /// Failure domain of every device `[D]`: an expert has copies in two of them; empty where one device may have all.
+    pub domain: Vec<u16>,
     /// Largest load of a device, in time of the slowest device; infinite for none.
     pub cap: f64,
 }
@@ -24,7 +26,14 @@ pub struct Rules {
 impl Default for Rules {
     /// Every expert is somewhere; else nothing is asked.
     fn default() -> Self {
-        Self { forbidden: vec![], pinned: vec![], min_copies: 1, max_copies: u32::MAX, cap: f64::INFINITY }
+        Self {
+            forbidden: vec![],
+            pinned: vec![],
+            min_copies: 1,
+            max_copies: u32::MAX,
+            domain: vec![],
+            cap: f64::INFINITY,
+        }
     }
 }
 
@@ -49,13 +58,35 @@ impl Rules {
             (None, Some(device)) => copies < self.max_copies || is_in(&self.pinned, device),
             _ => true,
         };
-        may_leave && may_enter && may_count
+        may_leave && may_enter && may_count && self.may_spread(Edit { expert, from, to }, slots)
+    }
+
+    /// Whether a change of slots leaves an expert's copies in two domains, or brings it nearer to that.
+    #[inline(always)]
+    fn may_spread(&self, Edit { expert, from, to }: Edit, slots: &Slots) -> bool {
+        if self.domain.is_empty() {
+            return true;
+        }
+        let holders = || slots.devices(expert);
+        let then = || holders().filter(move |&device| Some(device) != from).chain(to);
+        if from.is_none() {
+            // Another copy of what is in one domain belongs elsewhere.
+            return slots.copies(expert) == 0 || self.survives(then());
+        }
+        !self.survives(holders()) || self.survives(then())
+    }
+
+    /// Whether devices are of two domains.
+    fn survives(&self, mut devices: impl Iterator<Item = u16>) -> bool {
+        let domain = |device: u16| self.domain[usize::from(device)];
+        devices.next().is_some_and(|first| devices.any(|device| domain(device) != domain(first)))
     }
 
     /// Whether an expert lacks a copy that it must have.
     #[inline(always)]
     pub(super) fn lack(&self, expert: u16, slots: &Slots) -> bool {
-        slots.copies(expert) < self.min_copies
+        let is_spread = self.domain.is_empty() || self.survives(slots.devices(expert));
+        slots.copies(expert) < self.min_copies || !is_spread
     }
 
     /// Experts and devices where they must be.

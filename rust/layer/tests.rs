@@ -6,6 +6,7 @@ use super::adapt::variance;
 use super::construct::{QUICK, by_windows, fill};
 use super::terms::balance::Balance;
 use super::terms::fanout;
+use super::terms::losses::Losses;
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
@@ -75,7 +76,9 @@ fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let mut sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
     (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
     let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
-    let costs = Costs { copy_cost, serve_cost, sets, pairs, ..layer.costs };
+    let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
+    let losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
+    let costs = Costs { copy_cost, serve_cost, sets, pairs, losses, ..layer.costs };
     Layer { costs, ..layer }
 }
 
@@ -228,6 +231,27 @@ fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
     cost
 }
 
+/// What lost domains cost by definition: what each leaves to every device, squared, in mean loads of a device.
+fn of_losses(layer: &Layer, slots: &Slots) -> f64 {
+    let losses = layer.costs.losses.as_ref().expect("losses are priced");
+    let mean = (layer.load.iter().sum::<f64>() / layer.devices() as f64).max(f64::MIN_POSITIVE);
+    let mut cost = 0.0;
+    for lost in 0..layer.devices() as u16 {
+        for device in (0..layer.devices()).filter(|&g| losses.domain[g] != lost) {
+            let gained = |e: u16| {
+                let holders: Vec<u16> = slots.devices(e).collect();
+                let gone = holders.iter().filter(|&&g| losses.domain[usize::from(g)] == lost).count();
+                let (all, left) = (holders.len() as f64, (holders.len() - gone) as f64);
+                let has = slots.holds(e, device);
+                if has && gone > 0 { layer.load[usize::from(e)] * (1.0 / left - 1.0 / all) } else { 0.0 }
+            };
+            let more: f64 = (0..layer.experts as u16).map(gained).sum();
+            cost += (more / mean).powi(2) * losses.cost;
+        }
+    }
+    cost
+}
+
 /// Every expert has a slot where it may be, and stays where it must; no device has two copies.
 fn keeps_rules(site: &Site, slots: &Slots) -> bool {
     let (experts, devices) = (slots.copies.len(), site.devices());
@@ -239,8 +263,17 @@ fn keeps_rules(site: &Site, slots: &Slots) -> bool {
             && (here == 0 || !rule(&site.rules.forbidden, e, g))
             && (here == 1 || !rule(&site.rules.pinned, e, g))
     };
-    (0..experts as u16)
-        .all(|e| slots.copies(e) >= site.rules.min_copies && (0..site.devices()).all(|g| is_once(e, g)))
+    let domains = |e: u16| {
+        let mut domains: Vec<u16> =
+            slots.devices(e).filter_map(|g| site.rules.domain.get(usize::from(g)).copied()).collect();
+        domains.sort_unstable();
+        domains.dedup();
+        domains.len()
+    };
+    (0..experts as u16).all(|e| {
+        let is_spread = site.rules.domain.is_empty() || domains(e) >= 2;
+        slots.copies(e) >= site.rules.min_copies && is_spread && (0..site.devices()).all(|g| is_once(e, g))
+    })
 }
 
 /// The slowest device's time of all windows.
@@ -305,7 +338,7 @@ proptest! {
         let (of_windows, scale) = (of_windows(&plain, &slots, &traffic), plain.windows.scale);
         let exact = if norm { 1e-3 } else { 1e-5 };
         prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
-        let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots);
+        let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots) + of_losses(&layer, &slots);
         prop_assert!(close(all, windows + rest, 1e-9), "{} {}", all - windows, rest);
     }
 
@@ -363,7 +396,7 @@ proptest! {
         let seen = variance(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)));
         let least = 1.0 - 1.0 / devices as f64;
         let expected = part * part / (1.0 + part * part) * least;
-        prop_assert!((seen - expected).abs() <= 0.1 * expected + 1e-12, "{seen} {expected}");
+        prop_assert!((seen - expected).abs() <= 0.15 * expected + 1e-12, "{seen} {expected}");
     }
 
     /// What is placed keeps the rules; so does a quick search, which is no worse than its start by the slowest devices, nor
@@ -376,6 +409,8 @@ proptest! {
         let mut random = Random::new(seed, 0);
         let mut site = Site { split: Split::Even, ..site(&mut random, experts, devices, true) };
         site.rules.min_copies = fewest;
+        let is_spread = fewest == 2 && random.below(2) == 0;
+        site.rules.domain = if is_spread { site.node.clone() } else { vec![] };
         site.capacity.iter_mut().for_each(|slots| *slots *= fewest as usize);
         site.rules.max_copies = if copies { u32::MAX } else { fewest };
         let traffic = traffic(&mut random, experts);
@@ -386,7 +421,7 @@ proptest! {
         let (Ok(packed), Ok(start)) = (packed, started) else { return Ok(()) };
         prop_assert!(keeps_rules(&site, &packed) && keeps_rules(&site, &start));
         let pins = |e: usize| (0..devices).filter(|&g| site.rules.pinned.get(e * devices + g).copied().unwrap_or(false)).count() as u32;
-        prop_assert!(copies || (0..experts).all(|e| packed.copies[e] == pins(e).max(fewest)));
+        prop_assert!(copies || is_spread || (0..experts).all(|e| packed.copies[e] == pins(e).max(fewest)));
         let summed = fill(&site, &layer.load, QUICK).expect("slots suffice");
         if !summed.expert_in.contains(&EMPTY) {
             prop_assert!(slowest(&layer, &start) <= slowest(&layer, &summed));

@@ -14,6 +14,7 @@ use crate::layer::adapt::{self, adapt_layers, keep_devices};
 use crate::layer::construct::{QUICK, by_windows, fill, fill_layers};
 use crate::layer::descend::descend;
 use crate::layer::terms::fanout;
+use crate::layer::terms::losses::Losses;
 use crate::layer::terms::reading::{Reading, Weights};
 use crate::layer::terms::together::Pairs;
 use crate::layer::terms::windows::{Measure, Windows};
@@ -220,6 +221,16 @@ impl Layers {
         for (layer, pairs) in self.with(contiguous(pairs.as_slice().ok())?) {
             let counts = pairs.iter().map(|&count| count as f32).collect();
             layer.costs.pairs = Some(Pairs { counts, cost: pair_cost * layer.windows.scale });
+        }
+        Ok(())
+    }
+
+    /// Prices what devices of a domain [D], if they are lost, leave to one of the others, in its mean loads.
+    fn price_losses(&mut self, domain: Vec<u16>, loss_cost: f64) -> PyResult<()> {
+        shaped("domain", &[domain.len()], &[self.sizes()[2]])?;
+        for layer in &mut self.layers {
+            let cost = loss_cost * layer.windows.scale;
+            layer.costs.losses = Some(Losses { domain: domain.clone(), cost });
         }
         Ok(())
     }

@@ -15,6 +15,9 @@ pub(super) struct LayerRules {
     forbidden: Vec<bool>,
     pinned: Vec<bool>,
     is_single: bool,
+    /// Copies that every expert must have, and the failure domain of every device [D] if they must be in two.
+    min_copies: u32,
+    domain: Vec<u16>,
     /// Largest load of a device in every layer [L], of the loads [L,E] that count for it.
     caps: Vec<f64>,
     load: Vec<f64>,
@@ -23,9 +26,11 @@ pub(super) struct LayerRules {
 #[pymethods]
 impl LayerRules {
     #[new]
-    #[pyo3(signature = (*, copies = true, forbidden = None, pinned = None, caps = None, load = None))]
+    #[pyo3(signature = (*, copies = true, min_copies = 1, domain = vec![], forbidden = None, pinned = None, caps = None, load = None))]
     fn new(
         copies: bool,
+        min_copies: u32,
+        domain: Vec<u16>,
         forbidden: Option<PyReadonlyArray3<'_, bool>>,
         pinned: Option<PyReadonlyArray3<'_, bool>>,
         caps: Option<Vec<f64>>,
@@ -43,6 +48,8 @@ impl LayerRules {
             forbidden: slice(forbidden.as_ref())?.to_vec(),
             pinned: slice(pinned.as_ref())?.to_vec(),
             is_single: !copies,
+            min_copies,
+            domain,
             caps,
             load,
         })
@@ -79,6 +86,8 @@ impl LayerRules {
         Rules {
             forbidden: table(&self.forbidden),
             pinned: table(&self.pinned),
+            min_copies: self.min_copies.max(plain.min_copies),
+            domain: self.domain.clone(),
             max_copies: if self.is_single { 1 } else { plain.max_copies },
             cap: self.caps.get(layer).copied().unwrap_or(plain.cap),
             ..plain

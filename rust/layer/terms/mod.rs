@@ -5,6 +5,7 @@ pub(super) mod caps;
 pub mod fanout;
 pub(super) mod linear;
 mod loads;
+pub mod losses;
 mod norm;
 mod peak;
 mod ports;
@@ -17,6 +18,7 @@ use crate::layer::{Layer, Move, Slots};
 use balance::Balance;
 use caps::Caps;
 use fanout::Fanout;
+use losses::{LeftOver, Losses};
 use reading::Reading;
 use together::{Pairs, Together};
 
@@ -35,6 +37,8 @@ pub struct Costs {
     pub sets: Option<fanout::Lazy>,
     /// Co-activated pairs, where those that are apart cost.
     pub pairs: Option<Pairs>,
+    /// Where it costs what lost devices leave to others.
+    pub losses: Option<Losses>,
 }
 
 impl Costs {
@@ -43,7 +47,7 @@ impl Costs {
     /// All are named: a new one does not compile until it is said here what it asks.
     #[inline(always)]
     fn ask_for_shares(&self) -> bool {
-        let Self { reading, row, copy_cost: _, serve_cost, sets: _, pairs } = self;
+        let Self { reading, row, copy_cost: _, serve_cost, sets: _, pairs, losses: _ } = self;
         reading.is_some() || *row > 0.0 || !serve_cost.is_empty() || pairs.is_some()
     }
 
@@ -62,6 +66,8 @@ pub(super) struct Terms {
     fanout: Option<Fanout>,
     /// None where pairs cost nothing.
     together: Option<Together>,
+    /// None where lost devices cost nothing.
+    left_over: Option<LeftOver>,
     pub(super) caps: Caps,
     /// Of [`linear`].
     pub(super) linear: f64,
@@ -79,6 +85,7 @@ impl Terms {
             balance: (!weightless).then(|| Balance::of_time(layer, slots, met())),
             fanout,
             together: layer.costs.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
+            left_over: layer.costs.losses.as_ref().map(|losses| LeftOver::new(layer, losses, slots)),
             caps: Caps::new(layer, slots),
             linear: linear::cost(layer, slots),
             shares: Vec::new(),
@@ -90,9 +97,12 @@ impl Terms {
     ///
     /// All terms are named: a new one does not compile until it is said here whether it may cost then.
     pub(super) fn are_of_slowest(&self) -> bool {
-        let Self { balance, fanout, together, caps: _, linear: _, shares: _, devices: _ } = self;
+        let Self { balance, fanout, together, left_over, caps: _, linear: _, shares: _, devices: _ } = self;
         let of_tokens = |balance: &Balance| balance.peak().is_some() && balance.is_of_tokens();
-        balance.as_ref().is_some_and(of_tokens) && fanout.is_none() && together.is_none()
+        balance.as_ref().is_some_and(of_tokens)
+            && fanout.is_none()
+            && together.is_none()
+            && left_over.is_none()
     }
 
     pub(super) fn cost(&self, layer: &Layer) -> f64 {
@@ -107,7 +117,12 @@ impl Terms {
             .as_ref()
             .zip(layer.costs.pairs.as_ref())
             .map_or(0.0, |(together, pairs)| together.cost(pairs));
-        balance + fanout + together + self.linear
+        let left_over = self
+            .left_over
+            .as_ref()
+            .zip(layer.costs.losses.as_ref())
+            .map_or(0.0, |(left_over, losses)| left_over.cost(losses));
+        balance + fanout + together + left_over + self.linear
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
@@ -151,6 +166,9 @@ impl Terms {
         if let (Some(together), Some(pairs)) = (&self.together, &layer.costs.pairs) {
             change += together.change(pairs, looked.shares);
         }
+        if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
+            change += left_over.change(layer, losses, slots, step);
+        }
         change
     }
 
@@ -172,6 +190,9 @@ impl Terms {
         }
         if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
             together.apply(pairs, &self.shares);
+        }
+        if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
+            left_over.apply(layer, losses, slots, step);
         }
         if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
             fanout.serve(sets, &self.shares);
