@@ -145,7 +145,7 @@ class Layers:
         """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device."""
 
     def price_losses(self, domain: list[int], loss_cost: float) -> None:
-        """Charge the square of what a lost domain of devices [D] leaves to a device, in mean loads."""
+        """Charge a power of what a lost domain of devices [D] leaves to another device."""
 
     def place(
         self,

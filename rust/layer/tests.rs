@@ -6,7 +6,7 @@ use super::adapt::variance;
 use super::construct::{QUICK, by_windows, fill};
 use super::terms::balance::Balance;
 use super::terms::fanout;
-use super::terms::losses::Losses;
+use super::terms::losses::{Losses, POWER};
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
@@ -231,7 +231,7 @@ fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
     cost
 }
 
-/// What lost domains cost by definition: what each leaves to every device, squared, in mean loads of a device.
+/// What lost domains cost by definition: what each leaves to every device, by its power, in mean loads of a device.
 fn of_losses(layer: &Layer, slots: &Slots) -> f64 {
     let losses = layer.costs.losses.as_ref().expect("losses are priced");
     let mean = (layer.load.iter().sum::<f64>() / layer.devices() as f64).max(f64::MIN_POSITIVE);
@@ -246,7 +246,7 @@ fn of_losses(layer: &Layer, slots: &Slots) -> f64 {
                 if has && gone > 0 { layer.load[usize::from(e)] * (1.0 / left - 1.0 / all) } else { 0.0 }
             };
             let more: f64 = (0..layer.experts as u16).map(gained).sum();
-            cost += (more / mean).powi(2) * losses.cost;
+            cost += (more / mean).powi(POWER) * losses.cost;
         }
     }
     cost

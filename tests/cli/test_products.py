@@ -58,6 +58,7 @@ SEARCHING = """
 --risk 0.9 --groups minimax
 --groups a=1
 --pin 0:1:2
+--survive device --slots-per-device 6
 --forbid *:1:2
 --for megatron --router-groups 2
 --effort thorough

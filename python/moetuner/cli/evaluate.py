@@ -70,6 +70,7 @@ def command(
     output.say(_mixed(traffic, mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
     output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")
+    output.say(*(f"Losses: {losses.sentence}." for losses in evaluation.losses.values()))
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
     contents = placed.contents(mixed_seed=mixed_seed) | {"placement": str(placement_file)}
     contents["baseline"] = None if baseline_file is None else str(baseline_file)

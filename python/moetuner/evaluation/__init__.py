@@ -14,8 +14,10 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import Arrival, orders, put_in_order
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
+from moetuner.evaluation.losses import Domain, Losses, measure_losses
 from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
 from moetuner.evaluation.rows import dispatch_rows, homes_of
+from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
 from moetuner.statistics import WINDOW, RoutingStatistics
@@ -82,6 +84,9 @@ class Evaluation(Frozen):
         The times that so many percent of windows and layers do not exceed.
     predicted_us_per_layer
         Predicted time of every layer in microseconds, averaged over windows [L].
+    losses
+        What the loss of a device, or a node, does, by which of them is lost; empty where every
+        expert has one copy.
     by_group
         The same for every group of the traffic that has tokens or windows.
     replayed
@@ -114,6 +119,7 @@ class Evaluation(Frozen):
     predicted_layer_us_p99: float | None = None
     predicted_us_per_layer: tuple[float, ...] | None = None
     imbalance_per_window: tuple[float, ...] = ()
+    losses: dict[str, Losses] = field(default_factory=dict)
     by_group: dict[str, Evaluation] = field(default_factory=dict)
     replayed: Replayed | None = field(default=None, repr=False, compare=False)
 
@@ -298,6 +304,9 @@ def _evaluate(
         replay.counts_of(put_in_order(traffic, order), counting, progress_of(number))
         for number, (_, order) in enumerate(served)
     ]
+    load = None
+    if any(each.placement.has_copies for each in settings):
+        load = loads_of(traffic, threads=common.threads).total_load
     evaluated = []
     for setting, *counted in zip(settings, *runs, strict=True):
         by_group = {}
@@ -315,8 +324,26 @@ def _evaluate(
                 CountsByOrder(weighed, mixed, setting), traffic, group
             )
         of_all = by_group.pop(None)
-        evaluated.append(replace(of_all, by_group=by_group))
+        losses = {} if load is None else _measure_losses(setting, load)
+        evaluated.append(replace(of_all, by_group=by_group, losses=losses))
     return evaluated
+
+
+def _measure_losses(setting: Setting, load: NDArray[np.uint64]) -> dict[str, Losses]:
+    """Compute what losses do to loads [L,E], by what is lost; nothing if experts have no copies."""
+    if not setting.placement.has_copies:
+        return {}
+    domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
+    return {
+        domain: measure_losses(
+            setting.placement,
+            load,
+            setting.topology,
+            domain,
+            has_formula=setting.split != "nearest",
+        )
+        for domain in domains
+    }
 
 
 def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None) -> Evaluation:

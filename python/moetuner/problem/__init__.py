@@ -15,6 +15,7 @@ from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.copies import SPLITS, Split
+from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity, phases
@@ -101,6 +102,9 @@ class Problem(Frozen):
         layers.
     forbidden
         Keep the expert off the device: (layer, expert, device), with None or * for all layers.
+    survive
+        Keep a copy of every expert outside every device, or every node, so that none is lost with
+        it; the busiest device after a loss counts too, as a tenth of the objective.
     fill_slots
         Leave no slot empty, as engines need it: copies of experts with few tokens fill slots in
         which no copy helps.
@@ -161,6 +165,7 @@ class Problem(Frozen):
     )
     pinned: Iterable[Pin] = setting((), ENGINE, flag="--pin", **PIN)
     forbidden: Iterable[Pin] = setting((), ENGINE, flag="--forbid", **PIN)
+    survive: Domain | None = setting(None, GOAL, choices=DOMAINS)
     fill_slots: bool = setting(False, MACHINE)
 
     def __post_init__(self) -> None:
@@ -178,6 +183,8 @@ class Problem(Frozen):
         preset = ", such as CostModel.preset('h100')"
         check.instance("cost_model", self.cost_model, CostModel, hint=preset)
         check.flag("fill_slots", self.fill_slots)
+        if self.survive is not None:
+            check.one_of("survive", self.survive, DOMAINS)
         for name in ("pinned", "forbidden"):
             rules = check.listed(name, getattr(self, name), "(layer, expert, device)")
             vars(self)[name] = tuple(rules)
@@ -206,7 +213,8 @@ class Problem(Frozen):
     @cached_property
     def rules(self) -> SlotRules:
         """Where experts must and must not be."""
-        return make_rules(self.pinned, self.forbidden, self.experts, self.capacity)
+        domain = None if self.survive is None else domains_of(self.topology, self.survive)
+        return make_rules(self.pinned, self.forbidden, self.experts, self.capacity, domain)
 
     @cached_property
     def caps(self) -> Caps:
@@ -218,8 +226,12 @@ class Problem(Frozen):
 
         These are on the load of a device in every layer [L], in time of the slowest device.
         """
+        # That a device holds an expert once spreads two copies over devices already.
+        domain = self.rules.domain if self.survive == "node" else None
         return _core.Rules(
             copies=self.may_copy,
+            min_copies=1 if self.survive is None else 2,
+            domain=[] if domain is None else domain.tolist(),
             forbidden=self.rules.forbidden,
             pinned=self.rules.pinned,
             caps=None if caps is None else caps.tolist(),
@@ -268,7 +280,7 @@ class Problem(Frozen):
         """Whether slots beyond one for each expert hold copies: where slots are given.
 
         Those that are left over only because experts do not divide by devices stay empty, unless
-        all are to be full, or an expert is pinned to several devices.
+        all are to be full, or an expert must have several copies.
         """
         counts = (self.slots_per_device, self.extra_slots, self.topology.slots_per_device)
         wanted = self.fill_slots or any(slots is not None for slots in counts)
@@ -325,6 +337,7 @@ class Problem(Frozen):
             shares=self.shares,
             cost_model=self.cost_model,
             by_groups=self.groups is not None,
+            survive=self.survive,
         )
 
     @property
@@ -395,7 +408,7 @@ class Problem(Frozen):
     def without_copies(self, *, even: bool = False) -> Problem | None:
         """Return the problem of placements with one copy of each expert; None if this is one.
 
-        None too if pins ask for copies. Its placements are placements of this problem. ``even``
+        None too if rules ask for copies. Its placements are placements of this problem. ``even``
         ones have equally many experts on all devices, as far as slots allow.
         """
         if not self.may_copy or self.rules.ask_for_copies:

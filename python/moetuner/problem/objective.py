@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
-from moetuner.evaluation import copies, figures, replay
+from moetuner.evaluation import copies, figures, losses, replay
 from moetuner.evaluation.copies import Split
+from moetuner.evaluation.losses import Domain
 from moetuner.placement import Placement, blocks
 from moetuner.problem import phases
 from moetuner.problem.caps import slowest
@@ -27,6 +28,8 @@ Goal = Literal["time", "balance", "traffic"]
 Value = TypeVar("Value")
 
 
+# Part of the objective that the busiest device after a loss is: intact load comes first.
+LOSS_SHARE = 0.1
 # Placements whose figures are cached.
 CACHED = 16
 
@@ -86,6 +89,8 @@ class Objective:
         What a layer's time is made of; None where time is not the goal.
     by_groups
         Whether groups of the traffic are weighed.
+    survive
+        What may be lost; None for nothing.
 
     Examples
     --------
@@ -109,11 +114,12 @@ class Objective:
         shares: Mapping[int | None, float],
         cost_model: CostModel | None,
         by_groups: bool,
+        survive: Domain | None = None,
     ) -> None:
         self.statistics, self.topology = statistics, topology
         self.goal, self.regime, self.split = goal, regime, split
         self.windows, self.shares = windows, shares
-        self._model, self._by_groups = cost_model, by_groups
+        self._model, self._by_groups, self.survive = cost_model, by_groups, survive
         self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,8 +136,21 @@ class Objective:
         """Return the objective of a placement, in ``unit``."""
         check.instance("placement", placement, Placement)
         if self.goal == "traffic":
-            return self.traffic(placement)
-        return float(self.worth(self.window_cost(placement).sum(axis=1)))
+            value = self.traffic(placement)
+        else:
+            value = float(self.worth(self.window_cost(placement).sum(axis=1)))
+        return value if self.survive is None else value * self._weigh_losses(placement)
+
+    def _weigh_losses(self, placement: Placement) -> float:
+        """Compute what the busiest device after a loss makes of the objective, as a factor.
+
+        It is the worst of all losses, averaged over layers; even loads have a factor of 1.
+        """
+        assert self.survive is not None
+        load, topology = self.statistics.total_load, self.topology
+        after, _ = losses.loads_after(placement, load, topology, self.survive)
+        worst = losses.compute_imbalances(after, topology, self.survive).max(axis=0).mean()
+        return float(1 + LOSS_SHARE * (worst - 1))
 
     def worth(self, costs: Floats) -> Floats:
         """Compute the value of each of several costs of windows [...,W], in ``unit``."""
@@ -159,6 +178,13 @@ class Objective:
         """Return a value with its unit, as it stands in a sentence."""
         if not check.is_number(value):
             raise TypeError(f"value must be a finite number, got {check.shown(value)}")
+        if self.survive is not None:
+            part = f"{100 * LOSS_SHARE:g} % of the busiest device's load"
+            return f"{self._text(value)}, with {part} after the loss of a {self.survive}"
+        return self._text(value)
+
+    def _text(self, value: float) -> str:
+        """Return a value with its unit, whatever is lost."""
         node = self.visit_costs[1] if self._words is WORDS["visits"] else 0.0
         if node:
             return f"fanout + {node:.3g} x node fanout = {value:.4f}"
@@ -175,7 +201,7 @@ class Objective:
     @property
     def is_predicted_time(self) -> bool:
         """Whether it is the predicted time that ``evaluate`` replays, as far as counts tell it."""
-        plain = self.windows.risk == "mean" and not self._by_groups
+        plain = self.windows.risk == "mean" and not self._by_groups and self.survive is None
         return self.goal == "time" and plain and len(self.shares) == 1
 
     @property

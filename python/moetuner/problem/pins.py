@@ -1,4 +1,4 @@
-"""Pins and bans: experts that must or must not be on a device."""
+"""Rules of slots: experts that must or must not be on a device, and copies that survive a loss."""
 
 from __future__ import annotations
 
@@ -21,37 +21,47 @@ Pin = tuple[int | None, int, int]
 class _Arguments(TypedDict):
     pinned: Iterable[Pin]
     forbidden: Iterable[Pin]
+    survive: None
 
 
 # Of a problem whose placements may be anywhere: what relaxes one takes these.
-NO_RULES: _Arguments = {"pinned": (), "forbidden": ()}
+NO_RULES: _Arguments = {"pinned": (), "forbidden": (), "survive": None}
 
 
 @dataclass(frozen=True)
 class SlotRules:
-    """Tables [L,E,D]; None where nothing is said."""
+    """Tables [L,E,D], and the failure domain of every device [D]; None where nothing is said."""
 
     pinned: NDArray[np.bool_] | None
     forbidden: NDArray[np.bool_] | None
+    domain: NDArray[np.int64] | None = None
 
     @property
     def some(self) -> bool:
         """Whether there is a rule at all."""
-        return self.pinned is not None or self.forbidden is not None
+        return any(each is not None for each in (self.pinned, self.forbidden, self.domain))
 
     @property
     def ask_for_copies(self) -> bool:
-        """Whether an expert is pinned to several devices of a layer."""
-        return self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
+        """Whether an expert must have several copies in a layer."""
+        is_pinned_twice = self.pinned is not None and bool((self.pinned.sum(axis=2) > 1).any())
+        return is_pinned_twice or self.domain is not None
 
     def are_broken(self, layer: int, held: NDArray[np.bool_]) -> bool:
-        """Return whether what devices hold of a layer [D,E] breaks a pin or a ban."""
+        """Return whether what devices hold of a layer [D,E] breaks a rule."""
         lacks = self.pinned is not None and (self.pinned[layer].T & ~held).any()
         banned = self.forbidden is not None and (self.forbidden[layer].T & held).any()
-        return bool(lacks or banned)
+        return bool(lacks or banned or (self.domain is not None and self._dies(held[None]).any()))
+
+    def _dies(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which experts have all copies in one failure domain [L,E]."""
+        assert self.domain is not None
+        domains = [held[:, self.domain == one].any(axis=1) for one in np.unique(self.domain)]
+        dies: NDArray[np.bool_] = np.sum(domains, axis=0) < 2
+        return dies
 
     def violations(self, placement: Placement) -> list[str]:
-        """Return in words which pins and bans a placement breaks."""
+        """Return in words which rules a placement breaks."""
         hosts, lines = placement.held.transpose(0, 2, 1), []
         for name, rule in (("pinned", self.pinned), ("forbidden", self.forbidden)):
             if rule is None:
@@ -63,11 +73,22 @@ class SlotRules:
                     f"{name}: expert {expert} of layer {layer} {verb} on device {device}"
                     f"{and_more(len(wrong))}"
                 )
+        if self.domain is not None:
+            dying = np.argwhere(self._dies(placement.held))
+            for layer, expert in dying[:1]:
+                lines.append(
+                    f"survive: expert {expert} of layer {layer} has no copy outside one failure "
+                    f"domain{and_more(len(dying))}"
+                )
         return lines
 
 
 def make_rules(
-    pinned: Iterable[Pin], forbidden: Iterable[Pin], experts: int, capacity: NDArray[np.int64]
+    pinned: Iterable[Pin],
+    forbidden: Iterable[Pin],
+    experts: int,
+    capacity: NDArray[np.int64],
+    domain: NDArray[np.int64] | None = None,
 ) -> SlotRules:
     """Return tables of rules for so many experts in slots [L,D], checked."""
     shape = (len(capacity), experts, capacity.shape[1])
@@ -76,7 +97,24 @@ def make_rules(
         _check_pins(must, must_not, capacity)
     if must_not is not None:
         _check_bans(must_not, must, capacity)
-    return SlotRules(must, must_not)
+    if domain is not None:
+        _check_copies(domain, experts, capacity)
+    return SlotRules(must, must_not, domain)
+
+
+def _check_copies(domain: NDArray[np.int64], experts: int, capacity: NDArray[np.int64]) -> None:
+    """Raise where slots [L,D] do not suffice for copies of all experts in two failure domains."""
+    slots = np.stack([capacity[:, domain == one].sum(axis=1) for one in np.unique(domain)])
+    if len(slots) < 2:
+        raise ArgumentError("survive needs two failure domains or more, got one", "survive")
+    # A domain of more slots than experts has no use for more first and second copies.
+    usable = np.minimum(slots, experts).sum(axis=0)
+    for layer in np.flatnonzero(usable < 2 * experts)[:1]:
+        raise ArgumentError(
+            f"survive needs two slots for each of {experts} experts, {2 * experts} in all, got "
+            f"{usable[layer]} in layer {layer}",
+            "survive",
+        )
 
 
 def _check_pins(

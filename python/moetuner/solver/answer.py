@@ -80,7 +80,8 @@ def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placem
 def _record_settings(problem: Problem) -> dict[str, Any]:
     """Return what a placement is computed for, as JSON values."""
     statistics, worth = problem.statistics, problem.objective_function
-    names = ("regime", "split", "arrival", "risk", "groups", "slots_per_device", "extra_slots")
+    names = ["regime", "split", "arrival", "risk", "groups", "survive"]
+    names += ["slots_per_device", "extra_slots"]
     settings = {name: getattr(problem, name) for name in (*names, "fill_slots")}
     cap = problem.max_imbalance
     assert problem.cost_model is not None

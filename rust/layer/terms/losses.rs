@@ -2,11 +2,14 @@
 //!
 //! An expert with `c` copies, `k` of them in a domain that is lost, brings each of the others
 //! `load (1 / (c - k) - 1 / c)` more, if copies share tokens evenly. The more partners share what a domain leaves, the less
-//! the busiest of them gets: so what a domain leaves to a device counts by its square, in parts of a device's mean load.
+//! the busiest of them gets: so what a domain leaves to a device counts by a power, in parts of a device's mean load.
 //! Experts that are lost as a whole leave nothing to anybody; that they are not is a rule (`super::super::rules`).
 
 use crate::layer::slots::Edit;
 use crate::layer::{Layer, Move, Slots};
+
+/// Power by which it counts what a domain leaves to a device: the busiest one matters.
+pub const POWER: i32 = 3;
 
 /// What it costs that devices may be lost.
 #[derive(Debug, Clone)]
@@ -17,13 +20,25 @@ pub struct Losses {
     pub cost: f64,
 }
 
+/// What counts of what a domain leaves to a device.
+fn power(left: f64) -> f64 {
+    left.powi(POWER)
+}
+
+/// By how much more that counts if it grows.
+fn grown(left: f64, more: f64) -> f64 {
+    power(left + more) - power(left)
+}
+
 /// What every domain leaves to every device, for the slots as they stand.
 #[derive(Debug, Clone)]
 pub(crate) struct LeftOver {
     /// In mean loads of a device `[F, D]`.
     left: Vec<f64>,
-    /// Sum of squares.
-    squares: f64,
+    /// Load of every expert, in mean loads of a device `[E]`.
+    load: Vec<f64>,
+    /// Sum of powers.
+    powers: f64,
     /// What the move changes that is looked at: where, and by how much.
     changed: Vec<(usize, f64)>,
     before: Vec<u16>,
@@ -34,8 +49,10 @@ impl LeftOver {
     pub(crate) fn new(layer: &Layer, losses: &Losses, slots: &Slots) -> Self {
         let domains = losses.domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
         let left = vec![0.0; domains * layer.devices()];
+        let mean = layer.load.iter().sum::<f64>() / layer.devices() as f64;
+        let load = layer.load.iter().map(|load| load / mean.max(f64::MIN_POSITIVE)).collect();
         let (changed, before, after) = (vec![], vec![], vec![]);
-        let mut fresh = Self { left, squares: 0.0, changed, before, after };
+        let mut fresh = Self { left, load, powers: 0.0, changed, before, after };
         for expert in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(expert).collect();
             fresh.leave(layer, losses, expert, &devices, 1.0);
@@ -45,14 +62,13 @@ impl LeftOver {
     }
 
     pub(crate) fn cost(&self, losses: &Losses) -> f64 {
-        self.squares * losses.cost
+        self.powers * losses.cost
     }
 
     /// What a move would add to the cost.
     pub(crate) fn change(&mut self, layer: &Layer, losses: &Losses, slots: &Slots, step: Move) -> f64 {
         self.look(layer, losses, slots, step);
-        let square = |&(at, more): &(usize, f64)| more * (2.0 * self.left[at] + more);
-        self.changed.iter().map(square).sum::<f64>() * losses.cost
+        self.changed.iter().map(|&(at, more)| grown(self.left[at], more)).sum::<f64>() * losses.cost
     }
 
     /// Follows a move that is not made yet.
@@ -80,8 +96,7 @@ impl LeftOver {
     /// Adds what the domains of an expert's copies leave to its other copies, times a sign, to what changes.
     fn leave(&mut self, layer: &Layer, losses: &Losses, expert: u16, devices: &[u16], sign: f64) {
         let domain = |device: u16| losses.domain[usize::from(device)];
-        let total: f64 = layer.load.iter().sum();
-        let load = layer.load[usize::from(expert)] * layer.devices() as f64 / total.max(f64::MIN_POSITIVE);
+        let load = self.load[usize::from(expert)];
         let copies = devices.len() as f64;
         for (n, &lost) in devices.iter().enumerate() {
             let is_first = devices[..n].iter().all(|&other| domain(other) != domain(lost));
@@ -103,7 +118,7 @@ impl LeftOver {
     /// Takes over what changes.
     fn settle(&mut self) {
         for &(at, more) in &self.changed {
-            self.squares += more * (2.0 * self.left[at] + more);
+            self.powers += grown(self.left[at], more);
             self.left[at] += more;
         }
         self.changed.clear();

@@ -1,0 +1,128 @@
+"""Losses: what becomes of a placement's experts and loads if a device, or a node, is lost.
+
+With even shares, an expert of load ``w`` that has ``c`` copies, ``k`` of them in what is lost,
+brings each of the others ``w (1 / (c - k) - 1 / c)`` more. An expert whose copies are all lost has
+to be read from disk; until then its tokens are served by nobody.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner.placement import Placement
+from moetuner.topology import Topology
+
+Floats = NDArray[np.float64]
+# What is lost at once.
+Domain = Literal["device", "node"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
+
+
+class Losses(NamedTuple):
+    """What single losses of a failure domain do.
+
+    Parameters
+    ----------
+    domain, number
+        What is lost at once, and how many there are of it.
+    fatal
+        Share of them that lose an expert of some layer.
+    experts_lost
+        Experts of a layer that have to be read from disk after a loss, mean of losses and layers.
+    imbalance_after, imbalance_after_worst
+        Busiest device after a loss / mean of those that are left, on the sum of all windows: mean
+        of losses and layers, and the largest. None where the nearest copy serves, of which there is
+        no formula.
+    """
+
+    domain: Domain
+    number: int
+    fatal: float
+    experts_lost: float
+    imbalance_after: float | None
+    imbalance_after_worst: float | None
+
+    @property
+    def sentence(self) -> str:
+        """What the loss of one of them does, in words."""
+        lost = f"no loss of a {self.domain} loses an expert"
+        if self.fatal:
+            lost = (
+                f"{100 * self.fatal:.0f} % of the losses of a {self.domain} lose an expert "
+                f"({self.experts_lost:.1f} of a layer to read from disk, on average)"
+            )
+        if self.imbalance_after is None or self.imbalance_after_worst is None:
+            return lost
+        return (
+            f"{lost}; then the busiest device has {self.imbalance_after:.2f} x the mean of those "
+            f"that are left, {self.imbalance_after_worst:.2f} at worst"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields as JSON values."""
+        return self._asdict()
+
+
+def domains_of(topology: Topology, domain: Domain) -> NDArray[np.int64]:
+    """Return the failure domain of every device [D]."""
+    if domain == "node":
+        return np.asarray(topology.node_of_device, dtype=np.int64)
+    return np.arange(topology.devices)
+
+
+def measure_losses(
+    placement: Placement,
+    load: NDArray[Any],
+    topology: Topology,
+    domain: Domain = "device",
+    *,
+    has_formula: bool = True,
+) -> Losses:
+    """Compute what single losses do to loads of experts [L,E].
+
+    Loads after a loss have a formula where copies share evenly.
+    """
+    after, lost = loads_after(placement, load, topology, domain)
+    imbalance = compute_imbalances(after, topology, domain)
+    return Losses(
+        domain=domain,
+        number=len(lost),
+        fatal=float((lost > 0).any(axis=1).mean()),
+        experts_lost=float(lost.mean()),
+        imbalance_after=float(imbalance.mean()) if has_formula else None,
+        imbalance_after_worst=float(imbalance.max()) if has_formula else None,
+    )
+
+
+def loads_after(
+    placement: Placement, load: NDArray[Any], topology: Topology, domain: Domain
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Compute loads of devices after every loss [F,L,D], and how many experts are lost [F,L]."""
+    member = domains_of(topology, domain)
+    held, weight = placement.held.astype(np.float64), np.asarray(load, dtype=np.float64)
+    copies = np.maximum(held.sum(axis=1), 1.0)
+    number = int(member.max()) + 1
+    after = np.empty((number, *held.shape[:2]))
+    lost = np.empty((number, len(held)), dtype=np.int64)
+    for domain_lost in range(number):
+        is_lost = member == domain_lost
+        gone = held[:, is_lost].sum(axis=1)
+        left = copies - gone
+        share = np.divide(weight, left, out=np.zeros_like(weight), where=left > 0)
+        after[domain_lost] = np.matmul(held, share[:, :, None])[:, :, 0]
+        after[domain_lost][:, is_lost] = 0.0
+        lost[domain_lost] = (left <= 0).sum(axis=1)
+    return after, lost
+
+
+def compute_imbalances(after: Floats, topology: Topology, domain: Domain) -> Floats:
+    """Compute the slowest device's time over that of even ones [F,L], of loads after losses."""
+    member, speed = domains_of(topology, domain), topology.speed_of_device
+    left = speed.sum() - np.bincount(member, speed)
+    total = after.sum(axis=2)
+    slowest = (after / speed).max(axis=2) * left[:, None]
+    imbalance: Floats = np.divide(slowest, total, out=np.ones_like(total), where=total > 0)
+    return imbalance

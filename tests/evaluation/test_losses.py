@@ -1,0 +1,80 @@
+"""What lost devices do to a placement: each expert, copy by copy."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from placements import random_slots
+
+import moetuner as mt
+from moetuner.evaluation.losses import DOMAINS, domains_of, measure_losses
+
+
+def lose(placement, load, topology, domain, lost):
+    """Serve every expert by the copies that are left, one by one; return loads and what is lost."""
+    member = domains_of(topology, domain)
+    served = np.zeros((placement.layers, placement.devices))
+    missing = 0
+    for layer, slots in enumerate(placement.slots):
+        for expert in range(placement.num_experts):
+            holders = [g for g, held in enumerate(slots) if expert in held and member[g] != lost]
+            missing += not holders
+            for g in holders:
+                served[layer, g] += load[layer, expert] / len(holders)
+    return served, missing
+
+
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(0, 4), st.sampled_from(DOMAINS), st.data())
+def test_losses_are_those_of_the_copies_that_are_left(layers, nodes, spare, domain, data):
+    """Loads, experts to read, and fatal losses are counted copy by copy, whatever the speeds."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    speeds = tuple(
+        data.draw(st.lists(st.sampled_from([1.0, 2.0]), min_size=2 * nodes, max_size=2 * nodes))
+    )
+    topology = mt.Topology(2 * nodes, 2, speed=speeds)
+    slots = random_slots(rng, layers, 2 * nodes, 8, spare=spare)
+    placement = mt.Placement(slots, num_experts=8)
+    load = rng.integers(0, 100, (layers, 8)).astype(np.uint64)
+    actual = measure_losses(placement, load, topology, domain)
+    member = domains_of(topology, domain)
+    after, fatal, missing = [], [], []
+    for lost in range(member.max() + 1):
+        served, gone = lose(placement, load, topology, domain, lost)
+        left = np.asarray(topology.speed_of_device)[member != lost].sum()
+        total = served.sum(axis=1)
+        slowest = (served / topology.speed_of_device).max(axis=1) * left
+        after.append(np.where(total > 0, slowest / np.maximum(total, 1), 1.0))
+        fatal.append(gone > 0)
+        missing.append(gone / layers)
+    assert actual.number == len(after)
+    assert actual.fatal == np.mean(fatal)
+    assert actual.experts_lost == pytest.approx(np.mean(missing))
+    assert actual.imbalance_after == pytest.approx(np.mean(after))
+    assert actual.imbalance_after_worst == pytest.approx(np.max(after))
+
+
+TWICE = mt.Placement([[[0, 1], [1, 0], [2, 3], [3, 2]]])
+
+
+def test_an_evaluation_says_what_losses_do():
+    """Of devices and of nodes, in words too; nothing where every expert is once."""
+    traffic = mt.RoutingStatistics.from_load([[[4, 4, 4, 4]]])
+    losses = mt.evaluate(TWICE, traffic, mt.Topology(4, 2)).losses
+    assert (losses["device"].fatal, losses["node"].fatal) == (0, 1)
+    assert losses["node"].experts_lost == 2
+    assert losses["device"].imbalance_after == 1.5
+    assert losses["device"].sentence == (
+        "no loss of a device loses an expert; then the busiest device has 1.50 x the mean of those "
+        "that are left, 1.50 at worst"
+    )
+    assert "100 % of the losses of a node lose an expert (2.0 of a layer" in losses["node"].sentence
+    single = mt.RoutingStatistics.from_load([[[1, 1]]])
+    assert mt.evaluate(mt.Placement([[[0], [1]]]), single).losses == {}
+
+
+def test_where_the_nearest_copy_serves_there_is_no_formula():
+    """Which experts are lost is known there, and loads after a loss are not."""
+    traffic = mt.RoutingStatistics.from_load([[[4, 4, 4, 4]]])
+    losses = mt.evaluate(TWICE, traffic, split="nearest").losses["device"]
+    assert (losses.fatal, losses.imbalance_after, losses.imbalance_after_worst) == (0, None, None)
+    assert losses.sentence == "no loss of a device loses an expert"

@@ -1,0 +1,129 @@
+"""Placements that survive: no device, or node, holds all copies of an expert."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.evaluation.losses import DOMAINS, domains_of, measure_losses
+
+
+def survives(placement, topology, domain):
+    """Whether every expert has copies in two failure domains, counted one by one."""
+    member = domains_of(topology, domain)
+    return all(
+        len({member[g] for g, held in enumerate(slots) if expert in held}) > 1
+        for slots in placement.slots
+        for expert in range(placement.num_experts)
+    )
+
+
+def skewed(layers=3, experts=16, windows=4, seed=0):
+    """Load tables of experts that are busy in different degrees."""
+    rng = np.random.default_rng(seed)
+    load = rng.poisson(rng.gamma(1.0, 200.0, (1, layers, experts)), (windows, layers, experts))
+    return mt.RoutingStatistics.from_load(load + 1)
+
+
+@given(
+    st.sampled_from(DOMAINS),
+    st.sampled_from(["joint", "heuristic", "quick", "eplb", "lpt"]),
+    st.sampled_from(["balance", "time"]),
+    st.booleans(),
+    st.integers(0, 2),
+    st.integers(0, 99),
+)
+def test_every_answer_survives(domain, method, goal, fill, spare, seed):
+    """Searches and the packing keep the rule, with slots to spare and without, full or not."""
+    topology = mt.Topology(4, 2)
+    problem = mt.Problem(
+        skewed(seed=seed, layers=2, experts=8),
+        topology,
+        slots_per_device=4 + spare,
+        objective=goal,
+        survive=domain,
+        fill_slots=fill,
+    )
+    result = mt.solve(problem, method, iterations=50)
+    if method in ("joint", "heuristic", "quick"):
+        assert result.status != "violates rules"
+        assert survives(result.placement, topology, domain)
+    broken = [line for line in problem.violations(result.placement) if line.startswith("survive")]
+    assert bool(broken) == (not survives(result.placement, topology, domain))
+
+
+def test_partners_are_spread():
+    """After a loss the busiest device has less to do than if copies balance loads alone."""
+    statistics, topology = skewed(layers=2, experts=32, windows=1), mt.Topology(8)
+    kept = {
+        name: mt.solve(
+            mt.Problem(
+                statistics, topology, slots_per_device=10, objective="balance", survive=survive
+            )
+        ).placement
+        for name, survive in (("spread", "device"), ("plain", None))
+    }
+    spread, plain = (
+        measure_losses(kept[name], statistics.total_load, topology) for name in ("spread", "plain")
+    )
+    assert spread.fatal == 0 < plain.fatal
+    quick = mt.solve(
+        mt.Problem(
+            statistics, topology, slots_per_device=10, objective="balance", survive="device"
+        ),
+        "quick",
+    ).placement
+    packed = measure_losses(quick, statistics.total_load, topology)
+    assert spread.imbalance_after_worst < packed.imbalance_after_worst
+    assert mt.evaluate(kept["spread"], statistics).imbalance < 1.03
+
+
+def test_the_objective_weighs_losses():
+    """The worst load after a loss, averaged over layers, makes a tenth of the value."""
+    statistics, topology = skewed(windows=1), mt.Topology(4)
+    options = {"slots_per_device": 8, "objective": "balance"}
+    plain = mt.Problem(statistics, topology, **options)
+    problem = mt.Problem(statistics, topology, survive="device", **options)
+    placement = mt.solve(problem, "quick").placement
+    worst = [
+        measure_losses(
+            mt.Placement(placement.slots[layer : layer + 1], num_experts=16),
+            statistics.total_load[layer : layer + 1],
+            topology,
+        ).imbalance_after_worst
+        for layer in range(3)
+    ]
+    factor = 1 + 0.1 * (np.mean(worst) - 1)
+    assert problem.value(placement) == pytest.approx(plain.value(placement) * factor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots_per_device": 7}, "two slots for each of 16 experts, 32 in all, got 28 in layer 0"),
+        ({"slots_per_device": 8, "survive": "node"}, "two failure domains or more, got one"),
+        (
+            {"slots_per_device": 8, "survive": "rack"},
+            "survive must be one of device, node, got 'rack'",
+        ),
+        ({"slots_per_device": [20, 2, 2, 2]}, "32 in all, got 22 in layer 0"),
+    ],
+)
+def test_what_cannot_survive_is_refused(options, message):
+    """Too few slots, one domain, or none: one line with what it needs."""
+    with pytest.raises(ValueError, match=message):
+        mt.Problem(skewed(), mt.Topology(4), **{"survive": "device", **options})
+
+
+def test_a_running_placement_is_repaired():
+    """What runs and dies with a device survives after few moves."""
+    statistics, topology = skewed(layers=1, experts=8), mt.Topology(4)
+    slots = [[[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, -1]]]
+    running = mt.Placement(slots, num_experts=8)
+    problem = mt.Problem(
+        statistics, topology, slots_per_device=4, objective="balance", survive="device"
+    )
+    result = mt.solve(problem, initial=running, move_budget=1, expert_bytes=1)
+    assert survives(result.placement, topology, "device")
+    assert running.diff(result.placement).experts_moved == 1
