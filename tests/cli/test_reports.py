@@ -121,6 +121,25 @@ def test_python_writes_the_same_pages(tmp_path):
         assert 4 <= text.count("<section") <= 10
 
 
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [((), "without the map"), (("--for", "sglang"), "start SGLang without --init-expert-location")],
+)
+def test_the_way_back_stands_below_the_next_commands(ok, skewed, tmp_path, engine, words):
+    """The last line says what takes the placement away, where one is proposed."""
+    out = ok("advise", skewed, *FEW, *engine, "--json", tmp_path / "a.json").splitlines()
+    assert out[-1].startswith("  # to go back: ")
+    assert out[-1].endswith(words)
+    assert out[-1].endswith(json.loads((tmp_path / "a.json").read_text())["go_back"])
+
+
+def test_an_engine_without_expert_parallelism_is_refused_with_the_reason(run, skewed):
+    """One line, which is no list of choices."""
+    status, out, err = run("advise", skewed, *FEW, "--for", "llama.cpp")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "splits layers or weights over devices, not experts" in err
+
+
 def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):
     """One line names the extra."""
 

@@ -21,6 +21,7 @@ from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.formats import serving_commands
+from moetuner.formats.engines import ENGINES
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
@@ -120,13 +121,18 @@ def command(
     commands = next_commands(source, advice, unseen)
     _show(output, advice)
     output.next_commands(commands)
+    go_back = _go_back(advice)
+    if go_back is not None:
+        output.say(f"  # to go back: {go_back}")
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
+    contents["go_back"] = go_back
     pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents))
     output.finish(contents)
 
 
 def _show(output: Output, advice: Advice) -> None:
     """Print the answer, why, the figures it rests on, and copies where they pay."""
+    output.say("")
     output.verdict(advice.answer, advice.sentence)
     output.say(*(f"- {reason}" for reason in (*advice.reasons[1:], *_write_moving(advice))))
     output.say(*(f"! {warning}" for warning in advice.warnings), "")
@@ -308,6 +314,14 @@ def _judging(
         slots = problem.slots + advice.more - advice.knee
         commands.append(solve(slots, "the one with more memory", out_file="more.json"))
     return commands
+
+
+def _go_back(advice: Advice) -> str | None:
+    """Return what takes the placement away again; None where none is proposed."""
+    if advice.answer != "worth a trial":
+        return None
+    engine = advice.settings["engine"]
+    return "start the engine without the map" if engine is None else ENGINES[engine].go_back
 
 
 def _serving(source: Source, advice: Advice) -> list[str]:

@@ -43,6 +43,8 @@ class Engine:
     serve
         The command that serves ``placement.json``, or its map ``experts.json``, on so many
         ``devices`` with so many ``redundant`` slots; empty where the engine's page has it.
+    go_back
+        What takes the placement away again.
     """
 
     title: str
@@ -53,7 +55,12 @@ class Engine:
     repeated: str = ""
     has_low_latency: bool = False
     serve: str = ""
+    go_back: str = "serve MODEL, whose files stay as they were"
 
+
+# What serves models without placing whole experts on devices, and why that leaves nothing to place.
+NOTHING_TO_PLACE = "it splits layers or weights over devices, not experts, so nothing is to place"
+NO_ENGINES = dict.fromkeys(("llama.cpp", "ollama", "lmstudio"), NOTHING_TO_PLACE)
 
 ENGINES: dict[str, Engine] = {
     "vllm": Engine(
@@ -64,6 +71,7 @@ ENGINES: dict[str, Engine] = {
         serve="MOETUNER_PLACEMENT=placement.json vllm serve MODEL --tensor-parallel-size {devices} "
         "--enable-expert-parallel --enable-eplb "
         """--eplb-config '{{"num_redundant_experts": {redundant}}}'""",
+        go_back="start vLLM without MOETUNER_PLACEMENT",
     ),
     "sglang": Engine(
         "SGLang",
@@ -73,10 +81,20 @@ ENGINES: dict[str, Engine] = {
         has_low_latency=True,
         serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
         "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
+        go_back="start SGLang without --init-expert-location",
     ),
-    "tensorrt-llm": Engine("TensorRT-LLM", "round_robin", "in turns"),
+    "tensorrt-llm": Engine(
+        "TensorRT-LLM",
+        "round_robin",
+        "in turns",
+        go_back="start TensorRT-LLM without load_balancer",
+    ),
     "vllm-ascend": Engine(
-        "vllm-ascend", "even", "one for each device, in turns over devices", repeated="refuses it"
+        "vllm-ascend",
+        "even",
+        "one for each device, in turns over devices",
+        repeated="refuses it",
+        go_back="start vLLM without expert_map_path",
     ),
     "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False),
     "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False),

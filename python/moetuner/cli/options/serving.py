@@ -13,7 +13,7 @@ from moetuner._checks import ArgumentError, one_of
 from moetuner.cli.options import SIZE, Text, flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
-from moetuner.formats.engines import ENGINES, engine_settings
+from moetuner.formats.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
@@ -41,8 +41,18 @@ def setting_option(name: str) -> Any:
     return option(kind, is_flag=kind is None, **keywords)
 
 
+class EngineChoice(click.Choice[str]):
+    """An engine of the table; of others that people ask for it says why they are not in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name of an engine."""
+        if (why := NO_ENGINES.get(str(value).lower())) is not None:
+            self.fail(f"moetuner does not help {value}: {why}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 ENGINE_OPTION = option(
-    click.Choice(list(ENGINES)),
+    EngineChoice(list(ENGINES)),
     group=ENGINE,
     flag="--for",
     help="Engine that loads the placement. It sets regime, split and arrival, unless their options "

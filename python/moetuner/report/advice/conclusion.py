@@ -154,9 +154,7 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     model = advice.problem.cost_model
     assert model is not None
     assumed = assumed_model(model)
-    warnings.append(
-        model.origin if assumed is None else f"Times are predicted, not measured: {assumed}"
-    )
+    warnings.append(model.origin if assumed is None else assumed)
     if main.window is None:
         warnings.append(
             "A load table does not say which experts a token chose together, so traffic is an "
