@@ -99,7 +99,6 @@ def test_sentences_fit_a_terminal_and_commands_and_tables_stay_whole(columns, mo
     assert {row[:2] for row in rows[len(rows) // 2 + 1 :]} == {"  "}
 
 
-@pytest.mark.usefixtures("brief")
 def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
     """Verdict, phases, reasons, one table without empty columns, and next steps, of two nodes."""
     monkeypatch.setenv("COLUMNS", "100")
