@@ -90,7 +90,6 @@ impl LayerRules {
             domain: self.domain.clone(),
             max_copies: if self.is_single { 1 } else { plain.max_copies },
             cap: self.caps.get(layer).copied().unwrap_or(plain.cap),
-            ..plain
         }
     }
 

@@ -97,14 +97,14 @@ impl LeftOver {
     fn leave(&mut self, layer: &Layer, losses: &Losses, expert: u16, devices: &[u16], sign: f64) {
         let domain = |device: u16| losses.domain[usize::from(device)];
         let load = self.load[usize::from(expert)];
-        let copies = devices.len() as f64;
+        let copies = devices.len();
         for (n, &lost) in devices.iter().enumerate() {
             let is_first = devices[..n].iter().all(|&other| domain(other) != domain(lost));
-            let gone = devices.iter().filter(|&&other| domain(other) == domain(lost)).count() as f64;
+            let gone = devices.iter().filter(|&&other| domain(other) == domain(lost)).count();
             if !is_first || gone == copies {
                 continue;
             }
-            let more = sign * load * (1.0 / (copies - gone) - 1.0 / copies);
+            let more = sign * load * (1.0 / (copies - gone) as f64 - 1.0 / copies as f64);
             for &device in devices.iter().filter(|&&device| domain(device) != domain(lost)) {
                 let at = usize::from(domain(lost)) * layer.devices() + usize::from(device);
                 match self.changed.iter_mut().find(|(place, _)| *place == at) {
