@@ -88,21 +88,21 @@ class Comparison(Frozen):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Interval of 95 % of the gain; None where there are too few units for one."""
-        if self.is_too_few or self.change.interval is None:
+        """Interval of 95 % of the gain; None of a single unit. Of few units it says nothing yet."""
+        if self.change.interval is None:
             return None
         low, high = self.change.interval
         return 0.0 - high, 0.0 - low
 
     @property
     def low(self) -> float | None:
-        """Lower end of the interval."""
-        return self.interval and self.interval[0]
+        """Lower end of the interval; None where there are too few units to conclude anything."""
+        return None if self.is_too_few or self.interval is None else self.interval[0]
 
     @property
     def high(self) -> float | None:
-        """Upper end of the interval."""
-        return self.interval and self.interval[1]
+        """Upper end of the interval; None where there are too few units to conclude anything."""
+        return None if self.is_too_few or self.interval is None else self.interval[1]
 
     @property
     def units(self) -> int:
@@ -123,14 +123,13 @@ class Comparison(Frozen):
         evidence"``: other traffic of the kind may show the contrary, or another split does.
         ``"too few"``: below five units.
         """
-        if self.interval is None:
+        if self.low is None or self.high is None:
             return "too few"
         if any(each * self.gain < 0 for each in self.splits):
             return "no evidence"
-        low, high = self.interval
-        if low > 0:
+        if self.low > 0:
             return "worth it" if self.gain > self.price else "certain but small"
-        return "worse" if high < 0 else "no evidence"
+        return "worse" if self.high < 0 else "no evidence"
 
     @property
     def is_worth_it(self) -> bool:
@@ -144,10 +143,10 @@ class Comparison(Frozen):
 
     @property
     def sure(self) -> str:
-        """The interval of that; empty where it has none."""
-        if self.interval is None:
+        """The interval of that; empty where it has none that says something."""
+        if self.low is None or self.high is None:
             return ""
-        ends = self.interval if self.gain >= 0 else (-self.interval[1], -self.interval[0])
+        ends = (self.low, self.high) if self.gain >= 0 else (-self.high, -self.low)
         low, high = (round(100 * end, 1) + 0.0 for end in ends)
         return f"95 % interval {low:.1f} to {high:.1f} %"
 
@@ -185,7 +184,7 @@ class Comparison(Frozen):
             "high": high,
             "kind": kind,
             "splits": list(self.splits),
-            "interval": None if self.interval is None else list(self.interval),
+            "interval": None if self.low is None else [self.low, self.high],
             "units": self.units,
             "group": self.group,
             "behind": None if self.behind is None else self.behind.to_dict(),

@@ -81,6 +81,12 @@ class Judgement(Frozen):
         """What all traffic gains, in the figure that the verdict is on."""
         return self.whole[self.measure]
 
+    # Programs outside the package read an advice's by this name.
+    @property
+    def figures(self) -> Comparisons:
+        """All traffic, by figure, which is ``whole``."""
+        return self.whole
+
     @property
     def gains(self) -> Comparisons:
         """Figures of which there is something to save."""

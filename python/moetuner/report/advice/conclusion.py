@@ -209,7 +209,7 @@ def interval(gain: Comparison) -> str:
 
 def _write_with_interval(gain: Comparison) -> str:
     """Write a gain with its interval, if it has one."""
-    ends = "" if gain.interval is None else f" (95 % interval {span(gain.low, gain.high)})"
+    ends = "" if gain.low is None else f" (95 % interval {span(gain.low, gain.high)})"
     return f"{signed(gain.gain)}{ends}"
 
 
@@ -367,7 +367,9 @@ def _write_gains(advice: Advice) -> list[str]:
 def _write_over_eplb(judged: list[Judgement]) -> str:
     """Write what the proposed placement gains over EPLB's, by phase where there are two."""
     gains = [judgement.gain for judgement in judged]
-    intervals = [f" ({span(*gain.interval)})" if gain.interval else "" for gain in gains]
+    intervals = [
+        f" ({span(gain.low, gain.high)})" if gain.low is not None else "" for gain in gains
+    ]
     parts = [
         f"{name_phase(judgement)} " * (len(judged) > 1) + signed(judgement.gain.gain) + ends
         for judgement, ends in zip(judged, intervals, strict=True)
