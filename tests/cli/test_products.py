@@ -38,6 +38,7 @@ READING = """
 --window 64
 --tokens-per-step 16 --top-k 2
 --only a
+--group-by files
 --num-experts 8
 --hidden-layers 2 --dense-layers none
 --devices 4 --devices-per-node 2

@@ -12,6 +12,7 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import JUDGING, RUNNING, SEARCH, option
+from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import initial_option, is_start
 from moetuner.cli.options.pages import Pages, origin_of
@@ -109,7 +110,9 @@ def command(
     arguments |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
     described = [source.describe()]
     if unseen:
-        future = replace(source, input_files=unseen)
+        # Names in a file are those of INPUT's windows or sequences.
+        names = source.group_by if source.group_by == FILES else None
+        future = replace(source, input_files=unseen, group_by=names)
         advising.check_unseen(source.traffic, future.traffic)  # before anything is said
         arguments["unseen"] = future.traffic
         described.append(f"Judged on {future.describe()}")

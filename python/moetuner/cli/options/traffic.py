@@ -16,6 +16,7 @@ from moetuner.cli.options import (
     COUNT,
     IN_INPUT,
     FileHints,
+    FileText,
     Number,
     Text,
     argument,
@@ -23,6 +24,7 @@ from moetuner.cli.options import (
     option,
     threads_option,
 )
+from moetuner.cli.options.groups import FILES, group_input
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
 from moetuner.evaluation import Evaluation
@@ -134,6 +136,9 @@ class Source(FileHints):
     ----------
     only
         Use the tokens of this group alone; may be repeated.
+    group_by
+        Groups of INPUT: a file with one name per sequence, window of counts or file, or files for a
+        group per file. [default: as INPUT says]
     window
         Tokens per window; load is balanced in every window. Statistics have windows of their own.
         [default: 512 for a trace]
@@ -152,6 +157,7 @@ class Source(FileHints):
         "INPUT...", IN_INPUT, nargs=-1, required=True, callback=parse_files
     )
     only: tuple[str, ...] = option(str, "GROUP", (), multiple=True)
+    group_by: str | None = option(FileText(words=(FILES,)), "FILE|FILE.csv:COLUMN|files")
     window: int | None = option(COUNT, "TOKENS", group=GOAL)
     tokens_per_step: int | None = option(COUNT, "N", group=GOAL)
     model: str | None = option(Text(read_model, words=MODELS), "NAME", group=ENGINE)
@@ -162,9 +168,19 @@ class Source(FileHints):
     def recorded(self) -> Traffic:
         """What INPUT holds, of all groups or of some."""
         with working(f"reading {self.input_files[0].name}"):
-            traffic = open_input(self.input_files, window=self.window, **self.hints)
+            traffic = self._read()
         self._check_model(traffic)
         return only_groups(traffic, self.only) if self.only else traffic
+
+    def _read(self) -> Traffic:
+        """Read INPUT, with the groups that it brings or that an option names."""
+
+        def read(paths: Sequence[Path]) -> Traffic:
+            return open_input(paths, window=self.window, **self.hints)
+
+        if self.group_by is None:
+            return read(self.input_files)
+        return group_input(self.group_by, self.input_files, read)
 
     def _check_model(self, traffic: Traffic) -> None:
         """Refuse a model that has another number of experts."""

@@ -257,12 +257,12 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
             line = (
                 f"neighbouring windows are alike, so the unseen ones are worth {number} "
                 f"independent windows, and {least} for an interval of the gain; record longer, or "
-                "with sequences."
+                f"with sequences{_suggest_groups(advice)}."
             )
             if number < 2:
                 line = (
                     "the windows are too alike to tell what is chance: even distant ones resemble "
-                    "each other; record longer, or with sequences."
+                    f"each other; record longer, or with sequences{_suggest_groups(advice)}."
                 )
         return "not enough evidence", line
     if "worth it" in answers:
@@ -274,6 +274,13 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
         f"the gain is {_write_with_interval(main)}: too uncertain to say whether it pays; "
         "record more"
     )
+
+
+def _suggest_groups(advice: Advice) -> str:
+    """Write how windows of several kinds are told apart, where the traffic has no groups."""
+    replayed = advice.main.after.replayed
+    has_groups = replayed is None or replayed.traffic.group is not None
+    return "" if has_groups else "; if windows are of several kinds, name them: --group-by FILE"
 
 
 def _write_groups(advice: Advice) -> str:

@@ -1,0 +1,90 @@
+"""--group-by: groups for INPUT that brings none, named by a file or by INPUT's files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from moetuner.evaluation.replay import Traffic
+from moetuner.formats import own
+from moetuner.trace import RoutingTrace
+
+# Stands for the names of INPUT's files.
+FILES = "files"
+
+
+def read_names(text: str) -> list[str]:
+    """Read a name from every line of a file, or from a column: FILE.csv:COLUMN."""
+    path, column = Path(text), ""
+    if not path.is_file():
+        file, _, column = text.rpartition(":")
+        path = Path(file)
+    if not path.is_file():
+        raise click.UsageError(f"'--group-by' must be a file, FILE:COLUMN or files, got '{text}'.")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    if not column:
+        names = [line.strip() for line in lines]
+    else:
+        rows = csv.DictReader(lines)
+        if column not in (rows.fieldnames or ()):
+            columns = ", ".join(rows.fieldnames or ())
+            raise click.UsageError(f"'--group-by': {path} has no column {column}, but {columns}.")
+        names = [str(row[column]).strip() for row in rows]
+    if "" in names:
+        raise click.UsageError(f"'--group-by': line {names.index('') + 1} of {path} has no name.")
+    return names
+
+
+def group_input(
+    text: str, paths: Sequence[Path], read: Callable[[Sequence[Path]], Traffic]
+) -> Traffic:
+    """Return what files hold, with the groups that ``--group-by`` names.
+
+    Names are of sequences, in the order of their labels, of windows of counts, or of files.
+    """
+    if text == FILES:
+        return _group_files(paths, [path.stem for path in paths], read)
+    names, traffic = read_names(text), read(paths)
+    is_trace = isinstance(traffic, RoutingTrace)
+    if not isinstance(traffic, RoutingTrace):
+        size = traffic.windows
+        part_of = np.arange(size)
+    elif traffic.sequence is not None:
+        sequences, part_of = np.unique(traffic.sequence, return_inverse=True)
+        size = len(sequences)
+    else:
+        size, part_of = 0, np.zeros(0, np.int64)
+    if len(names) == size:
+        labels = list(dict.fromkeys(names))
+        numbers = np.array([labels.index(name) for name in names])
+        return _label(traffic, numbers[part_of], labels)
+    if len(names) == len(paths):
+        return _group_files(paths, names, read)
+    parts = f"{size} {'sequences' if is_trace else 'windows'}"
+    raise click.UsageError(
+        f"'--group-by' must have a name for each of {parts} or {len(paths)} files, "
+        f"got {len(names)} names."
+    )
+
+
+def _label(traffic: Traffic, group: Any, names: Sequence[str]) -> Traffic:
+    """Return traffic with the groups of its tokens, or windows."""
+    return replace(traffic, group=group, group_names=tuple(names))
+
+
+def _group_files(
+    paths: Sequence[Path], names: Sequence[str], read: Callable[[Sequence[Path]], Traffic]
+) -> Traffic:
+    """Return what files hold, each of them in a group."""
+    parts: list[Traffic] = []
+    for path, name in zip(paths, names, strict=True):
+        part = read([path])
+        length = part.tokens if isinstance(part, RoutingTrace) else part.windows
+        parts.append(_label(part, np.zeros(length, np.int64), [name]))
+    return own.join(parts)

@@ -1,0 +1,73 @@
+"""--group-by: groups for INPUT that brings none."""
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+
+pytestmark = pytest.mark.usefixtures("brief")
+
+KINDS = ["code", "prose"] * 20
+
+
+@pytest.fixture
+def load():
+    """Draw loads of 40 windows."""
+    return np.random.default_rng(0).poisson(500, (40, 2, 8)) * (1 + np.arange(8) % 4)
+
+
+def test_a_name_per_window_is_as_groups_in_the_file(as_json, load, tmp_path):
+    """Windows of counts get the groups that a file of loads may bring itself."""
+    own, bare, names = (tmp_path / name for name in ("own.npz", "bare.npz", "names.txt"))
+    np.savez(own, load=load, group=np.arange(40) % 2, group_names=["code", "prose"])
+    np.savez(bare, load=load)
+    names.write_text("\n".join(KINDS) + "\n")
+    words = ("--devices", 4, "--copies", 0, "--splits", 1)
+    expected = as_json("advise", own, *words)
+    actual = as_json("advise", bare, *words, "--group-by", names)
+    assert set(actual["judged"][0]["groups"]) == {"code", "prose"}
+    assert actual["judged"][0]["whole"] == expected["judged"][0]["whole"]
+    assert f"--group-by {names}" in " ".join(actual["commands"])
+
+
+def test_a_column_names_sequences_and_files_name_themselves(as_json, make_trace, tmp_path):
+    """Names are of sequences in the order of their labels; several files are a group each."""
+    tokens = make_trace(200, labelled=False).expert_ids
+    traces = [tmp_path / name for name in ("code.safetensors", "prose.safetensors")]
+    sequence = np.arange(200) // 5
+    for path in traces:
+        mt.RoutingTrace.from_arrays(tokens, num_experts=8, sequence=sequence).save(path)
+    column = tmp_path / "names.csv"
+    column.write_text("id,kind\n" + "".join(f"{n},{kind}\n" for n, kind in enumerate(KINDS)))
+    named = as_json("inspect", traces[0], "--devices", 4, "--group-by", f"{column}:kind")
+    assert named["input"]["group_names"] == ["code", "prose"]
+    each = as_json("inspect", *traces, "--devices", 4, "--group-by", "files")
+    assert each["input"]["group_names"] == ["code", "prose"]
+
+
+@pytest.mark.parametrize(
+    ("names", "column", "words"),
+    [
+        ("a\nb\nc\n", "", "a name for each of 40 windows or 1 files, got 3 names"),
+        ("a\n\nb\n", "", "line 2 of"),
+        ("id,kind\n1,a\n", ":sort", "has no column sort, but id, kind"),
+    ],
+)
+def test_names_that_fit_nothing_are_refused(run, load, tmp_path, names, column, words):
+    """One line with what is there."""
+    table, file = tmp_path / "load.npz", tmp_path / "names.csv"
+    np.savez(table, load=load)
+    file.write_text(names)
+    status, out, err = run("inspect", table, "--devices", 4, "--group-by", f"{file}{column}")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_windows_that_are_too_alike_name_the_remedy(ok, tmp_path):
+    """Where there is no evidence and no group, the sentence says how to name kinds."""
+    table = tmp_path / "load.npz"
+    kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))
+    np.savez(table, load=np.repeat(kinds, 3, axis=0))
+    out = ok("advise", table, "--devices", 4, "--copies", 0, "--splits", 1)
+    assert "Not enough evidence" in out
+    assert "--group-by FILE" in out
