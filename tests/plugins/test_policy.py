@@ -332,3 +332,35 @@ def test_what_is_said_of_a_map(case):
     if load.any():
         expected = load.sum() / (ranks * slowest(load, new, ranks).sum())
     assert engine.balancedness(mapped) == pytest.approx(expected)
+
+
+@given(
+    st.integers(2, 5), st.integers(3, 6), st.sets(st.integers(0, 4), max_size=3), st.integers(0, 99)
+)
+def test_lost_ranks_stay_empty_and_nothing_is_lost_with_them(ranks, width, lost, seed):
+    """Whatever the budget, all experts are on ranks that are left, and nothing else moves."""
+    lost, experts = {rank for rank in lost if rank < ranks}, 6
+    load = np.random.default_rng(seed).gamma(1.0, 100.0, (2, experts))
+    running = rebalance_experts(load, ranks * width, None, 1, ranks)
+    sizes = (ranks * width, None, 1, ranks)
+    if (ranks - len(lost)) * width < experts:
+        with pytest.raises(ValueError, match=f"a slot for each of {experts} experts"):
+            rebalance_experts(load, *sizes, running, dead=lost)
+        return
+    answer = rebalance_experts(load, *sizes, running, dead=lost, budget=0)
+    before, after = (table.reshape(2, ranks, width) for table in (running, answer))
+    for layer in range(2):
+        kept = [rank for rank in range(ranks) if rank not in lost]
+        assert {*after[layer, kept].ravel().tolist()} == set(range(experts))
+        assert (after[layer, sorted(lost)] == -1).all()
+        missing = set(range(experts)) - {*before[layer, kept].ravel().tolist()}
+        brought = sum(
+            len({*after[layer, rank].tolist()} - {*before[layer, rank].tolist()}) for rank in kept
+        )
+        assert brought <= len(missing) if lost else brought == 0
+
+
+def test_a_lost_rank_is_one_of_them():
+    """A rank that is none is refused, with the range."""
+    with pytest.raises(ValueError, match="dead must be from 0 to 1, got 2"):
+        rebalance_experts([[4, 3, 2, 1]], 6, None, 1, 2, dead=[2])

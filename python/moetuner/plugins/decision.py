@@ -6,13 +6,21 @@ answer is a function of the arguments alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moetuner._checks import DEVICE_LIMIT, SLOT_LIMIT, array_in, at_least, numbers_in, whole_number
+from moetuner._checks import (
+    DEVICE_LIMIT,
+    SLOT_LIMIT,
+    array_in,
+    at_least,
+    listed,
+    numbers_in,
+    whole_number,
+)
 from moetuner.placement import EMPTY, difference, find_holders
 from moetuner.router_groups import assign_nodes, count_nodes
 from moetuner.solver.rebalancing import (
@@ -47,6 +55,7 @@ def rebalance_experts(
     deviations: float = DEVIATIONS,
     profile: RoutingStatistics | None = None,
     traffic: float = TRAFFIC,
+    dead: Collection[int] = (),
 ) -> NDArray[np.int64]:
     """Return the expert of every slot [L,P] for live loads, as engines ask for it.
 
@@ -80,6 +89,9 @@ def rebalance_experts(
         Statistics with co-activation, of traffic like this: then a token's visits count as well.
     traffic
         Time of a token's visit of a rank, as a part of what an expert takes for a token.
+    dead
+        Ranks that are lost: their slots are -1 in the answer, and what they held is brought to the
+        others, whatever the budget is. Nodes and groups do not count then: who is left is uneven.
 
     Raises
     ------
@@ -95,7 +107,29 @@ def rebalance_experts(
     # Where a profile has fewer layers, those without load are dense.
     case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
     limits = MoveLimits(budget, dead_zone, deviations, traffic)
-    return case.make_map(case.rebalance(limits, profile).slots)
+    layers, ranks, width = case.slots.shape
+    lost = _read_dead(dead, ranks)
+    if not lost.any():
+        return case.make_map(case.rebalance(limits, profile).slots)
+    # The ranks that are left are all there is.
+    left = case.slots[:, ~lost].reshape(layers, -1)
+    if left.shape[1] < case.experts:
+        raise ValueError(
+            f"dead must leave a slot for each of {case.experts} experts, got {left.shape[1]} slots"
+        )
+    rest = Case.of(weight, left.shape[1], None, 1, ranks - int(lost.sum()), left, sparse=())
+    answer = np.full((layers, ranks, width), EMPTY, dtype=np.int64)
+    served = rest.make_map(rest.rebalance(limits, profile).slots)
+    answer[:, ~lost] = served.reshape(layers, -1, width)
+    return answer.reshape(layers, -1)
+
+
+def _read_dead(dead: Collection[int], ranks: int) -> NDArray[np.bool_]:
+    """Return which of so many ranks are lost [D], checked."""
+    lost = np.zeros(ranks, dtype=bool)
+    for rank in listed("dead", dead, "ranks"):
+        lost[whole_number("dead", rank, lowest=0, highest=ranks - 1)] = True
+    return lost
 
 
 @dataclass(frozen=True)
