@@ -213,21 +213,20 @@ def evaluate(
     >>> mt.evaluate(mt.Placement([[[0, 2], [1, 3]]]), trace).fanout
     2.0
     """
-    topology = topology_of(placement, topology)
-    cost_model = times_of(traffic, cost_model)
-    setting = Setting(
-        placement,
+    return evaluate_each(
+        [placement],
+        traffic,
         topology,
         window=window,
         split=split,
-        cost_model=cost_model,
+        cost_model=times_of(traffic, cost_model),
         regime=regime,
         arrival=arrival,
+        home=home,
         mixed=mixed,
         mixed_seed=mixed_seed,
         threads=threads,
-    )
-    return _evaluate([setting], traffic, home)[0]
+    )[0]
 
 
 def evaluate_each(
