@@ -226,7 +226,7 @@ def _time(us: float) -> str:
 def _write_moving(advice: Advice) -> list[str]:
     """Write what has to be moved, and when that has paid."""
     moving = advice.moving
-    if not moving.experts:
+    if not moving.experts or advice.answer == "not now":
         return []
     text = f"To move: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
     if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:

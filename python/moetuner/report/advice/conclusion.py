@@ -362,7 +362,7 @@ def _write_gains(advice: Advice) -> list[str]:
     nothing = _name_nothing(advice.main, advice.settings["price"], advice.settings["regime"])
     if len(advice.copies) > 1 and not _copies_pay(advice):
         slots = counted(max(row.per_device for row in advice.copies), "more slot")
-        nothing.append(f"nothing to win with copies ({slots} per device and layer)")
+        nothing.append(f"nothing to win with copies (up to {slots} per device and layer)")
     lines += ["; ".join(nothing)] * bool(nothing)
     if advice.by_group:
         lines.append(_write_each_group(advice))
