@@ -486,3 +486,12 @@ def test_long_names_make_no_long_lines(ok, solved, make_trace, tmp_path):
 def test_the_largest_seed_is_one(ok, trace, how):
     """Seeds of further splits go on from 0."""
     ok(*how.split(), trace, "--devices", 2, "--splits", 2, "--seed", 2**63 - 1)
+
+
+def test_solve_says_what_losses_do(ok, table, tmp_path, brief):
+    """Of placements with copies, whether they are made to survive or not; of others nothing."""
+    words = ("solve", table, "--devices", 2, "--fill-slots", "--out", tmp_path / "p.json")
+    assert "of a device" not in ok(*words)
+    assert "losses of a device lose an expert" in ok(*words, "--slots-per-device", 5)
+    survives = ok(*words, "--slots-per-device", 8, "--survive", "device")
+    assert "No loss of a device loses an expert" in survives

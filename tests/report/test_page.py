@@ -380,3 +380,14 @@ def test_a_reader_sees_what_numpy_says(made, tmp_path):
         seen = plain.locator("body").inner_text()
         assert all(words in seen for words in (made.sentence, *(of.value for of in made.tiles)))
         browser.close()
+
+
+def test_what_losses_do_stands_on_the_first_screen(made):
+    """A tile for devices and one for nodes, beside what runs."""
+    tiles = {tile.label: tile for tile in made.tiles}
+    losses = made.evaluations[1].losses
+    assert {*losses} == {"device", "node"}
+    for domain, each in losses.items():
+        tile = tiles[f"Losses of a {domain}"]
+        assert tile.value == f"{100 * each.fatal:.1f} %"
+        assert "100.0 % with contiguous" in tile.note

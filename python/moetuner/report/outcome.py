@@ -187,8 +187,7 @@ def sentences(outcome: Outcome, *, held_out: bool = False) -> list[str]:
         reached = "" if worth.is_predicted_time else reached
         line = "; ".join(filter(None, (reached, proven)))
         lines += [f"{line[0].upper()}{line[1:]}."] if line else []
-    losses = outcome.evaluation.losses.get(problem.survive or "")
-    if losses is not None:
+    for losses in outcome.evaluation.losses.values():
         lines.append(f"{losses.sentence[0].upper()}{losses.sentence[1:]}.")
     search = result.details.search
     if search.windows_searched is not None:

@@ -18,6 +18,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
+from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
 from moetuner.files import text
@@ -162,14 +163,25 @@ class PageData:
         judged = counted(len(self.evaluations[0].imbalance_per_window), "window")
         judged = judged if tokens is None else counted(tokens, "token")
         memory, moving = self._memory(), self._moving()
+        losses = [self._losses(*each) for each in self.evaluations[1].losses.items()]
         return (
             *self.gains,
             busiest,
             memory,
             moving,
+            *losses,
             *self.others,
             Tile("Judged on", judged, self.traffic),
         )
+
+    def _losses(self, domain: str, losses: Losses) -> Tile:
+        """Show what the loss of a device, or a node, does."""
+        before = self.evaluations[0].losses.get(domain)
+        had = 1.0 if before is None else before.fatal
+        note = f"lose an expert; {percent(had)} with {self.names[0]}"
+        if losses.imbalance_after is not None:
+            note += f"; then the busiest has {digits(losses.imbalance_after)} x the mean"
+        return Tile(f"Losses of a {domain}", percent(losses.fatal), note)
 
     def _memory(self) -> Tile:
         """Show what the experts of the fullest device take."""
