@@ -364,3 +364,34 @@ def test_a_lost_rank_is_one_of_them():
     """A rank that is none is refused, with the range."""
     with pytest.raises(ValueError, match="dead must be from 0 to 1, got 2"):
         rebalance_experts([[4, 3, 2, 1]], 6, None, 1, 2, dead=[2])
+
+
+def busiest(slots, load):
+    """Return the largest load of a rank, of slots [D,S] that all hold something."""
+    copies = np.bincount(slots.ravel(), minlength=len(load))
+    return (load / np.maximum(copies, 1))[slots].sum(axis=1).max()
+
+
+@given(st.integers(3, 5), st.integers(2, 4), st.integers(0, 999))
+def test_a_lost_expert_takes_the_slot_that_is_missed_least(ranks, width, seed):
+    """Of all slots that may be given up, the one that leaves the busiest rank least to do."""
+    rng = np.random.default_rng(seed)
+    experts = (ranks - 1) * width - 1
+    load = rng.gamma(1.0, 100.0, experts) + 1.0
+    sizes = (ranks * width, None, 1, ranks)
+    running = rebalance_experts([load], *sizes)
+    for lost in range(ranks):
+        left = np.delete(running.reshape(ranks, width), lost, axis=0)
+        missing = set(range(experts)) - {*left.ravel().tolist()}
+        if len(missing) != 1:
+            continue
+        [expert] = missing
+        tried = []
+        for place in np.ndindex(left.shape):
+            other = left.copy()
+            other[place] = expert
+            if {*other.ravel().tolist()} == set(range(experts)):
+                tried.append(busiest(other, load))
+        answer = rebalance_experts([load], *sizes, running, dead=[lost], budget=0)
+        actual = np.delete(answer.reshape(ranks, width), lost, axis=0)
+        assert busiest(actual, load) == pytest.approx(min(tried))

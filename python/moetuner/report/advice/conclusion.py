@@ -38,8 +38,8 @@ from moetuner.trace import RoutingTrace
 KNEE = 0.005
 # Times the price that the upper end of an interval may reach where nothing is to be won.
 NEAR = 2
-# Groups that are named.
-LOSERS = 5
+# Groups that are named, and the smallest loss that is: less would be shown as nothing.
+LOSERS, LEAST_SHOWN = 5, 0.0005
 # Kinds of sequences below which it is said how few they are.
 FEW_KINDS = 10
 # What to do where a recording shows one kind of traffic.
@@ -135,7 +135,7 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
         else:
             overruling += _weigh_drift(advice, advice.drift, warnings)
     main = advice.main
-    losers = main.worse(measures=(main.measure,)) if main.groups else []
+    losers = main.worse(LEAST_SHOWN, measures=(main.measure,)) if main.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
         warnings.append(
