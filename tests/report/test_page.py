@@ -388,6 +388,6 @@ def test_what_losses_do_stands_on_the_first_screen(made):
     losses = made.evaluations[1].losses
     assert {*losses} == {"device", "node"}
     for domain, each in losses.items():
-        tile = tiles[f"Losses of a {domain}"]
+        tile = tiles[f"Fatal losses of a {domain}"]
         assert tile.value == f"{100 * each.fatal:.1f} %"
-        assert "100.0 % with contiguous" in tile.note
+        assert "100.0 % do with contiguous" in tile.note

@@ -178,10 +178,10 @@ class PageData:
         """Show what the loss of a device, or a node, does."""
         before = self.evaluations[0].losses.get(domain)
         had = 1.0 if before is None else before.fatal
-        note = f"lose an expert; {percent(had)} with {self.names[0]}"
+        note = f"lose an expert of some layer; {percent(had)} do with {self.names[0]}"
         if losses.imbalance_after is not None:
-            note += f"; then the busiest has {digits(losses.imbalance_after)} x the mean"
-        return Tile(f"Losses of a {domain}", percent(losses.fatal), note)
+            note += f"; after a loss the busiest has {digits(losses.imbalance_after)} x the mean"
+        return Tile(f"Fatal losses of a {domain}", percent(losses.fatal), note)
 
     def _memory(self) -> Tile:
         """Show what the experts of the fullest device take."""
