@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -302,3 +303,14 @@ def test_sequences_near_the_limit_join(labels):
     wanted = [(at, label) for at, part in enumerate(labels) for label in part]
     actual = whole.sequence.tolist()
     assert len(set(actual)) == len(set(wanted)) == len(set(zip(actual, wanted, strict=True)))
+
+
+def test_a_notebook_shows_what_a_trace_is(make_trace):
+    """Sizes, sequences and groups in a table; names are no markup, and unknowns are dashes."""
+    trace = replace(make_trace(tokens=20), sequence=np.arange(20) // 5, model="<b>")
+    html = trace._repr_html_()
+    assert "<td>tokens</td><td>20</td>" in html
+    assert "<td>sequences</td><td>4</td>" in html
+    assert "&lt;b&gt;" in html
+    plain = mt.RoutingTrace.from_arrays(np.zeros((3, 1, 1), dtype=np.uint8), num_experts=2)
+    assert "<td>groups</td><td>-</td>" in plain._repr_html_()

@@ -19,6 +19,7 @@ from moetuner import _checks as check
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
 from moetuner.files.ids import Ids, joined
+from moetuner.frozen import html_table
 
 SHARD_BYTES = 64 << 20
 
@@ -347,6 +348,17 @@ class RoutingTrace:
         parts += [f"groups={len(self.group_names)}"] if self.group is not None else []
         parts += [f"model={self.model!r}"] if self.model is not None else []
         return f"RoutingTrace({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        sequences = None if self.sequence is None else len(np.unique(self.sequence))
+        groups = None if self.group is None else ", ".join(self.group_names)
+        rows: list[tuple[str, Any]] = [
+            ("model", self.model),
+            *((name, getattr(self, name)) for name in ("tokens", "layers", "top_k", "num_experts")),
+            ("sequences", sequences),
+            ("groups", groups),
+        ]
+        return html_table(("", "RoutingTrace"), rows)
 
     def _taken(
         self, tokens: NDArray[np.bool_] | None, layers: NDArray[np.intp] | None = None
