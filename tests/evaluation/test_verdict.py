@@ -119,3 +119,17 @@ def test_python_reads_a_gain_by_its_old_name_and_json_has_one():
     gain = mt.verdict(mt.evaluate(BAD, table()), mt.evaluate(GOOD, table()))
     assert gain.mean == gain.gain
     assert "mean" not in gain.to_dict()
+
+
+@pytest.mark.parametrize("goal", ["balance", "time"])
+def test_what_was_solved_for_is_judged(goal):
+    """A placement for balance is judged in imbalance, one for time in time; both are known."""
+    problem = mt.Problem(table(), mt.Topology(2), objective=goal)
+    solved, model = mt.solve(problem, "quick").placement, mt.CostModel(0, 0, 100, 1, token_bytes=0)
+    before, after = (mt.evaluate(each, table(), cost_model=model) for each in (BAD, solved))
+    figure = {"balance": "imbalance", "time": "predicted_layer_us"}[goal]
+    assert mt.verdict(before, after).measure == figure
+    assert mt.judge(before, after, figure="imbalance").measure == "imbalance"
+    # What a file says that is no figure is as if nothing were said.
+    strange = mt.evaluate(BAD.with_names(settings={"figure": [1]}), table(), cost_model=model)
+    assert mt.verdict(before, strange).measure == "predicted_layer_us"

@@ -215,8 +215,9 @@ def judge(
     before, after
         What ``evaluate`` said of the same traffic.
     figure
-        The figure that the verdict is on; by default, and where the traffic does not tell that, the
-        predicted time or, without one, the imbalance.
+        The figure that the verdict is on; by default the one that the second placement was solved
+        for, where its settings say it. Where the traffic does not tell that, the predicted time or,
+        without one, the imbalance.
     measures
         Figures to compare, besides that one; by default all whose parts add up.
     by_group
@@ -254,6 +255,9 @@ def judge(
         check.one_of("figure", figure, FIGURES)
     measures = check_measures(measures)
     _check_names(names)
+    if figure is None and after.replayed is not None:
+        solved_for = after.replayed.setting.placement.settings.get("figure")
+        figure = solved_for if isinstance(solved_for, str) else None
     both = (before, after)
     choices = [name for name in (figure, "predicted_layer_us", "imbalance") if name in FIGURES]
     measure = next(name for name in choices if None not in [getattr(each, name) for each in both])
@@ -401,6 +405,8 @@ def _weigh_groups(groups: dict[str, Comparisons]) -> dict[str, Comparisons]:
 
 def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> Comparison:
     """Return whether a change of placement is worth it, by what both do to the same traffic.
+
+    It is judged in the figure that the second placement was solved for, as ``judge`` does.
 
     Parameters
     ----------

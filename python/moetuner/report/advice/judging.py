@@ -44,6 +44,7 @@ def judge_trials(
     judgement = judge(
         evaluations[0][key],
         evaluations[0][PROPOSED],
+        figure="predicted_layer_us",
         by_group=by_group,
         units=units,
         price=request.price,
