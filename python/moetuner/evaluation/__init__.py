@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,9 +85,6 @@ class Evaluation(Frozen):
         The times that so many percent of windows and layers do not exceed.
     predicted_us_per_layer
         Predicted time of every layer in microseconds, averaged over windows [L].
-    losses
-        What the loss of a device, or a node, does, by which of them is lost; empty where every
-        expert has one copy.
     by_group
         The same for every group of the traffic that has tokens or windows.
     replayed
@@ -119,13 +117,38 @@ class Evaluation(Frozen):
     predicted_layer_us_p99: float | None = None
     predicted_us_per_layer: tuple[float, ...] | None = None
     imbalance_per_window: tuple[float, ...] = ()
-    losses: dict[str, Losses] = field(default_factory=dict)
     by_group: dict[str, Evaluation] = field(default_factory=dict)
     replayed: Replayed | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the traffic behind when an evaluation is pickled or copied."""
-        return {**self.__dict__, "replayed": None}
+        return {**self.__dict__, "replayed": None, "losses": self.losses}
+
+    @cached_property
+    def losses(self) -> dict[str, Losses]:
+        """What the loss of a device, or a node, does, by which of them is lost.
+
+        Nothing where every expert has one copy, and of a group. Experts are counted when this is
+        asked for: most evaluations are not.
+        """
+        replayed = self.replayed
+        if replayed is None or replayed.group is not None:
+            return {}
+        setting = replayed.setting
+        if not setting.placement.has_copies:
+            return {}
+        load = loads_of(replayed.traffic, threads=setting.threads).total_load
+        domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
+        return {
+            domain: measure_losses(
+                setting.placement,
+                load,
+                setting.topology,
+                domain,
+                has_formula=setting.split != "nearest",
+            )
+            for domain in domains
+        }
 
     def _repr_html_(self) -> str:
         names = [name for name in FIGURES if getattr(self, name) is not None]
@@ -138,7 +161,9 @@ class Evaluation(Frozen):
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values; traffic is summed over layers."""
         traffic = {name: rows.sum(axis=0) for name, rows in self.traffic.items()}
-        fields: dict[str, Any] = as_json({**self.__dict__, "replayed": None, "traffic": traffic})
+        fields: dict[str, Any] = as_json(
+            {**self.__dict__, "replayed": None, "traffic": traffic, "losses": self.losses}
+        )
         del fields["replayed"]
         return fields
 
@@ -303,9 +328,6 @@ def _evaluate(
         replay.counts_of(put_in_order(traffic, order), counting, progress_of(number))
         for number, (_, order) in enumerate(served)
     ]
-    load = None
-    if any(each.placement.has_copies for each in settings):
-        load = loads_of(traffic, threads=common.threads).total_load
     evaluated = []
     for setting, *counted in zip(settings, *runs, strict=True):
         by_group = {}
@@ -323,26 +345,8 @@ def _evaluate(
                 CountsByOrder(weighed, mixed, setting), traffic, group
             )
         of_all = by_group.pop(None)
-        losses = {} if load is None else _measure_losses(setting, load)
-        evaluated.append(replace(of_all, by_group=by_group, losses=losses))
+        evaluated.append(replace(of_all, by_group=by_group))
     return evaluated
-
-
-def _measure_losses(setting: Setting, load: NDArray[np.uint64]) -> dict[str, Losses]:
-    """Compute what losses do to loads [L,E], by what is lost; nothing if experts have no copies."""
-    if not setting.placement.has_copies:
-        return {}
-    domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
-    return {
-        domain: measure_losses(
-            setting.placement,
-            load,
-            setting.topology,
-            domain,
-            has_formula=setting.split != "nearest",
-        )
-        for domain in domains
-    }
 
 
 def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None) -> Evaluation:
