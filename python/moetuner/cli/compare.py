@@ -28,6 +28,7 @@ from moetuner.report.cells import counted, signed, span, with_values
 from moetuner.report.outcome import (
     Outcome,
     head,
+    judge_outcome,
     judge_outcomes,
     remarks,
     running,
@@ -156,9 +157,8 @@ def command(
     contents = {"input": source.facts(), "settings": settings, "methods": compared}
 
     def page() -> PageData:
-        judgements = judge_outcomes(compared_with, best, source.units_in, by_group=True)
         return data_of_outcome(
-            next(iter(judgements.values())),
+            judge_outcome(compared_with, best, source.replayed, source.units_in, by_group=True),
             best,
             origin_of(source),
             contents,
@@ -301,19 +301,12 @@ def _gains(
     complete = [split for split in splits if list(split) == list(splits[0])]
     gains = {}
     for method, by_window in judged.items():
-        gain = by_window[window].gain
         pairs = [
             (split[over].phases[window], split[method].phases[window])
             for split in complete
             if window in split[over].phases
         ]
-        gains[method] = with_splits(
-            gain,
-            (
-                (getattr(before, gain.measure) or 0.0, getattr(after, gain.measure) or 0.0)
-                for before, after in pairs
-            ),
-        )
+        gains[method] = with_splits(by_window[window].gain, pairs)
     return gains
 
 

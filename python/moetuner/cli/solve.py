@@ -27,6 +27,7 @@ from moetuner.report.outcome import (
     Outcome,
     empty_slots,
     head,
+    judge_outcome,
     judge_outcomes,
     remarks,
     running,
@@ -100,7 +101,7 @@ def command(
     try:
         before, outcomes = _replay(result, initial, source, problem, judged_on)
         judgements = {}
-        if holdout or pages.wanted:
+        if holdout:
             judgements = judge_outcomes(
                 before, outcomes[-1], source.units_in, by_group=pages.wanted
             )
@@ -110,7 +111,7 @@ def command(
     _show(output, problem, outcomes, before, held_out=holdout > 0)
     judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
     judged = windowed(judged, source, judged_on)
-    for tokens, judgement in judgements.items() if holdout else ():
+    for tokens, judgement in judgements.items():
         output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")
     output.say(judged)
     moves, trades = moving.show(
@@ -122,11 +123,12 @@ def command(
     settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
     answer = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
     answer |= {"method": method, **outcome.to_dict(), **moves}
-    contents = answer | _facts(judgements if holdout else {}, judged_on, holdout)
+    contents = answer | _facts(judgements, judged_on, holdout)
     pages.write(
         output,
         lambda: data_of_outcome(
-            next(iter(judgements.values())),
+            next(iter(judgements.values()), None)
+            or judge_outcome(before, outcome, source.replayed, source.units_in, by_group=True),
             outcome,
             origin_of(source),
             contents,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from moetuner.evaluation import Evaluation
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST, Spread
 from moetuner.frozen import Frozen
@@ -193,7 +194,11 @@ class Comparison(Frozen):
         }
 
 
-def with_splits(comparison: Comparison, pairs: Iterable[tuple[float, float]]) -> Comparison:
-    """Return a comparison with its gain in every split, from the figure before and after."""
-    gains = (1 - after / before if before else 0.0 for before, after in pairs)
+def with_splits(
+    comparison: Comparison, pairs: Iterable[tuple[Evaluation, Evaluation]]
+) -> Comparison:
+    """Return a comparison with its gain in every split, from the evaluations before and after."""
+    measure = comparison.measure
+    figures = ([getattr(each, measure) or 0.0 for each in pair] for pair in pairs)
+    gains = (1 - after / before if before else 0.0 for before, after in figures)
     return replace(comparison, splits=tuple(gains))

@@ -268,12 +268,12 @@ def judge(
     compared: dict[str | None, Comparisons] = {}
     for group, own in changes.items():
         old, new = (each if group is None else each.by_group[group] for each in both)
-        wanted = [name for name in own if name in measures or not measures]
+        compared_names = [name for name in own if name in measures or not measures]
         if group is None:
-            wanted = [*dict.fromkeys((*wanted, measure))]
+            compared_names = [*dict.fromkeys((*compared_names, measure))]
         compared[group] = {
             name: _compare(name, old, new, own.get(name), units, group, price, names)
-            for name in wanted
+            for name in compared_names
         }
     overall = compared.pop(None)
     groups = {group: own for group, own in compared.items() if group is not None}

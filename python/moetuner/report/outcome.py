@@ -131,6 +131,29 @@ def left_over(traffic: Traffic, window: int | None) -> str:
     return f"imbalance and time leave out the last {counted(rest, 'token')}, which fill none"
 
 
+def judge_outcome(
+    before: Outcome,
+    after: Outcome,
+    window: int | None,
+    units_in: Callable[[int | None], Units],
+    *,
+    by_group: bool = False,
+) -> Judgement:
+    """Judge the change from one outcome to another, in windows of so many tokens.
+
+    The verdict is on the figure that the placement was computed for. ``units_in`` gives what is
+    independent in the whole recording, in such windows.
+    """
+    return judge(
+        before.phases[window],
+        after.phases[window],
+        figure=after.worth.figure,
+        by_group=by_group,
+        units=units_in(window),
+        names=(before.result.method, after.result.method),
+    )
+
+
 def judge_outcomes(
     before: Outcome,
     after: Outcome,
@@ -138,23 +161,13 @@ def judge_outcomes(
     *,
     by_group: bool = False,
 ) -> dict[int | None, Judgement]:
-    """Judge the change from one outcome to another, by the tokens of a window.
-
-    The verdict is on the figure that the placement was computed for. ``units_in`` gives what is
-    independent in the whole recording, in windows of so many tokens; groups are judged in the first
-    windows alone.
-    """
+    """Judge the same in every size of windows; groups in the first ones alone."""
     first = next(iter(after.phases))
     return {
-        tokens: judge(
-            before.phases[tokens],
-            evaluation,
-            figure=after.worth.figure,
-            by_group=by_group and tokens == first,
-            units=units_in(tokens),
-            names=(before.result.method, after.result.method),
+        tokens: judge_outcome(
+            before, after, tokens, units_in, by_group=by_group and tokens == first
         )
-        for tokens, evaluation in after.phases.items()
+        for tokens in after.phases
         if tokens in before.phases
     }
 

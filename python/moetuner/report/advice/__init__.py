@@ -21,14 +21,14 @@ from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
 from moetuner.problem.phases import WINDOWS, prefill
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
-from moetuner.report.advice.drift import drift_of
+from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
     judge_groups,
     judge_halves,
     judge_over_eplb,
     judge_phases,
     judge_trials,
-    name_groups_of_halves,
+    name_groups,
     weigh_move,
     weigh_phases,
 )
@@ -229,7 +229,8 @@ def _advise(request: Request, splits: int) -> Advice:
     request.progress("comparing the halves of the recording")
     change = drift_of(request.traffic, units, seed=request.seed) if request.unseen is None else None
     is_other = request.in_order and change is not None and change.is_beyond_chance
-    halves = judge_halves(request, knee, main.window) if is_other else ()
+    parts = halves(request.traffic) if is_other else ()
+    carried = judge_halves(request, parts, knee, main.window) if parts else ()
     request.progress("weighing what moves, and phases")
     phases = judge_phases(request, part, knee)
     advice = Advice(
@@ -244,8 +245,8 @@ def _advise(request: Request, splits: int) -> Advice:
         moving=weigh_move(request, first, compute_saved_us(main)),
         phases=phases,
         drift=change,
-        halves=halves,
-        groups_of_halves=name_groups_of_halves(request) if halves else (),
+        halves=carried,
+        groups_of_halves=name_groups(parts),
         placements=(first.placements[RUNNING], first.placements[PROPOSED]),
         result=first.result,
         units=units,

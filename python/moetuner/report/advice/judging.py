@@ -11,10 +11,9 @@ from moetuner.cost import busiest_ports
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import members
+from moetuner.evaluation.replay import Traffic, members
 from moetuner.evaluation.units import Units, select
 from moetuner.placement import EMPTY, Placement
-from moetuner.report.advice import drift
 from moetuner.report.advice.request import (
     Part,
     Request,
@@ -50,13 +49,8 @@ def judge_trials(
         price=request.price,
         names=("running" if key == RUNNING else "EPLB", "proposed"),
     )
-    comparisons = {}
-    for name, comparison in judgement.whole.items():
-        figures = [
-            (getattr(each[key], name) or 0.0, getattr(each[PROPOSED], name) or 0.0)
-            for each in evaluations
-        ]
-        comparisons[name] = with_splits(comparison, figures)
+    pairs = [(each[key], each[PROPOSED]) for each in evaluations]
+    comparisons = {name: with_splits(each, pairs) for name, each in judgement.whole.items()}
     return replace(judgement, whole=comparisons)
 
 
@@ -104,12 +98,9 @@ def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | 
     )
 
 
-def name_groups_of_halves(request: Request) -> tuple[tuple[str, ...], ...]:
+def name_groups(halves: Sequence[Traffic]) -> tuple[tuple[str, ...], ...]:
     """Return the groups of both halves; one that the middle cuts is where most of it is."""
-    sizes = [
-        {name: len(rows) for name, rows in members(half).items()}
-        for half in drift.halves(request.traffic)
-    ]
+    sizes = [{name: len(rows) for name, rows in members(half).items()} for half in halves]
     return tuple(
         tuple(
             str(name)
@@ -120,12 +111,14 @@ def name_groups_of_halves(request: Request) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def judge_halves(request: Request, copies: int, window: Window) -> tuple[Comparison, ...]:
+def judge_halves(
+    request: Request, halves: Sequence[Traffic], copies: int, window: Window
+) -> tuple[Comparison, ...]:
     """Judge a placement of each half of the recording on the other."""
-    parts, gains = drift.halves(request.traffic), []
-    for number, name in enumerate(("first", "second")):
+    gains = []
+    for half, other, name in zip(halves, halves[::-1], ("first", "second"), strict=True):
         request.progress(f"a placement of the {name} half on the other")
-        part = Part(request.seed, count(request, parts[number]), parts[1 - number])
+        part = Part(request.seed, count(request, half), other)
         trial = try_out(request, part, copies)
         gains.append(_gain(request, trial, window, request.units[window]))
     return tuple(gains)
