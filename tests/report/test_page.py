@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import shutil
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -81,6 +82,11 @@ def data(html, key):
     """Unpack what the page carries."""
     actual = re.search(rf'id="data-{key}">([^<]*)<', html)[1]
     return json.loads(gzip.decompress(base64.b64decode(actual)))
+
+
+def first_variants(html):
+    """Return what plotly draws before a reader has chosen anything."""
+    return [chart["variants"][0] for chart in data(html, "charts").values()]
 
 
 def numbers(packed):
@@ -266,6 +272,14 @@ def test_a_search_is_shown_by_its_steps(made):
     assert "bound" not in str([of for of in panels if of.key == "search"])
 
 
+def marks_of(paper):
+    """Count the images and the lines of a PDF as Chromium writes it."""
+    streams = re.findall(rb"/FlateDecode[^>]*>>\s*stream\r?\n(.*?)endstream", paper, re.DOTALL)
+    drawn = b"\n".join(zlib.decompressobj().decompress(each) for each in streams)
+    lines = len(re.findall(rb"(?m)^[Sf]\*?$", drawn))
+    return {"images": paper.count(b"/Subtype /Image"), "lines": lines}
+
+
 def opened(context, file):
     """Open a page, and wait until all of it is drawn."""
     context.set_default_timeout(0)
@@ -313,6 +327,26 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
         tab.evaluate("dispatchEvent(new Event('afterprint'))")
         assert tab.evaluate(colour) == (scheme == "light")
         browser.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_printed_at_once_is_printed_later(made, tmp_path):
+    """Who prints before anything is drawn gets what they get who wait: every chart."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    file = tmp_path / "page.html"
+    page.write_page(file, made)
+    printed = []
+    with driver.sync_playwright() as playing:
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
+        tab = browser.new_page()
+        tab.goto(file.as_uri(), wait_until="domcontentloaded", timeout=0)
+        printed.append(tab.pdf())
+        printed.append(opened(browser.new_context(), file).pdf())
+        browser.close()
+    marks = [marks_of(paper) for paper in printed]
+    maps = json.dumps(first_variants(page.render(made))).count('"type": "heatmap"')
+    assert marks[1]["images"] >= maps >= 4
+    assert marks[0] == marks[1]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
