@@ -153,6 +153,19 @@ def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkey
     assert "pip install 'moetuner[report]'" in err
 
 
+def test_the_headline_of_a_table_is_as_short_as_a_traces(ok, tmp_path, monkeypatch):
+    """One line says what INPUT and the machine are; what was assumed of a table follows below."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    monkeypatch.chdir(tmp_path)
+    np.savez("loads.npz", load=np.random.default_rng(0).integers(1, 99, (6, 2, 8)))
+    ok("solve", "loads.npz", "--devices", 2, "--method", "lpt", "--out", "p.json")
+    ok("report", "p.json", "loads.npz", "--out", "page.html")
+    page = html.unescape((tmp_path / "page.html").read_text())
+    headline = re.search(r'<p class="subtitle">(.*?)</p>', page, re.DOTALL)[1]
+    assert headline == "loads.npz: load table, 6 windows, 2 layers, 8 experts; 2 devices"
+    assert re.search(r'class="warning"[^\n]*The median window is [^\n]* many steps\.</p>', page)
+
+
 @pytest.mark.parametrize(
     ("engine", "lines"),
     [

@@ -20,6 +20,7 @@ from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thinned
 from moetuner.report.page.data import Origin, make_data
 from moetuner.solver import Progress
+from moetuner.solver.result import LOADS
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
 pytest.importorskip("jinja2", reason="the extra report is not installed")
@@ -28,10 +29,10 @@ HOSTILE = ["</script><script>alert(1)</script>", 'say "no" & <b>', "\u202eright\
 MODEL = mt.CostModel.preset("h100")
 
 
-def shown(trace, placement, topology, **others):
+def shown(trace, placement, topology, regime="dispatch", **others):
     """Make the data of a placement beside experts in blocks."""
     placements = blocks_of(placement), placement
-    options = {"window": 100, "cost_model": MODEL, "mixed": False}
+    options = {"window": 100, "cost_model": MODEL, "mixed": False, "regime": regime}
     options |= {"window": None} if isinstance(trace, mt.RoutingStatistics) else {}
     evaluations = tuple(mt.evaluate(each, trace, topology, **options) for each in placements)
     contents = {"proposed": evaluations[1].to_dict()}
@@ -171,7 +172,7 @@ def test_every_chart_is_plotlys_with_a_label_and_a_table(made, html):
     questions = re.findall(r"<h2>(.*?)</h2>\n<p class=\"reading\">(.*?)</p>", html)
     assert [question[-1] for question, _ in questions] == [*["?"] * len(panels), "n"]
     assert all(reading.endswith(".") for _, reading in questions)
-    assert all(of.charts and of.tables for of in panels)
+    assert all(panel.charts and panel.tables for panel in panels)
     labels = [each.label for of in panels for each in of.charts]
     assert all(f'role="group" aria-label="{label}"' in html for label in labels)
 
@@ -259,17 +260,58 @@ def test_a_search_is_shown_by_its_steps(made):
     placement = made.placements[1]
     result = mt.Result(placement, "joint", "feasible", 2.0, 1.5, "load", 0.7, history=history)
     for timed, steps in ((False, [1, 2, 3]), (True, [0.21, 0.3, 0.5, 0.7])):
-        panels = drawing.panels_of(replace(made, result=result, timed=timed))
+        unit = "us per layer"
+        panels = drawing.panels_of(replace(made, result=result, timed=timed, unit=unit))
         (search,) = (of for of in panels if of.key == "search")
         best, bound = search.charts[0].variants[""]["data"]
         assert numbers(best["x"]).tolist() == pytest.approx(steps)
         assert numbers(best["y"])[-1] == 2.0
         assert numbers(bound["y"]).tolist() == [1.5, 1.5]
         assert search.tables[0].rows[-1][1:] == ("answer", "2.00", "1.50", "25.0 %")
-        assert "within 25.0 %" in search.notes[0]
-    says_nothing = replace(result, bound=0.0)
-    panels = drawing.panels_of(replace(made, result=says_nothing))
-    assert "bound" not in str([of for of in panels if of.key == "search"])
+        assert search.charts[0].variants[""]["layout"]["yaxis"]["title"] == {"text": unit}
+        assert search.tables[0].title == "Progress, us per layer"
+        assert "below 1.50 us per layer, so this one is within 25.0 %" in search.notes[0]
+
+
+@pytest.mark.parametrize("proven", [{"bound": None}, {"bound": 0.0}, {"bound_source": LOADS}])
+def test_a_search_without_a_bound_is_not_shown(made, proven):
+    """Steps alone say nothing of how good the search is."""
+    history = [Progress(0.1 * step, "layers", 3.0 - step, is_step=True) for step in range(2)]
+    bounded = {"bound": 1.5, "bound_source": "load"} | proven
+    result = mt.Result(
+        made.placements[1], "joint", "feasible", 2.0, seconds=0.7, history=(*history,), **bounded
+    )
+    panels = drawing.panels_of(replace(made, result=result))
+    assert "search" not in {panel.key for panel in panels}
+
+
+@pytest.mark.parametrize("regime", ["dispatch", "follow"])
+def test_tokens_go_next_only_where_they_do(trace, regime):
+    """Where tokens go home after a layer there is no question of where they go next."""
+    placement = mt.Placement.from_assignment([np.arange(16) % 4] * 4, 4)
+    panels = drawing.panels_of(shown(trace, placement, mt.Topology(4), regime=regime))
+    assert ("next" in {panel.key for panel in panels}) == (regime == "follow")
+
+
+@pytest.mark.parametrize("windows", [2, 4, 5])
+def test_few_windows_are_a_table(windows):
+    """Below five windows there are their figures, open to see, and no line between them."""
+    load = np.random.default_rng(windows).integers(1, 90, (windows, 2, 4))
+    table = mt.RoutingStatistics.from_load(load)
+    placement = mt.Placement.from_assignment([np.arange(4) % 2] * 2, 2)
+    made = shown(table, placement, mt.Topology(2))
+    (panel,) = (each for each in drawing.panels_of(made) if each.key == "time")
+    assert bool(panel.charts) == (windows == 5)
+    section = re.search(r'<section id="time">(.*?)</section>', page.render(made), re.DOTALL)[1]
+    assert ("<details open>" in section) == (windows < 5)
+    assert ("Drag" in section) == (windows == 5)
+    assert section.count("<div") == section.count("</div>")
+    if windows < 5:
+        figures_of = [each.imbalance_per_window for each in made.evaluations]
+        wanted = [
+            (str(at), *map(digits, pair)) for at, pair in enumerate(zip(*figures_of, strict=True))
+        ]
+        assert panel.tables[0].rows == wanted
 
 
 def marks_of(paper):

@@ -78,4 +78,6 @@ def origin_of(source: Source) -> Origin:
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if words[0] in ("__main__.py", "-c"):
         words[0] = "moetuner"
-    return Origin(source.describe(), source.input_files, shlex.join(words))
+    line, *notes = source.describe().splitlines()
+    command = shlex.join(words)
+    return Origin(line, source.input_files, command, tuple(notes))

@@ -60,11 +60,15 @@ class Tile(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where the numbers of a page come from: the input in a line, its files, and the command."""
+    """Where the numbers of a page come from: the input in a line, its files, and the command.
+
+    ``notes`` are sentences on what was assumed of the input.
+    """
 
     description: str
     files: Sequence[Path]
     command: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class PageData:
         Bytes of a row and of an expert; None where not known.
     result, advice, trades
         What else there is to show.
+    unit
+        What the objective of the result and of its bound is counted in.
     timed
         Whether the search had a time limit, so that its answer depends on the clock anyway.
     """
@@ -115,6 +121,7 @@ class PageData:
     token_bytes: float | None = None
     expert_bytes: float | None = None
     result: Result | None = None
+    unit: str = ""
     advice: Advice | None = None
     trades: tuple[Trade, ...] = ()
     timed: bool = False
@@ -286,6 +293,7 @@ def data_of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> 
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=advice.settings["expert_bytes"],
         result=advice.result,
+        unit=advice.problem.objective_function.unit,
         advice=advice,
     )
 
@@ -344,7 +352,9 @@ def data_of_outcome(
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=expert_bytes,
     )
-    return replace(data, others=distance, result=result, trades=trades, timed=timed)
+    return replace(
+        data, others=distance, result=result, unit=worth.unit, trades=trades, timed=timed
+    )
 
 
 def make_data(

@@ -24,6 +24,8 @@ from moetuner.report.page.data import PageData
 
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
+# Windows below which their figures stand in a table, and in no chart.
+FEWEST_WINDOWS = 5
 # Symbol and colour of a group.
 JUDGED = {
     "": ("circle", PROPOSED),
@@ -38,8 +40,8 @@ class Table:
     """Numbers of a chart; ``total_rows`` is how many rows there are in all."""
 
     title: str
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
     total_rows: int | None = None
 
 
@@ -50,7 +52,7 @@ class Panel:
     Parameters
     ----------
     charts, tables, notes
-        What is shown.
+        What is shown; tables without a chart stand open.
     words
         What completes the sentence on how to read it.
     key
@@ -240,7 +242,8 @@ def _by_layer(
 
 def _next(page: PageData) -> Panel | None:
     tables = _tables(page, "follow")
-    if len(tables) < 2 or not len(tables[0]) or page.topology.devices == 1:
+    goes_on = page.settings[1].regime == "follow" and page.topology.devices > 1
+    if not goes_on or len(tables) < 2 or not len(tables[0]):
         return None
     node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))
     lines: list[Spec] = []
@@ -284,8 +287,8 @@ def _over_time(page: PageData) -> Panel | None:
     number = len(page.evaluations[0].imbalance_per_window)
     if number < 2:
         return None
-    replayed = page.evaluations[0].replayed
-    assert replayed is not None
+    if number < FEWEST_WINDOWS:
+        return replace(_list_windows(page), notes=_notes_over_time(page))
     lines, rows = [], []
     for name, each, colour, dash in zip(
         page.names, page.evaluations, COLOURS, ("dot", "solid"), strict=True
@@ -304,6 +307,26 @@ def _over_time(page: PageData) -> Panel | None:
             )
         )
         rows.append((name, *map(digits, np.percentile(values, (5, 50, 95)))))
+    chart = draw.only(lines, draw.layout("window", "busiest / mean", count=number))
+    return Panel(
+        (Chart("time", "imbalance of every window", chart, 340),),
+        (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
+        _notes_over_time(page),
+        words=" Drag to look closer, double-click to go back.",
+    )
+
+
+def _list_windows(page: PageData) -> Panel:
+    """Make the panel of so few windows that a line between them would say more than they do."""
+    values = [each.imbalance_per_window for each in page.evaluations]
+    rows = [(str(at), *map(digits, each)) for at, each in enumerate(zip(*values, strict=True))]
+    return Panel(tables=(Table("Imbalance of windows", ("window", *page.names), rows),))
+
+
+def _notes_over_time(page: PageData) -> tuple[str, ...]:
+    """Write which windows these are, and how far the traffic drifts in them."""
+    replayed = page.evaluations[0].replayed
+    assert replayed is not None
     windows, rest = page.windows, left_over(replayed.traffic, replayed.setting.window)
     notes = [f"{windows[0].upper()}{windows[1:]}{rest and f'; {rest}'}."]
     drift = page.advice.drift if page.advice is not None else None
@@ -312,12 +335,7 @@ def _over_time(page: PageData) -> Panel | None:
             f"Of the tokens, {percent(drift.distance)} go to other experts in the second half of "
             f"the recording than in the first; of halves by chance {percent(drift.expected)}."
         )
-    chart = draw.only(lines, draw.layout("window", "busiest / mean", count=number))
-    return Panel(
-        (Chart("time", "imbalance of every window", chart, 340),),
-        (Table("Imbalance of windows", ("placement", "5 %", "median", "95 %"), rows),),
-        tuple(notes),
-    )
+    return tuple(notes)
 
 
 def _groups(page: PageData) -> Panel | None:
@@ -380,7 +398,7 @@ def _groups(page: PageData) -> Panel | None:
 
 def _search(page: PageData) -> Panel | None:
     result = page.result
-    if result is None:
+    if result is None or not result.bound or result.bound_is_of_loads:
         return None
     # When somebody looked depends on the clock; without a time limit nothing else does.
     steps = (each for each in result.history if page.timed or each.is_step)
@@ -398,35 +416,34 @@ def _search(page: PageData) -> Panel | None:
             line={"shape": "hv", "color": PROPOSED},
         )
     ]
-    says = result.bound is not None and result.bound > 0 and not result.bound_is_of_loads
-    bounded = [(x, each.bound) for x, each in zip(at, history, strict=True) if each.bound and says]
-    if len(bounded) == 1:
-        # Proven at the end, and true all the time.
-        bounded.insert(0, (at[0], bounded[0][1]))
-    if bounded:
-        line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
-        marker = {"symbol": "triangle-up"}
-        x, y = zip(*bounded, strict=True)
-        data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
-    said = within(result, digits(result.bound))
-    unit, when = "step", "after each step of the search"
-    spec = draw.layout("step", "objective", count=len(history))
+    known = [(x, each.bound) for x, each in zip(at, history, strict=True) if each.bound]
+    bounded = known or [(at[-1], result.bound)]
+    # Proven at the end, and true all the time.
+    x, y = zip((at[0], bounded[0][1]), *bounded, strict=True)
+    line = {"shape": "hv", "color": "var(--good)", "dash": "dash"}
+    marker = {"symbol": "triangle-up"}
+    data.append(draw.scatter(x, y, "bound: %{y:,.3r}", name="bound", line=line, marker=marker))
+    said = within(result, f"{digits(result.bound)} {page.unit}")
+    axis, when = "step", "after each step of the search"
+    spec = draw.layout("step", page.unit, count=len(history))
     if page.timed:
-        unit, when = "seconds", "over the seconds of the search"
-        spec = draw.layout("seconds", "objective")
+        axis, when = "seconds", "over the seconds of the search"
+        spec = draw.layout("seconds", page.unit)
         spec["xaxis"]["type"] = "log"
     rows = [
         (
-            *(digits(x) if page.timed else str(x), each.phase, digits(each.objective)),
-            *((digits(each.bound), percent(each.gap)) if says else ()),
+            digits(x) if page.timed else str(x),
+            each.phase,
+            *map(digits, (each.objective, each.bound)),
+            percent(each.gap),
         )
         for x, each in list(zip(at, history, strict=True))[-ROWS:]
     ]
-    label = f"best placement{' and bound' * bool(says)} {when}"
+    label = f"best placement and bound {when}"
     return Panel(
         (Chart("search", label, draw.only(data, spec)),),
-        (Table("Progress", (unit, "phase", "best", *(("bound", "gap") if says else ())), rows),),
-        (f"{said[0].upper()}{said[1:]}.",) if says else (),
+        (Table(f"Progress, {page.unit}", (axis, "phase", "best", "bound", "gap"), rows),),
+        (f"{said[0].upper()}{said[1:]}.",),
     )
 
 
