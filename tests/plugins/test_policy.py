@@ -249,7 +249,10 @@ def test_a_dead_zone_holds_with_any_budget(case, budget):
 
 @pytest.mark.parametrize("before", [16, 20, 32])
 def test_ranks_that_change_are_packed_anew(before):
-    """The first decision of other ranks is as even as a packing from nothing, and keeps copies."""
+    """The first decision of other ranks is as even as a packing from nothing, and keeps copies.
+
+    But for what chance may be: a layer stays whose repair is as even as far as counts can tell.
+    """
     load = drifting(2, 0.15)
     old = rebalance_experts(load[0], 18 * before, 1, 1, before)
     ranks = 24
@@ -257,7 +260,7 @@ def test_ranks_that_change_are_packed_anew(before):
         rebalance_experts(load[1], 18 * ranks, 1, 1, ranks, start) for start in (old, None)
     )
     even, best = (slowest(load[1], slots, ranks).mean() for slots in (actual, anew))
-    assert even <= best * 1.001
+    assert even <= best * 1.01
     kept = (copies_on(actual, ranks, 256)[:, :16] & copies_on(old, before, 256)[:, :16]).sum()
     by_chance = (copies_on(anew, ranks, 256)[:, :16] & copies_on(old, before, 256)[:, :16]).sum()
     assert kept > by_chance
@@ -366,32 +369,45 @@ def test_a_lost_rank_is_one_of_them():
         rebalance_experts([[4, 3, 2, 1]], 6, None, 1, 2, dead=[2])
 
 
-def busiest(slots, load):
-    """Return the largest load of a rank, of slots [D,S] that all hold something."""
+def powers(slots, load):
+    """Compute the sum of the 16th powers of loads of ranks, of slots [D,S] that are full."""
     copies = np.bincount(slots.ravel(), minlength=len(load))
-    return (load / np.maximum(copies, 1))[slots].sum(axis=1).max()
+    return ((load / copies / load.mean())[slots].sum(axis=1) ** 16).sum()
 
 
-@given(st.integers(3, 5), st.integers(2, 4), st.integers(0, 999))
-def test_a_lost_expert_takes_the_slot_that_is_missed_least(ranks, width, seed):
-    """Of all slots that may be given up, the one that leaves the busiest rank least to do."""
+def other_seats(actual, running, brought):
+    """Yield slots [D,S] with one of the experts that were brought elsewhere, or two exchanged."""
+    places = [tuple(place) for place in np.argwhere(np.isin(actual, brought))]
+    for place in places:
+        freed = actual.copy()
+        freed[place] = running[place]
+        for seat in np.ndindex(actual.shape):
+            other = freed.copy()
+            other[seat] = actual[place]
+            yield other
+        for second in places:
+            other = actual.copy()
+            other[place], other[second] = actual[second], actual[place]
+            yield other
+
+
+@given(st.integers(3, 5), st.integers(2, 4), st.integers(1, 3), st.integers(0, 999))
+def test_lost_experts_take_slots_that_are_missed_least(ranks, width, spare, seed):
+    """No other slot of one, and no exchange of two, leaves the busiest ranks less to do."""
     rng = np.random.default_rng(seed)
-    experts = (ranks - 1) * width - 1
+    experts = (ranks - 1) * width - spare
+    assume(experts >= width)
     load = rng.gamma(1.0, 100.0, experts) + 1.0
     sizes = (ranks * width, None, 1, ranks)
     running = rebalance_experts([load], *sizes)
     for lost in range(ranks):
         left = np.delete(running.reshape(ranks, width), lost, axis=0)
-        missing = set(range(experts)) - {*left.ravel().tolist()}
-        if len(missing) != 1:
-            continue
-        [expert] = missing
-        tried = []
-        for place in np.ndindex(left.shape):
-            other = left.copy()
-            other[place] = expert
-            if {*other.ravel().tolist()} == set(range(experts)):
-                tried.append(busiest(other, load))
+        missing = sorted(set(range(experts)) - {*left.ravel().tolist()})
         answer = rebalance_experts([load], *sizes, running, dead=[lost], budget=0)
         actual = np.delete(answer.reshape(ranks, width), lost, axis=0)
-        assert busiest(actual, load) == pytest.approx(min(tried))
+        tried = [
+            powers(other, load)
+            for other in other_seats(actual, left, missing)
+            if len(np.unique(other)) == experts
+        ]
+        assert powers(actual, load) <= min(tried, default=np.inf) * (1 + 1e-6)

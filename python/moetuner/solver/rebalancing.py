@@ -135,7 +135,9 @@ def rebalance(
         deviations,
     )
     if len(load) == 1 and pairs is None:
-        return live.relieved(budget, full=full, min_gain=min_gain)
+        # Every step brings a copy.
+        steps = effort.ADAPT_STEPS if budget else 0
+        return live.relieved(budget, steps=steps, full=full, min_gain=min_gain)
     if pairs is not None:
         # Pairs are counted as often as loads are.
         counted = load.sum(axis=(0, 2)) / np.maximum(windows.sum(axis=(0, 2)), 1e-300)

@@ -6,6 +6,7 @@
 //! microseconds.
 
 mod polish;
+mod repair;
 mod squeeze;
 mod windows;
 
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::layer::{EMPTY, Site, Slots};
 use crate::tournament::Tournament;
 use polish::polish;
+use repair::{repair, vacant};
 pub use squeeze::find_shortage;
 use squeeze::squeeze;
 pub use windows::by_windows;
@@ -229,28 +231,9 @@ fn done(time: f64, device: usize) -> u64 {
     time.to_bits() & !0xffff | device as u64
 }
 
-/// Gives experts that have no slot one, the heaviest first, and may fill empty slots with copies that take most.
+/// Gives experts that have no slot one, and may fill empty slots with copies that take most.
 pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Placed<()> {
-    let vacant = |slots: &Slots, g: usize| slots.of(g).find(|&slot| slots.expert_in[slot] == EMPTY);
-    let mut missing: Vec<u16> = (0..load.len() as u16).filter(|&e| slots.is_short(site, e)).collect();
-    missing.sort_by(|&a, &b| load[usize::from(b)].total_cmp(&load[usize::from(a)]));
-    for e in missing {
-        while slots.is_short(site, e) {
-            let times = slots.times_and_loads(site, load).0;
-            let open = (0..times.len())
-                .filter(|&g| slots.may_take(site, e, g))
-                .filter_map(|g| vacant(slots, g).map(|slot| (g, slot)))
-                .min_by(|a, b| times[a.0].total_cmp(&times[b.0]));
-            match open {
-                Some((_, slot)) => slots.put(slot, e),
-                None => match least_missed(slots, site, load, &times, e) {
-                    Some(slot) => slots.put(slot, e),
-                    None if squeeze(slots, site, e).is_ok() => {}
-                    None => return Err(NoSlot(usize::from(e))),
-                },
-            }
-        }
-    }
+    repair(slots, site, load)?;
     while full && slots.expert_in.contains(&EMPTY) {
         let times = slots.times_and_loads(site, load).0;
         let mut open: Vec<usize> = (0..times.len()).filter(|&g| vacant(slots, g).is_some()).collect();
@@ -260,28 +243,6 @@ pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool)
         slots.put(slot, expert);
     }
     Ok(())
-}
-
-/// The slot of a copy that its expert can do without, and whose devices are done first if another expert takes it.
-///
-/// `times` are those of devices `[D]`; the copies that are left of what goes take its tokens.
-fn least_missed(slots: &Slots, site: &Site, load: &[f64], times: &[f64], expert: u16) -> Option<usize> {
-    let part = |e: u16, copies: u32| load[usize::from(e)] / f64::from(copies.max(1));
-    let done_then = |slot: usize| {
-        let (gone, device) = (slots.expert_in[slot], slots.device(slot));
-        let copies = slots.copies(gone);
-        let comes = part(expert, slots.copies(expert) + 1) - part(gone, copies);
-        let more = part(gone, copies - 1) - part(gone, copies);
-        let others = slots.devices(gone).map(usize::from).filter(|&other| other != device);
-        let busiest = others.map(|other| times[other] + more * site.time[other]).fold(0.0, f64::max);
-        busiest.max(times[device] + comes * site.time[device])
-    };
-    (0..slots.expert_in.len())
-        .filter(|&slot| slots.expert_in[slot] != EMPTY && slots.may_lose(site, slot))
-        .filter(|&slot| slots.may_take(site, expert, slots.device(slot)))
-        .map(|slot| (slot, done_then(slot)))
-        .min_by(|a, b| a.1.total_cmp(&b.1))
-        .map(|(slot, _)| slot)
 }
 
 /// The expert whose copies are the heaviest of those that a device lacks; of equals the one with the fewest copies.
