@@ -176,6 +176,37 @@ def test_a_trace_is_its_arrays(tmp_path_factory, data):
     assert all(shard.flags.c_contiguous for shard in shards)
 
 
+@given(st.data())
+def test_tokens_are_read_by_their_numbers(tmp_path_factory, data):
+    """Of whatever was selected, split, joined and saved, in pieces of any size."""
+    draw, path = data.draw, tmp_path_factory.mktemp("traces") / "a.safetensors"
+    trace, ids, labels = labelled(draw)
+    if draw(st.booleans()):
+        trace.save(path)
+        trace = mt.RoutingTrace.load(path)
+    for _ in range(draw(st.integers(0, 2))):
+        trace, ids, labels = taken(draw, trace, ids, labels)
+    if draw(st.booleans()):
+        trace, ids = trace.concat(trace), np.concatenate([ids, ids])
+    numbers = np.array(sorted(draw(st.sets(st.integers(0, max(len(ids) - 1, 0))))), np.int64)
+    numbers = numbers[: len(ids)]
+    pieces = list(trace.ids.chosen(numbers, draw(st.integers(1, 400))))
+    assert np.array_equal(np.concatenate([ids[:0], *pieces]), ids[numbers])
+    assert all(len(piece) and piece.flags.c_contiguous for piece in pieces)
+
+
+def test_tokens_that_are_far_apart_are_read_without_what_is_between(tmp_path):
+    """Also of a half that was chosen, in which a wrong id is not one that is read."""
+    ids = np.tile(IDS, (9000 // len(IDS), 1, 1))
+    ids[5000] = 255
+    save_file({"expert_ids": ids}, tmp_path / "a.safetensors")
+    trace = mt.RoutingTrace.load(tmp_path / "a.safetensors", num_experts=8)
+    keep = np.arange(len(ids)) % 2 == 0
+    half = replace(trace, ids=trace.ids.select(keep, None))
+    read = list(half.ids.chosen(np.array([0, len(ids) // 2 - 1]), 60))
+    assert np.array_equal(np.concatenate(read), ids[keep][[0, -1]])
+
+
 def test_concat_keeps_recordings_apart(make_trace):
     """Groups meet by name; what only one side knows is not said of both."""
     of, labels = mt.RoutingTrace.from_arrays, {"sequence": [0] * 50, "num_experts": 8}

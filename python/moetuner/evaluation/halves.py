@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure
-from moetuner.evaluation.replay import Counts, Setting, Traffic, counts_of, members
+from moetuner.evaluation.replay import (
+    SHARD_BYTES,
+    Counts,
+    Setting,
+    Traffic,
+    counts_of,
+    members,
+)
 from moetuner.evaluation.units import Folds, Units
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -234,15 +241,21 @@ class _Halving:
     def _shared(self, windows: Integers, folds: int) -> Iterator[NDArray[Any]]:
         """Yield load, visits and node visits of so many windows by fold [w,F,L,D]."""
         assert isinstance(self.traffic, RoutingTrace)
-        place = np.searchsorted(windows, self.window)
-        is_in = windows[np.minimum(place, len(windows) - 1)] == self.window
-        items = self.items[is_in]
-        rows = (place[is_in] * folds + self.fold[is_in]).astype(np.uint32)
-        replay = by_position(self.setting).begin_replay(
-            self.traffic, len(windows) * folds, int(np.bincount(rows).max())
-        )
-        ids = np.ascontiguousarray(self.traffic.expert_ids[items])
-        replay.push(ids, rows, self.setting.threads, positions=items.astype(np.uint64))
+        first, last = np.searchsorted(self.window, [windows[0], windows[-1] + 1])
+        window = self.window[first:last]
+        place = np.searchsorted(windows, window)
+        is_in = windows[place] == window
+        items = self.items[first:last][is_in]
+        rows = (place[is_in] * folds + self.fold[first:last][is_in]).astype(np.uint32)
+        setting, trace = by_position(self.setting), self.traffic
+        replay = setting.begin_replay(trace, len(windows) * folds, int(np.bincount(rows).max()))
+        begin, checked = 0, trace.ids.fresh
+        for ids in trace.ids.chosen(items, SHARD_BYTES, setting.threads):
+            run = slice(begin, begin + len(ids))
+            positions = items[run].astype(np.uint64)
+            replay.push(ids, rows[run], setting.threads, positions=positions, checked=checked)
+            begin += len(ids)
+            del ids  # else the next piece is read while this one is still there
         for table in replay.finish():
             yield table.transpose(1, 0, 2).reshape(len(windows), folds, len(table), -1)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ Shape = tuple[int, int, int]
 Mask = NDArray[np.bool_] | None
 Numbers = NDArray[np.intp] | None
 LeftOut = tuple[int, tuple[int, ...]]
+
+# Tokens whose marks are counted together, to find the one of a number among them.
+MARKS = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +108,45 @@ class Ids:
                     del selected
                 del shard  # else the next one is made while this one is still there
 
+    def chosen(
+        self, items: NDArray[np.int64], max_bytes: int, threads: int | None = None
+    ) -> Iterator[IdArray]:
+        """Read the valid ids [t,L,K] of numbered tokens [n], whose numbers rise, in pieces."""
+        places = items if self.tokens is None else self._places_of(items)
+        first = 0
+        for part in self.parts:
+            own = slice(*np.searchsorted(places, [first, first + part.shape[0]]))
+            within = places[own] - first
+            first += part.shape[0]
+            if isinstance(part, np.ndarray):
+                pieces = _chosen_of(part, within, max_bytes)
+            else:
+                pieces = part.chosen(within, max_bytes, threads)
+            for piece in pieces:
+                selected: Any = _select(piece, None, self.layers)
+                yield selected.astype(self.dtype, copy=False)
+                del selected, piece  # else the next one is read while this one is still there
+
+    @cached_property
+    def _marked_before(self) -> NDArray[np.int64]:
+        """How many tokens are marked before every block of ``MARKS``."""
+        assert self.tokens is not None
+        starts = np.arange(0, len(self.tokens), MARKS)
+        counts = np.add.reduceat(self.tokens, starts, dtype=np.int64) if len(starts) else starts
+        before: NDArray[np.int64] = np.cumsum(counts) - counts
+        return before
+
+    def _places_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which tokens of the parts the marked ones of these rising numbers are."""
+        if not len(items):
+            return items
+        assert self.tokens is not None
+        before = self._marked_before
+        first, last = np.searchsorted(before, items[[0, -1]], "right") - 1
+        marked = np.flatnonzero(self.tokens[first * MARKS : (last + 1) * MARKS])
+        places: NDArray[np.int64] = first * MARKS + marked[items - before[first]]
+        return places
+
     def array(self) -> IdArray:
         """Return all ids [T,L,K]; those of a file not yet validated."""
         if isinstance(self.whole, np.ndarray):
@@ -152,19 +195,40 @@ class IdsInFile:
     def shards(self, max_bytes: int, threads: int | None) -> Iterator[IdArray]:
         """Read and validate runs of tokens."""
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
-        tokens, layers, top_k = self.shape
+        tokens = self.shape[0]
         self._check_unchanged()
         with self.path.open("rb", buffering=0) as file, naming(self.path):
             file.seek(self.stored.offset)
             for first in range(0, tokens, step):
-                count = min(step, tokens - first) * layers * top_k
-                raw = np.fromfile(file, self.stored.dtype, count)
-                if raw.size < count:
-                    missing = (count - raw.size) * raw.itemsize
-                    raise ValueError(f"file shrank while it was read: {missing} bytes are missing")
-                ids = raw.reshape(-1, layers, top_k)
-                yield valid(ids, self.num_experts, first, threads)
-                del ids, raw  # else the next shard is made while this one is still there
+                yield self._read(file, first, min(step, tokens - first), threads)
+
+    def chosen(
+        self, items: NDArray[np.int64], max_bytes: int, threads: int | None
+    ) -> Iterator[IdArray]:
+        """Read and validate numbered tokens [n], and what lies between those of a piece."""
+        step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
+        row = self.shape[1] * self.shape[2] * self.stored.dtype.itemsize
+        self._check_unchanged()
+        with self.path.open("rb", buffering=0) as file, naming(self.path):
+            first = 0
+            while first < len(items):
+                begin = int(items[first])
+                last = int(np.searchsorted(items, begin + step))
+                within = items[first:last] - begin
+                first = last
+                file.seek(self.stored.offset + begin * row)
+                ids = self._read(file, begin, int(within[-1]) + 1, threads)
+                yield ids if len(ids) == len(within) else ids[within]
+                del ids  # else the next piece is read while this one is still there
+
+    def _read(self, file: IO[bytes], first: int, tokens: int, threads: int | None) -> IdArray:
+        """Read and validate so many tokens from where a file is, the first of this number."""
+        _, layers, top_k = self.shape
+        raw = np.fromfile(file, self.stored.dtype, tokens * layers * top_k)
+        missing = (tokens * layers * top_k - raw.size) * raw.itemsize
+        if missing:
+            raise ValueError(f"file shrank while it was read: {missing} bytes are missing")
+        return valid(raw.reshape(-1, layers, top_k), self.num_experts, first, threads)
 
     def mapped(self) -> IdArray:
         """Map the file; its ids are not validated."""
@@ -202,6 +266,11 @@ def tokens_per_shard(shape: tuple[int, ...], dtype: np.dtype[Any], max_bytes: in
 def _cut(ids: IdArray, max_bytes: int) -> Iterator[IdArray]:
     step = tokens_per_shard(ids.shape, ids.dtype, max_bytes)
     return (ids[first : first + step] for first in range(0, len(ids), step))
+
+
+def _chosen_of(ids: IdArray, items: NDArray[np.int64], max_bytes: int) -> Iterator[IdArray]:
+    step = tokens_per_shard(ids.shape, ids.dtype, max_bytes)
+    return (ids[items[first : first + step]] for first in range(0, len(items), step))
 
 
 def _select(ids: IdArray, tokens: Mask, layers: Numbers) -> IdArray:
