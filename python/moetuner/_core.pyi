@@ -22,6 +22,7 @@ __all__ = [
     "bound_visits",
     "busiest_rows",
     "exact_chain",
+    "expected_active",
     "expected_apart",
     "expected_followed",
     "expected_load",
@@ -272,6 +273,11 @@ def search(
 
 # Slots [L,D,S], -1 for an empty one, and the shares of their experts' tokens that they serve.
 _Slots = tuple[NDArray[np.int32], NDArray[np.float64]]
+
+def expected_active(
+    slots: _Slots, load: NDArray[np.float64], *, threads: int | None = None
+) -> NDArray[np.float64]:
+    """Return copies of every device that are expected to have a token [W,L,D], of [W,L,E]."""
 
 def expected_load(
     slots: _Slots, load: NDArray[np.float64], *, threads: int | None = None

@@ -50,6 +50,19 @@ pub(super) fn expected_load<'py>(
     array3(py, (windows, layers, slots.0.shape()[1]), tokens)
 }
 
+#[pyfunction]
+#[pyo3(signature = (slots, load, *, threads = None))]
+pub(super) fn expected_active<'py>(
+    py: Python<'py>,
+    slots: Slots<'py>,
+    load: PyReadonlyArray3<'py, f64>,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
+    let active = shared(py, &slots, experts, (load.len(), threads), |shared| shared.active(load))?;
+    array3(py, (windows, layers, slots.0.shape()[1]), active)
+}
+
 /// Tokens that visit devices [L,D] and nodes [L,N].
 type Visits<'py> = (Bound<'py, PyArray2<f64>>, Bound<'py, PyArray2<f64>>);
 

@@ -204,7 +204,8 @@ mod _core {
     use super::counting::{LabelledReplay, Replay, StatisticsCounter, merge_sets, validate};
     #[pymodule_export]
     use super::expected::{
-        busiest_rows, expected_apart, expected_followed, expected_load, expected_visits, pair_cost,
+        busiest_rows, expected_active, expected_apart, expected_followed, expected_load, expected_visits,
+        pair_cost,
     };
     #[pymodule_export]
     use super::layer::{Layers, adapt_slots, keep_slots, match_devices, replicate_experts, spend_budget};

@@ -237,6 +237,28 @@ impl Shared {
         made_of(load.len() / size.max(1), window).concat()
     }
 
+    /// Copies of every device that are expected to have a token in every window `[W, L, D]`, of tokens of experts
+    /// `[W, L, E]`: one with a share of them is idle if all go to others.
+    #[must_use]
+    pub fn active(&self, load: &[f64]) -> Vec<f64> {
+        let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
+        let size = layers * e;
+        let idle: Vec<Idle> = self.layers.iter().map(|holders| Idle::new(&holders.share)).collect();
+        let window = |w: usize| {
+            let mut active = vec![0.0; layers * d];
+            let layers = active.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
+            for ((active, load), (holders, idle)) in layers.zip(self.layers.iter().zip(&idle)) {
+                for (expert, &tokens) in load.iter().enumerate().filter(|&(_, &tokens)| tokens > 0.0) {
+                    for copy in holders.first[expert] as usize..holders.first[expert + 1] as usize {
+                        active[holders.unit[copy] as usize] += 1.0 - idle.chance(copy, tokens);
+                    }
+                }
+            }
+            active
+        };
+        made_of(load.len() / size.max(1), window).concat()
+    }
+
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
     /// device `[D]`; `hashed` says whether one hash of a token chooses the copies of all its experts.
     #[must_use]
@@ -298,6 +320,46 @@ impl Shared {
             pairs
         };
         made_of(self.layers.len().saturating_sub(1), boundary).concat()
+    }
+}
+
+/// Tokens of which the chance is looked up: beyond, with copies as few as are usual, a copy has one for certain.
+const LOOKED_UP: usize = 1 << 10;
+
+/// How likely copies of a layer are to have none of some tokens.
+#[derive(Debug)]
+struct Idle {
+    /// Logarithm of the share of others, by copy.
+    others: Vec<f64>,
+    /// Where a copy's chances begin in `chances`: copies of one share have the same.
+    begin: Vec<usize>,
+    /// For each share the chance of 0 tokens, 1 and so on, `LOOKED_UP` of them.
+    chances: Vec<f64>,
+}
+
+impl Idle {
+    fn new(shares: &[f64]) -> Self {
+        let others: Vec<f64> = shares.iter().map(|share| (-share).ln_1p()).collect();
+        let mut different: Vec<f64> = others.clone();
+        different.sort_unstable_by(f64::total_cmp);
+        different.dedup();
+        let place = |other: &f64| different.partition_point(|one| one.total_cmp(other).is_lt());
+        let begin = others.iter().map(|other| LOOKED_UP * place(other)).collect();
+        let chances = different.iter().flat_map(|other| {
+            (0..LOOKED_UP).map(move |tokens| if tokens == 0 { 1.0 } else { (tokens as f64 * other).exp() })
+        });
+        let chances = chances.collect();
+        Self { others, begin, chances }
+    }
+
+    /// The chance that a copy has none of so many tokens, which in means of windows are no whole number.
+    fn chance(&self, copy: usize, tokens: f64) -> f64 {
+        let whole = tokens as usize;
+        #[allow(clippy::float_cmp)] // a whole number is one
+        if whole < LOOKED_UP && whole as f64 == tokens {
+            return self.chances[self.begin[copy] + whole];
+        }
+        (tokens * self.others[copy]).exp()
     }
 }
 

@@ -13,7 +13,7 @@ from served import replayed, serving
 import moetuner as mt
 from moetuner import _core
 from moetuner.cost import busiest_ports
-from moetuner.evaluation import replay
+from moetuner.evaluation import copies, replay
 from moetuner.placement import blocks
 
 IN_BLOCKS = blocks(3, 8, 4)
@@ -290,6 +290,21 @@ def test_replicas_are_active_by_their_share():
     placement = mt.Placement([[[0, 1], [0, -1]]], num_experts=2)
     model = mt.CostModel(0, 8, 0, 0, token_bytes=0)
     assert mt.evaluate(placement, statistics, cost_model=model).predicted_layer_us == 4
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1, 100, 10_000, 10**12]), st.booleans())
+def test_copies_are_active_as_the_formula_has_it(seed, most, are_means):
+    """A copy with a share of a window's tokens is idle by chance; means of windows are no whole."""
+    rng = np.random.default_rng(seed)
+    slots = [[[0, 1, 2], [2, 0, -1], [3, 0, 1]], [[3, 2, 1], [1, 0, -1], [-1, 1, -1]]]
+    placement, topology = mt.Placement(slots, num_experts=4), mt.Topology(3)
+    split = rng.choice(["even", "nearest"])
+    share = copies.slot_shares(placement, topology, split)
+    load = rng.integers(0, most, (5, 2, 4)) * rng.integers(0, 2, (5, 2, 4))
+    load = load / 3 if are_means else load.astype(np.uint64)
+    tokens = load[:, np.arange(2)[:, None, None], placement.slots].astype(np.float64)
+    wanted = np.where(tokens > 0, 1 - (1 - share) ** tokens, 0.0) * (placement.slots >= 0)
+    assert copies.count_active(placement, share, load) == pytest.approx(wanted.sum(axis=3))
 
 
 @pytest.mark.parametrize("counted", [False, True])

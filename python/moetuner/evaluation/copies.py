@@ -146,20 +146,10 @@ def count_active(placement: Placement, share: Floats, expert_load: NDArray[Any])
     Windows have tokens by expert [W,L,E], of which slots serve shares [L,D,S] (``slot_shares``).
     Where no expert has copies, the counts are whole numbers of two bytes.
     """
-
-    def count(load: NDArray[Any]) -> NDArray[Any]:
-        return serve(placement, share, load > 0).astype(np.uint16)
+    slots = placement.slots, share
 
     def expect(load: NDArray[Any]) -> NDArray[Any]:
-        experts = np.empty((len(load), placement.layers, placement.devices))
-        for layer, slots in enumerate(placement.slots):
-            device, slot = np.nonzero(slots != EMPTY)
-            tokens = load[:, layer, slots[device, slot]].astype(np.float64)
-            # A copy with a share of the tokens is idle if all of them go to others.
-            with np.errstate(divide="ignore", invalid="ignore"):
-                rest = np.log1p(-share[layer, device, slot])
-                busy = np.where(tokens > 0, 1 - np.exp(tokens * rest), 0.0)
-            experts[:, layer] = busy @ np.equal.outer(device, np.arange(placement.devices))
-        return experts
+        active = _core.expected_active(slots, np.ascontiguousarray(load, np.float64))
+        return active if placement.has_copies else active.astype(np.uint16)
 
-    return by_block(expert_load, expect if placement.has_copies else count)
+    return by_block(expert_load, expect)
