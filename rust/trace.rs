@@ -78,6 +78,19 @@ impl Routing {
     }
 }
 
+/// A number for every token: the sum of what a table `[L, E]` has for its experts, all of which are in range.
+pub fn code<I: ExpertId>(ids: &[I], routing: Routing, table: &[u64]) -> Vec<u64> {
+    let Routing { experts, top_k, .. } = routing;
+    let of_token = |token: &[I]| {
+        let layers = token.chunks_exact(top_k).zip(table.chunks_exact(experts));
+        let sum = |sum: u64, (ids, table): (&[I], &[u64])| {
+            ids.iter().fold(sum, |sum, id| sum.wrapping_add(table[id.index()]))
+        };
+        layers.fold(0, sum)
+    };
+    ids.par_chunks_exact(routing.row()).with_min_len(ROWS_PER_TASK).map(of_token).collect()
+}
+
 /// Rows per task: large enough to hide the scheduling, few enough for the first-level cache, since they are read twice.
 const ROWS_PER_TASK: usize = 1 << 12;
 

@@ -21,6 +21,7 @@ __all__ = [
     "bound",
     "bound_visits",
     "busiest_rows",
+    "code_tokens",
     "exact_chain",
     "expected_active",
     "expected_apart",
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 _ExpertIds = NDArray[np.uint8] | NDArray[np.uint16]
+
+def code_tokens(expert_ids: _ExpertIds, table: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a number for every token [t]: the sum of what a table [L,E] has for its experts."""
 
 def validate(
     expert_ids: _ExpertIds, num_experts: int, first_token: int = 0, threads: int | None = None

@@ -73,6 +73,22 @@ pub(super) fn validate(
     with_ids!(expert_ids, ids => Ok(detached(py, threads, || crate::trace::validate(ids, routing, first_token))??))
 }
 
+#[pyfunction]
+pub(super) fn code_tokens<'py>(
+    py: Python<'py>,
+    expert_ids: Ids<'py>,
+    table: PyReadonlyArray2<'py, u64>,
+) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let ([_, layers, top_k], [rows, experts]) = (sizes(expert_ids.shape()), sizes(table.shape()));
+    let routing = Routing::new(layers, experts, top_k)?;
+    if rows != layers {
+        return Err(Error::shape("table", format!("a row for each of {layers} layers"), &rows).into());
+    }
+    let table = table.as_slice()?;
+    let codes = with_ids!(expert_ids, ids => detached(py, None, || crate::trace::code(ids, routing, table))?);
+    Ok(codes.into_pyarray(py))
+}
+
 /// Counts a trace shard by shard.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct StatisticsCounter {

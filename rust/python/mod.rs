@@ -201,7 +201,7 @@ mod _core {
     #[pymodule_export]
     use super::chain::{exact_chain, search};
     #[pymodule_export]
-    use super::counting::{LabelledReplay, Replay, StatisticsCounter, merge_sets, validate};
+    use super::counting::{LabelledReplay, Replay, StatisticsCounter, code_tokens, merge_sets, validate};
     #[pymodule_export]
     use super::expected::{
         busiest_rows, expected_active, expected_apart, expected_followed, expected_load, expected_visits,

@@ -11,7 +11,7 @@ residues of a prime (Paley 1933). So about as many halves as folds tell what all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -75,15 +75,33 @@ def halvings(folds: int) -> NDArray[np.bool_]:
 
 def halve(traffic: Traffic, setting: Setting, units: Units, *, by_group: bool = True) -> ByGroup:
     """Compute figures of all traffic (None), of every group that has some, and of their halves."""
-    setting = replace(setting, mixed=False)
+    return halve_each(traffic, [setting], units, by_group=by_group)[0]
+
+
+def halve_each(
+    traffic: Traffic, settings: Sequence[Setting], units: Units, *, by_group: bool = True
+) -> list[ByGroup]:
+    """Compute what ``halve`` does under settings that differ in their placements alone.
+
+    The tokens of a trace are read once for all of them.
+    """
+    settings = [replace(setting, mixed=False) for setting in settings]
+    common = settings[0]
+    if not by_group and isinstance(traffic, RoutingTrace):
+        traffic = replace(traffic, group=None)
     rows = members(traffic)
     if not by_group:
         rows = {None: rows[None]}
-    folds = {group: units.deal(traffic, own, setting.window) for group, own in rows.items()}
-    weights, parts = [], []
-    for weight, order in orders(traffic, setting.arrival, seed=setting.mixed_seed):
+    folds = {group: units.deal(traffic, own, common.window) for group, own in rows.items()}
+    weights, orderly = [], []
+    for weight, order in orders(traffic, common.arrival, seed=common.mixed_seed):
         weights.append(weight)
-        parts.append(_in_one_order(traffic, order, setting, folds))
+        orderly.append(_in_one_order(traffic, order, settings, folds))
+    return [_weigh(weights, parts) for parts in zip(*orderly, strict=True)]
+
+
+def _weigh(weights: Sequence[float], parts: Sequence[ByGroup]) -> ByGroup:
+    """Return the figures of traffic that arrives in orders of such weights."""
     if len(parts) == 1:
         return parts[0]
     weighed: ByGroup = {}
@@ -99,24 +117,29 @@ def halve(traffic: Traffic, setting: Setting, units: Units, *, by_group: bool = 
 def _in_one_order(
     traffic: Traffic,
     order: Integers | None,
-    setting: Setting,
+    settings: Sequence[Setting],
     folds: dict[str | None, Folds],
-) -> ByGroup:
+) -> list[ByGroup]:
     """Return the figures of traffic that arrives in an order, of folds as it was recorded."""
     ordered = put_in_order(traffic, order)
     recorded, rows = members(traffic), members(ordered)
-    [counted] = counts_of(ordered, [setting])
-    crossed = measure_crossings(setting, ordered)
-    figures: ByGroup = {}
+    fold_of: dict[str | None, Integers] = {}
     for group, dealt in folds.items():
         fold = np.zeros(len(rows[None]), dtype=np.int64)
         fold[recorded[group]] = dealt.fold
-        fold = fold if order is None else fold[order]
-        items = rows[group]
-        own = None if crossed is None else crossed[items]
-        part = _Halving(ordered, items, fold[items], own, counted[group], setting)
-        figures[group] = part.figures(dealt)
-    return figures
+        fold_of[group] = (fold if order is None else fold[order])[rows[group]]
+    crossings = measure_crossings(settings, ordered)
+    halved = []
+    for setting, counted, crossed in zip(
+        settings, counts_of(ordered, settings), crossings, strict=True
+    ):
+        figures: ByGroup = {}
+        for group, dealt in folds.items():
+            own = None if crossed is None else crossed[rows[group]]
+            part = _Halving(ordered, rows[group], fold_of[group], own, counted[group], setting)
+            figures[group] = part.figures(dealt)
+        halved.append(figures)
+    return halved
 
 
 @dataclass(frozen=True)
@@ -308,14 +331,18 @@ def by_position(setting: Setting) -> Setting:
     return replace(setting, split="even") if setting.split == "round_robin" else setting
 
 
-def measure_crossings(setting: Setting, traffic: Traffic) -> Floats | None:
-    """Compute the share of every token's pairs of neighbouring layers that cross [T], if any."""
+def measure_crossings(settings: Sequence[Setting], traffic: Traffic) -> Iterator[Floats | None]:
+    """Yield the share of every token's pairs of neighbouring layers that cross [T], by setting."""
     if isinstance(traffic, RoutingStatistics) or traffic.layers < 2:
-        return None
-    replay = by_position(setting).begin_replay(traffic, 1, 1)
-    pairs, first = np.empty(traffic.tokens), 0
-    for shard in traffic.shards():
-        pairs[first : first + len(shard)] = replay.apart(shard, first, setting.threads)
+        yield from [None] * len(settings)
+        return
+    replays = [by_position(setting).begin_replay(traffic, 1, 1) for setting in settings]
+    pairs, first = np.empty((len(settings), traffic.tokens), np.uint32), 0
+    for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
+        for own, replay in zip(pairs, replays, strict=True):
+            own[first : first + len(shard)] = replay.apart(shard, first, settings[0].threads)
         first += len(shard)
-    share: Floats = pairs / ((traffic.layers - 1) * traffic.top_k**2)
-    return share
+        del shard  # else the next one is read while this one is still there
+    number = (traffic.layers - 1) * traffic.top_k**2
+    for own in pairs:  # not all of them in double precision
+        yield own / number

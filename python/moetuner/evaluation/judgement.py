@@ -18,7 +18,7 @@ from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.halves import Halved, halve
+from moetuner.evaluation.halves import Halved, halve, halve_each
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
 from moetuner.evaluation.replay import times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
@@ -351,10 +351,15 @@ def _measure_changes(
         for each in (before, after)
     ]
     # A group alone would be all of its traffic, but copies look at a token's place in all.
-    both = [
-        halve(each.traffic, each.setting, units, by_group=by_group or each.group is not None)
-        for each in (before, after)
-    ]
+    by_group = by_group or None not in (before.group, after.group)
+    alone = replace(after.setting, placement=before.setting.placement)
+    if before.traffic is after.traffic and before.setting == alone:
+        settings = [each.setting for each in (before, after)]
+        both = halve_each(after.traffic, settings, units, by_group=by_group)
+    else:
+        both = [
+            halve(each.traffic, each.setting, units, by_group=by_group) for each in (before, after)
+        ]
     if before.group is not None:
         both = [{None: each[before.group]} for each in both]
     numbers = [each[None]["imbalance"].folds.units for each in both]

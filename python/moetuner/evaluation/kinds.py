@@ -107,11 +107,9 @@ def number_texts(trace: RoutingTrace, label: Integers, number: int) -> Integers:
     table = rng.integers(0, 1 << 63, (trace.layers, trace.num_experts), dtype=np.uint64)
     token, first = np.empty(trace.tokens, dtype=np.uint64), 0
     for shard in trace.shards():
-        code = np.zeros(len(shard), dtype=np.uint64)
-        for layer in range(trace.layers):
-            code += table[layer][shard[:, layer]].sum(axis=1, dtype=np.uint64)
-        token[first : first + len(shard)] = code
+        token[first : first + len(shard)] = _core.code_tokens(shard, table)
         first += len(shard)
+        del shard  # else the next one is read while this one is still there
     order = np.argsort(label, kind="stable")
     length = np.bincount(label, minlength=number)
     texts = np.split(token[order], np.cumsum(length)[:-1])

@@ -12,7 +12,8 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,6 +179,11 @@ class Units:
         return self.kinds[np.searchsorted(self.sequences, sequence)].astype(np.int32)
 
 
+# Every split and every size of windows asks for the units of the same trace, whose tokens are read
+# for them; a trace does not change.
+_OF_SEQUENCES: WeakKeyDictionary[RoutingTrace, Units] = WeakKeyDictionary()
+
+
 def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
     if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
@@ -185,7 +191,7 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
             window = piece_of(traffic)
         loads = loads_of(traffic, window=window, threads=threads)
         if isinstance(traffic, RoutingStatistics):
-            kinds, all_alike = kinds_of_windows(traffic)
+            kinds, _ = kinds_of_windows(traffic)
             if kinds is not None:
                 return Units("kind", int(kinds.max()) + 1, kinds=kinds)
         blocks = blocks_of(loads.window_load, loads.group)
@@ -193,8 +199,16 @@ def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None
         if isinstance(traffic, RoutingTrace):
             windows = max(traffic.tokens // (window or 1), 1)
         return Units("window", blocks.number(windows), blocks)
-    labels = np.unique(traffic.sequence)
-    kinds, all_alike = kinds_of(traffic, labels)
+    known = _OF_SEQUENCES.get(traffic)
+    if known is None:
+        known = _OF_SEQUENCES[traffic] = _units_of_sequences(traffic)
+    return known
+
+
+def _units_of_sequences(trace: RoutingTrace) -> Units:
+    """Return what is independent in a trace with sequences: these, or their kinds."""
+    labels = np.unique(cast("NDArray[np.int32]", trace.sequence))
+    kinds, all_alike = kinds_of(trace, labels)
     if kinds is None:
         return Units("sequence", len(labels), all_alike=all_alike)
     return Units("kind", int(kinds.max(initial=-1)) + 1, sequences=labels, kinds=kinds)
