@@ -354,10 +354,10 @@ impl Idle {
 
     /// The chance that a copy has none of so many tokens, which in means of windows are no whole number.
     fn chance(&self, copy: usize, tokens: f64) -> f64 {
-        let whole = tokens as usize;
+        let number = tokens as usize;
         #[allow(clippy::float_cmp)] // a whole number is one
-        if whole < LOOKED_UP && whole as f64 == tokens {
-            return self.chances[self.begin[copy] + whole];
+        if number < LOOKED_UP && number as f64 == tokens {
+            return self.chances[self.begin[copy] + number];
         }
         (tokens * self.others[copy]).exp()
     }
