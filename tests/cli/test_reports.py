@@ -10,11 +10,17 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli.options import pages
+from moetuner.report.page.words import SETTINGS, UNTOLD
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")
 
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
+
+
+def text_of(page):
+    """Return what a page says, without the marks of words that do not break."""
+    return html.unescape(re.sub(r"</?span[^>]*>", "", page))
 
 
 @pytest.fixture
@@ -105,6 +111,64 @@ def test_every_page_opens_and_is_the_same_every_time(ok, trace, tmp_path, argume
     assert actual[0].count("<strong>") >= 3
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("advise", *FEW, "--for", "vllm"),
+        (
+            "solve",
+            "--devices",
+            4,
+            "--slots-per-device",
+            4,
+            "--survive",
+            "device",
+            "--out",
+            "/dev/null",
+        ),
+        ("compare", "--devices", 4, "--methods", "contiguous,lpt", "--splits", 1),
+    ],
+)
+def test_settings_are_told_in_words(ok, trace, tmp_path, arguments):
+    """Every setting of a command has words for its name, and no value is one of an option."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    (command, *others), page = arguments, tmp_path / "page.html"
+    ok(command, trace, *others, "--report", page, "--json", tmp_path / "made.json")
+    settings = json.loads((tmp_path / "made.json").read_text())["settings"]
+    assert {*settings} <= {*SETTINGS, *UNTOLD}
+    facts = dict(
+        re.findall(r"<dt>(.*?)</dt><dd dir=\"auto\">(.*?)</dd>", text_of(page.read_text()))
+    )
+    raw = {"dispatch", "follow", "even", "nearest", "mixed", "bursts", "contiguous", "mean", "vllm"}
+    assert not {*facts.values()} & {*raw, "True", "yes", "None"}
+    assert facts["After a layer, tokens"] == "go home"
+    assert not any("_" in name for name in facts)
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_the_verdict_on_a_page_is_short(ok, tmp_path, is_table):
+    """Of loads as of a trace it is what is gained; times and intervals follow below."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    page, traffic, rng = tmp_path / "page.html", tmp_path / "traffic.npz", np.random.default_rng(0)
+    if is_table:
+        np.savez(traffic, load=rng.poisson(np.linspace(400, 20, 8), (60, 2, 8)))
+    else:
+        scores = rng.gumbel(size=(2000, 2, 8)) + np.linspace(3, 0, 8)
+        ids = np.argsort(-scores, axis=2)[:, :, :1]
+        np.savez(traffic, expert_ids=ids, num_experts=8, sequence=np.arange(2000) // 20)
+    ok("advise", traffic, *FEW, *(() if is_table else ("--window", 100)), "--report", page)
+    text = text_of(page.read_text())
+    headline = re.search(r"<h1[^>]*>(.*?)</h1>", text)[1]
+    assert re.fullmatch(
+        r"(Worth a trial|Not now): [\d.]+ % less predicted time than with the contiguous placement"
+        r"(; less than the 2 % that a change should gain)?\.",
+        headline,
+    )
+    assert re.search(
+        r"<li[^>]*>In [^<]* a layer takes [^<]* us \(95 % interval [^<]*\)\.</li>", text
+    )
+
+
 def test_python_writes_the_same_pages(tmp_path):
     """Of an advice and of two evaluations, with the verdict and as many charts."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
@@ -112,10 +176,10 @@ def test_python_writes_the_same_pages(tmp_path):
     traffic, page = mt.RoutingStatistics.from_load(load), tmp_path / "page.html"
     advice = mt.advise(traffic, mt.Topology(4), copies=(0,), splits=1, iterations=100)
     both, names = (advice.running, advice.proposed), ("now", "then")
-    gain = replace(mt.verdict(*both), names=names)
-    for results, sentence in ((advice, advice.sentence), (both, gain.sentence)):
+    gain, less = replace(mt.verdict(*both), names=names), advice.main.gain.much
+    for results, sentence in ((advice, f"{less} predicted time than"), (both, gain.sentence)):
         mt.write_report(page, results, names=names)
-        text = html.unescape(page.read_text())
+        text = text_of(page.read_text())
         assert sentence in text
         assert "not a file" in text
         assert 4 <= text.count("<section") <= 10
@@ -187,7 +251,7 @@ def test_a_page_says_how_its_engine_is_served(ok, skewed, tmp_path, monkeypatch,
     how = ("--for", engine) if engine else ()
     ok("solve", skewed, "--devices", 4, "--method", "lpt", *how, "--out", "p.json")
     ok("report", "p.json", skewed, "--out", "page.html")
-    page = html.unescape((tmp_path / "page.html").read_text())
+    page = text_of((tmp_path / "page.html").read_text())
     for line in lines:
         assert line in page
     assert ("--to eplb" in page) == (engine is None)

@@ -372,6 +372,46 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [320, 390, 700, 1280])
+def test_no_option_is_broken(made, tmp_path, width):
+    """An option stands on one line, in commands and in sentences, whatever surrounds it."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    file = tmp_path / "page.html"
+    options = ["--ep-num-redundant-experts 0", "--extra-slots 64", "--enable-expert-parallel"]
+    commands = [
+        " ".join(["serve /a/long-path/to/a.json", *options * 3, "x" * at]) for at in range(9)
+    ]
+    reasons = tuple(f"{'word ' * at}{' '.join(options)}" for at in range(9))
+    made = replace(made, contents={"commands": commands}, reasons=reasons)
+    page.write_page(file, made)
+    with driver.sync_playwright() as playing:
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
+        context = browser.new_context(viewport={"width": width, "height": 900})
+        tab = opened(context, file)
+        lines = tab.evaluate(
+            """() => {
+              const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+              const all = [];
+              while (walker.nextNode()) {
+                const text = walker.currentNode;
+                if (text.parentNode.closest("script, [hidden]")) continue;
+                for (const found of text.data.matchAll(/--[a-z][a-z-]+/g)) {
+                  const range = document.createRange();
+                  range.setStart(text, found.index);
+                  range.setEnd(text, found.index + found[0].length);
+                  all.push(range.getClientRects().length);
+                }
+              }
+              return all;
+            }"""
+        )
+        assert len(lines) > 9 * 12
+        assert {*lines} == {1}
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        browser.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_printed_at_once_is_printed_later(made, tmp_path):
     """Who prints before anything is drawn gets what they get who wait: every chart."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

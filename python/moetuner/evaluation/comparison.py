@@ -154,17 +154,25 @@ class Comparison(Frozen):
     @property
     def sentence(self) -> str:
         """How much less of the figure the second placement has, and how sure that is."""
+        sure = "" if self.is_too_few else f" ({self.sure})"
+        return f"{self.change_in_words}{sure}{self.doubt and f'; {self.doubt}'}."
+
+    @property
+    def change_in_words(self) -> str:
+        """How much less of the figure the second placement has."""
         before, after = self.names
-        line = f"{after} has {self.much} {FIGURES[self.measure].label} than {before}"
+        return f"{after} has {self.much} {FIGURES[self.measure].label} than {before}"
+
+    @property
+    def doubt(self) -> str:
+        """Why that may not be so; empty where it surely is."""
         if self.is_too_few:
             return (
-                f"{line}; too few independent sequences or windows for an interval ({self.units}, "
-                f"at least {FEWEST} are needed)."
+                f"too few independent sequences or windows for an interval ({self.units}, at least "
+                f"{FEWEST} are needed)"
             )
-        chance = (
-            "; not surely a difference: that may be chance" if self.answer == "no evidence" else ""
-        )
-        return f"{line} ({self.sure}){chance}."
+        is_unsure = self.answer == "no evidence"
+        return "not surely a difference: that may be chance" if is_unsure else ""
 
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"

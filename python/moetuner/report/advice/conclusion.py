@@ -193,7 +193,7 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
             f"% of the time is prefill{sure and f' ({sure})'}: {parts}{tail}"
         )
     if len(ordered) == 1:
-        return f"{_write_line(advice, ordered[0])}{tail}"
+        return f"{write_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
     for judged in ordered:
         text = f"{name_phase(judged)} ({signed(judged.gain.gain)})"
@@ -354,7 +354,7 @@ def _write_units(units: Units, *, held_out: bool) -> list[str]:
 def _write_gains(advice: Advice) -> list[str]:
     """Write what is gained in windows of each size, by what, and what copies have to do with it."""
     ordered = sorted(advice.judged, key=lambda judged: -judged.gain.gain)
-    lines = [_write_line(advice, ordered[0])]
+    lines = [write_line(advice, ordered[0])]
     if len(ordered) > 1:
         lines = [_write_phase(judged) for judged in ordered]
     if advice.over_eplb:
@@ -395,7 +395,7 @@ def _write_phase(judged: Judgement) -> str:
     return f"{where}: {_write_amount(gain)} predicted time{sure and f' ({sure})'}"
 
 
-def _write_line(advice: Advice, judged: Judgement) -> str:
+def write_line(advice: Advice, judged: Judgement) -> str:
     """Write what a layer gains in windows of one size."""
     gain, sure = judged.gain, interval(judged.gain)
     return (

@@ -24,6 +24,7 @@ from moetuner.report.advice.values import Advice
 from moetuner.report.cells import finite
 from moetuner.report.page.data import PageData, data_of_results
 from moetuner.report.page.panels import panels_of
+from moetuner.report.page.words import as_command, unbroken
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
 
@@ -102,6 +103,7 @@ def render(data: PageData) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"unbroken": unbroken, "as_command": as_command}
     return environment.from_string(own("page.html")).render(
         page=data,
         panels=panels,

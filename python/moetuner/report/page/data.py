@@ -25,9 +25,11 @@ from moetuner.files import text
 from moetuner.formats import serving_commands
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem.phases import WINDOWS
+from moetuner.report.advice.conclusion import running_name, write_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.report.outcome import Outcome
+from moetuner.report.page.words import settings_in_words
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.topology import Topology
@@ -250,11 +252,7 @@ class PageData:
         return (
             ("Command", self.origin.command),
             ("SHA-256 of INPUT", digest.hexdigest() if are_files else "not a file"),
-            *(
-                (name.replace("_", " "), _fact(value))
-                for name, value in settings.items()
-                if value is not None and not isinstance(value, dict | list | tuple)
-            ),
+            *settings_in_words(settings),
         )
 
 
@@ -276,9 +274,16 @@ def data_of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> 
         for seen, gain in enumerate(advice.halves):
             label = f"Computed from {groups[seen]}; judged on {groups[1 - seen]}"
             gains.append(Tile(label, gain.much, gain.sure))
+    sentence, reasons = advice.sentence, advice.reasons[1:]
+    line = write_line(advice, advice.main)
+    if line in sentence:
+        # Times and the interval stand in the tile, and the line where one reads why.
+        change = f"{advice.main.gain.much} predicted time than with {running_name(advice)}"
+        sentence = sentence.replace(line, change)
+        reasons = (f"{line[0].upper()}{line[1:]}.", *reasons)
     return PageData(
         title=f"moetuner: {advice.answer}",
-        sentence=advice.sentence,
+        sentence=sentence,
         answer=answer,
         todo=todo,
         gains=tuple(gains),
@@ -288,7 +293,7 @@ def data_of_advice(advice: Advice, origin: Origin, contents: dict[str, Any]) -> 
         origin=origin,
         contents=contents,
         load=advice.problem.load.astype(np.float64),
-        reasons=advice.reasons[1:],
+        reasons=reasons,
         warnings=advice.warnings,
         token_bytes=None if model is None else model.token_bytes,
         expert_bytes=advice.settings["expert_bytes"],
@@ -386,7 +391,7 @@ def make_data(
         expert_bytes = bytes_of_expert(recorded.expert_size, recorded.model)
     page = PageData(
         title=f"moetuner: {gain.names[1]} against {gain.names[0]}",
-        sentence=f"{words}: {gain.sentence}",
+        sentence=f"{words}: {gain.change_in_words}{'' if gain.is_too_few else f' ({gain.sure})'}.",
         answer=answer,
         todo=todo,
         gains=(gain_tile(gain, judgement),),
@@ -396,6 +401,7 @@ def make_data(
         origin=origin,
         contents=contents,
         load=loads.total_load.astype(np.float64),
+        reasons=(f"{gain.doubt[0].upper()}{gain.doubt[1:]}.",) if gain.doubt else (),
         warnings=warnings,
         token_bytes=token_bytes,
         expert_bytes=expert_bytes,
@@ -404,7 +410,7 @@ def make_data(
         return page
     before, after = gain.names
     nothing = f"There is nothing to gain: {before} and {after} place all experts alike."
-    return replace(page, sentence=nothing, todo=KEEP)
+    return replace(page, sentence=nothing, todo=KEEP, reasons=())
 
 
 def gain_tile(
@@ -458,13 +464,6 @@ def _serving(contents: dict[str, Any], placement: Placement) -> list[str]:
         redundant=redundant,
         placement=str(file),
     )
-
-
-def _fact(value: Any) -> str:
-    """Write a setting."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
 
 
 def _timeless(contents: dict[str, Any]) -> dict[str, Any]:
