@@ -41,7 +41,11 @@ MAY_IMPORT = {
     "solver.budget": ("solver.effort",),
     "solver.bounds.certificate": ("files", "topology"),
     "solver.result": ("solver.bounds.certificate", "solver.budget", *SOLVER),
-    "solver.run": ("solver.result", "solver.bounds.certificate", *EFFORT, *SOLVER),
+    "solver.renaming": SOLVER,
+    "solver.run": (
+        *("solver.renaming", "solver.result", "solver.bounds.certificate"),
+        *(*EFFORT, *SOLVER),
+    ),
     "solver.unseen": ("solver.result",),
     "solver.terms": ("solver.unseen", *SOLVER),
     "solver.bounds": ("solver.run", "solver.result", *EFFORT, *SOLVER),

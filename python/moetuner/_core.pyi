@@ -459,6 +459,12 @@ def match_devices(
     All devices are alike; -1 is an empty slot.
     """
 
+def match_best(weight: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Match rows with columns [B,N], one to one, for the largest sum of weights [B,N,N].
+
+    Of negative weights none may be below -2**40.
+    """
+
 def keep_slots(
     running: NDArray[np.int32], slots: NDArray[np.int32], experts: int
 ) -> NDArray[np.int32]:

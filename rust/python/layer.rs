@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::rules::LayerRules;
 use super::{alone, array2, array3, caught, contiguous, deadline, detached, shaped, slice, watched};
+use crate::assignment::assign_max;
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
@@ -414,6 +415,21 @@ pub(super) fn match_devices<'py>(
     let matched = |(packed, running)| keep_devices(&slots(packed), &slots(running), &site.capacity);
     let all = alone(py, || layers.map(matched).collect::<Vec<_>>())?;
     slots_of(py, all.iter().map(|slots| (&slots.expert_in[..], &site)), [d, per_device])
+}
+
+#[pyfunction]
+pub(super) fn match_best<'py>(
+    py: Python<'py>,
+    weight: PyReadonlyArray3<'py, i64>,
+) -> PyResult<Bound<'py, PyArray2<i64>>> {
+    let &[count, n, _] = weight.shape() else { unreachable!("the array has three dimensions") };
+    shaped("weight", weight.shape(), &[count, n, n])?;
+    let weight = contiguous(weight.as_slice().ok())?;
+    let columns: Vec<i64> = alone(py, || {
+        let matched = weight.chunks_exact((n * n).max(1)).flat_map(|weight| assign_max(weight, n));
+        matched.map(|column: usize| i64::try_from(column).unwrap_or(i64::MAX)).collect()
+    })?;
+    array2(py, (count, n), columns)
 }
 
 #[pyfunction]

@@ -208,7 +208,9 @@ mod _core {
         pair_cost,
     };
     #[pymodule_export]
-    use super::layer::{Layers, adapt_slots, keep_slots, match_devices, replicate_experts, spend_budget};
+    use super::layer::{
+        Layers, adapt_slots, keep_slots, match_best, match_devices, replicate_experts, spend_budget,
+    };
     #[pymodule_export]
     use super::lines::scan_lines;
     #[pymodule_export]

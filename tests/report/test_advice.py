@@ -527,3 +527,21 @@ def test_traffic_leaves_a_profile_if_its_kind_changes(form):
     assert drifts[-1].distance == pytest.approx(by_layer.mean())
     assert drifts[-1].worst_distance == pytest.approx(by_layer[drifts[-1].worst_layer])
     assert by_layer.argmax() == drifts[-1].worst_layer
+
+
+@pytest.mark.parametrize("initial", ["contiguous", "round_robin", "eplb"])
+def test_nothing_moves_where_nothing_is_gained(initial):
+    """Loads that are the same for all experts give no reason to move one of them."""
+    flat = mt.RoutingStatistics.from_load(np.full((40, 3, 16), 64))
+    advice = advise(flat, mt.Topology(4), copies=(0, 1), initial=initial)
+    assert (advice.answer, advice.moving.experts) == ("not now", 0)
+
+
+def test_a_proposal_leaves_as_much_as_can_be_where_it_is():
+    """What is proposed is worth what a solve from nothing is, and moves fewer experts."""
+    advice = advise(heavy(), mt.Topology(8), copies=(0,), splits=1)
+    running, proposed = advice.placements
+    anew = mt.solve(advice.problem, seed=0).placement
+    value = advice.problem.value
+    assert value(proposed) <= value(anew) * (1 + 1e-9)
+    assert advice.moving.experts < running.diff(anew).experts_moved

@@ -298,7 +298,7 @@ def _judging(
         solving["slots_per_device"] = None if is_default else slots
         return options.next_command("solve", file, {**solving, **others}, why)
 
-    commands = [solve(problem.slots, why, out_file="placement.json")]
+    commands = []
     baseline = typed["initial"] if initial == "given" else None
     if initial not in ("given", "contiguous"):
         slots = slots_of_running(initial, problem.experts, problem.devices)
@@ -307,6 +307,9 @@ def _judging(
             "out_file": (baseline := "running.json"),
         }
         commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
+    if problem.has_slots_for(advice.placements[0]):
+        solving["initial_file"] = initial if baseline is None else baseline
+    commands.append(solve(problem.slots, why, out_file="placement.json"))
     values = {field.name: typed.get(field.name) for field in fields(Source)}
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
     values |= {"window": None if main.window == window else main.window}

@@ -390,6 +390,11 @@ class Problem(Frozen):
                 "initial",
             )
 
+    def has_slots_for(self, placement: Placement) -> bool:
+        """Return whether every device has the slots that a placement takes."""
+        self.check_shape(placement)
+        return bool(((placement.slots != EMPTY).sum(axis=2) <= self.capacity).all())
+
     def filled(
         self, slots: NDArray[np.int32], running: Placement | None = None
     ) -> NDArray[np.int32]:

@@ -87,7 +87,8 @@ def solve(
         objective and bound so far. ``Result.history`` keeps what changed, listened to or not.
     initial
         The placement that runs, to be improved by few moves; experts that stay keep their slots.
-        With ``joint`` and ``heuristic``.
+        Of equally good answers the nearest one is returned: devices that are alike exchange what
+        they hold, and layers that gain nothing stay. With ``joint`` and ``heuristic``.
     move_budget
         Bytes that may move, from device to device; None, or infinity, for any number.
     move_cost

@@ -25,6 +25,7 @@ from moetuner.problem.objective import Objective
 from moetuner.solver import effort
 from moetuner.solver.bounds.certificate import Certificate
 from moetuner.solver.budget import Budget, Progress
+from moetuner.solver.renaming import keep_running
 from moetuner.solver.result import BoundDetails, Details, LevelBound, Status
 
 Slots = NDArray[np.int32]
@@ -318,9 +319,11 @@ class Run:
 
         Where the answer is judged as the search judges, and keeps the caps, a value is reported
         that it is not behind. What an interrupted search found is offered as well, before
-        KeyboardInterrupt goes on.
+        KeyboardInterrupt goes on. Where a placement runs, as much of it stays as can at this rank.
         """
         incumbent = self.judge(slots, by, role=role, is_start=is_start)
+        if self.moves is not None and incumbent.moves and role is not Role.RUNNING:
+            incumbent = self._with_fewest_moves(incumbent, self.moves)
         if self.can_afford(incumbent):
             self.incumbents.append(incumbent)
             best, report = self.best, self.budget.progress
@@ -332,6 +335,15 @@ class Run:
         if interrupted:
             raise KeyboardInterrupt
         return incumbent
+
+    def _with_fewest_moves(self, incumbent: Incumbent, moves: Moves) -> Incumbent:
+        """Return an incumbent of the same rank to which as few copies move as renaming can do."""
+        kept = keep_running(self.problem, self.objective, moves.initial, incumbent.slots)
+        nearer = self.judge(kept, incumbent.by, role=incumbent.role, is_start=incumbent.is_start)
+        # By its own worth: fewer moves at a price are a gain.
+        value = incumbent.value + abs(incumbent.value) * ROUNDING
+        is_as_good = nearer.excess <= incumbent.excess and nearer.value <= value
+        return nearer if is_as_good and nearer.moves < incumbent.moves else incumbent
 
     @property
     def is_priced(self) -> bool:

@@ -203,14 +203,21 @@ def problem_of(
 
 
 def search(
-    request: Request, problem: Problem, method: Method, seed: int, *, iterations: int | None = None
+    request: Request,
+    problem: Problem,
+    method: Method,
+    seed: int,
+    *,
+    iterations: int | None = None,
+    initial: Placement | None = None,
 ) -> Result:
-    """Solve a problem; an interrupt ends the advice."""
+    """Solve a problem, from ``initial`` where one is given; an interrupt ends the advice."""
     return solve(
         problem,
         method,
         seed=seed,
         iterations=iterations,
+        initial=initial,
         threads=request.threads,
         time_limit=request.time_limit,
     ).uninterrupted()

@@ -33,10 +33,21 @@ class Trial:
 
 def try_out(request: Request, part: Part, copies: int) -> Trial:
     """Place with some slots for copies, and evaluate that beside EPLB's and what runs."""
-    problem = problem_of(request, part.statistics, copies)
-    result = search(request, problem, "joint", part.seed, iterations=request.iterations)
+    problem, running = (
+        problem_of(request, part.statistics, copies),
+        running_placement(request, part),
+    )
+    # What runs stays wherever it is as good, if it fits into the slots.
+    result = search(
+        request,
+        problem,
+        "joint",
+        part.seed,
+        iterations=request.iterations,
+        initial=running if problem.has_slots_for(running) else None,
+    )
     placements: dict[Key, Placement] = {
-        RUNNING: running_placement(request, part),
+        RUNNING: running,
         EPLB: search(request, problem, "eplb", part.seed).placement,
         PROPOSED: result.placement,
     }
