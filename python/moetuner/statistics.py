@@ -411,6 +411,11 @@ class RoutingStatistics(Frozen):
         ]
         return parts[0], parts[1]
 
+    @cached_property
+    def known(self) -> dict[Any, Any]:
+        """What has been computed of these counts, by what that is; counts do not change."""
+        return {}
+
     @property
     def windows(self) -> int:
         """Number of windows, W."""
@@ -623,13 +628,18 @@ class RoutingStatistics(Frozen):
         >>> statistics.joined(2).window_load.tolist()
         [[[1, 1]]]
         """
+        known: RoutingStatistics | None = self.known.get(("joined", tokens))
+        if known is not None:
+            return known
         runs = self.runs(tokens)
         if not len(runs):
             raise ValueError(f"tokens must be those of windows that INPUT fills, got {tokens:,}")
         load = np.stack([self.window_load[run].sum(axis=0, dtype=np.uint64) for run in runs])
         group = None if self.group is None else self.group[runs[:, 0]]
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
-        return replace(self, window_load=cast(Any, load), window=tokens, group=group, **fields)
+        joined = replace(self, window_load=cast(Any, load), window=tokens, group=group, **fields)
+        self.known["joined", tokens] = joined
+        return joined
 
     def runs(self, tokens: int) -> NDArray[np.int64]:
         """Return the windows that make longer ones of so many tokens [W,n], in their order."""

@@ -163,3 +163,29 @@ def test_counting_tells_how_far_it_is(make_trace, monkeypatch, shard, window):
         assert shares == sorted(shares)
         assert len(shares) > 2
         assert shares[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("arrival", ["bursts", 0.5])
+def test_a_sample_of_very_many_windows_counts_as_all(arrival, monkeypatch):
+    """It has the weight of all, of every size of windows, and windows of all times and groups."""
+    monkeypatch.setattr("moetuner.problem.windows.SAMPLED", MANY // 3)
+    group = np.arange(MANY) * 3 // MANY
+    statistics = many(group=group, group_names=("a", "b", "c"))
+    windows = windows_of(statistics, arrival, "mean", {"a": 2.0, "b": 1.0, "c": 0.0})
+    sample = windows.sampled
+    recorded = np.flatnonzero(sample.group < 3)
+    assert len(recorded) == len(sample.load) == MANY // 3
+    assert sample.weight.sum() == pytest.approx(windows.weight.sum())
+    assert sample.weight[len(recorded) :].tolist() == windows.weight[MANY:].tolist()
+    counts = np.bincount(sample.group[recorded], minlength=3)
+    assert counts[0] == pytest.approx(counts[1], abs=1) and counts[2] == 0
+    assert windows.tokens[:MANY].sum() == statistics.window_load.sum()
+
+
+def test_windows_are_computed_once_of_the_same_counts():
+    """Problems of the same counts see the same windows and the same joined ones."""
+    statistics = many()
+    problems = [mt.Problem(statistics, mt.Topology(2), slots_per_device=n) for n in (8, 9)]
+    assert problems[0].windows is problems[1].windows
+    other = mt.Problem(statistics, mt.Topology(2), slots_per_device=8, arrival=0.5)
+    assert other.windows is not problems[0].windows

@@ -254,8 +254,17 @@ class Problem(Frozen):
         }
         if len(parts) == 1:
             return next(iter(parts.values()))
-        costs = [self.objective_in(part).cost_in_blocks for part in parts.values()]
+        costs = [self._cost_in_blocks(part) for part in parts.values()]
         return weighed([*parts.values()], [self.shares[tokens] for tokens in parts], costs)
+
+    def _cost_in_blocks(self, part: Windows) -> float:
+        """Return what windows of the statistics cost in blocks, computed once for all problems."""
+        known = self.statistics.known
+        setting = (self.topology, self.goal, self.regime, self.split, self.cost_model)
+        asked = ("cost in blocks", id(part), *setting)
+        if asked not in known:
+            known[asked] = self.objective_in(part).cost_in_blocks
+        return float(known[asked])
 
     @property
     def goal(self) -> Goal:

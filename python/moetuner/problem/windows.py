@@ -22,6 +22,8 @@ Risk = Literal["mean"] | float
 # every group at most), whatever their number is: its memory is bounded by them ("Long traces" in
 # docs/experiments.md).
 MOST, MERGED = 512, 128
+# Windows, at even distances, by which a search ranks the few placements that it ends with.
+SAMPLED = 2048
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
 # Largest of the numbers: sums of their products are exact, so that all machines merge alike.
@@ -91,6 +93,8 @@ class Windows:
     @cached_property
     def tokens(self) -> Floats:
         """Tokens of every window, over all layers and once per expert [W]."""
+        if self.parts:
+            return np.concatenate([part.tokens for part in self.parts])
         return self.map(lambda load: load.sum(axis=(1, 2)))
 
     @cached_property
@@ -108,6 +112,59 @@ class Windows:
             if self.parts
             else _representatives(self)
         )
+
+    @cached_property
+    def sampled(self) -> Windows:
+        """Some of these windows, which count as all of them; these where they are not many."""
+        if self.parts:
+            sampled = [part.sampled for part in self.parts]
+            changed = any(one is not part for one, part in zip(sampled, self.parts, strict=True))
+            return _joined(sampled) if changed else self
+        used = np.flatnonzero(self.weight[: len(self.load)] > 0)
+        if self.load.dtype == np.float64 or len(used) <= SAMPLED:
+            return self
+        chosen = used[np.linspace(0, len(used) - 1, SAMPLED).round().astype(np.int64)]
+        # Those of mixed arrival stay as they are.
+        every = np.concatenate([chosen, np.arange(len(self.load), len(self))])
+        weight = self.weight[every]
+        weight[:SAMPLED] *= self.weight[used].sum() / weight[:SAMPLED].sum()
+        return replace(
+            self,
+            load=self.load[chosen],
+            weight=weight,
+            group=None if self.group is None else self.group[every],
+            reference=None if self.reference is None else self.reference[every],
+        )
+
+    @cached_property
+    def clusters(self) -> list[tuple[int, NDArray[np.int64], Floats]]:
+        """Windows that are alike: their group, their numbers, and their mean [L,E]."""
+        load = self.load
+        features = _features(load)
+        used = np.flatnonzero(self.weight[: len(load)] > 0)
+        labels = np.zeros(len(load), dtype=np.int64)
+        if self.group is not None:
+            labels = self.group[: len(load)]
+        found = []
+        for label in np.unique(labels[used]).tolist():
+            of_label = used[labels[used] == label]
+            cluster = _clusters(features[of_label], max(len(of_label) * MERGED // len(used), 1))
+            for number in np.unique(cluster):
+                members = of_label[cluster == number]
+                runs = [load[members[run]] for run in blocks(len(members), load[0].size)]
+                total = np.sum([run.sum(axis=0, dtype=np.float64) for run in runs], axis=0)
+                found.append((label, members, total / len(members)))
+        return found
+
+    def reweighed(self, factor: float, reference: float) -> Windows:
+        """Return the same windows at so many times their weights, by a reference of each."""
+        changed = replace(
+            self, weight=factor * self.weight, reference=np.full(len(self), reference)
+        )
+        if factor > 0 and self.load.dtype != np.float64:
+            # What does not depend on weights is not computed anew.
+            vars(changed).update({name: getattr(self, name) for name in ("tokens", "clusters")})
+        return changed
 
     @property
     def is_mean(self) -> bool:
@@ -175,11 +232,31 @@ def windows_of(
     Of more windows than searches see the recorded ones stay as they are, and at most as many mixed
     ones as searches see stand behind them.
     """
-    share = share_mixed(arrival)
     if not (isinstance(risk, str) and risk == "mean") and not (is_number(risk) and 0 <= risk < 1):
         raise ArgumentError(
             f"risk must be 'mean', or a level from 0 to below 1, got {shown(risk)}", "risk"
         )
+    share = share_mixed(arrival)
+    asked = ("windows", share, risk, _named(groups), tokens)
+    if asked not in statistics.known:
+        statistics.known[asked] = _find_windows(statistics, share, risk, groups, tokens)
+    found: Windows = statistics.known[asked]
+    return found
+
+
+def _named(groups: Mapping[str, float] | Literal["minimax"] | None) -> object:
+    """Return groups as a key."""
+    return tuple(groups.items()) if isinstance(groups, Mapping) else groups
+
+
+def _find_windows(
+    statistics: RoutingStatistics,
+    share: float,
+    risk: Risk,
+    groups: Mapping[str, float] | Literal["minimax"] | None,
+    tokens: int | None,
+) -> Windows:
+    """Return what ``windows_of`` does, computed anew."""
     by_group = None if groups is None else _group_weights(statistics, groups)
     if tokens != statistics.window and tokens is not None:
         statistics = statistics.joined(tokens)
@@ -209,19 +286,10 @@ def windows_of(
 def _representatives(windows: Windows) -> Windows:
     """Return means of windows that are alike, each of one group, which count as all of them."""
     load, weight, group = windows.load, windows.weight, windows.group
-    recorded = weight[: len(load)]
-    features = _features(load)
-    means, weights, groups = [], [], []
-    used = np.flatnonzero(recorded > 0)
-    labels = np.zeros(len(load), dtype=np.int64) if group is None else group[: len(load)]
-    for label in np.unique(labels[used]):
-        of_label = used[labels[used] == label]
-        cluster = _clusters(features[of_label], max(len(of_label) * MERGED // len(used), 1))
-        for members in (of_label[cluster == number] for number in np.unique(cluster)):
-            runs = [load[members[run]] for run in blocks(len(members), load[0].size)]
-            means.append(sum(run.sum(axis=0, dtype=np.float64) for run in runs) / len(members))
-            weights.append(recorded[members].sum())
-            groups.append(label)
+    clusters = windows.clusters
+    means = [mean for _, _, mean in clusters]
+    weights = [weight[members].sum() for _, members, _ in clusters]
+    groups = [label for label, _, _ in clusters]
     merged, merged_weight, of_merged = np.array(means), np.array(weights), np.array(groups)
     if windows.more is not None:
         # They are drawn at random: some say what all of them do.
@@ -253,7 +321,7 @@ def weighed(parts: Sequence[Windows], shares: Sequence[float], costs: Sequence[f
     )
     return _joined(
         [
-            replace(part, weight=by * unit * part.weight, reference=np.full(len(part), cost))
+            part.reweighed(by * unit, cost)
             for part, by, cost in zip(parts, scale, costs, strict=True)
         ]
     )

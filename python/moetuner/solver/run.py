@@ -193,8 +193,12 @@ class Run:
         # Of many windows a search sees some that stand for all; the answer is judged on all.
         self.sees_all = problem.windows.searched is problem.windows
         self.objective = problem.objective_function
+        # Of more, the few that are compared in the end are ranked by a sample.
+        self.judge_of_last = problem.objective_function
         if not self.sees_all:
             self.objective = problem.objective_in(problem.windows.searched)
+            if problem.windows.sampled is not problem.windows:
+                self.judge_of_last = problem.objective_in(problem.windows.sampled)
         self.incumbents: list[Incumbent] = []
         self.bound: Bound | None = None
         self.details = Details()
@@ -331,7 +335,7 @@ class Run:
             if report is not None and is_objective and not best.excess:
                 report(Progress(0.0, by, best.value, is_step=True))
         if is_start and not (self.sees_all or self.judging_all or self.budget.is_over()):
-            self.rank_of_all(incumbent)
+            self._rank_at_last(incumbent)
         if interrupted:
             raise KeyboardInterrupt
         return incumbent
@@ -364,7 +368,7 @@ class Run:
         )
 
     def answer(self) -> Incumbent:
-        """Return the best incumbent by all windows, where a search has seen some of them.
+        """Return the best incumbent by all windows, or a sample, where a search has seen fewer.
 
         Out of the few that the search ranks first, and its starts. The search's own choice stays
         where it is as good as the best by more than chance can tell.
@@ -383,7 +387,7 @@ class Run:
         slots = {incumbent.slots.tobytes(): incumbent for incumbent in judged}
         for key, incumbent in slots.items():
             if not ranks or not self.budget.is_over():
-                ranks[key] = self.rank_of_all(incumbent)
+                ranks[key] = self._rank_at_last(incumbent)
         first = min(ranks, key=ranks.__getitem__)
         excess, value = ranks[first]
         rank_of_best, least = ranks.get(best.slots.tobytes()), ranks[floor.slots.tobytes()]
@@ -393,8 +397,12 @@ class Run:
 
     def rank_of_all(self, incumbent: Incumbent) -> tuple[float, float]:
         """Compute the rank of an incumbent by all windows."""
+        return self._rank(incumbent.slots, incumbent.moves, self.problem.objective_function)
+
+    def _rank_at_last(self, incumbent: Incumbent) -> tuple[float, float]:
+        """Compute the rank of an incumbent by all windows or, of very many, by a sample."""
         begin = self.budget.gone
-        rank = self._rank(incumbent.slots, incumbent.moves, self.problem.objective_function)
+        rank = self._rank(incumbent.slots, incumbent.moves, self.judge_of_last)
         self.judging_all = max(self.judging_all, self.budget.gone - begin)
         return rank
 
