@@ -178,7 +178,8 @@ def test_a_sample_of_very_many_windows_counts_as_all(arrival, monkeypatch):
     assert sample.weight.sum() == pytest.approx(windows.weight.sum())
     assert sample.weight[len(recorded) :].tolist() == windows.weight[MANY:].tolist()
     counts = np.bincount(sample.group[recorded], minlength=3)
-    assert counts[0] == pytest.approx(counts[1], abs=1) and counts[2] == 0
+    assert counts[0] == pytest.approx(counts[1], abs=1)
+    assert counts[2] == 0
     assert windows.tokens[:MANY].sum() == statistics.window_load.sum()
 
 

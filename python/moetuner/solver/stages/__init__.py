@@ -7,7 +7,8 @@ with one copy of each expert is a start: copies must better it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
@@ -49,13 +50,34 @@ def _single_copies(run: Run, budget: Budget) -> None:
     """Search the problem with one copy of each expert, and offer that as a start."""
     single = _single(run.problem)
     assert single is not None
-    # With slots to fill, the values are not those of answers.
-    part = budget.muted() if run.problem.fill_slots else budget
-    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
-    slots, capacity = inner.answer().slots, run.problem.capacity
+    known, asked = single.statistics.known, _asked(single, run.seed, budget)
+    slots, interrupted = known.get(asked), False
+    if slots is None:
+        # With slots to fill, the values are not those of answers.
+        part = budget.muted() if run.problem.fill_slots else budget
+        inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
+        slots, interrupted = inner.answer().slots, inner.interrupted
+        if asked is not None and not interrupted:
+            known[asked] = slots
+    capacity = run.problem.capacity
     if single.capacity.sum() < capacity.sum():
         slots = pad_slots(slots, capacity)
-    run.offer(slots, "single", role=Role.SINGLE, is_start=True, interrupted=inner.interrupted)
+    run.offer(slots, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
+
+
+def _asked(single: Problem, seed: int, budget: Budget) -> tuple[object, ...] | None:
+    """Return what the answer to a problem of single copies depends on; None on more, as on time.
+
+    Several numbers of slots for copies are tried of the same counts: with one copy of each expert
+    they are one problem, which is searched once.
+    """
+    if budget.time_limit is not None or budget.gap is not None:
+        return None
+    left_out = ("statistics", "slots_per_device", "extra_slots", "fill_slots")
+    values = [getattr(single, each.name) for each in fields(single) if each.name not in left_out]
+    settings = (tuple(each.items()) if isinstance(each, Mapping) else each for each in values)
+    limits = (seed, budget.iterations, budget.effort)
+    return ("single", type(single), *settings, single.capacity.tobytes(), *limits)
 
 
 def _has_spare_slots(run: Run) -> bool:
