@@ -297,6 +297,45 @@ def evaluate_each(
     return _evaluate(settings, traffic, home, progress)
 
 
+def evaluate_in_windows(
+    placements: Sequence[Placement],
+    traffic: Traffic,
+    topology: Topology | None,
+    windows: Sequence[int | None],
+    *,
+    mixed: bool = True,
+    progress: Callable[[float], None] | None = None,
+    **options: Any,
+) -> dict[int | None, list[Evaluation]]:
+    """Evaluate placements in windows of several sizes, mixed order in those of the first alone.
+
+    A trace is read once for all sizes if each is several times the shortest. ``options`` are as for
+    ``evaluate_each``.
+    """
+    shortest = min(window or 0 for window in windows)
+    if not shortest or any((window or 0) % shortest for window in windows):
+        evaluated: dict[int | None, list[Evaluation]] = {}
+        for window in windows:
+            evaluated[window] = evaluate_each(
+                placements,
+                traffic,
+                topology,
+                window=window,
+                mixed=mixed and not evaluated,
+                progress=progress,
+                **options,
+            )
+        return evaluated
+    machine = topology_of(placements[0], topology)
+    settings = [
+        Setting(placement, machine, window, mixed=mixed and window == windows[0], **options)
+        for placement in placements
+        for window in windows
+    ]
+    each = _evaluate(settings, traffic, None, progress)
+    return {window: each[at :: len(windows)] for at, window in enumerate(windows)}
+
+
 def _evaluate(
     settings: Sequence[Setting],
     traffic: Traffic,
@@ -318,8 +357,8 @@ def _evaluate(
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
     # the sequences of a group are mixed with each other, not with those of others.
     is_mixed = any(order is not None for _, order in served)
-    counts_mixed = common.mixed and (not is_mixed or len(numbers) > 1)
-    counting = [replace(each, mixed=counts_mixed) for each in settings]
+    counts_mixed = not is_mixed or len(numbers) > 1
+    counting = [replace(each, mixed=each.mixed and counts_mixed) for each in settings]
 
     def progress_of(number: int) -> Callable[[float], None] | None:
         return progress and (lambda share: progress((number + share) / len(served)))
@@ -334,7 +373,7 @@ def _evaluate(
         for group in counted[0]:
             parts = [counts[group] for counts in counted]
             mixed = parts[0].mixed
-            if common.mixed and is_mixed and group is None:
+            if setting.mixed and is_mixed and group is None:
                 mixed = parts[-1].load[parts[-1].is_step]
             if homes is not None and isinstance(traffic, RoutingTrace):
                 own = traffic if group is None else traffic.select(groups=group)

@@ -196,10 +196,11 @@ def members(traffic: Traffic) -> dict[str | None, NDArray[np.int64]]:
 def counts_of(
     traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
 ) -> Iterator[dict[str | None, Counts]]:
-    """Count traffic, once for all settings, which differ in their placements alone.
+    """Count traffic, once for all settings, which differ in their placements and windows alone.
 
-    Yields what was counted under each, of all ``members``, a group by itself. ``progress`` gets the
-    share of a trace's tokens that were read.
+    Windows of a trace are as long as the shortest of them or several times that. Yields what was
+    counted under each, of all ``members``, a group by itself. ``progress`` gets the share of a
+    trace's tokens that were read.
     """
     if isinstance(traffic, RoutingStatistics):
         for expected in (Expected(traffic, setting) for setting in settings):
@@ -234,20 +235,24 @@ class _Group:
         self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
     ) -> None:
         self._trace, self._settings, self._tokens = trace, settings, tokens
-        one = settings[0]
+        # Longer windows are sums of the shortest ones.
+        one = min(settings, key=lambda each: each.window or 0)
         self._window = one.window or max(len(tokens), 1)
-        self._replays = [
-            _core.Replay(
-                each.placement.slots,
+        # Of each placement once, whatever the windows.
+        self._at = [_first_with(each.placement, settings) for each in settings]
+        self._replays = {
+            at: _core.Replay(
+                settings[at].placement.slots,
                 trace.num_experts,
                 trace.top_k,
-                each.topology.node_of_device.tolist(),
+                settings[at].topology.node_of_device.tolist(),
                 window=one.window,
-                split=each.split,
-                of_slots=each.counts_slots,
+                split=one.split,
+                of_slots=settings[at].counts_slots,
             )
-            for each in settings
-        ]
+            for at in dict.fromkeys(self._at)
+        }
+        self._tallies: dict[int, tuple[int, Numbers, Numbers, Numbers, Numbers, Numbers]] = {}
         self._experts: _core.StatisticsCounter | None = None
         self._expert_load: Numbers | None = None
         counts_all = all(each.counts_slots for each in settings)
@@ -260,12 +265,16 @@ class _Group:
                 transitions=False,
                 coactivation=False,
             )
-        self._place, self._mixed = np.empty(len(tokens), dtype=np.uint64), []
-        if one.mixed and len(tokens) > self._window:  # one window is the same in any order
+        self._mixed: dict[int, _core.LabelledReplay] = {}
+        self._mixed_loads: dict[int, Numbers] = {}
+        self._place = np.empty(0, dtype=np.uint64)
+        is_mixed = any(each.mixed for each in settings)
+        if is_mixed and len(tokens) > self._window:  # one window is the same in any order
+            self._place = np.empty(len(tokens), dtype=np.uint64)
             sequence = None if trace.sequence is None else trace.sequence[tokens]
             order = mixed_order(sequence, len(tokens), seed=one.mixed_seed)
             self._place[order] = np.arange(len(tokens), dtype=np.uint64)
-            self._mixed = [self._mixed_replay(each) for each in settings]
+            self._mixed = {at: self._mixed_replay(settings[at]) for at in self._replays}
 
     def _mixed_replay(self, setting: Setting) -> _core.LabelledReplay:
         """Begin to count loads in windows of mixed arrival: of experts where copies take turns."""
@@ -284,27 +293,38 @@ class _Group:
             return
         ids = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]
         threads, checked = self._settings[0].threads, self._trace.ids.fresh
-        for replay in self._replays:
+        for replay in self._replays.values():
             replay.push(ids, threads, checked=checked)
             checked = True
         if self._experts is not None:
             self._experts.push(ids, threads, checked=True)
         place = self._place[begin:end]
-        for mixed in self._mixed:
+        for mixed in self._mixed.values():
             window = (place // self._window).astype(np.uint32)
             mixed.push(ids, window, threads, positions=place, checked=True)
 
     def finish(self, number: int) -> Counts:
         """Return what was counted under a setting, once."""
-        setting = self._settings[number]
-        tokens, load, follow, visits, node_visits, of_slots = self._replays[number].finish()
+        setting, at = self._settings[number], self._at[number]
+        if at in self._replays:
+            self._tallies[at] = self._replays.pop(at).finish()
+        tokens, load, follow, visits, node_visits, of_slots = self._tallies[at]
         if self._experts is not None:
             self._expert_load, self._experts = self._experts.finish(setting.threads)[1], None
+        if at in self._mixed:
+            self._mixed_loads[at] = self._mixed.pop(at).finish()[0].transpose(1, 0, 2)
+        times = (setting.window or self._window) // self._window
+        experts = None if self._expert_load is None else _join(self._expert_load, times)
+        load, visits, node_visits, of_slots = (
+            _join(table, times) for table in (load, visits, node_visits, of_slots)
+        )
         mixed = load if setting.mixed else None
-        if self._mixed:
-            mixed = self._mixed[number].finish()[0].transpose(1, 0, 2)
+        if setting.mixed and at in self._mixed_loads:
+            mixed = _join(self._mixed_loads[at], times)
             mixed = _take_turns(setting.placement, mixed) if setting.takes_turns else mixed
-        steps, experts = max(tokens // self._window, 1), self._expert_load
+        if at not in self._at[number + 1 :]:
+            del self._tallies[at]
+        steps = max(tokens // (times * self._window), 1)
         dispatch, active = _count_by_experts(
             setting, setting.slot_shares, visits, experts, of_slots=of_slots
         )
@@ -319,6 +339,19 @@ class _Group:
             active=active,
             is_step=np.arange(len(load)) < steps,
         )
+
+
+def _first_with(placement: Placement, settings: Sequence[Setting]) -> int:
+    """Return the number of the first setting of a placement."""
+    return next(at for at, each in enumerate(settings) if each.placement is placement)
+
+
+def _join(table: Numbers, times: int) -> Numbers:
+    """Add up counts of so many windows after each other [W,...]; the last are of what is left."""
+    if times == 1:
+        return table
+    joined: Numbers = np.add.reduceat(table, np.arange(0, len(table), times), 0, np.uint64)
+    return joined
 
 
 def _take_turns(placement: Placement, load: Numbers) -> Numbers:
@@ -444,7 +477,8 @@ def _divide(part: Floats, total: Floats) -> Floats:
 
 
 def _check_table_bytes(trace: RoutingTrace, settings: Sequence[Setting]) -> None:
-    window, topology = settings[0].window, settings[0].topology
+    window, topology = min(each.window or 0 for each in settings), settings[0].topology
+    settings = list({id(each.placement): each for each in settings}.values())
     windows = max(1, -(-trace.tokens // (window or max(trace.tokens, 1))))
     width = np.min_scalar_type((window or trace.tokens) * trace.top_k).itemsize
     # Load and visits of devices, visits of nodes, and load in mixed order; while they are put

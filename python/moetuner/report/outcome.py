@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moetuner.cost import CostModel, assumed_model
-from moetuner.evaluation import Evaluation, evaluate_each
+from moetuner.evaluation import Evaluation, evaluate_in_windows
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import Traffic
@@ -108,16 +108,20 @@ def head(problem: Problem, *, held_out: bool = False) -> tuple[str, ...]:
 
 
 def replay(
-    placements: Sequence[Placement], problem: Problem, traffic: Traffic, **options: Any
-) -> list[Evaluation]:
-    """Evaluate placements of a problem on other traffic, which is read once for all of them.
+    placements: Sequence[Placement],
+    problem: Problem,
+    traffic: Traffic,
+    windows: Sequence[int | None],
+    **options: Any,
+) -> dict[int | None, list[Evaluation]]:
+    """Evaluate placements of a problem on other traffic, in windows of several sizes.
 
     ``options`` are as for ``evaluate_each``; those that the problem has are the problem's. Times
     are predicted whatever the objective is.
     """
     for name in ("split", "regime", "arrival", "cost_model"):
         options.setdefault(name, getattr(problem, name))
-    return evaluate_each(placements, traffic, problem.topology, **options)
+    return evaluate_in_windows(placements, traffic, problem.topology, windows, **options)
 
 
 def left_over(traffic: Traffic, window: int | None) -> str:

@@ -27,7 +27,6 @@ from moetuner.cli.options import (
 from moetuner.cli.options.groups import FILES, group_input
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
-from moetuner.evaluation import Evaluation
 from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
@@ -282,16 +281,10 @@ class Source(FileHints):
                 for tokens in problem.shares
                 if tokens not in (None, self.replayed) and tokens <= judged_on.tokens
             ]
-        evaluations: dict[int | None, list[Evaluation]] = {}
         with working("replaying") as report:
-            for window in windows:
-                arguments: Any = {
-                    "window": window,
-                    "threads": self.threads,
-                    "mixed": not evaluations,
-                }
-                arguments["progress"] = shares(report, "of the tokens")
-                evaluations[window] = outcome.replay(placements, problem, judged_on, **arguments)
+            arguments: Any = {"threads": self.threads}
+            arguments["progress"] = shares(report, "of the tokens")
+            evaluations = outcome.replay(placements, problem, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)
         return [
             Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})

@@ -216,7 +216,7 @@ def _advise(request: Request, splits: int) -> Advice:
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
         of_split = split_of(request, check.nth_seed(request.seed, number)) if number else part
-        trials.append(try_out(request, of_split, knee))
+        trials.append(try_out(request, of_split, knee, by_group=not number))
     first = trials[0]
     judged = tuple(
         judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)

@@ -6,7 +6,13 @@ from moetuner.cost import size_of_expert
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search_shortly
-from moetuner.report.advice.trial import RUNNING, Key, evaluate_all, running_placement
+from moetuner.report.advice.trial import (
+    RUNNING,
+    Key,
+    evaluate_all,
+    running_placement,
+    without_groups,
+)
 from moetuner.report.advice.values import Copies
 
 
@@ -35,7 +41,8 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
 def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
     """Compute what placements with copies gain over what runs, and the memory they take."""
     problem = problem_of(request, part.statistics, 0)
-    evaluations = evaluate_all(request, placements, problem, part.unseen, request.windows)
+    unseen = without_groups(part.unseen)
+    evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
     swept = []
     for key in placements:
         if isinstance(key, str):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.replay import Traffic
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
+from moetuner.report import outcome
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search
-from moetuner.report.outcome import replay
 from moetuner.solver import Method
 from moetuner.solver.result import Result
+from moetuner.trace import RoutingTrace
 
 # Placements that are judged: what runs, EPLB's in as many slots as the proposed one, and that one;
 # or by slots for copies, and whether they are shared by the layers; or by the phase they are for.
@@ -31,7 +32,7 @@ class Trial:
     evaluations: dict[Window, dict[Key, Evaluation]]
 
 
-def try_out(request: Request, part: Part, copies: int) -> Trial:
+def try_out(request: Request, part: Part, copies: int, *, by_group: bool = False) -> Trial:
     """Place with some slots for copies, and evaluate that beside EPLB's and what runs."""
     problem, running = (
         problem_of(request, part.statistics, copies),
@@ -51,7 +52,8 @@ def try_out(request: Request, part: Part, copies: int) -> Trial:
         EPLB: search(request, problem, "eplb", part.seed).placement,
         PROPOSED: result.placement,
     }
-    evaluations = evaluate_all(request, placements, problem, part.unseen, request.windows)
+    unseen = part.unseen if by_group else without_groups(part.unseen)
+    evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
     return Trial(result, problem, placements, evaluations)
 
 
@@ -68,6 +70,11 @@ def running_placement(request: Request, part: Part) -> Placement:
     return search(request, problem, cast(Method, method), part.seed).placement
 
 
+def without_groups(traffic: Traffic) -> Traffic:
+    """Return traffic of which no group is evaluated by itself: each is replayed once more."""
+    return replace(traffic, group=None) if isinstance(traffic, RoutingTrace) else traffic
+
+
 def evaluate_all(
     request: Request,
     placements: dict[Key, Placement],
@@ -76,16 +83,16 @@ def evaluate_all(
     windows: Sequence[Window],
 ) -> dict[Window, dict[Key, Evaluation]]:
     """Evaluate placements on other traffic, by window."""
-    evaluations = {}
-    for window in windows:
-        evaluated = replay(
-            list(placements.values()),
-            problem,
-            unseen,
-            window=window,
-            mixed=False,
-            threads=request.threads,
-            cost_model=request.cost_model,
-        )
-        evaluations[window] = dict(zip(placements, evaluated, strict=True))
-    return evaluations
+    evaluations = outcome.replay(
+        list(placements.values()),
+        problem,
+        unseen,
+        windows,
+        mixed=False,
+        threads=request.threads,
+        cost_model=request.cost_model,
+    )
+    return {
+        window: dict(zip(placements, evaluated, strict=True))
+        for window, evaluated in evaluations.items()
+    }
