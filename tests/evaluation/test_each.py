@@ -9,7 +9,7 @@ from placements import random_slots
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.evaluation import evaluate_each, figures
+from moetuner.evaluation import evaluate_each, evaluate_in_windows, figures
 from moetuner.evaluation import replay as replay_
 from moetuner.evaluation.arrival import mixed_order
 from moetuner.evaluation.copies import SPLITS
@@ -41,6 +41,35 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
     together = evaluate_each(placements, trace, topology, **how)
     for placement, evaluation in zip(placements, together, strict=True):
         assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
+
+
+@given(
+    st.sampled_from(SPLITS),
+    st.sampled_from(["bursts", "mixed", 0.3]),
+    st.sampled_from([(5, 10), (20, 5), (16, 48, 32), (7, 9), (6, None), (100, 200), (None,)]),
+    st.integers(0, 5),
+)
+def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows, seed):
+    """Of several times the shortest or not, longer than the trace; the first ones mixed as well."""
+    rng = np.random.default_rng(seed)
+    trace = mt.RoutingTrace.from_arrays(
+        random_ids(90, 2, 2, 8, seed=seed),
+        num_experts=8,
+        sequence=np.arange(90) // 7,
+        group=np.arange(90) // 7 % 2,
+    )
+    topology = mt.Topology(4, devices_per_node=2)
+    placements = [
+        mt.Placement(random_slots(rng, 2, 4, 8, spare=more), num_experts=8) for more in (0, 2)
+    ]
+    placements.append(placements[1])
+    how = {"split": split, "arrival": arrival, "cost_model": MODEL}
+    together = evaluate_in_windows(placements, trace, topology, windows, **how)
+    assert list(together) == list(windows)
+    for window, evaluations in together.items():
+        mixed = window == windows[0]
+        alone = evaluate_each(placements, trace, topology, window=window, mixed=mixed, **how)
+        assert [each.to_dict() for each in evaluations] == [each.to_dict() for each in alone]
 
 
 def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):

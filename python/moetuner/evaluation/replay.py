@@ -350,7 +350,8 @@ def _join(table: Numbers, times: int) -> Numbers:
     """Add up counts of so many windows after each other [W,...]; the last are of what is left."""
     if times == 1:
         return table
-    joined: Numbers = np.add.reduceat(table, np.arange(0, len(table), times), 0, np.uint64)
+    kind = np.min_scalar_type(int(table.max(initial=0)) * times)
+    joined: Numbers = np.add.reduceat(table, np.arange(0, len(table), times), 0, kind)
     return joined
 
 
