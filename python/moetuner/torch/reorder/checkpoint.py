@@ -21,7 +21,7 @@ from moetuner.placement import Placement
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.mentions import Mentions
 from moetuner.torch.reorder.names import blocks_of
-from moetuner.torch.reorder.plan import Changes, Order, Plan, TensorChange, Tensors
+from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors
 from moetuner.torch.reorder.settings import Config, settings_of
 
 Tables = Mapping[str, bytes]
@@ -121,13 +121,13 @@ def permute_state_dict(
 
 def _changes(
     tensors: Tensors, order: Order, config: Config, *, inverse: bool
-) -> tuple[Plan, Changes]:
+) -> tuple[TensorPlan, Changes]:
     """Return what becomes of every tensor, if that is exact."""
     settings = settings_of(config, tensors)
     settings.check_order(order)
     blocks = blocks_of(tensors, len(order), settings.hidden_layers)
     order = np.argsort(order, axis=1) if inverse else order
-    made = Plan.of(tensors, order, dict.fromkeys(blocks))
+    made = TensorPlan.of(tensors, order, dict.fromkeys(blocks))
     return made, plan.plan_changes(tensors, made)
 
 

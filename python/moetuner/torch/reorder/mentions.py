@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moetuner._checks import shown
-from moetuner.torch.reorder.plan import Changes, Plan
+from moetuner.torch.reorder.plan import Changes, TensorPlan
 
 # The name of one expert's module, maybe as a regular expression that has its dots escaped, between
 # what says which kind of pattern it is and the name within the expert.
@@ -28,7 +28,7 @@ NUMBER = re.compile(r"experts?[].\\()[*?^]{1,5}\d")
 class Mentions:
     """Renames experts in settings as their tensors are renamed."""
 
-    def __init__(self, plan: Plan, changes: Changes) -> None:
+    def __init__(self, plan: TensorPlan, changes: Changes) -> None:
         self.plan = plan
         pairs = {(name, change.name) for name, change in changes.items() if name != change.name}
         pairs |= {(old.rpartition(".")[0], new.rpartition(".")[0]) for old, new in pairs}

@@ -16,7 +16,7 @@ from moetuner.router_groups import check_whole
 from moetuner.torch.models import MoELayer, moe_layers
 from moetuner.torch.outside import Registered, has_memory, is_plain
 from moetuner.torch.reorder import plan
-from moetuner.torch.reorder.plan import Changes, Order, Plan, TensorChange, Tensors, is_under
+from moetuner.torch.reorder.plan import Changes, Order, TensorChange, TensorPlan, Tensors, is_under
 from moetuner.torch.reorder.steps import Exchange, carry_out, exchanges
 
 INSTEAD = "renumber the checkpoint with permute_state_dict before it is loaded"
@@ -79,7 +79,7 @@ def apply_placement(
     order = np.argsort(order, axis=1) if inverse else order
     tensors = _tensors(model, layers)
     blocks: dict[str, str | None] = {_block(layer): layer.name for layer in layers}
-    changes = plan.plan_changes(tensors, Plan.of(tensors, order, blocks))
+    changes = plan.plan_changes(tensors, TensorPlan.of(tensors, order, blocks))
     registered = Registered(model)
     for layer in layers:
         _check_weights(layer, changes, tensors, registered)

@@ -96,7 +96,7 @@ def order_experts(placement: Placement) -> Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorPlan:
     """What becomes of the tensors of a model, one by one.
 
     Attributes
@@ -120,12 +120,12 @@ class Plan:
     widths: Mapping[str, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(names: Iterable[str], order: Order, routers: Routers) -> Plan:
+    def of(names: Iterable[str], order: Order, routers: Routers) -> TensorPlan:
         """Return the plan for a model of these tensors, whose ``routers`` are by layer."""
         parts = parts_of(names).values()
         resting = frozenset(part.block for part in parts) - set(routers)
         rows = {block: row for row, block in enumerate(routers)}
-        return Plan(order, rows, routers, resting, widths_of(parts))
+        return TensorPlan(order, rows, routers, resting, widths_of(parts))
 
     @property
     def experts(self) -> int:
@@ -217,7 +217,7 @@ class Plan:
         return block, kind
 
 
-def plan_changes(tensors: Tensors, plan: Plan) -> Changes:
+def plan_changes(tensors: Tensors, plan: TensorPlan) -> Changes:
     """Return what becomes of every tensor of a model or checkpoint that is all there."""
     parts, order = parts_of(tensors), plan.order
     for block in plan.routers:

@@ -14,7 +14,7 @@ from moetuner.placement import Placement
 from moetuner.torch.models import moe_layers
 from moetuner.torch.reorder import plan
 from moetuner.torch.reorder.names import blocks_of, part_of, predicts
-from moetuner.torch.reorder.plan import ROUTER_NAMES, Order, Plan
+from moetuner.torch.reorder.plan import ROUTER_NAMES, Order, TensorPlan
 from moetuner.torch.reorder.settings import Config, empty_model_of, settings_of
 
 # Before all names of an adapter, as PEFT writes it.
@@ -75,7 +75,7 @@ class Renumbering:
             self._plans = _plans_of(config, order, self._hidden_layers)
         else:
             blocks = blocks_of(names, len(order), self._hidden_layers)
-            self._plans = [Plan.of(names, order, dict.fromkeys(blocks))]
+            self._plans = [TensorPlan.of(names, order, dict.fromkeys(blocks))]
 
     def __call__(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """Return the new name and the new tensor."""
@@ -106,7 +106,7 @@ class Renumbering:
         return experts in tensor.shape and not ROUTER_NAMES.isdisjoint(name.split("."))
 
 
-def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[Plan]:
+def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[TensorPlan]:
     """Return the plans for a model of transformers, with its names on disk and in memory."""
     model = empty_model_of(config)
     layers = moe_layers(model)
@@ -129,9 +129,9 @@ def _plans_of(config: Any, order: Order, hidden_layers: int | None) -> list[Plan
     return plans
 
 
-def _check_plan(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> Plan:
+def _check_plan(tensors: plan.Tensors, order: Order, hidden_layers: int | None) -> TensorPlan:
     """Return the plan for tensors of a whole model, if it could be exact."""
     blocks = blocks_of(tensors, len(order), hidden_layers)
-    made = Plan.of(tensors, order, dict.fromkeys(blocks))
+    made = TensorPlan.of(tensors, order, dict.fromkeys(blocks))
     plan.plan_changes(tensors, made)
     return made
