@@ -54,7 +54,7 @@ RIGHT = {
     "certificate": CERTIFICATE, "returns": True, "iterations": 1,
     "home": np.zeros(12, int), "ports": np.ones((2, 1)), "compute": np.ones((2, 2)),
     "communication": np.ones(2), "value": 1.0, "experts": 4, "tokens": np.ones((2, 2)),
-    "to": "json", "results": (EVALUATION, EVALUATION),
+    "to": "json", "results": (EVALUATION, EVALUATION), "running": PLACEMENT, "lost": (),
 }  # fmt: skip
 BY_CALL = {
     **{
@@ -79,7 +79,7 @@ FILES = {
 }  # fmt: skip
 # Values of their own classes are not made by users, and check nothing.
 VALUES = {"PlacementDiff", "Evaluation", "Judgement", "Comparison", "Result", "Progress", "Trade",
-          "Advice", "Drift", "Certificate", "Objective"}  # fmt: skip
+          "Advice", "Drift", "Certificate", "Objective", "Plan"}  # fmt: skip
 # Methods of problems and objectives that only the solver calls.
 INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
 INNER |= {"Problem.core_rules", "Problem.objective_in", "CostModel.least_compute_us"}
@@ -125,7 +125,11 @@ def others(*kinds):
 # What is refused, by the name of the parameter, or of the call and the parameter.
 WRONG = {
     **dict.fromkeys(("problem", "PlacementDiff.problem"), others(mt.Problem)),
-    **dict.fromkeys(("placement", "initial", "baseline", "other"), others(mt.Placement)),
+    **dict.fromkeys(("placement", "initial", "baseline", "other", "running"),
+                    others(mt.Placement)),
+    **dict.fromkeys(("lost", "without"),
+                    (3, "ab", [9], [-1], [1.0], ["0"], [None], [True], [HUGE])),
+    **dict.fromkeys(("retire", "join"), INDEX), "domain": CHOICE, "more_copies": INDEX,
     **dict.fromkeys(("before", "after"), others()), "names": ("ab", 3, ["a"], [1, 2]),
     "results": (*others(), [EVALUATION], (EVALUATION, PLACEMENT), (None, None),
                 [*EVALUATION.by_group.values()]),

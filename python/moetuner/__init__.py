@@ -22,7 +22,19 @@ from moetuner.report.advice.drift import Drift, drift
 from moetuner.report.advice.values import Advice
 from moetuner.report.page import write_report
 from moetuner.report.structure import structure
-from moetuner.solver import Certificate, Progress, Result, Trade, balance, pareto, solve, verify
+from moetuner.solver import (
+    Certificate,
+    Plan,
+    Progress,
+    Result,
+    Trade,
+    balance,
+    pareto,
+    plan,
+    plan_losses,
+    solve,
+    verify,
+)
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Tier, Topology
 from moetuner.trace import RoutingTrace
@@ -60,6 +72,9 @@ __all__ = [  # noqa: RUF022
     "pareto",
     "Trade",
     "balance",
+    "Plan",
+    "plan",
+    "plan_losses",
     "advise",
     "Advice",
     "drift",

@@ -155,6 +155,14 @@ def listed(name: str, values: object, what: str) -> list[Any]:
         raise ArgumentError(f"{name} must be a list of {what}, got {shown(values)}", name) from None
 
 
+def chosen(name: str, numbers: object, count: int, what: str = "devices") -> NDArray[np.bool_]:
+    """Return which of so many are named by their numbers [count]."""
+    named = np.zeros(count, dtype=bool)
+    for number in listed(name, numbers, what):
+        named[whole_number(name, number, lowest=0, highest=count - 1)] = True
+    return named
+
+
 def callable_or_none(name: str, value: object) -> None:
     """Check a function that is called back."""
     if value is not None and not callable(value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
@@ -373,6 +373,26 @@ class Placement(Frozen):
         slots = fill(self.slots, self.num_experts, load=tokens)
         # A solver's figures were of other copies.
         return replace(self, slots=slots, objective=None, bound=None)
+
+    def without(self, lost: Collection[int]) -> Placement:
+        """Return the placement on the devices that are left if some are lost, numbered anew.
+
+        Raises
+        ------
+        ValueError
+            If an expert has no copy then; ``plan`` brings it to others.
+        """
+        left = ~check.chosen("lost", lost, self.devices)
+        slots = self.slots[:, left]
+        held = find_holders(slots, self.num_experts).any(axis=1)
+        for layer, expert in np.argwhere(~held)[:1]:
+            raise check.ArgumentError(
+                f"lost must leave a copy of every expert: of {(~held).sum():,} there is none, "
+                f"the first is expert {expert} of layer {layer}; plan says what to bring",
+                "lost",
+            )
+        # A solver's figures were of other devices.
+        return replace(self, slots=slots, objective=None, bound=None, topology=None)
 
     def save(self, path: str | Path) -> None:
         """Write the placement as JSON; the file appears whole or not at all."""

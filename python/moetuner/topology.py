@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -257,6 +257,42 @@ class Topology(Frozen):
     def has_equal_devices(self) -> bool:
         """Whether no device is faster, or has more slots, than another."""
         return len(set(self.speed or ())) <= 1 and len(set(self.slots_per_device or ())) <= 1
+
+    def without(self, lost: Collection[int]) -> Topology:
+        """Return the machine that is left if some devices are lost, its devices numbered anew.
+
+        Nodes and tiers are kept where whole nodes are lost. Else they are uneven, which no topology
+        is: then all links are as slow as the slowest.
+        """
+        is_lost = check.chosen("lost", lost, self.devices)
+        if is_lost.all():
+            raise check.ArgumentError("lost must leave a device", "lost")
+        if not is_lost.any():
+            return self
+        left = np.flatnonzero(~is_lost).tolist()
+        inner, *_, outer = (*self.levels, *self.levels)
+        by_node = is_lost.reshape(-1, self.node_size)
+        is_even = len(self.levels) <= 2 and bool((by_node.all(axis=1) == by_node.any(axis=1)).all())
+        if not is_even:
+            inner = outer
+        links = None
+        if self.link_cost is not None:
+            links = np.array(self.link_cost)[np.ix_(left, left)]
+            links = links if links.any() else None
+        return Topology(
+            len(left),
+            self.node_size if is_even else None,
+            intra_node_bandwidth=inner.bandwidth,
+            inter_node_bandwidth=outer.bandwidth,
+            name=self.name,
+            intra_node_latency=inner.latency,
+            inter_node_latency=outer.latency,
+            link_cost=links,
+            speed=None if self.speed is None else [self.speed[d] for d in left],
+            slots_per_device=(
+                None if self.slots_per_device is None else [self.slots_per_device[d] for d in left]
+            ),
+        )
 
     @classmethod
     def preset(cls, machine: str, /, nodes: int = 1, **others: Any) -> Topology:

@@ -51,6 +51,10 @@ COMMANDS = {
     "audit": ["placement.json trace.safetensors"],
     "drift": ["placement.json newer.safetensors --profile trace.safetensors"],
     "report": ["placement.json trace.safetensors --out page.html"],
+    "plan": [
+        "copies.json load.npz --with 1 --out more.json",
+        "copies.json load.npz --every-loss device --table losses.json",
+    ],
     "show": ["placement.json"],
     "diff": ["other.json placement.json --expert-bytes 10"],
     "export": ["empty.json --to eplb --out experts.npz", "--check experts.npz"],

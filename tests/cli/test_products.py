@@ -108,9 +108,10 @@ OWN = {
 --initial PLACEMENT
 --initial COPIES --slots-per-device 3
 """,
-    "evaluate": "--baseline COPIES\n--mixed-seed 4",
+    "evaluate": "--baseline COPIES\n--mixed-seed 4\n--without 0",
     "audit": "--baseline COPIES\n--fail-if-worse 1\n--measure imbalance\n--measure fanout",
     "drift": "--fail-if-drift\n--fail-if-worse 1\n--profile LOADS\n--profile STATISTICS",
+    "plan": "--retire 1\n--without 0 --more-copies 2\n--steps steps.json --expert-bytes 10",
     "report": "--baseline COPIES\n--expert-bytes 1e6",
     "convert": "--from auto\n--top-k 2",
     "verify": "--placement COPIES",
@@ -123,6 +124,7 @@ BEGIN = {
     "evaluate": "evaluate PLACEMENT INPUT",
     "audit": "audit PLACEMENT INPUT",
     "drift": "drift PLACEMENT INPUT --profile TRACE",
+    "plan": "plan COPIES INPUT --with 1 --out more.json",
     "report": "report PLACEMENT INPUT --out page.html",
     "convert": "convert INPUT --out joined.safetensors",
     "verify": "verify PROOF INPUT --devices 4",

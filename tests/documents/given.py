@@ -121,6 +121,12 @@ def quickstart(folder: Path) -> dict[str, object]:
     return {}
 
 
+def survive(folder: Path) -> dict[str, object]:
+    """Write the trace of a model that serves."""
+    shutil.copy(BUNDLED, folder / "trace.safetensors")
+    return {}
+
+
 def vllm(folder: Path) -> dict[str, object]:
     """Give responses, and a model with a placement of its own that has no copies."""
     responses(folder / "routed.jsonl", trace(48, 128, 256))
@@ -213,6 +219,7 @@ def transformers(folder: Path) -> dict[str, object]:
 GIVEN = {
     "README.md": readme,
     "docs/quickstart.md": quickstart,
+    "docs/survive.md": survive,
     "docs/engines/vllm.md": vllm,
     "docs/engines/sglang.md": sglang,
     "docs/engines/tensorrt_llm.md": tensorrt_llm,

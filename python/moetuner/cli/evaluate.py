@@ -39,6 +39,7 @@ def command(
     source: Source,
     machine: Machine,
     baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: Serving,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), default=0),
     output: Output,
@@ -49,10 +50,12 @@ def command(
     ----------
     baseline_file
         The placement that runs. [default: contiguous]
+    lost
+        Devices that are lost, such as 3,17: the replay is on those that are left.
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
     """
-    placed = Placed.read(placement_file, source, machine, serving)
+    placed = Placed.read(placement_file, source, machine, serving).without(lost)
     placement, arguments, (traffic, *_) = placed.placement, placed.arguments, placed.judged
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
@@ -60,9 +63,10 @@ def command(
     evaluation = judgement.after
     output.say(*placed.lines())
     windows = f", windows of {window} tokens" if window else ""
+    missing = f" (without {', '.join(map(str, lost))})" if lost else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "
-        f"{counted(placement.slots_per_device, 'slot')}{windows}",
+        f"{counted(placement.slots_per_device, 'slot')}{missing}{windows}",
         *(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)),
         "",
     )
@@ -72,7 +76,9 @@ def command(
     output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")
     output.say(*(f"Losses: {losses.sentence}." for losses in evaluation.losses.values()))
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
-    contents = placed.contents(mixed_seed=mixed_seed) | {"placement": str(placement_file)}
+    contents = placed.contents(mixed_seed=mixed_seed, without=list(lost)) | {
+        "placement": str(placement_file)
+    }
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 

@@ -17,7 +17,7 @@ from moetuner._checks import (
     SLOT_LIMIT,
     array_in,
     at_least,
-    listed,
+    chosen,
     numbers_in,
     whole_number,
 )
@@ -108,7 +108,7 @@ def rebalance_experts(
     case = Case.of(weight, num_replicas, num_groups, num_nodes, num_ranks, old_map, sparse=())
     limits = MoveLimits(budget, dead_zone, deviations, traffic)
     layers, ranks, width = case.slots.shape
-    lost = _read_dead(dead, ranks)
+    lost = chosen("dead", dead, ranks, "ranks")
     if not lost.any():
         return case.make_map(case.rebalance(limits, profile).slots)
     # The ranks that are left are all there is.
@@ -122,14 +122,6 @@ def rebalance_experts(
     served = rest.make_map(rest.rebalance(limits, profile).slots)
     answer[:, ~lost] = served.reshape(layers, -1, width)
     return answer.reshape(layers, -1)
-
-
-def _read_dead(dead: Collection[int], ranks: int) -> NDArray[np.bool_]:
-    """Return which of so many ranks are lost [D], checked."""
-    lost = np.zeros(ranks, dtype=bool)
-    for rank in listed("dead", dead, "ranks"):
-        lost[whole_number("dead", rank, lowest=0, highest=ranks - 1)] = True
-    return lost
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import EFFORTS
 from moetuner.solver.methods import ALIASES, METHODS, SEARCHES, Method
 from moetuner.solver.pareto import Trade, pareto
+from moetuner.solver.planning import Plan, plan, plan_losses
 from moetuner.solver.result import Details, Result
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages.floor import balanced
@@ -30,11 +31,14 @@ __all__ = [
     "Certificate",
     "Details",
     "Method",
+    "Plan",
     "Progress",
     "Result",
     "Trade",
     "balance",
     "pareto",
+    "plan",
+    "plan_losses",
     "solve",
     "verify",
 ]

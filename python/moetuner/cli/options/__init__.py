@@ -369,18 +369,18 @@ class FileText(Text):
         return items or [CompletionItem(incomplete, type="file")]
 
 
-def read_layers(text: str) -> tuple[int, ...]:
-    """Read numbers of layers and ranges of them, both ends included; "none" for none of them."""
+def read_numbers(text: str) -> tuple[int, ...]:
+    """Read numbers and ranges of them, both ends included; "none" for none of them."""
     if text == "none":
         return ()
-    layers: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise ValueError(text)
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
 
 
 def layer_list(layers: Sequence[int] | None) -> str | None:
@@ -398,6 +398,7 @@ def flags() -> dict[str, str]:
 
 
 IN_FILE, IN_INPUT = InFile(), InFile(folders=True)
+DEVICE_LIST = Text(read_numbers, "device numbers and ranges of them, such as 3,8-15")
 SIZE = click.IntRange(1, 65536)
 COUNT = click.IntRange(min=1)
 
@@ -439,7 +440,7 @@ class LayerHints:
     num_experts: int | None = option(SIZE, "E")
     hidden_layers: int | None = option(SIZE, "N")
     dense_layers: tuple[int, ...] | None = option(
-        Text(read_layers, "numbers as in 0-2,5, or none"), "A-B,C,...|none"
+        Text(read_numbers, "numbers as in 0-2,5, or none"), "A-B,C,...|none"
     )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,8 @@ class Placed:
         What it was computed for, as ``defaults_in`` reads it; empty where not known.
     source, topology, serving
         INPUT in the placement's windows, the machine, and how it is served.
+    lost
+        Devices that are lost: placement and machine are what is left.
     """
 
     placement: Placement
@@ -186,6 +188,14 @@ class Placed:
     source: Source
     topology: Topology
     serving: Serving
+    lost: tuple[int, ...] = ()
+
+    def without(self, devices: tuple[int, ...]) -> Placed:
+        """Return the same on the devices that are left if some are lost, numbered anew."""
+        if not devices:
+            return self
+        placement, topology = self.placement.without(devices), self.topology.without(devices)
+        return replace(self, placement=placement, topology=topology, lost=devices)
 
     @classmethod
     def read(cls, path: Path, source: Source, machine: Machine, serving: Serving) -> Placed:
@@ -355,7 +365,9 @@ class Placed:
         """Read the placement that runs, contiguous where there is none, and return its name."""
         if path is None:
             return contiguous(self.placement), "contiguous"
-        return self.source.load(path, self.topology), text.name(path.name)
+        number = self.topology.devices + len({*self.lost})
+        running = self.source.load(path, devices=number)
+        return running.without(self.lost), text.name(path.name)
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with more of them, and what was judged on, for JSON."""

@@ -1,0 +1,387 @@
+"""plan(): what a running placement becomes when devices are lost, leave or come.
+
+Copies come where the live policy would bring them (`rebalancing`), so a plan that is looked up is
+what the policy would decide. What is left of a machine may be uneven, so nodes do not count.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _checks as check
+from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
+from moetuner.frozen import Frozen
+from moetuner.placement import EMPTY, Placement, count_copies, find_holders
+from moetuner.solver.rebalancing import rebalance, slowest
+from moetuner.statistics import RoutingStatistics
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
+
+Slots = NDArray[np.int32]
+# Where a copy comes from if no device holds the expert any more.
+DISK = -1
+# What a step says, in this order.
+COLUMNS = ("layer", "expert", "source", "target", "slot", "batch")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Frozen):
+    """A placement for the devices that are left or came, and how to get there.
+
+    Parameters
+    ----------
+    slots
+        Expert ids [L,D,S] by the numbers that devices have now, those that come last; -1 on devices
+        that are gone.
+    devices
+        Numbers of the devices that serve [D'], rising: device d of ``placement`` is ``devices[d]``.
+    lost
+        Experts of every layer that no device holds any more, so that they are read from disk [L].
+    steps
+        Layer, expert, device from (-1: disk), device to, its slot, and batch of each copy that is
+        brought [M,6], in an order in which no expert that is served loses its last copy. The steps
+        of a batch, mostly one, are exchanged at once.
+    imbalance_before, imbalance_after
+        Busiest device / mean device, mean of layers: of what ran on all its devices, and of the
+        plan.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> running = mt.Placement([[[0, 1, 2], [2, 3, 0], [1, 3, 0]]])
+    >>> plan = mt.plan(running, mt.RoutingStatistics([[[4, 3, 2, 1]]]), without=[1])
+    >>> plan.placement.slots.tolist()
+    [[[0, 1, 2], [1, 3, 0]]]
+    >>> len(plan.steps)
+    0
+    """
+
+    num_experts: int
+    slots: Slots
+    devices: NDArray[np.int64]
+    lost: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    imbalance_before: float
+    imbalance_after: float
+
+    @property
+    def placement(self) -> Placement:
+        """The placement on the devices that serve, numbered anew in their order."""
+        return Placement(self.slots[:, self.devices], num_experts=self.num_experts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values: the map [L,P] of all slots, and the steps."""
+        layers = len(self.slots)
+        return {
+            "devices": self.devices.tolist(),
+            "experts_from_disk": int(self.lost.sum()),
+            "copies": len(self.steps),
+            "imbalance_before": self.imbalance_before,
+            "imbalance_after": self.imbalance_after,
+            "physical_to_logical_map": self.slots.reshape(layers, -1).tolist(),
+            "columns": list(COLUMNS),
+            "steps": self.steps.tolist(),
+        }
+
+
+def plan(
+    running: Placement,
+    traffic: RoutingTrace | RoutingStatistics,
+    *,
+    without: Collection[int] = (),
+    retire: int = 0,
+    join: int = 0,
+    more_copies: int | None = None,
+    topology: Topology | None = None,
+) -> Plan:
+    """Return the placement for the devices that are left or came, by few copies brought.
+
+    Parameters
+    ----------
+    running
+        The placement that runs.
+    traffic
+        Traffic of the same experts: its loads say where copies are missed least.
+    without
+        Devices that are lost: nothing can be read from them any more.
+    retire
+        How many devices are to leave: those whose leave brings the fewest copies, then those with
+        the least load. They serve, and give what they hold, until the steps are done.
+    join
+        How many devices come, with as many slots each as one has now.
+    more_copies
+        Copies that are brought at most beyond those that have to be. By default none where devices
+        are lost or leave, and as many as gain something where devices come.
+    topology
+        The machine of ``running``: devices of other speeds, and from where a copy comes soonest.
+
+    Raises
+    ------
+    ValueError
+        If a device does not exist, or the slots that are left are fewer than the experts.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> running = mt.Placement([[[0, 1], [2, 0], [3, 1]]])
+    >>> plan = mt.plan(running, mt.RoutingStatistics([[[4, 3, 2, 1]]]), without=[1])
+    >>> plan.steps.tolist()  # layer, expert, from (-1: disk), to, slot, batch
+    [[0, 2, -1, 0, 1, 0]]
+    """
+    check.instance("running", running, Placement)
+    load = _read_load(running, traffic)
+    lost = check.chosen("without", without, running.devices)
+    leaving = _choose_leaving(running, load, lost, retire)
+    check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - running.devices)
+    if more_copies is not None:
+        check.whole_number("more_copies", more_copies, lowest=0)
+    if topology is not None:
+        _check_machine(running, topology)
+    return _plan(running, load, lost, leaving, join, more_copies, topology)
+
+
+def plan_losses(
+    running: Placement,
+    traffic: RoutingTrace | RoutingStatistics,
+    domain: Domain = "device",
+    *,
+    topology: Topology | None = None,
+) -> dict[int, Plan]:
+    """Return a plan for the loss of every device, or node, by its number.
+
+    A loss that leaves fewer slots than there are experts has no plan.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> running = mt.Placement([[[0, 1], [2, 0], [3, 1]]])
+    >>> plans = mt.plan_losses(running, mt.RoutingStatistics([[[4, 3, 2, 1]]]))
+    >>> {device: int(plan.lost.sum()) for device, plan in plans.items()}
+    {0: 0, 1: 1, 2: 1}
+    """
+    check.instance("running", running, Placement)
+    check.one_of("domain", domain, DOMAINS)
+    if topology is not None:
+        _check_machine(running, topology)
+    load = _read_load(running, traffic)
+    member = domains_of(topology or Topology(running.devices), domain)
+    plans = {}
+    for number in range(int(member.max()) + 1):
+        lost = member == number
+        if (~lost).sum() * running.slots_per_device >= running.num_experts:
+            none = np.zeros_like(lost)
+            plans[number] = _plan(running, load, lost, none, 0, None, topology)
+    return plans
+
+
+def _check_machine(running: Placement, topology: Topology) -> None:
+    check.instance("topology", topology, Topology)
+    if topology.devices != running.devices:
+        raise check.ArgumentError(
+            f"topology must have {running.devices} devices like running, got {topology.devices}",
+            "topology",
+        )
+
+
+def _read_load(
+    running: Placement, traffic: RoutingTrace | RoutingStatistics
+) -> NDArray[np.float64]:
+    """Return tokens of every expert [L,E], checked to be of a placement's experts."""
+    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    if isinstance(traffic, RoutingTrace):
+        traffic = RoutingStatistics.from_trace(traffic, window=None)
+    load = traffic.total_load.astype(np.float64)
+    if load.shape != (running.layers, running.num_experts):
+        raise check.ArgumentError(
+            f"traffic must have {running.layers} layers of {running.num_experts} experts like "
+            f"running, got {load.shape[0]} of {load.shape[1]}",
+            "traffic",
+        )
+    return load
+
+
+def _choose_leaving(
+    running: Placement, load: NDArray[np.float64], lost: NDArray[np.bool_], number: int
+) -> NDArray[np.bool_]:
+    """Return which devices leave [D], so many of those that are left.
+
+    One after the other the device with the fewest experts that nobody else holds; then each is
+    exchanged for another one, as long as fewer copies have to be brought.
+    """
+    check.whole_number("retire", number, lowest=0, highest=int((~lost).sum()) - 1)
+    held = running.held & ~lost[:, None]
+    copies = held.sum(axis=1)
+    tokens = (held * (load / np.maximum(copies, 1))[:, None]).sum(axis=(0, 2))
+    chosen: list[int] = []
+
+    def cost(devices: list[int]) -> tuple[int, float]:
+        gone = held[:, devices].sum(axis=1)
+        return int(((gone == copies) & (copies > 0)).sum()), float(tokens[devices].sum())
+
+    def others() -> list[int]:
+        return [d for d in np.flatnonzero(~lost).tolist() if d not in chosen]
+
+    for _ in range(number):
+        chosen.append(min(others(), key=lambda device: cost([*chosen, device])))
+    is_better = number > 1
+    while is_better:
+        is_better = False
+        for at in range(number):
+            rest = chosen[:at] + chosen[at + 1 :]
+            options = [[*rest, device] for device in others()]
+            best = min(options, key=cost)
+            if cost(best) < cost(chosen):
+                chosen, is_better = best, True
+    leaving = np.zeros(running.devices, dtype=bool)
+    leaving[chosen] = True
+    return leaving
+
+
+def _plan(
+    running: Placement,
+    load: NDArray[np.float64],
+    lost: NDArray[np.bool_],
+    leaving: NDArray[np.bool_],
+    join: int,
+    more_copies: int | None,
+    topology: Topology | None,
+) -> Plan:
+    """Bring what is missing, and as many copies more as gain something and are allowed."""
+    width, experts = running.slots_per_device, running.num_experts
+    coming = np.full((running.layers, join, width), EMPTY, dtype=np.int32)
+    before = np.concatenate([running.slots, coming], axis=1)
+    before[:, np.flatnonzero(lost)] = EMPTY
+    stays = np.concatenate([~(lost | leaving), np.ones(join, dtype=bool)])
+    if stays.sum() * width < experts:
+        raise ValueError(
+            f"devices must have a slot for each of {experts} experts: at least "
+            f"{-(-experts // width)} devices of {width} slots, got {stays.sum()}"
+        )
+    start = np.ascontiguousarray(before[:, stays])
+    speed = np.ones(len(stays))
+    if topology is not None:
+        speed[: running.devices] = topology.speed_of_device
+    time = speed[stays].min() / speed[stays]
+    budget = 0
+    if more_copies is None and join:
+        budget = start.size
+    elif more_copies:
+        budget = _count_missing(start, experts) + more_copies
+    slots = np.full(before.shape, EMPTY, dtype=np.int32)
+    slots[:, stays] = rebalance(load, start, budget=budget, time=time).slots
+    serving = np.concatenate([~lost, np.zeros(join, dtype=bool)])
+    return Plan(
+        num_experts=experts,
+        slots=slots,
+        devices=np.flatnonzero(stays),
+        lost=(count_copies(before, experts) == 0).sum(axis=1),
+        steps=_order_steps(np.where(serving[:, None], before, EMPTY), slots, topology),
+        imbalance_before=_imbalance(load, running.slots, speed[: running.devices]),
+        imbalance_after=_imbalance(load, slots[:, stays], speed[stays]),
+    )
+
+
+def _count_missing(slots: Slots, experts: int) -> int:
+    """Count copies that have to be brought: of experts without a slot, and into empty slots."""
+    return int((count_copies(slots, experts) == 0).sum() + (slots == EMPTY).sum())
+
+
+def _imbalance(load: NDArray[np.float64], slots: Slots, speed: NDArray[np.float64]) -> float:
+    """Compute the slowest device's time over that of even ones, mean of layers that have load."""
+    tokens = slowest(load[None], np.ascontiguousarray(slots), time=speed.min() / speed)
+    even = load.sum(axis=1) * speed.min() / speed.sum()
+    return float((tokens[even > 0] / even[even > 0]).mean()) if even.any() else 1.0
+
+
+def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> NDArray[np.int64]:
+    """Return the steps [M,6] from slots [L,D,S] to others, in an order that keeps experts alive."""
+    experts = int(max(before.max(), after.max())) + 1
+    distance = np.zeros((before.shape[1],) * 2)
+    if topology is not None:
+        known = topology.devices
+        distance[:known, :known] = topology.tier if topology.link_cost is None else topology.cost
+    holders = find_holders(before, experts)
+    steps, batch = [], 0
+    for layer in range(len(before)):
+        order = _Order(before[layer], after[layer], holders[layer], distance)
+        for exchange in order.batches():
+            steps += [(layer, *step, batch) for step in exchange]
+            batch += 1
+    return np.array(steps, dtype=np.int64).reshape(-1, len(COLUMNS))
+
+
+Place = tuple[int, int]
+Step = tuple[int, int, int, int]
+
+
+class _Order:
+    """The steps of one layer that are left, and what every slot holds by now."""
+
+    def __init__(
+        self, now: Slots, end: Slots, holders: NDArray[np.bool_], distance: NDArray[np.float64]
+    ) -> None:
+        self.now, self.end, self.distance = now.copy(), end, distance
+        self.holders = holders.copy()
+        self.copies = holders.sum(axis=0)
+        places = [(d, slot) for d, slot in np.argwhere((end != now) & (end != EMPTY)).tolist()]
+        # What nobody serves comes first.
+        self.left: list[Place] = sorted(places, key=lambda place: self.copies[end[place]] > 0)
+
+    def batches(self) -> Iterator[list[Step]]:
+        """Yield the steps that are taken at once: expert, device from and to, and its slot."""
+        while self.left:
+            blocked = []
+            for place in self.left:
+                if self._is_spare(place):
+                    yield self._take([place])
+                else:
+                    blocked.append(place)
+            is_stuck = len(blocked) == len(self.left)
+            self.left = blocked
+            if is_stuck:
+                circle = self._find_circle()
+                self.left = [place for place in self.left if place not in circle]
+                yield self._take(circle)
+
+    def _is_spare(self, place: Place) -> bool:
+        """Return whether what is in a slot has another copy that serves, or is nothing."""
+        gone = self.now[place]
+        return bool(gone == EMPTY or self.copies[gone] > 1)
+
+    def _find_circle(self) -> list[Place]:
+        """Return steps each of which overwrites the last copy of what the next one brings."""
+        brings = {int(self.end[place]): place for place in reversed(self.left)}
+        path: deque[Place] = deque([self.left[0]])
+        while True:
+            following = brings[int(self.now[path[-1]])]
+            if following in path:
+                while path[0] != following:
+                    path.popleft()
+                return list(path)
+            path.append(following)
+
+    def _take(self, places: list[Place]) -> list[Step]:
+        """Note what slots hold after a step, or after all of an exchange."""
+        steps = []
+        for device, slot in places:
+            expert = int(self.end[device, slot])
+            sources = np.flatnonzero(self.holders[:, expert])
+            source = DISK
+            if sources.size:
+                source = int(sources[self.distance[sources, device].argmin()])
+            steps.append((expert, source, device, slot))
+        for device, slot in places:
+            gone, comes = self.now[device, slot], self.end[device, slot]
+            if gone != EMPTY:
+                self.holders[device, gone] = False
+            self.now[device, slot] = comes
+        for device, slot in places:
+            self.holders[device, self.end[device, slot]] = True
+        self.copies = self.holders.sum(axis=0)
+        return steps

@@ -1,0 +1,183 @@
+"""plan(): the devices that are left or came get what they need, and nothing dies on the way."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.plugins import rebalance_experts
+
+
+@st.composite
+def running(draw):
+    """Draw a placement with copies that serves, its loads, and its sizes."""
+    devices, width = draw(st.integers(2, 6)), draw(st.integers(2, 4))
+    experts = draw(st.integers(width, devices * width - 1))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    load = rng.integers(0, 1000, (2, experts))
+    slots = rebalance_experts(load, devices * width, None, 1, devices)
+    placement = mt.Placement(slots.reshape(2, devices, width), num_experts=experts)
+    return placement, mt.RoutingStatistics(load[None]), rng
+
+
+def carry_out(plan, before, lost):
+    """Carry out the steps as an engine would, and hold each against its rules; return slots."""
+    slots = np.full(plan.slots.shape, -1)
+    slots[:, : before.devices] = before.slots
+    slots[:, lost] = -1
+    batches = itertools.groupby(plan.steps.tolist(), key=lambda step: step[5])
+    for _, batch in batches:
+        steps = list(batch)
+        layer = steps[0][0]
+        served = set(slots[layer].ravel().tolist()) - {-1}
+        for step_layer, expert, source, _, _, _ in steps:
+            assert step_layer == layer
+            holders = [d for d in range(slots.shape[1]) if expert in slots[layer, d]]
+            assert source in holders if holders else source == -1
+        for _, expert, _, target, slot, _ in steps:
+            slots[layer, target, slot] = expert
+        assert served <= set(slots[layer].ravel().tolist())
+    return slots
+
+
+@given(running(), st.data())
+def test_no_step_takes_the_last_copy(case, data):
+    """Whatever changes: step by step every expert stays served, and the end is the plan's."""
+    before, traffic, _ = case
+    devices, width, experts = before.devices, before.slots_per_device, before.num_experts
+    spare = devices - -(-experts // width)
+    lost = data.draw(st.sets(st.integers(0, devices - 1), max_size=spare))
+    retire = data.draw(st.integers(0, max(spare - len(lost), 0)))
+    join, more = data.draw(st.integers(0, 2)), data.draw(st.sampled_from([None, 0, 3, 10**6]))
+    plan = mt.plan(before, traffic, without=lost, retire=retire, join=join, more_copies=more)
+    assert len(plan.devices) == devices - len(lost) - retire + join
+    assert not lost & {*plan.devices.tolist()}
+    slots = carry_out(plan, before, sorted(lost))
+    assert np.array_equal(slots[:, plan.devices], plan.slots[:, plan.devices])
+    assert plan.placement.devices == len(plan.devices)
+
+
+@given(running(), st.data())
+def test_a_loss_brings_what_nobody_holds_and_no_more(case, data):
+    """As many steps as experts without a copy, all from disk, in the layers that lack them."""
+    before, traffic, _ = case
+    lost = data.draw(st.integers(0, before.devices - 1))
+    if (before.devices - 1) * before.slots_per_device < before.num_experts:
+        with pytest.raises(ValueError, match="must have a slot for each"):
+            mt.plan(before, traffic, without=[lost])
+        return
+    plan = mt.plan(before, traffic, without=[lost])
+    left = np.delete(before.held, lost, axis=1).any(axis=1)
+    assert plan.lost.tolist() == (~left).sum(axis=1).tolist()
+    assert len(plan.steps) == plan.lost.sum()
+    assert (plan.steps[:, 2] == -1).all()
+    table = mt.plan_losses(before, traffic)
+    assert plan == table[lost]
+
+
+@given(running(), st.integers(1, 3))
+def test_devices_leave_that_few_copies_are_brought_for(case, number):
+    """No exchange of one device that leaves for one that stays brings fewer."""
+    before, traffic, _ = case
+    if (before.devices - number) * before.slots_per_device < before.num_experts:
+        return
+    plan = mt.plan(before, traffic, retire=number)
+    leaving = sorted({*range(before.devices)} - {*plan.devices.tolist()})
+
+    def copies(devices):
+        left = np.delete(before.held, devices, axis=1).any(axis=1)
+        return int((~left).sum())
+
+    assert len(leaving) == number
+    assert copies(leaving) == len(plan.steps)
+    assert (plan.steps[:, 2] >= 0).all()
+    for out, into in itertools.product(leaving, plan.devices.tolist()):
+        other = [d for d in leaving if d != out] + [into]
+        assert copies(other) >= copies(leaving)
+
+
+def test_devices_that_come_are_filled_and_relieve_others():
+    """All of their slots hold something, and the busiest device has less to do."""
+    rng = np.random.default_rng(3)
+    load = rng.lognormal(5, 1, (3, 32)).astype(int)
+    slots = rebalance_experts(load, 40, None, 1, 4)
+    before = mt.Placement(slots.reshape(3, 4, 10), num_experts=32)
+    traffic = mt.RoutingStatistics(load[None])
+    plan = mt.plan(before, traffic, join=2)
+    assert (plan.slots[:, 4:] >= 0).all()
+    even = load.sum(axis=1) / 6
+    copies = plan.placement.replicas
+    loads = (plan.placement.held * (load / copies)[:, None]).sum(axis=2)
+    assert plan.imbalance_after == pytest.approx((loads.max(axis=1) / even).mean())
+    fewer = mt.plan(before, traffic, join=2, more_copies=0)
+    assert len(fewer.steps) == 3 * 2 * 10
+    assert plan.imbalance_after < fewer.imbalance_after
+    assert len(plan.steps) > len(fewer.steps)
+
+
+def test_experts_that_change_places_are_exchanged_at_once():
+    """Where each step would take the last copy of what another one brings, all are one batch."""
+    before = np.array([[[0, 1], [2, 3]]], dtype=np.int32)
+    after = np.array([[[2, 1], [0, 3]]], dtype=np.int32)
+    from moetuner.solver.planning import _order_steps
+
+    steps = _order_steps(before, after, None)
+    assert sorted(steps.tolist()) == [[0, 0, 0, 1, 0, 0], [0, 2, 1, 0, 0, 0]]
+
+
+def test_copies_come_from_the_nearest_device():
+    """Of two devices that hold an expert, the one in the node of where it goes."""
+    before = mt.Placement([[[0, 1], [2, 3], [0, 1], [2, 3]]])
+    traffic = mt.RoutingStatistics([[[9, 1, 1, 1]]])
+    plan = mt.plan(before, traffic, join=0, retire=0, without=[], more_copies=0)
+    assert not len(plan.steps)
+    machine = mt.Topology(4, devices_per_node=2)
+    for step in mt.plan(before, traffic, more_copies=4, topology=machine).steps.tolist():
+        assert step[2] // 2 == step[3] // 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"without": [4]}, "without must be from 0 to 3, got 4"),
+        ({"without": 3}, "without must be a list of devices, got 3"),
+        ({"retire": 4}, "retire must be from 0 to 3, got 4"),
+        ({"join": -1}, "join must be from 0 to"),
+        ({"more_copies": -1}, "more_copies must be"),
+        ({"topology": mt.Topology(3)}, "topology must have 4 devices like running, got 3"),
+        ({"without": [0, 1, 2]}, "at least 2 devices of 2 slots, got 1"),
+    ],
+)
+def test_what_makes_no_plan_is_refused(arguments, message):
+    """The message names the argument, the rule and the value."""
+    before = mt.Placement([[[0, 1], [2, 3], [0, 1], [2, 3]]])
+    traffic = mt.RoutingStatistics([[[9, 1, 1, 1]]])
+    with pytest.raises(ValueError, match=message):
+        mt.plan(before, traffic, **arguments)
+
+
+def test_traffic_of_other_experts_is_refused():
+    """The sizes of both are named."""
+    before = mt.Placement([[[0, 1], [2, 3]]])
+    with pytest.raises(ValueError, match="1 layers of 4 experts like running, got 1 of 3"):
+        mt.plan(before, mt.RoutingStatistics([[[1, 2, 3]]]), without=[])
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.data())
+def test_a_machine_without_devices_keeps_what_is_left(nodes, size, data):
+    """Nodes where whole ones are lost; else one, whose links are as slow as the slowest."""
+    speed = tuple(range(1, nodes * size + 1))
+    machine = mt.Topology(nodes * size, size, inter_node_bandwidth=1e9, speed=speed)
+    lost = data.draw(st.sets(st.integers(0, nodes * size - 1), max_size=nodes * size - 1))
+    left = machine.without(lost)
+    kept = [d for d in range(nodes * size) if d not in lost]
+    assert left.speed == tuple(float(speed[d]) for d in kept)
+    counts = [sum(d // size == node for d in kept) for node in range(nodes)]
+    if set(counts) <= {0, size}:
+        assert left.node_size == size
+    else:
+        assert left.nodes == 1
+        assert left.intra_node_bandwidth == machine.levels[-1].bandwidth
