@@ -163,6 +163,40 @@ def test_drawn_is_computed(made, html):
     assert (numbers(moves["z"]) == made.moves.pairs).all()
 
 
+@pytest.mark.parametrize("speed", [None, (1, 1, 1, 4)])
+def test_hot_experts_show_the_device_that_waits(speed):
+    """A box stands around the device that all others wait for, in every layer; a table has it."""
+    load = np.random.default_rng(0).integers(1, 90, (6, 5, 8))
+    table, topology = mt.RoutingStatistics.from_load(load), mt.Topology(4, speed=speed)
+    placement = mt.Placement.from_assignment([np.arange(8) % 4] * 5, 4)
+    made = shown(table, placement, topology)
+    times = np.zeros((5, 4))
+    for expert in range(8):
+        times[:, expert % 4] += load.sum(axis=0)[:, expert] / topology.speed_of_device[expert % 4]
+    slowest, ratios = times.argmax(axis=1), times.max(axis=1) / times.mean(axis=1)
+    (panel,) = (each for each in drawing.panels_of(made) if each.key == "experts")
+    spec = panel.charts[0].variants["proposed"]["layout"]
+    (boxes,) = (each for each in spec["shapes"] if each.get("showlegend"))
+    corners = [
+        (float(left), float(top))
+        for left, top in re.findall(r"M([-.\d]+),([-.\d]+)H", boxes["path"])
+    ]
+    assert corners == [(2 * device - 0.5, layer - 0.5) for layer, device in enumerate(slowest)]
+    rows = [(row[3], row[4]) for row in panel.tables[0].rows]
+    assert rows == [*zip(slowest.astype(str), map(digits, ratios), strict=True)]
+    most = np.bincount(slowest, minlength=4)
+    assert f"device {most.argmax()}: in {most.max()} of 5 layers." in panel.notes[1]
+
+
+@pytest.mark.parametrize(("load", "devices"), [([[[4, 3, 2, 1]]], 1), ([[[0, 0, 0, 0]]], 2)])
+def test_nobody_waits_alone_or_without_tokens(load, devices):
+    """One device waits for no other, and without a load none waits."""
+    placement = mt.Placement.from_assignment([np.arange(4) % devices], devices)
+    made = shown(mt.RoutingStatistics.from_load(load), placement, mt.Topology(devices))
+    (panel,) = (each for each in drawing.panels_of(made) if each.key == "experts")
+    assert "wait" not in str(panel)
+
+
 def test_every_chart_is_plotlys_with_a_label_and_a_table(made, html):
     """Plotly takes the figures; who cannot see a chart reads what it shows, and the numbers."""
     objects = pytest.importorskip("plotly.graph_objects")
@@ -409,6 +443,45 @@ def test_no_option_is_broken(made, tmp_path, width):
         assert {*lines} == {1}
         assert tab.evaluate("document.documentElement.scrollWidth") == width
         browser.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_axes_are_whole(made, tmp_path, width, is_large):
+    """No label or title of an axis is cut, with hundreds of slots or with long names."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    file = tmp_path / "page.html"
+    if is_large:
+        load = np.random.default_rng(0).integers(1, 90, (6, 3, 512))
+        placement = mt.Placement.from_assignment([np.arange(512) % 8] * 3, 8)
+        made = shown(mt.RoutingStatistics.from_load(load), placement, mt.Topology(8))
+    page.write_page(file, made)
+    with driver.sync_playwright() as playing:
+        browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
+        tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
+        seen, cut = tab.evaluate(
+            """() => {
+              let seen = 0;
+              const cut = [];
+              for (const place of document.querySelectorAll(".chart")) {
+                const box = place.parentNode.getBoundingClientRect();
+                for (const text of place.querySelectorAll(".main-svg text")) {
+                  const part = text.getBoundingClientRect();
+                  if (!part.width) continue;
+                  seen++;
+                  const over = [box.left - part.left, part.right - box.right, box.top - part.top,
+                    part.bottom - box.bottom];
+                  const words = [place.dataset.chart, text.textContent];
+                  if (Math.max(...over) > 1) cut.push([...words, ...over]);
+                }
+              }
+              return [seen, cut];
+            }"""
+        )
+        browser.close()
+    assert seen > 50
+    assert cut == []
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")

@@ -38,8 +38,6 @@ class Chart:
         Pixels.
     selects
         Charts whose choice number ``n + first`` a click on point n makes.
-    wide
-        Least width in pixels; a narrower screen scrolls.
     stacked
         Height and axes of its parts below each other, for narrow screens.
     """
@@ -49,7 +47,6 @@ class Chart:
     variants: dict[str, Spec]
     height: int = 360
     selects: tuple[str, ...] = ()
-    wide: int = 0
     stacked: Spec | None = None
 
 
@@ -152,9 +149,9 @@ def colours(unit: str, low: float, high: float, **others: Any) -> Spec:
     return {"colorscale": "Cividis", "cmin": low, "cmax": high, "colorbar": key}
 
 
-def outline(path: str, **where: str) -> Spec:
+def outline(path: str, colour: str = "var(--border)", width: int = 1, **where: str) -> Spec:
     """Draw lines over a heat map; one shape for all, as each has a price in the browser."""
-    return {"type": "path", "path": path, **where, "line": {"color": "var(--border)", "width": 1}}
+    return {"type": "path", "path": path, **where, "line": {"color": colour, "width": width}}
 
 
 def stacked(parts: int) -> Spec:

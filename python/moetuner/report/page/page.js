@@ -142,6 +142,7 @@
     }
     return value;
   };
+  const shortened = (name) => (name.length > 24 ? name.slice(0, 23) + "…" : name);
   let printed = false;
   const narrow = matchMedia("(max-width: 599px)");
   const draw = (key) => {
@@ -150,6 +151,8 @@
     const isSmall = narrow.matches && !printed, stacked = isSmall && chart.stacked;
     const { data, layout } = coloured(chart.variants[chosen[key] || 0], getComputedStyle(root));
     for (const [axis, part] of Object.entries(stacked ? stacked.axes : {})) layout[axis] = { ...layout[axis], ...part };
+    // Long names would leave no room on a small screen; they are whole in the table.
+    if (isSmall && layout.yaxis?.ticktext) layout.yaxis.ticktext = layout.yaxis.ticktext.map(shortened);
     place.style.height = (stacked || chart).height + "px";
     Plotly.react(place, data, { autosize: true, ...layout, ...(isSmall ? { dragmode: false } : {}) }, {
       responsive: true, displaylogo: false, showSendToCloud: false, displayModeBar: false,

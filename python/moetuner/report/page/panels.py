@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner.evaluation.copies import slot_shares
 from moetuner.evaluation.figures import FIGURES
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
@@ -116,13 +117,16 @@ def _layers(page: PageData) -> Panel | None:
 
 def _experts(page: PageData) -> Panel | None:
     relative = page.load / np.maximum(page.load.mean(axis=1, keepdims=True), 1e-12)
-    variants, tables = {}, []
-    for name, placement in reversed(list(zip(page.names, page.placements, strict=True))):
+    variants, tables, waits = {}, [], {}
+    for name, setting in reversed(list(zip(page.names, page.settings, strict=True))):
+        placement = setting.placement
         slots = placement.slots
         expert, layer = np.maximum(slots, 0), np.arange(placement.layers)[:, None, None]
         copies = np.maximum(placement.replicas[layer, expert], 1)
-        busy = np.where(slots >= 0, relative[layer, expert] / copies, -1.0)
-        variants[name] = _slots(placement, busy, copies)
+        served = relative[layer, expert] * slot_shares(placement, page.topology, setting.split)
+        waits[name] = served.sum(axis=2) / page.topology.speed_of_device
+        busy = np.where(slots >= 0, served, -1.0)
+        variants[name] = _slots(placement, busy, copies, waits[name])
         rows = []
         for at in np.argsort(-busy, axis=None, kind="stable")[:20]:
             place = np.unravel_index(at, busy.shape)
@@ -130,14 +134,42 @@ def _experts(page: PageData) -> Panel | None:
             rows.append((*map(str, cells), digits(float(busy[place]))))
         head = ("layer", "expert", "device", "copies", "x mean")
         tables.append(Table(f"Hottest copies, {name}", head, rows, busy.size))
-    layers, devices, width = page.placements[1].slots.shape
     label = "heat map of the load of every copy, by layer and device"
-    height, wide = max(280, min(760, 90 + 9 * layers)), min(devices * width * 2 + 140, 900)
-    return Panel((Chart("experts", label, variants, height, wide=wide),), tuple(tables))
+    height = max(280, min(760, 90 + 9 * page.placements[1].layers))
+    chart, notes = Chart("experts", label, variants, height), ()
+    if page.topology.devices > 1 and page.load.any():
+        table, notes = _waits({name: waits[name] for name in page.names})
+        tables.insert(0, table)
+    words = " A red box is the device that all others wait for." if notes else ""
+    return Panel((chart,), tuple(tables), notes, words)
 
 
-def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Spec:
-    """Draw how busy slots [L,D,S] are, device after device, the busiest slots first."""
+def _waits(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
+    """List the device that all others wait for in every layer, of times [L,D] by placement."""
+    columns, notes = [], []
+    for name, times in busy.items():
+        slowest, loaded = times.argmax(axis=1), times.any(axis=1)
+        ratios = times.max(axis=1) / np.maximum(times.mean(axis=1), 1e-12)
+        columns.append(np.where(loaded, slowest.astype(str), "-").tolist())
+        columns.append([digits(ratio) if ratio else "-" for ratio in ratios.tolist()])
+        layers_of = np.bincount(slowest[loaded], minlength=times.shape[1])
+        device, number = int(layers_of.argmax()), int(layers_of.max())
+        notes.append(
+            f"With {name}, all others wait most often for device {device}: in {number} of "
+            f"{counted(len(times), 'layer')}."
+        )
+    head = [f"{name}, {what}" for name in busy for what in ("device", "x mean")]
+    rows = [(str(layer), *row) for layer, row in enumerate(zip(*columns, strict=True))]
+    return Table("Devices that all others wait for", ("layer", *head), rows), tuple(notes)
+
+
+def _slots(
+    placement: Placement, busy: NDArray[Any], copies: NDArray[Any], times: NDArray[Any]
+) -> Spec:
+    """Draw how busy slots [L,D,S] are, device after device, the busiest slots first.
+
+    ``times`` are of devices [L,D]; all wait for the one with the longest.
+    """
     order = np.argsort(-busy, axis=2, kind="stable")
     share, expert, number_of = (
         np.take_along_axis(each, order, axis=2).reshape(placement.layers, -1)
@@ -147,8 +179,16 @@ def _slots(placement: Placement, busy: NDArray[Any], copies: NDArray[Any]) -> Sp
     devices, slots = placement.devices, placement.slots_per_device
     labelled = range(0, devices, max(1, -(-devices // LABELLED)))
     lines = "".join(f"M{slots * d - 0.5},0V1" for d in range(1, devices))
-    borders = [draw.outline(lines, yref="paper")] if lines else []
-    spec = draw.layout("slots, by device", "layer", shapes=borders)
+    shapes = [draw.outline(lines, yref="paper")] if lines else []
+    loaded = np.flatnonzero(times.any(axis=1)) if devices > 1 else ()
+    slowest = [(int(layer), slots * int(times[layer].argmax()) - 0.5) for layer in loaded]
+    if slowest:
+        boxes = "".join(
+            f"M{left},{layer - 0.5}H{left + slots}V{layer + 0.5}H{left}Z" for layer, left in slowest
+        )
+        named = {"name": "device that all others wait for", "showlegend": True}
+        shapes.append(draw.outline(boxes, colour="var(--box)", width=2) | named)
+    spec = draw.layout("slots, by device", "layer", shapes=shapes, showlegend=bool(slowest))
     spec["xaxis"] |= {
         "tickvals": [slots * d + (slots - 1) / 2 for d in labelled],
         "ticktext": [f"{d}" for d in labelled],
@@ -224,7 +264,7 @@ def _links(page: PageData) -> Panel | None:
     label = "two matrices of what goes from each device to each other one"
     title = "Rows at the busiest port of a tier, of a layer on average"
     return Panel(
-        (Chart("links", label, variants, height=420, wide=560, stacked=draw.stacked(2)),),
+        (Chart("links", label, variants, height=420, stacked=draw.stacked(2)),),
         (Table(title, ("placement", "regime", "tier", "out", "in"), ports),),
     )
 
@@ -276,7 +316,7 @@ def _next(page: PageData) -> Panel | None:
         shares = [pairs / total * 100 for pairs, total in zip(tables, totals, strict=True)]
         variants = _by_layer(page, shares, "% of steps", "layer {} to {}")
         label = "steps between devices at one boundary"
-        charts.append(Chart("boundary", label, variants, 400, wide=560, stacked=draw.stacked(2)))
+        charts.append(Chart("boundary", label, variants, 400, stacked=draw.stacked(2)))
     rows = [
         (str(at), *(percent(float(share[at])) for share in columns.values())) for at in boundaries
     ]
@@ -383,7 +423,9 @@ def _groups(page: PageData) -> Panel | None:
         for name, change in changes[:ROWS]
     ]
     judged = counted(len(changes) - len(unclear), "group")
-    notes = [f"Change of {FIGURES[measure].label}. Worse beyond chance: {len(losers)} of {judged}."]
+    notes = [f"Change of {FIGURES[measure].label}."]
+    if len(unclear) < len(changes):
+        notes[0] += f" Worse beyond chance: {len(losers)} of {judged}."
     if unclear:
         notes.append(
             f"Too few {audit.units.name}s to judge: {counted(len(unclear), 'group')}, in grey."
