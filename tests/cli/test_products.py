@@ -111,7 +111,11 @@ OWN = {
     "evaluate": "--baseline COPIES\n--mixed-seed 4\n--without 0",
     "audit": "--baseline COPIES\n--fail-if-worse 1\n--measure imbalance\n--measure fanout",
     "drift": "--fail-if-drift\n--fail-if-worse 1\n--profile LOADS\n--profile STATISTICS",
-    "plan": "--every-loss device --table losses.json\n--retire 1\n--without 0 --more-copies 2\n--steps steps.json --expert-bytes 10",
+    "plan": """
+--retire 1
+--without 0 --more-copies 2
+--steps steps.json --expert-bytes 10
+""",
     "report": "--baseline COPIES\n--expert-bytes 1e6",
     "convert": "--from auto\n--top-k 2",
     "verify": "--placement COPIES",
