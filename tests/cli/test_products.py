@@ -272,6 +272,8 @@ def test_every_option_is_in_the_table():
         "--figures": "needs a browser",
         "--out": "in every line that needs it",
         "--running": "test_cli_formats",
+        "--every-loss": "test_plan",
+        "--table": "test_plan",
     }
     assert {*BEGIN} | OTHERS == {*moetuner.commands}
     for command in BEGIN:
