@@ -204,6 +204,21 @@ def test_an_engine_without_expert_parallelism_is_refused_with_the_reason(run, sk
     assert "splits layers or weights over devices, not experts" in err
 
 
+def test_a_page_has_the_command_of_the_placement_to_serve(ok, skewed, tmp_path):
+    """What is served comes from all of INPUT: by a command, right before those that serve it."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    page = tmp_path / "page.html"
+    ok("advise", skewed, *FEW, "--for", "vllm", "--report", page)
+    text = text_of(page.read_text())
+    commands = re.findall(r'<code id="command-\d+">(.*?)</code>', text)
+    judged, *_, solved, served = commands
+    assert judged.startswith("moetuner solve ")
+    assert solved == judged.replace(" --holdout 0.5", "")
+    assert solved != judged
+    assert served.startswith("MOETUNER_PLACEMENT=placement.json vllm serve ")
+    assert "leave out --holdout" not in text
+
+
 def test_missing_libraries_are_told_before_any_work(run, trace, tmp_path, monkeypatch):
     """One line names the extra."""
 

@@ -129,7 +129,9 @@ def command(
         output.say(f"  # to go back: {go_back}")
     contents = {"input": source.facts(), **advice.to_dict(), "commands": commands}
     contents["go_back"] = go_back
-    pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents))
+    # A page has room for the command that the terminal names in a remark.
+    full = {"commands": next_commands(source, advice, unseen, from_all=True)}
+    pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents | full))
     output.finish(contents)
 
 
@@ -242,8 +244,13 @@ def _write_moving(advice: Advice) -> list[str]:
     return [f"{text}. Paid back after {steps}, if serving stops for it."]
 
 
-def next_commands(source: Source, advice: Advice, unseen: Collection[Path] = ()) -> list[str]:
-    """Return the commands that come next, each with every option that changes its answer."""
+def next_commands(
+    source: Source, advice: Advice, unseen: Collection[Path] = (), *, from_all: bool = False
+) -> list[str]:
+    """Return the commands that come next, each with every option that changes its answer.
+
+    With ``from_all`` the placement to serve, from all of INPUT, has a command of its own.
+    """
     typed, line = options.typed(), options.next_command
     for name in ("threads", "report_file", "figures", "json_file", "unseen"):
         typed.pop(name, None)
@@ -264,11 +271,17 @@ def next_commands(source: Source, advice: Advice, unseen: Collection[Path] = ())
             "as the engine records them, see docs/engines",
             line("advise", "MORE", typed),
         ]
-    return [*_judging(source, advice, typed, unseen), *_serving(source, advice)]
+    judging = _judging(source, advice, typed, unseen, from_all=from_all)
+    return [*judging, *_serving(source, advice)]
 
 
 def _judging(
-    source: Source, advice: Advice, typed: dict[str, Any], unseen: Collection[Path]
+    source: Source,
+    advice: Advice,
+    typed: dict[str, Any],
+    unseen: Collection[Path],
+    *,
+    from_all: bool,
 ) -> list[str]:
     """Return the commands that compute the placement, and show the figure that it was judged by."""
     file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
@@ -287,7 +300,7 @@ def _judging(
     ):
         figure, why = "", "from all of INPUT with its pairs, which cannot be held out"
     elif not unseen:
-        why += "; leave out --holdout to use all of INPUT for serving"
+        why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
         solving["holdout"] = HOLDOUT
     if window is None and settings["engine"] is not None:
         solving["arrival"] = settings["arrival"]
@@ -319,6 +332,11 @@ def _judging(
     if advice.more is not None:
         slots = problem.slots + advice.more - advice.knee
         commands.append(solve(slots, "the one with more memory", out_file="more.json"))
+    if from_all and "holdout" in solving:
+        to_serve = {"holdout": None, "out_file": "placement.json"}
+        commands.append(
+            solve(problem.slots, "the placement to serve: from all of INPUT", **to_serve)
+        )
     return commands
 
 

@@ -136,7 +136,8 @@ def _experts(page: PageData) -> Panel | None:
         tables.append(Table(f"Hottest copies, {name}", head, rows, busy.size))
     label = "heat map of the load of every copy, by layer and device"
     height = max(280, min(760, 90 + 9 * page.placements[1].layers))
-    chart, notes = Chart("experts", label, variants, height), ()
+    chart = Chart("experts", label, variants, height)
+    notes: tuple[str, ...] = ()
     if page.topology.devices > 1 and page.load.any():
         table, notes = _waits({name: waits[name] for name in page.names})
         tables.insert(0, table)
