@@ -4,6 +4,7 @@
 set -euo pipefail
 python=$(realpath --no-symlinks "$1")
 wheel=$(realpath "$2")
+tests=$(dirname "$(realpath "$0")")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
@@ -30,4 +31,7 @@ assert placement == mt.Placement.load("copy.json")
 before = mt.evaluate(placement, trace).crossing
 assert 0 < before < 0.7, before
 CHECK
+# The notebook, by what the extra brings and no more.
+fresh/bin/python -m pip install --quiet "$wheel[report]"
+fresh/bin/python "$tests/documents/notebooks.py" "$tests/../examples/figures.ipynb"
 echo "the wheel works: $(basename "$wheel")"
