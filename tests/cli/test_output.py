@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -117,3 +118,18 @@ def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
     remarks = [number for number, line in enumerate(lines) if line.startswith("  # ")][:-1]
     assert remarks
     assert all(lines[number + 1].startswith("  moetuner ") for number in remarks)
+
+
+@pytest.mark.parametrize("size", [None, 1000])
+def test_advice_says_what_few_moves_gain(ok, as_json, tmp_path, size):
+    """The line of the cheapest useful step has the numbers of the JSON, and its option."""
+    random = np.random.default_rng(0)
+    share = random.lognormal(0, 1, 16)
+    file = tmp_path / "load.npz"
+    np.savez(file, load=random.multinomial(20_000, share / share.sum(), (40, 2)))
+    words = ["advise", file, "--devices", 4, "--copies", 0, "--splits", 1]
+    words += [] if size is None else ["--expert-bytes", size]
+    step, text = as_json(*words)["step"], ok(*words)
+    assert f"{100 * step['gain']['gain']:.1f} of " in text
+    budget = step["experts"] if size is None else step["bytes"]
+    assert f"--move-budget {budget:g}" in text

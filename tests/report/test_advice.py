@@ -545,3 +545,26 @@ def test_a_proposal_leaves_as_much_as_can_be_where_it_is():
     value = advice.problem.value
     assert value(proposed) <= value(anew) * (1 + 1e-9)
     assert advice.moving.experts < running.diff(anew).experts_moved
+
+
+def test_few_moves_gain_most_of_it():
+    """The cheapest useful step moves far fewer experts, and is judged beside the same baseline."""
+    rng = np.random.default_rng(0)
+    share = rng.lognormal(0, 1, 16)
+    load = rng.multinomial(20_000, share / share.sum(), (40, 2))
+    counts = mt.RoutingStatistics.from_load(load)
+    advice = advise(counts, mt.Topology(4), copies=(0,), splits=1, expert_bytes=10)
+    step, main = advice.step, advice.main
+    assert step.experts <= 0.6 * advice.moving.experts
+    assert step.bytes == 10 * step.experts
+    assert step.gain.before == main.gain.before
+    assert step.gain.gain > 0.5 * main.gain.gain
+    assert advice.to_dict()["step"]["gain"]["gain"] == step.gain.gain
+
+
+def test_no_step_where_nothing_is_proposed():
+    """Where the answer is no, no smaller step is offered."""
+    flat = mt.RoutingStatistics.from_load(np.full((40, 3, 16), 64))
+    advice = advise(flat, mt.Topology(4), copies=(0,))
+    assert advice.step is None
+    assert advice.to_dict()["step"] is None

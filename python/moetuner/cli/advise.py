@@ -29,7 +29,7 @@ from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, write_windows_of
-from moetuner.report.cells import counted, in_bytes, signed, span, with_values
+from moetuner.report.cells import counted, in_bytes, percent, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
 
@@ -230,18 +230,35 @@ def _write_moving(advice: Advice) -> list[str]:
     moving = advice.moving
     if not moving.experts or advice.answer == "not now":
         return []
-    text = f"To move: {moving.experts:,} of {counted(moving.of_experts, 'expert')}"
+    text, total = f"To move: {moving.experts:,}", counted(moving.of_experts, "expert")
     if moving.bytes is None or moving.of_bytes is None or moving.device_bytes is None:
-        return [f"{text}. Pass --expert-bytes to see memory, bytes and seconds."]
+        if advice.step is None:
+            return [f"{text} of {total}. Pass --expert-bytes to see memory, bytes and seconds."]
+        return [f"{text} of {total} (bytes: --expert-bytes); {_write_step(advice)}."]
+    text += f" of {total}"
     before, after = map(in_bytes, moving.device_bytes)
     text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
     text += f", {_time(1e6 * (moving.seconds or 0))} at the links' bandwidth"
     text += f"; experts take {before} per device"
     text += f" now, {after} then" * (before != after)
-    if moving.steps is None:
-        return [f"{text}. Moving does not pay."]
-    steps = f"{counted(int(moving.steps), 'step')} in {write_windows_of(advice.main)}"
-    return [f"{text}. Paid back after {steps}, if serving stops for it."]
+    steps = ". Moving does not pay."
+    if moving.steps is not None:
+        number = counted(int(moving.steps), "step")
+        windows = write_windows_of(advice.main)
+        steps = f". Paid back after {number} in {windows}, if serving stops for it."
+    lines = [f"{text}{steps}"]
+    return lines if advice.step is None else [*lines, f"{_write_step(advice)}."]
+
+
+def _write_step(advice: Advice) -> str:
+    """Write what few moves gain of what the proposed placement does."""
+    step, main = advice.step, advice.main
+    assert step is not None
+    part = f"{100 * step.gain.gain:.1f} of {percent(main.gain.gain)}"
+    if step.bytes is None:
+        return f"{step.experts:,} gain {part} (--move-budget {step.experts})"
+    moved = f"{in_bytes(step.bytes)} ({counted(step.experts, 'expert')})"
+    return f"With {moved} moved: {part}, by solve --move-budget {step.bytes:g}"
 
 
 def next_commands(

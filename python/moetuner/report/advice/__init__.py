@@ -33,6 +33,7 @@ from moetuner.report.advice.judging import (
     weigh_phases,
 )
 from moetuner.report.advice.request import Request, slots_of_running, split_of
+from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
@@ -257,7 +258,9 @@ def _advise(request: Request, splits: int) -> Advice:
         by_group=judge_groups(request, knee) if request.by_group else {},
         settings=_settings(request, splits, first.problem.shares),
     )
-    return conclude(advice, write_notes(request, phases, knee))
+    advice = conclude(advice, write_notes(request, phases, knee))
+    request.progress("weighing fewer moves")
+    return replace(advice, step=find_step(request, first, part, advice))
 
 
 def _settings(request: Request, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:

@@ -134,6 +134,29 @@ class Moving(NamedTuple):
     device_bytes: tuple[float, float] | None
 
 
+class SmallStep(NamedTuple):
+    """What few moves gain of what the proposed placement does.
+
+    Parameters
+    ----------
+    experts
+        Copies that have to be moved to devices.
+    bytes
+        Of weights; None where the bytes of an expert are not known.
+    gain
+        Over what runs, on the unseen traffic of the first split, in the windows where most is
+        gained.
+    """
+
+    experts: int
+    bytes: float | None
+    gain: Comparison
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields as JSON values."""
+        return {"experts": self.experts, "bytes": self.bytes, "gain": self.gain.to_dict()}
+
+
 class PhaseTimes(NamedTuple):
     """One placement for prefill and decode, or two.
 
@@ -203,6 +226,8 @@ class Advice(Frozen):
         None where it is not.
     moving
         From the running placement to the proposed one.
+    step
+        The cheapest useful step: few moves that gain most of it; None where there is none.
     phases
         Prefill and decode apart; None where the traffic does not know both.
     drift
@@ -259,6 +284,7 @@ class Advice(Frozen):
     judged_on: str = ""
     one_kind: str | None = None
     total: Comparison | None = None
+    step: SmallStep | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -298,7 +324,7 @@ class Advice(Frozen):
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values, but for placements, the search and its problem."""
         left_out = {"placements", "result", "problem", "groups_of_halves"}
-        left_out |= {"by_group", "judged", "over_eplb", "halves"}
+        left_out |= {"by_group", "judged", "over_eplb", "halves", "step"}
         fields: dict[str, Any] = as_json(
             {name: value for name, value in vars(self).items() if name not in left_out}
         )
@@ -319,6 +345,7 @@ class Advice(Frozen):
             "proposed": self.proposed.to_dict(),
             "halves": halves,
             "carried": list(self.carried),
+            "step": None if self.step is None else self.step.to_dict(),
             "by_group": by_group,
         }
 
