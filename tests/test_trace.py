@@ -195,6 +195,19 @@ def test_tokens_are_read_by_their_numbers(tmp_path_factory, data):
     assert all(len(piece) and piece.flags.c_contiguous for piece in pieces)
 
 
+def test_halves_of_a_large_array_share_its_memory(monkeypatch):
+    """And are what they would be of a small one, whose halves are copies."""
+    ids = random_ids(500, 3, 2, 8)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(500) // 7)
+    copies = trace.split(0.5)
+    monkeypatch.setattr("moetuner.files.ids.COPIED_BYTES", ids.nbytes - 1)
+    halves = trace.split(0.5)
+    for half, copy in zip(halves, copies, strict=True):
+        assert same(half, copy)
+        assert half.ids.parts == (trace.ids,)
+        assert np.array_equal(np.concatenate(list(half.shards(50))), copy.expert_ids)
+
+
 def test_tokens_that_are_far_apart_are_read_without_what_is_between(tmp_path):
     """Also of a half that was chosen, in which a wrong id is not one that is read."""
     ids = np.tile(IDS, (9000 // len(IDS), 1, 1))

@@ -24,6 +24,8 @@ Mask = NDArray[np.bool_] | None
 Numbers = NDArray[np.intp] | None
 LeftOut = tuple[int, tuple[int, ...]]
 
+# Bytes of an array of which a selection is copied at once: it is read faster then.
+COPIED_BYTES = 64 << 20
 # Tokens whose marks are counted together, to find the one of a number among them.
 MARKS = 1 << 12
 
@@ -161,8 +163,11 @@ class Ids:
         return array
 
     def select(self, tokens: Mask, layers: Numbers) -> Ids:
-        """Select the marked tokens and the numbered layers; None selects all."""
-        if isinstance(self.whole, np.ndarray):
+        """Select the marked tokens and the numbered layers; None selects all.
+
+        Of a large array nothing is copied until it is read, as of a file.
+        """
+        if isinstance(self.whole, np.ndarray) and self.whole.nbytes <= COPIED_BYTES:
             return in_memory(_select(self.whole, tokens, layers))
         return Ids((self,), tokens, layers)
 
