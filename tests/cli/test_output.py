@@ -20,6 +20,7 @@ def screen(monkeypatch):
     """Give what a terminal, or a log, is sent, while the clock stands still."""
     file = io.StringIO()
     monkeypatch.setattr(output, "FIRST_S", 3600.0)
+    monkeypatch.setattr(output, "BEAT_S", 3600.0)
     monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def console(*, terminal):
@@ -68,6 +69,29 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
     counting, *others = file.getvalue().removeprefix(bound).splitlines()
     assert counting == line.format("0 s", "counting").strip()
     assert [text.split(": ")[-1].split(" %")[0] for text in others] == ["50", "50"]
+
+
+def test_a_log_hears_that_work_goes_on(screen, monkeypatch):
+    """What was said last is said again after two seconds, with what is left of the time by then."""
+    file, clock = screen(terminal=False), [0.0]
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with output.working("advising") as report:
+        for clock[0] in (1.0, 3.0):
+            report.beat()
+        clock[0] = 10.0
+        report.show("searching", 0.25)
+        for clock[0] in (11.9, 12.0, 13.9, 14.0):
+            report.beat()
+        clock[0] = 600.0
+        report.beat()
+        for clock[0] in (609.0, 611.0):
+            report.beat()
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "moetuner: advising: 3 s"
+    left = ("30", "28", "26", "0", "0")
+    assert lines[1:] == [
+        f"moetuner: advising: 25 %, about {seconds} s left, searching" for seconds in left
+    ]
 
 
 SENTENCE = "Worth a trial: a layer takes 9.4 % less predicted time than with the contiguous one."

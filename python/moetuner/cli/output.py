@@ -113,9 +113,11 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-# What takes longer is shown: a terminal gets a bar, a log a line and then one now and then.
+# What takes longer is shown: a terminal gets a bar, a log a line and then one every so often, or
+# after such a part of the time so far. What has nothing new to say says what it said.
 FIRST_S = 1.0
-INTERVAL_S = 10.0
+INTERVAL_S, INTERVAL_PART = 2.0, 1 / 60
+BEAT_S = 0.5
 
 
 class TimeLeft(ProgressColumn):
@@ -154,6 +156,8 @@ class Report:
         self._bar = Bar(*columns, console=self._console, **quiet)
         self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, what="")
         self._began = self._last = time.monotonic()
+        # Text, share, what of, after so many seconds, and when that was told.
+        self._told: tuple[str, float | None, str, float, float] = ("", None, "", 0.0, self._began)
 
     def begin(self) -> None:
         """Show that work goes on."""
@@ -185,10 +189,23 @@ class Report:
             self._bar.update(self._task, total=total, completed=share or 0.0, **fields)
             if now - self._began >= FIRST_S:
                 self._bar.start()
-        elif now - self._last >= INTERVAL_S:
-            self._last = now
-            parts = (f"{self.label}: {time_left(seconds, share, seconds, what)}", text)
-            self._say(", ".join(filter(None, parts)))
+        else:
+            self._told = (text, share, what, seconds, now)
+            self._tell(now)
+
+    def beat(self) -> None:
+        """Say in a log that work goes on, where it has said nothing for a while."""
+        if not self._console.is_interactive:
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        """Write what was told last, and the time that is left now, if it is time for a line."""
+        if now - self._last < max(INTERVAL_S, INTERVAL_PART * (now - self._began)):
+            return
+        self._last = now
+        text, share, what, at, told = self._told
+        parts = (f"{self.label}: {time_left(at + now - told, share, at, what)}", text)
+        self._say(", ".join(filter(None, parts)))
 
     def _say(self, text: str) -> None:
         self._console.print(f"moetuner: {text}", soft_wrap=True)
@@ -197,15 +214,21 @@ class Report:
 @contextmanager
 def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
     """Show what is being done while it takes long."""
-    report = Report(label, time_limit)
-    timer = threading.Timer(FIRST_S, report.begin)
-    timer.daemon = True
-    timer.start()
+    report, is_over = Report(label, time_limit), threading.Event()
+
+    def watch() -> None:
+        if not is_over.wait(FIRST_S):
+            report.begin()
+        while not is_over.wait(BEAT_S):
+            report.beat()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield report
     finally:
-        timer.cancel()
-        timer.join()
+        is_over.set()
+        watcher.join()
         report.end()
 
 
