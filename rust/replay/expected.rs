@@ -220,43 +220,51 @@ impl Shared {
     /// Tokens of every device in every window `[W, L, D]`, of those of experts `[W, L, E]`.
     #[must_use]
     pub fn load(&self, load: &[f64]) -> Vec<f64> {
-        let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
-        let size = layers * e;
-        let window = |w: usize| {
-            let mut tokens = vec![0.0; layers * d];
-            let layers = tokens.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
-            for ((tokens, load), holders) in layers.zip(&self.layers) {
-                for (expert, &load) in load.iter().enumerate() {
-                    for (device, share) in holders.of(expert) {
-                        tokens[device] += share * load;
-                    }
+        let single: Vec<_> = self.layers.iter().map(Holders::single).collect();
+        self.by_device(load, |l, load, tokens| {
+            if let Some(device) = single[l] {
+                load.iter().zip(device).for_each(|(load, &device)| tokens[device as usize] += load);
+                return;
+            }
+            for (expert, &load) in load.iter().enumerate() {
+                for (device, share) in self.layers[l].of(expert) {
+                    tokens[device] += share * load;
                 }
             }
-            tokens
-        };
-        made_of(load.len() / size.max(1), window).concat()
+        })
     }
 
     /// Copies of every device that are expected to have a token in every window `[W, L, D]`, of tokens of experts
     /// `[W, L, E]`: one with a share of them is idle if all go to others.
     #[must_use]
     pub fn active(&self, load: &[f64]) -> Vec<f64> {
-        let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
-        let size = layers * e;
         let idle: Vec<Idle> = self.layers.iter().map(|holders| Idle::new(&holders.share)).collect();
-        let window = |w: usize| {
-            let mut active = vec![0.0; layers * d];
-            let layers = active.chunks_exact_mut(d).zip(load[w * size..][..size].chunks_exact(e));
-            for ((active, load), (holders, idle)) in layers.zip(self.layers.iter().zip(&idle)) {
-                for (expert, &tokens) in load.iter().enumerate().filter(|&(_, &tokens)| tokens > 0.0) {
-                    for copy in holders.first[expert] as usize..holders.first[expert + 1] as usize {
-                        active[holders.unit[copy] as usize] += 1.0 - idle.chance(copy, tokens);
-                    }
+        self.by_device(load, |l, load, active| {
+            let holders = &self.layers[l];
+            for (expert, &tokens) in load.iter().enumerate().filter(|&(_, &tokens)| tokens > 0.0) {
+                for copy in holders.first[expert] as usize..holders.first[expert + 1] as usize {
+                    active[holders.unit[copy] as usize] += 1.0 - idle[l].chance(copy, tokens);
                 }
             }
-            active
+        })
+    }
+
+    /// What a layer of a window adds to its devices, of its tokens of experts: of all windows `[W, L, D]`.
+    fn by_device(&self, load: &[f64], add: impl Fn(usize, &[f64], &mut [f64]) + Sync) -> Vec<f64> {
+        let (layers, e, d) = (self.layers.len(), self.experts, self.devices);
+        let mut table = vec![0.0; load.len() / e.max(1) * d];
+        let window = |(table, load): (&mut [f64], &[f64])| {
+            for (l, (row, load)) in table.chunks_exact_mut(d).zip(load.chunks_exact(e)).enumerate() {
+                add(l, load, row);
+            }
         };
-        made_of(load.len() / size.max(1), window).concat()
+        let (rows, size) = ((layers * d).max(1), (layers * e).max(1));
+        if rayon::current_thread_index().is_none() {
+            table.chunks_mut(rows).zip(load.chunks(size)).for_each(window);
+        } else {
+            table.par_chunks_mut(rows).zip(load.par_chunks(size)).for_each(window);
+        }
+        table
     }
 
     /// Tokens that visit every device `[L, D]` and every node `[L, N]`, of sets of every layer and the node of every
