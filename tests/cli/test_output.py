@@ -61,14 +61,14 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
     monkeypatch.setattr(output, "INTERVAL_S", 0.0)
     with output.working("solving, joint") as report:
         report(Progress(12.4, "bound", 0.5, 0.25))
-        step = output.steps(report, 2)
+        step = output.steps(report, (1.0, 3.0))
         for name in ("counting", "solving", "judging"):
             step(name)
     line = "moetuner: solving, joint: {}, {}\n"
     bound = line.format("12 s", "bound, best 0.5 (seen), bound 0.25, gap 50.0 %")
     counting, *others = file.getvalue().removeprefix(bound).splitlines()
     assert counting == line.format("0 s", "counting").strip()
-    assert [text.split(": ")[-1].split(" %")[0] for text in others] == ["50", "50"]
+    assert [text.split(": ")[-1].split(" %")[0] for text in others] == ["25", "25"]
 
 
 def test_a_log_hears_that_work_goes_on(screen, monkeypatch):

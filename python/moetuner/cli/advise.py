@@ -117,9 +117,11 @@ def command(
         arguments["unseen"] = future.traffic
         described.append(f"Judged on {future.describe()}")
     output.say(*described)
-    tried = splits + 2 * len(copies) + 4  # steps, about
+    # What steps of a long recording take: to count, search, replay, solve and judge, in its order.
+    searches = sum(2 if each and serving.engine is None else 1 for each in copies)
+    weights = [2.0, *(1.0 for _ in range(searches)), 2.0, *(2.5 for _ in range(splits)), 2.5, 1, 1]
     with working("advising") as report:
-        arguments |= serving.arguments(source) | {"progress": steps(report, tried)}
+        arguments |= serving.arguments(source) | {"progress": steps(report, weights)}
         advice = advising.advise(source.traffic, topology, **arguments)
     commands = next_commands(source, advice, unseen)
     _show(output, advice)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -232,10 +233,11 @@ def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
         report.end()
 
 
-def steps(report: Report, total: int) -> Callable[[str], None]:
-    """Return a callback that shows each step of about so many."""
-    done = iter(range(total))
-    return lambda text: report.show(text, next(done, total - 1) / total)
+def steps(report: Report, weights: Sequence[float]) -> Callable[[str], None]:
+    """Return a callback that shows each step, and what share of all these weights is before it."""
+    before = iter(accumulate(weights, initial=0.0))
+    last = sum(weights[:-1])
+    return lambda text: report.show(text, min(next(before, last), last) / sum(weights))
 
 
 def shares(report: Report, what: str) -> Callable[[float], None]:

@@ -35,7 +35,7 @@ from moetuner.report.advice.judging import (
 from moetuner.report.advice.request import Request, slots_of_running, split_of
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
-from moetuner.report.advice.trial import PROPOSED, RUNNING, try_out
+from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
 from moetuner.report.recording import one_kind
 from moetuner.statistics import RoutingStatistics
@@ -208,16 +208,20 @@ def _advise(request: Request, splits: int) -> Advice:
     """Split the traffic, sweep numbers of copies, judge on every split, and conclude."""
     # The whole, seen twice, is the same every time, and so is traffic that was given apart.
     splits = splits if request.is_held_out and request.unseen is None else 1
+    request.progress("counting what is seen")
     part = split_of(request, check.nth_seed(request.seed, 0))
     swept = sweep(request, part)
     # More memory is no gain of a placement: what is proposed takes no more than what runs.
     as_now = tuple(row for row in swept if row.per_device <= request.running_copies)
     knee, best = (find_knee(rows, request.prefill_share) for rows in (as_now or swept, swept))
-    trials = []
+    trials: list[Trial] = []
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
         of_split = split_of(request, check.nth_seed(request.seed, number)) if number else part
-        trials.append(try_out(request, of_split, knee, by_group=not number))
+        trial = try_out(request, of_split, knee, by_group=not number)
+        # The counts that others were computed from are not asked for any more.
+        trials.append(replace(trial, problem=trials[0].problem) if number else trial)
+    request.progress("judging")
     first = trials[0]
     judged = tuple(
         judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)

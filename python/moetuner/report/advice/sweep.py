@@ -40,6 +40,7 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
 
 def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
     """Compute what placements with copies gain over what runs, and the memory they take."""
+    request.progress("replaying them on what is unseen")
     problem = problem_of(request, part.statistics, 0)
     unseen = without_groups(part.unseen)
     evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
