@@ -63,9 +63,16 @@ def put_in_order(trace: Traffic, order: Order | None) -> Traffic:
     """Return a trace with its tokens, and their labels, in an order [T]."""
     if order is None or isinstance(trace, RoutingStatistics):
         return trace
+    place, first = np.empty(trace.tokens, dtype=np.int64), 0
+    place[order] = np.arange(trace.tokens)
+    ids = np.empty(trace.ids.shape, dtype=trace.ids.dtype)
+    for shard in trace.shards():  # put in its place from the file: no second copy of all ids
+        ids[place[first : first + len(shard)]] = shard
+        first += len(shard)
+        del shard  # else the next one is read while this one is still there
     return replace(
         trace,
-        ids=RoutingTrace.from_arrays(trace.expert_ids[order], num_experts=trace.num_experts).ids,
+        ids=RoutingTrace.from_arrays(ids, num_experts=trace.num_experts).ids,
         sequence=None if trace.sequence is None else trace.sequence[order],
         group=None if trace.group is None else trace.group[order],
     )
