@@ -68,3 +68,41 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
             assert f"{100 * max(gains):.1f} % less predicted layer time" in text
         elif not any(waiting in words for waiting in WAITING):
             ok(*words)
+
+
+RECORDERS = {
+    "vllm": "--enable-return-routed-experts",
+    "sglang": "--expert-distribution-recorder-mode per_token",
+    "tensorrt-llm": "EXPERT_STATISTIC_PATH=MORE",
+    "megatron": "--moe-routing-trace-path MORE",
+}
+
+
+@pytest.mark.parametrize("engine", [*RECORDERS, None])
+def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, engine):
+    """Where evidence is missing, the engine's recorder comes next, with a group for every file."""
+    monkeypatch.chdir(tmp_path)
+    short = recorded(60)
+    short.save("trace.safetensors")
+    chosen = [] if engine is None else ["--for", engine]
+    advice = as_json("advise", "trace.safetensors", "--devices", 4, "--copies", 0, *chosen)
+    assert advice["answer"] == "not enough evidence"
+    record, again = advice["commands"]
+    if engine is None:
+        assert record.startswith("moetuner collect MODEL")
+    else:
+        assert RECORDERS[engine] in record
+        assert "moetuner collect" not in record
+        assert again.startswith("moetuner advise MORE")
+        assert "--group-by files" in again
+
+
+def test_a_recording_tells_its_engine(as_json, tmp_path, monkeypatch):
+    """What an engine recorded is recorded again by that engine, without --for."""
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).random((30, 2, 8)).argsort(axis=2)[..., :2]
+    np.savez("routed.npz", *[ids[:10], ids[10:20], ids[20:]])
+    words = ["--num-experts", 8, "--devices", 4, "--copies", 0]
+    record, _ = as_json("advise", "routed.npz", *words)["commands"]
+    assert record.startswith("vllm serve MODEL --tensor-parallel-size 4")
+    assert RECORDERS["vllm"] in record

@@ -568,3 +568,14 @@ def test_no_step_where_nothing_is_proposed():
     advice = advise(flat, mt.Topology(4), copies=(0,))
     assert advice.step is None
     assert advice.to_dict()["step"] is None
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_lack_of_evidence_names_the_engine_s_recorder(engine):
+    """The sentence that refuses says by which option this engine records sequences."""
+    kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))
+    counts = mt.RoutingStatistics.from_load(np.repeat(kinds, 3, axis=0))
+    advice = advise(counts, mt.Topology(4), engine=engine, splits=1)
+    assert advice.answer == "not enough evidence"
+    options = {"vllm": "--enable-return-routed-experts", "sglang": "recorder-mode per_token"}
+    assert options[engine] in advice.sentence

@@ -21,8 +21,8 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.formats import serving_commands
-from moetuner.formats.engines import ENGINES
+from moetuner.formats import reader_of, serving_commands
+from moetuner.formats.engines import ENGINES, engine_of
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
@@ -282,16 +282,31 @@ def next_commands(
             line("inspect", file, reading, "what there is to win, layer by layer"),
             line("advise", "NEWER", typed, again),
         ]
-    if advice.answer != "worth a trial" and advice.main.window is None:
-        return [line("advise", "MORE", typed, "MORE: more windows, of all kinds of traffic")]
     if advice.answer != "worth a trial":
-        return [
-            "moetuner collect MODEL --dataset FILE --out MORE  # more sequences, of all kinds; or "
-            "as the engine records them, see docs/engines",
-            line("advise", "MORE", typed),
-        ]
+        return _recording(source, advice, typed)
     judging = _judging(source, advice, typed, unseen, from_all=from_all)
     return [*judging, *_serving(source, advice)]
+
+
+def _recording(source: Source, advice: Advice, typed: dict[str, Any]) -> list[str]:
+    """Return the commands that record more: by INPUT's engine, each kind of traffic by itself."""
+    line = options.next_command
+    engine = advice.settings["engine"] or engine_of(reader_of(source.input_files[0]))
+    if engine is not None and ENGINES[engine].record:
+        command = ENGINES[engine].record.format(devices=advice.problem.devices)
+        page = f"docs/engines/{engine.replace('-', '_')}.md"
+        by_file = {**typed, "group_by": typed.get("group_by") or FILES}
+        return [
+            f"{command}  # record into MORE, a file for each kind of traffic: {page}",
+            line("advise", "MORE", by_file),
+        ]
+    if advice.main.window is None:
+        return [line("advise", "MORE", typed, "MORE: more windows, of all kinds of traffic")]
+    return [
+        "moetuner collect MODEL --dataset FILE --out MORE  # more sequences, of all kinds; or "
+        "as the engine records them, see docs/engines",
+        line("advise", "MORE", typed),
+    ]
 
 
 def _judging(

@@ -45,6 +45,10 @@ class Engine:
         ``devices`` with so many ``redundant`` slots; empty where the engine's page has it.
     go_back
         What takes the placement away again.
+    records_by
+        Its option that records the experts of every token; empty where it has none.
+    record
+        The command that records into ``MORE`` on so many ``devices``; empty where it has none.
     """
 
     title: str
@@ -56,6 +60,8 @@ class Engine:
     has_low_latency: bool = False
     serve: str = ""
     go_back: str = "serve MODEL, whose files stay as they were"
+    records_by: str = ""
+    record: str = ""
 
 
 # What serves models without placing whole experts on devices, and why that leaves nothing to place.
@@ -72,6 +78,9 @@ ENGINES: dict[str, Engine] = {
         "--enable-expert-parallel --enable-eplb "
         """--eplb-config '{{"num_redundant_experts": {redundant}}}'""",
         go_back="start vLLM without MOETUNER_PLACEMENT",
+        records_by="--enable-return-routed-experts",
+        record="vllm serve MODEL --tensor-parallel-size {devices} --enable-expert-parallel "
+        "--enable-return-routed-experts",
     ),
     "sglang": Engine(
         "SGLang",
@@ -82,12 +91,18 @@ ENGINES: dict[str, Engine] = {
         serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
         "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
         go_back="start SGLang without --init-expert-location",
+        records_by="--expert-distribution-recorder-mode per_token",
+        record="SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR=MORE python -m sglang.launch_server "
+        "--model MODEL --tp-size {devices} --ep-size {devices} "
+        "--expert-distribution-recorder-mode per_token "
+        "--expert-distribution-recorder-buffer-size -1",
     ),
     "tensorrt-llm": Engine(
         "TensorRT-LLM",
         "round_robin",
         "in turns",
         go_back="start TensorRT-LLM without load_balancer",
+        record="EXPERT_STATISTIC_ITER_RANGE=100-200 EXPERT_STATISTIC_PATH=MORE trtllm-serve MODEL",
     ),
     "vllm-ascend": Engine(
         "vllm-ascend",
@@ -96,10 +111,23 @@ ENGINES: dict[str, Engine] = {
         repeated="refuses it",
         go_back="start vLLM without expert_map_path",
     ),
-    "megatron": Engine("Megatron-Core", arrival="bursts", may_copy=False),
+    "megatron": Engine(
+        "Megatron-Core",
+        arrival="bursts",
+        may_copy=False,
+        records_by="--moe-routing-trace-path",
+        record="torchrun pretrain_gpt.py ... --moe-routing-trace-path MORE",
+    ),
     "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False),
     "transformers": Engine("transformers", arrival="bursts", may_copy=False),
 }
+
+
+def engine_of(reader: str) -> str | None:
+    """Return the engine whose recordings a reader of ``formats`` reads; None if it is no one's."""
+    fitting = [engine for engine in ENGINES if f"{reader}-".startswith(f"{engine}-")]
+    return max(fitting, key=len, default=None)
+
 
 # Bytes that a buffer of DeepEP's low-latency kernels stays below: it is counted in 16 bytes, by 32
 # bits with a sign.

@@ -14,6 +14,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
+from moetuner.formats.engines import ENGINES
 from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
@@ -257,12 +258,12 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
             line = (
                 f"neighbouring windows are alike, so the unseen ones are worth {number} "
                 f"independent windows, and {least} for an interval of the gain; record longer, or "
-                f"with sequences{_suggest_groups(advice)}."
+                f"with sequences{_write_how_to_record(advice)}."
             )
             if number < 2:
                 line = (
                     "the windows are too alike to tell what is chance: even distant ones resemble "
-                    f"each other; record longer, or with sequences{_suggest_groups(advice)}."
+                    f"each other; record longer, or with sequences{_write_how_to_record(advice)}."
                 )
         return "not enough evidence", line
     if "worth it" in answers:
@@ -276,11 +277,13 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
     )
 
 
-def _suggest_groups(advice: Advice) -> str:
-    """Write how windows of several kinds are told apart, where the traffic has no groups."""
-    replayed = advice.main.after.replayed
-    has_groups = replayed is None or replayed.traffic.group is not None
-    return "" if has_groups else "; if windows are of several kinds, name them: --group-by FILE"
+def _write_how_to_record(advice: Advice) -> str:
+    """Write by which option the engine records sequences, and how kinds of windows are named."""
+    engine, replayed = ENGINES.get(advice.settings["engine"]), advice.main.after.replayed
+    text = f" ({engine.title}: {engine.records_by})" if engine and engine.records_by else ""
+    if replayed is None or replayed.traffic.group is not None:
+        return text
+    return f"{text}; if windows are of several kinds, name them: --group-by FILE"
 
 
 def _write_groups(advice: Advice) -> str:
