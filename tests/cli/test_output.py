@@ -11,7 +11,7 @@ from rich.console import Console
 
 import moetuner
 from moetuner import cli
-from moetuner.cli import output
+from moetuner.cli import advise, output
 from moetuner.solver import Progress
 
 
@@ -92,6 +92,19 @@ def test_a_log_hears_that_work_goes_on(screen, monkeypatch):
     assert lines[1:] == [
         f"moetuner: advising: 25 %, about {seconds} s left, searching" for seconds in left
     ]
+
+
+@pytest.mark.parametrize("copies", [(0,), (0, 1), (0, 1, 2, 4)])
+def test_each_step_of_advice_has_its_weight(copies):
+    """What is searched, and every split, is one step, in the order of the weights."""
+    load = np.tile([[[90, 80, 5, 5, 5, 5, 5, 5]]], (40, 1, 1))
+    table, said = moetuner.RoutingStatistics.from_load(1000 * load), []
+    moetuner.advise(table, moetuner.Topology(4), copies=copies, splits=2, progress=said.append)
+    searches = sum("searching" in text for text in said)
+    weights = advise._weigh_steps(table, searches, 2)
+    assert len(said) <= len(weights)
+    heaviest = [text for text, weight in zip(said, weights, strict=False) if weight == max(weights)]
+    assert heaviest[:2] == [f"split {number} of 2: solving and judging" for number in (1, 2)]
 
 
 SENTENCE = "Worth a trial: a layer takes 9.4 % less predicted time than with the contiguous one."
