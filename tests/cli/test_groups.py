@@ -71,3 +71,31 @@ def test_windows_that_are_too_alike_name_the_remedy(ok, tmp_path):
     out = ok("advise", table, "--devices", 4, "--copies", 0, "--splits", 1)
     assert "Not enough evidence" in out
     assert "--group-by FILE" in out
+
+
+def test_windows_of_a_trace_have_names(as_json, tmp_path):
+    """A trace without sequences has a group for each window of its tokens."""
+    ids = np.random.default_rng(0).random((350, 2, 8)).argsort(axis=2)[..., :2]
+    trace, names = tmp_path / "trace.safetensors", tmp_path / "names.txt"
+    mt.RoutingTrace.from_arrays(ids, num_experts=8).save(trace)
+    names.write_text("code\nprose\ncode\nprose\n")
+    words = ["--window", 100, "--group-by", names]
+    grouped = as_json("inspect", trace, "--devices", 4, *words)
+    assert grouped["input"]["group_names"] == ["code", "prose"]
+
+
+@pytest.mark.parametrize("change", ["none", "other traffic", "no file"])
+def test_a_placement_remembers_its_groups(ok, as_json, load, tmp_path, monkeypatch, change):
+    """Groups that --group-by named come back with the placement, for the same traffic alone."""
+    monkeypatch.chdir(tmp_path)
+    names = tmp_path / "names.txt"
+    np.savez("load.npz", load=load)
+    names.write_text("code\nprose\n" * 20)
+    ok("solve", "load.npz", "--devices", 4, "--group-by", names, "--out", "placed.json")
+    if change == "no file":
+        names.unlink()
+    if change == "other traffic":
+        np.savez("load.npz", load=load[:30])
+    judged = as_json("evaluate", "placed.json", "load.npz")
+    expected = ["code", "prose"] if change == "none" else []
+    assert judged["input"]["group_names"] == expected

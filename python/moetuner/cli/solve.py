@@ -14,9 +14,9 @@ from moetuner.cli.options import JUDGING, SEARCH, SearchOptions, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.placed import held_out, size_of, windowed, with_input
+from moetuner.cli.options.placed import held_out, windowed, with_input
 from moetuner.cli.options.serving import ProblemOptions
-from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.options.traffic import Source, Traffic, size_of
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out

@@ -13,6 +13,7 @@ import numpy as np
 
 from moetuner.evaluation.replay import Traffic
 from moetuner.formats import own
+from moetuner.statistics import WINDOW
 from moetuner.trace import RoutingTrace
 
 # Stands for the names of INPUT's files.
@@ -42,11 +43,15 @@ def read_names(text: str) -> list[str]:
 
 
 def group_input(
-    text: str, paths: Sequence[Path], read: Callable[[Sequence[Path]], Traffic]
+    text: str,
+    paths: Sequence[Path],
+    read: Callable[[Sequence[Path]], Traffic],
+    window: int = WINDOW,
 ) -> Traffic:
     """Return what files hold, with the groups that ``--group-by`` names.
 
-    Names are of sequences, in the order of their labels, of windows of counts, or of files.
+    Names are of sequences, in the order of their labels, of windows, or of files. Windows of a
+    trace have so many tokens.
     """
     if text == FILES:
         return _group_files(paths, [path.stem for path in paths], read)
@@ -67,6 +72,13 @@ def group_input(
     if len(names) == len(paths):
         return _group_files(paths, names, read)
     parts = f"{size} {'sequences' if is_trace else 'windows'}"
+    if isinstance(traffic, RoutingTrace):
+        count = -(-traffic.tokens // window)
+        if len(names) == count:
+            labels = list(dict.fromkeys(names))
+            numbers = np.array([labels.index(name) for name in names])
+            return _label(traffic, numbers[np.arange(traffic.tokens) // window], labels)
+        parts += f", {count} windows of {window:,} tokens"
     raise click.UsageError(
         f"'--group-by' must have a name for each of {parts} or {len(paths)} files, "
         f"got {len(names)} names."

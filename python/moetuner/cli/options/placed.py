@@ -24,7 +24,7 @@ from moetuner._checks import (
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import SERVED, Serving
-from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.options.traffic import Source, Traffic, size_of
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
@@ -41,7 +41,6 @@ from moetuner.report.cells import counted
 from moetuner.report.outcome import left_over
 from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 # Sentences on what a placement is judged on, by what its fingerprint says.
 SEEN = (
@@ -76,7 +75,7 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("max_imbalance", "arrival"), _number_or_text),
     **dict.fromkeys(("version", "method", "effort", "engine", "regime", "split"), text_or_none),
     **dict.fromkeys(("objective", "figure", "unit"), text_or_none),
-    "input.model": text_or_none,
+    **dict.fromkeys(("input.model", "input.group_by"), text_or_none),
     "input.weight_bits": positive,
     **dict.fromkeys(("input.files", "input.only"), _texts),
     **dict.fromkeys(("input.tokens", "input.windows"), partial(whole_number, lowest=0)),
@@ -123,13 +122,6 @@ def described(topology: Topology) -> str:
     return f"{counted(topology.nodes, 'node')} of {devices}{name}"
 
 
-def size_of(traffic: Traffic) -> dict[str, int]:
-    """Return how many tokens, or windows, there are."""
-    if isinstance(traffic, RoutingTrace):
-        return {"tokens": traffic.tokens}
-    return {"windows": traffic.windows}
-
-
 def windowed(sentence: str, source: Source, judged_on: Traffic) -> str:
     """Add to a sentence which windows INPUT is judged in, and what is in none."""
     if not source.counted:
@@ -159,7 +151,7 @@ def with_input(
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
     files = [path.name for path in source.input_files]
     facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
-    names = ("model", "weight_bits", "tokens_per_step", "top_k")
+    names = ("model", "weight_bits", "tokens_per_step", "top_k", "group_by")
     read = {name: getattr(source, name) for name in names}
     facts |= {name: value for name, value in read.items() if value is not None}
     more = {"engine": engine, "holdout": holdout, "input": facts}

@@ -60,6 +60,13 @@ def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     return described | {"sequences": sequences}
 
 
+def size_of(traffic: Traffic) -> dict[str, int]:
+    """Return how many tokens, or windows, there are."""
+    if isinstance(traffic, RoutingTrace):
+        return {"tokens": traffic.tokens}
+    return {"windows": traffic.windows}
+
+
 def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     """Describe files in a line."""
     described = facts(paths, traffic)
@@ -136,8 +143,8 @@ class Source(FileHints):
     only
         Use the tokens of this group alone; may be repeated.
     group_by
-        Groups of INPUT: a file with one name per sequence, window of counts or file, or files for a
-        group per file. [default: as INPUT says]
+        Groups of INPUT: a file with one name per sequence, window or file, or files for a group per
+        file. [default: as INPUT says]
     window
         Tokens per window; load is balanced in every window. Statistics have windows of their own.
         [default: 512 for a trace]
@@ -179,7 +186,7 @@ class Source(FileHints):
 
         if self.group_by is None:
             return read(self.input_files)
-        return group_input(self.group_by, self.input_files, read)
+        return group_input(self.group_by, self.input_files, read, self.window or WINDOW)
 
     def _check_model(self, traffic: Traffic) -> None:
         """Refuse a model that has another number of experts."""
@@ -240,8 +247,28 @@ class Source(FileHints):
             defaults |= {name: of_input.get(name) for name in ("tokens_per_step", "top_k")}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         source = replace(self, **missing)
-        vars(source)["recorded"] = recorded
+        vars(source)["recorded"] = self._grouped_as(of_input, source.window)
         return source
+
+    def _grouped_as(self, of_input: Mapping[str, Any], window: int | None) -> Traffic:
+        """Return INPUT with the groups of a placement's settings, if it is what they name.
+
+        Groups that INPUT or an option brings come first, and a file of names that is gone or is of
+        other traffic brings none.
+        """
+        text, recorded = of_input.get("group_by"), self.recorded
+        is_same = all(of_input.get(name) == size for name, size in size_of(recorded).items())
+        if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
+            return recorded
+
+        def read(paths: Sequence[Path]) -> Traffic:
+            are_all = list(paths) == list(self.input_files)
+            return recorded if are_all else open_input(paths, window=self.window, **self.hints)
+
+        try:
+            return group_input(text, self.input_files, read, window or WINDOW)
+        except (click.UsageError, OSError):
+            return recorded
 
     def count(self, traffic: Traffic | None = None, **tables: Any) -> RoutingStatistics:
         """Count INPUT, or a part of it, in windows; statistics are counted already.
