@@ -416,6 +416,10 @@ class RoutingStatistics(Frozen):
         """What has been computed of these counts, by what that is; counts do not change."""
         return {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what has been computed when counts are pickled or copied."""
+        return {name: value for name, value in self.__dict__.items() if name != "known"}
+
     @property
     def windows(self) -> int:
         """Number of windows, W."""

@@ -1,5 +1,6 @@
 """Thousands of windows: a search sees some that stand for them, the answer is judged on all."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -190,3 +191,5 @@ def test_windows_are_computed_once_of_the_same_counts():
     assert problems[0].windows is problems[1].windows
     other = mt.Problem(statistics, mt.Topology(2), slots_per_device=8, arrival=0.5)
     assert other.windows is not problems[0].windows
+    assert statistics.known
+    assert not pickle.loads(pickle.dumps(statistics)).known
