@@ -20,6 +20,7 @@ __all__ = [
     "adapt_slots",
     "bound",
     "bound_visits",
+    "balanced_load",
     "busiest_rows",
     "code_tokens",
     "exact_chain",
@@ -282,6 +283,18 @@ def expected_active(
     slots: _Slots, load: NDArray[np.float64], *, threads: int | None = None
 ) -> NDArray[np.float64]:
     """Return copies of every device that are expected to have a token [W,L,D], of [W,L,E]."""
+
+def balanced_load(
+    slots: NDArray[np.int32],
+    load: NDArray[np.float64],
+    rate: NDArray[np.float64],
+    *,
+    threads: int | None = None,
+) -> NDArray[np.float64]:
+    """Return tokens of every device [W,L,D] of experts' [W,L,E], with the slowest done soonest.
+
+    Devices do tokens at ``rate`` [D].
+    """
 
 def expected_load(
     slots: _Slots, load: NDArray[np.float64], *, threads: int | None = None

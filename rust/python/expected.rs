@@ -6,7 +6,8 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{alone, array2, array3, detached, sizes};
+use super::{alone, array2, array3, detached, shaped, sizes};
+use crate::replay::balanced::serve;
 use crate::replay::expected::{Sets, Shared, busiest, cost};
 
 /// Slots [L,D,S] and the shares that they serve of their experts' tokens.
@@ -48,6 +49,24 @@ pub(super) fn expected_load<'py>(
     let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
     let tokens = shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))?;
     array3(py, (windows, layers, slots.0.shape()[1]), tokens)
+}
+
+#[pyfunction]
+#[pyo3(signature = (slots, load, rate, *, threads = None))]
+pub(super) fn balanced_load<'py>(
+    py: Python<'py>,
+    slots: PyReadonlyArray3<'py, i32>,
+    load: PyReadonlyArray3<'py, f64>,
+    rate: PyReadonlyArray1<'py, f64>,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
+    let (places, rate) = (sizes(slots.shape()), rate.as_slice()?);
+    shaped("rate", &[rate.len()], &[places[1]])?;
+    shaped("slots", &[places[0]], &[layers])?;
+    let slots = slots.as_slice()?;
+    let tokens = detached(py, threads, || serve(slots, places, load, experts, rate))?;
+    array3(py, (windows, layers, places[1]), tokens)
 }
 
 #[pyfunction]

@@ -204,8 +204,8 @@ mod _core {
     use super::counting::{LabelledReplay, Replay, StatisticsCounter, code_tokens, merge_sets, validate};
     #[pymodule_export]
     use super::expected::{
-        busiest_rows, expected_active, expected_apart, expected_followed, expected_load, expected_visits,
-        pair_cost,
+        balanced_load, busiest_rows, expected_active, expected_apart, expected_followed, expected_load,
+        expected_visits, pair_cost,
     };
     #[pymodule_export]
     use super::layer::{
