@@ -66,8 +66,8 @@ impl Copies {
             }
             time = needed;
         }
-        for ((_, devices), given) in shared.iter().zip(&flow.given) {
-            for (&device, tokens) in devices.iter().zip(given) {
+        for ((_, devices), served) in shared.iter().zip(&flow.served) {
+            for (&device, tokens) in devices.iter().zip(served) {
                 alone[device as usize] += tokens;
             }
         }
@@ -78,7 +78,7 @@ impl Copies {
 /// A flow of tokens from experts to devices, of Dinic's algorithm (1970).
 struct Flow {
     /// Tokens that every copy of an expert serves `[expert][copy]`, and tokens that none serves yet `[expert]`.
-    given: Vec<Vec<f64>>,
+    served: Vec<Vec<f64>>,
     left: Vec<f64>,
     /// What devices can do still `[D]`.
     room: Vec<f64>,
@@ -102,7 +102,7 @@ impl Flow {
             }
         }
         Self {
-            given: shared.iter().map(|(_, held)| vec![0.0; held.len()]).collect(),
+            served: shared.iter().map(|(_, held)| vec![0.0; held.len()]).collect(),
             left: vec![0.0; shared.len()],
             room: vec![],
             holds,
@@ -112,8 +112,8 @@ impl Flow {
 
     /// Sends as many tokens as devices have room for; the sum of those that are left.
     fn fill(&mut self, shared: &[(f64, &[u32])], room: impl Iterator<Item = f64>) -> f64 {
-        for given in &mut self.given {
-            given.fill(0.0);
+        for served in &mut self.served {
+            served.fill(0.0);
         }
         self.left.clear();
         self.left.extend(shared.iter().map(|(load, _)| load));
@@ -130,8 +130,8 @@ impl Flow {
         }
         // What rounding leaves is nobody's; else it would be lost.
         let left = self.left.iter().sum();
-        for (given, left) in self.given.iter_mut().zip(&self.left) {
-            given[0] += left;
+        for (served, left) in self.served.iter_mut().zip(&self.left) {
+            served[0] += left;
         }
         left
     }
@@ -162,7 +162,7 @@ impl Flow {
             } else {
                 for &(expert, copy) in &self.holds[node] {
                     let expert = expert as usize;
-                    let has = self.given[expert][copy as usize] > shared[expert].0 * ROUNDING;
+                    let has = self.served[expert][copy as usize] > shared[expert].0 * ROUNDING;
                     if has && self.level[EXPERT][expert] == FAR {
                         self.level[EXPERT][expert] = level;
                         queue.push((EXPERT, expert));
@@ -195,16 +195,16 @@ impl Flow {
                 let device = shared[node].1[way] as usize;
                 let is_on = self.level[DEVICE][device] == level;
                 let more = if is_on { self.send(shared, DEVICE, device, rest, next) } else { 0.0 };
-                self.given[node][way] += more;
+                self.served[node][way] += more;
                 more
             } else {
                 let (expert, copy) = self.holds[node][way];
                 let (expert, copy) = (expert as usize, copy as usize);
-                let has = self.given[expert][copy];
+                let has = self.served[expert][copy];
                 let is_on = self.level[EXPERT][expert] == level && has > shared[expert].0 * ROUNDING;
-                let most = rest.min(has);
-                let more = if is_on { self.send(shared, EXPERT, expert, most, next) } else { 0.0 };
-                self.given[expert][copy] -= more;
+                let limit = rest.min(has);
+                let more = if is_on { self.send(shared, EXPERT, expert, limit, next) } else { 0.0 };
+                self.served[expert][copy] -= more;
                 more
             };
             sent += more;

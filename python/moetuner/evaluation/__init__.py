@@ -145,7 +145,7 @@ class Evaluation(Frozen):
                 load,
                 setting.topology,
                 domain,
-                has_formula=setting.split != "nearest",
+                split=setting.split,
             )
             for domain in domains
         }
@@ -202,7 +202,8 @@ def evaluate(
         Which of an expert's copies serves a token: ``"even"`` by a hash of its position (vLLM),
         ``"nearest"`` the one on its home device, else one of its node, else any (SGLang's static
         dispatch), ``"round_robin"`` in turns (TensorRT-LLM). Statistics split loads in the shares
-        that follow.
+        that follow; of them ``"lp"`` divides every window's tokens so that the slowest device is
+        done as soon as can be (LPLB, SGLang's dispatch of that name).
     cost_model
         Gives the predicted times: by default an H100's with the experts of the traffic's model, if
         that is known. None predicts no times. Statistics without expert sets do not know which
@@ -270,7 +271,7 @@ def evaluate_each(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
-    """CountsByOrder several placements of one model and machine, and read the trace once for all.
+    """Evaluate several placements of one model and machine, and read the trace once for all.
 
     Takes what ``evaluate`` takes, but by default one window of all tokens and no cost model, and
     returns what it returns for each placement. ``progress`` gets the share of a trace that has been

@@ -2,7 +2,10 @@
 
 Engines differ: ``even`` hashes the token's position (vLLM), ``nearest`` takes the copy on the
 token's home device, else those of its node, else all, evenly (SGLang's static dispatch),
-``round_robin`` lets the copies take turns (TensorRT-LLM). Homes are spread evenly over devices.
+``round_robin`` lets the copies take turns (TensorRT-LLM). ``lp`` divides the tokens of a window
+over copies by a linear programme, so that the slowest device is done as soon as can be (LPLB,
+SGLang's dispatch of that name): that is known of loads; rows and pairs are taken to be split
+evenly. Homes are spread evenly over devices.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from moetuner.placement import EMPTY, Placement
 from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
 
-Split = Literal["even", "nearest", "round_robin"]
+Split = Literal["even", "nearest", "round_robin", "lp"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+# Splits that placements are searched for.
+SEARCHED: tuple[Split, ...] = ("even", "nearest", "round_robin")
 
 Floats = NDArray[np.float64]
 
@@ -44,6 +49,30 @@ def serve(placement: Placement, share: Floats, load: NDArray[Any]) -> Floats:
     return by_block(
         load, lambda windows: _core.expected_load(slots, np.ascontiguousarray(windows, np.float64))
     )
+
+
+def count_loads(
+    placement: Placement,
+    topology: Topology,
+    split: Split,
+    load: NDArray[Any],
+    share: Floats | None = None,
+) -> Floats:
+    """Return tokens that devices serve [W,L,D], of those of experts [W,L,E].
+
+    ``share`` are the ``slot_shares``, if they are known.
+    """
+    if split == "lp" and placement.has_copies:
+        return by_block(
+            load,
+            lambda windows: _core.balanced_load(
+                placement.slots,
+                np.ascontiguousarray(windows, np.float64),
+                topology.speed_of_device,
+            ),
+        )
+    share = slot_shares(placement, topology, split) if share is None else share
+    return serve(placement, share, load)
 
 
 def split_by_home(placement: Placement, topology: Topology) -> Iterator[Floats]:

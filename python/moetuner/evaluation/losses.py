@@ -1,8 +1,9 @@
 """Losses: what becomes of a placement's experts and loads if a device, or a node, is lost.
 
 With even shares, an expert of load ``w`` that has ``c`` copies, ``k`` of them in what is lost,
-brings each of the others ``w (1 / (c - k) - 1 / c)`` more. An expert whose copies are all lost has
-to be read from disk; until then its tokens are served by nobody.
+brings each of the others ``w (1 / (c - k) - 1 / c)`` more; split ``lp`` divides all tokens anew. An
+expert whose copies are all lost has to be read from disk; until then its tokens are served by
+nobody.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.placement import Placement
+from moetuner import _core
+from moetuner.evaluation.copies import Split
+from moetuner.placement import EMPTY, Placement
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]
@@ -79,13 +82,14 @@ def measure_losses(
     topology: Topology,
     domain: Domain = "device",
     *,
-    has_formula: bool = True,
+    split: Split = "even",
 ) -> Losses:
     """Compute what single losses do to loads of experts [L,E].
 
-    Loads after a loss have a formula where copies share evenly.
+    Loads after a loss are known unless the nearest copy serves.
     """
-    after, lost = loads_after(placement, load, topology, domain)
+    after, lost = loads_after(placement, load, topology, domain, split=split)
+    has_formula = split != "nearest"
     imbalance = compute_imbalances(after, topology, domain)
     return Losses(
         domain=domain,
@@ -98,7 +102,12 @@ def measure_losses(
 
 
 def loads_after(
-    placement: Placement, load: NDArray[Any], topology: Topology, domain: Domain
+    placement: Placement,
+    load: NDArray[Any],
+    topology: Topology,
+    domain: Domain,
+    *,
+    split: Split = "even",
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Compute loads of devices after every loss [F,L,D], and how many experts are lost [F,L]."""
     member = domains_of(topology, domain)
@@ -112,7 +121,13 @@ def loads_after(
         gone = held[:, is_lost].sum(axis=1)
         left = copies - gone
         share = np.divide(weight, left, out=np.zeros_like(weight), where=left > 0)
-        after[domain_lost] = np.matmul(held, share[:, :, None])[:, :, 0]
+        if split == "lp":
+            served = np.where(is_lost[:, None], EMPTY, placement.slots)
+            after[domain_lost] = _core.balanced_load(
+                served, weight[None], topology.speed_of_device
+            )[0]
+        else:
+            after[domain_lost] = np.matmul(held, share[:, :, None])[:, :, 0]
         after[domain_lost][:, is_lost] = 0.0
         lost[domain_lost] = (left <= 0).sum(axis=1)
     return after, lost

@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner._checks import IdArray, flag, instance, one_of, seed_in, threads_in, window_in
+from moetuner._checks import (
+    ArgumentError,
+    IdArray,
+    flag,
+    instance,
+    one_of,
+    seed_in,
+    threads_in,
+    window_in,
+)
 from moetuner.cost import CostModel, cost_model_of, size_of_expert
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
@@ -214,6 +223,12 @@ def counts_of(
                 for group, counts in by_group.items()
             }
         return
+    if any(each.split == "lp" and each.placement.has_copies for each in settings):
+        raise ArgumentError(
+            "traffic must be counts for split 'lp', which divides windows and no single tokens: "
+            "RoutingStatistics.from_trace(trace, window=512)",
+            "traffic",
+        )
     _check_table_bytes(traffic, settings)
     parts = {group: _Group(traffic, settings, rows) for group, rows in members(traffic).items()}
     first = 0
@@ -440,7 +455,9 @@ class Expected:
         Where these are a part of all windows, ``total`` has the load of all [1,L,E].
         """
         setting, topology = self._setting, self._setting.topology
-        load = copies.serve(setting.placement, self._share, window_load)
+        load = copies.count_loads(
+            setting.placement, topology, setting.split, window_load, self._share
+        )
         is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
         mixed = None
         if setting.mixed:

@@ -108,7 +108,7 @@ class Caps:
 
 def slowest(placement: Placement, load: Floats, topology: Topology, split: Split) -> Floats:
     """Compute the largest load over speed of a device in windows and layers [W,L], of [W,L,E]."""
-    served = copies.serve(placement, copies.slot_shares(placement, topology, split), load)
+    served = copies.count_loads(placement, topology, split, load)
     slowest: Floats = (served / topology.speed_of_device).max(axis=2)
     return slowest
 

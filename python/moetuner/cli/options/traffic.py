@@ -237,6 +237,21 @@ class Source(FileHints):
             return self.units
         return units_of(traffic, window=window, threads=self.threads)
 
+    def as_counts(self) -> Source:
+        """Return the same INPUT, counted in windows if it is a trace."""
+        if not isinstance(self.recorded, RoutingTrace):
+            return self
+        source = replace(self)
+        with working("counting"):
+            vars(source)["recorded"] = RoutingStatistics.from_trace(
+                self.recorded,
+                window=self.counted,
+                sets=True,
+                by_group=self.recorded.group is not None,
+                threads=self.threads,
+            )
+        return source
+
     def as_placed(self, settings: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, of_input = self.recorded, settings.get("input", {})

@@ -110,7 +110,12 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     ),
     "split": (
         "A token's copy of an expert",
-        _chosen(even="is chosen by a hash", nearest="is the nearest", round_robin="takes turns"),
+        _chosen(
+            even="is chosen by a hash",
+            nearest="is the nearest",
+            round_robin="takes turns",
+            lp="is what a linear programme says",
+        ),
     ),
     "arrival": ("Order of tokens", _arrival),
     "window": ("Window", _counted("token")),
