@@ -125,8 +125,8 @@ def others(*kinds):
 # What is refused, by the name of the parameter, or of the call and the parameter.
 WRONG = {
     **dict.fromkeys(("problem", "PlacementDiff.problem"), others(mt.Problem)),
-    **dict.fromkeys(("placement", "initial", "baseline", "other", "running"),
-                    others(mt.Placement)),
+    **dict.fromkeys(("placement", "initial", "baseline", "other", "plan.running",
+                     "plan_losses.running"), others(mt.Placement)),
     **dict.fromkeys(("lost", "without"),
                     (3, "ab", [9], [-1], [1.0], ["0"], [None], [True], [HUGE])),
     **dict.fromkeys(("retire", "join"), INDEX), "domain": CHOICE, "more_copies": INDEX,

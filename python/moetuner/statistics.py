@@ -632,6 +632,7 @@ class RoutingStatistics(Frozen):
         >>> statistics.joined(2).window_load.tolist()
         [[[1, 1]]]
         """
+        tokens = check.whole_number("tokens", tokens, highest=1 << 40)
         known: RoutingStatistics | None = self.known.get(("joined", tokens))
         if known is not None:
             return known
