@@ -13,6 +13,7 @@ from engines_files import (
     save_arrays,
     save_table,
     sglang_pass,
+    write_imatrix,
     write_megatron,
     write_sglang,
     write_tensorrt,
@@ -32,6 +33,7 @@ STEPS = [(10 + step, layer) for step in range(3) for layer in (3, 4)]
 LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
+W2 = "blk.2.ffn_down_exps.weight.counts"
 HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
 PASS = {"forward_pass_id": 0, "gatherer_key": "primary", "global_physical_count": HUGE}
 MAP = "num_slots: 2\ninitial_global_assignments:\n"
@@ -138,6 +140,20 @@ def ascend_map(folder, change):
 def pattern(folder, *layers):
     np.save(folder / "pattern.npy", layers)
     return mt.read_placement(folder / "pattern.npy")
+
+
+def imatrix(folder, *changes):
+    load = np.arange(8).reshape(2, 4)
+    for number, change in enumerate(changes):
+        fields = {"load": load, "chunks": number} | change
+        write_imatrix(folder / f"imatrix.gguf.at_{number}", **fields)
+    return mt.open_input(folder)
+
+
+def gguf_bytes(folder, change):
+    path = write_imatrix(folder / "imatrix.gguf", np.arange(8).reshape(2, 4))
+    path.write_bytes(change(path.read_bytes()))
+    return mt.open_input(path)
 
 
 def sglang_map(folder, content):
@@ -274,6 +290,20 @@ ascend_map | lambda f: f.update(moe_layer_count=3) | moe_layer_count must be 2
 ascend_map | lambda f: layer(f, 1).update(device_count=3) | layer 1: device_count must be 2
 ascend_map | lambda f: layer(f)["device_list"][1]["device_expert"].pop() | layer 0: must have 2
 ascend_map | lambda f: layer(f)["device_list"].clear() | layer 0: device_count must be 0
+imatrix | {"kind": "model"} | must be an importance matrix of llama-imatrix, got a file of type 'mod
+imatrix | {"load": []} | got none: of a model without experts
+imatrix | {"load": [[1], [2]]} | must have counts of experts, got 1
+imatrix | {"load": [[1, 2], [0, 0]]} | layer 2 must have tokens, got counts of zero
+imatrix | {"load": [[1, 0.5]]} | must be whole numbers of tokens
+imatrix | {"load": [[1, -1]]} | must be counts from 0 to 2**48
+imatrix | {"load": [[1, np.nan]]} | must be whole numbers of tokens
+imatrix | {"named": lambda c: dict([*c.items()][:3]) | {W2: np.ones((3, 1), "f4")}} | 4 experts like
+imatrix | {}, {"load": [[1, 2], [3, 4]]} | must have layers and experts of imatrix.gguf.at_0, [2, 4]
+imatrix | {}, {"load": [[9, 0, 9, 9]] * 2} | must grow from imatrix.gguf.at_0 to imatrix.gguf.at_1
+gguf_bytes | lambda b: b[:40] | damaged GGUF: the file ends within
+gguf_bytes | lambda b: b[:-20] | damaged GGUF: the file ends within
+gguf_bytes | lambda b: b[:4] + bytes([9]) + b[5:] | damaged GGUF: Sorry, file appears
+gguf_bytes | lambda b: b[:8] + bytes(7) + b"\x80" + b[16:] | damaged GGUF: the file ends
 sglang_map | [] | none of
 sglang_map | {"physical_to_logical_map": [[0, 1], [0]]} | row 1 must have 2 slots like row 0, got 1
 sglang_map | {"physical_to_logical_map": [[0, 1 << 70]]} | must be integers

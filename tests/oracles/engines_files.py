@@ -57,6 +57,32 @@ def save_table(path, columns, metadata=None):
         to.write_table(table, 4)
 
 
+def write_imatrix(path, load, chunks=1, texts=("a.txt",), kind="imatrix", named=None):
+    """Write an importance matrix with counts [L,E] of layers from 1, as llama-imatrix does.
+
+    ``named`` changes the counts of experts by their names.
+    """
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, arch="")
+    writer.kv_data[0].clear()  # llama-imatrix says no architecture
+    writer.add_string("general.type", kind)
+    writer.add_array("imatrix.datasets", list(texts))
+    writer.add_uint32("imatrix.chunk_count", chunks)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    counts = {
+        f"blk.{layer}.ffn_{weight}_exps.weight.counts": np.float32(row).reshape(-1, 1)
+        for layer, row in enumerate(load, 1)
+        for weight in ("down", "gate", "up")
+    }
+    for name, tensor in (counts if named is None else named(counts)).items():
+        writer.add_tensor(name, np.asarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def npy(array):
     """Give the bytes of an .npy file."""
     file = io.BytesIO()

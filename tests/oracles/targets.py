@@ -119,6 +119,7 @@ TABLES = {
     ),
 }
 DUMPS = ("sglang/one-rank-per_token-0.pt", "sglang/responses.json")
+GGUF = ("llama_cpp/imatrix.gguf",)
 TORCH = {
     "torch, megatron": lambda path: save_torch(path, list(np.moveaxis(IDS, 1, 0).astype(int))),
     "torch, deepspeed": lambda path: save_torch(path, deepspeed_counts(np.ones((3, 4), "f4"))),
@@ -259,9 +260,10 @@ def targets() -> dict[str, Target]:
     here = [*ARCHIVES, *BYTES, *TABLES, *WRITTEN, *DUMPS]
     here += ["parquet", "arrow"] if find_spec("pyarrow") else []
     here += TORCH if find_spec("torch") else []
+    here += GGUF if find_spec("gguf") else []
     for name in here:
         reader = named.get(name, name if name in given else None)
-        hints = Hints() if name in TABLES or name in (*TORCH,)[1:] else HINTS
+        hints = Hints() if name in (*TABLES, *GGUF, *(*TORCH,)[1:]) else HINTS
         found[name] = Target(lambda path, name=name: write(name, path), read_traffic(reader, hints))
     for name, writer in WRITERS.items():
         hints = Hints(dense_layers=())

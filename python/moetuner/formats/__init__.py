@@ -20,6 +20,7 @@ from moetuner.formats import (
     csv,
     deepspeed,
     eplb,
+    llama_cpp,
     loads,
     megatron,
     omni_infer,
@@ -40,6 +41,8 @@ from moetuner.statistics import RoutingStatistics
 class Reader(NamedTuple):
     """How recorded routing is read: its title, how it is recognised by content, and what reads it.
 
+    ``caution`` says, where INPUT is described, what such a recording cannot say.
+
     What is damaged, or does not fit together, raises ValueError with file, place and rule in one
     line; so may a damaged file that is to be recognised. Files of one recording are read together.
     """
@@ -47,6 +50,7 @@ class Reader(NamedTuple):
     title: str
     recognises: Callable[[Path], bool]
     read: Callable[[Sequence[Path], Hints], Traffic]
+    caution: str = ""
 
 
 class Writer(NamedTuple):
@@ -88,6 +92,12 @@ READERS: dict[str, Reader] = {
     ),
     "vllm-ascend": Reader(
         "workloads of vllm-ascend's balancer", vllm_ascend.recognises, vllm_ascend.read
+    ),
+    "llama-cpp": Reader(
+        "importance matrices of llama.cpp, imatrix.gguf",
+        llama_cpp.recognises,
+        llama_cpp.read,
+        llama_cpp.CAUTION,
     ),
     "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.open_table)),
     "csv": Reader(
@@ -168,6 +178,18 @@ def reader_of(path: str | Path) -> str:
     if path.is_dir():
         raise ValueError(f"{path}: folder must hold the files of a recording, got none")
     return kind_of(path)
+
+
+def cautions(paths: Iterable[Path]) -> list[str]:
+    """Return what files that can be read again cannot say, each sentence once."""
+    lines: list[str] = []
+    for path in paths:
+        if is_stream(path) or not path.exists():
+            continue
+        with suppress(ValueError):
+            if any(reader.caution and reader.recognises(path) for reader in READERS.values()):
+                lines.append(READERS[reader_of(path)].caution)
+    return [*dict.fromkeys(filter(None, lines))]
 
 
 def _refuse_map(path: Path) -> None:

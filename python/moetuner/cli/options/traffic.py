@@ -31,7 +31,7 @@ from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
 from moetuner.files.text import name
-from moetuner.formats import form_of, open_input, read_placement
+from moetuner.formats import cautions, form_of, open_input, read_placement
 from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
@@ -88,7 +88,7 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
             "\nLayers without experts are left out; as options of export: "
             f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
-    return line
+    return "\n".join([line, *cautions(paths)])
 
 
 def _left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:

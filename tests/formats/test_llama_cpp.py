@@ -1,0 +1,66 @@
+"""llama.cpp's importance matrices: counts by layer and expert, as windows and as groups."""
+
+import numpy as np
+import pytest
+from engines_files import GOLDEN, write_imatrix
+
+import moetuner as mt
+from moetuner.formats import cautions, reader_of
+
+pytest.importorskip("gguf")
+FOLDER = GOLDEN / "llama_cpp"
+LOAD = np.arange(1, 9).reshape(2, 4)
+
+
+def truth(name):
+    with np.load(FOLDER / "truth.npz") as arrays:
+        return arrays[name]
+
+
+def test_counts_of_a_matrix():
+    """A layer's experts are counted once, though three of its tensors have the counts."""
+    path = FOLDER / "imatrix.gguf"
+    assert reader_of(path) == "llama-cpp"
+    assert np.array_equal(mt.open_input(path).window_load, truth("at_4")[None])
+    assert mt.open_input(path).window_load.sum(axis=2).tolist() == [[4 * 16 * 2] * 3]
+
+
+def test_saves_of_one_run_are_windows():
+    """What was counted between two saves is a window, in whatever order the files come."""
+    files = [FOLDER / f"imatrix.gguf{end}" for end in (".at_4", ".at_2", "")]
+    actual = mt.open_input(files).window_load
+    expected = np.stack([truth("at_2"), truth("at_4") - truth("at_2")])
+    assert np.array_equal(actual, expected)
+
+
+def test_texts_are_groups():
+    """Matrices of several texts are groups by the names of these."""
+    statistics = mt.open_input(FOLDER)
+    assert statistics.group_names == ("code.txt", "wiki.train.raw")
+    assert statistics.group.tolist() == [0, 1, 1]
+    assert np.array_equal(statistics.window_load[0], truth("code"))
+
+
+def test_the_weight_that_is_there_counts(tmp_path):
+    """Without the counts of the down projection, those of another one are taken."""
+    path = write_imatrix(
+        tmp_path / "m", LOAD, named=lambda counts: {k: v for k, v in counts.items() if "up" in k}
+    )
+    assert np.array_equal(mt.open_input(path).window_load, LOAD[None])
+
+
+def test_dense_layers_and_experts_of_the_user_are_checked(tmp_path):
+    """A layer with counts is not dense, and the experts are as many as the file has."""
+    path = write_imatrix(tmp_path / "m.gguf", LOAD)
+    assert mt.open_input(path, num_experts=4, dense_layers=[0]).layers == 2
+    with pytest.raises(ValueError, match="layer 1 must be dense"):
+        mt.open_input(path, dense_layers=[1])
+    with pytest.raises(ValueError, match="num_experts must be 4, got 5"):
+        mt.open_input(path, num_experts=5)
+
+
+def test_it_is_said_that_the_text_is_nobodys_traffic(ok, data):
+    """Once, however many files there are, and of importance matrices alone."""
+    assert ok("inspect", *sorted(FOLDER.glob("*gguf*"))).count("nobody's traffic") == 1
+    assert cautions([FOLDER]) == cautions([FOLDER / "code.gguf"]) != []
+    assert cautions([GOLDEN / "deepspeed", GOLDEN / "absent"]) == []
