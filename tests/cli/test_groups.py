@@ -99,3 +99,13 @@ def test_a_placement_remembers_its_groups(ok, as_json, load, tmp_path, monkeypat
     judged = as_json("evaluate", "placed.json", "load.npz")
     expected = ["code", "prose"] if change == "none" else []
     assert judged["input"]["group_names"] == expected
+
+
+def test_sentences_of_the_command_name_options(as_json, tmp_path):
+    """What Python calls by its arguments, the command calls by its options."""
+    kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))
+    np.savez(tmp_path / "load.npz", load=np.repeat(kinds, 3, axis=0))
+    words = ["--devices", 4, "--copies", 0, "--splits", 1]
+    advice = as_json("advise", tmp_path / "load.npz", *words)
+    assert "--group-by FILE" in advice["sentence"]
+    assert "group_names" not in " ".join((*advice["reasons"], *advice["warnings"]))

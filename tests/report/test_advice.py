@@ -78,7 +78,7 @@ def test_a_change_of_kind_is_not_enough_evidence():
     advice = advise(routed(shifted()), TWO_NODES, **options)
     assert (advice.answer, len(advice.carried)) == ("not enough evidence", 2)
     assert "second half" in advice.reasons[0]
-    assert any("--any-order" in each for each in advice.warnings)
+    assert any("in_order=False" in each for each in advice.warnings)
 
 
 @pytest.mark.parametrize("seed", [2, 3])
@@ -338,7 +338,7 @@ def test_halves_of_other_groups_get_both_answers():
         f"books, math; news, wiki. Trained on one, judged on the other: {100 * worst:+.1f} %"
         in (advice.reasons[1])
     )
-    assert f"If you serve a mix (--any-order): {100 * mix:+.1f} %" in advice.reasons[1]
+    assert f"If you serve a mix (in_order=False): {100 * mix:+.1f} %" in advice.reasons[1]
     assert advice.sentence.endswith("if you serve a mix of the groups.") == (worst < mix / 2)
 
 
@@ -579,3 +579,14 @@ def test_lack_of_evidence_names_the_engine_s_recorder(engine):
     assert advice.answer == "not enough evidence"
     options = {"vllm": "--enable-return-routed-experts", "sglang": "recorder-mode per_token"}
     assert options[engine] in advice.sentence
+
+
+def test_sentences_name_arguments_of_python():
+    """Called from Python, reasons and warnings say arguments, and no options of the command."""
+    kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))
+    alike = mt.RoutingStatistics.from_load(np.repeat(kinds, 3, axis=0))
+    for traffic, argument in ((routed(shifted()), "in_order=False"), (alike, "group_names")):
+        advice = advise(traffic, mt.Topology(4), copies=(0,), splits=1)
+        sentences = " ".join((*advice.reasons, *advice.warnings))
+        assert argument in sentences
+        assert not {"--any-order", "--group-by"} & {*sentences.replace(".", "").split()}

@@ -124,6 +124,11 @@ def command(
     with working("advising") as report:
         arguments |= serving.arguments(source) | {"progress": steps(report, weights)}
         advice = advising.advise(source.traffic, topology, **arguments)
+    advice = replace(
+        advice,
+        reasons=tuple(map(options.name_options, advice.reasons)),
+        warnings=tuple(map(options.name_options, advice.warnings)),
+    )
     commands = next_commands(source, advice, unseen)
     _show(output, advice)
     output.next_commands(commands)

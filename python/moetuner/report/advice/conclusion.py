@@ -283,7 +283,7 @@ def _write_how_to_record(advice: Advice) -> str:
     text = f" ({engine.title}: {engine.records_by})" if engine and engine.records_by else ""
     if replayed is None or replayed.traffic.group is not None:
         return text
-    return f"{text}; if windows are of several kinds, name them: --group-by FILE"
+    return f"{text}; if windows are of several kinds, name them: group and group_names"
 
 
 def _write_groups(advice: Advice) -> str:
@@ -292,7 +292,7 @@ def _write_groups(advice: Advice) -> str:
     names = "; ".join(listed([*map(name, own)], LOSERS) for own in advice.groups_of_halves)
     return (
         f"the halves hold different groups: {names}. Trained on one, judged on the other: "
-        f"{_write_with_interval(worst)} at worst. If you serve a mix (--any-order): "
+        f"{_write_with_interval(worst)} at worst. If you serve a mix (in_order=False): "
         f"{signed(advice.main.gain.gain)}. Both are in {write_windows_of(advice.main)}"
     )
 
@@ -305,7 +305,7 @@ def _weigh_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tupl
     )
     warning = f"T{change[1:]}"
     if not advice.halves:
-        warnings.append(f"{warning}; --any-order says that its order does not matter.")
+        warnings.append(f"{warning}; in_order=False says that its order does not matter.")
         return []
     number = int(advice.carried[1] < advice.carried[0])
     gain, halves = advice.halves[number], ("first", "second")[:: -1 if number else 1]
@@ -314,7 +314,7 @@ def _weigh_drift(advice: Advice, drift: Drift, warnings: list[str]) -> list[tupl
         return []
     warnings.append(
         "Record traffic as it will be served. If the order of the recording means nothing, pass "
-        "--any-order."
+        "in_order=False."
     )
     verb, sure = "gains" if gain.gain >= 0 else "loses", interval(gain)
     reason = (
