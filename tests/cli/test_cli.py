@@ -211,6 +211,20 @@ def test_help_has_every_option_once(ok, name):
         assert text.index("Begin with:") < text.index("The machine:")
 
 
+@pytest.mark.parametrize("name", moetuner.commands)
+def test_help_has_the_same_groups_in_all_commands(ok, name):
+    """Sections have the names of the groups, in their order; a single one is called Options."""
+    titles = re.findall(r"^([A-Z][a-z ]+):$", ok(name, "--help"), re.MULTILINE)
+    own = [option for option in moetuner.commands[name].params if option.opts[0].startswith("--")]
+    groups = {option.group for option in own}
+    if groups == {options.OTHER}:
+        assert titles == ["Options"]
+    else:
+        ordered = [group for group in options.GROUPS if group in titles]
+        assert titles == ordered
+        assert groups - {*titles} == set()
+
+
 OBJECTIVES = """
 | time | us per layer
 --cost-model h100:64x32 | time | us per layer

@@ -139,7 +139,7 @@ class Command(click.Command):
     run
         What it does; without ``help``, its docstring up to the parameters is the help.
     begin_with
-        Options that a newcomer needs, which come first in a help that has them in groups.
+        Options that a newcomer needs, which come first in the help.
     others
         As ``click.Command`` takes them.
     """
@@ -172,8 +172,8 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section for every group."""
-        if not self.begin_with:
+        """Write a section for every group, of the same name and at the same place everywhere."""
+        if {getattr(parameter, "group", OTHER) for parameter in self.params} <= {OTHER}:
             super().format_options(ctx, formatter)
             return
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in GROUPS}

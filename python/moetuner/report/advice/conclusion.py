@@ -139,8 +139,11 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     losers = main.worse(LEAST_SHOWN, measures=(main.measure,)) if main.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
+        window = "" if main.window is None else f" --window {main.window}"
         warnings.append(
-            f"Slower than before, beyond chance: {listed(names, LOSERS)}. See moetuner audit."
+            f"Slower in {write_windows_of(main)}, each group alone and beyond chance: "
+            f"{listed(names, LOSERS)}; one placement cannot suit all groups. To repeat: moetuner "
+            f"audit placement.json INPUT{window}."
         )
     if advice.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
