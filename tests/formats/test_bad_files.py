@@ -12,6 +12,7 @@ from engines_files import (
     megatron_lines,
     save_arrays,
     save_table,
+    save_torch,
     sglang_pass,
     write_imatrix,
     write_megatron,
@@ -140,6 +141,13 @@ def ascend_map(folder, change):
 def pattern(folder, *layers):
     np.save(folder / "pattern.npy", layers)
     return mt.read_placement(folder / "pattern.npy")
+
+
+def tokenspeed(folder, *changes):
+    for rank, change in enumerate(changes):
+        fields = {"logical_count": np.ones((2, 4), int), "ep_rank": rank, "ep_size": len(changes)}
+        save_torch(folder / f"1-TP{rank}.expert-load.pt", fields | change)
+    return mt.open_input(folder, reader="tokenspeed")
 
 
 def imatrix(folder, *changes):
@@ -290,6 +298,18 @@ ascend_map | lambda f: f.update(moe_layer_count=3) | moe_layer_count must be 2
 ascend_map | lambda f: layer(f, 1).update(device_count=3) | layer 1: device_count must be 2
 ascend_map | lambda f: layer(f)["device_list"][1]["device_expert"].pop() | layer 0: must have 2
 ascend_map | lambda f: layer(f)["device_list"].clear() | layer 0: device_count must be 0
+tokenspeed | {"ep_rank": 1} | ep_rank must be an integer below ep_size, got 1 and 1
+tokenspeed | {"ep_size": 10**9} | ep_rank must be an integer below ep_size, got 0 and 1000000000
+tokenspeed | {"ep_rank": True} | ep_rank must be an integer below ep_size, got True and 1
+tokenspeed | {"ep_size": 2} | got 1 of rank 0 and 0 of rank 1
+tokenspeed | {}, {"ep_rank": 0} | got 2 of rank 0 and 0 of rank 1
+tokenspeed | {}, {"ep_size": 3} | ep_size must be 2 like the others, got 3
+tokenspeed | {"logical_count": 7} | logical_count must be a tensor [layers, experts], got 7
+tokenspeed | {"logical_count": np.ones(4)} | logical_count must be a tensor [layers, experts]
+tokenspeed | {"logical_count": np.full((2, 4), 0.5)} | must be whole numbers of tokens
+tokenspeed | {"logical_count": -np.ones((2, 4))} | must be counts from 0 to 2**48
+tokenspeed | {}, {"logical_count": np.ones((3, 4))} | must be [2, 4] like those before, got [3, 4]
+tokenspeed | {"logical_count": np.zeros((2, 4))} | every count is zero
 imatrix | {"kind": "model"} | must be an importance matrix of llama-imatrix, got a file of type 'mod
 imatrix | {"load": []} | got none: of a model without experts
 imatrix | {"load": [[1], [2]]} | must have counts of experts, got 1

@@ -130,6 +130,9 @@ TORCH = {
             "last_physical_to_logical_map": SGLANG_MAP,
         },
     ),
+    "torch, tokenspeed": lambda path: save_torch(
+        path, {"logical_count": LOAD[0], "ep_rank": 0, "ep_size": 1}
+    ),
     "torch, counts": lambda path: save_torch(path, {"logical_count": LOAD}),
 }
 TOPOLOGIES = {

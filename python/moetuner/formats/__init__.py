@@ -27,6 +27,7 @@ from moetuner.formats import (
     own,
     sglang,
     tensorrt_llm,
+    tokenspeed,
     vllm,
     vllm_ascend,
 )
@@ -75,6 +76,9 @@ READERS: dict[str, Reader] = {
         "load tables as CSV, JSON or .npy, or counters of Prometheus", loads.recognises, loads.read
     ),
     "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
+    "tokenspeed": Reader(
+        "records of expert load of TokenSpeed's ranks", tokenspeed.recognises, tokenspeed.read
+    ),
     "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
     "sglang-responses": Reader(
         "routed experts of SGLang, responses", sglang.recognises_responses, sglang.read_responses

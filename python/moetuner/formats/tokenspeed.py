@@ -1,0 +1,98 @@
+"""TokenSpeed: records of expert load, one file of ``torch.save`` for every rank.
+
+A profile with activity EXPERT_LOAD writes ``*.expert-load.pt`` (``load_record`` of
+``runtime/moe/expert_location.py``, 0.1.1): ``logical_count`` [hidden layers, E] and
+``physical_count`` of the rank's own router, ``physical_to_logical_map``, ``ep_rank`` and
+``ep_size``. Where every rank routes its own tokens the sum over ranks is the load, and a single
+file is a part of it; where all ranks route all tokens, their records are equal and one of them is
+the load. Several profiles in a folder are windows.
+
+``--init-expert-location`` takes SGLang's JSON, see ``formats/sglang.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._checks import shown
+from moetuner.files import naming
+from moetuner.formats import pickled
+from moetuner.formats.counts import add_up, counts_in, statistics_of
+from moetuner.formats.hints import Hints
+from moetuner.formats.records import head
+from moetuner.formats.sources import files_in, first_file
+from moetuner.statistics import RoutingStatistics
+
+PATTERN = "*.expert-load.pt"
+COUNT, RANK, RANKS = "logical_count", "ep_rank", "ep_size"
+MOST_RANKS = 1 << 16
+
+
+def recognises(path: Path) -> bool:
+    """Whether a file, or the first one of a folder, is a record of a rank."""
+    path = first_file(path, PATTERN)
+    start = head(path, 1 << 16)
+    ours = all(name.encode() in start for name in (COUNT, RANK, RANKS))
+    return ours and pickled.is_pickled(path)
+
+
+def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+    """Add the records of all ranks, profile by profile."""
+    by_rank: dict[int, list[NDArray[np.int64]]] = {}
+    sizes: set[int] = set()
+    files = files_in(paths, PATTERN)
+    for path in files:
+        with naming(path):
+            rank, size, count = _record(path)
+            sizes.add(size)
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"{RANKS} must be {min(sizes)} like the others, got {max(sizes)}: give the "
+                    "records of one server"
+                )
+            by_rank.setdefault(rank, []).append(count)
+    if not files:
+        raise ValueError(f"{paths[0]}: folder must hold {PATTERN}, got none")
+    with naming(files[0] if len(files) == 1 else files[0].parent):
+        rank_count, first = sizes.pop(), min(by_rank)
+        for rank in range(rank_count):
+            if len(by_rank.get(rank, ())) != len(by_rank[first]):
+                got = f"{len(by_rank[first])} of rank {first} and {len(by_rank.get(rank, ()))}"
+                raise ValueError(
+                    f"must have as many records of each of {rank_count} ranks, which have counted "
+                    f"their own tokens, got {got} of rank {rank}: give the folder that TokenSpeed "
+                    "wrote"
+                )
+        loads = [_sum(counts) for counts in zip_longest(*(by_rank[rank] for rank in by_rank))]
+        load = np.stack(loads)
+        return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+
+
+def _record(path: Path) -> tuple[int, int, NDArray[np.int64]]:
+    """Read the record of a rank: its number, how many there are, and its counts [hidden,E]."""
+    content = pickled.load(path)
+    if not isinstance(content, dict) or not {COUNT, RANK, RANKS} <= content.keys():
+        raise ValueError(f"must be a record with {COUNT}, {RANK} and {RANKS}, got {shown(content)}")
+    rank, size, count = (content[name] for name in (RANK, RANKS, COUNT))
+    if type(rank) is not int or type(size) is not int or not 0 <= rank < size <= MOST_RANKS:
+        raise ValueError(
+            f"{RANK} must be an integer below {RANKS}, got {shown(rank)} and {shown(size)}"
+        )
+    if not isinstance(count, pickled.Tensor) or len(count.shape) != 2:
+        raise ValueError(f"{COUNT} must be a tensor [layers, experts], got {shown(count)}")
+    return rank, size, counts_in(COUNT, count.array())
+
+
+def _sum(counts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Add up the counts of ranks; where all ranks counted all tokens, theirs are the load."""
+    first, *others = counts
+    total = first
+    for count in others:
+        total = add_up(total, count)
+    are_equal = all(np.array_equal(first, count) for count in others)
+    return first if are_equal else total
