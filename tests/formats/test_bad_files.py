@@ -34,6 +34,7 @@ STEPS = [(10 + step, layer) for step in range(3) for layer in (3, 4)]
 LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
+ROUTE = "# route_trace v1\nturn,step,layer,slot,expert\n"
 W2 = "blk.2.ffn_down_exps.weight.counts"
 HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
 PASS = {"forward_pass_id": 0, "gatherer_key": "primary", "global_physical_count": HUGE}
@@ -310,6 +311,21 @@ tokenspeed | {"logical_count": np.full((2, 4), 0.5)} | must be whole numbers of 
 tokenspeed | {"logical_count": -np.ones((2, 4))} | must be counts from 0 to 2**48
 tokenspeed | {}, {"logical_count": np.ones((3, 4))} | must be [2, 4] like those before, got [3, 4]
 tokenspeed | {"logical_count": np.zeros((2, 4))} | every count is zero
+csv | ROUTE | must have at least one row, got none
+csv | ROUTE[:17] + "turn,step\n0,1\n" | must have columns turn, step, layer, slot, expert
+csv | ROUTE + "0,0,0,0,x\n" | must have rows of integers
+csv | ROUTE + "0,0,0,0\n" | must have rows of integers
+csv | ROUTE + f"0,0,0,0,{10**30}\n" | must have rows of integers
+csv | ROUTE + "0,0,0,0,-1\n" | expert must be from 0 to 65535, got -1
+csv | ROUTE + "0,0,-1,0,1\n" | layer must be from 0 to
+csv | ROUTE + "0,0,0,0,9\n" | expert id 9 is not below num_experts 8
+csv | ROUTE + "0,0,0,0,1\n0,0,0,1,1\n" | expert id 1 appears twice
+csv | ROUTE + "0,5,0,0,1\n0,5,0,0,2\n" | token 5 must have choice 0 in layer 0 once, got it twice
+csv | ROUTE + "0,0,0,0,1\n0,1,1,0,1\n" | must have a token with 1 experts in each of 2 layers
+csv | ROUTE[:17] + "# n_expert=9\n" + ROUTE[17:] + "0,0,0,0,1\n" | num_experts must be 9, got 8
+csv | "-1,0,1,2\n-1,1,2\n" | must have rows of integers: the number of columns changed
+csv | "-1,0,1\n0,0,1.5\n" | must have rows of integers
+csv | "-1,0,1\n-1,0,2\n" | token -1 must have choice 0 in layer 0 once, got it twice
 imatrix | {"kind": "model"} | must be an importance matrix of llama-imatrix, got a file of type 'mod
 imatrix | {"load": []} | got none: of a model without experts
 imatrix | {"load": [[1], [2]]} | must have counts of experts, got 1

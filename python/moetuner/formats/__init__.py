@@ -21,6 +21,7 @@ from moetuner.formats import (
     deepspeed,
     eplb,
     llama_cpp,
+    llama_traces,
     loads,
     megatron,
     omni_infer,
@@ -72,6 +73,12 @@ class Writer(NamedTuple):
 
 # Those of engines first: what they do not know is moetuner's own, or nothing.
 READERS: dict[str, Reader] = {
+    "llama-traces": Reader(
+        "choices of llama.cpp's routers, CSV of llama-moe-trace or BigMoeOnEdge",
+        llama_traces.recognises,
+        llama_traces.read,
+        llama_traces.CAUTION,
+    ),
     "loads": Reader(
         "load tables as CSV, JSON or .npy, or counters of Prometheus", loads.recognises, loads.read
     ),
