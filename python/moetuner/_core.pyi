@@ -23,6 +23,7 @@ __all__ = [
     "bound_visits",
     "busiest_rows",
     "code_tokens",
+    "count_recency",
     "exact_chain",
     "expected_active",
     "expected_apart",
@@ -294,6 +295,14 @@ def balanced_load(
     """Return tokens of every device [W,L,D] of experts' [W,L,E], with the slowest done soonest.
 
     Devices do tokens at ``rate`` [D].
+    """
+
+def count_recency(
+    expert_ids: _ExpertIds, orders: NDArray[np.uint16], threads: int | None = None
+) -> tuple[NDArray[np.uint16], NDArray[np.uint64]]:
+    """Count ids of valid tokens [T,L,K] by place in ``orders`` [L,E], experts by their last use.
+
+    Return the orders afterwards, and how often each place was used [L,E].
     """
 
 def expected_load(

@@ -6,6 +6,7 @@
 mod bits;
 mod lists;
 pub mod pairs;
+pub mod recency;
 mod rows;
 pub mod sets;
 mod transpose;

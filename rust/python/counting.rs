@@ -11,6 +11,7 @@ use pyo3::prelude::*;
 use rayon::prelude::*;
 
 use super::{alone, array2, array3, caught, detached, sizes};
+use crate::counting::recency::count;
 use crate::counting::sets::Sets;
 use crate::counting::windows::{Narrow, of_any_type};
 use crate::counting::{Counter, Tables};
@@ -87,6 +88,27 @@ pub(super) fn code_tokens<'py>(
     let table = table.as_slice()?;
     let codes = with_ids!(expert_ids, ids => detached(py, None, || crate::trace::code(ids, routing, table))?);
     Ok(codes.into_pyarray(py))
+}
+
+/// What follows a shard: experts by their last use, and how often each place was used [L,E].
+type Recency<'py> = (Bound<'py, PyArray2<u16>>, Bound<'py, PyArray2<u64>>);
+
+#[pyfunction]
+#[pyo3(signature = (expert_ids, orders, threads = None))]
+pub(super) fn count_recency<'py>(
+    py: Python<'py>,
+    expert_ids: Ids<'py>,
+    orders: PyReadonlyArray2<'py, u16>,
+    threads: Option<usize>,
+) -> PyResult<Recency<'py>> {
+    let ([_, layers, top_k], [rows, experts]) = (sizes(expert_ids.shape()), sizes(orders.shape()));
+    let routing = Routing::new(layers, experts, top_k)?;
+    if rows != layers {
+        return Err(Error::shape("orders", format!("a row for each of {layers} layers"), &rows).into());
+    }
+    let (mut orders, mut counts) = (orders.as_slice()?.to_vec(), vec![0; layers * experts]);
+    with_ids!(expert_ids, ids => detached(py, threads, || count(ids, routing, &mut orders, &mut counts))?);
+    Ok((array2(py, (layers, experts), orders)?, array2(py, (layers, experts), counts)?))
 }
 
 /// Counts a trace shard by shard.

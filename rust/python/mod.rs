@@ -201,7 +201,9 @@ mod _core {
     #[pymodule_export]
     use super::chain::{exact_chain, search};
     #[pymodule_export]
-    use super::counting::{LabelledReplay, Replay, StatisticsCounter, code_tokens, merge_sets, validate};
+    use super::counting::{
+        LabelledReplay, Replay, StatisticsCounter, code_tokens, count_recency, merge_sets, validate,
+    };
     #[pymodule_export]
     use super::expected::{
         balanced_load, busiest_rows, expected_active, expected_apart, expected_followed, expected_load,

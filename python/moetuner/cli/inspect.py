@@ -14,9 +14,11 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.intervals import FEWEST
+from moetuner.files import text
 from moetuner.placement import blocks
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.report.cells import number, percent
+from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import whose_times
 from moetuner.report.structure import Structure, structure
 
@@ -60,6 +62,7 @@ def command(
     _show_skew(output, measured)
     _show_groups(output, measured)
     _show_crossings(output, measured)
+    _show_hot_experts(output, measured.hot_experts)
     contents = {"input": source.facts(), **measured.to_dict()}
     if serving.is_given:
         contents["contiguous"] = _show_served(output, source, serving, devices)
@@ -118,6 +121,28 @@ def _show_groups(output: Output, structure: Structure) -> None:
     if len(names) > MOST_GROUPS:
         output.say(f"and {len(names) - MOST_GROUPS} groups nearer to the mix; --json has all")
     output.say("distance to the mix of all groups, from 0 (the same experts) to 1 (all others)", "")
+
+
+def _show_hot_experts(output: Output, hot: HotExperts) -> None:
+    """Print what part of the picks the hottest experts take, and what that says."""
+    rows = {"most used, a fixed set": hot.static, "least recently used is dropped": hot.cache}
+    head = (
+        f"share of {'unseen ' if hot.is_unseen else ''}picks",
+        *(f"{percent(size).replace('.0', '')} of experts" for size in hot.sizes),
+    )
+    output.say("")
+    cells = [(name, *map(percent, shares)) for name, shares in rows.items() if shares is not None]
+    output.table(head, cells)
+    output.say(hot.sentence)
+    low, high = min(hot.static_of_layer), max(hot.static_of_layer)
+    details = [f"by layer {percent(low)} to {percent(high)}"]
+    if hot.static_of_group:
+        group = min(hot.static_of_group, key=hot.static_of_group.__getitem__)
+        share = percent(hot.static_of_group[group])
+        details.append(f"{share} of {text.name(group)} with the set of all other groups, the least")
+    if hot.static_later is not None:
+        details.append(f"{percent(hot.static_later)} of the later half with the set of the earlier")
+    output.say(f"Half of the experts: {'; '.join(details)}.")
 
 
 def _show_crossings(output: Output, structure: Structure) -> None:

@@ -8,13 +8,21 @@ not seen, beside the independence null.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import at_least, callable_or_none, instance, seed_in, threads_in
+from moetuner._checks import (
+    ArgumentError,
+    at_least,
+    callable_or_none,
+    instance,
+    seed_in,
+    threads_in,
+)
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
@@ -23,6 +31,7 @@ from moetuner.evaluation.units import hold_out, loads_of, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.report.hot_experts import HotExperts, measure_hot_experts
 from moetuner.solver import Method, solve
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.topology import Topology
@@ -73,6 +82,8 @@ class Structure(Frozen):
     gain
         How much less than the null crosses: 95 % interval over held-out sequences. None where
         these are too few to tell.
+    hot_experts
+        What part of the picks the hottest experts take.
     """
 
     skew: tuple[float, ...]
@@ -88,6 +99,7 @@ class Structure(Frozen):
     crossing_contiguous: float | None
     crossing_independent: float | None
     gain: tuple[float, float] | None
+    hot_experts: HotExperts
 
     def _repr_html_(self) -> str:
         bits = ("", *(self.information or ("",) * (len(self.skew) - 1)))
@@ -180,7 +192,30 @@ def structure(
         crossing_contiguous=contiguous,
         crossing_independent=null,
         gain=gain,
+        hot_experts=_measure_hot_experts(traffic, (seen, unseen), parts[1], seed, threads),
     )
+
+
+def _measure_hot_experts(
+    traffic: Traffic,
+    counts: tuple[RoutingStatistics, RoutingStatistics],
+    part: Traffic,
+    seed: int,
+    threads: int | None,
+) -> HotExperts:
+    """Measure hot experts on a half that is held out, of load tables as well."""
+    seen, unseen = counts
+    if (
+        isinstance(traffic, RoutingStatistics)
+        and traffic.windows > 1
+        and traffic.transitions is None
+        and traffic.coactivation is None
+    ):
+        # Of few windows that are alike nothing can be held out.
+        with suppress(ArgumentError):
+            seen, unseen = (loads_of(half) for half in hold_out(traffic, 0.5, seed=seed))
+            part = unseen
+    return measure_hot_experts(traffic, seen.total_load, unseen.total_load, part, threads)
 
 
 def _gain(

@@ -1,0 +1,191 @@
+"""How much of the work a few experts do: whether a fixed set of them is worth keeping near.
+
+A set is chosen by counts of one half of a recording and judged on the other: beside a cache of as
+many experts, which drops the least recently used, and beside routing without preference, which
+finds in a set the set's share of all experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner import _core
+from moetuner.evaluation.units import Traffic, loads_of
+from moetuner.frozen import Frozen
+from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
+
+Counts = NDArray[np.uint64]
+# Shares of all experts that sets have.
+SIZES = (0.25, 0.5, 0.75)
+# The share whose figures decide, and are given by kind and by layer.
+HALF = 0.5
+# Picks that are more than those without preference, or than a set's, as far as that matters.
+WORTH = 0.05
+# Tokens at most that a cache is followed over.
+TOKENS = 1 << 20
+
+Answer = Literal["a static set is worth it", "a cache serves better", "routing is flat"]
+SENTENCES: dict[Answer, str] = {
+    "a static set is worth it": "which experts are kept near matters, and a fixed set does",
+    "a cache serves better": "what was used last says more than what is used most",
+    "routing is flat": "how many experts are kept near decides, not which",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HotExperts(Frozen):
+    """What part of the picks the hottest experts take.
+
+    Parameters
+    ----------
+    sizes
+        Shares of all experts of all layers that the sets have.
+    is_unseen
+        Whether the picks are of traffic that the sets were not chosen by.
+    static
+        Share of the picks that the most used experts take, of each size.
+    cache
+        The same of a cache that drops the least recently used experts of each layer; None of
+        counts, which have no order.
+    static_of_layer
+        Share of a layer's picks that the set of half of all experts takes [L].
+    static_of_group
+        Share of the picks of each group that the half takes which all other groups use most.
+    static_later
+        Share of the picks of the later half of a recording that the half takes which the earlier
+        one uses most; None if there is no later one.
+    """
+
+    sizes: tuple[float, ...]
+    is_unseen: bool
+    static: tuple[float, ...]
+    cache: tuple[float, ...] | None
+    static_of_layer: tuple[float, ...]
+    static_of_group: dict[str, float]
+    static_later: float | None
+
+    @property
+    def answer(self) -> Answer:
+        """What the half of all experts says: a fixed set, a cache, or neither."""
+        at = self.sizes.index(HALF)
+        static = self.static[at]
+        if self.cache is not None and self.cache[at] > static + WORTH:
+            return "a cache serves better"
+        return "a static set is worth it" if static > HALF + WORTH else "routing is flat"
+
+    @property
+    def sentence(self) -> str:
+        """The answer with its figures."""
+        at = self.sizes.index(HALF)
+        cache = ""
+        if self.cache is not None:
+            cache = f", a cache of that size {100 * self.cache[at]:.0f} %"
+        unseen = "unseen " if self.is_unseen else ""
+        return (
+            f"{self.answer[0].upper()}{self.answer[1:]}: {SENTENCES[self.answer]}. Half of the "
+            f"experts take {100 * self.static[at]:.0f} % of the {unseen}picks{cache}; without "
+            "preference it would be 50 %."
+        )
+
+
+def measure_hot_experts(
+    traffic: Traffic, seen: Counts, unseen: Counts, part: Traffic, threads: int | None = None
+) -> HotExperts:
+    """Compute the shares of picks that sets of experts take.
+
+    Parameters
+    ----------
+    traffic
+        All of a recording.
+    seen, unseen
+        Tokens of the experts by which sets are chosen, and by which they are judged [L,E].
+    part
+        What was not seen: all of it if nothing was held out.
+    threads
+        Threads to use.
+    """
+    chosen = _hottest(seen, HALF)
+    of_layer = (unseen * chosen).sum(axis=1) / np.maximum(unseen.sum(axis=1, dtype=float), 1.0)
+    return HotExperts(
+        sizes=SIZES,
+        is_unseen=part is not traffic,
+        static=tuple(_taken(unseen, _hottest(seen, size)) for size in SIZES),
+        cache=_follow_cache(part, threads) if isinstance(part, RoutingTrace) else None,
+        static_of_layer=tuple(of_layer.tolist()),
+        static_of_group=_by_group(traffic, threads),
+        static_later=_later(traffic, threads),
+    )
+
+
+def _hottest(load: Counts, size: float) -> NDArray[np.bool_]:
+    """Return the most used of all experts of all layers [L,E]; of equals the first ones."""
+    chosen = np.zeros(load.size, dtype=bool)
+    order = np.argsort(-load.ravel().astype(np.float64), kind="stable")
+    chosen[order[: round(size * load.size)]] = True
+    return chosen.reshape(load.shape)
+
+
+def _taken(load: Counts, chosen: NDArray[np.bool_]) -> float:
+    """Compute the share of picks [L,E] that are of the chosen experts."""
+    return float(load[chosen].sum(dtype=np.float64) / max(load.sum(dtype=np.float64), 1.0))
+
+
+def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]:
+    """Compute the share of picks that caches hold which drop the least recently used experts.
+
+    As many experts of each layer; token after token, as when one sequence is decoded.
+    """
+    orders = np.tile(np.arange(trace.num_experts, dtype=np.uint16), (trace.layers, 1))
+    counts, tokens = np.zeros(orders.shape, dtype=np.uint64), 0
+    for shard in trace.shards(threads=threads):
+        orders, places = _core.count_recency(shard[: TOKENS - tokens], orders, threads)
+        counts += places
+        tokens += len(shard)
+        if tokens >= TOKENS:
+            break
+    total = max(counts.sum(dtype=np.float64), 1.0)
+    held = [round(size * trace.num_experts) for size in SIZES]
+    return tuple(float(counts[:, :number].sum(dtype=np.float64) / total) for number in held)
+
+
+def _by_group(traffic: Traffic, threads: int | None) -> dict[str, float]:
+    """Compute what half of the experts, by all other groups, takes of the picks of each group."""
+    if traffic.group is None or not traffic.group.size:
+        return {}
+    windows = loads_of(traffic, threads=threads)
+    assert windows.group is not None
+    loads = {
+        name: windows.window_load[windows.group == number].sum(axis=0, dtype=np.uint64)
+        for number, name in enumerate(windows.group_names)
+    }
+    loads = {name: load for name, load in loads.items() if load.any()}
+    total = windows.total_load
+    if len(loads) < 2:
+        return {}
+    return {name: _taken(load, _hottest(total - load, HALF)) for name, load in loads.items()}
+
+
+def _later(traffic: Traffic, threads: int | None) -> float | None:
+    """Compute what half of the experts, by the earlier half, takes of the picks of the later."""
+    if isinstance(traffic, RoutingTrace):
+        if traffic.tokens < 2:
+            return None
+        traffic = RoutingStatistics.from_trace(
+            traffic,
+            window=-(-traffic.tokens // 2),
+            transitions=False,
+            coactivation=False,
+            threads=threads,
+        )
+    if traffic.windows < 2:
+        return None
+    half = traffic.windows // 2
+    early, late = (
+        windows.sum(axis=0, dtype=np.uint64) for windows in np.split(traffic.window_load, [half])
+    )
+    return _taken(late, _hottest(early, HALF))
