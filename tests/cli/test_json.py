@@ -57,7 +57,11 @@ COMMANDS = {
     ],
     "show": ["placement.json"],
     "diff": ["other.json placement.json --expert-bytes 10"],
-    "export": ["empty.json --to eplb --out experts.npz", "--check experts.npz"],
+    "export": [
+        "empty.json --to eplb --out experts.npz",
+        "--check experts.npz",
+        "trace.safetensors --to ktransformers --gpu-experts 2 --dense-layers none --out kt.pt",
+    ],
     "fit": ["--hidden 64 --times times.csv --out model.json"],
     "verify": ["proof.json trace.safetensors --devices 4 --placement other.json"],
     "demo": ["--out demo"],

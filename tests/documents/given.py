@@ -222,6 +222,7 @@ GIVEN = {
     "docs/survive.md": survive,
     "docs/engines/vllm.md": vllm,
     "docs/engines/sglang.md": sglang,
+    "docs/engines/ktransformers.md": survive,
     "docs/engines/tensorrt_llm.md": tensorrt_llm,
     "docs/engines/vllm_ascend.md": vllm_ascend,
     "docs/engines/megatron.md": megatron,

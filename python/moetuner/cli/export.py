@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.options.placed import defaults_in, read_any
+from moetuner.cli.options.traffic import Traffic, describe, left_out
 from moetuner.cli.output import Output, working
+from moetuner.cost import bytes_of_expert
 from moetuner.files import replacing
-from moetuner.formats import WRITERS, form_of, read_map, read_placement, write_placement
+from moetuner.formats import (
+    WRITERS,
+    form_of,
+    open_input,
+    read_map,
+    read_placement,
+    write_placement,
+)
 from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
+from moetuner.formats.ktransformers import choose, write_chosen
 from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
+from moetuner.report.cells import percent
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
-MOVES = "moves"
+MOVES, KTRANSFORMERS = "moves", "ktransformers"
 # Engines that take a placement as a checkpoint whose experts are in its order.
 RENUMBERING = tuple(name for name, engine in ENGINES.items() if not engine.may_copy)
 FORMS = "\n\n".join(
@@ -32,17 +49,62 @@ FORMS = "\n\n".join(
 )
 
 
+@dataclass(frozen=True)
+class OnGpu:
+    """How many experts a GPU holds where it cannot hold all, for ktransformers.
+
+    Parameters
+    ----------
+    gpu_experts
+        Experts of a layer on the GPU, on average over layers, as --kt-num-gpu-experts counts them:
+        those chosen most often in INPUT.
+    each_layer
+        As many of every layer, and not the most chosen ones of all layers.
+    gpu_bytes
+        Instead of --gpu-experts: bytes of a layer's experts on the GPU, on average.
+    expert_bytes
+        Bytes of an expert, for --gpu-bytes.  [default: as the model of INPUT says]
+    """
+
+    gpu_experts: int | None = option(options.SIZE, "N")
+    each_layer: bool = option(is_flag=True, default=False)
+    gpu_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
+    expert_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
+
+    def per_layer(self, traffic: Traffic) -> int:
+        """Return how many experts of a layer are on the GPU."""
+        if (self.gpu_experts is None) == (self.gpu_bytes is None):
+            raise click.UsageError("'--to ktransformers' needs '--gpu-experts' or '--gpu-bytes'.")
+        if self.gpu_bytes is None:
+            experts = self.gpu_experts or 0
+        else:
+            size = self.expert_bytes or bytes_of_expert(traffic.expert_size, traffic.model)
+            if size is None:
+                raise click.UsageError(
+                    "'--gpu-bytes' needs '--expert-bytes': INPUT names no model whose size is known"
+                )
+            experts = int(self.gpu_bytes // size)
+        if not 1 <= experts <= traffic.num_experts:
+            raise click.UsageError(
+                f"must keep 1 to {traffic.num_experts} experts of a layer on the GPU, got {experts}"
+            )
+        return experts
+
+
 @options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
     *,
-    placement_file: Path | None = argument("[PLACEMENT]", options.IN_FILE, required=False),
-    form: str | None = option(click.Choice([*WRITERS, MOVES, *RENUMBERING]), flag="--to"),
+    placement_file: Path | None = argument("[PLACEMENT]", options.IN_INPUT, required=False),
+    form: str | None = option(
+        click.Choice([*WRITERS, KTRANSFORMERS, MOVES, *RENUMBERING]), flag="--to"
+    ),
     out_file: Path | None = option(options.OutFile(), "FILE"),
     check_file: Path | None = option(options.IN_FILE, "FILE"),
     engine: str | None = option(click.Choice(list(ENGINES)), flag="--for"),
-    layer_hints: options.LayerHints,
+    layer_hints: options.FileHints,
     checkpoint: Path | None = option(options.IN_INPUT, "FOLDER"),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    on_gpu: OnGpu,
     machine: Machine,
     output: Output,
 ) -> None:
@@ -53,7 +115,9 @@ def command(
     eplb is for many engines: it fills empty slots with further copies of experts. Format moves is
     JSON: layer, expert, source and target device of every move from --initial, and counts by pair
     of devices. Formats megatron, deepspeed and transformers need torch: they renumber experts and
-    routers of --checkpoint, so that engines with contiguous experts run the placement.
+    routers of --checkpoint, so that engines with contiguous experts run the placement. Format
+    ktransformers takes recorded traffic in the place of PLACEMENT, and writes which of its experts
+    the GPU holds.
 
     Parameters
     ----------
@@ -82,6 +146,9 @@ def command(
         raise click.UsageError(f"Missing {missing} (or '--check').")
     if out_file is None:
         raise click.UsageError("Missing option '--out'.")
+    if form == KTRANSFORMERS:
+        _write_chosen(placement_file, on_gpu, layer_hints, out_file, output)
+        return
     placement = read_any(placement_file, machine, layer_hints)
     settings = defaults_in(placement_file, placement.settings)
     output.say(*_differences(settings, WRITERS[form].engine if form in WRITERS else form))
@@ -111,6 +178,55 @@ def command(
         raise click.ClickException(str(error)) from None
     output.say(f"wrote {out_file}")
     output.finish(contents)
+
+
+def _write_chosen(
+    path: Path, on_gpu: OnGpu, layer_hints: options.FileHints, out_file: Path, output: Output
+) -> None:
+    """Write which experts of recorded traffic a GPU holds; print what share of it they take."""
+    traffic = open_input(path, **layer_hints.hints)
+    output.say(describe([path], traffic))
+    count = on_gpu.per_layer(traffic)
+    chosen = choose(_load(traffic), count, each_layer=on_gpu.each_layer)
+    layers = chosen.sum(axis=1)
+    contents = {"input": str(path), "format": KTRANSFORMERS, "out": str(out_file)}
+    shares = {"share": _share(chosen, traffic), "unseen_share": None}
+    took = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
+    with contextlib.suppress(ValueError):  # one window, or one sequence, is not split
+        seen, unseen = traffic.split(0.5)
+        by_half = choose(_load(seen), count, each_layer=on_gpu.each_layer)
+        shares["unseen_share"] = _share(by_half, unseen)
+        took += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
+    each = f"{layers.min()} to {layers.max()} in a layer" if np.ptp(layers) else "each layer alike"
+    output.say(
+        f"{layers.sum()} of {chosen.size} experts are on the GPU, {each}: {took}. As many chosen "
+        f"by chance take {percent(float(chosen.mean()))}."
+    )
+    hints = layer_hints.hints
+    if (layers_of_model := left_out(traffic)) is not None:
+        hidden, dense = layers_of_model
+        hints |= {"hidden_layers": hidden, "dense_layers": dense}
+    write_chosen(chosen, out_file, Hints(**hints))
+    output.say(
+        f"wrote {out_file}; it is served by",
+        f"  python -m sglang.launch_server --model MODEL --kt-weight-path MODEL "
+        f"--kt-num-gpu-experts {count} --kt-expert-placement-strategy frequency "
+        f"--init-expert-location {shlex.quote(str(out_file))}",
+    )
+    output.finish({**contents, "gpu_experts": layers.tolist(), **shares})
+
+
+def _load(traffic: Traffic) -> NDArray[np.int64]:
+    """Return how often every expert of every layer was chosen [L,E]."""
+    if not isinstance(traffic, RoutingStatistics):
+        traffic = RoutingStatistics.from_trace(traffic, window=None)
+    return traffic.total_load.astype(np.int64)
+
+
+def _share(chosen: NDArray[np.bool_], traffic: Traffic) -> float:
+    """Return the share of the choices that some experts take."""
+    load = _load(traffic)
+    return float(load[chosen].sum() / load.sum())
 
 
 def _differences(settings: dict[str, Any], engine: str | None) -> Iterator[str]:

@@ -66,7 +66,12 @@ class Engine:
 
 # What serves models without placing whole experts on devices, and why that leaves nothing to place.
 NOTHING_TO_PLACE = "it splits layers or weights over devices, not experts, so nothing is to place"
+ONE_GPU = (
+    "it divides experts between one GPU and the CPU, so no devices are to balance; which ones the "
+    "GPU holds, export --to ktransformers chooses"
+)
 NO_ENGINES = dict.fromkeys(("llama.cpp", "ollama", "lmstudio"), NOTHING_TO_PLACE)
+NO_ENGINES |= dict.fromkeys(("ktransformers", "sglang-kt"), ONE_GPU)
 
 ENGINES: dict[str, Engine] = {
     "vllm": Engine(

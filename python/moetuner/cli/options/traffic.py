@@ -81,9 +81,9 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     model = f" of {name(described['model'])}" if described["model"] else ""
     more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
     line = f"{name(paths[0].name)}{more}: {described['kind']}{model}, {', '.join(parts)}"
-    left_out = _left_out(traffic)
-    if left_out is not None:
-        hidden, dense = left_out
+    layers = left_out(traffic)
+    if layers is not None:
+        hidden, dense = layers
         line += (
             "\nLayers without experts are left out; as options of export: "
             f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
@@ -91,7 +91,7 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     return "\n".join([line, *cautions(paths)])
 
 
-def _left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
+def left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
     """Return a model's hidden layers and its dense ones, where a recording left some out."""
     return (traffic.ids if isinstance(traffic, RoutingTrace) else traffic).left_out
 
@@ -340,7 +340,7 @@ class Source(FileHints):
 
         ``devices`` are those of a map that does not say them, where there is no topology yet.
         """
-        _, dense = _left_out(self.traffic) or (None, None)
+        _, dense = left_out(self.traffic) or (None, None)
         placement = read_placement(
             path,
             devices=devices if topology is None else topology.devices,
@@ -360,7 +360,7 @@ class Source(FileHints):
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
-        hidden, dense = _left_out(self.traffic) or (self.hidden_layers, self.dense_layers)
+        hidden, dense = left_out(self.traffic) or (self.hidden_layers, self.dense_layers)
         return str(hidden or "N"), layer_list(dense) or "A-B"
 
     def facts(self) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""KTransformers' file: by its choice of the highest sums exactly the chosen set is served."""
+
+import json
+
+import numpy as np
+import pytest
+from engines_files import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.formats import pickled
+from moetuner.formats.hints import Hints
+from moetuner.formats.ktransformers import choose, write_chosen
+
+
+def served(path, count):
+    """Give the experts that kt-kernel keeps on the GPU: the highest sums of all hidden layers."""
+    counts = pickled.load(path)["logical_count"].array()
+    assert counts.ndim == 3
+    sums = counts.sum(axis=0).astype(np.float32)
+    first = np.argsort(-sums, axis=None)[:count]
+    assert sums.ravel()[first[-1]] > np.delete(sums, first).max(initial=-1)  # no tie decides
+    chosen = np.zeros(sums.size, dtype=bool)
+    chosen[first] = True
+    return chosen.reshape(sums.shape)
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 5), st.booleans(), st.sets(st.integers(0, 4)))
+def test_the_chosen_set_is_served(tmp_path_factory, seed, count, each_layer, dense):
+    """Whatever the loads, ties and dense layers: those that are chosen, and no dense row."""
+    load = np.random.default_rng(seed).integers(0, 5, (3, 6))
+    chosen = choose(load, count, each_layer=each_layer)
+    assert chosen.sum() == 3 * count
+    dense = tuple(sorted(dense))[:2]
+    path = tmp_path_factory.mktemp("kt") / "experts.pt"
+    hidden = 3 + len(dense)
+    write_chosen(chosen, path, Hints(dense_layers=[layer for layer in dense if layer < hidden]))
+    actual = served(path, 3 * count)
+    moe = [layer for layer in range(len(actual)) if layer not in dense]
+    assert np.array_equal(actual[moe], chosen)
+    assert not actual[[*set(range(len(actual))) - set(moe)]].any()
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 5))
+def test_those_chosen_most_often_are_taken(seed, count):
+    """Of all layers no other set takes more; of each layer none of its own."""
+    load = np.random.default_rng(seed).integers(0, 9, (3, 5))
+    together, each = (choose(load, count, each_layer=flag) for flag in (False, True))
+    assert load[together].sum() == np.sort(load, axis=None)[::-1][: 3 * count].sum()
+    assert each.sum(axis=1).tolist() == [count] * 3
+    assert np.array_equal(
+        (load * each).sum(axis=1), np.sort(load, axis=1)[:, ::-1][:, :count].sum(axis=1)
+    )
+
+
+def test_torch_opens_it(tmp_path):
+    """As weights alone, as KTransformers does."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "experts.pt"
+    write_chosen(np.array([[True, False], [False, True]]), path, Hints(dense_layers=(1,)))
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    assert list(content) == ["logical_count"]
+    assert content["logical_count"].tolist() == [[[2, 1], [0, 0], [1, 2]]]
+
+
+def test_the_same_set_gives_the_same_bytes(tmp_path):
+    """No time of day is in the file."""
+    for name in ("a.pt", "b.pt"):
+        write_chosen(np.eye(3, dtype=bool), tmp_path / name, Hints(dense_layers=()))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_layers_are_asked_for(tmp_path):
+    """Which hidden layers are dense is not guessed, nor is another ending written."""
+    chosen = np.eye(3, dtype=bool)
+    with pytest.raises(ValueError, match="dense_layers is needed"):
+        write_chosen(chosen, tmp_path / "a.pt", Hints())
+    write_chosen(chosen, tmp_path / "a.pt", Hints(hidden_layers=3))
+    with pytest.raises(ValueError, match=r"must end in \.pt"):
+        write_chosen(chosen, tmp_path / "a.json", Hints(dense_layers=()))
+
+
+def test_export_says_what_the_set_takes_of_unseen_traffic(ok, run, tmp_path):
+    """Its own share, and that of one half chosen by the other; the command that serves it."""
+    ids = np.random.default_rng(0).integers(0, 4, (400, 2, 1))
+    ids[:, :, 0] *= np.random.default_rng(1).integers(0, 2, (400, 2))  # expert 0 is busy
+    trace, out, said = tmp_path / "t.safetensors", tmp_path / "kt.pt", tmp_path / "s.json"
+    mt.RoutingTrace.from_arrays(ids, num_experts=4, sequence=np.arange(400) // 10).save(trace)
+    options = ("--to", "ktransformers", "--gpu-experts", 1, "--dense-layers", "none")
+    text = ok("export", trace, *options, "--out", out, "--json", said)
+    share = np.mean(ids == 0)
+    assert f"2 of 8 experts are on the GPU, each layer alike: they take {100 * share:.1f} %" in text
+    assert "of one half if chosen by the other" in text
+    assert "--kt-num-gpu-experts 1 --kt-expert-placement-strategy frequency" in text
+    contents = json.loads(said.read_text())
+    assert contents["share"] == pytest.approx(share)
+    assert contents["unseen_share"] == pytest.approx(share, abs=0.05)
+    assert served(out, 2).sum(axis=1).tolist() == contents["gpu_experts"] == [1, 1]
+
+
+def test_bytes_of_a_layer(ok, run, tmp_path):
+    """As many experts as fit; what is missing, or does not fit, is said."""
+    given, out = GOLDEN / "tokenspeed", tmp_path / "kt.pt"
+    to = ("export", given, "--to", "ktransformers", "--out", out)
+    ok(*to, "--gpu-bytes", 10, "--expert-bytes", 3)
+    assert served(out, 9).sum() == 9
+    for options, words in {
+        (): "needs '--gpu-experts' or '--gpu-bytes'",
+        ("--gpu-bytes", 10): "'--gpu-bytes' needs '--expert-bytes'",
+        ("--gpu-bytes", 2, "--expert-bytes", 3): "must keep 1 to 8 experts",
+        ("--gpu-experts", 9): "must keep 1 to 8 experts of a layer on the GPU, got 9",
+    }.items():
+        status, _, err = run(*to, *options)
+        assert status == 2
+        assert words in err
+
+
+def test_for_an_engine_that_places_nothing_on_devices(run, tmp_path):
+    """Says what does."""
+    _, _, err = run("solve", GOLDEN / "tokenspeed", "--devices", 2, "--for", "ktransformers")
+    assert "export --to ktransformers" in err
