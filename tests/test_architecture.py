@@ -58,9 +58,11 @@ MAY_IMPORT = {
     "solver": SOLVER,
     "report": ("solver", "formats", "files", *SOLVER),
     "plugins": ("solver", "formats", "files", "router_groups", *VALUES),
+    # One case for each way through the core.
+    "selftest": ("plugins.decision", "solver", *SOLVER),
     # Ranks agree in one way, whoever places their experts.
     "torch": ("plugins.consensus", "solver", "files", "router_groups", *SOLVER),
-    "cli": (*COMMANDS, *SOLVER),
+    "cli": ("selftest", *COMMANDS, *SOLVER),
 }
 # Rooms where a foreign library is known.
 PLACES = {

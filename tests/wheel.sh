@@ -13,7 +13,8 @@ unset PYTHONPATH VIRTUAL_ENV
 "$python" -m venv fresh
 fresh/bin/python -m pip install --quiet "$wheel"
 
-fresh/bin/moetuner --version
+fresh/bin/moetuner --version --json
+fresh/bin/moetuner --self-test
 fresh/bin/moetuner demo > demo.txt
 test -s demo-output/placement.json -a -s demo-output/eplb.npz
 fresh/bin/moetuner inspect demo-output/trace.safetensors > /dev/null

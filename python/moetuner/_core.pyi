@@ -32,6 +32,7 @@ __all__ = [
     "expected_visits",
     "find_shortage",
     "forget_pools",
+    "instruction_sets",
     "keep_slots",
     "match_devices",
     "merge_sets",
@@ -610,6 +611,9 @@ def bound(
 
 def forget_pools() -> None:
     """Leave the threads of a parent process alone; called in a child that was just forked."""
+
+def instruction_sets() -> list[str]:
+    """Return the processor's instruction sets, of those that functions of the core are made for."""
 
 # Each layer's sets (ids [N,K] and counts [N]), load [L,E], caps [L], slots of every device [L,D].
 _Visited = tuple[

@@ -11,6 +11,7 @@ mod layer;
 mod lines;
 mod packing;
 mod pools;
+mod processor;
 mod rules;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -219,6 +220,8 @@ mod _core {
     use super::packing::{pack, place_clusters, smallest_peaks};
     #[pymodule_export]
     use super::pools::forget_pools;
+    #[pymodule_export]
+    use super::processor::instruction_sets;
     #[pymodule_export]
     use super::rules::{LayerRules, find_shortage};
 

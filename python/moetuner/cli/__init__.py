@@ -15,7 +15,6 @@ import click
 
 from moetuner import _interrupts
 from moetuner._checks import suggestion
-from moetuner._core import __version__
 from moetuner.cli import (
     advise,
     audit,
@@ -30,6 +29,7 @@ from moetuner.cli import (
     fit,
     inspect,
     plan,
+    release,
     report,
     show,
     solve,
@@ -92,11 +92,21 @@ Is it worth it? What does the engine load? Did the traffic move?
 @click.group(
     cls=Menu,
     help=HELP,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name="moetuner", message="%(prog)s %(version)s")
-def moetuner() -> None:
+@click.option("--version", is_flag=True, help="Show the version and exit.")
+@click.option("--json", "as_json", is_flag=True, help="With --version: all that a report needs.")
+@click.option("--self-test", is_flag=True, help="Compare this machine's answers with those stored.")
+@click.pass_context
+def moetuner(context: click.Context, version: bool, as_json: bool, self_test: bool) -> None:
     """Decide which GPU each expert of a Mixture-of-Experts model lives on."""
+    if version:
+        release.say_version(context, as_json)
+    elif as_json:
+        raise click.UsageError("--json before a command goes with --version.", context)
+    elif self_test:
+        release.check_answers(context)
 
 
 # A line at the end of each command's help, in the order of the menu.

@@ -1,0 +1,102 @@
+"""The table of answers that every machine gives, and what says whether this one does."""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from moetuner import selftest
+from moetuner.cli import main
+from moetuner.selftest import cases
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_answers_are_the_stored_ones(threads):
+    """Every case has a stored hash, which comes out on any number of threads."""
+    assert selftest.read_hashes().keys() == cases.CASES.keys()
+    assert selftest.find_differences(threads) == []
+
+
+def test_hashes_are_of_values_and_shapes():
+    """The width of a number does not count; a value and a shape do."""
+    one = np.arange(6, dtype=np.int32).reshape(2, 3)
+    expected = hashlib.sha256(b"(2, 3)" + one.astype("<i8").tobytes()).hexdigest()
+    assert expected.startswith(selftest.hash_of([one]))
+    assert selftest.hash_of([one]) == selftest.hash_of([one.astype(np.uint64)])
+    assert selftest.hash_of([one]) != selftest.hash_of([one.T.copy()])
+    assert selftest.hash_of([one]) != selftest.hash_of([one + 1])
+    with pytest.raises(TypeError, match="only whole numbers"):
+        selftest.hash_of([one / 2])
+
+
+def test_placements_answer_their_problem():
+    """Copies, devices, pins and lost ranks of the cases are in their answers."""
+    traffic = cases.Traffic()
+    pinned = cases.CASES["joint, traffic, pins"](traffic)[0]
+    assert (pinned[:, 3] == 0).any(axis=1).all()
+    assert not (pinned[0, 0] == 5).any()
+    survived = cases.CASES["joint, balance, survive"](traffic)[0]
+    holders = [[(row == expert).any(axis=1).sum() for expert in range(16)] for row in survived]
+    assert np.min(holders) >= 2
+    lost = cases.CASES["policy, a lost rank"](traffic)[0].reshape(8, 8, 10)
+    assert (lost[:, 3] == -1).all()
+    assert (lost[:, [0, 1, 2, 4, 5, 6, 7]] >= 0).all()
+
+
+def test_the_command_says_so_in_one_line(capsys):
+    """What it says is one line, with status 0."""
+    assert main(["--self-test"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith(f"self-test: all {len(cases.CASES)} answers are right (moetuner ")
+    assert said.out.count("\n") == 1
+
+
+def test_another_answer_is_named(monkeypatch, capsys):
+    """A hash that differs gives status 1 and the name of its case."""
+    stored = selftest.read_hashes()
+    name, other = list(stored)[:2]
+    monkeypatch.setattr(selftest, "read_hashes", lambda: stored | {name: stored[other]})
+    assert main(["--self-test"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"self-test: 1 of {len(stored)} answers differ: {name} (moetuner ")
+    assert said.count("\n") == 1
+
+
+def test_eight_threads_get_the_same_answers():
+    """Threads that count, solve and replay at once do not disturb each other."""
+    stored, found = selftest.read_hashes(), [None] * 8
+    start = threading.Barrier(len(found))
+
+    def work(place):
+        start.wait()
+        found[place] = selftest.compute_hashes(threads=1 + place % 2)
+
+    threads = [threading.Thread(target=work, args=[place]) for place in range(len(found))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [stored] * len(found)
+
+
+def test_the_version_as_json_has_what_a_report_asks_for(capsys):
+    """Versions, the processor's sets and what else is installed, and no path or name of a host."""
+    assert main(["--version", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert said["libraries"]["numpy"] == np.__version__
+    assert os.uname().nodename not in said.values()
+    assert isinstance(said["instruction_sets"], list)
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "demo"]])
+def test_json_before_a_command_is_refused(words, capsys):
+    """Alone it asks for nothing."""
+    assert main(words) == 2
+    expected = "moetuner: error: --json before a command goes with --version.\n"
+    assert capsys.readouterr().err == expected
