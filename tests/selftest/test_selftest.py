@@ -34,11 +34,11 @@ def test_hashes_are_of_values_and_shapes():
 
 
 def test_placements_answer_their_problem():
-    """Copies, devices, pins and lost ranks of the cases are in their answers."""
+    """Copies, bans and lost ranks of the cases are in their answers."""
     traffic = cases.Traffic()
-    pinned = cases.CASES["joint, traffic, pins"](traffic)[0]
-    assert (pinned[:, 3] == 0).any(axis=1).all()
-    assert not (pinned[0, 0] == 5).any()
+    banned = cases.CASES["joint, traffic, bans"](traffic)[0]
+    assert (banned[:, 3] == 0).any(axis=1).all()
+    assert not (banned[0, 0] == 5).any()
     survived = cases.CASES["joint, balance, survive"](traffic)[0]
     holders = [[(row == expert).any(axis=1).sum() for expert in range(16)] for row in survived]
     assert np.min(holders) >= 2
