@@ -75,9 +75,15 @@ def _asked(single: Problem, seed: int, budget: Budget) -> tuple[object, ...] | N
         return None
     left_out = ("statistics", "slots_per_device", "extra_slots", "fill_slots")
     values = [getattr(single, each.name) for each in fields(single) if each.name not in left_out]
-    settings = (tuple(each.items()) if isinstance(each, Mapping) else each for each in values)
     limits = (seed, budget.iterations, budget.effort)
-    return ("single", type(single), *settings, single.capacity.tobytes(), *limits)
+    return ("single", type(single), _frozen(values), single.capacity.tobytes(), *limits)
+
+
+def _frozen(value: object) -> object:
+    """Return a setting as a value that has a hash: rules may come as lists of lists."""
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def _has_spare_slots(run: Run) -> bool:
