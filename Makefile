@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 BASE   := $(VENV)/base.stamp
 TOOLS  := $(VENV)/tools.stamp
 SPHINX := $(VENV)/docs.stamp
+# Tools of a release are an environment of their own: they want other versions of what others want.
+UPLOAD := $(VENV)/release
 CORE   := python/moetuner/_core.abi3.so
 RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
 # What bench-peers compares with; one that is not to be had is left out.
@@ -18,11 +20,13 @@ unexport CONDA_PREFIX PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel clean
+.PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
+	test-sdist test-masked test-oldest \
+	test-threads check-wheels check-files deny audit release-check clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-12s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 $(BASE): pyproject.toml
 	@command -v cargo > /dev/null || { echo 'make: cargo not found; install Rust from https://rustup.rs' >&2; exit 1; }
@@ -44,6 +48,12 @@ $(SPHINX): $(BASE)
 $(CORE): $(BASE) $(RUST)
 	@echo 'building the core: about three minutes of one core, once'
 	PIP_QUIET=1 $(BIN)/maturin develop --release --quiet --extras report
+	@touch $@
+
+$(UPLOAD)/stamp: $(BASE)
+	test -x $(UPLOAD)/bin/python || $(PYTHON) -m venv $(UPLOAD)
+	$(UPLOAD)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(UPLOAD)/bin/python -m pip install --quiet --group build --group release
 	@touch $@
 
 setup: $(CORE) $(TOOLS)  ## make .venv with the package (editable) and the tools
@@ -87,6 +97,50 @@ docs: $(CORE) $(SPHINX)  ## build docs/_build/html, and stop at dead links and u
 wheel: $(BASE)  ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/maturin build --release --quiet --out dist
+
+wheels: $(UPLOAD)/stamp  ## build dist/*.whl for old glibc and musl, x86-64 and aarch64, as far as rustc has them
+	.ci/wheels.sh $(UPLOAD)/bin dist
+
+sdist: $(BASE)  ## build dist/*.tar.gz
+	$(BIN)/maturin sdist --quiet --out dist
+
+check-wheels: $(UPLOAD)/stamp  ## names, texts, C library and stable interface of what is in dist
+	.ci/check-wheels.sh $(UPLOAD)/bin dist/*
+
+check-files: $(UPLOAD)/stamp  ## workflows, Dockerfile and CITATION.cff, without the network
+	$(UPLOAD)/bin/zizmor --offline --quiet .github
+	@if command -v actionlint > /dev/null; then actionlint; \
+		else echo 'actionlint not found: go install github.com/rhysd/actionlint/cmd/actionlint@latest'; fi
+	$(UPLOAD)/bin/hadolint Dockerfile
+	$(UPLOAD)/bin/cffconvert --validate
+
+deny:  ## licenses, sources and advisories of the Rust crates
+	@if cargo deny --version > /dev/null 2>&1; then cargo deny --all-features check $(DENY); \
+		else echo 'cargo-deny not found: cargo install --locked cargo-deny'; fi
+
+audit: $(CORE) $(UPLOAD)/stamp  ## known faults of the Python packages that come along (network)
+	$(BIN)/python -m pip freeze --exclude-editable > build-requirements.txt
+	$(UPLOAD)/bin/pip-audit --requirement build-requirements.txt --no-deps --disable-pip; \
+		status=$$?; rm -f build-requirements.txt; exit $$status
+
+test-masked: $(CORE)  ## the self-test on emulated processors without AVX-512 and AVX2 (minutes)
+	.ci/masked.sh $(BIN)/python
+
+test-oldest: wheel  ## the wheel with the oldest dependencies that it allows
+	.ci/oldest.sh $(BIN)/python dist/*.whl
+
+test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
+	.ci/threads.sh $(PYTHON)
+
+test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use it
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/sdist dist/*.tar.gz
+	tests/wheel.sh $(BIN)/python build/sdist/*.whl
+
+release-check: check-files wheels sdist check-wheels  ## all of a release that needs no network: after make test
+	$(MAKE) deny DENY='--disable-fetch licenses bans sources'
+	tests/wheel.sh $(BIN)/python dist/*manylinux*_$$(uname -m).whl
+	$(MAKE) test-sdist test-masked
 
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl
