@@ -1,0 +1,78 @@
+"""What a release promises beside the code: one version, pinned workflows, and a short README."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moetuner as mt
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+
+
+def test_the_version_is_the_same_everywhere():
+    """Core, CITATION.cff and the newest heading of the changelog agree."""
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert citation[1] == mt.__version__
+    assert next(heading for heading in headings if heading != "Unreleased") == mt.__version__
+
+
+def test_the_distribution_says_what_it_is():
+    """Typed, for each Python that it supports, with its addresses."""
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    classifiers = about["classifiers"]
+    assert "Typing :: Typed" in classifiers
+    oldest = int(re.search(r"3\.(\d+)", about["requires-python"])[1])
+    versions = [f"Programming Language :: Python :: 3.{minor}" for minor in range(oldest, 15)]
+    assert [entry for entry in classifiers if re.search(r":: 3\.\d", entry)] == versions
+    assert about["urls"].keys() >= {"Repository", "Documentation", "Changelog", "Issues", "Paper"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned(path):
+    """An action is named by the hash of a commit, and its version stands beside it."""
+    uses = re.findall(r"uses: (.*)$", path.read_text(), re.MULTILINE)
+    assert uses
+    assert [use for use in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\S+", use)] == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_call_what_is_there(path):
+    """Targets of make and scripts that a workflow runs exist, and it may do nothing else."""
+    text = path.read_text()
+    named = re.findall(r"(?:run: |^ +)make (?:--directory \S+ )?([a-z -]+)", text, re.MULTILINE)
+    assert {target for line in named for target in line.split()} <= TARGETS
+    for script in re.findall(r"(?:\.ci|tests)/[\w-]+\.(?:sh|py)", text):
+        assert (ROOT / script).is_file(), script
+    assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
+
+
+def test_targets_call_scripts_that_are_there():
+    """Every script of `.ci` that the Makefile calls exists and may be run."""
+    called = set(re.findall(r"\.ci/[\w-]+\.sh", MAKEFILE))
+    assert len(called) >= 5
+    for script in called:
+        assert (ROOT / script).stat().st_mode & 0o111, script
+
+
+def test_the_oldest_dependencies_are_those_of_the_package(tmp_path):
+    """Each dependency with a lower bound is a constraint, of that version."""
+    command = [sys.executable, ROOT / ".ci" / "oldest.py", ROOT / "pyproject.toml"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    required = importlib.metadata.requires("moetuner")
+    plain = [entry for entry in required if "extra ==" not in entry]
+    bounds = [re.match(r"([\w-]+)[^>]*>=([\d.]+)", entry).groups() for entry in plain]
+    assert len(bounds) >= 4
+    assert {f"{name}=={version}" for name, version in bounds} <= set(said)
