@@ -77,7 +77,7 @@ INPUT is a recording of your model's routing, in one or more files:
   load table  tokens of every expert by layer and window, from the counters
               of an engine (EPLB, SGLang, TensorRT-LLM): enough to balance loads
 
-Is it worth it? What does the engine load? Did the traffic move?
+Does it pay? What does the engine load? Has the traffic changed?
 
 \b
   moetuner advise INPUT --devices 8

@@ -72,7 +72,7 @@ def command(
     A placement is computed from half of INPUT and judged on the other half, in windows of 512
     tokens (decode) and 8,192 (prefill) unless --window chooses; other splits show how far the gain
     varies. The answer is "worth a trial", "not now" or "not enough evidence", with reasons, what
-    copies of experts would bring, what moving costs, and the commands that come next.
+    copies of experts would gain, what moving costs, and the next commands.
 
     Parameters
     ----------
@@ -87,14 +87,15 @@ def command(
     price
         Smallest gain, as a share of the predicted time, that is worth a change.
     prefill_share
-        Share of the serving time that is prefill: placements are computed for it, and one gain is
-        told of prefill and decode together. [default: 0.2, and a gain for each]
+        Share of the serving time that is prefill: placements are computed for it, and the gain is
+        one figure for both. [default: 0.2, and a gain for each]
     splits
         Number of splits of INPUT into a seen and an unseen half.
     by_group
         Also evaluate, on each group of INPUT, a placement computed from all other groups.
     any_order
-        The order of INPUT is not the order of serving: groups were recorded one after the other.
+        The order of INPUT is not the order of serving, as when groups were recorded one after
+        another.
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
     """
@@ -279,9 +280,9 @@ def _write_step(advice: Advice) -> str:
     assert step is not None
     part = f"{100 * step.gain.gain:.1f} of {percent(main.gain.gain)}"
     if step.bytes is None:
-        return f"{step.experts:,} gain {part} (--move-budget {step.experts})"
+        return f"{step.experts:,} alone gain {part} (--move-budget {step.experts})"
     moved = f"{in_bytes(step.bytes)} ({counted(step.experts, 'expert')})"
-    return f"With {moved} moved: {part}, by solve --move-budget {step.bytes:g}"
+    return f"Moving {moved} alone gains {part} (solve --move-budget {step.bytes:g})"
 
 
 def next_commands(

@@ -27,7 +27,7 @@ def command(
     device: str | None = option(str, "DEVICE"),
     output: Output,
 ) -> None:
-    """Record which experts texts visit in a model.
+    """Record to which experts a model routes texts.
 
     MODEL is a folder that transformers can load, with its tokenizer, or a name on its hub. Needs
     torch and transformers.
@@ -37,11 +37,11 @@ def command(
     dataset
         Texts: one per line, or JSON lines with "text" and optionally "group".
     max_tokens
-        Tokens after which recording ends.
+        Stop after so many tokens.
     batch_size
-        Texts that run at once.
+        Texts in a batch.
     sequence_length
-        Tokens after which a text is cut.
+        Longest text, in tokens; longer ones are cut.
     dtype
         Type of the weights; auto keeps the type in which they are stored.
     device

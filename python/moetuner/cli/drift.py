@@ -61,10 +61,10 @@ def command(
     seed: int = options.seed_option(),
     output: Output,
 ) -> int:
-    """Check whether the traffic has left the profile of a placement.
+    """Check whether traffic has drifted from a placement's profile.
 
     INPUT is recent traffic. The loads of its experts are compared with those of the profile, and
-    with what chance makes of the two; then the placement is replayed on both.
+    the difference with what chance alone would give; then the placement is replayed on both.
 
     Parameters
     ----------
@@ -72,9 +72,9 @@ def command(
         What PLACEMENT was computed from: a trace, statistics or a load table; may be repeated.
         [default: the files in its settings]
     fail_if_drift
-        Exit with status 3 if the traffic has left the profile.
+        Exit with status 3 if the traffic has drifted from the profile.
     fail_if_worse
-        Exit with status 3 if it has, and the placement serves it worse by more than so many
+        Exit with status 3 if it has drifted, and the placement serves it worse by more than so many
         percent.
     """
     placed = Placed.read(placement_file, source, machine, serving)

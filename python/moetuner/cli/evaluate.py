@@ -41,7 +41,7 @@ def command(
     baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: Serving,
-    mixed_seed: int = option(click.IntRange(0, 2**63 - 1), default=0),
+    mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
@@ -51,7 +51,7 @@ def command(
     baseline_file
         The placement that runs. [default: contiguous]
     lost
-        Devices that are lost, such as 3,17: the replay is on those that are left.
+        Devices that are lost, such as 3,17; the placement is replayed on those that are left.
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
     """

@@ -126,12 +126,12 @@ def command(
     out_file
         File to write.
     check_file
-        Check a map that was written elsewhere, instead: say why an engine could not load it.
+        Check a map that another program wrote, instead: print why an engine could not load it.
     engine
-        Engine that loads the map to check, if its format is of several engines.
+        Engine that loads the map of --check, if several engines use its format.
     checkpoint
-        Checkpoint as transformers writes it, for engines that take a placement as one: --out is the
-        folder of the renumbered one.
+        Checkpoint of transformers, for engines that load a placement as a renumbered one; --out is
+        the folder to write that to.
     initial_file
         The running placement, for moves.
     """

@@ -50,7 +50,7 @@ def command(
     Parameters
     ----------
     model
-        Model whose sizes of experts are taken, such as qwen3-30b-a3b.
+        Model whose expert sizes are used, such as qwen3-30b-a3b.
     hidden, intermediate
         Hidden and intermediate size of an expert, instead of --model.
     experts

@@ -37,9 +37,9 @@ class Change:
     without
         Devices that are lost, such as 3,17: nothing can be read from them any more.
     retire
-        How many devices are to leave: those that few copies have to be brought for.
+        Number of devices to remove; those whose removal moves the fewest copies are chosen.
     join
-        How many devices come.
+        Number of devices to add.
     every_loss
         Plan the loss of every device, or node, instead, and write all plans to --table.
     """
@@ -94,10 +94,10 @@ def command(
     table_file: Path | None = option(options.OutFile(), "FILE"),
     output: Output,
 ) -> None:
-    """Plan which copies move when devices are lost, leave or come.
+    """Plan which copies move when devices are lost, removed or added.
 
     RUNNING is the placement that serves: moetuner's own, or a map in any format of "moetuner
-    export". Copies come where the loads of INPUT miss them least. What is written to --out is a
+    export". Copies go where they balance the loads of INPUT best. What is written to --out is a
     placement on the devices that serve, numbered anew, for "moetuner export"; --steps has the map
     by the numbers that devices have now, and the steps in an order in which no expert that is
     served loses its last copy.
@@ -105,8 +105,8 @@ def command(
     Parameters
     ----------
     more_copies
-        Copies that are brought at most beyond those that have to be. [default: none; with --with as
-        many as gain something]
+        Most copies to move beyond those that must move. [default: none; with --with as many as gain
+        something]
     expert_bytes
         Bytes of one expert of one layer. [default: of the model's experts, if known]
     out_file

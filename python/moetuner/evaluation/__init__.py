@@ -183,7 +183,7 @@ def evaluate(
     mixed_seed: int = 0,
     threads: int | None = None,
 ) -> Evaluation:
-    """CountsByOrder a placement.
+    """Replay a placement, and compute its figures.
 
     Parameters
     ----------

@@ -115,9 +115,9 @@ class Figure:
         What it is a mean over: windows that are steps count alike, or tokens do.
     label
         What a sentence calls it, "less ..."; figures that have one are compared.
-    title, regime, nothing
-        What a conclusion calls it, the regime in which it matters (None for all), and what is said
-        where a placement saves nothing of it.
+    title, regime, aspect
+        What a conclusion calls it, the regime in which it matters (None for all), and where there
+        is little to gain if a placement saves nothing of it.
     """
 
     column: str
@@ -130,7 +130,7 @@ class Figure:
     unit: str = ""
     title: str = ""
     regime: Regime | None = None
-    nothing: str = "nothing to win in traffic"
+    aspect: str = "in traffic between devices"
 
     def value(self, replay: CountsByOrder) -> float | None:
         """Compute the figure of what was counted; None where that does not tell it."""
@@ -291,13 +291,13 @@ FIGURES = {
         label="imbalance",
         unit=" x the mean",
         title="Busiest device",
-        nothing="nothing to balance",
+        aspect="in balance",
     ),
     "imbalance_mixed": Figure(
         "mixed",
         3,
-        "of windows of many sequences at once, more for a larger INPUT, so that inputs of "
-        "different size cannot be compared",
+        "in windows that mix many sequences; it grows with INPUT, so inputs of different size "
+        "cannot be compared",
         lambda replay: (
             None if replay.mixed is None else float(replay.imbalance(replay.mixed).mean())
         ),
@@ -345,7 +345,7 @@ FIGURES = {
         label="node fanout",
         title="Nodes that a token visits",
         regime="dispatch",
-        nothing="nothing to win between nodes",
+        aspect="in traffic between nodes",
     ),
     "slots_used": Figure(
         "slots",

@@ -70,7 +70,7 @@ class Problem(Frozen):
         Cap on max / mean device load in every layer, on the sum of all windows.
     objective
         What to minimise. time: predicted microseconds of a layer, as ``evaluate`` predicts them
-        (large problems are searched for a sum that comes near). balance: max / mean device load,
+        (the search of a large problem minimises an approximation). balance: max / mean device load,
         over windows. traffic: share of the traffic that leaves its device, under the cap. By
         default traffic if there is a cap, else time.
     cost_model
@@ -78,7 +78,8 @@ class Problem(Frozen):
         DeepSeek-V3 if INPUT's are unknown.
     split
         How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest (nearest,
-        SGLang), or in turns (round_robin, TensorRT-LLM).
+        SGLang), or in turns (round_robin, TensorRT-LLM); lp divides every window so that its
+        slowest device is fastest, for counts only.
     extra_slots
         Copies beyond one of each expert, over all layers, instead of slots per device. They go to
         the layers where they help most. Every device gets as many over all layers, or one more.
@@ -103,8 +104,8 @@ class Problem(Frozen):
     forbidden
         Keep the expert off the device: (layer, expert, device), with None or * for all layers.
     survive
-        Keep a copy of every expert outside every device, or every node, so that none is lost with
-        it; the busiest device after a loss counts too, as a tenth of the objective.
+        Keep copies of every expert on two devices, or on two nodes, so that losing one loses no
+        expert. A tenth of the objective is the load of the busiest device after a loss.
     fill_slots
         Leave no slot empty, as engines need it: copies of experts with few tokens fill slots in
         which no copy helps.

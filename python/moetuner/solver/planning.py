@@ -116,8 +116,8 @@ def plan(
     join
         How many devices come, with as many slots each as one has now.
     more_copies
-        Copies that are brought at most beyond those that have to be. By default none where devices
-        are lost or leave, and as many as gain something where devices come.
+        Most copies to move beyond those that must move. By default none where devices are lost or
+        leave, and as many as gain something where devices come.
     topology
         The machine of ``running``: devices of other speeds, and from where a copy comes soonest.
 

@@ -102,9 +102,9 @@ def collect(
     max_tokens
         Tokens after which to stop.
     batch_size
-        Texts that run at once.
+        Texts in a batch.
     sequence_length
-        Tokens after which a text is cut.
+        Longest text, in tokens; longer ones are cut.
     dtype
         Of the weights: one of "auto" (as they are stored), "float32", "bfloat16", "float16".
     device

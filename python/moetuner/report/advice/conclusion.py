@@ -365,11 +365,13 @@ def _write_gains(advice: Advice) -> list[str]:
         lines = [_write_phase(judged) for judged in ordered]
     if advice.over_eplb:
         lines.append(_write_over_eplb([advice.over_eplb[judged.window] for judged in ordered]))
-    nothing = _name_nothing(advice.main, advice.settings["price"], advice.settings["regime"])
+    aspects = _find_small(advice.main, advice.settings["price"], advice.settings["regime"])
     if len(advice.copies) > 1 and not _copies_pay(advice):
         slots = counted(max(row.per_device for row in advice.copies), "more slot")
-        nothing.append(f"nothing to win with copies (up to {slots} per device and layer)")
-    lines += ["; ".join(nothing)] * bool(nothing)
+        aspects.append(f"with copies (up to {slots} per device and layer)")
+    if aspects:
+        *others, last = aspects
+        lines.append(f"little to gain {', '.join(others)}{' or ' * bool(others)}{last}")
     if advice.by_group:
         lines.append(_write_each_group(advice))
     if _copies_pay(advice):
@@ -435,14 +437,14 @@ def _copies_pay(advice: Advice) -> bool:
     return bool(advice.knee or advice.more is not None or best > chosen.best + KNEE)
 
 
-def _name_nothing(judged: Judgement, price: float, regime: Regime) -> list[str]:
-    """Return in what there is nothing to win: balance, traffic."""
+def _find_small(judged: Judgement, price: float, regime: Regime) -> list[str]:
+    """Return in what the gain is below the price: balance, traffic."""
     gains: dict[str, list[float]] = {}
     for measure, figure in FIGURES.items():
         gain = judged.gains.get(measure)
         if gain is not None and figure.title and figure.regime in (None, regime):
-            gains.setdefault(figure.nothing, []).append(gain.gain)
-    return [nothing for nothing, values in gains.items() if max(map(abs, values)) < price]
+            gains.setdefault(figure.aspect, []).append(gain.gain)
+    return [aspect for aspect, values in gains.items() if max(map(abs, values)) < price]
 
 
 def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
