@@ -127,6 +127,18 @@ def survive(folder: Path) -> dict[str, object]:
     return {}
 
 
+def memra(folder: Path) -> dict[str, object]:
+    """Give what memra's router logs: a line for every layer of a forward pass."""
+    recorded = mt.RoutingTrace.load(BUNDLED)
+    with (folder / "trace.txt").open("w") as file:
+        for first in range(0, 1024, 64):
+            ids = recorded.expert_ids[first : first + 64]
+            for layer in range(recorded.layers):
+                chosen = ",".join(map(str, ids[:, layer].ravel()))
+                file.write(f"{layer} {len(ids)} {chosen}\n")
+    return {}
+
+
 def vllm(folder: Path) -> dict[str, object]:
     """Give responses, and a model with a placement of its own that has no copies."""
     responses(folder / "routed.jsonl", trace(48, 128, 256))
@@ -223,6 +235,7 @@ GIVEN = {
     "docs/engines/vllm.md": vllm,
     "docs/engines/sglang.md": sglang,
     "docs/engines/ktransformers.md": survive,
+    "docs/engines/memra.md": memra,
     "docs/engines/tensorrt_llm.md": tensorrt_llm,
     "docs/engines/vllm_ascend.md": vllm_ascend,
     "docs/engines/megatron.md": megatron,

@@ -1,6 +1,7 @@
 """What is wrong with a file of an engine, a table or a map: one line names file, place and rule."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ STEPS = [(10 + step, layer) for step in range(3) for layer in (3, 4)]
 LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
+DUMP = struct.pack("<BBHfHf", 1, 2, 0, 0.5, 1, 0.5) * 2
 ROUTE = "# route_trace v1\nturn,step,layer,slot,expert\n"
 W2 = "blk.2.ffn_down_exps.weight.counts"
 HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
@@ -149,6 +151,21 @@ def tokenspeed(folder, *changes):
         fields = {"logical_count": np.ones((2, 4), int), "ep_rank": rank, "ep_size": len(changes)}
         save_torch(folder / f"1-TP{rank}.expert-load.pt", fields | change)
     return mt.open_input(folder, reader="tokenspeed")
+
+
+def memra(folder, content):
+    path = folder / "trace.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return mt.open_input(path, num_experts=8, reader="memra")
+
+
+def memra_map(folder, change):
+    path = folder / "map.json"
+    mt.write_placement(mt.Placement([[[0, 1], [2, 3]]] * 2), "memra", path, dense_layers=())
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    return mt.read_placement(path, form="memra")
 
 
 def imatrix(folder, *changes):
@@ -326,6 +343,26 @@ csv | ROUTE[:17] + "# n_expert=9\n" + ROUTE[17:] + "0,0,0,0,1\n" | num_experts m
 csv | "-1,0,1,2\n-1,1,2\n" | must have rows of integers: the number of columns changed
 csv | "-1,0,1\n0,0,1.5\n" | must have rows of integers
 csv | "-1,0,1\n-1,0,2\n" | token -1 must have choice 0 in layer 0 once, got it twice
+memra | "1 1 0,1\n2 1 0,\n" | line 2: must be <layer> <t> <id,id,...>, got '2 1 0,'
+memra | "1 1 0,1\n2 1 0 1\n" | line 2: must be <layer> <t> <id,id,...>
+memra | "1 1 0,1\n2 1 0,1,2\n" | line 2: must have 2 ids for each of its 1 tokens, got 3
+memra | "1 0 0,1\n" | line 1: must have 2 ids for each of its 0 tokens, got 2
+memra | "1 3 0,1\n" | line 1: must have 0 ids for each of its 3 tokens, got 2
+memra | "1 1 0,1\n1 1 0,9\n" | expert id 9 is not below num_experts 8
+memra | "1 1 0,1\n1 1 2,2\n" | expert id 2 appears twice
+memra | "1 1 0,70000\n" | expert must be below 65536, got 70000
+memra | "70000 1 0,1\n" | layer must be below
+memra | "65535 1 0,1\n" | must have at least one token, got none
+memra | "1 1 0,1\n2 1 0,1\n1 1 0,1\n1 1 0,1\n2 1 0,1\n1 1 0,1\n2 1 0,1\n" | forward pass 1 must have
+memra | "1 1 0,1\n2 2 0,1,0,1\n" | forward pass 0 must have as many tokens in layer 2 as in layer 1
+memra | DUMP + b"\1\3" + DUMP[2:] | record 2: must choose 2 experts like the first, got 3
+memra_map | lambda f: f.update(ranks=9) | ranks must be from 1 to 4, got 9
+memra_map | lambda f: f.update(ranks=1) | layer 0: ranks must be below 1, got 1
+memra_map | lambda f: f.update(format="x") | format must be memra-ep-map-v1
+memra_map | lambda f: f.update(layers=[]) | layers must be a list of layers
+memra_map | lambda f: f.update(layers=f["layers"][:1] * 2) | layers must be there once each
+memra_map | lambda f: f["layers"][1].update(assignment=[0]) | layer 1: assignment must have 4 ranks
+memra_map | lambda f: f["layers"][1].update(assignment=[0, 1, 0, 0.5]) | layer 1: ranks must be
 imatrix | {"kind": "model"} | must be an importance matrix of llama-imatrix, got a file of type 'mod
 imatrix | {"load": []} | got none: of a model without experts
 imatrix | {"load": [[1], [2]]} | must have counts of experts, got 1

@@ -21,7 +21,7 @@ STATISTICS = mt.RoutingStatistics.from_load(np.random.default_rng(0).integers(1,
 def test_an_engine_can_load_it(tmp_path, engine, method):
     """Placements of problems with an engine's settings break none of its constraints."""
     spare = {"slots_per_device": 4} if ENGINES[engine].may_copy else {}
-    topology = mt.Topology(4)
+    topology = mt.Topology(ENGINES[engine].devices or 4)
     actual = mt.engine_settings(engine, STATISTICS, topology, **spare)
     problem = mt.Problem(STATISTICS, topology, objective="balance", **actual)
     result = mt.solve(problem, method, iterations=200)
@@ -36,13 +36,14 @@ def test_facts():
     """The regime of all; the splits that engines have."""
     splits = {"vllm": "even", "sglang": "nearest", "tensorrt-llm": "round_robin"}
     for engine in ENGINES:
-        actual = mt.engine_settings(engine, STATISTICS, mt.Topology(4))
+        devices = ENGINES[engine].devices or 4
+        actual = mt.engine_settings(engine, STATISTICS, mt.Topology(devices))
         assert actual["regime"] == "dispatch"
         assert actual["split"] == splits.get(engine, "even")
         serves = engine not in ("megatron", "deepspeed", "transformers")
         assert actual["arrival"] == ("mixed" if serves else "bursts")
-        assert actual["fill_slots"] is serves
-        assert actual["slots_per_device"] == 3
+        assert actual["fill_slots"] is (serves and engine != "memra")
+        assert actual["slots_per_device"] == 12 // devices
 
 
 def test_slots_over_all_layers():

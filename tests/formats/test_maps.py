@@ -16,8 +16,8 @@ from moetuner.formats.hints import Hints
 from moetuner.formats.layout import Layout, faults
 from moetuner.report.recording import doubts
 
-# omni-infer's pattern knows no order of slots; it has tests of its own below.
-READ = sorted(name for name in WRITERS if name != "omni-infer")
+# omni-infer's pattern and memra's map know no order of slots; they have tests of their own.
+READ = sorted(name for name in WRITERS if name not in ("omni-infer", "memra"))
 
 
 def path_of(folder, name):

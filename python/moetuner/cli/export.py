@@ -43,7 +43,7 @@ from moetuner.topology import Topology
 
 MOVES, KTRANSFORMERS = "moves", "ktransformers"
 # Engines that take a placement as a checkpoint whose experts are in its order.
-RENUMBERING = tuple(name for name, engine in ENGINES.items() if not engine.may_copy)
+RENUMBERING = tuple(name for name, engine in ENGINES.items() if engine.renumbers)
 FORMS = "\n\n".join(
     f"{name}: {writer.title}, {' or '.join(writer.suffixes)}." for name, writer in WRITERS.items()
 )
@@ -169,7 +169,10 @@ def command(
                     'as engines have none; "moetuner solve --fill-slots" chooses them by their load'
                 )
             write_placement(placement, form, out_file, hints)
-            if form == "tensorrt-llm" and (hints.hidden_layers, hints.dense_layers) == (None, None):
+            if WRITERS[form].hints == ("dense_layers",) and (
+                hints.hidden_layers,
+                hints.dense_layers,
+            ) == (None, None):
                 output.say(
                     "layers are numbered from 0; if the model has dense ones, --dense-layers "
                     "names them"

@@ -24,6 +24,7 @@ from moetuner.formats import (
     llama_traces,
     loads,
     megatron,
+    memra,
     omni_infer,
     own,
     sglang,
@@ -110,6 +111,7 @@ READERS: dict[str, Reader] = {
         llama_cpp.read,
         llama_cpp.CAUTION,
     ),
+    "memra": Reader("traces of memra's router", memra.recognises, memra.read, memra.CAUTION),
     "arrow": Reader("Parquet or Arrow", arrow.recognises, partial(read_tables, arrow.open_table)),
     "csv": Reader(
         "CSV with columns layer and expert", csv.recognises, partial(read_tables, csv.open_table)
@@ -140,6 +142,7 @@ WRITERS: dict[str, Writer] = {
     "vllm-ascend": Writer(
         "the JSON of vllm-ascend's expert_map_path", (".json",), vllm_ascend, "vllm-ascend"
     ),
+    "memra": Writer("memra's MEMRA_EP_MAP", (".json",), memra, "memra", ("dense_layers",)),
     "omni-infer": Writer("the pattern of omni-infer's placement", (".npy",), omni_infer),
 }
 
@@ -173,7 +176,7 @@ def serving_commands(
     if capabilities.serve:
         line = capabilities.serve.format(devices=devices, redundant=redundant)
         commands.append(line.replace("placement.json", file))
-    if not capabilities.may_copy:
+    if capabilities.renumbers:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands
 

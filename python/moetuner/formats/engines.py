@@ -34,8 +34,12 @@ class Engine:
     arrival
         How traffic arrives: mixed where requests are served, as recorded in training.
     may_copy
-        Whether an expert may have several slots in a layer. If not, experts are renumbered in the
-        checkpoint, and groups of the router must stay whole.
+        Whether an expert may have several slots in a layer.
+    renumbers
+        Whether experts are renumbered in the checkpoint, as it has no file for a placement. Groups
+        of the router must then stay whole.
+    devices
+        The only number of devices that it serves on; None for any.
     repeated
         What it does with two of them on one device; empty where it serves both.
     has_low_latency
@@ -56,6 +60,8 @@ class Engine:
     how_split: str = ""
     arrival: Literal["bursts", "mixed"] = "mixed"
     may_copy: bool = True
+    renumbers: bool = False
+    devices: int | None = None
     repeated: str = ""
     has_low_latency: bool = False
     serve: str = ""
@@ -116,15 +122,23 @@ ENGINES: dict[str, Engine] = {
         repeated="refuses it",
         go_back="start vLLM without expert_map_path",
     ),
+    "memra": Engine(
+        "memra",
+        may_copy=False,
+        devices=2,
+        go_back="start memra without MEMRA_EP_MAP",
+        records_by="MEMRA_MOE_TRACE",
+    ),
     "megatron": Engine(
         "Megatron-Core",
         arrival="bursts",
         may_copy=False,
+        renumbers=True,
         records_by="--moe-routing-trace-path",
         record="torchrun pretrain_gpt.py ... --moe-routing-trace-path MORE",
     ),
-    "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False),
-    "transformers": Engine("transformers", arrival="bursts", may_copy=False),
+    "deepspeed": Engine("DeepSpeed", arrival="bursts", may_copy=False, renumbers=True),
+    "transformers": Engine("transformers", arrival="bursts", may_copy=False, renumbers=True),
 }
 
 
@@ -166,8 +180,8 @@ def engine_settings(
     Parameters
     ----------
     engine
-        ``vllm``, ``sglang``, ``tensorrt-llm``, ``vllm-ascend``, ``megatron``, ``deepspeed`` or
-        ``transformers``.
+        ``vllm``, ``sglang``, ``tensorrt-llm``, ``vllm-ascend``, ``memra``, ``megatron``,
+        ``deepspeed`` or ``transformers``.
     statistics, topology
         Those of the problem.
     slots_per_device
@@ -197,6 +211,12 @@ def engine_settings(
     instance("statistics", statistics, RoutingStatistics)
     instance("topology", topology, Topology)
     capabilities = ENGINES[engine]
+    if capabilities.devices not in (None, topology.devices):
+        raise ArgumentError(
+            f"devices must be {capabilities.devices} for {capabilities.title}, "
+            f"got {topology.devices}",
+            "devices",
+        )
     settings: dict[str, Any] = {
         "regime": "dispatch",  # tokens fan out from their home device and come back, in all of them
         "split": capabilities.split,
@@ -206,7 +226,7 @@ def engine_settings(
         ),
         "fill_slots": capabilities.may_copy,
     }
-    if router_groups is not None and not capabilities.may_copy:
+    if router_groups is not None and capabilities.renumbers:
         if topology.devices % whole_number("router_groups", router_groups):
             raise ArgumentError(
                 f"router_groups must divide {topology.devices} devices, got {router_groups}: with "

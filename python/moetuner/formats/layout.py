@@ -160,6 +160,8 @@ def _device_faults(layout: Layout, engine: Engine | None, hints: Hints) -> list[
         return [f"must be for {hints.devices} devices, got {layout.devices}"]
     if devices is None:
         return []
+    if engine is not None and engine.devices not in (None, devices):
+        return [f"must be for {engine.devices} devices, as {engine.title} loads it, got {devices}"]
     if slots % devices:
         fit = [n for n in (slots // devices * devices, -(-slots // devices) * devices) if n]
         return [

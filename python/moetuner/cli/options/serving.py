@@ -261,7 +261,7 @@ class ProblemOptions(Serving):
         if self.engine is None:
             raise click.UsageError("'--router-groups' needs '--for', the engine.")
         engine = ENGINES[self.engine]
-        if self.router_groups is not None and engine.may_copy:
+        if self.router_groups is not None and not engine.renumbers:
             raise click.UsageError(
                 f"'--router-groups' is for engines that renumber experts in the checkpoint; "
                 f"{engine.title} does not, and its groups may be divided."

@@ -1,0 +1,126 @@
+"""memra's traces, of text and binary, and its map of experts to two cards."""
+
+import json
+
+import numpy as np
+import pytest
+from engines_files import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.formats import WRITERS, cautions, form_of, reader_of, write_placement
+from moetuner.formats.hints import Hints
+from moetuner.formats.layout import faults
+
+FOLDER = GOLDEN / "memra"
+HALVES = mt.Placement([[[0, 3], [1, 2]], [[0, 1], [2, 3]]])
+
+
+def truth():
+    with np.load(FOLDER / "truth.npz") as arrays:
+        return arrays["ids"]
+
+
+@pytest.mark.parametrize("name", ["trace.txt", "weights.txt", "selected.bin"])
+def test_traces(name):
+    """Tokens of all passes, in order, best expert first, without the draft head."""
+    path = FOLDER / name
+    assert reader_of(path) == "memra"
+    trace = mt.open_input(path, num_experts=16)
+    assert np.array_equal(trace.expert_ids, truth())
+    assert "names no requests" in cautions([path])[0]
+
+
+@pytest.mark.parametrize(("name", "bytes_left_out"), [("trace.txt", 9), ("selected.bin", 7)])
+def test_a_pass_that_is_cut_off_is_left_out(tmp_path, name, bytes_left_out):
+    """So is what was being written when memra ended; the others are whole."""
+    content = (FOLDER / name).read_bytes()
+    end = content.rfind(b"65535") - bytes_left_out if name == "trace.txt" else -bytes_left_out
+    path = tmp_path / name
+    path.write_bytes(content[:end])
+    assert np.array_equal(mt.open_input(path, num_experts=16).expert_ids, truth()[:-1])
+
+
+def test_files_follow_one_another():
+    """Two traces, of different kinds, are one."""
+    trace = mt.open_input([FOLDER / "trace.txt", FOLDER / "selected.bin"], num_experts=16)
+    assert np.array_equal(trace.expert_ids, np.concatenate([truth(), truth()]))
+
+
+def test_a_long_first_line_is_recognised(tmp_path):
+    """Of a prompt of many thousand tokens a line is longer than what is looked at."""
+    ids = np.argsort(np.random.default_rng(0).random((20_000, 2, 8)), axis=2)[:, :, :3]
+    path = tmp_path / "t.txt"
+    path.write_text(
+        "".join(f"{at} {len(ids)} {','.join(map(str, ids[:, at].ravel()))}\n" for at in range(2))
+    )
+    assert reader_of(path) == "memra"
+    assert np.array_equal(mt.open_input(path, num_experts=8).expert_ids, ids)
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 4), st.integers(1, 5))
+def test_maps_come_back(tmp_path_factory, seed, layers, half):
+    """Every expert is on the card that was written, in the layers of the model."""
+    experts = 2 * half
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(experts), (layers, 1)), axis=1)
+    placement = mt.Placement(order.reshape(layers, 2, half), num_experts=experts)
+    path = tmp_path_factory.getbasetemp() / "map.json"
+    write_placement(placement, "memra", path, dense_layers=[0])
+    assert form_of(path) == "memra"
+    assert np.array_equal(mt.read_placement(path).device_of, placement.device_of)
+    layout = WRITERS["memra"].module.read_map(path, Hints())
+    assert layout.layers == tuple(range(1, layers + 1))
+    assert faults(layout, "memra", Hints(num_experts=experts, devices=2)) == []
+
+
+def test_the_map_is_as_memras_loader_reads_it(tmp_path):
+    """The fields that its reader looks at, and no other value of them."""
+    path = tmp_path / "map.json"
+    write_placement(HALVES, "memra", path, dense_layers=[1])
+    fields = json.loads(path.read_text())
+    about = {name: fields[name] for name in ("format", "ranks", "entry_rank", "expert_count")}
+    assert about == {"format": "memra-ep-map-v1", "ranks": 2, "entry_rank": 0, "expert_count": 4}
+    rows = {layer["layer"]: layer["assignment"] for layer in fields["layers"]}
+    assert rows == {0: [0, 1, 1, 0], 2: [0, 0, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        ([[[0, 1], [2, 3], [4, 5], [6, 7]]], "must be for 2 devices, as memra loads it, got 4"),
+        ([[[0, 1, 2], [2, 3, 0]]], "must have 4 slots, as memra has no copies, got 6"),
+        ([[[0, 1, 2], [3, -1, -1]]], "slot 1 is empty"),
+    ],
+)
+def test_what_the_map_cannot_say_is_refused(tmp_path, slots, words):
+    """Other ranks than two, an expert on both cards, and uneven halves."""
+    path = tmp_path / "map.json"
+    with pytest.raises(ValueError, match=words):
+        write_placement(mt.Placement(slots), "memra", path, dense_layers=[])
+    assert not path.exists()
+
+
+def test_a_map_of_uneven_halves_is_named(run, tmp_path):
+    """And a rank of entry that the loaders do not take."""
+    path = tmp_path / "map.json"
+    fields = {"format": "memra-ep-map-v1", "ranks": 2, "entry_rank": 1, "expert_count": 4}
+    fields["layers"] = [{"layer": 3, "assignment": [0, 0, 0, 1]}]
+    path.write_text(json.dumps(fields))
+    status, out, _ = run("export", "--check", path)
+    assert status == 2
+    assert "- entry_rank must be 0 for its loaders, got 1" in out
+    assert "- layer 3, device 1: slot 1 is empty" in out
+
+
+def test_for_memra_is_for_two_cards(run, ok, make_trace, tmp_path):
+    """A placement computed for it is one that the map can say; other numbers are refused."""
+    trace, placement, out = (tmp_path / name for name in ("t.safetensors", "p.json", "m.json"))
+    make_trace().save(trace)
+    options = ("--for", "memra", "--max-imbalance", "1.5", "--method", "lpt", "--out", placement)
+    ok("solve", trace, "--devices", 2, *options)
+    ok("export", placement, "--to", "memra", "--dense-layers", "none", "--out", out)
+    assert np.array_equal(mt.read_placement(out).device_of, mt.Placement.load(placement).device_of)
+    status, _, err = run("solve", trace, "--devices", 4, *options)
+    assert status == 2
+    assert "must be 2 for memra, got 4" in err
