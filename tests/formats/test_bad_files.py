@@ -153,6 +153,12 @@ def tokenspeed(folder, *changes):
     return mt.open_input(folder, reader="tokenspeed")
 
 
+def fastdeploy(folder, *answers):
+    good = {"code": 0, "msg": "ok", "data": [[[1, 2]]]}
+    (folder / "a.json").write_text("\n".join(json.dumps(good | fields) for fields in answers))
+    return mt.open_input(folder / "a.json", reader="fastdeploy")
+
+
 def memra(folder, content):
     path = folder / "trace.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -343,6 +349,16 @@ csv | ROUTE[:17] + "# n_expert=9\n" + ROUTE[17:] + "0,0,0,0,1\n" | num_experts m
 csv | "-1,0,1,2\n-1,1,2\n" | must have rows of integers: the number of columns changed
 csv | "-1,0,1\n0,0,1.5\n" | must have rows of integers
 csv | "-1,0,1\n-1,0,2\n" | token -1 must have choice 0 in layer 0 once, got it twice
+fastdeploy | {"data": []} | response 0: must have code 0 and data by rank, got []
+fastdeploy | {"data": [[1, 2]]} | rank 0: counts must be [layers, experts], got [2]
+fastdeploy | {"data": [[[1, 2], [3]]]} | response 0: rank 0: counts must
+fastdeploy | {"data": [[[1, 0.5]]]} | must be whole numbers of tokens
+fastdeploy | {"data": [[[1, -1]]]} | must be counts from 0 to 2**48
+fastdeploy | {"data": [[["a", "b"]]]} | response 0: rank 0: counts must be
+fastdeploy | {"data": [[[1, 2]], [[1, 2, 3]]]} | rank 1: counts must be [1, 2] like those before
+fastdeploy | {}, {"data": [[[1, 2]] * 2]} | must have layers and experts of the answers before
+fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have code 0 and data by
+fastdeploy | {"data": [[[0, 0]]]} | every count is zero
 memra | "1 1 0,1\n2 1 0,\n" | line 2: must be <layer> <t> <id,id,...>, got '2 1 0,'
 memra | "1 1 0,1\n2 1 0 1\n" | line 2: must be <layer> <t> <id,id,...>
 memra | "1 1 0,1\n2 1 0,1,2\n" | line 2: must have 2 ids for each of its 1 tokens, got 3

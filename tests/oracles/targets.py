@@ -112,6 +112,7 @@ TABLES = {
             "p2l_map": [[*range(8)]] * 3,
         }
     ),
+    "table, fastdeploy": json.dumps({"code": 0, "msg": "ok", "data": LOAD.tolist()}),
     "table, scrape": "# TYPE moe_tokens counter\n"
     + "\n".join(
         f'moe_tokens{{layer="{at}",expert="{e}"}} {LOAD[0, at, e]}'

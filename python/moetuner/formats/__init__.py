@@ -20,6 +20,7 @@ from moetuner.formats import (
     csv,
     deepspeed,
     eplb,
+    fastdeploy,
     llama_cpp,
     llama_traces,
     loads,
@@ -98,6 +99,11 @@ READERS: dict[str, Reader] = {
     ),
     "tensorrt-llm": Reader(
         "TensorRT-LLM's expert statistics", tensorrt_llm.recognises, tensorrt_llm.read
+    ),
+    "fastdeploy": Reader(
+        "FastDeploy's tokens per expert, answers of its server",
+        fastdeploy.recognises,
+        fastdeploy.read,
     ),
     "deepspeed": Reader(
         "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read

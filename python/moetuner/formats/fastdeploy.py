@@ -1,0 +1,76 @@
+"""FastDeploy: tokens by expert, as ``POST /get_per_expert_tokens_stats`` answers with them.
+
+An answer is ``{"code": 0, "msg": "ok", "data": [ranks][hidden layers][experts]}``: logical experts,
+as each rank of a server has counted its own tokens (``engine_client.py``; its balancer adds them
+up, of all servers). Answers are windows, in one file or several: with ``clear_stat`` each counts
+what came after the one before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetuner._checks import array_in, shown
+from moetuner.files import naming
+from moetuner.formats.counts import add_up, counts_in, statistics_of
+from moetuner.formats.hints import Hints
+from moetuner.formats.records import MARK, head, looks_like_json, records
+from moetuner.formats.sources import files_in
+from moetuner.statistics import RoutingStatistics
+
+BEGIN = re.compile(
+    r"\s*\[?\s*\{\s*\"code\"\s*:\s*\d+\s*,\s*\"msg\"\s*:\s*\"[^\"]{0,200}\"\s*(,\s*\"data\"\s*:\s*\[|\})"
+)
+
+
+def recognises(path: Path) -> bool:
+    """Whether a file begins with an answer, be it of counts or of what forbids them."""
+    start = head(path, 1 << 12)
+    text = start.decode("latin-1").removeprefix(MARK)
+    return looks_like_json(start) and BEGIN.match(text) is not None
+
+
+def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
+    """Read answers as windows."""
+    windows: list[NDArray[np.int64]] = []
+    files = files_in(paths)
+    for path in files:
+        with naming(path):
+            for window in _answers(path):
+                if windows and window.shape != windows[0].shape:
+                    raise ValueError(
+                        f"must have layers and experts of the answers before, "
+                        f"{list(windows[0].shape)}, got {list(window.shape)}"
+                    )
+                windows.append(window)
+    with naming((files or paths)[0]):
+        if not windows:
+            raise ValueError("must hold at least one answer, got none")
+        load = np.stack(windows)
+        return statistics_of(load, hints, hints.moe_layers(load.shape[1]))
+
+
+def _answers(path: Path) -> Iterator[NDArray[np.int64]]:
+    """Read the answers of a file, each added up over ranks [hidden,E]."""
+    for where, fields in records(path):
+        with naming(where):
+            data: Any = fields.get("data")
+            if fields.get("code") != 0 or not isinstance(data, list) or not data:
+                got = shown(fields.get("msg")) if data is None else shown(data)
+                raise ValueError(f"must have code 0 and data by rank, got {got}")
+            total: Any = None
+            for rank, table in enumerate(data):
+                with naming(f"rank {rank}"):
+                    counts = counts_in("counts", array_in("counts", table))
+                    if counts.ndim != 2 or 0 in counts.shape:
+                        raise ValueError(
+                            f"counts must be [layers, experts], got {list(counts.shape)}"
+                        )
+                    total = add_up(total, counts)
+            yield total
