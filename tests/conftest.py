@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import is_broken_promise, lines_of, skipped_without_browser
 from hypothesis import HealthCheck, settings
 
 import moetuner as mt
@@ -28,6 +29,23 @@ collect_ignore = ["engines"]
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell starts what runs in the background deaf to Ctrl-C, which many tests send.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which tests a browser would have run, and how to get one."""
+    names = skipped_without_browser(terminalreporter.stats.get("skipped", []))
+    for line in lines_of(names):
+        terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session):
+    """Fail a run that skipped tests for want of a browser where there should be one."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and is_broken_promise(
+        skipped_without_browser(reporter.stats.get("skipped", []))
+    ):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

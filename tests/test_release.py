@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browsers import ADVICE, PROMISED
 
 import moetuner as mt
 
@@ -76,3 +77,15 @@ def test_the_oldest_dependencies_are_those_of_the_package(tmp_path):
     bounds = [re.match(r"([\w-]+)[^>]*>=([\d.]+)", entry).groups() for entry in plain]
     assert len(bounds) >= 4
     assert {f"{name}=={version}" for name, version in bounds} <= set(said)
+
+
+def test_tests_without_a_browser_say_how_to_get_one(tmp_path):
+    """Each is named, with what to install; where a browser is promised, the run fails."""
+    name = "tests/report/test_page.py::test_printed_at_once_is_printed_later"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
+    # Nothing is found there, neither programs nor Playwright's.
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), PROMISED: "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert f"1 tests were skipped for want of a browser; to get one: {ADVICE}" in done.stdout
+    assert f"\n  {name}\n" in done.stdout
+    assert done.returncode == 1, done.stdout + done.stderr

@@ -7,9 +7,11 @@ import re
 import shutil
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import NO_BROWSER
 
 import moetuner as mt
 from moetuner.placement import contiguous as blocks_of
@@ -247,7 +249,17 @@ def test_a_large_model_stays_small():
     assert len(page.render(made).encode()) < 3_000_000
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+def find_browser():
+    """Return a Chromium of the system, or that of Playwright; None if there is neither."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    cached = Path.home() / ".cache" / "ms-playwright"
+    return next(map(str, sorted(cached.glob("chromium-*/chrome-linux*/chrome"))), None)
+
+
+BROWSER = find_browser()
+NEEDS_BROWSER = pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -266,7 +278,7 @@ def test_what_is_missing_is_named(monkeypatch):
         figures.check_figures()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@NEEDS_BROWSER
 @pytest.mark.filterwarnings("ignore")
 def test_figures_are_the_charts_of_the_page(made, tmp_path):
     """One SVG for each chart, heat maps as images in it; the names are those of the page."""
@@ -366,7 +378,7 @@ def opened(context, file):
     return tab
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@NEEDS_BROWSER
 @pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1280)])
 def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme, width):
     """No violation of axe's rules in either scheme; paper holds all charts, whole and light."""
@@ -405,7 +417,7 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
         browser.close()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@NEEDS_BROWSER
 @pytest.mark.parametrize("width", [320, 390, 700, 1280])
 def test_no_option_is_broken(made, tmp_path, width):
     """An option stands on one line, in commands and in sentences, whatever surrounds it."""
@@ -445,7 +457,7 @@ def test_no_option_is_broken(made, tmp_path, width):
         browser.close()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@NEEDS_BROWSER
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("is_large", [False, True])
 def test_axes_are_whole(made, tmp_path, width, is_large):
@@ -484,7 +496,7 @@ def test_axes_are_whole(made, tmp_path, width, is_large):
     assert cut == []
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@NEEDS_BROWSER
 def test_printed_at_once_is_printed_later(made, tmp_path):
     """Who prints before anything is drawn gets what they get who wait: every chart."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -504,7 +516,7 @@ def test_printed_at_once_is_printed_later(made, tmp_path):
     assert marks[0] == marks[1]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@NEEDS_BROWSER
 def test_a_reader_sees_what_numpy_says(made, tmp_path):
     """Pixels of heat maps are their cells, hovering tells a cell, tables are the JSON's rows."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
