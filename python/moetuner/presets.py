@@ -4,6 +4,7 @@ Bandwidths are bytes per second and direction of one device's port, from vendors
 of what is advertised where both directions were added up. What a transport reaches is less, but all
 tiers lose alike, so the ratios that a placement depends on hold. Latencies are those that NCCL
 plans with for its fastest protocol (`hwLat` in its tuning code, rounded): what a first byte takes.
+Islands of PCIe cards have bandwidths that were measured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 NVLINK_LATENCY = 0.6e-6
 PCIE_LATENCY = 1.0e-6
+# Measured where the driver lets no card write to another: the pages of the islands below say where.
+HOST_LATENCY = 14e-6
 NETWORK_LATENCY = 5.0e-6
 
 
@@ -48,6 +51,20 @@ MACHINES = {
     # direction. Four GPUs and 100 Gbit/s Ethernet for each two, eight GPUs and 400 Gbit/s each.
     "pcie4-box4-eth100": MachinePreset(4, 31.5e9, 6.25e9, PCIE_LATENCY),
     "pcie5-box8-ib400": MachinePreset(8, 63e9, 50e9, PCIE_LATENCY),
+    # Islands: cards on one PCIe root and no network. The roots of two sockets are two nodes, so
+    # "pcie5-island4:2" is eight cards on two roots. Measured by others, in what a card gets when
+    # all read from all at once: RTX PRO 6000 on PCIe 5 x16, voipmonitor/rtx6kpro at 070506f,
+    # hardware/pcie-bandwidth.md. A pair alone 54 GB/s, across sockets 64 GB/s both ways; four on a
+    # root 129.7 GB/s together; eight on one root with switches 191.8. Eight on two roots reach
+    # 173.1 together, of which four peers in seven are across: 12.4 a card. Sixteen on two roots
+    # nobody has measured: as eight.
+    "pcie5-island2": MachinePreset(2, 54e9, 32e9, PCIE_LATENCY, PCIE_LATENCY),
+    "pcie5-island4": MachinePreset(4, 32.4e9, 12.4e9, PCIE_LATENCY, PCIE_LATENCY),
+    "pcie5-island8": MachinePreset(8, 24e9, 12.4e9, PCIE_LATENCY, PCIE_LATENCY),
+    # GeForce cards, whose driver has no peer access: all goes through the host's memory. RTX 4090
+    # on PCIe 4 x16, tinygrad/open-gpu-kernel-modules issue 6: 25.8 GB/s both ways of a pair, the
+    # same across sockets (NVIDIA/nccl issue 1309 says why); 14 us, as in the page above.
+    "pcie4-island2": MachinePreset(2, 12.9e9, 12.9e9, HOST_LATENCY, HOST_LATENCY),
 }
 
 
