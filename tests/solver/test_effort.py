@@ -7,6 +7,7 @@ from brute_force import rank
 
 import moetuner as mt
 from moetuner.solver import EFFORTS
+from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run
 from moetuner.solver.stages import layers, visits
@@ -85,3 +86,19 @@ def test_a_time_limit_decides_alone():
     for effort in EFFORTS:
         assert Budget(time_limit=5, effort=effort).work == EFFORTS["thorough"]
         assert Budget(effort=effort).work == EFFORTS[effort]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, effort):
+    """Two devices, whose contents are too many to try: the bound iterates as the effort says."""
+    made, bound = [], pairs.bound
+
+    def note(*arguments, iterations, **others):
+        made.append(iterations)
+        return bound(*arguments, iterations=iterations, **others)
+
+    monkeypatch.setattr(pairs, "bound", note)
+    statistics = mt.RoutingStatistics.from_trace(make_trace(60, layers=1, experts=32), sets=True)
+    problem = mt.Problem(statistics, mt.Topology(2), objective="traffic", regime="dispatch")
+    mt.solve(problem, iterations=50, effort=effort)
+    assert made == [EFFORTS[effort].tangent_iterations]

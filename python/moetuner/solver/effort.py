@@ -25,17 +25,28 @@ class Effort:
         layers that are not wide: the work on wide ones is bounded in the core.
     traffic_caps
         Caps on the imbalance under which traffic alone is searched where time weighs both.
+    tangent_iterations
+        Iterations, at most, of the bound of pairs that stand for expert sets.
     """
 
     layer_work: float
     chain_trials: int
     traffic_caps: tuple[float, ...]
+    tangent_iterations: int
 
 
-# Chosen by "Effort": what an effort takes and reaches. Under a time limit the time decides.
+# Chosen by "Effort" and, where tangents are meant, by "Bounds of visits": what an effort takes and
+# reaches. Under a time limit the time decides.
 EFFORTS = {
-    "default": Effort(layer_work=1.5e9, chain_trials=1000, traffic_caps=(1.08, math.inf)),
-    "thorough": Effort(math.inf, chain_trials=2600, traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf)),
+    "default": Effort(
+        layer_work=1.5e9, chain_trials=1000, traffic_caps=(1.08, math.inf), tangent_iterations=24
+    ),
+    "thorough": Effort(
+        layer_work=math.inf,
+        chain_trials=2600,
+        traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf),
+        tangent_iterations=150,
+    ),
 }
 
 # The joint method: the share of a time limit for the search ("The joint method"). It comes first:

@@ -319,7 +319,7 @@ def _by_tangents(
     weighed = _weighed(level, slopes)
     if weighed is None:
         return None
-    affordable = int(min(pairs.affordable(weighed[0]), effort.BOUND_ITERATIONS))
+    affordable = int(min(pairs.affordable(weighed[0]), budget.work.tangent_iterations))
     if affordable < effort.TANGENT_ITERATIONS:
         affordable = 0  # few prove less than none, which sum rows and columns
     proven = pairs.bound(
