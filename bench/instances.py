@@ -203,7 +203,7 @@ def recorded(data: Path) -> Iterator[Instance]:
     path = data / RECORDED[0]
     if path.exists():
         trace = mt.RoutingTrace.load(path)
-        for devices, per_node in ((4, None), (8, None), (8, 4)):
+        for devices, per_node in ((2, None), (4, None), (8, None), (8, 4)):
             topology = mt.Topology(devices, devices_per_node=per_node)
             groups = 1 if per_node is None else 8
             width = trace.num_experts // devices

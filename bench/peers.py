@@ -1,5 +1,7 @@
 """What others place with: policies of engines out of their released wheels, and Mt-KaHyPar.
 
+memra's greedy is written anew here, as its tool describes it: the tool is no package.
+
     pip download --no-deps --dest build/wheels vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
     pip install torch numba scipy mtkahypar
 
@@ -215,6 +217,30 @@ def copies_moved(size: Size, old: Map, new: Map) -> int:
     for before, after in zip(old.reshape(-1, size.width), new.reshape(-1, size.width), strict=True):
         total += len(set(after.tolist()) - set(before.tolist()))
     return total
+
+
+def memra_greedy(counts: mt.RoutingStatistics, devices: int) -> Map:
+    """Return devices [L,E] as memra's ``build_expert_placement_map.py`` chooses them.
+
+    Written anew after the description in that tool (avifenesh/memra, strategy ``coactivation``).
+    Card after card begins with the hottest expert that is left and takes, until it has its equal
+    part, the one that tokens choose most often together with those it has; of equals the hotter
+    one, then the first. Its tolerance is left out: it lets cards of 20 experts or more take one
+    more, and memra's loaders refuse unequal cards.
+    """
+    heat, pairs = counts.total_load.astype(np.int64), counts.coactivation_or_empty.astype(np.int64)
+    device_of = np.full(heat.shape, -1, np.int64)
+    for layer, row in enumerate(device_of):
+        for device in range(devices):
+            together = np.zeros(counts.experts, np.int64)
+            free = np.flatnonzero(row < 0)
+            for _ in range(-(-len(free) // (devices - device))):
+                # Of the first one nobody's company counts.
+                best = free[np.lexsort((free, -heat[layer, free], -together[free]))[0]]
+                row[best] = device
+                together += pairs[layer, best]
+                free = free[free != best]
+    return device_of
 
 
 class MtKaHyPar:

@@ -6,7 +6,8 @@
 
 What others place with is their released code: EPLB as DeepSeek published it and SGLang's
 ``deepseek_vec`` out of SGLang's wheel, vLLM's policy out of its, FlashLB and SwiftBalancer out of
-vllm-ascend's, Mt-KaHyPar and HiGHS from PyPI (`bench/peers.py` says how they are called). ExFlow's
+vllm-ascend's, Mt-KaHyPar and HiGHS from PyPI (`bench/peers.py` says how they are called). memra's
+greedy, for two cards without NVLink, is written anew there as its tool describes it. ExFlow's
 objective and the paper's two stages are this package's methods ``exflow`` and ``paper``. What is
 not there is left out, with a line that says so.
 
@@ -17,7 +18,9 @@ tokens; *mixed* is the same with sequences served together; *crossing* is the sh
 layer to layer between devices; *fanout* is devices (nodes) that a token visits in a layer; *us* is
 the predicted time of a layer on H100s in regime dispatch; of load tables, *total* is the imbalance
 of all windows added up, *worst* that of any layer and window. *Ours* has a row for everything that
-can be made small, at default effort; *capped* ones keep every layer's load within 1.05 of the mean.
+can be made small, at default effort; *capped* ones keep every layer's load within 1.05 of the mean,
+or what they say. On two devices *fanout* less one is the share of tokens with experts on both.
+Wanted there, and on four: ours capped at 1.4 is below memra's greedy in fanout and in imbalance.
 The *oracle* is ours that saw the half that is judged. No placement is below the *bound*, which is
 proven for that half. Seconds are of the processor, medians. Wanted: in the column of its goal, ours
 is below all others; between nodes, traffic counts at the cost of its links, which is no column.
@@ -70,6 +73,7 @@ from peers import (
     Size,
     copies_moved,
     flashlb,
+    memra_greedy,
     mt_kahypar,
     sglang,
     sglang_windows,
@@ -102,7 +106,7 @@ POLICIES: dict[str, Peer] = {
 SEE_WINDOWS = ("deepseek_vec", "FlashLB")
 # Those that keep groups of experts whole on a node.
 KNOW_GROUPS = ("EPLB", "vLLM", "deepseek_vec")
-CAP = {"max_imbalance": 1.05}
+CAP, LOOSE_CAP = {"max_imbalance": 1.05}, {"max_imbalance": 1.4}
 FOLLOW, DISPATCH = {"objective": "traffic", "regime": "follow"}, {"objective": "traffic"}
 # What can be made small, and the figure that then counts.
 GOALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -111,6 +115,7 @@ GOALS: dict[str, tuple[dict[str, Any], str]] = {
     "follow, capped": (FOLLOW | CAP, "crossing"),
     "dispatch": (DISPATCH, "fanout"),
     "dispatch, capped": (DISPATCH | CAP, "fanout"),
+    "dispatch, capped at 1.4": (DISPATCH | LOOSE_CAP, "fanout"),
     "time": ({"objective": "time"}, "us"),
 }
 FREE = ("balance", "follow", "dispatch", "time")
@@ -225,6 +230,12 @@ def partitioned(kahypar: type[MtKaHyPar], way: str) -> Method:
     return place
 
 
+def memra(counts: Counts, instance: Instance, seed: int) -> Slots:
+    """Place as memra's greedy does, of which every device has as many experts."""
+    devices = instance.topology.devices
+    return mt.Placement.from_assignment(memra_greedy(counts, devices), devices).slots
+
+
 def there(wheels: Path, report: Report) -> tuple[dict[str, Peer], type[MtKaHyPar] | None]:
     """Return what can run of the peers, and say why the others cannot."""
     names = (" ".join(wheel.name.split("-")[:2]) for wheel in sorted(wheels.glob("*.whl")))
@@ -263,6 +274,7 @@ def others(
     if has_tokens(instance):
         methods["ExFlow's objective"] = solved("exflow", "follow")
         methods["the paper's two stages"] = solved("paper", "follow, capped")
+        methods["memra's greedy"] = memra
         if kahypar is not None:
             methods["Mt-KaHyPar, follow"] = partitioned(kahypar, "follow")
             methods["Mt-KaHyPar, dispatch"] = partitioned(kahypar, "pairs")

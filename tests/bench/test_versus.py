@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import versus
 from instances import Instance, bundled, domains, routing
-from peers import MtKaHyPar
+from peers import MtKaHyPar, memra_greedy
 
 import moetuner as mt
 
@@ -45,6 +45,28 @@ def test_every_expert_is_placed_once(name: str) -> None:
     method = (methods(SMALL) | {"ours, plugins": versus.plugin})[name]
     slots = method(versus.counted(SMALL.traffic), SMALL, 0)
     assert (np.sort(slots.reshape(2, -1), axis=1) == np.arange(6)).all()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device_of"),
+    [
+        # The hottest, 3, begins; 0 is chosen with it once, as 1 and 2 are with each other.
+        ([[3, 0], [3, 3], [1, 2]], [0, 1, 1, 0]),
+        # Of equal company the hotter one, of equal heat the first.
+        ([[0, 1], [0, 2], [2, 2], [3, 3]], [0, 1, 0, 1]),
+        ([[0, 0], [1, 1], [2, 2], [3, 3]], [0, 0, 1, 1]),
+    ],
+)
+def test_memra_greedy_grows_cards_from_the_hottest(chosen: list, device_of: list) -> None:
+    """A card takes what is chosen most often with what it has, then the hotter, then the first."""
+    load, pairs = np.zeros((1, 1, 4), np.uint64), np.zeros((1, 4, 4), np.uint64)
+    for one, other in chosen:
+        load[0, 0, [one, other]] += 1
+        if one != other:
+            pairs[0, one, other] += 1
+            pairs[0, other, one] += 1
+    counts = mt.RoutingStatistics(load, coactivation=pairs)
+    assert memra_greedy(counts, 2).tolist() == [device_of]
 
 
 @pytest.mark.parametrize("way", ["follow", "pairs", "sets"])
