@@ -17,6 +17,7 @@ from moetuner._checks import ArgumentError, instance, listed, one_of, path_in, w
 from moetuner.files import is_stream, kind_of, naming, size_of
 from moetuner.formats import (
     arrow,
+    counts,
     csv,
     deepspeed,
     eplb,
@@ -86,7 +87,10 @@ READERS: dict[str, Reader] = {
     ),
     "vllm": Reader("routed experts of vLLM, responses or arrays", vllm.recognises, vllm.read),
     "tokenspeed": Reader(
-        "records of expert load of TokenSpeed's ranks", tokenspeed.recognises, tokenspeed.read
+        "records of expert load of TokenSpeed's ranks",
+        tokenspeed.recognises,
+        tokenspeed.read,
+        counts.CAUTION,
     ),
     "sglang": Reader("dumps of SGLang's recorder", sglang.recognises, sglang.read),
     "sglang-responses": Reader(
@@ -104,6 +108,7 @@ READERS: dict[str, Reader] = {
         "FastDeploy's tokens per expert, answers of its server",
         fastdeploy.recognises,
         fastdeploy.read,
+        counts.CAUTION,
     ),
     "deepspeed": Reader(
         "tokens_per_expert of DeepSpeed's ranks", deepspeed.recognises, deepspeed.read

@@ -14,6 +14,11 @@ from moetuner.files import naming
 from moetuner.formats.hints import Hints
 from moetuner.statistics import RoutingStatistics
 
+# What sums of an engine cannot say, for INPUT's description.
+CAUTION = (
+    "Sums over many steps tell which experts are busy, but not how far single steps are from them, "
+    "nor which experts are chosen together or one after the other."
+)
 # Tokens in one count of a file, excluded. Sums must stay below 2**63, as statistics must.
 COUNT_LIMIT = 1 << 48
 

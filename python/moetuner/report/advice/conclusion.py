@@ -106,10 +106,10 @@ def write_notes(request: Request, phases: PhaseTimes | None, copies: int) -> tup
     if request.arrival == "mixed":
         notes.append(f"Windows mix sequences of the recording, as {engine.title} serves them")
     if not engine.may_copy and max(request.copies):
+        form = "renumbered checkpoint" if engine.renumbers else "map"
         notes.append(
-            f"Copies were left out: {engine.title} loads "
-            + ("a renumbered checkpoint" if engine.renumbers else "a map")
-            + " that has every expert once"
+            f"Copies were left out: {engine.title} loads a placement as a {form}, which has every "
+            "expert once"
         )
     tokens, without_copies = tokens_at_once(request, copies), tokens_at_once(request, 0)
     if tokens is not None and tokens < WINDOWS[-1]:
