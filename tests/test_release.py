@@ -89,3 +89,8 @@ def test_tests_without_a_browser_say_how_to_get_one(tmp_path):
     assert f"1 tests were skipped for want of a browser; to get one: {ADVICE}" in done.stdout
     assert f"\n  {name}\n" in done.stdout
     assert done.returncode == 1, done.stdout + done.stderr
+
+
+def test_the_readme_is_short():
+    """README has at most 120 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

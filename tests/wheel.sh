@@ -11,11 +11,16 @@ cd "$folder"
 unset PYTHONPATH VIRTUAL_ENV
 
 "$python" -m venv fresh
-fresh/bin/python -m pip install --quiet "$wheel"
+# The first two commands of the README, as they stand but for where the package comes from.
+PATH="$folder/fresh/bin:$PATH"
+mapfile -t commands < <(sed -n '/^```sh$/,/^```$/p' "$tests/../README.md" | sed -n '2,3p')
+test "${commands[0]}" = "pip install 'moetuner[report]'" -a "${commands[1]}" = 'moetuner demo'
+PIP_QUIET=1 bash -euc "${commands[0]/moetuner/$wheel}"
+bash -euc "${commands[1]}" > demo.txt
+
 
 fresh/bin/moetuner --version --json
 fresh/bin/moetuner --self-test
-fresh/bin/moetuner demo > demo.txt
 test -s demo-output/placement.json -a -s demo-output/eplb.npz
 fresh/bin/moetuner inspect demo-output/trace.safetensors > /dev/null
 fresh/bin/moetuner export demo-output/placement.json --to json --out copy.json > /dev/null
@@ -33,6 +38,5 @@ before = mt.evaluate(placement, trace).crossing
 assert 0 < before < 0.7, before
 CHECK
 # The notebook, by what the extra brings and no more.
-fresh/bin/python -m pip install --quiet "$wheel[report]"
 fresh/bin/python "$tests/documents/notebooks.py" "$tests/../examples/figures.ipynb"
 echo "the wheel works: $(basename "$wheel")"

@@ -230,6 +230,7 @@ def transformers(folder: Path) -> dict[str, object]:
 # By the document's path; the others take nothing for granted.
 GIVEN = {
     "README.md": readme,
+    "docs/api.md": readme,
     "docs/quickstart.md": quickstart,
     "docs/survive.md": survive,
     "docs/engines/vllm.md": vllm,
