@@ -60,8 +60,16 @@ def test_torch_opens_it(tmp_path):
     path = tmp_path / "experts.pt"
     write_chosen(np.array([[True, False], [False, True]]), path, Hints(dense_layers=(1,)))
     content = torch.load(path, map_location="cpu", weights_only=True)
-    assert list(content) == ["logical_count"]
+    assert list(content) == ["logical_count", "chosen_experts"]
     assert content["logical_count"].tolist() == [[[2, 1], [0, 0], [1, 2]]]
+
+
+def test_it_is_no_recording(tmp_path):
+    """Its counts say what was chosen, and not how often."""
+    path = tmp_path / "experts.pt"
+    write_chosen(np.eye(3, dtype=bool), path, Hints(dense_layers=()))
+    with pytest.raises(ValueError, match="must be recorded counts, got which experts a GPU holds"):
+        mt.open_input(path)
 
 
 def test_the_same_set_gives_the_same_bytes(tmp_path):

@@ -5,7 +5,8 @@ It keeps ``--kt-num-gpu-experts`` times the layers with experts on the GPU: with
 ``.pt`` of ``--init-expert-location`` (``kt_ep_wrapper.py`` of sglang-kt 0.7.2 and
 ``generate_gpu_experts_masks`` of kt-kernel). That has ``logical_count`` [buffer, hidden layers, E],
 dense layers too, and is summed over the buffer. So that exactly a chosen set is served, its experts
-count 2 and the others 1; rows of dense layers are zero, as they take part in the choice.
+count 2 and the others 1; rows of dense layers are zero, as they take part in the choice. A text
+beside it says that this is no recording.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moetuner._checks import MissingArgumentError, whole_number
 from moetuner.files import naming
 from moetuner.formats import pickled
 from moetuner.formats.hints import Hints
-from moetuner.formats.sglang import COUNTS
+from moetuner.formats.sglang import CHOSEN, COUNTS
 
 SUFFIX = ".pt"
 
@@ -55,4 +56,4 @@ def write_chosen(chosen: NDArray[np.bool_], path: Path, hints: Hints) -> None:
     hidden = hints.hidden_layers or layers + len(hints.dense_layers or ())
     counts = np.zeros((1, hidden, experts), dtype=np.int64)
     counts[0, moe] = 1 + chosen
-    pickled.save(path, COUNTS, counts)
+    pickled.save(path, COUNTS, counts, **{CHOSEN: "2 for experts on the GPU, 1 for others"})

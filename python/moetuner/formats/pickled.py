@@ -118,8 +118,8 @@ def _load(path: Path, *_: int) -> Any:
         return _Content(path, archive).read()
 
 
-def save(path: Path, name: str, array: NDArray[np.int64]) -> None:
-    """Write a dict of one tensor of 64-bit integers, as ``torch.save`` does."""
+def save(path: Path, name: str, array: NDArray[np.int64], **texts: str) -> None:
+    """Write a dict of one tensor of 64-bit integers, and of texts, as ``torch.save`` does."""
     array = np.ascontiguousarray(array, dtype="<i8")
     storage = b"(" + _pickled("storage") + b"ctorch\nLongStorage\n" + _pickled("0", "cpu")
     storage += _pickled(array.size) + b"tQ"
@@ -127,7 +127,8 @@ def save(path: Path, name: str, array: NDArray[np.int64]) -> None:
     # The dict, its key, the tensor's maker with its arguments, and the end.
     text = b"\x80\x02}" + _pickled(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
     text += _pickled(0) + b"(" + _pickled(*array.shape) + b"t(" + _pickled(*strides) + b"t\x89"
-    text += b"ccollections\nOrderedDict\n)RtRs."
+    text += b"ccollections\nOrderedDict\n)RtRs"
+    text += b"".join(_pickled(key, value) + b"s" for key, value in texts.items()) + b"."
     entries = {DESCRIPTION: text, "byteorder": b"little", "data/0": array.tobytes()}
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for entry, content in {**entries, "version": b"3\n"}.items():

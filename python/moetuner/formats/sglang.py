@@ -40,6 +40,8 @@ MAP = "physical_to_logical_map"
 LAST_MAP = f"last_{MAP}"
 IDS = "topk_ids_of_layer"
 COUNTS, COUNT = "logical_count", "global_physical_count"
+# What is beside counts that only say which experts are chosen, see ``formats/ktransformers.py``.
+CHOSEN = "chosen_experts"
 ON = "start SGLang with --enable-return-routed-experts and ask for return_routed_experts"
 INT32 = np.dtype("<i4")
 
@@ -83,6 +85,8 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
         with naming(path):
             if not isinstance(content, dict) or not {COUNTS, "records"} & content.keys():
                 raise ValueError(f"must be a dump of SGLang's recorder, with {COUNTS} or records")
+            if CHOSEN in content:
+                raise ValueError("must be recorded counts, got which experts a GPU holds")
             if COUNTS in content:
                 counts.append(_distribution(content[COUNTS]))
             else:

@@ -47,7 +47,7 @@ class EngineChoice(click.Choice[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the name of an engine."""
         if (why := NO_ENGINES.get(str(value).lower())) is not None:
-            self.fail(f"moetuner does not help {value}: {why}", param, ctx)
+            self.fail(f"no placement helps {value}: {why}", param, ctx)
         return super().convert(value, param, ctx)
 
 
