@@ -232,6 +232,7 @@ GIVEN = {
     "README.md": readme,
     "docs/api.md": readme,
     "docs/quickstart.md": quickstart,
+    "docs/few-cards.md": survive,
     "docs/survive.md": survive,
     "docs/engines/vllm.md": vllm,
     "docs/engines/sglang.md": sglang,

@@ -594,3 +594,20 @@ def test_sentences_name_arguments_of_python():
         sentences = " ".join((*advice.reasons, *advice.warnings))
         assert argument in sentences
         assert not {"--any-order", "--group-by"} & {*sentences.replace(".", "").split()}
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize(("devices", "top_k", "said"), [(2, 2, True), (4, 2, False), (2, 1, False)])
+def test_tokens_that_stay_on_one_of_two_devices_are_said(devices, top_k, said):
+    """Experts are chosen in pairs across the cards: none stay, all would; elsewhere not a word."""
+    rng = np.random.default_rng(3)
+    one = rng.integers(0, 4, (3000, 2, 1))
+    ids = np.concatenate([one, one + 4], axis=2)[:, :, :top_k]
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(3000) // 30)
+    advice = advise(trace, mt.Topology(devices), copies=[0], window=512)
+    sentence = (
+        "0 of 100 tokens have all their experts of a layer on one device with the contiguous "
+        "placement, 100 would with the proposed one."
+    )
+    assert (sentence in advice.reasons) == said, advice.reasons
+    assert any("of 100 tokens" in reason for reason in advice.reasons) == said

@@ -19,7 +19,7 @@ from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
 from moetuner.report.cells import counted
-from moetuner.report.outcome import whose_times
+from moetuner.report.outcome import on_one_device, whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -71,6 +71,9 @@ def command(
         "",
     )
     _table(output, "traffic", OTHERS, evaluation)
+    together = on_one_device(evaluation, placement.devices)
+    if together is not None:
+        output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
     output.say(_mixed(traffic, mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
     output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")

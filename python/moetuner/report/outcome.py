@@ -305,6 +305,16 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     return lines
 
 
+def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
+    """Return the tokens in a hundred with all their experts of a layer on one device.
+
+    None where it is not known, as on more than two devices: on two, a token visits one or both.
+    """
+    if devices != 2 or evaluation.fanout is None:
+        return None
+    return 100 * (2 - evaluation.fanout)
+
+
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
     line = assumed_model(model) or (

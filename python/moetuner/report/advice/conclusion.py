@@ -29,7 +29,7 @@ from moetuner.report.advice.values import (
     write_windows_of,
 )
 from moetuner.report.cells import counted, listed, percent, signed, span
-from moetuner.report.outcome import left_over
+from moetuner.report.outcome import left_over, on_one_device
 from moetuner.report.recording import PHASES
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime
@@ -366,6 +366,7 @@ def _write_gains(advice: Advice) -> list[str]:
         lines = [_write_phase(judged) for judged in ordered]
     if advice.over_eplb:
         lines.append(_write_over_eplb([advice.over_eplb[judged.window] for judged in ordered]))
+    lines += _write_on_one(advice)
     aspects = _find_small(advice.main, advice.settings["price"], advice.settings["regime"])
     if len(advice.copies) > 1 and not _copies_pay(advice):
         slots = counted(max(row.per_device for row in advice.copies), "more slot")
@@ -378,6 +379,19 @@ def _write_gains(advice: Advice) -> list[str]:
     if _copies_pay(advice):
         lines.append(_write_copies(advice.copies, advice.knee, advice.more))
     return lines
+
+
+def _write_on_one(advice: Advice) -> list[str]:
+    """Write how many tokens stay on one of two devices; nothing where that does not change."""
+    devices = advice.settings["devices"]
+    shares = [on_one_device(each, devices) for each in (advice.running, advice.proposed)]
+    before, after = ("" if share is None else f"{share:.0f}" for share in shares)
+    if before == after or advice.settings["regime"] != "dispatch":
+        return []
+    return [
+        f"{before} of 100 tokens have all their experts of a layer on one device with "
+        f"{running_name(advice)}, {after} would with the proposed one"
+    ]
 
 
 def _write_over_eplb(judged: list[Judgement]) -> str:
