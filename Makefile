@@ -102,7 +102,7 @@ wheels: $(UPLOAD)/stamp  ## build dist/*.whl for old glibc and musl, x86-64 and 
 	.ci/wheels.sh $(UPLOAD)/bin dist
 
 sdist: $(BASE)  ## build dist/*.tar.gz
-	$(BIN)/maturin sdist --quiet --out dist
+	$(BIN)/maturin sdist --out dist
 
 check-wheels: $(UPLOAD)/stamp  ## names, texts, C library and stable interface of what is in dist
 	.ci/check-wheels.sh $(UPLOAD)/bin dist/*
@@ -134,7 +134,8 @@ test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
 
 test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use it
 	rm -rf build/sdist && mkdir -p build/sdist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/sdist dist/*.tar.gz
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+		--wheel-dir build/sdist dist/*.tar.gz
 	tests/wheel.sh $(BIN)/python build/sdist/*.whl
 
 release-check: check-files wheels sdist check-wheels  ## all of a release that needs no network: after make test
