@@ -317,7 +317,7 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
     if problem.topology.nodes > 1:
         machine += f" in {problem.topology.nodes} nodes"
     cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
-    windows = f", windows of {window} tokens" if window else ""
+    windows = f", windows of {window:,} tokens" if window else ""
     windows = f", {phases.words(problem.shares)}" if len(problem.shares) > 1 else windows
     if isinstance(unseen, RoutingTrace):
         judged = counted(unseen.tokens, "unseen token")

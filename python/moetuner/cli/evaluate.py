@@ -62,7 +62,7 @@ def command(
     judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
     evaluation = judgement.after
     output.say(*placed.lines())
-    windows = f", windows of {window} tokens" if window else ""
+    windows = f", windows of {window:,} tokens" if window else ""
     missing = f" (without {', '.join(map(str, lost))})" if lost else ""
     output.say(
         f"{text.name(placement_file.name)}: {counted(placement.devices, 'device')} x "

@@ -20,7 +20,7 @@ from moetuner.cost import CostModel, public_name
 from moetuner.files import naming, read_whole
 from moetuner.files.text import name
 from moetuner.presets import MODELS
-from moetuner.report.cells import percent, signed
+from moetuner.report.cells import number, percent, signed
 
 COLUMNS = "tokens,experts,microseconds"
 # Bytes of a number of a token, in bfloat16.
@@ -85,10 +85,10 @@ def command(
     predicted = fitted.compute_us(tokens, active)
     rows = [
         (
-            f"{count:.0f}",
-            f"{experts_read:.0f}",
-            f"{us:.1f}",
-            f"{model_us:.1f}",
+            number(count, 0),
+            number(experts_read, 0),
+            number(us, 1),
+            number(model_us, 1),
             signed(model_us / us - 1),
         )
         for count, experts_read, us, model_us in zip(

@@ -55,7 +55,7 @@ def _cached(compute: Callable[[Any, Placement], Value]) -> Callable[[Any, Placem
 
 # Unit, text of a value, and nearest figure of an evaluation, by what is counted.
 WORDS = {
-    "time": ("us per layer", "{:.1f} us per layer", "predicted_layer_us"),
+    "time": ("us per layer", "{:,.1f} us per layer", "predicted_layer_us"),
     "balance": ("max / mean load", "imbalance {:.4f}", "imbalance"),
     "visits": ("fanout", "fanout {:.4f}", "fanout"),
     "follow": ("share of the traffic", "crossing {:.4f}", "crossing"),

@@ -9,7 +9,7 @@ from typing import Any
 
 def number(value: float | None, decimals: int) -> str:
     """Write a number, or a dash for what is not known."""
-    return "-" if value is None else f"{value:.{decimals}f}"
+    return "-" if value is None else f"{value:,.{decimals}f}"
 
 
 def distinct(value: float, other: float, decimals: int) -> tuple[str, str]:
@@ -67,10 +67,11 @@ def counted(number: int, noun: str) -> str:
 def in_bytes(count: float) -> str:
     """Write a number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        # What three digits round up to 1,000 is one of the next unit.
+        if float(f"{count:.3g}") < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{digits(count)} TB"
 
 
 def listed(names: list[str], limit: int) -> str:
