@@ -18,6 +18,7 @@ from moetuner.report.advice.values import Copies, compute_saved_us
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
 TWO_NODES = mt.Topology(4, devices_per_node=2)
+BLOCKS = mt.Placement(np.tile(np.arange(EXPERTS).reshape(4, 2), (LAYERS, 1, 1)))
 
 
 def routed(scores, seed=0, **labels):
@@ -127,6 +128,19 @@ def test_groups_that_lose_are_named():
         "--window 512."
     )
     assert [warning for warning in advice.warnings if "Slower in" in warning] == [line]
+
+
+@pytest.mark.parametrize("initial", ["round_robin", "eplb", BLOCKS])
+def test_the_audit_of_groups_names_what_runs(initial):
+    """Its default, experts in blocks, is not what the losses were counted from."""
+    liked = np.stack([np.linspace(2, 0, EXPERTS), np.tile([2.0, 0], EXPERTS // 2)])
+    group = np.where(np.arange(4000) // LENGTH % 5 < 4, 0, 1)
+    scores = np.repeat(liked[group][:, None], LAYERS, axis=1)
+    trace = routed(scores, group=group, group_names=["many", "few"])
+    advice = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=initial)
+    audits = [warning for warning in advice.warnings if "moetuner audit" in warning]
+    assert len(audits) == len(advice.main.worse(0.0005, measures=("predicted_layer_us",))[:1])
+    assert all(audit.endswith("INPUT --window 512 --baseline RUNNING.") for audit in audits)
 
 
 def test_few_sequences_are_not_enough_evidence():
@@ -417,10 +431,10 @@ def test_what_copies_gain_is_said_beside_what_they_cost():
 
     swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
     assert _write_copies(swept, 2, None) == (
-        f"{SHORT}2 more slots per device and layer (2.00 GB per device) gain 30.0 %, 20.0 % without"
+        f"{SHORT}2 more slots per device and layer (2 GB per device) gain 30.0 %, 20.0 % without"
     )
     assert _write_copies(swept, 0, 2) == (
-        f"{SHORT}none. With more memory than now: 2 more slots per device and layer (2.00 GB per "
+        f"{SHORT}none. With more memory than now: 2 more slots per device and layer (2 GB per "
         "device) would gain 30.0 %"
     )
     sizes = {"windows": (512, 8192)}

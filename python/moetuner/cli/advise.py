@@ -30,7 +30,7 @@ from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, write_windows_of
-from moetuner.report.cells import counted, in_bytes, percent, signed, span, with_values
+from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -243,12 +243,6 @@ def _name_unseen(advice: Advice) -> str:
     return f"on {counted(traffic.tokens, f'{kind}token')}"
 
 
-def _time(us: float) -> str:
-    if abs(us) >= 1e6:
-        return f"{us / 1e6:,.2f} s"
-    return f"{us:,.1f} us" if abs(us) < 1000 else f"{us / 1000:,.2f} ms"
-
-
 def _write_moving(advice: Advice) -> list[str]:
     """Write what has to be moved, and when that has paid."""
     moving = advice.moving
@@ -262,7 +256,7 @@ def _write_moving(advice: Advice) -> list[str]:
     text += f" of {total}"
     before, after = map(in_bytes, moving.device_bytes)
     text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
-    text += f", {_time(1e6 * (moving.seconds or 0))} at the links' bandwidth"
+    text += f", {duration(1e6 * (moving.seconds or 0))} at the links' bandwidth"
     text += f"; experts take {before} per device"
     text += f" now, {after} then" * (before != after)
     steps = ". Moving does not pay."

@@ -28,7 +28,7 @@ from moetuner.report.advice.values import (
     write_window,
     write_windows_of,
 )
-from moetuner.report.cells import counted, listed, percent, signed, span
+from moetuner.report.cells import counted, in_bytes, listed, percent, signed, span
 from moetuner.report.outcome import left_over, on_one_device
 from moetuner.report.recording import PHASES
 from moetuner.statistics import RoutingStatistics
@@ -141,10 +141,12 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
         window = "" if main.window is None else f" --window {main.window}"
+        # The command compares with experts in blocks, if nothing else is named.
+        baseline = "" if advice.settings["initial"] == "contiguous" else " --baseline RUNNING"
         warnings.append(
             f"Slower in {write_windows_of(main)}, each group alone and beyond chance: "
             f"{listed(names, LOSERS)}; one placement cannot suit all groups. To repeat: moetuner "
-            f"audit placement.json INPUT{window}."
+            f"audit placement.json INPUT{window}{baseline}."
         )
     if advice.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
@@ -496,5 +498,5 @@ def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str
 def _write_slots(copies: Copies) -> str:
     text = f"{counted(copies.per_device, 'more slot')} per device and layer"
     if copies.bytes_per_device is not None:
-        text += f" ({copies.bytes_per_device / 1e9:.2f} GB per device)"
+        text += f" ({in_bytes(copies.bytes_per_device)} per device)"
     return text
