@@ -143,6 +143,11 @@ class CostModel(Frozen):
         )
 
     @property
+    def shown_name(self) -> str:
+        """Name in sentences, also where there is none."""
+        return self.name or "an unnamed cost model"
+
+    @property
     def weights(self) -> str:
         """In how many bits weights are read, to follow a name; empty where that is not known."""
         return "" if self.weight_bits is None else f", weights in {self.weight_bits:g} bits"
@@ -150,7 +155,7 @@ class CostModel(Frozen):
     @property
     def origin(self) -> str:
         """Sentence that says whether times are measured or predicted, and with what."""
-        name = self.name or "an unnamed cost model"
+        name = self.shown_name
         if self.measured is None:
             return f"Times are predicted, not measured, with {name}{self.weights}."
         name = name if name.startswith("measured") else f"measured ({name})"
@@ -724,7 +729,7 @@ def cost_model_of(
     if weight_bits is None and gpu not in MEASURED:
         weight_bits = weight_bits_of(traffic.model)
     hidden, intermediate = size_of_expert(traffic) or (HIDDEN, INTERMEDIATE)
-    why = "INPUT names no model" if traffic.model is None else f"{traffic.model:.40} is not known"
+    why = "traffic names no model" if traffic.model is None else f"{traffic.model:.40} is not known"
     whose = public_name(traffic.model) or f"{ASSUMED}{why}"
     if traffic.expert_size is not None:
         whose = traffic.model or "as recorded"
@@ -738,4 +743,4 @@ def assumed_model(model: CostModel) -> str | None:
     if not assumed:
         return None
     whose = f"times are of DeepSeek-V3's experts{model.weights.replace(', weights', '')}"
-    return f"{why[:-1]}, so {whose}: pass --model."
+    return f"{why[:-1]}, so {whose}: set traffic.model."

@@ -104,7 +104,7 @@ def test_fewer_than_five_windows_are_too_few(windows):
     load = np.array([[[9, 9, 1, 1]]] * windows + [[[9, 1, 9, 1]]] * windows)
     group = np.arange(2 * windows) // windows
     table = mt.RoutingStatistics.from_load(load, group=group, group_names=("a", "b"))
-    audited = mt.audit(mt.Placement.from_assignment([[0, 1, 0, 1]], 2), table)
+    audited = mt.audit(mt.Placement.from_assignment([[0, 1, 0, 1]], 2), table, cost_model=None)
     assert audited.groups["a"]["imbalance"].change.value == pytest.approx(-4 / 9)
     assert audited.groups["b"]["imbalance"].change.value == pytest.approx(0.8)
     assert (audited.groups["b"]["imbalance"].change.low is None) == (windows == 1)

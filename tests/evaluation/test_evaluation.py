@@ -231,7 +231,22 @@ def test_times_are_the_cost_models(make_trace):
     for percent in (50, 95, 99):
         name = f"predicted_layer_us_p{percent}"
         assert getattr(evaluation, name) == pytest.approx(np.percentile(times, percent))
-    assert mt.evaluate(IN_BLOCKS, trace, topology).predicted_layer_us is None
+
+
+@pytest.mark.parametrize("model", [None, "nobodys-moe", "deepseek-v3"])
+def test_times_are_of_assumed_experts_where_no_model_is_known(model):
+    """As on the command line they are DeepSeek-V3's, of a table too, and the evaluation says so."""
+    load = np.random.default_rng(0).poisson(900, (6, 3, 8))
+    table = mt.RoutingStatistics.from_load(load, model=model)
+    evaluation = mt.evaluate(IN_BLOCKS, table)
+    expected = mt.CostModel.preset("h100", hidden=7168, intermediate=2048, weight_bits=8)
+    named = mt.evaluate(IN_BLOCKS, table, cost_model=expected)
+    assert evaluation.predicted_layer_us == named.predicted_layer_us
+    assert evaluation.predicted_with is not None
+    assert ("deepseek-v3, as " in evaluation.predicted_with) == (model != "deepseek-v3")
+    assert named.predicted_with == "h100:7168x2048, weights in 8 bits"
+    without = mt.evaluate(IN_BLOCKS, table, cost_model=None)
+    assert (without.predicted_layer_us, without.predicted_with) == (None, None)
 
 
 def test_a_node_is_sent_to_once(make_trace):

@@ -22,8 +22,9 @@ def table(windows=6, heavy=30):
 
 
 def judged(before, after, traffic, **options):
-    """Give the verdict on a change."""
-    return mt.verdict(mt.evaluate(before, traffic), mt.evaluate(after, traffic), **options)
+    """Give the verdict on a change, by balance alone."""
+    sides = (mt.evaluate(each, traffic, cost_model=None) for each in (before, after))
+    return mt.verdict(*sides, **options)
 
 
 def test_balance_decides_without_times():
@@ -72,7 +73,8 @@ def test_a_group_is_judged_by_itself():
     traffic = mt.RoutingStatistics.from_load(
         load, group=np.arange(12) // 6, group_names=("heavy", "even")
     )
-    before, after = (mt.evaluate(each, traffic).by_group for each in (BAD, GOOD))
+    sides = (mt.evaluate(each, traffic, cost_model=None) for each in (BAD, GOOD))
+    before, after = (each.by_group for each in sides)
     gain = {name: mt.verdict(before[name], after[name]) for name in before}
     assert (gain["heavy"].answer, gain["even"].answer) == ("worth it", "worse")
     assert gain["heavy"].units == 6

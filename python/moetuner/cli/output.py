@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from moetuner.cli.options import OutFile, option
+from moetuner.cli.options import OutFile, name_options, option
 from moetuner.files import descriptor_of, replacing
 from moetuner.files.text import line, name, printable
 from moetuner.report.cells import finite
@@ -84,7 +84,7 @@ class Output:
             self._console.print(text, soft_wrap=True)
 
     def _fitted(self, row: str) -> str:
-        row = line(row)
+        row = name_options(line(row))
         if self._width == UNLIMITED or not row or row[0] == " ":
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""

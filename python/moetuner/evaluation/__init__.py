@@ -85,6 +85,9 @@ class Evaluation(Frozen):
         The times that so many percent of windows and layers do not exceed.
     predicted_us_per_layer
         Predicted time of every layer in microseconds, averaged over windows [L].
+    predicted_with
+        Name of the cost model of predicted times, which says whose experts they are of where the
+        traffic names no model; None without a cost model.
     by_group
         The same for every group of the traffic that has tokens or windows.
     replayed
@@ -116,6 +119,7 @@ class Evaluation(Frozen):
     predicted_layer_us_p95: float | None = None
     predicted_layer_us_p99: float | None = None
     predicted_us_per_layer: tuple[float, ...] | None = None
+    predicted_with: str | None = None
     imbalance_per_window: tuple[float, ...] = ()
     by_group: dict[str, Evaluation] = field(default_factory=dict)
     replayed: Replayed | None = field(default=None, repr=False, compare=False)
@@ -205,9 +209,10 @@ def evaluate(
         that follow; of them ``"lp"`` divides every window's tokens so that the slowest device is
         done as soon as can be (LPLB, SGLang's dispatch of that name).
     cost_model
-        Gives the predicted times: by default an H100's with the experts of the traffic's model, if
-        that is known. None predicts no times. Statistics without expert sets do not know which
-        experts a token met together: each is then sent to on its own, which is an upper bound.
+        Gives the predicted times: by default an H100's with the experts of the traffic's model, or
+        of DeepSeek-V3 if that is not known, as ``predicted_with`` says. None predicts no times.
+        Statistics without expert sets do not know which experts a token met together: each is then
+        sent to on its own, which is an upper bound.
     regime
         What moves in the predicted times: rows from their homes to devices and back in each layer,
         as in today's engines, or on to the next layer's device.
@@ -392,6 +397,7 @@ def _evaluate(
 def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = counted.setting.topology, counted.rows()
+    model = counted.setting.cost_model
     values: dict[str, Any] = {name: figure.value(counted) for name, figure in FIGURES.items()}
     per_layer = [
         tuple(np.sum([weight * each.mean(axis=0) for weight, each in windowed], axis=0).tolist())
@@ -403,6 +409,7 @@ def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None
         imbalance_per_layer=per_layer[0],
         imbalance_per_window=tuple(counted.imbalances[0][1].mean(axis=1).tolist()),
         predicted_us_per_layer=per_layer[1] if counted.times else None,
+        predicted_with=None if model is None else f"{model.shown_name}{model.weights}",
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
         replayed=Replayed(traffic, counted.setting, group),

@@ -53,13 +53,13 @@ class Comparison(Frozen):
     --------
     >>> import moetuner as mt
     >>> import numpy as np
-    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
     >>> gain = mt.verdict(mt.evaluate(blocks, traffic), mt.evaluate(better, traffic))
     >>> gain.answer
     'worth it'
     >>> gain.sentence
-    'after has 16.7 % less imbalance than before (95 % interval 16.7 to 16.7 %).'
+    'after has 16.5 % less predicted layer time than before (95 % interval 16.5 to 16.5 %).'
     """
 
     measure: str

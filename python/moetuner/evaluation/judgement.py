@@ -238,12 +238,12 @@ def judge(
     --------
     >>> import moetuner as mt
     >>> import numpy as np
-    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
     >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
     >>> judgement = mt.judge(before, after, names=("blocks", "better"))
     >>> judgement.gain.sentence
-    'better has 16.7 % less imbalance than blocks (95 % interval 16.7 to 16.7 %).'
+    'better has 16.5 % less predicted layer time than blocks (95 % interval 16.5 to 16.5 %).'
     """
     for side, each in (("before", before), ("after", after)):
         check.instance(side, each, Evaluation, hint=", such as evaluate(placement, trace)")
@@ -429,7 +429,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> C
     --------
     >>> import moetuner as mt
     >>> import numpy as np
-    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> blocks, better = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
     >>> before, after = (mt.evaluate(each, traffic) for each in (blocks, better))
     >>> mt.verdict(before, after).answer
@@ -493,7 +493,7 @@ def audit(
     --------
     >>> import moetuner as mt
     >>> import numpy as np
-    >>> load = np.tile([[8, 4, 2, 2]], (10, 1, 1))  # ten windows of one layer
+    >>> load = np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1))  # ten windows of one layer
     >>> audited = mt.audit(mt.Placement([[[0, 2], [1, 3]]]), mt.RoutingStatistics.from_load(load))
     >>> audited.worse()
     []

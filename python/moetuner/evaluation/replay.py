@@ -23,7 +23,7 @@ from moetuner._checks import (
     threads_in,
     window_in,
 )
-from moetuner.cost import CostModel, cost_model_of, size_of_expert
+from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
 from moetuner.evaluation.copies import Split
@@ -170,11 +170,11 @@ def topology_of(placement: Placement, topology: Topology | None) -> Topology:
 
 
 def times_of(traffic: Traffic, cost_model: CostModel | str | None) -> CostModel | None:
-    """Return the cost model; for "model" that of the traffic's model, None if it is not known."""
+    """Return the cost model; for "model" that of the traffic's model, as the command line does."""
     if not (isinstance(cost_model, str) and cost_model == "model"):
         return cost_model  # type: ignore[return-value]  # Setting checks it
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    return None if size_of_expert(traffic) is None else cost_model_of(traffic)
+    return cost_model_of(traffic)
 
 
 def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> None:

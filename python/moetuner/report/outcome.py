@@ -318,7 +318,7 @@ def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
 def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
     line = assumed_model(model) or (
-        f"Times are predicted with {model.name or 'an unnamed cost model'}{model.weights}; "
+        f"Times are predicted with {model.shown_name}{model.weights}; "
         "for others: --cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
     if model.measured is not None:

@@ -391,7 +391,12 @@ def layer_list(layers: Sequence[int] | None) -> str | None:
 
 
 # What sentences of the library call in Python's words, and the options that do it.
-OPTIONS_OF = {"in_order=False": "--any-order", "group and group_names": "--group-by FILE"}
+OPTIONS_OF = {
+    "in_order=False": "--any-order",
+    "group and group_names": "--group-by FILE",
+    "set traffic.model": "pass --model",
+    "traffic names no model": "INPUT names no model",
+}
 
 
 def name_options(sentence: str) -> str:

@@ -72,11 +72,11 @@ def write_report(
     >>> import moetuner as mt
     >>> import numpy as np
     >>> from pathlib import Path
-    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8, 4, 2, 2]], (10, 1, 1)))
+    >>> traffic = mt.RoutingStatistics.from_load(np.tile([[8000, 4000, 2000, 2000]], (10, 1, 1)))
     >>> placements = mt.Placement([[[0, 1], [2, 3]]]), mt.Placement([[[0, 2], [1, 3]]])
     >>> before, after = (mt.evaluate(each, traffic) for each in placements)
     >>> mt.write_report("page.html", (before, after), names=("blocks", "better"))
-    >>> "better has 16.7 % less imbalance than blocks" in Path("page.html").read_text()
+    >>> "better has 16.5 % less predicted layer time" in Path("page.html").read_text()
     True
     """
     write_page(path_in(path), data_of_results(results, names))
