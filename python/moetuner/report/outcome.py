@@ -58,9 +58,8 @@ class Outcome:
 
     @property
     def gap(self) -> float | None:
-        """Gap to a bound that says something; None to one of loads alone."""
-        is_useful = self.worth.is_known and not self.result.bound_is_of_loads
-        return self.result.gap if is_useful else None
+        """Gap of the result; None where the objective is not known."""
+        return self.result.gap if self.worth.is_known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields of the evaluation and of the result."""
@@ -76,7 +75,7 @@ class Outcome:
             "bound": self.result.bound if has_value else None,
             "bound_source": self.result.bound_source,
             "bound_scope": self.result.bound_scope if has_value else None,
-            "gap": self.result.gap if has_value else None,
+            "gap": self.gap,
             "status": self.result.status,
             "violations": list(self.result.violations),
             "solve_seconds": self.result.seconds,
@@ -188,7 +187,7 @@ def sentences(outcome: Outcome, *, held_out: bool = False) -> list[str]:
         times[0] = times[0].replace(" us", " us per layer", 1)
         lines.append(f"Predicted time: {', '.join(times)}.")
     # A bound of loads alone says little of the placement.
-    if result.bound is not None and result.gap is not None and not result.bound_is_of_loads:
+    if result.bound is not None and result.gap is not None:
         which = caps.SINGLE if problem.stays_single else ""
         if problem.max_imbalance is not None:
             raised = result.details.caps.raised

@@ -203,9 +203,10 @@ class Result(Frozen):
     def gap(self) -> float | None:
         """(objective - bound) / objective: how far from the optimum this can be at most.
 
-        Where ``bound_is_of_loads``, it is mostly the bound that is far from the optimum.
+        None without a bound, and where ``bound_is_of_loads``: it is mostly the bound that is far
+        from the optimum there.
         """
-        return gap_between(self.objective, self.bound)
+        return None if self.bound_is_of_loads else gap_between(self.objective, self.bound)
 
     def to_dict(self) -> dict[str, Any]:
         """Return figures as JSON values; the placement has a file of its own."""
