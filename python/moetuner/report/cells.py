@@ -71,7 +71,7 @@ def in_bytes(count: float) -> str:
         if float(f"{count:.3g}") < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{digits(count)} TB"
+    return f"{float(f'{count:.3g}'):,g} TB"
 
 
 def listed(names: list[str], limit: int) -> str:
