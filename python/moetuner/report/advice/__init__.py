@@ -263,6 +263,8 @@ def _advise(request: Request, splits: int) -> Advice:
         settings=_settings(request, splits, first.problem.shares),
     )
     advice = conclude(advice, write_notes(request, phases, knee))
+    if advice.answer == "not now":
+        advice = replace(advice, moving=advice.moving.stay())
     request.progress("weighing fewer moves")
     return replace(advice, step=find_step(request, first, part, advice))
 

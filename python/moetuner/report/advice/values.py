@@ -106,7 +106,7 @@ class Copies(Frozen):
 
 
 class Moving(NamedTuple):
-    """What it costs to leave the running placement.
+    """What it costs to leave the running placement; nothing where the answer is "not now".
 
     Parameters
     ----------
@@ -132,6 +132,15 @@ class Moving(NamedTuple):
     of_experts: int
     of_bytes: float | None
     device_bytes: tuple[float, float] | None
+
+    def stay(self) -> Moving:
+        """Return what it costs to keep the running placement: nothing moves."""
+        if self.device_bytes is None:
+            return self._replace(experts=0)
+        before, _ = self.device_bytes
+        return self._replace(
+            experts=0, bytes=0.0, seconds=0.0, steps=None, device_bytes=(before, before)
+        )
 
 
 class SmallStep(NamedTuple):
