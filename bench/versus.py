@@ -322,7 +322,7 @@ def static(report: Report, instance: Instance, methods: dict[str, Method], asked
     figures, bounds = figures_of(instance, methods, asked.seeds)
     title = f"{instance}, halves unseen: {asked.seeds}"
     table = report.table(
-        title, "method <24", *(f"{column} 14s" for column in columns), "seconds 8.2f"
+        title, "method <31", *(f"{column} 14s" for column in columns), "seconds 8.2f"
     )
     digits = {column: 2 if column == "us" else 3 for column in columns}
     for name, rows in figures.items():
@@ -429,7 +429,7 @@ def equal_seconds(
             run.one_by_one(name, methods(), longest)
     columns = (f"{budget:g}s 9s" for budget in run.budgets)
     title = f"{GOALS[goal][1]} on unseen traffic after so many seconds, {instance}"
-    table = report.table(title, "method <24", *columns)
+    table = report.table(title, "method <31", *columns)
     for name, cells in run.cells.items():
         medians = (cells[budget] for budget in run.budgets)
         table(name, *(f"{np.median(values):.4f}" if values else "" for values in medians))
