@@ -109,3 +109,14 @@ def test_sentences_of_the_command_name_options(as_json, tmp_path):
     advice = as_json("advise", tmp_path / "load.npz", *words)
     assert "--group-by FILE" in advice["sentence"]
     assert "group_names" not in " ".join((*advice["reasons"], *advice["warnings"]))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "audit", "drift"])
+def test_a_placement_remembers_how_its_input_is_read(ok, as_json, tmp_path, monkeypatch, command):
+    """An array of ids does not say how many experts there are; the placement's file does then."""
+    monkeypatch.chdir(tmp_path)
+    ids = np.random.default_rng(0).random((16_000, 2, 7)).argsort(axis=2)[..., :2]
+    np.save("ids.npy", ids)
+    ok("solve", "ids.npy", "--devices", 4, "--num-experts", 8, "--out", "placed.json")
+    read = as_json(command, "placed.json", "ids.npy")["input"]
+    assert (read["num_experts"], read["tokens"]) == (8, 16_000)

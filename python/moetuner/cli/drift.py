@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine, cost_model_for
-from moetuner.cli.options.placed import Placed, phases_in
+from moetuner.cli.options.placed import Placed, phases_in, read_hints
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
@@ -77,6 +77,7 @@ def command(
         Exit with status 3 if it has drifted, and the placement serves it worse by more than so many
         percent.
     """
+    source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
     files = profile_files or _named(placed.settings, placement_file, *source.input_files)
     only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))

@@ -33,7 +33,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
-from moetuner.formats import read_placement
+from moetuner.formats import form_of, read_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import phases
@@ -79,7 +79,7 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     "input.weight_bits": positive,
     **dict.fromkeys(("input.files", "input.only"), _texts),
     **dict.fromkeys(("input.tokens", "input.windows"), partial(whole_number, lowest=0)),
-    **dict.fromkeys(("input.tokens_per_step", "input.top_k"), whole_number),
+    **dict.fromkeys(("input.tokens_per_step", "input.num_experts", "input.top_k"), whole_number),
 }
 
 
@@ -145,13 +145,21 @@ def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
     return read_placement(path, devices=machine.given, **known)
 
 
+def read_hints(path: Path) -> dict[str, Any]:
+    """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
+    if form_of(path) != "json":
+        return {}
+    settings = read_placement(path).settings
+    return dict(defaults_in(path, settings)["input"])
+
+
 def with_input(
     placement: Placement, source: Source, engine: str | None, holdout: float
 ) -> Placement:
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
     files = [path.name for path in source.input_files]
     facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
-    names = ("model", "weight_bits", "tokens_per_step", "top_k", "group_by")
+    names = ("model", "weight_bits", "tokens_per_step", "num_experts", "top_k", "group_by")
     read = {name: getattr(source, name) for name in names}
     facts |= {name: value for name, value in read.items() if value is not None}
     more = {"engine": engine, "holdout": holdout, "input": facts}
@@ -192,6 +200,7 @@ class Placed:
     @classmethod
     def read(cls, path: Path, source: Source, machine: Machine, serving: Serving) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
+        source = source.with_hints(read_hints(path))
         placement = source.load(path, devices=machine.given)
         settings = defaults_in(path, placement.settings)
         source, recorded = source.as_placed(settings), settings["input"]

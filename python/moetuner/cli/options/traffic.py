@@ -252,6 +252,13 @@ class Source(FileHints):
             )
         return source
 
+    def with_hints(self, of_input: Mapping[str, Any]) -> Source:
+        """Return the same INPUT, read as a placement's settings say where no option does."""
+        num_experts = self.num_experts or of_input.get("num_experts")
+        top_k = self.top_k or of_input.get("top_k")
+        source = replace(self, num_experts=num_experts, top_k=top_k)
+        return self if source == self else source  # what is read already stays read
+
     def as_placed(self, settings: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, of_input = self.recorded, settings.get("input", {})
