@@ -27,10 +27,10 @@ impl Copies {
         let mut devices: Vec<Vec<u32>> = vec![vec![]; experts];
         for (device, held) in (0..).zip(slots.chunks_exact(width)) {
             for &expert in held {
-                if let Some(holders) = usize::try_from(expert).ok().and_then(|e| devices.get_mut(e)) {
-                    if holders.last() != Some(&device) {
-                        holders.push(device);
-                    }
+                if let Some(holders) = usize::try_from(expert).ok().and_then(|e| devices.get_mut(e))
+                    && holders.last() != Some(&device)
+                {
+                    holders.push(device);
                 }
             }
         }

@@ -139,18 +139,21 @@ class Objective:
             value = self.traffic(placement)
         else:
             value = float(self.worth(self.window_cost(placement).sum(axis=1)))
-        return value if self.survive is None else value * self._weigh_losses(placement)
+        return value * float(self.weigh_losses(placement).mean())
 
-    def _weigh_losses(self, placement: Placement) -> float:
-        """Compute what the busiest device after a loss makes of the objective, as a factor.
+    def weigh_losses(self, placement: Placement) -> Floats:
+        """Compute what the busiest device after a loss makes of the cost of every layer [L].
 
-        It is the worst of all losses, averaged over layers; even loads have a factor of 1.
+        That is the worst of all losses, as a factor: 1 where loads are even, or nothing has to
+        survive.
         """
-        assert self.survive is not None
+        if self.survive is None:
+            return np.ones(placement.layers)
         load, topology = self.statistics.total_load, self.topology
         after, _ = losses.loads_after(placement, load, topology, self.survive)
-        worst = losses.compute_imbalances(after, topology, self.survive).max(axis=0).mean()
-        return float(1 + LOSS_SHARE * (worst - 1))
+        worst = losses.compute_imbalances(after, topology, self.survive).max(axis=0)
+        factor: Floats = 1 + LOSS_SHARE * (worst - 1)
+        return factor
 
     def worth(self, costs: Floats) -> Floats:
         """Compute the value of each of several costs of windows [...,W], in ``unit``."""

@@ -173,7 +173,7 @@ def make_terms(problem: Problem, unit: float, *, copy_costs: Floats | None = Non
         copies=copies,
         visits=_visit_costs(problem, unit),
         pairs=_pair_costs(problem, unit),
-        losses=_loss_costs(problem),
+        losses=loss_costs(problem),
     )
 
 
@@ -251,7 +251,7 @@ def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
     return PairCosts(pairs, unit * pair_us)
 
 
-def _loss_costs(problem: Problem) -> LossCosts | None:
+def loss_costs(problem: Problem) -> LossCosts | None:
     """Return what lost devices cost; None where nothing has to survive.
 
     What a domain leaves to a device costs by its third power, in mean loads of a device.

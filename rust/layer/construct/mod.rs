@@ -7,6 +7,7 @@
 
 mod polish;
 mod repair;
+mod spread;
 mod squeeze;
 mod windows;
 
@@ -18,6 +19,7 @@ use crate::layer::{EMPTY, Site, Slots};
 use crate::tournament::Tournament;
 use polish::polish;
 use repair::{repair, vacant};
+use spread::ByLosses;
 pub use squeeze::find_shortage;
 use squeeze::squeeze;
 pub use windows::by_windows;
@@ -50,6 +52,11 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
     let (order, copies) = copies(&slots, site, load)?;
+    if site.rules.min_copies > 1 {
+        let mut devices = ByLosses::new(&slots, site, load, &copies);
+        longest_first(&mut slots, site, &order, &mut devices)?;
+        return Ok(slots);
+    }
     let mut devices = ByTime::new(&slots, site, load, &copies);
     longest_first(&mut slots, site, &order, &mut devices)?;
     polish(&mut slots, site, load, trials);

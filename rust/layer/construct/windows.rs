@@ -9,9 +9,13 @@ use crate::layer::{EMPTY, Layer, Slots};
 
 /// Slots for the windows of a layer, whose measure is a norm: no worse than a packing on their sum, by the slowest devices.
 pub fn by_windows(layer: &Layer) -> Placed<Slots> {
-    let of_windows = pack_windows(layer)?;
+    // What has to survive a loss spreads copies over partners, which powers of loads know nothing of.
+    let survives = layer.site.rules.min_copies > 1;
+    let weight = &layer.windows.heaviness;
+    let mut of_windows = if survives { fill(&layer.site, weight, QUICK)? } else { pack_windows(layer)? };
+    complete(&mut of_windows, &layer.site, weight, true)?;
     let mut packed = fill(&layer.site, &layer.load, QUICK)?;
-    complete(&mut packed, &layer.site, &layer.windows.heaviness, true)?;
+    complete(&mut packed, &layer.site, weight, true)?;
     let slowest = |slots: &Slots| Balance::new(layer, slots, &slots.copies).slowest(layer);
     Ok(if slowest(&of_windows) <= slowest(&packed) { of_windows } else { packed })
 }
@@ -23,7 +27,6 @@ fn pack_windows(layer: &Layer) -> Placed<Slots> {
     let (order, copies) = copies(&slots, site, weight)?;
     let mut devices = ByPowers::new(layer, &slots, &copies);
     longest_first(&mut slots, site, &order, &mut devices)?;
-    complete(&mut slots, site, weight, true)?;
     Ok(slots)
 }
 

@@ -10,7 +10,7 @@ from moetuner.problem import Problem
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Role, Run, Stage
-from moetuner.solver.terms import core_layers, make_site
+from moetuner.solver.terms import Terms, core_layers, loss_costs, make_site
 from moetuner.solver.unseen import NOISE, NORM, SearchSetting
 
 Floats = NDArray[np.float64]
@@ -34,7 +34,8 @@ def balance_windows(
     """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
     setting = SearchSetting(NORM, NOISE, mixed)
-    layers = core_layers(load, weight, make_site(problem, nearest=False), setting=setting)
+    terms, site = Terms(losses=loss_costs(problem)), make_site(problem, nearest=False)
+    layers = core_layers(load, weight, site, setting=setting, terms=terms)
     start = layers.construct(windows=True, threads=budget.threads)
     return layers.place(
         start,

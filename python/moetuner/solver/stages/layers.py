@@ -169,7 +169,10 @@ def _combine(run: Run, _: Budget) -> None:
     if len(pool) > 1:
         experts, objective = run.problem.experts, run.objective
         placements = [Placement(slots, num_experts=experts) for slots in pool]
-        costs = [objective.worth(objective.window_cost(each).T) for each in placements]
+        costs = [
+            objective.worth(objective.window_cost(each).T) * objective.weigh_losses(each)
+            for each in placements
+        ]
         layers = np.arange(run.problem.layers)
         slots = np.stack(pool)[np.argmin(costs, axis=0), layers]
         run.offer(slots, "combined", is_start=True)
