@@ -51,7 +51,7 @@ def test_what_is_not_worth_a_trial_is_not_turned_on(ok, skewed, tmp_path):
     one = tmp_path / "one.npz"
     np.savez(one, load=np.arange(16).reshape(1, 2, 8))
     again = "moetuner advise NEWER --devices 4 --copies 0 --splits 1 --for vllm\n"
-    more = "moetuner advise MORE --devices 4"
+    more = "moetuner advise MORE --group-by files --devices 4"
     for file, answer, words in (
         (flat, "Not now", again),
         (one, "Not enough evidence: there is one window", more),
