@@ -7,15 +7,16 @@ shift
 "$tools/twine" check --strict "$@"
 for file in "$@"; do
 	case $file in
-		*-abi3-*.whl) "$tools/abi3audit" --strict "$file" ;;&
-		*linux*.whl) "$tools/auditwheel" show "$file" ;;&
-		*.whl)
-			# The bill of materials of the Rust crates, the license and the types come along.
-			list=$("$tools/python" -m zipfile --list "$file")
-			for inside in '[.]dist-info/sboms/.*[.]json' '[.]dist-info/licenses/LICENSE' 'moetuner/py[.]typed' \
-				'moetuner/selftest/answers[.]json'; do
-				grep -q "$inside" <<< "$list" || { echo "$file has no $inside" >&2; exit 1; }
-			done
-			;;
+		*-abi3-*.whl) "$tools/abi3audit" --strict "$file" ;;
+		*.tar.gz) continue ;;
 	esac
+	case $file in
+		*linux*.whl) "$tools/auditwheel" show "$file" ;;
+	esac
+	# The bill of materials of the Rust crates, the license and the types come along.
+	list=$("$tools/python" -m zipfile --list "$file")
+	for inside in '[.]dist-info/sboms/.*[.]json' '[.]dist-info/licenses/LICENSE' 'moetuner/py[.]typed' \
+		'moetuner/selftest/answers[.]json'; do
+		grep -q "$inside" <<< "$list" || { echo "$file has no $inside" >&2; exit 1; }
+	done
 done

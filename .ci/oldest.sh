@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Uses a wheel with the oldest dependencies that pyproject.toml allows. Usage: .ci/oldest.sh PYTHON WHEEL
 set -euo pipefail
-python=$(realpath --no-symlinks "$1") wheel=$(realpath "$2")
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") wheel=$(realpath "$2")
 here=$(dirname "$(realpath "$0")")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

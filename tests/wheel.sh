@@ -2,7 +2,7 @@
 # Installs a wheel into a fresh environment, far from the sources, and uses it there as a stranger would.
 # Usage: tests/wheel.sh PYTHON WHEEL
 set -euo pipefail
-python=$(realpath --no-symlinks "$1")
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")  # not what a link leads to: that has no packages
 wheel=$(realpath "$2")
 tests=$(dirname "$(realpath "$0")")
 folder=$(mktemp -d)
@@ -13,11 +13,13 @@ unset PYTHONPATH VIRTUAL_ENV
 "$python" -m venv fresh
 # The first two commands of the README, as they stand but for where the package comes from.
 PATH="$folder/fresh/bin:$PATH"
-mapfile -t commands < <(sed -n '/^```sh$/,/^```$/p' "$tests/../README.md" | sed -n '2,3p')
-test "${commands[0]}" = "pip install 'moetuner[report]'" -a "${commands[1]}" = 'moetuner demo'
-PIP_QUIET=1 bash -euc "${commands[0]/moetuner/$wheel}"
-bash -euc "${commands[1]}" > demo.txt
-
+sed -n '/^```sh$/,/^```$/p' "$tests/../README.md" | sed -n '2,3p' > commands.txt
+diff commands.txt - << 'COMMANDS'
+pip install 'moetuner[report]'
+moetuner demo
+COMMANDS
+sed "s|moetuner\[|$wheel[|" commands.txt > commands.sh
+PIP_QUIET=1 bash -eu commands.sh > demo.txt
 
 fresh/bin/moetuner --version --json
 fresh/bin/moetuner --self-test
