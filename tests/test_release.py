@@ -92,3 +92,22 @@ def test_tests_without_a_browser_say_how_to_get_one(tmp_path):
 def test_the_readme_is_short():
     """README has at most 120 lines."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_documents_of_all_versions_stand_side_by_side(tmp_path):
+    """The front page leads to the newest tag, by number, and lists every version."""
+    site = tmp_path / "site.git"
+    subprocess.run(["git", "init", "--quiet", "--bare", site], check=True)
+    (tmp_path / "html").mkdir()
+    for number, version in enumerate(["main", "v0.9.0", "v0.10.0", "main"]):
+        (tmp_path / "html" / "index.html").write_text(f"{number}")
+        command = [ROOT / ".ci" / "publish-documents.sh", tmp_path / "html", version, site]
+        subprocess.run(command, check=True)
+    show = ["git", "--git-dir", site, "show"]
+    pages = [
+        subprocess.run([*show, f"gh-pages:{path}"], capture_output=True, text=True, check=True)
+        for path in ("main/index.html", "v0.9.0/index.html", "index.html")
+    ]
+    assert [page.stdout for page in pages[:2]] == ["3", "1"]
+    assert "url=v0.10.0/" in pages[2].stdout
+    assert re.findall(r'<li><a href="(.*?)/">', pages[2].stdout) == ["v0.10.0", "v0.9.0", "main"]
