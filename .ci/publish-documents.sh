@@ -14,7 +14,7 @@ rm -rf "./$version"
 cp -r "$html" "./$version"
 touch .nojekyll
 newest=$(find . -maxdepth 1 -type d -name 'v[0-9]*' -printf '%f\n' | sort --version-sort | tail -1)
-newest=$(find . -maxdepth 1 -type d -name 'v[0-9]*' -printf '%f\n' | sort --version-sort | tail -1)
+newest=${newest:-$version}
 find . -maxdepth 1 -mindepth 1 -type d ! -name .git -printf '%f\n' | sort --version-sort --reverse > versions.txt
 cat > index.html <<- PAGE
 	<!doctype html>

@@ -111,3 +111,16 @@ def test_documents_of_all_versions_stand_side_by_side(tmp_path):
     assert [page.stdout for page in pages[:2]] == ["3", "1"]
     assert "url=v0.10.0/" in pages[2].stdout
     assert re.findall(r'<li><a href="(.*?)/">', pages[2].stdout) == ["v0.10.0", "v0.9.0", "main"]
+
+
+def test_documents_before_the_first_tag_have_a_front_page(tmp_path):
+    """It leads to what there is."""
+    site = tmp_path / "site.git"
+    subprocess.run(["git", "init", "--quiet", "--bare", site], check=True)
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html" / "index.html").write_text("page")
+    command = [ROOT / ".ci" / "publish-documents.sh", tmp_path / "html", "main", site]
+    subprocess.run(command, check=True)
+    show = ["git", "--git-dir", site, "show", "gh-pages:index.html"]
+    page = subprocess.run(show, capture_output=True, text=True, check=True).stdout
+    assert "url=main/" in page
