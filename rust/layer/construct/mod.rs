@@ -55,6 +55,8 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     if site.rules.min_copies > 1 {
         let mut devices = ByLosses::new(&slots, site, load, &copies);
         longest_first(&mut slots, site, &order, &mut devices)?;
+        // Copies are counted as they came to be.
+        ByLosses::new(&slots, site, load, &slots.copies.clone()).settle(&mut slots);
         return Ok(slots);
     }
     let mut devices = ByTime::new(&slots, site, load, &copies);
