@@ -34,6 +34,7 @@ __all__ = [
     "forget_pools",
     "instruction_sets",
     "keep_slots",
+    "match_best",
     "match_devices",
     "merge_sets",
     "pack",
