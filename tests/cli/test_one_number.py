@@ -39,7 +39,8 @@ def test_every_command_tells_the_same_gain(
     """What solve was told is in the placement, so that the others need no options for it."""
     pytest.importorskip("plotly", reason="the extra report is not installed")
     p, page = tmp_path / "p.json", tmp_path / "page.html"
-    how = ("--devices", 4, "--devices-per-node", 2, "--window", 50, "--regime", regime)
+    devices = ENGINES[engine].devices if engine in ENGINES else None
+    how = ("--devices", devices or 4, "--devices-per-node", 2, "--window", 50, "--regime", regime)
     how = (
         *how,
         *HOW.get(engine, ("--for", engine)),
