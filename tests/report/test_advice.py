@@ -639,3 +639,17 @@ def test_tokens_that_stay_on_one_of_two_devices_are_said(devices, top_k, said):
     )
     assert (sentence in advice.reasons) == said, advice.reasons
     assert any("of 100 tokens" in reason for reason in advice.reasons) == said
+
+
+def test_what_a_lost_device_does_is_said_where_there_are_copies():
+    """Of the proposed placement, as its evaluation has it; of single copies nothing is said."""
+    load = np.random.default_rng(5).poisson(1e6, (12, 2, 16))
+    load[:, :, 3] *= 12
+    table = mt.RoutingStatistics.from_load(load)
+    problem = mt.Problem(table, mt.Topology(4), slots_per_device=6)
+    running = mt.solve(problem, "quick").placement
+    advice = mt.advise(table, mt.Topology(4), initial=running, splits=1)
+    [line] = [reason for reason in advice.reasons if reason.startswith("If a device is lost")]
+    assert line == f"If a device is lost: {advice.main.after.losses['device'].sentence}."
+    single = mt.advise(table, mt.Topology(4), copies=(0,), splits=1)
+    assert not any("is lost" in reason for reason in single.reasons)

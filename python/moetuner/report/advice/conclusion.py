@@ -123,7 +123,7 @@ def write_notes(request: Request, phases: PhaseTimes | None, copies: int) -> tup
 
 def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
     """Return advice with its answer, its reasons, ``notes`` among them, and its warnings."""
-    reasons = [*_write_gains(advice), *notes]
+    reasons = [*_write_gains(advice), *notes, *_write_losses(advice)]
     warnings = _write_units(advice.units, held_out=advice.settings["held_out"])
     answer, why = _answer_by_gains(advice)
     # What comes later overrules what came before, with the first reason.
@@ -172,8 +172,18 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
         reasons = [*(reason for _, reason in overruling[-2::-1]), *reasons]
     head = _write_headline(advice, answer, why) + mixed * (answer == "worth a trial")
     reasons = [head, *(reason for reason in reasons if reason not in head)]
-    sentences = (f"{each[0].upper()}{each[1:]}".rstrip(".") + "." for each in reasons)
+    # A name that is written with a small letter first, as vLLM, keeps it.
+    first = (each[0] if each[1:2].isupper() else each[0].upper() for each in reasons)
+    sentences = (
+        f"{letter}{each[1:]}".rstrip(".") + "." for letter, each in zip(first, reasons, strict=True)
+    )
     return replace(advice, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
+
+
+def _write_losses(advice: Advice) -> list[str]:
+    """Write what the loss of a device does to the proposed placement, where it has copies."""
+    losses = advice.main.after.losses.get("device")
+    return [] if losses is None else [f"If a device is lost: {losses.sentence}"]
 
 
 # What a gain is called in the headline, before the phase or the windows that it is of.
