@@ -1,6 +1,9 @@
 """What the hottest experts take: a fixed set, a cache, and routing without preference."""
 
+import html
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.report.hot_experts import SIZES
+from moetuner.report.hot_experts import SIZES, hold_out_hot_experts
 
 
 def cached(ids, experts, held):
@@ -122,3 +125,20 @@ def test_inspect_prints_it(make_trace, ok, tmp_path, monkeypatch):
     assert hot.sentence in out
     assert "share of unseen picks" in out
     assert "least recently used is dropped" in out
+
+
+def test_a_page_has_it(make_trace, ok, tmp_path, monkeypatch):
+    """The panel's curves and tables are what the traffic's hottest experts take."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    monkeypatch.chdir(tmp_path)
+    trace = make_trace(600)
+    trace.save("trace.safetensors")
+    mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4).save("placement.json")
+    ok("report", "placement.json", "trace.safetensors", "--out", "page.html")
+    text = Path("page.html").read_text()
+    section = re.search(r'<section id="hot">(.*?)</section>', text, re.DOTALL)[1]
+    hot = hold_out_hot_experts(trace)
+    assert hot.sentence in html.unescape(section)
+    for shares in (hot.static, hot.cache):
+        assert all(f"{100 * share:.1f} %" in section for share in shares)
+    assert all(name in section for name in hot.static_of_group)

@@ -7,6 +7,7 @@ finds in a set the set's share of all experts.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner import _core
-from moetuner.evaluation.units import Traffic, loads_of
+from moetuner._checks import ArgumentError
+from moetuner.evaluation.units import Traffic, hold_out, loads_of
 from moetuner.frozen import Frozen
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -91,6 +93,18 @@ class HotExperts(Frozen):
             f"experts take {100 * self.static[at]:.0f} % of the {unseen}picks{cache}; without "
             "preference it would be 50 %."
         )
+
+
+def hold_out_hot_experts(
+    traffic: Traffic, *, seed: int = 0, threads: int | None = None
+) -> HotExperts:
+    """Measure the hottest experts on a half of traffic that is held out, as far as one can be."""
+    parts: tuple[Traffic, Traffic] = (traffic, traffic)
+    # Of a single token, of few windows that are alike, and of pairs nothing can be held out.
+    with suppress(ArgumentError):
+        parts = hold_out(traffic, 0.5, seed=seed)
+    seen, unseen = (loads_of(part, threads=threads).total_load for part in parts)
+    return measure_hot_experts(traffic, seen, unseen, parts[1], threads)
 
 
 def measure_hot_experts(

@@ -8,7 +8,6 @@ not seen, beside the independence null.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import (
-    ArgumentError,
     at_least,
     callable_or_none,
     instance,
@@ -31,7 +29,11 @@ from moetuner.evaluation.units import hold_out, loads_of, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
-from moetuner.report.hot_experts import HotExperts, measure_hot_experts
+from moetuner.report.hot_experts import (
+    HotExperts,
+    hold_out_hot_experts,
+    measure_hot_experts,
+)
 from moetuner.solver import Method, solve
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.topology import Topology
@@ -192,30 +194,13 @@ def structure(
         crossing_contiguous=contiguous,
         crossing_independent=null,
         gain=gain,
-        hot_experts=_measure_hot_experts(traffic, (seen, unseen), parts[1], seed, threads),
+        hot_experts=(
+            # Both halves are counted.
+            measure_hot_experts(traffic, seen.total_load, unseen.total_load, parts[1], threads)
+            if isinstance(traffic, RoutingTrace)
+            else hold_out_hot_experts(traffic, seed=seed, threads=threads)
+        ),
     )
-
-
-def _measure_hot_experts(
-    traffic: Traffic,
-    counts: tuple[RoutingStatistics, RoutingStatistics],
-    part: Traffic,
-    seed: int,
-    threads: int | None,
-) -> HotExperts:
-    """Measure hot experts on a half that is held out, of load tables as well."""
-    seen, unseen = counts
-    if (
-        isinstance(traffic, RoutingStatistics)
-        and traffic.windows > 1
-        and traffic.transitions is None
-        and traffic.coactivation is None
-    ):
-        # Of few windows that are alike nothing can be held out.
-        with suppress(ArgumentError):
-            seen, unseen = (loads_of(half) for half in hold_out(traffic, 0.5, seed=seed))
-            part = unseen
-    return measure_hot_experts(traffic, seen.total_load, unseen.total_load, part, threads)
 
 
 def _gain(

@@ -28,6 +28,7 @@ from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.conclusion import running_name, write_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
+from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome
 from moetuner.report.page.words import settings_in_words
 from moetuner.solver import Trade
@@ -98,6 +99,8 @@ class PageData:
         Tokens of every expert in that traffic [L,E].
     token_bytes, expert_bytes
         Bytes of a row and of an expert; None where not known.
+    hot_experts
+        What part of the picks the hottest experts take.
     result, advice, trades
         What else there is to show.
     unit
@@ -122,6 +125,7 @@ class PageData:
     warnings: tuple[str, ...] = ()
     token_bytes: float | None = None
     expert_bytes: float | None = None
+    hot_experts: HotExperts | None = None
     result: Result | None = None
     unit: str = ""
     advice: Advice | None = None
@@ -405,6 +409,7 @@ def make_data(
         warnings=warnings,
         token_bytes=token_bytes,
         expert_bytes=expert_bytes,
+        hot_experts=hold_out_hot_experts(replayed.traffic, threads=replayed.setting.threads),
     )
     if page.moves.experts_moved or judgement.before.imbalance != judgement.after.imbalance:
         return page

@@ -145,6 +145,42 @@ def _experts(page: PageData) -> Panel | None:
     return Panel((chart,), tuple(tables), notes, words)
 
 
+def _hot_experts(page: PageData) -> Panel | None:
+    hot = page.hot_experts
+    if hot is None or not page.load.any():
+        return None
+    curves = {"most used, a fixed set": hot.static, "without preference": hot.sizes}
+    if hot.cache is not None:
+        curves["least recently used is dropped"] = hot.cache
+    rows = [(name, *map(percent, shares)) for name, shares in curves.items()]
+    head = ("experts that are kept near", *(f"{100 * size:g} %" for size in hot.sizes))
+    by_group = sorted(hot.static_of_group.items(), key=lambda item: item[1])
+    groups = [(name, percent(share)) for name, share in by_group[:ROWS]]
+    tables = [Table(f"Share of {'unseen ' if hot.is_unseen else ''}picks", head, rows)]
+    if groups:
+        title = "Half of the experts, chosen by all other groups"
+        tables.append(Table(title, ("group", "share of its picks"), groups, len(by_group)))
+    # No experts take nothing, and all of them everything.
+    ends = 100 * np.array([0.0, *hot.sizes, 1.0])
+    colours = (PROPOSED, "var(--muted)", RUNNING)
+    lines = [
+        draw.scatter(
+            ends,
+            100 * np.array([0.0, *shares, 1.0]),
+            "%{x:.0f} % of the experts: %{y:.1f} %",
+            mode="lines+markers",
+            legend=name,
+            line={"color": colour},
+            marker={"color": colour, "size": 7},
+        )
+        for (name, shares), colour in zip(curves.items(), colours, strict=False)
+    ]
+    axes = draw.layout("% of the experts that are kept near", "% of the picks")
+    label = "picks that the experts take which are kept near"
+    chart = Chart("hot", label, draw.only(lines, axes))
+    return Panel((chart,), tuple(tables), (hot.sentence,))
+
+
 def _waits(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
     """List the device that all others wait for in every layer, of times [L,D] by placement."""
     columns, notes = [], []
@@ -574,6 +610,7 @@ def _moves(page: PageData) -> Panel | None:
 PANELS: dict[str, Callable[[PageData], Panel | None]] = {
     "layers": _layers,
     "experts": _experts,
+    "hot": _hot_experts,
     "links": _links,
     "next": _next,
     "time": _over_time,
