@@ -155,7 +155,7 @@ def _hot_experts(page: PageData) -> Panel | None:
     rows = [(name, *map(percent, shares)) for name, shares in curves.items()]
     head = ("experts that are kept near", *(f"{100 * size:g} %" for size in hot.sizes))
     by_group = sorted(hot.static_of_group.items(), key=lambda item: item[1])
-    groups = [(name, percent(share)) for name, share in by_group[:ROWS]]
+    groups = [(draw.plain(name), percent(share)) for name, share in by_group[:ROWS]]
     tables = [Table(f"Share of {'unseen ' if hot.is_unseen else ''}picks", head, rows)]
     if groups:
         title = "Half of the experts, chosen by all other groups"
