@@ -82,7 +82,12 @@ VALUES = {"PlacementDiff", "Evaluation", "Judgement", "Comparison", "Result", "P
           "Advice", "Drift", "Certificate", "Objective", "Plan"}  # fmt: skip
 # Methods of problems and objectives that only the solver calls.
 INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
-INNER |= {"Problem.core_rules", "Problem.objective_in", "CostModel.least_compute_us"}
+INNER |= {
+    "Problem.core_rules",
+    "Problem.objective_in",
+    "CostModel.least_compute_us",
+    "Objective.weigh_losses",
+}
 OTHER_WORDS = {"window_load": "load", "gpu": "preset", "machine": "preset"}
 OTHER_WORDS["share"] = "share|holdout"
 

@@ -66,7 +66,7 @@ def test_several_inputs_are_one(ok, run, tmp_path):
     of = json.loads(said.read_text())["input"]
     assert of["files"] == [str(path) for path in RANKS]
     advice = ok("advise", *RANKS, "--devices", 2, "--copies", 0)
-    assert "moetuner advise MORE --devices 2" in advice
+    assert "moetuner advise MORE --group-by files --devices 2" in advice
     status, _, error = run("inspect", RANKS[0], RANKS[0], "--devices", 2)
     assert status == 2
     assert "must name every file once" in error

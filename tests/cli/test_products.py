@@ -108,7 +108,7 @@ OWN = {
 --initial PLACEMENT
 --initial COPIES --slots-per-device 3
 """,
-    "evaluate": "--baseline COPIES\n--mixed-seed 4\n--without 0",
+    "evaluate": "--baseline COPIES\n--mixed-seed 4",
     "audit": "--baseline COPIES\n--fail-if-worse 1\n--measure imbalance\n--measure fanout",
     "drift": "--fail-if-drift\n--fail-if-worse 1\n--profile LOADS\n--profile STATISTICS",
     "plan": """
@@ -274,6 +274,7 @@ def test_every_option_is_in_the_table():
         "--running": "test_cli_formats",
         "--every-loss": "test_plan",
         "--table": "test_plan",
+        "--without": "test_plan",
     }
     assert {*BEGIN} | OTHERS == {*moetuner.commands}
     for command in BEGIN:

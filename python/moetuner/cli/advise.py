@@ -274,7 +274,7 @@ def _write_step(advice: Advice) -> str:
     assert step is not None
     part = f"{100 * step.gain.gain:.1f} of {percent(main.gain.gain)}"
     if step.bytes is None:
-        return f"{step.experts:,} alone gain {part} (--move-budget {step.experts})"
+        return f"{step.experts:,} gain {part} (--move-budget {step.experts})"
     moved = f"{in_bytes(step.bytes)} ({counted(step.experts, 'expert')})"
     return f"Moving {moved} alone gains {part} (solve --move-budget {step.bytes:g})"
 

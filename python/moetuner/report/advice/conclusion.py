@@ -382,7 +382,7 @@ def _write_gains(advice: Advice) -> list[str]:
     aspects = _find_small(advice.main, advice.settings["price"], advice.settings["regime"])
     if len(advice.copies) > 1 and not _copies_pay(advice):
         slots = counted(max(row.per_device for row in advice.copies), "more slot")
-        aspects.append(f"with copies (up to {slots} per device and layer)")
+        aspects.append(f"with copies (up to {slots} per device)")
     if aspects:
         *others, last = aspects
         lines.append(f"little to gain {', '.join(others)}{' or ' * bool(others)}{last}")
