@@ -38,6 +38,19 @@ fn shared<T: Send>(
     Ok(made(py, steps, threads, || Shared::new(slots, share, sizes, experts).map(|shared| work(&shared)))??)
 }
 
+/// Makes figures of devices [W,L,D] of loads of experts [W,L,E].
+fn of_devices<'py>(
+    py: Python<'py>,
+    slots: &Slots<'_>,
+    load: &PyReadonlyArray3<'_, f64>,
+    threads: Option<usize>,
+    work: fn(&Shared, &[f64]) -> Vec<f64>,
+) -> PyResult<Bound<'py, PyArray3<f64>>> {
+    let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
+    let figures = shared(py, slots, experts, (load.len(), threads), |shared| work(shared, load))?;
+    array3(py, (windows, layers, slots.0.shape()[1]), figures)
+}
+
 #[pyfunction]
 #[pyo3(signature = (slots, load, *, threads = None))]
 pub(super) fn expected_load<'py>(
@@ -46,9 +59,7 @@ pub(super) fn expected_load<'py>(
     load: PyReadonlyArray3<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
-    let tokens = shared(py, &slots, experts, (load.len(), threads), |shared| shared.load(load))?;
-    array3(py, (windows, layers, slots.0.shape()[1]), tokens)
+    of_devices(py, &slots, &load, threads, Shared::load)
 }
 
 #[pyfunction]
@@ -77,9 +88,7 @@ pub(super) fn expected_active<'py>(
     load: PyReadonlyArray3<'py, f64>,
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let ([windows, layers, experts], load) = (sizes(load.shape()), load.as_slice()?);
-    let active = shared(py, &slots, experts, (load.len(), threads), |shared| shared.active(load))?;
-    array3(py, (windows, layers, slots.0.shape()[1]), active)
+    of_devices(py, &slots, &load, threads, Shared::active)
 }
 
 /// Tokens that visit devices [L,D] and nodes [L,N].

@@ -56,15 +56,15 @@ pub(super) fn vacant(slots: &Slots, device: usize) -> Option<usize> {
 
 /// Takes every expert out, and puts it where it is best; whether that gains.
 fn reseat(slots: &mut Slots, site: &Site, load: &[f64], taken: &mut [Taken]) -> bool {
-    let mut gains = false;
+    let (mut gains, mut total) = (false, Search::new(slots, site, load).total());
     for each in taken {
-        let was = Search::new(slots, site, load).total();
         slots.put(each.slot, each.before);
         let best = Search::new(slots, site, load).best_slot(each.expert).unwrap_or(each.slot);
         let before = slots.expert_in[best];
         slots.put(best, each.expert);
-        if best != each.slot && Search::new(slots, site, load).total() < was * (1.0 - ROUNDING) {
-            (each.slot, each.before, gains) = (best, before, true);
+        let then = if best == each.slot { total } else { Search::new(slots, site, load).total() };
+        if then < total * (1.0 - ROUNDING) {
+            (each.slot, each.before, gains, total) = (best, before, true, then);
         } else {
             slots.put(best, before);
             slots.put(each.slot, each.expert);
@@ -78,10 +78,13 @@ fn exchange(slots: &mut Slots, site: &Site, load: &[f64], taken: &mut [Taken]) -
     let mut gains = false;
     for first in 0..taken.len() {
         for second in 0..first {
-            let step = Move::Swap(taken[first].slot, taken[second].slot);
+            let (p, q) = (taken[first].slot, taken[second].slot);
+            if !slots.allows(site, Move::Swap(p, q)) {
+                continue;
+            }
             let search = Search::new(slots, site, load);
-            if slots.allows(site, step) && search.swapped(step) < -ROUNDING * search.total() {
-                slots.apply(step);
+            if search.swapped(p, q) < -ROUNDING * search.total() {
+                slots.apply(Move::Swap(p, q));
                 let (one, other) = (taken[first], taken[second]);
                 taken[first] = Taken { expert: one.expert, ..other };
                 taken[second] = Taken { expert: other.expert, ..one };
@@ -153,8 +156,7 @@ impl<'a> Search<'a> {
     }
 
     /// What an exchange of two slots adds to powers of times.
-    fn swapped(&self, step: Move) -> f64 {
-        let Move::Swap(p, q) = step else { return 0.0 };
+    fn swapped(&self, p: usize, q: usize) -> f64 {
         let part = |slot: usize| self.slots.part(self.load, self.slots.expert_in[slot]);
         let more = part(q) - part(p);
         self.lifted(self.slots.device(p), more) + self.lifted(self.slots.device(q), -more)

@@ -5,6 +5,7 @@
 //! places as long as the device that is done last after the worst loss is done sooner.
 
 use super::Devices;
+use super::repair::vacant;
 use crate::layer::{EMPTY, Move, Site, Slots};
 
 /// How much what a loss adds counts beside what a device has.
@@ -24,8 +25,6 @@ pub(super) struct ByLosses<'a> {
     /// Load of every device `[D]`, and what the loss of a domain adds to it `[F, D]`.
     loads: Vec<f64>,
     added: Vec<f64>,
-    /// Empty slots of every device, the first one last `[D]`.
-    empty: Vec<Vec<usize>>,
 }
 
 impl<'a> ByLosses<'a> {
@@ -36,14 +35,12 @@ impl<'a> ByLosses<'a> {
             domain => domain.iter().map(|&domain| usize::from(domain)).collect(),
         };
         let domains = domain.iter().max().map_or(0, |last| last + 1);
-        let empty_slots = |g| slots.of(g).rev().filter(|&slot| slots.expert_in[slot] == EMPTY).collect();
-        let empty = (0..devices).map(empty_slots).collect();
         let (loads, added) = (vec![0.0; devices], vec![0.0; domains * devices]);
-        let mut fresh = Self { site, load, copies, domain, loads, added, empty };
+        let mut fresh = Self { site, load, copies, domain, loads, added };
         for expert in 0..load.len() as u16 {
             let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
             for number in 0..held.len() {
-                fresh.enter(expert, held[number], &held[..number]);
+                fresh.count(expert, held[number], &held[..number], 1.0);
             }
         }
         fresh
@@ -63,10 +60,6 @@ impl<'a> ByLosses<'a> {
         (self.loads[device] + share + WEIGHT * worst) * self.site.time[device]
     }
 
-    fn enter(&mut self, expert: u16, device: usize, held: &[usize]) {
-        self.count(expert, device, held, 1.0);
-    }
-
     /// Counts a copy on a device beside others, or takes it out by the sign -1.
     fn count(&mut self, expert: u16, device: usize, held: &[usize], sign: f64) {
         let ((share, more), devices) = (self.parts(expert), self.loads.len());
@@ -76,9 +69,7 @@ impl<'a> ByLosses<'a> {
             self.added[self.domain[device] * devices + other] += sign * more;
         }
     }
-}
 
-impl ByLosses<'_> {
     /// When a device is done after the worst loss, and of which domain that is.
     fn worst_of(&self, device: usize) -> (f64, usize) {
         let devices = self.loads.len();
@@ -112,8 +103,8 @@ impl ByLosses<'_> {
                 continue;
             }
             for q in 0..slots.expert_in.len() {
-                let (b, step) = (slots.expert_in[q], Move::Swap(p, q));
-                if b == EMPTY || !slots.allows(self.site, step) {
+                let b = slots.expert_in[q];
+                if b == EMPTY || !slots.allows(self.site, Move::Swap(p, q)) {
                     continue;
                 }
                 let other = slots.device(q);
@@ -123,20 +114,19 @@ impl ByLosses<'_> {
                 if !loads.into_iter().all(fits) {
                     continue;
                 }
-                self.exchange(slots, step);
+                self.exchange(slots, [p, q]);
                 let holders = slots.devices(a).chain(slots.devices(b)).map(usize::from);
                 if holders.chain([device, other]).all(|g| self.worst_of(g).0 < goal) {
                     return true;
                 }
-                self.exchange(slots, step);
+                self.exchange(slots, [p, q]);
             }
         }
         false
     }
 
     /// Exchanges two slots that hold something, and follows.
-    fn exchange(&mut self, slots: &mut Slots, step: Move) {
-        let Move::Swap(p, q) = step else { return };
+    fn exchange(&mut self, slots: &mut Slots, [p, q]: [usize; 2]) {
         for sign in [-1.0, 1.0] {
             for slot in [p, q] {
                 let (expert, device) = (slots.expert_in[slot], slots.device(slot));
@@ -145,7 +135,7 @@ impl ByLosses<'_> {
                 self.count(expert, device, &others, sign);
             }
             if sign < 0.0 {
-                slots.apply(step);
+                slots.apply(Move::Swap(p, q));
             }
         }
     }
@@ -156,11 +146,11 @@ impl Devices for ByLosses<'_> {
         while slots.copies(expert) < self.copies[usize::from(expert)] {
             let held: Vec<usize> = slots.devices(expert).map(usize::from).collect();
             let open = (0..self.loads.len())
-                .filter(|&g| !self.empty[g].is_empty() && slots.may_take(self.site, expert, g))
-                .map(|g| (self.done_then(expert, g, &held), g));
-            let Some((_, device)) = open.min_by(|a, b| a.0.total_cmp(&b.0)) else { break };
-            slots.put(self.empty[device].pop().unwrap_or_default(), expert);
-            self.enter(expert, device, &held);
+                .filter(|&g| slots.may_take(self.site, expert, g))
+                .filter_map(|g| vacant(slots, g).map(|slot| (self.done_then(expert, g, &held), g, slot)));
+            let Some((_, device, slot)) = open.min_by(|a, b| a.0.total_cmp(&b.0)) else { break };
+            slots.put(slot, expert);
+            self.count(expert, device, &held, 1.0);
         }
     }
 
