@@ -223,7 +223,7 @@ def loads_of(
     return RoutingStatistics.from_trace(
         traffic,
         window=window,
-        by_group=traffic.group is not None,
+        by_group=traffic.group is not None and traffic.tokens > 0,
         transitions=False,
         coactivation=False,
         threads=threads,

@@ -95,6 +95,19 @@ class HotExperts(Frozen):
         )
 
 
+def loads_by_group(traffic: Traffic, threads: int | None = None) -> dict[str, Counts]:
+    """Count tokens of the experts of every group that has some [L,E]."""
+    if traffic.group is None or not traffic.group.size:
+        return {}
+    windows = loads_of(traffic, threads=threads)
+    assert windows.group is not None
+    loads = {
+        name: windows.window_load[windows.group == number].sum(axis=0, dtype=np.uint64)
+        for number, name in enumerate(windows.group_names)
+    }
+    return {name: load for name, load in loads.items() if load.any()}
+
+
 def hold_out_hot_experts(
     traffic: Traffic, *, seed: int = 0, threads: int | None = None
 ) -> HotExperts:
@@ -104,11 +117,17 @@ def hold_out_hot_experts(
     with suppress(ArgumentError):
         parts = hold_out(traffic, 0.5, seed=seed)
     seen, unseen = (loads_of(part, threads=threads).total_load for part in parts)
-    return measure_hot_experts(traffic, seen, unseen, parts[1], threads)
+    loads = loads_by_group(traffic, threads)
+    return measure_hot_experts(traffic, seen, unseen, parts[1], loads, threads)
 
 
 def measure_hot_experts(
-    traffic: Traffic, seen: Counts, unseen: Counts, part: Traffic, threads: int | None = None
+    traffic: Traffic,
+    seen: Counts,
+    unseen: Counts,
+    part: Traffic,
+    loads: dict[str, Counts],
+    threads: int | None = None,
 ) -> HotExperts:
     """Compute the shares of picks that sets of experts take.
 
@@ -120,6 +139,8 @@ def measure_hot_experts(
         Tokens of the experts by which sets are chosen, and by which they are judged [L,E].
     part
         What was not seen: all of it if nothing was held out.
+    loads
+        Tokens of the experts in all of the recording, by group [L,E].
     threads
         Threads to use.
     """
@@ -131,7 +152,7 @@ def measure_hot_experts(
         static=tuple(_taken(unseen, _hottest(seen, size)) for size in SIZES),
         cache=_follow_cache(part, threads) if isinstance(part, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),
-        static_of_group=_by_group(traffic, threads),
+        static_of_group=_by_group(loads),
         static_later=_later(traffic, threads),
     )
 
@@ -167,20 +188,11 @@ def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]
     return tuple(float(counts[:, :number].sum(dtype=np.float64) / total) for number in held)
 
 
-def _by_group(traffic: Traffic, threads: int | None) -> dict[str, float]:
+def _by_group(loads: dict[str, Counts]) -> dict[str, float]:
     """Compute what half of the experts, by all other groups, takes of the picks of each group."""
-    if traffic.group is None or not traffic.group.size:
-        return {}
-    windows = loads_of(traffic, threads=threads)
-    assert windows.group is not None
-    loads = {
-        name: windows.window_load[windows.group == number].sum(axis=0, dtype=np.uint64)
-        for number, name in enumerate(windows.group_names)
-    }
-    loads = {name: load for name, load in loads.items() if load.any()}
-    total = windows.total_load
     if len(loads) < 2:
         return {}
+    total = sum(loads.values(), start=np.uint64(0))
     return {name: _taken(load, _hottest(total - load, HALF)) for name, load in loads.items()}
 
 

@@ -25,13 +25,14 @@ from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
 from moetuner.evaluation.replay import Setting, Traffic
-from moetuner.evaluation.units import hold_out, loads_of, units_of
+from moetuner.evaluation.units import hold_out, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.hot_experts import (
     HotExperts,
     hold_out_hot_experts,
+    loads_by_group,
     measure_hot_experts,
 )
 from moetuner.solver import Method, solve
@@ -154,7 +155,8 @@ def structure(
     seen, unseen = (_pairs(part, threads, progress, at) for at, part in enumerate(parts))
     statistics = seen + unseen if held_out else seen
     load = statistics.total_load
-    share, distance = _groups(traffic, load, threads)
+    loads = loads_by_group(traffic, threads)
+    share, distance = _groups(loads, load)
 
     def placed(method: Method, seen: RoutingStatistics) -> Placement:
         problem = Problem(seen, topology, regime="follow", max_imbalance=max_imbalance)
@@ -196,7 +198,9 @@ def structure(
         gain=gain,
         hot_experts=(
             # Both halves are counted.
-            measure_hot_experts(traffic, seen.total_load, unseen.total_load, parts[1], threads)
+            measure_hot_experts(
+                traffic, seen.total_load, unseen.total_load, parts[1], loads, threads
+            )
             if isinstance(traffic, RoutingTrace)
             else hold_out_hot_experts(traffic, seed=seed, threads=threads)
         ),
@@ -244,20 +248,12 @@ def _independent(statistics: RoutingStatistics) -> RoutingStatistics:
 
 
 def _groups(
-    traffic: Traffic, load: NDArray[np.uint64], threads: int | None
+    loads: dict[str, NDArray[np.uint64]], load: NDArray[np.uint64]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Compute the share and distance of every group that has tokens."""
-    if traffic.group is None or not traffic.group.size:
-        return {}, {}
-    traffic = loads_of(traffic, threads=threads)
-    assert traffic.group is not None
+    """Compute the share and distance of every group from its load and that of all [L,E]."""
     total = load.sum(dtype=np.float64)
-    share, distance = {}, {}
-    for number, name in enumerate(traffic.group_names):
-        of_group = traffic.window_load[traffic.group == number].sum(axis=0, dtype=np.uint64)
-        if of_group.any():
-            share[name] = float(of_group.sum(dtype=np.float64) / total)
-            distance[name] = float(measure_distance(of_group, load).mean())
+    share = {name: float(each.sum(dtype=np.float64) / total) for name, each in loads.items()}
+    distance = {name: float(measure_distance(each, load).mean()) for name, each in loads.items()}
     return share, distance
 
 
