@@ -44,6 +44,9 @@ class Absence:
 
         def agree(store, key, rank, size, **more):
             self.is_over = False
+            if store.check([consensus.verdict_key(key)]):
+                # The others are past this question, and wait in vain for an answer to the next.
+                self.begin(self.step)
             self.asked = lambda others: store.check(
                 [consensus.list_keys(key, size)[of] for of in others]
             )
@@ -66,10 +69,9 @@ class Absence:
         if away and self.rank in (0, *((self.rank,) if 0 in away else ())):
             self.is_over = self.asked(others)
 
-    def begin(self, *steps):
-        """Be away in these steps."""
-        for step in steps:
-            self.store.set(f"away/{step}/{self.rank}", "")
+    def begin(self, step):
+        """Be away in this step."""
+        self.store.set(f"away/{step}/{self.rank}", "")
 
     def end(self):
         """Be back, once all others have given up in this step."""
@@ -290,8 +292,7 @@ def faulty(rank, faults):
             absence.end()
         outcome = "skipped"
         if name == "skipped":
-            # In the next step it finds what it has missed.
-            absence.begin(absence.step, absence.step + 1)
+            absence.begin(absence.step)
         else:
             with absence.watched(), fault(name, absence):
                 try:
