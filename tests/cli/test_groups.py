@@ -1,7 +1,10 @@
 """--group-by: groups for INPUT that brings none."""
 
+import json
+
 import numpy as np
 import pytest
+from engines_files import vllm_response
 
 import moetuner as mt
 
@@ -120,3 +123,40 @@ def test_a_placement_remembers_how_its_input_is_read(ok, as_json, tmp_path, monk
     ok("solve", "ids.npy", "--devices", 4, "--num-experts", 8, "--out", "placed.json")
     read = as_json(command, "placed.json", "ids.npy")["input"]
     assert (read["num_experts"], read["tokens"]) == (8, 16_000)
+
+
+def write_responses(path, names):
+    """Write a response of vLLM with two tokens for each request, named or not."""
+    random = np.random.default_rng(0)
+    for number, name in enumerate(names):
+        ids = random.random((2, 3, 8)).argsort(axis=2)[..., :2].astype(np.uint8)
+        ids[:, 0] = 0
+        response = json.dumps(vllm_response(ids + (ids.sum() == 0), id=name))
+        with path.open("a" if number else "w") as file:
+            file.write(response + "\n")
+
+
+@pytest.mark.parametrize("prefix", ["", "cmpl-", "chatcmpl-"])
+def test_requests_are_found_by_their_names(as_json, tmp_path, prefix):
+    """Responses come in any order, and the table of names may hold others too."""
+    names, path = [f"r{number}" for number in range(12)], tmp_path / "responses.jsonl"
+    write_responses(path, [prefix + name for name in reversed(names)])
+    table = tmp_path / "requests.csv"
+    rows = [f"{name},{'code' if number < 3 else 'prose'}" for number, name in enumerate(names)]
+    table.write_text("\n".join(["request_id,kind", "other,none", *rows]) + "\n")
+    words = ["--num-experts", 8, "--devices", 4, "--group-by", f"{table}:kind"]
+    assert as_json("inspect", path, *words)["input"]["group_names"] == ["prose", "code"]
+    kinds = dict(row.split(",") for row in rows)
+    trace = mt.open_input(path, num_experts=8, groups=kinds)
+    assert [trace.group_names[group] for group in trace.group] == ["prose"] * 18 + ["code"] * 6
+
+
+def test_a_request_without_a_group_is_named(run, tmp_path):
+    """One line with its name; nothing is grouped by chance."""
+    path, table = tmp_path / "responses.jsonl", tmp_path / "requests.csv"
+    write_responses(path, ["r0", "r1"])
+    table.write_text("id,kind\nr0,code\nr2,prose\n")
+    words = ["--num-experts", 8, "--devices", 4, "--group-by", f"{table}:kind"]
+    status, out, err = run("inspect", path, *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "request 'r1' must have a group" in err

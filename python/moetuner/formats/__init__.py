@@ -6,7 +6,7 @@ Nothing here imports an engine, and no engine's file imports these tables.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -232,6 +232,7 @@ def open_input(
     top_k: int | None = None,
     hidden_layers: int | None = None,
     dense_layers: Iterable[int] | None = None,
+    groups: Mapping[str, str] | None = None,
     reader: str | None = None,
 ) -> Traffic:
     """Open recorded routing: moetuner's own files, what an engine recorded, or a load table.
@@ -251,6 +252,8 @@ def open_input(
     dense_layers
         Numbers of the hidden layers without experts, where an engine counts them; by default
         content tells.
+    groups
+        Group of every request by its name, where responses of an engine name their requests.
     reader
         Name in ``READERS``, where content is not to decide.
 
@@ -279,7 +282,7 @@ def open_input(
     if not paths:
         raise ValueError("path must name at least one file, got none")
     window_in(window)
-    hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers))
+    hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers), groups=groups)
     traffic = read_input(paths, hints, reader)
     if isinstance(traffic, RoutingStatistics):
         with naming(", ".join(map(str, paths))):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,8 @@ class Hints:
     running
         Expert in every slot [L,P] of the placement that ran while an engine recorded, for those
         that count slots instead of experts.
+    groups
+        Group of every request by its name, for recordings that name requests.
     """
 
     num_experts: int | None = None
@@ -53,6 +55,7 @@ class Hints:
     dense_layers: tuple[int, ...] | None = None
     devices: int | None = None
     running: NDArray[np.int64] | None = None
+    groups: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.num_experts is not None:

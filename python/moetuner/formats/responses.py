@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,17 @@ from moetuner.files.contents import TraceInParts
 from moetuner.formats.hints import Hints
 from moetuner.formats.sources import files_in
 from moetuner.trace import RoutingTrace
+
+# What OpenAI's routes put before the name that a client gave its request.
+PREFIXES = ("chatcmpl-", "cmpl-")
+
+
+class Routed(NamedTuple):
+    """Ids [t,R,K] of a response or of a pass, the file that holds them, and the request's name."""
+
+    path: Path
+    ids: NDArray[Any]
+    request: str = ""
 
 
 def decode(text: object, where: str) -> bytes:
@@ -29,22 +40,22 @@ def decode(text: object, where: str) -> bytes:
 
 
 def arrays_in(
-    paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[NDArray[Any]]], remedy: str
-) -> Iterator[tuple[Path, NDArray[Any]]]:
-    """Read the arrays of files and folders, each with its file."""
+    paths: Sequence[Path], arrays_of: Callable[[Path], Iterable[Routed]], remedy: str
+) -> Iterator[Routed]:
+    """Read the arrays of files and folders."""
     for path in files_in(paths):
         with naming(path):
             count = 0
-            for ids in arrays_of(path):
+            for routed in arrays_of(path):
                 count += 1
-                yield path, ids
+                yield routed
             if not count:
                 raise ValueError(f"holds no routed experts: {remedy}")
 
 
 def trace_of(
     paths: Sequence[Path],
-    arrays: Iterable[tuple[Path, NDArray[Any]]],
+    arrays: Iterable[Routed],
     hints: Hints,
     *,
     source: str = "responses",
@@ -55,21 +66,28 @@ def trace_of(
     Engines fill the rows of layers without experts with zeros. A token never has the same expert
     twice in a layer, so with top-k above 1 one token tells; with top-1 a row must be zero for all.
     ``source`` says what the arrays are. The ``sequence`` of tokens is read after all arrays are; by
-    default an array is a sequence.
+    default an array is a sequence. Requests that have names are in the groups that hints name.
     """
     trace: TraceInParts | None = None
     count = 0
-    for path, ids in arrays:
+    groups: dict[str, int] = {}
+    are_named = False
+    for path, ids, request in arrays:
         if not len(ids):
             continue
         with naming(path):
             if trace is None:
                 trace = TraceInParts(hints.experts_needed())
                 sizes, rows = ids.shape[1:], _rows(ids, hints, source)
+                are_named = bool(request)
             if ids.shape[1:] != sizes:
                 both = f"{list(sizes)} and {list(ids.shape[1:])}"
                 raise ValueError(f"{source} must all have the same layers and top-k, got {both}")
-            trace.add(ids[:, rows], sequence=np.full(len(ids), count, np.int32))
+            labels = {"sequence": np.full(len(ids), count, np.int32)}
+            if hints.groups is not None and are_named:
+                group = groups.setdefault(_group_of(request, hints.groups), len(groups))
+                labels["group"] = np.full(len(ids), group, np.int32)
+            trace.add(ids[:, rows], **labels)
             count += 1
     with naming(paths[0]):
         if trace is None:
@@ -84,7 +102,20 @@ def trace_of(
             replace(joined, left_out=(sizes[0], dense) if dense else None),
             trace.num_experts,
             sequence=contents.sequence if sequence is None else np.asarray(sequence, np.int32),
+            group=contents.group,
+            group_names=tuple(groups),
         )
+
+
+def _group_of(request: str, groups: Mapping[str, str]) -> str:
+    """Return the group of a request by its name, as the client or the server writes it."""
+    names = [request, *(request.removeprefix(prefix) for prefix in PREFIXES)]
+    for name in names:
+        if name in groups:
+            return groups[name]
+    raise ValueError(
+        f"request {shown(request)} must have a group, got those of {len(groups)} others"
+    )
 
 
 def _rows(ids: NDArray[Any], hints: Hints, source: str) -> list[int]:

@@ -31,7 +31,7 @@ from moetuner.formats.counts import add_up, by_expert, counts_in, statistics_of
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import arrays_in, decode, trace_of
+from moetuner.formats.responses import Routed, arrays_in, decode, trace_of
 from moetuner.formats.sources import files_in, first_file
 from moetuner.placement import Placement
 from moetuner.statistics import RoutingStatistics
@@ -190,9 +190,7 @@ def _by_pass(passes: Sequence[_Pass], experts: int) -> list[NDArray[Any]]:
     return [load[None] for load in sums.values() if load.any()]
 
 
-def _tokens(
-    passes: Sequence[_Pass], hints: Hints, labels: list[int]
-) -> Iterator[tuple[Path, NDArray[Any]]]:
+def _tokens(passes: Sequence[_Pass], hints: Hints, labels: list[int]) -> Iterator[Routed]:
     """Read the experts [t,hidden,K] of passes, and add the sequence of every token to labels."""
     sequences = _Sequences()
     before: list[tuple[int, Any, Any]] = []
@@ -219,7 +217,7 @@ def _tokens(
                 )
             experts = _translate(step, slots, hints.experts_needed())
             labels += sequences.of(positions, lengths)
-        yield step.path, experts
+        yield Routed(step.path, experts)
 
 
 def _translate(step: _Pass, slots: NDArray[Any], num_experts: int) -> NDArray[Any]:
@@ -293,7 +291,7 @@ def read_responses(paths: Sequence[Path], hints: Hints) -> Traffic:
     return trace_of(paths, arrays_in(paths, lambda path: _responses(path, hints), ON), hints)
 
 
-def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
+def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
     """Read the arrays of responses, of SGLang's own route or of OpenAI's."""
     for response, fields in records(path):
         usage = fields.get("usage")
@@ -308,7 +306,10 @@ def _responses(path: Path, hints: Hints) -> Iterator[NDArray[Any]]:
                 data = decode(text, where)
                 with naming(where):
                     shape = _shape(len(data), item if isinstance(item, dict) else {}, hints)
-                yield np.frombuffer(data, INT32).reshape(shape)
+                meta = fields.get("meta_info")
+                named = meta if isinstance(meta, dict) else fields
+                ids = np.frombuffer(data, INT32).reshape(shape)
+                yield Routed(path, ids, str(named.get("id", "")))
 
 
 def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from moetuner.formats.arrays import names_in, read_arrays
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.pickled import is_pickled
 from moetuner.formats.records import head, looks_like_json, records
-from moetuner.formats.responses import arrays_in, decode, trace_of
+from moetuner.formats.responses import Routed, arrays_in, decode, trace_of
 from moetuner.formats.sources import first_file
 
 Array = TypeVar("Array", "NDArray[Any]", safetensors.TensorInFile)
@@ -69,12 +69,12 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     return trace_of(paths, arrays_in(paths, _arrays, ON), hints)
 
 
-def _arrays(path: Path) -> Iterator[NDArray[Any]]:
+def _arrays(path: Path) -> Iterator[Routed]:
     names = [] if looks_like_json(head(path, 64)) else names_in(path)
     if names:
         arrays = read_arrays(path, names)
         for name in sorted(names, key=lambda name: (len(name), name)):
-            yield _check_ids(arrays[name], name)
+            yield Routed(path, _check_ids(arrays[name], name))
         return
     for where, fields in records(path):
         choices = fields.get("choices")
@@ -86,7 +86,7 @@ def _arrays(path: Path) -> Iterator[NDArray[Any]]:
                 data = decode(text, f"{where}, choice {number}")
                 with naming(f"{where}, choice {number}: routed_experts must be an array as .npy"):
                     array = _check_ids(npz.array_in_npy(data))
-                yield array
+                yield Routed(path, array, str(fields.get("id", "")))
 
 
 def _check_ids(array: Array, name: str = "") -> Array:

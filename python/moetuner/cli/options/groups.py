@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,18 @@ from moetuner.trace import RoutingTrace
 
 # Stands for the names of INPUT's files.
 FILES = "files"
+# Columns that hold the names of requests, as responses of engines repeat them.
+REQUESTS = ("request_id", "id", "rid")
+# Reads files, with the groups of requests by their names where they are known.
+Read = Callable[[Sequence[Path], Mapping[str, str] | None], Traffic]
 
 
-def read_names(text: str) -> list[str]:
-    """Read a name from every line of a file, or from a column: FILE.csv:COLUMN."""
+def read_names(text: str) -> tuple[list[str], dict[str, str] | None]:
+    """Read a name from every line of a file, or from a column: FILE.csv:COLUMN.
+
+    Returns the names, and those of requests by their ids where another column has these.
+    """
+    requests = None
     path, column = Path(text), ""
     if not path.is_file():
         file, _, column = text.rpartition(":")
@@ -36,26 +44,35 @@ def read_names(text: str) -> list[str]:
         if column not in (rows.fieldnames or ()):
             columns = ", ".join(rows.fieldnames or ())
             raise click.UsageError(f"'--group-by': {path} has no column {column}, but {columns}.")
-        names = [str(row[column]).strip() for row in rows]
+        cells = list(rows)
+        names = [str(row[column]).strip() for row in cells]
+        keys = [name for name in REQUESTS if name in (rows.fieldnames or ()) and name != column]
+        if keys:
+            requests = {
+                str(row[keys[0]]).strip(): name for row, name in zip(cells, names, strict=True)
+            }
     if "" in names:
         raise click.UsageError(f"'--group-by': line {names.index('') + 1} of {path} has no name.")
-    return names
+    return names, requests
 
 
 def group_input(
     text: str,
     paths: Sequence[Path],
-    read: Callable[[Sequence[Path]], Traffic],
+    read: Read,
     window: int = WINDOW,
 ) -> Traffic:
     """Return what files hold, with the groups that ``--group-by`` names.
 
-    Names are of sequences, in the order of their labels, of windows, or of files. Windows of a
-    trace have so many tokens.
+    Names are of requests, where responses and the file name them, of sequences, in the order of
+    their labels, of windows, or of files. Windows of a trace have so many tokens.
     """
     if text == FILES:
         return _group_files(paths, [path.stem for path in paths], read)
-    names, traffic = read_names(text), read(paths)
+    names, requests = read_names(text)
+    traffic = read(paths, requests)
+    if requests and traffic.group is not None and {*traffic.group_names} <= {*requests.values()}:
+        return traffic
     is_trace = isinstance(traffic, RoutingTrace)
     if not isinstance(traffic, RoutingTrace):
         size = traffic.windows
@@ -90,13 +107,11 @@ def _label(traffic: Traffic, group: Any, names: Sequence[str]) -> Traffic:
     return replace(traffic, group=group, group_names=tuple(names))
 
 
-def _group_files(
-    paths: Sequence[Path], names: Sequence[str], read: Callable[[Sequence[Path]], Traffic]
-) -> Traffic:
+def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Traffic:
     """Return what files hold, each of them in a group."""
     parts: list[Traffic] = []
     for path, name in zip(paths, names, strict=True):
-        part = read([path])
+        part = read([path], None)
         length = part.tokens if isinstance(part, RoutingTrace) else part.windows
         parts.append(_label(part, np.zeros(length, np.int64), [name]))
     return own.join(parts)

@@ -143,8 +143,9 @@ class Source(FileHints):
     only
         Use the tokens of this group alone; may be repeated.
     group_by
-        Groups of INPUT: a file with one name per sequence, window or file, or files for a group per
-        file. [default: as INPUT says]
+        Groups of INPUT: a file with one name per sequence, window or file, a column of a CSV, by
+        its request_id where INPUT names requests, or files for a group per file. [default: as INPUT
+        says]
     window
         Tokens per window; load is balanced in every window. Statistics have windows of their own.
         [default: 512 for a trace]
@@ -181,11 +182,11 @@ class Source(FileHints):
     def _read(self) -> Traffic:
         """Read INPUT, with the groups that it brings or that an option names."""
 
-        def read(paths: Sequence[Path]) -> Traffic:
-            return open_input(paths, window=self.window, **self.hints)
+        def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
+            return open_input(paths, window=self.window, groups=groups, **self.hints)
 
         if self.group_by is None:
-            return read(self.input_files)
+            return read(self.input_files, None)
         return group_input(self.group_by, self.input_files, read, self.window or WINDOW)
 
     def _check_model(self, traffic: Traffic) -> None:
@@ -283,9 +284,10 @@ class Source(FileHints):
         if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
             return recorded
 
-        def read(paths: Sequence[Path]) -> Traffic:
-            are_all = list(paths) == list(self.input_files)
-            return recorded if are_all else open_input(paths, window=self.window, **self.hints)
+        def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
+            if groups is None and list(paths) == list(self.input_files):
+                return recorded
+            return open_input(paths, window=self.window, groups=groups, **self.hints)
 
         try:
             return group_input(text, self.input_files, read, window or WINDOW)
