@@ -31,7 +31,7 @@ def main() -> None:
     print(advice.sentence)
 
     # The placement, from half of the sequences; the other half is kept to judge it.
-    seen, unseen = trace.split(0.5, seed=0)
+    seen, unseen = mt.hold_out(trace)
     statistics = mt.RoutingStatistics.from_trace(seen, window=512, sets=True)
     settings = {}
     if options.engine is not None:

@@ -16,7 +16,6 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner import router_groups
-from moetuner.evaluation.units import hold_out
 from moetuner.formats import eplb
 
 IDS = random_ids(12, 1, 2, 4)
@@ -257,7 +256,6 @@ EXTRA = {
     "router_groups.forbid": lambda experts=8, groups=2, devices=4: router_groups.forbid(
         experts, groups, devices
     ),
-    "hold_out": lambda traffic=TRACE, share=0.5, seed=0: hold_out(traffic, share, seed=seed),
     "eplb_maps": lambda placement=PLACEMENT: eplb.eplb_maps(placement),
     "Placement.with_names": lambda model=None, bound=None: PLACEMENT.with_names(
         model=model, bound=bound

@@ -99,7 +99,7 @@ mt.ExpertSets([[0, -1]], [1]) | ids of expert sets must be [sets, top_k] from 0 
 mt.ExpertSets([[0, 1]], [1, 2]) | counts of expert sets must be whole numbers [1] like their ids
 mt.ExpertSets([[0, 0]], [1]) | ids of an expert set must differ
 SETS + mt.ExpertSets([[1]], [1]) | same number of experts, got 2 and 1
-hold_out(PAIRS, 0.5) | holdout must be 0 for saved statistics
+hold_out(PAIRS, 0.5) | holdout must be 0 where traffic is saved statistics
 hold_out(load([[1, 2]]), 0.5) | holdout must be 0 for a load table of one window
 mt.Topology(6, 4) | devices_per_node must divide devices (6), got 4
 mt.Topology(6, tiers=TIERS) | each size a multiple of the one before and the last all 6 devices

@@ -12,6 +12,7 @@ from moetuner.evaluation import Evaluation, evaluate
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement, audit, judge, verdict
 from moetuner.evaluation.rows import dispatch_rows
+from moetuner.evaluation.units import hold_out
 from moetuner.formats import open_input, read_placement, write_placement
 from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022
     "ExpertSets",
     "open_input",
     "structure",
+    "hold_out",
     "Topology",
     "Tier",
     "CostModel",

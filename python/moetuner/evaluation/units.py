@@ -306,8 +306,8 @@ def _measure_lags(share: Floats) -> tuple[Floats, float]:
     return covariances[:reach], float((share**2).sum() / windows) - mean
 
 
-def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic, Traffic]:
-    """Split traffic into a part that the solver sees and a part that is held out.
+def hold_out(traffic: Traffic, holdout: float = 0.5, *, seed: int = 0) -> tuple[Traffic, Traffic]:
+    """Return a part of traffic to solve for, and one to judge on, as the commands split INPUT.
 
     Parameters
     ----------
@@ -316,51 +316,66 @@ def hold_out(traffic: Traffic, share: float, *, seed: int = 0) -> tuple[Traffic,
         sequences, and for a load table, windows are drawn where neighbours are no more alike than
         others; else runs of them are held out, and what is as near to these as neighbours are
         alike is left out of both parts.
-    share
+    holdout
         Share of the sequences or windows that is held out. 0 holds nothing out: both parts are all
         of the traffic.
     seed
         Random seed.
+
+    Raises
+    ------
+    ValueError
+        If ``holdout`` is not at least 0 and below 1, or the traffic cannot be split: a single
+        token or window, or saved statistics, which count pairs over all windows.
+
+    Examples
+    --------
+    >>> import moetuner as mt
+    >>> loads = mt.RoutingStatistics.from_load([[[3, 1]], [[2, 2]], [[3, 1]], [[1, 3]]])
+    >>> seen, unseen = mt.hold_out(loads)
+    >>> seen.windows, unseen.windows
+    (2, 2)
     """
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    if not (is_number(share) and 0 <= share < 1):
+    if not (is_number(holdout) and 0 <= holdout < 1):
         raise ArgumentError(
-            f"holdout must be at least 0 and below 1, got {shown(share)}", "holdout"
+            f"holdout must be at least 0 and below 1, got {shown(holdout)}", "holdout"
         )
     seed = seed_in(seed)
-    if share == 0:
+    if holdout == 0:
         return traffic, traffic
     rng = np.random.default_rng(seed)
     if isinstance(traffic, RoutingTrace):
         if traffic.tokens < 2:
             raise ArgumentError(
-                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {share}", "holdout"
+                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {holdout}",
+                "holdout",
             )
         if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
-            seen = _draw(units_of(traffic).of_tokens(traffic.sequence), 1 - share, rng)
+            seen = _draw(units_of(traffic).of_tokens(traffic.sequence), 1 - holdout, rng)
             return select(traffic, seen), select(traffic, ~seen)
         number, gap = traffic.tokens, alike_tokens(traffic)
     else:
         if traffic.transitions is not None or traffic.coactivation is not None:
             raise ArgumentError(
-                f"holdout must be 0 for saved statistics (--holdout 0), got {share}: pairs are "
+                f"holdout must be 0 where traffic is saved statistics, got {holdout}: pairs are "
                 "counted over all windows; give the trace to judge on unseen sequences",
                 "holdout",
             )
         number, units = traffic.windows, units_of(traffic)
         if number < 2:
             raise ArgumentError(
-                f"holdout must be 0 for a load table of one window, got {share}", "holdout"
+                f"holdout must be 0 for a load table of one window, got {holdout}", "holdout"
             )
         gap = units.blocks.length
         if units.kinds is not None:
-            seen = _draw(units.kinds, 1 - share, rng)
+            seen = _draw(units.kinds, 1 - holdout, rng)
             return select(traffic, seen), select(traffic, ~seen)
         if gap == 1:
-            count = min(max(round(share * number), 1), number - 1)
+            count = min(max(round(holdout * number), 1), number - 1)
             unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
             return select(traffic, ~unseen), select(traffic, unseen)
-    seen, unseen = choose_runs(number, share, gap, seed)
+    seen, unseen = choose_runs(number, holdout, gap, seed)
     return select(traffic, seen), select(traffic, unseen)
 
 
