@@ -285,8 +285,9 @@ def test_figures_are_the_charts_of_the_page(made, tmp_path):
     pytest.importorskip("kaleido", reason="the extra figures is not installed")
     folder = tmp_path / "new" / "figures"
     few = replace(made, judgement=replace(made.judgement, groups={}))
-    number = figures.write_figures(folder, few, ("svg",))
-    keys = {chart.key for panel in drawing.panels_of(few) for chart in panel.charts}
+    charts = [chart for panel in drawing.panels_of(few) for chart in panel.charts]
+    number = figures.write_figures(folder, charts, ("svg",))
+    keys = {chart.key for chart in charts}
     assert {file.name for file in folder.iterdir()} == {f"{key}.svg" for key in keys}
     assert number == len(keys)
     text = (folder / "links.svg").read_text()

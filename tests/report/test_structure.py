@@ -1,9 +1,12 @@
 """structure(): finds what was put into a trace, and nothing where there is nothing."""
 
+import base64
+
 import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import _independent, structure
 
 
@@ -115,3 +118,26 @@ def test_saved_statistics_tell_nothing_of_structure(make_trace):
     assert not result.held_out
     assert result.crossing is result.crossing_independent is result.gain is None
     assert result.crossing_contiguous is not None
+
+
+def drawn(packed):
+    """Give the numbers of an axis of a chart."""
+    return np.frombuffer(base64.b64decode(packed["bdata"]), dtype=f"<{packed['dtype']}")
+
+
+@pytest.mark.parametrize("kind", ["trace", "loads"])
+def test_charts_show_what_was_measured(make_trace, kind):
+    """Curves go through the shares of picks that are told; counts have no order for a cache."""
+    traffic = make_trace()
+    if kind == "loads":
+        traffic = mt.RoutingStatistics.from_load([[[9, 1, 1, 1], [1, 2, 3, 4]]] * 3)
+    result = structure(traffic)
+    hot, skew = draw_structure(result)
+    ((spec,), (points,)) = hot.variants.values(), (each["data"] for each in skew.variants.values())
+    shares = [result.hot_experts.static, result.hot_experts.sizes]
+    shares += [] if kind == "loads" else [result.hot_experts.cache]
+    assert len(spec["data"]) == len(shares)
+    for line, values in zip(spec["data"], shares, strict=True):
+        assert drawn(line["x"]) == pytest.approx([0, 25, 50, 75, 100])
+        assert drawn(line["y"]) == pytest.approx([0, *(100 * share for share in values), 100])
+    assert drawn(points[0]["y"]) == pytest.approx(result.skew)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from moetuner.cli import options
 from moetuner.cli.options import option
 from moetuner.cli.options.machine import DEVICES
+from moetuner.cli.options.pages import draw_into, figures_option
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
@@ -20,6 +22,7 @@ from moetuner.problem import TRAFFIC_CAP
 from moetuner.report.cells import number, percent
 from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import whose_times
+from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import Structure, structure
 
 MOST_GROUPS = 12
@@ -35,6 +38,7 @@ def command(
     max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
     serving: Serving,
     seed: int = options.seed_option(),
+    figures: Path | None = figures_option(),
     output: Output,
 ) -> None:
     """Show what is in a trace: skew, groups, structure.
@@ -48,6 +52,8 @@ def command(
         Devices of the placements that measure structure between layers.
     max_imbalance
         Load cap of those placements.
+    figures
+        Write charts of hot experts and of skew as SVG and PNG; needs Chrome or Chromium.
     """
     with working("looking for structure") as report:
         measured = structure(
@@ -66,6 +72,8 @@ def command(
     contents = {"input": source.facts(), **measured.to_dict()}
     if serving.is_given:
         contents["contiguous"] = _show_served(output, source, serving, devices)
+    if figures is not None:
+        draw_into(figures, draw_structure(measured), output)
     output.finish(contents)
 
 

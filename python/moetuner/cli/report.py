@@ -7,7 +7,7 @@ from pathlib import Path
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.pages import FOLDER, Pages, needs_report, origin_of, page_option
+from moetuner.cli.options.pages import Pages, figures_option, origin_of, page_option
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import Serving
 from moetuner.cli.options.traffic import Source
@@ -27,7 +27,7 @@ def command(
     report_file: Path = page_option(Path("report.html"), flag="--out"),
     serving: Serving,
     expert_bytes: float | None = options.expert_bytes_option(),
-    figures: Path | None = option(FOLDER, "DIR", callback=needs_report),
+    figures: Path | None = figures_option(),
     output: Output,
 ) -> None:
     """Write one page on what a placement does to traffic.

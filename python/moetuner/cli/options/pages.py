@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,10 @@ from moetuner.cli.options import OutFile, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.report.page import check_libraries, write_page
+from moetuner.report.page.charts import Chart
 from moetuner.report.page.data import Origin, PageData
 from moetuner.report.page.figures import check_figures, write_figures
+from moetuner.report.page.panels import panels_of
 
 
 def needs_report(
@@ -34,7 +36,9 @@ def needs_report(
 
 
 page_option = partial(option, OutFile(".html"), "FILE.html", callback=needs_report)
-FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
+figures_option = partial(
+    option, click.Path(file_okay=False, writable=True, path_type=Path), "DIR", callback=needs_report
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Pages:
     """
 
     report_file: Path | None = page_option()
-    figures: Path | None = option(FOLDER, "DIR", callback=needs_report)
+    figures: Path | None = figures_option()
 
     @property
     def wanted(self) -> bool:
@@ -68,9 +72,15 @@ class Pages:
         if self.report_file is not None:
             output.say(f"wrote {self.report_file}")
         if self.figures is not None:
-            with working("drawing figures"):
-                number = write_figures(self.figures, data)
-            output.say(f"wrote {number} figures into {self.figures}/")
+            charts = [chart for panel in panels_of(data) for chart in panel.charts]
+            draw_into(self.figures, charts, output)
+
+
+def draw_into(folder: Path, charts: Sequence[Chart], output: Output) -> None:
+    """Write charts into a folder, and say so."""
+    with working("drawing figures"):
+        number = write_figures(folder, charts)
+    output.say(f"wrote {number} figures into {folder}/")
 
 
 def origin_of(source: Source) -> Origin:

@@ -1,16 +1,16 @@
-"""write_figures(): the charts of a page as files, for papers and slides."""
+"""write_figures(): charts as files, for papers and slides."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from moetuner.report.page import own
-from moetuner.report.page.data import PageData
-from moetuner.report.page.panels import panels_of
+from moetuner.report.page.charts import Chart
 
 Format = Literal["svg", "png"]
 
@@ -33,7 +33,7 @@ def check_figures() -> None:
 
 
 def write_figures(
-    folder: Path, data: PageData, formats: tuple[Format, ...] = ("svg", "png")
+    folder: Path, charts: Sequence[Chart], formats: tuple[Format, ...] = ("svg", "png")
 ) -> int:
     """Write every chart as it first stands on the page, in light colours; return how many files.
 
@@ -47,7 +47,7 @@ def write_figures(
     colours = dict(re.findall(r"(--[a-z]+): (#\w+)", own("page.css").split("}", 1)[0]))
     back = {"paper_bgcolor": colours["--back"], "plot_bgcolor": colours["--back"]}
     figures, files, heights = [], [], []
-    for chart in (chart for panel in panels_of(data) for chart in panel.charts):
+    for chart in charts:
         spec = _coloured(next(iter(chart.variants.values())), colours)
         figure = draw.Figure(data=spec["data"], layout={**spec["layout"], **back})
         figure.update_layout(template="none")

@@ -22,6 +22,7 @@ from moetuner.report.outcome import left_over, within
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
 from moetuner.report.page.data import PageData
+from moetuner.report.page.structure import draw_hot_experts, list_curves
 
 # Groups of a chart, rows of a table, and devices that get a label.
 GROUPS, ROWS, LABELLED = 60, 200, 24
@@ -149,10 +150,7 @@ def _hot_experts(page: PageData) -> Panel | None:
     hot = page.hot_experts
     if hot is None or not page.load.any():
         return None
-    curves = {"most used, a fixed set": hot.static, "without preference": hot.sizes}
-    if hot.cache is not None:
-        curves["least recently used is dropped"] = hot.cache
-    rows = [(name, *map(percent, shares)) for name, shares in curves.items()]
+    rows = [(name, *map(percent, shares)) for name, shares in list_curves(hot).items()]
     head = ("experts that are kept near", *(f"{100 * size:g} %" for size in hot.sizes))
     by_group = sorted(hot.static_of_group.items(), key=lambda item: item[1])
     groups = [(draw.plain(name), percent(share)) for name, share in by_group[:ROWS]]
@@ -160,25 +158,7 @@ def _hot_experts(page: PageData) -> Panel | None:
     if groups:
         title = "Half of the experts, chosen by all other groups"
         tables.append(Table(title, ("group", "share of its picks"), groups, len(by_group)))
-    # No experts take nothing, and all of them everything.
-    ends = 100 * np.array([0.0, *hot.sizes, 1.0])
-    colours = (PROPOSED, "var(--muted)", RUNNING)
-    lines = [
-        draw.scatter(
-            ends,
-            100 * np.array([0.0, *shares, 1.0]),
-            "%{x:.0f} % of the experts: %{y:.1f} %",
-            mode="lines+markers",
-            legend=name,
-            line={"color": colour},
-            marker={"color": colour, "size": 7},
-        )
-        for (name, shares), colour in zip(curves.items(), colours, strict=False)
-    ]
-    axes = draw.layout("% of the experts that are kept near", "% of the picks")
-    label = "picks that the experts take which are kept near"
-    chart = Chart("hot", label, draw.only(lines, axes))
-    return Panel((chart,), tuple(tables), (hot.sentence,))
+    return Panel((draw_hot_experts(hot),), tuple(tables), (hot.sentence,))
 
 
 def _waits(busy: dict[str, NDArray[Any]]) -> tuple[Table, tuple[str, ...]]:
