@@ -444,20 +444,49 @@ def test_what_copies_gain_is_said_beside_what_they_cost():
         return Copies(count, False, of, count * 1e9)
 
     swept = (row(0, 0.2), row(2, 0.3), row(4, 0.1))
-    assert _write_copies(swept, 2, None) == (
+    assert _write_copies(swept, 2, None, 4) == (
         f"{SHORT}2 more slots per device and layer (2 GB per device) gain 30.0 %, 20.0 % without"
     )
-    assert _write_copies(swept, 0, 2) == (
+    assert _write_copies(swept, 0, 2, 4) == (
         f"{SHORT}none. With more memory than now: 2 more slots per device and layer (2 GB per "
         "device) would gain 30.0 %"
     )
     sizes = {"windows": (512, 8192)}
     both = (row(0, 0.1, 0.1, **sizes), row(2, 0.12, 0.3, **sizes))
     text = "would gain 30.0 % in windows of 8,192 tokens, 12.0 % in windows of 512 tokens"
-    assert text in _write_copies(both, 0, 2)
+    assert text in _write_copies(both, 0, 2, 4)
     lossy = (row(0, 0.1, 0.1, **sizes), row(2, 0.3, -0.05, **sizes))
     text = "would gain 30.0 %, but windows of 8,192 tokens would take 5.0 % longer"
-    assert text in _write_copies(lossy, 0, None)
+    assert text in _write_copies(lossy, 0, None, 4)
+
+
+@pytest.mark.parametrize(("needed", "words"), [(1, "3 of 4 layers need none"), (4, ""), (None, "")])
+def test_layers_that_need_no_copies_are_said(needed, words):
+    """Only where many of them do not, with the memory that they would take."""
+    swept = (
+        Copies(0, False, {None: (0.2,)}, 0.0),
+        Copies(2, False, {None: (0.3,)}, 2e9, None, needed),
+    )
+    for knee, more in ((2, None), (0, 2)):
+        text = _write_copies(swept, knee, more, 4)
+        assert words in text
+        assert ("need none" in text) == bool(words)
+        assert ("take 1.5 GB per device less" in text) == bool(words)
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("layer", [0, 2])
+def test_copies_are_of_use_where_an_expert_is_hot(layer):
+    """Where one layer has an expert that a device cannot hold, copies in that one are enough."""
+    share = np.full((3, EXPERTS), 1 / EXPERTS)
+    share[layer] = 0.5 / (EXPERTS - 1)
+    share[layer, 1] = 0.5
+    random = np.random.default_rng(0)
+    load = np.stack([random.multinomial(100_000, row, 40) for row in share], axis=1)
+    traffic = mt.RoutingStatistics.from_load(load)
+    advice = mt.advise(traffic, mt.Topology(4), copies=[0, 1], splits=1)
+    layers = {row.per_device: row.layers for row in advice.copies if not row.shared}
+    assert layers == {0: None, 1: 1}
 
 
 def heavy():

@@ -47,6 +47,8 @@ FEW_KINDS = 10
 MIX = "record a mix of what you serve: prefill and decode, several lengths, subjects and languages"
 # Part of the gain that must be left on the other half of a recording that changes its kind.
 CARRIED = 0.5
+# Part of the layers that need copies from which on it is not worth a word that others do not.
+MOST_LAYERS = 0.75
 
 
 def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> int:
@@ -389,7 +391,9 @@ def _write_gains(advice: Advice) -> list[str]:
     if advice.by_group:
         lines.append(_write_each_group(advice))
     if _copies_pay(advice):
-        lines.append(_write_copies(advice.copies, advice.knee, advice.more))
+        lines.append(
+            _write_copies(advice.copies, advice.knee, advice.more, advice.problem.statistics.layers)
+        )
     return lines
 
 
@@ -474,7 +478,7 @@ def _find_small(judged: Judgement, price: float, regime: Regime) -> list[str]:
     return [aspect for aspect, values in gains.items() if max(map(abs, values)) < price]
 
 
-def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str:
+def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None, layers: int) -> str:
     """Write what slots for copies gain that run already, and what more of them would."""
     plain = {each.per_device: each for each in swept if not each.shared}
     chosen, least = plain[knee], min(plain)
@@ -502,7 +506,21 @@ def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None) -> str
         if best.mean(worst) < 0:
             longer = percent(-best.mean(worst))
             text += f", but {write_window(worst)} would take {longer} longer"
-    return text
+    return text + _write_layers(plain[more or knee], layers)
+
+
+def _write_layers(copies: Copies, layers: int) -> str:
+    """Write how many layers need no copies, where that is many of them."""
+    if copies.layers is None or not copies.per_device or copies.layers > MOST_LAYERS * layers:
+        return ""
+    saved = ""
+    if copies.bytes_per_device is not None:
+        less = copies.bytes_per_device * (1 - copies.layers / layers)
+        saved = f" and take {in_bytes(less)} per device less"
+    return (
+        f"; {layers - copies.layers} of {layers} layers need none: copies in the others bring nine "
+        f"tenths of what all bring{saved}, where layers may differ in slots"
+    )
 
 
 def _write_slots(copies: Copies) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moetuner.cost import size_of_expert
+from moetuner.evaluation import Evaluation
 from moetuner.formats.engines import tokens_per_rank
 from moetuner.placement import Placement
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search_shortly
@@ -14,6 +17,11 @@ from moetuner.report.advice.trial import (
     without_groups,
 )
 from moetuner.report.advice.values import Copies
+
+# Part of what copies in all layers gain that those of the layers which need them must bring.
+ENOUGH = 0.9
+# The placement without slots for copies.
+NONE: Key = (0, False)
 
 
 def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
@@ -44,6 +52,16 @@ def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tu
     problem = problem_of(request, part.statistics, 0)
     unseen = without_groups(part.unseen)
     evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
+    # Copies are of use in some layers alone: which, says the traffic that was seen.
+    plain: dict[Key, Placement] = {
+        key: placement
+        for key, placement in placements.items()
+        if not isinstance(key, str) and not key[1]
+    }
+    seen = {}
+    if len(plain) > 1 and NONE in plain and request.regime == "dispatch":
+        counts = part.statistics
+        seen = evaluate_all(request, plain, problem, counts, (counts.window,))[counts.window]
     swept = []
     for key in placements:
         if isinstance(key, str):
@@ -53,11 +71,33 @@ def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tu
         for window, evaluated in evaluations.items():
             before = evaluated[RUNNING].predicted_layer_us or 1.0
             gains[window] = (1 - (evaluated[key].predicted_layer_us or 0.0) / before,)
+        layers = None
+        if copies and key in seen:
+            window = max(gains, key=gains.__getitem__)
+            judged = evaluations[window]
+            layers = _count_layers((seen[NONE], seen[key]), (judged[NONE], judged[key]))
         memory = None
         if request.expert_bytes is not None:
             memory = copies * request.traffic.layers * request.expert_bytes
-        swept.append(Copies(copies, are_shared, gains, memory, tokens_at_once(request, copies)))
+        tokens = tokens_at_once(request, copies)
+        swept.append(Copies(copies, are_shared, gains, memory, tokens, layers))
     return tuple(swept)
+
+
+def _count_layers(
+    seen: tuple[Evaluation, Evaluation], unseen: tuple[Evaluation, Evaluation]
+) -> int | None:
+    """Count the layers whose copies bring ``ENOUGH`` of the gain of all, without and with them."""
+    gains = []
+    for without, copied in (seen, unseen):
+        if without.predicted_us_per_layer is None or copied.predicted_us_per_layer is None:
+            return None
+        gains.append(np.subtract(without.predicted_us_per_layer, copied.predicted_us_per_layer))
+    order = np.argsort(-gains[0], kind="stable")
+    total = gains[1].sum()
+    if not total > 0:
+        return None
+    return int(np.argmax(np.cumsum(gains[1][order]) >= ENOUGH * total)) + 1
 
 
 def tokens_at_once(request: Request, copies: int) -> int | None:
