@@ -1,5 +1,7 @@
 """What lost devices do to a placement: each expert, copy by copy."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from placements import random_slots
 
 import moetuner as mt
-from moetuner.evaluation.losses import DOMAINS, domains_of, measure_losses
+from moetuner.evaluation.losses import DOMAINS, bound_worst_loss, domains_of, measure_losses
 
 
 def lose(placement, load, topology, domain, lost):
@@ -65,7 +67,7 @@ def test_an_evaluation_says_what_losses_do():
     assert losses["device"].imbalance_after == 1.5
     assert losses["device"].sentence == (
         "no loss of a device loses an expert; then the busiest device has 1.50 x the mean of those "
-        "that are left, 1.50 at worst"
+        "that are left, 1.50 at worst (in as many slots no placement has less than 1.12)"
     )
     assert "100 % of the losses of a node lose an expert (2.0 of a layer" in losses["node"].sentence
     single = mt.RoutingStatistics.from_load([[[1, 1]]])
@@ -78,3 +80,59 @@ def test_where_the_nearest_copy_serves_there_is_no_formula():
     losses = mt.evaluate(TWICE, traffic, split="nearest").losses["device"]
     assert (losses.fatal, losses.imbalance_after, losses.imbalance_after_worst) == (0, None, None)
     assert losses.sentence == "no loss of a device loses an expert"
+
+
+def survivors(experts, devices, size):
+    """Give all placements [D][S] in which every expert is on two devices or more."""
+    for slots in itertools.product(itertools.combinations(range(experts), size), repeat=devices):
+        copies = np.bincount(np.ravel(slots), minlength=experts)
+        if copies.min() >= 2:
+            yield slots
+
+
+@pytest.mark.parametrize(
+    ("experts", "devices", "size"),
+    [(3, 3, 2), (4, 4, 2), (3, 4, 2), (2, 4, 1), (5, 4, 3), (6, 4, 3)],
+)
+def test_no_placement_has_less_after_the_worst_loss(experts, devices, size):
+    """Not the best of all placements; where pairs of devices share an expert each, it is that."""
+    rng = np.random.default_rng(experts * devices)
+    for load in (
+        np.ones((1, experts)),
+        rng.integers(1, 50, (1, experts)),
+        rng.random((1, experts)),
+    ):
+        bound, best = bound_worst_loss(load, devices * size, devices), np.inf
+        for slots in survivors(experts, devices, size):
+            placement = mt.Placement([slots], num_experts=experts)
+            losses = measure_losses(placement, load, mt.Topology(devices))
+            best = min(best, losses.imbalance_after_worst)
+        assert bound <= best + 1e-12
+        if (experts, devices) == (6, 4) and load.std() == 0:
+            assert bound == pytest.approx(best)
+
+
+@given(st.integers(2, 9), st.integers(2, 5), st.integers(0, 3), st.integers(0, 999))
+def test_the_bound_has_the_best_numbers_of_copies(experts, devices, spare, seed):
+    """No other numbers of copies in as many slots would make it smaller."""
+    load = np.random.default_rng(seed).integers(0, 50, experts).astype(float)
+    slots = 2 * experts + spare
+    values = []
+    for extra in itertools.product(range(spare + 1), repeat=experts):
+        if sum(extra) == spare:
+            copies = 2 + np.array(extra)
+            share = load / max(load.sum(), 1e-300)
+            values.append((share**2 / (copies * (copies - 1))).sum())
+    expected = (devices - 1) * (1 / devices + min(values))
+    assert bound_worst_loss(load[None], slots, devices) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("topology", "split"),
+    [(mt.Topology(4, speed=(1.0, 1.0, 1.0, 2.0)), "even"), (mt.Topology(4), "lp")],
+)
+def test_the_bound_is_silent_where_it_is_not_proven(topology, split):
+    """Devices of other speeds, and tokens that are divided anew, have another one."""
+    losses = measure_losses(TWICE, np.full((1, 4), 4), topology, split=split)
+    assert losses.worst_bound is None
+    assert measure_losses(TWICE, np.full((1, 4), 4), mt.Topology(4)).worst_bound == 1.125

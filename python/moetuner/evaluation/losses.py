@@ -8,6 +8,7 @@ nobody.
 
 from __future__ import annotations
 
+import heapq
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -39,6 +40,10 @@ class Losses(NamedTuple):
         Busiest device after a loss / mean of those that are left, on the sum of all windows: mean
         of losses and layers, and the largest. None where the nearest copy serves, of which there is
         no formula.
+    worst_bound
+        What ``imbalance_after_worst`` cannot be below in as many slots, where every expert keeps a
+        copy; None where that says nothing, or is not known: of nodes, of devices that differ in
+        speed, and unless copies share evenly.
     """
 
     domain: Domain
@@ -47,6 +52,7 @@ class Losses(NamedTuple):
     experts_lost: float
     imbalance_after: float | None
     imbalance_after_worst: float | None
+    worst_bound: float | None = None
 
     @property
     def sentence(self) -> str:
@@ -59,9 +65,12 @@ class Losses(NamedTuple):
             )
         if self.imbalance_after is None or self.imbalance_after_worst is None:
             return lost
+        bound = ""
+        if self.worst_bound is not None:
+            bound = f" (in as many slots no placement has less than {self.worst_bound:.2f})"
         return (
             f"{lost}; then the busiest device has {self.imbalance_after:.2f} x the mean of those "
-            f"that are left, {self.imbalance_after_worst:.2f} at worst"
+            f"that are left, {self.imbalance_after_worst:.2f} at worst{bound}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +100,11 @@ def measure_losses(
     after, lost = loads_after(placement, load, topology, domain, split=split)
     has_formula = split != "nearest"
     imbalance = compute_imbalances(after, topology, domain)
+    bound = None
+    is_even = split not in ("nearest", "lp") and len(set(topology.speed_of_device.tolist())) == 1
+    if domain == "device" and is_even and not lost.any():
+        least = bound_worst_loss(load, placement.slots[0].size, placement.devices)
+        bound = least if least > 1 else None
     return Losses(
         domain=domain,
         number=len(lost),
@@ -98,7 +112,46 @@ def measure_losses(
         experts_lost=float(lost.mean()),
         imbalance_after=float(imbalance.mean()) if has_formula else None,
         imbalance_after_worst=float(imbalance.max()) if has_formula else None,
+        worst_bound=bound,
     )
+
+
+def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
+    """Compute what the busiest device after the worst loss of a device has at least.
+
+    Parameters
+    ----------
+    load
+        Loads of experts [L,E], all of which have two copies or more that share evenly.
+    slots
+        Slots of a layer, at least 2E.
+    devices
+        Equally fast devices.
+
+    Returns
+    -------
+    float
+        Busiest device / mean of those that are left, in the layer where that is most. docs/
+        mathematics.md derives it: ``(devices - 1) * (1 / devices + sum q^2 / (c (c - 1)))``, where
+        ``q`` is an expert's share of the layer's load and ``c`` its copies, as many as help most.
+    """
+    shares = np.asarray(load, dtype=np.float64)
+    totals = shares.sum(axis=1, keepdims=True)
+    shares = np.divide(shares, totals, out=np.zeros_like(shares), where=totals > 0)
+    worst = 0.0
+    for layer in shares:
+        copies = np.full(layer.size, 2)
+        # The next copy goes where the sum falls most; it falls less with every copy of an expert.
+        falls = [(-share * share / 3, expert) for expert, share in enumerate(layer.tolist())]
+        heapq.heapify(falls)
+        for _ in range(slots - 2 * layer.size):
+            _, expert = falls[0]
+            copies[expert] += 1
+            number, share = int(copies[expert]), float(layer[expert])
+            fall = 2 * share * share / ((number - 1) * number * (number + 1))
+            heapq.heapreplace(falls, (-fall, expert))
+        worst = max(worst, float((layer**2 / (copies * (copies - 1))).sum()))
+    return (devices - 1) * (1 / devices + worst)
 
 
 def loads_after(
