@@ -138,7 +138,10 @@ fn count<'a>(
             *visits += u64::from(visitors.count_ones());
         }
         for (visits, devices) in node_visits.iter_mut().zip(devices_of_node) {
-            let any = devices.iter().fold(0, |any, &device| any | visitors[usize::from(device)]);
+            let mut any = 0;
+            for &device in devices {
+                any |= visitors[usize::from(device)];
+            }
             *visits += u64::from(any.count_ones());
         }
     }

@@ -379,7 +379,11 @@ fn join(to: &mut [u64], row: &[u64]) {
 ))]
 fn ones<const N: usize>(mask: &[u64], rows: [&[u64]; N]) -> u64 {
     let n = mask.len();
-    let rows = rows.map(|row| &row[..n]);
+    // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
+    let mut rows = rows;
+    for row in &mut rows {
+        *row = &row[..n];
+    }
     let mut sum = 0;
     for word in 0..n {
         let mut any = 0;

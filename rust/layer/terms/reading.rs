@@ -193,7 +193,12 @@ fn longer(
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
 fn longer_of(to: &mut [f32], rows: [&[f32]; 6], factors: [f32; 4]) {
     let width = to.len();
-    let [load, active, base, expert, unit, mean] = rows.map(|row| &row[..width]);
+    // No closure: it would be compiled for these instruction sets, and `map` for none, so neither into the other.
+    let mut rows = rows;
+    for row in &mut rows {
+        *row = &row[..width];
+    }
+    let [load, active, base, expert, unit, mean] = rows;
     let [time, deviation, exposed, start] = factors;
     for w in 0..width {
         let computed = load[w] + deviation * mean[w];
