@@ -7,6 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.placement import blocks
+from moetuner.problem.objective import tables_for
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.windows import MOST
 
@@ -39,6 +40,49 @@ def plain_mean(statistics, placement, tokens, topology, goal):
         np.array(sums), statistics.transitions, statistics.coactivation, sets=statistics.sets
     )
     return mt.Problem(whole, topology, objective=goal).value(placement)
+
+
+@pytest.mark.parametrize("devices_per_node", [4, 2])
+@pytest.mark.parametrize("copies", [0, 1])
+def test_a_time_of_expert_sets_asks_for_no_pairs(devices_per_node, copies):
+    """Counted with sets alone, a trace has the same phases, answer and bound as with all tables."""
+    trace, topology = recorded(3 * WINDOWS[1]), mt.Topology(4, devices_per_node=devices_per_node)
+    tables = tables_for("dispatch", None)
+    assert tables == {"sets": True, "transitions": False, "coactivation": False}
+    results = [
+        mt.solve(
+            mt.Problem(
+                mt.RoutingStatistics.from_trace(trace, window=512, **each),
+                topology,
+                slots_per_device=2 + copies,
+            ),
+            iterations=100,
+        )
+        for each in ({"sets": True}, tables)
+    ]
+    every, alone = results
+    assert len(alone.placement.settings["phases"]) == len(WINDOWS)
+    assert every.placement.settings["phases"] == alone.placement.settings["phases"]
+    assert every.placement == alone.placement
+    assert (every.objective, every.bound) == (alone.objective, alone.bound)
+
+
+@pytest.mark.parametrize("goal", ["time", "balance", "traffic"])
+@pytest.mark.parametrize("regime", ["dispatch", "follow"])
+def test_what_an_objective_is_made_of_is_counted(regime, goal):
+    """Of the tables that are counted for it, its value is that of all tables."""
+    trace, topology = recorded(700), mt.Topology(4)
+    placement = blocks(2, 8, 4)
+    values = [
+        mt.Problem(
+            mt.RoutingStatistics.from_trace(trace, **tables),
+            topology,
+            objective=goal,
+            regime=regime,
+        ).value(placement)
+        for tables in ({"sets": True}, tables_for(regime, goal))
+    ]
+    assert values[0] == values[1]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -82,7 +126,8 @@ def test_a_trace_of_enough_tokens_has_both_phases():
         (counted(enough), both),
         (counted(enough - 1), {512: 1.0}),
         (counted(enough, window=256), {256: 1.0}),
-        (counted(enough, **alone), {512: 1.0}),
+        (counted(enough, **alone), both),
+        (mt.RoutingStatistics.from_trace(recorded(enough), **alone), {512: 1.0}),
         (mt.RoutingStatistics.from_load([[[1, 2]]] * 40), {None: 1.0}),
     ]
     for statistics, shares in cases:

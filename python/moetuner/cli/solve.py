@@ -83,7 +83,8 @@ def command(
     """
     topology = machine.topology()
     seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
-    problem = wanted.problem(source, topology, seen)
+    # The default method asks for what the objective is made of, and for nothing else.
+    problem = wanted.problem(source, topology, seen, pairs=method != "joint")
     initial = moving.initial(source, problem, nth_seed(search.seed, 0))
     size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:

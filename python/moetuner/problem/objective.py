@@ -53,6 +53,19 @@ def _cached(compute: Callable[[Any, Placement], Value]) -> Callable[[Any, Placem
     return of
 
 
+def tables_for(regime: Regime, goal: Goal | None) -> dict[str, bool]:
+    """Return which tables of a trace an objective is made of, as ``from_trace`` takes them.
+
+    Where expert sets say all that a time is made of, nothing asks for pairs besides them, which
+    take most of the time of counting. A search for the fewest visits begins with pairs, and its
+    certificates are of all that is counted.
+    """
+    # Visits are no part of balance, and sets take memory.
+    sets = regime == "dispatch" and goal != "balance"
+    pairs = not sets or goal == "traffic"
+    return {"sets": sets, "transitions": pairs, "coactivation": pairs}
+
+
 # Unit, text of a value, and nearest figure of an evaluation, by what is counted.
 WORDS = {
     "time": ("us per layer", "{:,.1f} us per layer", "predicted_layer_us"),
@@ -466,6 +479,8 @@ class Objective:
     @property
     def top_k(self) -> float:
         """Experts that a token visits in a layer, from the counts; 1 where they do not tell."""
+        if self.statistics.sets is not None:
+            return float(self.statistics.sets[0].top_k)
         pairs, load = self.statistics.transitions, float(self.statistics.total_load[:-1].sum())
         return max(float(pairs.sum()) / load, 1.0) if pairs is not None and load else 1.0
 

@@ -68,8 +68,8 @@ def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[i
     they have enough tokens for windows of prefill. All others are in one phase.
     """
     if phases is None:
-        of_trace = statistics.window == WINDOW and statistics.transitions is not None
-        if not of_trace or len(statistics.runs(WINDOWS[1])) < FEWEST:
+        of_trace = statistics.transitions is not None or statistics.sets is not None
+        if not of_trace or statistics.window != WINDOW or len(statistics.runs(WINDOWS[1])) < FEWEST:
             return {statistics.window: 1.0}
         phases = prefill(PREFILL_SHARE)
     total = sum(phases.values())

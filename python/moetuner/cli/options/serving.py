@@ -15,6 +15,7 @@ from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_m
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
+from moetuner.problem.objective import tables_for
 from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -225,14 +226,23 @@ class ProblemOptions(Serving):
         self.router_groups = router_groups
 
     def problem(
-        self, source: Source, topology: Topology, traffic: Traffic | None = None
+        self,
+        source: Source,
+        topology: Topology,
+        traffic: Traffic | None = None,
+        *,
+        pairs: bool = True,
     ) -> Problem:
-        """Count INPUT, or a part of it, and make the problem."""
+        """Count INPUT, or a part of it, and make the problem.
+
+        Pairs that the objective is not made of are counted for methods that may ask for them.
+        """
         chosen, goal = self.given, self.given.get("objective")
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
-        # Visits are no part of balance, and sets take memory.
-        sets = chosen.get("regime") != "follow" and goal != "balance"
-        statistics = source.count(traffic, sets=sets, by_group="groups" in chosen)
+        tables = tables_for(chosen.get("regime", "dispatch"), goal)
+        if pairs:
+            tables |= {"transitions": True, "coactivation": True}
+        statistics = source.count(traffic, by_group="groups" in chosen, **tables)
         settings = chosen | {name: self.value(name) for name in SERVED}
         settings["cost_model"] = cost_model_for(
             chosen.get("cost_model"), statistics, source.weight_bits

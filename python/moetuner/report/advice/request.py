@@ -15,7 +15,7 @@ from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.formats.engines import ENGINES, Engine, engine_settings
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import Goal
+from moetuner.problem.objective import Goal, tables_for
 from moetuner.problem.phases import Phases, has_windows
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
@@ -156,9 +156,9 @@ def count(request: Request, seen: Traffic) -> RoutingStatistics:
     """Count traffic as ``moetuner solve`` does."""
     if isinstance(seen, RoutingStatistics):
         return seen
-    has_sets = request.regime != "follow" and request.objective != "balance"
+    tables = tables_for(request.regime, request.objective)
     return RoutingStatistics.from_trace(
-        seen, window=request.windows[0], sets=has_sets, threads=request.threads
+        seen, window=request.windows[0], threads=request.threads, **tables
     )
 
 
