@@ -10,7 +10,7 @@ import pytest
 import moetuner as mt
 from moetuner.evaluation import halves
 from moetuner.evaluation.figures import FIGURES, Figure
-from moetuner.evaluation.halves import halve, halvings
+from moetuner.evaluation.halves import halve, halve_each, halvings
 from moetuner.evaluation.intervals import QUANTILES, spread
 from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.replay import Setting
@@ -113,6 +113,57 @@ def test_blocks_of_windows_change_no_half(monkeypatch, arrival):
     actual = halve(trace, how, units_of(trace))[None]
     for name, figure in wanted.items():
         assert actual[name].sides == pytest.approx(figure.sides, rel=1e-12)
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
+def test_halves_of_several_windows_are_those_of_each_by_itself(arrival, by_group):
+    """Of two placements in windows of three sizes, which are read at once: of groups as well."""
+    sizes = np.random.default_rng(1).integers(10, 90, 30)
+    settings = [
+        setting(placement, window, arrival=arrival)
+        for window in (64, 256, 512)
+        for placement in (IN_BLOCKS, COPIES)
+    ]
+
+    def recorded():
+        trace = traffic(sizes)
+        return replace(trace, group=trace.sequence % 2, group_names=("even", "odd"))
+
+    trace = recorded()
+    together = halve_each(trace, settings, units_of(trace), by_group=by_group)
+    for how, actual in zip(settings, together, strict=True):
+        alone = recorded()
+        wanted = halve(alone, how, units_of(alone), by_group=by_group)
+        assert actual.keys() == wanted.keys() == {None, *(("even", "odd") if by_group else ())}
+        for group, figures in wanted.items():
+            for name, figure in figures.items():
+                assert actual[group][name].value == pytest.approx(figure.value, rel=1e-12)
+                assert actual[group][name].sides == pytest.approx(figure.sides, rel=1e-12)
+
+
+def test_halves_that_are_known_are_not_computed_again():
+    """Of the same trace, setting and units, without groups as well; of any other they are new."""
+    trace, units = traffic([40] * 20), Units("sequence", 20)
+    trace = replace(trace, group=trace.sequence % 2, group_names=("even", "odd"))
+    first = halve(trace, setting(), units)
+    assert halve(trace, setting(), units) is first
+    assert halve(trace, setting(), units, by_group=False) == {None: first[None]}
+    for other in (
+        halve(trace, setting(COPIES), units),
+        halve(trace, setting(window=128), units),
+        halve(trace, setting(), Units("sequence", 20)),
+        halve(replace(trace), setting(), units),
+    ):
+        assert other[None]["imbalance"] is not first[None]["imbalance"]
+
+
+def test_a_trace_keeps_no_more_than_a_few_halves():
+    """However many placements it is judged under, what is kept of them does not grow."""
+    trace, units = traffic([40] * 4), Units("sequence", 4)
+    for window in range(1, 2 * halves.KEPT):
+        halve(trace, setting(window=window), units)
+    assert len(halves._KNOWN[trace]) <= halves.KEPT + 1
 
 
 def test_a_new_figure_of_windows_has_an_interval(monkeypatch):

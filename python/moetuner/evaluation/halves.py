@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,10 @@ from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+Integers = NDArray[np.integer[Any]]
 
+# Settings whose halves are kept for each trace.
+KEPT = 16
 # Primes that are 3 modulo 4: folds that each can halve are one more.
 PRIMES = (3, 7, 11, 19)
 # Counts of halves of windows that are in memory at once.
@@ -81,18 +84,66 @@ def halve(traffic: Traffic, setting: Setting, units: Units, *, by_group: bool = 
 def halve_each(
     traffic: Traffic, settings: Sequence[Setting], units: Units, *, by_group: bool = True
 ) -> list[ByGroup]:
-    """Compute what ``halve`` does under settings that differ in their placements alone.
+    """Compute what ``halve`` does under settings that differ in their placements and windows alone.
 
-    The tokens of a trace are read once for all of them.
+    Windows are as long as the shortest of them or several times that. The tokens of a trace are
+    read once for all settings, and not again for those whose halves are known already.
     """
     settings = [replace(setting, mixed=False) for setting in settings]
-    common = settings[0]
+    known: list[_Known] = []
+    if isinstance(traffic, RoutingTrace):
+        known = _KNOWN.setdefault(traffic, [])
+    asked = [_Asked(setting, units, by_group) for setting in settings]
+    del known[: max(len(known) - KEPT, 0)]
+    unknown = [each for each in asked if _find(known, each) is None]
+    for each, figures in zip(unknown, _halve_anew(traffic, unknown), strict=True):
+        known.append(_Known(each, figures))
+    found = [_find(known, each) for each in asked]
+    return [figures for figures in found if figures is not None]
+
+
+class _Asked(NamedTuple):
+    """What halves were asked for."""
+
+    setting: Setting
+    units: Units
+    by_group: bool
+
+
+class _Known(NamedTuple):
+    """What halves were asked for, and their figures."""
+
+    asked: _Asked
+    figures: ByGroup
+
+
+# The same placements are compared with several others, and in windows of several sizes.
+_KNOWN: WeakKeyDictionary[RoutingTrace, list[_Known]] = WeakKeyDictionary()
+
+
+def _find(known: Sequence[_Known], asked: _Asked) -> ByGroup | None:
+    """Return the halves that were asked for, if they are known."""
+    for other, figures in known:
+        is_enough = other.by_group or not asked.by_group
+        if is_enough and other.units is asked.units and other.setting == asked.setting:
+            return figures if asked.by_group else {None: figures[None]}
+    return None
+
+
+def _halve_anew(traffic: Traffic, asked: Sequence[_Asked]) -> list[ByGroup]:
+    """Compute halves that are not known, of which all but the settings are alike."""
+    if not asked:
+        return []
+    (common, units, by_group), settings = asked[0], [each.setting for each in asked]
     if not by_group and isinstance(traffic, RoutingTrace):
         traffic = replace(traffic, group=None)
     rows = members(traffic)
     if not by_group:
         rows = {None: rows[None]}
-    folds = {group: units.deal(traffic, own, common.window) for group, own in rows.items()}
+    folds = {
+        window: {group: units.deal(traffic, own, window) for group, own in rows.items()}
+        for window in {setting.window: None for setting in settings}
+    }
     weights, orderly = [], []
     for weight, order in orders(traffic, common.arrival, seed=common.mixed_seed):
         weights.append(weight)
@@ -118,25 +169,32 @@ def _in_one_order(
     traffic: Traffic,
     order: Integers | None,
     settings: Sequence[Setting],
-    folds: dict[str | None, Folds],
+    folds: dict[int | None, dict[str | None, Folds]],
 ) -> list[ByGroup]:
-    """Return the figures of traffic that arrives in an order, of folds as it was recorded."""
+    """Return the figures of traffic that arrives in an order, of folds as it was recorded.
+
+    Folds are by window and group.
+    """
     ordered = put_in_order(traffic, order)
     recorded, rows = members(traffic), members(ordered)
-    fold_of: dict[str | None, Integers] = {}
-    for group, dealt in folds.items():
-        fold = np.zeros(len(rows[None]), dtype=np.int64)
-        fold[recorded[group]] = dealt.fold
-        fold_of[group] = (fold if order is None else fold[order])[rows[group]]
-    crossings = measure_crossings(settings, ordered)
+    fold_of: dict[tuple[int | None, str | None], Integers] = {}
+    for window, by_group in folds.items():
+        for group, dealt in by_group.items():
+            fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
+            fold[recorded[group]] = dealt.fold
+            fold_of[window, group] = (fold if order is None else fold[order])[rows[group]]
+    # Where experts are, and so what crosses, is the same in windows of all sizes.
+    placements = {id(setting.placement): setting for setting in settings}
+    measured = count_crossings([*placements.values()], ordered)
+    crossings = dict(zip(placements, measured, strict=True))
     halved = []
-    for setting, counted, crossed in zip(
-        settings, counts_of(ordered, settings), crossings, strict=True
-    ):
+    for setting, counted in zip(settings, counts_of(ordered, settings), strict=True):
         figures: ByGroup = {}
-        for group, dealt in folds.items():
-            own = None if crossed is None else crossed[rows[group]]
-            part = _Halving(ordered, rows[group], fold_of[group], own, counted[group], setting)
+        crossed = crossings[id(setting.placement)]
+        for group, dealt in folds[setting.window].items():
+            own = None if crossed is None else crossed[rows[group]] / _count_pairs(ordered)
+            fold = fold_of[setting.window, group]
+            part = _Halving(ordered, rows[group], fold, own, counted[group], setting)
             figures[group] = part.figures(dealt)
         halved.append(figures)
     return halved
@@ -174,7 +232,7 @@ class _Halving:
         """The window of every item [n]; a window of a table is an item."""
         is_table = isinstance(self.traffic, RoutingStatistics)
         length = 1 if is_table else self.setting.window or max(len(self.items), 1)
-        return np.arange(len(self.items)) // length
+        return np.arange(len(self.items), dtype=self.items.dtype) // length
 
     def figures(self, folds: Folds) -> dict[str, Halved]:
         """Compute all figures that have halves."""
@@ -221,7 +279,8 @@ class _Halving:
     def _by_fold(self, folds: int, weights: Floats | None = None) -> Floats:
         """Add up items, or their weights, by window and fold [W,F]."""
         windows = len(self.counts.load)
-        sums = np.bincount(self.window * folds + self.fold, weights, windows * folds)
+        cell = np.multiply(self.window, folds, dtype=np.int64) + self.fold
+        sums = np.bincount(cell, weights, windows * folds)
         return sums.reshape(windows, folds).astype(np.float64)
 
     def _counts_of(self, rows: _Rows) -> Counts:
@@ -331,18 +390,24 @@ def by_position(setting: Setting) -> Setting:
     return replace(setting, split="even") if setting.split == "round_robin" else setting
 
 
-def measure_crossings(settings: Sequence[Setting], traffic: Traffic) -> Iterator[Floats | None]:
-    """Yield the share of every token's pairs of neighbouring layers that cross [T], by setting."""
+def count_crossings(
+    settings: Sequence[Setting], traffic: Traffic
+) -> list[NDArray[np.unsignedinteger[Any]] | None]:
+    """Count every token's pairs of neighbouring layers' experts that cross [T], by setting."""
     if isinstance(traffic, RoutingStatistics) or traffic.layers < 2:
-        yield from [None] * len(settings)
-        return
+        return [None] * len(settings)
     replays = [by_position(setting).begin_replay(traffic, 1, 1) for setting in settings]
-    pairs, first = np.empty((len(settings), traffic.tokens), np.uint32), 0
+    kind, first = np.min_scalar_type(_count_pairs(traffic)), 0
+    pairs = np.empty((len(settings), traffic.tokens), kind)
     for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
         for own, replay in zip(pairs, replays, strict=True):
             own[first : first + len(shard)] = replay.apart(shard, first, settings[0].threads)
         first += len(shard)
         del shard  # else the next one is read while this one is still there
-    number = (traffic.layers - 1) * traffic.top_k**2
-    for own in pairs:  # not all of them in double precision
-        yield own / number
+    return [*pairs]
+
+
+def _count_pairs(traffic: Traffic) -> int:
+    """Count the pairs of neighbouring layers' experts that a token of a trace has."""
+    assert isinstance(traffic, RoutingTrace)
+    return (traffic.layers - 1) * traffic.top_k**2

@@ -190,13 +190,14 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
         )
 
 
-def members(traffic: Traffic) -> dict[str | None, NDArray[np.int64]]:
+def members(traffic: Traffic) -> dict[str | None, NDArray[np.integer[Any]]]:
     """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
     count = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
-    rows: dict[str | None, NDArray[np.int64]] = {None: np.arange(count)}
+    kind = np.int32 if count < 1 << 31 else np.int64
+    rows: dict[str | None, NDArray[np.integer[Any]]] = {None: np.arange(count, dtype=kind)}
     if traffic.group is not None:
         for number, group in enumerate(traffic.group_names):
-            in_group = np.flatnonzero(traffic.group == number)
+            in_group = np.flatnonzero(traffic.group == number).astype(kind)
             if in_group.size:
                 rows[group] = in_group
     return rows
@@ -247,7 +248,7 @@ class _Group:
     """Some tokens of a trace under replay, for all settings."""
 
     def __init__(
-        self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.int64]
+        self, trace: RoutingTrace, settings: Sequence[Setting], tokens: NDArray[np.integer[Any]]
     ) -> None:
         self._trace, self._settings, self._tokens = trace, settings, tokens
         # Longer windows are sums of the shortest ones.

@@ -25,7 +25,7 @@ from moetuner.trace import RoutingTrace
 
 Traffic = RoutingTrace | RoutingStatistics
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+Integers = NDArray[np.integer[Any]]
 Name = Literal["sequence", "kind", "window"]
 
 # Folds that traffic is dealt into, where it has as many units.
@@ -89,7 +89,7 @@ class Folds(NamedTuple):
         How many independent units were dealt into them.
     """
 
-    fold: Integers
+    fold: NDArray[np.integer[Any]]
     number: int
     units: int
 
@@ -158,12 +158,14 @@ class Units:
             number = max(min(units, folds or FOLDS), 1)
             if self.blocks.length > 1 and folds is None:
                 number = max(min(units // RUN, FOLDS), min(units, FEWEST_RUNS), 1)
-            return Folds(np.arange(len(rows)) * number // max(len(rows), 1), number, units)
+            fold = np.arange(len(rows)) * number // max(len(rows), 1)
+            return Folds(fold.astype(np.min_scalar_type(number)), number, units)
         _, first, unit, sizes = np.unique(
             label[rows], return_index=True, return_inverse=True, return_counts=True
         )
         number = max(min(len(sizes), folds or FOLDS), 1)
-        fold, shortest = np.empty(len(sizes), dtype=np.int64), [(0, own) for own in range(number)]
+        fold = np.empty(len(sizes), dtype=np.min_scalar_type(number))
+        shortest = [(0, own) for own in range(number)]
         # By length, folds would be more alike than samples are, where lengths tell subjects.
         order = np.random.default_rng(0).permutation(len(sizes))
         for place in np.argsort(first)[order].tolist():

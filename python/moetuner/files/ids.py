@@ -111,7 +111,7 @@ class Ids:
                 del shard  # else the next one is made while this one is still there
 
     def chosen(
-        self, items: NDArray[np.int64], max_bytes: int, threads: int | None = None
+        self, items: NDArray[np.integer[Any]], max_bytes: int, threads: int | None = None
     ) -> Iterator[IdArray]:
         """Read the valid ids [t,L,K] of numbered tokens [n], whose numbers rise, in pieces."""
         places = items if self.tokens is None else self._places_of(items)
@@ -138,7 +138,7 @@ class Ids:
         before: NDArray[np.int64] = np.cumsum(counts) - counts
         return before
 
-    def _places_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _places_of(self, items: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """Return which tokens of the parts the marked ones of these rising numbers are."""
         if not len(items):
             return items
@@ -208,7 +208,7 @@ class IdsInFile:
                 yield self._read(file, first, min(step, tokens - first), threads)
 
     def chosen(
-        self, items: NDArray[np.int64], max_bytes: int, threads: int | None
+        self, items: NDArray[np.integer[Any]], max_bytes: int, threads: int | None
     ) -> Iterator[IdArray]:
         """Read and validate numbered tokens [n], and what lies between those of a piece."""
         step = tokens_per_shard(self.shape, self.stored.dtype, max_bytes)
@@ -273,7 +273,7 @@ def _cut(ids: IdArray, max_bytes: int) -> Iterator[IdArray]:
     return (ids[first : first + step] for first in range(0, len(ids), step))
 
 
-def _chosen_of(ids: IdArray, items: NDArray[np.int64], max_bytes: int) -> Iterator[IdArray]:
+def _chosen_of(ids: IdArray, items: NDArray[np.integer[Any]], max_bytes: int) -> Iterator[IdArray]:
     step = tokens_per_shard(ids.shape, ids.dtype, max_bytes)
     return (ids[items[first : first + step]] for first in range(0, len(items), step))
 

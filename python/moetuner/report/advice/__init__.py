@@ -23,6 +23,7 @@ from moetuner.problem.phases import WINDOWS, prefill
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
+    halve_trial,
     judge_groups,
     judge_halves,
     judge_over_eplb,
@@ -223,6 +224,7 @@ def _advise(request: Request, splits: int) -> Advice:
         trials.append(replace(trial, problem=trials[0].problem) if number else trial)
     request.progress("judging")
     first = trials[0]
+    halve_trial(request, first, [RUNNING, PROPOSED], by_group=True)
     judged = tuple(
         judge_trials(request, trials, RUNNING, window, request.units[window], by_group=True)
         for window in request.windows

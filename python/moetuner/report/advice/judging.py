@@ -9,6 +9,7 @@ import numpy as np
 
 from moetuner.cost import busiest_ports
 from moetuner.evaluation.comparison import Comparison, with_splits
+from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import Traffic, members
@@ -54,11 +55,26 @@ def judge_trials(
     return replace(judgement, whole=comparisons)
 
 
+def halve_trial(request: Request, trial: Trial, keys: Sequence[Key], *, by_group: bool) -> None:
+    """Compute halves of some placements' figures in windows of all sizes at once.
+
+    The tokens are read once for all of them; judgements then know these halves.
+    """
+    units = [request.units[window] for window in request.windows]
+    if any(each is not units[0] for each in units):
+        return  # folds of windows are of their own size
+    evaluations = [trial.evaluations[window][key] for window in request.windows for key in keys]
+    replayed = [each.replayed for each in evaluations if each.replayed is not None]
+    settings = [each.setting for each in replayed]
+    halve_each(replayed[0].traffic, settings, units[0], by_group=by_group)
+
+
 def judge_over_eplb(request: Request, trials: Sequence[Trial]) -> dict[Window, Judgement]:
     """Judge what is proposed beside EPLB's placement, by window; nothing if that is what runs."""
     first = trials[0].placements
     if first[EPLB] == first[RUNNING]:
         return {}
+    halve_trial(request, trials[0], [EPLB], by_group=False)
     return {
         window: judge_trials(request, trials, EPLB, window, request.units[window])
         for window in request.windows
