@@ -9,6 +9,7 @@ import moetuner as mt
 from moetuner.solver import EFFORTS
 from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
+from moetuner.solver.effort import RESTARTS
 from moetuner.solver.run import Run
 from moetuner.solver.stages import layers, visits
 
@@ -102,3 +103,38 @@ def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, effort):
     problem = mt.Problem(statistics, mt.Topology(2), objective="traffic", regime="dispatch")
     mt.solve(problem, iterations=50, effort=effort)
     assert made == [EFFORTS[effort].tangent_iterations]
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "restarts"),
+    [
+        ({}, {}, EFFORTS["default"].single_restarts),
+        ({}, {"effort": "thorough"}, RESTARTS),
+        ({}, {"iterations": 10}, RESTARTS),
+        ({}, {"time_limit": 10.0}, RESTARTS),
+        ({"slots_per_device": 3}, {}, RESTARTS),
+        ({"risk": 0.5}, {}, RESTARTS),
+        ({"objective": "balance"}, {}, RESTARTS),
+        ({"regime": "follow"}, {}, RESTARTS),
+    ],
+)
+def test_layers_are_searched_fewer_times_where_trials_look_at_sets(
+    make_trace, monkeypatch, settings, arguments, restarts
+):
+    """Of single copies, by default: where it takes long and a few searches find as much."""
+    made = []
+
+    class Noted(Counted):
+        def place(self, start, *, restarts=1, **_):
+            made.append(restarts)
+            return start, False
+
+    problem = problem_of(make_trace, **settings)
+    core_layers = layers.core_layers
+    monkeypatch.setattr(
+        layers,
+        "core_layers",
+        lambda *own, **others: Noted(core_layers(*own, **others), problem, []),
+    )
+    mt.solve(problem, "heuristic", **arguments)
+    assert made[-1] == restarts

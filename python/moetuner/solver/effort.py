@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# Layers of few slots are searched several times: they have valleys that one descent does not leave.
+FEW_SLOTS, RESTARTS = 64, 8
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -27,25 +30,34 @@ class Effort:
         Caps on the imbalance under which traffic alone is searched where time weighs both.
     tangent_iterations
         Iterations, at most, of the bound of pairs that stand for expert sets.
+    single_restarts
+        Searches of a layer of few slots, at the most, where a trial looks at the expert sets of
+        single copies. Each is as long as if there were ``RESTARTS`` of them.
     """
 
     layer_work: float
     chain_trials: int
     traffic_caps: tuple[float, ...]
     tangent_iterations: int
+    single_restarts: int
 
 
 # Chosen by "Effort" and, where tangents are meant, by "Bounds of visits": what an effort takes and
 # reaches. Under a time limit the time decides.
 EFFORTS = {
     "default": Effort(
-        layer_work=1.5e9, chain_trials=1000, traffic_caps=(1.08, math.inf), tangent_iterations=24
+        layer_work=1.5e9,
+        chain_trials=1000,
+        traffic_caps=(1.08, math.inf),
+        tangent_iterations=24,
+        single_restarts=4,
     ),
     "thorough": Effort(
         layer_work=math.inf,
         chain_trials=2600,
         traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf),
         tangent_iterations=150,
+        single_restarts=RESTARTS,
     ),
 }
 
@@ -87,8 +99,6 @@ JUDGED = 3
 POLISHED_SLOTS, POLISHED, KICKS, KICKED = 18, 4, 4, 3
 # Contents of a layer, and placements, of which all are tried (not measured).
 FEW_CONTENTS, FEW_PLACEMENTS = 1000, 2500
-# Layers of few slots are searched several times: they have valleys that one descent does not leave.
-FEW_SLOTS, RESTARTS = 64, 8
 # Times that risk and groups are weighed anew, and when something is known of the weights.
 REWEIGHTINGS, REWEIGHTINGS_AGAIN = 4, 2
 # Share of what is left that searches of traffic alone get where time weighs both (not measured).

@@ -105,7 +105,7 @@ class LayerModel:
         return layers.place(
             np.ascontiguousarray(slots),
             trials=self._trials(run, budget, turns * restarts),
-            restarts=restarts,
+            restarts=self._fewer(restarts, budget),
             empties=not problem.fill_slots,
             rounds=effort.ROUNDS,
             links=links,
@@ -114,6 +114,12 @@ class LayerModel:
             threads=budget.threads,
             progress=budget.phase("layers"),
         )
+
+    def _fewer(self, restarts: int, budget: Budget) -> int:
+        """Return how many of so many searches of a layer are made: fewer where each takes long."""
+        is_single = self.objective.sets is not None and not self.problem.may_copy
+        is_long = budget.iterations is None and self.windows.is_mean
+        return min(restarts, budget.work.single_restarts) if is_single and is_long else restarts
 
     def _trials(self, run: Run, budget: Budget, searches: int) -> int:
         """Return the trials of a layer in each of so many searches."""
