@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner.evaluation.arrival import orders, put_in_order
+from moetuner.evaluation.arrival import Order, orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure
 from moetuner.evaluation.replay import (
     SHARD_BYTES,
@@ -167,7 +167,7 @@ def _weigh(weights: Sequence[float], parts: Sequence[ByGroup]) -> ByGroup:
 
 def _in_one_order(
     traffic: Traffic,
-    order: Integers | None,
+    order: Order | None,
     settings: Sequence[Setting],
     folds: dict[int | None, dict[str | None, Folds]],
 ) -> list[ByGroup]:

@@ -193,7 +193,7 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
 def members(traffic: Traffic) -> dict[str | None, NDArray[np.integer[Any]]]:
     """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
     count = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
-    kind = np.int32 if count < 1 << 31 else np.int64
+    kind: type[np.signedinteger[Any]] = np.int32 if count < 1 << 31 else np.int64
     rows: dict[str | None, NDArray[np.integer[Any]]] = {None: np.arange(count, dtype=kind)}
     if traffic.group is not None:
         for number, group in enumerate(traffic.group_names):

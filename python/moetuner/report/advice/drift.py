@@ -168,7 +168,7 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     return first
 
 
-def _loads(traffic: Traffic, block: NDArray[np.int64], blocks: int) -> NDArray[np.float64]:
+def _loads(traffic: Traffic, block: NDArray[np.integer[Any]], blocks: int) -> NDArray[np.float64]:
     """Count load [B,L,E] of the blocks that tokens, or windows, are in; those that have some."""
     if isinstance(traffic, RoutingTrace):
         loads = loads_by(traffic, block, blocks)

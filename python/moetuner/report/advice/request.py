@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from moetuner._checks import ArgumentError
 from moetuner.cost import CostModel
@@ -156,10 +157,9 @@ def count(request: Request, seen: Traffic) -> RoutingStatistics:
     """Count traffic as ``moetuner solve`` does."""
     if isinstance(seen, RoutingStatistics):
         return seen
-    tables = tables_for(request.regime, request.objective)
-    return RoutingStatistics.from_trace(
-        seen, window=request.windows[0], threads=request.threads, **tables
-    )
+    options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
+    options |= tables_for(request.regime, request.objective)
+    return RoutingStatistics.from_trace(seen, **options)
 
 
 def problem_of(
