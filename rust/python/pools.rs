@@ -2,7 +2,8 @@
 
 use std::mem;
 use std::num::NonZero;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -20,19 +21,24 @@ struct Idle {
 }
 
 static IDLE: Mutex<Idle> = Mutex::new(Idle { process: 0, pools: Vec::new() });
+/// Whether this process began with pools that a thread of its parent's was looking at: nobody unlocks them here.
+static ARE_LOCKED: AtomicBool = AtomicBool::new(false);
 
-/// The idle pools of this process.
+/// The idle pools of this process; none are kept where they cannot be unlocked.
 ///
 /// A child that was forked has its parent's memory but not its threads: work given to the parent's pools would wait
-/// forever. The lock is only ever held by whoever holds the interpreter lock, as a fork from Python does, so no child
-/// begins with a locked one.
-fn idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
+/// forever. With an interpreter lock only its holder has this lock, as a fork from Python does, so no child begins with
+/// a locked one; in an interpreter of free threads it may.
+fn idle() -> Option<MutexGuard<'static, Idle>> {
+    if ARE_LOCKED.load(Ordering::Relaxed) {
+        return None;
+    }
     let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     if idle.process != std::process::id() {
         forget(&mut idle);
         idle.process = std::process::id();
     }
-    idle
+    Some(idle)
 }
 
 /// Runs `work` with a pool of so many threads that is its own meanwhile; one for every core where no number is given.
@@ -40,18 +46,16 @@ fn idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
 ///
 /// Two calls at once would wait for each other's work in one pool, beyond their time limits.
 pub(super) fn with_pool<T>(
-    py: Python<'_>,
     threads: Option<usize>,
     work: impl FnOnce(&ThreadPool) -> PyResult<T>,
 ) -> PyResult<T> {
     let largest = || std::thread::available_parallelism().map_or(1, NonZero::get) * PER_CORE;
     let wanted = threads.map_or(0, |threads| threads.clamp(1, largest()));
     let process = std::process::id();
-    let idle_pool = {
-        let mut idle = idle(py);
+    let idle_pool = idle().and_then(|mut idle| {
         let place = idle.pools.iter().position(|(threads, _)| *threads == wanted);
         place.map(|place| idle.pools.remove(place).1)
-    };
+    });
     let pool = if let Some(pool) = idle_pool {
         pool
     } else {
@@ -65,18 +69,23 @@ pub(super) fn with_pool<T>(
         mem::forget(pool);
         return result;
     }
-    let mut idle = idle(py);
-    if idle.pools.len() == IDLE_POOLS {
-        idle.pools.remove(0);
+    if let Some(mut idle) = idle() {
+        if idle.pools.len() == IDLE_POOLS {
+            idle.pools.remove(0);
+        }
+        idle.pools.push((wanted, pool));
     }
-    idle.pools.push((wanted, pool));
     result
 }
 
 /// Called in a child that was just forked; its number alone may be that of a process which ended long ago.
 #[pyfunction]
 pub(super) fn forget_pools() {
-    forget(&mut IDLE.lock().unwrap_or_else(PoisonError::into_inner));
+    match IDLE.try_lock() {
+        Ok(mut idle) => forget(&mut idle),
+        Err(TryLockError::Poisoned(error)) => forget(&mut error.into_inner()),
+        Err(TryLockError::WouldBlock) => ARE_LOCKED.store(true, Ordering::Relaxed),
+    }
 }
 
 /// Leaks the pools: to end them would be to wait for threads that are not there.
