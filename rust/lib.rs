@@ -10,6 +10,7 @@ pub mod bound;
 pub mod chain;
 pub mod control;
 pub mod counting;
+pub mod division;
 pub mod error;
 pub mod layer;
 pub mod lines;

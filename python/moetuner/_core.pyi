@@ -153,6 +153,9 @@ class Layers:
     def price_pairs(self, pairs: NDArray[np.uint64], pair_cost: float) -> None:
         """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device."""
 
+    def price_divided(self, load: NDArray[np.float64], weight: NDArray[np.float64]) -> None:
+        """Prices windows of load [W,L,E], of weights [W], divided over copies as is best."""
+
     def price_losses(self, domain: list[int], loss_cost: float) -> None:
         """Charge a power of what a lost domain of devices [D] leaves to another device."""
 

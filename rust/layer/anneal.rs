@@ -74,8 +74,11 @@ pub(super) fn search(
     let begin = Instant::now();
     let mut slots = start.clone();
     let mut terms = Terms::new(layer, &slots);
-    let slowest =
-        |terms: &Terms| terms.balance.as_ref().map_or(0.0, |balance| balance.slowest(layer)) + terms.linear;
+    let slowest = |terms: &Terms| {
+        terms.balance.as_ref().map_or(0.0, |balance| balance.slowest(layer))
+            + terms.of_divided()
+            + terms.linear
+    };
     let mut best = (if effort.quick { slowest(&terms) } else { terms.cost(layer) }, slots.expert_in.clone());
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };

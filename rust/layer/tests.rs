@@ -3,8 +3,9 @@
 use proptest::prelude::*;
 
 use super::adapt::variance;
-use super::construct::{QUICK, by_windows, fill};
+use super::construct::{QUICK, by_windows, fill, on_sum};
 use super::terms::balance::Balance;
+use super::terms::divided;
 use super::terms::fanout;
 use super::terms::losses::{Losses, POWER};
 use super::terms::reading::{Reading, Weights};
@@ -78,8 +79,33 @@ fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
     let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
     let losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
-    let costs = Costs { copy_cost, serve_cost, sets, pairs, losses, ..layer.costs };
+    let divided = Some(divided_of(traffic, experts));
+    let costs = Costs { copy_cost, serve_cost, sets, pairs, losses, divided, ..layer.costs };
     Layer { costs, ..layer }
+}
+
+/// All windows as a dispatcher divides them, by weight.
+fn divided_of(traffic: &Traffic, experts: usize) -> divided::Loads {
+    let weighted = traffic.load.chunks(experts).zip(&traffic.weight);
+    divided::Loads(weighted.flat_map(|(row, weight)| row.iter().map(move |load| load * weight)).collect())
+}
+
+/// What the slowest devices take by definition, if tokens are divided as is best: over all sets of devices, what is there
+/// alone (Hall, 1935).
+fn of_divided(layer: &Layer, slots: &Slots) -> f64 {
+    let loads = &layer.costs.divided.as_ref().expect("windows are divided").0;
+    let longest = |load: &[f64]| -> f64 {
+        let sets = 1u32..1 << layer.devices();
+        let time = |set: u32| {
+            let is_inside = |g: usize| set >> g & 1 == 1;
+            let stays = |&e: &usize| slots.devices(e as u16).all(|g| is_inside(usize::from(g)));
+            let inside: f64 = (0..layer.experts).filter(stays).map(|e| load[e]).sum();
+            let rates = (0..layer.devices()).filter(|&g| is_inside(g)).map(|g| 1.0 / layer.site.time[g]);
+            inside / rates.sum::<f64>()
+        };
+        sets.map(time).fold(0.0, f64::max)
+    };
+    loads.chunks(layer.experts).map(longest).sum()
 }
 
 /// The share of an expert's tokens that a device serves.
@@ -338,7 +364,8 @@ proptest! {
         let (of_windows, scale) = (of_windows(&plain, &slots, &traffic), plain.windows.scale);
         let exact = if norm { 1e-3 } else { 1e-5 };
         prop_assert!(close(windows / scale, of_windows, exact), "{} {}", windows / scale, of_windows);
-        let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots) + of_losses(&layer, &slots);
+        let alone = of_losses(&layer, &slots) + of_divided(&layer, &slots);
+        let rest = of_sets(&layer, &slots, &traffic) + of_shares(&layer, &slots) + alone;
         prop_assert!(close(all, windows + rest, 1e-9), "{} {}", all - windows, rest);
     }
 
@@ -397,6 +424,39 @@ proptest! {
         let least = 1.0 - 1.0 / devices as f64;
         let expected = part * part / (1.0 + part * part) * least;
         prop_assert!((seen - expected).abs() <= 0.15 * expected + 1e-12, "{seen} {expected}");
+    }
+
+    /// Devices that a dispatcher divides tokens over are joined by copies, if there are enough to join them, and keep the
+    /// rules; a quick search from there does not make the slowest ones slower.
+    #[test]
+    fn devices_are_joined(experts in 1usize..24, devices in 1usize..7, more in 0usize..4, rules: bool, seed: u64) {
+        let mut random = Random::new(seed, 0);
+        let site = Site { split: Split::Even, ..site(&mut random, experts, devices, rules) };
+        let mut site = Site { time: vec![1.0; devices], ..site };
+        site.capacity.iter_mut().for_each(|slots| *slots = experts.div_ceil(devices) + more);
+        let traffic = traffic(&mut random, experts);
+        let mut layer = layer(site, &traffic, experts, Measure::Peak);
+        let weightless = vec![0.0; traffic.weight.len()];
+        layer.windows = Windows::new(&traffic.load, &weightless, experts, &layer.site, Measure::Peak);
+        layer.costs.divided = Some(divided_of(&traffic, experts));
+        let Ok(start) = on_sum(&layer) else { return Ok(()) };
+        prop_assert!(keeps_rules(&layer.site, &start));
+        let shared = (0..experts as u16).filter(|&e| start.copies(e) > 1).count();
+        if !rules && more > 1 && shared >= devices {
+            let mut joined = vec![0u16];
+            while let Some(next) = (0..experts as u16).filter(|&e| start.devices(e).any(|g| joined.contains(&g)))
+                .flat_map(|e| start.devices(e)).find(|g| !joined.contains(g)) {
+                joined.push(next);
+            }
+            prop_assert_eq!(joined.len(), devices);
+        }
+        let effort = Effort { trials: 300, empties: false, restarts: 1, rounds: 1, quick: true, parallel: false };
+        let links = Links { transitions: &[], cost: &[] };
+        let time = |layer: &Layer, slots: &Slots| of_divided(layer, slots);
+        let before = time(&layer, &start);
+        let slots = place(std::slice::from_mut(&mut layer), vec![start], links, effort, seed, &Control::new(None)).remove(0);
+        prop_assert!(keeps_rules(&layer.site, &slots));
+        prop_assert!(time(&layer, &slots) <= before * (1.0 + 1e-9));
     }
 
     /// What is placed keeps the rules; so does a quick search, which is no worse than its start by the slowest devices, nor

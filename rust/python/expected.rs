@@ -7,7 +7,7 @@ use numpy::{
 use pyo3::prelude::*;
 
 use super::{alone, array2, array3, detached, shaped, sizes};
-use crate::replay::balanced::serve;
+use crate::division::serve;
 use crate::replay::expected::{Sets, Shared, busiest, cost};
 
 /// Slots [L,D,S] and the shares that they serve of their experts' tokens.

@@ -12,8 +12,9 @@ use crate::assignment::assign_max;
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
-use crate::layer::construct::{QUICK, by_windows, fill, fill_layers};
+use crate::layer::construct::{QUICK, by_windows, fill_layers, on_sum};
 use crate::layer::descend::descend;
+use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
 use crate::layer::terms::losses::Losses;
 use crate::layer::terms::reading::{Reading, Weights};
@@ -236,6 +237,28 @@ impl Layers {
         Ok(())
     }
 
+    /// Prices windows of load [W,L,E], of weights [W], whose tokens are divided over copies as is best.
+    fn price_divided(
+        &mut self,
+        load: PyReadonlyArray3<'_, f64>,
+        weight: PyReadonlyArray1<'_, f64>,
+    ) -> PyResult<()> {
+        let [layers, experts, devices] = self.sizes();
+        let windows = weight.len();
+        shaped("load", load.shape(), &[windows, layers, experts])?;
+        let slots = self.per_device.saturating_mul(devices);
+        room_for("divided windows", &[layers, windows, experts + slots + devices, size_of::<f64>()])?;
+        let (load, weight) = (contiguous(load.as_slice().ok())?, weight.as_array());
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            let used =
+                load.chunks_exact(experts).skip(l).step_by(layers).zip(&weight).filter(|row| *row.1 > 0.0);
+            let scale = layer.windows.scale;
+            let rows = used.flat_map(|(row, &weight)| row.iter().map(move |tokens| tokens * weight * scale));
+            layer.costs.divided = Some(divided::Loads(rows.collect()));
+        }
+        Ok(())
+    }
+
     /// Improves slots [L,D,S].
     #[allow(clippy::fn_params_excessive_bools)]
     #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
@@ -310,7 +333,7 @@ impl Layers {
         Ok((places, experts, array2(py, (n, 3), figures)?, interrupted))
     }
 
-    /// Slots [L,D,S] to begin with: balanced on the sum of windows, or on every one.
+    /// Slots [L,D,S] to begin with: balanced on the sum of windows, or on every one; joined where tokens are divided.
     #[pyo3(signature = (*, windows = false, threads = None, alone = false))]
     fn construct<'py>(
         &mut self,
@@ -320,7 +343,7 @@ impl Layers {
         alone: bool,
     ) -> PyResult<Bound<'py, PyArray3<i32>>> {
         let construct = |(l, layer): (usize, &Layer)| {
-            let slots = if windows { by_windows(layer) } else { fill(&layer.site, &layer.load, QUICK) };
+            let slots = if windows { by_windows(layer) } else { on_sum(layer) };
             slots.map_err(|fault| fault.of(l))
         };
         let layers = &self.layers;

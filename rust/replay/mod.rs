@@ -3,7 +3,6 @@
 //! Nothing asks which of its experts a token met on a device, only how many. So these counts are counted, as bits
 //! ([`planes`]); where there are too many devices for that, slots are, and added up by device in the end.
 
-pub mod balanced;
 pub mod expected;
 pub mod labels;
 mod planes;

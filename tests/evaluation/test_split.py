@@ -102,12 +102,6 @@ def test_a_trace_is_counted_first(make_trace):
         mt.evaluate(copies, trace, split="lp")
 
 
-def test_nothing_is_searched_for_it():
-    """A problem says which splits there are, and what judges by this one."""
-    with pytest.raises(ValueError, match=r"split must be one of even, .* evaluate judges"):
-        mt.Problem(COUNTS, mt.Topology(2), split="lp")
-
-
 def test_the_command_line_counts_a_trace(make_trace, as_json, tmp_path, monkeypatch):
     """``evaluate --split lp`` of a trace is that of its counts."""
     monkeypatch.chdir(tmp_path)

@@ -99,7 +99,7 @@ def command(
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
     """
-    topology = machine.topology()
+    topology, source = machine.topology(), serving.as_served(source)
     arguments: dict[str, Any] = {"copies": copies, "price": price}
     arguments |= {"prefill_share": prefill_share, "splits": splits, "by_group": by_group}
     arguments |= {"in_order": not any_order, "objective": objective, "time_limit": time_limit}

@@ -109,6 +109,8 @@ def command(
     initial_file
         The placement that runs.
     """
+    if not holdout:
+        source = wanted.as_served(source)
     methods, over = _baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
     initial = None if initial_file is None else source.load(initial_file, machine.topology())
@@ -117,6 +119,7 @@ def command(
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
+        unseen = wanted.as_judged(source, unseen)
         return Split(number, problem, unseen, replace(search, seed=seed), initial)
 
     first = split(0)

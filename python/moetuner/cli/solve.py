@@ -82,7 +82,10 @@ def command(
         Write the proof of the bound, for "moetuner verify"; fails if the bound has no proof.
     """
     topology = machine.topology()
+    if not holdout:
+        source = wanted.as_served(source)
     seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
+    judged_on = wanted.as_judged(source, judged_on)
     # The default method asks for what the objective is made of, and for nothing else.
     problem = wanted.problem(source, topology, seen, pairs=method != "joint")
     initial = moving.initial(source, problem, nth_seed(search.seed, 0))
@@ -110,7 +113,8 @@ def command(
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     outcome = outcomes[-1]
     _show(output, problem, outcomes, before, held_out=holdout > 0)
-    judged = held_out(judged_on, source.traffic) if holdout else FLATTERED
+    everything = wanted.as_judged(source, source.traffic)
+    judged = held_out(judged_on, everything) if holdout else FLATTERED
     judged = windowed(judged, source, judged_on)
     for tokens, judgement in judgements.items():
         output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")

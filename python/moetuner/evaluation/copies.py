@@ -25,8 +25,6 @@ from moetuner.topology import Topology
 
 Split = Literal["even", "nearest", "round_robin", "lp"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-# Splits that placements are searched for.
-SEARCHED: tuple[Split, ...] = ("even", "nearest", "round_robin")
 
 Floats = NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import SEARCHED, SPLITS, Split
+from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
@@ -179,11 +179,11 @@ class Problem(Frozen):
         if self.objective is not None:
             check.one_of("objective", self.objective, get_args(Goal))
         check.one_of("split", self.split, SPLITS)
-        if self.split not in SEARCHED:
+        if self.split == "lp" and self.goal == "traffic":
             raise check.ArgumentError(
-                f"split must be one of {', '.join(SEARCHED)} to search for, got {self.split!r}, by "
-                "which evaluate judges a placement",
-                "split",
+                "split 'lp' balances load, so objective must be balance or time, got "
+                + ("'traffic'" if self.objective else "the default with max_imbalance, 'traffic'"),
+                "objective",
             )
         if self.cost_model is None:
             vars(self)["cost_model"] = cost_model_of(self.statistics)

@@ -163,7 +163,7 @@ class Objective:
         if self.survive is None:
             return np.ones(placement.layers)
         load, topology = self.statistics.total_load, self.topology
-        after, _ = losses.loads_after(placement, load, topology, self.survive)
+        after, _ = losses.loads_after(placement, load, topology, self.survive, split=self.split)
         worst = losses.compute_imbalances(after, topology, self.survive).max(axis=0)
         factor: Floats = 1 + LOSS_SHARE * (worst - 1)
         return factor

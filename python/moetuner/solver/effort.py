@@ -171,6 +171,9 @@ LIVE_TRIALS = 35
 # The quick search in windows ("Balance in windows within milliseconds"): trials for a slot, the
 # least of a layer, and the most for a slot times LANES windows.
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
+# Where a dispatcher divides tokens over copies: trials for a slot, the most for a slot times
+# windows, and the share of a time limit (not measured).
+DIVIDED_TRIALS, DIVIDED_WORK, DIVIDED_SHARE = 20, 160, 0.5
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
 # and those of a start, from which all that counts is searched.
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
@@ -191,6 +194,11 @@ def count_trials(slots: int, windows: int | None) -> int:
 def start_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer of slots in windows where a search begins."""
     return max(BALANCING_START * slots // -(-windows // LANES), LEAST_BALANCING)
+
+
+def divided_trials(slots: int, windows: int) -> int:
+    """Return the trials of a layer of slots in windows whose tokens are divided over copies."""
+    return min(DIVIDED_TRIALS, DIVIDED_WORK // windows) * slots
 
 
 def quick_trials(slots: int, windows: int) -> int:

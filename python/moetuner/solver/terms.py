@@ -109,7 +109,9 @@ class LossCosts:
 class Terms:
     """What a search adds up besides windows; None for what costs nothing.
 
-    Copies have costs [L,E,D]. All are in weighted tokens, but those of time, in tokens.
+    Copies have costs [L,E,D]. All are in weighted tokens, but those of time, in tokens. Where
+    windows are ``divided``, a dispatcher divides their tokens over copies as is best: then they
+    cost what its slowest device takes, instead of what even parts do.
     """
 
     times: TimeCosts | None = None
@@ -117,6 +119,7 @@ class Terms:
     visits: VisitCosts | None = None
     pairs: PairCosts | None = None
     losses: LossCosts | None = None
+    divided: bool = False
 
 
 def core_layers(
@@ -130,7 +133,7 @@ def core_layers(
     """Build the core's layers for windows of load [W,L,E] with weights [W]."""
     layers = _core.Layers(
         np.ascontiguousarray(load),
-        weight,
+        np.zeros_like(weight) if terms.divided else weight,
         site.capacity,
         site.node,
         site.time,
@@ -159,6 +162,8 @@ def core_layers(
         layers.price_pairs(pairs.pairs, pairs.pair_cost)
     if terms.losses is not None:
         layers.price_losses(terms.losses.domain, terms.losses.loss_cost)
+    if terms.divided:
+        layers.price_divided(np.ascontiguousarray(load), weight)
     return layers
 
 

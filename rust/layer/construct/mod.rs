@@ -5,6 +5,7 @@
 //! second copies on one device, which serve nobody. It is the call that engines make while they serve, so it takes
 //! microseconds.
 
+mod partners;
 mod polish;
 mod repair;
 mod spread;
@@ -15,8 +16,9 @@ use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 
 use crate::error::{Error, Result};
-use crate::layer::{EMPTY, Site, Slots};
+use crate::layer::{EMPTY, Layer, Site, Slots};
 use crate::tournament::Tournament;
+use partners::by_partners;
 use polish::polish;
 use repair::{repair, vacant};
 use spread::ByLosses;
@@ -51,7 +53,7 @@ pub(super) const LEAST: f64 = 1e-200;
 pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
-    let (order, copies) = copies(&slots, site, load)?;
+    let (order, copies) = copies(&slots, site, load, 1.0)?;
     if site.rules.min_copies > 1 {
         let mut devices = ByLosses::new(&slots, site, load, &copies);
         longest_first(&mut slots, site, &order, &mut devices)?;
@@ -63,6 +65,16 @@ pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     longest_first(&mut slots, site, &order, &mut devices)?;
     polish(&mut slots, site, load, trials);
     Ok(slots)
+}
+
+/// Slots to begin with, on the sum of a layer's windows.
+pub fn on_sum(layer: &Layer) -> Placed<Slots> {
+    if layer.costs.divided.is_some() {
+        let mut slots = by_partners(&layer.site, &layer.load)?;
+        complete(&mut slots, &layer.site, &layer.load, layer.has_spare())?;
+        return Ok(slots);
+    }
+    fill(&layer.site, &layer.load, QUICK)
 }
 
 /// Fills every layer of loads `[L, E]`.
@@ -123,8 +135,9 @@ impl Item {
     }
 }
 
-/// The experts, the heaviest copies first, and how many every expert is to have `[E]`.
-fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u32>)> {
+/// The experts, the heaviest copies first, and how many every expert is to have `[E]`; a copy beyond the second is worth
+/// a part of its load.
+fn copies(slots: &Slots, site: &Site, load: &[f64], further: f64) -> Placed<(Vec<Item>, Vec<u32>)> {
     let max_copies = site.rules.max_copies_of(&site.capacity);
     let mut copies: Vec<u32> = slots.copies.iter().map(|&placed| site.rules.least_copies(placed)).collect();
     let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
@@ -140,7 +153,7 @@ fn copies(slots: &Slots, site: &Site, load: &[f64]) -> Placed<(Vec<Item>, Vec<u3
         if copies[e] < max_copies(e) {
             copies[e] += 1;
             spare -= 1;
-            *top = Item::new(load[e], copies[e], e);
+            *top = Item::new(load[e] * further, copies[e], e);
         } else {
             full.push(PeekMut::pop(top));
         }

@@ -24,7 +24,7 @@ fn pack_windows(layer: &Layer) -> Placed<Slots> {
     let (site, weight) = (&layer.site, &layer.windows.heaviness);
     let mut slots = Slots::empty(&site.capacity, layer.experts);
     pin(&mut slots, site)?;
-    let (order, copies) = copies(&slots, site, weight)?;
+    let (order, copies) = copies(&slots, site, weight, 1.0)?;
     let mut devices = ByPowers::new(layer, &slots, &copies);
     longest_first(&mut slots, site, &order, &mut devices)?;
     Ok(slots)

@@ -2,6 +2,7 @@
 
 pub(super) mod balance;
 pub(super) mod caps;
+pub mod divided;
 pub mod fanout;
 pub(super) mod linear;
 mod loads;
@@ -17,6 +18,7 @@ use super::slots::{Looked, Share};
 use crate::layer::{Layer, Move, Slots};
 use balance::Balance;
 use caps::Caps;
+use divided::Divided;
 use fanout::Fanout;
 use losses::{LeftOver, Losses};
 use reading::Reading;
@@ -39,6 +41,8 @@ pub struct Costs {
     pub pairs: Option<Pairs>,
     /// Where it costs what lost devices leave to others.
     pub losses: Option<Losses>,
+    /// Windows whose tokens a dispatcher divides over copies as is best.
+    pub divided: Option<divided::Loads>,
 }
 
 impl Costs {
@@ -47,7 +51,7 @@ impl Costs {
     /// All are named: a new one does not compile until it is said here what it asks.
     #[inline(always)]
     fn ask_for_shares(&self) -> bool {
-        let Self { reading, row, copy_cost: _, serve_cost, sets: _, pairs, losses: _ } = self;
+        let Self { reading, row, copy_cost: _, serve_cost, sets: _, pairs, losses: _, divided: _ } = self;
         reading.is_some() || *row > 0.0 || !serve_cost.is_empty() || pairs.is_some()
     }
 
@@ -68,6 +72,8 @@ pub(super) struct Terms {
     together: Option<Together>,
     /// None where lost devices cost nothing.
     left_over: Option<LeftOver>,
+    /// None where no window's tokens are divided as is best.
+    divided: Option<Divided>,
     pub(super) caps: Caps,
     /// Of [`linear`].
     pub(super) linear: f64,
@@ -86,6 +92,7 @@ impl Terms {
             fanout,
             together: layer.costs.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
             left_over: layer.costs.losses.as_ref().map(|losses| LeftOver::new(layer, losses, slots)),
+            divided: layer.costs.divided.as_ref().map(|loads| Divided::new(layer, loads, slots)),
             caps: Caps::new(layer, slots),
             linear: linear::cost(layer, slots),
             shares: Vec::new(),
@@ -97,12 +104,14 @@ impl Terms {
     ///
     /// All terms are named: a new one does not compile until it is said here whether it may cost then.
     pub(super) fn are_of_slowest(&self) -> bool {
-        let Self { balance, fanout, together, left_over, caps: _, linear: _, shares: _, devices: _ } = self;
+        let Self { balance, fanout, together, left_over, divided, caps: _, linear: _, shares: _, devices: _ } =
+            self;
         let of_tokens = |balance: &Balance| balance.peak().is_some() && balance.is_of_tokens();
         balance.as_ref().is_some_and(of_tokens)
             && fanout.is_none()
             && together.is_none()
             && left_over.is_none()
+            && divided.is_none()
     }
 
     pub(super) fn cost(&self, layer: &Layer) -> f64 {
@@ -122,7 +131,12 @@ impl Terms {
             .as_ref()
             .zip(layer.costs.losses.as_ref())
             .map_or(0.0, |(left_over, losses)| left_over.cost(losses));
-        balance + fanout + together + left_over + self.linear
+        balance + fanout + together + left_over + self.of_divided() + self.linear
+    }
+
+    /// Time of the slowest devices where a dispatcher divides tokens over copies.
+    pub(super) fn of_divided(&self) -> f64 {
+        self.divided.as_ref().map_or(0.0, Divided::cost)
     }
 
     /// What a move would add to the cost; nothing if it breaks the cap.
@@ -169,6 +183,9 @@ impl Terms {
         if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
             change += left_over.change(layer, losses, slots, step);
         }
+        if let Some(divided) = &mut self.divided {
+            change += divided.change(slots, step);
+        }
         change
     }
 
@@ -193,6 +210,9 @@ impl Terms {
         }
         if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
             left_over.apply(layer, losses, slots, step);
+        }
+        if let Some(divided) = &mut self.divided {
+            divided.apply(slots, step);
         }
         if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
             fanout.serve(sets, &self.shares);

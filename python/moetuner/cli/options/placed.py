@@ -213,8 +213,7 @@ class Placed:
         served = {name: value for name, value in settings.items() if name not in of_other}
         with naming(path):
             serving = serving.as_placed(served)
-        if serving.value("split") == "lp":
-            source = source.as_counts()
+        source = serving.as_served(source)
         return cls(placement, text.name(path.name), settings, source, topology, serving)
 
     @cached_property

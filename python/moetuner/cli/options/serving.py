@@ -161,6 +161,14 @@ class Serving:
         value, origin = self.resolve(name)
         return value if origin in ("option", "placement") else None
 
+    def as_served(self, source: Source) -> Source:
+        """Return INPUT, counted in windows where a linear programme divides tokens of windows."""
+        return source.as_counts() if self.value("split") == "lp" else source
+
+    def as_judged(self, source: Source, traffic: Traffic) -> Traffic:
+        """Return a part of INPUT that placements are judged on, likewise."""
+        return source.count_all(traffic) if self.value("split") == "lp" else traffic
+
     def arguments(self, source: Source) -> dict[str, Any]:
         """Return the arguments of ``evaluate`` and ``audit`` that say the same of INPUT."""
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)

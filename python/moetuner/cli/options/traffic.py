@@ -243,15 +243,12 @@ class Source(FileHints):
         if not isinstance(self.recorded, RoutingTrace):
             return self
         source = replace(self)
-        with working("counting"):
-            vars(source)["recorded"] = RoutingStatistics.from_trace(
-                self.recorded,
-                window=self.counted,
-                sets=True,
-                by_group=self.recorded.group is not None,
-                threads=self.threads,
-            )
+        vars(source)["recorded"] = self.count_all(self.recorded)
         return source
+
+    def count_all(self, traffic: Traffic) -> RoutingStatistics:
+        """Count INPUT, or a part of it, likewise with its expert sets and groups."""
+        return self.count(traffic, sets=True, by_group=traffic.group is not None)
 
     def with_hints(self, of_input: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read as a placement's settings say where no option does."""

@@ -90,7 +90,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         more = int(spare[layer]) if problem.may_copy else 0
         copies = min(more + 1, devices)
         heaviest = layer_load.max(axis=1)
-        if problem.split == "nearest":
+        if problem.split in ("nearest", "lp"):
             # Uneven parts are at least those that make all copies equally slow.
             one = heaviest / speed[:copies].sum()
         else:

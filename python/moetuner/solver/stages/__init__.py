@@ -13,10 +13,12 @@ from dataclasses import fields, replace
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
+from moetuner.solver.bounds.loads import least_balance
 from moetuner.solver.budget import Budget
-from moetuner.solver.run import Role, Run, Stage
+from moetuner.solver.run import ROUNDING, Role, Run, Stage
 from moetuner.solver.stages.chain import CHAIN, PARTITIONS
 from moetuner.solver.stages.descent import SETTLE
+from moetuner.solver.stages.divided import DIVIDE, divides
 from moetuner.solver.stages.floor import FLOOR
 from moetuner.solver.stages.layers import (
     ANNEAL,
@@ -127,4 +129,25 @@ SEARCHES = (
     *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, BALANCE, COMBINE),
     *(ANNEAL, COMBINE, SETTLE, POLISH),
 )
-SEARCH = Stage(lambda run, budget: run.through(SEARCHES, budget))
+
+
+def _even(run: Run, budget: Budget) -> None:
+    """Offer what is best where copies take even parts: no answer is behind it."""
+    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget, problem=_of_even_parts(run.problem))
+    run.offer(inner.answer().slots, "even", is_start=True, interrupted=inner.interrupted)
+
+
+def _of_even_parts(problem: Problem) -> Problem:
+    return replace(problem, split="even")
+
+
+def _may_be_behind(run: Run) -> bool:
+    """Return whether another placement may be better: balance is not what it is at best."""
+    best = run.best
+    is_best = run.problem.goal == "balance" and run.problem.survive is None and not best.excess
+    return not (is_best and best.value <= least_balance(run.problem) * (1 + ROUNDING))
+
+
+# Of equals the first is the answer: devices that copies join are safer on other traffic.
+DIVIDING = (DIVIDE, Stage(_even, applies=_may_be_behind), POLISH)
+SEARCH = Stage(lambda run, budget: run.through(DIVIDING if divides(run) else SEARCHES, budget))

@@ -1,0 +1,77 @@
+//! The term of a dispatcher that divides every window's tokens over copies so that the slowest device is done as soon as
+//! can be (`crate::division`): the time of that device, summed over windows.
+//!
+//! Which devices share copies matters, not only how many copies an expert has.
+
+use crate::division::{Copies, Division, Notes};
+use crate::layer::{EMPTY, Layer, Move, Slots};
+
+/// Weighted loads of experts in windows `[W, E]` whose tokens are divided.
+#[derive(Debug, Clone)]
+pub struct Loads(pub Vec<f64>);
+
+/// The tokens of all windows, divided over the slots as they stand.
+#[derive(Debug, Clone)]
+pub(crate) struct Divided {
+    copies: Copies,
+    windows: Vec<Division>,
+    notes: Notes,
+    cost: f64,
+}
+
+/// The expert in a slot, as the dispatcher has it.
+fn expert_of(expert: u16) -> Option<u32> {
+    (expert != EMPTY).then(|| u32::from(expert))
+}
+
+impl Divided {
+    pub(crate) fn new(layer: &Layer, loads: &Loads, slots: &Slots) -> Self {
+        let rate = layer.site.time.iter().map(|time| 1.0 / time).collect();
+        let mut copies = Copies::empty(layer.site.capacity.iter().copied(), layer.experts, rate);
+        for (slot, &expert) in slots.expert_in.iter().enumerate() {
+            copies.put(slot, expert_of(expert));
+        }
+        let mut notes = Notes::default();
+        let rows = loads.0.chunks_exact(layer.experts);
+        let windows: Vec<Division> = rows.map(|load| Division::new(&copies, load, &mut notes)).collect();
+        let cost = windows.iter().map(Division::time).sum();
+        Self { copies, windows, notes, cost }
+    }
+
+    pub(crate) fn cost(&self) -> f64 {
+        self.cost
+    }
+
+    /// Writes what a move puts into slots; what they held before.
+    fn put(&mut self, slots: &Slots, step: Move) -> Vec<(usize, Option<u32>)> {
+        let after = match step {
+            Move::Swap(p, q) => vec![(p, slots.expert_in[q]), (q, slots.expert_in[p])],
+            Move::Put(p, expert) => vec![(p, expert)],
+        };
+        let before = after.iter().map(|&(slot, _)| (slot, self.copies.expert(slot))).collect();
+        after.iter().for_each(|&(slot, expert)| self.copies.put(slot, expert_of(expert)));
+        before
+    }
+
+    /// What a move would add to the cost.
+    pub(crate) fn change(&mut self, slots: &Slots, step: Move) -> f64 {
+        let before = self.put(slots, step);
+        let mut change = 0.0;
+        for window in &mut self.windows {
+            change += window.follow(&self.copies, &before, &mut self.notes) - window.time();
+            window.restore(&self.copies, &mut self.notes);
+        }
+        before.iter().for_each(|&(slot, expert)| self.copies.put(slot, expert));
+        change
+    }
+
+    /// Follows a move that is not made yet.
+    pub(crate) fn apply(&mut self, slots: &Slots, step: Move) {
+        let before = self.put(slots, step);
+        self.cost = 0.0;
+        for window in &mut self.windows {
+            self.cost += window.follow(&self.copies, &before, &mut self.notes);
+            window.settle(&mut self.notes);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+"""Split "lp": placements for a dispatcher that divides every window's tokens over copies."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moetuner as mt
+from moetuner.placement import Placement
+from moetuner.solver.terms import Terms, core_layers, make_site
+
+
+def skewed(seed, layers=3, experts=64, windows=1):
+    """Return windows of loads [W,L,E] that few experts have most of."""
+    rng = np.random.default_rng(seed)
+    load = 1e5 / (1 + rng.permuted(np.tile(np.arange(experts), (layers, 1)), axis=1))
+    return np.rint(load * rng.uniform(0.5, 1.5, (windows, layers, experts))).astype(np.uint64)
+
+
+def problem_of(load, devices=8, slots=10, **more):
+    """Return the problem of balance by a linear programme."""
+    statistics = mt.RoutingStatistics(load)
+    arguments = {"objective": "balance", "split": "lp", "slots_per_device": slots, **more}
+    return mt.Problem(statistics, mt.Topology(devices), **arguments)
+
+
+def best_by_brute_force(problem):
+    """Return the least objective of all placements of one layer."""
+    devices, slots = problem.devices, problem.slots
+    held = [
+        (*chosen, *[-1] * (slots - size))
+        for size in range(1, slots + 1)
+        for chosen in itertools.combinations(range(problem.experts), size)
+    ]
+    values = [
+        problem.value(Placement(np.array([content], np.int32), num_experts=problem.experts))
+        for content in itertools.product(held, repeat=devices)
+        if {e for row in content for e in row} >= set(range(problem.experts))
+    ]
+    return min(values)
+
+
+@pytest.mark.parametrize(
+    ("load", "devices", "slots"),
+    [
+        ([[9, 5, 3]], 2, 2),
+        ([[12, 2, 1, 1]], 2, 3),
+        ([[8, 7, 1, 0]], 3, 2),
+        ([[5, 5, 5, 1]], 3, 2),
+        ([[9, 1, 1], [1, 9, 1]], 3, 2),
+        ([[20, 6, 5, 4]], 4, 2),
+    ],
+)
+def test_it_is_the_best_of_all_placements(load, devices, slots):
+    """On instances of few slots, nothing is better than the answer, and the bound is below it."""
+    problem = problem_of(np.array(load, np.uint64)[:, None], devices, slots)
+    result = mt.solve(problem)
+    assert result.objective == pytest.approx(best_by_brute_force(problem))
+    assert result.bound <= result.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("windows", [1, 5])
+@pytest.mark.parametrize("objective", ["balance", "time"])
+def test_it_is_never_behind_the_best_of_even_parts(windows, objective):
+    """The default answer of split even is no better, judged by the linear programme."""
+    load = skewed(windows, windows=windows)
+    problem = problem_of(load, objective=objective)
+    even = mt.solve(problem_of(load, objective=objective, split="even"))
+    assert mt.solve(problem).objective <= problem.value(even.placement) * (1 + 1e-9)
+
+
+def test_even_windows_are_proven():
+    """Where every device has the mean in every window, nothing is better: the gap is closed."""
+    result = mt.solve(problem_of(skewed(1)))
+    assert result.status == "optimal"
+    assert result.objective == pytest.approx(1.0)
+
+
+def test_other_traffic_is_divided_better():
+    """Loads that have moved cost less than with the copies that even parts ask for."""
+    load = skewed(2, layers=12)
+    moved = load * np.random.default_rng(3).lognormal(0, 0.4, load.shape)
+    counts = mt.RoutingStatistics(np.rint(moved).astype(np.uint64))
+    lp, even = (
+        mt.evaluate(mt.solve(problem_of(load, split=split)).placement, counts, split="lp")
+        for split in ("lp", "even")
+    )
+    assert lp.imbalance < even.imbalance - 0.03
+
+
+def test_devices_share_copies_evenly():
+    """Devices have as many shared experts, no two of them two, and all are joined."""
+    problem = problem_of(skewed(4), devices=16, slots=5)
+    load = problem.windows.load
+    layers = core_layers(load, np.ones(1), make_site(problem), terms=Terms(divided=True))
+    for slots in layers.construct():
+        copies = np.bincount(slots.ravel(), minlength=problem.experts)
+        shares = np.array([[e in row for e in range(problem.experts)] for row in slots])
+        pairs = (shares[:, copies > 1].astype(int)) @ shares[:, copies > 1].T
+        assert np.ptp(np.diag(pairs)) <= 1
+        np.fill_diagonal(pairs, 0)
+        assert pairs.max() == 1
+        assert (np.linalg.matrix_power(pairs + np.eye(16, dtype=int), 15) > 0).all()
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**32), st.sampled_from([1, 3, 40]), st.sampled_from([None, "device"]))
+def test_rules_are_kept(seed, windows, survive):
+    """Pins, bans and survival are, whatever the windows."""
+    load = skewed(seed, layers=2, experts=12, windows=windows)
+    rules = {"pinned": [(None, 3, 1)], "forbidden": [(0, 5, 2)], "survive": survive}
+    problem = problem_of(load, devices=4, slots=7, **rules)
+    result = mt.solve(problem, iterations=50)
+    assert problem.violations(result.placement) == ()
+
+
+def test_threads_change_nothing():
+    """The answer is a function of the problem and the seed."""
+    problem = problem_of(skewed(5, windows=3))
+    one, two = (mt.solve(problem, threads=threads).placement for threads in (1, 2))
+    assert np.array_equal(one.slots, two.slots)
+
+
+def test_moves_from_a_running_placement_are_judged_by_it():
+    """No answer within a budget of moves is behind what runs."""
+    load = skewed(6)
+    running = mt.solve(problem_of(load, split="even"), method="eplb").placement
+    problem = problem_of(skewed(7))
+    result = mt.solve(problem, initial=running, move_budget=6)
+    assert result.objective <= problem.value(running)
+
+
+@pytest.mark.parametrize(
+    "more", [{"objective": "traffic"}, {"objective": None, "max_imbalance": 2}]
+)
+def test_traffic_is_none_of_its_goals(more):
+    """Rows and pairs are split evenly, so nothing would differ."""
+    with pytest.raises(ValueError, match=r"split 'lp' balances load, so objective must be"):
+        problem_of(skewed(0), **more)
