@@ -15,6 +15,7 @@ from moetuner.solver.stages import moves
 from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.layers import LayerModel
 from moetuner.solver.stages.moves import repair
+from moetuner.solver.stages.pool import choose
 
 
 def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):
@@ -197,6 +198,43 @@ def test_nothing_ends_worse_than_staying(goal, limit):
         moved = initial.diff(result.placement).experts_moved
         excess, value = rank(problem, result.placement)
         assert (excess, value + cost * moved) <= before
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_larger_budget_gives_no_worse_placement(goal, seed):
+    """As budgets rise, up to all slots, neither the load above caps does nor the value."""
+    problem, initial = problem_of(goal, seed), contiguous(3, 16, 4)
+    slots = int(problem.capacity.sum())
+    before = (np.inf, np.inf)
+    for limit in (0, 1, 2, 3, 5, 7, 10, 13, 17, 22, 30, 40, slots - 1, slots):
+        result = mt.solve(problem, "heuristic", initial=initial, move_budget=limit, iterations=500)
+        excess, value = rank(problem, result.placement)
+        assert (round(excess, 9), value * (1 - 1e-9)) <= before, limit
+        before = (round(excess, 9), value)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_are_put_together_at_the_least_sum(seed):
+    """At every budget no other choice of a row for each column has a lower sum."""
+    random = np.random.default_rng([33, seed])
+    moves, worth = random.integers(0, 5, (5, 3)), random.random((5, 3))
+    # What runs takes no move.
+    moves[0] = 0
+    columns, limit = np.arange(3), 12
+    chosen = choose(moves, worth, limit)
+    for budget_of_moves in range(limit + 1):
+        left, rows = budget_of_moves, [0, 0, 0]
+        for column in reversed(columns):
+            rows[column] = chosen[column, left]
+            left -= moves[rows[column], column]
+        assert left >= 0
+        least = min(
+            worth[list(other), columns].sum()
+            for other in product(range(5), repeat=3)
+            if moves[list(other), columns].sum() <= budget_of_moves
+        )
+        assert worth[rows, columns].sum() == pytest.approx(least)
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -74,6 +74,19 @@ class Path:
         moves = self.moves[end] - self.moves[begin]
         return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
 
+    def before(self, moves: int) -> int:
+        """Return how many steps there are before the first with which more than so many move."""
+        return int(np.argmax(np.append(self.moves, np.inf) > moves)) - 1
+
+    @property
+    def steepest(self) -> float:
+        """Return what the first step that moves a copy gains for it."""
+        moving = np.flatnonzero(self.moves > self.moves[0])
+        if not moving.size:
+            return 0.0
+        end = int(moving[0])
+        return float(self.value[0] - self.value[end]) / int(self.moves[end] - self.moves[0])
+
     def best(self, most_moves: float, price: float) -> int:
         """Choose how many steps to take, with at most so many moves at such a price."""
         allowed = np.flatnonzero(self.moves <= most_moves)

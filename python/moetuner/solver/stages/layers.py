@@ -162,11 +162,16 @@ def _construct(run: Run, budget: Budget) -> None:
             run.offer(slots, "windows", is_start=True, interrupted=interrupted)
 
 
+def are_joined(run: Run) -> bool:
+    """Return whether what a layer is worth depends on the contents of others."""
+    problem = run.problem
+    follows = problem.regime == "follow" and problem.goal == "time" and problem.layers > 1
+    return problem.goal == "traffic" or follows
+
+
 def mixes(run: Run) -> bool:
     """Return whether layers of several placements can be put together: nothing joins them."""
-    problem = run.problem
-    joined = problem.regime == "follow" and problem.goal == "time" and problem.layers > 1
-    return problem.goal != "traffic" and problem.windows.is_mean and not joined
+    return run.problem.windows.is_mean and not are_joined(run)
 
 
 def _combine(run: Run, _: Budget) -> None:
