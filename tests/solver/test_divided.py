@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moetuner as mt
+from moetuner.formats import serving_commands
 from moetuner.placement import Placement
 from moetuner.solver.terms import Terms, core_layers, make_site
 
@@ -130,6 +131,30 @@ def test_moves_from_a_running_placement_are_judged_by_it():
     problem = problem_of(skewed(7))
     result = mt.solve(problem, initial=running, move_budget=6)
     assert result.objective <= problem.value(running)
+
+
+@pytest.mark.parametrize("holdout", [0, 0.5])
+def test_a_trace_is_solved_for_it_and_exported(make_trace, ok, tmp_path, monkeypatch, holdout):
+    """What is left out of a trace is counted to judge on, and the engine is told how to split."""
+    monkeypatch.chdir(tmp_path)
+    make_trace(600, experts=8).save("trace.safetensors")
+    serving = ("--devices", 2, "--slots-per-device", 6, "--for", "sglang", "--split", "lp")
+    ok("solve", "trace.safetensors", *serving, "--holdout", holdout, "--objective", "balance")
+    told = ok(
+        "export", "placement.json", "--to", "sglang", "--dense-layers", "none", "--out", "map.json"
+    )
+    assert "split lp: serve it with --ep-dispatch-algorithm lp" in told
+    assert "imbalance" in ok("evaluate", "placement.json", "trace.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("engine", "split", "is_told"),
+    [("sglang", "lp", True), ("sglang", "nearest", False), ("vllm", "lp", False)],
+)
+def test_only_the_engine_that_can_is_told(engine, split, is_told):
+    """An option is printed for the split that it is about, of the engine that has it."""
+    *_, line = serving_commands(engine, devices=2, redundant=4, split=split)
+    assert line.endswith(" --ep-dispatch-algorithm lp") is is_told
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,7 @@ def _serving(source: Source, advice: Advice) -> list[str]:
         advice.settings["engine"],
         devices=problem.devices,
         redundant=redundant,
+        split=problem.split,
         hidden_layers=hidden,
         dense_layers=dense,
         note=why,

@@ -26,6 +26,7 @@ from moetuner.cost import bytes_of_expert
 from moetuner.files import replacing
 from moetuner.formats import (
     WRITERS,
+    Writer,
     form_of,
     open_input,
     read_map,
@@ -179,8 +180,15 @@ def command(
                 )
     except ImportError as error:
         raise click.ClickException(str(error)) from None
-    output.say(f"wrote {out_file}")
+    output.say(f"wrote {out_file}", *_options(settings, WRITERS.get(form)))
     output.finish(contents)
+
+
+def _options(settings: dict[str, Any], writer: Writer | None) -> Iterator[str]:
+    """Write the engine's option for the split that a placement was computed for, if it has one."""
+    engine = ENGINES.get((writer and writer.engine) or "")
+    if engine is not None and (option := engine.splits_by.get(settings.get("split", ""))):
+        yield f"The placement is for split {settings['split']}: serve it with {option}."
 
 
 def _write_chosen(

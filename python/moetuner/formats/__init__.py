@@ -163,6 +163,7 @@ def serving_commands(
     *,
     devices: int,
     redundant: int,
+    split: str | None = None,
     placement: str = "placement.json",
     hidden_layers: str = "N",
     dense_layers: str = "A-B",
@@ -171,6 +172,7 @@ def serving_commands(
     """Return the commands that export a placement to an engine, and serve it there.
 
     Layers are those of the model as options of export have them; ``note`` follows where they stand.
+    An engine that can split tokens as the placement was computed for is told to.
     """
     file = shlex.quote(placement)
     export = f"moetuner export {file} --to"
@@ -186,7 +188,10 @@ def serving_commands(
     capabilities = ENGINES[engine]
     if capabilities.serve:
         line = capabilities.serve.format(devices=devices, redundant=redundant)
-        commands.append(line.replace("placement.json", file))
+        option = "".join(
+            f" {each}" for name, each in capabilities.splits_by.items() if name == split
+        )
+        commands.append(line.replace("placement.json", file) + option)
     if capabilities.renumbers:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands

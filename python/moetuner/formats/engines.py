@@ -7,7 +7,8 @@ blocks of one size: slot p of a layer is on device ``p // (P / D)``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,8 @@ class Engine:
     serve
         The command that serves ``placement.json``, or its map ``experts.json``, on so many
         ``devices`` with so many ``redundant`` slots; empty where the engine's page has it.
+    splits_by
+        Its options for splits that it does not choose by itself.
     go_back
         What takes the placement away again.
     records_by
@@ -65,6 +68,7 @@ class Engine:
     repeated: str = ""
     has_low_latency: bool = False
     serve: str = ""
+    splits_by: Mapping[Split, str] = field(default_factory=dict)
     go_back: str = "serve MODEL, whose files stay as they were"
     records_by: str = ""
     record: str = ""
@@ -101,6 +105,7 @@ ENGINES: dict[str, Engine] = {
         has_low_latency=True,
         serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
         "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
+        splits_by={"lp": "--ep-dispatch-algorithm lp"},
         go_back="start SGLang without --init-expert-location",
         records_by="--expert-distribution-recorder-mode per_token",
         record="SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR=MORE python -m sglang.launch_server "

@@ -467,6 +467,7 @@ def _serving(contents: dict[str, Any], placement: Placement) -> list[str]:
         settings.get("engine"),
         devices=placement.devices,
         redundant=redundant,
+        split=settings.get("split"),
         placement=str(file),
     )
 
