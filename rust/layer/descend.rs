@@ -32,6 +32,9 @@ pub struct Step {
 const LEAST_RELIEF: f64 = 1e-12;
 const LEAST_GAIN: f64 = 1e-9;
 
+/// Copies that may be brought where any number may: more than there are, and far from where sums overflow.
+pub const UNLIMITED: i64 = i64::MAX / 2;
+
 /// A step that is worth something.
 #[derive(Debug, Clone, Copy)]
 struct Choice {
@@ -239,6 +242,71 @@ impl<'a> Descent<'a> {
         touched.extend(self.find_slow());
         touched
     }
+
+    /// The slots that a step that was made has written, and what is in them.
+    fn written(&self, step: Move) -> [(usize, u16); 2] {
+        let slots = match step {
+            Move::Swap(p, q) => [p, q],
+            Move::Put(p, _) => [p, p],
+        };
+        slots.map(|slot| (slot, self.slots.expert_in[slot]))
+    }
+
+    /// Finds the next step after one that has touched these devices.
+    fn look_again(&mut self, touched: &[u16], left: i64) {
+        self.fresh = false;
+        self.look_at(|g| touched.contains(&(g as u16)));
+        self.choose(left);
+    }
+
+    /// By what part the layer exceeds its cap.
+    fn excess(&self) -> f64 {
+        self.terms.caps.peak_excess(self.layer)
+    }
+
+    /// All steps of the layer, where nothing that other layers do matters to it.
+    fn all_steps(mut self) -> Steps {
+        let (before, mut made) = (self.excess(), Vec::new());
+        while let Some(choice) = self.top.filter(|_| !self.control.stopped()) {
+            self.control.count(1);
+            let touched = self.make(choice.step);
+            let written = self.written(choice.step);
+            self.look_again(&touched, UNLIMITED);
+            made.push(Made { choice, written, excess: self.excess() });
+        }
+        Steps { before, made }
+    }
+}
+
+/// A step that a layer has made by itself, and by what part it exceeds its cap then.
+struct Made {
+    choice: Choice,
+    written: [(usize, u16); 2],
+    excess: f64,
+}
+
+/// The steps of a layer, and by what part it exceeded its cap before.
+struct Steps {
+    before: f64,
+    made: Vec<Made>,
+}
+
+/// The steps of all layers in the order in which each is worth most of those that come next in their layers.
+fn join(layers: Vec<Steps>, mut moved: i64) -> Vec<Step> {
+    let mut excess: Vec<f64> = layers.iter().map(|layer| layer.before).collect();
+    let mut next: Vec<_> = layers.into_iter().map(|layer| layer.made.into_iter().peekable()).collect();
+    let (mut steps, mut change) = (Vec::new(), 0.0);
+    loop {
+        let tops = next.iter_mut().enumerate().filter_map(|(l, made)| Some((l, made.peek()?.choice.worth)));
+        let best = tops.reduce(|best, other| if other.1 > best.1 { other } else { best });
+        let Some((l, _)) = best else { break };
+        let Some(Made { choice, written, excess: after }) = next[l].next() else { break };
+        excess[l] = after;
+        moved += choice.moves;
+        change -= choice.gain;
+        steps.push(Step { layer: l, written, moved, excess: excess.iter().sum(), change });
+    }
+    steps
 }
 
 /// Goes from `start` down to where no step is worth anything, or until `most` copies are where none are
@@ -268,9 +336,12 @@ pub fn descend(
         Some(descent)
     };
     let all: Option<Vec<Descent<'_>>> = layers.par_iter_mut().zip(start).zip(running).map(begin).collect();
-    let (mut steps, mut change) = (Vec::new(), 0.0);
     // Where the time is over before all layers were looked at, no step is known to be the best.
     let mut all = all.unwrap_or_default();
+    if !linked && control.deadline.is_none() && max_moves == UNLIMITED {
+        return join(all.into_par_iter().map(Descent::all_steps).collect(), moved);
+    }
+    let (mut steps, mut change) = (Vec::new(), 0.0);
     while !control.stopped() {
         for descent in &mut all {
             if descent.top.is_some_and(|top| top.moves > max_moves - moved) {
@@ -284,21 +355,15 @@ pub fn descend(
         moved += moves;
         change -= gain;
         let touched = all[l].make(step);
-        let written = match step {
-            Move::Swap(p, q) => [p, q],
-            Move::Put(p, _) => [p, p],
-        };
-        let written = written.map(|slot| (slot, all[l].slots.expert_in[slot]));
+        let written = all[l].written(step);
         let neighbours = if linked { l.saturating_sub(1)..(l + 2).min(all.len()) } else { l..l + 1 };
         for m in neighbours.clone().filter(|&m| m != l) {
             price(&mut all, links, m);
         }
         for descent in &mut all[neighbours] {
-            descent.fresh = false;
-            descent.look_at(|g| touched.contains(&(g as u16)));
-            descent.choose(max_moves - moved);
+            descent.look_again(&touched, max_moves - moved);
         }
-        let excess = all.iter().map(|descent| descent.terms.caps.peak_excess(descent.layer)).sum();
+        let excess = all.iter().map(Descent::excess).sum();
         steps.push(Step { layer: l, written, moved, excess, change });
     }
     for layer in layers.iter_mut() {

@@ -13,7 +13,7 @@ use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
 use crate::layer::construct::{QUICK, by_windows, fill_layers, on_sum};
-use crate::layer::descend::descend;
+use crate::layer::descend::{UNLIMITED, descend};
 use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
 use crate::layer::terms::losses::Losses;
@@ -310,7 +310,7 @@ impl Layers {
         let begin = self.begin(&start)?;
         let running = self.begin(&running)?;
         let links = links_of(links.as_ref())?;
-        let max_moves = max_moves.map_or(i64::MAX / 2, i64::from);
+        let max_moves = max_moves.map_or(UNLIMITED, i64::from);
         let control = Control::new(deadline(time_limit));
         let layers = &mut self.layers;
         let (steps, interrupted) = watched(py, threads, &control, None, || {

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from brute_force import every_layer, rank, small_problem
+from conftest import random_ids
 
 import moetuner as mt
+from moetuner.problem.capacity import pad_slots
 from moetuner.solver import budget, effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run
@@ -378,3 +380,19 @@ def test_a_front_is_solved_at_every_price(monkeypatch):
     assert len(prices - {None}) == len(effort.PARETO_PRICES) + 1
     assert trades[0].experts_moved == 0
     assert len(trades) > 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "balance"}, {"slots_per_device": 9}])
+def test_layers_go_down_by_themselves_as_all_at_once(settings):
+    """Where no number of moves joins the layers, their steps are those of one way down all."""
+    trace = mt.RoutingTrace.from_arrays(random_ids(400, 3, 2, 32), num_experts=32)
+    counted = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
+    problem = mt.Problem(counted, mt.Topology(4), **settings)
+    start = mt.solve(problem, "contiguous").placement.slots
+    start = pad_slots(start, problem.capacity)
+    layers, _ = LayerModel(Run(problem)).core()
+    alone = layers.descend(start, start)
+    together = layers.descend(start, start, max_moves=10**9)
+    assert len(alone[2]) > problem.layers
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)

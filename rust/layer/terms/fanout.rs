@@ -116,12 +116,18 @@ impl Sets {
             return join(to, row);
         }
         let copy = slots.devices(expert).filter(|&other| usize::from(other) < slots.device(slot)).count();
-        // Bit n of a word that begins with part `first` is part `first + n`: a pattern that depends on `first % copies`.
+        // Bit n of a word that begins with part `first` is part `first + n`: a pattern that depends on `first % copies`,
+        // and so is the same in every word where copies divide its bits.
         let is_served = |part: usize| choose_copy(part, copies) == copy;
         let pattern = |from: usize| (0..WORD).filter(|n| is_served(from + n)).fold(0u64, |p, n| p | 1 << n);
-        let patterns: Vec<u64> = (0..copies).map(pattern).collect();
-        for (word, (to, row)) in to.iter_mut().zip(row).enumerate() {
-            *to |= row & patterns[word * WORD % copies];
+        if WORD.is_multiple_of(copies) {
+            return join_within(to, row, pattern(0));
+        }
+        let patterns: Vec<u64> = (0..copies).map(|word| pattern(word * WORD % copies)).collect();
+        for (to, row) in to.chunks_mut(copies).zip(row.chunks(copies)) {
+            for ((to, row), pattern) in to.iter_mut().zip(row).zip(&patterns) {
+                *to |= row & pattern;
+            }
         }
     }
 }
@@ -369,6 +375,14 @@ fn price(sets: &Sets, devices: i64, nodes: i64) -> f64 {
 fn join(to: &mut [u64], row: &[u64]) {
     for (to, &row) in to.iter_mut().zip(row) {
         *to |= row;
+    }
+}
+
+/// Adds those of a row that a pattern has, the same in every word.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn join_within(to: &mut [u64], row: &[u64], pattern: u64) {
+    for (to, &row) in to.iter_mut().zip(row) {
+        *to |= row & pattern;
     }
 }
 

@@ -10,6 +10,8 @@ use crate::layer::{Layer, Site, Slots};
 
 /// What an active expert counts.
 const ACTIVE: f32 = 65536.0;
+/// Copies of an expert for which it is kept how active each is, and one more.
+const KEPT: usize = 9;
 /// A copy that expects more tokens than this is active for certain, as far as whole numbers tell.
 const CERTAIN: f64 = 12.0;
 
@@ -93,7 +95,13 @@ pub(super) struct Busy {
     pub(super) time_then: Vec<f32>,
     /// Times are of devices of one speed `[D]`.
     pub(super) alike: Vec<f32>,
+    parts: Parts,
 }
+
+/// How active a copy is in every window, of so many that share an expert's tokens evenly `[E, KEPT]`; empty where nobody
+/// has asked. A search asks the same again and again.
+#[derive(Debug, Clone)]
+struct Parts(Vec<Vec<f32>>);
 
 impl Busy {
     /// Of slots, whose tokens are known.
@@ -101,12 +109,13 @@ impl Busy {
         let (d, width) = (layer.devices(), layer.windows.width);
         let rows = || vec![0.0; d * width];
         let [active, time, active_then, time_then] = [rows(), rows(), rows(), rows()];
-        let mut busy = Self { active, time, active_then, time_then, alike: vec![1.0; d] };
+        let parts = Parts(vec![vec![]; layer.experts * KEPT]);
+        let mut busy = Self { active, time, active_then, time_then, alike: vec![1.0; d], parts };
         for e in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(e).collect();
             for &device in &devices {
                 let row = &mut busy.active[usize::from(device) * width..][..width];
-                add_active(row, &layer.windows, e, layer.site.share(&devices, device), 1.0);
+                busy.parts.add(row, &layer.windows, e, layer.site.share(&devices, device), 1.0);
             }
         }
         for g in 0..d {
@@ -132,8 +141,8 @@ impl Busy {
             let active = &mut self.active_then[at * width..][..width];
             active.copy_from_slice(&self.active[g * width..][..width]);
             for share in shares.iter().filter(|share| share.device == device) {
-                add_active(active, &layer.windows, share.expert, share.before, -1.0);
-                add_active(active, &layer.windows, share.expert, share.after, 1.0);
+                self.parts.add(active, &layer.windows, share.expert, share.before, -1.0);
+                self.parts.add(active, &layer.windows, share.expert, share.after, 1.0);
             }
             let (load, time) = (&rows[at * width..][..width], &mut self.time_then[at * width..][..width]);
             longer(time, load, active, reading, (g, loads.time[g], own));
@@ -150,20 +159,46 @@ impl Busy {
     }
 }
 
-/// Adds `sign` times how active a copy is that serves a share of its expert's tokens.
-fn add_active(to: &mut [f32], windows: &Windows, expert: u16, share: f64, sign: f32) {
-    let load = windows.of(expert);
-    if share >= 1.0 {
-        add_present(to, load, sign * ACTIVE);
-    } else if share > 0.0 {
-        let idle = libm::log1p(-share);
-        for ((to, &load), &unit) in
-            to.iter_mut().zip(load).zip(&windows.unit).filter(|entry| *entry.0.1 > 0.0)
-        {
-            let tokens = f64::from(load) / f64::from(unit);
-            let busy = if tokens * share > CERTAIN { 1.0 } else { 1.0 - libm::exp(tokens * idle) };
-            *to += sign * libm::rint(busy * f64::from(ACTIVE)) as f32;
+impl Parts {
+    /// Adds `sign` times how active a copy is that serves a share of its expert's tokens.
+    fn add(&mut self, to: &mut [f32], windows: &Windows, expert: u16, share: f64, sign: f32) {
+        let load = windows.of(expert);
+        if share >= 1.0 {
+            return add_present(to, load, sign * ACTIVE);
         }
+        if share <= 0.0 {
+            return;
+        }
+        let idle = libm::log1p(-share);
+        let part = |(&load, &unit): (&f32, &f32)| active_part(load, unit, share, idle);
+        let copies = libm::rint(1.0 / share) as usize;
+        if copies < KEPT && share.to_bits() == (1.0 / copies as f64).to_bits() {
+            let row = &mut self.0[usize::from(expert) * KEPT + copies];
+            if row.is_empty() {
+                row.extend(load.iter().zip(&windows.unit).map(part));
+            }
+            return add_row(to, row, sign);
+        }
+        for (to, active) in to.iter_mut().zip(load.iter().zip(&windows.unit).map(part)) {
+            *to += sign * active;
+        }
+    }
+}
+
+/// How active a copy is in a window that serves a share of so much load; of a token it is `idle` by so much, a logarithm.
+fn active_part(load: f32, unit: f32, share: f64, idle: f64) -> f32 {
+    if load <= 0.0 {
+        return 0.0;
+    }
+    let tokens = f64::from(load) / f64::from(unit);
+    let busy = if tokens * share > CERTAIN { 1.0 } else { 1.0 - libm::exp(tokens * idle) };
+    libm::rint(busy * f64::from(ACTIVE)) as f32
+}
+
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn add_row(to: &mut [f32], row: &[f32], sign: f32) {
+    for (to, &row) in to.iter_mut().zip(row) {
+        *to += sign * row;
     }
 }
 
