@@ -83,6 +83,7 @@ VALUES = {"PlacementDiff", "Evaluation", "Judgement", "Comparison", "Result", "P
 INNER = {f"Objective.{of}" for of in ("window_cost", "imbalances", "layers_traffic", "worth")}
 INNER |= {
     "Problem.core_rules",
+    "Objective.over",
     "Problem.objective_in",
     "CostModel.least_compute_us",
     "Objective.weigh_losses",

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import random_ids
 
 import moetuner as mt
 from moetuner import statistics as statistics_
+from moetuner.problem import windows as windows_
 from moetuner.problem.windows import MERGED, MOST, windows_of
 from moetuner.solver.bounds.loads import least_balance, least_time
 
@@ -193,3 +195,25 @@ def test_windows_are_computed_once_of_the_same_counts():
     assert other.windows is not problems[0].windows
     assert statistics.known
     assert not pickle.loads(pickle.dumps(statistics)).known
+
+
+def test_what_tokens_visit_is_counted_once_for_all_windows(monkeypatch):
+    """Objectives over all windows, those searched and a sample count it together, each its own."""
+    monkeypatch.setattr(windows_, "SAMPLED", MOST)
+    trace = mt.RoutingTrace.from_arrays(random_ids(2 * MANY, 2, 2, 8), num_experts=8)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=2, sets=True)
+    problem, again = (mt.Problem(statistics, mt.Topology(4), objective="time") for _ in range(2))
+    placement = mt.solve(problem, "lpt").placement
+    objectives = [
+        problem.objective_function,
+        problem.objective_searched,
+        problem.objective_sampled,
+    ]
+    counts = [each._count_visits(placement) for each in objectives]
+    assert all(each is counts[0] for each in counts)
+    assert len({len(each.windows) for each in objectives}) == 3
+    for each in objectives:
+        alone = again.objective_in(each.windows)
+        assert each.value(placement) == alone.value(placement)
+    copied = pickle.loads(pickle.dumps(problem))
+    assert copied.value(placement) == problem.value(placement)

@@ -270,7 +270,7 @@ class Problem(Frozen):
         setting = (self.topology, self.goal, self.regime, self.split, self.cost_model)
         asked = ("cost in blocks", id(part), *setting)
         if asked not in known:
-            known[asked] = self.objective_in(part).cost_in_blocks
+            known[asked] = self._make_objective(part).cost_in_blocks
         return float(known[asked])
 
     @property
@@ -339,10 +339,23 @@ class Problem(Frozen):
     @cached_property
     def objective_function(self) -> Objective:
         """The objective as a function of a placement, over all windows."""
-        return self.objective_in(self.windows)
+        return self._make_objective(self.windows)
+
+    @cached_property
+    def objective_searched(self) -> Objective:
+        """The same over the windows that a search sees, one for all searches of the problem."""
+        return self.objective_in(self.windows.searched)
+
+    @cached_property
+    def objective_sampled(self) -> Objective:
+        """The same over a sample of very many windows, one for all searches of the problem."""
+        return self.objective_in(self.windows.sampled)
 
     def objective_in(self, windows: Windows) -> Objective:
         """Return the objective as a function of a placement, over other windows of load."""
+        return self.objective_function.over(windows)
+
+    def _make_objective(self, windows: Windows) -> Objective:
         return Objective(
             self.statistics,
             self.topology,

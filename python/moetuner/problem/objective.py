@@ -34,23 +34,32 @@ LOSS_SHARE = 0.1
 CACHED = 16
 
 
-def _cached(compute: Callable[[Any, Placement], Value]) -> Callable[[Any, Placement], Value]:
-    """Return a method that keeps its last values, read-only: a solve needs some again and again."""
+Method = Callable[[Any, Placement], Value]
 
-    @wraps(compute)
-    def of(self: Any, placement: Placement) -> Value:
-        check.instance("placement", placement, Placement)
-        key = compute, placement.slots.tobytes()
-        for other, value in tuple(self._last):
-            if other == key:
-                return cast("Value", value)
-        value = compute(self, placement)
-        if isinstance(value, np.ndarray):
-            value.setflags(write=False)
-        self._last.append((key, value))
-        return value
 
-    return of
+def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
+    """Return a decorator of methods that keep their last values, read-only, in an attribute.
+
+    A solve needs some again and again.
+    """
+
+    def decorate(compute: Method[Value]) -> Method[Value]:
+        @wraps(compute)
+        def recall(self: Any, placement: Placement) -> Value:
+            check.instance("placement", placement, Placement)
+            key, last = (compute, placement.slots.tobytes()), getattr(self, store)
+            for other, value in tuple(last):
+                if other == key:
+                    return cast("Value", value)
+            value = compute(self, placement)
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+            last.append((key, value))
+            return value
+
+        return recall
+
+    return decorate
 
 
 def tables_for(regime: Regime, goal: Goal | None) -> dict[str, bool]:
@@ -134,10 +143,31 @@ class Objective:
         self.windows, self.shares = windows, shares
         self._model, self._by_groups, self.survive = cost_model, by_groups, survive
         self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
+        self._visited: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what is cached when a problem is pickled or copied."""
-        return {**self.__dict__, "_last": deque(maxlen=CACHED)}
+        empty = {name: deque[Any](maxlen=CACHED) for name in ("_last", "_visited")}
+        return {**self.__dict__, **empty}
+
+    def over(self, windows: Windows) -> Objective:
+        """Return the same over other windows; what tokens visit is counted once for both."""
+        if windows is self.windows:
+            return self
+        other = Objective(
+            self.statistics,
+            self.topology,
+            goal=self.goal,
+            regime=self.regime,
+            split=self.split,
+            windows=windows,
+            shares=self.shares,
+            cost_model=self._model,
+            by_groups=self._by_groups,
+            survive=self.survive,
+        )
+        other._visited = self._visited
+        return other
 
     def __repr__(self) -> str:
         """Return what is made small, and in which regime."""
@@ -281,7 +311,7 @@ class Objective:
 
     # Of time and balance: costs of windows and layers, over a reference.
 
-    @_cached
+    @_cached("_last")
     def window_cost(self, placement: Placement) -> Floats:
         """Compute what every window and layer [W,L] adds to time or balance."""
         compute = self._layer_times if self.goal == "time" else self._slowest
@@ -380,7 +410,7 @@ class Objective:
         """Whether what the regime's traffic is made of was counted: expert sets or pairs."""
         return self.counts_visits or self.pairs is not None
 
-    @_cached
+    @_cached("_last")
     def traffic(self, placement: Placement) -> float:
         """Return what ``value`` is with the objective traffic; 0 where nothing was counted.
 
@@ -497,7 +527,7 @@ class Objective:
         total: Floats = device_cost * devices.sum(axis=1) + node_cost * nodes.sum(axis=1)
         return total / max(self.tokens, 1)
 
-    @_cached
+    @_cached("_visited")
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None

@@ -196,9 +196,8 @@ class Run:
         # Of more, the few that are compared in the end are ranked by a sample.
         self.judge_of_last = problem.objective_function
         if not self.sees_all:
-            self.objective = problem.objective_in(problem.windows.searched)
-            if problem.windows.sampled is not problem.windows:
-                self.judge_of_last = problem.objective_in(problem.windows.sampled)
+            self.objective = problem.objective_searched
+            self.judge_of_last = problem.objective_sampled
         self.incumbents: list[Incumbent] = []
         self.bound: Bound | None = None
         self.details = Details()
