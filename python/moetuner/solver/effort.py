@@ -177,7 +177,7 @@ LIVE_TRIALS = 35
 BALANCING_TRIALS, LEAST_BALANCING, BALANCING_WORK = 10, 2500, 400
 # Where a dispatcher divides tokens over copies: trials for a slot, the most for a slot times
 # windows, and the share of a time limit (not measured).
-DIVIDED_TRIALS, DIVIDED_WORK, DIVIDED_SHARE = 20, 160, 0.5
+DIVIDED_TRIALS, DIVIDED_WORK, DIVIDED_SHARE = 20, 64, 0.5
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
 # and those of a start, from which all that counts is searched.
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
