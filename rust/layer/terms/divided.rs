@@ -49,7 +49,9 @@ impl Divided {
             Move::Put(p, expert) => vec![(p, expert)],
         };
         let before = after.iter().map(|&(slot, _)| (slot, self.copies.expert(slot))).collect();
-        after.iter().for_each(|&(slot, expert)| self.copies.put(slot, expert_of(expert)));
+        for (slot, expert) in after {
+            self.copies.put(slot, expert_of(expert));
+        }
         before
     }
 
@@ -61,7 +63,9 @@ impl Divided {
             change += window.follow(&self.copies, &before, &mut self.notes) - window.time();
             window.restore(&self.copies, &mut self.notes);
         }
-        before.iter().for_each(|&(slot, expert)| self.copies.put(slot, expert));
+        for (slot, expert) in before {
+            self.copies.put(slot, expert);
+        }
         change
     }
 
