@@ -152,11 +152,13 @@ def _weigh_steps(traffic: Traffic, searches: int, splits: int) -> list[float]:
     choices = 0.0
     if isinstance(traffic, RoutingTrace):
         choices = traffic.tokens * traffic.layers * traffic.top_k / 1e8
-    counting, replaying, judging = 0.3 + 0.75 * choices, 0.6 + 0.5 * choices, 1 + 3 * choices
-    searching, solving, moving = (least + choices / 4 for least in (1, 6, 1))
+    counting, replaying, judging = 0.15 + choices / 4, 0.3 + choices / 8, 0.3 + choices / 2
+    searching, solving, moving = 1 + choices / 4, 2.5 + choices / 3, 0.1 + choices / 20
     steps_of_splits = [replaying, *(splits * [solving]), judging]
-    # Halves, which are compared, are solved where they differ.
-    return [counting, *(searches * [searching]), *steps_of_splits, 0.1, solving, solving, moving, 2]
+    # Halves, which are compared, are solved and judged where they differ.
+    of_halves, fewer_moves = [0.1, *(2 * [solving + 1])], 3 + choices
+    first = [counting, *(searches * [searching]), *steps_of_splits]
+    return [*first, *of_halves, moving, fewer_moves]
 
 
 def _show(output: Output, advice: Advice) -> None:
