@@ -151,9 +151,10 @@ MOST_PRODUCTS = 4096
 # way whose ends are compared by what the objective truly is.
 PRICES_TRIED, STEP_REWEIGHTINGS, LENGTHS = 4, 3, 6
 # Without a time limit ("Budgets that rise"): prices of a move at the most, the first of them as a
-# part of what the first move gains, and each as a part of the one before; and slots of all layers
-# up to which what a step leaves of a budget is used up.
+# part of what the first move gains, and each as a part of the one before; more where layers are
+# joined, which are not mixed; and slots of all layers up to which what a step leaves is used up.
 RUNGS, RUNG_FIRST, RUNG_RATIO, STEP_SLOTS = 7, 1 / 4, 1 / 3, 1024
+JOINED_RUNGS, JOINED_FIRST, JOINED_RATIO = 24, 4.0, 0.7
 # Share of a time limit for a solve from nothing, where moves are free (not measured).
 FRESH_SHARE = 0.9
 # `pareto` (not measured) keeps the ends of so many steps, at about even distances of the logarithm

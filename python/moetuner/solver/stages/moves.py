@@ -224,8 +224,9 @@ def _at_rungs(run: Run, budget: Budget) -> None:
     They end where more moves are found than the budget has. A larger one thereby meets all that a
     smaller one does, and gives no worse placement.
     """
-    moves, model = require_moves(run), LayerModel(run, effort.RUNGS)
-    pool, limit = Pool(run, moves), int(min(moves.most, run.problem.capacity.sum()))
+    pool = Pool(run, require_moves(run))
+    limit = int(min(pool.moves.most, run.problem.capacity.sum()))
+    model = LayerModel(run, effort.RUNGS if pool.mixes else effort.JOINED_RUNGS)
     try:
         _meet(pool, model, budget, limit)
     finally:
@@ -243,8 +244,11 @@ def _meet(pool: Pool, model: LayerModel, budget: Budget, limit: int) -> None:
     path = _go_down(pool, model, budget, start, 1 << (limit + 2).bit_length(), limit)
     if run.problem.capacity.sum() <= effort.STEP_SLOTS:
         _use_up(pool, model, budget, path, limit)
-    price = max(path.steepest, DEAREST * abs(start.value)) * effort.RUNG_FIRST
-    for _ in range(effort.RUNGS):
+    first, ratio = effort.JOINED_FIRST, effort.JOINED_RATIO
+    if pool.mixes:
+        first, ratio = effort.RUNG_FIRST, effort.RUNG_RATIO
+    price = max(path.steepest, DEAREST * abs(start.value)) * first
+    for _ in range(model.parts):
         price = max(price, pool.moves.price)
         found = _at_price(run, budget, model, price, pool.best_at(price, model.weight))
         pool.add(found)
@@ -255,7 +259,7 @@ def _meet(pool: Pool, model: LayerModel, budget: Budget, limit: int) -> None:
             pool.mix(_limits(start.moves, limit), model.weight)
         if found.moves > limit or price <= pool.moves.price:
             break
-        price *= effort.RUNG_RATIO
+        price *= ratio
 
 
 def _limits(least: int, limit: int) -> list[int]:
@@ -279,7 +283,8 @@ def _go_down(
     last = int(path.moves.max()) if limit is None else limit
     limits = _limits(start.moves, max(last, start.moves))
     for steps in sorted({path.before(reach) for reach in limits}):
-        pool.add(pool.run.judge(path.after(steps), "moves"))
+        # No search may begin with what depends on the limit.
+        pool.add(pool.run.judge(path.after(steps), "moves"), is_start=limit is None)
     if interrupted:
         raise KeyboardInterrupt
     return path
@@ -294,7 +299,8 @@ def _use_up(pool: Pool, model: LayerModel, budget: Budget, path: Path, limit: in
             continue
         start = path.after(steps)
         rest, interrupted = descend(pool.run, model, start, initial, reach, budget.within())
-        pool.add(pool.run.judge(rest.after(rest.best(reach, 0.0)), "moves"))
+        end = rest.after(rest.best(reach, 0.0))
+        pool.add(pool.run.judge(end, "moves"), is_start=False)
         if interrupted:
             raise KeyboardInterrupt
 

@@ -32,18 +32,25 @@ class Pool:
         # The sum over layers is the objective: of mixtures the best one is known.
         self.is_exact = self.mixes and problem.windows.is_mean and problem.survive is None
         self.met: dict[bytes, Incumbent] = {}
+        # Rows below of those that a search may begin with.
+        self._starts: dict[bytes, int] = {}
         # For each placement that is mixed: slots [L,D,S], moves [L], costs [W,L], and excess [L].
         self._slots: list[Slots] = []
         self._moves: list[Ints] = []
         self._costs: list[Floats] = []
         self._excess: list[Floats] = []
 
-    def add(self, incumbent: Incumbent) -> None:
-        """Take in a placement, whether the run's own budget suffices for it or not."""
+    def add(self, incumbent: Incumbent, *, is_start: bool = True) -> None:
+        """Take in a placement, whether the run's own budget suffices for it or not.
+
+        It is one that a search may begin with if a larger budget meets it as early.
+        """
         key, objective = incumbent.slots.tobytes(), self.run.objective
-        if key in self.met:
+        if key in self._starts or (key in self.met and not is_start):
             return
         self.met[key] = incumbent
+        if is_start:
+            self._starts[key] = len(self._slots)
         if self.mixes:
             placement = Placement(incumbent.slots, num_experts=self.run.problem.experts)
             self._slots.append(incumbent.slots)
@@ -60,11 +67,12 @@ class Pool:
     def best_at(self, price: float, weight: Floats) -> Slots:
         """Return slots [L,D,S] that are best at a price of a move, by weights of windows [W]."""
         if self.mixes:
+            rows = np.array(list(self._starts.values()))
             worth = self._worth(weight) + price * np.stack(self._moves)
-            return self._mixture(worth.argmin(axis=0))
+            return self._mixture(rows[worth[rows].argmin(axis=0)])
         more = price - self.moves.price
         best = min(
-            self.met.values(),
+            (self.met[key] for key in self._starts),
             key=lambda incumbent: (incumbent.excess, incumbent.value + more * incumbent.moves),
         )
         return best.slots
