@@ -1,6 +1,6 @@
 """Moves from a running placement: caps and rules first, steps that gain most, never worse."""
 
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,6 +214,26 @@ def test_a_larger_budget_gives_no_worse_placement(goal, seed):
         excess, value = rank(problem, result.placement)
         assert (round(excess, 9), value * (1 - 1e-9)) <= before, limit
         before = (round(excess, 9), value)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_larger_budget_searches_all_that_a_smaller_one_does(goal, monkeypatch):
+    """Prices and starts of the searches for a budget are the first ones of any larger budget."""
+    problem, initial, inner = problem_of(goal), contiguous(3, 16, 4), Run.inner
+    met = []
+
+    def noted(run, *arguments, moves, start):
+        met.append((moves.price, start.tobytes()))
+        return inner(run, *arguments, moves=moves, start=start)
+
+    monkeypatch.setattr(Run, "inner", noted)
+    searches = []
+    for limit in (6, 11, 24, 40):
+        met.clear()
+        mt.solve(problem, "heuristic", initial=initial, move_budget=limit, iterations=500)
+        searches.append(list(met))
+    for smaller, larger in pairwise(searches):
+        assert larger[: len(smaller)] == smaller
 
 
 @pytest.mark.parametrize("seed", range(8))
