@@ -489,6 +489,25 @@ def test_copies_are_of_use_where_an_expert_is_hot(layer):
     assert layers == {0: None, 1: 1}
 
 
+def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
+    """The same windows by even shares and divided anew; nothing without copies, or elsewhere."""
+    traffic, topology = heavy(), mt.Topology(4)
+    options = {"splits": 1, "iterations": 50}
+    advice, none, other = (
+        mt.advise(traffic, topology, copies=[0], initial=initial, engine=engine, **options)
+        for initial, engine in (("eplb:4", "sglang"), ("contiguous", "sglang"), ("eplb:4", "vllm"))
+    )
+    said = [[line for line in each.reasons if "linear programme" in line] for each in (none, other)]
+    assert said == [[], []]
+    (line,) = (line for line in advice.reasons if "linear programme" in line)
+    _, unseen = mt.hold_out(traffic)
+    divided, even = (
+        mt.evaluate(advice.placements[1], unseen, split=split).imbalance for split in ("lp", "even")
+    )
+    assert divided < even
+    assert f"{divided:.2f} x the mean of recorded windows, and {even:.2f} if they share" in line
+
+
 def heavy():
     """Load table in which one expert has half of the tokens: copies of it pay."""
     share = np.array([0.5, *[0.5 / (EXPERTS - 1)] * (EXPERTS - 1)])

@@ -24,6 +24,7 @@ from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
     halve_trial,
+    judge_division,
     judge_groups,
     judge_halves,
     judge_over_eplb,
@@ -264,7 +265,9 @@ def _advise(request: Request, splits: int) -> Advice:
         by_group=judge_groups(request, knee) if request.by_group else {},
         settings=_settings(request, splits, first.problem.shares),
     )
-    advice = conclude(advice, write_notes(request, phases, knee))
+    division = judge_division(request, part, first.placements[PROPOSED], main.window)
+    notes = (*write_notes(request, phases, knee), *([division] if division else []))
+    advice = conclude(advice, notes)
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
     request.progress("weighing fewer moves")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from moetuner.cost import busiest_ports
+from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import Traffic, members
-from moetuner.evaluation.units import Units, select
+from moetuner.evaluation.units import Units, loads_of, select
 from moetuner.placement import EMPTY, Placement
 from moetuner.report.advice.request import (
     Part,
@@ -24,10 +26,23 @@ from moetuner.report.advice.request import (
     problem_of,
     search_shortly,
 )
-from moetuner.report.advice.trial import EPLB, PROPOSED, RUNNING, Key, Trial, evaluate_all, try_out
+from moetuner.report.advice.trial import (
+    EPLB,
+    PROPOSED,
+    RUNNING,
+    Key,
+    Trial,
+    evaluate_all,
+    try_out,
+    without_groups,
+)
 from moetuner.report.advice.values import Moving, PhaseTimes
 from moetuner.report.recording import PHASES
+from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
+
+# Windows at most, at even distances, whose tokens are divided anew.
+DIVIDED_WINDOWS = 256
 
 
 def judge_trials(
@@ -200,4 +215,30 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
         of_experts=total,
         of_bytes=total * size,
         device_bytes=(size * int(copies[0].max()), size * int(copies[1].max())),
+    )
+
+
+def judge_division(request: Request, part: Part, placement: Placement, window: Window) -> str:
+    """Write how even a dispatcher by a linear programme would be, where the engine has one.
+
+    Where nothing has copies, or the placement was computed for one, there is nothing to compare.
+    """
+    option = {} if request.engine is None else request.engine.splits_by
+    if "lp" not in option or request.split == "lp" or (placement.replicas == 1).all():
+        return ""
+    counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
+    steps = np.flatnonzero(counts.is_step)
+    if not steps.size:
+        return ""
+    chosen = np.unique(np.linspace(0, steps.size - 1, DIVIDED_WINDOWS).round().astype(int))
+    windows = RoutingStatistics.from_load(counts.window_load[steps[chosen]])
+    options: dict[str, Any] = {"cost_model": None, "mixed": False, "threads": request.threads}
+    divided, even = (
+        evaluate(placement, windows, request.topology, split=split, **options).imbalance
+        for split in ("lp", "even")
+    )
+    return (
+        f"Copies whose tokens a linear programme divides ({option['lp']}) would leave the busiest "
+        f"device {divided:.2f} x the mean of recorded windows, and {even:.2f} if they share "
+        "evenly; by LPLB's authors it takes 100 us and more in every layer"
     )
