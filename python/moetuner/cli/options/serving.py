@@ -247,7 +247,9 @@ class ProblemOptions(Serving):
         """
         chosen, goal = self.given, self.given.get("objective")
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
-        tables = tables_for(chosen.get("regime", "dispatch"), goal)
+        # A load cap alone asks for the least traffic under it.
+        is_capped = goal is None and "max_imbalance" in chosen
+        tables = tables_for(chosen.get("regime", "dispatch"), "traffic" if is_capped else goal)
         if pairs:
             tables |= {"transitions": True, "coactivation": True}
         statistics = source.count(traffic, by_group="groups" in chosen, **tables)
