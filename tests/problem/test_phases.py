@@ -47,7 +47,7 @@ def plain_mean(statistics, placement, tokens, topology, goal):
 def test_a_time_of_expert_sets_asks_for_no_pairs(devices_per_node, copies):
     """Counted with sets alone, a trace has the same phases, answer and bound as with all tables."""
     trace, topology = recorded(3 * WINDOWS[1]), mt.Topology(4, devices_per_node=devices_per_node)
-    tables = tables_for("dispatch", None)
+    tables = tables_for("dispatch", "time")
     assert tables == {"sets": True, "transitions": False, "coactivation": False}
     results = [
         mt.solve(

@@ -142,16 +142,20 @@ def bound_worst_loss(load: NDArray[Any], slots: int, devices: int) -> float:
     for layer in shares:
         copies = np.full(layer.size, 2)
         # The next copy goes where the sum falls most; it falls less with every copy of an expert.
-        falls = [(-share * share / 3, expert) for expert, share in enumerate(layer.tolist())]
+        falls = [(-_fall(share, 2), expert) for expert, share in enumerate(layer.tolist())]
         heapq.heapify(falls)
         for _ in range(slots - 2 * layer.size):
             _, expert = falls[0]
             copies[expert] += 1
-            number, share = int(copies[expert]), float(layer[expert])
-            fall = 2 * share * share / ((number - 1) * number * (number + 1))
+            fall = _fall(float(layer[expert]), int(copies[expert]))
             heapq.heapreplace(falls, (-fall, expert))
         worst = max(worst, float((layer**2 / (copies * (copies - 1))).sum()))
     return (devices - 1) * (1 / devices + worst)
+
+
+def _fall(share: float, copies: int) -> float:
+    """Compute how much smaller ``q^2 / (c (c - 1))`` is with one more copy of an expert."""
+    return 2 * share * share / ((copies - 1) * copies * (copies + 1))
 
 
 def loads_after(

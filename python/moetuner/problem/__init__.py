@@ -20,7 +20,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity, phases
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective
+from moetuner.problem.objective import Goal, Objective, goal_for
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
     ENGINE,
@@ -276,9 +276,7 @@ class Problem(Frozen):
     @property
     def goal(self) -> Goal:
         """The objective: what was asked for, or the default."""
-        if self.objective is not None:
-            return self.objective
-        return "time" if self.max_imbalance is None else "traffic"
+        return goal_for(self.objective, self.max_imbalance)
 
     @property
     def is_plain(self) -> bool:
@@ -353,7 +351,11 @@ class Problem(Frozen):
 
     def objective_in(self, windows: Windows) -> Objective:
         """Return the objective as a function of a placement, over other windows of load."""
-        return self.objective_function.over(windows)
+        if windows is self.windows:
+            return self.objective_function
+        objective = self._make_objective(windows)
+        objective.count_visits_with(self.objective_function)
+        return objective
 
     def _make_objective(self, windows: Windows) -> Objective:
         return Objective(

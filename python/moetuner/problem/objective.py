@@ -62,7 +62,14 @@ def _cached(store: str) -> Callable[[Method[Value]], Method[Value]]:
     return decorate
 
 
-def tables_for(regime: Regime, goal: Goal | None) -> dict[str, bool]:
+def goal_for(objective: Goal | None, max_imbalance: float | None) -> Goal:
+    """Return what is made small: what was asked for; by default traffic under a load cap alone."""
+    if objective is not None:
+        return objective
+    return "time" if max_imbalance is None else "traffic"
+
+
+def tables_for(regime: Regime, goal: Goal) -> dict[str, bool]:
     """Return which tables of a trace an objective is made of, as ``from_trace`` takes them.
 
     Where expert sets say all that a time is made of, nothing asks for pairs besides them, which
@@ -150,24 +157,9 @@ class Objective:
         empty = {name: deque[Any](maxlen=CACHED) for name in ("_last", "_visited")}
         return {**self.__dict__, **empty}
 
-    def over(self, windows: Windows) -> Objective:
-        """Return the same over other windows; what tokens visit is counted once for both."""
-        if windows is self.windows:
-            return self
-        other = Objective(
-            self.statistics,
-            self.topology,
-            goal=self.goal,
-            regime=self.regime,
-            split=self.split,
-            windows=windows,
-            shares=self.shares,
-            cost_model=self._model,
-            by_groups=self._by_groups,
-            survive=self.survive,
-        )
-        other._visited = self._visited
-        return other
+    def count_visits_with(self, other: Objective) -> None:
+        """Count what tokens visit once for both: windows of load do not alter it."""
+        self._visited = other._visited
 
     def __repr__(self) -> str:
         """Return what is made small, and in which regime."""

@@ -15,7 +15,7 @@ from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_m
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.formats.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import tables_for
+from moetuner.problem.objective import goal_for, tables_for
 from moetuner.problem.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -245,11 +245,10 @@ class ProblemOptions(Serving):
 
         Pairs that the objective is not made of are counted for methods that may ask for them.
         """
-        chosen, goal = self.given, self.given.get("objective")
+        chosen = self.given
+        goal = goal_for(chosen.get("objective"), chosen.get("max_imbalance"))
         self.is_of_counts = isinstance(source.traffic, RoutingStatistics)
-        # A load cap alone asks for the least traffic under it.
-        is_capped = goal is None and "max_imbalance" in chosen
-        tables = tables_for(chosen.get("regime", "dispatch"), "traffic" if is_capped else goal)
+        tables = tables_for(chosen.get("regime", "dispatch"), goal)
         if pairs:
             tables |= {"transitions": True, "coactivation": True}
         statistics = source.count(traffic, by_group="groups" in chosen, **tables)
@@ -269,7 +268,7 @@ class ProblemOptions(Serving):
             bans = (*chosen.get("forbidden", ()), *by_engine.get("forbidden", ()))
             fill_slots = "fill_slots" in chosen or by_engine["fill_slots"]
             settings |= {"forbidden": bans, "fill_slots": fill_slots}
-        elif "regime" not in chosen and goal in (None, "traffic") and "max_imbalance" in settings:
+        elif "regime" not in chosen and goal == "traffic":
             # Visits cannot be counted from transitions alone.
             no_visits = statistics.sets is None and statistics.coactivation is None
             if no_visits and statistics.transitions is not None:

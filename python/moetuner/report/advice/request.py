@@ -16,7 +16,7 @@ from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.formats.engines import ENGINES, Engine, engine_settings
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.problem.objective import Goal, tables_for
+from moetuner.problem.objective import Goal, goal_for, tables_for
 from moetuner.problem.phases import Phases, has_windows
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
@@ -158,7 +158,7 @@ def count(request: Request, seen: Traffic) -> RoutingStatistics:
     if isinstance(seen, RoutingStatistics):
         return seen
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
-    options |= tables_for(request.regime, request.objective)
+    options |= tables_for(request.regime, goal_for(request.objective, None))
     return RoutingStatistics.from_trace(seen, **options)
 
 

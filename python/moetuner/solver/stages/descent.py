@@ -70,7 +70,10 @@ class Path:
     def slope(self, most_moves: float) -> float:
         """Return what the last steps within a budget gain for a move."""
         end = self.best(most_moves, 0.0)
-        begin = end * 3 // 4
+        return self._per_move(end * 3 // 4, end)
+
+    def _per_move(self, begin: int, end: int) -> float:
+        """Return what the steps between two gain for a move."""
         moves = self.moves[end] - self.moves[begin]
         return float(self.value[begin] - self.value[end]) / max(int(moves), 1)
 
@@ -82,10 +85,7 @@ class Path:
     def steepest(self) -> float:
         """Return what the first step that moves a copy gains for it."""
         moving = np.flatnonzero(self.moves > self.moves[0])
-        if not moving.size:
-            return 0.0
-        end = int(moving[0])
-        return float(self.value[0] - self.value[end]) / int(self.moves[end] - self.moves[0])
+        return self._per_move(0, int(moving[0])) if moving.size else 0.0
 
     def best(self, most_moves: float, price: float) -> int:
         """Choose how many steps to take, with at most so many moves at such a price."""

@@ -14,6 +14,7 @@ from moetuner.placement import find_holders
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run, Stage
+from moetuner.solver.stages.floor import search_quickly
 from moetuner.solver.terms import Terms, core_layers, make_site
 
 # What a copy must gain to leave the device of the start, as a part of a device's mean load.
@@ -48,16 +49,7 @@ def _divide(run: Run, budget: Budget) -> None:
     trials = budget.iterations
     if trials is None:
         trials = effort.divided_trials(run.slots_of_layer, len(chosen))
-    slots, interrupted = layers.place(
-        start,
-        trials=trials,
-        empties=False,
-        quick=True,
-        seed=run.seed,
-        time_limit=budget.left,
-        threads=budget.threads,
-        progress=budget.phase("layers"),
-    )
+    slots, interrupted = search_quickly(run, budget, layers, start, trials)
     run.offer(slots, "layers", interrupted=interrupted)
 
 

@@ -37,6 +37,13 @@ def balance_windows(
     terms, site = Terms(losses=loss_costs(problem)), make_site(problem, nearest=False)
     layers = core_layers(load, weight, site, setting=setting, terms=terms)
     start = layers.construct(windows=True, threads=budget.threads)
+    return search_quickly(run, budget, layers, start, trials)
+
+
+def search_quickly(
+    run: Run, budget: Budget, layers: _core.Layers, start: Slots, trials: int
+) -> tuple[Slots, bool]:
+    """Search windows of load from slots [L,D,S] by trials of a layer; slots, and if interrupted."""
     return layers.place(
         start,
         trials=trials,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moetuner.placement import Placement, moves_from
 from moetuner.solver.run import Incumbent, Moves, Run
-from moetuner.solver.stages.layers import are_joined
+from moetuner.solver.stages.layers import are_joined, mixes
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -30,7 +30,7 @@ class Pool:
         problem = run.problem
         self.run, self.moves, self.mixes = run, moves, not are_joined(run)
         # The sum over layers is the objective: of mixtures the best one is known.
-        self.is_exact = self.mixes and problem.windows.is_mean and problem.survive is None
+        self.is_exact = mixes(run) and problem.survive is None
         self.met: dict[bytes, Incumbent] = {}
         # Rows below of those that a search may begin with.
         self._starts: dict[bytes, int] = {}
