@@ -354,7 +354,7 @@ class Problem(Frozen):
         if windows is self.windows:
             return self.objective_function
         objective = self._make_objective(windows)
-        objective.count_visits_with(self.objective_function)
+        objective._count_visits_with(self.objective_function)
         return objective
 
     def _make_objective(self, windows: Windows) -> Objective:

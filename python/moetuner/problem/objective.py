@@ -157,7 +157,7 @@ class Objective:
         empty = {name: deque[Any](maxlen=CACHED) for name in ("_last", "_visited")}
         return {**self.__dict__, **empty}
 
-    def count_visits_with(self, other: Objective) -> None:
+    def _count_visits_with(self, other: Objective) -> None:
         """Count what tokens visit once for both: windows of load do not alter it."""
         self._visited = other._visited
 
