@@ -24,6 +24,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Traffic
 from moetuner.formats import reader_of, serving_commands
 from moetuner.formats.engines import ENGINES, engine_of
+from moetuner.problem.objective import Goal
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
@@ -58,7 +59,7 @@ def command(
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
     by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
-    objective: str | None = setting_option("objective"),
+    objective: Goal | None = setting_option("objective"),
     seed: int = options.seed_option(),
     time_limit: float | None = option(
         options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
@@ -100,31 +101,36 @@ def command(
         Time limit per solve, in seconds. Results then depend on the machine.
     """
     topology, source = machine.topology(), serving.as_served(source)
-    arguments: dict[str, Any] = {"copies": copies, "price": price}
-    arguments |= {"prefill_share": prefill_share, "splits": splits, "by_group": by_group}
-    arguments |= {"in_order": not any_order, "objective": objective, "time_limit": time_limit}
-    arguments |= {
-        "seed": seed,
-        "initial": initial,
-        "expert_bytes": serving.expert_bytes(source, expert_bytes),
-    }
-    if not is_start(initial):
-        arguments["initial"] = source.load(Path(initial), topology)
-    arguments |= {"engine": serving.engine, "window": source.window, "threads": source.threads}
-    described = [source.describe()]
-    if unseen:
-        # Names in a file are those of INPUT's windows or sequences.
-        names = source.group_by if source.group_by == FILES else None
-        future = replace(source, input_files=unseen, group_by=names)
-        advising.check_unseen(source.traffic, future.traffic)  # before anything is said
-        arguments["unseen"] = future.traffic
-        described.append(f"Judged on {future.describe()}")
-    output.say(*described)
+    expert_bytes = serving.expert_bytes(source, expert_bytes)
+    running = initial if is_start(initial) else source.load(Path(initial), topology)
+    future = _future(source, unseen)
+    output.say(source.describe())
+    if future is not None:
+        output.say(f"Judged on {future.describe()}")
     searches = sum(2 if each and serving.engine is None else 1 for each in copies)
     weights = _weigh_steps(source.traffic, searches, splits)
     with working("advising") as report:
-        arguments |= serving.arguments(source) | {"progress": steps(report, weights)}
-        advice = advising.advise(source.traffic, topology, **arguments)
+        advice = advising.advise(
+            source.traffic,
+            topology,
+            unseen=None if future is None else future.traffic,
+            initial=running,
+            engine=serving.engine,
+            copies=copies,
+            window=source.window,
+            price=price,
+            prefill_share=prefill_share,
+            splits=splits,
+            by_group=by_group,
+            in_order=not any_order,
+            objective=objective,
+            expert_bytes=expert_bytes,
+            time_limit=time_limit,
+            seed=seed,
+            threads=source.threads,
+            progress=steps(report, weights),
+            **serving.arguments(source),
+        )
     advice = replace(
         advice,
         reasons=tuple(map(options.name_options, advice.reasons)),
@@ -142,6 +148,17 @@ def command(
     full = {"commands": next_commands(source, advice, unseen, from_all=True)}
     pages.write(output, lambda: data_of_advice(advice, origin_of(source), contents | full))
     output.finish(contents)
+
+
+def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
+    """Return the traffic to judge on, if it is given, which must be of the same model."""
+    if not unseen:
+        return None
+    # Names in a file are those of INPUT's windows or sequences.
+    names = source.group_by if source.group_by == FILES else None
+    future = replace(source, input_files=unseen, group_by=names)
+    advising.check_unseen(source.traffic, future.traffic)  # before anything is said
+    return future
 
 
 def _weigh_steps(traffic: Traffic, searches: int, splits: int) -> list[float]:

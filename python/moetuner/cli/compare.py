@@ -140,24 +140,17 @@ def command(
     for tokens, gains in by_windows.items():
         where = windows_of(tokens, best)
         _show_gains(output, gains, over, best.result.method, where, held_out=holdout > 0)
-    gains = next(iter(by_windows.values()))
-    run_settings = {**asdict(search), "window": source.counted, "threads": source.threads}
-    run_settings |= {"holdout": holdout, "splits": len(tries), "baseline": over}
-    run_settings["initial"] = None if initial_file is None else str(initial_file)
-    settings = wanted.problem_settings(problem) | run_settings
-    compared = {
-        name: {
-            **outcome.to_dict(),
-            "gain": _gain_facts(gains[name]) if name in gains else None,
-            "gains": [
-                {"window": tokens, **_gain_facts(each[name])}
-                for tokens, each in by_windows.items()
-                if name in each
-            ],
-        }
-        for name, outcome in outcomes.items()
+    settings = wanted.problem_settings(problem) | {
+        **asdict(search),
+        "window": source.counted,
+        "threads": source.threads,
+        "holdout": holdout,
+        "splits": len(tries),
+        "baseline": over,
+        "initial": None if initial_file is None else str(initial_file),
     }
-    contents = {"input": source.facts(), "settings": settings, "methods": compared}
+    facts = {name: _facts(name, outcome, by_windows) for name, outcome in outcomes.items()}
+    contents = {"input": source.facts(), "settings": settings, "methods": facts}
 
     def page() -> PageData:
         return data_of_outcome(
@@ -236,10 +229,8 @@ class Split:
             if (runs := self._runs(method)) is not None:
                 results.append(running(self.problem, runs, method))
                 continue
-            where, arguments = (
-                f"{place} of {len(methods)}, split {self.number + 1}",
-                asdict(self.search),
-            )
+            where = f"{place} of {len(methods)}, split {self.number + 1}"
+            arguments = asdict(self.search)
             if method == "paper" and arguments["time_limit"] is None:
                 arguments["time_limit"] = PAPER_SECONDS
             result = source.solve(method, self.problem, place=where, **arguments)
@@ -263,6 +254,20 @@ def _run(
             output.say(f"Interrupted: gains are of {counted(len(done), 'complete split')}.")
             break
     return done
+
+
+def _facts(
+    method: str, outcome: Outcome, by_windows: dict[int | None, dict[str, Comparison]]
+) -> dict[str, Any]:
+    """Return an outcome as JSON values, with its gains by window."""
+    gains = [
+        {"window": tokens, **_gain_facts(each[method])}
+        for tokens, each in by_windows.items()
+        if method in each
+    ]
+    first = next(iter(by_windows.values())).get(method)
+    gain = None if first is None else _gain_facts(first)
+    return {**outcome.to_dict(), "gain": gain, "gains": gains}
 
 
 def _gain_facts(gain: Comparison) -> dict[str, Any]:

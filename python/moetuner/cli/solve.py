@@ -35,7 +35,7 @@ from moetuner.report.outcome import (
     slower,
     windows_of,
 )
-from moetuner.report.page.data import data_of_outcome
+from moetuner.report.page.data import PageData, data_of_outcome
 from moetuner.solver import METHODS, Result
 
 FLATTERED = (
@@ -104,20 +104,16 @@ def command(
     output.say("")
     try:
         before, outcomes = _replay(result, initial, source, problem, judged_on)
-        judgements = {}
+        outcome, judgements = outcomes[-1], {}
         if holdout:
-            judgements = judge_outcomes(
-                before, outcomes[-1], source.units_in, by_group=pages.wanted
-            )
+            judgements = judge_outcomes(before, outcome, source.units_in, by_group=pages.wanted)
     except KeyboardInterrupt:
         raise click.ClickException(f"interrupted; {out_file} was written") from None
-    outcome = outcomes[-1]
-    _show(output, problem, outcomes, before, held_out=holdout > 0)
-    everything = wanted.as_judged(source, source.traffic)
-    judged = held_out(judged_on, everything) if holdout else FLATTERED
+    judged = FLATTERED
+    if holdout:
+        judged = held_out(judged_on, wanted.as_judged(source, source.traffic))
     judged = windowed(judged, source, judged_on)
-    for tokens, judgement in judgements.items():
-        output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")
+    _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
     output.say(judged)
     moves, trades = moving.show(
         output, problem, initial, result, threads=source.threads, **arguments
@@ -126,22 +122,25 @@ def command(
     failure = certificate_file and _prove(problem, result, certificate_file, output)
     settings = wanted.problem_settings(problem) | moving.settings() | arguments
     settings |= {"window": source.counted, "threads": source.threads, "holdout": holdout}
-    answer = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
-    answer |= {"method": method, **outcome.to_dict(), **moves}
-    contents = answer | _facts(judgements, judged_on, holdout)
-    pages.write(
-        output,
-        lambda: data_of_outcome(
-            next(iter(judgements.values()), None)
-            or judge_outcome(before, outcome, source.replayed, source.units_in, by_group=True),
+    contents = {"input": source.facts(), "settings": settings, "placement": str(out_file)}
+    contents |= {"method": method, **outcome.to_dict(), **moves}
+    contents |= _facts(judgements, judged_on, holdout)
+
+    def page() -> PageData:
+        judgement = next(iter(judgements.values()), None) or judge_outcome(
+            before, outcome, source.replayed, source.units_in, by_group=True
+        )
+        return data_of_outcome(
+            judgement,
             outcome,
             origin_of(source),
             contents,
             traffic=judged,
             trades=trades,
             expert_bytes=size,
-        ),
-    )
+        )
+
+    pages.write(output, page)
     output.finish(contents)
     if failure:
         raise click.ClickException(str(failure))
@@ -163,6 +162,7 @@ def _show(
     problem: Problem,
     outcomes: list[Outcome],
     before: Outcome,
+    judgements: dict[int | None, Judgement],
     *,
     held_out: bool,
 ) -> None:
@@ -173,6 +173,8 @@ def _show(
     output.say(*remarks([outcome], problem), *sentences(outcome, held_out=held_out))
     warned = [line for row in (before, *outcomes[:-1]) for line in slower(outcome, row)]
     output.say(*dict.fromkeys(warned[:1]), *empty_slots(outcome))
+    for tokens, judgement in judgements.items():
+        output.say(f"Gain{windows_of(tokens, outcome)}: {judgement.gain.sentence}")
 
 
 def _replay(
