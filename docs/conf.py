@@ -24,5 +24,20 @@ napoleon_numpy_docstring = True
 napoleon_google_docstring = False
 napoleon_use_param = False
 napoleon_use_rtype = False
-# First lines of properties say what comes back, which napoleon takes for types before a colon.
-nitpick_ignore_regex = [("py:class", ".*")]
+# NumPy's, whose names are in annotations that Sphinx reads.
+nitpick_ignore = [("py:class", f"numpy.{name}") for name in ("dtype", "int16", "int32", "ndarray")]
+
+
+def setup(app):
+    """Leave properties as they are: napoleon takes what stands before a colon for a type."""
+    written = {}
+
+    def remember(app, what, name, documented, options, lines):
+        written[name] = list(lines)
+
+    def restore(app, what, name, documented, options, lines):
+        if what in ("attribute", "property"):
+            lines[:] = written[name]
+
+    app.connect("autodoc-process-docstring", remember, priority=400)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", restore, priority=600)
