@@ -21,8 +21,7 @@ unexport CONDA_PREFIX PYTHONPATH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
-	test-sdist test-masked test-oldest \
-	test-threads check-wheels check-files deny audit release-check clean
+	test-root test-sdist test-masked test-oldest test-threads check-wheels check-files deny audit release-check clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -114,8 +113,9 @@ check-files: $(UPLOAD)/stamp  ## workflows, Dockerfile and CITATION.cff, without
 	$(UPLOAD)/bin/hadolint Dockerfile
 	$(UPLOAD)/bin/cffconvert --validate
 
+DENY ?= check
 deny:  ## licenses, sources and advisories of the Rust crates
-	@if cargo deny --version > /dev/null 2>&1; then cargo deny --all-features check $(DENY); \
+	@if cargo deny --version > /dev/null 2>&1; then cargo deny --all-features $(DENY); \
 		else echo 'cargo-deny not found: cargo install --locked cargo-deny'; fi
 
 audit: $(CORE) $(UPLOAD)/stamp  ## known faults of the Python packages that come along (network)
@@ -132,6 +132,9 @@ test-oldest: wheel  ## the wheel with the oldest dependencies that it allows
 test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
 	.ci/threads.sh $(PYTHON)
 
+test-root:  ## README's first two commands in an empty root of a distribution: the wheel of dist (as root)
+	.ci/empty-root.sh dist/*manylinux*_$$(uname -m).whl
+
 test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use it
 	rm -rf build/sdist && mkdir -p build/sdist
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
@@ -139,9 +142,9 @@ test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use 
 	tests/wheel.sh $(BIN)/python build/sdist/*.whl
 
 release-check: check-files wheels sdist check-wheels  ## all of a release that needs no network: after make test
-	$(MAKE) deny DENY='--disable-fetch licenses bans sources'
+	$(MAKE) deny DENY='--offline check licenses bans sources'
 	tests/wheel.sh $(BIN)/python dist/*manylinux*_$$(uname -m).whl
-	$(MAKE) test-sdist test-masked
+	$(MAKE) test-root test-sdist test-masked
 
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there
 	tests/wheel.sh $(BIN)/python dist/*.whl

@@ -1,6 +1,7 @@
 """What a release promises beside the code: one version, pinned workflows, and a short README."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,19 @@ def test_tests_without_a_browser_say_how_to_get_one(tmp_path):
     assert f"1 tests were skipped for want of a browser; to get one: {ADVICE}" in done.stdout
     assert f"\n  {name}\n" in done.stdout
     assert done.returncode == 1, done.stdout + done.stderr
+
+
+def test_an_empty_root_that_cannot_be_had_is_left_out_with_a_reason(tmp_path):
+    """Without debootstrap the script says so in one line, and how to get it, with status 0."""
+    for program in ("bash", "dirname", "realpath"):
+        (tmp_path / program).symlink_to(shutil.which(program))
+    command = [ROOT / ".ci" / "empty-root.sh", ROOT / "README.md"]
+    environment = {"PATH": str(tmp_path)}
+    done = subprocess.run(
+        ["/usr/bin/env", *command], capture_output=True, text=True, env=environment, check=True
+    )
+    expected = "not used in an empty root: no debootstrap here (apt-get install debootstrap)\n"
+    assert done.stdout == expected
 
 
 def test_the_readme_is_short():
