@@ -107,8 +107,7 @@ def command(
     output.say(source.describe())
     if future is not None:
         output.say(f"Judged on {future.describe()}")
-    searches = sum(2 if each and serving.engine is None else 1 for each in copies)
-    weights = _weigh_steps(source.traffic, searches, splits)
+    weights = _weigh_steps(source.traffic, len(copies), splits)
     with working("advising") as report:
         advice = advising.advise(
             source.traffic,
@@ -207,14 +206,13 @@ def _show_copies(output: Output, advice: Advice) -> None:
     notes = {advice.knee: " <- proposed", advice.more: " <- with more memory"}
     rows = [
         (
-            row.label,
+            str(row.per_device),
             *(signed(row.mean(window)) for window in row.gains),
             "-" if row.bytes_per_device is None else in_bytes(row.bytes_per_device),
             "-" if row.tokens_per_rank is None else f"{row.tokens_per_rank:,}",
             notes.get(row.per_device, ""),
         )
         for row in advice.copies
-        if not row.shared
     ]
     output.table(*with_values(head, rows))
 

@@ -58,18 +58,17 @@ def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> 
     Copies share tokens, and so have the weights of an expert read on several devices: in windows of
     few tokens that may cost more than balance saves.
     """
-    plain = [each for each in swept if not each.shared]
     if prefill_share is not None:
         shares = dict(zip(WINDOWS, (1 - prefill_share, prefill_share), strict=True))
         totals = {
             each.per_device: sum(share * each.mean(window) for window, share in shares.items())
-            for each in plain
+            for each in swept
         }
         return min(slots for slots, gain in totals.items() if gain >= max(totals.values()) - KNEE)
-    least = min(plain, key=lambda each: each.per_device)
+    least = min(swept, key=lambda each: each.per_device)
     harmless = [
         each
-        for each in plain
+        for each in swept
         if all(each.mean(window) >= min(0.0, least.mean(window)) - KNEE for window in each.gains)
     ]
     best = max(each.best for each in harmless)
@@ -463,8 +462,8 @@ def _write_each_group(advice: Advice) -> str:
 
 def _copies_pay(advice: Advice) -> bool:
     """Return whether any number of copies gains more than the fewest."""
-    best = max(row.best for row in advice.copies if not row.shared)
-    chosen = next(row for row in advice.copies if row.per_device == advice.knee and not row.shared)
+    best = max(row.best for row in advice.copies)
+    chosen = next(row for row in advice.copies if row.per_device == advice.knee)
     return bool(advice.knee or advice.more is not None or best > chosen.best + KNEE)
 
 
@@ -480,9 +479,9 @@ def _find_small(judged: Judgement, price: float, regime: Regime) -> list[str]:
 
 def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None, layers: int) -> str:
     """Write what slots for copies gain that run already, and what more of them would."""
-    plain = {each.per_device: each for each in swept if not each.shared}
-    chosen, least = plain[knee], min(plain)
-    best = max(plain.values(), key=lambda each: each.best)
+    by_slots = {each.per_device: each for each in swept}
+    chosen, least = by_slots[knee], min(by_slots)
+    best = max(by_slots.values(), key=lambda each: each.best)
     text = "Copies, numbers compared by short searches: " if len(swept) > 1 else "Copies: "
     if knee:
         verb = "gains" if knee == 1 else "gain"
@@ -490,23 +489,23 @@ def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None, layers
     else:
         text += "none"
     if knee and least == 0:
-        text += f", {percent(plain[0].best)} without"
+        text += f", {percent(by_slots[0].best)} without"
     if more is not None:
-        gains = plain[more].gains
+        gains = by_slots[more].gains
         parts = [
-            percent(plain[more].mean(window)) + f" in {write_window(window)}" * (len(gains) > 1)
-            for window in sorted(gains, key=plain[more].mean, reverse=True)
+            percent(by_slots[more].mean(window)) + f" in {write_window(window)}" * (len(gains) > 1)
+            for window in sorted(gains, key=by_slots[more].mean, reverse=True)
         ]
-        text += f". With more memory than now: {_write_slots(plain[more])} would gain "
+        text += f". With more memory than now: {_write_slots(by_slots[more])} would gain "
         text += ", ".join(parts)
     # What is gained without copies stands there already.
-    elif best.best > chosen.best + KNEE and not (knee and best is plain[least]):
+    elif best.best > chosen.best + KNEE and not (knee and best is by_slots[least]):
         worst = min(best.gains, key=best.mean)
         text += f"; {_write_slots(best)} would gain {percent(best.best)}"
         if best.mean(worst) < 0:
             longer = percent(-best.mean(worst))
             text += f", but {write_window(worst)} would take {longer} longer"
-    return text + _write_layers(plain[more or knee], layers)
+    return text + _write_layers(by_slots[more or knee], layers)
 
 
 def _write_layers(copies: Copies, layers: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -84,11 +84,6 @@ class Request:
         return None if self.engine_name is None else ENGINES[self.engine_name]
 
     @property
-    def goals(self) -> tuple[Goal, ...]:
-        """What short searches are for: the better of both, on what they saw."""
-        return ("balance", "time") if self.objective is None else (self.objective,)
-
-    @property
     def single_slots(self) -> int:
         """Slots of a device that hold each expert once."""
         return -(-self.traffic.num_experts // self.topology.devices)
@@ -167,30 +162,25 @@ def problem_of(
     statistics: RoutingStatistics,
     copies: int,
     *,
-    are_shared: bool = False,
     phases: Phases | None = None,
 ) -> Problem:
     """Return the problem of so many slots for copies on a device, as ``moetuner solve`` has it.
 
-    Slots that ``are_shared`` are one budget of all layers. ``phases`` take the place of those that
-    were asked for.
+    ``phases`` take the place of those that were asked for.
     """
-    slots, extra, fill_slots = request.single_slots + copies, None, False
+    slots, fill_slots = request.single_slots + copies, False
     if request.engine_name is not None:
         settings = engine_settings(
             request.engine_name, statistics, request.topology, slots_per_device=slots
         )
         fill_slots = settings["fill_slots"]
-    if are_shared:
-        extra = statistics.layers * (request.topology.devices * slots - statistics.experts)
     phases = request.phases if phases is None else phases
     if not all(has_windows(statistics, tokens) for tokens in phases or ()):
         phases = None  # of a part that is too short for windows of prefill
     return Problem(
         statistics,
         request.topology,
-        slots_per_device=None if are_shared else slots,
-        extra_slots=extra,
+        slots_per_device=slots,
         fill_slots=fill_slots,
         phases=phases,
         regime=request.regime,
@@ -226,16 +216,6 @@ def search(
 
 
 def search_shortly(request: Request, problem: Problem) -> Placement:
-    """Search in few steps: for what was asked for, else for what is better for time."""
+    """Search in few steps, for what was asked for, else for time."""
     steps = ITERATIONS if request.iterations is None else request.iterations
-    placements = [
-        search(
-            request,
-            replace(problem, objective=goal),
-            "heuristic",
-            request.seed,
-            iterations=steps,
-        ).placement
-        for goal in request.goals
-    ]
-    return min(placements, key=problem.value)
+    return search(request, problem, "heuristic", request.seed, iterations=steps).placement

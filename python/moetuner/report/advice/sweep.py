@@ -17,11 +17,12 @@ from moetuner.report.advice.trial import (
     without_groups,
 )
 from moetuner.report.advice.values import Copies
+from moetuner.report.cells import counted
 
 # Part of what copies in all layers gain that those of the layers which need them must bring.
 ENOUGH = 0.9
 # The placement without slots for copies.
-NONE: Key = (0, False)
+NONE: Key = 0
 
 
 def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
@@ -31,18 +32,14 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
     searched: the gain of the proposed placement takes the place of its own.
     """
     placements: dict[Key, Placement] = {RUNNING: running_placement(request, part)}
-    # Engines have as many slots in every layer.
-    may_share = request.traffic.layers > 1 and request.engine is None
     counts = request.tried_copies
-    if len(counts) == 1 and not (may_share and counts[0]):
-        placements[counts[0], False] = placements[RUNNING]
+    if len(counts) == 1:
+        placements[counts[0]] = placements[RUNNING]
         return _gains(request, part, placements)
     for copies in counts:
-        for are_shared in (False, True) if may_share and copies else (False,):
-            average = " on average" if are_shared else ""
-            request.progress(f"searching with {copies} slots for copies{average}")
-            problem = problem_of(request, part.statistics, copies, are_shared=are_shared)
-            placements[copies, are_shared] = search_shortly(request, problem)
+        request.progress(f"searching with {counted(copies, 'slot')} for copies")
+        problem = problem_of(request, part.statistics, copies)
+        placements[copies] = search_shortly(request, problem)
     return _gains(request, part, placements)
 
 
@@ -53,34 +50,28 @@ def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tu
     unseen = without_groups(part.unseen)
     evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
     # Copies are of use in some layers alone: which, says the traffic that was seen.
-    plain: dict[Key, Placement] = {
-        key: placement
-        for key, placement in placements.items()
-        if not isinstance(key, str) and not key[1]
-    }
+    tried = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}
-    if len(plain) > 1 and NONE in plain and request.regime == "dispatch":
+    if len(tried) > 1 and NONE in tried and request.regime == "dispatch":
         counts = part.statistics
-        seen = evaluate_all(request, plain, problem, counts, (counts.window,))[counts.window]
+        seen = evaluate_all(request, tried, problem, counts, (counts.window,))[counts.window]
     swept = []
-    for key in placements:
-        if isinstance(key, str):
-            continue
-        copies, are_shared = key
+    for copies in tried:
+        assert isinstance(copies, int)
         gains: dict[Window, tuple[float, ...]] = {}
         for window, evaluated in evaluations.items():
             before = evaluated[RUNNING].predicted_layer_us or 1.0
-            gains[window] = (1 - (evaluated[key].predicted_layer_us or 0.0) / before,)
+            gains[window] = (1 - (evaluated[copies].predicted_layer_us or 0.0) / before,)
         layers = None
-        if copies and key in seen:
+        if copies and copies in seen:
             window = max(gains, key=gains.__getitem__)
             judged = evaluations[window]
-            layers = _count_layers((seen[NONE], seen[key]), (judged[NONE], judged[key]))
+            layers = _count_layers((seen[NONE], seen[copies]), (judged[NONE], judged[copies]))
         memory = None
         if request.expert_bytes is not None:
             memory = copies * request.traffic.layers * request.expert_bytes
         tokens = tokens_at_once(request, copies)
-        swept.append(Copies(copies, are_shared, gains, memory, tokens, layers))
+        swept.append(Copies(copies, gains, memory, tokens, layers))
     return tuple(swept)
 
 

@@ -17,9 +17,9 @@ from moetuner.solver.result import Result
 from moetuner.trace import RoutingTrace
 
 # Placements that are judged: what runs, EPLB's in as many slots as the proposed one, and that one;
-# or by slots for copies, and whether they are shared by the layers; or by the phase they are for.
+# or by slots for copies of a device in a layer; or by the phase they are for.
 RUNNING, EPLB, PROPOSED = "running", "eplb", "proposed"
-Key = tuple[int, bool] | str
+Key = int | str
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,7 @@ class Copies(Frozen):
     Parameters
     ----------
     per_device
-        Slots of a device in a layer beyond those that hold each expert once, on average.
-    shared
-        Whether the slots of all layers are one budget, which goes where copies help most.
+        Slots of a device in every layer beyond those that hold each expert once.
     gains
         Share of predicted time that is saved over the running placement in the first split, by
         window, after a search as short as that of all others; where no other number was tried, as
@@ -81,7 +79,6 @@ class Copies(Frozen):
     """
 
     per_device: int
-    shared: bool
     gains: dict[int | None, tuple[float, ...]]
     bytes_per_device: float | None
     tokens_per_rank: int | None = None
@@ -95,11 +92,6 @@ class Copies(Frozen):
     def best(self) -> float:
         """Mean gain in the windows where it is largest."""
         return max(map(self.mean, self.gains))
-
-    @property
-    def label(self) -> str:
-        """How many slots, for tables."""
-        return f"{self.per_device}{' on average' if self.shared else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return fields as JSON values."""

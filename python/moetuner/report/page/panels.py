@@ -514,10 +514,10 @@ def _price(page: PageData) -> Panel | None:
         head = [f"windows of {window:,}" if window else "gain" for window in windows]
         rows = [
             (
-                each.label,
+                str(each.per_device),
                 *(signed(each.mean(window)) for window in windows),
                 "-" if each.bytes_per_device is None else in_bytes(each.bytes_per_device),
-                "knee" if each.per_device == page.advice.knee and not each.shared else "",
+                "knee" if each.per_device == page.advice.knee else "",
             )
             for each in page.advice.copies
         ]
@@ -543,26 +543,24 @@ def _price(page: PageData) -> Panel | None:
 def _copies_chart(advice: Advice) -> Chart:
     by_size = advice.copies[0].bytes_per_device is not None
     data = []
-    for number_of, window in enumerate(advice.copies[0].gains):
-        for shared in sorted({each.shared for each in advice.copies}):
-            choices = [each for each in advice.copies if each.shared == shared]
-            slots = [each.per_device for each in choices]
-            is_knee = [each == advice.knee and not shared for each in slots]
-            border = {"color": "var(--text)", "width": [3 * each for each in is_knee]}
-            sizes = [14 if each else 8 for each in is_knee]
-            name = "copies" if window is None else f"windows of {window:,}"
-            colour, symbol = ((PROPOSED, "circle"), (RUNNING, "square"))[number_of % 2]
-            data.append(
-                draw.scatter(
-                    [(each.bytes_per_device or 0) / 1e9 for each in choices] if by_size else slots,
-                    [100 * each.mean(window) for each in choices],
-                    "%{customdata} slots: %{y:.3r} %",
-                    name=name + (", shared budget" if shared else ""),
-                    customdata=slots,
-                    line={"color": colour, "dash": "dot" if shared else "solid"},
-                    marker={"symbol": symbol, "size": sizes, "line": border},
-                )
+    for number, window in enumerate(advice.copies[0].gains):
+        slots = [each.per_device for each in advice.copies]
+        is_knee = [each == advice.knee for each in slots]
+        border = {"color": "var(--text)", "width": [3 * each for each in is_knee]}
+        sizes = [14 if each else 8 for each in is_knee]
+        colour, symbol = ((PROPOSED, "circle"), (RUNNING, "square"))[number % 2]
+        gigabytes = [(each.bytes_per_device or 0) / 1e9 for each in advice.copies]
+        data.append(
+            draw.scatter(
+                gigabytes if by_size else slots,
+                [100 * each.mean(window) for each in advice.copies],
+                "%{customdata} slots: %{y:.3r} %",
+                name="copies" if window is None else f"windows of {window:,}",
+                customdata=slots,
+                line={"color": colour},
+                marker={"symbol": symbol, "size": sizes, "line": border},
             )
+        )
     axis = "GB per device" if by_size else "slots for copies of a device in a layer"
     spec = draw.layout(axis, "gain on unseen traffic, %")
     spec["yaxis"]["rangemode"] = "tozero"
