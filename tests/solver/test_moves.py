@@ -10,7 +10,7 @@ from conftest import random_ids
 
 import moetuner as mt
 from moetuner.problem.capacity import pad_slots
-from moetuner.solver import budget, effort
+from moetuner.solver import budget, effort, find_few_moves
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Run
 from moetuner.solver.stages import moves
@@ -57,6 +57,30 @@ def problem_of(goal, seed=0):
     rest = dict(goal)
     counts = statistics(seed, transitions=rest.pop("transitions", False))
     return mt.Problem(counts, mt.Topology(4, devices_per_node=2), **rest)
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("share", [0.3, 0.75, 1.0])
+def test_few_moves_are_the_first_steps_that_gain_enough(goal, share):
+    """They gain the share of what the end of all steps does, and one step fewer does not."""
+    problem, initial = problem_of(goal), contiguous(3, 16, 4)
+    path = steps(problem, initial)
+    ends = [mt.Placement(path.after(step), num_experts=16) for step in range(len(path.moves))]
+    found = find_few_moves(problem, initial, ends[-1], share)
+    values = [problem.value(end) for end in ends]
+    wanted = values[0] - share * (values[0] - values[-1])
+    taken = next(step for step, end in enumerate(ends) if (end.held == found.held).all())
+    assert values[taken] <= wanted
+    within_caps = int(path.excess.argmin())
+    assert taken >= within_caps
+    assert taken == within_caps or values[taken - 1] > wanted
+
+
+def test_no_few_moves_where_steps_end_before():
+    """Steps that cannot gain so much are not taken."""
+    problem, initial = problem_of(GOALS[0]), contiguous(3, 16, 4)
+    better = mt.solve(problem, "heuristic").placement
+    assert find_few_moves(problem, initial, better, 2.0) is None
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -130,6 +130,44 @@ def pareto(
     ]
 
 
+def find_few_moves(
+    problem: Problem,
+    initial: Placement,
+    better: Placement,
+    share: float,
+    *,
+    time_limit: float | None = None,
+    threads: int | None = None,
+) -> Placement | None:
+    """Return the fewest steps from what runs that gain a share of what a better placement does.
+
+    Of all steps those are taken that gain most for a move. None where they end before that.
+    """
+    budget = Budget(time_limit, threads=threads)
+    run = Run(problem, budget=budget, moves=Moves(initial))
+    start = run.offer(repair(problem, initial), "running", role=Role.RUNNING, is_start=True)
+    path, interrupted = descend(run, LayerModel(run), start.slots, initial, np.inf, budget)
+    if interrupted:
+        raise KeyboardInterrupt
+    wanted = start.value - share * (start.value - run.judge(better.slots).value)
+
+    def is_enough(steps: int) -> bool:
+        return run.judge(path.after(steps)).value <= wanted
+
+    # Steps that bring layers within their caps come first.
+    fewest, last = int(path.excess.argmin()), len(path.value) - 1
+    if not is_enough(last):
+        return None
+    while fewest < last:
+        middle = (fewest + last) // 2
+        if is_enough(middle):
+            last = middle
+        else:
+            fewest = middle + 1
+    slots = keep_slots(initial.slots, run.judge(path.after(last)).slots, problem.capacity)
+    return Placement(slots, num_experts=problem.experts)
+
+
 def _descend(run: Run, budget: Budget) -> None:
     """Offer the ends of some of the steps that gain most for a move."""
     start, running = run.incumbents[0].slots, require_moves(run).initial

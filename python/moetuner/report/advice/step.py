@@ -8,17 +8,17 @@ from moetuner.evaluation.judgement import judge
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
-from moetuner.report.advice.request import Part, Request, search
+from moetuner.report.advice.request import Part, Request
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, evaluate_all
 from moetuner.report.advice.values import Advice, SmallStep
+from moetuner.solver import find_few_moves
 from moetuner.solver.rebalancing import rebalance
 
-# Parts of the moves to the proposed placement that are tried, and the part of its gain that is
-# enough.
-PARTS, ENOUGH = (0.05, 0.1, 0.2, 0.4, 0.6), 0.75
-# Slots of all layers up to which moves are searched step by step: that takes a second for as many,
-# and minutes for those of the largest models.
-FEW_SLOTS = 2048
+# The part of the proposed placement's gain that is enough, and of its moves that are few.
+ENOUGH, FEW_MOVES = 0.75, 0.6
+# Slots of all layers up to which moves are searched step by step, a second for as many: of the
+# largest models that takes minutes, and these parts of the proposed placement's moves are tried.
+FEW_SLOTS, PARTS = 2048, (0.05, 0.1, 0.2, 0.4, FEW_MOVES)
 STEP = "step"
 
 
@@ -28,38 +28,37 @@ def find_step(request: Request, trial: Trial, part: Part, advice: Advice) -> Sma
     They are chosen by what was seen and judged on what was not, in the windows where most is
     gained. None where nothing is proposed, or few moves gain little.
     """
-    experts = advice.moving.experts
-    if advice.answer != "worth a trial" or not trial.problem.has_slots_for(
-        running := trial.placements[RUNNING]
-    ):
+    problem, running = trial.problem, trial.placements[RUNNING]
+    if advice.answer != "worth a trial" or not problem.has_slots_for(running):
         return None
-    problem, proposed = trial.problem, trial.placements[PROPOSED]
+    highest = int(FEW_MOVES * advice.moving.experts)
+    if problem.capacity.sum() <= FEW_SLOTS:
+        found = find_few_moves(
+            problem,
+            running,
+            trial.placements[PROPOSED],
+            ENOUGH,
+            time_limit=request.time_limit,
+            threads=request.threads,
+        )
+    else:
+        found = _relieve_enough(trial, advice.moving.experts)
+    if found is None or problem.violations(found):
+        return None
+    step = _judge(request, trial, part, advice, found)
+    return step if step.experts <= highest else None
+
+
+def _relieve_enough(trial: Trial, experts: int) -> Placement | None:
+    """Return what the fewest of some parts of so many moves make of what runs, if it is enough."""
+    problem, running = trial.problem, trial.placements[RUNNING]
     value = problem.value(running)
-    enough = value - ENOUGH * (value - problem.value(proposed))
-    is_small = problem.capacity.sum() <= FEW_SLOTS
+    wanted = value - ENOUGH * (value - problem.value(trial.placements[PROPOSED]))
     for share in PARTS:
-        budget = int(share * experts)
-        found = [_relieve(problem, running, budget)]
-        if is_small:
-            found.append(_step_down(request, trial, part, budget))
-        kept = [each for each in found if not problem.violations(each)]
-        best = min(kept, key=problem.value, default=running)
-        if problem.value(best) <= enough:
-            return _judge(request, trial, part, advice, best)
+        found = _relieve(problem, running, int(share * experts))
+        if not problem.violations(found) and problem.value(found) <= wanted:
+            return found
     return None
-
-
-def _step_down(request: Request, trial: Trial, part: Part, budget: int) -> Placement:
-    """Return what so many moves make of what runs, by the steps that gain most for a move."""
-    return search(
-        request,
-        trial.problem,
-        "heuristic",
-        part.seed,
-        iterations=1,
-        initial=trial.placements[RUNNING],
-        move_budget=budget,
-    ).placement
 
 
 def _relieve(problem: Problem, running: Placement, budget: int) -> Placement:
