@@ -11,7 +11,14 @@ for file in "$@"; do
 		*.tar.gz) continue ;;
 	esac
 	case $file in
-		*linux*.whl) "$tools/auditwheel" show "$file" ;;
+		*manylinux*)
+			policy=${file##*.manylinux} policy=manylinux${policy%.whl}
+			"$tools/auditwheel" show "$file" | tr '\n' ' ' | grep "platform tag: \"$policy\""
+			;;
+		*musllinux*)
+			# Its one library is musl, which that loader knows by this name too; glibc's must not be looked at.
+			"$tools/auditwheel" show --ldpaths /nowhere "$file" | grep -o '"[^"]*": [^,]*' | diff - <(echo '"libc.so": null')
+			;;
 	esac
 	# The bill of materials of the Rust crates, the license and the types come along.
 	list=$("$tools/python" -m zipfile --list "$file")
