@@ -10,4 +10,5 @@ unset PYTHONPATH VIRTUAL_ENV
 "$python" -m venv "$folder/fresh"
 "$folder/fresh/bin/python" -m pip install --quiet pytest .
 "$folder/fresh/bin/moetuner" --version --json
-"$folder/fresh/bin/python" -m pytest -q --config-file /dev/null --rootdir . --noconftest tests/selftest
+"$folder/fresh/bin/python" -m pytest -q --config-file /dev/null --rootdir . --noconftest tests/selftest \
+	tests/test_processes.py::test_children_forked_among_busy_threads_work

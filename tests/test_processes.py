@@ -98,6 +98,36 @@ def test_a_child_forked_by_others_works():
     program(text, env=QUIET)
 
 
+def test_children_forked_among_busy_threads_work():
+    """Whatever other threads of their parent do in the core meanwhile, with or without a lock."""
+    text = """
+        import os, threading
+        import numpy as np
+        from moetuner import _core
+        load = np.arange(8, dtype=np.uint64).reshape(1, 8)
+        expected = _core.pack(load, 2, (0, 4), threads=1)[0]
+        ended = threading.Event()
+        def pack():
+            while not ended.is_set():
+                _core.pack(load, 2, (0, 4), threads=1)
+        threads = [threading.Thread(target=pack) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        codes = []
+        for _ in range(100):
+            pid = os.fork()
+            if pid == 0:
+                found = _core.pack(load, 2, (0, 4), threads=1)[0]
+                os._exit(0 if (found == expected).all() else 2)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        ended.set()
+        for thread in threads:
+            thread.join()
+        assert codes == [0] * 100, codes
+    """
+    program(text, env=QUIET)
+
+
 def test_one_thread_is_one_thread():
     """With threads=1 nothing but one thread works (this one listens), and none is rayon's own."""
     text = """

@@ -84,7 +84,7 @@ fn alone<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T
 
 /// Runs `work` without the interpreter lock, on `threads` threads where a number is given.
 fn detached<T: Send>(py: Python<'_>, threads: Option<usize>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
-    with_pool(threads, |pool| caught(|| py.detach(|| pool.install(work))))
+    with_pool(py, threads, |pool| caught(|| py.detach(|| pool.install(work))))
 }
 
 /// When a time limit is over; never where it is longer than clocks count.
@@ -155,7 +155,7 @@ fn watched<T: Send>(
             }
         });
     };
-    with_pool(threads, |pool| caught(|| watch(pool)))?;
+    with_pool(py, threads, |pool| caught(|| watch(pool)))?;
     match (failed, result) {
         (Some(error), _) => Err(error),
         (None, Some(result)) => Ok((result, interrupted)),

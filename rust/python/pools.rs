@@ -2,8 +2,7 @@
 
 use std::mem;
 use std::num::NonZero;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -21,24 +20,20 @@ struct Idle {
 }
 
 static IDLE: Mutex<Idle> = Mutex::new(Idle { process: 0, pools: Vec::new() });
-/// Whether this process began with pools that a thread of its parent's was looking at: nobody unlocks them here.
-static ARE_LOCKED: AtomicBool = AtomicBool::new(false);
 
-/// The idle pools of this process; none are kept where they cannot be unlocked.
+/// The idle pools of this process.
 ///
 /// A child that was forked has its parent's memory but not its threads: work given to the parent's pools would wait
-/// forever. With an interpreter lock only its holder has this lock, as a fork from Python does, so no child begins with
-/// a locked one; in an interpreter of free threads it may.
-fn idle() -> Option<MutexGuard<'static, Idle>> {
-    if ARE_LOCKED.load(Ordering::Relaxed) {
-        return None;
-    }
+/// forever. The lock is only ever held by a thread that is attached to the interpreter; a fork from Python is alone in
+/// being so, by the interpreter's lock, or as a free-threaded one stops all others first. So no child begins with a
+/// locked one.
+fn idle(_: Python<'_>) -> MutexGuard<'static, Idle> {
     let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     if idle.process != std::process::id() {
         forget(&mut idle);
         idle.process = std::process::id();
     }
-    Some(idle)
+    idle
 }
 
 /// Runs `work` with a pool of so many threads that is its own meanwhile; one for every core where no number is given.
@@ -46,16 +41,18 @@ fn idle() -> Option<MutexGuard<'static, Idle>> {
 ///
 /// Two calls at once would wait for each other's work in one pool, beyond their time limits.
 pub(super) fn with_pool<T>(
+    py: Python<'_>,
     threads: Option<usize>,
     work: impl FnOnce(&ThreadPool) -> PyResult<T>,
 ) -> PyResult<T> {
     let largest = || std::thread::available_parallelism().map_or(1, NonZero::get) * PER_CORE;
     let wanted = threads.map_or(0, |threads| threads.clamp(1, largest()));
     let process = std::process::id();
-    let idle_pool = idle().and_then(|mut idle| {
+    let idle_pool = {
+        let mut idle = idle(py);
         let place = idle.pools.iter().position(|(threads, _)| *threads == wanted);
         place.map(|place| idle.pools.remove(place).1)
-    });
+    };
     let pool = if let Some(pool) = idle_pool {
         pool
     } else {
@@ -69,23 +66,18 @@ pub(super) fn with_pool<T>(
         mem::forget(pool);
         return result;
     }
-    if let Some(mut idle) = idle() {
-        if idle.pools.len() == IDLE_POOLS {
-            idle.pools.remove(0);
-        }
-        idle.pools.push((wanted, pool));
+    let mut idle = idle(py);
+    if idle.pools.len() == IDLE_POOLS {
+        idle.pools.remove(0);
     }
+    idle.pools.push((wanted, pool));
     result
 }
 
 /// Called in a child that was just forked; its number alone may be that of a process which ended long ago.
 #[pyfunction]
 pub(super) fn forget_pools() {
-    match IDLE.try_lock() {
-        Ok(mut idle) => forget(&mut idle),
-        Err(TryLockError::Poisoned(error)) => forget(&mut error.into_inner()),
-        Err(TryLockError::WouldBlock) => ARE_LOCKED.store(true, Ordering::Relaxed),
-    }
+    forget(&mut IDLE.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
 /// Leaks the pools: to end them would be to wait for threads that are not there.
