@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -18,15 +19,19 @@ from types import FrameType, TracebackType
 
 # Signal that has interrupted the command that runs.
 _signal: int | None = None
+# When this process, if it is the command line, began to import it.
+_began: float | None = None
 
 
 def quiet_start() -> None:
     """End at once on signals while the command line is being imported; elsewhere do nothing."""
+    global _began
     started = sys.argv[0] if getattr(sys, "argv", None) else ""
     # While "python -m moetuner" looks for the module, its name is not yet in place.
     as_module = started == "-m" and ("-m", "moetuner") in pairwise(sys.orig_argv)
     if not (Path(started).name == "moetuner" or as_module):
         return
+    _began = time.monotonic()
     sys.excepthook = _say_briefly
     with suppress(ValueError):  # not the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -64,6 +69,11 @@ def heard() -> Iterator[None]:
 def status() -> int | None:
     """Return the exit status of a command that a signal interrupted; None where none did."""
     return None if _signal is None else 128 + _signal
+
+
+def began() -> float:
+    """Return when the command line began, with what it imports; now in another's process."""
+    return time.monotonic() if _began is None else _began
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

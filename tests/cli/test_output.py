@@ -1,6 +1,7 @@
 """What is shown while something takes long: on a screen, and in a log."""
 
 import io
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ def screen(monkeypatch):
     file = io.StringIO()
     monkeypatch.setattr(output, "FIRST_S", 3600.0)
     monkeypatch.setattr(output, "BEAT_S", 3600.0)
+    monkeypatch.setattr(output.Report, "heard", math.inf)
     monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
     def console(*, terminal):
@@ -72,7 +74,10 @@ def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):
 
 
 def test_a_log_hears_that_work_goes_on(screen, monkeypatch):
-    """What was said last is said again after two seconds, with what is left of the time by then."""
+    """What was said last is said again by two seconds, with what is left of the time by then.
+
+    Later by a part of the time so far, and then by ten seconds.
+    """
     file, clock = screen(terminal=False), [0.0]
     monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with output.working("advising") as report:
@@ -80,18 +85,25 @@ def test_a_log_hears_that_work_goes_on(screen, monkeypatch):
             report.beat()
         clock[0] = 10.0
         report.show("searching", 0.25)
-        for clock[0] in (11.9, 12.0, 13.9, 14.0):
-            report.beat()
-        clock[0] = 600.0
-        report.beat()
-        for clock[0] in (609.0, 611.0):
+        for clock[0] in (11.4, 11.5, 12.9, 13.0, 600.0, 603.7, 604.0, 3600.0, 3609.9, 3610.0):
             report.beat()
     lines = file.getvalue().splitlines()
     assert lines[0] == "moetuner: advising: 3 s"
-    left = ("30", "28", "26", "0", "0")
+    left = ("30", "28", "27", "0", "0", "0", "0")
     assert lines[1:] == [
         f"moetuner: advising: 25 %, about {seconds} s left, searching" for seconds in left
     ]
+
+
+@pytest.mark.parametrize(("silence", "seconds"), [(0.0, 1.0), (0.4, 0.6), (3.0, 0.2)])
+def test_a_log_waits_no_second_for_each_work(screen, monkeypatch, silence, seconds):
+    """What begins after a silence is told of the sooner; not at once, as it may be short."""
+    screen(terminal=False)
+    monkeypatch.setattr(output, "FIRST_S", 1.0)
+    monkeypatch.setattr(output.Report, "heard", -silence)
+    assert output.Report("counting", None).wait_s() == pytest.approx(seconds)
+    screen(terminal=True)
+    assert output.Report("counting", None).wait_s() == output.FIRST_S
 
 
 @pytest.mark.parametrize("copies", [(0,), (0, 1), (0, 1, 2, 4)])

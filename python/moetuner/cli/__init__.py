@@ -36,6 +36,7 @@ from moetuner.cli import (
     streams,
     verify,
 )
+from moetuner.cli.output import Report
 from moetuner.files.text import printable
 
 WRONG = 2
@@ -145,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _share_memory()
+    Report.heard = _interrupts.began()
     with _interrupts.heard(), streams.standard_streams() as output:
         status = _run(arguments)
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 import threading
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from rich.console import Console
@@ -114,10 +115,13 @@ class Output:
                 temporary.write_text(text + "\n")
 
 
-# What takes longer is shown: a terminal gets a bar, a log a line and then one every so often, or
-# after such a part of the time so far. What has nothing new to say says what it said.
-FIRST_S = 1.0
-INTERVAL_S, INTERVAL_PART = 2.0, 1 / 60
+# What takes longer is shown: a terminal gets a bar; a log, once it has heard nothing for so long, a
+# line. What is done at once is left out even then.
+FIRST_S, AT_ONCE_S = 1.0, 0.2
+# Then a log gets a line at the beat after an interval: no silence is longer than two seconds. After
+# four minutes intervals are such a part of the time so far, up to ten seconds: a line that is found
+# at the end of a log is not old. What has nothing new to say says what it said.
+INTERVAL_S, INTERVAL_PART, LONGEST_S = 1.5, 1 / 160, 10.0
 BEAT_S = 0.5
 
 
@@ -145,6 +149,9 @@ def time_left(seconds: float, share: float | None, at: float, what: str) -> str:
 class Report:
     """Shows how far work is, once it has taken a second; a callback for ``solve``."""
 
+    # When a log last heard anything, of whichever work; until then silence begins with the work.
+    heard: ClassVar[float] = math.inf
+
     def __init__(self, label: str, time_limit: float | None) -> None:
         self.label, self.time_limit = printable(label), time_limit
         self._console = Console(stderr=True, highlight=False, markup=False)
@@ -156,7 +163,8 @@ class Report:
         quiet: Any = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
         self._bar = Bar(*columns, console=self._console, **quiet)
         self._task = self._bar.add_task(self.label, total=None, text="", at=0.0, what="")
-        self._began = self._last = time.monotonic()
+        self._began = time.monotonic()
+        self._last = min(self._began, Report.heard)
         # Text, share, what of, after so many seconds, and when that was told.
         self._told: tuple[str, float | None, str, float, float] = ("", None, "", 0.0, self._began)
 
@@ -201,14 +209,21 @@ class Report:
 
     def _tell(self, now: float) -> None:
         """Write what was told last, and the time that is left now, if it is time for a line."""
-        if now - self._last < max(INTERVAL_S, INTERVAL_PART * (now - self._began)):
+        part = INTERVAL_PART * (now - self._began)
+        if now - self._last < max(INTERVAL_S, min(part, LONGEST_S)):
             return
-        self._last = now
         text, share, what, at, told = self._told
         parts = (f"{self.label}: {time_left(at + now - told, share, at, what)}", text)
         self._say(", ".join(filter(None, parts)))
 
+    def wait_s(self) -> float:
+        """Compute the seconds until work is shown that has just begun."""
+        if self._console.is_interactive:
+            return FIRST_S
+        return max(FIRST_S - (self._began - self._last), AT_ONCE_S)
+
     def _say(self, text: str) -> None:
+        Report.heard = self._last = time.monotonic()
         self._console.print(f"moetuner: {text}", soft_wrap=True)
 
 
@@ -218,7 +233,7 @@ def working(label: str, *, time_limit: float | None = None) -> Iterator[Report]:
     report, is_over = Report(label, time_limit), threading.Event()
 
     def watch() -> None:
-        if not is_over.wait(FIRST_S):
+        if not is_over.wait(report.wait_s()):
             report.begin()
         while not is_over.wait(BEAT_S):
             report.beat()

@@ -13,6 +13,7 @@ from moetuner._checks import ArgumentError, one_of
 from moetuner.cli.options import SIZE, Text, flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.output import working
 from moetuner.formats.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import goal_for, tables_for
@@ -273,7 +274,8 @@ class ProblemOptions(Serving):
             no_visits = statistics.sets is None and statistics.coactivation is None
             if no_visits and statistics.transitions is not None:
                 settings["regime"] = "follow"
-        return Problem(statistics, topology, **settings)
+        with working("weighing windows"):
+            return Problem(statistics, topology, **settings)
 
     def _by_engine(self, statistics: RoutingStatistics, topology: Topology) -> dict[str, Any]:
         """Return the settings of a problem that the engine decides."""

@@ -375,7 +375,9 @@ class Source(FileHints):
 
     def describe(self) -> str:
         """Describe INPUT in a line; in further ones what was assumed of it, and warnings."""
-        return "\n".join([describe(self.input_files, self.traffic), *self._step(), *self.warnings])
+        with working(f"looking at {self.input_files[0].name}"):
+            lines = [describe(self.input_files, self.traffic), *self._step(), *self.warnings]
+        return "\n".join(lines)
 
     @cached_property
     def warnings(self) -> list[str]:
