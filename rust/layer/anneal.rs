@@ -37,6 +37,12 @@ const LEAST: u64 = 50;
 /// Trials between two looks at the clock where one looks at thousands of expert sets.
 const BETWEEN: u64 = 16;
 
+/// Temperatures that no accepted change adds more than: no number of 24 bits between 0 and 1 has a larger logarithm.
+const OUT_OF_QUESTION: f64 = 18.0;
+
+/// Bits of proposals that begin with the device that costs most, where losses count.
+const AIMED: u64 = 1 << 16;
+
 /// How much to search.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
@@ -74,12 +80,8 @@ pub(super) fn search(
     let begin = Instant::now();
     let mut slots = start.clone();
     let mut terms = Terms::new(layer, &slots);
-    let slowest = |terms: &Terms| {
-        terms.balance.as_ref().map_or(0.0, |balance| balance.slowest(layer))
-            + terms.of_divided()
-            + terms.linear
-    };
-    let mut best = (if effort.quick { slowest(&terms) } else { terms.cost(layer) }, slots.expert_in.clone());
+    let mut best =
+        (if effort.quick { terms.slowest(layer) } else { terms.cost(layer) }, slots.expert_in.clone());
     // What a slot may hold instead, where slots are to spare: any expert or, as the last of them, nothing.
     let kinds = if layer.has_spare() { layer.experts + usize::from(effort.empties) } else { 0 };
     let has_few_windows =
@@ -94,11 +96,12 @@ pub(super) fn search(
             if trial % BETWEEN == BETWEEN - 1 && layer.costs.sets.is_some() && control.stopped() {
                 break;
             }
-            let step = proposal(layer, &slots, kinds, schedule.put, random);
+            let step = proposal(layer, &slots, &terms, kinds, schedule.put, random);
             if !slots.allows(&layer.site, step) {
                 continue;
             }
-            let Some(change) = terms.change(layer, &slots, step) else { continue };
+            let limit = temperature * OUT_OF_QUESTION;
+            let Some(change) = terms.change(layer, &slots, step, limit) else { continue };
             if accepts(change, temperature, random.bits()) {
                 terms.apply(layer, &mut slots, step);
                 let cost = if effort.quick { f64::INFINITY } else { terms.cost(layer) };
@@ -109,17 +112,34 @@ pub(super) fn search(
             }
         }
     });
-    if effort.quick && slowest(&terms) <= best.0 {
-        return (slowest(&terms), slots);
+    if effort.quick {
+        let slowest = terms.slowest(layer);
+        if slowest <= best.0 {
+            return (slowest, slots);
+        }
     }
     (best.0, Slots::new(&layer.site.capacity, layer.experts, &best.1))
 }
 
-/// A random exchange of two slots or, where there are `kinds` of contents, one time in `put` others of one.
+/// An exchange of two random slots or, where there are `kinds` of contents, one time in `put` others of one.
 #[inline(always)]
-fn proposal(layer: &Layer, slots: &Slots, kinds: usize, put: u64, random: &mut Random) -> Move {
+fn proposal(
+    layer: &Layer,
+    slots: &Slots,
+    terms: &Terms,
+    kinds: usize,
+    put: u64,
+    random: &mut Random,
+) -> Move {
     let (bits, count) = (random.bits(), slots.expert_in.len());
-    let (p, other) = (scale(bits >> 32, count), random.bits() >> 32);
+    let (mut p, other) = (scale(bits >> 32, count), random.bits() >> 32);
+    // Where one device is what counts, few others are worth a look.
+    if bits & AIMED == AIMED
+        && let Some(slots) = terms.costliest(layer, random).map(|device| slots.of(device))
+        && !slots.is_empty()
+    {
+        p = slots.start + scale(bits >> 32, slots.len());
+    }
     if kinds > 0 && bits.is_multiple_of(put) {
         let e = scale(other, kinds);
         Move::Put(p, if e == layer.experts { EMPTY } else { e as u16 })
@@ -141,8 +161,10 @@ fn typical_change(
     let mut changes: Vec<f64> = (0..schedule.sample)
         .take_while(|_| !control.stopped())
         .filter_map(|_| {
-            let step = proposal(layer, slots, kinds, schedule.put, random);
-            let change = slots.allows(&layer.site, step).then(|| terms.change(layer, slots, step))??;
+            let step = proposal(layer, slots, terms, kinds, schedule.put, random);
+            let change = slots
+                .allows(&layer.site, step)
+                .then(|| terms.change(layer, slots, step, f64::INFINITY))??;
             (change != 0.0).then_some(change.abs())
         })
         .collect();
@@ -155,8 +177,7 @@ fn accepts(change: f64, temperature: f64, bits: u64) -> bool {
     if change <= 0.0 {
         return true;
     }
-    // No number of 24 bits between 0 and 1 has a larger logarithm: most changes are out of the question without it.
-    if change > 18.0 * temperature {
+    if change > OUT_OF_QUESTION * temperature {
         return false;
     }
     let uniform = ((bits >> 40) as f64 + 0.5) / (1u64 << 24) as f64;

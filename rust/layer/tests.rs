@@ -1,5 +1,7 @@
 //! What every part promises, on layers of all kinds: terms beside their definitions, searches beside rules and starts.
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 
 use super::adapt::variance;
@@ -7,7 +9,7 @@ use super::construct::{QUICK, by_windows, fill, on_sum};
 use super::terms::balance::Balance;
 use super::terms::divided;
 use super::terms::fanout;
-use super::terms::losses::{Losses, POWER};
+use super::terms::losses::{DOUBLINGS, Losses};
 use super::terms::reading::{Reading, Weights};
 use super::terms::together::Pairs;
 use super::terms::windows::{Measure, Windows};
@@ -79,7 +81,7 @@ fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
     let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
     let losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
-    let divided = Some(divided_of(traffic, experts));
+    let divided = (random.below(2) == 0).then(|| divided_of(traffic, experts));
     let costs = Costs { copy_cost, serve_cost, sets, pairs, losses, divided, ..layer.costs };
     Layer { costs, ..layer }
 }
@@ -93,7 +95,7 @@ fn divided_of(traffic: &Traffic, experts: usize) -> divided::Loads {
 /// What the slowest devices take by definition, if tokens are divided as is best: over all sets of devices, what is there
 /// alone (Hall, 1935).
 fn of_divided(layer: &Layer, slots: &Slots) -> f64 {
-    let loads = &layer.costs.divided.as_ref().expect("windows are divided").0;
+    let Some(divided::Loads(loads)) = &layer.costs.divided else { return 0.0 };
     let longest = |load: &[f64]| -> f64 {
         let sets = 1u32..1 << layer.devices();
         let time = |set: u32| {
@@ -257,25 +259,25 @@ fn of_shares(layer: &Layer, slots: &Slots) -> f64 {
     cost
 }
 
-/// What lost domains cost by definition: what each leaves to every device, by its power, in mean loads of a device.
+/// What lost domains cost by definition: the norm of what devices have after losses above the mean of those that are left.
 fn of_losses(layer: &Layer, slots: &Slots) -> f64 {
     let losses = layer.costs.losses.as_ref().expect("losses are priced");
-    let mean = (layer.load.iter().sum::<f64>() / layer.devices() as f64).max(f64::MIN_POSITIVE);
-    let mut cost = 0.0;
-    for lost in 0..layer.devices() as u16 {
-        for device in (0..layer.devices()).filter(|&g| losses.domain[g] != lost) {
-            let gained = |e: u16| {
+    let (total, order) = (layer.load.iter().sum::<f64>(), f64::from(2u32.pow(DOUBLINGS)));
+    let (mut powers, time) = (0.0, |g: usize| layer.site.time[g]);
+    for lost in losses.domain.iter().copied().collect::<BTreeSet<u16>>() {
+        let left: Vec<usize> = (0..layer.devices()).filter(|&g| losses.domain[g] != lost).collect();
+        let mean = total / left.iter().map(|&g| 1.0 / time(g)).sum::<f64>();
+        for &device in left.iter().filter(|_| total > 0.0) {
+            let served = |e: u16| {
                 let holders: Vec<u16> = slots.devices(e).collect();
-                let gone = holders.iter().filter(|&&g| losses.domain[usize::from(g)] == lost).count();
-                let (all, left) = (holders.len() as f64, (holders.len() - gone) as f64);
-                let has = slots.holds(e, device);
-                if has && gone > 0 { layer.load[usize::from(e)] * (1.0 / left - 1.0 / all) } else { 0.0 }
+                let alive = holders.iter().filter(|&&g| losses.domain[usize::from(g)] != lost).count();
+                if slots.holds(e, device) { layer.load[usize::from(e)] / alive as f64 } else { 0.0 }
             };
-            let more: f64 = (0..layer.experts as u16).map(gained).sum();
-            cost += (more / mean).powi(POWER) * losses.cost;
+            let load: f64 = (0..layer.experts as u16).map(served).sum();
+            powers += (load * time(device) / mean - 1.0).max(0.0).powf(order);
         }
     }
-    cost
+    powers.powf(1.0 / order) * losses.cost
 }
 
 /// Every expert has a slot where it may be, and stays where it must; no device has two copies.
@@ -332,7 +334,10 @@ fn follow(
         if !slots.allows(&layer.site, step) {
             continue;
         }
-        let (before, change) = (terms.cost(layer), terms.change(layer, slots, step).expect("no cap"));
+        let (before, change) =
+            (terms.cost(layer), terms.change(layer, slots, step, f64::INFINITY).expect("no cap"));
+        let limit = 1e-9f64.mul_add(before.abs() + 1.0, change);
+        prop_assert!(terms.change(layer, slots, step, limit).is_some(), "{change} is no more than itself");
         terms.apply(layer, slots, step);
         let fresh = Terms::new(layer, slots).cost(layer);
         prop_assert!(close(terms.cost(layer), fresh, 1e-9), "{} {fresh}", terms.cost(layer));

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.evaluation.losses import DOMAINS, domains_of, measure_losses
+from moetuner.solver.stages.floor import balanced
 
 
 def survives(placement, topology, domain):
@@ -77,6 +78,49 @@ def test_partners_are_spread():
     packed = measure_losses(quick, statistics.total_load, topology)
     assert spread.imbalance_after_worst < packed.imbalance_after_worst
     assert mt.evaluate(kept["spread"], statistics).imbalance < 1.03
+
+
+@given(st.integers(12, 40), st.integers(6, 10), st.floats(0.1, 1.0), st.integers(0, 999))
+def test_copies_follow_what_a_loss_leaves(experts, devices, skew, seed):
+    """What one lost copy leaves to another device is as little as copies of any numbers allow."""
+    load = 1 + (1e6 * np.random.default_rng(seed).lognormal(0, skew, experts)).astype(np.int64)
+    slots = -(-5 * experts // (2 * devices))
+    statistics = mt.RoutingStatistics.from_load(load[None, None])
+    problem = mt.Problem(
+        statistics,
+        mt.Topology(devices),
+        slots_per_device=slots,
+        objective="balance",
+        survive="device",
+    )
+    copies = np.array([(balanced(problem)[0] == e).any(axis=1).sum() for e in range(experts)])
+    left = load / (copies * (copies - 1))
+    if (load / copies).max() > load.sum() / devices:
+        return
+    # With fewer than that left everywhere, copies of all experts need more slots than there are.
+    fewest = [
+        next(c for c in range(2, 10**6) if c * (c - 1) * left.max() * (1 - 1e-9) > each)
+        for each in load.tolist()
+    ]
+    assert sum(fewest) > devices * slots or max(fewest) > devices
+
+
+@pytest.mark.parametrize("method", ["quick", "heuristic"])
+def test_the_worst_loss_is_near_what_one_copy_leaves(method):
+    """Partners are spread and level: after the worst loss no device has much more than one copy."""
+    load = (1e5 * np.random.default_rng(1).lognormal(0, 0.7, (3, 64))).astype(np.int64)
+    statistics, topology = mt.RoutingStatistics.from_load(load[None]), mt.Topology(18)
+    problem = mt.Problem(
+        statistics, topology, slots_per_device=8, objective="balance", survive="device"
+    )
+    placement = mt.solve(problem, method).placement
+    assert mt.evaluate(placement, statistics).imbalance < 1.01
+    for layer in range(3):
+        held = placement.held[layer].sum(axis=0)
+        part = (load[layer] / (held * (held - 1))).max() / (load[layer].sum() / 18)
+        alone = mt.Placement(placement.slots[layer : layer + 1], num_experts=64)
+        after = measure_losses(alone, load[layer : layer + 1], topology).imbalance_after_worst
+        assert after < (1.02 + part) * 17 / 18
 
 
 def test_the_objective_weighs_losses():

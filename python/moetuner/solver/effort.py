@@ -182,6 +182,8 @@ DIVIDED_TRIALS, DIVIDED_WORK, DIVIDED_SHARE = 20, 64, 0.5
 # Without hurry: trials for a slot times LANES windows, and the fewest windows for which it is used;
 # and those of a start, from which all that counts is searched.
 BALANCING_FULL, MANY_WINDOWS, BALANCING_START = 4000, 17, 400
+# Where experts survive losses: trials for a slot times LANES windows ("Lost devices").
+SPREAD_TRIALS = 50
 # Trials for a layer that DeepSeek's own code would balance better.
 CATCH_UP = 20_000
 
@@ -199,6 +201,11 @@ def count_trials(slots: int, windows: int | None) -> int:
 def start_trials(slots: int, windows: int) -> int:
     """Return the trials of a layer of slots in windows where a search begins."""
     return max(BALANCING_START * slots // -(-windows // LANES), LEAST_BALANCING)
+
+
+def spread_trials(slots: int, windows: int) -> int:
+    """Return the trials of a layer of slots in windows whose experts survive losses."""
+    return max(SPREAD_TRIALS * slots // -(-windows // LANES), LEAST_BALANCING)
 
 
 def divided_trials(slots: int, windows: int) -> int:

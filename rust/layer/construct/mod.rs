@@ -21,7 +21,7 @@ use crate::tournament::Tournament;
 use partners::by_partners;
 use polish::polish;
 use repair::{repair, vacant};
-use spread::ByLosses;
+use spread::by_losses;
 pub use squeeze::find_shortage;
 use squeeze::squeeze;
 pub use windows::by_windows;
@@ -53,14 +53,11 @@ pub(super) const LEAST: f64 = 1e-200;
 pub fn fill(site: &Site, load: &[f64], trials: usize) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
-    let (order, copies) = copies(&slots, site, load, 1.0)?;
     if site.rules.min_copies > 1 {
-        let mut devices = ByLosses::new(&slots, site, load, &copies);
-        longest_first(&mut slots, site, &order, &mut devices)?;
-        // Copies are counted as they came to be.
-        ByLosses::new(&slots, site, load, &slots.copies.clone()).settle(&mut slots);
+        by_losses(&mut slots, site, load)?;
         return Ok(slots);
     }
+    let (order, copies) = copies(&slots, site, load, part)?;
     let mut devices = ByTime::new(&slots, site, load, &copies);
     longest_first(&mut slots, site, &order, &mut devices)?;
     polish(&mut slots, site, load, trials);
@@ -124,9 +121,8 @@ fn pin(slots: &mut Slots, site: &Site) -> Placed<()> {
 struct Item(u64);
 
 impl Item {
-    fn new(load: f64, copies: u32, expert: usize) -> Self {
-        // The bits of positive numbers rise as they do. Without load a second copy is worth less than a first one, still.
-        let per_copy = load.max(LEAST) / f64::from(copies);
+    fn new(per_copy: f64, expert: usize) -> Self {
+        // The bits of positive numbers rise as they do.
         Self(per_copy.to_bits() & !0xffff | u64::from(!(expert as u16)))
     }
 
@@ -135,16 +131,27 @@ impl Item {
     }
 }
 
-/// The experts, the heaviest copies first, and how many every expert is to have `[E]`; a copy beyond the second is worth
-/// a part of its load.
-fn copies(slots: &Slots, site: &Site, load: &[f64], further: f64) -> Placed<(Vec<Item>, Vec<u32>)> {
+/// What each of so many copies of an expert serves, if they share its load evenly.
+fn part(load: f64, copies: u32) -> f64 {
+    // Without load a second copy is worth less than a first one, still.
+    load.max(LEAST) / f64::from(copies)
+}
+
+/// The experts, the heaviest copies first, and how many every expert is to have `[E]`, by what one of so many copies of a
+/// load weighs: the heaviest of all gets another one.
+fn copies(
+    slots: &Slots,
+    site: &Site,
+    load: &[f64],
+    weight: impl Fn(f64, u32) -> f64,
+) -> Placed<(Vec<Item>, Vec<u32>)> {
     let max_copies = site.rules.max_copies_of(&site.capacity);
     let mut copies: Vec<u32> = slots.copies.iter().map(|&placed| site.rules.least_copies(placed)).collect();
     let taken: usize = copies.iter().map(|&copies| copies as usize).sum();
     let Some(mut spare) = slots.expert_in.len().checked_sub(taken) else {
         return Err(NoSlot(slots.copies.iter().rposition(|&placed| placed == 0).unwrap_or(0)));
     };
-    let items: Vec<Item> = (0..copies.len()).map(|e| Item::new(load[e], copies[e], e)).collect();
+    let items: Vec<Item> = (0..copies.len()).map(|e| Item::new(weight(load[e], copies[e]), e)).collect();
     let mut full = Vec::with_capacity(items.len());
     let mut heap = BinaryHeap::from(items);
     while spare > 0 {
@@ -153,7 +160,7 @@ fn copies(slots: &Slots, site: &Site, load: &[f64], further: f64) -> Placed<(Vec
         if copies[e] < max_copies(e) {
             copies[e] += 1;
             spare -= 1;
-            *top = Item::new(load[e] * further, copies[e], e);
+            *top = Item::new(weight(load[e], copies[e]), e);
         } else {
             full.push(PeekMut::pop(top));
         }

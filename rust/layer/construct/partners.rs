@@ -5,7 +5,7 @@
 //! too much of can go on to all others, also when loads are not what they were. Of 288 slots on 32 devices these are rings.
 
 use super::repair::vacant;
-use super::{Devices, Item, Placed, copies, longest_first, pin};
+use super::{Devices, Item, Placed, copies, longest_first, part, pin};
 use crate::layer::{Site, Slots};
 
 /// What a copy beyond the second is worth, as a part of its load: two let tokens go elsewhere, others let more do.
@@ -18,9 +18,13 @@ const FURTHER: f64 = 0.5;
 pub(super) fn by_partners(site: &Site, load: &[f64]) -> Placed<Slots> {
     let mut slots = Slots::empty(&site.capacity, load.len());
     pin(&mut slots, site)?;
-    let (mut order, copies) = copies(&slots, site, load, FURTHER)?;
+    let weight = |load, copies| part(load, copies) * if copies > 1 { FURTHER } else { 1.0 };
+    let (mut order, copies) = copies(&slots, site, load, weight)?;
     let heaviest = |item: &Item| {
-        (copies[item.expert()] == 1, std::cmp::Reverse(Item::new(load[item.expert()], 1, item.expert())))
+        (
+            copies[item.expert()] == 1,
+            std::cmp::Reverse(Item::new(part(load[item.expert()], 1), item.expert())),
+        )
     };
     order.sort_by_key(heaviest);
     let mut devices = ByPartners::new(&slots, site, load, &copies);

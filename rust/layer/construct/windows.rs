@@ -3,7 +3,7 @@
 //!
 //! How heavy an expert is, and how many copies it gets, is its mean square over windows (bench/RESULTS.md).
 
-use super::{Devices, Placed, QUICK, complete, copies, fill, longest_first, pin};
+use super::{Devices, Placed, QUICK, complete, copies, fill, longest_first, part, pin};
 use crate::layer::terms::balance::Balance;
 use crate::layer::{EMPTY, Layer, Slots};
 
@@ -24,7 +24,7 @@ fn pack_windows(layer: &Layer) -> Placed<Slots> {
     let (site, weight) = (&layer.site, &layer.windows.heaviness);
     let mut slots = Slots::empty(&site.capacity, layer.experts);
     pin(&mut slots, site)?;
-    let (order, copies) = copies(&slots, site, weight, 1.0)?;
+    let (order, copies) = copies(&slots, site, weight, part)?;
     let mut devices = ByPowers::new(layer, &slots, &copies);
     longest_first(&mut slots, site, &order, &mut devices)?;
     Ok(slots)

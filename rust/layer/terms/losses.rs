@@ -1,126 +1,296 @@
-//! The term of lost devices: what the others get on top where the devices of a failure domain, a device or a node, are lost.
+//! The term of lost devices: how busy the others are where the devices of a failure domain, a device or a node, are lost.
 //!
 //! An expert with `c` copies, `k` of them in a domain that is lost, brings each of the others
-//! `load (1 / (c - k) - 1 / c)` more, if copies share tokens evenly. The more partners share what a domain leaves, the less
-//! the busiest of them gets: so what a domain leaves to a device counts by a power, in parts of a device's mean load.
+//! `load (1 / (c - k) - 1 / c)` more, if copies share tokens evenly. What counts is the device that is done last after the
+//! worst loss. A search that minimises the maximum alone is told nothing by all moves but few, so a norm over all losses
+//! and devices stands for it, of what each device has above the mean of those that are left.
+//!
 //! Experts that are lost as a whole leave nothing to anybody; that they are not is a rule (`super::super::rules`).
 
 use crate::layer::slots::Edit;
-use crate::layer::{Layer, Move, Slots};
+use crate::layer::{Layer, Move, Site, Slots};
 
-/// Power by which it counts what a domain leaves to a device: the busiest one matters.
-pub const POWER: i32 = 3;
+/// The norm is of order two to the power of this.
+pub const DOUBLINGS: u32 = 4;
+/// Losses that are looked at together.
+const WIDTH: usize = 8;
 
 /// What it costs that devices may be lost.
 #[derive(Debug, Clone)]
 pub struct Losses {
     /// Failure domain of every device `[D]`.
     pub domain: Vec<u16>,
-    /// Of a mean device's load that one domain leaves to one device.
+    /// Of a device that has, after the worst loss, the mean of those that are left once more.
     pub cost: f64,
 }
 
-/// What counts of what a domain leaves to a device.
-fn power(left: f64) -> f64 {
-    left.powi(POWER)
+/// What devices have to do, and what the loss of every domain adds to it.
+#[derive(Debug, Clone)]
+pub(in crate::layer) struct AfterLosses {
+    /// Failure domain of every device `[D]`.
+    pub(in crate::layer) domain: Vec<usize>,
+    /// Time of every device per token `[D]`.
+    time: Vec<f64>,
+    /// One over the time that a loss leaves devices evenly, by domains in full vectors `[width]`; 0 where none is left.
+    per_mean: Vec<f64>,
+    /// Load of every device `[D]`, and what the loss of a domain adds to it `[D, width]`; nothing ever is as little as
+    /// what the loss of its own adds.
+    pub(in crate::layer) loads: Vec<f64>,
+    added: Vec<f64>,
 }
 
-/// By how much more that counts if it grows.
-fn grown(left: f64, more: f64) -> f64 {
-    power(left + more) - power(left)
+impl AfterLosses {
+    /// Of devices that hold nothing yet, where all of so much load is served.
+    pub(in crate::layer) fn new(site: &Site, domain: &[u16], total: f64) -> Self {
+        let domain: Vec<usize> = domain.iter().map(|&domain| usize::from(domain)).collect();
+        let width = domain.iter().max().map_or(0, |last| last + 1).next_multiple_of(WIDTH);
+        let rate = |lost: usize| {
+            let left = domain.iter().zip(&site.time).filter(|(domain, _)| **domain != lost);
+            left.map(|(_, time)| 1.0 / time).sum::<f64>()
+        };
+        let is_domain = |lost: usize| domain.contains(&lost) && total > 0.0;
+        let per_mean =
+            (0..width).map(|lost| if is_domain(lost) { rate(lost) / total } else { 0.0 }).collect();
+        let mut added = vec![0.0; domain.len() * width];
+        for (device, &own) in domain.iter().enumerate() {
+            added[device * width + own] = f64::NEG_INFINITY;
+        }
+        Self { loads: vec![0.0; domain.len()], time: site.time.clone(), domain, per_mean, added }
+    }
+
+    /// What the loss of every domain adds to a device `[width]`.
+    pub(in crate::layer) fn added_to(&self, device: usize) -> &[f64] {
+        &self.added[device * self.per_mean.len()..][..self.per_mean.len()]
+    }
+
+    /// Adds an expert's load, times a sign, that has copies on `devices` and counts as many as it is to have.
+    pub(in crate::layer) fn count(&mut self, load: f64, copies: usize, devices: &[usize], sign: f64) {
+        let width = self.per_mean.len();
+        for &device in devices {
+            self.loads[device] += sign * load / copies as f64;
+        }
+        for (n, &gone) in devices.iter().enumerate() {
+            let lost = self.domain[gone];
+            if devices[..n].iter().any(|&other| self.domain[other] == lost) {
+                continue;
+            }
+            let number = devices.iter().filter(|&&other| self.domain[other] == lost).count();
+            let more = sign * left_over(load, copies, number);
+            for &device in devices.iter().filter(|&&device| self.domain[device] != lost) {
+                self.added[device * width + lost] += more;
+            }
+        }
+    }
+
+    /// What a device has after a loss, in means of those that are left.
+    fn imbalance(&self, device: usize, lost: usize) -> f64 {
+        (self.loads[device] + self.added_to(device)[lost]) * self.time[device] * self.per_mean[lost]
+    }
+
+    /// What the busiest device has after the worst loss, above the mean of those that are left.
+    fn excess(&self) -> f64 {
+        let all = (0..self.loads.len()).flat_map(|g| (0..self.per_mean.len()).map(move |lost| (g, lost)));
+        all.map(|(g, lost)| self.imbalance(g, lost) - 1.0).fold(0.0, f64::max)
+    }
 }
 
-/// What every domain leaves to every device, for the slots as they stand.
+/// What each of an expert's other copies gets if so many of them are gone.
+fn left_over(load: f64, copies: usize, gone: usize) -> f64 {
+    if gone == 0 || gone >= copies {
+        0.0
+    } else {
+        load * (1.0 / (copies - gone) as f64 - 1.0 / copies as f64)
+    }
+}
+
+/// How busy devices are after losses, for the slots as they stand.
 #[derive(Debug, Clone)]
 pub(crate) struct LeftOver {
-    /// In mean loads of a device `[F, D]`.
-    left: Vec<f64>,
-    /// Load of every expert, in mean loads of a device `[E]`.
-    load: Vec<f64>,
-    /// Sum of powers.
-    powers: f64,
-    /// What the move changes that is looked at: where, and by how much.
-    changed: Vec<(usize, f64)>,
-    before: Vec<u16>,
-    after: Vec<u16>,
+    after: AfterLosses,
+    /// Sum of every device's powers `[D]`, and what they are without devices that are looked at; sum of all.
+    powers: Vec<f64>,
+    others: Vec<f64>,
+    total: f64,
+    /// The device whose powers are the largest.
+    busiest: usize,
+    /// Devices that the move touches that is looked at, with their loads and powers then, and what losses add then
+    /// `[touched, width]`.
+    touched: Vec<(usize, f64, f64)>,
+    rows: Vec<f64>,
+    /// An expert's devices with the move and without, and of their domains what a loss of each brings before and after.
+    devices: Vec<usize>,
+    brought: Vec<(usize, [f64; 2])>,
 }
 
 impl LeftOver {
     pub(crate) fn new(layer: &Layer, losses: &Losses, slots: &Slots) -> Self {
-        let domains = losses.domain.iter().max().map_or(0, |&last| usize::from(last) + 1);
-        let left = vec![0.0; domains * layer.devices()];
-        let mean = layer.load.iter().sum::<f64>() / layer.devices() as f64;
-        let load = layer.load.iter().map(|load| load / mean.max(f64::MIN_POSITIVE)).collect();
-        let (changed, before, after) = (vec![], vec![], vec![]);
-        let mut fresh = Self { left, load, powers: 0.0, changed, before, after };
-        for expert in 0..layer.experts as u16 {
-            let devices: Vec<u16> = slots.devices(expert).collect();
-            fresh.leave(layer, losses, expert, &devices, 1.0);
-            fresh.settle();
+        let mut after = AfterLosses::new(&layer.site, &losses.domain, layer.load.iter().sum());
+        for (expert, &load) in layer.load.iter().enumerate() {
+            let devices: Vec<usize> = slots.devices(expert as u16).map(usize::from).collect();
+            after.count(load, devices.len(), &devices, 1.0);
         }
+        let (touched, rows, devices, brought) = (vec![], vec![], vec![], vec![]);
+        let (powers, others) = (vec![0.0; layer.devices()], vec![]);
+        let mut fresh =
+            Self { after, powers, others, total: 0.0, busiest: 0, touched, rows, devices, brought };
+        for device in 0..layer.devices() {
+            let added = fresh.after.added_to(device);
+            fresh.powers[device] = powers_of(added, fresh.unit(device, fresh.after.loads[device]));
+        }
+        fresh.add_up();
         fresh
     }
 
+    /// Of the placement as it stands.
     pub(crate) fn cost(&self, losses: &Losses) -> f64 {
-        self.powers * losses.cost
+        root(self.total) * losses.cost
+    }
+
+    /// What the device that is done last costs, whatever stands for it.
+    pub(in crate::layer) fn slowest(&self, losses: &Losses) -> f64 {
+        self.after.excess() * losses.cost
+    }
+
+    /// What a move lowers the cost by at the most: that of all devices that it touches.
+    pub(crate) fn gain(&mut self, losses: &Losses, slots: &Slots, step: Move) -> f64 {
+        self.others.clone_from(&self.powers);
+        for Edit { expert, to, .. } in slots.edits(step) {
+            for device in slots.devices(expert).chain(to) {
+                self.others[usize::from(device)] = 0.0;
+            }
+        }
+        (root(self.total) - root(sum(&self.others))) * losses.cost
     }
 
     /// What a move would add to the cost.
     pub(crate) fn change(&mut self, layer: &Layer, losses: &Losses, slots: &Slots, step: Move) -> f64 {
-        self.look(layer, losses, slots, step);
-        self.changed.iter().map(|&(at, more)| grown(self.left[at], more)).sum::<f64>() * losses.cost
+        self.stage(layer, slots, step);
+        self.others.clone_from(&self.powers);
+        for &(device, _, powers) in &self.touched {
+            self.others[device] = powers;
+        }
+        (root(sum(&self.others)) - root(self.total)) * losses.cost
     }
 
     /// Follows a move that is not made yet.
-    pub(crate) fn apply(&mut self, layer: &Layer, losses: &Losses, slots: &Slots, step: Move) {
-        self.look(layer, losses, slots, step);
-        self.settle();
-    }
-
-    /// Notes what a move changes.
-    fn look(&mut self, layer: &Layer, losses: &Losses, slots: &Slots, step: Move) {
-        self.changed.clear();
-        for Edit { expert, from, to } in slots.edits(step) {
-            let (mut before, mut after) = (std::mem::take(&mut self.before), std::mem::take(&mut self.after));
-            before.clear();
-            before.extend(slots.devices(expert));
-            after.clear();
-            after.extend(before.iter().copied().filter(|&device| Some(device) != from).chain(to));
-            self.leave(layer, losses, expert, &before, -1.0);
-            self.leave(layer, losses, expert, &after, 1.0);
-            (self.before, self.after) = (before, after);
+    pub(crate) fn apply(&mut self, layer: &Layer, slots: &Slots, step: Move) {
+        self.stage(layer, slots, step);
+        let width = self.after.per_mean.len();
+        for (row, &(device, load, powers)) in self.rows.chunks_exact(width.max(1)).zip(&self.touched) {
+            self.after.added[device * width..][..width].copy_from_slice(row);
+            self.after.loads[device] = load;
+            self.powers[device] = powers;
         }
-        self.changed.retain(|&(_, more)| more != 0.0);
+        self.add_up();
     }
 
-    /// Adds what the domains of an expert's copies leave to its other copies, times a sign, to what changes.
-    fn leave(&mut self, layer: &Layer, losses: &Losses, expert: u16, devices: &[u16], sign: f64) {
-        let domain = |device: u16| losses.domain[usize::from(device)];
-        let load = self.load[usize::from(expert)];
-        let copies = devices.len();
-        for (n, &lost) in devices.iter().enumerate() {
-            let is_first = devices[..n].iter().all(|&other| domain(other) != domain(lost));
-            let gone = devices.iter().filter(|&&other| domain(other) == domain(lost)).count();
-            if !is_first || gone == copies {
-                continue;
+    /// Takes over the powers of all devices.
+    fn add_up(&mut self) {
+        self.total = sum(&self.powers);
+        self.busiest =
+            (0..self.powers.len()).max_by(|&a, &b| self.powers[a].total_cmp(&self.powers[b])).unwrap_or(0);
+    }
+
+    /// The device to which losses do most.
+    pub(in crate::layer) fn busiest(&self) -> usize {
+        self.busiest
+    }
+
+    /// Load and time of a device and, of every loss, one over the mean of those that are left.
+    fn unit(&self, device: usize, load: f64) -> (f64, f64, &[f64]) {
+        (load, self.after.time[device], &self.after.per_mean)
+    }
+
+    /// Notes what all devices have then that a move touches.
+    fn stage(&mut self, layer: &Layer, slots: &Slots, step: Move) {
+        self.touched.clear();
+        self.rows.clear();
+        for edit in slots.edits(step) {
+            self.stage_edit(layer.load[usize::from(edit.expert)], slots, edit);
+        }
+        let width = self.after.per_mean.len();
+        for at in 0..self.touched.len() {
+            let (device, load, _) = self.touched[at];
+            self.touched[at].2 = powers_of(&self.rows[at * width..][..width], self.unit(device, load));
+        }
+    }
+
+    /// The same of one expert and its load.
+    fn stage_edit(&mut self, load: f64, slots: &Slots, Edit { expert, from, to }: Edit) {
+        let (from, to) = (from.map(usize::from), to.map(usize::from));
+        let before = slots.copies(expert) as usize;
+        let copies = [before, before + usize::from(to.is_some()) - usize::from(from.is_some())];
+        let is_in = |device: usize| [Some(device) != to, Some(device) != from];
+        self.devices.clear();
+        self.devices.extend(slots.devices(expert).map(usize::from).chain(to));
+        self.brought.clear();
+        for (n, &gone) in self.devices.iter().enumerate() {
+            let is_in_domain = |other: &usize| self.after.domain[*other] == self.after.domain[gone];
+            if !self.devices[..n].iter().any(is_in_domain) {
+                let count = |when: usize| {
+                    self.devices.iter().filter(|other| is_in_domain(other) && is_in(**other)[when]).count()
+                };
+                let brought = [0, 1].map(|when| left_over(load, copies[when], count(when)));
+                self.brought.push((self.after.domain[gone], brought));
             }
-            let more = sign * load * (1.0 / (copies - gone) as f64 - 1.0 / copies as f64);
-            for &device in devices.iter().filter(|&&device| domain(device) != domain(lost)) {
-                let at = usize::from(domain(lost)) * layer.devices() + usize::from(device);
-                match self.changed.iter_mut().find(|(place, _)| *place == at) {
-                    Some((_, sum)) => *sum += more,
-                    None => self.changed.push((at, more)),
-                }
+        }
+        let part = |when: usize, device: usize| {
+            if is_in(device)[when] { load / copies[when] as f64 } else { 0.0 }
+        };
+        for n in 0..self.devices.len() {
+            let device = self.devices[n];
+            let at = self.touch(device);
+            self.touched[at].1 += part(1, device) - part(0, device);
+            let row = &mut self.rows[at * self.after.per_mean.len()..];
+            for &(lost, brought) in self.brought.iter().filter(|(lost, _)| *lost != self.after.domain[device])
+            {
+                let [was, is] = is_in(device);
+                row[lost] += if is { brought[1] } else { 0.0 } - if was { brought[0] } else { 0.0 };
             }
         }
     }
 
-    /// Takes over what changes.
-    fn settle(&mut self) {
-        for &(at, more) in &self.changed {
-            self.powers += grown(self.left[at], more);
-            self.left[at] += more;
-        }
-        self.changed.clear();
+    /// Where a device is among those that are touched.
+    fn touch(&mut self, device: usize) -> usize {
+        self.touched.iter().position(|touched| touched.0 == device).unwrap_or_else(|| {
+            self.touched.push((device, self.after.loads[device], 0.0));
+            self.rows.extend_from_slice(self.after.added_to(device));
+            self.touched.len() - 1
+        })
     }
+}
+
+/// Sum of powers of what a device of such a load and time has above the mean after losses that add so much.
+#[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
+fn powers_of(added: &[f64], (load, time, per_mean): (f64, f64, &[f64])) -> f64 {
+    let mut sums = [0.0; WIDTH];
+    for (added, per_mean) in added.as_chunks::<WIDTH>().0.iter().zip(per_mean.as_chunks::<WIDTH>().0) {
+        for k in 0..WIDTH {
+            let above = (load + added[k]) * time * per_mean[k] - 1.0;
+            // Of its own domain nothing is left.
+            let mut power = if above > 0.0 { above } else { 0.0 };
+            for _ in 0..DOUBLINGS {
+                power *= power;
+            }
+            sums[k] += power;
+        }
+    }
+    sums.iter().sum()
+}
+
+/// Sum of all, in an order that vectors can follow.
+fn sum(values: &[f64]) -> f64 {
+    let (full, rest) = values.as_chunks::<WIDTH>();
+    let mut sums = [0.0; WIDTH];
+    for values in full {
+        for k in 0..WIDTH {
+            sums[k] += values[k];
+        }
+    }
+    sums.iter().sum::<f64>() + rest.iter().sum::<f64>()
+}
+
+/// The norm of a sum of powers.
+fn root(sum: f64) -> f64 {
+    (0..DOUBLINGS).fold(sum, |root, _| root.sqrt())
 }

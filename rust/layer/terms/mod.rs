@@ -16,6 +16,7 @@ pub mod windows;
 
 use super::slots::{Looked, Share};
 use crate::layer::{Layer, Move, Slots};
+use crate::random::Random;
 use balance::Balance;
 use caps::Caps;
 use divided::Divided;
@@ -134,15 +135,31 @@ impl Terms {
         balance + fanout + together + left_over + self.of_divided() + self.linear
     }
 
+    /// What the slowest devices cost, whatever stands for them, of windows and after losses, and what is linear.
+    pub(super) fn slowest(&self, layer: &Layer) -> f64 {
+        let balance = self.balance.as_ref().map_or(0.0, |balance| balance.slowest(layer));
+        let left_over = self.left_over.as_ref().zip(layer.costs.losses.as_ref());
+        let after = left_over.map_or(0.0, |(left_over, losses)| left_over.slowest(losses));
+        balance + after + self.of_divided() + self.linear
+    }
+
     /// Time of the slowest devices where a dispatcher divides tokens over copies.
-    pub(super) fn of_divided(&self) -> f64 {
+    fn of_divided(&self) -> f64 {
         self.divided.as_ref().map_or(0.0, Divided::cost)
     }
 
-    /// What a move would add to the cost; nothing if it breaks the cap.
-    pub(super) fn change(&mut self, layer: &Layer, slots: &Slots, step: Move) -> Option<f64> {
+    /// A device that costs most where losses count: the slowest in a window, or the one to which losses do most.
+    pub(super) fn costliest(&self, layer: &Layer, random: &mut Random) -> Option<usize> {
+        let left_over = self.left_over.as_ref()?;
+        let peak = self.balance.as_ref().and_then(Balance::peak).filter(|_| random.below(2) == 0);
+        let slowest = peak.and_then(|peak| peak.slowest_in(random.below(layer.windows.count.max(1))));
+        Some(slowest.unwrap_or_else(|| left_over.busiest()))
+    }
+
+    /// What a move would add to the cost; nothing if it breaks the cap, or if that is surely more than a limit.
+    pub(super) fn change(&mut self, layer: &Layer, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
         self.look(layer, slots, step);
-        self.caps.allows(layer, &self.shares).then(|| self.added(layer, slots, step))
+        if self.caps.allows(layer, &self.shares) { self.added(layer, slots, step, limit) } else { None }
     }
 
     /// Notes which shares a move changes, unless no term asks.
@@ -157,7 +174,8 @@ impl Terms {
     /// What a move would add to excess over the caps, and to the cost.
     pub(super) fn rise(&mut self, layer: &Layer, slots: &Slots, step: Move) -> (f64, f64) {
         self.look(layer, slots, step);
-        (self.caps.rise(layer, &self.shares), self.added(layer, slots, step))
+        let rise = self.caps.rise(layer, &self.shares);
+        (rise, self.added(layer, slots, step, f64::INFINITY).unwrap_or(f64::INFINITY))
     }
 
     /// What a move would add to the linear costs alone.
@@ -166,7 +184,8 @@ impl Terms {
         linear::change(layer, Looked { slots, step, shares: &self.shares })
     }
 
-    fn added(&mut self, layer: &Layer, slots: &Slots, step: Move) -> f64 {
+    /// What a move adds to the cost, unless that is surely more than a limit.
+    fn added(&mut self, layer: &Layer, slots: &Slots, step: Move, limit: f64) -> Option<f64> {
         let looked = Looked { slots, step, shares: &self.shares };
         let mut change = linear::change(layer, looked);
         if let (Some(fanout), Some(sets)) = (&mut self.fanout, &layer.costs.sets) {
@@ -181,12 +200,16 @@ impl Terms {
             change += together.change(pairs, looked.shares);
         }
         if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
+            // Most moves add more to the slowest device than losses could gain: what these are takes longer.
+            if self.divided.is_none() && change - left_over.gain(losses, slots, step) > limit {
+                return None;
+            }
             change += left_over.change(layer, losses, slots, step);
         }
         if let Some(divided) = &mut self.divided {
             change += divided.change(slots, step);
         }
-        change
+        Some(change)
     }
 
     /// Makes a move that is allowed.
@@ -208,8 +231,8 @@ impl Terms {
         if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
             together.apply(pairs, &self.shares);
         }
-        if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
-            left_over.apply(layer, losses, slots, step);
+        if let Some(left_over) = &mut self.left_over {
+            left_over.apply(layer, slots, step);
         }
         if let Some(divided) = &mut self.divided {
             divided.apply(slots, step);

@@ -34,6 +34,12 @@ impl Peak {
         self.first.iter().copied()
     }
 
+    /// The device that is the slowest in a window, if something is done there.
+    pub(in crate::layer) fn slowest_in(&self, window: usize) -> Option<usize> {
+        let device = self.first_device[window];
+        (device >= 0.0).then_some(device as usize)
+    }
+
     /// Windows with the device that is the slowest there, and by how much it is.
     pub(in crate::layer) fn slowest(&self) -> impl Iterator<Item = (usize, usize, f64)> + '_ {
         let lead = self.first.iter().zip(&self.second).map(|(&first, &second)| f64::from(first - second));

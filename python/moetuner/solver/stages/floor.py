@@ -11,7 +11,7 @@ from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.run import Moves, Role, Run, Stage
 from moetuner.solver.terms import Terms, core_layers, loss_costs, make_site
-from moetuner.solver.unseen import NOISE, NORM, SearchSetting
+from moetuner.solver.unseen import NOISE, NORM, SearchSetting, setting_for
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -34,6 +34,9 @@ def balance_windows(
     """Balance windows with weights [W] by trials of a layer; return slots, and if interrupted."""
     problem, load = run.problem, run.objective.windows.load
     setting = SearchSetting(NORM, NOISE, mixed)
+    if problem.survive is not None:
+        # A norm sees all losses: of one window the slowest device itself can be made small.
+        setting = setting_for(load, weight, large=mixed > 0)
     terms, site = Terms(losses=loss_costs(problem)), make_site(problem, nearest=False)
     layers = core_layers(load, weight, site, setting=setting, terms=terms)
     start = layers.construct(windows=True, threads=budget.threads)

@@ -155,8 +155,12 @@ def _construct(run: Run, budget: Budget) -> None:
     if run.problem.goal == "traffic":
         return
     windows = run.objective.windows
-    longer = effort.start_trials(run.slots_of_layer, len(windows))
-    for trials in (quick_trials(run, budget), longer):
+    if run.problem.survive is None:
+        longer = effort.start_trials(run.slots_of_layer, len(windows))
+        lengths = [quick_trials(run, budget), longer]
+    else:
+        lengths = [budget.iterations or effort.spread_trials(run.slots_of_layer, len(windows))]
+    for trials in lengths:
         if not budget.is_over():
             slots, interrupted = balance_windows(run, budget, windows.weight, trials)
             run.offer(slots, "windows", is_start=True, interrupted=interrupted)
@@ -249,5 +253,17 @@ CONSTRUCT = Stage(_construct, applies=is_searched_anew)
 CHAIN_UNDER_CAPS = Stage(
     _chain_under_caps, applies=_joins_layers, share=lambda _: effort.TRAFFIC_SHARE
 )
-ANNEAL = Stage(anneal, applies=is_of_layers)
+
+
+def _is_searched_hot(run: Run) -> bool:
+    """Return whether a search that leaves its start may find more.
+
+    Where balance has to survive a loss that does not: partners that are spread are lost, and not
+    found again in twenty times the trials.
+    """
+    is_spread = run.problem.survive is not None and is_searched_anew(run)
+    return is_of_layers(run) and not (is_spread and windows_alone(run.problem, run.moves))
+
+
+ANNEAL = Stage(anneal, applies=_is_searched_hot)
 COMBINE = Stage(_combine, applies=lambda run: is_searched_anew(run) and mixes(run))
