@@ -192,7 +192,7 @@ class Topology(Frozen):
         """Number of nodes."""
         return self.devices // self.node_size
 
-    @property
+    @cached_property
     def levels(self) -> tuple[Tier, ...]:
         """Tiers from the nodes to the whole machine, also where only nodes were given."""
         if self.tiers:

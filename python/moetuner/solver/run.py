@@ -208,6 +208,11 @@ class Run:
         self.judging = self.judging_all = 0.0
 
     @property
+    def is_tiny(self) -> bool:
+        """Whether slots are so few that the objective itself is tried on what they may hold."""
+        return bool(self.problem.capacity.sum() <= effort.POLISHED_SLOTS)
+
+    @property
     def slots_of_layer(self) -> int:
         """Slots of the largest layer."""
         return int(self.problem.capacity.sum(axis=1).max())

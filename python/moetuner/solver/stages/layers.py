@@ -127,6 +127,8 @@ class LayerModel:
             return budget.iterations
         linked, sets = self.objective.transitions is not None, self.objective.sets
         trials = effort.count_trials(self.slots_of_layer, None if linked else len(self.windows))
+        if run.is_tiny:  # and polished by the objective itself
+            trials = min(trials, effort.LEAST_TRIALS)
         if sets is not None:
             trials = min(trials, most_trials(sets))
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)

@@ -179,14 +179,13 @@ def _changed(problem: Problem, capacity: NDArray[np.int64], slots: Slots) -> Ite
             yield changed
 
 
-def _is_small(run: Run) -> bool:
+def _is_polished(run: Run) -> bool:
     """Return whether slots are few: then the objective itself is tried, not what stands for it.
 
     Steps under a budget of moves are polished, too: the one that gains most for a move need not be
     the best. Where moves are free, what was solved from nothing is.
     """
-    is_few = run.problem.capacity.sum() <= effort.POLISHED_SLOTS
-    return bool(is_few) and (run.is_priced or run.moves is None)
+    return run.is_tiny and (run.is_priced or run.moves is None)
 
 
-POLISH = Stage(_polish, applies=_is_small)
+POLISH = Stage(_polish, applies=_is_polished)
