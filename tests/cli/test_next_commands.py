@@ -85,7 +85,8 @@ def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, 
     short = recorded(60)
     short.save("trace.safetensors")
     chosen = [] if engine is None else ["--for", engine]
-    advice = as_json("advise", "trace.safetensors", "--devices", 4, "--copies", 0, *chosen)
+    words = ["--devices", 4, "--copies", 0, "--splits", 1]
+    advice = as_json("advise", "trace.safetensors", *words, *chosen)
     assert advice["answer"] == "not enough evidence"
     record, again = advice["commands"]
     if engine is None:
@@ -102,7 +103,7 @@ def test_a_recording_tells_its_engine(as_json, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ids = np.random.default_rng(0).random((30, 2, 8)).argsort(axis=2)[..., :2]
     np.savez("routed.npz", *[ids[:10], ids[10:20], ids[20:]])
-    words = ["--num-experts", 8, "--devices", 4, "--copies", 0]
+    words = ["--num-experts", 8, "--devices", 4, "--copies", 0, "--splits", 1]
     record, _ = as_json("advise", "routed.npz", *words)["commands"]
     assert record.startswith("vllm serve MODEL --tensor-parallel-size 4")
     assert RECORDERS["vllm"] in record

@@ -246,19 +246,25 @@ def check_run(run, line):
 
 @pytest.mark.parametrize("command", BEGIN)
 def test_every_command_on_every_kind_of_input(run, inputs, command):
-    """Bare on each; with each option on kinds that differ most, and on others in turns."""
-    most = (
+    """Bare on each; with each option on a trace, and on kinds that differ from it in turns."""
+    trace, *others = (
         "trace.safetensors",
         "plain.safetensors",
         "counted-trace.safetensors",
         "load-groups.npz",
     )
     is_thorough = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+
+    def answered_of(line, names):
+        return [name for name in names if check_run(run, line.replace("INPUT", name)) != 2]
+
     for number, line in enumerate(lines_of(command)):
         # Copies may lose on any kind, which is told in other words.
         is_bare = line == BEGIN[command] or line.endswith("--copies 0,1")
-        names = inputs if is_bare or is_thorough else {*most, inputs[number % len(inputs)]}
-        answered = [name for name in names if check_run(run, line.replace("INPUT", name)) != 2]
+        names = {trace, others[number % len(others)], inputs[number % len(inputs)]}
+        answered = answered_of(line, inputs if is_bare or is_thorough else names)
+        # Some options are of one kind alone.
+        answered = answered or answered_of(line, [name for name in others if name not in names])
         # What a proof or a profile is of is one kind; prefill wants more tokens than any has here.
         if command not in ("drift", "verify"):
             assert answered or "--prefill-share" in line, line
