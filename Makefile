@@ -120,7 +120,7 @@ deny:  ## licenses, sources and advisories of the Rust crates
 
 audit: $(CORE) $(UPLOAD)/stamp  ## known faults of the Python packages that come along (network)
 	$(BIN)/python -m pip freeze --exclude-editable > build-requirements.txt
-	$(UPLOAD)/bin/pip-audit --requirement build-requirements.txt --no-deps --disable-pip; \
+	$(UPLOAD)/bin/pip-audit --strict --requirement build-requirements.txt --no-deps --disable-pip; \
 		status=$$?; rm -f build-requirements.txt; exit $$status
 
 test-masked: $(CORE)  ## the self-test on emulated processors without AVX-512 and AVX2 (minutes)
