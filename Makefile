@@ -133,7 +133,7 @@ test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
 	.ci/threads.sh $(PYTHON)
 
 test-root:  ## README's first two commands in an empty root of a distribution: the wheel of dist (as root)
-	.ci/empty-root.sh dist/*manylinux*_$$(uname -m).whl
+	.ci/empty-root.sh dist/*-abi3-manylinux*_$$(uname -m).whl
 
 test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use it
 	rm -rf build/sdist && mkdir -p build/sdist
@@ -143,7 +143,7 @@ test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use 
 
 release-check: check-files wheels sdist check-wheels  ## all of a release that needs no network: after make test
 	$(MAKE) deny DENY='--offline check licenses bans sources'
-	tests/wheel.sh $(BIN)/python dist/*manylinux*_$$(uname -m).whl
+	tests/wheel.sh $(BIN)/python dist/*-abi3-manylinux*_$$(uname -m).whl
 	$(MAKE) test-root test-sdist test-masked
 
 test-wheel: wheel  ## install the wheel into a fresh environment and use it there

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds wheels for Linux by zig, which links against as old a glibc as it is told: one of each target that rustc has.
+# Builds wheels for Linux by zig, which links against as old a glibc as it is told. For each target that rustc has: one
+# for CPython 3.10 and newer, and one for the free-threaded 3.14. Neither has to be here.
 # Usage: .ci/wheels.sh FOLDER-OF-THE-TOOLS FOLDER-FOR-WHEELS
 set -euo pipefail
 tools=$(realpath "$1") out=$2
@@ -16,6 +17,7 @@ for target in {x86_64,aarch64}-unknown-linux-{gnu,musl}; do
 		*-gnu) policy=manylinux_2_17 ;;
 		*-musl) policy=musllinux_1_2 ;;
 	esac
-	maturin build --release --quiet --zig --target "$target" --compatibility "$policy" --out "$out"
+	maturin build --release --quiet --zig --target "$target" --compatibility "$policy" --out "$out" \
+		--interpreter python3.10 python3.14t
 done
 ls "$out"
