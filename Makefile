@@ -14,6 +14,8 @@ RUST   := Cargo.toml Cargo.lock $(shell find rust -name '*.rs')
 PEERS  := mtkahypar numba scipy
 WHEELS := vllm==0.33.0 sglang==0.5.23 vllm-ascend==0.26.0rc1
 DATA   ?= ../shared/data
+DENY   ?= check
+DOCKER ?= docker
 # Only this venv, whatever else is active.
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport CONDA_PREFIX PYTHONPATH
@@ -21,7 +23,7 @@ unexport CONDA_PREFIX PYTHONPATH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
-	test-root test-sdist test-masked test-oldest test-threads check-wheels check-files deny audit release-check clean
+	image test-root test-sdist test-masked test-oldest test-threads check-wheels check-files deny audit release-check clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -113,7 +115,6 @@ check-files: $(UPLOAD)/stamp  ## workflows, Dockerfile and CITATION.cff, without
 	$(UPLOAD)/bin/hadolint Dockerfile
 	$(UPLOAD)/bin/cffconvert --validate
 
-DENY ?= check
 deny:  ## licenses, sources and advisories of the Rust crates
 	@if cargo deny --version > /dev/null 2>&1; then cargo deny --all-features $(DENY); \
 		else echo 'cargo-deny not found: cargo install --locked cargo-deny'; fi
@@ -134,6 +135,10 @@ test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
 
 test-root:  ## README's first two commands in an empty root of a distribution: the wheel of dist (as root)
 	.ci/empty-root.sh dist/*-abi3-manylinux*_$$(uname -m).whl
+
+image:  ## build the image of the command line, whose last step is the self-test, and use it: DOCKER=podman
+	$(DOCKER) build --tag moetuner .
+	$(DOCKER) run --rm --network none moetuner --version --json
 
 test-sdist: sdist  ## build the wheel of the sdist, far from the clone, and use it
 	rm -rf build/sdist && mkdir -p build/sdist
