@@ -1,4 +1,5 @@
-# The command line: docker build --tag moetuner . && docker run --rm --volume "$PWD:/work" moetuner advise trace.npz --devices 8
+# The command line: docker build --tag moetuner . makes its image, and this reads and writes in the current folder, as you:
+# docker run --rm --user "$(id -u)" --volume "$PWD:/work" moetuner advise trace.npz --devices 8 --report page.html
 FROM rust:1.90-slim-bookworm AS build
 # hadolint ignore=DL3008
 RUN apt-get update \
