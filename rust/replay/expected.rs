@@ -47,7 +47,7 @@ impl Holders {
         let copies = self.first[expert + 1] - self.first[expert];
         (0..)
             .zip(self.of(expert))
-            .map(move |(number, (unit, share))| (unit, Holder { expert, copies, number, share }))
+            .map(move |(number, (unit, share))| (unit, Holder { copies, number, share }))
     }
 
     /// Tokens that visit every device and every node `[D, N]`, of sets; `node` of every device is one of `nodes`.
@@ -55,12 +55,11 @@ impl Holders {
         if let Some(device) = self.single() {
             return visits_of_single(device, node, nodes, sets);
         }
-        let missed = if hashed { missed_by_hash } else { missed_independently };
         let in_nodes = |e: usize| self.copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
         let experts = self.first.len() - 1;
         (
-            visits_of_copies(experts, node.len(), sets, |e| self.copies(e), missed),
-            visits_of_copies(experts, nodes, sets, in_nodes, missed),
+            visits_of_copies(experts, node.len(), sets, |e| self.copies(e), hashed),
+            visits_of_copies(experts, nodes, sets, in_nodes, hashed),
         )
     }
 }
@@ -68,65 +67,155 @@ impl Holders {
 /// A copy of an expert: which it is of how many, and its share of the expert's tokens.
 #[derive(Debug, Clone, Copy)]
 struct Holder {
-    expert: usize,
     copies: u32,
     number: u32,
     share: f64,
 }
 
-/// Tokens that visit every unit, of sets of experts with several copies: the `copies` of an expert by unit, and which share
-/// of tokens misses a unit that some of their experts' copies are in, and no expert with all of its copies.
+/// Tokens that visit every unit, of sets of experts with several copies: the `copies` of an expert by unit, chosen by one
+/// hash of a token or independently.
 fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
     experts: usize,
     units: usize,
     sets: Sets<'_>,
     copies: impl Fn(usize) -> Copies,
-    missed: fn(&mut Vec<Holder>) -> f64,
+    hashed: bool,
 ) -> Vec<f64> {
-    let alone = |expert: usize| {
-        let mut units = copies(expert).map(|(unit, _)| unit);
-        units.next().filter(|&unit| units.all(|other| other == unit))
-    };
-    let alone: Vec<Option<usize>> = (0..experts).map(alone).collect();
+    let parts = Parts::new(experts, copies, hashed);
     let mut tokens = vec![0.0; units];
-    // The last set that was in a unit for certain, and copies that may serve a set there.
+    // The last set that was in a unit for certain, and the parts that may serve a set there.
     let mut last = vec![u32::MAX; units];
-    let mut perhaps: Vec<Vec<Holder>> = vec![Vec::new(); units];
+    let mut perhaps: Vec<Vec<u32>> = vec![Vec::new(); units];
     let (mut shared, mut met) = (Vec::new(), Vec::new());
     for (set, (ids, count)) in (0..).zip(sets.iter()) {
         let count = count as f64;
         for &e in ids {
-            match alone[usize::from(e)] {
-                None => shared.push(usize::from(e)),
-                Some(unit) if last[unit] != set => {
-                    last[unit] = set;
-                    tokens[unit] += count;
-                }
-                Some(_) => {}
+            let range = parts.range(usize::from(e));
+            if range.len() != 1 {
+                shared.push(range);
+                continue;
+            }
+            let unit = parts.unit[range.start] as usize;
+            if last[unit] != set {
+                last[unit] = set;
+                tokens[unit] += count;
             }
         }
-        for (unit, copy) in shared.drain(..).flat_map(&copies).filter(|&(unit, _)| last[unit] != set) {
-            if perhaps[unit].is_empty() {
-                met.push(unit);
+        for part in shared.drain(..).flatten() {
+            let unit = parts.unit[part] as usize;
+            if last[unit] != set {
+                if perhaps[unit].is_empty() {
+                    met.push(unit);
+                }
+                perhaps[unit].push(part as u32);
             }
-            perhaps[unit].push(copy);
         }
         for unit in met.drain(..) {
-            tokens[unit] += count * (1.0 - missed(&mut perhaps[unit]));
+            tokens[unit] += count * (1.0 - parts.missed(&perhaps[unit]));
+            perhaps[unit].clear();
         }
     }
     tokens
 }
 
-/// The share of tokens that none of some copies serves, where experts choose theirs independently; copies are taken away.
-fn missed_independently(copies: &mut Vec<Holder>) -> f64 {
-    let of_expert = |copies: &[Holder]| 1.0 - copies.iter().map(|copy| copy.share).sum::<f64>();
-    let missed = copies.chunk_by(|a, b| a.expert == b.expert).map(of_expert).product();
-    copies.clear();
-    missed
+/// The copies of every expert of a layer by unit: all those of an expert in one unit are a part of it.
+struct Parts {
+    /// Where the parts of every expert begin `[E + 1]`.
+    first: Vec<usize>,
+    /// Unit of every part.
+    unit: Vec<u32>,
+    /// Copies of every part.
+    copies: Vec<Vec<Holder>>,
+    /// Share of an expert's tokens that every part has none of.
+    missed: Vec<f64>,
+    chosen: Chosen,
 }
 
-/// The same where one hash of the token chooses for all experts, each by its remainder.
+/// How the experts of a token choose among their copies.
+enum Chosen {
+    Independently,
+    /// By the remainders of one hash: which of a period of hashes, bits of a word, every part serves.
+    ByHash(u32, Vec<u64>),
+    /// The same, where the numbers of copies have a longer period.
+    ByLongHash,
+}
+
+impl Parts {
+    fn new<Copies: Iterator<Item = (usize, Holder)>>(
+        experts: usize,
+        copies: impl Fn(usize) -> Copies,
+        hashed: bool,
+    ) -> Self {
+        let (mut first, mut unit, mut held) = (vec![0], Vec::new(), Vec::<Vec<Holder>>::new());
+        for expert in 0..experts {
+            let begin = unit.len();
+            for (there, copy) in copies(expert) {
+                match unit[begin..].iter().position(|&unit| unit == there as u32) {
+                    Some(part) => held[begin + part].push(copy),
+                    None => {
+                        unit.push(there as u32);
+                        held.push(vec![copy]);
+                    }
+                }
+            }
+            first.push(unit.len());
+        }
+        let alone = |copies: &Vec<Holder>| {
+            if hashed { missed_by_hash(&mut copies.clone()) } else { missed_independently(copies) }
+        };
+        let missed = held.iter().map(alone).collect();
+        let all = || held.iter().flatten();
+        let period = all().try_fold(1u32, |period, copy| {
+            let both = period / gcd(period, copy.copies) * copy.copies;
+            (both <= u64::BITS).then_some(both)
+        });
+        let chosen = match period {
+            _ if !hashed => Chosen::Independently,
+            None => Chosen::ByLongHash,
+            Some(period) => {
+                let takes =
+                    |copy: &Holder, hash| choose_copy(hash, copy.copies as usize) == copy.number as usize;
+                let hits = |copies: &Vec<Holder>| {
+                    let served = (0..period).filter(|&h| copies.iter().any(|copy| takes(copy, h as usize)));
+                    served.map(|hash| 1 << hash).sum()
+                };
+                Chosen::ByHash(period, held.iter().map(hits).collect())
+            }
+        };
+        Self { first, unit, copies: held, missed, chosen }
+    }
+
+    /// The parts of an expert.
+    fn range(&self, expert: usize) -> std::ops::Range<usize> {
+        self.first[expert]..self.first[expert + 1]
+    }
+
+    /// The share of tokens that none of some parts in a unit serves, each of another expert.
+    fn missed(&self, parts: &[u32]) -> f64 {
+        if let [part] = parts {
+            return self.missed[*part as usize];
+        }
+        let parts = parts.iter().map(|&part| part as usize);
+        match &self.chosen {
+            Chosen::Independently => parts.map(|part| self.missed[part]).product(),
+            Chosen::ByHash(period, hits) => {
+                let served = parts.fold(0, |served, part| served | hits[part]).count_ones();
+                f64::from(period - served) / f64::from(*period)
+            }
+            Chosen::ByLongHash => {
+                missed_by_hash(&mut parts.flat_map(|part| self.copies[part].iter().copied()).collect())
+            }
+        }
+    }
+}
+
+/// The share of an expert's tokens that none of its copies in a unit serves, where it chooses independently.
+fn missed_independently(copies: &[Holder]) -> f64 {
+    1.0 - copies.iter().map(|copy| copy.share).sum::<f64>()
+}
+
+/// The share of tokens that none of some copies serves, where one hash of the token chooses for all experts, each by its
+/// remainder; copies are taken away.
 fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
     copies.sort_unstable_by_key(|copy| (copy.copies, copy.number));
     copies.dedup_by_key(|copy| (copy.copies, copy.number));
@@ -134,12 +223,16 @@ fn missed_by_hash(copies: &mut Vec<Holder>) -> f64 {
     while let Some(&Holder { copies: first, .. }) = copies.first() {
         // Divisors without a common factor are independent; those with one are tried together, up to their period.
         let mut period = first;
-        for copy in copies.iter() {
-            let common = gcd(period, copy.copies);
-            let both = period / common * copy.copies;
-            if common > 1 && both <= PERIOD {
-                period = both;
+        loop {
+            let longer = copies.iter().fold(period, |period, copy| {
+                let common = gcd(period, copy.copies);
+                let both = period / common * copy.copies;
+                if common > 1 && both <= PERIOD { both } else { period }
+            });
+            if longer == period {
+                break;
             }
+            period = longer;
         }
         let is_tried = |copy: &Holder| period.is_multiple_of(copy.copies);
         let takes = |copy: &Holder, hash| choose_copy(hash, copy.copies as usize) == copy.number as usize;

@@ -1,5 +1,7 @@
 """What is expected of a placement: loads, visits and pairs, by the core and by plain sums."""
 
+import itertools
+
 import expectation as oracle
 import numpy as np
 import pytest
@@ -89,6 +91,22 @@ def test_visits_are_those_of_the_plain_loop(case):
         copies.count_visits(placement, topology, split, sets, threads) for threads in (1, 2)
     )
     assert [mine.tolist() for mine in one] == [mine.tolist() for mine in two]
+
+
+@pytest.mark.parametrize("copies_of", [(3, 4, 6), (2, 3, 4, 6, 1), (3, 4, 6, 5, 7), (8, 7, 6)])
+def test_visits_of_copies_whose_numbers_have_common_divisors(copies_of):
+    """One hash chooses for all experts of a token, whatever its period over their copies is."""
+    devices, topology = 8, mt.Topology(8, devices_per_node=2)
+    slots = np.full((1, devices, len(copies_of)), -1)
+    for expert, number in enumerate(copies_of):
+        slots[0, (expert + np.arange(number)) % devices, expert] = expert
+    placement = mt.Placement(slots, num_experts=len(copies_of))
+    ids = np.array([*itertools.combinations(range(len(copies_of)), 3)])
+    sets = (mt.ExpertSets(ids, np.arange(1, len(ids) + 1)),)
+    actual = copies.count_visits(placement, topology, "even", sets)
+    wanted = oracle.hashed_visits(placement.slots, sets, topology.node_of_device)
+    for found, plain in zip(actual, wanted, strict=True):
+        close(found, plain)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))
