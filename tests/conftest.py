@@ -111,8 +111,9 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def brief(monkeypatch):
     """Search as shortly as searches can, without a clock."""
-    monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,), 4, 1))
-    monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf), 4, 1))
+    monkeypatch.setitem(effort.EFFORTS, "brief", effort.Effort(5e4, 1, (math.inf,), 2, 1, 1))
+    monkeypatch.setitem(effort.EFFORTS, "default", effort.Effort(1e5, 2, (math.inf,), 4, 8, 1))
+    monkeypatch.setitem(effort.EFFORTS, "thorough", effort.Effort(2e5, 4, (1.1, math.inf), 4, 8, 1))
     monkeypatch.setattr(structure, "ITERATIONS", 50)
     few = {"TRIALS_OF_FEW": {}, "SLOT_WORK": 1600, "LEAST_WORK": 100, "LEAST_TRIALS": 50}
     few |= dict.fromkeys(("MOST_TRIALS", "CHAIN_LEAST", "CHAIN_MOST", "LEAST_LINKED"), 50)

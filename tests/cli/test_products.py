@@ -63,6 +63,7 @@ SEARCHING = """
 --forbid *:1:2
 --for megatron --router-groups 2
 --effort thorough
+--effort brief
 --time-limit 0.01
 --holdout 0
 """

@@ -83,8 +83,9 @@ def solve(
     gap
         Stop when (objective - bound) / objective is at most this.
     effort
-        How much to search without a time limit: ``default``, seconds for most problems, or
-        ``thorough``, up to minutes for a last half per cent.
+        How much to search without a time limit: ``default``, seconds for most problems; ``brief``,
+        a third to two thirds of that, mostly within a quarter of a per cent; or ``thorough``, up to
+        minutes for a last half per cent.
     threads
         Threads to use, all cores by default.
     progress

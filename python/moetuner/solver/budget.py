@@ -67,7 +67,7 @@ class Budget:
     progress
         Called now and then, from the calling thread.
     effort
-        How much to search without a time limit: ``default`` or ``thorough``.
+        How much to search without a time limit: ``brief``, ``default`` or ``thorough``.
     """
 
     time_limit: float | None = None

@@ -30,8 +30,8 @@ class Effort:
         Caps on the imbalance under which traffic alone is searched where time weighs both.
     tangent_iterations
         Iterations, at most, of the bound of pairs that stand for expert sets.
-    single_restarts
-        Searches of a layer of few slots, at the most, where a trial looks at the expert sets of
+    restarts, single_restarts
+        Searches of a layer of few slots, at the most; and where a trial looks at the expert sets of
         single copies. Each is as long as if there were ``RESTARTS`` of them.
     """
 
@@ -39,17 +39,27 @@ class Effort:
     chain_trials: int
     traffic_caps: tuple[float, ...]
     tangent_iterations: int
+    restarts: int
     single_restarts: int
 
 
 # Chosen by "Effort" and, where tangents are meant, by "Bounds of visits": what an effort takes and
 # reaches. Under a time limit the time decides.
 EFFORTS = {
+    "brief": Effort(
+        layer_work=7.5e8,
+        chain_trials=500,
+        traffic_caps=(1.08, math.inf),
+        tangent_iterations=24,
+        restarts=2,
+        single_restarts=1,
+    ),
     "default": Effort(
         layer_work=1.5e9,
         chain_trials=1000,
         traffic_caps=(1.08, math.inf),
         tangent_iterations=24,
+        restarts=RESTARTS,
         single_restarts=4,
     ),
     "thorough": Effort(
@@ -57,6 +67,7 @@ EFFORTS = {
         chain_trials=2600,
         traffic_caps=(1.02, 1.08, 1.2, 1.5, math.inf),
         tangent_iterations=150,
+        restarts=RESTARTS,
         single_restarts=RESTARTS,
     ),
 }

@@ -488,8 +488,8 @@ class SearchOptions:
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
     effort
-        How much to search without a time limit: default, seconds for most problems, or thorough,
-        up to minutes for a last half per cent.
+        How much to search without a time limit: default, seconds for most problems; brief, half of
+        that; or thorough, up to minutes for a last half per cent.
     """
 
     seed: int = seed_option()

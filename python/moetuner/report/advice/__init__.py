@@ -80,7 +80,8 @@ def advise(
     """Return whether a better placement is worth a trial on this traffic, and why.
 
     The placement that is judged is ``solve(problem, seed=seed)`` of the part that is seen in the
-    first split, with the number of copies that a short search chooses.
+    first split, with the number of copies that a short search chooses. Those of other splits, and
+    of halves and groups, are searched with effort ``brief``: they show whether the gain is chance.
 
     Parameters
     ----------
@@ -220,7 +221,8 @@ def _advise(request: Request, splits: int) -> Advice:
     for number in range(splits):
         request.progress(f"split {number + 1} of {splits}: solving and judging")
         of_split = split_of(request, check.nth_seed(request.seed, number)) if number else part
-        trial = try_out(request, of_split, knee, by_group=not number)
+        effort = "brief" if number else "default"
+        trial = try_out(request, of_split, knee, by_group=not number, effort=effort)
         # The counts that others were computed from are not asked for any more.
         trials.append(replace(trial, problem=trials[0].problem) if number else trial)
     request.progress("judging")

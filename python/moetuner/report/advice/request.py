@@ -200,16 +200,16 @@ def search(
     *,
     iterations: int | None = None,
     initial: Placement | None = None,
-    move_budget: int | None = None,
+    effort: str = "default",
 ) -> Result:
-    """Solve a problem, by so many moves from ``initial`` if given; an interrupt ends the advice."""
+    """Solve a problem, from ``initial`` if given; an interrupt ends the advice."""
     return solve(
         problem,
         method,
         seed=seed,
         iterations=iterations,
         initial=initial,
-        move_budget=move_budget,
+        effort=effort,
         threads=request.threads,
         time_limit=request.time_limit,
     ).uninterrupted()

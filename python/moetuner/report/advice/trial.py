@@ -32,8 +32,14 @@ class Trial:
     evaluations: dict[Window, dict[Key, Evaluation]]
 
 
-def try_out(request: Request, part: Part, copies: int, *, by_group: bool = False) -> Trial:
-    """Place with some slots for copies, and evaluate that beside EPLB's and what runs."""
+def try_out(
+    request: Request, part: Part, copies: int, *, by_group: bool = False, effort: str = "brief"
+) -> Trial:
+    """Place with some slots for copies, and evaluate that beside EPLB's and what runs.
+
+    The placement that is proposed is searched with default effort. Others of the kind show whether
+    its gain is no chance: for that a brief search is enough.
+    """
     problem, running = (
         problem_of(request, part.statistics, copies),
         running_placement(request, part),
@@ -46,6 +52,7 @@ def try_out(request: Request, part: Part, copies: int, *, by_group: bool = False
         part.seed,
         iterations=request.iterations,
         initial=running if problem.has_slots_for(running) else None,
+        effort=effort,
     )
     placements: dict[Key, Placement] = {
         RUNNING: running,

@@ -149,7 +149,7 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     ),
     "splits": ("Halves taken by chance", lambda value: counted(value, "time")),
     "time_limit": ("Time limit", lambda value: f"{digits(value)} s"),
-    "effort": ("Search", _chosen(default="as usual", thorough="thorough")),
+    "effort": ("Search", _chosen(brief="brief", default="as usual", thorough="thorough")),
     "seed": ("Random seed", str),
 }
 # What changes no answer is not told.

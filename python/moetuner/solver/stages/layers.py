@@ -118,8 +118,10 @@ class LayerModel:
     def _fewer(self, restarts: int, budget: Budget) -> int:
         """Return how many of so many searches of a layer are made: fewer where each takes long."""
         is_single = self.objective.sets is not None and not self.problem.may_copy
-        is_long = budget.iterations is None and self.windows.is_mean
-        return min(restarts, budget.work.single_restarts) if is_single and is_long else restarts
+        if budget.iterations is not None or not self.windows.is_mean:
+            return restarts
+        work = budget.work
+        return min(restarts, work.single_restarts if is_single else work.restarts)
 
     def _trials(self, run: Run, budget: Budget, searches: int) -> int:
         """Return the trials of a layer in each of so many searches."""
