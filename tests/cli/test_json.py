@@ -47,7 +47,7 @@ COMMANDS = {
         "load.npz --devices 3 --slots-per-device 4 --method lpt --out copies.json",
     ],
     "compare": ["trace.safetensors --devices 4 --methods contiguous,lpt --splits 2"],
-    "evaluate": ["placement.json trace.safetensors", "copies.json load.npz"],
+    "evaluate": ["placement.json trace.safetensors --waterfill 1", "copies.json load.npz"],
     "audit": ["placement.json trace.safetensors"],
     "drift": ["placement.json newer.safetensors --profile trace.safetensors"],
     "report": ["placement.json trace.safetensors --out page.html"],

@@ -79,6 +79,7 @@ OWN = {
 --initial COPIES --for vllm
 --expert-bytes 1e6
 --price 0.5
+--waterfill 1
 --by-group
 --by-group --report page.html
 --any-order
@@ -105,12 +106,19 @@ OWN = {
     "compare": f"""{SEARCHING}
 --methods {",".join(METHODS)}
 --splits 2 --baseline lpt
+--waterfill 1
 --holdout 0 --report page.html
 --initial PLACEMENT
 --initial COPIES --slots-per-device 3
 """,
-    "evaluate": "--baseline COPIES\n--mixed-seed 4",
-    "audit": "--baseline COPIES\n--fail-if-worse 1\n--measure imbalance\n--measure fanout",
+    "evaluate": "--baseline COPIES\n--mixed-seed 4\n--waterfill 1\n--waterfill 2 --top-k 2",
+    "audit": """
+--waterfill 0.5
+--baseline COPIES
+--fail-if-worse 1
+--measure imbalance
+--measure fanout
+""",
     "drift": "--fail-if-drift\n--fail-if-worse 1\n--profile LOADS\n--profile STATISTICS",
     "plan": """
 --retire 1

@@ -70,7 +70,9 @@ def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
 def test_copies_are_halved_with_every_split(split, arrival):
     """All figures have all halves, and each half is near the whole."""
     trace = traffic([50] * 40)
-    actual = halve(trace, setting(COPIES, split=split, arrival=arrival), units_of(trace))[None]
+    actual = halve(
+        trace, setting(COPIES, split=split, arrival=arrival, shared=0.1), units_of(trace)
+    )[None]
     assert set(actual) == {*MEASURES}
     for figure in actual.values():
         assert figure.sides.shape == (2, 19)

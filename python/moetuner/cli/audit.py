@@ -41,6 +41,7 @@ def command(
     measures: tuple[str, ...] = option(
         click.Choice(MEASURES), default=(), flag="--measure", multiple=True
     ),
+    waterfill: float | None = options.waterfill_option(),
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
@@ -71,6 +72,7 @@ def command(
         measures=measures,
         by_group=True,
         mixed=False,
+        waterfill=waterfill,
     )
     _check_measures(measures, judgement)
     audited = replace(judgement, measure=judged[0])
@@ -84,7 +86,7 @@ def command(
             f"failed: {text.name(worst.group)} got worse by {signed(worst.change.value)} in "
             f"{FIGURES[worst.measure].label}, more than {limit:g} %"
         )
-    contents = placed.contents(judged=judged, fail_if_worse=limit)
+    contents = placed.contents(judged=judged, fail_if_worse=limit, waterfill=waterfill)
     contents |= {
         "placement": str(placement_file),
         "baseline": None if baseline_file is None else str(baseline_file),

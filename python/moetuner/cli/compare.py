@@ -20,6 +20,7 @@ from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
+from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem, phases
@@ -90,6 +91,7 @@ def command(
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
+    waterfill: float | None = options.waterfill_option(),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
@@ -120,7 +122,8 @@ def command(
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
         unseen = wanted.as_judged(source, unseen)
-        return Split(number, problem, unseen, replace(search, seed=seed), initial)
+        shared = shared_of(unseen, waterfill, source.top_k)
+        return Split(number, problem, unseen, replace(search, seed=seed), initial, shared)
 
     first = split(0)
     problem = first.problem
@@ -148,6 +151,7 @@ def command(
         "splits": len(tries),
         "baseline": over,
         "initial": None if initial_file is None else str(initial_file),
+        "waterfill": waterfill,
     }
     facts = {name: _facts(name, outcome, by_windows) for name, outcome in outcomes.items()}
     contents = {"input": source.facts(), "settings": settings, "methods": facts}
@@ -213,6 +217,7 @@ class Split:
     unseen: Traffic
     search: options.SearchOptions
     initial: Placement | None
+    shared: float | None
 
     def _runs(self, method: str) -> Placement | None:
         """Return the placement of a row that runs already; None if it has to be solved."""
@@ -237,7 +242,8 @@ class Split:
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        return dict(zip(methods, source.replay(results, self.problem, self.unseen), strict=False))
+        outcomes = source.replay(results, self.problem, self.unseen, shared=self.shared)
+        return dict(zip(methods, outcomes, strict=False))
 
 
 def _run(

@@ -42,6 +42,7 @@ def command(
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: Serving,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
+    waterfill: float | None = options.waterfill_option(),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
@@ -59,7 +60,9 @@ def command(
     placement, arguments, (traffic, *_) = placed.placement, placed.arguments, placed.judged
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
-    judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
+    judgement = placed.judge(
+        running, (against, placed.name), mixed_seed=mixed_seed, waterfill=waterfill
+    )
     evaluation = judgement.after
     output.say(*placed.lines())
     windows = f", windows of {window:,} tokens" if window else ""
@@ -70,7 +73,8 @@ def command(
         *(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)),
         "",
     )
-    _table(output, "traffic", OTHERS, evaluation)
+    asked = [name for name in OTHERS if name != "imbalance_filled" or waterfill is not None]
+    _table(output, "traffic", asked, evaluation)
     together = on_one_device(evaluation, placement.devices)
     if together is not None:
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
@@ -79,9 +83,8 @@ def command(
     output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")
     output.say(*(f"Losses: {losses.sentence}." for losses in evaluation.losses.values()))
     output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
-    contents = placed.contents(mixed_seed=mixed_seed, without=list(lost)) | {
-        "placement": str(placement_file)
-    }
+    contents = placed.contents(mixed_seed=mixed_seed, waterfill=waterfill, without=list(lost))
+    contents["placement"] = str(placement_file)
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 

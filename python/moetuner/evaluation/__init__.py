@@ -61,6 +61,9 @@ class Evaluation(Frozen):
         The same on the sum of all windows, averaged over layers.
     imbalance_worst
         The largest of any layer and window.
+    imbalance_filled
+        The same as ``imbalance`` of the work of routed experts and of the shared one together, if
+        the latter's tokens fill devices that wait; None without ``waterfill``.
     imbalance_per_layer
         Averaged over windows [L].
     imbalance_per_window
@@ -114,6 +117,7 @@ class Evaluation(Frozen):
     slots_used: float
     traffic: dict[str, NDArray[Any]]
     busiest_port: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    imbalance_filled: float | None = None
     predicted_layer_us: float | None = None
     predicted_layer_us_p50: float | None = None
     predicted_layer_us_p95: float | None = None
@@ -186,6 +190,7 @@ def evaluate(
     mixed: bool = True,
     mixed_seed: int = 0,
     threads: int | None = None,
+    waterfill: float | None = None,
 ) -> Evaluation:
     """Replay a placement, and compute its figures.
 
@@ -229,6 +234,10 @@ def evaluate(
         Seed of the mixed order: it decides which sequences, or windows of statistics, meet.
     threads
         Threads to use, all cores by default; the answer does not depend on it.
+    waterfill
+        Work of a token's shared expert in that of a routed one, where the dispatcher gives it to
+        devices that wait (SGLang's waterfill): 1 where both are of one size, as DeepSeek-V3's. It
+        gives ``imbalance_filled``; predicted times are without shared experts. None for none.
 
     Raises
     ------
@@ -257,6 +266,7 @@ def evaluate(
         mixed=mixed,
         mixed_seed=mixed_seed,
         threads=threads,
+        shared=replay.shared_of(traffic, waterfill),
     )[0]
 
 
@@ -274,13 +284,14 @@ def evaluate_each(
     mixed: bool = True,
     mixed_seed: int = 0,
     threads: int | None = None,
+    shared: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
     """Evaluate several placements of one model and machine, and read the trace once for all.
 
     Takes what ``evaluate`` takes, but by default one window of all tokens and no cost model, and
-    returns what it returns for each placement. ``progress`` gets the share of a trace that has been
-    replayed.
+    returns what it returns for each placement. ``shared`` is as in ``Setting``, and ``progress``
+    gets the share of a trace that has been replayed.
     """
     if not placements:
         return []
@@ -297,6 +308,7 @@ def evaluate_each(
             mixed=mixed,
             mixed_seed=mixed_seed,
             threads=threads,
+            shared=shared,
         )
         for placement in placements
     ]

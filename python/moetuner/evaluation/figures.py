@@ -260,6 +260,17 @@ def imbalance_of(counts: Counts, setting: Setting) -> Floats:
     return ratios(counts.load, setting.topology.speed_of_device)
 
 
+def filled_of(counts: Counts, setting: Setting) -> Floats | None:
+    """Compute the imbalance [W,L] where a shared expert's tokens fill devices that wait.
+
+    The slowest device has its routed tokens, or an even part of all work if that is more: docs/
+    mathematics.md. None where nothing is filled.
+    """
+    if setting.shared is None:
+        return None
+    return np.maximum(imbalance_of(counts, setting) / (1 + setting.shared), 1.0)
+
+
 def us_of(counts: Counts, setting: Setting) -> Floats | None:
     """Compute the predicted microseconds of every window and layer [W,L]; None without a model."""
     return None if setting.cost_model is None else layer_us(counts, setting)
@@ -313,6 +324,15 @@ FIGURES = {
         2,
         "of any layer and window",
         lambda replay: max(float(each.max()) for _, each in replay.imbalances),
+    ),
+    "imbalance_filled": Figure(
+        "filled",
+        3,
+        "imbalance of routed and shared experts' work together, if the dispatcher gives the shared "
+        "expert's to devices that wait (--waterfill)",
+        windows=filled_of,
+        label="imbalance with waterfill",
+        unit=" x the mean",
     ),
     "crossing": Figure(
         "crossing",

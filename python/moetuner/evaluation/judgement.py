@@ -20,7 +20,7 @@ from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
-from moetuner.evaluation.replay import times_of, topology_of
+from moetuner.evaluation.replay import shared_of, times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
@@ -452,6 +452,7 @@ def audit(
     threads: int | None = None,
     units: Units | None = None,
     measures: Collection[str] = (),
+    waterfill: float | None = None,
 ) -> Judgement:
     """Return what a placement does to every group of the traffic, compared with a baseline.
 
@@ -483,6 +484,8 @@ def audit(
         whole recording to audit a part of it.
     measures
         Measures to compare, of those that the traffic tells; all by default.
+    waterfill
+        As in ``evaluate``.
 
     Raises
     ------
@@ -521,6 +524,7 @@ def audit(
         arrival=arrival,
         mixed=False,
         threads=threads,
+        shared=shared_of(traffic, waterfill),
     )
     known = [name for name in measures if getattr(after, name) is not None]
     if measures and not known:

@@ -19,11 +19,12 @@ from moetuner._checks import (
     flag,
     instance,
     one_of,
+    positive,
     seed_in,
     threads_in,
     window_in,
 )
-from moetuner.cost import CostModel, cost_model_of
+from moetuner.cost import CostModel, cost_model_of, top_k_of
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
 from moetuner.evaluation.copies import Split
@@ -96,7 +97,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``."""
+    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``.
+
+    But for ``shared``: the work of a token's shared expert in that of all its routed ones, where a
+    dispatcher gives it to devices that wait.
+    """
 
     placement: Placement
     topology: Topology
@@ -108,6 +113,7 @@ class Setting:
     mixed: bool = True
     mixed_seed: int = 0
     threads: int | None = None
+    shared: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", window_in(self.window))
@@ -175,6 +181,28 @@ def times_of(traffic: Traffic, cost_model: CostModel | str | None) -> CostModel 
         return cost_model  # type: ignore[return-value]  # Setting checks it
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     return cost_model_of(traffic)
+
+
+def shared_of(traffic: Traffic, waterfill: float | None, top_k: int | None = None) -> float | None:
+    """Return the work of a token's shared expert in that of its routed ones; None for None.
+
+    Its work is given in that of one routed expert, so it must be known how many those are: by
+    default the traffic's own, or those of its model.
+    """
+    if waterfill is None:
+        return None
+    work = positive("waterfill", waterfill)
+    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    if isinstance(traffic, RoutingStatistics) and traffic.sets is not None:
+        top_k = traffic.sets[0].top_k
+    top_k = top_k or top_k_of(traffic)
+    if top_k is None:
+        raise ArgumentError(
+            "waterfill needs traffic that tells experts per token: a trace, or counts that name "
+            "their model, such as 'deepseek-v3'",
+            "waterfill",
+        )
+    return work / top_k
 
 
 def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> None:

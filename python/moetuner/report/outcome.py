@@ -203,6 +203,9 @@ def sentences(outcome: Outcome, *, held_out: bool = False) -> list[str]:
         reached = "" if worth.is_predicted_time else reached
         line = "; ".join(filter(None, (reached, proven)))
         lines += [f"{line[0].upper()}{line[1:]}."] if line else []
+    filled = outcome.evaluation.imbalance_filled
+    if filled is not None:
+        lines.append(f"With waterfill the busiest device has {filled:.3f} x the mean of all work.")
     for losses in outcome.evaluation.losses.values():
         lines.append(f"{losses.sentence[0].upper()}{losses.sentence[1:]}.")
     search = result.details.search

@@ -31,6 +31,7 @@ from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
+from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
 from moetuner.formats import form_of, read_placement
@@ -276,6 +277,7 @@ class Placed:
         by_group: bool = False,
         mixed: bool = True,
         mixed_seed: int = 0,
+        waterfill: float | None = None,
     ) -> Judgement:
         """Replay what runs and the placement, and judge the change.
 
@@ -289,6 +291,7 @@ class Placed:
                 window=self.source.replayed,
                 mixed=mixed,
                 mixed_seed=mixed_seed,
+                shared=shared_of(self.judged[0], waterfill, self.source.top_k),
                 threads=self.source.threads,
                 progress=shares(report, "of the tokens"),
                 **self.arguments,
@@ -317,8 +320,8 @@ class Placed:
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
-        """Return what is gained in the figure that it was computed for, and in predicted time."""
-        figures = dict.fromkeys((judgement.measure, "predicted_layer_us"))
+        """Return what is gained in its own figure, in predicted time and with waterfill."""
+        figures = dict.fromkeys((judgement.measure, "predicted_layer_us", "imbalance_filled"))
         return [judgement.whole[name] for name in figures if name in judgement.whole]
 
     def lines(self) -> Iterator[str]:

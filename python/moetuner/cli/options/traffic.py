@@ -315,11 +315,17 @@ class Source(FileHints):
             return solve(problem, cast(Method, method), **arguments)
 
     def replay(
-        self, results: Sequence[Result], problem: Problem, judged_on: Traffic
+        self,
+        results: Sequence[Result],
+        problem: Problem,
+        judged_on: Traffic,
+        *,
+        shared: float | None = None,
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
 
-        In the windows of INPUT, and in all others that the problem is about.
+        In the windows of INPUT, and in all others that the problem is about; ``shared`` is as in
+        ``Setting``.
         """
         placements = [result.placement for result in results]
         windows: list[int | None] = [self.replayed]
@@ -330,7 +336,7 @@ class Source(FileHints):
                 if tokens not in (None, self.replayed) and tokens <= judged_on.tokens
             ]
         with working("replaying") as report:
-            arguments: Any = {"threads": self.threads}
+            arguments: Any = {"threads": self.threads, "shared": shared}
             arguments["progress"] = shares(report, "of the tokens")
             evaluations = outcome.replay(placements, problem, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)

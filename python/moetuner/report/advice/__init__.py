@@ -15,7 +15,7 @@ from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
 from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.copies import Split
-from moetuner.evaluation.replay import Traffic, members
+from moetuner.evaluation.replay import Traffic, members, shared_of
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
@@ -25,6 +25,7 @@ from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
     halve_trial,
     judge_division,
+    judge_filling,
     judge_groups,
     judge_halves,
     judge_over_eplb,
@@ -63,6 +64,7 @@ def advise(
     splits: int = SPLITS,
     price: float = PRICE,
     prefill_share: float | None = None,
+    waterfill: float | None = None,
     by_group: bool = False,
     objective: Goal | None = None,
     expert_bytes: float | None = None,
@@ -117,6 +119,9 @@ def advise(
         Share of the serving time that is prefill. Placements are computed for it, and the answer is
         then on prefill and decode together, instead of on the better one of them. By default
         a fifth of the time is prefill in the search.
+    waterfill
+        As for ``evaluate``: then it is said what the proposal gains where the dispatcher gives the
+        shared expert's work to devices that wait.
     by_group
         Whether to judge also, on each group, a placement that was computed from all other groups.
     objective
@@ -156,6 +161,7 @@ def advise(
     'worth a trial'
     """
     _check_values(traffic, topology, price, initial)
+    check.one_of("regime", regime, get_args(Regime))
     check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
     if objective is not None:
@@ -164,6 +170,7 @@ def advise(
         check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
     split, arrival = _served(engine, split, arrival)
+    shared = shared_of(traffic, waterfill)
     counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
@@ -196,6 +203,8 @@ def advise(
         expert_bytes=expert_bytes,
         price=price,
         prefill_share=prefill_share,
+        waterfill=waterfill,
+        shared=shared,
         by_group=by_group,
         in_order=in_order,
         iterations=iterations,
@@ -268,7 +277,9 @@ def _advise(request: Request, splits: int) -> Advice:
         settings=_settings(request, splits, first.problem.shares),
     )
     division = judge_division(request, part, first.placements[PROPOSED], main.window)
-    notes = (*write_notes(request, phases, knee), *([division] if division else []))
+    filling = judge_filling(request, main)
+    more = [note for note in (division, filling) if note]
+    notes = (*write_notes(request, phases, knee), *more)
     advice = conclude(advice, notes)
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
@@ -282,6 +293,7 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
     return {
         "engine": request.engine_name,
         "price": request.price,
+        "waterfill": request.waterfill,
         "expert_bytes": request.expert_bytes,
         "in_order": request.in_order,
         "seed": request.seed,

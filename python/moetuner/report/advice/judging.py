@@ -37,6 +37,7 @@ from moetuner.report.advice.trial import (
     without_groups,
 )
 from moetuner.report.advice.values import Moving, PhaseTimes
+from moetuner.report.cells import percent
 from moetuner.report.recording import PHASES
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -215,6 +216,21 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
         of_experts=total,
         of_bytes=total * size,
         device_bytes=(size * int(copies[0].max()), size * int(copies[1].max())),
+    )
+
+
+def judge_filling(request: Request, judgement: Judgement) -> str:
+    """Write how even devices are where waterfill gives a shared expert's work to those that wait.
+
+    A small imbalance then costs nothing, and placements that even it out gain nothing.
+    """
+    if request.shared is None:
+        return ""
+    gain = judgement.whole["imbalance_filled"]
+    return (
+        f"With waterfill the busiest device would have {gain.before:.3f} x the mean of all work "
+        f"with what runs, and {gain.after:.3f} with the proposal: even load is then worth "
+        f"{percent(gain.gain)}"
     )
 
 

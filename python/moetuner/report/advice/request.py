@@ -51,7 +51,8 @@ def slots_of_running(initial: Placement | str, experts: int, devices: int) -> in
 class Request:
     """The arguments of ``advise``, checked, with their defaults resolved.
 
-    ``windows`` are the sizes that are judged, and ``progress`` is called with what is being done.
+    ``shared`` is as in ``Setting``. ``windows`` are the sizes that are judged, and ``progress`` is
+    called with what is being done.
     """
 
     traffic: Traffic
@@ -70,6 +71,8 @@ class Request:
     expert_bytes: float | None
     price: float
     prefill_share: float | None
+    waterfill: float | None
+    shared: float | None
     by_group: bool
     in_order: bool
     iterations: int | None

@@ -98,6 +98,7 @@ def evaluate_all(
         mixed=False,
         threads=request.threads,
         cost_model=request.cost_model,
+        shared=request.shared,
     )
     return {
         window: dict(zip(placements, evaluated, strict=True))
