@@ -23,7 +23,7 @@ unexport CONDA_PREFIX PYTHONPATH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo docs test lint fix types test-rust test-python test-wheel engines bench bench-peers scorecard wheel wheels sdist \
-	image test-root test-sdist test-masked test-oldest test-threads check-wheels check-files deny audit release-check clean
+	image test-root test-sdist test-masked test-oldest test-threads check-wheels check-files check-rust deny audit release-check clean
 
 help:  ## show this menu
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -129,6 +129,9 @@ test-masked: $(CORE)  ## the self-test on emulated processors without AVX-512 an
 
 test-oldest: wheel  ## the wheel with the oldest dependencies that it allows
 	.ci/oldest.sh $(BIN)/python dist/*.whl
+
+check-rust: $(BASE)  ## compile the core with the oldest Rust that Cargo.toml allows (rustup)
+	cargo +$$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) check --quiet --locked --features python
 
 test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
 	.ci/threads.sh $(PYTHON)

@@ -68,6 +68,16 @@ def test_targets_call_scripts_that_are_there():
         assert (ROOT / script).stat().st_mode & 0o111, script
 
 
+def test_the_image_has_a_rust_that_the_core_allows():
+    """It is no older than what Cargo.toml says, which `make check-rust` compiles with."""
+    about = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]
+    image = re.search(r"^FROM rust:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    oldest, used = (
+        tuple(map(int, version.split("."))) for version in (about["rust-version"], image[1])
+    )
+    assert used >= oldest
+
+
 def test_the_oldest_dependencies_are_those_of_the_package():
     """Each dependency with a lower bound is a constraint, of that version."""
     command = [sys.executable, ROOT / ".ci" / "oldest.py", ROOT / "pyproject.toml"]
