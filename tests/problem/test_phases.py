@@ -44,7 +44,7 @@ def plain_mean(statistics, placement, tokens, topology, goal):
 
 @pytest.mark.parametrize("devices_per_node", [4, 2])
 @pytest.mark.parametrize("copies", [0, 1])
-def test_a_time_of_expert_sets_asks_for_no_pairs(devices_per_node, copies):
+def test_a_time_of_expert_sets_asks_for_no_pairs(brief, devices_per_node, copies):
     """Counted with sets alone, a trace has the same phases, answer and bound as with all tables."""
     trace, topology = recorded(3 * WINDOWS[1]), mt.Topology(4, devices_per_node=devices_per_node)
     tables = tables_for("dispatch", "time")

@@ -489,6 +489,7 @@ def test_copies_are_of_use_where_an_expert_is_hot(layer):
     assert layers == {0: None, 1: 1}
 
 
+@pytest.mark.usefixtures("brief")
 def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
     """The same windows by even shares and divided anew; nothing without copies, or elsewhere."""
     traffic, topology = heavy(), mt.Topology(4)
@@ -641,6 +642,7 @@ def test_no_step_where_nothing_is_proposed():
     assert advice.to_dict()["step"] is None
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_lack_of_evidence_names_the_engine_s_recorder(engine):
     """The sentence that refuses says by which option this engine records sequences."""
@@ -652,6 +654,7 @@ def test_lack_of_evidence_names_the_engine_s_recorder(engine):
     assert options[engine] in advice.sentence
 
 
+@pytest.mark.usefixtures("brief")
 def test_sentences_name_arguments_of_python():
     """Called from Python, reasons and warnings say arguments, and no options of the command."""
     kinds = np.random.default_rng(0).poisson(500, (4, 2, 8))
