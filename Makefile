@@ -131,7 +131,8 @@ test-oldest: wheel  ## the wheel with the oldest dependencies that it allows
 	.ci/oldest.sh $(BIN)/python dist/*.whl
 
 check-rust: $(BASE)  ## compile the core with the oldest Rust that Cargo.toml allows (rustup)
-	cargo +$$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) check --quiet --locked --features python
+	rustup run --install $$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) \
+		cargo check --quiet --locked --features python
 
 test-threads:  ## tests of threads on PYTHON, which may be a free-threaded one
 	.ci/threads.sh $(PYTHON)
