@@ -233,7 +233,7 @@ def test_a_larger_budget_gives_no_worse_placement(goal, seed):
     problem, initial = problem_of(goal, seed), contiguous(3, 16, 4)
     slots = int(problem.capacity.sum())
     before = (np.inf, np.inf)
-    for limit in (0, 1, 2, 3, 5, 7, 10, 13, 17, 22, 30, 40, slots - 1, slots):
+    for limit in (0, 1, 2, 5, 8, 13, 22, 40, slots - 1, slots):
         result = mt.solve(problem, "heuristic", initial=initial, move_budget=limit, iterations=500)
         excess, value = rank(problem, result.placement)
         assert (round(excess, 9), value * (1 - 1e-9)) <= before, limit

@@ -78,7 +78,7 @@ def test_names_take_the_fewest_moves(machine, rules, regime):
     topology = mt.Topology(**TOPOLOGIES[machine])
     pins = {name: [(1, 3, 0), (1, 5, 1)] for name in rules}
     problem = mt.Problem(counts, topology, regime=regime, objective="balance", **pins)
-    for _ in range(3 if problem.devices > 4 else 12):
+    for _ in range(2 if problem.devices > 4 else 6):
         running, placement = (random_placement(problem, random) for _ in range(2))
         slots = rename_devices(problem, running.held, pad_slots(placement.slots, problem.capacity))
         renamed = mt.Placement(slots, num_experts=EXPERTS)
