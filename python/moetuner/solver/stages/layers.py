@@ -262,11 +262,15 @@ CHAIN_UNDER_CAPS = Stage(
 def _is_searched_hot(run: Run) -> bool:
     """Return whether a search that leaves its start may find more.
 
-    Where balance has to survive a loss that does not: partners that are spread are lost, and not
-    found again in twenty times the trials.
+    Where large layers have to survive a loss, and loads are all that counts, it does not: partners
+    that are spread are lost, and not found again in twenty times the trials.
     """
-    is_spread = run.problem.survive is not None and is_searched_anew(run)
-    return is_of_layers(run) and not (is_spread and windows_alone(run.problem, run.moves))
+    objective, problem = run.objective, run.problem
+    pairs = (objective.sets, objective.coactivation, objective.transitions)
+    of_loads = problem.goal != "traffic" and not problem.caps.some
+    of_loads = of_loads and all(each is None for each in pairs)
+    is_spread = problem.survive is not None and is_searched_anew(run) and not has_few_slots(run)
+    return is_of_layers(run) and not (is_spread and of_loads)
 
 
 ANNEAL = Stage(anneal, applies=_is_searched_hot)
