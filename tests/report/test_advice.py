@@ -516,6 +516,17 @@ def heavy():
     return mt.RoutingStatistics.from_load(load)
 
 
+@pytest.mark.parametrize(
+    ("initial", "tried"),
+    [("contiguous", [0, 1, 2, 3]), (f"eplb:{2 * EXPERTS}", [0, 1, 2, 3, 4])],
+)
+def test_numbers_of_copies_are_tried_until_one_gains_nothing(initial, tried):
+    """Of one hot expert three slots bring nothing over two; as many as run are tried still."""
+    how = {"copies": [0, 1, 2, 3, 4], "initial": initial, "splits": 1}
+    advice = advise(heavy(), mt.Topology(4), **how)
+    assert [row.per_device for row in advice.copies] == tried
+
+
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("initial", ["contiguous", f"eplb:{EXPERTS // 2}"])
 def test_more_memory_is_no_gain_of_the_placement(initial):

@@ -107,7 +107,8 @@ def advise(
         of sequences that are served together or of one after the other. Names as in
         ``engine_settings``.
     copies
-        Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried.
+        Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried, in
+        rising order until one gains nothing on the traffic that is seen.
     window
         Tokens whose load is balanced together; by default 512 as in decoding, and 8192 as in
         reading prompts where there are so many. Load tables bring their own windows.
