@@ -506,6 +506,8 @@ def test_dispatch_by_a_linear_programme_is_judged_where_the_engine_has_it():
         mt.evaluate(advice.placements[1], unseen, split=split).imbalance for split in ("lp", "even")
     )
     assert divided < even
+    assert advice.division == pytest.approx((divided, even))
+    assert (none.division, other.division) == (None, None)
     assert f"{divided:.2f} x the mean of recorded windows, and {even:.2f} if they share" in line
 
 
@@ -572,7 +574,7 @@ def test_windows_that_are_too_alike_are_called_so(number):
     (judged,) = advice.judged
     gain = replace(judged.gain, change=replace(judged.gain.change, error=None, units=number))
     judged = replace(judged, whole=judged.whole | {"predicted_layer_us": gain})
-    advice = conclude(replace(advice, judged=(judged,), units=units), ())
+    advice = conclude(replace(advice, judged=(judged,), units=units))
     assert advice.answer == "not enough evidence"
     texts = [advice.reasons[0], *_write_units(units, held_out=True)]
     assert all(("too alike" in text) == (number == 0) for text in texts), texts

@@ -25,7 +25,6 @@ from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
     halve_trial,
     judge_division,
-    judge_filling,
     judge_groups,
     judge_halves,
     judge_over_eplb,
@@ -35,7 +34,7 @@ from moetuner.report.advice.judging import (
     weigh_move,
     weigh_phases,
 )
-from moetuner.report.advice.request import Request, slots_of_running, split_of
+from moetuner.report.advice.request import Part, Request, slots_of_running, split_of
 from moetuner.report.advice.step import find_step
 from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
@@ -227,14 +226,7 @@ def _advise(request: Request, splits: int) -> Advice:
     # More memory is no gain of a placement: what is proposed takes no more than what runs.
     as_now = tuple(row for row in swept if row.per_device <= request.running_copies)
     knee, best = (find_knee(rows, request.prefill_share) for rows in (as_now or swept, swept))
-    trials: list[Trial] = []
-    for number in range(splits):
-        request.progress(f"split {number + 1} of {splits}: solving and judging")
-        of_split = split_of(request, check.nth_seed(request.seed, number)) if number else part
-        effort = "brief" if number else "default"
-        trial = try_out(request, of_split, knee, by_group=not number, effort=effort)
-        # The counts that others were computed from are not asked for any more.
-        trials.append(replace(trial, problem=trials[0].problem) if number else trial)
+    trials = _try_splits(request, part, knee, splits)
     request.progress("judging")
     first = trials[0]
     halve_trial(request, first, [RUNNING, PROPOSED], by_group=True)
@@ -252,7 +244,6 @@ def _advise(request: Request, splits: int) -> Advice:
     parts = halves(request.traffic) if is_other else ()
     carried = judge_halves(request, parts, knee, main.window) if parts else ()
     request.progress("weighing what moves, and phases")
-    phases = judge_phases(request, part, knee)
     advice = Advice(
         answer="not enough evidence",
         reasons=(),
@@ -263,7 +254,8 @@ def _advise(request: Request, splits: int) -> Advice:
         knee=knee,
         more=best if best > knee else None,
         moving=weigh_move(request, first, compute_saved_us(main)),
-        phases=phases,
+        phases=judge_phases(request, part, knee),
+        division=judge_division(request, part, first.placements[PROPOSED], main.window),
         drift=change,
         halves=carried,
         groups_of_halves=name_groups(parts),
@@ -277,15 +269,24 @@ def _advise(request: Request, splits: int) -> Advice:
         by_group=judge_groups(request, knee) if request.by_group else {},
         settings=_settings(request, splits, first.problem.shares),
     )
-    division = judge_division(request, part, first.placements[PROPOSED], main.window)
-    filling = judge_filling(request, main)
-    more = [note for note in (division, filling) if note]
-    notes = (*write_notes(request, phases, knee), *more)
-    advice = conclude(advice, notes)
+    advice = conclude(advice, write_notes(request, advice))
     if advice.answer == "not now":
         advice = replace(advice, moving=advice.moving.stay())
     request.progress("weighing fewer moves")
     return replace(advice, step=find_step(request, first, part, advice))
+
+
+def _try_splits(request: Request, part: Part, copies: int, splits: int) -> list[Trial]:
+    """Place by the seen half of every split, and judge on the other: the first at length."""
+    trials: list[Trial] = []
+    for number in range(splits):
+        request.progress(f"split {number + 1} of {splits}: solving and judging")
+        split = split_of(request, check.nth_seed(request.seed, number)) if number else part
+        effort = "brief" if number else "default"
+        trial = try_out(request, split, copies, by_group=not number, effort=effort)
+        # The counts that others were computed from are not asked for any more.
+        trials.append(replace(trial, problem=trials[0].problem) if number else trial)
+    return trials
 
 
 def _settings(request: Request, splits: int, phases: dict[int | None, float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
-from moetuner.formats.engines import ENGINES
+from moetuner.formats.engines import ENGINES, Engine
 from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
@@ -23,7 +24,6 @@ from moetuner.report.advice.values import (
     Advice,
     Answer,
     Copies,
-    PhaseTimes,
     name_phase,
     write_window,
     write_windows_of,
@@ -92,37 +92,7 @@ def write_judged_on(request: Request, unseen: Traffic) -> str:
     return f"{text}; {where}{rest}" if rest else text
 
 
-def write_notes(request: Request, phases: PhaseTimes | None, copies: int) -> tuple[str, ...]:
-    """Write what phases cost each other, and what the engine cannot do."""
-    notes = [] if phases is None else [phases.sentence(request.price)]
-    traffic, engine = request.traffic, request.engine
-    is_short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
-    if is_short and request.windows == WINDOWS[:1]:
-        notes.append(
-            f"Windows of {WINDOWS[-1]:,} tokens, as in prefill, were not judged: those need "
-            f"{4 * WINDOWS[-1]:,} tokens"
-        )
-    if engine is None:
-        return tuple(notes)
-    if request.arrival == "mixed":
-        notes.append(f"Windows mix sequences of the recording, as {engine.title} serves them")
-    if not engine.may_copy and max(request.copies):
-        form = "renumbered checkpoint" if engine.renumbers else "map"
-        notes.append(
-            f"Copies were left out: {engine.title} loads a placement as a {form}, which has every "
-            "expert once"
-        )
-    tokens, without_copies = tokens_at_once(request, copies), tokens_at_once(request, 0)
-    if tokens is not None and tokens < WINDOWS[-1]:
-        without = f" ({without_copies:,} without copies)" if copies else ""
-        notes.append(
-            f"{engine.title} with DeepEP's low-latency kernels: a rank may send at most {tokens:,} "
-            f"tokens at once, as their buffer of 32 GiB grows with the slots{without}"
-        )
-    return tuple(notes)
-
-
-def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
+def conclude(advice: Advice, notes: Sequence[str] = ()) -> Advice:
     """Return advice with its answer, its reasons, ``notes`` among them, and its warnings."""
     reasons = [*_write_gains(advice), *notes, *_write_losses(advice)]
     warnings = _write_units(advice.units, held_out=advice.settings["held_out"])
@@ -179,6 +149,58 @@ def conclude(advice: Advice, notes: tuple[str, ...]) -> Advice:
         f"{letter}{each[1:]}".rstrip(".") + "." for letter, each in zip(first, reasons, strict=True)
     )
     return replace(advice, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
+
+
+def write_notes(request: Request, advice: Advice) -> list[str]:
+    """Write what phases cost each other, what the engine cannot do, and what dispatchers could."""
+    notes = [] if advice.phases is None else [advice.phases.sentence(request.price)]
+    traffic = request.traffic
+    is_short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
+    if is_short and request.windows == WINDOWS[:1]:
+        notes.append(
+            f"Windows of {WINDOWS[-1]:,} tokens, as in prefill, were not judged: those need "
+            f"{4 * WINDOWS[-1]:,} tokens"
+        )
+    if request.engine is not None:
+        notes += _write_engine(request, request.engine, advice)
+    if request.shared is not None:
+        filled = advice.main.whole["imbalance_filled"]
+        notes.append(
+            f"With waterfill the busiest device would have {filled.before:.3f} x the mean of all "
+            f"work with what runs, and {filled.after:.3f} with the proposal: even load is then "
+            f"worth {percent(filled.gain)}"
+        )
+    return notes
+
+
+def _write_engine(request: Request, engine: Engine, advice: Advice) -> list[str]:
+    """Write how the engine serves, what it cannot do, and how it could divide tokens."""
+    notes = []
+    if request.arrival == "mixed":
+        notes.append(f"Windows mix sequences of the recording, as {engine.title} serves them")
+    if not engine.may_copy and max(request.copies):
+        form = "renumbered checkpoint" if engine.renumbers else "map"
+        notes.append(
+            f"Copies were left out: {engine.title} loads a placement as a {form}, which has every "
+            "expert once"
+        )
+    copies = advice.knee
+    tokens, without_copies = tokens_at_once(request, copies), tokens_at_once(request, 0)
+    if tokens is not None and tokens < WINDOWS[-1]:
+        without = f" ({without_copies:,} without copies)" if copies else ""
+        notes.append(
+            f"{engine.title} with DeepEP's low-latency kernels: a rank may send at most {tokens:,} "
+            f"tokens at once, as their buffer of 32 GiB grows with the slots{without}"
+        )
+    if advice.division is not None:
+        divided, even = advice.division
+        notes.append(
+            f"Copies whose tokens a linear programme divides ({engine.splits_by['lp']}) would "
+            f"leave the busiest device {divided:.2f} x the mean of recorded windows, and "
+            f"{even:.2f} if they share evenly; by LPLB's authors it takes 100 us and more in every "
+            "layer"
+        )
+    return notes
 
 
 def _write_losses(advice: Advice) -> list[str]:

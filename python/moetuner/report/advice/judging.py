@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from moetuner.cost import busiest_ports
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
+from moetuner.evaluation.copies import Split
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
@@ -36,8 +36,7 @@ from moetuner.report.advice.trial import (
     try_out,
     without_groups,
 )
-from moetuner.report.advice.values import Moving, PhaseTimes
-from moetuner.report.cells import percent
+from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
@@ -219,42 +218,32 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
     )
 
 
-def judge_filling(request: Request, judgement: Judgement) -> str:
-    """Write how even devices are where waterfill gives a shared expert's work to those that wait.
-
-    A small imbalance then costs nothing, and placements that even it out gain nothing.
-    """
-    if request.shared is None:
-        return ""
-    gain = judgement.whole["imbalance_filled"]
-    return (
-        f"With waterfill the busiest device would have {gain.before:.3f} x the mean of all work "
-        f"with what runs, and {gain.after:.3f} with the proposal: even load is then worth "
-        f"{percent(gain.gain)}"
-    )
-
-
-def judge_division(request: Request, part: Part, placement: Placement, window: Window) -> str:
-    """Write how even a dispatcher by a linear programme would be, where the engine has one.
+def judge_division(
+    request: Request, part: Part, placement: Placement, window: Window
+) -> Division | None:
+    """Evaluate copies under a dispatcher by a linear programme, where the engine has one.
 
     Where nothing has copies, or the placement was computed for one, there is nothing to compare.
     """
-    option = {} if request.engine is None else request.engine.splits_by
-    if "lp" not in option or request.split == "lp" or (placement.replicas == 1).all():
-        return ""
+    has_one = request.engine is not None and "lp" in request.engine.splits_by
+    if not has_one or request.split == "lp" or (placement.replicas == 1).all():
+        return None
     counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
-        return ""
+        return None
     chosen = np.unique(np.linspace(0, steps.size - 1, DIVIDED_WINDOWS).round().astype(int))
     windows = RoutingStatistics.from_load(counts.window_load[steps[chosen]])
-    options: dict[str, Any] = {"cost_model": None, "mixed": False, "threads": request.threads}
-    divided, even = (
-        evaluate(placement, windows, request.topology, split=split, **options).imbalance
-        for split in ("lp", "even")
-    )
-    return (
-        f"Copies whose tokens a linear programme divides ({option['lp']}) would leave the busiest "
-        f"device {divided:.2f} x the mean of recorded windows, and {even:.2f} if they share "
-        "evenly; by LPLB's authors it takes 100 us and more in every layer"
-    )
+
+    def imbalance(split: Split) -> float:
+        return evaluate(
+            placement,
+            windows,
+            request.topology,
+            split=split,
+            cost_model=None,
+            mixed=False,
+            threads=request.threads,
+        ).imbalance
+
+    return Division(imbalance("lp"), imbalance("even"))

@@ -163,6 +163,19 @@ class SmallStep(NamedTuple):
         return {"experts": self.experts, "bytes": self.bytes, "gain": self.gain.to_dict()}
 
 
+class Division(NamedTuple):
+    """How even copies leave devices if a linear programme divides their tokens.
+
+    Parameters
+    ----------
+    imbalance, imbalance_even
+        Busiest device over the mean of recorded windows, divided so and in even shares.
+    """
+
+    imbalance: float
+    imbalance_even: float
+
+
 class PhaseTimes(NamedTuple):
     """One placement for prefill and decode, or two.
 
@@ -236,6 +249,9 @@ class Advice(Frozen):
         The cheapest useful step: few moves that gain most of it; None where there is none.
     phases
         Prefill and decode apart; None where the traffic does not know both.
+    division
+        The proposed placement if a linear programme divides tokens over copies; None where the
+        engine has none, or nothing has copies.
     drift
         How far the second half of the recording differs from the first; None where that is not
         known.
@@ -291,6 +307,7 @@ class Advice(Frozen):
     one_kind: str | None = None
     total: Comparison | None = None
     step: SmallStep | None = None
+    division: Division | None = None
     by_group: dict[str, dict[int | None, Comparison]] = field(default_factory=dict, repr=False)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
