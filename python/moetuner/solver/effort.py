@@ -60,7 +60,7 @@ EFFORTS = {
         traffic_caps=(1.08, math.inf),
         tangent_iterations=24,
         restarts=RESTARTS,
-        single_restarts=4,
+        single_restarts=2,
     ),
     "thorough": Effort(
         layer_work=math.inf,
