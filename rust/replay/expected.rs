@@ -150,12 +150,11 @@ impl Parts {
         for expert in 0..experts {
             let begin = unit.len();
             for (there, copy) in copies(expert) {
-                match unit[begin..].iter().position(|&unit| unit == there as u32) {
-                    Some(part) => held[begin + part].push(copy),
-                    None => {
-                        unit.push(there as u32);
-                        held.push(vec![copy]);
-                    }
+                if let Some(part) = unit[begin..].iter().position(|&unit| unit == there as u32) {
+                    held[begin + part].push(copy);
+                } else {
+                    unit.push(there as u32);
+                    held.push(vec![copy]);
                 }
             }
             first.push(unit.len());
