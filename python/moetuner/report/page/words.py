@@ -117,6 +117,10 @@ SETTINGS: dict[str, tuple[str, Write]] = {
             lp="is what a linear programme says",
         ),
     ),
+    "waterfill": (
+        "Given to devices that wait",
+        lambda value: f"the shared expert's tokens, each {digits(value)} of a routed one's work",
+    ),
     "arrival": ("Order of tokens", _arrival),
     "window": ("Window", _counted("token")),
     "windows": (
