@@ -191,7 +191,7 @@ def _replay(
 def _refuse_unprovable(problem: Problem, method: str, *, moving: bool) -> None:
     """Raise, before any work, where no bound that has a certificate will be found."""
     if problem.goal != "traffic":
-        why = f"bounds of {problem.goal} have none; pass --objective traffic"
+        why = f"bounds of {problem.goal} are formulas of INPUT; pass --objective traffic"
     elif method != "joint":
         why = f"method {method} has no bound; pass --method joint"
     elif moving:
