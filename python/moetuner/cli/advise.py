@@ -83,7 +83,8 @@ def command(
     initial
         The placement that runs; eplb:32 is EPLB's with 32 redundant experts over all devices.
     copies
-        Extra slots per device and layer to try, in rising order until one gains nothing.
+        Extra slots per device and layer to try; those between the next and the largest only where
+        one of these gains.
     expert_bytes
         Bytes of one expert of one layer. [default: of INPUT's model, if known]
     price

@@ -106,8 +106,9 @@ def advise(
         of sequences that are served together or of one after the other. Names as in
         ``engine_settings``.
     copies
-        Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried, in
-        rising order until one gains nothing on the traffic that is seen.
+        Numbers of slots of a device in a layer, beyond one slot for each expert, that are tried: of
+        those that take more memory than what runs the next and the largest, and those between where
+        one of these gains on the traffic that is seen.
     window
         Tokens whose load is balanced together; by default 512 as in decoding, and 8192 as in
         reading prompts where there are so many. Load tables bring their own windows.

@@ -404,8 +404,8 @@ def _write_gains(advice: Advice) -> list[str]:
     lines += _write_on_one(advice)
     aspects = _find_small(advice.main, advice.settings["price"], advice.settings["regime"])
     if len(advice.copies) > 1 and not _copies_pay(advice):
-        slots = counted(max(row.per_device for row in advice.copies), "more slot")
-        aspects.append(f"with copies (up to {slots} per device)")
+        slots = counted(max(row.per_device for row in advice.copies), "slot")
+        aspects.append(f"with {slots} for copies")
     if aspects:
         *others, last = aspects
         lines.append(f"little to gain {', '.join(others)}{' or ' * bool(others)}{last}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from moetuner.cost import size_of_expert
@@ -23,8 +21,7 @@ from moetuner.report.cells import counted
 
 # Part of what copies in all layers gain that those of the layers which need them must bring.
 ENOUGH = 0.9
-# What a number of copies gains at the least over the one before it, if more of them are tried: less
-# makes no knee.
+# What the next number of copies, or the largest, gains at the least if those between are tried.
 LEAST_GAIN = 0.005
 # The placement without slots for copies.
 NONE: Key = 0
@@ -34,28 +31,31 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
     """Return what each number of copies gains on the unseen traffic of a part.
 
     All are searched as shortly: what differs is the merit of the copies. A single number is not
-    searched: the gain of the proposed placement takes the place of its own. Nor is one after a
-    number that gains nothing on the traffic that is seen, if it takes more memory than what runs.
+    searched: the gain of the proposed placement takes the place of its own. Of numbers that take
+    more memory than what runs, the next one and the largest are tried, and those between where one
+    of the two gains on the traffic that is seen.
     """
     placements: dict[Key, Placement] = {RUNNING: running_placement(request, part)}
     counts = request.tried_copies
     if len(counts) == 1:
         placements[counts[0]] = placements[RUNNING]
         return _gains(request, part, placements)
-    values: list[float] = []
-    for copies in counts:
-        request.progress(f"searching with {counted(copies, 'slot')} for copies")
-        if copies > request.running_copies and not _may_gain(values):
-            continue
+    values: dict[int, float] = {}
+
+    def search(copies: int) -> None:
         problem = problem_of(request, part.statistics, copies)
         placements[copies] = search_shortly(request, problem)
-        values.append(problem.value(placements[copies]))
-    return _gains(request, part, placements)
+        values[copies] = problem.value(placements[copies])
 
-
-def _may_gain(values: Sequence[float]) -> bool:
-    """Return whether more copies may gain: not where the last ones tried have gained nothing."""
-    return len(values) < 2 or values[-1] < values[-2] * (1 - LEAST_GAIN)
+    fit = [copies for copies in counts if copies <= request.running_copies] or [counts[0]]
+    more = counts[len(fit) :]
+    ends = {*fit, *more[:1], *more[-1:]}
+    for copies in sorted(counts, key=lambda number: (number not in ends, number)):
+        request.progress(f"searching with {counted(copies, 'slot')} for copies")
+        if copies in ends or min(values.values()) < values[fit[-1]] * (1 - LEAST_GAIN):
+            search(copies)
+    keys: list[Key] = [RUNNING, *(copies for copies in counts if copies in values)]
+    return _gains(request, part, {key: placements[key] for key in keys})
 
 
 def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
