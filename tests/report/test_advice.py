@@ -367,7 +367,7 @@ def test_halves_of_other_groups_get_both_answers():
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1)
     worst, mix = min(gain.gain for gain in advice.halves), advice.main.gain.gain
     assert (
-        f"books, math; news, wiki. Trained on one, judged on the other: {100 * worst:+.1f} %"
+        f"books, math; news, wiki. Computed from one, judged on the other: {100 * worst:+.1f} %"
         in (advice.reasons[1])
     )
     assert f"If you serve a mix (in_order=False): {100 * mix:+.1f} %" in advice.reasons[1]

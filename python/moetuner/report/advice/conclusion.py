@@ -330,7 +330,7 @@ def _write_groups(advice: Advice) -> str:
     worst = min(advice.halves, key=lambda gain: gain.gain)
     names = "; ".join(listed([*map(name, own)], LOSERS) for own in advice.groups_of_halves)
     return (
-        f"the halves hold different groups: {names}. Trained on one, judged on the other: "
+        f"the halves hold different groups: {names}. Computed from one, judged on the other: "
         f"{_write_with_interval(worst)} at worst. If you serve a mix (in_order=False): "
         f"{signed(advice.main.gain.gain)}. Both are in {write_windows_of(advice.main)}"
     )
