@@ -102,7 +102,7 @@ def test_notebook(brief, tmp_path, monkeypatch):
         actual = names["found"][line.name]
         assert np.array_equal(line.y, actual.imbalance_per_window)
     assert [line.name for line in copies.data] == ["windows of 512", "windows of 8,192"]
-    assert list(copies.data[0].x) == [0, 1, 2, 4]
+    assert list(copies.data[0].x) == [0, 1, 4]
 
 
 def test_examples_are_listed():
