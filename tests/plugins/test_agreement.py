@@ -199,6 +199,7 @@ def serve(rank, group, *, files, wait=3600.0, calls=2, **more):
                 LOAD, 6, 1, 1, 2, group=lost, rank=rank, form=refuse, wait=seconds
             )
         maps.append(None if decided is None else decided.tolist())
+    balancer.flush()  # what a map changes is said in a thread of its own
     return maps, lines.lines
 
 
