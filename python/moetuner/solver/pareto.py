@@ -17,10 +17,10 @@ from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
 from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
 from moetuner.solver.methods import METHODS, SEARCHES, Method
-from moetuner.solver.run import Incumbent, Moves, Role, Run, Stage
+from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import AT_PRICES, from_running, repair, require_moves
+from moetuner.solver.stages.moves import AT_PRICES, from_running, offer_running, require_moves
 from moetuner.solver.stages.polish import POLISH
 
 
@@ -122,7 +122,7 @@ def pareto(
     if progress is not None:
         budget = replace(budget, progress=History(progress).add)
     run = Run(problem, seed=seed, budget=budget, moves=Moves(initial, expert_bytes=expert_bytes))
-    run.offer(repair(problem, initial), "running", role=Role.RUNNING, is_start=True)
+    offer_running(run)
     run.through((Stage(_descend), Stage(lambda run, part: _at_prices(run, METHODS[method], part))))
     return [
         _trade(run, initial, incumbent, run.rank_of_all(incumbent)[1])
@@ -145,7 +145,7 @@ def find_few_moves(
     """
     budget = Budget(time_limit, threads=threads)
     run = Run(problem, budget=budget, moves=Moves(initial))
-    start = run.offer(repair(problem, initial), "running", role=Role.RUNNING, is_start=True)
+    start = offer_running(run)
     path, interrupted = descend(run, LayerModel(run), start.slots, initial, np.inf, budget)
     if interrupted:
         raise KeyboardInterrupt

@@ -126,10 +126,15 @@ def require_moves(run: Run) -> Moves:
     return run.moves
 
 
+def offer_running(run: Run) -> Incumbent:
+    """Offer what runs, or the nearest placement that keeps the rules, and return it."""
+    slots = repair(run.problem, require_moves(run).initial)
+    return run.offer(slots, "running", role=Role.RUNNING, is_start=True)
+
+
 def _repair(run: Run, _: Budget) -> None:
     """Offer what runs, or the nearest placement that keeps the rules, if moves suffice for it."""
-    problem, moves = run.problem, require_moves(run)
-    start = run.offer(repair(problem, moves.initial), "running", role=Role.RUNNING, is_start=True)
+    problem, moves, start = run.problem, require_moves(run), offer_running(run)
     if start.moves > moves.most:
         raise ArgumentError(
             f"move_budget {moves.budget:g} is too small: "
