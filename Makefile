@@ -19,6 +19,8 @@ DOCKER ?= docker
 # Only this venv, whatever else is active.
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport CONDA_PREFIX PYTHONPATH
+# Tests start commands by the hundred, and each would compile the whole package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
