@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -677,6 +678,19 @@ def public_name(model: str | None) -> str | None:
     name = re.sub(r"[\s_]+", "-", model.strip().rsplit("/", 1)[-1].lower())
     fits = [public for public in MODELS if re.match(rf"{re.escape(public)}([-.]|$)", name)]
     return max(fits, key=len, default=None)
+
+
+@cache
+def experts_of_served(name: str, top_k: int, experts: int | None = None) -> int | None:
+    """Return the experts of a layer of a model by its name on a server; None if they are unknown.
+
+    A server calls a model as its user likes. A name says something where it is that of a published
+    model with as many experts per token, and in a layer if those are known.
+    """
+    model = MODELS.get(public_name(name) or "")
+    if model is None or model.top_k != top_k or experts not in (None, model.experts):
+        return None
+    return model.experts
 
 
 def size_of_expert(traffic: Any) -> tuple[int, int] | None:

@@ -84,6 +84,33 @@ def test_arrays(tmp_path):
     assert np.array_equal(trace.expert_ids, arrays[1][1])
 
 
+@pytest.mark.parametrize(
+    ("served", "model", "experts"),
+    [
+        (["openai/gpt-oss-20b"], "openai/gpt-oss-20b", 32),
+        # The name of an adapter, or none, says nothing.
+        (["openai/gpt-oss-20b", "my-lora", None], "openai/gpt-oss-20b", 32),
+        (["default"], None, None),
+        # An alias: the published model of this name has 8 experts a token.
+        (["Qwen/Qwen3-30B-A3B"], None, None),
+    ],
+)
+def test_a_served_model_is_known_by_its_published_name(tmp_path, served, model, experts):
+    """Responses name their model; where it is a published one, that says its number of experts."""
+    ids = random_ids(9, 2, 4, 16)
+    answers = [response(ids) | ({} if name is None else {"model": name}) for name in served]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    if experts is None:
+        with pytest.raises(ValueError, match="num_experts is needed"):
+            mt.open_input(tmp_path / "r.jsonl")
+        experts = 16
+        assert mt.open_input(tmp_path / "r.jsonl", num_experts=experts).model is None
+        return
+    trace = mt.open_input(tmp_path / "r.jsonl")
+    assert (trace.model, trace.num_experts) == (model, experts)
+    assert mt.open_input(tmp_path / "r.jsonl", num_experts=16).model is None
+
+
 def test_dense_layers(tmp_path):
     """With one expert a token, zeros may be expert 0: only rows of nothing else are dense."""
     ids = np.array([[[0], [0], [3]], [[0], [1], [0]]], dtype=np.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import shown
+from moetuner.cost import experts_of_served, public_name
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
 from moetuner.formats.hints import Hints
@@ -23,11 +24,12 @@ PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 class Routed(NamedTuple):
-    """Ids [t,R,K] of a response or of a pass, the file that holds them, and the request's name."""
+    """Ids [t,R,K] of a response or of a pass, their file, and the names of request and model."""
 
     path: Path
     ids: NDArray[Any]
     request: str = ""
+    model: str = ""
 
 
 def decode(text: object, where: str) -> bytes:
@@ -67,17 +69,20 @@ def trace_of(
     twice in a layer, so with top-k above 1 one token tells; with top-1 a row must be zero for all.
     ``source`` says what the arrays are. The ``sequence`` of tokens is read after all arrays are; by
     default an array is a sequence. Requests that have names are in the groups that hints name.
+    The published model that responses name, if it is one, is the trace's, and says its experts.
     """
     trace: TraceInParts | None = None
     count = 0
     groups: dict[str, int] = {}
+    models: dict[str, str] = {}
     are_named = False
-    for path, ids, request in arrays:
+    for path, ids, request, model in arrays:
         if not len(ids):
             continue
         with naming(path):
             if trace is None:
-                trace = TraceInParts(hints.experts_needed())
+                experts = hints.num_experts or experts_of_served(model, ids.shape[2])
+                trace = TraceInParts(experts or hints.experts_needed())
                 sizes, rows = ids.shape[1:], _rows(ids, hints, source)
                 are_named = bool(request)
             if ids.shape[1:] != sizes:
@@ -88,6 +93,8 @@ def trace_of(
                 group = groups.setdefault(_group_of(request, hints.groups), len(groups))
                 labels["group"] = np.full(len(ids), group, np.int32)
             trace.add(ids[:, rows], **labels)
+            if experts_of_served(model, sizes[1], trace.num_experts) is not None:
+                models[public_name(model) or ""] = model
             count += 1
     with naming(paths[0]):
         if trace is None:
@@ -104,6 +111,7 @@ def trace_of(
             sequence=contents.sequence if sequence is None else np.asarray(sequence, np.int32),
             group=contents.group,
             group_names=tuple(groups),
+            model=next(iter(models.values())) if len(models) == 1 else None,
         )
 
 

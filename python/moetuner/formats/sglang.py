@@ -309,7 +309,7 @@ def _responses(path: Path, hints: Hints) -> Iterator[Routed]:
                 meta = fields.get("meta_info")
                 named = meta if isinstance(meta, dict) else fields
                 ids = np.frombuffer(data, INT32).reshape(shape)
-                yield Routed(path, ids, str(named.get("id", "")))
+                yield Routed(path, ids, str(named.get("id", "")), str(fields.get("model", "")))
 
 
 def _shape(size: int, usage: dict[str, Any], hints: Hints) -> tuple[int, int, int]:

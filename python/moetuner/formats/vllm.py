@@ -86,7 +86,8 @@ def _arrays(path: Path) -> Iterator[Routed]:
                 data = decode(text, f"{where}, choice {number}")
                 with naming(f"{where}, choice {number}: routed_experts must be an array as .npy"):
                     array = _check_ids(npz.array_in_npy(data))
-                yield Routed(path, array, str(fields.get("id", "")))
+                request, model = (str(fields.get(key, "")) for key in ("id", "model"))
+                yield Routed(path, array, request, model)
 
 
 def _check_ids(array: Array, name: str = "") -> Array:
