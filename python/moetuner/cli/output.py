@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import textwrap
 import threading
@@ -90,7 +91,10 @@ class Output:
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""
         rules: Any = {"break_long_words": False, "break_on_hyphens": False}
-        return textwrap.fill(row, self._width, subsequent_indent=hanging, **rules)
+        # Lines have no control characters, so one can join an option to its value.
+        joined = re.sub(r"(--[a-z][a-z-]*) (?=[^ ])", "\\1\x1f", row)
+        filled = textwrap.fill(joined, self._width, subsequent_indent=hanging, **rules)
+        return filled.replace("\x1f", " ")
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print aligned columns: the first to the left, numbers to the right."""
