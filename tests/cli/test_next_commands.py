@@ -70,6 +70,31 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
             ok(*words)
 
 
+@pytest.mark.parametrize("running", ["contiguous", "running.json"])
+def test_the_audit_of_groups_that_lose_runs_as_it_is_printed(
+    ok, as_json, brief, tmp_path, monkeypatch, running
+):
+    """Advice names groups that are slower, and the command beside them shows the same losses."""
+    monkeypatch.chdir(tmp_path)
+    rng, group = np.random.default_rng(0), (np.arange(6000) // 50 % 5 == 4).astype(int)
+    liked = np.stack([np.linspace(2, 0, 8), np.tile([2.0, 0.0], 4)])
+    ids = np.argsort(-(liked[group][:, None] + rng.gumbel(size=(6000, 3, 8))), axis=2)[..., :2]
+    labels = {"group": group, "group_names": ["many", "few"], "sequence": np.arange(6000) // 50}
+    mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save("mine.safetensors")
+    mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save("running.json")
+    words = ["mine.safetensors", "--devices", 4, "--copies", 0, "--splits", 1, "--window", 512]
+    advice = as_json("advise", *words, "--cost-model", "h100:7168x2048", "--initial", running)
+    (loss,) = (warning for warning in advice["warnings"] if warning.startswith("Slower in"))
+    command = loss.partition("To repeat: moetuner ")[2].rstrip(".")
+    for line in advice["commands"]:
+        name, *others = shlex.split(line, comments=True)
+        if name == "moetuner" and others[0] == "solve":
+            ok(*others)
+    much = loss.partition("few (")[2].partition(" %)")[0]
+    audited = ok(*shlex.split(command))
+    assert f"worse in predicted layer time, beyond chance: few +{much} %" in audited
+
+
 RECORDERS = {
     "vllm": "--enable-return-routed-experts",
     "sglang": "--expert-distribution-recorder-mode per_token",

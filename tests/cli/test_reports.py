@@ -197,6 +197,30 @@ def test_the_way_back_stands_below_the_next_commands(ok, skewed, tmp_path, engin
     assert out[-1].endswith(json.loads((tmp_path / "a.json").read_text())["go_back"])
 
 
+@pytest.mark.parametrize("command", ["advise", "report"])
+def test_a_page_says_the_way_back(ok, skewed, tmp_path, command):
+    """Who has only the page finds below its commands what takes the placement away."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    page, placement = tmp_path / "page.html", tmp_path / "p.json"
+    if command == "advise":
+        ok("advise", skewed, *FEW, "--for", "vllm", "--report", page)
+    else:
+        ok("solve", skewed, "--devices", 4, "--method", "lpt", "--for", "vllm", "--out", placement)
+        ok("report", placement, skewed, "--out", page)
+    assert "<p>To go back: start vLLM without MOETUNER_PLACEMENT.</p>" in page.read_text()
+
+
+def test_a_page_has_the_digits_of_the_table(ok, skewed, tmp_path):
+    """Times and imbalance on the first screen are those that the terminal has."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    page = tmp_path / "page.html"
+    out = ok("advise", skewed, *FEW, "--cost-model", "h100:7168x2048", "--report", page)
+    text = text_of(page.read_text())
+    rows = {cells[0]: cells[2:5] for cells in (re.split(" {2,}", line) for line in out.split("\n"))}
+    assert all(f"<b>{time} us</b>" in text for time in rows["layer us"])
+    assert f"<strong>{rows['imbalance'][2]} x the mean</strong>" in text
+
+
 def test_an_engine_without_expert_parallelism_is_refused_with_the_reason(run, skewed):
     """One line, which is no list of choices."""
     status, out, err = run("advise", skewed, *FEW, "--for", "llama.cpp")

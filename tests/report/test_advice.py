@@ -140,8 +140,8 @@ def test_groups_that_lose_are_named():
     much = f"few ({100 * loser.change.value:.1f} %)"
     line = (
         f"Slower in windows of 512 tokens, each group alone and beyond chance: {much}; one "
-        "placement cannot suit all groups. To repeat: moetuner audit placement.json INPUT "
-        "--window 512."
+        "placement cannot suit all groups. To repeat: audit(placement, traffic, "
+        "window=512)."
     )
     assert [warning for warning in advice.warnings if "Slower in" in warning] == [line]
 
@@ -153,8 +153,8 @@ def test_the_audit_of_groups_names_what_runs():
     scores = np.repeat(liked[group][:, None], LAYERS, axis=1)
     trace = routed(scores, group=group, group_names=["many", "few"])
     advice = advise(trace, TWO_NODES, copies=(0,), splits=1, initial=BLOCKS)
-    (audit,) = [warning for warning in advice.warnings if "moetuner audit" in warning]
-    assert audit.endswith("INPUT --window 512 --baseline RUNNING.")
+    (audit,) = [warning for warning in advice.warnings if "Slower in" in warning]
+    assert audit.endswith("audit(placement, traffic, window=512, baseline=running).")
 
 
 def test_few_sequences_are_not_enough_evidence():

@@ -22,13 +22,13 @@ from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Traffic
-from moetuner.formats import reader_of, serving_commands
+from moetuner.formats import reader_of, serving_commands, way_back
 from moetuner.formats.engines import ENGINES, engine_of
 from moetuner.problem.objective import Goal
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
-from moetuner.report.advice.conclusion import running_name
+from moetuner.report.advice.conclusion import running_name, write_audit
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, write_windows_of
 from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
@@ -43,6 +43,8 @@ COPIES = options.Text(
 DEFAULT_COPIES = ",".join(map(str, advising.COPIES))
 # Share that is held out, as of ``advise``.
 HOLDOUT = 0.5
+# Where the commands write what runs, unless a file has it.
+RUNNING_FILE = "running.json"
 
 
 @options.command("advise", begin_with="--devices --devices-per-node --for --report")
@@ -133,10 +135,13 @@ def command(
             progress=steps(report, weights),
             **serving.arguments(source),
         )
+    audit, repeated = write_audit(advice), _audit_command(source, advice, unseen)
     advice = replace(
         advice,
         reasons=tuple(map(options.name_options, advice.reasons)),
-        warnings=tuple(map(options.name_options, advice.warnings)),
+        warnings=tuple(
+            options.name_options(warning).replace(audit, repeated) for warning in advice.warnings
+        ),
     )
     commands = next_commands(source, advice, unseen)
     _show(output, advice)
@@ -293,10 +298,13 @@ def _write_step(advice: Advice) -> str:
     step, main = advice.step, advice.main
     assert step is not None
     part = f"{100 * step.gain.gain:.1f} of {percent(main.gain.gain)}"
+    if step.gain.gain >= main.gain.gain:
+        part = f"{percent(step.gain.gain)}, no less than all of them"
     if step.bytes is None:
         return f"{step.experts:,} gain {part} (--move-budget {step.experts})"
     moved = f"{in_bytes(step.bytes)} ({counted(step.experts, 'expert')})"
-    return f"Moving {moved} alone gains {part} (solve --move-budget {step.bytes:g})"
+    # All of its digits: a budget that is rounded down is one expert less.
+    return f"Moving {moved} alone gains {part} (solve --move-budget {step.bytes:.0f})"
 
 
 def next_commands(
@@ -387,7 +395,7 @@ def _judging(
         slots = slots_of_running(initial, problem.experts, problem.devices)
         method_and_file = {
             "method": initial.partition(":")[0],
-            "out_file": (baseline := "running.json"),
+            "out_file": (baseline := RUNNING_FILE),
         }
         commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
     if problem.has_slots_for(advice.placements[0]):
@@ -410,12 +418,19 @@ def _judging(
     return commands
 
 
+def _audit_command(source: Source, advice: Advice, unseen: Collection[Path]) -> str:
+    """Return the command that shows which groups the proposed placement serves worse."""
+    files, initial = unseen or source.input_files, advice.settings["initial"]
+    values: dict[str, Any] = {"window": advice.main.window, "baseline_file": None}
+    if initial != "contiguous":
+        is_file = initial == "given"
+        values["baseline_file"] = options.typed()["initial"] if is_file else RUNNING_FILE
+    return options.next_command("audit", f"placement.json {shlex.join(map(str, files))}", values)
+
+
 def _go_back(advice: Advice) -> str | None:
     """Return what takes the placement away again; None where none is proposed."""
-    if advice.answer != "worth a trial":
-        return None
-    engine = advice.settings["engine"]
-    return "start the engine without the map" if engine is None else ENGINES[engine].go_back
+    return way_back(advice.settings["engine"]) if advice.answer == "worth a trial" else None
 
 
 def _serving(source: Source, advice: Advice) -> list[str]:

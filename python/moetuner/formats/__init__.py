@@ -197,6 +197,11 @@ def serving_commands(
     return commands
 
 
+def way_back(engine: str | None) -> str:
+    """Return what takes a placement away again from its engine."""
+    return "start the engine without the map" if engine is None else ENGINES[engine].go_back
+
+
 def reader_of(path: str | Path) -> str:
     """Return the name of the reader of a file, or of a folder by its first files."""
     path = path_in(path)

@@ -75,6 +75,14 @@ def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> 
     return min(each.per_device for each in harmless if each.best >= best - KNEE)
 
 
+def write_audit(advice: Advice) -> str:
+    """Write the call that shows which groups the proposed placement serves worse."""
+    window = "" if advice.main.window is None else f", window={advice.main.window}"
+    # Audit compares with experts in blocks, if nothing else is named.
+    baseline = "" if advice.settings["initial"] == "contiguous" else ", baseline=running"
+    return f"audit(placement, traffic{window}{baseline})"
+
+
 def write_judged_on(request: Request, unseen: Traffic) -> str:
     """Write what placements are judged on, and what of it is in no window."""
     if isinstance(unseen, RoutingStatistics):
@@ -111,13 +119,10 @@ def conclude(advice: Advice, notes: Sequence[str] = ()) -> Advice:
     losers = main.worse(LEAST_SHOWN, measures=(main.measure,)) if main.groups else []
     if losers:
         names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
-        window = "" if main.window is None else f" --window {main.window}"
-        # The command compares with experts in blocks, if nothing else is named.
-        baseline = "" if advice.settings["initial"] == "contiguous" else " --baseline RUNNING"
         warnings.append(
             f"Slower in {write_windows_of(main)}, each group alone and beyond chance: "
-            f"{listed(names, LOSERS)}; one placement cannot suit all groups. To repeat: moetuner "
-            f"audit placement.json INPUT{window}{baseline}."
+            f"{listed(names, LOSERS)}; one placement cannot suit all groups. To repeat: "
+            f"{write_audit(advice)}."
         )
     if advice.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))

@@ -22,7 +22,7 @@ from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
 from moetuner.files import text
-from moetuner.formats import serving_commands
+from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem.phases import WINDOWS
 from moetuner.report.advice.conclusion import running_name, write_line
@@ -170,7 +170,7 @@ class PageData:
         if self.advice is not None:
             both = self.advice.main.whole["imbalance"]
             ratios = [both.before, both.after]
-        before, after = (digits(ratio) for ratio in ratios)
+        before, after = (FIGURES["imbalance"].text(ratio) for ratio in ratios)
         busiest = Tile("Busiest device", f"{after} x the mean", f"{before} x with {first}")
         tokens = self.evaluations[0].tokens
         judged = counted(len(self.evaluations[0].imbalance_per_window), "window")
@@ -390,6 +390,7 @@ def make_data(
     contents = {**contents, "verdict": gain.answer}
     if answer == "good" and "commands" not in contents:
         contents["commands"] = _serving(contents, replayed.setting.placement)
+        contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
         recorded = replayed.traffic
         expert_bytes = bytes_of_expert(recorded.expert_size, recorded.model)
@@ -430,10 +431,8 @@ def gain_tile(
     window, evaluation = judgement.window, judgement.after
     figure, is_time = FIGURES[gain.measure], gain.measure == "predicted_layer_us"
     values = {gain.names[0]: gain.before, **(others or {}), gain.names[1]: gain.after}
-    rows = [
-        (name, duration(value) if is_time else digits(value) + figure.unit)
-        for name, value in values.items()
-    ]
+    # As tables of commands have them.
+    rows = [(name, figure.text(value) + figure.unit) for name, value in values.items()]
     note = gain.sure or "too few sequences or windows for an interval"
     if is_time:
         layers = judgement.layers
