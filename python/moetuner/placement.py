@@ -91,9 +91,10 @@ def difference(
 
 def find_holders(slots: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
     """Return whether a device holds an expert [L,D,E], of slots [L,D,S]."""
+    layers, devices, _ = slots.shape
     # An empty slot, -1, writes into a column of its own at the end.
-    holders = np.zeros((*slots.shape[:2], experts + 1), dtype=bool)
-    np.put_along_axis(holders, slots.astype(np.int64), True, axis=2)
+    holders = np.zeros((layers, devices, experts + 1), dtype=bool)
+    holders[np.arange(layers)[:, None, None], np.arange(devices)[:, None], slots] = True
     return np.ascontiguousarray(holders[:, :, :-1])
 
 
@@ -240,6 +241,9 @@ class Placement(Frozen):
         for name in FIGURES:
             check.number_or_none(name, getattr(self, name))
         check.instance("settings", self.settings, Mapping, hint=" of JSON values by name")
+        if not self.settings:  # as of the thousands that a search judges
+            vars(self)["settings"] = {}
+            return
         try:
             # A copy, as its file gives it back.
             text = json.dumps(as_json(self.settings), allow_nan=False)
@@ -508,8 +512,10 @@ def contiguous(placement: Placement) -> Placement:
 
 def count_copies(slots: NDArray[Any], experts: int) -> NDArray[np.int64]:
     """Count the slots of every expert [L,E]; those of no expert come first, and are left out."""
-    columns = slots.reshape(len(slots), -1).astype(np.int64) - EMPTY
-    return np.stack([np.bincount(row, minlength=experts + 1)[1:] for row in columns])
+    layers, width = len(slots), experts + 1
+    columns = slots.reshape(layers, -1).astype(np.int64) + np.arange(layers)[:, None] * width
+    counts: NDArray[np.int64] = np.bincount(columns.ravel() - EMPTY, minlength=layers * width)
+    return counts.reshape(layers, width)[:, 1:]
 
 
 def _check(slots: NDArray[Any], experts: int) -> None:
