@@ -1,5 +1,6 @@
 """As few moves as can be at the same worth: devices are renamed, layers that gain nothing stay."""
 
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -45,15 +46,18 @@ def is_allowed(topology, names):
     return all(same) and (speed[names] == speed).all()
 
 
-def fewest_moves(problem, running, placement):
-    """Try all names of devices: the fewest moves of each layer, or of all under one set of names.
+@cache
+def allowed_names(machine):
+    """List all names of devices that keep speeds and links; links that are no tiers keep theirs."""
+    topology = mt.Topology(**TOPOLOGIES[machine])
+    if topology.link_cost is not None:
+        return [tuple(range(topology.devices))]
+    ways = permutations(range(topology.devices))
+    return [names for names in ways if is_allowed(topology, names)]
 
-    Links that are no tiers keep their names.
-    """
-    ways = permutations(range(problem.devices))
-    allowed = [names for names in ways if is_allowed(problem.topology, names)]
-    if problem.topology.link_cost is not None:
-        allowed = [tuple(range(problem.devices))]
+
+def fewest_moves(problem, running, placement, allowed):
+    """Try all names: the fewest moves of each layer, or of all under one set of names."""
     moves = np.full((len(allowed), LAYERS), np.inf)
     for number, names in enumerate(allowed):
         slots = np.empty_like(placement.slots)
@@ -83,7 +87,7 @@ def test_names_take_the_fewest_moves(machine, rules, regime):
         slots = rename_devices(problem, running.held, pad_slots(placement.slots, problem.capacity))
         renamed = mt.Placement(slots, num_experts=EXPERTS)
         assert problem.violations(renamed) == ()
-        fewest = fewest_moves(problem, running, placement)
+        fewest = fewest_moves(problem, running, placement, allowed_names(machine))
         assert running.diff(renamed).experts_moved == fewest
         assert problem.value(renamed) == pytest.approx(problem.value(placement), rel=1e-12)
 
