@@ -46,6 +46,25 @@ def test_the_answer_is_of_the_traffic_and_of_the_placement(run, ok, folder, answ
         assert "has not left" in ok("drift", "placement.json", table, "--profile", table)
 
 
+@pytest.mark.parametrize("machine", [("--topology", "pcie5-island2"), ("--devices", 2)])
+@pytest.mark.parametrize("slots", [4, 6])
+def test_the_next_placement_is_for_the_same_machine(as_json, ok, brief, folder, machine, slots):
+    """The printed command keeps what serves, starts from it, and names its machine."""
+    solving = ("solve", "profile.npz", *machine, "--slots-per-device", slots)
+    ok(*solving, "--objective", "balance")
+    served = (folder / "placement.json").read_bytes()
+    drift = ("drift", "placement.json", "worse.npz", "--profile", "profile.npz")
+    command = shlex.split(as_json(*drift)["command"])
+    assert command[command.index("--initial") + 1] == "placement.json"
+    ok(*command[1:])
+    assert (folder / "placement.json").read_bytes() == served
+    old, new = (
+        mt.Placement.load(folder / command[-1]) for command in (["placement.json"], command)
+    )
+    assert new.settings["topology"] == old.settings["topology"]
+    assert new.slots.shape == old.slots.shape
+
+
 def test_traces_are_replayed_in_windows_of_decode_and_prefill(as_json, make_trace, folder):
     """As far as they are long enough, or in the windows that are asked for."""
     make_trace(33000).save("trace.safetensors")

@@ -11,7 +11,7 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
-from moetuner.cli.options.machine import Machine, cost_model_for
+from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed, phases_in, read_hints
 from moetuner.cli.options.serving import SERVED, Serving
 from moetuner.cli.options.traffic import Source, Traffic
@@ -25,6 +25,7 @@ from moetuner.problem.phases import PREFILL_SHARE, WINDOWS
 from moetuner.report.advice import drift as measuring
 from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
+from moetuner.solver.methods import SEARCHES
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -36,6 +37,8 @@ READING.remove("threads")
 SHOWN = ("imbalance", "predicted_layer_us")
 # Windows of prefill that both sides have, and how many times as long as others they must be.
 LEAST_WINDOWS = 4
+# Where the command that solves again writes.
+OUT = "placement.json"
 # Values of options that a command need not name.
 PLAIN = {"phases": PREFILL_SHARE, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
@@ -108,7 +111,7 @@ def command(
     if worst["window"]:
         change += f" in windows of {worst['window']:,} tokens"
     output.verdict(answer, SENTENCES[answer].format(change=change))
-    again = _again(placed, machine)
+    again = _again(placement_file, placed, machine)
     if answer == "worse":
         output.say(f"  {again}")
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
@@ -197,7 +200,7 @@ def _named(settings: dict[str, Any], *beside: Path) -> tuple[Path, ...]:
     )
 
 
-def _again(placed: Placed, machine: Machine) -> str:
+def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
     placement, topology, settings = placed.placement, placed.topology, placed.settings
     typed = options.typed()
@@ -205,7 +208,10 @@ def _again(placed: Placed, machine: Machine) -> str:
     values |= {
         name: getattr(placed.source, name) for name in ("model", "weight_bits", "tokens_per_step")
     }
-    if machine.machine is None:
+    name = common_name(topology)
+    if machine.machine is None and name is not None and machine.devices_per_node is None:
+        values |= {"machine": name, "devices": None}
+    elif machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
     values |= {name: placed.serving.chosen(name) for name in SERVED}
@@ -219,6 +225,11 @@ def _again(placed: Placed, machine: Machine) -> str:
         values["cost_model"] = model.name.partition(" (")[0]
     values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
-    values["out_file"] = "placement.json"
+    # What serves stays, to compare with, and so do experts that need not move.
+    least = -(-placement.num_experts // placement.devices)
+    fits = placement.slots_per_device <= (values["slots_per_device"] or least)
+    if fits and (values["method"] or PLAIN["method"]) in SEARCHES:
+        values["initial_file"] = str(placement_file)
+    values["out_file"] = OUT if placement_file.resolve() != Path(OUT).resolve() else f"new-{OUT}"
     files = shlex.join(map(str, placed.source.input_files))
     return options.next_command("solve", files, values)

@@ -39,6 +39,14 @@ def read_machine(text: str) -> tuple[str, Topology]:
     return text.rstrip(":"), Topology.preset(name, int(nodes or 1))
 
 
+def common_name(topology: Topology) -> str | None:
+    """Return the words by which --topology names a common machine; None for any other."""
+    name, _, nodes = (topology.name or "").partition(":")
+    if name not in MACHINES or re.fullmatch(r"[1-9]\d{0,4}|", nodes, re.ASCII) is None:
+        return None
+    return topology.name if Topology.preset(name, int(nodes or 1)) == topology else None
+
+
 def read_cost_model(text: str) -> CostModel | str:
     """Read a file, whose name it gets if it has none, or a GPU and the size of its experts.
 
