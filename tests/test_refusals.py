@@ -313,7 +313,7 @@ counts | npz(load=table(), group=[0, 1, 2]) | group must be integers [2], got in
 counts | npz(expert_ids=IDS) | holds a trace, not a load table; RoutingTrace.load reads it
 counts | of_ids() | must be saved statistics (safetensors) or a load table (.npz)
 counts | tensors({"a": "b"}, load=table()) | format must be moetuner.statistics version 1, got None
-counts | statistics({"window": "0"}) | window must be from 1 to
+counts | statistics({"window": "0"}) | window must be at least 1, got 0
 counts | statistics({"group_names": "3"}) | group_names must be a list of names, got 3
 counts | statistics(load=None) | must hold a tensor 'load'
 counts | statistics(load=np.ones((1, 2, 8), np.uint64)) | transitions must be [1, 8, 8], got [2

@@ -25,6 +25,7 @@ IdArray = NDArray[np.uint8] | NDArray[np.uint16]
 IdType = np.dtype[np.uint8] | np.dtype[np.uint16]
 
 U8, U16 = np.dtype(np.uint8), np.dtype(np.uint16)
+LARGEST_INT = (1 << 63) - 1
 LAYER_LIMIT = 1 << 16
 EXPERT_LIMIT = 1 << 16
 # Devices of a topology, whose tables are of pairs of devices.
@@ -98,7 +99,8 @@ def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
     """Check that an argument is of a class; ``hint`` says how to make one."""
     if not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{name} must be a {wanted}{hint}, got {shown(value)}")
+        article = "an" if wanted[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {wanted}{hint}, got {shown(value)}")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
@@ -226,7 +228,7 @@ def experts_in(num_experts: object, name: str = "num_experts") -> int:
     return whole_number(name, num_experts, highest=EXPERT_LIMIT)
 
 
-def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1 << 63) - 1) -> int:
+def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = LARGEST_INT) -> int:
     """Check an integer from ``lowest`` to ``highest``."""
     try:
         # An array has the method, whatever is in it.
@@ -234,7 +236,10 @@ def whole_number(name: str, value: object, *, lowest: int = 1, highest: int = (1
     except TypeError:
         raise ArgumentError(f"{name} must be an integer, got {shown(value)}", name) from None
     if not lowest <= number <= highest:
-        raise ArgumentError(f"{name} must be from {lowest} to {highest}, got {shown(number)}", name)
+        limits = f"at least {lowest}" if number < lowest else f"at most {highest}"
+        if highest < LARGEST_INT:
+            limits = f"from {lowest} to {highest}"
+        raise ArgumentError(f"{name} must be {limits}, got {shown(number)}", name)
     return number
 
 

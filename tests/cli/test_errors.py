@@ -25,6 +25,8 @@ inspect LOAD --only a | '--only' needs a trace with groups
 inspect TRACE --only 3 | '--only': INPUT has no group '3'
 solve TRACE --devices 2 --groups 11=1 | Did you mean 1?
 solve TRACE | Missing option '--devices'
+solve TRACE --devices four | '--devices': 'four' is not an integer
+solve TRACE --devices 2 --risk 0.5 --time-limit soon | '--time-limit': 'soon' is not a number
 solve TRACE --devices 0 | 0 is not in the range 1<=x<=8192
 solve TRACE --devices 4 --devices-per-node 3 | must divide
 solve TRACE --devices 4 --method magic | got 'magic'
@@ -122,6 +124,8 @@ export --check p.json --out x.npz | '--check' takes neither
 export --to eplb --out x.npz | Missing argument 'PLACEMENT'
 export p.json --out x.npz | Missing option '--to'
 export p.json --to eplb | Missing option '--out'
+export p.json --to eplb --out x.npz --model gpt-oss-20b | No such option '--model'.
+diff p.json other.json | 3 layers, 4 devices, 8 experts as p.json, got 1 layer, 2 devices, 8 experts
 export p.json --to eblp --out x.npz | Did you mean eplb?
 """
 CASES = [tuple(line.split(" | ")) for line in WRONG.strip().splitlines()]
@@ -169,6 +173,13 @@ def test_errors_are_one_line(run, folder, monkeypatch, command, words):
     assert re.fullmatch(r"moetuner: error: [^\n]+\n", err)
     assert words in err
     assert sorted(folder.iterdir()) == files
+
+
+def test_an_engine_without_maps_is_no_misspelling(run, folder):
+    """Who exports to vLLM is told what takes the placement there, not of vllm-ascend."""
+    status, out, err = run("export", folder / "p.json", "--to", "vllm", "--out", folder / "x.json")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith("(MOETUNER_PLACEMENT=placement.json, docs/engines/plugins.md).\n")
 
 
 PANIC = "the core panicked at rust/x.rs:1:2: of\nno use"

@@ -180,6 +180,36 @@ def test_show_and_diff_read_what_solve_wrote(as_json, ok, run, trace, tmp_path):
         assert re.search(r"a\.json: settings: devices must be an integer, got 'four'$", err)
 
 
+def test_a_number_has_the_same_digits_in_every_command(as_json, ok, trace, tmp_path):
+    """Objectives of solve and show, times and imbalance of evaluate and audit, are one text."""
+    p = tmp_path / "p.json"
+    words = ("--devices", 4, "--slots-per-device", 8, "--survive", "device", "--out", p)
+    solved = ok("solve", trace, *words)
+    objective = solved.partition("Objective: ")[2].partition(",")[0]
+    assert objective.endswith(" us per layer")
+    assert f"Objective {objective}" in ok("show", p)
+    figures, audited = as_json("evaluate", p, trace), ok("audit", p, trace).splitlines()
+    for title, text in (
+        ("imbalance", f"{figures['imbalance']:.3f}"),
+        ("layer us", f"{figures['predicted_layer_us']:,.1f}"),
+    ):
+        (line,) = (number for number, line in enumerate(audited) if line.startswith(f"{title} "))
+        assert audited[line + 1].split()[2] == text
+
+
+def test_many_moves_have_thousands(ok, tmp_path):
+    """As other numbers: 1,024 of them inside nodes, and as many between nodes."""
+    files = tmp_path / "a.json", tmp_path / "b.json"
+    assignment = np.tile(np.arange(1024) // 256, (4, 1))
+    moved = assignment.copy()
+    moved[:, ::2] = (moved[:, ::2] + 1) % 4
+    for placed, file in zip((assignment, moved), files, strict=True):
+        mt.Placement.from_assignment(placed, 4).save(file)
+    text = ok("diff", *files, "--devices-per-node", 2)
+    assert "Moves 2,048 experts: 1,024 inside nodes, 1,024 between nodes." in text
+    assert ok("diff", files[0], files[0]) == "Moves 0 experts.\n"
+
+
 OTHER_TYPES = ("", "x", -1, 1.5, [], [5], ["x"], {}, {"a": 1})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import os
 import re
 import resource
@@ -180,6 +181,14 @@ def _run(arguments: Sequence[str]) -> int:
         return _failed(f"{error.filename}: {error.strerror}") if error.filename else GONE
     except (KeyboardInterrupt, click.Abort):
         return _failed("interrupted", INTERRUPTED)
+    except click.NoSuchOption as error:
+        # Dashes, which all options have, bring none of them nearer.
+        flags = {flag.lstrip("-"): flag for flag in error.possibilities or ()}
+        near = difflib.get_close_matches(error.option_name.lstrip("-"), flags)
+        nearest = click.NoSuchOption(
+            error.option_name, error.message, [flags[name] for name in near], error.ctx
+        )
+        return _failed(nearest.format_message())
     except click.ClickException as error:
         return _failed(error.format_message())
     except OSError as error:

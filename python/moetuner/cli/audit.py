@@ -19,7 +19,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import MEASURES, Judgement
 from moetuner.files import text
-from moetuner.report.cells import counted, listed, number, signed, span
+from moetuner.report.cells import counted, listed, signed, span
 from moetuner.report.outcome import whose_times
 
 # Exit status where a group got worse by more than was allowed.
@@ -125,7 +125,7 @@ def _show(output: Output, audited: Judgement, name: str, against: str) -> None:
             ends = ("-", "-")
             if row.before:
                 ends = (signed(change.value), span(change.low, change.high))
-            rows.append((group, number(row.before, 4), number(row.after, 4), *ends))
+            rows.append((group, *map(FIGURES[measure].text, (row.before, row.after)), *ends))
         output.say("")
         output.table((FIGURES[measure].column, "baseline", "placement", "change", "interval"), rows)
     output.say("")

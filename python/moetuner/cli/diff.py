@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
+
 from moetuner.cli import options
 from moetuner.cli.options import argument
 from moetuner.cli.options.machine import Machine
@@ -12,6 +14,8 @@ from moetuner.cli.options.moves import moves_sentence, show_pairs
 from moetuner.cli.options.placed import defaults_in, read_any
 from moetuner.cli.output import Output
 from moetuner.cost import bytes_of_expert
+from moetuner.files import text
+from moetuner.report.cells import counted
 
 
 @options.command("diff")
@@ -37,15 +41,28 @@ def command(
     """
     before, after = (read_any(path, machine, layer_hints) for path in (before_file, after_file))
     settings = defaults_in(before_file, before.settings) | defaults_in(after_file, after.settings)
+    ours, theirs = (
+        (placed.layers, placed.devices, placed.num_experts) for placed in (before, after)
+    )
+    if ours != theirs:
+        raise click.UsageError(
+            f"{text.name(after_file.name)} must be a placement of the same model and machine: "
+            f"{_sizes(ours)} as {text.name(before_file.name)}, got {_sizes(theirs)}."
+        )
     topology = machine.topology(after.devices, settings.get("topology"))
     if expert_bytes is None:
         model, bits = after.model or before.model, settings["input"].get("weight_bits")
         expert_bytes = bytes_of_expert(settings.get("expert_size"), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)
     output.say(moves_sentence(diff, topology))
-    if expert_bytes is None:
+    if expert_bytes is None and diff.experts_moved:
         output.say("Pass --expert-bytes to see bytes.")
     show_pairs(output, diff)
     contents: dict[str, Any] = {"before": str(before_file), "after": str(after_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     output.finish(contents | diff.to_dict())
+
+
+def _sizes(sizes: tuple[int, int, int]) -> str:
+    """Write layers, devices and experts."""
+    return ", ".join(map(counted, sizes, ("layer", "device", "expert")))

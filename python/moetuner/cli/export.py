@@ -92,12 +92,28 @@ class OnGpu:
         return experts
 
 
+class FormChoice(click.Choice[str]):
+    """A form of a map; of an engine that loads none it says what takes the placement there."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name of a form."""
+        engine = ENGINES.get(str(value).lower())
+        if engine is not None and value not in self.choices:
+            serve = engine.serve.partition(" ")[0]
+            # No other form is meant, so none is named.
+            raise click.UsageError(
+                f"'--to {value}': {engine.title} loads no map, so nothing is to export: its plugin "
+                f"serves moetuner's own placement ({serve}, docs/engines/plugins.md)."
+            )
+        return super().convert(value, param, ctx)
+
+
 @options.command("export", epilog=f"Formats:\n\n{FORMS}")
 def command(
     *,
     placement_file: Path | None = argument("[PLACEMENT]", options.IN_INPUT, required=False),
     form: str | None = option(
-        click.Choice([*WRITERS, KTRANSFORMERS, MOVES, *RENUMBERING]), flag="--to"
+        FormChoice([*WRITERS, KTRANSFORMERS, MOVES, *RENUMBERING]), flag="--to"
     ),
     out_file: Path | None = option(options.OutFile(), "FILE"),
     check_file: Path | None = option(options.IN_FILE, "FILE"),

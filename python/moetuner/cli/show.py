@@ -16,6 +16,7 @@ from moetuner.files import text
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import phases
+from moetuner.problem.objective import decimals_of
 from moetuner.report.cells import counted, listed, percent
 
 # Files of INPUT that a line names.
@@ -89,6 +90,8 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     model = "" if placement.model is None else f" of {text.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:
-        bound = "" if placement.bound is None else f"; lower bound {placement.bound:.6g}"
+        places = decimals_of(settings.get("objective"))
+        bound = "" if placement.bound is None else f"; lower bound {placement.bound:,.{places}f}"
         scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
-        yield f"Objective {placement.objective:.6g} {settings.get('unit', '')}{bound}{scope}"
+        value = f"{placement.objective:,.{places}f} {settings.get('unit', '')}"
+        yield f"Objective {value}{bound}{scope}"

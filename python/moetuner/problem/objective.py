@@ -92,6 +92,11 @@ WORDS = {
 }
 
 
+def decimals_of(goal: Goal | None) -> int:
+    """Return the decimals of an objective's value that say something."""
+    return 1 if goal == "time" else 4
+
+
 class Objective:
     """What a problem makes small, as numbers: the lower, the better. The problem makes it.
 
@@ -234,7 +239,7 @@ class Objective:
     @property
     def decimals(self) -> int:
         """Decimals of the value that say something, in a table."""
-        return 1 if self.goal == "time" else 4
+        return decimals_of(self.goal)
 
     @property
     def is_predicted_time(self) -> bool:

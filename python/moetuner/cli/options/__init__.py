@@ -30,6 +30,10 @@ GROUPS = (BEGIN, MACHINE, GOAL, ENGINE, RUNNING, SEARCH, JUDGING, OTHER)
 TYPED = f"{__name__}.typed"
 
 
+# What click says of a number, and what it means.
+NUMBERS = {"is not a valid integer": "is not an integer", "is not a valid float": "is not a number"}
+
+
 class Option(click.Option):
     """An option that knows its group of the help."""
 
@@ -42,7 +46,10 @@ class Option(click.Option):
         try:
             return super().type_cast_value(ctx, value)
         except click.BadParameter as error:
-            text = error.message.rstrip(".") + self._suggestion(value)
+            text = error.message.rstrip(".").removesuffix(" range")
+            for said, meant in NUMBERS.items():
+                text = text.replace(said, meant)
+            text += self._suggestion(value)
             raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
 
     def _suggestion(self, value: Any) -> str:

@@ -170,7 +170,7 @@ def moves_sentence(diff: PlacementDiff, topology: Topology) -> str:
     if topology.nodes > 1:
         node = topology.node_of_device
         between = int(diff.pairs[node[:, None] != node[None, :]].sum())
-        text += f": {diff.experts_moved - between} inside nodes, {between} between nodes"
+        text += f": {diff.experts_moved - between:,} inside nodes, {between:,} between nodes"
     return f"{text}."
 
 
