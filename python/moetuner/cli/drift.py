@@ -25,7 +25,6 @@ from moetuner.problem.phases import PREFILL_SHARE, WINDOWS
 from moetuner.report.advice import drift as measuring
 from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
-from moetuner.solver.methods import SEARCHES
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -228,7 +227,8 @@ def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     # What serves stays, to compare with, and so do experts that need not move.
     least = -(-placement.num_experts // placement.devices)
     fits = placement.slots_per_device <= (values["slots_per_device"] or least)
-    if fits and (values["method"] or PLAIN["method"]) in SEARCHES:
+    # Other methods than the default one place anew, wherever experts are.
+    if fits and values["method"] is None:
         values["initial_file"] = str(placement_file)
     values["out_file"] = OUT if placement_file.resolve() != Path(OUT).resolve() else f"new-{OUT}"
     files = shlex.join(map(str, placed.source.input_files))
