@@ -184,9 +184,9 @@ def _run(arguments: Sequence[str]) -> int:
     except click.NoSuchOption as error:
         # Dashes, which all options have, bring none of them nearer.
         flags = {flag.lstrip("-"): flag for flag in error.possibilities or ()}
-        near = difflib.get_close_matches(error.option_name.lstrip("-"), flags)
+        similar = difflib.get_close_matches(error.option_name.lstrip("-"), flags)
         nearest = click.NoSuchOption(
-            error.option_name, error.message, [flags[name] for name in near], error.ctx
+            error.option_name, error.message, [flags[name] for name in similar], error.ctx
         )
         return _failed(nearest.format_message())
     except click.ClickException as error:
