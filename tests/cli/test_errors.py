@@ -48,7 +48,7 @@ compare LOAD --devices 4 --objective speed | 'speed' is not one of
 solve LOAD --devices 4 --move-budget 1 | needs '--initial'
 solve LOAD --devices 4 --pareto | '--pareto' needs '--initial'
 solve LOAD --devices 2 --initial p.json | p.json: placement must have 3 layers, 8 experts and 2 dev
-solve LOAD --devices 2 --model gpt-oos-20b | Did you mean gpt-oss-20b? For another one: --cost-model
+solve LOAD --devices 2 --model gpt-oos-20b | GPU:HIDDENxINTERMEDIATE. Did you mean gpt-oss-20b?
 solve TRACE --devices 2 --tokens-per-step 8 | a window of INPUT has 512 tokens
 inspect TRACE --num-experts 9 | num_experts must be 8, got 9
 inspect x-table.npy | or counts [layers, experts], all layers alike; got [8, 2] with
@@ -172,6 +172,7 @@ def test_errors_are_one_line(run, folder, monkeypatch, command, words):
     assert (status, out) == (2, "")
     assert re.fullmatch(r"moetuner: error: [^\n]+\n", err)
     assert words in err
+    assert err.count("Did you mean") <= 1
     assert sorted(folder.iterdir()) == files
 
 

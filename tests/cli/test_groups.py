@@ -51,9 +51,10 @@ def test_a_column_names_sequences_and_files_name_themselves(as_json, make_trace,
 @pytest.mark.parametrize(
     ("names", "column", "words"),
     [
-        ("a\nb\nc\n", "", "a name for each of 40 windows or 1 files, got 3 names"),
+        ("a\nb\nc\n", "", "a name for each of 40 windows or 1 file, got 3 names"),
         ("a\n\nb\n", "", "line 2 of"),
         ("id,kind\n1,a\n", ":sort", "has no column sort, but id, kind"),
+        ("id,kind\n1,a\n", "", "or 1 file, got 2 names; to take a column of the CSV: "),
     ],
 )
 def test_names_that_fit_nothing_are_refused(run, load, tmp_path, names, column, words):

@@ -197,6 +197,19 @@ def test_a_number_has_the_same_digits_in_every_command(as_json, ok, trace, tmp_p
         assert audited[line + 1].split()[2] == text
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_table_says_nothing_twice(ok, trace, tmp_path, engine):
+    """What runs in blocks has one row, and imbalance of mixed windows one column."""
+    words = ("--devices", 4, "--for", engine, "--holdout", 0.5, "--out", tmp_path / "p.json")
+    out = ok("solve", trace, *words, "--initial", "contiguous")
+    assert len([line for line in out.splitlines() if line.startswith(("contig", "running"))]) == 1
+    assert "predicted layer time than contiguous" in out
+    (head,) = (line for line in out.splitlines() if line.startswith("method "))
+    assert head.split()[1:3] == ["imbalance", "fanout"]
+    rows = ok("solve", trace, *words, "--initial", "round_robin").splitlines()
+    assert {"contiguous", "running", "joint"} <= {line.partition(" ")[0] for line in rows}
+
+
 def test_many_moves_have_thousands(ok, tmp_path):
     """As other numbers: 1,024 of them inside nodes, and as many between nodes."""
     files = tmp_path / "a.json", tmp_path / "b.json"

@@ -115,8 +115,8 @@ def _show(output: Output, audited: Judgement, name: str, against: str) -> None:
     output.say(f"{name} against {against}, 95 % intervals over {judged_over}")
     if in_blocks:
         output.say(
-            "No sequence labels: neighbouring windows are alike, over "
-            f"{length} windows, so runs that are longer are compared."
+            f"INPUT has no sequences, and windows are alike over {length} neighbours, so intervals "
+            "come from blocks of so many windows."
         )
     for measure in audited.whole:
         rows = []

@@ -33,7 +33,7 @@ TOKENS = 1 << 20
 
 Answer = Literal["a static set is worth it", "a cache serves better", "routing is flat"]
 SENTENCES: dict[Answer, str] = {
-    "a static set is worth it": "which experts are kept near matters, and a fixed set does",
+    "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
     "a cache serves better": "what was used last says more than what is used most",
     "routing is flat": "how many experts are kept near decides, not which",
 }

@@ -88,7 +88,7 @@ class Outcome:
         value = self.result.objective if worth.is_known else None
         return (
             f"{self.result.method} !" if self.breaks_rules else self.result.method,
-            *(FIGURES[name].text(getattr(evaluation, name)) for name in (*MIXED, *worth.figures)),
+            *(FIGURES[name].text(getattr(evaluation, name)) for name in _figures(self.problem)),
             *(() if worth.is_predicted_time else (number(value, worth.decimals),)),
             percent(self.gap),
             number(self.result.seconds, 2),
@@ -101,9 +101,15 @@ def head(problem: Problem, *, held_out: bool = False) -> tuple[str, ...]:
     The objective is of what was seen, which is said where the figures are of other traffic.
     """
     worth = problem.objective_function
-    columns = [FIGURES[name].column for name in (*MIXED, *worth.figures)]
+    columns = [FIGURES[name].column for name in _figures(problem)]
     value = () if worth.is_predicted_time else ("objective" + ", seen" * held_out,)
     return ("method", *columns, *value, "gap", "seconds")
+
+
+def _figures(problem: Problem) -> tuple[str, ...]:
+    """Return the figures of a table; where all windows are mixed, their imbalance stands once."""
+    imbalance = MIXED[:1] if problem.arrival == "mixed" else MIXED
+    return (*imbalance, *problem.objective_function.figures)
 
 
 def replay(

@@ -49,7 +49,7 @@ class Option(click.Option):
             text = error.message.rstrip(".").removesuffix(" range")
             for said, meant in NUMBERS.items():
                 text = text.replace(said, meant)
-            text += self._suggestion(value)
+            text += self._suggestion(value) if "Did you mean" not in text else ""
             raise click.BadParameter(text, error.ctx, error.param, error.param_hint) from None
 
     def _suggestion(self, value: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from moetuner.evaluation.replay import Traffic
 from moetuner.formats import own
+from moetuner.report.cells import counted
 from moetuner.statistics import WINDOW
 from moetuner.trace import RoutingTrace
 
@@ -97,9 +98,15 @@ def group_input(
             return _label(traffic, numbers[np.arange(traffic.tokens) // window], labels)
         parts += f", {count} windows of {window:,} tokens"
     raise click.UsageError(
-        f"'--group-by' must have a name for each of {parts} or {len(paths)} files, "
-        f"got {len(names)} names."
+        f"'--group-by' must have a name for each of {parts} or {counted(len(paths), 'file')}, got "
+        f"{len(names)} names{_column_hint(text)}."
     )
+
+
+def _column_hint(text: str) -> str:
+    """Write how to name a column, where a whole CSV was taken for names."""
+    is_table = text.lower().endswith(".csv")
+    return f"; to take a column of the CSV: {text}:COLUMN" if is_table else ""
 
 
 def _label(traffic: Traffic, group: Any, names: Sequence[str]) -> Traffic:

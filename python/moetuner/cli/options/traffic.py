@@ -100,10 +100,9 @@ def read_model(text: str) -> str:
     """Return the name under which a model's sizes are known, and of its weights' type."""
     public = public_name(text)
     if public is None:
-        nearest = suggestion(text.rsplit("/", 1)[-1].lower(), MODELS)
         raise click.BadParameter(
-            f"must be a model whose sizes are known, got '{text:.60}'{nearest or '.'} "
-            "For another one: --cost-model GPU:HIDDENxINTERMEDIATE."
+            f"must be a model whose sizes are known, got '{text:.60}'; for another one: "
+            f"--cost-model GPU:HIDDENxINTERMEDIATE{suggestion(text.rsplit('/', 1)[-1], MODELS)}"
         )
     type_of_weights = type_in_name(text)
     return public if type_of_weights is None else f"{public}-{type_of_weights}"
