@@ -182,8 +182,9 @@ def _replay(
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
     blocks = running(problem, contiguous(result.placement), "contiguous")
-    is_in_blocks = initial is None or initial == blocks.placement
-    before = [blocks] if is_in_blocks else [blocks, running(problem, initial)]
+    before = [blocks]
+    if initial is not None and initial != blocks.placement:
+        before.append(running(problem, initial))
     outcomes = source.replay([*before, result], problem, judged_on)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
