@@ -221,6 +221,21 @@ def test_a_page_has_the_digits_of_the_table(ok, skewed, tmp_path):
     assert f"<strong>{rows['imbalance'][2]} x the mean</strong>" in text
 
 
+@pytest.mark.parametrize("per_node", [4, 2])
+def test_several_nodes_are_served_as_several(ok, skewed, tmp_path, monkeypatch, per_node):
+    """SGLang is told of its nodes by advice and by a report if it has several."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    monkeypatch.chdir(tmp_path)
+    machine = ("--devices", 4, "--devices-per-node", per_node, "--for", "sglang")
+    out = ok("advise", skewed, *machine, "--copies", 0, "--splits", 1)
+    ok("solve", skewed, *machine, "--method", "lpt", "--out", "p.json")
+    ok("report", "p.json", skewed, "--out", "page.html")
+    options = " --nnodes 2 --node-rank 0 --dist-init-addr HOST:PORT"
+    lines = [line for line in out.splitlines() if "launch_server" in line]
+    assert [line.endswith(options) for line in lines] == [per_node == 2]
+    assert (options in text_of((tmp_path / "page.html").read_text())) == (per_node == 2)
+
+
 def test_an_engine_without_expert_parallelism_is_refused_with_the_reason(run, skewed):
     """One line, which is no list of choices."""
     status, out, err = run("advise", skewed, *FEW, "--for", "llama.cpp")

@@ -445,6 +445,7 @@ def _serving(source: Source, advice: Advice) -> list[str]:
         advice.settings["engine"],
         devices=problem.devices,
         redundant=redundant,
+        nodes=problem.topology.nodes,
         split=problem.split,
         hidden_layers=hidden,
         dense_layers=dense,

@@ -163,6 +163,7 @@ def serving_commands(
     *,
     devices: int,
     redundant: int,
+    nodes: int = 1,
     split: str | None = None,
     placement: str = "placement.json",
     hidden_layers: str = "N",
@@ -191,6 +192,8 @@ def serving_commands(
         option = "".join(
             f" {each}" for name, each in capabilities.splits_by.items() if name == split
         )
+        if nodes > 1 and capabilities.on_nodes:
+            option += f" {capabilities.on_nodes.format(nodes=nodes)}  # on every node, by its rank"
         commands.append(line.replace("placement.json", file) + option)
     if capabilities.renumbers:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")

@@ -48,6 +48,9 @@ class Engine:
     serve
         The command that serves ``placement.json``, or its map ``experts.json``, on so many
         ``devices`` with so many ``redundant`` slots; empty where the engine's page has it.
+    on_nodes
+        Its options to serve on so many ``nodes``, by the same command on each; empty where another
+        program brings nodes together.
     splits_by
         Its options for splits that it does not choose by itself.
     go_back
@@ -68,6 +71,7 @@ class Engine:
     repeated: str = ""
     has_low_latency: bool = False
     serve: str = ""
+    on_nodes: str = ""
     splits_by: Mapping[Split, str] = field(default_factory=dict)
     go_back: str = "serve MODEL, whose files stay as they were"
     records_by: str = ""
@@ -105,6 +109,7 @@ ENGINES: dict[str, Engine] = {
         has_low_latency=True,
         serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
         "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
+        on_nodes="--nnodes {nodes} --node-rank 0 --dist-init-addr HOST:PORT",
         splits_by={"lp": "--ep-dispatch-algorithm lp"},
         go_back="start SGLang without --init-expert-location",
         records_by="--expert-distribution-recorder-mode per_token",

@@ -389,7 +389,8 @@ def make_data(
         warnings = (model.origin if model is not None and is_measured else unmeasured,)
     contents = {**contents, "verdict": gain.answer}
     if answer == "good" and "commands" not in contents:
-        contents["commands"] = _serving(contents, replayed.setting.placement)
+        setting = replayed.setting
+        contents["commands"] = _serving(contents, setting.placement, setting.topology.nodes)
         contents["go_back"] = way_back(contents.get("settings", {}).get("engine"))
     if expert_bytes is None:
         recorded = replayed.traffic
@@ -455,7 +456,7 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
     return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
 
 
-def _serving(contents: dict[str, Any], placement: Placement) -> list[str]:
+def _serving(contents: dict[str, Any], placement: Placement, nodes: int) -> list[str]:
     """Return the commands that give a written placement to its engine, and serve it there."""
     settings = contents.get("settings", {})
     file = contents.get("placement") or settings.get("placement")
@@ -466,6 +467,7 @@ def _serving(contents: dict[str, Any], placement: Placement) -> list[str]:
         settings.get("engine"),
         devices=placement.devices,
         redundant=redundant,
+        nodes=nodes,
         split=settings.get("split"),
         placement=str(file),
     )
