@@ -6,7 +6,7 @@ import pytest
 from brute_force import rank
 
 import moetuner as mt
-from moetuner.solver import EFFORTS
+from moetuner.solver import EFFORTS, effort
 from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.effort import RESTARTS
@@ -73,10 +73,11 @@ def test_thorough_is_never_behind_default(make_trace, monkeypatch, settings):
     """More of the same search is no worse, and each is one answer on one thread and on two."""
     monkeypatch.setitem(EFFORTS, "default", replace(EFFORTS["default"], layer_work=1e5))
     monkeypatch.setitem(EFFORTS, "thorough", replace(EFFORTS["thorough"], layer_work=3e6))
+    monkeypatch.setattr(effort, "CHAIN_LEAST", 20_000)
     problem = problem_of(make_trace, **settings)
     values = []
-    for effort in ("default", "thorough"):
-        one, two = (mt.solve(problem, "heuristic", effort=effort, threads=n) for n in (1, 2))
+    for name in ("default", "thorough"):
+        one, two = (mt.solve(problem, "heuristic", effort=name, threads=n) for n in (1, 2))
         assert one.placement == two.placement
         values.append(rank(problem, one.placement))
     assert values[1] <= values[0]
@@ -84,13 +85,13 @@ def test_thorough_is_never_behind_default(make_trace, monkeypatch, settings):
 
 def test_a_time_limit_decides_alone():
     """Under a time limit the work is that of the thorough effort, whichever is named."""
-    for effort in EFFORTS:
-        assert Budget(time_limit=5, effort=effort).work == EFFORTS["thorough"]
-        assert Budget(effort=effort).work == EFFORTS[effort]
+    for name in EFFORTS:
+        assert Budget(time_limit=5, effort=name).work == EFFORTS["thorough"]
+        assert Budget(effort=name).work == EFFORTS[name]
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
-def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, effort):
+@pytest.mark.parametrize("name", EFFORTS)
+def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, name):
     """Two devices, whose contents are too many to try: the bound iterates as the effort says."""
     made, bound = [], pairs.bound
 
@@ -101,8 +102,8 @@ def test_tangents_get_iterations_by_effort(make_trace, monkeypatch, effort):
     monkeypatch.setattr(pairs, "bound", note)
     statistics = mt.RoutingStatistics.from_trace(make_trace(60, layers=1, experts=32), sets=True)
     problem = mt.Problem(statistics, mt.Topology(2), objective="traffic", regime="dispatch")
-    mt.solve(problem, iterations=50, effort=effort)
-    assert made == [EFFORTS[effort].tangent_iterations]
+    mt.solve(problem, iterations=50, effort=name)
+    assert made == [EFFORTS[name].tangent_iterations]
 
 
 @pytest.mark.parametrize(
