@@ -146,7 +146,7 @@ BEGIN = {
 OTHERS = {"demo", "collect", "show", "diff", "export", "fit"}
 
 
-def trace(tokens=900, *, seed=0, sequences=True, groups=True, model=None):
+def trace(tokens=480, *, seed=0, sequences=True, groups=True, model=None):
     """Make a trace of two layers, with what labels are wanted."""
     sequence, labels = np.arange(tokens) // 20, {"model": model}
     if sequences:
