@@ -57,6 +57,21 @@ def test_groups_have_levels_of_their_own():
     assert blocks_of(load).length > 4
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("order", ["turns", "runs", "chance"])
+def test_windows_by_chance_are_independent_whatever_their_groups(order, groups):
+    """The order in which groups come makes no window like its neighbour: one false alarm of ten."""
+    alarms, windows = 0, 40
+    for seed in range(20):
+        random, turn = np.random.default_rng(seed), np.arange(windows)
+        share = random.dirichlet(np.full(64, 2.0), 16)
+        load = random.multinomial(16384, share, (windows, 16)).astype(np.uint64)
+        chance = random.integers(0, groups, windows)
+        by_order = {"turns": turn % groups, "runs": turn * groups // windows, "chance": chance}
+        alarms += blocks_of(load, by_order[order]).length > 1
+    assert alarms <= 2
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_runs_are_held_out_with_a_gap(seed):
     """No window that is seen is within a block of one that is held out; few are lost."""

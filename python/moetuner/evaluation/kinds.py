@@ -226,14 +226,17 @@ def _are_apart(distance: Floats, kind: Integers) -> bool:
     return bool(np.median(others.min(axis=1)[several]) > SEPARATE * max(np.median(within), 0.0))
 
 
+def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArray[np.int64]:
+    """Return the number of each window's group [W]; all are one where groups have few windows."""
+    if group is None:
+        return np.zeros(windows, dtype=np.int64)
+    names, label = np.unique(group, return_inverse=True)
+    return label.astype(np.int64) * (windows >= FEW_PER_GROUP * len(names))
+
+
 def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:
     """Return shares [W,F] less the mean of their group, where groups have enough windows."""
-    label = np.zeros(len(share), dtype=np.int64)
-    if group is not None:
-        names, label = np.unique(group, return_inverse=True)
-        if len(share) < FEW_PER_GROUP * len(names):
-            label[:] = 0
-    levelled = share.copy()
+    label, levelled = number_groups(len(share), group), share.copy()
     for number in range(int(label.max(initial=0)) + 1):
         levelled[label == number] -= share[label == number].mean(axis=0)
     return levelled

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, instance, is_number, seed_in, shown
-from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, subtract_levels
+from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, number_groups, subtract_levels
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -245,10 +245,12 @@ def blocks_of(
     noise hides and a line through the next two tells.
     """
     share, times = _compute_shares(load, group), 1
+    label = number_groups(len(share), group)
     while len(share) > WINDOWS:
         half = len(share) // 2
         share, times = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2), 2 * times
-    lags, noisy = _measure_lags(share)
+        label = np.zeros(half, np.int64)  # two of different groups are of neither
+    lags, noisy = _measure_lags(share, label)
     if not len(lags):
         return INDEPENDENT
     next_one = lags[1] if len(lags) > 1 else 0.0
@@ -279,21 +281,24 @@ def _compute_shares(
     return np.round(share * PART)
 
 
-def _measure_lags(share: Floats) -> tuple[Floats, float]:
+def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, float]:
     """Compute autocovariances of windows [W,F] as far as these are alike, and at lag 0 with noise.
 
-    None where windows are no more alike than any two.
+    None where windows are no more alike than any two. Around the mean of their group any two of a
+    group [W] are a little unlike, and those of different groups are not: without regard to that,
+    neighbours of different groups would be alike.
     """
     windows = len(share)
     if windows < 3 or not share.any():
         return np.empty(0), 0.0
     products = share @ share.T
-    apart = products[~np.eye(windows, dtype=bool)]
-    mean, error = float(apart.mean()), float(apart.std())
+    own = np.diagonal(products).copy()
+    mean = _centre(products, label)
+    error = float(products[~np.eye(windows, dtype=bool)].std())
     furthest = max(windows // 2, 1)
     covariances, pairs = np.empty(furthest), windows - np.arange(1, furthest + 1)
     for lag in range(1, furthest + 1):
-        covariances[lag - 1] = np.diagonal(products, lag).mean() - mean
+        covariances[lag - 1] = np.diagonal(products, lag).mean()
     sure = covariances * np.sqrt(pairs) / max(error, 1e-300)
     reach = 0
     for first in range(0, furthest, 2):
@@ -305,7 +310,24 @@ def _measure_lags(share: Floats) -> tuple[Floats, float]:
     # Pairs of windows that are alike as neighbours are tell less than so many.
     far = np.flatnonzero(sure > SURE * math.sqrt(1 + reach))
     reach = max(reach, int(far.max(initial=-1)) + 1)
-    return covariances[:reach], float((share**2).sum() / windows) - mean
+    return covariances[:reach], float(own.sum() / windows) - mean
+
+
+def _centre(products: Floats, label: NDArray[np.int64]) -> float:
+    """Subtract from products [W,W] of windows of a group their mean; return the mean of those.
+
+    Products of different groups have the mean zero.
+    """
+    total = 0.0
+    for number in np.unique(label):
+        chosen = np.flatnonzero(label == number)
+        pairs = np.ix_(chosen, chosen)
+        part = products[pairs]
+        apart = len(chosen) * (len(chosen) - 1)
+        mean = float(part.sum() - np.trace(part)) / max(apart, 1)
+        products[pairs] -= mean
+        total += len(chosen) * mean
+    return total / len(label)
 
 
 def hold_out(traffic: Traffic, holdout: float = 0.5, *, seed: int = 0) -> tuple[Traffic, Traffic]:
