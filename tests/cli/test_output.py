@@ -111,6 +111,7 @@ def test_a_log_waits_no_second_for_each_work(screen, monkeypatch, silence, secon
 
 
 @pytest.mark.parametrize("copies", [(0,), (0, 1), (0, 1, 2, 4)])
+@pytest.mark.usefixtures("brief")
 def test_each_step_of_advice_has_its_weight(copies):
     """What is searched, and every split, is one step, in the order of the weights."""
     load = np.tile([[[90, 80, 5, 5, 5, 5, 5, 5]]], (40, 1, 1))

@@ -83,8 +83,12 @@ def test_where_the_nearest_copy_serves_there_is_no_formula():
 
 
 def survivors(experts, devices, size):
-    """Give all placements [D][S] in which every expert is on two devices or more."""
-    for slots in itertools.product(itertools.combinations(range(experts), size), repeat=devices):
+    """Give placements [D][S] in which every expert is on two devices or more.
+
+    All of them, but for the names of devices, which are alike.
+    """
+    contents = itertools.combinations(range(experts), size)
+    for slots in itertools.combinations_with_replacement(contents, devices):
         copies = np.bincount(np.ravel(slots), minlength=experts)
         if copies.min() >= 2:
             yield slots

@@ -1,6 +1,7 @@
 """Fewest visits: the optimum of tiny instances under the cap, better than pairs on real routing."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from conftest import random_ids
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from test_visits import fewest
 
 import moetuner as mt
+from moetuner.solver import effort
 
 
 @settings(max_examples=10)
@@ -18,6 +20,7 @@ import moetuner as mt
 @given(
     seed=st.integers(0, 1000), per_node=st.sampled_from([None, 2]), cap=st.sampled_from([None, 1.2])
 )
+@mock.patch.object(effort, "POLISHED", 1)
 def test_reaches_the_optimum(seed, per_node, cap):
     """Enumeration of all placements finds none with fewer visits under the cap."""
     trace = mt.RoutingTrace.from_arrays(random_ids(60, 2, 3, 8, seed=seed), num_experts=8)
