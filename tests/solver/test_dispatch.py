@@ -20,7 +20,7 @@ from moetuner.solver import effort
 @given(
     seed=st.integers(0, 1000), per_node=st.sampled_from([None, 2]), cap=st.sampled_from([None, 1.2])
 )
-@mock.patch.object(effort, "POLISHED", 1)
+@mock.patch.object(effort, "POLISHED_SLOTS", 0)
 def test_reaches_the_optimum(seed, per_node, cap):
     """Enumeration of all placements finds none with fewer visits under the cap."""
     trace = mt.RoutingTrace.from_arrays(random_ids(60, 2, 3, 8, seed=seed), num_experts=8)
