@@ -221,6 +221,16 @@ def test_a_page_has_the_digits_of_the_table(ok, skewed, tmp_path):
     assert f"<strong>{rows['imbalance'][2]} x the mean</strong>" in text
 
 
+@pytest.mark.parametrize(("copies", "compared"), [("1", False), ("1,2", True)])
+def test_one_number_of_copies_is_compared_with_none(ok, skewed, copies, compared):
+    """Where as many slots run already, the gain is no copies' but the placement's."""
+    words = ("--devices", 4, "--initial", "eplb:4", "--copies", copies, "--splits", 1)
+    out = ok("advise", skewed, *words)
+    assert ("Copies, numbers compared" in out or "slots for copies." in out) == compared
+    assert ("more slot per device and layer" in out) <= compared
+    assert ("slots for copies  " in out) <= compared
+
+
 @pytest.mark.parametrize("per_node", [4, 2])
 def test_several_nodes_are_served_as_several(ok, skewed, tmp_path, monkeypatch, per_node):
     """SGLang is told of its nodes by advice and by a report if it has several."""

@@ -201,7 +201,7 @@ def _show(output: Output, advice: Advice) -> None:
         ]
         output.say("")
         output.table(*with_values(head, rows))
-    if advice.knee or advice.more is not None:
+    if len(advice.copies) > 1 and (advice.knee or advice.more is not None):
         output.say("")
         _show_copies(output, advice)
 

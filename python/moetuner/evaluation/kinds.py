@@ -231,7 +231,10 @@ def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArr
     if group is None:
         return np.zeros(windows, dtype=np.int64)
     names, label = np.unique(group, return_inverse=True)
-    return label.astype(np.int64) * (windows >= FEW_PER_GROUP * len(names))
+    if windows < FEW_PER_GROUP * len(names):
+        return np.zeros(windows, dtype=np.int64)
+    number: NDArray[np.int64] = label.astype(np.int64)
+    return number
 
 
 def subtract_levels(share: Floats, group: NDArray[np.integer[Any]] | None) -> Floats:

@@ -59,10 +59,10 @@ class Losses(NamedTuple):
         """What the loss of one of them does, in words."""
         lost = f"no loss of a {self.domain} loses an expert"
         if self.fatal:
-            lost = (
-                f"{100 * self.fatal:.0f} % of the losses of a {self.domain} lose an expert "
-                f"({self.experts_lost:.1f} of a layer to read from disk, on average)"
-            )
+            lost = f"{100 * self.fatal:.0f} % of the losses of a {self.domain} lose experts"
+            if self.fatal == 1:
+                lost = f"every loss of a {self.domain} loses experts"
+            lost += f" ({self.experts_lost:.1f} of a layer must be read from disk, on average)"
         if self.imbalance_after is None or self.imbalance_after_worst is None:
             return lost
         bound = ""

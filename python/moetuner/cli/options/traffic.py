@@ -392,7 +392,9 @@ class Source(FileHints):
     def _step(self) -> list[str]:
         """Write how many tokens a window of a load table is taken to have."""
         traffic, top_k = self.traffic, self.top_k or top_k_of(self.traffic)
-        many = " (counted once per expert; --top-k K counts them once)" if top_k is None else ""
+        many = ""
+        if top_k is None:
+            many = " (a token counts once for every expert it chose; --top-k K counts it once)"
         if isinstance(traffic, RoutingTrace):
             return []
         if self.tokens_per_step is not None:

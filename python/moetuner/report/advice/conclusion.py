@@ -488,7 +488,9 @@ def _write_each_group(advice: Advice) -> str:
 
 
 def _copies_pay(advice: Advice) -> bool:
-    """Return whether any number of copies gains more than the fewest."""
+    """Return whether any number of copies gains more than the fewest; False for a single one."""
+    if len(advice.copies) == 1:
+        return False
     best = max(row.best for row in advice.copies)
     chosen = next(row for row in advice.copies if row.per_device == advice.knee)
     return bool(advice.knee or advice.more is not None or best > chosen.best + KNEE)
@@ -509,7 +511,7 @@ def _write_copies(swept: tuple[Copies, ...], knee: int, more: int | None, layers
     by_slots = {each.per_device: each for each in swept}
     chosen, least = by_slots[knee], min(by_slots)
     best = max(by_slots.values(), key=lambda each: each.best)
-    text = "Copies, numbers compared by short searches: " if len(swept) > 1 else "Copies: "
+    text = "Copies, numbers compared by short searches: "
     if knee:
         verb = "gains" if knee == 1 else "gain"
         text += f"{_write_slots(chosen)} {verb} {percent(chosen.best)}"
