@@ -10,7 +10,7 @@ import pytest
 from brute_force import optimum, raised_caps, small_problem
 
 import moetuner as mt
-from moetuner.solver import METHODS
+from moetuner.solver import METHODS, effort
 from moetuner.solver.bounds import caps
 from moetuner.solver.run import Run
 
@@ -56,8 +56,9 @@ def test_every_method_gives_one_valid_placement(make_trace, method, name):
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_uneven_slots_are_kept(seed):
+def test_uneven_slots_are_kept(seed, monkeypatch):
     """Whatever the slots of devices are, copies or none, the goal time answers, and keeps them."""
+    monkeypatch.setattr(effort, "POLISHED", 1)
     random = np.random.default_rng([1, seed])
     experts, devices = [(5, 3), (8, 4), (9, 4), (16, 6)][seed % 4]
     row = random.integers(0, 2 * experts // devices + 1, devices)
@@ -97,10 +98,11 @@ def test_an_offer_beyond_slots_or_rules_is_no_answer():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("node", [None, 1])
-def test_heuristic_finds_the_optimum_of_tiny_problems(seed, node):
-    """On four to six experts the search equals brute force, under the cap that it keeps."""
+def test_heuristic_finds_the_optimum_of_tiny_problems(seed, node, monkeypatch):
+    """On four to six experts the search, unpolished, equals brute force, under the cap it keeps."""
+    monkeypatch.setattr(effort, "POLISHED_SLOTS", 0)
     problem = small_problem(seed, 3, 4 + seed % 3, 2, devices_per_node=node, max_imbalance=1.1)
-    placement = mt.solve(problem, "heuristic").placement
+    placement = mt.solve(problem, "heuristic", iterations=5000).placement
     caps = raised_caps(problem, placement.slots)
     assert problem.objective_function.cost(placement) == optimum(problem, caps)
 
