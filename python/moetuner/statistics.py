@@ -138,8 +138,10 @@ WINDOW = 512
 # Counts beyond this are a mistake in the number of experts or the window, not a model.
 TABLE_LIMIT = 16 << 30
 
-# Distinct expert sets of all layers, beyond which a sample of the tokens has to do.
-MOST_SETS = 1 << 22
+# Distinct expert sets of all layers, and of a layer, beyond which a sample of the tokens has to do:
+# searches take as long as there are sets. Of a layer there are at least so many for every pair of
+# experts ("Long traces" in docs/experiments.md).
+MOST_SETS, LAYER_SETS, PAIR_SETS = 1 << 22, 40_000, 32
 
 # Steps that are drawn from few windows of counters, at least.
 STEPS = 32
@@ -287,9 +289,9 @@ class RoutingStatistics(Frozen):
         sets
             Whether to count distinct expert sets, as the command line does where tokens return to
             their devices: 2 K + 8 bytes (while counting up to three times
-            that) for each one of a layer. Where all layers together could have more than
-            ``MOST_SETS`` of them, every so many-th token is counted for all of them
-            (``set_tokens``).
+            that) for each one of a layer. Where a layer could have more than ``LAYER_SETS`` of
+            them, and every pair of experts ``PAIR_SETS``, or all layers ``MOST_SETS``, every so
+            many-th token is counted for all of them (``set_tokens``).
         by_group
             Whether windows are cut within groups, one group after the other, and say which.
         threads
@@ -776,7 +778,8 @@ def _check_table_bytes(trace: RoutingTrace, window: int | None, tables: Mapping[
 
 def _sampling(trace: RoutingTrace) -> int:
     """Return how many tokens each whose sets are counted stands for."""
-    distinct = min(trace.tokens, math.comb(trace.num_experts, trace.top_k))
-    if distinct * trace.layers <= MOST_SETS:
-        return 1
-    return -(-trace.tokens * trace.layers // MOST_SETS)
+    experts, top_k = trace.num_experts, trace.top_k
+    distinct = min(trace.tokens, math.comb(experts, top_k))
+    enough = max(LAYER_SETS, PAIR_SETS * experts**2 // max(top_k * (top_k - 1), 1))
+    enough = min(enough, MOST_SETS // max(trace.layers, 1))
+    return 1 if distinct <= enough else -(-trace.tokens // enough)

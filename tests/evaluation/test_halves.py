@@ -15,6 +15,7 @@ from moetuner.evaluation.intervals import QUANTILES, spread
 from moetuner.evaluation.judgement import MEASURES
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import Folds, Units, units_of
+from moetuner.files.ids import Ids
 from moetuner.placement import blocks
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -105,16 +106,46 @@ def test_sides_add_up_to_the_figure_of_all(together):
         assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
 
 
+@pytest.mark.parametrize("limit", ["CELLS", "PARTS"])
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
-def test_blocks_of_windows_change_no_half(monkeypatch, arrival):
-    """However few windows are looked at in one go."""
-    trace = traffic(np.random.default_rng(1).integers(10, 90, 30))
-    how = setting(COPIES, arrival=arrival)
-    wanted = halve(trace, how, units_of(trace))[None]
-    monkeypatch.setattr(halves, "CELLS", 1)
-    actual = halve(trace, how, units_of(trace))[None]
-    for name, figure in wanted.items():
-        assert actual[name].sides == pytest.approx(figure.sides, rel=1e-12)
+def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
+    """However few windows of two sizes are read, or looked at, in one go."""
+    sizes = np.random.default_rng(1).integers(10, 90, 30)
+    settings = [setting(COPIES, window, arrival=arrival) for window in (64, 128)]
+    trace = traffic(sizes)
+    wanted = halve_each(trace, settings, units_of(trace))
+    monkeypatch.setattr(halves, limit, 1)
+    trace = traffic(sizes)
+    actual = halve_each(trace, settings, units_of(trace))
+    for one, other in zip(actual, wanted, strict=True):
+        for name, figure in other[None].items():
+            assert one[None][name].sides == pytest.approx(figure.sides, rel=1e-12)
+
+
+def test_windows_of_one_fold_are_not_read_again(monkeypatch):
+    """Of sequences that fill windows nothing is: what each has is known of all of it."""
+    asked = []
+
+    def chosen(ids, items, *options):
+        asked.extend(items.tolist())
+        return read(ids, items, *options)
+
+    read = Ids.chosen
+    monkeypatch.setattr(Ids, "chosen", chosen)
+    trace = traffic([64] * 10 + [32] * 2)
+    halve_each(trace, [setting(window=window) for window in (64, 128)], units_of(trace))
+    assert asked == [*range(640, 704)]
+
+
+def test_figures_that_were_not_asked_for_are_not_computed():
+    """Those that were are as with all others, and known where all are."""
+    trace, other, how = traffic([40] * 20), traffic([40] * 20), setting()
+    few = halve(trace, how, units_of(trace), names=["imbalance"])
+    everything = halve(other, how, units_of(other))
+    assert list(few[None]) == ["imbalance"]
+    assert (few[None]["imbalance"].sides == everything[None]["imbalance"].sides).all()
+    assert halve(other, how, units_of(other), names=["imbalance"]) is everything
+    assert set(halve(trace, how, units_of(trace))[None]) == set(everything[None])
 
 
 @pytest.mark.parametrize("by_group", [False, True])

@@ -121,6 +121,22 @@ def test_means_are_as_good_as_all_windows():
     assert values[0] <= values[1] * 1.01
 
 
+@pytest.mark.parametrize(
+    ("limits", "every"),
+    [((1000, 1000, 1), 1), ((1000, 200, 1), 2), ((1000, 200, 12), 1), ((300, 200, 12), 3)],
+)
+def test_sets_are_sampled_beyond_those_of_a_layer_of_pairs_and_of_all_layers(
+    monkeypatch, make_trace, limits, every
+):
+    """So many of a layer, or for every pair of experts; but never more than all layers may have."""
+    names = ("MOST_SETS", "LAYER_SETS", "PAIR_SETS")
+    for name, limit in zip(names, limits, strict=True):
+        monkeypatch.setattr(statistics_, name, limit)
+    trace = make_trace(tokens=399, experts=16, top_k=3, layers=2)
+    counted = mt.RoutingStatistics.from_trace(trace, sets=True)
+    assert counted.set_tokens == (None if every == 1 else -(-399 // every))
+
+
 def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
     """Where sets would be too many, one token in so many counts for those that follow it."""
     trace = make_trace(tokens=203, experts=16, top_k=3, layers=2)
@@ -128,7 +144,7 @@ def test_sets_of_a_sample_stand_for_all(monkeypatch, make_trace, tmp_path):
     assert whole.set_tokens is None
     monkeypatch.setattr(statistics_, "MOST_SETS", 100)
     counted = mt.RoutingStatistics.from_trace(trace, window=50, sets=True)
-    every = -(-203 * 2 // 100)
+    every = -(-203 // 50)
     assert counted.set_tokens == -(-203 // every)
     sampled = np.sort(trace.expert_ids[::every], axis=2)
     stands_for = np.minimum(every, 203 - np.arange(0, 203, every)).astype(np.uint64)

@@ -11,17 +11,16 @@ residues of a prime (Paley 1933). So about as many halves as folds tell what all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation.arrival import Order, orders, put_in_order
-from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure
+from moetuner.evaluation.figures import FIGURES, CountsByOrder, Figure, Windows
 from moetuner.evaluation.replay import (
     SHARD_BYTES,
     Counts,
@@ -41,8 +40,8 @@ Integers = NDArray[np.integer[Any]]
 KEPT = 16
 # Primes that are 3 modulo 4: folds that each can halve are one more.
 PRIMES = (3, 7, 11, 19)
-# Counts of halves of windows that are in memory at once.
-CELLS = 1 << 20
+# Counts of halves of windows that are in memory at once, and of parts of windows.
+CELLS, PARTS = 1 << 20, 1 << 25
 
 
 class Halved(NamedTuple):
@@ -76,24 +75,39 @@ def halvings(folds: int) -> NDArray[np.bool_]:
     return first[first.any(axis=1) & ~first.all(axis=1)]
 
 
-def halve(traffic: Traffic, setting: Setting, units: Units, *, by_group: bool = True) -> ByGroup:
+def halve(
+    traffic: Traffic,
+    setting: Setting,
+    units: Units,
+    *,
+    by_group: bool = True,
+    names: Collection[str] | None = None,
+) -> ByGroup:
     """Compute figures of all traffic (None), of every group that has some, and of their halves."""
-    return halve_each(traffic, [setting], units, by_group=by_group)[0]
+    return halve_each(traffic, [setting], units, by_group=by_group, names=names)[0]
 
 
 def halve_each(
-    traffic: Traffic, settings: Sequence[Setting], units: Units, *, by_group: bool = True
+    traffic: Traffic,
+    settings: Sequence[Setting],
+    units: Units,
+    *,
+    by_group: bool = True,
+    names: Collection[str] | None = None,
 ) -> list[ByGroup]:
     """Compute what ``halve`` does under settings that differ in their placements and windows alone.
 
     Windows are as long as the shortest of them or several times that. The tokens of a trace are
-    read once for all settings, and not again for those whose halves are known already.
+    read a few times for all settings, and not again for those whose halves are known already.
+    Figures are those of some names, by default all that have halves.
     """
     settings = [replace(setting, mixed=False) for setting in settings]
+    halved = {name for name, figure in FIGURES.items() if figure.windows is not None}
+    names = frozenset(halved if names is None else halved & set(names))
     known: list[_Known] = []
     if isinstance(traffic, RoutingTrace):
         known = _KNOWN.setdefault(traffic, [])
-    asked = [_Asked(setting, units, by_group) for setting in settings]
+    asked = [_Asked(setting, units, by_group, names) for setting in settings]
     del known[: max(len(known) - KEPT, 0)]
     unknown = [each for each in asked if _find(known, each) is None]
     for each, figures in zip(unknown, _halve_anew(traffic, unknown), strict=True):
@@ -108,6 +122,7 @@ class _Asked(NamedTuple):
     setting: Setting
     units: Units
     by_group: bool
+    names: frozenset[str]
 
 
 class _Known(NamedTuple):
@@ -124,7 +139,7 @@ _KNOWN: WeakKeyDictionary[RoutingTrace, list[_Known]] = WeakKeyDictionary()
 def _find(known: Sequence[_Known], asked: _Asked) -> ByGroup | None:
     """Return the halves that were asked for, if they are known."""
     for other, figures in known:
-        is_enough = other.by_group or not asked.by_group
+        is_enough = (other.by_group or not asked.by_group) and asked.names <= other.names
         if is_enough and other.units is asked.units and other.setting == asked.setting:
             return figures if asked.by_group else {None: figures[None]}
     return None
@@ -134,20 +149,23 @@ def _halve_anew(traffic: Traffic, asked: Sequence[_Asked]) -> list[ByGroup]:
     """Compute halves that are not known, of which all but the settings are alike."""
     if not asked:
         return []
-    (common, units, by_group), settings = asked[0], [each.setting for each in asked]
+    (common, units, by_group, names), settings = asked[0], [each.setting for each in asked]
     if not by_group and isinstance(traffic, RoutingTrace):
         traffic = replace(traffic, group=None)
     rows = members(traffic)
     if not by_group:
         rows = {None: rows[None]}
-    folds = {
-        window: {group: units.deal(traffic, own, window) for group, own in rows.items()}
-        for window in {setting.window: None for setting in settings}
-    }
+    folds: dict[int | None, dict[str | None, Folds]] = {}
+    # What is dealt by its label is dealt alike, whatever the windows.
+    is_labelled = isinstance(traffic, RoutingTrace) and traffic.sequence is not None
+    for window in {setting.window: None for setting in settings}:
+        if not is_labelled or not folds:
+            dealt = {group: units.deal(traffic, own, window) for group, own in rows.items()}
+        folds[window] = dealt
     weights, orderly = [], []
     for weight, order in orders(traffic, common.arrival, seed=common.mixed_seed):
         weights.append(weight)
-        orderly.append(_in_one_order(traffic, order, settings, folds))
+        orderly.append(_in_one_order(traffic, order, settings, folds, names))
     return [_weigh(weights, parts) for parts in zip(*orderly, strict=True)]
 
 
@@ -170,6 +188,7 @@ def _in_one_order(
     order: Order | None,
     settings: Sequence[Setting],
     folds: dict[int | None, dict[str | None, Folds]],
+    names: frozenset[str],
 ) -> list[ByGroup]:
     """Return the figures of traffic that arrives in an order, of folds as it was recorded.
 
@@ -177,32 +196,63 @@ def _in_one_order(
     """
     ordered = put_in_order(traffic, order)
     recorded, rows = members(traffic), members(ordered)
-    fold_of: dict[tuple[int | None, str | None], Integers] = {}
-    for window, by_group in folds.items():
-        for group, dealt in by_group.items():
-            fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
-            fold[recorded[group]] = dealt.fold
-            fold_of[window, group] = (fold if order is None else fold[order])[rows[group]]
     # Where experts are, and so what crosses, is the same in windows of all sizes.
     placements = {id(setting.placement): setting for setting in settings}
-    measured = count_crossings([*placements.values()], ordered)
+    measured: Sequence[Integers | None] = [None] * len(placements)
+    if "crossing" in names:
+        measured = count_crossings([*placements.values()], ordered)
     crossings = dict(zip(placements, measured, strict=True))
-    halved = []
-    for setting, counted in zip(settings, counts_of(ordered, settings), strict=True):
-        figures: ByGroup = {}
-        crossed = crossings[id(setting.placement)]
-        for group, dealt in folds[setting.window].items():
-            own = None if crossed is None else crossed[rows[group]] / _count_pairs(ordered)
-            fold = fold_of[setting.window, group]
-            part = _Halving(ordered, rows[group], fold, own, counted[group], setting)
-            figures[group] = part.figures(dealt)
-        halved.append(figures)
+    counted = list(counts_of(ordered, settings))
+    halved: list[ByGroup] = [{} for _ in settings]
+    # Windows of several sizes that have the same folds are made of the same parts.
+    alike: dict[int, list[int]] = {}
+    for number, setting in enumerate(settings):
+        alike.setdefault(id(folds[setting.window]), []).append(number)
+    for numbers in alike.values():
+        for group, dealt in folds[settings[numbers[0]].window].items():
+            fold = np.zeros(len(rows[None]), dtype=dealt.fold.dtype)
+            fold[recorded[group]] = dealt.fold
+            fold = (fold if order is None else fold[order])[rows[group]]
+            part = _Dealt(ordered, rows[group], fold, dealt)
+            halvings_of = {}
+            for number in numbers:
+                crossed = crossings[id(settings[number].placement)]
+                share = None if crossed is None else crossed[rows[group]] / _count_pairs(ordered)
+                halvings_of[number] = _Halving(
+                    part, settings[number], counted[number][group], share, names
+                )
+            part.tell([*halvings_of.values()])
+            for number, halving in halvings_of.items():
+                halved[number][group] = halving.figures()
     return halved
 
 
+class _Parts(NamedTuple):
+    """What parts of the shortest windows have whose tokens are of one fold.
+
+    Parameters
+    ----------
+    window, fold
+        The window of every part, rising, and its fold [C].
+    tables
+        Load and visits of devices, and visits of nodes [C,L*D or L*N].
+    """
+
+    window: Integers
+    fold: Integers
+    tables: Sequence[NDArray[Any]]
+
+    def by_fold(self, windows: slice, folds: int) -> list[Floats]:
+        """Add up what a run of windows has by fold [F,L*D or L*N]."""
+        first, last = np.searchsorted(self.window, [windows.start, windows.stop])
+        is_of = np.zeros((folds, last - first))
+        is_of[self.fold[first:last], np.arange(last - first)] = 1
+        return [is_of @ table[first:last].astype(np.float64) for table in self.tables]
+
+
 @dataclass(frozen=True)
-class _Halving:
-    """Some tokens of a trace, or windows of a load table, and what was counted of them.
+class _Dealt:
+    """Some tokens of a trace, or windows of a load table, that were dealt into folds.
 
     Parameters
     ----------
@@ -212,58 +262,183 @@ class _Halving:
         Which tokens of the trace these are, or windows of the table [n].
     fold
         The fold of each of them [n].
-    crossed
-        The share of the pairs of each token that cross [n]; None where that is not known.
-    counts
-        Counts of all of them, in windows of their own.
-    setting
-        How they were replayed.
+    folds
+        The folds of the same in the order of the recording.
     """
 
     traffic: Traffic
     items: Integers
     fold: Integers
-    crossed: Floats | None
-    counts: Counts
-    setting: Setting
+    folds: Folds
 
-    @cached_property
-    def window(self) -> Integers:
-        """The window of every item [n]; a window of a table is an item."""
+    def length(self, setting: Setting) -> int:
+        """Return the items of a window; a window of a table is one."""
         is_table = isinstance(self.traffic, RoutingStatistics)
-        length = 1 if is_table else self.setting.window or max(len(self.items), 1)
-        return np.arange(len(self.items), dtype=self.items.dtype) // length
+        return 1 if is_table else setting.window or max(len(self.items), 1)
 
-    def figures(self, folds: Folds) -> dict[str, Halved]:
-        """Compute all figures that have halves."""
-        counts = self.counts
-        if self.crossed is not None:
-            counts = replace(counts, crossed=self._by_fold(folds.number, self.crossed).sum(axis=1))
-        replay, known = CountsByOrder([(1.0, counts)], None, self.setting), {}
+    def by_fold(self, length: int, weights: Floats | None = None) -> Floats:
+        """Add up items, or their weights, by window and fold [W,F], in windows of so many items."""
+        folds, windows = self.folds.number, max(-(-len(self.items) // length), 1)
+        cell = np.arange(len(self.items), dtype=np.int64) // length * folds + self.fold
+        sums = np.bincount(cell, weights, windows * folds).reshape(windows, folds)
+        return sums.astype(np.float64)
+
+    def tell(self, halvings_of: Sequence[_Halving]) -> None:
+        """Tell halvings what each fold has of their windows.
+
+        It is counted in the shortest windows, of which longer ones are made, and in those alone
+        that folds share: of others all is known. Some windows are read at once for all placements,
+        and forgotten before the next ones.
+        """
+        length = min(each.length for each in halvings_of)
+        tokens = self.by_fold(length)
+        settings = {id(each.setting.placement): each.setting for each in halvings_of}
+        known = {
+            id(each.setting.placement): each.counts for each in halvings_of if each.length == length
+        }
+        is_read = np.count_nonzero(tokens, axis=1) > 1
+        if len(known) < len(settings) and self.folds.number > 1:
+            is_read[:] = True
+        times = max(-(-each.length // length) for each in halvings_of)
+        for run in _runs(tokens[is_read], len(tokens), times, settings.values()):
+            read = run.start + np.flatnonzero(is_read[run])
+            others = run.start + np.flatnonzero(~is_read[run])
+            for placement, parts in self._count(read, tokens, length, settings).items():
+                told = [parts]
+                if times > 1 and placement in known:
+                    tables = _tables(known[placement])
+                    fold = tokens[others].argmax(axis=1)
+                    told.append(_Parts(others, fold, [_flat(table[others]) for table in tables]))
+                for halving in halvings_of:
+                    if id(halving.setting.placement) == placement:
+                        halving.add(run, length, told)
+
+    def _count(
+        self, windows: Integers, tokens: Floats, length: int, settings: dict[int, Setting]
+    ) -> dict[int, _Parts]:
+        """Count what every fold has of some windows, rising, under every placement."""
+        window, fold = np.nonzero(tokens[windows])
+        if not window.size:
+            return {key: _Parts(window, fold, []) for key in settings}
+        trace = self.traffic
+        assert isinstance(trace, RoutingTrace)
+        begin, end = int(windows[0]), int(windows[-1]) + 1
+        row = np.zeros((end - begin, self.folds.number), dtype=np.uint32)
+        row[windows[window] - begin, fold] = np.arange(len(window))
+        is_read = np.zeros(end - begin, dtype=bool)
+        is_read[windows - begin] = True
+        position = np.arange(begin * length, min(end * length, len(self.items)))
+        position = position[is_read[position // length - begin]]
+        rows = row[position // length - begin, self.fold[position]]
+        largest = int(tokens[windows].max())
+        replays = {
+            key: by_position(setting).begin_replay(trace, len(window), largest)
+            for key, setting in settings.items()
+        }
+        threads, first = next(iter(settings.values())).threads, 0
+        for ids in trace.ids.chosen(self.items[position], SHARD_BYTES, threads):
+            run, checked = slice(first, first + len(ids)), trace.ids.fresh
+            # Copies serve by the place of a token among these, as where all of them are replayed.
+            positions = position[run].astype(np.uint64)
+            for replay in replays.values():
+                replay.push(ids, rows[run], threads, positions=positions, checked=checked)
+                checked = True
+            first += len(ids)
+            del ids  # else the next piece is read while this one is still there
+        return {
+            key: _Parts(
+                windows[window],
+                fold,
+                [_flat(table.transpose(1, 0, 2)) for table in replay.finish()],
+            )
+            for key, replay in replays.items()
+        }
+
+
+def _flat(table: NDArray[Any]) -> NDArray[Any]:
+    """Return rows [n,a,b] as [n,a*b], of which there may be none."""
+    return table.reshape(len(table), table.shape[1] * table.shape[2])
+
+
+def _tables(counts: Counts) -> list[NDArray[Any]]:
+    """Return the tables of counts that parts have."""
+    return [
+        table for table in (counts.load, counts.visits, counts.node_visits) if table is not None
+    ]
+
+
+def _runs(
+    tokens: Floats, windows: int, times: int, settings: Collection[Setting]
+) -> Iterator[slice]:
+    """Yield runs of so many windows, some of which are read: of tokens by fold [R,F].
+
+    Runs are as long as what is counted of them fits into ``PARTS`` numbers, and several ``times``
+    windows long.
+    """
+    sizes = [
+        setting.placement.layers * (2 * setting.topology.devices + setting.topology.nodes)
+        for setting in settings
+    ]
+    numbers = np.count_nonzero(tokens) * sum(sizes) / max(windows, 1)
+    step = max(int(PARTS / max(numbers, 1)) // times, 1) * times
+    for first in range(0, windows, step):
+        yield slice(first, min(first + step, windows))
+
+
+class _Halving:
+    """Figures of both sides of every halving, under a setting, added up over runs of windows.
+
+    Parameters
+    ----------
+    dealt
+        What is halved.
+    setting
+        How it was replayed.
+    counts
+        Counts of all of it, in windows of its own.
+    crossed
+        The share of the pairs of each token that cross [n]; None where that is not known.
+    names
+        Figures that are computed.
+    """
+
+    def __init__(
+        self,
+        dealt: _Dealt,
+        setting: Setting,
+        counts: Counts,
+        crossed: Floats | None,
+        names: Collection[str],
+    ) -> None:
+        self.setting, self.length, self._folds = setting, dealt.length(setting), dealt.folds
+        self._tokens, self._crossed = dealt.by_fold(self.length), None
+        if crossed is not None:
+            self._crossed = dealt.by_fold(self.length, crossed)
+            counts = replace(counts, crossed=self._crossed.sum(axis=1))
+        self.counts = counts
+        replay = CountsByOrder([(1.0, counts)], None, setting)
+        self._figures: dict[str, Figure] = {}
         for name, figure in FIGURES.items():
             # Of a table, which experts tokens meet is known of all windows together only.
-            is_known = figure.per == "window" or isinstance(self.traffic, RoutingTrace)
-            if figure.windows is not None and is_known and replay.steps(figure.windows):
-                known[name] = figure
-        first = halvings(folds.number)
-        sides = self._sides(np.concatenate([first, ~first]), known)
-        values = {name: figure.value(replay) or 0.0 for name, figure in known.items()}
-        return {name: Halved(values[name], sides[name].reshape(2, -1), folds) for name in known}
-
-    def _sides(self, sides: NDArray[np.bool_], figures: dict[str, Figure]) -> dict[str, Floats]:
-        """Compute figures of every side [S,F] of halves [S]."""
-        tokens = self._by_fold(sides.shape[1])
-        crossed = None if self.crossed is None else self._by_fold(sides.shape[1], self.crossed)
-        above, below = (
-            {name: np.zeros(len(sides)) for name in figures} for _ in ("above", "below")
+            is_known = figure.per == "window" or isinstance(dealt.traffic, RoutingTrace)
+            is_asked = name in names and figure.windows is not None and is_known
+            if is_asked and replay.steps(cast(Windows, figure.windows)):
+                self._figures[name] = figure
+        self._values = {name: each.value(replay) or 0.0 for name, each in self._figures.items()}
+        first = halvings(dealt.folds.number)
+        self._sides = np.concatenate([first, ~first])
+        self._above, self._below = (
+            {name: np.zeros(len(self._sides)) for name in self._figures} for _ in ("above", "below")
         )
-        for rows in _rows_of(tokens, sides, self.counts.load[0].size):
-            counts, scale = self._counts_of(rows), rows.length / np.maximum(rows.tokens, 1)
-            if crossed is not None:
-                of_rows = (rows.has * crossed[rows.window]).sum(axis=1) * scale
-                counts = replace(counts, crossed=of_rows)
+
+    def add(self, run: slice, length: int, parts: Sequence[_Parts]) -> None:
+        """Add what sides have of a run of windows of so many items, of which these are made."""
+        times = -(-self.length // length)
+        own = slice(run.start // times, -(-run.stop // times))
+        for rows in _rows_of(self._tokens, own, self._sides, self.counts.load[0].size):
+            counts = self._counts_of(rows, times, parts)
             is_step = self.counts.is_step[rows.window]
-            for name, figure in figures.items():
+            for name, figure in self._figures.items():
                 assert figure.windows is not None
                 table = figure.windows(counts, self.setting)
                 assert table is not None
@@ -271,75 +446,58 @@ class _Halving:
                 weight = rows.tokens / rows.length * is_step
                 if figure.per == "token":
                     value, weight = value / rows.length, rows.tokens
-                above[name] += (weight * value)[rows.of_side].sum(axis=0)
-                below[name] += weight[rows.of_side].sum(axis=0)
+                self._above[name] += (weight * value)[rows.of_side].sum(axis=0)
+                self._below[name] += weight[rows.of_side].sum(axis=0)
+
+    def figures(self) -> dict[str, Halved]:
+        """Return all figures that have halves."""
         with np.errstate(invalid="ignore"):
-            return {name: above[name] / below[name] for name in figures}
+            return {
+                name: Halved(
+                    value, (self._above[name] / self._below[name]).reshape(2, -1), self._folds
+                )
+                for name, value in self._values.items()
+            }
 
-    def _by_fold(self, folds: int, weights: Floats | None = None) -> Floats:
-        """Add up items, or their weights, by window and fold [W,F]."""
-        windows = len(self.counts.load)
-        cell = np.multiply(self.window, folds, dtype=np.int64) + self.fold
-        sums = np.bincount(cell, weights, windows * folds)
-        return sums.reshape(windows, folds).astype(np.float64)
-
-    def _counts_of(self, rows: _Rows) -> Counts:
+    def _counts_of(self, rows: _Rows, times: int, parts: Sequence[_Parts]) -> Counts:
         """Count what is in rows, each scaled to all tokens of its window."""
         counted, window = self.counts, rows.window
-        tables: dict[str, Floats] = {
-            name: table[window].astype(np.float64)
-            for name in ("load", "visits", "node_visits")
-            if (table := getattr(counted, name)) is not None
-        }
+        tables = [table[window].astype(np.float64) for table in _tables(counted)]
         partly = np.flatnonzero((rows.tokens > 0) & (rows.tokens < rows.length))
-        if partly.size:
-            # Rows are in the order of their windows.
-            own = np.split(partly, np.flatnonzero(np.diff(window[partly])) + 1)
-            shared = self._shared(np.unique(window[partly]), rows.has.shape[1])
-            for name, of_folds in zip(("load", "visits", "node_visits"), shared, strict=True):
-                for one, each in zip(own, of_folds, strict=True):
-                    scale = (rows.length[one] / rows.tokens[one])[:, None]
-                    scaled = rows.has[one] @ each.reshape(len(each), -1).astype(np.float64)
-                    tables[name][one] = (scaled * scale).reshape(-1, *each.shape[1:])
+        # Rows are in the order of their windows.
+        cuts = np.flatnonzero(np.diff(window[partly])) + 1
+        for own in np.split(partly, cuts) if partly.size else ():
+            here = int(window[own[0]])
+            made_of = slice(here * times, (here + 1) * times)
+            scale = (rows.length[own] / rows.tokens[own])[:, None]
+            of_folds = [each.by_fold(made_of, self._folds.number) for each in parts if each.tables]
+            for table, *tables_of in zip(tables, *of_folds, strict=True):
+                scaled = rows.has[own] @ sum(tables_of) * scale
+                table[own] = scaled.reshape(-1, *table.shape[1:])
+        load, visits = tables[:2]
+        node_visits = tables[2] if len(tables) > 2 else None
+        active, crossed = None, None
         if counted.active is not None:
             # An expert is idle if each of its device's tokens is of another one.
             experts = (self.setting.placement.slots >= 0).sum(axis=2)
             idle = np.clip(1 - counted.active[window] / np.maximum(experts, 1), 0, 1)
-            grown = tables["load"] / np.maximum(counted.load[window], 1)
-            tables["active"] = experts * (1 - idle**grown)
+            active = experts * (1 - idle ** (load / np.maximum(counted.load[window], 1)))
+        if self._crossed is not None:
+            scale = rows.length / np.maximum(rows.tokens, 1)
+            crossed = (rows.has * self._crossed[window]).sum(axis=1) * scale
         # Homes are known of all windows together, and stay what they are.
-        visits = np.maximum(counted.visits.sum(axis=0, dtype=np.float64), 1e-300)
-        dispatch = counted.dispatch * (tables["visits"].sum(axis=0) / visits)[:, None, :]
+        total = np.maximum(counted.visits.sum(axis=0, dtype=np.float64), 1e-300)
+        dispatch = counted.dispatch * (visits.sum(axis=0) / total)[:, None, :]
         return replace(
             counted,
-            load=tables["load"],
-            visits=tables["visits"],
-            node_visits=tables.get("node_visits"),
+            load=load,
+            visits=visits,
+            node_visits=node_visits,
             dispatch=dispatch,
-            active=tables.get("active"),
+            active=active,
             is_step=counted.is_step[window],
+            crossed=crossed,
         )
-
-    def _shared(self, windows: Integers, folds: int) -> Iterator[NDArray[Any]]:
-        """Yield load, visits and node visits of so many windows by fold [w,F,L,D]."""
-        assert isinstance(self.traffic, RoutingTrace)
-        first, last = np.searchsorted(self.window, [windows[0], windows[-1] + 1])
-        window = self.window[first:last]
-        place = np.searchsorted(windows, window)
-        is_in = windows[place] == window
-        items = self.items[first:last][is_in]
-        rows = (place[is_in] * folds + self.fold[first:last][is_in]).astype(np.uint32)
-        setting, trace = by_position(self.setting), self.traffic
-        replay = setting.begin_replay(trace, len(windows) * folds, int(np.bincount(rows).max()))
-        begin, checked = 0, trace.ids.fresh
-        for ids in trace.ids.chosen(items, SHARD_BYTES, setting.threads):
-            run = slice(begin, begin + len(ids))
-            positions = items[run].astype(np.uint64)
-            replay.push(ids, rows[run], setting.threads, positions=positions, checked=checked)
-            begin += len(ids)
-            del ids  # else the next piece is read while this one is still there
-        for table in replay.finish():
-            yield table.transpose(1, 0, 2).reshape(len(windows), folds, len(table), -1)
 
 
 class _Rows(NamedTuple):
@@ -364,22 +522,22 @@ class _Rows(NamedTuple):
     of_side: Integers
 
 
-def _rows_of(tokens: Floats, sides: NDArray[np.bool_], cells: int) -> Iterator[_Rows]:
-    """Yield what sides [S,F] have of windows of tokens by fold [W,F], some windows at a time.
+def _rows_of(tokens: Floats, run: slice, sides: NDArray[np.bool_], cells: int) -> Iterator[_Rows]:
+    """Yield what sides [S,F] have of a run of windows of tokens by fold [W,F], some at a time.
 
     The counts of a row fill ``cells`` numbers, which limits how many windows are taken at once.
     """
     folds = sides.shape[1]
     bit = 1 << np.arange(folds)
     # Which folds of a window are on a side, as bits [W,S].
-    chosen = ((tokens > 0) @ bit)[:, None] & (sides @ bit)
+    chosen = ((tokens[run] > 0) @ bit)[:, None] & (sides @ bit)
     different = 1 + (np.diff(np.sort(chosen, axis=1), axis=1) > 0).sum(axis=1).max(initial=0)
     step = max(CELLS // int(different * cells), 1)
-    for first in range(0, len(tokens) if len(sides) else 0, step):
+    for first in range(0, len(chosen) if len(sides) else 0, step):
         own = chosen[first : first + step]
         key = (np.arange(len(own))[:, None] << folds) | own
         key, of_side = np.unique(key, return_inverse=True)
-        window = first + (key >> folds)
+        window = run.start + first + (key >> folds)
         has = ((key[:, None] & bit) > 0).astype(np.float64)
         counted, length = (has * tokens[window]).sum(axis=1), tokens[window].sum(axis=1)
         yield _Rows(window, has, counted, length, of_side.reshape(own.shape))

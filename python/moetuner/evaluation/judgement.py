@@ -264,7 +264,10 @@ def judge(
     changes: dict[str | None, dict[str, Spread]] = {None: {}}
     if before.replayed is not None and after.replayed is not None:
         units = _units_of(after.replayed) if units is None else units
-        changes = _measure_changes(before.replayed, after.replayed, units, by_group=by_group)
+        asked = {*measures, measure, "imbalance"} if measures else None
+        changes = _measure_changes(
+            before.replayed, after.replayed, units, by_group=by_group, names=asked
+        )
     compared: dict[str | None, Comparisons] = {}
     for group, own in changes.items():
         old, new = (each if group is None else each.by_group[group] for each in both)
@@ -338,9 +341,14 @@ def _units_of(replayed: Replayed) -> Units:
 
 
 def _measure_changes(
-    before: Replayed, after: Replayed, units: Units, *, by_group: bool
+    before: Replayed,
+    after: Replayed,
+    units: Units,
+    *,
+    by_group: bool,
+    names: Collection[str] | None,
 ) -> dict[str | None, dict[str, Spread]]:
-    """Compute changes of all figures of all traffic (None), and of groups, from equal halves."""
+    """Compute changes of some figures of all traffic (None), and of groups, from equal halves."""
     machines = [replace(each.setting.topology, name=None) for each in (before, after)]
     if machines[0] != machines[1]:
         raise ValueError("before and after must be of one machine: give evaluate() its topology")
@@ -350,15 +358,16 @@ def _measure_changes(
         else f"{each.traffic.windows} windows"
         for each in (before, after)
     ]
-    # A group alone would be all of its traffic, but copies look at a token's place in all.
+    # Halves of a group are those that are computed with all traffic.
     by_group = by_group or None not in (before.group, after.group)
     alone = replace(after.setting, placement=before.setting.placement)
     if before.traffic is after.traffic and before.setting == alone:
         settings = [each.setting for each in (before, after)]
-        both = halve_each(after.traffic, settings, units, by_group=by_group)
+        both = halve_each(after.traffic, settings, units, by_group=by_group, names=names)
     else:
         both = [
-            halve(each.traffic, each.setting, units, by_group=by_group) for each in (before, after)
+            halve(each.traffic, each.setting, units, by_group=by_group, names=names)
+            for each in (before, after)
         ]
     if before.group is not None:
         both = [{None: each[before.group]} for each in both]

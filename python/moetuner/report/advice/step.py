@@ -85,6 +85,7 @@ def _judge(
         trial.evaluations[window][RUNNING],
         evaluated[window][STEP],
         figure="predicted_layer_us",
+        measures=["predicted_layer_us"],
         units=request.units[window],
         price=request.price,
         names=("running", STEP),
