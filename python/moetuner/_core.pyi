@@ -407,6 +407,7 @@ class LabelledReplay:
         most_tokens: int,
         split: str = "even",
         visits: bool = True,
+        stays: bool = False,
     ) -> LabelledReplay:
         """Take what `Replay` takes, and how many rows there are, of at most so many tokens."""
 
@@ -422,13 +423,19 @@ class LabelledReplay:
     ) -> None:
         """Count the next tokens [T,L,K], each in a row [T], at positions [T] and homes [T]."""
 
-    def apart(
-        self, expert_ids: _ExpertIds, first_token: int, threads: int | None = None
-    ) -> NDArray[np.uint32]:
-        """Return the pairs of neighbouring layers on different devices of every token [T]."""
+    def finish(
+        self,
+    ) -> tuple[
+        NDArray[np.unsignedinteger[Any]],
+        NDArray[np.unsignedinteger[Any]],
+        NDArray[np.unsignedinteger[Any]],
+        NDArray[np.uint64],
+    ]:
+        """Load [L,R,D], visits [L,R,D], node visits [L,R,N], and pairs that stay [R].
 
-    def finish(self) -> list[NDArray[np.unsignedinteger[Any]]]:
-        """Load [L,R,D], visits [L,R,D] and node visits [L,R,N]: none without ``visits``."""
+        These are of experts of neighbouring layers that one device serves both. What was not wanted
+        is empty.
+        """
 
 def replicate_experts(
     load: NDArray[np.float64],

@@ -339,6 +339,10 @@ impl Replay {
     }
 }
 
+/// load [L,R,D], visits [L,R,D], node visits [L,R,N], pairs that stay [R]
+type LabelledCounts<'py> =
+    (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyArray1<u64>>);
+
 /// Replays tokens under a placement, each counted in a row of its own choice, shard by shard.
 #[pyclass(module = "moetuner._core")]
 pub(super) struct LabelledReplay {
@@ -352,7 +356,7 @@ pub(super) struct LabelledReplay {
 impl LabelledReplay {
     #[new]
     #[pyo3(signature = (slots, num_experts, top_k, node_of_device, *, rows, most_tokens, split = "even",
-                        visits = true))]
+                        visits = true, stays = false))]
     fn new(
         slots: PyReadonlyArray3<'_, i32>,
         num_experts: usize,
@@ -362,11 +366,12 @@ impl LabelledReplay {
         most_tokens: u64,
         split: &str,
         visits: bool,
+        stays: bool,
     ) -> PyResult<Self> {
         let (routing, copies) = copies_of(&slots, num_experts, top_k, &node_of_device, split)?;
         let of_visits = if visits { [copies.devices, copies.nodes()] } else { [0, 0] };
         let sizes = [copies.devices, of_visits[0], of_visits[1]];
-        let replay = Some(Labelled::new(routing, copies, rows, most_tokens, visits)?);
+        let replay = Some(Labelled::new(routing, copies, rows, most_tokens, visits, stays)?);
         Ok(Self { routing, sizes, rows, replay })
     }
 
@@ -390,25 +395,16 @@ impl LabelledReplay {
         with_ids!(expert_ids, ids => Ok(detached(py, threads, || replay.push(ids, labels, checked))??))
     }
 
-    #[pyo3(signature = (expert_ids, first_token, threads = None))]
-    fn apart<'py>(
-        &self,
-        py: Python<'py>,
-        expert_ids: Ids<'_>,
-        first_token: u64,
-        threads: Option<usize>,
-    ) -> PyResult<Bound<'py, PyArray1<u32>>> {
-        expert_ids.check(self.routing)?;
-        let replay = self.replay.as_ref().ok_or_else(finished)?;
-        let apart = with_ids!(expert_ids, ids => detached(py, threads, || replay.apart(ids, first_token))?);
-        Ok(apart.into_pyarray(py))
-    }
-
-    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<[Bound<'py, PyAny>; 3]> {
+    fn finish<'py>(&mut self, py: Python<'py>) -> PyResult<LabelledCounts<'py>> {
         let replay = self.replay.take().ok_or_else(finished)?;
-        let [load, visits, nodes] = alone(py, || replay.finish())?;
+        let ([load, visits, nodes], stays) = alone(py, || replay.finish())?;
         let table = |counts, size| narrow3(py, (self.routing.layers, self.rows, size), counts);
-        Ok([table(load, self.sizes[0])?, table(visits, self.sizes[1])?, table(nodes, self.sizes[2])?])
+        Ok((
+            table(load, self.sizes[0])?,
+            table(visits, self.sizes[1])?,
+            table(nodes, self.sizes[2])?,
+            stays.into_pyarray(py),
+        ))
     }
 }
 

@@ -92,18 +92,29 @@ def test_turns_have_no_rows():
         _core.LabelledReplay(slots, 2, 1, [0, 0], rows=3, most_tokens=2, split="round_robin")
 
 
-@given(st.sampled_from(["even", "nearest"]), st.integers(0, 2), st.integers(0, 99))
-def test_rows_are_replays_of_their_tokens(split, spare, seed):
+@given(
+    st.sampled_from(["even", "nearest"]),
+    st.integers(0, 2),
+    st.integers(0, 99),
+    st.sampled_from([(4, 2), (4, 1), (12, 3), (72, 9)]),
+    st.booleans(),
+)
+def test_rows_are_replays_of_their_tokens(split, spare, seed, machine, in_runs):
     """Cut anywhere, tokens count in their rows, at their positions, as a replay counts them."""
-    rng = np.random.default_rng(seed)
-    ids = random_ids(60, 3, 2, 8, seed=seed)
-    slots = mt.Placement(random_slots(rng, 3, 4, 8, spare=spare), num_experts=8).slots
-    how = (slots, 8, 2, [0, 0, 1, 1])
+    rng, (devices, nodes) = np.random.default_rng(seed), machine
+    ids = random_ids(60, 3, 2, 2 * devices, seed=seed)
+    slots = random_slots(rng, 3, devices, 2 * devices, spare=spare)
+    slots = mt.Placement(slots, num_experts=2 * devices).slots
+    node = (np.arange(devices) * nodes // devices).tolist()
+    how = (slots, 2 * devices, 2, node)
     rows, cut = rng.integers(0, 5, 60).astype(np.uint32), rng.integers(0, 61)
-    labelled = _core.LabelledReplay(*how, rows=5, most_tokens=60, split=split)
+    if in_runs:
+        rows.sort()
+    labelled = _core.LabelledReplay(*how, rows=5, most_tokens=60, split=split, stays=True)
     for part in (slice(0, cut), slice(cut, 60)):
         labelled.push(ids[part], rows[part], positions=np.arange(60, dtype=np.uint64)[part])
-    tables = [table.transpose(1, 0, 2) for table in labelled.finish()]
+    *counted, stays = labelled.finish()
+    tables = [table.transpose(1, 0, 2) for table in counted]
     # Windows of one token each are the tokens' own counts.
     replay = _core.Replay(*how, window=1, split=split)
     replay.push(ids)
@@ -111,8 +122,12 @@ def test_rows_are_replays_of_their_tokens(split, spare, seed):
     for mine, each in zip(tables, (load, visits, node_visits), strict=True):
         for row in range(5):
             assert mine[row].tolist() == each[rows == row].sum(axis=0).tolist()
-    apart = _core.LabelledReplay(*how, rows=1, most_tokens=1, split=split).apart(ids, 0)
-    assert apart.sum() == follow.sum() - np.einsum("ldd->", follow)
+    assert stays.sum() == np.einsum("ldd->", follow)
+    for row in range(5):
+        alone = _core.Replay(*how, window=1, split=split)
+        alone.push(ids[rows == row])
+        if not spare:  # else copies serve by positions
+            assert stays[row] == np.einsum("ldd->", alone.finish()[2])
 
 
 def test_blocks_of_windows_change_nothing(make_trace, monkeypatch):

@@ -133,8 +133,12 @@ def test_windows_of_one_fold_are_not_read_again(monkeypatch):
     read = Ids.chosen
     monkeypatch.setattr(Ids, "chosen", chosen)
     trace = traffic([64] * 10 + [32] * 2)
-    halve_each(trace, [setting(window=window) for window in (64, 128)], units_of(trace))
+    settings = [setting(window=window) for window in (64, 128)]
+    halve_each(trace, settings, units_of(trace), names=["imbalance", "fanout"])
     assert asked == [*range(640, 704)]
+    # But for what crosses, which is known of all windows together.
+    halve_each(trace, settings, units_of(trace))
+    assert asked == [*range(640, 704), *range(704)]
 
 
 def test_figures_that_were_not_asked_for_are_not_computed():

@@ -196,12 +196,6 @@ def _in_one_order(
     """
     ordered = put_in_order(traffic, order)
     recorded, rows = members(traffic), members(ordered)
-    # Where experts are, and so what crosses, is the same in windows of all sizes.
-    placements = {id(setting.placement): setting for setting in settings}
-    measured: Sequence[Integers | None] = [None] * len(placements)
-    if "crossing" in names:
-        measured = count_crossings([*placements.values()], ordered)
-    crossings = dict(zip(placements, measured, strict=True))
     counted = list(counts_of(ordered, settings))
     halved: list[ByGroup] = [{} for _ in settings]
     # Windows of several sizes that have the same folds are made of the same parts.
@@ -214,13 +208,10 @@ def _in_one_order(
             fold[recorded[group]] = dealt.fold
             fold = (fold if order is None else fold[order])[rows[group]]
             part = _Dealt(ordered, rows[group], fold, dealt)
-            halvings_of = {}
-            for number in numbers:
-                crossed = crossings[id(settings[number].placement)]
-                share = None if crossed is None else crossed[rows[group]] / _count_pairs(ordered)
-                halvings_of[number] = _Halving(
-                    part, settings[number], counted[number][group], share, names
-                )
+            halvings_of = {
+                number: _Halving(part, settings[number], counted[number][group], names)
+                for number in numbers
+            }
             part.tell([*halvings_of.values()])
             for number, halving in halvings_of.items():
                 halved[number][group] = halving.figures()
@@ -236,18 +227,36 @@ class _Parts(NamedTuple):
         The window of every part, rising, and its fold [C].
     tables
         Load and visits of devices, and visits of nodes [C,L*D or L*N].
+    crossed
+        Tokens, each by the share of its pairs of neighbouring layers' experts that are on different
+        devices [C]; None where not asked for.
     """
 
     window: Integers
     fold: Integers
     tables: Sequence[NDArray[Any]]
+    crossed: Floats | None = None
 
-    def by_fold(self, windows: slice, folds: int) -> list[Floats]:
-        """Add up what a run of windows has by fold [F,L*D or L*N]."""
-        first, last = np.searchsorted(self.window, [windows.start, windows.stop])
-        is_of = np.zeros((folds, last - first))
-        is_of[self.fold[first:last], np.arange(last - first)] = 1
-        return [is_of @ table[first:last].astype(np.float64) for table in self.tables]
+    def by_fold(self, windows: range, times: int, folds: int) -> list[Floats]:
+        """Add up what windows of so many of these have by fold: of each table [W,F,L*D or L*N].
+
+        The last one, if asked for, is of what crosses [W,F,1].
+        """
+        ends = np.searchsorted(self.window, [windows.start * times, windows.stop * times])
+        run = slice(*ends.tolist())
+        cell = (self.window[run] // times - windows.start) * folds + self.fold[run]
+        order = np.argsort(cell, kind="stable")
+        cell = cell[order]
+        begin = np.flatnonzero(np.diff(cell, prepend=-1))
+        sums = []
+        crossed = [] if self.crossed is None else [self.crossed[:, None]]
+        for table in (*self.tables, *crossed):
+            total = np.zeros((len(windows) * folds, table.shape[1]))
+            if begin.size:
+                parts = table[run][order].astype(np.float64)
+                total[cell[begin]] = parts if times == 1 else np.add.reduceat(parts, begin, axis=0)
+            sums.append(total.reshape(len(windows), folds, -1))
+        return sums
 
 
 @dataclass(frozen=True)
@@ -297,15 +306,18 @@ class _Dealt:
             id(each.setting.placement): each.counts for each in halvings_of if each.length == length
         }
         is_read = np.count_nonzero(tokens, axis=1) > 1
-        if len(known) < len(settings) and self.folds.number > 1:
+        # What crosses is known of all windows together only.
+        with_crossed = any(each.is_crossing for each in halvings_of)
+        if (with_crossed or len(known) < len(settings)) and self.folds.number > 1:
             is_read[:] = True
         times = max(-(-each.length // length) for each in halvings_of)
         for run in _runs(tokens[is_read], len(tokens), times, settings.values()):
             read = run.start + np.flatnonzero(is_read[run])
             others = run.start + np.flatnonzero(~is_read[run])
-            for placement, parts in self._count(read, tokens, length, settings).items():
-                told = [parts]
-                if times > 1 and placement in known:
+            counted = self._count(read, tokens, length, settings, stays=with_crossed)
+            for placement in settings:
+                told = [counted[placement]] if counted else []
+                if others.size and times > 1 and placement in known:
                     tables = _tables(known[placement])
                     fold = tokens[others].argmax(axis=1)
                     told.append(_Parts(others, fold, [_flat(table[others]) for table in tables]))
@@ -314,12 +326,18 @@ class _Dealt:
                         halving.add(run, length, told)
 
     def _count(
-        self, windows: Integers, tokens: Floats, length: int, settings: dict[int, Setting]
+        self,
+        windows: Integers,
+        tokens: Floats,
+        length: int,
+        settings: dict[int, Setting],
+        *,
+        stays: bool,
     ) -> dict[int, _Parts]:
         """Count what every fold has of some windows, rising, under every placement."""
         window, fold = np.nonzero(tokens[windows])
         if not window.size:
-            return {key: _Parts(window, fold, []) for key in settings}
+            return {}
         trace = self.traffic
         assert isinstance(trace, RoutingTrace)
         begin, end = int(windows[0]), int(windows[-1]) + 1
@@ -332,7 +350,7 @@ class _Dealt:
         rows = row[position // length - begin, self.fold[position]]
         largest = int(tokens[windows].max())
         replays = {
-            key: by_position(setting).begin_replay(trace, len(window), largest)
+            key: _by_position(setting).begin_replay(trace, len(window), largest, stays=stays)
             for key, setting in settings.items()
         }
         threads, first = next(iter(settings.values())).threads, 0
@@ -345,14 +363,17 @@ class _Dealt:
                 checked = True
             first += len(ids)
             del ids  # else the next piece is read while this one is still there
-        return {
-            key: _Parts(
+        pairs, own = (trace.layers - 1) * trace.top_k**2, tokens[windows][window, fold]
+        told = {}
+        for key, replay in replays.items():
+            *tables, stay = replay.finish()
+            told[key] = _Parts(
                 windows[window],
                 fold,
-                [_flat(table.transpose(1, 0, 2)) for table in replay.finish()],
+                [_flat(table.transpose(1, 0, 2)) for table in tables],
+                own - stay / pairs if stays else None,
             )
-            for key, replay in replays.items()
-        }
+        return told
 
 
 def _flat(table: NDArray[Any]) -> NDArray[Any]:
@@ -396,8 +417,6 @@ class _Halving:
         How it was replayed.
     counts
         Counts of all of it, in windows of its own.
-    crossed
-        The share of the pairs of each token that cross [n]; None where that is not known.
     names
         Figures that are computed.
     """
@@ -407,20 +426,19 @@ class _Halving:
         dealt: _Dealt,
         setting: Setting,
         counts: Counts,
-        crossed: Floats | None,
         names: Collection[str],
     ) -> None:
         self.setting, self.length, self._folds = setting, dealt.length(setting), dealt.folds
-        self._tokens, self._crossed = dealt.by_fold(self.length), None
-        if crossed is not None:
-            self._crossed = dealt.by_fold(self.length, crossed)
-            counts = replace(counts, crossed=self._crossed.sum(axis=1))
+        self._tokens, is_trace = dealt.by_fold(self.length), isinstance(dealt.traffic, RoutingTrace)
+        self.is_crossing = "crossing" in names and is_trace and dealt.traffic.layers > 1
+        if self.is_crossing:
+            counts = replace(counts, crossed=np.zeros(len(self._tokens)))  # not known yet
         self.counts = counts
         replay = CountsByOrder([(1.0, counts)], None, setting)
         self._figures: dict[str, Figure] = {}
         for name, figure in FIGURES.items():
             # Of a table, which experts tokens meet is known of all windows together only.
-            is_known = figure.per == "window" or isinstance(dealt.traffic, RoutingTrace)
+            is_known = figure.per == "window" or is_trace
             is_asked = name in names and figure.windows is not None and is_known
             if is_asked and replay.steps(cast(Windows, figure.windows)):
                 self._figures[name] = figure
@@ -461,30 +479,33 @@ class _Halving:
 
     def _counts_of(self, rows: _Rows, times: int, parts: Sequence[_Parts]) -> Counts:
         """Count what is in rows, each scaled to all tokens of its window."""
-        counted, window = self.counts, rows.window
+        counted, window, crossed = self.counts, rows.window, None
         tables = [table[window].astype(np.float64) for table in _tables(counted)]
         partly = np.flatnonzero((rows.tokens > 0) & (rows.tokens < rows.length))
-        # Rows are in the order of their windows.
-        cuts = np.flatnonzero(np.diff(window[partly])) + 1
-        for own in np.split(partly, cuts) if partly.size else ():
-            here = int(window[own[0]])
-            made_of = slice(here * times, (here + 1) * times)
-            scale = (rows.length[own] / rows.tokens[own])[:, None]
-            of_folds = [each.by_fold(made_of, self._folds.number) for each in parts if each.tables]
-            for table, *tables_of in zip(tables, *of_folds, strict=True):
-                scaled = rows.has[own] @ sum(tables_of) * scale
-                table[own] = scaled.reshape(-1, *table.shape[1:])
+        if partly.size or self.is_crossing:
+            windows = range(int(window[0]), int(window[-1]) + 1)
+            told = [each.by_fold(windows, times, self._folds.number) for each in parts]
+            sums = [sum(tables_of[1:], tables_of[0]) for tables_of in zip(*told, strict=True)]
+            if self.is_crossing:
+                share = rows.length / np.maximum(rows.tokens, 1)
+                crossed = (rows.has * sums.pop()[window - windows.start, :, 0]).sum(axis=1) * share
+            # Rows are in the order of their windows: those of each, one below the other [W,R,F].
+            place = window[partly] - windows.start
+            number = np.arange(len(partly)) - np.searchsorted(place, place)
+            has = np.zeros((len(windows), int(number.max(initial=-1)) + 1, self._folds.number))
+            has[place, number] = rows.has[partly]
+            scale = (rows.length[partly] / rows.tokens[partly])[:, None]
+            for table, by_fold in zip(tables, sums, strict=True):
+                scaled = (has @ by_fold)[place, number] * scale
+                table[partly] = scaled.reshape(-1, *table.shape[1:])
         load, visits = tables[:2]
         node_visits = tables[2] if len(tables) > 2 else None
-        active, crossed = None, None
+        active = None
         if counted.active is not None:
             # An expert is idle if each of its device's tokens is of another one.
             experts = (self.setting.placement.slots >= 0).sum(axis=2)
             idle = np.clip(1 - counted.active[window] / np.maximum(experts, 1), 0, 1)
             active = experts * (1 - idle ** (load / np.maximum(counted.load[window], 1)))
-        if self._crossed is not None:
-            scale = rows.length / np.maximum(rows.tokens, 1)
-            crossed = (rows.has * self._crossed[window]).sum(axis=1) * scale
         # Homes are known of all windows together, and stay what they are.
         total = np.maximum(counted.visits.sum(axis=0, dtype=np.float64), 1e-300)
         dispatch = counted.dispatch * (visits.sum(axis=0) / total)[:, None, :]
@@ -543,29 +564,6 @@ def _rows_of(tokens: Floats, run: slice, sides: NDArray[np.bool_], cells: int) -
         yield _Rows(window, has, counted, length, of_side.reshape(own.shape))
 
 
-def by_position(setting: Setting) -> Setting:
+def _by_position(setting: Setting) -> Setting:
     """Return a setting whose copies serve by position: as evenly as those that take turns."""
     return replace(setting, split="even") if setting.split == "round_robin" else setting
-
-
-def count_crossings(
-    settings: Sequence[Setting], traffic: Traffic
-) -> list[NDArray[np.unsignedinteger[Any]] | None]:
-    """Count every token's pairs of neighbouring layers' experts that cross [T], by setting."""
-    if isinstance(traffic, RoutingStatistics) or traffic.layers < 2:
-        return [None] * len(settings)
-    replays = [by_position(setting).begin_replay(traffic, 1, 1) for setting in settings]
-    kind, first = np.min_scalar_type(_count_pairs(traffic)), 0
-    pairs = np.empty((len(settings), traffic.tokens), kind)
-    for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
-        for own, replay in zip(pairs, replays, strict=True):
-            own[first : first + len(shard)] = replay.apart(shard, first, settings[0].threads)
-        first += len(shard)
-        del shard  # else the next one is read while this one is still there
-    return [*pairs]
-
-
-def _count_pairs(traffic: Traffic) -> int:
-    """Count the pairs of neighbouring layers' experts that a token of a trace has."""
-    assert isinstance(traffic, RoutingTrace)
-    return (traffic.layers - 1) * traffic.top_k**2

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -148,7 +149,13 @@ class Setting:
         return copies.slot_shares(self.placement, self.topology, self.split)
 
     def begin_replay(
-        self, trace: RoutingTrace, rows: int, most_tokens: int, *, visits: bool = True
+        self,
+        trace: RoutingTrace,
+        rows: int,
+        most_tokens: int,
+        *,
+        visits: bool = True,
+        stays: bool = False,
     ) -> _core.LabelledReplay:
         """Begin to replay tokens of a trace in rows of at most ``most_tokens`` tokens each."""
         return _core.LabelledReplay(
@@ -160,6 +167,7 @@ class Setting:
             most_tokens=most_tokens,
             split=self.split,
             visits=visits,
+            stays=stays,
         )
 
 
@@ -332,7 +340,8 @@ class _Group:
 
     def push(self, shard: IdArray, first: int) -> None:
         """Replay those of a shard's tokens that are of this part."""
-        begin, end = np.searchsorted(self._tokens, [first, first + len(shard)])
+        begin = bisect_left(self._tokens, first)
+        end = bisect_left(self._tokens, first + len(shard), begin)
         if begin == end:
             return
         ids = shard if end - begin == len(shard) else shard[self._tokens[begin:end] - first]

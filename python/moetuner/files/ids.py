@@ -6,6 +6,7 @@ until a shard of it is read, and is validated then.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,7 +118,9 @@ class Ids:
         places = items if self.tokens is None else self._places_of(items)
         first = 0
         for part in self.parts:
-            own = slice(*np.searchsorted(places, [first, first + part.shape[0]]))
+            # numpy would copy numbers of another type before it looks for one among them.
+            begin = bisect_left(places, first)
+            own = slice(begin, bisect_left(places, first + part.shape[0], begin))
             within = places[own] - first
             first += part.shape[0]
             if isinstance(part, np.ndarray):
@@ -218,7 +221,7 @@ class IdsInFile:
             first = 0
             while first < len(items):
                 begin = int(items[first])
-                last = int(np.searchsorted(items, begin + step))
+                last = bisect_left(items, begin + step, first)
                 within = items[first:last] - begin
                 first = last
                 file.seek(self.stored.offset + begin * row)
