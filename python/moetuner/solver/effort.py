@@ -33,6 +33,8 @@ class Effort:
     restarts, single_restarts
         Searches of a layer of few slots, at the most; and where a trial looks at the expert sets of
         single copies. Each is as long as if there were ``RESTARTS`` of them.
+    settles_balance
+        Whether the search for balance that a search for time begins with takes steps down too.
     """
 
     layer_work: float
@@ -41,6 +43,7 @@ class Effort:
     tangent_iterations: int
     restarts: int
     single_restarts: int
+    settles_balance: bool = True
 
 
 # Chosen by "Effort" and, where tangents are meant, by "Bounds of visits": what an effort takes and
@@ -53,6 +56,7 @@ EFFORTS = {
         tangent_iterations=24,
         restarts=2,
         single_restarts=1,
+        settles_balance=False,
     ),
     "default": Effort(
         layer_work=1.5e9,

@@ -219,6 +219,8 @@ def search(
 
 
 def search_shortly(request: Request, problem: Problem) -> Placement:
-    """Search in few steps, for what was asked for, else for time."""
+    """Search briefly in few steps, for what was asked for, else for time."""
     steps = ITERATIONS if request.iterations is None else request.iterations
-    return search(request, problem, "heuristic", request.seed, iterations=steps).placement
+    return search(
+        request, problem, "heuristic", request.seed, iterations=steps, effort="brief"
+    ).placement

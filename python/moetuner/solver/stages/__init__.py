@@ -52,7 +52,7 @@ def _single_copies(run: Run, budget: Budget) -> None:
     """Search the problem with one copy of each expert, and offer that as a start."""
     single = _single(run.problem)
     assert single is not None
-    known, asked = single.statistics.known, _asked(single, run.seed, budget)
+    known, asked = single.statistics.known, _asked(single, run, budget)
     slots, interrupted = known.get(asked), False
     if slots is None:
         # With slots to fill, the values are not those of answers.
@@ -67,18 +67,18 @@ def _single_copies(run: Run, budget: Budget) -> None:
     run.offer(slots, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
 
 
-def _asked(single: Problem, seed: int, budget: Budget) -> tuple[object, ...] | None:
+def _asked(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] | None:
     """Return what the answer to a problem of single copies depends on; None on more, as on time.
 
     Several numbers of slots for copies are tried of the same counts: with one copy of each expert
-    they are one problem, which is searched once.
+    they are one problem, which is searched once, and not again if it was one of them.
     """
     if budget.time_limit is not None or budget.gap is not None:
         return None
     left_out = ("statistics", "slots_per_device", "extra_slots", "fill_slots")
     values = [getattr(single, each.name) for each in fields(single) if each.name not in left_out]
-    limits = (seed, budget.iterations, budget.effort)
-    return ("single", type(single), _frozen(values), single.capacity.tobytes(), *limits)
+    limits = (run.seed, budget.iterations, budget.effort)
+    return ("single", _frozen(values), single.capacity.tobytes(), *limits)
 
 
 def _frozen(value: object) -> object:
@@ -112,7 +112,8 @@ def _balance(run: Run, budget: Budget) -> None:
     def search(inner: Run, part: Budget) -> None:
         anneal(inner, part, LayerModel(inner, effort.BALANCE_PART))
 
-    stages = (FLOOR, CONSTRUCT, COMBINE, Stage(search), COMBINE, SETTLE)
+    settle = (SETTLE,) if budget.work.settles_balance else ()
+    stages = (FLOOR, CONSTRUCT, COMBINE, Stage(search), COMBINE, *settle)
     problem = replace(run.problem, objective="balance")
     inner = run.inner(stages, budget.muted(), problem=problem)
     run.offer(inner.answer().slots, "balance", is_start=True, interrupted=inner.interrupted)
@@ -150,4 +151,16 @@ def _may_be_behind(run: Run) -> bool:
 
 # Of equals the first is the answer: devices that copies join are safer on other traffic.
 DIVIDING = (DIVIDE, Stage(_even, applies=_may_be_behind), POLISH)
-SEARCH = Stage(lambda run, budget: run.through(DIVIDING if divides(run) else SEARCHES, budget))
+
+
+def _search(run: Run, budget: Budget) -> None:
+    """Search, and remember what is best with one copy of each expert."""
+    problem, is_divided = run.problem, divides(run)
+    run.through(DIVIDING if is_divided else SEARCHES, budget)
+    is_single = is_searched_anew(run) and not problem.may_copy and not is_divided
+    asked = _asked(problem, run, budget) if is_single and not run.interrupted else None
+    if asked is not None:
+        problem.statistics.known[asked] = run.answer().slots
+
+
+SEARCH = Stage(_search)
