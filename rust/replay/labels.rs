@@ -204,7 +204,7 @@ impl Block<'_> {
             for counts in &counts[run.clone()] {
                 for w in 0..W {
                     load[w] += counts[w];
-                    visits[w] += (counts[w] + (HIGH - (HIGH >> 7)) & HIGH) >> 7;
+                    visits[w] += ((counts[w] + (HIGH - (HIGH >> 7))) & HIGH) >> 7;
                 }
             }
             let (loads, places) = table[row * size..][..size].split_at_mut(d);

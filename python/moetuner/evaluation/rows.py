@@ -99,7 +99,7 @@ def dispatch_rows(
             checked=trace.ids.fresh,
         )
         first += len(shard)
-    _, visits, to_nodes = (table.astype(np.int64) for table in replay.finish())
+    _, visits, to_nodes, _ = (table.astype(np.int64) for table in replay.finish())
     rows = visits
     if devices_per_node is not None:
         rows, nodes = np.zeros_like(visits), np.arange(to_nodes.shape[2])
