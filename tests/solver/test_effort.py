@@ -6,12 +6,12 @@ import pytest
 from brute_force import rank
 
 import moetuner as mt
-from moetuner.solver import EFFORTS, effort
+from moetuner.solver import EFFORTS, effort, stages
 from moetuner.solver.bounds import pairs
 from moetuner.solver.budget import Budget
 from moetuner.solver.effort import RESTARTS
 from moetuner.solver.run import Run
-from moetuner.solver.stages import layers, visits
+from moetuner.solver.stages import descent, layers, visits
 
 
 class Counted:
@@ -141,3 +141,42 @@ def test_layers_are_searched_fewer_times_where_trials_look_at_sets(
     )
     mt.solve(problem, "heuristic", **arguments)
     assert made[-1] == restarts
+
+
+@pytest.mark.parametrize("arguments", [{}, {"effort": "brief"}, {"seed": 3}])
+def test_numbers_of_slots_share_a_search_of_single_copies(make_trace, monkeypatch, arguments):
+    """What was searched without slots to spare is not searched again, and answers stay the same."""
+    searched = []
+    floor = stages.FLOOR.run
+
+    def note(run, budget):
+        searched.append(type(run.problem))
+        floor(run, budget)
+
+    search = {"method": "heuristic", "iterations": 30, **arguments}
+    wanted = mt.solve(problem_of(make_trace, slots_per_device=3), **search).placement
+    monkeypatch.setattr(stages, "FLOOR", replace(stages.FLOOR, run=note))
+    single = problem_of(make_trace)
+    mt.solve(single, **search)
+    copied = mt.Problem(single.statistics, single.topology, slots_per_device=3)
+    assert mt.solve(copied, **search).placement == wanted
+    assert set(searched) == {mt.Problem}
+    mt.solve(copied, **{**search, "seed": 4})
+    assert set(searched) > {mt.Problem}
+
+
+@pytest.mark.parametrize(("name", "times"), [("brief", 1), ("default", 2), ("thorough", 2)])
+def test_a_brief_search_settles_at_its_end_alone(make_trace, monkeypatch, name, times):
+    """The search for balance that others begin with takes steps down, too."""
+    settled = []
+    descend = descent.descend
+
+    def note(run, *arguments):
+        settled.append(run.problem.goal)
+        return descend(run, *arguments)
+
+    monkeypatch.setattr(descent, "descend", note)
+    counts = mt.RoutingStatistics.from_trace(make_trace(40), window=5, sets=True)
+    mt.solve(mt.Problem(counts, mt.Topology(4)), "heuristic", iterations=30, effort=name)
+    assert len(settled) == times
+    assert settled[-1] == "time"
