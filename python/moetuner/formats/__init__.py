@@ -193,7 +193,8 @@ def serving_commands(
             f" {each}" for name, each in capabilities.splits_by.items() if name == split
         )
         if nodes > 1 and capabilities.on_nodes:
-            option += f" {capabilities.on_nodes.format(nodes=nodes)}  # on every node, each with its own rank"
+            option += f" {capabilities.on_nodes.format(nodes=nodes)}"
+            option += "  # on every node, each with its own rank"
         commands.append(line.replace("placement.json", file) + option)
     if capabilities.renumbers:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
