@@ -358,3 +358,11 @@ def test_a_notebook_shows_what_a_trace_is(make_trace):
     assert "&lt;b&gt;" in html
     plain = mt.RoutingTrace.from_arrays(np.zeros((3, 1, 1), dtype=np.uint8), num_experts=2)
     assert "<td>groups</td><td>-</td>" in plain._repr_html_()
+
+
+def test_an_array_is_no_argument_of_the_class():
+    """Who calls the class finds the function that takes an array in the message."""
+    with pytest.raises(
+        TypeError, match=r"call RoutingTrace\.from_arrays\(expert_ids, num_experts="
+    ):
+        mt.RoutingTrace(np.zeros((4, 2, 1), int), 8)

@@ -177,8 +177,10 @@ def array_in(name: str, values: ArrayLike) -> NDArray[Any]:
         raise ArgumentError(f"{name} must have no masked values, got {shown(values)}", name)
     try:
         return np.asarray(values)
-    except (ValueError, TypeError, OverflowError):
-        raise ArgumentError(f"{name} must be an array, got {shown(values)}", name) from None
+    except (ValueError, TypeError, OverflowError) as error:
+        # A tensor of another library says why it is none, and what would make it one.
+        why = f": {str(error).strip().splitlines()[0]}" if hasattr(values, "__array__") else ""
+        raise ArgumentError(f"{name} must be an array, got {shown(values)}{why}", name) from None
 
 
 def numbers_in(name: str, values: ArrayLike) -> NDArray[np.float64]:

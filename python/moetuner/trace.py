@@ -70,8 +70,8 @@ class RoutingTrace:
     def __post_init__(self) -> None:
         if not isinstance(self.ids, Ids):
             raise TypeError(
-                f"ids must be what from_arrays makes of an array: use RoutingTrace.from_arrays, "
-                f"got {check.shown(self.ids)}"
+                f"ids must be Ids, got {check.shown(self.ids)}: for an array call "
+                "RoutingTrace.from_arrays(expert_ids, num_experts=...)"
             )
         tokens = self.ids.shape[0]
         names_given: Any = self.group_names
