@@ -16,7 +16,7 @@ import moetuner as mt
 from moetuner import cli
 from moetuner.cli import advise, output
 from moetuner.cli.advise import _write_moving
-from moetuner.report.advice.values import SmallStep
+from moetuner.report.advice.values import Moving, SmallStep
 from moetuner.solver import Progress
 
 
@@ -214,4 +214,21 @@ def test_few_moves_that_gain_more_than_all_say_so(tmp_path):
     advice = mt.advise(traffic, mt.Topology(4), copies=[0], splits=1)
     gain = f"{100 * advice.main.gain.gain:.1f} %"
     (line,) = _write_moving(replace(advice, step=SmallStep(3, None, advice.main.gain)))
-    assert f"; 3 gain {gain}, no less than all of them (--move-budget 3)." in line
+    assert f"; 3 gain {gain}, no less than all (--move-budget 3)." in line
+
+
+def test_what_moves_is_a_line_each():
+    """All experts of the largest models, and the step beside them, fit into 100 columns."""
+    random = np.random.default_rng(0)
+    share = random.lognormal(0, 1, 16)
+    load = random.multinomial(20_000, share / share.sum(), (40, 2))
+    traffic = mt.RoutingStatistics(load.astype(np.uint64))
+    advice = mt.advise(traffic, mt.Topology(4), copies=[0], splits=1)
+    moving = Moving(12_604, 555e9, 0.491, 41.0, 14_848, 654e9, (40.9e9, 40.9e9))
+    step = SmallStep(1260, 55_490_641_920.0, advice.main.gain)
+    lines = _write_moving(replace(advice, moving=moving, step=step))
+    assert [line.partition(":")[0].partition(" (")[0] for line in lines] == [
+        "To move",
+        "Moving 1,260 experts",
+    ]
+    assert max(len(f"- {line}") for line in lines) <= 100

@@ -30,7 +30,7 @@ from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name, write_audit
 from moetuner.report.advice.request import slots_of_running
-from moetuner.report.advice.values import Advice, write_windows_of
+from moetuner.report.advice.values import Advice, name_phase, write_windows_of
 from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
@@ -281,15 +281,15 @@ def _write_moving(advice: Advice) -> list[str]:
     text += f" of {total}"
     before, after = map(in_bytes, moving.device_bytes)
     text += f", {in_bytes(moving.bytes)} of {in_bytes(moving.of_bytes)}"
-    text += f", {duration(1e6 * (moving.seconds or 0))} at the links' bandwidth"
-    text += f"; experts take {before} per device"
-    text += f" now, {after} then" * (before != after)
-    steps = ". Moving does not pay."
+    # No link is faster than its bandwidth.
+    text += f", at least {duration(1e6 * (moving.seconds or 0))}"
+    text += f"; experts take {before} per device now, {after} then" * (before != after)
+    pays = "moving does not pay"
     if moving.steps is not None:
-        number = counted(int(moving.steps), "step")
-        windows = write_windows_of(advice.main)
-        steps = f". Paid back after {number} in {windows}, if serving stops for it."
-    lines = [f"{text}{steps}"]
+        is_phase = advice.main.window in WINDOWS
+        step = f"{name_phase(advice.main)} step" if is_phase else "step"
+        pays = f"paid back by {counted(int(moving.steps), step)}"
+    lines = [f"{text}; {pays}."]
     return lines if advice.step is None else [*lines, f"{_write_step(advice)}."]
 
 
@@ -299,12 +299,12 @@ def _write_step(advice: Advice) -> str:
     assert step is not None
     part = f"{100 * step.gain.gain:.1f} of {percent(main.gain.gain)}"
     if step.gain.gain >= main.gain.gain:
-        part = f"{percent(step.gain.gain)}, no less than all of them"
+        part = f"{percent(step.gain.gain)}, no less than all"
     if step.bytes is None:
         return f"{step.experts:,} gain {part} (--move-budget {step.experts})"
-    moved = f"{in_bytes(step.bytes)} ({counted(step.experts, 'expert')})"
+    moved = f"{counted(step.experts, 'expert')} ({in_bytes(step.bytes)})"
     # All of its digits: a budget that is rounded down is one expert less.
-    return f"Moving {moved} alone gains {part} (solve --move-budget {step.bytes:.0f})"
+    return f"Moving {moved} gains {part} (--move-budget {step.bytes:.0f})"
 
 
 def next_commands(
