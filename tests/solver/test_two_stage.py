@@ -153,7 +153,7 @@ def test_free_sizes_level_the_totals(seed: int, devices: int, layers: int) -> No
 @pytest.mark.parametrize("equal", [True, False])
 @pytest.mark.parametrize(
     ("layers", "experts", "devices", "slots"),
-    [(4, 8, 4, 4), (4, 9, 4, 3), (4, 12, 3, 6), (1, 8, 4, None), (3, 8, 1, None), (3, 3, 5, None)],
+    [(3, 8, 4, 4), (3, 9, 4, 3), (4, 12, 3, 6), (1, 8, 4, None), (3, 8, 1, None), (3, 3, 5, None)],
 )
 def test_solves_whole_problems(layers, experts, devices, slots, equal) -> None:
     """Slots hold every expert once; details tell both stages; threads change nothing."""
