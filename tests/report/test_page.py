@@ -386,7 +386,7 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     rules = pytest.importorskip("axe_playwright_python", reason="axe is not installed").__path__[0]
     file, command = tmp_path / "page.html", "moetuner export 'a b.json' --to eplb"
-    contents = {"commands": [f"{command}  # why"]}
+    contents = {"commands": [f"{command}  # why"], "go_back": "start it without the map"}
     page.write_page(file, replace(made, contents=contents, reasons=("<b>why",)))
     with driver.sync_playwright() as playing:
         browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
@@ -418,9 +418,27 @@ def test_a_page_is_read_aloud_narrowed_printed_and_copied(made, tmp_path, scheme
         browser.close()
 
 
+# How many lines each option of a page stands on.
+BROKEN_OPTIONS = """() => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const all = [];
+  while (walker.nextNode()) {
+    const text = walker.currentNode;
+    if (text.parentNode.closest("script, [hidden]")) continue;
+    for (const found of text.data.matchAll(/--[a-z][a-z-]+/g)) {
+      const range = document.createRange();
+      range.setStart(text, found.index);
+      range.setEnd(text, found.index + found[0].length);
+      all.push(range.getClientRects().length);
+    }
+  }
+  return all;
+}
+"""
+
+
 @NEEDS_BROWSER
-@pytest.mark.parametrize("width", [320, 390, 700, 1280])
-def test_no_option_is_broken(made, tmp_path, width):
+def test_no_option_is_broken(made, tmp_path):
     """An option stands on one line, in commands and in sentences, whatever surrounds it."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "page.html"
@@ -429,39 +447,44 @@ def test_no_option_is_broken(made, tmp_path, width):
         " ".join(["serve /a/long-path/to/a.json", *options * 3, "x" * at]) for at in range(9)
     ]
     reasons = tuple(f"{'word ' * at}{' '.join(options)}" for at in range(9))
-    made = replace(made, contents={"commands": commands}, reasons=reasons)
+    contents = {"commands": commands, "go_back": f"start it without {options[0]}"}
+    made = replace(made, contents=contents, reasons=reasons)
     page.write_page(file, made)
     with driver.sync_playwright() as playing:
         browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
-        context = browser.new_context(viewport={"width": width, "height": 900})
-        tab = opened(context, file)
-        lines = tab.evaluate(
-            """() => {
-              const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-              const all = [];
-              while (walker.nextNode()) {
-                const text = walker.currentNode;
-                if (text.parentNode.closest("script, [hidden]")) continue;
-                for (const found of text.data.matchAll(/--[a-z][a-z-]+/g)) {
-                  const range = document.createRange();
-                  range.setStart(text, found.index);
-                  range.setEnd(text, found.index + found[0].length);
-                  all.push(range.getClientRects().length);
-                }
-              }
-              return all;
-            }"""
-        )
-        assert len(lines) > 9 * 12
-        assert {*lines} == {1}
-        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        for width in (320, 390, 700, 1280):
+            tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
+            lines = tab.evaluate(BROKEN_OPTIONS)
+            assert len(lines) > 9 * 12
+            assert {*lines} == {1}, width
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
         browser.close()
 
 
+# How many texts charts have, and those that are cut, by how much on each side.
+CUT_TEXTS = """() => {
+  let seen = 0;
+  const cut = [];
+  for (const place of document.querySelectorAll(".chart")) {
+    const box = place.parentNode.getBoundingClientRect();
+    for (const text of place.querySelectorAll(".main-svg text")) {
+      const part = text.getBoundingClientRect();
+      if (!part.width) continue;
+      seen++;
+      const over = [box.left - part.left, part.right - box.right, box.top - part.top,
+        part.bottom - box.bottom];
+      const words = [place.dataset.chart, text.textContent];
+      if (Math.max(...over) > 1) cut.push([...words, ...over]);
+    }
+  }
+  return [seen, cut];
+}
+"""
+
+
 @NEEDS_BROWSER
-@pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("is_large", [False, True])
-def test_axes_are_whole(made, tmp_path, width, is_large):
+def test_axes_are_whole(made, tmp_path, is_large):
     """No label or title of an axis is cut, with hundreds of slots or with long names."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "page.html"
@@ -472,29 +495,12 @@ def test_axes_are_whole(made, tmp_path, width, is_large):
     page.write_page(file, made)
     with driver.sync_playwright() as playing:
         browser = playing.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=0)
-        tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
-        seen, cut = tab.evaluate(
-            """() => {
-              let seen = 0;
-              const cut = [];
-              for (const place of document.querySelectorAll(".chart")) {
-                const box = place.parentNode.getBoundingClientRect();
-                for (const text of place.querySelectorAll(".main-svg text")) {
-                  const part = text.getBoundingClientRect();
-                  if (!part.width) continue;
-                  seen++;
-                  const over = [box.left - part.left, part.right - box.right, box.top - part.top,
-                    part.bottom - box.bottom];
-                  const words = [place.dataset.chart, text.textContent];
-                  if (Math.max(...over) > 1) cut.push([...words, ...over]);
-                }
-              }
-              return [seen, cut];
-            }"""
-        )
+        for width in (390, 1280):
+            tab = opened(browser.new_context(viewport={"width": width, "height": 900}), file)
+            seen, cut = tab.evaluate(CUT_TEXTS)
+            assert seen > 50
+            assert cut == [], width
         browser.close()
-    assert seen > 50
-    assert cut == []
 
 
 @NEEDS_BROWSER
