@@ -214,6 +214,16 @@ def test_a_page_says_the_way_back(ok, skewed, tmp_path, command):
     assert back not in page.read_text()
 
 
+def test_gains_of_copies_are_no_headline(ok, skewed, tmp_path):
+    """Who compares the chart of copies with the headline reads why they differ."""
+    pytest.importorskip("plotly", reason="the extra report is not installed")
+    page, words = tmp_path / "page.html", ("--devices", 4, "--splits", 1, "--copies", "0,1")
+    ok("advise", skewed, *words, "--report", page)
+    assert "are compared by short searches, so gains are not the headline's." in text_of(
+        page.read_text()
+    )
+
+
 def test_a_page_has_the_digits_of_the_table(ok, skewed, tmp_path):
     """Times and imbalance on the first screen are those that the terminal has."""
     pytest.importorskip("plotly", reason="the extra report is not installed")

@@ -507,8 +507,11 @@ def _search(page: PageData) -> Panel | None:
 
 
 def _price(page: PageData) -> Panel | None:
-    charts, tables = [], []
+    charts, tables, words = [], [], ""
     if page.advice is not None and len(page.advice.copies) > 1:
+        words = (
+            " Numbers of copies are compared by short searches, so gains are not the headline's."
+        )
         charts.append(_copies_chart(page.advice))
         windows = list(page.advice.copies[0].gains)
         head = [f"windows of {window:,}" if window else "gain" for window in windows]
@@ -537,7 +540,7 @@ def _price(page: PageData) -> Panel | None:
             for each in page.trades
         ]
         tables.append(Table("Moves", ("experts moved", "objective", "gain"), rows))
-    return Panel(tuple(charts), tuple(tables)) if charts else None
+    return Panel(tuple(charts), tuple(tables), words=words) if charts else None
 
 
 def _copies_chart(advice: Advice) -> Chart:
