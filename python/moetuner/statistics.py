@@ -693,7 +693,7 @@ def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float
 
     That is the part of one's tokens that would have to go to other experts to look like the other.
     """
-    loads = (one.astype(np.float64), other.astype(np.float64))
+    loads = (np.asarray(one, np.float64), np.asarray(other, np.float64))
     shares = [load / np.maximum(load.sum(axis=-1, keepdims=True), 1) for load in loads]
     apart: NDArray[np.float64] = np.abs(shares[0] - shares[1]).sum(axis=-1) / 2
     return apart

@@ -19,8 +19,8 @@ from moetuner.trace import RoutingTrace
 # Parts of equal numbers of sequences, in the order of the recording, that are permuted.
 BLOCKS = 32
 # Ways to halve the blocks that say how far halves of one kind differ, and the most of these that
-# may differ as much as the first half does from the second.
-HALVES, CHANCE = 400, 0.01
+# may differ as much as the first half does from the second; so many are looked at together.
+HALVES, CHANCE, TOGETHER = 400, 0.01, 16
 # Share of the tokens that go to other experts, beyond chance, from which a change is told.
 LEAST = 0.05
 # Fewest blocks that can be halved in so many ways.
@@ -181,9 +181,11 @@ def _loads(traffic: Traffic, block: NDArray[np.integer[Any]], blocks: int) -> ND
 def _drift_of(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
     """Compare the first blocks [B,L,E] with the rest, and with as many at random."""
     first, rng = np.arange(len(loads)) < number, np.random.default_rng(seed)
-    by_layer = _distances(loads, first)
+    by_layer = _distances(loads, first[None])[0]
     distance, worst = float(by_layer.mean()), int(by_layer.argmax())
-    others = np.array([_distances(loads, rng.permutation(first)).mean() for _ in range(HALVES)])
+    halvings = np.stack([rng.permutation(first) for _ in range(HALVES)])
+    runs = np.split(halvings, range(TOGETHER, HALVES, TOGETHER))
+    others = np.concatenate([_distances(loads, run).mean(axis=1) for run in runs])
     chance = (1 + int((others >= distance - 1e-12).sum())) / (1 + HALVES)
     furthest = float(by_layer[worst])
     return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=furthest)
@@ -220,6 +222,6 @@ def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], N
 
 
 def _distances(loads: NDArray[np.float64], first: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Compute how far shares of the first blocks are from those of the rest, by layer [L]."""
-    parts = np.tensordot(np.stack([first, ~first]).astype(np.float64), loads, axes=1)
-    return measure_distance(parts[0], parts[1])
+    """Compute how far shares of the first blocks [N,B] are from those of the rest [N,L]."""
+    one = np.tensordot(first.astype(np.float64), loads, axes=1)
+    return measure_distance(one, loads.sum(axis=0) - one)
