@@ -18,10 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
-from moetuner.files.ids import Ids, joined
+from moetuner.files.ids import Ids, joined, read_ahead
 from moetuner.frozen import html_table
 
 SHARD_BYTES = 64 << 20
+# Shards of a trace in a file from which the next one is read while one is worked on.
+READ_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -212,9 +214,10 @@ class RoutingTrace:
         ValueError
             If an id in the file is wrong, or the file has changed since it was loaded.
         """
-        return self.ids.shards(
-            check.whole_number("max_bytes", max_bytes), check.threads_in(threads)
-        )
+        max_bytes = check.whole_number("max_bytes", max_bytes)
+        shards = self.ids.shards(max_bytes, check.threads_in(threads))
+        is_long = self.tokens * self.layers * self.top_k > READ_AHEAD * max_bytes
+        return read_ahead(shards) if is_long and self.ids.fresh else shards
 
     def split(self, share: float, *, seed: int = 0) -> tuple[RoutingTrace, RoutingTrace]:
         """Split by sequence: neighbouring tokens route alike, so a split by token would leak.

@@ -30,6 +30,7 @@ from moetuner.evaluation.replay import (
     members,
 )
 from moetuner.evaluation.units import Folds, Units
+from moetuner.files.ids import read_ahead
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -354,7 +355,8 @@ class _Dealt:
             for key, setting in settings.items()
         }
         threads, first = next(iter(settings.values())).threads, 0
-        for ids in trace.ids.chosen(self.items[position], SHARD_BYTES, threads):
+        pieces = trace.ids.chosen(self.items[position], SHARD_BYTES, threads)
+        for ids in read_ahead(pieces) if trace.ids.fresh else pieces:
             run, checked = slice(first, first + len(ids)), trace.ids.fresh
             # Copies serve by the place of a token among these, as where all of them are replayed.
             positions = position[run].astype(np.uint64)

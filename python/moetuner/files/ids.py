@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,6 +255,19 @@ class IdsInFile:
             )
         if self.path.stat().st_ino != self.inode:
             raise ValueError(f"{self.path}: file was replaced after it was loaded; load it again")
+
+
+def read_ahead(pieces: Iterator[IdArray]) -> Iterator[IdArray]:
+    """Yield pieces of what is in a file, each of which is read while the one before is worked on.
+
+    A thread of its own reads them, for as long as there are some.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = reader.submit(next, pieces, None)
+            yield piece
+            del piece  # else it is held while the next one but one is read
 
 
 def joined(parts: tuple[Ids, ...]) -> Ids:
