@@ -231,13 +231,13 @@ OTHER_TYPES = ("", "x", -1, 1.5, [], [5], ["x"], {}, {"a": 1})
 )
 def test_settings_of_another_type_are_one_line(run, make_trace, tmp_path, command):
     """Each setting of a placement's file as each type: taken, or one line that names the file."""
-    make_trace(100).save(trace := tmp_path / "trace.safetensors")
+    make_trace(20).save(trace := tmp_path / "trace.safetensors")
     path = tmp_path / "placement.json"
     how = ("--method", "lpt", "--for", "vllm", "--holdout", 0.5, "--out", path)
     assert run("solve", trace, "--devices", 2, *how)[0] == 0
     values = json.loads(path.read_text())
     settings, recorded = values["settings"], values["settings"]["input"]
-    recorded |= {"tokens": 100, "windows": 1, "tokens_per_step": 5, "top_k": 2, "model": "small"}
+    recorded |= {"tokens": 20, "windows": 1, "tokens_per_step": 5, "top_k": 2, "model": "small"}
     names = {"FILE": path, "TRACE": trace}
     words = [names.get(word, word) for word in command.split()]
     for holder in (settings, recorded):

@@ -47,6 +47,7 @@ def test_skew_and_unused_experts():
     assert result.information is None
 
 
+@pytest.mark.usefixtures("brief")
 def test_groups_differ_from_their_mix(make_trace):
     """Two groups on different experts are half away from it; those of a trace as of its loads."""
     table = mt.RoutingStatistics.from_load(
@@ -105,6 +106,7 @@ def test_dependent_layers_are_seen():
     assert 0.1 < low < result.crossing_independent - result.crossing < high
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("tokens", [0, 1, 2])
 def test_tiny_traces(make_trace, tokens):
     """Nothing, or next to nothing, is no error."""
@@ -125,6 +127,7 @@ def drawn(packed):
     return np.frombuffer(base64.b64decode(packed["bdata"]), dtype=f"<{packed['dtype']}")
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("kind", ["trace", "loads"])
 def test_charts_show_what_was_measured(make_trace, kind):
     """Curves go through the shares of picks that are told; counts have no order for a cache."""
