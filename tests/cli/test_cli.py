@@ -288,6 +288,16 @@ def test_evaluate_tells_groups(as_json, ok, solved, trace, recorded, tmp_path):
     assert both["input"]["tokens"] == 800
 
 
+def test_evaluate_has_no_column_of_what_nothing_is_known_of(ok, tmp_path):
+    """Loads alone tell no tokens, crossing or fanout, and nobody asked for waterfill."""
+    file, table = tmp_path / "p.json", tmp_path / "loads.npz"
+    np.savez(table, load=np.arange(1, 97).reshape(12, 1, 8))
+    mt.Placement.from_assignment([np.arange(8) % 4], 4).save(file)
+    head, row = ok("evaluate", file, table).split("\n\n")[1].splitlines()[:2]
+    assert head.split() == ["traffic", "imbalance", "mixed", "total", "worst", "slots"]
+    assert "-" not in row.split()
+
+
 def test_evaluate_predicts_times(as_json, ok, solved, trace, recorded, tmp_path):
     """There are times, of any cost model and split; rows stay as long as the head."""
     out, file = tmp_path / "p.json", tmp_path / "model.json"

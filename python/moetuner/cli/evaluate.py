@@ -73,8 +73,7 @@ def command(
         *(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)),
         "",
     )
-    asked = [name for name in OTHERS if name != "imbalance_filled" or waterfill is not None]
-    _table(output, "traffic", asked, evaluation)
+    _table(output, "traffic", OTHERS, evaluation)
     together = on_one_device(evaluation, placement.devices)
     if together is not None:
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
@@ -101,12 +100,16 @@ def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
 
 
 def _table(output: Output, title: str, names: list[str], evaluation: Evaluation) -> None:
-    """Print figures of all traffic and of groups; times begin with their mean."""
-    head = [FIGURES[name].column for name in names]
-    head[0] = "mean" if names is TIMES else head[0]
+    """Print figures that are known of all traffic or of a group; times begin with their mean."""
     rows = {"all": evaluation, **evaluation.by_group}
+    known = [
+        name
+        for name in names
+        if any(getattr(figures, name) is not None for figures in rows.values())
+    ]
+    head = ["mean" if name == TIMES[0] else FIGURES[name].column for name in known]
     cells = [
-        (group, *(FIGURES[name].text(getattr(figures, name)) for name in names))
+        (group, *(FIGURES[name].text(getattr(figures, name)) for name in known))
         for group, figures in rows.items()
     ]
     output.table((title, *head), cells)
