@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "cost": ("topology", "presets", "files"),
     "placement": ("topology", "files"),
     "router_groups": ("statistics", "placement"),
-    "evaluation": VALUES,
+    "evaluation": (*VALUES, "files.ids"),
     "formats": (*VALUES, "files", "router_groups", "evaluation.copies"),
     "problem": (*VALUES, "evaluation"),
     "solver.effort": (),
