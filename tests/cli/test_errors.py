@@ -77,6 +77,7 @@ convert --out t.safetensors | Missing argument 'SOURCE...'
 convert z.gz --num-experts 16 --out t.safetensors | not be compressed: unpack it with gunzip first
 convert z.json --num-experts 16 --out t.safetensors | --enable-return-routed-expert
 convert z.csv --num-experts 16 --out t.safetensors | or what an engine records; its first bytes
+inspect z.csv | CSV or Parquet as docs/quickstart.md has them, or what an engine records; its first
 convert TRACE LOAD --out t.safetensors | sources must all be traces or all be counts
 solve TRACE --for megatron --devices 3 | 2 or 4 would
 solve TRACE --for vllm --devices 4 --extra-slots 5 | got 5: 0 or 12 would

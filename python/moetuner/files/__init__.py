@@ -221,5 +221,8 @@ def kind_of(path: Path) -> Kind:
     for magic, program in PACKED.items():
         if start.startswith(magic):
             raise ValueError(f"{path}: must not be compressed: unpack it with {program} first")
-    rule = "must be safetensors, .npz, .npy or JSON lines, or what an engine records"
+    rule = (
+        "must be safetensors, .npz, .npy or JSON lines, CSV or Parquet as docs/quickstart.md has "
+        "them, or what an engine records"
+    )
     raise ValueError(f"{path}: {rule}; its first bytes fit none of them, or its header is cut off")
