@@ -15,6 +15,9 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.report.hot_experts import SIZES, hold_out_hot_experts
 
+# Which experts are hot is counted, whatever a search finds.
+pytestmark = pytest.mark.usefixtures("brief")
+
 
 def cached(ids, experts, held):
     """Count the ids [T,L,K] that caches hold, of so many experts of each layer, warm at first."""
