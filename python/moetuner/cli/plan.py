@@ -155,7 +155,7 @@ def command(
 def _show(
     output: Output, planned: Plan, running: Placement, change: Change, expert_bytes: float | None
 ) -> None:
-    """Print what is brought, and what the busiest device has to do."""
+    """Print what moves, and what the busiest device has to do."""
     serving = len(planned.devices)
     output.say(
         f"{counted(running.layers, 'layer')}, {counted(running.devices, 'device')} x "
@@ -165,12 +165,13 @@ def _show(
     if change.retire:
         kept = {*planned.devices.tolist()}
         gone = [d for d in range(running.devices) if d not in kept and d not in change.without]
-        output.say(f"to leave: {', '.join(map(str, gone))}")
+        noun = "device" if len(gone) == 1 else "devices"
+        output.say(f"to leave: {noun} {', '.join(map(str, gone))}")
     copies, lost = len(planned.steps), int(planned.lost.sum())
     size = "" if expert_bytes is None else f" ({in_bytes(copies * expert_bytes)})"
-    disk = f", {lost:,} of them from disk, as no device holds them any more" if lost else ""
+    disk = f", {lost:,} of them from disk, as no device has them any more" if lost else ""
     output.say(
-        f"brought: {counted(copies, 'expert')}{size}{disk}",
+        f"to move: {counted(copies, 'expert')}{size}{disk}",
         f"busiest device: {planned.imbalance_before:.3f} x the mean before, "
         f"{planned.imbalance_after:.3f} x after, on the loads of INPUT",
     )
@@ -207,7 +208,7 @@ def _plan_losses(
          f"{planned.imbalance_after:.3f}")
         for lost, planned in worst
     ]  # fmt: skip
-    output.table(("the worst", "from disk", "copies brought", "busiest / mean then"), rows)
+    output.table(("the worst", "from disk", "copies moved", "busiest / mean then"), rows)
     table = {str(lost): _without_map(planned) for lost, planned in plans.items()}
     _write(table_file, {"domain": domain, "losses": table})
     output.say(f"wrote {table_file}")
