@@ -263,6 +263,9 @@ def loads_by(
     first = 0
     for shard in trace.shards():
         labels = label[first : first + len(shard)].astype(np.uint32)
-        counter.push(shard.take(chosen, axis=1), labels)
         first += len(shard)
+        if len(chosen) < trace.layers:
+            shard = shard.take(chosen, axis=1)
+        counter.push(shard, labels, checked=trace.ids.fresh)
+        del shard  # else the next one is read while this one is still there
     return counter.finish()[0].transpose(1, 0, 2).astype(np.float64)
