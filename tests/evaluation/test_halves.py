@@ -106,7 +106,7 @@ def test_sides_add_up_to_the_figure_of_all(together):
         assert (weights * figure.sides).sum(axis=0) == pytest.approx(figure.value)
 
 
-@pytest.mark.parametrize("limit", ["CELLS", "PARTS"])
+@pytest.mark.parametrize("limit", ["CELLS", "PARTS", "ITEMS"])
 @pytest.mark.parametrize("arrival", ["bursts", "mixed", 0.5])
 def test_runs_of_windows_change_no_half(monkeypatch, arrival, limit):
     """However few windows of two sizes are read, or looked at, in one go."""

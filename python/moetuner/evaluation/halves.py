@@ -41,8 +41,8 @@ Integers = NDArray[np.integer[Any]]
 KEPT = 16
 # Primes that are 3 modulo 4: folds that each can halve are one more.
 PRIMES = (3, 7, 11, 19)
-# Counts of halves of windows that are in memory at once, and of parts of windows.
-CELLS, PARTS = 1 << 20, 1 << 25
+# Counts of halves of windows that are in memory at once, of parts of windows, and numbers of items.
+CELLS, PARTS, ITEMS = 1 << 20, 1 << 25, 1 << 20
 
 
 class Halved(NamedTuple):
@@ -286,12 +286,18 @@ class _Dealt:
         is_table = isinstance(self.traffic, RoutingStatistics)
         return 1 if is_table else setting.window or max(len(self.items), 1)
 
-    def by_fold(self, length: int, weights: Floats | None = None) -> Floats:
-        """Add up items, or their weights, by window and fold [W,F], in windows of so many items."""
-        folds, windows = self.folds.number, max(-(-len(self.items) // length), 1)
-        cell = np.arange(len(self.items), dtype=np.int64) // length * folds + self.fold
-        sums = np.bincount(cell, weights, windows * folds).reshape(windows, folds)
-        return sums.astype(np.float64)
+    def by_fold(self, length: int) -> Floats:
+        """Count items by window and fold [W,F], in windows of so many items."""
+        folds, number = self.folds.number, len(self.items)
+        counts = np.zeros((max(-(-number // length), 1), folds))
+        step = max(ITEMS // length, 1) * length
+        for first in range(0, number, step):
+            fold = self.fold[first : first + step]
+            cell = np.arange(len(fold)) // length * folds + fold
+            windows = slice(first // length, -(-(first + len(fold)) // length))
+            table = counts[windows]
+            table += np.bincount(cell, minlength=table.size).reshape(table.shape)
+        return counts
 
     def tell(self, halvings_of: Sequence[_Halving]) -> None:
         """Tell halvings what each fold has of their windows.
