@@ -172,7 +172,7 @@ class Comparison(Frozen):
                 f"{FEWEST} are needed)"
             )
         is_unsure = self.answer == "no evidence"
-        return "no certain difference: this may be chance" if is_unsure else ""
+        return "not surely a difference: that may be chance" if is_unsure else ""
 
     def __str__(self) -> str:
         return f"{self.answer}: {self.sentence}"
