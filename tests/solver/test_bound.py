@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -62,16 +63,27 @@ def test_too_many_partitions_or_too_little_time() -> None:
 
 # Problems whose bound is made of every part: cuts alone where devices have two slots.
 PARTS = [small_problem(seed, 3, *size) for seed in range(4) for size in ((6, 2), (6, 3), (8, 4))]
-CAPS = [raised_caps(of, mt.solve(of, "heuristic", iterations=100).placement.slots) for of in PARTS]
-OPTIMA = [optimum(of, caps) for of, caps in zip(PARTS, CAPS, strict=True)]
 # Cuts by their numbers: those from 6 on carry a choice for each expert of a side.
 KINDS, LIFTED = 9, 6
+
+
+@cache
+def caps_of(at: int) -> np.ndarray:
+    """Return the caps of one of the problems, raised to what a search keeps."""
+    slots = mt.solve(PARTS[at], "heuristic", iterations=100).placement.slots
+    return raised_caps(PARTS[at], slots)
+
+
+@cache
+def optimum_of(at: int) -> int:
+    """Return the optimum of one of the problems under its caps."""
+    return optimum(PARTS[at], caps_of(at))
 
 
 def proven_by(at: int, proof: Proof) -> int | None:
     """Return what a proof proves of one of the problems; None if a cut in it is refused."""
     with contextlib.suppress(ValueError):
-        return verified(PARTS[at], CAPS[at], (proof,))
+        return verified(PARTS[at], caps_of(at), (proof,))
     return None
 
 
@@ -80,13 +92,13 @@ def test_early_bounds_are_below_the_optimum(at):
     """However early the method stops, no placement is below the bound, and its proof says so."""
     values = []
     for iterations in (0, 1, 10, 50, 100):
-        proven = bound(PARTS[at], CAPS[at], budget=BUDGET, iterations=iterations)
-        assert proven.value <= OPTIMA[at]
+        proven = bound(PARTS[at], caps_of(at), budget=BUDGET, iterations=iterations)
+        assert proven.value <= optimum_of(at)
         (proof,) = proven.certificate.proofs
         assert bool(len(proof.contents)) <= (PARTS[at].slots > 2)
-        assert verified(PARTS[at], CAPS[at], (proof,)) == proven.value
+        assert verified(PARTS[at], caps_of(at), (proof,)) == proven.value
         values.append(proven.value)
-    assert values[-1] > 0.8 * OPTIMA[at]
+    assert values[-1] > 0.8 * optimum_of(at)
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,7 +111,7 @@ def test_early_bounds_are_below_the_optimum(at):
 )
 def test_forged_numbers_prove_nothing_false(at, seed, scale, wild, cuts):
     """Whatever is done to its numbers, a certificate that is accepted proves nothing false."""
-    proven = bound(PARTS[at], CAPS[at], budget=BUDGET, iterations=30)
+    proven = bound(PARTS[at], caps_of(at), budget=BUDGET, iterations=30)
     (proof,), rng = proven.certificate.proofs, np.random.default_rng(seed)
     arrays = {name: getattr(proof, name).copy() for name in ARRAYS}
     for name in ("lambda_", "contents", "multipliers"):
@@ -110,7 +122,7 @@ def test_forged_numbers_prove_nothing_false(at, seed, scale, wild, cuts):
         places = rng.integers(0, len(arrays["cuts"]), 3)
         arrays["cuts"][places] = rng.integers(0, 18, 3)
         arrays["choices"] = rng.integers(0, 3, arrays["choices"].shape).astype(np.uint8)
-    assert (proven_by(at, replace(proof, **arrays)) or 0) <= OPTIMA[at]
+    assert (proven_by(at, replace(proof, **arrays)) or 0) <= optimum_of(at)
     assert cuts or proven_by(at, replace(proof, **arrays)) is not None
 
 
@@ -132,7 +144,7 @@ def test_single_cuts_are_true(at, kind, items, choices, multiplier):
     chosen = np.array(choices[: problem.experts] if lifted else [], dtype=np.uint8)
     cut = np.array([kind, 0, *items], dtype=np.int32)
     proof = Proof(problem.devices, 1, none, none, np.array([multiplier]), cut, chosen, none)
-    assert (proven_by(at, proof) or 0) <= OPTIMA[at]
+    assert (proven_by(at, proof) or 0) <= optimum_of(at)
 
 
 def test_bound_of_real_routing(data):
