@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -262,6 +261,8 @@ def read_ahead(pieces: Iterator[IdArray]) -> Iterator[IdArray]:
 
     A thread of its own reads them, for as long as there are some.
     """
+    from concurrent.futures import ThreadPoolExecutor  # which imports logging
+
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, pieces, None)
         while (piece := coming.result()) is not None:

@@ -24,6 +24,9 @@ Risk = Literal["mean"] | float
 MOST, MERGED = 512, 128
 # Windows, at even distances, by which a search ranks the few placements that it ends with.
 SAMPLED = 2048
+# Tokens of an expert in a window whose number chance changes by a millionth at most, and the seed
+# by which fewer are drawn in windows of mixed arrival.
+CERTAIN, SEED = 1e12, 1
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
 # Largest of the numbers: sums of their products are exact, so that all machines merge alike.
@@ -269,7 +272,7 @@ def _find_windows(
         return Windows(load, weight, group, *kind)
     steps = slice(None) if statistics.is_step.all() else statistics.is_step
     drawn = mixed_windows(load[steps], weight[steps], MOST if many else None)
-    mixed = np.concatenate([part for _, part in drawn])
+    mixed = _draw_tokens(np.concatenate([part for _, part in drawn]), float(weight[steps].mean()))
     mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
     weights = np.concatenate([weight * (1 - share), mixed_weight])
     if group is not None:
@@ -281,6 +284,18 @@ def _find_windows(
     used = weights > 0
     counted = mixed if share == 1 else np.concatenate([load, mixed])[used]
     return Windows(counted, weights[used], None if group is None else group[used], *kind)
+
+
+def _draw_tokens(mean: Floats, weight: float) -> Floats:
+    """Draw the tokens of windows of mixed arrival around their means [M,L,E] of such a weight.
+
+    They are of many sequences, so that they are nearly independent, and their numbers vary by
+    Poisson's law. The means alone would be more even than any step, and no expert without a token.
+    """
+    tokens = mean / max(weight, 1e-300)
+    drawn = np.random.default_rng(SEED).poisson(np.minimum(tokens, CERTAIN))
+    mixed: Floats = np.where(tokens < CERTAIN, drawn, tokens) * weight
+    return mixed
 
 
 def _representatives(windows: Windows) -> Windows:

@@ -1,0 +1,57 @@
+"""Windows of mixed arrival: as uneven as the steps of a busy engine are."""
+
+import numpy as np
+import pytest
+
+import moetuner as mt
+from moetuner.placement import blocks
+from moetuner.problem.windows import CERTAIN, windows_of
+
+DEVICES, EXPERTS = 4, 16
+
+
+def trace_of(tokens=64 * 400):
+    """Draw independent tokens, of which every one chooses three of sixteen experts."""
+    rng = np.random.default_rng(0)
+    liking = np.tile([0.0, 0.5, 1.0, 1.5], DEVICES)
+    scores = liking + rng.gumbel(size=(tokens, 2, EXPERTS))
+    ids = np.argsort(-scores, axis=2)[:, :, :3]
+    return mt.RoutingTrace.from_arrays(ids, num_experts=EXPERTS, sequence=np.arange(tokens) // 20)
+
+
+def mixed(load, groups=None, **fields):
+    """Return windows of mixed arrival [W,L,E] of some load."""
+    statistics = mt.RoutingStatistics.from_load(load, **fields)
+    return windows_of(statistics, arrival="mixed", risk="mean", groups=groups)
+
+
+def test_they_are_as_uneven_as_a_replay_of_mixed_tokens():
+    """What the search sees of a placement is what evaluate says of it, not the mean of windows."""
+    trace = trace_of()
+    counts = mt.RoutingStatistics.from_trace(trace, window=64)
+    load = mixed(counts.window_load).load
+    device = load.reshape(len(load), 2, DEVICES, -1).sum(axis=3)
+    seen = (device.max(axis=2) / device.mean(axis=2)).mean()
+    placement = blocks(2, EXPERTS, DEVICES)
+    replayed = mt.evaluate(placement, trace, mt.Topology(DEVICES), window=64, arrival="mixed")
+    assert seen == pytest.approx(replayed.imbalance, rel=0.02)
+    even = counts.total_load.reshape(2, DEVICES, -1).sum(axis=2)
+    assert seen > (even.max(axis=1) / even.mean(axis=1)).mean() * 1.05
+
+
+def test_chance_changes_nothing_of_very_many_tokens():
+    """Counts of years are what they are, whatever a number of 64 bits can hold."""
+    load = np.full((3, 1, 2), 2**58, dtype=np.uint64)
+    assert (mixed(load).load == 2.0**58).all()
+    assert load[0, 0, 0] > CERTAIN
+
+
+def test_weights_of_groups_have_no_unit():
+    """Weights a thousand times as large are the same windows, each a thousand times as heavy."""
+    load = np.random.default_rng(0).integers(0, 9, (40, 2, 6))
+    fields = {"group": np.arange(40) % 2, "group_names": ("a", "b")}
+    one, other = (
+        mixed(load, {"a": share * 3, "b": share}, **fields).load for share in (1.0, 1000.0)
+    )
+    assert np.allclose(one * 1000, other)
+    assert len(np.unique(one)) < one.size / 2  # whole numbers of tokens
