@@ -55,3 +55,19 @@ def test_weights_of_groups_have_no_unit():
     )
     assert np.allclose(one * 1000, other)
     assert len(np.unique(one)) < one.size / 2  # whole numbers of tokens
+
+
+@pytest.mark.parametrize("windows", [2, 8, 40])
+def test_longer_windows_differ_from_each_other(windows):
+    """Each is of some of the windows that were counted, however few longer ones these make."""
+    random = np.random.default_rng(0)
+    shares = random.dirichlet(np.full(8, 2.0), 4 * windows)
+    load = random.multinomial(8000, shares)[:, None]
+    statistics = mt.RoutingStatistics.from_load(load, window=100)
+    longer = windows_of(statistics, arrival="mixed", risk="mean", groups=None, tokens=400)
+    drawn, total = longer.load, load.sum(axis=0) / windows
+    assert len(drawn) == max(windows, 8)
+    assert longer.weight.sum() == pytest.approx(windows)
+    apart = np.abs(drawn / total - 1).mean(axis=0)
+    assert (apart > 0.03).all()
+    assert drawn.mean(axis=0) == pytest.approx(total, rel=0.35)

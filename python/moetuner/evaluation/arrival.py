@@ -112,15 +112,17 @@ def mixed_windows(
     weight: NDArray[np.float64] | None = None,
     count: int | None = None,
     *,
+    size: int = WINDOWS_MIXED,
     seed: int = 0,
 ) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Mix windows [W,...] of loads: each new one is the mean of several that were drawn at random.
 
     As many windows come as there were, or a ``count`` of them, a run at a time with its place. Each
-    is of 16 different ones, of all where there are fewer, by their ``weight`` [W].
+    is of 16 different ones, or of another ``size``, of all where there are fewer, by their
+    ``weight`` [W].
     """
     rng = np.random.default_rng(seed)
-    total, size = len(windows), min(len(windows), WINDOWS_MIXED)
+    total, size = len(windows), min(len(windows), size)
     count = total if count is None else count
     for place in blocks(count, size * windows[0].size):
         runs = range(place.start, place.stop)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, is_number, shown, suggestion
-from moetuner.evaluation.arrival import Arrival, mixed_windows, share_mixed
+from moetuner.evaluation.arrival import WINDOWS_MIXED, Arrival, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
 from moetuner.statistics import RoutingStatistics
 
@@ -27,6 +27,9 @@ SAMPLED = 2048
 # Tokens of an expert in a window whose number chance changes by a millionth at most, and the seed
 # by which fewer are drawn in windows of mixed arrival.
 CERTAIN, SEED = 1e12, 1
+# How many times as many windows are mixed into a longer one, and how many longer ones there are at
+# the least ("Mixed windows" in docs/experiments.md).
+LONGER, FEWEST = 4, 8
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
 # Largest of the numbers: sums of their products are exact, so that all machines merge alike.
@@ -261,18 +264,17 @@ def _find_windows(
 ) -> Windows:
     """Return what ``windows_of`` does, computed anew."""
     by_group = None if groups is None else _group_weights(statistics, groups)
+    counted, times = statistics, 1
     if tokens != statistics.window and tokens is not None:
         statistics = statistics.joined(tokens)
-    weight, group = statistics.is_step.astype(np.float64), statistics.group
-    if by_group is not None and group is not None:
-        weight *= by_group[group]
+        times = tokens // (counted.window or tokens)
+    weight, group = _weigh(statistics, by_group), statistics.group
     kind, many = (risk, groups == "minimax"), statistics.windows > MOST
     load = statistics.window_load if many else statistics.window_load.astype(np.float64)
     if share == 0 or len(load) < 2:
         return Windows(load, weight, group, *kind)
-    steps = slice(None) if statistics.is_step.all() else statistics.is_step
-    drawn = mixed_windows(load[steps], weight[steps], MOST if many else None)
-    mixed = _draw_tokens(np.concatenate([part for _, part in drawn]), float(weight[steps].mean()))
+    count = min(statistics.windows, MOST)
+    mixed = _mix(counted, _weigh(counted, by_group), count, times)
     mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
     weights = np.concatenate([weight * (1 - share), mixed_weight])
     if group is not None:
@@ -282,8 +284,29 @@ def _find_windows(
         return Windows(load, weights, group, *kind, mixed)
     # What weighs nothing is left out: the recorded windows at a share of one, not copied at all.
     used = weights > 0
-    counted = mixed if share == 1 else np.concatenate([load, mixed])[used]
-    return Windows(counted, weights[used], None if group is None else group[used], *kind)
+    load = mixed if share == 1 else np.concatenate([load, mixed])[used]
+    return Windows(load, weights[used], None if group is None else group[used], *kind)
+
+
+def _weigh(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
+    """Return the weights of windows [W]: those of their groups, and nothing for what is no step."""
+    weight = statistics.is_step.astype(np.float64)
+    return weight if by_group is None else weight * by_group[statistics.group]
+
+
+def _mix(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
+    """Return windows of mixed arrival [M,L,E], each as long as ``times`` of those counted.
+
+    A longer step has tokens of more sequences, but not of all: of half of the windows at the most,
+    else none would differ from another.
+    """
+    steps = slice(None) if statistics.is_step.all() else statistics.is_step
+    load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
+    if times > 1:
+        count, size = max(count, FEWEST), max(min(LONGER * WINDOWS_MIXED, len(load) // 2), 1)
+    drawn = mixed_windows(load, weight, count, size=size)
+    mean = np.concatenate([part for _, part in drawn]) * times
+    return _draw_tokens(mean, float(weight.mean()))
 
 
 def _draw_tokens(mean: Floats, weight: float) -> Floats:
