@@ -427,7 +427,7 @@ def test_bad_arguments(tmp_path):
     model = build("mixtral")
     for text, arguments in (
         ("path must end in .safetensors, got 'a.npz'", {"path": tmp_path / "a.npz"}),
-        ("buffer_bytes must be from 1 to", {"buffer_bytes": 0}),
+        ("buffer_bytes must be at least 1", {"buffer_bytes": 0}),
         ("routers must be modules of the model, got 'x'", {"routers": ["x"]}),
         ("routers must be at least one and differ, got []", {"routers": []}),
         ("with a batch of 3, got [2, 7]", {"attention_mask": torch.ones(2, 7)}),
