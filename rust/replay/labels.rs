@@ -84,6 +84,8 @@ impl Labelled {
         let runs = labels.row.chunk_by(|row, next| row == next).count();
         let pays = words == 1 || (words <= WORDS && runs * RUN <= labels.row.len());
         let words = if size > copies.devices && top_k <= IDS && pays { words } else { 0 };
+        // Loads alone are counted by slots.
+        let with_devices = words > 0 || stays.iter().any(|rows| !rows.is_empty());
         let copies = &*copies;
         by_layers(
             &mut tables.iter_mut().zip(stays).collect::<Vec<_>>(),
@@ -95,7 +97,10 @@ impl Labelled {
                 let at = at as usize;
                 let positions = (at..at + ids.len() / top_k).map(position);
                 let slots = copies.route(l, ids, top_k, positions, labels.home.map(|numbers| &numbers[at..]));
-                served.fill(slots, copies, top_k, words);
+                if with_devices {
+                    served.find_devices(&slots, copies, top_k, words);
+                }
+                served.slots = slots;
             },
             |(table, stays), at, before, served| {
                 let rows = &labels.row[at as usize..];
@@ -140,17 +145,16 @@ impl Labelled {
 #[derive(Debug, Default)]
 struct Served {
     slots: Vec<u16>,
-    /// The device of every slot.
+    /// The device of every slot; none where nothing asks for it.
     devices: Vec<u16>,
     /// How many of a token's experts are on every device, a byte for each `[tokens, words]`.
     counts: Vec<u64>,
 }
 
 impl Served {
-    fn fill(&mut self, slots: Vec<u16>, copies: &Copies, top_k: usize, words: usize) {
+    fn find_devices(&mut self, slots: &[u16], copies: &Copies, top_k: usize, words: usize) {
         self.devices.clear();
         self.devices.extend(slots.iter().map(|&slot| copies.device_of_slot[usize::from(slot)]));
-        self.slots = slots;
         self.counts.clear();
         let one = |device: u16| 1u64 << (usize::from(device) % BYTES * 8);
         if words == 1 {
