@@ -19,6 +19,8 @@ fn made_of<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Ve
 
 /// Remainders that are tried one by one; numbers of copies with longer periods are taken to be independent.
 const PERIOD: u32 = 1 << 12;
+/// The longest period of which all hashes are known of every part: that of up to eight copies, 840, is shorter.
+const LONGEST: u32 = 1 << 10;
 
 /// Where the experts of a layer are: units (devices or nodes) of every expert, in their order, and its share of them.
 #[derive(Debug)]
@@ -57,10 +59,12 @@ impl Holders {
         }
         let in_nodes = |e: usize| self.copies(e).map(|(device, copy)| (usize::from(node[device]), copy));
         let experts = self.first.len() - 1;
-        (
-            visits_of_copies(experts, node.len(), sets, |e| self.copies(e), hashed),
-            visits_of_copies(experts, nodes, sets, in_nodes, hashed),
-        )
+        let visits = visits_of_copies(experts, node.len(), sets, |e| self.copies(e), hashed);
+        if nodes == 1 {
+            let all: u64 = sets.iter().map(|(_, count)| count).sum();
+            return (visits, vec![all as f64]);
+        }
+        (visits, visits_of_copies(experts, nodes, sets, in_nodes, hashed))
     }
 }
 
@@ -81,12 +85,11 @@ fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
     copies: impl Fn(usize) -> Copies,
     hashed: bool,
 ) -> Vec<f64> {
-    let parts = Parts::new(experts, copies, hashed);
-    let mut tokens = vec![0.0; units];
-    // The last set that was in a unit for certain, and the parts that may serve a set there.
-    let mut last = vec![u32::MAX; units];
-    let mut perhaps: Vec<Vec<u32>> = vec![Vec::new(); units];
-    let (mut shared, mut met) = (Vec::new(), Vec::new());
+    let mut parts = Parts::new(experts, copies, hashed);
+    let nowhere = Visited { tokens: 0.0, set: u32::MAX, perhaps: u32::MAX, part: 0 };
+    let mut units = vec![nowhere; units];
+    // Of a set: parts of experts that are in several units, units of which it may be in one, and further parts there.
+    let (mut shared, mut met, mut further, mut both) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (set, (ids, count)) in (0..).zip(sets.iter()) {
         let count = count as f64;
         for &e in ids {
@@ -95,27 +98,50 @@ fn visits_of_copies<Copies: Iterator<Item = (usize, Holder)>>(
                 shared.push(range);
                 continue;
             }
-            let unit = parts.unit[range.start] as usize;
-            if last[unit] != set {
-                last[unit] = set;
-                tokens[unit] += count;
+            let here = &mut units[parts.unit[range.start] as usize];
+            if here.set != set {
+                here.set = set;
+                here.tokens += count;
             }
         }
         for part in shared.drain(..).flatten() {
-            let unit = parts.unit[part] as usize;
-            if last[unit] != set {
-                if perhaps[unit].is_empty() {
-                    met.push(unit);
-                }
-                perhaps[unit].push(part as u32);
+            let unit = parts.unit[part];
+            let here = &mut units[unit as usize];
+            if here.set == set {
+                continue;
+            }
+            if here.perhaps == set {
+                further.push((unit, part as u32));
+            } else {
+                (here.perhaps, here.part) = (set, part as u32);
+                met.push(unit);
             }
         }
         for unit in met.drain(..) {
-            tokens[unit] += count * (1.0 - parts.missed(&perhaps[unit]));
-            perhaps[unit].clear();
+            let here = &mut units[unit as usize];
+            let mut missed = parts.missed[here.part as usize];
+            if further.iter().any(|&(there, _)| there == unit) {
+                both.clear();
+                both.push(here.part);
+                both.extend(further.iter().filter(|&&(there, _)| there == unit).map(|&(_, part)| part));
+                missed = parts.missed(&both);
+            }
+            here.tokens += count * (1.0 - missed);
         }
+        further.clear();
     }
-    tokens
+    units.into_iter().map(|unit| unit.tokens).collect()
+}
+
+/// A unit, and how a set visits it.
+#[derive(Clone)]
+struct Visited {
+    tokens: f64,
+    /// The last set that was there for certain, and the last that may have been there.
+    set: u32,
+    perhaps: u32,
+    /// The first part that may have served that one there.
+    part: u32,
 }
 
 /// The copies of every expert of a layer by unit: all those of an expert in one unit are a part of it.
@@ -134,10 +160,46 @@ struct Parts {
 /// How the experts of a token choose among their copies.
 enum Chosen {
     Independently,
-    /// By the remainders of one hash: which of a period of hashes, bits of a word, every part serves.
-    ByHash(u32, Vec<u64>),
+    /// By the remainders of one hash: which of a period of hashes, bits of words, every part serves.
+    ByHash(Hits),
     /// The same, where the numbers of copies have a longer period.
     ByLongHash,
+}
+
+/// The hashes of a period that every part serves, a bit each.
+struct Hits {
+    period: u32,
+    /// Words of every part.
+    words: usize,
+    bits: Vec<u64>,
+    /// Those that some parts serve together.
+    served: Vec<u64>,
+}
+
+impl Hits {
+    fn new(period: u32, copies: &[Vec<Holder>]) -> Self {
+        let words = period.div_ceil(u64::BITS) as usize;
+        let mut bits = vec![0; words * copies.len()];
+        for (bits, copies) in bits.chunks_exact_mut(words).zip(copies) {
+            for hash in 0..period as usize {
+                let is_hit = |copy: &Holder| choose_copy(hash, copy.copies as usize) == copy.number as usize;
+                bits[hash / 64] |= u64::from(copies.iter().any(is_hit)) << (hash % 64);
+            }
+        }
+        Self { period, words, bits, served: vec![0; words] }
+    }
+
+    /// The share of the period that none of some parts serves.
+    fn missed(&mut self, parts: &[u32]) -> f64 {
+        let words = self.words;
+        self.served.fill(0);
+        for &part in parts {
+            let bits = &self.bits[part as usize * words..][..words];
+            self.served.iter_mut().zip(bits).for_each(|(served, bits)| *served |= bits);
+        }
+        let served: u32 = self.served.iter().map(|word| word.count_ones()).sum();
+        f64::from(self.period - served) / f64::from(self.period)
+    }
 }
 
 impl Parts {
@@ -166,20 +228,12 @@ impl Parts {
         let all = || held.iter().flatten();
         let period = all().try_fold(1u32, |period, copy| {
             let both = period / gcd(period, copy.copies) * copy.copies;
-            (both <= u64::BITS).then_some(both)
+            (both <= LONGEST).then_some(both)
         });
         let chosen = match period {
             _ if !hashed => Chosen::Independently,
             None => Chosen::ByLongHash,
-            Some(period) => {
-                let takes =
-                    |copy: &Holder, hash| choose_copy(hash, copy.copies as usize) == copy.number as usize;
-                let hits = |copies: &Vec<Holder>| {
-                    let served = (0..period).filter(|&h| copies.iter().any(|copy| takes(copy, h as usize)));
-                    served.map(|hash| 1 << hash).sum()
-                };
-                Chosen::ByHash(period, held.iter().map(hits).collect())
-            }
+            Some(period) => Chosen::ByHash(Hits::new(period, &held)),
         };
         Self { first, unit, copies: held, missed, chosen }
     }
@@ -190,19 +244,16 @@ impl Parts {
     }
 
     /// The share of tokens that none of some parts in a unit serves, each of another expert.
-    fn missed(&self, parts: &[u32]) -> f64 {
+    fn missed(&mut self, parts: &[u32]) -> f64 {
         if let [part] = parts {
             return self.missed[*part as usize];
         }
-        let parts = parts.iter().map(|&part| part as usize);
-        match &self.chosen {
-            Chosen::Independently => parts.map(|part| self.missed[part]).product(),
-            Chosen::ByHash(period, hits) => {
-                let served = parts.fold(0, |served, part| served | hits[part]).count_ones();
-                f64::from(period - served) / f64::from(*period)
-            }
+        match &mut self.chosen {
+            Chosen::Independently => parts.iter().map(|&part| self.missed[part as usize]).product(),
+            Chosen::ByHash(hits) => hits.missed(parts),
             Chosen::ByLongHash => {
-                missed_by_hash(&mut parts.flat_map(|part| self.copies[part].iter().copied()).collect())
+                let copies = parts.iter().flat_map(|&part| self.copies[part as usize].iter().copied());
+                missed_by_hash(&mut copies.collect())
             }
         }
     }
@@ -249,22 +300,47 @@ fn gcd(a: u32, b: u32) -> u32 {
 
 /// Tokens that visit every device and every node, of experts that are on one device each.
 fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
-    // The last set that was there, and the tokens so far.
-    let mut devices = vec![(u32::MAX, 0u64); node.len()];
-    let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
-    for (set, (ids, count)) in (0..).zip(sets.iter()) {
-        for &e in ids {
-            let device = device[usize::from(e)] as usize;
-            let here = &mut devices[device];
-            if here.0 != set {
-                *here = (set, here.1 + count);
-                let here = &mut of_nodes[usize::from(node[device])];
-                *here = (set, here.1 + if here.0 == set { 0 } else { count });
+    let (mut devices, mut of_nodes) = (vec![0u64; node.len()], vec![0u64; nodes]);
+    if node.len() <= u64::BITS as usize {
+        let bit: Vec<u64> = device.iter().map(|&device| 1 << device).collect();
+        let bit_of_node: Vec<u64> = node.iter().map(|&node| 1 << node).collect();
+        for (ids, count) in sets.iter() {
+            let visited = ids.iter().fold(0, |visited, &e| visited | bit[usize::from(e)]);
+            let mut visited_nodes = 0;
+            for device in ones(visited) {
+                devices[device] += count;
+                visited_nodes |= bit_of_node[device];
+            }
+            ones(visited_nodes).for_each(|node| of_nodes[node] += count);
+        }
+    } else {
+        // The last set that was there.
+        let (mut last, mut last_of_nodes) = (vec![u32::MAX; node.len()], vec![u32::MAX; nodes]);
+        for (set, (ids, count)) in (0..).zip(sets.iter()) {
+            for &e in ids {
+                let device = device[usize::from(e)] as usize;
+                if last[device] != set {
+                    last[device] = set;
+                    devices[device] += count;
+                    let node = usize::from(node[device]);
+                    of_nodes[node] += if last_of_nodes[node] == set { 0 } else { count };
+                    last_of_nodes[node] = set;
+                }
             }
         }
     }
-    let tokens = |parts: Vec<(u32, u64)>| parts.into_iter().map(|(_, tokens)| tokens as f64).collect();
+    let tokens = |counts: Vec<u64>| counts.into_iter().map(|count| count as f64).collect();
     (tokens(devices), tokens(of_nodes))
+}
+
+/// The places of the ones of a word, rising.
+fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let place = word.trailing_zeros() as usize;
+        let is_one = word != 0;
+        word &= word.wrapping_sub(1);
+        is_one.then_some(place)
+    })
 }
 
 /// Expert sets of a layer.

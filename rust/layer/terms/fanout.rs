@@ -116,20 +116,27 @@ impl Sets {
             return join(to, row);
         }
         let copy = slots.devices(expert).filter(|&other| usize::from(other) < slots.device(slot)).count();
-        // Bit n of a word that begins with part `first` is part `first + n`: a pattern that depends on `first % copies`,
-        // and so is the same in every word where copies divide its bits.
-        let is_served = |part: usize| choose_copy(part, copies) == copy;
-        let pattern = |from: usize| (0..WORD).filter(|n| is_served(from + n)).fold(0u64, |p, n| p | 1 << n);
-        if WORD.is_multiple_of(copies) {
-            return join_within(to, row, pattern(0));
-        }
-        let patterns: Vec<u64> = (0..copies).map(|word| pattern(word * WORD % copies)).collect();
-        for (to, row) in to.chunks_mut(copies).zip(row.chunks(copies)) {
-            for ((to, row), pattern) in to.iter_mut().zip(row).zip(&patterns) {
-                *to |= row & pattern;
-            }
+        match PATTERNS.get(copies).map(|patterns| &patterns[copy]) {
+            Some(pattern) => join_within(to, row, pattern),
+            None => join_within(to, row, &pattern(copies, copy)),
         }
     }
+}
+
+/// Numbers of copies of which all patterns are kept.
+const KEPT: usize = 16;
+/// What every copy [`pattern`] serves, by the number of copies.
+static PATTERNS: LazyLock<Vec<Vec<Vec<u64>>>> = LazyLock::new(|| {
+    (0..=KEPT).map(|copies| (0..copies).map(|copy| pattern(copies, copy)).collect()).collect()
+});
+
+/// The parts that one of some copies serves, a bit each: so many words that all later ones are the same again.
+fn pattern(copies: usize, copy: usize) -> Vec<u64> {
+    let word = |first: usize| {
+        let is_served = |n: &usize| choose_copy(first + n, copies) == copy;
+        (0..WORD).filter(is_served).fold(0u64, |word, n| word | 1 << n)
+    };
+    (0..copies * WORDS).map(|number| word(number % copies * WORD % copies)).collect()
 }
 
 /// What devices and nodes serve, and the tokens that visit them.
@@ -378,11 +385,18 @@ fn join(to: &mut [u64], row: &[u64]) {
     }
 }
 
-/// Adds those of a row that a pattern has, the same in every word.
+/// Adds those of a row that a pattern has, which begins anew where it ends.
 #[multiversion::multiversion(targets("x86_64+avx512f+avx512vl+avx2", "x86_64+avx2"))]
-fn join_within(to: &mut [u64], row: &[u64], pattern: u64) {
-    for (to, &row) in to.iter_mut().zip(row) {
-        *to |= row & pattern;
+fn join_within(to: &mut [u64], row: &[u64], pattern: &[u64]) {
+    // Indices, as in `ones`: short slices of iterators take longer than what is done with them.
+    let (mut first, row) = (0, &row[..to.len()]);
+    while first < to.len() {
+        let n = pattern.len().min(to.len() - first);
+        let (to, row, pattern) = (&mut to[first..][..n], &row[first..][..n], &pattern[..n]);
+        for word in 0..n {
+            to[word] |= row[word] & pattern[word];
+        }
+        first += n;
     }
 }
 
