@@ -180,12 +180,12 @@ def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
     cli.moetuner.main(words, standalone_mode=False)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 25
-    commands = lines.index("Next:")
+    commands = next(n for n, line in enumerate(lines) if line.startswith("Next: "))
     said = [re.sub(r"\x1b\[\d*m", "", line).rstrip() for line in lines[:commands]]
     assert [line for line in said if len(line) > 100] == []
     assert not any(cell == "-" for line in said for cell in line.split("  ")[1:])
+    assert lines[commands + 1].startswith("  moetuner solve ")
     remarks = [number for number, line in enumerate(lines) if line.startswith("  # ")][:-1]
-    assert remarks
     assert all(lines[number + 1].startswith("  moetuner ") for number in remarks)
 
 

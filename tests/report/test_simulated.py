@@ -89,8 +89,8 @@ def test_groups_that_follow_one_another_are_judged_mixed_and_as_recorded():
     assert advice.drift.is_of_groups
     assert advice.answer == "worth a trial"
     (sentence,) = (each for each in advice.reasons if "hold different groups" in each)
-    assert "judged on the other: +" in sentence
-    assert "serve a mix (in_order=False): +" in sentence
+    assert "from one to the other +" in sentence
+    assert "for a mix (in_order=False) +" in sentence
 
 
 def test_drift_counts_kinds():

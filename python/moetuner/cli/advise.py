@@ -28,7 +28,7 @@ from moetuner.problem.objective import Goal
 from moetuner.problem.phases import WINDOWS
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
-from moetuner.report.advice.conclusion import running_name, write_audit
+from moetuner.report.advice.conclusion import running_name, write_audit, write_order
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, name_phase, write_windows_of
 from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
@@ -190,7 +190,7 @@ def _show(output: Output, advice: Advice) -> None:
     output.say("")
     output.verdict(advice.answer, advice.sentence)
     output.say(*(f"- {reason}" for reason in (*advice.reasons[1:], *_write_moving(advice))))
-    output.say(*(f"! {warning}" for warning in advice.warnings), "")
+    output.say(*(f"! {warning}" for warning in advice.warnings))
     _show_figures(output, advice)
     if advice.by_group:
         windows = [write_windows_of(judged) for judged in advice.judged]
@@ -250,22 +250,24 @@ def _show_figures(output: Output, advice: Advice) -> None:
     running = advice.settings["initial"].partition(":")[0].replace("_", "-")
     columns = ["running" if running == "given" else running]
     columns += ["EPLB"] * bool(advice.over_eplb) + ["proposed", "gain", "95 %"]
-    head = [_name_unseen(advice), "window", *columns]
+    head = ["figure", "window", *columns]
     table = [
         (column, "all" if len(windows) > 1 else windows[0], *cells)
         for (_, column, *cells), windows in sorted(rows.items(), key=lambda row: int(row[0][0]))
     ]
+    output.say(f"{_name_unseen(advice)}:")
     output.table(*with_values(head, table))
 
 
 def _name_unseen(advice: Advice) -> str:
-    """Write on how much traffic the figures are."""
+    """Write on how much traffic the figures are, and in which order it comes."""
     replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
     assert replayed is not None
     traffic = replayed.traffic
     if isinstance(traffic, RoutingStatistics):
-        return f"on {counted(traffic.windows, f'{kind}window')}"
-    return f"on {counted(traffic.tokens, f'{kind}token')}"
+        return f"On {counted(traffic.windows, f'{kind}window')}"
+    order = write_order(advice.settings["arrival"], advice.settings["engine"])
+    return f"On {counted(traffic.tokens, f'{kind}token')}{order}"
 
 
 def _write_moving(advice: Advice) -> list[str]:
@@ -365,7 +367,6 @@ def _judging(
     file, future = (shlex.join(map(str, each)) for each in (source.input_files, unseen))
     problem, main, settings = advice.problem, advice.main, advice.settings
     initial, window, traffic = settings["initial"], settings["windows"][0], source.traffic
-    figure = f"{signed(main.gain.gain)} in {write_windows_of(main)}"
     why = "the placement that was judged"
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
     # The windows that were searched for, which INPUT's own would not all be.
@@ -376,7 +377,7 @@ def _judging(
     if isinstance(traffic, RoutingStatistics) and (
         traffic.transitions is not None or traffic.coactivation is not None
     ):
-        figure, why = "", "from all of INPUT with its pairs, which cannot be held out"
+        why = "from all of INPUT with its pairs, which cannot be held out"
     elif not unseen:
         why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
         solving["holdout"] = HOLDOUT
@@ -405,7 +406,7 @@ def _judging(
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
-    report = options.next_command("report", f"placement.json {future or file}", values, figure)
+    report = options.next_command("report", f"placement.json {future or file}", values)
     commands.append(report)
     if advice.more is not None:
         slots = problem.slots + advice.more - advice.knee

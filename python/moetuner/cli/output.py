@@ -70,11 +70,15 @@ class Output:
             self._console.print(self._fitted(row), soft_wrap=True)
 
     def next_commands(self, commands: Iterable[str]) -> None:
-        """Print commands to copy, each below its remark; ``"COMMAND  # REMARK"`` has one."""
-        self.say("Next:")
-        for text in commands:
+        """Print commands to copy, each below its remark; ``"COMMAND  # REMARK"`` has one.
+
+        That of the first command stands in the heading.
+        """
+        for number, text in enumerate(commands):
             command, _, remark = text.partition("  # ")
-            if remark:
+            if not number:
+                self.say(f"Next: {remark}".rstrip())
+            elif remark:
                 self.say(f"  # {remark}")
             self.say(f"  {command}")
 

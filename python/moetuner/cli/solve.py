@@ -103,7 +103,8 @@ def command(
     result.placement.save(out_file)
     output.say("")
     try:
-        before, outcomes = _replay(result, initial, source, problem, judged_on)
+        by_group = pages.wanted or output.json_file is not None
+        before, outcomes = _replay(result, initial, source, problem, judged_on, by_group=by_group)
         outcome, judgements = outcomes[-1], {}
         if holdout:
             judgements = judge_outcomes(before, outcome, source.units_in, by_group=pages.wanted)
@@ -178,14 +179,20 @@ def _show(
 
 
 def _replay(
-    result: Result, initial: Placement | None, source: Source, problem: Problem, judged_on: Traffic
+    result: Result,
+    initial: Placement | None,
+    source: Source,
+    problem: Problem,
+    judged_on: Traffic,
+    *,
+    by_group: bool,
 ) -> tuple[Outcome, list[Outcome]]:
     """Replay a result and what runs, or else blocks; return what runs, and the table's rows."""
     blocks = running(problem, contiguous(result.placement), "contiguous")
     before = [blocks]
     if initial is not None and initial != blocks.placement:
         before.append(running(problem, initial))
-    outcomes = source.replay([*before, result], problem, judged_on)
+    outcomes = source.replay([*before, result], problem, judged_on, by_group=by_group)
     is_shown = result.method != "contiguous" or initial is not None
     return outcomes[len(before) - 1], outcomes if is_shown else outcomes[-1:]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moetuner.cost import CostModel, assumed_model
@@ -19,6 +19,7 @@ from moetuner.report.cells import counted, distinct, number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
+from moetuner.trace import RoutingTrace
 
 # Figures of every table.
 MIXED = ("imbalance", "imbalance_mixed")
@@ -117,13 +118,18 @@ def replay(
     problem: Problem,
     traffic: Traffic,
     windows: Sequence[int | None],
+    *,
+    by_group: bool = True,
     **options: Any,
 ) -> dict[int | None, list[Evaluation]]:
     """Evaluate placements of a problem on other traffic, in windows of several sizes.
 
-    ``options`` are as for ``evaluate_each``; those that the problem has are the problem's. Times
-    are predicted whatever the objective is.
+    Without ``by_group`` no group of a trace is evaluated by itself, which takes as long as all of
+    it. ``options`` are as for ``evaluate_each``; those that the problem has are the problem's.
+    Times are predicted whatever the objective is.
     """
+    if not by_group and isinstance(traffic, RoutingTrace):
+        traffic = replace(traffic, group=None)
     for name in ("split", "regime", "arrival", "cost_model"):
         options.setdefault(name, getattr(problem, name))
     return evaluate_in_windows(placements, traffic, problem.topology, windows, **options)

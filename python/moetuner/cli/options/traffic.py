@@ -319,12 +319,13 @@ class Source(FileHints):
         problem: Problem,
         judged_on: Traffic,
         *,
+        by_group: bool = True,
         shared: float | None = None,
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
 
-        In the windows of INPUT, and in all others that the problem is about; ``shared`` is as in
-        ``Setting``.
+        In the windows of INPUT, and in all others that the problem is about, each group by itself
+        too unless that is not asked for; ``shared`` is as in ``Setting``.
         """
         placements = [result.placement for result in results]
         windows: list[int | None] = [self.replayed]
@@ -335,7 +336,7 @@ class Source(FileHints):
                 if tokens not in (None, self.replayed) and tokens <= judged_on.tokens
             ]
         with working("replaying") as report:
-            arguments: Any = {"threads": self.threads, "shared": shared}
+            arguments: Any = {"threads": self.threads, "by_group": by_group, "shared": shared}
             arguments["progress"] = shares(report, "of the tokens")
             evaluations = outcome.replay(placements, problem, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from moetuner.cost import assumed_model
+from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
@@ -97,7 +98,16 @@ def write_judged_on(request: Request, unseen: Traffic) -> str:
     rest = left_over(unseen, longest)
     where = "" if longest is None else f"in windows of {longest:,} "
     text += f" that the placement was {'not ' * request.is_held_out}computed from"
+    text += write_order(request.arrival, request.engine_name)
     return f"{text}; {where}{rest}" if rest else text
+
+
+def write_order(arrival: Arrival, engine: str | None) -> str:
+    """Write that sequences are mixed, if they are, behind the tokens that were judged on."""
+    if arrival != "mixed":
+        return ""
+    by_engine = "" if engine is None else f" as {ENGINES[engine].title} serves them"
+    return f", sequences mixed{by_engine}"
 
 
 def conclude(advice: Advice, notes: Sequence[str] = ()) -> Advice:
@@ -181,8 +191,6 @@ def write_notes(request: Request, advice: Advice) -> list[str]:
 def _write_engine(request: Request, engine: Engine, advice: Advice) -> list[str]:
     """Write how the engine serves, what it cannot do, and how it could divide tokens."""
     notes = []
-    if request.arrival == "mixed":
-        notes.append(f"Windows mix sequences of the recording, as {engine.title} serves them")
     if not engine.may_copy and max(request.copies):
         form = "renumbered checkpoint" if engine.renumbers else "map"
         notes.append(
@@ -335,9 +343,9 @@ def _write_groups(advice: Advice) -> str:
     worst = min(advice.halves, key=lambda gain: gain.gain)
     names = "; ".join(listed([*map(name, own)], LOSERS) for own in advice.groups_of_halves)
     return (
-        f"the halves hold different groups: {names}. Computed from one, judged on the other: "
-        f"{_write_with_interval(worst)} at worst. If you serve a mix (in_order=False): "
-        f"{signed(advice.main.gain.gain)}. Both are in {write_windows_of(advice.main)}"
+        f"the halves hold different groups ({names}): from one to the other "
+        f"{_write_with_interval(worst)} at worst, for a mix (in_order=False) "
+        f"{signed(advice.main.gain.gain)}, in {write_windows_of(advice.main)}"
     )
 
 

@@ -34,7 +34,6 @@ from moetuner.report.advice.trial import (
     Trial,
     evaluate_all,
     try_out,
-    without_groups,
 )
 from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
@@ -228,7 +227,7 @@ def judge_division(
     has_one = request.engine is not None and "lp" in request.engine.splits_by
     if not has_one or request.split == "lp" or (placement.replicas == 1).all():
         return None
-    counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
+    counts = loads_of(part.unseen, window=window, threads=request.threads, by_group=False)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None

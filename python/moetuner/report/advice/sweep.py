@@ -14,7 +14,6 @@ from moetuner.report.advice.trial import (
     Key,
     evaluate_all,
     running_placement,
-    without_groups,
 )
 from moetuner.report.advice.values import Copies
 from moetuner.report.cells import counted
@@ -62,8 +61,7 @@ def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tu
     """Compute what placements with copies gain over what runs, and the memory they take."""
     request.progress("replaying them on what is unseen")
     problem = problem_of(request, part.statistics, 0)
-    unseen = without_groups(part.unseen)
-    evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
+    evaluations = evaluate_all(request, placements, problem, part.unseen, request.windows)
     # Copies are of use in some layers alone: which, says the traffic that was seen.
     tried = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from moetuner.evaluation import Evaluation
@@ -14,7 +14,6 @@ from moetuner.report import outcome
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search
 from moetuner.solver import Method
 from moetuner.solver.result import Result
-from moetuner.trace import RoutingTrace
 
 # Placements that are judged: what runs, EPLB's in as many slots as the proposed one, and that one;
 # or by slots for copies of a device in a layer; or by the phase they are for.
@@ -59,8 +58,9 @@ def try_out(
         EPLB: search(request, problem, "eplb", part.seed).placement,
         PROPOSED: result.placement,
     }
-    unseen = part.unseen if by_group else without_groups(part.unseen)
-    evaluations = evaluate_all(request, placements, problem, unseen, request.windows)
+    evaluations = evaluate_all(
+        request, placements, problem, part.unseen, request.windows, by_group=by_group
+    )
     return Trial(result, problem, placements, evaluations)
 
 
@@ -77,17 +77,14 @@ def running_placement(request: Request, part: Part) -> Placement:
     return search(request, problem, cast(Method, method), part.seed).placement
 
 
-def without_groups(traffic: Traffic) -> Traffic:
-    """Return traffic of which no group is evaluated by itself: each is replayed once more."""
-    return replace(traffic, group=None) if isinstance(traffic, RoutingTrace) else traffic
-
-
 def evaluate_all(
     request: Request,
     placements: dict[Key, Placement],
     problem: Problem,
     unseen: Traffic,
     windows: Sequence[Window],
+    *,
+    by_group: bool = False,
 ) -> dict[Window, dict[Key, Evaluation]]:
     """Evaluate placements on other traffic, by window."""
     evaluations = outcome.replay(
@@ -95,6 +92,7 @@ def evaluate_all(
         problem,
         unseen,
         windows,
+        by_group=by_group,
         mixed=False,
         threads=request.threads,
         cost_model=request.cost_model,
