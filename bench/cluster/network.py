@@ -40,9 +40,9 @@ class Network:
         self.nodes, self.prefix = nodes, prefix
         self.interface = "eth0" if prefix else "lo"
 
-    def command(self, rank: int) -> list[str]:
-        """Return what a command of a rank begins with."""
-        return ["ip", "netns", "exec", f"{self.prefix}gpu{rank}"] if self.prefix else []
+    def space(self, rank: int) -> str:
+        """Return the file of a rank's namespace; empty for that of this process."""
+        return str(NAMESPACES / f"{self.prefix}gpu{rank}") if self.prefix else ""
 
     def build(self) -> None:
         """Make namespaces, bridges, interfaces and routes."""

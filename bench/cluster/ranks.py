@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from network import Network, own_prefix, postponed, undisturbed
@@ -127,6 +130,33 @@ def typical(times: Floats) -> Floats:
     return np.median(times, axis=0).mean(axis=-1)
 
 
+class Rank:
+    """The process of one rank.
+
+    Parameters
+    ----------
+    stdin, stdout
+        For tasks, and for what it says once one is done.
+
+    Attributes
+    ----------
+    number
+        Of the process; 0 before the first task.
+    returncode
+        With which it has ended; None as long as that is not known.
+    """
+
+    def __init__(self, stdin: TextIO, stdout: TextIO) -> None:
+        self.stdin, self.stdout = stdin, stdout
+        self.number = 0
+        self.returncode: int | None = None
+
+    def kill(self) -> None:
+        """Kill it; of one that has ended nothing is left to kill."""
+        with suppress(ProcessLookupError):
+            os.kill(self.number, signal.SIGKILL)
+
+
 class Ranks:
     """The processes of all ranks.
 
@@ -139,26 +169,31 @@ class Ranks:
     """
 
     def __init__(self, network: Network, folder: Path) -> None:
-        self.network, self.folder, self.processes = network, folder, list[Any]()
+        self.network, self.folder, self.processes = network, folder, list[Rank]()
+        self._parent: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start every rank."""
+        """Start every rank: forks of one process, which imports once what takes seconds."""
         environment = {"GLOO_SOCKET_IFNAME": self.network.interface, "OMP_NUM_THREADS": "1"}
         worker = [sys.executable, str(Path(__file__).with_name("worker.py"))]
-        for rank in range(self.network.ranks):
-            words = [rank, self.network.ranks, self.folder, PACE]
-            # A signal within would leave a process that nobody knows.
-            with self._errors(rank).open("w") as errors, postponed():
-                process = subprocess.Popen(
-                    [*self.network.command(rank), *worker, *map(str, words)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env=os.environ | environment,
-                    text=True,
-                    start_new_session=True,  # Ctrl-C is for the benchmark, which ends them
-                )
-                self.processes.append(process)
+        pipes = [(*os.pipe(), *os.pipe()) for _ in range(self.network.ranks)]
+        theirs = [(tasks, answers) for tasks, _, _, answers in pipes]
+        words = [f"{pair[0]},{pair[1]},{self.network.space(n)}" for n, pair in enumerate(theirs)]
+        # A signal within would leave a process that nobody knows.
+        with postponed():
+            self._parent = subprocess.Popen(
+                [*worker, str(self.folder), str(PACE), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                bufsize=0,  # no line is read before it is waited for
+                env=os.environ | environment,
+                pass_fds=[end for pair in theirs for end in pair],
+                start_new_session=True,  # Ctrl-C is for the benchmark, which ends them
+            )
+            for tasks, sends, receives, answers in pipes:
+                os.close(tasks)
+                os.close(answers)
+                self.processes.append(Rank(os.fdopen(sends, "w"), os.fdopen(receives)))
 
     def replay(
         self, work: Work, steps: NDArray[Any], placements: list[mt.Placement], **more: Any
@@ -172,6 +207,7 @@ class Ranks:
         task = {"file": str(path), "regimes": [work.regime], "check": False}
         task |= {"hidden": work.hidden, "inner": work.inner, **more}
         for process in self.processes:
+            process.number = process.number or int(self._line())
             with suppress(BrokenPipeError):  # one that has ended does not answer, either
                 process.stdin.write(json.dumps(task) + "\n")
                 process.stdin.flush()
@@ -182,29 +218,51 @@ class Ranks:
 
     def _first_failure(self) -> str:
         """Write which rank failed first, and its own error: the others only lost a peer."""
+        self._wait(ENDS)  # one that waits for another rank may not end
         failed = {}
         for rank, process in enumerate(self.processes):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(ENDS)  # one that waits for another rank may not end
             path = self.folder / f"failed{rank}"
             if path.exists():
                 failed[rank] = json.loads(path.read_text())
             elif process.returncode is not None:  # killed, which no rank survives
-                message = f"ended with status {process.returncode} {self._errors(rank).read_text()}"
+                errors = (self.folder / f"errors{rank}").read_text()
+                message = f"ended with status {process.returncode} {errors}"
                 failed[rank] = {"at": 0.0, "error": message.strip()}
         first = min(failed, key=lambda rank: failed[rank]["at"])
         return f"rank {first} failed first: {failed[first]['error']}"
 
-    def stop(self) -> None:
-        """End all ranks."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            with suppress(BrokenPipeError):
-                process.communicate()
+    def _wait(self, seconds: float) -> None:
+        """Wait until all ranks have ended, or for so many seconds."""
+        assert self._parent is not None
+        until = time.monotonic() + seconds
+        while any(rank.returncode is None for rank in self.processes):
+            left = max(until - time.monotonic(), 0.0)
+            if not select.select([self._parent.stdout], [], [], left)[0]:
+                break
+            number, status = map(int, self._line().split())
+            self.processes[number].returncode = status
 
-    def _errors(self, rank: int) -> Path:
-        return self.folder / f"errors{rank}"
+    def _line(self) -> bytes:
+        """Read a line of what the parent of all ranks says of them."""
+        assert self._parent is not None
+        assert self._parent.stdout is not None
+        line = self._parent.stdout.readline()
+        if not line:
+            raise RuntimeError("no ranks: their parent has ended")
+        return line
+
+    def stop(self) -> None:
+        """End all ranks, and their parent."""
+        if self._parent is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._parent.pid, signal.SIGKILL)
+        self._parent.communicate()
+        for process in self.processes:
+            process.stdout.read()  # to its end, which is that of the process
+            process.stdout.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 @contextmanager

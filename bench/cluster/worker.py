@@ -1,4 +1,6 @@
-"""One rank: it runs the layers that the benchmark asks for, and stamps every exchange.
+"""The ranks: each runs the layers that the benchmark asks for, and stamps every exchange.
+
+All are forks of one process, so that torch is imported once.
 
 Stamps are of the machine's clock, which all ranks share, so that what a rank waits for the others
 is known without a barrier. Tasks come by standard input, a line of JSON each, and a line answers
@@ -8,7 +10,10 @@ each; so a rank whose benchmark is gone ends by itself.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -268,29 +273,66 @@ def stamped(run: Callable[[list[float]], Any], clock: Clock) -> tuple[NDArray[An
     return exchanges, np.array(clock.computed), np.array(ends), sent
 
 
-def main() -> None:
+def enter(space: str) -> None:
+    """Move this process into a network namespace."""
+    with Path(space).open() as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), space)
+
+
+def serve(rank: int, ranks: int, folder: Path, pace: float) -> None:
     """Join the others, and answer tasks until there are no more."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, kind in (("rank", int), ("ranks", int), ("folder", Path), ("pace", float)):
-        parser.add_argument(name, type=kind)
-    asked = parser.parse_args()
     torch.set_num_threads(1)
-    where, limit = f"file://{asked.folder / 'store'}", timedelta(seconds=120)
-    dist.init_process_group(
-        "gloo", init_method=where, rank=asked.rank, world_size=asked.ranks, timeout=limit
-    )
+    where, limit = f"file://{folder / 'store'}", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=limit)
     clock = Clock()
     with mock.patch.object(dist, "all_to_all_single", clock.exchange), torch.no_grad():
         try:
             for line in sys.stdin:
-                answer = replay(json.loads(line), clock, asked.pace)
-                np.savez(asked.folder / f"answer{asked.rank}.npz", **answer)
+                answer = replay(json.loads(line), clock, pace)
+                np.savez(folder / f"answer{rank}.npz", **answer)
                 print("done", flush=True)
         except Exception as error:
             # Before its connections close: what other ranks say of that comes later.
             failure = {"at": time.perf_counter(), "error": f"{type(error).__name__}: {error}"}
-            (asked.folder / f"failed{asked.rank}").write_text(json.dumps(failure))
+            (folder / f"failed{rank}").write_text(json.dumps(failure))
             raise
+
+
+def main() -> None:
+    """Fork all ranks, and say their processes, one a line; then each rank that ends, and how."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("pace", type=float)
+    parser.add_argument("ranks", nargs="+", metavar="TASKS,ANSWERS,NAMESPACE")
+    asked = parser.parse_args()
+    rows = [row.split(",", 2) for row in asked.ranks]
+    pipes, spaces = [(int(row[0]), int(row[1])) for row in rows], [row[2] for row in rows]
+    rank_of: dict[int, int] = {}
+    for rank, (tasks, answers) in enumerate(pipes):
+        process = os.fork()
+        if process == 0:
+            with (asked.folder / f"errors{rank}").open("w") as errors:
+                for number, end in enumerate((tasks, answers, errors.fileno())):
+                    os.dup2(end, number)
+            close(pipes)
+            if spaces[rank]:
+                enter(spaces[rank])
+            return serve(rank, len(rows), asked.folder, asked.pace)
+        rank_of[process] = rank
+        print(process, flush=True)
+    close(pipes)
+    while rank_of:
+        process, status = os.wait()
+        print(rank_of.pop(process), os.waitstatus_to_exitcode(status), flush=True)
+    return None
+
+
+def close(pipes: list[tuple[int, int]]) -> None:
+    """Close what only the ranks themselves hold, so that its end is theirs."""
+    for end in itertools.chain.from_iterable(pipes):
+        os.close(end)
 
 
 if __name__ == "__main__":
