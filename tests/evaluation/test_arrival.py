@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetuner.evaluation.arrival import mixed_order, mixed_windows
+from moetuner.evaluation.arrival import at_once, mixed_order, mixed_windows
 
 
 @given(st.lists(st.integers(0, 20), max_size=200), st.integers(0, 3), st.booleans())
@@ -17,6 +17,21 @@ def test_sequences_advance_in_their_own_order(sequence, seed, labelled):
     assert order.tolist() == mixed_order(given, len(sequence), seed=seed).tolist()
     for label in set(sequence.tolist()) if labelled else ():
         assert (np.diff(order[sequence[order] == label]) > 0).all()
+
+
+@given(st.lists(st.integers(-3, 12), max_size=120), st.integers(0, 3), st.booleans())
+def test_the_order_is_that_of_a_plain_loop(sequence, seed, sorts):
+    """Sequences wait in random order; the place that is free first takes the next one."""
+    sequence = np.array(sorted(sequence) if sorts else sequence, dtype=np.int32)
+    tokens_of = [np.flatnonzero(sequence == label) for label in np.unique(sequence)]
+    free_at = [0] * at_once(len(tokens_of))
+    served = []
+    for number in np.random.default_rng(seed).permutation(len(tokens_of)):
+        place = int(np.argmin(free_at))
+        served += [(free_at[place] + n, place, token) for n, token in enumerate(tokens_of[number])]
+        free_at[place] += len(tokens_of[number])
+    expected = [token for _, _, token in sorted(served)]
+    assert mixed_order(sequence, len(sequence), seed=seed).tolist() == expected
 
 
 def test_a_step_has_a_token_of_each_running_sequence():

@@ -92,19 +92,27 @@ def mixed_order(sequence: NDArray[np.int32] | None, tokens: int, *, seed: int = 
     rng = np.random.default_rng(seed)
     if sequence is None:
         return rng.permutation(tokens)
-    _, which, lengths = np.unique(sequence, return_inverse=True, return_counts=True)
-    grouped = np.argsort(which, kind="stable")
-    first = np.cumsum(lengths) - lengths
-    within = np.empty(tokens, dtype=np.int64)
-    within[grouped] = np.arange(tokens) - np.repeat(first, lengths)
+    if not tokens:
+        return np.empty(0, dtype=np.int64)
+    # Sequence by sequence, in the order of their labels, which is that of most recordings.
+    grouped = None
+    if (sequence[:-1] > sequence[1:]).any():
+        grouped = np.argsort(sequence, kind="stable")
+        sequence = sequence[grouped]
+    first = np.concatenate([[0], np.flatnonzero(sequence[:-1] != sequence[1:]) + 1])
+    lengths = np.diff(np.append(first, tokens))
 
     start, place = np.zeros((2, len(lengths)), dtype=np.int64)
-    free = [(0, number) for number in range(at_once(len(lengths)))]
+    batch = at_once(len(lengths))
+    free = [(0, number) for number in range(batch)]
     for waiting in rng.permutation(len(lengths)).tolist():
         step, number = heapq.heappop(free)
         start[waiting], place[waiting] = step, number
         heapq.heappush(free, (step + int(lengths[waiting]), number))
-    return np.lexsort((place[which], start[which] + within))
+    # No two tokens have one place in one step.
+    served = np.repeat((start - first) * batch + place, lengths) + batch * np.arange(tokens)
+    order = np.argsort(served)
+    return order if grouped is None else grouped[order]
 
 
 def mixed_windows(
