@@ -328,6 +328,13 @@ def not_negative(name: str, value: object, what: str) -> float:
     return float(value) if isinstance(value, np.generic) else value
 
 
+def share(name: str, value: object) -> float:
+    """Return a number from 0 to 1, as Python has it."""
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ArgumentError(f"{name} must be a share from 0 to 1, got {shown(value)}", name)
+    return float(value) if isinstance(value, np.generic) else value
+
+
 def at_least(name: str, value: object, lowest: float, unit: str = "") -> None:
     """Check a number that may be infinite."""
     endless = isinstance(value, float | np.floating) and value == math.inf

@@ -93,8 +93,10 @@ def test_what_cannot_be_judged_is_refused():
         mt.verdict(before, apart)
     with pytest.raises(ValueError, match="settings: topology: keys must be out of"):
         mt.audit(GOOD.with_names(settings={"topology": {"nodes": 2}}), table(6))
-    with pytest.raises(ValueError, match="price must be a share of at least 0, got -1"):
-        mt.verdict(before, before, price=-1)
+    # As --price does; 5 may be meant as per cent.
+    for price in (-1, 5):
+        with pytest.raises(ValueError, match=f"price must be a share from 0 to 1, got {price}"):
+            mt.verdict(before, before, price=price)
 
 
 def test_evaluations_travel_without_their_traffic():

@@ -308,7 +308,7 @@ def test_a_running_placement_is_the_one_to_beat():
         ({"initial": "lpt"}, "initial must be contiguous, round_robin, eplb or eplb:N"),
         ({"by_group": True}, "by_group needs traffic of two groups"),
         ({"prefill_share": 0.5}, "prefill_share needs a trace of at least 32,768 tokens"),
-        ({"prefill_share": 2}, "prefill_share must be from 0 to 1"),
+        ({"prefill_share": 2}, "prefill_share must be a share from 0 to 1"),
         ({"unseen": mt.RoutingStatistics.from_load([[[1] * 8] * 3])}, "unseen must be"),
         ({"unseen": mt.RoutingTrace.from_arrays([[[0, 1]]], num_experts=8)}, "got 1 layers of 8"),
     ],

@@ -247,7 +247,7 @@ def judge(
     """
     for side, each in (("before", before), ("after", after)):
         check.instance(side, each, Evaluation, hint=", such as evaluate(placement, trace)")
-    check.not_negative("price", price, "share")
+    check.share("price", price)
     check.flag("by_group", by_group)
     if units is not None:
         check.instance("units", units, Units)
@@ -432,7 +432,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> C
     Raises
     ------
     ValueError
-        If ``price`` is negative, or the evaluations are not of the same traffic.
+        If ``price`` is not from 0 to 1, or the evaluations are not of the same traffic.
 
     Examples
     --------

@@ -376,7 +376,7 @@ def _check_values(
             raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
     elif not traffic.total_load.any():
         raise ValueError("traffic must have tokens, got a load of 0")
-    check.not_negative("price", price, "share")
+    check.share("price", price)
     if isinstance(initial, str):
         if not READ.fullmatch(initial):
             names = ", ".join(STARTS)
@@ -406,10 +406,7 @@ def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
 
 def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
     """Raise for a share of prefill that is none, and where only one phase is judged."""
-    if not (check.is_number(share) and 0 <= share <= 1):
-        raise check.ArgumentError(
-            f"prefill_share must be from 0 to 1, got {check.shown(share)}", "prefill_share"
-        )
+    check.share("prefill_share", share)
     if windows != WINDOWS:
         raise check.ArgumentError(
             f"prefill_share needs a trace of at least {4 * WINDOWS[-1]:,} tokens and no window, so "
