@@ -54,8 +54,20 @@ def test_what_is_done_at_once_shows_nothing_on_a_terminal(screen):
     """A bar is for what takes a second."""
     file = screen(terminal=True)
     with output.working("counting") as report:
-        output.shares(report, "of the tokens")(0.5)
+        output.shares(report, "of the tokens", then="figures")(0.5)
     assert file.getvalue() == ""
+
+
+def test_what_is_read_is_not_all_that_is_done(screen, monkeypatch):
+    """Once all tokens are read no line says that nothing is left."""
+    file = screen(terminal=False)
+    monkeypatch.setattr(output, "INTERVAL_S", 0.0)
+    with output.working("replaying") as report:
+        for share in (0.5, 1.0):
+            output.shares(report, "of the tokens", then="figures")(share)
+    half, all_read = file.getvalue().splitlines()
+    assert "50 % of the tokens, about" in half
+    assert all_read == "moetuner: replaying: 0 s, figures"
 
 
 def test_a_log_gets_a_line_now_and_then(screen, monkeypatch):

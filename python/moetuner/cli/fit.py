@@ -141,7 +141,10 @@ def _timed(hidden: int, intermediate: int, batch: dict[str, Any]) -> tuple[Any, 
             )
         with working("timing the experts") as report:
             times, where = time_experts(
-                hidden, intermediate, **batch, progress=shares(report, "of the batches")
+                hidden,
+                intermediate,
+                **batch,
+                progress=shares(report, "of the batches", then="fitting"),
             )
     except (ImportError, RuntimeError) as error:
         # A missing library or device is not a bug in moetuner.

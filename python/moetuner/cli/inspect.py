@@ -62,7 +62,7 @@ def command(
             max_imbalance=max_imbalance,
             seed=seed,
             threads=source.threads,
-            progress=shares(report, "read"),
+            progress=shares(report, "read", then="structure"),
         )
     output.say(source.describe(), "")
     _show_skew(output, measured)

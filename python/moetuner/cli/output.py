@@ -263,9 +263,16 @@ def steps(report: Report, weights: Sequence[float]) -> Callable[[str], None]:
     return lambda text: report.show(text, min(next(before, last), last) / sum(weights))
 
 
-def shares(report: Report, what: str) -> Callable[[float], None]:
-    """Return a callback that shows the share of work that is done."""
-    return lambda share: report.show("", share, what=what)
+def shares(report: Report, what: str, then: str) -> Callable[[float], None]:
+    """Return a callback that shows the share of work that is done, and ``then`` what is left."""
+
+    def show(share: float) -> None:
+        if share < 1:
+            report.show("", share, what=what)
+        else:
+            report.show(then)
+
+    return show
 
 
 def _line(progress: Progress) -> str:

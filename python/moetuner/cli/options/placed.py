@@ -293,7 +293,7 @@ class Placed:
                 mixed_seed=mixed_seed,
                 shared=shared_of(self.judged[0], waterfill, self.source.top_k),
                 threads=self.source.threads,
-                progress=shares(report, "of the tokens"),
+                progress=shares(report, "of the tokens", then="figures"),
                 **self.arguments,
             )
         with working("comparing"):

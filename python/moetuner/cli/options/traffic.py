@@ -300,7 +300,7 @@ class Source(FileHints):
             return traffic
         tables |= {"window": self.window or WINDOW, "threads": self.threads}
         with working("counting") as report:
-            tables["progress"] = shares(report, "of the tokens")
+            tables["progress"] = shares(report, "of the tokens", then="tables")
             return RoutingStatistics.from_trace(traffic, **tables)
 
     def solve(self, method: str, problem: Problem, *, place: str = "", **arguments: Any) -> Result:
@@ -337,7 +337,7 @@ class Source(FileHints):
             ]
         with working("replaying") as report:
             arguments: Any = {"threads": self.threads, "by_group": by_group, "shared": shared}
-            arguments["progress"] = shares(report, "of the tokens")
+            arguments["progress"] = shares(report, "of the tokens", then="figures")
             evaluations = outcome.replay(placements, problem, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)
         return [
