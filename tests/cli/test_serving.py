@@ -48,6 +48,25 @@ def test_counts_are_evaluated_as_recorded(ok, tmp_path):
     assert mixed.split("\n\n")[1] == plain.split("\n\n")[1]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "audit"])
+def test_an_engines_map_is_judged_as_that_engine_serves(as_json, ok, trace, tmp_path, command):
+    """The map alone says as much as the placement that it was exported from; options win."""
+    placed, exported = tmp_path / "p.json", tmp_path / "map.json"
+    ok("solve", trace, "--devices", 4, "--for", "sglang", "--window", 128, "--out", placed)
+    ok("export", placed, "--to", "sglang", "--dense-layers", "none", "--out", exported)
+    judged = (trace, "--devices", 4, "--window", 128)
+    names = ("engine", "regime", "split", "arrival")
+
+    def served(file, *options):
+        settings = as_json(command, file, *judged, *options)["settings"]
+        return [settings[name] for name in names]
+
+    assert served(exported) == ["sglang", "dispatch", "nearest", "mixed"] == served(placed)
+    assert served(exported, "--for", "vllm") == ["vllm", "dispatch", "even", "mixed"]
+    assert served(exported, "--arrival", "bursts")[-1] == "bursts"
+    assert "For SGLang: " in ok(command, exported, *judged)
+
+
 @pytest.mark.parametrize("command", ["compare", "advise", "evaluate", "report", "audit", "inspect"])
 def test_serving_is_said_alike_everywhere(command):
     """Options that say how traffic is served are the same objects in all commands."""

@@ -34,7 +34,7 @@ from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
-from moetuner.formats import form_of, read_placement
+from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import phases
@@ -204,6 +204,9 @@ class Placed:
         source = source.with_hints(read_hints(path))
         placement = source.load(path, devices=machine.given)
         settings = defaults_in(path, placement.settings)
+        loads_it = WRITERS[form_of(path)].engine
+        if loads_it is not None:  # a map that one engine alone loads is served by it
+            settings["engine"] = loads_it
         source, recorded = source.as_placed(settings), settings["input"]
         topology = machine.topology(placement.devices, settings.get("topology"))
         # Times of another model than the placement's, or of other bits, are that model's.
