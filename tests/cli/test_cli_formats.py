@@ -143,7 +143,7 @@ def test_commands_that_come_next_run_as_they_are(engine, words):
     source = Source(input_files=(GOLDEN / "vllm" / "completions.json",), num_experts=16)
     statistics = mt.RoutingStatistics.from_trace(source.traffic, window=512)
     problem = mt.Problem(statistics, mt.Topology(2), slots_per_device=9)
-    advice = SimpleNamespace(problem=problem, settings={"engine": engine})
+    advice = SimpleNamespace(problem=problem, settings={"engine": engine, "initial": "contiguous"})
     assert any(words in line for line in _serving(source, advice))
 
 

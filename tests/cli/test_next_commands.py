@@ -15,6 +15,7 @@ CASES = """
 --devices 4 --for sglang --copies 0,1 --initial round_robin --cost-model a100:1024x512 --any-order
 --devices 4 --for megatron --only first --only second
 --devices 4 --regime follow --window 100 --initial running.json
+--devices 4 --window 100 --initial placement.json
 --topology machine.json --arrival mixed --copies 1 --cost-model a100:1024x512
 --devices 3 --split round_robin --objective balance --cost-model a100:1024x512 --unseen FUTURE
 --devices 4 --for vllm --load
@@ -22,6 +23,7 @@ CASES = """
 --devices 4 --long
 --devices 4 --window 512 --long
 """
+RUNNING = ("running.json", "placement.json")
 WAITING = ("MODEL", "MORE", "NEWER")
 
 
@@ -44,7 +46,9 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
     file, tokens = "trace.safetensors", 33_000 if "--long" in case else 4000
     recorded(tokens).save(file)
     recorded(1000, seed=1).save("FUTURE")
-    mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4).save("running.json")
+    running = mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (2, 1)), 4)
+    for name in RUNNING:
+        running.save(name)
     (tmp_path / "machine.json").write_text('{"devices": 4, "devices_per_node": 2}')
     if "--load" in case:
         # A sequence of each group in every window: windows of one group would take turns.
@@ -67,9 +71,11 @@ def test_every_next_command_shows_what_was_judged(ok, as_json, brief, tmp_path, 
             assert f"{100 * max(gains):.1f} % less predicted layer time" in text
         elif not any(waiting in words for waiting in WAITING):
             ok(*words)
+    # What runs is compared with, so no command writes over it.
+    assert RUNNING[1] not in case or mt.Placement.load(RUNNING[1]) == running
 
 
-@pytest.mark.parametrize("running", ["contiguous", "running.json"])
+@pytest.mark.parametrize("running", ["contiguous", *RUNNING])
 def test_the_audit_of_groups_that_lose_runs_as_it_is_printed(
     ok, as_json, brief, tmp_path, monkeypatch, running
 ):
@@ -80,7 +86,8 @@ def test_the_audit_of_groups_that_lose_runs_as_it_is_printed(
     ids = np.argsort(-(liked[group][:, None] + rng.gumbel(size=(6000, 3, 8))), axis=2)[..., :2]
     labels = {"group": group, "group_names": ["many", "few"], "sequence": np.arange(6000) // 50}
     mt.RoutingTrace.from_arrays(ids, num_experts=8, **labels).save("mine.safetensors")
-    mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save("running.json")
+    for name in RUNNING:
+        mt.Placement.from_assignment(np.tile(np.arange(8) // 2, (3, 1)), 4).save(name)
     words = ["mine.safetensors", "--devices", 4, "--copies", 0, "--splits", 1, "--window", 512]
     advice = as_json("advise", *words, "--cost-model", "h100:7168x2048", "--initial", running)
     (loss,) = (warning for warning in advice["warnings"] if warning.startswith("Slower in"))

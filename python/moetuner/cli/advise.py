@@ -391,7 +391,7 @@ def _judging(
         return options.next_command("solve", file, {**solving, **others}, why)
 
     commands = []
-    baseline = typed["initial"] if initial == "given" else None
+    baseline, placed = _running_file(advice), _proposed_file(advice)
     if initial not in ("given", "contiguous"):
         slots = slots_of_running(initial, problem.experts, problem.devices)
         method_and_file = {
@@ -401,18 +401,19 @@ def _judging(
         commands.append(solve(slots, f"what runs: {running_name(advice)}", **method_and_file))
     if problem.has_slots_for(advice.placements[0]):
         solving["initial_file"] = initial if baseline is None else baseline
-    commands.append(solve(problem.slots, why, out_file="placement.json"))
+    commands.append(solve(problem.slots, why, out_file=placed))
     values = {field.name: typed.get(field.name) for field in fields(Source)}
     values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
-    report = options.next_command("report", f"placement.json {future or file}", values)
+    report = options.next_command("report", f"{placed} {future or file}", values)
     commands.append(report)
     if advice.more is not None:
         slots = problem.slots + advice.more - advice.knee
-        commands.append(solve(slots, "the one with more memory", out_file="more.json"))
+        more = options.apart_from(_running_file(advice), "more.json")
+        commands.append(solve(slots, "the one with more memory", out_file=more))
     if from_all and "holdout" in solving:
-        to_serve = {"holdout": None, "out_file": "placement.json"}
+        to_serve = {"holdout": None, "out_file": placed}
         commands.append(
             solve(problem.slots, "the placement to serve: from all of INPUT", **to_serve)
         )
@@ -424,9 +425,19 @@ def _audit_command(source: Source, advice: Advice, unseen: Collection[Path]) -> 
     files, initial = unseen or source.input_files, advice.settings["initial"]
     values: dict[str, Any] = {"window": advice.main.window, "baseline_file": None}
     if initial != "contiguous":
-        is_file = initial == "given"
-        values["baseline_file"] = options.typed()["initial"] if is_file else RUNNING_FILE
-    return options.next_command("audit", f"placement.json {shlex.join(map(str, files))}", values)
+        values["baseline_file"] = _running_file(advice) or RUNNING_FILE
+    judged = f"{_proposed_file(advice)} {shlex.join(map(str, files))}"
+    return options.next_command("audit", judged, values)
+
+
+def _running_file(advice: Advice) -> str | None:
+    """Return the file of what runs, if --initial names one."""
+    return options.typed()["initial"] if advice.settings["initial"] == "given" else None
+
+
+def _proposed_file(advice: Advice) -> str:
+    """Return where the next commands write the proposed placement: not over what runs."""
+    return options.apart_from(_running_file(advice), "placement.json")
 
 
 def _go_back(advice: Advice) -> str | None:
@@ -448,6 +459,7 @@ def _serving(source: Source, advice: Advice) -> list[str]:
         redundant=redundant,
         nodes=problem.topology.nodes,
         split=problem.split,
+        placement=_proposed_file(advice),
         hidden_layers=hidden,
         dense_layers=dense,
         note=why,

@@ -230,6 +230,6 @@ def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     # Other methods than the default one place anew, wherever experts are.
     if fits and values["method"] is None:
         values["initial_file"] = str(placement_file)
-    values["out_file"] = OUT if placement_file.resolve() != Path(OUT).resolve() else f"new-{OUT}"
+    values["out_file"] = options.apart_from(placement_file, OUT)
     files = shlex.join(map(str, placed.source.input_files))
     return options.next_command("solve", files, values)

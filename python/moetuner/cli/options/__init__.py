@@ -226,6 +226,11 @@ def next_command(name: str, file: str, values: dict[str, Any], why: str = "") ->
     return text + (f"  # {why}" if why else "")
 
 
+def apart_from(running: str | Path | None, name: str) -> str:
+    """Return the name of a file to write to, with "new-" before it where that one runs."""
+    return f"new-{name}" if running is not None and same_file(running, name) else name
+
+
 class Number(click.FloatRange):
     """A number in a range, finite unless ``infinite`` allows "inf"; NaN is in none."""
 
