@@ -198,6 +198,8 @@ class Run:
         if not self.sees_all:
             self.objective = problem.objective_searched
             self.judge_of_last = problem.objective_sampled
+        # Of few slots the same are tried again and again: excess and value, without moves' price.
+        self._judged: dict[bytes, tuple[float, float]] = {}
         self.incumbents: list[Incumbent] = []
         self.bound: Bound | None = None
         self.details = Details()
@@ -207,7 +209,7 @@ class Run:
         # Seconds that judging a placement takes, and that the judgement on all windows will take.
         self.judging = self.judging_all = 0.0
 
-    @property
+    @cached_property
     def is_tiny(self) -> bool:
         """Whether slots are so few that the objective itself is tried on what they may hold."""
         return bool(self.problem.capacity.sum() <= effort.POLISHED_SLOTS)
@@ -299,20 +301,32 @@ class Run:
         begin = self.budget.gone
         slots = self.problem.filled(slots, None if self.moves is None else self.moves.initial)
         moves = 0 if self.moves is None else self.moves.count(slots)
-        excess, value = self._rank(slots, moves, self.objective)
+        key = slots.tobytes() if self.is_tiny else b""
+        worth = self._judged.get(key) or self._worth(slots, self.objective)
+        if key:
+            self._judged[key] = worth
+        excess, value = self._with_moves(worth, moves)
         incumbent = Incumbent(slots, excess, value, by, role, is_start, moves)
         self.judging = max(self.judging, self.budget.gone - begin)
         return incumbent
 
     def _rank(self, slots: Slots, moves: int, objective: Objective) -> tuple[float, float]:
+        """Compute excess, and value with the price of moves."""
+        return self._with_moves(self._worth(slots, objective), moves)
+
+    def _with_moves(self, worth: tuple[float, float], moves: int) -> tuple[float, float]:
+        """Return excess, and value with the price of moves."""
+        excess, value = worth
+        return excess, value + (0.0 if self.moves is None else self.moves.price * moves)
+
+    def _worth(self, slots: Slots, objective: Objective) -> tuple[float, float]:
         """Compute excess and value; slots that break a rule but the caps exceed all of them."""
         placement, problem = Placement(slots, num_experts=self.problem.experts), self.problem
         excess = float(problem.caps.excess(placement).sum())
         over = ((slots != EMPTY).sum(axis=2) > problem.capacity).any()
         if over or problem.rules.violations(placement):
             excess = np.inf
-        price = 0.0 if self.moves is None else self.moves.price * moves
-        return excess, objective.value(placement) + price
+        return excess, objective.value(placement)
 
     def offer(
         self,
