@@ -230,7 +230,7 @@ def test_a_larger_budget_gives_no_worse_placement(goal, seed):
     problem, initial = problem_of(goal, seed), contiguous(3, 16, 4)
     slots = int(problem.capacity.sum())
     before = (np.inf, np.inf)
-    for limit in (0, 1, 2, 5, 8, 13, 22, 40, slots - 1, slots):
+    for limit in (0, 1, 2, 5, 13, 40, slots - 1, slots):
         result = mt.solve(problem, "heuristic", initial=initial, move_budget=limit, iterations=100)
         excess, value = rank(problem, result.placement)
         assert (round(excess, 9), value * (1 - 1e-9)) <= before, limit

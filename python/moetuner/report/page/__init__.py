@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetuner._checks import path_in
 from moetuner._core import __version__
@@ -25,6 +25,9 @@ from moetuner.report.cells import finite
 from moetuner.report.page.data import PageData, data_of_results
 from moetuner.report.page.panels import panels_of
 from moetuner.report.page.words import as_command, unbroken
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 EXTRA = "a report needs plotly and jinja2: pip install 'moetuner[report]'"
 
@@ -85,7 +88,6 @@ def write_report(
 def render(data: PageData) -> str:
     """Return the page as HTML."""
     check_libraries()
-    import jinja2
     from markupsafe import Markup
 
     panels, script, plotly = panels_of(data), own("page.js"), _plotly()
@@ -100,11 +102,7 @@ def render(data: PageData) -> str:
         for chart in panel.charts
     }
     contents = {"moetuner": __version__, **_slim(data.contents)}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"unbroken": unbroken, "as_command": as_command}
-    return environment.from_string(own("page.html")).render(
+    return _template().render(
         page=data,
         panels=panels,
         version=__version__,
@@ -116,6 +114,18 @@ def render(data: PageData) -> str:
         contents=_packed(_json(contents, indent=1)),
         has_charts=bool(charts),
     )
+
+
+@cache
+def _template() -> Template:
+    """Return the page's template, compiled."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"unbroken": unbroken, "as_command": as_command}
+    return environment.from_string(own("page.html"))
 
 
 @cache
