@@ -364,6 +364,22 @@ def test_audit_says_what_to_record_where_one_group_got_worse(ok, tmp_path):
     assert "To do: record more of loses and solve again. --groups minimax" in text
 
 
+def test_audit_keeps_what_a_mix_gains_from_though_every_group_alone_loses(ok, tmp_path):
+    """Both groups have a device each, so that a mix of them is even; that is no reason to undo."""
+    group, random = np.arange(4000) // 20 % 2, np.random.default_rng(0)
+    ids = (group + 2 * (random.random(4000) < 0.4))[:, None, None]
+    labels = {"sequence": np.arange(4000) // 20, "group": group, "group_names": ("a", "b")}
+    mt.RoutingTrace.from_arrays(ids, num_experts=4, **labels).save(tmp_path / "t.safetensors")
+    mt.Placement([[[0, 2], [1, 3]]]).save(tmp_path / "p.json")
+    judged = ("--measure", "imbalance", "--window", 40)
+    text = ok("audit", tmp_path / "p.json", tmp_path / "t.safetensors", *judged)
+    assert re.search(
+        r"^All traffic: p\.json has [\d.]+ % less imbalance than contiguous", text, re.M
+    )
+    assert re.search(r"^worse in imbalance, beyond chance: (a|b) .*, (a|b) ", text, re.M)
+    assert "To do: keep p.json if the groups are served together, as all traffic gains" in text
+
+
 def test_audit_judges_nothing_of_few_windows(as_json, ok, solved, table, tmp_path):
     """Three windows of a group are too few, also for --fail-if-worse; that is said."""
     blocks = tmp_path / "blocks.json"

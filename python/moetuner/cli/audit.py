@@ -169,7 +169,15 @@ def _advice(audited: Judgement, judged: tuple[str, ...], against: str) -> Iterat
         yield f"too few {kind}s to judge (below {FEWEST}): {listed(too_few, NAMED)}"
     worse = audited.worse(measures=judged)
     if worse and {each.group for each in worse} >= audited.groups.keys():
-        yield f"To do: keep {against}, or solve again on traffic of this kind."
+        low = audited.gain.low
+        if audited.groups and low is not None and low > 0:
+            _, placed = audited.gain.names
+            yield (
+                f"To do: keep {placed} if the groups are served together, as all traffic gains "
+                f"then; keep {against} if each is served alone."
+            )
+        else:
+            yield f"To do: keep {against}, or solve again on traffic of this kind."
     elif worse:
         group = worse[0].group
         yield (
