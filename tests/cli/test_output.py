@@ -181,6 +181,21 @@ def test_an_option_and_its_value_stay_on_one_line(monkeypatch, capsys, columns):
     assert max(map(len, rows)) <= columns
 
 
+@pytest.mark.parametrize("columns", range(40, 80))
+def test_a_number_and_its_unit_stay_on_one_line(monkeypatch, capsys, columns):
+    """No line begins with a unit."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    text = "A layer takes 20.2 % less time, 1,245.1 to 993.0 us (95 % interval 19.9 to 20.6 %)."
+    moved = "To move: 35.2 GB of 90.2 GB, at least 326 ms, or 1.5 s; a step has 512 tokens."
+    output.Output().say(f"{text} {moved}")
+    rows = capsys.readouterr().out.splitlines()
+    assert " ".join(rows) == f"{text} {moved}"
+    assert not any(re.match(r"%|us|ms|s\b|GB", row) for row in rows)
+    assert max(map(len, rows)) <= columns
+
+
 def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
     """Verdict, phases, reasons, one table without empty columns, and next steps, of two nodes."""
     monkeypatch.setenv("COLUMNS", "100")

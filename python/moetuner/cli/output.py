@@ -32,6 +32,8 @@ from moetuner.solver import Progress
 # Tables, and all that goes to a file or another program, are not fitted to any screen.
 UNLIMITED = 1000
 STANDARD_OUTPUT = 1
+# What stays on the line of what follows it.
+JOINED = re.compile(r"(--[a-z][a-z-]*(?= [^ ])|\d(?= (?:%|us\b|ms\b|s\b|[kMGT]?B\b))) ")
 # Colours of answers on a terminal; NO_COLOR takes them away.
 COLOURS = {"worth a trial": "green", "not now": "bright_black", "not enough evidence": "yellow"}
 COLOURS |= {"not left": "green", "served": "yellow", "worse": "red"}
@@ -95,8 +97,8 @@ class Output:
             return row
         hanging = "  " if row.startswith(("- ", "! ")) else ""
         rules: Any = {"break_long_words": False, "break_on_hyphens": False}
-        # Lines have no control characters, so one can join an option to its value.
-        joined = re.sub(r"(--[a-z][a-z-]*) (?=[^ ])", "\\1\x1f", row)
+        # Lines have no control characters: one joins an option to its value, a number to its unit.
+        joined = JOINED.sub("\\1\x1f", row)
         filled = textwrap.fill(joined, self._width, subsequent_indent=hanging, **rules)
         return filled.replace("\x1f", " ")
 
