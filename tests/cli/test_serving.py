@@ -46,6 +46,7 @@ def test_counts_are_evaluated_as_recorded(ok, tmp_path):
     assert "its windows are evaluated as recorded" in mixed
     assert "its windows are evaluated as recorded" not in plain
     assert mixed.split("\n\n")[1] == plain.split("\n\n")[1]
+    assert not plain.endswith("\n\n")  # nothing comes last that needs a space before it
 
 
 @pytest.mark.parametrize("command", ["evaluate", "audit"])

@@ -79,9 +79,10 @@ def command(
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
     output.say(_mixed(traffic, mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
-    output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]), "")
-    output.say(*(f"Losses: {losses.sentence}." for losses in evaluation.losses.values()))
-    output.say(*(_ports(name, ports) for name, ports in evaluation.busiest_port.items()))
+    output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]))
+    losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
+    last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
+    output.say(*[""] * bool(last), *last)
     contents = placed.contents(mixed_seed=mixed_seed, waterfill=waterfill, without=list(lost))
     contents["placement"] = str(placement_file)
     contents["baseline"] = None if baseline_file is None else str(baseline_file)
