@@ -46,6 +46,20 @@ def test_the_answer_is_of_the_traffic_and_of_the_placement(run, ok, folder, answ
         assert "has not left" in ok("drift", "placement.json", table, "--profile", table)
 
 
+def test_the_same_shares_in_less_even_windows_are_said(ok, folder):
+    """Experts have the profile's tokens, most of a window's on one device: that is not denied."""
+    rng = np.random.default_rng(1)
+    of_first = 1 + rng.permutation(np.linspace(-0.7, 0.7, 80))
+    apart = np.repeat(np.stack([of_first, 2 - of_first], axis=1), 4, axis=1)[:, None]
+    np.savez("apart.npz", load=rng.poisson(PROFILE * apart, (80, 2, 8)))
+    words = "windows are less even than the profile's, though: +"
+    drift = ("drift", "p.json", "--profile", "profile.npz")
+    out = ok(*drift, "apart.npz")
+    assert "has not left the profile: keep the placement" in out
+    assert words in out
+    assert words not in ok(*drift, "not-left.npz")
+
+
 @pytest.mark.parametrize("machine", [("--topology", "pcie5-island2"), ("--devices", 2)])
 @pytest.mark.parametrize("slots", [4, 6])
 def test_the_next_placement_is_for_the_same_machine(as_json, ok, brief, folder, machine, slots):
