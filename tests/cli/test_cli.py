@@ -318,6 +318,20 @@ def test_evaluate_predicts_times(as_json, ok, solved, trace, recorded, tmp_path)
             assert actual[figure] == getattr(wanted, figure)
 
 
+def test_groups_that_do_not_fill_a_window_are_named(as_json, ok, solved, trace, recorded, tmp_path):
+    """Such a group is one window of its tokens, as its figures show; solve shows none of groups."""
+    sizes = np.bincount(recorded.group)
+    window, out = int(sizes.max()) + 1, tmp_path / "p.json"
+    text, _, placement = solved("--devices", 4, "--method", "lpt", "--window", window)
+    line = f"a group of fewer tokens is one window: even ({sizes[0]:,}), odd ({sizes[1]:,})."
+    assert "a group of fewer" not in text
+    assert line in ok("evaluate", out, trace, "--window", window)
+    assert "a group of fewer" not in ok("evaluate", out, trace, "--window", int(sizes.min()))
+    shown = as_json("evaluate", out, trace, "--window", window)["by_group"]["odd"]
+    alone = mt.evaluate(placement, recorded.select(groups=["odd"]), window=int(sizes[1]))
+    assert shown["imbalance"] == alone.imbalance
+
+
 def test_audit_names_groups_and_fails_on_demand(as_json, run, ok, solved, trace, tmp_path):
     """All traffic in one sentence, groups that got worse by name, what to do, and status 3."""
     blocks, all_on_two = tmp_path / "p.json", tmp_path / "two.json"

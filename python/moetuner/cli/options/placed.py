@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moetuner import cost, topology
 from moetuner._checks import (
     expert_size,
@@ -38,10 +40,11 @@ from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import phases
-from moetuner.report.cells import counted
+from moetuner.report.cells import counted, listed
 from moetuner.report.outcome import left_over
 from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace
 
 # Sentences on what a placement is judged on, by what its fingerprint says.
 SEEN = (
@@ -49,6 +52,8 @@ SEEN = (
     '"moetuner solve --holdout 0.5" leaves a part to judge on.'
 )
 OTHER = "Judged on all of INPUT; the placement was computed from other traffic, or a part of it."
+# Groups that a sentence names.
+NAMED = 3
 ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
@@ -123,12 +128,26 @@ def described(topology: Topology) -> str:
     return f"{counted(topology.nodes, 'node')} of {devices}{name}"
 
 
-def windowed(sentence: str, source: Source, judged_on: Traffic) -> str:
-    """Add to a sentence which windows INPUT is judged in, and what is in none."""
+def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = "") -> str:
+    """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
     if not source.counted:
         return sentence
     rest = left_over(judged_on, source.replayed)
-    return f"{sentence} Windows have {source.counted:,} tokens{rest and f'; {rest}'}."
+    windows = [f"Windows have {source.counted:,} tokens", rest, groups]
+    return f"{sentence} {'; '.join(filter(None, windows))}."
+
+
+def short_groups(traffic: Traffic, window: int | None) -> str:
+    """Write which groups of a trace have fewer tokens than a window; "" if none has."""
+    if window is None or not isinstance(traffic, RoutingTrace) or traffic.group is None:
+        return ""
+    sizes = np.bincount(traffic.group, minlength=len(traffic.group_names)).tolist()
+    short = [
+        f"{text.name(group)} ({size:,})"
+        for group, size in zip(traffic.group_names, sizes, strict=True)
+        if 0 < size < window
+    ]
+    return f"a group of fewer tokens is one window: {listed(short, NAMED)}" if short else ""
 
 
 def held_out(part: Traffic, traffic: Traffic) -> str:
@@ -249,7 +268,8 @@ class Placed:
         if is_seen and share:
             part, sentence = unseen, held_out(unseen, traffic)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
-        return part, windowed(sentence, self.source, part), facts
+        groups = short_groups(part, self.source.counted)
+        return part, windowed(sentence, self.source, part, groups), facts
 
     def _fingerprint(self, traffic: Traffic) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
