@@ -182,6 +182,22 @@ def test_worthless_recordings(load, words):
         assert [words in line for line in doubts(trace)] == ([] if words is None else [True])
 
 
+def test_empty_windows_are_counted(as_json, tmp_path):
+    """Windows in which nothing was served make every mean look better, which is said."""
+    load = LOAD[[0, 0, 1, 1, 2]]
+    load[[1, 3]] = 0
+    (line,) = doubts(mt.RoutingStatistics.from_load(load))
+    assert line.startswith("Warning: 2 of 5 windows are empty, and count as steps of even load")
+    np.savez(tmp_path / "load.npz", load=load)
+    assert as_json("inspect", tmp_path / "load.npz")["input"]["warnings"] == [line]
+    uneven = mt.Placement([[range(6), range(6, 12)]] * load.shape[1])
+    all_windows, served = (
+        mt.evaluate(uneven, mt.RoutingStatistics.from_load(each)).imbalance
+        for each in (load, load[[0, 2, 4]])
+    )
+    assert all_windows == pytest.approx((3 * served + 2) / 5)
+
+
 def test_counters_that_sum_over_steps_give_the_same(ok, as_json, tmp_path):
     """Times are of one step of the model's tokens, but for chance, however many a window has."""
     times, common = [], ("--devices", 4, "--method", "lpt", "--out", tmp_path / "p.json")

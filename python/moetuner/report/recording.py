@@ -66,6 +66,14 @@ def doubts(traffic: Traffic) -> list[str]:
             f"Warning: layer {layer} has exactly what layer {texts.index(texts[layer])} has{more}: "
             "record every layer by itself."
         )
+    if isinstance(traffic, RoutingStatistics):
+        empty = traffic.windows - int(np.count_nonzero(traffic.window_load.any(axis=(1, 2))))
+        if empty:
+            count = f"{empty:,} of {traffic.windows:,} windows {'is' if empty == 1 else 'are'}"
+            lines.append(
+                f"Warning: {count} empty, and count as steps of even load: leave out "
+                "windows in which nothing was served."
+            )
     return lines
 
 
