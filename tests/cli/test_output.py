@@ -196,6 +196,18 @@ def test_a_number_and_its_unit_stay_on_one_line(monkeypatch, capsys, columns):
     assert max(map(len, rows)) <= columns
 
 
+@pytest.mark.parametrize(("columns", "width"), [(80, 77), (81, 77), (82, 82), (200, 82)])
+def test_columns_are_closer_where_a_terminal_is_narrow(monkeypatch, capsys, columns, width):
+    """A table of six columns that needs 82 takes 77 on a terminal of 80."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    output.Output().table(["a" * 12] * 6, [["b"] * 6])
+    rows = [re.sub(r"\x1b\[\d*m", "", row).rstrip() for row in capsys.readouterr().out.splitlines()]
+    assert [len(row) for row in rows] == [width] * 2
+
+
 def test_advice_takes_25_lines_of_100_columns(monkeypatch, capsys):
     """Verdict, phases, reasons, one table without empty columns, and next steps, of two nodes."""
     monkeypatch.setenv("COLUMNS", "100")

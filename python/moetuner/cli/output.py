@@ -103,12 +103,17 @@ class Output:
         return filled.replace("\x1f", " ")
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print aligned columns: the first to the left, numbers to the right."""
+        """Print aligned columns: the first to the left, numbers to the right.
+
+        They are closer on a terminal that is too narrow otherwise.
+        """
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for i, title in enumerate(head):
             table.add_column(title, justify="right" if i else "left", no_wrap=True)
         for row in rows:
             table.add_row(*map(name, row))
+        if self._console.measure(table).maximum > self._width:
+            table.padding = (0, 1, 0, 0)
         if not self.quiet:
             self._console.print(table, soft_wrap=True)
 
