@@ -90,6 +90,9 @@ test-rust:  ## tests of the core alone
 	@if cargo nextest --version > /dev/null 2>&1; then cargo nextest run; else cargo test --lib --tests; fi
 	cargo test --quiet --doc
 
+# Tests run side by side, one a core: threads of numpy's and torch's own would only wait for each other.
+test-python: export OPENBLAS_NUM_THREADS := 1
+test-python: export OMP_NUM_THREADS := 1
 test-python: $(CORE) $(TOOLS)  ## tests of the package
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
