@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
+from moetuner.evaluation.arrival import mixed_windows
 from moetuner.placement import blocks
 from moetuner.problem.windows import CERTAIN, windows_of
 
@@ -71,3 +72,21 @@ def test_longer_windows_differ_from_each_other(windows):
     apart = np.abs(drawn / total - 1).mean(axis=0)
     assert (apart > 0.03).all()
     assert drawn.mean(axis=0) == pytest.approx(total, rel=0.35)
+
+
+@pytest.mark.parametrize("longer", [1, 4])
+def test_they_are_as_far_from_what_was_seen_as_unseen_traffic_is(longer):
+    """Means of what was seen alone would be less than half as far: they share its mean."""
+    random = np.random.default_rng(longer)
+    # So many tokens that what chance draws of them is small beside how windows differ.
+    load = np.rint(random.lognormal(13, 0.5, (2, 40 * longer, 3, 16))).astype(np.int64)
+    seen, unseen = load
+    statistics = mt.RoutingStatistics.from_load(seen, window=100)
+    found = windows_of(statistics, "mixed", "mean", None, tokens=100 * longer)
+    steps = mixed_windows(unseen, size={1: 16, 4: 64}[longer])
+
+    def distance(windows):
+        return float(((windows - seen.mean(axis=0)) ** 2).mean())
+
+    far = distance(np.concatenate([windows for _, windows in steps]))
+    assert 0.8 < distance(found.load / longer) / far < 1.7

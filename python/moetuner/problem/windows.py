@@ -28,8 +28,9 @@ SAMPLED = 2048
 # by which fewer are drawn in windows of mixed arrival.
 CERTAIN, SEED = 1e12, 1
 # How many times as many windows are mixed into a longer one, and how many longer ones there are at
-# the least ("Mixed windows" in docs/experiments.md).
-LONGER, FEWEST = 4, 8
+# the least; and what unseen traffic adds to the variance of a mean, as a part of a window's over the
+# number of windows ("Mixed windows" in docs/experiments.md).
+LONGER, FEWEST, UNSEEN = 4, 8, 3
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
 # Largest of the numbers: sums of their products are exact, so that all machines merge alike.
@@ -297,13 +298,16 @@ def _weigh(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
 def _mix(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
     """Return windows of mixed arrival [M,L,E], each as long as ``times`` of those counted.
 
-    A longer step has tokens of more sequences, but not of all: of half of the windows at the most,
-    else none would differ from another.
+    A longer step has tokens of more sequences. Means of unseen traffic are further from those of
+    what was seen than these from each other: by chance twice a window's variance over the number of
+    windows, and more as neighbours are alike. Means of fewer windows vary by as much, so that a
+    search does not put experts together whose loads rise together from prompt to prompt.
     """
     steps = slice(None) if statistics.is_step.all() else statistics.is_step
     load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
     if times > 1:
-        count, size = max(count, FEWEST), max(min(LONGER * WINDOWS_MIXED, len(load) // 2), 1)
+        count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
+    size = max(int(1 / (1 / size + UNSEEN / len(load))), 1)
     drawn = mixed_windows(load, weight, count, size=size)
     mean = np.concatenate([part for _, part in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))
