@@ -187,7 +187,7 @@ def test_empty_windows_are_counted(as_json, tmp_path):
     load = LOAD[[0, 0, 1, 1, 2]]
     load[[1, 3]] = 0
     (line,) = doubts(mt.RoutingStatistics.from_load(load))
-    assert line.startswith("Warning: 2 of 5 windows are empty, and count as steps of even load")
+    assert line.startswith("Warning: empty windows, 2 of 5, count as steps of even load")
     np.savez(tmp_path / "load.npz", load=load)
     assert as_json("inspect", tmp_path / "load.npz")["input"]["warnings"] == [line]
     uneven = mt.Placement([[range(6), range(6, 12)]] * load.shape[1])

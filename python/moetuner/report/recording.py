@@ -69,10 +69,9 @@ def doubts(traffic: Traffic) -> list[str]:
     if isinstance(traffic, RoutingStatistics):
         empty = traffic.windows - int(np.count_nonzero(traffic.window_load.any(axis=(1, 2))))
         if empty:
-            count = f"{empty:,} of {traffic.windows:,} windows {'is' if empty == 1 else 'are'}"
             lines.append(
-                f"Warning: {count} empty, and count as steps of even load: leave out "
-                "windows in which nothing was served."
+                f"Warning: empty windows, {empty:,} of {traffic.windows:,}, count as steps of even "
+                "load: leave out windows in which nothing was served."
             )
     return lines
 
