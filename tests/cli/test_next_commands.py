@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,26 @@ def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, 
         assert "moetuner collect" not in record
         assert again.startswith("moetuner advise MORE")
         assert "--group-by files" in again
+
+
+@pytest.mark.parametrize("engine", ["vllm", None])
+@pytest.mark.parametrize("tokens", [60, 4000])
+def test_names_of_one_recording_are_not_those_of_another(
+    as_json, tmp_path, monkeypatch, engine, tokens
+):
+    """--group-by FILE names sequences of INPUT: what is recorded next has a file of its own."""
+    monkeypatch.chdir(tmp_path)
+    replace(recorded(tokens), group=None).save("trace.safetensors")
+    names = ["first", "second"] * 40
+    (tmp_path / "mine.csv").write_text("\n".join(["kind", *names[: -(-tokens // 50)]]) + "\n")
+    words = ["--devices", 4, "--copies", 0, "--splits", 1, "--price", 0.9]
+    chosen = [] if engine is None else ["--for", engine]
+    words += ["--group-by", "mine.csv:kind", *chosen]
+    advice = as_json("advise", "trace.safetensors", *words)
+    assert advice["answer"] == ("not enough evidence" if tokens == 60 else "not now")
+    name = "MORE" if tokens == 60 else "NEWER"
+    other = "files" if tokens == 60 and engine else f"{name}.csv:kind"
+    assert f"moetuner advise {name} --group-by {other} " in advice["commands"][-1]
 
 
 def test_a_recording_tells_its_engine(as_json, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection
 from dataclasses import fields, replace
@@ -326,7 +327,7 @@ def next_commands(
         again = "again, when traffic, engine or the number of devices has changed"
         return [
             line("inspect", file, reading, "what there is to win, layer by layer"),
-            line("advise", "NEWER", typed, again),
+            line("advise", "NEWER", _of_other(typed, "NEWER"), again),
         ]
     if advice.answer != "worth a trial":
         return _recording(source, advice, typed)
@@ -341,11 +342,11 @@ def _recording(source: Source, advice: Advice, typed: dict[str, Any]) -> list[st
     if engine is not None and ENGINES[engine].record:
         command = ENGINES[engine].record.format(devices=advice.problem.devices)
         page = f"docs/engines/{engine.replace('-', '_')}.md"
-        by_file = {**typed, "group_by": typed.get("group_by") or FILES}
         return [
             f"{command}  # record into MORE, a file for each kind of traffic: {page}",
-            line("advise", "MORE", by_file),
+            line("advise", "MORE", {**typed, "group_by": FILES}),
         ]
+    typed = _of_other(typed, "MORE")
     if advice.main.window is None:
         return [line("advise", "MORE", typed, "MORE: more windows, of all kinds of traffic")]
     return [
@@ -353,6 +354,16 @@ def _recording(source: Source, advice: Advice, typed: dict[str, Any]) -> list[st
         "as the engine records them, see docs/engines",
         line("advise", "MORE", typed),
     ]
+
+
+def _of_other(typed: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return options of another recording, which a file of INPUT's names does not fit."""
+    names = typed.get("group_by")
+    if names is None or names == FILES:
+        return typed
+    # The names of other requests, windows or sequences, as NEWER.csv:kind for mine.csv:kind.
+    ending = re.search(r"(\.\w+(:.*)?)?$", str(names))
+    return {**typed, "group_by": f"{name}{ending[0] if ending else ''}"}
 
 
 def _judging(
