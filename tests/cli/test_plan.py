@@ -86,3 +86,14 @@ def test_what_makes_no_plan_is_one_line(run, files, arguments, line):
     assert status == 2
     assert len(errors.splitlines()) == 1
     assert line in errors
+
+
+def test_bytes_are_of_the_placements_model(as_json, files):
+    """Counts of an engine name no model; the placement that runs does, as it says to diff."""
+    running, _ = files
+    settings = {"input": {"model": "deepseek-v3", "weight_bits": 16}}
+    running.with_names(model="deepseek-v3", settings=settings).save("running.json")
+    planned = as_json("plan", "running.json", "load.npz", "--without", 1)
+    assert planned["expert_bytes"] == 2 * 3 * 7168 * 2048
+    plain = as_json("diff", "running.json", "running.json")
+    assert planned["expert_bytes"] == plain["expert_bytes"]

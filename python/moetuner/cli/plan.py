@@ -122,7 +122,9 @@ def command(
     topology = machine.topology(running.devices, settings.get("topology"))
     if expert_bytes is None:
         size = settings.get("expert_size") or source.traffic.expert_size
-        expert_bytes = bytes_of_expert(size, source.traffic.model, source.weight_bits)
+        # INPUT may be counts alone: what is moved is the placement's.
+        bits = source.weight_bits or settings["input"].get("weight_bits")
+        expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
     if table_file is not None:

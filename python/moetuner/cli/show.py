@@ -59,7 +59,10 @@ def command(
 def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Iterator[str]:
     """Write who made it and when, for what, from what, and what it is worth."""
     if "method" not in settings:
-        yield f"File of {moment}, without settings of moetuner: an engine's map, or an older file."
+        yield (
+            f"File of {moment}, which does not say what it was computed for: it is of plan, of an "
+            "engine, or older."
+        )
         return
     made = f"moetuner {settings.get('version')}, method {settings['method']}"
     yield (
