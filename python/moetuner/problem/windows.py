@@ -28,8 +28,8 @@ SAMPLED = 2048
 # by which fewer are drawn in windows of mixed arrival.
 CERTAIN, SEED = 1e12, 1
 # How many times as many windows are mixed into a longer one, and how many longer ones there are at
-# the least; and what unseen traffic adds to the variance of a mean, as a part of a window's over the
-# number of windows ("Mixed windows" in docs/experiments.md).
+# the least; and what unseen traffic adds to the variance of a mean, in variances of a window over
+# the number of windows ("Mixed windows" in docs/experiments.md).
 LONGER, FEWEST, UNSEEN = 4, 8, 3
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
