@@ -254,12 +254,13 @@ class Placed:
         share, recorded = settings.get("holdout", 0), settings.get("input", {})
         is_other = any(recorded.get(name, size) != size for name, size in size_of(traffic).items())
         seen, unseen = traffic, traffic
-        if share and not is_other:
-            try:
-                seen, unseen = hold_out(traffic, share, seed=nth_seed(settings["seed"], 0))
-            except ValueError:  # of other traffic, from which nothing can be held out
-                is_other = True
-        fingerprint = "" if is_other else self._fingerprint(seen)
+        with working("looking for what was held out"):
+            if share and not is_other:
+                try:
+                    seen, unseen = hold_out(traffic, share, seed=nth_seed(settings["seed"], 0))
+                except ValueError:  # of other traffic, from which nothing can be held out
+                    is_other = True
+            fingerprint = "" if is_other else self._fingerprint(seen)
         part, sentence, is_seen = traffic, ALL, None
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
