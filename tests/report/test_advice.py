@@ -144,6 +144,10 @@ def test_groups_that_lose_are_named():
         "window=512)."
     )
     assert [warning for warning in advice.warnings if "Slower in" in warning] == [line]
+    # What is not proposed is written nowhere that an audit could read.
+    refused = advise(trace, TWO_NODES, copies=(0,), splits=1, price=0.9)
+    assert refused.answer == "not now"
+    assert line.partition(" To repeat")[0] in refused.warnings
 
 
 def test_the_audit_of_groups_names_what_runs():

@@ -126,14 +126,8 @@ def conclude(advice: Advice, notes: Sequence[str] = ()) -> Advice:
         else:
             overruling += _weigh_drift(advice, advice.drift, warnings)
     main = advice.main
-    losers = main.worse(LEAST_SHOWN, measures=(main.measure,)) if main.groups else []
-    if losers:
-        names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
-        warnings.append(
-            f"Slower in {write_windows_of(main)}, each group alone and beyond chance: "
-            f"{listed(names, LOSERS)}; one placement cannot suit all groups. To repeat: "
-            f"{write_audit(advice)}."
-        )
+    slower = _write_slower(advice)
+    warnings += [slower] * bool(slower)
     if advice.settings["devices"] == 1:
         overruling.append(("not now", "there is one device, so all placements are alike."))
         reasons = []
@@ -156,6 +150,9 @@ def conclude(advice: Advice, notes: Sequence[str] = ()) -> Advice:
     if overruling:
         answer, why = overruling[-1]
         reasons = [*(reason for _, reason in overruling[-2::-1]), *reasons]
+    # Only what is worth a trial is solved again, and so can be audited.
+    if slower and answer == "worth a trial":
+        warnings[warnings.index(slower)] += f" To repeat: {write_audit(advice)}."
     head = _write_headline(advice, answer, why) + mixed * (answer == "worth a trial")
     reasons = [head, *(reason for reason in reasons if reason not in head)]
     # A name that is written with a small letter first, as vLLM, keeps it.
@@ -164,6 +161,19 @@ def conclude(advice: Advice, notes: Sequence[str] = ()) -> Advice:
         f"{letter}{each[1:]}".rstrip(".") + "." for letter, each in zip(first, reasons, strict=True)
     )
     return replace(advice, answer=answer, reasons=tuple(sentences), warnings=tuple(warnings))
+
+
+def _write_slower(advice: Advice) -> str:
+    """Write which groups the proposed placement serves worse; "" if none."""
+    main = advice.main
+    losers = main.worse(LEAST_SHOWN, measures=(main.measure,)) if main.groups else []
+    if not losers:
+        return ""
+    names = [f"{name(each.group)} ({100 * each.change.value:.1f} %)" for each in losers]
+    return (
+        f"Slower in {write_windows_of(main)}, each group alone and beyond chance: "
+        f"{listed(names, LOSERS)}; one placement cannot suit all groups."
+    )
 
 
 def write_notes(request: Request, advice: Advice) -> list[str]:
