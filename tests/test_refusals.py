@@ -82,7 +82,7 @@ class Elsewhere:
 
 # A call, and what its error says.
 WRONG = r"""
-trace(Elsewhere()) | got a Elsewhere: can't convert cuda:0 tensor to numpy.
+trace(Elsewhere()) | got an Elsewhere: can't convert cuda:0 tensor to numpy.
 trace(put(7, 2, 8)) | expert_ids: token 7, layer 2: expert id 8 is not below num_experts 8
 trace(put(49, 1, -1, int)) | expert_ids: token 49, layer 1: expert id -1 is negative
 trace(put(3, 1, 1 << 40, int)) | token 3, layer 1: expert id 1099511627776 is not below num_experts

@@ -81,16 +81,20 @@ class MissingArgumentError(ArgumentError):
     """What a file does not say, and an argument has to."""
 
 
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
 def shown(value: object) -> str:
     """Return what a message says of a value: one short line."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     if not isinstance(value, PLAIN):
-        return f"a {type(value).__name__}"
+        return _with_article(type(value).__name__)
     try:
         text = " ".join(SHORT.repr(value).split())
     except ValueError:  # a number of thousands of digits
-        return f"a {type(value).__name__}"
+        return _with_article(type(value).__name__)
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
@@ -98,9 +102,8 @@ def shown(value: object) -> str:
 def instance(name: str, value: object, *kinds: type, hint: str = "") -> None:
     """Check that an argument is of a class; ``hint`` says how to make one."""
     if not isinstance(value, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        article = "an" if wanted[0] in "AEIOU" else "a"
-        raise TypeError(f"{name} must be {article} {wanted}{hint}, got {shown(value)}")
+        wanted = _with_article(" or ".join(kind.__name__ for kind in kinds))
+        raise TypeError(f"{name} must be {wanted}{hint}, got {shown(value)}")
 
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> None:
