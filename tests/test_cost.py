@@ -1,5 +1,6 @@
 """CostModel: the formula, its fit to measurements, and the prices that it gives solvers."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -262,3 +263,14 @@ def test_models_have_the_bits_they_were_published_in(name, bits):
     assert cost.bytes_of_expert((hidden, intermediate), name) == read
     # No expert is read faster than the memory gives its bytes.
     assert model.expert_us == pytest.approx(read / GPUS["h100"].memory_bandwidth / 0.6 * 1e6)
+
+
+def test_what_an_assumed_model_says_to_do_ends_the_assumption(make_trace):
+    """Traces and statistics do not change, so the sentence has a call that makes another."""
+    trace = replace(make_trace(100), model=None)
+    for traffic in (trace, mt.RoutingStatistics.from_trace(trace, window=50)):
+        sentence = cost.assumed_model(cost.cost_model_of(traffic))
+        call = sentence.partition(": name one by ")[2].removesuffix(".").replace("...", "name")
+        values = {"dataclasses": dataclasses, "traffic": traffic, "name": "mixtral-8x7b"}
+        named = eval(call, values)
+        assert cost.assumed_model(cost.cost_model_of(named)) is None

@@ -757,4 +757,4 @@ def assumed_model(model: CostModel) -> str | None:
     if not assumed:
         return None
     whose = f"times are of DeepSeek-V3's experts{model.weights.replace(', weights', '')}"
-    return f"{why[:-1]}, so {whose}: set traffic.model."
+    return f"{why[:-1]}, so {whose}: name one by dataclasses.replace(traffic, model=...)."

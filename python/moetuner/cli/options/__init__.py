@@ -406,7 +406,7 @@ def layer_list(layers: Sequence[int] | None) -> str | None:
 OPTIONS_OF = {
     "in_order=False": "--any-order",
     "group and group_names": "--group-by FILE",
-    "set traffic.model": "pass --model",
+    "name one by dataclasses.replace(traffic, model=...)": "pass --model",
     "traffic names no model": "INPUT names no model",
 }
 
