@@ -64,7 +64,7 @@ def are_least(caps: CapsDetails) -> bool:
 
 def scope(problem: Problem, caps: CapsDetails) -> str:
     """Return of which placements a bound on a solved problem, with such caps, is one."""
-    which = "placements" + (", copies included" if problem.may_copy else SINGLE)
+    which = "placements" + (" that may have copies" if problem.may_copy else SINGLE)
     if problem.goal != "traffic" and (where := phases.words(problem.shares)):
         which += f" in {where}"
     if not problem.caps.some:
