@@ -118,7 +118,7 @@ def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, 
     short.save("trace.safetensors")
     chosen = [] if engine is None else ["--for", engine]
     words = ["--devices", 4, "--copies", 0, "--splits", 1]
-    advice = as_json("advise", "trace.safetensors", *words, *chosen)
+    advice = as_json("advise", "trace.safetensors", *words, *chosen, "--only", "first")
     assert advice["answer"] == "not enough evidence"
     record, again = advice["commands"]
     if engine is None:
@@ -128,6 +128,7 @@ def test_what_to_record_is_the_engine_s_own_way(as_json, tmp_path, monkeypatch, 
         assert "moetuner collect" not in record
         assert again.startswith("moetuner advise MORE")
         assert "--group-by files" in again
+    assert ("--only first" in again) == (engine is None)
 
 
 @pytest.mark.parametrize("engine", ["vllm", None])

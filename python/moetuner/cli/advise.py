@@ -344,7 +344,8 @@ def _recording(source: Source, advice: Advice, typed: dict[str, Any]) -> list[st
         page = f"docs/engines/{engine.replace('-', '_')}.md"
         return [
             f"{command}  # record into MORE, a file for each kind of traffic: {page}",
-            line("advise", "MORE", {**typed, "group_by": FILES}),
+            # Groups are then called as the files are.
+            line("advise", "MORE", {**typed, "group_by": FILES, "only": None}),
         ]
     typed = _of_other(typed, "MORE")
     if advice.main.window is None:
