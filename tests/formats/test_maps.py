@@ -170,7 +170,13 @@ def test_maps_are_taken_wherever_placements_are(ok, trace, tmp_path, form):
     placement = mt.read_placement(as_map, devices=4)
     assert placement.slots.reshape(3, -1).tolist() == ROWS
     placement.save(as_placement)
-    for command in (("evaluate", "{}", trace), ("audit", "{}", trace, "--baseline", "{}")):
+    # A map that one engine alone loads is judged as that one serves; of a placement that is said.
+    engine = WRITERS[form_of(as_map)].engine
+    served = () if engine is None else ("--for", engine)
+    for command in (
+        ("evaluate", "{}", trace, *served),
+        ("audit", "{}", trace, "--baseline", "{}", *served),
+    ):
         texts = [
             ok(*(str(word).format(of) for word in command), "--devices", 4).replace(
                 of.name, as_map.name
