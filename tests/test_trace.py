@@ -366,3 +366,13 @@ def test_an_array_is_no_argument_of_the_class():
         TypeError, match=r"call RoutingTrace\.from_arrays\(expert_ids, num_experts="
     ):
         mt.RoutingTrace(np.zeros((4, 2, 1), int), 8)
+
+
+@given(st.lists(st.integers(-3, 5), max_size=20), st.booleans())
+def test_sequences_are_counted_in_any_order(labels, sorts):
+    """As many as there are different labels of tokens; without labels the number is unknown."""
+    labels = np.array(sorted(labels) if sorts else labels, dtype=np.int32)
+    ids = np.zeros((len(labels), 1, 1), dtype=np.uint8)
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=labels)
+    assert trace.sequences == len(set(labels.tolist()))
+    assert mt.RoutingTrace.from_arrays(ids, num_experts=2).sequences is None

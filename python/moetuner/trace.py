@@ -189,6 +189,16 @@ class RoutingTrace:
         return self.ids.shape[2]
 
     @property
+    def sequences(self) -> int | None:
+        """Number of sequences that have tokens; None where tokens have no sequence."""
+        labels = self.sequence
+        if labels is None or not len(labels):
+            return None if labels is None else 0
+        if (labels[:-1] <= labels[1:]).all():  # nothing to sort, as in most recordings
+            return 1 + int(np.count_nonzero(labels[:-1] != labels[1:]))
+        return len(np.unique(labels))
+
+    @property
     def expert_ids(self) -> check.IdArray:
         """All expert ids [T,L,K], read-only where they are not copied.
 
@@ -353,12 +363,11 @@ class RoutingTrace:
         return f"RoutingTrace({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        sequences = None if self.sequence is None else len(np.unique(self.sequence))
         groups = None if self.group is None else ", ".join(self.group_names)
         rows: list[tuple[str, Any]] = [
             ("model", self.model),
             *((name, getattr(self, name)) for name in ("tokens", "layers", "top_k", "num_experts")),
-            ("sequences", sequences),
+            ("sequences", self.sequences),
             ("groups", groups),
         ]
         return html_table(("", "RoutingTrace"), rows)

@@ -55,9 +55,8 @@ def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
     if isinstance(traffic, RoutingStatistics):
         kind = "load table" if traffic.transitions is None else "statistics"
         return described | {"kind": kind, "windows": traffic.windows}
-    sequences = None if traffic.sequence is None else len(set(traffic.sequence.tolist()))
     described |= {"kind": "trace", "top_k": traffic.top_k, "tokens": traffic.tokens}
-    return described | {"sequences": sequences}
+    return described | {"sequences": traffic.sequences}
 
 
 def size_of(traffic: Traffic) -> dict[str, int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from moetuner.cost import assumed_model
 from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import Comparison
@@ -88,11 +86,10 @@ def write_judged_on(request: Request, unseen: Traffic) -> str:
     """Write what placements are judged on, and what of it is in no window."""
     if isinstance(unseen, RoutingStatistics):
         text = counted(unseen.windows, "window")
-    elif unseen.sequence is None:
-        text = counted(unseen.tokens, "token")
     else:
-        sequences = counted(len(np.unique(unseen.sequence)), "sequence")
-        text = f"{counted(unseen.tokens, 'token')} of {sequences}"
+        text = counted(unseen.tokens, "token")
+        if unseen.sequences is not None:
+            text += f" of {counted(unseen.sequences, 'sequence')}"
     # The longest windows leave most over.
     longest = request.windows[-1]
     rest = left_over(unseen, longest)
