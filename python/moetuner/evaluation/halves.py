@@ -28,6 +28,7 @@ from moetuner.evaluation.replay import (
     Traffic,
     counts_of,
     members,
+    without_groups,
 )
 from moetuner.evaluation.units import Folds, Units
 from moetuner.files.ids import read_ahead
@@ -151,8 +152,7 @@ def _halve_anew(traffic: Traffic, asked: Sequence[_Asked]) -> list[ByGroup]:
     if not asked:
         return []
     (common, units, by_group, names), settings = asked[0], [each.setting for each in asked]
-    if not by_group and isinstance(traffic, RoutingTrace):
-        traffic = replace(traffic, group=None)
+    traffic = traffic if by_group else without_groups(traffic)
     rows = members(traffic)
     if not by_group:
         rows = {None: rows[None]}

@@ -239,6 +239,11 @@ def members(traffic: Traffic) -> dict[str | None, NDArray[np.integer[Any]]]:
     return rows
 
 
+def without_groups(traffic: Traffic) -> Traffic:
+    """Return traffic of which no group is replayed by itself: each is replayed once more."""
+    return replace(traffic, group=None) if isinstance(traffic, RoutingTrace) else traffic
+
+
 def counts_of(
     traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
 ) -> Iterator[dict[str | None, Counts]]:

@@ -217,22 +217,15 @@ def _units_of_sequences(trace: RoutingTrace) -> Units:
 
 
 def loads_of(
-    traffic: Traffic,
-    *,
-    window: int | None = None,
-    threads: int | None = None,
-    by_group: bool = True,
+    traffic: Traffic, *, window: int | None = None, threads: int | None = None
 ) -> RoutingStatistics:
-    """Count loads alone, in windows of the tokens of every group or of all tokens.
-
-    Statistics are as they are.
-    """
+    """Count loads alone, in windows of the tokens of every group; statistics are as they are."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
     return RoutingStatistics.from_trace(
         traffic,
         window=window,
-        by_group=by_group and traffic.group is not None and traffic.tokens > 0,
+        by_group=traffic.group is not None and traffic.tokens > 0,
         transitions=False,
         coactivation=False,
         threads=threads,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from moetuner.cost import CostModel, assumed_model
 from moetuner.evaluation import Evaluation, evaluate_in_windows
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import Traffic
+from moetuner.evaluation.replay import Traffic, without_groups
 from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
@@ -19,7 +19,6 @@ from moetuner.report.cells import counted, distinct, number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 # Figures of every table.
 MIXED = ("imbalance", "imbalance_mixed")
@@ -128,8 +127,7 @@ def replay(
     it. ``options`` are as for ``evaluate_each``; those that the problem has are the problem's.
     Times are predicted whatever the objective is.
     """
-    if not by_group and isinstance(traffic, RoutingTrace):
-        traffic = replace(traffic, group=None)
+    traffic = traffic if by_group else without_groups(traffic)
     for name in ("split", "regime", "arrival", "cost_model"):
         options.setdefault(name, getattr(problem, name))
     return evaluate_in_windows(placements, traffic, problem.topology, windows, **options)

@@ -14,7 +14,7 @@ from moetuner.evaluation.copies import Split
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import Traffic, members
+from moetuner.evaluation.replay import Traffic, members, without_groups
 from moetuner.evaluation.units import Units, loads_of, select
 from moetuner.placement import EMPTY, Placement
 from moetuner.report.advice.request import (
@@ -227,7 +227,7 @@ def judge_division(
     has_one = request.engine is not None and "lp" in request.engine.splits_by
     if not has_one or request.split == "lp" or (placement.replicas == 1).all():
         return None
-    counts = loads_of(part.unseen, window=window, threads=request.threads, by_group=False)
+    counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None
