@@ -21,6 +21,8 @@ fn made_of<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Ve
 const PERIOD: u32 = 1 << 12;
 /// The longest period of which all hashes are known of every part: that of up to eight copies, 840, is shorter.
 const LONGEST: u32 = 1 << 10;
+/// Bits in a word.
+const WORD: usize = 64;
 
 /// Where the experts of a layer are: units (devices or nodes) of every expert, in their order, and its share of them.
 #[derive(Debug)]
@@ -178,12 +180,12 @@ struct Hits {
 
 impl Hits {
     fn new(period: u32, copies: &[Vec<Holder>]) -> Self {
-        let words = period.div_ceil(u64::BITS) as usize;
+        let words = (period as usize).div_ceil(WORD);
         let mut bits = vec![0; words * copies.len()];
         for (bits, copies) in bits.chunks_exact_mut(words).zip(copies) {
             for hash in 0..period as usize {
                 let is_hit = |copy: &Holder| choose_copy(hash, copy.copies as usize) == copy.number as usize;
-                bits[hash / 64] |= u64::from(copies.iter().any(is_hit)) << (hash % 64);
+                bits[hash / WORD] |= u64::from(copies.iter().any(is_hit)) << (hash % WORD);
             }
         }
         Self { period, words, bits, served: vec![0; words] }
@@ -300,47 +302,22 @@ fn gcd(a: u32, b: u32) -> u32 {
 
 /// Tokens that visit every device and every node, of experts that are on one device each.
 fn visits_of_single(device: &[u32], node: &[u16], nodes: usize, sets: Sets<'_>) -> (Vec<f64>, Vec<f64>) {
-    let (mut devices, mut of_nodes) = (vec![0u64; node.len()], vec![0u64; nodes]);
-    if node.len() <= u64::BITS as usize {
-        let bit: Vec<u64> = device.iter().map(|&device| 1 << device).collect();
-        let bit_of_node: Vec<u64> = node.iter().map(|&node| 1 << node).collect();
-        for (ids, count) in sets.iter() {
-            let visited = ids.iter().fold(0, |visited, &e| visited | bit[usize::from(e)]);
-            let mut visited_nodes = 0;
-            for device in ones(visited) {
-                devices[device] += count;
-                visited_nodes |= bit_of_node[device];
-            }
-            ones(visited_nodes).for_each(|node| of_nodes[node] += count);
-        }
-    } else {
-        // The last set that was there.
-        let (mut last, mut last_of_nodes) = (vec![u32::MAX; node.len()], vec![u32::MAX; nodes]);
-        for (set, (ids, count)) in (0..).zip(sets.iter()) {
-            for &e in ids {
-                let device = device[usize::from(e)] as usize;
-                if last[device] != set {
-                    last[device] = set;
-                    devices[device] += count;
-                    let node = usize::from(node[device]);
-                    of_nodes[node] += if last_of_nodes[node] == set { 0 } else { count };
-                    last_of_nodes[node] = set;
-                }
+    // The last set that was there, and the tokens so far.
+    let mut devices = vec![(u32::MAX, 0u64); node.len()];
+    let mut of_nodes = vec![(u32::MAX, 0u64); nodes];
+    for (set, (ids, count)) in (0..).zip(sets.iter()) {
+        for &e in ids {
+            let device = device[usize::from(e)] as usize;
+            let here = &mut devices[device];
+            if here.0 != set {
+                *here = (set, here.1 + count);
+                let here = &mut of_nodes[usize::from(node[device])];
+                *here = (set, here.1 + if here.0 == set { 0 } else { count });
             }
         }
     }
-    let tokens = |counts: Vec<u64>| counts.into_iter().map(|count| count as f64).collect();
+    let tokens = |parts: Vec<(u32, u64)>| parts.into_iter().map(|(_, tokens)| tokens as f64).collect();
     (tokens(devices), tokens(of_nodes))
-}
-
-/// The places of the ones of a word, rising.
-fn ones(mut word: u64) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let place = word.trailing_zeros() as usize;
-        let is_one = word != 0;
-        word &= word.wrapping_sub(1);
-        is_one.then_some(place)
-    })
 }
 
 /// Expert sets of a layer.
