@@ -221,7 +221,7 @@ class RoutingStatistics(Frozen):
                 f"load must have at least one window, layer and expert, got {list(load.shape)}"
             )
         vars(self).update(
-            window_load=_narrowest(load),
+            window_load=narrowest(load),
             window=check.window_in(self.window),
             group_names=check.names(self.group_names),
             expert_size=check.expert_size(self.expert_size),
@@ -750,7 +750,7 @@ def _shares_in(load: Loads, choices: int) -> tuple[NDArray[np.float64], NDArray[
     return shares, np.rint(choices * (total / total.max()))[:, 0].astype(np.int64)
 
 
-def _narrowest(table: Loads) -> Loads:
+def narrowest(table: Loads) -> Loads:
     """Return a large table in the narrowest unsigned type that holds it: equal ones are alike."""
     is_large = table.size * 8 > NARROW_BYTES
     kind = np.min_scalar_type(int(table.max())) if is_large else np.dtype(np.uint64)

@@ -26,12 +26,12 @@ from moetuner.evaluation.replay import Traffic
 from moetuner.formats import reader_of, serving_commands, way_back
 from moetuner.formats.engines import ENGINES, engine_of
 from moetuner.problem.objective import Goal
-from moetuner.problem.phases import WINDOWS
+from moetuner.problem.phases import WINDOWS, name_phase
 from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name, write_audit, write_order
 from moetuner.report.advice.request import slots_of_running
-from moetuner.report.advice.values import Advice, name_phase, write_windows_of
+from moetuner.report.advice.values import Advice, write_windows_of
 from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
 from moetuner.statistics import RoutingStatistics
@@ -75,9 +75,10 @@ def command(
     """Advise whether a better placement is worth a trial.
 
     A placement is computed from half of INPUT and judged on the other half, in windows of 512
-    tokens (decode) and 8,192 (prefill) unless --window chooses; other splits show how far the gain
-    varies. The answer is "worth a trial", "not now" or "not enough evidence", with reasons, what
-    copies of experts would gain, what moving costs, and the next commands.
+    tokens (decode) and 8,192 (prefill; fewer of a short INPUT) unless --window chooses; other
+    splits show how far the gain varies. The answer is "worth a trial", "not now" or "not enough
+    evidence", with reasons, what copies of experts would gain, what moving costs, and the next
+    commands.
 
     Parameters
     ----------
@@ -289,8 +290,8 @@ def _write_moving(advice: Advice) -> list[str]:
     text += f"; experts take {before} per device now, {after} then" * (before != after)
     pays = "moving does not pay"
     if moving.steps is not None:
-        is_phase = advice.main.window in WINDOWS
-        step = f"{name_phase(advice.main)} step" if is_phase else "step"
+        phase = name_phase(advice.main.window)
+        step = "step" if phase is None else f"{phase} step"
         pays = f"paid back by {counted(int(moving.steps), step)}"
     lines = [f"{text}; {pays}."]
     return lines if advice.step is None else [*lines, f"{_write_step(advice)}."]
@@ -322,7 +323,7 @@ def next_commands(
         typed.pop(name, None)
 
     file = shlex.join(map(str, source.input_files))
-    if advice.answer == "not now":
+    if advice.answer == "not now" and not advice.prefill_lacks:
         reading = {field.name: typed.get(field.name) for field in fields(Source)}
         again = "again, when traffic, engine or the number of devices has changed"
         return [

@@ -17,6 +17,8 @@ Phases = Mapping[int, float]
 
 # Tokens of a step as engines decode, and as they read prompts.
 WINDOWS = (WINDOW, 8192)
+# Windows in which prefill is judged: the first that a recording fills twice.
+PREFILL_WINDOWS = (WINDOWS[1], 4096, 2048)
 # Share of the time that is prefill, if nobody says more. A recording has a sixteenth as many
 # windows of prefill, which a search fits the more easily. On unseen halves of gpt-oss-20b's prompts
 # (8 and 2 x 4 devices, two splits), us of decode and of prefill, with how much more that is than
@@ -26,13 +28,24 @@ WINDOWS = (WINDOW, 8192)
 #   share 0.2  48.60 (+0.2 %), 516.7 (+0.2 %)   82.66 (+0.2 %), 964.6 (+0.2 %)
 #   share 0.1  48.62 (+0.2 %), 521.3 (+1.1 %)
 PREFILL_SHARE = 0.2
-# Fewest windows of prefill to judge by.
-FEWEST = 2
 
 
 def prefill(share: float) -> dict[int, float]:
     """Return both phases, of whose time so much is prefill."""
     return dict(zip(WINDOWS, (1 - share, share), strict=True))
+
+
+def judged_windows(tokens: int) -> tuple[int, ...]:
+    """Return the windows to judge so many tokens in: of decode, and of prefill if they fill two."""
+    filled = [size for size in PREFILL_WINDOWS if tokens >= 2 * size]
+    return (WINDOWS[0], *filled[:1])
+
+
+def name_phase(window: int | None) -> str | None:
+    """Return the phase that has windows of so many tokens; None where neither has."""
+    if window == WINDOWS[0]:
+        return "decode"
+    return "prefill" if window in PREFILL_WINDOWS else None
 
 
 def checked(phases: object) -> dict[int, float]:
@@ -64,36 +77,28 @@ def from_keys(values: object) -> dict[int, float]:
 def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[int | None, float]:
     """Return the shares of the time, by tokens of a window, that count for some statistics.
 
-    Without phases, those that were counted from a trace in windows as engines decode have both, if
-    they have enough tokens for windows of prefill. All others are in one phase.
+    Without phases, those that were counted from a trace in windows as engines decode have both,
+    however few tokens there are. All others are in one phase.
     """
     if phases is None:
         of_trace = statistics.transitions is not None or statistics.sets is not None
-        if not of_trace or statistics.window != WINDOW or len(statistics.runs(WINDOWS[1])) < FEWEST:
+        if not of_trace or statistics.window != WINDOW:
             return {statistics.window: 1.0}
         phases = prefill(PREFILL_SHARE)
     total = sum(phases.values())
     shares: dict[int | None, float] = {
         tokens: share / total for tokens, share in phases.items() if share
     }
-    for tokens in shares:
-        if tokens != statistics.window and not has_windows(statistics, tokens):
-            size = statistics.window
-            own = "of unknown length" if size is None else f"of {size:,} tokens"
+    size = statistics.window
+    for tokens in phases:
+        if size is None or tokens % size:
+            own = "of unknown length" if size is None else f"of {size:,} tokens each"
             raise check.ArgumentError(
-                f"phases needs traffic that fills windows of {tokens:,} tokens, got "
-                f"{statistics.windows:,} windows {own}",
+                f"phases must be of whole windows of the traffic, which are {own}, "
+                f"got {tokens:,} tokens",
                 "phases",
             )
     return shares
-
-
-def has_windows(statistics: RoutingStatistics, tokens: int | None) -> bool:
-    """Return whether statistics fill at least one window of so many tokens."""
-    size = statistics.window
-    if size is None or tokens is None or tokens % size:
-        return size == tokens
-    return len(statistics.runs(tokens)) > 0
 
 
 def words(shares: Mapping[int | None, float]) -> str:

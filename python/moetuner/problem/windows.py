@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moetuner._checks import ArgumentError, is_number, shown, suggestion
 from moetuner.evaluation.arrival import WINDOWS_MIXED, Arrival, mixed_windows, share_mixed
 from moetuner.evaluation.blocks import blocks, by_block
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import Loads, RoutingStatistics, narrowest
 
 Floats = NDArray[np.float64]
 Risk = Literal["mean"] | float
@@ -31,6 +31,9 @@ CERTAIN, SEED = 1e12, 1
 # the least; and what unseen traffic adds to the variance of a mean, in variances of a window over
 # the number of windows ("Mixed windows" in docs/experiments.md).
 LONGER, FEWEST, UNSEEN = 4, 8, 3
+# Longer windows that a group must fill to be searched on them as recorded; of a group that fills
+# fewer they are scaled from shorter runs ("Short recordings" in docs/experiments.md).
+FILLED = 2
 # Numbers that windows are compared by, and rounds of the clustering.
 COMPARED, ROUNDS = 64, 5
 # Largest of the numbers: sums of their products are exact, so that all machines merge alike.
@@ -265,17 +268,17 @@ def _find_windows(
 ) -> Windows:
     """Return what ``windows_of`` does, computed anew."""
     by_group = None if groups is None else _group_weights(statistics, groups)
-    counted, times = statistics, 1
-    if tokens != statistics.window and tokens is not None:
-        statistics = statistics.joined(tokens)
-        times = tokens // (counted.window or tokens)
-    weight, group = _weigh(statistics, by_group), statistics.group
-    kind, many = (risk, groups == "minimax"), statistics.windows > MOST
-    load = statistics.window_load if many else statistics.window_load.astype(np.float64)
-    if share == 0 or len(load) < 2:
+    kind, times = (risk, groups == "minimax"), 1
+    load: NDArray[Any] = statistics.window_load
+    group, weight = statistics.group, _weigh(statistics, by_group)
+    if tokens is not None and statistics.window is not None and tokens != statistics.window:
+        times = tokens // statistics.window
+        load, group, weight = _join(statistics, times, by_group)
+    many = len(load) > MOST
+    load = load if many else load.astype(np.float64)
+    if share == 0 or statistics.windows < 2:
         return Windows(load, weight, group, *kind)
-    count = min(statistics.windows, MOST)
-    mixed = _mix(counted, _weigh(counted, by_group), count, times)
+    mixed = _mix(statistics, _weigh(statistics, by_group), min(len(load), MOST), times)
     mixed_weight = np.full(len(mixed), share * weight.sum() / len(mixed))
     weights = np.concatenate([weight * (1 - share), mixed_weight])
     if group is not None:
@@ -295,20 +298,58 @@ def _weigh(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
     return weight if by_group is None else weight * by_group[statistics.group]
 
 
+def _join(
+    statistics: RoutingStatistics, times: int, by_group: Floats | None
+) -> tuple[Loads, NDArray[np.int64] | None, Floats]:
+    """Return windows of ``times`` as many tokens [M,L,E], their groups [M] and weights [M].
+
+    They are runs of windows of one group. A group that fills fewer than ``FILLED`` of them has
+    windows that are scaled from shorter runs, and which count as the tokens of the group do: what a
+    search needs is a mean and how far steps are from it, which shorter runs tell as well.
+    """
+    label = np.zeros(statistics.windows, np.int64) if statistics.group is None else statistics.group
+    loads, places, groups, weights = [], [], [], []
+    for number in np.unique(label):
+        rows = np.flatnonzero(statistics.is_step & (label == number))
+        size, count = times, 1.0
+        if len(rows) < FILLED * times:
+            size = _size_of_mean(times, len(rows))
+            count = len(rows) / times / (len(rows) // size)
+        for run in rows[: len(rows) // size * size].reshape(-1, size):
+            total = statistics.window_load[run].sum(axis=0, dtype=np.uint64)
+            loads.append(np.rint(total * (times / size)).astype(np.uint64))
+            places.append(run[0])
+            groups.append(number)
+            weights.append(count)
+    order = np.argsort(places, kind="stable")
+    group, weight = np.array(groups, np.int64)[order], np.array(weights)[order]
+    if by_group is not None:
+        weight *= by_group[group]
+    return narrowest(np.stack(loads)[order]), None if statistics.group is None else group, weight
+
+
+def _size_of_mean(size: int, windows: int) -> int:
+    """Return the windows of a mean that is as far from that of all ``windows`` as unseen ones are.
+
+    Means of ``size`` windows of unseen traffic are further from the mean of what was seen than
+    these from each other: by chance twice a window's variance over the number of windows, and more
+    as neighbours are alike. Means of fewer windows vary by as much.
+    """
+    return max(int(1 / (1 / size + UNSEEN / windows)), 1)
+
+
 def _mix(statistics: RoutingStatistics, weight: Floats, count: int, times: int) -> Floats:
     """Return windows of mixed arrival [M,L,E], each as long as ``times`` of those counted.
 
-    A longer step has tokens of more sequences. Means of unseen traffic are further from those of
-    what was seen than these from each other: by chance twice a window's variance over the number of
-    windows, and more as neighbours are alike. Means of fewer windows vary by as much, so that a
-    search does not put experts together whose loads rise together from prompt to prompt.
+    A longer step has tokens of more sequences. They are means of as few windows as unseen traffic
+    asks for, so that a search does not put experts together whose loads rise together from prompt
+    to prompt.
     """
     steps = slice(None) if statistics.is_step.all() else statistics.is_step
     load, weight, size = statistics.window_load[steps], weight[steps], WINDOWS_MIXED
     if times > 1:
         count, size = max(count, FEWEST), LONGER * WINDOWS_MIXED
-    size = max(int(1 / (1 / size + UNSEEN / len(load))), 1)
-    drawn = mixed_windows(load, weight, count, size=size)
+    drawn = mixed_windows(load, weight, count, size=_size_of_mean(size, len(load)))
     mean = np.concatenate([part for _, part in drawn]) * times
     return _draw_tokens(mean, float(weight.mean()))
 

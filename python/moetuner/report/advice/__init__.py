@@ -19,7 +19,7 @@ from moetuner.evaluation.replay import Traffic, members, shared_of
 from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
-from moetuner.problem.phases import WINDOWS, prefill
+from moetuner.problem.phases import PREFILL_WINDOWS, judged_windows, prefill
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
@@ -110,8 +110,9 @@ def advise(
         those that take more memory than what runs the next and the largest, and those between where
         one of these gains on the traffic that is seen.
     window
-        Tokens whose load is balanced together; by default 512 as in decoding, and 8192 as in
-        reading prompts where there are so many. Load tables bring their own windows.
+        Tokens whose load is balanced together; by default 512 as in decoding, and as in reading
+        prompts 8192, or 4096 or 2048 of a recording that does not fill two of these. Load tables
+        bring their own windows.
     splits
         Ways to choose the half that is seen.
     price
@@ -266,6 +267,7 @@ def _advise(request: Request, splits: int) -> Advice:
         problem=first.problem,
         judged_on=write_judged_on(request, part.unseen),
         one_kind=one_kind(request.traffic, request.unseen),
+        prefill_lacks=_prefill_lacks(request),
         total=weigh_phases(request, judged),
         by_group=judge_groups(request, knee) if request.by_group else {},
         settings=_settings(request, splits, first.problem.shares),
@@ -361,8 +363,19 @@ def _windows(
         return (None,)  # statistics come in their windows
     if window is not None:
         return (window,)
-    judged = unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
-    return tuple(size for size in WINDOWS if size == WINDOWS[0] or judged >= 2 * size)
+    return judged_windows(
+        unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
+    )
+
+
+def _prefill_lacks(request: Request) -> int:
+    """Return by how many tokens the recording is too short to judge prefill."""
+    judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
+    is_judged = len(request.windows) > 1 or request.phases is not None
+    if is_judged or isinstance(judged, RoutingStatistics):
+        return 0
+    # Half of the recording is judged on, if nothing else is.
+    return fewest - judged.tokens if request.unseen is not None else 2 * fewest - judged.tokens
 
 
 def _check_values(
@@ -407,9 +420,9 @@ def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
 def _check_share(share: float, windows: tuple[int | None, ...]) -> None:
     """Raise for a share of prefill that is none, and where only one phase is judged."""
     check.share("prefill_share", share)
-    if windows != WINDOWS:
+    if len(windows) == 1:
         raise check.ArgumentError(
-            f"prefill_share needs a trace of at least {4 * WINDOWS[-1]:,} tokens and no window, so "
-            "that both prefill and decode are judged",
+            f"prefill_share needs a trace of at least {4 * PREFILL_WINDOWS[-1]:,} tokens and no "
+            "window, so that both prefill and decode are judged",
             "prefill_share",
         )

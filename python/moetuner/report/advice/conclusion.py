@@ -32,7 +32,6 @@ from moetuner.report.outcome import left_over, on_one_device
 from moetuner.report.recording import PHASES
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime
-from moetuner.trace import RoutingTrace
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
 KNEE = 0.005
@@ -58,7 +57,7 @@ def find_knee(swept: tuple[Copies, ...], prefill_share: float | None = None) -> 
     few tokens that may cost more than balance saves.
     """
     if prefill_share is not None:
-        shares = dict(zip(WINDOWS, (1 - prefill_share, prefill_share), strict=True))
+        shares = dict(zip(swept[0].gains, (1 - prefill_share, prefill_share), strict=True))
         totals = {
             each.per_device: sum(share * each.mean(window) for window, share in shares.items())
             for each in swept
@@ -176,13 +175,6 @@ def _write_slower(advice: Advice) -> str:
 def write_notes(request: Request, advice: Advice) -> list[str]:
     """Write what phases cost each other, what the engine cannot do, and what dispatchers could."""
     notes = [] if advice.phases is None else [advice.phases.sentence(request.price)]
-    traffic = request.traffic
-    is_short = isinstance(traffic, RoutingTrace) and traffic.tokens < 4 * WINDOWS[-1]
-    if is_short and request.windows == WINDOWS[:1]:
-        notes.append(
-            f"Windows of {WINDOWS[-1]:,} tokens, as in prefill, were not judged: those need "
-            f"{4 * WINDOWS[-1]:,} tokens"
-        )
     if request.engine is not None:
         notes += _write_engine(request, request.engine, advice)
     if request.shared is not None:
@@ -252,13 +244,15 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
             f"{advice.total.much} predicted time than with {running_name(advice)} where {share:g} "
             f"% of the time is prefill{sure and f' ({sure})'}: {parts}{tail}"
         )
-    if len(ordered) == 1:
+    if len(ordered) == 1 and not advice.prefill_lacks:
         return f"{write_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
     for judged in ordered:
         text = f"{name_phase(judged)} ({signed(judged.gain.gain)})"
         by_word[CALLED[judged.gain.answer]].append(text)
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
+    if advice.prefill_lacks:
+        tail += f"; prefill not judged: record {advice.prefill_lacks:,} more tokens"
     return f"{', '.join(texts)}{tail}"
 
 

@@ -17,7 +17,7 @@ from moetuner.formats.engines import ENGINES, Engine, engine_settings
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Goal, goal_for, tables_for
-from moetuner.problem.phases import Phases, has_windows
+from moetuner.problem.phases import Phases
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -177,15 +177,12 @@ def problem_of(
             request.engine_name, statistics, request.topology, slots_per_device=slots
         )
         fill_slots = settings["fill_slots"]
-    phases = request.phases if phases is None else phases
-    if not all(has_windows(statistics, tokens) for tokens in phases or ()):
-        phases = None  # of a part that is too short for windows of prefill
     return Problem(
         statistics,
         request.topology,
         slots_per_device=slots,
         fill_slots=fill_slots,
-        phases=phases,
+        phases=request.phases if phases is None else phases,
         regime=request.regime,
         split=request.split,
         arrival=request.arrival,

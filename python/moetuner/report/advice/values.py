@@ -13,8 +13,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import Units
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
-from moetuner.problem import Problem
-from moetuner.problem.phases import WINDOWS
+from moetuner.problem import Problem, phases
 from moetuner.report.advice.drift import Drift
 from moetuner.report.cells import signed
 from moetuner.report.recording import PHASES
@@ -42,7 +41,7 @@ def write_windows_of(judgement: Judgement) -> str:
 
 def name_phase(judgement: Judgement) -> str:
     """Return what engines have windows of that size in."""
-    return "decode" if judgement.window == WINDOWS[0] else "prefill"
+    return phases.name_phase(judgement.window) or "prefill"
 
 
 def compute_saved_us(judgement: Judgement) -> float:
@@ -267,6 +266,9 @@ class Advice(Frozen):
     one_kind
         What shows that the recording is of one kind of traffic, in words: figures hold for such
         traffic only. None where it has several kinds, or does not tell.
+    prefill_lacks
+        Tokens by which the recording is too short to judge prefill; 0 where it is judged, or
+        windows of one size were asked for.
     total
         Gain over all of the serving time, where the share of prefill is known.
     by_group
@@ -305,6 +307,7 @@ class Advice(Frozen):
     problem: Problem = field(repr=False)
     judged_on: str = ""
     one_kind: str | None = None
+    prefill_lacks: int = 0
     total: Comparison | None = None
     step: SmallStep | None = None
     division: Division | None = None

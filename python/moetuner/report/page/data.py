@@ -24,7 +24,7 @@ from moetuner.evaluation.units import loads_of
 from moetuner.files import text
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement, PlacementDiff
-from moetuner.problem.phases import WINDOWS
+from moetuner.problem.phases import name_phase
 from moetuner.report.advice.conclusion import running_name, write_line
 from moetuner.report.advice.values import Advice
 from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
@@ -452,7 +452,7 @@ def in_windows(window: int | None, evaluation: Evaluation) -> str:
     if window is None:
         is_trace = evaluation.tokens is not None
         return "all tokens as one window" if is_trace else "windows as recorded"
-    phase = dict(zip(WINDOWS, ("decode", "prefill"), strict=True)).get(window)
+    phase = name_phase(window)
     return f"windows of {window:,} tokens" + (f" ({phase})" if phase else "")
 
 
