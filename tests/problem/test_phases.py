@@ -117,17 +117,19 @@ def test_imbalance_is_the_mean_of_both_phases_by_their_shares(share):
     assert problem.value(placement) == pytest.approx((1 - share) * decode + share * prefill)
 
 
-def test_a_trace_of_enough_tokens_has_both_phases():
-    """Two windows of prefill are enough; one, loads alone, and other windows are as counted."""
+def test_a_trace_has_both_phases_however_short_it_is():
+    """Loads alone, and other windows than those of decode, are in one phase, as counted."""
     both = dict(zip(WINDOWS, (0.8, 0.2), strict=True))
-    enough = 2 * WINDOWS[1]
     alone = {"transitions": False, "coactivation": False}
+    tokens = 2 * WINDOWS[1]
     cases = [
-        (counted(enough), both),
-        (counted(enough - 1), {512: 1.0}),
-        (counted(enough, window=256), {256: 1.0}),
-        (counted(enough, **alone), both),
-        (mt.RoutingStatistics.from_trace(recorded(enough), **alone), {512: 1.0}),
+        (counted(tokens), both),
+        (counted(tokens - 1), both),
+        (counted(600), both),
+        (counted(100), both),
+        (counted(tokens, window=256), {256: 1.0}),
+        (counted(tokens, **alone), both),
+        (mt.RoutingStatistics.from_trace(recorded(tokens), **alone), {512: 1.0}),
         (mt.RoutingStatistics.from_load([[[1, 2]]] * 40), {None: 1.0}),
     ]
     for statistics, shares in cases:
@@ -138,15 +140,15 @@ def test_a_trace_of_enough_tokens_has_both_phases():
 @pytest.mark.parametrize(
     ("phases", "rule"),
     [
-        ({512: 0.5, 700: 0.5}, "phases needs traffic that fills windows of 700 tokens"),
-        ({512: 0.5, 8192: 0.5}, "phases needs traffic that fills windows of 8,192 tokens"),
+        ({512: 0.5, 700: 0.5}, "phases must be of whole windows .*of 512 tokens each, got 700"),
+        ({256: 1.0}, "phases must be of whole windows of the traffic, which are of 512 tokens"),
         ({512: -1}, "phases: share of windows of 512 tokens must be a number of at least 0"),
         ({512: 0.0}, "phases must have a share above 0"),
         ({0: 1.0}, "phases: tokens of a window must be"),
         (0.5, "phases must be"),
     ],
 )
-def test_phases_that_traffic_does_not_fill_are_refused(phases, rule):
+def test_phases_that_cannot_be_made_of_windows_are_refused(phases, rule):
     """By name, with the rule and the value."""
     with pytest.raises((TypeError, ValueError), match=rule):
         mt.Problem(counted(4096), mt.Topology(2), phases=phases)
@@ -175,6 +177,34 @@ def test_longer_windows_stay_in_order_and_within_a_group():
     assert np.array_equal(joined.window_load, wanted)
     assert joined.group.tolist() == [0, 0, 0, 1, 1, 2]
     assert (joined.window, joined.transitions) == (128, None)
+
+
+@pytest.mark.parametrize(("windows", "size"), [(1, 1), (2, 1), (7, 2), (16, 4), (31, 7)])
+def test_windows_of_a_short_recording_are_scaled_from_shorter_runs(windows, size):
+    """By a plain loop: runs of all of its tokens, scaled to the tokens of a long window."""
+    statistics, tokens = counted(windows * 64 + 9, window=64), 64 * 32
+    phase = mt.Problem(statistics, mt.Topology(2), phases={tokens: 1.0}).windows
+    wanted = []
+    for run in np.array_split(statistics.window_load, windows // size):
+        total = run.sum(axis=0)
+        wanted.append(total * (tokens * 2 * 2 / total.sum()))
+    assert np.array_equal(phase.load, np.rint(wanted))
+    assert phase.weight.sum() == pytest.approx((windows * 64 + 9) / tokens)
+
+
+def test_groups_of_a_short_recording_count_as_their_tokens_do():
+    """A group that fills no long window has the weight of its tokens, and one that fills two."""
+    sizes = [64 * 10, 64 * 40, 64 * 70]
+    statistics = mt.RoutingStatistics.from_trace(
+        recorded(sum(sizes), groups=sizes), window=64, by_group=True
+    )
+    for groups in (None, {"g0": 1.0, "g1": 1.0, "g2": 1.0}):
+        windows = mt.Problem(
+            statistics, mt.Topology(2), phases={64 * 32: 1.0}, groups=groups
+        ).windows
+        weights = np.bincount(windows.group, windows.weight)
+        # Of 70 windows two longer ones are filled, and six are left over.
+        assert weights == pytest.approx([10 / 32, 40 / 32, 2])
 
 
 @pytest.mark.parametrize("options", [{"risk": 0.8}, {"arrival": 0.5}, {"groups": "minimax"}])

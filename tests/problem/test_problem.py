@@ -88,7 +88,7 @@ def test_the_objective_says_what_it_counts(make_trace, line):
     of, unit, text, figure, lacks = map(str.strip, line.split("|"))
     goal, regime, counted = of.split()
     sets = counted == "sets"
-    stats = mt.RoutingStatistics.from_trace(make_trace(), sets=sets)
+    stats = mt.RoutingStatistics.from_trace(make_trace(), window=100, sets=sets)
     problem = mt.Problem(stats, mt.Topology(2), regime=regime, objective=goal)
     objective = problem.objective_function
     assert repr(objective) == f"Objective({goal!r}, regime={regime!r})"

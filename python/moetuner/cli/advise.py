@@ -323,7 +323,7 @@ def next_commands(
         typed.pop(name, None)
 
     file = shlex.join(map(str, source.input_files))
-    if advice.answer == "not now" and not advice.prefill_lacks:
+    if advice.answer == "not now":
         reading = {field.name: typed.get(field.name) for field in fields(Source)}
         again = "again, when traffic, engine or the number of devices has changed"
         return [

@@ -304,23 +304,28 @@ def _join(
     """Return windows of ``times`` as many tokens [M,L,E], their groups [M] and weights [M].
 
     They are runs of windows of one group. A group that fills fewer than ``FILLED`` of them has
-    windows that are scaled from shorter runs, and which count as the tokens of the group do: what a
-    search needs is a mean and how far steps are from it, which shorter runs tell as well.
+    windows that are scaled from shorter runs of all of its tokens, and that count as these do: what
+    a search needs is a mean and how far steps are from it, which shorter runs tell as well.
     """
+    tokens = statistics.window_load.sum(axis=(1, 2), dtype=np.float64)
     label = np.zeros(statistics.windows, np.int64) if statistics.group is None else statistics.group
     loads, places, groups, weights = [], [], [], []
     for number in np.unique(label):
         rows = np.flatnonzero(statistics.is_step & (label == number))
-        size, count = times, 1.0
-        if len(rows) < FILLED * times:
-            size = _size_of_mean(times, len(rows))
-            count = len(rows) / times / (len(rows) // size)
-        for run in rows[: len(rows) // size * size].reshape(-1, size):
+        filled = len(rows) // times
+        if filled >= FILLED:
+            runs, scale = list(rows[: filled * times].reshape(-1, times)), np.ones(filled)
+        else:
+            count = len(rows) // _size_of_mean(times, len(rows))
+            runs = np.array_split(np.flatnonzero(label == number), count)
+            totals = np.array([tokens[run].sum() for run in runs])
+            scale = times * max(tokens.max(), 1) / np.maximum(totals, 1)
+        for run, factor in zip(runs, scale.tolist(), strict=True):
             total = statistics.window_load[run].sum(axis=0, dtype=np.uint64)
-            loads.append(np.rint(total * (times / size)).astype(np.uint64))
+            loads.append(np.rint(total * factor).astype(np.uint64))
             places.append(run[0])
             groups.append(number)
-            weights.append(count)
+            weights.append(1 / factor)
     order = np.argsort(places, kind="stable")
     group, weight = np.array(groups, np.int64)[order], np.array(weights)[order]
     if by_group is not None:

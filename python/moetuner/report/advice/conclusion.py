@@ -251,9 +251,14 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
         text = f"{name_phase(judged)} ({signed(judged.gain.gain)})"
         by_word[CALLED[judged.gain.answer]].append(text)
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
-    if advice.prefill_lacks:
-        tail += f"; prefill not judged: record {advice.prefill_lacks:,} more tokens"
-    return f"{', '.join(texts)}{tail}"
+    return f"{', '.join(texts)}{tail}{_write_prefill_lacks(advice)}"
+
+
+def _write_prefill_lacks(advice: Advice) -> str:
+    """Write what it takes to judge prefill; nothing where it is judged."""
+    if not advice.prefill_lacks:
+        return ""
+    return f"; prefill not judged: record {advice.prefill_lacks:,} more tokens"
 
 
 def interval(gain: Comparison) -> str:
@@ -322,6 +327,11 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
     if "worth it" in answers:
         return "worth a trial", ""
     if all(pays_nothing(gain) for gain in advice.verdicts):
+        if advice.prefill_lacks:
+            gain = advice.judged[0].gain
+            return "not enough evidence", (
+                f"decode {_write_with_interval(gain)}{_write_prefill_lacks(advice)}"
+            )
         return "not now", f"less than the {100 * price:g} % that a change should gain"
     main = max(advice.verdicts, key=lambda gain: gain.gain)
     return "not enough evidence", (
