@@ -94,10 +94,11 @@ class Problem(Frozen):
         is not named has weight 1 per token.
     phases
         Shares of the serving time, by tokens of a window: ``{512: 0.8, 8192: 0.2}`` for a fifth of
-        prefill. Longer windows are sums of the statistics' own. The objective is a mean over steps
-        that take such shares of the time, if experts are placed in blocks. By default four fifths
-        of 512 tokens (decode) and one of 8192 (prefill) for statistics of a trace that has enough
-        tokens, counted in windows of 512; else the statistics' windows alone.
+        prefill. Longer windows are sums of the statistics' own, and where these fill none or one,
+        sums of fewer, scaled. The objective is a mean over steps that take such shares of the time,
+        if experts are placed in blocks. By default four fifths of 512 tokens (decode) and one of
+        8192 (prefill) for statistics of a trace, counted in windows of 512; else the statistics'
+        windows alone.
     pinned
         Put a copy of the expert on the device: (layer, expert, device), with None or * for all
         layers.
@@ -157,7 +158,7 @@ class Problem(Frozen):
     phases: phases.Phases | None = setting(
         None,
         GOAL,
-        f"{phases.PREFILL_SHARE:g} for a trace of enough tokens, without --window",
+        f"{phases.PREFILL_SHARE:g} for a trace, without --window",
         read=read_prefill_share,
         flag="--prefill-share",
         metavar="SHARE",

@@ -7,7 +7,7 @@ busiest device. So both count, by the share of the serving time that each takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from moetuner import _checks as check
 from moetuner.statistics import WINDOW, RoutingStatistics
@@ -35,10 +35,19 @@ def prefill(share: float) -> dict[int, float]:
     return dict(zip(WINDOWS, (1 - share, share), strict=True))
 
 
-def judged_windows(tokens: int) -> tuple[int, ...]:
-    """Return the windows to judge so many tokens in: of decode, and of prefill if they fill two."""
+def judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[int, ...]:
+    """Return the windows to judge so many tokens in, for windows of some sizes.
+
+    Prefill is judged in the longest windows that the tokens fill twice, if they fill any.
+    """
     filled = [size for size in PREFILL_WINDOWS if tokens >= 2 * size]
-    return (WINDOWS[0], *filled[:1])
+    judged: list[int] = []
+    for size in sizes:
+        if size == WINDOWS[1]:
+            judged += filled[:1]
+        elif size is not None:
+            judged.append(size)
+    return tuple(judged)
 
 
 def name_phase(window: int | None) -> str | None:

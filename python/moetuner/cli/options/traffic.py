@@ -35,6 +35,7 @@ from moetuner.formats import cautions, form_of, open_input, read_placement
 from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
+from moetuner.problem.phases import judged_windows
 from moetuner.problem.settings import ENGINE, GOAL
 from moetuner.report import outcome, recording
 from moetuner.report.cells import counted
@@ -323,17 +324,14 @@ class Source(FileHints):
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
 
-        In the windows of INPUT, and in all others that the problem is about, each group by itself
-        too unless that is not asked for; ``shared`` is as in ``Setting``.
+        In the windows of INPUT, and of all other phases that the problem is about, each group by
+        itself too unless that is not asked for; ``shared`` is as in ``Setting``.
         """
         placements = [result.placement for result in results]
         windows: list[int | None] = [self.replayed]
         if isinstance(judged_on, RoutingTrace):
-            windows += [
-                tokens
-                for tokens in problem.shares
-                if tokens not in (None, self.replayed) and tokens <= judged_on.tokens
-            ]
+            judged = judged_windows(judged_on.tokens, problem.shares)
+            windows += [tokens for tokens in judged if tokens != self.replayed]
         with working("replaying") as report:
             arguments: Any = {"threads": self.threads, "by_group": by_group, "shared": shared}
             arguments["progress"] = shares(report, "of the tokens", then="figures")
