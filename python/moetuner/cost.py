@@ -714,9 +714,10 @@ def weight_bits_of(model: str | None) -> float:
 
 
 def top_k_of(traffic: Any) -> int | None:
-    """Return experts per token of a trace, or of the public model of statistics; else None."""
+    """Return experts per token, as recorded or as the public model has them; else None."""
     public = MODELS.get(public_name(traffic.model) or "")
-    return getattr(traffic, "top_k", None if public is None else public.top_k)
+    recorded: int | None = traffic.top_k
+    return recorded or (None if public is None else public.top_k)
 
 
 def bytes_of_expert(

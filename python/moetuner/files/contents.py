@@ -155,7 +155,7 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
         metadata = _about(header.metadata, STATISTICS_FORMAT)
         header.tensor("load")
         del metadata["num_experts"]
-        for name in ("window", "set_tokens"):
+        for name in ("window", "set_tokens", "top_k"):
             metadata[name] = None if (text := header.metadata.get(name)) is None else int(text)
         return _tables(path, header, TABLES), metadata
 
