@@ -36,6 +36,7 @@ LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
 DUMP = struct.pack("<BBHfHf", 1, 2, 0, 0.5, 1, 0.5) * 2
+PIVOT = "layer,e0,e1\n"
 ROUTE = "# route_trace v1\nturn,step,layer,slot,expert\n"
 W2 = "blk.2.ffn_down_exps.weight.counts"
 HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
@@ -92,6 +93,22 @@ def yaml(folder, text):
 def csv(folder, text, experts=8):
     (folder / "rows.csv").write_text(text)
     return mt.open_input(folder / "rows.csv", num_experts=experts)
+
+
+def loads(folder, *contents, **hints):
+    paths = [folder / f"loads-{number}" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return mt.open_input(paths, **hints)
+
+
+def counter(layer=0, expert=0, value="1", more=""):
+    return f'tokens{{layer="{layer}",expert="{expert}"{more}}} {value}\n'
+
+
+def record(load, slots):
+    fields = {"record_type": "eplb_load_stats", "expert_load": load, "p2l_map": slots}
+    return json.dumps(fields) + "\n"
 
 
 def other(folder, content):
@@ -214,6 +231,7 @@ megatron | lambda lines: [line | {"rank": 0} for line in lines] | rank 0 is in a
 tensorrt | lambda f: (f / "rank0.safetensors").unlink() | got none of rank 0
 tensorrt | lambda f: (f / "meta_info.json").unlink() | must be beside rank0.safetensors
 tensorrt | lambda f: write_tensorrt_about(f, 7) | must be counts [7] as meta_info
+tensorrt | lambda f: write_tensorrt_about(f, 6, 7) | num_experts_per_token must be from 1 to 6, got
 tensorrt | lambda f: write_tensorrt_about(f, "7") | num_experts must be an integer, got '7'
 tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the iterations
 tensorrt | lambda f: write_tensorrt(f, 0, {(0, 3): LOAD[0, 0], (1, 4): LOAD[0, 0]}) | step 0 must
@@ -243,6 +261,48 @@ csv | "layer,expert,weight\n0,1,0.5\n" | could not convert string '0.5'
 csv | f"layer,expert\n0,{10**30}\n" | line 2: must have 2 values, integers
 csv | "layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16) | weight must add up to
 csv | LABELLED + "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1024)), None | must fill
+loads | PIVOT + "0,1,2\n1,3\n" | loads-0: line 3: must have 3 numbers, got 2
+loads | PIVOT + "0,1\n1,3,4\n" | loads-0: line 2: must have 3 numbers, got 2
+loads | PIVOT + "0,1,2\n1,3,4,5\n" | line 3: must have 3 numbers, got 4
+loads | PIVOT + "0,1,2\n\n1,x,4\n" | line 4, column 'e0': must be a number, got 'x'
+loads | PIVOT + "0,1,2\n1,,4\n" | line 3, column 'e0': must be a number, got ''
+loads | PIVOT + "0,1,2\nnan,3,4\n" | line 3, column 'layer': must be a layer from 0 to 65535
+loads | PIVOT + "nan,1,2\n0,3,4\n" | line 2, column 'layer': must be a layer from 0 to 65535
+loads | PIVOT + "0,1,2\n-1,3,4\n" | line 3, column 'layer': must be a layer from 0 to
+loads | PIVOT + "0,1,2\n0.5,3,4\n" | line 3, column 'layer': must be a layer
+loads | PIVOT + "0,1,2\n1,3,-4\n" | line 3, column 'e1': must be a count from 0 to 2**48, got -4
+loads | PIVOT + "0,1,2\n1,inf,4\n" | line 3, column 'e0': must be a count from 0 to 2**48, got inf
+loads | PIVOT + "0,1,2\n1,0.5,4\n" | line 3, column 'e0': must be a count from 0 to 2**48, got 0.5
+loads | PIVOT + "0,1,2\n1,1e300,4\n" | line 3, column 'e0': must be a count from 0 to 2**48
+loads | "step," + PIVOT + "0,0,1,2\nnan,0,3,4\n" | line 3, column 'step': must be a time, got nan
+loads | "step," + PIVOT + "0,0,1,2\n0,0,3,4\n" | line 3: window 0 must have layer 0 once
+loads | "step," + PIVOT + "0,0,1,2\n0,1,1,2\n1,1,3,4\n" | got none of window 1, layer 0
+loads | "step," + PIVOT + "".join(f"{n},{n},1,2\n" for n in range(9000)) | of window 0, layer 1
+loads | PIVOT | must have rows of counts, got none
+loads | "layer,e0,e0\n0,1,2\n" | line 1: expert 0 must have one column, got e0 and e0
+loads | "layer,e0,x0\n0,1,2\n" | line 1: expert 0 must have one column, got e0 and x0
+loads | "layer,e1,e3\n0,1,2\n" | numbered from 0, or from 1 without a gap, got [1, 3]
+loads | "layer,e2,e3\n0,1,2\n" | numbered from 0, or from 1 without a gap, got [2, 3]
+loads | "layer,e0,e1000000\n0,1,2\n" | at most 65536 layers and 65536 experts, got 1 and 1000001
+loads | "layer,e0,e65535\n" + "".join(f"{n},1,2\n" for n in range(500)) | counts must fill
+loads | "1,2\n3\n" | line 2: must have 2 numbers, got 1
+loads | "1,2\n3,-4\n" | line 2, column 2: must be a count from 0 to 2**48, got -4
+loads | "[[1, 2], [3]]" | must be lists [layers][experts] or
+loads | "[[1, 2], [3, NaN]]" | counts must be whole numbers of tokens, got nan at [1, 1]
+loads | "[[[1, 2], [3, -4]]]" | counts must be counts from 0 to 2**48, got -4 at [0, 1, 1]
+loads | "[[1, 2], [3," | must be JSON
+loads | counter() + counter() | line 2: layer 0 and expert 0 must have a counter once, got it twice
+loads | counter() + counter(layer=-1) | line 2: layer must be from 0 to 65535, got '-1'
+loads | counter() + counter(layer="a") | line 2: layer must be from 0 to 65535, got 'a'
+loads | counter() + counter(expert=10**6) | line 2: expert must be from 0 to 65535, got '1000000'
+loads | counter() + counter(1, value="NaN") | line 2: a counter must be from 0 to 2**48, got NaN
+loads | counter() + counter(1, value="-1") | line 2: a counter must be from 0 to 2**48, got -1
+loads | counter() + counter(1, value="x") | line 2: could not convert string to float: 'x'
+loads | "".join(counter(n, 0 if n else 65535) for n in range(500)) | counts must fill
+loads | counter(value="4"), counter(value="3") | of layer 0 and expert 0 falls in loads-1: did
+loads | record([[1, 2]], [[0, 1]]) + record([[1]], [[0]]) | line 2: must have layers and experts
+loads | record([[1, 2]], [[0, 1]]) + record([[1, 2]], [[0, 10**6]]) | line 2: slots must hold every
+loads | record([[1, 2]], [[0, 1]]) + record([[1, -2]], [[0, 1]]) | line 2: expert_load must be
 jsonl | LINE | line 1: num_experts is needed
 jsonl | HEAD | must have at least one line with 'experts' or 'tokens', got none
 jsonl | {"num_experts": 0}, LINE | line 1: num_experts must be from 1 to 65536, got 0
@@ -361,6 +421,8 @@ fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have 
 fastdeploy | {"data": [[[0, 0]]]} | every count is zero
 memra | "1 1 0,1\n2 1 0,\n" | line 2: must be <layer> <t> <id,id,...>, got '2 1 0,'
 memra | "1 1 0,1\n2 1 0 1\n" | line 2: must be <layer> <t> <id,id,...>
+memra | "1 1 0,1\n2 1 0 1\n1 1,0,1\n2 1 0,1\n" | line 2: must be <layer> <t> <id,id,...>
+memra | "1 1 0:1,1:1\n2 1 0:\x85,1\n3 1 0\n" | line 3: must have 2 ids for each
 memra | "1 1 0,1\n2 1 0,1,2\n" | line 2: must have 2 ids for each of its 1 tokens, got 3
 memra | "1 0 0,1\n" | line 1: must have 2 ids for each of its 0 tokens, got 2
 memra | "1 3 0,1\n" | line 1: must have 0 ids for each of its 3 tokens, got 2

@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
+from moetuner.formats.counts import FREE_CELLS, check_filled
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 LABELS = ("group", "sequence")
 LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
-# Cells of a table that may be larger than the rows that fill it, and cells for each row: a token
-# with one of 128 experts leaves as many empty.
-FREE_CELLS, CELLS_PER_ROW = 1 << 22, 128
 # As Python writes it, so that no two texts are one number.
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
 # Arrays by column; a list or an array of texts or integers for labels.
@@ -200,11 +198,7 @@ class Choices(TokenRows):
         window = columns.get("sequence", group)
         window = np.zeros(rows, int) if window is None else window.astype(np.int64)
         shape = (int(window.max()) + 1, len(layers), experts)
-        if np.prod(shape, dtype=float) > max(FREE_CELLS, CELLS_PER_ROW * rows):
-            raise ValueError(
-                f"counts must fill their table, got {rows} rows for {shape[0]} windows of "
-                f"{shape[1]} layers x {experts} experts"
-            )
+        check_filled(rows, shape)
         weight = columns.get("weight", np.ones(1, np.int64))
         if not float(weight.sum(dtype=np.float64)) < 2.0**63:
             raise ValueError("weight must add up to less than 2**63")
