@@ -333,16 +333,16 @@ def _experts(header: _Header, hints: Hints) -> tuple[int, int]:
             raise ValueError(
                 f"line 1: expert {number} must have one column, got {' and '.join(names[:2])}"
             )
-    highest, given = numbers[-1], hints.num_experts
+    highest, experts = numbers[-1], hints.num_experts
     has_gaps = highest - numbers[0] >= len(numbers)
-    first = int(highest == given or (numbers[0] == 1 and not has_gaps))
+    first = int(highest == experts or (numbers[0] == 1 and not has_gaps))
     if numbers[0] and not first:
         raise ValueError(
             f"line 1: columns of experts must be numbered from 0, or from 1 without a gap, got "
             f"{shown(numbers)}: add a column of zeros for every expert that is missing"
         )
     width = highest + 1 - first
-    return first, max(width, given or 0) if has_gaps else width
+    return first, max(width, experts or 0) if has_gaps else width
 
 
 def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np.float64]:
