@@ -76,7 +76,8 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
             if reader is None or reader is _scrapes:
                 raise ValueError("must be a load table like the others (docs/loads.md)")
             parts.append(statistics_of(reader(path, hints), hints))
-    return RoutingStatistics.sum(parts)
+    with naming(", ".join(map(str, paths))):
+        return RoutingStatistics.sum(parts)
 
 
 def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:

@@ -161,4 +161,4 @@ def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Tra
         part = read([path], None)
         length = part.tokens if isinstance(part, RoutingTrace) else part.windows
         parts.append(_label(part, np.zeros(length, np.int64), [name]))
-    return own.join(parts)
+    return own.join(parts, paths)
