@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import LAYER_LIMIT, ArgumentError, experts_in, shown, whole_number
+from moetuner._checks import LAYER_LIMIT, experts_in, shown, whole_number
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.formats.arrays import by_step, names_in
@@ -80,8 +80,6 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     with naming(first):
         if running is not None:
             load = by_expert(load, running, hints.num_experts)
-        if hints.top_k not in (None, top_k):
-            raise ArgumentError(f"top_k must be {top_k} as {META} says, got {hints.top_k}", "top_k")
         return RoutingStatistics.from_load(load, top_k=top_k)
 
 
