@@ -43,8 +43,8 @@ def test_the_distribution_says_what_it_is():
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_actions_are_pinned(path):
-    """An action is named by the hash of a commit, and its version stands beside it."""
-    uses = re.findall(r"uses: (.*)$", path.read_text(), re.MULTILINE)
+    """An action is named by the hash of a commit, its version beside it; workflows are our own."""
+    uses = re.findall(r"uses: (?!\./\.github/workflows/)(.*)$", path.read_text(), re.MULTILINE)
     assert uses
     assert [use for use in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\S+", use)] == []
 
@@ -58,6 +58,38 @@ def test_workflows_call_what_is_there(path):
     for script in re.findall(r"(?:\.ci|tests)/[\w-]+\.(?:sh|py)", text):
         assert (ROOT / script).is_file(), script
     assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
+
+
+def test_a_tag_is_published_after_the_tests():
+    """Only wheels.yml runs for a tag; what publishes there waits for the tests, and for all wheels.
+
+    What it calls is there, may be called, and has a group of runs of its own: with the caller's it
+    would wait for the caller, for ever.
+    """
+    texts = {path.name: path.read_text() for path in WORKFLOWS}
+    assert [name for name, text in texts.items() if "tags:" in text] == ["wheels.yml"]
+    jobs = dict(
+        re.findall(r"^  ([\w-]+):\n((?:(?:    .*)?\n)+)", texts["wheels.yml"], re.MULTILINE)
+    )
+    assert "needs: [tests, wheel, sdist]" in jobs["publish"]
+    assert "needs: publish" in jobs["documents"]
+    for name in ("tests", "documents"):
+        assert f"uses: ./.github/workflows/{name}.yml" in jobs[name]
+        assert "  workflow_call:" in texts[f"{name}.yml"]
+        assert f"group: {name}-${{{{ github.ref }}}}" in texts[f"{name}.yml"]
+
+
+def test_wheels_are_of_the_systems_that_the_package_names():
+    """README, classifiers and workflows say the same: Linux."""
+    named = re.findall(
+        r"^  \"Operating System :: (.*)\"", (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    assert named == ["POSIX :: Linux"]
+    assert "On Linux, with Python" in (ROOT / "README.md").read_text()
+    wheels = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    targets = re.findall(r"target: ([\w-]+)", wheels)
+    assert len(targets) == 4
+    assert all("-unknown-linux-" in target for target in targets)
 
 
 def test_targets_call_scripts_that_are_there():

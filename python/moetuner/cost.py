@@ -17,7 +17,16 @@ from moetuner import _checks as check
 from moetuner.files import naming, read_whole, replacing
 from moetuner.files.text import parse_json
 from moetuner.frozen import Frozen
-from moetuner.presets import BITS_IN_NAMES, GPUS, MEASURED, MODELS, Measured
+from moetuner.presets import (
+    BITS_IN_NAMES,
+    FOUR_BIT_WAYS,
+    GPUS,
+    MEASURED,
+    MODELS,
+    OTHER_MODELS,
+    OWN_SIZES,
+    Measured,
+)
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -675,9 +684,12 @@ def public_name(model: str | None) -> str | None:
     if model is None:
         return None
     # Names on hubs come after an owner; people write the rest as they like.
-    name = re.sub(r"[\s_]+", "-", model.strip().rsplit("/", 1)[-1].lower())
+    name = re.sub(r"[\s_]+", "-", model.strip().rstrip("/").rsplit("/", 1)[-1].lower())
     fits = [public for public in MODELS if re.match(rf"{re.escape(public)}([-.]|$)", name)]
-    return max(fits, key=len, default=None)
+    public = max(fits, key=len, default="")
+    more = set(_words(name[len(public) :]))
+    sizes = {word for word in more if re.fullmatch(r"\d+b", word)}
+    return None if more & OTHER_MODELS or sizes - OWN_SIZES else public or None
 
 
 @cache
@@ -701,8 +713,17 @@ def size_of_expert(traffic: Any) -> tuple[int, int] | None:
 
 def type_in_name(model: str | None) -> str | None:
     """Return the type of weights that a checkpoint's name says, such as "fp8"; None for none."""
-    words = re.split(r"[^a-z0-9]+", (model or "").lower())
-    return next((word for word in words if word in BITS_IN_NAMES), None)
+    name = re.sub(r"(?<!\d)(\d)[-_ ]bit", r"\1bit", (model or "").lower())
+    types = [word for word in _words(name) if word in BITS_IN_NAMES]
+    types = [word for word in types if word not in FOUR_BIT_WAYS] or types
+    bits = [BITS_IN_NAMES[word] for word in types]
+    # Of two that contradict each other, as bf16 and int4, neither is known.
+    return types[0] if types and max(bits) - min(bits) < 1 else None
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in small letters, whatever is between them."""
+    return re.findall(r"[a-z0-9]+", name)
 
 
 def weight_bits_of(model: str | None) -> float:
@@ -714,9 +735,10 @@ def weight_bits_of(model: str | None) -> float:
 
 
 def top_k_of(traffic: Any) -> int | None:
-    """Return experts per token of a trace, or of the public model of statistics; else None."""
+    """Return experts per token, as recorded or as the public model has them; else None."""
     public = MODELS.get(public_name(traffic.model) or "")
-    return getattr(traffic, "top_k", None if public is None else public.top_k)
+    recorded: int | None = traffic.top_k
+    return recorded or (None if public is None else public.top_k)
 
 
 def bytes_of_expert(

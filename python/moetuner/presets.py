@@ -136,7 +136,7 @@ SIZES = {
     (6144, 10752, 4): "dbrx",
     (5120, 1536, 6): "deepseek-coder-v2 deepseek-v2",
     (2048, 1408, 6): "deepseek-coder-v2-lite deepseek-moe-16b deepseek-v2-lite moonlight-16b-a3b",
-    (7168, 2048, 8): "deepseek-r1 deepseek-v3 kimi-k2 kimi-k2-thinking",
+    (7168, 2048, 8): "deepseek-r1 deepseek-v3 kimi-k2 kimi-k2-thinking kimi-k2.5 kimi-k2.6",
     (4096, 1408, 6): "dots.llm1",
     (2560, 1536, 6): "ernie-4.5-21b-a3b",
     (8192, 3584, 8): "ernie-4.5-300b-a47b",
@@ -179,7 +179,7 @@ EXPERTS = {
     160: "deepseek-coder-v2 deepseek-v2 glm-4.5 glm-4.6 qwen3-coder-480b-a35b",
     256: "deepseek-r1 deepseek-v3 deepseek-v4-flash glm-5.2 minimax-m2 qwen3.5-35b-a3b "
     "qwen3.6-35b-a3b",
-    384: "kimi-k2 kimi-k2-thinking",
+    384: "kimi-k2 kimi-k2-thinking kimi-k2.5 kimi-k2.6",
     512: "qwen3-next-80b-a3b qwen3.5-397b-a17b",
 }
 _EXPERTS = {name: number for number, names in EXPERTS.items() for name in names.split()}
@@ -191,7 +191,7 @@ _EXPERTS = {name: number for number, names in EXPERTS.items() for name in names.
 PUBLISHED_BITS = {
     8: "deepseek-r1 deepseek-v3 kimi-k2 minimax-m2 grok-1",
     4.25: "gpt-oss-120b gpt-oss-20b deepseek-v4-flash",
-    4.5: "kimi-k2-thinking",
+    4.5: "kimi-k2-thinking kimi-k2.5 kimi-k2.6",
 }
 _BITS = {name: bits for bits, names in PUBLISHED_BITS.items() for name in names.split()}
 MODELS = {
@@ -200,15 +200,38 @@ MODELS = {
     for name in names.split()
 }
 
-# Bits of a weight that the name of a checkpoint says, whatever its model was published in; with
-# the scales of groups of 32 (MXFP4), 16 (NVFP4) and 128 weights (int4 and AWQ, with a zero, too).
-BITS_IN_NAMES = {
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp8": 8.0,
-    "int8": 8.0,
-    "mxfp4": 4.25,
-    "nvfp4": 4.5,
-    "int4": 4.16,
-    "awq": 4.16,
+# Words that follow the name of a model in that of another one: small models that were taught by
+# it, drafts of its tokens, and what experts were taken out of.
+OTHER_MODELS = {
+    *("distill", "distilled", "lite", "mini", "small", "nano", "tiny"),
+    *("draft", "drafter", "speculator", "speculators", "eagle", "eagle2", "eagle3", "nextn"),
+    *("reap", "pruned", "embed", "embedding", "reranker"),
 }
+# So does a number of parameters, as in R1-0528-Qwen3-8B, but for these, which are of all of the
+# model (DeepSeek-R1-671B) or of what a token uses (Llama-4-Scout-17B-16E).
+OWN_SIZES = {"17b", "236b", "671b", "685b"}
+
+# Bits of a weight that a word in the name of a checkpoint says, whatever its model was published
+# in; with the scales of groups of 32 (MXFP4), 16 (NVFP4, which NVIDIA calls FP4) and 128 weights
+# (int4, with a zero, too), of 64 (as MLX writes 4bit), and of llama.cpp's types, whose mixtures of
+# one number (Q4_0, Q4_K_S, Q4_K_M) are at most half a bit apart.
+BITS_IN_NAMES = {
+    **dict.fromkeys(("fp32", "f32", "float32"), 32.0),
+    **dict.fromkeys(("bf16", "fp16", "f16", "bfloat16", "float16"), 16.0),
+    **dict.fromkeys(("fp8", "float8", "int8"), 8.0),
+    "mxfp8": 8.25,
+    "mxfp6": 6.25,
+    "mxfp4": 4.25,
+    **dict.fromkeys(("nvfp4", "fp4", "nf4"), 4.5),
+    "int4": 4.16,
+    **{f"{bits}bit": bits + 0.5 for bits in (2, 3, 4, 5, 6, 8)},
+    **dict(zip(("q8", "q6", "q5", "q4", "q3", "q2"), (8.5, 6.56, 5.6, 4.7, 3.7, 2.9), strict=True)),
+    **dict(zip(("iq4", "iq3", "iq2", "iq1"), (4.35, 3.4, 2.4, 1.65), strict=True)),
+    # Weights and what they are multiplied with; the first number is that of the weights.
+    **dict.fromkeys(("w8a8", "w8a16", "w8afp8"), 8.0),
+    **dict.fromkeys(("w4a4", "w4a8", "w4afp8"), 4.0),
+    "w4a16": 4.16,
+}
+# Ways to quantise, which have 4 bits where no other word says how many.
+FOUR_BIT_WAYS = ("awq", "gptq")
+BITS_IN_NAMES |= dict.fromkeys(FOUR_BIT_WAYS, 4.16)

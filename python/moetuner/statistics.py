@@ -130,7 +130,7 @@ PAIRS = {"transitions": 1, "coactivation": 0}
 # Options of counting, and the fields that they make: these decide the fingerprint of traffic.
 COUNTED = {"by_group": "group"} | {name: name for name in ("sets", "transitions", "coactivation")}
 # Fields that are no tables.
-ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size")
+ABOUT = ("window", "set_tokens", "group_names", "model", "expert_size", "top_k")
 
 # Tokens of a window by default: about what an engine decodes in a step.
 WINDOW = 512
@@ -187,6 +187,8 @@ class RoutingStatistics(Frozen):
     left_out
         Hidden layers of the model, and the numbers of those without experts, where a recording had
         rows for them; None where it had none. Files do not keep it.
+    top_k
+        Experts per token and layer, where a recording of counts says it; else None.
 
     Examples
     --------
@@ -213,6 +215,7 @@ class RoutingStatistics(Frozen):
     expert_size: tuple[int, int] | None = None
     set_tokens: int | None = None
     left_out: LeftOut | None = None
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
@@ -247,6 +250,8 @@ class RoutingStatistics(Frozen):
         if self.group is not None:
             group = check.groups(self.group, self.windows, self.group_names, np.int64)
             vars(self)["group"] = group
+        if self.top_k is not None:
+            check.whole_number("top_k", self.top_k, highest=experts)
         check.text_or_none("model", self.model)
 
     def _check_sets(self) -> None:
@@ -524,7 +529,7 @@ class RoutingStatistics(Frozen):
             )
         if (self.group is None) != (other.group is None):
             raise ValueError("statistics must both have groups, or none, got groups of only one")
-        for name in ("model", "expert_size", "window"):
+        for name in ("model", "expert_size", "top_k", "window"):
             both = getattr(self, name), getattr(other, name)
             # Nothing is known of a model without a name; windows without a length are others.
             if both[0] != both[1] and (name == "window" or None not in both):
@@ -533,7 +538,7 @@ class RoutingStatistics(Frozen):
         group, names = check.joined_groups([self, other])
         fields: dict[str, Any] = {"window": self.window, "group": group}
         fields["group_names"] = names if group is not None else ()
-        for name in ("model", "expert_size"):
+        for name in ("model", "expert_size", "top_k"):
             fields[name] = getattr(self, name) and getattr(other, name)
         fields["left_out"] = self.left_out if self.left_out == other.left_out else None
         for name, own in self._pairs.items():

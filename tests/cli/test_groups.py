@@ -52,8 +52,15 @@ def test_a_column_names_sequences_and_files_name_themselves(as_json, make_trace,
     ("names", "column", "words"),
     [
         ("a\nb\nc\n", "", "a name for each of 40 windows or 1 file, got 3 names"),
-        ("a\n\nb\n", "", "line 2 of"),
-        ("id,kind\n1,a\n", ":sort", "has no column sort, but id, kind"),
+        ("a\n\nb\n", "", "names.csv: line 2 must have a name of a group, got none"),
+        ("id,kind\n1,a\n", ":sort", "must have one column sort, got columns id, kind"),
+        ("id,kind,kind\n1,a,b\n", ":kind", "must have one column kind, got columns id, kind, ki"),
+        ("id,kind\n0,a\n\n1\n", ":kind", "names.csv: line 4 must have 2 cells, got 1"),
+        ("id,kind\n0,a\n1,b,c\n", ":kind", "names.csv: line 3 must have 2 cells, got 3"),
+        ('id,kind\n0,"a\nb"\n1,\n', ":kind", "names.csv: line 4 must have a name of a group"),
+        ('id,kind\n0,"a\n', ":kind", "names.csv: line 2 must be CSV: unexpected end of data"),
+        (f"id,kind\n0,{'a' * 140_000}\n", ":kind", "names.csv: line 2 must be CSV: field larger"),
+        ("id,kind\n0,\udcff\n", ":kind", "names.csv: 'utf-8' codec can't decode"),
         ("id,kind\n1,a\n", "", "or 1 file, got 2 names; to take a column of the CSV: "),
     ],
 )
@@ -61,7 +68,7 @@ def test_names_that_fit_nothing_are_refused(run, load, tmp_path, names, column, 
     """One line with what is there."""
     table, file = tmp_path / "load.npz", tmp_path / "names.csv"
     np.savez(table, load=load)
-    file.write_text(names)
+    file.write_text(names, encoding="utf-8", errors="surrogateescape")
     status, out, err = run("inspect", table, "--devices", 4, "--group-by", f"{file}{column}")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert words in err
@@ -161,3 +168,21 @@ def test_a_request_without_a_group_is_named(run, tmp_path):
     status, out, err = run("inspect", path, *words)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "request 'r1' must have a group" in err
+
+
+def test_a_request_has_one_group(run, as_json, tmp_path):
+    """Two lines of a request agree, or one line of the error says which do not.
+
+    Where INPUT names no requests the ids are those of something else, and do not matter.
+    """
+    path, table = tmp_path / "responses.jsonl", tmp_path / "requests.csv"
+    write_responses(path, ["r0", "r1"])
+    words = ["--num-experts", 8, "--devices", 4, "--group-by", f"{table}:kind"]
+    table.write_text("id,kind\nr0,code\nr1,prose\nr0,code\n")
+    assert as_json("inspect", path, *words)["input"]["group_names"] == ["code", "prose"]
+    table.write_text("id,kind\nr0,code\nr0,prose\nr1,code\n")
+    status, out, err = run("inspect", path, *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "line 3: request 'r0' must have one group, got 'code' and 'prose'" in err
+    write_responses(path, ["", "", ""])
+    assert as_json("inspect", path, *words)["input"]["group_names"] == ["code", "prose"]

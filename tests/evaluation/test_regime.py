@@ -120,6 +120,15 @@ def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, m
         ("GLM-4.5-Air-FP8", "glm-4.5-air"),
         ("gpt_oss 20b", "gpt-oss-20b"),
         ("gpt-oss-200b", None),
+        ("/models/DeepSeek-R1-0528/", "deepseek-r1"),
+        ("Qwen3-30B-A3B-Thinking-2507", "qwen3-30b-a3b"),
+        ("moonshotai/Kimi-K2.6", "kimi-k2.6"),
+        ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama-4-scout"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", None),
+        ("deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", None),
+        ("deepseek-r1-distill", None),
+        ("lmsys/gpt-oss-120b-Eagle3", None),
+        ("cerebras/GLM-4.5-Air-REAP-82B-A12B", None),
         ("small", None),
         (None, None),
     ],
@@ -127,6 +136,41 @@ def test_the_time_of_solve_is_that_of_evaluate(ok, make_trace, tmp_path, sets, m
 def test_models_have_public_names(name, public):
     """With or without owner and what comes after; the longest name that fits; nothing by guess."""
     assert cost.public_name(name) == public
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("Qwen3-235B-A22B", 16),
+        ("Qwen3-30B-A3B-Instruct-2507-FP8", 8),
+        ("DeepSeek-V3.2-Exp", 8),
+        ("moonshotai/Kimi-K2-Instruct", 8),
+        ("moonshotai/Kimi-K2.5", 4.5),
+        ("nvidia/DeepSeek-V3-0324-FP4", 4.5),
+        ("nvidia/DeepSeek-R1-NVFP4-v2", 4.5),
+        ("amd/DeepSeek-R1-MXFP4-Preview", 4.25),
+        ("Qwen3-235B-A22B-w8a8", 8),
+        ("DeepSeek-R1-w4a8", 4),
+        ("RedHatAI/DeepSeek-R1-quantized.w4a16", 4.16),
+        ("DeepSeek-R1-Channel-INT8", 8),
+        ("Qwen3-30B-A3B-AWQ", 4.16),
+        ("Qwen3-30B-A3B-GPTQ-Int4", 4.16),
+        ("Qwen3-30B-A3B-GPTQ-Int8", 8),
+        ("Qwen3-30B-A3B-AWQ-8bit", 8.5),
+        ("mlx-community/Qwen3-30B-A3B-4-bit", 4.5),
+        ("unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M", 4.7),
+        ("Qwen3-30B-A3B-UD-Q2_K_XL.gguf", 2.9),
+        ("Qwen3-30B-A3B-BF16-INT4", 16),
+        ("small-int4", 4.16),
+        ("small", 8),
+    ],
+)
+def test_names_of_checkpoints_say_their_bits(name, bits):
+    """What a name says comes before what the model was published in; contradictions say nothing."""
+    assert cost.weight_bits_of(name) == bits
+    public, type_of_weights = cost.public_name(name), cost.type_in_name(name)
+    if public and type_of_weights:  # as commands print a model
+        assert cost.weight_bits_of(f"{public}-{type_of_weights}") == bits
 
 
 def test_sizes_are_recorded_or_those_of_the_model(make_trace):

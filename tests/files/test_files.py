@@ -1,6 +1,7 @@
 """Files of all kinds: written whole, through or not at all, and never over what was read."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from conftest import random_ids
 
 import moetuner as mt
-from moetuner.files import read_whole, replacing
+from moetuner.files import delete_left_behind, read_whole, replacing
 from moetuner.files.text import clean, name, printable
 from moetuner.solver.bounds.certificate import Certificate
 
@@ -131,6 +132,35 @@ def test_temporaries_of_killed_runs_are_deleted(tmp_path, target):
     with replacing(path) as temporary:
         temporary.write_text("new")
     assert {item.name for item in tmp_path.iterdir()} == {target, "other", other.name}
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_several_processes_write_one_file(monkeypatch, tmp_path, is_late):
+    """A temporary file that another one takes for left behind, before it is locked, is made anew.
+
+    The other one has its lock then, and deletes it at once or later.
+    """
+    opened, lost = os.open, []
+
+    def open_and_lose(path, flags, *mode):
+        handle = opened(path, flags, *mode)
+        if flags & os.O_EXCL and not lost:
+            lost[:] = path, opened(path, os.O_RDONLY)
+            fcntl.flock(lost[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_late:
+                path.unlink()
+                os.close(lost[1])
+        return handle
+
+    monkeypatch.setattr(os, "open", open_and_lose)
+    with replacing(tmp_path / "target") as temporary:
+        temporary.write_text("new")
+        if is_late:
+            lost[0].unlink()
+            os.close(lost[1])
+        delete_left_behind(tmp_path, "target")
+    assert (tmp_path / "target").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 FULL = """

@@ -22,6 +22,7 @@ from engines_files import (
     write_tensorrt_about,
 )
 from engines_files import vllm_response as answer  # noqa: F401 - for the table
+from safetensors.numpy import save_file
 from targets import HINTS
 
 import moetuner as mt
@@ -36,6 +37,7 @@ LABELLED = "layer,expert,sequence\n"
 TOKEN = "token,layer,expert\n"
 HEAD, LINE = {"num_experts": 4}, {"experts": [[0, 1], [2, 3]]}
 DUMP = struct.pack("<BBHfHf", 1, 2, 0, 0.5, 1, 0.5) * 2
+PIVOT = "layer,e0,e1\n"
 ROUTE = "# route_trace v1\nturn,step,layer,slot,expert\n"
 W2 = "blk.2.ffn_down_exps.weight.counts"
 HUGE = np.full((1, (1 << 14) + 1), (1 << 48) - 1)
@@ -62,6 +64,12 @@ def deepspeed(folder, change):
     for rank, counts in enumerate(COUNTS):
         arrays = deepspeed_counts(counts)
         save_arrays(folder / f"c_rank{rank}.npz", change(arrays) if rank else arrays)
+    return mt.open_input(folder)
+
+
+def ranks(folder, *names):
+    for name in names:
+        save_arrays(folder / name, deepspeed_counts(COUNTS[0]))
     return mt.open_input(folder)
 
 
@@ -94,11 +102,39 @@ def csv(folder, text, experts=8):
     return mt.open_input(folder / "rows.csv", num_experts=experts)
 
 
+def loads(folder, *contents, **hints):
+    paths = [folder / f"loads-{number}" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return mt.open_input(paths, **hints)
+
+
+def counter(layer=0, expert=0, value="1", more=""):
+    return f'tokens{{layer="{layer}",expert="{expert}"{more}}} {value}\n'
+
+
+def record(load, slots):
+    fields = {"record_type": "eplb_load_stats", "expert_load": load, "p2l_map": slots}
+    return json.dumps(fields) + "\n"
+
+
 def other(folder, content):
     path = save_arrays(folder / "a.npz", content if isinstance(content, dict) else {})
     if isinstance(content, bytes):
         path.write_bytes(content)
     return mt.open_input(path)
+
+
+def own(folder, **metadata):
+    about = {"format": "moetuner.statistics", "version": "1", **metadata}
+    save_file({"load": LOAD}, folder / "load.safetensors", metadata=about)
+    return mt.open_input(folder / "load.safetensors")
+
+
+def mixed(folder, *contents):
+    for number, arrays in enumerate(contents):
+        np.savez(folder / f"{number}.npz", **arrays)
+    return mt.open_input(folder)
 
 
 def jsonl(folder, *lines):
@@ -196,9 +232,12 @@ def sglang_map(folder, content):
 # Who reads, what is changed of good files or what is in one, and what the error says.
 CASES = r"""
 deepspeed | lambda a: {k: v[:3] for k, v in a.items()} | counts must be [1, 3, 4] like those before
-deepspeed | lambda a: dict(list(a.items())[1:]) | counts must be [1, 3, 4] like those before
+deepspeed | lambda a: dict(list(a.items())[1:]) | must have layers [1, 2, 10] like those before
 deepspeed | lambda a: {k: v + 0.5 for k, v in a.items()} | counts must be whole numbers
-deepspeed | lambda a: {**a, "model.layers.3.mlp.tokens_per_expert": np.ones(2)} | must be counts [
+deepspeed | lambda a: {k.replace("10", "11"): v for k, v in a.items()} | got [1, 2, 11]
+deepspeed | lambda a: {k: v[: 2 + ("10" in k)] for k, v in a.items()} | layer 10 must be counts [
+ranks | "a_rank0.npz", "b_rank0.npz" | must hold one file of rank 0, got a_rank0.npz and b_rank0.npz
+ranks | "a_rank0.npz", "a_rank999999.npz" | must hold files of ranks 0 to 999999, got none of rank 1
 deepspeed | lambda a: {**a, "layer2.tokens_per_expert": np.ones(4)} | layer 2 must be there once
 deepspeed | lambda a: {"tokens_per_expert": np.ones(4)} | arrays must be named as model.layers.0.mlp
 megatron | lambda lines: lines[:-1] | step 2, rank 1: must have ids of each of layers [1, 2, 4]
@@ -214,6 +253,7 @@ megatron | lambda lines: [line | {"rank": 0} for line in lines] | rank 0 is in a
 tensorrt | lambda f: (f / "rank0.safetensors").unlink() | got none of rank 0
 tensorrt | lambda f: (f / "meta_info.json").unlink() | must be beside rank0.safetensors
 tensorrt | lambda f: write_tensorrt_about(f, 7) | must be counts [7] as meta_info
+tensorrt | lambda f: write_tensorrt_about(f, 6, 7) | num_experts_per_token must be from 1 to 6, got
 tensorrt | lambda f: write_tensorrt_about(f, "7") | num_experts must be an integer, got '7'
 tensorrt | lambda f: write_tensorrt(f, 1, {(0, 3): np.zeros(6, int)}) | must have the iterations
 tensorrt | lambda f: write_tensorrt(f, 0, {(0, 3): LOAD[0, 0], (1, 4): LOAD[0, 0]}) | step 0 must
@@ -237,12 +277,58 @@ csv | TOKEN + "0,0,1\n0,1,1\n1,0,1\n" | token 1 must have 1 experts in layer 1
 csv | TOKEN + "0,0,9\n" | expert id 9 is not below num_experts 8
 csv | TOKEN + "0,0,1\n0,0,1\n" | expert id 1 appears twice
 csv | TOKEN + '0,0,"1\n' | must be CSV
+csv | TOKEN[:-1] + ",expert\n0,0,1,2\n" | line 1: must have one column expert, got expert and expert
+csv | "window,step,layer,expert\n0,0,0,1\n" | must have one column sequence, got window and step
+csv | "layer,expert,load,weight\n0,0,1,1\n" | must have one column weight, got load and weight
+csv | LABELLED + "0,1,a\n0,1,\n" | line 3: sequence and group must have a name in every row
 csv | "token,layer,expert,group\n0,0,1,a\n0,0,2,b\n" | token 0 must be of one group, not two
 csv | "layer,expert\n0,8\n" | expert 8 must be below num_experts 8
 csv | "layer,expert,weight\n0,1,0.5\n" | could not convert string '0.5'
 csv | f"layer,expert\n0,{10**30}\n" | line 2: must have 2 values, integers
 csv | "layer,expert,weight\n" + f"0,0,{(1 << 48) - 1}\n" * (1 << 16) | weight must add up to
 csv | LABELLED + "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1024)), None | must fill
+loads | PIVOT + "0,1,2\n1,3\n" | loads-0: line 3: must have 3 numbers, got 2
+loads | PIVOT + "0,1\n1,3,4\n" | loads-0: line 2: must have 3 numbers, got 2
+loads | PIVOT + "0,1,2\n1,3,4,5\n" | line 3: must have 3 numbers, got 4
+loads | PIVOT + "0,1,2\n\n1,x,4\n" | line 4, column 'e0': must be a number, got 'x'
+loads | PIVOT + "0,1,2\n1,,4\n" | line 3, column 'e0': must be a number, got ''
+loads | PIVOT + "0,1,2\nnan,3,4\n" | line 3, column 'layer': must be a layer from 0 to 65535
+loads | PIVOT + "nan,1,2\n0,3,4\n" | line 2, column 'layer': must be a layer from 0 to 65535
+loads | PIVOT + "0,1,2\n-1,3,4\n" | line 3, column 'layer': must be a layer from 0 to
+loads | PIVOT + "0,1,2\n0.5,3,4\n" | line 3, column 'layer': must be a layer
+loads | PIVOT + "0,1,2\n1,3,-4\n" | line 3, column 'e1': must be a count from 0 to 2**48, got -4
+loads | PIVOT + "0,1,2\n1,inf,4\n" | line 3, column 'e0': must be a count from 0 to 2**48, got inf
+loads | PIVOT + "0,1,2\n1,0.5,4\n" | line 3, column 'e0': must be a count from 0 to 2**48, got 0.5
+loads | PIVOT + "0,1,2\n1,1e300,4\n" | line 3, column 'e0': must be a count from 0 to 2**48
+loads | "step," + PIVOT + "0,0,1,2\nnan,0,3,4\n" | line 3, column 'step': must be a time, got nan
+loads | "step," + PIVOT + "0,0,1,2\n0,0,3,4\n" | line 3: window 0 must have layer 0 once
+loads | "step," + PIVOT + "0,0,1,2\n0,1,1,2\n1,1,3,4\n" | got none of window 1, layer 0
+loads | "step," + PIVOT + "".join(f"{n},{n},1,2\n" for n in range(9000)) | of window 0, layer 1
+loads | PIVOT | must have rows of counts, got none
+loads | "layer,e0,e0\n0,1,2\n" | line 1: expert 0 must have one column, got e0 and e0
+loads | "layer,e0,x0\n0,1,2\n" | line 1: expert 0 must have one column, got e0 and x0
+loads | "layer,e1,e3\n0,1,2\n" | numbered from 0, or from 1 without a gap, got [1, 3]
+loads | "layer,e2,e3\n0,1,2\n" | numbered from 0, or from 1 without a gap, got [2, 3]
+loads | "layer,e0,e1000000\n0,1,2\n" | at most 65536 layers and 65536 experts, got 1 and 1000001
+loads | "layer,e0,e65535\n" + "".join(f"{n},1,2\n" for n in range(500)) | counts must fill
+loads | "1,2\n3\n" | line 2: must have 2 numbers, got 1
+loads | "1,2\n3,-4\n" | line 2, column 2: must be a count from 0 to 2**48, got -4
+loads | "[[1, 2], [3]]" | must be lists [layers][experts] or
+loads | "[[1, 2], [3, NaN]]" | counts must be whole numbers of tokens, got nan at [1, 1]
+loads | "[[[1, 2], [3, -4]]]" | counts must be counts from 0 to 2**48, got -4 at [0, 1, 1]
+loads | "[[1, 2], [3," | must be JSON
+loads | counter() + counter() | line 2: layer 0 and expert 0 must have a counter once, got it twice
+loads | counter() + counter(layer=-1) | line 2: layer must be from 0 to 65535, got '-1'
+loads | counter() + counter(layer="a") | line 2: layer must be from 0 to 65535, got 'a'
+loads | counter() + counter(expert=10**6) | line 2: expert must be from 0 to 65535, got '1000000'
+loads | counter() + counter(1, value="NaN") | line 2: a counter must be from 0 to 2**48, got NaN
+loads | counter() + counter(1, value="-1") | line 2: a counter must be from 0 to 2**48, got -1
+loads | counter() + counter(1, value="x") | line 2: could not convert string to float: 'x'
+loads | "".join(counter(n, 0 if n else 65535) for n in range(500)) | counts must fill
+loads | counter(value="4"), counter(value="3") | of layer 0 and expert 0 falls in loads-1: did
+loads | record([[1, 2]], [[0, 1]]) + record([[1]], [[0]]) | line 2: must have layers and experts
+loads | record([[1, 2]], [[0, 1]]) + record([[1, 2]], [[0, 10**6]]) | line 2: slots must hold every
+loads | record([[1, 2]], [[0, 1]]) + record([[1, -2]], [[0, 1]]) | line 2: expert_load must be
 jsonl | LINE | line 1: num_experts is needed
 jsonl | HEAD | must have at least one line with 'experts' or 'tokens', got none
 jsonl | {"num_experts": 0}, LINE | line 1: num_experts must be from 1 to 65536, got 0
@@ -273,10 +359,21 @@ jsonl | HEAD | {"group_names": [1]}, LINE | line 1: group_names must be texts, g
 jsonl | HEAD | {"group_names": 1}, LINE | line 1: group_names must be a list
 jsonl | HEAD | {"model": 1}, LINE | line 1: model must be a text, got 1
 other | b'{"schema": "moetuner.placement/1"}' | line 1: must be a trace, got a file of schema 'moet
+own | window="abc" | window must be an integer, got 'abc'
+own | set_tokens="nan" | set_tokens must be an integer, got 'nan'
+own | top_k="3" | top_k must be from 1 to 2, got 3
+own | group_names="[" | group_names must be JSON
+mixed | {"load": LOAD}, {"expert_ids": LOAD[:, :, :1], "num_experts": 9} | 1.npz: sources must all
+mixed | {"load": LOAD}, {"load": LOAD[:, :1]} | 1.npz: statistics must have the same layers
 other | {"weights": [1]} | must hold an array 'expert_ids' (or 'load', a load table)
 other | b"PK\x03\x04 and no more" | damaged .npz:
 other | {"load": LOAD, "model": np.array([1 << 21], "u4").view("U1")} | model.npy: texts must
-columns | {"experts": [[[0, 1]], [[2]]]} | experts must have lists of one length
+columns | {"experts": [[[0, 1], [2]]]} | row 0: experts must have lists of one length
+columns | {"experts": [[[0, 1]], [[2]]]} | row 1: rows must have [1, 2] ids
+columns | {"experts": [[[0, 1]]] * 6 + [[[0, 9]]]} | row 6: expert_ids: token 6
+columns | {"experts": [[[0, 1]]] * 2, "group": ["a", ""]} | row 1: sequence and group must
+columns | {"layer": [0, 0], "expert": [0, 1], "weight": [1, np.inf]} | row 1: weight must be
+columns | {"layer": [0, 0], "expert": [0, np.nan]} | row 1: expert must be integers, got nan
 columns | {"experts": [[[0, 1]], None]} | experts must have no empty lists
 columns | {"experts": [[[0, 1]], [[2, None]]]} | experts must have no empty values
 columns | {"experts": [[[0, 1.5]]]} | experts must be integers, got double
@@ -336,9 +433,9 @@ tokenspeed | {}, {"logical_count": np.ones((3, 4))} | must be [2, 4] like those 
 tokenspeed | {"logical_count": np.zeros((2, 4))} | every count is zero
 csv | ROUTE | must have at least one row, got none
 csv | ROUTE[:17] + "turn,step\n0,1\n" | must have columns turn, step, layer, slot, expert
-csv | ROUTE + "0,0,0,0,x\n" | must have rows of integers
-csv | ROUTE + "0,0,0,0\n" | must have rows of integers
-csv | ROUTE + f"0,0,0,0,{10**30}\n" | must have rows of integers
+csv | ROUTE + "0,0,0,0,1\n0,0,0,0,x\n" | line 4, column 5: must have rows of integers, got 'x'
+csv | ROUTE + "0,0,0,0,1\n\n0,0,0,0\n" | line 5: must have rows of integers, 5 in each, got 4
+csv | ROUTE + f"0,0,0,0,{10**30}\n" | line 3, column 5: must have rows of integers
 csv | ROUTE + "0,0,0,0,-1\n" | expert must be from 0 to 65535, got -1
 csv | ROUTE + "0,0,-1,0,1\n" | layer must be from 0 to
 csv | ROUTE + "0,0,0,0,9\n" | expert id 9 is not below num_experts 8
@@ -346,8 +443,9 @@ csv | ROUTE + "0,0,0,0,1\n0,0,0,1,1\n" | expert id 1 appears twice
 csv | ROUTE + "0,5,0,0,1\n0,5,0,0,2\n" | token 5 must have choice 0 in layer 0 once, got it twice
 csv | ROUTE + "0,0,0,0,1\n0,1,1,0,1\n" | must have a token with 1 experts in each of 2 layers
 csv | ROUTE[:17] + "# n_expert=9\n" + ROUTE[17:] + "0,0,0,0,1\n" | num_experts must be 9, got 8
-csv | "-1,0,1,2\n-1,1,2\n" | must have rows of integers: the number of columns changed
-csv | "-1,0,1\n0,0,1.5\n" | must have rows of integers
+csv | "-1,0,1,2\n-1,1,2\n" | line 2: must have rows of integers, 4 in each, got 3
+csv | "-1,0,1\n0,0,1.5\n" | line 2, column 3: must have rows of integers, got '1.5'
+csv | "-1,0,1\nnan,0,1\n" | line 2, column 1: must have rows of integers, got 'nan'
 csv | "-1,0,1\n-1,0,2\n" | token -1 must have choice 0 in layer 0 once, got it twice
 fastdeploy | {"data": []} | response 0: must have code 0 and data by rank, got []
 fastdeploy | {"data": [[1, 2]]} | rank 0: counts must be [layers, experts], got [2]
@@ -361,6 +459,8 @@ fastdeploy | {}, {"code": 1, "data": None, "msg": "no"} | response 1: must have 
 fastdeploy | {"data": [[[0, 0]]]} | every count is zero
 memra | "1 1 0,1\n2 1 0,\n" | line 2: must be <layer> <t> <id,id,...>, got '2 1 0,'
 memra | "1 1 0,1\n2 1 0 1\n" | line 2: must be <layer> <t> <id,id,...>
+memra | "1 1 0,1\n2 1 0 1\n1 1,0,1\n2 1 0,1\n" | line 2: must be <layer> <t> <id,id,...>
+memra | "1 1 0:1,1:1\n2 1 0:\x85,1\n3 1 0\n" | line 3: must have 2 ids for each
 memra | "1 1 0,1\n2 1 0,1,2\n" | line 2: must have 2 ids for each of its 1 tokens, got 3
 memra | "1 0 0,1\n" | line 1: must have 2 ids for each of its 0 tokens, got 2
 memra | "1 3 0,1\n" | line 1: must have 0 ids for each of its 3 tokens, got 2
@@ -414,9 +514,17 @@ LINES = [line.partition(" | ")[::2] for line in CASES.strip().splitlines()]
 def test_what_is_wrong_is_said(tmp_path, reader, case):
     """The message is one line that begins with a path of the recording."""
     given, _, words = case.rpartition(" | ")
-    given = eval(given, globals())
-    given = given if isinstance(given, tuple) else (given,)
-    refused(words, tmp_path, lambda: globals()[reader](tmp_path, *given))
+    called = eval(f"lambda folder: {reader}(folder, {given})", globals())
+    refused(words, tmp_path, lambda: called(tmp_path))
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path):
+    """Another process may be writing one, or have been killed while it did."""
+    ranks(tmp_path, "a_rank0.npz", "a_rank1.npz")
+    expected = mt.open_input(tmp_path)
+    (tmp_path / ".a_rank1.npz.0123abcd.moetuner").write_bytes(b"PK\x03\x04 and half")
+    (tmp_path / ".a_rank2.npz").write_bytes(b"PK\x03\x04 and half")
+    assert mt.open_input(tmp_path) == expected
 
 
 @pytest.mark.parametrize("reader", [None, *sorted(READERS)])

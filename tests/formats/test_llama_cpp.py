@@ -33,6 +33,22 @@ def test_saves_of_one_run_are_windows():
     assert np.array_equal(actual, expected)
 
 
+def test_a_save_before_the_first_expert_is_left_out(tmp_path):
+    """llama-imatrix saves within a chunk's first tensor: the first of a run's files has no experts.
+
+    One that comes later than counts of its run, or is of another text, is of another model.
+    """
+    names = [f"imatrix.gguf{end}" for end in (".at_4", ".at_8", "")]
+    for chunks, (name, load) in enumerate(zip(names, ([], LOAD, 2 * LOAD), strict=True)):
+        write_imatrix(tmp_path / name, load, chunks=chunks)
+    assert reader_of(tmp_path) == "llama-cpp"
+    assert np.array_equal(mt.open_input(tmp_path).window_load, [LOAD, LOAD])
+    for wrong in ({"chunks": 3}, {"texts": ("b.txt",)}):
+        write_imatrix(tmp_path / names[0], [], **wrong)
+        with pytest.raises(ValueError, match=r"at_4: must hold blk\.N\.ffn_down_exps"):
+            mt.open_input(tmp_path)
+
+
 def test_texts_are_groups():
     """Matrices of several texts are groups by the names of these."""
     statistics = mt.open_input(FOLDER)

@@ -75,6 +75,34 @@ def test_forms(tmp_path, form):
             mt.open_input(path, num_experts=13)
 
 
+@pytest.mark.parametrize(
+    ("names", "experts", "kept"),
+    [
+        ("0 2 5", None, (6, 0)),
+        ("0 2 5", 8, (8, 0)),
+        ("1 2 3", None, (3, 1)),
+        ("5 0 2", None, (6, 0)),
+        ("1 3 6", 6, (6, 1)),
+    ],
+)
+def test_columns_keep_their_numbers(tmp_path, names, experts, kept):
+    """Experts without a column were never chosen; numbers begin at 0, or at 1 without a gap."""
+    numbers, (width, first) = [*map(int, names.split())], kept
+    expected = np.zeros((3, 4, width), int)
+    expected[:, :, np.array(numbers) - first] = LOAD[:, :, :3]
+    head = f"step,layer,{','.join(f'e{number}' for number in numbers)}\n"
+    (tmp_path / "loads").write_text(csv(LOAD[:, :, :3], head=head, about=lambda *at: at))
+    actual = mt.open_input(tmp_path / "loads", num_experts=experts)
+    assert np.array_equal(actual.window_load, expected)
+
+
+def test_half_floats(tmp_path):
+    """They are counts like others, though their type does not hold the largest count."""
+    for load in (LOAD // 4, LOAD[:1] // 4):
+        (tmp_path / "loads").write_bytes(npy(np.squeeze(load).astype("f2")))
+        assert np.array_equal(mt.open_input(tmp_path / "loads").window_load, load)
+
+
 def test_scrapes(tmp_path):
     """One scrape is a window; of several the windows are what was counted in between."""
     paths = [tmp_path / f"{number}.prom" for number in range(3)]

@@ -32,6 +32,18 @@ def test_counts(tmp_path):
         mt.open_input(tmp_path, dense_layers=[3])
 
 
+def test_what_stands_beside_counts_says_the_experts_of_a_token(tmp_path, ok):
+    """Counts and what is saved of them know it, so that no option has to say it."""
+    for rank in range(2):
+        dump(tmp_path, rank, {(0, 3): np.full(EXPERTS, 50)})
+    meta(tmp_path, top_k=3)
+    mt.open_input(tmp_path).save(tmp_path / "load.safetensors")
+    for source in (tmp_path, tmp_path / "load.safetensors"):
+        assert mt.open_input(source).top_k == 3
+        assert "A window is 200 tokens and is taken as one step" in ok("inspect", source)
+    assert mt.open_input([tmp_path, tmp_path / "load.safetensors"]).top_k == 3
+
+
 def test_choices(tmp_path):
     """Raw dumps are a trace, and come before counts."""
     ids = random_ids(12, 2, 2, EXPERTS, dtype=np.int32)

@@ -49,7 +49,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
                 _write_through(temporary, path)
             return
         target = Path(os.path.realpath(path))
-        before = target.stat() if target.exists() else None
+        before = None
+        with suppress(FileNotFoundError):
+            before = target.stat()
         if before is not None and stat.S_ISDIR(before.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         delete_left_behind(target.parent, glob.escape(target.name[:LONGEST_STEM]))
@@ -123,7 +125,10 @@ def _write_through(source: Path, path: Path) -> None:
 
 
 def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
-    """Make a temporary file and lock it: the lock says that its process lives."""
+    """Make a temporary file and lock it: the lock says that its process lives.
+
+    Before it is locked, another process that writes there may take it for one that was left behind.
+    """
     while True:
         name = f".{target.name[:LONGEST_STEM]}.{secrets.token_hex(4)}{TEMPORARY}"
         temporary = target.parent / name
@@ -131,9 +136,16 @@ def _make_beside(target: Path, mode: int) -> tuple[Path, int]:
             handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         except FileExistsError:
             continue
-        with suppress(OSError):  # not every file system has locks
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return temporary, handle
+        except BlockingIOError:  # that process has it, and deletes it now
+            os.close(handle)
+            continue
+        except OSError:  # not every file system has locks, and without one nothing is deleted
+            return temporary, handle
+        if temporary.exists():
+            return temporary, handle
+        os.close(handle)  # it was deleted before it was locked
 
 
 def delete_left_behind(folder: Path, names: str) -> None:

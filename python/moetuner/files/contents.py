@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,8 @@ def read_statistics(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]
         metadata = _about(header.metadata, STATISTICS_FORMAT)
         header.tensor("load")
         del metadata["num_experts"]
-        for name in ("window", "set_tokens"):
-            metadata[name] = None if (text := header.metadata.get(name)) is None else int(text)
+        for name in ("window", "set_tokens", "top_k"):
+            metadata[name] = _integer(name, header.metadata.get(name))
         return _tables(path, header, TABLES), metadata
 
 
@@ -195,10 +196,25 @@ def _about(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
         )
     return {
         "num_experts": metadata.get("num_experts"),
-        "group_names": json.loads(metadata.get("group_names", "null")),
+        "group_names": _list(metadata.get("group_names", "null")),
         "model": metadata.get("model"),
         "expert_size": _checks.size_of(metadata.get("expert_size")),
     }
+
+
+def _list(text: str) -> Any:
+    """Return the names of groups in metadata."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"group_names must be JSON: {error}") from None
+
+
+def _integer(name: str, text: str | None) -> int | None:
+    """Return an integer of metadata; None where it is not there."""
+    if text is not None and not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
+        raise ValueError(f"{name} must be an integer, got {shown(text)}")
+    return None if text is None else int(text)
 
 
 def _archive(path: Path, wanted: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -321,7 +321,8 @@ def read_input(paths: Sequence[Path], hints: Hints, reader: str | None = None) -
             raise ValueError(f"{path}: must be {reader} as --from says, got {name}")
     recordings = groupby(zip(names, paths, strict=True), key=lambda pair: pair[0])
     return own.join(
-        [READERS[str(name)].read([path for _, path in files], hints) for name, files in recordings]
+        [READERS[str(name)].read([path for _, path in files], hints) for name, files in recordings],
+        paths,
     )
 
 

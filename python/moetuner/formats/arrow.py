@@ -20,7 +20,7 @@ from moetuner._checks import experts_in
 from moetuner.files import size_of
 from moetuner.formats.pages import DELTA_BYTE_ARRAY, Page, pages_of
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, OpenTable
+from moetuner.formats.rows import LABELS, Add, Columns, OpenTable, add_rows
 
 PARQUET, ARROW = b"PAR1", b"ARROW1\0\0"
 BATCH = 1 << 16
@@ -72,10 +72,17 @@ def open_table(path: Path) -> Iterator[OpenTable]:
             batches = _parquet_batches if is_parquet else _arrow_batches
 
             def add_to(names: Sequence[str], add: Add) -> None:
+                first = 0
                 for batch in batches(reader, file, size, list(names)):
                     # Offsets that point outside would be followed.
                     batch.validate(full=True)
-                    add({name: _values(name, batch.column(name)) for name in names})
+
+                    def columns_of(begin: int, end: int, batch: Any = batch) -> Columns:
+                        rows = batch.slice(begin, end - begin)
+                        return {name: _values(name, rows.column(name)) for name in names}
+
+                    add_rows(add, columns_of, batch.num_rows, f"row {first}")
+                    first += batch.num_rows
 
             yield OpenTable(list(schema.names), experts, add_to)
     except (pyarrow.ArrowException, MemoryError) as error:

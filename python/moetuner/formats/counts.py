@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
 from moetuner.files import naming
 from moetuner.formats.hints import Hints
 from moetuner.statistics import RoutingStatistics
@@ -21,21 +23,47 @@ CAUTION = (
 )
 # Tokens in one count of a file, excluded. Sums must stay below 2**63, as statistics must.
 COUNT_LIMIT = 1 << 48
+# Cells of a table that may be larger than the counts that fill it, and cells for each of these: a
+# token with one of 128 experts leaves as many empty.
+FREE_CELLS, CELLS_PER_ENTRY = 1 << 22, 128
 
 
 def counts_in(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
     """Check whole counts of at least 0 and below 2**48; return them in 64 bits."""
-    with np.errstate(invalid="ignore"):
-        is_whole = array.dtype.kind != "f" or np.array_equal(array, np.floor(array))
-    if not is_whole:
-        raise ValueError(f"{name} must be whole numbers of tokens")
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be counts, got {array.dtype} {list(array.shape)}")
-    if array.size and not (array.min() >= 0 and array.max() < COUNT_LIMIT):
-        raise ValueError(
-            f"{name} must be counts from 0 to 2**48, got {array.min()} to {array.max()}"
-        )
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64, copy=False)  # 16 bits do not hold the limit
+        _refuse(f"{name} must be whole numbers of tokens", array, array != np.floor(array))
+    rule = f"{name} must be counts from 0 to 2**48"
+    _refuse(rule, array, (array < 0) | (array >= COUNT_LIMIT))
     return array.astype(np.int64, copy=False)
+
+
+def _refuse(rule: str, array: NDArray[Any], wrong: NDArray[np.bool_]) -> None:
+    """Raise where a value is wrong: say the first one, and where it is."""
+    if wrong.any():
+        place = np.unravel_index(int(np.argmax(wrong)), array.shape)
+        where = f" at {[*map(int, place)]}" if place else ""
+        raise ValueError(f"{rule}, got {array[place]}{where}")
+
+
+def check_filled(entries: int, shape: tuple[int, int, int]) -> None:
+    """Check that a table [windows, layers, experts] is not far larger than what a file fills in.
+
+    Else a few bytes of a file, such as one large number, would decide how much memory is taken.
+    """
+    windows, layers, experts = shape
+    if layers > LAYER_LIMIT or experts > EXPERT_LIMIT:
+        raise ValueError(
+            f"must have at most {LAYER_LIMIT} layers and {EXPERT_LIMIT} experts, got {layers} and "
+            f"{experts}"
+        )
+    if prod(shape) > max(FREE_CELLS, CELLS_PER_ENTRY * entries):
+        raise ValueError(
+            f"counts must fill their table, got {entries} counts for {windows} windows of {layers} "
+            f"layers x {experts} experts"
+        )
 
 
 def statistics_of(

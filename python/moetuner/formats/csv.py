@@ -15,14 +15,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from moetuner.files import naming, size_of
+from moetuner.files import size_of
 from moetuner.formats.records import head
-from moetuner.formats.rows import LABELS, Add, OpenTable
+from moetuner.formats.rows import LABELS, Add, OpenTable, add_rows
 
 SEPARATORS = (",", ";", "\t")
 # Other names of columns of counts.
 ALIASES = {"count": "weight", "counts": "weight", "load": "weight", "tokens": "weight"}
 ALIASES |= {"window": "sequence", "step": "sequence", "layer_id": "layer", "expert_id": "expert"}
+COLUMNS = (*LABELS, "token", "weight", "layer", "expert")
 BLOCK = 1 << 21
 LONGEST_HEADER = 1 << 12
 
@@ -42,8 +43,7 @@ def _header(line: str) -> tuple[str, list[str]]:
     names = [name.strip().strip('"') for name in line.strip().split(separator)]
     if "token" in names:
         return separator, names
-    renamed = [ALIASES.get(name.lower(), name) for name in names]
-    return separator, renamed if len({*renamed}) == len(renamed) else names
+    return separator, [ALIASES.get(name.lower(), name) for name in names]
 
 
 @contextmanager
@@ -51,23 +51,27 @@ def open_table(path: Path) -> Iterator[OpenTable]:
     """Open a file."""
     size_of(path)
     with path.open(encoding="utf-8-sig") as file:
-        separator, names = _header(file.readline(LONGEST_HEADER))
+        header = file.readline(LONGEST_HEADER)
+        separator, names = _header(header)
+        for name in COLUMNS:
+            if names.count(name) > 1:
+                cells = [cell.strip().strip('"') for cell in header.strip().split(separator)]
+                same = [cell for cell, renamed in zip(cells, names, strict=True) if renamed == name]
+                raise ValueError(f"line 1: must have one column {name}, got {' and '.join(same)}")
         yield OpenTable(names, None, partial(_add_lines, file, separator, names))
 
 
 def _add_lines(
     file: TextIO, separator: str, names: list[str], wanted: Sequence[str], add: Add
 ) -> None:
-    """Hand all lines over, block by block; where that fails, one by one."""
+    """Hand all lines over, block by block."""
     number = 2
     while lines := file.readlines(BLOCK):
-        try:
-            add(_columns(lines, separator, names, wanted))
-        except ValueError as error:
-            for at, line in enumerate(lines, number):
-                with naming(f"line {at}"):
-                    add(_columns([line], separator, names, wanted))
-            raise ValueError(f"lines from {number}: {error}") from None
+
+        def columns_of(begin: int, end: int, lines: list[str] = lines) -> dict[str, Any]:
+            return _columns(lines[begin:end], separator, names, wanted)
+
+        add_rows(add, columns_of, len(lines), f"line {number}")
         number += len(lines)
 
 

@@ -13,13 +13,14 @@ under such names too; rows of two dimensions [W,E] are windows. The number in a 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import shown
 from moetuner.formats.arrays import by_step, names_in
 from moetuner.formats.counts import sum_of_ranks
 from moetuner.formats.hints import Hints
@@ -38,14 +39,26 @@ def recognises(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
-    """Add the counts of all ranks."""
-    return RoutingStatistics.from_load(sum_of_ranks(by_rank(paths, PATTERN), hints, _load))
+    """Add the counts of all ranks, which have the same layers."""
+    layers: list[int] = []
+
+    def load_of(path: Path) -> NDArray[Any]:
+        arrays = by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert")
+        here = [layer for _, layer in arrays]
+        if here != (layers or here):
+            raise ValueError(
+                f"must have layers {shown(layers)} like those before, got {shown(here)}"
+            )
+        layers[:] = here
+        return _stacked(arrays)
+
+    return RoutingStatistics.from_load(sum_of_ranks(by_rank(paths, PATTERN), hints, load_of))
 
 
-def _load(path: Path) -> NDArray[Any]:
-    """Read the counts of a file [W,L,E]."""
+def _stacked(arrays: Mapping[tuple[int, int], NDArray[Any]]) -> NDArray[Any]:
+    """Return the counts of the layers of a file [W,L,E]."""
     rows = []
-    for (_, layer), counts in by_step(path, NAME, "model.layers.0.mlp.tokens_per_expert").items():
+    for (_, layer), counts in arrays.items():
         rows.append(counts[None] if counts.ndim == 1 else counts)
         if rows[-1].ndim != 2 or rows[-1].shape != rows[0].shape or not rows[-1].size:
             raise ValueError(

@@ -43,7 +43,10 @@ DAMAGE = (ValueError, LookupError, TypeError, OverflowError, MemoryError)
 
 @dataclass(frozen=True, eq=False)
 class _Matrix:
-    """An importance matrix: its file and texts, chunks so far, and tokens by layer and expert."""
+    """An importance matrix: its file and texts, chunks so far, and tokens by layer and expert.
+
+    There are no layers where it was saved before any expert was counted.
+    """
 
     path: Path
     texts: tuple[str, ...]
@@ -65,6 +68,7 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
             matrices.append(_read(path))
     if not matrices:
         raise ValueError(f"{paths[0]}: folder must hold {PATTERN}, got none")
+    matrices = _with_counts(matrices)
     first = matrices[0]
     for matrix in matrices:
         if (matrix.layers, matrix.load.shape) != (first.layers, first.load.shape):
@@ -83,6 +87,26 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         group = np.repeat(np.arange(len(texts)), [len(part) for part in windows])
         fields = {"group": group, "group_names": tuple(names)}
         return RoutingStatistics.from_load(statistics.window_load, **fields)
+
+
+def _with_counts(matrices: Sequence[_Matrix]) -> list[_Matrix]:
+    """Leave out what was saved before the first expert of its run was counted.
+
+    llama-imatrix saves while it counts the first tensor of a chunk, which is no expert's, so that
+    the first file of ``--save-frequency`` has none where a chunk is all that came before.
+    """
+    counted = [matrix for matrix in matrices if matrix.layers]
+    begun: dict[tuple[str, ...], int] = {}
+    for matrix in counted:
+        begun[matrix.texts] = min(matrix.chunks, begun.get(matrix.texts, matrix.chunks))
+    for matrix in matrices:
+        if not matrix.layers and matrix.chunks > begun.get(matrix.texts, -1):
+            raise ValueError(
+                f"{matrix.path}: must hold blk.N.ffn_down_exps.weight.counts, tokens by expert, "
+                "got none: of a model without experts, or converted from the older .dat, which has "
+                "none"
+            )
+    return counted
 
 
 def _windows(matrices: Sequence[_Matrix]) -> NDArray[np.int64]:
@@ -111,11 +135,6 @@ def _read(path: Path) -> _Matrix:
     for tensor in reader.tensors:
         if match := COUNTS.fullmatch(tensor.name):
             tensors.setdefault(int(match["layer"]), {})[match["weight"]] = tensor
-    if not tensors:
-        raise ValueError(
-            "must hold blk.N.ffn_down_exps.weight.counts, tokens by expert, got none: of a model "
-            "without experts, or converted from the older .dat, which has none"
-        )
     rows: list[NDArray[np.int64]] = []
     for layer, weights in sorted(tensors.items()):
         tensor = weights.get("down", next(iter(weights.values())))
@@ -130,7 +149,8 @@ def _read(path: Path) -> _Matrix:
     field = reader.fields.get("imatrix.chunk_count")
     chunks = int(field.parts[-1][0]) if field is not None else 0
     texts = tuple(_text(reader, "imatrix.datasets"))
-    return _Matrix(path, texts, chunks, tuple(sorted(tensors)), np.stack(rows))
+    load = np.stack(rows) if rows else np.zeros((0, 0), np.int64)
+    return _Matrix(path, texts, chunks, tuple(sorted(tensors)), load)
 
 
 def _open(path: Path) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming, size_of
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import head
@@ -35,6 +35,7 @@ EXPERTS = re.compile(r"\bn_expert=(\d{1,6})\b", re.ASCII)
 # without a preamble are all that it has.
 ROUTE = ("turn", "step", "layer", "slot", "expert")
 RANKED = ("token", "layer", "rank", "expert")
+INTEGER = re.compile(r"[-+]?\d{1,18}", re.ASCII)
 LONGEST_HEADER = 1 << 16
 LIMITS = {"layer": LAYER_LIMIT, "slot": EXPERT_LIMIT, "expert": EXPERT_LIMIT}
 CAUTION = (
@@ -82,25 +83,25 @@ def _read(path: Path) -> _Choices:
     """Read a file."""
     size_of(path)
     with path.open(encoding="utf-8-sig") as file:
-        experts, line = None, file.readline(LONGEST_HEADER)
+        experts, line, header = None, file.readline(LONGEST_HEADER), 1
         wanted = ROUTE if line.startswith(PREAMBLE) else RANKED
         while line.startswith("#"):
             if match := EXPERTS.search(line):
                 experts = int(match[1])
-            line = file.readline(LONGEST_HEADER)
+            line, header = file.readline(LONGEST_HEADER), header + 1
         names = line.strip().split(",")
         if wanted is RANKED and "layer" not in names:
             file.seek(0)
-            return _Choices(_check(_rows_of_tokens(_numbers(file, None))))
+            return _Choices(_check(_rows_of_tokens(_numbers(file, 0, None))))
         if not all(names.count(name) == 1 for name in wanted):
             raise ValueError(f"must have columns {', '.join(wanted)}, got {line.strip()!r:.80}")
-        rows = _numbers(file, [names.index(name) for name in wanted])
+        rows = _numbers(file, header, [names.index(name) for name in wanted])
         # A file of ranks has one sequence.
         return _Choices(_check(rows if wanted is ROUTE else np.insert(rows, 0, 0, axis=1)), experts)
 
 
-def _numbers(file: TextIO, columns: Sequence[int] | None) -> NDArray[np.int64]:
-    """Read rows of integers; those of some columns alone."""
+def _numbers(file: TextIO, header: int, columns: Sequence[int] | None) -> NDArray[np.int64]:
+    """Read rows of integers after the lines of a header; those of some columns alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # there are no rows
         warnings.simplefilter("error", DeprecationWarning)  # 1.5 as an integer
@@ -109,10 +110,34 @@ def _numbers(file: TextIO, columns: Sequence[int] | None) -> NDArray[np.int64]:
                 file, np.int64, delimiter=",", comments=None, usecols=columns, ndmin=2
             )
         except (ValueError, OverflowError) as error:
+            file.seek(0)
+            _name_line(enumerate(file, 1), header, columns)
             raise ValueError(f"must have rows of integers: {str(error).split(';')[0]}") from None
     if not rows.size:
         raise ValueError("must have at least one row, got none")
     return rows
+
+
+def _name_line(
+    lines: Iterable[tuple[int, str]], header: int, columns: Sequence[int] | None
+) -> None:
+    """Raise for the first numbered line that is no row of integers."""
+    width = None if columns is None else max(columns) + 1
+    for number, line in lines:
+        cells = line.split(",")
+        if number <= header or not line.strip():
+            continue
+        width = width or len(cells)
+        if len(cells) < width or (columns is None and len(cells) > width):
+            raise ValueError(
+                f"line {number}: must have rows of integers, {width} in each, got {len(cells)}"
+            )
+        for at in columns or range(width):
+            if not INTEGER.fullmatch(cells[at].strip()):
+                raise ValueError(
+                    f"line {number}, column {at + 1}: must have rows of integers, got "
+                    f"{shown(cells[at].strip())}"
+                )
 
 
 def _rows_of_tokens(table: NDArray[np.int64]) -> NDArray[np.int64]:

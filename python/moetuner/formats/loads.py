@@ -10,16 +10,23 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import EXPERT_LIMIT
+from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming, npz, read_whole, safetensors
 from moetuner.files.text import parse_json
-from moetuner.formats.counts import by_expert, counts_in, statistics_of
+from moetuner.formats.counts import (
+    COUNT_LIMIT,
+    by_expert,
+    check_filled,
+    counts_in,
+    statistics_of,
+)
 from moetuner.formats.hints import Hints
 from moetuner.formats.records import MARK, head
 from moetuner.statistics import RoutingStatistics
@@ -36,10 +43,13 @@ LABEL = re.compile(r'(\w+)="([^"]*)"')
 EXPERT = re.compile(r"(?:logical_|log_)?expert(?:_?(?:id|idx|index))?")
 KINDS = {
     "window": re.compile(r"window|step|iteration|pass|time"),
-    "layer": re.compile(r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?"),  # pandas gives no name
+    "layer": re.compile(
+        r"(?:(?:moe_)?layer(?:_?(?:id|idx|index))?)?"
+    ),  # pandas gives the first no name
 }
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
-LAST = re.compile(r"\d+$", re.ASCII)
+LAST = re.compile(r"(?<!\d)\d{1,9}$", re.ASCII)
+LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
 LONGEST_HEADER = 1 << 16
 RECORD_EXPERTS = (
     "record experts instead: SGLang's /dump_expert_distribution_record, MOETUNER_RECORD with a "
@@ -65,8 +75,9 @@ def read(paths: Sequence[Path], hints: Hints) -> RoutingStatistics:
         with naming(path):
             if reader is None or reader is _scrapes:
                 raise ValueError("must be a load table like the others (docs/loads.md)")
-            parts.append(statistics_of(reader(path), hints))
-    return RoutingStatistics.sum(parts)
+            parts.append(statistics_of(reader(path, hints), hints))
+    with naming(", ".join(map(str, paths))):
+        return RoutingStatistics.sum(parts)
 
 
 def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
@@ -79,12 +90,12 @@ def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
     if text.startswith("{"):
         return _records if RECORD in text else None
     if re.match(r"\[\s*\[", text):
-        return lambda path: np.asarray(json.loads(read_whole(path)))
+        return _lists
     if LOG.search(text):
         return _log
     if SAMPLE.search(text):
         return _scrapes
-    return _csv if _columns(text) is not None else None
+    return _csv if _header(text) is not None else None
 
 
 def _holds_counts(path: Path) -> bool:
@@ -101,8 +112,8 @@ def _holds_counts(path: Path) -> bool:
         if len(stored.shape) == 2:
             return True
         begin = replace(stored, shape=(min(FIRST, stored.shape[0]), *stored.shape[1:]))
-        first = npz.read_npy(path)[:FIRST] if fortran else safetensors.read(path, begin)
-        counts_in("load", first)
+        rows = npz.read_npy(path)[:FIRST] if fortran else safetensors.read(path, begin)
+        first = counts_in("load", rows)
     except ValueError as error:
         # Else the reader of moetuner's own says what is wrong.
         return "whole numbers" in str(error)
@@ -115,7 +126,18 @@ def _holds_counts(path: Path) -> bool:
     return bool(repeats and (first.shape[2] > MOST_CHOSEN or alike))
 
 
-def _array(path: Path) -> LoadCounts:
+def _lists(path: Path, _: Hints) -> NDArray[Any]:
+    """Read nested lists of JSON."""
+    try:
+        return np.asarray(json.loads(read_whole(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be JSON: {error}") from None
+    except ValueError:  # lists of several lengths
+        rule = "[layers][experts] or [windows][layers][experts], all layers with as many experts"
+        raise ValueError(f"must be lists {rule}") from None
+
+
+def _array(path: Path, _: Hints) -> LoadCounts:
     """Read a bare array; of one without windows, layers must have about as many choices."""
     table = counts_in("load", npz.read_npy(path))
     sums = table.sum(axis=-1)
@@ -127,7 +149,7 @@ def _array(path: Path) -> LoadCounts:
     return table
 
 
-def _records(path: Path) -> LoadCounts:
+def _records(path: Path, _: Hints) -> LoadCounts:
     """Read what vLLM's expert_load_stats_path gets (PR 41141): loads of slots, a window a line."""
     windows: list[LoadCounts] = []
     for number, line in enumerate(read_whole(path).decode("utf-8").splitlines(), 1):
@@ -137,45 +159,86 @@ def _records(path: Path) -> LoadCounts:
                 load, slots = (np.asarray(fields.get(key)) for key in ("expert_load", "p2l_map"))
                 if slots.ndim != 2 or slots.dtype.kind not in "iu":
                     raise ValueError("p2l_map must be lists of experts, one for every layer")
-                windows.append(by_expert(counts_in("expert_load", load), slots, None))
+                window = by_expert(counts_in("expert_load", load), slots, None)
+                if windows and window.shape != windows[0].shape:
+                    raise ValueError(
+                        f"must have layers and experts of the lines before, "
+                        f"{list(windows[0].shape)}, got {list(window.shape)}"
+                    )
+                windows.append(window)
     return np.stack(windows)
 
 
-def _log(_: Path) -> LoadCounts:
+def _log(*_: Any) -> LoadCounts:
     raise ValueError(f"this log says how balanced GPUs are, not experts' loads: {RECORD_EXPERTS}")
 
 
 def _scrapes(paths: Sequence[Path], hints: Hints) -> NDArray[Any]:
     """Read scrapes of Prometheus; experts without a counter were never chosen."""
-    scrapes = [_samples(read_whole(path).decode("utf-8")) for path in paths]
-    layers, experts = (sorted({key[at] for counts in scrapes for key in counts}) for at in range(2))
-    width = hints.num_experts or experts[-1] + 1
-    if not 0 <= experts[0] <= experts[-1] < min(width, EXPERT_LIMIT):
-        raise ValueError(f"experts must be from 0 to {width - 1}, got {experts[-1]}")
-    total = np.zeros((len(scrapes), len(layers), width))
+    scrapes = []
+    for path in paths:
+        with naming(path):
+            scrapes.append(_samples(read_whole(path).decode("utf-8")))
+    layers = sorted({layer for counts in scrapes for layer, _ in counts})
+    highest = max(expert for counts in scrapes for _, expert in counts)
+    width = hints.num_experts or highest + 1
+    if highest >= width:
+        raise ValueError(f"experts must be from 0 to {width - 1}, got {highest}")
+    shape = (len(scrapes), len(layers), width)
+    check_filled(sum(map(len, scrapes)), shape)
+    total = np.zeros(shape)
+    row_of = {layer: row for row, layer in enumerate(layers)}
     for scrape, counts in zip(total, scrapes, strict=True):
         for (layer, expert), value in counts.items():
-            scrape[layers.index(layer), expert] = value
+            scrape[row_of[layer], expert] = value
     load = np.diff(total, axis=0) if len(total) > 1 else total
-    if load.min() < 0:
-        raise ValueError("counters must grow from scrape to scrape: did a server restart?")
+    fallen = np.argwhere(load < 0)
+    if len(fallen):
+        scrape, row, expert = fallen[0].tolist()
+        raise ValueError(
+            f"counters must grow from scrape to scrape, but that of layer {layers[row]} and expert "
+            f"{expert} falls in {paths[scrape + 1].name}: did a server restart?"
+        )
     return load
 
 
 def _samples(text: str) -> dict[tuple[int, int], float]:
     """Return the counter by layer and expert, added up over other labels."""
     metrics: dict[str, dict[tuple[int, int], float]] = {}
-    for name, parts, value in SAMPLE.findall(text):
-        labels = LABEL.findall(parts)
-        layer = [value for key, value in labels if KINDS["layer"].fullmatch(key)]
-        expert = [value for key, value in labels if EXPERT.fullmatch(key)]
-        if layer and expert and not name.endswith(("_created", "_bucket")):
-            key, cells = (int(layer[0]), int(expert[0])), metrics.setdefault(name, {})
-            cells[key] = cells.get(key, 0.0) + float(value)
+    series: set[tuple[str, frozenset[tuple[str, str]]]] = set()
+    for number, line in enumerate(text.split("\n"), 1):
+        sample = SAMPLE.match(line)
+        if sample is None or sample[1].endswith(("_created", "_bucket")):
+            continue
+        labels = LABEL.findall(sample[2])
+        layers = [text for key, text in labels if KINDS["layer"].fullmatch(key)]
+        experts = [text for key, text in labels if EXPERT.fullmatch(key)]
+        if not layers or not experts:
+            continue
+        with naming(f"line {number}"):
+            key = _label("layer", layers[0]), _label("expert", experts[0])
+            if (one := (sample[1], frozenset(labels))) in series:
+                raise ValueError(
+                    f"layer {key[0]} and expert {key[1]} must have a counter once, got it twice: "
+                    "give every scrape a file of its own"
+                )
+            series.add(one)
+            count = float(sample[3])
+            if not 0 <= count < COUNT_LIMIT:
+                raise ValueError(f"a counter must be from 0 to 2**48, got {sample[3]}")
+            cells = metrics.setdefault(sample[1], {})
+            cells[key] = cells.get(key, 0.0) + count
     if len(metrics) != 1:
         got = ", ".join(metrics) or f"none: {RECORD_EXPERTS}"
         raise ValueError(f"must have one metric with labels layer and expert, got {got}")
     return metrics.popitem()[1]
+
+
+def _label(name: str, text: str) -> int:
+    """Return the number of a layer or an expert that a label says."""
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) >= LIMITS[name]:
+        raise ValueError(f"{name} must be from 0 to {LIMITS[name] - 1}, got {shown(text)}")
+    return int(text)
 
 
 def _cells(line: str) -> tuple[str, list[str]]:
@@ -183,47 +246,150 @@ def _cells(line: str) -> tuple[str, list[str]]:
     return separator, [cell.strip().strip('"').lower() for cell in line.split(separator)]
 
 
-def _columns(text: str) -> tuple[bool, dict[str, int], list[int]] | None:
-    """Return whether there is a header, the columns of window and layer, and those of experts."""
+class _Header(NamedTuple):
+    """What the columns of a load table hold: their names, empty where the table has none."""
+
+    names: list[str]
+    columns: dict[str, int]
+    """Columns of window and layer."""
+    experts: list[tuple[int, int]]
+    """Numbers of experts, and their columns."""
+
+
+def _header(text: str) -> _Header | None:
+    """Read the first line of a load table; None where text is none."""
     lines = text[:LONGEST_HEADER].split("\n", 2)[:2]
     names, row = (_cells(line)[1] for line in (lines[0], lines[-1]))
     if len(names) > 1 and all(map(NUMBER.fullmatch, names)):
-        return False, {}, [*range(len(names))]
-    experts = sorted(
-        (int(number[0]), at) for at, number in enumerate(map(LAST.search, names)) if number
-    )
+        return _Header([], {}, [(at, at) for at in range(len(names))])
+    numbers = enumerate(map(LAST.search, names))
+    experts = sorted((int(number[0]), at) for at, number in numbers if number)
     columns = {
-        k: at for at, n in enumerate(names) for k, pattern in KINDS.items() if pattern.fullmatch(n)
+        kind: at
+        for at, name in enumerate(names)
+        for kind, pattern in KINDS.items()
+        if pattern.fullmatch(name) and (name or not at)
     }
-    is_table = experts and len(columns) + len(experts) == len(names) == len(row)
-    if not is_table or not all(map(NUMBER.fullmatch, row)):
+    if not experts or len(columns) + len(experts) != len(names):
         return None
-    return True, columns, [at for _, at in experts]
+    # Without a column of layers or windows, its rows have to show that it is such a table.
+    if not columns and not (len(names) == len(row) and all(map(NUMBER.fullmatch, row))):
+        return None
+    return _Header(names, columns, experts)
 
 
-def _csv(path: Path) -> NDArray[Any]:
-    """Read rows of counts: a row is a layer, and an empty line or a column begins a window."""
-    text = read_whole(path).decode("utf-8-sig").strip()
-    has_names, columns, experts = _columns(text) or (False, {}, [])
-    lines = text.split("\n")[has_names:]
-    rows = [line.replace('"', "") for line in lines if line.strip()]
-    if not rows or not experts:
+def _csv(path: Path, hints: Hints) -> NDArray[Any]:
+    """Read rows of counts: a row is a layer, and an empty line or a column begins a window.
+
+    Columns may leave out experts that were never chosen, as a pivot does.
+    """
+    text = read_whole(path).decode("utf-8-sig")
+    header = _header(text.lstrip())
+    if header is None:
+        raise ValueError("must have columns window, layer and a numbered one for every expert")
+    first, width = _experts(header, hints)
+    lines = text.rstrip().split("\n")
+    filled = [at for at, line in enumerate(lines) if line.strip()][bool(header.names) :]
+    if not filled:
         raise ValueError("must have rows of counts, got none")
-    table = np.loadtxt(rows, delimiter=_cells(rows[0])[0], ndmin=2, comments=None)
-    window, layer = (table[:, columns[kind]].tolist() if kind in columns else [] for kind in KINDS)
-    if not columns:
-        empty = np.array([not line.strip() for line in lines])
-        window = np.cumsum(empty)[~empty].tolist()
-        if len(rows) > 2 and (np.diff(table[:, 0]) == 1).all():
+    table = _numbers(lines, filled, header)
+    window, layer = (
+        table[:, header.columns[kind]].tolist() if kind in header.columns else [] for kind in KINDS
+    )
+    if not header.columns:
+        window = (np.array(filled) - np.arange(len(filled))).tolist()
+        if len(filled) > 2 and (np.diff(table[:, 0]) == 1).all():
             raise ValueError("the first column counts rows: name the columns, as in layer,0,1,2")
     numbers = (window or _seen(layer), layer or _seen(window))
     (windows, at), (layers, at_layer) = (np.unique(part, return_inverse=True) for part in numbers)
-    load = np.full((len(windows), len(layers), len(experts)), -1.0)
-    load[at, at_layer] = table[:, experts]
-    if len(rows) != len(windows) * len(layers) or load.min() < 0:
-        rule = f"one row of counts for each of {len(windows)} windows and {len(layers)} layers"
-        raise ValueError(f"must have {rule}, got {len(rows)}")
+    cells, rows = np.unique(at * len(layers) + at_layer, return_index=True)
+    if len(rows) < len(filled):
+        again = min({*range(len(filled))} - {*rows.tolist()})
+        window_of, layer_of = windows[at[again]], layers[at_layer[again]]
+        raise ValueError(
+            f"line {filled[again] + 1}: window {window_of:g} must have layer {layer_of:g} once, "
+            "got it twice"
+        )
+    if len(rows) < len(windows) * len(layers):
+        missing = int(np.argmax(np.append(cells, -1) != np.arange(len(cells) + 1)))
+        window_of, layer_of = windows[missing // len(layers)], layers[missing % len(layers)]
+        raise ValueError(
+            f"must have one row of counts for each of {len(windows)} windows and {len(layers)} "
+            f"layers, got none of window {window_of:g}, layer {layer_of:g}"
+        )
+    check_filled(len(rows) * len(header.experts), (len(windows), len(layers), width))
+    load = np.zeros((len(windows), len(layers), width))
+    load[at[:, None], at_layer[:, None], [number - first for number, _ in header.experts]] = table[
+        :, [column for _, column in header.experts]
+    ]
     return load
+
+
+def _experts(header: _Header, hints: Hints) -> tuple[int, int]:
+    """Return the number of the first expert in the names of columns, 0 or 1, and how many are."""
+    numbers = [number for number, _ in header.experts]
+    for number, after in pairwise(numbers):
+        if number == after:
+            names = [header.names[column] for which, column in header.experts if which == number]
+            raise ValueError(
+                f"line 1: expert {number} must have one column, got {' and '.join(names[:2])}"
+            )
+    highest, experts = numbers[-1], hints.num_experts
+    has_gaps = highest - numbers[0] >= len(numbers)
+    first = int(highest == experts or (numbers[0] == 1 and not has_gaps))
+    if numbers[0] and not first:
+        raise ValueError(
+            f"line 1: columns of experts must be numbered from 0, or from 1 without a gap, got "
+            f"{shown(numbers)}: add a column of zeros for every expert that is missing"
+        )
+    width = highest + 1 - first
+    return first, max(width, experts or 0) if has_gaps else width
+
+
+def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np.float64]:
+    """Read the rows of a table: numbers of layers and counts from 0, and times of windows."""
+    rows = [lines[at].replace('"', "") for at in filled]
+    try:
+        table = np.loadtxt(rows, delimiter=_cells(rows[0])[0], ndmin=2, comments=None)
+    except ValueError as error:
+        width = len(header.names or header.experts)
+        for at in filled:
+            cells = _cells(lines[at])[1]
+            for column, cell in enumerate(cells[:width]):
+                if not _is_float(cell):
+                    where = f"line {at + 1}, column {_column(header, column)}"
+                    raise ValueError(f"{where}: must be a number, got {shown(cell)}") from None
+            if len(cells) != width:
+                rule = f"must have {width} numbers, got {len(cells)}"
+                raise ValueError(f"line {at + 1}: {rule}") from None
+        raise ValueError(f"must be rows of numbers: {error}") from None
+    times = header.columns.get("window")
+    layers = header.columns.get("layer")
+    wrong = ~np.isfinite(table)
+    for column in {*range(table.shape[1])} - {times}:
+        part = table[:, column]
+        limit = LAYER_LIMIT if column == layers else COUNT_LIMIT
+        wrong[:, column] |= (part < 0) | (part >= limit) | (part != np.floor(part))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0].tolist()
+        rule = "a time" if column == times else "a count from 0 to 2**48"
+        rule = f"a layer from 0 to {LAYER_LIMIT - 1}" if column == layers else rule
+        where = f"line {filled[row] + 1}, column {_column(header, column)}"
+        raise ValueError(f"{where}: must be {rule}, got {table[row, column]:g}")
+    return table
+
+
+def _column(header: _Header, column: int) -> str:
+    """Name a column by its name, else by its number from 1."""
+    return shown(header.names[column]) if header.names else str(column + 1)
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _seen(values: list[float]) -> list[int]:

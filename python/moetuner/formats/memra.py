@@ -36,10 +36,11 @@ from moetuner.trace import RoutingTrace
 FORMAT = "memra-ep-map-v1"
 LINE = r"\d{1,5} \d{1,9} \d{1,5}(?::[^,\s]{1,30})?(?:,\d{1,5}(?::[^,\s]{1,30})?)*\r?\n"
 GOOD = re.compile(LINE, re.ASCII)
-NUMBERS = re.compile(r"[0-9 ,\r\n]*")
+# A line without weights, which a block of them is looked through for.
+PLAIN = re.compile(r"\d{1,5} \d{1,9} [0-9,]+\r?\n", re.ASCII)
 BEGIN = re.compile(r"\d{1,5} \d{1,9} \d{1,5}(?::[^,\s]{1,30})?,\d", re.ASCII)
 CHARACTERS = re.compile(r"[0-9 ,:.eE+\-\r\n]*")
-WEIGHT = re.compile(r":[^,\s]*")
+WEIGHT = re.compile(r":[^,\s]*", re.ASCII)
 BLOCK = 1 << 20
 DRAFT_HEAD = (1 << 16) - 1
 # Records of a dump that tell what it is: it has no mark of its own.
@@ -111,7 +112,8 @@ def _lines(path: Path) -> Iterator[Rows]:
             text = WEIGHT.sub("", "".join(lines))
             sizes = np.array([line.count(",") + 1 for line in lines], dtype=np.int64)
             numbers = np.empty(0, dtype=np.int64)
-            if NUMBERS.fullmatch(text) and text.count(" ") == 2 * len(lines):
+            # Every line by itself: what one lacks another may have too much.
+            if all(map(PLAIN.fullmatch, text.splitlines(keepends=True))):
                 numbers = np.fromstring(text.replace(",", " "), dtype=np.int64, sep=" ")
             if len(numbers) != sizes.sum() + 2 * len(lines):
                 at, line = next(

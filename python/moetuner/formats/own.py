@@ -27,7 +27,8 @@ def recognises(kind: Kind, path: Path) -> bool:
 
 def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     """Read files one after the other: traces, or counts."""
-    return join([_traffic(path, hints) for path in files_in(paths)])
+    files = files_in(paths)
+    return join([_traffic(path, hints) for path in files], files)
 
 
 def _traffic(path: Path, hints: Hints) -> Traffic:
@@ -48,10 +49,15 @@ def _traffic(path: Path, hints: Hints) -> Traffic:
     return traffic
 
 
-def join(parts: Sequence[Traffic]) -> Traffic:
-    """Join traces, one after the other, or add counts."""
+def join(parts: Sequence[Traffic], paths: Sequence[Path]) -> Traffic:
+    """Join traces, one after the other, or add counts; ``paths`` are where they come from."""
     if len(parts) == 1:
         return parts[0]
+    with naming(", ".join(map(str, paths))):
+        return _joined(parts)
+
+
+def _joined(parts: Sequence[Traffic]) -> Traffic:
     traces = [part for part in parts if isinstance(part, RoutingTrace)]
     counts = [part for part in parts if isinstance(part, RoutingStatistics)]
     if traces and counts:

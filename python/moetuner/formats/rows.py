@@ -15,15 +15,13 @@ from numpy.typing import NDArray
 from moetuner._checks import EXPERT_LIMIT, LAYER_LIMIT, shown
 from moetuner.files import naming
 from moetuner.files.contents import TraceInParts
+from moetuner.formats.counts import FREE_CELLS, check_filled
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
 LABELS = ("group", "sequence")
 LIMITS = {"layer": LAYER_LIMIT, "expert": EXPERT_LIMIT}
-# Cells of a table that may be larger than the rows that fill it, and cells for each row: a token
-# with one of 128 experts leaves as many empty.
-FREE_CELLS, CELLS_PER_ROW = 1 << 22, 128
 # As Python writes it, so that no two texts are one number.
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)
 # Arrays by column; a list or an array of texts or integers for labels.
@@ -62,12 +60,31 @@ def read_tables(
     return traffic
 
 
+def add_rows(add: Add, columns_of: Callable[[int, int], Columns], count: int, first: str) -> None:
+    """Hand so many rows over; where that fails, one by one, so that the wrong one is named.
+
+    ``columns_of`` gives the columns of the rows from one number up to another; ``first`` is a word
+    and the number of the first one in the file, as "line 2".
+    """
+    try:
+        add(columns_of(0, count))
+    except ValueError as error:
+        word, number = first.split()
+        for row in range(count):
+            with naming(f"{word} {int(number) + row}"):
+                add(columns_of(row, row + 1))
+        raise ValueError(f"from {first}: {error}") from None
+
+
 class Labels(dict[str, int]):
     """Names as texts, numbered in the order in which they appear; 7 and "7" are the same."""
 
     def of(self, values: Any) -> NDArray[np.int32]:
         """Return the numbers of some of them."""
-        numbers = [self.setdefault(str(value), len(self)) for value in values]
+        names = [str(value) for value in values]
+        if "" in names:
+            raise ValueError("sequence and group must have a name in every row, got none")
+        numbers = [self.setdefault(name, len(self)) for name in names]
         return np.asarray(numbers, dtype=np.int32)
 
     def as_integers(self, numbers: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -200,11 +217,7 @@ class Choices(TokenRows):
         window = columns.get("sequence", group)
         window = np.zeros(rows, int) if window is None else window.astype(np.int64)
         shape = (int(window.max()) + 1, len(layers), experts)
-        if np.prod(shape, dtype=float) > max(FREE_CELLS, CELLS_PER_ROW * rows):
-            raise ValueError(
-                f"counts must fill their table, got {rows} rows for {shape[0]} windows of "
-                f"{shape[1]} layers x {experts} experts"
-            )
+        check_filled(rows, shape)
         weight = columns.get("weight", np.ones(1, np.int64))
         if not float(weight.sum(dtype=np.float64)) < 2.0**63:
             raise ValueError("weight must add up to less than 2**63")
@@ -223,9 +236,11 @@ class Choices(TokenRows):
 def _whole_numbers(name: str, values: NDArray[Any]) -> NDArray[Any]:
     """Check whole numbers from 0, and hold them in few bytes."""
     limit = LIMITS.get(name, 1 << 48)
-    if values.dtype.kind == "f" and np.array_equal(values, np.floor(values)):
-        values = values.astype(np.int64)
-    if values.dtype.kind not in "iu" or values.ndim != 1:
+    if values.dtype.kind == "f" and values.ndim == 1:
+        wrong = ~np.isfinite(values) | (values != np.floor(values))
+        if wrong.any():
+            raise ValueError(f"{name} must be integers, got {values[np.argmax(wrong)]}")
+    elif values.dtype.kind not in "iu" or values.ndim != 1:
         raise ValueError(f"{name} must be integers, got {shown(values)}")
     if values.size and (values.min() < 0 or values.max() >= limit):
         wrong = values.min() if values.min() < 0 else values.max()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 # "rank3" wherever it stands, else a number at the end, as in "counts-3".
@@ -11,12 +12,17 @@ NUMBERS = (re.compile(r"rank[_-]?(\d{1,6})", re.ASCII), re.compile(r"[_-](\d{1,6
 
 
 def files_in(paths: Iterable[Path], pattern: str = "*") -> list[Path]:
-    """List the files that paths name: themselves, and those of folders that fit a pattern."""
+    """List the files that paths name: themselves, and those of folders that fit a pattern.
+
+    Hidden ones are left out: so are files called while they are written.
+    """
     return [
         file
         for path in paths
         for file in (
-            sorted(f for f in path.glob(pattern) if f.is_file()) if path.is_dir() else [path]
+            sorted(f for f in path.glob(pattern) if f.is_file() and not f.name.startswith("."))
+            if path.is_dir()
+            else [path]
         )
     ]
 
@@ -42,12 +48,18 @@ def by_rank(paths: Sequence[Path], pattern: str) -> list[Path]:
         if path.is_dir():
             if not here:
                 raise ValueError(f"{path}: folder must hold {pattern}, got none")
-            ranks = {rank for file in here if (rank := rank_of(file)) is not None}
-            missing = set(range(max(ranks, default=0))) - ranks
-            if missing:
-                raise ValueError(
-                    f"{path}: must hold files of ranks 0 to {max(ranks)}, "
-                    f"got none of rank {min(missing)}"
-                )
+            numbered = [(rank, file) for file in here if (rank := rank_of(file)) is not None]
+            for (rank, file), (after, other) in pairwise(numbered):
+                if rank == after:
+                    raise ValueError(
+                        f"{path}: must hold one file of rank {rank}, got {file.name} and "
+                        f"{other.name}: give the files of one recording"
+                    )
+            for expected, (rank, _) in enumerate(numbered):
+                if rank != expected:
+                    raise ValueError(
+                        f"{path}: must hold files of ranks 0 to {numbered[-1][0]}, "
+                        f"got none of rank {expected}"
+                    )
         files += here
     return files

@@ -80,7 +80,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Traffic:
     with naming(first):
         if running is not None:
             load = by_expert(load, running, hints.num_experts)
-        return RoutingStatistics.from_load(load)
+        return RoutingStatistics.from_load(load, top_k=top_k)
 
 
 def _is_raw(path: Path) -> bool:
@@ -96,7 +96,7 @@ def _about(file: Path) -> tuple[int, int]:
         config = parse_json(read_whole(path, 1 << 16))
         names = ("num_experts", "num_experts_per_token")
         experts, top_k = (experts_in(config.get(name), name) for name in names)
-        return experts, top_k
+        return experts, whole_number(names[1], top_k, highest=experts)
 
 
 def _dump(path: Path, raw: bool, width: int) -> dict[tuple[int, int], NDArray[Any]]:

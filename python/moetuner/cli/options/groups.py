@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import click
 import numpy as np
 
+from moetuner._checks import shown
 from moetuner.evaluation.replay import Traffic
+from moetuner.files import naming, read_whole
 from moetuner.formats import own
 from moetuner.report.cells import counted
 from moetuner.statistics import WINDOW
@@ -21,40 +24,74 @@ from moetuner.trace import RoutingTrace
 FILES = "files"
 # Columns that hold the names of requests, as responses of engines repeat them.
 REQUESTS = ("request_id", "id", "rid")
+# Where a name stands, the name, and the request that it is of where the file says one.
+Row = tuple[str, str, str | None]
 # Reads files, with the groups of requests by their names where they are known.
 Read = Callable[[Sequence[Path], Mapping[str, str] | None], Traffic]
 
 
-def read_names(text: str) -> tuple[list[str], dict[str, str] | None]:
-    """Read a name from every line of a file, or from a column: FILE.csv:COLUMN.
-
-    Returns the names, and those of requests by their ids where another column has these.
-    """
-    requests = None
+def read_names(text: str) -> list[Row]:
+    """Read a name from every line of a file, or from a column: FILE.csv:COLUMN."""
     path, column = Path(text), ""
     if not path.is_file():
         file, _, column = text.rpartition(":")
         path = Path(file)
     if not path.is_file():
         raise click.UsageError(f"'--group-by' must be a file, FILE:COLUMN or files, got '{text}'.")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    if not column:
-        names = [line.strip() for line in lines]
-    else:
-        rows = csv.DictReader(lines)
-        if column not in (rows.fieldnames or ()):
-            columns = ", ".join(rows.fieldnames or ())
-            raise click.UsageError(f"'--group-by': {path} has no column {column}, but {columns}.")
-        cells = list(rows)
-        names = [str(row[column]).strip() for row in cells]
-        keys = [name for name in REQUESTS if name in (rows.fieldnames or ()) and name != column]
-        if keys:
-            requests = {
-                str(row[keys[0]]).strip(): name for row, name in zip(cells, names, strict=True)
-            }
-    if "" in names:
-        raise click.UsageError(f"'--group-by': line {names.index('') + 1} of {path} has no name.")
-    return names, requests
+    try:
+        with naming(path):
+            content = read_whole(path).decode("utf-8-sig")
+            rows = _rows(content, column) if column else _lines(content)
+            for where, name, _ in rows:
+                if not name:
+                    raise ValueError(f"{where} must have a name of a group, got none")
+    except ValueError as error:
+        raise click.UsageError(f"'--group-by': {error}") from None
+    return rows
+
+
+def _lines(content: str) -> list[Row]:
+    """Read a name from every line."""
+    lines = content.removesuffix("\n").split("\n") if content else []
+    return [(f"line {number}", line.strip(), None) for number, line in enumerate(lines, 1)]
+
+
+def _rows(content: str, column: str) -> list[Row]:
+    """Read a column of a CSV, and the ids of requests where it has some.
+
+    Every row must have all cells: one that was cut off would name another group, or none.
+    """
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    found: list[Row] = []
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        keys = [name for name in REQUESTS if name in header and name != column][:1]
+        for name in (column, *keys):
+            if header.count(name) != 1:
+                got = ", ".join(header) or "none"
+                raise ValueError(f"must have one column {name}, got columns {got}")
+        end = reader.line_num
+        for cells in reader:
+            where, end = f"line {end + 1}", reader.line_num
+            if len(cells) != len(header) and cells:
+                raise ValueError(f"{where} must have {len(header)} cells, got {len(cells)}")
+            if cells:
+                request = cells[header.index(keys[0])].strip() if keys else None
+                found.append((where, cells[header.index(column)].strip(), request))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} must be CSV: {error}") from None
+    return found
+
+
+def _check_requests(rows: Sequence[Row], text: str) -> None:
+    """Check that every request has one group."""
+    groups: dict[str, str] = {}
+    for where, name, request in rows:
+        if request and groups.setdefault(request, name) != name:
+            raise click.UsageError(
+                f"'--group-by': {text}: {where}: request {shown(request)} must have one group, got "
+                f"{shown(groups[request])} and {shown(name)}"
+            )
 
 
 def group_input(
@@ -70,9 +107,12 @@ def group_input(
     """
     if text == FILES:
         return _group_files(paths, [path.stem for path in paths], read)
-    names, requests = read_names(text)
-    traffic = read(paths, requests)
+    rows = read_names(text)
+    names = [name for _, name, _ in rows]
+    requests = {request: name for _, name, request in rows if request}
+    traffic = read(paths, requests or None)
     if requests and traffic.group is not None and {*traffic.group_names} <= {*requests.values()}:
+        _check_requests(rows, text)
         return traffic
     is_trace = isinstance(traffic, RoutingTrace)
     if not isinstance(traffic, RoutingTrace):
@@ -121,4 +161,4 @@ def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Tra
         part = read([path], None)
         length = part.tokens if isinstance(part, RoutingTrace) else part.windows
         parts.append(_label(part, np.zeros(length, np.int64), [name]))
-    return own.join(parts)
+    return own.join(parts, paths)
