@@ -1,7 +1,8 @@
 """What benchmarks share: arguments, clocks, tables, records of runs, and skewed loads.
 
 A run with ``--record`` keeps its tables in bench/results, with its command, machine, commit and
-date; `python bench/harness.py` writes the headlines of all of them into bench/RESULTS.md.
+date, where nothing differs from that commit; `python bench/harness.py` writes the headlines of all
+of them into bench/RESULTS.md, and `python bench/measured.py` their figures into README.
 """
 
 from __future__ import annotations
@@ -40,12 +41,6 @@ HEADLINES: dict[str, dict[str, str]] = {
         "ratios to contiguous": "",
         "Joint saves at most": "",
     },
-    "counting": {
-        "Transitions": "",
-        "All statistics of a file": "",
-        "Text of": "",
-        "Replay of a placement": "1",
-    },
     "deepseek": {"32 ranks of 9 slots": "", "72 ranks of 4 slots, fitted": ""},
     "faults": {
         "kinds of findings": "",
@@ -56,6 +51,9 @@ HEADLINES: dict[str, dict[str, str]] = {
     "gpu-times": {"Mean error": "", "Preset": ""},
     "judge_traffic": {"32 devices, 8192 tokens, RDMA": "", "RDMA:": "", "default:": ""},
     "scale": {
+        "Transitions": "",
+        "Text of": "",
+        "Replay of a placement": "1",
         "Solve for": "largest",
         "Slopes of the logarithms": "",
         "Solves under a limit": "*",
@@ -211,15 +209,21 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Return the commit that ran, and whether files differed from it."""
+    """Return the commit that runs; end the program where files differ from it.
+
+    What the records themselves are written to may differ.
+    """
     git = ["git", "-C", str(HERE)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    written = (":!results", ":!RESULTS.md", ":!../README.md")
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "..", ":!results", ":!RESULTS.md"],
-        capture_output=True,
-        text=True,
+        [*git, "status", "--porcelain", "--", "..", *written], capture_output=True, text=True
     )
-    return (head.stdout.strip() or "unknown") + (" and changes" if changed.stdout else "")
+    if head.returncode or changed.stdout:
+        files = changed.stdout.split("\n")[0] or "no repository"
+        print(f"--record needs a commit that has what runs: {files.strip()}", file=sys.stderr)
+        raise SystemExit(2)
+    return head.stdout.strip()
 
 
 @contextmanager
@@ -234,6 +238,8 @@ def benchmark(
         As `arguments` has them; the first line of ``doc`` is the title.
     """
     asked, report = arguments(doc, positional, record=False, **options), Report()
+    # Files may change while it runs.
+    ran = commit() if asked.record else ""
     began, load = time.perf_counter(), os.getloadavg()[0]
     yield asked, report
     if not asked.record:
@@ -250,7 +256,7 @@ def benchmark(
         "command": " ".join(["python", str(script), *words]),
         "machine": machine(),
         "load": round(load, 1),
-        "commit": commit(),
+        "commit": ran,
         "date": date.today().isoformat(),
         "seconds": round(time.perf_counter() - began),
         "results": report.markdown(),

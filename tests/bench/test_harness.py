@@ -1,6 +1,7 @@
 """What a recorded run is called, what its record says, and which of it RESULTS.md shows."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def test_a_record(positional, words, name, monkeypatch, tmp_path):
     """Parts are a record of their own, other files are not; folders are the reader's own."""
     script = harness.HERE / "some.py"
     monkeypatch.setattr(sys, "argv", [str(script), *words, "--record"])
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789")
     monkeypatch.setattr(harness, "RECORDS", tmp_path)
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "RESULTS.md")
     with harness.benchmark("Title.\n\nAbout.", positional, repeat=3) as (given, report):
@@ -30,7 +32,7 @@ def test_a_record(positional, words, name, monkeypatch, tmp_path):
     assert path.stem == name
     files = [word.rsplit("/", 1)[-1] for word in words]
     assert record["command"] == " ".join(["python bench/some.py", *files])
-    assert record["title"] == "Title"
+    assert (record["title"], record["commit"]) == ("Title", "0123456789")
     assert record["about"] == "About."
     assert "| 3 |" in record["results"]
     assert record["results"] in harness.RESULTS.read_text()
@@ -39,7 +41,10 @@ def test_a_record(positional, words, name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", sorted(harness.HEADLINES))
 def test_headlines_are_in_their_record(name):
     """All words of a headline are in the first line of some part; a cell leaves some rows."""
-    record = json.loads((harness.HERE / "results" / f"{name}.json").read_text())
+    path = harness.RECORDS / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{name} has no record now")
+    record = json.loads(path.read_text())
     parts = harness.parts_of(record["results"])
     for words, cell in harness.HEADLINES[name].items():
         shown = [part for part in parts if words in part.splitlines()[0]]
@@ -60,3 +65,32 @@ def test_a_table_is_shortened_to_the_rows_of_a_cell():
     shown = "**Of two** (rows: b)\n\n| x | y |\n| --- | ---: |\n| b | 2 |"
     assert harness.shortened(parts[0], "b") == shown
     assert harness.shortened(parts[1], "b") == "A word."
+
+
+def git(folder, *words):
+    """Run git there, as somebody."""
+    somebody = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", folder, *somebody, *words], check=True, capture_output=True)
+
+
+def test_a_record_is_of_a_commit(monkeypatch, tmp_path, capsys):
+    """Nothing is run to be recorded where files differ from it, but for what records write."""
+    bench = tmp_path / "bench"
+    (bench / "results").mkdir(parents=True)
+    monkeypatch.setattr(harness, "HERE", bench)
+    with pytest.raises(SystemExit):
+        harness.commit()
+    (bench / "some.py").write_text("1")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "First.")
+    for name in ("bench/results/some.json", "bench/RESULTS.md", "README.md"):
+        (tmp_path / name).write_text("1")
+    assert len(harness.commit()) == 10
+    (bench / "some.py").write_text("2")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        harness.commit()
+    assert capsys.readouterr().err == (
+        "--record needs a commit that has what runs: M bench/some.py\n"
+    )

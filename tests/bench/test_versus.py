@@ -13,6 +13,8 @@ from peers import MtKaHyPar, memra_greedy
 import moetuner as mt
 
 SMALL = Instance("made", routing(2, 6, 2, tokens=500), mt.Topology(2), 3)
+# Enough tokens for windows of prefill.
+LONG = Instance("long", routing(2, 6, 2, tokens=20_000), mt.Topology(2), 3)
 # Copies: five slots of two devices for eight experts.
 LOADS = Instance(
     "loads", mt.RoutingStatistics.from_load(domains(2, 20, 0, 8)), mt.Topology(2), width=5
@@ -37,6 +39,18 @@ def test_nothing_is_below_the_bound_or_the_oracle(brief: None, instance: Instanc
             assert (reached >= bounds[column][0] - 1e-9).all(), (goal, name)
             if goal in ("follow", "dispatch"):
                 assert (reached >= figures[f"oracle, {goal}"][0][at] - 1e-9).all(), (goal, name)
+
+
+@pytest.mark.parametrize("instance", [SMALL, LONG, LOADS], ids=str)
+def test_what_is_made_small_is_the_figure_of_the_column(instance: Instance) -> None:
+    """A goal's value of a placement is what its column shows, but for times by counts."""
+    slots = methods(instance)["random"](versus.counted(instance.traffic), instance, 0)
+    figures = versus.judged(instance, slots, instance.traffic)
+    placement = mt.Placement(slots, num_experts=instance.traffic.num_experts)
+    for goal in versus.figured(instance):
+        posed = versus.problem_of(versus.counted(instance.traffic), instance, goal)
+        shown = figures[versus.columns_of(instance).index(versus.GOALS[goal][1])]
+        assert posed.value(placement) == pytest.approx(shown, rel=5e-3), goal
 
 
 @pytest.mark.parametrize("name", [*methods(SMALL), "ours, plugins"])

@@ -16,6 +16,7 @@ from moetuner.report.page.words import SETTINGS, UNTOLD
 pytestmark = pytest.mark.usefixtures("brief")
 
 FEW = ("--devices", 4, "--copies", "0", "--splits", 1)
+BACK = "start SGLang without --init-expert-location"
 
 
 def text_of(page):
@@ -187,7 +188,11 @@ def test_python_writes_the_same_pages(tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "words"),
-    [((), "without the map"), (("--for", "sglang"), "start SGLang without --init-expert-location")],
+    [
+        ((), "without the map"),
+        (("--for", "vllm"), "start vLLM without MOETUNER_PLACEMENT"),
+        (("--for", "sglang"), f"{BACK}, and with --enable-eplb if it had it"),
+    ],
 )
 def test_the_way_back_stands_below_the_next_commands(ok, skewed, tmp_path, engine, words):
     """The last line says what takes the placement away, where one is proposed."""
@@ -195,6 +200,9 @@ def test_the_way_back_stands_below_the_next_commands(ok, skewed, tmp_path, engin
     assert out[-1].startswith("  # to go back: ")
     assert out[-1].endswith(words)
     assert out[-1].endswith(json.loads((tmp_path / "a.json").read_text())["go_back"])
+    # SGLang's balancer would replace its map, so it goes, and comes back with the way back.
+    remark = "  # leave out --enable-eplb, which would replace the map"
+    assert (remark in out) is ("sglang" in engine)
 
 
 @pytest.mark.parametrize("command", ["advise", "report"])
@@ -208,8 +216,10 @@ def test_a_page_says_the_way_back(ok, skewed, tmp_path, command):
     else:
         ok("solve", skewed, "--devices", 4, "--method", "lpt", *engine, "--out", placement)
         ok("report", placement, skewed, "--out", page)
-    back = "<p>To go back: start SGLang without --init-expert-location.</p>"
-    assert back in text_of(page.read_text())
+    back = f"<p>To go back: {BACK}, and with --enable-eplb if it had it.</p>"
+    text = text_of(page.read_text())
+    assert back in text
+    assert "leave out --enable-eplb" in text
     # The option has a mark that keeps it whole.
     assert back not in page.read_text()
 
@@ -257,6 +267,7 @@ def test_several_nodes_are_served_as_several(ok, skewed, tmp_path, monkeypatch, 
     options = " --nnodes 2 --node-rank 0 --dist-init-addr HOST:PORT"
     lines = [line for line in out.splitlines() if "launch_server" in line]
     assert [line.endswith(options) for line in lines] == [per_node == 2]
+    assert ("; on every node, each with its own rank" in out) == (per_node == 2)
     assert (options in text_of((tmp_path / "page.html").read_text())) == (per_node == 2)
 
 

@@ -7,6 +7,11 @@ not if weights are not moved.
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +22,7 @@ import trainer
 from serving import (
     BELOW,
     COPIES,
+    DEFAULTS,
     EXPERTS,
     SLOTS,
     TOKENS,
@@ -37,6 +43,7 @@ from serving import (
 from serving import on_two_ranks as serve_on_two_ranks
 
 import moetuner as mt
+from moetuner.formats import serving_commands
 from moetuner.plugins import rebalance_experts
 
 MODEL, DENSE = "qwen3_moe", "glm4_moe"
@@ -121,6 +128,36 @@ def loads(ids: np.ndarray) -> np.ndarray:
 def rows(ids: np.ndarray) -> list:
     """Return the tokens' sets of experts in an order of their own."""
     return sorted(np.sort(ids, axis=2).tolist())
+
+
+PARSED = """
+import json, sys
+from sglang.srt.arg_groups.model_override_base import resolved_view
+from sglang.srt.server_args import prepare_server_args
+
+arguments = prepare_server_args(sys.argv[1:])
+arguments.resolve_once()
+print(json.dumps(resolved_view(arguments).ep_dispatch_algorithm))
+"""
+ON_CPU = ["--device", "cpu", "--attention-backend", "torch_native", "--skip-tokenizer-init"]
+
+
+@pytest.mark.parametrize(
+    ("split", "dispatch"), [("even", "dynamic"), ("nearest", "static"), ("lp", "lp")]
+)
+def test_the_printed_command_starts_the_dispatch_of_its_split(split, dispatch):
+    """SGLang's own arguments take the line of `advise` and pages, whatever copies are split by."""
+    *_, line = serving_commands("sglang", devices=2, redundant=COPIES, split=split)
+    words = shlex.split(line.replace("MODEL", str(model(MODEL))), comments=True)
+    assert words[:3] == ["python", "-m", "sglang.launch_server"]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSED, *words[3:], *ON_CPU],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **DEFAULTS["sglang"]},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == dispatch
 
 
 def test_routed_experts_are_what_transformers_routes():

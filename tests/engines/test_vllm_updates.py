@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from serving import COPIES, TOKENS, acted
-from trainer import TWO_EXPERTS, checkpoint, placement, tokens_of
+from trainer import BASE, TWO_EXPERTS, checkpoint, placement, tokens_of
 
 # A session sends the checkpoint in these parts.
 PARTS = [r"layers\.[01]\.", r"layers\.[23]\.", r"^(?!.*layers\.)"]
@@ -72,11 +74,14 @@ class Plan:
         self.do("reload_weights", path, gives=[None] * 2)
         self.check("step")
 
-    def run(self, name: str, options: dict[str, Any], **variables: Any) -> tuple[list[Any], str]:
-        """Do all of it; return what came of each action, and the log."""
+    def run(
+        self, name: str, options: dict[str, Any], folder: Path | None = None, **variables: Any
+    ) -> tuple[list[Any], str]:
+        """Do all of it with `base` or another checkpoint; return what came of it, and the log."""
         environment = {key: str(value) for key, value in variables.items()}
         environment["ENGINES_PLAIN"] = "1"
-        return acted("vllm", name, checkpoint("base"), options, environment, self.actions)
+        folder = folder or checkpoint("base")
+        return acted("vllm", name, folder, options, environment, self.actions)
 
 
 # How often vLLM rearranges, and what the plugin is asked for.
@@ -131,6 +136,20 @@ def test_weights_in_the_kernels_format_are_refused():
     actual, _ = plan.run("vllm-updates-kernel", arguments(10**4), MOETUNER_PLACEMENT=placement())
     assert "moetuner: reload_weights is refused" in actual[2]
     plan.expected[2] = actual[2]
+    assert actual == plan.expected
+
+
+@pytest.mark.parametrize("variable", ["MOETUNER_PLACEMENT", "MOETUNER_UPDATES"])
+def test_a_checkpoint_with_all_experts_in_one_tensor_fills_every_copy(variable):
+    """At the first load, of which vLLM leaves the copies without weights, and at the next."""
+    plan = Plan()
+    plan.check("base")
+    plan.do("reload_weights", gives=[None] * 2)
+    plan.check("base")
+    variables = {variable: placement() if variable == "MOETUNER_PLACEMENT" else 1}
+    folder = tiny_models.fused(checkpoint("base"), f"{BASE}_fused")
+    name = f"vllm-fused-{variable.lower()}"
+    actual, _ = plan.run(name, arguments(10**4), folder, **variables)
     assert actual == plan.expected
 
 

@@ -131,6 +131,35 @@ def trained(checkpoint: Path, name: str, pattern: str = "") -> Path:
     return target
 
 
+def fused(checkpoint: Path, name: str) -> Path:
+    """Write a checkpoint of Qwen3-MoE beside itself, with all experts of a layer in one tensor."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    target = checkpoint.with_name(name)
+    if (target / "tokenizer.json").exists():
+        return target
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns("tokenizer.json"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    for layer in range(LAYERS):
+        experts = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack(
+                [
+                    tensors.pop(f"{experts}.{expert}.{kind}_proj.weight")
+                    for expert in range(QWEN["num_experts"])
+                ]
+            )
+            for kind in ("gate", "up", "down")
+        )
+        tensors[f"{experts}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        tensors[f"{experts}.down_proj"] = down
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(checkpoint / "tokenizer.json", target)
+    return target
+
+
 def truth(checkpoint: Path, sequences: list[list[int]]) -> list[np.ndarray]:
     """Compute the experts [T,L,K] of every token of every sequence, best first, MoE layers only."""
     from transformers import AutoModelForCausalLM

@@ -24,9 +24,10 @@ def engine():
     class RoutedExperts:
         """One layer on one rank: slots of so many experts, and what loads them."""
 
-        def __init__(self, local, first):
+        def __init__(self, local, first, experts, slots):
             self.weight = torch.zeros(local, WIDTH)
             self.first = first
+            self.moe_config = SimpleNamespace(num_logical_experts=experts, num_experts=slots)
 
         def weight_loader(
             self,
@@ -104,7 +105,9 @@ def engine():
 class Served:
     """Models of an engine on all of its ranks, with the updates followed."""
 
-    def __init__(self, experts, slots, ranks=2, layers=2, *, kinds=None, log=None, **more):
+    def __init__(
+        self, experts, slots, ranks=2, layers=2, *, is_fused=False, kinds=None, log=None, **more
+    ):
         self.classes = kinds or engine()
         layers_of = more.pop("loader", self.classes.RoutedExperts)
         self.missing = follow_updates(
@@ -112,11 +115,14 @@ class Served:
         )
         self.experts, self.slots, self.width = experts, slots, slots // ranks
         self.layers = [
-            [self.classes.RoutedExperts(self.width, rank * self.width) for _ in range(layers)]
+            [
+                self.classes.RoutedExperts(self.width, rank * self.width, experts, slots)
+                for _ in range(layers)
+            ]
             for rank in range(ranks)
         ]
         self.states = [self.classes.EplbState(rank, ranks) for rank in range(ranks)]
-        self.load(range(experts), 0)
+        self.load(range(experts), 0, is_fused)
         for moe_layers, states in zip(self.layers, self.states, strict=True):
             states.add_model(
                 SimpleNamespace(
@@ -137,16 +143,17 @@ class Served:
                 row = running[layer, rank * self.width : (rank + 1) * self.width]
                 experts.weight.copy_(torch.from_numpy(row)[:, None].float().expand(-1, WIDTH))
 
-    def load(self, experts, step):
+    def load(self, experts, step, is_fused=False):
         """Load experts as vLLM's models do: through the slots of the first map.
 
-        The first time through all of them, later up to the first success, as some models do. The
-        weights of an expert are its number, and a hundred more for each step.
+        The first time through all of them, later up to the first success, as some models do; from
+        a tensor with all experts of a layer (fused) every expert once, and no copy. The weights of
+        an expert are its number, and a hundred more for each step.
         """
         for layer in (layer for moe_layers in self.layers for layer in moe_layers):
             for expert in experts:
                 tensor = torch.full((WIDTH,), expert + 100.0 * step), "w1_weight", "w1"
-                for slot in range(expert, self.slots, self.experts):
+                for slot in range(expert, self.slots, self.slots if is_fused else self.experts):
                     if layer.weight_loader(layer.weight, *tensor, slot, True) and step:
                         break
 
@@ -190,6 +197,30 @@ def test_without_moves_all_is_loaded_as_ever():
     assert served.held().tolist() == [[0, 1, 2, 0]] * 2
     served.load(range(3), 1)
     assert served.held().tolist() == [[100, 101, 102, 100]] * 2
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@given(st.integers(1, 9), st.integers(0, 20))
+def test_the_first_load_leaves_no_slot_without_weights(is_fused, experts, spare):
+    """Copies neither, however many there are, also where all experts come in one tensor."""
+    slots = (experts + spare + 1) // 2 * 2
+    served = Served(experts, slots, is_fused=is_fused)
+    assert served.held().tolist() == [[slot % experts for slot in range(slots)]] * 2
+
+
+def test_the_first_load_says_where_a_slot_is_local():
+    """Of any copy, once for each expert; layers that do not say what they have are left alone."""
+    kinds = engine()
+    Served(3, 4, kinds=kinds)
+    tensor = torch.ones(WIDTH), "w1_weight", "w1"
+    for config, expected in (
+        ((3, 4), [True, False, True, False]),
+        ((0, 0), [False] * 2 + [True] * 2),
+    ):
+        layer = kinds.RoutedExperts(2, 2, *config)
+        load = partial(layer.weight_loader, layer.weight, *tensor)
+        assert [load(expert, True) for expert in range(4)] == expected
+        assert load(0) is None
 
 
 def test_success_is_said_where_a_slot_is_local():

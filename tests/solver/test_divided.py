@@ -1,6 +1,7 @@
 """Split "lp": placements for a dispatcher that divides every window's tokens over copies."""
 
 import itertools
+import shlex
 
 import numpy as np
 import pytest
@@ -146,7 +147,8 @@ def test_a_trace_is_solved_for_it_and_exported(make_trace, ok, tmp_path, monkeyp
     told = ok(
         "export", "placement.json", "--to", "sglang", "--dense-layers", "none", "--out", "map.json"
     )
-    assert "split lp: serve it with --ep-dispatch-algorithm lp" in told
+    assert "split lp: serve it with --ep-dispatch-algorithm lp --moe-a2a-backend deepep" in told
+    assert "leave out --enable-eplb" in told
     assert "imbalance" in ok("evaluate", "placement.json", "trace.safetensors")
 
 
@@ -157,7 +159,17 @@ def test_a_trace_is_solved_for_it_and_exported(make_trace, ok, tmp_path, monkeyp
 def test_only_the_engine_that_can_is_told(engine, split, is_told):
     """An option is printed for the split that it is about, of the engine that has it."""
     *_, line = serving_commands(engine, devices=2, redundant=4, split=split)
-    assert line.endswith(" --ep-dispatch-algorithm lp") is is_told
+    assert (" --ep-dispatch-algorithm lp" in line) is is_told
+
+
+@pytest.mark.parametrize("split", ["even", "nearest", "lp"])
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_sglang_has_a_back_end_where_copies_are_not_shared_evenly(split, redundant):
+    """Without one SGLang takes copies in turns, and does not start with another dispatch."""
+    *_, line = serving_commands("sglang", devices=2, redundant=redundant, split=split)
+    words = shlex.split(line, comments=True)
+    assert ("--moe-a2a-backend" in words) is (redundant > 0 and split != "even")
+    assert ("--ep-dispatch-algorithm" in words) is (redundant > 0 and split == "lp")
 
 
 @pytest.mark.parametrize(

@@ -196,15 +196,22 @@ def command(
                 )
     except ImportError as error:
         raise click.ClickException(str(error)) from None
-    output.say(f"wrote {out_file}", *_options(settings, WRITERS.get(form)))
+    output.say(f"wrote {out_file}", *_how_to_serve(placement, settings, WRITERS.get(form)))
     output.finish(contents)
 
 
-def _options(settings: dict[str, Any], writer: Writer | None) -> Iterator[str]:
-    """Write the engine's option for the split that a placement was computed for, if it has one."""
+def _how_to_serve(
+    placement: Placement, settings: dict[str, Any], writer: Writer | None
+) -> Iterator[str]:
+    """Write what the engine of a map needs to serve it: a split of its tokens, and no balancer."""
     engine = ENGINES.get((writer and writer.engine) or "")
-    if engine is not None and (option := engine.splits_by.get(settings.get("split", ""))):
-        yield f"The placement is for split {settings['split']}: serve it with {option}."
+    if engine is None:
+        return
+    split = settings.get("split", "")
+    if placement.has_copies and split in engine.splits_by:
+        yield f"The placement is for split {split}: serve it with {engine.splits_by[split]}."
+    if engine.serve_note:
+        yield f"To serve it, {engine.serve_note}."
 
 
 def _write_chosen(

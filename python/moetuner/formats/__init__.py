@@ -189,13 +189,16 @@ def serving_commands(
     capabilities = ENGINES[engine]
     if capabilities.serve:
         line = capabilities.serve.format(devices=devices, redundant=redundant)
-        option = "".join(
-            f" {each}" for name, each in capabilities.splits_by.items() if name == split
-        )
+        if redundant:
+            line += "".join(
+                f" {each}" for name, each in capabilities.splits_by.items() if name == split
+            )
+        remarks = [capabilities.serve_note] * bool(capabilities.serve_note)
         if nodes > 1 and capabilities.on_nodes:
-            option += f" {capabilities.on_nodes.format(nodes=nodes)}"
-            option += "  # on every node, each with its own rank"
-        commands.append(line.replace("placement.json", file) + option)
+            line += f" {capabilities.on_nodes.format(nodes=nodes)}"
+            remarks.append("on every node, each with its own rank")
+        remark = f"  # {'; '.join(remarks)}" if remarks else ""
+        commands.append(line.replace("placement.json", file) + remark)
     if capabilities.renumbers:
         commands.append(f"{export} {engine} --checkpoint MODEL --out MODEL-placed")
     return commands

@@ -51,8 +51,10 @@ class Engine:
     on_nodes
         Its options to serve on so many ``nodes``, by the same command on each; empty where another
         program brings nodes together.
+    serve_note
+        What else that command needs, as a remark; empty where it needs nothing.
     splits_by
-        Its options for splits that it does not choose by itself.
+        Its options for splits that it does not choose by itself, where experts have copies.
     go_back
         What takes the placement away again.
     records_by
@@ -72,6 +74,7 @@ class Engine:
     has_low_latency: bool = False
     serve: str = ""
     on_nodes: str = ""
+    serve_note: str = ""
     splits_by: Mapping[Split, str] = field(default_factory=dict)
     go_back: str = "serve MODEL, whose files stay as they were"
     records_by: str = ""
@@ -104,14 +107,20 @@ ENGINES: dict[str, Engine] = {
     "sglang": Engine(
         "SGLang",
         "nearest",
-        "the nearest, as static dispatch does",
+        "the nearest, as static dispatch with --moe-a2a-backend does",
         repeated="loads one of them and sends tokens to both",
         has_low_latency=True,
         serve="python -m sglang.launch_server --model MODEL --tp-size {devices} --ep-size "
         "{devices} --init-expert-location experts.json --ep-num-redundant-experts {redundant}",
         on_nodes="--nnodes {nodes} --node-rank 0 --dist-init-addr HOST:PORT",
-        splits_by={"lp": "--ep-dispatch-algorithm lp"},
-        go_back="start SGLang without --init-expert-location",
+        serve_note="leave out --enable-eplb, which would replace the map",
+        # Without a back end every rank has all tokens, and SGLang takes an expert's copies in turns
+        # (dynamic dispatch), which split even is; it refuses the others. Any back end will do.
+        splits_by={
+            "nearest": "--moe-a2a-backend deepep",
+            "lp": "--ep-dispatch-algorithm lp --moe-a2a-backend deepep",
+        },
+        go_back="start SGLang without --init-expert-location, and with --enable-eplb if it had it",
         records_by="--expert-distribution-recorder-mode per_token",
         record="SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR=MORE python -m sglang.launch_server "
         "--model MODEL --tp-size {devices} --ep-size {devices} "

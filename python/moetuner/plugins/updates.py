@@ -4,6 +4,9 @@ All updates in the checkpoint's format end in ``RoutedExperts.weight_loader``, a
 through the slots of vLLM's first map. Once experts have moved, that writes an expert's weights into
 the slots of others, without a message (vLLM issue 55228). Here the loader reads the map in force.
 No rank waits for another in it. What cannot be followed is refused, if experts have moved.
+
+The first load goes the same way, by the first map: of a checkpoint that has all experts of a layer
+in one tensor vLLM 0.32 loads every expert once, and leaves its copies without weights.
 """
 
 from __future__ import annotations
@@ -181,14 +184,33 @@ def _loader(load: Any) -> Any:
         return_success: bool = False,
     ) -> bool | None:
         tensor = param, loaded_weight, weight_name, shard_id
-        if (placed := vars(self).get(PLACED)) is None:  # the first load
-            return load(self, *tensor, expert_id, return_success)  # type: ignore[no-any-return]
-        model, layer = placed
         is_whole = loaded_weight.dim() >= max(2, param.dim())
-        done = model.load(layer, expert_id, is_whole, lambda slot: load(self, *tensor, slot, True))
-        return bool(done) if return_success else None
+
+        def into(slot: int) -> bool:
+            return bool(load(self, *tensor, slot, True))
+
+        if (placed := vars(self).get(PLACED)) is not None:
+            model, layer = placed
+            done = model.load(layer, expert_id, is_whole, into)
+        else:  # the first load
+            slots = [expert_id] if is_whole else first_slots(self, expert_id)
+            done = sum(map(into, slots)) > 0
+        return done if return_success else None
 
     return load_where_it_is
+
+
+def first_slots(layer: Any, expert: int) -> list[int]:
+    """Return the slots that an expert has in the first map of a layer of vLLM.
+
+    Copies have numbers beyond those of the experts. Whoever loads by these numbers finds nothing
+    more to do; a layer that does not say how many experts it has is left to its caller.
+    """
+    config = getattr(layer, "moe_config", None)
+    experts, slots = (getattr(config, name, 0) for name in ("num_logical_experts", "num_experts"))
+    if not 0 < experts < slots:
+        return [expert]
+    return [*range(expert, slots, experts)] if expert < experts else []
 
 
 def _adding(layers: Any, missing: str, log: Log, rearranges: bool, add_model: Any) -> Any:
