@@ -305,6 +305,9 @@ loads | "step," + PIVOT + "0,0,1,2\n0,0,3,4\n" | line 3: window 0 must have laye
 loads | "step," + PIVOT + "0,0,1,2\n0,1,1,2\n1,1,3,4\n" | got none of window 1, layer 0
 loads | "step," + PIVOT + "".join(f"{n},{n},1,2\n" for n in range(9000)) | of window 0, layer 1
 loads | PIVOT | must have rows of counts, got none
+loads | "layer,layer_id,e0\n0,0,1\n" | line 1: must have one column of the layer, got layer and
+loads | f"[[{'1,' * 65536}1]]" | must have at most 65536 layers and 65536 experts, got 1 and 65537
+loads | counter() + counter(1)[:20] | must end with a whole line, got 'tokens{layer="1",exp': the
 loads | "layer,e0,e0\n0,1,2\n" | line 1: expert 0 must have one column, got e0 and e0
 loads | "layer,e0,x0\n0,1,2\n" | line 1: expert 0 must have one column, got e0 and x0
 loads | "layer,e1,e3\n0,1,2\n" | numbered from 0, or from 1 without a gap, got [1, 3]

@@ -79,6 +79,7 @@ def statistics_of(
             "then dump it"
         )
     statistics = RoutingStatistics.from_load(counts_in("counts", table))
+    check_filled(table.size, (statistics.windows, statistics.layers, statistics.experts))
     hints.check_experts(statistics.experts)
     statistics = drop_dense_layers(statistics, moe)
     hints.check_axes(statistics)

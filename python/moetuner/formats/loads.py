@@ -95,7 +95,8 @@ def _reader_of(path: Path) -> Callable[..., NDArray[Any]] | None:
         return _log
     if SAMPLE.search(text):
         return _scrapes
-    return _csv if _header(text) is not None else None
+    with naming(path):
+        return _csv if _header(text) is not None else None
 
 
 def _holds_counts(path: Path) -> bool:
@@ -205,6 +206,9 @@ def _scrapes(paths: Sequence[Path], hints: Hints) -> NDArray[Any]:
 def _samples(text: str) -> dict[tuple[int, int], float]:
     """Return the counter by layer and expert, added up over other labels."""
     metrics: dict[str, dict[tuple[int, int], float]] = {}
+    last = text.rpartition("\n")[2]
+    if last and not last.startswith("#") and not SAMPLE.match(last):
+        raise ValueError(f"must end with a whole line, got {shown(last)}: the file is cut off")
     series: set[tuple[str, frozenset[tuple[str, str]]]] = set()
     for number, line in enumerate(text.split("\n"), 1):
         sample = SAMPLE.match(line)
@@ -264,18 +268,21 @@ def _header(text: str) -> _Header | None:
         return _Header([], {}, [(at, at) for at in range(len(names))])
     numbers = enumerate(map(LAST.search, names))
     experts = sorted((int(number[0]), at) for at, number in numbers if number)
-    columns = {
-        kind: at
-        for at, name in enumerate(names)
-        for kind, pattern in KINDS.items()
-        if pattern.fullmatch(name) and (name or not at)
-    }
-    if not experts or len(columns) + len(experts) != len(names):
+    columns: dict[str, list[int]] = {}
+    for at, name in enumerate(names):
+        for kind, pattern in KINDS.items():
+            if pattern.fullmatch(name) and (name or not at):
+                columns.setdefault(kind, []).append(at)
+    if not experts or sum(map(len, columns.values())) + len(experts) != len(names):
         return None
     # Without a column of layers or windows, its rows have to show that it is such a table.
     if not columns and not (len(names) == len(row) and all(map(NUMBER.fullmatch, row))):
         return None
-    return _Header(names, columns, experts)
+    for kind, places in columns.items():
+        if len(places) > 1:
+            same = " and ".join(names[at] for at in places)
+            raise ValueError(f"line 1: must have one column of the {kind}, got {same}")
+    return _Header(names, {kind: places[0] for kind, places in columns.items()}, experts)
 
 
 def _csv(path: Path, hints: Hints) -> NDArray[Any]:
