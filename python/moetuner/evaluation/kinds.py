@@ -9,7 +9,7 @@ that are near each other in time are alike, and what is cut out of such a path h
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ SHARES, REPEATS = 0.25, 0.9
 # Passages by which shared text is found: fewest tokens of each; how often any two may be the same
 # by chance, in all of a trace; and how many there may be, else one of several is looked at.
 PASSAGE, BY_CHANCE, PASSAGES = 4, 0.01, 1 << 22
+FACTOR = 0x9E3779B97F4A7C15
 # A passage that more than this part of the sequences have is of all traffic, as system prompts are.
 OF_ALL = 0.5
 # Part of the windows that are of one kind, above which traffic is steady but for some windows.
@@ -59,29 +60,14 @@ FAR, AGAIN = 3, 0.5
 FEW_PER_GROUP = 4
 
 
-class Kinds(NamedTuple):
-    """Kinds of sequences, and how they were found.
-
-    Parameters
-    ----------
-    kind
-        The kind of every sequence [S], numbered; None where each is its own.
-    likeness
-        What sequences of a kind have in common: the text, a part of it, or the experts alone.
-    all_alike
-        Whether no group has sequences that differ by more than the noise of their tokens.
-    """
-
-    kind: Integers | None
-    likeness: Likeness = "experts"
-    all_alike: bool = False
-
-
-def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
-    """Find the kinds of the sequences in ``labels`` [S].
+def kinds_of(
+    trace: RoutingTrace, labels: NDArray[np.int32]
+) -> tuple[Integers | None, Likeness, bool]:
+    """Find the kinds of the sequences in ``labels`` [S], numbered; None where each is its own.
 
     Sequences that share a document are of one kind, and so are those that route alike. Groups are
-    kinds that are known, so each is looked at by itself.
+    kinds that are known, so each is looked at by itself. Also return what those of a kind have in
+    common, and whether no group has sequences that differ by more than the noise of their tokens.
     """
     number = len(labels)
     assert trace.sequence is not None
@@ -92,7 +78,7 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
-        return Kinds(text if len(texts) < number else None, likeness)
+        return (text if len(texts) < number else None), likeness, False
     count = loads_by(trace, label, number, layers)[first]
     kind, all_alike = _find_kinds_by_group(count, of_sequence[first])
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
@@ -100,7 +86,7 @@ def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> Kinds:
     kinds = int(kind.max(initial=-1)) + 1
     if kinds < len(texts):
         likeness = "experts"
-    return Kinds(kind[text] if kinds < number else None, likeness, all_alike)
+    return (kind[text] if kinds < number else None), likeness, all_alike
 
 
 def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
@@ -133,9 +119,7 @@ def _are_shared(kind: Integers, group: Integers) -> bool:
     return bool(size.max(axis=1).sum() < (1 - SHARED) * len(kind)) or size.shape[1] == 1
 
 
-def number_texts(
-    trace: RoutingTrace, label: Integers, number: int
-) -> tuple[Integers, Likeness]:
+def number_texts(trace: RoutingTrace, label: Integers, number: int) -> tuple[Integers, Likeness]:
     """Return numbers of texts of sequences [S], which those that share one have in common.
 
     Also return whether they repeat all of it. ``label`` is the sequence of every token [T]. Experts
@@ -174,33 +158,33 @@ def _list_passages(
     """
     rng = np.random.default_rng(0)
     table = rng.integers(0, 1 << 63, (trace.layers, trace.num_experts), dtype=np.uint64)
-    token, first = np.empty(trace.tokens, dtype=np.uint64), 0
+    token, done = np.empty(trace.tokens, dtype=np.uint64), 0
     for shard in trace.shards():
-        token[first : first + len(shard)] = _core.code_tokens(shard, table)
-        first += len(shard)
+        token[done : done + len(shard)] = _core.code_tokens(shard, table)
+        done += len(shard)
         del shard  # else the next one is read while this one is still there
     common = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
-    alike = float(((common / max(common.sum(), 1)) ** 2).sum())
-    size = PASSAGE
-    if alike < 1:
+    alike, size = float(((common / max(common.sum(), 1)) ** 2).sum()), PASSAGE
+    if 0 < alike < 1:
         size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(alike)))
     order = np.argsort(label, kind="stable")
     token, owner = token[order], label[order]
     length = np.bincount(label, minlength=number)
-    size = min(size, max(int(length.max(initial=1)), 1))
-    place = np.arange(len(token)) - np.repeat(np.cumsum(length) - length, length)
-    last = np.minimum(place + size, length[owner]) - place  # tokens of it that there are
-    code, factor = np.zeros_like(token), np.uint64(0x9E3779B97F4A7C15)
-    for ahead in range(size):
-        code *= factor
-        code[: len(token) - ahead] += np.where(last[: len(token) - ahead] > ahead, token[ahead:], 0)
+    first = np.repeat(np.cumsum(length) - length, length)
+    place = np.arange(len(token))
+    end = np.minimum(place + size, first + length[owner])
+    # Sums of tokens times powers of an odd number: what is between two of them, shifted, is a code.
+    powers = np.cumprod(np.full(len(token), FACTOR, dtype=np.uint64))
+    sums = np.append(np.uint64(0), np.cumsum(token * powers))
+    shift = np.cumprod(np.full(len(token), pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
+    code = (sums[end] - sums[place]) * shift
     every = np.uint64(max(len(token) // PASSAGES, 1))
-    is_listed = ((last == size) | (place == 0)) & ((code >> np.uint64(32)) % every == 0)
+    is_listed = ((end - place == size) | (place == first)) & ((code >> np.uint64(32)) % every == 0)
     return code[is_listed], owner[is_listed]
 
 
 def _join_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
-    """Number what pairs join of so many [S], in the order of the first of each."""
+    """Return numbers of what pairs join of so many [S], in the order of the first of each."""
     parent = list(range(number))
 
     def root(one: int) -> int:

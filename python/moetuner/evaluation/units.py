@@ -39,13 +39,16 @@ Name = Literal["sequence", "kind", "window"]
 FOLDS = 20
 # Folds that are runs of windows that are alike have so many units each, as the ends of neighbouring
 # runs are alike; but there are no fewer than so many folds, where there are as many units.
-RUN, FEWEST_RUNS = 2, 5
+RUN, FEWEST_RUNS = 4, 5
 # Windows that are compared with each other; more are taken two by two.
 WINDOWS = 4096
 # Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
 # and where it is the only one of many. What is just as much counts nothing, and twice that counts
 # three quarters: no single window decides how many are independent.
 ALIKE, SURE = 1.5, 4.0
+# What is alike lasts so many times the mean lag at which it is, each by its correlation: both ways
+# of counting are one for a first-order autoregression that changes slowly.
+LASTING = 4
 # Windows that are alike at a lag beyond this part of all come back for ever.
 RECURS = 3
 # Cells of shares [W,L,E] that are looked at, and products of two of them; of more, evenly spaced
@@ -121,7 +124,8 @@ class Units:
     blocks
         Of windows: how far neighbours are alike.
     sequences, kinds
-        Labels of sequences, sorted, and the kind of each; None where kinds are not few.
+        Labels of sequences, sorted, and the kind of each; None where kinds are not few. Of windows
+        the kind of each, or where steps were drawn from few windows, the one of each.
     all_alike
         Whether sequences differ by no more than the noise of their tokens.
     likeness
@@ -158,7 +162,7 @@ class Units:
             # A part of a recording has windows of fewer kinds.
             label: NDArray[Any] | None = None
             if self.kinds is not None:
-                label = kinds_of_windows(traffic)[0]
+                label = _units_of_windows(traffic).kinds
         else:
             label = None if traffic.sequence is None else self.of_tokens(traffic.sequence)
         if label is None:
@@ -199,23 +203,46 @@ _OF_SEQUENCES: WeakKeyDictionary[RoutingTrace, Units] = WeakKeyDictionary()
 
 def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
-    if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
-        if window is None and isinstance(traffic, RoutingTrace):
+    if isinstance(traffic, RoutingStatistics):
+        return _units_of_windows(traffic)
+    if traffic.sequence is None:
+        if window is None:
             window = piece_of(traffic)
         loads = loads_of(traffic, window=window, threads=threads)
-        if isinstance(traffic, RoutingStatistics):
-            kinds, _ = kinds_of_windows(traffic)
-            if kinds is not None:
-                return Units("kind", int(kinds.max()) + 1, kinds=kinds)
         blocks = blocks_of(loads.window_load, loads.group)
-        windows = int(loads.is_step.sum())
-        if isinstance(traffic, RoutingTrace):
-            windows = max(traffic.tokens // (window or 1), 1)
-        return Units("window", blocks.number(windows), blocks)
+        return Units("window", blocks.number(max(traffic.tokens // (window or 1), 1)), blocks)
     known = _OF_SEQUENCES.get(traffic)
     if known is None:
         known = _OF_SEQUENCES[traffic] = _units_of_sequences(traffic)
     return known
+
+
+def _units_of_windows(table: RoutingStatistics) -> Units:
+    """Return what is independent in a load table: kinds of windows, or else blocks of them.
+
+    Steps that were drawn from one window of counters are of its kind, or block.
+    """
+    if table.drawn_from is not None:
+        _, first, label, sizes = np.unique(
+            table.drawn_from, return_index=True, return_inverse=True, return_counts=True
+        )
+        load = np.zeros((len(first), table.layers, table.experts), np.uint64)
+        np.add.at(load, label, table.window_load.astype(np.uint64))
+        group = None if table.group is None else table.group[first]
+        units = _units_of_windows(
+            RoutingStatistics(load, group=group, group_names=table.group_names)
+        )
+        if units.kinds is not None:
+            return replace(units, kinds=units.kinds[label])
+        if units.blocks.length == 1:
+            return replace(units, kinds=label)
+        blocks, steps = units.blocks, int(sizes.max())
+        return replace(units, blocks=Blocks(steps * blocks.correlation, steps * blocks.length))
+    kinds, _ = kinds_of_windows(table)
+    if kinds is not None:
+        return Units("kind", int(kinds.max()) + 1, kinds=kinds)
+    blocks = blocks_of(table.window_load, table.group)
+    return Units("window", blocks.number(int(table.is_step.sum())), blocks)
 
 
 def _units_of_sequences(trace: RoutingTrace) -> Units:
@@ -254,7 +281,7 @@ def blocks_of(
     second lag only (Geyer 1992), up to the first pair that is no larger; and up to the furthest lag
     that is larger beyond doubt, as those that take longer turns are. Noise of few tokens has none.
     The integrated autocorrelation time is the sum of what is left over its value at lag 0 without
-    the noise of the tokens, whose number tells it.
+    noise.
     """
     (share, noise), times = _compute_shares(load, group), 1
     label = number_groups(len(share), group)
@@ -266,9 +293,17 @@ def blocks_of(
     lags, weight, noisy = _measure_lags(share, label)
     if not len(lags):
         return INDEPENDENT
-    correlation = weight * np.clip(lags / max(noisy - noise, float(lags.max())), -1.0, 1.0)
+    # What a window has in common with no neighbour is noise, by a line through the first lags, or
+    # is not, by the number of its tokens. The mean of both moves little by little.
+    next_one, largest = lags[1] if len(lags) > 1 else 0.0, float(lags.max())
+    line, clean = max(2 * lags[0] - next_one, largest), max(noisy - noise, largest)
+    correlation = weight * np.clip(lags / math.sqrt(clean * min(line, clean)), -1.0, 1.0)
     # What alternates tells no more than what is alike until then.
-    time = 1 + 2 * max(float(np.cumsum(correlation).max()), 0.0)
+    correlation = correlation[: int(np.cumsum(correlation).argmax()) + 1]
+    time = 1 + 2 * max(float(correlation.sum()), 0.0)
+    # Two paths that take turns are alike at every second lag: runs must last as long as each.
+    lasting = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
+    time = max(time, LASTING * lasting)
     if len(lags) > len(share) / RECURS:
         # What comes back to the end is no more than comes before it is back.
         time = max(time, float(weight[-1] * len(lags)))
@@ -448,8 +483,11 @@ def _draw(
 def select(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
     """Return some tokens [T] of a trace, or windows [W] of a load table."""
     if isinstance(traffic, RoutingStatistics):
-        group = None if traffic.group is None else traffic.group[keep]
-        return replace(traffic, window_load=traffic.window_load[keep], group=group)
+        labels = {name: getattr(traffic, name) for name in ("group", "drawn_from")}
+        kept: dict[str, Any] = {
+            name: None if each is None else each[keep] for name, each in labels.items()
+        }
+        return replace(traffic, window_load=traffic.window_load[keep], **kept)
     chosen = replace(traffic, sequence=keep.astype(np.int32)).select(sequences=[1])
     return replace(chosen, sequence=None if traffic.sequence is None else traffic.sequence[keep])
 
@@ -478,7 +516,8 @@ def stretches_of(group: NDArray[np.integer[Any]] | None, number: int) -> list[In
     last = number - 1 - np.unique(group[::-1], return_index=True)[1]
     if number < FEW_PER_GROUP * len(names):
         return [np.arange(number)]
-    cuts, end = [], 0
+    cuts: list[int] = []
+    end = 0
     for begin, place in sorted(zip(first.tolist(), range(len(names)), strict=True)):
         if begin > end and begin - (cuts[-1] if cuts else 0) >= FEW_PER_GROUP:
             cuts.append(begin)
