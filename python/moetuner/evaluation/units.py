@@ -519,7 +519,8 @@ def stretches_of(group: NDArray[np.integer[Any]] | None, number: int) -> list[In
     cuts: list[int] = []
     end = 0
     for begin, place in sorted(zip(first.tolist(), range(len(names)), strict=True)):
-        if begin > end and begin - (cuts[-1] if cuts else 0) >= FEW_PER_GROUP:
+        shortest = min(begin - (cuts[-1] if cuts else 0), number - begin)
+        if begin > end and shortest >= FEW_PER_GROUP:
             cuts.append(begin)
         end = max(end, int(last[place]))
     return np.split(np.arange(number), cuts)
