@@ -136,9 +136,9 @@ def test_one_kind_is_told():
 
 
 def test_runs_are_longer_than_windows_are_alike():
-    """Folds of windows without labels follow one another, of four units each and of equal size."""
-    dealt = Units("window", 32, Blocks(2.0, 2)).deal(table(16, 4, 0), np.arange(64), None)
-    assert (dealt.number, dealt.units) == (8, 32)
+    """Folds of windows without labels follow one another, of three units each and of equal size."""
+    dealt = Units("window", 24, Blocks(64 / 24, 3)).deal(table(16, 4, 0), np.arange(64), None)
+    assert (dealt.number, dealt.units) == (8, 24)
     assert dealt.fold.tolist() == [window // 8 for window in range(64)]
 
 

@@ -39,7 +39,7 @@ Name = Literal["sequence", "kind", "window"]
 FOLDS = 20
 # Folds that are runs of windows that are alike have so many units each, as the ends of neighbouring
 # runs are alike; but there are no fewer than so many folds, where there are as many units.
-RUN, FEWEST_RUNS = 4, 5
+RUN, FEWEST_RUNS = 3, 3
 # Windows that are compared with each other; more are taken two by two.
 WINDOWS = 4096
 # Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
