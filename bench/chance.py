@@ -8,12 +8,14 @@ neighbours in blocks and one in turns are equally good in truth: what an audit o
 other calls worse is a false alarm, and an interval of the change that does not hold 0 misses.
 
 The first table judges advise, verdict and compare by the truth, on traffic of laws that are known
-(bench/simulated.py), with and without labels, of windows that are alike and that are not, of few
-kinds and of groups that follow one another: how often a gain is claimed that fresh traffic does
-not have, how many intervals hold the truth, and, where all text shares a skew, how often the gain
-is found. The others print how often the interval of 95 % misses, by the number of sequences and how
-they lie in windows; how often a null audit of seven groups names somebody; how often one group that
-is served worse is named; and what verdict says of a change between the two. Seeds are fixed.
+(bench/simulated.py), with and without labels, of windows that are alike and that are not, that
+change little by little, of few kinds, of groups that follow one another, of documents that requests
+share, and of counters: how often a gain is claimed that fresh traffic does not have, how many
+intervals hold the truth, and, where all text shares a skew, how often the gain is found; and how
+often drift seems to be beyond chance between two recordings of one law. The others print how often
+the interval of 95 % misses, by the number of sequences and how they lie in windows; how often a
+null audit of seven groups names somebody; how often one group that is served worse is named; and
+what verdict says of a change between the two. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +33,7 @@ from harness import Report, benchmark
 from numpy.typing import NDArray
 from simulated import DEVICES as FEW
 from simulated import WINDOW as LONG
-from simulated import Law, advised, placed, prompts, true_gain
+from simulated import Law, advised, draw_table, placed, prompts, true_gain
 
 import moetuner as mt
 from moetuner.cli import moetuner as command_line
@@ -154,31 +158,86 @@ def _draw_grouped(law: Law, rng: Rng) -> Traffic:
     return law.trace(rng, prompts(rng, 84), groups=7)
 
 
-# Recordings by name, with what fresh traffic of the same law has of groups.
-RECORDINGS: dict[str, tuple[Callable[[Law, Rng], Traffic], int]] = {
-    "60 sequences": (_draw_labelled, 0),
-    "sequences without labels": (_draw_unlabelled, 0),
-    "60 of 5 kinds": (lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=5), 0),
-    "60 of 20 kinds": (lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=20), 0),
-    "64 windows": (lambda law, rng: law.table(rng, 64, 1), 0),
-    "16 topics of 4 windows": (lambda law, rng: law.table(rng, 16, 4), 0),
-    "8 topics of 8 windows": (lambda law, rng: law.table(rng, 8, 8), 0),
-    "40 topics of 4 windows": (lambda law, rng: law.table(rng, 40, 4), 0),
-    "7 groups, one by one": (_draw_grouped, 7),
+@dataclass(frozen=True)
+class Recorded:
+    """A kind of recording: how one is drawn, and fresh traffic of the same law.
+
+    Parameters
+    ----------
+    draw
+        Draws a recording.
+    draw_fresh
+        Draws as much fresh traffic as tells the truth; by default prompts of their own kinds.
+    """
+
+    draw: Callable[[Law, Rng], Traffic]
+    draw_fresh: Callable[[Law, Rng], Traffic] = lambda law, rng: law.fresh(rng, 700)
+
+
+def _of_shares(draw: Callable[[Law, Rng], NDArray[np.float64]]) -> Recorded:
+    """Return recordings of windows of such shares, and fresh ones of ten times as many."""
+
+    def draw_fresh(law: Law, rng: Rng) -> Traffic:
+        return draw_table(rng, np.concatenate([draw(law, rng) for _ in range(10)]))
+
+    return Recorded(lambda law, rng: draw_table(rng, draw(law, rng)), draw_fresh)
+
+
+def _draw_in_groups(law: Law, rng: Rng) -> Traffic:
+    return draw_table(rng, _draw_walks(law, rng), np.arange(80) // 8)
+
+
+def _draw_walks(law: Law, rng: Rng) -> NDArray[np.float64]:
+    return np.concatenate([law.walk(rng, 8, 0.4) for _ in range(10)])
+
+
+def _of_documents(number: int, questions: int, size: int, before: int = 0) -> Recorded:
+    """Return recordings of questions on documents, and fresh ones on other documents."""
+    return Recorded(
+        lambda law, rng: law.documents(rng, number, questions, size, before=before),
+        lambda law, rng: law.documents(rng, 300, 1, size, before=before),
+    )
+
+
+# Recordings by name.
+RECORDINGS: dict[str, Recorded] = {
+    "60 sequences": Recorded(_draw_labelled),
+    "sequences without labels": Recorded(_draw_unlabelled),
+    "60 of 5 kinds": Recorded(lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=5)),
+    "60 of 20 kinds": Recorded(lambda law, rng: law.trace(rng, prompts(rng, 60), kinds=20)),
+    "64 windows": Recorded(lambda law, rng: law.table(rng, 64, 1)),
+    "16 topics of 4 windows": Recorded(lambda law, rng: law.table(rng, 16, 4)),
+    "8 topics of 8 windows": Recorded(lambda law, rng: law.table(rng, 8, 8)),
+    "40 topics of 4 windows": Recorded(lambda law, rng: law.table(rng, 40, 4)),
+    "7 groups, one by one": Recorded(_draw_grouped, lambda law, rng: law.fresh(rng, 700, groups=7)),
+    "waves": _of_shares(lambda law, rng: law.waves(rng, 160, (20, 80))),
+    "slow waves": _of_shares(lambda law, rng: law.waves(rng, 160, (60, 160))),
+    "autoregression": _of_shares(lambda law, rng: law.walk(rng, 160, 0.9)),
+    "overlapping topics": _of_shares(lambda law, rng: law.overlaps(rng, 160, 10)),
+    "10 groups of 8 windows": Recorded(
+        _draw_in_groups, _of_shares(lambda law, rng: _draw_walks(law, rng)).draw_fresh
+    ),
+    "documents": _of_documents(20, 4, 300),
+    "documents, a third": _of_documents(20, 4, 90),
+    "one system prompt": _of_documents(80, 1, 1, 200),
+    "32 steps of 16 counters": Recorded(
+        lambda law, rng: law.counters(rng, 16),
+        lambda law, rng: law.table(rng, 400, 1, tokens=WINDOW),
+    ),
 }
 
 
 def measure_advice(name: str, runs: int, skew: float = 0.0) -> tuple[float, float, float, float]:
     """Return shares of advice: false claims, intervals that hold the truth, trials; and the truth.
 
-    An interval is of the placement that is proposed. A claim is false if the advice is worth a
-    trial and fresh traffic has less than the price.
+    An interval is of the placement that is proposed; one that nothing is concluded from holds
+    all. A claim is false if the advice is worth a trial and fresh traffic has less than the price.
     """
-    law, (recorded, groups) = Law(skew), RECORDINGS[name]
-    fresh = law.fresh(np.random.default_rng(1), 700, groups=groups)
+    law, recorded = Law(skew), RECORDINGS[name]
+    fresh = recorded.draw_fresh(law, np.random.default_rng(1))
     count = np.zeros(4)
     for run in range(runs):
-        advice = advised(recorded(law, np.random.default_rng([5, run])), run)
+        advice = advised(recorded.draw(law, np.random.default_rng([5, run])), run)
         truth = true_gain(advice.placements, fresh)
         low, high = advice.judged[0].gain.interval or (-np.inf, np.inf)
         claims = advice.answer == "worth a trial"
@@ -187,13 +246,24 @@ def measure_advice(name: str, runs: int, skew: float = 0.0) -> tuple[float, floa
     return false, holding, trials, truth
 
 
+def measure_drift(name: str, runs: int) -> tuple[float, float, float]:
+    """Return shares of pairs of recordings of one law: drifted, by chance of a hundredth, told."""
+    recorded, count = RECORDINGS[name], np.zeros(3)
+    for run in range(runs):
+        sides = [recorded.draw(Law(), np.random.default_rng([8, run, side])) for side in (0, 1)]
+        with suppress(ValueError):  # too little to tell
+            answer = mt.drift(sides[0], sides[1], seed=run)
+            count += [answer.is_beyond_chance, answer.chance <= 0.01, 1]
+    drifted, seldom, told = (count / runs).tolist()
+    return drifted, seldom, told
+
+
 def measure_certainty(name: str, runs: int) -> tuple[float, float]:
     """Return shares of verdicts and of audits that are certain, of equally good placements."""
-    recorded, _ = RECORDINGS[name]
-    count = np.zeros(2)
+    recorded, count = RECORDINGS[name], np.zeros(2)
     for run in range(runs):
         rng = np.random.default_rng([6, run])
-        traffic, (one, other) = recorded(Law(), rng), (placed(rng), placed(rng))
+        traffic, (one, other) = recorded.draw(Law(), rng), (placed(rng), placed(rng))
         before, after = (
             mt.evaluate(each, traffic, window=LONG, mixed=False, threads=1) for each in (one, other)
         )
@@ -210,15 +280,15 @@ def measure_certainty(name: str, runs: int) -> tuple[float, float]:
 
 def measure_compare(name: str, runs: int, *, splits: int = 3) -> tuple[float, float]:
     """Return shares of comparisons: sure that eplb differs from blocks, and all splits agree."""
-    recorded, _ = RECORDINGS[name]
-    count = np.zeros(2)
+    recorded, count = RECORDINGS[name], np.zeros(2)
     with tempfile.TemporaryDirectory() as folder:
         file, written = Path(folder) / "traffic.safetensors", Path(folder) / "found.json"
         for run in range(runs):
-            recorded(Law(), np.random.default_rng([7, run])).save(file)
+            traffic = recorded.draw(Law(), np.random.default_rng([7, run]))
+            traffic.save(file)
             options = f"--devices {FEW} --objective balance --methods contiguous,eplb --threads 1"
             options += f" --baseline contiguous --splits {splits} --seed {run} --json {written}"
-            options += f" --window {LONG}" if "windows" not in name else ""
+            options += f" --window {LONG}" * isinstance(traffic, mt.RoutingTrace)
             CliRunner().invoke(command_line, ["compare", str(file), *options.split()])
             gain = json.loads(written.read_text())["methods"]["eplb"]["gain"]
             low, high = gain["interval"] or (-1, 1)
@@ -240,6 +310,8 @@ def print_claims(report: Report, advices_of_each: int) -> None:
         "by audit 9.1f",
         "by compare 11.1f",
         "splits agree 13.1f",
+        "drift <= 1 % 14.1f",
+        "of told 9.1f",
     )
     for name in RECORDINGS:
         false, holding, _, _ = measure_advice(name, advices_of_each)
@@ -247,6 +319,7 @@ def print_claims(report: Report, advices_of_each: int) -> None:
         others = (
             *measure_certainty(name, advices_of_each),
             *measure_compare(name, advices_of_each),
+            *measure_drift(name, advices_of_each)[1:],
         )
         table(name, *(100 * share for share in (false, holding, power, gain, *others)))
 

@@ -47,11 +47,65 @@ class Law:
         self, rng: np.random.Generator, topics: int, windows: int, *, tokens: int = 512
     ) -> mt.RoutingStatistics:
         """Draw a load table of topics of so many windows each."""
-        load = [
-            [[rng.multinomial(tokens * TOP_K, shares) for shares in kind] for _ in range(windows)]
-            for kind in (self.kind(rng) for _ in range(topics))
-        ]
-        return mt.RoutingStatistics.from_load(np.concatenate(load).astype(np.uint64))
+        kinds = np.array([self.kind(rng) for _ in range(topics)])
+        return draw_table(rng, np.repeat(kinds, windows, axis=0), tokens=tokens)
+
+    def _shares(self, liking: Floats) -> Floats:
+        """Return expert shares of likings [W,L,E], to which the skew of all text is added."""
+        share = np.exp(liking + np.linspace(self.skew, 0, EXPERTS))
+        liked: Floats = share / share.sum(axis=2, keepdims=True)
+        return liked
+
+    def waves(
+        self, rng: np.random.Generator, windows: int, periods: tuple[float, float], parts: int = 4
+    ) -> Floats:
+        """Draw shares of windows [W,L,E] that go up and down by sines of so many windows."""
+        period = rng.uniform(*periods, (parts, 1, LAYERS, EXPERTS))
+        turn = np.arange(windows)[:, None, None] / period + rng.random(period.shape)
+        waves = np.sin(2 * np.pi * turn).sum(axis=0) * np.sqrt(2 / parts)
+        return self._shares(0.7 * waves)
+
+    def walk(self, rng: np.random.Generator, windows: int, memory: float) -> Floats:
+        """Draw shares of windows [W,L,E] whose likings keep so much from one to the next."""
+        liking = rng.normal(size=(windows, LAYERS, EXPERTS))
+        for window in range(1, windows):
+            fresh = np.sqrt(1 - memory**2) * liking[window]
+            liking[window] = memory * liking[window - 1] + fresh
+        return self._shares(0.7 * liking)
+
+    def overlaps(self, rng: np.random.Generator, windows: int, lasting: float) -> Floats:
+        """Draw shares of windows [W,L,E] of four topics at a time, each lasting so many windows."""
+        topics, shares = np.array([self.kind(rng) for _ in range(4)]), []
+        for _ in range(windows):
+            shares.append(np.tensordot(rng.dirichlet(np.full(4, 2.0)), topics, axes=1))
+            for place in np.flatnonzero(rng.random(4) < 1 / lasting):
+                topics[place] = self.kind(rng)
+        return np.array(shares)
+
+    def documents(
+        self, rng: np.random.Generator, number: int, questions: int, size: int, *, before: int = 0
+    ) -> mt.RoutingTrace:
+        """Draw requests: so many questions on each of some documents of so many tokens.
+
+        With ``before`` all of them begin with one system prompt of so many tokens.
+        """
+        prompt, ids = _tokens(rng, self.kind(rng), before), []
+        for _ in range(number):
+            document = _tokens(rng, self.kind(rng), size)
+            for length in rng.integers(60, 300, questions):
+                ids.append(np.concatenate([prompt, document, _tokens(rng, self.kind(rng), length)]))
+        ids = [ids[place] for place in rng.permutation(len(ids))]
+        return mt.RoutingTrace.from_arrays(
+            np.concatenate(ids),
+            num_experts=EXPERTS,
+            sequence=np.repeat(np.arange(len(ids)), [*map(len, ids)]),
+        )
+
+    def counters(self, rng: np.random.Generator, number: int) -> mt.RoutingStatistics:
+        """Draw steps of counters of so many kinds, each with a name: one counter of each."""
+        kinds = np.array([self.kind(rng) for _ in range(number)])
+        counted = draw_table(rng, kinds, np.arange(number), tokens=1_000_000)
+        return counted.per_step(WINDOW, top_k=TOP_K)
 
     def trace(
         self,
@@ -73,10 +127,9 @@ class Law:
         ids = []
         for sequence, length in enumerate(lengths):
             share = np.roll(laws[which[sequence]], group[sequence] * EXPERTS // max(groups, 1), 1)
-            noise = rng.gumbel(size=(length, LAYERS, EXPERTS))
-            ids.append(np.argpartition(-(np.log(share) + noise), TOP_K, axis=2)[..., :TOP_K])
+            ids.append(_tokens(rng, share, length))
         return mt.RoutingTrace.from_arrays(
-            np.concatenate(ids).astype(np.uint8),
+            np.concatenate(ids),
             num_experts=EXPERTS,
             sequence=np.repeat(np.arange(number), lengths) if labels else None,
             group=np.repeat(group, lengths) if groups else None,
@@ -85,6 +138,27 @@ class Law:
     def fresh(self, rng: np.random.Generator, number: int, **sizes: int) -> mt.RoutingTrace:
         """Draw many short sequences of kinds of their own."""
         return self.trace(rng, prompts(rng, number), **sizes)
+
+
+def _tokens(rng: np.random.Generator, share: Floats, number: int) -> NDArray[np.uint8]:
+    """Draw experts [T,L,K] of tokens by shares [L,E]."""
+    noise = rng.gumbel(size=(number, LAYERS, EXPERTS))
+    return np.argpartition(-(np.log(share) + noise), TOP_K, axis=2)[..., :TOP_K].astype(np.uint8)
+
+
+def draw_table(
+    rng: np.random.Generator,
+    shares: Floats,
+    group: NDArray[np.int64] | None = None,
+    *,
+    tokens: int = 512,
+) -> mt.RoutingStatistics:
+    """Draw a load table of windows of such shares [W,L,E], of groups [W]."""
+    load = [[rng.multinomial(tokens * TOP_K, layer) for layer in window] for window in shares]
+    names = None if group is None else [f"group {number}" for number in range(group.max() + 1)]
+    return mt.RoutingStatistics.from_load(
+        np.array(load).astype(np.uint64), group=group, group_names=names or ()
+    )
 
 
 def prompts(rng: np.random.Generator, number: int) -> NDArray[np.int64]:

@@ -228,7 +228,7 @@ def test_memory_is_the_shard_and_not_the_trace(tmp_path):
 @pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.3, 3), (0.8, 8), (0.99, 9)])
 def test_windows_are_held_out_with_their_groups(share, count):
     """Of ten windows so many are unseen, each is on one side, and each side has one at least."""
-    load = np.arange(20).reshape(10, 1, 2)
+    load = np.random.default_rng(0).integers(0, 99, (10, 1, 32))
     table = mt.RoutingStatistics.from_load(
         load, group=np.arange(10), group_names=tuple("abcdefghij")
     )

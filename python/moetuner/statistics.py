@@ -7,7 +7,7 @@ import math
 import operator
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, cast
@@ -189,6 +189,10 @@ class RoutingStatistics(Frozen):
         rows for them; None where it had none. Files do not keep it.
     top_k
         Experts per token and layer, where a recording of counts says it; else None.
+    drawn_from
+        Which window of counters each of these was drawn from [W], where several were drawn from
+        one: they count as one when it comes to how sure a figure is. None where each is its own.
+        Files do not keep it.
 
     Examples
     --------
@@ -216,6 +220,7 @@ class RoutingStatistics(Frozen):
     set_tokens: int | None = None
     left_out: LeftOut | None = None
     top_k: int | None = None
+    drawn_from: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         load = _counts("load", self.window_load, "[windows, layers, experts]")
@@ -412,6 +417,7 @@ class RoutingStatistics(Frozen):
                 self,
                 window_load=self.window_load[chosen],
                 group=None if self.group is None else group[chosen],
+                drawn_from=None if self.drawn_from is None else self.drawn_from[chosen],
                 **without,
             )
             for chosen in (first, ~first)
@@ -572,8 +578,9 @@ class RoutingStatistics(Frozen):
 
         A mean of many steps is more even than each of them. So the choices of every step are drawn
         by chance, in proportion to its window's loads; the totals of layers keep their proportions.
-        Every window becomes one step, of few windows as many as make 32 in all; but a single window
-        is scaled, as its steps would differ by chance alone. Windows without load are left out,
+        Every window becomes one step, of few windows as many as make 32 in all, which say so
+        (``drawn_from``); but a single window is scaled, as its steps would differ by chance alone.
+        Windows without load are left out,
         pairs and sets are not kept.
 
         Parameters
@@ -605,16 +612,18 @@ class RoutingStatistics(Frozen):
         used = np.flatnonzero(self.window_load.any(axis=(1, 2)))
         if not used.size:
             raise ValueError("load must have a count above 0 to be scaled, got only zeros")
+        several = -(-STEPS // len(used)) if drawn and len(used) > 1 else 1
         if not drawn or len(used) == 1:
             scaled = [_scaled_to(self.window_load[window], choices) for window in used]
         else:
-            used = np.repeat(used, -(-STEPS // len(used)))
+            used = np.repeat(used, several)
             scaled = [
                 _drawn_from(self.window_load[window], choices, [seed, number])
                 for number, window in enumerate(used)
             ]
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
         fields |= {"window": tokens, "group": None if self.group is None else self.group[used]}
+        fields["drawn_from"] = used if several > 1 else None
         return replace(self, window_load=cast(Any, np.stack(scaled)), **fields)
 
     def joined(self, tokens: int) -> RoutingStatistics:
@@ -647,9 +656,11 @@ class RoutingStatistics(Frozen):
         if not len(runs):
             raise ValueError(f"tokens must be those of windows that INPUT fills, got {tokens:,}")
         load = np.stack([self.window_load[run].sum(axis=0, dtype=np.uint64) for run in runs])
-        group = None if self.group is None else self.group[runs[:, 0]]
         fields: dict[str, Any] = dict.fromkeys((*PAIRS, "sets", "set_tokens"))
-        joined = replace(self, window_load=cast(Any, load), window=tokens, group=group, **fields)
+        for name in ("group", "drawn_from"):
+            label = getattr(self, name)
+            fields[name] = None if label is None else label[runs[:, 0]]
+        joined = replace(self, window_load=cast(Any, load), window=tokens, **fields)
         self.known["joined", tokens] = joined
         return joined
 

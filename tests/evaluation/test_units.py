@@ -136,9 +136,9 @@ def test_one_kind_is_told():
 
 
 def test_runs_are_longer_than_windows_are_alike():
-    """Folds of windows without labels follow one another, of two units each and of equal size."""
-    dealt = Units("window", 16, Blocks(4.0, 4)).deal(table(16, 4, 0), np.arange(64), None)
-    assert (dealt.number, dealt.units) == (8, 16)
+    """Folds of windows without labels follow one another, of three units each and of equal size."""
+    dealt = Units("window", 24, Blocks(64 / 24, 3)).deal(table(16, 4, 0), np.arange(64), None)
+    assert (dealt.number, dealt.units) == (8, 24)
     assert dealt.fold.tolist() == [window // 8 for window in range(64)]
 
 
@@ -282,3 +282,138 @@ def test_subjects_of_real_prompts_are_no_kinds(data, grouped):
     trace = trace if grouped else replace(trace, group=None, group_names=())
     units = units_of(trace)
     assert (units.name, units.number) == ("sequence", 283)
+
+
+# Shares of 160 windows that change little by little: how many independent ones they are worth.
+PATHS = {
+    "sines": (lambda law, rng: law.waves(rng, 160, (20, 80)), 20),
+    "slow sines": (lambda law, rng: law.waves(rng, 160, (60, 160)), 8),
+    "autoregression": (lambda law, rng: law.walk(rng, 160, 0.9), 20),
+    "overlapping topics": (lambda law, rng: law.overlaps(rng, 160, 10), 24),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_windows_that_change_little_by_little_are_blocks_of_time(path):
+    """Pieces of a path are no kinds: neighbours would be seen and unseen."""
+    draw, most = PATHS[path]
+    for seed in range(3):
+        rng = np.random.default_rng([seed, len(path)])
+        table = simulated.draw_table(rng, draw(LAW, rng))
+        units = units_of(table)
+        assert units.name == "window"
+        assert 2 <= units.number <= most
+        place = {load.tobytes(): number for number, load in enumerate(table.window_load)}
+        seen, unseen = (
+            np.array([place[load.tobytes()] for load in part.window_load])
+            for part in hold_out(table, 0.5, seed=seed)
+        )
+        assert abs(seen[:, None] - unseen).min() > units.blocks.length
+
+
+def test_a_day_that_comes_again_is_of_kinds():
+    """Pieces of three equal days are seen or unseen on all of them."""
+    rng = np.random.default_rng(1)
+    units = units_of(simulated.draw_table(rng, LAW.waves(rng, 144, (48, 48), 1)))
+    assert units.name == "kind"
+    assert 10 <= units.number <= 48
+    days = units.kinds.reshape(3, 48)
+    assert (days[0] == days[1]).mean() > 0.6
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.1, 0.3])
+def test_no_single_window_decides_how_many_are_independent(memory):
+    """Of ten groups of eight windows any one may be missing: units stay within a tenth."""
+    rng = np.random.default_rng(int(10 * memory))
+    shares = np.concatenate([LAW.walk(rng, 8, memory) for _ in range(10)])
+    load = simulated.draw_table(rng, shares, tokens=20000).window_load
+    group = np.arange(80) // 8
+    numbers = []
+    for window in range(0, 80, 4):
+        rest = np.arange(80) != window
+        numbers.append(blocks_of(load[rest], group[rest]).number(79))
+    assert max(numbers) <= 1.1 * np.median(numbers) + 1
+    assert min(numbers) >= 0.9 * np.median(numbers) - 1
+
+
+def test_groups_that_follow_one_another_are_in_both_parts():
+    """However long windows are alike, what is judged is of the same mix as what is seen."""
+    rng = np.random.default_rng(2)
+    shares = np.concatenate([LAW.walk(rng, 16, 0.7) for _ in range(5)])
+    table = simulated.draw_table(rng, shares, np.arange(80) // 16)
+    assert units_of(table).blocks.length > 1
+    for part in hold_out(table, 0.5):
+        assert np.bincount(part.group, minlength=5).min() >= 3
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("number", [8, 20])
+def test_steps_of_a_counter_are_one_unit(named, number):
+    """Whether the kinds of counters are named or not, no counter has steps on both sides."""
+    table = LAW.counters(np.random.default_rng(number), number)
+    group = table.group
+    if not named:
+        table = replace(table, group=None, group_names=())
+    assert table.windows > number
+    assert units_of(table).number == number
+    units = units_of(table)
+    seen, unseen = (set(part.drawn_from) for part in hold_out(table, 0.5, seed=1))
+    assert not seen & unseen
+    folds = units.deal(table, np.arange(table.windows), None)
+    assert all(len(np.unique(folds.fold[group == one])) == 1 for one in range(number))
+
+
+@pytest.mark.parametrize("before", [0, 200])
+@pytest.mark.parametrize(("number", "questions"), [(20, 4), (8, 10), (40, 2)])
+def test_requests_on_one_document_are_one_unit(number, questions, before):
+    """Whatever system prompt all requests begin with."""
+    rng = np.random.default_rng([number, before])
+    units = units_of(LAW.documents(rng, number, questions, 300, before=before))
+    assert (units.name, units.number) == ("kind", number)
+    assert units.likeness == "part of the text"
+
+
+@pytest.mark.parametrize("place", ["middle", "end"])
+def test_a_document_is_found_wherever_it_stands(place):
+    """In the middle of requests, and at their ends."""
+    rng = np.random.default_rng(3)
+    requests = []
+    for _ in range(10):
+        document = LAW.trace(rng, np.array([200])).expert_ids
+        for _ in range(3):
+            texts = [LAW.trace(rng, np.array([60])).expert_ids for _ in range(2)]
+            texts.insert(1 if place == "middle" else 2, document)
+            requests.append(np.concatenate(texts))
+    sequence = np.repeat(np.arange(30), [*map(len, requests)])
+    ids = np.concatenate(requests)
+    units = units_of(mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence))
+    assert (units.name, units.number) == ("kind", 10)
+
+
+def test_what_all_requests_begin_with_is_no_document():
+    """A system prompt of a third of the tokens leaves every request a unit."""
+    units = units_of(LAW.documents(np.random.default_rng(4), 60, 1, 1, before=90))
+    assert (units.name, units.number) == ("sequence", 60)
+
+
+def test_turns_of_a_conversation_are_one_unit():
+    """Each request repeats what was said, and goes on."""
+    rng = np.random.default_rng(5)
+    requests = []
+    for _ in range(12):
+        turns = [LAW.trace(rng, np.array([50])).expert_ids for _ in range(4)]
+        requests += [np.concatenate(turns[: last + 1]) for last in range(4)]
+    sequence = np.repeat(np.arange(48), [*map(len, requests)])
+    ids = np.concatenate(requests)
+    units = units_of(mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence))
+    assert (units.name, units.number, units.likeness) == ("kind", 12, "text")
+
+
+@pytest.mark.parametrize("often", [0.0, 0.6, 0.95, 1.0])
+def test_few_experts_make_no_text(often):
+    """Where tokens are alike by chance, longer passages must be the same."""
+    rng = np.random.default_rng(6)
+    ids = np.where(rng.random((6000, 1, 1)) < often, 0, rng.integers(0, 8, (6000, 1, 1)))
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=8, sequence=np.arange(6000) // 100)
+    units = units_of(trace)
+    assert units.number == (1 if often == 1 else 60)

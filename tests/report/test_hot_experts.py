@@ -111,6 +111,26 @@ def test_counts_have_no_order():
     assert "unseen" not in one.sentence
 
 
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(100, 64, 6), (300, 256, 8)])
+def test_nothing_is_decided_where_nothing_is_held_out(tokens, experts, top_k):
+    """One window of equally likely experts: the busiest half takes what it takes by chance."""
+    rng = np.random.default_rng(experts)
+    ids = rng.random((tokens, 12, experts)).argsort(axis=2)[:, :, :top_k]
+    load = [np.bincount(layer.ravel(), minlength=experts) for layer in ids.swapaxes(0, 1)]
+    hot = hold_out_hot_experts(mt.RoutingStatistics.from_load(load))
+    assert hot.answer == "nothing is held out"
+    assert hot.static == pytest.approx(hot.chance, abs=0.015)
+    assert hot.static[1] > 0.55
+    assert f"without preference it would be {100 * hot.chance[1]:.0f} %" in hot.sentence
+
+
+def test_loads_of_saved_statistics_are_held_out(make_trace):
+    """Pairs are counted over all windows, which the hottest experts do not need."""
+    statistics = mt.RoutingStatistics.from_trace(make_trace(600), window=100)
+    assert statistics.transitions is not None
+    assert hold_out_hot_experts(statistics).is_unseen
+
+
 def test_published_shares_of_gpt_oss(data):
     """On recorded prompts: a fixed half takes 79 %, a cache of that size 88 to 90 %."""
     hot = mt.structure(mt.open_input(data / "gpt-oss-20b.npz"), 2).hot_experts

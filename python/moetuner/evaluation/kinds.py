@@ -2,12 +2,14 @@
 
 Two sequences of one kind differ by the noise of their tokens alone. Where all sequences differ by
 much more than that, each is of its own kind; where none does, all traffic routes alike and nothing
-tells prompts apart.
+tells prompts apart. Windows of a load table that changes little by little are of no kinds: those
+that are near each other in time are alike, and what is cut out of such a path has neighbours.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from moetuner.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Likeness = Literal["text", "part of the text", "experts"]
 
 # Cells of counts [S,L,E] that are held; of more, fewer layers are looked at, and none of too many.
 CELLS = 1 << 24
@@ -34,38 +37,56 @@ CHANGED, LOCAL, SEPARATE, COMPARED = 0.45, 0.1, 5.0, 4096
 APART = 3.0
 # Kinds are few if there is one for so many sequences or more.
 EACH = 2
-# First tokens by which repeated text is looked for, and the part of the shorter of two texts that
-# the longer one must begin with: generations that were cut off, or went on, are repeated text.
-BEGIN, SAME = 4, 0.9
+# Parts of the shorter of two texts that the longer one must have, to share a document with it, and
+# to repeat it: generations that were cut off, or went on, are repeated text.
+SHARES, REPEATS = 0.25, 0.9
+# Passages by which shared text is found: fewest tokens of each; how often any two may be the same
+# by chance, in all of a trace; and how many there may be, else one of several is looked at.
+PASSAGE, BY_CHANCE, PASSAGES = 4, 0.01, 1 << 22
+FACTOR = 0x9E3779B97F4A7C15
+# A passage that more than this part of the sequences have is of all traffic, as system prompts are.
+OF_ALL = 0.5
 # Part of the windows that are of one kind, above which traffic is steady but for some windows.
 STEADY = 0.75
 # Part of the windows that are of kinds of other groups, where kinds are not those of a group each.
 SHARED = 0.1
+# Standard errors by which kinds that are most alike must be nearer in time than others, to be
+# pieces of a path.
+NEARER = 1.5
+# Windows beyond this part of all are far apart in time, and the part of the pairs of one kind that
+# are as far apart, of those that any two windows are, from which kinds come again all the time.
+FAR, AGAIN = 3, 0.5
 # Groups of fewer windows on average have no level of their own.
 FEW_PER_GROUP = 4
 
 
-def kinds_of(trace: RoutingTrace, labels: NDArray[np.int32]) -> tuple[Integers | None, bool]:
+def kinds_of(
+    trace: RoutingTrace, labels: NDArray[np.int32]
+) -> tuple[Integers | None, Likeness, bool]:
     """Find the kinds of the sequences in ``labels`` [S], numbered; None where each is its own.
 
-    Also return whether no group has sequences that differ by more than the noise of their tokens.
-    Groups are kinds that are known, so each is looked at by itself.
+    Sequences that share a document are of one kind, and so are those that route alike. Groups are
+    kinds that are known, so each is looked at by itself. Also return what those of a kind have in
+    common, and whether no group has sequences that differ by more than the noise of their tokens.
     """
     number = len(labels)
     assert trace.sequence is not None
     label, of_sequence = np.searchsorted(labels, trace.sequence), np.zeros(number, dtype=np.int64)
     if trace.group is not None:
         of_sequence[label] = trace.group
-    text = number_texts(trace, label, number)
+    text, likeness = number_texts(trace, label, number)
     texts, first = np.unique(text, return_index=True)
     layers = min(LAYERS, trace.layers, CELLS // max(number * trace.num_experts, 1))
     if layers < 1:
-        return (text if len(texts) < number else None), False
+        return (text if len(texts) < number else None), likeness, False
     count = loads_by(trace, label, number, layers)[first]
     kind, all_alike = _find_kinds_by_group(count, of_sequence[first])
     if EACH * (int(kind.max(initial=-1)) + 1) > len(texts):
         kind = np.arange(len(texts))
-    return (kind[text] if int(kind.max(initial=-1)) + 1 < number else None), all_alike
+    kinds = int(kind.max(initial=-1)) + 1
+    if kinds < len(texts):
+        likeness = "experts"
+    return (kind[text] if kinds < number else None), likeness, all_alike
 
 
 def kinds_of_windows(statistics: RoutingStatistics) -> tuple[Integers | None, bool]:
@@ -98,31 +119,84 @@ def _are_shared(kind: Integers, group: Integers) -> bool:
     return bool(size.max(axis=1).sum() < (1 - SHARED) * len(kind)) or size.shape[1] == 1
 
 
-def number_texts(trace: RoutingTrace, label: Integers, number: int) -> Integers:
-    """Return numbers of texts of sequences [S]: the same where one begins with what another is.
+def number_texts(trace: RoutingTrace, label: Integers, number: int) -> tuple[Integers, Likeness]:
+    """Return numbers of texts of sequences [S], which those that share one have in common.
 
-    ``label`` is the sequence of every token [T]. Experts of all layers tell tokens apart.
+    Also return whether they repeat all of it. ``label`` is the sequence of every token [T]. Experts
+    of all layers tell tokens apart. What most sequences have in common is no text of its own.
+    """
+    passage, owner = _list_passages(trace, label, number)
+    # Equal passages follow one another, by sequence, each once in a sequence.
+    order = np.argsort(passage, kind="stable")
+    passage, owner = passage[order], owner[order]
+    is_new = np.diff(passage, prepend=~passage[:1]).astype(bool)
+    once = is_new | np.diff(owner, prepend=-1).astype(bool)
+    passage, owner, is_new = passage[once], owner[once], is_new[once]
+    place = np.cumsum(is_new) - 1
+    is_own = (np.bincount(place) <= OF_ALL * number)[place]
+    size = np.bincount(owner[is_own], minlength=number)
+    # Sequences that have the same passage are linked, each with the next one.
+    links = np.flatnonzero(~is_new[1:] & is_own[1:])
+    pair, shared = np.unique(owner[links] * number + owner[links + 1], return_counts=True)
+    one, other = pair // number, pair % number
+    part = shared / np.minimum(size[one], size[other])
+    joined = np.flatnonzero(part >= SHARES)
+    repeats = bool((part[joined] >= REPEATS).all())
+    # Those that have nothing but what most have are one text.
+    common = np.flatnonzero(size == 0)
+    pairs = [*zip(one[joined].tolist(), other[joined].tolist(), strict=True)]
+    pairs += [(int(common[0]), each) for each in common[1:].tolist()]
+    return _join_pairs(pairs, number), "text" if repeats else "part of the text"
+
+
+def _list_passages(
+    trace: RoutingTrace, label: Integers, number: int
+) -> tuple[NDArray[np.uint64], Integers]:
+    """Return codes of passages, neighbouring tokens of a sequence, and the sequence of each.
+
+    They are as long as it takes that no two are the same by chance; a shorter sequence is one.
     """
     rng = np.random.default_rng(0)
     table = rng.integers(0, 1 << 63, (trace.layers, trace.num_experts), dtype=np.uint64)
-    token, first = np.empty(trace.tokens, dtype=np.uint64), 0
+    token, done = np.empty(trace.tokens, dtype=np.uint64), 0
     for shard in trace.shards():
-        token[first : first + len(shard)] = _core.code_tokens(shard, table)
-        first += len(shard)
+        token[done : done + len(shard)] = _core.code_tokens(shard, table)
+        done += len(shard)
         del shard  # else the next one is read while this one is still there
+    common = np.unique(token[:: max(len(token) // PASSAGES, 1)], return_counts=True)[1]
+    alike, size = float(((common / max(common.sum(), 1)) ** 2).sum()), PASSAGE
+    if 0 < alike < 1:
+        size = max(size, math.ceil(math.log(len(token) / BY_CHANCE) / -math.log(alike)))
     order = np.argsort(label, kind="stable")
+    token, owner = token[order], label[order]
     length = np.bincount(label, minlength=number)
-    texts = np.split(token[order], np.cumsum(length)[:-1])
-    by_beginning: dict[bytes, list[int]] = {}
-    text = np.empty(number, dtype=np.int64)
-    for one in np.argsort(-length, kind="stable").tolist():
-        others = by_beginning.setdefault(texts[one][:BEGIN].tobytes(), [])
-        size = max(int(SAME * length[one]), min(int(length[one]), BEGIN))
-        same = (other for other in others if np.array_equal(texts[other][:size], texts[one][:size]))
-        text[one] = next(same, one)
-        if text[one] == one:
-            others.append(one)
-    return np.unique(text, return_inverse=True)[1].astype(np.int64)
+    first = np.repeat(np.cumsum(length) - length, length)
+    place = np.arange(len(token))
+    end = np.minimum(place + size, first + length[owner])
+    # Sums of tokens times powers of an odd number: what is between two of them, shifted, is a code.
+    powers = np.cumprod(np.full(len(token), FACTOR, dtype=np.uint64))
+    sums = np.append(np.uint64(0), np.cumsum(token * powers))
+    shift = np.cumprod(np.full(len(token), pow(FACTOR, -1, 1 << 64), dtype=np.uint64))
+    code = (sums[end] - sums[place]) * shift
+    every = np.uint64(max(len(token) // PASSAGES, 1))
+    is_listed = ((end - place == size) | (place == first)) & ((code >> np.uint64(32)) % every == 0)
+    return code[is_listed], owner[is_listed]
+
+
+def _join_pairs(pairs: list[tuple[int, int]], number: int) -> Integers:
+    """Return numbers of what pairs join of so many [S], in the order of the first of each."""
+    parent = list(range(number))
+
+    def root(one: int) -> int:
+        while parent[one] != one:
+            parent[one] = one = parent[parent[one]]
+        return one
+
+    for one, other in pairs:
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+    roots = [root(one) for one in range(number)]
+    return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
 def _find_kinds_by_group(
@@ -133,6 +207,8 @@ def _find_kinds_by_group(
     for number in np.unique(group):
         members = np.flatnonzero(group == number)
         found = _find_few_kinds(count[members], are_windows=are_windows)
+        if are_windows and found is None and len(members) >= 2 * EACH:
+            return np.arange(len(count)), False  # windows without kinds may be alike in time
         all_alike = all_alike and found is not None and not found.any()
         if found is None or not found.any():
             found = np.arange(len(members))
@@ -165,13 +241,16 @@ def _find_few_kinds(
     share = subtract_levels(share, group)
     kind = _join(share, tokens, noise, far)
     if kind is not None or number > COMPARED:
-        return kind
+        is_path = are_windows and kind is not None and _is_path(share, kind)
+        return None if is_path else kind
     products = share @ share.T
     square = products.diagonal() - noise
     distance = square[:, None] + square - 2 * products
     nearby = float(np.quantile(distance[~np.eye(number, dtype=bool)], LOCAL))
     kind = _join(share, tokens, noise, far, CHANGED * max(nearby, 0.0))
-    return kind if kind is not None and _are_apart(distance, kind) else None
+    if kind is None or not _are_apart(distance, kind) or (are_windows and _is_path(share, kind)):
+        return None
+    return kind
 
 
 def _join(
@@ -224,6 +303,39 @@ def _are_apart(distance: Floats, kind: Integers) -> bool:
     others = totals / np.outer(size, size)
     np.fill_diagonal(others, np.inf)
     return bool(np.median(others.min(axis=1)[several]) > SEPARATE * max(np.median(within), 0.0))
+
+
+def _is_path(share: Floats, kind: Integers) -> bool:
+    """Return whether kinds of windows of shares [W,F] are pieces of a path that does not come back.
+
+    Of distinct kinds those that are most alike are as far apart in time as any two. Of a path they
+    are neighbours, unless all of its pieces come again.
+    """
+    number, kinds = len(kind), int(kind.max()) + 1
+    if kinds < 3:
+        return False
+    member = np.equal.outer(np.arange(kinds), kind).astype(np.float64)
+    means = member @ share / member.sum(axis=1, keepdims=True)
+    square = (means**2).sum(axis=1)
+    apart = square[:, None] + square - 2 * means @ means.T
+    np.fill_diagonal(apart, np.inf)
+    times = [np.flatnonzero(kind == one) for one in range(kinds)]
+    ranks = np.empty(kinds)
+    for one, nearest in enumerate(apart.argmin(axis=1)):
+        # From every window to the nearest one of this kind, and from every kind.
+        since = abs(np.subtract.outer(times[one], np.arange(number))).min(axis=0)
+        of_kind = np.full(kinds, number)
+        np.minimum.at(of_kind, kind, since)
+        others, time = np.delete(of_kind, one), of_kind[nearest]
+        ranks[one] = ((others < time).sum() + (others == time).sum() / 2) / (kinds - 1)
+    # Most alike are mostly two of each other, so their ranks are worth half as many.
+    if ranks.mean() >= 1 / 2 - NEARER / math.sqrt(6 * kinds):
+        return False
+    far = number // FAR
+    pairs_far = sum(int((np.subtract.outer(each, each) > far).sum()) for each in times)
+    pairs = sum(len(each) * (len(each) - 1) // 2 for each in times)
+    of_any = (number - far) * (number - far - 1) / (number * (number - 1))
+    return pairs_far < AGAIN * of_any * pairs
 
 
 def number_groups(windows: int, group: NDArray[np.integer[Any]] | None) -> NDArray[np.int64]:

@@ -19,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, instance, is_number, seed_in, shown
-from moetuner.evaluation.kinds import kinds_of, kinds_of_windows, number_groups, subtract_levels
+from moetuner.evaluation.kinds import (
+    FEW_PER_GROUP,
+    Likeness,
+    kinds_of,
+    kinds_of_windows,
+    number_groups,
+    subtract_levels,
+)
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -32,12 +39,16 @@ Name = Literal["sequence", "kind", "window"]
 FOLDS = 20
 # Folds that are runs of windows that are alike have so many units each, as the ends of neighbouring
 # runs are alike; but there are no fewer than so many folds, where there are as many units.
-RUN, FEWEST_RUNS = 2, 5
+RUN, FEWEST_RUNS = 3, 3
 # Windows that are compared with each other; more are taken two by two.
 WINDOWS = 4096
 # Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
-# and beyond doubt, where it is the only one of many.
-ALIKE, SURE = 2.0, 4.0
+# and where it is the only one of many. What is just as much counts nothing, and twice that counts
+# three quarters: no single window decides how many are independent.
+ALIKE, SURE = 1.5, 4.0
+# What is alike lasts so many times the mean lag at which it is, each by its correlation: both ways
+# of counting are one for a first-order autoregression that changes slowly.
+LASTING = 4
 # Windows that are alike at a lag beyond this part of all come back for ever.
 RECURS = 3
 # Cells of shares [W,L,E] that are looked at, and products of two of them; of more, evenly spaced
@@ -113,9 +124,12 @@ class Units:
     blocks
         Of windows: how far neighbours are alike.
     sequences, kinds
-        Labels of sequences, sorted, and the kind of each; None where kinds are not few.
+        Labels of sequences, sorted, and the kind of each; None where kinds are not few. Of windows
+        the kind of each, or where steps were drawn from few windows, the one of each.
     all_alike
         Whether sequences differ by no more than the noise of their tokens.
+    likeness
+        What is the same in sequences, or windows, of a kind.
     """
 
     name: Name
@@ -124,6 +138,7 @@ class Units:
     sequences: NDArray[np.int32] | None = None
     kinds: Integers | None = None
     all_alike: bool = False
+    likeness: Likeness = "experts"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that reports show, as JSON values."""
@@ -147,7 +162,7 @@ class Units:
             # A part of a recording has windows of fewer kinds.
             label: NDArray[Any] | None = None
             if self.kinds is not None:
-                label = kinds_of_windows(traffic)[0]
+                label = _units_of_windows(traffic).kinds
         else:
             label = None if traffic.sequence is None else self.of_tokens(traffic.sequence)
         if label is None:
@@ -188,32 +203,56 @@ _OF_SEQUENCES: WeakKeyDictionary[RoutingTrace, Units] = WeakKeyDictionary()
 
 def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
-    if isinstance(traffic, RoutingStatistics) or traffic.sequence is None:
-        if window is None and isinstance(traffic, RoutingTrace):
+    if isinstance(traffic, RoutingStatistics):
+        return _units_of_windows(traffic)
+    if traffic.sequence is None:
+        if window is None:
             window = piece_of(traffic)
         loads = loads_of(traffic, window=window, threads=threads)
-        if isinstance(traffic, RoutingStatistics):
-            kinds, _ = kinds_of_windows(traffic)
-            if kinds is not None:
-                return Units("kind", int(kinds.max()) + 1, kinds=kinds)
         blocks = blocks_of(loads.window_load, loads.group)
-        windows = int(loads.is_step.sum())
-        if isinstance(traffic, RoutingTrace):
-            windows = max(traffic.tokens // (window or 1), 1)
-        return Units("window", blocks.number(windows), blocks)
+        return Units("window", blocks.number(max(traffic.tokens // (window or 1), 1)), blocks)
     known = _OF_SEQUENCES.get(traffic)
     if known is None:
         known = _OF_SEQUENCES[traffic] = _units_of_sequences(traffic)
     return known
 
 
+def _units_of_windows(table: RoutingStatistics) -> Units:
+    """Return what is independent in a load table: kinds of windows, or else blocks of them.
+
+    Steps that were drawn from one window of counters are of its kind, or block.
+    """
+    if table.drawn_from is not None:
+        _, first, label, sizes = np.unique(
+            table.drawn_from, return_index=True, return_inverse=True, return_counts=True
+        )
+        load = np.zeros((len(first), table.layers, table.experts), np.uint64)
+        np.add.at(load, label, table.window_load.astype(np.uint64))
+        group = None if table.group is None else table.group[first]
+        units = _units_of_windows(
+            RoutingStatistics(load, group=group, group_names=table.group_names)
+        )
+        if units.kinds is not None:
+            return replace(units, kinds=units.kinds[label])
+        if units.blocks.length == 1:
+            return replace(units, kinds=label)
+        blocks, steps = units.blocks, int(sizes.max())
+        return replace(units, blocks=Blocks(steps * blocks.correlation, steps * blocks.length))
+    kinds, _ = kinds_of_windows(table)
+    if kinds is not None:
+        return Units("kind", int(kinds.max()) + 1, kinds=kinds)
+    blocks = blocks_of(table.window_load, table.group)
+    return Units("window", blocks.number(int(table.is_step.sum())), blocks)
+
+
 def _units_of_sequences(trace: RoutingTrace) -> Units:
     """Return what is independent in a trace with sequences: these, or their kinds."""
     labels = np.unique(cast("NDArray[np.int32]", trace.sequence))
-    kinds, all_alike = kinds_of(trace, labels)
+    kinds, likeness, all_alike = kinds_of(trace, labels)
     if kinds is None:
         return Units("sequence", len(labels), all_alike=all_alike)
-    return Units("kind", int(kinds.max(initial=-1)) + 1, sequences=labels, kinds=kinds)
+    number = int(kinds.max(initial=-1)) + 1
+    return Units("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
 
 
 def loads_of(
@@ -241,56 +280,70 @@ def blocks_of(
     two windows have. Lags count in neighbouring pairs, as kinds that take turns are alike at every
     second lag only (Geyer 1992), up to the first pair that is no larger; and up to the furthest lag
     that is larger beyond doubt, as those that take longer turns are. Noise of few tokens has none.
-    The integrated autocorrelation time is the sum of what is left over its value at lag 0, which
-    noise hides and a line through the next two tells.
+    The integrated autocorrelation time is the sum of what is left over its value at lag 0 without
+    noise.
     """
-    share, times = _compute_shares(load, group), 1
+    (share, noise), times = _compute_shares(load, group), 1
     label = number_groups(len(share), group)
     while len(share) > WINDOWS:
         half = len(share) // 2
         share, times = np.round(share[: 2 * half].reshape(half, 2, -1).sum(axis=1) / 2), 2 * times
+        noise = noise / 2
         label = np.zeros(half, np.int64)  # two of different groups are of neither
-    lags, noisy = _measure_lags(share, label)
+    lags, weight, noisy = _measure_lags(share, label)
     if not len(lags):
         return INDEPENDENT
-    next_one = lags[1] if len(lags) > 1 else 0.0
-    highest = max(2 * lags[0] - next_one, float(lags.max()))
-    first = min(highest, max(noisy, float(lags.max())))
-    correlation = np.clip(lags / first, -1.0, 1.0)
+    # What a window has in common with no neighbour is noise, by a line through the first lags, or
+    # is not, by the number of its tokens. The mean of both moves little by little.
+    next_one, largest = lags[1] if len(lags) > 1 else 0.0, float(lags.max())
+    line, clean = max(2 * lags[0] - next_one, largest), max(noisy - noise, largest)
+    correlation = weight * np.clip(lags / math.sqrt(clean * min(line, clean)), -1.0, 1.0)
+    # What alternates tells no more than what is alike until then.
+    correlation = correlation[: int(np.cumsum(correlation).argmax()) + 1]
     time = 1 + 2 * max(float(correlation.sum()), 0.0)
+    # Two paths that take turns are alike at every second lag: runs must last as long as each.
+    lasting = float((np.arange(1, len(correlation) + 1) * correlation).sum()) / time
+    time = max(time, LASTING * lasting)
     if len(lags) > len(share) / RECURS:
         # What comes back to the end is no more than comes before it is back.
-        time = max(time, float(len(lags)))
-    return Blocks(times * time, times * max(math.ceil(time), len(lags)))
+        time = max(time, float(weight[-1] * len(lags)))
+    reach = int(np.flatnonzero(weight >= 1 / 2).max(initial=-1)) + 1
+    return Blocks(times * time, times * max(round(time), reach, 1))
 
 
 def _compute_shares(
     load: NDArray[np.unsignedinteger[Any]], group: NDArray[np.integer[Any]] | None
-) -> Floats:
-    """Return shares [W,L*E] less the mean of their group, as whole numbers, in order of time."""
+) -> tuple[Floats, float]:
+    """Return shares [W,L*E] less the mean of their group, as whole numbers, in order of time.
+
+    Also return the squared distance that the noise of its tokens gives a window, in the mean.
+    """
     windows, layers, experts = load.shape
     compared = min(windows, WINDOWS)
     fits = min(CELLS // max(windows * experts, 1), PRODUCTS // (compared**2 * experts), layers)
     chosen = np.unique(np.linspace(0, layers - 1, max(fits, 1)).round().astype(np.int64))
     part = load[:, chosen].astype(np.float64)
     total = part.sum(axis=2, keepdims=True)
-    share = np.divide(part, total, out=np.zeros_like(part), where=total > 0).reshape(windows, -1)
+    share = np.divide(part, total, out=np.zeros_like(part), where=total > 0)
+    noise = (share * (1 - share)).sum(axis=2, keepdims=True) / np.maximum(total, 1)
+    share = share.reshape(windows, -1)
     share = subtract_levels(share, group)
     # Unused windows say nothing.
     share[total.sum(axis=(1, 2)) == 0] = 0
-    return np.round(share * PART)
+    return np.round(share * PART), float(noise.sum()) / windows * PART**2
 
 
-def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, float]:
+def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
     """Compute autocovariances of windows [W,F] as far as these are alike, and at lag 0 with noise.
 
-    None where windows are no more alike than any two. Around the mean of their group any two of a
+    Also return how much each of them counts, from 0 to 1, by how far it is beyond chance. None
+    where windows are no more alike than any two. Around the mean of their group any two of a
     group [W] are a little unlike, and those of different groups are not: without regard to that,
     neighbours of different groups would be alike.
     """
     windows = len(share)
     if windows < 3 or not share.any():
-        return np.empty(0), 0.0
+        return np.empty(0), np.empty(0), 0.0
     products = share @ share.T
     own = np.diagonal(products).copy()
     mean = _centre(products, label)
@@ -299,18 +352,30 @@ def _measure_lags(share: Floats, label: NDArray[np.int64]) -> tuple[Floats, floa
     covariances, pairs = np.empty(furthest), windows - np.arange(1, furthest + 1)
     for lag in range(1, furthest + 1):
         covariances[lag - 1] = np.diagonal(products, lag).mean()
-    sure = covariances * np.sqrt(pairs) / max(error, 1e-300)
-    reach = 0
+    errors = max(error, 1e-300) / np.sqrt(pairs)
+    sure, weight, reach = covariances / errors, np.zeros(furthest), 0
     for first in range(0, furthest, 2):
         two = slice(first, first + 2)
-        chance = ALIKE * error * math.sqrt((1 / pairs[two]).sum())
-        if covariances[two].sum() <= chance and sure[first] <= ALIKE:
+        both = float(covariances[two].sum() / np.sqrt((errors[two] ** 2).sum()))
+        weight[two] = _weigh(np.maximum(both, [sure[first], *sure[first + 1 : first + 2]]), ALIKE)
+        if both <= ALIKE:
+            weight[first + 1 : first + 2] = _weigh(sure[first + 1 : first + 2], ALIKE)
+        if not weight[first]:
             break
-        reach = first + 1 + int((sure[first + 1 : first + 2] > ALIKE).sum())
+        reach = first + 1 + int((weight[first + 1 : first + 2] > 0).sum())
+    weight[reach:] = 0
     # Pairs of windows that are alike as neighbours are tell less than so many.
-    far = np.flatnonzero(sure > SURE * math.sqrt(1 + reach))
-    reach = max(reach, int(far.max(initial=-1)) + 1)
-    return covariances[:reach], float(own.sum() / windows) - mean
+    beyond = _weigh(sure, SURE * math.sqrt(1 + reach))
+    # Up to what comes back, all that is between counts, too.
+    weight = np.maximum(weight, np.maximum.accumulate(beyond[::-1])[::-1])
+    reach = int(np.flatnonzero(weight).max(initial=-1)) + 1
+    return covariances[:reach], weight[:reach], float(own.sum() / windows) - mean
+
+
+def _weigh(sure: Floats, least: float) -> Floats:
+    """Return how much counts what is so many standard errors from 0: nothing up to the least."""
+    weight: Floats = 1 - (least / np.maximum(sure, least)) ** 2
+    return weight
 
 
 def _centre(products: Floats, label: NDArray[np.int64]) -> float:
@@ -399,7 +464,10 @@ def hold_out(traffic: Traffic, holdout: float = 0.5, *, seed: int = 0) -> tuple[
             count = min(max(round(holdout * number), 1), number - 1)
             unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
             return select(traffic, ~unseen), select(traffic, unseen)
-    seen, unseen = choose_runs(number, holdout, gap, seed)
+    seen, unseen = np.zeros((2, number), dtype=bool)
+    for stretch in stretches_of(traffic.group, number):
+        chosen = choose_runs(len(stretch), holdout, gap, seed)
+        seen[stretch], unseen[stretch] = chosen
     return select(traffic, seen), select(traffic, unseen)
 
 
@@ -415,8 +483,11 @@ def _draw(
 def select(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
     """Return some tokens [T] of a trace, or windows [W] of a load table."""
     if isinstance(traffic, RoutingStatistics):
-        group = None if traffic.group is None else traffic.group[keep]
-        return replace(traffic, window_load=traffic.window_load[keep], group=group)
+        labels = {name: getattr(traffic, name) for name in ("group", "drawn_from")}
+        kept: dict[str, Any] = {
+            name: None if each is None else each[keep] for name, each in labels.items()
+        }
+        return replace(traffic, window_load=traffic.window_load[keep], **kept)
     chosen = replace(traffic, sequence=keep.astype(np.int32)).select(sequences=[1])
     return replace(chosen, sequence=None if traffic.sequence is None else traffic.sequence[keep])
 
@@ -430,6 +501,29 @@ def alike_tokens(trace: RoutingTrace) -> int:
 def piece_of(trace: RoutingTrace) -> int:
     """Return the tokens of a piece of a trace whose autocorrelation is measured."""
     return max(PIECE, -(-trace.tokens // PIECES))
+
+
+def stretches_of(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:
+    """Return the items [n] of stretches of time whose groups are of no other stretch.
+
+    Of groups that follow one another each is held out by itself, so that what is judged is of the
+    same mix as what is seen. Those that take turns are in one stretch: what two of them do at the
+    same time may be alike. Groups of few items have no stretch of their own.
+    """
+    if group is None:
+        return [np.arange(number)]
+    names, first = np.unique(group, return_index=True)
+    last = number - 1 - np.unique(group[::-1], return_index=True)[1]
+    if number < FEW_PER_GROUP * len(names):
+        return [np.arange(number)]
+    cuts: list[int] = []
+    end = 0
+    for begin, place in sorted(zip(first.tolist(), range(len(names)), strict=True)):
+        shortest = min(begin - (cuts[-1] if cuts else 0), number - begin)
+        if begin > end and shortest >= FEW_PER_GROUP:
+            cuts.append(begin)
+        end = max(end, int(last[place]))
+    return np.split(np.arange(number), cuts)
 
 
 def choose_runs(

@@ -2,13 +2,14 @@
 
 A set is chosen by counts of one half of a recording and judged on the other: beside a cache of as
 many experts, which drops the least recently used, and beside routing without preference, which
-finds in a set the set's share of all experts.
+finds in a set the set's share of all experts. Where nothing can be held out, nothing is decided:
+the busiest of equally likely experts take more than their share of the picks by chance.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -31,11 +32,14 @@ WORTH = 0.05
 # Tokens at most that a cache is followed over.
 TOKENS = 1 << 20
 
-Answer = Literal["a static set is worth it", "a cache serves better", "routing is flat"]
+Answer = Literal[
+    "a static set is worth it", "a cache serves better", "routing is flat", "nothing is held out"
+]
 SENTENCES: dict[Answer, str] = {
     "a static set is worth it": "some experts are chosen far more often, and stay the same ones",
     "a cache serves better": "what was used last says more than what is used most",
     "routing is flat": "how many experts are kept near decides, not which",
+    "nothing is held out": "whether a static set is worth it is not known from one window",
 }
 
 
@@ -51,6 +55,9 @@ class HotExperts(Frozen):
         Whether the picks are of traffic that the sets were not chosen by.
     static
         Share of the picks that the most used experts take, of each size.
+    chance
+        The same of experts that are equally likely: the size, where sets were not chosen by these
+        picks; else the share of the busiest experts of as many picks that are drawn at random.
     cache
         The same of a cache that drops the least recently used experts of each layer; None of
         counts, which have no order.
@@ -66,6 +73,7 @@ class HotExperts(Frozen):
     sizes: tuple[float, ...]
     is_unseen: bool
     static: tuple[float, ...]
+    chance: tuple[float, ...]
     cache: tuple[float, ...] | None
     static_of_layer: tuple[float, ...]
     static_of_group: dict[str, float]
@@ -73,7 +81,9 @@ class HotExperts(Frozen):
 
     @property
     def answer(self) -> Answer:
-        """What the half of all experts says: a fixed set, a cache, or neither."""
+        """What the half of all experts says: a fixed set, a cache, neither, or nothing."""
+        if not self.is_unseen:
+            return "nothing is held out"
         at = self.sizes.index(HALF)
         static = self.static[at]
         if self.cache is not None and self.cache[at] > static + WORTH:
@@ -87,11 +97,11 @@ class HotExperts(Frozen):
         cache = ""
         if self.cache is not None:
             cache = f", a cache of that size {100 * self.cache[at]:.0f} %"
-        unseen = "unseen " if self.is_unseen else ""
+        picks = "unseen picks" if self.is_unseen else "picks that they are chosen by"
         return (
             f"{self.answer[0].upper()}{self.answer[1:]}: {SENTENCES[self.answer]}. Half of the "
-            f"experts take {100 * self.static[at]:.0f} % of the {unseen}picks{cache}; without "
-            "preference it would be 50 %."
+            f"experts take {100 * self.static[at]:.0f} % of the {picks}{cache}; without "
+            f"preference it would be {100 * self.chance[at]:.0f} %."
         )
 
 
@@ -112,8 +122,11 @@ def hold_out_hot_experts(
     traffic: Traffic, *, seed: int = 0, threads: int | None = None
 ) -> HotExperts:
     """Measure the hottest experts on a half of traffic that is held out, as far as one can be."""
+    if isinstance(traffic, RoutingStatistics):
+        # Loads of windows can be held out, pairs of all windows cannot.
+        traffic = replace(traffic, transitions=None, coactivation=None, sets=None, set_tokens=None)
     parts: tuple[Traffic, Traffic] = (traffic, traffic)
-    # Of a single token, of few windows that are alike, and of pairs nothing can be held out.
+    # Of a single token or window nothing can be held out.
     with suppress(ArgumentError):
         parts = hold_out(traffic, 0.5, seed=seed)
     seen, unseen = (loads_of(part, threads=threads).total_load for part in parts)
@@ -144,12 +157,13 @@ def measure_hot_experts(
     threads
         Threads to use.
     """
-    chosen = _hottest(seen, HALF)
+    chosen, is_unseen = _hottest(seen, HALF), part is not traffic
     of_layer = (unseen * chosen).sum(axis=1) / np.maximum(unseen.sum(axis=1, dtype=float), 1.0)
     return HotExperts(
         sizes=SIZES,
-        is_unseen=part is not traffic,
+        is_unseen=is_unseen,
         static=tuple(_taken(unseen, _hottest(seen, size)) for size in SIZES),
+        chance=SIZES if is_unseen else _draw_shares(unseen),
         cache=_follow_cache(part, threads) if isinstance(part, RoutingTrace) else None,
         static_of_layer=tuple(of_layer.tolist()),
         static_of_group=_by_group(loads),
@@ -168,6 +182,14 @@ def _hottest(load: Counts, size: float) -> NDArray[np.bool_]:
 def _taken(load: Counts, chosen: NDArray[np.bool_]) -> float:
     """Compute the share of picks [L,E] that are of the chosen experts."""
     return float(load[chosen].sum(dtype=np.float64) / max(load.sum(dtype=np.float64), 1.0))
+
+
+def _draw_shares(load: Counts) -> tuple[float, ...]:
+    """Draw as many picks of each layer [L,E] as there are, and return what the busiest take."""
+    rng, experts = np.random.default_rng(0), load.shape[1]
+    even = np.full(experts, 1 / experts)
+    drawn = rng.multinomial(load.sum(axis=1, dtype=np.int64), even).astype(np.uint64)
+    return tuple(_taken(drawn, _hottest(drawn, size)) for size in SIZES)
 
 
 def _follow_cache(trace: RoutingTrace, threads: int | None) -> tuple[float, ...]:

@@ -303,15 +303,16 @@ def _answer_by_gains(advice: Advice) -> tuple[Answer, str]:
         least = f"at least {FEWEST} are needed"
         line = f"too few unseen {units.name}s ({number}; {least}) for an interval of the gain."
         if units.name == "kind":
+            what, others = _write_kinds(units, " only")
             line = (
-                f"sequences repeat {units.number} prompts only, {number} of them unseen, and "
-                f"{least} for an interval of the gain; record more different prompts."
+                f"{what[0].lower()}{what[1:]}; {number} of them are unseen, and {least} for an "
+                f"interval of the gain; record more {others}."
             )
-            if units.sequences is None:
-                line = (
-                    f"windows are of {units.number} kinds of traffic only, {number} of them "
-                    f"unseen, and {least} for an interval of the gain; record more kinds."
-                )
+        elif units.kinds is not None:
+            line = (
+                f"steps were drawn from {units.number} windows of INPUT only, {number} of them "
+                f"unseen, and {least} for an interval of the gain; record more windows."
+            )
         elif units.blocks.length > 1:
             line = (
                 f"neighbouring windows are alike, so the unseen ones are worth {number} "
@@ -393,11 +394,9 @@ def _write_units(units: Units, *, held_out: bool) -> list[str]:
         return []
     if units.name == "kind":
         only = " only" * (units.number < FEW_KINDS)
-        whose = f"Sequences repeat {units.number} prompts{only}, each of them", "prompts"
-        if units.sequences is None:
-            whose = f"Windows are of {units.number} kinds of traffic{only}, each of them", "kinds"
-        rest = f"; the gain on other {whose[1]} is unknown" * bool(only)
-        return [f"{whose[0]} seen or unseen as a whole{rest}."]
+        what, others = _write_kinds(units, only)
+        rest = f"; the gain on other {others} is unknown" * bool(only)
+        return [f"{what}; each of them is seen or unseen as a whole{rest}."]
     if units.all_alike:
         return [
             "All sequences route alike: if they are one prompt, or "
@@ -406,6 +405,8 @@ def _write_units(units: Units, *, held_out: bool) -> list[str]:
     if units.name != "window":
         return []
     counting = "windows count as independent, as neighbours are no more alike than others."
+    if units.kinds is not None:
+        counting = f"steps that were drawn from one window count as one, of {units.number}."
     if units.blocks.length > 1:
         worth = f"are worth {units.number} independent ones"
         if units.number < 2:
@@ -415,6 +416,19 @@ def _write_units(units: Units, *, held_out: bool) -> list[str]:
             f"{worth}. With sequences fewer tokens suffice."
         )
     return [f"INPUT has no sequences: {counting}"]
+
+
+def _write_kinds(units: Units, only: str) -> tuple[str, str]:
+    """Write of what kinds requests, or windows, are, and what others would be."""
+    number = units.number
+    if units.sequences is None:
+        return f"Windows are of {number} kinds of traffic{only}", "kinds"
+    requests = counted(len(units.sequences), "request")
+    if units.likeness == "text":
+        return f"{requests} repeat {number} prompts{only}", "prompts"
+    if units.likeness == "part of the text":
+        return f"{requests} share long parts, such as a document, of {number} texts{only}", "texts"
+    return f"{requests} route alike in {number} kinds{only}, as those of one template do", "kinds"
 
 
 def _write_gains(advice: Advice) -> list[str]:

@@ -25,6 +25,9 @@ HALVES, CHANCE, TOGETHER = 400, 0.01, 16
 LEAST = 0.05
 # Fewest blocks that can be halved in so many ways.
 FEWEST = 12
+# Times that windows are alike over, in the shortest block that may change sides: the ends of
+# neighbouring ones are alike.
+LASTING = 3
 # Most blocks of two recordings together, and tokens of a window of a trace without sequences.
 MOST, WINDOW = 128, 512
 
@@ -82,8 +85,8 @@ class Drift(Frozen):
 def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
     """Compute how far traffic has left a profile, such as that of a placement.
 
-    Both are cut into blocks of about as many tokens, of sequences, or of windows that are
-    independent. What differs by chance is what remains when blocks change sides at random.
+    Both are cut into blocks of about as many tokens, of sequences, or of windows, longer than these
+    are alike. What differs by chance is what remains when blocks change sides at random.
 
     Parameters
     ----------
@@ -116,7 +119,7 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
         )
     sizes = [_size(side) for side in sides.values()]
     units = [_units_of(side) for side in sides.values()]
-    numbers = [max(each.number, 1) for each in units]
+    numbers = [_exchangeable(*each) for each in zip(sides.values(), units, strict=True)]
     rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
     counts = [max(round(rate * size), 1) for size in sizes]
     if math.comb(sum(counts), counts[0]) * CHANCE < 1:
@@ -146,13 +149,26 @@ def _units_of(traffic: Traffic) -> Units:
     return units_of(traffic, window=WINDOW)
 
 
+def _exchangeable(traffic: Traffic, units: Units) -> int:
+    """Return how many parts of traffic may change places: none is shorter than what is alike.
+
+    Windows that are worth an independent one are not enough: ends of neighbouring parts are alike.
+    """
+    if units.blocks.length == 1:
+        return max(units.number, 1)
+    if isinstance(traffic, RoutingTrace):
+        return max(traffic.tokens // (LASTING * WINDOW * units.blocks.length), 1)
+    return max(traffic.windows // (LASTING * units.blocks.length), 1)
+
+
 def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
-    # Blocks of neighbours are taken as independent, so none may be shorter than what is alike.
-    blocks = min(BLOCKS, units.number) if units.name == "window" else BLOCKS
-    if isinstance(traffic, RoutingStatistics) and units.name == "kind":
+    blocks = BLOCKS
+    if isinstance(traffic, RoutingStatistics) and units.kinds is not None:
         alike = blocks_of(traffic.window_load, traffic.group).length
         blocks = min(BLOCKS, units.number, traffic.windows // alike)
+    elif units.name == "window":
+        blocks = min(BLOCKS, _exchangeable(traffic, units))
     first = None
     for by_group in (False, True):
         item, place = _in_order(traffic, by_group=by_group)

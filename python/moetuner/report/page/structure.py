@@ -16,7 +16,7 @@ def list_curves(hot: HotExperts) -> dict[str, Sequence[float]]:
     """Return the shares of picks that experts take which are kept near, by how they are chosen."""
     curves: dict[str, Sequence[float]] = {
         "most used, a fixed set": hot.static,
-        "without preference": hot.sizes,
+        "without preference": hot.chance,
     }
     return curves if hot.cache is None else {**curves, "least recently used is dropped": hot.cache}
 
