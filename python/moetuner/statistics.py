@@ -491,6 +491,20 @@ class RoutingStatistics(Frozen):
         return empty if self.coactivation is None else self.coactivation
 
     @cached_property
+    def top_k_of_layer(self) -> list[int] | None:
+        """Experts of a token in every layer [L], as co-activated pairs tell; None without them.
+
+        A token of k experts has k - 1 pairs for each of them.
+        """
+        if self.coactivation is None:
+            return None
+        pairs = self.coactivation.sum(axis=(1, 2), dtype=np.float64)
+        load = np.maximum(self.total_load.sum(axis=1, dtype=np.float64), 1)
+        top_k = np.clip(np.rint(1 + pairs / load), 2, max(self.experts, 2))
+        counts: list[int] = np.where(pairs > 0, top_k, 1).astype(np.int64).tolist()
+        return counts
+
+    @cached_property
     def fingerprint(self) -> str:
         """Short hash of all counts: two statistics with the same fingerprint are the same."""
         digest = hashlib.sha256()
