@@ -293,7 +293,7 @@ def made(folder: Path) -> Path:
     ids, sequence = trace.expert_ids[:], np.arange(20_000) // 100
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence)
     trace.save(folder / "t.safetensors")
-    problem = mt.Problem(mt.RoutingStatistics.from_trace(trace), mt.Topology(4))
+    problem = mt.Problem(trace, mt.Topology(4))
     for name, method in (("p.json", "lpt"), ("q.json", "contiguous")):
         mt.solve(problem, method).placement.save(folder / name)
     small = "".join(f"{n},{min(n, 16)},{20 + min(n, 16)}\n" for n in (1, 2, 4, 8, 16, 32))

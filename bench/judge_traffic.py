@@ -135,7 +135,7 @@ def placements(trace: mt.RoutingTrace, topology: mt.Topology) -> dict[str, mt.Pl
         "contiguous": mt.Placement(np.stack([order] * trace.layers), num_experts=experts),
         "random": mt.Placement(np.stack([name[order] for name in names]), num_experts=experts),
     }
-    problem = mt.Problem(mt.RoutingStatistics.from_trace(trace), topology, slots_per_device=slots)
+    problem = mt.Problem(trace, topology, slots_per_device=slots)
     for method in PLACEMENTS[2:]:
         placed[method] = mt.solve(problem, method, iterations=20_000).placement
     return placed

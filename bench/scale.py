@@ -172,7 +172,7 @@ def transitions(report: Report, asked: Any) -> None:
 
         def ours(trace: mt.RoutingTrace = trace) -> mt.RoutingStatistics:
             return mt.RoutingStatistics.from_trace(
-                trace, window=None, coactivation=False, threads=1
+                trace, window=None, coactivation=False, sets=False, threads=1
             )
 
         def peer(ids: Ids = ids, experts: int = experts) -> NDArray[np.int64]:

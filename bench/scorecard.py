@@ -255,6 +255,8 @@ QUICK: dict[str, Row] = {
         {**FOLLOW, "initial": "contiguous", "budget": 0.2},
     ),
     "8x16, heuristic, visits": ("8x16", 1, 4, "heuristic", CAPPED),
+    # pairs alone, which tell visits nearly as well
+    "8x16, joint, time, nodes, without sets": ("8x16", 2, 2, "joint", {"sets": False}),
     # baselines at a common size
     **{
         f"24x32, {method}, balance": ("24x32", 1, 8, method, BALANCE)
@@ -293,6 +295,11 @@ SLOW: dict[str, Row] = {
     "24x32, joint, visits": ("24x32", 1, 8, "joint", CAPPED),
     "24x32, joint, time": ("24x32", 1, 8, "joint", {}),
     "24x32, joint, time, copies": ("24x32", 2, 4, "joint", {"slots_per_device": 5}),
+    "24x32, joint, time, nodes, without sets": ("24x32", 2, 4, "joint", {"sets": False}),
+    "24x32, joint, time, copies, without sets": (
+        *("24x32", 2, 4, "joint"),
+        {"slots_per_device": 5, "sets": False},
+    ),
     "24x32, joint, balance, copies": ("24x32", 1, 8, "joint", {**BALANCE, "slots_per_device": 5}),
     "24x32, paper, crossing": ("24x32", 1, 8, "paper", FOLLOW),
     "26x64, joint, time": ("26x64", 2, 4, "joint", {}),

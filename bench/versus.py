@@ -162,7 +162,7 @@ def counted(traffic: mt.RoutingTrace | Counts) -> Counts:
     """Count a trace; counts are counted already."""
     if isinstance(traffic, Counts):
         return traffic
-    return Counts.from_trace(traffic, sets=True, threads=1)
+    return Counts.from_trace(traffic, threads=1)
 
 
 def judged(instance: Instance, slots: Slots, traffic: Any) -> list[float]:

@@ -40,10 +40,7 @@ def main() -> None:
 
     # What was routed yesterday, placed for today. Every rank solves alike.
     trace = mt.RoutingTrace.from_arrays(routed(0)[:, None].numpy(), num_experts=EXPERTS)
-    problem = mt.Problem(
-        mt.RoutingStatistics.from_trace(trace, window=None), mt.Topology(ranks), regime="dispatch"
-    )
-    placement = mt.solve(problem, "lpt").placement
+    placement = mt.solve(mt.Problem(trace, mt.Topology(ranks)), "lpt").placement
 
     # The experts of this rank's slots, out of weights that every rank could load.
     generator = torch.Generator().manual_seed(0)

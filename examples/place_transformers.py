@@ -70,7 +70,7 @@ def main() -> None:
     print(mt.advise(trace, topology, engine="transformers").sentence)
 
     # Renumbering knows no copies and as many experts on every device: the engine's settings.
-    statistics = mt.RoutingStatistics.from_trace(trace, window=512, sets=True)
+    statistics = mt.RoutingStatistics.from_trace(trace, window=512)
     settings = mt.engine_settings("transformers", statistics, topology)
     result = mt.solve(mt.Problem(statistics, topology, **settings))
 

@@ -32,7 +32,7 @@ def main() -> None:
 
     # The placement, from half of the sequences; the other half is kept to judge it.
     seen, unseen = mt.hold_out(trace)
-    statistics = mt.RoutingStatistics.from_trace(seen, window=512, sets=True)
+    statistics = mt.RoutingStatistics.from_trace(seen, window=512)
     settings = {}
     if options.engine is not None:
         settings = mt.engine_settings(options.engine, statistics, topology)

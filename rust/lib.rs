@@ -22,3 +22,4 @@ pub mod replay;
 mod tournament;
 pub mod trace;
 pub mod two_stage;
+mod urn;

@@ -192,6 +192,7 @@ WRONG = {
     "RoutingStatistics.group": (3, [0, 1], [0, 9], [0, -1], ["a"] * 2, [0.0] * 2, [[0, 0]]),
     "Placement.num_experts": (*INDEX, 5, 1 << 40), "Placement.topology": NO_TEXT,
     "Placement.objective": (*NO_NUMBER, INF), "Problem.objective": CHOICE,
+    "Problem.statistics": others(mt.RoutingTrace, mt.RoutingStatistics),
     "Placement.slots": (*NO_TABLE, *SHAPES, [[[0, 0], [1, 2]]], [[[0, 5]]], [[[-2, 0]]],
                         np.array([[[1 << 40]]]), np.array([[[1 << 63]]], np.uint64)),
     "Placement.from_assignment.slots_per_device": (*COUNT, 1 << 40),

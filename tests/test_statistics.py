@@ -136,13 +136,12 @@ def test_statistics_add_up(routing, where):
 @pytest.mark.parametrize("left_out", ["transitions", "coactivation", "sets"])
 def test_pairs_and_sets_are_optional(make_trace, left_out):
     """What is not wanted is None, a sum has what both sides have, and fingerprints differ."""
-    full = mt.RoutingStatistics.from_trace(make_trace(), sets=True)
-    some = mt.RoutingStatistics.from_trace(make_trace(), **({"sets": True} | {left_out: False}))
+    full = mt.RoutingStatistics.from_trace(make_trace())
+    some = mt.RoutingStatistics.from_trace(make_trace(), **{left_out: False})
     assert some.fingerprint != full.fingerprint
     for actual in (some, some + full):
         for name in ("transitions", "coactivation", "sets"):
             assert (getattr(actual, name) is None) == (name == left_out)
-    assert mt.RoutingStatistics.from_trace(make_trace()).sets is None
 
 
 def test_an_array_that_changed_is_refused(make_trace, tmp_path):

@@ -106,9 +106,8 @@ class Outcome:
 
 def solved(work: Work, topology: mt.Topology, model: mt.CostModel) -> dict[str, mt.Placement]:
     """Compute all placements from the seen half, for a machine and its cost model."""
-    statistics = mt.RoutingStatistics.from_trace(work.seen, window=work.tokens)
     rules: dict[str, Any] = {"regime": work.regime, "objective": "time", "cost_model": model}
-    problem = mt.Problem(statistics, topology, **rules)
+    problem = mt.Problem(work.seen, topology, phases={work.tokens: 1.0}, **rules)
     return {name: mt.solve(problem, method).placement for name, method in METHODS.items()}
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "busiest_rows",
     "code_tokens",
     "count_recency",
+    "estimated_met",
     "exact_chain",
     "expected_active",
     "expected_apart",
@@ -150,8 +151,13 @@ class Layers:
         visits of expert sets where these are ``counted``, else as tokens.
         """
 
-    def price_pairs(self, pairs: NDArray[np.uint64], pair_cost: float) -> None:
-        """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device."""
+    def price_pairs(
+        self, pairs: NDArray[np.uint64], pair_cost: float, *, top_k: list[int] | None = None
+    ) -> None:
+        """Charge pairs [L,E,E], symmetric with a zero diagonal, that are not on one device.
+
+        With the experts of a token in every layer [L] they tell how many tokens visit a device.
+        """
 
     def price_divided(self, load: NDArray[np.float64], weight: NDArray[np.float64]) -> None:
         """Prices windows of load [W,L,E], of weights [W], divided over copies as is best."""
@@ -325,6 +331,16 @@ def expected_visits(
     threads: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return tokens of expert sets that visit every device [L,D], and every node [L,N]."""
+
+def estimated_met(
+    slots: _Slots,
+    node_of_device: list[int],
+    pairs: NDArray[np.uint64],
+    top_k: list[int],
+    *,
+    threads: int | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return visits for each token of load, of devices [L,D] and nodes [L,N], as pairs tell."""
 
 def expected_apart(
     slots: _Slots, pairs: NDArray[np.uint64], *, threads: int | None = None

@@ -281,12 +281,15 @@ class RoutingStatistics(Frozen):
         window: int | None = WINDOW,
         transitions: bool = True,
         coactivation: bool = True,
-        sets: bool = False,
+        sets: bool = True,
         by_group: bool = False,
         threads: int | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> RoutingStatistics:
         """Count a trace, shard by shard; memory holds one shard and the counts.
+
+        ``Problem`` counts a trace by itself, as its objective needs it. Here all is counted that
+        any objective is made of, so that the counts can be saved and used for several.
 
         Parameters
         ----------
@@ -297,11 +300,12 @@ class RoutingStatistics(Frozen):
         transitions, coactivation
             Whether to count these pairs.
         sets
-            Whether to count distinct expert sets, as the command line does where tokens return to
-            their devices: 2 K + 8 bytes (while counting up to three times
-            that) for each one of a layer. Where a layer could have more than ``LAYER_SETS`` of
-            them, and every pair of experts ``PAIR_SETS``, or all layers ``MOST_SETS``, every so
-            many-th token is counted for all of them (``set_tokens``).
+            Whether to count distinct expert sets, of which traffic and times are made where tokens
+            return to their devices: 2 K + 8 bytes (while counting up to three times that) for each
+            one of a layer. Where a layer could have more than ``LAYER_SETS`` of them, and every
+            pair of experts ``PAIR_SETS``, or all layers ``MOST_SETS``, every so many-th token is
+            counted for all of them (``set_tokens``). Without them visits of devices are estimated
+            from co-activation.
         by_group
             Whether windows are cut within groups, one group after the other, and say which.
         threads
@@ -500,6 +504,20 @@ class RoutingStatistics(Frozen):
         """Co-activation, or no tables at all where it was not counted."""
         empty = np.zeros((0, self.experts, self.experts), dtype=np.uint64)
         return empty if self.coactivation is None else self.coactivation
+
+    @cached_property
+    def top_k_of_layer(self) -> list[int] | None:
+        """Experts of a token in every layer [L], as co-activated pairs tell; None without them.
+
+        A token of k experts has k - 1 pairs for each of them.
+        """
+        if self.coactivation is None:
+            return None
+        pairs = self.coactivation.sum(axis=(1, 2), dtype=np.float64)
+        load = np.maximum(self.total_load.sum(axis=1, dtype=np.float64), 1)
+        top_k = np.clip(np.rint(1 + pairs / load), 2, max(self.experts, 2))
+        counts: list[int] = np.where(pairs > 0, top_k, 1).astype(np.int64).tolist()
+        return counts
 
     @cached_property
     def fingerprint(self) -> str:

@@ -18,6 +18,7 @@ use super::turns::{Effort, Links, place};
 use super::{EMPTY, Layer, Move, Rules, Site, Slots, Split};
 use crate::control::Control;
 use crate::random::Random;
+use crate::urn::visits_of_load;
 
 /// Loads `[W, E]`, weights of windows, and expert sets with their tokens.
 struct Traffic {
@@ -78,7 +79,7 @@ fn priced(random: &mut Random, layer: Layer, traffic: &Traffic) -> Layer {
     let copies = layer.slots() > experts;
     let mut sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
     (sets.device_cost, sets.node_cost) = (3.0, [0.0, 7.0][random.below(2)]);
-    let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs { counts, cost: 2.0 }));
+    let (sets, pairs) = (Some(fanout::Sets::later(move || sets)), Some(Pairs::new(counts, 4, 2.0)));
     let (own, nodes) = ((0..layer.devices() as u16).collect(), layer.site.node.clone());
     let losses = Some(Losses { domain: [own, nodes][random.below(2)].clone(), cost: 1000.0 });
     let divided = (random.below(2) == 0).then(|| divided_of(traffic, experts));
@@ -170,20 +171,51 @@ fn largest(layer: &Layer, amounts: &[f64]) -> f64 {
     }
 }
 
+/// Visits of devices for each token of their load by definition: those of expert sets, or as pairs of these tell.
+fn met(layer: &Layer, slots: &Slots, traffic: &Traffic) -> Vec<f64> {
+    let k = (traffic.ids.len() / traffic.counts.len().max(1)).max(1);
+    let mut visits = vec![0.0; layer.devices()];
+    for_parts(layer, slots, traffic, |met, count| met.iter().for_each(|&g| visits[usize::from(g)] += count));
+    let tokens = traffic.counts.iter().sum::<u64>() as f64;
+    let met_at = |(g, &visits): (usize, &f64)| {
+        let part = |&e: &u16| share(layer, slots, usize::from(e), g);
+        let (mut served, mut pairs) = (0.0, 0.0);
+        for (ids, &count) in traffic.ids.chunks_exact(k).zip(&traffic.counts) {
+            let (sum, squares) =
+                (ids.iter().map(part).sum::<f64>(), ids.iter().map(|e| part(e).powi(2)).sum::<f64>());
+            served += count as f64 * sum;
+            pairs += count as f64 * (sum * sum - squares);
+        }
+        if layer.costs.pairs.is_some() {
+            let (load, all) = (served / (tokens * k as f64), (tokens * (k * (k - 1)) as f64).max(1.0));
+            visits_of_load(if tokens > 0.0 { load } else { 0.0 }, pairs / all, k as u32)
+        } else if served > 0.0 {
+            visits / served
+        } else {
+            0.0
+        }
+    };
+    visits.iter().enumerate().map(met_at).collect()
+}
+
+/// Pairs of the experts of a traffic's sets.
+fn pairs_of(traffic: &Traffic, experts: usize) -> Pairs {
+    let k = (traffic.ids.len() / traffic.counts.len().max(1)).max(1);
+    let mut counts = vec![0.0; experts * experts];
+    for (ids, &count) in traffic.ids.chunks_exact(k).zip(&traffic.counts) {
+        for (&e, &f) in ids.iter().flat_map(|e| ids.iter().map(move |f| (e, f))).filter(|(e, f)| e != f) {
+            counts[usize::from(e) * experts + usize::from(f)] += count as f32;
+        }
+    }
+    Pairs::new(counts, k as u32, 0.0)
+}
+
 /// What windows cost by definition where weights are read and rows have a price, without noise, in weighted tokens.
 fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -> f64 {
     let (experts, devices) = (layer.experts, layer.devices());
     let parts: Vec<Vec<f64>> =
         (0..devices).map(|g| (0..experts).map(|e| share(layer, slots, e, g)).collect()).collect();
-    let mut visits = vec![0.0; devices];
-    for_parts(layer, slots, traffic, |met, count| met.iter().for_each(|&g| visits[usize::from(g)] += count));
-    let mut served = vec![0.0; devices];
-    let k = traffic.ids.len() / traffic.counts.len().max(1);
-    for (ids, &count) in traffic.ids.chunks_exact(k.max(1)).zip(&traffic.counts) {
-        for (served, part) in served.iter_mut().zip(&parts) {
-            *served += ids.iter().map(|&e| part[usize::from(e)]).sum::<f64>() * count as f64;
-        }
-    }
+    let met = met(layer, slots, traffic);
     let least = layer.site.time.iter().copied().fold(f64::INFINITY, f64::min);
     let mut cost = 0.0;
     for (row, weight) in traffic.load.chunks(experts).zip(&traffic.weight) {
@@ -197,7 +229,7 @@ fn of_times(layer: &Layer, slots: &Slots, traffic: &Traffic, weights: Weights) -
             let read = weights.base + weights.expert * active + weights.exposed * tokens(g);
             tokens(g).max(read) * layer.site.time[g] + weights.start * (layer.site.time[g] - least)
         };
-        let rows = |g: usize| if served[g] > 0.0 { tokens(g) * visits[g] / served[g] } else { 0.0 };
+        let rows = |g: usize| tokens(g) * met[g];
         let [times, rows]: [Vec<f64>; 2] =
             [(0..devices).map(time).collect(), (0..devices).map(rows).collect()];
         cost += weight * (largest(layer, &times) + layer.costs.row * largest(layer, &rows));
@@ -377,7 +409,7 @@ proptest! {
     /// What reading weights and the busiest port cost is their definition; and what is said of a move is what a fresh count
     /// says; for a norm, no less.
     #[test]
-    fn times_are_as_defined(experts in 1usize..9, devices in 1usize..6, norm: bool, counted: bool, seed: u64) {
+    fn times_are_as_defined(experts in 1usize..9, devices in 1usize..6, norm: bool, visits in 0usize..3, seed: u64) {
         let mut random = Random::new(seed, 0);
         let (site, traffic) = (site(&mut random, experts, devices, false), traffic(&mut random, experts));
         let measure = if norm { Measure::Norm { noise: 0.0, mixed: 0.0 } } else { Measure::Peak };
@@ -393,14 +425,16 @@ proptest! {
         layer.costs.reading = Reading::new(weights, &layer.windows, experts, &layer.site);
         let is_read = layer.costs.reading.is_some();
         let copies = layer.slots() > experts;
-        if counted {
+        if visits == 1 {
+            layer.costs.pairs = Some(pairs_of(&traffic, experts));
+        } else if visits == 2 {
             let sets = fanout::Sets::new(&traffic.ids, &traffic.counts, experts, copies);
             layer.costs.sets = Some(fanout::Sets::later(move || sets));
         }
         let mut slots = fill(&layer.site, &layer.load, QUICK).expect("slots suffice");
         let mut terms = Terms::new(&layer, &slots);
         follow(&mut random, &layer, &mut slots, &mut terms, if norm { None } else { Some(1e-6) })?;
-        if counted || layer.costs.row == 0.0 {
+        if visits > 0 || layer.costs.row == 0.0 {
             let nothing = Weights { base: 0.0, expert: 0.0, exposed: 0.0, start: 0.0 };
             let defined = of_times(&layer, &slots, &traffic, if is_read { weights } else { nothing });
             let cost = terms.cost(&layer) / layer.windows.scale;

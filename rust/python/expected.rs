@@ -117,6 +117,27 @@ pub(super) fn expected_visits<'py>(
 }
 
 #[pyfunction]
+#[pyo3(signature = (slots, node_of_device, pairs, top_k, *, threads = None))]
+pub(super) fn estimated_met<'py>(
+    py: Python<'py>,
+    slots: Slots<'py>,
+    node_of_device: Vec<u16>,
+    pairs: PyReadonlyArray3<'py, u64>,
+    top_k: Vec<u32>,
+    threads: Option<usize>,
+) -> PyResult<Visits<'py>> {
+    let nodes = node_of_device.iter().max().map_or(0, |&node| usize::from(node) + 1);
+    let [layers, devices, _] = sizes(slots.0.shape());
+    let experts = pairs.shape()[2];
+    shaped("pairs", pairs.shape(), &[layers, experts, experts])?;
+    shaped("top_k", &[top_k.len()], &[layers])?;
+    let pairs = pairs.as_slice()?;
+    let work = |shared: &Shared| shared.met(&node_of_device, pairs, &top_k);
+    let (of_devices, of_nodes) = shared(py, &slots, experts, (pairs.len(), threads), work)?;
+    Ok((array2(py, (layers, devices), of_devices)?, array2(py, (layers, nodes), of_nodes)?))
+}
+
+#[pyfunction]
 #[pyo3(signature = (slots, pairs, *, threads = None))]
 pub(super) fn expected_apart<'py>(
     py: Python<'py>,

@@ -218,11 +218,19 @@ impl Layers {
         }
     }
 
-    /// Prices pairs [L,E,E] that are apart.
-    fn price_pairs(&mut self, pairs: PyReadonlyArray3<'_, u64>, pair_cost: f64) -> PyResult<()> {
-        for (layer, pairs) in self.with(contiguous(pairs.as_slice().ok())?) {
+    /// Prices pairs [L,E,E] that are apart; of tokens with so many experts in every layer [L] they tell visits, too.
+    #[pyo3(signature = (pairs, pair_cost, *, top_k = None))]
+    fn price_pairs(
+        &mut self,
+        pairs: PyReadonlyArray3<'_, u64>,
+        pair_cost: f64,
+        top_k: Option<Vec<u32>>,
+    ) -> PyResult<()> {
+        let top_k = top_k.unwrap_or_else(|| vec![1; self.layers.len()]);
+        shaped("top_k", &[top_k.len()], &[self.layers.len()])?;
+        for ((layer, pairs), top_k) in self.with(contiguous(pairs.as_slice().ok())?).zip(top_k) {
             let counts = pairs.iter().map(|&count| count as f32).collect();
-            layer.costs.pairs = Some(Pairs { counts, cost: pair_cost * layer.windows.scale });
+            layer.costs.pairs = Some(Pairs::new(counts, top_k, pair_cost * layer.windows.scale));
         }
         Ok(())
     }

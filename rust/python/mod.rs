@@ -207,8 +207,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::expected::{
-        balanced_load, busiest_rows, expected_active, expected_apart, expected_followed, expected_load,
-        expected_visits, pair_cost,
+        balanced_load, busiest_rows, estimated_met, expected_active, expected_apart, expected_followed,
+        expected_load, expected_visits, pair_cost,
     };
     #[pymodule_export]
     use super::layer::{

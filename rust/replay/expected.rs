@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::by_expert;
 use crate::error::Result;
 use crate::random::choose_copy;
+use crate::urn::visits_of_load;
 
 /// Makes something of every number from 0: by threads within a pool, else in the calling one.
 fn made_of<T: Send>(count: usize, make: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
@@ -451,6 +452,22 @@ impl Shared {
         made_of(self.layers.len(), layer)
     }
 
+    /// Visits for each token of load of every device `[L, D]` and every node `[L, N]`, as pairs tell: of counts
+    /// `[L, E, E]` with both orders, the node of every device `[D]`, and the experts of a token `[L]`.
+    #[must_use]
+    pub fn met(&self, node: &[u16], pairs: &[u64], top_k: &[u32]) -> (Vec<f64>, Vec<f64>) {
+        let e = self.experts;
+        let nodes = node.iter().max().map_or(0, |&node| usize::from(node) + 1);
+        let layer = |l: usize| {
+            let (holders, pairs) = (&self.layers[l], &pairs[l * e * e..][..e * e]);
+            let in_nodes = |e: usize| holders.of(e).map(|(device, share)| (usize::from(node[device]), share));
+            let devices = met_by_pairs(node.len(), pairs, e, |e| holders.of(e), top_k[l]);
+            (devices, met_by_pairs(nodes, pairs, e, in_nodes, top_k[l]))
+        };
+        let (devices, nodes): (Vec<_>, Vec<_>) = made_of(self.layers.len(), layer).into_iter().unzip();
+        (devices.concat(), nodes.concat())
+    }
+
     /// Pairs of neighbouring layers' experts by their devices `[L - 1, D, D]`, of counts `[L - 1, E, E]`.
     #[must_use]
     pub fn followed(&self, transitions: &[u64]) -> Vec<f64> {
@@ -474,6 +491,40 @@ impl Shared {
         };
         made_of(self.layers.len().saturating_sub(1), boundary).concat()
     }
+}
+
+/// Visits of every unit for each token of its load, as pairs `[E, E]` tell, of experts in units by shares.
+fn met_by_pairs<Copies: Iterator<Item = (usize, f64)>>(
+    units: usize,
+    pairs: &[u64],
+    experts: usize,
+    copies: impl Fn(usize) -> Copies,
+    top_k: u32,
+) -> Vec<f64> {
+    let mut held: Vec<Vec<(usize, f64)>> = vec![Vec::new(); units];
+    for expert in 0..experts {
+        for (unit, share) in copies(expert) {
+            match held[unit].last_mut() {
+                // Of a node several devices have a copy.
+                Some(last) if last.0 == expert => last.1 += share,
+                _ => held[unit].push((expert, share)),
+            }
+        }
+    }
+    let row = |expert: usize| &pairs[expert * experts..][..experts];
+    let sum = |expert| row(expert).iter().map(|&count| count as f64).sum::<f64>();
+    let load: Vec<f64> = (0..experts).map(sum).collect();
+    let all = load.iter().sum::<f64>().max(1.0);
+    let met = |held: &Vec<(usize, f64)>| {
+        let (mut served, mut together) = (0.0, 0.0);
+        for &(here, share) in held {
+            served += share * load[here];
+            let beside = held.iter().map(|&(there, other)| row(here)[there] as f64 * other);
+            together += share * beside.sum::<f64>();
+        }
+        visits_of_load(served / all, together / all, top_k)
+    };
+    held.iter().map(met).collect()
 }
 
 /// Tokens of which the chance is looked up: beyond, with copies as few as are usual, a copy has one for certain.

@@ -113,7 +113,7 @@ def test_statistics_tell_the_same_balance_and_crossing(make_trace):
     """Without replicas, counts tell balance and crossing but no fanout; loads tell balance."""
     trace = make_trace(500)
     replayed = mt.evaluate(IN_BLOCKS, trace, window=64)
-    counted = mt.evaluate(IN_BLOCKS, mt.RoutingStatistics.from_trace(trace, window=64))
+    counted = mt.evaluate(IN_BLOCKS, mt.RoutingStatistics.from_trace(trace, window=64, sets=False))
     for name in ("imbalance", "imbalance_total", "imbalance_worst", "crossing"):
         assert getattr(counted, name) == pytest.approx(getattr(replayed, name))
     assert counted.fanout is counted.node_fanout is None

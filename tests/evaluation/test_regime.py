@@ -81,7 +81,7 @@ def test_bits_of_weights_go_with_a_placement(ok, make_trace, tmp_path):
 def test_traffic_of_transitions_alone_follows(ok, make_trace, tmp_path, counted):
     """Where counts know transitions alone, traffic is theirs; else the default is dispatch."""
     both, saved = counted == "coactivation", tmp_path / "statistics.safetensors"
-    mt.RoutingStatistics.from_trace(make_trace(60), coactivation=both).save(saved)
+    mt.RoutingStatistics.from_trace(make_trace(60), coactivation=both, sets=False).save(saved)
     for objective in ([], ["--objective", "traffic"]):
         out = ["--method", "lpt", "--out", tmp_path / "p.json", "--json", "-"]
         solved = json.loads(ok("solve", saved, "--devices", 2, *objective, *out))
@@ -202,8 +202,8 @@ def test_sizes_go_with_traces_and_statistics(make_trace, tmp_path):
     assert (counted + mt.RoutingStatistics.from_trace(other, by_group=True)).expert_size is None
 
 
-def structured(tokens=600, **counted):
-    """Count tokens whose experts come in pairs; by default without expert sets."""
+def structured(tokens=600):
+    """Count tokens whose experts come in pairs, without expert sets."""
     rng, layers, experts = np.random.default_rng(0), 3, 16
     first = rng.integers(0, experts, (tokens, layers))
     order = np.argsort(rng.random((layers, experts)), axis=1)
@@ -212,7 +212,7 @@ def structured(tokens=600, **counted):
     stray = rng.random((tokens, layers)) < 0.2
     other[stray] = (first[stray] + rng.integers(1, experts, stray.sum())) % experts
     trace = mt.RoutingTrace.from_arrays(np.stack([first, other], axis=2), num_experts=experts)
-    return mt.RoutingStatistics.from_trace(trace, window=100, **counted)
+    return mt.RoutingStatistics.from_trace(trace, window=100, sets=False)
 
 
 RULES = {

@@ -129,7 +129,7 @@ def test_a_trace_has_both_phases_however_short_it_is():
         (counted(100), both),
         (counted(tokens, window=256), {256: 1.0}),
         (counted(tokens, **alone), both),
-        (mt.RoutingStatistics.from_trace(recorded(tokens), **alone), {512: 1.0}),
+        (mt.RoutingStatistics.from_trace(recorded(tokens), **alone, sets=False), {512: 1.0}),
         (mt.RoutingStatistics.from_load([[[1, 2]]] * 40), {None: 1.0}),
     ]
     for statistics, shares in cases:

@@ -78,7 +78,7 @@ time follow sets | us per layer | 1.2 us per layer | predicted_layer_us |
 balance dispatch sets | max / mean load | imbalance 1.2346 | imbalance |
 traffic dispatch sets | fanout | fanout 1.2346 | fanout |
 traffic follow sets | share of the traffic | crossing 1.2346 | crossing |
-traffic dispatch pairs | share of the traffic | 1.2346 of the co-activations apart | fanout |
+traffic dispatch pairs | share of the traffic | 1.2346 of the co-activations apart | fanout | sets:
 """
 
 

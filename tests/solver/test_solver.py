@@ -18,7 +18,7 @@ from moetuner.solver.run import Run
 @pytest.fixture
 def problem(make_trace):
     """Eight experts in three layers, three devices."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(600), window=64)
+    stats = mt.RoutingStatistics.from_trace(make_trace(600), window=64, sets=False)
     return mt.Problem(stats, mt.Topology(4), max_imbalance=1.2)
 
 
@@ -39,7 +39,9 @@ INSTANCES = {
 def test_every_method_gives_one_valid_placement(make_trace, method, name):
     """Sizes fit, threads change nothing, the objective is its own, and no bound is above it."""
     experts, devices, arguments = INSTANCES[name]
-    statistics = mt.RoutingStatistics.from_trace(make_trace(200, experts=experts), window=64)
+    statistics = mt.RoutingStatistics.from_trace(
+        make_trace(200, experts=experts), window=64, sets=False
+    )
     if name == "loads alone":
         statistics = mt.RoutingStatistics.from_load(statistics.window_load)
     problem = mt.Problem(statistics, mt.Topology(devices), **arguments)
@@ -144,7 +146,7 @@ def test_no_time_gives_a_placement(problem):
 
 def test_a_time_limit_ends_a_search(make_trace):
     """Also one of more steps than anybody would wait for."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64), sets=False)
     problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
     result = mt.solve(problem, "heuristic", iterations=1 << 50, time_limit=0.3)
     assert result.details.search.trials < 1 << 40
@@ -153,7 +155,7 @@ def test_a_time_limit_ends_a_search(make_trace):
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
 def test_what_a_handler_of_signals_raises_is_raised(make_trace):
     """Only Ctrl-C asks for the best so far: a timer's error is not taken for it, nor lost."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64))
+    stats = mt.RoutingStatistics.from_trace(make_trace(500, layers=12, experts=64), sets=False)
     problem = mt.Problem(stats, mt.Topology(8), max_imbalance=1.3)
 
     def late(number, frame):
@@ -181,7 +183,7 @@ def test_interrupt_in_every_phase(make_trace, phase, error):
 
     Both phases are heard of as soon as they begin.
     """
-    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=32))
+    stats = mt.RoutingStatistics.from_trace(make_trace(3000, layers=6, experts=32), sets=False)
     problem = mt.Problem(
         stats, mt.Topology(4), regime="follow", max_imbalance=1.3, objective="traffic"
     )
@@ -207,7 +209,7 @@ def test_interrupt_in_every_phase(make_trace, phase, error):
 
 def test_progress_tells_the_seconds_of_all_phases(make_trace):
     """Time goes on from phase to phase, and lines come from the calling thread."""
-    stats = mt.RoutingStatistics.from_trace(make_trace(600, layers=3, experts=16))
+    stats = mt.RoutingStatistics.from_trace(make_trace(600, layers=3, experts=16), sets=False)
     problem = mt.Problem(stats, mt.Topology(4), max_imbalance=1.3, objective="traffic")
     seen, threads = [], set()
 

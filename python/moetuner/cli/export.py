@@ -253,7 +253,9 @@ def _write_chosen(
 def _load(traffic: Traffic) -> NDArray[np.int64]:
     """Return how often every expert of every layer was chosen [L,E]."""
     if not isinstance(traffic, RoutingStatistics):
-        traffic = RoutingStatistics.from_trace(traffic, window=None)
+        traffic = RoutingStatistics.from_trace(
+            traffic, window=None, transitions=False, coactivation=False, sets=False
+        )
     return traffic.total_load.astype(np.int64)
 
 

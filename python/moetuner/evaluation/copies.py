@@ -112,6 +112,23 @@ def count_visits(
     )
 
 
+def estimate_met(
+    placement: Placement,
+    topology: Topology,
+    split: Split,
+    pairs: NDArray[np.uint64],
+    top_k: list[int],
+    threads: int | None = None,
+) -> tuple[Floats, Floats]:
+    """Estimate visits for each token of load, of devices [L,D] and nodes [L,N], from pairs [L,E,E].
+
+    Tokens have so many experts in every layer [L]. Copies are taken to be chosen independently.
+    """
+    slots = (placement.slots, slot_shares(placement, topology, split))
+    nodes = topology.node_of_device.tolist()
+    return _core.estimated_met(slots, nodes, pairs, top_k, threads=threads)
+
+
 def count_pairs(
     placement: Placement, topology: Topology, split: Split, transitions: NDArray[np.uint64]
 ) -> Floats:

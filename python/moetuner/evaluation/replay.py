@@ -55,8 +55,8 @@ class Counts:
     mixed
         The same in windows of mixed arrival, those that are steps; None if not asked for.
     visits
-        Tokens with an expert on the device [W,L,D]; ``load`` where experts of one token are not
-        known, which is an upper bound.
+        Tokens with an expert on the device [W,L,D]; estimated where only pairs of experts are
+        known; ``load`` where neither sets nor pairs are, which is an upper bound.
     node_visits
         Tokens with an expert on the node [W,L,N]; None where not known.
     follow
@@ -477,15 +477,22 @@ class Expected:
         if follows and statistics.transitions is not None:
             self._follow = copies.count_pairs(placement, topology, split, statistics.transitions)
         self._tokens: int | None = None
+        # Visits for each token of load, of devices [L,D] and of nodes [L,N]: in every window as in
+        # all. None where nothing tells them: then a token visits one for each of its experts.
+        self._met: tuple[Floats, Floats] | None = None
         if statistics.sets is not None:
             self._tokens = int(statistics.sets[0].counts.sum())
             of_devices, of_nodes = visits or copies.count_visits(
                 placement, topology, split, statistics.sets, setting.threads
             )
             load = copies.serve(placement, self._share, statistics.set_load[None])[0]
-            # Visits for each token of load: in every window as in all.
-            self._met = _divide(of_devices, load)
-            self._met_nodes = _divide(of_nodes, _sum_by_node(load, topology))
+            by_node = _sum_by_node(load, topology)
+            self._met = _divide(of_devices, load), _divide(of_nodes, by_node)
+        elif statistics.coactivation is not None and statistics.top_k_of_layer is not None:
+            pairs, top_k = statistics.coactivation, statistics.top_k_of_layer
+            self._met = copies.estimate_met(
+                placement, topology, split, pairs, top_k, setting.threads
+            )
 
     def counts(
         self,
@@ -509,8 +516,9 @@ class Expected:
             for place, windows in mixed_windows(steps, seed=setting.mixed_seed):
                 mixed[place] = windows
         visits, node_visits = load, None
-        if self._tokens is not None:
-            visits, node_visits = load * self._met, _sum_by_node(load, topology) * self._met_nodes
+        if self._met is not None:
+            of_devices, of_nodes = self._met
+            visits, node_visits = load * of_devices, _sum_by_node(load, topology) * of_nodes
         dispatch, active = _count_by_experts(setting, self._share, visits, window_load, total)
         return Counts(
             tokens=self._tokens,

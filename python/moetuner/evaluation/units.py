@@ -267,6 +267,7 @@ def loads_of(
         by_group=traffic.group is not None and traffic.tokens > 0,
         transitions=False,
         coactivation=False,
+        sets=False,
         threads=threads,
     )
 

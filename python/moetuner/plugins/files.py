@@ -87,7 +87,9 @@ class Files:
                 path = settings.profile
                 traffic = open_input(path)
                 if isinstance(traffic, RoutingTrace):
-                    traffic = RoutingStatistics.from_trace(traffic, window=None, transitions=False)
+                    traffic = RoutingStatistics.from_trace(
+                        traffic, window=None, transitions=False, sets=False
+                    )
                 profile = traffic
         except Exception as error:
             text = quote_error(error)

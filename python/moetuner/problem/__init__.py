@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity, phases
 from moetuner.problem.caps import Caps
-from moetuner.problem.objective import Goal, Objective, goal_for
+from moetuner.problem.objective import Goal, Objective, goal_for, tables_for
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
     ENGINE,
@@ -37,8 +38,15 @@ from moetuner.problem.settings import (
     setting,
 )
 from moetuner.problem.windows import Risk, Windows, weighed, windows_of
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
+from moetuner.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    # What is read is always counts.
+    TraceOrStatistics: TypeAlias = RoutingStatistics | Any
+else:
+    TraceOrStatistics = RoutingStatistics | RoutingTrace
 
 # Cap that the command line takes where traffic is minimised and none is given: without one, experts
 # that nobody uses would fill devices, and those that all use would share one.
@@ -47,15 +55,17 @@ TRAFFIC_CAP = 1.05
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem(Frozen):
-    """Statistics, a topology, limits, and what is to be made small.
+    """The traffic, a topology, limits, and what is to be made small.
 
-    Begin with three arguments: ``statistics``, ``topology`` and ``objective``. All others have
-    defaults that engines of today would choose.
+    Begin with two arguments: a trace, or its statistics, and the topology. All others have defaults
+    that engines of today would choose.
 
     Parameters
     ----------
     statistics
-        Counts of the traffic to place for.
+        Counts of the traffic to place for. A ``RoutingTrace`` is counted: what ``objective`` and
+        ``regime`` need, in windows that ``phases`` are made of. Count it by
+        ``RoutingStatistics.from_trace`` where several problems are about the same traffic.
     topology
         The devices and links.
     slots_per_device
@@ -127,7 +137,7 @@ class Problem(Frozen):
     ()
     """
 
-    statistics: RoutingStatistics
+    statistics: TraceOrStatistics
     topology: Topology
     _: KW_ONLY
     slots_per_device: int | Sequence[int] | None = setting(
@@ -171,8 +181,9 @@ class Problem(Frozen):
     fill_slots: bool = setting(False, MACHINE)
 
     def __post_init__(self) -> None:
+        traffic: object = self.statistics
         counted = ", such as RoutingStatistics.from_trace(trace)"
-        check.instance("statistics", self.statistics, RoutingStatistics, hint=counted)
+        check.instance("statistics", traffic, RoutingStatistics, RoutingTrace, hint=counted)
         check.instance("topology", self.topology, Topology, hint=", such as Topology(devices=8)")
         check.one_of("regime", self.regime, get_args(Regime))
         if self.max_imbalance is not None:
@@ -186,10 +197,6 @@ class Problem(Frozen):
                 + ("'traffic'" if self.objective else "the default with max_imbalance, 'traffic'"),
                 "objective",
             )
-        if self.cost_model is None:
-            vars(self)["cost_model"] = cost_model_of(self.statistics)
-        preset = ", such as CostModel.preset('h100')"
-        check.instance("cost_model", self.cost_model, CostModel, hint=preset)
         check.flag("fill_slots", self.fill_slots)
         if self.survive is not None:
             check.one_of("survive", self.survive, DOMAINS)
@@ -203,6 +210,12 @@ class Problem(Frozen):
             vars(self)["groups"] = dict(self.groups)
         if self.phases is not None:
             vars(self)["phases"] = phases.checked(self.phases)
+        if isinstance(traffic, RoutingTrace):
+            vars(self)["statistics"] = self._count(traffic)
+        if self.cost_model is None:
+            vars(self)["cost_model"] = cost_model_of(self.statistics)
+        preset = ", such as CostModel.preset('h100')"
+        check.instance("cost_model", self.cost_model, CostModel, hint=preset)
         # Slots, rules and windows are checked by being made.
         if isinstance(self.slots_per_device, Sequence | np.ndarray):
             slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
@@ -210,6 +223,23 @@ class Problem(Frozen):
         _ = self.capacity, self.rules, self.windows
         if self.fill_slots:
             capacity.check_filling(self.capacity, self.rules.forbidden, self.experts)
+
+    def _count(self, trace: RoutingTrace) -> RoutingStatistics:
+        """Count a trace as the objective needs it, in windows that all phases are made of.
+
+        Pairs that it is not made of are counted, too: methods may ask for them.
+        """
+        if self.groups is not None and trace.group is None:
+            raise check.ArgumentError(
+                "groups needs a trace with groups; this one has none", "groups"
+            )
+        lengths = [tokens for tokens, share in (self.phases or {}).items() if share]
+        return RoutingStatistics.from_trace(
+            trace,
+            window=math.gcd(*lengths) or WINDOW,
+            sets=tables_for(self.regime, self.goal)["sets"],
+            by_group=self.groups is not None,
+        )
 
     @cached_property
     def capacity(self) -> NDArray[np.int64]:

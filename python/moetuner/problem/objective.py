@@ -272,10 +272,12 @@ class Objective:
         if not self.has_traffic:
             pairs = "transitions" if self.regime == "follow" else "co-activation"
             return f"no {pairs}: methods could only balance the load"
-        by_itself = self.regime == "dispatch" and not self.counts_visits
-        if self.goal == "time" and by_itself:
-            return "no expert sets: tokens are sent to each of their experts by itself"
-        return None
+        # Without any pair every token has one expert, and visits one device.
+        if self.coactivation is None:
+            return None
+        if self.goal == "traffic":
+            return "no expert sets: co-activated pairs stand for the devices that tokens visit"
+        return "no expert sets: the devices that tokens visit are estimated from pairs"
 
     # What it depends on besides load: searches make a term of each.
 
@@ -390,6 +392,14 @@ class Objective:
     def counts_visits(self) -> bool:
         """Whether traffic is counted in devices that tokens visit: where expert sets are known."""
         return self.regime == "dispatch" and self.statistics.sets is not None
+
+    @property
+    def knows_visits(self) -> bool:
+        """Whether times count devices that tokens visit, from expert sets or estimated from pairs.
+
+        Else a token visits one device for each of its experts.
+        """
+        return self.sets is not None or self.coactivation is not None
 
     @property
     def counts_pairs(self) -> bool:

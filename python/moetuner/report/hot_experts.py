@@ -228,6 +228,7 @@ def _later(traffic: Traffic, threads: int | None) -> float | None:
             window=-(-traffic.tokens // 2),
             transitions=False,
             coactivation=False,
+            sets=False,
             threads=threads,
         )
     if traffic.windows < 2:

@@ -221,12 +221,17 @@ def _gain(
 def _pairs(
     traffic: Traffic, threads: int | None, progress: Callable[[float], None] | None, half: int
 ) -> RoutingStatistics:
-    """Count one of two halves of a trace, without the co-activation that is not needed here."""
+    """Count the load and the transitions of one of two halves of a trace."""
     if isinstance(traffic, RoutingStatistics):
         return traffic
     share_of_both = None if progress is None else lambda share: progress((half + share) / 2)
     return RoutingStatistics.from_trace(
-        traffic, window=None, coactivation=False, threads=threads, progress=share_of_both
+        traffic,
+        window=None,
+        coactivation=False,
+        sets=False,
+        threads=threads,
+        progress=share_of_both,
     )
 
 

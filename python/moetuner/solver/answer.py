@@ -55,6 +55,7 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
         certificate=None if bound is None else bound.certificate,
         bound_scope=subject,
         violations=violations,
+        lacks=problem.objective_function.lacks,
     )
 
 

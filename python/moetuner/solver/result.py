@@ -163,7 +163,8 @@ class Result(Frozen):
     links are equal). ``bound_scope`` says of which placements ``bound`` is a bound: whether they
     may have copies of experts, and which load caps they keep. ``violations`` are rules that the
     placement breaks, in words; ``status`` then is ``"violates rules"``, unless all that is broken
-    is a load cap that had to be raised, as ``details.caps.raised`` says. ``history`` records each
+    is a load cap that had to be raised, as ``details.caps.raised`` says. ``lacks`` names counts
+    that the objective needs and the statistics lack, and what follows. ``history`` records each
     improvement: phases, and every change of the best objective and the bound, the answer's last.
 
     Examples
@@ -186,6 +187,7 @@ class Result(Frozen):
     certificate: Certificate | None = None
     bound_scope: str | None = field(default=None, repr=False)  # the placement shows it
     violations: tuple[str, ...] = ()
+    lacks: str | None = None
     history: tuple[Progress, ...] = field(default=(), repr=False, compare=False)
 
     _also_shown = ("gap",)

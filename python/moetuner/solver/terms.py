@@ -2,7 +2,7 @@
 
 All costs are in weighted tokens on the slowest device, where a token costs ``token_us``. Weights
 that are read and the busiest port count as they do in a predicted time; a link costs what it does
-if ports are evenly used, and so does a pair that stands for visits.
+if ports are evenly used.
 """
 
 from __future__ import annotations
@@ -94,10 +94,14 @@ class VisitCosts:
 
 @dataclass(frozen=True)
 class PairCosts:
-    """Co-activated pairs [L,E,E], and what one costs whose experts are on no common device."""
+    """Co-activated pairs [L,E,E], and what one costs whose experts are on no common device.
+
+    With the experts of a token in every layer [L] they tell how many tokens visit a device.
+    """
 
     pairs: NDArray[np.uint64]
-    pair_cost: float
+    top_k: list[int]
+    pair_cost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def core_layers(
     if visits is not None:
         layers.price_visits(visits.sets, device_cost=visits.device_cost, node_cost=visits.node_cost)
     if pairs is not None:
-        layers.price_pairs(pairs.pairs, pairs.pair_cost)
+        layers.price_pairs(pairs.pairs, pairs.pair_cost, top_k=pairs.top_k)
     if terms.losses is not None:
         layers.price_losses(terms.losses.domain, terms.losses.loss_cost)
     if terms.divided:
@@ -228,7 +232,7 @@ def _time_costs(problem: Problem) -> TimeCosts | None:
         exposed=model.exposed,
         start=model.start_us / token_us,
         row=row_us(problem) * float(speed.min()) / token_us if dispatched else 0.0,
-        counted=problem.objective_function.sets is not None,
+        counted=problem.objective_function.knows_visits,
     )
 
 
@@ -247,16 +251,13 @@ def _visit_costs(problem: Problem, unit: float) -> VisitCosts | None:
 def _pair_costs(problem: Problem, unit: float) -> PairCosts | None:
     """Return co-activated pairs, for visits without expert sets, and the cost of one apart."""
     objective = problem.objective_function
-    pairs, tokens = objective.coactivation, float(problem.load.sum(dtype=np.float64))
-    if pairs is None or not tokens:
+    pairs, top_k = objective.coactivation, problem.statistics.top_k_of_layer
+    if pairs is None or top_k is None:
         return None
-    if problem.goal != "time":
-        return PairCosts(pairs, unit / objective.scale)
-    # A token whose k experts are all apart makes k - 1 more visits than one whose experts are
-    # together, and has k (k - 1) / 2 pairs apart.
-    top = float(pairs.sum(dtype=np.float64)) / tokens + 1
-    pair_us = visit_us(problem) * 2 / top / (problem.layers * windows_in_all(problem))
-    return PairCosts(pairs, unit * pair_us)
+    if problem.goal == "time":
+        # The busiest port has a price of its own.
+        return PairCosts(pairs, top_k)
+    return PairCosts(pairs, top_k, unit / objective.scale)
 
 
 def loss_costs(problem: Problem) -> LossCosts | None:
@@ -297,13 +298,3 @@ def row_us(problem: Problem) -> float:
     assert model is not None
     crossing = model.crossing_us(topology, returns=True)
     return float(crossing[topology.tier].sum(axis=0).max())
-
-
-def visit_us(problem: Problem) -> float:
-    """Compute microseconds of one token's visit of one more device.
-
-    Of D devices that are visited alike, a token is at home on one.
-    """
-    assert problem.cost_model is not None
-    crossing = problem.cost_model.crossing_us(problem.topology, returns=True)
-    return float(crossing[min(1, len(crossing) - 1)]) * (1 - 1 / problem.devices)

@@ -87,11 +87,14 @@ impl Terms {
     pub(super) fn new(layer: &Layer, slots: &Slots) -> Self {
         let weightless = layer.windows.is_weightless();
         let fanout = layer.costs.sets.as_ref().map(|sets| Fanout::new(layer, sets, slots));
-        let met = || fanout.as_ref().map(Fanout::met);
+        let pairs = layer.costs.pairs.as_ref();
+        let together = pairs.map(|pairs| Together::new(layer, pairs, slots));
+        let by_pairs = || together.as_ref().zip(pairs).map(|(together, pairs)| together.met(pairs));
+        let met = || fanout.as_ref().map(Fanout::met).or_else(by_pairs);
         Self {
             balance: (!weightless).then(|| Balance::of_time(layer, slots, met())),
             fanout,
-            together: layer.costs.pairs.as_ref().map(|pairs| Together::new(layer, pairs, slots)),
+            together,
             left_over: layer.costs.losses.as_ref().map(|losses| LeftOver::new(layer, losses, slots)),
             divided: layer.costs.divided.as_ref().map(|loads| Divided::new(layer, loads, slots)),
             caps: Caps::new(layer, slots),
@@ -192,12 +195,14 @@ impl Terms {
             change += fanout.change(layer, sets, slots, step);
             fanout.meet(layer, sets, looked.shares);
         }
-        if let Some(balance) = &mut self.balance {
-            let met = self.fanout.as_ref().map_or(&[][..], Fanout::met_then);
-            change += balance.change(layer, looked, met);
-        }
-        if let (Some(together), Some(pairs)) = (&self.together, &layer.costs.pairs) {
+        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
             change += together.change(pairs, looked.shares);
+            if layer.costs.row > 0.0 {
+                together.meet(pairs);
+            }
+        }
+        if let Some(balance) = &mut self.balance {
+            change += balance.change(layer, looked, met_then(self.fanout.as_ref(), self.together.as_ref()));
         }
         if let (Some(left_over), Some(losses)) = (&mut self.left_over, &layer.costs.losses) {
             // Most moves add more to the slowest device than losses could gain: what these are takes longer.
@@ -224,8 +229,14 @@ impl Terms {
             fanout.change(layer, sets, slots, step);
             fanout.meet(layer, sets, &self.shares);
         }
+        if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs)
+            && layer.costs.row > 0.0
+        {
+            together.change(pairs, &self.shares);
+            together.meet(pairs);
+        }
         if let Some(balance) = &mut self.balance {
-            let met = self.fanout.as_ref().map_or(&[][..], Fanout::met_then);
+            let met = met_then(self.fanout.as_ref(), self.together.as_ref());
             balance.apply(layer, Looked { slots, step, shares: &self.shares }, met);
         }
         if let (Some(together), Some(pairs)) = (&mut self.together, &layer.costs.pairs) {
@@ -246,4 +257,10 @@ impl Terms {
             fanout.refresh(layer, sets, slots, &touched);
         }
     }
+}
+
+/// Visits for each token of load of the devices that a move changes: by expert sets, or by pairs where those are not known.
+fn met_then<'a>(fanout: Option<&'a Fanout>, together: Option<&'a Together>) -> &'a [(u16, f32)] {
+    let by_pairs = together.map_or(&[][..], Together::met_then);
+    fanout.map_or(by_pairs, Fanout::met_then)
 }

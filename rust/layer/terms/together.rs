@@ -1,4 +1,4 @@
-//! The pairs term: how many co-activated pairs are not on one device.
+//! The pairs term: how many co-activated pairs are not on one device, and how many tokens visit a device by them.
 //!
 //! What stands for visits where expert sets are not known. With copies, a pair is together as often as the shares of
 //! its copies on one device say, copies being chosen independently. Every device knows each expert's *affinity*, the
@@ -6,20 +6,55 @@
 
 use crate::layer::slots::Share;
 use crate::layer::{Layer, Slots};
+use crate::urn::visits_of_load;
 
 /// Co-activated pairs of a layer and what one costs that is apart.
 #[derive(Debug, Clone)]
 pub struct Pairs {
     /// Symmetric `[E, E]`, zero on the diagonal.
     pub counts: Vec<f32>,
+    /// Pairs of every expert `[E]`, which are in proportion to its load.
+    load: Vec<f64>,
+    /// All of them, in both orders.
+    all: f64,
+    /// Experts of a token.
+    top_k: u32,
     /// Of a pair that is not on one device.
     pub cost: f64,
 }
 
 impl Pairs {
+    /// Takes counts `[E, E]`, symmetric with a zero diagonal, the experts of a token, and what a pair apart costs.
+    #[must_use]
+    pub fn new(counts: Vec<f32>, top_k: u32, cost: f64) -> Self {
+        let sum = |counts: &[f32]| counts.iter().map(|&count| f64::from(count)).sum::<f64>();
+        let load: Vec<f64> = counts.chunks_exact(counts.len().isqrt().max(1)).map(sum).collect();
+        let all = load.iter().sum();
+        Self { counts, load, all, top_k, cost }
+    }
+
     fn row(&self, expert: u16) -> &[f32] {
-        let n = self.counts.len().isqrt();
+        let n = self.load.len();
         &self.counts[usize::from(expert) * n..][..n]
+    }
+}
+
+/// What a device serves: pairs of its experts with any, and with one another, in both orders.
+#[derive(Debug, Clone, Copy, Default)]
+struct Part {
+    load: f64,
+    pairs: f64,
+}
+
+impl Part {
+    fn with(self, more: Self) -> Self {
+        Self { load: self.load + more.load, pairs: self.pairs + more.pairs }
+    }
+
+    /// Visits for each token of load.
+    fn met(self, pairs: &Pairs) -> f32 {
+        let all = pairs.all.max(1.0);
+        visits_of_load(self.load / all, self.pairs / all, pairs.top_k) as f32
     }
 }
 
@@ -28,14 +63,29 @@ impl Pairs {
 pub(crate) struct Together {
     /// `[D, E]`.
     affinity: Vec<f64>,
+    /// `[D]`.
+    parts: Vec<Part>,
     /// Pairs that are not on one device.
     apart: f64,
+    /// Pairs that the move brings together that was looked at last.
+    joined: f64,
+    /// What devices have more after the move that was looked at last.
+    more: Vec<(u16, Part)>,
+    /// These devices, with the visits for each token of their load then.
+    met_then: Vec<(u16, f32)>,
 }
 
 impl Together {
     pub(crate) fn new(layer: &Layer, pairs: &Pairs, slots: &Slots) -> Self {
-        let apart = pairs.counts.iter().map(|&count| f64::from(count)).sum::<f64>() / 2.0;
-        let mut together = Self { affinity: vec![0.0; layer.devices() * layer.experts], apart };
+        let devices = layer.devices();
+        let mut together = Self {
+            affinity: vec![0.0; devices * layer.experts],
+            parts: vec![Part::default(); devices],
+            apart: pairs.all / 2.0,
+            joined: 0.0,
+            more: Vec::new(),
+            met_then: Vec::new(),
+        };
         for expert in 0..layer.experts as u16 {
             let devices: Vec<u16> = slots.devices(expert).collect();
             let come = |&device: &u16| Share {
@@ -53,14 +103,38 @@ impl Together {
         self.apart * pairs.cost
     }
 
+    /// Visits of every device for each token of its load `[D]`.
+    pub(crate) fn met(&self, pairs: &Pairs) -> Vec<f32> {
+        self.parts.iter().map(|part| part.met(pairs)).collect()
+    }
+
+    /// See [`Self::meet`].
+    pub(crate) fn met_then(&self) -> &[(u16, f32)] {
+        &self.met_then
+    }
+
     /// What changes of shares would add to the cost.
-    pub(crate) fn change(&self, pairs: &Pairs, shares: &[Share]) -> f64 {
-        -self.joined(pairs, shares) * pairs.cost
+    pub(crate) fn change(&mut self, pairs: &Pairs, shares: &[Share]) -> f64 {
+        self.look(pairs, shares);
+        -self.joined * pairs.cost
+    }
+
+    /// Notes how much devices are met after the changes that were looked at last.
+    pub(crate) fn meet(&mut self, pairs: &Pairs) {
+        let met =
+            |&(device, more): &(u16, Part)| (device, self.parts[usize::from(device)].with(more).met(pairs));
+        self.met_then.clear();
+        self.met_then.extend(self.more.iter().map(met));
     }
 
     /// Follows changes of shares.
     pub(crate) fn apply(&mut self, pairs: &Pairs, shares: &[Share]) {
-        self.apart -= self.joined(pairs, shares);
+        self.look(pairs, shares);
+        self.apart -= self.joined;
+        for &(device, more) in &self.more {
+            let part = &mut self.parts[usize::from(device)];
+            *part = part.with(more);
+        }
         for share in shares {
             let row = pairs.row(share.expert);
             let affinity = &mut self.affinity[usize::from(share.device) * row.len()..][..row.len()];
@@ -70,17 +144,25 @@ impl Together {
         }
     }
 
-    /// Pairs that changes of shares bring together: each with what is there, and with each other.
-    fn joined(&self, pairs: &Pairs, shares: &[Share]) -> f64 {
-        let mut joined = 0.0;
+    /// Notes what devices get: of each expert its load, and its pairs with what is there and comes there.
+    fn look(&mut self, pairs: &Pairs, shares: &[Share]) {
+        self.more.clear();
+        self.joined = 0.0;
         for (n, share) in shares.iter().enumerate() {
-            let row = pairs.row(share.expert);
+            let (row, change) = (pairs.row(share.expert), share.after - share.before);
             let mut met = self.affinity[usize::from(share.device) * row.len() + usize::from(share.expert)];
             for other in shares[..n].iter().filter(|other| other.device == share.device) {
                 met += (other.after - other.before) * f64::from(row[usize::from(other.expert)]);
             }
-            joined += (share.after - share.before) * met;
+            self.joined += change * met;
+            let more =
+                Part { load: change * pairs.load[usize::from(share.expert)], pairs: 2.0 * change * met };
+            let at = self.more.iter().position(|(device, _)| *device == share.device);
+            let at = at.unwrap_or_else(|| {
+                self.more.push((share.device, Part::default()));
+                self.more.len() - 1
+            });
+            self.more[at].1 = self.more[at].1.with(more);
         }
-        joined
     }
 }

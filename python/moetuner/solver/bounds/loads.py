@@ -142,6 +142,9 @@ def _least_rows_us(problem: Problem, load: Floats) -> Floats:
     if problem.statistics.sets is not None:
         # A visit is of as many experts as a token has, and a device holds, at most.
         tokens = tokens / min(problem.statistics.sets[0].top_k, problem.slots)
+    elif problem.statistics.top_k_of_layer is not None:
+        # Estimated visits are of as many experts as a token has at most.
+        tokens = tokens / np.array(problem.statistics.top_k_of_layer)
     tiers = np.arange(1, len(topology.levels) + 1)
     elsewhere = (topology.tier[:, :, None] == tiers).mean(axis=(0, 1))
     if model.once_per == "node":
