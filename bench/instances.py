@@ -121,20 +121,46 @@ def domains(layers: int, windows: int, seed: int, experts: int = 256) -> Floats:
 SPREAD, DRIFTING_TOKENS = 0.8, 2**24
 
 
-def drifting(layers: int, experts: int, windows: int, drift: float, seed: int) -> Floats:
+def drifting(
+    layers: int, experts: int, windows: int, drift: float, seed: int, sizes: str = "alike"
+) -> Floats:
     """Make windows of load [W,L,E], each drifted from the one before.
 
     The logarithm of an expert's load is an autoregressive process, whose steps are ``drift`` times
-    its spread.
+    its spread. ``sizes`` of windows are ``alike`` or one of ``window_tokens``.
     """
     random = np.random.default_rng(seed)
+    tokens = window_tokens(sizes, windows, seed)
     state = random.normal(0, SPREAD, (layers, experts))
     load = np.empty((windows, layers, experts))
     for window in range(windows):
         share = np.exp(state)
-        load[window] = random.poisson(DRIFTING_TOKENS * share / share.sum(axis=1, keepdims=True))
+        load[window] = random.poisson(tokens[window] * share / share.sum(axis=1, keepdims=True))
         state = np.sqrt(1 - drift**2) * state + drift * random.normal(0, SPREAD, state.shape)
     return load
+
+
+# Fewest and most tokens of windows of very unlike size, at eight experts a token.
+FEWEST, MOST = 200 * 8, 20_000 * 8
+# Windows of a day.
+DAY = 12
+
+
+def window_tokens(sizes: str, windows: int, seed: int) -> Floats:
+    """Return how often windows visit experts of a layer [W].
+
+    ``alike``, ``scattered`` (the logarithm uniform), ``alternating`` between few and many, ``one in
+    ten`` of many, or a ``day`` from few to many and back.
+    """
+    at = np.arange(windows)
+    ratio = MOST / FEWEST
+    if sizes == "alike":
+        return np.full(windows, float(DRIFTING_TOKENS))
+    if sizes == "scattered":
+        return FEWEST * ratio ** np.random.default_rng([seed, 1]).random(windows)
+    if sizes == "day":
+        return FEWEST * ratio ** (0.5 - 0.5 * np.cos(2 * np.pi * at / DAY))
+    return np.where(at % {"alternating": 2, "one in ten": 10}[sizes], FEWEST, MOST).astype(float)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ POLICIES: dict[str, Peer] = {
     "FlashLB": flashlb,
     "SwiftBalancer": swift_balancer,
 }
+# How windows differ that have 200 to 20,000 tokens (`instances.window_tokens`).
+UNLIKE = ("scattered", "alternating", "one in ten", "day")
 # Those that look at every window; the others get the sum.
 SEE_WINDOWS = ("deepseek_vec", "FlashLB")
 # Those that keep groups of experts whole on a node.
@@ -501,6 +503,9 @@ def cases(asked: Any, real: list[Instance], seed: int) -> Iterator[tuple[str, Si
         yield f"drift {drift:.0%}, every {every}", size, load, every
     load = drifting(layers, experts, decisions, 0.15, seed + 1)
     yield "drift 15%, 8 groups", replace(size, groups=8, nodes=4), load, 1
+    for sizes in UNLIKE:
+        load = drifting(layers, experts, decisions, 0.15, seed, sizes)
+        yield f"drift 15%, sizes {sizes}", size, load, 1
     yield "domains, every 10", size, domains(layers, 10 * decisions, seed, experts), 10
     for instance in real:
         traffic, devices = instance.traffic, instance.topology.devices

@@ -491,8 +491,9 @@ def adapt_slots(
     packed anew if ``max_moves`` suffice for all slots. At most ``max_moves`` copies are brought,
     where they gain most, and each more than ``min_gain`` tokens.
     A layer stays unless the time of its slowest device falls by more than the part ``dead_zone``,
-    and by more than ``deviations`` standard deviations of counts as large, times sqrt(ln(D) / 2):
-    so the slowest of D devices has them by chance. ``steps`` is for each
+    and by more than chance: counts differ by ``deviations`` of their standard deviations. What
+    devices differ counts as far as it is more than that, seen in all layers in which experts have
+    slots that are not fresh. ``steps`` is for each
     device of a layer, and ``trials`` as in ``replicate_experts``. Experts without a slot get
     one, and with ``full`` empty slots are filled, unless a device holds all experts already. What
     stays on a device keeps its slot.
@@ -544,7 +545,8 @@ def spend_budget(
     """Choose a way for every layer [L]: ways have costs and copies that move [N,L].
 
     Way 0 is to stay. At most ``max_moves`` copies move, where they gain most and each more than
-    ``min_gain``; ``dead_zone`` and ``deviations`` are as in ``adapt_slots``.
+    ``min_gain``. A layer stays unless it gains more than the part ``dead_zone`` and more than
+    ``deviations`` standard deviations of counts as large, times sqrt(2 ln(D)) for D ``devices``.
     """
 
 def pack(

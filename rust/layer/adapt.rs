@@ -32,6 +32,12 @@ const DOUBLINGS: u32 = 3;
 const NORM: f64 = (1 << DOUBLINGS) as f64;
 /// Largest variance that is expected of the next window.
 const LARGEST_VARIANCE: f64 = 0.25;
+/// Standard deviations of what counts differ by chance, within which loads are taken for what they were.
+const SURE: f64 = 2.0;
+/// Part of the differences that is no chance where no loads have shaped what runs: nothing tells.
+const UNKNOWN: f64 = 0.5;
+/// Part of a device's slots in which something else comes when its layer changes.
+const REPLACED: f64 = 0.25;
 /// A copy moves to an expert whose copies are heavier by this part than those that it leaves will be.
 const HEAVIER: f64 = 0.05;
 /// What a copy must relieve, as a part of the mean device's time: before the heaviest experts get more copies, and after.
@@ -63,15 +69,25 @@ pub fn adapt_layers(
     let layers = || load.chunks_exact(experts).map(|load| if is_idle(load) { &idle[..] } else { load });
     let slots = running.iter().zip(sites).map(|(running, site)| Slots::new(&site.capacity, experts, running));
     let running: Vec<Slots> = slots.collect();
-    let shaped = layers().zip(sites).zip(&running).zip(fresh).filter(|(_, fresh)| !**fresh);
-    let variance = variance(shaped.map(|(layer, _)| layer));
-    let all = layers().zip(sites).zip(running).zip(fresh).enumerate();
-    let improved = all.map(|(layer, (((load, site), running), &fresh))| {
-        improve(site, load, running, fresh, variance, effort).map_err(|fault| fault.of(layer))
+    let is_shaped: Vec<bool> = running
+        .iter()
+        .zip(fresh)
+        .map(|(slots, fresh)| !fresh && slots.copies.iter().all(|&copies| copies > 0))
+        .collect();
+    let shaped = layers().zip(sites).zip(&running).zip(&is_shaped).filter(|(_, shaped)| **shaped);
+    let change = Change::of(shaped.map(|(layer, _)| layer), effort.spending.deviations);
+    let weighed = |(layer, shaped): (((&[f64], &Site), &Slots), &bool)| {
+        let ((load, site), slots) = layer;
+        if *shaped { change.weigh(load, site, slots) } else { load.to_vec() }
+    };
+    let tokens: Vec<Vec<f64>> = layers().zip(sites).zip(&running).zip(&is_shaped).map(weighed).collect();
+    let all = layers().zip(tokens).zip(sites).zip(running).zip(fresh).enumerate();
+    let improved = all.map(|(layer, ((((seen, tokens), site), running), &fresh))| {
+        improve(site, seen, tokens, running, fresh, change.variance, effort).map_err(|fault| fault.of(layer))
     });
     let all: Vec<Steps<'_>> = improved.collect::<Result<_>>()?;
     let ways: Vec<&[Way]> = all.iter().map(|steps| &steps.ways[..]).collect();
-    let chosen = choose(&ways, effort.spending);
+    let chosen = choose(&ways, change.wary(effort.spending));
     let end = |(steps, at): (&Steps<'_>, usize)| {
         (steps.running.keep_slots(&steps.contents[at]), [steps.ways[0], steps.ways[at]])
     };
@@ -83,28 +99,88 @@ fn is_idle(load: &[f64]) -> bool {
     load.iter().sum::<f64>() < LEAST
 }
 
-/// Estimates the variance of an expert's load from window to window, as a part of its square.
+/// How loads have changed since they shaped what runs.
 ///
-/// What runs was even on the loads that it was chosen by. If each load has changed by a part of its own since, with this
-/// variance, a device's time has by the sum of the squares of what is in its slots.
-pub(super) fn variance<'a>(layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>) -> f64 {
-    let (mut seen, mut squares) = (0.0, 0.0);
-    for ((load, site), slots) in layers {
-        let (times, loads) = slots.times_and_loads(site, load);
-        let mean = times.iter().sum::<f64>() / times.len() as f64;
-        if mean > 0.0 {
-            let square = |slot: usize| (loads[slot] * site.time[slots.device(slot)] / mean).powi(2);
-            squares += (0..loads.len()).map(square).sum::<f64>();
-            seen += times.iter().map(|time| (time / mean - 1.0).powi(2)).sum::<f64>();
+/// What runs was even on the loads that it was chosen by. If each load has changed by a part of its own since, with a
+/// variance, the time of a device has by the sum of the squares of what is in its slots; and besides it differs by
+/// chance, as few tokens are counted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Change {
+    /// Variance of an expert's load from window to window, as a part of its square.
+    pub variance: f64,
+    /// Part of the differences of devices that is no chance: about n / (n + m) of n tokens, where chance is half of the
+    /// differences of m.
+    pub part: f64,
+}
+
+impl Change {
+    /// Estimates the change from all layers; counts scatter by so many standard deviations of their own.
+    pub(super) fn of<'a>(
+        layers: impl Iterator<Item = ((&'a [f64], &'a Site), &'a Slots)>,
+        deviations: f64,
+    ) -> Self {
+        let (mut seen, mut squares, mut chance, mut freedom) = (0.0, 0.0, 0.0, 0.0);
+        for ((load, site), slots) in layers {
+            let (times, loads) = slots.times_and_loads(site, load);
+            let devices = times.len() as f64;
+            let mean = times.iter().sum::<f64>() / devices;
+            if mean > 0.0 {
+                let time = |slot: usize| site.time[slots.device(slot)] / mean;
+                squares += (0..loads.len()).map(|slot| (loads[slot] * time(slot)).powi(2)).sum::<f64>();
+                seen += times.iter().map(|time| (time / mean - 1.0).powi(2)).sum::<f64>();
+                // Copies divide the counts of their expert, chance among them.
+                let copies = |slot: usize| f64::from(slots.copies(slots.expert_in[slot]).max(1));
+                let counted = |slot: usize| loads[slot] / copies(slot) * time(slot).powi(2);
+                chance += (0..loads.len()).map(counted).sum::<f64>() * (devices - 1.0) / devices;
+                freedom += devices - 1.0;
+            }
         }
+        let chance = chance * deviations * deviations;
+        let variance = (seen - chance).max(0.0) / squares;
+        let part = match (deviations > 0.0, freedom > 0.0) {
+            (false, _) => 1.0,
+            (_, false) => UNKNOWN,
+            _ if seen > 0.0 => (1.0 - chance * (1.0 + SURE * (2.0 / freedom).sqrt()) / seen).max(0.0),
+            _ => 0.0,
+        };
+        Self { variance: if squares > 0.0 { variance.min(LARGEST_VARIANCE) } else { 0.0 }, part }
     }
-    if squares > 0.0 { (seen / squares).min(LARGEST_VARIANCE) } else { 0.0 }
+
+    /// Asks layers to gain more the more of it may be chance.
+    ///
+    /// Of a device that differs by x, the part p x is expected to stay if nothing moves, with a variance of p c, where c is
+    /// that of counts. What comes in place of the part f of its slots brings f (1 - p) c with it. So the slowest is
+    /// expected to gain where p x is more than sqrt(f (1 - p) c) times as many standard deviations as it has of many.
+    fn wary(self, spending: Spending) -> Spending {
+        let wary = if self.part < 1.0 { ((1.0 - self.part) * REPLACED).sqrt() / self.part } else { 0.0 };
+        Spending { deviations: wary * spending.deviations, ..spending }
+    }
+
+    /// Weighs a layer's loads with what runs, on which devices are even: what a device has more than others counts as
+    /// far as it is no chance.
+    fn weigh(self, load: &[f64], site: &Site, running: &Slots) -> Vec<f64> {
+        let (times, _) = running.times_and_loads(site, load);
+        let mean = times.iter().sum::<f64>() / times.len() as f64;
+        let factor = |device: u16| {
+            let time = times[usize::from(device)];
+            if time > 0.0 { self.part + (1.0 - self.part) * mean / time } else { 1.0 }
+        };
+        let weigh = |(&load, e): (&f64, u16)| {
+            let (sum, count) = running
+                .devices(e)
+                .map(factor)
+                .fold((0.0, 0.0), |(sum, count), factor| (sum + factor, count + 1.0));
+            if count > 0.0 { load * sum / count } else { load }
+        };
+        load.iter().zip(0..).map(weigh).collect()
+    }
 }
 
 /// Goes from running slots as far as steps gain, and packs anew; where nothing runs yet, a packing is all there is.
 fn improve<'a>(
     site: &'a Site,
-    load: &'a [f64],
+    seen: &'a [f64],
+    tokens: Vec<f64>,
     running: Slots,
     is_fresh: bool,
     variance: f64,
@@ -114,16 +190,16 @@ fn improve<'a>(
     let is_new = running.expert_in.iter().all(|&e| e == EMPTY);
     let mut packed = None;
     if is_new || effort.steps > 0 && site.has_equal_devices() {
-        packed = Some(fill(site, load, effort.trials)?);
+        packed = Some(fill(site, &tokens, effort.trials)?);
     }
     let mut first = packed.take_if(|_| is_new).unwrap_or_else(|| running.clone());
-    complete(&mut first, site, load, effort.full)?;
+    complete(&mut first, site, &tokens, effort.full)?;
     // Of a time that varies, the power's mean is larger by n (n - 1) / 2 variances: as if it took (n - 1) / 2 longer.
-    let unit = load.iter().sum::<f64>() / devices as f64;
+    let unit = tokens.iter().sum::<f64>() / devices as f64;
     let square = if unit > 0.0 { (NORM - 1.0) / 2.0 * variance / unit } else { 0.0 };
-    let loads = Loads::of(site, load, &first, &running, square);
+    let loads = Loads::of(site, [seen, &tokens], &first, &running, square);
     let (ways, contents, scan) = (vec![], vec![], Scan::new(slots, devices));
-    let mut steps = Steps { site, tokens: load, running, slots: first, loads, scan, ways, contents };
+    let mut steps = Steps { site, seen, tokens, running, slots: first, loads, scan, ways, contents };
     steps.note();
     // What no load has shaped is left at once: experts that are neighbours there are often busy together, which a single
     // load does not show.
@@ -159,8 +235,9 @@ pub fn keep_devices(packed: &Slots, running: &Slots, capacity: &[usize]) -> Slot
 /// A layer and the steps that were taken: what is so after every one, and the contents of slots `[P]` then.
 struct Steps<'a> {
     site: &'a Site,
-    /// Tokens of every expert `[E]`.
-    tokens: &'a [f64],
+    /// Tokens of every expert, as they were counted and as they count `[E]`.
+    seen: &'a [f64],
+    tokens: Vec<f64>,
     /// What ran at the start.
     running: Slots,
     slots: Slots,
@@ -174,7 +251,7 @@ struct Steps<'a> {
 struct Loads {
     /// Of every device `[D]`, as it counts, in means of all.
     times: Vec<f64>,
-    /// Of every device `[D]`, as it is.
+    /// Of every device `[D]`, of the tokens that were counted.
     plain: Vec<f64>,
     /// The mean, and of every device the time per token `[D]`.
     mean: f64,
@@ -190,9 +267,10 @@ struct Loads {
 }
 
 impl Loads {
-    fn of(site: &Site, tokens: &[f64], slots: &Slots, running: &Slots, square: f64) -> Self {
+    fn of(site: &Site, [seen, tokens]: [&[f64]; 2], slots: &Slots, running: &Slots, square: f64) -> Self {
         let counts = |load: f64| load + square * load * load;
-        let (plain, mut load_in) = slots.times_and_loads(site, tokens);
+        let (plain, _) = slots.times_and_loads(site, seen);
+        let (_, mut load_in) = slots.times_and_loads(site, tokens);
         for load in &mut load_in {
             *load = counts(*load);
         }
@@ -305,8 +383,9 @@ impl Steps<'_> {
     fn offer(&mut self, packed: &Slots, part: f64, full: bool) -> Placed<()> {
         let least = self.ways.iter().map(|way| way.cost).fold(f64::INFINITY, f64::min);
         self.slots = keep_devices(packed, &self.running, &self.site.capacity);
-        complete(&mut self.slots, self.site, self.tokens, full)?;
-        self.loads = Loads::of(self.site, self.tokens, &self.slots, &self.running, self.loads.square);
+        complete(&mut self.slots, self.site, &self.tokens, full)?;
+        let tokens = [self.seen, &self.tokens];
+        self.loads = Loads::of(self.site, tokens, &self.slots, &self.running, self.loads.square);
         self.note();
         if self.ways.pop_if(|way| way.cost >= least * (1.0 - part)).is_some() {
             self.contents.pop();
@@ -317,7 +396,7 @@ impl Steps<'_> {
     /// Gives the expert with the heaviest copies one more, in place of one whose expert has the lightest without it; false
     /// where none is heavier by enough.
     fn copy_heaviest(&mut self) -> bool {
-        let (slots, site, tokens) = (&self.slots, self.site, self.tokens);
+        let (slots, site, tokens) = (&self.slots, self.site, &self.tokens[..]);
         // Load of every copy, were there one less of its expert.
         let without = |(&tokens, &copies): (&f64, &u32)| {
             if copies > 1 { tokens / f64::from(copies - 1) } else { f64::INFINITY }
@@ -377,7 +456,8 @@ impl Steps<'_> {
         self.slots.apply(step);
         let (slots, loads) = (&self.slots, &mut self.loads);
         let Move::Swap(p, q) = step else {
-            *loads = Loads::of(self.site, self.tokens, slots, &self.running, loads.square);
+            let tokens = [self.seen, &self.tokens];
+            *loads = Loads::of(self.site, tokens, slots, &self.running, loads.square);
             return true;
         };
         let (g, h) = (slots.device(p), slots.device(q));
@@ -386,7 +466,7 @@ impl Steps<'_> {
         loads.times[g] -= moved * loads.per_token[g];
         loads.times[h] += moved * loads.per_token[h];
         for (slot, device) in [(p, g), (q, h)] {
-            let load: f64 = slots.of(device).map(|slot| slots.part(self.tokens, slots.expert_in[slot])).sum();
+            let load: f64 = slots.of(device).map(|slot| slots.part(self.seen, slots.expert_in[slot])).sum();
             loads.plain[device] = load * self.site.time[device];
             loads.is_moved[slot] = one_if(slots.is_moved(slot, &self.running));
         }
@@ -457,7 +537,7 @@ impl Steps<'_> {
     ///
     /// That other copies of an expert get less when there is one more is left out, so that a step may turn out better.
     fn look_per_copy(&self, slow: usize, leaving: &Leaving, best: &mut Best) {
-        let (slots, site, tokens) = (&self.slots, self.site, self.tokens);
+        let (slots, site, tokens) = (&self.slots, self.site, &self.tokens[..]);
         let is_moved = |e: u16, g: usize| one_if(self.running.lacks(e, g));
         let (t, now) = (self.loads.per_token[slow], self.loads.times[slow]);
         let now_power = power(now);

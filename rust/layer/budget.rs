@@ -20,7 +20,7 @@ pub struct Spending {
     pub min_gain: f64,
     /// A layer stays as it is unless the time of its slowest device falls by more than this part,
     pub dead_zone: f64,
-    /// and by more than chance: so many standard deviations of counts as large, as the slowest of all devices has them.
+    /// and by more than so many standard deviations of counts as large, as the slowest of all devices has them.
     pub deviations: f64,
     /// Devices of a layer.
     pub devices: usize,
@@ -32,8 +32,8 @@ impl Spending {
     /// The slowest of D devices that differ by chance alone is sqrt(2 ln D) standard deviations above their mean.
     fn is_enough(&self, before: f64, after: f64) -> bool {
         // In single precision, as logarithms end in other bits elsewhere and every rank must choose alike.
-        let slowest = f64::from(((self.devices as f64).ln() / 2.0) as f32).sqrt();
-        let chance = self.deviations * slowest * (before + after).sqrt();
+        let slowest = f64::from((2.0 * (self.devices as f64).ln()) as f32).sqrt();
+        let chance = self.deviations * slowest * f64::midpoint(before, after).sqrt();
         before - after > (self.dead_zone * before).max(chance)
     }
 }

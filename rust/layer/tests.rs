@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
-use super::adapt::variance;
+use super::adapt::Change;
 use super::construct::{QUICK, by_windows, fill, on_sum};
 use super::terms::balance::Balance;
 use super::terms::divided;
@@ -459,10 +459,32 @@ proptest! {
         let load: Vec<f64> = (0..layers * devices * experts).map(even).collect();
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
-        let seen = variance(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)));
+        let layers = load.chunks_exact(devices * experts).map(|load| ((load, &site), &running));
+        let seen = Change::of(layers, 0.0).variance;
         let least = 1.0 - 1.0 / devices as f64;
         let expected = part * part / (1.0 + part * part) * least;
         prop_assert!((seen - expected).abs() <= 0.15 * expected + 1e-12, "{seen} {expected}");
+    }
+
+    /// Of what devices differ, the part is real that is more than counts scatter: n / (n + m) of n tokens, where loads
+    /// have changed by a part whose square is 1 / m; nothing where they have not.
+    #[test]
+    fn chance_is_no_change(tokens in 50.0f64..1e5, part in 0.0f64..0.3, seed: u64) {
+        let mut random = Random::new(seed, 0);
+        let (layers, devices, experts) = (200, 16, 4);
+        let mut sign = || f64::from([-1, 1][random.below(2)]);
+        let load = (0..layers * devices * experts)
+            .map(|_| tokens + sign() * tokens.sqrt() + sign() * part * tokens);
+        let load: Vec<f64> = load.collect();
+        let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
+        let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
+        let of = |deviations| {
+            Change::of(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).part
+        };
+        let expected = tokens / (tokens + 1.0 / part.powi(2));
+        let seen = of(1.0);
+        prop_assert!((seen - expected).abs() <= 0.12, "{seen} {expected}");
+        prop_assert!(of(0.0) >= 1.0);
     }
 
     /// Devices that a dispatcher divides tokens over are joined by copies, if there are enough to join them, and keep the

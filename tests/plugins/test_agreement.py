@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -360,3 +361,39 @@ def test_a_killed_rank_is_not_waited_for_for_ever(world, files):
     """SIGKILL in the middle of a run: the others go on with the engine's own map."""
     done = world.run(partial(serve, files=[files[0]] * 3, dies=2, wait=1.0, calls=3), 3, killed=2)
     assert [maps for maps, _ in done[:2]] == [[FIRST, None, None]] * 2
+
+
+def keep_store(pipe):
+    """Be the process of a store: say its port, and stay."""
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    pipe.recv()
+
+
+@pytest.fixture
+def kept_store():
+    """Start a store in a process of its own; return the process and a client."""
+    pipe, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=keep_store, args=(theirs,), daemon=True)
+    process.start()
+    yield process, distributed.TCPStore("127.0.0.1", pipe.recv(), is_master=False)
+    process.kill()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_store_that_stands_still_ends_every_round(kept_store, files, rank):
+    """SIGSTOP of its process: the engine's own map, soon, and none by this rank's post later."""
+    process, store = kept_store
+    lines, group = Lines(), Group(store, (0, 1), rank)
+    settings = Settings((files[0],))
+    balancer = Balancer(settings, Log(lines), MapAgreement(3600.0, answer=0.2))
+    ask = partial(balancer.decide, LOAD, 6, 1, 1, 2, group=lambda: group, rank=rank)
+    threading.Timer(0.5, os.kill, (process.pid, signal.SIGSTOP)).start()
+    # The other rank does not come: the first round waits for it when the store stops.
+    assert [ask() for _ in range(3)] == [None] * 3
+    assert "the store did not answer within 0.2 s" in lines.lines[0]
+    assert "from now on" in lines.lines[1]
+    os.kill(process.pid, signal.SIGCONT)
+    other = Group(store, (0, 1), 1 - rank)
+    verdict = MapAgreement(3600.0).verdict(lambda: other, Post("a", "b"))
+    assert "the store did not answer" in verdict.reason

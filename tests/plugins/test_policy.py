@@ -11,7 +11,7 @@ import moetuner as mt
 from moetuner import _core
 from moetuner.plugins import rebalance_experts
 from moetuner.plugins.decision import Case
-from moetuner.solver.rebalancing import OLDER, weighted
+from moetuner.solver.rebalancing import OLDER, informative_part, weighted
 
 
 @st.composite
@@ -190,13 +190,15 @@ def test_several_pairs_of_groups_change_places():
 INITIAL = np.tile(np.arange(288) % 256, (12, 1))
 
 
-def drifting(windows, drift, shape=(12, 256)):
-    """Draw windows of load [W,L,E], each drifted from the one before."""
+def drifting(windows, drift, shape=(12, 256), tokens=None):
+    """Draw windows of load [W,L,E], each drifted from the one before; of so many tokens [W]."""
     random = np.random.default_rng(3)
     state, load = random.normal(0, 0.8, shape), []
-    for _ in range(windows):
+    for window in range(windows):
         share = np.exp(state)
-        load.append(np.floor(1e6 * share / share.sum(axis=1, keepdims=True)))
+        share /= share.sum(axis=1, keepdims=True)
+        even = np.floor(1e6 * share)
+        load.append(even if tokens is None else random.poisson(tokens[window] * share))
         state = np.sqrt(1 - drift**2) * state + drift * random.normal(0, 0.8, shape)
     return np.stack(load)
 
@@ -214,9 +216,56 @@ def test_as_good_on_the_next_window_as_packing_anew(drift):
         packed = _core.replicate_experts(seen, capacity, np.ones(32), trials=0)
         ours.append(slowest(judged, now, 32))
         anew.append(slowest(judged, packed.reshape(12, 288), 32))
-    assert np.mean(1 / np.array(ours)) >= np.mean(1 / np.array(anew)) * 0.997
+    # Eight decisions are up to 0.007 off by chance.
+    assert np.mean(1 / np.array(ours)) >= np.mean(1 / np.array(anew)) * 0.993
     # The first decision may bring all: no load has shaped the map that engines begin with.
     assert np.mean(moved[1:]) <= 12 * 288 * (31 / 32) / 5
+
+
+def compare_with_packing(load, ranks, slots):
+    """Return how much more balanced ours is than EPLB's packing, on each window that follows."""
+    _, layers, experts = load.shape
+    now, ahead = np.tile(np.arange(slots) % experts, (layers, 1)), []
+    capacity = np.full((layers, ranks), slots // ranks)
+    for seen, judged in pairwise(load.astype(float)):
+        now = rebalance_experts(seen, slots, None, 1, ranks, now)
+        packed = _core.replicate_experts(seen, capacity, np.ones(ranks), trials=0)
+        ours, anew = (
+            np.mean(experts / ranks * judged.mean(axis=1) / slowest(judged, table, ranks))
+            for table in (now, packed.reshape(layers, slots))
+        )
+        ahead.append(ours - anew)
+    return np.array(ahead)
+
+
+# Windows of 1,600 to 160,000 visits of experts.
+UNLIKE = {
+    "scattered": 1600 * 100 ** np.random.default_rng(0).random(30),
+    "one in ten": np.where(np.arange(30) % 10, 1600, 160_000),
+    "day": 1600 * 100 ** (0.5 - 0.5 * np.cos(np.pi * np.arange(30) / 6)),
+}
+
+
+@pytest.mark.parametrize("drift", [0.05, 0.15, 0.3])
+@pytest.mark.parametrize("sizes", UNLIKE)
+def test_a_window_counts_by_what_it_tells(sizes, drift):
+    """Not behind a packing anew, where few tokens tell little and where loads jump meanwhile."""
+    load = drifting(30, drift, (24, 32), UNLIKE[sizes])
+    ahead = compare_with_packing(load, 8, 40)
+    assert ahead.mean() > -2 * ahead.std() / len(ahead) ** 0.5
+
+
+def test_a_window_tells_less_than_its_tokens_say_where_windows_differ():
+    """Of n tokens n / (1 + n / m), where shares of m planted tokens differ as windows do."""
+    random = np.random.default_rng(0)
+    tokens, experts, spread = np.tile([1e3, 1e4, 1e5], 20), 64, 0.1
+    share = random.normal(1, spread, (60, 8, experts)) / experts
+    load = random.poisson(tokens[:, None, None] * share).astype(float)
+    visits = load.sum(axis=2, keepdims=True)
+    part = informative_part(load / visits, visits)
+    as_many = experts / spread**2
+    expected = 1 / (1 + tokens / as_many)
+    assert part == pytest.approx(expected / expected.max(), rel=0.15)
 
 
 @pytest.mark.parametrize("budget", [None, 10**6])
@@ -310,15 +359,14 @@ def test_of_windows_the_last_ones_count_where_loads_drift():
     steady = random.poisson(100.0, (16, 2, 32)).astype(float)
     load, lasts = weighted(steady)
     assert lasts
-    assert np.array_equal(load, steady)
-    changed = steady * np.where(np.arange(16) < 8, 1, 0)[:, None, None]
-    changed[8:] = random.poisson(np.arange(1, 33) * 10.0, (8, 2, 32))
+    assert load == pytest.approx(steady, rel=0.05)
+    changed = steady.copy()
+    changed[8:] = random.poisson(np.arange(1, 33) * 6.0, (8, 2, 32))
     load, lasts = weighted(changed)
-    weight = load[8:] / changed[8:]
+    weight = load.sum(axis=(1, 2)) / changed.sum(axis=(1, 2))
     assert not lasts
-    assert weight[:4] == pytest.approx(OLDER)
-    assert np.array_equal(weight[-1], np.ones((2, 32)))
-    assert np.array_equal(load[:8], OLDER * changed[:8])
+    assert weight[:8] == pytest.approx(OLDER, rel=0.05)
+    assert weight[-2:] == pytest.approx(1, rel=0.05)
 
 
 @given(cases())

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from moetuner.plugins.consensus import agree
+from moetuner.plugins.consensus import TimedStore, agree, verdict_key
 from moetuner.plugins.rounds import Rounds
 
 Said = TypeVar("Said", "Post", "Verdict")
@@ -22,6 +23,8 @@ Said = TypeVar("Said", "Post", "Verdict")
 VERSION = 1
 # Seconds that a rank waits for the others. A rank without the plugin never answers.
 WAIT = 30.0
+# Seconds that the store may take for an answer. One whose process stands still never answers.
+ANSWER = 5.0
 # Rounds one after another that failed, after which no rank asks any more.
 PATIENCE = 2
 # Seconds that a process which takes the place of another waits for ranks that ask no more.
@@ -149,10 +152,18 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 
 class MapAgreement:
-    """Rounds of posts and verdicts of one process: one for each of its decisions."""
+    """Rounds of posts and verdicts of one process: one for each of its decisions.
 
-    def __init__(self, wait: float | None = None) -> None:
-        self.wait = WAIT if wait is None else wait
+    Parameters
+    ----------
+    wait
+        Seconds that this process waits for the others' posts, by default ``WAIT``.
+    answer
+        Seconds that it waits for an answer of the store.
+    """
+
+    def __init__(self, wait: float | None = None, answer: float = ANSWER) -> None:
+        self.wait, self.answer = WAIT if wait is None else wait, answer
         self._rounds: dict[tuple[int, ...], Rounds] = {}
         # Rounds one after another in which this process could not take part.
         self._failures = 0
@@ -160,22 +171,25 @@ class MapAgreement:
     def verdict(
         self, group: Callable[[], Group | None], post: Post, wait: float | None = None
     ) -> Verdict:
-        """Return the verdict of all ranks on this rank's post and theirs; it never hangs.
+        """Return the verdict of all ranks on this rank's post and theirs.
 
-        It never raises either: what goes wrong for a rank is in its post, and what goes wrong with
-        a post is a verdict. Without the store no rank gets an answer, and all take the engine's own
-        map.
+        It returns after three times ``wait`` seconds at most and, where the store stands still,
+        after ``answer``. It never raises: what goes wrong for a rank is in its post, and what goes
+        wrong with a post is a verdict. Without the store no rank gets an answer, and all take the
+        engine's own map.
         """
         post = replace(post, error=post.error[:LONGEST])
         try:
             ranks = group()
             if ranks is None or len(ranks.ranks) == 1:
                 return judge([post])
-            verdict = self._round(ranks, post, self.wait if wait is None else wait)
+            seconds = self.wait if wait is None else wait
+            with closing(TimedStore(ranks.store, self.answer)) as store:
+                verdict = self._round(ranks, store, post, seconds)
         except Exception as error:
             self._failures += 1
             do = "off" if self._failures >= PATIENCE else "own"
-            return Verdict(do, f"ranks cannot compare their maps: {error!r}"[:LONGEST])
+            return Verdict(do, _cannot_compare(error))
         self._failures = 0
         return replace(verdict, speaks=verdict.speaker == ranks.rank)
 
@@ -189,18 +203,19 @@ class MapAgreement:
             ranks = group()
             if ranks is None or self._failures >= PATIENCE:
                 return True
-            rounds, store = self._rounds.get(ranks.ranks), ranks.store
+            rounds = self._rounds.get(ranks.ranks)
             if rounds is None:
                 return False
-            rounds.enter(store)
-            if read_verdict(rounds.verdict).do == "off":
-                rounds.catch_up(store)
-            return read_verdict(rounds.verdict).do == "off" and not rounds.is_open(store)
+            with closing(TimedStore(ranks.store, self.answer)) as store:
+                rounds.enter(store)
+                if read_verdict(rounds.verdict).do == "off":
+                    rounds.catch_up(store)
+                return read_verdict(rounds.verdict).do == "off" and not rounds.is_open(store)
         except Exception:
             return True
 
-    def _round(self, group: Group, post: Post, wait: float) -> Verdict:
-        store, size = group.store, len(group.ranks)
+    def _round(self, group: Group, store: TimedStore, post: Post, wait: float) -> Verdict:
+        size = len(group.ranks)
         name = "moetuner/" + "-".join(map(str, group.ranks))
         rounds = self._rounds.setdefault(group.ranks, Rounds(name, group.rank, size))
         replaces = rounds.enter(store)
@@ -223,16 +238,23 @@ class MapAgreement:
                 verdict = replace(verdict, do=do, failures=failures)
             return to_json(verdict)
 
-        said, complete = agree(
-            store,
-            rounds.key,
-            group.rank,
-            size,
-            post=to_json(post),
-            judge=write_verdict,
-            wait=wait,
-            distrusts=_is_strange,
-        )
+        try:
+            said, complete = agree(
+                store,
+                rounds.key,
+                group.rank,
+                size,
+                post=to_json(post),
+                judge=write_verdict,
+                wait=wait,
+                distrusts=_is_strange,
+            )
+        except TimeoutError as error:
+            # The others may read this rank's post when the store answers again: then there is a
+            # verdict before they judge it.
+            lost = Verdict(reason=_cannot_compare(error), speaker=group.rank, failures=1)
+            store.put_later(verdict_key(rounds.key), to_json(lost))
+            raise
         rounds.close(store, said, complete=complete)
         verdict = read_verdict(said)
         if verdict.do == "take" and verdict.map != post.map:
@@ -282,6 +304,10 @@ def _read_post(rank: int, said: str | None) -> Post | None:
         return replace(read(Post, said), version=json.loads(said).get("version", 0))
     except Exception as error:
         raise ValueError(f"rank {rank}: its post cannot be read: {error!r}") from error
+
+
+def _cannot_compare(error: Exception) -> str:
+    return f"ranks cannot compare their maps: {error!r}"[:LONGEST]
 
 
 def _is_strange(said: str) -> bool:

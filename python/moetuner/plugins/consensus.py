@@ -7,11 +7,70 @@ so it is the same for ranks that gave up waiting and for those that did not.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 Judge = Callable[[Sequence[str | None]], str]
+
+
+class TimedStore:
+    """A store of ``torch.distributed`` that answers each question within a time, or raises.
+
+    torch's client waits in its socket without a deadline where the store's process stands still.
+    So a thread asks, one question after another, and is left behind where no answer comes; it ends
+    once there is one, or with the process.
+
+    Parameters
+    ----------
+    store
+        The store.
+    seconds
+        Time for an answer. A store that runs takes less than a millisecond.
+    """
+
+    def __init__(self, store: Any, seconds: float) -> None:
+        self._store, self._seconds = store, seconds
+        self._questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._ask, name="moetuner-store", daemon=True).start()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments: self._answer(name, arguments)
+
+    def close(self) -> None:
+        """End the thread once all questions have their answers."""
+        self._questions.put(None)
+
+    def put_later(self, key: str, value: str) -> None:
+        """Write a value where there is none yet, as soon as the store answers again."""
+        self._questions.put(lambda: self._store.compare_set(key, "", value))
+
+    def _ask(self) -> None:
+        while (question := self._questions.get()) is not None:
+            # What fails later has nobody who waits for it.
+            with suppress(Exception):
+                question()
+
+    def _answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def question() -> None:
+            try:
+                answers.put((getattr(self._store, name)(*arguments), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        self._questions.put(question)
+        try:
+            answer, error = answers.get(timeout=self._seconds)
+        except Empty:
+            raise TimeoutError(f"the store did not answer within {self._seconds:g} s") from None
+        if error is not None:
+            raise error
+        return answer
 
 
 def list_keys(key: str, size: int) -> list[str]:

@@ -83,8 +83,8 @@ def rebalance_experts(
     dead_zone
         A layer stays as it is unless its slowest rank gains more than this share of its time,
     deviations
-        and more than so many standard deviations of counts as large, as the slowest of so many
-        ranks has them by chance.
+        and more than chance. Counts differ by chance by so many of their standard deviations; only
+        what ranks differ more is taken to be so on the next loads, too. 0 takes any gain.
     profile
         Statistics with co-activation, of traffic like this: then a token's visits count as well.
     traffic

@@ -78,12 +78,14 @@ class Rounds:
         return bool(store.check([self._opened]))
 
     def close(self, store: Any, verdict: str, *, complete: bool) -> None:
-        """Note the verdict of this round; where all took part, forget the one before it."""
+        """Note the verdict of this round; where all took part, forget the one before it.
+
+        The verdict holds whatever becomes of the store.
+        """
         number, size = self.number, self.size
-        if complete and number:
-            # All have read the verdict before this one. What is left over does no harm.
-            with suppress(Exception):
-                for old in list_keys(f"{self.name}/{number - 1}", size):
-                    store.delete_key(old)
         self.number, self.verdict = number + 1, verdict
-        store.compare_set(self._next, str(number), str(number + 1))
+        with suppress(Exception):
+            store.compare_set(self._next, str(number), str(number + 1))
+            # All have read the verdict before this one. What is left over does no harm.
+            for old in list_keys(f"{self.name}/{number - 1}", size) if complete and number else ():
+                store.delete_key(old)

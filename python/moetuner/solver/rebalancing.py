@@ -27,8 +27,11 @@ Slots = NDArray[np.int32]
 LARGEST_MOVE, FEW = 0.19, 8
 # Smallest share of the slowest device's time that is worth moving a layer's experts.
 DEAD_ZONE = 0.005
-# Standard deviations of a count within which a gain is taken for chance.
-DEVIATIONS = 2.0
+# Standard deviations by which a count differs by chance, in those of a count of independent tokens.
+DEVIATIONS = 1.0
+# What windows must gain beyond chance: half of what devices differ may be chance, and a quarter of
+# what is in a device's slots changes (``Change::wary`` in the core).
+WARY = 0.5**0.5
 # Layers by which the memory for windows is chosen, what a longer one may forecast worse, and what
 # older windows count: they still show which experts are busy together.
 MEMORY_LAYERS, LONGER, OLDER = 8, 0.25, 0.05
@@ -98,7 +101,7 @@ def rebalance(
     ----------
     windows
         Tokens [L,E], or in windows [W,L,E], the last one last: finite, at least 0. Of windows as
-        many of the last ones count fully as forecast the next best.
+        many of the last ones count fully as forecast the next best, each by what it tells.
     slots
         Experts [L,D,S], -1 where a slot is empty. Experts that have no slot get one and empty slots
         may be filled, whatever they bring. What stays on a device keeps its slot.
@@ -109,8 +112,8 @@ def rebalance(
     dead_zone
         A layer stays unless its slowest device gains more than this share of its time.
     deviations
-        And more than so many standard deviations of counts as large, as the slowest of so many
-        devices has them by chance.
+        And more than chance. Counts differ by chance by so many of their standard deviations;
+        only what devices differ more is taken to be so on the next load, too. 0 takes any gain.
     fresh
         Layers [L] of which no load has shaped what runs: packed anew as far as the budget suffices.
         By default none.
@@ -234,7 +237,7 @@ class _Live:
         copy_costs = _copy_costs(slots, load, self.time, np.where(free, 0.0, share))
         end = _place(load, start, copy_costs, self.time, pairs)
         ways.append(keep_slots(slots, end, np.full(slots.shape[:2], slots.shape[2])))
-        return chosen(ways, self.dead_zone, self.deviations)
+        return chosen(ways, self.dead_zone, self.deviations * WARY)
 
 
 def weighted(windows: Floats) -> tuple[Floats, bool]:
@@ -244,15 +247,19 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
 
     Each window of the later half is forecast by the mean of so many windows before it, as far as
     there are any; of memories that are nearly as good the longest one is taken. What is older
-    counts a twentieth.
+    counts a twentieth. A window counts by what it tells, as forecast and as what is forecast.
     """
     count = len(windows)
     if count < 3:
         return windows, False
     sample = windows[:, :: -(-windows.shape[1] // MEMORY_LAYERS)]
-    share = sample / np.maximum(sample.sum(axis=2, keepdims=True), 1e-300)
+    tokens = sample.sum(axis=2, keepdims=True)
+    share = sample / np.maximum(tokens, 1e-300)
+    part = informative_part(share, tokens)
+    told = part * tokens.sum(axis=(1, 2))
     share = share.reshape(count, -1)
-    before = np.concatenate([np.zeros((1, share.shape[1])), share.cumsum(axis=0)])
+    sums = np.concatenate([np.zeros((1, share.shape[1])), (told[:, None] * share).cumsum(axis=0)])
+    weight = np.concatenate([[0.0], told.cumsum()])
     at = np.arange(count // 2 + count % 2, count)
     memories = [count]
     while memories[-1] > 1:
@@ -260,13 +267,34 @@ def weighted(windows: Floats) -> tuple[Floats, bool]:
     errors = []
     for memory in memories:
         first = np.maximum(at - memory, 0)
-        forecast = (before[at] - before[first]) / (at - first)[:, None]
-        errors.append(float(((share[at] - forecast) ** 2).sum()))
+        weights = np.maximum(weight[at] - weight[first], 1e-300)
+        forecast = (sums[at] - sums[first]) / weights[:, None]
+        errors.append(float((told[at, None] * (share[at] - forecast) ** 2).sum()))
     good = [error <= min(errors) * (1 + LONGER) for error in errors]
     memory = memories[good.index(True)]
-    if memory == count:
-        return windows, True
-    return np.concatenate([OLDER * windows[:-memory], windows[-memory:]]), False
+    lasts = memory == count
+    part[:-memory] *= OLDER
+    if (part == 1).all():
+        return windows, lasts
+    return part[:, None, None] * windows, lasts
+
+
+def informative_part(share: Floats, tokens: Floats) -> Floats:
+    """Return the part [W] of each window's tokens that tells of other windows.
+
+    Of shares [W,L,E] of tokens [W,L,1]. The share of an expert varies with share / n in a window of
+    n tokens, besides what windows differ: so n tokens tell n / (1 + n / m), where m tokens vary as
+    much as windows do, seen in neighbours. Relative to the smallest window, as its tokens do.
+    """
+    tokens = tokens[:, :, 0]
+    n = tokens.mean(axis=1)
+    chance = (1 / np.maximum(tokens, 1)).sum(axis=1)
+    chance = chance[1:] + chance[:-1]
+    differs = ((share[1:] - share[:-1]) ** 2).sum(axis=(1, 2))
+    # Half of what neighbours differ is of each; sizes that tell more count more.
+    variance = ((differs - chance) / chance).sum() / (1 / chance).sum() / (2 * tokens.shape[1])
+    told: Floats = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
+    return told / told.max()
 
 
 def _make_search(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:
