@@ -7,7 +7,8 @@
 //! that has time left (Edmonds and Karp, 1972). Where there is no way, the devices that were reached name a set that needs
 //! longer. A flow stays as it is where copies change: what a move of a copy changes is little.
 //!
-//! A replay judges by it, and a search of layers makes it small.
+//! A search of layers makes that time small. A replay asks for the tokens of all devices as well: there the others are done
+//! as soon as can be, too, and so on without those ([`Division::spread`]). That is one answer, however devices are numbered.
 
 use rayon::prelude::*;
 
@@ -102,10 +103,19 @@ pub struct Notes {
     /// The time of what is looked at, and the devices that need it.
     time: f64,
     slowest: Vec<u32>,
-    /// Whether a device is in a set `[D]`.
+    /// Whether a device is in a set, and whether it is left as it is `[D]`.
     is_inside: Vec<bool>,
+    is_left: Vec<bool>,
     /// Tokens that have lost their slot, by expert.
     left: Vec<(u32, f64)>,
+}
+
+impl Notes {
+    /// Begins with so many devices, none of which is left as it is.
+    fn begin(&mut self, devices: usize) {
+        self.is_left.clear();
+        self.is_left.resize(devices, false);
+    }
 }
 
 impl Division {
@@ -125,9 +135,34 @@ impl Division {
                 }
             }
         }
-        fresh.level(copies, 0.0, notes);
+        notes.begin(devices);
+        fresh.level(copies, [fresh.mean(copies), 0.0], notes);
         fresh.settle(notes);
         fresh
+    }
+
+    /// Levels the devices that are not among the slowest, and so on without the slowest of those.
+    ///
+    /// Tokens of the slowest are of experts that are on no other device, so the others keep all of theirs.
+    fn spread(&mut self, copies: &Copies, notes: &mut Notes) {
+        notes.slowest.clone_from(&self.slowest);
+        loop {
+            for &device in &notes.slowest {
+                notes.is_left[device as usize] = true;
+            }
+            let others = || (0..copies.rate.len()).filter(|&device| !notes.is_left[device]);
+            let rate: f64 = others().map(|device| copies.rate[device]).sum();
+            if rate <= 0.0 {
+                return;
+            }
+            let mean = others().map(|device| self.tokens[device]).sum::<f64>() / rate;
+            self.level(copies, [mean, 0.0], notes);
+        }
+    }
+
+    /// The time in which all devices are done at once.
+    fn mean(&self, copies: &Copies) -> f64 {
+        self.total / copies.rate.iter().sum::<f64>()
     }
 
     /// The time in which the slowest device is done.
@@ -151,8 +186,9 @@ impl Division {
             let (expert, tokens) = notes.left[at];
             self.give(copies, &copies.slots[expert as usize], tokens, notes);
         }
+        notes.begin(copies.rate.len());
         let least = self.least_of_slowest(copies, before, notes);
-        self.level(copies, least, notes);
+        self.level(copies, [self.mean(copies), least], notes);
         notes.time
     }
 
@@ -217,13 +253,14 @@ impl Division {
         if rate > 0.0 { tokens / rate } else { 0.0 }
     }
 
-    /// Moves tokens on until all devices are done in the least time, which is no less than this.
-    fn level(&mut self, copies: &Copies, least: f64, notes: &mut Notes) {
-        let mean = self.total / copies.rate.iter().sum::<f64>();
+    /// Moves tokens on until all devices that are not left as they are are done in the least time, which is no less than
+    /// their mean, and another one.
+    fn level(&mut self, copies: &Copies, [mean, least]: [f64; 2], notes: &mut Notes) {
         notes.time = mean.max(least);
         if mean >= least {
-            notes.slowest.clear();
-            notes.slowest.extend(0..copies.rate.len() as u32);
+            let Notes { slowest, is_left, .. } = notes;
+            slowest.clear();
+            slowest.extend((0..copies.rate.len() as u32).filter(|&device| !is_left[device as usize]));
         }
         for _ in 0..STEPS {
             let Some((tokens, rate)) = self.fit(copies, notes) else { return };
@@ -241,7 +278,8 @@ impl Division {
         for _ in 0..WAYS {
             let over = |device: usize| self.tokens[device] - time * copies.rate[device];
             let late = |device: &usize| self.tokens[*device] / copies.rate[*device];
-            let source = (0..copies.rate.len()).max_by(|a, b| late(a).total_cmp(&late(b)))?;
+            let open = (0..copies.rate.len()).filter(|&device| !notes.is_left[device]);
+            let source = open.max_by(|a, b| late(a).total_cmp(&late(b)))?;
             let excess = over(source);
             if excess <= small * copies.rate[source] {
                 return None;
@@ -285,7 +323,7 @@ impl Division {
                 }
                 for &other in &copies.slots[copies.expert_in[slot] as usize] {
                     let there = copies.device[other as usize] as usize;
-                    if there == source || notes.way[there][0] != NOTHING {
+                    if there == source || notes.way[there][0] != NOTHING || notes.is_left[there] {
                         continue;
                     }
                     notes.way[there] = [slot as u32, other];
@@ -300,7 +338,8 @@ impl Division {
     }
 }
 
-/// Tokens of every device `[W, L, D]`, of loads of `experts` `[W, L, E]` and slots `[L, D, S]`.
+/// Tokens of every device `[W, L, D]`, of loads of `experts` `[W, L, E]` and slots `[L, D, S]`: the slowest is done as soon
+/// as can be, then the slowest of the others, and so on.
 #[must_use]
 pub fn serve(
     slots: &[i32],
@@ -312,7 +351,12 @@ pub fn serve(
     let copies_of = |slots: &[i32]| Copies::new(slots, width, experts, rate);
     let layer: Vec<Copies> = slots.chunks_exact(devices * width).map(copies_of).collect();
     let rows = load.par_chunks_exact(experts).enumerate();
-    let divide = |notes: &mut Notes, (row, load)| Division::new(&layer[row % layers], load, notes).tokens;
+    let divide = |notes: &mut Notes, (row, load)| {
+        let copies: &Copies = &layer[row % layers];
+        let mut division = Division::new(copies, load, notes);
+        division.spread(copies, notes);
+        division.tokens
+    };
     let served: Vec<Vec<f64>> = rows.map_init(Notes::default, divide).collect();
     served.concat()
 }

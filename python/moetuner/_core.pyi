@@ -221,6 +221,16 @@ class Layers:
         slot.
         """
 
+    def complete(
+        self, start: NDArray[np.int32], *, threads: int | None = None
+    ) -> NDArray[np.int32]:
+        """Give experts of slots [L,D,S] the copies that rules ask for, and that they lack.
+
+        Each takes an empty slot or, where there is none, that of a copy to spare, whose loads are
+        balanced best by that; others move on only where there is neither. A layer stays as it is in
+        which an expert finds no slot.
+        """
+
 @final
 class StatisticsCounter:
     """Counts a trace shard by shard, one token in ``every`` for sets."""

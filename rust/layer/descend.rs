@@ -31,6 +31,11 @@ pub struct Step {
 /// What is gained below these is rounding: as a part of a cap, and of a layer's cost.
 const LEAST_RELIEF: f64 = 1e-12;
 const LEAST_GAIN: f64 = 1e-9;
+/// The part of the best step's gain below which others are left out: sums of floats may be off by as much.
+const NEARLY: f64 = 1.0 - 1e-9;
+
+/// Devices to which losses do most whose relief is looked at.
+const COSTLIEST: usize = 3;
 
 /// Copies that may be brought where any number may: more than there are, and far from where sums overflow.
 pub const UNLIMITED: i64 = i64::MAX / 2;
@@ -43,6 +48,17 @@ struct Choice {
     gain: f64,
     /// What it is worth for a copy that it brings: less load above caps first, then less cost.
     worth: (f64, f64),
+}
+
+/// What is known of steps between two devices, or in one, before they are looked at.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// What the slowest devices gain at the most, where they bound it.
+    relief: Option<f64>,
+    /// What a step gains at the least, in cost, to be worth something.
+    least: f64,
+    /// Whether no device exceeds its cap.
+    is_under: bool,
 }
 
 /// A layer on its way down.
@@ -60,6 +76,8 @@ struct Descent<'a> {
     top: Option<Choice>,
     /// Windows in which a device is the slowest, and by how much in all: what can be gained there at the most `[D]`.
     slow: Vec<(Vec<usize>, f64)>,
+    /// Where losses count: whether a device is among those to which they do most, or the slowest in a window `[D]`.
+    is_costly: Option<Vec<bool>>,
     control: &'a Control,
 }
 
@@ -67,13 +85,13 @@ impl<'a> Descent<'a> {
     fn new(layer: &'a mut Layer, slots: Slots, running: &'a Slots, control: &'a Control) -> Self {
         let terms = Terms::new(layer, &slots);
         let best = vec![None; layer.devices() * layer.devices()];
-        let (fresh, top, slow) = (false, None, vec![]);
-        let mut descent = Self { layer, slots, terms, running, best, fresh, top, slow, control };
+        let (fresh, top, slow, is_costly) = (false, None, vec![], None);
+        let mut descent = Self { layer, slots, terms, running, best, fresh, top, slow, is_costly, control };
         descent.find_slow();
         descent
     }
 
-    /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain.
+    /// Finds the slowest devices; the ones of other windows than before, or where there is more to gain now.
     fn find_slow(&mut self) -> Vec<u16> {
         let mut slow = vec![(vec![], 0.0); self.layer.devices()];
         if let Some(peak) = self.terms.balance.as_ref().and_then(Balance::peak) {
@@ -86,7 +104,36 @@ impl<'a> Descent<'a> {
         let changed = |(g, now): (usize, &(Vec<usize>, f64))| {
             before.get(g).is_none_or(|before| before.0 != now.0 || before.1 < now.1).then_some(g as u16)
         };
-        self.slow.iter().enumerate().filter_map(changed).collect()
+        let mut changed: Vec<u16> = self.slow.iter().enumerate().filter_map(changed).collect();
+        changed.extend(self.find_costly());
+        changed
+    }
+
+    /// Finds the devices that cost most where losses count; those that did not before.
+    fn find_costly(&mut self) -> Vec<u16> {
+        let costly = self.terms.after_losses().filter(|_| !self.is_linear()).map(|powers| {
+            let mut order: Vec<usize> = (0..powers.len()).collect();
+            order.sort_by(|&g, &h| powers[h].total_cmp(&powers[g]));
+            let mut costly: Vec<bool> = self.slow.iter().map(|slow| slow.1 > 0.0).collect();
+            order.iter().take(COSTLIEST).for_each(|&device| costly[device] = true);
+            costly
+        });
+        let before = std::mem::replace(&mut self.is_costly, costly);
+        let was = |g: usize| before.as_ref().is_some_and(|before| before[g]);
+        let now = self.is_costly.iter().flatten().enumerate();
+        now.filter(|&(g, is_costly)| *is_costly && !was(g)).map(|(g, _)| g as u16).collect()
+    }
+
+    /// Whether a step may relieve a device that costs most: of large layers others gain little, and are many.
+    fn is_worth_a_look(&self, step: Move) -> bool {
+        let Some(is_costly) = &self.is_costly else { return true };
+        match step {
+            Move::Swap(p, q) => is_costly[self.slots.device(p)] || is_costly[self.slots.device(q)],
+            Move::Put(p, e) => {
+                let relieves = |device: u16| is_costly[usize::from(device)];
+                is_costly[self.slots.device(p)] || self.slots.devices(e).any(relieves)
+            }
+        }
     }
 
     /// Whether the slowest devices bound what a step gains: where they, and what is linear, are all that costs.
@@ -112,18 +159,22 @@ impl<'a> Descent<'a> {
         if relief == 0.0 { 0.0 } else { relief + 2.0 * self.layer.windows.width as f64 }
     }
 
-    /// What a step is worth, if that is something.
-    fn judge(&mut self, step: Move) -> Option<Choice> {
+    /// What a step gains at the least, in cost, to be worth something.
+    fn least_gain(&self) -> f64 {
+        LEAST_GAIN * self.terms.cost(self.layer)
+    }
+
+    /// What an allowed step is worth, if it relieves caps or gains more than this; what surely gains less may be left out
+    /// where nothing is above the caps.
+    fn judge(&mut self, step: Move, least: f64, is_under: bool) -> Option<Choice> {
         let layer = &*self.layer;
-        if !self.slots.allows(&layer.site, step) {
-            return None;
-        }
-        let (rise, added) = self.terms.rise(layer, &self.slots, step);
+        let limit = if is_under { -least } else { f64::INFINITY };
+        let (rise, added) = self.terms.rise(layer, &self.slots, step, limit);
         if rise > LEAST_RELIEF {
             return None;
         }
         let relief = if rise < -LEAST_RELIEF { -rise } else { 0.0 };
-        if relief == 0.0 && -added <= LEAST_GAIN * self.terms.cost(layer) {
+        if relief == 0.0 && -added <= least {
             return None;
         }
         let (moves, gain) = (self.slots.brings(self.running, step), -added / layer.windows.scale);
@@ -132,23 +183,28 @@ impl<'a> Descent<'a> {
         Some(Choice { step, moves, gain, worth })
     }
 
-    /// Judges a step, unless it gains less than the best; `most` is what the slowest devices gain at the most.
-    fn try_step(&mut self, step: Move, relief: Option<f64>, best: &mut Option<Choice>) {
-        if !self.slots.allows(&self.layer.site, step) {
+    /// Judges a step, unless it gains less than the best.
+    fn try_step(&mut self, step: Move, limits: Limits, best: &mut Option<Choice>) {
+        if !self.is_worth_a_look(step) || !self.slots.allows(&self.layer.site, step) {
             return;
         }
-        if let Some(relief) = relief {
+        let mut least = limits.least;
+        if limits.is_under
+            && let Some(best) = best
+        {
+            let part = per_copy(self.slots.brings(self.running, step) as f64);
+            least = least.max(best.worth.1 / part * self.layer.windows.scale * NEARLY);
+        }
+        if let Some(relief) = limits.relief {
             let mut gain = relief.min(self.relieves(step));
             if self.is_linear() {
                 gain -= self.terms.linear_change(self.layer, &self.slots, step);
             }
-            let copies = self.slots.brings(self.running, step);
-            let worth = gain / self.layer.windows.scale * per_copy(copies as f64);
-            if gain <= 0.0 || best.is_some_and(|best| worth <= best.worth.1) {
+            if gain <= least {
                 return;
             }
         }
-        if let Some(choice) = self.judge(step)
+        if let Some(choice) = self.judge(step, least, limits.is_under)
             && best.is_none_or(|best| choice.worth > best.worth)
         {
             *best = Some(choice);
@@ -164,18 +220,18 @@ impl<'a> Descent<'a> {
         let mut best: Option<Choice> = None;
         let bounded = self.is_bounded();
         let relief = if g == h { f64::INFINITY } else { self.slow[g].1 + self.slow[h].1 };
+        let is_under = self.terms.caps.peak_excess(self.layer) == 0.0;
+        let limits = Limits { relief: bounded.then_some(relief), least: self.least_gain(), is_under };
         if !bounded || relief > 0.0 || self.is_linear() {
             for p in self.slots.of(g) {
                 if self.control.stopped() {
                     return;
                 }
                 if g != h {
-                    self.slots
-                        .of(h)
-                        .for_each(|q| self.try_step(Move::Swap(p, q), bounded.then_some(relief), &mut best));
+                    self.slots.of(h).for_each(|q| self.try_step(Move::Swap(p, q), limits, &mut best));
                 } else if self.slots.may_lose(&self.layer.site, p) {
                     for e in 0..self.layer.experts as u16 {
-                        self.try_step(Move::Put(p, e), bounded.then_some(relief), &mut best);
+                        self.try_step(Move::Put(p, e), limits, &mut best);
                     }
                 }
             }
@@ -220,7 +276,8 @@ impl<'a> Descent<'a> {
                 continue;
             };
             // What was best earlier may be worth less by now: then it stands back.
-            let now = self.judge(choice.step);
+            let is_allowed = self.slots.allows(&self.layer.site, choice.step);
+            let now = is_allowed.then(|| self.judge(choice.step, self.least_gain(), false)).flatten();
             self.best[at] = now;
             if now.is_some_and(|now| choice.worth <= now.worth) {
                 self.top = now;

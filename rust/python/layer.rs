@@ -12,7 +12,7 @@ use crate::assignment::assign_max;
 use crate::control::Control;
 use crate::error::{Error, SLOTS, room_for};
 use crate::layer::adapt::{self, adapt_layers, keep_devices};
-use crate::layer::construct::{QUICK, by_windows, fill_layers, on_sum};
+use crate::layer::construct::{QUICK, by_windows, complete, fill_layers, on_sum};
 use crate::layer::descend::{UNLIMITED, descend};
 use crate::layer::terms::divided;
 use crate::layer::terms::fanout;
@@ -361,6 +361,30 @@ impl Layers {
             detached(py, threads, || layers.par_iter().enumerate().map(construct).collect())?
         };
         self.end(py, &placements?)
+    }
+
+    /// Slots [L,D,S] in which experts that lack copies have them, in empty slots or in place of copies to spare.
+    ///
+    /// A layer stays as it is in which an expert finds no slot.
+    #[pyo3(signature = (start, *, threads = None))]
+    fn complete<'py>(
+        &mut self,
+        py: Python<'py>,
+        start: PyReadonlyArray3<'py, i32>,
+        threads: Option<usize>,
+    ) -> PyResult<Bound<'py, PyArray3<i32>>> {
+        let begin = self.begin(&start)?;
+        let layers = &self.layers;
+        let work = || {
+            let one = |(start, layer): (Slots, &Layer)| {
+                let mut slots = start.clone();
+                let is_complete = complete(&mut slots, &layer.site, &layer.load, false).is_ok();
+                if is_complete { slots } else { start }
+            };
+            begin.into_par_iter().zip(layers).map(one).collect()
+        };
+        let placements: Vec<Slots> = detached(py, threads, work)?;
+        self.end(py, &placements)
     }
 }
 

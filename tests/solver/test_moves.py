@@ -16,8 +16,8 @@ from moetuner.solver.run import Run
 from moetuner.solver.stages import moves
 from moetuner.solver.stages.descent import descend
 from moetuner.solver.stages.layers import LayerModel
-from moetuner.solver.stages.moves import repair
 from moetuner.solver.stages.pool import choose
+from moetuner.solver.stages.repair import repair
 
 
 def statistics(seed=0, windows=3, layers=3, experts=16, transitions=False):

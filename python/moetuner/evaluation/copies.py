@@ -4,8 +4,8 @@ Engines differ: ``even`` hashes the token's position (vLLM), ``nearest`` takes t
 token's home device, else those of its node, else all, evenly (SGLang's static dispatch),
 ``round_robin`` lets the copies take turns (TensorRT-LLM). ``lp`` divides the tokens of a window
 over copies by a linear programme, so that the slowest device is done as soon as can be (LPLB,
-SGLang's dispatch of that name): that is known of loads; rows and pairs are taken to be split
-evenly. Homes are spread evenly over devices.
+SGLang's dispatch of that name), then the slowest of the others, and so on, which is one division of
+loads; visits, rows and pairs are taken to be split evenly. Homes are spread evenly over devices.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def count_visits(
 ) -> tuple[Floats, Floats]:
     """Return tokens that visit every device [L,D], and every node [L,N].
 
-    With split ``even`` one hash of a token chooses the copies of all its experts, as the replay and
-    engines have it: two experts with equally many copies take the same one. With others, copies are
-    taken to be chosen independently of each other.
+    With split ``even``, and with ``lp``, of which no more is known, one hash of a token chooses the
+    copies of all its experts, as the replay and engines have it: two experts with equally many
+    copies take the same one. With others, copies are taken to be chosen independently.
     """
     tables = [(layer_sets.ids, layer_sets.counts) for layer_sets in sets]
     slots = (placement.slots, slot_shares(placement, topology, split))
@@ -107,7 +107,7 @@ def count_visits(
         placement.num_experts,
         topology.node_of_device.tolist(),
         tables,
-        hashed=split == "even",
+        hashed=split in ("even", "lp"),
         threads=threads,
     )
 

@@ -317,7 +317,7 @@ FIGURES = {
         "total",
         3,
         "of the sum of all windows",
-        lambda replay: float(replay.imbalance(replay.counts.load.sum(axis=0)).mean()),
+        lambda replay: float(replay.imbalance(replay.counts.total_load).mean()),
     ),
     "imbalance_worst": Figure(
         "worst",

@@ -70,6 +70,9 @@ class Counts:
     crossed
         Sums over the tokens of a window of the share of each one's pairs of neighbouring layers'
         experts that are on different devices [W]; None where not asked for.
+    divided_load
+        Tokens of every device [L,D] if a linear programme divides those of all windows at once;
+        None where that is the sum of ``load``.
     """
 
     tokens: int | None
@@ -82,6 +85,12 @@ class Counts:
     active: Numbers | None
     is_step: NDArray[np.bool_]
     crossed: Floats | None = None
+    divided_load: Floats | None = None
+
+    @property
+    def total_load(self) -> Numbers:
+        """Tokens of every device of all windows together [L,D]."""
+        return self.load.sum(axis=0) if self.divided_load is None else self.divided_load
 
     def run(self, windows: slice) -> Counts:
         """Return the counts of a run of windows; counts of all windows together stay."""
@@ -256,7 +265,10 @@ def counts_of(
     if isinstance(traffic, RoutingStatistics):
         for expected in (Expected(traffic, setting) for setting in settings):
             by_group = {
-                group: expected.counts(traffic.window_load[rows], is_step=traffic.is_step[rows])
+                group: replace(
+                    expected.counts(traffic.window_load[rows], is_step=traffic.is_step[rows]),
+                    divided_load=expected.divide_all(traffic.window_load[rows]),
+                )
                 for group, rows in members(traffic).items()
             }
             # Which experts meet, in which layers, is only known of all windows together.
@@ -505,20 +517,23 @@ class Expected:
         Where these are a part of all windows, ``total`` has the load of all [1,L,E].
         """
         setting, topology = self._setting, self._setting.topology
-        load = copies.count_loads(
-            setting.placement, topology, setting.split, window_load, self._share
-        )
+        load = self._serve(window_load)
         is_step = np.ones(len(load), dtype=bool) if is_step is None else is_step
         mixed = None
         if setting.mixed:
-            steps = load if is_step.all() else load[is_step]
-            mixed = np.empty_like(steps)
-            for place, windows in mixed_windows(steps, seed=setting.mixed_seed):
-                mixed[place] = windows
-        visits, node_visits = load, None
+            windows = window_load if self._divides else load
+            steps = windows if is_step.all() else windows[is_step]
+            mixed = np.empty((len(steps), *load.shape[1:]))
+            for place, drawn in mixed_windows(steps, seed=setting.mixed_seed):
+                mixed[place] = self._serve(drawn) if self._divides else drawn
+        # Which tokens a programme sends where is not known: visits and rows are of even shares.
+        shared = load
+        if self._divides:
+            shared = copies.serve(setting.placement, self._share, window_load)
+        visits, node_visits = shared, None
         if self._met is not None:
             of_devices, of_nodes = self._met
-            visits, node_visits = load * of_devices, _sum_by_node(load, topology) * of_nodes
+            visits, node_visits = shared * of_devices, _sum_by_node(shared, topology) * of_nodes
         dispatch, active = _count_by_experts(setting, self._share, visits, window_load, total)
         return Counts(
             tokens=self._tokens,
@@ -530,6 +545,25 @@ class Expected:
             dispatch=dispatch,
             active=active,
             is_step=is_step,
+        )
+
+    def divide_all(self, window_load: Numbers) -> Floats | None:
+        """Return tokens of devices [L,D] if a programme divides windows [W,L,E] as one, or None."""
+        if not self._divides:
+            return None
+        total: Floats = self._serve(window_load.sum(axis=0, keepdims=True))[0]
+        return total
+
+    @property
+    def _divides(self) -> bool:
+        """Whether a programme divides tokens over copies; else shares are alike in all windows."""
+        return self._setting.split == "lp" and self._setting.placement.has_copies
+
+    def _serve(self, load: Numbers) -> Floats:
+        """Return tokens that devices serve [W,L,D], of those of experts [W,L,E]."""
+        setting = self._setting
+        return copies.count_loads(
+            setting.placement, setting.topology, setting.split, load, self._share
         )
 
 

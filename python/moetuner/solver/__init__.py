@@ -22,7 +22,8 @@ from moetuner.solver.planning import Plan, plan, plan_losses
 from moetuner.solver.result import Details, Result
 from moetuner.solver.run import Moves, Run
 from moetuner.solver.stages.floor import balanced
-from moetuner.solver.stages.moves import from_running, repair
+from moetuner.solver.stages.moves import from_running
+from moetuner.solver.stages.repair import repair
 
 __all__ = [
     "ALIASES",

@@ -271,9 +271,11 @@ def _plan(
     if more_copies is None and join:
         budget = start.size
     elif more_copies:
-        budget = _count_missing(start, experts) + more_copies
+        budget = int((count_copies(start, experts) == 0).sum()) + more_copies
     slots = np.full(before.shape, EMPTY, dtype=np.int32)
-    slots[:, stays] = rebalance(load, start, budget=budget, time=time).slots
+    # An empty slot is filled where that gains something, if more may move than must.
+    end = rebalance(load, start, budget=budget, time=time, full=False).slots
+    slots[:, stays] = _keep_copies(start, end)
     serving = np.concatenate([~lost, np.zeros(join, dtype=bool)])
     return Plan(
         num_experts=experts,
@@ -286,9 +288,13 @@ def _plan(
     )
 
 
-def _count_missing(slots: Slots, experts: int) -> int:
-    """Count copies that have to be brought: of experts without a slot, and into empty slots."""
-    return int((count_copies(slots, experts) == 0).sum() + (slots == EMPTY).sum())
+def _keep_copies(start: Slots, end: Slots) -> Slots:
+    """Return slots [L,D,S] in which what nothing replaces stays, unless its device has it."""
+    kept = np.where(end == EMPTY, start, end)
+    for layer, device, slot in np.argwhere(kept != end):
+        if kept[layer, device, slot] in end[layer, device]:
+            kept[layer, device, slot] = EMPTY
+    return kept
 
 
 def _imbalance(load: NDArray[np.float64], slots: Slots, speed: NDArray[np.float64]) -> float:

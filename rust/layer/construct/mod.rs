@@ -260,8 +260,11 @@ fn done(time: f64, device: usize) -> u64 {
     time.to_bits() & !0xffff | device as u64
 }
 
-/// Gives experts that have no slot one, and may fill empty slots with copies that take most.
-pub(super) fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Placed<()> {
+/// Gives experts that lack copies slots, and may fill empty slots with copies that take most.
+///
+/// # Errors
+/// If the rules leave an expert no slot.
+pub fn complete(slots: &mut Slots, site: &Site, load: &[f64], full: bool) -> Placed<()> {
     repair(slots, site, load)?;
     while full && slots.expert_in.contains(&EMPTY) {
         let times = slots.times_and_loads(site, load).0;

@@ -26,14 +26,15 @@ pub(super) fn repair(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()>
     let mut missing: Vec<u16> = (0..load.len() as u16).filter(|&e| slots.is_short(site, e)).collect();
     missing.sort_by(|&a, &b| load[usize::from(b)].total_cmp(&load[usize::from(a)]));
     let (mut taken, mut is_shifted) = (vec![], false);
+    let mut search = Search::new(slots, site, load);
     for expert in missing {
-        while slots.is_short(site, expert) {
-            let search = Search::new(slots, site, load);
+        while search.slots.is_short(site, expert) {
             if let Some(slot) = search.best_slot(expert) {
-                taken.push(Taken { expert, slot, before: slots.expert_in[slot] });
-                slots.put(slot, expert);
-            } else if squeeze(slots, site, expert).is_ok() {
+                taken.push(Taken { expert, slot, before: search.slots.expert_in[slot] });
+                search.put(slot, expert);
+            } else if squeeze(search.slots, site, expert).is_ok() {
                 is_shifted = true;
+                search.count_all();
             } else {
                 return Err(NoSlot(usize::from(expert)));
             }
@@ -42,7 +43,7 @@ pub(super) fn repair(slots: &mut Slots, site: &Site, load: &[f64]) -> Placed<()>
     // What made room is elsewhere now.
     let rounds = if is_shifted { 0 } else { ROUNDS };
     for _ in 0..rounds {
-        if !reseat(slots, site, load, &mut taken) & !exchange(slots, site, load, &mut taken) {
+        if !search.reseat(&mut taken) & !search.exchange(&mut taken) {
             break;
         }
     }
@@ -54,111 +55,168 @@ pub(super) fn vacant(slots: &Slots, device: usize) -> Option<usize> {
     slots.of(device).find(|&slot| slots.expert_in[slot] == EMPTY)
 }
 
-/// Takes every expert out, and puts it where it is best; whether that gains.
-fn reseat(slots: &mut Slots, site: &Site, load: &[f64], taken: &mut [Taken]) -> bool {
-    let (mut gains, mut total) = (false, Search::new(slots, site, load).total());
-    for each in taken {
-        slots.put(each.slot, each.before);
-        let best = Search::new(slots, site, load).best_slot(each.expert).unwrap_or(each.slot);
-        let before = slots.expert_in[best];
-        slots.put(best, each.expert);
-        let then = if best == each.slot { total } else { Search::new(slots, site, load).total() };
-        if then < total * (1.0 - ROUNDING) {
-            (each.slot, each.before, gains, total) = (best, before, true, then);
-        } else {
-            slots.put(best, before);
-            slots.put(each.slot, each.expert);
-        }
-    }
-    gains
-}
-
-/// Lets two experts change places wherever that gains; whether it does.
-fn exchange(slots: &mut Slots, site: &Site, load: &[f64], taken: &mut [Taken]) -> bool {
-    let mut gains = false;
-    for first in 0..taken.len() {
-        for second in 0..first {
-            let (p, q) = (taken[first].slot, taken[second].slot);
-            if !slots.allows(site, Move::Swap(p, q)) {
-                continue;
-            }
-            let search = Search::new(slots, site, load);
-            if search.swapped(p, q) < -ROUNDING * search.total() {
-                slots.apply(Move::Swap(p, q));
-                let (one, other) = (taken[first], taken[second]);
-                taken[first] = Taken { expert: one.expert, ..other };
-                taken[second] = Taken { expert: other.expert, ..one };
-                gains = true;
-            }
-        }
-    }
-    gains
-}
-
 /// A layer as it is, for all places of an expert at once.
 struct Search<'a> {
-    slots: &'a Slots,
+    slots: &'a mut Slots,
     site: &'a Site,
     load: &'a [f64],
-    /// Time of every device `[D]`, in means of all.
+    /// Time of every device `[D]`, in means of all, and its power.
     times: Vec<f64>,
+    powers: Vec<f64>,
+    /// Tokens of every copy of an expert `[E]`; none of nothing, behind them.
+    part: Vec<f64>,
     /// One over the mean.
     unit: f64,
+    /// Devices that a change of a slot touches.
+    touched: Vec<usize>,
 }
 
 impl<'a> Search<'a> {
-    fn new(slots: &'a Slots, site: &'a Site, load: &'a [f64]) -> Self {
-        let mut times = slots.times_and_loads(site, load).0;
+    fn new(slots: &'a mut Slots, site: &'a Site, load: &'a [f64]) -> Self {
         let mean = load.iter().sum::<f64>() / site.rate();
         let unit = if mean > 0.0 { 1.0 / mean } else { 0.0 };
-        for time in &mut times {
-            *time *= unit;
+        let [times, powers] = [vec![0.0; site.devices()], vec![0.0; site.devices()]];
+        let part = vec![0.0; load.len() + 1];
+        let mut search = Self { slots, site, load, times, powers, part, unit, touched: vec![] };
+        search.count_all();
+        search
+    }
+
+    /// Counts what all copies and devices have to do.
+    fn count_all(&mut self) {
+        for expert in 0..self.load.len() as u16 {
+            self.part[usize::from(expert)] = self.part_of(expert, self.slots.copies(expert));
         }
-        Self { slots, site, load, times, unit }
+        self.count(0..self.site.devices());
+    }
+
+    /// Counts anew what devices have to do.
+    fn count(&mut self, devices: impl Iterator<Item = usize>) {
+        for device in devices {
+            let load = self.slots.of(device).map(|slot| self.part_in(slot)).sum::<f64>();
+            self.times[device] = load * self.site.time[device] * self.unit;
+            self.powers[device] = power(self.times[device]);
+        }
+    }
+
+    /// Tokens of each of so many copies of an expert.
+    fn part_of(&self, expert: u16, copies: u32) -> f64 {
+        self.load[usize::from(expert)] / f64::from(copies.max(1))
+    }
+
+    /// Tokens of what is in a slot.
+    fn part_in(&self, slot: usize) -> f64 {
+        self.part[usize::from(self.slots.expert_in[slot]).min(self.load.len())]
+    }
+
+    /// Replaces what a slot holds, by an expert or by nothing.
+    fn put(&mut self, slot: usize, expert: u16) {
+        let experts = [self.slots.expert_in[slot], expert].into_iter().filter(|&expert| expert != EMPTY);
+        self.slots.put(slot, expert);
+        for expert in experts.clone() {
+            self.part[usize::from(expert)] = self.part_of(expert, self.slots.copies(expert));
+        }
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.clear();
+        touched.push(self.slots.device(slot));
+        touched.extend(experts.flat_map(|expert| self.slots.devices(expert)).map(usize::from));
+        self.count(touched.iter().copied());
+        self.touched = touched;
     }
 
     /// Powers of all times.
     fn total(&self) -> f64 {
-        self.times.iter().map(|&time| power(time)).sum()
+        self.powers.iter().sum()
     }
 
     /// What more load adds to the power of a device's time.
     fn lifted(&self, device: usize, load: f64) -> f64 {
-        let time = self.times[device];
-        power(time + load * self.site.time[device] * self.unit) - power(time)
+        power(self.times[device] + load * self.site.time[device] * self.unit) - self.powers[device]
+    }
+
+    /// Takes every expert out, and puts it where it is best; whether that gains.
+    fn reseat(&mut self, taken: &mut [Taken]) -> bool {
+        let (mut gains, mut total) = (false, self.total());
+        for each in taken {
+            self.put(each.slot, each.before);
+            let best = self.best_slot(each.expert).unwrap_or(each.slot);
+            let before = self.slots.expert_in[best];
+            self.put(best, each.expert);
+            let then = if best == each.slot { total } else { self.total() };
+            if then < total * (1.0 - ROUNDING) {
+                (each.slot, each.before, gains, total) = (best, before, true, then);
+            } else if best != each.slot {
+                self.put(best, before);
+                self.put(each.slot, each.expert);
+            }
+        }
+        gains
+    }
+
+    /// Lets two experts change places wherever that gains; whether it does.
+    fn exchange(&mut self, taken: &mut [Taken]) -> bool {
+        let (mut gains, mut least) = (false, ROUNDING * self.total());
+        for first in 0..taken.len() {
+            for second in 0..first {
+                let (p, q) = (taken[first].slot, taken[second].slot);
+                if self.swapped(p, q) >= -least || !self.slots.allows(self.site, Move::Swap(p, q)) {
+                    continue;
+                }
+                self.slots.apply(Move::Swap(p, q));
+                self.count([p, q].map(|slot| self.slots.device(slot)).into_iter());
+                let (one, other) = (taken[first], taken[second]);
+                taken[first] = Taken { expert: one.expert, ..other };
+                taken[second] = Taken { expert: other.expert, ..one };
+                (gains, least) = (true, ROUNDING * self.total());
+            }
+        }
+        gains
     }
 
     /// The slot with which an expert costs least: an empty one, if there is one that it may take.
     fn best_slot(&self, expert: u16) -> Option<usize> {
+        let comes = self.part_of(expert, self.slots.copies(expert) + 1);
         let open = (0..self.times.len()).filter(|&g| self.slots.may_take(self.site, expert, g));
-        let empty: Vec<usize> = open.clone().filter_map(|g| vacant(self.slots, g)).collect();
-        let spare =
-            || open.flat_map(|g| self.slots.of(g)).filter(|&slot| self.slots.may_lose(self.site, slot));
-        let places = if empty.is_empty() { spare().collect() } else { empty };
-        let costs = places.into_iter().map(|slot| (slot, self.cost(expert, slot)));
-        costs.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(slot, _)| slot)
+        let empty = open.clone().filter_map(|g| vacant(self.slots, g));
+        let mut best = (f64::INFINITY, None);
+        for slot in empty {
+            let cost = self.lifted(self.slots.device(slot), comes);
+            if best.1.is_none() || cost < best.0 {
+                best = (cost, Some(slot));
+            }
+        }
+        if best.1.is_some() {
+            return best.1;
+        }
+        let fewest = self.site.rules.min_copies;
+        for slot in open.flat_map(|g| self.slots.of(g)) {
+            let has_more = self.slots.copies(self.slots.expert_in[slot]) > fewest;
+            if has_more && self.slots.may_lose(self.site, slot) {
+                let cost = self.cost(comes, slot, best.0);
+                if best.1.is_none() || cost < best.0 {
+                    best = (cost, Some(slot));
+                }
+            }
+        }
+        best.1
     }
 
-    /// What an expert in a slot adds to powers of times, in place of what is there; its other copies, if there are any,
-    /// are not relieved.
-    fn cost(&self, expert: u16, slot: usize) -> f64 {
-        let part = |e: u16, copies: u32| self.load[usize::from(e)] / f64::from(copies.max(1));
+    /// What a copy of so many tokens in place of the one in a slot adds to powers of times; at least so much if it is no
+    /// less than a limit. Its expert's other copies, if there are any, are not relieved.
+    fn cost(&self, comes: f64, slot: usize, limit: f64) -> f64 {
         let (gone, device) = (self.slots.expert_in[slot], self.slots.device(slot));
-        let comes = part(expert, self.slots.copies(expert) + 1);
-        if gone == EMPTY {
-            return self.lifted(device, comes);
+        let here = self.lifted(device, comes - self.part_in(slot));
+        if here >= limit {
+            return here;
         }
-        let copies = self.slots.copies(gone);
-        let more = part(gone, copies - 1) - part(gone, copies);
+        let more = self.part_of(gone, self.slots.copies(gone) - 1) - self.part_in(slot);
         let others = self.slots.devices(gone).map(usize::from).filter(|&other| other != device);
-        let beside: f64 = others.map(|other| self.lifted(other, more)).sum();
-        self.lifted(device, comes - part(gone, copies)) + beside
+        here + others.map(|other| self.lifted(other, more)).sum::<f64>()
     }
 
     /// What an exchange of two slots adds to powers of times.
     fn swapped(&self, p: usize, q: usize) -> f64 {
-        let part = |slot: usize| self.slots.part(self.load, self.slots.expert_in[slot]);
-        let more = part(q) - part(p);
+        let more = self.part_in(q) - self.part_in(p);
         self.lifted(self.slots.device(p), more) + self.lifted(self.slots.device(q), -more)
     }
 }

@@ -162,6 +162,11 @@ impl LeftOver {
         (root(self.total) - root(sum(&self.others))) * losses.cost
     }
 
+    /// How much every device counts after losses `[D]`.
+    pub(in crate::layer) fn powers(&self) -> &[f64] {
+        &self.powers
+    }
+
     /// What a move would add to the cost.
     pub(crate) fn change(&mut self, layer: &Layer, losses: &Losses, slots: &Slots, step: Move) -> f64 {
         self.stage(layer, slots, step);

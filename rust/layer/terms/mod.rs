@@ -174,11 +174,18 @@ impl Terms {
         }
     }
 
-    /// What a move would add to excess over the caps, and to the cost.
-    pub(super) fn rise(&mut self, layer: &Layer, slots: &Slots, step: Move) -> (f64, f64) {
+    /// What a move would add to excess over the caps, and to the cost: infinitely much if that is surely more than a limit.
+    pub(super) fn rise(&mut self, layer: &Layer, slots: &Slots, step: Move, limit: f64) -> (f64, f64) {
         self.look(layer, slots, step);
         let rise = self.caps.rise(layer, &self.shares);
-        (rise, self.added(layer, slots, step, f64::INFINITY).unwrap_or(f64::INFINITY))
+        (rise, self.added(layer, slots, step, limit).unwrap_or(f64::INFINITY))
+    }
+
+    /// How much every device counts after losses `[D]`, where these and the slowest devices are nearly all that costs.
+    pub(super) fn after_losses(&self) -> Option<&[f64]> {
+        let is_alone = self.fanout.is_none() && self.together.is_none() && self.divided.is_none();
+        let has_slowest = self.balance.as_ref().is_none_or(|balance| balance.peak().is_some());
+        self.left_over.as_ref().filter(|_| is_alone && has_slowest).map(LeftOver::powers)
     }
 
     /// What a move would add to the linear costs alone.

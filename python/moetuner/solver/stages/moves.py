@@ -11,18 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError
-from moetuner.placement import EMPTY, Placement
-from moetuner.problem import Problem
-from moetuner.problem.capacity import pad_slots
 from moetuner.solver import effort
 from moetuner.solver.budget import Budget
 from moetuner.solver.result import Details
 from moetuner.solver.run import Incumbent, Moves, Role, Run, Stage
 from moetuner.solver.stages.descent import Path, descend
 from moetuner.solver.stages.floor import FLOOR, balanced
-from moetuner.solver.stages.layers import CHAIN_UNDER_CAPS, CONSTRUCT, LayerModel, anneal
+from moetuner.solver.stages.layers import (
+    CHAIN_UNDER_CAPS,
+    CONSTRUCT,
+    LayerModel,
+    anneal,
+    has_few_slots,
+)
 from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.pool import Pool
+from moetuner.solver.stages.repair import repair
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int32]
@@ -38,86 +42,6 @@ MORE_MOVES = 8
 DEAREST = 1e-3
 # The least price: no move that gains less than this part of the objective is worth asking for.
 CHEAPEST = 1e-7
-
-
-def repair(problem: Problem, initial: Placement) -> Slots:
-    """Return slots [L,D,S] that keep the rules, to which the fewest copies have to move.
-
-    They are full where all slots are to be full. An expert without pins needs one device, which
-    costs a move if it does not hold the expert yet: in a layer that breaks a rule that is a flow of
-    least cost. Slots that something has to move to in any case, to be full, cost nothing more. What
-    else runs stays where there are slots.
-    """
-    slots = pad_slots(initial.slots, problem.capacity)
-    rules = problem.rules
-    for layer, running in enumerate(initial.held):
-        if not rules.are_broken(layer, running):
-            continue
-        pinned = np.zeros_like(running) if rules.pinned is None else rules.pinned[layer].T
-        banned = np.zeros_like(running) if rules.forbidden is None else rules.forbidden[layer].T
-        holds, capacity = pinned.copy(), problem.capacity[layer]
-        others = np.flatnonzero(~pinned.any(axis=0))
-        stays = running & ~banned
-        cost = np.where(banned, np.inf, np.where(running, 0.0, 1.0))
-        gaps = np.maximum(capacity - (pinned | stays).sum(axis=1), 0) * problem.fill_slots
-        # Every device twice: its gaps, and its other slots.
-        filling = np.where(banned | stays, np.inf, 0.0)
-        device_of = _assign(
-            np.concatenate([cost, filling])[:, others],
-            np.concatenate([capacity - pinned.sum(axis=1) - gaps, gaps]),
-        )
-        holds[device_of % problem.devices, others] = True
-        for device in range(problem.devices):
-            more = np.flatnonzero(running[device] & ~banned[device] & ~holds[device])
-            if problem.may_copy:
-                holds[device, more[: capacity[device] - holds[device].sum()]] = True
-            held = np.flatnonzero(holds[device])
-            slots[layer, device] = EMPTY
-            slots[layer, device, : len(held)] = held
-    return problem.filled(slots, initial)
-
-
-def _assign(cost: Floats, capacity: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return devices of experts [E], under a capacity [D], at the least cost [D,E].
-
-    Experts that cost nothing somewhere take their places first; each that is left goes the
-    cheapest way, on which others may have to move on (Ford and Fulkerson, 1962).
-    """
-    devices, experts = cost.shape
-    device_of = np.full(experts, -1, dtype=np.int64)
-    left = capacity.copy()
-    for expert in range(experts):
-        free = np.flatnonzero((cost[:, expert] == 0) & (left > 0))
-        if free.size:
-            device_of[expert] = free[0]
-            left[free[0]] -= 1
-    for expert in np.flatnonzero(device_of < 0).tolist():
-        # Least cost of handing an expert on from one device to another, and which expert [D,D].
-        onward = np.full((devices, devices), np.inf)
-        handed = np.zeros((devices, devices), dtype=np.int64)
-        for device in range(devices):
-            held = np.flatnonzero(device_of == device)
-            if held.size:
-                change = cost[:, held] - cost[device, held]
-                handed[device] = held[change.argmin(axis=1)]
-                onward[device] = change.min(axis=1)
-        least, via = cost[:, expert].copy(), np.full(devices, -1)
-        for _ in range(devices):
-            through = least[:, None] + onward
-            nearest = through.argmin(axis=0)
-            shorter = through[nearest, np.arange(devices)] < least
-            if not shorter.any():
-                break
-            least = np.where(shorter, through[nearest, np.arange(devices)], least)
-            via = np.where(shorter, nearest, via)
-        at = int(np.where(left > 0, least, np.inf).argmin())
-        left[at] -= 1
-        while via[at] >= 0:
-            origin = int(via[at])
-            device_of[handed[origin, at]] = at
-            at = origin
-        device_of[expert] = at
-    return device_of
 
 
 def require_moves(run: Run) -> Moves:
@@ -257,7 +181,7 @@ def _meet(pool: Pool, model: LayerModel, budget: Budget, limit: int) -> None:
         price = max(price, pool.moves.price)
         found = _at_price(run, budget, model, price, pool.best_at(price, model.weight))
         pool.add(found)
-        if found.moves <= limit:
+        if found.moves <= limit and _goes_on(run):
             best = run.judge(pool.best_at(price, model.weight), "moves")
             _go_down(pool, model, budget, best, 2 * best.moves + MORE_MOVES)
         if not pool.is_exact:
@@ -265,6 +189,15 @@ def _meet(pool: Pool, model: LayerModel, budget: Budget, limit: int) -> None:
         if found.moves > limit or price <= pool.moves.price:
             break
         price *= ratio
+
+
+def _goes_on(run: Run) -> bool:
+    """Return whether steps go on from what searches found: not of large layers that survive losses.
+
+    There every device counts, so that steps are many and gain little (36 devices x 16 slots: three
+    times as long as the steps from what runs, which take most of the time already).
+    """
+    return run.problem.survive is None or has_few_slots(run)
 
 
 def _limits(least: int, limit: int) -> list[int]:
