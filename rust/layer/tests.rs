@@ -478,13 +478,13 @@ proptest! {
         let load: Vec<f64> = load.collect();
         let site = Site::plain(vec![experts; devices], vec![0.5; devices]);
         let running = Slots::new(&site.capacity, devices * experts, &(0..(devices * experts) as u16).collect::<Vec<_>>());
-        let of = |deviations| {
+        let part_at = |deviations| {
             Change::of(load.chunks_exact(devices * experts).map(|load| ((load, &site), &running)), deviations).part
         };
         let expected = tokens / (tokens + 1.0 / part.powi(2));
-        let seen = of(1.0);
+        let seen = part_at(1.0);
         prop_assert!((seen - expected).abs() <= 0.12, "{seen} {expected}");
-        prop_assert!(of(0.0) >= 1.0);
+        prop_assert!(part_at(0.0) >= 1.0);
     }
 
     /// Devices that a dispatcher divides tokens over are joined by copies, if there are enough to join them, and keep the

@@ -293,8 +293,9 @@ def informative_part(share: Floats, tokens: Floats) -> Floats:
     differs = ((share[1:] - share[:-1]) ** 2).sum(axis=(1, 2))
     # Half of what neighbours differ is of each; sizes that tell more count more.
     variance = ((differs - chance) / chance).sum() / (1 / chance).sum() / (2 * tokens.shape[1])
-    told: Floats = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
-    return told / told.max()
+    told = 1 / (1 + n * max(float(_rounded(variance)), 0.0))
+    part: Floats = told / told.max()
+    return part
 
 
 def _make_search(windows: Floats, shape: tuple[int, ...], time: Floats) -> _core.Layers:
