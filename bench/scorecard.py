@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from instances import routing
+from instances import domains, routing
 
 import moetuner as mt
 from moetuner.cli import main as command_line
@@ -58,10 +58,26 @@ SIZES = {
     "61x384": (61, 384, 8, 8_192, 512),
 }
 
+# Load tables of ten groups. name: layers, experts, windows
+TABLES = {
+    "table 75x256": (75, 256, 80),
+    "table 58x256": (58, 256, 40),
+    "table 12x128": (12, 128, 40),
+}
+
 
 @cache
-def split_traffic(name: str) -> tuple[mt.RoutingTrace, mt.RoutingTrace, int]:
+def split_traffic(
+    name: str,
+) -> tuple[
+    mt.RoutingTrace | mt.RoutingStatistics, mt.RoutingTrace | mt.RoutingStatistics, int | None
+]:
     """Return the seen and the unseen half of some traffic, and the tokens of a window."""
+    if name in TABLES:
+        layers, experts, windows = TABLES[name]
+        load = domains(layers, windows, seed=0, experts=experts).astype(np.uint64)
+        halves = (load[: windows // 2], load[windows // 2 :])
+        return *map(mt.RoutingStatistics.from_load, halves), None
     if name == "bundled":
         with resources.as_file(
             resources.files("moetuner") / "data" / "small-moe.safetensors"
@@ -86,6 +102,8 @@ def split_traffic(name: str) -> tuple[mt.RoutingTrace, mt.RoutingTrace, int]:
 def count(name: str, *, sets: bool = True, by_group: bool = False) -> mt.RoutingStatistics:
     """Count the seen half."""
     seen, _, window = split_traffic(name)
+    if isinstance(seen, mt.RoutingStatistics):
+        return seen
     return mt.RoutingStatistics.from_trace(seen, window=window, sets=sets, by_group=by_group)
 
 
@@ -263,6 +281,19 @@ QUICK: dict[str, Row] = {
         for method in ("contiguous", "round_robin", "random", "lpt", "eplb", "quick")
     },
     "24x32, eplb, copies": ("24x32", 1, 8, "eplb", {**BALANCE, "slots_per_device": 5}),
+    # devices of two speeds, and large layers in many windows
+    "8x16, joint, time, copies, speeds": (
+        *("8x16", 2, 2, "joint"),
+        {"slots_per_device": 5, "speeds": [1.0, 1.0, 1.1, 1.1], "iterations": 500},
+    ),
+    "table 12x128, joint, time, copies": (
+        *("table 12x128", 1, 16, "joint"),
+        {"slots_per_device": 9},
+    ),
+    "table 12x128, joint, balance, copies": (
+        *("table 12x128", 1, 16, "joint"),
+        {**BALANCE, "slots_per_device": 9},
+    ),
 }
 SLOW: dict[str, Row] = {
     # large: what plugins and limits take
@@ -319,6 +350,23 @@ SLOW: dict[str, Row] = {
             "initial": "eplb",
             "budget": 0.02,
         },
+    ),
+    # more than 16 windows and 64 slots of a layer
+    "table 75x256, joint, time, copies": (
+        *("table 75x256", 1, 32, "joint"),
+        {"slots_per_device": 9},
+    ),
+    "table 75x256, joint, time, copies, nodes": (
+        *("table 75x256", 4, 8, "joint"),
+        {"slots_per_device": 10},
+    ),
+    "table 58x256, joint, balance, copies": (
+        *("table 58x256", 1, 32, "joint"),
+        {**BALANCE, "slots_per_device": 9},
+    ),
+    "26x64, joint, time, copies, speeds": (
+        *("26x64", 2, 4, "joint"),
+        {"slots_per_device": 9, "speeds": [1.0] * 4 + [1.1] * 4},
     ),
     "61x384, quick": ("61x384", 1, 64, "quick", {**BALANCE, "sets": False}),
     "61x384, joint, crossing": ("61x384", 1, 64, "joint", {**FOLLOW, "sets": False}),

@@ -151,6 +151,10 @@ class Layers:
         visits of expert sets where these are ``counted``, else as tokens.
         """
 
+    @property
+    def has_tokens_alone(self) -> bool:
+        """Whether a trial looks at tokens of devices alone, not at weights or rows."""
+
     def price_pairs(
         self, pairs: NDArray[np.uint64], pair_cost: float, *, top_k: list[int] | None = None
     ) -> None:
@@ -174,6 +178,7 @@ class Layers:
         restarts: int = 1,
         rounds: int = 1,
         quick: bool = False,
+        cool: bool = False,
         links: tuple[NDArray[np.uint64], NDArray[np.float64]] | None = None,
         seed: int = 0,
         time_limit: float | None = None,
@@ -185,7 +190,7 @@ class Layers:
 
         With ``links``, transitions [L-1,E,E] and the cost of one between devices [D,D], layers are
         placed in turns, ``rounds`` times, given their neighbours. Without ``empties`` no
-        slot that holds an expert is emptied.
+        slot that holds an expert is emptied. Searches that begin ``cool`` stay near their starts.
         A ``quick`` search stays near a good start, and ends no worse than that by the slowest
         devices of the windows. ``alone`` does all work in the calling thread, uninterrupted.
         """

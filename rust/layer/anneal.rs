@@ -25,7 +25,7 @@ pub(super) struct Schedule {
 pub(super) const WARM: Schedule = Schedule { first: 0.3, last: 0.01, put: 8, sample: 255 };
 /// At which copies of heavy experts are given up and taken again, as layers of few slots may need.
 pub(super) const HOT: Schedule = Schedule { first: 3.0, ..WARM };
-/// For few trials from a start by all windows, which is lost at higher temperatures.
+/// For few trials from a start by all of many windows, which is lost at higher temperatures.
 pub(super) const COOL: Schedule = Schedule { first: 0.03, last: 0.01, put: 16, sample: 64 };
 
 const BLOCKS: Blocks = Blocks { trials: 256, check: 1 };
@@ -44,6 +44,7 @@ const OUT_OF_QUESTION: f64 = 18.0;
 const AIMED: u64 = 1 << 16;
 
 /// How much to search.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
     /// Trials of every search.
@@ -57,6 +58,8 @@ pub struct Effort {
     /// Whether starts are so good, and trials so few, that a search is to stay near: its end is then the answer, if by the
     /// slowest devices of the windows it is no worse than the start; else the best on the way is.
     pub quick: bool,
+    /// Whether searches begin at low temperatures: starts are better than what as many trials find from higher ones.
+    pub cool: bool,
     /// Whether layers are searched at once, or all in this thread.
     pub parallel: bool,
 }

@@ -511,7 +511,7 @@ proptest! {
             }
             prop_assert_eq!(joined.len(), devices);
         }
-        let effort = Effort { trials: 300, empties: false, restarts: 1, rounds: 1, quick: true, parallel: false };
+        let effort = Effort { trials: 300, empties: false, restarts: 1, rounds: 1, quick: true, cool: false, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let time = |layer: &Layer, slots: &Slots| of_divided(layer, slots);
         let before = time(&layer, &start);
@@ -550,7 +550,7 @@ proptest! {
         let price = 0.01 * layer.load.iter().sum::<f64>() * layer.windows.scale;
         let cells = (0..experts as u16).flat_map(|e| (0..devices).map(move |g| (e, g)));
         layer.costs.copy_cost = cells.map(|(e, g)| if start.holds(e, g) { 0.0 } else { price }).collect();
-        let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, parallel: false };
+        let effort = Effort { trials, empties: false, restarts: 1, rounds: 1, quick: true, cool: false, parallel: false };
         let links = Links { transitions: &[], cost: &[] };
         let layers = std::slice::from_mut(&mut layer);
         let slots = &place(layers, vec![start.clone()], links, effort, seed, &Control::new(None))[0];

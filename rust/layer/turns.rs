@@ -80,10 +80,10 @@ fn turn(
 ) -> Vec<Slots> {
     let left = |end: Instant| end.saturating_duration_since(Instant::now());
     let end = control.deadline.map(|end| Instant::now() + left(end).mul_f64(SAFE / turns as f64));
-    // Every other search of a layer is hot.
+    // Every other search of a layer is hot, unless it is to stay near its start.
     let run = |l: usize, restart: u64, time: Option<Duration>| {
         let seed = seed.wrapping_add(restart.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        let schedule = match (effort.quick, restart.is_multiple_of(2)) {
+        let schedule = match (effort.quick || effort.cool, restart.is_multiple_of(2)) {
             (true, _) => COOL,
             (false, true) => WARM,
             (false, false) => HOT,

@@ -218,6 +218,12 @@ impl Layers {
         }
     }
 
+    /// Whether a trial looks at tokens of devices alone: no weights are read for longer, and no rows count apart.
+    #[getter]
+    fn has_tokens_alone(&self) -> bool {
+        self.layers.iter().all(|layer| layer.costs.reading.is_none() && layer.costs.row == 0.0)
+    }
+
     /// Prices pairs [L,E,E] that are apart; of tokens with so many experts in every layer [L] they tell visits, too.
     #[pyo3(signature = (pairs, pair_cost, *, top_k = None))]
     fn price_pairs(
@@ -269,7 +275,7 @@ impl Layers {
 
     /// Improves slots [L,D,S].
     #[allow(clippy::fn_params_excessive_bools)]
-    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
+    #[pyo3(signature = (start, *, trials, empties = true, restarts = 1, rounds = 1, quick = false, cool = false, links = None, seed = 0, time_limit = None, threads = None, alone = false, progress = None))]
     fn place<'py>(
         &mut self,
         py: Python<'py>,
@@ -279,6 +285,7 @@ impl Layers {
         restarts: u64,
         rounds: u64,
         quick: bool,
+        cool: bool,
         links: Option<Joined<'py>>,
         seed: u64,
         time_limit: Option<f64>,
@@ -289,7 +296,7 @@ impl Layers {
         let begin = self.begin(&start)?;
         let links = links_of(links.as_ref())?;
         let control = Control::new(deadline(time_limit));
-        let effort = Effort { trials, empties, restarts, rounds, quick, parallel: !alone };
+        let effort = Effort { trials, empties, restarts, rounds, quick, cool, parallel: !alone };
         let layers = &mut self.layers;
         let work = || place(layers, begin, links, effort, seed, &control);
         let (placements, interrupted) = if alone {

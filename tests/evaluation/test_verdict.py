@@ -137,3 +137,15 @@ def test_what_was_solved_for_is_judged(goal):
     # What a file says that is no figure is as if nothing were said.
     strange = mt.evaluate(BAD.with_names(settings={"figure": [1]}), table(), cost_model=model)
     assert mt.verdict(before, strange).measure == "predicted_layer_us"
+
+
+@pytest.mark.parametrize(("share", "answer"), [(0.015, "certain but small"), (0.025, "worth it")])
+def test_two_per_cent_are_the_price_where_none_is_given(share, answer):
+    """Of two heavy experts that share a device, a change that parts them gains what they add."""
+    more = share / (1 - share)
+    load = 1e6 * (1 + more * np.array([[[1, 1, -1, -1]]]))
+    load = load + np.random.default_rng(0).integers(0, 500, (20, 1, 4))
+    counts = mt.RoutingStatistics.from_load(load.astype(np.uint64))
+    together, apart = (mt.Placement([slots]) for slots in ([[0, 1], [2, 3]], [[0, 2], [1, 3]]))
+    gain = judged(together, apart, counts)
+    assert (gain.answer, gain.gain) == (answer, pytest.approx(share, abs=1e-3))

@@ -651,6 +651,15 @@ def test_a_proposal_leaves_as_much_as_can_be_where_it_is():
     assert advice.moving.experts < running.diff(anew).experts_moved
 
 
+def test_numbers_of_copies_between_are_tried_for_two_per_cent():
+    """One expert is a seventh heavier: its device, which holds as many as others, is 3 % slower."""
+    load = np.full((40, 2, 16), 100_000)
+    load[..., 0] = 115_000
+    counts = mt.RoutingStatistics.from_load(load + np.arange(40)[:, None, None])
+    tried = advise(counts, mt.Topology(4), copies=(0, 1, 2, 4), splits=1).copies
+    assert [row.per_device for row in tried] == [0, 1, 2, 4]
+
+
 def test_few_moves_gain_most_of_it():
     """The cheapest useful step moves far fewer experts, and is judged beside the same baseline."""
     rng = np.random.default_rng(0)

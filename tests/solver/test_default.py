@@ -1,10 +1,14 @@
 """The default is never behind cheaper methods, other goals or the plugins by its own objective."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from instances import routing
 
 import moetuner as mt
 from moetuner.plugins import rebalance_experts
+from moetuner.solver import EFFORTS
 
 # Sums of floats in another order; and what a full search for the other goal may find by chance.
 ROUNDING, CHANCE = 1 + 1e-9, 1.002
@@ -49,3 +53,35 @@ def test_no_other_method_is_better_by_the_goal_of_the_default(machine, slots, wi
             assert objective <= problem.value(placement) * ROUNDING, (goal, name)
         other = answers["balance" if goal == "time" else "time"].placement
         assert objective <= problem.value(other) * CHANCE, goal
+
+
+@pytest.mark.parametrize(("devices", "slots"), [(16, 9), (8, 16)])
+def test_balance_of_large_layers_is_no_better_by_time(monkeypatch, devices, slots):
+    """Of 128 experts in 20 windows, with the work for each layer that 75 layers get."""
+    work = {name: replace(work, layer_work=work.layer_work / 25) for name, work in EFFORTS.items()}
+    monkeypatch.setitem(EFFORTS, "default", work["default"])
+    random = np.random.default_rng(devices)
+    kinds = random.lognormal(0, 0.8, (10, 3, 128))
+    tokens = 5e5 * kinds / kinds.sum(axis=2, keepdims=True)
+    loads = random.poisson(tokens[np.arange(20) % 10])
+    counts, machine = mt.RoutingStatistics.from_load(loads), mt.Topology(devices)
+    time, balance = (
+        mt.Problem(counts, machine, slots_per_device=slots, objective=goal)
+        for goal in ("time", "balance")
+    )
+    other = mt.solve(balance, "heuristic").placement
+    assert mt.solve(time, "heuristic").objective <= time.value(other) * ROUNDING
+
+
+@pytest.mark.parametrize("speed", [[1.0, 1.0, 1.1, 1.1], [1.0, 1.2, 1.0, 0.9]])
+def test_equally_fast_devices_have_no_better_placement(speed):
+    """What is searched for devices of one speed is a start where they differ."""
+    seen = routing(3, 32, 4, tokens=3000, types=12)
+    statistics = mt.RoutingStatistics.from_trace(seen, window=500, sets=True)
+    equal = mt.Topology(4, devices_per_node=2)
+    simpler, problem = (
+        mt.Problem(statistics, machine, slots_per_device=9)
+        for machine in (equal, replace(equal, speed=speed))
+    )
+    answers = [mt.solve(each, "heuristic", iterations=200) for each in (simpler, problem)]
+    assert answers[1].objective <= problem.value(answers[0].placement) * ROUNDING

@@ -87,7 +87,13 @@ SINGLE_SHARE, SINGLE_BALANCE_SHARE, SINGLE_LEAST = 0.4, 0.1, 20
 # of the work of one (the share is not measured). On gpt-oss-20b (8 devices, both phases, three
 # splits) the search for time is then 0.26 to 0.43 % ahead of the one for balance on what it saw,
 # else 0.03 % ahead to 0.08 % behind; it takes a tenth longer.
-BALANCE_SHARE, BALANCE_PART = 0.15, 4
+# In layers of many slots and windows it is the whole search for balance, whose trials take a fifth
+# of those for time, and the one for time is a part of its own work ("The default and cheaper
+# methods").
+BALANCE_SHARE, BALANCE_PART, AFTER_BALANCE_PART = 0.15, 4, 2
+# Share of a time limit for the problem of devices that are equally fast, where they are not (not
+# measured).
+EQUAL_SHARE = 0.4
 
 # Dynamic programming over all partitions, about a nanosecond a step: what a solve, or the check of
 # its certificate, may take, and steps of a second on a slow core ("The co-location programme").

@@ -83,6 +83,7 @@ class Role(Enum):
     FOUND = "what a search found"
     # Of equals any other one is the answer.
     FLOOR = "the load balanced, and nothing else"
+    BALANCED = "large layers balanced by a whole search for that, after which others are shorter"
     # Copies have to better it.
     SINGLE = "the best with one copy of each expert"
     RUNNING = "what runs, or the nearest that keeps the rules"

@@ -28,6 +28,7 @@ from moetuner.solver.stages.layers import (
     LayerModel,
     anneal,
     has_few_slots,
+    is_large,
     is_searched_anew,
     mixes,
 )
@@ -35,6 +36,12 @@ from moetuner.solver.stages.polish import POLISH
 from moetuner.solver.stages.visits import PAIRS, VISITS
 
 __all__ = ["PARTITIONS", "SEARCH", "SEARCHES"]
+
+
+# One copy of each expert is not searched where its start is so far behind one with copies, and
+# loads alone count: a search gains about as much from either. On tables of ten groups (75 x 256 on
+# 32 devices x 9 slots) the start is 27 % behind, and its search took half of the time.
+SINGLE_BEHIND = 0.02
 
 
 def _single(problem: Problem) -> Problem | None:
@@ -53,18 +60,31 @@ def _single_copies(run: Run, budget: Budget) -> None:
     single = _single(run.problem)
     assert single is not None
     known, asked = single.statistics.known, _asked(single, run, budget)
-    slots, interrupted = known.get(asked), False
+    # With slots to fill, the values are not those of answers.
+    part = budget.muted() if run.problem.fill_slots else budget
+    slots, interrupted = None, False
+    if _is_of_loads(run):
+        slots = run.inner((FLOOR, CONSTRUCT), part, problem=single).best.slots
+        start = run.judge(pad_slots(slots, run.problem.capacity))
+        if start.excess or start.value <= run.best.value * (1 + SINGLE_BEHIND):
+            slots = None
     if slots is None:
-        # With slots to fill, the values are not those of answers.
-        part = budget.muted() if run.problem.fill_slots else budget
+        slots = known.get(asked)
+    if slots is None:
         inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
         slots, interrupted = inner.answer().slots, inner.interrupted
         if asked is not None and not interrupted:
             known[asked] = slots
-    capacity = run.problem.capacity
-    if single.capacity.sum() < capacity.sum():
-        slots = pad_slots(slots, capacity)
+    slots = pad_slots(slots, run.problem.capacity)
     run.offer(slots, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
+
+
+def _is_of_loads(run: Run) -> bool:
+    """Return whether large layers are searched for their loads alone, of which starts tell most."""
+    objective = run.objective
+    tables = (objective.sets, objective.coactivation, objective.transitions)
+    of_loads = run.problem.goal != "traffic" and all(table is None for table in tables)
+    return of_loads and is_searched_anew(run) and not has_few_slots(run)
 
 
 def _asked(single: Problem, run: Run, budget: Budget) -> tuple[object, ...] | None:
@@ -108,28 +128,66 @@ SINGLE_COPIES = Stage(
 
 def _balance(run: Run, budget: Budget) -> None:
     """Search for balance alone, and offer that as a start: a search by time seldom finds it."""
+    # The whole search for balance takes no longer than a short one for time, in large layers.
+    is_short = has_few_slots(run)
+    part = effort.BALANCE_PART if is_short else 1
+    starts = (FLOOR, CONSTRUCT, COMBINE) if is_short else ()
 
-    def search(inner: Run, part: Budget) -> None:
-        anneal(inner, part, LayerModel(inner, effort.BALANCE_PART))
+    def search(inner: Run, left: Budget) -> None:
+        anneal(inner, left, LayerModel(inner, part))
 
     settle = (SETTLE,) if budget.work.settles_balance else ()
-    stages = (FLOOR, CONSTRUCT, COMBINE, Stage(search), COMBINE, *settle)
+    stages = (*starts, Stage(search), COMBINE, *settle)
     problem = replace(run.problem, objective="balance")
-    inner = run.inner(stages, budget.muted(), problem=problem)
-    run.offer(inner.answer().slots, "balance", is_start=True, interrupted=inner.interrupted)
+    start = None if is_short else run.best.slots
+    inner = run.inner(stages, budget.muted(), problem=problem, start=start)
+    role = Role.FOUND if is_short else Role.BALANCED
+    slots, interrupted = inner.answer().slots, inner.interrupted
+    run.offer(slots, "balance", role=role, is_start=True, interrupted=interrupted)
 
 
 def _may_be_balanced(run: Run) -> bool:
-    """Return whether a search for balance first is worth its time: in layers of few slots."""
-    is_time = run.problem.goal == "time"
-    return is_time and has_few_slots(run) and is_searched_anew(run) and mixes(run)
+    """Return whether a search for balance first is worth its time.
+
+    In layers of few slots, and in large ones of many windows. There it is not if copies do not pay
+    even where they balance loads: then the slowest device is not what takes time.
+    """
+    if run.problem.goal != "time" or not is_searched_anew(run) or not mixes(run):
+        return False
+    return has_few_slots(run) or (is_large(run) and run.best.role is not Role.SINGLE)
+
+
+def _anneal(run: Run, budget: Budget) -> None:
+    """Anneal all layers by all that counts; large ones that were balanced half as long."""
+    is_balanced = any(start.role is Role.BALANCED for start in run.incumbents)
+    anneal(run, budget, LayerModel(run, effort.AFTER_BALANCE_PART if is_balanced else 1))
 
 
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BALANCE_SHARE)
 SEARCHES = (
-    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, CHAIN_UNDER_CAPS, BALANCE, COMBINE),
-    *(ANNEAL, COMBINE, SETTLE, POLISH),
+    *(CONSTRUCT, SINGLE_COPIES, CHAIN, PAIRS, VISITS, CHAIN_UNDER_CAPS, BALANCE, COMBINE),
+    *(replace(ANNEAL, run=_anneal), COMBINE, SETTLE, POLISH),
 )
+
+
+def _equal(run: Run, budget: Budget) -> None:
+    """Offer what is best for devices that are equally fast: no answer is behind it."""
+    problem = replace(run.problem, topology=replace(run.problem.topology, speed=None))
+    inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), budget.muted(), problem=problem)
+    run.offer(inner.answer().slots, "equal", is_start=True, interrupted=inner.interrupted)
+
+
+def _has_unequal_speeds(run: Run) -> bool:
+    """Return whether predicted times depend on speeds: the search of equal ones is simpler.
+
+    There the best with one copy of each expert has equally many experts on all devices.
+    """
+    speeds = run.problem.topology.speed_of_device
+    is_time = run.problem.goal == "time" and is_searched_anew(run)
+    return is_time and bool(speeds.min() < speeds.max())
+
+
+EQUAL = Stage(_equal, applies=_has_unequal_speeds, share=lambda _: effort.EQUAL_SHARE)
 
 
 def _even(run: Run, budget: Budget) -> None:
@@ -156,7 +214,7 @@ DIVIDING = (DIVIDE, Stage(_even, applies=_may_be_behind), POLISH)
 def _search(run: Run, budget: Budget) -> None:
     """Search, and remember what is best with one copy of each expert."""
     problem, is_divided = run.problem, divides(run)
-    run.through(DIVIDING if is_divided else SEARCHES, budget)
+    run.through(DIVIDING if is_divided else (EQUAL, *SEARCHES), budget)
     is_single = is_searched_anew(run) and not problem.may_copy and not is_divided
     asked = _asked(problem, run, budget) if is_single and not run.interrupted else None
     if asked is not None:

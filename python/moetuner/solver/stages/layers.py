@@ -45,6 +45,7 @@ class LayerModel:
 
     def __init__(self, run: Run, parts: int = 1) -> None:
         self.parts, self.slots_of_layer = parts, run.slots_of_layer
+        self.is_large = is_large(run)
         self.problem, self.seed, self.objective = run.problem, run.seed, run.objective
         self.windows = run.objective.windows
         self.weight, self.setting = self.windows.weight, SearchSetting()
@@ -74,11 +75,7 @@ class LayerModel:
         """
         problem = self.problem
         even = problem.split != "nearest" or not problem.may_copy
-        many = (
-            problem.capacity.sum(axis=1).min() > effort.FEW_SLOTS
-            and len(self.windows) >= effort.MANY_WINDOWS
-        )
-        return bool(windows_alone(problem, moves) and even and many)
+        return bool(windows_alone(problem, moves) and even and self.is_large)
 
     def reweight(self, slots: Slots) -> None:
         """Give more weight to the windows that a risk or the worst group is made of, next time."""
@@ -104,10 +101,11 @@ class LayerModel:
         restarts = effort.RESTARTS if self.slots_of_layer <= effort.FEW_SLOTS else 1
         return layers.place(
             np.ascontiguousarray(slots),
-            trials=self._trials(run, budget, turns * restarts),
+            trials=self._trials(run, budget, turns * restarts, layers.has_tokens_alone),
             restarts=self._fewer(restarts, budget),
             empties=not problem.fill_slots,
             rounds=effort.ROUNDS,
+            cool=self.is_large and links is None and run.moves is None,
             links=links,
             seed=self.seed,
             time_limit=budget.left,
@@ -123,7 +121,7 @@ class LayerModel:
         work = budget.work
         return min(restarts, work.single_restarts if is_single else work.restarts)
 
-    def _trials(self, run: Run, budget: Budget, searches: int) -> int:
+    def _trials(self, run: Run, budget: Budget, searches: int, has_tokens_alone: bool) -> int:
         """Return the trials of a layer in each of so many searches."""
         if budget.iterations is not None:
             return budget.iterations
@@ -134,7 +132,8 @@ class LayerModel:
         if sets is not None:
             trials = min(trials, most_trials(sets))
         searches *= self.parts * (2 * effort.ROUNDS if linked else 1)
-        return int(min(trials, budget.work.layer_work / (searches * units_of_trial(run))))
+        units = units_of_trial(run, has_tokens_alone=has_tokens_alone)
+        return int(min(trials, budget.work.layer_work / (searches * units)))
 
 
 def is_of_layers(run: Run) -> bool:
@@ -145,6 +144,15 @@ def is_of_layers(run: Run) -> bool:
 def has_few_slots(run: Run) -> bool:
     """Return whether layers are small enough for searches whose work grows faster than slots."""
     return run.slots_of_layer <= effort.FEW_SLOTS
+
+
+def is_large(run: Run) -> bool:
+    """Return whether layers of many slots are seen in many windows.
+
+    There searches stay near their starts: as many trials from higher temperatures lose them.
+    """
+    slots = run.problem.capacity.sum(axis=1).min()
+    return bool(slots > effort.FEW_SLOTS and len(run.objective.windows) >= effort.MANY_WINDOWS)
 
 
 def is_searched_anew(run: Run) -> bool:

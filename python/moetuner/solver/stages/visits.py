@@ -27,13 +27,17 @@ def most_trials(sets: tuple[ExpertSets, ...]) -> int:
     )
 
 
-def units_of_trial(run: Run) -> float:
-    """Return the work of one trial of every layer: its windows, and its sets in words of bits."""
+def units_of_trial(run: Run, *, has_tokens_alone: bool = False) -> float:
+    """Return the work of one trial of every layer: its windows, and its sets in words of bits.
+
+    A trial for time looks at no more than one for balance where tokens are all that takes time.
+    """
     sets, copies = run.objective.sets or (), run.problem.may_copy
     parts = effort.SET_PARTS if copies else 1
     words = sum(float(np.minimum(layer_sets.counts, parts).sum()) for layer_sets in sets) / 64
     looks = effort.UNITS_PER_TRIAL + len(run.objective.windows)
-    times = effort.TIME_UNITS if run.problem.goal == "time" else 1
+    is_of_times = run.problem.goal == "time" and not has_tokens_alone
+    times = effort.TIME_UNITS if is_of_times else 1
     units = run.problem.layers * looks * times + words
     return units * (effort.COPY_UNITS if copies and sets else 1)
 
