@@ -87,9 +87,11 @@ class Law:
     ) -> mt.RoutingTrace:
         """Draw requests: so many questions on each of some documents of so many tokens.
 
-        With ``before`` all of them begin with one system prompt of so many tokens.
+        With ``before`` all of them begin with one system prompt of so many tokens, which is the
+        same in all recordings.
         """
-        prompt, ids = _tokens(rng, self.kind(rng), before), []
+        system = np.random.default_rng(before)
+        prompt, ids = _tokens(system, self.kind(system), before), []
         for _ in range(number):
             document = _tokens(rng, self.kind(rng), size)
             for length in rng.integers(60, 300, questions):

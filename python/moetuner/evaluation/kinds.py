@@ -39,7 +39,7 @@ APART = 3.0
 EACH = 2
 # Parts of the shorter of two texts that the longer one must have, to share a document with it, and
 # to repeat it: generations that were cut off, or went on, are repeated text.
-SHARES, REPEATS = 0.25, 0.9
+SHARES, REPEATS = 0.4, 0.9
 # Passages by which shared text is found: fewest tokens of each; how often any two may be the same
 # by chance, in all of a trace; and how many there may be, else one of several is looked at.
 PASSAGE, BY_CHANCE, PASSAGES = 4, 0.01, 1 << 22

@@ -45,7 +45,7 @@ WINDOWS = 4096
 # Standard errors of any two windows from which those of a lag, or of two, are alike beyond chance,
 # and where it is the only one of many. What is just as much counts nothing, and twice that counts
 # three quarters: no single window decides how many are independent.
-ALIKE, SURE = 1.5, 4.0
+ALIKE, SURE = 2.0, 4.0
 # What is alike lasts so many times the mean lag at which it is, each by its correlation: both ways
 # of counting are one for a first-order autoregression that changes slowly.
 LASTING = 4
