@@ -58,6 +58,9 @@ SIZES = {
     "61x384": (61, 384, 8, 8_192, 512),
 }
 
+# Tokens of the bundled trace: the seen half fills one window of prefill, or none.
+SHORT = {"bundled 20,000": 20_000, "bundled 6,000": 6_000}
+
 # Load tables of ten groups. name: layers, experts, windows
 TABLES = {
     "table 75x256": (75, 256, 80),
@@ -78,11 +81,16 @@ def split_traffic(
         load = domains(layers, windows, seed=0, experts=experts).astype(np.uint64)
         halves = (load[: windows // 2], load[windows // 2 :])
         return *map(mt.RoutingStatistics.from_load, halves), None
-    if name == "bundled":
+    if name == "bundled" or name in SHORT:
         with resources.as_file(
             resources.files("moetuner") / "data" / "small-moe.safetensors"
         ) as at:
-            seen, unseen = mt.RoutingTrace.load(at).split(0.5, seed=0)
+            trace = mt.RoutingTrace.load(at)
+        if name in SHORT:
+            # Of all groups: every so many-th sequence.
+            sequences = np.unique(trace.sequence)[:: trace.tokens // SHORT[name]]
+            trace = trace.select(sequences=sequences.tolist())
+        seen, unseen = trace.split(0.5, seed=0)
         return seen, unseen, 512
     layers, experts, top_k, tokens, window = SIZES[name]
     trace = routing(layers, experts, top_k, tokens=tokens, types=12)
@@ -273,6 +281,9 @@ QUICK: dict[str, Row] = {
         {**FOLLOW, "initial": "contiguous", "budget": 0.2},
     ),
     "8x16, heuristic, visits": ("8x16", 1, 4, "heuristic", CAPPED),
+    # fewer tokens than two windows of prefill have
+    "bundled 20,000, joint, time": ("bundled 20,000", 1, 4, "joint", {}),
+    "bundled 6,000, joint, time": ("bundled 6,000", 1, 4, "joint", {}),
     # pairs alone, which tell visits nearly as well
     "8x16, joint, time, nodes, without sets": ("8x16", 2, 2, "joint", {"sets": False}),
     # baselines at a common size
