@@ -57,8 +57,8 @@ def test_no_other_method_is_better_by_the_goal_of_the_default(machine, slots, wi
 
 @pytest.mark.parametrize(("devices", "slots"), [(16, 9), (8, 16)])
 def test_balance_of_large_layers_is_no_better_by_time(monkeypatch, devices, slots):
-    """Of 128 experts in 20 windows, with the work for each layer that 75 layers get."""
-    work = {name: replace(work, layer_work=work.layer_work / 25) for name, work in EFFORTS.items()}
+    """Of 128 experts in 20 windows, with the work for each layer that 300 layers get."""
+    work = {name: replace(work, layer_work=work.layer_work / 100) for name, work in EFFORTS.items()}
     monkeypatch.setitem(EFFORTS, "default", work["default"])
     random = np.random.default_rng(devices)
     kinds = random.lognormal(0, 0.8, (10, 3, 128))
