@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from instances import domains, routing
+from instances import domains, drifting, routing
 
 import moetuner as mt
 from moetuner.cli import main as command_line
@@ -473,6 +473,14 @@ def list_decisions() -> Iterator[tuple[str, Case]]:
         return decide(loads(0, 2)[1:], old)
 
     yield "policy, drifted", drifted
+
+    def after_first(load: Any) -> Answer:
+        old = rebalance_experts(load[:1], shape[2], None, 1, shape[3])
+        return decide(load[1:], old)
+
+    # The next one is forecast by all windows, or by the last ones.
+    yield "policy, windows of one law", lambda: after_first(loads(0, 17)[:, :8])
+    yield "policy, windows that drift", lambda: after_first(drifting(8, 256, 17, 0.5, seed=0))
     yield "policy, windows", lambda: decide(loads(1, 16), initial)
 
 

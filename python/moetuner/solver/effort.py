@@ -183,6 +183,10 @@ FRESH_SHARE = 0.9
 # is free. The first moves gain far more than that, the last ones far less.
 PARETO_STEPS, PARETO_PRICES = 24, (0.1, 0.3, 0.7, 1.5, 3.0, 8.0)
 
+# Few moves that gain most are looked for within so many moves, and then within so many times as
+# many: all steps down take many times as long ("Advice on a real model").
+FIRST_REACH, REACH_TIMES = 64, 4
+
 # Balancing with copies ("Balancing with copies"): pairs of devices that are tried for exchanges.
 # The first are what a millisecond allows; devices that differ need the second, because placing the
 # heaviest copies first leaves more to mend there.

@@ -15,7 +15,7 @@ from moetuner.problem import Problem
 from moetuner.solver.answer import named
 from moetuner.solver.bounds.caps import cap_report
 from moetuner.solver.budget import Budget, History, Progress
-from moetuner.solver.effort import PARETO_PRICES, PARETO_STEPS
+from moetuner.solver.effort import FIRST_REACH, PARETO_PRICES, PARETO_STEPS, REACH_TIMES
 from moetuner.solver.methods import METHODS, SEARCHES, Method
 from moetuner.solver.run import Incumbent, Moves, Run, Stage
 from moetuner.solver.stages.descent import descend
@@ -146,18 +146,27 @@ def find_few_moves(
     budget = Budget(time_limit, threads=threads)
     run = Run(problem, budget=budget, moves=Moves(initial))
     start = offer_running(run)
-    path, interrupted = descend(run, LayerModel(run), start.slots, initial, np.inf, budget)
-    if interrupted:
-        raise KeyboardInterrupt
     wanted = start.value - share * (start.value - run.judge(better.slots).value)
+    model, reach = LayerModel(run), start.moves + FIRST_REACH
 
     def is_enough(steps: int) -> bool:
         return run.judge(path.after(steps)).value <= wanted
 
-    # Steps that bring layers within their caps come first.
-    fewest, last = int(path.excess.argmin()), len(path.value) - 1
-    if not is_enough(last):
-        return None
+    while True:
+        path, interrupted = descend(run, model, start.slots, initial, reach, budget)
+        if interrupted:
+            raise KeyboardInterrupt
+        # Steps are the same to any limit that is farther, but for the last two moves before it.
+        last = path.before(reach - 2)
+        if reach >= problem.capacity.sum() or path.moves[-1] < reach - 2:
+            last = len(path.value) - 1
+        # Steps that bring layers within their caps come first.
+        fewest = int(path.excess.argmin())
+        if fewest <= last and is_enough(last):
+            break
+        if last == len(path.value) - 1:
+            return None
+        reach *= REACH_TIMES
     while fewest < last:
         middle = (fewest + last) // 2
         if is_enough(middle):
