@@ -13,7 +13,7 @@ EXPERTS = 16
 def count(ids, experts=EXPERTS):
     """Count routed experts [T,L,K]."""
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=experts)
-    return mt.RoutingStatistics.from_trace(trace, window=64)
+    return mt.RoutingStatistics.from_trace(trace, window=64, sets=False)
 
 
 STATISTICS = count(random_ids(400, 3, 2, EXPERTS, seed=0))

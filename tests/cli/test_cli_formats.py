@@ -27,7 +27,7 @@ def test_three_commands(ok, tmp_path):
         *("--method", "eplb", "--out", placement),
     )
     line = next(line for line in text.splitlines() if line.startswith("For SGLang"))
-    assert "split nearest (the nearest, as static dispatch does), arrival mixed" in line
+    assert "split nearest (the nearest, as static dispatch with --moe-a2a-backend does), " in line
     assert "9 full slots on every device in every layer (18 slots, 2 of them redundant)" in line
     ok("export", placement, "--to", "sglang", "--dense-layers", "none", "--out", out)
     text = ok("export", "--check", out, "--devices", 2, "--num-experts", 16, "--hidden-layers", 4)

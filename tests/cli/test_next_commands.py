@@ -141,7 +141,7 @@ def test_names_of_one_recording_are_not_those_of_another(
     replace(recorded(tokens), group=None).save("trace.safetensors")
     names = ["first", "second"] * 40
     (tmp_path / "mine.csv").write_text("\n".join(["kind", *names[: -(-tokens // 50)]]) + "\n")
-    words = ["--devices", 4, "--copies", 0, "--splits", 1, "--price", 0.9]
+    words = ["--devices", 4, "--copies", 0, "--splits", 1, "--price", 0.9, "--window", 512]
     chosen = [] if engine is None else ["--for", engine]
     words += ["--group-by", "mine.csv:kind", *chosen]
     advice = as_json("advise", "trace.safetensors", *words)

@@ -90,13 +90,14 @@ def test_both_phases_have_the_same_gain_everywhere(as_json, ok, tmp_path, share)
 
 
 def test_one_window_and_a_share_of_prefill_exclude_each_other(run, trace, tmp_path):
-    """A line each: for both options, and for a trace that fills no window of prefill."""
-    how = ("solve", trace, "--devices", 4, "--prefill-share", 0.5, "--out", tmp_path / "p.json")
-    for more, words in (
-        (("--window", 512), "Give either '--window' or '--prefill-share', not both."),
-        ((), "--prefill-share needs traffic that fills windows of 8,192 tokens"),
+    """A line each: for both options, and for a load table whose windows have no length."""
+    np.savez(tmp_path / "loads.npz", load=np.ones((4, 2, 8), np.int64))
+    for file, more, words in (
+        (trace, ("--window", 512), "Give either '--window' or '--prefill-share', not both."),
+        (tmp_path / "loads.npz", (), "--prefill-share must be of whole windows of the traffic"),
     ):
-        status, out, err = run(*how, *more)
+        how = ("solve", file, "--devices", 4, "--prefill-share", 0.5)
+        status, out, err = run(*how, *more, "--out", tmp_path / "p.json")
         assert (status, out) == (2, "")
         assert words in err
         assert len(err.strip().splitlines()) == 1

@@ -119,8 +119,11 @@ def test_windows_that_do_not_count_are_not_counted():
 
 
 def test_plugins_and_rebalancer_use_it():
-    """The first call in windows is the quick search, slot for slot."""
-    load, nothing = domains(24, 3, 16), np.full((3, 4, 5), -1, dtype=np.int32)
+    """The first call in windows of as many tokens is the quick search, slot for slot."""
+    shares = domains(24, 3, 16)
+    shares /= shares.sum(axis=2, keepdims=True)
+    load = np.random.default_rng(0).multinomial(10_000, shares).astype(np.float64)
+    nothing = np.full((3, 4, 5), -1, dtype=np.int32)
     expected = mt.solve(problem_of(load, 4, slots_per_device=5), "quick").placement.slots
     assert np.array_equal(rebalance_experts(load, 20, None, 1, 4).reshape(3, 4, 5), expected)
     answer = rebalance(load, nothing, time=np.ones(4), budget=60)

@@ -99,12 +99,12 @@ def weigh_phases(statistics: RoutingStatistics, phases: Phases | None) -> dict[i
         tokens: share / total for tokens, share in phases.items() if share
     }
     size = statistics.window
-    for tokens in phases:
-        if size is None or tokens % size:
+    for tokens in shares:
+        if tokens is None or size is None or tokens % size:
             own = "of unknown length" if size is None else f"of {size:,} tokens each"
             raise check.ArgumentError(
                 f"phases must be of whole windows of the traffic, which are {own}, "
-                f"got {tokens:,} tokens",
+                f"got {tokens or 0:,} tokens",
                 "phases",
             )
     return shares

@@ -120,9 +120,13 @@ def _single_share(run: Run) -> float:
 
 SINGLE_COPIES = Stage(
     _single_copies,
-    applies=_has_spare_slots,
+    applies=lambda run: _has_spare_slots(run) and not _is_of_loads(run),
     least=lambda run: effort.SINGLE_LEAST * _single_share(run) * run.judging,
     share=_single_share,
+)
+# Behind the start with copies, which says whether the search is worth its time.
+SINGLE_OF_LOADS = replace(
+    SINGLE_COPIES, applies=lambda run: _has_spare_slots(run) and _is_of_loads(run)
 )
 
 
@@ -165,8 +169,8 @@ def _anneal(run: Run, budget: Budget) -> None:
 
 BALANCE = Stage(_balance, applies=_may_be_balanced, share=lambda _: effort.BALANCE_SHARE)
 SEARCHES = (
-    *(CONSTRUCT, SINGLE_COPIES, CHAIN, PAIRS, VISITS, CHAIN_UNDER_CAPS, BALANCE, COMBINE),
-    *(replace(ANNEAL, run=_anneal), COMBINE, SETTLE, POLISH),
+    *(SINGLE_COPIES, CHAIN, PAIRS, VISITS, CONSTRUCT, SINGLE_OF_LOADS, CHAIN_UNDER_CAPS),
+    *(BALANCE, COMBINE, replace(ANNEAL, run=_anneal), COMBINE, SETTLE, POLISH),
 )
 
 
