@@ -54,7 +54,7 @@ def test_commands_exist(command, monkeypatch):
     # Scripts end on SIGTERM in a way of their own, which is not that of the tests behind this one.
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     # Modules beside the script have names that tests have, too.
-    names = [each.stem for each in path.glob("*.py")]
+    names = [each.stem for each in path.glob("*.py") if each.stem != "__main__"]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     try:
         with pytest.raises(ParsedError):
