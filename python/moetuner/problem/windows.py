@@ -273,7 +273,7 @@ def _find_windows(
     group, weight = statistics.group, _weigh(statistics, by_group)
     if tokens is not None and statistics.window is not None and tokens != statistics.window:
         times = tokens // statistics.window
-        load, group, weight = _join(statistics, times, by_group)
+        load, group, weight = _join(statistics, tokens, by_group)
     many = len(load) > MOST
     load = load if many else load.astype(np.float64)
     if share == 0 or statistics.windows < 2:
@@ -299,9 +299,9 @@ def _weigh(statistics: RoutingStatistics, by_group: Floats | None) -> Floats:
 
 
 def _join(
-    statistics: RoutingStatistics, times: int, by_group: Floats | None
+    statistics: RoutingStatistics, length: int, by_group: Floats | None
 ) -> tuple[Loads, NDArray[np.int64] | None, Floats]:
-    """Return windows of ``times`` as many tokens [M,L,E], their groups [M] and weights [M].
+    """Return windows of ``length`` tokens [M,L,E], their groups [M] and weights [M].
 
     They are runs of windows of one group. A group that fills fewer than ``FILLED`` of them has
     windows that are scaled from shorter runs of all of its tokens, and that count as these do: what
@@ -309,14 +309,15 @@ def _join(
     """
     tokens = statistics.window_load.sum(axis=(1, 2), dtype=np.float64)
     label = np.zeros(statistics.windows, np.int64) if statistics.group is None else statistics.group
+    filled = statistics.runs(length)
+    times = filled.shape[1]
     loads, places, groups, weights = [], [], [], []
     for number in np.unique(label):
-        rows = np.flatnonzero(statistics.is_step & (label == number))
-        filled = len(rows) // times
-        if filled >= FILLED:
-            runs, scale = list(rows[: filled * times].reshape(-1, times)), np.ones(filled)
-        else:
-            count = len(rows) // _size_of_mean(times, len(rows))
+        runs = list(filled[label[filled[:, 0]] == number])
+        scale = np.ones(len(runs))
+        if len(runs) < FILLED:
+            steps = int((statistics.is_step & (label == number)).sum())
+            count = steps // _size_of_mean(times, steps)
             runs = np.array_split(np.flatnonzero(label == number), count)
             totals = np.array([tokens[run].sum() for run in runs])
             scale = times * max(tokens.max(), 1) / np.maximum(totals, 1)

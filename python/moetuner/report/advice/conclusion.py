@@ -15,7 +15,7 @@ from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.files.text import name
 from moetuner.formats.engines import ENGINES, Engine
-from moetuner.problem.phases import WINDOWS
+from moetuner.problem.phases import WINDOWS, name_phase
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import tokens_at_once
@@ -23,7 +23,6 @@ from moetuner.report.advice.values import (
     Advice,
     Answer,
     Copies,
-    name_phase,
     write_window,
     write_windows_of,
 )
@@ -238,7 +237,9 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
     tail = f"; {why}" if why else ""
     ordered = sorted(advice.judged, key=lambda judged: -judged.gain.gain)
     if advice.total is not None:
-        parts = ", ".join(f"{name_phase(judged)} {signed(judged.gain.gain)}" for judged in ordered)
+        parts = ", ".join(
+            f"{name_phase(judged.window)} {signed(judged.gain.gain)}" for judged in ordered
+        )
         share, sure = 100 * advice.settings["prefill_share"], interval(advice.total)
         return (
             f"{advice.total.much} predicted time than with {running_name(advice)} where {share:g} "
@@ -248,7 +249,7 @@ def _write_headline(advice: Advice, answer: Answer, why: str) -> str:
         return f"{write_line(advice, ordered[0])}{tail}"
     by_word: dict[str, list[str]] = {word: [] for word in CALLED.values()}
     for judged in ordered:
-        text = f"{name_phase(judged)} ({signed(judged.gain.gain)})"
+        text = f"{name_phase(judged.window)} ({signed(judged.gain.gain)})"
         by_word[CALLED[judged.gain.answer]].append(text)
     texts = [f"{word} for {' and '.join(names)}" for word, names in by_word.items() if names]
     return f"{', '.join(texts)}{tail}{_write_prefill_lacks(advice)}"
@@ -476,7 +477,7 @@ def _write_over_eplb(judged: list[Judgement]) -> str:
         f" ({span(gain.low, gain.high)})" if gain.low is not None else "" for gain in gains
     ]
     parts = [
-        f"{name_phase(judgement)} " * (len(judged) > 1) + signed(judgement.gain.gain) + ends
+        f"{name_phase(judgement.window)} " * (len(judged) > 1) + signed(judgement.gain.gain) + ends
         for judgement, ends in zip(judged, intervals, strict=True)
     ]
     return f"against EPLB{' (95 % interval)' if any(intervals) else ''}: {', '.join(parts)}"
@@ -489,7 +490,7 @@ def _write_amount(gain: Comparison) -> str:
 def _write_phase(judged: Judgement) -> str:
     """Write what a phase gains; its table has the times."""
     gain, sure = judged.gain, interval(judged.gain)
-    where = f"{name_phase(judged)}, {write_windows_of(judged)}"
+    where = f"{name_phase(judged.window)}, {write_windows_of(judged)}"
     return f"{where}: {_write_amount(gain)} predicted time{sure and f' ({sure})'}"
 
 

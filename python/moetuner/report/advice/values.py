@@ -13,7 +13,7 @@ from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import Units
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
-from moetuner.problem import Problem, phases
+from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
 from moetuner.report.cells import signed
 from moetuner.report.recording import PHASES
@@ -37,11 +37,6 @@ def write_windows_of(judgement: Judgement) -> str:
     if replayed is not None and isinstance(replayed.traffic, RoutingStatistics):
         recorded = replayed.traffic.window
     return write_window(judgement.window, recorded)
-
-
-def name_phase(judgement: Judgement) -> str:
-    """Return what engines have windows of that size in."""
-    return phases.name_phase(judgement.window) or "prefill"
 
 
 def compute_saved_us(judgement: Judgement) -> float:
