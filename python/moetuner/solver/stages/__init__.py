@@ -26,6 +26,7 @@ from moetuner.solver.stages.layers import (
     COMBINE,
     CONSTRUCT,
     LayerModel,
+    Slots,
     anneal,
     has_few_slots,
     is_large,
@@ -60,23 +61,36 @@ def _single_copies(run: Run, budget: Budget) -> None:
     single = _single(run.problem)
     assert single is not None
     known, asked = single.statistics.known, _asked(single, run, budget)
-    # With slots to fill, the values are not those of answers.
-    part = budget.muted() if run.problem.fill_slots else budget
-    slots, interrupted = None, False
-    if _is_of_loads(run):
-        slots = run.inner((FLOOR, CONSTRUCT), part, problem=single).best.slots
-        start = run.judge(pad_slots(slots, run.problem.capacity))
-        if start.excess or start.value <= run.best.value * (1 + SINGLE_BEHIND):
-            slots = None
+    slots, interrupted = known.get(asked), False
     if slots is None:
-        slots = known.get(asked)
-    if slots is None:
-        inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), part, problem=single)
+        inner = run.inner((FLOOR, PARTITIONS, *SEARCHES), _muted(run, budget), problem=single)
         slots, interrupted = inner.answer().slots, inner.interrupted
         if asked is not None and not interrupted:
             known[asked] = slots
-    slots = pad_slots(slots, run.problem.capacity)
-    run.offer(slots, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
+    _offer_single(run, slots, interrupted=interrupted)
+
+
+def _single_of_loads(run: Run, budget: Budget) -> None:
+    """Search the same where its start is not far behind one with copies; else offer that start."""
+    single = _single(run.problem)
+    assert single is not None
+    slots = run.inner((FLOOR, CONSTRUCT), _muted(run, budget), problem=single).best.slots
+    start = run.judge(pad_slots(slots, run.problem.capacity))
+    if start.excess or start.value <= run.best.value * (1 + SINGLE_BEHIND):
+        _single_copies(run, budget)
+    else:
+        _offer_single(run, slots)
+
+
+def _muted(run: Run, budget: Budget) -> Budget:
+    """Return a budget that reports no values where those are not of answers: with slots to fill."""
+    return budget.muted() if run.problem.fill_slots else budget
+
+
+def _offer_single(run: Run, slots: Slots, *, interrupted: bool = False) -> None:
+    """Offer slots that hold one copy of each expert."""
+    padded = pad_slots(slots, run.problem.capacity)
+    run.offer(padded, "single", role=Role.SINGLE, is_start=True, interrupted=interrupted)
 
 
 def _is_of_loads(run: Run) -> bool:
@@ -126,7 +140,9 @@ SINGLE_COPIES = Stage(
 )
 # Behind the start with copies, which says whether the search is worth its time.
 SINGLE_OF_LOADS = replace(
-    SINGLE_COPIES, applies=lambda run: _has_spare_slots(run) and _is_of_loads(run)
+    SINGLE_COPIES,
+    run=_single_of_loads,
+    applies=lambda run: _has_spare_slots(run) and _is_of_loads(run),
 )
 
 
