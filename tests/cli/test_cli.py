@@ -9,7 +9,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import moetuner, options
-from moetuner.problem.settings import settings_of
+from moetuner.serving.settings import settings_of
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")

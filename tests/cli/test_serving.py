@@ -7,7 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import moetuner
-from moetuner.report.cells import distinct
+from moetuner.files.cells import distinct
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")

@@ -12,7 +12,7 @@ from moetuner import _core
 from moetuner.evaluation import evaluate_each, evaluate_in_windows, figures
 from moetuner.evaluation import replay as replay_
 from moetuner.evaluation.arrival import mixed_order
-from moetuner.evaluation.copies import SPLITS as ALL_SPLITS
+from moetuner.serving.splits import SPLITS as ALL_SPLITS
 
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
 # Of counts alone, which have no tokens to replay.

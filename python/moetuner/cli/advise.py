@@ -23,17 +23,17 @@ from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.replay import Traffic
+from moetuner.files.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.formats import reader_of, serving_commands, way_back
-from moetuner.formats.engines import ENGINES, engine_of
 from moetuner.problem.objective import Goal
-from moetuner.problem.phases import WINDOWS, name_phase
-from moetuner.problem.settings import read_count
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name, write_audit, write_order
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, write_windows_of
-from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
+from moetuner.serving.engines import ENGINES, engine_of
+from moetuner.serving.phases import WINDOWS, name_phase
+from moetuner.serving.settings import read_count
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 

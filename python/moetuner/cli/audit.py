@@ -19,7 +19,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import MEASURES, Judgement
 from moetuner.files import text
-from moetuner.report.cells import counted, listed, signed, span
+from moetuner.files.cells import counted, listed, signed, span
 from moetuner.report.outcome import whose_times
 
 # Exit status where a group got worse by more than was allowed.

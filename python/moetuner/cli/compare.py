@@ -22,10 +22,10 @@ from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
+from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
-from moetuner.problem import Problem, phases
+from moetuner.problem import Problem
 from moetuner.report.advice import SPLITS
-from moetuner.report.cells import counted, signed, span, with_values
 from moetuner.report.outcome import (
     Outcome,
     head,
@@ -38,6 +38,7 @@ from moetuner.report.outcome import (
     windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.serving import phases
 from moetuner.solver import ALIASES, METHODS, Result
 from moetuner.trace import RoutingTrace
 

@@ -15,7 +15,7 @@ from moetuner.cli.options.placed import defaults_in, read_any
 from moetuner.cli.output import Output
 from moetuner.cost import bytes_of_expert
 from moetuner.files import text
-from moetuner.report.cells import counted
+from moetuner.files.cells import counted
 
 
 @options.command("diff")

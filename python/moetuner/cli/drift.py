@@ -20,11 +20,11 @@ from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files import text
+from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
-from moetuner.problem.phases import PREFILL_SHARE, WINDOWS
 from moetuner.report.advice import drift as measuring
-from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
+from moetuner.serving.phases import PREFILL_SHARE, WINDOWS
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 

@@ -18,7 +18,7 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
-from moetuner.report.cells import counted
+from moetuner.files.cells import counted
 from moetuner.report.outcome import on_one_device, whose_times
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace

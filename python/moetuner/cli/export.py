@@ -24,6 +24,7 @@ from moetuner.cli.options.traffic import Traffic, describe, left_out
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
 from moetuner.files import replacing
+from moetuner.files.cells import percent
 from moetuner.formats import (
     WRITERS,
     Writer,
@@ -33,12 +34,11 @@ from moetuner.formats import (
     read_placement,
     write_placement,
 )
-from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.formats.ktransformers import choose, write_chosen
 from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
-from moetuner.report.cells import percent
+from moetuner.serving.engines import ENGINES
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 

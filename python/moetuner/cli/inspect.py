@@ -17,9 +17,9 @@ from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.files import text
+from moetuner.files.cells import number, percent
 from moetuner.placement import blocks
 from moetuner.problem import TRAFFIC_CAP
-from moetuner.report.cells import number, percent
 from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import whose_times
 from moetuner.report.page.structure import draw_structure

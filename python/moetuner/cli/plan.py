@@ -19,8 +19,8 @@ from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
+from moetuner.files.cells import counted, in_bytes
 from moetuner.placement import Placement
-from moetuner.report.cells import counted, in_bytes
 from moetuner.solver import Plan, plan, plan_losses
 from moetuner.topology import Topology
 

@@ -13,11 +13,11 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import defaults_in, described, phases_in, read_any
 from moetuner.cli.output import Output
 from moetuner.files import text
-from moetuner.formats.engines import ENGINES
+from moetuner.files.cells import counted, listed, percent
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import phases
 from moetuner.problem.objective import decimals_of
-from moetuner.report.cells import counted, listed, percent
+from moetuner.serving import phases
+from moetuner.serving.engines import ENGINES
 
 # Files of INPUT that a line names.
 NAMED = 3

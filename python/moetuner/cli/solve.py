@@ -20,9 +20,9 @@ from moetuner.cli.options.traffic import Source, Traffic, size_of
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
+from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
-from moetuner.report.cells import with_values
 from moetuner.report.outcome import (
     Outcome,
     empty_slots,

@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
-from moetuner.evaluation.arrival import Arrival, orders, put_in_order
-from moetuner.evaluation.copies import Split
+from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
 from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
@@ -21,6 +20,8 @@ from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.splits import Split
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace

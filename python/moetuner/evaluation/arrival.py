@@ -10,17 +10,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, is_number, shown
 from moetuner.evaluation.blocks import blocks
+from moetuner.serving.arrival import Arrival, share_mixed
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
-Arrival = Literal["bursts", "mixed"] | float
 Traffic = TypeVar("Traffic", bound=RoutingTrace | RoutingStatistics)
 
 # Sequences that are served at once: as many as engines take by default, but no more than a quarter
@@ -32,17 +31,6 @@ FEWEST_AT_ONCE = 8
 WINDOWS_MIXED = 16
 
 Order = NDArray[np.int64]
-
-
-def share_mixed(arrival: object) -> float:
-    """Check an arrival; return the weight of mixed windows, from 0 (bursts) to 1."""
-    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
-    if not (is_number(share) and 0 <= share <= 1):
-        raise ArgumentError(
-            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}",
-            "arrival",
-        )
-    return float(share)
 
 
 def orders(

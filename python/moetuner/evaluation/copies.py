@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.evaluation.blocks import by_block
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.splits import Split
 from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
-
-Split = Literal["even", "nearest", "round_robin", "lp"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 Floats = NDArray[np.float64]
 

@@ -14,9 +14,7 @@ from typing import Any, Literal
 from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, Replayed, evaluate_each
-from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import PRICE, Comparison
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
@@ -24,6 +22,8 @@ from moetuner.evaluation.replay import shared_of, times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.splits import Split
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace

@@ -27,9 +27,10 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, cost_model_of, top_k_of
 from moetuner.evaluation import copies
-from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
-from moetuner.evaluation.copies import Split
+from moetuner.evaluation.arrival import mixed_order, mixed_windows
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.arrival import Arrival, share_mixed
+from moetuner.serving.splits import SPLITS, Split
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Regime, Topology, from_keys
 from moetuner.trace import RoutingTrace
@@ -131,7 +132,7 @@ class Setting:
         if self.cost_model is not None:
             hint = ", such as CostModel.preset('h100')"
             instance("cost_model", self.cost_model, CostModel, hint=hint)
-        one_of("split", self.split, copies.SPLITS)
+        one_of("split", self.split, SPLITS)
         one_of("regime", self.regime, get_args(Regime))
         flag("mixed", self.mixed)
         seed_in(self.mixed_seed, "mixed_seed")

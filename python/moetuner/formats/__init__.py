@@ -35,11 +35,11 @@ from moetuner.formats import (
     vllm,
     vllm_ascend,
 )
-from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout, check_placement
 from moetuner.formats.rows import read_tables
 from moetuner.placement import Placement
+from moetuner.serving.engines import ENGINES
 from moetuner.statistics import RoutingStatistics
 
 

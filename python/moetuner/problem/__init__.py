@@ -14,30 +14,19 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
-from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
-from moetuner.problem import capacity, phases
+from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective, goal_for, tables_for
 from moetuner.problem.pins import Pin, SlotRules, make_rules
-from moetuner.problem.settings import (
-    ENGINE,
-    GOAL,
-    MACHINE,
-    PIN,
-    read_arrival,
-    read_cap,
-    read_count,
-    read_groups,
-    read_prefill_share,
-    read_risk,
-    read_slots,
-    setting,
-)
+from moetuner.problem.settings import PIN, read_cap, read_groups, read_risk, read_slots
 from moetuner.problem.windows import Risk, Windows, weighed, windows_of
+from moetuner.serving import phases
+from moetuner.serving.arrival import Arrival, read_arrival
+from moetuner.serving.settings import ENGINE, GOAL, MACHINE, read_count, setting
+from moetuner.serving.splits import SPLITS, Split
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -169,7 +158,7 @@ class Problem(Frozen):
         None,
         GOAL,
         f"{phases.PREFILL_SHARE:g} for a trace, without --window",
-        read=read_prefill_share,
+        read=phases.read_prefill_share,
         flag="--prefill-share",
         metavar="SHARE",
         help="Share of the serving time that is prefill (windows of "

@@ -14,12 +14,12 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, losses, replay
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.losses import Domain
 from moetuner.placement import Placement, blocks
-from moetuner.problem import phases
 from moetuner.problem.caps import slowest
 from moetuner.problem.windows import Windows
+from moetuner.serving import phases
+from moetuner.serving.splits import Split
 from moetuner.statistics import ExpertSets, RoutingStatistics
 from moetuner.topology import Regime, Topology
 

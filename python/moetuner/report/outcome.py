@@ -12,10 +12,10 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.replay import Traffic, without_groups
 from moetuner.evaluation.units import Units
+from moetuner.files.cells import counted, distinct, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import counted, distinct, number, percent
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics

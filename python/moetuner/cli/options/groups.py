@@ -15,8 +15,8 @@ import numpy as np
 from moetuner._checks import shown
 from moetuner.evaluation.replay import Traffic
 from moetuner.files import naming, read_whole
+from moetuner.files.cells import counted
 from moetuner.formats import own
-from moetuner.report.cells import counted
 from moetuner.statistics import WINDOW
 from moetuner.trace import RoutingTrace
 

@@ -14,7 +14,7 @@ from moetuner.cli.options import FileText, option
 from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, bytes_of_expert, cost_model_of
 from moetuner.presets import GPUS, MACHINES, MEASURED
-from moetuner.problem.settings import MACHINE
+from moetuner.serving.settings import MACHINE
 from moetuner.topology import Topology
 
 DEVICES = click.IntRange(1, DEVICE_LIMIT)

@@ -14,11 +14,11 @@ from moetuner._checks import suggestion
 from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.files.cells import counted, in_bytes, percent
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice import READ, STARTS
 from moetuner.report.advice.request import slots_of_running
-from moetuner.report.cells import counted, in_bytes, percent
 from moetuner.solver import Method, Result, Trade, pareto, solve
 from moetuner.topology import Topology
 

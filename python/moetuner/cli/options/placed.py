@@ -36,12 +36,12 @@ from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
+from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
-from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement, contiguous
-from moetuner.problem import phases
-from moetuner.report.cells import counted, listed
 from moetuner.report.outcome import left_over
+from moetuner.serving import phases
+from moetuner.serving.engines import ENGINES
 from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace

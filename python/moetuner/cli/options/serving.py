@@ -14,10 +14,10 @@ from moetuner.cli.options import SIZE, Text, flags, option
 from moetuner.cli.options.machine import COST_MODEL, bytes_in_cost_model, cost_model_for
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import working
-from moetuner.formats.engines import ENGINES, NO_ENGINES, engine_settings
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import goal_for, tables_for
-from moetuner.problem.settings import ENGINE, settings_of
+from moetuner.serving.engines import ENGINES, NO_ENGINES, engine_settings
+from moetuner.serving.settings import ENGINE, settings_of
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace

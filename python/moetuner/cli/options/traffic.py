@@ -30,16 +30,16 @@ from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
 from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
+from moetuner.files.cells import counted
 from moetuner.files.text import name
 from moetuner.formats import cautions, form_of, open_input, read_placement
 from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
-from moetuner.problem.phases import judged_windows
-from moetuner.problem.settings import ENGINE, GOAL
 from moetuner.report import outcome, recording
-from moetuner.report.cells import counted
 from moetuner.report.outcome import Outcome
+from moetuner.serving.phases import judged_windows
+from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.solver import Method, Result, solve
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Topology

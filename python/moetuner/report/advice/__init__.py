@@ -12,14 +12,10 @@ from typing import Any, get_args
 
 from moetuner import _checks as check
 from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
-from moetuner.evaluation.arrival import Arrival, share_mixed
 from moetuner.evaluation.comparison import PRICE
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic, members, shared_of
-from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
-from moetuner.problem.phases import PREFILL_WINDOWS, judged_windows, prefill
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
@@ -40,6 +36,10 @@ from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
 from moetuner.report.recording import one_kind
+from moetuner.serving.arrival import Arrival, share_mixed
+from moetuner.serving.engines import ENGINES
+from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
+from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moetuner.cost import assumed_model
-from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
+from moetuner.files.cells import counted, in_bytes, listed, percent, signed, span
 from moetuner.files.text import name
-from moetuner.formats.engines import ENGINES, Engine
-from moetuner.problem.phases import WINDOWS, name_phase
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import tokens_at_once
@@ -26,9 +24,11 @@ from moetuner.report.advice.values import (
     write_window,
     write_windows_of,
 )
-from moetuner.report.cells import counted, in_bytes, listed, percent, signed, span
 from moetuner.report.outcome import left_over, on_one_device
 from moetuner.report.recording import PHASES
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.engines import ENGINES, Engine
+from moetuner.serving.phases import WINDOWS, name_phase
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime
 

@@ -10,7 +10,6 @@ import numpy as np
 from moetuner.cost import busiest_ports
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
@@ -37,6 +36,7 @@ from moetuner.report.advice.trial import (
 )
 from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
+from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 

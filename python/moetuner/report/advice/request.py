@@ -9,15 +9,15 @@ from typing import Any
 
 from moetuner._checks import ArgumentError
 from moetuner.cost import CostModel
-from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units, hold_out, units_of
-from moetuner.formats.engines import ENGINES, Engine, engine_settings
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Goal, goal_for, tables_for
-from moetuner.problem.phases import Phases
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.engines import ENGINES, Engine, engine_settings
+from moetuner.serving.phases import Phases
+from moetuner.serving.splits import Split
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics

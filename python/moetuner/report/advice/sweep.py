@@ -6,7 +6,7 @@ import numpy as np
 
 from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
-from moetuner.formats.engines import tokens_per_rank
+from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search_shortly
 from moetuner.report.advice.trial import (
@@ -16,7 +16,7 @@ from moetuner.report.advice.trial import (
     running_placement,
 )
 from moetuner.report.advice.values import Copies
-from moetuner.report.cells import counted
+from moetuner.serving.engines import tokens_per_rank
 
 # Part of what copies in all layers gain that those of the layers which need them must bring.
 ENOUGH = 0.9

@@ -11,11 +11,11 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import Units
+from moetuner.files.cells import signed
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
-from moetuner.report.cells import signed
 from moetuner.report.recording import PHASES
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics

@@ -22,15 +22,15 @@ from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import loads_of
 from moetuner.files import text
+from moetuner.files.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement, PlacementDiff
-from moetuner.problem.phases import name_phase
 from moetuner.report.advice.conclusion import running_name, write_line
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome
 from moetuner.report.page.words import settings_in_words
+from moetuner.serving.phases import name_phase
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
 from moetuner.topology import Topology

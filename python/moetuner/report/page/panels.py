@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation.copies import slot_shares
 from moetuner.evaluation.figures import FIGURES
+from moetuner.files.cells import counted, digits, in_bytes, percent, signed, unit_of_time
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import counted, digits, in_bytes, percent, signed, unit_of_time
 from moetuner.report.outcome import left_over, within
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec

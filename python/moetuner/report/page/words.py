@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moetuner.files import text
-from moetuner.formats.engines import ENGINES
-from moetuner.problem import phases
-from moetuner.report.cells import counted, digits, in_bytes, listed, percent
+from moetuner.files.cells import counted, digits, in_bytes, listed, percent
+from moetuner.serving import phases
+from moetuner.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -15,7 +15,7 @@ import numpy as np
 
 from moetuner import router_groups as whole_groups
 from moetuner._checks import ArgumentError, instance, one_of, per_device, whole_number
-from moetuner.evaluation.copies import Split
+from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
