@@ -22,6 +22,7 @@ from moetuner.report.advice.drift import Drift, drift
 from moetuner.report.advice.values import Advice
 from moetuner.report.page import write_report
 from moetuner.report.structure import structure
+from moetuner.serving import Serving
 from moetuner.serving.engines import engine_settings
 from moetuner.solver import (
     Certificate,
@@ -53,6 +54,7 @@ __all__ = [  # noqa: RUF022
     "CostModel",
     "Placement",
     "PlacementDiff",
+    "Serving",
     "read_placement",
     "write_placement",
     "Evaluation",

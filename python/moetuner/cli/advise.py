@@ -17,7 +17,7 @@ from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import initial_option, is_start
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import Serving, setting_option
+from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
@@ -59,7 +59,7 @@ def command(
     expert_bytes: float | None = options.expert_bytes_option(),
     price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
     prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
     by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
@@ -68,7 +68,7 @@ def command(
     time_limit: float | None = option(
         options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
     ),
-    serving: Serving,
+    serving: ServingOptions,
     pages: Pages,
     output: Output,
 ) -> None:
@@ -106,7 +106,8 @@ def command(
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
     """
-    topology, source = machine.topology(), serving.as_served(source)
+    topology = machine.topology()
+    source, served = serving.resolve(source, topology, waterfill=waterfill)
     expert_bytes = serving.expert_bytes(source, expert_bytes)
     running = initial if is_start(initial) else source.load(Path(initial), topology)
     future = _future(source, unseen)
@@ -117,15 +118,13 @@ def command(
     with working("advising") as report:
         advice = advising.advise(
             source.traffic,
-            topology,
+            served,
             unseen=None if future is None else future.traffic,
             initial=running,
-            engine=serving.engine,
             copies=copies,
             window=source.window,
             price=price,
             prefill_share=prefill_share,
-            waterfill=waterfill,
             splits=splits,
             by_group=by_group,
             in_order=not any_order,
@@ -135,7 +134,6 @@ def command(
             seed=seed,
             threads=source.threads,
             progress=steps(report, weights),
-            **serving.arguments(source),
         )
     audit, repeated = write_audit(advice), _audit_command(source, advice, unseen)
     advice = replace(

@@ -12,7 +12,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation.figures import FIGURES
@@ -36,12 +36,12 @@ def command(
     source: Source,
     baseline_file: Path | None = option(options.IN_FILE, "FILE"),
     machine: Machine,
-    serving: Serving,
+    serving: ServingOptions,
     fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
     measures: tuple[str, ...] = option(
         click.Choice(MEASURES), default=(), flag="--measure", multiple=True
     ),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
@@ -61,9 +61,9 @@ def command(
         Measure that --fail-if-worse judges; may be repeated. [default: the predicted
         time]
     """
-    placed = Placed.read(placement_file, source, machine, serving)
+    placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
     baseline, against = placed.baseline(baseline_file)
-    (traffic, *_), served = placed.judged, placed.arguments
+    traffic = placed.judged[0]
     judged, limit = measures or ("predicted_layer_us",), fail_if_worse
     judgement = placed.judge(
         baseline,
@@ -72,14 +72,13 @@ def command(
         measures=measures,
         by_group=True,
         mixed=False,
-        waterfill=waterfill,
     )
     _check_measures(measures, judgement)
     audited = replace(judgement, measure=judged[0])
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
     output.say(*placed.lines())
     _show(output, audited, placed.name, against)
-    output.say(whose_times(served["cost_model"], traffic, served["arrival"]))
+    output.say(whose_times(placed.serving, traffic))
     output.say(*_summary(audited, against), *_advice(audited, judged, against))
     for worst in failures[:1]:
         output.say(

@@ -14,13 +14,12 @@ from moetuner.cli import options
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions, setting_option
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
@@ -92,7 +91,7 @@ def command(
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
@@ -113,7 +112,7 @@ def command(
         The placement that runs.
     """
     if not holdout:
-        source = wanted.as_served(source)
+        source, _ = wanted.resolve(source, machine.topology())
     methods, over = _baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
     initial = None if initial_file is None else source.load(initial_file, machine.topology())
@@ -122,13 +121,12 @@ def command(
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
-        unseen = wanted.as_judged(source, unseen)
-        shared = shared_of(unseen, waterfill, source.top_k)
-        return Split(number, problem, unseen, replace(search, seed=seed), initial, shared)
+        unseen = source.as_divided(unseen, problem.serving)
+        return Split(number, problem, unseen, replace(search, seed=seed), initial, waterfill)
 
     first = split(0)
     problem = first.problem
-    output.say(source.describe(), *wanted.explain_problem(problem))
+    output.say(source.describe(), *wanted.explain_problem(problem, source))
     output.say(_setting(first, source.counted, holdout), "")
     tries = _run(
         lambda number: (split(number) if number else first).outcomes(methods, source),
@@ -218,7 +216,7 @@ class Split:
     unseen: Traffic
     search: options.SearchOptions
     initial: Placement | None
-    shared: float | None
+    waterfill: float | None
 
     def _runs(self, method: str) -> Placement | None:
         """Return the placement of a row that runs already; None if it has to be solved."""
@@ -243,7 +241,7 @@ class Split:
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        outcomes = source.replay(results, self.problem, self.unseen, shared=self.shared)
+        outcomes = source.replay(results, self.problem, self.unseen, waterfill=self.waterfill)
         return dict(zip(methods, outcomes, strict=False))
 
 

@@ -13,7 +13,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed, phases_in, read_hints
-from moetuner.cli.options.serving import SERVED, Serving
+from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
 from moetuner.evaluation import evaluate
@@ -24,8 +24,8 @@ from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
 from moetuner.report.advice import drift as measuring
 from moetuner.report.outcome import whose_times
+from moetuner.serving import SERVED, Serving
 from moetuner.serving.phases import PREFILL_SHARE, WINDOWS
-from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
@@ -57,7 +57,7 @@ def command(
         options.IN_INPUT, "FILE", (), flag="--profile", multiple=True
     ),
     machine: Machine,
-    serving: Serving,
+    serving: ServingOptions,
     fail_if_drift: bool = option(is_flag=True, default=False),
     fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
     seed: int = options.seed_option(),
@@ -90,11 +90,10 @@ def command(
         drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
     # A placement is flattered by what it was computed from: what was held out is not that.
     unseen, _, part = replace(placed, source=profile).judged
-    placement, topology = placed.placement, placed.topology
-    arguments: dict[str, Any] = {"threads": source.threads, **placed.arguments}
+    placement = placed.placement
     with working("replaying"):
         now = placed.source, placed.source.traffic
-        rows = _replayed(placement, topology, source.window, (profile, unseen), now, arguments)
+        rows = _replayed(placement, placed.serving, source.window, (profile, unseen), now)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
@@ -105,7 +104,7 @@ def command(
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
     _show(output, placement_file, drifted, rows)
-    output.say(whose_times(arguments["cost_model"], source.traffic, arguments["arrival"]), "")
+    output.say(whose_times(placed.serving, source.traffic), "")
     change = f"{signed(worst['change'])} {FIGURES[worst['measure']].label}"
     if worst["window"]:
         change += f" in windows of {worst['window']:,} tokens"
@@ -120,7 +119,7 @@ def command(
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
     failed = answer != "not left" and (fail_if_drift or is_worse)
     contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
-    served = placed.serving.settings(topology, placed.arguments)
+    served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
     output.finish(contents | {"command": again, "failed": failed})
@@ -151,11 +150,10 @@ def _show(
 
 def _replayed(
     placement: Placement,
-    topology: Topology,
+    serving: Serving,
     window: int | None,
     before: tuple[Source, Traffic],
     after: tuple[Source, Traffic],
-    arguments: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
@@ -174,7 +172,8 @@ def _replayed(
         row: dict[str, Any] = {"window": window, "measure": measure}
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
-            figures = evaluate(placement, part, topology, window=replayed, **arguments)
+            served = replace(serving, window=replayed)
+            figures = evaluate(placement, part, served, threads=source.threads)
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
@@ -222,9 +221,9 @@ def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
         name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
     }
     values |= {"engine": placed.serving.engine, **_phases(placed)}
-    model = placed.arguments["cost_model"]
+    model = placed.serving.cost_model
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
-    if model != usual and model.name:
+    if model is not None and model != usual and model.name:
         values["cost_model"] = model.name.partition(" (")[0]
     values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None

@@ -11,7 +11,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
@@ -40,9 +40,9 @@ def command(
     machine: Machine,
     baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
-    serving: Serving,
+    serving: ServingOptions,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
@@ -56,13 +56,12 @@ def command(
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
     """
-    placed = Placed.read(placement_file, source, machine, serving).without(lost)
-    placement, arguments, (traffic, *_) = placed.placement, placed.arguments, placed.judged
+    placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
+    placed = placed.without(lost)
+    placement, (traffic, *_) = placed.placement, placed.judged
     window = placed.source.counted
     running, against = placed.baseline(baseline_file)
-    judgement = placed.judge(
-        running, (against, placed.name), mixed_seed=mixed_seed, waterfill=waterfill
-    )
+    judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
     evaluation = judgement.after
     output.say(*placed.lines())
     windows = f", windows of {window:,} tokens" if window else ""
@@ -79,7 +78,7 @@ def command(
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
     output.say(_mixed(traffic, mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
-    output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]))
+    output.say(whose_times(placed.serving, traffic))
     losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
     last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
     output.say(*[""] * bool(last), *last)

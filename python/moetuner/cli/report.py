@@ -9,7 +9,7 @@ from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, figures_option, origin_of, page_option
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.files import text
@@ -25,7 +25,7 @@ def command(
     machine: Machine,
     baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
     report_file: Path = page_option(Path("report.html"), flag="--out"),
-    serving: Serving,
+    serving: ServingOptions,
     expert_bytes: float | None = options.expert_bytes_option(),
     figures: Path | None = figures_option(),
     output: Output,
@@ -49,7 +49,8 @@ def command(
     placed = Placed.read(placement_file, source, machine, serving)
     running, _ = placed.baseline(baseline_file)
     names = "contiguous" if baseline_file is None else "running", text.name(placement_file.stem)
-    model, (traffic, judged_on, _) = placed.arguments["cost_model"], placed.judged
+    model, (traffic, judged_on, _) = placed.serving.cost_model, placed.judged
+    assert model is not None
     output.say(*placed.lines())
     judgement = placed.judge(running, names, by_group=traffic.group is not None, mixed=False)
     output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))

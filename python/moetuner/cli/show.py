@@ -10,13 +10,13 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import argument
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import defaults_in, described, phases_in, read_any
+from moetuner.cli.options.placed import defaults_in, phases_in, read_any
 from moetuner.cli.output import Output
 from moetuner.files import text
 from moetuner.files.cells import counted, listed, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem.objective import decimals_of
-from moetuner.serving import phases
+from moetuner.serving import describe_machine, phases
 from moetuner.serving.engines import ENGINES
 
 # Files of INPUT that a line names.
@@ -77,7 +77,7 @@ def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Itera
     parts += [f"{name} {settings.get(name)}" for name in ("regime", "split", "arrival")]
     if settings.get("engine") in ENGINES:
         parts.insert(0, ENGINES[settings["engine"]].title)
-    machine = f" on {described(settings['topology'])}" if "topology" in settings else ""
+    machine = f" on {describe_machine(settings['topology'])}" if "topology" in settings else ""
     yield f"Computed for {', '.join(parts)}{machine}"
     if "cost_model" in settings:
         yield f"Times are of {settings['cost_model'].name or 'an unnamed cost model'}"

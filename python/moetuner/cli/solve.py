@@ -83,11 +83,11 @@ def command(
     """
     topology = machine.topology()
     if not holdout:
-        source = wanted.as_served(source)
+        source, _ = wanted.resolve(source, topology)
     seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
-    judged_on = wanted.as_judged(source, judged_on)
     # The default method asks for what the objective is made of, and for nothing else.
     problem = wanted.problem(source, topology, seen, pairs=method != "joint")
+    judged_on = source.as_divided(judged_on, problem.serving)
     initial = moving.initial(source, problem, nth_seed(search.seed, 0))
     size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
@@ -96,7 +96,7 @@ def command(
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
-    output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
+    output.say(source.describe(), *wanted.explain_problem(problem, source), *moving.explain())
     result = source.solve(method, problem, **arguments, **moving.arguments(initial))
     result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
@@ -112,7 +112,7 @@ def command(
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     judged = FLATTERED
     if holdout:
-        judged = held_out(judged_on, wanted.as_judged(source, source.traffic))
+        judged = held_out(judged_on, source.as_divided(source.traffic, problem.serving))
     judged = windowed(judged, source, judged_on)
     _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
     output.say(judged)

@@ -164,7 +164,7 @@ def _halve_anew(traffic: Traffic, asked: Sequence[_Asked]) -> list[ByGroup]:
             dealt = {group: units.deal(traffic, own, window) for group, own in rows.items()}
         folds[window] = dealt
     weights, orderly = [], []
-    for weight, order in orders(traffic, common.arrival, seed=common.mixed_seed):
+    for weight, order in orders(traffic, common.serving.arrival, seed=common.mixed_seed):
         weights.append(weight)
         orderly.append(_in_one_order(traffic, order, settings, folds, names))
     return [_weigh(weights, parts) for parts in zip(*orderly, strict=True)]
@@ -574,4 +574,6 @@ def _rows_of(tokens: Floats, run: slice, sides: NDArray[np.bool_], cells: int) -
 
 def _by_position(setting: Setting) -> Setting:
     """Return a setting whose copies serve by position: as evenly as those that take turns."""
-    return replace(setting, split="even") if setting.split == "round_robin" else setting
+    if not setting.serving.rule.in_turns:
+        return setting
+    return replace(setting, serving=replace(setting.serving, split="even"))

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _core
 from moetuner._checks import ArgumentError, array_in, instance, one_of, shown, whole_number
 from moetuner.placement import Placement
+from moetuner.serving.splits import RULES
 from moetuner.trace import RoutingTrace
 
 LayerSplit = Literal["even", "nearest"]
@@ -142,7 +143,7 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
 def split_rule(split: str) -> LayerSplit:
     """Check the name of a rule for choosing between copies."""
     one_of("split", split, get_args(LayerSplit))
-    return "even" if split == "even" else "nearest"
+    return "nearest" if RULES[split].by_home else "even"
 
 
 def _check_positions(values: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:

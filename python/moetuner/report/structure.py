@@ -35,6 +35,7 @@ from moetuner.report.hot_experts import (
     loads_by_group,
     measure_hot_experts,
 )
+from moetuner.serving import Serving
 from moetuner.solver import Method, solve
 from moetuner.statistics import RoutingStatistics, measure_distance
 from moetuner.topology import Topology
@@ -180,7 +181,12 @@ def structure(
             placement = placed("heuristic", seen)
             searched = crossing(placement, parts[1])
             null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
-            gain = _gain(Setting(placement, topology, threads=threads), traffic, parts[1], null)
+            gain = _gain(
+                Setting(placement, Serving(topology, window=None), threads=threads),
+                traffic,
+                parts[1],
+                null,
+            )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(
         skew=tuple(np.where(total > 0, _shares(load).max(axis=1) * load.shape[1], 1.0).tolist()),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any
+
+from moetuner._checks import one_of
 
 # Groups of the help that settings are in.
 MACHINE, GOAL, ENGINE = "The machine", "The goal", "The engine"
 
 
-def setting(default: Any, group: str, default_text: str = "", **metadata: Any) -> Any:
+def setting(default: Any, group: str = GOAL, default_text: str = "", **metadata: Any) -> Any:
     """Return a field of a dataclass that text can give; its help is what the docstring says of it.
 
     Parameters
@@ -20,25 +22,64 @@ def setting(default: Any, group: str, default_text: str = "", **metadata: Any) -
         Its value if it is not given.
     group, default_text
         Group of the help that it is in, and what is taken without it, unless the docstring says so.
-    how
-        ``choices``, or ``read``, which gives its value, or raises ValueError, and says in its
-        docstring what it reads; without both it is a flag. ``metavar``, ``flag``, its option, by
-        default its name, ``help``, by default what the docstring says, and ``multiple``, if the
-        option may be given several times.
+    metadata
+        How text gives it: ``choices``, or ``read``, which gives its value, or raises ValueError,
+        and says in its docstring what it reads, or ``above``, for a number above it; without it is
+        a flag. ``metavar``, ``flag``,
+        its option, by default its name, ``help``, by default what the docstring says, and
+        ``multiple``, if the option may be given several times. ``check``, which takes its name and
+        value and raises for a wrong one; by default it must be one of ``choices``. ``label`` and
+        ``words``, what a page calls it, and how it writes a value: words by value, or a function.
+        ``to_json`` and ``from_json``, how a placement's file holds a value. ``by_engine``, if an
+        engine decides it.
     """
     return field(
         default=default, metadata={"group": group, "default_text": default_text, **metadata}
     )
 
 
-def settings_of(kind: Any) -> dict[str, dict[str, Any]]:
-    """Return of the settings among a dataclass's fields, by name, how they are given, and help."""
-    texts = parameters_of(kind)
-    settings = {own.name: dict(own.metadata) for own in fields(kind) if own.metadata}
-    for name, entry in settings.items():
-        default = entry.pop("default_text")
-        text = entry.get("help", texts.get(name, ""))
-        entry["help"] = text + (f"  [default: {default}]" if default else "")
+def same_setting(kind: Any, name: str) -> Any:
+    """Return the field of another dataclass that is the same setting: declared there alone."""
+    declared = kind.__dataclass_fields__[name]
+    return field(default=declared.default, metadata=declared.metadata)
+
+
+def check_settings(values: Any) -> None:
+    """Raise for a field of a dataclass whose value breaks the rule of its setting."""
+    for own in fields(values):
+        check_setting(own, getattr(values, own.name))
+
+
+def check_setting(declared: Field[Any], value: object) -> None:
+    """Raise for a value that breaks the rule of a setting; None stands for a default of None."""
+    if value is None and declared.default is None:
+        return
+    check, choices = declared.metadata.get("check"), declared.metadata.get("choices")
+    if check is not None:
+        check(declared.name, value)
+    elif choices is not None:
+        one_of(declared.name, value, choices)
+
+
+# What says how a text gives a setting, of all that is declared of it.
+OPTION_KEYS = ("group", "choices", "read", "above", "metavar", "flag", "help", "multiple")
+
+
+def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:
+    """Return of the settings among dataclasses' fields, by name, how options give them, and help.
+
+    The help of a setting that several declare is that of the last.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        texts = parameters_of(kind)
+        for own in fields(kind):
+            if not own.metadata or (own.name in settings and own.name not in texts):
+                continue
+            entry = {key: own.metadata[key] for key in OPTION_KEYS if key in own.metadata}
+            default, text = own.metadata["default_text"], entry.get("help", texts.get(own.name, ""))
+            entry["help"] = text + (f"  [default: {default}]" if default else "")
+            settings[own.name] = entry
     return settings
 
 

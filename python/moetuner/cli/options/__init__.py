@@ -432,14 +432,6 @@ COUNT = click.IntRange(min=1)
 
 # Options of several commands that belong to no group.
 expert_bytes_option = partial(option, Number(min=0, min_open=True), "BYTES", group=RUNNING)
-waterfill_option = partial(
-    option,
-    Number(min=0, min_open=True),
-    "SHARE",
-    group=ENGINE,
-    help="Work of a token's shared expert in that of a routed one, such as 1, where the dispatcher "
-    "gives it to devices that wait.",
-)
 seed_option = partial(
     option, click.IntRange(0, (1 << 63) - 1), "N", default=0, group=SEARCH, help="Random seed."
 )

@@ -25,7 +25,7 @@ from moetuner._checks import (
 )
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.serving import SERVED, Serving
+from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source, Traffic, size_of
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
@@ -33,15 +33,13 @@ from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
-from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
-from moetuner.files.cells import counted, listed
+from moetuner.files.cells import listed
 from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.report.outcome import left_over
-from moetuner.serving import phases
-from moetuner.serving.engines import ENGINES
+from moetuner.serving import Serving, chosen_in, phases
 from moetuner.statistics import COUNTED, RoutingStatistics
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
@@ -121,13 +119,6 @@ def phases_in(settings: Mapping[str, Any]) -> dict[int | None, float]:
     return settings.get("phases") or ({} if window is None else {window: 1.0})
 
 
-def described(topology: Topology) -> str:
-    """Write the size of a machine, and its name."""
-    name = f" ({topology.name})" if topology.name else ""
-    devices = counted(topology.node_size, "device")
-    return f"{counted(topology.nodes, 'node')} of {devices}{name}"
-
-
 def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = "") -> str:
     """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
     if not source.counted:
@@ -196,8 +187,8 @@ class Placed:
         The placement, and its name in sentences.
     settings
         What it was computed for, as ``defaults_in`` reads it; empty where not known.
-    source, topology, serving
-        INPUT in the placement's windows, the machine, and how it is served.
+    source, serving
+        INPUT in the placement's windows, and how it is served.
     lost
         Devices that are lost: placement and machine are what is left.
     """
@@ -206,7 +197,6 @@ class Placed:
     name: str
     settings: dict[str, Any]
     source: Source
-    topology: Topology
     serving: Serving
     lost: tuple[int, ...] = ()
 
@@ -214,11 +204,26 @@ class Placed:
         """Return the same on the devices that are left if some are lost, numbered anew."""
         if not devices:
             return self
-        placement, topology = self.placement.without(devices), self.topology.without(devices)
-        return replace(self, placement=placement, topology=topology, lost=devices)
+        serving = replace(self.serving, topology=self.topology.without(devices))
+        return replace(
+            self, placement=self.placement.without(devices), serving=serving, lost=devices
+        )
+
+    @property
+    def topology(self) -> Topology:
+        """The machine."""
+        return self.serving.topology
 
     @classmethod
-    def read(cls, path: Path, source: Source, machine: Machine, serving: Serving) -> Placed:
+    def read(
+        cls,
+        path: Path,
+        source: Source,
+        machine: Machine,
+        options: ServingOptions,
+        *,
+        waterfill: float | None = None,
+    ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
         placement = source.load(path, devices=machine.given)
@@ -235,14 +240,9 @@ class Placed:
         of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in settings.items() if name not in of_other}
         with naming(path):
-            serving = serving.as_placed(served)
-        source = serving.as_served(source)
-        return cls(placement, text.name(path.name), settings, source, topology, serving)
-
-    @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of ``evaluate`` and ``audit`` that say how traffic is served."""
-        return self.serving.arguments(self.source)
+            chosen = chosen_in(served)
+        source, serving = options.resolve(source, topology, chosen, waterfill=waterfill)
+        return cls(placement, text.name(path.name), settings, source, serving)
 
     @cached_property
     def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
@@ -301,24 +301,20 @@ class Placed:
         by_group: bool = False,
         mixed: bool = True,
         mixed_seed: int = 0,
-        waterfill: float | None = None,
     ) -> Judgement:
         """Replay what runs and the placement, and judge the change.
 
         The verdict is on ``figure``, by default the one that the placement was computed for.
         """
         with working("replaying") as report:
-            before, after = evaluate_each(
+            [(before, after)] = evaluate_each(
                 [running, self.placement],
                 self.judged[0],
-                self.topology,
-                window=self.source.replayed,
+                [self.serving],
                 mixed=mixed,
                 mixed_seed=mixed_seed,
-                shared=shared_of(self.judged[0], waterfill, self.source.top_k),
                 threads=self.source.threads,
                 progress=shares(report, "of the tokens", then="figures"),
-                **self.arguments,
             )
         with working("comparing"):
             return judge(
@@ -333,7 +329,7 @@ class Placed:
 
     def _measures(self, more: Iterable[str]) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
-        regimes = (None, self.arguments["regime"])
+        regimes = (None, self.serving.regime)
         return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in more)
 
     @property
@@ -357,37 +353,19 @@ class Placed:
     def differences(self) -> Iterator[str]:
         """Write how traffic is served, and where options differ from the settings."""
         yield from self.serving.explain()
-        was, arguments = self.settings, self.arguments
+        was = self.settings
         now, sizes = self.source.counted, phases_in(was)
         if now is not None and sizes and now not in sizes:
             where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
-        pairs: dict[str, tuple[Any, Any]] = {}
-        if was.get("topology", self.topology) != self.topology:
-            machines = described(was["topology"]), described(self.topology)
-            pairs["machine"] = machines if len({*machines}) > 1 else (machines[0], "of other links")
-        if was.get("engine") in ENGINES and was["engine"] != self.serving.engine:
-            engines = was["engine"], self.serving.engine
-            then, today = (
-                "none" if engine is None else ENGINES[engine].title for engine in engines
-            )
-            pairs["engine"] = then, today
+        pairs = [*self.serving.differences(was)]
         groups, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
         if groups != recorded:
-            names = (", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups))
-            pairs["groups"] = (next(names), next(names))
-        pairs |= {
-            name: (was[name], arguments[name])
-            for name in SERVED
-            if was.get(name, arguments[name]) != arguments[name]
-        }
-        model = was.get("cost_model")
-        if model is not None and model != arguments["cost_model"]:
-            pairs["cost model"] = (
-                model.name or "unnamed",
-                arguments["cost_model"].name or "unnamed",
+            then, today = (
+                ", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups)
             )
-        for thing, (then, today) in pairs.items():
+            pairs.append(("groups", then, today))
+        for thing, then, today in pairs:
             yield f"The placement was computed for {thing} {then}; judged with {thing} {today}."
 
     def baseline(self, path: Path | None) -> tuple[Placement, str]:
@@ -400,9 +378,7 @@ class Placed:
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with more of them, and what was judged on, for JSON."""
-        current = self.serving.settings(self.topology, self.arguments) | {
-            "window": self.source.counted
-        }
+        current = self.serving.facts() | {"window": self.source.counted}
         return {
             "input": self.source.facts(),
             "settings": current | settings,

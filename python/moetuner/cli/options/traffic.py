@@ -38,6 +38,7 @@ from moetuner.presets import MODELS
 from moetuner.problem import Problem
 from moetuner.report import outcome, recording
 from moetuner.report.outcome import Outcome
+from moetuner.serving import Serving, experts_per_token
 from moetuner.serving.phases import judged_windows
 from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.solver import Method, Result, solve
@@ -249,6 +250,10 @@ class Source(FileHints):
         """Count INPUT, or a part of it, likewise with its expert sets and groups."""
         return self.count(traffic, sets=True, by_group=traffic.group is not None)
 
+    def as_divided(self, traffic: Traffic, serving: Serving) -> Traffic:
+        """Return INPUT, or a part, as it is judged: counted where whole windows are divided."""
+        return self.count_all(traffic) if serving.rule.needs_windows else traffic
+
     def with_hints(self, of_input: Mapping[str, Any]) -> Source:
         """Return the same INPUT, read as a placement's settings say where no option does."""
         num_experts = self.num_experts or of_input.get("num_experts")
@@ -320,22 +325,25 @@ class Source(FileHints):
         judged_on: Traffic,
         *,
         by_group: bool = True,
-        shared: float | None = None,
+        waterfill: float | None = None,
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
 
         In the windows of INPUT, and of all other phases that the problem is about, each group by
-        itself too unless that is not asked for; ``shared`` is as in ``Setting``.
+        itself too unless that is not asked for; ``waterfill`` is as for ``Serving``.
         """
-        placements = [result.placement for result in results]
+        placements, serving = [result.placement for result in results], problem.serving
+        if waterfill is not None:
+            top_k = experts_per_token(judged_on, self.top_k)
+            serving = replace(serving, waterfill=waterfill, top_k=top_k)
         windows: list[int | None] = [self.replayed]
         if isinstance(judged_on, RoutingTrace):
             judged = judged_windows(judged_on.tokens, problem.shares)
             windows += [tokens for tokens in judged if tokens != self.replayed]
         with working("replaying") as report:
-            arguments: Any = {"threads": self.threads, "by_group": by_group, "shared": shared}
+            arguments: Any = {"threads": self.threads, "by_group": by_group}
             arguments["progress"] = shares(report, "of the tokens", then="figures")
-            evaluations = outcome.replay(placements, problem, judged_on, windows, **arguments)
+            evaluations = outcome.replay(placements, serving, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)
         return [
             Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from moetuner import _checks as check
-from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
+from moetuner.cost import CostModel, bytes_of_expert
 from moetuner.evaluation.comparison import PRICE
-from moetuner.evaluation.replay import Traffic, members, shared_of
+from moetuner.evaluation.replay import Traffic, members
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
@@ -36,8 +36,8 @@ from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
 from moetuner.report.recording import one_kind
-from moetuner.serving.arrival import Arrival, share_mixed
-from moetuner.serving.engines import ENGINES
+from moetuner.serving import Serving
+from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
 from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics
@@ -53,7 +53,7 @@ SPLITS, COPIES = 3, (0, 1, 2, 4)
 
 def advise(
     traffic: Traffic,
-    topology: Topology,
+    topology: Topology | Serving,
     *,
     unseen: Traffic | None = None,
     initial: Placement | str = "contiguous",
@@ -95,7 +95,7 @@ def advise(
         Traffic to judge on, of the same kind and model; placements are then computed from all of
         ``traffic``, once.
     topology
-        The devices and links.
+        The devices and links; or a ``Serving``, which says that and how the model is served.
     initial
         The placement that runs: one of your own, ``"contiguous"`` or ``"round_robin"``, or EPLB's
         of the same traffic, ``"eplb"``, which ``"eplb:32"`` gives 32 redundant experts over all
@@ -162,7 +162,8 @@ def advise(
     >>> advice.answer
     'worth a trial'
     """
-    _check_values(traffic, topology, price, initial)
+    machine = topology.topology if isinstance(topology, Serving) else topology
+    _check_values(traffic, machine, price, initial)
     check.one_of("regime", regime, get_args(Regime))
     check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
@@ -171,8 +172,6 @@ def advise(
     if unseen is not None:
         check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
-    split, arrival = _served(engine, split, arrival)
-    shared = shared_of(traffic, waterfill)
     counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
@@ -182,8 +181,17 @@ def advise(
         if window is not None:
             phases = {window: 1.0}
     else:
-        traffic, arrival = _without_pairs(traffic), "bursts"
+        traffic, arrival = _without_pairs(traffic), None
+        if isinstance(topology, Serving):
+            topology = replace(topology, arrival="bursts")
         unseen = _without_pairs(unseen) if isinstance(unseen, RoutingStatistics) else unseen
+    options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
+    if not isinstance(topology, Serving):
+        options = {name: value for name, value in options.items() if value is not None}
+        topology = Serving.resolve(
+            topology, traffic, options=options, engine=engine, waterfill=waterfill
+        )
+    serving = replace(topology, phases=phases)
     if expert_bytes is None:
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     else:
@@ -191,22 +199,14 @@ def advise(
     request = Request(
         traffic=traffic,
         unseen=unseen,
-        topology=topology,
+        serving=serving,
         initial=initial,
-        engine_name=engine,
         copies=tuple(counts),
         windows=windows,
-        regime=regime,
-        split=split,
-        arrival=arrival,
-        cost_model=cost_model_of(traffic) if cost_model is None else cost_model,
         objective=objective,
-        phases=phases,
         expert_bytes=expert_bytes,
         price=price,
         prefill_share=prefill_share,
-        waterfill=waterfill,
-        shared=shared,
         by_group=by_group,
         in_order=in_order,
         iterations=iterations,
@@ -296,17 +296,17 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
     """Return what was asked for as JSON values."""
     initial, topology = request.initial, request.topology
     return {
-        "engine": request.engine_name,
+        "engine": request.serving.engine,
         "price": request.price,
-        "waterfill": request.waterfill,
+        "waterfill": request.serving.waterfill,
         "expert_bytes": request.expert_bytes,
         "in_order": request.in_order,
         "seed": request.seed,
         "time_limit": request.time_limit,
         "prefill_share": request.prefill_share,
-        "regime": request.regime,
-        "split": request.split,
-        "arrival": request.arrival,
+        "regime": request.serving.regime,
+        "split": request.serving.split,
+        "arrival": request.serving.arrival,
         "objective": request.objective,
         "devices": topology.devices,
         "devices_per_node": topology.devices_per_node,
@@ -317,7 +317,7 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
         "phases": phases,
         "splits": splits,
         "held_out": request.is_held_out,
-        "cost_model": request.cost_model.name,
+        "cost_model": request.serving.cost_model and request.serving.cost_model.name,
     }
 
 
@@ -331,19 +331,6 @@ def _check_groups(traffic: Traffic, by_group: bool) -> None:
     check.flag("by_group", by_group)
     if by_group and len(members(traffic)) < 3:
         raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
-
-
-def _served(
-    engine: str | None, split: Split | None, arrival: Arrival | None
-) -> tuple[Split, Arrival]:
-    """Return split and arrival: those given, else the engine's, else even and in bursts."""
-    if engine is not None:
-        check.one_of("engine", engine, ENGINES)
-        split = ENGINES[engine].split if split is None else split
-        arrival = ENGINES[engine].arrival if arrival is None else arrival
-    arrival = "bursts" if arrival is None else arrival
-    share_mixed(arrival)
-    return "even" if split is None else split, arrival
 
 
 def _counts(copies: Sequence[int]) -> list[int]:
@@ -371,7 +358,7 @@ def _windows(
 def _prefill_lacks(request: Request) -> int:
     """Return by how many tokens the recording is too short to judge prefill."""
     judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
-    is_judged = len(request.windows) > 1 or request.phases is not None
+    is_judged = len(request.windows) > 1 or request.serving.phases is not None
     if is_judged or isinstance(judged, RoutingStatistics):
         return 0
     # Half of the recording is judged on, if nothing else is.

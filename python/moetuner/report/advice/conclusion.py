@@ -93,7 +93,7 @@ def write_judged_on(request: Request, unseen: Traffic) -> str:
     rest = left_over(unseen, longest)
     where = "" if longest is None else f"in windows of {longest:,} "
     text += f" that the placement was {'not ' * request.is_held_out}computed from"
-    text += write_order(request.arrival, request.engine_name)
+    text += write_order(request.serving.arrival, request.serving.engine)
     return f"{text}; {where}{rest}" if rest else text
 
 
@@ -176,7 +176,7 @@ def write_notes(request: Request, advice: Advice) -> list[str]:
     notes = [] if advice.phases is None else [advice.phases.sentence(request.price)]
     if request.engine is not None:
         notes += _write_engine(request, request.engine, advice)
-    if request.shared is not None:
+    if request.serving.waterfill is not None:
         filled = advice.main.whole["imbalance_filled"]
         notes.append(
             f"With waterfill the busiest device would have {filled.before:.3f} x the mean of all "

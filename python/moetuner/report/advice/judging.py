@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +36,7 @@ from moetuner.report.advice.trial import (
 )
 from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
-from moetuner.serving.splits import Split
+from moetuner.serving.splits import RULES, Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -189,7 +189,7 @@ def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None
     times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
     for phase, window in windows.items():
         own = unseen.select(groups=phase)
-        evaluated = evaluate_all(request, placements, problem, own, [window])[window]
+        evaluated = evaluate_all(request, placements, own, [window])[window]
         for name, by_phase in times.items():
             by_phase[phase] = evaluated[name].predicted_layer_us or 0.0
     return PhaseTimes(times)
@@ -205,7 +205,8 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
     if size is None:
         return Moving(diff.experts_moved, None, None, None, total, None, None)
     ports = busiest_ports(diff.pairs, topology)
-    us = float(request.cost_model.ports_us(ports, topology, bytes_each=size))
+    assert request.serving.cost_model is not None
+    us = float(request.serving.cost_model.ports_us(ports, topology, bytes_each=size))
     return Moving(
         experts=diff.experts_moved,
         bytes=diff.bytes_moved,
@@ -224,8 +225,9 @@ def judge_division(
 
     Where nothing has copies, or the placement was computed for one, there is nothing to compare.
     """
-    has_one = request.engine is not None and "lp" in request.engine.splits_by
-    if not has_one or request.split == "lp" or (placement.replicas == 1).all():
+    splits: Collection[Split] = () if request.engine is None else request.engine.splits_by
+    dividing = next((split for split in splits if RULES[split].needs_windows), None)
+    if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
         return None
     counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
@@ -245,4 +247,4 @@ def judge_division(
             threads=request.threads,
         ).imbalance
 
-    return Division(imbalance("lp"), imbalance("even"))
+    return Division(imbalance(dividing), imbalance("even"))

@@ -60,14 +60,13 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
 def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
     """Compute what placements with copies gain over what runs, and the memory they take."""
     request.progress("replaying them on what is unseen")
-    problem = problem_of(request, part.statistics, 0)
-    evaluations = evaluate_all(request, placements, problem, part.unseen, request.windows)
+    evaluations = evaluate_all(request, placements, part.unseen, request.windows)
     # Copies are of use in some layers alone: which, says the traffic that was seen.
     tried = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}
-    if len(tried) > 1 and NONE in tried and request.regime == "dispatch":
+    if len(tried) > 1 and NONE in tried and request.serving.regime == "dispatch":
         counts = part.statistics
-        seen = evaluate_all(request, tried, problem, counts, (counts.window,))[counts.window]
+        seen = evaluate_all(request, tried, counts, (counts.window,))[counts.window]
     swept = []
     for copies in tried:
         assert isinstance(copies, int)
