@@ -4,15 +4,19 @@ Traces are parts of the bundled one, and loads are whole numbers from a seed, so
 same on every machine.
 """
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
+import given
 import numpy as np
 import targets
-from engines_files import GOLDEN
+from engines_files import GOLDEN, write_tensorrt, write_tensorrt_about
 
 import moetuner as mt
 
@@ -43,11 +47,37 @@ def mixed(seed: int, sequences: int) -> mt.RoutingTrace:
     return trace.select(sequences=sorted(np.unique(trace.sequence)[drawn]))
 
 
-def loads(windows: int, seed: int = 0) -> np.ndarray:
+def small() -> mt.RoutingTrace:
+    """Return a dozen sequences of each of two groups, in turns."""
+    trace = mixed(3, 240)
+    sequences = [
+        np.unique(trace.sequence[trace.group == trace.group_names.index(name)])[:12]
+        for name in ("python", "japanese")
+    ]
+    chosen = trace.select(sequences=sorted(np.concatenate(sequences)))
+    names, group = np.unique(chosen.group, return_inverse=True)
+    return replace(
+        chosen,
+        group=group.astype(np.int16),
+        group_names=tuple(trace.group_names[number] for number in names),
+    )
+
+
+def ordered() -> mt.RoutingTrace:
+    """Return sequences of one group after the other, as a file for each would have them."""
+    trace = mixed(0, 96)
+    groups = [trace.select(groups=[name]) for name in trace.group_names]
+    whole = groups[0]
+    for group in groups[1:]:
+        whole = whole.concat(group)
+    return whole
+
+
+def loads(windows: int, seed: int = 0, experts: int = EXPERTS) -> np.ndarray:
     """Return a load table [W,L,E]: some experts are busy, and every window differs by half."""
     rng = np.random.default_rng(seed)
-    busy = np.stack([rng.permutation(4000 // np.arange(4, 4 + EXPERTS)) for _ in range(LAYERS)])
-    return busy * rng.integers(50, 150, (windows, LAYERS, EXPERTS)) // 100
+    busy = np.stack([rng.permutation(4000 // np.arange(4, 4 + experts)) for _ in range(LAYERS)])
+    return busy * rng.integers(50, 150, (windows, LAYERS, experts)) // 100
 
 
 def grouped(path: Path) -> None:
@@ -71,7 +101,7 @@ def placement(devices: int = DEVICES, experts: int = 16) -> mt.Placement:
 def copies() -> mt.Placement:
     """Return six experts on each of four devices, so that eight have a copy."""
     slots = [[4 * device + slot for slot in range(4)] for device in range(4)]
-    slots = [row + [(row[0] + 4) % 16, (row[1] + 8) % 16] for row in slots]
+    slots = [[*row, (row[0] + 4) % 16, (row[1] + 8) % 16] for row in slots]
     return mt.Placement([slots] * LAYERS)
 
 
@@ -84,12 +114,90 @@ def golden(name: str) -> Callable[[Path], object]:
     return lambda path: shutil.copy(GOLDEN / name, path)
 
 
-def target(name: str) -> Callable[[Path], None]:
+def target(name: str) -> Callable[[Path], object]:
     """Return a function that writes a valid sample of a kind of file."""
+    if name in targets.TOPOLOGIES:
+        return lambda path: path.write_text(targets.TOPOLOGIES[name])
     return lambda path: targets.write(name, path)
 
 
+def in_folder(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a function that makes the folder that a path is, and what is in it."""
+
+    def write(path: Path) -> None:
+        path.mkdir()
+        make(path)
+
+    return write
+
+
+def copy_all(pattern: str) -> Callable[[Path], object]:
+    """Return a function that copies golden files into a new folder."""
+    return in_folder(
+        lambda folder: [shutil.copy(file, folder) for file in sorted(GOLDEN.glob(pattern))]
+    )
+
+
+def of_tensorrt_llm(counted: np.ndarray) -> Callable[[Path], None]:
+    """Return a function that writes counts [W,L,N] of experts or slots as a rank dumps them."""
+
+    def write(folder: Path) -> None:
+        counts = {
+            (step, 1 + layer): np.ascontiguousarray(counts_of_layer)
+            for step, window in enumerate(counted)
+            for layer, counts_of_layer in enumerate(window)
+        }
+        write_tensorrt(folder, 0, counts)
+        write_tensorrt_about(folder, counted.shape[2])
+
+    return in_folder(write)
+
+
+def slot_loads() -> np.ndarray:
+    """Return what every slot of ``copies`` serves [W,L,slots]; copies serve half each."""
+    return loads(6, experts=16)[:, :, copies().slots[0].ravel()] // 2
+
+
+def texts(path: Path) -> None:
+    given.words(path.parent)
+    Path("FILE").rename(path)
+
+
+def shuffled() -> mt.Placement:
+    """Return a placement of the eight experts of MODEL that differs from their order."""
+    return mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4)
+
+
 MACHINE = {"devices": 4, "devices_per_node": 2, "speed": [1, 1, 1, 2]}
+GOLDEN_FILES = {
+    "ascend": ["workload.npz"],
+    "deepspeed": ["counts-0.npz", "counts-1.npz"],
+    "fastdeploy": ["stats.jsonl"],
+    "llama_cpp": ["imatrix.gguf"],
+    "llama_traces": ["moe-trace.csv", "route_trace.csv"],
+    "megatron": ["router_trace_rank0.jsonl", "router_trace_rank1.jsonl", "replay-0.npz"],
+    "memra": ["trace.txt"],
+    "sglang": [
+        "two-ranks-per_token-0.pt",
+        "two-ranks-per_token-1.pt",
+        "two-ranks-per_pass-0.pt",
+        "one-rank-stat.pt",
+        "responses.json",
+    ],
+    "vllm": ["completions.json", "routed-0.npy", "routed-1.npy"],
+}
+TARGETS = {
+    "ids.npy": "npy",
+    "ids.csv": "csv",
+    "ids.parquet": "parquet",
+    "tokens.jsonl": "lines per token",
+    "sequences.jsonl": "lines per sequence",
+    "scrape.txt": "table, scrape",
+    "nested.json": "table, json",
+    "deepspeed.pt": "torch, deepspeed",
+    "wide.csv": "table, layers",
+    "machine.toml": "topology, toml",
+}
 TIMES = ["tokens,active,microseconds"] + [
     f"{tokens},{active},{10 + 3 * active + tokens // 4}"
     for tokens in (16, 64, 256, 1024)
@@ -100,24 +208,46 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "trace.safetensors": lambda path: mixed(0, 48).save(path),
     "newer.safetensors": lambda path: mixed(1, 48).save(path),
     "other.safetensors": lambda path: mixed(2, 200).select(groups=["japanese"]).save(path),
+    "small.safetensors": lambda path: small().save(path),
+    "ordered.safetensors": lambda path: ordered().save(path),
     "short.safetensors": lambda path: bundled(600).save(path),
     "unlabelled.safetensors": lambda path: bundled(8_000, labelled=False).save(path),
     "counts.safetensors": lambda path: mt.RoutingStatistics.from_trace(
         mixed(0, 48), sets=True, by_group=True
     ).save(path),
     "loads.npz": lambda path: np.savez(path, load=loads(40)),
+    "loads-16.npz": lambda path: np.savez(path, load=loads(40, experts=16)),
     "newer-loads.npz": lambda path: np.savez(path, load=loads(40, seed=1)),
     "grouped-loads.npz": grouped,
+    "small-loads.npz": lambda path: np.savez(
+        path, load=loads(12), group=np.arange(12) % 2, group_names=["code", "chat"]
+    ),
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
     "mixtral-loads.npz": lambda path: np.savez(path, load=loads(40), model="mixtral-8x7b"),
     "loads.csv": rows_of_loads,
     "running.json": lambda path: placement().save(path),
     "copies.json": lambda path: copies().save(path),
     "running-8.json": lambda path: placement(experts=EXPERTS).save(path),
+    "contiguous-8.json": lambda path: mt.Placement.from_assignment(
+        np.tile(np.arange(EXPERTS) // 2, (LAYERS, 1)), DEVICES
+    ).save(path),
     "damaged.safetensors": damaged,
     "empty.npz": Path.touch,
     "machine.json": lambda path: path.write_text(json.dumps(MACHINE)),
     "wrong-machine.json": lambda path: path.write_text(json.dumps({"devices": "eight"})),
+    **{
+        name: golden(f"{folder}/{name}") for folder in GOLDEN_FILES for name in GOLDEN_FILES[folder]
+    },
+    **{name: target(kind) for name, kind in TARGETS.items()},
+    "tokenspeed": copy_all("tokenspeed/*.pt"),
+    "expert_statistic": of_tensorrt_llm(loads(6, experts=16)),
+    "slot_statistic": of_tensorrt_llm(slot_loads()),
+    "running-slots.yaml": lambda path: mt.write_placement(
+        copies(), "tensorrt-llm", path, dense_layers=[0]
+    ),
+    "MODEL": lambda path: given.checkpoint(path),
+    "texts.jsonl": texts,
+    "single-of-model.json": lambda path: shuffled().save(path),
     "times.csv": lambda path: path.write_text("\n".join(TIMES) + "\n"),
 }
 
@@ -126,4 +256,5 @@ def make_inputs(line: str) -> None:
     """Make the files that a command line names and that are not there."""
     for word in re.split(r"[\s:=]+", line):
         if word in INPUTS and not Path(word).exists():
-            INPUTS[word](Path(word))
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                INPUTS[word](Path(word))

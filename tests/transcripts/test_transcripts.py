@@ -2,7 +2,8 @@
 
 Each page is documentation of one station of the flow: sentences, and fences of ``console`` in which
 a line ``$ moetuner ...`` is followed by what the command prints. The commands of a page run in
-order, in a folder of its own; a file that is named and not there is made by ``inputs.py``.
+order, in a folder of its own; a file that is named and not there is made by ``inputs.py``. A page
+that begins with ``<!-- needs: torch -->`` is skipped without that package.
 
 ``MOETUNER_STORE_TRANSCRIPTS=1 python -m pytest tests/transcripts`` stores all pages anew.
 """
@@ -11,6 +12,7 @@ import difflib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,20 +25,35 @@ import moetuner as mt
 STORE = "MOETUNER_STORE_TRANSCRIPTS"
 PAGES = sorted(Path(__file__).parent.glob("*.md"))
 PROMPT, FENCE = "$ ", "```"
+NEEDS = re.compile(r"<!-- needs: (.+) -->")
 DIGITS = 9
 
 
-def rounded(match: re.Match[str]) -> str:
+def rounded(number: re.Match[str]) -> str:
     """Return a number of JSON with fewer digits."""
-    return f"{float(match[0]):.{DIGITS}g}"
+    return f"{float(number[0]):.{DIGITS}g}"
 
 
-# All that may differ from run to run or from machine to machine, what is shown instead, and why.
+def without_seconds(table: re.Match[str]) -> str:
+    """Return a table whose last column, the seconds of a search, has stars."""
+    return re.sub(r"[\d,]+\.\d\d$", lambda cell: "*" * len(cell[0]), table[0], flags=re.MULTILINE)
+
+
+def joined(numbers: re.Match[str]) -> str:
+    """Return a list of JSON in one line."""
+    return re.sub(r"\s*\n\s*", " ", numbers[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+# All that is shown in other words than it is printed: what, how, and why.
 NORMALISED: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...] = (
     (r"[ \t]+$", "", "editors take spaces at the end of a line away"),
-    (r'("\w*seconds": )\d[^,\s]*', r"\1SECONDS", "time that a search took"),
+    (r"^method .* seconds$\n(?:.+\n)*", without_seconds, "times of searches differ"),
+    (r'("\w*seconds": )\d[^,\s]*', r"\1SECONDS", "times of searches differ"),
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d\+00:00", "DATE", "the time of a file is that of the test"),
     (rf"\b{re.escape(mt.__version__)}\b", "VERSION", "every release has another one"),
+    (r"\b[0-9a-f]{64}\b", "SHA-256", "other versions of libraries write files with other bytes"),
     (r"-?\d+\.\d{9,}(e-?\d+)?", rounded, "sums may end in other digits on another processor"),
+    (r"\[\n[^\[\]{}]*\]", joined, "JSON has a line for each number: a page would be long"),
 )
 
 
@@ -91,10 +108,11 @@ def printed(line: str, run) -> Iterator[str]:
     Those of standard error begin with ``2> ``, and an exit status that is not 0 is the last one.
     """
     make_inputs(line)
-    program, *words = shlex.split(line)
+    program, *words = sys.argv[:] = shlex.split(line)  # a page of results has it
     if program in SHOWN:
-        (file,) = words
-        status, out, err = 0, SHOWN[program](Path(file)), ""
+        (file,) = map(Path, words)
+        assert file.is_file(), f"no command wrote {file}"
+        status, out, err = 0, SHOWN[program](file), ""
     else:
         assert program == "moetuner", f"no program of a transcript: {line}"
         status, out, err = run(*words)
@@ -123,6 +141,7 @@ def rendered(page: str, run) -> str:
 def terminal(monkeypatch, tmp_path):
     """Work in an empty folder; help is 100 characters wide, and nothing has a colour."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -134,6 +153,8 @@ def terminal(monkeypatch, tmp_path):
 def test_commands_print_what_is_stored(path, run):
     """A difference to the stored page is shown line by line."""
     stored = path.read_text()
+    for needed in NEEDS.findall(stored):
+        pytest.importorskip(needed)
     now = rendered(stored, run)
     if os.environ.get(STORE):
         path.write_text(now)
