@@ -163,6 +163,22 @@ def texts(path: Path) -> None:
     Path("FILE").rename(path)
 
 
+def bundled_file(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(BUNDLED, path)
+
+
+def requests(path: Path) -> None:
+    """Write a row for every sequence of the trace, in their order: languages, and lengths."""
+    trace = mixed(0, 48)
+    _, first = np.unique(trace.sequence, return_index=True)
+    rows = ["number,kind"]
+    for number, token in enumerate(sorted(first)):
+        name = trace.group_names[trace.group[token]]
+        rows.append(f"{number},{'code' if name in ('python', 'c++') else 'text'}")
+    path.write_text("\n".join(rows) + "\n")
+
+
 def shuffled() -> mt.Placement:
     """Return a placement of the eight experts of MODEL that differs from their order."""
     return mt.Placement.from_assignment(np.tile(np.arange(8) % 4, (3, 1)), 4)
@@ -198,12 +214,6 @@ TARGETS = {
     "wide.csv": "table, layers",
     "machine.toml": "topology, toml",
 }
-TIMES = ["tokens,active,microseconds"] + [
-    f"{tokens},{active},{10 + 3 * active + tokens // 4}"
-    for tokens in (16, 64, 256, 1024)
-    for active in (4, 8, 16)
-]
-
 INPUTS: dict[str, Callable[[Path], object]] = {
     "trace.safetensors": lambda path: mixed(0, 48).save(path),
     "newer.safetensors": lambda path: mixed(1, 48).save(path),
@@ -240,6 +250,24 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     },
     **{name: target(kind) for name, kind in TARGETS.items()},
     "tokenspeed": copy_all("tokenspeed/*.pt"),
+    "demo-output/trace.safetensors": bundled_file,
+    "code.txt": lambda path: path.write_text("\n".join(["code", "chat"] * 20)),
+    "requests.csv": requests,
+    "junk.txt": lambda path: path.write_text("junk"),
+    "junk.csv": lambda path: path.write_text("a,b\n1,2\n"),
+    "packed.gz": lambda path: path.write_bytes(b"\x1f\x8b\x08\x00"),
+    "answers.json": lambda path: path.write_text('{"choices": [{"text": "a"}]}'),
+    "eplb.log": lambda path: path.write_text("EPLB step: 7 avg_tokens=4 max_tokens=5\n"),
+    "zeros.json": lambda path: path.write_text(json.dumps({"logical_count": [[0] * 8] * 2})),
+    "turned.npy": lambda path: np.save(path, loads(1)[0].T),
+    "no-balance.json": lambda path: path.write_text(
+        json.dumps({"physical_to_logical_map": [[0] * 16] * LAYERS})
+    ),
+    "routed.jsonl": lambda path: given.responses(path, given.trace(48, 128, 256)),
+    "answers.jsonl": lambda path: given.answers(path, given.trace(58, 256, 64)),
+    "dumps": lambda path: given.recorder(path, given.trace(58, 256, 64), dense=3),
+    "traces": copy_all("megatron/router_trace_rank*.jsonl"),
+    "island.json": lambda path: path.write_text(json.dumps({"devices": 2, "devices_per_node": 2})),
     "expert_statistic": of_tensorrt_llm(loads(6, experts=16)),
     "slot_statistic": of_tensorrt_llm(slot_loads()),
     "running-slots.yaml": lambda path: mt.write_placement(
@@ -248,7 +276,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "MODEL": lambda path: given.checkpoint(path),
     "texts.jsonl": texts,
     "single-of-model.json": lambda path: shuffled().save(path),
-    "times.csv": lambda path: path.write_text("\n".join(TIMES) + "\n"),
+    "times.csv": targets.targets()["times"].make,
 }
 
 
