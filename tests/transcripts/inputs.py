@@ -63,14 +63,18 @@ def small() -> mt.RoutingTrace:
     )
 
 
-def ordered() -> mt.RoutingTrace:
+def by_group(trace: mt.RoutingTrace) -> mt.RoutingTrace:
     """Return sequences of one group after the other, as a file for each would have them."""
-    trace = mixed(0, 96)
-    groups = [trace.select(groups=[name]) for name in trace.group_names]
-    whole = groups[0]
-    for group in groups[1:]:
+    whole, *others = [trace.select(groups=[name]) for name in trace.group_names]
+    for group in others:
         whole = whole.concat(group)
     return whole
+
+
+def in_phases(trace: mt.RoutingTrace) -> mt.RoutingTrace:
+    """Return the first half of every sequence as prefill, and the second as decode."""
+    group = (np.arange(trace.tokens) % 256 >= 128).astype(np.int16)
+    return replace(trace, group=group, group_names=("prefill", "decode"))
 
 
 def loads(windows: int, seed: int = 0, experts: int = EXPERTS) -> np.ndarray:
@@ -219,7 +223,10 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "newer.safetensors": lambda path: mixed(1, 48).save(path),
     "other.safetensors": lambda path: mixed(2, 200).select(groups=["japanese"]).save(path),
     "small.safetensors": lambda path: small().save(path),
-    "ordered.safetensors": lambda path: ordered().save(path),
+    "ordered.safetensors": lambda path: by_group(mixed(0, 96)).save(path),
+    "small-ordered.safetensors": lambda path: by_group(small()).save(path),
+    "changing.safetensors": lambda path: replace(by_group(mixed(0, 96)), group=None).save(path),
+    "phases.safetensors": lambda path: in_phases(mixed(0, 240)).save(path),
     "short.safetensors": lambda path: bundled(600).save(path),
     "unlabelled.safetensors": lambda path: bundled(8_000, labelled=False).save(path),
     "counts.safetensors": lambda path: mt.RoutingStatistics.from_trace(
@@ -232,6 +239,8 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "small-loads.npz": lambda path: np.savez(
         path, load=loads(12), group=np.arange(12) % 2, group_names=["code", "chat"]
     ),
+    "few-loads.npz": lambda path: np.savez(path, load=loads(6)),
+    "slow-loads.npz": lambda path: np.savez(path, load=np.repeat(loads(24), 8, axis=0)),
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
     "mixtral-loads.npz": lambda path: np.savez(path, load=loads(40), model="mixtral-8x7b"),
     "loads.csv": rows_of_loads,
@@ -240,6 +249,9 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "running-8.json": lambda path: placement(experts=EXPERTS).save(path),
     "contiguous-8.json": lambda path: mt.Placement.from_assignment(
         np.tile(np.arange(EXPERTS) // 2, (LAYERS, 1)), DEVICES
+    ).save(path),
+    "copies-8.json": lambda path: mt.Placement(
+        [[[0, 1, 2, 3], [4, 5, 6, 7], [2, 3, 4, 5], [6, 7, 0, 1]]] * LAYERS
     ).save(path),
     "damaged.safetensors": damaged,
     "empty.npz": Path.touch,
@@ -252,6 +264,8 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "tokenspeed": copy_all("tokenspeed/*.pt"),
     "demo-output/trace.safetensors": bundled_file,
     "code.txt": lambda path: path.write_text("\n".join(["code", "chat"] * 20)),
+    "windows.txt": lambda path: path.write_text("code\nchat\n" * 8),
+    "subjects.txt": lambda path: path.write_text("".join(f"subject {n}\n" for n in range(40))),
     "requests.csv": requests,
     "junk.txt": lambda path: path.write_text("junk"),
     "junk.csv": lambda path: path.write_text("a,b\n1,2\n"),
