@@ -89,6 +89,12 @@ def grouped(path: Path) -> None:
     np.savez(path, load=load, group=np.repeat([0, 1], 20), group_names=["code", "chat"])
 
 
+def slow_loads(windows: int) -> np.ndarray:
+    """Return means of eight neighbouring windows [W,L,E], so that neighbours are alike."""
+    load = loads(windows + 7)
+    return np.stack([load[first : first + 8].sum(axis=0) // 8 for first in range(windows)])
+
+
 def rows_of_loads(path: Path) -> None:
     rows = ["window,layer,expert,count,group"]
     for (window, layer, expert), tokens in np.ndenumerate(loads(12)):
@@ -240,7 +246,8 @@ INPUTS: dict[str, Callable[[Path], object]] = {
         path, load=loads(12), group=np.arange(12) % 2, group_names=["code", "chat"]
     ),
     "few-loads.npz": lambda path: np.savez(path, load=loads(6)),
-    "slow-loads.npz": lambda path: np.savez(path, load=np.repeat(loads(24), 8, axis=0)),
+    "repeated-loads.npz": lambda path: np.savez(path, load=np.repeat(loads(24), 8, axis=0)),
+    "slow-loads.npz": lambda path: np.savez(path, load=slow_loads(96)),
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
     "mixtral-loads.npz": lambda path: np.savez(path, load=loads(40), model="mixtral-8x7b"),
     "loads.csv": rows_of_loads,
