@@ -164,7 +164,7 @@ class Serving(Frozen):
         None,
         ENGINE,
         metavar="SHARE",
-        above=0.0,
+        above=0,
         check=positive,
         label="Given to devices that wait",
         words=lambda value: (

@@ -246,4 +246,6 @@ class ProblemOptions(ServingOptions):
         settings["phases"] = {size: share for size, share in problem.shares.items() if size} or None
         if problem.slots_per_device is None and problem.extra_slots is None:
             settings["slots_per_device"] = problem.slots
-        return settings | replace(problem.serving, engine=self.engine).facts()
+        served = replace(problem.serving, engine=self.engine).facts()
+        settings |= {name: served[name] for name in settings if name in served}
+        return {name: value for name, value in served.items() if name not in settings} | settings
