@@ -12,7 +12,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
-from moetuner.cli.options.placed import Placed, phases_in, read_hints
+from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output, working
@@ -22,6 +22,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.files import text
 from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
+from moetuner.problem.made import Made
 from moetuner.report.advice import drift as measuring
 from moetuner.report.outcome import whose_times
 from moetuner.serving import SERVED, Serving
@@ -81,10 +82,10 @@ def command(
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
-    files = profile_files or _named(placed.settings, placement_file, *source.input_files)
-    only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))
+    files = profile_files or _named(placed.made, placement_file, *source.input_files)
+    only = () if profile_files else tuple(placed.made.input.get("only", ()))
     profile = replace(placed.source, input_files=files, only=only or source.only)
-    profile = profile.as_placed(placed.settings)
+    profile = profile.as_placed(placed.made)
     with working("comparing the expert shares"):
         # Counts as recorded: fewer of them would be less evidence.
         drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
@@ -182,15 +183,15 @@ def _replayed(
 
 def _phases(placed: Placed) -> dict[str, Any]:
     """Return the options that say which windows the placement was computed for."""
-    sizes = phases_in(placed.settings)
+    sizes = placed.made.phases
     if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
         return {"window": None, "phases": sizes[WINDOWS[1]]}
     return {"window": placed.source.replayed}
 
 
-def _named(settings: dict[str, Any], *beside: Path) -> tuple[Path, ...]:
+def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
     """Return the files that a placement names as its input, here or beside others."""
-    names = settings.get("input", {}).get("files", ())
+    names = made.input.get("files", ())
     for folder in (Path(), *(path.parent for path in beside)):
         files = tuple(folder / name for name in names)
         if files and all(path.exists() for path in files):
@@ -204,7 +205,7 @@ def _named(settings: dict[str, Any], *beside: Path) -> tuple[Path, ...]:
 
 def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    placement, topology, settings = placed.placement, placed.topology, placed.settings
+    placement, topology, made = placed.placement, placed.topology, placed.made
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
     values |= {
@@ -218,7 +219,10 @@ def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
     values |= {name: placed.serving.chosen(name) for name in SERVED}
     values |= {
-        name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
+        "objective": made.wanted.get("objective"),
+        "max_imbalance": made.wanted.get("max_imbalance"),
+        "method": made.method,
+        "seed": made.seed,
     }
     values |= {"engine": placed.serving.engine, **_phases(placed)}
     model = placed.serving.cost_model

@@ -19,7 +19,7 @@ from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
-from moetuner.cli.options.placed import defaults_in, read_any
+from moetuner.cli.options.placed import made_of, read_any
 from moetuner.cli.options.traffic import Traffic, describe, left_out
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
@@ -38,6 +38,7 @@ from moetuner.formats.hints import Hints
 from moetuner.formats.ktransformers import choose, write_chosen
 from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
+from moetuner.problem.made import Made
 from moetuner.serving.engines import ENGINES
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
@@ -167,13 +168,13 @@ def command(
         _write_chosen(placement_file, on_gpu, layer_hints, out_file, output)
         return
     placement = read_any(placement_file, machine, layer_hints)
-    settings = defaults_in(placement_file, placement.settings)
-    output.say(*_differences(settings, WRITERS[form].engine if form in WRITERS else form))
+    made = made_of(placement_file, placement)
+    output.say(*_differences(made, WRITERS[form].engine if form in WRITERS else form))
     contents: dict[str, Any] = {"placement": str(placement_file), "format": form}
     contents["out"] = str(out_file)
     try:
         if form == MOVES:
-            topology = machine.topology(placement.devices, settings.get("topology"))
+            topology = machine.topology(placement.devices, made.machine)
             _write_moves(placement, initial_file, topology, out_file, output)
         elif form in RENUMBERING:
             _renumber(placement, form, checkpoint, out_file, output)
@@ -196,18 +197,16 @@ def command(
                 )
     except ImportError as error:
         raise click.ClickException(str(error)) from None
-    output.say(f"wrote {out_file}", *_how_to_serve(placement, settings, WRITERS.get(form)))
+    output.say(f"wrote {out_file}", *_how_to_serve(placement, made, WRITERS.get(form)))
     output.finish(contents)
 
 
-def _how_to_serve(
-    placement: Placement, settings: dict[str, Any], writer: Writer | None
-) -> Iterator[str]:
+def _how_to_serve(placement: Placement, made: Made, writer: Writer | None) -> Iterator[str]:
     """Write what the engine of a map needs to serve it: a split of its tokens, and no balancer."""
     engine = ENGINES.get((writer and writer.engine) or "")
     if engine is None:
         return
-    split = settings.get("split", "")
+    split = made.serving.get("split", "")
     if placement.has_copies and split in engine.splits_by:
         yield f"The placement is for split {split}: serve it with {engine.splits_by[split]}."
     if engine.serve_note:
@@ -265,9 +264,9 @@ def _share(chosen: NDArray[np.bool_], traffic: Traffic) -> float:
     return float(load[chosen].sum() / load.sum())
 
 
-def _differences(settings: dict[str, Any], engine: str | None) -> Iterator[str]:
+def _differences(made: Made, engine: str | None) -> Iterator[str]:
     """Write that a placement was computed for another engine, if it was."""
-    was = settings.get("engine")
+    was = made.serving.get("engine")
     if was in ENGINES and engine in ENGINES and was != engine:
         yield (
             f"The placement was computed for {ENGINES[was].title}; it is written for "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import defaults_in
+from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
@@ -118,12 +118,12 @@ def command(
     """
     change.check(table_file)
     running = source.load(running_file, devices=machine.given)
-    settings = defaults_in(running_file, running.settings)
-    topology = machine.topology(running.devices, settings.get("topology"))
+    made = made_of(running_file, running)
+    topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
-        size = settings.get("expert_size") or source.traffic.expert_size
+        size = made.expert_size or source.traffic.expert_size
         # INPUT may be counts alone: what is moved is the placement's.
-        bits = source.weight_bits or settings["input"].get("weight_bits")
+        bits = source.weight_bits or made.input.get("weight_bits")
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
@@ -141,8 +141,13 @@ def command(
             more_copies=more_copies,
             topology=topology,
         )
+    gone = sorted({*range(running.devices)} - {*planned.devices.tolist()})
+    served = replace(
+        made.on(topology.without(gone, change.join)),
+        plan={"running": running_file.name, "change": change.words},
+    )
     placement = planned.placement.with_names(
-        model=running.model, settings={"seed": 0, "input": dict(settings["input"])}
+        model=running.model, topology=topology.name, settings=served.to_settings()
     )
     placement.save(out_file)
     _show(output, planned, running, change, expert_bytes)

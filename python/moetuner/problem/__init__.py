@@ -137,6 +137,9 @@ class Problem(Frozen):
         read=read_cap,
         metavar="X",
         check=lambda name, value: check.at_least(name, value, 1),
+        # Infinity is no number of JSON.
+        to_json=lambda cap: str(cap) if cap == math.inf else cap,
+        from_json=lambda cap: math.inf if cap == "inf" else cap,
     )
     objective: Goal | None = setting(None, GOAL, choices=get_args(Goal))
     cost_model: CostModel | None = same_setting(Serving, "cost_model")

@@ -332,15 +332,16 @@ def decided_by(engine: str | None, *, is_ordered: bool = True) -> dict[str, Any]
     return {name: getattr(ENGINES[engine], name, DEFAULTS[name]) for name in names}
 
 
-def chosen_in(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a placement's settings chose of serving, beyond what its engine decides."""
+def chosen_in(settings: Mapping[str, Any], *, is_counted: bool = False) -> dict[str, Any]:
+    """Return what a placement's settings chose of serving, beyond what its engine decides.
+
+    Of traffic that is counted already nobody chose that its windows come as they were recorded.
+    """
     names = ["cost_model", *SERVED]
     engine = settings.get("engine")
     if engine is not None:
         one_of("settings: engine", engine, ENGINES)
         names.append("engine")
-    # Of a table nobody chose that its windows come as they were recorded.
-    is_counted = "windows" in settings.get("input", {})
     if is_counted and settings.get("arrival") == DEFAULTS["arrival"]:
         names.remove("arrival")
     by_engine = decided_by(engine)

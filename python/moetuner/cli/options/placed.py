@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moetuner import cost, topology
 from moetuner._checks import (
-    expert_size,
-    instance,
-    is_number,
     nth_seed,
-    number_or_none,
-    positive,
-    seed_in,
-    shown,
-    text_or_none,
-    whole_number,
 )
 from moetuner.cli.options import LayerHints
 from moetuner.cli.options.machine import Machine
@@ -38,6 +28,7 @@ from moetuner.files import naming, text
 from moetuner.files.cells import listed
 from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.placement import Placement, contiguous
+from moetuner.problem.made import Made
 from moetuner.report.outcome import left_over
 from moetuner.serving import Serving, chosen_in, phases
 from moetuner.statistics import COUNTED, RoutingStatistics
@@ -55,68 +46,10 @@ NAMED = 3
 ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
-def _share_below_one(name: str, value: object) -> None:
-    if not (is_number(value) and 0 <= value < 1):
-        raise ValueError(f"{name} must be a share from 0 to below 1, got {shown(value)}")
-
-
-def _number_or_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        number_or_none(name, value)
-
-
-def _texts(name: str, value: object) -> None:
-    if not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
-        raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
-
-
-# What checks a setting of a placement's file, by its name; what is not here is used by no command.
-CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "seed": lambda name, value: seed_in(value, name),
-    "window": whole_number,
-    "holdout": _share_below_one,
-    "expert_size": lambda _, value: expert_size(value),
-    **dict.fromkeys(("max_imbalance", "arrival"), _number_or_text),
-    **dict.fromkeys(("version", "method", "effort", "engine", "regime", "split"), text_or_none),
-    **dict.fromkeys(("objective", "figure", "unit"), text_or_none),
-    **dict.fromkeys(("input.model", "input.group_by"), text_or_none),
-    "input.weight_bits": positive,
-    **dict.fromkeys(("input.files", "input.only"), _texts),
-    **dict.fromkeys(("input.tokens", "input.windows"), partial(whole_number, lowest=0)),
-    **dict.fromkeys(("input.tokens_per_step", "input.num_experts", "input.top_k"), whole_number),
-}
-
-
-def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the settings in a placement's file: topology and cost model as values, and checked."""
-    values = {name: value for name, value in settings.items() if value is not None}
+def made_of(path: Path, placement: Placement) -> Made:
+    """Return what a placement's file says of how it was made."""
     with naming(path):
-        try:
-            builders: dict[str, Callable[[Any], Any]] = {
-                "topology": topology.from_keys,
-                "cost_model": cost.from_keys,
-                "phases": phases.from_keys,
-            }
-            for name, build in builders.items():
-                if name in values:
-                    values[name] = build(values[name])
-            recorded = values.setdefault("input", {})
-            instance("input", recorded, dict)
-            for name, check in CHECKS.items():
-                _, is_inner, key = name.partition("input.")
-                value = recorded.get(key) if is_inner else values.get(name)
-                if value is not None:
-                    check(name, value)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"settings: {error}") from None
-    values["input"] = {name: value for name, value in recorded.items() if value is not None}
-    return {"seed": 0, **values}
-
-
-def phases_in(settings: Mapping[str, Any]) -> dict[int | None, float]:
-    """Return the sizes of windows that a placement was computed for, and their shares of time."""
-    window = settings.get("window")
-    return settings.get("phases") or ({} if window is None else {window: 1.0})
+        return Made.of(placement)
 
 
 def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = "") -> str:
@@ -156,12 +89,9 @@ def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
     return read_placement(path, devices=machine.given, **known)
 
 
-def read_hints(path: Path) -> dict[str, Any]:
+def read_hints(path: Path) -> Mapping[str, Any]:
     """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
-    if form_of(path) != "json":
-        return {}
-    settings = read_placement(path).settings
-    return dict(defaults_in(path, settings)["input"])
+    return {} if form_of(path) != "json" else made_of(path, read_placement(path)).input
 
 
 def with_input(
@@ -173,8 +103,10 @@ def with_input(
     names = ("model", "weight_bits", "tokens_per_step", "num_experts", "top_k", "group_by")
     read = {name: getattr(source, name) for name in names}
     facts |= {name: value for name, value in read.items() if value is not None}
-    more = {"engine": engine, "holdout": holdout, "input": facts}
-    return placement.with_names(settings={**placement.settings, **more})
+    made = Made.of(placement)
+    serving = made.serving if engine is None else {**made.serving, "engine": engine}
+    made = replace(made, serving=serving, holdout=holdout, input=facts)
+    return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
 @dataclass(frozen=True)
@@ -185,8 +117,8 @@ class Placed:
     ----------
     placement, name
         The placement, and its name in sentences.
-    settings
-        What it was computed for, as ``defaults_in`` reads it; empty where not known.
+    made
+        What its file says of how it was made.
     source, serving
         INPUT in the placement's windows, and how it is served.
     lost
@@ -195,7 +127,7 @@ class Placed:
 
     placement: Placement
     name: str
-    settings: dict[str, Any]
+    made: Made
     source: Source
     serving: Serving
     lost: tuple[int, ...] = ()
@@ -227,22 +159,22 @@ class Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
         placement = source.load(path, devices=machine.given)
-        settings = defaults_in(path, placement.settings)
+        made = made_of(path, placement)
         loads_it = WRITERS[form_of(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
-            settings["engine"] = loads_it
-        source, recorded = source.as_placed(settings), settings["input"]
-        topology = machine.topology(placement.devices, settings.get("topology"))
+            made = replace(made, serving={**made.serving, "engine": loads_it})
+        source, recorded = source.as_placed(made), made.input
+        topology = machine.topology(placement.devices, made.machine)
         # Times of another model than the placement's, or of other bits, are that model's.
         is_other = any(
             getattr(source, name) != recorded.get(name) for name in ("model", "weight_bits")
         )
         of_other = {"cost_model"} if is_other else set()
-        served = {name: value for name, value in settings.items() if name not in of_other}
+        served = {name: value for name, value in made.serving.items() if name not in of_other}
         with naming(path):
-            chosen = chosen_in(served)
+            chosen = chosen_in(served, is_counted=made.is_counted)
         source, serving = options.resolve(source, topology, chosen, waterfill=waterfill)
-        return cls(placement, text.name(path.name), settings, source, serving)
+        return cls(placement, text.name(path.name), made, source, serving)
 
     @cached_property
     def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
@@ -250,14 +182,14 @@ class Placed:
 
         It was held out if the rest of INPUT has the fingerprint of the placement.
         """
-        traffic, settings = self.source.traffic, self.settings
-        share, recorded = settings.get("holdout", 0), settings.get("input", {})
+        traffic, made = self.source.traffic, self.made
+        share, recorded = made.holdout or 0.0, made.input
         is_other = any(recorded.get(name, size) != size for name, size in size_of(traffic).items())
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
             if share and not is_other:
                 try:
-                    seen, unseen = hold_out(traffic, share, seed=nth_seed(settings["seed"], 0))
+                    seen, unseen = hold_out(traffic, share, seed=nth_seed(made.seed, 0))
                 except ValueError:  # of other traffic, from which nothing can be held out
                     is_other = True
             fingerprint = "" if is_other else self._fingerprint(seen)
@@ -265,7 +197,7 @@ class Placed:
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
-        facts = {"part": "all", "is_seen": is_seen}
+        facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
             part, sentence = unseen, held_out(unseen, traffic)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
@@ -278,15 +210,15 @@ class Placed:
             return None
         if isinstance(traffic, RoutingStatistics):
             return traffic.fingerprint
-        tables = self.settings.get("counted")
-        if not isinstance(tables, Mapping):
+        tables = self.made.counted
+        if tables is None:
             return None
         tables_counted: dict[str, Any] = {name: tables.get(name) is True for name in COUNTED}
         tables_counted["by_group"] &= traffic.group is not None
         with working("counting"):
             return RoutingStatistics.from_trace(
                 traffic,
-                window=self.settings.get("window"),
+                window=self.made.serving.get("window"),
                 threads=self.source.threads,
                 **tables_counted,
             ).fingerprint
@@ -320,7 +252,7 @@ class Placed:
             return judge(
                 before,
                 after,
-                figure=figure or self.settings.get("figure"),
+                figure=figure or self.made.figure,
                 measures=self._measures(measures),
                 by_group=by_group,
                 units=self.source.units,
@@ -336,7 +268,7 @@ class Placed:
     def expert_bytes(self) -> float | None:
         """Bytes of an expert of one layer; None where its size is not known."""
         traffic = self.source.traffic
-        size = self.settings.get("expert_size") or traffic.expert_size
+        size = self.made.expert_size or traffic.expert_size
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
@@ -353,13 +285,13 @@ class Placed:
     def differences(self) -> Iterator[str]:
         """Write how traffic is served, and where options differ from the settings."""
         yield from self.serving.explain()
-        was = self.settings
-        now, sizes = self.source.counted, phases_in(was)
+        made, now = self.made, self.source.counted
+        sizes = made.phases
         if now is not None and sizes and now not in sizes:
             where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
-        pairs = [*self.serving.differences(was)]
-        groups, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
+        pairs = [*self.serving.differences(made.serving)]
+        groups, recorded = list(self.source.only), made.input.get("only", [*self.source.only])
         if groups != recorded:
             then, today = (
                 ", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups)

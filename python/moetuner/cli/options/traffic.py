@@ -36,6 +36,7 @@ from moetuner.formats import cautions, form_of, open_input, read_placement
 from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
+from moetuner.problem.made import Made
 from moetuner.report import outcome, recording
 from moetuner.report.outcome import Outcome
 from moetuner.serving import Serving, experts_per_token
@@ -261,12 +262,12 @@ class Source(FileHints):
         source = replace(self, num_experts=num_experts, top_k=top_k)
         return self if source == self else source  # what is read already stays read
 
-    def as_placed(self, settings: Mapping[str, Any]) -> Source:
+    def as_placed(self, made: Made) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
-        recorded, of_input = self.recorded, settings.get("input", {})
-        defaults = {name: of_input.get(name) for name in ("model", "weight_bits")}
+        recorded, of_input = self.recorded, made.input
+        defaults: dict[str, Any] = {name: of_input.get(name) for name in ("model", "weight_bits")}
         if isinstance(recorded, RoutingTrace):
-            defaults["window"] = settings.get("window")
+            defaults["window"] = made.serving.get("window")
         elif recorded.window is None:
             defaults |= {name: of_input.get(name) for name in ("tokens_per_step", "top_k")}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
