@@ -381,7 +381,9 @@ def _judging(
     why = "the placement that was judged"
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
     # The windows that were searched for, which INPUT's own would not all be.
-    if {*problem.shares} == {window}:
+    if window is None:  # windows are given
+        solving |= {"window": None, "arrival": None}
+    elif {*problem.shares} == {window}:
         solving["window"] = window
     else:
         solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
@@ -392,8 +394,6 @@ def _judging(
     elif not unseen:
         why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
         solving["holdout"] = HOLDOUT
-    if window is None and settings["engine"] is not None:
-        solving["arrival"] = settings["arrival"]
 
     def solve(slots: int, why: str, **others: Any) -> str:
         is_default = slots * problem.devices == problem.experts

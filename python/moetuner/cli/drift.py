@@ -22,11 +22,13 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.files import text
 from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
+from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.made import Made
+from moetuner.problem.objective import goal_for
 from moetuner.report.advice import drift as measuring
 from moetuner.report.outcome import whose_times
 from moetuner.serving import SERVED, Serving
-from moetuner.serving.phases import PREFILL_SHARE, WINDOWS
+from moetuner.serving.phases import WINDOWS
 from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
@@ -39,8 +41,6 @@ SHOWN = ("imbalance", "predicted_layer_us")
 LEAST_WINDOWS = 4
 # Where the command that solves again writes.
 OUT = "placement.json"
-# Values of options that a command need not name.
-PLAIN = {"phases": PREFILL_SHARE, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -211,31 +211,34 @@ def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     values |= {
         name: getattr(placed.source, name) for name in ("model", "weight_bits", "tokens_per_step")
     }
-    name = common_name(topology)
+    name = made.spelled_of("topology", beside=placement_file, value=topology)
+    name = common_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:
         values |= {"machine": name, "devices": None}
     elif machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
     values |= {name: placed.serving.chosen(name) for name in SERVED}
+    goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
-        "objective": made.wanted.get("objective"),
-        "max_imbalance": made.wanted.get("max_imbalance"),
+        "objective": None if goal == goal_for(None, cap) else goal,
+        "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
         "method": made.method,
         "seed": made.seed,
     }
     values |= {"engine": placed.serving.engine, **_phases(placed)}
     model = placed.serving.cost_model
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
-    if model is not None and model != usual and model.name:
-        values["cost_model"] = model.name.partition(" (")[0]
-    values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
+    if model is not None and model != usual:
+        text = typed.get("cost_model")
+        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
+        values["cost_model"] = text or (model.name and model.name.partition(" (")[0])
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
     # What serves stays, to compare with, and so do experts that need not move.
     least = -(-placement.num_experts // placement.devices)
     fits = placement.slots_per_device <= (values["slots_per_device"] or least)
     # Other methods than the default one place anew, wherever experts are.
-    if fits and values["method"] is None:
+    if fits and values["method"] in (None, "joint"):
         values["initial_file"] = str(placement_file)
     values["out_file"] = options.apart_from(placement_file, OUT)
     files = shlex.join(map(str, placed.source.input_files))

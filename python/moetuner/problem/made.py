@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moetuner import topology
@@ -197,6 +198,17 @@ class Made:
         """Sizes of windows that it was computed for, and their shares of the serving time."""
         window = self.serving.get("window")
         return self.serving.get("phases") or ({} if window is None else {window: 1.0})
+
+    def spelled_of(self, name: str, *, beside: Path, value: object) -> str | None:
+        """Return what an option takes for a value that this has; None where that is not known.
+
+        A file that was named is looked for here, then beside another file.
+        """
+        text = self.spelled.get(name)
+        if text is None or self.serving.get(name) != value:
+            return None
+        is_elsewhere = not Path(text).exists() and (beside.parent / text).exists()
+        return str(beside.parent / text) if is_elsewhere else text
 
     @property
     def is_counted(self) -> bool:

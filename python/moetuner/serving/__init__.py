@@ -151,6 +151,7 @@ class Serving(Frozen):
         GOAL,
         f"{phase.PREFILL_SHARE:g} for a trace, without --window",
         read=phase.read_prefill_share,
+        usual=phase.PREFILL_SHARE,
         flag="--prefill-share",
         metavar="SHARE",
         help="Share of the serving time that is prefill (windows of "

@@ -27,7 +27,8 @@ def setting(default: Any, group: str = GOAL, default_text: str = "", **metadata:
         and says in its docstring what it reads, or ``above``, for a number above it; without it is
         a flag. ``metavar``, ``flag``,
         its option, by default its name, ``help``, by default what the docstring says, and
-        ``multiple``, if the option may be given several times. ``check``, which takes its name and
+        ``multiple``, if the option may be given several times, and ``usual``, a value that is as
+        good as none. ``check``, which takes its name and
         value and raises for a wrong one; by default it must be one of ``choices``. ``label`` and
         ``words``, what a page calls it, and how it writes a value: words by value, or a function.
         ``to_json`` and ``from_json``, how a placement's file holds a value. ``by_engine``, if an
@@ -62,7 +63,7 @@ def check_setting(declared: Field[Any], value: object) -> None:
 
 
 # What says how a text gives a setting, of all that is declared of it.
-OPTION_KEYS = ("group", "choices", "read", "above", "metavar", "flag", "help", "multiple")
+OPTION_KEYS = ("group", "choices", "read", "above", "usual", "metavar", "flag", "help", "multiple")
 
 
 def settings_of(*kinds: Any) -> dict[str, dict[str, Any]]:

@@ -35,11 +35,16 @@ NUMBERS = {"is not a valid integer": "is not an integer", "is not a valid float"
 
 
 class Option(click.Option):
-    """An option that knows its group of the help."""
+    """An option that knows its group of the help, and which value is as good as none.
 
-    def __init__(self, *arguments: Any, group: str = OTHER, **others: Any) -> None:
+    That is ``usual``, besides its default.
+    """
+
+    def __init__(
+        self, *arguments: Any, group: str = OTHER, usual: Any = None, **others: Any
+    ) -> None:
         super().__init__(*arguments, **others)
-        self.group = group
+        self.group, self.usual = group, usual
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Return the value; an error names the choice that comes nearest."""
@@ -206,16 +211,32 @@ def typed() -> dict[str, Any]:
     return context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
 
 
+# Options that are written whatever their value: what comes next reads the file.
+NAMED_FILES = ("out_file", "report_file")
+
+
 def words(command: click.Command, values: dict[str, Any]) -> str:
-    """Write values of the options that a command has, by name, a space in front of each."""
+    """Write values of the options that a command has, by name, a space in front of each.
+
+    A value that the option has by default is left out.
+    """
     text = ""
     for parameter in command.params:
-        value = values.get(str(parameter.name))
-        if isinstance(parameter, click.Option) and value is not None and value is not False:
+        name, value = str(parameter.name), values.get(str(parameter.name))
+        if not isinstance(parameter, click.Option) or value is None or value is False:
+            continue
+        plain = {str(parameter.default), str(getattr(parameter, "usual", None))}
+        if name in NAMED_FILES or str(value) not in plain:
             for each in value if isinstance(value, list) else [value]:
                 text += f" {max(parameter.opts, key=len)}"
                 text += "" if each is True else f" {shlex.quote(str(each))}"
     return text
+
+
+def spelled() -> dict[str, str]:
+    """Return machine and cost model as they were typed: their values are no text of an option."""
+    texts = {"topology": typed().get("machine"), "cost_model": typed().get("cost_model")}
+    return {name: text for name, text in texts.items() if text}
 
 
 def next_command(name: str, file: str, values: dict[str, Any], why: str = "") -> str:

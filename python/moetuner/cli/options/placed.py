@@ -13,7 +13,7 @@ import numpy as np
 from moetuner._checks import (
     nth_seed,
 )
-from moetuner.cli.options import LayerHints
+from moetuner.cli.options import LayerHints, spelled
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source, Traffic, size_of
@@ -105,7 +105,7 @@ def with_input(
     facts |= {name: value for name, value in read.items() if value is not None}
     made = Made.of(placement)
     serving = made.serving if engine is None else {**made.serving, "engine": engine}
-    made = replace(made, serving=serving, holdout=holdout, input=facts)
+    made = replace(made, serving=serving, holdout=holdout, input=facts, spelled=spelled())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
