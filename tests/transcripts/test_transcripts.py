@@ -26,12 +26,13 @@ STORE = "MOETUNER_STORE_TRANSCRIPTS"
 PAGES = sorted(Path(__file__).parent.glob("*.md"))
 PROMPT, FENCE = "$ ", "```"
 NEEDS = re.compile(r"<!-- needs: (.+) -->")
-DIGITS = 9
+# Digits and decimals of JSON's numbers: smaller ones may be what sums that are alike differ by.
+DIGITS, DECIMALS = 9, 12
 
 
 def rounded(number: re.Match[str]) -> str:
     """Return a number of JSON with fewer digits."""
-    return f"{float(number[0]):.{DIGITS}g}"
+    return f"{round(float(number[0]), DECIMALS) + 0.0:.{DIGITS}g}"
 
 
 def without_seconds(table: re.Match[str]) -> str:
