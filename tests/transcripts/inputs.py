@@ -89,6 +89,49 @@ def grouped(path: Path) -> None:
     np.savez(path, load=load, group=np.repeat([0, 1], 20), group_names=["code", "chat"])
 
 
+def two_kinds() -> mt.RoutingTrace:
+    """Return English sequences, then Japanese ones, which go to other experts."""
+    return by_group(mixed(4, 240).select(groups=["english", "japanese"]))
+
+
+def independent() -> mt.RoutingTrace:
+    """Return a trace whose second layer has its tokens in another order than the first."""
+    trace = mixed(0, 48)
+    ids = np.array(trace.expert_ids)
+    ids[:, 1] = np.random.default_rng(0).permutation(ids[:, 1])
+    return mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=trace.sequence)
+
+
+def one_prompt() -> mt.RoutingTrace:
+    """Return the same sequence two dozen times."""
+    ids = np.tile(np.asarray(bundled(128).expert_ids), (24, 1, 1))
+    return mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=np.arange(len(ids)) // 128)
+
+
+def idle_loads() -> np.ndarray:
+    """Return a load table whose layers are alike, with windows that nothing was served in."""
+    load = np.repeat(loads(20)[:, :1], LAYERS, axis=1)
+    load[::4] = 0
+    return load
+
+
+def times(path: Path) -> None:
+    """Write times of a layer in whole microseconds: few tokens read weights, many compute."""
+    few, many = (1, 2, 4, 8, 16, 24, 32), (4096, 6144, 8192, 12288, 16384, 24576)
+    off = (3, -2, 1, -3, 2, -1)
+    rows = [(n, min(n, 16), 80 + 12 * min(n, 16)) for n in few]
+    rows += [(n, 16, 40 + n // 12) for n in many]
+    lines = [f"{n},{used},{us + off[at % len(off)]}" for at, (n, used, us) in enumerate(rows)]
+    path.write_text("\n".join(["tokens,experts,microseconds", *lines]) + "\n")
+
+
+def edited(path: Path) -> None:
+    """Write a placement whose settings were edited by hand."""
+    placement().save(path)
+    contents = json.loads(path.read_text())
+    path.write_text(json.dumps(contents | {"settings": {"holdout": 2}}))
+
+
 def slow_loads(windows: int) -> np.ndarray:
     """Return means of eight neighbouring windows [W,L,E], so that neighbours are alike."""
     load = loads(windows + 7)
@@ -248,6 +291,20 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "few-loads.npz": lambda path: np.savez(path, load=loads(6)),
     "repeated-loads.npz": lambda path: np.savez(path, load=np.repeat(loads(24), 8, axis=0)),
     "slow-loads.npz": lambda path: np.savez(path, load=slow_loads(96)),
+    "two-kinds.safetensors": lambda path: two_kinds().save(path),
+    "independent.safetensors": lambda path: independent().save(path),
+    "one-prompt.safetensors": lambda path: one_prompt().save(path),
+    "idle-loads.npz": lambda path: np.savez(path, load=idle_loads()),
+    "alike-loads.npz": lambda path: np.savez(path, load=np.repeat(loads(1), 12, axis=0)),
+    "busy-loads.npz": lambda path: np.savez(path, load=loads(12) ** 4 // 10**8),
+    "many-loads.npz": lambda path: np.savez(path, load=loads(600)),
+    "edited.json": edited,
+    "kinds.txt": lambda path: path.write_text("code\nchat\n"),
+    "unnamed.txt": lambda path: path.write_text("code\n\n"),
+    "torn.csv": lambda path: path.write_text("number,kind\n0,code\n1\n"),
+    "long-map.json": lambda path: path.write_text(
+        json.dumps({"physical_to_logical_map": [[*range(16)]] * 3})
+    ),
     "one-window.npz": lambda path: np.savez(path, load=loads(1)),
     "mixtral-loads.npz": lambda path: np.savez(path, load=loads(40), model="mixtral-8x7b"),
     "loads.csv": rows_of_loads,
@@ -297,7 +354,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "MODEL": lambda path: given.checkpoint(path),
     "texts.jsonl": texts,
     "single-of-model.json": lambda path: shuffled().save(path),
-    "times.csv": targets.targets()["times"].make,
+    "times.csv": times,
 }
 
 

@@ -26,17 +26,18 @@ STORE = "MOETUNER_STORE_TRANSCRIPTS"
 PAGES = sorted(Path(__file__).parent.glob("*.md"))
 PROMPT, FENCE = "$ ", "```"
 NEEDS = re.compile(r"<!-- needs: (.+) -->")
-DIGITS = 9
+# Digits and decimals of JSON's numbers: smaller ones may be what sums that are alike differ by.
+DIGITS, DECIMALS = 9, 12
 
 
 def rounded(number: re.Match[str]) -> str:
     """Return a number of JSON with fewer digits."""
-    return f"{float(number[0]):.{DIGITS}g}"
+    return f"{round(float(number[0]), DECIMALS) + 0.0:.{DIGITS}g}"
 
 
 def without_seconds(table: re.Match[str]) -> str:
-    """Return a table whose last column, the seconds of a search, has stars."""
-    return re.sub(r"[\d,]+\.\d\d$", lambda cell: "*" * len(cell[0]), table[0], flags=re.MULTILINE)
+    """Return a table without its last column, the seconds of a search."""
+    return re.sub(r" +(seconds|[\d,]+\.\d\d)$", "", table[0], flags=re.MULTILINE)
 
 
 def joined(numbers: re.Match[str]) -> str:
@@ -47,10 +48,14 @@ def joined(numbers: re.Match[str]) -> str:
 # All that is shown in other words than it is printed: what, how, and why.
 NORMALISED: tuple[tuple[str, str | Callable[[re.Match[str]], str], str], ...] = (
     (r"[ \t]+$", "", "editors take spaces at the end of a line away"),
-    (r"^method .* seconds$\n(?:.+\n)*", without_seconds, "times of searches differ"),
+    (
+        r"^method .* seconds$\n(?:.+\n)*",
+        without_seconds,
+        "times differ, and alike ones are not shown",
+    ),
     (r"^paper  .*", "paper  ***", "another version of HiGHS may choose another of equal answers"),
     (r'("\w*seconds": )\d[^,\s]*', r"\1SECONDS", "times of searches differ"),
-    (r"\d{4}-\d\d-\d\d[T ][\d:.]+\+00:00", "DATE", "the time of a file is that of the test"),
+    (r"\d{4}-\d\d-\d\d[T ][\d:.]+[+-]\d\d:\d\d", "DATE", "the time of a file is that of the test"),
     (rf"\b{re.escape(mt.__version__)}\b", "VERSION", "every release has another one"),
     (r"\b[0-9a-f]{64}\b", "SHA-256", "other versions of libraries write files with other bytes"),
     (r"-?\d+\.\d{9,}(e-?\d+)?", rounded, "sums may end in other digits on another processor"),
