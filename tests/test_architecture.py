@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "serving": (*VALUES, "files", "router_groups"),
     "evaluation": (*VALUES, "serving", "files.ids"),
     "formats": (*VALUES, "files", "router_groups", "serving"),
-    "problem": (*VALUES, "serving", "evaluation"),
+    "problem": (*VALUES, "serving", "evaluation", "files"),
     "solver.effort": (),
     # The one clock.
     "solver.budget": ("solver.effort",),

@@ -15,13 +15,21 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
+from moetuner.files.cells import digits, percent
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
 from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective, goal_for, tables_for
 from moetuner.problem.pins import Pin, SlotRules, make_rules
-from moetuner.problem.settings import PIN, read_cap, read_groups, read_risk, read_slots
+from moetuner.problem.settings import (
+    PIN,
+    read_cap,
+    read_groups,
+    read_risk,
+    read_slots,
+    write_groups,
+)
 from moetuner.problem.windows import Risk, Windows, weighed, windows_of
 from moetuner.serving import Serving, phases
 from moetuner.serving.arrival import Arrival
@@ -127,7 +135,12 @@ class Problem(Frozen):
     topology: Topology
     _: KW_ONLY
     slots_per_device: int | Sequence[int] | None = setting(
-        None, MACHINE, read=read_slots, metavar="S|S,S,..."
+        None,
+        MACHINE,
+        read=read_slots,
+        metavar="S|S,S,...",
+        label="Slots of a device in a layer",
+        words=lambda value: str(value).strip("[()]"),
     )
     regime: Regime = same_setting(Serving, "regime")
     max_imbalance: float | None = setting(
@@ -136,25 +149,72 @@ class Problem(Frozen):
         f"{TRAFFIC_CAP} for traffic, else no cap",
         read=read_cap,
         metavar="X",
+        label="Cap of the imbalance",
+        words=digits,
         check=lambda name, value: check.at_least(name, value, 1),
         # Infinity is no number of JSON.
         to_json=lambda cap: str(cap) if cap == math.inf else cap,
         from_json=lambda cap: math.inf if cap == "inf" else cap,
     )
-    objective: Goal | None = setting(None, GOAL, choices=get_args(Goal))
+    objective: Goal | None = setting(
+        None,
+        GOAL,
+        choices=get_args(Goal),
+        label="Made small",
+        words={
+            "time": "predicted time of a layer",
+            "balance": "imbalance",
+            "traffic": "traffic between devices",
+        },
+    )
     cost_model: CostModel | None = same_setting(Serving, "cost_model")
     split: Split = same_setting(Serving, "split")
-    extra_slots: int | None = setting(None, MACHINE, read=read_count, metavar="N")
+    extra_slots: int | None = setting(
+        None,
+        MACHINE,
+        read=read_count,
+        metavar="N",
+        label="Copies over all layers",
+        words=lambda value: f"{value:,}",
+    )
     arrival: Arrival = same_setting(Serving, "arrival")
-    risk: Risk = setting("mean", GOAL, "mean", read=read_risk, metavar="mean|LEVEL")
+    risk: Risk = setting(
+        "mean",
+        GOAL,
+        "mean",
+        read=read_risk,
+        metavar="mean|LEVEL",
+        label="Windows that count",
+        words=lambda value: "all" if value == "mean" else f"the worst {percent(1 - float(value))}",
+    )
     groups: Mapping[str, float] | Literal["minimax"] | None = setting(
-        None, GOAL, read=read_groups, metavar="minimax|NAME=W,..."
+        None,
+        GOAL,
+        read=read_groups,
+        metavar="minimax|NAME=W,...",
+        label="Groups",
+        words=write_groups,
     )
     phases: Phases | None = same_setting(Serving, "phases")
-    pinned: Iterable[Pin] = setting((), ENGINE, flag="--pin", **PIN)
-    forbidden: Iterable[Pin] = setting((), ENGINE, flag="--forbid", **PIN)
-    survive: Domain | None = setting(None, GOAL, choices=DOMAINS)
-    fill_slots: bool = setting(False, MACHINE)
+    pinned: Iterable[Pin] = setting(
+        (), ENGINE, flag="--pin", label="Experts kept on a device", **PIN
+    )
+    forbidden: Iterable[Pin] = setting(
+        (), ENGINE, flag="--forbid", label="Experts kept off a device", **PIN
+    )
+    survive: Domain | None = setting(
+        None,
+        GOAL,
+        choices=DOMAINS,
+        label="A copy is left after the loss of",
+        words=lambda value: f"a {value}",
+    )
+    fill_slots: bool = setting(
+        False,
+        MACHINE,
+        label="Empty slots",
+        words={"true": "filled with copies", "false": "allowed"},
+    )
 
     def __post_init__(self) -> None:
         traffic: object = self.statistics

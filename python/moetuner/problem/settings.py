@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from moetuner.files.cells import counted, listed
+from moetuner.files.text import clean
 from moetuner.problem.pins import Pin
 from moetuner.serving.settings import read_count
+
+# Names of groups in a line.
+NAMED = 6
 
 
 def read_slots(text: str) -> int | tuple[int, ...]:
@@ -40,6 +46,13 @@ def read_groups(text: str) -> str | dict[str, float]:
     return {name: float(weight) for name, _, weight in pairs}
 
 
+def write_groups(value: Any) -> str:
+    """Write how groups are weighed."""
+    if isinstance(value, Mapping):
+        return listed([f"{clean(str(name))} x {weight:g}" for name, weight in value.items()], NAMED)
+    return {"minimax": "for the worst group"}.get(str(value), str(value))
+
+
 def read_pin(text: str) -> Pin:
     """Read LAYER:EXPERT:DEVICE in numbers, or "*" for all layers."""
     layer, expert, device = text.split(":")
@@ -48,4 +61,5 @@ def read_pin(text: str) -> Pin:
 
 # What pins and bans have in common.
 PIN: dict[str, Any] = {"read": read_pin, "metavar": "LAYER:EXPERT:DEVICE", "multiple": True}
+PIN["words"] = lambda value: counted(len(value), "rule")
 PIN["default_text"] = "none; may be repeated"

@@ -18,6 +18,7 @@ from moetuner._checks import (
 )
 from moetuner.cost import CostModel, cost_model_of, top_k_of
 from moetuner.files.cells import counted, digits, percent
+from moetuner.files.text import clean
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement
 from moetuner.serving import phases as phase
@@ -144,6 +145,7 @@ class Serving(Frozen):
         to_json=asdict,
         from_json=cost.from_keys,
         label="Times predicted for",
+        words=lambda value: clean(str(value.get("name") if isinstance(value, Mapping) else value)),
     )
     window: int | None = WINDOW
     phases: Phases | None = setting(

@@ -136,9 +136,9 @@ def _make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
     default = None if member.default is MISSING else member.default
     text = re.sub(r"(?<! ) \[(?=default|required)", "  [", keywords.pop("help", text))
     shows = not any(default is none for none in (None, False, ()))
-    return Option(
-        [flag, name], **{"default": default, **keywords, "help": text, "show_default": shows}
-    )
+    if not keywords.get("required"):  # a default, even None, is a value
+        keywords["default"] = default
+    return Option([flag, name], **{**keywords, "help": text, "show_default": shows})
 
 
 class Command(click.Command):

@@ -203,10 +203,10 @@ def _write_engine(request: Request, engine: Engine, advice: Advice) -> list[str]
             f"{engine.title} with DeepEP's low-latency kernels: a rank may send at most {tokens:,} "
             f"tokens at once, as their buffer of 32 GiB grows with the slots{without}"
         )
-    if advice.division is not None:
+    if advice.division is not None and engine.dividing is not None:
         divided, even = advice.division
         notes.append(
-            f"Copies whose tokens a linear programme divides ({engine.splits_by['lp']}) would "
+            f"Copies whose tokens a linear programme divides ({engine.dividing[1]}) would "
             f"leave the busiest device {divided:.2f} x the mean of recorded windows, and "
             f"{even:.2f} if they share evenly; by LPLB's authors it takes 100 us and more in every "
             "layer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +36,7 @@ from moetuner.report.advice.trial import (
 )
 from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
-from moetuner.serving.splits import RULES, Split
+from moetuner.serving.splits import Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.trace import RoutingTrace
 
@@ -225,8 +225,7 @@ def judge_division(
 
     Where nothing has copies, or the placement was computed for one, there is nothing to compare.
     """
-    splits: Collection[Split] = () if request.engine is None else request.engine.splits_by
-    dividing = next((split for split in splits if RULES[split].needs_windows), None)
+    dividing = None if request.engine is None else request.engine.dividing
     if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
         return None
     counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
@@ -247,4 +246,4 @@ def judge_division(
             threads=request.threads,
         ).imbalance
 
-    return Division(imbalance(dividing), imbalance("even"))
+    return Division(imbalance(dividing[0]), imbalance("even"))
