@@ -256,6 +256,8 @@ class Figures:
     visits: NDArray[np.int64]
     fanout: float
     node_fanout: float
+    # Those that tokens fill.
+    windows: int
 
     @property
     def crossing(self) -> float:
@@ -265,8 +267,9 @@ class Figures:
 
     @property
     def imbalance(self) -> float:
-        """Largest / mean load, the mean over windows and layers."""
-        return float((self.load.max(axis=2) / self.load.mean(axis=2)).mean())
+        """Largest / mean load, the mean over whole windows and layers."""
+        whole = self.load[: self.windows]
+        return float((whole.max(axis=2) / whole.mean(axis=2)).mean())
 
 
 def distinct(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -303,7 +306,8 @@ def replayed(
             follow[layer - 1] = table.reshape(devices, devices)
         before = here.astype(np.int64) * devices
     per_token = tokens * layers
-    return Figures(load, follow, visits, int(visits.sum()) / per_token, node_visits / per_token)
+    fanouts = int(visits.sum()) / per_token, node_visits / per_token
+    return Figures(load, follow, visits, *fanouts, max(tokens // window, 1))
 
 
 def check(ours: mt.Evaluation, theirs: Figures) -> None:

@@ -62,6 +62,8 @@ def command(
         time]
     """
     placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
+    if fail_if_worse is not None:
+        placed.check_gate()
     baseline, against = placed.baseline(baseline_file)
     traffic = placed.judged[0]
     judged, limit = measures or ("predicted_layer_us",), fail_if_worse

@@ -11,6 +11,7 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
+from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
@@ -84,8 +85,12 @@ def command(
     placed = Placed.read(placement_file, source, machine, serving)
     files = profile_files or _named(placed.made, placement_file, *source.input_files)
     only = () if profile_files else tuple(placed.made.input.get("only", ()))
-    profile = replace(placed.source, input_files=files, only=only or source.only)
-    profile = profile.as_placed(placed.made)
+    # The groups of INPUT are no groups of the profile, whose own the placement remembers.
+    names = FILES if source.group_by == FILES else None
+    profile = replace(placed.source, input_files=files, only=only or source.only, group_by=names)
+    profile = profile.as_placed(placed.made, placement_file)
+    if profile.missing_names is not None and (fail_if_drift or fail_if_worse is not None):
+        replace(placed, source=profile).check_gate()
     with working("comparing the expert shares"):
         # Counts as recorded: fewer of them would be less evidence.
         drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
@@ -99,6 +104,8 @@ def command(
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
     )
+    if profile.missing_names is not None:
+        output.say(f"Warning: {replace(placed, source=profile).names_warning}")
     if part["is_seen"] is False and "holdout" not in part:
         output.say("Warning: the placement was not computed from this profile.")
     answer = "not left"

@@ -30,6 +30,17 @@ Row = tuple[str, str, str | None]
 Read = Callable[[Sequence[Path], Mapping[str, str] | None], Traffic]
 
 
+def locate_names(text: str, beside: Path) -> str | None:
+    """Return what ``--group-by`` took, as a file of names here or beside another; None if gone."""
+    if text == FILES:
+        return text
+    folder = beside.parent
+    for place in (text, str(folder / text)):
+        if Path(place).is_file() or Path(place.rpartition(":")[0] or place).is_file():
+            return place
+    return None
+
+
 def read_names(text: str) -> list[Row]:
     """Read a name from every line of a file, or from a column: FILE.csv:COLUMN."""
     path, column = Path(text), ""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from moetuner._checks import (
@@ -163,7 +164,7 @@ class Placed:
         loads_it = WRITERS[form_of(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
             made = replace(made, serving={**made.serving, "engine": loads_it})
-        source, recorded = source.as_placed(made), made.input
+        source, recorded = source.as_placed(made, path), made.input
         topology = machine.topology(placement.devices, made.machine)
         # Times of another model than the placement's, or of other bits, are that model's.
         is_other = any(
@@ -279,8 +280,23 @@ class Placed:
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""
         yield self.source.describe()
+        if self.source.missing_names is not None:
+            yield f"Warning: {self.names_warning}"
         yield from self.differences()
         yield self.judged[1]
+
+    @property
+    def names_warning(self) -> str:
+        names = text.name(self.source.missing_names or "")
+        return (
+            f"{names}, which names the groups of INPUT, is neither here nor beside {self.name}: "
+            "without groups, what was held out may not be found; --group-by names them."
+        )
+
+    def check_gate(self) -> None:
+        """Raise where a gate would judge other traffic than the one that was held out."""
+        if self.source.missing_names is not None:
+            raise click.UsageError(self.names_warning)
 
     def differences(self) -> Iterator[str]:
         """Write how traffic is served, and where options differ from the settings."""

@@ -24,7 +24,7 @@ from moetuner.cli.options import (
     option,
     threads_option,
 )
-from moetuner.cli.options.groups import FILES, group_input
+from moetuner.cli.options.groups import FILES, group_input, locate_names
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
 from moetuner.evaluation.replay import check_model
@@ -171,6 +171,8 @@ class Source(FileHints):
     model: str | None = option(Text(read_model, words=MODELS), "NAME", group=ENGINE)
     weight_bits: float | None = option(Number(1, 64), "BITS", group=ENGINE)
     threads: int | None = threads_option()
+    # A file of names that a placement remembers, and that is gone.
+    missing_names: str | None = None
 
     @cached_property
     def recorded(self) -> Traffic:
@@ -262,7 +264,7 @@ class Source(FileHints):
         source = replace(self, num_experts=num_experts, top_k=top_k)
         return self if source == self else source  # what is read already stays read
 
-    def as_placed(self, made: Made) -> Source:
+    def as_placed(self, made: Made, placement_file: Path) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
         recorded, of_input = self.recorded, made.input
         defaults: dict[str, Any] = {name: of_input.get(name) for name in ("model", "weight_bits")}
@@ -271,20 +273,22 @@ class Source(FileHints):
         elif recorded.window is None:
             defaults |= {name: of_input.get(name) for name in ("tokens_per_step", "top_k")}
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        source = replace(self, **missing)
-        vars(source)["recorded"] = self._grouped_as(of_input, source.window)
-        return source
-
-    def _grouped_as(self, of_input: Mapping[str, Any], window: int | None) -> Traffic:
-        """Return INPUT with the groups of a placement's settings, if it is what they name.
-
-        Groups that INPUT or an option brings come first, and a file of names that is gone or is of
-        other traffic brings none.
-        """
-        text, recorded = of_input.get("group_by"), self.recorded
+        text = of_input.get("group_by")
         is_same = all(of_input.get(name) == size for name, size in size_of(recorded).items())
         if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
-            return recorded
+            source = replace(self, **missing)
+            vars(source)["recorded"] = recorded
+            return source
+        names = locate_names(text, placement_file)
+        source = replace(self, **missing, missing_names=text if names is None else None)
+        vars(source)["recorded"] = recorded
+        if names is not None:
+            vars(source)["recorded"] = self._grouped_by(names, source.window)
+        return source
+
+    def _grouped_by(self, text: str, window: int | None) -> Traffic:
+        """Return INPUT with the groups that a placement remembers, none where they do not fit."""
+        recorded = self.recorded
 
         def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
             if groups is None and list(paths) == list(self.input_files):
