@@ -414,7 +414,7 @@ def _judging(
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
     values = {field.name: typed.get(field.name) for field in fields(Source)}
-    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
+    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     report = options.next_command("report", f"{placed} {future or file}", values)
@@ -434,9 +434,9 @@ def _judging(
 def _audit_command(source: Source, advice: Advice, unseen: Collection[Path]) -> str:
     """Return the command that shows which groups the proposed placement serves worse."""
     files, initial = unseen or source.input_files, advice.settings["initial"]
-    values: dict[str, Any] = {"window": advice.main.window, "baseline_file": None}
+    values: dict[str, Any] = {"window": advice.main.window, "baseline": None}
     if initial != "contiguous":
-        values["baseline_file"] = _running_file(advice) or RUNNING_FILE
+        values["baseline"] = _running_file(advice) or RUNNING_FILE
     judged = f"{_proposed_file(advice)} {shlex.join(map(str, files))}"
     return options.next_command("audit", judged, values)
 

@@ -11,6 +11,7 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
@@ -34,7 +35,7 @@ def command(
     *,
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
-    baseline_file: Path | None = option(options.IN_FILE, "FILE"),
+    baseline: str | None = baseline_option(),
     machine: Machine,
     serving: ServingOptions,
     fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
@@ -53,7 +54,7 @@ def command(
 
     Parameters
     ----------
-    baseline_file
+    baseline
         The placement that runs. [default: contiguous]
     fail_if_worse
         Exit with status 3 if a group got worse by more than so many percent, beyond chance.
@@ -64,11 +65,11 @@ def command(
     placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
     if fail_if_worse is not None:
         placed.check_gate()
-    baseline, against = placed.baseline(baseline_file)
+    running, against = placed.baseline(baseline)
     traffic = placed.judged[0]
     judged, limit = measures or ("predicted_layer_us",), fail_if_worse
     judgement = placed.judge(
-        baseline,
+        running,
         (against, placed.name),
         figure="predicted_layer_us",
         measures=measures,
@@ -90,7 +91,7 @@ def command(
     contents = placed.contents(judged=judged, fail_if_worse=limit, waterfill=waterfill)
     contents |= {
         "placement": str(placement_file),
-        "baseline": None if baseline_file is None else str(baseline_file),
+        "baseline": baseline,
         "gain": audited.gain.to_dict() if audited.gain.before else None,
     }
     output.finish({**contents, **audited.to_dict(), "failed": bool(failures)})

@@ -276,14 +276,8 @@ def _facts(
 
 
 def _gain_facts(gain: Comparison) -> dict[str, Any]:
-    """Return the first split's gain as JSON values, and those of all splits beside it."""
-    gains, ends = gain.splits, [min(gain.splits), max(gain.splits)]
-    more = {
-        "mean": sum(gains) / len(gains),
-        "splits": gains,
-        "range": ends if len(gains) > 1 else None,
-    }
-    return replace(gain, splits=gains[:1]).to_dict() | more
+    """Return the first split's gain as JSON values, with those of all splits, and their mean."""
+    return gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
 
 
 def _judge(

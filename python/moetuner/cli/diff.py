@@ -46,9 +46,12 @@ def command(
         (placed.layers, placed.devices, placed.num_experts) for placed in (before, after)
     )
     if ours != theirs:
+        # The same model on other devices.
+        is_moved = ours[::2] == theirs[::2]
         raise click.UsageError(
             f"{text.name(after_file.name)} must be a placement of the same model and machine: "
-            f"{_sizes(ours)} as {text.name(before_file.name)}, got {_sizes(theirs)}."
+            f"{_sizes(ours)} as {text.name(before_file.name)}, got {_sizes(theirs)}"
+            + ('; "moetuner plan --steps" lists the moves to other devices.' * is_moved or ".")
         )
     topology = machine.topology(after.devices, _first(each.machine for each in made))
     if expert_bytes is None:

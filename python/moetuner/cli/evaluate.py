@@ -10,6 +10,7 @@ from moetuner import _checks
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
 from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
@@ -38,7 +39,7 @@ def command(
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
-    baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    baseline: str | None = baseline_option(),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
     serving: ServingOptions,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
@@ -49,7 +50,7 @@ def command(
 
     Parameters
     ----------
-    baseline_file
+    baseline
         The placement that runs. [default: contiguous]
     lost
         Devices that are lost, such as 3,17; the placement is replayed on those that are left.
@@ -60,7 +61,7 @@ def command(
     placed = placed.without(lost)
     placement, (traffic, *_) = placed.placement, placed.judged
     window = placed.source.counted
-    running, against = placed.baseline(baseline_file)
+    running, against = placed.baseline(baseline)
     judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
     evaluation = judgement.after
     output.say(*placed.lines())
@@ -84,7 +85,7 @@ def command(
     output.say(*[""] * bool(last), *last)
     contents = placed.contents(mixed_seed=mixed_seed, waterfill=waterfill, without=list(lost))
     contents["placement"] = str(placement_file)
-    contents["baseline"] = None if baseline_file is None else str(baseline_file)
+    contents["baseline"] = baseline
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 
 

@@ -16,6 +16,7 @@ from moetuner._checks import (
 )
 from moetuner.cli.options import LayerHints, spelled
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import is_start, start_placement
 from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source, Traffic, size_of
 from moetuner.cli.output import shares, working
@@ -26,7 +27,7 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
-from moetuner.files.cells import listed
+from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
@@ -179,9 +180,14 @@ class Placed:
 
     @cached_property
     def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
-        """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON.
+        """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON."""
+        return self._parts[1:]
 
-        It was held out if the rest of INPUT has the fingerprint of the placement.
+    @cached_property
+    def _parts(self) -> tuple[Traffic, Traffic, str, dict[str, Any]]:
+        """What the placement was computed from, as far as INPUT has it, and then ``judged``.
+
+        A part was held out if the rest of INPUT has the fingerprint of the placement.
         """
         traffic, made = self.source.traffic, self.made
         share, recorded = made.holdout or 0.0, made.input
@@ -203,7 +209,7 @@ class Placed:
             part, sentence = unseen, held_out(unseen, traffic)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
         groups = short_groups(part, self.source.counted)
-        return part, windowed(sentence, self.source, part, groups), facts
+        return seen, part, windowed(sentence, self.source, part, groups), facts
 
     def _fingerprint(self, traffic: Traffic) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
@@ -287,6 +293,7 @@ class Placed:
 
     @property
     def names_warning(self) -> str:
+        """What follows where names that the placement remembers are gone."""
         names = text.name(self.source.missing_names or "")
         return (
             f"{names}, which names the groups of INPUT, is neither here nor beside {self.name}: "
@@ -316,13 +323,29 @@ class Placed:
         for thing, then, today in pairs:
             yield f"The placement was computed for {thing} {then}; judged with {thing} {today}."
 
-    def baseline(self, path: Path | None) -> tuple[Placement, str]:
-        """Read the placement that runs, contiguous where there is none, and return its name."""
-        if path is None:
+    def baseline(self, running: str | None) -> tuple[Placement, str]:
+        """Return the placement that runs, of a file or what engines begin with, and its name.
+
+        Where nobody names it, it is contiguous; EPLB's is of what the placement was computed from.
+        """
+        if running in (None, "contiguous"):
             return contiguous(self.placement), "contiguous"
         number = self.topology.devices + len({*self.lost})
-        running = self.source.load(path, devices=number)
-        return running.without(self.lost), text.name(path.name)
+        if is_start(running, "--baseline"):
+            counts = self.source.count(self._parts[0])
+            seed, threads = nth_seed(self.made.seed, 0), self.source.threads
+            machine = Topology(number)
+            placement = start_placement(running, counts, machine, seed=seed, threads=threads)
+            return placement.without(self.lost), running
+        path = Path(running)
+        placement = self.source.load(path, devices=number)
+        if placement.devices != number:
+            raise click.UsageError(
+                f"'--baseline': {text.name(path.name)} has {counted(placement.devices, 'device')}, "
+                f"{self.name} {number}; both must be of one machine. What a placement does on the "
+                'devices that are left, "moetuner evaluate PLACEMENT INPUT --without LIST" shows.'
+            )
+        return placement.without(self.lost), text.name(path.name)
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with more of them, and what was judged on, for JSON."""
