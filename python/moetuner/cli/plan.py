@@ -140,6 +140,7 @@ def command(
             join=change.join,
             more_copies=more_copies,
             topology=topology,
+            window=source.replayed,
         )
     gone = sorted({*range(running.devices)} - {*planned.devices.tolist()})
     served = replace(
@@ -150,7 +151,7 @@ def command(
         model=running.model, topology=topology.name, settings=served.to_settings()
     )
     placement.save(out_file)
-    _show(output, planned, running, change, expert_bytes)
+    _show(output, planned, running, change, expert_bytes, source.replayed)
     output.say(f"wrote {out_file}")
     contents |= {"out": str(out_file), "without": list(change.without)} | planned.to_dict()
     if steps_file is not None:
@@ -160,7 +161,12 @@ def command(
 
 
 def _show(
-    output: Output, planned: Plan, running: Placement, change: Change, expert_bytes: float | None
+    output: Output,
+    planned: Plan,
+    running: Placement,
+    change: Change,
+    expert_bytes: float | None,
+    window: int | None,
 ) -> None:
     """Print what moves, and what the busiest device has to do."""
     serving = len(planned.devices)
@@ -174,13 +180,14 @@ def _show(
         gone = [d for d in range(running.devices) if d not in kept and d not in change.without]
         noun = "device" if len(gone) == 1 else "devices"
         output.say(f"to leave: {noun} {', '.join(map(str, gone))}")
+    where = "in the windows of INPUT" if window is None else f"in windows of {window:,} tokens"
     copies, lost = len(planned.steps), int(planned.lost.sum())
     size = "" if expert_bytes is None else f" ({in_bytes(copies * expert_bytes)})"
     disk = f", {lost:,} of them from disk, as no device has them any more" if lost else ""
     output.say(
         f"to move: {counted(copies, 'expert')}{size}{disk}",
         f"busiest device: {planned.imbalance_before:.3f} x the mean before, "
-        f"{planned.imbalance_after:.3f} x after, on the loads of INPUT",
+        f"{planned.imbalance_after:.3f} x after, {where}",
     )
 
 
@@ -196,7 +203,9 @@ def _plan_losses(
     domain = change.every_loss
     assert domain is not None
     with working("planning"):
-        plans = plan_losses(running, source.traffic, domain, topology=topology)
+        plans = plan_losses(
+            running, source.traffic, domain, topology=topology, window=source.replayed
+        )
     number = topology.devices if domain == "device" else topology.nodes
     if not plans:
         raise click.ClickException(
