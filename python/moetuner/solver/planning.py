@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
-from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies, find_holders
 from moetuner.solver.rebalancing import rebalance, slowest
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, count_loads
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -195,7 +194,7 @@ def _read_load(
 ) -> NDArray[np.float64]:
     """Return tokens of every expert [L,E], checked to be of a placement's experts."""
     check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    load = loads_of(traffic).total_load.astype(np.float64)
+    load = count_loads(traffic).total_load.astype(np.float64)
     if load.shape != (running.layers, running.num_experts):
         raise check.ArgumentError(
             f"traffic must have {running.layers} layers of {running.num_experts} experts like "
