@@ -11,7 +11,7 @@ import moetuner
 
 PACKAGE = Path(moetuner.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-VALUES = ("trace", "statistics", "topology", "cost", "placement")
+VALUES = ("recording", "trace", "statistics", "topology", "cost", "placement")
 SOLVER = ("evaluation", "problem", "serving", *VALUES)
 EFFORT = ("solver.effort", "solver.budget")
 STAGES = ("solver.run", "solver.result", "solver.terms", "solver.unseen", "solver.bounds")
@@ -27,10 +27,12 @@ MAY_IMPORT = {
     "frozen": (),
     "presets": (),
     "files": (),
-    "trace": ("files",),
-    "statistics": ("trace", "files"),
+    # What traces and counts both are, so it comes before both.
+    "recording": ("files.ids",),
+    "trace": ("recording", "files"),
+    "statistics": ("trace", "recording", "files"),
     "topology": ("presets", "files"),
-    "cost": ("topology", "presets", "files"),
+    "cost": ("recording", "topology", "presets", "files"),
     "placement": ("topology", "files"),
     "router_groups": ("statistics", "placement"),
     "serving": (*VALUES, "files", "router_groups"),

@@ -54,7 +54,7 @@ RIGHT = {
     "home": np.zeros(12, int), "ports": np.ones((2, 1)), "compute": np.ones((2, 2)),
     "communication": np.ones(2), "value": 1.0, "experts": 4, "tokens": np.ones((2, 2)),
     "to": "json", "settings": {}, "serving": mt.Serving(TOPOLOGY),
-    "results": (EVALUATION, EVALUATION), "running": PLACEMENT, "lost": (),
+    "results": (EVALUATION, EVALUATION), "running": PLACEMENT, "lost": (), "rows": [1, 0],
 }  # fmt: skip
 BY_CALL = {
     "Serving.chosen": {"name": "split"},
@@ -62,6 +62,7 @@ BY_CALL = {
         f"RoutingStatistics.{of}": {"tokens": by}
         for of, by in (("per_step", 5), ("joined", 6), ("runs", 6))
     },
+    **{f"{of}.rows_in": {"window": 3} for of in ("RoutingTrace", "RoutingStatistics")},
     "drift": {"profile": LONG, "traffic": LONG},
     "ExpertSets": {"ids": SETS.ids, "counts": SETS.counts},
     "CostModel.fit": {
@@ -178,6 +179,7 @@ WRONG = {
     "parts": ([], [3], [TRACE], 3, "ab"),
     "layers": (3, "ab", [9], [-1], [1.0], ["0"], [], [0, 0], [True], [NAN], [HUGE]),
     "sequences": (3, "ab", [99], [-1], [1.0], ["0"], [None], [True], [NAN], [HUGE]),
+    "rows": (3, "ab", [99], [-1], [1.0], ["0"], [None], [True], [NAN], [HUGE], [0, 0], [[0]]),
     "tiers": (3, "ab", [3], [None], [mt.Tier(3, 1)], [mt.Tier(2, 1), mt.Tier(3, 1)]),
     "link_cost": (*NO_TABLE, *SHAPES, np.ones((2, 2)), -np.ones((2, 2)), np.full((2, 2), NAN)),
     "home": ("nonsense", 3, [0], [0.0] * 12, [9] * 12, [-1] * 12, ["a"] * 12, {}),

@@ -201,7 +201,7 @@ def test_a_trace_keeps_no_more_than_a_few_halves():
     trace, units = traffic([40] * 4), Units("sequence", 4)
     for window in range(1, 2 * halves.KEPT):
         halve(trace, setting(window=window), units)
-    assert len(halves._KNOWN[trace]) <= halves.KEPT + 1
+    assert len(trace.known["halves"]) <= halves.KEPT + 1
 
 
 def test_a_new_figure_of_windows_has_an_interval(monkeypatch):

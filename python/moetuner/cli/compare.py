@@ -39,7 +39,6 @@ from moetuner.report.outcome import (
 from moetuner.report.page.data import PageData, data_of_outcome
 from moetuner.serving import phases
 from moetuner.solver import ALIASES, METHODS, Result
-from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # What runs where nobody says it, and the name of a placement that does.
@@ -326,11 +325,7 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
     cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window:,} tokens" if window else ""
     windows = f", {phases.words(problem.shares)}" if len(problem.shares) > 1 else windows
-    if isinstance(unseen, RoutingTrace):
-        judged = counted(unseen.tokens, "unseen token")
-    else:
-        judged = counted(unseen.windows, "unseen window")
-    judged = judged if holdout else "the same traffic"
+    judged = counted(unseen.length, f"unseen {unseen.unit}") if holdout else "the same traffic"
     return (
         f"{machine}, {problem.regime}, objective {problem.goal}{cap}{windows}, judged on {judged}"
     )

@@ -20,9 +20,8 @@ from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
 from moetuner.files.cells import counted
+from moetuner.recording import Recording
 from moetuner.report.outcome import on_one_device, whose_times
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
@@ -89,10 +88,10 @@ def command(
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 
 
-def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
+def _mixed(traffic: Recording, seed: int) -> str:
     """Return what a mixed window is made of: other numbers of sequences are other figures."""
-    if isinstance(traffic, RoutingStatistics):
-        return f"mixed: means of {min(traffic.windows, WINDOWS_MIXED)} windows, seed {seed}"
+    if not traffic.ordered:
+        return f"mixed: means of {min(traffic.length, WINDOWS_MIXED)} windows, seed {seed}"
     if traffic.sequence is None:
         return f"mixed: tokens in random order, as INPUT has no sequences, seed {seed}"
     sequences = _checks.distinct(traffic.sequence).size

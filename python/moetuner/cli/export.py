@@ -15,14 +15,16 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import ArgumentError
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
 from moetuner.cli.options.placed import made_of, read_any
-from moetuner.cli.options.traffic import Traffic, describe, left_out
+from moetuner.cli.options.traffic import describe
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
+from moetuner.evaluation.units import hold_out
 from moetuner.files import replacing
 from moetuner.files.cells import percent
 from moetuner.formats import (
@@ -39,8 +41,9 @@ from moetuner.formats.ktransformers import choose, write_chosen
 from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem.made import Made
+from moetuner.recording import Recording
 from moetuner.serving.engines import ENGINES
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import count_loads
 from moetuner.topology import Topology
 
 MOVES, KTRANSFORMERS = "moves", "ktransformers"
@@ -73,7 +76,7 @@ class OnGpu:
     gpu_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
     expert_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
 
-    def per_layer(self, traffic: Traffic) -> int:
+    def per_layer(self, traffic: Recording) -> int:
         """Return how many experts of a layer are on the GPU."""
         if (self.gpu_experts is None) == (self.gpu_bytes is None):
             raise click.UsageError("'--to ktransformers' needs '--gpu-experts' or '--gpu-bytes'.")
@@ -225,8 +228,8 @@ def _write_chosen(
     contents = {"input": str(path), "format": KTRANSFORMERS, "out": str(out_file)}
     shares = {"share": _share(chosen, traffic), "unseen_share": None}
     took = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
-    with contextlib.suppress(ValueError):  # one window, or one sequence, is not split
-        seen, unseen = traffic.split(0.5)
+    with contextlib.suppress(ArgumentError):  # of one token or window no part is held out
+        seen, unseen = hold_out(traffic.without_pairs())
         by_half = choose(_load(seen), count, each_layer=on_gpu.each_layer)
         shares["unseen_share"] = _share(by_half, unseen)
         took += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
@@ -236,8 +239,8 @@ def _write_chosen(
         f"by chance take {percent(float(chosen.mean()))}."
     )
     hints = layer_hints.hints
-    if (layers_of_model := left_out(traffic)) is not None:
-        hidden, dense = layers_of_model
+    if traffic.left_out is not None:
+        hidden, dense = traffic.left_out
         hints |= {"hidden_layers": hidden, "dense_layers": dense}
     write_chosen(chosen, out_file, Hints(**hints))
     output.say(
@@ -249,16 +252,12 @@ def _write_chosen(
     output.finish({**contents, "gpu_experts": layers.tolist(), **shares})
 
 
-def _load(traffic: Traffic) -> NDArray[np.int64]:
+def _load(traffic: Recording) -> NDArray[np.int64]:
     """Return how often every expert of every layer was chosen [L,E]."""
-    if not isinstance(traffic, RoutingStatistics):
-        traffic = RoutingStatistics.from_trace(
-            traffic, window=None, transitions=False, coactivation=False, sets=False
-        )
-    return traffic.total_load.astype(np.int64)
+    return count_loads(traffic).total_load.astype(np.int64)
 
 
-def _share(chosen: NDArray[np.bool_], traffic: Traffic) -> float:
+def _share(chosen: NDArray[np.bool_], traffic: Recording) -> float:
     """Return the share of the choices that some experts take."""
     load = _load(traffic)
     return float(load[chosen].sum() / load.sum())

@@ -16,13 +16,14 @@ from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.placed import held_out, windowed, with_input
 from moetuner.cli.options.serving import ProblemOptions
-from moetuner.cli.options.traffic import Source, Traffic, size_of
+from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
 from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
+from moetuner.recording import Recording
 from moetuner.report.outcome import (
     Outcome,
     empty_slots,
@@ -148,14 +149,14 @@ def command(
 
 
 def _facts(
-    judgements: dict[int | None, Judgement], judged_on: Traffic, holdout: float
+    judgements: dict[int | None, Judgement], judged_on: Recording, holdout: float
 ) -> dict[str, Any]:
     """Return the gains, and what they were judged on, for JSON."""
     part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
     gains = [{"window": tokens, **each.gain.to_dict()} for tokens, each in judgements.items()]
     first = next(iter(judgements.values()), None)
     facts = {"gain": None if first is None else first.gain.to_dict(), "gains": gains}
-    return facts | {"judged_on": part | size_of(judged_on)}
+    return facts | {"judged_on": part | judged_on.size}
 
 
 def _show(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,17 +16,17 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
-from moetuner.evaluation.replay import Setting, Traffic, check_model, members
+from moetuner.evaluation.replay import Setting, Traffic, check_model
 from moetuner.evaluation.rows import dispatch_rows, homes_of
-from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
+from moetuner.recording import Recording
 from moetuner.serving import Serving, serving_of
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.splits import Split
-from moetuner.statistics import WINDOW, RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics, count_loads
 from moetuner.topology import Regime, Topology
-from moetuner.trace import RoutingTrace
+from moetuner.trace import RoutingTrace, as_trace
 
 
 class Replayed(NamedTuple):
@@ -148,7 +148,7 @@ class Evaluation(Frozen):
         setting = replayed.setting
         if not setting.placement.has_copies:
             return {}
-        load = loads_of(replayed.traffic, threads=setting.threads).total_load
+        load = count_loads(replayed.traffic, threads=setting.threads).total_load
         domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
         return {
             domain: measure_losses(
@@ -275,7 +275,7 @@ def evaluate(
 
 def evaluate_each(
     placements: Sequence[Placement],
-    traffic: Traffic,
+    traffic: Recording,
     servings: Sequence[Serving],
     *,
     home: ArrayLike | Literal["blocks"] | None = None,
@@ -313,22 +313,22 @@ def evaluate_each(
 
 def _evaluate(
     settings: Sequence[Setting],
-    traffic: Traffic,
+    traffic: Recording,
     home: ArrayLike | Literal["blocks"] | None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
     for setting in settings:
         check_model(setting.placement, traffic, setting.topology)
-    common, homes, numbers = settings[0], None, members(traffic)
+    common, homes, numbers = settings[0], None, traffic.group_rows()
     serving = common.serving
     if home is not None:
-        if isinstance(traffic, RoutingStatistics):
+        if not traffic.ordered:
             raise ValueError("home needs a trace: statistics have no tokens")
         if not (serving.rule.is_hashed and serving.rule.is_even):
             raise ValueError(
                 f"home needs split 'even', got {serving.split!r}: others know homes only spread"
             )
-        homes = homes_of(home, traffic.tokens, common.placement.devices)
+        homes = homes_of(home, traffic.length, common.placement.devices)
     served = orders(traffic, serving.arrival, seed=common.mixed_seed)
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
     # the sequences of a group are mixed with each other, not with those of others.
@@ -351,8 +351,8 @@ def _evaluate(
             mixed = parts[0].mixed
             if setting.mixed and is_mixed and group is None:
                 mixed = parts[-1].load[parts[-1].is_step]
-            if homes is not None and isinstance(traffic, RoutingTrace):
-                own = traffic if group is None else traffic.select(groups=group)
+            if homes is not None:
+                own = as_trace(traffic if group is None else traffic.take(numbers[group]))
                 rows = dispatch_rows(setting.placement, own, homes[numbers[group]])
                 parts = [replace(counts, dispatch=rows) for counts in parts]
             weighed = [(weight, counts) for (weight, _), counts in zip(served, parts, strict=True)]
@@ -364,7 +364,7 @@ def _evaluate(
     return evaluated
 
 
-def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None) -> Evaluation:
+def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = counted.setting.topology, counted.rows()
     model = counted.setting.serving.cost_model
@@ -382,5 +382,5 @@ def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None
         predicted_with=None if model is None else f"{model.shown_name}{model.weights}",
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
-        replayed=Replayed(traffic, counted.setting, group),
+        replayed=Replayed(cast(Traffic, traffic), counted.setting, group),
     )

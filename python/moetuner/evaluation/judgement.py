@@ -352,12 +352,7 @@ def _measure_changes(
     machines = [replace(each.setting.topology, name=None) for each in (before, after)]
     if machines[0] != machines[1]:
         raise ValueError("before and after must be of one machine: give evaluate() its topology")
-    sizes = [
-        f"{each.traffic.tokens} tokens"
-        if isinstance(each.traffic, RoutingTrace)
-        else f"{each.traffic.windows} windows"
-        for each in (before, after)
-    ]
+    sizes = [f"{each.traffic.length} {each.traffic.unit}s" for each in (before, after)]
     # Halves of a group are those that are computed with all traffic.
     by_group = by_group or None not in (before.group, after.group)
     alone = replace(after.setting, placement=before.setting.placement)
@@ -530,7 +525,7 @@ def audit(
     if units is not None:
         check.instance("units", units, Units)
     measures = check_measures(measures)
-    if isinstance(traffic, RoutingTrace) and not traffic.tokens:
+    if not traffic.length:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
     pair = [baseline, placement]
     [(before, after)] = evaluate_each(pair, traffic, [serving], mixed=False, threads=threads)

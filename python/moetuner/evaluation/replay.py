@@ -25,17 +25,17 @@ from moetuner._checks import (
 from moetuner.evaluation import copies
 from moetuner.evaluation.arrival import mixed_order, mixed_windows
 from moetuner.placement import EMPTY, Placement
+from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
+from moetuner.trace import RoutingTrace, as_trace
 
 # Bytes of a trace that are replayed at once: under all placements while they are in the cache.
 SHARD_BYTES = 16 << 20
 
 Numbers = NDArray[Any]
 Floats = NDArray[np.float64]
-Traffic = RoutingTrace | RoutingStatistics
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Setting:
         )
 
 
-def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> None:
+def check_model(placement: Placement, traffic: Recording, topology: Topology) -> None:
     """Raise unless placement, traffic and topology are of one model and machine."""
     instance("placement", placement, Placement)
     instance("traffic", traffic, RoutingTrace, RoutingStatistics)
@@ -204,31 +204,25 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
         )
 
 
-def members(traffic: Traffic) -> dict[str | None, NDArray[np.integer[Any]]]:
-    """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
-    count = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
-    kind: type[np.signedinteger[Any]] = np.int32 if count < 1 << 31 else np.int64
-    rows: dict[str | None, NDArray[np.integer[Any]]] = {None: np.arange(count, dtype=kind)}
-    if traffic.group is not None:
-        for number, group in enumerate(traffic.group_names):
-            in_group = np.flatnonzero(traffic.group == number).astype(kind)
-            if in_group.size:
-                rows[group] = in_group
-    return rows
+# What a command reads.
+Traffic = RoutingTrace | RoutingStatistics
 
 
-def without_groups(traffic: Traffic) -> Traffic:
-    """Return traffic of which no group is replayed by itself: each is replayed once more."""
-    return replace(traffic, group=None) if isinstance(traffic, RoutingTrace) else traffic
+def without_groups(recording: Recording) -> Recording:
+    """Return traffic of which no group is replayed by itself: each is replayed once more.
+
+    Groups of counts stay: they say which windows follow each other, and take no replay.
+    """
+    return replace(as_trace(recording), group=None) if recording.ordered else recording
 
 
 def counts_of(
-    traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
+    traffic: Recording, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
 ) -> Iterator[dict[str | None, Counts]]:
     """Count traffic, once for all settings, which differ in their placements and windows alone.
 
     Windows of a trace are as long as the shortest of them or several times that. Yields what was
-    counted under each, of all ``members``, a group by itself. ``progress`` gets the share of a
+    counted under each, of all rows, a group by itself. ``progress`` gets the share of a
     trace's tokens that were read.
     """
     if isinstance(traffic, RoutingStatistics):
@@ -238,7 +232,7 @@ def counts_of(
                     expected.counts(traffic.window_load[rows], is_step=traffic.is_step[rows]),
                     divided_load=expected.divide_all(traffic.window_load[rows]),
                 )
-                for group, rows in members(traffic).items()
+                for group, rows in traffic.group_rows().items()
             }
             # Which experts meet, in which layers, is only known of all windows together.
             yield {
@@ -252,15 +246,16 @@ def counts_of(
             "windows and no single tokens: RoutingStatistics.from_trace(trace, window=512)",
             "traffic",
         )
-    _check_table_bytes(traffic, settings)
-    parts = {group: _Group(traffic, settings, rows) for group, rows in members(traffic).items()}
+    trace = as_trace(traffic)
+    _check_table_bytes(trace, settings)
+    parts = {group: _Group(trace, settings, rows) for group, rows in trace.group_rows().items()}
     first = 0
-    for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
+    for shard in trace.shards(SHARD_BYTES, threads=settings[0].threads):
         for part in parts.values():
             part.push(shard, first)
         first += len(shard)
         if progress is not None:
-            progress(first / traffic.tokens)
+            progress(first / trace.tokens)
         del shard  # else the next shard is read while this one is still in memory
     for number in range(len(settings)):
         yield {group: part.finish(number) for group, part in parts.items()}

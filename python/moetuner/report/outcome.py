@@ -10,12 +10,13 @@ from moetuner.cost import assumed_model
 from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import Traffic, without_groups
+from moetuner.evaluation.replay import without_groups
 from moetuner.evaluation.units import Units
 from moetuner.files.cells import counted, distinct, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
+from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
@@ -116,7 +117,7 @@ def _figures(problem: Problem) -> tuple[str, ...]:
 def replay(
     placements: Sequence[Placement],
     serving: Serving,
-    traffic: Traffic,
+    traffic: Recording,
     windows: Sequence[int | None],
     *,
     by_group: bool = True,
@@ -132,13 +133,13 @@ def replay(
     return dict(zip(windows, evaluate_each(placements, traffic, servings, **options), strict=True))
 
 
-def left_over(traffic: Traffic, window: int | None) -> str:
+def left_over(traffic: Recording, window: int | None) -> str:
     """Write what of some traffic is no step, so that no mean over windows has it; "" if nothing."""
     if isinstance(traffic, RoutingStatistics):
         short = int((~traffic.is_step).sum())
         return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
-    rest = traffic.tokens % (window or max(traffic.tokens, 1))
-    if rest in (0, traffic.tokens):
+    rest = traffic.length % (window or max(traffic.length, 1))
+    if rest in (0, traffic.length):
         return ""
     return f"imbalance and time leave out the last {counted(rest, 'token')}, which fill none"
 
@@ -326,7 +327,7 @@ def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
     return 100 * (2 - evaluation.fanout)
 
 
-def whose_times(serving: Serving, traffic: object) -> str:
+def whose_times(serving: Serving, traffic: Recording | None) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
     model = serving.cost_model
     assert model is not None
@@ -336,6 +337,6 @@ def whose_times(serving: Serving, traffic: object) -> str:
     )
     if model.measured is not None:
         line = model.origin
-    if serving.arrival != "bursts" and isinstance(traffic, RoutingStatistics):
+    if serving.arrival != "bursts" and traffic is not None and not traffic.ordered:
         line += " INPUT holds counts, so its windows are evaluated as recorded, not mixed."
     return line

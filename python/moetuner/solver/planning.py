@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
-from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies, find_holders
 from moetuner.solver.rebalancing import rebalance, slowest
-from moetuner.statistics import WINDOW, RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics, count_loads
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -206,7 +205,7 @@ def _read_load(
 ) -> NDArray[np.float64]:
     """Return tokens of every expert in windows [W,L,E], checked to be of a placement's experts."""
     check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    counted = loads_of(traffic, window=window)
+    counted = count_loads(traffic, window=window)
     load = counted.window_load.astype(np.float64)
     if counted.is_step.any():  # the last tokens, which fill no window, are in no mean
         load = load[counted.is_step]

@@ -7,18 +7,19 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.evaluation.replay import Traffic
 from moetuner.files import naming, read_whole
 from moetuner.files.cells import counted
 from moetuner.formats import own
+from moetuner.formats.hints import Traffic
+from moetuner.recording import Recording
 from moetuner.statistics import WINDOW
-from moetuner.trace import RoutingTrace
 
 # Stands for the names of INPUT's files.
 FILES = "files"
@@ -125,33 +126,42 @@ def group_input(
     if requests and traffic.group is not None and {*traffic.group_names} <= {*requests.values()}:
         _check_requests(rows, text)
         return traffic
-    is_trace = isinstance(traffic, RoutingTrace)
-    if not isinstance(traffic, RoutingTrace):
-        size = traffic.windows
-        part_of = np.arange(size)
-    elif traffic.sequence is not None:
-        sequences, part_of = np.unique(traffic.sequence, return_inverse=True)
-        size = len(sequences)
-    else:
-        size, part_of = 0, np.zeros(0, np.int64)
-    if len(names) == size:
-        labels = list(dict.fromkeys(names))
-        numbers = np.array([labels.index(name) for name in names])
-        return _label(traffic, numbers[part_of], labels)
+    labels = list(dict.fromkeys(names))
+    numbers = np.array([labels.index(name) for name in names])
+    first, *others = parts = _divisions(traffic, window)
+    if len(names) == first.number:
+        return _label(traffic, numbers[first.part_of], labels)
     if len(names) == len(paths):
         return _group_files(paths, names, read)
-    parts = f"{size} {'sequences' if is_trace else 'windows'}"
-    if isinstance(traffic, RoutingTrace):
-        count = -(-traffic.tokens // window)
-        if len(names) == count:
-            labels = list(dict.fromkeys(names))
-            numbers = np.array([labels.index(name) for name in names])
-            return _label(traffic, numbers[np.arange(traffic.tokens) // window], labels)
-        parts += f", {count} windows of {window:,} tokens"
+    for division in others:
+        if len(names) == division.number:
+            return _label(traffic, numbers[division.part_of], labels)
+    of_input = ", ".join(f"{division.number} {division.what}" for division in parts)
     raise click.UsageError(
-        f"'--group-by' must have a name for each of {parts} or {counted(len(paths), 'file')}, got "
-        f"{len(names)} names{_column_hint(text)}."
+        f"'--group-by' must have a name for each of {of_input} or "
+        f"{counted(len(paths), 'file')}, got {len(names)} names{_column_hint(text)}."
     )
+
+
+class _Division(NamedTuple):
+    """What INPUT may be divided into: the part of every row, how many parts, and what they are."""
+
+    part_of: NDArray[np.int64]
+    number: int
+    what: str
+
+
+def _divisions(recording: Recording, window: int) -> list[_Division]:
+    """Return what may have a group each: windows of counts; sequences, and windows, of a trace."""
+    rows = np.arange(recording.length)
+    if not recording.ordered:
+        return [_Division(rows, len(rows), "windows")]
+    sequences = _Division(rows[:0], 0, "sequences")
+    if recording.sequence is not None:
+        labels, part_of = np.unique(recording.sequence, return_inverse=True)
+        sequences = _Division(part_of, len(labels), "sequences")
+    windows = _Division(rows // window, -(-len(rows) // window), f"windows of {window:,} tokens")
+    return [sequences, windows]
 
 
 def _column_hint(text: str) -> str:
@@ -170,6 +180,5 @@ def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Tra
     parts: list[Traffic] = []
     for path, name in zip(paths, names, strict=True):
         part = read([path], None)
-        length = part.tokens if isinstance(part, RoutingTrace) else part.windows
-        parts.append(_label(part, np.zeros(length, np.int64), [name]))
+        parts.append(_label(part, np.zeros(part.length, np.int64), [name]))
     return own.join(parts, paths)

@@ -13,9 +13,9 @@ from typing import Any, get_args
 from moetuner import _checks as check
 from moetuner.cost import CostModel, bytes_of_expert
 from moetuner.evaluation.comparison import PRICE
-from moetuner.evaluation.replay import Traffic, members
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
+from moetuner.recording import Recording
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
@@ -52,10 +52,10 @@ SPLITS, COPIES = 3, (0, 1, 2, 4)
 
 
 def advise(
-    traffic: Traffic,
+    traffic: RoutingTrace | RoutingStatistics,
     topology: Topology | Serving,
     *,
-    unseen: Traffic | None = None,
+    unseen: RoutingTrace | RoutingStatistics | None = None,
     initial: Placement | str = "contiguous",
     engine: str | None = None,
     copies: Sequence[int] = COPIES,
@@ -177,14 +177,15 @@ def advise(
     if prefill_share is not None:
         _check_share(prefill_share, windows)
     phases = None if prefill_share is None else prefill(prefill_share)
-    if isinstance(traffic, RoutingTrace):
+    traffic = traffic.without_pairs()
+    if traffic.ordered:
         if window is not None:
             phases = {window: 1.0}
     else:
-        traffic, arrival = _without_pairs(traffic), None
+        arrival = None
         if isinstance(topology, Serving):
             topology = replace(topology, arrival="bursts")
-        unseen = _without_pairs(unseen) if isinstance(unseen, RoutingStatistics) else unseen
+        unseen = None if unseen is None else unseen.without_pairs()
     options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
     if not isinstance(topology, Serving):
         options = {name: value for name, value in options.items() if value is not None}
@@ -321,15 +322,10 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
     }
 
 
-def _without_pairs(statistics: RoutingStatistics) -> RoutingStatistics:
-    """Return loads alone: pairs are of all windows together, so they cannot be halved."""
-    return replace(statistics, transitions=None, coactivation=None, sets=None)
-
-
-def _check_groups(traffic: Traffic, by_group: bool) -> None:
+def _check_groups(traffic: Recording, by_group: bool) -> None:
     """Raise where groups are to be judged by themselves, and there are none."""
     check.flag("by_group", by_group)
-    if by_group and len(members(traffic)) < 3:
+    if by_group and len(traffic.group_rows()) < 3:
         raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
 
 
@@ -343,38 +339,35 @@ def _counts(copies: Sequence[int]) -> list[int]:
 
 
 def _windows(
-    traffic: Traffic, unseen: Traffic | None, window: int | None
+    traffic: Recording, unseen: Recording | None, window: int | None
 ) -> tuple[int | None, ...]:
     """Return the windows that are judged: of both phases where one is not given."""
-    if isinstance(traffic, RoutingStatistics):
+    if not traffic.ordered:
         return (None,)  # statistics come in their windows
     if window is not None:
         return (window,)
-    return judged_windows(
-        unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
-    )
+    return judged_windows(traffic.length // 2 if unseen is None else unseen.length)
 
 
 def _prefill_lacks(request: Request) -> int:
     """Return by how many tokens the recording is too short to judge prefill."""
     judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
     is_judged = len(request.windows) > 1 or request.serving.phases is not None
-    if is_judged or isinstance(judged, RoutingStatistics):
+    if is_judged or request.windows[0] is None:
         return 0
     # Half of the recording is judged on, if nothing else is.
-    return fewest - judged.tokens if request.unseen is not None else 2 * fewest - judged.tokens
+    return fewest - judged.length if request.unseen is not None else 2 * fewest - judged.length
 
 
 def _check_values(
-    traffic: Traffic, topology: Topology, price: float, initial: Placement | str
+    traffic: Recording, topology: Topology, price: float, initial: Placement | str
 ) -> None:
     """Raise for traffic of no tokens, a price that is none, and what cannot run."""
     check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
-    elif not traffic.total_load.any():
+    if traffic.ordered and traffic.length < 2:
+        raise ValueError(f"traffic must have two tokens or more, got {traffic.length}")
+    if traffic.is_empty:
         raise ValueError("traffic must have tokens, got a load of 0")
     check.share("price", price)
     if isinstance(initial, str):
@@ -388,19 +381,18 @@ def _check_values(
         check.instance("initial", initial, Placement)
 
 
-def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
+def check_unseen(traffic: Recording, unseen: Recording) -> None:
     """Raise if traffic to judge on is of another kind or model, or holds nothing."""
     check.instance("unseen", unseen, RoutingTrace, RoutingStatistics)
     both = (traffic, unseen)
-    kinds = ["a trace" if isinstance(each, RoutingTrace) else "counts" for each in both]
-    if kinds[0] != kinds[1]:
+    if traffic.noun != unseen.noun:
         raise check.ArgumentError(
-            f"unseen must be {kinds[0]} like traffic, got {kinds[1]}", "unseen"
+            f"unseen must be {traffic.noun} like traffic, got {unseen.noun}", "unseen"
         )
     wanted, got = (f"{each.layers} layers of {each.num_experts} experts" for each in both)
     if wanted != got:
         raise check.ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
-    if not (unseen.tokens if isinstance(unseen, RoutingTrace) else unseen.total_load.any()):
+    if unseen.is_empty:
         raise check.ArgumentError("unseen must have tokens, got none", "unseen")
 
 

@@ -10,10 +10,10 @@ from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
 from moetuner.files.cells import counted, in_bytes, listed, percent, signed, span
 from moetuner.files.text import name
+from moetuner.recording import Recording
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import tokens_at_once
@@ -29,7 +29,6 @@ from moetuner.report.recording import PHASES
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.engines import ENGINES, Engine
 from moetuner.serving.phases import WINDOWS, name_phase
-from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
@@ -80,14 +79,11 @@ def write_audit(advice: Advice) -> str:
     return f"audit(placement, traffic{window}{baseline})"
 
 
-def write_judged_on(request: Request, unseen: Traffic) -> str:
+def write_judged_on(request: Request, unseen: Recording) -> str:
     """Write what placements are judged on, and what of it is in no window."""
-    if isinstance(unseen, RoutingStatistics):
-        text = counted(unseen.windows, "window")
-    else:
-        text = counted(unseen.tokens, "token")
-        if unseen.sequences is not None:
-            text += f" of {counted(unseen.sequences, 'sequence')}"
+    text = counted(unseen.length, unseen.unit)
+    if unseen.sequences is not None:
+        text += f" of {counted(unseen.sequences, 'sequence')}"
     # The longest windows leave most over.
     longest = request.windows[-1]
     rest = left_over(unseen, longest)

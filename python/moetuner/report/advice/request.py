@@ -8,19 +8,18 @@ from functools import cached_property
 from typing import Any
 
 from moetuner._checks import ArgumentError
-from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units, hold_out, units_of
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Goal, goal_for, tables_for
+from moetuner.recording import Recording
 from moetuner.serving import Serving
 from moetuner.serving.engines import ENGINES, Engine, engine_settings
 from moetuner.serving.phases import Phases
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, as_counts
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 Window = int | None
 
@@ -52,8 +51,8 @@ class Request:
     ``windows`` are the sizes that are judged, and ``progress`` is called with what is being done.
     """
 
-    traffic: Traffic
-    unseen: Traffic | None
+    traffic: Recording
+    unseen: Recording | None
     serving: Serving
     initial: Placement | str
     copies: tuple[int, ...]
@@ -106,11 +105,10 @@ class Request:
 
         One window cannot be halved.
         """
-        can_split = isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
-        return can_split or self.unseen is not None
+        return self.traffic.length > 1 or self.unseen is not None
 
     @property
-    def judged_on(self) -> Traffic:
+    def judged_on(self) -> Recording:
         """The traffic of which a part, or all, is judged on."""
         return self.traffic if self.unseen is None else self.unseen
 
@@ -119,7 +117,7 @@ class Request:
         """What is independent in the traffic that is judged on, by window."""
         return {window: self.units_of(self.judged_on, window) for window in self.windows}
 
-    def units_of(self, traffic: Traffic, window: Window) -> Units:
+    def units_of(self, traffic: Recording, window: Window) -> Units:
         """Return what is independent in traffic."""
         return units_of(traffic, window=window, threads=self.threads)
 
@@ -130,7 +128,7 @@ class Part:
 
     seed: int
     statistics: RoutingStatistics
-    unseen: Traffic
+    unseen: Recording
 
 
 def split_of(request: Request, seed: int) -> Part:
@@ -139,20 +137,18 @@ def split_of(request: Request, seed: int) -> Part:
     return Part(seed, count(request, seen), unseen)
 
 
-def halve(request: Request, seed: int) -> tuple[Traffic, Traffic]:
+def halve(request: Request, seed: int) -> tuple[Recording, Recording]:
     """Return the seen and the unseen part of the traffic; those that were given apart, as such."""
     if request.unseen is not None:
         return request.traffic, request.unseen
     return hold_out(request.traffic, 0.5 if request.is_held_out else 0.0, seed=seed)
 
 
-def count(request: Request, seen: Traffic) -> RoutingStatistics:
+def count(request: Request, seen: Recording) -> RoutingStatistics:
     """Count traffic as ``moetuner solve`` does."""
-    if isinstance(seen, RoutingStatistics):
-        return seen
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
     options |= tables_for(request.serving.regime, goal_for(request.objective, None))
-    return RoutingStatistics.from_trace(seen, **options)
+    return as_counts(seen, **options)
 
 
 def problem_of(

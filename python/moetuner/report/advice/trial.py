@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.replay import Traffic
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
+from moetuner.recording import Recording
 from moetuner.report import outcome
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search
 from moetuner.solver import Method
@@ -78,7 +78,7 @@ def running_placement(request: Request, part: Part) -> Placement:
 def evaluate_all(
     request: Request,
     placements: dict[Key, Placement],
-    unseen: Traffic,
+    unseen: Recording,
     windows: Sequence[Window],
     *,
     by_group: bool = False,

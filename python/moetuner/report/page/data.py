@@ -20,7 +20,6 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import loads_of
 from moetuner.files import text
 from moetuner.files.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.formats import serving_commands, way_back
@@ -34,6 +33,7 @@ from moetuner.serving import SERVED
 from moetuner.serving.phases import name_phase
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
+from moetuner.statistics import count_loads
 from moetuner.topology import Topology
 
 TRY = "Try it: serve the same traffic with both placements, and compare the times you measure."
@@ -380,7 +380,7 @@ def make_data(
     gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
     answer, words, todo = GAINED[gain.answer]
-    loads = loads_of(replayed.traffic, threads=replayed.setting.threads)
+    loads = count_loads(replayed.traffic, threads=replayed.setting.threads)
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
         model = replayed.setting.serving.cost_model
