@@ -440,7 +440,9 @@ def _label_units(recording: Recording) -> tuple[Integers | None, int]:
     """Return the unit of every row, None where only runs are; and how far neighbours are alike."""
     sequence = recording.sequence
     if sequence is not None and (sequence != sequence[0]).any():
-        return units_of(recording).of_tokens(sequence), 1
+        unit = units_of(recording).of_tokens(sequence)
+        # All of one kind: sequences are held out then, which are no evidence of others.
+        return (sequence if (unit == unit[0]).all() else unit), 1
     if recording.ordered:
         return None, alike_tokens(recording)
     units = units_of(recording)

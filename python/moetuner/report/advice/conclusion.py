@@ -422,7 +422,7 @@ def _write_kinds(units: Units, only: str) -> tuple[str, str]:
         return f"Windows are of {number} kinds of traffic{only}", "kinds"
     requests = counted(len(units.sequences), "request")
     if units.likeness == "text":
-        return f"{requests} repeat {number} prompts{only}", "prompts"
+        return f"{requests} repeat {counted(number, 'prompt')}{only}", "prompts"
     if units.likeness == "part of the text":
         return f"{requests} share long parts, such as a document, of {number} texts{only}", "texts"
     return f"{requests} route alike in {number} kinds{only}, as those of one template do", "kinds"
