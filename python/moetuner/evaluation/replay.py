@@ -204,7 +204,7 @@ def check_model(placement: Placement, traffic: Recording, topology: Topology) ->
         )
 
 
-# What a command reads.
+# What files hold: one of the two.
 Traffic = RoutingTrace | RoutingStatistics
 
 

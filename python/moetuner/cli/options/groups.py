@@ -130,12 +130,12 @@ def group_input(
     numbers = np.array([labels.index(name) for name in names])
     first, *others = parts = _divisions(traffic, window)
     if len(names) == first.number:
-        return _label(traffic, numbers[first.part_of], labels)
+        return _label(traffic, numbers[first.part_of_row()], labels)
     if len(names) == len(paths):
         return _group_files(paths, names, read)
     for division in others:
         if len(names) == division.number:
-            return _label(traffic, numbers[division.part_of], labels)
+            return _label(traffic, numbers[division.part_of_row()], labels)
     of_input = ", ".join(f"{division.number} {division.what}" for division in parts)
     raise click.UsageError(
         f"'--group-by' must have a name for each of {of_input} or "
@@ -144,24 +144,24 @@ def group_input(
 
 
 class _Division(NamedTuple):
-    """What INPUT may be divided into: the part of every row, how many parts, and what they are."""
+    """Parts of INPUT that may have a group each: how many, what they are, and that of every row."""
 
-    part_of: NDArray[np.int64]
     number: int
     what: str
+    part_of_row: Callable[[], NDArray[np.int64]]
 
 
 def _divisions(recording: Recording, window: int) -> list[_Division]:
     """Return what may have a group each: windows of counts; sequences, and windows, of a trace."""
-    rows = np.arange(recording.length)
+    length = recording.length
     if not recording.ordered:
-        return [_Division(rows, len(rows), "windows")]
-    sequences = _Division(rows[:0], 0, "sequences")
+        return [_Division(length, "windows", lambda: np.arange(length))]
+    labels, part_of = np.zeros(0, np.int32), np.zeros(0, np.int64)
     if recording.sequence is not None:
         labels, part_of = np.unique(recording.sequence, return_inverse=True)
-        sequences = _Division(part_of, len(labels), "sequences")
-    windows = _Division(rows // window, -(-len(rows) // window), f"windows of {window:,} tokens")
-    return [sequences, windows]
+    sequences = _Division(len(labels), "sequences", lambda: part_of)
+    tokens = f"windows of {window:,} tokens"
+    return [sequences, _Division(-(-length // window), tokens, lambda: np.arange(length) // window)]
 
 
 def _column_hint(text: str) -> str:
