@@ -57,7 +57,7 @@ def command(
     if expert_bytes is None:
         model, bits = (
             after.model or before.model,
-            _first(each.input.get("weight_bits") for each in made),
+            _first(each.input.weight_bits for each in made),
         )
         expert_bytes = bytes_of_expert(_first(each.expert_size for each in made), model, bits)
     diff = before.diff(after, expert_bytes=expert_bytes, topology=topology)

@@ -15,9 +15,9 @@ from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
 from moetuner.cli.options.placed import Placed, read_hints
 from moetuner.cli.options.serving import ServingOptions
-from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation import evaluate
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files import text
@@ -26,6 +26,8 @@ from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP
 from moetuner.problem.made import Made
 from moetuner.problem.objective import goal_for
+from moetuner.problem.reading import SCALES
+from moetuner.recording import Recording
 from moetuner.report.advice import drift as measuring
 from moetuner.report.outcome import whose_times
 from moetuner.serving import SERVED, Serving
@@ -84,7 +86,7 @@ def command(
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
     files = profile_files or _named(placed.made, placement_file, *source.input_files)
-    only = () if profile_files else tuple(placed.made.input.get("only", ()))
+    only = () if profile_files else placed.made.input.only or ()
     # The groups of INPUT are no groups of the profile, whose own the placement remembers.
     names = FILES if source.group_by == FILES else None
     profile = replace(placed.source, input_files=files, only=only or source.only, group_by=names)
@@ -160,8 +162,8 @@ def _replayed(
     placement: Placement,
     serving: Serving,
     window: int | None,
-    before: tuple[Source, Traffic],
-    after: tuple[Source, Traffic],
+    before: tuple[Source, Recording],
+    after: tuple[Source, Recording],
 ) -> list[dict[str, Any]]:
     """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
@@ -181,7 +183,7 @@ def _replayed(
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
             served = replace(serving, window=replayed)
-            figures = evaluate(placement, part, served, threads=source.threads)
+            [[figures]] = evaluate_each([placement], part, [served], threads=source.threads)
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
@@ -198,7 +200,7 @@ def _phases(placed: Placed) -> dict[str, Any]:
 
 def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
     """Return the files that a placement names as its input, here or beside others."""
-    names = made.input.get("files", ())
+    names = made.input.files or ()
     for folder in (Path(), *(path.parent for path in beside)):
         files = tuple(folder / name for name in names)
         if files and all(path.exists() for path in files):
@@ -215,9 +217,7 @@ def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     placement, topology, made = placed.placement, placed.topology, placed.made
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
-    values |= {
-        name: getattr(placed.source, name) for name in ("model", "weight_bits", "tokens_per_step")
-    }
+    values |= {name: getattr(placed.source, name) for name in SCALES}
     name = made.spelled_of("topology", beside=placement_file, value=topology)
     name = common_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:

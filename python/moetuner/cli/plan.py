@@ -123,7 +123,7 @@ def command(
     if expert_bytes is None:
         size = made.expert_size or source.traffic.expert_size
         # INPUT may be counts alone: what is moved is the placement's.
-        bits = source.weight_bits or made.input.get("weight_bits")
+        bits = source.weight_bits or made.input.weight_bits
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}

@@ -90,12 +90,14 @@ def _lines(placement: Placement, made: Made, moment: str) -> Iterator[str]:
     if made.plan is not None:
         return
     recorded = made.input
-    source = listed(list(recorded.get("files", ["traffic of no name"])), NAMED)
+    source = listed(list(recorded.files or ["traffic of no name"]), NAMED)
     sizes = [
-        counted(recorded[size], size[:-1]) for size in ("tokens", "windows") if size in recorded
+        counted(size, unit)
+        for size, unit in ((recorded.tokens, "token"), (recorded.windows, "window"))
+        if size is not None
     ]
-    if recorded.get("only"):
-        sizes.append(f"of {listed(list(recorded['only']), NAMED)} alone")
+    if recorded.only:
+        sizes.append(f"of {listed(list(recorded.only), NAMED)} alone")
     if made.holdout:
         sizes.append(f"{percent(made.holdout)} of it held out")
     model = "" if placement.model is None else f" of {text.name(placement.model)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from moetuner._checks import (
     expert_size,
     instance,
     is_number,
-    positive,
     seed_in,
     shown,
     text_or_none,
@@ -22,6 +20,7 @@ from moetuner._checks import (
 from moetuner.frozen import as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.problem.reading import Reading
 from moetuner.serving import Serving
 from moetuner.serving.settings import check_setting
 from moetuner.statistics import COUNTED
@@ -30,11 +29,6 @@ from moetuner.statistics import COUNTED
 def _share_below_one(name: str, value: object) -> None:
     if not (is_number(value) and 0 <= value < 1):
         raise ValueError(f"{name} must be a share from 0 to below 1, got {shown(value)}")
-
-
-def _texts(name: str, value: object) -> None:
-    if not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
-        raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
 
 
 def _mapping(name: str, value: object) -> None:
@@ -53,14 +47,6 @@ OF_PROBLEM = {
     own.name: own
     for own in fields(Problem)
     if own.metadata and own.name not in OF_SERVING and not own.metadata.get("multiple")
-}
-# How INPUT was read, by name, and what checks it.
-READ: dict[str, Callable[[str, Any], object]] = {
-    **dict.fromkeys(("files", "only"), _texts),
-    **dict.fromkeys(("tokens", "windows"), partial(whole_number, lowest=0)),
-    **dict.fromkeys(("model", "group_by"), text_or_none),
-    "weight_bits": positive,
-    **dict.fromkeys(("tokens_per_step", "num_experts", "top_k"), whole_number),
 }
 
 
@@ -109,7 +95,7 @@ class Made:
     expert_size: tuple[int, int] | None = _said(lambda _, value: expert_size(value))
     holdout: float | None = _said(_share_below_one)
     counted: Mapping[str, Any] | None = _said(_mapping)
-    input: Mapping[str, Any] = field(default_factory=dict)
+    input: Reading = field(default_factory=Reading)
     plan: Mapping[str, Any] | None = _said(_mapping)
     spelled: Mapping[str, str] = field(default_factory=dict)
 
@@ -137,18 +123,14 @@ class Made:
             if "check" in each.metadata and each.name in values:
                 each.metadata["check"](each.name, values[each.name])
                 own[each.name] = values[each.name]
-        inner: dict[str, Any] = {}
         for name in ("input", "spelled"):
             _mapping(name, values.get(name, {}))
-            inner[name] = {
-                key: value for key, value in values.get(name, {}).items() if value is not None
-            }
-        for key, value in inner["input"].items():
-            if key in READ:
-                READ[key](f"input.{key}", value)
-        for key, value in inner["spelled"].items():
-            text_or_none(f"spelled.{key}", value)
-        return cls(serving=served, wanted=_build(OF_PROBLEM, values), **own, **inner)
+        spelled = {key: text for key, text in values.get("spelled", {}).items() if text is not None}
+        for key, text in spelled.items():
+            text_or_none(f"spelled.{key}", text)
+        read = Reading.from_json(values.get("input", {}))
+        wanted = _build(OF_PROBLEM, values)
+        return cls(serving=served, wanted=wanted, input=read, spelled=spelled, **own)
 
     @classmethod
     def for_problem(cls, problem: Problem, **search: Any) -> Made:
@@ -183,9 +165,13 @@ class Made:
         for name, value in {**self.serving, **self.wanted}.items():
             write = declared[name].metadata.get("to_json") if name in declared else None
             settings[name] = value if write is None or value is None else write(value)
-        for name in ("input", "spelled"):
-            if getattr(self, name):
-                settings[name] = dict(getattr(self, name))
+        settings["input"] = self.input.to_json()
+        settings["spelled"] = dict(self.spelled)
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if value or name not in ("input", "spelled")
+        }
         return {name: as_json(value) for name, value in settings.items()}
 
     @property
@@ -213,14 +199,17 @@ class Made:
     @property
     def is_counted(self) -> bool:
         """Whether the recording was counted already, in windows of its own."""
-        return "windows" in self.input
+        return self.input.windows is not None
 
     def on(self, machine: topology.Topology) -> Made:
         """Return the same serving on another machine, of a placement that nothing computed."""
         serving = {**self.serving, "topology": machine}
-        names = ("model", "weight_bits", "tokens_per_step", "num_experts", "top_k", "group_by")
-        read = {name: self.input[name] for name in names if name in self.input}
-        return Made(serving=serving, expert_size=self.expert_size, input=read, spelled=self.spelled)
+        return Made(
+            serving=serving,
+            expert_size=self.expert_size,
+            input=self.input.without_files(),
+            spelled=self.spelled,
+        )
 
 
 def _build(declared: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from moetuner.cli.options import LayerHints, spelled
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import is_start, start_placement
 from moetuner.cli.options.serving import ServingOptions
-from moetuner.cli.options.traffic import Source, Traffic, size_of
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
@@ -31,11 +31,12 @@ from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
 from moetuner.placement import Placement, contiguous
 from moetuner.problem.made import Made
+from moetuner.problem.reading import Reading
+from moetuner.recording import Recording
 from moetuner.report.outcome import left_over
 from moetuner.serving import Serving, chosen_in, phases
-from moetuner.statistics import COUNTED, RoutingStatistics
+from moetuner.statistics import COUNTED, as_counts
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 # Sentences on what a placement is judged on, by what its fingerprint says.
 SEEN = (
@@ -54,7 +55,7 @@ def made_of(path: Path, placement: Placement) -> Made:
         return Made.of(placement)
 
 
-def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = "") -> str:
+def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
     """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
     if not source.counted:
         return sentence
@@ -63,9 +64,9 @@ def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = ""
     return f"{sentence} {'; '.join(filter(None, windows))}."
 
 
-def short_groups(traffic: Traffic, window: int | None) -> str:
+def short_groups(traffic: Recording, window: int | None) -> str:
     """Write which groups of a trace have fewer tokens than a window; "" if none has."""
-    if window is None or not isinstance(traffic, RoutingTrace) or traffic.group is None:
+    if window is None or not traffic.ordered or traffic.group is None:
         return ""
     sizes = np.bincount(traffic.group, minlength=len(traffic.group_names)).tolist()
     short = [
@@ -76,9 +77,9 @@ def short_groups(traffic: Traffic, window: int | None) -> str:
     return f"a group of fewer tokens is one window: {listed(short, NAMED)}" if short else ""
 
 
-def held_out(part: Traffic, traffic: Traffic) -> str:
+def held_out(part: Recording, traffic: Recording) -> str:
     """Write on which part of INPUT a placement is judged that was computed from the rest."""
-    (name, judged), (_, total) = (*size_of(part).items(), *size_of(traffic).items())
+    (name, judged), (_, total) = (*part.size.items(), *traffic.size.items())
     return (
         f"Judged on {judged:,} of {total:,} {name}, which were held out when the placement was "
         "computed."
@@ -91,23 +92,19 @@ def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
     return read_placement(path, devices=machine.given, **known)
 
 
-def read_hints(path: Path) -> Mapping[str, Any]:
+def read_hints(path: Path) -> Reading:
     """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
-    return {} if form_of(path) != "json" else made_of(path, read_placement(path)).input
+    return Reading() if form_of(path) != "json" else made_of(path, read_placement(path)).input
 
 
 def with_input(
     placement: Placement, source: Source, engine: str | None, holdout: float
 ) -> Placement:
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
-    files = [path.name for path in source.input_files]
-    facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
-    names = ("model", "weight_bits", "tokens_per_step", "num_experts", "top_k", "group_by")
-    read = {name: getattr(source, name) for name in names}
-    facts |= {name: value for name, value in read.items() if value is not None}
+    read = Reading.of(source, source.traffic)
     made = Made.of(placement)
     serving = made.serving if engine is None else {**made.serving, "engine": engine}
-    made = replace(made, serving=serving, holdout=holdout, input=facts, spelled=spelled())
+    made = replace(made, serving=serving, holdout=holdout, input=read, spelled=spelled())
     return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
@@ -169,7 +166,7 @@ class Placed:
         topology = machine.topology(placement.devices, made.machine)
         # Times of another model than the placement's, or of other bits, are that model's.
         is_other = any(
-            getattr(source, name) != recorded.get(name) for name in ("model", "weight_bits")
+            getattr(source, name) != getattr(recorded, name) for name in ("model", "weight_bits")
         )
         of_other = {"cost_model"} if is_other else set()
         served = {name: value for name, value in made.serving.items() if name not in of_other}
@@ -179,19 +176,18 @@ class Placed:
         return cls(placement, text.name(path.name), made, source, serving)
 
     @cached_property
-    def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
+    def judged(self) -> tuple[Recording, str, dict[str, Any]]:
         """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON."""
         return self._parts[1:]
 
     @cached_property
-    def _parts(self) -> tuple[Traffic, Traffic, str, dict[str, Any]]:
+    def _parts(self) -> tuple[Recording, Recording, str, dict[str, Any]]:
         """What the placement was computed from, as far as INPUT has it, and then ``judged``.
 
         A part was held out if the rest of INPUT has the fingerprint of the placement.
         """
         traffic, made = self.source.traffic, self.made
-        share, recorded = made.holdout or 0.0, made.input
-        is_other = any(recorded.get(name, size) != size for name, size in size_of(traffic).items())
+        share, is_other = made.holdout or 0.0, made.input.is_other_than(traffic)
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
             if share and not is_other:
@@ -211,19 +207,18 @@ class Placed:
         groups = short_groups(part, self.source.counted)
         return seen, part, windowed(sentence, self.source, part, groups), facts
 
-    def _fingerprint(self, traffic: Traffic) -> str | None:
+    def _fingerprint(self, traffic: Recording) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
         if self.placement.fingerprint is None:
             return None
-        if isinstance(traffic, RoutingStatistics):
-            return traffic.fingerprint
         tables = self.made.counted
-        if tables is None:
+        if tables is None and traffic.ordered:
             return None
+        tables = tables or {}
         tables_counted: dict[str, Any] = {name: tables.get(name) is True for name in COUNTED}
         tables_counted["by_group"] &= traffic.group is not None
         with working("counting"):
-            return RoutingStatistics.from_trace(
+            return as_counts(
                 traffic,
                 window=self.made.serving.get("window"),
                 threads=self.source.threads,
@@ -314,8 +309,8 @@ class Placed:
             where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
         pairs = [*self.serving.differences(made.serving)]
-        groups, recorded = list(self.source.only), made.input.get("only", [*self.source.only])
-        if groups != recorded:
+        groups, recorded = list(self.source.only), made.input.only
+        if recorded is not None and groups != [*recorded]:
             then, today = (
                 ", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups)
             )
@@ -353,5 +348,5 @@ class Placed:
         return {
             "input": self.source.facts(),
             "settings": current | settings,
-            "judged_on": self.judged[2] | size_of(self.judged[0]),
+            "judged_on": self.judged[2] | self.judged[0].size,
         }

@@ -38,6 +38,7 @@ from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
 from moetuner.problem.made import Made
+from moetuner.problem.reading import Reading
 from moetuner.recording import Recording
 from moetuner.report import outcome, recording
 from moetuner.report.outcome import Outcome
@@ -53,11 +54,6 @@ from moetuner.trace import RoutingTrace
 def facts(paths: Sequence[Path], traffic: Recording) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
     return {"files": [*map(str, paths)], **traffic.facts()}
-
-
-def size_of(traffic: Recording) -> dict[str, int]:
-    """Return how many tokens, or windows, there are."""
-    return traffic.size
 
 
 def describe(paths: Sequence[Path], traffic: Recording) -> str:
@@ -241,24 +237,21 @@ class Source(FileHints):
         """Return INPUT, or a part, as it is judged: counted where whole windows are divided."""
         return self.count_all(traffic) if serving.rule.needs_windows else traffic
 
-    def with_hints(self, of_input: Mapping[str, Any]) -> Source:
+    def with_hints(self, reading: Reading) -> Source:
         """Return the same INPUT, read as a placement's settings say where no option does."""
-        num_experts = self.num_experts or of_input.get("num_experts")
-        top_k = self.top_k or of_input.get("top_k")
-        source = replace(self, num_experts=num_experts, top_k=top_k)
+        hints: dict[str, Any] = {
+            name: getattr(self, name) or value for name, value in reading.hints()
+        }
+        source = replace(self, **hints)
         return self if source == self else source  # what is read already stays read
 
     def as_placed(self, made: Made, placement_file: Path) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
-        recorded, of_input = self.recorded, made.input
-        defaults: dict[str, Any] = {name: of_input.get(name) for name in ("model", "weight_bits")}
-        if recorded.ordered:
-            defaults["window"] = made.serving.get("window")
-        elif recorded.window is None:
-            defaults |= {name: of_input.get(name) for name in ("tokens_per_step", "top_k")}
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        text = of_input.get("group_by")
-        is_same = all(of_input.get(name) == size for name, size in recorded.size.items())
+        recorded, reading = self.recorded, made.input
+        missing = reading.missing(self, recorded)
+        if recorded.ordered and self.window is None:
+            missing["window"] = made.serving.get("window")
+        text, is_same = reading.group_by, reading.is_of(recorded)
         if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
             source = replace(self, **missing)
             vars(source)["recorded"] = recorded
