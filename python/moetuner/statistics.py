@@ -773,6 +773,11 @@ class RoutingStatistics(Recording, Frozen):
             return cls.from_load(tables["load"], sets=from_tables(tables), **metadata)
 
 
+def check_recording(value: object, name: str = "traffic") -> None:
+    """Raise for what is no recording."""
+    check.instance(name, value, RoutingTrace, RoutingStatistics)
+
+
 def as_counts(recording: Recording, **options: Any) -> RoutingStatistics:
     """Count a trace as ``RoutingStatistics.from_trace`` does; counts stay as they are."""
     if isinstance(recording, RoutingStatistics):

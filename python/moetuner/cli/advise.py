@@ -22,10 +22,10 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.replay import Traffic
 from moetuner.files.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.formats import reader_of, serving_commands, way_back
 from moetuner.problem.objective import Goal
+from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name, write_audit, write_order
 from moetuner.report.advice.request import slots_of_running
@@ -34,8 +34,6 @@ from moetuner.report.page.data import data_of_advice
 from moetuner.serving.engines import ENGINES, engine_of
 from moetuner.serving.phases import WINDOWS, name_phase
 from moetuner.serving.settings import read_count
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
@@ -168,14 +166,12 @@ def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
     return future
 
 
-def _weigh_steps(traffic: Traffic, searches: int, splits: int) -> list[float]:
+def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
     """Return about what steps of advice take, in their order, by a short search of a small trace.
 
     Measured of 9 and 400 million choices of experts; the longer a recording, the more is reading.
     """
-    choices = 0.0
-    if isinstance(traffic, RoutingTrace):
-        choices = traffic.tokens * traffic.layers * traffic.top_k / 1e8
+    choices = traffic.choices / 1e8 if traffic.ordered else 0.0
     counting, replaying, judging = 0.15 + choices / 4, 0.3 + choices / 8, 0.3 + choices / 2
     searching, solving, moving = 1 + choices / 4, 2.5 + choices / 3, 0.1 + choices / 20
     steps_of_splits = [replaying, *(splits * [solving]), judging]
@@ -264,10 +260,10 @@ def _name_unseen(advice: Advice) -> str:
     replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
     assert replayed is not None
     traffic = replayed.traffic
-    if isinstance(traffic, RoutingStatistics):
-        return f"On {counted(traffic.windows, f'{kind}window')}"
-    order = write_order(advice.settings["arrival"], advice.settings["engine"])
-    return f"On {counted(traffic.tokens, f'{kind}token')}{order}"
+    order = ""
+    if traffic.ordered:
+        order = write_order(advice.settings["arrival"], advice.settings["engine"])
+    return f"On {counted(traffic.length, kind + traffic.unit)}{order}"
 
 
 def _write_moving(advice: Advice) -> list[str]:
@@ -387,9 +383,7 @@ def _judging(
         solving["window"] = window
     else:
         solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
-    if isinstance(traffic, RoutingStatistics) and (
-        traffic.transitions is not None or traffic.coactivation is not None
-    ):
+    if traffic.has_pairs:
         why = "from all of INPUT with its pairs, which cannot be held out"
     elif not unseen:
         why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +16,7 @@ from moetuner.evaluation import replay
 from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
-from moetuner.evaluation.replay import Setting, Traffic, check_model
+from moetuner.evaluation.replay import Setting, check_model
 from moetuner.evaluation.rows import dispatch_rows, homes_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
@@ -35,7 +35,7 @@ class Replayed(NamedTuple):
     ``group`` is the group of the traffic; None for all.
     """
 
-    traffic: Traffic
+    traffic: Recording
     setting: Setting
     group: str | None = None
 
@@ -382,5 +382,5 @@ def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | No
         predicted_with=None if model is None else f"{model.shown_name}{model.weights}",
         traffic=rows,
         busiest_port={name: busiest_port(table, topology) for name, table in rows.items()},
-        replayed=Replayed(cast(Traffic, traffic), counted.setting, group),
+        replayed=Replayed(traffic, counted.setting, group),
     )

@@ -30,6 +30,7 @@ from moetuner.evaluation.replay import (
 from moetuner.evaluation.units import Folds, Units
 from moetuner.files.ids import read_ahead
 from moetuner.recording import Recording
+from moetuner.serving.splits import EVEN
 from moetuner.trace import as_trace
 
 Floats = NDArray[np.float64]
@@ -566,4 +567,4 @@ def _by_position(setting: Setting) -> Setting:
     """Return a setting whose copies serve by position: as evenly as those that take turns."""
     if not setting.serving.rule.in_turns:
         return setting
-    return replace(setting, serving=replace(setting.serving, split="even"))
+    return replace(setting, serving=replace(setting.serving, split=EVEN))

@@ -27,7 +27,7 @@ from moetuner.evaluation.arrival import mixed_order, mixed_windows
 from moetuner.placement import EMPTY, Placement
 from moetuner.recording import Recording
 from moetuner.serving import Serving
-from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
+from moetuner.statistics import TABLE_LIMIT, RoutingStatistics, check_recording
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace, as_trace
 
@@ -194,7 +194,7 @@ class Setting:
 def check_model(placement: Placement, traffic: Recording, topology: Topology) -> None:
     """Raise unless placement, traffic and topology are of one model and machine."""
     instance("placement", placement, Placement)
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     expected = (traffic.layers, traffic.num_experts, topology.devices)
     actual = (placement.layers, placement.num_experts, placement.devices)
     if actual != expected:
@@ -205,7 +205,6 @@ def check_model(placement: Placement, traffic: Recording, topology: Topology) ->
 
 
 # What files hold: one of the two.
-Traffic = RoutingTrace | RoutingStatistics
 
 
 def without_groups(recording: Recording) -> Recording:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _core
 from moetuner._checks import ArgumentError, array_in, instance, one_of, shown, whole_number
 from moetuner.placement import Placement
-from moetuner.serving.splits import RULES
 from moetuner.trace import RoutingTrace
 
 LayerSplit = Literal["even", "nearest"]
@@ -143,7 +142,7 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
 def split_rule(split: str) -> LayerSplit:
     """Check the name of a rule for choosing between copies."""
     one_of("split", split, get_args(LayerSplit))
-    return "nearest" if RULES[split].by_home else "even"
+    return cast(LayerSplit, split)
 
 
 def _check_positions(values: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:

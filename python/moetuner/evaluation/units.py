@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, instance, is_number, seed_in, shown
+from moetuner._checks import ArgumentError, is_number, seed_in, shown
 from moetuner.evaluation.kinds import (
     FEW_PER_GROUP,
     Likeness,
@@ -27,7 +27,7 @@ from moetuner.evaluation.kinds import (
     subtract_levels,
 )
 from moetuner.recording import AnyRecording, Recording
-from moetuner.statistics import RoutingStatistics, count_loads
+from moetuner.statistics import RoutingStatistics, check_recording, count_loads
 from moetuner.trace import RoutingTrace, as_trace
 
 Floats = NDArray[np.float64]
@@ -403,7 +403,7 @@ def hold_out(
     >>> seen.windows, unseen.windows
     (2, 2)
     """
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     if not (is_number(holdout) and 0 <= holdout < 1):
         raise ArgumentError(
             f"holdout must be at least 0 and below 1, got {shown(holdout)}", "holdout"

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from moetuner._checks import (
     at_least,
     callable_or_none,
-    instance,
     seed_in,
     threads_in,
 )
@@ -38,7 +37,7 @@ from moetuner.report.hot_experts import (
 )
 from moetuner.serving import Serving
 from moetuner.solver import Method, solve
-from moetuner.statistics import RoutingStatistics, as_counts, measure_distance
+from moetuner.statistics import RoutingStatistics, as_counts, check_recording, measure_distance
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -148,7 +147,7 @@ def structure(
     >>> structure.skew
     (3.0,)
     """
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     callable_or_none("progress", progress)
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
     at_least("max_imbalance", max_imbalance, 1)

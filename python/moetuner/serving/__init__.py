@@ -21,19 +21,18 @@ from moetuner.files.cells import counted, digits, percent
 from moetuner.files.text import clean
 from moetuner.frozen import Frozen
 from moetuner.placement import Placement
+from moetuner.recording import Recording
 from moetuner.serving import phases as phase
 from moetuner.serving.arrival import Arrival, read_arrival, share_mixed
 from moetuner.serving.engines import ENGINES
 from moetuner.serving.phases import Phases
 from moetuner.serving.settings import ENGINE, GOAL, MACHINE, check_settings, setting
 from moetuner.serving.splits import RULES, SPLITS, Rule, Split
-from moetuner.statistics import WINDOW, RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology, from_keys
-from moetuner.trace import RoutingTrace
 
 # What says a setting.
 Origin = Literal["option", "engine", "placement", "default"]
-Recording = RoutingTrace | RoutingStatistics
 
 
 def _check_cost_model(name: str, value: object) -> None:
@@ -240,7 +239,7 @@ class Serving(Frozen):
         facts
             Other fields: ``window``, ``phases``, ``waterfill``, ``top_k``.
         """
-        instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+        check_recording(traffic)
         options = {} if options is None else options
         recorded = {} if recorded is None else recorded
         for name, values in (("options", options), ("recorded", recorded)):
@@ -248,7 +247,7 @@ class Serving(Frozen):
         if engine is not None:
             one_of("engine", engine, ENGINES)
         serves = engine or recorded.get("engine")
-        is_ordered = isinstance(traffic, RoutingTrace)
+        is_ordered = traffic.ordered
         sources: list[tuple[Origin, Mapping[str, Any]]] = [
             ("option", options),
             ("engine", decided_by(engine, is_ordered=is_ordered)),
@@ -417,15 +416,15 @@ def serving_of(
         return said
     machine = said if placement is None else machine_of(placement, said)
     if isinstance(cost_model, str) and cost_model == "model":
-        instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+        check_recording(traffic)
         cost_model = cost_model_of(traffic)
     if settings.get("waterfill") is not None:
         positive("waterfill", settings["waterfill"])
-        instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+        check_recording(traffic)
         settings.setdefault("top_k", experts_per_token(traffic))
     return Serving(
         machine,  # type: ignore[arg-type]  # Serving checks it
         cost_model=cost_model,  # type: ignore[arg-type]
-        is_ordered=isinstance(traffic, RoutingTrace),
+        is_ordered=traffic.ordered,
         **settings,
     )

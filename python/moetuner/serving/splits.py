@@ -61,6 +61,9 @@ class Rule:
         return not self.by_home and self.divide is None
 
 
+# The split whose copies serve as many tokens each, for what asks no dispatcher.
+EVEN: Split = "even"
+
 RULES: dict[str, Rule] = {
     # vLLM.
     "even": Rule("is chosen by a hash", is_hashed=True),

@@ -19,7 +19,7 @@ from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies, find_holders
 from moetuner.solver.rebalancing import rebalance, slowest
-from moetuner.statistics import WINDOW, RoutingStatistics, count_loads
+from moetuner.statistics import WINDOW, RoutingStatistics, check_recording, count_loads
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -204,7 +204,7 @@ def _read_load(
     running: Placement, traffic: RoutingTrace | RoutingStatistics, window: int | None
 ) -> NDArray[np.float64]:
     """Return tokens of every expert in windows [W,L,E], checked to be of a placement's experts."""
-    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     counted = count_loads(traffic, window=window)
     load = counted.window_load.astype(np.float64)
     if counted.is_step.any():  # the last tokens, which fill no window, are in no mean

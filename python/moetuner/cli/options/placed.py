@@ -186,7 +186,9 @@ class Placed:
 
         A part was held out if the rest of INPUT has the fingerprint of the placement.
         """
-        traffic, made = self.source.traffic, self.made
+        # What is held out are parts of what was recorded, however that is counted afterwards.
+        source, made = self.source.uncounted or self.source, self.made
+        traffic = source.traffic
         share, is_other = made.holdout or 0.0, made.input.is_other_than(traffic)
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
@@ -196,6 +198,8 @@ class Placed:
                 except ValueError:  # of other traffic, from which nothing can be held out
                     is_other = True
             fingerprint = "" if is_other else self._fingerprint(seen)
+        seen, unseen = (self.source.as_divided(part, self.serving) for part in (seen, unseen))
+        traffic = self.source.traffic
         part, sentence, is_seen = traffic, ALL, None
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint

@@ -154,6 +154,8 @@ class Source(FileHints):
     threads: int | None = threads_option()
     # A file of names that a placement remembers, and that is gone.
     missing_names: str | None = None
+    # The same INPUT before it was counted, where it was.
+    uncounted: Source | None = None
 
     @cached_property
     def recorded(self) -> Traffic:
@@ -225,7 +227,7 @@ class Source(FileHints):
         counts = self.count_all(self.recorded)
         if counts is self.recorded:
             return self
-        source = replace(self)
+        source = replace(self, uncounted=self)
         vars(source)["recorded"] = counts
         return source
 

@@ -40,7 +40,7 @@ from moetuner.serving import Serving
 from moetuner.serving.arrival import Arrival
 from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
 from moetuner.serving.splits import Split
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
@@ -363,7 +363,7 @@ def _check_values(
     traffic: Recording, topology: Topology, price: float, initial: Placement | str
 ) -> None:
     """Raise for traffic of no tokens, a price that is none, and what cannot run."""
-    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
     if traffic.ordered and traffic.length < 2:
         raise ValueError(f"traffic must have two tokens or more, got {traffic.length}")
@@ -383,7 +383,7 @@ def _check_values(
 
 def check_unseen(traffic: Recording, unseen: Recording) -> None:
     """Raise if traffic to judge on is of another kind or model, or holds nothing."""
-    check.instance("unseen", unseen, RoutingTrace, RoutingStatistics)
+    check_recording(unseen, "unseen")
     both = (traffic, unseen)
     if traffic.noun != unseen.noun:
         raise check.ArgumentError(

@@ -37,7 +37,7 @@ from moetuner.report.advice.trial import (
 )
 from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
-from moetuner.serving.splits import Split
+from moetuner.serving.splits import EVEN, Split
 from moetuner.statistics import RoutingStatistics, count_loads
 
 # Windows at most, at even distances, whose tokens are divided anew.
@@ -246,4 +246,4 @@ def judge_division(
             threads=request.threads,
         ).imbalance
 
-    return Division(imbalance(dividing[0]), imbalance("even"))
+    return Division(imbalance(dividing[0]), imbalance(EVEN))
