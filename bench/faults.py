@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -363,6 +364,8 @@ def functions(inputs: Path) -> list[Writes]:
 
 
 OLD = b"old\n"
+# A line on how far a command is, which comes on slow machines.
+PROGRESS = re.compile(r"moetuner: (?!error: ).*(\.\.\.|: \d+ (s|%).*)$")
 
 
 def whole(path: Path) -> bool:
@@ -525,7 +528,7 @@ def disk(report: Report, asked: Any) -> None:
                         renewed(out, writes)
                         done = filled(out, writes, full, rng.randrange(largest))
                         lines = [
-                            line for line in done.said.splitlines() if not line.endswith("...")
+                            line for line in done.said.splitlines() if not PROGRESS.match(line)
                         ]
                         is_line = len(lines) == 1 and lines[0].startswith("moetuner: error: ")
                         refused = done.status == 2

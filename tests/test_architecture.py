@@ -11,8 +11,8 @@ import moetuner
 
 PACKAGE = Path(moetuner.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-VALUES = ("trace", "statistics", "topology", "cost", "placement")
-SOLVER = ("evaluation", "problem", *VALUES)
+VALUES = ("recording", "trace", "statistics", "topology", "cost", "placement")
+SOLVER = ("evaluation", "problem", "serving", *VALUES)
 EFFORT = ("solver.effort", "solver.budget")
 STAGES = ("solver.run", "solver.result", "solver.terms", "solver.unseen", "solver.bounds")
 COMMANDS = ("report", "formats", "solver", "torch", "files", "presets", "_interrupts")
@@ -27,15 +27,18 @@ MAY_IMPORT = {
     "frozen": (),
     "presets": (),
     "files": (),
-    "trace": ("files",),
-    "statistics": ("trace", "files"),
+    # What traces and counts both are, so it comes before both.
+    "recording": ("files.ids",),
+    "trace": ("recording", "files"),
+    "statistics": ("trace", "recording", "files"),
     "topology": ("presets", "files"),
-    "cost": ("topology", "presets", "files"),
+    "cost": ("recording", "topology", "presets", "files"),
     "placement": ("topology", "files"),
     "router_groups": ("statistics", "placement"),
-    "evaluation": (*VALUES, "files.ids"),
-    "formats": (*VALUES, "files", "router_groups", "evaluation.copies"),
-    "problem": (*VALUES, "evaluation"),
+    "serving": (*VALUES, "files", "router_groups"),
+    "evaluation": (*VALUES, "serving", "files.ids"),
+    "formats": (*VALUES, "files", "router_groups", "serving"),
+    "problem": (*VALUES, "serving", "evaluation", "files"),
     "solver.effort": (),
     # The one clock.
     "solver.budget": ("solver.effort",),
@@ -57,7 +60,7 @@ MAY_IMPORT = {
     "solver.stages": ("solver.rebalancing", *STAGES, *EFFORT, *SOLVER),
     "solver": SOLVER,
     "report": ("solver", "formats", "files", *SOLVER),
-    "plugins": ("solver", "formats", "files", "router_groups", *VALUES),
+    "plugins": ("solver", "formats", "serving", "files", "router_groups", *VALUES),
     # One case for each way through the core.
     "selftest": ("plugins.decision", "solver", *SOLVER),
     # Ranks agree in one way, whoever places their experts.

@@ -38,7 +38,7 @@ INSTANCES = (
     TRACE, STATISTICS, SETS, TOPOLOGY, mt.Tier(2, 1e9), MODEL, PLACEMENT,
     PLACEMENT.diff(PLACEMENT), EVALUATION, mt.verdict(EVALUATION, EVALUATION),
     mt.audit(PLACEMENT, TRACE, window=3), PROBLEM, PROBLEM.objective_function, RESULT,
-    CERTIFICATE,
+    CERTIFICATE, mt.Serving(TOPOLOGY),
 )  # fmt: skip
 # What is right, by the name of a parameter, and where a call means something else by it.
 RIGHT = {
@@ -53,13 +53,16 @@ RIGHT = {
     "certificate": CERTIFICATE, "returns": True, "iterations": 1,
     "home": np.zeros(12, int), "ports": np.ones((2, 1)), "compute": np.ones((2, 2)),
     "communication": np.ones(2), "value": 1.0, "experts": 4, "tokens": np.ones((2, 2)),
-    "to": "json", "results": (EVALUATION, EVALUATION), "running": PLACEMENT, "lost": (),
+    "to": "json", "settings": {}, "serving": mt.Serving(TOPOLOGY),
+    "results": (EVALUATION, EVALUATION), "running": PLACEMENT, "lost": (), "rows": [1, 0],
 }  # fmt: skip
 BY_CALL = {
+    "Serving.chosen": {"name": "split"},
     **{
         f"RoutingStatistics.{of}": {"tokens": by}
         for of, by in (("per_step", 5), ("joined", 6), ("runs", 6))
     },
+    **{f"{of}.rows_in": {"window": 3} for of in ("RoutingTrace", "RoutingStatistics")},
     "drift": {"profile": LONG, "traffic": LONG},
     "ExpertSets": {"ids": SETS.ids, "counts": SETS.counts},
     "CostModel.fit": {
@@ -138,6 +141,7 @@ WRONG = {
     **dict.fromkeys(("before", "after"), others()), "names": ("ab", 3, ["a"], [1, 2]),
     "results": (*others(), [EVALUATION], (EVALUATION, PLACEMENT), (None, None),
                 [*EVALUATION.by_group.values()]),
+    "serving": others(mt.Serving),
     "statistics": others(mt.RoutingStatistics), "trace": others(mt.RoutingTrace),
     "traffic": others(mt.RoutingTrace, mt.RoutingStatistics),
     "profile": others(mt.RoutingTrace, mt.RoutingStatistics),
@@ -175,6 +179,7 @@ WRONG = {
     "parts": ([], [3], [TRACE], 3, "ab"),
     "layers": (3, "ab", [9], [-1], [1.0], ["0"], [], [0, 0], [True], [NAN], [HUGE]),
     "sequences": (3, "ab", [99], [-1], [1.0], ["0"], [None], [True], [NAN], [HUGE]),
+    "rows": (3, "ab", [99], [-1], [1.0], ["0"], [None], [True], [NAN], [HUGE], [0, 0], [[0]]),
     "tiers": (3, "ab", [3], [None], [mt.Tier(3, 1)], [mt.Tier(2, 1), mt.Tier(3, 1)]),
     "link_cost": (*NO_TABLE, *SHAPES, np.ones((2, 2)), -np.ones((2, 2)), np.full((2, 2), NAN)),
     "home": ("nonsense", 3, [0], [0.0] * 12, [9] * 12, [-1] * 12, ["a"] * 12, {}),
@@ -192,7 +197,8 @@ WRONG = {
     "RoutingStatistics.group": (3, [0, 1], [0, 9], [0, -1], ["a"] * 2, [0.0] * 2, [[0, 0]]),
     "Placement.num_experts": (*INDEX, 5, 1 << 40), "Placement.topology": NO_TEXT,
     "Placement.objective": (*NO_NUMBER, INF), "Problem.objective": CHOICE,
-    "Problem.statistics": others(mt.RoutingTrace, mt.RoutingStatistics),
+    **dict.fromkeys(("Problem.statistics", "Problem.served.statistics"),
+                    others(mt.RoutingTrace, mt.RoutingStatistics)),
     "Placement.slots": (*NO_TABLE, *SHAPES, [[[0, 0], [1, 2]]], [[[0, 5]]], [[[-2, 0]]],
                         np.array([[[1 << 40]]]), np.array([[[1 << 63]]], np.uint64)),
     "Placement.from_assignment.slots_per_device": (*COUNT, 1 << 40),

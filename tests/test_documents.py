@@ -28,6 +28,8 @@ from moetuner.cli import moetuner
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES if "_build" not in page.parts]
+TRANSCRIPTS = sorted((ROOT / "tests" / "transcripts").glob("*.md"))
+TRANSCRIPTS = [page.relative_to(ROOT).as_posix() for page in TRANSCRIPTS]
 
 PACKAGE = ROOT / "python"
 MODULES = [
@@ -225,7 +227,7 @@ def prose(page):
             yield number, line
 
 
-@pytest.mark.parametrize("page", [*PAGES, "bench/README.md"])
+@pytest.mark.parametrize("page", [*PAGES, *TRANSCRIPTS, "bench/README.md"])
 def test_prose_can_be_reviewed(page):
     """Lines have at most 120 characters, so that a diff shows what is different."""
     assert [number for number, line in prose(page) if len(line) > 120] == []

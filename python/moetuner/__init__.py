@@ -14,7 +14,6 @@ from moetuner.evaluation.judgement import Judgement, audit, judge, verdict
 from moetuner.evaluation.rows import dispatch_rows
 from moetuner.evaluation.units import hold_out
 from moetuner.formats import open_input, read_placement, write_placement
-from moetuner.formats.engines import engine_settings
 from moetuner.placement import Placement, PlacementDiff
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
@@ -23,6 +22,8 @@ from moetuner.report.advice.drift import Drift, drift
 from moetuner.report.advice.values import Advice
 from moetuner.report.page import write_report
 from moetuner.report.structure import structure
+from moetuner.serving import Serving
+from moetuner.serving.engines import engine_settings
 from moetuner.solver import (
     Certificate,
     Plan,
@@ -53,6 +54,7 @@ __all__ = [  # noqa: RUF022
     "CostModel",
     "Placement",
     "PlacementDiff",
+    "Serving",
     "read_placement",
     "write_placement",
     "Evaluation",

@@ -412,6 +412,28 @@ def groups(
     return array
 
 
+def rows(name: str, values: ArrayLike, length: int) -> NDArray[Any]:
+    """Check which rows are wanted: a mask [length], or numbers of rows, each once."""
+    array = array_in(name, values)
+    if array.dtype == np.bool_ and array.shape == (length,):
+        return array.copy()
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise ArgumentError(
+            f"{name} must be a mask [{length}] or numbers of rows, got {shown(array)}", name
+        )
+    if array.size and not (int(array.min()) >= 0 and int(array.max()) < length):
+        raise ArgumentError(
+            f"{name} must be below {length} and at least 0, got {array.min()} to {array.max()}",
+            name,
+        )
+    numbers = array.astype(np.int64)
+    is_wanted = np.zeros(length, dtype=bool)
+    is_wanted[numbers] = True
+    if np.count_nonzero(is_wanted) < len(numbers):
+        raise ArgumentError(f"{name} must name each row once, got {shown(array)}", name)
+    return numbers
+
+
 def pieces(values: NDArray[Integer]) -> Iterator[NDArray[Integer]]:
     """Yield labels [n] in pieces, and one at least: numpy alone takes much memory."""
     return (values[at : at + PIECE] for at in range(0, max(len(values), 1), PIECE))

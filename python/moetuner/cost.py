@@ -27,6 +27,7 @@ from moetuner.presets import (
     OWN_SIZES,
     Measured,
 )
+from moetuner.recording import Recording
 from moetuner.topology import Topology
 
 SCHEMA = "moetuner.cost_model/1"
@@ -705,7 +706,7 @@ def experts_of_served(name: str, top_k: int, experts: int | None = None) -> int 
     return model.experts
 
 
-def size_of_expert(traffic: Any) -> tuple[int, int] | None:
+def size_of_expert(traffic: Recording) -> tuple[int, int] | None:
     """Return hidden and intermediate size of an expert, recorded or published; None if unknown."""
     public = MODELS.get(public_name(traffic.model) or "")
     return traffic.expert_size or (None if public is None else public[:2])
@@ -734,7 +735,7 @@ def weight_bits_of(model: str | None) -> float:
     return WEIGHT_BITS if public is None else MODELS[public].weight_bits
 
 
-def top_k_of(traffic: Any) -> int | None:
+def top_k_of(traffic: Recording) -> int | None:
     """Return experts per token, as recorded or as the public model has them; else None."""
     public = MODELS.get(public_name(traffic.model) or "")
     recorded: int | None = traffic.top_k
@@ -755,7 +756,7 @@ def bytes_of_expert(
 
 
 def cost_model_of(
-    traffic: Any, gpu: str = DEFAULT_GPU, weight_bits: float | None = None
+    traffic: Recording, gpu: str = DEFAULT_GPU, weight_bits: float | None = None
 ) -> CostModel:
     """Return the roofline of a GPU with the experts of the model of a trace or statistics.
 

@@ -21,7 +21,8 @@ from moetuner.files import contents, naming
 from moetuner.files.contents import SET_TABLES
 from moetuner.files.ids import LeftOut
 from moetuner.frozen import Frozen
-from moetuner.trace import RoutingTrace
+from moetuner.recording import Recording
+from moetuner.trace import RoutingTrace, as_trace
 
 Loads = NDArray[np.unsignedinteger[Any]]
 
@@ -157,7 +158,7 @@ WIDE_SHARD_BYTES, WIDE_SHARD_TOKENS = 64 << 20, 1 << 15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RoutingStatistics(Frozen):
+class RoutingStatistics(Recording, Frozen):
     """What a placement needs to know of a trace.
 
     Parameters
@@ -206,6 +207,9 @@ class RoutingStatistics(Frozen):
     """
 
     _also_shown = ("windows", "layers", "experts")
+    ordered = False
+    unit = "window"
+    noun = "counts"
 
     window_load: Loads
     transitions: NDArray[np.uint64] | None = None
@@ -428,19 +432,66 @@ class RoutingStatistics(Frozen):
         ]
         return parts[0], parts[1]
 
-    @cached_property
-    def known(self) -> dict[Any, Any]:
-        """What has been computed of these counts, by what that is; counts do not change."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave behind what has been computed when counts are pickled or copied."""
-        return {name: value for name, value in self.__dict__.items() if name != "known"}
-
     @property
     def windows(self) -> int:
         """Number of windows, W."""
         return int(self.window_load.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Number of rows, which are windows."""
+        return self.windows
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether pairs are counted, over all windows together, so that no part has its own."""
+        return self.transitions is not None or self.coactivation is not None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every count is zero."""
+        return not self.total_load.any()
+
+    @property
+    def choices(self) -> int:
+        """How often experts were chosen, in all layers."""
+        return int(self.total_load.sum())
+
+    def facts(self) -> dict[str, Any]:
+        """Return kind and sizes, for JSON."""
+        kind = "load table" if self.transitions is None else "statistics"
+        return {**super().facts(), "kind": kind, "windows": self.windows}
+
+    def rows_in(self, window: int | None) -> int:
+        """Return 1: these bring their windows, of whatever length."""
+        check.window_in(window)
+        return 1
+
+    def take(self, rows: ArrayLike) -> RoutingStatistics:
+        """Return some windows; pairs and sets, if any, stay those of all windows together.
+
+        Parameters
+        ----------
+        rows
+            Mask of the windows [W], or numbers of windows in the order wanted, each once.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> table = mt.RoutingStatistics.from_load([[[1, 0]], [[0, 2]], [[3, 0]]])
+        >>> table.take([2, 0]).window_load.tolist()
+        [[[3, 0]], [[1, 0]]]
+        """
+        wanted = check.rows("rows", rows, self.windows)
+        if not (wanted.any() if wanted.dtype == np.bool_ else wanted.size):
+            raise check.ArgumentError("rows must be at least one window, got none", "rows")
+        labels: dict[str, Any] = {"group": self.group, "drawn_from": self.drawn_from}
+        labels = {n: None if label is None else label[wanted] for n, label in labels.items()}
+        return replace(self, window_load=self.window_load[wanted], **labels)
+
+    def without_pairs(self) -> RoutingStatistics:
+        """Return the loads alone: pairs and sets are of all windows together, and of no part."""
+        return replace(self, transitions=None, coactivation=None, sets=None, set_tokens=None)
 
     @cached_property
     def is_step(self) -> NDArray[np.bool_]:
@@ -470,8 +521,8 @@ class RoutingStatistics(Frozen):
         """Experts per layer, E."""
         return int(self.window_load.shape[2])
 
-    @property
-    def num_experts(self) -> int:
+    @property  # of traces it is a field
+    def num_experts(self) -> int:  # type: ignore[override]
         """Experts per layer, E, by the name that it has as an argument."""
         return self.experts
 
@@ -720,6 +771,33 @@ class RoutingStatistics(Frozen):
         with naming(path):
             metadata |= {name: tables.get(name) for name in (*PAIRS, "group")}
             return cls.from_load(tables["load"], sets=from_tables(tables), **metadata)
+
+
+def check_recording(value: object, name: str = "traffic") -> None:
+    """Raise for what is no recording."""
+    check.instance(name, value, RoutingTrace, RoutingStatistics)
+
+
+def as_counts(recording: Recording, **options: Any) -> RoutingStatistics:
+    """Count a trace as ``RoutingStatistics.from_trace`` does; counts stay as they are."""
+    if isinstance(recording, RoutingStatistics):
+        return recording
+    return RoutingStatistics.from_trace(as_trace(recording), **options)
+
+
+def count_loads(
+    recording: Recording, *, window: int | None = None, threads: int | None = None
+) -> RoutingStatistics:
+    """Count loads alone, in windows of the tokens of every group; counts stay as they are."""
+    return as_counts(
+        recording,
+        window=window,
+        by_group=recording.group is not None and recording.length > 0,
+        transitions=False,
+        coactivation=False,
+        sets=False,
+        threads=threads,
+    )
 
 
 def measure_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:

@@ -258,29 +258,41 @@ class Topology(Frozen):
         """Whether no device is faster, or has more slots, than another."""
         return len(set(self.speed or ())) <= 1 and len(set(self.slots_per_device or ())) <= 1
 
-    def without(self, lost: Collection[int]) -> Topology:
+    def without(self, lost: Collection[int], join: int = 0) -> Topology:
         """Return the machine that is left if some devices are lost, its devices numbered anew.
 
         Nodes and tiers are kept where whole nodes are lost. Else they are uneven, which no topology
         is: then all links are as slow as the slowest.
+
+        Devices that ``join`` come last, have speed 1, and links as slow as the slowest. If all fill
+        nodes of the same size, these are the nodes.
         """
+        check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - self.devices)
         is_lost = check.chosen("lost", lost, self.devices)
         if is_lost.all():
             raise check.ArgumentError("lost must leave a device", "lost")
-        if not is_lost.any():
+        if not is_lost.any() and not join:
             return self
         left = np.flatnonzero(~is_lost).tolist()
         inner, *_, outer = (*self.levels, *self.levels)
         by_node = is_lost.reshape(-1, self.node_size)
-        is_even = len(self.levels) <= 2 and bool((by_node.all(axis=1) == by_node.any(axis=1)).all())
+        are_whole = bool((by_node.all(axis=1) == by_node.any(axis=1)).all())
+        if join:
+            are_whole = self.nodes > 1 and (len(left) + join) % self.node_size == 0
+        is_even = len(self.levels) <= 2 and are_whole
         if not is_even:
             inner = outer
         links = None
         if self.link_cost is not None:
-            links = np.array(self.link_cost)[np.ix_(left, left)]
+            links = np.full((len(left) + join,) * 2, np.max(self.link_cost))
+            links[: len(left), : len(left)] = np.array(self.link_cost)[np.ix_(left, left)]
+            np.fill_diagonal(links, 0)
             links = links if links.any() else None
+        speed, slots = self.speed, self.slots_per_device
+        if slots is not None:
+            slots = (*(slots[d] for d in left), *([max(slots)] * join))
         return Topology(
-            len(left),
+            len(left) + join,
             self.node_size if is_even else None,
             intra_node_bandwidth=inner.bandwidth,
             inter_node_bandwidth=outer.bandwidth,
@@ -288,10 +300,8 @@ class Topology(Frozen):
             intra_node_latency=inner.latency,
             inter_node_latency=outer.latency,
             link_cost=links,
-            speed=None if self.speed is None else [self.speed[d] for d in left],
-            slots_per_device=(
-                None if self.slots_per_device is None else [self.slots_per_device[d] for d in left]
-            ),
+            speed=None if speed is None else [*(speed[d] for d in left), *([1.0] * join)],
+            slots_per_device=slots,
         )
 
     @classmethod

@@ -8,9 +8,9 @@ and ``concat``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from moetuner import _checks as check
 from moetuner.files import jsonl, kind_of, naming
 from moetuner.files.contents import TraceContents, read_trace, write_trace
-from moetuner.files.ids import Ids, joined, read_ahead
+from moetuner.files.ids import Ids, LeftOut, joined, read_ahead
 from moetuner.frozen import html_table
+from moetuner.recording import Recording
 
 SHARD_BYTES = 64 << 20
 # Shards of a trace in a file from which the next one is read while one is worked on.
@@ -27,7 +28,7 @@ READ_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RoutingTrace:
+class RoutingTrace(Recording):
     """Routed experts of tokens, in the order in which the tokens were served.
 
     Make one with ``from_arrays`` or ``load``. A trace may have no tokens (a selection can come out
@@ -59,6 +60,10 @@ class RoutingTrace:
     >>> mt.RoutingTrace.from_arrays(ids, num_experts=4)
     RoutingTrace(tokens=3, layers=1, top_k=2, num_experts=4)
     """
+
+    ordered = True
+    unit = "token"
+    noun = "a trace"
 
     ids: Ids
     num_experts: int
@@ -171,12 +176,18 @@ class RoutingTrace:
         if path.suffix in (".npz", ".npy", ".jsonl", ".json"):
             raise ValueError(f"{path}: a trace is saved as .safetensors, got {path.suffix}")
         check.text_or_none("source", source)
-        write_trace(TraceContents(**vars(self)), path, source, SHARD_BYTES)
+        contents = {field.name: getattr(self, field.name) for field in fields(self)}
+        write_trace(TraceContents(**contents), path, source, SHARD_BYTES)
 
     @property
     def tokens(self) -> int:
         """Number of tokens, T."""
         return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Number of rows, which are tokens."""
+        return self.tokens
 
     @property
     def layers(self) -> int:
@@ -197,6 +208,30 @@ class RoutingTrace:
         if (labels[:-1] <= labels[1:]).all():  # nothing to sort, as in most recordings
             return 1 + int(np.count_nonzero(labels[:-1] != labels[1:]))
         return len(np.unique(labels))
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """Hidden layers of the model and its dense ones, where some were left out."""
+        return self.ids.left_out
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no tokens."""
+        return not self.tokens
+
+    @property
+    def choices(self) -> int:
+        """How often experts were chosen, in all layers."""
+        return self.tokens * self.layers * self.top_k
+
+    def facts(self) -> dict[str, Any]:
+        """Return kind and sizes, for JSON."""
+        sizes = {"top_k": self.top_k, "tokens": self.tokens, "sequences": self.sequences}
+        return {**super().facts(), "kind": "trace", **sizes}
+
+    def rows_in(self, window: int | None) -> int:
+        """Return the tokens of a window of so many, of all if None."""
+        return check.window_in(window) or max(self.tokens, 1)
 
     @property
     def expert_ids(self) -> check.IdArray:
@@ -321,6 +356,50 @@ class RoutingTrace:
             raise ValueError(f"sequences must be labels of the trace, got {unknown[0]}")
         return check.among(self.sequence, labels)
 
+    def take(self, rows: ArrayLike) -> RoutingTrace:
+        """Return some tokens.
+
+        Parameters
+        ----------
+        rows
+            Mask of the tokens [T], or numbers of tokens, each once. Those that rise stay where they
+            are until they are read, as with ``select``; others are read, in the order given.
+
+        Examples
+        --------
+        >>> import moetuner as mt
+        >>> trace = mt.RoutingTrace.from_arrays([[[0]], [[1]], [[2]]], num_experts=3)
+        >>> trace.take([2, 0]).expert_ids.ravel().tolist()
+        [2, 0]
+        """
+        wanted = check.rows("rows", rows, self.tokens)
+        if wanted.dtype == np.bool_:
+            return self._taken(wanted)
+        if (wanted[:-1] < wanted[1:]).all():
+            return self._taken(_mask(wanted, self.tokens))
+        return self._reordered(wanted)
+
+    def _reordered(self, order: NDArray[np.int64]) -> RoutingTrace:
+        """Return the numbered tokens in their order, read into memory."""
+        part, rank = self.ids, order
+        if len(order) < self.tokens:
+            part = self.ids.select(_mask(order, self.tokens), None)
+            rank = np.searchsorted(np.sort(order), order)
+        place, first = np.empty(len(order), dtype=np.int64), 0
+        place[rank] = np.arange(len(order))
+        ids = np.empty(part.shape, dtype=part.dtype)
+        for shard in part.shards(SHARD_BYTES, None):
+            # Put in its place from the file: no second copy of all ids.
+            ids[place[first : first + len(shard)]] = shard
+            first += len(shard)
+            del shard  # else the next one is read while this one is still there
+        return replace(
+            self,
+            ids=Ids.of(ids, self.num_experts),
+            sequence=None if self.sequence is None else self.sequence[order],
+            group=None if self.group is None else self.group[order],
+        )
+
     def concat(self: RoutingTrace | Iterable[RoutingTrace], *others: RoutingTrace) -> RoutingTrace:
         """Join traces, ``trace.concat(other)`` or ``RoutingTrace.concat([trace, other])``.
 
@@ -393,3 +472,16 @@ class RoutingTrace:
                 )
             return self.group_names.index(group)
         return check.whole_number("groups", group, lowest=0, highest=len(self.group_names) - 1)
+
+
+def as_trace(recording: Recording) -> RoutingTrace:
+    """Return a recording of single tokens; raise for counts, from which no token can be got."""
+    check.instance("trace", recording, RoutingTrace)
+    return cast(RoutingTrace, recording)
+
+
+def _mask(numbers: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+    """Return the mask [length] of numbered tokens."""
+    mask = np.zeros(length, dtype=bool)
+    mask[numbers] = True
+    return mask

@@ -1,6 +1,7 @@
 """--group-by: groups for INPUT that brings none."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,43 @@ def test_a_placement_remembers_its_groups(ok, as_json, load, tmp_path, monkeypat
     judged = as_json("evaluate", "placed.json", "load.npz")
     expected = ["code", "prose"] if change == "none" else []
     assert judged["input"]["group_names"] == expected
+
+
+@pytest.mark.parametrize("place", ["beside the placement", "nowhere"])
+def test_names_are_looked_for_beside_the_placement(
+    run, as_json, load, tmp_path, monkeypatch, place
+):
+    """From another folder they are found, or it is said that they are gone, and a gate fails."""
+    home, other = tmp_path / "home", tmp_path / "cron"
+    home.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(home)
+    np.savez("load.npz", load=load)
+    Path("names.txt").write_text("code\nprose\n" * 20)
+    solving = ("solve", "load.npz", "--devices", 4, "--group-by", "names.txt", "--holdout", 0.5)
+    assert run(*solving, "--out", "placed.json")[0] == 0
+    monkeypatch.chdir(other)
+    if place == "nowhere":
+        (home / "names.txt").unlink()
+    files = ("../home/placed.json", "../home/load.npz")
+    named = as_json("evaluate", *files)["input"]["group_names"]
+    assert named == ([] if place == "nowhere" else ["code", "prose"])
+    said = "names.txt, which names the groups of INPUT, is neither here nor beside placed.json"
+    assert (said in run("audit", *files)[1]) == (place == "nowhere")
+    status, _, err = run("audit", *files, "--fail-if-worse", 50)
+    assert (status, said in err) == ((2, True) if place == "nowhere" else (0, False))
+
+
+def test_names_of_newer_traffic_are_not_those_of_the_profile(run, load, tmp_path, monkeypatch):
+    """Each recording has its own groups: the option names those of INPUT alone."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("load.npz", load=load)
+    np.savez("newer.npz", load=load[:30])
+    Path("names.txt").write_text("code\nprose\n" * 20)
+    Path("newer.txt").write_text("code\nprose\n" * 15)
+    solving = ("solve", "load.npz", "--devices", 4, "--group-by", "names.txt")
+    assert run(*solving, "--out", "placed.json")[0] == 0
+    assert run("drift", "placed.json", "newer.npz", "--group-by", "newer.txt")[::2] == (0, "")
 
 
 def test_sentences_of_the_command_name_options(as_json, tmp_path):

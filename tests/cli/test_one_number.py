@@ -9,7 +9,7 @@ import pytest
 from conftest import random_ids
 
 import moetuner as mt
-from moetuner.formats.engines import ENGINES
+from moetuner.serving.engines import ENGINES
 
 # What is left to a command line, by engine: those that --for decides, and an option against it.
 HOW = {

@@ -97,3 +97,59 @@ def test_bytes_are_of_the_placements_model(as_json, files):
     assert planned["expert_bytes"] == 2 * 3 * 7168 * 2048
     plain = as_json("diff", "running.json", "running.json")
     assert planned["expert_bytes"] == plain["expert_bytes"]
+
+
+def test_a_file_of_plan_serves_as_what_ran(ok, as_json, files):
+    """It carries machine, engine and windows, says whence it is, and drift solves with no plan."""
+    ok("solve", "load.npz", "--devices", 4, "--devices-per-node", 2, "--for", "sglang",
+       "--slots-per-device", 5, "--method", "eplb", "--out", "solved.json")  # fmt: skip
+    ok("plan", "solved.json", "load.npz", "--without", 3, "--with", 1, "--out", "left.json")
+    served = {
+        name: as_json("evaluate", name, "load.npz")["settings"]
+        for name in ("solved.json", "left.json")
+    }
+    assert served["left.json"] == served["solved.json"]
+    assert served["left.json"]["devices_per_node"] == 2
+    shown = ok("show", "left.json")
+    assert "Made by plan from solved.json, device 3 lost, 1 device more" in shown
+    again = as_json("drift", "left.json", "load.npz", "--profile", "load.npz")["command"]
+    assert "--method" not in again
+    assert "--for sglang" in again
+
+
+def test_the_figures_of_plan_are_those_of_evaluate(as_json, files):
+    """Busiest device over the mean, in the windows of INPUT."""
+    planned = as_json("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json")
+    assert planned["imbalance_after"] == pytest.approx(
+        as_json("evaluate", "left.json", "load.npz")["imbalance"]
+    )
+
+
+def test_more_moves_are_for_single_windows(files):
+    """Where copies may move, what is even in sum but not in windows is not taken for even."""
+    load = np.zeros((8, 1, 16))
+    load[::2, :, :8] = load[1::2, :, 8:] = 100.0
+    running = mt.Placement.from_assignment([np.arange(16) // 4], 4, slots_per_device=6)
+    plan = mt.plan(running, mt.RoutingStatistics.from_load(load), without=[3], more_copies=40)
+    assert plan.imbalance_after < 1.35
+
+
+def test_placements_of_other_machines_are_refused_by_name(run, files):
+    """Before and after a plan: both files' names, and what shows the difference."""
+    assert run("plan", "running.json", "load.npz", "--without", 1, "--out", "left.json")[0] == 0
+    _, _, err = run("audit", "left.json", "load.npz", "--baseline", "running.json")
+    assert "running.json has 4 devices, left.json 3" in err
+    assert "--without LIST" in err
+    _, _, err = run("diff", "running.json", "left.json")
+    assert "left.json must be a placement of the same model and machine" in err
+    assert "moetuner plan --steps" in err
+
+
+@pytest.mark.parametrize("start", ["contiguous", "round_robin", "eplb:12"])
+def test_a_baseline_may_be_what_engines_begin_with(as_json, files, start):
+    """As --initial takes it, in every command that judges."""
+    gains = [
+        as_json(command, "running.json", "load.npz", "--baseline", start)["gain"]["gain"]
+        for command in ("evaluate", "report")
+    ]
+    assert gains[0] == pytest.approx(gains[1])

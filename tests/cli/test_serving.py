@@ -7,7 +7,7 @@ import pytest
 
 import moetuner as mt
 from moetuner.cli import moetuner
-from moetuner.report.cells import distinct
+from moetuner.files.cells import distinct
 
 # Searches are short, as they are not what is asked about.
 pytestmark = pytest.mark.usefixtures("brief")
@@ -184,3 +184,12 @@ def test_a_model_with_another_number_of_experts_is_refused(run, trace, tmp_path)
     status, out, err = run(*words)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "deepseek-v3 has 256 experts in a layer, INPUT has 16" in err
+
+
+def test_what_was_held_out_is_found_where_windows_are_divided(as_json, trace, tmp_path):
+    """It is held out of what was recorded, however that is counted then."""
+    how = ("--devices", 4, "--slots-per-device", 6, "--split", "lp", "--objective", "balance")
+    solved = as_json("solve", trace, *how, "--holdout", 0.5, "--out", tmp_path / "p.json")
+    judged = as_json("evaluate", tmp_path / "p.json", trace)
+    assert judged["judged_on"]["part"] == "unseen"
+    assert judged["imbalance"] == pytest.approx(solved["imbalance"])

@@ -9,10 +9,10 @@ from placements import random_slots
 
 import moetuner as mt
 from moetuner import _core
-from moetuner.evaluation import evaluate_each, evaluate_in_windows, figures
+from moetuner.evaluation import evaluate_each, figures
 from moetuner.evaluation import replay as replay_
 from moetuner.evaluation.arrival import mixed_order
-from moetuner.evaluation.copies import SPLITS as ALL_SPLITS
+from moetuner.serving.splits import SPLITS as ALL_SPLITS
 
 MODEL = mt.CostModel(1.0, 0.5, 0.01, 2.0, 64.0)
 # Of counts alone, which have no tokens to replay.
@@ -40,7 +40,7 @@ def test_placements_are_replayed_as_each_by_itself(split, layers, spare, window,
         mt.Placement(random_slots(rng, layers, 4, 8, spare=more), num_experts=8) for more in spare
     ]
     how = {"window": window, "split": split, "cost_model": MODEL}
-    together = evaluate_each(placements, trace, topology, **how)
+    [together] = evaluate_each(placements, trace, [mt.Serving(topology, **how)])
     for placement, evaluation in zip(placements, together, strict=True):
         assert evaluation.to_dict() == mt.evaluate(placement, trace, topology, **how).to_dict()
 
@@ -66,11 +66,10 @@ def test_windows_of_several_sizes_are_as_each_by_itself(split, arrival, windows,
     ]
     placements.append(placements[1])
     how = {"split": split, "arrival": arrival, "cost_model": MODEL}
-    together = evaluate_in_windows(placements, trace, topology, windows, **how)
-    assert list(together) == list(windows)
-    for window, evaluations in together.items():
-        mixed = window == windows[0]
-        alone = evaluate_each(placements, trace, topology, window=window, mixed=mixed, **how)
+    servings = [mt.Serving(topology, window=window, **how) for window in windows]
+    together = evaluate_each(placements, trace, servings)
+    for serving, evaluations in zip(servings, together, strict=True):
+        [alone] = evaluate_each(placements, trace, [serving], mixed=serving is servings[0])
         assert [each.to_dict() for each in evaluations] == [each.to_dict() for each in alone]
 
 
@@ -80,7 +79,9 @@ def test_progress_is_the_share_of_tokens(make_trace, monkeypatch):
     monkeypatch.setattr(replay_, "SHARD_BYTES", 400)
     shares, slots = [], np.arange(4).reshape(1, 2, 2).repeat(2, axis=0)
     placements = [mt.Placement(slots), mt.Placement(slots[:, ::-1].copy())]
-    evaluate_each(placements, trace, window=16, progress=shares.append)
+    evaluate_each(
+        placements, trace, [mt.Serving(mt.Topology(2), window=16)], progress=shares.append
+    )
     assert shares == sorted(shares)
     assert (len(shares), shares[-1]) == (5, 1.0)
 

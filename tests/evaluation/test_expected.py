@@ -12,6 +12,7 @@ from placements import random_slots
 import moetuner as mt
 from moetuner import _core
 from moetuner.evaluation import copies
+from moetuner.serving.splits import SPLITS
 
 
 def close(actual, wanted):
@@ -28,7 +29,7 @@ def cases(draw):
     slots = random_slots(rng, layers, devices, experts, draw(st.integers(0, 2)))
     placement = mt.Placement(slots, num_experts=experts)
     topology = mt.Topology(devices, devices_per_node=node)
-    split = draw(st.sampled_from(copies.SPLITS))
+    split = draw(st.sampled_from(SPLITS))
     share, each = (of(placement, topology, split) for of in (oracle.shares, copies.slot_shares))
     return placement, topology, split, share, each, rng
 

@@ -31,7 +31,8 @@ COPIES = mt.Placement(
 def setting(placement=IN_BLOCKS, window=64, **options):
     """Return how to replay, on two nodes, with predicted times."""
     model = mt.CostModel(0, 0.5, 5, 1.0, token_bytes=1000.0)
-    return Setting(placement, mt.Topology(4, 2), window, cost_model=model, **options)
+    serving = mt.Serving(mt.Topology(4, 2), window=window, cost_model=model, **options)
+    return Setting(placement, serving)
 
 
 def traffic(lengths, seed=0):
@@ -59,9 +60,7 @@ def test_halves_that_have_windows_of_their_own_have_their_figures(topics):
     for number, first in enumerate(halvings(folds.number)):
         for side, chosen in enumerate((first, ~first)):
             part = trace.select(sequences=np.unique(trace.sequence[chosen[folds.fold]]))
-            alone = mt.evaluate(
-                IN_BLOCKS, part, how.topology, window=64, cost_model=how.cost_model, mixed=False
-            )
+            alone = mt.evaluate(IN_BLOCKS, part, how.serving, mixed=False)
             for name, figure in actual.items():
                 assert figure.sides[side, number] == pytest.approx(getattr(alone, name)), name
 
@@ -72,7 +71,9 @@ def test_copies_are_halved_with_every_split(split, arrival):
     """All figures have all halves, and each half is near the whole."""
     trace = traffic([50] * 40)
     actual = halve(
-        trace, setting(COPIES, split=split, arrival=arrival, shared=0.1), units_of(trace)
+        trace,
+        setting(COPIES, split=split, arrival=arrival, waterfill=0.2, top_k=2),
+        units_of(trace),
     )[None]
     assert set(actual) == {*MEASURES}
     for figure in actual.values():
@@ -84,7 +85,7 @@ def test_what_a_half_has_of_a_window_is_scaled_to_all_of_it():
     """Of a window of 8 tokens one sequence has 4 on a device of two, the other 3 and 1."""
     ids = np.array([0, 0, 0, 0, 1, 1, 1, 0])[:, None, None]
     trace = mt.RoutingTrace.from_arrays(ids, num_experts=2, sequence=[0] * 4 + [1] * 4)
-    how = Setting(blocks(1, 2, 2), mt.Topology(2), 8)
+    how = Setting(blocks(1, 2, 2), mt.Serving(mt.Topology(2), window=8))
     actual = halve(trace, how, Units("sequence", 2))[None]["imbalance"]
     assert actual.value == pytest.approx(5 / 4)
     assert sorted(actual.sides[:, 0].tolist()) == [3 / 2, 2]
@@ -200,7 +201,7 @@ def test_a_trace_keeps_no_more_than_a_few_halves():
     trace, units = traffic([40] * 4), Units("sequence", 4)
     for window in range(1, 2 * halves.KEPT):
         halve(trace, setting(window=window), units)
-    assert len(halves._KNOWN[trace]) <= halves.KEPT + 1
+    assert len(trace.known["halves"]) <= halves.KEPT + 1
 
 
 def test_a_new_figure_of_windows_has_an_interval(monkeypatch):

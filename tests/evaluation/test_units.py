@@ -135,6 +135,15 @@ def test_one_kind_is_told():
     assert (units.name, units.number, units.all_alike) == ("sequence", 40, True)
 
 
+def test_one_prompt_again_and_again_is_held_out_by_sequence():
+    """Of requests that are all of one kind, some are seen and others are not."""
+    ids = np.tile(np.arange(60).reshape(30, 1, 2) % 16, (20, 1, 1))
+    sequence = np.arange(600) // 30
+    trace = mt.RoutingTrace.from_arrays(ids, num_experts=16, sequence=sequence)
+    assert units_of(trace).number == 1
+    assert [part.tokens for part in hold_out(trace, 0.5)] == [300, 300]
+
+
 def test_runs_are_longer_than_windows_are_alike():
     """Folds of windows without labels follow one another, of three units each and of equal size."""
     dealt = Units("window", 24, Blocks(64 / 24, 3)).deal(table(16, 4, 0), np.arange(64), None)

@@ -290,6 +290,8 @@ csv | LABELLED + "".join(f"0,{n % 2 * 65535},{n}\n" for n in range(1024)), None 
 loads | PIVOT + "0,1,2\n1,3\n" | loads-0: line 3: must have 3 numbers, got 2
 loads | PIVOT + "0,1\n1,3,4\n" | loads-0: line 2: must have 3 numbers, got 2
 loads | PIVOT + "0,1,2\n1,3,4,5\n" | line 3: must have 3 numbers, got 4
+loads | PIVOT + "0,1\n" | line 2: must have 3 numbers, got 2
+loads | PIVOT + "0,1,2,3\n" | line 2: must have 3 numbers, got 4
 loads | PIVOT + "0,1,2\n\n1,x,4\n" | line 4, column 'e0': must be a number, got 'x'
 loads | PIVOT + "0,1,2\n1,,4\n" | line 3, column 'e0': must be a number, got ''
 loads | PIVOT + "0,1,2\nnan,3,4\n" | line 3, column 'layer': must be a layer from 0 to 65535

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import moetuner as mt
 from moetuner.formats import WRITERS, write_placement
-from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.formats.layout import check_placement
+from moetuner.serving.engines import ENGINES
 
 STATISTICS = mt.RoutingStatistics.from_load(np.random.default_rng(0).integers(1, 99, (2, 3, 12)))
 

@@ -107,6 +107,28 @@ def test_export_says_what_the_set_takes_of_unseen_traffic(ok, run, tmp_path):
     assert served(out, 2).sum(axis=1).tolist() == contents["gpu_experts"] == [1, 1]
 
 
+def test_unseen_texts_are_other_texts(ok, tmp_path):
+    """Sequences that repeat a text are all seen or all unseen: half of the texts tell no other."""
+    rng = np.random.default_rng(0)
+    texts = 8 * np.arange(8)[:, None] + rng.integers(0, 8, (8, 50))  # of experts of their own
+    trace, said = tmp_path / "t.safetensors", tmp_path / "s.json"
+    labels = {"num_experts": 64, "sequence": np.arange(48 * 50) // 50}
+    ids = texts[np.arange(48) % 8].reshape(-1, 1, 1)
+    mt.RoutingTrace.from_arrays(ids, **labels).save(trace)
+    options = ("--to", "ktransformers", "--gpu-experts", 32, "--dense-layers", "none")
+    ok("export", trace, *options, "--out", tmp_path / "kt.pt", "--json", said)
+    assert json.loads(said.read_text())["unseen_share"] == 0
+
+
+def test_saved_statistics_have_unseen_windows(ok, make_trace, tmp_path):
+    """Their pairs have no parts, but nobody asks for these here: loads of windows have."""
+    statistics, said = tmp_path / "counts.safetensors", tmp_path / "s.json"
+    mt.RoutingStatistics.from_trace(make_trace(tokens=4000), window=100).save(statistics)
+    options = ("--to", "ktransformers", "--gpu-experts", 2, "--dense-layers", "none")
+    ok("export", statistics, *options, "--out", tmp_path / "kt.pt", "--json", said)
+    assert 0 < json.loads(said.read_text())["unseen_share"] < 1
+
+
 def test_bytes_of_a_layer(ok, run, tmp_path):
     """As many experts as fit; what is missing, or does not fit, is said."""
     given, out = GOLDEN / "tokenspeed", tmp_path / "kt.pt"

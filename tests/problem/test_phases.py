@@ -8,8 +8,8 @@ import pytest
 import moetuner as mt
 from moetuner.placement import blocks
 from moetuner.problem.objective import tables_for
-from moetuner.problem.phases import WINDOWS
 from moetuner.problem.windows import MOST
+from moetuner.serving.phases import WINDOWS
 
 
 def recorded(tokens, seed=0, *, experts=8, layers=2, groups=None):

@@ -9,12 +9,12 @@ import pytest
 import moetuner as mt
 from moetuner import _checks as check
 from moetuner.evaluation.units import Blocks, Units, hold_out
-from moetuner.formats.engines import tokens_per_rank
 from moetuner.report import recording
 from moetuner.report.advice import drift
 from moetuner.report.advice.conclusion import KNEE, _write_copies, _write_units, conclude, find_knee
 from moetuner.report.advice.request import ITERATIONS
 from moetuner.report.advice.values import Copies, compute_saved_us
+from moetuner.serving.engines import tokens_per_rank
 
 LAYERS, EXPERTS, TOP_K, LENGTH = 3, 8, 2, 50
 TWO_NODES = mt.Topology(4, devices_per_node=2)

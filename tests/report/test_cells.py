@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetuner.report.cells import in_bytes, number
+from moetuner.files.cells import in_bytes, number
 
 
 @pytest.mark.parametrize(

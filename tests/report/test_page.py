@@ -14,9 +14,9 @@ import pytest
 from browsers import NO_BROWSER
 
 import moetuner as mt
+from moetuner.files.cells import digits
 from moetuner.placement import contiguous as blocks_of
 from moetuner.report import page
-from moetuner.report.cells import digits
 from moetuner.report.page import figures
 from moetuner.report.page import panels as drawing
 from moetuner.report.page.charts import POINTS, thinned

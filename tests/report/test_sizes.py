@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moetuner as mt
-from moetuner.problem.phases import PREFILL_WINDOWS, WINDOWS
+from moetuner.serving.phases import PREFILL_WINDOWS, WINDOWS
 
 TOPOLOGY = mt.Topology(4)
 # Tokens of recordings: one, two and four windows of either phase, 16 and 17 windows of decode, and

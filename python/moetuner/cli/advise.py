@@ -17,25 +17,23 @@ from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import initial_option, is_start
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import Serving, setting_option
+from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, steps, working
 from moetuner.evaluation.comparison import PRICE, Comparison
 from moetuner.evaluation.figures import FIGURES
-from moetuner.evaluation.replay import Traffic
+from moetuner.files.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.formats import reader_of, serving_commands, way_back
-from moetuner.formats.engines import ENGINES, engine_of
 from moetuner.problem.objective import Goal
-from moetuner.problem.phases import WINDOWS, name_phase
-from moetuner.problem.settings import read_count
+from moetuner.recording import Recording
 from moetuner.report import advice as advising
 from moetuner.report.advice.conclusion import running_name, write_audit, write_order
 from moetuner.report.advice.request import slots_of_running
 from moetuner.report.advice.values import Advice, write_windows_of
-from moetuner.report.cells import counted, duration, in_bytes, percent, signed, span, with_values
 from moetuner.report.page.data import data_of_advice
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+from moetuner.serving.engines import ENGINES, engine_of
+from moetuner.serving.phases import WINDOWS, name_phase
+from moetuner.serving.settings import read_count
 
 COPIES = options.Text(
     lambda text: tuple(read_count(part.strip()) for part in text.split(",")),
@@ -59,7 +57,7 @@ def command(
     expert_bytes: float | None = options.expert_bytes_option(),
     price: float = option(options.Number(0, 1), "SHARE", PRICE, group=JUDGING),
     prefill_share: float | None = option(options.Number(0, 1), "SHARE", group=JUDGING),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     splits: int = option(click.IntRange(1, 100), "N", advising.SPLITS, group=JUDGING),
     by_group: bool = option(group=JUDGING, is_flag=True, default=False),
     any_order: bool = option(group=JUDGING, is_flag=True, default=False),
@@ -68,7 +66,7 @@ def command(
     time_limit: float | None = option(
         options.Number(min=0, infinite=True), "SECONDS", group=SEARCH
     ),
-    serving: Serving,
+    serving: ServingOptions,
     pages: Pages,
     output: Output,
 ) -> None:
@@ -106,7 +104,8 @@ def command(
     time_limit
         Time limit per solve, in seconds. Results then depend on the machine.
     """
-    topology, source = machine.topology(), serving.as_served(source)
+    topology = machine.topology()
+    source, served = serving.resolve(source, topology, waterfill=waterfill)
     expert_bytes = serving.expert_bytes(source, expert_bytes)
     running = initial if is_start(initial) else source.load(Path(initial), topology)
     future = _future(source, unseen)
@@ -117,15 +116,13 @@ def command(
     with working("advising") as report:
         advice = advising.advise(
             source.traffic,
-            topology,
+            served,
             unseen=None if future is None else future.traffic,
             initial=running,
-            engine=serving.engine,
             copies=copies,
             window=source.window,
             price=price,
             prefill_share=prefill_share,
-            waterfill=waterfill,
             splits=splits,
             by_group=by_group,
             in_order=not any_order,
@@ -135,7 +132,6 @@ def command(
             seed=seed,
             threads=source.threads,
             progress=steps(report, weights),
-            **serving.arguments(source),
         )
     audit, repeated = write_audit(advice), _audit_command(source, advice, unseen)
     advice = replace(
@@ -170,14 +166,12 @@ def _future(source: Source, unseen: tuple[Path, ...]) -> Source | None:
     return future
 
 
-def _weigh_steps(traffic: Traffic, searches: int, splits: int) -> list[float]:
+def _weigh_steps(traffic: Recording, searches: int, splits: int) -> list[float]:
     """Return about what steps of advice take, in their order, by a short search of a small trace.
 
     Measured of 9 and 400 million choices of experts; the longer a recording, the more is reading.
     """
-    choices = 0.0
-    if isinstance(traffic, RoutingTrace):
-        choices = traffic.tokens * traffic.layers * traffic.top_k / 1e8
+    choices = traffic.choices / 1e8 if traffic.ordered else 0.0
     counting, replaying, judging = 0.15 + choices / 4, 0.3 + choices / 8, 0.3 + choices / 2
     searching, solving, moving = 1 + choices / 4, 2.5 + choices / 3, 0.1 + choices / 20
     steps_of_splits = [replaying, *(splits * [solving]), judging]
@@ -266,10 +260,10 @@ def _name_unseen(advice: Advice) -> str:
     replayed, kind = advice.main.after.replayed, "unseen " * advice.settings["held_out"]
     assert replayed is not None
     traffic = replayed.traffic
-    if isinstance(traffic, RoutingStatistics):
-        return f"On {counted(traffic.windows, f'{kind}window')}"
-    order = write_order(advice.settings["arrival"], advice.settings["engine"])
-    return f"On {counted(traffic.tokens, f'{kind}token')}{order}"
+    order = ""
+    if traffic.ordered:
+        order = write_order(advice.settings["arrival"], advice.settings["engine"])
+    return f"On {counted(traffic.length, kind + traffic.unit)}{order}"
 
 
 def _write_moving(advice: Advice) -> list[str]:
@@ -383,19 +377,17 @@ def _judging(
     why = "the placement that was judged"
     solving = {**typed, "expert_bytes": None, "seed": settings["seed"]}
     # The windows that were searched for, which INPUT's own would not all be.
-    if {*problem.shares} == {window}:
+    if window is None:  # windows are given
+        solving |= {"window": None, "arrival": None}
+    elif {*problem.shares} == {window}:
         solving["window"] = window
     else:
         solving |= {"window": None, "phases": f"{problem.shares.get(WINDOWS[1], 0.0):g}"}
-    if isinstance(traffic, RoutingStatistics) and (
-        traffic.transitions is not None or traffic.coactivation is not None
-    ):
+    if traffic.has_pairs:
         why = "from all of INPUT with its pairs, which cannot be held out"
     elif not unseen:
         why += "" if from_all else "; leave out --holdout to use all of INPUT for serving"
         solving["holdout"] = HOLDOUT
-    if window is None and settings["engine"] is not None:
-        solving["arrival"] = settings["arrival"]
 
     def solve(slots: int, why: str, **others: Any) -> str:
         is_default = slots * problem.devices == problem.experts
@@ -416,7 +408,7 @@ def _judging(
         solving["initial_file"] = initial if baseline is None else baseline
     commands.append(solve(problem.slots, why, out_file=placed))
     values = {field.name: typed.get(field.name) for field in fields(Source)}
-    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline_file": baseline}
+    values |= {"expert_bytes": typed.get("expert_bytes"), "baseline": baseline}
     values |= {"window": None if main.window == window else main.window}
     values |= {"report_file": "report.html"}
     report = options.next_command("report", f"{placed} {future or file}", values)
@@ -436,9 +428,9 @@ def _judging(
 def _audit_command(source: Source, advice: Advice, unseen: Collection[Path]) -> str:
     """Return the command that shows which groups the proposed placement serves worse."""
     files, initial = unseen or source.input_files, advice.settings["initial"]
-    values: dict[str, Any] = {"window": advice.main.window, "baseline_file": None}
+    values: dict[str, Any] = {"window": advice.main.window, "baseline": None}
     if initial != "contiguous":
-        values["baseline_file"] = _running_file(advice) or RUNNING_FILE
+        values["baseline"] = _running_file(advice) or RUNNING_FILE
     judged = f"{_proposed_file(advice)} {shlex.join(map(str, files))}"
     return options.next_command("audit", judged, values)
 

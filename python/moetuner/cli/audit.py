@@ -11,15 +11,16 @@ import click
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import MEASURES, Judgement
 from moetuner.files import text
-from moetuner.report.cells import counted, listed, signed, span
+from moetuner.files.cells import counted, listed, signed, span
 from moetuner.report.outcome import whose_times
 
 # Exit status where a group got worse by more than was allowed.
@@ -34,14 +35,14 @@ def command(
     *,
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
-    baseline_file: Path | None = option(options.IN_FILE, "FILE"),
+    baseline: str | None = baseline_option(),
     machine: Machine,
-    serving: Serving,
+    serving: ServingOptions,
     fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
     measures: tuple[str, ...] = option(
         click.Choice(MEASURES), default=(), flag="--measure", multiple=True
     ),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     output: Output,
 ) -> int:
     """Show which groups a placement serves worse.
@@ -53,7 +54,7 @@ def command(
 
     Parameters
     ----------
-    baseline_file
+    baseline
         The placement that runs. [default: contiguous]
     fail_if_worse
         Exit with status 3 if a group got worse by more than so many percent, beyond chance.
@@ -61,25 +62,26 @@ def command(
         Measure that --fail-if-worse judges; may be repeated. [default: the predicted
         time]
     """
-    placed = Placed.read(placement_file, source, machine, serving)
-    baseline, against = placed.baseline(baseline_file)
-    (traffic, *_), served = placed.judged, placed.arguments
+    placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
+    if fail_if_worse is not None:
+        placed.check_gate()
+    running, against = placed.baseline(baseline)
+    traffic = placed.judged[0]
     judged, limit = measures or ("predicted_layer_us",), fail_if_worse
     judgement = placed.judge(
-        baseline,
+        running,
         (against, placed.name),
         figure="predicted_layer_us",
         measures=measures,
         by_group=True,
         mixed=False,
-        waterfill=waterfill,
     )
     _check_measures(measures, judgement)
     audited = replace(judgement, measure=judged[0])
     failures = [] if limit is None else audited.worse(limit / 100, measures=judged)
     output.say(*placed.lines())
     _show(output, audited, placed.name, against)
-    output.say(whose_times(served["cost_model"], traffic, served["arrival"]))
+    output.say(whose_times(placed.serving, traffic))
     output.say(*_summary(audited, against), *_advice(audited, judged, against))
     for worst in failures[:1]:
         output.say(
@@ -89,7 +91,7 @@ def command(
     contents = placed.contents(judged=judged, fail_if_worse=limit, waterfill=waterfill)
     contents |= {
         "placement": str(placement_file),
-        "baseline": None if baseline_file is None else str(baseline_file),
+        "baseline": baseline,
         "gain": audited.gain.to_dict() if audited.gain.before else None,
     }
     output.finish({**contents, **audited.to_dict(), "failed": bool(failures)})

@@ -14,18 +14,17 @@ from moetuner.cli import options
 from moetuner.cli.options import JUDGING, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.pages import Pages, origin_of
-from moetuner.cli.options.serving import ProblemOptions
+from moetuner.cli.options.serving import ProblemOptions, setting_option
 from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.comparison import Comparison, with_splits
 from moetuner.evaluation.figures import explain
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
+from moetuner.files.cells import counted, signed, span, with_values
 from moetuner.placement import Placement, blocks
-from moetuner.problem import Problem, phases
+from moetuner.problem import Problem
 from moetuner.report.advice import SPLITS
-from moetuner.report.cells import counted, signed, span, with_values
 from moetuner.report.outcome import (
     Outcome,
     head,
@@ -38,8 +37,8 @@ from moetuner.report.outcome import (
     windows_of,
 )
 from moetuner.report.page.data import PageData, data_of_outcome
+from moetuner.serving import phases
 from moetuner.solver import ALIASES, METHODS, Result
-from moetuner.trace import RoutingTrace
 
 DEFAULT_METHODS = "contiguous,lpt,eplb,paper,joint"
 # What runs where nobody says it, and the name of a placement that does.
@@ -91,7 +90,7 @@ def command(
     splits: int | None = option(click.IntRange(1, 1000), "N", group=JUDGING),
     baseline: str | None = option(str, "METHOD", group=JUDGING),
     initial_file: Path | None = option(options.IN_FILE, "PLACEMENT", group=options.RUNNING),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     search: options.SearchOptions,
     pages: Pages,
     output: Output,
@@ -112,7 +111,7 @@ def command(
         The placement that runs.
     """
     if not holdout:
-        source = wanted.as_served(source)
+        source, _ = wanted.resolve(source, machine.topology())
     methods, over = _baseline(baseline, methods, initial_file)
     _check_splits(splits, holdout)
     initial = None if initial_file is None else source.load(initial_file, machine.topology())
@@ -121,13 +120,12 @@ def command(
         seed = nth_seed(search.seed, number)
         seen, unseen = hold_out(source.traffic, holdout, seed=seed)
         problem = wanted.problem(source, machine.topology(), seen)
-        unseen = wanted.as_judged(source, unseen)
-        shared = shared_of(unseen, waterfill, source.top_k)
-        return Split(number, problem, unseen, replace(search, seed=seed), initial, shared)
+        unseen = source.as_divided(unseen, problem.serving)
+        return Split(number, problem, unseen, replace(search, seed=seed), initial, waterfill)
 
     first = split(0)
     problem = first.problem
-    output.say(source.describe(), *wanted.explain_problem(problem))
+    output.say(source.describe(), *wanted.explain_problem(problem, source))
     output.say(_setting(first, source.counted, holdout), "")
     tries = _run(
         lambda number: (split(number) if number else first).outcomes(methods, source),
@@ -217,7 +215,7 @@ class Split:
     unseen: Traffic
     search: options.SearchOptions
     initial: Placement | None
-    shared: float | None
+    waterfill: float | None
 
     def _runs(self, method: str) -> Placement | None:
         """Return the placement of a row that runs already; None if it has to be solved."""
@@ -242,7 +240,7 @@ class Split:
             results.append(result.uninterrupted() if self.number else result)
             if result.status == "interrupted":
                 break
-        outcomes = source.replay(results, self.problem, self.unseen, shared=self.shared)
+        outcomes = source.replay(results, self.problem, self.unseen, waterfill=self.waterfill)
         return dict(zip(methods, outcomes, strict=False))
 
 
@@ -277,14 +275,8 @@ def _facts(
 
 
 def _gain_facts(gain: Comparison) -> dict[str, Any]:
-    """Return the first split's gain as JSON values, and those of all splits beside it."""
-    gains, ends = gain.splits, [min(gain.splits), max(gain.splits)]
-    more = {
-        "mean": sum(gains) / len(gains),
-        "splits": gains,
-        "range": ends if len(gains) > 1 else None,
-    }
-    return replace(gain, splits=gains[:1]).to_dict() | more
+    """Return the first split's gain as JSON values, with those of all splits, and their mean."""
+    return gain.to_dict() | {"mean": sum(gain.splits) / len(gain.splits)}
 
 
 def _judge(
@@ -333,11 +325,7 @@ def _setting(split: Split, window: int | None, holdout: float) -> str:
     cap = "" if problem.max_imbalance is None else f", load cap {problem.max_imbalance:g}"
     windows = f", windows of {window:,} tokens" if window else ""
     windows = f", {phases.words(problem.shares)}" if len(problem.shares) > 1 else windows
-    if isinstance(unseen, RoutingTrace):
-        judged = counted(unseen.tokens, "unseen token")
-    else:
-        judged = counted(unseen.windows, "unseen window")
-    judged = judged if holdout else "the same traffic"
+    judged = counted(unseen.length, f"unseen {unseen.unit}") if holdout else "the same traffic"
     return (
         f"{machine}, {problem.regime}, objective {problem.goal}{cap}{windows}, judged on {judged}"
     )

@@ -50,11 +50,12 @@ def command(
         traffic = read_input(sources, hints, None if form == AUTO else form)
     with working(f"writing {out_file}"):
         if isinstance(traffic, RoutingTrace):
+            kind = "trace"
             traffic.save(out_file, source=", ".join(source.name for source in sources))
         else:
+            kind = "statistics"
             traffic.save(out_file)
     output.say(f"wrote {describe([out_file], traffic)}")
-    kind = "trace" if isinstance(traffic, RoutingTrace) else "statistics"
     output.finish(
         {"sources": [str(source) for source in sources], kind: facts([out_file], traffic)}
     )

@@ -14,10 +14,10 @@ from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.evaluation.units import hold_out
 from moetuner.files import same_file
+from moetuner.files.cells import percent
 from moetuner.formats import eplb
 from moetuner.formats.hints import Hints
 from moetuner.problem import TRAFFIC_CAP, Problem
-from moetuner.report.cells import percent
 from moetuner.report.structure import Structure, structure
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace

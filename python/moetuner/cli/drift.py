@@ -11,21 +11,27 @@ import click
 
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
+from moetuner.cli.options.groups import FILES
 from moetuner.cli.options.machine import Machine, common_name, cost_model_for
-from moetuner.cli.options.placed import Placed, phases_in, read_hints
-from moetuner.cli.options.serving import SERVED, Serving
-from moetuner.cli.options.traffic import Source, Traffic
+from moetuner.cli.options.placed import Placed, read_hints
+from moetuner.cli.options.serving import ServingOptions
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
-from moetuner.evaluation import evaluate
+from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import PRICE
 from moetuner.evaluation.figures import FIGURES
 from moetuner.files import text
+from moetuner.files.cells import percent, signed
 from moetuner.placement import Placement
-from moetuner.problem.phases import PREFILL_SHARE, WINDOWS
+from moetuner.problem import TRAFFIC_CAP
+from moetuner.problem.made import Made
+from moetuner.problem.objective import goal_for
+from moetuner.problem.reading import SCALES
+from moetuner.recording import Recording
 from moetuner.report.advice import drift as measuring
-from moetuner.report.cells import percent, signed
 from moetuner.report.outcome import whose_times
-from moetuner.topology import Topology
+from moetuner.serving import SERVED, Serving
+from moetuner.serving.phases import WINDOWS
 from moetuner.trace import RoutingTrace
 
 # Exit status where the traffic has drifted, or the placement serves it worse than was allowed.
@@ -38,8 +44,6 @@ SHOWN = ("imbalance", "predicted_layer_us")
 LEAST_WINDOWS = 4
 # Where the command that solves again writes.
 OUT = "placement.json"
-# Values of options that a command need not name.
-PLAIN = {"phases": PREFILL_SHARE, "objective": "time", "method": "joint", "seed": 0}
 SENTENCES = {
     "not left": "The traffic has not left the profile: keep the placement.",
     "served": "The traffic has left the profile, and the placement still serves it: {change}.",
@@ -57,7 +61,7 @@ def command(
         options.IN_INPUT, "FILE", (), flag="--profile", multiple=True
     ),
     machine: Machine,
-    serving: Serving,
+    serving: ServingOptions,
     fail_if_drift: bool = option(is_flag=True, default=False),
     fail_if_worse: float | None = option(options.Number(min=0), "PCT"),
     seed: int = options.seed_option(),
@@ -81,31 +85,36 @@ def command(
     """
     source = source.with_hints(read_hints(placement_file))
     placed = Placed.read(placement_file, source, machine, serving)
-    files = profile_files or _named(placed.settings, placement_file, *source.input_files)
-    only = () if profile_files else tuple(placed.settings.get("input", {}).get("only", ()))
-    profile = replace(placed.source, input_files=files, only=only or source.only)
-    profile = profile.as_placed(placed.settings)
+    files = profile_files or _named(placed.made, placement_file, *source.input_files)
+    only = () if profile_files else placed.made.input.only or ()
+    # The groups of INPUT are no groups of the profile, whose own the placement remembers.
+    names = FILES if source.group_by == FILES else None
+    profile = replace(placed.source, input_files=files, only=only or source.only, group_by=names)
+    profile = profile.as_placed(placed.made, placement_file)
+    if profile.missing_names is not None and (fail_if_drift or fail_if_worse is not None):
+        replace(placed, source=profile).check_gate()
     with working("comparing the expert shares"):
         # Counts as recorded: fewer of them would be less evidence.
         drifted = measuring.drift(profile.recorded, source.recorded, seed=seed)
     # A placement is flattered by what it was computed from: what was held out is not that.
     unseen, _, part = replace(placed, source=profile).judged
-    placement, topology = placed.placement, placed.topology
-    arguments: dict[str, Any] = {"threads": source.threads, **placed.arguments}
+    placement = placed.placement
     with working("replaying"):
         now = placed.source, placed.source.traffic
-        rows = _replayed(placement, topology, source.window, (profile, unseen), now, arguments)
+        rows = _replayed(placement, placed.serving, source.window, (profile, unseen), now)
     worst = max(rows, key=lambda row: row["change"])
     output.say(
         f"profile: {profile.describe()}", f"now: {placed.source.describe()}", *placed.differences()
     )
+    if profile.missing_names is not None:
+        output.say(f"Warning: {replace(placed, source=profile).names_warning}")
     if part["is_seen"] is False and "holdout" not in part:
         output.say("Warning: the placement was not computed from this profile.")
     answer = "not left"
     if drifted.is_beyond_chance:
         answer = "worse" if worst["change"] > PRICE else "served"
     _show(output, placement_file, drifted, rows)
-    output.say(whose_times(arguments["cost_model"], source.traffic, arguments["arrival"]), "")
+    output.say(whose_times(placed.serving, source.traffic), "")
     change = f"{signed(worst['change'])} {FIGURES[worst['measure']].label}"
     if worst["window"]:
         change += f" in windows of {worst['window']:,} tokens"
@@ -120,7 +129,7 @@ def command(
     is_worse = fail_if_worse is not None and 100 * worst["change"] > fail_if_worse
     failed = answer != "not left" and (fail_if_drift or is_worse)
     contents: dict[str, Any] = {"input": source.facts(), "profile": profile.facts()}
-    served = placed.serving.settings(topology, placed.arguments)
+    served = placed.serving.facts()
     contents |= {"placement": str(placement_file), "settings": served}
     contents |= {"answer": answer, "drift": drifted.to_dict(), "figures": rows}
     output.finish(contents | {"command": again, "failed": failed})
@@ -151,11 +160,10 @@ def _show(
 
 def _replayed(
     placement: Placement,
-    topology: Topology,
+    serving: Serving,
     window: int | None,
-    before: tuple[Source, Traffic],
-    after: tuple[Source, Traffic],
-    arguments: dict[str, Any],
+    before: tuple[Source, Recording],
+    after: tuple[Source, Recording],
 ) -> list[dict[str, Any]]:
     """Return figures of a placement on two recordings, by window, and how much worse they got."""
     tokens = [part.tokens for _, part in (before, after) if isinstance(part, RoutingTrace)]
@@ -174,7 +182,8 @@ def _replayed(
         row: dict[str, Any] = {"window": window, "measure": measure}
         for name, (source, part) in (("profile", before), ("now", after)):
             replayed = window if window is not None else source.replayed
-            figures = evaluate(placement, part, topology, window=replayed, **arguments)
+            served = replace(serving, window=replayed)
+            [[figures]] = evaluate_each([placement], part, [served], threads=source.threads)
             row[name] = {measure: getattr(figures, measure) for measure in SHOWN}
         old, new = row["profile"][measure], row["now"][measure]
         rows.append(row | {"change": new / old - 1 if old else 0.0})
@@ -183,15 +192,15 @@ def _replayed(
 
 def _phases(placed: Placed) -> dict[str, Any]:
     """Return the options that say which windows the placement was computed for."""
-    sizes = phases_in(placed.settings)
+    sizes = placed.made.phases
     if set(sizes) <= set(WINDOWS) and len(sizes) > 1 and placed.source.window == WINDOWS[0]:
         return {"window": None, "phases": sizes[WINDOWS[1]]}
     return {"window": placed.source.replayed}
 
 
-def _named(settings: dict[str, Any], *beside: Path) -> tuple[Path, ...]:
+def _named(made: Made, *beside: Path) -> tuple[Path, ...]:
     """Return the files that a placement names as its input, here or beside others."""
-    names = settings.get("input", {}).get("files", ())
+    names = made.input.files or ()
     for folder in (Path(), *(path.parent for path in beside)):
         files = tuple(folder / name for name in names)
         if files and all(path.exists() for path in files):
@@ -205,34 +214,38 @@ def _named(settings: dict[str, Any], *beside: Path) -> tuple[Path, ...]:
 
 def _again(placement_file: Path, placed: Placed, machine: Machine) -> str:
     """Write the command that computes the placement anew."""
-    placement, topology, settings = placed.placement, placed.topology, placed.settings
+    placement, topology, made = placed.placement, placed.topology, placed.made
     typed = options.typed()
     values = {name: typed.get(name) for name in READING}
-    values |= {
-        name: getattr(placed.source, name) for name in ("model", "weight_bits", "tokens_per_step")
-    }
-    name = common_name(topology)
+    values |= {name: getattr(placed.source, name) for name in SCALES}
+    name = made.spelled_of("topology", beside=placement_file, value=topology)
+    name = common_name(topology) if name is None else name
     if machine.machine is None and name is not None and machine.devices_per_node is None:
         values |= {"machine": name, "devices": None}
     elif machine.machine is None:
         values["devices"] = placement.devices
         values["devices_per_node"] = topology.devices_per_node if topology.nodes > 1 else None
     values |= {name: placed.serving.chosen(name) for name in SERVED}
+    goal, cap = made.wanted.get("objective"), made.wanted.get("max_imbalance")
     values |= {
-        name: settings.get(name) for name in ("objective", "max_imbalance", "method", "seed")
+        "objective": None if goal == goal_for(None, cap) else goal,
+        "max_imbalance": None if goal == "traffic" and cap == TRAFFIC_CAP else cap,
+        "method": made.method,
+        "seed": made.seed,
     }
     values |= {"engine": placed.serving.engine, **_phases(placed)}
-    model = placed.arguments["cost_model"]
+    model = placed.serving.cost_model
     usual = cost_model_for(None, placed.source.traffic, placed.source.weight_bits)
-    if model != usual and model.name:
-        values["cost_model"] = model.name.partition(" (")[0]
-    values = {name: None if value == PLAIN.get(name) else value for name, value in values.items()}
+    if model is not None and model != usual:
+        text = typed.get("cost_model")
+        text = text or made.spelled_of("cost_model", beside=placement_file, value=model)
+        values["cost_model"] = text or (model.name and model.name.partition(" (")[0])
     values["slots_per_device"] = placement.slots_per_device if placement.has_copies else None
     # What serves stays, to compare with, and so do experts that need not move.
     least = -(-placement.num_experts // placement.devices)
     fits = placement.slots_per_device <= (values["slots_per_device"] or least)
     # Other methods than the default one place anew, wherever experts are.
-    if fits and values["method"] is None:
+    if fits and values["method"] in (None, "joint"):
         values["initial_file"] = str(placement_file)
     values["out_file"] = options.apart_from(placement_file, OUT)
     files = shlex.join(map(str, placed.source.input_files))

@@ -10,18 +10,18 @@ from moetuner import _checks
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import baseline_option
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions, setting_option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.evaluation import Evaluation
 from moetuner.evaluation.arrival import WINDOWS_MIXED, at_once
 from moetuner.evaluation.figures import FIGURES, US, explain
 from moetuner.files import text
-from moetuner.report.cells import counted
+from moetuner.files.cells import counted
+from moetuner.recording import Recording
 from moetuner.report.outcome import on_one_device, whose_times
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
 
 # Times have a table of their own.
 TIMES = [name for name, figure in FIGURES.items() if figure.unit == US]
@@ -38,31 +38,30 @@ def command(
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
-    baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    baseline: str | None = baseline_option(),
     lost: tuple[int, ...] = option(options.DEVICE_LIST, "LIST", (), flag="--without"),
-    serving: Serving,
+    serving: ServingOptions,
     mixed_seed: int = option(click.IntRange(0, 2**63 - 1), "N", default=0),
-    waterfill: float | None = options.waterfill_option(),
+    waterfill: float | None = setting_option("waterfill"),
     output: Output,
 ) -> None:
     """Replay a placement, and print its figures.
 
     Parameters
     ----------
-    baseline_file
+    baseline
         The placement that runs. [default: contiguous]
     lost
         Devices that are lost, such as 3,17; the placement is replayed on those that are left.
     mixed_seed
         Seed of the order in which sequences, or windows of statistics, are mixed.
     """
-    placed = Placed.read(placement_file, source, machine, serving).without(lost)
-    placement, arguments, (traffic, *_) = placed.placement, placed.arguments, placed.judged
+    placed = Placed.read(placement_file, source, machine, serving, waterfill=waterfill)
+    placed = placed.without(lost)
+    placement, (traffic, *_) = placed.placement, placed.judged
     window = placed.source.counted
-    running, against = placed.baseline(baseline_file)
-    judgement = placed.judge(
-        running, (against, placed.name), mixed_seed=mixed_seed, waterfill=waterfill
-    )
+    running, against = placed.baseline(baseline)
+    judgement = placed.judge(running, (against, placed.name), mixed_seed=mixed_seed)
     evaluation = judgement.after
     output.say(*placed.lines())
     windows = f", windows of {window:,} tokens" if window else ""
@@ -79,20 +78,20 @@ def command(
         output.say(f"{together:.1f} of 100 tokens have all their experts of a layer on one device")
     output.say(_mixed(traffic, mixed_seed), "")
     _table(output, "layer, us", TIMES, evaluation)
-    output.say(whose_times(arguments["cost_model"], traffic, arguments["arrival"]))
+    output.say(whose_times(placed.serving, traffic))
     losses = [f"Losses: {each.sentence}." for each in evaluation.losses.values()]
     last = [*losses, *(_ports(name, ports) for name, ports in evaluation.busiest_port.items())]
     output.say(*[""] * bool(last), *last)
     contents = placed.contents(mixed_seed=mixed_seed, waterfill=waterfill, without=list(lost))
     contents["placement"] = str(placement_file)
-    contents["baseline"] = None if baseline_file is None else str(baseline_file)
+    contents["baseline"] = baseline
     output.finish(contents | evaluation.to_dict() | {"gain": judgement.gain.to_dict()})
 
 
-def _mixed(traffic: RoutingTrace | RoutingStatistics, seed: int) -> str:
+def _mixed(traffic: Recording, seed: int) -> str:
     """Return what a mixed window is made of: other numbers of sequences are other figures."""
-    if isinstance(traffic, RoutingStatistics):
-        return f"mixed: means of {min(traffic.windows, WINDOWS_MIXED)} windows, seed {seed}"
+    if not traffic.ordered:
+        return f"mixed: means of {min(traffic.length, WINDOWS_MIXED)} windows, seed {seed}"
     if traffic.sequence is None:
         return f"mixed: tokens in random order, as INPUT has no sequences, seed {seed}"
     sequences = _checks.distinct(traffic.sequence).size

@@ -15,15 +15,18 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from moetuner._checks import ArgumentError
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.moves import show_pairs
-from moetuner.cli.options.placed import defaults_in, read_any
-from moetuner.cli.options.traffic import Traffic, describe, left_out
+from moetuner.cli.options.placed import made_of, read_any
+from moetuner.cli.options.traffic import describe
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
+from moetuner.evaluation.units import hold_out
 from moetuner.files import replacing
+from moetuner.files.cells import percent
 from moetuner.formats import (
     WRITERS,
     Writer,
@@ -33,13 +36,14 @@ from moetuner.formats import (
     read_placement,
     write_placement,
 )
-from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints
 from moetuner.formats.ktransformers import choose, write_chosen
 from moetuner.formats.layout import check_placement, faults
 from moetuner.placement import EMPTY, Placement
-from moetuner.report.cells import percent
-from moetuner.statistics import RoutingStatistics
+from moetuner.problem.made import Made
+from moetuner.recording import Recording
+from moetuner.serving.engines import ENGINES
+from moetuner.statistics import count_loads
 from moetuner.topology import Topology
 
 MOVES, KTRANSFORMERS = "moves", "ktransformers"
@@ -72,7 +76,7 @@ class OnGpu:
     gpu_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
     expert_bytes: float | None = option(options.Number(min=0, min_open=True), "BYTES")
 
-    def per_layer(self, traffic: Traffic) -> int:
+    def per_layer(self, traffic: Recording) -> int:
         """Return how many experts of a layer are on the GPU."""
         if (self.gpu_experts is None) == (self.gpu_bytes is None):
             raise click.UsageError("'--to ktransformers' needs '--gpu-experts' or '--gpu-bytes'.")
@@ -167,13 +171,13 @@ def command(
         _write_chosen(placement_file, on_gpu, layer_hints, out_file, output)
         return
     placement = read_any(placement_file, machine, layer_hints)
-    settings = defaults_in(placement_file, placement.settings)
-    output.say(*_differences(settings, WRITERS[form].engine if form in WRITERS else form))
+    made = made_of(placement_file, placement)
+    output.say(*_differences(made, WRITERS[form].engine if form in WRITERS else form))
     contents: dict[str, Any] = {"placement": str(placement_file), "format": form}
     contents["out"] = str(out_file)
     try:
         if form == MOVES:
-            topology = machine.topology(placement.devices, settings.get("topology"))
+            topology = machine.topology(placement.devices, made.machine)
             _write_moves(placement, initial_file, topology, out_file, output)
         elif form in RENUMBERING:
             _renumber(placement, form, checkpoint, out_file, output)
@@ -196,18 +200,16 @@ def command(
                 )
     except ImportError as error:
         raise click.ClickException(str(error)) from None
-    output.say(f"wrote {out_file}", *_how_to_serve(placement, settings, WRITERS.get(form)))
+    output.say(f"wrote {out_file}", *_how_to_serve(placement, made, WRITERS.get(form)))
     output.finish(contents)
 
 
-def _how_to_serve(
-    placement: Placement, settings: dict[str, Any], writer: Writer | None
-) -> Iterator[str]:
+def _how_to_serve(placement: Placement, made: Made, writer: Writer | None) -> Iterator[str]:
     """Write what the engine of a map needs to serve it: a split of its tokens, and no balancer."""
     engine = ENGINES.get((writer and writer.engine) or "")
     if engine is None:
         return
-    split = settings.get("split", "")
+    split = made.serving.get("split", "")
     if placement.has_copies and split in engine.splits_by:
         yield f"The placement is for split {split}: serve it with {engine.splits_by[split]}."
     if engine.serve_note:
@@ -226,8 +228,8 @@ def _write_chosen(
     contents = {"input": str(path), "format": KTRANSFORMERS, "out": str(out_file)}
     shares = {"share": _share(chosen, traffic), "unseen_share": None}
     took = f"they take {percent(shares['share'])} of the choices of INPUT, which chose them"
-    with contextlib.suppress(ValueError):  # one window, or one sequence, is not split
-        seen, unseen = traffic.split(0.5)
+    with contextlib.suppress(ArgumentError):  # of one token or window no part is held out
+        seen, unseen = hold_out(traffic.without_pairs())
         by_half = choose(_load(seen), count, each_layer=on_gpu.each_layer)
         shares["unseen_share"] = _share(by_half, unseen)
         took += f"; {percent(shares['unseen_share'])} of one half if chosen by the other"
@@ -237,8 +239,8 @@ def _write_chosen(
         f"by chance take {percent(float(chosen.mean()))}."
     )
     hints = layer_hints.hints
-    if (layers_of_model := left_out(traffic)) is not None:
-        hidden, dense = layers_of_model
+    if traffic.left_out is not None:
+        hidden, dense = traffic.left_out
         hints |= {"hidden_layers": hidden, "dense_layers": dense}
     write_chosen(chosen, out_file, Hints(**hints))
     output.say(
@@ -250,24 +252,20 @@ def _write_chosen(
     output.finish({**contents, "gpu_experts": layers.tolist(), **shares})
 
 
-def _load(traffic: Traffic) -> NDArray[np.int64]:
+def _load(traffic: Recording) -> NDArray[np.int64]:
     """Return how often every expert of every layer was chosen [L,E]."""
-    if not isinstance(traffic, RoutingStatistics):
-        traffic = RoutingStatistics.from_trace(
-            traffic, window=None, transitions=False, coactivation=False, sets=False
-        )
-    return traffic.total_load.astype(np.int64)
+    return count_loads(traffic).total_load.astype(np.int64)
 
 
-def _share(chosen: NDArray[np.bool_], traffic: Traffic) -> float:
+def _share(chosen: NDArray[np.bool_], traffic: Recording) -> float:
     """Return the share of the choices that some experts take."""
     load = _load(traffic)
     return float(load[chosen].sum() / load.sum())
 
 
-def _differences(settings: dict[str, Any], engine: str | None) -> Iterator[str]:
+def _differences(made: Made, engine: str | None) -> Iterator[str]:
     """Write that a placement was computed for another engine, if it was."""
-    was = settings.get("engine")
+    was = made.serving.get("engine")
     if was in ENGINES and engine in ENGINES and was != engine:
         yield (
             f"The placement was computed for {ENGINES[was].title}; it is written for "

@@ -18,9 +18,9 @@ from moetuner.cli.options import SIZE, option
 from moetuner.cli.output import Output, shares, working
 from moetuner.cost import CostModel, public_name
 from moetuner.files import naming, read_whole
+from moetuner.files.cells import number, percent, signed
 from moetuner.files.text import name
 from moetuner.presets import MODELS
-from moetuner.report.cells import number, percent, signed
 
 COLUMNS = "tokens,experts,microseconds"
 # Bytes of a number of a token, in bfloat16.

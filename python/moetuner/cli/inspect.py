@@ -11,19 +11,20 @@ from moetuner.cli import options
 from moetuner.cli.options import option
 from moetuner.cli.options.machine import DEVICES
 from moetuner.cli.options.pages import draw_into, figures_option
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, shares, working
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.files import text
+from moetuner.files.cells import number, percent
 from moetuner.placement import blocks
 from moetuner.problem import TRAFFIC_CAP
-from moetuner.report.cells import number, percent
 from moetuner.report.hot_experts import HotExperts
 from moetuner.report.outcome import whose_times
 from moetuner.report.page.structure import draw_structure
 from moetuner.report.structure import Structure, structure
+from moetuner.topology import Topology
 
 MOST_GROUPS = 12
 # Crossing that is not worth a placement, however certain.
@@ -36,7 +37,7 @@ def command(
     source: Source,
     devices: int = option(DEVICES, "N", 4),
     max_imbalance: float = option(options.Number(min=1, infinite=True), "X", TRAFFIC_CAP),
-    serving: Serving,
+    serving: ServingOptions,
     seed: int = options.seed_option(),
     figures: Path | None = figures_option(),
     output: Output,
@@ -78,21 +79,20 @@ def command(
 
 
 def _show_served(
-    output: Output, source: Source, serving: Serving, devices: int
+    output: Output, source: Source, options: ServingOptions, devices: int
 ) -> dict[str, float | None]:
     """Print and return the figures of experts in blocks for the traffic as it is served."""
-    traffic, arguments = source.traffic, serving.arguments(source)
+    source, serving = options.resolve(source, Topology(devices))
+    traffic = source.traffic
     placement = blocks(traffic.layers, traffic.num_experts, devices)
     with working("replaying"):
-        evaluation = evaluate(
-            placement, traffic, window=source.replayed, **arguments, threads=source.threads
-        )
+        evaluation = evaluate(placement, traffic, serving, threads=source.threads)
     output.say(
         "",
         *serving.explain(),
         f"Contiguous placement: imbalance {number(evaluation.imbalance, 3)}, predicted time "
         f"{number(evaluation.predicted_layer_us, 1)} us per layer.",
-        whose_times(arguments["cost_model"], traffic, arguments["arrival"]),
+        whose_times(serving, traffic),
     )
     names = ("imbalance", "imbalance_mixed", "predicted_layer_us")
     return {name: getattr(evaluation, name) for name in names}

@@ -25,8 +25,8 @@ from rich.text import Text
 
 from moetuner.cli.options import OutFile, name_options, option
 from moetuner.files import descriptor_of, replacing
+from moetuner.files.cells import finite
 from moetuner.files.text import line, name, printable
-from moetuner.report.cells import finite
 from moetuner.solver import Progress
 
 # Tables, and all that goes to a file or another program, are not fitted to any screen.

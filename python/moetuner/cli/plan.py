@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli import options
 from moetuner.cli.options import argument, option
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import defaults_in
+from moetuner.cli.options.placed import made_of
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation.losses import DOMAINS, Domain
 from moetuner.files import replacing
+from moetuner.files.cells import counted, in_bytes
 from moetuner.placement import Placement
-from moetuner.report.cells import counted, in_bytes
 from moetuner.solver import Plan, plan, plan_losses
 from moetuner.topology import Topology
 
@@ -118,12 +118,12 @@ def command(
     """
     change.check(table_file)
     running = source.load(running_file, devices=machine.given)
-    settings = defaults_in(running_file, running.settings)
-    topology = machine.topology(running.devices, settings.get("topology"))
+    made = made_of(running_file, running)
+    topology = machine.topology(running.devices, made.machine)
     if expert_bytes is None:
-        size = settings.get("expert_size") or source.traffic.expert_size
+        size = made.expert_size or source.traffic.expert_size
         # INPUT may be counts alone: what is moved is the placement's.
-        bits = source.weight_bits or settings["input"].get("weight_bits")
+        bits = source.weight_bits or made.input.weight_bits
         expert_bytes = bytes_of_expert(size, source.traffic.model or running.model, bits)
     contents: dict[str, Any] = {"input": source.facts(), "running": str(running_file)}
     contents |= {"expert_bytes": expert_bytes, "topology": topology.to_dict()}
@@ -140,12 +140,18 @@ def command(
             join=change.join,
             more_copies=more_copies,
             topology=topology,
+            window=source.replayed,
         )
+    gone = sorted({*range(running.devices)} - {*planned.devices.tolist()})
+    served = replace(
+        made.on(topology.without(gone, change.join)),
+        plan={"running": running_file.name, "change": change.words},
+    )
     placement = planned.placement.with_names(
-        model=running.model, settings={"seed": 0, "input": dict(settings["input"])}
+        model=running.model, topology=topology.name, settings=served.to_settings()
     )
     placement.save(out_file)
-    _show(output, planned, running, change, expert_bytes)
+    _show(output, planned, running, change, expert_bytes, source.replayed)
     output.say(f"wrote {out_file}")
     contents |= {"out": str(out_file), "without": list(change.without)} | planned.to_dict()
     if steps_file is not None:
@@ -155,7 +161,12 @@ def command(
 
 
 def _show(
-    output: Output, planned: Plan, running: Placement, change: Change, expert_bytes: float | None
+    output: Output,
+    planned: Plan,
+    running: Placement,
+    change: Change,
+    expert_bytes: float | None,
+    window: int | None,
 ) -> None:
     """Print what moves, and what the busiest device has to do."""
     serving = len(planned.devices)
@@ -169,13 +180,14 @@ def _show(
         gone = [d for d in range(running.devices) if d not in kept and d not in change.without]
         noun = "device" if len(gone) == 1 else "devices"
         output.say(f"to leave: {noun} {', '.join(map(str, gone))}")
+    where = "in the windows of INPUT" if window is None else f"in windows of {window:,} tokens"
     copies, lost = len(planned.steps), int(planned.lost.sum())
     size = "" if expert_bytes is None else f" ({in_bytes(copies * expert_bytes)})"
     disk = f", {lost:,} of them from disk, as no device has them any more" if lost else ""
     output.say(
         f"to move: {counted(copies, 'expert')}{size}{disk}",
         f"busiest device: {planned.imbalance_before:.3f} x the mean before, "
-        f"{planned.imbalance_after:.3f} x after, on the loads of INPUT",
+        f"{planned.imbalance_after:.3f} x after, {where}",
     )
 
 
@@ -191,7 +203,9 @@ def _plan_losses(
     domain = change.every_loss
     assert domain is not None
     with working("planning"):
-        plans = plan_losses(running, source.traffic, domain, topology=topology)
+        plans = plan_losses(
+            running, source.traffic, domain, topology=topology, window=source.replayed
+        )
     number = topology.devices if domain == "device" else topology.nodes
     if not plans:
         raise click.ClickException(

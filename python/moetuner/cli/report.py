@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from moetuner.cli import options
-from moetuner.cli.options import argument, option
+from moetuner.cli.options import argument
 from moetuner.cli.options.machine import Machine
+from moetuner.cli.options.moves import baseline_option, is_start
 from moetuner.cli.options.pages import Pages, figures_option, origin_of, page_option
 from moetuner.cli.options.placed import Placed
-from moetuner.cli.options.serving import Serving
+from moetuner.cli.options.serving import ServingOptions
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.files import text
@@ -23,9 +24,9 @@ def command(
     placement_file: Path = argument("PLACEMENT", options.IN_FILE),
     source: Source,
     machine: Machine,
-    baseline_file: Path | None = option(options.IN_FILE, "PLACEMENT"),
+    baseline: str | None = baseline_option(),
     report_file: Path = page_option(Path("report.html"), flag="--out"),
-    serving: Serving,
+    serving: ServingOptions,
     expert_bytes: float | None = options.expert_bytes_option(),
     figures: Path | None = figures_option(),
     output: Output,
@@ -37,7 +38,7 @@ def command(
 
     Parameters
     ----------
-    baseline_file
+    baseline
         The placement that runs. [default: contiguous, as engines load experts]
     report_file
         Page to write.
@@ -47,15 +48,17 @@ def command(
         Write the charts of the page as SVG and PNG; needs Chrome or Chromium.
     """
     placed = Placed.read(placement_file, source, machine, serving)
-    running, _ = placed.baseline(baseline_file)
-    names = "contiguous" if baseline_file is None else "running", text.name(placement_file.stem)
-    model, (traffic, judged_on, _) = placed.arguments["cost_model"], placed.judged
+    running, against = placed.baseline(baseline)
+    is_named = baseline is not None and not is_start(baseline, "--baseline")
+    names = "running" if is_named else against, text.name(placement_file.stem)
+    model, (traffic, judged_on, _) = placed.serving.cost_model, placed.judged
+    assert model is not None
     output.say(*placed.lines())
     judgement = placed.judge(running, names, by_group=traffic.group is not None, mixed=False)
     output.say(*(f"Gain: {gain.sentence}" for gain in placed.gains(judgement)))
     contents = placed.contents(
         placement=str(placement_file),
-        baseline=None if baseline_file is None else str(baseline_file),
+        baseline=baseline,
         cost_model=model.name,
     )
     contents |= as_json({"running": judgement.before, "proposed": judgement.after})

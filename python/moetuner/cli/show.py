@@ -10,14 +10,15 @@ from typing import Any
 from moetuner.cli import options
 from moetuner.cli.options import argument
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.placed import defaults_in, described, phases_in, read_any
+from moetuner.cli.options.placed import made_of, read_any
 from moetuner.cli.output import Output
 from moetuner.files import text
-from moetuner.formats.engines import ENGINES
+from moetuner.files.cells import counted, listed, percent
 from moetuner.placement import EMPTY, Placement
-from moetuner.problem import phases
+from moetuner.problem.made import Made
 from moetuner.problem.objective import decimals_of
-from moetuner.report.cells import counted, listed, percent
+from moetuner.serving import SERVED, describe_machine, phases
+from moetuner.serving.engines import ENGINES
 
 # Files of INPUT that a line names.
 NAMED = 3
@@ -37,7 +38,7 @@ def command(
     PLACEMENT is moetuner's own, or a map in any format of "moetuner export".
     """
     placement = read_any(placement_file, machine, layer_hints)
-    settings = defaults_in(placement_file, placement.settings)
+    made = made_of(placement_file, placement)
     sizes = {name: int(getattr(placement, name)) for name in SIZES}
     sizes["empty_slots"] = int((placement.slots == EMPTY).sum())
     sizes["copies"] = int((placement.replicas - 1).sum())
@@ -48,7 +49,7 @@ def command(
         f"{counted(placement.num_experts, 'expert')}, {counted(placement.devices, 'device')} x "
         f"{counted(placement.slots_per_device, 'slot')}; {sizes['copies']:,} copies beyond one of "
         f"each expert, {counted(sizes['empty_slots'], 'empty slot')}",
-        *_lines(placement, settings, moment),
+        *_lines(placement, made, moment),
     )
     names = ("model", "topology", "fingerprint", "objective", "bound", "bound_scope")
     contents: dict[str, Any] = {"placement": str(placement_file), "file_date": date.isoformat()}
@@ -56,45 +57,54 @@ def command(
     output.finish(contents | {"settings": placement.settings})
 
 
-def _lines(placement: Placement, settings: dict[str, Any], moment: str) -> Iterator[str]:
+def _lines(placement: Placement, made: Made, moment: str) -> Iterator[str]:
     """Write who made it and when, for what, from what, and what it is worth."""
-    if "method" not in settings:
+    if made.plan is not None:
+        by = f"by plan from {text.name(str(made.plan.get('running')))}, {made.plan.get('change')}"
+        yield f"Made {by}; file of {moment}"
+    elif made.method is not None:
         yield (
-            f"File of {moment}, which does not say what it was computed for: it is of plan, of an "
-            "engine, or older."
+            f"Made by moetuner {made.version}, method {made.method}, seed {made.seed}, effort "
+            f"{made.effort}; file of {moment}"
+        )
+    else:
+        yield (
+            f"File of {moment}, which does not say what it was computed for: it is of an engine, "
+            "or older."
         )
         return
-    made = f"moetuner {settings.get('version')}, method {settings['method']}"
-    yield (
-        f"Made by {made}, seed {settings['seed']}, effort {settings.get('effort')}; file of "
-        f"{moment}"
-    )
-    parts = [f"objective {settings.get('objective')}"]
-    if (cap := settings.get("max_imbalance")) is not None:
+    parts = []
+    if "objective" in made.wanted:
+        parts.append(f"objective {made.wanted['objective']}")
+    if (cap := made.wanted.get("max_imbalance")) is not None:
         parts.append(f"load cap {cap}")
-    if counting := phases_in(settings):
+    if counting := made.phases:
         parts.append(phases.words(counting) or f"windows of {next(iter(counting)):,} tokens")
-    parts += [f"{name} {settings.get(name)}" for name in ("regime", "split", "arrival")]
-    if settings.get("engine") in ENGINES:
-        parts.insert(0, ENGINES[settings["engine"]].title)
-    machine = f" on {described(settings['topology'])}" if "topology" in settings else ""
-    yield f"Computed for {', '.join(parts)}{machine}"
-    if "cost_model" in settings:
-        yield f"Times are of {settings['cost_model'].name or 'an unnamed cost model'}"
-    recorded = settings["input"]
-    source = listed(list(recorded.get("files", ["traffic of no name"])), NAMED)
+    parts += [f"{name} {made.serving[name]}" for name in SERVED if name in made.serving]
+    if made.serving.get("engine") in ENGINES:
+        parts.insert(0, ENGINES[made.serving["engine"]].title)
+    machine = "" if made.machine is None else f" on {describe_machine(made.machine)}"
+    yield f"{'Served' if made.plan else 'Computed'} for {', '.join(parts)}{machine}"
+    if "cost_model" in made.serving:
+        yield f"Times are of {made.serving['cost_model'].name or 'an unnamed cost model'}"
+    if made.plan is not None:
+        return
+    recorded = made.input
+    source = listed(list(recorded.files or ["traffic of no name"]), NAMED)
     sizes = [
-        counted(recorded[size], size[:-1]) for size in ("tokens", "windows") if size in recorded
+        counted(size, unit)
+        for size, unit in ((recorded.tokens, "token"), (recorded.windows, "window"))
+        if size is not None
     ]
-    if recorded.get("only"):
-        sizes.append(f"of {listed(list(recorded['only']), NAMED)} alone")
-    if settings.get("holdout"):
-        sizes.append(f"{percent(settings['holdout'])} of it held out")
+    if recorded.only:
+        sizes.append(f"of {listed(list(recorded.only), NAMED)} alone")
+    if made.holdout:
+        sizes.append(f"{percent(made.holdout)} of it held out")
     model = "" if placement.model is None else f" of {text.name(placement.model)}"
     yield ", ".join([f"From {source}{model}", *sizes, f"fingerprint {placement.fingerprint}"])
     if placement.objective is not None:
-        places = decimals_of(settings.get("objective"))
+        places = decimals_of(made.wanted.get("objective"))
         bound = "" if placement.bound is None else f"; lower bound {placement.bound:,.{places}f}"
         scope = f" of {placement.bound_scope}" if bound and placement.bound_scope else ""
-        value = f"{placement.objective:,.{places}f} {settings.get('unit', '')}"
+        value = f"{placement.objective:,.{places}f} {made.unit or ''}"
         yield f"Objective {value}{bound}{scope}"

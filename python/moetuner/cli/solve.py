@@ -16,13 +16,14 @@ from moetuner.cli.options.moves import MoveOptions
 from moetuner.cli.options.pages import Pages, origin_of
 from moetuner.cli.options.placed import held_out, windowed, with_input
 from moetuner.cli.options.serving import ProblemOptions
-from moetuner.cli.options.traffic import Source, Traffic, size_of
+from moetuner.cli.options.traffic import Source, Traffic
 from moetuner.cli.output import Output
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import hold_out
+from moetuner.files.cells import with_values
 from moetuner.placement import Placement, contiguous
 from moetuner.problem import Problem
-from moetuner.report.cells import with_values
+from moetuner.recording import Recording
 from moetuner.report.outcome import (
     Outcome,
     empty_slots,
@@ -83,11 +84,11 @@ def command(
     """
     topology = machine.topology()
     if not holdout:
-        source = wanted.as_served(source)
+        source, _ = wanted.resolve(source, topology)
     seen, judged_on = hold_out(source.traffic, holdout, seed=nth_seed(search.seed, 0))
-    judged_on = wanted.as_judged(source, judged_on)
     # The default method asks for what the objective is made of, and for nothing else.
     problem = wanted.problem(source, topology, seen, pairs=method != "joint")
+    judged_on = source.as_divided(judged_on, problem.serving)
     initial = moving.initial(source, problem, nth_seed(search.seed, 0))
     size = wanted.expert_bytes(source, moving.expert_bytes)
     if initial is not None:
@@ -96,7 +97,7 @@ def command(
     if certificate_file is not None:
         _refuse_unprovable(problem, method, moving=initial is not None)
     arguments = asdict(search)
-    output.say(source.describe(), *wanted.explain_problem(problem), *moving.explain())
+    output.say(source.describe(), *wanted.explain_problem(problem, source), *moving.explain())
     result = source.solve(method, problem, **arguments, **moving.arguments(initial))
     result = replace(result, placement=with_input(result.placement, source, wanted.engine, holdout))
     # Written before anything is said about it: a closed pipe must not lose the answer.
@@ -112,7 +113,7 @@ def command(
         raise click.ClickException(f"interrupted; {out_file} was written") from None
     judged = FLATTERED
     if holdout:
-        judged = held_out(judged_on, wanted.as_judged(source, source.traffic))
+        judged = held_out(judged_on, source.as_divided(source.traffic, problem.serving))
     judged = windowed(judged, source, judged_on)
     _show(output, problem, outcomes, before, judgements, held_out=holdout > 0)
     output.say(judged)
@@ -148,14 +149,14 @@ def command(
 
 
 def _facts(
-    judgements: dict[int | None, Judgement], judged_on: Traffic, holdout: float
+    judgements: dict[int | None, Judgement], judged_on: Recording, holdout: float
 ) -> dict[str, Any]:
     """Return the gains, and what they were judged on, for JSON."""
     part = {"part": "unseen" if holdout else "all", "is_seen": not holdout}
     gains = [{"window": tokens, **each.gain.to_dict()} for tokens, each in judgements.items()]
     first = next(iter(judgements.values()), None)
     facts = {"gain": None if first is None else first.gain.to_dict(), "gains": gains}
-    return facts | {"judged_on": part | size_of(judged_on)}
+    return facts | {"judged_on": part | judged_on.size}
 
 
 def _show(

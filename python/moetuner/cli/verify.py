@@ -17,10 +17,10 @@ from moetuner.cli.options.machine import Machine
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output
 from moetuner.files import naming
+from moetuner.files.cells import percent
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.problem.caps import device_load
-from moetuner.report.cells import percent
 from moetuner.solver import Certificate, verify
 
 # Sums of visits may be off by this part.

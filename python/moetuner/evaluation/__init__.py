@@ -10,20 +10,23 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import replay
-from moetuner.evaluation.arrival import Arrival, orders, put_in_order
-from moetuner.evaluation.copies import Split
+from moetuner.evaluation.arrival import orders, put_in_order
 from moetuner.evaluation.figures import FIGURES, CountsByOrder, busiest_port
 from moetuner.evaluation.losses import Domain, Losses, measure_losses
-from moetuner.evaluation.replay import Setting, Traffic, check_model, members, times_of, topology_of
+from moetuner.evaluation.replay import Setting, check_model
 from moetuner.evaluation.rows import dispatch_rows, homes_of
-from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement
-from moetuner.statistics import WINDOW, RoutingStatistics
+from moetuner.recording import Recording
+from moetuner.serving import Serving, serving_of
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.splits import Split
+from moetuner.statistics import WINDOW, RoutingStatistics, count_loads
 from moetuner.topology import Regime, Topology
-from moetuner.trace import RoutingTrace
+from moetuner.trace import RoutingTrace, as_trace
 
 
 class Replayed(NamedTuple):
@@ -32,7 +35,7 @@ class Replayed(NamedTuple):
     ``group`` is the group of the traffic; None for all.
     """
 
-    traffic: Traffic
+    traffic: Recording
     setting: Setting
     group: str | None = None
 
@@ -145,7 +148,7 @@ class Evaluation(Frozen):
         setting = replayed.setting
         if not setting.placement.has_copies:
             return {}
-        load = loads_of(replayed.traffic, threads=setting.threads).total_load
+        load = count_loads(replayed.traffic, threads=setting.threads).total_load
         domains: list[Domain] = ["device"] if setting.topology.nodes < 2 else ["device", "node"]
         return {
             domain: measure_losses(
@@ -153,7 +156,7 @@ class Evaluation(Frozen):
                 load,
                 setting.topology,
                 domain,
-                split=setting.split,
+                split=setting.serving.split,
             )
             for domain in domains
         }
@@ -179,7 +182,7 @@ class Evaluation(Frozen):
 def evaluate(
     placement: Placement,
     traffic: RoutingTrace | RoutingStatistics,
-    topology: Topology | None = None,
+    topology: Topology | Serving | None = None,
     *,
     window: int | None = WINDOW,
     split: Split = "even",
@@ -203,7 +206,8 @@ def evaluate(
         fanout.
     topology
         Nodes and speeds of the devices; by default those that the placement was computed for, where
-        its settings have them, else one node of equal devices.
+        its settings have them, else one node of equal devices. Or a ``Serving``, which says that
+        and all that follows.
     window
         Tokens whose load is balanced together; None for the whole trace at once. Statistics bring
         their own windows.
@@ -253,125 +257,79 @@ def evaluate(
     >>> mt.evaluate(mt.Placement([[[0, 2], [1, 3]]]), trace).fanout
     2.0
     """
-    return evaluate_each(
-        [placement],
+    check.instance("placement", placement, Placement)
+    serving = serving_of(
         traffic,
         topology,
+        placement,
         window=window,
         split=split,
-        cost_model=times_of(traffic, cost_model),
+        cost_model=cost_model,
         regime=regime,
         arrival=arrival,
-        home=home,
-        mixed=mixed,
-        mixed_seed=mixed_seed,
-        threads=threads,
-        shared=replay.shared_of(traffic, waterfill),
-    )[0]
+        waterfill=waterfill,
+    )
+    options: dict[str, Any] = {"home": home, "mixed": mixed, "mixed_seed": mixed_seed}
+    return evaluate_each([placement], traffic, [serving], **options, threads=threads)[0][0]
 
 
 def evaluate_each(
     placements: Sequence[Placement],
-    traffic: Traffic,
-    topology: Topology | None = None,
+    traffic: Recording,
+    servings: Sequence[Serving],
     *,
-    window: int | None = None,
-    split: Split = "even",
-    cost_model: CostModel | None = None,
-    regime: Regime = "dispatch",
-    arrival: Arrival = "bursts",
     home: ArrayLike | Literal["blocks"] | None = None,
     mixed: bool = True,
     mixed_seed: int = 0,
     threads: int | None = None,
-    shared: float | None = None,
     progress: Callable[[float], None] | None = None,
-) -> list[Evaluation]:
-    """Evaluate several placements of one model and machine, and read the trace once for all.
+) -> list[list[Evaluation]]:
+    """Evaluate placements of one model and machine, each served in several ways: of each a list.
 
-    Takes what ``evaluate`` takes, but by default one window of all tokens and no cost model, and
-    returns what it returns for each placement. ``shared`` is as in ``Setting``, and ``progress``
-    gets the share of a trace that has been replayed.
+    A trace is read once for all that differ in windows alone, if each window is several times the
+    shortest. Mixed order is replayed for the first serving only. ``progress`` gets the share of a
+    trace that has been replayed; the others are as for ``evaluate``.
     """
+    check.flag("mixed", mixed)
     if not placements:
-        return []
-    topology = topology_of(placements[0], topology)
-    settings = [
-        Setting(
-            placement,
-            topology,
-            window=window,
-            split=split,
-            cost_model=cost_model,
-            regime=regime,
-            arrival=arrival,
-            mixed=mixed,
-            mixed_seed=mixed_seed,
-            threads=threads,
-            shared=shared,
-        )
-        for placement in placements
-    ]
-    return _evaluate(settings, traffic, home, progress)
-
-
-def evaluate_in_windows(
-    placements: Sequence[Placement],
-    traffic: Traffic,
-    topology: Topology | None,
-    windows: Sequence[int | None],
-    *,
-    mixed: bool = True,
-    progress: Callable[[float], None] | None = None,
-    **options: Any,
-) -> dict[int | None, list[Evaluation]]:
-    """Evaluate placements in windows of several sizes, mixed order in those of the first alone.
-
-    A trace is read once for all sizes if each is several times the shortest. ``options`` are as for
-    ``evaluate_each``.
-    """
-    shortest = min(window or 0 for window in windows)
-    if not shortest or any((window or 0) % shortest for window in windows):
-        evaluated: dict[int | None, list[Evaluation]] = {}
-        for window in windows:
-            evaluated[window] = evaluate_each(
-                placements,
-                traffic,
-                topology,
-                window=window,
-                mixed=mixed and not evaluated,
-                progress=progress,
-                **options,
-            )
-        return evaluated
-    machine = topology_of(placements[0], topology)
-    settings = [
-        Setting(placement, machine, window, mixed=mixed and window == windows[0], **options)
-        for placement in placements
-        for window in windows
-    ]
-    each = _evaluate(settings, traffic, None, progress)
-    return {window: each[at :: len(windows)] for at, window in enumerate(windows)}
+        return [[] for _ in servings]
+    shortest = min(serving.window or 0 for serving in servings)
+    together = shortest > 0 and all((each.window or 0) % shortest == 0 for each in servings)
+    # They differ in nothing but their windows.
+    together = together and len({replace(each, window=None) for each in servings}) == 1
+    runs = [servings] if together else [[serving] for serving in servings]
+    evaluated: list[list[Evaluation]] = []
+    for run in runs:
+        settings = [
+            Setting(placement, serving, mixed and serving is servings[0], mixed_seed, threads)
+            for serving in run
+            for placement in placements
+        ]
+        each = _evaluate(settings, traffic, home, progress)
+        count = len(placements)
+        evaluated += [each[at : at + count] for at in range(0, len(each), count)]
+    return evaluated
 
 
 def _evaluate(
     settings: Sequence[Setting],
-    traffic: Traffic,
+    traffic: Recording,
     home: ArrayLike | Literal["blocks"] | None,
     progress: Callable[[float], None] | None = None,
 ) -> list[Evaluation]:
     for setting in settings:
         check_model(setting.placement, traffic, setting.topology)
-    common, homes, numbers = settings[0], None, members(traffic)
+    common, homes, numbers = settings[0], None, traffic.group_rows()
+    serving = common.serving
     if home is not None:
-        if isinstance(traffic, RoutingStatistics):
+        if not traffic.ordered:
             raise ValueError("home needs a trace: statistics have no tokens")
-        if common.split != "even":
+        if not (serving.rule.is_hashed and serving.rule.is_even):
             raise ValueError(
-                f"home needs split 'even', got {common.split!r}: others know homes only spread"
+                f"home needs split 'even', got {serving.split!r}: others know homes only spread"
             )
-        homes = homes_of(home, traffic.tokens, common.placement.devices)
-    served = orders(traffic, common.arrival, seed=common.mixed_seed)
+        homes = homes_of(home, traffic.length, common.placement.devices)
+    served = orders(traffic, serving.arrival, seed=common.mixed_seed)
     # Where tokens are replayed in mixed order anyway, their windows are not counted once more; but
     # the sequences of a group are mixed with each other, not with those of others.
     is_mixed = any(order is not None for _, order in served)
@@ -393,8 +351,8 @@ def _evaluate(
             mixed = parts[0].mixed
             if setting.mixed and is_mixed and group is None:
                 mixed = parts[-1].load[parts[-1].is_step]
-            if homes is not None and isinstance(traffic, RoutingTrace):
-                own = traffic if group is None else traffic.select(groups=group)
+            if homes is not None:
+                own = as_trace(traffic if group is None else traffic.take(numbers[group]))
                 rows = dispatch_rows(setting.placement, own, homes[numbers[group]])
                 parts = [replace(counts, dispatch=rows) for counts in parts]
             weighed = [(weight, counts) for (weight, _), counts in zip(served, parts, strict=True)]
@@ -406,10 +364,10 @@ def _evaluate(
     return evaluated
 
 
-def _compute_figures(counted: CountsByOrder, traffic: Traffic, group: str | None) -> Evaluation:
+def _compute_figures(counted: CountsByOrder, traffic: Recording, group: str | None) -> Evaluation:
     """Compute all figures of what was counted in one order of arrival or, by weight, in two."""
     topology, rows = counted.setting.topology, counted.rows()
-    model = counted.setting.cost_model
+    model = counted.setting.serving.cost_model
     values: dict[str, Any] = {name: figure.value(counted) for name, figure in FIGURES.items()}
     per_layer = [
         tuple(np.sum([weight * each.mean(axis=0) for weight, each in windowed], axis=0).tolist())

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, is_number, shown
 from moetuner.evaluation.blocks import blocks
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
-
-Arrival = Literal["bursts", "mixed"] | float
-Traffic = TypeVar("Traffic", bound=RoutingTrace | RoutingStatistics)
+from moetuner.recording import AnyRecording, Recording
+from moetuner.serving.arrival import Arrival, share_mixed
 
 # Sequences that are served at once: as many as engines take by default, but no more than a quarter
 # of all where there are few, so that the batch stays full until near the end.
@@ -34,48 +29,23 @@ WINDOWS_MIXED = 16
 Order = NDArray[np.int64]
 
 
-def share_mixed(arrival: object) -> float:
-    """Check an arrival; return the weight of mixed windows, from 0 (bursts) to 1."""
-    share = {"bursts": 0.0, "mixed": 1.0}.get(arrival) if isinstance(arrival, str) else arrival
-    if not (is_number(share) and 0 <= share <= 1):
-        raise ArgumentError(
-            f"arrival must be 'bursts', 'mixed', or a weight from 0 to 1, got {shown(arrival)}",
-            "arrival",
-        )
-    return float(share)
-
-
 def orders(
-    traffic: RoutingTrace | RoutingStatistics, arrival: Arrival, *, seed: int = 0
+    recording: Recording, arrival: Arrival, *, seed: int = 0
 ) -> list[tuple[float, Order | None]]:
-    """Return the orders in which the tokens of a trace arrive, with their weights.
+    """Return the orders in which the tokens of a recording arrive, with their weights.
 
-    None is the order of the recording. Statistics bring their windows, so they have no other order.
+    None is the order of the recording. Counts bring their windows, so they have no other order.
     """
     share = share_mixed(arrival)
-    if share == 0 or isinstance(traffic, RoutingStatistics):
+    if share == 0 or not recording.ordered:
         return [(1.0, None)]
-    mixed = (share, mixed_order(traffic.sequence, traffic.tokens, seed=seed))
+    mixed = (share, mixed_order(recording.sequence, recording.length, seed=seed))
     return [mixed] if share == 1 else [(1 - share, None), mixed]
 
 
-def put_in_order(trace: Traffic, order: Order | None) -> Traffic:
-    """Return a trace with its tokens, and their labels, in an order [T]."""
-    if order is None or isinstance(trace, RoutingStatistics):
-        return trace
-    place, first = np.empty(trace.tokens, dtype=np.int64), 0
-    place[order] = np.arange(trace.tokens)
-    ids = np.empty(trace.ids.shape, dtype=trace.ids.dtype)
-    for shard in trace.shards():  # put in its place from the file: no second copy of all ids
-        ids[place[first : first + len(shard)]] = shard
-        first += len(shard)
-        del shard  # else the next one is read while this one is still there
-    return replace(
-        trace,
-        ids=RoutingTrace.from_arrays(ids, num_experts=trace.num_experts).ids,
-        sequence=None if trace.sequence is None else trace.sequence[order],
-        group=None if trace.group is None else trace.group[order],
-    )
+def put_in_order(recording: AnyRecording, order: Order | None) -> AnyRecording:
+    """Return a recording with its rows, and their labels, in an order [T]."""
+    return recording if order is None else recording.take(order)
 
 
 def at_once(sequences: int) -> int:

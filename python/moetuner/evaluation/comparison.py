@@ -178,10 +178,7 @@ class Comparison(Frozen):
         return f"{self.answer}: {self.sentence}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the gain as JSON values; ``kind`` says what low and high are."""
-        low, high, kind = self.low, self.high, "interval of this placement"
-        if len(self.splits) > 1:
-            low, high, kind = min(self.splits), max(self.splits), "range of splits"
+        """Return the gain as JSON values: its interval, and beside it the range of its splits."""
         return {
             "answer": self.answer,
             "names": list(self.names),
@@ -189,10 +186,10 @@ class Comparison(Frozen):
             "before": self.before,
             "after": self.after,
             "gain": self.gain,
-            "low": low,
-            "high": high,
-            "kind": kind,
+            "low": self.low,
+            "high": self.high,
             "splits": list(self.splits),
+            "range": [min(self.splits), max(self.splits)] if len(self.splits) > 1 else None,
             "interval": None if self.low is None else [self.low, self.high],
             "units": self.units,
             "group": self.group,

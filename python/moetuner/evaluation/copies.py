@@ -1,18 +1,15 @@
 """Expected counts, where tokens are not replayed, from the share of tokens that each copy serves.
 
-Engines differ: ``even`` hashes the token's position (vLLM), ``nearest`` takes the copy on the
-token's home device, else those of its node, else all, evenly (SGLang's static dispatch),
-``round_robin`` lets the copies take turns (TensorRT-LLM). ``lp`` divides the tokens of a window
-over copies by a linear programme, so that the slowest device is done as soon as can be (LPLB,
-SGLang's dispatch of that name), then the slowest of the others, and so on, which is one division of
-loads; visits, rows and pairs are taken to be split evenly. Homes are spread evenly over devices.
+What engines do with an expert's copies are the rows of ``serving.splits``. Where windows are
+divided as a whole, visits, rows and pairs are taken to be split evenly. Homes are spread evenly
+over devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +17,9 @@ from numpy.typing import NDArray
 from moetuner import _core
 from moetuner.evaluation.blocks import by_block
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.splits import RULES, Split
 from moetuner.statistics import ExpertSets
 from moetuner.topology import Topology
-
-Split = Literal["even", "nearest", "round_robin", "lp"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 Floats = NDArray[np.float64]
 
@@ -33,7 +28,7 @@ def slot_shares(placement: Placement, topology: Topology, split: Split) -> Float
     """Compute the share of its expert's tokens that every slot serves [L,D,S]; 0 if it is empty."""
     slots = placement.slots
     layer, expert = np.arange(placement.layers)[:, None, None], np.maximum(slots, 0)
-    if split != "nearest" or not placement.has_copies:
+    if not RULES[split].by_home or not placement.has_copies:
         number = placement.replicas[layer, expert]
         return np.divide(1.0, number, out=np.zeros(slots.shape), where=slots != EMPTY)
     device = np.arange(placement.devices)[None, :, None]
@@ -60,13 +55,13 @@ def count_loads(
 
     ``share`` are the ``slot_shares``, if they are known.
     """
-    if split == "lp" and placement.has_copies:
+    divide = RULES[split].divide
+    if divide is not None and placement.has_copies:
+        speed = topology.speed_of_device
         return by_block(
             load,
-            lambda windows: _core.balanced_load(
-                placement.slots,
-                np.ascontiguousarray(windows, np.float64),
-                topology.speed_of_device,
+            lambda windows: divide(
+                placement.slots, np.ascontiguousarray(windows, np.float64), speed
             ),
         )
     share = slot_shares(placement, topology, split) if share is None else share
@@ -96,9 +91,9 @@ def count_visits(
 ) -> tuple[Floats, Floats]:
     """Return tokens that visit every device [L,D], and every node [L,N].
 
-    With split ``even``, and with ``lp``, of which no more is known, one hash of a token chooses the
-    copies of all its experts, as the replay and engines have it: two experts with equally many
-    copies take the same one. With others, copies are taken to be chosen independently.
+    Where a split is hashed, one hash of a token chooses the copies of all its experts, as the
+    replay and engines have it: two experts with equally many copies take the same one. Else copies
+    are taken to be chosen independently.
     """
     tables = [(layer_sets.ids, layer_sets.counts) for layer_sets in sets]
     slots = (placement.slots, slot_shares(placement, topology, split))
@@ -107,7 +102,7 @@ def count_visits(
         placement.num_experts,
         topology.node_of_device.tolist(),
         tables,
-        hashed=split in ("even", "lp"),
+        hashed=RULES[split].is_hashed,
         threads=threads,
     )
 
@@ -137,7 +132,7 @@ def count_pairs(
     A token has one home in all layers; apart from that, copies are taken to be chosen independently
     of each other.
     """
-    if split != "nearest" or not placement.has_copies:
+    if not RULES[split].by_home or not placement.has_copies:
         share = slot_shares(placement, topology, split)
         return _core.expected_followed((placement.slots, share), transitions)
     tables = transitions.astype(np.float64)
@@ -161,7 +156,7 @@ def count_rows(
     they send to its experts, of which windows have ``expert_load`` [W,L,E].
     """
     devices = placement.devices
-    if split != "nearest":
+    if not RULES[split].by_home:
         rows = np.repeat(visits[:, None, :] / devices, devices, axis=1)
     else:
         assert expert_load is not None

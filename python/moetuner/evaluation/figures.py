@@ -197,7 +197,7 @@ def busiest_port(rows: NDArray[Any], topology: Topology) -> dict[str, list[float
 
 def layer_us(counts: Counts, setting: Setting) -> Floats:
     """Compute the predicted microseconds of every window and layer [W,L]."""
-    model, topology = setting.cost_model, setting.topology
+    model, topology = setting.serving.cost_model, setting.topology
     assert model is not None
     # Homes are of all windows together: in each they are as in all.
     of_all = np.maximum(counts.visits.sum(axis=0, dtype=np.float64), 1e-300)
@@ -207,7 +207,7 @@ def layer_us(counts: Counts, setting: Setting) -> Floats:
     for run in blocks(len(counts.load), counts.load[0].size):
         part = counts.run(run)
         compute = model.compute_us(part.load, part.active, topology.speed_of_device)
-        if setting.regime == "follow":
+        if setting.serving.regime == "follow":
             moved = _compute_follow_us(part, topology, model)
         else:
             if model.once_per == "node" and part.node_visits is not None and tiers == 2:
@@ -266,14 +266,15 @@ def filled_of(counts: Counts, setting: Setting) -> Floats | None:
     The slowest device has its routed tokens, or an even part of all work if that is more: docs/
     mathematics.md. None where nothing is filled.
     """
-    if setting.shared is None:
+    ratio = setting.serving.shared_expert_ratio
+    if ratio is None:
         return None
-    return np.maximum(imbalance_of(counts, setting) / (1 + setting.shared), 1.0)
+    return np.maximum(imbalance_of(counts, setting) / (1 + ratio), 1.0)
 
 
 def us_of(counts: Counts, setting: Setting) -> Floats | None:
     """Compute the predicted microseconds of every window and layer [W,L]; None without a model."""
-    return None if setting.cost_model is None else layer_us(counts, setting)
+    return None if setting.serving.cost_model is None else layer_us(counts, setting)
 
 
 def visits_of(counts: Counts, setting: Setting) -> NDArray[Any] | None:

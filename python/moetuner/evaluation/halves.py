@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,20 +24,19 @@ from moetuner.evaluation.replay import (
     SHARD_BYTES,
     Counts,
     Setting,
-    Traffic,
     counts_of,
-    members,
     without_groups,
 )
 from moetuner.evaluation.units import Folds, Units
 from moetuner.files.ids import read_ahead
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+from moetuner.recording import Recording
+from moetuner.serving.splits import EVEN
+from moetuner.trace import as_trace
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.integer[Any]]
 
-# Settings whose halves are kept for each trace.
+# Settings whose halves are kept for each recording.
 KEPT = 16
 # Primes that are 3 modulo 4: folds that each can halve are one more.
 PRIMES = (3, 7, 11, 19)
@@ -78,7 +76,7 @@ def halvings(folds: int) -> NDArray[np.bool_]:
 
 
 def halve(
-    traffic: Traffic,
+    traffic: Recording,
     setting: Setting,
     units: Units,
     *,
@@ -90,7 +88,7 @@ def halve(
 
 
 def halve_each(
-    traffic: Traffic,
+    traffic: Recording,
     settings: Sequence[Setting],
     units: Units,
     *,
@@ -106,9 +104,8 @@ def halve_each(
     settings = [replace(setting, mixed=False) for setting in settings]
     halved = {name for name, figure in FIGURES.items() if figure.windows is not None}
     names = frozenset(halved if names is None else halved & set(names))
-    known: list[_Known] = []
-    if isinstance(traffic, RoutingTrace):
-        known = _KNOWN.setdefault(traffic, [])
+    # The same placements are compared with several others, and in windows of several sizes.
+    known: list[_Known] = traffic.known.setdefault("halves", [])
     asked = [_Asked(setting, units, by_group, names) for setting in settings]
     del known[: max(len(known) - KEPT, 0)]
     unknown = [each for each in asked if _find(known, each) is None]
@@ -134,10 +131,6 @@ class _Known(NamedTuple):
     figures: ByGroup
 
 
-# The same placements are compared with several others, and in windows of several sizes.
-_KNOWN: WeakKeyDictionary[RoutingTrace, list[_Known]] = WeakKeyDictionary()
-
-
 def _find(known: Sequence[_Known], asked: _Asked) -> ByGroup | None:
     """Return the halves that were asked for, if they are known."""
     for other, figures in known:
@@ -147,24 +140,24 @@ def _find(known: Sequence[_Known], asked: _Asked) -> ByGroup | None:
     return None
 
 
-def _halve_anew(traffic: Traffic, asked: Sequence[_Asked]) -> list[ByGroup]:
+def _halve_anew(traffic: Recording, asked: Sequence[_Asked]) -> list[ByGroup]:
     """Compute halves that are not known, of which all but the settings are alike."""
     if not asked:
         return []
     (common, units, by_group, names), settings = asked[0], [each.setting for each in asked]
     traffic = traffic if by_group else without_groups(traffic)
-    rows = members(traffic)
+    rows = traffic.group_rows()
     if not by_group:
         rows = {None: rows[None]}
     folds: dict[int | None, dict[str | None, Folds]] = {}
     # What is dealt by its label is dealt alike, whatever the windows.
-    is_labelled = isinstance(traffic, RoutingTrace) and traffic.sequence is not None
+    is_labelled = traffic.sequence is not None
     for window in {setting.window: None for setting in settings}:
         if not is_labelled or not folds:
             dealt = {group: units.deal(traffic, own, window) for group, own in rows.items()}
         folds[window] = dealt
     weights, orderly = [], []
-    for weight, order in orders(traffic, common.arrival, seed=common.mixed_seed):
+    for weight, order in orders(traffic, common.serving.arrival, seed=common.mixed_seed):
         weights.append(weight)
         orderly.append(_in_one_order(traffic, order, settings, folds, names))
     return [_weigh(weights, parts) for parts in zip(*orderly, strict=True)]
@@ -185,7 +178,7 @@ def _weigh(weights: Sequence[float], parts: Sequence[ByGroup]) -> ByGroup:
 
 
 def _in_one_order(
-    traffic: Traffic,
+    traffic: Recording,
     order: Order | None,
     settings: Sequence[Setting],
     folds: dict[int | None, dict[str | None, Folds]],
@@ -196,7 +189,7 @@ def _in_one_order(
     Folds are by window and group.
     """
     ordered = put_in_order(traffic, order)
-    recorded, rows = members(traffic), members(ordered)
+    recorded, rows = traffic.group_rows(), ordered.group_rows()
     counted = list(counts_of(ordered, settings))
     halved: list[ByGroup] = [{} for _ in settings]
     # Windows of several sizes that have the same folds are made of the same parts.
@@ -276,15 +269,14 @@ class _Dealt:
         The folds of the same in the order of the recording.
     """
 
-    traffic: Traffic
+    traffic: Recording
     items: Integers
     fold: Integers
     folds: Folds
 
     def length(self, setting: Setting) -> int:
         """Return the items of a window; a window of a table is one."""
-        is_table = isinstance(self.traffic, RoutingStatistics)
-        return 1 if is_table else setting.window or max(len(self.items), 1)
+        return self.traffic.rows_in(setting.window or max(len(self.items), 1))
 
     def by_fold(self, length: int) -> Floats:
         """Count items by window and fold [W,F], in windows of so many items."""
@@ -345,8 +337,7 @@ class _Dealt:
         window, fold = np.nonzero(tokens[windows])
         if not window.size:
             return {}
-        trace = self.traffic
-        assert isinstance(trace, RoutingTrace)
+        trace = as_trace(self.traffic)
         begin, end = int(windows[0]), int(windows[-1]) + 1
         row = np.zeros((end - begin, self.folds.number), dtype=np.uint32)
         row[windows[window] - begin, fold] = np.arange(len(window))
@@ -437,16 +428,16 @@ class _Halving:
         names: Collection[str],
     ) -> None:
         self.setting, self.length, self._folds = setting, dealt.length(setting), dealt.folds
-        self._tokens, is_trace = dealt.by_fold(self.length), isinstance(dealt.traffic, RoutingTrace)
-        self.is_crossing = "crossing" in names and is_trace and dealt.traffic.layers > 1
+        # Of counts, which experts tokens meet is known of all windows together only.
+        self._tokens, has_tokens = dealt.by_fold(self.length), dealt.traffic.ordered
+        self.is_crossing = "crossing" in names and has_tokens and dealt.traffic.layers > 1
         if self.is_crossing:
             counts = replace(counts, crossed=np.zeros(len(self._tokens)))  # not known yet
         self.counts = counts
         replay = CountsByOrder([(1.0, counts)], None, setting)
         self._figures: dict[str, Figure] = {}
         for name, figure in FIGURES.items():
-            # Of a table, which experts tokens meet is known of all windows together only.
-            is_known = figure.per == "window" or is_trace
+            is_known = figure.per == "window" or has_tokens
             is_asked = name in names and figure.windows is not None and is_known
             if is_asked and replay.steps(cast(Windows, figure.windows)):
                 self._figures[name] = figure
@@ -574,4 +565,6 @@ def _rows_of(tokens: Floats, run: slice, sides: NDArray[np.bool_], cells: int) -
 
 def _by_position(setting: Setting) -> Setting:
     """Return a setting whose copies serve by position: as evenly as those that take turns."""
-    return replace(setting, split="even") if setting.split == "round_robin" else setting
+    if not setting.serving.rule.in_turns:
+        return setting
+    return replace(setting, serving=replace(setting.serving, split=EVEN))

@@ -14,16 +14,16 @@ from typing import Any, Literal
 from moetuner import _checks as check
 from moetuner.cost import CostModel
 from moetuner.evaluation import Evaluation, Replayed, evaluate_each
-from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import PRICE, Comparison
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.halves import Halved, halve, halve_each
 from moetuner.evaluation.intervals import CONFIDENCE, FEWEST, Spread, compute_change, holm
-from moetuner.evaluation.replay import shared_of, times_of, topology_of
 from moetuner.evaluation.units import Units, units_of
 from moetuner.frozen import Frozen, as_json, html_table
 from moetuner.placement import Placement, contiguous
+from moetuner.serving import Serving, serving_of
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.splits import Split
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -352,12 +352,7 @@ def _measure_changes(
     machines = [replace(each.setting.topology, name=None) for each in (before, after)]
     if machines[0] != machines[1]:
         raise ValueError("before and after must be of one machine: give evaluate() its topology")
-    sizes = [
-        f"{each.traffic.tokens} tokens"
-        if isinstance(each.traffic, RoutingTrace)
-        else f"{each.traffic.windows} windows"
-        for each in (before, after)
-    ]
+    sizes = [f"{each.traffic.length} {each.traffic.unit}s" for each in (before, after)]
     # Halves of a group are those that are computed with all traffic.
     by_group = by_group or None not in (before.group, after.group)
     alone = replace(after.setting, placement=before.setting.placement)
@@ -450,7 +445,7 @@ def verdict(before: Evaluation, after: Evaluation, *, price: float = PRICE) -> C
 def audit(
     placement: Placement,
     traffic: RoutingTrace | RoutingStatistics,
-    topology: Topology | None = None,
+    topology: Topology | Serving | None = None,
     *,
     baseline: Placement | None = None,
     window: int = WINDOW,
@@ -512,29 +507,28 @@ def audit(
     >>> round(audited.whole["imbalance"].change.value, 3)
     -0.167
     """
-    topology = topology_of(placement, topology)
+    check.instance("placement", placement, Placement)
+    serving = serving_of(
+        traffic,
+        topology,
+        placement,
+        window=window,
+        split=split,
+        cost_model=cost_model,
+        regime=regime,
+        arrival=arrival,
+        waterfill=waterfill,
+    )
     baseline = contiguous(placement) if baseline is None else baseline
     check.instance("baseline", baseline, Placement)
     check.whole_number("window", window)
     if units is not None:
         check.instance("units", units, Units)
     measures = check_measures(measures)
-    cost_model = times_of(traffic, cost_model)
-    if isinstance(traffic, RoutingTrace) and not traffic.tokens:
+    if not traffic.length:
         raise ValueError("traffic must have tokens to audit, got a trace of 0")
-    before, after = evaluate_each(
-        [baseline, placement],
-        traffic,
-        topology,
-        window=window,
-        cost_model=cost_model,
-        regime=regime,
-        split=split,
-        arrival=arrival,
-        mixed=False,
-        threads=threads,
-        shared=shared_of(traffic, waterfill),
-    )
+    pair = [baseline, placement]
+    [(before, after)] = evaluate_each(pair, traffic, [serving], mixed=False, threads=threads)
     known = [name for name in measures if getattr(after, name) is not None]
     if measures and not known:
         raise check.ArgumentError(

@@ -14,9 +14,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner import _core
-from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.splits import RULES, Split
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]
@@ -98,10 +97,11 @@ def measure_losses(
     Loads after a loss are known unless the nearest copy serves.
     """
     after, lost = loads_after(placement, load, topology, domain, split=split)
-    has_formula = split != "nearest"
+    rule = RULES[split]
+    has_formula = not rule.by_home
     imbalance = compute_imbalances(after, topology, domain)
     bound = None
-    is_even = split not in ("nearest", "lp") and len(set(topology.speed_of_device.tolist())) == 1
+    is_even = rule.is_even and len(set(topology.speed_of_device.tolist())) == 1
     if domain == "device" and is_even and not lost.any():
         least = bound_worst_loss(load, placement.slots[0].size, placement.devices)
         bound = least if least > 1 else None
@@ -170,7 +170,7 @@ def loads_after(
     member = domains_of(topology, domain)
     held, weight = placement.held.astype(np.float64), np.asarray(load, dtype=np.float64)
     copies = np.maximum(held.sum(axis=1), 1.0)
-    number = int(member.max()) + 1
+    number, divide = int(member.max()) + 1, RULES[split].divide
     after = np.empty((number, *held.shape[:2]))
     lost = np.empty((number, len(held)), dtype=np.int64)
     for domain_lost in range(number):
@@ -178,11 +178,9 @@ def loads_after(
         gone = held[:, is_lost].sum(axis=1)
         left = copies - gone
         share = np.divide(weight, left, out=np.zeros_like(weight), where=left > 0)
-        if split == "lp":
+        if divide is not None:
             served = np.where(is_lost[:, None], EMPTY, placement.slots)
-            after[domain_lost] = _core.balanced_load(
-                served, weight[None], topology.speed_of_device
-            )[0]
+            after[domain_lost] = divide(served, weight[None], topology.speed_of_device)[0]
         else:
             after[domain_lost] = np.matmul(held, share[:, :, None])[:, :, 0]
         after[domain_lost][:, is_lost] = 0.0

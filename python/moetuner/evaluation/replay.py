@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,27 +19,23 @@ from moetuner._checks import (
     IdArray,
     flag,
     instance,
-    one_of,
-    positive,
     seed_in,
     threads_in,
-    window_in,
 )
-from moetuner.cost import CostModel, cost_model_of, top_k_of
 from moetuner.evaluation import copies
-from moetuner.evaluation.arrival import Arrival, mixed_order, mixed_windows, share_mixed
-from moetuner.evaluation.copies import Split
+from moetuner.evaluation.arrival import mixed_order, mixed_windows
 from moetuner.placement import EMPTY, Placement
-from moetuner.statistics import TABLE_LIMIT, RoutingStatistics
-from moetuner.topology import Regime, Topology, from_keys
-from moetuner.trace import RoutingTrace
+from moetuner.recording import Recording
+from moetuner.serving import Serving
+from moetuner.statistics import TABLE_LIMIT, RoutingStatistics, check_recording
+from moetuner.topology import Topology
+from moetuner.trace import RoutingTrace, as_trace
 
 # Bytes of a trace that are replayed at once: under all placements while they are in the cache.
 SHARD_BYTES = 16 << 20
 
 Numbers = NDArray[Any]
 Floats = NDArray[np.float64]
-Traffic = RoutingTrace | RoutingStatistics
 
 
 @dataclass(frozen=True)
@@ -107,40 +103,50 @@ class Counts:
 
 @dataclass(frozen=True)
 class Setting:
-    """How traffic is replayed and its times are predicted; fields are arguments of ``evaluate``.
+    """A placement, how it is served, and how that is replayed.
 
-    But for ``shared``: the work of a token's shared expert in that of all its routed ones, where a
-    dispatcher gives it to devices that wait.
+    Parameters
+    ----------
+    placement, serving
+        What is replayed, and how the model is served.
+    mixed
+        Whether loads in windows of mixed arrival are counted, too.
+    mixed_seed
+        Seed of their order.
+    threads
+        Threads to use; None for all cores.
     """
 
     placement: Placement
-    topology: Topology
-    window: int | None = None
-    split: Split = "even"
-    cost_model: CostModel | None = None
-    regime: Regime = "dispatch"
-    arrival: Arrival = "bursts"
+    serving: Serving
     mixed: bool = True
     mixed_seed: int = 0
     threads: int | None = None
-    shared: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", window_in(self.window))
         object.__setattr__(self, "threads", threads_in(self.threads))
-        if self.cost_model is not None:
-            hint = ", such as CostModel.preset('h100')"
-            instance("cost_model", self.cost_model, CostModel, hint=hint)
-        one_of("split", self.split, copies.SPLITS)
-        one_of("regime", self.regime, get_args(Regime))
         flag("mixed", self.mixed)
         seed_in(self.mixed_seed, "mixed_seed")
-        share_mixed(self.arrival)
+
+    @property
+    def topology(self) -> Topology:
+        """The machine."""
+        return self.serving.topology
+
+    @property
+    def window(self) -> int | None:
+        """Tokens whose load is balanced together; None for all, or for windows that are given."""
+        return self.serving.window
+
+    def in_windows(self, window: int | None) -> Setting:
+        """Return the same in windows of so many tokens."""
+        return replace(self, serving=replace(self.serving, window=window))
 
     @property
     def with_active(self) -> bool:
         """Whether times depend on how many experts have tokens."""
-        return self.cost_model is not None and self.cost_model.expert_us > 0
+        model = self.serving.cost_model
+        return model is not None and model.expert_us > 0
 
     @property
     def counts_slots(self) -> bool:
@@ -150,12 +156,17 @@ class Setting:
     @property
     def takes_turns(self) -> bool:
         """Whether the copy that serves a token depends on the tokens before."""
-        return self.split == "round_robin" and self.placement.has_copies
+        return self.serving.rule.in_turns and self.placement.has_copies
+
+    @property
+    def divides(self) -> bool:
+        """Whether a dispatcher divides the tokens of a window over copies, and none by itself."""
+        return self.serving.rule.needs_windows and self.placement.has_copies
 
     @property
     def slot_shares(self) -> Floats:
         """The share of its expert's tokens that every slot serves [L,D,S]."""
-        return copies.slot_shares(self.placement, self.topology, self.split)
+        return copies.slot_shares(self.placement, self.topology, self.serving.split)
 
     def begin_replay(
         self,
@@ -174,58 +185,16 @@ class Setting:
             self.topology.node_of_device.tolist(),
             rows=rows,
             most_tokens=most_tokens,
-            split=self.split,
+            split=self.serving.split,
             visits=visits,
             stays=stays,
         )
 
 
-def topology_of(placement: Placement, topology: Topology | None) -> Topology:
-    """Return the topology if there is one, else the placement's, else one node of its devices."""
-    instance("placement", placement, Placement)
-    if topology is None:
-        try:
-            return from_keys(placement.settings.get("topology") or {"devices": placement.devices})
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"placement: settings: topology: {error}") from None
-    instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    return topology
-
-
-def times_of(traffic: Traffic, cost_model: CostModel | str | None) -> CostModel | None:
-    """Return the cost model; for "model" that of the traffic's model, as the command line does."""
-    if not (isinstance(cost_model, str) and cost_model == "model"):
-        return cost_model  # type: ignore[return-value]  # Setting checks it
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    return cost_model_of(traffic)
-
-
-def shared_of(traffic: Traffic, waterfill: float | None, top_k: int | None = None) -> float | None:
-    """Return the work of a token's shared expert in that of its routed ones; None for None.
-
-    Its work is given in that of one routed expert, so it must be known how many those are: by
-    default the traffic's own, or those of its model.
-    """
-    if waterfill is None:
-        return None
-    work = positive("waterfill", waterfill)
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    if isinstance(traffic, RoutingStatistics) and traffic.sets is not None:
-        top_k = traffic.sets[0].top_k
-    top_k = top_k or top_k_of(traffic)
-    if top_k is None:
-        raise ArgumentError(
-            "waterfill needs traffic that tells experts per token: a trace, or counts that name "
-            "their model, such as 'deepseek-v3'",
-            "waterfill",
-        )
-    return work / top_k
-
-
-def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> None:
+def check_model(placement: Placement, traffic: Recording, topology: Topology) -> None:
     """Raise unless placement, traffic and topology are of one model and machine."""
     instance("placement", placement, Placement)
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     expected = (traffic.layers, traffic.num_experts, topology.devices)
     actual = (placement.layers, placement.num_experts, placement.devices)
     if actual != expected:
@@ -235,31 +204,24 @@ def check_model(placement: Placement, traffic: Traffic, topology: Topology) -> N
         )
 
 
-def members(traffic: Traffic) -> dict[str | None, NDArray[np.integer[Any]]]:
-    """Return the numbers of all tokens, or windows (by None), and of every group that has some."""
-    count = traffic.tokens if isinstance(traffic, RoutingTrace) else traffic.windows
-    kind: type[np.signedinteger[Any]] = np.int32 if count < 1 << 31 else np.int64
-    rows: dict[str | None, NDArray[np.integer[Any]]] = {None: np.arange(count, dtype=kind)}
-    if traffic.group is not None:
-        for number, group in enumerate(traffic.group_names):
-            in_group = np.flatnonzero(traffic.group == number).astype(kind)
-            if in_group.size:
-                rows[group] = in_group
-    return rows
+# What files hold: one of the two.
 
 
-def without_groups(traffic: Traffic) -> Traffic:
-    """Return traffic of which no group is replayed by itself: each is replayed once more."""
-    return replace(traffic, group=None) if isinstance(traffic, RoutingTrace) else traffic
+def without_groups(recording: Recording) -> Recording:
+    """Return traffic of which no group is replayed by itself: each is replayed once more.
+
+    Groups of counts stay: they say which windows follow each other, and take no replay.
+    """
+    return replace(as_trace(recording), group=None) if recording.ordered else recording
 
 
 def counts_of(
-    traffic: Traffic, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
+    traffic: Recording, settings: Sequence[Setting], progress: Callable[[float], None] | None = None
 ) -> Iterator[dict[str | None, Counts]]:
     """Count traffic, once for all settings, which differ in their placements and windows alone.
 
     Windows of a trace are as long as the shortest of them or several times that. Yields what was
-    counted under each, of all ``members``, a group by itself. ``progress`` gets the share of a
+    counted under each, of all rows, a group by itself. ``progress`` gets the share of a
     trace's tokens that were read.
     """
     if isinstance(traffic, RoutingStatistics):
@@ -269,7 +231,7 @@ def counts_of(
                     expected.counts(traffic.window_load[rows], is_step=traffic.is_step[rows]),
                     divided_load=expected.divide_all(traffic.window_load[rows]),
                 )
-                for group, rows in members(traffic).items()
+                for group, rows in traffic.group_rows().items()
             }
             # Which experts meet, in which layers, is only known of all windows together.
             yield {
@@ -277,21 +239,22 @@ def counts_of(
                 for group, counts in by_group.items()
             }
         return
-    if any(each.split == "lp" and each.placement.has_copies for each in settings):
+    if any(each.divides for each in settings):
         raise ArgumentError(
-            "traffic must be counts for split 'lp', which divides windows and no single tokens: "
-            "RoutingStatistics.from_trace(trace, window=512)",
+            f"traffic must be counts for split {settings[0].serving.split!r}, which divides "
+            "windows and no single tokens: RoutingStatistics.from_trace(trace, window=512)",
             "traffic",
         )
-    _check_table_bytes(traffic, settings)
-    parts = {group: _Group(traffic, settings, rows) for group, rows in members(traffic).items()}
+    trace = as_trace(traffic)
+    _check_table_bytes(trace, settings)
+    parts = {group: _Group(trace, settings, rows) for group, rows in trace.group_rows().items()}
     first = 0
-    for shard in traffic.shards(SHARD_BYTES, threads=settings[0].threads):
+    for shard in trace.shards(SHARD_BYTES, threads=settings[0].threads):
         for part in parts.values():
             part.push(shard, first)
         first += len(shard)
         if progress is not None:
-            progress(first / traffic.tokens)
+            progress(first / trace.tokens)
         del shard  # else the next shard is read while this one is still in memory
     for number in range(len(settings)):
         yield {group: part.finish(number) for group, part in parts.items()}
@@ -316,7 +279,7 @@ class _Group:
                 trace.top_k,
                 settings[at].topology.node_of_device.tolist(),
                 window=one.window,
-                split=one.split,
+                split=one.serving.split,
                 of_slots=settings[at].counts_slots,
             )
             for at in dict.fromkeys(self._at)
@@ -325,7 +288,7 @@ class _Group:
         self._experts: _core.StatisticsCounter | None = None
         self._expert_load: Numbers | None = None
         counts_all = all(each.counts_slots for each in settings)
-        if (one.with_active and not counts_all) or one.split == "nearest":
+        if (one.with_active and not counts_all) or one.serving.rule.by_home:
             self._experts = _core.StatisticsCounter(
                 trace.layers,
                 trace.num_experts,
@@ -351,7 +314,8 @@ class _Group:
         if setting.takes_turns:
             device_of = np.tile(np.arange(experts), (trace.layers, 1))
             apart = Placement.from_assignment(device_of, experts)
-            setting = replace(setting, placement=apart, topology=Topology(experts))
+            serving = replace(setting.serving, topology=Topology(experts))
+            setting = replace(setting, placement=apart, serving=serving)
         windows = -(-len(self._tokens) // self._window)
         return setting.begin_replay(trace, windows, self._window, visits=False)
 
@@ -458,7 +422,7 @@ def _count_by_experts(
     Homes are of all windows together: their load is ``total`` [1,L,E] where ``load`` [W,L,E] is of
     some of them. Which copies are active is seen where ``of_slots`` [W,L,D*S] were replayed.
     """
-    placement, topology, split = setting.placement, setting.topology, setting.split
+    placement, topology, split = setting.placement, setting.topology, setting.serving.split
     of_all = load if total is None else total
     rows = copies.count_rows(placement, topology, split, visits.sum(axis=0), of_all)
     if of_slots is not None and setting.counts_slots:
@@ -484,7 +448,7 @@ class Expected:
         ``visits`` of devices [L,D] and nodes [L,N] are counted unless they are known.
         """
         self._setting, self._share = setting, setting.slot_shares
-        placement, topology, split = setting.placement, setting.topology, setting.split
+        placement, topology, split = setting.placement, setting.topology, setting.serving.split
         self._follow: Floats | None = None
         if follows and statistics.transitions is not None:
             self._follow = copies.count_pairs(placement, topology, split, statistics.transitions)
@@ -557,13 +521,13 @@ class Expected:
     @property
     def _divides(self) -> bool:
         """Whether a programme divides tokens over copies; else shares are alike in all windows."""
-        return self._setting.split == "lp" and self._setting.placement.has_copies
+        return self._setting.divides
 
     def _serve(self, load: Numbers) -> Floats:
         """Return tokens that devices serve [W,L,D], of those of experts [W,L,E]."""
         setting = self._setting
         return copies.count_loads(
-            setting.placement, setting.topology, setting.split, load, self._share
+            setting.placement, setting.topology, setting.serving.split, load, self._share
         )
 
 

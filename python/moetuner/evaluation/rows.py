@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -142,7 +142,7 @@ def node_size(devices: int, devices_per_node: int | None) -> int:
 def split_rule(split: str) -> LayerSplit:
     """Check the name of a rule for choosing between copies."""
     one_of("split", split, get_args(LayerSplit))
-    return "even" if split == "even" else "nearest"
+    return cast(LayerSplit, split)
 
 
 def _check_positions(values: ArrayLike, tokens: int, name: str = "position") -> NDArray[np.int64]:

@@ -13,12 +13,11 @@ import heapq
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetuner._checks import ArgumentError, instance, is_number, seed_in, shown
+from moetuner._checks import ArgumentError, is_number, seed_in, shown
 from moetuner.evaluation.kinds import (
     FEW_PER_GROUP,
     Likeness,
@@ -27,10 +26,10 @@ from moetuner.evaluation.kinds import (
     number_groups,
     subtract_levels,
 )
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+from moetuner.recording import AnyRecording, Recording
+from moetuner.statistics import RoutingStatistics, check_recording, count_loads
+from moetuner.trace import RoutingTrace, as_trace
 
-Traffic = RoutingTrace | RoutingStatistics
 Floats = NDArray[np.float64]
 Integers = NDArray[np.integer[Any]]
 Name = Literal["sequence", "kind", "window"]
@@ -150,7 +149,7 @@ class Units:
         }
 
     def deal(
-        self, traffic: Traffic, rows: Integers, window: int | None, *, folds: int | None = None
+        self, traffic: Recording, rows: Integers, window: int | None, *, folds: int | None = None
     ) -> Folds:
         """Deal some tokens of a trace, or windows of a table [n], into folds.
 
@@ -158,17 +157,14 @@ class Units:
         neither is known, runs are folds. There are ``folds`` of them, or as many as intervals need,
         but no more than units.
         """
-        if isinstance(traffic, RoutingStatistics):
+        label: Integers | None = None
+        if traffic.sequence is not None:
+            label = self.of_tokens(traffic.sequence)
+        elif self.kinds is not None:
             # A part of a recording has windows of fewer kinds.
-            label: NDArray[Any] | None = None
-            if self.kinds is not None:
-                label = _units_of_windows(traffic).kinds
-        else:
-            label = None if traffic.sequence is None else self.of_tokens(traffic.sequence)
+            label = units_of(traffic).kinds
         if label is None:
-            windows = len(rows)
-            if isinstance(traffic, RoutingTrace):
-                windows = max(windows // (window or piece_of(traffic)), 1)
+            windows = max(len(rows) // traffic.rows_in(window or piece_of(traffic)), 1)
             units = self.blocks.number(windows)
             number = max(min(units, folds or FOLDS), 1)
             if self.blocks.length > 1 and folds is None:
@@ -196,25 +192,21 @@ class Units:
         return self.kinds[np.searchsorted(self.sequences, sequence)].astype(np.int32)
 
 
-# Every split and every size of windows asks for the units of the same trace, whose tokens are read
-# for them; a trace does not change.
-_OF_SEQUENCES: WeakKeyDictionary[RoutingTrace, Units] = WeakKeyDictionary()
-
-
-def units_of(traffic: Traffic, *, window: int | None = None, threads: int | None = None) -> Units:
+def units_of(traffic: Recording, *, window: int | None = None, threads: int | None = None) -> Units:
     """Return what is independent in traffic; unlabelled traces are cut into windows of tokens."""
     if isinstance(traffic, RoutingStatistics):
         return _units_of_windows(traffic)
     if traffic.sequence is None:
         if window is None:
             window = piece_of(traffic)
-        loads = loads_of(traffic, window=window, threads=threads)
+        loads = count_loads(traffic, window=window, threads=threads)
         blocks = blocks_of(loads.window_load, loads.group)
-        return Units("window", blocks.number(max(traffic.tokens // (window or 1), 1)), blocks)
-    known = _OF_SEQUENCES.get(traffic)
-    if known is None:
-        known = _OF_SEQUENCES[traffic] = _units_of_sequences(traffic)
-    return known
+        return Units("window", blocks.number(max(traffic.length // (window or 1), 1)), blocks)
+    # Every split and every size of windows asks for the units of sequences, whose tokens are read.
+    if "units" not in traffic.known:
+        traffic.known["units"] = _units_of_sequences(as_trace(traffic))
+    units: Units = traffic.known["units"]
+    return units
 
 
 def _units_of_windows(table: RoutingStatistics) -> Units:
@@ -253,23 +245,6 @@ def _units_of_sequences(trace: RoutingTrace) -> Units:
         return Units("sequence", len(labels), all_alike=all_alike)
     number = int(kinds.max(initial=-1)) + 1
     return Units("kind", number, sequences=labels, kinds=kinds, likeness=likeness)
-
-
-def loads_of(
-    traffic: Traffic, *, window: int | None = None, threads: int | None = None
-) -> RoutingStatistics:
-    """Count loads alone, in windows of the tokens of every group; statistics are as they are."""
-    if isinstance(traffic, RoutingStatistics):
-        return traffic
-    return RoutingStatistics.from_trace(
-        traffic,
-        window=window,
-        by_group=traffic.group is not None and traffic.tokens > 0,
-        transitions=False,
-        coactivation=False,
-        sets=False,
-        threads=threads,
-    )
 
 
 def blocks_of(
@@ -396,7 +371,9 @@ def _centre(products: Floats, label: NDArray[np.int64]) -> float:
     return total / len(label)
 
 
-def hold_out(traffic: Traffic, holdout: float = 0.5, *, seed: int = 0) -> tuple[Traffic, Traffic]:
+def hold_out(
+    traffic: AnyRecording, holdout: float = 0.5, *, seed: int = 0
+) -> tuple[AnyRecording, AnyRecording]:
     """Return a part of traffic to solve for, and one to judge on, as the commands split INPUT.
 
     Parameters
@@ -426,7 +403,7 @@ def hold_out(traffic: Traffic, holdout: float = 0.5, *, seed: int = 0) -> tuple[
     >>> seen.windows, unseen.windows
     (2, 2)
     """
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     if not (is_number(holdout) and 0 <= holdout < 1):
         raise ArgumentError(
             f"holdout must be at least 0 and below 1, got {shown(holdout)}", "holdout"
@@ -434,42 +411,42 @@ def hold_out(traffic: Traffic, holdout: float = 0.5, *, seed: int = 0) -> tuple[
     seed = seed_in(seed)
     if holdout == 0:
         return traffic, traffic
-    rng = np.random.default_rng(seed)
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            raise ArgumentError(
-                f"holdout must be 0 for a trace of {traffic.tokens} tokens, got {holdout}",
-                "holdout",
-            )
-        if traffic.sequence is not None and (traffic.sequence != traffic.sequence[0]).any():
-            seen = _draw(units_of(traffic).of_tokens(traffic.sequence), 1 - holdout, rng)
-            return select(traffic, seen), select(traffic, ~seen)
-        number, gap = traffic.tokens, alike_tokens(traffic)
-    else:
-        if traffic.transitions is not None or traffic.coactivation is not None:
-            raise ArgumentError(
-                f"holdout must be 0 where traffic is saved statistics, got {holdout}: pairs are "
-                "counted over all windows; give the trace to judge on unseen sequences",
-                "holdout",
-            )
-        number, units = traffic.windows, units_of(traffic)
-        if number < 2:
-            raise ArgumentError(
-                f"holdout must be 0 for a load table of one window, got {holdout}", "holdout"
-            )
-        gap = units.blocks.length
-        if units.kinds is not None:
-            seen = _draw(units.kinds, 1 - holdout, rng)
-            return select(traffic, seen), select(traffic, ~seen)
-        if gap == 1:
-            count = min(max(round(holdout * number), 1), number - 1)
-            unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
-            return select(traffic, ~unseen), select(traffic, unseen)
+    if traffic.has_pairs:
+        raise ArgumentError(
+            f"holdout must be 0 where traffic is saved statistics, got {holdout}: pairs are "
+            "counted over all windows; give the trace to judge on unseen sequences",
+            "holdout",
+        )
+    number, rng = traffic.length, np.random.default_rng(seed)
+    if number < 2:
+        size = f"a trace of {number} tokens" if traffic.ordered else "a load table of one window"
+        raise ArgumentError(f"holdout must be 0 for {size}, got {holdout}", "holdout")
+    label, gap = _label_units(traffic)
+    if label is not None:
+        seen = _draw(label, 1 - holdout, rng)
+        return traffic.take(seen), traffic.take(~seen)
+    if gap == 1:
+        count = min(max(round(holdout * number), 1), number - 1)
+        unseen = np.isin(np.arange(number), rng.permutation(number)[:count])
+        return traffic.take(~unseen), traffic.take(unseen)
     seen, unseen = np.zeros((2, number), dtype=bool)
     for stretch in stretches_of(traffic.group, number):
         chosen = choose_runs(len(stretch), holdout, gap, seed)
         seen[stretch], unseen[stretch] = chosen
-    return select(traffic, seen), select(traffic, unseen)
+    return traffic.take(seen), traffic.take(unseen)
+
+
+def _label_units(recording: Recording) -> tuple[Integers | None, int]:
+    """Return the unit of every row, None where only runs are; and how far neighbours are alike."""
+    sequence = recording.sequence
+    if sequence is not None and (sequence != sequence[0]).any():
+        unit = units_of(recording).of_tokens(sequence)
+        # All of one kind: sequences are held out then, which are no evidence of others.
+        return (sequence if (unit == unit[0]).all() else unit), 1
+    if recording.ordered:
+        return None, alike_tokens(recording)
+    units = units_of(recording)
+    return units.kinds, units.blocks.length
 
 
 def _draw(
@@ -481,27 +458,15 @@ def _draw(
     return np.isin(unit, rng.permutation(labels)[:count])
 
 
-def select(traffic: Traffic, keep: NDArray[np.bool_]) -> Traffic:
-    """Return some tokens [T] of a trace, or windows [W] of a load table."""
-    if isinstance(traffic, RoutingStatistics):
-        labels = {name: getattr(traffic, name) for name in ("group", "drawn_from")}
-        kept: dict[str, Any] = {
-            name: None if each is None else each[keep] for name, each in labels.items()
-        }
-        return replace(traffic, window_load=traffic.window_load[keep], **kept)
-    chosen = replace(traffic, sequence=keep.astype(np.int32)).select(sequences=[1])
-    return replace(chosen, sequence=None if traffic.sequence is None else traffic.sequence[keep])
-
-
-def alike_tokens(trace: RoutingTrace) -> int:
+def alike_tokens(trace: Recording) -> int:
     """Compute over how many tokens neighbours of an unlabelled trace are alike."""
-    loads = loads_of(trace, window=piece_of(trace))
+    loads = count_loads(trace, window=piece_of(trace))
     return piece_of(trace) * blocks_of(loads.window_load, loads.group).length
 
 
-def piece_of(trace: RoutingTrace) -> int:
+def piece_of(trace: Recording) -> int:
     """Return the tokens of a piece of a trace whose autocorrelation is measured."""
-    return max(PIECE, -(-trace.tokens // PIECES))
+    return max(PIECE, -(-trace.length // PIECES))
 
 
 def stretches_of(group: NDArray[np.integer[Any]] | None, number: int) -> list[Integers]:

@@ -35,12 +35,11 @@ from moetuner.formats import (
     vllm,
     vllm_ascend,
 )
-from moetuner.formats.engines import ENGINES
 from moetuner.formats.hints import Hints, Traffic
 from moetuner.formats.layout import Layout, check_placement
 from moetuner.formats.rows import read_tables
 from moetuner.placement import Placement
-from moetuner.statistics import RoutingStatistics
+from moetuner.serving.engines import ENGINES
 
 
 class Reader(NamedTuple):
@@ -301,9 +300,9 @@ def open_input(
     window_in(window)
     hints = Hints(num_experts, top_k, hidden_layers, _numbers(dense_layers), groups=groups)
     traffic = read_input(paths, hints, reader)
-    if isinstance(traffic, RoutingStatistics):
+    if not traffic.ordered:
         with naming(", ".join(map(str, paths))):
-            hints.check_experts(traffic.experts)
+            hints.check_experts(traffic.num_experts)
             if window not in (None, traffic.window):
                 windows = f"{traffic.window} tokens" if traffic.window else "those of its table"
                 raise ArgumentError(

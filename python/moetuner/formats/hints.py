@@ -85,10 +85,10 @@ class Hints:
 
     def check_axes(self, traffic: Traffic) -> None:
         """Check that axes are in their order, as far as sizes show it."""
-        layers, is_trace = traffic.layers, isinstance(traffic, RoutingTrace)
-        order = "[tokens, layers, top_k]" if is_trace else "[windows, layers, experts]"
+        layers, order = traffic.layers, "[windows, layers, experts]"
         got, bound = f"{layers} layers", MOST_LAYERS
         if isinstance(traffic, RoutingTrace):
+            order = "[tokens, layers, top_k]"
             got, bound = f"{got} of {traffic.tokens} tokens", min(bound, traffic.tokens or bound)
             try:
                 if traffic.top_k > layers:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import EXPERT_LIMIT, MissingArgumentError, array_in, shown
-from moetuner.formats.engines import ENGINES, Engine
 from moetuner.formats.hints import Hints
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.engines import ENGINES, Engine
 
 
 @dataclass(frozen=True, eq=False)

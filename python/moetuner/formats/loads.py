@@ -370,6 +370,9 @@ def _numbers(lines: list[str], filled: list[int], header: _Header) -> NDArray[np
                 rule = f"must have {width} numbers, got {len(cells)}"
                 raise ValueError(f"line {at + 1}: {rule}") from None
         raise ValueError(f"must be rows of numbers: {error}") from None
+    width = len(header.names or header.experts)
+    if table.shape[1] != width:  # all rows alike, but not as line 1 says
+        raise ValueError(f"line {filled[0] + 1}: must have {width} numbers, got {table.shape[1]}")
     times = header.columns.get("window")
     layers = header.columns.get("layer")
     wrong = ~np.isfinite(table)

@@ -14,8 +14,7 @@ from moetuner.placement import Placement, keep_slots
 from moetuner.plugins.decision import Case, MoveLimits, Slots
 from moetuner.plugins.log import quote_error
 from moetuner.plugins.settings import Settings
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+from moetuner.statistics import RoutingStatistics, as_counts
 
 
 def compute_checksum(content: bytes) -> str:
@@ -86,11 +85,7 @@ class Files:
             if settings.profile is not None and settings.rebalance and not placements:
                 path = settings.profile
                 traffic = open_input(path)
-                if isinstance(traffic, RoutingTrace):
-                    traffic = RoutingStatistics.from_trace(
-                        traffic, window=None, transitions=False, sets=False
-                    )
-                profile = traffic
+                profile = as_counts(traffic, window=None, transitions=False, sets=False)
         except Exception as error:
             text = quote_error(error)
             if isinstance(error, OSError) and error.filename and error.strerror:

@@ -30,7 +30,7 @@ class LoadRecorder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._recordings: dict[tuple[int, ...], Recording] = {}
+        self._recordings: dict[tuple[int, ...], LoadFile] = {}
 
     def add(self, weight: NDArray[np.generic]) -> Path | None:
         """Take windows [L,E] or [W,L,E]; empty ones are left out. Returns the file, if it changed.
@@ -55,7 +55,7 @@ class LoadRecorder:
             # A file may be another process's: containers give the same PID.
             names = chain([name], (f"{name}-{number}" for number in count(2)))
             paths = (self.folder / f"{name}.npz" for name in names)
-            recording = Recording(next(path for path in paths if not path.exists()))
+            recording = LoadFile(next(path for path in paths if not path.exists()))
             self._recordings[windows.shape[1:]] = recording
             # No later process has the name of one that was killed while it wrote.
             delete_left_behind(self.folder, "load-*.npz")
@@ -69,7 +69,7 @@ class LoadRecorder:
 
 
 @dataclass
-class Recording:
+class LoadFile:
     """Windows [L,E] of a model; each holds ``size`` of the engine's, the last one ``last``."""
 
     path: Path

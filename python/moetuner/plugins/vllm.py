@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moetuner.formats.engines import tokens_per_rank
 from moetuner.plugins.balancer import Balancer
 from moetuner.plugins.log import Log
 from moetuner.plugins.tensors import find_group, rank_of_process, read_array, three_maps
 from moetuner.plugins.updates import follow_updates, wrap
+from moetuner.serving.engines import tokens_per_rank
 
 # A child of vLLM's logger, so that lines appear among its own.
 LOG = Log(logging.getLogger("vllm.moetuner"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -14,30 +14,36 @@ from numpy.typing import NDArray
 from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel, cost_model_of
-from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import SPLITS, Split
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
+from moetuner.files.cells import digits, percent
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, fill
-from moetuner.problem import capacity, phases
+from moetuner.problem import capacity
 from moetuner.problem.caps import Caps
 from moetuner.problem.objective import Goal, Objective, goal_for, tables_for
 from moetuner.problem.pins import Pin, SlotRules, make_rules
 from moetuner.problem.settings import (
+    PIN,
+    read_cap,
+    read_groups,
+    read_risk,
+    read_slots,
+    write_groups,
+)
+from moetuner.problem.windows import Risk, Windows, weighed, windows_of
+from moetuner.serving import Serving, phases
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.phases import Phases
+from moetuner.serving.settings import (
     ENGINE,
     GOAL,
     MACHINE,
-    PIN,
-    read_arrival,
-    read_cap,
+    check_settings,
     read_count,
-    read_groups,
-    read_prefill_share,
-    read_risk,
-    read_slots,
+    same_setting,
     setting,
 )
-from moetuner.problem.windows import Risk, Windows, weighed, windows_of
+from moetuner.serving.splits import RULES, Split
 from moetuner.statistics import WINDOW, RoutingStatistics
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
@@ -72,10 +78,6 @@ class Problem(Frozen):
         Slots per device and layer: one number, or one for every device [D]. Spare slots hold
         copies of experts. By default those of the topology, else just enough for one copy of each
         expert.
-    regime
-        What tokens do after a layer. dispatch: they return to their home device, as in today's
-        engines, so co-activation saves traffic. follow: they move on to the next expert, as in the
-        paper, so transitions cost.
     max_imbalance
         Cap on max / mean device load in every layer, on the sum of all windows.
     objective
@@ -83,19 +85,11 @@ class Problem(Frozen):
         (the search of a large problem minimises an approximation). balance: max / mean device load,
         over windows. traffic: share of the traffic that leaves its device, under the cap. By
         default traffic if there is a cap, else time.
-    cost_model
-        Cost model of a layer's time. By default an H100 and the experts of INPUT's model, or of
-        DeepSeek-V3 if INPUT's are unknown.
-    split
-        How tokens are split over an expert's copies: by hash (even, vLLM), to the nearest (nearest,
-        SGLang), or in turns (round_robin, TensorRT-LLM); lp divides every window so that its
-        slowest device is fastest, for counts only.
     extra_slots
         Copies beyond one of each expert, over all layers, instead of slots per device. They go to
         the layers where they help most. Every device gets as many over all layers, or one more.
-    arrival
-        Order in which traffic arrives: windows as recorded (bursts), windows of many sequences at
-        once (mixed), or both: a number from 0 to 1 is the weight of mixed windows.
+    regime, split, arrival, cost_model
+        How the traffic is served, as for ``Serving``.
     risk
         Minimise the mean over windows, or over the worst of them: 0.9 for the worst tenth (the
         conditional value at risk).
@@ -141,65 +135,100 @@ class Problem(Frozen):
     topology: Topology
     _: KW_ONLY
     slots_per_device: int | Sequence[int] | None = setting(
-        None, MACHINE, read=read_slots, metavar="S|S,S,..."
+        None,
+        MACHINE,
+        read=read_slots,
+        metavar="S|S,S,...",
+        label="Slots of a device in a layer",
+        words=lambda value: str(value).strip("[()]"),
     )
-    regime: Regime = setting(
-        "dispatch",
-        ENGINE,
-        "dispatch; follow for traffic if INPUT has only counts of transitions",
-        choices=get_args(Regime),
-    )
+    regime: Regime = same_setting(Serving, "regime")
     max_imbalance: float | None = setting(
-        None, GOAL, f"{TRAFFIC_CAP} for traffic, else no cap", read=read_cap, metavar="X"
-    )
-    objective: Goal | None = setting(None, GOAL, choices=get_args(Goal))
-    cost_model: CostModel | None = setting(
-        None, MACHINE, metavar="FILE|GPU|GPU:HIDDENxINTERMEDIATE"
-    )
-    split: Split = setting("even", ENGINE, "the engine's, else even", choices=SPLITS)
-    extra_slots: int | None = setting(None, MACHINE, read=read_count, metavar="N")
-    arrival: Arrival = setting(
-        "bursts", GOAL, "the engine's, else bursts", read=read_arrival, metavar="bursts|mixed|W"
-    )
-    risk: Risk = setting("mean", GOAL, "mean", read=read_risk, metavar="mean|LEVEL")
-    groups: Mapping[str, float] | Literal["minimax"] | None = setting(
-        None, GOAL, read=read_groups, metavar="minimax|NAME=W,..."
-    )
-    phases: phases.Phases | None = setting(
         None,
         GOAL,
-        f"{phases.PREFILL_SHARE:g} for a trace, without --window",
-        read=read_prefill_share,
-        flag="--prefill-share",
-        metavar="SHARE",
-        help="Share of the serving time that is prefill (windows of "
-        f"{phases.WINDOWS[1]:,} tokens); the rest is decode ({phases.WINDOWS[0]}).",
+        f"{TRAFFIC_CAP} for traffic, else no cap",
+        read=read_cap,
+        metavar="X",
+        label="Cap of the imbalance",
+        words=digits,
+        check=lambda name, value: check.at_least(name, value, 1),
+        # Infinity is no number of JSON.
+        to_json=lambda cap: str(cap) if cap == math.inf else cap,
+        from_json=lambda cap: math.inf if cap == "inf" else cap,
     )
-    pinned: Iterable[Pin] = setting((), ENGINE, flag="--pin", **PIN)
-    forbidden: Iterable[Pin] = setting((), ENGINE, flag="--forbid", **PIN)
-    survive: Domain | None = setting(None, GOAL, choices=DOMAINS)
-    fill_slots: bool = setting(False, MACHINE)
+    objective: Goal | None = setting(
+        None,
+        GOAL,
+        choices=get_args(Goal),
+        label="Made small",
+        words={
+            "time": "predicted time of a layer",
+            "balance": "imbalance",
+            "traffic": "traffic between devices",
+        },
+    )
+    cost_model: CostModel | None = same_setting(Serving, "cost_model")
+    split: Split = same_setting(Serving, "split")
+    extra_slots: int | None = setting(
+        None,
+        MACHINE,
+        read=read_count,
+        metavar="N",
+        label="Copies over all layers",
+        words=lambda value: f"{value:,}",
+    )
+    arrival: Arrival = same_setting(Serving, "arrival")
+    risk: Risk = setting(
+        "mean",
+        GOAL,
+        "mean",
+        read=read_risk,
+        metavar="mean|LEVEL",
+        label="Windows that count",
+        words=lambda value: "all" if value == "mean" else f"the worst {percent(1 - float(value))}",
+    )
+    groups: Mapping[str, float] | Literal["minimax"] | None = setting(
+        None,
+        GOAL,
+        read=read_groups,
+        metavar="minimax|NAME=W,...",
+        label="Groups",
+        words=write_groups,
+    )
+    phases: Phases | None = same_setting(Serving, "phases")
+    pinned: Iterable[Pin] = setting(
+        (), ENGINE, flag="--pin", label="Experts kept on a device", **PIN
+    )
+    forbidden: Iterable[Pin] = setting(
+        (), ENGINE, flag="--forbid", label="Experts kept off a device", **PIN
+    )
+    survive: Domain | None = setting(
+        None,
+        GOAL,
+        choices=DOMAINS,
+        label="A copy is left after the loss of",
+        words=lambda value: f"a {value}",
+    )
+    fill_slots: bool = setting(
+        False,
+        MACHINE,
+        label="Empty slots",
+        words={"true": "filled with copies", "false": "allowed"},
+    )
 
     def __post_init__(self) -> None:
         traffic: object = self.statistics
         counted = ", such as RoutingStatistics.from_trace(trace)"
         check.instance("statistics", traffic, RoutingStatistics, RoutingTrace, hint=counted)
         check.instance("topology", self.topology, Topology, hint=", such as Topology(devices=8)")
-        check.one_of("regime", self.regime, get_args(Regime))
-        if self.max_imbalance is not None:
-            check.at_least("max_imbalance", self.max_imbalance, 1)
-        if self.objective is not None:
-            check.one_of("objective", self.objective, get_args(Goal))
-        check.one_of("split", self.split, SPLITS)
-        if self.split == "lp" and self.goal == "traffic":
+        check_settings(self)
+        if RULES[self.split].needs_windows and self.goal == "traffic":
             raise check.ArgumentError(
-                "split 'lp' balances load, so objective must be balance or time, got "
+                f"split {self.split!r} balances load, so objective must be balance or time, got "
                 + ("'traffic'" if self.objective else "the default with max_imbalance, 'traffic'"),
                 "objective",
             )
         check.flag("fill_slots", self.fill_slots)
-        if self.survive is not None:
-            check.one_of("survive", self.survive, DOMAINS)
         for name in ("pinned", "forbidden"):
             rules = check.listed(name, getattr(self, name), "(layer, expert, device)")
             vars(self)[name] = tuple(rules)
@@ -214,8 +243,6 @@ class Problem(Frozen):
             vars(self)["statistics"] = self._count(traffic)
         if self.cost_model is None:
             vars(self)["cost_model"] = cost_model_of(self.statistics)
-        preset = ", such as CostModel.preset('h100')"
-        check.instance("cost_model", self.cost_model, CostModel, hint=preset)
         # Slots, rules and windows are checked by being made.
         if isinstance(self.slots_per_device, Sequence | np.ndarray):
             slots = check.per_device("slots_per_device", self.slots_per_device, self.devices)
@@ -276,6 +303,31 @@ class Problem(Frozen):
             load=None if caps is None else self.load.astype(np.float64),
         )
 
+    @classmethod
+    def served(cls, statistics: TraceOrStatistics, serving: Serving, **rules: Any) -> Problem:
+        """Return the problem of some traffic that is served so; ``rules`` are its other arguments.
+
+        The windows are those of the statistics, or those of ``phases``.
+        """
+        check.instance("serving", serving, Serving, hint=", such as Serving(Topology(8))")
+        names = ("regime", "split", "arrival", "cost_model", "phases")
+        served = {name: getattr(serving, name) for name in names}
+        return cls(statistics, serving.topology, **{**served, **rules})
+
+    @cached_property
+    def serving(self) -> Serving:
+        """How the traffic is served."""
+        return Serving(
+            self.topology,
+            regime=self.regime,
+            split=self.split,
+            arrival=self.arrival,
+            cost_model=self.cost_model,
+            window=self.statistics.window,
+            phases=self.phases,
+            is_ordered=False,
+        )
+
     @cached_property
     def shares(self) -> dict[int | None, float]:
         """Share of the serving time of each size of windows that counts, by its tokens."""
@@ -298,8 +350,7 @@ class Problem(Frozen):
     def _cost_in_blocks(self, part: Windows) -> float:
         """Return what windows of the statistics cost in blocks, computed once for all problems."""
         known = self.statistics.known
-        setting = (self.topology, self.goal, self.regime, self.split, self.cost_model)
-        asked = ("cost in blocks", id(part), *setting)
+        asked = ("cost in blocks", id(part), self.goal, replace(self.serving, arrival="bursts"))
         if asked not in known:
             known[asked] = self._make_objective(part).cost_in_blocks
         return float(known[asked])
@@ -391,13 +442,10 @@ class Problem(Frozen):
     def _make_objective(self, windows: Windows) -> Objective:
         return Objective(
             self.statistics,
-            self.topology,
+            self.serving,
             goal=self.goal,
-            regime=self.regime,
-            split=self.split,
             windows=windows,
             shares=self.shares,
-            cost_model=self.cost_model,
             by_groups=self.groups is not None,
             survive=self.survive,
         )

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.evaluation import copies
-from moetuner.evaluation.copies import Split
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.splits import Split
 from moetuner.topology import Topology
 
 Floats = NDArray[np.float64]

@@ -14,14 +14,13 @@ from moetuner import _checks as check
 from moetuner import _core
 from moetuner.cost import CostModel
 from moetuner.evaluation import copies, figures, losses, replay
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.losses import Domain
 from moetuner.placement import Placement, blocks
-from moetuner.problem import phases
 from moetuner.problem.caps import slowest
 from moetuner.problem.windows import Windows
+from moetuner.serving import Serving, phases
 from moetuner.statistics import ExpertSets, RoutingStatistics
-from moetuner.topology import Regime, Topology
+from moetuner.topology import Regime
 
 Floats = NDArray[np.float64]
 Goal = Literal["time", "balance", "traffic"]
@@ -111,16 +110,14 @@ class Objective:
 
     Parameters
     ----------
-    statistics, topology
-        Counts of the traffic, and the devices and links.
-    goal, regime, split
-        What is made small, what tokens do after a layer, and which copy serves one.
+    statistics, serving
+        Counts of the traffic, and how it is served.
+    goal
+        What is made small.
     windows
         Windows of load that are judged.
     shares
         Share of the serving time of each size of windows that counts, by its tokens.
-    cost_model
-        What a layer's time is made of; None where time is not the goal.
     by_groups
         Whether groups of the traffic are weighed.
     survive
@@ -139,21 +136,18 @@ class Objective:
     def __init__(
         self,
         statistics: RoutingStatistics,
-        topology: Topology,
+        serving: Serving,
         *,
         goal: Goal,
-        regime: Regime,
-        split: Split,
         windows: Windows,
         shares: Mapping[int | None, float],
-        cost_model: CostModel | None,
         by_groups: bool,
         survive: Domain | None = None,
     ) -> None:
-        self.statistics, self.topology = statistics, topology
-        self.goal, self.regime, self.split = goal, regime, split
-        self.windows, self.shares = windows, shares
-        self._model, self._by_groups, self.survive = cost_model, by_groups, survive
+        self.statistics, self.serving = statistics, serving
+        self.topology, self.regime = serving.topology, serving.regime
+        self.goal, self.windows, self.shares = goal, windows, shares
+        self._by_groups, self.survive = by_groups, survive
         self._last: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
         self._visited: deque[tuple[Any, Any]] = deque(maxlen=CACHED)
 
@@ -190,7 +184,9 @@ class Objective:
         if self.survive is None:
             return np.ones(placement.layers)
         load, topology = self.statistics.total_load, self.topology
-        after, _ = losses.loads_after(placement, load, topology, self.survive, split=self.split)
+        after, _ = losses.loads_after(
+            placement, load, topology, self.survive, split=self.serving.split
+        )
         worst = losses.compute_imbalances(after, topology, self.survive).max(axis=0)
         factor: Floats = 1 + LOSS_SHARE * (worst - 1)
         return factor
@@ -284,7 +280,7 @@ class Objective:
     @property
     def cost_model(self) -> CostModel | None:
         """What time is made of; None where time is not the goal."""
-        return self._model if self.goal == "time" else None
+        return self.serving.cost_model if self.goal == "time" else None
 
     @property
     def transitions(self) -> NDArray[np.uint64] | None:
@@ -362,18 +358,11 @@ class Objective:
 
     def _slowest(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what computes the load over speed of the slowest devices [W,L] of windows."""
-        return lambda load: slowest(placement, load, self.topology, self.split)
+        return lambda load: slowest(placement, load, self.topology, self.serving.split)
 
     def _layer_times(self, placement: Placement) -> Callable[[Floats], Floats]:
         """Return what predicts microseconds over L of every layer of windows [W,L]."""
-        setting = replay.Setting(
-            placement,
-            self.topology,
-            mixed=False,
-            split=self.split,
-            cost_model=self.cost_model,
-            regime=self.regime,
-        )
+        setting = replay.Setting(placement, self.serving, mixed=False)
         visits = None if self.statistics.sets is None else self._count_visits(placement)
         follows = self.regime == "follow"
         expected = replay.Expected(self.statistics, setting, follows=follows, visits=visits)
@@ -432,7 +421,7 @@ class Objective:
         if self.regime == "dispatch":
             return float(self._apart(placement).sum())
         topology = self.topology
-        moved = copies.count_pairs(placement, topology, self.split, self.pairs)
+        moved = copies.count_pairs(placement, topology, self.serving.split, self.pairs)
         return float((moved * topology.cost).sum()) / self.scale
 
     def layers_traffic(self, placement: Placement) -> Floats:
@@ -507,7 +496,7 @@ class Objective:
         A token's state goes to the next layer's experts once each, but is counted with each of its
         own experts: in pairs, it is a top-k-th of a row.
         """
-        model, topology = self._model, self.topology
+        model, topology = self.serving.cost_model, self.topology
         assert model is not None
         crossing = model.crossing_us(topology, returns=self.regime == "dispatch")
         price: Floats = crossing[topology.tier] / self.top_k
@@ -523,7 +512,7 @@ class Objective:
 
     def _apart(self, placement: Placement) -> Floats:
         """Compute the share of all co-activated pairs that are apart, by layer [L]."""
-        share = copies.slot_shares(placement, self.topology, self.split)
+        share = copies.slot_shares(placement, self.topology, self.serving.split)
         pairs = self.statistics.coactivation_or_empty
         return _core.expected_apart((placement.slots, share), pairs) / self.scale
 
@@ -538,4 +527,6 @@ class Objective:
     def _count_visits(self, placement: Placement) -> tuple[Floats, Floats]:
         """Count the tokens that visit every device [L,D], and every node [L,N]."""
         assert self.statistics.sets is not None
-        return copies.count_visits(placement, self.topology, self.split, self.statistics.sets)
+        return copies.count_visits(
+            placement, self.topology, self.serving.split, self.statistics.sets
+        )

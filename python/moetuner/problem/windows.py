@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner._checks import ArgumentError, is_number, shown, suggestion
-from moetuner.evaluation.arrival import WINDOWS_MIXED, Arrival, mixed_windows, share_mixed
+from moetuner.evaluation.arrival import WINDOWS_MIXED, mixed_windows
 from moetuner.evaluation.blocks import blocks, by_block
+from moetuner.serving.arrival import Arrival, share_mixed
 from moetuner.statistics import Loads, RoutingStatistics, narrowest
 
 Floats = NDArray[np.float64]

@@ -9,7 +9,7 @@ the busiest of equally likely experts take more than their share of the picks by
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner._checks import ArgumentError
-from moetuner.evaluation.units import Traffic, hold_out, loads_of
+from moetuner.evaluation.units import hold_out
 from moetuner.frozen import Frozen
-from moetuner.statistics import RoutingStatistics
+from moetuner.recording import Recording
+from moetuner.statistics import as_counts, count_loads
 from moetuner.trace import RoutingTrace
 
 Counts = NDArray[np.uint64]
@@ -105,11 +106,11 @@ class HotExperts(Frozen):
         )
 
 
-def loads_by_group(traffic: Traffic, threads: int | None = None) -> dict[str, Counts]:
+def loads_by_group(traffic: Recording, threads: int | None = None) -> dict[str, Counts]:
     """Count tokens of the experts of every group that has some [L,E]."""
     if traffic.group is None or not traffic.group.size:
         return {}
-    windows = loads_of(traffic, threads=threads)
+    windows = count_loads(traffic, threads=threads)
     assert windows.group is not None
     loads = {
         name: windows.window_load[windows.group == number].sum(axis=0, dtype=np.uint64)
@@ -119,26 +120,25 @@ def loads_by_group(traffic: Traffic, threads: int | None = None) -> dict[str, Co
 
 
 def hold_out_hot_experts(
-    traffic: Traffic, *, seed: int = 0, threads: int | None = None
+    traffic: Recording, *, seed: int = 0, threads: int | None = None
 ) -> HotExperts:
     """Measure the hottest experts on a half of traffic that is held out, as far as one can be."""
-    if isinstance(traffic, RoutingStatistics):
-        # Loads of windows can be held out, pairs of all windows cannot.
-        traffic = replace(traffic, transitions=None, coactivation=None, sets=None, set_tokens=None)
-    parts: tuple[Traffic, Traffic] = (traffic, traffic)
+    # Loads of windows can be held out, pairs of all windows cannot.
+    traffic = traffic.without_pairs()
+    parts: tuple[Recording, Recording] = (traffic, traffic)
     # Of a single token or window nothing can be held out.
     with suppress(ArgumentError):
         parts = hold_out(traffic, 0.5, seed=seed)
-    seen, unseen = (loads_of(part, threads=threads).total_load for part in parts)
+    seen, unseen = (count_loads(part, threads=threads).total_load for part in parts)
     loads = loads_by_group(traffic, threads)
     return measure_hot_experts(traffic, seen, unseen, parts[1], loads, threads)
 
 
 def measure_hot_experts(
-    traffic: Traffic,
+    traffic: Recording,
     seen: Counts,
     unseen: Counts,
-    part: Traffic,
+    part: Recording,
     loads: dict[str, Counts],
     threads: int | None = None,
 ) -> HotExperts:
@@ -218,23 +218,14 @@ def _by_group(loads: dict[str, Counts]) -> dict[str, float]:
     return {name: _taken(load, _hottest(total - load, HALF)) for name, load in loads.items()}
 
 
-def _later(traffic: Traffic, threads: int | None) -> float | None:
+def _later(traffic: Recording, threads: int | None) -> float | None:
     """Compute what half of the experts, by the earlier half, takes of the picks of the later."""
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            return None
-        traffic = RoutingStatistics.from_trace(
-            traffic,
-            window=-(-traffic.tokens // 2),
-            transitions=False,
-            coactivation=False,
-            sets=False,
-            threads=threads,
-        )
-    if traffic.windows < 2:
+    if traffic.length < 2:
         return None
-    half = traffic.windows // 2
+    window = -(-traffic.length // 2)
+    without = dict.fromkeys(("transitions", "coactivation", "sets"), False)
+    load = as_counts(traffic, window=window, threads=threads, **without).window_load
     early, late = (
-        windows.sum(axis=0, dtype=np.uint64) for windows in np.split(traffic.window_load, [half])
+        windows.sum(axis=0, dtype=np.uint64) for windows in np.split(load, [len(load) // 2])
     )
     return _taken(late, _hottest(early, HALF))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moetuner.cost import CostModel, assumed_model
-from moetuner.evaluation import Evaluation, evaluate_in_windows
+from moetuner.cost import assumed_model
+from moetuner.evaluation import Evaluation, evaluate_each
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import Traffic, without_groups
+from moetuner.evaluation.replay import without_groups
 from moetuner.evaluation.units import Units
+from moetuner.files.cells import counted, distinct, number, percent
 from moetuner.placement import EMPTY, Placement
 from moetuner.problem import Problem
 from moetuner.problem.objective import Objective
-from moetuner.report.cells import counted, distinct, number, percent
+from moetuner.recording import Recording
+from moetuner.serving import Serving
 from moetuner.solver.bounds import caps
 from moetuner.solver.result import Result
 from moetuner.statistics import RoutingStatistics
@@ -114,32 +116,30 @@ def _figures(problem: Problem) -> tuple[str, ...]:
 
 def replay(
     placements: Sequence[Placement],
-    problem: Problem,
-    traffic: Traffic,
+    serving: Serving,
+    traffic: Recording,
     windows: Sequence[int | None],
     *,
     by_group: bool = True,
     **options: Any,
 ) -> dict[int | None, list[Evaluation]]:
-    """Evaluate placements of a problem on other traffic, in windows of several sizes.
+    """Evaluate placements on traffic that is served in windows of several sizes.
 
     Without ``by_group`` no group of a trace is evaluated by itself, which takes as long as all of
-    it. ``options`` are as for ``evaluate_each``; those that the problem has are the problem's.
-    Times are predicted whatever the objective is.
+    it. ``options`` are as for ``evaluate_each``.
     """
     traffic = traffic if by_group else without_groups(traffic)
-    for name in ("split", "regime", "arrival", "cost_model"):
-        options.setdefault(name, getattr(problem, name))
-    return evaluate_in_windows(placements, traffic, problem.topology, windows, **options)
+    servings = [replace(serving, window=window) for window in windows]
+    return dict(zip(windows, evaluate_each(placements, traffic, servings, **options), strict=True))
 
 
-def left_over(traffic: Traffic, window: int | None) -> str:
+def left_over(traffic: Recording, window: int | None) -> str:
     """Write what of some traffic is no step, so that no mean over windows has it; "" if nothing."""
     if isinstance(traffic, RoutingStatistics):
         short = int((~traffic.is_step).sum())
         return f"imbalance and time leave out {counted(short, 'shorter window')}" if short else ""
-    rest = traffic.tokens % (window or max(traffic.tokens, 1))
-    if rest in (0, traffic.tokens):
+    rest = traffic.length % (window or max(traffic.length, 1))
+    if rest in (0, traffic.length):
         return ""
     return f"imbalance and time leave out the last {counted(rest, 'token')}, which fill none"
 
@@ -303,7 +303,7 @@ def remarks(outcomes: list[Outcome], problem: Problem) -> list[str]:
     if worth.cost_model is not None:
         replayed = outcomes[0].evaluation.replayed
         traffic = None if replayed is None else replayed.traffic
-        lines.append(whose_times(worth.cost_model, traffic, problem.arrival))
+        lines.append(whose_times(problem.serving, traffic))
     if worth.lacks is not None:
         lines.append(f"INPUT has {worth.lacks}.")
     for outcome in outcomes:
@@ -327,14 +327,16 @@ def on_one_device(evaluation: Evaluation, devices: int) -> float | None:
     return 100 * (2 - evaluation.fanout)
 
 
-def whose_times(model: CostModel, traffic: object, arrival: str | float) -> str:
+def whose_times(serving: Serving, traffic: Recording | None) -> str:
     """Return sentences on whose times are predicted, how to get others, and of which windows."""
+    model = serving.cost_model
+    assert model is not None
     line = assumed_model(model) or (
         f"Times are predicted with {model.shown_name}{model.weights}; "
         "for others: --cost-model FILE or GPU:HIDDENxINTERMEDIATE."
     )
     if model.measured is not None:
         line = model.origin
-    if arrival != "bursts" and isinstance(traffic, RoutingStatistics):
+    if serving.arrival != "bursts" and traffic is not None and not traffic.ordered:
         line += " INPUT holds counts, so its windows are evaluated as recorded, not mixed."
     return line

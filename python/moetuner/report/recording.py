@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetuner.cost import top_k_of
-from moetuner.evaluation.replay import Traffic, members
 from moetuner.files.text import name
+from moetuner.recording import Recording
 from moetuner.statistics import RoutingStatistics, measure_distance
-from moetuner.trace import RoutingTrace
+from moetuner.trace import as_trace
 
 # Of a trace the first tokens tell.
 SAMPLE_BYTES = 1 << 24
@@ -29,19 +29,21 @@ ALIKE = 0.05
 COMPARED = 256
 
 
-def doubts(traffic: Traffic) -> list[str]:
+def doubts(traffic: Recording) -> list[str]:
     """Return warnings about a recording from which nothing good can be computed."""
     experts = traffic.num_experts
     layers: list[NDArray[Any]]
-    if isinstance(traffic, RoutingTrace):
-        ids = next(traffic.shards(SAMPLE_BYTES), np.empty((0, traffic.layers, traffic.top_k), int))
-        layers = [ids[:, layer].ravel() for layer in range(traffic.layers)]
-        load = np.stack([np.bincount(layer, minlength=experts) for layer in layers])
-        choices = traffic.tokens * traffic.top_k
-    else:
+    if isinstance(traffic, RoutingStatistics):
         load = traffic.total_load.astype(np.int64)
         choices = int(load.sum(axis=1).max())
         layers = [*traffic.window_load.swapaxes(0, 1)]
+        empty = traffic.windows - int(np.count_nonzero(traffic.window_load.any(axis=(1, 2))))
+    else:
+        trace, empty = as_trace(traffic), 0
+        ids = next(trace.shards(SAMPLE_BYTES), np.empty((0, trace.layers, trace.top_k), int))
+        layers = [ids[:, layer].ravel() for layer in range(trace.layers)]
+        load = np.stack([np.bincount(layer, minlength=experts) for layer in layers])
+        choices = trace.tokens * trace.top_k
     if not choices:
         return ["Warning: every count is zero, so nothing was recorded: record again under load."]
     if choices < FEWEST_CHOICES * experts:
@@ -66,17 +68,15 @@ def doubts(traffic: Traffic) -> list[str]:
             f"Warning: layer {layer} has exactly what layer {texts.index(texts[layer])} has{more}: "
             "record every layer by itself."
         )
-    if isinstance(traffic, RoutingStatistics):
-        empty = traffic.windows - int(np.count_nonzero(traffic.window_load.any(axis=(1, 2))))
-        if empty:
-            lines.append(
-                f"Warning: empty windows, {empty:,} of {traffic.windows:,}, count as steps of even "
-                "load: leave out windows in which nothing was served."
-            )
+    if empty:
+        lines.append(
+            f"Warning: empty windows, {empty:,} of {traffic.length:,}, count as steps of even "
+            "load: leave out windows in which nothing was served."
+        )
     return lines
 
 
-def one_kind(traffic: Traffic, unseen: Traffic | None = None) -> str | None:
+def one_kind(traffic: Recording, unseen: Recording | None = None) -> str | None:
     """Return what shows that a recording is of one kind of traffic, in words.
 
     Labels tell: one group, or one phase. Without labels the windows of counts do: a single one, or
@@ -85,7 +85,7 @@ def one_kind(traffic: Traffic, unseen: Traffic | None = None) -> str | None:
     """
     parts = [traffic] if unseen is None else [traffic, unseen]
     # What has no labels may be of any group.
-    labels = {label for part in parts for label in (members(part).keys() - {None} or {""})}
+    labels = {label for part in parts for label in (part.group_rows().keys() - {None} or {""})}
     if labels != {""}:
         label = labels.pop() or ""
         kind = label if label in PHASES else f"of one group, {name(label)}"

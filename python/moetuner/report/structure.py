@@ -17,26 +17,27 @@ from numpy.typing import NDArray
 from moetuner._checks import (
     at_least,
     callable_or_none,
-    instance,
     seed_in,
     threads_in,
 )
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.halves import halve
 from moetuner.evaluation.intervals import FEWEST, spread
-from moetuner.evaluation.replay import Setting, Traffic
+from moetuner.evaluation.replay import Setting
 from moetuner.evaluation.units import hold_out, units_of
 from moetuner.frozen import Frozen, html_table
 from moetuner.placement import Placement
 from moetuner.problem import Problem
+from moetuner.recording import Recording
 from moetuner.report.hot_experts import (
     HotExperts,
     hold_out_hot_experts,
     loads_by_group,
     measure_hot_experts,
 )
+from moetuner.serving import Serving
 from moetuner.solver import Method, solve
-from moetuner.statistics import RoutingStatistics, measure_distance
+from moetuner.statistics import RoutingStatistics, as_counts, check_recording, measure_distance
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
@@ -146,11 +147,11 @@ def structure(
     >>> structure.skew
     (3.0,)
     """
-    instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     callable_or_none("progress", progress)
     topology, seed, threads = Topology(devices), seed_in(seed), threads_in(threads)
     at_least("max_imbalance", max_imbalance, 1)
-    held_out = isinstance(traffic, RoutingTrace) and traffic.tokens > 1
+    held_out = traffic.ordered and traffic.length > 1
     parts = hold_out(traffic, 0.5 if held_out else 0, seed=seed)
     seen, unseen = (_pairs(part, threads, progress, at) for at, part in enumerate(parts))
     statistics = seen + unseen if held_out else seen
@@ -163,7 +164,7 @@ def structure(
         result = solve(problem, method, seed=seed, iterations=ITERATIONS, threads=threads)
         return result.uninterrupted().placement
 
-    def crossing(placement: Placement, unseen: Traffic) -> float | None:
+    def crossing(placement: Placement, unseen: RoutingTrace | RoutingStatistics) -> float | None:
         evaluation = evaluate(
             placement, unseen, window=None, cost_model=None, mixed=False, threads=threads
         )
@@ -180,7 +181,12 @@ def structure(
             placement = placed("heuristic", seen)
             searched = crossing(placement, parts[1])
             null = crossing(placed("heuristic", _independent(seen)), _independent(unseen))
-            gain = _gain(Setting(placement, topology, threads=threads), traffic, parts[1], null)
+            gain = _gain(
+                Setting(placement, Serving(topology, window=None), threads=threads),
+                traffic,
+                parts[1],
+                null,
+            )
     total = load.sum(axis=1, dtype=np.float64)
     return Structure(
         skew=tuple(np.where(total > 0, _shares(load).max(axis=1) * load.shape[1], 1.0).tolist()),
@@ -201,14 +207,14 @@ def structure(
             measure_hot_experts(
                 traffic, seen.total_load, unseen.total_load, parts[1], loads, threads
             )
-            if isinstance(traffic, RoutingTrace)
+            if held_out
             else hold_out_hot_experts(traffic, seed=seed, threads=threads)
         ),
     )
 
 
 def _gain(
-    setting: Setting, traffic: Traffic, unseen: Traffic, null: float | None
+    setting: Setting, traffic: Recording, unseen: Recording, null: float | None
 ) -> tuple[float, float] | None:
     """Compute the interval of the null less the crossing of unseen traffic, by its units."""
     units = units_of(traffic, threads=setting.threads)
@@ -219,13 +225,11 @@ def _gain(
 
 
 def _pairs(
-    traffic: Traffic, threads: int | None, progress: Callable[[float], None] | None, half: int
+    traffic: Recording, threads: int | None, progress: Callable[[float], None] | None, half: int
 ) -> RoutingStatistics:
     """Count the load and the transitions of one of two halves of a trace."""
-    if isinstance(traffic, RoutingStatistics):
-        return traffic
     share_of_both = None if progress is None else lambda share: progress((half + share) / 2)
-    return RoutingStatistics.from_trace(
+    return as_counts(
         traffic,
         window=None,
         coactivation=False,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ from moetuner._core import __version__
 from moetuner.placement import Placement, keep_slots
 from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
+from moetuner.problem.made import Made
 from moetuner.solver.bounds.caps import are_least, cap_report, scope
 from moetuner.solver.result import Details, Result, Status
 from moetuner.solver.run import Incumbent, Role, Run, judge_bound
 from moetuner.solver.stages.floor import balanced
-from moetuner.statistics import COUNTED
 
 
 def build_result(run: Run, method: str, *, searched: bool) -> Result:
@@ -62,46 +61,20 @@ def build_result(run: Run, method: str, *, searched: bool) -> Result:
 def named(run: Run, placement: Placement, method: str, **figures: Any) -> Placement:
     """Return a placement with what it was computed from and for, and its figures."""
     statistics, topology, budget = run.problem.statistics, run.problem.topology, run.budget
-    search = {"method": method, "seed": run.seed, "effort": budget.effort}
+    made = Made.for_problem(
+        run.problem, version=__version__, method=method, seed=run.seed, effort=budget.effort
+    )
     limits = {name: getattr(budget, name) for name in ("time_limit", "iterations", "gap")}
     return placement.with_names(
         model=statistics.model,
         topology=topology.name,
         fingerprint=statistics.fingerprint,
         settings={
-            "version": __version__,
-            **search,
+            **made.to_settings(),
             **{name: limit for name, limit in limits.items() if limit is not None},
-            **_record_settings(run.problem),
         },
         **figures,
     )
-
-
-def _record_settings(problem: Problem) -> dict[str, Any]:
-    """Return what a placement is computed for, as JSON values."""
-    statistics, worth = problem.statistics, problem.objective_function
-    names = ["regime", "split", "arrival", "risk", "groups", "survive"]
-    names += ["slots_per_device", "extra_slots"]
-    settings = {name: getattr(problem, name) for name in (*names, "fill_slots")}
-    cap = problem.max_imbalance
-    assert problem.cost_model is not None
-    return settings | {
-        "objective": problem.goal,
-        "figure": worth.figure,
-        "unit": worth.unit,
-        "max_imbalance": str(cap) if cap == math.inf else cap,
-        "topology": problem.topology.to_dict(),
-        "cost_model": asdict(problem.cost_model),
-        "expert_size": statistics.expert_size,
-        "window": statistics.window,
-        "phases": {str(tokens): share for tokens, share in problem.shares.items() if tokens}
-        or None,
-        # What makes the fingerprint of the same traffic another one.
-        "counted": {
-            name: getattr(statistics, table) is not None for name, table in COUNTED.items()
-        },
-    }
 
 
 def _details(run: Run, incumbent: Incumbent, placement: Placement, *, searched: bool) -> Details:

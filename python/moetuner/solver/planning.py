@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from moetuner import _checks as check
 from moetuner.evaluation.losses import DOMAINS, Domain, domains_of
-from moetuner.evaluation.units import loads_of
 from moetuner.frozen import Frozen
 from moetuner.placement import EMPTY, Placement, count_copies, find_holders
 from moetuner.solver.rebalancing import rebalance, slowest
-from moetuner.statistics import RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics, check_recording, count_loads
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
 Slots = NDArray[np.int32]
 # Where a copy comes from if no device holds the expert any more.
 DISK = -1
+# Windows at most, at even distances, that a search sees one by one.
+SEARCHED = 16
 # What a step says, in this order.
 COLUMNS = ("layer", "expert", "source", "target", "slot", "batch")
 
@@ -49,8 +50,8 @@ class Plan(Frozen):
         brought [M,6], in an order in which no expert that is served loses its last copy. The steps
         of a batch, mostly one, are exchanged at once.
     imbalance_before, imbalance_after
-        Busiest device / mean device, mean of layers: of what ran on all its devices, and of the
-        plan.
+        Busiest device / mean device, mean of layers and windows: of what ran on all its devices,
+        and of the plan.
 
     Examples
     --------
@@ -100,8 +101,12 @@ def plan(
     join: int = 0,
     more_copies: int | None = None,
     topology: Topology | None = None,
+    window: int | None = WINDOW,
 ) -> Plan:
     """Return the placement for the devices that are left or came, by few copies brought.
+
+    What must move goes where all loads together ask for it. Where more may move, a search of single
+    windows is tried as well; of both the placement that is more even in windows is taken.
 
     Parameters
     ----------
@@ -121,6 +126,9 @@ def plan(
         leave, and as many as gain something where devices come.
     topology
         The machine of ``running``: devices of other speeds, and from where a copy comes soonest.
+    window
+        Tokens of a trace whose load is balanced together; None for all of it. Counts bring their
+        windows.
 
     Raises
     ------
@@ -136,7 +144,8 @@ def plan(
     [[0, 2, -1, 0, 1, 0]]
     """
     check.instance("running", running, Placement)
-    load = _read_load(running, traffic)
+    windows = _read_load(running, traffic, check.window_in(window))
+    load = windows.sum(axis=0)
     lost = check.chosen("without", without, running.devices)
     leaving = _choose_leaving(running, load, lost, retire)
     check.whole_number("join", join, lowest=0, highest=check.DEVICE_LIMIT - running.devices)
@@ -144,7 +153,7 @@ def plan(
         check.whole_number("more_copies", more_copies, lowest=0)
     if topology is not None:
         _check_machine(running, topology)
-    return _plan(running, load, lost, leaving, join, more_copies, topology)
+    return _plan(running, windows, lost, leaving, join, more_copies, topology)
 
 
 def plan_losses(
@@ -153,6 +162,7 @@ def plan_losses(
     domain: Domain = "device",
     *,
     topology: Topology | None = None,
+    window: int | None = WINDOW,
 ) -> dict[int, Plan]:
     """Return a plan for the loss of every device, or node, by its number.
 
@@ -170,14 +180,14 @@ def plan_losses(
     check.one_of("domain", domain, DOMAINS)
     if topology is not None:
         _check_machine(running, topology)
-    load = _read_load(running, traffic)
+    windows = _read_load(running, traffic, check.window_in(window))
     member = domains_of(topology or Topology(running.devices), domain)
     plans = {}
     for number in range(int(member.max()) + 1):
         lost = member == number
         if (~lost).sum() * running.slots_per_device >= running.num_experts:
             none = np.zeros_like(lost)
-            plans[number] = _plan(running, load, lost, none, 0, None, topology)
+            plans[number] = _plan(running, windows, lost, none, 0, None, topology)
     return plans
 
 
@@ -191,15 +201,18 @@ def _check_machine(running: Placement, topology: Topology) -> None:
 
 
 def _read_load(
-    running: Placement, traffic: RoutingTrace | RoutingStatistics
+    running: Placement, traffic: RoutingTrace | RoutingStatistics, window: int | None
 ) -> NDArray[np.float64]:
-    """Return tokens of every expert [L,E], checked to be of a placement's experts."""
-    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
-    load = loads_of(traffic).total_load.astype(np.float64)
-    if load.shape != (running.layers, running.num_experts):
+    """Return tokens of every expert in windows [W,L,E], checked to be of a placement's experts."""
+    check_recording(traffic)
+    counted = count_loads(traffic, window=window)
+    load = counted.window_load.astype(np.float64)
+    if counted.is_step.any():  # the last tokens, which fill no window, are in no mean
+        load = load[counted.is_step]
+    if load.shape[1:] != (running.layers, running.num_experts):
         raise check.ArgumentError(
             f"traffic must have {running.layers} layers of {running.num_experts} experts like "
-            f"running, got {load.shape[0]} of {load.shape[1]}",
+            f"running, got {load.shape[1]} of {load.shape[2]}",
             "traffic",
         )
     return load
@@ -244,7 +257,7 @@ def _choose_leaving(
 
 def _plan(
     running: Placement,
-    load: NDArray[np.float64],
+    windows: NDArray[np.float64],
     lost: NDArray[np.bool_],
     leaving: NDArray[np.bool_],
     join: int,
@@ -274,8 +287,18 @@ def _plan(
         budget = int((count_copies(start, experts) == 0).sum()) + more_copies
     slots = np.full(before.shape, EMPTY, dtype=np.int32)
     # An empty slot is filled where that gains something, if more may move than must.
-    end = rebalance(load, start, budget=budget, time=time, full=False).slots
+    end = rebalance(windows.sum(axis=0), start, budget=budget, time=time, full=False).slots
     slots[:, stays] = _keep_copies(start, end)
+    if budget and len(windows) > 1:
+        chosen = np.unique(np.linspace(0, len(windows) - 1, SEARCHED).round().astype(int))
+        found = rebalance(windows[chosen], start, budget=budget, time=time, full=False)
+        other = _keep_copies(start, found.slots)
+        ways = (slots[:, stays], other)
+        if (
+            int(found.moves.sum()) <= budget
+            and np.diff([_imbalance(windows, way, speed[stays]) for way in ways]) < 0
+        ):
+            slots[:, stays] = other
     serving = np.concatenate([~lost, np.zeros(join, dtype=bool)])
     return Plan(
         num_experts=experts,
@@ -283,8 +306,8 @@ def _plan(
         devices=np.flatnonzero(stays),
         lost=(count_copies(before, experts) == 0).sum(axis=1),
         steps=_order_steps(np.where(serving[:, None], before, EMPTY), slots, topology),
-        imbalance_before=_imbalance(load, running.slots, speed[: running.devices]),
-        imbalance_after=_imbalance(load, slots[:, stays], speed[stays]),
+        imbalance_before=_imbalance(windows, running.slots, speed[: running.devices]),
+        imbalance_after=_imbalance(windows, slots[:, stays], speed[stays]),
     )
 
 
@@ -297,11 +320,20 @@ def _keep_copies(start: Slots, end: Slots) -> Slots:
     return kept
 
 
-def _imbalance(load: NDArray[np.float64], slots: Slots, speed: NDArray[np.float64]) -> float:
-    """Compute the slowest device's time over that of even ones, mean of layers that have load."""
-    tokens = slowest(load[None], np.ascontiguousarray(slots), time=speed.min() / speed)
-    even = load.sum(axis=1) * speed.min() / speed.sum()
-    return float((tokens[even > 0] / even[even > 0]).mean()) if even.any() else 1.0
+def _imbalance(windows: NDArray[np.float64], slots: Slots, speed: NDArray[np.float64]) -> float:
+    """Compute the slowest device's time over that of even ones.
+
+    That is the mean of layers and windows, of loads [W,L,E], that have load.
+    """
+    even = windows.sum(axis=2) * speed.min() / speed.sum()
+    if not even.any():
+        return 1.0
+    # The core adds up windows, each over its even load.
+    shares = np.divide(
+        windows, even[:, :, None], out=np.zeros_like(windows), where=even[:, :, None] > 0
+    )
+    summed = slowest(shares, np.ascontiguousarray(slots), time=speed.min() / speed)
+    return float(summed.sum() / (even > 0).sum())
 
 
 def _order_steps(before: Slots, after: Slots, topology: Topology | None) -> NDArray[np.int64]:

@@ -66,7 +66,7 @@ def make_site(problem: Problem, *, caps: Floats | None = None, nearest: bool | N
         problem.capacity,
         problem.topology.node_of_device.tolist(),
         problem.topology.time_of_device.tolist(),
-        problem.split == "nearest" if nearest is None else nearest,
+        problem.serving.rule.by_home if nearest is None else nearest,
         problem.core_rules(caps),
     )
 

@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem
 
 from moetuner._checks import ArgumentError, suggestion
 from moetuner.files import same_file
-from moetuner.problem.settings import ENGINE, GOAL, MACHINE, parameters_of
+from moetuner.serving.settings import ENGINE, GOAL, MACHINE, parameters_of
 from moetuner.solver import ALIASES, EFFORTS, METHODS
 
 # Groups of the help in their order; an option is in one of them, else in the last.
@@ -35,11 +35,16 @@ NUMBERS = {"is not a valid integer": "is not an integer", "is not a valid float"
 
 
 class Option(click.Option):
-    """An option that knows its group of the help."""
+    """An option that knows its group of the help, and which value is as good as none.
 
-    def __init__(self, *arguments: Any, group: str = OTHER, **others: Any) -> None:
+    That is ``usual``, besides its default.
+    """
+
+    def __init__(
+        self, *arguments: Any, group: str = OTHER, usual: Any = None, **others: Any
+    ) -> None:
         super().__init__(*arguments, **others)
-        self.group = group
+        self.group, self.usual = group, usual
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Return the value; an error names the choice that comes nearest."""
@@ -131,9 +136,9 @@ def _make_option(member: Field[Any], name: str, text: str) -> click.Parameter:
     default = None if member.default is MISSING else member.default
     text = re.sub(r"(?<! ) \[(?=default|required)", "  [", keywords.pop("help", text))
     shows = not any(default is none for none in (None, False, ()))
-    return Option(
-        [flag, name], **{"default": default, **keywords, "help": text, "show_default": shows}
-    )
+    if not keywords.get("required"):  # a default, even None, is a value
+        keywords["default"] = default
+    return Option([flag, name], **{**keywords, "help": text, "show_default": shows})
 
 
 class Command(click.Command):
@@ -206,16 +211,32 @@ def typed() -> dict[str, Any]:
     return context.command.make_parser(context).parse_args([*context.meta[TYPED]])[0]
 
 
+# Options that are written whatever their value: what comes next reads the file.
+NAMED_FILES = ("out_file", "report_file")
+
+
 def words(command: click.Command, values: dict[str, Any]) -> str:
-    """Write values of the options that a command has, by name, a space in front of each."""
+    """Write values of the options that a command has, by name, a space in front of each.
+
+    A value that the option has by default is left out.
+    """
     text = ""
     for parameter in command.params:
-        value = values.get(str(parameter.name))
-        if isinstance(parameter, click.Option) and value is not None and value is not False:
+        name, value = str(parameter.name), values.get(str(parameter.name))
+        if not isinstance(parameter, click.Option) or value is None or value is False:
+            continue
+        plain = {str(parameter.default), str(getattr(parameter, "usual", None))}
+        if name in NAMED_FILES or str(value) not in plain:
             for each in value if isinstance(value, list) else [value]:
                 text += f" {max(parameter.opts, key=len)}"
                 text += "" if each is True else f" {shlex.quote(str(each))}"
     return text
+
+
+def spelled() -> dict[str, str]:
+    """Return machine and cost model as they were typed: their values are no text of an option."""
+    texts = {"topology": typed().get("machine"), "cost_model": typed().get("cost_model")}
+    return {name: text for name, text in texts.items() if text}
 
 
 def next_command(name: str, file: str, values: dict[str, Any], why: str = "") -> str:
@@ -432,14 +453,6 @@ COUNT = click.IntRange(min=1)
 
 # Options of several commands that belong to no group.
 expert_bytes_option = partial(option, Number(min=0, min_open=True), "BYTES", group=RUNNING)
-waterfill_option = partial(
-    option,
-    Number(min=0, min_open=True),
-    "SHARE",
-    group=ENGINE,
-    help="Work of a token's shared expert in that of a routed one, such as 1, where the dispatcher "
-    "gives it to devices that wait.",
-)
 seed_option = partial(
     option, click.IntRange(0, (1 << 63) - 1), "N", default=0, group=SEARCH, help="Random seed."
 )

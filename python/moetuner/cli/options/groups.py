@@ -7,18 +7,19 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from moetuner._checks import shown
-from moetuner.evaluation.replay import Traffic
 from moetuner.files import naming, read_whole
+from moetuner.files.cells import counted
 from moetuner.formats import own
-from moetuner.report.cells import counted
+from moetuner.formats.hints import Traffic
+from moetuner.recording import Recording
 from moetuner.statistics import WINDOW
-from moetuner.trace import RoutingTrace
 
 # Stands for the names of INPUT's files.
 FILES = "files"
@@ -28,6 +29,17 @@ REQUESTS = ("request_id", "id", "rid")
 Row = tuple[str, str, str | None]
 # Reads files, with the groups of requests by their names where they are known.
 Read = Callable[[Sequence[Path], Mapping[str, str] | None], Traffic]
+
+
+def locate_names(text: str, beside: Path) -> str | None:
+    """Return what ``--group-by`` took, as a file of names here or beside another; None if gone."""
+    if text == FILES:
+        return text
+    folder = beside.parent
+    for place in (text, str(folder / text)):
+        if Path(place).is_file() or Path(place.rpartition(":")[0] or place).is_file():
+            return place
+    return None
 
 
 def read_names(text: str) -> list[Row]:
@@ -114,33 +126,42 @@ def group_input(
     if requests and traffic.group is not None and {*traffic.group_names} <= {*requests.values()}:
         _check_requests(rows, text)
         return traffic
-    is_trace = isinstance(traffic, RoutingTrace)
-    if not isinstance(traffic, RoutingTrace):
-        size = traffic.windows
-        part_of = np.arange(size)
-    elif traffic.sequence is not None:
-        sequences, part_of = np.unique(traffic.sequence, return_inverse=True)
-        size = len(sequences)
-    else:
-        size, part_of = 0, np.zeros(0, np.int64)
-    if len(names) == size:
-        labels = list(dict.fromkeys(names))
-        numbers = np.array([labels.index(name) for name in names])
-        return _label(traffic, numbers[part_of], labels)
+    labels = list(dict.fromkeys(names))
+    numbers = np.array([labels.index(name) for name in names])
+    first, *others = parts = _divisions(traffic, window)
+    if len(names) == first.number:
+        return _label(traffic, numbers[first.part_of_row()], labels)
     if len(names) == len(paths):
         return _group_files(paths, names, read)
-    parts = f"{size} {'sequences' if is_trace else 'windows'}"
-    if isinstance(traffic, RoutingTrace):
-        count = -(-traffic.tokens // window)
-        if len(names) == count:
-            labels = list(dict.fromkeys(names))
-            numbers = np.array([labels.index(name) for name in names])
-            return _label(traffic, numbers[np.arange(traffic.tokens) // window], labels)
-        parts += f", {count} windows of {window:,} tokens"
+    for division in others:
+        if len(names) == division.number:
+            return _label(traffic, numbers[division.part_of_row()], labels)
+    of_input = ", ".join(f"{division.number} {division.what}" for division in parts)
     raise click.UsageError(
-        f"'--group-by' must have a name for each of {parts} or {counted(len(paths), 'file')}, got "
-        f"{len(names)} names{_column_hint(text)}."
+        f"'--group-by' must have a name for each of {of_input} or "
+        f"{counted(len(paths), 'file')}, got {len(names)} names{_column_hint(text)}."
     )
+
+
+class _Division(NamedTuple):
+    """Parts of INPUT that may have a group each: how many, what they are, and that of every row."""
+
+    number: int
+    what: str
+    part_of_row: Callable[[], NDArray[np.int64]]
+
+
+def _divisions(recording: Recording, window: int) -> list[_Division]:
+    """Return what may have a group each: windows of counts; sequences, and windows, of a trace."""
+    length = recording.length
+    if not recording.ordered:
+        return [_Division(length, "windows", lambda: np.arange(length))]
+    labels, part_of = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    if recording.sequence is not None:
+        labels, part_of = np.unique(recording.sequence, return_inverse=True)
+    sequences = _Division(len(labels), "sequences", lambda: part_of)
+    tokens = f"windows of {window:,} tokens"
+    return [sequences, _Division(-(-length // window), tokens, lambda: np.arange(length) // window)]
 
 
 def _column_hint(text: str) -> str:
@@ -159,6 +180,5 @@ def _group_files(paths: Sequence[Path], names: Sequence[str], read: Read) -> Tra
     parts: list[Traffic] = []
     for path, name in zip(paths, names, strict=True):
         part = read([path], None)
-        length = part.tokens if isinstance(part, RoutingTrace) else part.windows
-        parts.append(_label(part, np.zeros(length, np.int64), [name]))
+        parts.append(_label(part, np.zeros(part.length, np.int64), [name]))
     return own.join(parts, paths)

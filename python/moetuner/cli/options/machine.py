@@ -11,10 +11,10 @@ import click
 
 from moetuner._checks import DEVICE_LIMIT
 from moetuner.cli.options import FileText, option
-from moetuner.cli.options.traffic import Traffic
 from moetuner.cost import DEFAULT_GPU, CostModel, bytes_of_expert, cost_model_of
 from moetuner.presets import GPUS, MACHINES, MEASURED
-from moetuner.problem.settings import MACHINE
+from moetuner.recording import Recording
+from moetuner.serving.settings import MACHINE
 from moetuner.topology import Topology
 
 DEVICES = click.IntRange(1, DEVICE_LIMIT)
@@ -94,7 +94,7 @@ COST_MODEL = FileText(read_cost_model, words=(*GPUS, *MEASURED))
 
 
 def cost_model_for(
-    model: CostModel | str | None, traffic: Traffic, weight_bits: float | None = None
+    model: CostModel | str | None, traffic: Recording, weight_bits: float | None = None
 ) -> CostModel:
     """Return the cost model that was given, or that of a GPU with the experts of INPUT's model."""
     if isinstance(model, CostModel):

@@ -14,12 +14,13 @@ from moetuner._checks import suggestion
 from moetuner.cli.options import RUNNING, FileText, Number, expert_bytes_option, option
 from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import Output, working
+from moetuner.files.cells import counted, in_bytes, percent
 from moetuner.placement import Placement, PlacementDiff, blocks
 from moetuner.problem import Problem
 from moetuner.report.advice import READ, STARTS
 from moetuner.report.advice.request import slots_of_running
-from moetuner.report.cells import counted, in_bytes, percent
 from moetuner.solver import Method, Result, Trade, pareto, solve
+from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
 # Devices up to which moves per pair are a table; with more, JSON has them.
@@ -32,9 +33,12 @@ initial_option = partial(
     "PLACEMENT|contiguous|round_robin|eplb[:N]",
     group=RUNNING,
 )
+baseline_option = partial(
+    option, FileText(words=STARTS), "PLACEMENT|contiguous|round_robin|eplb[:N]", flag="--baseline"
+)
 
 
-def is_start(initial: str) -> bool:
+def is_start(initial: str, flag: str = "--initial") -> bool:
     """Return whether a text names what engines begin with; raise unless it names a file then."""
     if READ.fullmatch(initial):
         return True
@@ -42,9 +46,21 @@ def is_start(initial: str) -> bool:
         raise click.BadParameter(
             f"must be a file, contiguous, round_robin, eplb or eplb:N, got '{initial:.60}'"
             + suggestion(initial, STARTS),
-            param_hint="'--initial'",
+            param_hint=f"'{flag}'",
         )
     return False
+
+
+def start_placement(
+    name: str, statistics: RoutingStatistics, topology: Topology, *, seed: int, threads: int | None
+) -> Placement:
+    """Return what engines begin with by its name; EPLB's placement is that of some counts."""
+    sizes = statistics.layers, statistics.experts, topology.devices
+    if name == "contiguous":
+        return blocks(*sizes)
+    running = Problem(statistics, topology, slots_per_device=slots_of_running(name, *sizes[1:]))
+    method = cast(Method, name.partition(":")[0])
+    return solve(running, method, seed=seed, threads=threads).placement
 
 
 @dataclass(frozen=True)
@@ -85,12 +101,9 @@ class MoveOptions:
             return None
         if not is_start(initial):
             return source.load(Path(initial), topology)
-        if initial == "contiguous":
-            return blocks(problem.layers, problem.experts, problem.devices)
-        slots = slots_of_running(initial, problem.experts, problem.devices)
-        running = Problem(problem.statistics, topology, slots_per_device=slots)
-        method = cast(Method, initial.partition(":")[0])
-        return solve(running, method, seed=seed, threads=source.threads).placement
+        return start_placement(
+            initial, problem.statistics, topology, seed=seed, threads=source.threads
+        )
 
     @property
     def unit_bytes(self) -> float:

@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
-from moetuner import cost, topology
 from moetuner._checks import (
-    expert_size,
-    instance,
-    is_number,
     nth_seed,
-    number_or_none,
-    positive,
-    seed_in,
-    shown,
-    text_or_none,
-    whole_number,
 )
-from moetuner.cli.options import LayerHints
+from moetuner.cli.options import LayerHints, spelled
 from moetuner.cli.options.machine import Machine
-from moetuner.cli.options.serving import SERVED, Serving
-from moetuner.cli.options.traffic import Source, Traffic, size_of
+from moetuner.cli.options.moves import is_start, start_placement
+from moetuner.cli.options.serving import ServingOptions
+from moetuner.cli.options.traffic import Source
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert
 from moetuner.evaluation import evaluate_each
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import MEASURES, Judgement, judge
-from moetuner.evaluation.replay import shared_of
 from moetuner.evaluation.units import hold_out
 from moetuner.files import naming, text
+from moetuner.files.cells import counted, listed
 from moetuner.formats import WRITERS, form_of, read_placement
-from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement, contiguous
-from moetuner.problem import phases
-from moetuner.report.cells import counted, listed
+from moetuner.problem.made import Made
+from moetuner.problem.reading import Reading
+from moetuner.recording import Recording
 from moetuner.report.outcome import left_over
-from moetuner.statistics import COUNTED, RoutingStatistics
+from moetuner.serving import Serving, chosen_in, phases
+from moetuner.statistics import COUNTED, as_counts
 from moetuner.topology import Topology
-from moetuner.trace import RoutingTrace
 
 # Sentences on what a placement is judged on, by what its fingerprint says.
 SEEN = (
@@ -57,78 +49,13 @@ NAMED = 3
 ALL = "Judged on all of INPUT; the placement does not say what it was computed from."
 
 
-def _share_below_one(name: str, value: object) -> None:
-    if not (is_number(value) and 0 <= value < 1):
-        raise ValueError(f"{name} must be a share from 0 to below 1, got {shown(value)}")
-
-
-def _number_or_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        number_or_none(name, value)
-
-
-def _texts(name: str, value: object) -> None:
-    if not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
-        raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
-
-
-# What checks a setting of a placement's file, by its name; what is not here is used by no command.
-CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "seed": lambda name, value: seed_in(value, name),
-    "window": whole_number,
-    "holdout": _share_below_one,
-    "expert_size": lambda _, value: expert_size(value),
-    **dict.fromkeys(("max_imbalance", "arrival"), _number_or_text),
-    **dict.fromkeys(("version", "method", "effort", "engine", "regime", "split"), text_or_none),
-    **dict.fromkeys(("objective", "figure", "unit"), text_or_none),
-    **dict.fromkeys(("input.model", "input.group_by"), text_or_none),
-    "input.weight_bits": positive,
-    **dict.fromkeys(("input.files", "input.only"), _texts),
-    **dict.fromkeys(("input.tokens", "input.windows"), partial(whole_number, lowest=0)),
-    **dict.fromkeys(("input.tokens_per_step", "input.num_experts", "input.top_k"), whole_number),
-}
-
-
-def defaults_in(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the settings in a placement's file: topology and cost model as values, and checked."""
-    values = {name: value for name, value in settings.items() if value is not None}
+def made_of(path: Path, placement: Placement) -> Made:
+    """Return what a placement's file says of how it was made."""
     with naming(path):
-        try:
-            builders: dict[str, Callable[[Any], Any]] = {
-                "topology": topology.from_keys,
-                "cost_model": cost.from_keys,
-                "phases": phases.from_keys,
-            }
-            for name, build in builders.items():
-                if name in values:
-                    values[name] = build(values[name])
-            recorded = values.setdefault("input", {})
-            instance("input", recorded, dict)
-            for name, check in CHECKS.items():
-                _, is_inner, key = name.partition("input.")
-                value = recorded.get(key) if is_inner else values.get(name)
-                if value is not None:
-                    check(name, value)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"settings: {error}") from None
-    values["input"] = {name: value for name, value in recorded.items() if value is not None}
-    return {"seed": 0, **values}
+        return Made.of(placement)
 
 
-def phases_in(settings: Mapping[str, Any]) -> dict[int | None, float]:
-    """Return the sizes of windows that a placement was computed for, and their shares of time."""
-    window = settings.get("window")
-    return settings.get("phases") or ({} if window is None else {window: 1.0})
-
-
-def described(topology: Topology) -> str:
-    """Write the size of a machine, and its name."""
-    name = f" ({topology.name})" if topology.name else ""
-    devices = counted(topology.node_size, "device")
-    return f"{counted(topology.nodes, 'node')} of {devices}{name}"
-
-
-def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = "") -> str:
+def windowed(sentence: str, source: Source, judged_on: Recording, groups: str = "") -> str:
     """Add to a sentence which windows INPUT is judged in, what is in none, and ``groups``."""
     if not source.counted:
         return sentence
@@ -137,9 +64,9 @@ def windowed(sentence: str, source: Source, judged_on: Traffic, groups: str = ""
     return f"{sentence} {'; '.join(filter(None, windows))}."
 
 
-def short_groups(traffic: Traffic, window: int | None) -> str:
+def short_groups(traffic: Recording, window: int | None) -> str:
     """Write which groups of a trace have fewer tokens than a window; "" if none has."""
-    if window is None or not isinstance(traffic, RoutingTrace) or traffic.group is None:
+    if window is None or not traffic.ordered or traffic.group is None:
         return ""
     sizes = np.bincount(traffic.group, minlength=len(traffic.group_names)).tolist()
     short = [
@@ -150,9 +77,9 @@ def short_groups(traffic: Traffic, window: int | None) -> str:
     return f"a group of fewer tokens is one window: {listed(short, NAMED)}" if short else ""
 
 
-def held_out(part: Traffic, traffic: Traffic) -> str:
+def held_out(part: Recording, traffic: Recording) -> str:
     """Write on which part of INPUT a placement is judged that was computed from the rest."""
-    (name, judged), (_, total) = (*size_of(part).items(), *size_of(traffic).items())
+    (name, judged), (_, total) = (*part.size.items(), *traffic.size.items())
     return (
         f"Judged on {judged:,} of {total:,} {name}, which were held out when the placement was "
         "computed."
@@ -165,25 +92,20 @@ def read_any(path: Path, machine: Machine, hints: LayerHints) -> Placement:
     return read_placement(path, devices=machine.given, **known)
 
 
-def read_hints(path: Path) -> dict[str, Any]:
+def read_hints(path: Path) -> Reading:
     """Return how a placement's INPUT was read, by its file; nothing from an engine's map."""
-    if form_of(path) != "json":
-        return {}
-    settings = read_placement(path).settings
-    return dict(defaults_in(path, settings)["input"])
+    return Reading() if form_of(path) != "json" else made_of(path, read_placement(path)).input
 
 
 def with_input(
     placement: Placement, source: Source, engine: str | None, holdout: float
 ) -> Placement:
     """Return a placement whose settings say which INPUT, engine and holdout it was computed for."""
-    files = [path.name for path in source.input_files]
-    facts = {"files": files, "only": list(source.only), **size_of(source.traffic)}
-    names = ("model", "weight_bits", "tokens_per_step", "num_experts", "top_k", "group_by")
-    read = {name: getattr(source, name) for name in names}
-    facts |= {name: value for name, value in read.items() if value is not None}
-    more = {"engine": engine, "holdout": holdout, "input": facts}
-    return placement.with_names(settings={**placement.settings, **more})
+    read = Reading.of(source, source.traffic)
+    made = Made.of(placement)
+    serving = made.serving if engine is None else {**made.serving, "engine": engine}
+    made = replace(made, serving=serving, holdout=holdout, input=read, spelled=spelled())
+    return placement.with_names(settings={**placement.settings, **made.to_settings()})
 
 
 @dataclass(frozen=True)
@@ -194,19 +116,18 @@ class Placed:
     ----------
     placement, name
         The placement, and its name in sentences.
-    settings
-        What it was computed for, as ``defaults_in`` reads it; empty where not known.
-    source, topology, serving
-        INPUT in the placement's windows, the machine, and how it is served.
+    made
+        What its file says of how it was made.
+    source, serving
+        INPUT in the placement's windows, and how it is served.
     lost
         Devices that are lost: placement and machine are what is left.
     """
 
     placement: Placement
     name: str
-    settings: dict[str, Any]
+    made: Made
     source: Source
-    topology: Topology
     serving: Serving
     lost: tuple[int, ...] = ()
 
@@ -214,79 +135,96 @@ class Placed:
         """Return the same on the devices that are left if some are lost, numbered anew."""
         if not devices:
             return self
-        placement, topology = self.placement.without(devices), self.topology.without(devices)
-        return replace(self, placement=placement, topology=topology, lost=devices)
+        serving = replace(self.serving, topology=self.topology.without(devices))
+        return replace(
+            self, placement=self.placement.without(devices), serving=serving, lost=devices
+        )
+
+    @property
+    def topology(self) -> Topology:
+        """The machine."""
+        return self.serving.topology
 
     @classmethod
-    def read(cls, path: Path, source: Source, machine: Machine, serving: Serving) -> Placed:
+    def read(
+        cls,
+        path: Path,
+        source: Source,
+        machine: Machine,
+        options: ServingOptions,
+        *,
+        waterfill: float | None = None,
+    ) -> Placed:
         """Read a placement of INPUT's model; its settings replace options that are not given."""
         source = source.with_hints(read_hints(path))
         placement = source.load(path, devices=machine.given)
-        settings = defaults_in(path, placement.settings)
+        made = made_of(path, placement)
         loads_it = WRITERS[form_of(path)].engine
         if loads_it is not None:  # a map that one engine alone loads is served by it
-            settings["engine"] = loads_it
-        source, recorded = source.as_placed(settings), settings["input"]
-        topology = machine.topology(placement.devices, settings.get("topology"))
+            made = replace(made, serving={**made.serving, "engine": loads_it})
+        source, recorded = source.as_placed(made, path), made.input
+        topology = machine.topology(placement.devices, made.machine)
         # Times of another model than the placement's, or of other bits, are that model's.
         is_other = any(
-            getattr(source, name) != recorded.get(name) for name in ("model", "weight_bits")
+            getattr(source, name) != getattr(recorded, name) for name in ("model", "weight_bits")
         )
         of_other = {"cost_model"} if is_other else set()
-        served = {name: value for name, value in settings.items() if name not in of_other}
+        served = {name: value for name, value in made.serving.items() if name not in of_other}
         with naming(path):
-            serving = serving.as_placed(served)
-        source = serving.as_served(source)
-        return cls(placement, text.name(path.name), settings, source, topology, serving)
+            chosen = chosen_in(served, is_counted=made.is_counted)
+        source, serving = options.resolve(source, topology, chosen, waterfill=waterfill)
+        return cls(placement, text.name(path.name), made, source, serving)
 
     @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of ``evaluate`` and ``audit`` that say how traffic is served."""
-        return self.serving.arguments(self.source)
+    def judged(self) -> tuple[Recording, str, dict[str, Any]]:
+        """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON."""
+        return self._parts[1:]
 
     @cached_property
-    def judged(self) -> tuple[Traffic, str, dict[str, Any]]:
-        """Traffic to judge on: what was held out of INPUT, else INPUT; a sentence; and for JSON.
+    def _parts(self) -> tuple[Recording, Recording, str, dict[str, Any]]:
+        """What the placement was computed from, as far as INPUT has it, and then ``judged``.
 
-        It was held out if the rest of INPUT has the fingerprint of the placement.
+        A part was held out if the rest of INPUT has the fingerprint of the placement.
         """
-        traffic, settings = self.source.traffic, self.settings
-        share, recorded = settings.get("holdout", 0), settings.get("input", {})
-        is_other = any(recorded.get(name, size) != size for name, size in size_of(traffic).items())
+        # What is held out are parts of what was recorded, however that is counted afterwards.
+        source, made = self.source.uncounted or self.source, self.made
+        traffic = source.traffic
+        share, is_other = made.holdout or 0.0, made.input.is_other_than(traffic)
         seen, unseen = traffic, traffic
         with working("looking for what was held out"):
             if share and not is_other:
                 try:
-                    seen, unseen = hold_out(traffic, share, seed=nth_seed(settings["seed"], 0))
+                    seen, unseen = hold_out(traffic, share, seed=nth_seed(made.seed, 0))
                 except ValueError:  # of other traffic, from which nothing can be held out
                     is_other = True
             fingerprint = "" if is_other else self._fingerprint(seen)
+        seen, unseen = (self.source.as_divided(part, self.serving) for part in (seen, unseen))
+        traffic = self.source.traffic
         part, sentence, is_seen = traffic, ALL, None
         if fingerprint is not None:
             is_seen = fingerprint == self.placement.fingerprint
             sentence = SEEN if is_seen else OTHER
-        facts = {"part": "all", "is_seen": is_seen}
+        facts: dict[str, Any] = {"part": "all", "is_seen": is_seen}
         if is_seen and share:
             part, sentence = unseen, held_out(unseen, traffic)
             facts = {"part": "unseen", "is_seen": False, "holdout": share}
         groups = short_groups(part, self.source.counted)
-        return part, windowed(sentence, self.source, part, groups), facts
+        return seen, part, windowed(sentence, self.source, part, groups), facts
 
-    def _fingerprint(self, traffic: Traffic) -> str | None:
+    def _fingerprint(self, traffic: Recording) -> str | None:
         """Return the fingerprint of traffic, counted as the placement's was; None if not known."""
         if self.placement.fingerprint is None:
             return None
-        if isinstance(traffic, RoutingStatistics):
-            return traffic.fingerprint
-        tables = self.settings.get("counted")
-        if not isinstance(tables, Mapping):
+        tables = self.made.counted
+        if tables is None and traffic.ordered:
             return None
+        tables = tables or {}
         tables_counted: dict[str, Any] = {name: tables.get(name) is True for name in COUNTED}
         tables_counted["by_group"] &= traffic.group is not None
         with working("counting"):
-            return RoutingStatistics.from_trace(
+            return as_counts(
                 traffic,
-                window=self.settings.get("window"),
+                window=self.made.serving.get("window"),
                 threads=self.source.threads,
                 **tables_counted,
             ).fingerprint
@@ -301,30 +239,26 @@ class Placed:
         by_group: bool = False,
         mixed: bool = True,
         mixed_seed: int = 0,
-        waterfill: float | None = None,
     ) -> Judgement:
         """Replay what runs and the placement, and judge the change.
 
         The verdict is on ``figure``, by default the one that the placement was computed for.
         """
         with working("replaying") as report:
-            before, after = evaluate_each(
+            [(before, after)] = evaluate_each(
                 [running, self.placement],
                 self.judged[0],
-                self.topology,
-                window=self.source.replayed,
+                [self.serving],
                 mixed=mixed,
                 mixed_seed=mixed_seed,
-                shared=shared_of(self.judged[0], waterfill, self.source.top_k),
                 threads=self.source.threads,
                 progress=shares(report, "of the tokens", then="figures"),
-                **self.arguments,
             )
         with working("comparing"):
             return judge(
                 before,
                 after,
-                figure=figure or self.settings.get("figure"),
+                figure=figure or self.made.figure,
                 measures=self._measures(measures),
                 by_group=by_group,
                 units=self.source.units,
@@ -333,14 +267,14 @@ class Placed:
 
     def _measures(self, more: Iterable[str]) -> tuple[str, ...]:
         """Return the measures that matter to groups: none of the other regime, but ``more``."""
-        regimes = (None, self.arguments["regime"])
+        regimes = (None, self.serving.regime)
         return tuple(name for name in MEASURES if FIGURES[name].regime in regimes or name in more)
 
     @property
     def expert_bytes(self) -> float | None:
         """Bytes of an expert of one layer; None where its size is not known."""
         traffic = self.source.traffic
-        size = self.settings.get("expert_size") or traffic.expert_size
+        size = self.made.expert_size or traffic.expert_size
         return bytes_of_expert(size, traffic.model, self.source.weight_bits)
 
     def gains(self, judgement: Judgement) -> list[Comparison]:
@@ -351,60 +285,72 @@ class Placed:
     def lines(self) -> Iterator[str]:
         """Write what is judged, how it is served, and where options differ from the settings."""
         yield self.source.describe()
+        if self.source.missing_names is not None:
+            yield f"Warning: {self.names_warning}"
         yield from self.differences()
         yield self.judged[1]
+
+    @property
+    def names_warning(self) -> str:
+        """What follows where names that the placement remembers are gone."""
+        names = text.name(self.source.missing_names or "")
+        return (
+            f"{names}, which names the groups of INPUT, is neither here nor beside {self.name}: "
+            "without groups, what was held out may not be found; --group-by names them."
+        )
+
+    def check_gate(self) -> None:
+        """Raise where a gate would judge other traffic than the one that was held out."""
+        if self.source.missing_names is not None:
+            raise click.UsageError(self.names_warning)
 
     def differences(self) -> Iterator[str]:
         """Write how traffic is served, and where options differ from the settings."""
         yield from self.serving.explain()
-        was, arguments = self.settings, self.arguments
-        now, sizes = self.source.counted, phases_in(was)
+        made, now = self.made, self.source.counted
+        sizes = made.phases
         if now is not None and sizes and now not in sizes:
             where = phases.words(sizes) or f"windows of {next(iter(sizes)):,} tokens"
             yield f"The placement was computed for {where}; judged in windows of {now:,}."
-        pairs: dict[str, tuple[Any, Any]] = {}
-        if was.get("topology", self.topology) != self.topology:
-            machines = described(was["topology"]), described(self.topology)
-            pairs["machine"] = machines if len({*machines}) > 1 else (machines[0], "of other links")
-        if was.get("engine") in ENGINES and was["engine"] != self.serving.engine:
-            engines = was["engine"], self.serving.engine
+        pairs = [*self.serving.differences(made.serving)]
+        groups, recorded = list(self.source.only), made.input.only
+        if recorded is not None and groups != [*recorded]:
             then, today = (
-                "none" if engine is None else ENGINES[engine].title for engine in engines
+                ", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups)
             )
-            pairs["engine"] = then, today
-        groups, recorded = list(self.source.only), was["input"].get("only", [*self.source.only])
-        if groups != recorded:
-            names = (", ".join(map(str, each)) or "of all kinds" for each in (recorded, groups))
-            pairs["groups"] = (next(names), next(names))
-        pairs |= {
-            name: (was[name], arguments[name])
-            for name in SERVED
-            if was.get(name, arguments[name]) != arguments[name]
-        }
-        model = was.get("cost_model")
-        if model is not None and model != arguments["cost_model"]:
-            pairs["cost model"] = (
-                model.name or "unnamed",
-                arguments["cost_model"].name or "unnamed",
-            )
-        for thing, (then, today) in pairs.items():
+            pairs.append(("groups", then, today))
+        for thing, then, today in pairs:
             yield f"The placement was computed for {thing} {then}; judged with {thing} {today}."
 
-    def baseline(self, path: Path | None) -> tuple[Placement, str]:
-        """Read the placement that runs, contiguous where there is none, and return its name."""
-        if path is None:
+    def baseline(self, running: str | None) -> tuple[Placement, str]:
+        """Return the placement that runs, of a file or what engines begin with, and its name.
+
+        Where nobody names it, it is contiguous; EPLB's is of what the placement was computed from.
+        """
+        if running in (None, "contiguous"):
             return contiguous(self.placement), "contiguous"
         number = self.topology.devices + len({*self.lost})
-        running = self.source.load(path, devices=number)
-        return running.without(self.lost), text.name(path.name)
+        if is_start(running, "--baseline"):
+            counts = self.source.count(self._parts[0])
+            seed, threads = nth_seed(self.made.seed, 0), self.source.threads
+            machine = Topology(number)
+            placement = start_placement(running, counts, machine, seed=seed, threads=threads)
+            return placement.without(self.lost), running
+        path = Path(running)
+        placement = self.source.load(path, devices=number)
+        if placement.devices != number:
+            raise click.UsageError(
+                f"'--baseline': {text.name(path.name)} has {counted(placement.devices, 'device')}, "
+                f"{self.name} {number}; both must be of one machine. What a placement does on the "
+                'devices that are left, "moetuner evaluate PLACEMENT INPUT --without LIST" shows.'
+            )
+        return placement.without(self.lost), text.name(path.name)
 
     def contents(self, **settings: Any) -> dict[str, Any]:
         """Return INPUT, settings with more of them, and what was judged on, for JSON."""
-        current = self.serving.settings(self.topology, self.arguments) | {
-            "window": self.source.counted
-        }
+        current = self.serving.facts() | {"window": self.source.counted}
         return {
             "input": self.source.facts(),
             "settings": current | settings,
-            "judged_on": self.judged[2] | size_of(self.judged[0]),
+            "judged_on": self.judged[2] | self.judged[0].size,
         }

@@ -24,50 +24,39 @@ from moetuner.cli.options import (
     option,
     threads_option,
 )
-from moetuner.cli.options.groups import FILES, group_input
+from moetuner.cli.options.groups import FILES, group_input, locate_names
 from moetuner.cli.output import shares, working
 from moetuner.cost import bytes_of_expert, public_name, top_k_of, type_in_name
 from moetuner.evaluation.replay import check_model
 from moetuner.evaluation.units import Units, units_of
 from moetuner.files import naming, same_file
+from moetuner.files.cells import counted
 from moetuner.files.text import name
 from moetuner.formats import cautions, form_of, open_input, read_placement
+from moetuner.formats.hints import Traffic as Traffic
 from moetuner.placement import Placement
 from moetuner.presets import MODELS
 from moetuner.problem import Problem
-from moetuner.problem.phases import judged_windows
-from moetuner.problem.settings import ENGINE, GOAL
+from moetuner.problem.made import Made
+from moetuner.problem.reading import Reading
+from moetuner.recording import Recording
 from moetuner.report import outcome, recording
-from moetuner.report.cells import counted
 from moetuner.report.outcome import Outcome
+from moetuner.serving import Serving, experts_per_token
+from moetuner.serving.phases import judged_windows
+from moetuner.serving.settings import ENGINE, GOAL
 from moetuner.solver import Method, Result, solve
-from moetuner.statistics import WINDOW, RoutingStatistics
+from moetuner.statistics import WINDOW, RoutingStatistics, as_counts
 from moetuner.topology import Topology
 from moetuner.trace import RoutingTrace
 
-Traffic = RoutingTrace | RoutingStatistics
 
-
-def facts(paths: Sequence[Path], traffic: Traffic) -> dict[str, Any]:
+def facts(paths: Sequence[Path], traffic: Recording) -> dict[str, Any]:
     """Return kind and sizes, for JSON."""
-    described: dict[str, Any] = {"files": [*map(str, paths)], "model": traffic.model}
-    described |= {"layers": traffic.layers, "num_experts": traffic.num_experts}
-    described["group_names"] = [] if traffic.group is None else [*traffic.group_names]
-    if isinstance(traffic, RoutingStatistics):
-        kind = "load table" if traffic.transitions is None else "statistics"
-        return described | {"kind": kind, "windows": traffic.windows}
-    described |= {"kind": "trace", "top_k": traffic.top_k, "tokens": traffic.tokens}
-    return described | {"sequences": traffic.sequences}
+    return {"files": [*map(str, paths)], **traffic.facts()}
 
 
-def size_of(traffic: Traffic) -> dict[str, int]:
-    """Return how many tokens, or windows, there are."""
-    if isinstance(traffic, RoutingTrace):
-        return {"tokens": traffic.tokens}
-    return {"windows": traffic.windows}
-
-
-def describe(paths: Sequence[Path], traffic: Traffic) -> str:
+def describe(paths: Sequence[Path], traffic: Recording) -> str:
     """Describe files in a line."""
     described = facts(paths, traffic)
     sizes = {**described, "groups": len(described["group_names"])}
@@ -81,19 +70,13 @@ def describe(paths: Sequence[Path], traffic: Traffic) -> str:
     model = f" of {name(described['model'])}" if described["model"] else ""
     more = f" and {counted(len(paths) - 1, 'more file')}" if len(paths) > 1 else ""
     line = f"{name(paths[0].name)}{more}: {described['kind']}{model}, {', '.join(parts)}"
-    layers = left_out(traffic)
-    if layers is not None:
-        hidden, dense = layers
+    if traffic.left_out is not None:
+        hidden, dense = traffic.left_out
         line += (
             "\nLayers without experts are left out; as options of export: "
             f"--hidden-layers {hidden} --dense-layers {layer_list(dense)}"
         )
     return "\n".join([line, *cautions(paths)])
-
-
-def left_out(traffic: Traffic) -> tuple[int, tuple[int, ...]] | None:
-    """Return a model's hidden layers and its dense ones, where a recording left some out."""
-    return (traffic.ids if isinstance(traffic, RoutingTrace) else traffic).left_out
 
 
 def read_model(text: str) -> str:
@@ -118,9 +101,9 @@ def parse_files(
     return value
 
 
-def only_groups(traffic: Traffic, names: Sequence[str]) -> RoutingTrace:
+def only_groups(traffic: Recording, names: Sequence[str]) -> RoutingTrace:
     """Return the tokens of some groups of a trace; refuse what is none, or has no such group."""
-    if isinstance(traffic, RoutingStatistics) or traffic.group is None:
+    if not isinstance(traffic, RoutingTrace) or traffic.group is None:
         raise click.UsageError("'--only' needs a trace with groups.")
     for group in names:
         if group not in traffic.group_names:
@@ -169,6 +152,10 @@ class Source(FileHints):
     model: str | None = option(Text(read_model, words=MODELS), "NAME", group=ENGINE)
     weight_bits: float | None = option(Number(1, 64), "BITS", group=ENGINE)
     threads: int | None = threads_option()
+    # A file of names that a placement remembers, and that is gone.
+    missing_names: str | None = None
+    # The same INPUT before it was counted, where it was.
+    uncounted: Source | None = None
 
     @cached_property
     def recorded(self) -> Traffic:
@@ -205,10 +192,10 @@ class Source(FileHints):
             traffic = replace(traffic, model=self.model, expert_size=None)
         if self.tokens_per_step is None:
             return traffic
-        if isinstance(traffic, RoutingTrace) or traffic.window is not None:
-            size = WINDOW if isinstance(traffic, RoutingTrace) else traffic.window
+        if not isinstance(traffic, RoutingStatistics) or traffic.window is not None:
             raise click.UsageError(
-                f"'--tokens-per-step' is for load tables: a window of INPUT has {size} tokens."
+                "'--tokens-per-step' is for load tables: a window of INPUT has "
+                f"{traffic.window or WINDOW} tokens."
             )
         top_k = self.top_k or top_k_of(traffic) or 1
         return traffic.per_step(self.tokens_per_step, top_k=top_k)
@@ -216,14 +203,12 @@ class Source(FileHints):
     @property
     def counted(self) -> int | None:
         """Tokens per window that will be counted, as far as they are known."""
-        if isinstance(self.traffic, RoutingStatistics):
-            return self.traffic.window
-        return self.window or WINDOW
+        return self.replayed or self.traffic.window
 
     @property
     def replayed(self) -> int | None:
         """Tokens per window of a replay; None where windows are counted already."""
-        return None if isinstance(self.traffic, RoutingStatistics) else self.window or WINDOW
+        return (self.window or WINDOW) if self.traffic.ordered else None
 
     @cached_property
     def units(self) -> Units:
@@ -233,52 +218,56 @@ class Source(FileHints):
     def units_in(self, window: int | None) -> Units:
         """Return the same in windows of so many tokens: sequences do not depend on them."""
         traffic = self.traffic
-        if window == self.replayed or getattr(traffic, "sequence", None) is not None:
+        if window == self.replayed or traffic.sequence is not None:
             return self.units
         return units_of(traffic, window=window, threads=self.threads)
 
     def as_counts(self) -> Source:
         """Return the same INPUT, counted in windows if it is a trace."""
-        if not isinstance(self.recorded, RoutingTrace):
+        counts = self.count_all(self.recorded)
+        if counts is self.recorded:
             return self
-        source = replace(self)
-        vars(source)["recorded"] = self.count_all(self.recorded)
+        source = replace(self, uncounted=self)
+        vars(source)["recorded"] = counts
         return source
 
-    def count_all(self, traffic: Traffic) -> RoutingStatistics:
+    def count_all(self, traffic: Recording) -> RoutingStatistics:
         """Count INPUT, or a part of it, likewise with its expert sets and groups."""
         return self.count(traffic, sets=True, by_group=traffic.group is not None)
 
-    def with_hints(self, of_input: Mapping[str, Any]) -> Source:
+    def as_divided(self, traffic: Traffic, serving: Serving) -> Traffic:
+        """Return INPUT, or a part, as it is judged: counted where whole windows are divided."""
+        return self.count_all(traffic) if serving.rule.needs_windows else traffic
+
+    def with_hints(self, reading: Reading) -> Source:
         """Return the same INPUT, read as a placement's settings say where no option does."""
-        num_experts = self.num_experts or of_input.get("num_experts")
-        top_k = self.top_k or of_input.get("top_k")
-        source = replace(self, num_experts=num_experts, top_k=top_k)
+        hints: dict[str, Any] = {
+            name: getattr(self, name) or value for name, value in reading.hints()
+        }
+        source = replace(self, **hints)
         return self if source == self else source  # what is read already stays read
 
-    def as_placed(self, settings: Mapping[str, Any]) -> Source:
+    def as_placed(self, made: Made, placement_file: Path) -> Source:
         """Return the same INPUT, read once; a placement's settings replace options not given."""
-        recorded, of_input = self.recorded, settings.get("input", {})
-        defaults = {name: of_input.get(name) for name in ("model", "weight_bits")}
-        if isinstance(recorded, RoutingTrace):
-            defaults["window"] = settings.get("window")
-        elif recorded.window is None:
-            defaults |= {name: of_input.get(name) for name in ("tokens_per_step", "top_k")}
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        source = replace(self, **missing)
-        vars(source)["recorded"] = self._grouped_as(of_input, source.window)
+        recorded, reading = self.recorded, made.input
+        missing = reading.missing(self, recorded)
+        if recorded.ordered and self.window is None:
+            missing["window"] = made.serving.get("window")
+        text, is_same = reading.group_by, reading.is_of(recorded)
+        if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
+            source = replace(self, **missing)
+            vars(source)["recorded"] = recorded
+            return source
+        names = locate_names(text, placement_file)
+        source = replace(self, **missing, missing_names=text if names is None else None)
+        vars(source)["recorded"] = recorded
+        if names is not None:
+            vars(source)["recorded"] = self._grouped_by(names, source.window)
         return source
 
-    def _grouped_as(self, of_input: Mapping[str, Any], window: int | None) -> Traffic:
-        """Return INPUT with the groups of a placement's settings, if it is what they name.
-
-        Groups that INPUT or an option brings come first, and a file of names that is gone or is of
-        other traffic brings none.
-        """
-        text, recorded = of_input.get("group_by"), self.recorded
-        is_same = all(of_input.get(name) == size for name, size in size_of(recorded).items())
-        if text is None or self.group_by or recorded.group is not None or self.only or not is_same:
-            return recorded
+    def _grouped_by(self, text: str, window: int | None) -> Recording:
+        """Return INPUT with the groups that a placement remembers, none where they do not fit."""
+        recorded = self.recorded
 
         def read(paths: Sequence[Path], groups: Mapping[str, str] | None) -> Traffic:
             if groups is None and list(paths) == list(self.input_files):
@@ -290,7 +279,7 @@ class Source(FileHints):
         except (click.UsageError, OSError):
             return recorded
 
-    def count(self, traffic: Traffic | None = None, **tables: Any) -> RoutingStatistics:
+    def count(self, traffic: Recording | None = None, **tables: Any) -> RoutingStatistics:
         """Count INPUT, or a part of it, in windows; statistics are counted already.
 
         ``tables`` as for ``RoutingStatistics.from_trace``.
@@ -301,7 +290,7 @@ class Source(FileHints):
         tables |= {"window": self.window or WINDOW, "threads": self.threads}
         with working("counting") as report:
             tables["progress"] = shares(report, "of the tokens", then="tables")
-            return RoutingStatistics.from_trace(traffic, **tables)
+            return as_counts(traffic, **tables)
 
     def solve(self, method: str, problem: Problem, *, place: str = "", **arguments: Any) -> Result:
         """Solve, and show how far that is.
@@ -320,22 +309,25 @@ class Source(FileHints):
         judged_on: Traffic,
         *,
         by_group: bool = True,
-        shared: float | None = None,
+        waterfill: float | None = None,
     ) -> list[Outcome]:
         """Evaluate placements on other traffic, which is read once for all of them.
 
         In the windows of INPUT, and of all other phases that the problem is about, each group by
-        itself too unless that is not asked for; ``shared`` is as in ``Setting``.
+        itself too unless that is not asked for; ``waterfill`` is as for ``Serving``.
         """
-        placements = [result.placement for result in results]
+        placements, serving = [result.placement for result in results], problem.serving
+        if waterfill is not None:
+            top_k = experts_per_token(judged_on, self.top_k)
+            serving = replace(serving, waterfill=waterfill, top_k=top_k)
         windows: list[int | None] = [self.replayed]
-        if isinstance(judged_on, RoutingTrace):
-            judged = judged_windows(judged_on.tokens, problem.shares)
+        if judged_on.ordered:
+            judged = judged_windows(judged_on.length, problem.shares)
             windows += [tokens for tokens in judged if tokens != self.replayed]
         with working("replaying") as report:
-            arguments: Any = {"threads": self.threads, "by_group": by_group, "shared": shared}
+            arguments: Any = {"threads": self.threads, "by_group": by_group}
             arguments["progress"] = shares(report, "of the tokens", then="figures")
-            evaluations = outcome.replay(placements, problem, judged_on, windows, **arguments)
+            evaluations = outcome.replay(placements, serving, judged_on, windows, **arguments)
         first = evaluations.pop(self.replayed)
         return [
             Outcome(problem, *pair, {tokens: each[at] for tokens, each in evaluations.items()})
@@ -349,7 +341,7 @@ class Source(FileHints):
 
         ``devices`` are those of a map that does not say them, where there is no topology yet.
         """
-        _, dense = left_out(self.traffic) or (None, None)
+        _, dense = self.traffic.left_out or (None, None)
         placement = read_placement(
             path,
             devices=devices if topology is None else topology.devices,
@@ -369,7 +361,7 @@ class Source(FileHints):
 
     def layer_words(self) -> tuple[str, str]:
         """Return the model's hidden layers and the dense ones as options take them."""
-        hidden, dense = left_out(self.traffic) or (self.hidden_layers, self.dense_layers)
+        hidden, dense = self.traffic.left_out or (self.hidden_layers, self.dense_layers)
         return str(hidden or "N"), layer_list(dense) or "A-B"
 
     def facts(self) -> dict[str, Any]:
@@ -393,7 +385,7 @@ class Source(FileHints):
         many = ""
         if top_k is None:
             many = " (a token counts once for every expert it chose; --top-k K counts it once)"
-        if isinstance(traffic, RoutingTrace):
+        if not isinstance(traffic, RoutingStatistics):
             return []
         if self.tokens_per_step is not None:
             each = f"of {self.tokens_per_step:,} tokens{many}"

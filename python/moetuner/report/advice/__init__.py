@@ -11,15 +11,11 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from moetuner import _checks as check
-from moetuner.cost import CostModel, bytes_of_expert, cost_model_of
-from moetuner.evaluation.arrival import Arrival, share_mixed
+from moetuner.cost import CostModel, bytes_of_expert
 from moetuner.evaluation.comparison import PRICE
-from moetuner.evaluation.copies import Split
-from moetuner.evaluation.replay import Traffic, members, shared_of
-from moetuner.formats.engines import ENGINES
 from moetuner.placement import Placement
 from moetuner.problem.objective import Goal
-from moetuner.problem.phases import PREFILL_WINDOWS, judged_windows, prefill
+from moetuner.recording import Recording
 from moetuner.report.advice.conclusion import conclude, find_knee, write_judged_on, write_notes
 from moetuner.report.advice.drift import drift_of, halves
 from moetuner.report.advice.judging import (
@@ -40,7 +36,11 @@ from moetuner.report.advice.sweep import sweep
 from moetuner.report.advice.trial import PROPOSED, RUNNING, Trial, try_out
 from moetuner.report.advice.values import Advice, choose_main, compute_saved_us
 from moetuner.report.recording import one_kind
-from moetuner.statistics import RoutingStatistics
+from moetuner.serving import Serving
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.phases import PREFILL_WINDOWS, judged_windows, prefill
+from moetuner.serving.splits import Split
+from moetuner.statistics import RoutingStatistics, check_recording
 from moetuner.topology import Regime, Topology
 from moetuner.trace import RoutingTrace
 
@@ -52,10 +52,10 @@ SPLITS, COPIES = 3, (0, 1, 2, 4)
 
 
 def advise(
-    traffic: Traffic,
-    topology: Topology,
+    traffic: RoutingTrace | RoutingStatistics,
+    topology: Topology | Serving,
     *,
-    unseen: Traffic | None = None,
+    unseen: RoutingTrace | RoutingStatistics | None = None,
     initial: Placement | str = "contiguous",
     engine: str | None = None,
     copies: Sequence[int] = COPIES,
@@ -95,7 +95,7 @@ def advise(
         Traffic to judge on, of the same kind and model; placements are then computed from all of
         ``traffic``, once.
     topology
-        The devices and links.
+        The devices and links; or a ``Serving``, which says that and how the model is served.
     initial
         The placement that runs: one of your own, ``"contiguous"`` or ``"round_robin"``, or EPLB's
         of the same traffic, ``"eplb"``, which ``"eplb:32"`` gives 32 redundant experts over all
@@ -162,7 +162,8 @@ def advise(
     >>> advice.answer
     'worth a trial'
     """
-    _check_values(traffic, topology, price, initial)
+    machine = topology.topology if isinstance(topology, Serving) else topology
+    _check_values(traffic, machine, price, initial)
     check.one_of("regime", regime, get_args(Regime))
     check.flag("in_order", in_order)
     check.callable_or_none("progress", progress)
@@ -171,19 +172,27 @@ def advise(
     if unseen is not None:
         check_unseen(traffic, unseen)
     _check_groups(traffic, by_group)
-    split, arrival = _served(engine, split, arrival)
-    shared = shared_of(traffic, waterfill)
     counts, windows = _counts(copies), _windows(traffic, unseen, check.window_in(window))
     splits = check.whole_number("splits", splits, highest=100)
     if prefill_share is not None:
         _check_share(prefill_share, windows)
     phases = None if prefill_share is None else prefill(prefill_share)
-    if isinstance(traffic, RoutingTrace):
+    traffic = traffic.without_pairs()
+    if traffic.ordered:
         if window is not None:
             phases = {window: 1.0}
     else:
-        traffic, arrival = _without_pairs(traffic), "bursts"
-        unseen = _without_pairs(unseen) if isinstance(unseen, RoutingStatistics) else unseen
+        arrival = None
+        if isinstance(topology, Serving):
+            topology = replace(topology, arrival="bursts")
+        unseen = None if unseen is None else unseen.without_pairs()
+    options = {"regime": regime, "split": split, "arrival": arrival, "cost_model": cost_model}
+    if not isinstance(topology, Serving):
+        options = {name: value for name, value in options.items() if value is not None}
+        topology = Serving.resolve(
+            topology, traffic, options=options, engine=engine, waterfill=waterfill
+        )
+    serving = replace(topology, phases=phases)
     if expert_bytes is None:
         expert_bytes = bytes_of_expert(traffic.expert_size, traffic.model)
     else:
@@ -191,22 +200,14 @@ def advise(
     request = Request(
         traffic=traffic,
         unseen=unseen,
-        topology=topology,
+        serving=serving,
         initial=initial,
-        engine_name=engine,
         copies=tuple(counts),
         windows=windows,
-        regime=regime,
-        split=split,
-        arrival=arrival,
-        cost_model=cost_model_of(traffic) if cost_model is None else cost_model,
         objective=objective,
-        phases=phases,
         expert_bytes=expert_bytes,
         price=price,
         prefill_share=prefill_share,
-        waterfill=waterfill,
-        shared=shared,
         by_group=by_group,
         in_order=in_order,
         iterations=iterations,
@@ -296,17 +297,17 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
     """Return what was asked for as JSON values."""
     initial, topology = request.initial, request.topology
     return {
-        "engine": request.engine_name,
+        "engine": request.serving.engine,
         "price": request.price,
-        "waterfill": request.waterfill,
+        "waterfill": request.serving.waterfill,
         "expert_bytes": request.expert_bytes,
         "in_order": request.in_order,
         "seed": request.seed,
         "time_limit": request.time_limit,
         "prefill_share": request.prefill_share,
-        "regime": request.regime,
-        "split": request.split,
-        "arrival": request.arrival,
+        "regime": request.serving.regime,
+        "split": request.serving.split,
+        "arrival": request.serving.arrival,
         "objective": request.objective,
         "devices": topology.devices,
         "devices_per_node": topology.devices_per_node,
@@ -317,33 +318,15 @@ def _settings(request: Request, splits: int, phases: dict[int | None, float]) ->
         "phases": phases,
         "splits": splits,
         "held_out": request.is_held_out,
-        "cost_model": request.cost_model.name,
+        "cost_model": request.serving.cost_model and request.serving.cost_model.name,
     }
 
 
-def _without_pairs(statistics: RoutingStatistics) -> RoutingStatistics:
-    """Return loads alone: pairs are of all windows together, so they cannot be halved."""
-    return replace(statistics, transitions=None, coactivation=None, sets=None)
-
-
-def _check_groups(traffic: Traffic, by_group: bool) -> None:
+def _check_groups(traffic: Recording, by_group: bool) -> None:
     """Raise where groups are to be judged by themselves, and there are none."""
     check.flag("by_group", by_group)
-    if by_group and len(members(traffic)) < 3:
+    if by_group and len(traffic.group_rows()) < 3:
         raise check.ArgumentError("by_group needs traffic of two groups or more", "by_group")
-
-
-def _served(
-    engine: str | None, split: Split | None, arrival: Arrival | None
-) -> tuple[Split, Arrival]:
-    """Return split and arrival: those given, else the engine's, else even and in bursts."""
-    if engine is not None:
-        check.one_of("engine", engine, ENGINES)
-        split = ENGINES[engine].split if split is None else split
-        arrival = ENGINES[engine].arrival if arrival is None else arrival
-    arrival = "bursts" if arrival is None else arrival
-    share_mixed(arrival)
-    return "even" if split is None else split, arrival
 
 
 def _counts(copies: Sequence[int]) -> list[int]:
@@ -356,38 +339,35 @@ def _counts(copies: Sequence[int]) -> list[int]:
 
 
 def _windows(
-    traffic: Traffic, unseen: Traffic | None, window: int | None
+    traffic: Recording, unseen: Recording | None, window: int | None
 ) -> tuple[int | None, ...]:
     """Return the windows that are judged: of both phases where one is not given."""
-    if isinstance(traffic, RoutingStatistics):
+    if not traffic.ordered:
         return (None,)  # statistics come in their windows
     if window is not None:
         return (window,)
-    return judged_windows(
-        unseen.tokens if isinstance(unseen, RoutingTrace) else traffic.tokens // 2
-    )
+    return judged_windows(traffic.length // 2 if unseen is None else unseen.length)
 
 
 def _prefill_lacks(request: Request) -> int:
     """Return by how many tokens the recording is too short to judge prefill."""
     judged, fewest = request.judged_on, 2 * PREFILL_WINDOWS[-1]
-    is_judged = len(request.windows) > 1 or request.phases is not None
-    if is_judged or isinstance(judged, RoutingStatistics):
+    is_judged = len(request.windows) > 1 or request.serving.phases is not None
+    if is_judged or request.windows[0] is None:
         return 0
     # Half of the recording is judged on, if nothing else is.
-    return fewest - judged.tokens if request.unseen is not None else 2 * fewest - judged.tokens
+    return fewest - judged.length if request.unseen is not None else 2 * fewest - judged.length
 
 
 def _check_values(
-    traffic: Traffic, topology: Topology, price: float, initial: Placement | str
+    traffic: Recording, topology: Topology, price: float, initial: Placement | str
 ) -> None:
     """Raise for traffic of no tokens, a price that is none, and what cannot run."""
-    check.instance("traffic", traffic, RoutingTrace, RoutingStatistics)
+    check_recording(traffic)
     check.instance("topology", topology, Topology, hint=", such as Topology(devices=8)")
-    if isinstance(traffic, RoutingTrace):
-        if traffic.tokens < 2:
-            raise ValueError(f"traffic must have two tokens or more, got {traffic.tokens}")
-    elif not traffic.total_load.any():
+    if traffic.ordered and traffic.length < 2:
+        raise ValueError(f"traffic must have two tokens or more, got {traffic.length}")
+    if traffic.is_empty:
         raise ValueError("traffic must have tokens, got a load of 0")
     check.share("price", price)
     if isinstance(initial, str):
@@ -401,19 +381,18 @@ def _check_values(
         check.instance("initial", initial, Placement)
 
 
-def check_unseen(traffic: Traffic, unseen: Traffic) -> None:
+def check_unseen(traffic: Recording, unseen: Recording) -> None:
     """Raise if traffic to judge on is of another kind or model, or holds nothing."""
-    check.instance("unseen", unseen, RoutingTrace, RoutingStatistics)
+    check_recording(unseen, "unseen")
     both = (traffic, unseen)
-    kinds = ["a trace" if isinstance(each, RoutingTrace) else "counts" for each in both]
-    if kinds[0] != kinds[1]:
+    if traffic.noun != unseen.noun:
         raise check.ArgumentError(
-            f"unseen must be {kinds[0]} like traffic, got {kinds[1]}", "unseen"
+            f"unseen must be {traffic.noun} like traffic, got {unseen.noun}", "unseen"
         )
     wanted, got = (f"{each.layers} layers of {each.num_experts} experts" for each in both)
     if wanted != got:
         raise check.ArgumentError(f"unseen must have {wanted} like traffic, got {got}", "unseen")
-    if not (unseen.tokens if isinstance(unseen, RoutingTrace) else unseen.total_load.any()):
+    if unseen.is_empty:
         raise check.ArgumentError("unseen must have tokens, got none", "unseen")
 
 

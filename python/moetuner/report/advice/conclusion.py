@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moetuner.cost import assumed_model
-from moetuner.evaluation.arrival import Arrival
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.intervals import FEWEST
 from moetuner.evaluation.judgement import Judgement
-from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units
+from moetuner.files.cells import counted, in_bytes, listed, percent, signed, span
 from moetuner.files.text import name
-from moetuner.formats.engines import ENGINES, Engine
-from moetuner.problem.phases import WINDOWS, name_phase
+from moetuner.recording import Recording
 from moetuner.report.advice.drift import Drift
 from moetuner.report.advice.request import Request
 from moetuner.report.advice.sweep import tokens_at_once
@@ -26,10 +24,11 @@ from moetuner.report.advice.values import (
     write_window,
     write_windows_of,
 )
-from moetuner.report.cells import counted, in_bytes, listed, percent, signed, span
 from moetuner.report.outcome import left_over, on_one_device
 from moetuner.report.recording import PHASES
-from moetuner.statistics import RoutingStatistics
+from moetuner.serving.arrival import Arrival
+from moetuner.serving.engines import ENGINES, Engine
+from moetuner.serving.phases import WINDOWS, name_phase
 from moetuner.topology import Regime
 
 # Part of the best gain that a number of copies may miss and still be the knee, as a share.
@@ -80,20 +79,17 @@ def write_audit(advice: Advice) -> str:
     return f"audit(placement, traffic{window}{baseline})"
 
 
-def write_judged_on(request: Request, unseen: Traffic) -> str:
+def write_judged_on(request: Request, unseen: Recording) -> str:
     """Write what placements are judged on, and what of it is in no window."""
-    if isinstance(unseen, RoutingStatistics):
-        text = counted(unseen.windows, "window")
-    else:
-        text = counted(unseen.tokens, "token")
-        if unseen.sequences is not None:
-            text += f" of {counted(unseen.sequences, 'sequence')}"
+    text = counted(unseen.length, unseen.unit)
+    if unseen.sequences is not None:
+        text += f" of {counted(unseen.sequences, 'sequence')}"
     # The longest windows leave most over.
     longest = request.windows[-1]
     rest = left_over(unseen, longest)
     where = "" if longest is None else f"in windows of {longest:,} "
     text += f" that the placement was {'not ' * request.is_held_out}computed from"
-    text += write_order(request.arrival, request.engine_name)
+    text += write_order(request.serving.arrival, request.serving.engine)
     return f"{text}; {where}{rest}" if rest else text
 
 
@@ -176,7 +172,7 @@ def write_notes(request: Request, advice: Advice) -> list[str]:
     notes = [] if advice.phases is None else [advice.phases.sentence(request.price)]
     if request.engine is not None:
         notes += _write_engine(request, request.engine, advice)
-    if request.shared is not None:
+    if request.serving.waterfill is not None:
         filled = advice.main.whole["imbalance_filled"]
         notes.append(
             f"With waterfill the busiest device would have {filled.before:.3f} x the mean of all "
@@ -203,10 +199,10 @@ def _write_engine(request: Request, engine: Engine, advice: Advice) -> list[str]
             f"{engine.title} with DeepEP's low-latency kernels: a rank may send at most {tokens:,} "
             f"tokens at once, as their buffer of 32 GiB grows with the slots{without}"
         )
-    if advice.division is not None:
+    if advice.division is not None and engine.dividing is not None:
         divided, even = advice.division
         notes.append(
-            f"Copies whose tokens a linear programme divides ({engine.splits_by['lp']}) would "
+            f"Copies whose tokens a linear programme divides ({engine.dividing[1]}) would "
             f"leave the busiest device {divided:.2f} x the mean of recorded windows, and "
             f"{even:.2f} if they share evenly; by LPLB's authors it takes 100 us and more in every "
             "layer"
@@ -426,7 +422,7 @@ def _write_kinds(units: Units, only: str) -> tuple[str, str]:
         return f"Windows are of {number} kinds of traffic{only}", "kinds"
     requests = counted(len(units.sequences), "request")
     if units.likeness == "text":
-        return f"{requests} repeat {number} prompts{only}", "prompts"
+        return f"{requests} repeat {counted(number, 'prompt')}{only}", "prompts"
     if units.likeness == "part of the text":
         return f"{requests} share long parts, such as a document, of {number} texts{only}", "texts"
     return f"{requests} route alike in {number} kinds{only}, as those of one template do", "kinds"

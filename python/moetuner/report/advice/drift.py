@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from moetuner._checks import instance, seed_in
 from moetuner.evaluation.kinds import loads_by
-from moetuner.evaluation.units import Traffic, Units, blocks_of, select, units_of
+from moetuner.evaluation.units import Units, blocks_of, units_of
 from moetuner.frozen import Frozen
-from moetuner.statistics import RoutingStatistics, measure_distance
-from moetuner.trace import RoutingTrace
+from moetuner.recording import AnyRecording, Recording
+from moetuner.statistics import RoutingStatistics, count_loads, measure_distance
+from moetuner.trace import RoutingTrace, as_trace
 
 # Parts of equal numbers of sequences, in the order of the recording, that are permuted.
 BLOCKS = 32
@@ -82,7 +83,7 @@ class Drift(Frozen):
         return {**super().to_dict(), "is_beyond_chance": self.is_beyond_chance}
 
 
-def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
+def drift(profile: Recording, traffic: Recording, *, seed: int = 0) -> Drift:
     """Compute how far traffic has left a profile, such as that of a placement.
 
     Both are cut into blocks of about as many tokens, of sequences, or of windows, longer than these
@@ -117,7 +118,7 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
         raise ValueError(
             f"traffic must be {shapes[0]} [layers, experts] as profile, got {shapes[1]}"
         )
-    sizes = [_size(side) for side in sides.values()]
+    sizes = [max(side.choices, 1) for side in sides.values()]
     units = [_units_of(side) for side in sides.values()]
     numbers = [_exchangeable(*each) for each in zip(sides.values(), units, strict=True)]
     rate = min(MOST / sum(sizes), *(n / size for n, size in zip(numbers, sizes, strict=True)))
@@ -131,42 +132,33 @@ def drift(profile: Traffic, traffic: Traffic, *, seed: int = 0) -> Drift:
     seed = seed_in(seed)
     parts = []
     for side, count, own in zip(sides.values(), counts, units, strict=True):
-        rows = side.tokens if isinstance(side, RoutingTrace) else side.windows
-        folds = own.deal(side, np.arange(rows), WINDOW, folds=count)
+        folds = own.deal(side, np.arange(side.length), WINDOW, folds=count)
         parts.append(_loads(side, folds.fold, folds.number))
     return _drift_of(np.concatenate(parts), len(parts[0]), seed)
 
 
-def _size(traffic: Traffic) -> int:
-    """Return how often experts were chosen, at least 1."""
-    if isinstance(traffic, RoutingTrace):
-        return max(traffic.tokens * traffic.layers * traffic.top_k, 1)
-    return max(int(traffic.total_load.sum()), 1)
-
-
-def _units_of(traffic: Traffic) -> Units:
+def _units_of(traffic: Recording) -> Units:
     """Return what is independent, as ``advise`` counts it."""
     return units_of(traffic, window=WINDOW)
 
 
-def _exchangeable(traffic: Traffic, units: Units) -> int:
+def _exchangeable(traffic: Recording, units: Units) -> int:
     """Return how many parts of traffic may change places: none is shorter than what is alike.
 
     Windows that are worth an independent one are not enough: ends of neighbouring parts are alike.
     """
     if units.blocks.length == 1:
         return max(units.number, 1)
-    if isinstance(traffic, RoutingTrace):
-        return max(traffic.tokens // (LASTING * WINDOW * units.blocks.length), 1)
-    return max(traffic.windows // (LASTING * units.blocks.length), 1)
+    longest = LASTING * traffic.rows_in(WINDOW) * units.blocks.length
+    return max(traffic.length // longest, 1)
 
 
-def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
+def drift_of(traffic: Recording, units: Units, *, seed: int = 0) -> Drift | None:
     """Compute how far the halves of a recording differ; None where there is too little to tell."""
     blocks = BLOCKS
-    if isinstance(traffic, RoutingStatistics) and units.kinds is not None:
-        alike = blocks_of(traffic.window_load, traffic.group).length
-        blocks = min(BLOCKS, units.number, traffic.windows // alike)
+    if units.kinds is not None and units.sequences is None:  # kinds of windows
+        alike = blocks_of(count_loads(traffic).window_load, traffic.group).length
+        blocks = min(BLOCKS, units.number, traffic.length // alike)
     elif units.name == "window":
         blocks = min(BLOCKS, _exchangeable(traffic, units))
     first = None
@@ -184,13 +176,13 @@ def drift_of(traffic: Traffic, units: Units, *, seed: int = 0) -> Drift | None:
     return first
 
 
-def _loads(traffic: Traffic, block: NDArray[np.integer[Any]], blocks: int) -> NDArray[np.float64]:
+def _loads(traffic: Recording, block: NDArray[np.integer[Any]], blocks: int) -> NDArray[np.float64]:
     """Count load [B,L,E] of the blocks that tokens, or windows, are in; those that have some."""
-    if isinstance(traffic, RoutingTrace):
-        loads = loads_by(traffic, block, blocks)
+    if traffic.ordered:
+        loads = loads_by(as_trace(traffic), block, blocks)
     else:
-        loads = np.zeros((blocks, traffic.layers, traffic.experts))
-        np.add.at(loads, block, traffic.window_load.astype(np.float64))
+        loads = np.zeros((blocks, traffic.layers, traffic.num_experts))
+        np.add.at(loads, block, count_loads(traffic).window_load.astype(np.float64))
     return loads[np.unique(block)]
 
 
@@ -207,22 +199,21 @@ def _drift_of(loads: NDArray[np.float64], number: int, seed: int) -> Drift:
     return Drift(distance, float(others.mean()), chance, worst_layer=worst, worst_distance=furthest)
 
 
-def halves(traffic: Traffic) -> tuple[Traffic, Traffic]:
+def halves(traffic: AnyRecording) -> tuple[AnyRecording, AnyRecording]:
     """Cut a recording in the middle of its sequences, or of its windows or tokens without them."""
     item, place = _in_order(traffic, by_group=False)
     is_early = place[item] < len(place) // 2
-    return select(traffic, is_early), select(traffic, ~is_early)
+    return traffic.take(is_early), traffic.take(~is_early)
 
 
-def _in_order(traffic: Traffic, *, by_group: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _in_order(traffic: Recording, *, by_group: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the item of every token or window, and each item's place in the order of recording.
 
     Items are sequences, or windows or tokens without them. With ``by_group`` those of every group
     are spread over the whole, in their order.
     """
-    rows = traffic.windows if isinstance(traffic, RoutingStatistics) else traffic.tokens
-    item = first = np.arange(rows)
-    if isinstance(traffic, RoutingTrace) and traffic.sequence is not None:
+    item = first = np.arange(traffic.length)
+    if traffic.sequence is not None:
         _, first, item = np.unique(traffic.sequence, return_index=True, return_inverse=True)
     order = np.argsort(first)
     if by_group and traffic.group is not None:

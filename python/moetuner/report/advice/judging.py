@@ -10,13 +10,13 @@ import numpy as np
 from moetuner.cost import busiest_ports
 from moetuner.evaluation import evaluate
 from moetuner.evaluation.comparison import Comparison, with_splits
-from moetuner.evaluation.copies import Split
 from moetuner.evaluation.halves import halve_each
 from moetuner.evaluation.intervals import Spread
 from moetuner.evaluation.judgement import Judgement, judge
-from moetuner.evaluation.replay import Traffic, members, without_groups
-from moetuner.evaluation.units import Units, loads_of, select
+from moetuner.evaluation.replay import without_groups
+from moetuner.evaluation.units import Units
 from moetuner.placement import EMPTY, Placement
+from moetuner.recording import Recording
 from moetuner.report.advice.request import (
     Part,
     Request,
@@ -37,8 +37,8 @@ from moetuner.report.advice.trial import (
 )
 from moetuner.report.advice.values import Division, Moving, PhaseTimes
 from moetuner.report.recording import PHASES
-from moetuner.statistics import RoutingStatistics
-from moetuner.trace import RoutingTrace
+from moetuner.serving.splits import EVEN, Split
+from moetuner.statistics import RoutingStatistics, count_loads
 
 # Windows at most, at even distances, whose tokens are divided anew.
 DIVIDED_WINDOWS = 256
@@ -128,9 +128,9 @@ def weigh_phases(request: Request, judged: Sequence[Judgement]) -> Comparison | 
     )
 
 
-def name_groups(halves: Sequence[Traffic]) -> tuple[tuple[str, ...], ...]:
+def name_groups(halves: Sequence[Recording]) -> tuple[tuple[str, ...], ...]:
     """Return the groups of both halves; one that the middle cuts is where most of it is."""
-    sizes = [{name: len(rows) for name, rows in members(half).items()} for half in halves]
+    sizes = [{name: len(rows) for name, rows in half.group_rows().items()} for half in halves]
     return tuple(
         tuple(
             str(name)
@@ -142,7 +142,7 @@ def name_groups(halves: Sequence[Traffic]) -> tuple[tuple[str, ...], ...]:
 
 
 def judge_halves(
-    request: Request, halves: Sequence[Traffic], copies: int, window: Window
+    request: Request, halves: Sequence[Recording], copies: int, window: Window
 ) -> tuple[Comparison, ...]:
     """Judge a placement of each half of the recording on the other."""
     gains = []
@@ -157,12 +157,12 @@ def judge_halves(
 def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Comparison]]:
     """Judge a placement of all other groups on each group."""
     gains: dict[str, dict[Window, Comparison]] = {}
-    groups = members(request.traffic)
+    groups = request.traffic.group_rows()
     rows = groups.pop(None)
     for group, own_rows in groups.items():
         request.progress(f"a placement of all groups but {group}, on {group}")
         is_own = np.isin(rows, own_rows)
-        own, others = select(request.traffic, is_own), select(request.traffic, ~is_own)
+        own, others = request.traffic.take(is_own), request.traffic.take(~is_own)
         trial = try_out(request, Part(request.seed, count(request, others), own), copies)
         gains[str(group)] = {
             window: _gain(request, trial, window, request.units_of(own, window))
@@ -174,22 +174,22 @@ def judge_groups(request: Request, copies: int) -> dict[str, dict[Window, Compar
 def judge_phases(request: Request, part: Part, copies: int) -> PhaseTimes | None:
     """Search shortly for prefill, for decode and for both, and predict each on each."""
     seen, unseen = halve(request, request.seed)
-    if not isinstance(seen, RoutingTrace) or not isinstance(unseen, RoutingTrace):
-        return None
-    if not all(set(PHASES) <= members(each).keys() for each in (seen, unseen)):
+    rows, unseen_rows = seen.group_rows(), unseen.group_rows()
+    has_phases = set(PHASES) <= rows.keys() & unseen_rows.keys()
+    if not (seen.ordered and has_phases):
         return None
     problem = problem_of(request, part.statistics, copies)
     placements: dict[Key, Placement] = {"both": search_shortly(request, problem)}
     windows = {phase: request.windows[-1 if phase == "prefill" else 0] for phase in PHASES}
     for phase, window in windows.items():
-        counted = count(request, seen.select(groups=phase))
+        counted = count(request, seen.take(rows[phase]))
         phases = None if window is None else {window: 1.0}
         of_phase = problem_of(request, counted, copies, phases=phases)
         placements[phase] = search_shortly(request, of_phase)
     times: dict[str, dict[str, float]] = {str(name): {} for name in placements}
     for phase, window in windows.items():
-        own = unseen.select(groups=phase)
-        evaluated = evaluate_all(request, placements, problem, own, [window])[window]
+        own = unseen.take(unseen_rows[phase])
+        evaluated = evaluate_all(request, placements, own, [window])[window]
         for name, by_phase in times.items():
             by_phase[phase] = evaluated[name].predicted_layer_us or 0.0
     return PhaseTimes(times)
@@ -205,7 +205,8 @@ def weigh_move(request: Request, trial: Trial, saved_us: float) -> Moving:
     if size is None:
         return Moving(diff.experts_moved, None, None, None, total, None, None)
     ports = busiest_ports(diff.pairs, topology)
-    us = float(request.cost_model.ports_us(ports, topology, bytes_each=size))
+    assert request.serving.cost_model is not None
+    us = float(request.serving.cost_model.ports_us(ports, topology, bytes_each=size))
     return Moving(
         experts=diff.experts_moved,
         bytes=diff.bytes_moved,
@@ -224,10 +225,10 @@ def judge_division(
 
     Where nothing has copies, or the placement was computed for one, there is nothing to compare.
     """
-    has_one = request.engine is not None and "lp" in request.engine.splits_by
-    if not has_one or request.split == "lp" or (placement.replicas == 1).all():
+    dividing = None if request.engine is None else request.engine.dividing
+    if dividing is None or request.serving.rule.needs_windows or (placement.replicas == 1).all():
         return None
-    counts = loads_of(without_groups(part.unseen), window=window, threads=request.threads)
+    counts = count_loads(without_groups(part.unseen), window=window, threads=request.threads)
     steps = np.flatnonzero(counts.is_step)
     if not steps.size:
         return None
@@ -245,4 +246,4 @@ def judge_division(
             threads=request.threads,
         ).imbalance
 
-    return Division(imbalance("lp"), imbalance("even"))
+    return Division(imbalance(dividing[0]), imbalance(EVEN))

@@ -8,21 +8,18 @@ from functools import cached_property
 from typing import Any
 
 from moetuner._checks import ArgumentError
-from moetuner.cost import CostModel
-from moetuner.evaluation.arrival import Arrival
-from moetuner.evaluation.copies import Split
-from moetuner.evaluation.replay import Traffic
 from moetuner.evaluation.units import Units, hold_out, units_of
-from moetuner.formats.engines import ENGINES, Engine, engine_settings
 from moetuner.placement import Placement
 from moetuner.problem import TRAFFIC_CAP, Problem
 from moetuner.problem.objective import Goal, goal_for, tables_for
-from moetuner.problem.phases import Phases
+from moetuner.recording import Recording
+from moetuner.serving import Serving
+from moetuner.serving.engines import ENGINES, Engine, engine_settings
+from moetuner.serving.phases import Phases
 from moetuner.solver import Method, solve
 from moetuner.solver.result import Result
-from moetuner.statistics import RoutingStatistics
-from moetuner.topology import Regime, Topology
-from moetuner.trace import RoutingTrace
+from moetuner.statistics import RoutingStatistics, as_counts
+from moetuner.topology import Topology
 
 Window = int | None
 
@@ -51,28 +48,19 @@ def slots_of_running(initial: Placement | str, experts: int, devices: int) -> in
 class Request:
     """The arguments of ``advise``, checked, with their defaults resolved.
 
-    ``shared`` is as in ``Setting``. ``windows`` are the sizes that are judged, and ``progress`` is
-    called with what is being done.
+    ``windows`` are the sizes that are judged, and ``progress`` is called with what is being done.
     """
 
-    traffic: Traffic
-    unseen: Traffic | None
-    topology: Topology
+    traffic: Recording
+    unseen: Recording | None
+    serving: Serving
     initial: Placement | str
-    engine_name: str | None
     copies: tuple[int, ...]
     windows: tuple[Window, ...]
-    regime: Regime
-    split: Split
-    arrival: Arrival
-    cost_model: CostModel
     objective: Goal | None
-    phases: Phases | None
     expert_bytes: float | None
     price: float
     prefill_share: float | None
-    waterfill: float | None
-    shared: float | None
     by_group: bool
     in_order: bool
     iterations: int | None
@@ -84,7 +72,13 @@ class Request:
     @property
     def engine(self) -> Engine | None:
         """What is known of the engine."""
-        return None if self.engine_name is None else ENGINES[self.engine_name]
+        name = self.serving.engine
+        return None if name is None else ENGINES[name]
+
+    @property
+    def topology(self) -> Topology:
+        """The machine."""
+        return self.serving.topology
 
     @property
     def single_slots(self) -> int:
@@ -111,11 +105,10 @@ class Request:
 
         One window cannot be halved.
         """
-        can_split = isinstance(self.traffic, RoutingTrace) or self.traffic.windows > 1
-        return can_split or self.unseen is not None
+        return self.traffic.length > 1 or self.unseen is not None
 
     @property
-    def judged_on(self) -> Traffic:
+    def judged_on(self) -> Recording:
         """The traffic of which a part, or all, is judged on."""
         return self.traffic if self.unseen is None else self.unseen
 
@@ -124,7 +117,7 @@ class Request:
         """What is independent in the traffic that is judged on, by window."""
         return {window: self.units_of(self.judged_on, window) for window in self.windows}
 
-    def units_of(self, traffic: Traffic, window: Window) -> Units:
+    def units_of(self, traffic: Recording, window: Window) -> Units:
         """Return what is independent in traffic."""
         return units_of(traffic, window=window, threads=self.threads)
 
@@ -135,7 +128,7 @@ class Part:
 
     seed: int
     statistics: RoutingStatistics
-    unseen: Traffic
+    unseen: Recording
 
 
 def split_of(request: Request, seed: int) -> Part:
@@ -144,20 +137,18 @@ def split_of(request: Request, seed: int) -> Part:
     return Part(seed, count(request, seen), unseen)
 
 
-def halve(request: Request, seed: int) -> tuple[Traffic, Traffic]:
+def halve(request: Request, seed: int) -> tuple[Recording, Recording]:
     """Return the seen and the unseen part of the traffic; those that were given apart, as such."""
     if request.unseen is not None:
         return request.traffic, request.unseen
     return hold_out(request.traffic, 0.5 if request.is_held_out else 0.0, seed=seed)
 
 
-def count(request: Request, seen: Traffic) -> RoutingStatistics:
+def count(request: Request, seen: Recording) -> RoutingStatistics:
     """Count traffic as ``moetuner solve`` does."""
-    if isinstance(seen, RoutingStatistics):
-        return seen
     options: dict[str, Any] = {"window": request.windows[0], "threads": request.threads}
-    options |= tables_for(request.regime, goal_for(request.objective, None))
-    return RoutingStatistics.from_trace(seen, **options)
+    options |= tables_for(request.serving.regime, goal_for(request.objective, None))
+    return as_counts(seen, **options)
 
 
 def problem_of(
@@ -172,21 +163,18 @@ def problem_of(
     ``phases`` take the place of those that were asked for.
     """
     slots, fill_slots = request.single_slots + copies, False
-    if request.engine_name is not None:
+    if request.serving.engine is not None:
         settings = engine_settings(
-            request.engine_name, statistics, request.topology, slots_per_device=slots
+            request.serving.engine, statistics, request.topology, slots_per_device=slots
         )
         fill_slots = settings["fill_slots"]
-    return Problem(
+    serving = request.serving
+    return Problem.served(
         statistics,
-        request.topology,
+        serving,
         slots_per_device=slots,
         fill_slots=fill_slots,
-        phases=request.phases if phases is None else phases,
-        regime=request.regime,
-        split=request.split,
-        arrival=request.arrival,
-        cost_model=request.cost_model,
+        phases=serving.phases if phases is None else phases,
         objective=request.objective,
         max_imbalance=TRAFFIC_CAP if request.objective == "traffic" else None,
     )

@@ -92,7 +92,7 @@ def _judge(
 ) -> SmallStep:
     """Judge a placement beside what runs, on the unseen traffic of the first split."""
     window, running = advice.main.window, trial.placements[RUNNING]
-    evaluated = evaluate_all(request, {STEP: placement}, trial.problem, part.unseen, [window])
+    evaluated = evaluate_all(request, {STEP: placement}, part.unseen, [window])
     judgement = judge(
         trial.evaluations[window][RUNNING],
         evaluated[window][STEP],

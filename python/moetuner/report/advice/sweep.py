@@ -6,7 +6,7 @@ import numpy as np
 
 from moetuner.cost import size_of_expert
 from moetuner.evaluation import Evaluation
-from moetuner.formats.engines import tokens_per_rank
+from moetuner.files.cells import counted
 from moetuner.placement import Placement
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search_shortly
 from moetuner.report.advice.trial import (
@@ -16,7 +16,7 @@ from moetuner.report.advice.trial import (
     running_placement,
 )
 from moetuner.report.advice.values import Copies
-from moetuner.report.cells import counted
+from moetuner.serving.engines import tokens_per_rank
 
 # Part of what copies in all layers gain that those of the layers which need them must bring.
 ENOUGH = 0.9
@@ -60,14 +60,13 @@ def sweep(request: Request, part: Part) -> tuple[Copies, ...]:
 def _gains(request: Request, part: Part, placements: dict[Key, Placement]) -> tuple[Copies, ...]:
     """Compute what placements with copies gain over what runs, and the memory they take."""
     request.progress("replaying them on what is unseen")
-    problem = problem_of(request, part.statistics, 0)
-    evaluations = evaluate_all(request, placements, problem, part.unseen, request.windows)
+    evaluations = evaluate_all(request, placements, part.unseen, request.windows)
     # Copies are of use in some layers alone: which, says the traffic that was seen.
     tried = {key: placement for key, placement in placements.items() if key != RUNNING}
     seen = {}
-    if len(tried) > 1 and NONE in tried and request.regime == "dispatch":
+    if len(tried) > 1 and NONE in tried and request.serving.regime == "dispatch":
         counts = part.statistics
-        seen = evaluate_all(request, tried, problem, counts, (counts.window,))[counts.window]
+        seen = evaluate_all(request, tried, counts, (counts.window,))[counts.window]
     swept = []
     for copies in tried:
         assert isinstance(copies, int)

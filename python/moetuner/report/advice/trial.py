@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from moetuner.evaluation import Evaluation
-from moetuner.evaluation.replay import Traffic
 from moetuner.placement import Placement, blocks
 from moetuner.problem import Problem
+from moetuner.recording import Recording
 from moetuner.report import outcome
 from moetuner.report.advice.request import Part, Request, Window, problem_of, search
 from moetuner.solver import Method
@@ -58,9 +58,7 @@ def try_out(
         EPLB: search(request, problem, "eplb", part.seed).placement,
         PROPOSED: result.placement,
     }
-    evaluations = evaluate_all(
-        request, placements, problem, part.unseen, request.windows, by_group=by_group
-    )
+    evaluations = evaluate_all(request, placements, part.unseen, request.windows, by_group=by_group)
     return Trial(result, problem, placements, evaluations)
 
 
@@ -80,8 +78,7 @@ def running_placement(request: Request, part: Part) -> Placement:
 def evaluate_all(
     request: Request,
     placements: dict[Key, Placement],
-    problem: Problem,
-    unseen: Traffic,
+    unseen: Recording,
     windows: Sequence[Window],
     *,
     by_group: bool = False,
@@ -89,14 +86,12 @@ def evaluate_all(
     """Evaluate placements on other traffic, by window."""
     evaluations = outcome.replay(
         list(placements.values()),
-        problem,
+        request.serving,
         unseen,
         windows,
         by_group=by_group,
         mixed=False,
         threads=request.threads,
-        cost_model=request.cost_model,
-        shared=request.shared,
     )
     return {
         window: dict(zip(placements, evaluated, strict=True))

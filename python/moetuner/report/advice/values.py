@@ -11,14 +11,13 @@ from moetuner.evaluation import Evaluation
 from moetuner.evaluation.comparison import Comparison
 from moetuner.evaluation.judgement import Judgement
 from moetuner.evaluation.units import Units
+from moetuner.files.cells import signed
 from moetuner.frozen import Frozen, as_json
 from moetuner.placement import Placement
 from moetuner.problem import Problem
 from moetuner.report.advice.drift import Drift
-from moetuner.report.cells import signed
 from moetuner.report.recording import PHASES
 from moetuner.solver.result import Result
-from moetuner.statistics import RoutingStatistics
 
 Answer = Literal["worth a trial", "not now", "not enough evidence"]
 
@@ -33,9 +32,7 @@ def write_window(window: int | None, recorded: int | None = None) -> str:
 def write_windows_of(judgement: Judgement) -> str:
     """Write which windows a judgement is in."""
     replayed = judgement.after.replayed
-    recorded = None
-    if replayed is not None and isinstance(replayed.traffic, RoutingStatistics):
-        recorded = replayed.traffic.window
+    recorded = None if replayed is None else replayed.traffic.window
     return write_window(judgement.window, recorded)
 
 

@@ -20,8 +20,8 @@ from moetuner._checks import path_in
 from moetuner._core import __version__
 from moetuner.evaluation import Evaluation
 from moetuner.files import replacing
+from moetuner.files.cells import finite
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import finite
 from moetuner.report.page.data import PageData, data_of_results
 from moetuner.report.page.panels import panels_of
 from moetuner.report.page.words import as_command, unbroken

@@ -20,19 +20,20 @@ from moetuner.evaluation.figures import FIGURES
 from moetuner.evaluation.judgement import Judgement, judge
 from moetuner.evaluation.losses import Losses
 from moetuner.evaluation.replay import Setting
-from moetuner.evaluation.units import loads_of
 from moetuner.files import text
+from moetuner.files.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.formats import serving_commands, way_back
 from moetuner.placement import Placement, PlacementDiff
-from moetuner.problem.phases import name_phase
 from moetuner.report.advice.conclusion import running_name, write_line
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import counted, digits, duration, in_bytes, percent, unit_of_time
 from moetuner.report.hot_experts import HotExperts, hold_out_hot_experts
 from moetuner.report.outcome import Outcome
 from moetuner.report.page.words import settings_in_words
+from moetuner.serving import SERVED
+from moetuner.serving.phases import name_phase
 from moetuner.solver import Trade
 from moetuner.solver.result import Result
+from moetuner.statistics import count_loads
 from moetuner.topology import Topology
 
 TRY = "Try it: serve the same traffic with both placements, and compare the times you measure."
@@ -209,7 +210,7 @@ class PageData:
     def _moving(self) -> Tile:
         """Show what has to move, of how much, for how long, and when that is paid back."""
         moved, of_all = self.moves.experts_moved, int((self.placements[1].slots >= 0).sum())
-        size, model, advice = self.expert_bytes, self.settings[1].cost_model, self.advice
+        size, model, advice = self.expert_bytes, self.settings[1].serving.cost_model, self.advice
         share = f"{moved:,} of {of_all:,} experts"
         if size is None:
             return Tile("To move", share, "pass --expert-bytes to see bytes")
@@ -327,7 +328,7 @@ def data_of_results(
     origin = Origin(f"Routing{model}, {sizes}", (), "moetuner.write_report")
     if isinstance(results, Advice):
         return data_of_advice(results, origin, results.to_dict())
-    settings = {name: getattr(setting, name) for name in ("regime", "split", "arrival", "window")}
+    settings = {name: getattr(setting.serving, name) for name in (*SERVED, "window")}
     contents = {"settings": settings, "before": both[0].to_dict(), "after": both[1].to_dict()}
     judgement = judge(both[0], both[1], by_group=True, names=(two[0], two[1]))
     return make_data(
@@ -379,10 +380,10 @@ def make_data(
     gain, replayed = replace(judgement.gain, splits=()), judgement.after.replayed
     assert replayed is not None
     answer, words, todo = GAINED[gain.answer]
-    loads = loads_of(replayed.traffic, threads=replayed.setting.threads)
+    loads = count_loads(replayed.traffic, threads=replayed.setting.threads)
     warnings: tuple[str, ...] = ()
     if gain.measure == "predicted_layer_us":
-        model = replayed.setting.cost_model
+        model = replayed.setting.serving.cost_model
         is_measured = model is not None and model.measured is not None
         weights = "" if model is None else model.weights
         unmeasured = f"Times are predicted by a cost model, not measured{weights}."

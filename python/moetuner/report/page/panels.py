@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from moetuner.evaluation.copies import slot_shares
 from moetuner.evaluation.figures import FIGURES
+from moetuner.files.cells import counted, digits, in_bytes, percent, signed, unit_of_time
 from moetuner.placement import Placement
 from moetuner.report.advice.values import Advice
-from moetuner.report.cells import counted, digits, in_bytes, percent, signed, unit_of_time
 from moetuner.report.outcome import left_over, within
 from moetuner.report.page import charts as draw
 from moetuner.report.page.charts import PROPOSED, RUNNING, Chart, Spec
@@ -124,7 +124,9 @@ def _experts(page: PageData) -> Panel | None:
         slots = placement.slots
         expert, layer = np.maximum(slots, 0), np.arange(placement.layers)[:, None, None]
         copies = np.maximum(placement.replicas[layer, expert], 1)
-        served = relative[layer, expert] * slot_shares(placement, page.topology, setting.split)
+        served = relative[layer, expert] * slot_shares(
+            placement, page.topology, setting.serving.split
+        )
         waits[name] = served.sum(axis=2) / page.topology.speed_of_device
         busy = np.where(slots >= 0, served, -1.0)
         variants[name] = _slots(placement, busy, copies, waits[name])
@@ -299,7 +301,7 @@ def _by_layer(
 
 def _next(page: PageData) -> Panel | None:
     tables = _tables(page, "follow")
-    goes_on = page.settings[1].regime == "follow" and page.topology.devices > 1
+    goes_on = page.settings[1].serving.regime == "follow" and page.topology.devices > 1
     if not goes_on or len(tables) < 2 or not len(tables[0]):
         return None
     node, boundaries = page.topology.node_of_device, np.arange(len(tables[0]))

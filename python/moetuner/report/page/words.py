@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from moetuner.files import text
-from moetuner.formats.engines import ENGINES
-from moetuner.problem import phases
-from moetuner.report.cells import counted, digits, in_bytes, listed, percent
+from moetuner.files.cells import counted, digits, in_bytes, percent
+from moetuner.problem import Problem
+from moetuner.serving import Serving
+from moetuner.serving.engines import ENGINES
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
 OPTION = re.compile(r"(?<![^\s'\"(])--?[a-z][\w-]*")
 # A word of a command: an option with what it takes, or one word.
 WORD = re.compile(r"-\S+(?: (?!-)(?:'[^']*'|\S+))?|\S+")
-# Names in a line.
-NAMED = 6
-
 Write = Callable[[Any], str]
 
 
@@ -40,23 +39,6 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else digits(value)
 
 
-def _slots(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, Sequence) else str(value)
-
-
-def _arrival(value: Any) -> str:
-    """Write the order of traffic, or the weight of mixed windows."""
-    words = {"bursts": "as recorded", "mixed": "many sequences at once, mixed by chance"}
-    return (
-        words[value] if isinstance(value, str) else f"{percent(value)} mixed, the rest as recorded"
-    )
-
-
-def _model(value: Any) -> str:
-    """Write the name of a cost model."""
-    return _text(value.get("name") if isinstance(value, Mapping) else value)
-
-
 def _initial(value: Any) -> str:
     """Write what runs: a method, or a placement."""
     words = {"contiguous": "experts in blocks, as engines load them", "given": "as given"}
@@ -67,21 +49,13 @@ def _initial(value: Any) -> str:
     return words.get(method, name)
 
 
-def _phases(value: Mapping[Any, float]) -> str:
-    """Write the shares of the windows that a placement is for."""
-    shares = {None if key in (None, "None") else int(key): share for key, share in value.items()}
-    return phases.words(shares)
-
-
-def _groups(value: Any) -> str:
-    """Write how groups are weighed."""
-    if isinstance(value, Mapping):
-        return listed([f"{_text(name)} x {weight:g}" for name, weight in value.items()], NAMED)
-    return {"minimax": "for the worst group"}.get(str(value), str(value))
-
-
-def _rules(value: Sequence[Any]) -> str:
-    return counted(len(value), "rule")
+def _declared(*kinds: Any) -> dict[str, tuple[str, Write]]:
+    """Return what settings of dataclasses are called, and how their values are written."""
+    rows: dict[str, tuple[str, Write]] = {}
+    for own in (own for kind in kinds for own in fields(kind) if "label" in own.metadata):
+        words = own.metadata["words"]
+        rows[own.name] = own.metadata["label"], words if callable(words) else _chosen(**words)
+    return rows
 
 
 # Settings in the order of the page: what they are called there, and how a value is written.
@@ -90,55 +64,18 @@ SETTINGS: dict[str, tuple[str, Write]] = {
     "devices": ("Devices", _number),
     "devices_per_node": ("Devices of a node", _number),
     "topology": ("Machine", _text),
-    "slots_per_device": ("Slots of a device in a layer", _slots),
-    "extra_slots": ("Copies over all layers", _number),
-    "fill_slots": ("Empty slots", _chosen(true="filled with copies", false="allowed")),
+    **_declared(Serving, Problem),
     "initial": ("Running placement", _initial),
     "baseline": ("Compared with", _initial),
     "placement": ("Proposed placement", _text),
-    "objective": (
-        "Made small",
-        _chosen(
-            time="predicted time of a layer", balance="imbalance", traffic="traffic between devices"
-        ),
-    ),
-    "cost_model": ("Times predicted for", _model),
     "expert_bytes": ("Size of an expert", in_bytes),
-    "regime": (
-        "After a layer, tokens",
-        _chosen(dispatch="go home", follow="go on to the next expert"),
-    ),
-    "split": (
-        "A token's copy of an expert",
-        _chosen(
-            even="is chosen by a hash",
-            nearest="is the nearest",
-            round_robin="takes turns",
-            lp="is what a linear programme says",
-        ),
-    ),
-    "waterfill": (
-        "Given to devices that wait",
-        lambda value: f"the shared expert's tokens, each {digits(value)} of a routed one's work",
-    ),
-    "arrival": ("Order of tokens", _arrival),
     "window": ("Window", _counted("token")),
     "windows": (
         "Windows",
         lambda value: ", ".join("as recorded" if n is None else f"{n:,} tokens" for n in value),
     ),
-    "phases": ("Placed for", _phases),
     "prefill_share": ("Share of time in prefill", percent),
-    "risk": (
-        "Windows that count",
-        lambda value: "all" if value == "mean" else f"the worst {percent(1 - float(value))}",
-    ),
-    "groups": ("Groups", _groups),
-    "max_imbalance": ("Cap of the imbalance", digits),
-    "pinned": ("Experts kept on a device", _rules),
-    "forbidden": ("Experts kept off a device", _rules),
-    "survive": ("A copy is left after the loss of", lambda value: f"a {value}"),
-    "copies": ("Slots for copies that were tried", _slots),
+    "copies": ("Slots for copies that were tried", lambda value: ", ".join(map(str, value))),
     "price": ("Smallest gain worth a change", percent),
     "move_budget": ("May move", _number),
     "move_cost": ("Cost of a byte that moves", digits),

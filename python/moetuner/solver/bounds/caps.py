@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from moetuner import _core
 from moetuner.placement import Placement
-from moetuner.problem import Problem, phases
+from moetuner.problem import Problem
 from moetuner.problem.caps import ROUNDING
+from moetuner.serving import phases
 from moetuner.solver.bounds.loads import least_slowest
 from moetuner.solver.result import CapsDetails
 

@@ -90,7 +90,7 @@ def least_slowest(problem: Problem, load: Floats) -> Floats:
         more = int(spare[layer]) if problem.may_copy else 0
         copies = min(more + 1, devices)
         heaviest = layer_load.max(axis=1)
-        if problem.split in ("nearest", "lp"):
+        if not problem.serving.rule.is_even:
             # Uneven parts are at least those that make all copies equally slow.
             one = heaviest / speed[:copies].sum()
         else:
@@ -137,7 +137,7 @@ def _least_rows_us(problem: Problem, load: Floats) -> Floats:
     model, topology = problem.cost_model, problem.topology
     assert model is not None
     tokens: Floats = load.sum(axis=2)
-    if problem.split == "nearest" and problem.may_copy:
+    if problem.serving.rule.by_home and problem.may_copy:
         return np.zeros_like(tokens)
     if problem.statistics.sets is not None:
         # A visit is of as many experts as a token has, and a device holds, at most.

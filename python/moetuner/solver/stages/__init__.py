@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 
 from moetuner.problem import Problem
 from moetuner.problem.capacity import pad_slots
+from moetuner.serving.splits import EVEN
 from moetuner.solver import effort
 from moetuner.solver.bounds.loads import least_balance
 from moetuner.solver.budget import Budget
@@ -217,7 +218,7 @@ def _even(run: Run, budget: Budget) -> None:
 
 
 def _of_even_parts(problem: Problem) -> Problem:
-    return replace(problem, split="even")
+    return replace(problem, split=EVEN)
 
 
 def _may_be_behind(run: Run) -> bool:

@@ -25,7 +25,7 @@ MOST_WINDOWS = 32
 
 def divides(run: Run) -> bool:
     """Return whether a dispatcher divides tokens over copies, where there may be some."""
-    return run.problem.split == "lp" and run.problem.may_copy
+    return run.problem.serving.rule.needs_windows and run.problem.may_copy
 
 
 def _divide(run: Run, budget: Budget) -> None:

@@ -79,7 +79,7 @@ def _may_be_behind(run: Run) -> bool:
     Where these windows are all that counts, the core has compared them with a packing already.
     """
     problem = run.problem
-    alike = problem.split not in ("nearest", "lp") and problem.topology.has_equal_devices
+    alike = problem.serving.rule.is_even and problem.topology.has_equal_devices
     alone = problem.goal == "balance" and problem.windows.is_mean and not problem.caps.some
     return not (alike and alone)
 

@@ -74,7 +74,7 @@ class LayerModel:
         Of few slots or windows the search of all terms finds more.
         """
         problem = self.problem
-        even = problem.split != "nearest" or not problem.may_copy
+        even = not problem.serving.rule.by_home or not problem.may_copy
         return bool(windows_alone(problem, moves) and even and self.is_large)
 
     def reweight(self, slots: Slots) -> None:

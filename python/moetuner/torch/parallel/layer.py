@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moetuner._checks import whole_number
 from moetuner.evaluation.rows import LayerSplit, node_size, split_rule
 from moetuner.placement import EMPTY, Placement
+from moetuner.serving.splits import RULES
 from moetuner.torch.parallel import exchange
 from moetuner.torch.parallel.copies import hash_positions, list_copies
 from moetuner.torch.parallel.experts import Experts
@@ -123,7 +124,7 @@ class ExpertParallelMoE(nn.Module):
                 rule = f"{name} must have the placement's {width} slots"
                 raise ValueError(f"experts: {rule}, got {list(weight.shape)}")
         slots = placement.slots[self.layer]
-        home = self.rank if self.split == "nearest" else None
+        home = self.rank if RULES[self.split].by_home else None
         table, count = list_copies(slots, experts, home=home, node=self.node_size)
         rules = (slots.shape, experts, self.layer, self.devices_per_node, self.split)
         digest = hashlib.sha256(repr(rules).encode() + slots.astype("<i4").tobytes()).digest()

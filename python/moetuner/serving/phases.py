@@ -35,6 +35,14 @@ def prefill(share: float) -> dict[int, float]:
     return dict(zip(WINDOWS, (1 - share, share), strict=True))
 
 
+def read_prefill_share(text: str) -> dict[int, float]:
+    """Read a number from 0 to 1."""
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError(text)
+    return prefill(share)
+
+
 def judged_windows(tokens: int, sizes: Iterable[int | None] = WINDOWS) -> tuple[int, ...]:
     """Return the windows to judge so many tokens in, for windows of some sizes.
 

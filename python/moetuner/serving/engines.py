@@ -15,7 +15,7 @@ import numpy as np
 
 from moetuner import router_groups as whole_groups
 from moetuner._checks import ArgumentError, instance, one_of, per_device, whole_number
-from moetuner.evaluation.copies import Split
+from moetuner.serving.splits import RULES, Split
 from moetuner.statistics import RoutingStatistics
 from moetuner.topology import Topology
 
@@ -79,6 +79,12 @@ class Engine:
     go_back: str = "serve MODEL, whose files stay as they were"
     records_by: str = ""
     record: str = ""
+
+    @property
+    def dividing(self) -> tuple[Split, str] | None:
+        """Its split that divides whole windows, and the options for it; None if it has none."""
+        pairs = self.splits_by.items()
+        return next((pair for pair in pairs if RULES[pair[0]].needs_windows), None)
 
 
 # What serves models without placing whole experts on devices, and why that leaves nothing to place.

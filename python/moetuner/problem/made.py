@@ -1,0 +1,223 @@
+"""Made: what a placement's file says of how it was made, for which serving, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from moetuner import topology
+from moetuner._checks import (
+    expert_size,
+    instance,
+    is_number,
+    seed_in,
+    shown,
+    text_or_none,
+    whole_number,
+)
+from moetuner.frozen import as_json
+from moetuner.placement import Placement
+from moetuner.problem import Problem
+from moetuner.problem.reading import Reading
+from moetuner.serving import Serving
+from moetuner.serving.settings import check_setting
+from moetuner.statistics import COUNTED
+
+
+def _share_below_one(name: str, value: object) -> None:
+    if not (is_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must be a share from 0 to below 1, got {shown(value)}")
+
+
+def _mapping(name: str, value: object) -> None:
+    instance(name, value, Mapping, hint=" by name")
+
+
+def _said(check: Callable[[str, Any], object], default: Any = None) -> Any:
+    """Return a field that a placement's file may have, and what checks it there."""
+    return field(default=default, metadata={"check": check})
+
+
+# Settings of serving, and of a problem beyond those, that a file has under their own names.
+OF_SERVING = {own.name: own for own in fields(Serving) if own.metadata}
+# Pins and bans, of which there may be thousands, are in none.
+OF_PROBLEM = {
+    own.name: own
+    for own in fields(Problem)
+    if own.metadata and own.name not in OF_SERVING and not own.metadata.get("multiple")
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a placement's file says of how it was made.
+
+    A file holds all of it in one object, ``settings``; what is not known to this version is kept
+    apart and used by nothing.
+
+    Parameters
+    ----------
+    serving
+        How the model is served, as far as the file says it: fields of ``Serving``, and ``window``
+        and ``engine``.
+    wanted
+        Settings of the problem beyond those.
+    version, method, effort
+        Which moetuner computed it, how, and with how much search; None where it was not computed.
+    seed
+        Of the search, and of what was held out.
+    figure, unit
+        The figure of an evaluation that it was computed for, and the unit of its objective.
+    expert_size
+        Hidden and intermediate size of an expert.
+    holdout
+        Share of the recording that was held out.
+    counted
+        Which tables were counted of it, by name.
+    input
+        How the recording was read.
+    plan
+        Of a placement of ``plan``: the file that ran, and what became of its devices, in words.
+    spelled
+        Machine and cost model as options gave them: what an option takes, where a value is none.
+    """
+
+    serving: Mapping[str, Any] = field(default_factory=dict)
+    wanted: Mapping[str, Any] = field(default_factory=dict)
+    version: str | None = _said(text_or_none)
+    method: str | None = _said(text_or_none)
+    effort: str | None = _said(text_or_none)
+    seed: int = _said(lambda name, value: seed_in(value, name), 0)
+    figure: str | None = _said(text_or_none)
+    unit: str | None = _said(text_or_none)
+    expert_size: tuple[int, int] | None = _said(lambda _, value: expert_size(value))
+    holdout: float | None = _said(_share_below_one)
+    counted: Mapping[str, Any] | None = _said(_mapping)
+    input: Reading = field(default_factory=Reading)
+    plan: Mapping[str, Any] | None = _said(_mapping)
+    spelled: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, placement: Placement) -> Made:
+        """Return what a placement says; raise ValueError for what breaks a rule."""
+        try:
+            return cls._read(placement.settings)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"settings: {error}") from None
+
+    @classmethod
+    def _read(cls, settings: Mapping[str, Any]) -> Made:
+        values = {name: value for name, value in settings.items() if value is not None}
+        served = _build(OF_SERVING, values)
+        if "topology" in values:
+            served["topology"] = topology.from_keys(values["topology"])
+        if "window" in values:
+            served["window"] = whole_number("window", values["window"])
+        if "engine" in values:
+            text_or_none("engine", values["engine"])
+            served["engine"] = values["engine"]
+        own: dict[str, Any] = {}
+        for each in fields(cls):
+            if "check" in each.metadata and each.name in values:
+                each.metadata["check"](each.name, values[each.name])
+                own[each.name] = values[each.name]
+        for name in ("input", "spelled"):
+            _mapping(name, values.get(name, {}))
+        spelled = {key: text for key, text in values.get("spelled", {}).items() if text is not None}
+        for key, text in spelled.items():
+            text_or_none(f"spelled.{key}", text)
+        read = Reading.from_json(values.get("input", {}))
+        wanted = _build(OF_PROBLEM, values)
+        return cls(serving=served, wanted=wanted, input=read, spelled=spelled, **own)
+
+    @classmethod
+    def for_problem(cls, problem: Problem, **search: Any) -> Made:
+        """Return what is said of a placement that was computed for a problem, by a search."""
+        statistics, worth = problem.statistics, problem.objective_function
+        names = (*(name for name in OF_SERVING if hasattr(problem, name)), "topology")
+        served = {name: getattr(problem.serving, name) for name in names}
+        shares = {tokens: share for tokens, share in problem.shares.items() if tokens}
+        served["phases"] = shares or None
+        return cls(
+            serving=served | {"window": statistics.window},
+            wanted={name: getattr(problem, name) for name in OF_PROBLEM}
+            | {"objective": problem.goal},
+            figure=worth.figure,
+            unit=worth.unit,
+            expert_size=statistics.expert_size,
+            # What makes the fingerprint of the same traffic another one.
+            counted={
+                name: getattr(statistics, table) is not None for name, table in COUNTED.items()
+            },
+            **search,
+        )
+
+    def to_settings(self) -> dict[str, Any]:
+        """Return the settings of a placement's file, as JSON values."""
+        declared = {**OF_SERVING, **OF_PROBLEM}
+        settings: dict[str, Any] = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if "check" in each.metadata and getattr(self, each.name) is not None
+        }
+        for name, value in {**self.serving, **self.wanted}.items():
+            write = declared[name].metadata.get("to_json") if name in declared else None
+            settings[name] = value if write is None or value is None else write(value)
+        settings["input"] = self.input.to_json()
+        settings["spelled"] = dict(self.spelled)
+        settings = {
+            name: value
+            for name, value in settings.items()
+            if value or name not in ("input", "spelled")
+        }
+        return {name: as_json(value) for name, value in settings.items()}
+
+    @property
+    def machine(self) -> topology.Topology | None:
+        """The machine that it was computed for; None where the file does not say it."""
+        return self.serving.get("topology")
+
+    @property
+    def phases(self) -> dict[int | None, float]:
+        """Sizes of windows that it was computed for, and their shares of the serving time."""
+        window = self.serving.get("window")
+        return self.serving.get("phases") or ({} if window is None else {window: 1.0})
+
+    def spelled_of(self, name: str, *, beside: Path, value: object) -> str | None:
+        """Return what an option takes for a value that this has; None where that is not known.
+
+        A file that was named is looked for here, then beside another file.
+        """
+        text = self.spelled.get(name)
+        if text is None or self.serving.get(name) != value:
+            return None
+        is_elsewhere = not Path(text).exists() and (beside.parent / text).exists()
+        return str(beside.parent / text) if is_elsewhere else text
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the recording was counted already, in windows of its own."""
+        return self.input.windows is not None
+
+    def on(self, machine: topology.Topology) -> Made:
+        """Return the same serving on another machine, of a placement that nothing computed."""
+        serving = {**self.serving, "topology": machine}
+        return Made(
+            serving=serving,
+            expert_size=self.expert_size,
+            input=self.input.without_files(),
+            spelled=self.spelled,
+        )
+
+
+def _build(declared: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings among a file's values: built of JSON, and checked."""
+    built = {}
+    for name, own in declared.items():
+        if name in values:
+            build = own.metadata.get("from_json")
+            built[name] = values[name] if build is None else build(values[name])
+            check_setting(own, built[name])
+    return built

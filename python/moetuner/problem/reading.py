@@ -1,0 +1,138 @@
+"""Reading: how a recording was read, which its own files do not say. Declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal
+
+from moetuner._checks import positive, shown, text_or_none, whole_number
+from moetuner.recording import Recording
+
+# Which recordings it can be said of: all, those that have an order of arrival, or counts whose
+# windows are of unknown length.
+Of = Literal["all", "ordered", "counts"]
+
+
+def _texts(name: str, value: object) -> None:
+    if not (isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)):
+        raise ValueError(f"{name} must be a list of texts, got {shown(value)}")
+
+
+def _said(
+    check: Callable[[str, Any], object],
+    *,
+    replaces: Of | None = None,
+    hint: bool = False,
+    scales: bool = False,
+) -> Any:
+    """Return a field that a placement's file may have under ``input``.
+
+    Parameters
+    ----------
+    check
+        Takes its name and value, and raises for a wrong one.
+    replaces
+        Of which recordings a placement's reading stands in for an option that is not given; None
+        for none.
+    hint
+        Whether it is needed before the recording is read.
+    scales
+        Whether it says what the numbers of the recording stand for, so that other recordings of
+        the kind are read by it, too.
+    """
+    rule = {"check": check, "replaces": replaces, "hint": hint, "scales": scales}
+    return field(default=None, metadata=rule)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a recording was read.
+
+    Parameters
+    ----------
+    files, tokens, windows
+        Names of its files, and how much they held.
+    only, group_by
+        Groups that were used alone, and what named them.
+    model, weight_bits
+        Its model, and bits of a weight.
+    tokens_per_step
+        Tokens of a step that windows of counts were scaled to.
+    num_experts, top_k
+        What its files do not say of a layer.
+    """
+
+    files: tuple[str, ...] | None = _said(_texts)
+    only: tuple[str, ...] | None = _said(_texts)
+    tokens: int | None = _said(partial(whole_number, lowest=0))
+    windows: int | None = _said(partial(whole_number, lowest=0))
+    model: str | None = _said(text_or_none, replaces="all", scales=True)
+    weight_bits: float | None = _said(positive, replaces="all", scales=True)
+    tokens_per_step: int | None = _said(whole_number, replaces="counts", scales=True)
+    num_experts: int | None = _said(whole_number, hint=True)
+    top_k: int | None = _said(whole_number, replaces="counts", hint=True)
+    group_by: str | None = _said(text_or_none)
+
+    @classmethod
+    def of(cls, options: Any, recording: Recording) -> Reading:
+        """Return how options read a recording, of those fields that they have."""
+        names = [own.name for own in fields(cls) if hasattr(options, own.name)]
+        read: dict[str, Any] = {name: getattr(options, name) for name in names}
+        files = tuple(path.name for path in options.input_files)
+        return cls(**{**read, "files": files, **recording.size})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Reading:
+        """Return what a placement's file says; other keys are of no use."""
+        read: dict[str, Any] = {}
+        for own in fields(cls):
+            value = values.get(own.name)
+            if value is not None:
+                own.metadata["check"](f"input.{own.name}", value)
+                read[own.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**read)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known, as JSON values."""
+        return {
+            own.name: list(value) if isinstance(value, tuple) else value
+            for own in fields(self)
+            if (value := getattr(self, own.name)) is not None
+        }
+
+    def missing(self, options: Any, recording: Recording) -> dict[str, Any]:
+        """Return what stands in for options that are not given, by their names."""
+        kinds = {"all", "ordered" if recording.ordered else ""}
+        if not recording.ordered and recording.window is None:
+            kinds.add("counts")
+        return {
+            own.name: getattr(self, own.name)
+            for own in fields(self)
+            if own.metadata["replaces"] in kinds and getattr(options, own.name) is None
+        }
+
+    def hints(self) -> Iterator[tuple[str, Any]]:
+        """Yield what is needed before a recording is read, by the names of options."""
+        for own in fields(self):
+            if own.metadata["hint"]:
+                yield own.name, getattr(self, own.name)
+
+    def is_of(self, recording: Recording) -> bool:
+        """Whether a recording is as large as the one that was read."""
+        return all(getattr(self, name) == size for name, size in recording.size.items())
+
+    def is_other_than(self, recording: Recording) -> bool:
+        """Whether what was read had another size than a recording; not where it is not known."""
+        return any(getattr(self, name) not in (None, size) for name, size in recording.size.items())
+
+    def without_files(self) -> Reading:
+        """Return how others of the kind are read: what its numbers stand for, and hints."""
+        names = [own.name for own in fields(self) if own.metadata["scales"] or own.metadata["hint"]]
+        read: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return Reading(**read, group_by=self.group_by)
+
+
+# What other recordings of the kind are read by.
+SCALES = tuple(own.name for own in fields(Reading) if own.metadata["scales"])
